@@ -1,0 +1,88 @@
+"""From what Hydra composed to the typed `Config`: the one place where a DictConfig is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.schema import ComposedConfig, Config, ModelConfig, Rule
+
+MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
+RULE_KEYS = {"match", "style", "src", "dst", "units"}
+
+
+def register_schema() -> None:
+    """Make `schema`, the first line of a defaults list, mean `ComposedConfig`: unknown keys and wrong types fail."""
+    ConfigStore.instance().store(name="schema", node=ComposedConfig)
+
+
+def typed(composed: DictConfig) -> Config:
+    """The dataclasses of a composed config, interpolations resolved.
+
+    Raises:
+        ConfigError: for a model or rule that does not have the shape of one.
+        omegaconf.errors.OmegaConfBaseException: for a missing value or a wrong interpolation.
+    """
+    plain = OmegaConf.to_object(composed)
+    assert isinstance(plain, ComposedConfig)
+    values = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
+    return Config(**{**values, "model": model_config(values["model"])})
+
+
+def model_config(raw: dict[str, Any]) -> ModelConfig:
+    """A model's YAML: `name`, `_target_`, `blocks` and `plans` are ours, every other key is the class's."""
+    for key in ("name", "_target_"):
+        if not isinstance(raw.get(key), str):
+            raise ConfigError(f"model.{key}", raw.get(key), "a model needs it", "a string, in its conf/model file")
+    plans = {
+        plan: {name: _rule(f"model.plans.{plan}.{name}", rule) for name, rule in rules.items()}
+        for plan, rules in (raw.get("plans") or {}).items()
+    }
+    args = {key: value for key, value in raw.items() if key not in MODEL_KEYS}
+    return ModelConfig(raw["name"], raw["_target_"], args, list(raw.get("blocks") or []), plans)
+
+
+def _rule(where: str, raw: Any) -> Rule:
+    if not isinstance(raw, dict) or not raw.get("match"):
+        raise ConfigError(where, raw, "not a sharding rule", "a dict with match and style, or match and _target_")
+    ours = {key: value for key, value in raw.items() if key in RULE_KEYS}
+    rest = {key: value for key, value in raw.items() if key not in RULE_KEYS and key != "_target_"}
+    if rest and "_target_" not in raw:
+        wrong = next(iter(rest))
+        raise ConfigError(
+            f"{where}.{wrong}", rest[wrong], "no such key in a rule", f"one of {', '.join(nearest(wrong, RULE_KEYS))}"
+        )
+    return Rule(**ours, target=raw.get("_target_"), args=rest)
+
+
+def as_dict(cfg: Config) -> dict[str, Any]:
+    """The resolved config as plain data, in the shape of the YAML files: what a run folder and W&B keep."""
+    plain = dataclasses.asdict(cfg)
+    model = plain["model"]
+    plain["model"] = {
+        "name": model["name"],
+        "_target_": model["target"],
+        **model["args"],
+        "blocks": model["blocks"],
+        "plans": {
+            plan: {name: _plain_rule(rule) for name, rule in rules.items()} for plan, rules in model["plans"].items()
+        },
+    }
+    return {key: _plain(value) for key, value in plain.items()}
+
+
+def _plain_rule(rule: dict[str, Any]) -> dict[str, Any]:
+    shown = {key: rule[key] for key in ("match", "style", "src", "dst", "units") if rule[key]}
+    return {**shown, **({"_target_": rule["target"], **rule["args"]} if rule["target"] else {})}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else value  # an enum becomes its name

@@ -1,0 +1,51 @@
+"""A refused config, as one sentence that says what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(Exception):
+    """Raised for what the user can mend, before anything expensive.
+
+    The entrypoint prints it once per job, as
+    ``error: <field>=<value>: <why>; <what is legal>; try: <command>``, and exits with 2.
+
+    Attributes:
+        field: the config key at fault, as it is typed on the command line.
+        value: what it was set to.
+        why: what is wrong with it.
+        legal: what would be accepted.
+        fix: overrides that mend it (key -> value); None as a value drops that override.
+        nproc: the number of local ranks to start with instead, where that is the remedy.
+    """
+
+    def __init__(
+        self,
+        field: str,
+        value: object,
+        why: str,
+        legal: str,
+        fix: dict[str, object] | None = None,
+        nproc: int | None = None,
+    ) -> None:
+        self.field, self.value, self.why, self.legal = field, value, why, legal
+        self.fix = fix or {}
+        self.nproc = nproc
+        super().__init__(f"{field}={shown(value)}: {why}; {legal}")
+
+
+def shown(value: object) -> str:
+    """A value as it would be typed on the command line, on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(str(value).split())
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The known names that look most like `name`, best first; all of them where none is close."""
+    names = sorted(set(known))
+    return difflib.get_close_matches(name, names, n=count, cutoff=0.5) or names[:8]

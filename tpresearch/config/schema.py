@@ -1,0 +1,280 @@
+"""The typed shape of a config. Hydra composes `conf/` into it; past that boundary only these classes are seen.
+
+Every field is a key that can be set on the command line, and the text below it says what it means.
+What combinations are legal is judged in `validate.py`, nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Optional
+
+
+class TensorPlan(StrEnum):
+    tp = "tp"
+    sp = "sp"
+
+
+class DataPlan(StrEnum):
+    none = "none"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    hsdp = "hsdp"
+
+
+class Checkpointing(StrEnum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
+class DataSource(StrEnum):
+    pystdlib = "pystdlib"
+    pysource = "pysource"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    hf = "hf"
+
+
+class TokenizerKind(StrEnum):
+    bpe = "bpe"
+    hf = "hf"
+
+
+class OptimizerName(StrEnum):
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class ScheduleName(StrEnum):
+    constant = "constant"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class OnNonfinite(StrEnum):
+    stop = "stop"
+    skip = "skip"
+
+
+class WandbMode(StrEnum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+class DeviceKind(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class FsdpConfig:
+    reshard_after_forward: bool = True
+    """Free each block's gathered weights after its forward and gather them again in backward (ZeRO-3)."""
+    reduce_dtype: Dtype = Dtype.float32
+    """Dtype in which gradients are summed over data-parallel ranks when train.dtype is bfloat16."""
+    cpu_offload: bool = False
+    """Keep sharded parameters, gradients and optimizer state in host memory."""
+
+
+@dataclass
+class ParallelConfig:
+    name: str = "none"
+    tensor: Optional[TensorPlan] = None
+    """Which of the model's sharding plans runs over the mesh's tp axis."""
+    data: DataPlan = DataPlan.none
+    """What the data axes do: ddp replicates over dp_replicate, fsdp shards over dp_shard, hsdp does both."""
+    loss_parallel: bool = True
+    """Leave the logits sharded over the vocabulary and compute the cross-entropy on the shards."""
+    async_tp: bool = False
+    """Split tensor-parallel matmuls so that their collectives overlap with them (CUDA and compile only)."""
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    activation_checkpointing: Checkpointing = Checkpointing.none
+    """Recompute in backward: nothing, all but the matmuls and attention, or each whole block."""
+    compile: bool = False
+    """torch.compile each block."""
+
+
+@dataclass
+class MeshConfig:
+    """Ranks along each axis; null lets the parallel plan choose, -1 takes what is left of the world."""
+
+    dp_replicate: Optional[int] = None
+    dp_shard: Optional[int] = None
+    tp: Optional[int] = None
+
+
+@dataclass
+class DataConfig:
+    source: DataSource = DataSource.pystdlib
+    path: Any = None
+    """Local path, glob or a list of them (text, jsonl, parquet); hub id or local folder (hf)."""
+    name: Optional[str] = None
+    """The data set's configuration name (hf)."""
+    split: str = "train"
+    """The split to read (hf)."""
+    text_field: str = "text"
+    """The field that holds the text (jsonl, parquet, hf)."""
+    streaming: bool = False
+    """Read over the network as far as max_tokens asks, instead of downloading all of it (hf)."""
+    max_tokens: Optional[int] = None
+    """Stop reading after about this many tokens; required when streaming."""
+    seq_len: int = 128
+    """Tokens a row that the model sees; rows are stored with one more, for the last target."""
+    held_out_every: int = 20
+    """One document in this many, chosen by a hash of its name, is kept for evaluation."""
+    cache_dir: str = "~/.cache/tpresearch"
+    """Where packed rows and trained tokenizers are kept; shared by all runs on a host."""
+
+
+@dataclass
+class TokenizerConfig:
+    kind: TokenizerKind = TokenizerKind.bpe
+    vocab_size: int = 4096
+    """Entries of the byte-level BPE that is trained on the train split (bpe)."""
+    path: Optional[str] = None
+    """A tokenizer.json, a folder that holds one, or a name on the hub (hf)."""
+
+
+@dataclass
+class OptimizerConfig:
+    name: OptimizerName = OptimizerName.adamw
+    lr: float = 3e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    momentum: float = 0.0
+
+
+@dataclass
+class ScheduleConfig:
+    name: ScheduleName = ScheduleName.cosine
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises linearly from 0."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end, as a share of optimizer.lr."""
+    decay_ratio: float = 0.2
+    """Share of all steps over which wsd decays, at the end."""
+
+
+@dataclass
+class TrainConfig:
+    steps: Optional[int] = 100
+    """Optimizer steps; null where train.tokens is the budget."""
+    tokens: Optional[int] = None
+    """Tokens to train on, rounded up to whole steps; null where train.steps is the budget."""
+    global_batch_size: int = 24
+    """Rows an optimizer step, over all ranks and accumulation: part of the science, not of the plan."""
+    micro_batch_size: Optional[int] = None
+    """Rows a data-parallel rank takes through the model at once; null for all of its share."""
+    seed: int = 0
+    dtype: Dtype = Dtype.float32
+    """Dtype of the computation. bfloat16 keeps float32 weights, gradients and optimizer state."""
+    clip_grad_norm: Optional[float] = 1.0
+    """Greatest global gradient norm; null never clips."""
+    log_every: int = 1
+    """Steps between logged rows; on CUDA the only times at which the host waits for the device."""
+    eval_every: Optional[int] = 50
+    """Steps between evaluations on held-out rows; null for only after the last step."""
+    eval_rows: int = 96
+    """Held-out rows read at each evaluation."""
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    """On a loss or gradient norm that is not finite: stop the run, or skip that update."""
+    warmup_log_steps: int = 5
+    """First steps left out of the medians of perf/* in summary.json."""
+
+
+@dataclass
+class LoggerConfig:
+    wandb: bool = True
+    mode: WandbMode = WandbMode.auto
+    """auto: online when there is a key and the host answers, else offline."""
+    project: str = "tpresearch"
+    entity: Optional[str] = None
+    group: Optional[str] = None
+    name: Optional[str] = None
+    """Null for <model>/<plan with its sizes>, such as llama2_tiny/fsdp2-tp2."""
+    job_type: str = "train"
+    tags: list[str] = field(default_factory=list)
+    """Added to the plan, the model, the device and the dtype."""
+    dir: Optional[str] = None
+    """Folder that holds W&B's own files; null for the run folder."""
+
+
+@dataclass
+class Rule:
+    """One named sharding rule of a plan: which modules, in which style, with which layouts.
+
+    Layouts are `replicate`, `shard:N`, or `logits` (vocabulary-sharded under loss_parallel, else
+    replicated). A list gives one layout for each positional input, null for one left alone.
+    """
+
+    match: str = ""
+    """Wildcards over module names, matched part by part between the dots."""
+    style: Optional[str] = None
+    """colwise, rowwise, sequence, input or output."""
+    src: Any = None
+    """Layout in which the input arrives (for `output`: in which the output leaves the module)."""
+    dst: Any = None
+    """Layout that is wanted: of the output (colwise, rowwise, output), or of the input (input)."""
+    units: list[str] = field(default_factory=list)
+    """Model settings counting what a shard must not cut, such as n_heads."""
+    target: Optional[str] = None
+    """Instead of a style: the import path of a ParallelStyle of one's own (`_target_` in YAML)."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments: every other key of the rule."""
+
+
+@dataclass
+class ModelConfig:
+    """A model: what to call, with what, and the plans that shard it."""
+
+    name: str
+    target: str
+    """Import path of an nn.Module class (`_target_` in YAML)."""
+    args: dict[str, Any]
+    """Keyword arguments of that class: every other key of the model's YAML file."""
+    blocks: list[str]
+    """Wildcards over module names: the units of FSDP, checkpointing and compile."""
+    plans: dict[str, dict[str, Rule]]
+    """Sharding plans by name (tp, sp), each a dict of named rules."""
+
+
+@dataclass
+class ComposedConfig:
+    """What Hydra composes and checks. `model` is open, since each model has settings of its own."""
+
+    name: str = "train"
+    """First folder below outputs/."""
+    model: dict[str, Any] = field(default_factory=dict)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    device: DeviceKind = DeviceKind.auto
+    """auto: CUDA when every local rank can have a device of its own, else the CPU."""
+    plan_only: bool = False
+    """Compile the plan on a meta model, print it, and stop."""
+    world_size: Optional[int] = None
+    """For how many ranks plan_only compiles."""
+
+
+@dataclass
+class Config(ComposedConfig):
+    """The config that the framework sees: as composed, with the model typed."""
+
+    model: ModelConfig = field(default=None)  # type: ignore[assignment]
