@@ -1,0 +1,163 @@
+"""The terminal of a run: one live line while it trains, a report when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from tpresearch.track.names import Row
+from tpresearch.track.shown import bytes_text, count_text, duration_text, loss_text, path_text, share_text
+
+PLAIN_INTERVAL_S = 2.0
+"""Between two lines where the output is not a terminal."""
+
+
+class ProgressLine:
+    """Step, losses, speed, memory and time left: a live line on a terminal, else a line now and then.
+
+    Args:
+        total_steps: the step at which the run ends.
+        start_step: the step from which it sets out.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        total_steps: int,
+        start_step: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console, self._total, self._clock = console, total_steps, clock
+        self._first: tuple[int, float] | None = None
+        self._val_loss: float | None = None
+        self._printed_at, self._waiting = -PLAIN_INTERVAL_S, ""
+        self._live: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[figures]}"),
+            )
+            self._live = Progress(*columns, console=console, refresh_per_second=4)
+            self._task = self._live.add_task("step", total=total_steps, completed=start_step, figures="")
+            self._live.start()
+
+    def show(self, row: Row) -> None:
+        """Show a logged row; off a terminal, the first, the last, and one every two seconds between."""
+        step, now = int(row["train/step"] or 0), self._clock()
+        if row["val/loss"] is not None:
+            self._val_loss = row["val/loss"]
+        text = figures(row, self._val_loss, self._left_s(step, now))
+        counter = f"step {step:>{len(str(self._total))}}/{self._total}"
+        if self._live:
+            self._live.update(self._task, description=counter, completed=step, figures=text)
+        elif now - self._printed_at >= PLAIN_INTERVAL_S or step == self._total:
+            self._print(f"{counter}  {text}")
+            self._printed_at, self._waiting = now, ""
+        else:
+            self._waiting = f"{counter}  {text}"
+
+    def stop(self) -> None:
+        """End the line, with the last row on it. May be called again."""
+        if self._live:
+            self._live.stop()
+        elif self._waiting:
+            self._print(self._waiting)
+            self._waiting = ""
+
+    def _left_s(self, step: int, now: float) -> float | None:
+        # Counted from the first row on: the step before it paid for start-up and compilation.
+        if self._first is None:
+            self._first = step, now
+        first_step, first_time = self._first
+        if step == first_step:
+            return None
+        return (now - first_time) / (step - first_step) * (self._total - step)
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True)
+
+
+def figures(row: Row, val_loss: float | None, left_s: float | None) -> str:
+    """`loss 6.123  val 6.482  34.5k tok/s  1.2 GiB  1:23 left`, without what is undefined."""
+    parts = [f"loss {loss_text(row['train/loss'])}"]
+    if val_loss is not None:
+        parts.append(f"val {loss_text(val_loss)}")
+    if row["perf/tokens_per_second"] is not None:
+        parts.append(f"{count_text(row['perf/tokens_per_second'])} tok/s")
+    if row["memory/peak_bytes"] is not None:
+        parts.append(bytes_text(row["memory/peak_bytes"]))
+    if left_s:
+        parts.append(f"{duration_text(left_s)} left")
+    return "  ".join(parts)
+
+
+def report(
+    console: Console,
+    summary: Mapping[str, Any],
+    run_dir: Path,
+    wandb_line: str | None,
+    unigram_entropy: float | None = None,
+) -> None:
+    """The end of a run: what came out, where it lies, and what to type next.
+
+    Args:
+        summary: as in summary.json.
+        wandb_line: the run's page or the command that uploads it; None without W&B.
+        unigram_entropy: nats a token of the held-out rows when only the tokens' frequencies are known.
+    """
+    table = Table(
+        title=f"{summary['run_name']}: {summary['status']}", title_justify="left", show_header=False
+    )
+    for name, value in _results(summary, unigram_entropy):
+        table.add_row(name, Text(value))
+    console.print()
+    console.print(table)
+    if summary.get("error"):
+        console.print(Text(f"error  {summary['error']}", style="red"), soft_wrap=True)
+    run = path_text(run_dir)
+    console.print(Text(f"run    {run}"), soft_wrap=True)
+    if wandb_line:
+        console.print(Text(f"W&B    {wandb_line}"), soft_wrap=True)
+    if summary["status"] == "completed":
+        console.print(Text("next"))
+        for command, why in _next_commands(run):
+            console.print(Text(f"  {command}  # {why}"), soft_wrap=True)
+
+
+def _results(summary: Mapping[str, Any], unigram_entropy: float | None) -> list[tuple[str, str]]:
+    held_out = loss_text(summary["val/loss"])
+    if unigram_entropy is not None:
+        held_out += f" (unigram entropy {loss_text(unigram_entropy)})"
+    speed = f"{count_text(summary['perf/tokens_per_second'])} tok/s, median after warm-up"
+    if summary["perf/tokens_per_second"] is None:
+        speed += ": the run did not outlast it (train.warmup_log_steps)"
+    rows = [
+        (
+            "steps",
+            f"{summary['steps']} ({count_text(summary['tokens'])} tokens, {summary['world_size']} ranks)",
+        ),
+        ("final loss", loss_text(summary["train/loss"])),
+        ("held-out loss", held_out),
+        ("speed", speed),
+        ("peak memory", bytes_text(summary["memory/peak_bytes"])),
+        ("sent a step", f"{bytes_text(summary['comm/bytes_per_step'])} by rank 0"),
+    ]
+    if summary["perf/mfu"] is not None:
+        rows.insert(4, ("MFU", f"{share_text(summary['perf/mfu'])} (6N + 12Lhs)"))
+    return rows
+
+
+def _next_commands(run: str) -> list[tuple[str, str]]:
+    return [
+        ("python -m tpresearch.verify", "does each plan equal one process?"),
+        ("python train.py -m parallel=ddp,tp,sp,fsdp,fsdp_tp", "the same training under five plans"),
+        (f"python -m tpresearch.compare {run}", "this run beside others, as a table and plots"),
+    ]

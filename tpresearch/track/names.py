@@ -1,0 +1,65 @@
+"""The metrics of a run: the one place where their names, units and meanings are declared.
+
+metrics.jsonl, W&B, the terminal, comparisons and dashboards all speak of a metric by its name here. To log
+one more, add a line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import SupportsFloat
+
+Row = dict[str, int | float | None]
+"""One logged step: a value for every metric, None where it is undefined."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    unit: str
+    meaning: str
+
+
+METRICS = (
+    Metric("train/step", "steps", "optimizer steps done since the run began"),
+    Metric("train/tokens", "tokens", "target tokens trained on since the run began, over all ranks"),
+    Metric("train/loss", "nats/token", "cross-entropy over the global batch, before the update"),
+    Metric("train/grad_norm", "", "norm of the whole gradient, before clipping"),
+    Metric("train/lr", "", "learning rate of this update"),
+    Metric("val/loss", "nats/token", "cross-entropy over the held-out rows, where this step evaluated"),
+    Metric("perf/step_time_s", "s", "wall time of a step, averaged since the last logged one"),
+    Metric("perf/tokens_per_second", "tokens/s", "tokens a second over all ranks"),
+    Metric("perf/tokens_per_second_per_device", "tokens/s", "tokens a second divided by the world size"),
+    Metric("perf/mfu", "", "model FLOPs over the peak, attention counted whole (6N + 12Lhs a token)"),
+    Metric("perf/mfu_causal", "", "model FLOPs over the peak, attention counted causal (6N + 6Lhs a token)"),
+    Metric("time/data_s", "s", "time a step waited for its batch"),
+    Metric("memory/peak_bytes", "bytes", "most memory the device of rank 0 has held"),
+    Metric("comm/bytes_per_step", "bytes", "bytes rank 0 sends in a step, by the ring formulas"),
+)
+
+NAMES = tuple(metric.name for metric in METRICS)
+X_AXIS = "train/tokens"
+"""What curves are drawn over: the same for every plan, mesh and batch, and right across a resume."""
+
+
+def complete_row(values: Mapping[str, SupportsFloat | None]) -> Row:
+    """Every metric in its declared order; None where a value is missing, NaN or infinite.
+
+    Raises:
+        KeyError: for a name that is not declared in this file.
+    """
+    for name in values:
+        if name not in NAMES:
+            raise KeyError(
+                f"{name} is logged but not declared; add it to METRICS in tpresearch/track/names.py"
+            )
+    return {name: _finite(values.get(name)) for name in NAMES}
+
+
+def _finite(value: SupportsFloat | None) -> int | float | None:
+    if value is None or isinstance(value, int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,141 @@
+"""The record of a run on disk: config.yaml, plan.txt, metrics.jsonl and summary.json, written and read back.
+
+Every tool here works from these files, with no account and no network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, SupportsFloat
+
+import yaml
+
+from tpresearch.track.names import NAMES, Row, complete_row
+
+
+class MetricsFile:
+    """metrics.jsonl, open for appending: one object a logged step, on disk as soon as it is logged.
+
+    A resumed run appends to what is there. Where its steps overlap rows written after the checkpoint, both
+    stay in the file and `read_metrics` takes the later.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "metrics.jsonl"
+        torn = _is_torn(path)
+        self._file = path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
+
+    def append(self, values: Mapping[str, SupportsFloat | None]) -> Row:
+        """Write one row and give it back complete.
+
+        Raises:
+            KeyError: for a metric that is not declared.
+        """
+        row = complete_row(values)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        return row
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _is_torn(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def read_metrics(folder: Path) -> list[Row]:
+    """The rows of a run by step: of one logged twice the later, and none that was half written."""
+    path = folder / "metrics.jsonl"
+    rows: dict[int, Row] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the process was killed while it wrote this one
+            continue
+        rows[row["train/step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a run.
+
+    Raises:
+        FileNotFoundError: when the run has not ended, or was killed with no time to say so.
+    """
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def headline(rows: Sequence[Row], warmup_steps: int, start_step: int = 0) -> dict[str, int | float | None]:
+    """The figures that stand for a whole run: last losses, medians of `perf/*`, the peak of memory.
+
+    Args:
+        rows: of the run, in order.
+        warmup_steps: rows that cover any of the first `warmup_steps` steps are left out of the medians.
+        start_step: where the process began that ends the run. Only its rows tell of speed and memory, since
+            an earlier one may have run on another mesh.
+    """
+    mine = [row for row in rows if _step(row) > start_step] or rows
+    covered_from = [start_step, *map(_step, mine)]
+    warm = [row for row, since in zip(mine, covered_from, strict=False) if since >= start_step + warmup_steps]
+    return {
+        "train/loss": rows[-1]["train/loss"] if rows else None,
+        "val/loss": _last(rows, "val/loss"),
+        **{name: _median(warm, name) for name in NAMES if name.startswith("perf/")},
+        "memory/peak_bytes": max(_defined(mine, "memory/peak_bytes"), default=None),
+        "comm/bytes_per_step": _last(mine, "comm/bytes_per_step"),
+    }
+
+
+def _step(row: Row) -> int:
+    return int(row["train/step"] or 0)
+
+
+def _defined(rows: Sequence[Row], name: str) -> list[int | float]:
+    return [value for row in rows if (value := row.get(name)) is not None]
+
+
+def _last(rows: Sequence[Row], name: str) -> int | float | None:
+    return next(reversed(_defined(rows, name)), None)
+
+
+def _median(rows: Sequence[Row], name: str) -> int | float | None:
+    values = _defined(rows, name)
+    return median(values) if values else None
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """summary.json, whole or not at all."""
+    _write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """config.yaml: the resolved config, as plain data."""
+    _write_atomically(
+        folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    )
+
+
+def write_plan(folder: Path, plan: str) -> None:
+    """plan.txt: the compiled plan as it was printed."""
+    _write_atomically(folder / "plan.txt", plan.rstrip("\n") + "\n")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

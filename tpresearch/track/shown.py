@@ -1,0 +1,56 @@
+"""Figures and paths as people read them: 1.2 GiB, 34.5k, 1:23. What is undefined is a dash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+UNDEFINED = "–"
+
+
+def bytes_text(count: float | None) -> str:
+    """1536 -> `1.5 KiB`: binary units, three figures at most."""
+    if count is None:
+        return UNDEFINED
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def count_text(count: float | None) -> str:
+    """34512 -> `34.5k`: decimal thousands, three figures."""
+    if count is None:
+        return UNDEFINED
+    for unit in ("", "k", "M", "G"):
+        if abs(count) < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}T"
+
+
+def duration_text(seconds: float | None) -> str:
+    """83 -> `1:23`, 3723 -> `1:02:03`."""
+    if seconds is None:
+        return UNDEFINED
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def loss_text(nats: float | None) -> str:
+    """6.12345 -> `6.123`; a loss that has become small keeps its figures."""
+    if nats is None:
+        return UNDEFINED
+    return f"{nats:.3f}" if abs(nats) >= 0.1 else f"{nats:.3g}"
+
+
+def share_text(share: float | None) -> str:
+    """0.4712 -> `47.1%`."""
+    return UNDEFINED if share is None else f"{100 * share:.1f}%"
+
+
+def path_text(path: Path) -> str:
+    """A path as it would be typed: from the working directory where it lies below it, else from the root."""
+    path, here = path.absolute(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

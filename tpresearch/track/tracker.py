@@ -1,0 +1,215 @@
+"""One run's tracking, on rank 0: each row to the record, W&B and the terminal; the summary when it ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal, Self, SupportsFloat
+
+from rich.console import Console
+
+from tpresearch.config import Config
+from tpresearch.track import record
+from tpresearch.track.console import ProgressLine, report
+from tpresearch.track.run_name import run_name
+from tpresearch.track.secrets import refuse_secrets
+from tpresearch.track.wandb_run import WandbRun
+
+Status = Literal["completed", "failed", "preempted"]
+EXIT_CODES: dict[Status, int] = {"completed": 0, "failed": 1, "preempted": 128 + signal.SIGTERM}
+
+
+class Preempted(SystemExit):
+    """Raised where the main thread is when SIGTERM arrives, so that the run closes what it has open."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run once its ranks and its data exist, and goes into its summary."""
+
+    world_size: int
+    mesh: dict[str, int]
+    """Ranks along each axis."""
+    parameters: int
+    """Of the whole model, over all ranks."""
+    device: str
+    """`cpu`, or the accelerator's name."""
+    corpus_hash: str | None = None
+    """Losses are never compared across different ones."""
+    unigram_entropy: float | None = None
+    """Nats a token of the held-out rows, when only the tokens' frequencies are known."""
+
+
+class Tracker:
+    """Tracks a run from its first row to its summary. For rank 0 alone.
+
+        with Tracker(cfg, as_dict(cfg), run_dir, facts, total_steps) as tracker:
+            ...
+            tracker.log({"train/step": 1, "train/tokens": 3072, "train/loss": 8.31, ...})
+
+    The block's end completes the run; an exception in it makes it failed, a KeyboardInterrupt or SIGTERM
+    preempted, and goes on its way. `finish` says otherwise before that.
+
+    Args:
+        config: the resolved config as plain data, written to config.yaml and given to W&B whole.
+        run_dir: the run's folder. One that has been tracked before is continued, in W&B too.
+        total_steps: the step at which the run ends.
+        start_step: the step from which this process sets out.
+        plan: the compiled plan as it was printed, for plan.txt.
+        console: where the progress and the report go; standard output by default.
+
+    Raises:
+        ValueError: for a config that holds a credential.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        config: Mapping[str, Any],
+        run_dir: Path,
+        facts: RunFacts,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        plan: str | None = None,
+        console: Console | None = None,
+    ) -> None:
+        refuse_secrets(config)
+        self.name = cfg.logger.name or run_name(cfg.model.name, cfg.parallel, facts.mesh)
+        self._cfg, self._run_dir, self._facts, self._start_step = cfg, run_dir, facts, start_step
+        self._console = console or Console(highlight=False)
+        self._began = time.monotonic()
+        self._ended = False
+        run_dir.mkdir(parents=True, exist_ok=True)
+        record.write_config(run_dir, config)
+        if plan is not None:
+            record.write_plan(run_dir, plan)
+        self._metrics = record.MetricsFile(run_dir)
+        self._wandb = self._start_wandb(config) if cfg.logger.wandb else None
+        self._progress = ProgressLine(self._console, total_steps, start_step)
+
+    def _start_wandb(self, config: Mapping[str, Any]) -> WandbRun | None:
+        cfg = self._cfg
+        tags = (cfg.parallel.name, cfg.model.name, self._facts.device, str(cfg.train.dtype), *cfg.logger.tags)
+        return WandbRun.start(
+            cfg.logger,
+            self._run_dir,
+            name=self.name,
+            group=cfg.logger.group or cfg.name,
+            tags=list(dict.fromkeys(tags)),
+            config=config,
+        )
+
+    def log(self, values: Mapping[str, SupportsFloat | None]) -> None:
+        """Record one step. Metrics that are left out are undefined there, and so are NaN and infinity.
+
+        Raises:
+            KeyError: for a metric that `names.py` does not declare.
+        """
+        row = self._metrics.append(values)
+        if self._wandb:
+            self._wandb.log(row)
+        self._progress.show(row)
+
+    def finish(
+        self, summary: Mapping[str, Any] | None = None, status: Status = "completed", error: str | None = None
+    ) -> None:
+        """Write summary.json, close W&B and print the report. Only the first call counts.
+
+        Args:
+            summary: figures of the caller's own, which go before those drawn from the rows.
+            error: why the run did not complete, in one line.
+        """
+        if self._ended:
+            return
+        self._ended = True
+        self._progress.stop()
+        self._metrics.close()
+        whole = self._summary(status, error) | dict(summary or {})
+        try:
+            record.write_summary(self._run_dir, whole)
+        finally:
+            if self._wandb:
+                self._wandb.finish(whole, EXIT_CODES[status], preempted=status == "preempted")
+        wandb_line = self._wandb.where() if self._wandb else None
+        report(self._console, whole, self._run_dir, wandb_line, self._facts.unigram_entropy)
+
+    def _summary(self, status: Status, error: str | None) -> dict[str, Any]:
+        cfg, facts = self._cfg, self._facts
+        rows = record.read_metrics(self._run_dir)
+        return {
+            "status": status,
+            **({"error": error} if error else {}),
+            "run_name": self.name,
+            "steps": rows[-1]["train/step"] if rows else self._start_step,
+            "tokens": rows[-1]["train/tokens"] if rows else 0,
+            "world_size": facts.world_size,
+            "mesh": facts.mesh,
+            "model": cfg.model.name,
+            "parallel": cfg.parallel.name,
+            "parameters": facts.parameters,
+            "corpus_hash": facts.corpus_hash,
+            "device": facts.device,
+            "dtype": str(cfg.train.dtype),
+            "unigram_entropy": facts.unigram_entropy,
+            **record.headline(rows, cfg.train.warmup_log_steps, self._start_step),
+            "wall_time_s": time.monotonic() - self._began,
+        }
+
+    def __enter__(self) -> Self:
+        # Slurm and torchrun stop a run by SIGTERM, whose default is to die on the spot. A loop with a way of
+        # its own to stop has set a handler by now, and keeps it.
+        self._armed = _in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if self._armed:
+            signal.signal(signal.SIGTERM, _raise_preempted)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._armed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if error is None:
+            self.finish()
+        elif isinstance(error, Preempted | KeyboardInterrupt):
+            with _undisturbed():
+                self.finish(status="preempted", error=_line(error))
+        else:
+            self.finish(status="failed", error=_line(error))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore signals: Ctrl-C under torchrun reaches a rank twice, from the terminal and from the agent."""
+    before = {
+        sig: signal.signal(sig, signal.SIG_IGN)
+        for sig in (signal.SIGINT, signal.SIGTERM)
+        if _in_main_thread()
+    }
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _raise_preempted(signum: int, frame: FrameType | None) -> None:
+    raise Preempted(128 + signum)
+
+
+def _line(error: BaseException) -> str:
+    """`ValueError: what it says`, on one line."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, Preempted):
+        return "stopped by SIGTERM"
+    return f"{type(error).__name__}: {first.strip()}" if first else type(error).__name__
