@@ -1,0 +1,161 @@
+"""Llama2 as published (arXiv 2307.09288): RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases.
+
+Shapes: b batch, s sequence, h width, f feed-forward width, n heads, k KV heads, d = h / n head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A projection without bias whose weights start from a truncated normal of a stated spread."""
+
+    def __init__(self, in_features: int, out_features: int, std: float) -> None:
+        self.std = std
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=self.std, a=-3 * self.std, b=3 * self.std)
+
+
+class Embedding(nn.Embedding):
+    """A table whose rows are as small as a projection's, so that the residual stream starts small."""
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02, a=-0.06, b=0.06)
+
+
+def rotary_table(head_dim: int, seq_len: int, theta: float) -> Tensor:
+    """cos and sin of the angle by which each position turns each pair of features (arXiv 2104.09864, eq. 34).
+
+    Returns: [s, d/2, 2], float32.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn each pair of neighbouring features by its position's angle, in at least float32.
+
+    x: [b, s, n, d], rotary: [s, d/2, 2] -> [b, s, n, d]
+    """
+    pairs = x.to(torch.promote_types(x.dtype, rotary.dtype)).unflatten(-1, (-1, 2))
+    even, odd = pairs.unbind(-1)
+    cos, sin = rotary[:, None].unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with n query heads that share k key and value heads (arXiv 2305.13245)."""
+
+    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, std: float, out_std: float) -> None:
+        super().__init__()
+        self.head_dim = dim // n_heads
+        self.shares_kv = n_kv_heads != n_heads
+        self.wq = Linear(dim, n_heads * self.head_dim, std)
+        self.wk = Linear(dim, n_kv_heads * self.head_dim, std)
+        self.wv = Linear(dim, n_kv_heads * self.head_dim, std)
+        self.wo = Linear(n_heads * self.head_dim, dim, out_std)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """x: [b, s, h], rotary: [s, d/2, 2] -> [b, s, h]. The number of heads is read off the projections' outputs."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.shares_kv)
+        return self.wo(out.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, ffn_dim: int, std: float, out_std: float) -> None:
+        super().__init__()
+        self.w1 = Linear(dim, ffn_dim, std)
+        self.w2 = Linear(ffn_dim, dim, out_std)
+        self.w3 = Linear(dim, ffn_dim, std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [b, s, h] -> [b, s, h]."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(
+        self, dim: int, n_heads: int, n_kv_heads: int, ffn_dim: int, norm_eps: float, std: float, out_std: float
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, norm_eps)
+        self.attention = Attention(dim, n_heads, n_kv_heads, std, out_std)
+        self.ffn_norm = nn.RMSNorm(dim, norm_eps)
+        self.feed_forward = FeedForward(dim, ffn_dim, std, out_std)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """x: [b, s, h] -> [b, s, h]."""
+        x = x + self.attention(self.attention_norm(x), rotary)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama2(nn.Module):
+    """The whole model, in the sizes of conf/model.
+
+    Args:
+        vocab_size: V. max_seq_len: greatest s. dim: h. n_layers: blocks. n_heads: n. n_kv_heads: k, dividing n.
+        ffn_dim: f. norm_eps: added to the mean square. rope_theta: base of the rotary frequencies.
+        init_std: spread of the projections' first weights; those that write to the residual stream start
+            smaller by sqrt(2 n_layers), so that its size does not grow with depth (GPT-2).
+
+    Raises:
+        ValueError: where the sizes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_seq_len: int,
+        dim: int,
+        n_layers: int,
+        n_heads: int,
+        n_kv_heads: int,
+        ffn_dim: int,
+        norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if dim % n_heads or dim // n_heads % 2:
+            raise ValueError(f"dim={dim} does not split into n_heads={n_heads} heads of an even width")
+        if n_heads % n_kv_heads:
+            raise ValueError(f"n_heads={n_heads} is not a multiple of n_kv_heads={n_kv_heads}")
+        self.dim, self.n_layers = dim, n_layers
+        self._rotary_args = (dim // n_heads, max_seq_len, rope_theta)
+        out_std = init_std / math.sqrt(2 * n_layers)
+        self.tok_embeddings = Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(
+            Block(dim, n_heads, n_kv_heads, ffn_dim, norm_eps, init_std, out_std) for _ in range(n_layers)
+        )
+        self.norm = nn.RMSNorm(dim, norm_eps)
+        self.output = Linear(dim, vocab_size, init_std)
+        self.register_buffer("rotary", rotary_table(*self._rotary_args), persistent=False)
+
+    def reset_buffers(self) -> None:
+        """Fill the rotary table again, after the model was moved off the meta device."""
+        self.rotary.copy_(rotary_table(*self._rotary_args))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: [b, s] -> logits [b, s, V]."""
+        x = self.tok_embeddings(tokens)
+        rotary = self.rotary[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x, rotary)
+        return self.output(self.norm(x))
+
+    def attention_flops_per_token(self, seq_len: int) -> float:
+        """Forward and backward of the two attention matmuls over the full square: 12 L h s (arXiv 2204.02311, app. B)."""
+        return 12 * self.n_layers * self.dim * seq_len

@@ -1,0 +1,167 @@
+"""A compiled plan as a table: what each parameter becomes on a rank, and what each module sends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+from tpresearch.parallel.plan import Plan
+from tpresearch.parallel.rules import Compiled
+
+# What turning one layout into another sends, forward and backward (the gradient goes the other way). On the
+# way into a module the gradient arrives as a partial sum, since each rank holds a part of the weight; on the
+# way out it arrives in the layout that the output was given.
+_SENDS_IN = {
+    ("shard", "replicate"): ("all-gather", "reduce-scatter"),
+    ("replicate", "replicate"): ("", "all-reduce"),
+    ("replicate", "shard"): ("", "all-gather"),
+}
+_SENDS_OUT = {
+    ("partial", "replicate"): ("all-reduce", ""),
+    ("partial", "shard"): ("reduce-scatter", "all-gather"),
+    ("shard", "replicate"): ("all-gather", ""),
+    ("replicate", "shard"): ("", "all-gather"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a parameter, or a module whose rule only moves activations."""
+
+    fqn: str
+    rule: str
+    placement: str
+    local_shape: tuple[int, ...] | None
+    """On rank 0, which holds the larger part where a dim does not divide evenly."""
+    collectives: str
+
+
+def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
+    """One row a parameter and one a module that only moves activations, in the model's order."""
+    rows = []
+    for name, module in model.named_modules():
+        rule = plan.rules.get(name)
+        own = dict(module.named_parameters(recurse=False))
+        sends = _sends(name, module, rule, plan) if rule else ""
+        if rule and not own:
+            rows.append(Row(name, f"{rule.name} ({rule.label})", _arrow(rule), None, sends))
+        for index, (key, parameter) in enumerate(own.items()):
+            dim = rule.weight_dim(module) if rule else None
+            if dim is not None and parameter.dim() == 1:
+                dim = 0 if rule and rule.rule.style == "colwise" else None
+            shape, placements = list(parameter.shape), []
+            if dim is not None:
+                shape[dim] = -(-shape[dim] // plan.sizes.tp)
+                placements.append(f"tp: Shard({dim})")
+            elif rule and rule.rule.target:
+                placements.append(f"tp: by {rule.label}")
+            if plan.sizes.dp_shard > 1 and shape:
+                shape[0] = -(-shape[0] // plan.sizes.dp_shard)
+                placements.insert(0, "dp_shard: Shard(0)")
+            rows.append(
+                Row(
+                    f"{name}.{key}" if name else key,
+                    f"{rule.name} ({rule.label})" if rule else "",
+                    ", ".join(placements) or "whole",
+                    tuple(shape),
+                    sends if index == 0 else "",
+                )
+            )
+    return rows
+
+
+def _arrow(rule: Compiled) -> str:
+    return ", ".join(
+        f"{_short(a)} -> {_short(b)}" for a, b in zip(rule.src, rule.dst, strict=False) if a is not None
+    )
+
+
+def _short(layout: Placement | None) -> str:
+    return {None: "as it is", Replicate(): "whole"}.get(layout) or f"shard:{layout.dim}"  # type: ignore[union-attr]
+
+
+def _kind(layout: Placement | None) -> str:
+    return {Shard: "shard", Replicate: "replicate"}.get(type(layout), "alone")  # type: ignore[arg-type]
+
+
+def _sends(name: str, module: nn.Module, rule: Compiled, plan: Plan) -> str:
+    """The collectives over tp that a rule causes, a forward and a backward part."""
+    style, src, dst = rule.rule.style, [_kind(p) for p in rule.src], [_kind(p) for p in rule.dst]
+    if style == "sequence":
+        return "backward: all-reduce of the weight's gradient"
+    inputs: list[tuple[str, str]] = []
+    outputs: list[tuple[str, str]] = []
+    if style == "input":
+        inputs = list(zip(src, dst, strict=True))
+    elif style == "output":
+        outputs = list(zip(src, dst, strict=True))
+    elif style == "colwise":
+        inputs = [] if _prepared(name, plan) else [(src[0], "replicate")]
+        outputs = [("shard", dst[0])]
+    elif style == "rowwise":
+        inputs = [] if isinstance(module, nn.Embedding) else [(src[0], "shard")]
+        outputs = [("partial", dst[0])]
+    sent = [_SENDS_IN.get(move, ("", "")) for move in inputs] + [_SENDS_OUT.get(move, ("", "")) for move in outputs]
+    phases = {phase: [s[i] for s in sent if s[i]] for i, phase in enumerate(("forward", "backward"))}
+    return "; ".join(f"{phase}: {' + '.join(names)}" for phase, names in phases.items() if names)
+
+
+def _prepared(name: str, plan: Plan) -> bool:
+    """A rule on a module around this one has brought the input into its layout already."""
+    return any(name.startswith(outer + ".") and rule.rule.style == "input" for outer, rule in plan.rules.items())
+
+
+def folded(rows: Iterable[Row]) -> list[Row]:
+    """Rows that differ only in a layer's number, as one row that names the range."""
+    groups: dict[tuple, list[tuple[int, Row]]] = {}
+    for row in rows:
+        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", row.fqn)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.fqn, count=1)
+        key = (pattern, row.rule, row.placement, row.local_shape, row.collectives)
+        groups.setdefault(key, []).append((int(numbers[0]) if numbers else -1, row))
+    out = []
+    for (pattern, *_), members in groups.items():
+        numbers = [number for number, _ in members]
+        row = members[0][1]
+        fqn = row.fqn if len(members) == 1 else pattern.replace("*", f"{{{min(numbers)}-{max(numbers)}}}", 1)
+        out.append(Row(fqn, row.rule, row.placement, row.local_shape, row.collectives))
+    return out
+
+
+def plan_text(model: nn.Module, plan: Plan) -> str:
+    """The whole table as text, with the parameter count, what stays whole, and what the data axes send."""
+    rows = folded(plan_rows(model, plan))
+    header = ("FQN", "rule", "placement", "local shape", "collectives over tp")
+    cells = [
+        (r.fqn, r.rule, r.placement, "" if r.local_shape is None else "x".join(map(str, r.local_shape)) or "1", r.collectives)
+        for r in rows
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [header, *cells]]
+    lines.insert(1, "-" * max(map(len, lines)))
+    total = sum(p.numel() for p in model.parameters())
+    lines += ["", f"parameters: {total:,}"]
+    if plan.sizes.tp > 1:
+        whole = folded(Row(name, "", "", None, "") for name in plan.whole)
+        count = sum(dict(model.named_parameters())[name].numel() for name in plan.whole)
+        lines.append(f"left whole on every tp rank: {count:,} ({', '.join(row.fqn for row in whole) or 'none'})")
+        lines.append("loss: " + ("on vocabulary shards" if plan.loss_parallel else "on whole logits"))
+    lines += _data_lines(plan)
+    return "\n".join(lines) + "\n"
+
+
+def _data_lines(plan: Plan) -> list[str]:
+    sizes, lines = plan.sizes, []
+    units = f"{len(plan.blocks)} blocks and the rest of the model"
+    if sizes.dp_shard > 1:
+        lines.append(
+            f"over dp_shard={sizes.dp_shard}: {units} are all-gathered in forward and backward, "
+            "their gradients reduce-scattered"
+        )
+    if sizes.dp_replicate > 1:
+        lines.append(f"over dp_replicate={sizes.dp_replicate}: gradients of {units} are all-reduced")
+    return lines

@@ -1,0 +1,72 @@
+"""Initial weights that depend on the seed and the parameter's name, never on the mesh."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Move a model off the meta device and draw every weight: each rank fills its own shards, nothing is sent.
+
+    Raises:
+        ValueError: for a module with parameters and no `reset_parameters`.
+    """
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter, full in draw_all(model, seed):
+            if isinstance(parameter, DTensor):
+                moved = full.to(parameter.to_local().device, parameter.dtype)
+                shard = distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.to_local().copy_(shard.to_local())
+            else:
+                parameter.copy_(full)
+            del name
+    reset_buffers(model)
+
+
+def draw_all(model: nn.Module, seed: int):  # noqa: ANN201
+    """(name, parameter, its whole initial value on the CPU) for every parameter, one at a time."""
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{key}" if prefix else key
+            yield name, parameter, draw(module, key, name, seed)
+
+
+def draw(module: nn.Module, key: str, name: str, seed: int) -> Tensor:
+    """The whole initial value of one parameter, float32, from a generator seeded by (seed, name).
+
+    A stand-in for the module, with whole parameters on the CPU, is given to the module's own
+    `reset_parameters`, so a model says how it starts in the way that torch's layers do.
+    """
+    if not hasattr(module, "reset_parameters"):
+        raise ValueError(
+            f"{name}: {type(module).__name__} has parameters and no reset_parameters; write one that draws them"
+        )
+    stand_in = copy.copy(module)
+    stand_in._parameters = {
+        other: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=torch.float32), requires_grad=False)
+        for other, p in module._parameters.items()
+    }
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
+        stand_in.reset_parameters()  # type: ignore[operator]
+    drawn = stand_in._parameters[key]
+    assert drawn is not None
+    return drawn.data
+
+
+def reset_buffers(model: nn.Module) -> None:
+    """Fill every buffer again: `to_empty` left them unset."""
+    for name, module in model.named_modules():
+        if hasattr(module, "reset_buffers"):
+            module.reset_buffers()
+        elif any(True for _ in module.buffers(recurse=False)):
+            raise ValueError(
+                f"{name or type(module).__name__}: has buffers and no reset_buffers; write one that fills them"
+            )

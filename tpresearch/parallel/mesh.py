@@ -1,0 +1,76 @@
+"""The device mesh of a job, and sums over some of its axes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from tpresearch.config.mesh import AXES, MeshSizes
+
+DATA_AXES = ("dp_replicate", "dp_shard")
+
+
+def build_mesh(sizes: MeshSizes, device_type: str) -> DeviceMesh:
+    """A mesh of all three axes, the size-1 ones too, so that each can be asked for by name."""
+    return init_device_mesh(device_type, tuple(getattr(sizes, axis) for axis in AXES), mesh_dim_names=AXES)
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """What `fully_shard` works over: (dp_replicate, dp_shard), or dp_shard alone where nothing is replicated."""
+    return mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh[DATA_AXES]
+
+
+def data_rank(mesh: DeviceMesh) -> int:
+    """Which part of the global batch this rank reads; the same along tp."""
+    replica, shard = (mesh.get_local_rank(axis) for axis in DATA_AXES)
+    return replica * mesh["dp_shard"].size() + shard
+
+
+def sum_over(mesh: DeviceMesh, values: Tensor, axes: tuple[str, ...]) -> Tensor:
+    """`values` summed, in place, over the ranks that differ along `axes`. Axes of size 1 send nothing."""
+    for axis in axes:
+        if mesh[axis].size() > 1:
+            dist.all_reduce(values, group=mesh.get_group(axis))
+    return values
+
+
+def global_norm(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
+    """The 2-norm of all gradients of the whole model, the same number on every rank.
+
+    Each gradient is a DTensor sharded over some axes and replicated over the others. Squares are summed
+    locally by the set of axes they are sharded over, then over one axis after another, so that a part that an
+    axis replicates is counted once. Sends one all-reduce of a few numbers an axis that shards something.
+
+    Returns: a scalar in at least float32, on the gradients' device.
+    """
+    squares: dict[frozenset[str], Tensor] = {}
+    for gradient in gradients:
+        local, axes = local_shard(gradient)
+        square = torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32)).square()
+        squares[axes] = squares[axes] + square if axes in squares else square
+    for axis in reversed(AXES):
+        split = [axes for axes in squares if axis in axes]
+        if not split:
+            continue
+        summed = sum_over(mesh, torch.stack([squares.pop(axes) for axes in split]), (axis,))
+        for axes, value in zip(split, summed, strict=True):
+            rest = axes - {axis}
+            squares[rest] = squares[rest] + value if rest in squares else value
+    return squares[frozenset()].sqrt()
+
+
+def local_shard(tensor: Tensor) -> tuple[Tensor, frozenset[str]]:
+    """This rank's part of a tensor, and the mesh axes of more than one rank that it is sharded over."""
+    if not isinstance(tensor, DTensor):
+        return tensor, frozenset()
+    names = tensor.device_mesh.mesh_dim_names or ()
+    sizes = tensor.device_mesh.shape
+    axes = (
+        name
+        for name, size, placement in zip(names, sizes, tensor.placements, strict=True)
+        if size > 1 and not placement.is_replicate()  # FSDP's strided shards answer False to is_shard()
+    )
+    return tensor.to_local(), frozenset(axes)

@@ -1,0 +1,187 @@
+"""The plan compiler: named rules against a meta-device model, judged before any rank exists.
+
+It expands each rule to the modules it matches, refuses what cannot work, and says what each parameter
+becomes and what each module sends.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.mesh import MeshSizes
+from tpresearch.config.schema import DataPlan, ModelConfig, ParallelConfig
+from tpresearch.parallel.rules import Compiled, compile_rule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done to a model: rules by module name, and the blocks that are wrapped."""
+
+    rules: dict[str, Compiled]
+    """Module name -> the rule on it."""
+    blocks: list[str]
+    """Module names: the units of FSDP, checkpointing and compile."""
+    whole: list[str]
+    """Parameters that the tensor plan leaves whole on every tp rank."""
+    sizes: MeshSizes
+    loss_parallel: bool
+    """The logits reach the loss sharded over the vocabulary."""
+
+
+def matching(pattern: str, names: list[str]) -> list[str]:
+    """The names that a wildcard pattern matches, part by part between the dots (as parallelize_module does)."""
+    parts = pattern.split(".")
+    return [
+        name
+        for name in names
+        if len(split := name.split(".")) == len(parts)
+        and all(fnmatch.fnmatchcase(part, wanted) for part, wanted in zip(split, parts, strict=True))
+    ]
+
+
+def compile_plan(
+    model: nn.Module, config: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, seq_len: int
+) -> Plan:
+    """Judge a plan against the model it is for.
+
+    Args:
+        model: on the meta device, whole. config: its config, plans included.
+        parallel: the choice of plan. sizes: ranks along each axis. seq_len: tokens a row.
+
+    Raises:
+        ConfigError: rules that match nothing, overlap or cannot be read; sizes that tp does not divide.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    blocks = _blocks(config, names)
+    rules: dict[str, Compiled] = {}
+    if parallel.tensor:
+        if parallel.tensor not in config.plans:
+            raise ConfigError(
+                "parallel", parallel.name, f"model {config.name} has no sharding plan named {parallel.tensor}",
+                f"a plan of its own in conf/plan; it has: {', '.join(config.plans) or 'none'}",
+            )  # fmt: skip
+        compiled = [
+            compile_rule(parallel.tensor, name, rule, parallel.loss_parallel)
+            for name, rule in config.plans[parallel.tensor].items()
+        ]
+        rules = _expand(compiled, names)
+        _check_kinds(model, rules)
+        _check_divisible(model, config, parallel, rules, sizes, seq_len)
+    sharded = {
+        f"{name}.{parameter}"
+        for name, rule in rules.items()
+        for parameter in _split_parameters(model.get_submodule(name), rule)
+    }
+    whole = [name for name, _ in model.named_parameters() if name not in sharded]
+    active = rules if sizes.tp > 1 else {}
+    return Plan(active, blocks, whole, sizes, any(rule.vocab_parallel for rule in active.values()))
+
+
+def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
+    found = []
+    for pattern in config.blocks:
+        matched = matching(pattern, names)
+        if not matched:
+            raise ConfigError(
+                "model.blocks", pattern, "matches no module", "such as " + ", ".join(nearest(pattern, names))
+            )
+        found += matched
+    return found
+
+
+def _expand(compiled: list[Compiled], names: list[str]) -> dict[str, Compiled]:
+    found: dict[str, Compiled] = {}
+    for rule in compiled:
+        matched = matching(rule.rule.match, names)
+        if not matched:
+            raise ConfigError(
+                f"{rule.where}.match", rule.rule.match, "matches no module",
+                "such as " + ", ".join(nearest(rule.rule.match, names)),
+            )  # fmt: skip
+        for name in matched:
+            if name in found:
+                raise ConfigError(
+                    f"{rule.where}.match", rule.rule.match, f"module {name} has the rule {found[name].name} already",
+                    f"one rule a module: narrow {found[name].name} or {rule.name}",
+                )  # fmt: skip
+            found[name] = rule
+    return dict(sorted(found.items(), key=lambda item: names.index(item[0])))
+
+
+def _check_kinds(model: nn.Module, rules: dict[str, Compiled]) -> None:
+    for name, rule in rules.items():
+        module = model.get_submodule(name)
+        if rule.rule.style in ("colwise", "rowwise") and rule.weight_dim(module) is None:
+            raise ConfigError(
+                f"{rule.where}.style", rule.rule.style, f"module {name} is a {type(module).__name__}",
+                "colwise and rowwise split nn.Linear and nn.Embedding; sequence, input and output fit any module",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A count that tp has to divide."""
+
+    what: str
+    count: int
+    why: str
+
+
+def _check_divisible(
+    model: nn.Module, config: ModelConfig, parallel: ParallelConfig, rules: dict[str, Compiled], sizes: MeshSizes, seq_len: int
+) -> None:  # fmt: skip
+    cuts = _cuts(model, config, rules, seq_len)
+    wrong = next((cut for cut in cuts if cut.count % sizes.tp), None)
+    if wrong is None:
+        return
+    common = math.gcd(*(cut.count for cut in cuts))
+    legal = [t for t in range(1, common + 1) if common % t == 0]
+    fits = [t for t in legal if sizes.world % t == 0]
+    alone = parallel.data is DataPlan.none
+    raise ConfigError(
+        "mesh.tp", sizes.tp, f"does not divide {wrong.what}={wrong.count} ({wrong.why})",
+        f"legal for this model: {_few(legal)}",
+        fix={} if alone else {"mesh.tp": fits[-1], "mesh.dp_shard": None, "mesh.dp_replicate": None},
+        nproc=max(t for t in legal if t <= sizes.tp) if alone else None,
+    )  # fmt: skip
+
+
+def _few(numbers: list[int]) -> str:
+    return " ".join(map(str, numbers if len(numbers) <= 8 else [*numbers[:8], "..."]))
+
+
+def _cuts(model: nn.Module, config: ModelConfig, rules: dict[str, Compiled], seq_len: int) -> list[_Cut]:
+    """Every count that is split over tp, but for the vocabulary: DTensor pads that one."""
+    cuts: dict[str, _Cut] = {}
+    for name, rule in rules.items():
+        for unit in rule.rule.units:
+            if unit not in config.args:
+                raise ConfigError(
+                    f"{rule.where}.units", unit, "no such model setting",
+                    "one of " + ", ".join(nearest(unit, [k for k, v in config.args.items() if isinstance(v, int)])),
+                )  # fmt: skip
+            if config.args[unit] is not None:
+                cuts.setdefault(unit, _Cut(f"model.{unit}", int(config.args[unit]), f"rule {rule.name} splits it"))
+        module = model.get_submodule(name)
+        dim = rule.weight_dim(module)
+        is_vocabulary = rule.rule.dst == "logits" or (isinstance(module, nn.Embedding) and dim == 0)
+        if dim is not None and not is_vocabulary:
+            weight = module.get_parameter("weight")
+            cut = _Cut(f"{name}.weight.shape[{dim}]", weight.shape[dim], f"rule {rule.name} splits it {rule.label}")
+            cuts.setdefault(f"{rule.name} {weight.shape[dim]}", cut)
+        if rule.splits_sequence:
+            cuts.setdefault("seq_len", _Cut("data.seq_len", seq_len, f"rule {rule.name} splits the sequence"))
+    return list(cuts.values())
+
+
+def _split_parameters(module: nn.Module, rule: Compiled) -> list[str]:
+    """The parameters of a module that its rule shards: both of colwise, the weight alone of rowwise."""
+    if rule.weight_dim(module) is None:
+        return []
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    return own if rule.rule.style == "colwise" else [name for name in own if name == "weight"]

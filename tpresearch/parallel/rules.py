@@ -1,0 +1,150 @@
+"""A sharding rule: the layouts it names, what it does to a weight, what it sends, and the ParallelStyle that does it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.utils import get_class
+from torch import nn
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+)
+
+from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.schema import Rule
+
+SEQUENCE_DIM = 1
+"""Activations are [b, s, h]."""
+
+Layouts = tuple[Placement | None, ...]
+
+
+@dataclass(frozen=True)
+class Style:
+    """What one of the five styles of a rule means."""
+
+    shards: dict[type[nn.Module], int]
+    """The dim of a weight that is split, for each kind of layer that the style can split."""
+    default_src: Placement | None
+    default_dst: Placement | None
+    build: Callable[[Layouts, Layouts, bool], ParallelStyle]
+    """(src, dst, whether the output is handed on as a plain tensor) -> torch's style."""
+
+
+STYLES: dict[str, Style] = {
+    # Weights are [out, in]: splitting the columns of the tutorial's B in A = XB is splitting dim 0 here.
+    "colwise": Style(
+        {nn.Linear: 0, nn.Embedding: 1}, Replicate(), Shard(-1),
+        lambda src, dst, local: ColwiseParallel(input_layouts=src[0], output_layouts=dst[0], use_local_output=local),
+    ),
+    "rowwise": Style(
+        {nn.Linear: 1, nn.Embedding: 0}, Shard(-1), Replicate(),
+        lambda src, dst, local: RowwiseParallel(input_layouts=src[0], output_layouts=dst[0], use_local_output=local),
+    ),
+    "sequence": Style({}, Shard(SEQUENCE_DIM), Shard(SEQUENCE_DIM), lambda src, dst, local: SequenceParallel(sequence_dim=src[0].dim)),
+    "input": Style({}, None, None, lambda src, dst, local: PrepareModuleInput(input_layouts=src, desired_input_layouts=dst)),
+    "output": Style({}, None, None, lambda src, dst, local: PrepareModuleOutput(output_layouts=src, desired_output_layouts=dst)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One rule with its layouts read: ready to be put on the modules it matches."""
+
+    name: str
+    where: str
+    """Its config key, for messages: model.plans.<plan>.<name>."""
+    rule: Rule
+    src: Layouts
+    dst: Layouts
+    vocab_parallel: bool
+    """The output are logits that stay sharded over the vocabulary."""
+
+    @property
+    def label(self) -> str:
+        return self.rule.style or str(self.rule.target).rsplit(".", 1)[-1]
+
+    @property
+    def splits_sequence(self) -> bool:
+        """An activation is split along the sequence on its way in or out."""
+        return Shard(SEQUENCE_DIM) in (*self.src, *self.dst)
+
+    def weight_dim(self, module: nn.Module) -> int | None:
+        """The dim of `module.weight` that is split, or None where the weight stays whole."""
+        shards = STYLES[self.rule.style].shards if self.rule.style else {}
+        return next((dim for kind, dim in shards.items() if isinstance(module, kind)), None)
+
+    def style(self) -> ParallelStyle:
+        """The ParallelStyle that torch's parallelize_module takes."""
+        if self.rule.target:
+            return instantiate({"_target_": self.rule.target, **self.rule.args})
+        assert self.rule.style
+        return STYLES[self.rule.style].build(self.src, self.dst, not self.vocab_parallel)
+
+
+def compile_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Compiled:
+    """Read a rule's style and layouts.
+
+    Raises:
+        ConfigError: an unknown style, layout or import path, or a rule that lacks what its style needs.
+    """
+    where = f"model.plans.{plan}.{name}"
+    if rule.target:
+        _check_target(where, rule.target)
+        return Compiled(name, where, rule, (), (), False)
+    if rule.style not in STYLES:
+        raise ConfigError(
+            f"{where}.style", rule.style, "no such style", "one of " + ", ".join(nearest(str(rule.style), STYLES))
+        )
+    style = STYLES[rule.style]
+    src = _layouts(f"{where}.src", rule.src, style.default_src, loss_parallel)
+    dst = _layouts(f"{where}.dst", rule.dst, style.default_dst, loss_parallel)
+    if rule.style in ("input", "output") and (len(src) != len(dst) or None in (rule.src, rule.dst)):
+        raise ConfigError(
+            where, f"{rule.src} -> {rule.dst}", f"style {rule.style} turns each src layout into a dst layout",
+            "src and dst lists of one length, null for a tensor left alone",
+        )  # fmt: skip
+    return Compiled(name, where, rule, src, dst, rule.dst == "logits" and loss_parallel)
+
+
+def _layouts(where: str, given: Any, default: Placement | None, loss_parallel: bool) -> Layouts:
+    if given is None:
+        return (default,)
+    return tuple(_layout(where, item, loss_parallel) for item in (given if isinstance(given, list) else [given]))
+
+
+def _layout(where: str, text: Any, loss_parallel: bool) -> Placement | None:
+    if text is None:
+        return None
+    if text == "logits":
+        return Shard(-1) if loss_parallel else Replicate()
+    if text == "replicate":
+        return Replicate()
+    if match := re.fullmatch(r"shard:(-?\d+)", str(text)):
+        return Shard(int(match[1]))
+    raise ConfigError(where, text, "no such layout", "replicate, shard:N, logits or null")
+
+
+def _check_target(where: str, target: str) -> None:
+    try:
+        found = get_class(target)
+    except Exception as error:  # an import runs the user's own code, which may raise anything
+        raise ConfigError(f"{where}._target_", target, f"cannot be imported ({error})", "the path of a class") from error
+    if not issubclass(found, ParallelStyle):
+        raise ConfigError(f"{where}._target_", target, "not a ParallelStyle", "a subclass of torch's ParallelStyle")
+
+
+def instantiate(spec: dict[str, Any]) -> Any:
+    """Call what a config names: the one door to Hydra's `instantiate`, whose safety argument changes in 1.4."""
+    import hydra.utils
+
+    return hydra.utils.instantiate(spec, _convert_="all")

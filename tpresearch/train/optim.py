@@ -1,0 +1,55 @@
+"""The optimizer, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from tpresearch.config.schema import OptimizerConfig, OptimizerName, ScheduleConfig, ScheduleName
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD over the sharded parameters; weight decay on matrices only.
+
+    One group for each mesh that parameters live on, since torch's fused and foreach updates take no mixture.
+    """
+    groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((mesh, parameter.dim() >= 2), []).append(parameter)
+    param_groups = [
+        {"params": parameters, "weight_decay": config.weight_decay if is_matrix else 0.0}
+        for (_, is_matrix), parameters in groups.items()
+    ]
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if config.name is OptimizerName.sgd:
+        return torch.optim.SGD(param_groups, lr=config.lr, momentum=config.momentum, fused=on_cuda or None)
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(param_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=on_cuda or None)
+
+
+def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) -> float:
+    """The learning rate of step `step`, counted from 0, of `total`.
+
+    Linear warmup to `peak`, then: constant; half a cosine to min_lr_ratio (SGDR, arXiv 1608.03983);
+    or level until the last decay_ratio of all steps and then linear to min_lr_ratio (arXiv 2405.18392).
+    """
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    floor = schedule.min_lr_ratio
+    if schedule.name is ScheduleName.cosine:
+        done = (step - schedule.warmup_steps) / max(total - schedule.warmup_steps, 1)
+        return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+    if schedule.name is ScheduleName.wsd:
+        decay = max(round(total * schedule.decay_ratio), 1)
+        left = (total - step) / decay
+        return peak * (floor + (1 - floor) * min(left, 1.0))
+    return peak
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,83 @@
+"""One optimizer step: gradients of the global batch, their norm, clipping, update. The same for every plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from tpresearch.parallel.mesh import global_norm
+from tpresearch.train.loss import loss_context, summed_cross_entropy
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Marks a part of the step (forward, loss, backward, clip, optimizer) for whoever counts what it sends."""
+
+
+def unmarked(phase: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def accumulate_gradients(
+    model: nn.Module, micro_batches: Iterable[Tensor], tokens: int, vocab_parallel: bool, mark: Phase = unmarked
+) -> Tensor:
+    """Add the gradient of (summed loss / `tokens`) to every parameter.
+
+    Args:
+        micro_batches: this data-parallel rank's rows, each [b, s + 1] int64: inputs and, shifted by one, targets.
+        tokens: valid targets in the whole global batch, over all ranks and micro-batches.
+        vocab_parallel: the logits come sharded over the vocabulary.
+
+    Returns: this data-parallel rank's share of the loss, a detached scalar; the shares sum to the global loss.
+    """
+    micro_batches = list(micro_batches)
+    share = torch.zeros((), dtype=torch.float64 if _is_float64(model) else torch.float32, device=micro_batches[0].device)
+    for index, rows in enumerate(micro_batches):
+        if isinstance(model, FSDPModule):  # replicas are summed once, after the last micro-batch
+            model.set_requires_all_reduce(index == len(micro_batches) - 1)
+        with loss_context(vocab_parallel):
+            with mark("forward"):
+                logits = model(rows[:, :-1])
+            with mark("loss"):
+                loss = summed_cross_entropy(logits, rows[:, 1:]) / tokens
+            del logits
+            with mark("backward"):
+                loss.backward()
+        share += loss.detach()
+    return share
+
+
+def _is_float64(model: nn.Module) -> bool:
+    return next(model.parameters()).dtype == torch.float64
+
+
+def reduce_partial_gradients(model: nn.Module) -> None:
+    """Sum, once, gradients that are still partial sums over an axis, such as those of norms under sequence parallelism.
+
+    FSDP does it while it reduces; an optimizer that met one would sum it anew at each use.
+    """
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+            if gradient.placements != parameter.placements:
+                parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
+def clip_gradients(model: nn.Module, mesh: DeviceMesh, greatest: float | None) -> Tensor:
+    """Scale all gradients by min(1, greatest / norm), without waiting for the device; None scales nothing.
+
+    Returns: the global norm before clipping, the same scalar on every rank.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = global_norm(gradients, mesh)
+    if greatest is not None:
+        scale = (greatest / (norm + 1e-6)).clamp(max=1.0)
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        for same_dtype in {g.dtype for g in local}:
+            chosen = [g for g in local if g.dtype == same_dtype]
+            torch._foreach_mul_(chosen, scale.to(chosen[0].device, same_dtype))
+    return norm
