@@ -1,0 +1,42 @@
+"""Corpus -> tokenizer -> packed Arrow rows -> deterministic batches.
+
+Names are imported when first used: a missing path is refused before torch, datasets or tokenizers are loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tpresearch.data.batches import Batches, eval_batches
+    from tpresearch.data.check import check_data
+    from tpresearch.data.packed import PackedCorpus, check_enough_rows
+    from tpresearch.data.pipeline import prepare
+    from tpresearch.data.tokenizer import tokenizer_size
+
+__all__ = [
+    "Batches",
+    "PackedCorpus",
+    "check_data",
+    "check_enough_rows",
+    "eval_batches",
+    "prepare",
+    "tokenizer_size",
+]
+
+_HOME = {
+    "Batches": "batches",
+    "PackedCorpus": "packed",
+    "check_data": "check",
+    "check_enough_rows": "packed",
+    "eval_batches": "batches",
+    "prepare": "pipeline",
+    "tokenizer_size": "tokenizer",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

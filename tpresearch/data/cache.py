@@ -1,0 +1,150 @@
+"""Folders that are built once per host, appear whole or not at all, and are rebuilt when found damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tpresearch.config.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Meta = dict[str, Any]
+META = "meta.json"
+SAMPLES, SAMPLE_BYTES = 64, 1 << 20
+
+
+class Damaged(Exception):
+    """A cached folder that is there and cannot be trusted; the message says which file and how."""
+
+
+def build_once(folder: Path, build: Callable[[Path], Meta]) -> Meta:
+    """The meta.json of `folder`, which `build` fills if it is not there or damaged.
+
+    May be called by any number of processes at once: one builds, under a file lock, and the others wait.
+    `build` writes into a folder of another name, that is renamed when it is complete, and returns what
+    meta.json should say.
+
+    Raises:
+        ConfigError: naming data.cache_dir, where the disk is full.
+    """
+    try:
+        if (meta := read_intact(folder)) is not None:
+            return meta
+    except Damaged:
+        pass  # said below, by the one process that mends it
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(_lock_of(folder)):
+        try:
+            if (meta := read_intact(folder)) is not None:
+                return meta
+        except Damaged as damage:
+            log.warning("%s is damaged (%s): building it again", folder, damage)
+            shutil.rmtree(folder)
+        _remove_leftovers(folder)
+        growing = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        growing.mkdir()
+        try:
+            meta = _seal(growing, build(growing))
+            growing.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ConfigError(
+                "data.cache_dir", folder.parent.parent, "no space left", "a disk with room"
+            ) from error
+        finally:
+            shutil.rmtree(growing, ignore_errors=True)
+    return meta
+
+
+def read_intact(folder: Path) -> Meta | None:
+    """The folder's meta.json; None where there is no such folder.
+
+    Compares every file's size, and a CRC-32 of 64 samples of a megabyte, which is all of a file up to 64 MiB:
+    under 0.1 s whatever the size of the corpus. A flipped bit between the samples of a larger file goes
+    unseen.
+
+    Raises:
+        Damaged: naming the first file that is missing or differs.
+    """
+    if not folder.is_dir():
+        return None
+    try:
+        meta: Meta = json.loads((folder / META).read_bytes())
+        sealed = meta.pop("checksum")
+        files = meta["files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{META}: {type(error).__name__}: {error}") from None
+    if sealed != _crc_of_meta(meta):
+        raise Damaged(f"{META}: its checksum differs")
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise Damaged(f"{name}: missing")
+        if (size := path.stat().st_size) != expected["bytes"]:
+            raise Damaged(f"{name}: {size} bytes instead of {expected['bytes']}")
+        if checksum(path) != expected["crc32"]:
+            raise Damaged(f"{name}: its checksum differs")
+    return meta
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of 64 evenly spaced megabytes of a file, of all of it up to 64 MiB."""
+    size, crc = path.stat().st_size, 0
+    last = max(size - SAMPLE_BYTES, 0)
+    samples = min(SAMPLES, -(-size // SAMPLE_BYTES))
+    with path.open("rb") as file:
+        for sample in range(samples):
+            whole = size <= SAMPLES * SAMPLE_BYTES
+            file.seek(sample * SAMPLE_BYTES if whole else sample * last // (SAMPLES - 1))
+            crc = zlib.crc32(file.read(SAMPLE_BYTES), crc)
+    return crc
+
+
+def _seal(folder: Path, meta: Meta) -> Meta:
+    """Write meta.json: what was built, the size and checksum of each file, and its own checksum."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)}
+        for path in files
+    }
+    meta = {**meta, "files": sizes}
+    sealed = json.dumps({**meta, "checksum": _crc_of_meta(meta)}, indent=2)
+    (folder / META).write_text(sealed + "\n")
+    return meta
+
+
+def _crc_of_meta(meta: Meta) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left beside `folder`, whose lock we hold: nobody holds theirs."""
+    for leftover in _leftovers(folder.parent):
+        owner = folder.with_name(leftover.name[1:].rsplit(".", 2)[0])
+        if owner == folder:
+            shutil.rmtree(leftover, ignore_errors=True)
+            continue
+        try:
+            with FileLock(_lock_of(owner), timeout=0):
+                shutil.rmtree(leftover, ignore_errors=True)
+        except Timeout:
+            continue  # still being built
+
+
+def _leftovers(parent: Path) -> Iterator[Path]:
+    return parent.glob(".*.tmp")
