@@ -8,7 +8,7 @@ from pathlib import Path
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
 from tpresearch.data.documents import READERS
-from tpresearch.data.files import EMBEDDED, expand, named, python_files
+from tpresearch.data.files import EMBEDDED, expand, looks_like_hub_id, named, python_files
 
 PEEKED_FILES = 16
 BYTES_AND_EOS = 257
@@ -93,8 +93,6 @@ def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
 
 
 def _check_hub_path(data: DataConfig) -> None:
-    from tpresearch.data.tokenizer import looks_like_hub_id
-
     legal = "a hub id such as roneneldan/TinyStories, or a local folder of data files"
     if not isinstance(data.path, str) or not data.path:
         raise ConfigError("data.path", data.path, "no data set is named", legal, EMBEDDED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import re
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,11 @@ def named(files: list[Path]) -> list[tuple[str, Path]]:
     absolute = [Path(os.path.abspath(file)) for file in files]
     root = os.path.commonpath([file.parent for file in absolute])
     return [(file.relative_to(root).as_posix(), file) for file in absolute]
+
+
+def looks_like_hub_id(path: str) -> bool:
+    """Whether a path that is not there could be `name` or `owner/name` on the Hugging Face hub."""
+    name = r"[A-Za-z0-9][\w.-]*"
+    return bool(re.fullmatch(rf"{name}(/{name})?", path)) and not path.endswith(
+        (".json", ".jsonl", ".parquet")
+    )

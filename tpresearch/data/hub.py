@@ -27,6 +27,7 @@ from tpresearch.data.files import EMBEDDED
 log = logging.getLogger(__name__)
 
 LEGAL = "a hub id such as roneneldan/TinyStories, or a local folder of data files"
+TOKENIZER_FILES = ["tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "config.json"]
 PROBE_SECONDS = 3.0
 
 
@@ -95,9 +96,9 @@ def _records(data: DataConfig, local: Path | None) -> Iterator[dict[str, Any]]:
 def _hub_hash(data: DataConfig) -> str:
     builder = _builder(data)
     # Once downloaded, the library names its folder by the revision, and finds it again without a network.
-    identity = f"{builder.name}:{builder.config.name}:{builder.config.version}:{builder.hash}"
+    revision = "/".join(Path(builder.cache_dir).parts[-4:])  # data set, configuration, version, commit
     arguments = f"{data.path}:{data.name}:{data.split}:{data.text_field}"
-    return hashlib.blake2b(f"hf:{identity}:{arguments}".encode(), digest_size=HASH_BYTES).hexdigest()
+    return hashlib.blake2b(f"hf:{revision}:{arguments}".encode(), digest_size=HASH_BYTES).hexdigest()
 
 
 def _builder(data: DataConfig) -> Any:
@@ -111,10 +112,33 @@ def _builder(data: DataConfig) -> Any:
 
 
 def _refusal(data: DataConfig, error: Exception) -> ConfigError:
-    why = f"could not be loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    if said.startswith(("Bad split", "Unknown split")):
+        return ConfigError("data.split", data.split, said, "a split of that data set")
+    if "config" in said.lower() and isinstance(error, ValueError):
+        return ConfigError("data.name", data.name, said, "a configuration of that data set")
     if not Path(str(data.path)).expanduser().exists() and not offline_unless_reachable():
-        why = f"is neither a local folder nor in the datasets cache, and {_endpoint()} cannot be reached"
-    return ConfigError("data.path", data.path, why, LEGAL, EMBEDDED)
+        said = f"{_endpoint()} cannot be reached, and neither a local folder nor the datasets cache has it"
+    return ConfigError("data.path", data.path, said, LEGAL, EMBEDDED)
+
+
+def download_tokenizer(name: str, legal: str) -> Path:
+    """The folder of a tokenizer's files, from the hub or from what was downloaded before.
+
+    Raises:
+        ConfigError: where there is no such name, or no network.
+    """
+    reached = offline_unless_reachable()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
+    except Exception as error:  # a dozen kinds, by what the network did
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        why = said if reached else f"{_endpoint()} cannot be reached, and there is no such file here"
+        raise ConfigError(
+            "tokenizer.path", name, why, legal, {"tokenizer": "bpe", "tokenizer.path": None}
+        ) from None
 
 
 @lru_cache
@@ -129,7 +153,7 @@ def offline_unless_reachable() -> bool:
         port = address.port or (80 if address.scheme == "http" else 443)
         socket.create_connection((address.hostname or "", port), timeout=PROBE_SECONDS).close()
     except OSError as error:
-        log.warning("%s cannot be reached (%s): using cached files only", _endpoint(), error)
+        log.info("%s cannot be reached (%s): using cached files only", _endpoint(), error)
         # Both libraries read the variable once, when imported, which may have happened.
         os.environ["HF_HUB_OFFLINE"] = "1"
         import datasets.config

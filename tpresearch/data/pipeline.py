@@ -21,7 +21,7 @@ from tpresearch.data.cache import Meta, build_once
 from tpresearch.data.corpus import Corpus, open_corpus
 from tpresearch.data.packed import PackedCorpus, write_rows
 from tpresearch.data.progress import stage
-from tpresearch.data.split import Split, choose_split
+from tpresearch.data.split import choose_split
 from tpresearch.data.streams import read_stream, write_streams
 from tpresearch.data.tokenizer import Tokenizer, byte_level, load_hf, train_bpe
 
@@ -97,7 +97,7 @@ class _Preparation:
     def _tokenize(self, growing: Path) -> Meta:
         tokenizer = self.foreign or self._bpe()
         text = self._split()
-        with stage("tokenizing", self._total_bytes(self.data.max_tokens), self.progress) as advance:
+        with stage("tokenizing", self._total_bytes(), self.progress) as advance:
             counts = write_streams(growing, text, tokenizer, self.data.max_tokens, advance)
         if counts["train"]["tokens"] == 0:
             raise ConfigError(
@@ -133,7 +133,7 @@ class _Preparation:
                 remaining -= len(train)
 
         what = f"learning a BPE of {self.vocab_size:,} entries"
-        with stage(what, self._total_bytes(self.data.max_tokens), self.progress) as advance:
+        with stage(what, self._total_bytes(), self.progress) as advance:
             tokenizer = train_bpe(texts(budget), self.vocab_size)
         if tokenizer.size < self.vocab_size:
             log.warning(
@@ -144,16 +144,19 @@ class _Preparation:
 
     def _split(self) -> Iterator[tuple[str, str]]:
         """Each document as (train text, held-out text), in order."""
-        split: Split = choose_split(self.corpus.documents(), self.data.held_out_every)
+        split = choose_split(self.corpus.documents(), self.data.held_out_every, self._asked_bytes())
         return (split(document) for document in self.corpus.documents())
 
     def _learn_from_bytes(self) -> int:
         """No more text than will be read anyway, so that streaming fetches little twice."""
-        asked = self.data.max_tokens
-        return LEARN_FROM_BYTES if asked is None else min(LEARN_FROM_BYTES, asked * BYTES_PER_TOKEN)
+        return min(LEARN_FROM_BYTES, self._asked_bytes() or LEARN_FROM_BYTES)
 
-    def _total_bytes(self, max_tokens: int | None) -> int | None:
-        limits = [self.corpus.size_bytes, max_tokens and max_tokens * BYTES_PER_TOKEN]
+    def _asked_bytes(self) -> int | None:
+        """About the text that makes data.max_tokens."""
+        return self.data.max_tokens and self.data.max_tokens * BYTES_PER_TOKEN
+
+    def _total_bytes(self) -> int | None:
+        limits = [self.corpus.size_bytes, self._asked_bytes()]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _folder(self, kind: str, key: str) -> Path:

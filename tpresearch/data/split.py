@@ -19,15 +19,19 @@ def is_held_out(name: str, every: int) -> bool:
     return int(hashlib.sha1(name.encode()).hexdigest(), 16) % every == 0
 
 
-def choose_split(documents: Iterable[Document], every: int) -> Split:
-    """How a corpus is split, judged by its first `5 * every` documents.
+def choose_split(documents: Iterable[Document], every: int, chars: int | None = None) -> Split:
+    """How a corpus is split, judged by its first `5 * every` documents or first `chars` of text.
 
     Whole documents are held out where sha1(name) % every == 0. A corpus with fewer documents than that (a
     single text file, say), or whose first ones would all fall on one side, gives the last 1/every of each
     document instead.
     """
     enough = DOCUMENTS_PER_HELD_OUT * every
-    held_out = [is_held_out(document.name, every) for document in islice(documents, enough)]
+    held_out: list[bool] = []
+    for document in islice(documents, enough):
+        held_out.append(is_held_out(document.name, every))
+        if chars is not None and (chars := chars - len(document.text)) <= 0:
+            break
     if len(held_out) == enough and 0 < sum(held_out) < enough:
         return lambda document: by_name(document, every)
     return lambda document: by_tail(document, every)

@@ -16,10 +16,12 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.data.files import looks_like_hub_id
 
 EOS = "<|endoftext|>"
 COMMON_EOS = ("</s>", EOS, "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
 LEGAL_PATH = "a tokenizer.json, a folder that holds one, or a name on the hub"
+OWN_BPE: dict[str, object] = {"tokenizer": "bpe", "tokenizer.path": None}
 
 # A tokenizer has as many threads as there are texts to encode at once, so long ones are cut.
 # Before an ASCII blank that follows something else, no byte-level BPE word can span the cut: the ids stay the
@@ -96,22 +98,24 @@ def byte_level(backend: HfTokenizer) -> Tokenizer:
 def load_hf(path: str) -> Tokenizer:
     """A Hugging Face tokenizer: a tokenizer.json, a folder, or a hub id. Its code is never run.
 
+    The end-of-text token is the one that tokenizer_config.json names, or else one that goes by a common name.
+
     Raises:
         ConfigError: for a path that holds no tokenizer, or a tokenizer without an end-of-text token.
     """
-    backend, settings = _backend(path), _settings(path)
+    file = _tokenizer_file(path)
+    backend = _backend(path, file)
+    settings = _settings(file.parent)
     stated = settings.get("eos_token")
     stated = stated.get("content") if isinstance(stated, dict) else stated
     candidates = [stated] if stated else COMMON_EOS
     eos_id = next((found for eos in candidates if (found := backend.token_to_id(eos)) is not None), None)
     if eos_id is None:
-        raise ConfigError(
-            "tokenizer.path",
-            path,
-            "this tokenizer has no end-of-text token",
-            f"one whose tokenizer_config.json names its eos_token, or that has one of {' '.join(COMMON_EOS)}",
-            {"tokenizer": "bpe", "tokenizer.path": None},
+        why = "this tokenizer has no end-of-text token"
+        legal = (
+            f"one whose tokenizer_config.json names its eos_token, or that has one of {' '.join(COMMON_EOS)}"
         )
+        raise ConfigError("tokenizer.path", path, why, legal, OWN_BPE)
     return Tokenizer(backend, eos_id)
 
 
@@ -121,7 +125,7 @@ def tokenizer_size(path: str) -> int:
     Raises:
         ConfigError: for a path that holds no tokenizer.
     """
-    return entries(_backend(path))
+    return entries(_backend(path, _tokenizer_file(path)))
 
 
 def entries(backend: HfTokenizer) -> int:
@@ -129,60 +133,51 @@ def entries(backend: HfTokenizer) -> int:
     return max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)  # ids may have gaps
 
 
-def _backend(path: str) -> HfTokenizer:
+def _tokenizer_file(path: str) -> Path:
+    """Where the tokenizer.json of a path is, or would be if its folder had one; hub ids are downloaded."""
     local = Path(path).expanduser()
-    file = local / "tokenizer.json" if local.is_dir() else local
-    if file.is_file():
-        try:
-            return HfTokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exceptions
-            why = f"not a tokenizer.json: {str(error).splitlines()[0]}"
-            raise ConfigError("tokenizer.path", path, why, LEGAL_PATH) from None
-    if not local.is_dir() and not looks_like_hub_id(path):
-        raise ConfigError("tokenizer.path", path, "there is no such file", LEGAL_PATH, {"tokenizer": "bpe"})
-    return _through_transformers(path, is_folder=local.is_dir())
+    if local.is_file():
+        return local
+    if not local.is_dir():
+        if not looks_like_hub_id(path):
+            raise ConfigError("tokenizer.path", path, "there is no such file", LEGAL_PATH, OWN_BPE)
+        from tpresearch.data.hub import download_tokenizer
+
+        local = download_tokenizer(path, LEGAL_PATH)
+    return local / "tokenizer.json"
 
 
-def looks_like_hub_id(path: str) -> bool:
-    """Whether a path that is not there could be `owner/name` on the hub."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)) and not path.endswith(
-        (".json", ".model")
-    )
+def _backend(path: str, file: Path) -> HfTokenizer:
+    try:
+        return HfTokenizer.from_file(str(file)) if file.is_file() else _converted(path, file.parent)
+    except ConfigError:
+        raise
+    except Exception as error:  # both libraries raise a dozen kinds, bare Exceptions among them
+        why = f"no tokenizer could be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        raise ConfigError("tokenizer.path", path, why, LEGAL_PATH, OWN_BPE) from None
 
 
-def _through_transformers(path: str, is_folder: bool) -> HfTokenizer:
-    """What has no tokenizer.json at hand: older formats are converted, and hub ids are downloaded."""
+def _converted(path: str, folder: Path) -> HfTokenizer:
+    """The tokenizer of a folder without tokenizer.json, in one of the older formats."""
     try:
         from transformers import AutoTokenizer
     except ImportError:
         why = "holds no tokenizer.json, and transformers, which could convert it, is not installed"
-        raise ConfigError(
-            "tokenizer.path", path, why, "pip install 'tpresearch[hf]', or a tokenizer.json"
-        ) from None
-    if not is_folder:
-        from tpresearch.data.hub import offline_unless_reachable
-
-        offline_unless_reachable()
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # a dozen kinds, by format and by what the network did
-        why = f"no tokenizer could be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ConfigError("tokenizer.path", path, why, LEGAL_PATH, {"tokenizer": "bpe"}) from None
+        legal = "a tokenizer.json, or pip install 'tpresearch[hf]'"
+        raise ConfigError("tokenizer.path", path, why, legal, OWN_BPE) from None
+    loaded: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not getattr(loaded, "is_fast", False):
-        raise ConfigError("tokenizer.path", path, "exists in Python only, too slow for a corpus", LEGAL_PATH)
-    return loaded.backend_tokenizer
+        raise ConfigError(
+            "tokenizer.path", path, "exists in Python only, too slow for a corpus", LEGAL_PATH, OWN_BPE
+        )
+    backend: HfTokenizer = loaded.backend_tokenizer
+    return backend
 
 
-def _settings(path: str) -> dict[str, Any]:
-    """tokenizer_config.json from beside the tokenizer, or an empty dict."""
-    local = Path(path).expanduser()
-    if not local.exists():
-        from transformers import AutoTokenizer
-
-        return {"eos_token": AutoTokenizer.from_pretrained(path, trust_remote_code=False).eos_token}
-    file = (local if local.is_dir() else local.parent) / "tokenizer_config.json"
+def _settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json of the folder, or an empty dict."""
     try:
-        settings = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError:
-        settings = {}
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return {}
     return settings if isinstance(settings, dict) else {}
