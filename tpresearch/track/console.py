@@ -13,7 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from tpresearch.track.names import Row
-from tpresearch.track.shown import bytes_text, count_text, duration_text, loss_text, path_text, share_text
+from tpresearch.track.shown import (
+    UNDEFINED,
+    bytes_text,
+    count_text,
+    duration_text,
+    loss_text,
+    path_text,
+    share_text,
+)
 
 PLAIN_INTERVAL_S = 2.0
 """Between two lines where the output is not a terminal."""
@@ -133,26 +141,20 @@ def report(
 
 
 def _results(summary: Mapping[str, Any], unigram_entropy: float | None) -> list[tuple[str, str]]:
-    held_out = loss_text(summary["val/loss"])
-    if unigram_entropy is not None:
-        held_out += f" (unigram entropy {loss_text(unigram_entropy)})"
-    speed = f"{count_text(summary['perf/tokens_per_second'])} tok/s, median after warm-up"
-    if summary["perf/tokens_per_second"] is None:
-        speed += ": the run did not outlast it (train.warmup_log_steps)"
+    tokens, ranks = count_text(summary["tokens"]), summary["world_size"]
+    beside = "" if unigram_entropy is None else f" (unigram entropy {loss_text(unigram_entropy)})"
+    speed, mfu = summary["perf/tokens_per_second"], summary["perf/mfu"]
+    too_short = f"{UNDEFINED} (no step after train.warmup_log_steps)"
     rows = [
-        (
-            "steps",
-            f"{summary['steps']} ({count_text(summary['tokens'])} tokens, {summary['world_size']} ranks)",
-        ),
+        ("steps", f"{summary['steps']} ({tokens} tokens, {ranks} rank{'s' if ranks > 1 else ''})"),
         ("final loss", loss_text(summary["train/loss"])),
-        ("held-out loss", held_out),
-        ("speed", speed),
+        ("held-out loss", loss_text(summary["val/loss"]) + beside),
+        ("speed", too_short if speed is None else f"{count_text(speed)} tok/s"),
+        ("MFU", f"{share_text(mfu)} (6N + 12Lhs)"),
         ("peak memory", bytes_text(summary["memory/peak_bytes"])),
-        ("sent a step", f"{bytes_text(summary['comm/bytes_per_step'])} by rank 0"),
+        ("sent a step by rank 0", bytes_text(summary["comm/bytes_per_step"])),
     ]
-    if summary["perf/mfu"] is not None:
-        rows.insert(4, ("MFU", f"{share_text(summary['perf/mfu'])} (6N + 12Lhs)"))
-    return rows
+    return [row for row in rows if row[0] != "MFU" or mfu is not None]
 
 
 def _next_commands(run: str) -> list[tuple[str, str]]:

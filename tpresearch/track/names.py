@@ -55,10 +55,11 @@ def complete_row(values: Mapping[str, SupportsFloat | None]) -> Row:
             raise KeyError(
                 f"{name} is logged but not declared; add it to METRICS in tpresearch/track/names.py"
             )
-    return {name: _finite(values.get(name)) for name in NAMES}
+    return {name: finite(values.get(name)) for name in NAMES}
 
 
-def _finite(value: SupportsFloat | None) -> int | float | None:
+def finite(value: SupportsFloat | None) -> int | float | None:
+    """A figure that JSON can hold: None for NaN and infinity, which are no measurements."""
     if value is None or isinstance(value, int):
         return value
     number = float(value)

@@ -17,6 +17,7 @@ from rich.console import Console
 from tpresearch.config import Config
 from tpresearch.track import record
 from tpresearch.track.console import ProgressLine, report
+from tpresearch.track.names import finite
 from tpresearch.track.run_name import run_name
 from tpresearch.track.secrets import refuse_secrets
 from tpresearch.track.wandb_run import WandbRun
@@ -131,7 +132,10 @@ class Tracker:
         self._ended = True
         self._progress.stop()
         self._metrics.close()
-        whole = self._summary(status, error) | dict(summary or {})
+        whole = self._summary(status, error) | {
+            key: finite(value) if isinstance(value, float) else value
+            for key, value in (summary or {}).items()
+        }
         try:
             record.write_summary(self._run_dir, whole)
         finally:

@@ -1,41 +1,35 @@
 """One run in Weights & Biases, of which training never waits long and never dies.
 
 The client's `init` blocks while the host is silent, its `finish` once the host has gone away. Here every
-call is bounded and caught, and whatever was not sent lies on disk for `wandb sync`. A trouble is said once,
-in one line.
+call is bounded and caught, and a trouble is said once, in one line. Whatever was not sent lies on disk for
+`wandb sync`; metrics.jsonl has every row in any case.
 """
 
 from __future__ import annotations
 
 import logging
-import netrc
 import os
-import socket
-import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
-from tpresearch.config.schema import LoggerConfig, WandbMode
+from tpresearch.config.schema import LoggerConfig
 from tpresearch.track.names import X_AXIS, Row
 from tpresearch.track.shown import path_text
+from tpresearch.track.wandb_host import Mode, choose_mode
 
 if TYPE_CHECKING:
     import wandb
 
-Mode = Literal["online", "offline", "disabled"]
-
 log = logging.getLogger(__name__)
 
-PROBE_S = 2.0
-"""Longest wait for the host to accept a connection."""
 SETTINGS: dict[str, Any] = {
-    "init_timeout": 15,  # seconds; a host that accepts connections and then says nothing useful
-    "finish_timeout": 30,  # seconds for the upload of what is left
+    "init_timeout": 15,  # seconds, for a host that accepts connections and then says nothing useful
+    "finish_timeout": 30,  # seconds, for the upload of what is left
     "finish_timeout_raises": True,
+    "x_transaction_log_flush_interval": 1,  # seconds; 15 by default, all lost with a killed client
     "console": "off",
     "disable_git": True,
     "save_code": False,
@@ -45,13 +39,14 @@ SETTINGS: dict[str, Any] = {
 
 
 class WandbRun:
-    """An open run of the real client. Made by `start`; close it with `finish`."""
+    """An open run of the real client. Made by `start`; closed by `finish`."""
 
     def __init__(self, run: wandb.Run) -> None:
         self._run = run
-        self._ails: str | None = None
+        self._trouble: str | None = None
         self.id: str = run.id
         self.url: str | None = run.url
+        """The run's page; None offline."""
         self.folder = Path(run.settings.sync_dir)
 
     @classmethod
@@ -67,140 +62,109 @@ class WandbRun:
     ) -> Self | None:
         """Open a run, online where that is wanted and possible, else offline.
 
-        The run's id is kept in `<run_dir>/wandb/id`; a run folder that has one continues that run.
+        Its id is kept in `<run_dir>/wandb/id`: a run folder that has one continues that run.
 
         Returns:
-            None where W&B is switched off (WANDB_MODE=disabled), or neither way works.
+            None where W&B is switched off (WANDB_MODE=disabled), or cannot even run offline.
         """
-        kept_id = run_dir / "wandb" / "id"
-        folder = Path(logger.dir).expanduser() if logger.dir else run_dir
+        about = {
+            "project": logger.project,
+            "entity": logger.entity,
+            "group": group,
+            "job_type": logger.job_type,
+            "name": name,
+            "tags": list(tags),
+            "config": dict(config),
+            "dir": str(Path(logger.dir).expanduser() if logger.dir else run_dir),
+        }
         try:
-            import wandb
-
-            settings = {
-                key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ
-            }
-            wandb.setup(wandb.Settings(**settings))
-            mode = _mode(logger.mode, wandb.setup().settings)
-            if mode == "disabled":
-                return None
-            kept_id.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            run_id = kept_id.read_text().strip() if kept_id.exists() else uuid4().hex[:8]
+            mode = choose_mode(logger.mode, _set_up())
         except Exception as error:
-            log.warning("W&B: off, it does not start: %s", _line(error))
+            log.warning("W&B: off, for the client does not start: %s", _line(error))
             return None
-        attempts: list[Mode] = ["online", "offline"] if mode == "online" else ["offline"]
-        for attempt in attempts:
+        attempts: dict[Mode, list[Mode]] = {
+            "online": ["online", "offline"],
+            "offline": ["offline"],
+            "disabled": [],
+        }
+        for attempt in attempts[mode]:
             try:
-                wandb.setup(wandb.Settings(**settings))
-                run = wandb.init(
-                    mode=attempt,
-                    id=run_id,
-                    resume="allow",
-                    dir=str(folder),
-                    project=logger.project,
-                    entity=logger.entity,
-                    group=group,
-                    job_type=logger.job_type,
-                    name=name,
-                    tags=list(tags),
-                    config=dict(config),
-                )
-                # Rows are never given W&B's own step: it drops those below a resumed step without a word.
-                run.define_metric("*", step_metric=X_AXIS)
-                kept_id.write_text(run.id + "\n")
-                opened = cls(run)
+                return cls._open(attempt, run_dir / "wandb" / "id", about)
             except Exception as error:
-                log.warning("W&B: %s failed: %s", attempt, _line(error))
-                with suppress(Exception):  # or the id counts as in use at the next attempt
-                    wandb.teardown(exit_code=0)
-            else:
-                if opened.url:
-                    log.info("W&B: %s", opened.url)
-                return opened
+                log.warning("W&B: %s is not to be had: %s", attempt, _line(error))
+                _tear_down()  # or the id counts as in use at the next attempt
         return None
+
+    @classmethod
+    def _open(cls, mode: Mode, kept_id: Path, about: dict[str, Any]) -> Self:
+        import wandb
+
+        _set_up()
+        kept_id.parent.mkdir(parents=True, exist_ok=True)
+        Path(about["dir"]).mkdir(parents=True, exist_ok=True)  # the client takes a temporary one otherwise
+        run_id = kept_id.read_text().strip() if kept_id.exists() else uuid4().hex[:8]
+        run = wandb.init(mode=mode, id=run_id, resume="allow", **about)
+        kept_id.write_text(f"{run.id}\n")
+        # Rows are never given W&B's own step: it drops those below a resumed one without a word.
+        run.define_metric("*", step_metric=X_AXIS)
+        opened = cls(run)
+        if opened.url:
+            log.info("W&B: %s", opened.url)
+        return opened
 
     def log(self, row: Row) -> None:
         """Hand over one row; None where a metric is undefined, as in metrics.jsonl."""
         try:
             self._run.log(dict(row))
         except Exception as error:
-            self._trouble(error)
+            self._note(error)
 
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
-        """Set the summary's figures and close the run, after at most `finish_timeout` seconds."""
+        """Set the summary's figures and close the run, in at most `finish_timeout` seconds."""
         try:
             self._run.summary.update(dict(summary))
             if preempted:
                 self._run.mark_preempting()
         except Exception as error:
-            self._trouble(error)
+            self._note(error)
         try:
             self._run.finish(exit_code=exit_code)
         except Exception as error:
-            self._trouble(error)
-        import wandb
-
-        with suppress(Exception):  # so that nothing is left for the client's hook at the interpreter's exit
-            wandb.teardown(exit_code=exit_code)
+            self._note(error)
+        _tear_down(
+            exit_code
+        )  # so that the client's own hook at the interpreter's exit has nothing to wait for
 
     def where(self) -> str:
         """Where to look: the run's page, or the command that uploads it."""
-        return self.url if self.url and not self._ails else f"wandb sync {path_text(self.folder)}"
+        if self.url and not self._trouble:
+            return self.url
+        return f"wandb sync {'--include-online ' if self.url else ''}{path_text(self.folder)}"
 
-    def _trouble(self, error: Exception) -> None:
-        if self._ails is None:
-            log.warning(
-                "W&B: %s; what it did not take is on disk: wandb sync %s",
-                _line(error),
-                path_text(self.folder),
-            )
-        self._ails = _line(error)
+    def _note(self, error: Exception) -> None:
+        if self._trouble is None:
+            self._trouble = _line(error)
+            log.warning("W&B: %s; metrics.jsonl has every row all the same", self._trouble)
 
 
-def _mode(wanted: WandbMode, settings: wandb.Settings) -> Mode:
-    """online, offline or disabled: the config's wish, then the environment's, then what can work."""
-    if wanted is WandbMode.offline:
-        return "offline"
-    if wanted is WandbMode.auto and settings.mode in ("offline", "dryrun"):
-        log.info("W&B: offline, as WANDB_MODE asks")
-        return "offline"
-    if wanted is WandbMode.auto and settings.mode == "disabled":
-        log.info("W&B: off, as WANDB_MODE asks")
-        return "disabled"
-    if not has_key(settings):
-        log.warning("W&B: offline, for there is no API key; `wandb login` or WANDB_API_KEY gives one")
-        return "offline"
-    if not answers(settings.base_url):
-        log.warning("W&B: offline, for %s does not answer", settings.base_url)
-        return "offline"
-    return "online"
+def _set_up() -> wandb.Settings:
+    """Make the client's settings ours as far as its version knows them; what they have come to be."""
+    import wandb
+
+    known = wandb.Settings.model_fields
+    ours = {
+        key: value
+        for key, value in SETTINGS.items()
+        if key in known and f"WANDB_{key.upper()}" not in os.environ
+    }
+    return wandb.setup(wandb.Settings(**ours)).settings
 
 
-def has_key(settings: wandb.Settings) -> bool:
-    """Whether the client would find credentials: in its settings, the environment or the netrc file."""
-    if settings.api_key or settings.identity_token_file:
-        return True
-    try:
-        accounts = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser())
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return accounts.authenticators(urlsplit(settings.base_url).netloc) is not None
+def _tear_down(exit_code: int = 0) -> None:
+    import wandb
 
-
-def answers(url: str, timeout_s: float = PROBE_S) -> bool:
-    """Whether something accepts a TCP connection at the URL's host, or at the proxy that leads there."""
-    target = urlsplit(url)
-    proxy = urllib.request.getproxies().get(target.scheme)
-    if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
-        target = urlsplit(proxy)
-    port = target.port or (443 if target.scheme == "https" else 80)
-    try:
-        socket.create_connection((target.hostname or "", port), timeout_s).close()
-    except OSError:
-        return False
-    return True
+    with suppress(Exception):
+        wandb.teardown(exit_code=exit_code)
 
 
 def _line(error: Exception) -> str:

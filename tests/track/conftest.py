@@ -1,0 +1,72 @@
+"""A config, a run of a few steps, and a machine on which no one has an account."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_run import FACTS, STEPS
+from fake_wandb import FakeWandb
+from rich.console import Console
+
+from tpresearch.config.compose import as_dict
+from tpresearch.config.schema import Config, DataPlan, ModelConfig, ParallelConfig, Rule, TensorPlan
+from tpresearch.track import Tracker
+
+
+@pytest.fixture(autouse=True)
+def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No W&B account of whoever runs the tests is seen, and waits are short."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "2")
+    yield
+    import wandb
+
+    wandb.teardown(exit_code=0)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
+    with FakeWandb() as fake:
+        for name, value in fake.env().items():
+            monkeypatch.setenv(name, value)
+        yield fake
+
+
+@pytest.fixture
+def cfg() -> Config:
+    rule = Rule(match="layers.*.attention.w[qkv]", style="colwise", units=["n_heads"])
+    model = ModelConfig(
+        "llama2_tiny", "tpresearch.models.llama2.Llama2", {"dim": 256}, ["layers.*"], {"sp": {"qkv": rule}}
+    )
+    return Config(model=model, parallel=ParallelConfig("fsdp_tp", TensorPlan.sp, DataPlan.fsdp))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def track(cfg: Config, run_dir: Path) -> Callable[..., Tracker]:
+    """Makes the tracker of a run of `STEPS` steps that prints to memory."""
+
+    def make(**options: Any) -> Tracker:
+        console = Console(file=io.StringIO(), width=120)
+        return Tracker(
+            cfg, as_dict(cfg), run_dir, FACTS, STEPS, console=console, plan="the plan\n", **options
+        )
+
+    return make

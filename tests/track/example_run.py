@@ -1,0 +1,54 @@
+"""A run of eight steps: what the loop knows of it and logs."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from tpresearch.track import RunFacts, Tracker
+
+STEPS = 8
+FACTS = RunFacts(
+    world_size=4,
+    mesh={"dp_replicate": 1, "dp_shard": 2, "tp": 2},
+    parameters=18_089_216,
+    device="cpu",
+    corpus_hash="c0ffee",
+    unigram_entropy=6.71,
+)
+
+
+def row(step: int, **changes: float | None) -> dict[str, float | None]:
+    """A row as the loop logs it: on a CPU, so with no MFU; evaluated at every fourth step."""
+    values = {
+        "train/step": step,
+        "train/tokens": step * 3072,
+        "train/loss": 8.25 - step / 16,
+        "train/grad_norm": 1.5,
+        "train/lr": 0.003,
+        "val/loss": 7.5 if step % 4 == 0 else None,
+        "perf/step_time_s": 9.0 if step <= 5 else 0.5 + step / 100,
+        "perf/tokens_per_second": 300.0 if step <= 5 else 6000.0 + step,
+        "perf/tokens_per_second_per_device": 75.0 if step <= 5 else 1500.0 + step,
+        "time/data_s": 0.001,
+        "memory/peak_bytes": 1_000_000 + step,
+        "comm/bytes_per_step": 12_345_678,
+    }
+    return values | changes
+
+
+def log_steps(tracker: Tracker, first: int = 1, last: int = STEPS) -> None:
+    for step in range(first, last + 1):
+        tracker.log(row(step))
+
+
+def train(
+    tracker: Tracker, first: int = 1, last: int = STEPS, ending: BaseException | signal.Signals | None = None
+) -> None:
+    """A training loop that ends by itself, by an exception or by a signal."""
+    with tracker:
+        log_steps(tracker, first, last)
+        if isinstance(ending, signal.Signals):
+            os.kill(os.getpid(), ending)
+        elif ending is not None:
+            raise ending

@@ -1,0 +1,137 @@
+"""What a person reads: human units, one line at a time, and a report that says where things are."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from example_run import row
+from rich.console import Console
+
+from tpresearch.track.console import ProgressLine, report
+from tpresearch.track.names import complete_row
+from tpresearch.track.record import headline
+from tpresearch.track.shown import bytes_text, count_text, duration_text, loss_text, path_text, share_text
+
+
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [
+        (bytes_text(0), "0 B"),
+        (bytes_text(1536), "1.5 KiB"),
+        (bytes_text(1.2 * 2**30), "1.2 GiB"),
+        (bytes_text(1000 * 2**20), "1.0 GiB"),
+        (bytes_text(139 * 2**30), "139 GiB"),
+        (bytes_text(None), "–"),
+        (count_text(34_512), "34.5k"),
+        (count_text(999.7), "1k"),
+        (count_text(18_089_216), "18.1M"),
+        (count_text(7), "7"),
+        (duration_text(83.4), "1:23"),
+        (duration_text(3723), "1:02:03"),
+        (duration_text(0.2), "0:00"),
+        (loss_text(6.12345), "6.123"),
+        (loss_text(0.00123), "0.00123"),
+        (share_text(0.4712), "47.1%"),
+        (share_text(None), "–"),
+    ],
+)
+def test_units(shown: str, text: str) -> None:
+    assert shown == text
+
+
+def test_a_path_is_shown_as_it_would_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert path_text(tmp_path / "outputs" / "a") == "outputs/a"
+    assert path_text(Path("outputs/a")) == "outputs/a"
+    assert path_text(Path("/elsewhere/a")) == "/elsewhere/a"
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_off_a_terminal_lines_are_two_seconds_apart_with_the_first_and_the_last() -> None:
+    out, clock = io.StringIO(), Clock()
+    line = ProgressLine(Console(file=out, width=200), total_steps=100, clock=clock)
+    for step in range(1, 101):
+        line.show(complete_row(row(step)))
+        clock.now += 0.1
+    line.stop()
+    printed = out.getvalue().splitlines()
+    assert [text.split("/")[0].split()[1] for text in printed] == ["1", "21", "41", "61", "81", "100"]
+    assert printed[0] == "step   1/100  loss 8.188  300 tok/s  977 KiB"
+    assert printed[1] == "step  21/100  loss 6.938  val 7.500  6.02k tok/s  977 KiB  0:08 left"
+    assert printed[-1].startswith("step 100/100  loss 2.000  val 7.500")
+
+
+def test_a_run_that_stops_early_still_prints_its_last_row_once() -> None:
+    out, clock = io.StringIO(), Clock()
+    line = ProgressLine(Console(file=out, width=200), total_steps=100, clock=clock)
+    for step in (1, 2, 3):
+        line.show(complete_row(row(step)))
+    line.stop()
+    line.stop()
+    assert [text.split("/")[0] for text in out.getvalue().splitlines()] == ["step   1", "step   3"]
+
+
+def test_on_a_terminal_one_line_lives() -> None:
+    out, clock = io.StringIO(), Clock()
+    line = ProgressLine(Console(file=out, width=120, force_terminal=True), total_steps=8, clock=clock)
+    for step in range(1, 6):
+        line.show(complete_row(row(step)))
+        clock.now += 20
+    line.stop()
+    last = out.getvalue().split("\x1b[2K")[-1]  # each drawing first erases the one before
+    for part in ("step 5/8", "loss 7.938", "val 7.500", "300 tok/s", "977 KiB", "1:00 left"):
+        assert part in last
+    assert out.getvalue().count("\n") == 1
+
+
+def test_the_report_tells_results_place_and_what_to_type_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [complete_row(row(step)) for step in range(1, 9)]
+    summary = {"run_name": "m/tp2", "status": "completed", "steps": 8, "tokens": 24_576, "world_size": 2}
+    summary |= headline(rows, warmup_steps=5)
+    out = io.StringIO()
+    report(
+        Console(file=out, width=120), summary, tmp_path / "outputs/r", "wandb sync outputs/r/wandb/x", 6.71
+    )
+    text = out.getvalue()
+    for part in (
+        "m/tp2: completed",
+        "8 (24.6k tokens, 2 ranks)",
+        "7.500 (unigram entropy 6.710)",
+        "6.01k tok/s",
+        "11.8 MiB",
+        "run    outputs/r\n",
+        "W&B    wandb sync outputs/r/wandb/x\n",
+        "python -m tpresearch.compare outputs/r ",
+    ):
+        assert part in text
+    assert "MFU" not in text  # undefined on a CPU
+    assert len([line for line in text.splitlines() if line.startswith("  python")]) == 3
+
+
+def test_the_report_of_a_failed_run_says_why_and_suggests_nothing(tmp_path: Path) -> None:
+    summary = {
+        "run_name": "m/tp2",
+        "status": "failed",
+        "error": "ValueError: no [luck]",
+        "steps": 0,
+        "tokens": 0,
+    }
+    out = io.StringIO()
+    report(Console(file=out, width=120), summary | {"world_size": 1} | headline([], 5), tmp_path, None)
+    assert "error  ValueError: no [luck]" in out.getvalue()
+    assert "next" not in out.getvalue()
+    assert "W&B" not in out.getvalue()

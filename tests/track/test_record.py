@@ -1,0 +1,100 @@
+"""The record on disk: complete rows, no invented figures, and nothing lost to a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from example_run import row
+
+from tpresearch.track.names import METRICS, NAMES, complete_row
+from tpresearch.track.record import MetricsFile, headline, read_metrics, write_summary
+
+PROMISED = {
+    "train/step",
+    "train/tokens",
+    "train/loss",
+    "train/grad_norm",
+    "train/lr",
+    "val/loss",
+    "perf/step_time_s",
+    "perf/tokens_per_second",
+    "perf/tokens_per_second_per_device",
+    "perf/mfu",
+    "time/data_s",
+    "memory/peak_bytes",
+    "comm/bytes_per_step",
+}
+
+
+def test_every_promised_metric_is_declared_once_with_a_meaning() -> None:
+    assert set(NAMES) >= PROMISED
+    assert len(set(NAMES)) == len(NAMES)
+    assert all(metric.meaning for metric in METRICS)
+
+
+def test_a_row_has_every_metric_and_null_for_what_is_undefined(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    metrics.append(row(1, **{"train/loss": float("nan"), "train/grad_norm": float("inf")}))
+    written = json.loads((tmp_path / "metrics.jsonl").read_text())  # before close: a killed run keeps it
+    assert tuple(written) == NAMES
+    undefined = {name for name, value in written.items() if value is None}
+    assert undefined == {"train/loss", "train/grad_norm", "val/loss", "perf/mfu", "perf/mfu_causal"}
+    assert written["train/tokens"] == 3072
+
+
+def test_an_undeclared_metric_is_refused_by_name() -> None:
+    with pytest.raises(KeyError, match=r"train/los is logged but not declared.*names\.py"):
+        complete_row({"train/los": 1.0})
+
+
+def test_a_resumed_run_appends_and_the_later_row_of_a_step_counts(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        first.append(row(step))
+    first.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])  # killed while it wrote step 3
+    second = MetricsFile(tmp_path)  # resumed from the checkpoint of step 1
+    for step in (2, 3, 4):
+        second.append(row(step, **{"train/loss": 100.0 + step}))
+    second.close()
+    assert [(r["train/step"], r["train/loss"]) for r in read_metrics(tmp_path)] == [
+        (1, 8.1875),
+        (2, 102.0),
+        (3, 103.0),
+        (4, 104.0),
+    ]
+
+
+def test_medians_leave_out_every_row_that_covers_a_warm_up_step() -> None:
+    rows = [complete_row(row(step)) for step in range(1, 9)]
+    figures = headline(rows, warmup_steps=5)
+    assert figures["perf/tokens_per_second"] == 6007.0  # of steps 6, 7 and 8
+    assert figures["perf/step_time_s"] == pytest.approx(0.57)
+    assert figures["perf/mfu"] is None
+    assert figures["train/loss"] == 7.75
+    assert figures["memory/peak_bytes"] == 1_000_008
+    every_fourth = [rows[3], rows[7]]  # step 8 stands for steps 5 to 8, and 5 is of the warm-up
+    assert headline(every_fourth, warmup_steps=5)["perf/tokens_per_second"] is None
+    assert headline(every_fourth, warmup_steps=4)["perf/tokens_per_second"] == 6008.0
+
+
+def test_a_resumed_run_tells_its_own_speed_and_the_last_evaluation_there_was() -> None:
+    rows = [complete_row(row(step)) for step in range(1, 7)]
+    figures = headline(rows, warmup_steps=1, start_step=4)
+    assert figures["perf/tokens_per_second"] == 6006.0  # of step 6: step 5 warmed up this process
+    assert figures["val/loss"] == 7.5  # of step 4
+
+
+def test_a_run_without_rows_has_no_figures() -> None:
+    assert set(headline([], warmup_steps=5).values()) == {None}
+
+
+def test_a_summary_is_whole_or_not_there(tmp_path: Path) -> None:
+    write_summary(tmp_path, {"status": "completed"})
+    with pytest.raises(ValueError, match="nan"):
+        write_summary(tmp_path, {"status": float("nan")})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "completed"}
+    assert [path.name for path in tmp_path.glob("*summary*")] == ["summary.json"]

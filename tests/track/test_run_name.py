@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+
+from tpresearch.config.schema import DataPlan, ParallelConfig, TensorPlan
+from tpresearch.track.run_name import run_name
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "sizes", "name"),
+    [
+        ("none", None, {}, "single"),
+        ("ddp", None, {"dp_replicate": 4}, "ddp4"),
+        ("none", "tp", {"tp": 4}, "tp4"),
+        ("none", "sp", {"tp": 4}, "sp4"),
+        ("fsdp", None, {"dp_shard": 4}, "fsdp4"),
+        ("fsdp", None, {}, "fsdp1"),
+        ("hsdp", None, {"dp_replicate": 2, "dp_shard": 2}, "hsdp2x2"),
+        ("fsdp", "sp", {"dp_replicate": 1, "dp_shard": 2, "tp": 2}, "fsdp2-tp2"),
+        ("hsdp", "sp", {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, "hsdp2x2-tp2"),
+    ],
+)
+def test_a_run_is_named_by_its_model_and_layout(
+    data: str, tensor: str | None, sizes: dict[str, int], name: str
+) -> None:
+    plan = ParallelConfig("any", TensorPlan(tensor) if tensor else None, DataPlan(data))
+    assert run_name("llama2_tiny", plan, sizes) == f"llama2_tiny/{name}"

@@ -1,0 +1,142 @@
+"""A run from its first row to its summary, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from example_run import STEPS, log_steps, row, train
+
+from tpresearch.config import Config
+from tpresearch.config.compose import as_dict
+from tpresearch.track import Preempted, Tracker
+from tpresearch.track.record import read_metrics, read_summary
+
+
+@pytest.fixture(autouse=True)
+def no_wandb(cfg: Config) -> None:
+    cfg.logger.wandb = False
+
+
+def test_a_completed_run_leaves_config_plan_rows_and_summary(
+    track: Callable[..., Tracker], cfg: Config, run_dir: Path
+) -> None:
+    train(track())
+    assert yaml.safe_load((run_dir / "config.yaml").read_text()) == as_dict(cfg)
+    assert (run_dir / "plan.txt").read_text() == "the plan\n"
+    assert [r["train/step"] for r in read_metrics(run_dir)] == list(range(1, STEPS + 1))
+    summary = read_summary(run_dir)
+    assert summary.pop("wall_time_s") > 0
+    assert summary == {
+        "status": "completed",
+        "run_name": "llama2_tiny/fsdp2-tp2",
+        "steps": 8,
+        "tokens": 24_576,
+        "world_size": 4,
+        "mesh": {"dp_replicate": 1, "dp_shard": 2, "tp": 2},
+        "model": "llama2_tiny",
+        "parallel": "fsdp_tp",
+        "parameters": 18_089_216,
+        "corpus_hash": "c0ffee",
+        "device": "cpu",
+        "dtype": "float32",
+        "unigram_entropy": 6.71,
+        "train/loss": 7.75,
+        "val/loss": 7.5,
+        "perf/step_time_s": pytest.approx(0.57),
+        "perf/tokens_per_second": 6007.0,
+        "perf/tokens_per_second_per_device": 1507.0,
+        "perf/mfu": None,
+        "perf/mfu_causal": None,
+        "memory/peak_bytes": 1_000_008,
+        "comm/bytes_per_step": 12_345_678,
+    }
+
+
+def test_an_exception_makes_it_failed_in_one_line_and_goes_on(
+    track: Callable[..., Tracker], run_dir: Path
+) -> None:
+    with pytest.raises(ValueError, match="no luck"):
+        train(track(), last=2, ending=ValueError("no luck\nand much more"))
+    summary = read_summary(run_dir)
+    assert (summary["status"], summary["error"]) == ("failed", "ValueError: no luck")
+    assert (summary["steps"], summary["train/loss"]) == (2, 8.125)
+
+
+def test_ctrl_c_makes_it_preempted(track: Callable[..., Tracker], run_dir: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(track(), last=3, ending=signal.SIGINT)
+    summary = read_summary(run_dir)
+    assert (summary["status"], summary["error"], summary["steps"]) == ("preempted", "KeyboardInterrupt", 3)
+
+
+def test_sigterm_makes_it_preempted_with_the_exit_code_of_one(
+    track: Callable[..., Tracker], run_dir: Path
+) -> None:
+    with pytest.raises(Preempted) as stopped:
+        train(track(), last=3, ending=signal.SIGTERM)
+    assert stopped.value.code == 143
+    summary = read_summary(run_dir)
+    assert (summary["status"], summary["error"], summary["steps"]) == ("preempted", "stopped by SIGTERM", 3)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_loop_that_stops_in_its_own_way_keeps_it(track: Callable[..., Tracker], run_dir: Path) -> None:
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: arrived.append(signum))
+    try:
+        with track() as tracker:
+            log_steps(tracker, last=4)
+            os.kill(os.getpid(), signal.SIGTERM)
+            tracker.finish(status="preempted", error="stopped by SIGTERM after step 4")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert arrived == [signal.SIGTERM]
+    summary = read_summary(run_dir)
+    assert (summary["status"], summary["error"]) == ("preempted", "stopped by SIGTERM after step 4")
+
+
+def test_the_callers_figures_go_before_those_of_the_rows(
+    track: Callable[..., Tracker], run_dir: Path
+) -> None:
+    with track() as tracker:
+        log_steps(tracker)
+        tracker.finish({"val/loss": 7.25, "train/loss": float("nan"), "parameters_active": 5})
+    summary = read_summary(run_dir)
+    assert (summary["val/loss"], summary["train/loss"], summary["parameters_active"]) == (7.25, None, 5)
+
+
+def test_a_name_of_ones_own_is_kept(track: Callable[..., Tracker], cfg: Config, run_dir: Path) -> None:
+    cfg.logger.name = "the good one"
+    with track():
+        pass
+    summary = read_summary(run_dir)
+    assert (summary["run_name"], summary["steps"], summary["tokens"]) == ("the good one", 0, 0)
+
+
+def test_a_config_with_a_credential_is_refused_before_a_file_is_written(
+    track: Callable[..., Tracker], cfg: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
+    monkeypatch.setenv(
+        "TOKENIZERS_PARALLELISM", "layers.*.attention.w[qkv]"
+    )  # a word of the config, no credential
+    track().finish()
+    cfg.model.args["extra"] = {"headers": ["Bearer hf_0123456789abcdef"]}
+    (run_dir / "config.yaml").unlink()
+    with pytest.raises(ValueError, match="holds the value of \\$HF_TOKEN") as refused:
+        track()
+    assert "hf_0123" not in str(refused.value)
+    assert not (run_dir / "config.yaml").exists()
+
+
+def test_a_row_is_on_disk_before_the_next_step(track: Callable[..., Tracker], run_dir: Path) -> None:
+    tracker = track()
+    tracker.log(row(1))
+    assert json.loads((run_dir / "metrics.jsonl").read_text())["train/step"] == 1
+    tracker.finish()
