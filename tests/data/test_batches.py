@@ -1,0 +1,88 @@
+"""Law 1: what a step reads depends on the seed and the step, and on nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tpresearch.data import Batches, eval_batches
+
+
+@pytest.fixture
+def rows() -> np.ndarray:
+    """100 rows of 5 tokens; row i starts with i."""
+    return (np.arange(100)[:, None] + 1000 * np.arange(5)).astype(np.uint16)
+
+
+def test_the_order_is_the_one_that_is_documented(rows: np.ndarray) -> None:
+    batches = Batches(rows, 24, seed=7)
+    epochs = [np.random.default_rng([7, epoch]).permutation(100) for epoch in range(3)]
+    order = np.concatenate(epochs)
+    for step in (0, 3, 4, 5, 9, 2):  # step 4 spans the end of epoch 0; going back must change nothing
+        np.testing.assert_array_equal(batches.rows_of(step), order[24 * step : 24 * (step + 1)])
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
+def test_every_dp_degree_reads_the_same_global_batch(rows: np.ndarray, dp_size: int) -> None:
+    for step in (0, 4, 41):
+        whole = Batches(rows, 24, seed=1).batch(step)
+        slices = [Batches(rows, 24, seed=1).batch(step, rank, dp_size) for rank in range(dp_size)]
+        assert {piece.shape for piece in slices} == {(24 // dp_size, 5)}
+        assert torch.equal(torch.cat(slices), whole)
+        assert whole.dtype == torch.int64
+        assert whole[:, 0].tolist() == Batches(rows, 24, seed=1).rows_of(step).tolist()
+
+
+def test_every_row_is_read_once_an_epoch_and_each_epoch_in_an_order_of_its_own(rows: np.ndarray) -> None:
+    batches = Batches(rows, 24, seed=0)
+    read = np.concatenate([batches.rows_of(step) for step in range(25)])  # 600 rows: exactly six epochs
+    epochs = read.reshape(6, 100)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(100))
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_another_seed_is_another_order(rows: np.ndarray) -> None:
+    assert Batches(rows, 24, seed=0).rows_of(0).tolist() != Batches(rows, 24, seed=1).rows_of(0).tolist()
+
+
+def test_a_batch_larger_than_the_corpus_takes_several_epochs(rows: np.ndarray) -> None:
+    counts = np.bincount(Batches(rows, 250, seed=0).rows_of(0), minlength=100)
+    assert counts.sum() == 250
+    assert set(counts) == {2, 3}
+
+
+def test_resuming_needs_only_the_step(rows: np.ndarray) -> None:
+    through = Batches(rows, 24, seed=3)
+    read = [through.batch(step) for step in range(12)]
+    resumed = Batches(rows, 24, seed=3)
+    for step in (7, 8, 9, 10, 11):
+        assert torch.equal(resumed.batch(step), read[step])
+
+
+def test_an_impossible_cut_is_refused(rows: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="24 rows cannot be cut into 5 slices"):
+        Batches(rows, 24, seed=0).batch(0, 0, 5)
+    with pytest.raises(ValueError, match="from 0 rows"):
+        Batches(rows[:0], 24, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "dp_size", "batch_size"), [(96, 1, 8), (96, 4, 8), (97, 3, 4), (5, 4, 8), (500, 2, 7)]
+)
+def test_every_evaluation_reads_the_same_rows_whatever_the_mesh(
+    rows: np.ndarray, count: int, dp_size: int, batch_size: int
+) -> None:
+    ranks = [list(eval_batches(rows, count, batch_size, rank, dp_size)) for rank in range(dp_size)]
+    assert len({len(batches) for batches in ranks}) == 1, (
+        "a rank that has no batch left would hang the others"
+    )
+    assert {batch.shape for batches in ranks for batch, _ in batches} == {(batch_size, 5)}
+    counted = [row for batches in ranks for batch, valid in batches for row in batch[:valid, 0].tolist()]
+    expected = min(count, 100)
+    assert sorted(counted) == [index * 100 // expected for index in range(expected)]
+
+
+def test_no_held_out_rows_give_no_batches(rows: np.ndarray) -> None:
+    assert list(eval_batches(rows[:0], 96, 8)) == []

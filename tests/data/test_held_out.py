@@ -1,0 +1,82 @@
+"""What is held out is decided by names, and never reaches the train split or the tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from tpresearch.config.schema import TokenizerConfig
+from tpresearch.data import prepare
+from tpresearch.data.documents import Document
+from tpresearch.data.split import by_tail, choose_split
+
+
+def sha1_rule(name: str, every: int) -> bool:
+    """The rule written out again, by the letter of the documentation."""
+    return int.from_bytes(hashlib.sha1(name.encode()).digest(), "big") % every == 0
+
+
+def test_whole_documents_are_held_out_by_the_hash_of_their_name(
+    texts: Path, configure, bpe: TokenizerConfig, decoded
+) -> None:
+    corpus = prepare(configure(f"{texts}/**/*.txt"), bpe)
+    names = {index: f"part{index % 2}/{index:03}.txt" for index in range(120)}
+    expected = {index for index, name in names.items() if sha1_rule(name, 20)}
+    assert 0 < len(expected) < 15
+    train, held_out = decoded(corpus, "train"), decoded(corpus, "held_out")
+    for index in names:
+        marker = f"w{index}x20 "
+        assert (marker in held_out, marker in train) == (index in expected, index not in expected)
+    assert corpus.meta["held_out"]["documents"] == len(expected)
+    assert corpus.meta["train"]["documents"] == 120 - len(expected)
+
+
+def test_the_tokenizer_learns_nothing_from_held_out_text(
+    texts: Path, configure, bpe: TokenizerConfig
+) -> None:
+    held_out = [file for file in texts.rglob("*.txt") if sha1_rule(file.relative_to(texts).as_posix(), 20)]
+    before = prepare(configure(f"{texts}/**/*.txt"), bpe)
+    for file in held_out:
+        file.write_text("qzqzqz " * 500)
+    after = prepare(configure(f"{texts}/**/*.txt"), bpe)
+    assert before.corpus_hash != after.corpus_hash
+    assert before.tokenizer_hash == after.tokenizer_hash
+    train_file = next(file for file in texts.rglob("*.txt") if file not in held_out)
+    train_file.write_text("qzqzqz " * 500)
+    assert prepare(configure(f"{texts}/**/*.txt"), bpe).tokenizer_hash != before.tokenizer_hash
+
+
+def test_one_file_gives_its_tail(tmp_path: Path, configure, bpe: TokenizerConfig, decoded) -> None:
+    lines = [f"line {number} of one long file\n" for number in range(1000)]
+    (tmp_path / "one.txt").write_text("".join(lines))
+    corpus = prepare(configure(str(tmp_path / "one.txt")), bpe)
+    train, held_out = decoded(corpus, "train"), decoded(corpus, "held_out")
+    assert train.startswith("".join(lines[:900]))
+    assert held_out.startswith("line ")
+    assert "line 995 " in held_out  # the last tokens fill no row
+    assert corpus.meta["held_out"]["bytes"] / sum(map(len, lines)) == pytest.approx(1 / 20, abs=0.002)
+    assert not set(held_out.split("\n")[:-1]) & set(train.split("\n"))
+
+
+@pytest.mark.parametrize("text", ["abcdefghij" * 10, "ab\ncd\n" * 50, "x" * 99 + "\n", "ä\n" * 40, "a", ""])
+def test_a_tail_and_its_head_are_the_text(text: str) -> None:
+    train, held_out = by_tail(Document("name", text), 20)
+    assert train + held_out == text
+    assert len(held_out) <= max(2 * len(text) // 20, 1)
+    assert len(held_out) >= len(text) // 20
+
+
+def test_few_documents_or_one_sided_names_give_tails() -> None:
+    names = [f"{number}.txt" for number in range(1000)]
+    inside = [name for name in names if not sha1_rule(name, 20)]
+    document = Document("0.txt", "a" * 100)
+    for few in (names[:99], inside[:100]):
+        train, held_out = choose_split([Document(name, "text") for name in few], 20)(document)
+        assert (len(train), len(held_out)) == (95, 5)
+    whole = choose_split([Document(name, "text") for name in names[:100]], 20)(document)
+    assert sorted(map(len, whole)) == [0, 100]
+    # 100 documents are there, and 30 will be read
+    train, held_out = choose_split([Document(name, "text") for name in names[:100]], 20, chars=120)(document)
+    assert (len(train), len(held_out)) == (95, 5)

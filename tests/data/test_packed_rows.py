@@ -1,0 +1,90 @@
+"""Rows on disk: exact, half the size where they can be, seen without a copy, readable by `datasets`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from tpresearch.config import ConfigError
+from tpresearch.config.schema import TokenizerConfig, TokenizerKind
+from tpresearch.data import check_enough_rows, prepare
+from tpresearch.data.packed import read_rows, token_dtype, write_rows
+from tpresearch.data.streams import unigram_entropy
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_rows_come_back_as_they_were_and_the_rest_is_dropped(tmp_path: Path, dtype: type) -> None:
+    tokens = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, 5003 * 7 + 3).astype(dtype)
+    assert write_rows(tmp_path / "train", tokens, 7) == 5003
+    rows = read_rows(tmp_path / "train")
+    assert rows.dtype == dtype
+    assert rows.shape == (5003, 7)  # more than the thousand rows a record batch of `datasets` holds
+    np.testing.assert_array_equal(rows.ravel(), tokens[: 5003 * 7])
+    assert not rows.flags.owndata
+    assert not rows.flags.writeable
+
+
+def test_datasets_reads_the_same_rows(tmp_path: Path) -> None:
+    from datasets import load_from_disk
+
+    tokens = np.arange(2500 * 9, dtype=np.uint16)
+    write_rows(tmp_path / "train", tokens, 9)
+    loaded = load_from_disk(str(tmp_path / "train"))
+    assert loaded.num_rows == 2500
+    assert loaded.features["input_ids"].length == 9
+    assert loaded.features["input_ids"].feature.dtype == "uint16"
+    np.testing.assert_array_equal(np.array(loaded["input_ids"][:]), tokens.reshape(2500, 9))
+    shuffled = loaded.shuffle(seed=0).with_format("numpy")[0]["input_ids"]
+    assert shuffled.tolist() in tokens.reshape(2500, 9).tolist()
+
+
+def test_no_rows_are_rows_too(tmp_path: Path) -> None:
+    assert write_rows(tmp_path / "train", np.arange(6, dtype=np.uint16), 7) == 0
+    assert read_rows(tmp_path / "train").shape == (0, 7)
+
+
+def test_two_bytes_reach_as_far_as_they_can() -> None:
+    assert [token_dtype(size).name for size in (257, 65_536, 65_537)] == ["uint16", "uint16", "uint32"]
+
+
+def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path, configure) -> None:
+    vocabulary = {f"t{number}": number for number in range(70_000)} | {"</s>": 70_000}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "large.json"))
+    (tmp_path / "text.txt").write_text(" ".join(f"t{number}" for number in range(69_000, 70_000)))
+    settings = TokenizerConfig(TokenizerKind.hf, vocab_size=70_001, path=str(tmp_path / "large.json"))
+    corpus = prepare(configure(str(tmp_path / "text.txt")), settings)
+    assert corpus.vocab_size == 70_001
+    assert corpus.train.dtype == np.uint32
+    np.testing.assert_array_equal(corpus.train.ravel()[:900], np.arange(69_000, 69_900))
+
+
+def test_unigram_entropy_is_that_of_the_formula() -> None:
+    entropy = unigram_entropy(np.array([1, 1, 2, 0]), np.array([0, 0, 1, 3]))
+    assert entropy["train"] == pytest.approx(1.5 * np.log(2))
+    assert entropy["held_out"] == pytest.approx(-(np.log(3 / 8) + 3 * np.log(1 / 8)) / 4)
+    assert unigram_entropy(np.array([1, 1]), np.array([0, 0]))["held_out"] is None
+
+
+def test_a_corpus_shorter_than_a_global_batch_is_refused(
+    texts: Path, configure, bpe: TokenizerConfig, caplog
+) -> None:
+    corpus = prepare(configure(f"{texts}/**/*.txt"), bpe)
+    rows = len(corpus.train)
+    check_enough_rows(corpus, rows)
+    with pytest.raises(ConfigError, match=f"has {rows} rows of 17 tokens") as few:
+        check_enough_rows(corpus, rows + 1)
+    assert (few.value.field, few.value.fix) == ("train.global_batch_size", {"train.global_batch_size": rows})
+    with caplog.at_level(logging.WARNING):
+        none = prepare(configure(f"{texts}/**/*.txt", seq_len=10**6), bpe)
+    assert "nothing to evaluate on" in caplog.text
+    with pytest.raises(ConfigError, match="fewer than one row of 1000001") as short:
+        check_enough_rows(none, 24)
+    fix = short.value.fix["data.seq_len"]
+    assert short.value.field == "data.seq_len"
+    check_enough_rows(prepare(configure(f"{texts}/**/*.txt", seq_len=fix), bpe), 24)

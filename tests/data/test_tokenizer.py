@@ -1,0 +1,152 @@
+"""Tokens stand for the text exactly, however it is cut, whatever is written in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import models, pre_tokenizers, processors
+
+from tpresearch.config import ConfigError
+from tpresearch.config.schema import TokenizerConfig, TokenizerKind
+from tpresearch.data import prepare, tokenizer_size
+from tpresearch.data.tokenizer import cut, load_hf, train_bpe
+
+HARD = (
+    "x = 'naïve'\r\n\tif  y:\n\n\n    pass # 数据🙂!!\n"
+    + "\x1c\x85\u2028 a\u00a0b\n"
+    + "don't <|endoftext|> stop  \n"
+)
+
+
+def wordlevel(folder: Path, words: list[str], **config: object) -> Path:
+    """A tokenizer.json of whole words, and a tokenizer_config.json if it says anything."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = HfTokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_text_comes_back_from_its_tokens() -> None:
+    tokenizer = train_bpe([HARD * 20], 300)
+    [ids] = tokenizer.encode([HARD])
+    assert tokenizer.decode(ids) == HARD
+    assert tokenizer.eos_id not in ids, "the marker written in a document is text, not its end"
+    assert tokenizer.size == 300
+    assert int(ids.max()) < 300
+
+
+def test_packed_rows_are_the_documents_end_to_end(
+    texts: Path, configure, bpe: TokenizerConfig, decoded
+) -> None:
+    corpus = prepare(configure(str(texts / "part0/*.txt")), bpe)  # 60 documents: each gives its tail
+    whole = decoded(corpus, "train")
+    documents = [file.read_text() for file in sorted((texts / "part0").glob("*.txt"))]
+    starts = whole.split("<|endoftext|>")
+    assert len(starts) == 60
+    assert all(full.startswith(head) for full, head in zip(documents[:-1], starts, strict=False))
+    assert (corpus.train == corpus.eos_id).sum() == 59 + (corpus.meta["train"]["tokens"] % 17 == 0)
+
+
+def test_cutting_a_text_changes_none_of_its_tokens() -> None:
+    text = HARD * 50
+    tokenizer = train_bpe([text], 400)
+    for piece_chars in (7, 64, 999):
+        pieces = cut(text, piece_chars)
+        assert len(pieces) > 3
+        assert "".join(pieces) == text
+        tokenizer.piece_chars = piece_chars
+        [ids] = tokenizer.encode([text])
+        assert ids.tolist() == tokenizer.backend.encode(text, add_special_tokens=False).ids
+
+
+def test_training_twice_gives_the_same_tokenizer_in_every_process() -> None:
+    code = (
+        "from tpresearch.data.tokenizer import train_bpe\n"
+        "print(train_bpe([f'{i} {i * i} word{i % 7}\\n' * 9 for i in range(500)], 600).hash)"
+    )
+    hashes = set()
+    for threads in ("1", "2", "2"):
+        environment = {**os.environ, "RAYON_NUM_THREADS": threads}
+        ran = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        hashes.add(ran.stdout)
+    assert len(hashes) == 1
+
+
+def test_the_end_of_text_is_the_one_the_tokenizer_names(tmp_path: Path) -> None:
+    words = ["<unk>", "</s>", "<stop>", "a"]
+    assert load_hf(str(wordlevel(tmp_path / "common", words))).eos_id == 1
+    assert load_hf(str(wordlevel(tmp_path / "named", words, eos_token="<stop>"))).eos_id == 2
+    assert load_hf(str(wordlevel(tmp_path / "object", words, eos_token={"content": "<stop>"}))).eos_id == 2
+    assert load_hf(str(wordlevel(tmp_path / "file", words) / "tokenizer.json")).eos_id == 1
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = str(wordlevel(tmp_path / "none", ["<unk>", "a"]))
+    with pytest.raises(ConfigError, match="this tokenizer has no end-of-text token") as refusal:
+        load_hf(path)
+    assert (refusal.value.field, refusal.value.fix["tokenizer"]) == ("tokenizer.path", "bpe")
+    assert "\n" not in str(refusal.value)
+
+
+def test_truncation_padding_and_added_tokens_of_a_file_do_not_touch_documents(tmp_path: Path) -> None:
+    folder = wordlevel(tmp_path / "bert", ["<unk>", "</s>", "[CLS]", "a", "b"])
+    tokenizer = HfTokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A </s>", special_tokens=[("[CLS]", 2), ("</s>", 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    [ids] = load_hf(str(folder)).encode(["a b a b a b a b a b a b"])
+    assert ids.tolist() == [3, 4] * 6
+
+
+def test_the_size_counts_added_tokens_and_gaps(tmp_path: Path) -> None:
+    folder = wordlevel(tmp_path / "words", ["<unk>", "</s>", "a"])
+    assert tokenizer_size(str(folder)) == 3
+    tokenizer = HfTokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<pad>", "<extra>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert tokenizer_size(str(folder)) == 5
+    gaps = HfTokenizer(models.WordLevel({"<unk>": 0, "</s>": 9}, unk_token="<unk>"))
+    gaps.save(str(tmp_path / "gaps.json"))
+    assert tokenizer_size(str(tmp_path / "gaps.json")) == 10
+
+
+def test_older_formats_are_converted(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from transformers import GPT2TokenizerFast
+
+    own = train_bpe([HARD * 20], 300)
+    loaded = GPT2TokenizerFast(tokenizer_object=own.backend, eos_token="<|endoftext|>")
+    loaded.save_pretrained(tmp_path / "gpt2")
+    saved = json.loads((tmp_path / "gpt2/tokenizer.json").read_text())["model"]
+    (tmp_path / "gpt2/vocab.json").write_text(json.dumps(saved["vocab"]))
+    merges = "\n".join(" ".join(merge) for merge in saved["merges"])
+    (tmp_path / "gpt2/merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    (tmp_path / "gpt2/tokenizer.json").unlink()
+    converted = load_hf(str(tmp_path / "gpt2"))
+    assert converted.size == 300
+    assert converted.encode([HARD])[0].tolist() == own.encode([HARD])[0].tolist()
+
+
+def test_a_tokenizer_of_ones_own_prepares_a_corpus(texts: Path, tmp_path: Path, configure, decoded) -> None:
+    train_bpe([HARD], 280).save(tmp_path / "own.json")
+    settings = TokenizerConfig(TokenizerKind.hf, vocab_size=280, path=str(tmp_path / "own.json"))
+    corpus = prepare(configure(f"{texts}/**/*.txt"), settings)
+    assert corpus.tokenizer_hash == load_hf(str(tmp_path / "own.json")).hash
+    assert corpus.vocab_size == 280
+    assert decoded(corpus, "train").startswith("Document 0:\n\nw0x0  w0x1  w0x2")
