@@ -1,0 +1,177 @@
+"""Every refusal names its field, says what is wrong in one line, and costs next to nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tpresearch.config import ConfigError
+from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
+from tpresearch.data import check_data
+from tpresearch.data.tokenizer import train_bpe
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder with one good and several bad files of each kind."""
+    (tmp_path / "good.txt").write_text("text")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "good.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "body.jsonl").write_text('{"body": "one"}\n')
+    pq.write_table(pa.table({"texts": ["one"]}), tmp_path / "texts.parquet")
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "numbers.parquet")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "folder/train.jsonl").write_text('{"text": "one"}\n')
+    train_bpe(["text"], 260).save(tmp_path / "tokenizer.json")
+    (tmp_path / "broken.json").write_text("{}")
+    return tmp_path
+
+
+REFUSED_DATA = [
+    ("text", "absent.txt", {}, "data.path", "there is no such file"),
+    ("text", "*.csv", {}, "data.path", "matches no file"),
+    ("text", ["good.txt", "absent.txt"], {}, "data.path", "there is no such file"),
+    ("text", "folder", {}, "data.path", "is a folder"),
+    ("text", "empty.txt", {}, "data.path", "is empty"),
+    ("text", "latin.txt", {}, "data.path", "not UTF-8 text: byte 2 is 0xef"),
+    ("text", None, {}, "data.path", "no file is named"),
+    ("text", [], {}, "data.path", "no file is named"),
+    ("jsonl", "good.txt", {}, "data.path", "not JSON"),
+    ("jsonl", "list.jsonl", {}, "data.path", "a JSON list"),
+    ("jsonl", "body.jsonl", {}, "data.text_field", "no such field"),
+    ("parquet", "good.jsonl", {}, "data.path", "not Parquet"),
+    ("parquet", "texts.parquet", {}, "data.text_field", "no such field"),
+    ("parquet", "numbers.parquet", {}, "data.text_field", "holds int64, not text"),
+    ("hf", "folder", {"streaming": True}, "data.streaming", "without data.max_tokens has no end"),
+    ("hf", "folder", {"text_field": "body"}, "data.text_field", "no such field"),
+    ("hf", "folder", {"split": "validation"}, "data.split", "Bad split: validation"),
+    ("hf", "folder", {"name": "german"}, "data.name", "german"),
+    ("hf", "bare", {}, "data.path", "doesn't contain any"),
+    ("hf", "good.jsonl", {}, "data.path", "is a file"),
+    ("hf", "./absent", {}, "data.path", "there is no such folder"),
+    ("hf", None, {}, "data.path", "no data set is named"),
+    ("jsonl", "good.jsonl", {"streaming": True}, "data.streaming", "not read over the network"),
+    ("text", "good.txt", {"held_out_every": 1}, "data.held_out_every", "every document"),
+    ("text", "good.txt", {"seq_len": 0}, "data.seq_len", "at least one token"),
+    ("text", "good.txt", {"max_tokens": 0}, "data.max_tokens", "reads nothing"),
+    ("text", "good.txt", {"cache_dir": "good.txt"}, "data.cache_dir", "is a file"),
+    ("text", "good.txt", {"cache_dir": "good.txt/below"}, "data.cache_dir", "good.txt is a file"),
+]
+
+
+@pytest.mark.parametrize(("source", "path", "settings", "field", "why"), REFUSED_DATA)
+def test_data_is_refused(
+    here: Path, monkeypatch, source: str, path: object, settings: dict, field: str, why: str
+) -> None:
+    monkeypatch.chdir(here)
+    data = DataConfig(DataSource(source), path, **{"cache_dir": str(here / "cache"), **settings})
+    with pytest.raises(ConfigError) as refusal:
+        check_data(data, TokenizerConfig())
+    assert refusal.value.field == field
+    assert why in refusal.value.why
+    assert refusal.value.legal
+    assert "\n" not in str(refusal.value)
+    assert not (here / "cache").exists()
+
+
+REFUSED_TOKENIZERS = [
+    ({"vocab_size": 256}, "tokenizer.vocab_size", "256 bytes and the end of text"),
+    ({"kind": "hf"}, "tokenizer.path", "no tokenizer is named"),
+    ({"kind": "hf", "path": "./absent.json"}, "tokenizer.path", "there is no such file"),
+    ({"kind": "hf", "path": "absent/tokenizer.json"}, "tokenizer.path", "there is no such file"),
+    ({"kind": "hf", "path": "broken.json"}, "tokenizer.path", "no tokenizer could be loaded"),
+    ({"kind": "hf", "path": "bare"}, "tokenizer.path", "no tokenizer could be loaded"),
+    ({"kind": "hf", "path": "tokenizer.json", "vocab_size": 259}, "tokenizer.vocab_size", "has 260 entries"),
+]
+
+
+@pytest.mark.parametrize(("settings", "field", "why"), REFUSED_TOKENIZERS)
+def test_tokenizers_are_refused(here: Path, monkeypatch, settings: dict, field: str, why: str) -> None:
+    monkeypatch.chdir(here)
+    settings["kind"] = TokenizerKind(settings.get("kind", "bpe"))
+    with pytest.raises(ConfigError) as refusal:
+        check_data(DataConfig(DataSource.text, "good.txt", cache_dir=str(here)), TokenizerConfig(**settings))
+    assert refusal.value.field == field
+    assert why in refusal.value.why
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("text", "good.txt"),
+        ("text", ["good.txt", "*.jsonl"]),
+        ("jsonl", "good.jsonl"),
+        ("parquet", "texts.parquet"),
+        ("hf", "folder"),
+        ("pystdlib", None),
+    ],
+)
+def test_good_data_passes(here: Path, monkeypatch, source: str, path: object) -> None:
+    monkeypatch.chdir(here)
+    field = "texts" if source == "parquet" else "text"
+    data = DataConfig(DataSource(source), path, text_field=field, cache_dir=str(here / "not/yet/there"))
+    check_data(data, TokenizerConfig(vocab_size=257))
+    check_data(data, TokenizerConfig(TokenizerKind.hf, vocab_size=260, path="tokenizer.json"))
+    check_data(data, TokenizerConfig(TokenizerKind.hf, vocab_size=512, path="tokenizer.json"))  # padded
+    assert not (here / "not").exists()
+
+
+@pytest.mark.parametrize("denied", ["may not be read", "cannot be read: Input/output error"])
+def test_a_file_that_cannot_be_read_is_refused(here: Path, monkeypatch, denied: str) -> None:
+    """Root may read everything, so the denial is made up."""
+    if denied.startswith("may not"):
+        monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(here / "good.txt"))
+    else:
+
+        def fail(path: Path) -> bytes:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(ConfigError, match=denied) as refusal:
+        check_data(
+            DataConfig(DataSource.text, str(here / "good.txt"), cache_dir=str(here)), TokenizerConfig()
+        )
+    assert refusal.value.field == "data.path"
+
+
+def test_a_cache_that_cannot_be_written_is_refused(here: Path, monkeypatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match="no files can be written in") as refusal:
+        check_data(DataConfig(cache_dir=str(here / "cache")), TokenizerConfig())
+    assert refusal.value.field == "data.cache_dir"
+
+
+def test_the_fix_of_a_missing_field_is_the_nearest_one(here: Path) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check_data(
+            DataConfig(DataSource.parquet, str(here / "texts.parquet"), cache_dir=str(here)),
+            TokenizerConfig(),
+        )
+    assert refusal.value.fix == {"data.text_field": "texts"}
+
+
+@pytest.mark.cli
+def test_refusing_a_missing_path_loads_nothing_heavy() -> None:
+    code = """
+import json, sys
+from tpresearch.config import ConfigError
+from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
+from tpresearch.data import check_data
+try:
+    check_data(DataConfig(DataSource.text, "/absent.txt"), TokenizerConfig())
+except ConfigError as error:
+    heavy = {"torch", "datasets", "transformers", "tokenizers", "pyarrow"}
+    print(json.dumps([error.field, sorted(heavy & set(sys.modules))]))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout) == ["data.path", []]

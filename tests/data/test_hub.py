@@ -1,0 +1,135 @@
+"""The hub, as far as it can be had without a network: refused at once, or served from what was downloaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tpresearch.config import ConfigError
+from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
+from tpresearch.data import check_data, prepare, tokenizer_size
+from tpresearch.data import hub as hub_room
+from tpresearch.data.tokenizer import train_bpe
+
+datasets = pytest.importorskip("datasets")
+import huggingface_hub.constants  # noqa: E402
+
+TEXTS = [f"story {index}: " + f"once{index} " * 30 for index in range(150)]
+
+
+@pytest.fixture(autouse=True)
+def unreachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A hub at a port where nobody listens, and caches of the test's own (the folder returned)."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        for proxy in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(proxy, raising=False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+        hub_room.offline_unless_reachable.cache_clear()
+        yield tmp_path
+        hub_room.offline_unless_reachable.cache_clear()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_that_cannot_be_reached_is_one_line_and_soon(configure, streaming: bool) -> None:
+    data = configure("owner/stories", DataSource.hf, streaming=streaming, max_tokens=1000)
+    started = time.perf_counter()
+    for use in (check_data, prepare):
+        with pytest.raises(ConfigError, match="cannot be reached") as refusal:
+            use(data, TokenizerConfig())
+        assert refusal.value.field == "data.path"
+        assert "\n" not in str(refusal.value)
+    assert time.perf_counter() - started < 10
+
+
+def test_a_tokenizer_on_a_hub_that_cannot_be_reached_is_one_line_and_soon(configure) -> None:
+    started = time.perf_counter()
+    for use in (
+        tokenizer_size,
+        lambda path: check_data(configure(), TokenizerConfig(TokenizerKind.hf, 4096, path)),
+    ):
+        with pytest.raises(ConfigError, match="cannot be reached") as refusal:
+            use("owner/tokenizer")
+        assert refusal.value.field == "tokenizer.path"
+    assert time.perf_counter() - started < 10
+
+
+def test_a_downloaded_tokenizer_needs_no_network(unreachable: Path) -> None:
+    snapshot = unreachable / "hub/models--owner--tokenizer/snapshots/0123abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("0123abc")
+    train_bpe(TEXTS, 300).save(snapshot / "tokenizer.json")
+    assert tokenizer_size("owner/tokenizer") == 300
+
+
+@pytest.fixture
+def downloaded(unreachable: Path) -> Path:
+    """`owner/stories` in the datasets library's cache, as a download would have left it; its commit's folder."""
+    folder = unreachable / "folder"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    datasets.load_dataset(str(folder), split="train", cache_dir=str(unreachable / "made"))
+    [info] = (unreachable / "made").rglob("dataset_info.json")
+    content = json.loads(info.read_text())
+    commit = unreachable / "datasets/owner___stories/default/0.0.0/0123abc"
+    shutil.copytree(info.parent, commit)
+    for arrow in commit.glob("*.arrow"):
+        arrow.rename(commit / "stories-train.arrow")
+    content |= {"config_name": "default", "dataset_name": "stories"}
+    (commit / "dataset_info.json").write_text(json.dumps(content))
+    return commit
+
+
+def test_a_downloaded_data_set_needs_no_network(
+    downloaded: Path, configure, bpe: TokenizerConfig, decoded
+) -> None:
+    data = configure("owner/stories", DataSource.hf)
+    check_data(data, bpe)
+    first = prepare(data, bpe)
+    assert sum(first.meta[part]["documents"] for part in ("train", "held_out")) == len(TEXTS)
+    assert "once7 once7 once7" in decoded(first, "train") + decoded(first, "held_out")
+    with pytest.raises(ConfigError, match="no such field") as refusal:
+        check_data(configure("owner/stories", DataSource.hf, text_field="body"), bpe)
+    assert refusal.value.fix == {"data.text_field": "text"} or "text" in refusal.value.legal
+    # another commit is another corpus
+    shutil.move(downloaded, downloaded.with_name("4567def"))
+    second = prepare(data, bpe)
+    assert second.corpus_hash != first.corpus_hash
+    assert (second.train == first.train).all()
+
+
+def test_folders_that_datasets_saved_are_read(tmp_path: Path, configure, bpe: TokenizerConfig) -> None:
+    saved = datasets.Dataset.from_dict({"text": TEXTS})
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": saved, "other": saved.select(range(5))}).save_to_disk(
+        str(tmp_path / "many")
+    )
+    one = prepare(configure(str(tmp_path / "one"), DataSource.hf), bpe)
+    many = prepare(configure(str(tmp_path / "many"), DataSource.hf), bpe)
+    assert one.meta["train"]["documents"] + one.meta["held_out"]["documents"] == len(TEXTS)
+    assert (one.train == many.train).all()
+
+
+def test_a_changed_local_folder_is_read_anew(
+    tmp_path: Path, configure, bpe: TokenizerConfig, decoded
+) -> None:
+    """The datasets library's own cache would go by the time of change, which is the same here."""
+    file = tmp_path / "folder/train.jsonl"
+    file.parent.mkdir()
+    data: DataConfig = configure(str(file.parent), DataSource.hf)
+    for word in ("before", "after_"):
+        file.write_text("".join(json.dumps({"text": f"{word} {text}"}) + "\n" for text in TEXTS))
+        text = decoded(prepare(data, bpe), "train")
+        assert text.startswith(f"{word} story 0")

@@ -1,0 +1,282 @@
+"""Prepared once, whole or not at all, again when the text changes, and mended when damaged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from tpresearch.config import ConfigError
+from tpresearch.config.schema import DataConfig, TokenizerConfig
+from tpresearch.data import PackedCorpus, pipeline, prepare
+from tpresearch.data.cache import SAMPLE_BYTES, SAMPLES, checksum
+
+ONE_RANK = """
+import logging, sys, zlib
+from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
+from tpresearch.data import prepare
+logging.basicConfig(level=logging.INFO)
+path, cache = sys.argv[1:3]
+{patch}
+data = DataConfig(DataSource.text, path, seq_len=16, cache_dir=cache)
+corpus = prepare(data, TokenizerConfig(vocab_size=400))
+print(corpus.folder, zlib.crc32(corpus.train.tobytes()), zlib.crc32(corpus.held_out.tobytes()))
+"""
+
+
+def start_rank(path: str, cache: Path, patch: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", ONE_RANK.format(patch=patch), path, str(cache)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def done(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The stages that this process went through since the log was cleared."""
+    names = {"learning": "learn", "tokenizing": "tokenize", "packing": "pack"}
+    lines = [record.getMessage() for record in caplog.records if record.name.endswith("progress")]
+    return [names[line.split(":")[0].split()[0]] for line in lines]
+
+
+def same(one: PackedCorpus, other: PackedCorpus) -> bool:
+    return np.array_equal(one.train, other.train) and np.array_equal(one.held_out, other.held_out)
+
+
+@pytest.fixture
+def data(texts: Path, configure) -> DataConfig:
+    return configure(f"{texts}/**/*.txt")
+
+
+@pytest.fixture(autouse=True)
+def _log_of_stages(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tpresearch.data")
+
+
+@pytest.mark.cli
+def test_four_ranks_at_once_prepare_once(data: DataConfig, tmp_path: Path) -> None:
+    ranks = [start_rank(data.path, tmp_path / "cache") for _ in range(4)]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * 4, said
+    assert len({out for out, _ in said}) == 1
+    for stage in ("learning", "tokenizing", "packing"):
+        assert sum(stage in line for _, log in said for line in log.splitlines()) == 1
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["rows", "tokenizers", "tokens"]
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("stage", ["write_streams", "write_rows"])
+def test_killed_midway_leaves_nothing_half_done(
+    data: DataConfig, tmp_path: Path, bpe: TokenizerConfig, stage: str
+) -> None:
+    patch = f"""
+import os, signal
+from tpresearch.data import pipeline
+original = pipeline.{stage}
+def killed(*args):
+    original(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+pipeline.{stage} = killed"""
+    rank = start_rank(data.path, tmp_path / "cache", patch)
+    rank.communicate(timeout=120)
+    assert rank.returncode == -signal.SIGKILL
+    leftovers = list((tmp_path / "cache").glob("*/.*.tmp"))
+    assert leftovers
+    assert not list((tmp_path / "cache/rows").glob("text-*"))
+
+    corpus = prepare(data, bpe)
+    elsewhere = prepare(
+        DataConfig(data.source, data.path, seq_len=16, cache_dir=str(tmp_path / "other")), bpe
+    )
+    assert same(corpus, elsewhere)
+    assert not list((tmp_path / "cache").glob("*/.*.tmp"))
+
+
+def test_leftovers_of_others_go_unless_they_are_at_work(data: DataConfig, bpe: TokenizerConfig) -> None:
+    rows = Path(data.cache_dir) / "rows"
+    for name in ("text-dead", "text-alive"):
+        (rows / f".{name}.123.tmp").mkdir(parents=True)
+    with FileLock(rows / ".text-alive.lock"):
+        prepare(data, bpe)
+        assert [path.name for path in rows.glob(".*.tmp")] == [".text-alive.123.tmp"]
+
+
+def test_a_failed_stage_leaves_nothing(
+    data: DataConfig, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, *_: object) -> int:
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "write_rows", full)
+    with pytest.raises(ConfigError, match="no space left") as refusal:
+        prepare(data, bpe)
+    assert refusal.value.field == "data.cache_dir"
+    assert [path.suffix for path in (Path(data.cache_dir) / "rows").iterdir()] == [".lock"]
+
+
+def test_a_second_call_opens_what_is_there(
+    data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = prepare(data, bpe)
+    assert done(caplog) == ["learn", "tokenize", "pack"]
+    caplog.clear()
+    second = prepare(data, bpe)
+    assert done(caplog) == []
+    assert first.folder == second.folder
+    assert same(first, second)
+
+
+def test_only_what_changed_is_done_again(
+    data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = prepare(data, bpe)
+    caplog.clear()
+    data.seq_len = 32
+    longer = prepare(data, bpe)
+    assert done(caplog) == ["pack"]
+    assert longer.tokenizer_hash == first.tokenizer_hash
+    size = min(first.train.size, longer.train.size)
+    np.testing.assert_array_equal(first.train.ravel()[:size], longer.train.ravel()[:size])
+    caplog.clear()
+    prepare(data, TokenizerConfig(vocab_size=300))
+    assert done(caplog) == ["learn", "tokenize", "pack"]
+
+
+@pytest.mark.parametrize("change", ["byte", "name", "new file", "held_out_every"])
+def test_another_content_is_another_folder(
+    data: DataConfig, texts: Path, bpe: TokenizerConfig, change: str
+) -> None:
+    before = prepare(data, bpe)
+    file = texts / "part1/007.txt"
+    if change == "byte":
+        stat = file.stat()
+        file.write_text(file.read_text().replace("w7x3", "w7y3"))
+        os.utime(
+            file, ns=(stat.st_atime_ns, stat.st_mtime_ns)
+        )  # same size, same time: only the content differs
+    elif change == "name":
+        file.rename(file.with_name("moved.txt"))
+    elif change == "new file":
+        (texts / "part1/new.txt").write_text("new")
+    else:
+        data.held_out_every = 10
+    after = prepare(data, bpe)
+    assert after.folder != before.folder
+    assert (after.corpus_hash == before.corpus_hash) == (change == "held_out_every")
+
+
+def test_a_moved_corpus_is_the_same_corpus(data: DataConfig, texts: Path, bpe: TokenizerConfig) -> None:
+    before = prepare(data, bpe)
+    texts.rename(texts.with_name("elsewhere"))
+    data.path = data.path.replace("/texts/", "/elsewhere/")
+    assert prepare(data, bpe).folder == before.folder
+
+
+DAMAGE = {
+    "truncated": (
+        "train/data-00000-of-00001.arrow",
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+    ),
+    "a flipped bit": (
+        "held_out/data-00000-of-00001.arrow",
+        lambda path: flip_bit(path, path.stat().st_size // 2),
+    ),
+    "missing": ("tokenizer.json", lambda path: path.unlink()),
+    "no meta": ("meta.json", lambda path: path.unlink()),
+    "half a meta": ("meta.json", lambda path: os.truncate(path, 100)),
+    "another number": (
+        "meta.json",
+        lambda path: path.write_text(path.read_text().replace('"eos_id": 0', '"eos_id": 1')),
+    ),
+    "not a meta": ("meta.json", lambda path: path.write_text("[]")),
+}
+
+
+def flip_bit(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_named_and_mended(
+    data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    before = prepare(data, bpe)
+    train, held_out, meta = before.train.copy(), before.held_out.copy(), before.meta
+    name, damage = DAMAGE[kind]
+    damage(before.folder / name)
+    caplog.clear()
+    after = prepare(data, bpe)
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{before.folder} is damaged ({name}: " in warning
+    assert done(caplog) == ["pack"]
+    np.testing.assert_array_equal(after.train, train)
+    np.testing.assert_array_equal(after.held_out, held_out)
+    assert after.meta == meta
+    caplog.clear()
+    prepare(data, bpe)
+    assert not caplog.records
+
+
+def test_damage_below_is_found_when_it_is_needed(
+    data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = prepare(data, bpe)
+    [tokens] = Path(data.cache_dir).glob("tokens/text-*")
+    [tokenizer] = Path(data.cache_dir).glob("tokenizers/text-*")
+    flip_bit(tokens / "train.bin", 100)
+    (tokenizer / "tokenizer.json").write_text("{}")
+    caplog.clear()
+    assert same(prepare(data, bpe), before)
+    assert done(caplog) == []
+    data.seq_len = 8
+    longer = prepare(data, bpe)
+    assert done(caplog) == ["learn", "tokenize", "pack"]
+    np.testing.assert_array_equal(longer.train.ravel()[:900], before.train.ravel()[:900])
+
+
+def test_the_checksum_stays_quick_and_sees_every_sample(tmp_path: Path) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(os.urandom(3 * SAMPLE_BYTES + 17))
+    size = 3 * SAMPLES * SAMPLE_BYTES + 5
+    with large.open("wb") as file:
+        file.truncate(size)
+    for path, places in ((small, (0, SAMPLE_BYTES, 3 * SAMPLE_BYTES + 16)), (large, (0, size - 1))):
+        before = checksum(path)
+        for at in places:
+            with path.open("r+b") as file:
+                file.seek(at)
+                byte = file.read(1)[0]
+                file.seek(at)
+                file.write(bytes([byte ^ 4]))
+            assert checksum(path) != before
+            before = checksum(path)
+    started = time.perf_counter()
+    checksum(large)
+    assert time.perf_counter() - started < 1.0
+
+
+def test_meta_says_what_was_prepared(data: DataConfig, texts: Path, bpe: TokenizerConfig) -> None:
+    corpus = prepare(data, bpe)
+    meta = json.loads((corpus.folder / "meta.json").read_text())
+    files = list(texts.rglob("*.txt"))
+    parts = [meta["train"], meta["held_out"]]
+    assert sum(part["documents"] for part in parts) == 120
+    assert sum(part["bytes"] for part in parts) == sum(file.stat().st_size for file in files)
+    assert [part["rows"] for part in parts] == [len(corpus.train), len(corpus.held_out)]
+    assert [part["tokens"] // 17 for part in parts] == [len(corpus.train), len(corpus.held_out)]
+    assert (meta["vocab_size"], meta["eos_id"], meta["seq_len"], meta["dtype"]) == (400, 0, 16, "uint16")
+    assert meta["python"] == sys.version.split()[0]
+    assert meta["corpus_hash"] == corpus.corpus_hash
+    assert 0 < meta["unigram_entropy_nats"]["train"] < corpus.unigram_entropy < np.log(400) + 1
+    sizes = {name: (corpus.folder / name).stat().st_size for name in meta["files"]}
+    assert sizes == {name: file["bytes"] for name, file in meta["files"].items()}
+    assert corpus.meta == {key: value for key, value in meta.items() if key != "checksum"}
