@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_run import FACTS, STEPS
+from example_run import FACTS, STEPS, example_config
 from fake_wandb import FakeWandb
 from rich.console import Console
 
 from tpresearch.config.compose import as_dict
-from tpresearch.config.schema import Config, DataPlan, ModelConfig, ParallelConfig, Rule, TensorPlan
+from tpresearch.config.schema import Config
 from tpresearch.track import Tracker
 
 
@@ -28,7 +28,6 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(home))
     monkeypatch.setenv("NETRC", str(home / "netrc"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
     monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "2")
     yield
@@ -47,11 +46,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
 
 @pytest.fixture
 def cfg() -> Config:
-    rule = Rule(match="layers.*.attention.w[qkv]", style="colwise", units=["n_heads"])
-    model = ModelConfig(
-        "llama2_tiny", "tpresearch.models.llama2.Llama2", {"dim": 256}, ["layers.*"], {"sp": {"qkv": rule}}
-    )
-    return Config(model=model, parallel=ParallelConfig("fsdp_tp", TensorPlan.sp, DataPlan.fsdp))
+    return example_config()
 
 
 @pytest.fixture

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from pathlib import Path
 
+from tpresearch.config.compose import as_dict
+from tpresearch.config.schema import Config, DataPlan, ModelConfig, ParallelConfig, Rule, TensorPlan
 from tpresearch.track import RunFacts, Tracker
 
 STEPS = 8
@@ -16,6 +20,14 @@ FACTS = RunFacts(
     corpus_hash="c0ffee",
     unigram_entropy=6.71,
 )
+
+
+def example_config() -> Config:
+    rule = Rule(match="layers.*.attention.w[qkv]", style="colwise", units=["n_heads"])
+    model = ModelConfig(
+        "llama2_tiny", "tpresearch.models.llama2.Llama2", {"dim": 256}, ["layers.*"], {"sp": {"qkv": rule}}
+    )
+    return Config(model=model, parallel=ParallelConfig("fsdp_tp", TensorPlan.sp, DataPlan.fsdp))
 
 
 def row(step: int, **changes: float | None) -> dict[str, float | None]:
@@ -52,3 +64,8 @@ def train(
             os.kill(os.getpid(), ending)
         elif ending is not None:
             raise ending
+
+
+if __name__ == "__main__":
+    cfg = example_config()
+    train(Tracker(cfg, as_dict(cfg), Path(sys.argv[1]), FACTS, STEPS))

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -201,6 +202,24 @@ def test_a_host_that_answers_with_errors_costs_init_timeout_and_no_more(
     sync(server, *(run_dir / "wandb").glob("offline-run-*"))
     assert logged(only_run(server)) == read_metrics(run_dir)
     assert only_run(server).exit_code == 0
+
+
+def test_a_host_that_is_silent_holds_up_neither_the_start_nor_the_exit(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", DUMMY_KEY)
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        began = time.monotonic()
+        command = [sys.executable, "-m", "example_run", str(run_dir)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - began < 2 + 2 + 2 * SLACK_S  # init_timeout, the client's farewell; two starts
+    assert ended.returncode == 0
+    assert ended.stderr.startswith("W&B: online is not to be had: ")
+    assert ended.stderr.count("\n") == 1
+    assert "W&B    wandb sync" in ended.stdout
+    assert len(read_metrics(run_dir)) == STEPS
 
 
 @pytest.mark.parametrize("outage", ["errors", "gone"])

@@ -102,9 +102,10 @@ class WandbRun:
         _set_up()
         kept_id.parent.mkdir(parents=True, exist_ok=True)
         Path(about["dir"]).mkdir(parents=True, exist_ok=True)  # the client takes a temporary one otherwise
-        run_id = kept_id.read_text().strip() if kept_id.exists() else uuid4().hex[:8]
-        run = wandb.init(mode=mode, id=run_id, resume="allow", **about)
-        kept_id.write_text(f"{run.id}\n")
+        if not kept_id.exists():
+            kept_id.write_text(f"{uuid4().hex[:8]}\n")
+        run = wandb.init(mode=mode, id=kept_id.read_text().strip(), resume="allow", **about)
+        kept_id.write_text(f"{run.id}\n")  # under `wandb agent` the sweep has chosen another
         # Rows are never given W&B's own step: it drops those below a resumed one without a word.
         run.define_metric("*", step_metric=X_AXIS)
         opened = cls(run)
@@ -149,6 +150,8 @@ class WandbRun:
 
 def _set_up() -> wandb.Settings:
     """Make the client's settings ours as far as its version knows them; what they have come to be."""
+    # The client's reports of its own errors hold up the interpreter's exit for 20 s where the host is silent.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     known = wandb.Settings.model_fields
