@@ -76,7 +76,7 @@ def test_a_downloaded_tokenizer_needs_no_network(unreachable: Path) -> None:
 
 @pytest.fixture
 def downloaded(unreachable: Path) -> Path:
-    """`owner/stories` in the datasets library's cache, as a download would have left it; its commit's folder."""
+    """The cache folder of `owner/stories` at one commit, as a download by `datasets` would have left it."""
     folder = unreachable / "folder"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))

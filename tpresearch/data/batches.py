@@ -53,7 +53,7 @@ class Batches:
         return gather(self.rows, self.rows_of(step)[dp_rank * share : (dp_rank + 1) * share])
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch != self._epoch:  # drawing it takes 15 ms a million rows: kept for the epoch
+        if epoch != self._epoch:  # drawing it takes some 35 ms a million rows: kept for the epoch
             self._epoch, self._order = (
                 epoch,
                 np.random.default_rng([self.seed, epoch]).permutation(len(self.rows)),

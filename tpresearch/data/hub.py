@@ -153,7 +153,7 @@ def offline_unless_reachable() -> bool:
         port = address.port or (80 if address.scheme == "http" else 443)
         socket.create_connection((address.hostname or "", port), timeout=PROBE_SECONDS).close()
     except OSError as error:
-        log.info("%s cannot be reached (%s): using cached files only", _endpoint(), error)
+        log.debug("%s cannot be reached (%s): using cached files only", _endpoint(), error)
         # Both libraries read the variable once, when imported, which may have happened.
         os.environ["HF_HUB_OFFLINE"] = "1"
         import datasets.config

@@ -1,0 +1,46 @@
+"""`python -m tpresearch.prepare`: prepares what a run would read, and says what that is."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cli
+
+
+def prepare_command(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    run_dir = f"hydra.run.dir={tmp_path / 'run'}"
+    command = [sys.executable, "-m", "tpresearch.prepare", f"data.cache_dir={tmp_path / 'cache'}", run_dir]
+    return subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_it_says_what_was_prepared(texts: Path, tmp_path: Path) -> None:
+    ran = prepare_command(
+        tmp_path, "data=text", f"data.path='{texts}/**/*.txt'", "tokenizer.vocab_size=400", "data.seq_len=16"
+    )
+    assert ran.returncode == 0, ran.stderr
+    [folder] = (tmp_path / "cache/rows").glob("text-*")
+    meta = json.loads((folder / "meta.json").read_text())
+    assert str(folder) in ran.stdout
+    assert meta["corpus_hash"] in ran.stdout
+    for part in ("train", "held_out"):
+        counts = meta[part]
+        expected = [counts["documents"], counts["tokens"], counts["rows"]]
+        [line] = re.findall(rf"^{part} +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+)$", ran.stdout, re.MULTILINE)
+        assert [int(number.replace(",", "")) for number in line[:3]] == expected
+        assert float(line[3]) == pytest.approx(counts["bytes"] / counts["tokens"], abs=0.005)
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    ran = prepare_command(tmp_path, "data=text", "data.path=absent.txt")
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert not (tmp_path / "cache").exists()
+    [line] = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: data.path=absent.txt: there is no such file")
+    assert "try: python -m tpresearch.prepare" in line

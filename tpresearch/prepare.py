@@ -1,0 +1,44 @@
+"""`python -m tpresearch.prepare data=... tokenizer=...`: tokenize and pack ahead of time what a run reads."""
+
+from __future__ import annotations
+
+import math
+
+from tpresearch.config import Config
+from tpresearch.data import PackedCorpus, check_data, prepare
+from tpresearch.launch import Run, World, entrypoint
+
+
+def check(cfg: Config, world: World) -> None:
+    check_data(cfg.data, cfg.tokenizer)
+
+
+@entrypoint(check=check)
+def main(cfg: Config, run: Run) -> None:
+    corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
+    if run.world.rank == 0:
+        print(report(corpus))
+
+
+def report(corpus: PackedCorpus) -> str:
+    """What was prepared: a table of both splits, and what identifies it."""
+    meta = corpus.meta
+    lines = [f"{'':12}{'documents':>12}{'tokens':>16}{'rows':>12}{'bytes/token':>14}"]
+    for part in ("train", "held_out"):
+        counts = meta[part]
+        ratio = counts["bytes"] / counts["tokens"] if counts["tokens"] else math.nan
+        lines.append(
+            f"{part:12}{counts['documents']:>12,}{counts['tokens']:>16,}{counts['rows']:>12,}{ratio:>14.2f}"
+        )
+    facts = {
+        "row": f"{meta['seq_len']} + 1 tokens, {meta['dtype']}, of {corpus.vocab_size:,}",
+        "entropy": f"{corpus.unigram_entropy:.3f} nats a held-out token, from token frequencies alone",
+        "corpus": f"{corpus.corpus_hash} (losses compare only between equal ones)",
+        "tokenizer": corpus.tokenizer_hash,
+        "folder": str(corpus.folder),
+    }
+    return "\n".join([*lines, *(f"{name:12}{value}" for name, value in facts.items())])
+
+
+if __name__ == "__main__":
+    main()
