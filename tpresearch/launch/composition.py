@@ -1,0 +1,121 @@
+"""What was to be composed, and what could have been: the keys, values and groups that a message names."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.launch.command import override_key
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
+"""What composing raises for a config file or an override that is wrong."""
+
+
+def conf_dir() -> Path:
+    """The folder of config files: beside the package, else beside the script, else in the current folder."""
+    beside = (Path(__file__).parents[2], Path(sys.argv[0]).resolve().parent, Path.cwd())
+    found = next((place / "conf" for place in beside if (place / "conf").is_dir()), None)
+    if found is None:
+        why = f"no folder conf/ in {', '.join(str(place) for place in beside)}"
+        raise ConfigError("--config-dir", None, why, "a run from the repository's folder")
+    return found
+
+
+@dataclass(frozen=True)
+class Composition:
+    config_dir: Path
+    config_name: str
+    overrides: list[str]
+    extra_dir: str | None = None
+    """A further folder of config files (`--config-dir`)."""
+
+    @classmethod
+    def of(cls, arguments: Namespace, config_dir: Path, config_name: str) -> Composition:
+        """The one that Hydra's command line asks for."""
+        return cls(
+            config_dir, arguments.config_name or config_name, arguments.overrides, arguments.config_dir
+        )
+
+    def override_of(self, key: str) -> str | None:
+        """The override that sets this key, as it was typed; the last one counts."""
+        return next((typed for typed in reversed(self.overrides) if override_key(typed) == key), None)
+
+    def typed_value(self, key: str) -> str | None:
+        typed = self.override_of(key)
+        return typed.partition("=")[2] if typed else None
+
+    def values_without(self, key: str) -> dict[str, Any]:
+        """Each key there is and its value, had `key` not been overridden (or nothing had, if that fails)."""
+        others = [typed for typed in self.overrides if override_key(typed) != key]
+        with initialize_config_dir(str(self.config_dir), version_base="1.3"):
+            try:
+                composed = compose(self.config_name, self._searching(others), return_hydra_config=True)
+            except COMPOSITION_ERRORS:
+                composed = compose(self.config_name, self._searching([]), return_hydra_config=True)
+        hydra = key.startswith("hydra.")
+        return {
+            name: value for name, value in every_key(composed).items() if name.startswith("hydra.") == hydra
+        }
+
+    def groups(self) -> dict[str, list[str]]:
+        """Each config group and its options."""
+        with initialize_config_dir(str(self.config_dir), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            names = [name for name in loader.list_groups("") if name != "hydra"]
+            return {name: loader.get_group_options(name, overrides=self._searching([])) for name in names}
+
+    def _searching(self, overrides: list[str]) -> list[str]:
+        """These overrides, in the folders that were typed."""
+        typed = self.override_of("hydra.searchpath")
+        if self.extra_dir and typed is None:
+            typed = f"hydra.searchpath=[file://{Path(self.extra_dir).resolve()}]"
+        return [*([typed] if typed else []), *(o for o in overrides if override_key(o) != "hydra.searchpath")]
+
+
+def branches(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """A config and each one inside it, with what comes before its keys: "", "train.", "parallel.fsdp."."""
+    yield prefix, config
+    for key in config:
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+            yield from branches(node, f"{prefix}{key!s}.")
+
+
+def every_key(config: DictConfig) -> dict[str, Any]:
+    """Each dotted key with its value as it is written; for a branch, that is its DictConfig."""
+    return {
+        f"{prefix}{key!s}": node if isinstance(node := branch._get_node(key), DictConfig) else written(node)
+        for prefix, branch in branches(config)
+        for key in branch
+    }
+
+
+def written(node: Any) -> Any:
+    """A node's value, interpolations left as they are."""
+    return OmegaConf.to_container(node, resolve=False) if isinstance(node, ListConfig) else node._value()
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The one known name that this was most likely meant to be, if any is close.
+
+    The last part of a dotted key counts by itself: long branches would make all of their keys look alike.
+    """
+    branch, _, last = name.rpartition(".")
+    names = [other for other in known if not name.startswith(f"{other}.")]
+    siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == branch}
+    if match := difflib.get_close_matches(last, siblings, n=1, cutoff=0.6):
+        return siblings[match[0]]
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.7)), None)

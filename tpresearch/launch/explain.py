@@ -1,0 +1,216 @@
+"""What Hydra and OmegaConf raise while composing, said as a `ConfigError`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+
+import yaml
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from tpresearch.config.errors import ConfigError, nearest, shown
+from tpresearch.launch.command import WrongCommand, override_key, python_command
+from tpresearch.launch.composition import Composition, closest
+
+TYPES = {
+    "Integer": "a whole number",
+    "Float": "a number",
+    "bool": "true or false",
+    "ListConfig": "a list [a,b]",
+}
+
+
+def explain(error: Exception, composition: Composition) -> ConfigError:
+    """The sentence for an error of composing. It names keys that exist, so it composes again."""
+    chain = list(_causes(error))
+    if (ours := next((e for e in chain if isinstance(e, ConfigError)), None)) is not None:
+        return ours
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    if isinstance(error, MissingConfigException):
+        return _unknown_option(error, composition)
+    if isinstance(error, yaml.MarkedYAMLError):
+        return _broken_file(error, composition)
+    message = str(error)
+    if sweep := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.*)'", message):
+        return _sweep(sweep[1], sweep[2])
+    if found := re.match(r"In '(.+)': \w+ raised while composing config:\n(.*)\n\s+full_key: (\S+)", message):
+        return _wrong_in_file(found[1], found[2], found[3], composition)
+    if key := re.match(r"Could not override '([^']+)'", message):
+        return _unknown_key(key[1], composition.typed_value(key[1]), composition)
+    if again := re.match(r"(\S+) appears more than once in the final defaults list", message):
+        value = composition.typed_value(again[1])
+        return ConfigError(again[1], value, "it is chosen already", "no + before it", fix={again[1]: value})
+    if message.startswith("Config group override must be a string"):
+        return _not_a_name(composition)
+    for cause in chain:
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return _wrong_value(cause, composition)
+    return _anything_else(message, composition)
+
+
+def _unknown_key(key: str, value: object, composition: Composition) -> ConfigError:
+    known = {**composition.values_without(key), **dict.fromkeys(composition.groups())}
+    why = "no such key" if "." in key else "no such config group or key"
+    if best := closest(key, known):
+        return ConfigError(key, value, why, f"nearest is {best}", fix={key: None, best: value})
+    branch = key.rpartition(".")[0]
+    while branch and branch not in known:
+        branch = branch.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == branch] or [branch]
+    return ConfigError(key, value, why, f"there are {', '.join(sorted(siblings))}", fix={key: None})
+
+
+def _unreadable(error: OverrideParseException) -> ConfigError:
+    key, equals, value = error.override.partition("=")
+    if not equals:
+        return ConfigError(key, "", "an override needs a value", f"{key}=VALUE", fix={key: None})
+    why = f"cannot be read ({_first_line(error.message)})"
+    legal = f"'{key}=[a,b]' for a list, '{key}=\"text\"' for text with special characters"
+    return ConfigError(key, value, why, legal, fix={key: None})
+
+
+def _unknown_option(error: MissingConfigException, composition: Composition) -> ConfigError:
+    group, _, option = (error.missing_cfg_file or composition.config_name).rpartition("/")
+    if not group:
+        there = ", ".join(sorted(path.stem for path in composition.config_dir.glob("*.yaml")))
+        drop = dict.fromkeys(["--config-name", "-cn", option])
+        return ConfigError("--config-name", option, "no such config", f"one of {there}", fix=drop)
+    groups = composition.groups()
+    value, options = composition.typed_value(group), groups.get(group, [])
+    why = "no such option" if value in (None, option) else f"there is no {option}"
+    if value is None:
+        files = [typed for typed in composition.overrides if override_key(typed) in groups]
+        why += f", asked for by {' or '.join(files) or composition.config_name}"
+    if not options:
+        return ConfigError(group, value or option, why, f"conf/{group}/ has none yet", fix={group: None})
+    legal = f"one of {', '.join(nearest(option, options))}"
+    return ConfigError(group, value or option, why, legal, fix={group: closest(option, options)})
+
+
+def _not_a_name(composition: Composition) -> ConfigError:
+    """For `model=3`, `model=null` and, oddly, `=3`, in whose message Hydra names neither the group nor the value."""
+    groups = composition.groups()
+    for typed in composition.overrides:
+        key, _, value = typed.partition("=")
+        if key in groups and (value == "null" or not re.match("[A-Za-z_]", value)):
+            legal = f"one of {', '.join(groups[key])}"
+            return ConfigError(key, value, "a config group takes an option's name", legal, fix={key: None})
+    wrong = next((typed for typed in composition.overrides if not override_key(typed)), "=")
+    return ConfigError("", wrong.partition("=")[2], "an override needs a key", "key=value", fix={"": None})
+
+
+def _broken_file(error: yaml.MarkedYAMLError, composition: Composition) -> ConfigError:
+    mark = error.problem_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1} of {mark.name}" if mark else "a config file"
+    key, value = _chosen_file(mark.name if mark else "", composition)
+    return ConfigError(key, value, f"not YAML at {where}: {error.problem}", "a YAML file", fix={key: None})
+
+
+def _chosen_file(path: str, composition: Composition) -> tuple[str, str]:
+    """The override that chose a config file, or the name of the config where none did."""
+    for typed in composition.overrides:
+        key, _, value = typed.partition("=")
+        if f"{override_key(key)}/{value}" in path.replace(".yaml", ""):
+            return override_key(key), value
+    return "--config-name", composition.config_name
+
+
+def _wrong_in_file(file: str, why: str, full_key: str, composition: Composition) -> ConfigError:
+    field, value = _chosen_file(file, composition)
+    if "not in" in why:
+        best = closest(full_key, composition.values_without(field))
+        legal = f"nearest is {best}" if best else "a key of `--cfg job`"
+        return ConfigError(
+            field, value, f"{file}.yaml sets {full_key}, which does not exist", legal, {field: None}
+        )
+    reason = _reason(why)
+    return ConfigError(field, value, f"{file}.yaml sets {full_key}: {reason[0]}", reason[1], {field: None})
+
+
+def _sweep(key: str, value: str) -> ConfigError:
+    legal = f"-m before the overrides to run each, or '{key}=[{value}]' for a list"
+    return WrongCommand(
+        key, value, "several values are a sweep", legal, python_command(["-m", *sys.argv[1:]])
+    )
+
+
+def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> ConfigError:
+    """A key that is known, with a value that its type refuses or that does not resolve."""
+    full_key = str(error.full_key)
+    if isinstance(error, MissingMandatoryValue):
+        return ConfigError(full_key, "???", "it must be set", f"{full_key}=VALUE", fix={full_key: "VALUE"})
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return _unknown_key(full_key, composition.typed_value(full_key), composition)
+    key = full_key.partition("[")[0]  # a list is typed as a whole
+    others = composition.values_without(key)
+    default, message = others.get(key), _first_line(str(error))
+    typed = composition.typed_value(key)
+    if isinstance(error, InterpolationResolutionError) and not isinstance(error, ValidationError):
+        written = default if typed is None else typed
+        if missing := re.match(r"Interpolation key '(.*)' not found", message):
+            best = closest(missing[1], others)
+            legal = f"nearest is ${{{best}}}" if best else "a key that `--cfg job` shows"
+            return ConfigError(key, written, f"{missing[1]} does not exist", legal, fix={key: None})
+        why = message.replace("raised while resolving interpolation", "while resolving it")
+        return ConfigError(key, written, why, "an interpolation that resolves", fix={key: None})
+    if isinstance(default, DictConfig):
+        legal = f"its keys one by one: {', '.join(f'{key}.{name}' for name in default)}"
+        return ConfigError(key, typed, "a group of keys, not a value", legal, fix={key: None})
+    if "does not support deletion" in message:
+        return ConfigError(
+            key, "~", "a key cannot be deleted", f"a value, such as {shown(default)}", {key: None}
+        )
+    why, legal = _reason(message)
+    if key != full_key:
+        why, legal = f"{shown(error.value)} is of the wrong type", "a list"
+    if default not in (None, "???") and not legal.startswith("one of"):
+        legal += f", such as {shown(default)}"
+    return ConfigError(key, error.value if typed is None else typed, why, legal, fix={key: default})
+
+
+def _reason(message: str) -> tuple[str, str]:
+    """Why OmegaConf refuses a value, and what it would take."""
+    if choices := re.search(r"expected one of \[(.*)\]", message):
+        return "no such choice", f"one of {choices[1]}"
+    if kind := re.search(r"could not be converted to (\w+)", message):
+        return "of the wrong type", TYPES.get(kind[1], f"a {kind[1]}")
+    if "is not a valid bool" in message:
+        return "of the wrong type", "true or false"
+    if "is not a ListConfig" in message:
+        return "of the wrong type", "a list"
+    if "is not Optional" in message:
+        return "it cannot be null", "a value"
+    return message, "a value of its type in the schema"
+
+
+def _anything_else(message: str, composition: Composition) -> ConfigError:
+    """An error without a key: the override that its text mentions, or the config as a whole."""
+    for typed in composition.overrides:
+        key, equals, value = typed.lstrip("+~").partition("=")
+        if key and key in message:
+            legal = "a key or an option that `--info` shows"
+            return ConfigError(key, value if equals else "~", _first_line(message), legal, fix={key: None})
+    return ConfigError("--config-name", composition.config_name, _first_line(message), "see `--info`")
+
+
+def _first_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip() and "full_key:" not in line]
+    return lines[0].rstrip(".;") if lines else "no reason given"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

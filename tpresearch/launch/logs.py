@@ -1,0 +1,70 @@
+"""Where log lines go: rank 0 to the console and `train.log`, every rank to a file of its own."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from tpresearch.launch.world import World
+
+IN_FILES_ONLY = {"console": False}
+"""As `extra` of a log call: for what the console shows in another way."""
+
+QUIETER = {
+    **dict.fromkeys(["datasets", "filelock", "fsspec", "git", "httpx", "huggingface_hub"], logging.WARNING),
+    **dict.fromkeys(["matplotlib", "tokenizers", "torch"], logging.WARNING),
+    **dict.fromkeys(["urllib3", "wandb"], logging.ERROR),
+}
+"""Libraries whose steps are not this run's, by the level from which they are heard."""
+
+
+def start_logging(folder: Path, world: World) -> None:
+    """Send log records and Python's warnings to the run folder, and rank 0's also to stderr.
+
+    Other ranks keep what they say to `ranks/rank-<rank>.log`. A library's warning is written once, however
+    often it is repeated. A second call takes the place of the first.
+    """
+    (folder / "ranks").mkdir(exist_ok=True)
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / "ranks" / f"rank-{world.rank:05d}.log")]
+    if world.rank == 0:
+        handlers += [logging.FileHandler(folder / "train.log"), _console()]
+    for handler in handlers:
+        handler.addFilter(OnceEachWarning())
+        if isinstance(handler, logging.FileHandler):
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    logging.captureWarnings(True)
+    for library, level in QUIETER.items():
+        logging.getLogger(library).setLevel(level)
+
+
+def _console() -> logging.Handler:
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(ShortFormat("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    console.addFilter(lambda record: getattr(record, "console", True))
+    return console
+
+
+class ShortFormat(logging.Formatter):
+    """A line a record; the level is named only from WARNING upwards."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)
+        return line if record.levelno < logging.WARNING else f"{line} [{record.levelname.lower()}]"
+
+
+class OnceEachWarning(logging.Filter):
+    """Lets a library's warning through once: torch repeats the same one for each block and each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING or record.name.startswith("tpresearch"):
+            return True
+        message = record.getMessage()
+        new = message not in self.seen
+        self.seen.add(message)
+        return new

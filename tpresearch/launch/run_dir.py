@@ -1,0 +1,131 @@
+"""The run folder: one for all ranks, agreed before there is a process group, shared with no other job."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.launch.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+PATIENCE = timedelta(minutes=5)
+"""How long a rank waits for rank 0, which may still be importing torch from a slow file system."""
+
+
+def register_resolvers() -> None:
+    """`run_dir`, `on_rank_zero` and `tokenizer_size`, for the YAML files."""
+    OmegaConf.register_new_resolver("run_dir", dated_folder, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("on_rank_zero", _on_rank_zero, replace=True)
+    OmegaConf.register_new_resolver("tokenizer_size", _tokenizer_size, replace=True)
+
+
+def dated_folder(name: str) -> str:
+    """`outputs/<name>/<YYYY-MM-DD>/<HH-MM-SS>`, now. What the job uses in the end is settled by `agree`."""
+    return f"outputs/{name}/{datetime.now():%Y-%m-%d/%H-%M-%S}"
+
+
+def agree(composed: DictConfig, world: World) -> Path:
+    """Make the folder that `hydra.run.dir` names, and make it the same one on all ranks, restarts included.
+
+    A folder given by the user is used as it is, also where it exists (to resume); the default one is new.
+
+    Raises:
+        ConfigError: when the folder cannot be written, or the ranks have no way to agree.
+    """
+    given = "${run_dir:" not in str(OmegaConf.to_container(composed.hydra.run, resolve=False))
+
+    wanted = Path(composed.hydra.run.dir)
+    name = str(composed.get("name") or "run")
+
+    def make() -> Path:
+        try:
+            return _usable(wanted if given else _claimed(wanted))
+        except OSError as error:
+            raise ConfigError(
+                "hydra.run.dir",
+                wanted,
+                f"cannot be written: {error.strerror}",
+                "a folder that this user can write, with room on its disk",
+                fix={"hydra.run.dir": Path(tempfile.gettempdir()) / name},
+            ) from None
+
+    if world.size == 1:
+        return make()
+    if (store := _agent_store()) is not None:
+        return _from_rank_zero(make, store, world)
+    if not given:
+        wanted = _of_slurm_job(name)
+        given = True
+    return make()
+
+
+def _claimed(wanted: Path) -> Path:
+    """A folder that was not there: `wanted`, or with -2, -3... if another job took it in the same second."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    for nth in itertools.count(1):
+        folder = wanted if nth == 1 else wanted.with_name(f"{wanted.name}-{nth}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("count() does not end")
+
+
+def _usable(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"\0")
+    return folder
+
+
+def _from_rank_zero(make: Callable[[], Path], store: TCPStore, world: World) -> Path:
+    """Rank 0's folder, through the store of torchrun's agent, which outlives a restart of the ranks."""
+    key = f"tpresearch/{os.environ['TORCHELASTIC_RUN_ID']}/run_dir"
+    if world.rank == 0 and not store.check([key]):
+        store.compare_set(key, "", str(make()))
+    return Path(store.get(key).decode())
+
+
+def _agent_store() -> TCPStore | None:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import TCPStore  # late: it costs two seconds, and no refusal needs it
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, timeout=PATIENCE)
+
+
+def _of_slurm_job(name: str) -> Path:
+    """A folder that every rank can work out by itself, from when and as what Slurm started this job."""
+    job, started = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_START_TIME")
+    if not job or not started:
+        raise ConfigError(
+            "hydra.run.dir",
+            None,
+            "the ranks cannot agree on a folder, since torchrun's store is not shared with them",
+            "the same folder typed for all ranks, or torchrun without TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+            fix={"hydra.run.dir": f"outputs/{name}/{datetime.now():%Y-%m-%d/%H-%M-%S}"},
+        )
+    at = datetime.fromtimestamp(int(started))
+    return Path(f"outputs/{name}/{at:%Y-%m-%d/%H-%M-%S}-{job}.{os.environ.get('SLURM_STEP_ID', 0)}")
+
+
+def _on_rank_zero(value: str) -> str | None:
+    return value if World.from_environment().rank == 0 else None
+
+
+def _tokenizer_size(path: str) -> int:
+    from tpresearch.data import tokenizer_size  # late: few configs ask, and tokenizers are slow to import
+
+    return tokenizer_size(path)

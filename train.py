@@ -1,0 +1,15 @@
+"""Train the composed config: `torchrun --nproc-per-node=4 train.py parallel=fsdp_tp train.steps=20`."""
+
+from tpresearch.config import Config
+from tpresearch.launch import Run, entrypoint
+
+
+@entrypoint("train")
+def main(cfg: Config, run: Run) -> None:
+    from tpresearch.train import train  # late: torch takes seconds to import, a refused config should not
+
+    train(cfg, run)
+
+
+if __name__ == "__main__":
+    main()
