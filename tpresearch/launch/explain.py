@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
-    InterpolationKeyError,
     InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
@@ -100,7 +99,7 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
 
 
 def _not_a_name(composition: Composition) -> ConfigError:
-    """For `model=3`, `model=null` and, oddly, `=3`, in whose message Hydra names neither the group nor the value."""
+    """For `model=3`, `model=null` and `=3`: in their message Hydra names neither the group nor the value."""
     groups = composition.groups()
     for typed in composition.overrides:
         key, _, value = typed.partition("=")
@@ -166,7 +165,7 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
         why = message.replace("raised while resolving interpolation", "while resolving it")
         return ConfigError(key, written, why, "an interpolation that resolves", fix={key: None})
     if isinstance(default, DictConfig):
-        legal = f"its keys one by one: {', '.join(f'{key}.{name}' for name in default)}"
+        legal = f"its keys one by one: {', '.join(f'{key}.{name!s}' for name in default)}"
         return ConfigError(key, typed, "a group of keys, not a value", legal, fix={key: None})
     if "does not support deletion" in message:
         return ConfigError(

@@ -19,8 +19,8 @@ EXIT_CODE = 2
 def refuse(error: ConfigError, world: World) -> NoReturn:
     """Print the error once per job and leave with exit code 2.
 
-    The first rank that comes here speaks, for torchrun kills the others as soon as one has left. torchrun itself
-    exits with 1 whatever its workers do, and reports each failure: there every rank gives the same sentence.
+    The first rank that comes here speaks, for torchrun kills the others as soon as one has left. torchrun
+    itself exits with 1 whatever its workers do, and reports each failure; there ranks give the same sentence.
     """
     sentence = f"{error}; try: {command_to_try(error, world)}"
     if _claims_the_word(world) and os.environ.get("GROUP_RANK", "0") == "0":
