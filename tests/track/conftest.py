@@ -16,6 +16,7 @@ from rich.console import Console
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config
 from tpresearch.track import Tracker
+from tpresearch.track.wandb_run import SETTINGS
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +29,8 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(home))
     monkeypatch.setenv("NETRC", str(home / "netrc"))
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
-    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "2")
+    monkeypatch.setitem(SETTINGS, "init_timeout", 2)
+    monkeypatch.setitem(SETTINGS, "finish_timeout", 2)
     yield
     import wandb
 

@@ -82,8 +82,9 @@ def test_medians_leave_out_every_row_that_covers_a_warm_up_step() -> None:
 
 
 def test_a_resumed_run_tells_its_own_speed_and_the_last_evaluation_there_was() -> None:
-    rows = [complete_row(row(step)) for step in range(1, 7)]
+    rows = [complete_row(row(step, **{"memory/peak_bytes": 900 // step})) for step in range(1, 7)]
     figures = headline(rows, warmup_steps=1, start_step=4)
+    assert figures["memory/peak_bytes"] == 180  # of step 5
     assert figures["perf/tokens_per_second"] == 6006.0  # of step 6: step 5 warmed up this process
     assert figures["val/loss"] == 7.5  # of step 4
 
@@ -92,9 +93,15 @@ def test_a_run_without_rows_has_no_figures() -> None:
     assert set(headline([], warmup_steps=5).values()) == {None}
 
 
-def test_a_summary_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_summary_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
     write_summary(tmp_path, {"status": "completed"})
     with pytest.raises(ValueError, match="nan"):
         write_summary(tmp_path, {"status": float("nan")})
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_summary(tmp_path, {"status": "failed"})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "completed"}
     assert [path.name for path in tmp_path.glob("*summary*")] == ["summary.json"]

@@ -123,9 +123,8 @@ def test_a_config_with_a_credential_is_refused_before_a_file_is_written(
     track: Callable[..., Tracker], cfg: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
-    monkeypatch.setenv(
-        "TOKENIZERS_PARALLELISM", "layers.*.attention.w[qkv]"
-    )  # a word of the config, no credential
+    for no_credential in ("TOKENIZERS_PARALLELISM", "HOTKEY"):
+        monkeypatch.setenv(no_credential, "layers.*.attention.w[qkv]")  # which the config does say
     track().finish()
     cfg.model.args["extra"] = {"headers": ["Bearer hf_0123456789abcdef"]}
     (run_dir / "config.yaml").unlink()

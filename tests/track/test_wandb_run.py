@@ -25,7 +25,7 @@ from tpresearch.track.names import NAMES
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.wandb_host import answers
 
-FINISH_S = 2.0  # WANDB_FINISH_TIMEOUT of these tests
+FINISH_S = 2.0  # finish_timeout of these tests
 SLACK_S = 3.0  # for starting and stopping the client on a busy machine
 
 
@@ -60,6 +60,7 @@ def test_what_arrives_is_what_the_record_holds(
     cfg.logger.tags = ["mine", "cpu"]
     with track() as tracker:
         log_steps(tracker)
+        print("said by the loop")
     arrived = only_run(server)
     assert logged(arrived) == read_metrics(run_dir)
     assert all(set(r) == set(NAMES) for r in logged(arrived))
@@ -76,7 +77,7 @@ def test_what_arrives_is_what_the_record_holds(
     assert not {name for name in arrived.files if name.endswith((".py", ".patch", ".diff"))}
     assert tracker._wandb is not None
     assert tracker._wandb.where() == f"{server.url}/{ENTITY}/tpresearch/runs/{arrived.name}"
-    assert capsys.readouterr() == ("", "")  # the client says nothing on its own
+    assert capsys.readouterr() == ("said by the loop\n", "")  # the client says nothing on its own
 
 
 def test_the_config_says_project_group_entity_name_and_job(
@@ -195,7 +196,7 @@ def test_a_host_that_answers_with_errors_costs_init_timeout_and_no_more(
     began = time.monotonic()
     with track() as tracker:
         log_steps(tracker)
-    assert time.monotonic() - began < 2 + SLACK_S  # WANDB_INIT_TIMEOUT of these tests is 2
+    assert time.monotonic() - began < 2 + SLACK_S  # init_timeout of these tests is 2
     assert said(caplog)[0].startswith("W&B: online is not to be had: ")
     assert len(said(caplog)) == 1
     server.fail = None
@@ -210,6 +211,7 @@ def test_a_host_that_is_silent_holds_up_neither_the_start_nor_the_exit(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", DUMMY_KEY)
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
         began = time.monotonic()
         command = [sys.executable, "-m", "example_run", str(run_dir)]
@@ -267,6 +269,8 @@ def test_a_client_that_dies_costs_the_run_nothing(
     assert len(said(caplog)) == 1
     assert len(read_metrics(run_dir)) == STEPS
     assert read_summary(run_dir)["status"] == "completed"
+    train(track(start_step=STEPS), first=STEPS + 1, last=STEPS + 1)  # another run of the same process
+    assert only_run(server).exit_code == 0
 
 
 def test_a_resumed_run_continues_its_own(

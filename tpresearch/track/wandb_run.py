@@ -132,9 +132,7 @@ class WandbRun:
             self._run.finish(exit_code=exit_code)
         except Exception as error:
             self._note(error)
-        _tear_down(
-            exit_code
-        )  # so that the client's own hook at the interpreter's exit has nothing to wait for
+        _tear_down(exit_code)
 
     def where(self) -> str:
         """Where to look: the run's page, or the command that uploads it."""
@@ -164,6 +162,7 @@ def _set_up() -> wandb.Settings:
 
 
 def _tear_down(exit_code: int = 0) -> None:
+    """Stop the client, so that a later run of this process gets a sound one that sees its environment."""
     import wandb
 
     with suppress(Exception):
