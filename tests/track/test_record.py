@@ -49,6 +49,12 @@ def test_an_undeclared_metric_is_refused_by_name() -> None:
         complete_row({"train/los": 1.0})
 
 
+def test_a_row_without_its_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="without train/step"):
+        MetricsFile(tmp_path).append({"train/loss": 1.0})
+    assert read_metrics(tmp_path) == []
+
+
 def test_a_resumed_run_appends_and_the_later_row_of_a_step_counts(tmp_path: Path) -> None:
     first = MetricsFile(tmp_path)
     for step in (1, 2, 3):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from example_run import STEPS, log_steps, row, train
 
 from tpresearch.config import Config
 from tpresearch.config.compose import as_dict
-from tpresearch.track import Preempted, Tracker
+from tpresearch.track import Preempted, Tracker, record
 from tpresearch.track.record import read_metrics, read_summary
 
 
@@ -84,6 +84,22 @@ def test_sigterm_makes_it_preempted_with_the_exit_code_of_one(
     summary = read_summary(run_dir)
     assert (summary["status"], summary["error"], summary["steps"]) == ("preempted", "stopped by SIGTERM", 3)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_follows_an_error_does_not_cut_the_closing_short(
+    track: Callable[..., Tracker], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = record.write_summary
+
+    def interrupted(folder: Path, summary: Mapping[str, object]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        write(folder, summary)
+
+    monkeypatch.setattr(record, "write_summary", interrupted)
+    with pytest.raises(RuntimeError, match="a peer has gone"):
+        train(track(), last=2, ending=RuntimeError("a peer has gone"))
+    assert read_summary(run_dir)["status"] == "failed"
 
 
 def test_a_loop_that_stops_in_its_own_way_keeps_it(track: Callable[..., Tracker], run_dir: Path) -> None:

@@ -1,21 +1,18 @@
-"""The real W&B client against a server on loopback: what arrives, and what an outage costs."""
+"""The real W&B client against a server on loopback: a run arrives there whole."""
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from arrivals import logged, only_run
 from example_run import STEPS, log_steps, train
-from fake_wandb import DUMMY_KEY, ENTITY, FakeRun, FakeWandb
+from fake_wandb import DUMMY_KEY, ENTITY, FakeWandb
 
 from tpresearch.config import Config
 from tpresearch.config.compose import as_dict
@@ -23,31 +20,6 @@ from tpresearch.config.schema import WandbMode
 from tpresearch.track import Tracker
 from tpresearch.track.names import NAMES
 from tpresearch.track.record import read_metrics, read_summary
-from tpresearch.track.wandb_host import answers
-
-FINISH_S = 2.0  # finish_timeout of these tests
-SLACK_S = 3.0  # for starting and stopping the client on a busy machine
-
-
-def only_run(server: FakeWandb) -> FakeRun:
-    (run,) = server.runs.values()
-    return run
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Our own lines; the client's go to its debug.log, and reach pytest alone."""
-    return [record.message for record in caplog.records if record.name.startswith("tpresearch")]
-
-
-def logged(run: FakeRun) -> list[dict]:
-    return [{name: value for name, value in r.items() if not name.startswith("_")} for r in run.history]
-
-
-def sync(server: FakeWandb, *folders: Path) -> None:
-    command = [str(Path(sys.executable).parent / "wandb"), "sync", "--include-online", *map(str, folders)]
-    environment = os.environ | server.env()
-    del environment["WANDB_MODE"]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=30)
 
 
 def test_what_arrives_is_what_the_record_holds(
@@ -109,28 +81,6 @@ def test_no_key_is_written_anywhere(
     assert DUMMY_KEY not in str([vars(r) for r in server.runs.values()])
 
 
-def test_without_a_key_it_is_offline_and_says_so_in_one_line(
-    track: Callable[..., Tracker],
-    run_dir: Path,
-    server: FakeWandb,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    cfg: Config,
-) -> None:
-    monkeypatch.delenv("WANDB_API_KEY")
-    cfg.logger.mode = WandbMode.online  # even then
-    with caplog.at_level(logging.INFO), track() as tracker:
-        log_steps(tracker)
-    assert said(caplog) == ["W&B: offline, for there is no API key; `wandb login` or WANDB_API_KEY gives one"]
-    assert server.requests == []
-    (folder,) = (run_dir / "wandb").glob("offline-run-*")
-    assert tracker._wandb is not None
-    assert tracker._wandb.where() == f"wandb sync {folder}"
-    sync(server, folder)
-    assert logged(only_run(server)) == read_metrics(run_dir)
-    assert only_run(server).display_name == "llama2_tiny/fsdp2-tp2"
-
-
 def test_a_key_in_netrc_is_a_key(
     track: Callable[..., Tracker], server: FakeWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,122 +105,6 @@ def test_auto_does_what_the_environment_asks(
     track().finish()
     assert server.requests == []
     assert len(list((run_dir / "wandb").glob("offline-run-*"))) == folders
-
-
-def test_a_host_that_refuses_is_noticed_at_once(
-    track: Callable[..., Tracker],
-    server: FakeWandb,
-    run_dir: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
-    began = time.monotonic()
-    with track() as tracker:
-        log_steps(tracker)
-    assert time.monotonic() - began < SLACK_S
-    assert said(caplog) == ["W&B: offline, for http://127.0.0.1:1 does not answer"]
-    sync(server, *(run_dir / "wandb").glob("offline-run-*"))
-    assert logged(only_run(server)) == read_metrics(run_dir)
-
-
-def test_a_host_is_sought_through_the_proxy_that_leads_there(
-    server: FakeWandb, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert not answers("https://wandb.invalid")
-    monkeypatch.setenv("https_proxy", server.url)
-    assert answers("https://wandb.invalid")
-    monkeypatch.setenv("no_proxy", "wandb.invalid")
-    assert not answers("https://wandb.invalid")
-
-
-@pytest.mark.parametrize("status", [500, 403])
-def test_a_host_that_answers_with_errors_costs_init_timeout_and_no_more(
-    track: Callable[..., Tracker],
-    server: FakeWandb,
-    run_dir: Path,
-    caplog: pytest.LogCaptureFixture,
-    status: int,
-) -> None:
-    server.fail = status
-    began = time.monotonic()
-    with track() as tracker:
-        log_steps(tracker)
-    assert time.monotonic() - began < 2 + SLACK_S  # init_timeout of these tests is 2
-    assert said(caplog)[0].startswith("W&B: online is not to be had: ")
-    assert len(said(caplog)) == 1
-    server.fail = None
-    sync(server, *(run_dir / "wandb").glob("offline-run-*"))
-    assert logged(only_run(server)) == read_metrics(run_dir)
-    assert only_run(server).exit_code == 0
-
-
-def test_a_host_that_is_silent_holds_up_neither_the_start_nor_the_exit(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setenv("WANDB_API_KEY", DUMMY_KEY)
-        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
-        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        began = time.monotonic()
-        command = [sys.executable, "-m", "example_run", str(run_dir)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - began < 2 + 2 + 2 * SLACK_S  # init_timeout, the client's farewell; two starts
-    assert ended.returncode == 0
-    assert ended.stderr.startswith("W&B: online is not to be had: ")
-    assert ended.stderr.count("\n") == 1
-    assert "W&B    wandb sync" in ended.stdout
-    assert len(read_metrics(run_dir)) == STEPS
-
-
-@pytest.mark.parametrize("outage", ["errors", "gone"])
-def test_a_host_that_goes_away_costs_finish_timeout_and_loses_nothing(
-    track: Callable[..., Tracker],
-    server: FakeWandb,
-    run_dir: Path,
-    caplog: pytest.LogCaptureFixture,
-    outage: str,
-) -> None:
-    with track() as tracker:
-        log_steps(tracker, last=3)
-        if outage == "errors":
-            server.fail = 500
-        else:
-            server.__exit__()
-        began = time.monotonic()
-        log_steps(tracker, first=4)
-        assert time.monotonic() - began < 0.5
-        began = time.monotonic()
-    assert time.monotonic() - began < FINISH_S + SLACK_S
-    assert said(caplog) == ["W&B: Timed out finishing run.; metrics.jsonl has every row all the same"]
-    assert [r["train/step"] for r in read_metrics(run_dir)] == list(range(1, STEPS + 1))
-    assert read_summary(run_dir)["status"] == "completed"
-    (folder,) = (run_dir / "wandb").glob("run-*")
-    assert tracker._wandb is not None
-    assert tracker._wandb.where() == f"wandb sync --include-online {folder}"
-    with FakeWandb() as back:
-        sync(back, folder)
-        assert logged(only_run(back)) == read_metrics(run_dir)
-        assert only_run(back).exit_code == 0
-
-
-@pytest.mark.skipif(shutil.which("ps") is None, reason="looks for the client with ps")
-def test_a_client_that_dies_costs_the_run_nothing(
-    track: Callable[..., Tracker], server: FakeWandb, run_dir: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with track() as tracker:
-        log_steps(tracker, last=3)
-        children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True)
-        for line in children.stdout.decode().splitlines():
-            if "wandb-core" in line:
-                os.kill(int(line.split()[0]), signal.SIGKILL)
-        log_steps(tracker, first=4)
-    assert len(said(caplog)) == 1
-    assert len(read_metrics(run_dir)) == STEPS
-    assert read_summary(run_dir)["status"] == "completed"
-    train(track(start_step=STEPS), first=STEPS + 1, last=STEPS + 1)  # another run of the same process
-    assert only_run(server).exit_code == 0
 
 
 def test_a_resumed_run_continues_its_own(

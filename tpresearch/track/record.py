@@ -36,8 +36,11 @@ class MetricsFile:
 
         Raises:
             KeyError: for a metric that is not declared.
+            ValueError: for a row that does not say its step.
         """
         row = complete_row(values)
+        if row["train/step"] is None:
+            raise ValueError("a row is logged without train/step, by which it is found again; add it")
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         return row

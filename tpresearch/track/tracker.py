@@ -181,16 +181,19 @@ class Tracker:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if error is None:
             self.finish()
-        elif isinstance(error, Preempted | KeyboardInterrupt):
-            with _undisturbed():
-                self.finish(status="preempted", error=_line(error))
-        else:
-            self.finish(status="failed", error=_line(error))
+            return
+        stopped = isinstance(error, Preempted | KeyboardInterrupt)
+        with _undisturbed():
+            self.finish(status="preempted" if stopped else "failed", error=_line(error))
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ignore signals: Ctrl-C under torchrun reaches a rank twice, from the terminal and from the agent."""
+    """Ignore signals while a broken-off run is closed, which takes `finish_timeout` at most.
+
+    Ctrl-C under torchrun reaches a rank twice, from the terminal and from the agent; and where one rank has
+    failed, the agent stops the others.
+    """
     before = {
         sig: signal.signal(sig, signal.SIG_IGN)
         for sig in (signal.SIGINT, signal.SIGTERM)

@@ -1,0 +1,166 @@
+"""W&B that cannot be used, or goes away: said in one line, bounded in time, and nothing is lost."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from arrivals import logged, only_run, said, sync
+from example_run import STEPS, log_steps, train
+from fake_wandb import DUMMY_KEY, FakeWandb
+
+from tpresearch.config import Config
+from tpresearch.config.schema import WandbMode
+from tpresearch.track import Tracker
+from tpresearch.track.record import read_metrics, read_summary
+from tpresearch.track.wandb_host import answers
+
+FINISH_S = 2.0  # finish_timeout of these tests
+SLACK_S = 3.0  # for starting and stopping the client on a busy machine
+
+
+def test_without_a_key_it_is_offline_and_says_so_in_one_line(
+    track: Callable[..., Tracker],
+    run_dir: Path,
+    server: FakeWandb,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    cfg: Config,
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    cfg.logger.mode = WandbMode.online  # even then
+    with caplog.at_level(logging.INFO), track() as tracker:
+        log_steps(tracker)
+    assert said(caplog) == ["W&B: offline, for there is no API key; `wandb login` or WANDB_API_KEY gives one"]
+    assert server.requests == []
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    assert tracker._wandb is not None
+    assert tracker._wandb.where() == f"wandb sync {folder}"
+    sync(server, folder)
+    assert logged(only_run(server)) == read_metrics(run_dir)
+    assert only_run(server).display_name == "llama2_tiny/fsdp2-tp2"
+
+
+def test_a_host_that_refuses_is_noticed_at_once(
+    track: Callable[..., Tracker],
+    server: FakeWandb,
+    run_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    began = time.monotonic()
+    with track() as tracker:
+        log_steps(tracker)
+    assert time.monotonic() - began < SLACK_S
+    assert said(caplog) == ["W&B: offline, for http://127.0.0.1:1 does not answer"]
+    sync(server, *(run_dir / "wandb").glob("offline-run-*"))
+    assert logged(only_run(server)) == read_metrics(run_dir)
+
+
+def test_a_host_is_sought_through_the_proxy_that_leads_there(
+    server: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not answers("https://wandb.invalid")
+    monkeypatch.setenv("https_proxy", server.url)
+    assert answers("https://wandb.invalid")
+    monkeypatch.setenv("no_proxy", "wandb.invalid")
+    assert not answers("https://wandb.invalid")
+
+
+@pytest.mark.parametrize("status", [500, 403])
+def test_a_host_that_answers_with_errors_costs_init_timeout_and_no_more(
+    track: Callable[..., Tracker],
+    server: FakeWandb,
+    run_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+) -> None:
+    server.fail = status
+    began = time.monotonic()
+    with track() as tracker:
+        log_steps(tracker)
+    assert time.monotonic() - began < 2 + SLACK_S  # init_timeout of these tests is 2
+    assert said(caplog)[0].startswith("W&B: online is not to be had: ")
+    assert len(said(caplog)) == 1
+    server.fail = None
+    sync(server, *(run_dir / "wandb").glob("offline-run-*"))
+    assert logged(only_run(server)) == read_metrics(run_dir)
+    assert only_run(server).exit_code == 0
+
+
+def test_a_host_that_is_silent_holds_up_neither_the_start_nor_the_exit(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", DUMMY_KEY)
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        began = time.monotonic()
+        command = [sys.executable, "-m", "example_run", str(run_dir)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - began < 2 + 2 + 2 * SLACK_S  # init_timeout, the client's farewell; two starts
+    assert ended.returncode == 0
+    assert ended.stderr.startswith("W&B: online is not to be had: ")
+    assert ended.stderr.count("\n") == 1
+    assert "W&B    wandb sync" in ended.stdout
+    assert len(read_metrics(run_dir)) == STEPS
+
+
+@pytest.mark.parametrize("outage", ["errors", "gone"])
+def test_a_host_that_goes_away_costs_finish_timeout_and_loses_nothing(
+    track: Callable[..., Tracker],
+    server: FakeWandb,
+    run_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    outage: str,
+) -> None:
+    with track() as tracker:
+        log_steps(tracker, last=3)
+        if outage == "errors":
+            server.fail = 500
+        else:
+            server.__exit__()
+        began = time.monotonic()
+        log_steps(tracker, first=4)
+        assert time.monotonic() - began < 0.5
+        began = time.monotonic()
+    assert time.monotonic() - began < FINISH_S + SLACK_S
+    assert said(caplog) == ["W&B: Timed out finishing run.; metrics.jsonl has every row all the same"]
+    assert [r["train/step"] for r in read_metrics(run_dir)] == list(range(1, STEPS + 1))
+    assert read_summary(run_dir)["status"] == "completed"
+    (folder,) = (run_dir / "wandb").glob("run-*")
+    assert tracker._wandb is not None
+    assert tracker._wandb.where() == f"wandb sync --include-online {folder}"
+    with FakeWandb() as back:
+        sync(back, folder)
+        assert logged(only_run(back)) == read_metrics(run_dir)
+        assert only_run(back).exit_code == 0
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="looks for the client with ps")
+def test_a_client_that_dies_costs_the_run_nothing(
+    track: Callable[..., Tracker], server: FakeWandb, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with track() as tracker:
+        log_steps(tracker, last=3)
+        children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True)
+        for line in children.stdout.decode().splitlines():
+            if "wandb-core" in line:
+                os.kill(int(line.split()[0]), signal.SIGKILL)
+        log_steps(tracker, first=4)
+    assert len(said(caplog)) == 1
+    assert len(read_metrics(run_dir)) == STEPS
+    assert read_summary(run_dir)["status"] == "completed"
+    train(track(start_step=STEPS), first=STEPS + 1, last=STEPS + 1)  # another run of the same process
+    assert only_run(server).exit_code == 0
