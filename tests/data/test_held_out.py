@@ -60,7 +60,9 @@ def test_one_file_gives_its_tail(tmp_path: Path, configure, bpe: TokenizerConfig
     assert not set(held_out.split("\n")[:-1]) & set(train.split("\n"))
 
 
-@pytest.mark.parametrize("text", ["abcdefghij" * 10, "ab\ncd\n" * 50, "x" * 99 + "\n", "ä\n" * 40, "a", ""])
+@pytest.mark.parametrize(
+    "text", ["abcdefghij" * 10, "a\n" + "b" * 999, "ab\ncd\n" * 50, "x" * 99 + "\n", "ä\n" * 40, "a", ""]
+)
 def test_a_tail_and_its_head_are_the_text(text: str) -> None:
     train, held_out = by_tail(Document("name", text), 20)
     assert train + held_out == text

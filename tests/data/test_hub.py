@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import time
@@ -131,5 +132,6 @@ def test_a_changed_local_folder_is_read_anew(
     data: DataConfig = configure(str(file.parent), DataSource.hf)
     for word in ("before", "after_"):
         file.write_text("".join(json.dumps({"text": f"{word} {text}"}) + "\n" for text in TEXTS))
+        os.utime(file, (1e9, 1e9))
         text = decoded(prepare(data, bpe), "train")
         assert text.startswith(f"{word} story 0")

@@ -16,9 +16,10 @@ import pytest
 from filelock import FileLock
 
 from tpresearch.config import ConfigError
-from tpresearch.config.schema import DataConfig, TokenizerConfig
+from tpresearch.config.schema import DataConfig, TokenizerConfig, TokenizerKind
 from tpresearch.data import PackedCorpus, pipeline, prepare
 from tpresearch.data.cache import SAMPLE_BYTES, SAMPLES, checksum
+from tpresearch.data.tokenizer import train_bpe
 
 ONE_RANK = """
 import logging, sys, zlib
@@ -162,7 +163,7 @@ def test_another_content_is_another_folder(
             file, ns=(stat.st_atime_ns, stat.st_mtime_ns)
         )  # same size, same time: only the content differs
     elif change == "name":
-        file.rename(file.with_name("moved.txt"))
+        file.rename(file.with_name("0075.txt"))  # in the same place in the order
     elif change == "new file":
         (texts / "part1/new.txt").write_text("new")
     else:
@@ -172,6 +173,20 @@ def test_another_content_is_another_folder(
     assert (after.corpus_hash == before.corpus_hash) == (change == "held_out_every")
 
 
+@pytest.mark.parametrize("setting", ["held_out_every", "max_tokens"])
+def test_a_given_tokenizer_does_not_hide_another_choice_of_text(
+    data: DataConfig, tmp_path: Path, setting: str
+) -> None:
+    train_bpe(["text"], 260).save(tmp_path / "given.json")
+    given = TokenizerConfig(TokenizerKind.hf, 260, str(tmp_path / "given.json"))
+    before = prepare(data, given)
+    setattr(data, setting, 10)
+    after = prepare(data, given)
+    assert after.folder != before.folder
+    assert after.tokenizer_hash == before.tokenizer_hash
+    assert after.meta["train"] != before.meta["train"]
+
+
 def test_a_moved_corpus_is_the_same_corpus(data: DataConfig, texts: Path, bpe: TokenizerConfig) -> None:
     before = prepare(data, bpe)
     texts.rename(texts.with_name("elsewhere"))
@@ -179,24 +194,22 @@ def test_a_moved_corpus_is_the_same_corpus(data: DataConfig, texts: Path, bpe: T
     assert prepare(data, bpe).folder == before.folder
 
 
+ARROW, META = "held_out/data-00000-of-00001.arrow", "meta.json"
 DAMAGE = {
-    "truncated": (
-        "train/data-00000-of-00001.arrow",
-        lambda path: os.truncate(path, path.stat().st_size // 2),
-    ),
-    "a flipped bit": (
-        "held_out/data-00000-of-00001.arrow",
-        lambda path: flip_bit(path, path.stat().st_size // 2),
-    ),
-    "missing": ("tokenizer.json", lambda path: path.unlink()),
-    "no meta": ("meta.json", lambda path: path.unlink()),
-    "half a meta": ("meta.json", lambda path: os.truncate(path, 100)),
-    "another number": (
-        "meta.json",
-        lambda path: path.write_text(path.read_text().replace('"eos_id": 0', '"eos_id": 1')),
-    ),
-    "not a meta": ("meta.json", lambda path: path.write_text("[]")),
+    "truncated": (ARROW, lambda path: os.truncate(path, path.stat().st_size // 2), "bytes instead of"),
+    "a flipped bit": (ARROW, lambda path: flip_bit(path, path.stat().st_size // 2), "its checksum differs"),
+    "missing": ("tokenizer.json", lambda path: path.unlink(), "missing"),
+    "no meta": (META, lambda path: path.unlink(), "FileNotFoundError"),
+    "half a meta": (META, lambda path: os.truncate(path, 100), "JSONDecodeError"),
+    "another number": (META, lambda path: alter(path, '"eos_id": 0', '"eos_id": 1'), "its checksum differs"),
+    "not a meta": (META, lambda path: path.write_text("[]"), "TypeError"),
 }
+
+
+def alter(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 def flip_bit(path: Path, at: int) -> None:
@@ -211,12 +224,13 @@ def test_damage_is_found_named_and_mended(
 ) -> None:
     before = prepare(data, bpe)
     train, held_out, meta = before.train.copy(), before.held_out.copy(), before.meta
-    name, damage = DAMAGE[kind]
+    name, damage, why = DAMAGE[kind]
     damage(before.folder / name)
     caplog.clear()
     after = prepare(data, bpe)
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert f"{before.folder} is damaged ({name}: " in warning
+    assert why in warning
     assert done(caplog) == ["pack"]
     np.testing.assert_array_equal(after.train, train)
     np.testing.assert_array_equal(after.held_out, held_out)

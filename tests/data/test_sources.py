@@ -24,9 +24,8 @@ def names_and_texts(data: DataConfig) -> list[tuple[str, str]]:
 
 
 def write_jsonl(path: Path, texts: list[str | None], field: str = "text") -> None:
-    path.write_text(
-        "".join(json.dumps({"id": index, field: text}) + "\n" for index, text in enumerate(texts))
-    )
+    lines = [json.dumps({"id": index, field: text}) for index, text in enumerate(texts)]
+    path.write_text("\n".join(lines) + "\n \n")  # a blank line at the end is usual
 
 
 def write_parquet(path: Path, texts: list[str | None], field: str = "text") -> None:
@@ -161,7 +160,7 @@ def test_a_bad_line_far_down_is_refused_when_it_is_met(
         file.write(line + "\n")
     with pytest.raises(ConfigError, match=f"{why}.*") as refusal:
         prepare(configure(str(tmp_path / "data.jsonl"), DataSource.jsonl), bpe)
-    assert "line 201" in str(refusal.value)
+    assert "line 202" in str(refusal.value)
     assert not list((tmp_path / "cache").glob("*/jsonl-*"))
 
 

@@ -105,7 +105,7 @@ def test_truncation_padding_and_added_tokens_of_a_file_do_not_touch_documents(tm
     folder = wordlevel(tmp_path / "bert", ["<unk>", "</s>", "[CLS]", "a", "b"])
     tokenizer = HfTokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=8)
+    tokenizer.enable_padding(length=16)
     tokenizer.post_processor = processors.TemplateProcessing(
         "[CLS] $A </s>", special_tokens=[("[CLS]", 2), ("</s>", 1)]
     )

@@ -143,9 +143,9 @@ def download_tokenizer(name: str, legal: str) -> Path:
 
 @lru_cache
 def offline_unless_reachable() -> bool:
-    """Whether the hub answers. If not, its libraries are told to use what they have cached, once and for all.
+    """Whether the hub answers. If not, its library is told to use what it has cached, once and for all.
 
-    They would retry every file for 25 s and more. A proxy that is set stands for the hub.
+    It would retry every file for 25 s and more. A proxy that is set stands for the hub.
     """
     proxy = urllib.request.getproxies().get("https")
     address = urllib.parse.urlsplit(proxy or _endpoint())
@@ -154,13 +154,11 @@ def offline_unless_reachable() -> bool:
         socket.create_connection((address.hostname or "", port), timeout=PROBE_SECONDS).close()
     except OSError as error:
         log.debug("%s cannot be reached (%s): using cached files only", _endpoint(), error)
-        # Both libraries read the variable once, when imported, which may have happened.
+        # They read the variable once, when imported, which may have happened.
         os.environ["HF_HUB_OFFLINE"] = "1"
-        import datasets.config
         import huggingface_hub.constants
 
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
         return False
     return True
 
