@@ -2,11 +2,14 @@
 
 from tpresearch.config import Config
 from tpresearch.launch import Run, entrypoint
+from tpresearch.train.check import check
 
 
-@entrypoint("train")
+@entrypoint("train", check=check)
 def main(cfg: Config, run: Run) -> None:
-    from tpresearch.train import train  # late: torch takes seconds to import, a refused config should not
+    from tpresearch.train.loop import (
+        train,
+    )  # late: torch takes seconds to import, a refused config should not
 
     train(cfg, run)
 

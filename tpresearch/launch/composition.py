@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import override_key
 
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """What composing raises for a config file or an override that is wrong."""
 
 

@@ -76,12 +76,22 @@ def _run(main: Main, config_name: str, check: Check | None) -> None:
         with passing(composing=False):
             _call(main, composed, world)
 
+    failure, composing = _through_hydra(task, config_dir, config_name)
+    if failure is not None:  # raised out here, a bug's traceback is its own and not also Hydra's
+        _end(failure, composing, Composition.of(arguments, config_dir, config_name), world)
+
+
+def _through_hydra(
+    task: Callable[[DictConfig], None], config_dir: Path, config_name: str
+) -> tuple[Exception | None, bool]:
+    """What ended the run early, if anything did, and whether that was in composing its config."""
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(task)()
     except COMPOSITION_ERRORS as error:
-        _end(error, True, Composition.of(arguments, config_dir, config_name), world)
+        return error, True
     except Passing as passed:
-        _end(passed.error, passed.composing, Composition.of(arguments, config_dir, config_name), world)
+        return passed.error, passed.composing
+    return None, False
 
 
 def _prepare_hydra(check: Check | None) -> None:

@@ -47,10 +47,12 @@ def _console() -> logging.Handler:
 
 
 class ShortFormat(logging.Formatter):
-    """A line a record; the level is named only from WARNING upwards."""
+    """Names the level from WARNING upwards; the line of source of a Python warning is left to the files."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)
+        if record.name == "py.warnings":
+            line = line.splitlines()[0]
         return line if record.levelno < logging.WARNING else f"{line} [{record.levelname.lower()}]"
 
 

@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
+def materialize(model: nn.Module, device: torch.device, seed: int, buffers: torch.device | None = None) -> None:
     """Move a model off the meta device and draw every weight: each rank fills its own shards, nothing is sent.
+
+    Args:
+        device: where parameters go. seed: with each parameter's name, decides its values.
+        buffers: where buffers go, if elsewhere: parameters may be offloaded, buffers are not.
 
     Raises:
         ValueError: for a module with parameters and no `reset_parameters`.
     """
     model.to_empty(device=device)
+    if buffers is not None and buffers != device:
+        for module in model.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(key, buffer.to(buffers), persistent=key not in module._non_persistent_buffers_set)
     with torch.no_grad():
-        for name, parameter, full in draw_all(model, seed):
+        for parameter, full in draw_all(model, seed):
             if isinstance(parameter, DTensor):
                 moved = full.to(parameter.to_local().device, parameter.dtype)
                 shard = distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
                 parameter.to_local().copy_(shard.to_local())
             else:
                 parameter.copy_(full)
-            del name
     reset_buffers(model)
 
 
-def draw_all(model: nn.Module, seed: int):  # noqa: ANN201
-    """(name, parameter, its whole initial value on the CPU) for every parameter, one at a time."""
+def draw_all(model: nn.Module, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(parameter, its whole initial value on the CPU) for every parameter, one at a time."""
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{key}" if prefix else key
-            yield name, parameter, draw(module, key, name, seed)
+            yield parameter, draw(module, key, name, seed)
 
 
 def draw(module: nn.Module, key: str, name: str, seed: int) -> Tensor:

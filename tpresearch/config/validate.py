@@ -1,0 +1,141 @@
+"""What is legal, as far as the config alone can tell: no torch, no files, no ranks."""
+
+from __future__ import annotations
+
+import math
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.mesh import AXES, MeshSizes, resolve_mesh, used_axes
+from tpresearch.config.schema import Config, Dtype
+
+SHOWN_WORLD = 4
+"""Ranks for which plan_only compiles when nothing says otherwise: those of `make train`."""
+
+
+def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
+    """Judge a config for a job of `world` ranks on `hosts` hosts.
+
+    Returns: the sizes of the mesh.
+
+    Raises:
+        ConfigError: for the first thing that cannot work.
+    """
+    _check_numbers(cfg)
+    _check_budget(cfg)
+    _check_vocabulary(cfg)
+    sizes = resolve_mesh(cfg.mesh, cfg.parallel, planned_world(cfg) if cfg.plan_only else world, hosts)
+    _check_options(cfg, sizes)
+    _check_batch(cfg, sizes)
+    return sizes
+
+
+def planned_world(cfg: Config) -> int:
+    """For how many ranks plan_only compiles: as asked, else as many as the given mesh sizes make."""
+    if cfg.world_size is not None:
+        return cfg.world_size
+    given = [getattr(cfg.mesh, axis) for axis in AXES if axis in used_axes(cfg.parallel)]
+    return math.prod(size for size in given if size and size > 0) if any(given) else (SHOWN_WORLD if given else 1)
+
+
+def micro_batch_size(cfg: Config, sizes: MeshSizes) -> int:
+    """Rows that a data-parallel rank takes through the model at once."""
+    return cfg.train.micro_batch_size or cfg.train.global_batch_size // sizes.dp
+
+
+def total_steps(cfg: Config) -> int:
+    """Optimizer steps of the whole run, from whichever budget was given."""
+    if cfg.train.steps is not None:
+        return cfg.train.steps
+    assert cfg.train.tokens is not None
+    return -(-cfg.train.tokens // (cfg.train.global_batch_size * cfg.data.seq_len))
+
+
+def _check_numbers(cfg: Config) -> None:
+    for key, value, least in (
+        ("world_size", cfg.world_size, 1),
+        ("train.steps", cfg.train.steps, 1),
+        ("train.tokens", cfg.train.tokens, 1),
+        ("train.global_batch_size", cfg.train.global_batch_size, 1),
+        ("train.micro_batch_size", cfg.train.micro_batch_size, 1),
+        ("train.log_every", cfg.train.log_every, 1),
+        ("train.eval_every", cfg.train.eval_every, 1),
+        ("train.eval_rows", cfg.train.eval_rows, 0),
+        ("train.seed", cfg.train.seed, 0),
+        ("data.seq_len", cfg.data.seq_len, 1),
+        ("schedule.warmup_steps", cfg.schedule.warmup_steps, 0),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(key, value, "too small", f"{least} or more", fix={key: None})
+    for key, number in (
+        ("optimizer.lr", cfg.optimizer.lr),
+        ("train.clip_grad_norm", cfg.train.clip_grad_norm),
+        ("optimizer.eps", cfg.optimizer.eps),
+    ):
+        if number is not None and not 0 < number < math.inf:
+            raise ConfigError(key, number, "not a positive number", "a number above 0", fix={key: None})
+    for key, number in (
+        ("schedule.min_lr_ratio", cfg.schedule.min_lr_ratio),
+        ("schedule.decay_ratio", cfg.schedule.decay_ratio),
+        ("optimizer.momentum", cfg.optimizer.momentum),
+    ):
+        if not 0 <= number <= 1:
+            raise ConfigError(key, number, "not a share", "a number from 0 to 1", fix={key: None})
+    if len(cfg.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optimizer.betas):
+        legal = "two numbers from 0 to below 1, such as [0.9,0.95]"
+        raise ConfigError("optimizer.betas", cfg.optimizer.betas, "not AdamW's two", legal, fix={"optimizer.betas": None})
+
+
+def _check_budget(cfg: Config) -> None:
+    steps, tokens = cfg.train.steps, cfg.train.tokens
+    if steps is not None and tokens is not None:
+        raise ConfigError(
+            "train.tokens", tokens, f"train.steps={steps} is a budget too", "one of the two, the other null",
+            fix={"train.steps": "null"},
+        )  # fmt: skip
+    if steps is None and tokens is None:
+        raise ConfigError("train.steps", None, "the run has no budget", "train.steps or train.tokens", fix={"train.steps": 100})
+
+
+def _check_vocabulary(cfg: Config) -> None:
+    size = cfg.model.args.get("vocab_size")
+    if isinstance(size, int) and size < cfg.tokenizer.vocab_size:
+        raise ConfigError(
+            "model.vocab_size", size, f"the tokenizer has {cfg.tokenizer.vocab_size} entries",
+            "as many or more; left alone, it follows the tokenizer", fix={"model.vocab_size": None},
+        )  # fmt: skip
+
+
+def _check_options(cfg: Config, sizes: MeshSizes) -> None:
+    parallel = cfg.parallel
+    if parallel.async_tp and not (parallel.tensor and sizes.tp > 1):
+        raise ConfigError(
+            "parallel.async_tp", True, "there is no tensor parallelism to overlap", "a plan with mesh.tp above 1",
+            fix={"parallel.async_tp": None},
+        )  # fmt: skip
+    if parallel.async_tp and not parallel.compile:
+        raise ConfigError(
+            "parallel.async_tp", True, "the compiler is what overlaps them", "parallel.compile=true beside it",
+            fix={"parallel.compile": "true"},
+        )  # fmt: skip
+    if parallel.fsdp.reduce_dtype is Dtype.float64 and cfg.train.dtype is Dtype.bfloat16:
+        raise ConfigError(
+            "parallel.fsdp.reduce_dtype", "float64", "wider than the float32 gradients", "float32 or bfloat16",
+            fix={"parallel.fsdp.reduce_dtype": None},
+        )  # fmt: skip
+
+
+def _check_batch(cfg: Config, sizes: MeshSizes) -> None:
+    batch, micro = cfg.train.global_batch_size, cfg.train.micro_batch_size
+    if batch % sizes.dp:
+        below = batch // sizes.dp * sizes.dp
+        raise ConfigError(
+            "train.global_batch_size", batch, f"does not split over {sizes.dp} data-parallel ranks",
+            f"a multiple of {sizes.dp}", fix={"train.global_batch_size": below or sizes.dp},
+        )  # fmt: skip
+    share = batch // sizes.dp
+    if micro is not None and share % micro:
+        fits = max(m for m in range(1, min(micro, share) + 1) if share % m == 0)
+        raise ConfigError(
+            "train.micro_batch_size", micro, f"does not divide the {share} rows of each data-parallel rank",
+            f"a divisor of {share}", fix={"train.micro_batch_size": fits},
+        )  # fmt: skip

@@ -1,0 +1,138 @@
+"""What one optimizer step sends: every collective of this rank, by mesh axis and phase, in bytes.
+
+A dispatch mode sees each collective as it is issued, whether by DTensor (functional collectives) or by FSDP
+and the step itself (c10d's own). Inside compiled blocks it sees none, so the measured step runs those eagerly:
+torch.compile stands aside while such a mode is active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# op name -> (collective, which of its tensors holds the whole: the input or the output)
+_FUNCTIONAL = {
+    "all_gather_into_tensor": ("all_gather", "output"),
+    "reduce_scatter_tensor": ("reduce_scatter", "input"),
+    "all_reduce": ("all_reduce", "input"),
+    "all_reduce_": ("all_reduce", "input"),
+    "all_to_all_single": ("all_to_all", "input"),
+    "broadcast": ("broadcast", "input"),
+    "broadcast_": ("broadcast", "input"),
+}
+# c10d op name -> (collective, position of the argument that holds the whole)
+_C10D = {
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_": ("reduce_scatter", 1),
+    "allreduce_": ("all_reduce", 0),
+    "alltoall_base_": ("all_to_all", 1),
+    "broadcast_": ("broadcast", 0),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Collectives of one kind, over one axis, in one phase of a step, on one rank."""
+
+    axis: str
+    phase: str
+    """forward, loss, backward, clip or optimizer."""
+    collective: str
+    count: int
+    tensor_bytes: int
+    """Of the whole tensors: gathered, or about to be scattered or reduced."""
+    sent_bytes: int
+    """That this rank sends, by the ring algorithms."""
+
+
+def ring_bytes(collective: str, tensor_bytes: int, ranks: int) -> int:
+    """Bytes that each of `ranks` sends for a collective on a whole tensor of `tensor_bytes`.
+
+    A ring of p ranks passes n/p bytes p-1 times for an all-gather or a reduce-scatter, and does both for an
+    all-reduce (Patarasuk and Yuan 2009; the same accounting as nccl-tests' PERFORMANCE.md).
+    """
+    rounds = 2 if collective == "all_reduce" else 1
+    return rounds * tensor_bytes * (ranks - 1) // ranks
+
+
+class Ledger(TorchDispatchMode):
+    """Counts collectives while it is entered; `mark` tells it the phase.
+
+        ledger = Ledger(mesh)
+        with ledger:
+            with ledger.mark("forward"):
+                ...
+        ledger.entries()
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        names = mesh.mesh_dim_names or ()
+        self._groups = {mesh.get_group(axis).group_name: (axis, mesh[axis].size()) for axis in names}
+        self._phase = "other"
+        self._counts: dict[tuple[str, str, str], list[int]] = {}
+
+    @contextmanager
+    def mark(self, phase: str) -> Iterator[None]:
+        before, self._phase = self._phase, phase
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[-1]
+        if func.namespace == "_c10d_functional" and name in _FUNCTIONAL:
+            collective, whole = _FUNCTIONAL[name]
+            self._count(collective, args[0] if whole == "input" else result, str(args[-1]))
+        elif func.namespace == "c10d" and name in _C10D:
+            collective, position = _C10D[name]
+            self._count(collective, args[position], _group_of(args))
+        return result
+
+    def _count(self, collective: str, whole: Any, group: str) -> None:
+        axis, ranks = self._groups.get(group, ("other", 0))
+        if ranks == 0:
+            ranks = dist.get_world_size(dist.distributed_c10d._resolve_process_group(group))
+        tensor_bytes = sum(t.numel() * t.element_size() for t in tree_leaves(whole) if isinstance(t, Tensor))
+        if ranks == 1:
+            return
+        entry = self._counts.setdefault((axis, self._phase, collective), [0, 0, 0])
+        entry[0] += 1
+        entry[1] += tensor_bytes
+        entry[2] += ring_bytes(collective, tensor_bytes, ranks)
+
+    def entries(self) -> list[Entry]:
+        return [Entry(*key, *counts) for key, counts in sorted(self._counts.items())]
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(entry.sent_bytes for entry in self.entries())
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [asdict(entry) for entry in self.entries()]
+
+
+def _group_of(args: tuple[Any, ...]) -> str:
+    """The name of the process group that a c10d op was given, as a boxed script object."""
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject):
+            try:
+                return dist.ProcessGroup.unbox(arg).group_name
+            except RuntimeError:
+                continue  # a boxed ReduceOp
+    return "unknown"

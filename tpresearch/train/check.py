@@ -1,0 +1,24 @@
+"""All that can be refused before there is a folder, an allocation or a process group, cheapest first."""
+
+from __future__ import annotations
+
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import validate
+from tpresearch.data import check_data
+from tpresearch.launch.world import World
+
+
+def check(cfg: Config, world: World) -> None:
+    """Judge the config, the data's paths, the device, and the plan against the model.
+
+    Raises:
+        ConfigError: for the first thing that cannot work.
+    """
+    sizes = validate(cfg, world.size, world.hosts)
+    check_data(cfg.data, cfg.tokenizer)
+    from tpresearch.train.build import planned  # late: these import torch, which takes seconds
+    from tpresearch.train.device import choose_device
+
+    if not cfg.plan_only:
+        choose_device(cfg, world.local_rank, world.local_size)
+    planned(cfg, sizes)

@@ -1,0 +1,93 @@
+"""Which device a rank computes on, and whether it can do what is asked of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import Config, DeviceKind, Dtype
+
+
+@dataclass(frozen=True)
+class Device:
+    """A rank's device and the backend that its collectives use."""
+
+    torch: torch.device
+    backend: str
+    name: str
+    """As the run's record gives it: `cpu`, or the accelerator's name."""
+
+    @property
+    def type(self) -> str:
+        return self.torch.type
+
+
+def choose_device(cfg: Config, local_rank: int, local_size: int) -> Device:
+    """CUDA where every local rank can have a device of its own, else the CPU, unless the config says.
+
+    With device=cuda and fewer devices than ranks, ranks share them and talk over gloo: for tests of
+    correctness on one GPU, not for speed.
+
+    Raises:
+        ConfigError: for a device, dtype or option that this machine lacks.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cfg.device is DeviceKind.cuda and count == 0:
+        raise ConfigError("device", "cuda", "torch sees no CUDA device", "cpu or auto", fix={"device": "cpu"})
+    wants_cuda = cfg.device is DeviceKind.cuda or (cfg.device is DeviceKind.auto and count >= local_size)
+    if wants_cuda and count:
+        index = local_rank % count
+        backend = "nccl" if count >= local_size else "gloo"
+        device = Device(torch.device("cuda", index), backend, torch.cuda.get_device_name(index))
+    else:
+        device = Device(torch.device("cpu"), "gloo", "cpu")
+    check_device(cfg, device)
+    return device
+
+
+def check_device(cfg: Config, device: Device) -> None:
+    """Refuse what the device cannot do.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    on_cuda = device.type == "cuda"
+    if cfg.train.dtype is Dtype.bfloat16 and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            "train.dtype", "bfloat16", f"{device.name} has no bfloat16", "float32", fix={"train.dtype": "float32"}
+        )
+    if cfg.parallel.async_tp and not on_cuda:
+        raise ConfigError(
+            "parallel.async_tp", True, "it needs CUDA devices that see each other's memory, and this is a CPU",
+            "false on this device", fix={"parallel.async_tp": None},
+        )  # fmt: skip
+    if cfg.parallel.async_tp and device.backend != "nccl":
+        raise ConfigError(
+            "parallel.async_tp", True, "ranks share a device here", "one device a rank", fix={"parallel.async_tp": None}
+        )
+    if cfg.parallel.fsdp.cpu_offload and not on_cuda:
+        raise ConfigError(
+            "parallel.fsdp.cpu_offload", True, "the device is the CPU already", "false on this device",
+            fix={"parallel.fsdp.cpu_offload": None},
+        )  # fmt: skip
+    if cfg.parallel.compile and (lack := _compiler_lack(on_cuda)):
+        raise ConfigError("parallel.compile", True, lack, "false on this machine", fix={"parallel.compile": None})
+
+
+def _compiler_lack(on_cuda: bool) -> str | None:
+    """What torch.compile would miss here, or None."""
+    if on_cuda:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if torch.cuda.get_device_capability() < (7, 0):
+            return "the GPU is older than triton supports (compute capability 7.0)"
+        return None
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None and shutil.which("clang++") is None:
+        return f"no C++ compiler is found ({compiler})"
+    return None
