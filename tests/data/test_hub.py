@@ -135,3 +135,17 @@ def test_a_changed_local_folder_is_read_anew(
         os.utime(file, (1e9, 1e9))
         text = decoded(prepare(data, bpe), "train")
         assert text.startswith(f"{word} story 0")
+
+
+def test_checking_a_local_folder_reads_one_record_of_it(
+    tmp_path: Path, configure, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder/.git").mkdir(parents=True)
+    (tmp_path / "folder/train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    data: DataConfig = configure(str(tmp_path / "folder"), DataSource.hf)
+    with monkeypatch.context() as patched:
+        patched.setattr(hub_room, "hash_files", lambda *_: pytest.fail("hashed the whole folder"))
+        check_data(data, bpe)
+    before = prepare(data, bpe)
+    (tmp_path / "folder/.git/index").write_text("not part of the data")
+    assert prepare(data, bpe).folder == before.folder

@@ -34,36 +34,26 @@ PROBE_SECONDS = 3.0
 def open_hub(data: DataConfig) -> Corpus:
     """The corpus of a hub data set or a local folder of one.
 
-    Its content hash is over the files (local), or over the revision and the files that the hub names.
+    Its content hash is over the files (local), or over the commit that the hub names.
 
     Raises:
         ConfigError: for a data set that is not there, or a hub that cannot be reached.
     """
-    path = str(data.path)
-    local = Path(path).expanduser()
-    if local.is_dir():
-        visible = [file for file in local.rglob("*") if file.is_file() and not file.name.startswith(".")]
-        files = sorted((file.relative_to(local).as_posix(), file) for file in visible)
-        salt = f"hf:{data.name}:{data.split}:{data.text_field}"
-        content = hash_files(files, salt, Path(data.cache_dir).expanduser())
-        size = sum(file.stat().st_size for _, file in files)
-    else:
-        content, size = _hub_hash(data), None
-
-    def documents() -> Iterator[Document]:
-        records = _records(data, local if local.is_dir() else None)
-        for index, record in enumerate(records):
-            if text := text_of(record, data.text_field, f"{path}, row {index + 1}"):
-                yield Document(str(index), text)
-
-    return Corpus(content, documents, size)
+    if (folder := _local(data)) is None:
+        return Corpus(_hub_hash(data), lambda: _documents(data), None)
+    paths = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
+    visible = [
+        (name.as_posix(), path) for name, path in paths if not any(p.startswith(".") for p in name.parts)
+    ]
+    salt = f"hf:{data.name}:{data.split}:{data.text_field}"
+    content = hash_files(sorted(visible), salt, Path(data.cache_dir).expanduser())
+    return Corpus(content, lambda: _documents(data), sum(path.stat().st_size for _, path in visible))
 
 
 def check_hub(data: DataConfig) -> None:
     """Refuse a data set that cannot be read: no such name, configuration, split or field, or no network."""
-    local = Path(str(data.path)).expanduser()
-    if local.is_dir() or data.streaming:
-        if next(iter(open_hub(data).documents()), None) is None:
+    if _local(data) is not None or data.streaming:
+        if next(_documents(data), None) is None:
             raise ConfigError("data.path", data.path, "has no text in it", LEGAL, EMBEDDED)
         return
     # What is downloaded whole is not fetched for a check: the hub says what fields it has.
@@ -72,23 +62,33 @@ def check_hub(data: DataConfig) -> None:
         raise no_such_field(data.text_field, list(features), str(data.path))
 
 
-def _records(data: DataConfig, local: Path | None) -> Iterator[dict[str, Any]]:
+def _local(data: DataConfig) -> Path | None:
+    folder = Path(str(data.path)).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _documents(data: DataConfig) -> Iterator[Document]:
+    for index, record in enumerate(_records(data)):
+        if text := text_of(record, data.text_field, f"{data.path}, row {index + 1}"):
+            yield Document(str(index), text)
+
+
+def _records(data: DataConfig) -> Iterator[dict[str, Any]]:
+    folder = _local(data)
+    if folder is None:
+        offline_unless_reachable()
     import datasets
 
-    source = str(local or data.path)
+    source = str(folder or data.path)
     try:
-        if local is not None and (local / "state.json").is_file():
+        if folder and (folder / "state.json").is_file():
             found = datasets.load_from_disk(source)
-        elif local is not None and (local / "dataset_dict.json").is_file():
+        elif folder and (folder / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(source)[data.split]
         else:
-            if local is None:
-                offline_unless_reachable()
-            streaming = data.streaming or local is not None
-            found = datasets.load_dataset(source, data.name, split=data.split, streaming=streaming)
+            in_place = data.streaming or folder is not None
+            found = datasets.load_dataset(source, data.name, split=data.split, streaming=in_place)
         yield from found
-    except ConfigError:
-        raise
     except Exception as error:  # a dozen kinds, by format and by what the network did
         raise _refusal(data, error) from error
 
@@ -117,7 +117,7 @@ def _refusal(data: DataConfig, error: Exception) -> ConfigError:
         return ConfigError("data.split", data.split, said, "a split of that data set")
     if "config" in said.lower() and isinstance(error, ValueError):
         return ConfigError("data.name", data.name, said, "a configuration of that data set")
-    if not Path(str(data.path)).expanduser().exists() and not offline_unless_reachable():
+    if _local(data) is None and not offline_unless_reachable():
         said = f"{_endpoint()} cannot be reached, and neither a local folder nor the datasets cache has it"
     return ConfigError("data.path", data.path, said, LEGAL, EMBEDDED)
 

@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Part of every folder's name: raise it when what is written changes."""
 
-LEARN_FROM_BYTES = 128 << 20
+LEARN_FROM_CHARS = 128 << 20
 """A BPE learns from no more text than this: more changes few merges, and costs memory."""
 
-BYTES_PER_TOKEN = 4
+CHARS_PER_TOKEN = 4
 """About what a BPE of 4,096 to 32,000 entries makes of English and code."""
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -64,7 +64,7 @@ class _Preparation:
         self.corpus: Corpus = open_corpus(data)
         self.foreign = load_hf(str(tokenizer.path)) if tokenizer.kind is TokenizerKind.hf else None
 
-        learned = (self.corpus.content_hash, data.held_out_every, self._learn_from_bytes(), self.vocab_size)
+        learned = (self.corpus.content_hash, data.held_out_every, self._learn_from_chars(), self.vocab_size)
         self.bpe_key = fingerprint("bpe", *learned)
         tokenizer_key = self.foreign.hash if self.foreign else self.bpe_key
         corpus = (self.corpus.content_hash, data.held_out_every, data.max_tokens)
@@ -122,7 +122,7 @@ class _Preparation:
         return byte_level(HfTokenizer.from_file(str(folder / TOKENIZER_FILE)))
 
     def _train_bpe(self, growing: Path) -> Meta:
-        budget = self._learn_from_bytes()
+        budget = self._learn_from_chars()
 
         def texts(remaining: int) -> Iterator[str]:
             for train, _ in self._split():
@@ -144,19 +144,20 @@ class _Preparation:
 
     def _split(self) -> Iterator[tuple[str, str]]:
         """Each document as (train text, held-out text), in order."""
-        split = choose_split(self.corpus.documents(), self.data.held_out_every, self._asked_bytes())
+        split = choose_split(self.corpus.documents(), self.data.held_out_every, self._asked_chars())
         return (split(document) for document in self.corpus.documents())
 
-    def _learn_from_bytes(self) -> int:
+    def _learn_from_chars(self) -> int:
         """No more text than will be read anyway, so that streaming fetches little twice."""
-        return min(LEARN_FROM_BYTES, self._asked_bytes() or LEARN_FROM_BYTES)
+        return min(LEARN_FROM_CHARS, self._asked_chars() or LEARN_FROM_CHARS)
 
-    def _asked_bytes(self) -> int | None:
+    def _asked_chars(self) -> int | None:
         """About the text that makes data.max_tokens."""
-        return self.data.max_tokens and self.data.max_tokens * BYTES_PER_TOKEN
+        return self.data.max_tokens and self.data.max_tokens * CHARS_PER_TOKEN
 
     def _total_bytes(self) -> int | None:
-        limits = [self.corpus.size_bytes, self._asked_bytes()]
+        """About what a pass reads, for a progress bar."""
+        limits = [self.corpus.size_bytes, self._asked_chars()]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _folder(self, kind: str, key: str) -> Path:
