@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import command_to_try
-from tpresearch.launch.world import World
+from tpresearch.launch.world import World, slurm_tasks
 
 EXIT_CODE = 2
 
@@ -39,7 +39,7 @@ def _claims_the_word(world: World) -> bool:
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not error_file:
-        return world.rank == 0
+        return world.rank == 0 and (slurm_tasks() == 1 or os.environ.get("SLURM_PROCID") == "0")
     try:
         (Path(error_file).parents[2] / "refused").touch(exist_ok=False)
     except FileExistsError:

@@ -1,0 +1,48 @@
+"""Commands are run as a user runs them: in a process of their own, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAM = Path(__file__).with_name("program.py")
+NOT_OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_")
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def refusals(self) -> list[str]:
+        """The lines that a refused config is allowed one of."""
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+    @property
+    def folders(self) -> list[str]:
+        """The run folder as each rank saw it."""
+        return [line.split()[1] for line in self.out.splitlines() if line.startswith("folder ")]
+
+
+Command = Callable[..., Done]
+
+
+def run_command(command: list[str], cwd: Path, env: dict[str, str]) -> Done:
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(NOT_OURS)}
+    started = time.monotonic()
+    process = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**outside, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return Done(process.returncode, process.stdout, process.stderr, time.monotonic() - started)

@@ -1,0 +1,42 @@
+"""A program with a trivial main: what a user sees of an entrypoint, without any training.
+
+The name of the run chooses what goes wrong. Ranks can be made to start apart by JITTER_S seconds each.
+"""
+
+import logging
+import os
+import time
+import warnings
+
+from tpresearch.config import Config, ConfigError
+from tpresearch.launch import Run, World, entrypoint
+
+RANK = int(os.environ.get("RANK", 0))
+time.sleep(float(os.environ.get("JITTER_S", 0)) * RANK)
+
+
+def check(cfg: Config, world: World) -> None:
+    if cfg.name == "too_few_ranks":
+        raise ConfigError("mesh.tp", 2, f"cannot divide {world.size}", "1, or 2 ranks", nproc=2)
+    if cfg.name == "bug_in_check":
+        raise ValueError("not the user's fault")
+
+
+@entrypoint("train", check=check)
+def main(cfg: Config, run: Run) -> None:
+    log = logging.getLogger("tpresearch.program")
+    log.info("training %s", cfg.model.name)
+    log.warning("warned by rank %d", run.world.rank)
+    warnings.warn(f"python warned rank {run.world.rank}", stacklevel=1)
+    if cfg.name == "refused_late":
+        raise ConfigError("data.path", cfg.data.path, "holds no rows", "a path with text in it")
+    if cfg.name == "bug" and run.world.rank == run.world.size - 1:
+        raise ValueError("not the user's fault")
+    if cfg.name == "fails_once" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        raise ValueError("the first attempt fails")
+    told = f"rank {run.world.rank} of {run.world.size} {run.overrides} {run.choices['model']}"
+    print(f"folder {run.folder} {told}\n", end="")  # in one write, which no other rank can cut in two
+
+
+if __name__ == "__main__":
+    main()

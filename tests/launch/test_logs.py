@@ -1,0 +1,50 @@
+"""Who is heard where; commands show it for whole runs, in test_ranks.py."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tpresearch.launch import World
+from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    root.handlers.clear()
+    yield
+    for handler in root.handlers:
+        handler.close()
+    root.handlers[:] = before
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def test_a_librarys_warning_is_written_once_and_its_steps_never(tmp_path: Path) -> None:
+    start_logging(tmp_path, World(rank=1, size=2))
+    for _ in range(3):
+        logging.getLogger("torch.distributed").warning("the same")
+        logging.getLogger("tpresearch.train").warning("step is slow")
+    logging.getLogger("datasets.builder").info("a step of its own")
+    logging.getLogger("wandb").warning("a step of its own")
+    said = (tmp_path / "ranks" / "rank-00001.log").read_text()
+    assert (said.count("the same"), said.count("step is slow"), said.count("a step of its own")) == (1, 3, 0)
+    assert not (tmp_path / "train.log").exists()
+
+
+def test_the_console_is_short_and_leaves_out_what_is_for_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_logging(tmp_path, World())
+    log = logging.getLogger("tpresearch.train")
+    log.info("mesh ready")
+    log.warning("slow disk")
+    log.error("a long traceback", extra=IN_FILES_ONLY)
+    lines = [line[9:] for line in capsys.readouterr().err.splitlines()]  # without the time
+    assert lines == ["mesh ready", "slow disk [warning]"]
+    assert "ERROR tpresearch.train: a long traceback" in (tmp_path / "train.log").read_text()

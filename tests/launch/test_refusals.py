@@ -1,0 +1,126 @@
+"""A refused config: one line on stderr, exit code 2, no folder left, and a command that mends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commands import PROGRAM, Command
+
+pytestmark = pytest.mark.cli
+
+MODELS = "llama2_13b, llama2_1b, llama2_70b, llama2_7b, llama2_debug, llama2_small, llama2_tiny, toy_mlp"
+BETAS = "'optimizer.betas=[0.9, 0.95]'"
+
+# The overrides typed, how the line begins, and the overrides of the command to try (None: not compared).
+REFUSED = [
+    (
+        "model=lama2_tiny",
+        "model=lama2_tiny: no such option; one of llama2_tiny, llama2_7b",
+        "model=llama2_tiny",
+    ),
+    ("model=3", f"model=3: a config group takes an option's name; one of {MODELS}", ""),
+    ("model=null", f"model=null: a config group takes an option's name; one of {MODELS}", ""),
+    ("+optimizer=adamw", "optimizer=adamw: it is chosen already; no + before it", "optimizer=adamw"),
+    ("paralel=tp", "paralel=tp: no such config group or key; nearest is parallel", "parallel=tp"),
+    (
+        "train.stepz=3 mesh.tp=2",
+        "train.stepz=3: no such key; nearest is train.steps",
+        "mesh.tp=2 train.steps=3",
+    ),
+    ("+train.stepz=3", "train.stepz=3: no such key; nearest is train.steps", "train.steps=3"),
+    ("+mesh.ep=2", "mesh.ep=2: no such key; nearest is mesh.tp", "mesh.tp=2"),
+    ("+mesh.x=2", "mesh.x=2: no such key; there are mesh.dp_replicate, mesh.dp_shard, mesh.tp", ""),
+    ("+x=1", "x=1: no such config group or key; there are data, device, ", ""),
+    ("model.dimm=64", "model.dimm=64: no such key; nearest is model.dim", "model.dim=64"),
+    ("model=toy_mlp model.dimm=64", "model.dimm=64: no such key; nearest is model.dim", None),
+    ("hydra.run.dri=x", "hydra.run.dri=x: no such key; nearest is hydra.run.dir", "hydra.run.dir=x"),
+    ("train.steps=abc", "train.steps=abc: of the wrong type; a whole number, such as 100", "train.steps=100"),
+    ("optimizer.lr=fast", "optimizer.lr=fast: of the wrong type; a number, such as ", None),
+    ("logger.wandb=maybe", "logger.wandb=maybe: of the wrong type; true or false, such as true", None),
+    ("optimizer.betas=1", "optimizer.betas=1: of the wrong type; a list, such as [0.9, 0.95]", BETAS),
+    ("optimizer.betas=[1,a]", "optimizer.betas=[1,a]: a is of the wrong type; a list, such as [0.9, ", BETAS),
+    ("train.dtype=fp8", "train.dtype=fp8: no such choice; one of float32, bfloat16,", "train.dtype=float32"),
+    ("parallel.tensor=pp", "parallel.tensor=pp: no such choice; one of tp, sp", "parallel.tensor=sp"),
+    ("data.source=null", "data.source=null: it cannot be null; a value, such as ", "data.source=pystdlib"),
+    ("train=3", "train=3: a group of keys, not a value; its keys one by one: train.steps, train.", ""),
+    ("~train.steps", "train.steps=~: a key cannot be deleted; a value, such as 100", ""),
+    ("data.path=???", "data.path=???: it must be set; data.path=VALUE", "data.path=VALUE"),
+    ("train.steps=[", "train.steps=[: cannot be read (no viable alternative at input '['); ", ""),
+    ("train.steps", "train.steps=: an override needs a value; train.steps=VALUE", ""),
+    ("=3", "=3: an override needs a key; key=value", ""),
+    ("train.steps=1,2", "train.steps=1,2: several values are a sweep; -m before ", "-m train.steps=1,2"),
+    ("name=${nam}", "name=${nam}: nam does not exist; nearest is ${name}", ""),
+    ("name=${mesh.tpp}", "name=${mesh.tpp}: mesh.tpp does not exist; nearest is ${mesh.tp}", ""),
+    ("name=${when:1}", "name=${when:1}: Unsupported interpolation type when; an interpolation that", ""),
+    ("--config-name trane", "--config-name=trane: no such config; one of ", ""),
+    ("--steps 3", "flags=--steps: not understood; key=value overrides, then flags; see --hydra-help", None),
+    ("hydra.run.dir=/dev/null/x", "hydra.run.dir=/dev/null/x: cannot be written: Not a directory; ", None),
+    ("name=too_few_ranks", "mesh.tp=2: cannot divide 1; 1, or 2 ranks", "name=too_few_ranks"),
+]
+
+
+@pytest.mark.parametrize(("typed", "sentence", "to_try"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_a_wrong_config_is_refused_in_one_line(
+    python: Command, tmp_path: Path, typed: str, sentence: str, to_try: str | None
+) -> None:
+    done = python(*typed.split())
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
+    assert done.err.startswith(f"error: {sentence}")
+    if to_try is not None:
+        starter = "torchrun --nproc-per-node=2" if "ranks" in typed else "python"
+        assert done.err.endswith(f"; try: {starter} {PROGRAM} {to_try}".rstrip() + "\n")
+    assert done.seconds < 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_config_files_are_named_with_the_override_that_chose_them(
+    python: Command, extra_configs: str
+) -> None:
+    other_model = python(extra_configs, "experiment=other_model").err
+    assert other_model.startswith(
+        "error: model=llama9: no such option, asked for by experiment=other_model; one of llama2_"
+    )
+    other_key = python(extra_configs, "experiment=other_key").err
+    assert other_key.startswith(
+        "error: experiment=other_key: experiment/other_key.yaml sets train.stepz, which does not"
+    )
+    assert "; nearest is train.steps; try: " in other_key
+    torn = python(extra_configs, "experiment=torn").err
+    assert torn.startswith("error: experiment=torn: not YAML at line 3, column 1 of ")
+    unset = python(extra_configs, "model=unset").err
+    assert unset.startswith("error: model.dim=???: it must be set; model.dim=VALUE; try: ")
+    unknown = python(extra_configs, "experiment=shorter").err
+    assert unknown.startswith("error: experiment=shorter: no such option; one of short, ")
+    assert {len(err.splitlines()) for err in (other_model, other_key, torn, unset, unknown)} == {1}
+
+
+def test_the_command_to_try_is_the_one_that_was_typed(python_module: Command) -> None:
+    done = python_module("train.stepz=3")
+    assert done.err.endswith("; try: python -m program train.steps=3\n")
+
+
+def test_srun_in_the_place_of_torchrun_is_refused_by_its_first_task(python: Command) -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
+    first = python("mesh.tp=2", SLURM_PROCID="0", **step)
+    second = python("mesh.tp=2", SLURM_PROCID="1", **step)
+    assert first.err.startswith(
+        "error: SLURM_STEP_NUM_TASKS=8: srun started this many jobs of one process each; "
+    )
+    assert "try: srun --ntasks-per-node=1 torchrun --nnodes=2 --nproc-per-node=4 " in first.err
+    assert (first.code, second.code, second.err) == (2, 2, "")
+
+
+def test_main_can_refuse_too(python: Command) -> None:
+    done = python("name=refused_late", "data.path=x")
+    assert done.code == 2
+    sentence = "data.path=x: holds no rows; a path with text in it"
+    assert done.refusals == [f"error: {sentence}; try: python {PROGRAM} name=refused_late data.path=x"]
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("name", ["bug", "bug_in_check"])
+def test_a_bug_is_no_refusal_and_keeps_its_traceback(python: Command, name: str) -> None:
+    done = python(f"name={name}")
+    assert (done.code, done.refusals, done.err.count("Traceback")) == (1, [], 1)
+    assert done.err.endswith("ValueError: not the user's fault\n")
