@@ -37,7 +37,9 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     """A model's YAML: `name`, `_target_`, `blocks` and `plans` are ours, every other key is the class's."""
     for key in ("name", "_target_"):
         if not isinstance(raw.get(key), str):
-            raise ConfigError(f"model.{key}", raw.get(key), "a model needs it", "a string, in its conf/model file")
+            raise ConfigError(
+                f"model.{key}", raw.get(key), "a model needs it", "a string, in its conf/model file"
+            )
     plans = {
         plan: {name: _rule(f"model.plans.{plan}.{name}", rule) for name, rule in rules.items()}
         for plan, rules in (raw.get("plans") or {}).items()
@@ -48,13 +50,18 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
 
 def _rule(where: str, raw: Any) -> Rule:
     if not isinstance(raw, dict) or not raw.get("match"):
-        raise ConfigError(where, raw, "not a sharding rule", "a dict with match and style, or match and _target_")
+        raise ConfigError(
+            where, raw, "not a sharding rule", "a dict with match and style, or match and _target_"
+        )
     ours = {key: value for key, value in raw.items() if key in RULE_KEYS}
     rest = {key: value for key, value in raw.items() if key not in RULE_KEYS and key != "_target_"}
     if rest and "_target_" not in raw:
         wrong = next(iter(rest))
         raise ConfigError(
-            f"{where}.{wrong}", rest[wrong], "no such key in a rule", f"one of {', '.join(nearest(wrong, RULE_KEYS))}"
+            f"{where}.{wrong}",
+            rest[wrong],
+            "no such key in a rule",
+            f"one of {', '.join(nearest(wrong, RULE_KEYS))}",
         )
     return Rule(**ours, target=raw.get("_target_"), args=rest)
 
@@ -69,7 +76,8 @@ def as_dict(cfg: Config) -> dict[str, Any]:
         **model["args"],
         "blocks": model["blocks"],
         "plans": {
-            plan: {name: _plain_rule(rule) for name, rule in rules.items()} for plan, rules in model["plans"].items()
+            plan: {name: _plain_rule(rule) for name, rule in rules.items()}
+            for plan, rules in model["plans"].items()
         },
     }
     return {key: _plain(value) for key, value in plain.items()}

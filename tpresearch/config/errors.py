@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class ConfigError(Exception):
@@ -27,11 +27,11 @@ class ConfigError(Exception):
         value: object,
         why: str,
         legal: str,
-        fix: dict[str, object] | None = None,
+        fix: Mapping[str, object] | None = None,
         nproc: int | None = None,
     ) -> None:
         self.field, self.value, self.why, self.legal = field, value, why, legal
-        self.fix = fix or {}
+        self.fix = dict(fix or {})
         self.nproc = nproc
         super().__init__(f"{field}={shown(value)}: {why}; {legal}")
 

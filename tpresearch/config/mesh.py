@@ -72,20 +72,29 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
     rest = [axis for axis, size in given.items() if size == -1]
     if len(rest) > 1:
         raise ConfigError(
-            f"mesh.{rest[1]}", -1, f"mesh.{rest[0]} is -1 too", "one axis at most can take what is left",
+            f"mesh.{rest[1]}",
+            -1,
+            f"mesh.{rest[0]} is -1 too",
+            "one axis at most can take what is left",
             fix={f"mesh.{rest[1]}": None},
-        )  # fmt: skip
+        )
     for axis, size in given.items():
         if size is not None and size != -1 and size < 1:
             raise ConfigError(
-                f"mesh.{axis}", size, "not a number of ranks", "1 or more, -1 for what is left, null for the plan's choice",
+                f"mesh.{axis}",
+                size,
+                "not a number of ranks",
+                "1 or more, -1 for what is left, null for the plan's choice",
                 fix={f"mesh.{axis}": None},
-            )  # fmt: skip
+            )
         if axis not in used and size is not None and size > 1:
             raise ConfigError(
-                f"mesh.{axis}", size, f"parallel={parallel.name} has no use for this axis",
-                f"it uses {_names(used)}; plans with {axis}: {_plans_with(axis)}", fix={f"mesh.{axis}": None},
-            )  # fmt: skip
+                f"mesh.{axis}",
+                size,
+                f"parallel={parallel.name} has no use for this axis",
+                f"it uses {_names(used)}; plans with {axis}: {_plans_with(axis)}",
+                fix={f"mesh.{axis}": None},
+            )
     sizes = _complete(given, used, world, hosts)
     if sizes.world != world:
         _refuse_product(sizes, given, parallel, used, world)
@@ -102,11 +111,11 @@ def _complete(given: dict[str, int | None], used: set[str], world: int, hosts: i
     takes_rest = next((axis for axis in AXES if sizes[axis] == -1), unset[-1] if unset else None)
     for axis in unset:
         if axis != takes_rest:
-            sizes[axis] = _customary(axis, left, world, hosts)
-            left = max(left // sizes[axis], 1)
+            size = sizes[axis] = _customary(axis, left, world, hosts)
+            left = max(left // size, 1)
     if takes_rest:
         sizes[takes_rest] = left
-    return MeshSizes(**sizes)
+    return MeshSizes(**{axis: size or 1 for axis, size in sizes.items()})
 
 
 def _customary(axis: str, left: int, world: int, hosts: int) -> int:
@@ -125,23 +134,38 @@ def _refuse_product(
 ) -> None:
     if not used:
         raise ConfigError(
-            "parallel", parallel.name, f"one process computes it, and there are {world} ranks",
-            "1 rank, or a plan that shares the work: ddp tp sp fsdp hsdp fsdp_tp hsdp_tp", fix={"parallel": "fsdp"},
-        )  # fmt: skip
+            "parallel",
+            parallel.name,
+            f"one process computes it, and there are {world} ranks",
+            "1 rank, or a plan that shares the work: ddp tp sp fsdp hsdp fsdp_tp hsdp_tp",
+            fix={"parallel": "fsdp"},
+        )
     set_axes = [axis for axis in AXES if axis in used and given[axis] not in (None, -1)]
     axis = set_axes[-1]
     others = sizes.world // getattr(sizes, axis)
     product = "*".join(f"{name}={getattr(sizes, name)}" for name in AXES if name in used)
     if used == {"tp"} and world % sizes.world == 0:
-        legal, fix, nproc = f"mesh.tp={world}, or a plan that has a data axis for the rest: fsdp_tp", {"parallel": "fsdp_tp"}, None
+        legal, fix, nproc = (
+            f"mesh.tp={world}, or a plan that has a data axis for the rest: fsdp_tp",
+            {"parallel": "fsdp_tp"},
+            None,
+        )
     elif world % others == 0:
-        legal, fix, nproc = f"mesh.{axis}={world // others}, or {sizes.world} ranks", {f"mesh.{axis}": world // others}, None
+        legal, fix, nproc = (
+            f"mesh.{axis}={world // others}, or {sizes.world} ranks",
+            {f"mesh.{axis}": world // others},
+            None,
+        )
     else:
         legal, fix, nproc = f"{sizes.world} ranks", {}, sizes.world
     raise ConfigError(
-        f"mesh.{axis}", getattr(sizes, axis), f"{product} is {sizes.world} ranks and the world has {world}",
-        legal, fix=fix, nproc=nproc,
-    )  # fmt: skip
+        f"mesh.{axis}",
+        getattr(sizes, axis),
+        f"{product} is {sizes.world} ranks and the world has {world}",
+        legal,
+        fix=fix,
+        nproc=nproc,
+    )
 
 
 def _names(axes: set[str]) -> str:
@@ -149,4 +173,8 @@ def _names(axes: set[str]) -> str:
 
 
 def _plans_with(axis: str) -> str:
-    return {"dp_replicate": "ddp hsdp hsdp_tp", "dp_shard": "fsdp hsdp fsdp_tp hsdp_tp", "tp": "tp sp fsdp_tp hsdp_tp"}[axis]
+    return {
+        "dp_replicate": "ddp hsdp hsdp_tp",
+        "dp_shard": "fsdp hsdp fsdp_tp hsdp_tp",
+        "tp": "tp sp fsdp_tp hsdp_tp",
+    }[axis]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Optional
+from typing import Any
 
 
 class TensorPlan(StrEnum):
@@ -90,7 +90,7 @@ class FsdpConfig:
 @dataclass
 class ParallelConfig:
     name: str = "none"
-    tensor: Optional[TensorPlan] = None
+    tensor: TensorPlan | None = None
     """Which of the model's sharding plans runs over the mesh's tp axis."""
     data: DataPlan = DataPlan.none
     """What the data axes do: ddp replicates over dp_replicate, fsdp shards over dp_shard, hsdp does both."""
@@ -109,9 +109,9 @@ class ParallelConfig:
 class MeshConfig:
     """Ranks along each axis; null lets the parallel plan choose, -1 takes what is left of the world."""
 
-    dp_replicate: Optional[int] = None
-    dp_shard: Optional[int] = None
-    tp: Optional[int] = None
+    dp_replicate: int | None = None
+    dp_shard: int | None = None
+    tp: int | None = None
 
 
 @dataclass
@@ -119,7 +119,7 @@ class DataConfig:
     source: DataSource = DataSource.pystdlib
     path: Any = None
     """Local path, glob or a list of them (text, jsonl, parquet); hub id or local folder (hf)."""
-    name: Optional[str] = None
+    name: str | None = None
     """The data set's configuration name (hf)."""
     split: str = "train"
     """The split to read (hf)."""
@@ -127,7 +127,7 @@ class DataConfig:
     """The field that holds the text (jsonl, parquet, hf)."""
     streaming: bool = False
     """Read over the network as far as max_tokens asks, instead of downloading all of it (hf)."""
-    max_tokens: Optional[int] = None
+    max_tokens: int | None = None
     """Stop reading after about this many tokens; required when streaming."""
     seq_len: int = 128
     """Tokens a row that the model sees; rows are stored with one more, for the last target."""
@@ -142,7 +142,7 @@ class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.bpe
     vocab_size: int = 4096
     """Entries of the byte-level BPE that is trained on the train split (bpe)."""
-    path: Optional[str] = None
+    path: str | None = None
     """A tokenizer.json, a folder that holds one, or a name on the hub (hf)."""
 
 
@@ -169,22 +169,22 @@ class ScheduleConfig:
 
 @dataclass
 class TrainConfig:
-    steps: Optional[int] = 100
+    steps: int | None = 100
     """Optimizer steps; null where train.tokens is the budget."""
-    tokens: Optional[int] = None
+    tokens: int | None = None
     """Tokens to train on, rounded up to whole steps; null where train.steps is the budget."""
     global_batch_size: int = 24
     """Rows an optimizer step, over all ranks and accumulation: part of the science, not of the plan."""
-    micro_batch_size: Optional[int] = None
+    micro_batch_size: int | None = None
     """Rows a data-parallel rank takes through the model at once; null for all of its share."""
     seed: int = 0
     dtype: Dtype = Dtype.float32
     """Dtype of the computation. bfloat16 keeps float32 weights, gradients and optimizer state."""
-    clip_grad_norm: Optional[float] = 1.0
+    clip_grad_norm: float | None = 1.0
     """Greatest global gradient norm; null never clips."""
     log_every: int = 1
     """Steps between logged rows; on CUDA the only times at which the host waits for the device."""
-    eval_every: Optional[int] = 50
+    eval_every: int | None = 50
     """Steps between evaluations on held-out rows; null for only after the last step."""
     eval_rows: int = 96
     """Held-out rows read at each evaluation."""
@@ -200,14 +200,14 @@ class LoggerConfig:
     mode: WandbMode = WandbMode.auto
     """auto: online when there is a key and the host answers, else offline."""
     project: str = "tpresearch"
-    entity: Optional[str] = None
-    group: Optional[str] = None
-    name: Optional[str] = None
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
     """Null for <model>/<plan with its sizes>, such as llama2_tiny/fsdp2-tp2."""
     job_type: str = "train"
     tags: list[str] = field(default_factory=list)
     """Added to the plan, the model, the device and the dtype."""
-    dir: Optional[str] = None
+    dir: str | None = None
     """Folder that holds W&B's own files; null for the run folder."""
 
 
@@ -221,7 +221,7 @@ class Rule:
 
     match: str = ""
     """Wildcards over module names, matched part by part between the dots."""
-    style: Optional[str] = None
+    style: str | None = None
     """colwise, rowwise, sequence, input or output."""
     src: Any = None
     """Layout in which the input arrives (for `output`: in which the output leaves the module)."""
@@ -229,7 +229,7 @@ class Rule:
     """Layout that is wanted: of the output (colwise, rowwise, output), or of the input (input)."""
     units: list[str] = field(default_factory=list)
     """Model settings counting what a shard must not cut, such as n_heads."""
-    target: Optional[str] = None
+    target: str | None = None
     """Instead of a style: the import path of a ParallelStyle of one's own (`_target_` in YAML)."""
     args: dict[str, Any] = field(default_factory=dict)
     """Its arguments: every other key of the rule."""
@@ -269,7 +269,7 @@ class ComposedConfig:
     """auto: CUDA when every local rank can have a device of its own, else the CPU."""
     plan_only: bool = False
     """Compile the plan on a meta model, print it, and stop."""
-    world_size: Optional[int] = None
+    world_size: int | None = None
     """For how many ranks plan_only compiles."""
 
 

@@ -34,7 +34,11 @@ def planned_world(cfg: Config) -> int:
     if cfg.world_size is not None:
         return cfg.world_size
     given = [getattr(cfg.mesh, axis) for axis in AXES if axis in used_axes(cfg.parallel)]
-    return math.prod(size for size in given if size and size > 0) if any(given) else (SHOWN_WORLD if given else 1)
+    return (
+        math.prod(size for size in given if size and size > 0)
+        if any(given)
+        else (SHOWN_WORLD if given else 1)
+    )
 
 
 def micro_batch_size(cfg: Config, sizes: MeshSizes) -> int:
@@ -82,46 +86,69 @@ def _check_numbers(cfg: Config) -> None:
             raise ConfigError(key, number, "not a share", "a number from 0 to 1", fix={key: None})
     if len(cfg.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optimizer.betas):
         legal = "two numbers from 0 to below 1, such as [0.9,0.95]"
-        raise ConfigError("optimizer.betas", cfg.optimizer.betas, "not AdamW's two", legal, fix={"optimizer.betas": None})
+        raise ConfigError(
+            "optimizer.betas", cfg.optimizer.betas, "not AdamW's two", legal, fix={"optimizer.betas": None}
+        )
 
 
 def _check_budget(cfg: Config) -> None:
     steps, tokens = cfg.train.steps, cfg.train.tokens
     if steps is not None and tokens is not None:
         raise ConfigError(
-            "train.tokens", tokens, f"train.steps={steps} is a budget too", "one of the two, the other null",
+            "train.tokens",
+            tokens,
+            f"train.steps={steps} is a budget too",
+            "one of the two, the other null",
             fix={"train.steps": "null"},
-        )  # fmt: skip
+        )
     if steps is None and tokens is None:
-        raise ConfigError("train.steps", None, "the run has no budget", "train.steps or train.tokens", fix={"train.steps": 100})
+        raise ConfigError(
+            "train.steps",
+            None,
+            "the run has no budget",
+            "train.steps or train.tokens",
+            fix={"train.steps": 100},
+        )
 
 
 def _check_vocabulary(cfg: Config) -> None:
     size = cfg.model.args.get("vocab_size")
     if isinstance(size, int) and size < cfg.tokenizer.vocab_size:
         raise ConfigError(
-            "model.vocab_size", size, f"the tokenizer has {cfg.tokenizer.vocab_size} entries",
-            "as many or more; left alone, it follows the tokenizer", fix={"model.vocab_size": None},
-        )  # fmt: skip
+            "model.vocab_size",
+            size,
+            f"the tokenizer has {cfg.tokenizer.vocab_size} entries",
+            "as many or more; left alone, it follows the tokenizer",
+            fix={"model.vocab_size": None},
+        )
 
 
 def _check_options(cfg: Config, sizes: MeshSizes) -> None:
     parallel = cfg.parallel
     if parallel.async_tp and not (parallel.tensor and sizes.tp > 1):
         raise ConfigError(
-            "parallel.async_tp", True, "there is no tensor parallelism to overlap", "a plan with mesh.tp above 1",
+            "parallel.async_tp",
+            True,
+            "there is no tensor parallelism to overlap",
+            "a plan with mesh.tp above 1",
             fix={"parallel.async_tp": None},
-        )  # fmt: skip
+        )
     if parallel.async_tp and not parallel.compile:
         raise ConfigError(
-            "parallel.async_tp", True, "the compiler is what overlaps them", "parallel.compile=true beside it",
+            "parallel.async_tp",
+            True,
+            "the compiler is what overlaps them",
+            "parallel.compile=true beside it",
             fix={"parallel.compile": "true"},
-        )  # fmt: skip
+        )
     if parallel.fsdp.reduce_dtype is Dtype.float64 and cfg.train.dtype is Dtype.bfloat16:
         raise ConfigError(
-            "parallel.fsdp.reduce_dtype", "float64", "wider than the float32 gradients", "float32 or bfloat16",
+            "parallel.fsdp.reduce_dtype",
+            "float64",
+            "wider than the float32 gradients",
+            "float32 or bfloat16",
             fix={"parallel.fsdp.reduce_dtype": None},
-        )  # fmt: skip
+        )
 
 
 def _check_batch(cfg: Config, sizes: MeshSizes) -> None:
@@ -129,13 +156,19 @@ def _check_batch(cfg: Config, sizes: MeshSizes) -> None:
     if batch % sizes.dp:
         below = batch // sizes.dp * sizes.dp
         raise ConfigError(
-            "train.global_batch_size", batch, f"does not split over {sizes.dp} data-parallel ranks",
-            f"a multiple of {sizes.dp}", fix={"train.global_batch_size": below or sizes.dp},
-        )  # fmt: skip
+            "train.global_batch_size",
+            batch,
+            f"does not split over {sizes.dp} data-parallel ranks",
+            f"a multiple of {sizes.dp}",
+            fix={"train.global_batch_size": below or sizes.dp},
+        )
     share = batch // sizes.dp
     if micro is not None and share % micro:
         fits = max(m for m in range(1, min(micro, share) + 1) if share % m == 0)
         raise ConfigError(
-            "train.micro_batch_size", micro, f"does not divide the {share} rows of each data-parallel rank",
-            f"a divisor of {share}", fix={"train.micro_batch_size": fits},
-        )  # fmt: skip
+            "train.micro_batch_size",
+            micro,
+            f"does not divide the {share} rows of each data-parallel rank",
+            f"a divisor of {share}",
+            fix={"train.micro_batch_size": fits},
+        )

@@ -88,7 +88,14 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     def __init__(
-        self, dim: int, n_heads: int, n_kv_heads: int, ffn_dim: int, norm_eps: float, std: float, out_std: float
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        ffn_dim: int,
+        norm_eps: float,
+        std: float,
+        out_std: float,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(dim, norm_eps)
@@ -142,6 +149,7 @@ class Llama2(nn.Module):
         )
         self.norm = nn.RMSNorm(dim, norm_eps)
         self.output = Linear(dim, vocab_size, init_std)
+        self.rotary: Tensor
         self.register_buffer("rotary", rotary_table(*self._rotary_args), persistent=False)
 
     def reset_buffers(self) -> None:

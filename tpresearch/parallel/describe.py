@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor import Placement, Shard
 
 from tpresearch.parallel.plan import Plan
 from tpresearch.parallel.rules import Compiled
@@ -81,11 +81,15 @@ def _arrow(rule: Compiled) -> str:
 
 
 def _short(layout: Placement | None) -> str:
-    return {None: "as it is", Replicate(): "whole"}.get(layout) or f"shard:{layout.dim}"  # type: ignore[union-attr]
+    if layout is None:
+        return "as it is"
+    return f"shard:{layout.dim}" if isinstance(layout, Shard) else "whole"
 
 
 def _kind(layout: Placement | None) -> str:
-    return {Shard: "shard", Replicate: "replicate"}.get(type(layout), "alone")  # type: ignore[arg-type]
+    if layout is None:
+        return "alone"
+    return "shard" if isinstance(layout, Shard) else "replicate"
 
 
 def _sends(name: str, module: nn.Module, rule: Compiled, plan: Plan) -> str:
@@ -105,14 +109,18 @@ def _sends(name: str, module: nn.Module, rule: Compiled, plan: Plan) -> str:
     elif style == "rowwise":
         inputs = [] if isinstance(module, nn.Embedding) else [(src[0], "shard")]
         outputs = [("partial", dst[0])]
-    sent = [_SENDS_IN.get(move, ("", "")) for move in inputs] + [_SENDS_OUT.get(move, ("", "")) for move in outputs]
+    sent = [_SENDS_IN.get(move, ("", "")) for move in inputs] + [
+        _SENDS_OUT.get(move, ("", "")) for move in outputs
+    ]
     phases = {phase: [s[i] for s in sent if s[i]] for i, phase in enumerate(("forward", "backward"))}
     return "; ".join(f"{phase}: {' + '.join(names)}" for phase, names in phases.items() if names)
 
 
 def _prepared(name: str, plan: Plan) -> bool:
     """A rule on a module around this one has brought the input into its layout already."""
-    return any(name.startswith(outer + ".") and rule.rule.style == "input" for outer, rule in plan.rules.items())
+    return any(
+        name.startswith(outer + ".") and rule.rule.style == "input" for outer, rule in plan.rules.items()
+    )
 
 
 def folded(rows: Iterable[Row]) -> list[Row]:
@@ -137,18 +145,29 @@ def plan_text(model: nn.Module, plan: Plan) -> str:
     rows = folded(plan_rows(model, plan))
     header = ("FQN", "rule", "placement", "local shape", "collectives over tp")
     cells = [
-        (r.fqn, r.rule, r.placement, "" if r.local_shape is None else "x".join(map(str, r.local_shape)) or "1", r.collectives)
+        (
+            r.fqn,
+            r.rule,
+            r.placement,
+            "" if r.local_shape is None else "x".join(map(str, r.local_shape)) or "1",
+            r.collectives,
+        )
         for r in rows
-    ]  # fmt: skip
+    ]
     widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [header, *cells]]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [header, *cells]
+    ]
     lines.insert(1, "-" * max(map(len, lines)))
     total = sum(p.numel() for p in model.parameters())
     lines += ["", f"parameters: {total:,}"]
     if plan.sizes.tp > 1:
         whole = folded(Row(name, "", "", None, "") for name in plan.whole)
         count = sum(dict(model.named_parameters())[name].numel() for name in plan.whole)
-        lines.append(f"left whole on every tp rank: {count:,} ({', '.join(row.fqn for row in whole) or 'none'})")
+        lines.append(
+            f"left whole on every tp rank: {count:,} ({', '.join(row.fqn for row in whole) or 'none'})"
+        )
         lines.append("loss: " + ("on vocabulary shards" if plan.loss_parallel else "on whole logits"))
     lines += _data_lines(plan)
     return "\n".join(lines) + "\n"

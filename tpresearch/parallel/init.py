@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def materialize(model: nn.Module, device: torch.device, seed: int, buffers: torch.device | None = None) -> None:
+def materialize(
+    model: nn.Module, device: torch.device, seed: int, buffers: torch.device | None = None
+) -> None:
     """Move a model off the meta device and draw every weight: each rank fills its own shards, nothing is sent.
 
     Args:
@@ -25,12 +27,16 @@ def materialize(model: nn.Module, device: torch.device, seed: int, buffers: torc
     if buffers is not None and buffers != device:
         for module in model.modules():
             for key, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(key, buffer.to(buffers), persistent=key not in module._non_persistent_buffers_set)
+                module.register_buffer(
+                    key, buffer.to(buffers), persistent=key not in module._non_persistent_buffers_set
+                )
     with torch.no_grad():
         for parameter, full in draw_all(model, seed):
             if isinstance(parameter, DTensor):
                 moved = full.to(parameter.to_local().device, parameter.dtype)
-                shard = distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                shard = distribute_tensor(
+                    moved, parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
                 parameter.to_local().copy_(shard.to_local())
             else:
                 parameter.copy_(full)
@@ -57,7 +63,9 @@ def draw(module: nn.Module, key: str, name: str, seed: int) -> Tensor:
         )
     stand_in = copy.copy(module)
     stand_in._parameters = {
-        other: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=torch.float32), requires_grad=False)
+        other: None
+        if p is None
+        else nn.Parameter(torch.empty(p.shape, dtype=torch.float32), requires_grad=False)
         for other, p in module._parameters.items()
     }
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -49,7 +49,9 @@ def global_norm(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
     squares: dict[frozenset[str], Tensor] = {}
     for gradient in gradients:
         local, axes = local_shard(gradient)
-        square = torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32)).square()
+        square = torch.linalg.vector_norm(
+            local, dtype=torch.promote_types(local.dtype, torch.float32)
+        ).square()
         squares[axes] = squares[axes] + square if axes in squares else square
     for axis in reversed(AXES):
         split = [axes for axes in squares if axis in axes]

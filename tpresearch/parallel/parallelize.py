@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -18,7 +24,9 @@ from tpresearch.parallel.mesh import data_mesh
 from tpresearch.parallel.plan import Plan
 
 
-def parallelize(model: nn.Module, plan: Plan, parallel: ParallelConfig, mesh: DeviceMesh, dtype: Dtype) -> nn.Module:
+def parallelize(
+    model: nn.Module, plan: Plan, parallel: ParallelConfig, mesh: DeviceMesh, dtype: Dtype
+) -> nn.Module:
     """Shard a meta-device model in place, and return it. Parameter names stay as they were."""
     if plan.rules:
         styles = {name: rule.style() for name, rule in plan.rules.items()}
@@ -41,7 +49,7 @@ def wrap_forward(block: nn.Module, parallel: ParallelConfig) -> None:
         forward = functools.partial(checkpoint, forward, use_reentrant=False, context_fn=context)
     if parallel.compile:
         forward = torch.compile(forward)
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
 
 
 def keep_expensive(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -62,9 +62,11 @@ def compile_plan(
     if parallel.tensor:
         if parallel.tensor not in config.plans:
             raise ConfigError(
-                "parallel", parallel.name, f"model {config.name} has no sharding plan named {parallel.tensor}",
+                "parallel",
+                parallel.name,
+                f"model {config.name} has no sharding plan named {parallel.tensor}",
                 f"a plan of its own in conf/plan; it has: {', '.join(config.plans) or 'none'}",
-            )  # fmt: skip
+            )
         compiled = [
             compile_rule(parallel.tensor, name, rule, parallel.loss_parallel)
             for name, rule in config.plans[parallel.tensor].items()
@@ -100,15 +102,19 @@ def _expand(compiled: list[Compiled], names: list[str]) -> dict[str, Compiled]:
         matched = matching(rule.rule.match, names)
         if not matched:
             raise ConfigError(
-                f"{rule.where}.match", rule.rule.match, "matches no module",
+                f"{rule.where}.match",
+                rule.rule.match,
+                "matches no module",
                 "such as " + ", ".join(nearest(rule.rule.match, names)),
-            )  # fmt: skip
+            )
         for name in matched:
             if name in found:
                 raise ConfigError(
-                    f"{rule.where}.match", rule.rule.match, f"module {name} has the rule {found[name].name} already",
+                    f"{rule.where}.match",
+                    rule.rule.match,
+                    f"module {name} has the rule {found[name].name} already",
                     f"one rule a module: narrow {found[name].name} or {rule.name}",
-                )  # fmt: skip
+                )
             found[name] = rule
     return dict(sorted(found.items(), key=lambda item: names.index(item[0])))
 
@@ -118,9 +124,11 @@ def _check_kinds(model: nn.Module, rules: dict[str, Compiled]) -> None:
         module = model.get_submodule(name)
         if rule.rule.style in ("colwise", "rowwise") and rule.weight_dim(module) is None:
             raise ConfigError(
-                f"{rule.where}.style", rule.rule.style, f"module {name} is a {type(module).__name__}",
+                f"{rule.where}.style",
+                rule.rule.style,
+                f"module {name} is a {type(module).__name__}",
                 "colwise and rowwise split nn.Linear and nn.Embedding; sequence, input and output fit any module",
-            )  # fmt: skip
+            )
 
 
 @dataclass(frozen=True)
@@ -133,8 +141,13 @@ class _Cut:
 
 
 def _check_divisible(
-    model: nn.Module, config: ModelConfig, parallel: ParallelConfig, rules: dict[str, Compiled], sizes: MeshSizes, seq_len: int
-) -> None:  # fmt: skip
+    model: nn.Module,
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    rules: dict[str, Compiled],
+    sizes: MeshSizes,
+    seq_len: int,
+) -> None:
     cuts = _cuts(model, config, rules, seq_len)
     wrong = next((cut for cut in cuts if cut.count % sizes.tp), None)
     if wrong is None:
@@ -144,11 +157,13 @@ def _check_divisible(
     fits = [t for t in legal if sizes.world % t == 0]
     alone = parallel.data is DataPlan.none
     raise ConfigError(
-        "mesh.tp", sizes.tp, f"does not divide {wrong.what}={wrong.count} ({wrong.why})",
+        "mesh.tp",
+        sizes.tp,
+        f"does not divide {wrong.what}={wrong.count} ({wrong.why})",
         f"legal for this model: {_few(legal)}",
         fix={} if alone else {"mesh.tp": fits[-1], "mesh.dp_shard": None, "mesh.dp_replicate": None},
         nproc=max(t for t in legal if t <= sizes.tp) if alone else None,
-    )  # fmt: skip
+    )
 
 
 def _few(numbers: list[int]) -> str:
@@ -162,17 +177,24 @@ def _cuts(model: nn.Module, config: ModelConfig, rules: dict[str, Compiled], seq
         for unit in rule.rule.units:
             if unit not in config.args:
                 raise ConfigError(
-                    f"{rule.where}.units", unit, "no such model setting",
-                    "one of " + ", ".join(nearest(unit, [k for k, v in config.args.items() if isinstance(v, int)])),
-                )  # fmt: skip
+                    f"{rule.where}.units",
+                    unit,
+                    "no such model setting",
+                    "one of "
+                    + ", ".join(nearest(unit, [k for k, v in config.args.items() if isinstance(v, int)])),
+                )
             if config.args[unit] is not None:
-                cuts.setdefault(unit, _Cut(f"model.{unit}", int(config.args[unit]), f"rule {rule.name} splits it"))
+                cuts.setdefault(
+                    unit, _Cut(f"model.{unit}", int(config.args[unit]), f"rule {rule.name} splits it")
+                )
         module = model.get_submodule(name)
         dim = rule.weight_dim(module)
         is_vocabulary = rule.rule.dst == "logits" or (isinstance(module, nn.Embedding) and dim == 0)
         if dim is not None and not is_vocabulary:
             weight = module.get_parameter("weight")
-            cut = _Cut(f"{name}.weight.shape[{dim}]", weight.shape[dim], f"rule {rule.name} splits it {rule.label}")
+            cut = _Cut(
+                f"{name}.weight.shape[{dim}]", weight.shape[dim], f"rule {rule.name} splits it {rule.label}"
+            )
             cuts.setdefault(f"{rule.name} {weight.shape[dim]}", cut)
         if rule.splits_sequence:
             cuts.setdefault("seq_len", _Cut("data.seq_len", seq_len, f"rule {rule.name} splits the sequence"))

@@ -36,24 +36,47 @@ class Style:
     """The dim of a weight that is split, for each kind of layer that the style can split."""
     default_src: Placement | None
     default_dst: Placement | None
-    build: Callable[[Layouts, Layouts, bool], ParallelStyle]
+    build: Callable[[Any, Any, bool], ParallelStyle]
     """(src, dst, whether the output is handed on as a plain tensor) -> torch's style."""
 
 
 STYLES: dict[str, Style] = {
     # Weights are [out, in]: splitting the columns of the tutorial's B in A = XB is splitting dim 0 here.
     "colwise": Style(
-        {nn.Linear: 0, nn.Embedding: 1}, Replicate(), Shard(-1),
-        lambda src, dst, local: ColwiseParallel(input_layouts=src[0], output_layouts=dst[0], use_local_output=local),
+        {nn.Linear: 0, nn.Embedding: 1},
+        Replicate(),
+        Shard(-1),
+        lambda src, dst, local: ColwiseParallel(
+            input_layouts=src[0], output_layouts=dst[0], use_local_output=local
+        ),
     ),
     "rowwise": Style(
-        {nn.Linear: 1, nn.Embedding: 0}, Shard(-1), Replicate(),
-        lambda src, dst, local: RowwiseParallel(input_layouts=src[0], output_layouts=dst[0], use_local_output=local),
+        {nn.Linear: 1, nn.Embedding: 0},
+        Shard(-1),
+        Replicate(),
+        lambda src, dst, local: RowwiseParallel(
+            input_layouts=src[0], output_layouts=dst[0], use_local_output=local
+        ),
     ),
-    "sequence": Style({}, Shard(SEQUENCE_DIM), Shard(SEQUENCE_DIM), lambda src, dst, local: SequenceParallel(sequence_dim=src[0].dim)),
-    "input": Style({}, None, None, lambda src, dst, local: PrepareModuleInput(input_layouts=src, desired_input_layouts=dst)),
-    "output": Style({}, None, None, lambda src, dst, local: PrepareModuleOutput(output_layouts=src, desired_output_layouts=dst)),
-}  # fmt: skip
+    "sequence": Style(
+        {},
+        Shard(SEQUENCE_DIM),
+        Shard(SEQUENCE_DIM),
+        lambda src, dst, local: SequenceParallel(sequence_dim=src[0].dim),
+    ),
+    "input": Style(
+        {},
+        None,
+        None,
+        lambda src, dst, local: PrepareModuleInput(input_layouts=src, desired_input_layouts=dst),
+    ),
+    "output": Style(
+        {},
+        None,
+        None,
+        lambda src, dst, local: PrepareModuleOutput(output_layouts=src, desired_output_layouts=dst),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -103,23 +126,30 @@ def compile_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Compi
         return Compiled(name, where, rule, (), (), False)
     if rule.style not in STYLES:
         raise ConfigError(
-            f"{where}.style", rule.style, "no such style", "one of " + ", ".join(nearest(str(rule.style), STYLES))
+            f"{where}.style",
+            rule.style,
+            "no such style",
+            "one of " + ", ".join(nearest(str(rule.style), STYLES)),
         )
     style = STYLES[rule.style]
     src = _layouts(f"{where}.src", rule.src, style.default_src, loss_parallel)
     dst = _layouts(f"{where}.dst", rule.dst, style.default_dst, loss_parallel)
     if rule.style in ("input", "output") and (len(src) != len(dst) or None in (rule.src, rule.dst)):
         raise ConfigError(
-            where, f"{rule.src} -> {rule.dst}", f"style {rule.style} turns each src layout into a dst layout",
+            where,
+            f"{rule.src} -> {rule.dst}",
+            f"style {rule.style} turns each src layout into a dst layout",
             "src and dst lists of one length, null for a tensor left alone",
-        )  # fmt: skip
+        )
     return Compiled(name, where, rule, src, dst, rule.dst == "logits" and loss_parallel)
 
 
 def _layouts(where: str, given: Any, default: Placement | None, loss_parallel: bool) -> Layouts:
     if given is None:
         return (default,)
-    return tuple(_layout(where, item, loss_parallel) for item in (given if isinstance(given, list) else [given]))
+    return tuple(
+        _layout(where, item, loss_parallel) for item in (given if isinstance(given, list) else [given])
+    )
 
 
 def _layout(where: str, text: Any, loss_parallel: bool) -> Placement | None:
@@ -138,9 +168,13 @@ def _check_target(where: str, target: str) -> None:
     try:
         found = get_class(target)
     except Exception as error:  # an import runs the user's own code, which may raise anything
-        raise ConfigError(f"{where}._target_", target, f"cannot be imported ({error})", "the path of a class") from error
+        raise ConfigError(
+            f"{where}._target_", target, f"cannot be imported ({error})", "the path of a class"
+        ) from error
     if not issubclass(found, ParallelStyle):
-        raise ConfigError(f"{where}._target_", target, "not a ParallelStyle", "a subclass of torch's ParallelStyle")
+        raise ConfigError(
+            f"{where}._target_", target, "not a ParallelStyle", "a subclass of torch's ParallelStyle"
+        )
 
 
 def instantiate(spec: dict[str, Any]) -> Any:

@@ -69,17 +69,17 @@ def ring_bytes(collective: str, tensor_bytes: int, ranks: int) -> int:
 class Ledger(TorchDispatchMode):
     """Counts collectives while it is entered; `mark` tells it the phase.
 
-        ledger = Ledger(mesh)
-        with ledger:
-            with ledger.mark("forward"):
-                ...
-        ledger.entries()
+    ledger = Ledger(mesh)
+    with ledger:
+        with ledger.mark("forward"):
+            ...
+    ledger.entries()
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
         names = mesh.mesh_dim_names or ()
-        self._groups = {mesh.get_group(axis).group_name: (axis, mesh[axis].size()) for axis in names}
+        self._groups = {str(mesh.get_group(axis).group_name): (axis, mesh[axis].size()) for axis in names}
         self._phase = "other"
         self._counts: dict[tuple[str, str, str], list[int]] = {}
 
@@ -105,9 +105,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _count(self, collective: str, whole: Any, group: str) -> None:
-        axis, ranks = self._groups.get(group, ("other", 0))
-        if ranks == 0:
-            ranks = dist.get_world_size(dist.distributed_c10d._resolve_process_group(group))
+        axis, ranks = self._groups.get(group, ("world", dist.get_world_size()))
         tensor_bytes = sum(t.numel() * t.element_size() for t in tree_leaves(whole) if isinstance(t, Tensor))
         if ranks == 1:
             return
@@ -132,7 +130,7 @@ def _group_of(args: tuple[Any, ...]) -> str:
     for arg in args:
         if isinstance(arg, torch.ScriptObject):
             try:
-                return dist.ProcessGroup.unbox(arg).group_name
+                return str(dist.ProcessGroup.unbox(arg).group_name)
             except RuntimeError:
                 continue  # a boxed ReduceOp
     return "unknown"

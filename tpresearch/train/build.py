@@ -29,14 +29,19 @@ def meta_model(config: ModelConfig, dtype: Dtype = Dtype.float32) -> nn.Module:
     for key, value in config.args.items():
         if key not in accepted and not takes_any:
             raise ConfigError(
-                f"model.{key}", value, f"{build.__name__} has no such setting", "one of " + ", ".join(nearest(key, accepted)),
+                f"model.{key}",
+                value,
+                f"{build.__name__} has no such setting",
+                "one of " + ", ".join(nearest(key, accepted)),
                 fix={f"model.{key}": None},
-            )  # fmt: skip
+            )
     try:
         with torch.device("meta"):
             model = build(**config.args)
     except (TypeError, ValueError) as error:
-        raise ConfigError("model", config.name, f"{build.__name__} refuses it: {error}", "settings that it accepts") from error
+        raise ConfigError(
+            "model", config.name, f"{build.__name__} refuses it: {error}", "settings that it accepts"
+        ) from error
     return model.to(torch.float64 if dtype is Dtype.float64 else torch.float32)
 
 
@@ -44,9 +49,13 @@ def _model_class(config: ModelConfig) -> type[nn.Module]:
     try:
         found = get_class(config.target)
     except Exception as error:  # an import runs the user's own code, which may raise anything
-        raise ConfigError("model._target_", config.target, f"cannot be imported ({error})", "the path of a class") from error
+        raise ConfigError(
+            "model._target_", config.target, f"cannot be imported ({error})", "the path of a class"
+        ) from error
     if not issubclass(found, nn.Module):
-        raise ConfigError("model._target_", config.target, "not an nn.Module", "a subclass of torch.nn.Module")
+        raise ConfigError(
+            "model._target_", config.target, "not an nn.Module", "a subclass of torch.nn.Module"
+        )
     return found
 
 

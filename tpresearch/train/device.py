@@ -57,26 +57,46 @@ def check_device(cfg: Config, device: Device) -> None:
         ConfigError: naming the option.
     """
     on_cuda = device.type == "cuda"
-    if cfg.train.dtype is Dtype.bfloat16 and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        cfg.train.dtype is Dtype.bfloat16
+        and on_cuda
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise ConfigError(
-            "train.dtype", "bfloat16", f"{device.name} has no bfloat16", "float32", fix={"train.dtype": "float32"}
+            "train.dtype",
+            "bfloat16",
+            f"{device.name} has no bfloat16",
+            "float32",
+            fix={"train.dtype": "float32"},
         )
     if cfg.parallel.async_tp and not on_cuda:
         raise ConfigError(
-            "parallel.async_tp", True, "it needs CUDA devices that see each other's memory, and this is a CPU",
-            "false on this device", fix={"parallel.async_tp": None},
-        )  # fmt: skip
+            "parallel.async_tp",
+            True,
+            "it needs CUDA devices that see each other's memory, and this is a CPU",
+            "false on this device",
+            fix={"parallel.async_tp": None},
+        )
     if cfg.parallel.async_tp and device.backend != "nccl":
         raise ConfigError(
-            "parallel.async_tp", True, "ranks share a device here", "one device a rank", fix={"parallel.async_tp": None}
+            "parallel.async_tp",
+            True,
+            "ranks share a device here",
+            "one device a rank",
+            fix={"parallel.async_tp": None},
         )
     if cfg.parallel.fsdp.cpu_offload and not on_cuda:
         raise ConfigError(
-            "parallel.fsdp.cpu_offload", True, "the device is the CPU already", "false on this device",
+            "parallel.fsdp.cpu_offload",
+            True,
+            "the device is the CPU already",
+            "false on this device",
             fix={"parallel.fsdp.cpu_offload": None},
-        )  # fmt: skip
+        )
     if cfg.parallel.compile and (lack := _compiler_lack(on_cuda)):
-        raise ConfigError("parallel.compile", True, lack, "false on this machine", fix={"parallel.compile": None})
+        raise ConfigError(
+            "parallel.compile", True, lack, "false on this machine", fix={"parallel.compile": None}
+        )
 
 
 def _compiler_lack(on_cuda: bool) -> str | None:

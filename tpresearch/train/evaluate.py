@@ -12,8 +12,14 @@ from tpresearch.train.loss import IGNORED, loss_context, summed_cross_entropy
 
 
 def held_out_loss(
-    model: nn.Module, corpus: PackedCorpus, count: int, micro: int, mesh: DeviceMesh, vocab_parallel: bool, device: torch.device
-) -> float | None:  # fmt: skip
+    model: nn.Module,
+    corpus: PackedCorpus,
+    count: int,
+    micro: int,
+    mesh: DeviceMesh,
+    vocab_parallel: bool,
+    device: torch.device,
+) -> float | None:
     """Mean cross-entropy, in nats a token, over `count` held-out rows; None where there are none.
 
     Args:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
-import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,30 +15,21 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.config.compose import as_dict
-from tpresearch.config.schema import Config, OnNonfinite
-from tpresearch.config.validate import micro_batch_size, planned_world, total_steps, validate
-from tpresearch.data import Batches, PackedCorpus, check_enough_rows, prepare
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import planned_world, validate
+from tpresearch.data import PackedCorpus, check_enough_rows, prepare
 from tpresearch.launch.run import Run
 from tpresearch.launch.world import World
 from tpresearch.parallel.describe import plan_text
-from tpresearch.parallel.mesh import DATA_AXES, build_mesh, data_rank, sum_over
-from tpresearch.track.ledger import Ledger
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.parallel.plan import Plan
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.build import planned, sharded
 from tpresearch.train.device import Device, choose_device
-from tpresearch.train.evaluate import held_out_loss
-from tpresearch.train.optim import build_optimizer, learning_rate, set_learning_rate
-from tpresearch.train.speed import flops_per_token, peak_flops, peak_memory_bytes
-from tpresearch.train.step import accumulate_gradients, clip_gradients, reduce_partial_gradients
+from tpresearch.train.speed import flops_per_token
+from tpresearch.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-COLLECT_EVERY = 100
-"""Steps between Python's garbage collections, which would otherwise stall one rank at a time, anywhere."""
-
-
-class NonfiniteError(RuntimeError):
-    """A loss or gradient norm was not finite, and the run was to stop then."""
 
 
 def train(cfg: Config, run: Run) -> None:
@@ -56,25 +44,34 @@ def train(cfg: Config, run: Run) -> None:
     text = plan_text(model, plan)
     if cfg.plan_only:
         if run.world.rank == 0:
-            print(f"model={cfg.model.name} parallel={cfg.parallel.name} for {planned_world(cfg)} ranks: {sizes.live()}\n\n{text}")
+            print(
+                f"model={cfg.model.name} parallel={cfg.parallel.name} for {planned_world(cfg)} ranks: {sizes.live()}\n\n{text}"
+            )
         return
     device = choose_device(cfg, run.world.local_rank, run.world.local_size)
     corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
     check_enough_rows(corpus, cfg.train.global_batch_size)
-    log.info("data: %s, %d train and %d held-out rows of %d tokens", cfg.data.source, *map(len, (corpus.train, corpus.held_out)), cfg.data.seq_len)  # fmt: skip
+    log.info(
+        "data: %s, %d train and %d held-out rows of %d tokens",
+        cfg.data.source,
+        *map(len, (corpus.train, corpus.held_out)),
+        cfg.data.seq_len,
+    )
     with process_group(device, run.world):
         mesh = build_mesh(sizes, device.type)
         log.info("Device Mesh created: device_mesh=%s", sizes.describe(device.type))
-        cost = {causal: flops_per_token(model, cfg.data.seq_len, causal) for causal in (False, True)}
         parameters = sum(p.numel() for p in model.parameters())
-        sharded(model, plan, cfg, mesh, device.torch)
+        trainer = assemble(cfg, model, plan, mesh, device, corpus)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", model)
-        trainer = Trainer(cfg, model, mesh, device, corpus, plan.loss_parallel, cost)
         facts = RunFacts(
             run.world.size, sizes.live(), parameters, device.name, corpus.corpus_hash, corpus.unigram_entropy
         )
         is_first = run.world.rank == 0
-        with Tracker(cfg, as_dict(cfg), run.folder, facts, trainer.steps, plan=text) if is_first else nullcontext() as tracker:
+        with (
+            Tracker(cfg, as_dict(cfg), run.folder, facts, trainer.steps, plan=text)
+            if is_first
+            else nullcontext() as tracker
+        ):
             for row in trainer.rows():
                 if tracker:
                     tracker.log(row)
@@ -86,156 +83,22 @@ def train(cfg: Config, run: Run) -> None:
 @contextmanager
 def process_group(device: Device, world: World) -> Iterator[None]:
     """The default process group, of one rank too; destroyed whatever happens inside."""
-    where = {"device_id": device.torch} if device.backend == "nccl" else {}
-    alone = {} if world.elastic else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    where: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
+    if not world.elastic:
+        where |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if device.type == "cuda":
         torch.cuda.set_device(device.torch)
-    dist.init_process_group(device.backend, timeout=timedelta(minutes=10), **where, **alone)
+    dist.init_process_group(device.backend, timeout=timedelta(minutes=10), **where)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-@dataclass
-class Window:
-    """What has passed since the last logged row; evaluation and collection are left out."""
-
-    steps: int = 0
-    data_s: float = 0.0
-    paused_s: float = 0.0
-    began: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.paused_s += time.perf_counter() - start
-
-    @property
-    def step_time_s(self) -> float:
-        return (time.perf_counter() - self.began - self.paused_s) / self.steps
-
-
-class Trainer:
-    """The state of a run on one rank, and its steps.
-
-    Args:
-        model: sharded over `mesh`. vocab_parallel: its logits come sharded over the vocabulary.
-        cost: model FLOPs a token, by whether attention is counted causal.
-    """
-
-    def __init__(
-        self, cfg: Config, model: nn.Module, mesh: DeviceMesh, device: Device, corpus: PackedCorpus,
-        vocab_parallel: bool, cost: dict[bool, float],
-    ) -> None:  # fmt: skip
-        self.cfg, self.model, self.mesh, self.device, self.corpus = cfg, model, mesh, device, corpus
-        self.vocab_parallel, self.cost = vocab_parallel, cost
-        self.steps = total_steps(cfg)
-        self.optimizer = build_optimizer(model, cfg.optimizer)
-        self.batches = Batches(corpus.train, cfg.train.global_batch_size, cfg.train.seed)
-        self.dp = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
-        self.micro = cfg.train.micro_batch_size or cfg.train.global_batch_size // self.dp
-        self.tokens_per_step = cfg.train.global_batch_size * cfg.data.seq_len
-        self.ledger: Ledger | None = None
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device.torch)
-
-    def rows(self) -> Iterator[dict[str, float | None]]:
-        """Run all steps; yield the metrics of each logged one."""
-        gc.collect()
-        gc.disable()
-        window = Window()
-        for step in range(self.steps):
-            last = step == self.steps - 1
-            measures = step == min(1, self.steps - 1)
-            if measures:
-                self.ledger = Ledger(self.mesh)
-            loss, norm = self.step(step, window, self.ledger if measures else None)
-            window.steps += 1
-            evaluates = last or (self.cfg.train.eval_every and (step + 1) % self.cfg.train.eval_every == 0)
-            if last or evaluates or (step + 1) % self.cfg.train.log_every == 0:
-                row = self.metrics(step, loss, norm, window)
-                window = Window()
-                if evaluates:
-                    with window.pause():
-                        row["val/loss"] = self.evaluate()
-                yield row
-                window.began, window.paused_s = time.perf_counter(), 0.0
-            if (step + 1) % COLLECT_EVERY == 0:
-                with window.pause():
-                    gc.collect()
-        gc.enable()
-
-    def step(self, step: int, window: Window, ledger: Ledger | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step. Returns this rank's share of the loss and the global gradient norm, on the device."""
-        start = time.perf_counter()
-        rows = self.batches.batch(step, data_rank(self.mesh), self.dp)
-        if self.device.type == "cuda":
-            rows = rows.pin_memory().to(self.device.torch, non_blocking=True)
-        window.data_s += time.perf_counter() - start
-        mark = ledger.mark if ledger else (lambda phase: nullcontext())
-        with ledger or nullcontext():
-            share = accumulate_gradients(
-                self.model, rows.split(self.micro), self.tokens_per_step, self.vocab_parallel, mark
-            )
-            with mark("backward"):
-                reduce_partial_gradients(self.model)
-            with mark("clip"):
-                norm = clip_gradients(self.model, self.mesh, self.cfg.train.clip_grad_norm)
-            with mark("optimizer"):
-                self.update(step, norm)
-        return share, norm
-
-    def update(self, step: int, norm: torch.Tensor) -> None:
-        """Move the weights, unless the norm is not finite and such an update is to be skipped."""
-        if self.cfg.train.on_nonfinite is OnNonfinite.stop:  # found out when next logged: asking now would wait
-            bad = ~torch.isfinite(norm) & (self.first_bad < 0)
-            self.first_bad = torch.where(bad, step + 1, self.first_bad)
-            skips = False
-        else:
-            skips = not math.isfinite(norm.item())
-        if skips:
-            log.warning("step %d: gradient norm is %s; its update is skipped", step + 1, norm.item())
-        else:
-            lr = learning_rate(step, self.steps, self.cfg.optimizer.lr, self.cfg.schedule)
-            set_learning_rate(self.optimizer, lr)
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def metrics(self, step: int, share: torch.Tensor, norm: torch.Tensor, window: Window) -> dict[str, float | None]:
-        """A logged row; the one place where the host waits for the device."""
-        loss = sum_over(self.mesh, share.clone(), DATA_AXES).item()
-        step_time = window.step_time_s  # after .item(): the device has come this far
-        self.stop_if_nonfinite(step, loss)
-        speed = self.tokens_per_step / step_time
-        per_device = speed / dist.get_world_size()
-        peak = peak_flops(self.device.name, self.cfg.train.dtype)
-        return {
-            "train/step": step + 1,
-            "train/tokens": (step + 1) * self.tokens_per_step,
-            "train/loss": loss,
-            "train/grad_norm": norm.item(),
-            "train/lr": learning_rate(step, self.steps, self.cfg.optimizer.lr, self.cfg.schedule),
-            "perf/step_time_s": step_time,
-            "perf/tokens_per_second": speed,
-            "perf/tokens_per_second_per_device": per_device,
-            "perf/mfu": per_device * self.cost[False] / peak if peak else None,
-            "perf/mfu_causal": per_device * self.cost[True] / peak if peak else None,
-            "time/data_s": window.data_s / window.steps,
-            "memory/peak_bytes": peak_memory_bytes(self.device),
-            "comm/bytes_per_step": self.ledger.sent_bytes if self.ledger else None,
-        }
-
-    def stop_if_nonfinite(self, step: int, loss: float) -> None:
-        if self.cfg.train.on_nonfinite is not OnNonfinite.stop:
-            return
-        first = int(self.first_bad.item())
-        if not math.isfinite(loss) and first in (-1, step + 1):
-            raise NonfiniteError(f"train/loss is {loss} at step {step + 1}")
-        if first > 0:
-            raise NonfiniteError(f"train/grad_norm is not finite at step {first}")
-
-    def evaluate(self) -> float | None:
-        return held_out_loss(
-            self.model, self.corpus, self.cfg.train.eval_rows, self.micro, self.mesh, self.vocab_parallel, self.device.torch
-        )  # fmt: skip
+def assemble(
+    cfg: Config, model: nn.Module, plan: Plan, mesh: DeviceMesh, device: Device, corpus: PackedCorpus
+) -> Trainer:
+    """A planned meta model, sharded and given its first weights, with what it takes to train it."""
+    cost = {causal: flops_per_token(model, cfg.data.seq_len, causal) for causal in (False, True)}
+    sharded(model, plan, cfg, mesh, device.torch)
+    return Trainer(cfg, model, plan, mesh, device, corpus, cost)

@@ -28,7 +28,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     if config.name is OptimizerName.sgd:
         return torch.optim.SGD(param_groups, lr=config.lr, momentum=config.momentum, fused=on_cuda or None)
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(param_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=on_cuda or None)
+    return torch.optim.AdamW(
+        param_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=on_cuda or None
+    )
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) -> float:

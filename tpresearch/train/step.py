@@ -23,7 +23,11 @@ def unmarked(phase: str) -> AbstractContextManager[None]:
 
 
 def accumulate_gradients(
-    model: nn.Module, micro_batches: Iterable[Tensor], tokens: int, vocab_parallel: bool, mark: Phase = unmarked
+    model: nn.Module,
+    micro_batches: Iterable[Tensor],
+    tokens: int,
+    vocab_parallel: bool,
+    mark: Phase = unmarked,
 ) -> Tensor:
     """Add the gradient of (summed loss / `tokens`) to every parameter.
 
@@ -35,7 +39,9 @@ def accumulate_gradients(
     Returns: this data-parallel rank's share of the loss, a detached scalar; the shares sum to the global loss.
     """
     micro_batches = list(micro_batches)
-    share = torch.zeros((), dtype=torch.float64 if _is_float64(model) else torch.float32, device=micro_batches[0].device)
+    share = torch.zeros(
+        (), dtype=torch.float64 if _is_float64(model) else torch.float32, device=micro_batches[0].device
+    )
     for index, rows in enumerate(micro_batches):
         if isinstance(model, FSDPModule):  # replicas are summed once, after the last micro-batch
             model.set_requires_all_reduce(index == len(micro_batches) - 1)
@@ -62,9 +68,10 @@ def reduce_partial_gradients(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         gradient = parameter.grad
-        if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-            if gradient.placements != parameter.placements:
-                parameter.grad = gradient.redistribute(placements=parameter.placements)
+        if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+            continue
+        if gradient.placements != parameter.placements:
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
 def clip_gradients(model: nn.Module, mesh: DeviceMesh, greatest: float | None) -> Tensor:

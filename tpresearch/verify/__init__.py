@@ -1,0 +1,1 @@
+"""Parity: whether a plan computes the same thing as one process."""

@@ -1,0 +1,80 @@
+"""What a plan computes, step by step, as whole tensors: what two plans are compared by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import validate
+from tpresearch.data import PackedCorpus
+from tpresearch.launch.world import World
+from tpresearch.parallel.mesh import DATA_AXES, build_mesh, sum_over
+from tpresearch.train.build import planned
+from tpresearch.train.device import choose_device
+from tpresearch.train.loop import assemble, process_group
+from tpresearch.train.trainer import Window
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One optimizer step: global values and whole tensors, in float64 on the CPU."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    gradients: Tensors
+    """Before clipping, by parameter name."""
+    weights: Tensors
+    """After the update, by parameter name."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    initial: Tensors
+    """The weights before the first step."""
+    steps: list[StepTrace]
+    held_out: float | None
+    """The loss on held-out rows after the last step."""
+
+
+def trace(cfg: Config, corpus: PackedCorpus, world: World, steps: int) -> Trace:
+    """Train for a few steps on this rank of a job, through the code that every run goes through.
+
+    Returns: the same trace on every rank.
+    """
+    sizes = validate(cfg, world.size, world.hosts)
+    model, plan = planned(cfg, sizes)
+    device = choose_device(cfg, world.local_rank, world.local_size)
+    with process_group(device, world):
+        mesh = build_mesh(sizes, device.type)
+        trainer = assemble(cfg, model, plan, mesh, device, corpus)
+        seen: list[Tensors] = []
+        trainer.on_gradients = lambda model: seen.append(
+            whole({n: p.grad for n, p in model.named_parameters()})
+        )
+        initial, taken = weights(model), []
+        for step in range(steps):
+            share, norm = trainer.step(step, Window(), None)
+            loss = sum_over(mesh, share, DATA_AXES).item()
+            taken.append(StepTrace(loss, norm.item(), seen.pop(), weights(model)))
+        return Trace(initial, taken, trainer.evaluate())
+
+
+def weights(model: nn.Module) -> Tensors:
+    return whole(dict(model.named_parameters()))
+
+
+def whole(tensors: dict[str, Tensor | None]) -> Tensors:
+    """Every tensor gathered from all ranks that hold a part of it."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered[name] = full.detach().to("cpu", torch.float64, copy=True)
+    return gathered
