@@ -30,6 +30,11 @@ class Done:
         """The run folder as each rank saw it."""
         return [line.split()[1] for line in self.out.splitlines() if line.startswith("folder ")]
 
+    @property
+    def records(self) -> list[str]:
+        """Where each rank writes Hydra's record of the config, "None" for one that does not."""
+        return sorted(line.split()[2] for line in self.out.splitlines() if line.startswith("folder "))
+
 
 Command = Callable[..., Done]
 

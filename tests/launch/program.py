@@ -8,6 +8,8 @@ import os
 import time
 import warnings
 
+from hydra.core.hydra_config import HydraConfig
+
 from tpresearch.config import Config, ConfigError
 from tpresearch.launch import Run, World, entrypoint
 
@@ -34,7 +36,8 @@ def main(cfg: Config, run: Run) -> None:
         raise ValueError("not the user's fault")
     if cfg.name == "fails_once" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         raise ValueError("the first attempt fails")
-    told = f"rank {run.world.rank} of {run.world.size} {run.overrides} {run.choices['model']}"
+    record = HydraConfig.get().output_subdir
+    told = f"{record} rank {run.world.rank} of {run.world.size} {run.overrides} {run.choices['model']}"
     print(f"folder {run.folder} {told}\n", end="")  # in one write, which no other rank can cut in two
 
 

@@ -33,12 +33,12 @@ def test_a_sweep_inside_torchrun_is_refused_once_also_when_restarted(torchrun: C
 def test_ranks_that_start_apart_share_a_folder_also_after_a_restart(
     torchrun: Command, tmp_path: Path
 ) -> None:
-    done = torchrun(3, "name=fails_once", restarts=1, JITTER_S="0.6")
+    done = torchrun(2, "name=fails_once", restarts=1, JITTER_S="1.2")
     assert done.code == 0, done.err
-    assert len(done.folders) == 3
+    assert len(done.folders) == 2
     (folder,) = set(done.folders)
-    assert [str(path.parent.parent) for path in tmp_path.rglob("hydra.yaml")] == [folder]
-    assert len(list(tmp_path.glob("outputs/*/*/*"))) == 1
+    assert list(tmp_path.glob("outputs/*/*/*")) == [Path(folder)]
+    assert done.records == [".hydra", "None"]
     # The first attempt failed on rank 0 at once; what a rank of both attempts said is all in its file.
     assert (Path(folder) / "ranks" / "rank-00000.log").read_text().count("training llama2_tiny") == 2
 

@@ -111,11 +111,15 @@ def written(node: Any) -> Any:
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The one known name that this was most likely meant to be, if any is close.
 
-    The last part of a dotted key counts by itself: long branches would make all of their keys look alike.
+    Of a dotted key whose branch exists only the last part counts: a long branch makes all of its keys look alike.
+    A key typed without its branch, such as `lr`, is found under the branch that has it.
     """
     branch, _, last = name.rpartition(".")
-    names = [other for other in known if not name.startswith(f"{other}.")]
+    names = sorted((other for other in known if not name.startswith(f"{other}.")), key=len)
     siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == branch}
     if match := difflib.get_close_matches(last, siblings, n=1, cutoff=0.6):
         return siblings[match[0]]
-    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.7)), None)
+    if branch and siblings:
+        return None
+    elsewhere = [other for other in names if other.endswith(f".{last}")]
+    return next(iter(elsewhere or difflib.get_close_matches(name, names, n=1, cutoff=0.7)), None)
