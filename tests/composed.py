@@ -1,0 +1,50 @@
+"""Configs as the command line composes them, and a corpus of random rows, for tests in this process and in ranks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from tpresearch.config.compose import register_schema, typed
+from tpresearch.config.schema import Config
+from tpresearch.data import PackedCorpus
+from tpresearch.launch.composition import conf_dir
+from tpresearch.launch.run_dir import register_resolvers
+
+VOCAB = 260
+SEQ_LEN = 16
+SMALL = (
+    f"tokenizer.vocab_size={VOCAB}",
+    f"data.seq_len={SEQ_LEN}",
+    "train.global_batch_size=8",
+    "logger=none",
+)
+
+
+def config(*overrides: str, small: bool = True) -> Config:
+    """The train config with these overrides; `small` makes a batch 8 rows of 16 tokens."""
+    register_schema()
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return typed(compose("train", overrides=[*(SMALL if small else ()), *overrides]))
+
+
+def corpus(rows: int = 64, seq_len: int = SEQ_LEN, vocab: int = VOCAB) -> PackedCorpus:
+    """Random rows, the same in every process; the held-out ones are 11, which no batch size divides."""
+    drawn = np.random.default_rng(7).integers(0, vocab, (rows + 11, seq_len + 1), dtype=np.uint16)
+    return PackedCorpus(
+        train=drawn[:rows],
+        held_out=drawn[rows:],
+        corpus_hash="random",
+        tokenizer_hash="none",
+        vocab_size=vocab,
+        eos_id=0,
+        unigram_entropy=math.log(vocab),
+        meta={},
+        folder=Path(),
+    )
