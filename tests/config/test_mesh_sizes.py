@@ -1,0 +1,106 @@
+"""How the sizes of the mesh follow from the plan and the number of ranks, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from composed import config
+
+from tpresearch.config import ConfigError
+from tpresearch.config.mesh import MeshSizes
+from tpresearch.config.validate import planned_world, total_steps, validate
+
+
+def sizes(*overrides: str, world: int, hosts: int = 1) -> dict[str, int]:
+    return validate(config(*overrides, "train.global_batch_size=48"), world, hosts).live()
+
+
+@pytest.mark.parametrize(
+    ("plan", "world", "hosts", "expected"),
+    [
+        ("none", 1, 1, {}),
+        ("ddp", 3, 1, {"dp_replicate": 3}),
+        ("tp", 4, 1, {"tp": 4}),
+        ("sp", 8, 1, {"tp": 8}),
+        ("fsdp", 8, 1, {"dp_shard": 8}),
+        ("hsdp", 4, 1, {"dp_replicate": 2, "dp_shard": 2}),
+        ("hsdp", 16, 2, {"dp_replicate": 2, "dp_shard": 8}),
+        ("fsdp_tp", 1, 1, {}),
+        ("fsdp_tp", 2, 1, {"tp": 2}),
+        ("fsdp_tp", 3, 1, {"dp_shard": 3}),
+        ("fsdp_tp", 4, 1, {"dp_shard": 2, "tp": 2}),
+        ("fsdp_tp", 32, 4, {"dp_shard": 4, "tp": 8}),
+        ("hsdp_tp", 8, 1, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
+    ],
+)
+def test_a_plan_chooses_sensible_sizes(plan: str, world: int, hosts: int, expected: dict[str, int]) -> None:
+    assert sizes(f"parallel={plan}", world=world, hosts=hosts) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "expected"),
+    [
+        (["parallel=fsdp_tp", "mesh.tp=4"], 8, {"dp_shard": 2, "tp": 4}),
+        (["parallel=fsdp_tp", "mesh.dp_shard=4"], 8, {"dp_shard": 4, "tp": 2}),
+        (["parallel=hsdp", "mesh.dp_shard=4"], 8, {"dp_replicate": 2, "dp_shard": 4}),
+        (["parallel=hsdp", "mesh.dp_replicate=4", "mesh.dp_shard=-1"], 8, {"dp_replicate": 4, "dp_shard": 2}),
+        (["parallel=fsdp_tp", "mesh=tp8"], 16, {"dp_shard": 2, "tp": 8}),
+    ],
+)
+def test_what_is_given_is_kept_and_the_rest_follows(
+    overrides: list[str], world: int, expected: dict[str, int]
+) -> None:
+    assert sizes(*overrides, world=world) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "field", "says"),
+    [
+        (["parallel=none"], 4, "parallel", "4 ranks"),
+        (["parallel=tp", "mesh.tp=2"], 4, "mesh.tp", "fsdp_tp"),
+        (["parallel=tp", "mesh.dp_shard=2"], 4, "mesh.dp_shard", "no use for this axis"),
+        (["parallel=fsdp", "mesh.dp_shard=3"], 4, "mesh.dp_shard", "mesh.dp_shard=4"),
+        (["parallel=fsdp_tp", "mesh.tp=4"], 6, "mesh.tp", "world has 6"),
+        (["parallel=hsdp_tp", "mesh.dp_replicate=-1", "mesh.tp=-1"], 8, "mesh.tp", "one axis at most"),
+        (["parallel=fsdp", "mesh.dp_shard=0"], 4, "mesh.dp_shard", "not a number of ranks"),
+        (["parallel=fsdp", "train.global_batch_size=50"], 4, "train.global_batch_size", "multiple of 4"),
+        (["parallel=fsdp", "train.micro_batch_size=5"], 4, "train.micro_batch_size", "divisor of 12"),
+        (["parallel=fsdp", "train.tokens=100"], 4, "train.tokens", "train.steps=100"),
+        (["parallel=fsdp", "train.steps=null"], 4, "train.steps", "no budget"),
+        (["parallel=fsdp", "train.steps=0"], 4, "train.steps", "1 or more"),
+        (["parallel=fsdp", "optimizer.lr=-1"], 4, "optimizer.lr", "positive"),
+        (["parallel=fsdp", "optimizer.betas=[0.9]"], 4, "optimizer.betas", "two numbers"),
+        (["parallel=fsdp", "model.vocab_size=100"], 4, "model.vocab_size", "260"),
+        (["parallel=fsdp", "parallel.async_tp=true"], 4, "parallel.async_tp", "no tensor parallelism"),
+        (["parallel=tp", "parallel.async_tp=true"], 4, "parallel.async_tp", "parallel.compile=true"),
+    ],
+)
+def test_what_cannot_work_is_refused(overrides: list[str], world: int, field: str, says: str) -> None:
+    batch = (
+        []
+        if any("batch_size=5" in o and "global" in o for o in overrides)
+        else ["train.global_batch_size=48"]
+    )
+    with pytest.raises(ConfigError) as caught:
+        validate(config(*batch, *overrides), world)
+    assert caught.value.field == field
+    assert says in str(caught.value)
+
+
+def test_the_printed_mesh_is_the_tutorials() -> None:
+    assert (
+        MeshSizes(1, 2, 2).describe("cuda")
+        == "DeviceMesh('cuda', [[0, 1], [2, 3]], mesh_dim_names=('dp', 'tp'))"
+    )
+    assert MeshSizes(1, 1, 4).describe("cpu") == "DeviceMesh('cpu', [0, 1, 2, 3], mesh_dim_names=('tp',))"
+    assert "[[[0, 1], [2, 3]], [[4, 5], [6, 7]]]" in MeshSizes(2, 2, 2).describe("cpu")
+
+
+def test_plan_only_takes_its_world_from_what_is_given() -> None:
+    assert planned_world(config("plan_only=true", "world_size=64")) == 64
+    assert planned_world(config("plan_only=true", "mesh.tp=8")) == 8
+    assert planned_world(config("plan_only=true")) == 4
+    assert planned_world(config("plan_only=true", "parallel=none")) == 1
+
+
+def test_a_budget_in_tokens_is_rounded_up_to_steps() -> None:
+    assert total_steps(config("train.steps=null", "train.tokens=1000")) == 8  # of 8 * 16 tokens

@@ -1,0 +1,34 @@
+"""The norm of gradients that live on different meshes, against the norm of the whole."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from ranks import Ranks
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from tpresearch.config.mesh import MeshSizes
+from tpresearch.launch.world import World
+from tpresearch.parallel.mesh import build_mesh, data_rank, global_norm
+from tpresearch.train.device import Device
+from tpresearch.train.loop import process_group
+
+
+def on_mixed_meshes(world: World) -> tuple[float, int]:
+    with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
+        mesh = build_mesh(MeshSizes(2, 1, 2), "cpu")
+        whole = torch.arange(1.0, 8.0, dtype=torch.float64)
+        pieces: list[DTensor] = [
+            distribute_tensor(whole, mesh["dp_replicate", "tp"], [Replicate(), Shard(0)]),
+            distribute_tensor(whole, mesh["tp"], [Replicate()]),
+            distribute_tensor(whole, mesh["dp_replicate"], [Shard(0)]),
+        ]
+        return global_norm(list(pieces), mesh).item(), data_rank(mesh)
+
+
+def test_each_part_is_counted_once_on_every_rank(ranks: Ranks) -> None:
+    found = ranks.run(4, on_mixed_meshes)
+    expected = math.sqrt(3 * sum(n * n for n in range(1, 8)))
+    assert [norm for norm, _ in found] == [expected] * 4
+    assert [rank for _, rank in found] == [0, 0, 1, 1]

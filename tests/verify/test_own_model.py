@@ -1,0 +1,127 @@
+"""A researcher's own model joins by a module, a conf/model file and a conf/plan file, all outside the package."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from composed import config, corpus
+from ranks import Ranks
+from test_parity import PLANS, agree
+
+from tpresearch.config import Config
+from tpresearch.launch.world import World
+from tpresearch.verify.trace import Trace, trace
+
+MODULE = '''
+"""A gated network with layer norms, one style of its own, biases and a buffer: nothing that the package ships."""
+import torch
+from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel
+
+
+class Mine(ColwiseParallel):
+    def __init__(self, gather):
+        super().__init__()
+        assert gather is False
+
+
+class Layer(nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, inner)
+        self.gate = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(torch.tanh(self.up(y)) * self.gate(y))
+
+
+class Net(nn.Module):
+    def __init__(self, vocab_size, width, inner, depth):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, width)
+        self.stack = nn.ModuleList(Layer(width, inner) for _ in range(depth))
+        self.head = nn.Linear(width, vocab_size)
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    def reset_buffers(self):
+        self.scale.fill_(0.5)
+
+    def forward(self, tokens):
+        x = self.embed(tokens) * self.scale
+        for layer in self.stack:
+            x = layer(x)
+        return self.head(x)
+'''
+MODEL = """
+# A model of one's own.
+defaults:
+  - /plan/own@_here_
+name: own
+_target_: own_net.Net
+vocab_size: ${tokenizer.vocab_size}
+width: 16
+inner: 32
+depth: 2
+"""
+PLAN = """
+# Its plan.
+blocks: [stack.*]
+plans:
+  tp:
+    embed: {match: embed, style: colwise, dst: replicate}
+    up:    {match: stack.*.up, _target_: own_net.Mine, gather: false}
+    gate:  {match: stack.*.gate, style: colwise}
+    down:  {match: stack.*.down, style: rowwise}
+    head:  {match: head, style: colwise, dst: logits}
+  sp:
+    embed: {match: embed, style: rowwise, src: replicate, dst: shard:1}
+    norm:  {match: stack.*.norm, style: sequence}
+    up:    {match: stack.*.up, style: colwise, src: shard:1}
+    gate:  {match: stack.*.gate, style: colwise, src: shard:1}
+    down:  {match: stack.*.down, style: rowwise, dst: shard:1}
+    head:  {match: head, style: colwise, src: shard:1, dst: logits}
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    for name, text in {
+        "own_net.py": MODULE,
+        "conf/model/own.yaml": MODEL,
+        "conf/plan/own.yaml": PLAN,
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def job(world: World, cfg: Config, path: str) -> Trace | None:
+    if path not in sys.path:
+        sys.path.insert(0, path)
+    result = trace(cfg, corpus(), world, 3)
+    return result if world.rank == 0 else None
+
+
+def own_config(own: Path, *overrides: str) -> Config:
+    return config(
+        f"hydra.searchpath=[file://{own}/conf]",
+        "model=own",
+        "train.dtype=float64",
+        "train.clip_grad_norm=0.2",
+        "optimizer=sgd",
+        "schedule.warmup_steps=1",
+        *overrides,
+    )
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_it_trains_under_every_plan_as_on_one_process(ranks: Ranks, own: Path, plan: str) -> None:
+    alone = job(World(), own_config(own, "parallel=none"), str(own))
+    assert alone is not None
+    agree(ranks.run(4, job, own_config(own, f"parallel={plan}"), str(own))[0], alone)
