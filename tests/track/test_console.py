@@ -101,6 +101,7 @@ def test_the_report_tells_results_place_and_what_to_type_next(
     monkeypatch.chdir(tmp_path)
     rows = [complete_row(row(step)) for step in range(1, 9)]
     summary = {"run_name": "m/tp2", "status": "completed", "steps": 8, "tokens": 24_576, "world_size": 2}
+    summary["parallel"] = "tp"
     summary |= headline(rows, warmup_steps=5)
     out = io.StringIO()
     report(
@@ -115,11 +116,12 @@ def test_the_report_tells_results_place_and_what_to_type_next(
         "11.8 MiB",
         "run    outputs/r\n",
         "W&B    wandb sync outputs/r/wandb/x\n",
-        "python -m tpresearch.compare outputs/r ",
+        "  torchrun --nproc-per-node=2 train.py parallel=fsdp_tp  # ",
+        "  python train.py plan_only=true ",
+        "  cat outputs/r/plan.txt  # ",
     ):
         assert part in text
     assert "MFU" not in text  # undefined on a CPU
-    assert len([line for line in text.splitlines() if line.startswith("  python")]) == 3
 
 
 def test_the_report_of_a_failed_run_says_why_and_suggests_nothing(tmp_path: Path) -> None:

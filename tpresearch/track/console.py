@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -136,7 +137,7 @@ def report(
         console.print(Text(f"W&B    {wandb_line}"), soft_wrap=True)
     if summary["status"] == "completed":
         console.print(Text("next"))
-        for command, why in _next_commands(run):
+        for command, why in _next_commands(run, summary["world_size"], summary["parallel"]):
             console.print(Text(f"  {command}  # {why}"), soft_wrap=True)
 
 
@@ -157,9 +158,22 @@ def _results(summary: Mapping[str, Any], unigram_entropy: float | None) -> list[
     return [row for row in rows if row[0] != "MFU" or mfu is not None]
 
 
-def _next_commands(run: str) -> list[tuple[str, str]]:
+def _next_commands(run: str, ranks: int, parallel: str) -> list[tuple[str, str]]:
+    other = "fsdp" if parallel == "fsdp_tp" else "fsdp_tp"
     return [
-        ("python -m tpresearch.verify", "does each plan equal one process?"),
-        ("python train.py -m parallel=ddp,tp,sp,fsdp,fsdp_tp", "the same training under five plans"),
-        (f"python -m tpresearch.compare {run}", "this run beside others, as a table and plots"),
+        (
+            f"{_program('torchrun')} --nproc-per-node={max(ranks, 2)} train.py parallel={other}",
+            "the same training under another plan: the losses agree",
+        ),
+        (
+            f"{_program('python')} train.py plan_only=true model=llama2_7b tokenizer=bpe_32k mesh.tp=8 world_size=64",
+            "how 64 ranks would share 7B, compiled here",
+        ),
+        (f"cat {run}/plan.txt", "what each rank holds, and what it sends"),
     ]
+
+
+def _program(name: str) -> str:
+    """A program of this Python's environment, as it is typed from here: `.venv/bin/torchrun`, or its bare name."""
+    path = Path(sys.executable).with_name(name)
+    return path_text(path) if path.is_relative_to(Path.cwd()) and path.exists() else name
