@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ class Done:
     code: int
     out: str
     err: str
-    seconds: float
+    cpu_seconds: float
+    """What it computed, all of its processes together: a busy machine makes it wait, but not compute, longer."""
 
     @property
     def refusals(self) -> list[str]:
@@ -41,13 +42,15 @@ Command = Callable[..., Done]
 
 def run_command(command: list[str], cwd: Path, env: dict[str, str]) -> Done:
     outside = {key: value for key, value in os.environ.items() if not key.startswith(NOT_OURS)}
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.run(
         command,
         cwd=cwd,
         env={**outside, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
-    return Done(process.returncode, process.stdout, process.stderr, time.monotonic() - started)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Done(process.returncode, process.stdout, process.stderr, cpu_seconds)

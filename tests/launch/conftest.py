@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -22,11 +23,10 @@ def python(tmp_path: Path) -> Command:
 @pytest.fixture
 def python_module(tmp_path: Path) -> Command:
     """`python -m program ARGUMENTS`"""
+    path = os.pathsep.join([str(PROGRAM.parent), os.environ.get("PYTHONPATH", "")])
 
     def run(*arguments: str) -> Done:
-        return run_command(
-            [sys.executable, "-m", "program", *arguments], tmp_path, {"PYTHONPATH": str(PROGRAM.parent)}
-        )
+        return run_command([sys.executable, "-m", "program", *arguments], tmp_path, {"PYTHONPATH": path})
 
     return run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -41,11 +42,12 @@ def test_runs_started_in_the_same_second_have_folders_of_their_own() -> None:
     assert sorted(folders) == [base, *(f"{base}-{nth}" for nth in range(2, 9))]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 def test_a_folder_is_refused_where_the_disk_does_not_take_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(**_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def on_a_full_disk(**_: object) -> IO[bytes]:
+        return Path("/dev/full").open("wb")
 
-    monkeypatch.setattr(run_dir.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(run_dir.tempfile, "TemporaryFile", on_a_full_disk)
     with pytest.raises(
         ConfigError, match=r"hydra\.run\.dir=mine: cannot be written: No space left on device"
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from omegaconf import DictConfig
 from tpresearch.config.compose import register_schema, typed
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
-from tpresearch.launch.command import WrongCommand, python_command
+from tpresearch.launch.command import WrongCommand, program, python_command, starter
 from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, conf_dir
 from tpresearch.launch.explain import explain
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
@@ -126,7 +127,10 @@ def _arguments(world: World) -> Namespace:
     arguments, unknown = get_args_parser().parse_known_args()
     if unknown:
         legal = "key=value overrides, then flags; see --hydra-help"
-        raise ConfigError("flags", " ".join(unknown), "not understood", legal, fix=dict.fromkeys(unknown))
+        moved = [word for word in unknown if not word.startswith("-")]
+        rest = [word for word in sys.argv[1:] if word not in unknown]
+        command = shlex.join([*starter(world), *program(), *moved, *rest])
+        raise WrongCommand("flags", " ".join(unknown), "not understood", legal, command)
     sweep = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
     if sweep and world.elastic:
         raise WrongCommand(
