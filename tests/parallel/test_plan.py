@@ -108,7 +108,9 @@ def facts_of_rank_zero(world: World, cfg: Config) -> dict[str, tuple[str, tuple[
         sharded(model, plan, cfg, mesh, device.torch)
         found = {}
         for name, parameter in model.named_parameters():
-            assert isinstance(parameter, DTensor)
+            if not isinstance(parameter, DTensor):
+                found[name] = ("whole", tuple(parameter.shape))
+                continue
             names = parameter.device_mesh.mesh_dim_names or ()
             over = [
                 f"{axis}: Shard({placement.dim})"  # type: ignore[attr-defined]

@@ -9,23 +9,9 @@ from dataclasses import dataclass
 from torch import nn
 from torch.distributed.tensor import Placement, Shard
 
-from tpresearch.parallel.plan import Plan
+from tpresearch.parallel.plan import Plan, local_shape, split_dim
 from tpresearch.parallel.rules import Compiled
-
-# What turning one layout into another sends, forward and backward (the gradient goes the other way). On the
-# way into a module the gradient arrives as a partial sum, since each rank holds a part of the weight; on the
-# way out it arrives in the layout that the output was given.
-_SENDS_IN = {
-    ("shard", "replicate"): ("all-gather", "reduce-scatter"),
-    ("replicate", "replicate"): ("", "all-reduce"),
-    ("replicate", "shard"): ("", "all-gather"),
-}
-_SENDS_OUT = {
-    ("partial", "replicate"): ("all-reduce", ""),
-    ("partial", "shard"): ("reduce-scatter", "all-gather"),
-    ("shard", "replicate"): ("all-gather", ""),
-    ("replicate", "shard"): ("", "all-gather"),
-}
+from tpresearch.parallel.sends import rule_sends
 
 
 @dataclass(frozen=True)
@@ -46,16 +32,14 @@ def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
     for name, module in model.named_modules():
         rule = plan.rules.get(name)
         own = dict(module.named_parameters(recurse=False))
-        sends = _sends(name, module, rule, plan) if rule else ""
+        sends = _sends(name, model, plan) if rule else ""
         if rule and not own:
             rows.append(Row(name, f"{rule.name} ({rule.label})", _arrow(rule), None, sends))
         for index, (key, parameter) in enumerate(own.items()):
-            dim = rule.weight_dim(module) if rule else None
-            if dim is not None and parameter.dim() == 1:
-                dim = 0 if rule and rule.rule.style == "colwise" else None
-            shape, placements = list(parameter.shape), []
+            fqn = f"{name}.{key}" if name else key
+            dim = split_dim(fqn, plan.rules, module)
+            shape, placements = list(local_shape(fqn, parameter, plan, module)), []
             if dim is not None:
-                shape[dim] = -(-shape[dim] // plan.sizes.tp)
                 placements.append(f"tp: Shard({dim})")
             elif rule and rule.rule.target:
                 placements.append(f"tp: by {rule.label}")
@@ -64,7 +48,7 @@ def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
                 placements.insert(0, "dp_shard: Shard(0)")
             rows.append(
                 Row(
-                    f"{name}.{key}" if name else key,
+                    fqn,
                     f"{rule.name} ({rule.label})" if rule else "",
                     ", ".join(placements) or "whole",
                     tuple(shape),
@@ -86,41 +70,19 @@ def _short(layout: Placement | None) -> str:
     return f"shard:{layout.dim}" if isinstance(layout, Shard) else "whole"
 
 
-def _kind(layout: Placement | None) -> str:
-    if layout is None:
-        return "alone"
-    return "shard" if isinstance(layout, Shard) else "replicate"
-
-
-def _sends(name: str, module: nn.Module, rule: Compiled, plan: Plan) -> str:
+def _sends(name: str, model: nn.Module, plan: Plan) -> str:
     """The collectives over tp that a rule causes, a forward and a backward part."""
-    style, src, dst = rule.rule.style, [_kind(p) for p in rule.src], [_kind(p) for p in rule.dst]
-    if style == "sequence":
-        return "backward: all-reduce of the weight's gradient"
-    inputs: list[tuple[str, str]] = []
-    outputs: list[tuple[str, str]] = []
-    if style == "input":
-        inputs = list(zip(src, dst, strict=True))
-    elif style == "output":
-        outputs = list(zip(src, dst, strict=True))
-    elif style == "colwise":
-        inputs = [] if _prepared(name, plan) else [(src[0], "replicate")]
-        outputs = [("shard", dst[0])]
-    elif style == "rowwise":
-        inputs = [] if isinstance(module, nn.Embedding) else [(src[0], "shard")]
-        outputs = [("partial", dst[0])]
-    sent = [_SENDS_IN.get(move, ("", "")) for move in inputs] + [
-        _SENDS_OUT.get(move, ("", "")) for move in outputs
-    ]
-    phases = {phase: [s[i] for s in sent if s[i]] for i, phase in enumerate(("forward", "backward"))}
-    return "; ".join(f"{phase}: {' + '.join(names)}" for phase, names in phases.items() if names)
-
-
-def _prepared(name: str, plan: Plan) -> bool:
-    """A rule on a module around this one has brought the input into its layout already."""
-    return any(
-        name.startswith(outer + ".") and rule.rule.style == "input" for outer, rule in plan.rules.items()
-    )
+    sent = rule_sends(name, model, plan)
+    parts = []
+    for phase in ("forward", "backward"):
+        names = [
+            f"{s.collective.replace('_', '-')}{'' if s.per_token else ' of a gradient'}"
+            for s in sent
+            if s.phase == phase
+        ]
+        if names:
+            parts.append(f"{phase}: {' + '.join(names)}")
+    return "; ".join(parts)
 
 
 def folded(rows: Iterable[Row]) -> list[Row]:

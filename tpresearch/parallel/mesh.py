@@ -26,13 +26,19 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
 def data_rank(mesh: DeviceMesh) -> int:
     """Which part of the global batch this rank reads; the same along tp."""
     replica, shard = (mesh.get_local_rank(axis) for axis in DATA_AXES)
-    return replica * mesh["dp_shard"].size() + shard
+    return replica * axis_size(mesh, "dp_shard") + shard
+
+
+def axis_size(mesh: DeviceMesh, axis: str) -> int:
+    """Ranks along an axis. (`mesh[axis]` builds a mesh each time: milliseconds, in every step.)"""
+    assert mesh.mesh_dim_names
+    return mesh.size(mesh.mesh_dim_names.index(axis))
 
 
 def sum_over(mesh: DeviceMesh, values: Tensor, axes: tuple[str, ...]) -> Tensor:
     """`values` summed, in place, over the ranks that differ along `axes`. Axes of size 1 send nothing."""
     for axis in axes:
-        if mesh[axis].size() > 1:
+        if axis_size(mesh, axis) > 1:
             dist.all_reduce(values, group=mesh.get_group(axis))
     return values
 

@@ -70,10 +70,12 @@ _SLOW_OPS = {
 
 
 def shard_data(model: nn.Module, blocks: list[str], fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:
-    """`fully_shard` each block, then the root: over a mesh of one too, so that precision is the same everywhere.
+    """`fully_shard` each block, then the root, where there is anything for it to do.
 
     Gradients are summed, not averaged, over data-parallel ranks: the loss is divided by the global token count.
     """
+    if not is_wrapped(mesh.size(), fsdp, dtype):
+        return
     precision = MixedPrecisionPolicy()
     if dtype is Dtype.bfloat16:
         reduce_dtype = getattr(torch, fsdp.reduce_dtype)
@@ -92,6 +94,13 @@ def shard_data(model: nn.Module, blocks: list[str], fsdp: FsdpConfig, mesh: Devi
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def is_wrapped(ranks: int, fsdp: FsdpConfig, dtype: Dtype) -> bool:
+    """Whether `fully_shard` is applied: over one rank it would only copy each weight and gradient at each step,
+    but for bfloat16, whose casts are then the same in every plan, and for offloading.
+    """
+    return ranks > 1 or dtype is Dtype.bfloat16 or fsdp.cpu_offload
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

@@ -74,12 +74,11 @@ def compile_plan(
         rules = _expand(compiled, names)
         _check_kinds(model, rules)
         _check_divisible(model, config, parallel, rules, sizes, seq_len)
-    sharded = {
-        f"{name}.{parameter}"
-        for name, rule in rules.items()
-        for parameter in _split_parameters(model.get_submodule(name), rule)
-    }
-    whole = [name for name, _ in model.named_parameters() if name not in sharded]
+    whole = [
+        name
+        for name, _ in model.named_parameters()
+        if split_dim(name, rules, model.get_submodule(name.rpartition(".")[0])) is None
+    ]
     active = rules if sizes.tp > 1 else {}
     return Plan(active, blocks, whole, sizes, any(rule.vocab_parallel for rule in active.values()))
 
@@ -90,7 +89,11 @@ def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
         matched = matching(pattern, names)
         if not matched:
             raise ConfigError(
-                "model.blocks", pattern, "matches no module", "such as " + ", ".join(nearest(pattern, names))
+                "model.blocks",
+                pattern,
+                "matches no module",
+                "such as " + ", ".join(nearest(pattern, names)),
+                fix={"model.blocks": None},
             )
         found += matched
     return found
@@ -106,6 +109,7 @@ def _expand(compiled: list[Compiled], names: list[str]) -> dict[str, Compiled]:
                 rule.rule.match,
                 "matches no module",
                 "such as " + ", ".join(nearest(rule.rule.match, names)),
+                fix={f"{rule.where}.match": None},
             )
         for name in matched:
             if name in found:
@@ -114,6 +118,7 @@ def _expand(compiled: list[Compiled], names: list[str]) -> dict[str, Compiled]:
                     rule.rule.match,
                     f"module {name} has the rule {found[name].name} already",
                     f"one rule a module: narrow {found[name].name} or {rule.name}",
+                    fix={f"{rule.where}.match": None, f"{found[name].where}.match": None},
                 )
             found[name] = rule
     return dict(sorted(found.items(), key=lambda item: names.index(item[0])))
@@ -128,6 +133,7 @@ def _check_kinds(model: nn.Module, rules: dict[str, Compiled]) -> None:
                 rule.rule.style,
                 f"module {name} is a {type(module).__name__}",
                 "colwise and rowwise split nn.Linear and nn.Embedding; sequence, input and output fit any module",
+                fix={f"{rule.where}.style": None, f"{rule.where}.match": None},
             )
 
 
@@ -156,13 +162,16 @@ def _check_divisible(
     legal = [t for t in range(1, common + 1) if common % t == 0]
     fits = [t for t in legal if sizes.world % t == 0]
     alone = parallel.data is DataPlan.none
+    below = max(t for t in legal if t <= sizes.tp)
     raise ConfigError(
         "mesh.tp",
         sizes.tp,
         f"does not divide {wrong.what}={wrong.count} ({wrong.why})",
         f"legal for this model: {_few(legal)}",
-        fix={} if alone else {"mesh.tp": fits[-1], "mesh.dp_shard": None, "mesh.dp_replicate": None},
-        nproc=max(t for t in legal if t <= sizes.tp) if alone else None,
+        fix={"mesh.tp": below}
+        if alone
+        else {"mesh.tp": fits[-1], "mesh.dp_shard": None, "mesh.dp_replicate": None},
+        nproc=below if alone else None,
     )
 
 
@@ -182,6 +191,7 @@ def _cuts(model: nn.Module, config: ModelConfig, rules: dict[str, Compiled], seq
                     "no such model setting",
                     "one of "
                     + ", ".join(nearest(unit, [k for k, v in config.args.items() if isinstance(v, int)])),
+                    fix={f"{rule.where}.units": None},
                 )
             if config.args[unit] is not None:
                 cuts.setdefault(
@@ -201,9 +211,17 @@ def _cuts(model: nn.Module, config: ModelConfig, rules: dict[str, Compiled], seq
     return list(cuts.values())
 
 
-def _split_parameters(module: nn.Module, rule: Compiled) -> list[str]:
-    """The parameters of a module that its rule shards: both of colwise, the weight alone of rowwise."""
-    if rule.weight_dim(module) is None:
-        return []
-    own = [name for name, _ in module.named_parameters(recurse=False)]
-    return own if rule.rule.style == "colwise" else [name for name in own if name == "weight"]
+def split_dim(fqn: str, rules: dict[str, Compiled], owner: nn.Module) -> int | None:
+    """The dim of a parameter of `owner` that its rule splits over tp, or None where it stays whole."""
+    module, _, key = fqn.rpartition(".")
+    rule = rules.get(module)
+    dim = rule.weight_dim(owner) if rule else None
+    if dim is None or rule is None or key == "weight":
+        return dim
+    return 0 if rule.rule.style == "colwise" else None
+
+
+def local_shape(fqn: str, parameter: nn.Parameter, plan: Plan, owner: nn.Module) -> tuple[int, ...]:
+    """The shape of rank 0's part over tp, the larger one where a dim does not divide evenly."""
+    dim = split_dim(fqn, plan.rules, owner)
+    return tuple(-(-n // plan.sizes.tp) if i == dim else n for i, n in enumerate(parameter.shape))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.utils import get_class
 from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -130,6 +130,7 @@ def compile_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Compi
             rule.style,
             "no such style",
             "one of " + ", ".join(nearest(str(rule.style), STYLES)),
+            fix={f"{where}.style": None},
         )
     style = STYLES[rule.style]
     src = _layouts(f"{where}.src", rule.src, style.default_src, loss_parallel)
@@ -140,6 +141,7 @@ def compile_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Compi
             f"{rule.src} -> {rule.dst}",
             f"style {rule.style} turns each src layout into a dst layout",
             "src and dst lists of one length, null for a tensor left alone",
+            fix={f"{where}.src": None, f"{where}.dst": None},
         )
     return Compiled(name, where, rule, src, dst, rule.dst == "logits" and loss_parallel)
 
@@ -161,20 +163,41 @@ def _layout(where: str, text: Any, loss_parallel: bool) -> Placement | None:
         return Replicate()
     if match := re.fullmatch(r"shard:(-?\d+)", str(text)):
         return Shard(int(match[1]))
-    raise ConfigError(where, text, "no such layout", "replicate, shard:N, logits or null")
+    raise ConfigError(where, text, "no such layout", "replicate, shard:N, logits or null", fix={where: None})
 
 
 def _check_target(where: str, target: str) -> None:
     try:
-        found = get_class(target)
+        found = class_at(target)
     except Exception as error:  # an import runs the user's own code, which may raise anything
         raise ConfigError(
-            f"{where}._target_", target, f"cannot be imported ({error})", "the path of a class"
+            f"{where}._target_",
+            target,
+            f"cannot be imported ({error})",
+            "the path of a class",
+            fix={f"{where}._target_": None},
         ) from error
     if not issubclass(found, ParallelStyle):
         raise ConfigError(
-            f"{where}._target_", target, "not a ParallelStyle", "a subclass of torch's ParallelStyle"
+            f"{where}._target_",
+            target,
+            "not a ParallelStyle",
+            "a subclass of torch's ParallelStyle",
+            fix={f"{where}._target_": None},
         )
+
+
+def class_at(path: str) -> type:
+    """The class that a config names. (Hydra's `get_class` logs to stdout before it raises.)
+
+    Raises:
+        Exception: whatever importing its module does, or for what is not a class.
+    """
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    if not isinstance(found, type):
+        raise TypeError(f"it is a {type(found).__name__}, not a class")
+    return found
 
 
 def instantiate(spec: dict[str, Any]) -> Any:

@@ -7,15 +7,18 @@ torch.compile stands aside while such a mode is active.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -94,6 +97,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # let DTensor turn the op into local ones and collectives, which come here again
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[-1]
         if func.namespace == "_c10d_functional" and name in _FUNCTIONAL:
@@ -121,8 +126,14 @@ class Ledger(TorchDispatchMode):
     def sent_bytes(self) -> int:
         return sum(entry.sent_bytes for entry in self.entries())
 
-    def as_json(self) -> list[dict[str, Any]]:
-        return [asdict(entry) for entry in self.entries()]
+
+def write_ledger(folder: Path, measured: list[Entry], expected: list[Entry] | None) -> None:
+    """ledger.json: what rank 0 sent in one step, beside what the formulas say (null where there are none)."""
+    both = {
+        "measured": [asdict(entry) for entry in measured],
+        "expected": None if expected is None else [asdict(entry) for entry in expected],
+    }
+    (folder / "ledger.json").write_text(json.dumps(both, indent=2) + "\n")
 
 
 def _group_of(args: tuple[Any, ...]) -> str:

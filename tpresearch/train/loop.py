@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +22,8 @@ from tpresearch.launch.world import World
 from tpresearch.parallel.describe import plan_text
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.plan import Plan
+from tpresearch.track.expected import expected_entries
+from tpresearch.track.ledger import write_ledger
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.build import planned, sharded
 from tpresearch.train.device import Device, choose_device
@@ -45,39 +46,36 @@ def train(cfg: Config, run: Run) -> None:
     if cfg.plan_only:
         if run.world.rank == 0:
             print(
-                f"model={cfg.model.name} parallel={cfg.parallel.name} for {planned_world(cfg)} ranks: {sizes.live()}\n\n{text}"
+                f"model={cfg.model.name} parallel={cfg.parallel.name} world_size={planned_world(cfg)}: {sizes.live()}\n"
             )
+            print(text)
         return
     device = choose_device(cfg, run.world.local_rank, run.world.local_size)
     corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
-    check_enough_rows(corpus, cfg.train.global_batch_size)
+    check_enough_rows(corpus, cfg.train.global_batch_size, sizes.dp * (cfg.train.micro_batch_size or 1))
     log.info(
         "data: %s, %d train and %d held-out rows of %d tokens",
         cfg.data.source,
         *map(len, (corpus.train, corpus.held_out)),
         cfg.data.seq_len,
     )
+    parameters = sum(p.numel() for p in model.parameters())
+    expected = expected_entries(model, plan, cfg)
     with process_group(device, run.world):
         mesh = build_mesh(sizes, device.type)
         log.info("Device Mesh created: device_mesh=%s", sizes.describe(device.type))
-        parameters = sum(p.numel() for p in model.parameters())
         trainer = assemble(cfg, model, plan, mesh, device, corpus)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", model)
-        facts = RunFacts(
-            run.world.size, sizes.live(), parameters, device.name, corpus.corpus_hash, corpus.unigram_entropy
-        )
-        is_first = run.world.rank == 0
-        with (
-            Tracker(cfg, as_dict(cfg), run.folder, facts, trainer.steps, plan=text)
-            if is_first
-            else nullcontext() as tracker
-        ):
+        if run.world.rank != 0:
+            for _ in trainer.rows():
+                pass
+            return
+        where = run.world.size, sizes.live(), parameters, device.name
+        facts = RunFacts(*where, corpus.corpus_hash, corpus.unigram_entropy)
+        trainer.on_ledger = lambda ledger: write_ledger(run.folder, ledger.entries(), expected)
+        with Tracker(cfg, as_dict(cfg), run.folder, facts, trainer.steps, plan=text) as tracker:
             for row in trainer.rows():
-                if tracker:
-                    tracker.log(row)
-                if trainer.ledger and is_first and not (run.folder / "ledger.json").exists():
-                    ledger = {"measured": trainer.ledger.as_json(), "expected": []}
-                    (run.folder / "ledger.json").write_text(json.dumps(ledger, indent=2))
+                tracker.log(row)
 
 
 @contextmanager

@@ -66,7 +66,8 @@ class Trainer:
 
     Attributes:
         on_gradients: called with the model each step, when its gradients are whole and not yet clipped.
-        ledger: what an early step sent, once it has been counted.
+        on_ledger: called once, with what an early step sent.
+        ledger: the same, from then on.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Trainer:
         self.cfg, self.model, self.mesh, self.device, self.corpus = cfg, model, mesh, device, corpus
         self.vocab_parallel, self.cost, self.dp = plan.loss_parallel, cost, plan.sizes.dp
         self.on_gradients: Callable[[nn.Module], None] | None = None
+        self.on_ledger: Callable[[Ledger], None] | None = None
         self.steps = total_steps(cfg)
         self.optimizer = build_optimizer(model, cfg.optimizer)
         self.batches = Batches(corpus.train, cfg.train.global_batch_size, cfg.train.seed)
@@ -94,27 +96,28 @@ class Trainer:
         """Run all steps; yield the metrics of each logged one."""
         gc.collect()
         gc.disable()
+        try:
+            yield from self._rows()
+        finally:
+            gc.enable()
+
+    def _rows(self) -> Iterator[dict[str, float | None]]:
         window = Window()
+        every, last = self.cfg.train.eval_every, self.steps - 1
         for step in range(self.steps):
-            last = step == self.steps - 1
-            measures = step == min(1, self.steps - 1)
-            if measures:
-                self.ledger = Ledger(self.mesh)
-            loss, norm = self.step(step, window, self.ledger if measures else None)
+            counts = step == min(1, last)  # the first step may send what later ones do not
+            loss, norm = self.step(step, window, Ledger(self.mesh) if counts else None)
             window.steps += 1
-            evaluates = last or (self.cfg.train.eval_every and (step + 1) % self.cfg.train.eval_every == 0)
-            if last or evaluates or (step + 1) % self.cfg.train.log_every == 0:
+            evaluates = step == last or (every is not None and (step + 1) % every == 0)
+            if evaluates or (step + 1) % self.cfg.train.log_every == 0:
                 row = self.metrics(step, loss, norm, window)
-                window = Window()
                 if evaluates:
-                    with window.pause():
-                        row["val/loss"] = self.evaluate()
+                    row["val/loss"] = self.evaluate()
                 yield row
-                window.began, window.paused_s = time.perf_counter(), 0.0
+                window = Window()
             if (step + 1) % COLLECT_EVERY == 0:
                 with window.pause():
                     gc.collect()
-        gc.enable()
 
     def step(self, step: int, window: Window, ledger: Ledger | None) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns this rank's share of the loss and the global gradient norm, on the device."""
@@ -136,6 +139,10 @@ class Trainer:
                 norm = clip_gradients(self.model, self.mesh, self.cfg.train.clip_grad_norm)
             with mark("optimizer"):
                 self.update(step, norm)
+        if ledger:
+            self.ledger = ledger
+            if self.on_ledger:
+                self.on_ledger(ledger)
         return share, norm
 
     def update(self, step: int, norm: torch.Tensor) -> None:
