@@ -24,13 +24,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         {"params": parameters, "weight_decay": config.weight_decay if is_matrix else 0.0}
         for (_, is_matrix), parameters in groups.items()
     ]
-    on_cuda = next(model.parameters()).device.type == "cuda"
     if config.name is OptimizerName.sgd:
-        return torch.optim.SGD(param_groups, lr=config.lr, momentum=config.momentum, fused=on_cuda or None)
+        # DTensor has no fused SGD (torch 2.13).
+        return torch.optim.SGD(param_groups, lr=config.lr, momentum=config.momentum)
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(
-        param_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=on_cuda or None
-    )
+    return torch.optim.AdamW(param_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -74,6 +74,7 @@ def reduce_partial_gradients(model: nn.Module) -> None:
             parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
+@torch.no_grad()  # or each `to_local` is recorded for a backward through it
 def clip_gradients(model: nn.Module, mesh: DeviceMesh, greatest: float | None) -> Tensor:
     """Scale all gradients by min(1, greatest / norm), without waiting for the device; None scales nothing.
 
