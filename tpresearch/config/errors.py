@@ -33,7 +33,7 @@ class ConfigError(Exception):
         self.field, self.value, self.why, self.legal = field, value, why, legal
         self.fix = dict(fix or {})
         self.nproc = nproc
-        super().__init__(f"{field}={shown(value)}: {why}; {legal}")
+        super().__init__(" ".join(f"{field}={shown(value)}: {why}; {legal}".split()))  # always one line
 
 
 def shown(value: object) -> str:

@@ -62,8 +62,11 @@ class PackedCorpus:
         )
 
 
-def check_enough_rows(corpus: PackedCorpus, global_batch_size: int) -> None:
+def check_enough_rows(corpus: PackedCorpus, global_batch_size: int, multiple_of: int = 1) -> None:
     """Refuse a corpus that has not one global batch of train rows.
+
+    Args:
+        multiple_of: what divides a batch that is legal on this mesh, so that the one offered is.
 
     Raises:
         ConfigError: with a batch size, or a sequence length, that the corpus does fill.
@@ -79,10 +82,10 @@ def check_enough_rows(corpus: PackedCorpus, global_batch_size: int) -> None:
         why = f"the train split has {tokens} tokens, fewer than one row of {row_tokens}"
         raise ConfigError("data.seq_len", row_tokens - 1, why, "a shorter sequence or more text", fix)
     why = f"the train split has {rows} rows of {row_tokens} tokens, fewer than one global batch"
-    legal = f"at most {rows}, a shorter data.seq_len, or more text"
-    raise ConfigError(
-        "train.global_batch_size", global_batch_size, why, legal, {"train.global_batch_size": rows}
-    )
+    most = rows // multiple_of * multiple_of
+    legal = f"at most {most}, a shorter data.seq_len, or more text" if most else "more text"
+    fix = {"train.global_batch_size": most} if most else {}
+    raise ConfigError("train.global_batch_size", global_batch_size, why, legal, fix)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:

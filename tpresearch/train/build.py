@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 
 import torch
-from hydra.utils import get_class
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -15,6 +14,7 @@ from tpresearch.config.schema import Config, Dtype, ModelConfig
 from tpresearch.parallel.init import materialize
 from tpresearch.parallel.parallelize import parallelize
 from tpresearch.parallel.plan import Plan, compile_plan
+from tpresearch.parallel.rules import class_at
 
 
 def meta_model(config: ModelConfig, dtype: Dtype = Dtype.float32) -> nn.Module:
@@ -47,14 +47,22 @@ def meta_model(config: ModelConfig, dtype: Dtype = Dtype.float32) -> nn.Module:
 
 def _model_class(config: ModelConfig) -> type[nn.Module]:
     try:
-        found = get_class(config.target)
+        found = class_at(config.target)
     except Exception as error:  # an import runs the user's own code, which may raise anything
         raise ConfigError(
-            "model._target_", config.target, f"cannot be imported ({error})", "the path of a class"
+            "model._target_",
+            config.target,
+            f"cannot be imported ({error})",
+            "the path of a class",
+            fix={"model._target_": None},
         ) from error
     if not issubclass(found, nn.Module):
         raise ConfigError(
-            "model._target_", config.target, "not an nn.Module", "a subclass of torch.nn.Module"
+            "model._target_",
+            config.target,
+            "not an nn.Module",
+            "a subclass of torch.nn.Module",
+            fix={"model._target_": None},
         )
     return found
 

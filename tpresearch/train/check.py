@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tpresearch.config import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.data import check_data
@@ -14,6 +15,15 @@ def check(cfg: Config, world: World) -> None:
     Raises:
         ConfigError: for the first thing that cannot work.
     """
+    try:
+        _check(cfg, world)
+    except ConfigError as error:
+        if cfg.plan_only and error.nproc:  # which starts no ranks: another number of them is an override too
+            error.fix["world_size"], error.nproc = error.nproc, None
+        raise
+
+
+def _check(cfg: Config, world: World) -> None:
     sizes = validate(cfg, world.size, world.hosts)
     check_data(cfg.data, cfg.tokenizer)
     from tpresearch.train.build import planned  # late: these import torch, which takes seconds
