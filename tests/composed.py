@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from tpresearch.config.compose import register_schema, typed
 from tpresearch.config.schema import Config
+from tpresearch.config.validate import validate
 from tpresearch.data import PackedCorpus
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
@@ -48,3 +50,9 @@ def corpus(rows: int = 64, seq_len: int = SEQ_LEN, vocab: int = VOCAB) -> Packed
         meta={},
         folder=Path(),
     )
+
+
+def in_two_parts(cfg: Config, size: int) -> Config:
+    """The config with each data-parallel rank's rows in two micro-batches."""
+    share = cfg.train.global_batch_size // validate(cfg, size).dp
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, micro_batch_size=share // 2))

@@ -68,6 +68,8 @@ def test_what_is_given_is_kept_and_the_rest_follows(
         (["parallel=fsdp", "train.steps=null"], 4, "train.steps", "no budget"),
         (["parallel=fsdp", "train.steps=0"], 4, "train.steps", "1 or more"),
         (["parallel=fsdp", "optimizer.lr=-1"], 4, "optimizer.lr", "positive"),
+        (["parallel=fsdp", "optimizer.weight_decay=-1"], 4, "optimizer.weight_decay", "0 or more"),
+        (["parallel=fsdp", "model.max_seq_len=8"], 4, "model.max_seq_len", "data.seq_len=16"),
         (["parallel=fsdp", "optimizer.betas=[0.9]"], 4, "optimizer.betas", "two numbers"),
         (["parallel=fsdp", "model.vocab_size=100"], 4, "model.vocab_size", "260"),
         (["parallel=fsdp", "parallel.async_tp=true"], 4, "parallel.async_tp", "no tensor parallelism"),

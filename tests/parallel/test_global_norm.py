@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from ranks import Ranks
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tpresearch.config.mesh import MeshSizes
@@ -13,6 +12,7 @@ from tpresearch.launch.world import World
 from tpresearch.parallel.mesh import build_mesh, data_rank, global_norm
 from tpresearch.train.device import Device
 from tpresearch.train.loop import process_group
+from tpresearch.verify.ranks import Ranks
 
 
 def on_mixed_meshes(world: World) -> tuple[float, int]:

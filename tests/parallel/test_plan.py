@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from composed import config
-from ranks import Ranks
 from torch.distributed.tensor import DTensor
 
 from tpresearch.config import Config, ConfigError
@@ -17,6 +16,7 @@ from tpresearch.parallel.plan import matching
 from tpresearch.train.build import planned, sharded
 from tpresearch.train.device import choose_device
 from tpresearch.train.loop import process_group
+from tpresearch.verify.ranks import Ranks
 
 
 def compiled(*overrides: str, world: int = 4):
@@ -148,9 +148,20 @@ def test_parameters_left_whole_are_named() -> None:
 
 
 def test_one_rule_can_be_changed_from_the_command_line() -> None:
-    _, plan = compiled("model=llama2_debug", "model.plans.sp.out.match=layers.0.attention.wo")
-    assert "layers.0.attention.wo" in plan.rules
-    assert "layers.1.attention.wo" not in plan.rules
+    _, plan = compiled("model=llama2_debug", "model.plans.sp.out.dst=replicate")
+    assert {str(plan.rules[f"layers.{layer}.attention.wo"].dst[0]) for layer in (0, 1)} == {"R"}
+
+
+@pytest.mark.parametrize("change", ["~model.plans.sp.norms", "model.plans.sp.norms.match=layers.0.*_norm"])
+def test_a_weight_without_a_rule_is_refused_where_the_sequence_is_split(change: str) -> None:
+    error = refused("model=llama2_debug", change)
+    assert error.field == "model.plans.sp"
+    assert "_norm" in error.why
+
+
+@pytest.mark.parametrize("blocks", ["[layers.*,layers.0]", "[layers.*,layers]"])
+def test_blocks_that_hold_each_other_are_refused(blocks: str) -> None:
+    assert refused("model=llama2_debug", f"model.blocks={blocks}").field == "model.blocks"
 
 
 def test_the_plan_is_compiled_without_memory() -> None:

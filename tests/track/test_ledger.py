@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from composed import config, corpus
-from ranks import Ranks
+from composed import config, corpus, in_two_parts
 
 from tpresearch.config import Config
 from tpresearch.config.validate import validate
@@ -16,6 +15,7 @@ from tpresearch.train.build import planned
 from tpresearch.train.device import choose_device
 from tpresearch.train.loop import assemble, process_group
 from tpresearch.train.trainer import Window
+from tpresearch.verify.ranks import Ranks
 
 
 def measured(world: World, cfg: Config) -> list[Entry]:
@@ -27,6 +27,7 @@ def measured(world: World, cfg: Config) -> list[Entry]:
         mesh = build_mesh(sizes, device.type)
         trainer = assemble(cfg, model, plan, mesh, device, corpus())
         trainer.step(0, Window(), None)
+        trainer.evaluate()  # which must leave nothing gathered
         ledger = Ledger(mesh)
         trainer.step(1, Window(), ledger)
         return ledger.entries()
@@ -52,7 +53,7 @@ PLANS = [
 @pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
 @pytest.mark.parametrize(("plan", "world"), PLANS)
 def test_measured_is_expected(ranks: Ranks, plan: str, world: int, model: str) -> None:
-    cfg = config(f"model={model}", f"parallel={plan}", "train.micro_batch_size=2")
+    cfg = in_two_parts(config(f"model={model}", f"parallel={plan}"), world)
     found = ranks.run(world, measured, cfg)[0]
     assert found == expected(cfg, world)
     assert (found == []) == (world == 1)

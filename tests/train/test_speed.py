@@ -10,10 +10,14 @@ def test_a_known_device_has_its_makers_peak() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", Dtype.bfloat16) == 989e12
     assert peak_flops("NVIDIA H100 PCIe", Dtype.bfloat16) == 756e12
     assert peak_flops("NVIDIA H200", Dtype.bfloat16) == 989e12
+    assert peak_flops("NVIDIA H200 NVL", Dtype.bfloat16) == 835e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", Dtype.float32) == 19.5e12
     assert peak_flops("NVIDIA L40S", Dtype.bfloat16) == 362e12
 
 
 def test_an_unknown_one_has_none() -> None:
     assert peak_flops("cpu", Dtype.float32) is None
+    assert peak_flops("NVIDIA L40", Dtype.bfloat16) is None
+    assert peak_flops("NVIDIA GeForce RTX 4090 Laptop GPU", Dtype.bfloat16) is None
+    assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", Dtype.bfloat16) is None
     assert peak_flops("NVIDIA L4", Dtype.float64) is None

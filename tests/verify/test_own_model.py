@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from composed import config, corpus
-from ranks import Ranks
 from test_parity import PLANS, agree
 
-from tpresearch.config import Config
+from tpresearch.config import Config, ConfigError
+from tpresearch.config.validate import validate
 from tpresearch.launch.world import World
+from tpresearch.train.build import planned
+from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import Trace, trace
 
 MODULE = '''
@@ -28,31 +30,43 @@ class Mine(ColwiseParallel):
 
 
 class Layer(nn.Module):
-    def __init__(self, width, inner):
+    def __init__(self, width, inner, owns):
         super().__init__()
+        self.scale = nn.Parameter(torch.empty(width)) if owns else None
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, inner)
         self.gate = nn.Linear(width, inner)
         self.down = nn.Linear(inner, width)
 
+    def reset_parameters(self):
+        nn.init.uniform_(self.scale, 0.5, 1.5)
+
     def forward(self, x):
         y = self.norm(x)
+        if self.scale is not None:
+            y = y * self.scale
         return x + self.down(torch.tanh(self.up(y)) * self.gate(y))
 
 
 class Net(nn.Module):
-    def __init__(self, vocab_size, width, inner, depth):
+    def __init__(self, vocab_size, width, inner, depth, owns):
         super().__init__()
+        self.shift = nn.Parameter(torch.empty(width)) if owns else None
         self.embed = nn.Embedding(vocab_size, width)
-        self.stack = nn.ModuleList(Layer(width, inner) for _ in range(depth))
+        self.stack = nn.ModuleList(Layer(width, inner, owns) for _ in range(depth))
         self.head = nn.Linear(width, vocab_size)
         self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    def reset_parameters(self):
+        nn.init.normal_(self.shift)
 
     def reset_buffers(self):
         self.scale.fill_(0.5)
 
     def forward(self, tokens):
         x = self.embed(tokens) * self.scale
+        if self.shift is not None:
+            x = x + self.shift
         for layer in self.stack:
             x = layer(x)
         return self.head(x)
@@ -67,6 +81,7 @@ vocab_size: ${tokenizer.vocab_size}
 width: 16
 inner: 32
 depth: 2
+owns: false
 """
 PLAN = """
 # Its plan.
@@ -125,3 +140,19 @@ def test_it_trains_under_every_plan_as_on_one_process(ranks: Ranks, own: Path, p
     alone = job(World(), own_config(own, "parallel=none"), str(own))
     assert alone is not None
     agree(ranks.run(4, job, own_config(own, f"parallel={plan}"), str(own))[0], alone)
+
+
+@pytest.mark.parametrize("plan", ["fsdp", "hsdp", "tp"])
+def test_parameters_may_belong_to_the_root_and_to_a_block(ranks: Ranks, own: Path, plan: str) -> None:
+    alone = job(World(), own_config(own, "parallel=none", "model.owns=true"), str(own))
+    assert alone is not None
+    assert {"shift", "stack.1.scale"} < alone.initial.keys()
+    agree(ranks.run(4, job, own_config(own, f"parallel={plan}", "model.owns=true"), str(own))[0], alone)
+
+
+def test_a_weight_without_a_rule_is_refused_where_the_sequence_is_split(own: Path) -> None:
+    sys.path.insert(0, str(own))
+    cfg = own_config(own, "parallel=sp", "model.owns=true")
+    with pytest.raises(ConfigError, match="no rule speaks of") as caught:
+        planned(cfg, validate(cfg, 4))
+    assert "shift" in caught.value.why

@@ -183,13 +183,13 @@ class TrainConfig:
     clip_grad_norm: float | None = 1.0
     """Greatest global gradient norm; null never clips."""
     log_every: int = 1
-    """Steps between logged rows; on CUDA the only times at which the host waits for the device."""
+    """Steps between logged rows: but for evaluation, the only times at which the host waits for a CUDA device."""
     eval_every: int | None = 50
     """Steps between evaluations on held-out rows; null for only after the last step."""
     eval_rows: int = 96
     """Held-out rows read at each evaluation."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
-    """On a loss or gradient norm that is not finite: stop the run, or skip that update."""
+    """stop: at a loss or gradient norm that is not finite. skip: leave out updates whose norm is not finite."""
     warmup_log_steps: int = 5
     """First steps left out of the medians of perf/* in summary.json."""
 
@@ -209,6 +209,17 @@ class LoggerConfig:
     """Added to the plan, the model, the device and the dtype."""
     dir: str | None = None
     """Folder that holds W&B's own files; null for the run folder."""
+
+
+@dataclass
+class VerifyConfig:
+    plans: list[str] = field(default_factory=list)
+    """Options of the parallel group, each held to one process."""
+    world_size: int = 4
+    """Ranks to start for each plan but none."""
+    steps: int = 3
+    optimizers: list[OptimizerName] = field(default_factory=list)
+    """Options of the optimizer group; AdamW alone hides a gradient scaled by a constant."""
 
 
 @dataclass
@@ -265,6 +276,8 @@ class ComposedConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    """Read by `python -m tpresearch.verify` alone."""
     device: DeviceKind = DeviceKind.auto
     """auto: CUDA when every local rank can have a device of its own, else the CPU."""
     plan_only: bool = False

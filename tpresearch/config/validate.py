@@ -23,6 +23,7 @@ def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
     _check_numbers(cfg)
     _check_budget(cfg)
     _check_vocabulary(cfg)
+    _check_length(cfg)
     sizes = resolve_mesh(cfg.mesh, cfg.parallel, planned_world(cfg) if cfg.plan_only else world, hosts)
     _check_options(cfg, sizes)
     _check_batch(cfg, sizes)
@@ -84,6 +85,14 @@ def _check_numbers(cfg: Config) -> None:
     ):
         if not 0 <= number <= 1:
             raise ConfigError(key, number, "not a share", "a number from 0 to 1", fix={key: None})
+    if cfg.optimizer.weight_decay < 0:
+        raise ConfigError(
+            "optimizer.weight_decay",
+            cfg.optimizer.weight_decay,
+            "negative",
+            "0 or more",
+            fix={"optimizer.weight_decay": None},
+        )
     if len(cfg.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optimizer.betas):
         legal = "two numbers from 0 to below 1, such as [0.9,0.95]"
         raise ConfigError(
@@ -120,6 +129,18 @@ def _check_vocabulary(cfg: Config) -> None:
             f"the tokenizer has {cfg.tokenizer.vocab_size} entries",
             "as many or more; left alone, it follows the tokenizer",
             fix={"model.vocab_size": None},
+        )
+
+
+def _check_length(cfg: Config) -> None:
+    longest = cfg.model.args.get("max_seq_len")
+    if isinstance(longest, int) and longest < cfg.data.seq_len:
+        raise ConfigError(
+            "model.max_seq_len",
+            longest,
+            f"rows have data.seq_len={cfg.data.seq_len} tokens",
+            "as many or more; left alone, it follows data.seq_len",
+            fix={"model.max_seq_len": None},
         )
 
 

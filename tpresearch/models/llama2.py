@@ -12,22 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def cut_normal_(weight: Tensor, std: float) -> None:
+    """Draw from a normal whose values beyond 3 std are brought back to there (many times faster than redrawing them)."""
+    nn.init.normal_(weight, std=std)
+    with torch.no_grad():
+        weight.clamp_(-3 * std, 3 * std)
+
+
 class Linear(nn.Linear):
-    """A projection without bias whose weights start from a truncated normal of a stated spread."""
+    """A projection without bias whose weights start from a normal of a stated spread."""
 
     def __init__(self, in_features: int, out_features: int, std: float) -> None:
         self.std = std
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=self.std, a=-3 * self.std, b=3 * self.std)
+        cut_normal_(self.weight, self.std)
 
 
 class Embedding(nn.Embedding):
     """A table whose rows are as small as a projection's, so that the residual stream starts small."""
 
     def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=0.02, a=-0.06, b=0.06)
+        cut_normal_(self.weight, 0.02)
 
 
 def rotary_table(head_dim: int, seq_len: int, theta: float) -> Tensor:

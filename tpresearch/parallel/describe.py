@@ -137,12 +137,12 @@ def plan_text(model: nn.Module, plan: Plan) -> str:
 
 def _data_lines(plan: Plan) -> list[str]:
     sizes, lines = plan.sizes, []
-    units = f"{len(plan.blocks)} blocks and the rest of the model"
+    blocks = f"each of {len(plan.blocks)} blocks, then the rest of the model as one"
     if sizes.dp_shard > 1:
         lines.append(
-            f"over dp_shard={sizes.dp_shard}: {units} are all-gathered in forward and backward, "
-            "their gradients reduce-scattered"
+            f"over dp_shard={sizes.dp_shard}: {blocks}: weights all-gathered in forward (a block's again in backward, "
+            "where parallel.fsdp.reshard_after_forward frees them), gradients reduce-scattered"
         )
     if sizes.dp_replicate > 1:
-        lines.append(f"over dp_replicate={sizes.dp_replicate}: gradients of {units} are all-reduced")
+        lines.append(f"over dp_replicate={sizes.dp_replicate}: {blocks}: gradients all-reduced, once a step")
     return lines

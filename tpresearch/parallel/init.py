@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator
 
@@ -61,7 +60,10 @@ def draw(module: nn.Module, key: str, name: str, seed: int) -> Tensor:
         raise ValueError(
             f"{name}: {type(module).__name__} has parameters and no reset_parameters; write one that draws them"
         )
-    stand_in = copy.copy(module)
+    stand_in: nn.Module = object.__new__(
+        type(module)
+    )  # FSDP gives its classes a __new__ that copying would call
+    stand_in.__dict__ = dict(module.__dict__)
     stand_in._parameters = {
         other: None
         if p is None

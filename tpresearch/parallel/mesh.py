@@ -50,7 +50,7 @@ def global_norm(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
     locally by the set of axes they are sharded over, then over one axis after another, so that a part that an
     axis replicates is counted once. Sends one all-reduce of a few numbers an axis that shards something.
 
-    Returns: a scalar in at least float32, on the gradients' device.
+    Returns: a scalar in at least float32, on the mesh's device.
     """
     squares: dict[frozenset[str], Tensor] = {}
     for gradient in gradients:
@@ -58,6 +58,7 @@ def global_norm(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
         square = torch.linalg.vector_norm(
             local, dtype=torch.promote_types(local.dtype, torch.float32)
         ).square()
+        square = square.to(mesh.device_type)  # offloaded gradients are on the CPU, where NCCL cannot sum them
         squares[axes] = squares[axes] + square if axes in squares else square
     for axis in reversed(AXES):
         split = [axes for axes in squares if axis in axes]

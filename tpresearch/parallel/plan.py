@@ -74,6 +74,7 @@ def compile_plan(
         rules = _expand(compiled, names)
         _check_kinds(model, rules)
         _check_divisible(model, config, parallel, rules, sizes, seq_len)
+        _check_sequence(model, parallel.tensor, rules)
     whole = [
         name
         for name, _ in model.named_parameters()
@@ -96,6 +97,12 @@ def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
                 fix={"model.blocks": None},
             )
         found += matched
+    nested = next((a for a in found for b in found if a.startswith(b + ".")), None)
+    if nested or len(set(found)) < len(found):
+        twice = nested or next(name for name in found if found.count(name) > 1)
+        raise ConfigError(
+            "model.blocks", config.blocks, f"{twice} is in it twice", "modules that do not hold each other"
+        )
     return found
 
 
@@ -134,6 +141,22 @@ def _check_kinds(model: nn.Module, rules: dict[str, Compiled]) -> None:
                 f"module {name} is a {type(module).__name__}",
                 "colwise and rowwise split nn.Linear and nn.Embedding; sequence, input and output fit any module",
                 fix={f"{rule.where}.style": None, f"{rule.where}.match": None},
+            )
+
+
+def _check_sequence(model: nn.Module, plan: str, rules: dict[str, Compiled]) -> None:
+    """Where the sequence is split, a weight that no rule speaks of would get a part of its gradient on each rank."""
+    if not any(rule.splits_sequence for rule in rules.values()):
+        return
+    for name, _ in model.named_parameters():
+        module = name.rpartition(".")[0]
+        if module not in rules:
+            raise ConfigError(
+                f"model.plans.{plan}",
+                plan,
+                f"no rule speaks of {module or 'the model'}, whose {name} would get a part of its gradient on each tp rank, "
+                "since the sequence is split",
+                "a rule for it: style sequence, or style input with null layouts where its input is whole",
             )
 
 

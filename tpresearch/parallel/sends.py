@@ -38,7 +38,10 @@ class Sent:
 
 
 def rule_sends(name: str, model: nn.Module, plan: Plan) -> list[Sent]:
-    """What the rule on module `name` causes; nothing is known of a rule with a style of the user's own."""
+    """What the rule on module `name` causes; nothing is known of a rule with a style of the user's own.
+
+    The width is 0 where the rule does not tell it: of style output, and of style input around no colwise rule.
+    """
     rule, module = plan.rules[name], model.get_submodule(name)
     style, src, dst = rule.rule.style, [_kind(p) for p in rule.src], [_kind(p) for p in rule.dst]
     if style == "input":

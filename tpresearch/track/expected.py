@@ -35,7 +35,8 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
     """The ledger of rank 0 for one step, or None where no formula is known.
 
     There is none for full checkpointing, whose recomputation sends again what its early stop does not cut
-    off, nor for a rule with a ParallelStyle of the user's own.
+    off, nor for a rule with a ParallelStyle of the user's own, nor where a rule does not tell the width of what
+    it moves.
 
     Args:
         model: on the meta device, whole.
@@ -43,6 +44,8 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
     if plan.rules and cfg.parallel.activation_checkpointing is Checkpointing.full:
         return None
     if any(rule.rule.target for rule in plan.rules.values()):
+        return None
+    if any(sent.width == 0 for name in plan.rules for sent in rule_sends(name, model, plan)):
         return None
     sizes = plan.sizes.live()
     counts: dict[tuple[str, str, str], list[int]] = {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -21,6 +24,8 @@ from tpresearch.track.names import finite
 from tpresearch.track.run_name import run_name
 from tpresearch.track.secrets import refuse_secrets
 from tpresearch.track.wandb_run import WandbRun
+
+log = logging.getLogger(__name__)
 
 Status = Literal["completed", "failed", "preempted"]
 EXIT_CODES: dict[Status, int] = {"completed": 0, "failed": 1, "preempted": 128 + signal.SIGTERM}
@@ -131,7 +136,10 @@ class Tracker:
             return
         self._ended = True
         self._progress.stop()
-        self._metrics.close()
+        try:
+            self._metrics.close()
+        except OSError as problem:  # a full disk, say: it must not keep the summary and W&B from being closed
+            log.warning("metrics.jsonl could not be closed: %s", problem)
         whole = self._summary(status, error) | {
             key: finite(value) if isinstance(value, float) else value
             for key, value in (summary or {}).items()
@@ -183,8 +191,11 @@ class Tracker:
             self.finish()
             return
         stopped = isinstance(error, Preempted | KeyboardInterrupt)
+        fault = _fault_of_another_rank() if isinstance(error, Preempted) else None
         with _undisturbed():
-            self.finish(status="preempted" if stopped else "failed", error=_line(error))
+            self.finish(
+                status="preempted" if stopped and not fault else "failed", error=fault or _line(error)
+            )
 
 
 @contextmanager
@@ -204,6 +215,20 @@ def _undisturbed() -> Iterator[None]:
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
+
+
+def _fault_of_another_rank() -> str | None:
+    """Why torchrun sent SIGTERM, if it was since another rank had failed: what that rank left in its error file.
+
+    torchrun keeps one file a rank: <attempt>/<rank>/error.json.
+    """
+    mine = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    for path in sorted(Path(mine).parents[1].glob("*/error.json")) if mine else ():
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            message = json.loads(path.read_text())["message"]
+            text = message["message"] if isinstance(message, dict) else message
+            return f"rank {path.parent.name}: {text.splitlines()[0]}"
+    return None
 
 
 def _in_main_thread() -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from tpresearch.config import ConfigError
+from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.data import check_data
 from tpresearch.launch.world import World
+from tpresearch.track.secrets import refuse_secrets
 
 
 def check(cfg: Config, world: World) -> None:
@@ -24,6 +26,10 @@ def check(cfg: Config, world: World) -> None:
 
 
 def _check(cfg: Config, world: World) -> None:
+    try:
+        refuse_secrets(as_dict(cfg))
+    except ValueError as error:
+        raise ConfigError("config", "...", str(error), "a config without credentials") from None
     sizes = validate(cfg, world.size, world.hosts)
     check_data(cfg.data, cfg.tokenizer)
     from tpresearch.train.build import planned  # late: these import torch, which takes seconds

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.data import PackedCorpus, eval_batches
 from tpresearch.parallel.mesh import DATA_AXES, data_rank, sum_over
+from tpresearch.parallel.parallelize import fsdp_modules
 from tpresearch.train.loss import IGNORED, loss_context, summed_cross_entropy
 
 
@@ -37,5 +38,7 @@ def held_out_loss(
             sums[0] += summed_cross_entropy(model(rows[:, :-1]), targets)
             sums[1] += counting * targets.shape[1]
     model.train()
+    for module in fsdp_modules(model):
+        module.reshard()  # the root, for one, stays gathered after a forward that no backward follows
     total, tokens = sum_over(mesh, sums, DATA_AXES).tolist()
     return total / tokens if tokens else None

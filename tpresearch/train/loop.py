@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.config.compose import as_dict
+from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import planned_world, validate
+from tpresearch.config.validate import planned_world, total_steps, validate
 from tpresearch.data import PackedCorpus, check_enough_rows, prepare
 from tpresearch.launch.run import Run
 from tpresearch.launch.world import World
@@ -61,36 +62,67 @@ def train(cfg: Config, run: Run) -> None:
     )
     parameters = sum(p.numel() for p in model.parameters())
     expected = expected_entries(model, plan, cfg)
-    with process_group(device, run.world):
+    where = run.world.size, sizes.live(), parameters, device.name
+    facts = RunFacts(*where, corpus.corpus_hash, corpus.unigram_entropy)
+    with tracking(cfg, run, facts, text) as tracker, process_group(device, run.world):
+        check_same_corpus(corpus)
         mesh = build_mesh(sizes, device.type)
         log.info("Device Mesh created: device_mesh=%s", sizes.describe(device.type))
+        if run.world.local_size % sizes.tp:
+            log.warning("mesh.tp=%d crosses hosts of %d ranks each", sizes.tp, run.world.local_size)
         trainer = assemble(cfg, model, plan, mesh, device, corpus)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", model)
-        if run.world.rank != 0:
-            for _ in trainer.rows():
-                pass
-            return
-        where = run.world.size, sizes.live(), parameters, device.name
-        facts = RunFacts(*where, corpus.corpus_hash, corpus.unigram_entropy)
-        trainer.on_ledger = lambda ledger: write_ledger(run.folder, ledger.entries(), expected)
-        with Tracker(cfg, as_dict(cfg), run.folder, facts, trainer.steps, plan=text) as tracker:
-            for row in trainer.rows():
+        if tracker:
+            trainer.on_ledger = lambda ledger: write_ledger(run.folder, ledger.entries(), expected)
+        for row in trainer.rows():
+            if tracker:
                 tracker.log(row)
+
+
+def tracking(cfg: Config, run: Run, facts: RunFacts, plan: str) -> AbstractContextManager[Tracker | None]:
+    """What records the run, on rank 0; nothing on the others."""
+    if run.world.rank != 0:
+        return nullcontext()
+    return Tracker(cfg, as_dict(cfg), run.folder, facts, total_steps(cfg), plan=plan)
 
 
 @contextmanager
 def process_group(device: Device, world: World) -> Iterator[None]:
-    """The default process group, of one rank too; destroyed whatever happens inside."""
+    """The default process group, of one rank too."""
     where: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
-    if not world.elastic:
+    if world.size == 1 and not world.elastic:
         where |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if device.type == "cuda":
         torch.cuda.set_device(device.torch)
     dist.init_process_group(device.backend, timeout=timedelta(minutes=10), **where)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if (
+            device.backend != "nccl"
+        ):  # whose end waits for ranks that may be waiting for this one: let it exit
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def check_same_corpus(corpus: PackedCorpus) -> None:
+    """Each host prepares its own rows; refuse to train on rows that differ, since hosts may have other Pythons.
+
+    Raises:
+        ConfigError: on every rank, where any two hold other text or tokens.
+    """
+    mine = (corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        raise ConfigError(
+            "data.source",
+            corpus.meta.get("source", "this corpus"),
+            f"ranks 0 and {other} prepared different rows from it",
+            "the same files and the same Python on every host, or a data.cache_dir that they share",
+        )
 
 
 def assemble(

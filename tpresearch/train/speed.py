@@ -15,6 +15,7 @@ _TERA = 1e12
 PEAK_FLOPS: dict[str, dict[Dtype, float]] = {
     # Dense matmul peaks by the makers' data sheets, without sparsity; float32 without TF32.
     "B200": {Dtype.bfloat16: 2250 * _TERA, Dtype.float32: 80 * _TERA, Dtype.float64: 40 * _TERA},
+    "H200 NVL": {Dtype.bfloat16: 835 * _TERA, Dtype.float32: 60 * _TERA, Dtype.float64: 60 * _TERA},
     "H200": {Dtype.bfloat16: 989 * _TERA, Dtype.float32: 67 * _TERA, Dtype.float64: 67 * _TERA},
     "H100 PCIe": {Dtype.bfloat16: 756 * _TERA, Dtype.float32: 51 * _TERA, Dtype.float64: 51 * _TERA},
     "H100 NVL": {Dtype.bfloat16: 835 * _TERA, Dtype.float32: 60 * _TERA, Dtype.float64: 60 * _TERA},
@@ -31,8 +32,11 @@ PEAK_FLOPS: dict[str, dict[Dtype, float]] = {
 
 def peak_flops(device_name: str, dtype: Dtype) -> float | None:
     """FLOP/s of one device at best, or None where it is not known: MFU is then undefined, not 0."""
+    words = set(device_name.replace("-", " ").split())
+    if words & {"MIG", "Laptop", "Ti"}:  # parts and relatives of a device that is in the table
+        return None
     for name in sorted(PEAK_FLOPS, key=len, reverse=True):
-        if all(word in device_name for word in name.split()):
+        if set(name.split()) <= words:
             return PEAK_FLOPS[name].get(dtype)
     return None
 

@@ -90,7 +90,9 @@ class Trainer:
         self.micro = cfg.train.micro_batch_size or cfg.train.global_batch_size // self.dp
         self.tokens_per_step = cfg.train.global_batch_size * cfg.data.seq_len
         self.ledger: Ledger | None = None
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device.torch)
+        # Kept on the device, since asking each step would make the host wait.
+        self.first_bad_norm = torch.full((), -1, dtype=torch.int64, device=device.torch)
+        self.shares_since_logged = torch.zeros((), device=device.torch)
 
     def rows(self) -> Iterator[dict[str, float | None]]:
         """Run all steps; yield the metrics of each logged one."""
@@ -139,23 +141,20 @@ class Trainer:
                 norm = clip_gradients(self.model, self.mesh, self.cfg.train.clip_grad_norm)
             with mark("optimizer"):
                 self.update(step, norm)
+        self.shares_since_logged += share
         if ledger:
             self.ledger = ledger
+            if self.cfg.parallel.compile and self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # the counted step ran eagerly, which takes more
             if self.on_ledger:
                 self.on_ledger(ledger)
         return share, norm
 
     def update(self, step: int, norm: torch.Tensor) -> None:
         """Move the weights, unless the norm is not finite and such an update is to be skipped."""
-        if (
-            self.cfg.train.on_nonfinite is OnNonfinite.stop
-        ):  # found out when next logged: asking now would wait
-            bad = ~torch.isfinite(norm) & (self.first_bad < 0)
-            self.first_bad = torch.where(bad, step + 1, self.first_bad)
-            skips = False
-        else:
-            skips = not math.isfinite(norm.item())
-        if skips:
+        bad = ~torch.isfinite(norm) & (self.first_bad_norm < 0)
+        self.first_bad_norm = torch.where(bad, step + 1, self.first_bad_norm)
+        if self.cfg.train.on_nonfinite is OnNonfinite.skip and not math.isfinite(norm.item()):
             log.warning("step %d: gradient norm is %s; its update is skipped", step + 1, norm.item())
         else:
             lr = learning_rate(step, self.steps, self.cfg.optimizer.lr, self.cfg.schedule)
@@ -166,10 +165,12 @@ class Trainer:
     def metrics(
         self, step: int, share: torch.Tensor, norm: torch.Tensor, window: Window
     ) -> dict[str, float | None]:
-        """A logged row; the one place where the host waits for the device."""
-        loss = sum_over(self.mesh, share.clone(), DATA_AXES).item()
-        step_time = window.step_time_s  # after .item(): the device has come this far
-        self.stop_if_nonfinite(step, loss)
+        """A logged row. But for evaluating, skipping and offloading, only here does the host wait for the device."""
+        sums = torch.stack([share, self.shares_since_logged.to(share.dtype)])
+        loss, since_logged = sum_over(self.mesh, sums, DATA_AXES).tolist()
+        step_time = window.step_time_s  # after .tolist(): the device has come this far
+        self.stop_if_nonfinite(step, loss, since_logged)
+        self.shares_since_logged.zero_()
         speed = self.tokens_per_step / step_time
         per_device = speed / dist.get_world_size()
         peak = peak_flops(self.device.name, self.cfg.train.dtype)
@@ -189,12 +190,18 @@ class Trainer:
             "comm/bytes_per_step": self.ledger.sent_bytes if self.ledger else None,
         }
 
-    def stop_if_nonfinite(self, step: int, loss: float) -> None:
+    def stop_if_nonfinite(self, step: int, loss: float, since_logged: float) -> None:
+        """Raise for the first loss or norm that was not finite since the last logged row; the same on every rank."""
         if self.cfg.train.on_nonfinite is not OnNonfinite.stop:
             return
-        first = int(self.first_bad.item())
-        if not math.isfinite(loss) and first in (-1, step + 1):
-            raise NonfiniteError(f"train/loss is {loss} at step {step + 1}")
+        first = int(self.first_bad_norm.item())
+        at = first if first > 0 else step + 1
+        if not math.isfinite(loss) and at == step + 1:
+            raise NonfiniteError(f"train/loss is {loss} at step {at}")
+        if not math.isfinite(since_logged):
+            raise NonfiniteError(
+                f"train/loss is not finite at step {at}" + (" or before it" if first < 0 else "")
+            )
         if first > 0:
             raise NonfiniteError(f"train/grad_norm is not finite at step {first}")
 

@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests, in processes that start once a session and then take one function after another."""
+"""Real gloo ranks on this host, in processes that start once and then take one function after another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tpresearch.launch.world import World
 TIMEOUT_S = 120
 
 
-class RankError(AssertionError):
+class RankError(Exception):
     """A rank raised; the message is its traceback."""
 
 
@@ -46,8 +46,7 @@ class Ranks:
             if not ready:
                 self.close()
                 raise RankError(f"ranks {[connections.index(c) for c in waiting]} hung for {TIMEOUT_S} s")
-            for connection in ready:
-                rank = connections.index(connection)  # type: ignore[arg-type]
+            for rank in [rank for rank, connection in enumerate(connections) if connection in ready]:
                 ok, value = connections[rank].recv()
                 if not ok:
                     self.close()

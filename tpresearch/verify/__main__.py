@@ -1,0 +1,50 @@
+"""`python -m tpresearch.verify`: each plan against one process, from the same weights on the same batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from tpresearch.config import Config, ConfigError
+from tpresearch.launch import Run, World, entrypoint
+
+
+def check(cfg: Config, world: World) -> None:
+    if world.size > 1:
+        raise ConfigError(
+            "WORLD_SIZE", world.size, "it starts its own ranks", "a start by python, without torchrun"
+        )
+    for key, value in (("verify.steps", cfg.verify.steps), ("verify.world_size", cfg.verify.world_size)):
+        if value < 1:
+            raise ConfigError(key, value, "too small", "1 or more", fix={key: None})
+    from tpresearch.verify.plans import configs, judge
+
+    for cfgs in configs(cfg, sys.argv[1:]).values():
+        judge(cfgs[0])
+
+
+@entrypoint("verify", check=check)
+def main(cfg: Config, run: Run) -> None:
+    from tpresearch.verify.plans import configs, verify_plans
+    from tpresearch.verify.report import print_table
+
+    results = verify_plans(configs(cfg, sys.argv[1:]), cfg)
+    record: dict[str, Any] = {
+        "model": cfg.model.name,
+        "dtype": str(cfg.train.dtype),
+        "world_size": cfg.verify.world_size,
+        "steps": cfg.verify.steps,
+        "passed": all(result.passed for result in results),
+        "results": [dataclasses.asdict(result) | {"passed": result.passed} for result in results],
+    }
+    path = run.folder / "verify.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print_table(results, path)
+    if not record["passed"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

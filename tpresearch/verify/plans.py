@@ -1,0 +1,128 @@
+"""The plans to be verified: their configs, their traces, and how far each is from one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import open_dict
+from rich.progress import track
+
+from tpresearch.config import Config
+from tpresearch.config.compose import typed
+from tpresearch.config.schema import DataPlan, MeshConfig, ParallelConfig
+from tpresearch.config.validate import validate
+from tpresearch.data import PackedCorpus, check_data, prepare
+from tpresearch.launch.world import World
+from tpresearch.train.build import planned
+from tpresearch.verify.compare import Worst, compare, tolerance
+from tpresearch.verify.ranks import RankError, Ranks
+from tpresearch.verify.trace import Trace, trace
+
+log = logging.getLogger(__name__)
+
+ROWS = 256
+"""Train rows that take part: enough for a few steps, few enough to hand to each rank."""
+
+
+@dataclass
+class Result:
+    """One plan under one optimizer."""
+
+    plan: str
+    optimizer: str
+    tolerance: float
+    worst: dict[str, Worst] = field(default_factory=dict)
+    out: list[str] = field(default_factory=list)
+    """Quantities that are out of tolerance."""
+    error: str | None = None
+    """Why it did not run, if it did not."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.out and self.error is None
+
+
+def configs(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
+    """For each plan one config an optimizer: what was typed, with only those two choices changed."""
+    parser = OverridesParser.create()
+    words = [word for word in arguments if "=" in word and not word.startswith("-")]
+    mine = [w for w in words if parser.parse_override(w).key_or_group not in ("parallel", "optimizer")]
+    return {
+        plan: [_composed([*mine, f"parallel={plan}", f"optimizer={name}"]) for name in cfg.verify.optimizers]
+        for plan in cfg.verify.plans
+    }
+
+
+def _composed(overrides: list[str]) -> Config:
+    loader = GlobalHydra.instance().config_loader()
+    composed = loader.load_configuration("verify", overrides, run_mode=RunMode.RUN)
+    with open_dict(composed):
+        del composed["hydra"]
+    return typed(composed)
+
+
+def ranks_of(cfg: Config) -> int:
+    alone = cfg.parallel.data is DataPlan.none and cfg.parallel.tensor is None
+    return 1 if alone else cfg.verify.world_size
+
+
+def judge(cfg: Config) -> None:
+    """Refuse what cannot run, before anything is started.
+
+    Raises:
+        ConfigError: for the first thing that cannot work.
+    """
+    sizes = validate(cfg, ranks_of(cfg))
+    check_data(cfg.data, cfg.tokenizer)
+    planned(cfg, sizes)
+
+
+def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
+    """Trace one process, then each plan, and say how far they are apart."""
+    corpus = _few_rows(prepare(cfg.data, cfg.tokenizer, progress=True))
+    references = [trace(_reference(c), corpus, World(), cfg.verify.steps) for c in next(iter(plans.values()))]
+    ranks, results = Ranks(), []
+    try:
+        for plan, cfgs in track(plans.items(), description="verifying", transient=True):
+            fresh = [Result(plan, c.optimizer.name, tolerance("loss", c.train.dtype)) for c in cfgs]
+            try:
+                traces = ranks.run(ranks_of(cfgs[0]), traces_of, cfgs, corpus)[0]
+            except RankError as error:
+                for result in fresh:
+                    result.error = str(error).strip().splitlines()[-1]
+                    log.error("%s: %s", plan, error)
+                traces = []
+            for result, c, ours, reference in zip(fresh, cfgs, traces, references, strict=False):
+                result.worst = compare(ours, reference)
+                result.out = [
+                    q for q, w in result.worst.items() if not w.error <= tolerance(q, c.train.dtype)
+                ]
+            results += fresh
+    finally:
+        ranks.close()
+    return results
+
+
+def traces_of(world: World, cfgs: list[Config], corpus: PackedCorpus) -> list[Trace]:
+    """A trace a config; from rank 0 alone, since all are the same, and large to send."""
+    found = [trace(cfg, corpus, world, cfg.verify.steps) for cfg in cfgs]
+    return found if world.rank == 0 else []
+
+
+def _reference(cfg: Config) -> Config:
+    """The same science in one process: the whole batch at once, whole logits."""
+    whole_batch = dataclasses.replace(cfg.train, micro_batch_size=None)
+    return dataclasses.replace(
+        cfg, parallel=ParallelConfig(loss_parallel=False), mesh=MeshConfig(), train=whole_batch
+    )
+
+
+def _few_rows(corpus: PackedCorpus) -> PackedCorpus:
+    return dataclasses.replace(
+        corpus, train=corpus.train[:ROWS].copy(), held_out=corpus.held_out[:ROWS].copy()
+    )
