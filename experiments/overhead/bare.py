@@ -1,0 +1,132 @@
+"""A training loop as one writes it by hand for one model on one mesh, with nothing of the framework in it.
+
+Only the model class and the batches are the framework's. Each of `none`, `fsdp`, `tp`, `sp` and `fsdp_tp` is
+what torch's tutorials do for that plan, with the same optimizer, schedule, clipping and loss as the config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+
+from tpresearch.models.llama2 import Llama2
+
+TP = {
+    "tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
+    "layers.*.attention": PrepareModuleInput(
+        input_layouts=(Replicate(), None), desired_input_layouts=(Replicate(), None)
+    ),
+    "layers.*.attention.w[qkv]": ColwiseParallel(),
+    "layers.*.attention.wo": RowwiseParallel(),
+    "layers.*.feed_forward": PrepareModuleInput(
+        input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)
+    ),
+    "layers.*.feed_forward.w[13]": ColwiseParallel(),
+    "layers.*.feed_forward.w2": RowwiseParallel(),
+    "output": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+}
+SP = {
+    "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+    "layers.*.*_norm": SequenceParallel(),
+    "layers.*.attention": PrepareModuleInput(
+        input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)
+    ),
+    "layers.*.attention.w[qkv]": ColwiseParallel(),
+    "layers.*.attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+    "layers.*.feed_forward": PrepareModuleInput(
+        input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
+    ),
+    "layers.*.feed_forward.w[13]": ColwiseParallel(),
+    "layers.*.feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
+    "norm": SequenceParallel(),
+    "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
+}
+
+
+def bare_loop(
+    plan: str,
+    dp: int,
+    tp: int,
+    model_args: dict,
+    weights: list[Tensor],
+    batch: Callable[[int], Tensor],
+    steps: int,
+    lr: float,
+    warmup_steps: int,
+    clip: float,
+) -> Iterator[float]:
+    """Train, and after each step yield this rank's loss, as a hand-written loop prints it.
+
+    Args:
+        weights: this rank's shards of the first weights, in the order of `model.parameters()`.
+        batch: this rank's rows [b, s + 1] of a step.
+    """
+    with torch.device("meta"):
+        model = Llama2(**model_args)
+    mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+    if plan in ("tp", "sp", "fsdp_tp"):
+        parallelize_module(model, mesh["tp"], TP if plan == "tp" else SP)
+    if plan in ("fsdp", "fsdp_tp"):
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), weights, strict=True):
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).copy_(value)
+    model.reset_buffers()
+
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        done = (step - warmup_steps) / max(steps - warmup_steps, 1)
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for step in range(steps):
+        rows = batch(step)
+        if plan in ("tp", "sp", "fsdp_tp"):
+            with loss_parallel():
+                loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+                loss.backward()
+        else:
+            loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+            loss.backward()
+        if plan == "tp":
+            clip_mixed(model, clip)
+        else:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield (loss.to_local() if isinstance(loss, DTensor) else loss).item()
+
+
+def clip_mixed(model: nn.Module, greatest: float) -> None:
+    """torch's clip_grad_norm_ refuses DTensors beside plain tensors, which is what tp leaves: by hand then."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
+    plain = [g for g in gradients if not isinstance(g, DTensor)]
+    norms = [nn.utils.get_total_norm(sharded).full_tensor(), nn.utils.get_total_norm(plain)]
+    scale = (greatest / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], scale)

@@ -1,0 +1,113 @@
+"""The README does what it says: its commands run, in their cheapest form, and its tables are those of the files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tpresearch.track.names import METRICS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GROUPS = ("parallel", "model", "mesh", "data", "tokenizer", "optimizer", "schedule", "logger")
+TINY_MODEL = ["model.dim=32", "model.n_layers=1", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=64"]
+TINY_RUN = ["train.steps=2", "train.global_batch_size=4", "train.eval_rows=4", "data.seq_len=16"]
+TINY_RUN += ["tokenizer.vocab_size=300", "logger=none", "device=cpu"]
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [line for block in fenced("bash") for line in block.replace("\\\n", " ").splitlines() if line]
+TRANSCRIPTS = [block.partition("\n") for block in fenced("console")]
+
+
+def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as a reader has it, with the files that the README has them write, and a small corpus."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("train.py", "conf", "tpresearch", "Makefile", "constraints.txt", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    for language in ("python", "yaml"):
+        for block in fenced(language):
+            path = folder / block.partition("\n")[0].removeprefix("# ")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block)
+    (folder / "texts").mkdir()
+    for index in range(60):
+        (folder / f"texts/{index}.txt").write_text(" ".join(f"word{index * i % 97}" for i in range(120)))
+    return folder
+
+
+def cheap(words: list[str], cache: Path) -> list[str]:
+    """The same command on a small corpus and, for a training, two steps of a narrow model."""
+    if words[0] == "make":
+        return ["make", "-n", *words[1:]]
+    if any(word.startswith("plan_only") for word in words):
+        return words
+    data = [] if any(word.startswith("data=") for word in words) else ["data=text", "data.path=texts/*.txt"]
+    ours = {word.partition("=")[0] for word in TINY_RUN}
+    kept = [word for word in words if word.partition("=")[0] not in ours]
+    model = [] if "model=skip" in words or "train.py" not in words else TINY_MODEL
+    return [*kept, *data, *model, *TINY_RUN, f"data.cache_dir={cache}"]
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_runs(command: str, clone: Path) -> None:
+    words = cheap(shlex.split(command), clone / "cache")
+    if words[0] == "torchrun":
+        words.insert(1, "--standalone")  # two jobs on one machine would meet at torchrun's default port
+    done = run(words, clone)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if "train.py" in words and words[0] == "torchrun":
+        assert "completed" in done.stdout
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize(("typed", "_", "output"), TRANSCRIPTS)
+def test_each_transcript_is_what_is_printed(typed: str, _: str, output: str, clone: Path) -> None:
+    done = run(shlex.split(typed.removeprefix("$ ")), clone)
+    printed = done.stderr if output.startswith("error:") else done.stdout
+    assert printed.strip() == output.strip()
+    assert done.returncode == (2 if output.startswith("error:") else 0)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_option_tables_are_the_first_lines_of_the_files(group: str) -> None:
+    rows = {
+        f"| `{group}={path.stem}` | {first_comment(path)} |"
+        for path in (ROOT / "conf" / group).glob("*.yaml")
+    }
+    assert rows == {line for line in README.splitlines() if line.startswith(f"| `{group}=")}
+
+
+def first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    assert first.startswith("# "), f"{path.name} opens with one line that says when to pick it"
+    return first.removeprefix("# ")
+
+
+def test_the_metrics_table_is_the_declared_one() -> None:
+    rows = [f"| `{metric.name}` | {metric.unit} | {metric.meaning} |" for metric in METRICS]
+    assert rows == [
+        line for line in README.splitlines() if re.match(r"\| `(train|val|perf|time|memory|comm)/", line)
+    ]
+
+
+def test_what_it_links_to_is_there() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).exists()] == []
