@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tpresearch.config.schema import Checkpointing, Dtype, FsdpConfig, ParallelConfig
@@ -48,8 +50,29 @@ def wrap_forward(block: nn.Module, parallel: ParallelConfig) -> None:
         context = functools.partial(create_selective_checkpoint_contexts, keep_expensive)
         forward = functools.partial(checkpoint, forward, use_reentrant=False, context_fn=context)
     if parallel.compile:
+        block.register_forward_pre_hook(wait_for_inputs, with_kwargs=True)
         forward = torch.compile(forward)
     block.forward = forward
+
+
+class Arrived(torch.autograd.Function):
+    """A tensor that a collective is still bringing, once it is there; its gradient is a plain tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, coming: Any) -> torch.Tensor:
+        return coming.wait()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient
+
+
+def wait_for_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What comes from outside of a compiled block, such as the embedding's sum over tp, as plain tensors.
+
+    A compiled function given an AsyncCollectiveTensor loses in backward that its gradient is a DTensor (torch 2.13).
+    """
+    return tree_map_only(AsyncCollectiveTensor, Arrived.apply, (args, kwargs))
 
 
 def keep_expensive(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

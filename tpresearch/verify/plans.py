@@ -14,6 +14,7 @@ from rich.progress import track
 
 from tpresearch.config import Config
 from tpresearch.config.compose import typed
+from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.schema import DataPlan, MeshConfig, ParallelConfig
 from tpresearch.config.validate import validate
 from tpresearch.data import PackedCorpus, check_data, prepare
@@ -48,7 +49,17 @@ class Result:
 
 
 def configs(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
-    """For each plan one config an optimizer: what was typed, with only those two choices changed."""
+    """For each plan one config an optimizer: what was typed, with only those two choices changed.
+
+    Raises:
+        ConfigError: for a plan that conf/parallel has not.
+    """
+    known = GlobalHydra.instance().config_loader().get_group_options("parallel")
+    for plan in cfg.verify.plans:
+        if plan not in known:
+            raise ConfigError(
+                "verify.plans", plan, "no such plan", "one of " + ", ".join(nearest(plan, known))
+            )
     parser = OverridesParser.create()
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     mine = [w for w in words if parser.parse_override(w).key_or_group not in ("parallel", "optimizer")]
@@ -88,30 +99,27 @@ def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
     references = [trace(_reference(c), corpus, World(), cfg.verify.steps) for c in next(iter(plans.values()))]
     ranks, results = Ranks(), []
     try:
-        for plan, cfgs in track(plans.items(), description="verifying", transient=True):
-            fresh = [Result(plan, c.optimizer.name, tolerance("loss", c.train.dtype)) for c in cfgs]
+        jobs = [(plan, *pair) for plan, cfgs in plans.items() for pair in zip(cfgs, references, strict=True)]
+        for plan, c, reference in track(jobs, description="verifying", transient=True):
+            result = Result(plan, c.optimizer.name, tolerance("loss", c.train.dtype))
+            results.append(result)
             try:
-                traces = ranks.run(ranks_of(cfgs[0]), traces_of, cfgs, corpus)[0]
+                ours = ranks.run(ranks_of(c), trace_of, c, corpus)[0]
             except RankError as error:
-                for result in fresh:
-                    result.error = str(error).strip().splitlines()[-1]
-                    log.error("%s: %s", plan, error)
-                traces = []
-            for result, c, ours, reference in zip(fresh, cfgs, traces, references, strict=False):
-                result.worst = compare(ours, reference)
-                result.out = [
-                    q for q, w in result.worst.items() if not w.error <= tolerance(q, c.train.dtype)
-                ]
-            results += fresh
+                result.error = str(error).strip().splitlines()[-1]
+                log.error("%s: %s", plan, error)
+                continue
+            result.worst = compare(ours, reference)
+            result.out = [q for q, w in result.worst.items() if not w.error <= tolerance(q, c.train.dtype)]
     finally:
         ranks.close()
     return results
 
 
-def traces_of(world: World, cfgs: list[Config], corpus: PackedCorpus) -> list[Trace]:
-    """A trace a config; from rank 0 alone, since all are the same, and large to send."""
-    found = [trace(cfg, corpus, world, cfg.verify.steps) for cfg in cfgs]
-    return found if world.rank == 0 else []
+def trace_of(world: World, cfg: Config, corpus: PackedCorpus) -> Trace | None:
+    """The trace from rank 0 alone, since all ranks have the same, and it is large to send."""
+    found = trace(cfg, corpus, world, cfg.verify.steps)
+    return found if world.rank == 0 else None
 
 
 def _reference(cfg: Config) -> Config:

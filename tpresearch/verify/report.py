@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from tpresearch.verify.plans import Result
 
+HEADINGS = ("init", "loss", "norm", "grads", "weights", "held-out")
 QUANTITIES = ("initial weights", "loss", "grad norm", "gradients", "weights", "held-out loss")
 
 
 def print_table(results: list[Result], path: Path) -> None:
     """Print one row a plan and optimizer; what is out of tolerance is marked, and said in full below."""
     console = Console(highlight=False)
-    table = Table("plan", "optimizer", *QUANTITIES, "")
+    table = Table(*(Column(title, no_wrap=True) for title in ("plan", "optimizer", *HEADINGS, "")))
     for result in results:
         cells = [_cell(result, quantity) for quantity in QUANTITIES]
         table.add_row(result.plan, result.optimizer, *cells, "ok" if result.passed else "[red]out[/red]")

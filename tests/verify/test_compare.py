@@ -1,0 +1,62 @@
+"""Errors that a loss does not show are named: which quantity, which parameter, which step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tpresearch.config.schema import Dtype
+from tpresearch.verify.compare import compare, tolerance
+from tpresearch.verify.trace import StepTrace, Trace
+
+
+def a_trace() -> Trace:
+    tensors = {
+        "a": torch.tensor([1.0, -2.0], dtype=torch.float64),
+        "b": torch.tensor([4.0], dtype=torch.float64),
+    }
+    step = StepTrace(2.5, 3.0, dict(tensors), dict(tensors))
+    return Trace(dict(tensors), [step, step], 2.0)
+
+
+def test_equal_traces_have_no_error() -> None:
+    assert {worst.error for worst in compare(a_trace(), a_trace()).values()} == {0.0}
+
+
+def test_a_gradient_scaled_by_the_tp_degree_is_named_though_loss_and_weights_agree() -> None:
+    right = a_trace()
+    scaled = dataclasses.replace(
+        right.steps[1], gradients={**right.steps[1].gradients, "a": right.initial["a"] * 2}
+    )
+    found = compare(dataclasses.replace(right, steps=[right.steps[0], scaled]), right)
+    assert found["loss"].error == found["weights"].error == 0.0
+    assert (found["gradients"].error, found["gradients"].parameter, found["gradients"].step) == (1.0, "a", 1)
+
+
+def test_the_error_is_relative_to_the_tensors_greatest_value() -> None:
+    right = a_trace()
+    moved = dataclasses.replace(
+        right, initial={**right.initial, "a": right.initial["a"] + torch.tensor([0.5, 0.0])}
+    )
+    assert compare(moved, right)["initial weights"].error == 0.25
+
+
+def test_nan_is_the_worst_there_is() -> None:
+    right = a_trace()
+    lost = dataclasses.replace(right.steps[0], gradients={**right.initial, "b": torch.tensor([float("nan")])})
+    worst = compare(dataclasses.replace(right, steps=[lost, right.steps[1]]), right)["gradients"]
+    assert worst.parameter == "b"
+    assert not worst.error <= tolerance("gradients", Dtype.bfloat16)
+
+
+def test_a_missing_gradient_is_out() -> None:
+    right = a_trace()
+    step = dataclasses.replace(right.steps[0], gradients={"a": right.initial["a"]})
+    assert compare(dataclasses.replace(right, steps=[step, step]), right)["gradients"].error == float("inf")
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_initial_weights_must_be_the_same_to_the_bit(dtype: Dtype) -> None:
+    assert tolerance("initial weights", dtype) == 0.0 < tolerance("loss", dtype)
