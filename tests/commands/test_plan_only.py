@@ -1,0 +1,116 @@
+"""`python train.py plan_only=true`: the compiled plan of every model, with no ranks and no GPU."""
+
+from __future__ import annotations
+
+import pytest
+from trainings import train
+
+pytestmark = pytest.mark.cli
+
+
+def llama2(vocabulary: int, dim: int, layers: int, kv_dim: int, ffn: int) -> int:
+    """Weights of embedding and output, of each layer's attention, feed-forward and two norms, and the last norm."""
+    return 2 * vocabulary * dim + layers * (2 * dim * (dim + kv_dim) + 3 * dim * ffn + 2 * dim) + dim
+
+
+# The published counts, written out, and the same by formula from the published dimensions.
+PUBLISHED = {
+    "llama2_7b": (6_738_415_616, llama2(32_000, 4096, 32, 4096, 11_008)),
+    "llama2_13b": (13_015_864_320, llama2(32_000, 5120, 40, 5120, 13_824)),
+    "llama2_70b": (68_976_648_192, llama2(32_000, 8192, 80, 1024, 28_672)),
+}
+OWN = {
+    "llama2_1b": llama2(32_000, 2048, 22, 256, 5632),
+    "llama2_small": llama2(32_000, 768, 16, 768, 2048),
+    "llama2_tiny": llama2(32_000, 256, 2, 256, 768),
+    "llama2_debug": llama2(32_000, 64, 2, 32, 192),
+    "toy_mlp": 2 * 32_000 * 64 + 2 * 64 * 256 + 256 + 64,
+}
+
+
+@pytest.mark.parametrize("model", [*PUBLISHED, *OWN])
+def test_the_parameters_of_every_model_are_counted(warm, model: str) -> None:
+    count, by_formula = PUBLISHED.get(model, (OWN.get(model), OWN.get(model)))
+    assert count == by_formula
+    tp = 4 if model in ("llama2_small", "llama2_1b", "llama2_debug") else 8  # 12 heads; 4 KV heads
+    done = warm("plan_only=true", "tokenizer=bpe_32k", f"model={model}", f"mesh.tp={tp}")
+    assert done.code == 0, done.err
+    assert f"\nparameters: {count:,}\n" in done.out
+    assert done.out.startswith(f"model={model} parallel=fsdp_tp world_size={tp}: {{'tp': {tp}}}\n")
+
+
+def cells(line: str) -> list[str]:
+    """The filled cells of a line of the table."""
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+# A plan on 64 ranks with tp=8 where it has one: sizes, placement and local shape of llama2_7b's first wq (4096 x 4096).
+PLANS = [
+    ("fsdp_tp", "mesh.tp=8", "{'dp_shard': 8, 'tp': 8}", "dp_shard: Shard(0), tp: Shard(0)", "64x4096"),
+    (
+        "hsdp_tp",
+        "mesh.tp=8 mesh.dp_shard=4",
+        "{'dp_replicate': 2, 'dp_shard': 4, 'tp': 8}",
+        "dp_shard: Shard(0), tp: Shard(0)",
+        "128x4096",
+    ),
+    ("fsdp", "", "{'dp_shard': 64}", "dp_shard: Shard(0)", "64x4096"),
+    (
+        "hsdp",
+        "mesh.dp_shard=8",
+        "{'dp_replicate': 8, 'dp_shard': 8}",
+        "dp_shard: Shard(0)",
+        "512x4096",
+    ),
+    ("ddp", "", "{'dp_replicate': 64}", "whole", "4096x4096"),
+    ("tp", "world_size=8 mesh.tp=8", "{'tp': 8}", "tp: Shard(0)", "512x4096"),
+    ("sp", "world_size=8", "{'tp': 8}", "tp: Shard(0)", "512x4096"),
+    ("none", "world_size=1", "{}", "whole", "4096x4096"),
+]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "more", "sizes", "placement", "shape"), PLANS, ids=[row[0] for row in PLANS]
+)
+def test_every_parallel_plan_is_printed(
+    warm, parallel: str, more: str, sizes: str, placement: str, shape: str
+) -> None:
+    world = [] if "world_size" in more else ["world_size=64"]
+    done = warm(
+        "plan_only=true",
+        "model=llama2_7b",
+        "tokenizer=bpe_32k",
+        "train.global_batch_size=64",
+        f"parallel={parallel}",
+        *world,
+        *more.split(),
+    )
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0].endswith(f": {sizes}")
+    (wq,) = [line for line in lines if line.startswith("layers.{0-31}.attention.wq.weight")]
+    tensor = ["qkv (colwise)"] if "tp:" in placement else []
+    assert cells(wq)[1:] == [*tensor, placement, shape]
+
+
+def test_the_table_says_what_each_module_sends(warm, small: list[str]) -> None:
+    done = warm(*small, "plan_only=true", "parallel=tp", "mesh.tp=2", "world_size=2")
+    table = {cells(line)[0]: cells(line)[1:] for line in done.out.splitlines() if line}
+    assert table["layers.{0-1}.attention.wo.weight"] == [
+        "out (rowwise)",
+        "tp: Shard(1)",
+        "64x32",
+        "forward: all-reduce",
+    ]
+    assert table["layers.{0-1}.attention"][-1] == "backward: all-reduce"
+    assert table["output.weight"][:3] == ["logits (colwise)", "tp: Shard(0)", "150x64"]
+    assert "loss: on vocabulary shards" in done.out
+
+
+def test_it_starts_no_ranks_and_needs_no_data_of_its_own(home, tmp_path) -> None:
+    """The real command, cold, with 64 ranks to plan for and none to run on."""
+    done = train(None, tmp_path, home, "plan_only=true", "mesh.tp=8", "world_size=64", "tokenizer=bpe_32k")
+    assert done.code == 0, done.err
+    assert done.out.startswith(
+        "model=llama2_tiny parallel=fsdp_tp world_size=64: {'dp_shard': 8, 'tp': 8}\n"
+    ), done.out

@@ -1,0 +1,300 @@
+"""What train.py refuses: one line, exit code 2, nothing left behind, and a command to try that is not refused."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from trainings import TRAIN, Done, train
+
+pytestmark = pytest.mark.cli
+
+# As one rank of so many, what is typed after the small config, and how the line begins.
+PLAN = "plan_only=true world_size=4"
+REFUSED = [
+    (1, "paralel=tp", "paralel=tp: no such config group or key; nearest is parallel"),
+    (1, "parallel=fsdp_tq", "parallel=fsdp_tq: no such option; one of fsdp_tp, "),
+    (1, "+train.stepz=3", "train.stepz=3: no such key; nearest is train.steps"),
+    # The mesh and the world.
+    (
+        8,
+        "parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=2",
+        "mesh.tp=2: dp_shard=2*tp=2 is 4 ranks and the world has 8; mesh.tp=4, or 4 ranks",
+    ),
+    (
+        5,
+        "parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=2",
+        "mesh.tp=2: dp_shard=2*tp=2 is 4 ranks and the world has 5; 4 ranks",
+    ),
+    (
+        1,
+        "plan_only=true world_size=5 parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=2",
+        "mesh.tp=2: dp_shard=2*tp=2 is 4 ranks and the world has 5; 4 ranks",
+    ),
+    (
+        4,
+        "parallel=hsdp mesh.dp_shard=-1 mesh.dp_replicate=-1",
+        "mesh.dp_shard=-1: mesh.dp_replicate is -1 too; one axis at most can take what is left",
+    ),
+    (
+        4,
+        "parallel=fsdp mesh.tp=2",
+        "mesh.tp=2: parallel=fsdp has no use for this axis; it uses mesh.dp_shard; plans with tp: tp sp ",
+    ),
+    (4, "parallel=fsdp_tp mesh.tp=0", "mesh.tp=0: not a number of ranks; 1 or more, -1 for what is left"),
+    (
+        2,
+        "parallel=none",
+        "parallel=none: one process computes it, and there are 2 ranks; 1 rank, or a plan that shares",
+    ),
+    (
+        4,
+        "parallel=tp mesh.tp=2",
+        "mesh.tp=2: tp=2 is 2 ranks and the world has 4; mesh.tp=4, or a plan that has a data axis for the",
+    ),
+    # What tp does not divide.
+    (
+        1,
+        f"{PLAN} parallel=tp model.n_heads=6 model.n_kv_heads=6 model.dim=96",
+        "mesh.tp=4: does not divide model.n_heads=6 (rule qkv splits it); legal for this model: 1 2",
+    ),
+    (
+        1,
+        "plan_only=true parallel=fsdp_tp mesh.tp=8",
+        "mesh.tp=8: does not divide model.n_kv_heads=4 (rule qkv splits it); legal for this model: 1 2 4",
+    ),
+    (
+        1,
+        f"{PLAN} parallel=tp model.ffn_dim=190",
+        "mesh.tp=4: does not divide layers.0.feed_forward.w1.weight.shape[0]=190 (rule ffn_in splits it colwise)",
+    ),
+    (
+        1,
+        "plan_only=true world_size=3 parallel=sp",
+        "mesh.tp=3: does not divide data.seq_len=16 (rule embed splits the sequence); legal for this model: 1 2",
+    ),
+    (
+        3,
+        "parallel=sp mesh.tp=3",
+        "mesh.tp=3: does not divide data.seq_len=16 (rule embed splits the sequence); legal for this model: 1 2",
+    ),
+    # The batch.
+    (
+        3,
+        "parallel=fsdp",
+        "train.global_batch_size=8: does not split over 3 data-parallel ranks; a multiple of 3",
+    ),
+    (
+        2,
+        "parallel=ddp train.micro_batch_size=3",
+        "train.micro_batch_size=3: does not divide the 4 rows of each data-parallel rank; a divisor of 4",
+    ),
+    # Rules.
+    (
+        1,
+        f"{PLAN} parallel=sp model.plans.sp.out.match=layers.*.atention.wo",
+        "model.plans.sp.out.match=layers.*.atention.wo: matches no module; such as layers.1.attention.wo, ",
+    ),
+    (
+        1,
+        f"{PLAN} parallel=tp model.plans.tp.out.match=layers.*.attention.w?",
+        "model.plans.tp.out.match=layers.*.attention.w?: module layers.0.attention.wq has the rule qkv already; "
+        "one rule a module: narrow qkv or out",
+    ),
+    (
+        1,
+        f"{PLAN} parallel=tp model.plans.tp.out.style=rowise",
+        "model.plans.tp.out.style=rowise: no such style; one of rowwise, colwise",
+    ),
+    (
+        1,
+        f"{PLAN} parallel=tp model.plans.tp.attn_in.style=colwise",
+        "model.plans.tp.attn_in.style=colwise: module layers.0.attention is a Attention; ",
+    ),
+    (
+        1,
+        f"{PLAN} parallel=sp model.plans.sp.out.dst=shard",
+        "model.plans.sp.out.dst=shard: no such layout; replicate, shard:N, logits or null",
+    ),
+    (
+        1,
+        f"{PLAN} parallel=sp model.plans.sp.attn_in.src=[shard:1]",
+        "model.plans.sp.attn_in=['shard:1'] -> ['replicate', None]: style input turns each src layout into a dst",
+    ),
+    # The device.
+    (
+        2,
+        "parallel=tp parallel.async_tp=true",
+        "parallel.async_tp=true: the compiler is what overlaps them; parallel.compile=true beside it",
+    ),
+    (
+        2,
+        "parallel=tp parallel.async_tp=true parallel.compile=true",
+        "parallel.async_tp=true: it needs CUDA devices that see each other's memory, and this is a CPU; false",
+    ),
+    (1, "parallel=none device=cuda", "device=cuda: torch sees no CUDA device; cpu or auto"),
+    # The data.
+    (
+        1,
+        "parallel=none data.path={data}/missing.txt",
+        "data.path={data}/missing.txt: there is no such file (seen from ",
+    ),
+    (1, "parallel=none data.path={texts}", "data.path={texts}: is a folder; a file, a glob such as "),
+    (
+        1,
+        "parallel=none data.path={data}/empty.txt",
+        "data.path={data}/empty.txt: is empty; files with text in them",
+    ),
+    (
+        1,
+        "parallel=none data.path={data}/latin1.txt",
+        "data.path={data}/latin1.txt: not UTF-8 text: byte 2 is 0xe9; UTF-8 text",
+    ),
+    (
+        1,
+        "parallel=none data=jsonl data.path={data}/latin1.txt",
+        "data.path={data}/latin1.txt, line 1: not JSON: ",
+    ),
+    (
+        1,
+        "parallel=none data=jsonl data.path={data}/records.jsonl",
+        "data.text_field=text: no such field in {data}/records.jsonl, line 1; one of texts",
+    ),
+    # The budget, the model.
+    (
+        1,
+        "parallel=none train.tokens=1000",
+        "train.tokens=1000: train.steps=3 is a budget too; one of the two, the other null",
+    ),
+    (1, "parallel=none train.steps=null", "train.steps=null: the run has no budget; train.steps or train."),
+    (1, "parallel=none +model.foo=1", "model.foo=1: Llama2 has no such setting; one of dim, ffn_dim, "),
+    (
+        1,
+        "parallel=none model._target_=nowhere.Model",
+        "model._target_=nowhere.Model: cannot be imported (",
+    ),
+    (
+        1,
+        "parallel=none model._target_=pathlib.Path",
+        "model._target_=pathlib.Path: not an nn.Module; a subclass of torch.nn.Module",
+    ),
+    (
+        1,
+        "parallel=none model.vocab_size=299",
+        "model.vocab_size=299: the tokenizer has 300 entries; as many or more",
+    ),
+]
+# No other config mends these: a file is at fault, or the CPU once the compiler is there.
+NO_OTHER = ("latin1.txt", "async_tp=true")
+UP_TO_THE_FOLDER = "hydra.run.dir=/dev/null/x"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files that no corpus can be made of."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "empty.txt").touch()
+    (folder / "latin1.txt").write_bytes("blé".encode("latin1"))
+    (folder / "records.jsonl").write_text('{"texts": "a b c"}\n')
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "typed", "begins"), REFUSED, ids=[row[1] for row in REFUSED])
+def test_a_wrong_config_is_refused_with_a_command_that_is_not(
+    warm, small: list[str], data: Path, texts: Path, tmp_path: Path, ranks: int, typed: str, begins: str
+) -> None:
+    done = warm(*small, *typed.format(data=data, texts=texts).split(), ranks=ranks)
+    check_one_line(done, begins.format(data=data, texts=texts))
+    assert not list((tmp_path / "cwd").iterdir())
+    if any(word in typed for word in NO_OTHER):
+        return
+    starter, *arguments = done.command_to_try
+    after = arguments[arguments.index(str(TRAIN)) + 1 :]
+    before = [*small, *typed.format(data=data, texts=texts).split()]
+    if set(after) < set(before):  # what was wrong is left out, and what goes in its place is the default
+        return
+    # All that can be refused is refused before the folder: a command whose folder alone is refused is right.
+    tried_ranks = 1 if starter == "python" else int(arguments[0].removeprefix("--nproc-per-node="))
+    tried = warm(*after, UP_TO_THE_FOLDER, ranks=tried_ranks)
+    assert tried.refusal.startswith("error: hydra.run.dir=/dev/null/x: cannot be written: "), tried.refusal
+
+
+def check_one_line(done: Done, begins: str) -> None:
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done
+    assert done.err.startswith(f"error: {begins}"), done.err
+    field_and_why, legal, try_ = done.refusal.split("; ")[0], done.refusal.split("; ")[1:-1], done.refusal
+    assert field_and_why
+    assert legal
+    assert try_.rpartition("; ")[2].startswith("try: ")
+
+
+# Through the real command, cold: exit code 2 in seconds, and nothing where it was typed.
+COLD = [
+    ("parallel=none train.step=3", "train.step=3: no such key; nearest is train.steps", {}),
+    (
+        "parallel=tp mesh.tp=2 plan_only=true world_size=4",
+        "mesh.tp=2: tp=2 is 2 ranks and the world has 4",
+        {},
+    ),
+    ("parallel=none data.path=missing.txt", "data.path=missing.txt: there is no such file", {}),
+    ("parallel=none data.path={data}/empty.txt", "data.path={data}/empty.txt: is empty", {}),
+    ("parallel=none train.tokens=1000", "train.tokens=1000: train.steps=3 is a budget too", {}),
+    (
+        "plan_only=true world_size=8 parallel=sp",
+        "mesh.tp=8: does not divide model.n_kv_heads=4 (rule qkv splits it)",
+        {},
+    ),
+    (
+        "plan_only=true world_size=2 parallel=sp model.plans.sp.out.match=wo",
+        "model.plans.sp.out.match=wo: matches no module",
+        {},
+    ),
+    ("parallel=none device=cuda", "device=cuda: torch sees no CUDA device", {}),
+    (
+        "parallel=none parallel.compile=true",
+        "parallel.compile=true: no C++ compiler is found (no-such-compiler); false on this machine",
+        {"CXX": "no-such-compiler", "PATH": "/nowhere"},
+    ),
+    (
+        "parallel=none hydra.run.dir=/dev/null/x",
+        "hydra.run.dir=/dev/null/x: cannot be written: Not a directory",
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(("typed", "begins", "env"), COLD, ids=[row[0] for row in COLD])
+def test_the_command_refuses_within_seconds(
+    small: list[str], home: Path, data: Path, tmp_path: Path, typed: str, begins: str, env: dict[str, str]
+) -> None:
+    done = train(None, tmp_path / "cwd", home, *small, *typed.format(data=data).split(), **env)
+    check_one_line(done, begins.format(data=data))
+    assert done.cpu_seconds < 8  # about 3 where nothing else runs
+    assert not list((tmp_path / "cwd").iterdir())
+
+
+def test_two_ranks_refuse_once(small: list[str], home: Path, tmp_path: Path) -> None:
+    done = train(2, tmp_path / "cwd", home, *small, "parallel=sp", "model.plans.sp.out.match=wo")
+    assert done.code == 1  # torchrun's own
+    assert done.refusal.startswith("error: model.plans.sp.out.match=wo: matches no module; ")
+    assert done.command_to_try == ["torchrun", "--nproc-per-node=2", str(TRAIN), *small, "parallel=sp"]
+    assert done.err.count("Traceback") == 1  # torchrun's own report
+    assert not list((tmp_path / "cwd").iterdir())
+
+
+def test_a_corpus_too_short_for_a_batch_is_refused_once_it_is_prepared(
+    small: list[str], home: Path, texts: Path, tmp_path: Path
+) -> None:
+    """Only the prepared rows show it; the batch that is offered splits over the ranks."""
+    two_files = f"data.path=[{texts}/00.txt,{texts}/01.txt]"
+    typed = [word for word in small if not word.startswith("data.path")]
+    short = [*typed, two_files, "parallel=fsdp", "train.global_batch_size=2000", "logger=none"]
+    done = train(2, tmp_path / "cwd", home, *short)
+    assert done.refusal.startswith("error: train.global_batch_size=2000: the train split has ")
+    assert " rows of 17 tokens, fewer than one global batch; at most " in done.refusal
+    assert done.err.count("Traceback") == 1  # torchrun's own report
+    (offered,) = [word for word in done.command_to_try if word.startswith("train.global_batch_size=")]
+    rows = int(done.refusal.split("the train split has ")[1].split()[0])
+    assert int(offered.partition("=")[2]) == rows // 2 * 2
+    assert shlex.join(done.command_to_try).startswith("torchrun --nproc-per-node=2 ")

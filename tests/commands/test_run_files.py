@@ -1,0 +1,114 @@
+"""The main job, `torchrun --nproc-per-node=4 train.py parallel=fsdp_tp`, leaves what the contract says."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from trainings import Trained
+
+pytestmark = pytest.mark.cli
+
+FILES = {
+    *(".hydra", "config.yaml", "plan.txt", "metrics.jsonl", "summary.json", "ledger.json", "train.log"),
+    *("ranks", "wandb"),
+}
+METRICS = {
+    *("train/step", "train/tokens", "train/loss", "train/grad_norm", "train/lr", "val/loss"),
+    *("perf/step_time_s", "perf/tokens_per_second", "perf/tokens_per_second_per_device", "perf/mfu"),
+    *("time/data_s", "memory/peak_bytes", "comm/bytes_per_step"),
+}
+MESH = "DeviceMesh('cpu', [[0, 1], [2, 3]], mesh_dim_names=('dp', 'tp'))"
+PARAMETERS = 2 * 300 * 64 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192) + 64
+
+
+def test_the_run_folder_holds_every_file(run_2d: Trained) -> None:
+    assert {path.name for path in run_2d.folder.iterdir()} == FILES
+    assert {path.name for path in (run_2d.folder / ".hydra").iterdir()} == {
+        "config.yaml",
+        "hydra.yaml",
+        "overrides.yaml",
+    }
+    assert sorted(path.name for path in (run_2d.folder / "ranks").iterdir()) == [
+        f"rank-0000{rank}.log" for rank in range(4)
+    ]
+    assert list((run_2d.folder / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_a_row_a_step_with_every_metric(run_2d: Trained) -> None:
+    assert run_2d.column("train/step") == [1, 2, 3]
+    assert run_2d.column("train/tokens") == [128, 256, 384]
+    assert run_2d.column("perf/mfu") == [None] * 3  # no peak is known of a CPU
+    first, *_, last = run_2d.rows
+    assert set(first) >= METRICS
+    assert set(first) == set(last)
+    assert {name for name in METRICS if last[name] is None} == {"perf/mfu"}
+    assert all(last[name] > 0 for name in METRICS - {"perf/mfu"})
+    assert 5 < last["train/loss"] < first["train/loss"] < 6  # from about log(300) = 5.70 downwards
+
+
+def test_the_summary_tells_of_the_run(run_2d: Trained) -> None:
+    summary = run_2d.json("summary.json")
+    said = {
+        "status": "completed",
+        "steps": 3,
+        "tokens": 384,
+        "world_size": 4,
+        "mesh": {"dp_shard": 2, "tp": 2},
+        "model": "llama2_debug",
+        "parallel": "fsdp_tp",
+        "parameters": PARAMETERS,
+        "train/loss": run_2d.rows[-1]["train/loss"],
+        "val/loss": run_2d.rows[-1]["val/loss"],
+        "comm/bytes_per_step": run_2d.rows[-1]["comm/bytes_per_step"],
+    }
+    assert said.items() <= summary.items()
+    assert "error" not in summary
+    assert summary["corpus_hash"]
+    assert summary["memory/peak_bytes"] == max(run_2d.column("memory/peak_bytes"))
+
+
+def test_the_config_is_kept_resolved(run_2d: Trained) -> None:
+    config = yaml.safe_load((run_2d.folder / "config.yaml").read_text())
+    assert (config["model"]["vocab_size"], config["model"]["max_seq_len"]) == (300, 16)
+    assert config["model"]["plans"]["sp"]["qkv"] == {
+        "match": "layers.*.attention.w[qkv]",
+        "style": "colwise",
+        "units": ["n_heads", "n_kv_heads"],
+    }
+    assert config["train"]["steps"] == 3
+    assert "${" not in (run_2d.folder / "config.yaml").read_text()
+    assert "parallel=fsdp_tp" in yaml.safe_load((run_2d.folder / ".hydra/overrides.yaml").read_text())
+
+
+def test_the_ledger_sums_to_what_the_metrics_say(run_2d: Trained) -> None:
+    ledger = run_2d.json("ledger.json")
+    assert set(ledger) == {"measured", "expected"}
+    keys = {"axis", "phase", "collective", "count", "tensor_bytes", "sent_bytes"}
+    assert all(set(entry) == keys for entry in ledger["measured"])
+    assert sum(entry["sent_bytes"] for entry in ledger["measured"]) == run_2d.rows[-1]["comm/bytes_per_step"]
+    assert {entry["axis"] for entry in ledger["measured"]} == {"dp_shard", "tp"}
+    assert {entry["phase"] for entry in ledger["measured"]} <= {
+        *("forward", "backward", "loss", "optimizer", "clip")
+    }
+
+
+def test_the_mesh_and_the_model_are_said_once_over_all_ranks(run_2d: Trained) -> None:
+    for said in (run_2d.done.out + run_2d.done.err, (run_2d.folder / "train.log").read_text()):
+        assert said.count(MESH) == 1
+        assert said.count("DeviceMesh(") == 1
+        assert said.count(f"({PARAMETERS:,} parameters)") == 1
+        assert said.count("FSDPLlama2(") == 1
+        assert said.count("wq): Linear") == 1  # the model itself, its two equal layers folded into one
+
+
+def test_the_plan_is_kept_as_plan_only_prints_it(run_2d: Trained, warm, small: list[str]) -> None:
+    printed = warm(*small, "parallel=fsdp_tp", "plan_only=true", "world_size=4").out
+    assert (run_2d.folder / "plan.txt").read_text().strip() in printed
+
+
+def test_the_report_ends_with_where_it_lies(run_2d: Trained) -> None:
+    report = run_2d.done.out
+    where = f"outputs/train/{run_2d.folder.parent.name}/{run_2d.folder.name}"
+    assert "llama2_debug/fsdp2-tp2: completed" in report
+    assert f"run    {where}\n" in report
+    assert f"wandb sync {where}/wandb/offline-run-" in report
