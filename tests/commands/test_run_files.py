@@ -70,11 +70,8 @@ def test_the_summary_tells_of_the_run(run_2d: Trained) -> None:
 def test_the_config_is_kept_resolved(run_2d: Trained) -> None:
     config = yaml.safe_load((run_2d.folder / "config.yaml").read_text())
     assert (config["model"]["vocab_size"], config["model"]["max_seq_len"]) == (300, 16)
-    assert config["model"]["plans"]["sp"]["qkv"] == {
-        "match": "layers.*.attention.w[qkv]",
-        "style": "colwise",
-        "units": ["n_heads", "n_kv_heads"],
-    }
+    qkv = {"match": "layers.*.attention.w[qkv]", "style": "colwise", "units": ["n_heads", "n_kv_heads"]}
+    assert qkv.items() <= config["model"]["plans"]["sp"]["qkv"].items()
     assert config["train"]["steps"] == 3
     assert "${" not in (run_2d.folder / "config.yaml").read_text()
     assert "parallel=fsdp_tp" in yaml.safe_load((run_2d.folder / ".hydra/overrides.yaml").read_text())
