@@ -270,7 +270,7 @@ def test_the_command_refuses_within_seconds(
 ) -> None:
     done = train(None, tmp_path / "cwd", home, *small, *typed.format(data=data).split(), **env)
     check_one_line(done, begins.format(data=data))
-    assert done.cpu_seconds < 8  # about 3 where nothing else runs
+    assert done.cpu_seconds < 12  # about 3 where nothing else runs
     assert not list((tmp_path / "cwd").iterdir())
 
 

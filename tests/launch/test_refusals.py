@@ -75,7 +75,7 @@ def test_a_wrong_config_is_refused_in_one_line(
     if to_try is not None:
         starter = "torchrun --nproc-per-node=2" if "ranks" in typed else "python"
         assert done.err.endswith(f"; try: {starter} {PROGRAM} {to_try}".rstrip() + "\n")
-    assert done.cpu_seconds < 5
+    assert done.cpu_seconds < 8
     assert not list(tmp_path.iterdir())
 
 

@@ -25,7 +25,7 @@ from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.wandb_host import answers
 
 FINISH_S = 2.0  # finish_timeout of these tests
-SLACK_S = 3.0  # for starting and stopping the client on a busy machine
+SLACK_S = 12.0  # for starting and stopping the client on a busy machine; what is ruled out lasts minutes
 
 
 def test_without_a_key_it_is_offline_and_says_so_in_one_line(
@@ -133,7 +133,7 @@ def test_a_host_that_goes_away_costs_finish_timeout_and_loses_nothing(
             server.__exit__()
         began = time.monotonic()
         log_steps(tracker, first=4)
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 5.0
         began = time.monotonic()
     assert time.monotonic() - began < FINISH_S + SLACK_S
     assert said(caplog) == ["W&B: Timed out finishing run.; metrics.jsonl has every row all the same"]
