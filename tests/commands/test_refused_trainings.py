@@ -287,9 +287,9 @@ def test_a_corpus_too_short_for_a_batch_is_refused_once_it_is_prepared(
     small: list[str], home: Path, texts: Path, tmp_path: Path
 ) -> None:
     """Only the prepared rows show it; the batch that is offered splits over the ranks."""
-    two_files = f"data.path=[{texts}/00.txt,{texts}/01.txt]"
+    few_files = f"data.path=[{texts}/00.txt,{texts}/01.txt,{texts}/02.txt]"
     typed = [word for word in small if not word.startswith("data.path")]
-    short = [*typed, two_files, "parallel=fsdp", "train.global_batch_size=2000", "logger=none"]
+    short = [*typed, few_files, "parallel=fsdp", "train.global_batch_size=2000", "logger=none"]
     done = train(2, tmp_path / "cwd", home, *short)
     assert done.refusal.startswith("error: train.global_batch_size=2000: the train split has ")
     assert " rows of 17 tokens, fewer than one global batch; at most " in done.refusal
