@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401  it gives its loggers handlers of their own, as in every run
 
 from tpresearch.launch import World
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging

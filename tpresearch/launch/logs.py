@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -37,6 +38,26 @@ def start_logging(folder: Path, world: World) -> None:
     logging.captureWarnings(True)
     for library, level in QUIETER.items():
         logging.getLogger(library).setLevel(level)
+    if "TORCH_LOGS" not in os.environ:
+        _hear_torch()
+
+
+def _hear_torch() -> None:
+    """Let torch's records reach our handlers: importing it gives its loggers a handler to stderr on each rank.
+
+    Whoever sets `TORCH_LOGS` has chosen what to see and where. Checked on torch 2.13.
+    """
+    import torch  # noqa: F401  its import resets its loggers, so it comes first
+
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "torch" and name != "torch.__trace" and isinstance(logger, logging.Logger):
+            logger.handlers.clear()
+            logger.propagate = logger.propagate or not _is_artifact(name)
+
+
+def _is_artifact(name: str) -> bool:
+    """Whether this logger is one of torch's that speak only when asked for, such as `...__annotation`."""
+    return name.rpartition(".")[2].startswith("__")
 
 
 def _console() -> logging.Handler:
