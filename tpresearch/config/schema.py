@@ -7,74 +7,21 @@ What combinations are legal is judged in `validate.py`, nowhere else.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
-
-class TensorPlan(StrEnum):
-    tp = "tp"
-    sp = "sp"
-
-
-class DataPlan(StrEnum):
-    none = "none"
-    ddp = "ddp"
-    fsdp = "fsdp"
-    hsdp = "hsdp"
-
-
-class Checkpointing(StrEnum):
-    none = "none"
-    selective = "selective"
-    full = "full"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float64 = "float64"
-
-
-class DataSource(StrEnum):
-    pystdlib = "pystdlib"
-    pysource = "pysource"
-    text = "text"
-    jsonl = "jsonl"
-    parquet = "parquet"
-    hf = "hf"
-
-
-class TokenizerKind(StrEnum):
-    bpe = "bpe"
-    hf = "hf"
-
-
-class OptimizerName(StrEnum):
-    adamw = "adamw"
-    sgd = "sgd"
-
-
-class ScheduleName(StrEnum):
-    constant = "constant"
-    cosine = "cosine"
-    wsd = "wsd"
-
-
-class OnNonfinite(StrEnum):
-    stop = "stop"
-    skip = "skip"
-
-
-class WandbMode(StrEnum):
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-
-
-class DeviceKind(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+from tpresearch.config.choices import (
+    Checkpointing,
+    DataPlan,
+    DataSource,
+    DeviceKind,
+    Dtype,
+    OnNonfinite,
+    OptimizerName,
+    ScheduleName,
+    TensorPlan,
+    TokenizerKind,
+    WandbMode,
+)
 
 
 @dataclass
