@@ -79,14 +79,24 @@ def test_the_config_is_kept_resolved(run_2d: Trained) -> None:
 
 def test_the_ledger_sums_to_what_the_metrics_say(run_2d: Trained) -> None:
     ledger = run_2d.json("ledger.json")
-    assert set(ledger) == {"measured", "expected"}
-    keys = {"axis", "phase", "collective", "count", "tensor_bytes", "sent_bytes"}
+    assert set(ledger) == {"measured", "expected", "memory"}
+    keys = {"axis", "phase", "issuer", "collective", "count", "tensor_bytes", "sent_bytes"}
     assert all(set(entry) == keys for entry in ledger["measured"])
     assert sum(entry["sent_bytes"] for entry in ledger["measured"]) == run_2d.rows[-1]["comm/bytes_per_step"]
     assert {entry["axis"] for entry in ledger["measured"]} == {"dp_shard", "tp"}
     assert {entry["phase"] for entry in ledger["measured"]} <= {
         *("forward", "backward", "loss", "optimizer", "clip")
     }
+
+
+def test_the_ledger_says_what_the_step_held(run_2d: Trained) -> None:
+    memory = run_2d.json("ledger.json")["memory"]
+    held = {kind["kind"]: kind for kind in memory["measured"]}
+    assert list(held) == list(memory["expected"])
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert held[kind]["most_bytes"] == memory["expected"][kind] > 0
+    assert sum(kind["at_peak_bytes"] for kind in held.values()) == memory["peak_bytes"]
+    assert memory["allocator_peak_bytes"] is None  # the CPU's allocator keeps no such count
 
 
 def test_the_mesh_and_the_model_are_said_once_over_all_ranks(run_2d: Trained) -> None:

@@ -9,8 +9,9 @@ from tpresearch.config import Config
 from tpresearch.config.validate import validate
 from tpresearch.launch.world import World
 from tpresearch.parallel.mesh import build_mesh
+from tpresearch.track.counted import Counted
 from tpresearch.track.expected import expected_entries
-from tpresearch.track.ledger import Entry, Ledger, ring_bytes
+from tpresearch.track.ledger import Entry, ring_bytes
 from tpresearch.train.build import planned
 from tpresearch.train.device import choose_device
 from tpresearch.train.loop import assemble, process_group
@@ -28,9 +29,9 @@ def measured(world: World, cfg: Config) -> list[Entry]:
         trainer = assemble(cfg, model, plan, mesh, device, corpus())
         trainer.step(0, Window(), None)
         trainer.evaluate()  # which must leave nothing gathered
-        ledger = Ledger(mesh)
-        trainer.step(1, Window(), ledger)
-        return ledger.entries()
+        counted = Counted(mesh, trainer.model, trainer.optimizer)
+        trainer.step(1, Window(), counted)
+        return counted.sent.entries()
 
 
 def expected(cfg: Config, world: int) -> list[Entry] | None:

@@ -32,6 +32,15 @@ class Plan:
     loss_parallel: bool
     """The logits reach the loss sharded over the vocabulary."""
 
+    def partial(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Parameters whose gradient on a tp rank is that of its part of the sequence: a part of a sum over tp."""
+        return {
+            f"{name}.{key}": parameter
+            for name, rule in self.rules.items()
+            if rule.rule.style == "sequence"
+            for key, parameter in model.get_submodule(name).named_parameters(recurse=False)
+        }
+
 
 def matching(pattern: str, names: list[str]) -> list[str]:
     """The names that a wildcard pattern matches, part by part between the dots (as parallelize_module does)."""

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
     PrepareModuleOutput,
     RowwiseParallel,
-    SequenceParallel,
 )
+from torch.utils._pytree import tree_map_only
 
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.schema import Rule
@@ -26,6 +27,26 @@ SEQUENCE_DIM = 1
 """Activations are [b, s, h]."""
 
 Layouts = tuple[Placement | None, ...]
+
+
+class SequenceSplit(ParallelStyle):
+    """Run a layer on this rank's part of the sequence, with whole weights whose gradients are parts of a sum.
+
+    torch's SequenceParallel makes the weights DTensors, whose gradients FSDP then sums over tp after every
+    micro-batch, before it shards them. Here they stay plain, and the step sums their shards once
+    (`Plan.partial`, `reduce_partial_gradients`).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(self._own_part)
+        return module
+
+    def _own_part(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tree_map_only(DTensor, lambda x: x.redistribute(placements=[Shard(self.dim)]).to_local(), args)
 
 
 @dataclass(frozen=True)
@@ -62,7 +83,7 @@ STYLES: dict[str, Style] = {
         {},
         Shard(SEQUENCE_DIM),
         Shard(SEQUENCE_DIM),
-        lambda src, dst, local: SequenceParallel(sequence_dim=src[0].dim),
+        lambda src, dst, local: SequenceSplit(src[0].dim),
     ),
     "input": Style(
         {},

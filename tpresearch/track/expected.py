@@ -9,6 +9,7 @@ Per micro-batch of b rows of s tokens, e bytes an element, over t tensor-paralle
 - FSDP, of P parameters: an all-gather of e_p P in forward, another in backward where weights were freed, and a
   reduce-scatter of e_g P (arXiv 1910.02054, section 7; arXiv 2304.11277). HSDP and DDP: an all-reduce of
   e_g P / d over the replicas, once a step.
+- Norms under sequence parallelism: one all-reduce over tp, once a step, of their gradients' shards.
 - Clipping: one number for each axis that shards something.
 """
 
@@ -20,15 +21,14 @@ from collections.abc import Iterator
 from torch import nn
 
 from tpresearch.config.schema import Checkpointing, Config, Dtype
-from tpresearch.parallel.parallelize import is_wrapped
 from tpresearch.parallel.plan import Plan, local_shape
 from tpresearch.parallel.sends import rule_sends
 from tpresearch.track.ledger import Entry, ring_bytes
 
 _BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2}
 
-Collective = tuple[str, str, str, int]
-"""(axis, phase, collective, bytes of the whole tensor)"""
+Collective = tuple[str, str, str, str, int]
+"""(axis, phase, issuer, collective, bytes of the whole tensor)"""
 
 
 def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] | None:
@@ -48,10 +48,10 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
     if any(sent.width == 0 for name in plan.rules for sent in rule_sends(name, model, plan)):
         return None
     sizes = plan.sizes.live()
-    counts: dict[tuple[str, str, str], list[int]] = {}
-    for axis, phase, collective, whole in _collectives(model, plan, cfg):
+    counts: dict[tuple[str, str, str, str], list[int]] = {}
+    for axis, phase, issuer, collective, whole in _collectives(model, plan, cfg):
         if axis in sizes:
-            entry = counts.setdefault((axis, phase, collective), [0, 0, 0])
+            entry = counts.setdefault((axis, phase, issuer, collective), [0, 0, 0])
             for index, amount in enumerate((1, whole, ring_bytes(collective, whole, sizes[axis]))):
                 entry[index] += amount
     return [Entry(*key, *amounts) for key, amounts in sorted(counts.items())]
@@ -63,26 +63,28 @@ def _collectives(model: nn.Module, plan: Plan, cfg: Config) -> Iterator[Collecti
     micro_batches = share // rows
     for index in range(micro_batches):
         last = index == micro_batches - 1
-        yield from _of_tensor_plan(model, plan, cfg, rows * cfg.data.seq_len, last)
+        yield from _of_tensor_plan(model, plan, cfg, rows * cfg.data.seq_len)
         yield from _of_data_plan(model, plan, cfg, last)
+    yield from _of_partial_gradients(model, plan, cfg)
     yield from _of_clipping(plan, cfg)
 
 
-def _of_tensor_plan(
-    model: nn.Module, plan: Plan, cfg: Config, tokens: int, last: bool
-) -> Iterator[Collective]:
+def _of_tensor_plan(model: nn.Module, plan: Plan, cfg: Config, tokens: int) -> Iterator[Collective]:
     element = _BYTES[cfg.train.dtype]
-    # A norm's gradient is summed over tp when FSDP reduces it, which is after each micro-batch; else once.
-    sums_gradients = last or is_wrapped(plan.sizes.dp, cfg.parallel.fsdp, cfg.train.dtype)
     for name in plan.rules:
         for sent in rule_sends(name, model, plan):
             if sent.per_token:
-                yield "tp", sent.phase, sent.collective, sent.width * element * tokens
-            elif sums_gradients:
-                yield "tp", sent.phase, sent.collective, sent.width * element
+                yield "tp", sent.phase, "dtensor", sent.collective, sent.width * element * tokens
     if plan.loss_parallel:
         for _ in ("greatest logit", "sum of exponentials", "logit of the target"):
-            yield "tp", "loss", "all_reduce", tokens * max(element, 4)
+            yield "tp", "loss", "loss", "all_reduce", tokens * max(element, 4)
+
+
+def _of_partial_gradients(model: nn.Module, plan: Plan, cfg: Config) -> Iterator[Collective]:
+    shards = plan.sizes.dp_shard
+    local = [-(-p.shape[0] // shards) * math.prod(p.shape[1:]) for p in plan.partial(model).values()]
+    if local:
+        yield "tp", "backward", "step", "all_reduce", sum(local) * max(_BYTES[cfg.train.dtype], 4)
 
 
 def _of_data_plan(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iterator[Collective]:
@@ -91,12 +93,12 @@ def _of_data_plan(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iter
     gradient = _BYTES[cfg.parallel.fsdp.reduce_dtype] if cfg.train.dtype is Dtype.bfloat16 else weight
     for group, is_block in _groups(model, plan):
         padded = sum(_padded(name, parameter, plan, model) for name, parameter in group)
-        yield "dp_shard", "forward", "all_gather", padded * weight
+        yield "dp_shard", "forward", "fsdp", "all_gather", padded * weight
         if is_block and cfg.parallel.fsdp.reshard_after_forward:
-            yield "dp_shard", "backward", "all_gather", padded * weight
-        yield "dp_shard", "backward", "reduce_scatter", padded * gradient
+            yield "dp_shard", "backward", "fsdp", "all_gather", padded * weight
+        yield "dp_shard", "backward", "fsdp", "reduce_scatter", padded * gradient
         if last:
-            yield "dp_replicate", "backward", "all_reduce", padded // shards * gradient
+            yield "dp_replicate", "backward", "fsdp", "all_reduce", padded // shards * gradient
 
 
 def _groups(model: nn.Module, plan: Plan) -> Iterator[tuple[list[tuple[str, nn.Parameter]], bool]]:
@@ -118,6 +120,6 @@ def _padded(name: str, parameter: nn.Parameter, plan: Plan, model: nn.Module) ->
 
 def _of_clipping(plan: Plan, cfg: Config) -> Iterator[Collective]:
     number = 8 if cfg.train.dtype is Dtype.float64 else 4
-    yield "dp_shard", "clip", "all_reduce", number
+    yield "dp_shard", "clip", "clip", "all_reduce", number
     if plan.rules:
-        yield "tp", "clip", "all_reduce", number
+        yield "tp", "clip", "clip", "all_reduce", number

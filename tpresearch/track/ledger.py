@@ -1,17 +1,15 @@
 """What one optimizer step sends: every collective of this rank, by mesh axis and phase, in bytes.
 
 A dispatch mode sees each collective as it is issued, whether by DTensor (functional collectives) or by FSDP
-and the step itself (c10d's own). Inside compiled blocks it sees none, so the measured step runs those eagerly:
+and the step itself (c10d's own): which of the two tells the issuer. Inside compiled blocks it sees none, so the measured step runs those eagerly:
 torch.compile stands aside while such a mode is active.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +42,10 @@ _C10D = {
 }
 
 
+OWN_PHASES = ("loss", "clip", "optimizer")
+"""Phases in which whatever is sent is sent for that phase itself."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """Collectives of one kind, over one axis, in one phase of a step, on one rank."""
@@ -51,6 +53,8 @@ class Entry:
     axis: str
     phase: str
     """forward, loss, backward, clip or optimizer."""
+    issuer: str
+    """dtensor (the tensor plan), fsdp (the data plan), step (partial gradients), loss, clip or optimizer."""
     collective: str
     count: int
     tensor_bytes: int
@@ -84,7 +88,7 @@ class Ledger(TorchDispatchMode):
         names = mesh.mesh_dim_names or ()
         self._groups = {str(mesh.get_group(axis).group_name): (axis, mesh[axis].size()) for axis in names}
         self._phase = "other"
-        self._counts: dict[tuple[str, str, str], list[int]] = {}
+        self._counts: dict[tuple[str, str, str, str], list[int]] = {}
 
     @contextmanager
     def mark(self, phase: str) -> Iterator[None]:
@@ -103,18 +107,22 @@ class Ledger(TorchDispatchMode):
         name = func._schema.name.split("::")[-1]
         if func.namespace == "_c10d_functional" and name in _FUNCTIONAL:
             collective, whole = _FUNCTIONAL[name]
-            self._count(collective, args[0] if whole == "input" else result, str(args[-1]))
+            self._count(collective, args[0] if whole == "input" else result, str(args[-1]), "dtensor")
         elif func.namespace == "c10d" and name in _C10D:
             collective, position = _C10D[name]
-            self._count(collective, args[position], _group_of(args))
+            self._count(collective, args[position], _group_of(args), "fsdp")
         return result
 
-    def _count(self, collective: str, whole: Any, group: str) -> None:
+    def _count(self, collective: str, whole: Any, group: str, issuer: str) -> None:
         axis, ranks = self._groups.get(group, ("world", dist.get_world_size()))
         tensor_bytes = sum(t.numel() * t.element_size() for t in tree_leaves(whole) if isinstance(t, Tensor))
         if ranks == 1:
             return
-        entry = self._counts.setdefault((axis, self._phase, collective), [0, 0, 0])
+        if self._phase in OWN_PHASES:
+            issuer = self._phase
+        elif issuer == "fsdp" and axis == "tp":
+            issuer = "step"
+        entry = self._counts.setdefault((axis, self._phase, issuer, collective), [0, 0, 0])
         entry[0] += 1
         entry[1] += tensor_bytes
         entry[2] += ring_bytes(collective, tensor_bytes, ranks)
@@ -125,15 +133,6 @@ class Ledger(TorchDispatchMode):
     @property
     def sent_bytes(self) -> int:
         return sum(entry.sent_bytes for entry in self.entries())
-
-
-def write_ledger(folder: Path, measured: list[Entry], expected: list[Entry] | None) -> None:
-    """ledger.json: what rank 0 sent in one step, beside what the formulas say (null where there are none)."""
-    both = {
-        "measured": [asdict(entry) for entry in measured],
-        "expected": None if expected is None else [asdict(entry) for entry in expected],
-    }
-    (folder / "ledger.json").write_text(json.dumps(both, indent=2) + "\n")
 
 
 def _group_of(args: tuple[Any, ...]) -> str:

@@ -23,8 +23,9 @@ from tpresearch.launch.world import World
 from tpresearch.parallel.describe import plan_text
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.plan import Plan
+from tpresearch.track.counted import Expected, write_ledger
 from tpresearch.track.expected import expected_entries
-from tpresearch.track.ledger import write_ledger
+from tpresearch.track.expected_memory import expected_bytes
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.build import planned, sharded
 from tpresearch.train.device import Device, choose_device
@@ -61,7 +62,7 @@ def train(cfg: Config, run: Run) -> None:
         cfg.data.seq_len,
     )
     parameters = sum(p.numel() for p in model.parameters())
-    expected = expected_entries(model, plan, cfg)
+    expected = Expected(expected_entries(model, plan, cfg), expected_bytes(model, plan, cfg, device.type))
     where = run.world.size, sizes.live(), parameters, device.name
     facts = RunFacts(*where, corpus.corpus_hash, corpus.unigram_entropy)
     with tracking(cfg, run, facts, text) as tracker, process_group(device, run.world):
@@ -73,7 +74,7 @@ def train(cfg: Config, run: Run) -> None:
         trainer = assemble(cfg, model, plan, mesh, device, corpus)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", model)
         if tracker:
-            trainer.on_ledger = lambda ledger: write_ledger(run.folder, ledger.entries(), expected)
+            trainer.on_counted = lambda counted: write_ledger(run.folder, counted, expected)
         for row in trainer.rows():
             if tracker:
                 tracker.log(row)

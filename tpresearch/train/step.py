@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tpresearch.parallel.mesh import global_norm
+from tpresearch.parallel.mesh import global_norm, sum_together
+from tpresearch.parallel.plan import Plan
 from tpresearch.train.loss import loss_context, summed_cross_entropy
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -61,11 +62,15 @@ def _is_float64(model: nn.Module) -> bool:
     return next(model.parameters()).dtype == torch.float64
 
 
-def reduce_partial_gradients(model: nn.Module) -> None:
-    """Sum, once, gradients that are still partial sums over an axis, such as those of norms under sequence parallelism.
+@torch.no_grad()
+def reduce_partial_gradients(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
+    """Sum over tp, once, the gradients that are still parts of a sum: those of norms under sequence parallelism.
 
-    FSDP does it while it reduces; an optimizer that met one would sum it anew at each use.
+    A rule with a ParallelStyle of the user's own may leave partial DTensors, which an optimizer would sum anew
+    at each use: those too.
     """
+    gradients = [p.grad for p in plan.partial(model).values() if p.grad is not None]
+    sum_together(mesh, [g.to_local() if isinstance(g, DTensor) else g for g in gradients], "tp")
     for parameter in model.parameters():
         gradient = parameter.grad
         if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):

@@ -20,7 +20,7 @@ from tpresearch.config.validate import total_steps
 from tpresearch.data import Batches, PackedCorpus
 from tpresearch.parallel.mesh import DATA_AXES, data_rank, sum_over
 from tpresearch.parallel.plan import Plan
-from tpresearch.track.ledger import Ledger
+from tpresearch.track.counted import Counted
 from tpresearch.train.device import Device
 from tpresearch.train.evaluate import held_out_loss
 from tpresearch.train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -66,8 +66,8 @@ class Trainer:
 
     Attributes:
         on_gradients: called with the model each step, when its gradients are whole and not yet clipped.
-        on_ledger: called once, with what an early step sent.
-        ledger: the same, from then on.
+        on_counted: called once, with what an early step sent and held.
+        counted: the same, from then on.
     """
 
     def __init__(
@@ -81,15 +81,15 @@ class Trainer:
         cost: dict[bool, float],
     ) -> None:
         self.cfg, self.model, self.mesh, self.device, self.corpus = cfg, model, mesh, device, corpus
-        self.vocab_parallel, self.cost, self.dp = plan.loss_parallel, cost, plan.sizes.dp
+        self.plan, self.vocab_parallel, self.cost, self.dp = plan, plan.loss_parallel, cost, plan.sizes.dp
         self.on_gradients: Callable[[nn.Module], None] | None = None
-        self.on_ledger: Callable[[Ledger], None] | None = None
+        self.on_counted: Callable[[Counted], None] | None = None
         self.steps = total_steps(cfg)
         self.optimizer = build_optimizer(model, cfg.optimizer)
         self.batches = Batches(corpus.train, cfg.train.global_batch_size, cfg.train.seed)
         self.micro = cfg.train.micro_batch_size or cfg.train.global_batch_size // self.dp
         self.tokens_per_step = cfg.train.global_batch_size * cfg.data.seq_len
-        self.ledger: Ledger | None = None
+        self.counted: Counted | None = None
         # Kept on the device, since asking each step would make the host wait.
         self.first_bad_norm = torch.full((), -1, dtype=torch.int64, device=device.torch)
         self.shares_since_logged = torch.zeros((), device=device.torch)
@@ -108,7 +108,8 @@ class Trainer:
         every, last = self.cfg.train.eval_every, self.steps - 1
         for step in range(self.steps):
             counts = step == min(1, last)  # the first step may send what later ones do not
-            loss, norm = self.step(step, window, Ledger(self.mesh) if counts else None)
+            counted = Counted(self.mesh, self.model, self.optimizer) if counts else None
+            loss, norm = self.step(step, window, counted)
             window.steps += 1
             evaluates = step == last or (every is not None and (step + 1) % every == 0)
             if evaluates or (step + 1) % self.cfg.train.log_every == 0:
@@ -121,20 +122,22 @@ class Trainer:
                 with window.pause():
                     gc.collect()
 
-    def step(self, step: int, window: Window, ledger: Ledger | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, step: int, window: Window, counted: Counted | None) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns this rank's share of the loss and the global gradient norm, on the device."""
         start = time.perf_counter()
         rows = self.batches.batch(step, data_rank(self.mesh), self.dp)
         if self.device.type == "cuda":
             rows = rows.pin_memory().to(self.device.torch, non_blocking=True)
         window.data_s += time.perf_counter() - start
-        mark = ledger.mark if ledger else (lambda phase: nullcontext())
-        with ledger or nullcontext():
+        mark = counted.mark if counted else (lambda phase: nullcontext())
+        with counted or nullcontext():
             share = accumulate_gradients(
                 self.model, rows.split(self.micro), self.tokens_per_step, self.vocab_parallel, mark
             )
             with mark("backward"):
-                reduce_partial_gradients(self.model)
+                reduce_partial_gradients(self.model, self.plan, self.mesh)
+            if counted:
+                counted.held.note_gradients()
             if self.on_gradients:
                 self.on_gradients(self.model)
             with mark("clip"):
@@ -142,12 +145,12 @@ class Trainer:
             with mark("optimizer"):
                 self.update(step, norm)
         self.shares_since_logged += share
-        if ledger:
-            self.ledger = ledger
+        if counted:
+            self.counted = counted
             if self.cfg.parallel.compile and self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # the counted step ran eagerly, which takes more
-            if self.on_ledger:
-                self.on_ledger(ledger)
+            if self.on_counted:
+                self.on_counted(counted)
         return share, norm
 
     def update(self, step: int, norm: torch.Tensor) -> None:
@@ -187,7 +190,7 @@ class Trainer:
             "perf/mfu_causal": per_device * self.cost[True] / peak if peak else None,
             "time/data_s": window.data_s / window.steps,
             "memory/peak_bytes": peak_memory_bytes(self.device),
-            "comm/bytes_per_step": self.ledger.sent_bytes if self.ledger else None,
+            "comm/bytes_per_step": self.counted.sent.sent_bytes if self.counted else None,
         }
 
     def stop_if_nonfinite(self, step: int, loss: float, since_logged: float) -> None:

@@ -1,0 +1,159 @@
+"""What one optimizer step holds on this rank, by kind: parameters, gradients, optimizer state, activations, the rest.
+
+A dispatch mode notes each storage as an op makes it and as it is freed, on any device; FSDP grows and shrinks
+the storages of gathered weights by `resize_`, which is noted too. Kinds are known only in the end (a buffer turns
+out to be a gradient), so the step is noted first and replayed afterwards. An op's inner workspace is not seen:
+on CUDA the allocator's own peak stands beside.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Memory of one kind on one rank during one step."""
+
+    kind: str
+    """parameters (with buffers), gradients, optimizer (its state), activations (made in forward, kept for
+    backward), or temporaries (all else: gathered weights, unreduced gradients, results soon dropped)."""
+    most_bytes: int
+    """At the moment when there was most of this kind."""
+    at_peak_bytes: int
+    """At the moment when there was most of all kinds together; these add up to the peak."""
+
+
+class MemoryLedger(TorchDispatchMode):
+    """Notes what is held while it is entered; `mark` tells it the phase.
+
+    memory = MemoryLedger(model, optimizer)
+    with memory:
+        with memory.mark("forward"):
+            ...
+        memory.note_gradients()
+    memory.held()
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__()
+        self._model, self._optimizer = model, optimizer
+        self._next = 0
+        self._live: dict[int, int] = {}
+        """Address of a storage that lives -> the number we gave it."""
+        self._noted: list[tuple[int, int | None]] = []
+        """(storage's number, by how many bytes it grew, None where it was freed), in the order of time."""
+        self._kinds: dict[int, str] = {}
+        self._forward = False
+        self._made_forward: set[int] = set()
+        self.allocator_peak_bytes: int | None = None
+        """The CUDA allocator's own, which also has what ops use inside."""
+
+    def __enter__(self) -> MemoryLedger:
+        self._name("parameters", [*self._model.parameters(), *self._model.buffers()])
+        self._name("optimizer", _tensors_of(self._optimizer))
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+        self._resize, ledger = torch.UntypedStorage.resize_, self
+
+        def resize_and_note(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            before = storage.nbytes()
+            result = ledger._resize(storage, size)
+            number = ledger._number(storage, before)
+            ledger._noted.append((number, size - before))
+            ledger._kinds.setdefault(number, "temporaries")
+            return result
+
+        torch.UntypedStorage.resize_ = resize_and_note  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._name("optimizer", _tensors_of(self._optimizer))
+        if torch.cuda.is_initialized():
+            self.allocator_peak_bytes = torch.cuda.max_memory_allocated()
+
+    @contextmanager
+    def mark(self, phase: str) -> Iterator[None]:
+        """What forward and loss made and is still there when backward begins are activations."""
+        if phase == "backward":
+            alive = set(self._live.values()) & self._made_forward
+            self._kinds |= dict.fromkeys(alive - self._kinds.keys(), "activations")
+            self._made_forward.clear()
+        self._forward = phase in ("forward", "loss")
+        yield
+        self._forward = False
+
+    def note_gradients(self) -> None:
+        """Call when gradients are whole, and before the optimizer drops them."""
+        self._name("gradients", [p.grad for p in self._model.parameters() if p.grad is not None])
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # let DTensor turn the op into local ones, which come here again
+        result = func(*args, **(kwargs or {}))
+        of_fsdp = func.namespace == "fsdp"  # what it gathers weights into is no activation
+        for tensor in tree_leaves((result, args, kwargs) if of_fsdp else result):
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta":
+                number = self._number(tensor.untyped_storage(), None)
+                if of_fsdp:
+                    self._kinds.setdefault(number, "temporaries")
+                if self._forward:
+                    self._made_forward.add(number)
+        return result
+
+    def _name(self, kind: str, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            self._kinds[self._number(local.untyped_storage(), None)] = kind
+
+    def _number(self, storage: torch.UntypedStorage, nbytes: int | None) -> int:
+        """The storage's number, a new one where it is not known; it then counts from now on until it is freed."""
+        address = storage._cdata
+        if address not in self._live:
+            number, self._next = self._next, self._next + 1
+            self._live[address] = number
+            self._noted.append((number, storage.nbytes() if nbytes is None else nbytes))
+            weakref.finalize(storage, self._freed, address, number).atexit = False
+        return self._live[address]
+
+    def _freed(self, address: int, number: int) -> None:
+        del self._live[address]
+        self._noted.append((number, None))
+
+    def held(self) -> list[Held]:
+        """What was noted, replayed with the kinds that storages turned out to have."""
+        now, most, at_peak = (dict.fromkeys(KINDS, 0) for _ in range(3))
+        sizes: dict[int, int] = {}
+        peak = 0
+        for number, grown in self._noted:
+            kind = self._kinds.get(number, "temporaries")
+            if grown is None:
+                grown = -sizes[number]
+            sizes[number] = sizes.get(number, 0) + grown
+            now[kind] += grown
+            most[kind] = max(most[kind], now[kind])
+            if (total := sum(now.values())) > peak:
+                peak, at_peak = total, dict(now)
+        return [Held(kind, most[kind], at_peak[kind]) for kind in KINDS]
+
+
+def _tensors_of(optimizer: Optimizer) -> list[Tensor]:
+    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
