@@ -167,6 +167,8 @@ class VerifyConfig:
     steps: int = 3
     optimizers: list[OptimizerName] = field(default_factory=list)
     """Options of the optimizer group; AdamW alone hides a gradient scaled by a constant."""
+    integers: bool = False
+    """Put each kind of matmul under its rule with integer operands too, where the result must match bitwise."""
 
 
 @dataclass

@@ -29,17 +29,20 @@ def materialize(
                 module.register_buffer(
                     key, buffer.to(buffers), persistent=key not in module._non_persistent_buffers_set
                 )
-    with torch.no_grad():
-        for parameter, full in draw_all(model, seed):
-            if isinstance(parameter, DTensor):
-                moved = full.to(parameter.to_local().device, parameter.dtype)
-                shard = distribute_tensor(
-                    moved, parameter.device_mesh, parameter.placements, src_data_rank=None
-                )
-                parameter.to_local().copy_(shard.to_local())
-            else:
-                parameter.copy_(full)
+    for parameter, full in draw_all(model, seed):
+        fill(parameter, full)
     reset_buffers(model)
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, full: Tensor) -> None:
+    """Give a parameter its values; a sharded one takes its part, and nothing is sent."""
+    if isinstance(parameter, DTensor):
+        moved = full.to(parameter.to_local().device, parameter.dtype)
+        shard = distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(shard.to_local())
+    else:
+        parameter.copy_(full)
 
 
 def draw_all(model: nn.Module, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:

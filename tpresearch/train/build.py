@@ -18,7 +18,7 @@ from tpresearch.parallel.rules import class_at
 
 
 def meta_model(config: ModelConfig, dtype: Dtype = Dtype.float32) -> nn.Module:
-    """The model without storage. bfloat16 is a matter of computing: its parameters are float32.
+    """The model without storage.
 
     Raises:
         ConfigError: for a class that cannot be imported or does not take these settings.
@@ -42,7 +42,12 @@ def meta_model(config: ModelConfig, dtype: Dtype = Dtype.float32) -> nn.Module:
         raise ConfigError(
             "model", config.name, f"{build.__name__} refuses it: {error}", "settings that it accepts"
         ) from error
-    return model.to(torch.float64 if dtype is Dtype.float64 else torch.float32)
+    return model.to(weight_dtype(dtype))
+
+
+def weight_dtype(dtype: Dtype) -> torch.dtype:
+    """In which weights are kept. bfloat16 is a matter of computing: its weights are float32."""
+    return torch.float64 if dtype is Dtype.float64 else torch.float32
 
 
 def _model_class(config: ModelConfig) -> type[nn.Module]:

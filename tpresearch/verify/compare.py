@@ -11,6 +11,9 @@ from tpresearch.verify.trace import Tensors, Trace
 TOLERANCES = {Dtype.float64: 1e-10, Dtype.float32: 1e-4, Dtype.bfloat16: 1e-1}
 """Greatest relative error that is rounding. A plan adds numbers up in another order, and AdamW divides by small ones."""
 
+EXACT = ("initial weights", "between ranks")
+"""Quantities that must be the same to the bit."""
+
 
 @dataclass(frozen=True)
 class Worst:
@@ -25,7 +28,8 @@ class Worst:
 def compare(ours: Trace, reference: Trace) -> dict[str, Worst]:
     """The worst of each quantity. A tensor's error is relative to its greatest value in the reference.
 
-    Initial weights do not depend on the order of any sum: they must be the same to the bit.
+    Initial weights do not depend on the order of any sum: they must be the same to the bit. So must what all
+    ranks hold alike.
     """
     steps = list(enumerate(zip(ours.steps, reference.steps, strict=True)))
     return {
@@ -34,17 +38,28 @@ def compare(ours: Trace, reference: Trace) -> dict[str, Worst]:
         "grad norm": _worst(Worst(_relative(a.grad_norm, b.grad_norm), k) for k, (a, b) in steps),
         "gradients": _worst(w for k, (a, b) in steps for w in _tensors(k, a.gradients, b.gradients)),
         "weights": _worst(w for k, (a, b) in steps for w in _tensors(k, a.weights, b.weights)),
+        "between ranks": _worst(_apart(ours)),
         "held-out loss": Worst(_relative(ours.held_out or 0.0, reference.held_out or 0.0)),
     }
 
 
 def tolerance(quantity: str, dtype: Dtype) -> float:
-    return 0.0 if quantity == "initial weights" else TOLERANCES[dtype]
+    return 0.0 if quantity in EXACT else TOLERANCES[dtype]
 
 
 def _worst(errors: Iterable[Worst]) -> Worst:
     """The greatest; NaN counts as greater than all."""
     return max(errors, key=lambda worst: (worst.error != worst.error, worst.error))
+
+
+def _apart(trace: Trace) -> list[Worst]:
+    found = [Worst(error, None, name) for name, error in trace.initial_between_ranks.items()]
+    found += [
+        Worst(error, k, name)
+        for k, step in enumerate(trace.steps)
+        for name, error in step.between_ranks.items()
+    ]
+    return found or [Worst(0.0)]
 
 
 def _relative(ours: float, reference: float) -> float:

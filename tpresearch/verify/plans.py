@@ -21,6 +21,7 @@ from tpresearch.data import PackedCorpus, check_data, prepare
 from tpresearch.launch.world import World
 from tpresearch.train.build import planned
 from tpresearch.verify.compare import Worst, compare, tolerance
+from tpresearch.verify.integers import Exact, exactness, worst_of
 from tpresearch.verify.ranks import RankError, Ranks
 from tpresearch.verify.trace import Trace, trace
 
@@ -40,12 +41,14 @@ class Result:
     worst: dict[str, Worst] = field(default_factory=dict)
     out: list[str] = field(default_factory=list)
     """Quantities that are out of tolerance."""
+    integers: list[Exact] | None = None
+    """The plan's matmuls on integers, if that was asked for: with the first optimizer, since none is involved."""
     error: str | None = None
     """Why it did not run, if it did not."""
 
     @property
     def passed(self) -> bool:
-        return not self.out and self.error is None
+        return not self.out and self.error is None and all(exact.passed for exact in self.integers or ())
 
 
 def configs(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
@@ -105,6 +108,8 @@ def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
             results.append(result)
             try:
                 ours = ranks.run(ranks_of(c), trace_of, c, corpus)[0]
+                if c.verify.integers and c is plans[plan][0]:
+                    result.integers = worst_of(ranks.run(ranks_of(c), exactness, c))
             except RankError as error:
                 result.error = str(error).strip().splitlines()[-1]
                 log.error("%s: %s", plan, error)

@@ -9,18 +9,26 @@ from rich.table import Column, Table
 
 from tpresearch.verify.plans import Result
 
-HEADINGS = ("init", "loss", "norm", "grads", "weights", "held-out")
-QUANTITIES = ("initial weights", "loss", "grad norm", "gradients", "weights", "held-out loss")
+HEADINGS = {
+    "initial weights": "init",
+    "loss": "loss",
+    "grad norm": "norm",
+    "gradients": "grads",
+    "weights": "weights",
+    "between ranks": "ranks",
+    "held-out loss": "held-out",
+}
 
 
 def print_table(results: list[Result], path: Path) -> None:
     """Print one row a plan and optimizer; what is out of tolerance is marked, and said in full below."""
     console = Console(highlight=False)
-    table = Table(*(Column(title, no_wrap=True) for title in ("plan", "optimizer", *HEADINGS, "")))
+    table = Table(*(Column(title, no_wrap=True) for title in ("plan", "optimizer", *HEADINGS.values(), "")))
     for result in results:
-        cells = [_cell(result, quantity) for quantity in QUANTITIES]
+        cells = [_cell(result, quantity) for quantity in HEADINGS]
         table.add_row(result.plan, result.optimizer, *cells, "ok" if result.passed else "[red]out[/red]")
     console.print(table)
+    _print_integers(console, results)
     for result in results:
         if result.error:
             console.print(f"{result.plan} {result.optimizer}: did not run: {result.error}", markup=False)
@@ -39,9 +47,24 @@ def print_table(results: list[Result], path: Path) -> None:
     within = results[0].tolerance if results else 0
     verdict = "each plan computes what one process does" if all(r.passed for r in results) else "NOT the same"
     console.print(
-        f"{verdict} (relative error up to {within:.0e}; initial weights to the bit)\nrecord {path}",
+        f"{verdict} (relative error up to {within:.0e}; initial weights, and what ranks hold alike, to the bit)\nrecord {path}",
         markup=False,
     )
+
+
+def _print_integers(console: Console, results: list[Result]) -> None:
+    """What was asked for by verify.integers: each kind of matmul, and how far from bitwise equal."""
+    chosen = [result for result in results if result.integers is not None]
+    if not chosen:
+        return
+    titles = ("plan", "matmul on integers", "rule", "output", "input gradient", "weight gradient", "")
+    table = Table(*(Column(title, no_wrap=True) for title in titles))
+    for result in chosen:
+        for exact in result.integers or ():
+            numbers = (exact.output, exact.input_gradient, exact.weight_gradient)
+            verdict = "ok" if exact.passed else "[red]out[/red]"
+            table.add_row(result.plan, exact.layer, exact.rule, *(f"{n:g}" for n in numbers), verdict)
+    console.print(table)
 
 
 def _cell(result: Result, quantity: str) -> str:

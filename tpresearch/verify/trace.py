@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -32,6 +33,8 @@ class StepTrace:
     """Before clipping, by parameter name."""
     weights: Tensors
     """After the update, by parameter name."""
+    between_ranks: dict[str, float]
+    """How far ranks are apart in what all should have alike: see `between_ranks`."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,13 @@ class Trace:
     steps: list[StepTrace]
     held_out: float | None
     """The loss on held-out rows after the last step."""
+    initial_between_ranks: dict[str, float]
 
 
 def trace(cfg: Config, corpus: PackedCorpus, world: World, steps: int) -> Trace:
     """Train for a few steps on this rank of a job, through the code that every run goes through.
 
-    Returns: the same trace on every rank.
+    Returns: the trace as this rank sees it; `between_ranks` says whether all see the same.
     """
     sizes = validate(cfg, world.size, world.hosts)
     model, plan = planned(cfg, sizes)
@@ -59,11 +63,17 @@ def trace(cfg: Config, corpus: PackedCorpus, world: World, steps: int) -> Trace:
             whole({n: p.grad for n, p in model.named_parameters()})
         )
         initial, taken = weights(model), []
+        apart = between_ranks(initial, device.torch)
         for step in range(steps):
             share, norm = trainer.step(step, Window(), None)
-            loss = sum_over(mesh, share, DATA_AXES).item()
-            taken.append(StepTrace(loss, norm.item(), seen.pop(), weights(model)))
-        return Trace(initial, taken, trainer.evaluate())
+            loss = sum_over(mesh, share, DATA_AXES)
+            gradients, updated = seen.pop(), weights(model)
+            alike = {"loss": loss.cpu().double(), "grad norm": norm.cpu().double()}
+            alike |= {f"gradient of {name}": gradient for name, gradient in gradients.items()} | updated
+            taken.append(
+                StepTrace(loss.item(), norm.item(), gradients, updated, between_ranks(alike, device.torch))
+            )
+        return Trace(initial, taken, trainer.evaluate(), apart)
 
 
 def weights(model: nn.Module) -> Tensors:
@@ -78,3 +88,17 @@ def whole(tensors: dict[str, Tensor | None]) -> Tensors:
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             gathered[name] = full.detach().to("cpu", torch.float64, copy=True)
     return gathered
+
+
+def between_ranks(tensors: Tensors, device: torch.device) -> dict[str, float]:
+    """The greatest difference between any two ranks' copies of each tensor, relative to its greatest value."""
+    if dist.get_world_size() == 1:
+        return {}
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).to(device)
+    least, most = flat.clone(), flat.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    sizes = [tensor.numel() for tensor in tensors.values()]
+    apart = zip((most - least).split(sizes), most.abs().split(sizes), strict=True)
+    scaled = (a.max().item() / (s.max().item() or 1.0) for a, s in apart)
+    return dict(zip(tensors, scaled, strict=True))

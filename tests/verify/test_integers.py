@@ -1,0 +1,70 @@
+"""Sharded matmuls on integers: bitwise equal under every plan; and a wrong one is far from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from composed import config
+from torch.distributed.tensor import Partial
+from torch.distributed.tensor.parallel import RowwiseParallel
+
+from tpresearch.config import Config
+from tpresearch.launch.world import World
+from tpresearch.parallel.rules import Compiled
+from tpresearch.verify.integers import Exact, exactness, worst_of
+from tpresearch.verify.ranks import Ranks
+
+PLANS = [
+    (1, ["parallel=none"]),
+    (2, ["parallel=ddp"]),
+    (2, ["parallel=tp"]),
+    (2, ["parallel=sp"]),
+    (2, ["parallel=fsdp"]),
+    (4, ["parallel=fsdp_tp"]),
+    (4, ["parallel=hsdp_tp", "train.dtype=float64"]),
+    (4, ["parallel=fsdp_tp", "train.dtype=bfloat16"]),
+    (4, ["parallel=tp", "model.vocab_size=263"]),
+    (2, ["parallel=tp", "parallel.loss_parallel=false"]),
+]
+
+
+@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
+@pytest.mark.parametrize(
+    ("size", "overrides"), PLANS, ids=lambda v: " ".join(v) if isinstance(v, list) else v
+)
+def test_every_matmul_is_bitwise_equal(ranks: Ranks, size: int, overrides: list[str], model: str) -> None:
+    found = worst_of(ranks.run(size, exactness, config(f"model={model}", *overrides)))
+    assert {"toy_mlp": 4, "llama2_debug": 6}[model] <= len(found)
+    assert [exact for exact in found if not exact.passed] == []
+
+
+def unsummed(world: World, cfg: Config) -> list[Exact]:
+    """The row-wise layers hand on their part of the sum as if it were the sum."""
+    style = Compiled.style
+
+    def broken(rule: Compiled) -> object:
+        layouts = {"input_layouts": rule.src[0], "output_layouts": Partial()}
+        return RowwiseParallel(**layouts) if rule.name == "out_proj" else style(rule)
+
+    Compiled.style = broken  # type: ignore[method-assign, assignment]
+    try:
+        return exactness(world, cfg)
+    finally:
+        Compiled.style = style  # type: ignore[method-assign]
+
+
+def test_a_sum_that_is_left_out_is_seen(ranks: Ranks) -> None:
+    found = worst_of(ranks.run(2, unsummed, config("model=toy_mlp", "parallel=tp")))
+    assert [exact.layer for exact in found if not exact.passed] == ["mlp.out_proj"]
+    wrong = next(exact for exact in found if not exact.passed)
+    assert wrong.output >= 1  # integers differ by integers
+    assert wrong.input_gradient == wrong.weight_gradient == 0  # the forward alone is wrong
+
+
+def test_float_operands_would_not_do() -> None:
+    """What the integers are for: the same sum in two parts is another float, and the same integer."""
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(64, generator=drawn)
+    whole = torch.randint(-2, 3, (64,), generator=drawn).float()
+    assert x.sum() != x[:32].sum() + x[32:].sum()
+    assert whole.sum() == whole[:32].sum() + whole[32:].sum()

@@ -1,0 +1,184 @@
+"""Sharded matmuls on integers: sums of integers do not depend on their order, so every result must match bitwise.
+
+Each kind of layer of the model that multiplies is put under its own rule and the whole data plan, alone, with
+integer weights, inputs and upstream gradients, and compared with the same layer in one piece.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from tpresearch.config.schema import Config, Dtype
+from tpresearch.config.validate import validate
+from tpresearch.launch.world import World
+from tpresearch.parallel.init import fill
+from tpresearch.parallel.mesh import axis_size, build_mesh, data_rank
+from tpresearch.parallel.parallelize import parallelize
+from tpresearch.parallel.plan import Plan
+from tpresearch.parallel.rules import Compiled
+from tpresearch.train.build import planned, weight_dtype
+from tpresearch.train.device import choose_device
+from tpresearch.train.loop import process_group
+
+GREATEST = 2
+"""Integers from -2 to 2: their sums stay small enough to be exact even in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """How far a sharded layer is from the whole one, on integers: each number must be 0."""
+
+    layer: str
+    rule: str
+    output: float
+    input_gradient: float
+    weight_gradient: float
+
+    @property
+    def passed(self) -> bool:
+        return self.output == self.input_gradient == self.weight_gradient == 0
+
+
+class Alone(nn.Module):
+    """One layer as a model, so that it is sharded by the code that shards every model."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def exactness(world: World, cfg: Config) -> list[Exact]:
+    """Each distinct matmul of the model under its plan, against itself in one piece, on this rank."""
+    sizes = validate(cfg, world.size)
+    model, plan = planned(cfg, sizes)
+    device = choose_device(cfg, world.local_rank, world.local_size)
+    with process_group(device, world):
+        mesh = build_mesh(sizes, device.type)
+        return [
+            _compare(name, layer, rule, plan, cfg, mesh, device.torch)
+            for name, layer, rule in _layers(model, plan)
+        ]
+
+
+def worst_of(ranks: list[list[Exact]]) -> list[Exact]:
+    """Of each layer the greatest differences on any rank."""
+    return [
+        Exact(
+            exact[0].layer,
+            exact[0].rule,
+            max(e.output for e in exact),
+            max(e.input_gradient for e in exact),
+            max(e.weight_gradient for e in exact),
+        )
+        for exact in zip(*ranks, strict=True)
+    ]
+
+
+def _layers(model: nn.Module, plan: Plan) -> list[tuple[str, nn.Module, Compiled | None]]:
+    """The first layer of each shape and rule. A ParallelStyle of the user's own has layouts that nothing tells."""
+    found: dict[object, tuple[str, nn.Module, Compiled | None]] = {}
+    for name, module in model.named_modules():
+        rule = plan.rules.get(name)
+        if isinstance(module, nn.Linear | nn.Embedding) and not (rule and rule.rule.target):
+            kind = type(module), tuple(module.weight.shape), rule and rule.name
+            found.setdefault(kind, (name, module, rule))
+    return list(found.values())
+
+
+def _compare(
+    name: str,
+    layer: nn.Module,
+    rule: Compiled | None,
+    plan: Plan,
+    cfg: Config,
+    mesh: DeviceMesh,
+    device: torch.device,
+) -> Exact:
+    dtype = torch.float64 if cfg.train.dtype == "float64" else torch.float32
+    dtype = torch.bfloat16 if cfg.train.dtype is Dtype.bfloat16 else weight_dtype(cfg.train.dtype)
+    x, upstream = _operands(layer, mesh)
+    whole = copy.deepcopy(layer).to_empty(device="cpu").double()
+    for parameter in whole.parameters():
+        parameter.data = _integers(*parameter.shape)
+    expected = whole(x)
+    expected.backward(upstream)
+
+    alone = Alone(layer)
+    rules = {"layer": rule} if rule else {}
+    parallelize(
+        alone, Plan(rules, ["layer"], [], plan.sizes, False), cfg.parallel, mesh, cfg.train.dtype
+    ).to_empty(device=device)
+    for key, parameter in alone.named_parameters():
+        fill(parameter, whole.get_parameter(key.removeprefix("layer.")).detach())
+    src, dst = (rule.src[0], rule.dst[0]) if rule else (Replicate(), Replicate())
+    part = _part(x.detach(), src, mesh).to(device)
+    part = part.to(dtype).requires_grad_() if x.requires_grad else part
+    output = alone(part)
+    own = _part(upstream, dst, mesh).to(device, output.dtype)
+    if isinstance(output, DTensor):
+        own = DTensor.from_local(
+            own, output.device_mesh, output.placements, shape=output.shape, stride=output.stride()
+        )
+    output.backward(own)
+    gradients = {key.removeprefix("layer."): p.grad for key, p in alone.named_parameters()}
+    return Exact(
+        name,
+        f"{rule.name} ({rule.label})" if rule else "",
+        _apart(output, _part(expected, dst, mesh)),
+        _apart(part.grad, _part(x.grad, src, mesh)) if x.grad is not None else 0.0,
+        max(_apart(_whole_of(gradients[key]), p.grad) for key, p in whole.named_parameters()),
+    )
+
+
+def _whole_of(gradient: Tensor | None) -> Tensor | None:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def _operands(layer: nn.Module, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+    """x and the gradient of the output, of the global batch: the same on every rank. float64, or int64 token ids."""
+    tp = axis_size(mesh, "tp")
+    rows, tokens = axis_size(mesh, "dp_replicate") * axis_size(mesh, "dp_shard") * tp, 4 * tp
+    if isinstance(layer, nn.Embedding):
+        ids = torch.arange(rows * tokens).mul(7919).remainder(layer.num_embeddings)
+        return ids.view(rows, tokens), _integers(rows, tokens, layer.embedding_dim)
+    assert isinstance(layer, nn.Linear)
+    x = _integers(rows, tokens, layer.in_features)
+    return x.requires_grad_(), _integers(rows, tokens, layer.out_features)
+
+
+def _integers(*shape: int) -> Tensor:
+    """Integers from -GREATEST to GREATEST in no order, the same wherever they are drawn."""
+    drawn = torch.Generator().manual_seed(sum(shape))
+    return torch.randint(-GREATEST, GREATEST + 1, shape, generator=drawn).double()
+
+
+def _part(whole: Tensor | None, layout: Placement | None, mesh: DeviceMesh) -> Tensor:
+    """What this rank has of a tensor of the global batch: its rows, and of those its part over tp."""
+    assert whole is not None
+    replicas = axis_size(mesh, "dp_replicate") * axis_size(mesh, "dp_shard")
+    rows = whole.chunk(replicas)[data_rank(mesh)]
+    if not isinstance(layout, Shard):
+        return rows
+    parts = rows.chunk(axis_size(mesh, "tp"), layout.dim)
+    own = mesh.get_local_rank("tp")
+    return parts[own] if own < len(parts) else rows.narrow(layout.dim, 0, 0)
+
+
+def _apart(ours: Tensor | None, expected: Tensor | None) -> float:
+    """The greatest difference, 0 where all are equal; infinite where the shapes are not."""
+    if ours is None or expected is None:
+        return float("inf")
+    local = ours.to_local() if isinstance(ours, DTensor) else ours
+    if local.shape != expected.shape:
+        return float("inf")
+    difference = (local.detach().to("cpu", torch.float64) - expected.detach()).abs()
+    return difference.max().item() if difference.numel() else 0.0
