@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 
-from tpresearch.config import Config
+from tpresearch.config import Config, ConfigError
 from tpresearch.data import PackedCorpus, check_data, prepare
 from tpresearch.launch import Run, World, entrypoint
 
 
 def check(cfg: Config, world: World) -> None:
+    if cfg.data.source.is_synthetic:
+        why = "its rows are drawn as they are read"
+        raise ConfigError(
+            "data.source", cfg.data.source, why, "a source of text to prepare", fix={"data": "pystdlib"}
+        )
     check_data(cfg.data, cfg.tokenizer)
 
 
 @entrypoint(check=check)
 def main(cfg: Config, run: Run) -> None:
     corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
+    assert isinstance(corpus, PackedCorpus)
     if run.world.rank == 0:
         print(report(corpus))
 

@@ -115,7 +115,7 @@ REFUSED = [
     (
         1,
         f"{PLAN} parallel=sp model.plans.sp.out.dst=shard",
-        "model.plans.sp.out.dst=shard: no such layout; replicate, shard:N, logits or null",
+        "model.plans.sp.out.dst=shard: no such layout; replicate, shard:N, logits, rows or null",
     ),
     (
         1,

@@ -9,7 +9,7 @@ from commands import PROGRAM, Command
 
 pytestmark = pytest.mark.cli
 
-MODELS = "llama2_13b, llama2_1b, llama2_70b, llama2_7b, llama2_debug, llama2_small, llama2_tiny, toy_mlp"
+MODELS = "llama2_13b, llama2_1b, llama2_70b, llama2_7b, llama2_debug, llama2_small, llama2_tiny, toy_mlp, toy_net"
 BETAS = "'optimizer.betas=[0.9, 0.95]'"
 
 # The overrides typed, how the line begins, and the overrides of the command to try (None: not compared).
@@ -32,7 +32,7 @@ REFUSED = [
     ("lr=1", "lr=1: no such config group or key; nearest is optimizer.lr", "optimizer.lr=1"),
     ("trian.steps=3", "trian.steps=3: no such key; nearest is train.steps", "train.steps=3"),
     ("+mesh.x=2", "mesh.x=2: no such key; there are mesh.dp_replicate, mesh.dp_shard, mesh.tp", ""),
-    ("+x=1", "x=1: no such config group or key; there are data, device, ", ""),
+    ("+x=1", "x=1: no such config group or key; there are data, defects, ", ""),
     ("model.dimm=64", "model.dimm=64: no such key; nearest is model.dim", "model.dim=64"),
     ("model=toy_mlp model.dimm=64", "model.dimm=64: no such key; nearest is model.dim", None),
     ("hydra.run.dri=x", "hydra.run.dri=x: no such key; nearest is hydra.run.dir", "hydra.run.dir=x"),

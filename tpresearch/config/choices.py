@@ -36,6 +36,13 @@ class DataSource(StrEnum):
     jsonl = "jsonl"
     parquet = "parquet"
     hf = "hf"
+    uniform = "uniform"
+    random_tokens = "random_tokens"
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Rows are drawn as they are read: no files, no tokenizer, nothing to prepare, nothing held out."""
+        return self in (DataSource.uniform, DataSource.random_tokens)
 
 
 class TokenizerKind(StrEnum):
@@ -52,6 +59,11 @@ class ScheduleName(StrEnum):
     constant = "constant"
     cosine = "cosine"
     wsd = "wsd"
+
+
+class Loss(StrEnum):
+    next_token = "next_token"
+    sum = "sum"
 
 
 class OnNonfinite(StrEnum):

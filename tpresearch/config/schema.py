@@ -15,6 +15,7 @@ from tpresearch.config.choices import (
     DataSource,
     DeviceKind,
     Dtype,
+    Loss,
     OnNonfinite,
     OptimizerName,
     ScheduleName,
@@ -77,7 +78,9 @@ class DataConfig:
     max_tokens: int | None = None
     """Stop reading after about this many tokens; required when streaming."""
     seq_len: int = 128
-    """Tokens a row that the model sees; rows are stored with one more, for the last target."""
+    """Tokens a row that the model sees; rows are stored with one more, for the last target. 1 for rows of numbers."""
+    width: int | None = None
+    """Numbers a row (uniform); tokens are drawn below tokenizer.vocab_size (random_tokens)."""
     held_out_every: int = 20
     """One document in this many, chosen by a hash of its name, is kept for evaluation."""
     cache_dir: str = "~/.cache/tpresearch"
@@ -100,6 +103,8 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay_vectors: bool = False
+    """Let weight decay reach biases and norm weights too, as torch's AdamW does unless it is told otherwise."""
     momentum: float = 0.0
 
 
@@ -124,6 +129,9 @@ class TrainConfig:
     """Rows an optimizer step, over all ranks and accumulation: part of the science, not of the plan."""
     micro_batch_size: int | None = None
     """Rows a data-parallel rank takes through the model at once; null for all of its share."""
+    loss: Loss = Loss.next_token
+    """next_token: mean cross-entropy of each token after those before it. sum: the plain sum of all outputs, which has
+    no targets and no least value; train/loss is then that sum."""
     seed: int = 0
     dtype: Dtype = Dtype.float32
     """Dtype of the computation. bfloat16 keeps float32 weights, gradients and optimizer state."""
@@ -139,6 +147,23 @@ class TrainConfig:
     """stop: at a loss or gradient norm that is not finite. skip: leave out updates whose norm is not finite."""
     warmup_log_steps: int = 5
     """First steps left out of the medians of perf/* in summary.json."""
+
+
+@dataclass
+class DefectsConfig:
+    """Mistakes of the tutorial's scripts, each off unless it is asked for, so that one can see what it does.
+
+    Two more have keys of their own: parallel.loss_parallel=false gathers the logits, and model.blocks=[] leaves
+    the whole model to one root `fully_shard`.
+    """
+
+    keep_gradients: bool = False
+    """Never zero the gradients: each update follows the sum of all gradients since the first step."""
+    weights_per_rank: bool = False
+    """Draw first weights from a generator of each data-parallel rank's own: FSDP, which broadcasts nothing, puts one
+    model together from rows of several, and replicas start apart."""
+    overlapping_batches: bool = False
+    """Seed a data-parallel rank's rows by step + rank: rank 1 reads at step k what rank 0 reads at step k + 1."""
 
 
 @dataclass
@@ -175,12 +200,13 @@ class VerifyConfig:
 class Rule:
     """One named sharding rule of a plan: which modules, in which style, with which layouts.
 
-    Layouts are `replicate`, `shard:N`, or `logits` (vocabulary-sharded under loss_parallel, else
-    replicated). A list gives one layout for each positional input, null for one left alone.
+    Layouts are `replicate`, `shard:N`, and for what the model puts out `logits` (vocabulary-sharded) or `rows`
+    (split by rows): left so for the loss under loss_parallel, else replicated. A list gives one layout for each
+    positional input, null for one left alone.
     """
 
     match: str = ""
-    """Wildcards over module names, matched part by part between the dots."""
+    """Wildcards over module names, matched part by part between the dots; `.` is the model itself."""
     style: str | None = None
     """colwise, rowwise, sequence, input or output."""
     src: Any = None
@@ -224,6 +250,7 @@ class ComposedConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    defects: DefectsConfig = field(default_factory=DefectsConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     """Read by `python -m tpresearch.verify` alone."""

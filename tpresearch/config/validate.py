@@ -67,6 +67,7 @@ def _check_numbers(cfg: Config) -> None:
         ("train.eval_rows", cfg.train.eval_rows, 0),
         ("train.seed", cfg.train.seed, 0),
         ("data.seq_len", cfg.data.seq_len, 1),
+        ("data.width", cfg.data.width, 1),
         ("schedule.warmup_steps", cfg.schedule.warmup_steps, 0),
     ):
         if value is not None and value < least:

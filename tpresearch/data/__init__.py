@@ -9,15 +9,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tpresearch.data.batches import Batches, eval_batches
+    from tpresearch.data.batches import Batches, batches_of, eval_batches
     from tpresearch.data.check import check_data
     from tpresearch.data.packed import PackedCorpus, check_enough_rows
     from tpresearch.data.pipeline import prepare
+    from tpresearch.data.synthetic import AnyCorpus, Synthetic
     from tpresearch.data.tokenizer import tokenizer_size
 
 __all__ = [
+    "AnyCorpus",
     "Batches",
     "PackedCorpus",
+    "Synthetic",
+    "batches_of",
     "check_data",
     "check_enough_rows",
     "eval_batches",
@@ -26,8 +30,11 @@ __all__ = [
 ]
 
 _HOME = {
+    "AnyCorpus": "synthetic",
     "Batches": "batches",
     "PackedCorpus": "packed",
+    "Synthetic": "synthetic",
+    "batches_of": "batches",
     "check_data": "check",
     "check_enough_rows": "packed",
     "eval_batches": "batches",

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tpresearch.data.synthetic import AnyCorpus, Synthetic
+
 
 class Batches:
     """The endless sequence of global batches over `rows`.
@@ -45,12 +47,7 @@ class Batches:
         Raises:
             ValueError: where the global batch does not divide over `dp_size` ranks.
         """
-        if self.global_batch_size % dp_size:
-            raise ValueError(
-                f"a global batch of {self.global_batch_size} rows cannot be cut into {dp_size} slices"
-            )
-        share = self.global_batch_size // dp_size
-        return gather(self.rows, self.rows_of(step)[dp_rank * share : (dp_rank + 1) * share])
+        return gather(self.rows, self.rows_of(step)[part_of(self.global_batch_size, dp_rank, dp_size)])
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:  # drawing it takes some 35 ms a million rows: kept for the epoch
@@ -59,6 +56,41 @@ class Batches:
                 np.random.default_rng([self.seed, epoch]).permutation(len(self.rows)),
             )
         return self._order
+
+
+class DrawnBatches:
+    """The endless sequence of global batches of a synthetic source: row i of step k is drawn by (seed, k, i)."""
+
+    def __init__(self, rows: Synthetic, global_batch_size: int, seed: int) -> None:
+        self.rows, self.global_batch_size, self.seed = rows, global_batch_size, seed
+
+    def batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> torch.Tensor:
+        """The rows of one data-parallel rank: [global / dp_size, width] float32, or [global / dp_size, s + 1] int64.
+
+        Raises:
+            ValueError: where the global batch does not divide over `dp_size` ranks.
+        """
+        mine = range(self.global_batch_size)[part_of(self.global_batch_size, dp_rank, dp_size)]
+        return torch.from_numpy(np.stack([self.rows.draw(self.seed, step, row) for row in mine]))
+
+
+def batches_of(corpus: AnyCorpus, global_batch_size: int, seed: int) -> Batches | DrawnBatches:
+    """The global batches of a corpus, packed or synthetic."""
+    if isinstance(corpus, Synthetic):
+        return DrawnBatches(corpus, global_batch_size, seed)
+    return Batches(corpus.train, global_batch_size, seed)
+
+
+def part_of(global_batch_size: int, dp_rank: int, dp_size: int) -> slice:
+    """Which rows of a global batch a data-parallel rank reads.
+
+    Raises:
+        ValueError: where the global batch does not divide over `dp_size` ranks.
+    """
+    if global_batch_size % dp_size:
+        raise ValueError(f"a global batch of {global_batch_size} rows cannot be cut into {dp_size} slices")
+    share = global_batch_size // dp_size
+    return slice(dp_rank * share, (dp_rank + 1) * share)
 
 
 def eval_batches(

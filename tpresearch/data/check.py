@@ -21,6 +21,8 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
         ConfigError: naming the field at fault.
     """
     _check_numbers(data)
+    if data.source.is_synthetic:
+        return
     _check_cache_dir(data)
     _check_tokenizer(tokenizer)
     if data.source is DataSource.hf:

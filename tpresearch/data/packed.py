@@ -46,6 +46,10 @@ class PackedCorpus:
     meta: Meta
     folder: Path
 
+    def __str__(self) -> str:
+        rows, row_tokens = self.train.shape
+        return f"{rows} train and {len(self.held_out)} held-out rows of {row_tokens - 1} tokens"
+
     @classmethod
     def open(cls, folder: Path, meta: Meta) -> PackedCorpus:
         """The rows in `folder`, prepared and found intact, with its meta.json."""

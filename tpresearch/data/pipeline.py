@@ -23,6 +23,7 @@ from tpresearch.data.packed import PackedCorpus, write_rows
 from tpresearch.data.progress import stage
 from tpresearch.data.split import choose_split
 from tpresearch.data.streams import read_stream, write_streams
+from tpresearch.data.synthetic import AnyCorpus, Synthetic
 from tpresearch.data.tokenizer import Tokenizer, byte_level, load_hf, train_bpe
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ CHARS_PER_TOKEN = 4
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = False) -> PackedCorpus:
-    """The packed corpus of a config, prepared if it is not in the cache yet.
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = False) -> AnyCorpus:
+    """The corpus of a config: packed rows, prepared if they are not in the cache yet, or synthetic ones.
 
     Every rank may call this at once: one process per host prepares, the others wait for it.
 
@@ -51,6 +52,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = False
         ConfigError: for text that cannot be read after all (a bad line, a hub that went away) or is not
             there.
     """
+    if data.source.is_synthetic:
+        return Synthetic.of(data, tokenizer)
     return _Preparation(data, tokenizer, progress).rows()
 
 

@@ -13,6 +13,7 @@ class ToyMLP(nn.Module):
 
     def __init__(self, dim: int = 10, hidden_dim: int = 32, out_dim: int = 5) -> None:
         super().__init__()
+        self.input_width = dim
         self.in_proj = nn.Linear(dim, hidden_dim)
         self.relu = nn.ReLU()
         self.out_proj = nn.Linear(hidden_dim, out_dim)

@@ -34,7 +34,7 @@ def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
         own = dict(module.named_parameters(recurse=False))
         sends = _sends(name, model, plan) if rule else ""
         if rule and not own:
-            rows.append(Row(name, f"{rule.name} ({rule.label})", _arrow(rule), None, sends))
+            rows.append(Row(name or ".", f"{rule.name} ({rule.label})", _arrow(rule), None, sends))
         for index, (key, parameter) in enumerate(own.items()):
             fqn = f"{name}.{key}" if name else key
             dim = split_dim(fqn, plan.rules, module)
@@ -130,14 +130,18 @@ def plan_text(model: nn.Module, plan: Plan) -> str:
         lines.append(
             f"left whole on every tp rank: {count:,} ({', '.join(row.fqn for row in whole) or 'none'})"
         )
-        lines.append("loss: " + ("on vocabulary shards" if plan.loss_parallel else "on whole logits"))
+        where = {-1: "vocabulary shards", 0: "each rank's rows", None: "whole outputs"}[plan.split_output]
+        lines.append(f"loss: on {where}")
     lines += _data_lines(plan)
     return "\n".join(lines) + "\n"
 
 
 def _data_lines(plan: Plan) -> list[str]:
     sizes, lines = plan.sizes, []
-    blocks = f"each of {len(plan.blocks)} blocks, then the rest of the model as one"
+    count = len(plan.blocks)
+    blocks = (
+        f"each of {count} blocks, then the rest of the model as one" if count else "the whole model as one"
+    )
     if sizes.dp_shard > 1:
         lines.append(
             f"over dp_shard={sizes.dp_shard}: {blocks}: weights all-gathered in forward (a block's again in backward, "

@@ -15,6 +15,7 @@ from torch import nn
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.mesh import MeshSizes
 from tpresearch.config.schema import DataPlan, ModelConfig, ParallelConfig
+from tpresearch.parallel.numbers import modules_given_numbers
 from tpresearch.parallel.rules import Compiled, compile_rule
 
 
@@ -29,8 +30,15 @@ class Plan:
     whole: list[str]
     """Parameters that the tensor plan leaves whole on every tp rank."""
     sizes: MeshSizes
-    loss_parallel: bool
-    """The logits reach the loss sharded over the vocabulary."""
+    split_output: int | None
+    """The dim of the model's output that reaches the loss split over tp: -1 the vocabulary, 0 rows; None if it is whole."""
+    given: frozenset[str]
+    """Modules that take the model's own numbers: no gradient flows back to their input."""
+
+    @property
+    def loss_parallel(self) -> bool:
+        """The model's output reaches the loss split over tp."""
+        return self.split_output is not None
 
     def partial(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Parameters whose gradient on a tp rank is that of its part of the sequence: a part of a sum over tp."""
@@ -54,13 +62,18 @@ def matching(pattern: str, names: list[str]) -> list[str]:
 
 
 def compile_plan(
-    model: nn.Module, config: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, seq_len: int
+    model: nn.Module,
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    sizes: MeshSizes,
+    seq_len: int,
+    rows: int,
 ) -> Plan:
     """Judge a plan against the model it is for.
 
     Args:
         model: on the meta device, whole. config: its config, plans included.
-        parallel: the choice of plan. sizes: ranks along each axis. seq_len: tokens a row.
+        parallel: the choice of plan. sizes: ranks along each axis. seq_len: tokens a row. rows: in a micro-batch.
 
     Raises:
         ConfigError: rules that match nothing, overlap or cannot be read; sizes that tp does not divide.
@@ -82,7 +95,7 @@ def compile_plan(
         ]
         rules = _expand(compiled, names)
         _check_kinds(model, rules)
-        _check_divisible(model, config, parallel, rules, sizes, seq_len)
+        _check_divisible(config, parallel, sizes, _cuts(model, config, rules, seq_len, rows))
         _check_sequence(model, parallel.tensor, rules)
     whole = [
         name
@@ -90,7 +103,8 @@ def compile_plan(
         if split_dim(name, rules, model.get_submodule(name.rpartition(".")[0])) is None
     ]
     active = rules if sizes.tp > 1 else {}
-    return Plan(active, blocks, whole, sizes, any(rule.vocab_parallel for rule in active.values()))
+    split = next((rule.dst[0].dim for rule in active.values() if rule.leaves_split), None)  # type: ignore[union-attr]
+    return Plan(active, blocks, whole, sizes, split, modules_given_numbers(model))
 
 
 def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
@@ -118,7 +132,7 @@ def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
 def _expand(compiled: list[Compiled], names: list[str]) -> dict[str, Compiled]:
     found: dict[str, Compiled] = {}
     for rule in compiled:
-        matched = matching(rule.rule.match, names)
+        matched = [""] if rule.rule.match == "." else matching(rule.rule.match, names)
         if not matched:
             raise ConfigError(
                 f"{rule.where}.match",
@@ -132,12 +146,13 @@ def _expand(compiled: list[Compiled], names: list[str]) -> dict[str, Compiled]:
                 raise ConfigError(
                     f"{rule.where}.match",
                     rule.rule.match,
-                    f"module {name} has the rule {found[name].name} already",
+                    f"module {name or '.'} has the rule {found[name].name} already",
                     f"one rule a module: narrow {found[name].name} or {rule.name}",
                     fix={f"{rule.where}.match": None, f"{found[name].where}.match": None},
                 )
             found[name] = rule
-    return dict(sorted(found.items(), key=lambda item: names.index(item[0])))
+    order = ["", *names]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
 
 def _check_kinds(model: nn.Module, rules: dict[str, Compiled]) -> None:
@@ -154,9 +169,11 @@ def _check_kinds(model: nn.Module, rules: dict[str, Compiled]) -> None:
 
 
 def _check_sequence(model: nn.Module, plan: str, rules: dict[str, Compiled]) -> None:
-    """Where the sequence is split, a weight that no rule speaks of would get a part of its gradient on each rank."""
-    if not any(rule.splits_sequence for rule in rules.values()):
+    """Where tokens are split, a weight that no rule speaks of would get a part of its gradient on each rank."""
+    split = next((rule for rule in rules.values() if rule.splits_sequence or rule.splits_rows), None)
+    if split is None:
         return
+    tokens = "the sequence is split" if split.splits_sequence else "the batch's rows are split"
     for name, _ in model.named_parameters():
         module = name.rpartition(".")[0]
         if module not in rules:
@@ -164,7 +181,7 @@ def _check_sequence(model: nn.Module, plan: str, rules: dict[str, Compiled]) -> 
                 f"model.plans.{plan}",
                 plan,
                 f"no rule speaks of {module or 'the model'}, whose {name} would get a part of its gradient on each tp rank, "
-                "since the sequence is split",
+                f"since {tokens}",
                 "a rule for it: style sequence, or style input with null layouts where its input is whole",
             )
 
@@ -179,14 +196,8 @@ class _Cut:
 
 
 def _check_divisible(
-    model: nn.Module,
-    config: ModelConfig,
-    parallel: ParallelConfig,
-    rules: dict[str, Compiled],
-    sizes: MeshSizes,
-    seq_len: int,
+    config: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, cuts: list[_Cut]
 ) -> None:
-    cuts = _cuts(model, config, rules, seq_len)
     wrong = next((cut for cut in cuts if cut.count % sizes.tp), None)
     if wrong is None:
         return
@@ -211,7 +222,9 @@ def _few(numbers: list[int]) -> str:
     return " ".join(map(str, numbers if len(numbers) <= 8 else [*numbers[:8], "..."]))
 
 
-def _cuts(model: nn.Module, config: ModelConfig, rules: dict[str, Compiled], seq_len: int) -> list[_Cut]:
+def _cuts(
+    model: nn.Module, config: ModelConfig, rules: dict[str, Compiled], seq_len: int, rows: int
+) -> list[_Cut]:
     """Every count that is split over tp, but for the vocabulary: DTensor pads that one."""
     cuts: dict[str, _Cut] = {}
     for name, rule in rules.items():
@@ -240,6 +253,8 @@ def _cuts(model: nn.Module, config: ModelConfig, rules: dict[str, Compiled], seq
             cuts.setdefault(f"{rule.name} {weight.shape[dim]}", cut)
         if rule.splits_sequence:
             cuts.setdefault("seq_len", _Cut("data.seq_len", seq_len, f"rule {rule.name} splits the sequence"))
+        if rule.splits_rows:
+            cuts.setdefault("rows", _Cut("train.micro_batch_size", rows, f"rule {rule.name} splits its rows"))
     return list(cuts.values())
 
 

@@ -26,6 +26,9 @@ from tpresearch.config.schema import Rule
 SEQUENCE_DIM = 1
 """Activations are [b, s, h]."""
 
+OUTPUTS = {"logits": Shard(-1), "rows": Shard(0)}
+"""Layouts of what a model puts out, as it is left for the loss: split over the vocabulary, or by rows."""
+
 Layouts = tuple[Placement | None, ...]
 
 
@@ -110,8 +113,8 @@ class Compiled:
     rule: Rule
     src: Layouts
     dst: Layouts
-    vocab_parallel: bool
-    """The output are logits that stay sharded over the vocabulary."""
+    leaves_split: bool
+    """The output is the model's, and stays split over tp for the loss."""
 
     @property
     def label(self) -> str:
@@ -121,6 +124,11 @@ class Compiled:
     def splits_sequence(self) -> bool:
         """An activation is split along the sequence on its way in or out."""
         return Shard(SEQUENCE_DIM) in (*self.src, *self.dst)
+
+    @property
+    def splits_rows(self) -> bool:
+        """An activation is split by the batch's rows on its way in or out."""
+        return Shard(0) in (*self.src, *self.dst)
 
     def weight_dim(self, module: nn.Module) -> int | None:
         """The dim of `module.weight` that is split, or None where the weight stays whole."""
@@ -132,7 +140,7 @@ class Compiled:
         if self.rule.target:
             return instantiate({"_target_": self.rule.target, **self.rule.args})
         assert self.rule.style
-        return STYLES[self.rule.style].build(self.src, self.dst, not self.vocab_parallel)
+        return STYLES[self.rule.style].build(self.src, self.dst, not self.leaves_split)
 
 
 def compile_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Compiled:
@@ -164,7 +172,7 @@ def compile_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Compi
             "src and dst lists of one length, null for a tensor left alone",
             fix={f"{where}.src": None, f"{where}.dst": None},
         )
-    return Compiled(name, where, rule, src, dst, rule.dst == "logits" and loss_parallel)
+    return Compiled(name, where, rule, src, dst, str(rule.dst) in OUTPUTS and loss_parallel)
 
 
 def _layouts(where: str, given: Any, default: Placement | None, loss_parallel: bool) -> Layouts:
@@ -178,13 +186,15 @@ def _layouts(where: str, given: Any, default: Placement | None, loss_parallel: b
 def _layout(where: str, text: Any, loss_parallel: bool) -> Placement | None:
     if text is None:
         return None
-    if text == "logits":
-        return Shard(-1) if loss_parallel else Replicate()
+    if text in OUTPUTS:
+        return OUTPUTS[text] if loss_parallel else Replicate()
     if text == "replicate":
         return Replicate()
     if match := re.fullmatch(r"shard:(-?\d+)", str(text)):
         return Shard(int(match[1]))
-    raise ConfigError(where, text, "no such layout", "replicate, shard:N, logits or null", fix={where: None})
+    raise ConfigError(
+        where, text, "no such layout", "replicate, shard:N, logits, rows or null", fix={where: None}
+    )
 
 
 def _check_target(where: str, target: str) -> None:

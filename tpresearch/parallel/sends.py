@@ -45,17 +45,21 @@ def rule_sends(name: str, model: nn.Module, plan: Plan) -> list[Sent]:
     rule, module = plan.rules[name], model.get_submodule(name)
     style, src, dst = rule.rule.style, [_kind(p) for p in rule.src], [_kind(p) for p in rule.dst]
     if style == "input":
-        return _moved(_INTO, list(zip(src, dst, strict=True)), _input_width(name, model, plan))
+        moves = list(zip(src, dst, strict=True))
+        return _wanted(_moved(_INTO, moves, _input_width(name, model, plan)), name, plan)
     if style == "output":
         return _moved(_OUT_OF, list(zip(src, dst, strict=True)), 0)
     if style == "sequence":
         return _summed(dict(module.named_parameters(recurse=False)))
     if style == "colwise":
         into = [] if _prepared(name, plan) else _moved(_INTO, [(src[0], "replicate")], _widths(module)[0])
-        return into + _moved(_OUT_OF, [("shard", dst[0])], _even(_widths(module)[1], plan.sizes.tp))
+        return _wanted(into, name, plan) + _moved(
+            _OUT_OF, [("shard", dst[0])], _even(_widths(module)[1], plan.sizes.tp)
+        )
     if style == "rowwise":
         looks_up = isinstance(module, nn.Embedding)
         into = [] if looks_up else _moved(_INTO, [(src[0], "shard")], _widths(module)[0])
+        into = _wanted(into, name, plan)
         # A bias is added before the sum, so that its gradient, like the output's, is whole on every rank.
         return into + _moved(_OUT_OF, [("partial", dst[0])], _widths(module)[1])
     return []
@@ -66,6 +70,11 @@ def _moved(
 ) -> list[Sent]:
     pairs = [zip(("forward", "backward"), table.get(move, ("", "")), strict=True) for move in moves]
     return [Sent(phase, collective, width) for pair in pairs for phase, collective in pair if collective]
+
+
+def _wanted(into: list[Sent], name: str, plan: Plan) -> list[Sent]:
+    """Without what brings a gradient back to the model's own numbers, which want none."""
+    return [sent for sent in into if sent.phase == "forward" or name not in plan.given]
 
 
 def _summed(parameters: dict[str, nn.Parameter]) -> list[Sent]:
@@ -87,13 +96,17 @@ def _even(width: int, ranks: int) -> int:
 
 def _input_width(name: str, model: nn.Module, plan: Plan) -> int:
     """The width of what enters a module, read off the first layer under it that the plan splits by columns."""
-    inner = (n for n, rule in plan.rules.items() if n.startswith(name + ".") and rule.rule.style == "colwise")
+    under = f"{name}." if name else ""
+    inner = (n for n, rule in plan.rules.items() if n.startswith(under) and rule.rule.style == "colwise")
     first = next(inner, None)
     return _widths(model.get_submodule(first))[0] if first else 0
 
 
 def _prepared(name: str, plan: Plan) -> bool:
-    """A rule on a module around this one has brought the input into its layout already."""
+    """A rule on a module around this one has brought the input into its layout already.
+
+    Not one on the model itself, which speaks of the model's input: what reaches a layer is what its `src` says.
+    """
     return any(
         name.startswith(outer + ".") and rule.rule.style == "input" for outer, rule in plan.rules.items()
     )

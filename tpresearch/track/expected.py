@@ -5,7 +5,8 @@ Per micro-batch of b rows of s tokens, e bytes an element, over t tensor-paralle
 - TP: an all-reduce of b s h after attention and after the feed-forward, and one each way back
   (Megatron-LM, arXiv 1909.08053, section 3); with sequence parallelism each is a reduce-scatter and an
   all-gather (arXiv 2205.05198, section 4.2). `parallel/sends.py` has them rule by rule.
-- The vocabulary-parallel loss: three all-reduces of b s numbers (arXiv 1909.08053, section 3).
+- The vocabulary-parallel loss: three all-reduces of b s numbers (arXiv 1909.08053, section 3); the sum of outputs
+  that are split: one all-reduce of one number.
 - FSDP, of P parameters: an all-gather of e_p P in forward, another in backward where weights were freed, and a
   reduce-scatter of e_g P (arXiv 1910.02054, section 7; arXiv 2304.11277). HSDP and DDP: an all-reduce of
   e_g P / d over the replicas, once a step.
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from tpresearch.config.schema import Checkpointing, Config, Dtype
+from tpresearch.config.schema import Checkpointing, Config, Dtype, Loss
 from tpresearch.parallel.plan import Plan, local_shape
 from tpresearch.parallel.sends import rule_sends
 from tpresearch.track.ledger import Entry, ring_bytes
@@ -75,7 +76,9 @@ def _of_tensor_plan(model: nn.Module, plan: Plan, cfg: Config, tokens: int) -> I
         for sent in rule_sends(name, model, plan):
             if sent.per_token:
                 yield "tp", sent.phase, "dtensor", sent.collective, sent.width * element * tokens
-    if plan.loss_parallel:
+    if plan.loss_parallel and cfg.train.loss is Loss.sum:
+        yield "tp", "loss", "loss", "all_reduce", max(element, 4)
+    elif plan.loss_parallel:
         for _ in ("greatest logit", "sum of exponentials", "logit of the target"):
             yield "tp", "loss", "loss", "all_reduce", tokens * max(element, 4)
 

@@ -11,10 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.mesh import MeshSizes
 from tpresearch.config.schema import Config, Dtype, ModelConfig
+from tpresearch.config.validate import micro_batch_size
 from tpresearch.parallel.init import materialize
 from tpresearch.parallel.parallelize import parallelize
 from tpresearch.parallel.plan import Plan, compile_plan
 from tpresearch.parallel.rules import class_at
+from tpresearch.train.defects import weights_seed
+from tpresearch.train.inputs import check_inputs, check_outputs
 
 
 def meta_model(config: ModelConfig, dtype: Dtype = Dtype.float32) -> nn.Module:
@@ -76,15 +79,19 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     """The model on the meta device, and its plan compiled against it: no ranks, no memory.
 
     Raises:
-        ConfigError: from the model or the plan compiler.
+        ConfigError: from the model, the plan compiler, or where the model and the data do not fit each other.
     """
     model = meta_model(cfg.model, cfg.train.dtype)
-    return model, compile_plan(model, cfg.model, cfg.parallel, sizes, cfg.data.seq_len)
+    check_inputs(model, cfg)
+    rows = micro_batch_size(cfg, sizes)
+    plan = compile_plan(model, cfg.model, cfg.parallel, sizes, cfg.data.seq_len, rows)
+    check_outputs(model, plan, cfg)
+    return model, plan
 
 
 def sharded(model: nn.Module, plan: Plan, cfg: Config, mesh: DeviceMesh, device: torch.device) -> nn.Module:
     """A planned model, sharded over the mesh, with the weights that (seed, name) gives."""
     parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
     home = torch.device("cpu") if cfg.parallel.fsdp.cpu_offload else device
-    materialize(model, home, cfg.train.seed, buffers=device)
+    materialize(model, home, weights_seed(cfg, mesh), buffers=device)
     return model

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpresearch.data import PackedCorpus, eval_batches
+from tpresearch.data import AnyCorpus, eval_batches
 from tpresearch.parallel.mesh import DATA_AXES, data_rank, sum_over
 from tpresearch.parallel.parallelize import fsdp_modules
 from tpresearch.train.loss import IGNORED, loss_context, summed_cross_entropy
@@ -14,7 +14,7 @@ from tpresearch.train.loss import IGNORED, loss_context, summed_cross_entropy
 
 def held_out_loss(
     model: nn.Module,
-    corpus: PackedCorpus,
+    corpus: AnyCorpus,
     count: int,
     micro: int,
     mesh: DeviceMesh,

@@ -17,7 +17,7 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import planned_world, total_steps, validate
-from tpresearch.data import PackedCorpus, check_enough_rows, prepare
+from tpresearch.data import AnyCorpus, PackedCorpus, check_enough_rows, prepare
 from tpresearch.launch.run import Run
 from tpresearch.launch.world import World
 from tpresearch.parallel.describe import plan_text
@@ -28,6 +28,7 @@ from tpresearch.track.expected import expected_entries
 from tpresearch.track.expected_memory import expected_bytes
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.build import planned, sharded
+from tpresearch.train.defects import defects_on
 from tpresearch.train.device import Device, choose_device
 from tpresearch.train.speed import flops_per_token
 from tpresearch.train.trainer import Trainer
@@ -54,13 +55,11 @@ def train(cfg: Config, run: Run) -> None:
         return
     device = choose_device(cfg, run.world.local_rank, run.world.local_size)
     corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
-    check_enough_rows(corpus, cfg.train.global_batch_size, sizes.dp * (cfg.train.micro_batch_size or 1))
-    log.info(
-        "data: %s, %d train and %d held-out rows of %d tokens",
-        cfg.data.source,
-        *map(len, (corpus.train, corpus.held_out)),
-        cfg.data.seq_len,
-    )
+    if isinstance(corpus, PackedCorpus):
+        check_enough_rows(corpus, cfg.train.global_batch_size, sizes.dp * (cfg.train.micro_batch_size or 1))
+    log.info("data: %s, %s", cfg.data.source, corpus)
+    if wrong := defects_on(cfg.defects):
+        log.warning("wrong on purpose: %s", ", ".join(wrong))
     parameters = sum(p.numel() for p in model.parameters())
     expected = Expected(expected_entries(model, plan, cfg), expected_bytes(model, plan, cfg, device.type))
     where = run.world.size, sizes.live(), parameters, device.name
@@ -107,7 +106,7 @@ def process_group(device: Device, world: World) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def check_same_corpus(corpus: PackedCorpus) -> None:
+def check_same_corpus(corpus: AnyCorpus) -> None:
     """Each host prepares its own rows; refuse to train on rows that differ, since hosts may have other Pythons.
 
     Raises:
@@ -127,7 +126,7 @@ def check_same_corpus(corpus: PackedCorpus) -> None:
 
 
 def assemble(
-    cfg: Config, model: nn.Module, plan: Plan, mesh: DeviceMesh, device: Device, corpus: PackedCorpus
+    cfg: Config, model: nn.Module, plan: Plan, mesh: DeviceMesh, device: Device, corpus: AnyCorpus
 ) -> Trainer:
     """A planned meta model, sharded and given its first weights, with what it takes to train it."""
     cost = {causal: flops_per_token(model, cfg.data.seq_len, causal) for causal in (False, True)}

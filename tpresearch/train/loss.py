@@ -1,17 +1,51 @@
-"""Next-token cross-entropy, on whole logits or on vocabulary shards."""
+"""What a step minimises, on whole outputs or on shards of them."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import loss_parallel
+
+from tpresearch.config.schema import Loss
 
 IGNORED = -100
 """A target that counts for nothing: rows that only fill up a batch."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a global batch as a sum over rows, so that ranks and micro-batches each add their part.
+
+    Attributes:
+        loss: the mean cross-entropy of each next token, or the plain sum of all outputs.
+        split: the output comes as a DTensor that is split over tp.
+        tokens: valid targets in the whole global batch, over all ranks and micro-batches.
+        dtype: in which rows of numbers are given to the model.
+    """
+
+    loss: Loss
+    split: bool
+    tokens: int
+    dtype: torch.dtype
+
+    def context(self) -> AbstractContextManager[None]:
+        """To be entered around forward and backward."""
+        return loss_context(self.split and self.loss is Loss.next_token)
+
+    def inputs(self, rows: Tensor) -> Tensor:
+        """rows: [b, width] -> the same, or [b, s + 1] int64 -> tokens [b, s]."""
+        return rows.to(self.dtype) if rows.is_floating_point() else rows[:, :-1]
+
+    def part(self, output: Tensor, rows: Tensor) -> Tensor:
+        """What these rows add to the loss: a plain scalar, the same on every tp rank."""
+        if self.loss is Loss.sum:
+            return summed(output)
+        return summed_cross_entropy(output, rows[:, 1:]) / self.tokens
 
 
 def loss_context(vocab_parallel: bool) -> AbstractContextManager[None]:
@@ -28,3 +62,16 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss.to_local() if isinstance(loss, DTensor) else loss
+
+
+def summed(output: Tensor) -> Tensor:
+    """The sum of all elements, in at least float32; of a DTensor that is split, each rank adds up its part and one
+    all-reduce of one number adds those up. Nothing is gathered, forward or backward.
+
+    Returns: a plain scalar, the same on every tp rank.
+    """
+    local = output.to_local() if isinstance(output, DTensor) else output
+    part = local.sum(dtype=torch.promote_types(local.dtype, torch.float32))
+    if not isinstance(output, DTensor):
+        return part
+    return DTensor.from_local(part, output.device_mesh, [Partial()]).full_tensor()

@@ -12,17 +12,17 @@ from tpresearch.config.schema import OptimizerConfig, OptimizerName, ScheduleCon
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD over the sharded parameters; weight decay on matrices only.
+    """AdamW or SGD over the sharded parameters; weight decay on matrices, and on vectors where that is asked for.
 
     One group for each mesh that parameters live on, since torch's fused and foreach updates take no mixture.
     """
     groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups.setdefault((mesh, parameter.dim() >= 2), []).append(parameter)
+        groups.setdefault((mesh, parameter.dim() >= 2 or config.decay_vectors), []).append(parameter)
     param_groups = [
-        {"params": parameters, "weight_decay": config.weight_decay if is_matrix else 0.0}
-        for (_, is_matrix), parameters in groups.items()
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+        for (_, decays), parameters in groups.items()
     ]
     if config.name is OptimizerName.sgd:
         # DTensor has no fused SGD (torch 2.13).

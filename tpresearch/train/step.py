@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from tpresearch.parallel.mesh import global_norm, sum_together
 from tpresearch.parallel.plan import Plan
-from tpresearch.train.loss import loss_context, summed_cross_entropy
+from tpresearch.train.loss import Objective
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Marks a part of the step (forward, loss, backward, clip, optimizer) for whoever counts what it sends."""
@@ -26,16 +26,14 @@ def unmarked(phase: str) -> AbstractContextManager[None]:
 def accumulate_gradients(
     model: nn.Module,
     micro_batches: Iterable[Tensor],
-    tokens: int,
-    vocab_parallel: bool,
+    objective: Objective,
     mark: Phase = unmarked,
 ) -> Tensor:
-    """Add the gradient of (summed loss / `tokens`) to every parameter.
+    """Add the gradient of the loss to every parameter.
 
     Args:
-        micro_batches: this data-parallel rank's rows, each [b, s + 1] int64: inputs and, shifted by one, targets.
-        tokens: valid targets in the whole global batch, over all ranks and micro-batches.
-        vocab_parallel: the logits come sharded over the vocabulary.
+        micro_batches: this data-parallel rank's rows, each [b, s + 1] int64 (inputs and, shifted by one, targets)
+            or [b, width] numbers.
 
     Returns: this data-parallel rank's share of the loss, a detached scalar; the shares sum to the global loss.
     """
@@ -46,12 +44,12 @@ def accumulate_gradients(
     for index, rows in enumerate(micro_batches):
         if isinstance(model, FSDPModule):  # replicas are summed once, after the last micro-batch
             model.set_requires_all_reduce(index == len(micro_batches) - 1)
-        with loss_context(vocab_parallel):
+        with objective.context():
             with mark("forward"):
-                logits = model(rows[:, :-1])
+                output = model(objective.inputs(rows))
             with mark("loss"):
-                loss = summed_cross_entropy(logits, rows[:, 1:]) / tokens
-            del logits
+                loss = objective.part(output, rows)
+            del output
             with mark("backward"):
                 loss.backward()
         share += loss.detach()

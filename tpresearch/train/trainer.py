@@ -17,12 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.config.schema import Config, OnNonfinite
 from tpresearch.config.validate import total_steps
-from tpresearch.data import Batches, PackedCorpus
+from tpresearch.data import AnyCorpus, batches_of
 from tpresearch.parallel.mesh import DATA_AXES, data_rank, sum_over
 from tpresearch.parallel.plan import Plan
 from tpresearch.track.counted import Counted
+from tpresearch.train.defects import KeptGradients, part_to_read
 from tpresearch.train.device import Device
 from tpresearch.train.evaluate import held_out_loss
+from tpresearch.train.loss import Objective
 from tpresearch.train.optim import build_optimizer, learning_rate, set_learning_rate
 from tpresearch.train.speed import peak_flops, peak_memory_bytes
 from tpresearch.train.step import accumulate_gradients, clip_gradients, reduce_partial_gradients
@@ -77,7 +79,7 @@ class Trainer:
         plan: Plan,
         mesh: DeviceMesh,
         device: Device,
-        corpus: PackedCorpus,
+        corpus: AnyCorpus,
         cost: dict[bool, float],
     ) -> None:
         self.cfg, self.model, self.mesh, self.device, self.corpus = cfg, model, mesh, device, corpus
@@ -86,9 +88,12 @@ class Trainer:
         self.on_counted: Callable[[Counted], None] | None = None
         self.steps = total_steps(cfg)
         self.optimizer = build_optimizer(model, cfg.optimizer)
-        self.batches = Batches(corpus.train, cfg.train.global_batch_size, cfg.train.seed)
+        self.batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
         self.micro = cfg.train.micro_batch_size or cfg.train.global_batch_size // self.dp
         self.tokens_per_step = cfg.train.global_batch_size * cfg.data.seq_len
+        dtype = getattr(torch, cfg.train.dtype)
+        self.objective = Objective(cfg.train.loss, self.vocab_parallel, self.tokens_per_step, dtype)
+        self.kept = KeptGradients(model) if cfg.defects.keep_gradients else None
         self.counted: Counted | None = None
         # Kept on the device, since asking each step would make the host wait.
         self.first_bad_norm = torch.full((), -1, dtype=torch.int64, device=device.torch)
@@ -125,17 +130,17 @@ class Trainer:
     def step(self, step: int, window: Window, counted: Counted | None) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns this rank's share of the loss and the global gradient norm, on the device."""
         start = time.perf_counter()
-        rows = self.batches.batch(step, data_rank(self.mesh), self.dp)
+        rows = self.batches.batch(*part_to_read(self.cfg, step, data_rank(self.mesh)), self.dp)
         if self.device.type == "cuda":
             rows = rows.pin_memory().to(self.device.torch, non_blocking=True)
         window.data_s += time.perf_counter() - start
         mark = counted.mark if counted else (lambda phase: nullcontext())
         with counted or nullcontext():
-            share = accumulate_gradients(
-                self.model, rows.split(self.micro), self.tokens_per_step, self.vocab_parallel, mark
-            )
+            share = accumulate_gradients(self.model, rows.split(self.micro), self.objective, mark)
             with mark("backward"):
                 reduce_partial_gradients(self.model, self.plan, self.mesh)
+            if self.kept:
+                self.kept.add()
             if counted:
                 counted.held.note_gradients()
             if self.on_gradients:
@@ -163,6 +168,8 @@ class Trainer:
             lr = learning_rate(step, self.steps, self.cfg.optimizer.lr, self.cfg.schedule)
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
+        if self.kept:
+            self.kept.keep()
         self.optimizer.zero_grad()
 
     def metrics(

@@ -15,9 +15,9 @@ from rich.progress import track
 from tpresearch.config import Config
 from tpresearch.config.compose import typed
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.schema import DataPlan, MeshConfig, ParallelConfig
+from tpresearch.config.schema import DataPlan, DefectsConfig, MeshConfig, ParallelConfig
 from tpresearch.config.validate import validate
-from tpresearch.data import PackedCorpus, check_data, prepare
+from tpresearch.data import AnyCorpus, Synthetic, check_data, prepare
 from tpresearch.launch.world import World
 from tpresearch.train.build import planned
 from tpresearch.verify.compare import Worst, compare, tolerance
@@ -99,7 +99,9 @@ def judge(cfg: Config) -> None:
 def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
     """Trace one process, then each plan, and say how far they are apart."""
     corpus = _few_rows(prepare(cfg.data, cfg.tokenizer, progress=True))
-    references = [trace(_reference(c), corpus, World(), cfg.verify.steps) for c in next(iter(plans.values()))]
+    references = [
+        trace(reference_of(c), corpus, World(), cfg.verify.steps) for c in next(iter(plans.values()))
+    ]
     ranks, results = Ranks(), []
     try:
         jobs = [(plan, *pair) for plan, cfgs in plans.items() for pair in zip(cfgs, references, strict=True)]
@@ -121,21 +123,27 @@ def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
     return results
 
 
-def trace_of(world: World, cfg: Config, corpus: PackedCorpus) -> Trace | None:
+def trace_of(world: World, cfg: Config, corpus: AnyCorpus) -> Trace | None:
     """The trace from rank 0 alone, since all ranks have the same, and it is large to send."""
     found = trace(cfg, corpus, world, cfg.verify.steps)
     return found if world.rank == 0 else None
 
 
-def _reference(cfg: Config) -> Config:
-    """The same science in one process: the whole batch at once, whole logits."""
+def reference_of(cfg: Config) -> Config:
+    """The same science in one process: the whole batch at once, whole logits, nothing wrong on purpose."""
     whole_batch = dataclasses.replace(cfg.train, micro_batch_size=None)
     return dataclasses.replace(
-        cfg, parallel=ParallelConfig(loss_parallel=False), mesh=MeshConfig(), train=whole_batch
+        cfg,
+        parallel=ParallelConfig(loss_parallel=False),
+        mesh=MeshConfig(),
+        train=whole_batch,
+        defects=DefectsConfig(),
     )
 
 
-def _few_rows(corpus: PackedCorpus) -> PackedCorpus:
+def _few_rows(corpus: AnyCorpus) -> AnyCorpus:
+    if isinstance(corpus, Synthetic):
+        return corpus
     return dataclasses.replace(
         corpus, train=corpus.train[:ROWS].copy(), held_out=corpus.held_out[:ROWS].copy()
     )

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
-from tpresearch.data import PackedCorpus
+from tpresearch.data import AnyCorpus
 from tpresearch.launch.world import World
 from tpresearch.parallel.mesh import DATA_AXES, build_mesh, sum_over
 from tpresearch.train.build import planned
@@ -47,7 +47,7 @@ class Trace:
     initial_between_ranks: dict[str, float]
 
 
-def trace(cfg: Config, corpus: PackedCorpus, world: World, steps: int) -> Trace:
+def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int) -> Trace:
     """Train for a few steps on this rank of a job, through the code that every run goes through.
 
     Returns: the trace as this rank sees it; `between_ranks` says whether all see the same.

@@ -1,0 +1,58 @@
+"""Synthetic rows: a pure function of (seed, step, row), whatever the mesh, and of what the config says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from composed import config
+
+from tpresearch.config.schema import DataSource
+from tpresearch.data import Synthetic, batches_of, prepare
+
+NUMBERS = Synthetic(DataSource.uniform, 10, None)
+TOKENS = Synthetic(DataSource.random_tokens, 17, 300)
+BOTH = pytest.mark.parametrize("source", [NUMBERS, TOKENS], ids=["uniform", "random_tokens"])
+
+
+@BOTH
+@pytest.mark.parametrize("dp_size", [2, 3, 6])
+def test_ranks_read_the_slices_of_one_global_batch(source: Synthetic, dp_size: int) -> None:
+    for step in (0, 5):
+        whole = batches_of(source, 12, seed=3).batch(step)
+        slices = [batches_of(source, 12, seed=3).batch(step, rank, dp_size) for rank in range(dp_size)]
+        assert torch.equal(torch.cat(slices), whole)
+    with pytest.raises(ValueError, match="cannot be cut into 5"):
+        batches_of(source, 12, seed=3).batch(0, 0, 5)
+
+
+@BOTH
+def test_a_larger_batch_begins_with_the_rows_of_a_smaller_one(source: Synthetic) -> None:
+    assert torch.equal(batches_of(source, 12, 3).batch(4)[:8], batches_of(source, 8, 3).batch(4))
+
+
+@BOTH
+def test_no_two_rows_are_the_same_over_steps_and_seeds(source: Synthetic) -> None:
+    rows = [batches_of(source, 8, seed).batch(step) for seed in range(4) for step in range(8)]
+    assert len(torch.cat(rows).unique(dim=0)) == 4 * 8 * 8
+
+
+def test_numbers_are_uniform_and_tokens_fill_the_vocabulary() -> None:
+    numbers = batches_of(NUMBERS, 2000, 0).batch(0)
+    assert (numbers.shape, numbers.dtype) == ((2000, 10), torch.float32)
+    assert 0 <= numbers.min() < 1e-3 < 0.999 < numbers.max() < 1
+    assert numbers.mean().item() == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / 20_000))
+    tokens = batches_of(TOKENS, 500, 0).batch(0)
+    assert (tokens.shape, tokens.dtype) == ((500, 17), torch.int64)
+    assert tokens.unique().tolist() == list(range(300))
+
+
+def test_the_config_says_how_wide_and_over_which_vocabulary() -> None:
+    numbers = config("model=toy_net", "data=uniform", "model.dim=6", small=False)
+    assert prepare(numbers.data, numbers.tokenizer) == Synthetic(DataSource.uniform, 6, None)
+    tokens = config("data=random_tokens", "tokenizer=bpe_32k", "data.seq_len=256", small=False)
+    source = prepare(tokens.data, tokens.tokenizer)
+    assert source == Synthetic(DataSource.random_tokens, 257, 32000)
+    assert source.unigram_entropy == pytest.approx(math.log(32000))
+    assert len(source.held_out) == 0
