@@ -19,6 +19,7 @@ GROUPS = ("parallel", "model", "mesh", "data", "tokenizer", "optimizer", "schedu
 TINY_MODEL = ["model.dim=32", "model.n_layers=1", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=64"]
 TINY_RUN = ["train.steps=2", "train.global_batch_size=4", "train.eval_rows=4", "data.seq_len=16"]
 TINY_RUN += ["tokenizer.vocab_size=300", "logger=none", "device=cpu"]
+SHORT_ROWS = ["train.steps=2", "data.seq_len=16", "tokenizer.vocab_size=300"]
 
 
 def fenced(language: str) -> list[str]:
@@ -58,6 +59,8 @@ def cheap(words: list[str], cache: Path) -> list[str]:
         return ["make", "-n", *words[1:]]
     if any(word.startswith("plan_only") for word in words):
         return words
+    if any(word.startswith("experiment=seed_") for word in words):
+        return [*words, "device=cpu", *(TINY_MODEL + SHORT_ROWS if "experiment=seed_2d" in words else [])]
     data = [] if any(word.startswith("data=") for word in words) else ["data=text", "data.path=texts/*.txt"]
     ours = {word.partition("=")[0] for word in TINY_RUN}
     kept = [word for word in words if word.partition("=")[0] not in ours]

@@ -1,0 +1,274 @@
+"""The tutorial's three scripts: each plan equals one process in float64, and each mistake shows in a named quantity."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from composed import config
+from test_parity import digest
+
+from tpresearch.config import Config
+from tpresearch.config.schema import Dtype
+from tpresearch.config.validate import validate
+from tpresearch.data import batches_of, prepare
+from tpresearch.launch.world import World
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.track.expected import expected_entries
+from tpresearch.track.ledger import Entry, Ledger
+from tpresearch.train.build import meta_model, planned
+from tpresearch.train.defects import part_to_read
+from tpresearch.train.device import choose_device
+from tpresearch.train.loop import assemble, process_group
+from tpresearch.train.trainer import Window
+from tpresearch.verify.compare import compare, tolerance
+from tpresearch.verify.plans import reference_of
+from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.trace import Trace, trace
+
+STEPS = 3
+NARROW = ("model.dim=32", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=64", "data.seq_len=16")
+NARROW += ("tokenizer.vocab_size=263",)  # which 2 and 4 do not divide
+
+
+def experiment(name: str, *overrides: str, whole: bool = False) -> Config:
+    """An experiment in float64; the 2D one is narrow unless it is asked for whole."""
+    narrow = NARROW if name == "seed_2d" and not whole else ()
+    return config(f"experiment={name}", "train.dtype=float64", *narrow, *overrides, small=False)
+
+
+def job(world: World, cfg: Config) -> tuple[str, Trace | None]:
+    result = trace(cfg, prepare(cfg.data, cfg.tokenizer), world, STEPS)
+    return digest(result), result if world.rank == 0 else None
+
+
+def run_on(ranks: Ranks, size: int, cfg: Config) -> tuple[Trace, bool]:
+    """The trace of rank 0, and whether all ranks have the same one."""
+    digests, traces = zip(*ranks.run(size, job, cfg), strict=True)
+    return traces[0], len(set(digests)) == 1
+
+
+@cache
+def one_process(name: str, *overrides: str) -> Trace:
+    found = job(World(), reference_of(experiment(name, *overrides)))[1]
+    assert found is not None
+    assert all(
+        g.abs().max() > 0 for step in found.steps for n, g in step.gradients.items() if "norm" not in n
+    )
+    return found
+
+
+def out_of_tolerance(ours: Trace, theirs: Trace, dtype: Dtype = Dtype.float64) -> set[str]:
+    return {
+        name for name, worst in compare(ours, theirs).items() if not worst.error <= tolerance(name, dtype)
+    }
+
+
+@pytest.mark.parametrize(("name", "count"), [("seed_tp", 517), ("seed_sp", 517), ("seed_2d", 18_089_216)])
+def test_the_models_have_the_scripts_sizes(name: str, count: int) -> None:
+    model = meta_model(experiment(name, whole=True).model)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["seed_tp", "seed_sp", "seed_2d"])
+def test_each_script_equals_one_process(ranks: Ranks, name: str, size: int) -> None:
+    ours, same = run_on(ranks, size, experiment(name))
+    assert same
+    assert out_of_tolerance(ours, one_process(name)) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("seed_2d", ["train.loss=sum"]),
+        ("seed_2d", ["train.loss=sum", "parallel.loss_parallel=false"]),
+        ("seed_2d", ["parallel.loss_parallel=false"]),
+        ("seed_2d", ["model.blocks=[]"]),
+        ("seed_2d", ["parallel=tp", "mesh=auto"]),
+        ("seed_2d", ["parallel=hsdp_tp", "mesh=auto"]),
+        ("seed_sp", ["parallel.loss_parallel=false"]),
+        ("seed_sp", ["train.micro_batch_size=8"]),
+        ("seed_sp", ["parallel=fsdp_tp", "train.micro_batch_size=20"]),
+        ("seed_tp", ["parallel=fsdp"]),
+        ("seed_tp", ["parallel=ddp"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_other_choices_change_no_number(ranks: Ranks, name: str, overrides: list[str]) -> None:
+    ours, same = run_on(ranks, 4, experiment(name, *overrides))
+    assert same
+    science = [o for o in overrides if o.startswith("train.loss")]
+    assert out_of_tolerance(ours, one_process(name, *science)) == set()
+
+
+@pytest.mark.parametrize("plan", ["tp", "sp", "fsdp"])
+def test_rows_of_numbers_go_through_bfloat16(ranks: Ranks, plan: str) -> None:
+    cfg = experiment("seed_sp", f"parallel={plan}", "train.dtype=bfloat16")
+    ours, same = run_on(ranks, 2, cfg)
+    alone = job(World(), reference_of(cfg))[1]
+    assert same
+    assert alone is not None
+    first = (ours.steps[0].loss, alone.steps[0].loss)
+    assert first[0] == pytest.approx(first[1], rel=0.05)
+
+
+# The mistakes.
+
+
+@pytest.mark.parametrize(("name", "size"), [("seed_tp", 2), ("seed_sp", 4), ("seed_2d", 4)])
+def test_weights_of_each_rank_are_other_weights(ranks: Ranks, name: str, size: int) -> None:
+    ours, same = run_on(ranks, size, experiment(name, "defects.weights_per_rank=true"))
+    assert (
+        same
+    )  # each shard is in one place, and what is whole on several starts from a constant or from one rank
+    assert "initial weights" in out_of_tolerance(ours, one_process(name))
+
+
+def test_replicas_with_weights_of_their_own_are_different_models(ranks: Ranks) -> None:
+    _, same = run_on(ranks, 2, experiment("seed_tp", "parallel=ddp", "defects.weights_per_rank=true"))
+    assert not same
+
+
+def test_kept_gradients_are_right_for_one_step_and_wrong_from_the_second(ranks: Ranks) -> None:
+    ours, same = run_on(ranks, 4, experiment("seed_2d", "defects.keep_gradients=true"))
+    right = one_process("seed_2d")
+    assert same
+    assert {"grad norm", "gradients", "weights"} < out_of_tolerance(ours, right)
+    first, second = ours.steps[:2]
+    for name, gradient in right.steps[0].gradients.items():
+        torch.testing.assert_close(first.gradients[name], gradient, rtol=0, atol=1e-10)
+    assert compare(ours, right)["gradients"].step in (1, 2)
+    assert second.loss == pytest.approx(right.steps[1].loss, rel=1e-10)  # it shows in the weights that follow
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"), [("seed_tp", "tp"), ("seed_sp", "sp"), ("seed_2d", "fsdp_tp"), ("seed_2d", "sp")]
+)
+def test_kept_gradients_are_kept_alike_under_every_plan(ranks: Ranks, name: str, plan: str) -> None:
+    cfg = experiment(name, f"parallel={plan}", "defects.keep_gradients=true", "mesh=auto")
+    alone = job(World(), experiment(name, "parallel=none", "mesh=auto", "defects.keep_gradients=true"))[1]
+    assert alone is not None
+    assert out_of_tolerance(run_on(ranks, 4, cfg)[0], alone) == set()
+
+
+def test_kept_gradients_are_the_sum_of_all_so_far() -> None:
+    kept = job(
+        World(), experiment("seed_tp", "parallel=none", "defects.keep_gradients=true", "optimizer.lr=1e-30")
+    )[1]
+    right = job(World(), experiment("seed_tp", "parallel=none", "optimizer.lr=1e-30"))[1]
+    assert kept is not None
+    assert right is not None
+    for name, last in kept.steps[-1].gradients.items():
+        torch.testing.assert_close(last, sum(step.gradients[name] for step in right.steps))
+
+
+def test_overlapping_batches_are_read_twice_and_change_the_loss(ranks: Ranks) -> None:
+    cfg = experiment("seed_2d", "defects.overlapping_batches=true")
+    batches = batches_of(prepare(cfg.data, cfg.tokenizer), 16, 0)
+    for step in range(3):
+        one, next_of_zero = part_to_read(cfg, step, 1), part_to_read(cfg, step + 1, 0)
+        assert torch.equal(batches.batch(*one, 2), batches.batch(*next_of_zero, 2))
+    honest = experiment("seed_2d")
+    assert part_to_read(honest, 5, 1) == (5, 1)
+    found = out_of_tolerance(run_on(ranks, 4, cfg)[0], one_process("seed_2d"))
+    assert {"loss", "gradients"} < found
+    assert "initial weights" not in found
+
+
+# What they send.
+
+
+def measured(world: World, cfg: Config) -> list[Entry]:
+    sizes = validate(cfg, world.size)
+    model, plan = planned(cfg, sizes)
+    device = choose_device(cfg, world.local_rank, world.local_size)
+    with process_group(device, world):
+        mesh = build_mesh(sizes, device.type)
+        trainer = assemble(cfg, model, plan, mesh, device, prepare(cfg.data, cfg.tokenizer))
+        trainer.step(0, Window(), None)
+        ledger = Ledger(mesh)
+        trainer.step(1, Window(), ledger)
+        return ledger.entries()
+
+
+def expected(cfg: Config, world: int) -> list[Entry]:
+    found = expected_entries(*planned(cfg, validate(cfg, world)), cfg)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("seed_tp", []),
+        ("seed_tp", ["parallel=fsdp"]),
+        ("seed_sp", []),
+        ("seed_sp", ["parallel.loss_parallel=false"]),
+        ("seed_sp", ["train.dtype=bfloat16", "train.micro_batch_size=20"]),
+        ("seed_2d", []),
+        ("seed_2d", ["train.loss=sum"]),
+        ("seed_2d", ["train.loss=sum", "parallel.loss_parallel=false"]),
+        ("seed_2d", ["model.blocks=[]"]),
+        ("seed_2d", ["defects.keep_gradients=true"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_measured_is_expected(ranks: Ranks, name: str, overrides: list[str], size: int) -> None:
+    cfg = experiment(name, *overrides)
+    assert ranks.run(size, measured, cfg)[0] == expected(cfg, size) != []
+
+
+def sent(cfg: Config, axis: str) -> dict[tuple[str, str], tuple[int, int]]:
+    """(phase, collective) -> (count, bytes of the whole tensors), for 4 ranks."""
+    return {(e.phase, e.collective): (e.count, e.tensor_bytes) for e in expected(cfg, 4) if e.axis == axis}
+
+
+FLOAT32 = "train.dtype=float32"
+
+
+def test_the_toy_scripts_send_what_their_tutorial_says() -> None:
+    """One all-reduce at the end; and for rows of each rank's own, an all-gather and a reduce-scatter."""
+    assert sent(experiment("seed_tp", FLOAT32), "tp") == {
+        ("forward", "all_reduce"): (1, 20 * 5 * 4),
+        ("clip", "all_reduce"): (1, 4),
+    }
+    assert sent(experiment("seed_sp", FLOAT32), "tp") == {
+        ("forward", "all_gather"): (1, 80 * 10 * 4),
+        ("forward", "reduce_scatter"): (1, 80 * 5 * 4),
+        ("loss", "all_reduce"): (1, 4),
+        ("backward", "all_gather"): (1, 80 * 5 * 4),
+        ("clip", "all_reduce"): (1, 4),
+    }
+
+
+def test_gathered_logits_are_most_of_what_is_sent() -> None:
+    """8 x 256 tokens of 32,000 logits in float32, gathered by each of two tp ranks, where the loss needs 24 kB."""
+    gathers, shards = (
+        sent(experiment("seed_2d", FLOAT32, f"parallel.loss_parallel={on}", whole=True), "tp")
+        for on in ("false", "true")
+    )
+    logits, activations = 8 * 256 * 32000 * 4, 8 * 256 * 256 * 4
+    assert gathers["forward", "all_gather"] == (6, logits + 5 * activations)
+    assert shards["forward", "all_gather"] == (5, 5 * activations)
+    assert shards["loss", "all_reduce"] == (3, 3 * 8 * 256 * 4)
+    assert not [phase for phase, _ in gathers if phase == "loss"]
+    summed = sent(experiment("seed_2d", FLOAT32, "train.loss=sum", whole=True), "tp")
+    assert summed["loss", "all_reduce"] == (1, 4)
+
+
+def test_one_root_unit_gathers_everything_at_once_and_once() -> None:
+    """Each of two tp ranks has half of 18,089,216 weights, norms apart, which are whole: 5 x 256."""
+    by_block, at_once = (
+        sent(experiment("seed_2d", FLOAT32, *blocks, whole=True), "dp_shard")
+        for blocks in ((), ("model.blocks=[]",))
+    )
+    weights = ((18_089_216 - 5 * 256) // 2 + 5 * 256) * 4
+    block = ((4 * 256 * 256 + 3 * 256 * 768) // 2 + 2 * 256) * 4
+    assert by_block["forward", "all_gather"] == (3, weights)
+    assert by_block["backward", "all_gather"] == (2, 2 * block)
+    assert at_once["forward", "all_gather"] == (1, weights)
+    assert ("backward", "all_gather") not in at_once
+    assert at_once["backward", "reduce_scatter"] == (1, weights)
