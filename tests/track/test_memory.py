@@ -70,6 +70,7 @@ def test_measured_is_expected(ranks: Ranks, plan: str, world: int, model: str) -
         ["parallel=sp", "parallel.activation_checkpointing=full"],
         ["parallel=tp", "parallel.loss_parallel=false"],
         ["parallel=fsdp", "parallel.fsdp.reshard_after_forward=false"],
+        ["parallel=sp", "train.loss=sum"],
     ],
     ids=" ".join,
 )

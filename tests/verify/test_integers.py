@@ -38,6 +38,12 @@ def test_every_matmul_is_bitwise_equal(ranks: Ranks, size: int, overrides: list[
     assert [exact for exact in found if not exact.passed] == []
 
 
+def test_rows_of_each_rank_s_own_are_bitwise_equal_too(ranks: Ranks) -> None:
+    found = worst_of(ranks.run(4, exactness, config("experiment=seed_sp", small=False)))
+    assert [exact.rule for exact in found] == ["in_proj (colwise)", "out_proj (rowwise)"]
+    assert all(exact.passed for exact in found)
+
+
 def unsummed(world: World, cfg: Config) -> list[Exact]:
     """The row-wise layers hand on their part of the sum as if it were the sum."""
     style = Compiled.style

@@ -15,8 +15,9 @@ from tpresearch.config.validate import validate
 from tpresearch.data import batches_of, prepare
 from tpresearch.launch.world import World
 from tpresearch.parallel.mesh import build_mesh
+from tpresearch.track.counted import Counted
 from tpresearch.track.expected import expected_entries
-from tpresearch.track.ledger import Entry, Ledger
+from tpresearch.track.ledger import Entry
 from tpresearch.train.build import meta_model, planned
 from tpresearch.train.defects import part_to_read
 from tpresearch.train.device import choose_device
@@ -127,8 +128,9 @@ def test_weights_of_each_rank_are_other_weights(ranks: Ranks, name: str, size: i
 
 
 def test_replicas_with_weights_of_their_own_are_different_models(ranks: Ranks) -> None:
-    _, same = run_on(ranks, 2, experiment("seed_tp", "parallel=ddp", "defects.weights_per_rank=true"))
+    ours, same = run_on(ranks, 2, experiment("seed_tp", "parallel=ddp", "defects.weights_per_rank=true"))
     assert not same
+    assert "between ranks" in out_of_tolerance(ours, one_process("seed_tp"))
 
 
 def test_kept_gradients_are_right_for_one_step_and_wrong_from_the_second(ranks: Ranks) -> None:
@@ -188,9 +190,9 @@ def measured(world: World, cfg: Config) -> list[Entry]:
         mesh = build_mesh(sizes, device.type)
         trainer = assemble(cfg, model, plan, mesh, device, prepare(cfg.data, cfg.tokenizer))
         trainer.step(0, Window(), None)
-        ledger = Ledger(mesh)
-        trainer.step(1, Window(), ledger)
-        return ledger.entries()
+        counted = Counted(mesh, trainer.model, trainer.optimizer)
+        trainer.step(1, Window(), counted)
+        return counted.sent.entries()
 
 
 def expected(cfg: Config, world: int) -> list[Entry]:

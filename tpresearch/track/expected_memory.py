@@ -15,7 +15,7 @@ import math
 
 from torch import nn
 
-from tpresearch.config.schema import Checkpointing, Config, Dtype, OptimizerName
+from tpresearch.config.schema import Checkpointing, Config, Dtype, Loss, OptimizerName
 from tpresearch.models.llama2 import Block, Llama2
 from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.parallel.plan import Plan, local_shape
@@ -67,6 +67,8 @@ def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) ->
         return None
     vocabulary = model.output.out_features
     logits = -(-vocabulary // plan.sizes.tp) if plan.loss_parallel else vocabulary
+    if cfg.train.loss is Loss.sum:
+        logits = 0  # whose gradient is 1, whatever they are
     return round(tokens * (kept + logits * max(element, 4)))  # their softmax, in at least float32
 
 

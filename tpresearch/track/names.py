@@ -25,7 +25,11 @@ class Metric:
 METRICS = (
     Metric("train/step", "steps", "optimizer steps done since the run began"),
     Metric("train/tokens", "tokens", "target tokens trained on since the run began, over all ranks"),
-    Metric("train/loss", "nats/token", "train.loss over the global batch, before the update: cross-entropy unless asked otherwise"),
+    Metric(
+        "train/loss",
+        "nats/token",
+        "train.loss over the global batch, before the update: cross-entropy unless asked otherwise",
+    ),
     Metric("train/grad_norm", "", "norm of the whole gradient, before clipping"),
     Metric("train/lr", "", "learning rate of this update"),
     Metric("val/loss", "nats/token", "cross-entropy over the held-out rows, where this step evaluated"),

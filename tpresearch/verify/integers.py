@@ -115,7 +115,7 @@ def _compare(
     alone = Alone(layer)
     rules = {"layer": rule} if rule else {}
     parallelize(
-        alone, Plan(rules, ["layer"], [], plan.sizes, False), cfg.parallel, mesh, cfg.train.dtype
+        alone, Plan(rules, ["layer"], [], plan.sizes, None, frozenset()), cfg.parallel, mesh, cfg.train.dtype
     ).to_empty(device=device)
     for key, parameter in alone.named_parameters():
         fill(parameter, whole.get_parameter(key.removeprefix("layer.")).detach())
