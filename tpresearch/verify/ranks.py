@@ -23,7 +23,7 @@ class Ranks:
     """`run(4, f, *args)` calls `f(world, *args)` on four ranks at once and gives their results in rank order.
 
     `f` must be a module's own function. It finds the environment that torchrun would give it, and opens and
-    closes its own process group. Where a rank raises or hangs, all are ended and later calls start new ones.
+    closes its own process group. Where a rank raises, hangs or dies, all are ended and later calls start new ones.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,8 @@ class Ranks:
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        if not all(process.is_alive() for process, _ in self._workers):
+            self.close()
         while len(self._workers) < size:
             self._start_one()
         with socket.socket() as probe:
@@ -47,7 +49,10 @@ class Ranks:
                 self.close()
                 raise RankError(f"ranks {[connections.index(c) for c in waiting]} hung for {TIMEOUT_S} s")
             for rank in [rank for rank, connection in enumerate(connections) if connection in ready]:
-                ok, value = connections[rank].recv()
+                try:
+                    ok, value = connections[rank].recv()
+                except EOFError:
+                    ok, value = False, "its process died"
                 if not ok:
                     self.close()
                     raise RankError(f"rank {rank} of {size}:\n{value}")

@@ -1,0 +1,47 @@
+"""Verify catches wrong plans: each mutant of experiments/mutants by a quantity that is named there."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from composed import config, corpus, in_two_parts
+from mutants.catalogue import MUTANTS, Mutant, run
+
+from tpresearch.config import Config
+from tpresearch.config.schema import Dtype
+from tpresearch.launch.world import World
+from tpresearch.verify.compare import compare, tolerance
+from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.trace import Trace, trace
+
+STEPS = 2
+SETTINGS = ("optimizer=sgd", "train.dtype=float64", "train.clip_grad_norm=0.2", "train.eval_rows=11")
+CASES = [(mutant, model) for mutant in MUTANTS for model in mutant.models]
+
+
+def wrong(mutant: Mutant, model: str) -> Config:
+    return in_two_parts(config(f"model={model}", f"parallel={mutant.plan}", *SETTINGS), mutant.ranks)
+
+
+@cache
+def right(model: str) -> Trace:
+    return trace(config(f"model={model}", "parallel=none", *SETTINGS), corpus(), World(), STEPS)
+
+
+@pytest.mark.parametrize(("mutant", "model"), CASES, ids=lambda v: v if isinstance(v, str) else v.name)
+def test_a_wrong_plan_is_caught(ranks: Ranks, mutant: Mutant, model: str) -> None:
+    ours = ranks.run(mutant.ranks, run, mutant.name, wrong(mutant, model), corpus(), STEPS)[0]
+    assert isinstance(ours, str) == (mutant.caught_by == "did not run"), ours
+    if isinstance(ours, str):
+        return
+    found = compare(ours, right(model))
+    out = {q: worst for q, worst in found.items() if not worst.error <= tolerance(q, Dtype.float64)}
+    assert mutant.caught_by in out, {q: worst.error for q, worst in found.items()}
+    assert out[mutant.caught_by].error > 1e-9, "too near to rounding to be this fault"
+
+
+def test_there_are_enough_for_both_models() -> None:
+    for model in ("toy_mlp", "llama2_debug"):
+        assert sum(model in mutant.models for mutant in MUTANTS) >= 20
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
