@@ -1,0 +1,184 @@
+"""Column-wise, row-wise and combined layers alone: what each rank holds, what is sent, and that the product is the same.
+
+python experiments/layers/measure.py      # prints the table, writes results.csv and placements.png beside this file
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard
+
+from tpresearch.config.mesh import MeshSizes
+from tpresearch.config.schema import DataPlan, Dtype, ParallelConfig, Rule, TensorPlan
+from tpresearch.launch.world import World
+from tpresearch.parallel.init import fill
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.parallel.parallelize import parallelize
+from tpresearch.parallel.plan import Plan
+from tpresearch.parallel.rules import compile_rule
+from tpresearch.track.counted import Counted
+from tpresearch.train.device import Device
+from tpresearch.train.loop import process_group
+from tpresearch.verify.ranks import Ranks
+
+HERE = Path(__file__).parent
+RANKS = 4
+ROWS, WIDTH, HIDDEN = 8, 16, 32
+"""X is [8, 16]; B is [16, 32] and C is [32, 16], whose weights torch keeps transposed, [out, in]."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute X B, or relu(X B) C, on several ranks."""
+
+    name: str
+    product: str
+    rules: dict[str, Rule]
+
+
+CASES = [
+    Case("column-wise", "A = X B", {"b": Rule(style="colwise", src="replicate", dst="replicate")}),
+    Case("row-wise", "A = X B", {"b": Rule(style="rowwise", src="shard:-1", dst="replicate")}),
+    Case(
+        "combined",
+        "A = relu(X B) C",
+        {
+            "b": Rule(style="colwise", src="replicate", dst="shard:-1"),
+            "c": Rule(style="rowwise", src="shard:-1", dst="replicate"),
+        },
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank saw of a case."""
+
+    held: dict[str, tuple[int, ...]]
+    """Shapes of its parts of X and of the weights (as B and C, [in, out])."""
+    sent: dict[str, str]
+    """By phase: collectives and the bytes that this rank sends."""
+    apart: float
+    """Greatest difference from the unsharded product and its gradients, on integers."""
+
+
+def build(case: Case) -> nn.Sequential:
+    layers: dict[str, nn.Module] = {"b": nn.Linear(WIDTH, HIDDEN, bias=False)}
+    if "c" in case.rules:
+        layers |= {"relu": nn.ReLU(), "c": nn.Linear(HIDDEN, WIDTH, bias=False)}
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    return model
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(sum(shape))).float()
+
+
+def see(world: World, case: Case) -> Seen:
+    """Forward and backward of one case on this rank, beside the same without shards."""
+    whole, model = build(case), build(case)
+    x, upstream = integers(ROWS, WIDTH), integers(ROWS, HIDDEN if case.name != "combined" else WIDTH)
+    for parameter in whole.parameters():
+        parameter.data = integers(*parameter.shape)
+    x_whole = x.clone().requires_grad_()
+    product = whole(x_whole)
+    product.backward(upstream)
+
+    sizes = MeshSizes(1, 1, world.size)
+    rules = {name: compile_rule("alone", name, rule, False) for name, rule in case.rules.items()}
+    plan = Plan(rules, [], [], sizes, None, frozenset())
+    parallel = ParallelConfig(name="tp", tensor=TensorPlan.tp, data=DataPlan.none)
+    with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
+        mesh = build_mesh(sizes, "cpu")
+        parallelize(model, plan, parallel, mesh, Dtype.float32)
+        for parameter, full in zip(model.parameters(), whole.parameters(), strict=True):
+            fill(parameter, full.detach())
+        layout = rules["b"].src[0]
+        own = x.chunk(world.size, -1)[world.rank] if isinstance(layout, Shard) else x
+        own = own.clone().requires_grad_()
+        counted = Counted(mesh, model, torch.optim.SGD(model.parameters(), lr=0.1))
+        with counted:
+            with counted.mark("forward"):
+                output = model(own)
+                output = output + 0  # which waits for a collective that is under way
+            with counted.mark("backward"):
+                output.backward(upstream)
+        gradient = (
+            x_whole.grad.chunk(world.size, -1)[world.rank] if isinstance(layout, Shard) else x_whole.grad
+        )
+        weights = zip(model.parameters(), whole.parameters(), strict=True)
+        pairs = [
+            (output, product),
+            (own.grad, gradient),
+            *((p.grad.full_tensor(), w.grad) for p, w in weights),
+        ]
+        entries = counted.sent.entries()
+        return Seen(
+            {"X": tuple(own.shape)}
+            | {n[0].upper(): tuple(reversed(p.to_local().shape)) for n, p in model.named_parameters()},
+            {
+                phase: " + ".join(
+                    f"{e.count} {e.collective.replace('_', '-')} of {e.tensor_bytes:,} B, sends {e.sent_bytes:,} B"
+                    for e in entries
+                    if e.phase == phase
+                )
+                or "nothing"
+                for phase in ("forward", "backward")
+            },
+            max((a - b).abs().max().item() for a, b in pairs),
+        )
+
+
+def measure(ranks: Ranks, size: int = RANKS) -> dict[str, list[Seen]]:
+    """Case name -> what each rank saw."""
+    return {case.name: ranks.run(size, see, case) for case in CASES}
+
+
+def main() -> None:
+    from layers.picture import draw
+
+    ranks = Ranks()
+    try:
+        found = measure(ranks)
+    finally:
+        ranks.close()
+    rows = [
+        {
+            "case": case.name,
+            "product": case.product,
+            "rank_0_holds": ", ".join(
+                f"{n} {'x'.join(map(str, s))}" for n, s in found[case.name][0].held.items()
+            ),
+            "forward": found[case.name][0].sent["forward"],
+            "backward": found[case.name][0].sent["backward"],
+            "greatest_difference": max(seen.apart for seen in found[case.name]),
+        }
+        for case in CASES
+    ]
+    with (HERE / "results.csv").open("w", newline="") as file:
+        file.write(
+            f"# python experiments/layers/measure.py, torch {torch.__version__}, {datetime.date.today()}\n"
+        )
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print("\n".join(f"{key:>20}  {value}" for key, value in row.items()), "\n")
+    draw(HERE / "placements.png", RANKS)
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, str(HERE.parent))
+    from layers.measure import main as imported  # ranks import what they run by this name
+
+    imported()

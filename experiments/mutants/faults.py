@@ -1,0 +1,252 @@
+"""Faults of a step: what a rank draws, reads, sums, clips and updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from tpresearch.data import Batches
+from tpresearch.parallel import init
+from tpresearch.parallel import parallelize as sharding
+from tpresearch.parallel.plan import Plan
+from tpresearch.train import build, evaluate, loss, step, trainer
+from tpresearch.train.loss import Objective
+from tpresearch.train.trainer import Trainer
+
+Patched = AbstractContextManager[Any]
+
+
+# Weights and shards
+
+
+def weights_of_each_rank() -> Patched:
+    """Whatever this rank's generator held: FSDP then trains rows of different models."""
+    draw = build.materialize
+
+    def materialize(model: nn.Module, device: torch.device, seed: int, **more: Any) -> None:
+        draw(model, device, seed + dist.get_rank(), **more)
+
+    return patch.object(build, "materialize", materialize)
+
+
+def shards_swapped() -> Patched:
+    """Ranks hold the shards of each matrix in another order."""
+    fill = init.fill
+
+    def swapped(parameter: Tensor, full: Tensor) -> None:
+        rolled = isinstance(parameter, DTensor) and full.dim() == 2
+        fill(parameter, full.roll(full.shape[0] // 2, 0) if rolled else full)
+
+    return patch.object(init, "fill", swapped)
+
+
+# What a rank reads
+
+
+def same_rows_everywhere() -> Patched:
+    return patch.object(trainer, "data_rank", lambda mesh: 0)
+
+
+def rows_by_global_rank() -> Patched:
+    """tp ranks of one replica read different rows, as a DistributedSampler over all ranks makes them."""
+    return patch.object(trainer, "data_rank", lambda mesh: dist.get_rank() % mesh.size(1))
+
+
+def overlapping_rows() -> Patched:
+    """Seed step + dp_rank: rank 1 reads at step k what rank 0 reads at k + 1."""
+    right = Batches.batch
+
+    def batch(self: Batches, step: int, dp_rank: int = 0, dp_size: int = 1) -> Tensor:
+        return right(self, step + dp_rank, 0, dp_size)
+
+    return patch.object(Batches, "batch", batch)
+
+
+def ranks_of_one_replica_read_apart() -> Patched:
+    """Under tp alone, rank 1 reads the next batch."""
+    right = Batches.batch
+
+    def batch(self: Batches, step: int, dp_rank: int = 0, dp_size: int = 1) -> Tensor:
+        return right(self, step + dist.get_rank(), dp_rank, dp_size)
+
+    return patch.object(Batches, "batch", batch)
+
+
+# The loss
+
+
+def counting(tokens: Callable[[Tensor, int], float]) -> Patched:
+    """Divide the loss by another count of tokens."""
+    right = trainer.accumulate_gradients
+
+    def accumulate(model: nn.Module, micro_batches: Any, objective: Objective, *more: Any) -> Tensor:
+        micro_batches = list(micro_batches)
+        miscounted = replace(objective, tokens=tokens(micro_batches, objective.tokens))
+        return right(model, micro_batches, miscounted, *more)
+
+    return patch.object(trainer, "accumulate_gradients", accumulate)
+
+
+def mean_of_each_rank() -> Patched:
+    return counting(lambda micro, tokens: sum(rows[:, 1:].numel() for rows in micro))
+
+
+def mean_of_each_micro_batch() -> Patched:
+    return counting(lambda micro, tokens: tokens / len(micro))
+
+
+def softmax_over_own_shard() -> Patched:
+    """Vocabulary-parallel loss without its all-reduces: each rank normalises over the entries that it holds."""
+
+    def of_own(logits: Tensor, targets: Tensor) -> Tensor:
+        own = logits.to_local() if isinstance(logits, DTensor) else logits
+        entries = own.shape[-1]
+        return nn.functional.cross_entropy(own.flatten(0, 1), targets.flatten() % entries, reduction="sum")
+
+    stack = ExitStack()
+    stack.enter_context(patch.object(loss, "summed_cross_entropy", of_own))
+    stack.enter_context(patch.object(loss, "loss_context", lambda vocab_parallel: nullcontext()))
+    return stack
+
+
+# Gradients
+
+
+def then_gradients(change: Callable[[nn.Module, DeviceMesh], None]) -> Patched:
+    """Do something to the gradients once they are whole."""
+    right = trainer.reduce_partial_gradients
+
+    def reduce(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
+        right(model, plan, mesh)
+        change(model, mesh)
+
+    return patch.object(trainer, "reduce_partial_gradients", reduce)
+
+
+def scaled_by_tp() -> Patched:
+    def scale(model: nn.Module, mesh: DeviceMesh) -> None:
+        for parameter in model.parameters():
+            parameter.grad.mul_(mesh.size(2))
+
+    return then_gradients(scale)
+
+
+def averaged_over_dp() -> Patched:
+    """FSDP's own division by its degree is left on, though the loss is divided by the global count already."""
+    return patch.object(sharding, "fsdp_modules", lambda model: [])
+
+
+def norms_left_partial() -> Patched:
+    """Gradients of norms under sequence parallelism are not summed over tp."""
+    return patch.object(trainer, "reduce_partial_gradients", lambda model, plan, mesh: None)
+
+
+def norms_averaged() -> Patched:
+    def average(model: nn.Module, mesh: DeviceMesh) -> None:
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.grad.div_(mesh.size(2))
+
+    return then_gradients(average)
+
+
+def one_is_frozen() -> Patched:
+    """A weight that no gradient reaches stays as it was."""
+
+    def freeze(model: nn.Module, mesh: DeviceMesh) -> None:
+        next(model.parameters()).grad.zero_()
+
+    return then_gradients(freeze)
+
+
+def kept_from_step_to_step() -> Patched:
+    return patch.object(torch.optim.Optimizer, "zero_grad", lambda self, set_to_none=True: None)
+
+
+def last_micro_batch_only() -> Patched:
+    right = trainer.accumulate_gradients
+
+    def accumulate(model: nn.Module, micro_batches: Any, *more: Any) -> Tensor:
+        *first, last = list(micro_batches)
+        share = right(model, first, *more)
+        for parameter in model.parameters():
+            parameter.grad = None
+        return share + right(model, [last], *more)
+
+    return patch.object(trainer, "accumulate_gradients", accumulate)
+
+
+def replicas_not_summed() -> Patched:
+    """Shards are summed within each replica, and replicas go their own ways."""
+    return patch.object(sharding, "data_mesh", lambda mesh: mesh["dp_shard"])
+
+
+def summed_in_float32() -> Patched:
+    """Gradients are reduced in a narrower dtype than they were computed in."""
+
+    def narrow(model: nn.Module, mesh: DeviceMesh) -> None:
+        for parameter in model.parameters():
+            parameter.grad.copy_(parameter.grad.float().double())
+
+    return then_gradients(narrow)
+
+
+# Norm, clipping, update
+
+
+def norm_of_own_shard() -> Patched:
+    """Clip and log by the norm of what this rank holds."""
+
+    def own(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        return torch.stack([g.norm() for g in local]).norm()
+
+    return patch.object(step, "global_norm", own)
+
+
+def replicated_counted_twice() -> Patched:
+    """The squares of all parts are summed over tp, also of parameters that each rank holds whole."""
+
+    def norm(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        squares = torch.stack([g.square().sum() for g in local]).sum()
+        dist.all_reduce(squares)
+        return squares.sqrt()
+
+    return patch.object(step, "global_norm", norm)
+
+
+def never_clipped() -> Patched:
+    right = trainer.clip_gradients
+    return patch.object(trainer, "clip_gradients", lambda model, mesh, greatest: right(model, mesh, None))
+
+
+def learning_rate_of_each_rank() -> Patched:
+    right = trainer.learning_rate
+    return patch.object(trainer, "learning_rate", lambda *a: right(*a) * (1 + dist.get_rank()))
+
+
+def one_rank_skips_an_update() -> Patched:
+    right = Trainer.update
+
+    def update(self: Trainer, step: int, norm: Tensor) -> None:
+        if step == 1 and dist.get_rank() == 1:
+            self.optimizer.zero_grad()
+        else:
+            right(self, step, norm)
+
+    return patch.object(Trainer, "update", update)
+
+
+def evaluated_on_own_rows() -> Patched:
+    """The held-out loss of this rank's rows, logged as that of all."""
+    return patch.object(evaluate, "sum_over", lambda mesh, values, axes: values)

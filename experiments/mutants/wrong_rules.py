@@ -1,0 +1,119 @@
+"""Faults of a plan: what a sharding rule is wrong about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+from tpresearch.parallel import plan as planning
+from tpresearch.parallel.rules import Compiled
+
+Patches = Callable[[], AbstractContextManager[Any]]
+
+
+class BiasOnEachRank(RowwiseParallel):
+    """A row-wise layer that adds its bias on every rank, before the sum."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        applied = super()._apply(module, device_mesh)
+        module.register_forward_hook(lambda m, args, out: out + (device_mesh.size() - 1) * m.bias.to_local())
+        return applied
+
+
+class UnsummedBackward(ColwiseParallel):
+    """A column-wise layer whose input's gradient, a part of a sum on each rank, is taken for the sum."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def prepare(m: nn.Module, args: tuple[Any, ...]) -> Any:
+            whole = args[0]
+            if not isinstance(whole, DTensor):
+                whole = DTensor.from_local(whole, device_mesh, [Replicate()], run_check=False)
+            return _TakenForWhole.apply(whole, device_mesh)
+
+        module.register_forward_pre_hook(prepare)  # before torch's own
+        return super()._apply(module, device_mesh)
+
+
+class _TakenForWhole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: DTensor, mesh: DeviceMesh) -> DTensor:
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: DTensor) -> Any:
+        return DTensor.from_local(gradient.to_local(), ctx.mesh, [Replicate()], run_check=False), None
+
+
+def with_style(names: tuple[str, ...], build_style: Callable[[Compiled], ParallelStyle]) -> Patches:
+    """The rules of these names carried out by another style than they say."""
+
+    def patches() -> AbstractContextManager[Any]:
+        right = Compiled.style
+
+        def style(rule: Compiled) -> ParallelStyle:
+            return build_style(rule) if rule.name in names else right(rule)
+
+        return patch.object(Compiled, "style", style)
+
+    return patches
+
+
+def unsummed_output(rule: Compiled) -> ParallelStyle:
+    return RowwiseParallel(input_layouts=rule.src[0], output_layouts=Partial())
+
+
+def averaged_output(rule: Compiled) -> ParallelStyle:
+    class Averaged(RowwiseParallel):
+        def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+            applied = super()._apply(module, device_mesh)
+            module.register_forward_hook(lambda m, args, out: out / device_mesh.size())
+            return applied
+
+    return Averaged(input_layouts=rule.src[0], output_layouts=rule.dst[0])
+
+
+def without_rules(*names: str) -> Patches:
+    """The plan as if these rules had been forgotten, and the check for it too."""
+
+    def patches() -> AbstractContextManager[Any]:
+        right = planning._expand
+
+        def expand(compiled: list[Compiled], modules: list[str]) -> dict[str, Compiled]:
+            return right([rule for rule in compiled if rule.name not in names], modules)
+
+        stack = ExitStack()
+        stack.enter_context(patch.object(planning, "_expand", expand))
+        stack.enter_context(patch.object(planning, "_check_sequence", lambda *a: None))
+        return stack
+
+    return patches
+
+
+def with_rule(name: str, style: str | None = None, **layouts: tuple[Placement | None, ...]) -> Patches:
+    """The compiled plan with one rule's fields changed."""
+
+    def patches() -> AbstractContextManager[Any]:
+        right = planning._expand
+
+        def expand(compiled: list[Compiled], modules: list[str]) -> dict[str, Compiled]:
+            changed = [
+                replace(rule, rule=replace(rule.rule, style=style or rule.rule.style), **layouts)
+                if rule.name == name
+                else rule
+                for rule in compiled
+            ]
+            return right(changed, modules)
+
+        return patch.object(planning, "_expand", expand)
+
+    return patches
