@@ -97,6 +97,11 @@ def test_the_ledger_says_what_the_step_held(run_2d: Trained) -> None:
         assert held[kind]["most_bytes"] == memory["expected"][kind] > 0
     assert sum(kind["at_peak_bytes"] for kind in held.values()) == memory["peak_bytes"]
     assert memory["allocator_peak_bytes"] is None  # the CPU's allocator keeps no such count
+    summary = run_2d.json("summary.json")
+    assert summary["memory/held_bytes"] == {name: kind["most_bytes"] for name, kind in held.items()}
+    by_axis = summary["comm/bytes_per_step_by_axis"]
+    assert set(by_axis) == {"dp_shard", "tp"}
+    assert sum(by_axis.values()) == summary["comm/bytes_per_step"]
 
 
 def test_the_mesh_and_the_model_are_said_once_over_all_ranks(run_2d: Trained) -> None:

@@ -153,9 +153,20 @@ def _results(summary: Mapping[str, Any], unigram_entropy: float | None) -> list[
         ("speed", too_short if speed is None else f"{count_text(speed)} tok/s"),
         ("MFU", f"{share_text(mfu)} (6N + 12Lhs)"),
         ("peak memory", bytes_text(summary["memory/peak_bytes"])),
-        ("sent a step by rank 0", bytes_text(summary["comm/bytes_per_step"])),
+        (
+            "sent a step by rank 0",
+            _split(summary["comm/bytes_per_step"], summary.get("comm/bytes_per_step_by_axis")),
+        ),
+        ("held in a step by rank 0", _split(None, summary.get("memory/held_bytes"))),
     ]
-    return [row for row in rows if row[0] != "MFU" or mfu is not None]
+    undefined = {"MFU": mfu is None, "held in a step by rank 0": "memory/held_bytes" not in summary}
+    return [row for row in rows if not undefined.get(row[0])]
+
+
+def _split(whole: float | None, parts: Mapping[str, float] | None) -> str:
+    """`23.9 MiB: dp_shard 11.8 MiB, tp 12.1 MiB`"""
+    said = ", ".join(f"{name} {bytes_text(value)}" for name, value in (parts or {}).items())
+    return said if whole is None else bytes_text(whole) + (f": {said}" if said else "")
 
 
 def _next_commands(run: str, ranks: int, parallel: str) -> list[tuple[str, str]]:

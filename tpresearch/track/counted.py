@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from tpresearch.track.ledger import Entry, Ledger
-from tpresearch.track.memory import MemoryLedger
+from tpresearch.track.memory import Held, MemoryLedger
 
 
 class Counted:
@@ -46,17 +45,39 @@ class Expected:
     """Bytes by kind of memory."""
 
 
-def write_ledger(folder: Path, counted: Counted, expected: Expected) -> None:
-    """ledger.json: what rank 0 sent and held in one step, beside what the formulas say (null where there are none)."""
-    held = counted.held.held()
-    both = {
-        "measured": [asdict(entry) for entry in counted.sent.entries()],
-        "expected": None if expected.sent is None else [asdict(entry) for entry in expected.sent],
-        "memory": {
-            "measured": [asdict(kind) for kind in held],
-            "expected": expected.held,
-            "peak_bytes": sum(kind.at_peak_bytes for kind in held),
-            "allocator_peak_bytes": counted.held.allocator_peak_bytes,
-        },
-    }
-    (folder / "ledger.json").write_text(json.dumps(both, indent=2) + "\n")
+@dataclass(frozen=True)
+class StepCount:
+    """What one step sent and held on rank 0, beside what formulas say."""
+
+    sent: list[Entry]
+    held: list[Held]
+    allocator_peak_bytes: int | None
+    expected: Expected
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of ledger.json; null where there is no formula."""
+        formulas = self.expected.sent
+        return {
+            "measured": [asdict(entry) for entry in self.sent],
+            "expected": None if formulas is None else [asdict(entry) for entry in formulas],
+            "memory": {
+                "measured": [asdict(kind) for kind in self.held],
+                "expected": self.expected.held,
+                "peak_bytes": sum(kind.at_peak_bytes for kind in self.held),
+                "allocator_peak_bytes": self.allocator_peak_bytes,
+            },
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """For summary.json: bytes sent by mesh axis, and the most that was held of each kind."""
+        axes = dict.fromkeys((entry.axis for entry in self.sent), 0)
+        for entry in self.sent:
+            axes[entry.axis] += entry.sent_bytes
+        return {
+            "comm/bytes_per_step_by_axis": axes,
+            "memory/held_bytes": {kind.kind: kind.most_bytes for kind in self.held},
+        }
+
+
+def count_of(counted: Counted, expected: Expected) -> StepCount:
+    return StepCount(counted.sent.entries(), counted.held.held(), counted.held.allocator_peak_bytes, expected)

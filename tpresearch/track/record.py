@@ -135,6 +135,11 @@ def write_plan(folder: Path, plan: str) -> None:
     _write_atomically(folder / "plan.txt", plan.rstrip("\n") + "\n")
 
 
+def write_ledger(folder: Path, ledger: Mapping[str, Any]) -> None:
+    """ledger.json: what one step sent and held, beside what formulas say."""
+    _write_atomically(folder / "ledger.json", json.dumps(ledger, indent=2) + "\n")
+
+
 def _write_atomically(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.draft")
     try:

@@ -20,6 +20,7 @@ from rich.console import Console
 from tpresearch.config import Config
 from tpresearch.track import record
 from tpresearch.track.console import ProgressLine, report
+from tpresearch.track.counted import StepCount
 from tpresearch.track.names import finite
 from tpresearch.track.run_name import run_name
 from tpresearch.track.secrets import refuse_secrets
@@ -92,6 +93,7 @@ class Tracker:
         self._console = console or Console(highlight=False)
         self._began = time.monotonic()
         self._ended = False
+        self._count: StepCount | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
         record.write_config(run_dir, config)
         if plan is not None:
@@ -122,6 +124,11 @@ class Tracker:
         if self._wandb:
             self._wandb.log(row)
         self._progress.show(row)
+
+    def count(self, step: StepCount) -> None:
+        """Record what one step sent and held: ledger.json, and its sums in the summary."""
+        record.write_ledger(self._run_dir, step.as_json())
+        self._count = step
 
     def finish(
         self, summary: Mapping[str, Any] | None = None, status: Status = "completed", error: str | None = None
@@ -171,6 +178,7 @@ class Tracker:
             "dtype": str(cfg.train.dtype),
             "unigram_entropy": facts.unigram_entropy,
             **record.headline(rows, cfg.train.warmup_log_steps, self._start_step),
+            **(self._count.summary() if self._count else {}),
             "wall_time_s": time.monotonic() - self._began,
         }
 

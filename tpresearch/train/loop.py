@@ -23,7 +23,7 @@ from tpresearch.launch.world import World
 from tpresearch.parallel.describe import plan_text
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.plan import Plan
-from tpresearch.track.counted import Expected, write_ledger
+from tpresearch.track.counted import Expected, count_of
 from tpresearch.track.expected import expected_entries
 from tpresearch.track.expected_memory import expected_bytes
 from tpresearch.track.tracker import RunFacts, Tracker
@@ -73,7 +73,7 @@ def train(cfg: Config, run: Run) -> None:
         trainer = assemble(cfg, model, plan, mesh, device, corpus)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", model)
         if tracker:
-            trainer.on_counted = lambda counted: write_ledger(run.folder, counted, expected)
+            trainer.on_counted = lambda counted: tracker.count(count_of(counted, expected))
         for row in trainer.rows():
             if tracker:
                 tracker.log(row)
