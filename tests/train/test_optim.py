@@ -44,3 +44,10 @@ def test_only_matrices_decay() -> None:
         (2,): 0.1,
         (1,): 0.0,
     }
+
+
+def test_vectors_decay_too_where_that_is_asked_for() -> None:
+    (group,) = build_optimizer(
+        nn.Linear(3, 4), OptimizerConfig(weight_decay=0.1, decay_vectors=True)
+    ).param_groups
+    assert ([p.dim() for p in group["params"]], group["weight_decay"]) == ([2, 1], 0.1)

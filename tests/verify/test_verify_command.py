@@ -47,6 +47,18 @@ def test_a_plan_that_does_not_run_fails_and_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.cli
+@pytest.mark.parametrize(("switch", "code"), [("false", 0), ("true", 1)])
+def test_a_mistake_of_the_tutorial_is_named(tmp_path: Path, switch: str, code: int) -> None:
+    command = [
+        sys.executable, "-m", "tpresearch.verify", "experiment=seed_tp", f"defects.weights_per_rank={switch}",
+        "verify.world_size=2", "verify.optimizers=[sgd]", f"hydra.run.dir={tmp_path}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stderr
+    assert ("tp sgd: initial weights of " in done.stdout) == bool(code)
+
+
+@pytest.mark.cli
 def test_an_unknown_plan_is_refused(tmp_path: Path) -> None:
     done = verify(tmp_path, "verify.plans=[tpp]")
     assert done.returncode == 2, done.stderr

@@ -27,6 +27,9 @@ from tpresearch.verify.trace import Trace, trace
 
 log = logging.getLogger(__name__)
 
+PATIENCE_S = 1800
+"""A large model on few cores takes minutes a plan; a rank that raises or dies is seen at once."""
+
 ROWS = 256
 """Train rows that take part: enough for a few steps, few enough to hand to each rank."""
 
@@ -102,7 +105,7 @@ def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
     references = [
         trace(reference_of(c), corpus, World(), cfg.verify.steps) for c in next(iter(plans.values()))
     ]
-    ranks, results = Ranks(), []
+    ranks, results = Ranks(PATIENCE_S), []
     try:
         jobs = [(plan, *pair) for plan, cfgs in plans.items() for pair in zip(cfgs, references, strict=True)]
         for plan, c, reference in track(jobs, description="verifying", transient=True):

@@ -26,7 +26,8 @@ class Ranks:
     closes its own process group. Where a rank raises, hangs or dies, all are ended and later calls start new ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
         self._context = mp.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
 
@@ -44,10 +45,12 @@ class Ranks:
         results: dict[int, Any] = {}
         while len(results) < size:
             waiting = [c for rank, c in enumerate(connections) if rank not in results]
-            ready = wait(waiting, timeout=TIMEOUT_S)
+            ready = wait(waiting, timeout=self._timeout_s)
             if not ready:
                 self.close()
-                raise RankError(f"ranks {[connections.index(c) for c in waiting]} hung for {TIMEOUT_S} s")
+                raise RankError(
+                    f"ranks {[connections.index(c) for c in waiting]} hung for {self._timeout_s} s"
+                )
             for rank in [rank for rank, connection in enumerate(connections) if connection in ready]:
                 try:
                     ok, value = connections[rank].recv()
