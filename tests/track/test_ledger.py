@@ -3,41 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from composed import config, corpus, in_two_parts
+from counted_steps import counted_step
 
-from tpresearch.config import Config
-from tpresearch.config.validate import validate
-from tpresearch.launch.world import World
-from tpresearch.parallel.mesh import build_mesh
-from tpresearch.track.counted import Counted
-from tpresearch.track.expected import expected_entries
-from tpresearch.track.ledger import Entry, ring_bytes
-from tpresearch.train.build import planned
-from tpresearch.train.device import choose_device
-from tpresearch.train.loop import assemble, process_group
-from tpresearch.train.trainer import Window
+from tpresearch.track.ledger import ring_bytes
 from tpresearch.verify.ranks import Ranks
-
-
-def measured(world: World, cfg: Config) -> list[Entry]:
-    """The ledger of this rank's second step."""
-    sizes = validate(cfg, world.size)
-    model, plan = planned(cfg, sizes)
-    device = choose_device(cfg, world.local_rank, world.local_size)
-    with process_group(device, world):
-        mesh = build_mesh(sizes, device.type)
-        trainer = assemble(cfg, model, plan, mesh, device, corpus())
-        trainer.step(0, Window(), None)
-        trainer.evaluate()  # which must leave nothing gathered
-        counted = Counted(mesh, trainer.model, trainer.optimizer)
-        trainer.step(1, Window(), counted)
-        return counted.sent.entries()
-
-
-def expected(cfg: Config, world: int) -> list[Entry] | None:
-    model, plan = planned(cfg, validate(cfg, world))
-    return expected_entries(model, plan, cfg)
-
 
 PLANS = [
     ("none", 1),
@@ -54,10 +23,9 @@ PLANS = [
 @pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
 @pytest.mark.parametrize(("plan", "world"), PLANS)
 def test_measured_is_expected(ranks: Ranks, plan: str, world: int, model: str) -> None:
-    cfg = in_two_parts(config(f"model={model}", f"parallel={plan}"), world)
-    found = ranks.run(world, measured, cfg)[0]
-    assert found == expected(cfg, world)
-    assert (found == []) == (world == 1)
+    found = counted_step(ranks, world, f"model={model}", f"parallel={plan}", two_parts=True)
+    assert found.sent == found.expected.sent
+    assert (found.sent == []) == (world == 1)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +44,9 @@ def test_measured_is_expected(ranks: Ranks, plan: str, world: int, model: str) -
     ids=" ".join,
 )
 def test_options_move_both_alike(ranks: Ranks, overrides: list[str]) -> None:
-    cfg = config("model=llama2_debug", *overrides)
-    assert ranks.run(4, measured, cfg)[0] == expected(cfg, 4)
+    found = counted_step(ranks, 4, "model=llama2_debug", *overrides)
+    assert found.sent == found.expected.sent
+    assert found.sent
 
 
 def test_ring_bytes_by_hand() -> None:
@@ -89,11 +58,35 @@ def test_ring_bytes_by_hand() -> None:
 
 def test_tensor_parallelism_sends_megatrons_four_all_reduces_a_layer(ranks: Ranks) -> None:
     """2 forward and 2 backward a layer, of b s h; beside them one for the embedding, one for the logits' input."""
-    cfg = config("model=llama2_debug", "parallel=tp")
-    found = {(e.phase, e.collective): (e.count, e.tensor_bytes) for e in ranks.run(2, measured, cfg)[0]}
+    entries = counted_step(ranks, 2, "model=llama2_debug", "parallel=tp").sent
+    found = {(e.phase, e.issuer, e.collective): (e.count, e.tensor_bytes) for e in entries}
     layers, bsh = 2, 8 * 16 * 64 * 4
-    assert found["forward", "all_reduce"] == (2 * layers + 1, (2 * layers + 1) * bsh)
-    assert found["backward", "all_reduce"] == (2 * layers + 1, (2 * layers + 1) * bsh)
-    assert found["loss", "all_reduce"] == (3, 3 * 8 * 16 * 4)
-    assert found["clip", "all_reduce"] == (1, 4)
-    assert len(found) == 4
+    assert found == {
+        ("forward", "dtensor", "all_reduce"): (2 * layers + 1, (2 * layers + 1) * bsh),
+        ("backward", "dtensor", "all_reduce"): (2 * layers + 1, (2 * layers + 1) * bsh),
+        ("loss", "loss", "all_reduce"): (3, 3 * 8 * 16 * 4),
+        ("clip", "clip", "all_reduce"): (1, 4),
+    }
+
+
+@pytest.mark.parametrize("plan", ["sp", "fsdp_tp"])
+def test_norms_gradients_are_summed_once_a_step_and_logits_are_never_gathered(
+    ranks: Ranks, plan: str
+) -> None:
+    """Of two micro-batches too: 5 norms of 64, of which each rank of FSDP sums its shard."""
+    found = counted_step(ranks, 4, "model=llama2_debug", f"parallel={plan}", two_parts=True)
+    shards = 2 if plan == "fsdp_tp" else 1
+    sums = [e for e in found.sent if e.issuer == "step"]
+    assert [(e.axis, e.phase, e.collective, e.count, e.tensor_bytes) for e in sums] == [
+        ("tp", "backward", "all_reduce", 1, 5 * 64 * 4 // shards)
+    ]
+    loss = [(e.collective, e.count) for e in found.sent if e.phase == "loss"]
+    assert loss == [("all_reduce", 6)]  # three for each micro-batch
+
+
+def test_each_entry_says_who_issued_it(ranks: Ranks) -> None:
+    found = counted_step(ranks, 4, "model=llama2_debug", "parallel=fsdp_tp", two_parts=True)
+    assert {(e.axis, e.issuer) for e in found.sent} == {
+        *(("tp", issuer) for issuer in ("dtensor", "loss", "step", "clip")),
+        *(("dp_shard", issuer) for issuer in ("fsdp", "clip")),
+    }

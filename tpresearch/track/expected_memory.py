@@ -5,7 +5,7 @@ Elements of rank 0, over t tensor-parallel and d data-sharding ranks; e bytes an
 - Parameters, gradients, optimizer state: each rank's shards, exactly; AdamW keeps two numbers a parameter
   (arXiv 1910.02054, section 3.1).
 - Activations: what each op saves for backward, per token (the method of arXiv 2205.05198, section 4.1, for the
-  ops of this model): for Llama2 and the toy model. Left out are a few bytes a token of the loss.
+  ops of this model): for Llama2 and the toy model.
 - Temporaries depend on the order in which ops free their inputs: no formula is claimed.
 """
 
@@ -67,9 +67,11 @@ def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) ->
         return None
     vocabulary = model.output.out_features
     logits = -(-vocabulary // plan.sizes.tp) if plan.loss_parallel else vocabulary
+    softmax = logits * max(element, 4)
+    indices = 8 * (3 if plan.loss_parallel else 2)  # tokens, targets, and targets within the shard, int64
     if cfg.train.loss is Loss.sum:
-        logits = 0  # whose gradient is 1, whatever they are
-    return round(tokens * (kept + logits * max(element, 4)))  # their softmax, in at least float32
+        softmax, indices = 0, 8  # the gradient is 1, whatever the logits are
+    return round(tokens * (kept + softmax + indices))
 
 
 def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str) -> float | None:
@@ -85,22 +87,25 @@ def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str
     elif mode is Checkpointing.selective:
         if t > 1:
             return None  # what collectives bring is kept too, by rules that the plan's words do not tell
-        each = (_attention(block) + 2 * h + 2 * block.feed_forward.w1.out_features + h) * element
+        each = _attention_bytes(block, element) + (3 * h + 2 * block.feed_forward.w1.out_features) * element
     else:
-        split = _attention(block) + 4 * block.feed_forward.w1.out_features
-        each = 2 * norm + split / t * element
+        split = _attention_bytes(block, element) + 4 * block.feed_forward.w1.out_features * element
+        each = 2 * norm + split / t
     return model.n_layers * each + norm
 
 
-def _attention(block: Block) -> int:
-    """Elements a token that attention keeps: queries, keys, values and its result."""
+def _attention_bytes(block: Block, element: int) -> int:
+    """Bytes a token that attention keeps: queries, keys, values, its result, and a log-sum-exp for each head."""
     a = block.attention
-    return 2 * a.wq.out_features + a.wk.out_features + a.wv.out_features
+    heads = a.wq.out_features // a.head_dim
+    return (2 * a.wq.out_features + a.wk.out_features + a.wv.out_features) * element + heads * max(element, 4)
 
 
 def _norm_bytes(h: int, element: int, device: str) -> int:
-    """What RMSNorm keeps of a token beside its output: its input and, on a CPU, that normalised, in at least float32."""
-    return h * element if device == "cuda" else 2 * h * max(element, 4)
+    """What RMSNorm keeps of a token beside its output: its input and its scale, and on a CPU that input normalised,
+    in at least float32."""
+    wide = max(element, 4)
+    return h * element + wide if device == "cuda" else 2 * h * wide + wide
 
 
 def _of_toy(model: ToyLM, plan: Plan, element: int) -> float:
