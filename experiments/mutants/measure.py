@@ -6,6 +6,7 @@ python experiments/mutants/measure.py      # writes results.csv beside this file
 from __future__ import annotations
 
 import csv
+import dataclasses
 import datetime
 import sys
 from pathlib import Path
@@ -15,55 +16,71 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "tests")]
 
+
+import numpy as np  # noqa: E402
 from composed import config, corpus, in_two_parts  # noqa: E402
 from mutants.catalogue import MUTANTS, Mutant, run  # noqa: E402
 from rich.progress import track  # noqa: E402
 
 from tpresearch.config.schema import Dtype  # noqa: E402
+from tpresearch.data import PackedCorpus  # noqa: E402
 from tpresearch.launch.world import World  # noqa: E402
 from tpresearch.verify.compare import compare, tolerance  # noqa: E402
 from tpresearch.verify.ranks import Ranks  # noqa: E402
 from tpresearch.verify.trace import Trace, trace  # noqa: E402
 
-STEPS = 6
+STEPS = 12
 SETTINGS = (
     "optimizer=adamw",
+    "optimizer.lr=1e-2",
     "train.dtype=float64",
     "train.eval_rows=11",
+    "train.clip_grad_norm=0.2",
     "schedule.warmup_steps=2",
-    "train.steps=6",
+    f"train.steps={STEPS}",
 )
-CLIPPED = "train.clip_grad_norm=0.2"
-VISIBLE = 0.01
-"""A curve that is nowhere further than this from the right one, relatively, looks like it."""
+VISIBLE = 0.05
+"""A curve that strays by less than this share of the right one's descent, at every step, looks like it."""
 COLUMNS = (
     "model",
     "fault",
     "plan",
     "ranks",
-    "first_quantity_out",
+    "quantity_out",
     "its_error",
-    "greatest_error_of_the_loss",
+    "loss_strays_by",
     "a_loss_curve_shows_it",
 )
 
 
+def easy() -> PackedCorpus:
+    """Rows that count up through 16 tokens: there is something to learn within a dozen steps."""
+    random = corpus()
+    rows = [(rows[:, :1] + np.arange(rows.shape[1])) % 16 for rows in (random.train, random.held_out)]
+    return dataclasses.replace(random, train=rows[0].astype(np.uint16), held_out=rows[1].astype(np.uint16))
+
+
+def descent(trace: Trace) -> float:
+    return trace.steps[0].loss - trace.steps[-1].loss
+
+
 def row_of(mutant: Mutant, model: str, ranks: Ranks, right: Trace) -> dict[str, object]:
     """One run under AdamW, as most are trained: the first quantity that is out, and how far the loss strays."""
-    cfg = in_two_parts(config(f"model={model}", f"parallel={mutant.plan}", *SETTINGS, CLIPPED), mutant.ranks)
-    found = ranks.run(mutant.ranks, run, mutant.name, cfg, corpus(), STEPS)[0]
+    cfg = in_two_parts(config(f"model={model}", f"parallel={mutant.plan}", *SETTINGS), mutant.ranks)
+    found = ranks.run(mutant.ranks, run, mutant.name, cfg, easy(), STEPS)[0]
     where = {"model": model, "fault": mutant.name, "plan": mutant.plan, "ranks": mutant.ranks}
     if isinstance(found, str):
-        return where | {"first_quantity_out": f"did not run: {found}", "a_loss_curve_shows_it": True}
+        return where | {"quantity_out": f"did not run: {found}", "a_loss_curve_shows_it": True}
     assert isinstance(found, Trace)
     worst = compare(found, right)
     out = {q: w for q, w in worst.items() if not w.error <= tolerance(q, Dtype.float64)}
+    strays = max(abs(a.loss - b.loss) for a, b in zip(found.steps, right.steps, strict=True)) / descent(right)
     first = mutant.caught_by if mutant.caught_by in out else next(iter(out), "nothing")
     return where | {
-        "first_quantity_out": first,
+        "quantity_out": first,
         "its_error": f"{out[first].error:.1e}" if first in out else "",
-        "greatest_error_of_the_loss": f"{worst['loss'].error:.1e}",
-        "a_loss_curve_shows_it": worst["loss"].error > VISIBLE,
+        "loss_strays_by": f"{strays:.1e}",
+        "a_loss_curve_shows_it": strays > VISIBLE,
     }
 
 
@@ -76,7 +93,7 @@ def main() -> None:
         if model in mutant.models
     ]
     right = {
-        model: trace(config(f"model={model}", "parallel=none", *SETTINGS, CLIPPED), corpus(), World(), STEPS)
+        model: trace(config(f"model={model}", "parallel=none", *SETTINGS), easy(), World(), STEPS)
         for model in ("toy_mlp", "llama2_debug")
     }
     try:
@@ -93,8 +110,9 @@ def main() -> None:
         writer.writerows(rows)
     missed = [row for row in rows if not row["a_loss_curve_shows_it"]]
     print(
-        f"{len(rows)} wrong plans, {sum(row['first_quantity_out'] != 'nothing' for row in rows)} caught; "
-        f"{len(missed)} of them keep the loss within {VISIBLE:.0%} of the right one for {STEPS} steps"
+        f"{len(rows)} wrong plans, {sum(row['quantity_out'] != 'nothing' for row in rows)} caught; "
+        f"{len(missed)} of them keep the loss, for {STEPS} steps, within {VISIBLE:.0%} of the right one's descent "
+        f"({', '.join(f'{name} {descent(trace):.2f}' for name, trace in right.items())} nats)"
     )
 
 
