@@ -1,0 +1,92 @@
+"""On CUDA: every plan computes what one CPU process does, sends what the formulas say, and is counted by the allocator.
+
+On one GPU the ranks share it and talk over gloo; where each can have a GPU of its own, they talk over nccl.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from composed import config, corpus, in_two_parts
+
+from tpresearch.config import Config
+from tpresearch.config.schema import Dtype
+from tpresearch.config.validate import validate
+from tpresearch.launch.world import World
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.track.counted import Counted, Expected, StepCount, count_of
+from tpresearch.track.expected import expected_entries
+from tpresearch.track.expected_memory import expected_bytes
+from tpresearch.train.build import planned
+from tpresearch.train.device import choose_device
+from tpresearch.train.loop import assemble, process_group
+from tpresearch.train.trainer import Window
+from tpresearch.verify.compare import compare, tolerance
+from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.trace import Trace, trace
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+PLANS = ["ddp", "tp", "sp", "fsdp", "hsdp", "fsdp_tp", "hsdp_tp"]
+SETTINGS = ("train.clip_grad_norm=0.2", "schedule.warmup_steps=1", "train.eval_rows=11", "optimizer=sgd")
+
+
+def traced(world: World, cfg: Config) -> Trace | None:
+    found = trace(cfg, corpus(), world, 3)
+    return found if world.rank == 0 else None
+
+
+def agree(ours: Trace, plan: str, model: str, dtype: Dtype) -> None:
+    alone = config(f"model={model}", "parallel=none", "device=cpu", *SETTINGS, f"train.dtype={dtype}")
+    found = compare(ours, trace(alone, corpus(), World(), 3))
+    out = {q: worst for q, worst in found.items() if not worst.error <= tolerance(q, dtype)}
+    assert out == {}, plan
+
+
+@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_computes_what_one_cpu_process_does(ranks: Ranks, plan: str, model: str) -> None:
+    cfg = config(f"model={model}", f"parallel={plan}", "device=cuda", *SETTINGS, "train.dtype=float64")
+    agree(ranks.run(4, traced, in_two_parts(cfg, 4))[0], plan, model, Dtype.float64)
+
+
+@pytest.mark.parametrize("plan", ["fsdp", "sp", "fsdp_tp"])
+def test_in_bfloat16_to_rounding(ranks: Ranks, plan: str) -> None:
+    cfg = config("model=llama2_debug", f"parallel={plan}", "device=cuda", *SETTINGS, "train.dtype=bfloat16")
+    agree(ranks.run(4, traced, cfg)[0], plan, "llama2_debug", Dtype.bfloat16)
+
+
+def counted(world: World, cfg: Config) -> StepCount:
+    sizes = validate(cfg, world.size)
+    model, plan = planned(cfg, sizes)
+    expected = Expected(expected_entries(model, plan, cfg), expected_bytes(model, plan, cfg, "cuda"))
+    device = choose_device(cfg, world.local_rank, world.local_size)
+    with process_group(device, world):
+        mesh = build_mesh(sizes, device.type)
+        trainer = assemble(cfg, model, plan, mesh, device, corpus())
+        trainer.step(0, Window(), None)
+        counted = Counted(mesh, trainer.model, trainer.optimizer)
+        trainer.step(1, Window(), counted)
+        return count_of(counted, expected)
+
+
+@pytest.mark.parametrize("plan", ["none", "tp", "fsdp", "fsdp_tp"])
+def test_a_step_sends_and_holds_what_formulas_say(ranks: Ranks, plan: str) -> None:
+    cfg = config("model=llama2_debug", f"parallel={plan}", "device=cuda")
+    found = ranks.run(1 if plan == "none" else 4, counted, cfg)[0]
+    assert found.sent == found.expected.sent
+    held = {kind.kind: kind for kind in found.held}
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert held[kind].most_bytes == found.expected.held[kind], kind
+    assert held["activations"].most_bytes == pytest.approx(found.expected.held["activations"], rel=0.02)
+    peak = sum(kind.at_peak_bytes for kind in found.held)
+    assert found.allocator_peak_bytes is not None
+    assert found.allocator_peak_bytes >= peak  # it rounds up, and has what ops use inside
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl needs two CUDA devices")
+def test_over_nccl(ranks: Ranks) -> None:
+    cfg = config("model=llama2_debug", "parallel=fsdp", "device=cuda", *SETTINGS, "train.dtype=float64")
+    agree(ranks.run(2, traced, cfg)[0], "fsdp", "llama2_debug", Dtype.float64)
