@@ -20,6 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "t
 import numpy as np  # noqa: E402
 from composed import config, corpus, in_two_parts  # noqa: E402
 from mutants.catalogue import MUTANTS, Mutant, run  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
 from rich.progress import track  # noqa: E402
 
 from tpresearch.config.schema import Dtype  # noqa: E402
@@ -54,10 +55,19 @@ COLUMNS = (
 
 
 def easy() -> PackedCorpus:
-    """Rows that count up through 16 tokens: there is something to learn within a dozen steps."""
+    """Rows of 16 tokens that mostly count up: there is something to learn within a dozen steps, and no two are alike."""
+    drawn = np.random.default_rng(3)
     random = corpus()
-    rows = [(rows[:, :1] + np.arange(rows.shape[1])) % 16 for rows in (random.train, random.held_out)]
-    return dataclasses.replace(random, train=rows[0].astype(np.uint16), held_out=rows[1].astype(np.uint16))
+
+    def rows(count: int, length: int) -> NDArray[np.uint16]:
+        found = drawn.integers(0, 16, (count, length))
+        counts_up = drawn.random((count, length)) < 0.75
+        for position in range(1, length):
+            after = (found[:, position - 1] + 1) % 16
+            found[:, position] = np.where(counts_up[:, position], after, found[:, position])
+        return found.astype(np.uint16)
+
+    return dataclasses.replace(random, train=rows(*random.train.shape), held_out=rows(*random.held_out.shape))
 
 
 def descent(trace: Trace) -> float:

@@ -25,7 +25,7 @@ def verify(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.cli
 def test_right_plans_pass(tmp_path: Path) -> None:
-    done = verify(tmp_path, "verify.plans=[tp,fsdp]")
+    done = verify(tmp_path, "verify.plans=[tp,fsdp]", "verify.integers=true")
     assert done.returncode == 0, done.stderr
     assert "each plan computes what one process does" in done.stdout
     record = json.loads((tmp_path / "run" / "verify.json").read_text())
@@ -34,6 +34,17 @@ def test_right_plans_pass(tmp_path: Path) -> None:
         (plan, optimizer) for plan in ("tp", "fsdp") for optimizer in ("sgd", "adamw")
     ]
     assert all(r["worst"]["gradients"]["error"] < 1e-10 for r in record["results"])
+    assert all(r["worst"]["between ranks"]["error"] == 0 for r in record["results"])
+    assert [len(r["integers"] or ()) for r in record["results"]] == [
+        4,
+        0,
+        4,
+        0,
+    ]  # once a plan: no optimizer in it
+    assert all(
+        e["output"] == e["weight_gradient"] == 0 for r in record["results"] for e in r["integers"] or ()
+    )
+    assert "mlp.out_proj" in done.stdout
 
 
 @pytest.mark.cli
