@@ -31,7 +31,7 @@ from tpresearch.track.shown import bytes_text, count_text
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-JOB = ["model=llama2_debug", "optimizer.lr=1e-2", "train.steps=80", "data.seq_len=64", "logger=none"]
+JOB = ["experiment=first_picture"]
 
 LAST_DIGIT = 2.0**-21
 """Between neighbouring float32 numbers from 4 to 8."""

@@ -17,6 +17,18 @@ from tpresearch.train.loop import assemble, process_group
 from tpresearch.train.trainer import Window
 from tpresearch.verify.ranks import Ranks
 
+PLANS = [
+    ("none", 1),
+    ("ddp", 4),
+    ("tp", 4),
+    ("sp", 4),
+    ("fsdp", 4),
+    ("hsdp", 4),
+    ("fsdp_tp", 4),
+    ("hsdp_tp", 4),
+]
+"""Plans and the ranks that they are counted on."""
+
 _known: dict[tuple[int, bool, tuple[str, ...]], StepCount] = {}
 
 

@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from counted_steps import counted_step
+from counted_steps import PLANS, counted_step
 
 from tpresearch.track.ledger import ring_bytes
 from tpresearch.verify.ranks import Ranks
-
-PLANS = [
-    ("none", 1),
-    ("ddp", 4),
-    ("tp", 4),
-    ("sp", 4),
-    ("fsdp", 4),
-    ("hsdp", 4),
-    ("fsdp_tp", 4),
-    ("hsdp_tp", 4),
-]
 
 
 @pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])

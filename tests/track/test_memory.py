@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counted_steps import counted_step
+from counted_steps import PLANS, counted_step
 from torch import nn
 
 from tpresearch.track.counted import StepCount
 from tpresearch.track.memory import MemoryLedger
 from tpresearch.verify.ranks import Ranks
-
-PLANS = [
-    ("none", 1),
-    ("ddp", 4),
-    ("tp", 4),
-    ("sp", 4),
-    ("fsdp", 4),
-    ("hsdp", 4),
-    ("fsdp_tp", 4),
-    ("hsdp_tp", 4),
-]
 
 
 def agree(found: StepCount) -> None:
