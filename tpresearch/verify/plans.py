@@ -101,29 +101,38 @@ def judge(cfg: Config) -> None:
 
 def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
     """Trace one process, then each plan, and say how far they are apart."""
-    corpus = _few_rows(prepare(cfg.data, cfg.tokenizer, progress=True))
-    references = [
-        trace(reference_of(c), corpus, World(), cfg.verify.steps) for c in next(iter(plans.values()))
-    ]
-    ranks, results = Ranks(PATIENCE_S), []
+    ranks = Ranks(PATIENCE_S)
     try:
+        ranks.start(max(ranks_of(c) for cfgs in plans.values() for c in cfgs))
+        corpus = _few_rows(prepare(cfg.data, cfg.tokenizer, progress=True))
+        first = next(iter(plans.values()))
+        references = [trace(reference_of(c), corpus, World(), cfg.verify.steps) for c in first]
         jobs = [(plan, *pair) for plan, cfgs in plans.items() for pair in zip(cfgs, references, strict=True)]
+        results: list[Result] = []
         for plan, c, reference in track(jobs, description="verifying", transient=True):
-            result = Result(plan, c.optimizer.name, tolerance("loss", c.train.dtype))
-            results.append(result)
-            try:
-                ours = ranks.run(ranks_of(c), trace_of, c, corpus)[0]
-                if c.verify.integers and c is plans[plan][0]:
-                    result.integers = worst_of(ranks.run(ranks_of(c), exactness, c))
-            except RankError as error:
-                result.error = str(error).strip().splitlines()[-1]
-                log.error("%s: %s", plan, error)
-                continue
-            result.worst = compare(ours, reference)
-            result.out = [q for q, w in result.worst.items() if not w.error <= tolerance(q, c.train.dtype)]
+            integers = c.verify.integers and c is plans[plan][0]
+            results.append(_verified(ranks, plan, c, reference, corpus, integers))
+        return results
     finally:
         ranks.close()
-    return results
+
+
+def _verified(
+    ranks: Ranks, plan: str, cfg: Config, reference: Trace, corpus: AnyCorpus, integers: bool
+) -> Result:
+    """One plan under one optimizer beside the reference; its matmuls on integers too where that is wanted."""
+    result = Result(plan, cfg.optimizer.name, tolerance("loss", cfg.train.dtype))
+    try:
+        ours = ranks.run(ranks_of(cfg), trace_of, cfg, corpus)[0]
+        if integers:
+            result.integers = worst_of(ranks.run(ranks_of(cfg), exactness, cfg))
+    except RankError as error:
+        result.error = str(error).strip().splitlines()[-1]
+        log.error("%s: %s", plan, error)
+        return result
+    result.worst = compare(ours, reference)
+    result.out = [q for q, w in result.worst.items() if not w.error <= tolerance(q, cfg.train.dtype)]
+    return result
 
 
 def trace_of(world: World, cfg: Config, corpus: AnyCorpus) -> Trace | None:

@@ -31,11 +31,15 @@ class Ranks:
         self._context = mp.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
 
-    def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def start(self, size: int) -> None:
+        """Have this many processes; they import torch while the caller does something else."""
         if not all(process.is_alive() for process, _ in self._workers):
             self.close()
         while len(self._workers) < size:
             self._start_one()
+
+    def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        self.start(size)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
