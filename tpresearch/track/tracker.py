@@ -13,18 +13,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal, Self, SupportsFloat
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 
 from rich.console import Console
 
 from tpresearch.config import Config
 from tpresearch.track import record
 from tpresearch.track.console import ProgressLine, report
-from tpresearch.track.counted import StepCount
 from tpresearch.track.names import finite
 from tpresearch.track.run_name import run_name
 from tpresearch.track.secrets import refuse_secrets
 from tpresearch.track.wandb_run import WandbRun
+
+if TYPE_CHECKING:  # it imports torch, which nothing else here needs
+    from tpresearch.track.counted import StepCount
 
 log = logging.getLogger(__name__)
 
