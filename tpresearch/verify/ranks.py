@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -101,3 +102,4 @@ def _serve(connection: Connection) -> None:
             connection.send((True, function(World(rank, size, rank, size, elastic=True), *args)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
+        gc.collect()  # process groups end with the model and mesh that hold them, in cycles: ten threads each
