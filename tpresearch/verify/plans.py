@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass, field
+from functools import cache
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -70,17 +71,31 @@ def configs(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     mine = [w for w in words if parser.parse_override(w).key_or_group not in ("parallel", "optimizer")]
     return {
-        plan: [_composed([*mine, f"parallel={plan}", f"optimizer={name}"]) for name in cfg.verify.optimizers]
+        plan: [_composed((*mine, f"parallel={plan}", f"optimizer={name}")) for name in cfg.verify.optimizers]
         for plan in cfg.verify.plans
     }
 
 
-def _composed(overrides: list[str]) -> Config:
+@cache  # judging and tracing ask for the same ones
+def _composed(overrides: tuple[str, ...]) -> Config:
     loader = GlobalHydra.instance().config_loader()
-    composed = loader.load_configuration("verify", overrides, run_mode=RunMode.RUN)
+    composed = loader.load_configuration("verify", list(overrides), run_mode=RunMode.RUN)
     with open_dict(composed):
         del composed["hydra"]
-    return typed(composed)
+    return _in_two_parts(typed(composed))
+
+
+def _in_two_parts(cfg: Config) -> Config:
+    """Two micro-batches a rank where train.micro_batch_size is left open, so that accumulation is in the proof."""
+    if cfg.train.micro_batch_size is not None:
+        return cfg
+    half, odd = divmod(cfg.train.global_batch_size // validate(cfg, ranks_of(cfg)).dp, 2)
+    whole = odd or not half
+    return (
+        cfg
+        if whole
+        else dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, micro_batch_size=half))
+    )
 
 
 def ranks_of(cfg: Config) -> int:

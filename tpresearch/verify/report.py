@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -23,7 +24,9 @@ HEADINGS = {
 def print_table(results: list[Result], path: Path) -> None:
     """Print one row a plan and optimizer; what is out of tolerance is marked, and said in full below."""
     console = Console(highlight=False)
-    table = Table(*(Column(title, no_wrap=True) for title in ("plan", "optimizer", *HEADINGS.values(), "")))
+    titles = ("plan", "optimizer", *HEADINGS.values(), "")
+    columns = (Column(title, no_wrap=True) for title in titles)
+    table = Table(*columns, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)  # within 80 characters
     for result in results:
         cells = [_cell(result, quantity) for quantity in HEADINGS]
         table.add_row(result.plan, result.optimizer, *cells, "ok" if result.passed else "[red]out[/red]")
