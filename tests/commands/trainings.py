@@ -71,9 +71,9 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return {**outside, **ours, **more}
 
 
-def execute(command: list[str], cwd: Path, env: dict[str, str]) -> Done:
+def execute(command: list[str], cwd: Path, env: dict[str, str], timeout_s: float = TIMEOUT_S) -> Done:
     before = _children_s()
-    ended = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
+    ended = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s)
     return Done(ended.returncode, ended.stdout, ended.stderr, _children_s() - before)
 
 

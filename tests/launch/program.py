@@ -36,6 +36,9 @@ def main(cfg: Config, run: Run) -> None:
         raise ValueError("not the user's fault")
     if cfg.name == "fails_once" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         raise ValueError("the first attempt fails")
+    if cfg.name == "sleeps":
+        (run.folder / "asleep").touch()
+        time.sleep(600)
     record = HydraConfig.get().output_subdir
     told = f"{record} rank {run.world.rank} of {run.world.size} {run.overrides} {run.choices['model']}"
     print(f"folder {run.folder} {told}\n", end="")  # in one write, which no other rank can cut in two

@@ -197,6 +197,23 @@ class VerifyConfig:
 
 
 @dataclass
+class TorchrunConfig:
+    """hydra.launcher: how a sweep (`-m`) starts its jobs."""
+
+    _target_: str = "hydra_plugins.tpresearch.TorchrunLauncher"
+    nproc: int | None = None
+    """Ranks of a job whose mesh leaves it open; null for world_size if that is set, else as many as GPUs, else 4."""
+    slots: int | None = None
+    """GPUs or CPU slots that a job takes; null for one a rank."""
+    cpu_slots: int | None = None
+    """Ranks that run side by side on CPUs, over all jobs; null for one job after another."""
+    fail_fast: bool = False
+    """Let the first failure end the sweep."""
+    objective: str = "train/loss"
+    """The key of summary.json that a sweeper is told."""
+
+
+@dataclass
 class Rule:
     """One named sharding rule of a plan: which modules, in which style, with which layouts.
 
@@ -259,7 +276,7 @@ class ComposedConfig:
     plan_only: bool = False
     """Compile the plan on a meta model, print it, and stop."""
     world_size: int | None = None
-    """For how many ranks plan_only compiles."""
+    """For how many ranks plan_only compiles, and how many a job of a sweep has where its mesh leaves that open."""
 
 
 @dataclass

@@ -42,22 +42,12 @@ def agree(composed: DictConfig, world: World) -> Path:
     Raises:
         ConfigError: when the folder cannot be written, or the ranks have no way to agree.
     """
-    given = "${run_dir:" not in str(OmegaConf.to_container(composed.hydra.run, resolve=False))
-
+    given = _is_given(composed.hydra.run)
     wanted = Path(composed.hydra.run.dir)
     name = str(composed.get("name") or "run")
 
     def make() -> Path:
-        try:
-            return _usable(wanted if given else _claimed(wanted))
-        except OSError as error:
-            raise ConfigError(
-                "hydra.run.dir",
-                wanted,
-                f"cannot be written: {error.strerror}",
-                "a folder that this user can write, with room on its disk",
-                fix={"hydra.run.dir": Path(tempfile.gettempdir()) / name},
-            ) from None
+        return _made("hydra.run.dir", wanted, given, name)
 
     if world.size == 1:
         return make()
@@ -67,6 +57,34 @@ def agree(composed: DictConfig, world: World) -> Path:
         wanted = _of_slurm_job(name)
         given = True
     return make()
+
+
+def sweep_folder(composed: DictConfig) -> Path:
+    """Make the folder that `hydra.sweep.dir` names: one given by the user may exist, the default one is new.
+
+    Raises:
+        ConfigError: when it cannot be written.
+    """
+    name = str(composed.get("name") or "sweep")
+    return _made("hydra.sweep.dir", Path(composed.hydra.sweep.dir), _is_given(composed.hydra.sweep), name)
+
+
+def _is_given(settings: DictConfig) -> bool:
+    """Whether the user typed the folder, rather than leaving it to the date."""
+    return "${run_dir:" not in str(OmegaConf.to_container(settings, resolve=False))
+
+
+def _made(key: str, wanted: Path, given: bool, name: str) -> Path:
+    try:
+        return _usable(wanted if given else _claimed(wanted))
+    except OSError as error:
+        raise ConfigError(
+            key,
+            wanted,
+            f"cannot be written: {error.strerror}",
+            "a folder that this user can write, with room on its disk",
+            fix={key: Path(tempfile.gettempdir()) / name},
+        ) from None
 
 
 def _claimed(wanted: Path) -> Path:

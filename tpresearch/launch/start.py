@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigKeyError
 
 from tpresearch.config.compose import typed
+from tpresearch.config.schema import Config
 from tpresearch.launch.composition import branches
-from tpresearch.launch.run_dir import agree
+from tpresearch.launch.run_dir import agree, sweep_folder
 from tpresearch.launch.world import World
 
 
@@ -48,15 +49,28 @@ class Start(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         world = World.from_environment()
         with passing(composing=True):
-            HydraConfig.instance().set_config(config)  # for ${hydra:...}; Hydra does so only after this
-            composed = _without_hydra(config)
-            _refuse_unknown_fields(composed)
-            cfg = typed(composed)
+            cfg = typed_config(config)
         with passing(composing=False):
             if self.check:
                 get_method(self.check)(cfg, world)
         with passing(composing=True), read_write(config.hydra.run):
             config.hydra.run.dir = str(agree(config, world))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with passing(composing=True), read_write(config.hydra.sweep):
+            config.hydra.sweep.dir = str(sweep_folder(config))
+
+
+def typed_config(config: DictConfig) -> Config:
+    """The typed config of what Hydra composed, its own settings included.
+
+    Raises:
+        ConfigError, omegaconf.errors.OmegaConfBaseException: for what is not a config.
+    """
+    HydraConfig.instance().set_config(config)  # for ${hydra:...}; Hydra does so only later
+    composed = _without_hydra(config)
+    _refuse_unknown_fields(composed)
+    return typed(composed)
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

@@ -1,0 +1,46 @@
+"""`python train.py -m ...`: a torchrun a job, a failure that stays its own, a table, and the rest on the next start."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+from trainings import TRAIN, Done, Trained, environment, execute
+
+pytestmark = [pytest.mark.cli, pytest.mark.timeout(1200)]
+
+
+def test_a_sweep_runs_what_it_can_and_then_what_is_left(small: list[str], home: Path, tmp_path: Path) -> None:
+    typed = [word for word in small if not word.startswith(("model=", "train.steps="))]
+    # With so great a learning rate the second step's loss is not a number, which stops the run.
+    typed += ["parallel=tp", "world_size=2", "optimizer.lr=1e30,1e-3", "optimizer=sgd", "model=toy_mlp"]
+    typed += ["schedule.warmup_steps=0", "train.clip_grad_norm=null", "train.steps=2", "logger=none"]
+
+    def start() -> Done:
+        command = [sys.executable, str(TRAIN), "-m", *typed, "hydra.sweep.dir=sweep"]
+        return execute(command, tmp_path, environment(home), timeout_s=600)
+
+    done = start()
+    assert done.code == 1, done.err
+    error = "NonfiniteError: train/loss is nan at step 2"
+    assert f"job 0 failed: {error}\n  sweep/0/console.log" in done.out
+    assert "Traceback" not in done.out + done.err
+    with (tmp_path / "sweep/summary.csv").open() as file:
+        failed, completed = csv.DictReader(file)
+    assert (failed["status"], failed["error"], failed["optimizer.lr"]) == ("failed", error, "1e30")
+    assert (completed["status"], completed["world_size"], completed["mesh/tp"]) == ("completed", "2", "2")
+    run = Trained(done, tmp_path / "sweep/1")
+    assert completed["train/loss"] == str(run.json("summary.json")["train/loss"])
+    assert {".hydra", "config.yaml", "plan.txt", "ledger.json"} <= {
+        path.name for path in run.folder.iterdir()
+    }
+    assert error in (tmp_path / "sweep/summary.md").read_text()
+    before = (run.folder / "summary.json").stat().st_mtime_ns
+
+    again = start()
+    assert again.code == 1
+    assert "job 0 starts on 2 ranks" in again.out
+    assert "job 1 was completed earlier: sweep/1" in again.out
+    assert (run.folder / "summary.json").stat().st_mtime_ns == before

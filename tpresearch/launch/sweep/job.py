@@ -1,0 +1,125 @@
+"""One job of a sweep: its config, how many ranks it needs, what it is told apart by, and its command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig
+
+from tpresearch.config.compose import as_dict
+from tpresearch.config.mesh import used_axes
+from tpresearch.config.schema import Config, DeviceKind
+from tpresearch.launch.command import override_key
+
+NOT_COMPARED = ("name", "logger", "world_size")
+"""Keys of a config that say where a run is kept and who hears of it, not what it computes."""
+
+OF_THE_SWEEP = ("hydra.mode", "hydra.run.", "hydra.sweep.", "hydra.launcher", "hydra.sweeper")
+"""Hydra's settings that the sweep has read, and its jobs have no use for."""
+
+
+@dataclass(frozen=True)
+class Job:
+    number: int
+    overrides: list[str]
+    """What was typed and swept, without Hydra's own settings."""
+    folder: Path
+    ranks: int
+    slots: int
+    """GPUs or CPU slots that it takes."""
+    gpus: bool
+    """Whether its slots are GPUs."""
+    signature: str
+    group: str
+    """The signature without the seed: jobs that have it in common are repetitions of one experiment."""
+    command: list[str]
+    composed: DictConfig
+    completed: bool = False
+    """Whether an earlier start of the sweep has completed it, in `folder`."""
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Its overrides by key."""
+        return {override_key(typed): typed.partition("=")[2] for typed in self.overrides if "=" in typed}
+
+
+def ranks_needed(cfg: Config, open_ranks: int) -> int:
+    """How many ranks a config is for: what its mesh sizes make, or where they leave it open, `open_ranks`."""
+    sizes = [getattr(cfg.mesh, axis) for axis in used_axes(cfg.parallel)]
+    if cfg.plan_only or not sizes:
+        return 1
+    if cfg.world_size is not None:
+        return cfg.world_size
+    given = [size for size in sizes if size is not None and size > 0]
+    product = math.prod(given)
+    return product if len(given) == len(sizes) else max(product, open_ranks // product * product)
+
+
+def slots_of(cfg: Config, wanted: int, gpu_count: int) -> tuple[int, bool]:
+    """How many slots a job takes, and whether they are GPUs: as its ranks will choose their device."""
+    if cfg.device is DeviceKind.cuda:
+        return min(wanted, gpu_count), True
+    on_gpus = cfg.device is DeviceKind.auto and 0 < wanted <= gpu_count
+    return wanted, on_gpus
+
+
+def signature(config: dict[str, Any], ranks: int, without_seed: bool = False) -> str:
+    """A hash of what a run computes: its resolved config and its ranks, without names, paths and loggers."""
+    kept = {key: value for key, value in config.items() if key not in NOT_COMPARED}
+    kept["data"] = {key: value for key, value in kept.get("data", {}).items() if key != "cache_dir"}
+    if without_seed:
+        kept["train"] = {key: value for key, value in kept["train"].items() if key != "seed"}
+    text = json.dumps([kept, ranks], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def as_written(cfg: Config) -> dict[str, Any]:
+    """The config as it is read back from a run's config.yaml."""
+    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(as_dict(cfg)))
+    return plain
+
+
+def completed_runs(sweep_dir: Path) -> dict[str, Path]:
+    """The folders of completed runs below a sweep's, by signature."""
+    found = {}
+    for path in sorted(sweep_dir.rglob("summary.json")):
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+            if summary["status"] == "completed":
+                found[signature(config, summary["world_size"])] = path.parent
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+            continue  # not the record of a run
+    return found
+
+
+def command_of(program: list[str], ranks: int, overrides: Iterable[str]) -> list[str]:
+    """`python train.py ...` for one rank, `python -m torch.distributed.run ... train.py ...` for more."""
+    agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *agent, *program, *overrides]
+
+
+def passed_on(hydra_overrides: Iterable[str]) -> list[str]:
+    """Those of Hydra's settings that a job needs as the sweep did, such as hydra.searchpath."""
+    return [
+        typed
+        for typed in hydra_overrides
+        if not override_key(typed).replace("/", ".").startswith(OF_THE_SWEEP)
+    ]
+
+
+def override(key: str, value: object) -> str:
+    """`key=value`, quoted as far as Hydra's grammar asks."""
+    text = str(value)
+    if not re.fullmatch(r"[\w./-]+", text):
+        text = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{key}={text}"

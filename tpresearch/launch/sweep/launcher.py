@@ -1,0 +1,175 @@
+"""The Hydra launcher of `-m`: plan all jobs, run those that are not done, and say what came out."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from tpresearch.launch.start import passing
+
+if TYPE_CHECKING:
+    from tpresearch.launch.sweep.job import Job
+    from tpresearch.launch.sweep.outcome import Outcome
+    from tpresearch.launch.sweep.running import Running, Share
+
+INTERRUPTED = 130
+
+
+class JobFailed(Exception):
+    """What a sweeper is told of a job that did not complete."""
+
+
+def register_launcher() -> None:
+    """Make `hydra/launcher=torchrun` known.
+
+    Hydra takes a launcher only from a package hydra_plugins, and looks it up there by name: it gets one, beside
+    what other plugins there are, so that ours needs no folder outside tpresearch.
+    """
+    Plugins.instance().register(TorchrunLauncher)
+    package, _, name = TorchrunLauncher.__module__.partition(".")
+    try:
+        plugins = importlib.import_module(package)
+    except ModuleNotFoundError:
+        plugins = sys.modules[package] = ModuleType(package)
+    setattr(plugins, name, SimpleNamespace(TorchrunLauncher=TorchrunLauncher))
+
+
+class TorchrunLauncher(Launcher):
+    """Starts each job of a sweep under an elastic agent of its own, with the ranks that its mesh needs.
+
+    Args:
+        start: begins one job; a process of its own, unless a test has a job of another kind.
+    """
+
+    __module__ = "hydra_plugins.tpresearch"  # Hydra takes plugins by this prefix only
+
+    def __init__(
+        self,
+        nproc: int | None = None,
+        slots: int | None = None,
+        cpu_slots: int | None = None,
+        fail_fast: bool = False,
+        objective: str = "train/loss",
+        start: Callable[[Job, Share], Running] | None = None,
+    ) -> None:
+        self.nproc, self.slots, self.cpu_slots = nproc, slots, cpu_slots
+        self.fail_fast, self.objective, self._start = fail_fast, objective, start
+        self._outcomes: dict[int, Outcome] = {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context, self._config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run a batch of jobs; a sweeper that draws the next ones from these results asks again.
+
+        Raises:
+            ConfigError: for the first job that cannot run, before any has started.
+            SystemExit: after Ctrl-C, SIGTERM or SIGHUP, once all ranks have ended and the table is out.
+        """
+        from tpresearch.launch.sweep.outcome import outcome_of  # late: a single run has no use for these
+        from tpresearch.launch.sweep.planning import plan_jobs
+        from tpresearch.launch.sweep.running import Devices, JobProcess, run_jobs
+
+        gpus = _visible_gpus()
+        with passing(composing=False):
+            jobs = plan_jobs(
+                self._context.config_loader, self._config, job_overrides, initial_job_idx, len(gpus)
+            )
+        self._outcomes |= {job.number: outcome_of(job, None) for job in jobs}
+        began: dict[int, float] = {}
+
+        def on_start(job: Job) -> None:
+            began[job.number] = time.monotonic()
+            ranks = f"{job.ranks} rank{'s' if job.ranks > 1 else ''}"
+            self._say(f"job {job.number} starts on {ranks}: {' '.join(job.overrides)}\n  {job.folder}")
+
+        def on_end(job: Job, code: int) -> None:
+            seconds = time.monotonic() - began[job.number]
+            outcome = self._outcomes[job.number] = outcome_of(job, code, seconds)
+            why = f": {outcome.error}" if outcome.error else ""
+            self._say(f"job {job.number} {outcome.status} after {seconds:.0f} s{why}")
+
+        for job in jobs:
+            if job.completed:
+                self._say(f"job {job.number} was completed earlier: {job.folder}")
+        todo = [job for job in jobs if not job.completed]
+        try:
+            run_jobs(
+                todo,
+                Devices(gpus, self.cpu_slots),
+                self._start or JobProcess,
+                on_start,
+                on_end,
+                self.fail_fast,
+            )
+        except KeyboardInterrupt:
+            self._report()
+            sys.exit(INTERRUPTED)
+        self._report()
+        return [self._returned(self._outcomes[job.number]) for job in jobs]
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
+
+    def _report(self) -> None:
+        from rich.console import Console
+
+        from tpresearch.launch.sweep.table import print_table, write_files
+
+        folder = Path(self._config.hydra.sweep.dir)
+        outcomes = [self._outcomes[number] for number in sorted(self._outcomes)]
+        write_files(folder, outcomes)
+        width = None if sys.stdout.isatty() else 220
+        print_table(Console(highlight=False, width=width), folder, outcomes)
+
+    def _returned(self, outcome: Outcome) -> JobReturn:
+        job = outcome.job
+        returned = QuietReturn(
+            overrides=job.overrides,
+            cfg=job.composed,
+            hydra_cfg=job.composed,
+            working_dir=str(job.folder),
+            task_name=job.composed.hydra.job.name,
+        )
+        if outcome.status == "completed":
+            returned.status = JobStatus.COMPLETED
+            returned._return_value = outcome.summary.get(self.objective)
+        else:
+            returned.status = JobStatus.FAILED
+            returned._return_value = JobFailed(f"job {job.number}: {outcome.error or outcome.status}")
+        return returned
+
+
+class QuietReturn(JobReturn):
+    """A JobReturn that does not print: the table has said what failed."""
+
+    @property
+    def return_value(self) -> object:
+        if self.status is JobStatus.FAILED:
+            raise self._return_value
+        return self._return_value
+
+    @return_value.setter
+    def return_value(self, value: object) -> None:
+        self._return_value = value
+
+
+def _visible_gpus() -> list[str]:
+    """The GPUs that this sweep may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:count] if named else [str(index) for index in range(count)]
