@@ -80,6 +80,7 @@ def test_no_job_starts_while_any_is_wrong(sweep: Sweep, monkeypatch: pytest.Monk
     assert ", in job 1 of the sweep (" in said
     assert refused.value.error.command.endswith(" -m parallel=tp mesh.tp=2")
     assert sweep.started == []
+    assert not sweep.folder.exists()
 
 
 def test_a_failed_job_leaves_the_others_alone(sweep: Sweep) -> None:
@@ -108,6 +109,8 @@ def test_started_again_it_runs_what_is_not_completed(sweep: Sweep) -> None:
     sweep.code = lambda job: int(job.number == 1)
     sweep("parallel=none,tp,fsdp")
     sweep.code = lambda job: 0
+    with pytest.raises(Passing):
+        sweep("parallel=none,tp,fsdp", "train.global_batch_size=9")
     told = sweep("parallel=none,tp,fsdp")
     assert sweep.numbers == [1]
     assert told == [5.0, 6.0, 7.0]

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from tpresearch.config.errors import ConfigError
 from tpresearch.launch.start import passing
 
 if TYPE_CHECKING:
@@ -84,9 +86,13 @@ class TorchrunLauncher(Launcher):
 
         gpus = _visible_gpus()
         with passing(composing=False):
-            jobs = plan_jobs(
-                self._context.config_loader, self._config, job_overrides, initial_job_idx, len(gpus)
-            )
+            try:
+                jobs = plan_jobs(
+                    self._context.config_loader, self._config, job_overrides, initial_job_idx, len(gpus)
+                )
+            except ConfigError:
+                _leave_nothing(Path(self._config.hydra.sweep.dir))
+                raise
         self._outcomes |= {job.number: outcome_of(job, None) for job in jobs}
         began: dict[int, float] = {}
 
@@ -164,6 +170,17 @@ class QuietReturn(JobReturn):
     @return_value.setter
     def return_value(self, value: object) -> None:
         self._return_value = value
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Take back what Hydra made for a sweep that is refused; one that has jobs stays."""
+    if {path.name for path in folder.iterdir()} - {"multirun.yaml"}:
+        return
+    (folder / "multirun.yaml").unlink(missing_ok=True)
+    above = [] if folder.is_absolute() else list(folder.parents)[:-1]
+    with suppress(OSError):  # the first that holds something else
+        for empty in (folder, *above):
+            empty.rmdir()
 
 
 def _visible_gpus() -> list[str]:

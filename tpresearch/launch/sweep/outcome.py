@@ -30,9 +30,11 @@ class Outcome:
 
 def outcome_of(job: Job, code: int | None, seconds: float | None = None) -> Outcome:
     """Read what the job left. `code` is its exit code, None for one that was not started now."""
+    if code is None and not job.completed:
+        return Outcome(job, "not started")
     summary = _summary(job)
     if code is None:
-        return Outcome(job, "completed" if job.completed else "not started", summary=summary)
+        return Outcome(job, "completed", summary=summary)
     if code == 0:
         return Outcome(job, "completed", seconds, None, summary)
     if summary.get("status") == "preempted" or code == STOPPED:
