@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.cli, pytest.mark.timeout(1200)]
 def test_a_sweep_runs_what_it_can_and_then_what_is_left(small: list[str], home: Path, tmp_path: Path) -> None:
     typed = [word for word in small if not word.startswith(("model=", "train.steps="))]
     # With so great a learning rate the second step's loss is not a number, which stops the run.
-    typed += ["parallel=tp", "world_size=2", "optimizer.lr=1e+30,1e-3", "optimizer=sgd", "model=toy_mlp"]
+    typed += ["parallel=tp", "world_size=2", "optimizer.lr=1e30,1e-3", "optimizer=sgd", "model=toy_mlp"]
     typed += ["schedule.warmup_steps=0", "train.clip_grad_norm=null", "train.steps=2", "logger=none"]
 
     def start() -> Done:
