@@ -14,7 +14,7 @@ from rich.console import Console
 from tpresearch.launch.sweep.job import Job
 from tpresearch.launch.sweep.outcome import outcome_of
 from tpresearch.launch.sweep.running import STOPPED
-from tpresearch.launch.sweep.table import over_seeds, print_table, rows_of, write_files
+from tpresearch.launch.sweep.table import over_seeds, print_table, table_of, write_files
 
 
 def job(
@@ -40,12 +40,21 @@ def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:
         job(tmp_path, 1, "model=toy_mlp parallel=sp", better),
     ]
     outcomes = [outcome_of(each, 0, 90.0) for each in jobs]
-    header, rows = rows_of(outcomes)
-    assert header == ["job", "parallel", "ranks", "loss", "tok/s/device", "sent a step", "time", "status"]
-    assert [cell.text for cell in rows[0]] == [
+    table = table_of(outcomes)
+    assert table.header == [
+        "job",
+        "parallel",
+        "ranks",
+        "loss",
+        "tok/s/device",
+        "sent a step",
+        "time",
+        "status",
+    ]
+    assert [cell.text for cell in table.rows[0]] == [
         *("0", "tp", "2", "6.000", "900", "2.0 KiB (tp 2.0 KiB)", "1:01", "completed")
     ]
-    assert [[cell.text for cell in row if cell.best] for row in rows] == [["900", "1:01"], ["5.500"]]
+    assert [[cell.text for cell in row if cell.best] for row in table.rows] == [["900", "1:01"], ["5.500"]]
     write_files(tmp_path, outcomes)
     text = (tmp_path / "summary.md").read_text()
     assert (
@@ -72,8 +81,8 @@ def test_seeds_are_taken_together(tmp_path: Path) -> None:
     ]
     seeds = over_seeds(outcomes)
     assert seeds
-    assert seeds[0] == ["parallel", "ranks", "seeds", "loss"]
-    assert [[cell.text for cell in row] for row in seeds[1]] == [["tp", "2", "2", "5.500 ± 0.707"]]
+    assert seeds.header == ["parallel", "ranks", "seeds", "loss"]
+    assert [[cell.text for cell in row] for row in seeds.rows] == [["tp", "2", "2", "5.500 ± 0.707"]]
     write_files(tmp_path, outcomes)
     assert "| tp | 2 | 2 | 5.500 ± 0.707 |" in (tmp_path / "summary.md").read_text()
     assert over_seeds(outcomes[1:]) is None

@@ -3,86 +3,44 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from tpresearch.launch.sweep.outcome import Outcome
-from tpresearch.track.shown import (
-    UNDEFINED,
-    bytes_text,
-    count_text,
-    duration_text,
-    loss_text,
-    path_text,
-    share_text,
-)
+from tpresearch.track.figures import Figure, Summary, figure_cells, figures_of
+from tpresearch.track.shown import UNDEFINED, path_text
+from tpresearch.track.table import Cell, Table
 
 SEED = "train.seed"
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A figure of summary.json that is compared between jobs."""
-
-    key: str
-    title: str
-    text: Callable[[float | None], str]
-    best: Callable[[Sequence[float]], float]
-
-
-FIGURES = (
-    Figure("train/loss", "loss", loss_text, min),
-    Figure("val/loss", "held-out loss", loss_text, min),
-    Figure("perf/tokens_per_second_per_device", "tok/s/device", count_text, max),
-    Figure("perf/mfu", "MFU", share_text, max),
-    Figure("memory/peak_bytes", "peak memory", bytes_text, min),
-    Figure("comm/bytes_per_step", "sent a step", bytes_text, min),
-    Figure("wall_time_s", "time", duration_text, min),
-)
-BY_AXIS = "comm/bytes_per_step_by_axis"
-
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    best: bool = False
-
-
-def rows_of(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Cell]]]:
-    """The table: its header, and a row a job, the best of each figure marked where jobs differ in it."""
+def table_of(outcomes: Sequence[Outcome]) -> Table:
+    """A row a job: what was swept, its figures with the best of each marked, and how it ended."""
     keys = differing(outcomes)
-    shown = [figure for figure in FIGURES if any(_value(o, figure) is not None for o in outcomes)]
+    summaries = [_summary(outcome) for outcome in outcomes]
+    figures = figures_of(summaries)
     failed = any(outcome.error for outcome in outcomes)
-    header = [
-        *("job", *keys, "ranks"),
-        *(figure.title for figure in shown),
-        *("status", *(["error"] if failed else [])),
-    ]
-    best = {figure.key: _best(outcomes, figure) for figure in shown}
+    header = [*("job", *keys, "ranks"), *(figure.title for figure in figures), "status"]
     rows = []
-    for outcome in outcomes:
-        cells = [Cell(str(outcome.job.number))]
-        cells += [Cell(outcome.job.settings.get(key, UNDEFINED)) for key in keys]
-        cells.append(Cell(str(outcome.job.ranks)))
-        for figure in shown:
-            value = _value(outcome, figure)
-            text = figure.text(value)
-            if figure.key == "comm/bytes_per_step" and value:
-                text += _axes(outcome.summary.get(BY_AXIS))
-            cells.append(Cell(text, value is not None and value == best[figure.key]))
-        status = f"{outcome.status} earlier" if outcome.job.completed else outcome.status
-        cells.append(Cell(status))
-        if failed:
-            cells.append(Cell(outcome.error or ""))
-        rows.append(cells)
-    return header, rows
+    for outcome, cells in zip(outcomes, figure_cells(summaries, figures), strict=True):
+        job = outcome.job
+        swept = [job.settings.get(key, UNDEFINED) for key in keys]
+        status = f"{outcome.status} earlier" if job.completed else outcome.status
+        error = [outcome.error or ""] if failed else []
+        rows.append(
+            [*map(Cell, (str(job.number), *swept, str(job.ranks))), *cells, *map(Cell, (status, *error))]
+        )
+    return Table([*header, "error"] if failed else header, rows)
+
+
+def _summary(outcome: Outcome) -> Summary:
+    """What the job left, and for one that left nothing at least how long it took."""
+    return {"wall_time_s": outcome.seconds, **outcome.summary, "status": outcome.status}
 
 
 def differing(outcomes: Sequence[Outcome]) -> list[str]:
@@ -92,7 +50,7 @@ def differing(outcomes: Sequence[Outcome]) -> list[str]:
     return [key for key in keys if len(outcomes) == 1 or len({each.get(key) for each in settings}) > 1]
 
 
-def over_seeds(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Cell]]] | None:
+def over_seeds(outcomes: Sequence[Outcome]) -> Table | None:
     """Mean and standard deviation over the completed jobs that differ in train.seed alone, if there are any."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -104,40 +62,22 @@ def over_seeds(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Cell]]
     if not groups:
         return None
     keys = [key for key in differing(outcomes) if key != SEED]
-    shown = [figure for figure in FIGURES if any(_value(o, figure) is not None for o in outcomes)]
+    figures = figures_of([_summary(outcome) for outcome in outcomes])
     rows = []
     for each in groups.values():
         first = each[0].job
-        cells = [Cell(first.settings.get(key, UNDEFINED)) for key in keys]
-        cells += [Cell(str(first.ranks)), Cell(str(len(each)))]
-        for figure in shown:
-            values = [value for o in each if (value := _value(o, figure)) is not None]
-            cells.append(Cell(_mean(values, figure)))
-        rows.append(cells)
-    return [*keys, "ranks", "seeds", *(figure.title for figure in shown)], rows
+        swept = [first.settings.get(key, UNDEFINED) for key in keys]
+        means = [_mean([_summary(outcome).get(figure.key) for outcome in each], figure) for figure in figures]
+        rows.append([Cell(text) for text in (*swept, str(first.ranks), str(len(each)), *means)])
+    return Table([*keys, "ranks", "seeds", *(figure.title for figure in figures)], rows)
 
 
-def _mean(values: Sequence[float], figure: Figure) -> str:
-    if not values:
+def _mean(values: Sequence[float | None], figure: Figure) -> str:
+    defined = [value for value in values if value is not None]
+    if not defined:
         return UNDEFINED
-    middle = figure.text(mean(values))
-    return f"{middle} ± {figure.text(stdev(values))}" if len(values) > 1 else middle
-
-
-def _value(outcome: Outcome, figure: Figure) -> float | None:
-    value = outcome.summary.get(figure.key)
-    if value is None and figure.key == "wall_time_s":
-        return outcome.seconds
-    return value
-
-
-def _best(outcomes: Sequence[Outcome], figure: Figure) -> float | None:
-    values = [value for o in outcomes if o.status == "completed" and (value := _value(o, figure)) is not None]
-    return figure.best(values) if len(set(values)) > 1 else None
-
-
-def _axes(parts: Mapping[str, float] | None) -> str:
-    return f" ({', '.join(f'{axis} {bytes_text(sent)}' for axis, sent in parts.items())})" if parts else ""
+    middle = figure.text(mean(defined))
+    return f"{middle} ± {figure.text(stdev(defined))}" if len(defined) > 1 else middle
 
 
 def write_files(folder: Path, outcomes: Sequence[Outcome]) -> None:
@@ -149,9 +89,9 @@ def write_files(folder: Path, outcomes: Sequence[Outcome]) -> None:
         writer = csv.DictWriter(file, [*columns, *last])
         writer.writeheader()
         writer.writerows(records)
-    text = _markdown(*rows_of(outcomes))
+    text = table_of(outcomes).markdown()
     if seeds := over_seeds(outcomes):
-        text += f"\nOver `{SEED}`, mean ± standard deviation:\n\n{_markdown(*seeds)}"
+        text += f"\nOver `{SEED}`, mean ± standard deviation:\n\n{seeds.markdown()}"
     (folder / "summary.md").write_text(text, encoding="utf-8")
 
 
@@ -169,19 +109,11 @@ def _record(outcome: Outcome) -> dict[str, Any]:
     return {**record, "folder": str(outcome.job.folder)}
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
-
-    body = [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in rows]
-    return line(header) + line(["---"] * len(header)) + "".join(map(line, body))
-
-
 def print_table(console: Console, folder: Path, outcomes: Sequence[Outcome]) -> None:
     """The sweep on the terminal: the table, what is the same in all jobs, and where everything lies."""
-    console.print(_rich(*rows_of(outcomes)))
+    console.print(table_of(outcomes).rich())
     if seeds := over_seeds(outcomes):
-        console.print(_rich(*seeds, title=f"over {SEED}: mean ± standard deviation"))
+        console.print(seeds.rich(title=f"over {SEED}: mean ± standard deviation"))
     for outcome in outcomes:
         if outcome.status == "failed":
             where = path_text(outcome.job.folder / "console.log")
@@ -192,12 +124,3 @@ def print_table(console: Console, folder: Path, outcomes: Sequence[Outcome]) -> 
     if any(wandb.glob("offline-run-*")):
         console.print(Text(f"wandb  wandb sync {path_text(wandb)}/offline-run-*"), soft_wrap=True)
     console.print(Text(f"sweep  {path_text(folder)}/summary.md"), soft_wrap=True)
-
-
-def _rich(header: Sequence[str], rows: Sequence[Sequence[Cell]], title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in header:
-        table.add_column(Text(name), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
-    return table

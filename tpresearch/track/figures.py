@@ -1,0 +1,71 @@
+"""The figures by which runs are compared: which of summary.json, in what order, how they read, and which is best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tpresearch.track.shown import bytes_text, count_text, duration_text, loss_text, share_text
+from tpresearch.track.table import Cell
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of summary.json that is compared between runs."""
+
+    key: str
+    title: str
+    text: Callable[[float | None], str]
+    best: Callable[[Sequence[float]], float]
+
+
+FIGURES = (
+    Figure("train/loss", "loss", loss_text, min),
+    Figure("val/loss", "held-out loss", loss_text, min),
+    Figure("perf/tokens_per_second_per_device", "tok/s/device", count_text, max),
+    Figure("perf/mfu", "MFU", share_text, max),
+    Figure("memory/peak_bytes", "peak memory", bytes_text, min),
+    Figure("comm/bytes_per_step", "sent a step", bytes_text, min),
+    Figure("wall_time_s", "time", duration_text, min),
+)
+BY_AXIS = "comm/bytes_per_step_by_axis"
+
+Summary = Mapping[str, Any]
+"""What a run's summary.json holds; empty for one that left none."""
+
+
+def figures_of(summaries: Sequence[Summary]) -> list[Figure]:
+    """Those that any of the runs has."""
+    return [figure for figure in FIGURES if any(each.get(figure.key) is not None for each in summaries)]
+
+
+def figure_cells(summaries: Sequence[Summary], figures: Sequence[Figure]) -> list[list[Cell]]:
+    """A row a run; the best of each figure is marked where completed runs differ in it."""
+    best = {figure.key: _best(summaries, figure) for figure in figures}
+    return [
+        [
+            Cell(
+                _text(each, figure), each.get(figure.key) is not None and each[figure.key] == best[figure.key]
+            )
+            for figure in figures
+        ]
+        for each in summaries
+    ]
+
+
+def _text(summary: Summary, figure: Figure) -> str:
+    value = summary.get(figure.key)
+    text = figure.text(value)
+    if figure.key == "comm/bytes_per_step" and value and (parts := summary.get(BY_AXIS)):
+        text += f" ({', '.join(f'{axis} {bytes_text(sent)}' for axis, sent in parts.items())})"
+    return text
+
+
+def _best(summaries: Sequence[Summary], figure: Figure) -> float | None:
+    values = [
+        each[figure.key]
+        for each in summaries
+        if each.get("status") == "completed" and each.get(figure.key) is not None
+    ]
+    return figure.best(values) if len(set(values)) > 1 else None
