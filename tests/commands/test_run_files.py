@@ -21,6 +21,15 @@ MESH = "DeviceMesh('cpu', [[0, 1], [2, 3]], mesh_dim_names=('dp', 'tp'))"
 PARAMETERS = 2 * 300 * 64 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192) + 64
 
 
+def test_the_phases_of_a_step_make_up_its_time(run_2d: Trained) -> None:
+    phases = ("data", "forward", "loss", "backward", "clip", "optimizer")
+    for row in run_2d.rows:
+        parts = [row[f"time/{phase}_s"] for phase in phases]
+        assert all(part > 0 for part in parts)
+        # What lies between them, the row itself included, is little.
+        assert 0.6 * row["perf/step_time_s"] < sum(parts) <= row["perf/step_time_s"]
+
+
 def test_the_run_folder_holds_every_file(run_2d: Trained) -> None:
     assert {path.name for path in run_2d.folder.iterdir()} == FILES
     assert {path.name for path in (run_2d.folder / ".hydra").iterdir()} == {

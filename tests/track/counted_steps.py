@@ -14,7 +14,6 @@ from tpresearch.track.expected_memory import expected_bytes
 from tpresearch.train.build import planned
 from tpresearch.train.device import choose_device
 from tpresearch.train.loop import assemble, process_group
-from tpresearch.train.trainer import Window
 from tpresearch.verify.ranks import Ranks
 
 PLANS = [
@@ -49,8 +48,8 @@ def count(world: World, cfg: Config) -> StepCount:
     with process_group(device, world):
         mesh = build_mesh(sizes, device.type)
         trainer = assemble(cfg, model, plan, mesh, device, corpus())
-        trainer.step(0, Window(), None)
+        trainer.step(0, trainer.window(), None)
         trainer.evaluate()  # which must leave nothing gathered
         counted = Counted(mesh, trainer.model, trainer.optimizer)
-        trainer.step(1, Window(), counted)
+        trainer.step(1, trainer.window(), counted)
         return count_of(counted, expected)

@@ -42,7 +42,7 @@ def row(step: int, **changes: float | None) -> dict[str, float | None]:
         "perf/step_time_s": 9.0 if step <= 5 else 0.5 + step / 100,
         "perf/tokens_per_second": 300.0 if step <= 5 else 6000.0 + step,
         "perf/tokens_per_second_per_device": 75.0 if step <= 5 else 1500.0 + step,
-        "time/data_s": 0.001,
+        **{f"time/{part}_s": 0.001 for part in ("data", "forward", "loss", "backward", "clip", "optimizer")},
         "memory/peak_bytes": 1_000_000 + step,
         "comm/bytes_per_step": 12_345_678,
     }

@@ -20,7 +20,6 @@ from tpresearch.track.expected_memory import expected_bytes
 from tpresearch.train.build import planned
 from tpresearch.train.device import choose_device
 from tpresearch.train.loop import assemble, process_group
-from tpresearch.train.trainer import Window
 from tpresearch.verify.compare import compare, tolerance
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import Trace, trace
@@ -66,9 +65,9 @@ def counted(world: World, cfg: Config) -> StepCount:
     with process_group(device, world):
         mesh = build_mesh(sizes, device.type)
         trainer = assemble(cfg, model, plan, mesh, device, corpus())
-        trainer.step(0, Window(), None)
+        trainer.step(0, trainer.window(), None)
         counted = Counted(mesh, trainer.model, trainer.optimizer)
-        trainer.step(1, Window(), counted)
+        trainer.step(1, trainer.window(), counted)
         return count_of(counted, expected)
 
 

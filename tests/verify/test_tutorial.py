@@ -22,7 +22,6 @@ from tpresearch.train.build import meta_model, planned
 from tpresearch.train.defects import part_to_read
 from tpresearch.train.device import choose_device
 from tpresearch.train.loop import assemble, process_group
-from tpresearch.train.trainer import Window
 from tpresearch.verify.compare import compare, tolerance
 from tpresearch.verify.plans import reference_of
 from tpresearch.verify.ranks import Ranks
@@ -189,9 +188,9 @@ def measured(world: World, cfg: Config) -> list[Entry]:
     with process_group(device, world):
         mesh = build_mesh(sizes, device.type)
         trainer = assemble(cfg, model, plan, mesh, device, prepare(cfg.data, cfg.tokenizer))
-        trainer.step(0, Window(), None)
+        trainer.step(0, trainer.window(), None)
         counted = Counted(mesh, trainer.model, trainer.optimizer)
-        trainer.step(1, Window(), counted)
+        trainer.step(1, trainer.window(), counted)
         return counted.sent.entries()
 
 

@@ -39,6 +39,13 @@ METRICS = (
     Metric("perf/mfu", "", "model FLOPs over the peak, attention counted whole (6N + 12Lhs a token)"),
     Metric("perf/mfu_causal", "", "model FLOPs over the peak, attention counted causal (6N + 6Lhs a token)"),
     Metric("time/data_s", "s", "time a step waited for its batch"),
+    Metric(
+        "time/forward_s", "s", "time of a step in the forward pass, collectives that it waits for included"
+    ),
+    Metric("time/loss_s", "s", "time of a step in the loss"),
+    Metric("time/backward_s", "s", "time of a step in the backward pass"),
+    Metric("time/clip_s", "s", "time of a step in the gradient norm and clipping"),
+    Metric("time/optimizer_s", "s", "time of a step in the update"),
     Metric("memory/peak_bytes", "bytes", "most memory the device of rank 0 has held"),
     Metric("comm/bytes_per_step", "bytes", "bytes rank 0 sends in a step, by the ring formulas"),
 )

@@ -81,7 +81,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def headline(rows: Sequence[Row], warmup_steps: int, start_step: int = 0) -> dict[str, int | float | None]:
-    """The figures that stand for a whole run: last losses, medians of `perf/*`, the peak of memory.
+    """The figures that stand for a whole run: last losses, medians of `perf/*` and `time/*`, the peak of memory.
 
     Args:
         rows: of the run, in order.
@@ -95,7 +95,7 @@ def headline(rows: Sequence[Row], warmup_steps: int, start_step: int = 0) -> dic
     return {
         "train/loss": rows[-1]["train/loss"] if rows else None,
         "val/loss": _last(rows, "val/loss"),
-        **{name: _median(warm, name) for name in NAMES if name.startswith("perf/")},
+        **{name: _median(warm, name) for name in NAMES if name.startswith(("perf/", "time/"))},
         "memory/peak_bytes": max(_defined(mine, "memory/peak_bytes"), default=None),
         "comm/bytes_per_step": _last(mine, "comm/bytes_per_step"),
     }

@@ -27,7 +27,8 @@ from tpresearch.train.evaluate import held_out_loss
 from tpresearch.train.loss import Objective
 from tpresearch.train.optim import build_optimizer, learning_rate, set_learning_rate
 from tpresearch.train.speed import peak_flops, peak_memory_bytes
-from tpresearch.train.step import accumulate_gradients, clip_gradients, reduce_partial_gradients
+from tpresearch.train.step import Phase, accumulate_gradients, clip_gradients, reduce_partial_gradients
+from tpresearch.train.timing import PhaseTimes
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,22 @@ class NonfiniteError(RuntimeError):
     """A loss or gradient norm was not finite, and the run was to stop then."""
 
 
+def both(outer: Phase, inner: Phase) -> Phase:
+    """One mark that tells two."""
+
+    @contextmanager
+    def mark(phase: str) -> Iterator[None]:
+        with outer(phase), inner(phase):
+            yield
+
+    return mark
+
+
 @dataclass
 class Window:
     """What has passed since the last logged row; evaluation and collection are left out."""
 
+    phases: PhaseTimes
     steps: int = 0
     data_s: float = 0.0
     paused_s: float = 0.0
@@ -109,7 +122,7 @@ class Trainer:
             gc.enable()
 
     def _rows(self) -> Iterator[dict[str, float | None]]:
-        window = Window()
+        window = self.window()
         every, last = self.cfg.train.eval_every, self.steps - 1
         for step in range(self.steps):
             counts = step == min(1, last)  # the first step may send what later ones do not
@@ -122,10 +135,13 @@ class Trainer:
                 if evaluates:
                     row["val/loss"] = self.evaluate()
                 yield row
-                window = Window()
+                window = self.window()
             if (step + 1) % COLLECT_EVERY == 0:
                 with window.pause():
                     gc.collect()
+
+    def window(self) -> Window:
+        return Window(PhaseTimes(self.device.torch))
 
     def step(self, step: int, window: Window, counted: Counted | None) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns this rank's share of the loss and the global gradient norm, on the device."""
@@ -134,7 +150,7 @@ class Trainer:
         if self.device.type == "cuda":
             rows = rows.pin_memory().to(self.device.torch, non_blocking=True)
         window.data_s += time.perf_counter() - start
-        mark = counted.mark if counted else (lambda phase: nullcontext())
+        mark = both(counted.mark, window.phases.mark) if counted else window.phases.mark
         with counted or nullcontext():
             share = accumulate_gradients(self.model, rows.split(self.micro), self.objective, mark)
             with mark("backward"):
@@ -196,6 +212,7 @@ class Trainer:
             "perf/mfu": per_device * self.cost[False] / peak if peak else None,
             "perf/mfu_causal": per_device * self.cost[True] / peak if peak else None,
             "time/data_s": window.data_s / window.steps,
+            **{f"time/{phase}_s": s / window.steps for phase, s in window.phases.seconds().items()},
             "memory/peak_bytes": peak_memory_bytes(self.device),
             "comm/bytes_per_step": self.counted.sent.sent_bytes if self.counted else None,
         }

@@ -17,7 +17,6 @@ from tpresearch.parallel.mesh import DATA_AXES, build_mesh, sum_over
 from tpresearch.train.build import planned
 from tpresearch.train.device import choose_device
 from tpresearch.train.loop import assemble, process_group
-from tpresearch.train.trainer import Window
 
 Tensors = dict[str, Tensor]
 
@@ -65,7 +64,7 @@ def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int) -> Trace:
         initial, taken = weights(model), []
         apart = between_ranks(initial, device.torch)
         for step in range(steps):
-            share, norm = trainer.step(step, Window(), None)
+            share, norm = trainer.step(step, trainer.window(), None)
             loss = sum_over(mesh, share, DATA_AXES)
             gradients, updated = seen.pop(), weights(model)
             alike = {"loss": loss.cpu().double(), "grad norm": norm.cpu().double()}
