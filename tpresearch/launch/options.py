@@ -1,0 +1,52 @@
+"""`key=value` words for the commands that compose no config, typed by a dataclass of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.launch.refuse import refuse
+from tpresearch.launch.world import World
+
+Options = TypeVar("Options")
+
+
+def read_options(kind: type[Options], words: Sequence[str]) -> Options:
+    """The dataclass `kind` with these words' values.
+
+    Raises:
+        ConfigError: for a key that it has not, a value of another type, and one that is left out and has no default.
+    """
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in fields:
+            nearest = difflib.get_close_matches(key, fields, 1)
+            fix = {key: None, **({nearest[0]: value} if nearest and equals else {})}
+            legal = " ".join(f"{name}=" for name in sorted(fields))
+            raise ConfigError(key or "option", value, "is no option of this command", legal, fix=fix)
+    options = OmegaConf.structured(kind)
+    for word in words:
+        key, _, value = word.partition("=")
+        try:
+            options = OmegaConf.merge(options, OmegaConf.from_dotlist([word]))
+        except OmegaConfBaseException as error:
+            why = str(error).splitlines()[0]
+            raise ConfigError(key, value, why, "a value of that type", fix={key: None}) from None
+    for key in sorted(OmegaConf.missing_keys(options)):
+        raise ConfigError(key, "", "is not given", "a value of your own", fix={key: f"<{key}>"})
+    return cast(Options, OmegaConf.to_object(options))
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a command whose ConfigErrors end in one line on stderr and exit code 2."""
+    try:
+        main()
+    except ConfigError as error:
+        refuse(error, World.from_environment())
