@@ -59,12 +59,15 @@ def test_a_dry_run_asks_nothing_of_a_host_that_would_answer(tmp_path: Path) -> N
     with socket.create_server(("127.0.0.1", 0)) as host:
         host.setblocking(False)
         url = f"http://127.0.0.1:{host.getsockname()[1]}"
-        words = ("group=g", "dry_run=true", "entity=team", "report=false", f"out={tmp_path}/json")
+        words = ("group=g", "dry_run=true", "entity=team", f"out={tmp_path}/json")
         done = typed(tmp_path, *words, WANDB_BASE_URL=url, WANDB_API_KEY=CANARY)
         with pytest.raises(BlockingIOError):
             host.accept()
-    assert done.stdout == "workspace  json/workspace.json\n"
-    assert json.loads((tmp_path / "json/workspace.json").read_text())["entity"] == "team"
+    assert done.stdout == "workspace  json/workspace.json\nreport     json/report.json\n"
+    workspace, report = (
+        json.loads((tmp_path / f"json/{kind}.json").read_text()) for kind in ("workspace", "report")
+    )
+    assert (workspace["entity"], report["project"]["entityName"]) == ("team", "team")
 
 
 def test_without_a_key_it_is_refused(tmp_path: Path, closed: str) -> None:
