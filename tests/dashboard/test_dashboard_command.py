@@ -89,6 +89,11 @@ def test_where_the_host_does_not_answer_it_is_refused(tmp_path: Path, closed: st
     [
         (["grup=g"], "grup=g: is no option of this command; ", ["group=g"]),
         (["dry_run=true"], "group=: is not given; ", ["dry_run=true", "group=<group>"]),
+        (
+            ["group=g", "dry_run=true", "out=/dev/null"],
+            "out=/dev/null: File exists; ",
+            ["group=g", "dry_run=true", "out=dashboard"],
+        ),
         (["group=g", "dry_run=perhaps"], "dry_run=perhaps: ", ["group=g"]),
     ],
 )

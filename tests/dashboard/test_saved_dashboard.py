@@ -11,6 +11,7 @@ from saved_views import sections_of, view_of
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.dashboard.__main__ import main
+from tpresearch.launch.options import command
 from tpresearch.track.panels import SECTIONS
 
 Dashboard = Callable[..., None]
@@ -125,15 +126,24 @@ def test_an_error_of_the_server_halfway_is_one_line(
     assert err.count("\n") == 1
 
 
-def test_a_name_that_the_client_would_not_take_is_refused(dashboard: Dashboard, server: FakeWandb) -> None:
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+def test_a_name_that_the_client_would_not_take_is_refused(
+    dashboard: Dashboard, server: FakeWandb, dry_run: str
+) -> None:
     with pytest.raises(ConfigError) as refused:
-        dashboard("group=study", "name=plans ✨", "dry_run=true")
+        dashboard("group=study", "name=plans ✨", f"dry_run={dry_run}")
     assert str(refused.value).startswith("name=plans ✨: ")
     assert server.views == []
 
 
-def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_it_says_how_to_get_it(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     monkeypatch.setattr(sys, "argv", ["dashboard", "group=study", "dry_run=true"])
-    with pytest.raises(ConfigError, match="pip install 'wandb-workspaces>="):
-        main()
+    with pytest.raises(SystemExit) as ended:
+        command(main)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: group=study: wandb-workspaces, which this needs, is not installed; ")
+    assert line.endswith("; try: pip install 'wandb-workspaces>=0.4.13'")

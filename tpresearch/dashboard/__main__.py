@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import LoggerConfig
+from tpresearch.launch.command import WrongCommand
 from tpresearch.launch.options import command, read_options
 from tpresearch.track.shown import path_text
 from tpresearch.track.wandb_host import answers, has_key
@@ -43,7 +44,7 @@ class Options:
 
 def main() -> None:
     options = read_options(Options, sys.argv[1:])
-    _require_client()
+    _require_client(options.group)
     if options.dry_run:
         write(options)
         return
@@ -51,6 +52,8 @@ def main() -> None:
     _require_host(settings)
     try:
         save(options)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever its client raises where a request fails
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"error: W&B did not save the dashboard: {first}", file=sys.stderr)
@@ -62,9 +65,13 @@ def write(options: Options) -> None:
     folder = Path(options.out) if options.out else _folder(options.group)
     for kind, view in _views(options, options.entity or "").items():
         path = folder / f"{kind}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            why, legal = error.strerror or "cannot be written", "a folder that can be written"
+            raise ConfigError("out", folder, why, legal, fix={"out": "dashboard"}) from None
         print(f"{kind:<10} {path_text(path)}")
 
 
@@ -106,10 +113,13 @@ def _views(options: Options, entity: str) -> dict[str, Any]:
         raise ConfigError("name", name, why, legal, fix={"name": None}) from None
 
 
-def _require_client() -> None:
+def _require_client(group: str) -> None:
     if importlib.util.find_spec("wandb_workspaces") is None:
-        why = "wandb-workspaces, which makes workspaces and reports, is not installed"
-        raise ConfigError("dashboard", "", why, "pip install 'wandb-workspaces>=0.4.13'")
+        why, legal = (
+            "wandb-workspaces, which this needs, is not installed",
+            "the extra tpresearch[dashboard] has it",
+        )
+        raise WrongCommand("group", group, why, legal, "pip install 'wandb-workspaces>=0.4.13'")
 
 
 def _require_host(settings: wandb.Settings) -> None:
