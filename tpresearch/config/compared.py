@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-NOT_COMPARED = ("name", "logger", "world_size")
-"""Keys of a config that say where a run is kept and who hears of it, not what it computes."""
+NOT_COMPARED = ("name", "logger", "world_size", "verify")
+"""Keys of a config that say where a run is kept, who hears of it or what another command does, not what it computes."""
 
 
 def compared(config: Mapping[str, Any], without_seed: bool = False) -> dict[str, Any]:
