@@ -75,7 +75,7 @@ def shown(value: Any) -> str:
         return UNDEFINED
     if isinstance(value, bool | list | dict):
         return json.dumps(value, ensure_ascii=False)
-    return f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
+    return " ".join(str(value).split())
 
 
 def settings_text(run: Run, without: str) -> tuple[tuple[str, str], ...]:

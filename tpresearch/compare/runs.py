@@ -146,6 +146,9 @@ def read(folder: Path) -> Run:
     for key, kind in NEEDED.items():
         if not isinstance(summary.get(key), kind):
             raise Unreadable(f"summary.json is none of a run's: {key} is {summary.get(key, 'missing')!r}")
+    for key, value in flatten({key: value for key, value in summary.items() if "/" in key}).items():
+        if not isinstance(value, int | float | None) and value != {}:
+            raise Unreadable(f"summary.json is none of a run's: {key} is {value!r}")
     config = _checked(folder, "config.yaml", lambda: _yaml(folder / "config.yaml"))
     for group in ("train", "data", "tokenizer"):
         if not isinstance(config.get(group), dict):
@@ -156,6 +159,9 @@ def read(folder: Path) -> Run:
     ledger = {}
     if (folder / "ledger.json").exists():
         ledger = _checked(folder, "ledger.json", lambda: json.loads((folder / "ledger.json").read_text()))
+        for entry in [*(ledger.get("measured") or []), *(ledger.get("expected") or [])]:
+            if not isinstance(entry, dict) or not entry.keys() >= {"axis", "collective", "sent_bytes"}:
+                raise Unreadable(f"ledger.json is none of a run's: {entry!r}")
     return Run(folder, config, summary, rows, ledger)
 
 

@@ -69,13 +69,14 @@ class StepCount:
         }
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json: bytes sent by mesh axis, and the most that was held of each kind."""
+        """For summary.json: bytes sent by mesh axis, and what was held of each kind, at most and when all was most."""
         axes = dict.fromkeys((entry.axis for entry in self.sent), 0)
         for entry in self.sent:
             axes[entry.axis] += entry.sent_bytes
         return {
             "comm/bytes_per_step_by_axis": axes,
             "memory/held_bytes": {kind.kind: kind.most_bytes for kind in self.held},
+            "memory/at_peak_bytes": {kind.kind: kind.at_peak_bytes for kind in self.held},
         }
 
 

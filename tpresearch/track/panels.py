@@ -31,7 +31,7 @@ CORRECTNESS = (
         "Loss less the baseline's",
         "difference",
         ("train/loss",),
-        "Between plans this is the rounding of the dtype, not a trend.",
+        "Dots: at each step; line: the greatest so far. Between plans it is the rounding of the dtype.",
         log=True,
     ),
     Panel("held_out_loss", "Held-out loss", "curve", ("val/loss",), "On rows that are never trained on."),
@@ -90,10 +90,10 @@ MEMORY_AND_COMMUNICATION = (
     ),
     Panel(
         "memory_by_kind",
-        "Memory by kind",
+        "Peak memory by kind",
         "parts",
-        ("memory/held_bytes.*",),
-        "The most of each kind that rank 0 held in one step.",
+        ("memory/at_peak_bytes.*",),
+        "Of one step, where rank 0 held the most.",
     ),
     Panel(
         "bytes_by_axis",
