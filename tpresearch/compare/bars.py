@@ -27,7 +27,9 @@ def bars(panel: Panel, points: Points, look: Look) -> Drawn:
     if any("low" in point for point in points):
         spread = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5)
         layers.append(spread.encode(x="low:Q", x2="high:Q", color=alt.value("#222222")))
-    return _stacked_up([*layers, _at_the_end(drawn, unit, look)], alt.Step(STEP))
+    return _stacked_up(
+        [*layers, _at_the_end(drawn, unit, look)], STEP * len({point["run"] for point in points})
+    )
 
 
 def parts(panel: Panel, points: Points, look: Look) -> Drawn:
@@ -42,7 +44,10 @@ def parts(panel: Panel, points: Points, look: Look) -> Drawn:
         order=alt.Order("order:Q"),
         tooltip=[alt.Tooltip("run:N"), alt.Tooltip("part:N"), alt.Tooltip("text:N", title=panel.title)],
     )
-    return _stacked_up([base.mark_bar(height=STEP * 0.64), _at_the_end(ends, unit, look)], alt.Step(STEP))
+    return _stacked_up(
+        [base.mark_bar(height=STEP * 0.64), _at_the_end(ends, unit, look)],
+        STEP * len({point["run"] for point in points}),
+    )
 
 
 def ledger(panel: Panel, points: Points, look: Look) -> Drawn:
@@ -68,7 +73,7 @@ def ledger(panel: Panel, points: Points, look: Look) -> Drawn:
         ],
     )
     text = _at_the_end(ends, unit, look, room=1.4).encode(yOffset=offset)
-    return _stacked_up([base.mark_bar(), text], alt.Step(STEP * 1.7, **{"for": "position"}))
+    return _stacked_up([base.mark_bar(), text], 1.7 * STEP * len({point["run"] for point in points}))
 
 
 def _sums(points: Points) -> dict[tuple[str, str], float]:
@@ -109,5 +114,5 @@ def _at_the_end(ends: Points, unit: Unit, look: Look, room: float = 1.2) -> alt.
     return text.encode(x=_length(unit, ends, room), text="text:N")
 
 
-def _stacked_up(layers: list[alt.Chart], step: alt.Step) -> Drawn:
-    return alt.layer(*layers).properties(width=WIDTH, height=step)
+def _stacked_up(layers: list[alt.Chart], height: float) -> Drawn:
+    return alt.layer(*layers).properties(width=WIDTH, height=height)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import altair as alt
 
 from tpresearch.compare.look import HEIGHT, WIDTH, Drawn, Look
@@ -40,7 +42,7 @@ def differences(panel: Panel, points: Points, look: Look) -> Drawn:
         y=_y("value:Q", title, scale), opacity=alt.condition(PICK, alt.value(0.45), alt.value(0.05))
     )
     y = _y("so_far:Q", title, scale)
-    return _layered([dots, _line(base, y), _mark(base, y, points, look)])
+    return _layered([dots, _line(base, y, interpolate="step-after"), _mark(base, y, points, look)])
 
 
 def _over_tokens(panel: Panel, points: Points, look: Look) -> alt.Chart:
@@ -64,9 +66,11 @@ def _y(field: str, title: str | None, scale: alt.Scale) -> alt.Y:
     return alt.Y(field, scale=scale, axis=axis)
 
 
-def _line(base: alt.Chart, y: alt.Y) -> alt.Chart:
+def _line(base: alt.Chart, y: alt.Y, interpolate: Literal["linear", "step-after"] = "linear") -> alt.Chart:
     broad = alt.condition("datum.baseline", alt.value(6), alt.value(1.5))
-    return base.mark_line(strokeCap="round", clip=True).encode(y=y, strokeWidth=broad, opacity=PICKED)
+    return base.mark_line(strokeCap="round", clip=True, interpolate=interpolate).encode(
+        y=y, strokeWidth=broad, opacity=PICKED
+    )
 
 
 def _mark(base: alt.Chart, y: alt.Y, points: Points, look: Look) -> alt.Chart:

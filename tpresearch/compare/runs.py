@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +16,8 @@ import yaml
 from yaml import YAMLError
 
 from tpresearch.config.compared import compared
-from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.errors import ConfigError
+from tpresearch.launch.command import WrongCommand, python_command
 from tpresearch.track.names import Row, finite
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.shown import path_text
@@ -80,13 +83,13 @@ def find(words: Sequence[str]) -> Found:
                 runs[where] = runs.get(where) or read(folder)
             except Unreadable as problem:
                 if folders == [Path(word).expanduser()]:
-                    raise ConfigError("run", word, str(problem), "a run that has ended") from None
+                    raise _refused(word, str(problem), "runs that have ended") from None
                 left_out[where] = f"{path_text(folder)}: {problem}"
         path = Path(word).expanduser()
         sweep = path if len(words) == 1 and path.is_dir() and folders != [path] else None
     if not runs:
         first = next(iter(left_out.values()))
-        raise ConfigError("runs", " ".join(words), f"none can be read: {first}", "runs that have ended")
+        raise _refused(" ".join(words), f"none can be read: {first}", "runs that have ended")
     return Found(list(runs.values()), list(left_out.values()), sweep)
 
 
@@ -98,20 +101,29 @@ def _folders(word: str) -> list[Path]:
     elif glob.has_magic(word):
         paths = sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not paths:
-            raise ConfigError("runs", word, "this glob matches nothing", LEGAL)
+            raise _refused(word, "this glob matches nothing")
     else:
-        raise ConfigError("run", word, "there is no such folder", f"{LEGAL}{_beside(path)}")
+        raise _refused(word, "there is no such folder", instead=_beside(path))
     folders = [folder for each in paths for folder in run_folders(each)]
     if not folders:
-        raise ConfigError("run", word, "there is no run in it", LEGAL)
+        raise _refused(word, "there is no run in it")
     return folders
 
 
-def _beside(path: Path) -> str:
-    """What lies where a mistyped path should."""
+def _beside(path: Path) -> Path | None:
+    """The folder of nearly the same name that lies where a mistyped one should."""
     parent = next((each for each in path.parents if each.is_dir()), Path())
-    names = nearest(path.name, (each.name for each in parent.iterdir() if each.is_dir()))
-    return f"; in {path_text(parent)} there is {' '.join(names)}" if names else ""
+    wrong = path.relative_to(parent).parts[0]
+    near = difflib.get_close_matches(wrong, [each.name for each in parent.iterdir() if each.is_dir()], 1)
+    return Path(parent, near[0], *path.relative_to(parent).parts[1:]) if near else None
+
+
+def _refused(word: str, why: str, legal: str = LEGAL, instead: Path | None = None) -> ConfigError:
+    """With the same command to try, but for the word: another in its place, or none."""
+    others = [other for other in sys.argv[1:] if other != word]
+    typed = [str(instead) if other == word else other for other in sys.argv[1:]] if instead else others
+    named = [other for other in typed if "=" not in other]
+    return WrongCommand("run", word, why, legal, python_command(typed if named else ["outputs", *typed]))
 
 
 def run_folders(path: Path) -> list[Path]:
