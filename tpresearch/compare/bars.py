@@ -13,6 +13,8 @@ from tpresearch.track.panels import Panel
 
 STEP = 26
 """From a bar to the next, in pixels."""
+NAME = 230
+"""Of a run's name beside its bar, at most."""
 SIDES = ("measured", "expected")
 
 
@@ -40,7 +42,7 @@ def parts(panel: Panel, points: Points, look: Look) -> Drawn:
     ends = [_scaled({"run": run, "value": value}, unit) for (run, _), value in sums.items() if value]
     base = _by_run([_part(point, unit, names) for point in points], look).encode(
         x=_length(unit, ends, room=1.2),
-        color=part_colour(names),
+        color=part_colour(names, _beside_names(points)),
         order=alt.Order("order:Q"),
         tooltip=[alt.Tooltip("run:N"), alt.Tooltip("part:N"), alt.Tooltip("text:N", title=panel.title)],
     )
@@ -62,7 +64,7 @@ def ledger(panel: Panel, points: Points, look: Look) -> Drawn:
     base = _by_run([_part(point, unit, names) for point in points], look).encode(
         x=_length(unit, ends, room=1.4),
         yOffset=offset,
-        color=part_colour(names),
+        color=part_colour(names, _beside_names(points)),
         opacity=alt.condition("datum.side == 'measured'", alt.value(1), alt.value(0.5)),
         order=alt.Order("order:Q"),
         tooltip=[
@@ -97,14 +99,19 @@ def _part(point: dict[str, Any], unit: Unit, names: list[str]) -> dict[str, Any]
 def _by_run(points: Points, look: Look) -> alt.Chart:
     there = {point["run"] for point in points}
     names = [run for run in look.runs if run in there]
-    axis = alt.Axis(title=None, labelLimit=WIDTH // 2, ticks=False, domain=False, labelPadding=6)
+    axis = alt.Axis(title=None, labelLimit=NAME, ticks=False, domain=False, labelPadding=6)
     return alt.Chart(alt.Data(values=points)).encode(y=alt.Y("run:N", sort=names, axis=axis))
+
+
+def _beside_names(points: Points) -> int:
+    """Pixels that the names of runs leave to the bars."""
+    return WIDTH - min(NAME, 7 * max(len(point["run"]) for point in points)) - 20
 
 
 def _length(unit: Unit, ends: Points, room: float) -> alt.X:
     """The axis of the bars, with room for the text at their ends."""
     most = max((max(end["value"], end.get("high", 0)) for end in ends), default=1)
-    axis = alt.Axis(title=unit.name, format=",~r", tickCount=5)
+    axis = alt.Axis(title=unit.name, format=",~r", tickCount=5, labelOverlap=True)
     return alt.X("value:Q", scale=alt.Scale(domain=[0, room * most], nice=False), axis=axis)
 
 

@@ -16,7 +16,7 @@ HEIGHT = 280
 BASELINE_COLOUR = "#9a9a9a"
 # Okabe and Ito's colours; the shapes tell runs apart in grey too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "wedge")
+SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
 # Paul Tol's light scheme, for the parts of a figure: none of them is a run's.
 PARTS = ("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#44bb99", "#99ddff", "#bbcc33", "#aaaa00", "#dddddd")
 # A hue for each mesh axis, in shades for what is sent over it.
@@ -69,7 +69,9 @@ class Look:
         self.colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(others)} | {
             baseline: BASELINE_COLOUR
         }
-        self.shapes = {run: SHAPES[i % len(SHAPES)] for i, run in enumerate(others)} | {baseline: "circle"}
+        self.shapes = {run: SHAPES[(i + i // len(COLOURS)) % len(SHAPES)] for i, run in enumerate(others)} | {
+            baseline: "circle"
+        }
 
     def colour(self, points: Points, legend: bool = True) -> alt.Color:
         names = self._in(points)
@@ -87,14 +89,16 @@ class Look:
         return [run for run in self.runs if run in there]
 
 
-def part_colour(names: Sequence[str]) -> alt.Color:
-    """The scale of a figure's parts; those named after a mesh axis have its hue."""
+def part_colour(names: Sequence[str], width: int) -> alt.Color:
+    """The scale of a figure's parts, those named after a mesh axis in its hue; its legend is `width` pixels wide."""
     colours = []
     for index, name in enumerate(names):
         shades = AXES.get(name.split()[0])
         of_axis = [other for other in names if other.split()[0] == name.split()[0]]
         colours.append(shades[of_axis.index(name) % len(shades)] if shades else PARTS[index % len(PARTS)])
-    return alt.Color("part:N", scale=alt.Scale(domain=list(names), range=colours), legend=legend_of(names))
+    return alt.Color(
+        "part:N", scale=alt.Scale(domain=list(names), range=colours), legend=legend_of(names, width)
+    )
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -104,9 +108,9 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(named, key=lambda name: known.index(name.split()[0]) if name.split()[0] in known else -1)
 
 
-def legend_of(names: Iterable[str]) -> alt.Legend:
-    """Below the chart, in as many columns as fit its width."""
+def legend_of(names: Sequence[str], width: int = WIDTH - 60) -> alt.Legend:
+    """Below the chart, in as many columns as fit."""
     longest = max(map(len, names), default=1)
     return alt.Legend(
-        title=None, orient="bottom", symbolOpacity=1, columns=max(1, min(8, WIDTH // (7 * longest + 34)))
+        title=None, orient="bottom", symbolOpacity=1, columns=max(1, min(8, width // (7 * longest + 30)))
     )

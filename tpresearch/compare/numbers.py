@@ -20,6 +20,8 @@ from tpresearch.track.panels import Panel
 Points = list[dict[str, Any]]
 MOST_POINTS = 1000
 """Of a curve that are drawn: a screen has no more columns."""
+MOST_DOTS = 250
+"""Of differences, where each point is a dot."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def numbers(panel: Panel, groups: Sequence[Group], baseline: Group) -> Numbers:
 def curves(groups: Sequence[Group], metric: str) -> Numbers:
     """`run`, `tokens`, `value`; over seeds the mean, with `low` and `high` a standard deviation from it."""
     lines = [(group.label, _over_seeds([_curve(run, metric) for run in group.runs])) for group in groups]
-    return _drawn(lines, f"No run has {metric}.", _every)
+    return _drawn(lines, f"No run has {metric}.")
 
 
 def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Numbers:
@@ -75,7 +77,7 @@ def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Number
                 else "No run has rows at common tokens."
             ],
         )
-    drawn = _drawn(lines, "", _greatest)
+    drawn = _greatest(lines)
     floor = min(unequal) / 3
     so_far: dict[str, float] = {}
     for point in drawn.points:
@@ -187,8 +189,8 @@ def ledger(groups: Sequence[Group]) -> Numbers:
         return Numbers(
             [], ["No run sends anything: each is one process, or ended before a step was counted."]
         )
-    notes = [f"Measured equals expected to the byte: {', '.join(equal)}."] if equal else []
-    notes += [f"Measured is not what is expected: {', '.join(unlike)}."] if unlike else []
+    notes = [f"Measured equals expected to the byte in {len(equal)} of {len(equal) + len(unlike)} runs."]
+    notes += [f"Not so: {', '.join(unlike)}."] if unlike else []
     notes += [f"No formula is claimed for {', '.join(unclaimed)}."] if unclaimed else []
     return Numbers(points, notes)
 
@@ -229,28 +231,32 @@ def _mean_of(gaps: Sequence[dict[float, float]]) -> list[tuple[float, float]]:
     return [(at, mean(gap[at] for gap in gaps)) for at in sorted(common)]
 
 
-def _every(points: Points, stride: int) -> Points:
-    return [*points[:-1:stride], points[-1]]
-
-
-def _greatest(points: Points, stride: int) -> Points:
-    return [
-        max(points[i : i + stride], key=lambda point: point["value"]) for i in range(0, len(points), stride)
-    ]
-
-
-def _drawn(
-    lines: Sequence[tuple[str, Points]], missing: str, thin: Callable[[Points, int], Points]
-) -> Numbers:
+def _drawn(lines: Sequence[tuple[str, Points]], missing: str) -> Numbers:
     """All points where they are few; of many one in so many, which is said."""
     longest = max((len(points) for _, points in lines), default=0)
     if not longest:
         return Numbers([], [missing])
     stride = math.ceil(longest / MOST_POINTS)
-    which = "each" if stride == 1 else "the greatest" if thin is _greatest else "one"
-    points = [{"run": label, **point} for label, line in lines if line for point in thin(line, stride)]
-    notes = [f"Of {longest:,} rows a run, {which} of every {stride} is drawn."] if stride > 1 else []
-    return Numbers(points, notes)
+    points = [
+        {"run": label, **point} for label, line in lines if line for point in [*line[:-1:stride], line[-1]]
+    ]
+    return Numbers(
+        points, [f"Of {longest:,} rows a run, one of every {stride} is drawn."] if stride > 1 else []
+    )
+
+
+def _greatest(lines: Sequence[tuple[str, Points]]) -> Numbers:
+    """All points where they are few; of many the greatest of each so many, for none of these should be missed."""
+    longest = max(len(points) for _, points in lines)
+    stride = math.ceil(longest / MOST_DOTS)
+    points = [
+        {"run": label, **max(line[i : i + stride], key=lambda point: point["value"])}
+        for label, line in lines
+        for i in range(0, len(line), stride)
+    ]
+    return Numbers(
+        points, [f"Of each {stride} rows of {longest:,} the greatest is drawn."] if stride > 1 else []
+    )
 
 
 def _defined(group: Group, key: str) -> list[float]:

@@ -45,13 +45,7 @@ def figure_cells(summaries: Sequence[Summary], figures: Sequence[Figure]) -> lis
     """A row a run; the best of each figure is marked where completed runs differ in it, as far as is shown."""
     best = {figure.key: _best(summaries, figure) for figure in figures}
     return [
-        [
-            Cell(
-                _text(each, figure),
-                each.get(figure.key) is not None and _reads(each, figure) == best[figure.key],
-            )
-            for figure in figures
-        ]
+        [Cell(_text(each, figure), _is_best(each, figure, best[figure.key])) for figure in figures]
         for each in summaries
     ]
 
@@ -69,8 +63,12 @@ def _mean(values: Sequence[float | None], figure: Figure) -> str:
     return f"{middle} ± {figure.text(stdev(defined))}" if len(defined) > 1 else middle
 
 
-def _reads(summary: Summary, figure: Figure) -> str:
-    return figure.text(summary.get(figure.key))
+def _is_best(summary: Summary, figure: Figure, best: str | None) -> bool:
+    return _counts(summary, figure) and figure.text(summary[figure.key]) == best
+
+
+def _counts(summary: Summary, figure: Figure) -> bool:
+    return summary.get("status") == "completed" and summary.get(figure.key) is not None
 
 
 def _text(summary: Summary, figure: Figure) -> str:
@@ -82,6 +80,5 @@ def _text(summary: Summary, figure: Figure) -> str:
 
 
 def _best(summaries: Sequence[Summary], figure: Figure) -> str | None:
-    completed = [each for each in summaries if each.get("status") == "completed"]
-    values = [each[figure.key] for each in completed if each.get(figure.key) is not None]
+    values = [each[figure.key] for each in summaries if _counts(each, figure)]
     return figure.text(figure.best(values)) if len({figure.text(value) for value in values}) > 1 else None
