@@ -131,7 +131,7 @@ def pareto(panel: Panel, points: Points, look: Look) -> Drawn:
     front = base.transform_filter("datum.front").mark_line(
         color="#aaaaaa", strokeDash=[4, 3], interpolate="step-before"
     )
-    runs = base.mark_point(filled=True, size=120, opacity=1, stroke="white", strokeWidth=0.7).encode(
+    runs = base.mark_point(filled=True, size=120, opacity=1).encode(
         color=look.colour(points),
         shape=look.shape(points),
         tooltip=[
@@ -170,7 +170,7 @@ def scaling(panel: Panel, points: Points, look: Look) -> Drawn:
         .encode(y="share:Q")
     )
     line = base.mark_line(color="#aaaaaa").encode(detail="plan:N")
-    runs = base.mark_point(filled=True, size=110, opacity=1, stroke="white", strokeWidth=0.7).encode(
+    runs = base.mark_point(filled=True, size=110, opacity=1).encode(
         color=look.colour(points),
         shape=look.shape(points),
         tooltip=[alt.Tooltip("run:N"), alt.Tooltip("ranks:Q"), alt.Tooltip("share:Q", format=".1%")],
