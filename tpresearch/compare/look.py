@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
         "labelLimit": 0,
         "labelColor": "#333333",
         "symbolSize": 80,
-        "symbolStrokeWidth": 2.5,
+        "symbolStrokeWidth": 1,
     },
     "title": {
         "anchor": "start",
