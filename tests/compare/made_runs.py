@@ -46,6 +46,7 @@ class Made:
     vocab_size: int = 4096
     name: str | None = None
     steps: int = 12
+    log_every: int = 1
     loss: Callable[[int], float | None] = falling
     speed: float = 1000.0
     """Tokens a second a device."""
@@ -99,7 +100,7 @@ class Made:
         held = [Held("parameters", 2 * 2**20, 2 * 2**20), Held("activations", 9 * 2**20, 6 * 2**20)]
         expected = self.sent if self.expected is None else self.expected
         tracker.count(StepCount(self.sent, held, None, Expected(expected, {})))
-        for step in range(1, self.steps + 1):
+        for step in range(self.log_every, self.steps + 1, self.log_every):
             tracker.log(self.row(step))
         if self.error is None:
             tracker.finish()

@@ -68,6 +68,19 @@ def test_the_difference_is_taken_at_the_same_tokens(tmp_path: Path) -> None:
     assert (at_most(groups[1].first, groups[0]), at_most(groups[0].first, groups[0])) == (0.5, None)
 
 
+def test_runs_that_log_at_other_steps_meet_where_both_have_a_row(tmp_path: Path) -> None:
+    every_third = Made("tp", {"tp": 2}, log_every=3, loss=lambda step: falling(step) + step)
+    groups = groups_of(
+        tmp_path, Made(log_every=2), every_third, Made("fsdp", {"dp_shard": 2}, log_every=13, steps=13)
+    )
+    shown = differences(groups, groups[0], LOSS)
+    assert [(p["run"], p["tokens"] // TOKENS_A_STEP, p["value"]) for p in shown.points] == [
+        ("tp", 6, 6),
+        ("tp", 12, 12),
+    ]
+    assert shown.notes == ["fsdp has no row at the tokens of none's."]
+
+
 def test_no_difference_at_all_is_said_and_not_drawn(tmp_path: Path) -> None:
     groups = groups_of(tmp_path, Made(), Made("tp", {"tp": 2}))
     assert differences(groups, groups[0], LOSS).notes == ["Every loss equals the baseline's in all digits."]
