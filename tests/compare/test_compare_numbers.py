@@ -203,7 +203,8 @@ def test_the_tables(tmp_path: Path) -> None:
 
 
 def test_the_baseline_is_the_run_with_no_plan_or_the_one_that_is_asked_for(tmp_path: Path) -> None:
-    groups = groups_of(tmp_path, Made("tp", {"tp": 4}), Made("tp", {"tp": 2}), Made())
+    alone = Made("fsdp", {"dp_shard": 1})
+    groups = groups_of(tmp_path, Made("tp", {"tp": 4}), Made("tp", {"tp": 2}), Made(), alone)
     assert baseline_of(groups, None).label == "none · 1 rank"
     assert baseline_of(groups[:2], None).label == "tp · 2 ranks"
     assert baseline_of(groups, "none") is groups[2]
