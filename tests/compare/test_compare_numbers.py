@@ -204,10 +204,10 @@ def test_the_tables(tmp_path: Path) -> None:
 
 def test_the_baseline_is_the_run_with_no_plan_or_the_one_that_is_asked_for(tmp_path: Path) -> None:
     alone = Made("fsdp", {"dp_shard": 1})
-    groups = groups_of(tmp_path, Made("tp", {"tp": 4}), Made("tp", {"tp": 2}), Made(), alone)
+    groups = groups_of(tmp_path, Made("tp", {"tp": 4}), Made("tp", {"tp": 2}), alone, Made())
     assert baseline_of(groups, None).label == "none · 1 rank"
     assert baseline_of(groups[:2], None).label == "tp · 2 ranks"
-    assert baseline_of(groups, "none") is groups[2]
+    assert baseline_of(groups, "none") is groups[3]
     assert baseline_of(groups, "tp · 4 ranks") is groups[0]
     assert baseline_of(groups, str(tmp_path / "1")) is groups[1]
     assert baseline_of(groups, "0") is groups[0]
