@@ -68,15 +68,9 @@ def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Number
             notes.append(f"{group.label} has no row at the tokens of {baseline.label}'s.")
     unequal = [point["value"] for _, line in lines for point in line if point["value"] > 0]
     if not unequal:
-        same = any(line for _, line in lines)
-        return Numbers(
-            [],
-            [
-                "Every loss equals the baseline's in all digits."
-                if same
-                else "No run has rows at common tokens."
-            ],
-        )
+        if any(line for _, line in lines):
+            return Numbers([], ["Every loss equals the baseline's in all digits."])
+        return Numbers([], ["No run has rows at the baseline's tokens."])
     drawn = _greatest(lines)
     floor = min(unequal) / 3
     so_far: dict[str, float] = {}
@@ -104,7 +98,7 @@ def bars(groups: Sequence[Group], key: str) -> Numbers:
 
 
 def parts(groups: Sequence[Group], keys: Sequence[str]) -> Numbers:
-    """`run`, `part`, `value`, in the order of the keys; of `memory/held_bytes.*` each key below it is a part."""
+    """`run`, `part`, `value`, in the order of the keys; of `memory/at_peak_bytes.*` each key below it is a part."""
     points = []
     for group in groups:
         found: dict[str, list[float]] = {}
@@ -264,7 +258,7 @@ def _defined(group: Group, key: str) -> list[float]:
 
 
 def _parts(run: Run, key: str) -> list[tuple[str, float]]:
-    """`time/data_s` -> data; `memory/held_bytes.*` -> each kind."""
+    """`time/data_s` -> data; `memory/at_peak_bytes.*` -> each kind."""
     if key.endswith(".*"):
         return list((run.summary.get(key.removesuffix(".*")) or {}).items())
     value = run.summary.get(key)
