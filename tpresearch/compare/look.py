@@ -112,5 +112,5 @@ def legend_of(names: Sequence[str], width: int = WIDTH - 60) -> alt.Legend:
     """Below the chart, in as many columns as fit."""
     longest = max(map(len, names), default=1)
     return alt.Legend(
-        title=None, orient="bottom", symbolOpacity=1, columns=max(1, min(8, width // (7 * longest + 30)))
+        title=None, orient="bottom", symbolOpacity=1, columns=max(1, min(8, width // (6 * longest + 34)))
     )
