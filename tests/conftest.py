@@ -1,12 +1,16 @@
-"""What tests share: composed configs, a corpus that needs no files, and a pool of ranks."""
+"""What tests share: composed configs, a corpus that needs no files, a pool of ranks, and a W&B of their own."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from fake_wandb import FakeWandb
 
+from tpresearch.track.wandb_run import SETTINGS
 from tpresearch.verify.ranks import Ranks
 
 # A shell starts jobs in the background with Ctrl-C ignored, which tests of Ctrl-C would inherit.
@@ -18,3 +22,29 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No W&B account of whoever runs the tests is seen, and waits are short."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    monkeypatch.setitem(SETTINGS, "init_timeout", 2)
+    monkeypatch.setitem(SETTINGS, "finish_timeout", 2)
+    yield
+    import wandb
+
+    wandb.teardown(exit_code=0)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
+    with FakeWandb() as fake:
+        for name, value in fake.env().items():
+            monkeypatch.setenv(name, value)
+        yield fake

@@ -27,6 +27,7 @@ from tpresearch.track.panels import SECTIONS
 
 PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
 LOSS = "train/loss"
+LEGEND = "A dot a step; the line is the greatest so far."
 
 
 def groups_of(folder: Path, *runs: Made) -> list[Group]:
@@ -63,8 +64,7 @@ def test_the_difference_is_taken_at_the_same_tokens(tmp_path: Path) -> None:
     assert [point["value"] for point in shown.points] == [0.0625, 0.5, floor, 0.0625]
     assert [point["so_far"] for point in shown.points] == [0.0625, 0.5, 0.5, 0.5]
     assert [point["exact"] for point in shown.points] == ["6.25e-02", "5.00e-01", "0", "6.25e-02"]
-    assert len(shown.notes) == 1
-    assert "no difference at all" in shown.notes[0]
+    assert shown.notes == [LEGEND, "Dots at the bottom are no difference at all, since a log axis has no 0."]
     assert (at_most(groups[1].first, groups[0]), at_most(groups[0].first, groups[0])) == (0.5, None)
 
 
@@ -78,7 +78,7 @@ def test_runs_that_log_at_other_steps_meet_where_both_have_a_row(tmp_path: Path)
         ("tp", 6, 6),
         ("tp", 12, 12),
     ]
-    assert shown.notes == ["fsdp has no row at the tokens of none's."]
+    assert shown.notes == [LEGEND, "fsdp has no row at the tokens of none's."]
 
 
 def test_no_difference_at_all_is_said_and_not_drawn(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_of_many_rows_the_greatest_difference_is_drawn(tmp_path: Path) -> None:
     shown = differences(groups, groups[0], LOSS)
     assert len(shown.points) == 167
     assert [point["tokens"] // TOKENS_A_STEP for point in shown.points if point["value"] == 0.5] == [303]
-    assert shown.notes == ["Of each 3 rows of 501 the greatest is drawn."]
+    assert shown.notes == [LEGEND, "Of each 3 rows of 501 the greatest is drawn."]
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path: Path) -> None:

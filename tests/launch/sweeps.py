@@ -21,7 +21,8 @@ from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.launch.start import typed_config
 from tpresearch.launch.sweep.job import Job
-from tpresearch.launch.sweep.launcher import TorchrunLauncher, register_launcher
+from tpresearch.launch.sweep.launcher import TorchrunLauncher
+from tpresearch.launch.sweep.plugin import register_launchers
 from tpresearch.launch.sweep.running import Share
 
 CHECK = "+hydra.callbacks.start={_target_:tpresearch.launch.start.Start,check:tpresearch.train.check.check}"
@@ -74,7 +75,7 @@ class Sweep:
         """What the sweeper is told of each job: a figure, or the exception that stands for a failure."""
         register_schema()
         register_resolvers()
-        register_launcher()
+        register_launchers()
         GlobalHydra.instance().clear()
         self.started, self.shares, self.running, self.most_at_once = [], [], [], 0
         typed = [CHECK, f"hydra.sweep.dir={self.folder}", *SMALL, *overrides]

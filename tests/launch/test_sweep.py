@@ -15,7 +15,7 @@ from sweeps import Sweep
 from tpresearch.launch.start import Passing
 from tpresearch.launch.sweep import JobFailed, launcher
 from tpresearch.launch.sweep.job import as_written, ranks_needed, signature
-from tpresearch.launch.sweep.running import run_jobs
+from tpresearch.launch.sweep.running import local_command, run_jobs
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_job_has_the_ranks_that_its_own_mesh_needs(overrides: str, ranks: int)
 def test_jobs_are_started_with_their_own_world_size_and_folder(sweep: Sweep) -> None:
     sweep("parallel=none,tp,fsdp_tp", "mesh.tp=null", "logger=none")
     assert [job.ranks for job in sweep.started] == [1, 4, 4]
-    one, four, _ = (job.command for job in sweep.started)
+    one, four, _ = (local_command(job) for job in sweep.started)
     assert "torch.distributed.run" not in one
     assert four[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     assert {"parallel=tp", f"hydra.run.dir={sweep.folder}/1", "hydra.mode=RUN"} <= set(four)
@@ -64,11 +64,15 @@ def test_jobs_are_started_with_their_own_world_size_and_folder(sweep: Sweep) -> 
 def test_all_jobs_of_a_sweep_are_one_group_and_one_folder_in_wandb(sweep: Sweep) -> None:
     sweep("parallel=none,tp", "logger=wandb", "hydra.searchpath=[]")
     for job in sweep.started:
-        assert f"logger.dir={sweep.folder}" in job.command
-        assert any(word.startswith("logger.group=") for word in job.command)
-        assert "hydra.searchpath=[]" in job.command
+        assert f"logger.dir={sweep.folder}" in job.arguments
+        assert any(word.startswith("logger.group=") for word in job.arguments)
+        assert "hydra.searchpath=[]" in job.arguments
+    assert not any("logger.tags" in word for job in sweep.started for word in job.arguments)
+    sweep("parallel=none,tp", "optimizer.lr=1e-3,2e-3", "train.steps=7", "logger=wandb", "logger.tags=[mine]")
+    last = [[word for word in job.arguments if word.startswith("logger.tags=")][-1] for job in sweep.started]
+    assert last == [f"logger.tags=[mine,'optimizer.lr={lr}']" for lr in ("0.001", "0.002")] * 2
     sweep("parallel=none,ddp", "logger=wandb", "logger.group=mine")
-    assert all("logger.group=mine" in job.command for job in sweep.started)
+    assert all("logger.group=mine" in job.arguments for job in sweep.started)
 
 
 def test_no_job_starts_while_any_is_wrong(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ def test_a_completed_run_leaves_config_plan_rows_and_summary(
         "perf/tokens_per_second_per_device": 1507.0,
         "perf/mfu": None,
         "perf/mfu_causal": None,
+        **{f"time/{part}_s": 0.001 for part in ("data", "forward", "loss", "backward", "clip", "optimizer")},
         "memory/peak_bytes": 1_000_008,
         "comm/bytes_per_step": 12_345_678,
     }

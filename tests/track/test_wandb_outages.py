@@ -105,7 +105,7 @@ def test_a_host_that_is_silent_holds_up_neither_the_start_nor_the_exit(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", DUMMY_KEY)
         monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
-        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
         began = time.monotonic()
         command = [sys.executable, "-m", "example_run", str(run_dir)]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60)

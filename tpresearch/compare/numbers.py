@@ -79,8 +79,8 @@ def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Number
         exact = f"{point['value']:.2e}" if point["value"] else "0"
         point |= {"value": max(point["value"], floor), "so_far": most, "exact": exact}
     if any(point["exact"] == "0" for point in drawn.points):
-        notes.append(f"Dots at the bottom ({floor:.0e}) are no difference at all, since a log axis has no 0.")
-    return Numbers(drawn.points, [*notes, *drawn.notes])
+        notes.append("Dots at the bottom are no difference at all, since a log axis has no 0.")
+    return Numbers(drawn.points, ["A dot a step; the line is the greatest so far.", *notes, *drawn.notes])
 
 
 def at_most(run: Run, baseline: Group, metric: str = "train/loss") -> float | None:

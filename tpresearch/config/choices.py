@@ -29,6 +29,11 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
+class SlurmCluster(StrEnum):
+    slurm = "slurm"
+    local = "local"
+
+
 class DataSource(StrEnum):
     pystdlib = "pystdlib"
     pysource = "pysource"

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.schema import ComposedConfig, Config, ModelConfig, Rule, TorchrunConfig
+from tpresearch.config.schema import ComposedConfig, Config, ModelConfig, Rule, SlurmConfig, TorchrunConfig
 
 MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
 RULE_KEYS = {"match", "style", "src", "dst", "units"}
@@ -18,7 +18,9 @@ RULE_KEYS = {"match", "style", "src", "dst", "units"}
 def register_schema() -> None:
     """Make `schema`, the first line of a defaults list, mean `ComposedConfig`: unknown keys and wrong types fail."""
     ConfigStore.instance().store(name="schema", node=ComposedConfig)
-    ConfigStore.instance().store(name="torchrun_schema", node=TorchrunConfig, group="hydra/launcher")
+    launchers = {"torchrun_schema": TorchrunConfig, "slurm_schema": SlurmConfig}
+    for name, schema in launchers.items():
+        ConfigStore.instance().store(name=name, node=schema, group="hydra/launcher")
 
 
 def typed(composed: DictConfig) -> Config:

@@ -30,7 +30,7 @@ from tpresearch.launch.refuse import refuse
 from tpresearch.launch.run import Run
 from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.launch.start import Passing, passing
-from tpresearch.launch.sweep import JobFailed, register_launcher
+from tpresearch.launch.sweep import JobFailed, register_launchers
 from tpresearch.launch.world import World, slurm_tasks
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def _through_hydra(
 def _prepare_hydra(check: Check | None) -> None:
     register_schema()
     register_resolvers()
-    register_launcher()
+    register_launchers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, over many lines, and exits with 1
     path = f"{check.__module__}.{check.__qualname__}" if check else None
     settings = HydraConf(callbacks={"start": {"_target_": "tpresearch.launch.start.Start", "check": path}})

@@ -17,6 +17,8 @@ class World:
     local_size: int = 1
     elastic: bool = False
     """Whether torchrun (or an elastic agent of our own) started this process."""
+    here: bool = True
+    """Whether the ranks run on this machine, so that its devices are theirs."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> World:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -69,15 +69,32 @@ class StepCount:
         }
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json: bytes sent by mesh axis, and what was held of each kind, at most and when all was most."""
-        axes = dict.fromkeys((entry.axis for entry in self.sent), 0)
-        for entry in self.sent:
-            axes[entry.axis] += entry.sent_bytes
+        """For summary.json: bytes sent by mesh axis and by collective, and what was held of each kind, at most and when all was most.
+
+        What formulas expect by collective is None where there are none.
+        """
+        formulas = self.expected.sent
         return {
-            "comm/bytes_per_step_by_axis": axes,
+            "comm/bytes_per_step_by_axis": _sums(self.sent, lambda entry: entry.axis),
+            "comm/bytes_per_step_by_collective": _sums(self.sent, _axis_and_collective),
+            "comm/expected_bytes_per_step_by_collective": None
+            if formulas is None
+            else _sums(formulas, _axis_and_collective),
             "memory/held_bytes": {kind.kind: kind.most_bytes for kind in self.held},
             "memory/at_peak_bytes": {kind.kind: kind.at_peak_bytes for kind in self.held},
         }
+
+
+def _sums(entries: Iterable[Entry], part: Callable[[Entry], str]) -> dict[str, int]:
+    """Bytes sent in each part."""
+    sums: dict[str, int] = {}
+    for entry in entries:
+        sums[part(entry)] = sums.get(part(entry), 0) + entry.sent_bytes
+    return sums
+
+
+def _axis_and_collective(entry: Entry) -> str:
+    return f"{entry.axis}/{entry.collective}"
 
 
 def count_of(counted: Counted, expected: Expected) -> StepCount:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")
+from tpresearch.track.names import MEMORY_KINDS
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class MemoryLedger(TorchDispatchMode):
 
     def held(self) -> list[Held]:
         """What was noted, replayed with the kinds that storages turned out to have."""
-        now, most, at_peak = (dict.fromkeys(KINDS, 0) for _ in range(3))
+        now, most, at_peak = (dict.fromkeys(MEMORY_KINDS, 0) for _ in range(3))
         sizes: dict[int, int] = {}
         peak = 0
         for number, grown in self._noted:
@@ -152,7 +152,7 @@ class MemoryLedger(TorchDispatchMode):
             most[kind] = max(most[kind], now[kind])
             if (total := sum(now.values())) > peak:
                 peak, at_peak = total, dict(now)
-        return [Held(kind, most[kind], at_peak[kind]) for kind in KINDS]
+        return [Held(kind, most[kind], at_peak[kind]) for kind in MEMORY_KINDS]
 
 
 def _tensors_of(optimizer: Optimizer) -> list[Tensor]:

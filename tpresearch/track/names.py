@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import SupportsFloat
 
+from tpresearch.config.mesh import AXES
+
 Row = dict[str, int | float | None]
 """One logged step: a value for every metric, None where it is undefined."""
 
@@ -53,6 +55,25 @@ METRICS = (
 NAMES = tuple(metric.name for metric in METRICS)
 X_AXIS = "train/tokens"
 """What curves are drawn over: the same for every plan, mesh and batch, and right across a resume."""
+
+MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")
+_SENT = (
+    "dp_replicate/all_reduce",
+    "dp_shard/all_gather",
+    "dp_shard/reduce_scatter",
+    "dp_shard/all_reduce",
+    "tp/all_gather",
+    "tp/reduce_scatter",
+    "tp/all_reduce",
+)
+PARTS: dict[str, tuple[str, ...]] = {
+    "memory/held_bytes": MEMORY_KINDS,
+    "memory/at_peak_bytes": MEMORY_KINDS,
+    "comm/bytes_per_step_by_axis": AXES,
+    "comm/bytes_per_step_by_collective": _SENT,
+    "comm/expected_bytes_per_step_by_collective": _SENT,
+}
+"""The figures of summary.json that are objects, and the parts that our plans give them, each where it is not 0."""
 
 
 def complete_row(values: Mapping[str, SupportsFloat | None]) -> Row:

@@ -31,7 +31,7 @@ CORRECTNESS = (
         "Loss less the baseline's",
         "difference",
         ("train/loss",),
-        "Dots: at each step; line: the greatest so far. Between plans it is the rounding of the dtype.",
+        "Between plans this is the rounding of the dtype, not a trend.",
         log=True,
     ),
     Panel("held_out_loss", "Held-out loss", "curve", ("val/loss",), "On rows that are never trained on."),

@@ -78,7 +78,7 @@ class WandbRun:
             "dir": str(Path(logger.dir).expanduser() if logger.dir else run_dir),
         }
         try:
-            mode = choose_mode(logger.mode, _set_up())
+            mode = choose_mode(logger.mode, set_up())
         except Exception as error:
             log.warning("W&B: off, for the client does not start: %s", _line(error))
             return None
@@ -99,7 +99,7 @@ class WandbRun:
     def _open(cls, mode: Mode, kept_id: Path, about: dict[str, Any]) -> Self:
         import wandb
 
-        _set_up()
+        set_up()
         kept_id.parent.mkdir(parents=True, exist_ok=True)
         Path(about["dir"]).mkdir(parents=True, exist_ok=True)  # the client takes a temporary one otherwise
         if not kept_id.exists():
@@ -146,7 +146,7 @@ class WandbRun:
             log.warning("W&B: %s; metrics.jsonl has every row all the same", self._trouble)
 
 
-def _set_up() -> wandb.Settings:
+def set_up() -> wandb.Settings:
     """Make the client's settings ours as far as its version knows them; what they have come to be."""
     # The client's reports of its own errors hold up the interpreter's exit for 20 s where the host is silent.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

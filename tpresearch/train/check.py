@@ -35,6 +35,6 @@ def _check(cfg: Config, world: World) -> None:
     from tpresearch.train.build import planned  # late: these import torch, which takes seconds
     from tpresearch.train.device import choose_device
 
-    if not cfg.plan_only:
+    if not cfg.plan_only and world.here:
         choose_device(cfg, world.local_rank, world.local_size)
     planned(cfg, sizes)

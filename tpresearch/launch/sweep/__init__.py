@@ -1,5 +1,6 @@
 """Sweeps: `python train.py -m ...` runs each job under a torchrun of its own, and ends in one table."""
 
-from tpresearch.launch.sweep.launcher import JobFailed, register_launcher
+from tpresearch.launch.sweep.launcher import JobFailed
+from tpresearch.launch.sweep.plugin import register_launchers
 
-__all__ = ["JobFailed", "register_launcher"]
+__all__ = ["JobFailed", "register_launchers"]

@@ -1,4 +1,4 @@
-"""One job of a sweep: its config, how many ranks it needs, what it is told apart by, and its command."""
+"""One job of a sweep: its config, how many ranks it needs, what it is told apart by, and what it is started with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +38,11 @@ class Job:
     signature: str
     group: str
     """The signature without the seed: jobs that have it in common are repetitions of one experiment."""
-    command: list[str]
+    arguments: list[str]
+    """The program and its overrides, as they follow `python` or torchrun."""
     composed: DictConfig
+    nodes: int = 1
+    """Hosts that its ranks are spread over, as many on each."""
     completed: bool = False
     """Whether an earlier start of the sweep has completed it, in `folder`."""
 
@@ -96,12 +98,6 @@ def completed_runs(sweep_dir: Path) -> dict[str, Path]:
     return found
 
 
-def command_of(program: list[str], ranks: int, overrides: Iterable[str]) -> list[str]:
-    """`python train.py ...` for one rank, `python -m torch.distributed.run ... train.py ...` for more."""
-    agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *agent, *program, *overrides]
-
-
 def passed_on(hydra_overrides: Iterable[str]) -> list[str]:
     """Those of Hydra's settings that a job needs as the sweep did, such as hydra.searchpath."""
     return [
@@ -112,8 +108,13 @@ def passed_on(hydra_overrides: Iterable[str]) -> list[str]:
 
 
 def override(key: str, value: object) -> str:
-    """`key=value`, quoted as far as Hydra's grammar asks."""
-    text = str(value)
-    if not re.fullmatch(r"[\w./-]+", text):
-        text = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """`key=value`, quoted as far as Hydra's grammar asks; a list is one of strings."""
+    text = f"[{','.join(map(_quoted, value))}]" if isinstance(value, list) else _quoted(value)
     return f"{key}={text}"
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

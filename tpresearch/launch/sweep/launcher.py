@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -24,28 +21,13 @@ from tpresearch.launch.start import passing
 if TYPE_CHECKING:
     from tpresearch.launch.sweep.job import Job
     from tpresearch.launch.sweep.outcome import Outcome
-    from tpresearch.launch.sweep.running import Running, Share
+    from tpresearch.launch.sweep.running import Devices, Start
 
 INTERRUPTED = 130
 
 
 class JobFailed(Exception):
     """What a sweeper is told of a job that did not complete."""
-
-
-def register_launcher() -> None:
-    """Make `hydra/launcher=torchrun` known.
-
-    Hydra takes a launcher only from a package hydra_plugins, and looks it up there by name: it gets one, beside
-    what other plugins there are, so that ours needs no folder outside tpresearch.
-    """
-    Plugins.instance().register(TorchrunLauncher)
-    package, _, name = TorchrunLauncher.__module__.partition(".")
-    try:
-        plugins = importlib.import_module(package)
-    except ModuleNotFoundError:
-        plugins = sys.modules[package] = ModuleType(package)
-    setattr(plugins, name, SimpleNamespace(TorchrunLauncher=TorchrunLauncher))
 
 
 class TorchrunLauncher(Launcher):
@@ -56,6 +38,8 @@ class TorchrunLauncher(Launcher):
     """
 
     __module__ = "hydra_plugins.tpresearch"  # Hydra takes plugins by this prefix only
+    ranks_per_node: int | None = None
+    """Most ranks on a host of the cluster that jobs run on; None where they run here."""
 
     def __init__(
         self,
@@ -64,7 +48,7 @@ class TorchrunLauncher(Launcher):
         cpu_slots: int | None = None,
         fail_fast: bool = False,
         objective: str = "train/loss",
-        start: Callable[[Job, Share], Running] | None = None,
+        start: Start | None = None,
     ) -> None:
         self.nproc, self.slots, self.cpu_slots = nproc, slots, cpu_slots
         self.fail_fast, self.objective, self._start = fail_fast, objective, start
@@ -82,13 +66,19 @@ class TorchrunLauncher(Launcher):
         """
         from tpresearch.launch.sweep.outcome import outcome_of  # late: a single run has no use for these
         from tpresearch.launch.sweep.planning import plan_jobs
-        from tpresearch.launch.sweep.running import Devices, JobProcess, run_jobs
+        from tpresearch.launch.sweep.running import run_jobs
 
         gpus = _visible_gpus()
         with passing(composing=False):
             try:
+                self.judge()
                 jobs = plan_jobs(
-                    self._context.config_loader, self._config, job_overrides, initial_job_idx, len(gpus)
+                    self._context.config_loader,
+                    self._config,
+                    job_overrides,
+                    initial_job_idx,
+                    len(gpus),
+                    self.ranks_per_node,
                 )
             except ConfigError:
                 _leave_nothing(Path(self._config.hydra.sweep.dir))
@@ -112,19 +102,22 @@ class TorchrunLauncher(Launcher):
                 self._say(f"job {job.number} was completed earlier: {job.folder}")
         todo = [job for job in jobs if not job.completed]
         try:
-            run_jobs(
-                todo,
-                Devices(gpus, self.cpu_slots),
-                self._start or JobProcess,
-                on_start,
-                on_end,
-                self.fail_fast,
-            )
+            devices, start = self.place(todo, gpus)
+            run_jobs(todo, devices, self._start or start, on_start, on_end, self.fail_fast)
         except KeyboardInterrupt:
             self._report()
             sys.exit(INTERRUPTED)
         self._report()
         return [self._returned(self._outcomes[job.number]) for job in jobs]
+
+    def judge(self) -> None:
+        """Raises ConfigError where this machine cannot start jobs in this way."""
+
+    def place(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, Start]:
+        """Where the jobs run, and how each begins."""
+        from tpresearch.launch.sweep.running import Devices, JobProcess
+
+        return Devices(gpus, self.cpu_slots), JobProcess
 
     def _say(self, line: str) -> None:
         print(line, flush=True)

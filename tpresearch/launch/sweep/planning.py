@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from tpresearch.launch.start import typed_config
 from tpresearch.launch.sweep.job import (
     Job,
     as_written,
-    command_of,
     completed_runs,
     override,
     passed_on,
@@ -35,6 +34,9 @@ from tpresearch.launch.sweep.job import (
 )
 from tpresearch.launch.world import World
 
+LONGEST_TAG = 64
+"""Characters, by W&B's own rule."""
+
 
 def plan_jobs(
     loader: ConfigLoader,
@@ -42,16 +44,22 @@ def plan_jobs(
     job_overrides: Sequence[Sequence[str]],
     first_number: int,
     gpu_count: int,
+    ranks_per_node: int | None = None,
 ) -> list[Job]:
     """Compose and judge each job; find those that an earlier start of this sweep has completed.
+
+    Args:
+        gpu_count: GPUs of this machine that jobs may use.
+        ranks_per_node: most ranks on a host of the cluster that jobs run on; None where that is this machine.
 
     Raises:
         ConfigError: for the first job that cannot run; none has been started then.
     """
     sweep_dir = Path(master.hydra.sweep.dir)
+    in_all = set.intersection(*map(set, job_overrides))
     try:
         jobs = [
-            _job(loader, master, list(overrides), number, gpu_count)
+            _job(loader, master, list(overrides), number, gpu_count, ranks_per_node, in_all)
             for number, overrides in enumerate(job_overrides, first_number)
         ]
     finally:
@@ -59,7 +67,15 @@ def plan_jobs(
     return list(_with_folders(jobs, completed_runs(sweep_dir)))
 
 
-def _job(loader: ConfigLoader, master: DictConfig, overrides: list[str], number: int, gpu_count: int) -> Job:
+def _job(
+    loader: ConfigLoader,
+    master: DictConfig,
+    overrides: list[str],
+    number: int,
+    gpu_count: int,
+    ranks_per_node: int | None,
+    in_all: Collection[str],
+) -> Job:
     composed = loader.load_sweep_config(master, overrides)
     with open_dict(composed):
         composed.hydra.job.id, composed.hydra.job.num = str(number), number
@@ -67,9 +83,12 @@ def _job(loader: ConfigLoader, master: DictConfig, overrides: list[str], number:
     try:
         cfg = typed_config(composed)
         settings = composed.hydra.launcher
-        ranks = ranks_needed(cfg, settings.nproc or gpu_count or SHOWN_WORLD)
+        ranks = ranks_needed(cfg, settings.nproc or ranks_per_node or gpu_count or SHOWN_WORLD)
+        nodes = _nodes(ranks, ranks_per_node)
         slots, gpus = slots_of(cfg, settings.slots or ranks, gpu_count)
-        _check(composed, cfg, ranks, overrides)
+        _check(
+            composed, cfg, World(0, ranks, 0, ranks // nodes, ranks > 1, here=not ranks_per_node), overrides
+        )
         folder = Path(master.hydra.sweep.dir) / composed.hydra.sweep.subdir
     except COMPOSITION_ERRORS as error:
         flags = get_args_parser().parse_known_args()[0]
@@ -79,6 +98,7 @@ def _job(loader: ConfigLoader, master: DictConfig, overrides: list[str], number:
         raise _refused(explain(error, of_job), number, overrides) from None
     except ConfigError as error:
         raise _refused(error, number, overrides) from None
+    for_wandb = _for_wandb(cfg, master, [word for word in overrides if word not in in_all])
     return Job(
         number,
         overrides,
@@ -88,18 +108,32 @@ def _job(loader: ConfigLoader, master: DictConfig, overrides: list[str], number:
         gpus,
         signature(as_written(cfg), ranks),
         signature(as_written(cfg), ranks, without_seed=True),
-        command_of(
-            program(), ranks, [*overrides, *_for_wandb(cfg, master), *passed_on(hydra_overrides), *_flags()]
-        ),
+        [*program(), *overrides, *for_wandb, *passed_on(hydra_overrides), *_flags()],
         composed,
+        nodes,
     )
 
 
-def _check(composed: DictConfig, cfg: Config, ranks: int, overrides: list[str]) -> None:
+def _nodes(ranks: int, ranks_per_node: int | None) -> int:
+    """Hosts for so many ranks, with as many on each.
+
+    Raises:
+        ConfigError: where that is not possible.
+    """
+    nodes = -(-ranks // ranks_per_node) if ranks_per_node else 1
+    if ranks % nodes:
+        legal = " ".join(str(each) for each in range(1, (ranks_per_node or ranks) + 1) if ranks % each == 0)
+        why = f"{ranks} ranks cannot be spread over {nodes} nodes with as many on each"
+        fix = {"hydra.launcher.ranks_per_node": legal.split()[-1]}
+        raise ConfigError("hydra.launcher.ranks_per_node", ranks_per_node, why, legal, fix=fix)
+    return nodes
+
+
+def _check(composed: DictConfig, cfg: Config, world: World, overrides: list[str]) -> None:
     """The entrypoint's own check, in the world that the job's first rank will be in."""
     if path := (composed.hydra.callbacks.get("start") or {}).get("check"):
         with _typed(overrides):
-            get_method(path)(cfg, World(0, ranks, 0, ranks, elastic=ranks > 1))
+            get_method(path)(cfg, world)
 
 
 @contextmanager
@@ -113,13 +147,15 @@ def _typed(overrides: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def _for_wandb(cfg: Config, master: DictConfig) -> list[str]:
-    """One group for the sweep, and one wandb/ folder to sync."""
+def _for_wandb(cfg: Config, master: DictConfig, own: Sequence[str]) -> list[str]:
+    """One group for the sweep, one wandb/ folder to sync, and what is the job's own among its tags."""
     if not cfg.logger.wandb:
         return []
     sweep_dir = Path(master.hydra.sweep.dir)
     group = "/".join(part for part in sweep_dir.parts if part not in ("/", "outputs"))
+    tags = [word for word in own if len(word) <= LONGEST_TAG and not word.startswith(("model=", "parallel="))]
     return [
+        *([override("logger.tags", [*cfg.logger.tags, *tags])] if tags else []),
         *([] if cfg.logger.group else [override("logger.group", group)]),
         *([] if cfg.logger.dir else [override("logger.dir", sweep_dir)]),
     ]
@@ -147,9 +183,9 @@ def _with_folders(jobs: list[Job], completed: dict[str, Path]) -> Iterator[Job]:
         folder = next(name for name in names if name not in taken)
         taken.add(folder)
         last = [override("hydra.run.dir", folder), "hydra.mode=RUN"]
-        flags_at = next((i for i, word in enumerate(job.command) if word.startswith("--config-")), None)
-        command = [*job.command[:flags_at], *last, *(job.command[flags_at:] if flags_at else [])]
-        yield dataclasses.replace(job, folder=folder, command=command)
+        flags_at = next((i for i, word in enumerate(job.arguments) if word.startswith("--config-")), None)
+        arguments = [*job.arguments[:flags_at], *last, *(job.arguments[flags_at:] if flags_at else [])]
+        yield dataclasses.replace(job, folder=folder, arguments=arguments)
 
 
 def _refused(error: ConfigError, number: int, overrides: list[str]) -> WrongCommand:

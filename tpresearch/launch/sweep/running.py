@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,10 @@ class Running(Protocol):
 
     def kill(self) -> None:
         """End what is left of it."""
+
+
+Start = Callable[[Job, "Share"], Running]
+"""Begins one job on its share of this machine."""
 
 
 @dataclass
@@ -80,16 +85,22 @@ class Share:
         return threads | ({"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {})
 
 
+def local_command(job: Job) -> list[str]:
+    """`python train.py ...` for one rank, `python -m torch.distributed.run ... train.py ...` for more."""
+    agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"]
+    return [sys.executable, *(agent if job.ranks > 1 else []), *job.arguments]
+
+
 class JobProcess:
     """A job's agent, or its only rank, in a session of its own; what it says goes to `console.log`."""
 
     def __init__(self, job: Job, share: Share) -> None:
-        _set_aside(job.folder)
+        set_aside(job.folder)
         job.folder.mkdir(parents=True, exist_ok=True)
         self._mark = uuid4().hex
         with (job.folder / CONSOLE_LOG).open("w") as log:
             self._process = subprocess.Popen(
-                job.command,
+                local_command(job),
                 env=os.environ | share.environment() | {MARK: self._mark},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -107,14 +118,13 @@ class JobProcess:
         if self.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        for pid in _marked(self._mark):
-            _kill(pid)
+        kill_marked(self._mark)
 
 
 def run_jobs(
     jobs: Sequence[Job],
     devices: Devices,
-    start: Callable[[Job, Share], Running],
+    start: Start,
     on_start: Callable[[Job], None],
     on_end: Callable[[Job, int], None],
     fail_fast: bool = False,
@@ -182,7 +192,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _set_aside(folder: Path) -> None:
+def set_aside(folder: Path) -> None:
     """Keep what an earlier, unfinished start of this job left, and out of the way of the new one's record."""
     if not folder.exists() or not any(folder.iterdir()):
         return
@@ -190,6 +200,12 @@ def _set_aside(folder: Path) -> None:
     while (aside := folder.with_name(f"{folder.name}.earlier-{nth}")).exists():
         nth += 1
     folder.rename(aside)
+
+
+def kill_marked(mark: str) -> None:
+    """End what is left of a job on this machine."""
+    for pid in _marked(mark):
+        _kill(pid)
 
 
 def _marked(mark: str) -> list[int]:

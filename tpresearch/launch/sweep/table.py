@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from tpresearch.launch.command import override_key, python_command
 from tpresearch.launch.sweep.outcome import Outcome
 from tpresearch.track.figures import Summary, figure_cells, figures_of, mean_cells
 from tpresearch.track.shown import UNDEFINED, path_text
@@ -114,4 +116,8 @@ def print_table(console: Console, folder: Path, outcomes: Sequence[Outcome]) -> 
     wandb = folder / "wandb"
     if any(wandb.glob("offline-run-*")):
         console.print(Text(f"wandb  wandb sync {path_text(wandb)}/offline-run-*"), soft_wrap=True)
+    if any(outcome.status != "completed" for outcome in outcomes):
+        typed = [word for word in sys.argv[1:] if override_key(word) != "hydra.sweep.dir"]
+        again = python_command([*typed, f"hydra.sweep.dir={path_text(folder)}"])
+        console.print(Text(f"again  {again}  # what is not completed"), soft_wrap=True)
     console.print(Text(f"sweep  {path_text(folder)}/summary.md"), soft_wrap=True)

@@ -1,0 +1,31 @@
+"""A Hydra sweeper that learns from each job: Optuna's, told a figure of summary.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trainings import TRAIN, environment, execute
+
+pytestmark = [pytest.mark.cli, pytest.mark.timeout(600)]
+
+
+def test_optuna_is_told_the_objective_of_each_trial(small: list[str], home: Path, tmp_path: Path) -> None:
+    typed = [word for word in small if not word.startswith(("model=", "train.steps="))]
+    typed += ["model=toy_mlp", "train.steps=2", "logger=none", "parallel=none", "hydra.sweep.dir=sweep"]
+    typed += ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
+    typed += ["hydra.sweeper.sampler.seed=1", "hydra.launcher.objective=val/loss"]
+    searched = "optimizer.lr=tag(log, interval(1e-4, 1e-1))"
+    command = [sys.executable, str(TRAIN), "-m", *typed, searched]
+    done = execute(command, tmp_path, environment(home), timeout_s=500)
+    assert done.code == 0, done.out + done.err
+    trials = [json.loads((tmp_path / f"sweep/{n}/summary.json").read_text()) for n in range(2)]
+    losses = [trial["val/loss"] for trial in trials]
+    assert losses[0] != losses[1]
+    best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
+    assert best["best_value"] == min(losses)
+    config = yaml.safe_load((tmp_path / f"sweep/{losses.index(min(losses))}/config.yaml").read_text())
+    assert best["best_params"] == {"optimizer.lr": config["optimizer"]["lr"]}

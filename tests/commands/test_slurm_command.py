@@ -1,0 +1,88 @@
+"""`hydra/launcher=slurm`: what Slurm is asked, and real runs through it, on two nodes that are both this machine."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import fake_slurm
+import pytest
+from trainings import TRAIN, Done, environment, execute
+
+pytestmark = [pytest.mark.cli, pytest.mark.timeout(900)]
+
+
+def sweep(small: list[str], home: Path, folder: Path, *typed: str, **env: str) -> tuple[Done, list[dict]]:
+    words = [word for word in small if not word.startswith(("model=", "train.steps="))]
+    words += [
+        "model=toy_mlp",
+        "train.steps=2",
+        "logger=none",
+        "hydra/launcher=slurm",
+        "hydra.sweep.dir=sweep",
+    ]
+    command = [sys.executable, str(TRAIN), "-m", *words, *typed]
+    done = execute(command, folder, environment(home, **env), timeout_s=600)
+    table = folder / "sweep/summary.csv"
+    return done, list(csv.DictReader(table.open())) if table.exists() else []
+
+
+def test_jobs_of_a_shape_are_one_array_with_an_agent_a_node(
+    small: list[str], home: Path, tmp_path: Path
+) -> None:
+    slurm = tmp_path / "slurm"
+    typed = ["parallel=tp,fsdp,none", "world_size=2", "hydra.launcher.ranks_per_node=1"]
+    typed += ["hydra.launcher.gpus=false", "hydra.launcher.partition=fat", "hydra.launcher.timeout_min=7"]
+    typed += ["hydra.launcher.setup=[echo ready]", "+hydra.launcher.sbatch.reservation=mine"]
+    done, rows = sweep(small, home, tmp_path, *typed, **fake_slurm.install(slurm))
+    assert done.code == 0, done.out + done.err
+    assert [(row["parallel"], row["status"]) for row in rows] == [
+        *(("tp", "completed"), ("fsdp", "completed"), ("none", "completed")),
+    ]
+    ranks = [
+        json.loads((tmp_path / row["folder"] / "summary.json").read_text())["world_size"] for row in rows
+    ]
+    assert ranks == [2, 2, 1]
+    losses = [float(row["train/loss"]) for row in rows]
+    assert losses == pytest.approx([losses[2]] * 3, rel=1e-5)
+    two_nodes, one_node = sorted(slurm.glob("*.sh"))
+    asked = two_nodes.read_text().splitlines()
+    assert {
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --array=0-1%2",
+        "#SBATCH --partition=fat",
+        "#SBATCH --time=7",
+        "#SBATCH --reservation=mine",
+        "echo ready",
+    } <= set(asked)
+    assert not any("gpu" in line for line in asked)
+    assert "#SBATCH --nodes=1" in one_node.read_text()
+    assert "--array" not in one_node.read_text()
+    assert (tmp_path / "sweep/0/console.log").exists()
+    assert (tmp_path / "sweep/0/console-node1.log").exists()
+
+
+def test_through_submitits_stand_in_a_failure_stays_its_own(
+    small: list[str], home: Path, tmp_path: Path
+) -> None:
+    typed = ["hydra.launcher.cluster=local", "hydra.launcher.gpus=false", "parallel=tp", "world_size=2"]
+    typed += [
+        "optimizer.lr=1e30,1e-3",
+        "optimizer=sgd",
+        "train.clip_grad_norm=null",
+        "schedule.warmup_steps=0",
+    ]
+    done, (failed, completed) = sweep(small, home, tmp_path, *typed)
+    assert done.code == 1, done.out + done.err
+    assert (failed["status"], completed["status"]) == ("failed", "completed")
+    assert failed["error"] == "NonfiniteError: train/loss is nan at step 2"
+
+
+def test_a_machine_without_slurm_is_told_at_once(small: list[str], home: Path, tmp_path: Path) -> None:
+    done, _ = sweep(small, home, tmp_path, "parallel=tp")
+    assert done.code == 2
+    assert done.refusal.startswith("error: hydra/launcher=slurm: there is no srun on this machine; ")
+    assert not (tmp_path / "sweep").exists()
