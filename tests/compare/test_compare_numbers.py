@@ -202,6 +202,19 @@ def test_the_tables(tmp_path: Path) -> None:
     assert "logger.name" not in unlike
 
 
+def test_among_equal_figures_none_is_best(tmp_path: Path) -> None:
+    rounded = Made("tp", {"tp": 2}, loss=lambda step: falling(step) - 1e-7, speed=1000.4)
+    groups = groups_of(tmp_path, Made(), rounded, Made("fsdp", {"dp_shard": 2}, memory=2**29))
+    table = runs_table([group.first for group in groups], [group.label for group in groups], groups[0])
+    best = [
+        (row[0].text, name)
+        for row in table.rows
+        for name, cell in zip(table.header, row, strict=True)
+        if cell.best
+    ]
+    assert [each for each in best if each[1] != "time"] == [("fsdp", "peak memory")]
+
+
 def test_the_baseline_is_the_run_with_no_plan_or_the_one_that_is_asked_for(tmp_path: Path) -> None:
     alone = Made("fsdp", {"dp_shard": 1})
     groups = groups_of(tmp_path, Made("tp", {"tp": 4}), Made("tp", {"tp": 2}), alone, Made())

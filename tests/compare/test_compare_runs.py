@@ -59,6 +59,12 @@ def test_names_are_what_tells_runs_apart(tmp_path: Path) -> None:
     assert named(str(tmp_path / "e"), str(tmp_path / "f")) == ["mine", "yours"]
 
 
+def test_a_name_is_one_line_that_a_terminal_does_not_obey(tmp_path: Path) -> None:
+    Made(name="a\n b\x1b[31m", steps=2).write(tmp_path / "a")
+    Made(name="c", steps=2).write(tmp_path / "b")
+    assert named(str(tmp_path)) == ["a b\ufffd[31m", "c"]
+
+
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
@@ -196,6 +202,8 @@ def test_options_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
     words, options = parse(["a/lr=3", "baseline=tp · lr=1e-3", "lr=1", "lr=*", "seeds=mean"])
     assert words == ["a/lr=3", "lr=1", "lr=*"]
     assert (options.baseline, options.seeds, options.overlay) == ("tp · lr=1e-3", Seeds.mean, Overlay.refuse)
+    for text in ("1e-3", "[a", "*x", "${x}", "\\${x}", "a: b: c"):
+        assert parse([f"baseline={text}"])[1].baseline == text
     with pytest.raises(ConfigError, match="basline=tp: is no option"):
         parse(["basline=tp"])
     with pytest.raises(ConfigError, match="overlay=maybe"):

@@ -43,11 +43,11 @@ def labels(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     """A name for each run, no two alike: given by the user, or by `keys`, or by its summary; then by its folder."""
     given = [(run.config.get("logger") or {}).get("name") for run in runs]
     if all(given) and len(set(given)) == len(runs):
-        names = [str(name) for name in given]
+        names = [_printable(str(name)) for name in given]
     elif keys:
         names = [" · ".join(_part(key, run.settings.get(key)) for key in keys) for run in runs]
     else:
-        names = [str(run.summary.get("run_name") or run.summary["parallel"]) for run in runs]
+        names = [_printable(str(run.summary.get("run_name") or run.summary["parallel"])) for run in runs]
     names = [
         name if run.completed else f"{name} ({run.summary['status']})"
         for name, run in zip(names, runs, strict=True)
@@ -75,7 +75,12 @@ def shown(value: Any) -> str:
         return UNDEFINED
     if isinstance(value, bool | list | dict):
         return json.dumps(value, ensure_ascii=False)
-    return " ".join(str(value).split())
+    return _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """On one line, and with nothing in it that a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
 def settings_text(run: Run, without: str) -> tuple[tuple[str, str], ...]:
