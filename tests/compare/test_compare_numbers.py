@@ -118,6 +118,7 @@ def test_over_seeds_mean_and_standard_deviation(tmp_path: Path) -> None:
             Made(plan, mesh, seed, steps=6, loss=loss, speed=100.0 + seed).write(tmp_path / f"{plan}{seed}")
     one, two = over_seeds(find([str(tmp_path)]).runs)
     assert (one.label, two.label, len(one.runs), len(two.runs)) == ("none", "tp", 3, 3)
+    assert curves([one], LOSS).notes == ["The band is a standard deviation over seeds."]
     first = curves([one], LOSS).points[0]
     assert first == {"run": "none", "tokens": TOKENS_A_STEP, "value": 5.0, "low": 4.0, "high": 6.0}
     assert bars([one], "perf/tokens_per_second_per_device").points == [

@@ -22,15 +22,14 @@ def curves(panel: Panel, points: Points, look: Look) -> Drawn:
     """Lines over tokens. A click in the legend leaves one run in full colour; dragging moves, shift and wheel zoom."""
     unit = unit_of(panel.metrics[0], [point["value"] for point in points])
     base = _over_tokens(panel, points, look)
-    y = _y("value:Q", unit.titled(panel.title), alt.Scale(zero=False))
+    title, scale = unit.titled(panel.title), alt.Scale(zero=False)
+    y = _y("value:Q", title, scale)
     line, mark = _line(base, y), _mark(base, y, points, look)
     if not any("low" in point for point in points):
         return _layered([line, mark])
     band = base.transform_filter("isValid(datum.low)").mark_area(clip=True)
     faint = alt.condition(PICK, alt.value(0.2), alt.value(0.03))
-    return _layered(
-        [band.encode(y=_y("low:Q", None, alt.Scale(zero=False)), y2="high:Q", opacity=faint), line, mark]
-    )
+    return _layered([band.encode(y=_y("low:Q", title, scale), y2="high:Q", opacity=faint), line, mark])
 
 
 def differences(panel: Panel, points: Points, look: Look) -> Drawn:
@@ -59,7 +58,7 @@ def _over_tokens(panel: Panel, points: Points, look: Look) -> alt.Chart:
     )
 
 
-def _y(field: str, title: str | None, scale: alt.Scale) -> alt.Y:
+def _y(field: str, title: str, scale: alt.Scale) -> alt.Y:
     axis = (
         alt.Axis(title=title, format=".0e", tickCount=5) if scale["type"] == "log" else alt.Axis(title=title)
     )

@@ -48,7 +48,11 @@ def numbers(panel: Panel, groups: Sequence[Group], baseline: Group) -> Numbers:
 def curves(groups: Sequence[Group], metric: str) -> Numbers:
     """`run`, `tokens`, `value`; over seeds the mean, with `low` and `high` a standard deviation from it."""
     lines = [(group.label, _over_seeds([_curve(run, metric) for run in group.runs])) for group in groups]
-    return _drawn(lines, f"No run has {metric}.")
+    drawn = _drawn(lines, f"No run has {metric}.")
+    band = any("low" in point for point in drawn.points)
+    return Numbers(
+        drawn.points, [*drawn.notes, *(["The band is a standard deviation over seeds."] if band else [])]
+    )
 
 
 def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Numbers:
