@@ -57,7 +57,8 @@ def cheap(words: list[str], cache: Path) -> list[str]:
     """The same command on a small corpus and, for a training, two steps of a narrow model."""
     if words[0] == "make":
         return ["make", "-n", *words[1:]]
-    if any(word.startswith("plan_only") for word in words) or "tpresearch.dashboard" in words:
+    alone = {"tpresearch.compare", "tpresearch.dashboard"}.intersection(words)
+    if alone or any(word.startswith("plan_only") for word in words):
         return words
     if any(word.startswith("experiment=seed_") for word in words):
         return [*words, "device=cpu", *(TINY_MODEL + SHORT_ROWS if "experiment=seed_2d" in words else [])]

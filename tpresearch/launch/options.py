@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.refuse import refuse
 from tpresearch.launch.world import World
 
 Options = TypeVar("Options")
+TEXT = ("str", "str | None", str, str | None)
+"""Annotations of a field that holds text, as written or evaluated."""
 
 
 def read_options(kind: type[Options], words: Sequence[str]) -> Options:
@@ -32,16 +36,23 @@ def read_options(kind: type[Options], words: Sequence[str]) -> Options:
             legal = " ".join(f"{name}=" for name in sorted(fields))
             raise ConfigError(key or "option", value, "is no option of this command", legal, fix=fix)
     options = OmegaConf.structured(kind)
+    texts = {field.name for field in dataclasses.fields(kind) if field.type in TEXT}  # type: ignore[arg-type]
     for word in words:
         key, _, value = word.partition("=")
         try:
-            options = OmegaConf.merge(options, OmegaConf.from_dotlist([word]))
-        except OmegaConfBaseException as error:
+            typed = _as_text(key, value) if key in texts else OmegaConf.from_dotlist([word])
+            options = OmegaConf.merge(options, typed)
+        except (OmegaConfBaseException, YAMLError) as error:
             why = str(error).splitlines()[0]
             raise ConfigError(key, value, why, "a value of that type", fix={key: None}) from None
     for key in sorted(OmegaConf.missing_keys(options)):
         raise ConfigError(key, "", "is not given", "a value of your own", fix={key: f"<{key}>"})
     return cast(Options, OmegaConf.to_object(options))
+
+
+def _as_text(key: str, value: str) -> dict[str, str | None]:
+    """The value of a text as it was typed: `1e-3` stays so, and `${x}` refers to nothing."""
+    return {key: None if value == "null" else re.sub(r"(\\*)\$\{", r"\1\1\\${", value)}
 
 
 def command(main: Callable[[], None]) -> None:

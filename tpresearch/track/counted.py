@@ -69,7 +69,7 @@ class StepCount:
         }
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json: bytes sent by mesh axis and by collective, and the most that was held of each kind.
+        """For summary.json: bytes sent by mesh axis and by collective, and what was held of each kind, at most and when all was most.
 
         What formulas expect by collective is None where there are none.
         """
@@ -81,6 +81,7 @@ class StepCount:
             if formulas is None
             else _sums(formulas, _axis_and_collective),
             "memory/held_bytes": {kind.kind: kind.most_bytes for kind in self.held},
+            "memory/at_peak_bytes": {kind.kind: kind.at_peak_bytes for kind in self.held},
         }
 
 

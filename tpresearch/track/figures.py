@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean, stdev
 from typing import Any
 
-from tpresearch.track.shown import bytes_text, count_text, duration_text, loss_text, share_text
+from tpresearch.track.shown import UNDEFINED, bytes_text, count_text, duration_text, loss_text, share_text
 from tpresearch.track.table import Cell
 
 
@@ -41,17 +42,33 @@ def figures_of(summaries: Sequence[Summary]) -> list[Figure]:
 
 
 def figure_cells(summaries: Sequence[Summary], figures: Sequence[Figure]) -> list[list[Cell]]:
-    """A row a run; the best of each figure is marked where completed runs differ in it."""
+    """A row a run; the best of each figure is marked where completed runs differ in it, as far as is shown."""
     best = {figure.key: _best(summaries, figure) for figure in figures}
     return [
-        [
-            Cell(
-                _text(each, figure), each.get(figure.key) is not None and each[figure.key] == best[figure.key]
-            )
-            for figure in figures
-        ]
+        [Cell(_text(each, figure), _is_best(each, figure, best[figure.key])) for figure in figures]
         for each in summaries
     ]
+
+
+def mean_cells(summaries: Sequence[Summary], figures: Sequence[Figure]) -> list[Cell]:
+    """Mean and standard deviation of each figure, of runs that repeat one another."""
+    return [Cell(_mean([each.get(figure.key) for each in summaries], figure)) for figure in figures]
+
+
+def _mean(values: Sequence[float | None], figure: Figure) -> str:
+    defined = [value for value in values if value is not None]
+    if not defined:
+        return UNDEFINED
+    middle = figure.text(mean(defined))
+    return f"{middle} ± {figure.text(stdev(defined))}" if len(defined) > 1 else middle
+
+
+def _is_best(summary: Summary, figure: Figure, best: str | None) -> bool:
+    return _counts(summary, figure) and figure.text(summary[figure.key]) == best
+
+
+def _counts(summary: Summary, figure: Figure) -> bool:
+    return summary.get("status") == "completed" and summary.get(figure.key) is not None
 
 
 def _text(summary: Summary, figure: Figure) -> str:
@@ -62,10 +79,6 @@ def _text(summary: Summary, figure: Figure) -> str:
     return text
 
 
-def _best(summaries: Sequence[Summary], figure: Figure) -> float | None:
-    values = [
-        each[figure.key]
-        for each in summaries
-        if each.get("status") == "completed" and each.get(figure.key) is not None
-    ]
-    return figure.best(values) if len(set(values)) > 1 else None
+def _best(summaries: Sequence[Summary], figure: Figure) -> str | None:
+    values = [each[figure.key] for each in summaries if _counts(each, figure)]
+    return figure.text(figure.best(values)) if len({figure.text(value) for value in values}) > 1 else None

@@ -68,6 +68,7 @@ _SENT = (
 )
 PARTS: dict[str, tuple[str, ...]] = {
     "memory/held_bytes": MEMORY_KINDS,
+    "memory/at_peak_bytes": MEMORY_KINDS,
     "comm/bytes_per_step_by_axis": AXES,
     "comm/bytes_per_step_by_collective": _SENT,
     "comm/expected_bytes_per_step_by_collective": _SENT,

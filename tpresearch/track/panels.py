@@ -90,10 +90,10 @@ MEMORY_AND_COMMUNICATION = (
     ),
     Panel(
         "memory_by_kind",
-        "Memory by kind",
+        "Peak memory by kind",
         "parts",
-        ("memory/held_bytes.*",),
-        "The most of each kind that rank 0 held in one step.",
+        ("memory/at_peak_bytes.*",),
+        "Of one step, where rank 0 held the most.",
     ),
     Panel(
         "bytes_by_axis",

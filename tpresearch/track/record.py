@@ -120,31 +120,32 @@ def _median(rows: Sequence[Row], name: str) -> int | float | None:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """summary.json, whole or not at all."""
-    _write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """config.yaml: the resolved config, as plain data."""
-    _write_atomically(
+    write_atomically(
         folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     )
 
 
 def write_plan(folder: Path, plan: str) -> None:
     """plan.txt: the compiled plan as it was printed."""
-    _write_atomically(folder / "plan.txt", plan.rstrip("\n") + "\n")
+    write_atomically(folder / "plan.txt", plan.rstrip("\n") + "\n")
 
 
 def write_ledger(folder: Path, ledger: Mapping[str, Any]) -> None:
     """ledger.json: what one step sent and held, beside what formulas say."""
-    _write_atomically(folder / "ledger.json", json.dumps(ledger, indent=2) + "\n")
+    write_atomically(folder / "ledger.json", json.dumps(ledger, indent=2) + "\n")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """A file that is there whole or not at all."""
     draft = path.with_name(f".{path.name}.draft")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with draft.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)

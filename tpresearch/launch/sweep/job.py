@@ -14,13 +14,11 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
+from tpresearch.config.compared import compared
 from tpresearch.config.compose import as_dict
 from tpresearch.config.mesh import used_axes
 from tpresearch.config.schema import Config, DeviceKind
 from tpresearch.launch.command import override_key
-
-NOT_COMPARED = ("name", "logger", "world_size")
-"""Keys of a config that say where a run is kept and who hears of it, not what it computes."""
 
 OF_THE_SWEEP = ("hydra.mode", "hydra.run.", "hydra.sweep.", "hydra.launcher", "hydra.sweeper")
 """Hydra's settings that the sweep has read, and its jobs have no use for."""
@@ -76,11 +74,7 @@ def slots_of(cfg: Config, wanted: int, gpu_count: int) -> tuple[int, bool]:
 
 def signature(config: dict[str, Any], ranks: int, without_seed: bool = False) -> str:
     """A hash of what a run computes: its resolved config and its ranks, without names, paths and loggers."""
-    kept = {key: value for key, value in config.items() if key not in NOT_COMPARED}
-    kept["data"] = {key: value for key, value in kept.get("data", {}).items() if key != "cache_dir"}
-    if without_seed:
-        kept["train"] = {key: value for key, value in kept["train"].items() if key != "seed"}
-    text = json.dumps([kept, ranks], sort_keys=True, default=str)
+    text = json.dumps([compared(config, without_seed), ranks], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

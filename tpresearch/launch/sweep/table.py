@@ -6,7 +6,6 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from tpresearch.launch.command import override_key, python_command
 from tpresearch.launch.sweep.outcome import Outcome
-from tpresearch.track.figures import Figure, Summary, figure_cells, figures_of
+from tpresearch.track.figures import Summary, figure_cells, figures_of, mean_cells
 from tpresearch.track.shown import UNDEFINED, path_text
 from tpresearch.track.table import Cell, Table
 
@@ -69,17 +68,9 @@ def over_seeds(outcomes: Sequence[Outcome]) -> Table | None:
     for each in groups.values():
         first = each[0].job
         swept = [first.settings.get(key, UNDEFINED) for key in keys]
-        means = [_mean([_summary(outcome).get(figure.key) for outcome in each], figure) for figure in figures]
-        rows.append([Cell(text) for text in (*swept, str(first.ranks), str(len(each)), *means)])
+        means = mean_cells([_summary(outcome) for outcome in each], figures)
+        rows.append([*map(Cell, (*swept, str(first.ranks), str(len(each)))), *means])
     return Table([*keys, "ranks", "seeds", *(figure.title for figure in figures)], rows)
-
-
-def _mean(values: Sequence[float | None], figure: Figure) -> str:
-    defined = [value for value in values if value is not None]
-    if not defined:
-        return UNDEFINED
-    middle = figure.text(mean(defined))
-    return f"{middle} ± {figure.text(stdev(defined))}" if len(defined) > 1 else middle
 
 
 def write_files(folder: Path, outcomes: Sequence[Outcome]) -> None:

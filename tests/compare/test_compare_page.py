@@ -1,0 +1,250 @@
+"""compare.html in a real browser, with no network, and the PNGs beside it."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from made_runs import Made, entry, falling
+from PIL import Image
+from rich.console import Console
+
+from tpresearch.compare.groups import baseline_of, one_by_one
+from tpresearch.compare.labels import labels, telling
+from tpresearch.compare.page import as_data
+from tpresearch.compare.report import Report
+from tpresearch.compare.runs import find
+from tpresearch.track.panels import SECTIONS
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+ALERT = "</script><img src=x onerror=alert(1)><script>alert(2)</script>"
+EXPRESSION = "${alert(3)} {{7*7}} datum['x']\"]//'+alert(4)+'"
+PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+)
+QUIET += ("--disable-component-update", "--disable-sync")
+WAIT = "document.querySelectorAll('figure').length === document.querySelectorAll('figure[data-drawn]').length"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five runs under hostile names; of three the ranks differ alone, and one ended early."""
+    folder = tmp_path_factory.mktemp("made")
+    tp = [entry("tp", "all_gather", 3 * 2**20), entry("tp", "reduce_scatter", 2**20, "backward")]
+    runs = [
+        Made(name=ALERT, mfu=0.4),
+        Made("tp", {"tp": 2}, name=EXPRESSION, mfu=0.375, sent=tp, speed=800.0, memory=2**29),
+        Made(
+            "tp",
+            {"tp": 4},
+            name="tp4",
+            mfu=0.25,
+            sent=tp,
+            speed=600.0,
+            loss=lambda step: falling(step) + 1e-6,
+        ),
+        Made(
+            "tp",
+            {"tp": 8},
+            name="tp8",
+            mfu=0.125,
+            sent=tp,
+            speed=200.0,
+            loss=lambda step: falling(step) - 1e-7,
+        ),
+        Made(
+            "fsdp",
+            {"dp_shard": 2},
+            name="ended",
+            steps=7,
+            sent=[entry("dp_shard", "all_gather", 2**21)],
+            error=ValueError("<b onclick=alert(5)>boom</b>"),
+        ),
+    ]
+    for index, run in enumerate(runs):
+        run.corpus_hash = "<i>hash</i>"
+        run.write(folder / "sweep" / str(index))
+    found = find([str(folder / "sweep")])
+    names = labels(found.runs, telling(found.runs))
+    groups = one_by_one(found.runs, names)
+    left_out = [f"{folder}/sweep/9: <script>alert(6)</script>"]
+    baseline = baseline_of(groups, None)
+    report = Report(found.runs, names, groups, baseline, ["corpus_hash differs: <u>"], left_out)
+    report.write(folder, ["sweep", "<s>"])
+    with (folder / "terminal.txt").open("w") as file:
+        report.print(Console(file=file, width=250), folder)
+    return folder
+
+
+@dataclass
+class Seen:
+    """What a browser came across."""
+
+    page: Page
+    messages: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    dialogs: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def seen(made: Path) -> Iterator[Seen]:
+    """The page as it has drawn itself, in Chromium and with no network."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium is installed here (apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=list(QUIET))
+        page = browser.new_context(offline=True, viewport={"width": 1400, "height": 900}).new_page()
+        seen = Seen(page)
+        page.on("console", lambda message: seen.messages.append(message.text))
+        page.on("pageerror", lambda error: seen.messages.append(str(error)))
+        page.on("request", lambda request: seen.requests.append(request.url))
+        page.on("dialog", lambda dialog: (seen.dialogs.append(dialog.message), dialog.dismiss()))
+        page.goto((made / "compare.html").as_uri())
+        page.wait_for_function(WAIT, timeout=60_000)
+        yield seen
+        browser.close()
+
+
+def test_it_draws_with_no_error_and_asks_for_nothing_but_itself(seen: Seen, made: Path) -> None:
+    assert seen.messages == []
+    assert seen.dialogs == []
+    assert seen.requests == [(made / "compare.html").as_uri()]
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_each_panel_has_its_marks(seen: Seen, name: str) -> None:
+    figure = seen.page.locator(f"figure#{name}")
+    assert figure.locator("h3").inner_text() == PANELS[name].title
+    assert figure.locator(".reads").inner_text().startswith(PANELS[name].reads)
+    kind = {"curve": "line", "difference": "line", "pareto": "symbol", "scaling": "symbol"}.get(
+        PANELS[name].kind, "rect"
+    )
+    drawn = figure.locator(f".chart svg .mark-{kind}.role-mark path")
+    colours = {
+        drawn.nth(i).get_attribute("stroke" if kind == "line" else "fill") for i in range(drawn.count())
+    }
+    assert len(colours - {None, "transparent"}) >= 2, colours
+    box = figure.locator("svg.marks").bounding_box()
+    assert box
+    assert (580 <= box["width"] <= 620, box["height"] > 100) == (True, True)
+
+
+def test_a_run_has_one_colour_in_all_panels_and_in_the_table(seen: Seen) -> None:
+    swatch = seen.page.locator("table.figures tr", has_text="tp4").locator(".swatch").get_attribute("style")
+    assert swatch == "background: #d55e00"
+    for name in ("loss", "difference", "scaling", "memory_against_speed"):
+        legend = seen.page.locator(f"figure#{name} .role-legend-entry")
+        at = legend.locator(".role-legend-label text").all_text_contents().index("tp4")
+        assert legend.locator(".role-legend-symbol path").nth(at).get_attribute("fill") == "#d55e00"
+    bars = seen.page.locator("figure#tokens_per_second .mark-rect.role-mark path")
+    assert bars.nth(2).get_attribute("fill") == "#d55e00"
+
+
+def test_names_stay_names(seen: Seen) -> None:
+    page = seen.page
+    assert page.locator("img, i, u, s, b[onclick]").count() == 0
+    assert page.locator("script").count() == len(PANELS) + 2
+    rows = page.locator("table.figures").first.locator("tbody tr")
+    first = [rows.nth(i).locator("td").first.inner_text() for i in range(5)]
+    assert first == [ALERT, EXPRESSION, "tp4", "tp8", "ended (failed)"]
+    page.locator("figure#tokens_per_second .mark-rect.role-mark path").first.hover()
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    assert ALERT in page.locator("#vg-tooltip-element").inner_text()
+    assert page.locator("img").count() == 0
+    assert seen.dialogs == []
+
+
+def test_a_click_in_the_legend_shows_one_run(seen: Seen) -> None:
+    figure = seen.page.locator("figure#loss")
+    lines = figure.locator(".mark-line.role-mark path")
+
+    def opacities() -> list[str | None]:
+        return sorted(lines.nth(i).get_attribute("opacity") or "1" for i in range(lines.count()))
+
+    assert opacities() == ["1"] * 5
+    figure.locator(".role-legend-label text", has_text="tp8").click()
+    seen.page.wait_for_timeout(200)
+    assert opacities() == ["0.1"] * 4 + ["1"]
+
+
+def test_the_page_says_what_the_terminal_says(seen: Seen, made: Path) -> None:
+    page, terminal = seen.page, (made / "terminal.txt").read_text()
+    header = page.locator("table.figures").first.locator("th").all_inner_texts()
+    figures = ["loss", "held-out loss", "tok/s/device", "MFU", "peak memory", "sent a step", "time"]
+    assert header == ["run", "ranks", *figures, "difference at most", "status"]
+    cells = page.locator("table.figures tr", has_text="tp4").locator("td").all_inner_texts()
+    assert cells[:8] == ["tp4", "4", "7.250", "7.500", "600", "25.0%", "1.0 GiB", "4.0 MiB (tp 4.0 MiB)"]
+    assert cells[9:] == ["1.0e-06", "completed"]
+    for cell in cells:
+        assert cell in terminal
+    text = page.locator("body").inner_text()
+    assert "corpus_hash <i>hash</i>, " in text
+    assert "Overlaid although corpus_hash differs: <u>" in text
+    assert "sweep/9: <script>alert(6)</script>" in text
+    assert "failed: ValueError: <b onclick=alert(5)>boom</b>" in text
+    assert "python -m tpresearch.compare sweep '<s>'" in text
+    settings = (
+        page.locator("table.settings").first.locator("tr", has_text="mesh.tp").locator("td").all_inner_texts()
+    )
+    assert settings == ["mesh.tp", "–", "2", "4", "8", "–"]
+
+
+def test_only_its_own_scripts_may_run(made: Path) -> None:
+    html = (made / "compare.html").read_text()
+    policy = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)[0]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "script-src" in policy
+    assert "unsafe" not in policy.partition("script-src")[2].partition(";")[0]
+    assert not re.findall(r"<(?:script|img|link|iframe)[^>]*\b(?:src|href)=", html.partition("<script>")[0])
+    assert (
+        as_data(["</script>", "<!--", "&amp;", "\u2028"])
+        == '["\\u003c/script\\u003e", "\\u003c!--", "\\u0026amp;", "\\u2028"]'
+    )
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_each_png_is_a_picture(made: Path, name: str) -> None:
+    image = Image.open(io.BytesIO((made / "compare" / f"{name}.png").read_bytes())).convert("RGB")
+    assert image.width >= 1200
+    assert image.height >= 300
+    counted = image.getcolors(maxcolors=image.width * image.height)
+    assert counted
+    drawn = [colour for count, colour in counted if count > 40 and max(colour) - min(colour) > 60]
+    assert len(drawn) >= 2  # at least two colours that are no grey
+    assert max(counted)[1] == (255, 255, 255)
+    assert max(counted)[0] > image.width * image.height * 0.3
+
+
+def test_a_panel_without_data_is_said_and_its_old_png_goes(tmp_path: Path) -> None:
+    Made(steps=2).write(tmp_path / "run")
+    runs = find([str(tmp_path / "run")]).runs
+    names = labels(runs, telling(runs))
+    groups = one_by_one(runs, names)
+    old = tmp_path / "compare" / "mfu.png"
+    old.parent.mkdir()
+    old.write_bytes(b"old")
+    Report(runs, names, groups, groups[0], [], []).write(tmp_path, [])
+    assert not old.exists()
+    html = (tmp_path / "compare.html").read_text()
+    missing = dict(re.findall(r'<p class="quiet missing"><b>(.*?)</b> is left out\. (.*?)</p>', html))
+    assert missing["MFU"].startswith("No run has perf/mfu.")
+    assert missing["Scaling efficiency"] == "No two runs differ in their ranks alone."
+    assert missing["Loss less the baseline&#39;s"] == "There is one run, and nothing to take it from."
+    assert "There is one run." in html
+    assert sorted(os.listdir(tmp_path)) == ["compare", "compare.html", "compare.md", "run"]

@@ -1,0 +1,254 @@
+"""Which runs are found, what they are called, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from made_runs import Made
+
+from tpresearch.compare.groups import baseline_of, one_by_one
+from tpresearch.compare.labels import labels, telling
+from tpresearch.compare.options import Options, Overlay, Seeds, parse
+from tpresearch.compare.overlay import check
+from tpresearch.compare.runs import find
+from tpresearch.config.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def named(*words: str) -> list[str]:
+    runs = find(list(words)).runs
+    return labels(runs, telling(runs))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Eleven jobs under their numbers."""
+    for number in range(11):
+        Made("tp", {"tp": 2}, lr=0.001 * (1 + number), steps=2).write(tmp_path / "sweep" / str(number))
+    return tmp_path / "sweep"
+
+
+def test_runs_sweeps_and_globs(sweep: Path) -> None:
+    found = find([str(sweep)])
+    assert [run.folder.name for run in found.runs] == [str(number) for number in range(11)]
+    assert found.sweep == sweep
+    some = find([str(sweep / "3"), str(sweep / "1*"), str(sweep / "3")])
+    assert [run.folder.name for run in some.runs] == ["3", "1", "10"]
+    assert some.sweep is None
+    assert find([str(sweep / "3")]).sweep is None
+    assert len(find([str(sweep.parent / "**")]).runs) == 11
+
+
+def test_names_are_what_tells_runs_apart(tmp_path: Path) -> None:
+    Made(steps=2).write(tmp_path / "a")
+    Made("tp", {"tp": 2}, steps=2).write(tmp_path / "b")
+    assert named(str(tmp_path)) == ["none", "tp"]
+    Made("tp", {"tp": 2}, lr=1e-3, steps=2, error=ValueError("x")).write(tmp_path / "c")
+    assert named(str(tmp_path)) == ["none · lr=0.003", "tp · lr=0.003", "tp · lr=0.001 (failed)"]
+    Made(steps=2).write(tmp_path / "d")
+    assert named(str(tmp_path / "a"), str(tmp_path / "d")) == [
+        "llama2_debug/single · a",
+        "llama2_debug/single · d",
+    ]
+    Made("tp", {"tp": 2}, name="mine", steps=2).write(tmp_path / "e")
+    Made("tp", {"tp": 4}, name="yours", steps=2).write(tmp_path / "f")
+    assert named(str(tmp_path / "e"), str(tmp_path / "f")) == ["mine", "yours"]
+
+
+def test_a_name_is_one_line_that_a_terminal_does_not_obey(tmp_path: Path) -> None:
+    Made(name="a\n b\x1b[31m", steps=2).write(tmp_path / "a")
+    Made(name="c", steps=2).write(tmp_path / "b")
+    assert named(str(tmp_path)) == ["a b\ufffd[31m", "c"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("summary.json", None, "it has no summary.json (still running, refused, or killed on the spot)"),
+        ("summary.json", "{", "summary.json cannot be read"),
+        ("summary.json", "[1]", "summary.json is none of a run's: list"),
+        (
+            "summary.json",
+            '{"status": "completed"}',
+            "summary.json is none of a run's: world_size is 'missing'",
+        ),
+        ("config.yaml", None, "it has no config.yaml"),
+        ("config.yaml", "a: [", "config.yaml cannot be read"),
+        ("metrics.jsonl", "garbage\n", "metrics.jsonl has no rows, though the run is completed"),
+        ("metrics.jsonl", '{"train/loss": 3}\n', "metrics.jsonl cannot be read: KeyError: 'train/step'"),
+        (
+            "metrics.jsonl",
+            '{"train/step": 1, "train/loss": "x"}\n',
+            "metrics.jsonl cannot be read: ValueError",
+        ),
+        ("ledger.json", '{"measured": [{"axis": "tp"}]}', "ledger.json is none of a run's"),
+    ],
+)
+def test_a_broken_record_is_said_in_one_sentence(
+    sweep: Path, file: str, content: str | None, says: str
+) -> None:
+    broken = sweep / "4"
+    if content is None:
+        (broken / file).unlink()
+    else:
+        (broken / file).write_text(content)
+    found = find([str(sweep)])
+    assert len(found.runs) == 10
+    (line,) = found.left_out
+    assert says in line
+    assert "\n" not in line
+    with pytest.raises(ConfigError) as refused:
+        find([str(broken), str(sweep)])
+    assert says in str(refused.value)
+    assert str(refused.value).startswith(f"run={broken}: ")
+
+
+def test_a_job_that_left_no_record_is_named(sweep: Path) -> None:
+    (sweep / "11").mkdir()
+    (sweep / "11" / "console.log").write_text("error: no\n")
+    (sweep / "3" / ".hydra").mkdir()
+    (sweep / "3" / ".hydra" / "config.yaml").write_text("{}")
+    (sweep / "3" / "wandb" / "run").mkdir(parents=True)
+    (sweep / "3" / "wandb" / "run" / "config.yaml").write_text("{}")
+    found = find([str(sweep)])
+    assert [line.partition(":")[0] for line in found.left_out] == [str(sweep / "11")]
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("nowhere", "run=nowhere: there is no such folder"),
+        ("x*", "run=x*: this glob matches nothing"),
+        ("empty", "run=empty: there is no run in it"),
+    ],
+)
+def test_words_that_name_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as refused:
+        find([word])
+    assert says in str(refused.value)
+
+
+def refusal(tmp_path: Path, *runs: Made, **told: object) -> ConfigError | list[str]:
+    for index, run in enumerate(runs):
+        run.write(tmp_path / str(index))
+    found = find([str(tmp_path)]).runs
+    try:
+        return check(found, labels(found, telling(found)), Options(**told))  # type: ignore[arg-type]
+    except ConfigError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("other", "field", "fix"),
+    [
+        (Made(corpus_hash="beef"), "corpus_hash=beef: of llama2_debug/single · 1, beside c0ffee", "overlay"),
+        (Made(vocab_size=300), "tokenizer.vocab_size=300: of vocab_size=300, beside 4096", "overlay"),
+        (
+            Made(global_batch_size=8),
+            "train.global_batch_size=8: of global_batch_size=8, beside 24",
+            "overlay",
+        ),
+        (Made(seed=7), "train.seed=7: of seed=7, beside 0 of seed=0", "seeds"),
+    ],
+)
+def test_runs_that_may_not_be_overlaid(tmp_path: Path, other: Made, field: str, fix: str) -> None:
+    error = refusal(tmp_path, Made(), other)
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith(field)
+    assert list(error.fix) == [fix]
+    told = refusal(tmp_path, overlay=Overlay.anyway)
+    assert isinstance(told, list)
+    assert len(told) == 1
+    assert told[0].startswith(field.partition("=")[0])
+
+
+def test_what_else_differs_is_said_too_and_seeds_alone_may(tmp_path: Path) -> None:
+    error = refusal(tmp_path, Made(), Made(seed=1, corpus_hash="beef"), Made(seed=1, lr=1.0))
+    assert "(they differ in corpus_hash too)" in str(error)
+    assert isinstance(error, ConfigError)
+    assert error.fix == {"overlay": "anyway"}
+    still = refusal(tmp_path, seeds=Seeds.mean)
+    assert isinstance(still, ConfigError)
+    assert still.field == "corpus_hash"
+    assert (
+        refusal(tmp_path, Made(seed=0), Made(seed=1), Made("tp", {"tp": 2}, seed=1), seeds=Seeds.mean) == []
+    )
+
+
+def test_an_unknown_baseline_and_one_that_several_have(tmp_path: Path) -> None:
+    for index, run in enumerate([Made(), Made("fsdp", {"dp_shard": 2}), Made("fsdp", {"dp_shard": 4})]):
+        run.write(tmp_path / f"job{index}")
+    runs = find([str(tmp_path)]).runs
+    groups = one_by_one(runs, labels(runs, telling(runs)))
+    with pytest.raises(ConfigError, match="baseline=fsd: no run has this name; one of: fsdp · 2 ranks"):
+        baseline_of(groups, "fsd")
+    with pytest.raises(
+        ConfigError, match="baseline=fsdp: 2 runs are called so; one of: fsdp · 2 ranks, fsdp · 4"
+    ):
+        baseline_of(groups, "fsdp")
+
+
+def test_options_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    words, options = parse(["a/lr=3", "baseline=tp · lr=1e-3", "lr=1", "lr=*", "seeds=mean"])
+    assert words == ["a/lr=3", "lr=1", "lr=*"]
+    assert (options.baseline, options.seeds, options.overlay) == ("tp · lr=1e-3", Seeds.mean, Overlay.refuse)
+    for text in ("1e-3", "[a", "*x", "${x}", "\\${x}", "a: b: c"):
+        assert parse([f"baseline={text}"])[1].baseline == text
+    with pytest.raises(ConfigError, match="basline=tp: is no option"):
+        parse(["basline=tp"])
+    with pytest.raises(ConfigError, match="overlay=maybe"):
+        parse(["overlay=maybe"])
+
+
+def compare(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tpresearch.compare", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.cli
+def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        Made(seed=seed, steps=4).write(tmp_path / "sweep" / str(seed))
+    done = compare(tmp_path, "sweep")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: train.seed=1: of seed=1, beside 0 of seed=0: their curves are not comparable; runs of one corpus, "
+        "tokenizer, row length, global batch, loss and seed, or overlay=anyway; seeds=mean for their mean and spread; "
+        "try: python -m tpresearch.compare sweep seeds=mean\n"
+    )
+    done = compare(tmp_path, "sweep", "overlay=anyway", "out=there")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Overlaid although train.seed differs: 0 (seed=0), 1 (seed=1)\n")
+    assert done.stdout.endswith("page  there/compare.html\npngs  there/compare/*.png\n")
+    assert "| seed=1 | 1 | 7.750 |" in (tmp_path / "there" / "compare.md").read_text()
+
+
+@pytest.mark.cli
+def test_without_what_it_draws_with_it_says_what_to_install(tmp_path: Path) -> None:
+    Made(steps=2).write(tmp_path / "run")
+    hide = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda name: None if name == 'altair' else f(name)"
+    main = "import runpy; runpy.run_module('tpresearch.compare', run_name='__main__')"
+    program = f"{hide}; import sys; sys.argv = ['compare', 'run']; {main}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: plots=altair: not installed; the extra `plots`; try: pip install 'tpresearch[plots]'\n"
+    )
+
+
+def test_the_command_does_not_wait_for_torch() -> None:
+    program = "import sys; import tpresearch.compare.__main__, tpresearch.compare.report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n"
