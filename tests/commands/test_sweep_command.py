@@ -37,8 +37,8 @@ def test_a_sweep_runs_what_it_can_and_then_what_is_left(small: list[str], home: 
         path.name for path in run.folder.iterdir()
     }
     assert error in (tmp_path / "sweep/summary.md").read_text()
-    assert "\nagain  python " in done.out
-    assert " optimizer=sgd " in done.out.partition("\nagain  ")[2]
+    assert "\nagain      python " in done.out
+    assert " optimizer=sgd " in done.out.partition("\nagain ")[2]
     before = (run.folder / "summary.json").stat().st_mtime_ns
 
     again = start()

@@ -50,7 +50,7 @@ def test_the_workspace_has_the_declared_sections_of_the_group_by_plan(
     assert "tpresearch.compare" in difference["config"]["value"]
     *_, sent, pareto = sections["Memory and communication"]
     assert sent["config"]["metrics"][1] == "comm/bytes_per_step_by_collective.dp_shard/all_gather"
-    assert pareto["config"]["xAxis"] == "summary:memory/peak_bytes"
+    assert pareto["config"]["yAxis"] == "summary:memory/peak_bytes"  # as compare draws it
     (runs,) = view["spec"]["section"]["runSets"]
     assert (of_group(runs), runs["grouping"]) == ("study", BY_PLAN)
     settings = view["spec"]["section"]["settings"]

@@ -51,6 +51,17 @@ def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:
         "time",
         "status",
     ]
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
+    console = Console(width=200)
+    with console.capture() as printed:
+        print_table(console, tmp_path, outcomes)
+    said = dict(line.split(maxsplit=1) for line in printed.get().splitlines()[-4:])
+    assert said == {
+        "sweep": f"{tmp_path}/summary.md",
+        "compare": f"python -m tpresearch.compare {tmp_path}",
+        "upload": f"wandb sync {tmp_path}/wandb/offline-run-*",
+        "dashboard": f"python -m tpresearch.dashboard group={str(tmp_path).lstrip('/')}",
+    }
     assert [cell.text for cell in table.rows[0]] == [
         *("0", "tp", "2", "6.000", "900", "2.0 KiB (tp 2.0 KiB)", "1:01", "completed")
     ]

@@ -26,7 +26,7 @@ def chart_of(panel: Panel) -> Any:
         case "bars" | "parts" | "ledger":
             return wr.BarPlot(title=title, metrics=metrics)
         case "pareto":
-            x, y = metrics
+            y, x = metrics
             return wr.ScatterPlot(title=title, x=wr.SummaryMetric(x), y=wr.SummaryMetric(y))
         case "scaling":
             x, y = "world_size", metrics[0]

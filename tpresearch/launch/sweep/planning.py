@@ -31,6 +31,7 @@ from tpresearch.launch.sweep.job import (
     ranks_needed,
     signature,
     slots_of,
+    wandb_group,
 )
 from tpresearch.launch.world import World
 
@@ -152,11 +153,10 @@ def _for_wandb(cfg: Config, master: DictConfig, own: Sequence[str]) -> list[str]
     if not cfg.logger.wandb:
         return []
     sweep_dir = Path(master.hydra.sweep.dir)
-    group = "/".join(part for part in sweep_dir.parts if part not in ("/", "outputs"))
     tags = [word for word in own if len(word) <= LONGEST_TAG and not word.startswith(("model=", "parallel="))]
     return [
         *([override("logger.tags", [*cfg.logger.tags, *tags])] if tags else []),
-        *([] if cfg.logger.group else [override("logger.group", group)]),
+        *([] if cfg.logger.group else [override("logger.group", wandb_group(sweep_dir))]),
         *([] if cfg.logger.dir else [override("logger.dir", sweep_dir)]),
     ]
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.text import Text
 
 from tpresearch.launch.command import override_key, python_command
+from tpresearch.launch.sweep.job import wandb_group
 from tpresearch.launch.sweep.outcome import Outcome
 from tpresearch.track.figures import Summary, figure_cells, figures_of, mean_cells
 from tpresearch.track.shown import UNDEFINED, path_text
@@ -113,11 +116,22 @@ def print_table(console: Console, folder: Path, outcomes: Sequence[Outcome]) -> 
             console.print(
                 Text(f"job {outcome.job.number} failed: {outcome.error}\n  {where}"), soft_wrap=True
             )
-    wandb = folder / "wandb"
-    if any(wandb.glob("offline-run-*")):
-        console.print(Text(f"wandb  wandb sync {path_text(wandb)}/offline-run-*"), soft_wrap=True)
+    for what, command in _next(folder, outcomes).items():
+        console.print(Text(f"{what:<10} {command}"), soft_wrap=True)
+
+
+def _next(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Where the sweep lies, and the commands that go on from it."""
+    shown, wandb = path_text(folder), folder / "wandb"
+    lines = {"sweep": f"{shown}/summary.md"}
     if any(outcome.status != "completed" for outcome in outcomes):
         typed = [word for word in sys.argv[1:] if override_key(word) != "hydra.sweep.dir"]
-        again = python_command([*typed, f"hydra.sweep.dir={path_text(folder)}"])
-        console.print(Text(f"again  {again}  # what is not completed"), soft_wrap=True)
-    console.print(Text(f"sweep  {path_text(folder)}/summary.md"), soft_wrap=True)
+        lines["again"] = python_command([*typed, f"hydra.sweep.dir={shown}"]) + "  # what is not completed"
+    if sum(bool(outcome.summary) for outcome in outcomes) > 1:
+        lines["compare"] = f"python -m tpresearch.compare {shlex.quote(shown)}"
+    if any(wandb.glob("offline-run-*")):
+        lines["upload"] = f"wandb sync {shlex.quote(path_text(wandb))}/offline-run-*"
+    if wandb.exists():
+        group = OmegaConf.select(outcomes[0].job.composed, "logger.group") or wandb_group(folder)
+        lines["dashboard"] = f"python -m tpresearch.dashboard {shlex.quote(f'group={group}')}"
+    return lines
