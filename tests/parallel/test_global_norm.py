@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -32,3 +33,23 @@ def test_each_part_is_counted_once_on_every_rank(ranks: Ranks) -> None:
     expected = math.sqrt(3 * sum(n * n for n in range(1, 8)))
     assert [norm for norm, _ in found] == [expected] * 4
     assert [rank for _, rank in found] == [0, 0, 1, 1]
+
+
+def of_a_large_gradient(world: World) -> tuple[float, float, float]:
+    """Whole, and as two shards; in float64 by torch alone."""
+    with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
+        mesh = build_mesh(MeshSizes(1, 2, 1), "cpu")
+        whole = torch.randn(2_000_006, generator=torch.Generator().manual_seed(0)) * 1e-3
+        shards = distribute_tensor(whole, mesh["dp_shard"], [Shard(0)])
+        return (
+            global_norm([whole], mesh).item(),
+            global_norm([shards], mesh).item(),
+            whole.double().norm().item(),
+        )
+
+
+def test_a_large_gradient_has_its_norm_to_the_last_digits_of_a_float32(ranks: Ranks) -> None:
+    """Else one process, whose parts are longer, would have another norm than a plan, and clip otherwise."""
+    (whole, shards, exact), _ = ranks.run(2, of_a_large_gradient)
+    assert whole == pytest.approx(exact, rel=1e-7)
+    assert shards == pytest.approx(exact, rel=1e-7)
