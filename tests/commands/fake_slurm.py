@@ -30,9 +30,11 @@ def sbatch(script: str) -> None:
     folder = _folder()
     number = 41 + len(list(folder.glob("*.sh")))
     text = Path(script).read_text()
-    (folder / f"{number}.sh").write_text(text)
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
     nodes = int(options.get("nodes", 1))
+    if nodes > int(os.environ.get("FAKE_SLURM_NODES", nodes)):
+        sys.exit("sbatch: error: Node count specification invalid")
+    (folder / f"{number}.sh").write_text(text)
     of_job = {
         "SLURM_JOB_ID": str(number),
         "SLURM_NTASKS": str(nodes * int(options.get("ntasks-per-node", 1))),

@@ -35,6 +35,7 @@ def test_jobs_of_a_shape_are_one_array_with_an_agent_a_node(
     slurm = tmp_path / "slurm"
     typed = ["parallel=tp,fsdp,none", "world_size=2", "hydra.launcher.ranks_per_node=1"]
     typed += ["hydra.launcher.gpus=false", "hydra.launcher.partition=fat", "hydra.launcher.timeout_min=7"]
+    (tmp_path / "sweep/0").mkdir(parents=True)  # as a job leaves that was never begun
     typed += ["hydra.launcher.setup=[echo ready]", "+hydra.launcher.sbatch.reservation=mine"]
     done, rows = sweep(small, home, tmp_path, *typed, **fake_slurm.install(slurm))
     assert done.code == 0, done.out + done.err
@@ -57,12 +58,33 @@ def test_jobs_of_a_shape_are_one_array_with_an_agent_a_node(
         "#SBATCH --time=7",
         "#SBATCH --reservation=mine",
         "echo ready",
+        "#SBATCH --cpus-per-task=1",
     } <= set(asked)
+    assert any(line.startswith("srun ") and "--cpus-per-task=1" in line for line in asked)
     assert not any("gpu" in line for line in asked)
     assert "#SBATCH --nodes=1" in one_node.read_text()
     assert "--array" not in one_node.read_text()
     assert (tmp_path / "sweep/0/console.log").exists()
     assert (tmp_path / "sweep/0/console-node1.log").exists()
+
+
+def test_what_sbatch_refuses_is_said_and_what_it_had_taken_is_withdrawn(
+    small: list[str], home: Path, tmp_path: Path
+) -> None:
+    slurm = fake_slurm.install(tmp_path / "slurm")
+    typed = [
+        "parallel=none,tp",
+        "world_size=2",
+        "hydra.launcher.ranks_per_node=1",
+        "hydra.launcher.gpus=false",
+    ]
+    done, _ = sweep(small, home, tmp_path, *typed, **slurm, FAKE_SLURM_NODES="1")
+    assert done.code == 2
+    assert done.refusal.startswith(
+        "error: hydra/launcher=slurm: sbatch refuses 2 nodes: sbatch: error: Node co"
+    )
+    assert (tmp_path / "slurm/41.state").read_text() == "CANCELLED"
+    assert not (tmp_path / "slurm/42.state").exists()
 
 
 def test_through_submitits_stand_in_a_failure_stays_its_own(

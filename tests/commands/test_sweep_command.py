@@ -12,6 +12,14 @@ from trainings import TRAIN, Done, Trained, environment, execute
 pytestmark = [pytest.mark.cli, pytest.mark.timeout(1200)]
 
 
+def test_a_sweep_that_is_refused_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(TRAIN), "-m", "parallel=tp,tpp", "hydra.sweep.dir=sweep"]
+    done = execute(command, tmp_path, environment(home))
+    assert done.code == 2
+    assert done.refusal.startswith("error: parallel=tp,tpp: there is no tpp; ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_sweep_runs_what_it_can_and_then_what_is_left(small: list[str], home: Path, tmp_path: Path) -> None:
     typed = [word for word in small if not word.startswith(("model=", "train.steps="))]
     # With so great a learning rate the second step's loss is not a number, which stops the run.

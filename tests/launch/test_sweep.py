@@ -10,12 +10,13 @@ from pathlib import Path
 
 import composed
 import pytest
+from filelock import FileLock
 from sweeps import Sweep
 
 from tpresearch.launch.start import Passing
 from tpresearch.launch.sweep import JobFailed, launcher
 from tpresearch.launch.sweep.job import as_written, ranks_needed, signature
-from tpresearch.launch.sweep.running import local_command, run_jobs
+from tpresearch.launch.sweep.running import ending_signals, local_command, run_jobs
 
 
 @pytest.fixture
@@ -131,6 +132,50 @@ def test_another_config_is_another_job_and_leaves_the_completed_ones(sweep: Swee
     assert len(list(sweep.folder.glob("*/summary.json"))) == 5
 
 
+def test_slurms_nodes_are_asked_for_whatever_gpus_are_here(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_visible_gpus", lambda: ["0"])
+    monkeypatch.setattr(launcher.TorchrunLauncher, "ranks_per_node", 8)
+    sweep("parallel=none,fsdp", "device=cuda", "world_size=16", "train.global_batch_size=16", cpu_slots=17)
+    assert [(job.slots, job.gpus, job.nodes) for job in sweep.started] == [(1, False, 1), (16, False, 2)]
+
+
+def test_ranks_that_do_not_fill_nodes_alike_are_refused(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher.TorchrunLauncher, "ranks_per_node", 4)
+    with pytest.raises(Passing) as refused:
+        sweep("parallel=fsdp", "world_size=5", "train.global_batch_size=10")
+    assert str(refused.value.error).startswith("hydra.launcher.ranks_per_node=4: 5 ranks cannot be spread")
+
+
+def test_no_two_sweeps_run_in_one_folder(sweep: Sweep) -> None:
+    sweep.folder.mkdir()
+    with FileLock(sweep.folder / ".lock"), pytest.raises(Passing) as refused:
+        sweep("parallel=none")
+    assert str(refused.value.error).startswith(f"hydra.sweep.dir={sweep.folder}: another sweep runs in this")
+    assert sweep.started == []
+    assert sweep("parallel=none") == [5.0]
+
+
+def test_an_objective_that_no_job_has_is_a_failure_for_the_sweeper(sweep: Sweep) -> None:
+    (told,) = sweep("parallel=none", objective="val/los")
+    assert isinstance(told, JobFailed)
+    assert "no number for hydra.launcher.objective=val/los" in str(told)
+
+
+def test_under_nohup_a_sweep_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signature_is_of_what_is_computed() -> None:
     one = as_written(composed.config("parallel=tp"))
     same = as_written(composed.config("parallel=tp", "name=x", "logger=wandb", "data.cache_dir=/y"))
@@ -164,14 +209,14 @@ def test_experiments_are_swept_by_a_glob(sweep: Sweep) -> None:
 def test_what_is_interrupted_is_stopped_and_said(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = []
 
-    def interrupted(jobs, devices, start, on_start, on_end, fail_fast):
+    def interrupted(jobs, devices, start, *rest):
         def starts(job, share):
             stopped.append(start(job, share))
             stopped[-1].looks = 1000
             os.kill(os.getpid(), signal.SIGINT)
             return stopped[-1]
 
-        run_jobs(jobs, devices, starts, on_start, on_end, fail_fast)
+        run_jobs(jobs, devices, starts, *rest)
 
     monkeypatch.setattr("tpresearch.launch.sweep.running.run_jobs", interrupted)
     sweep.code = lambda job: 1

@@ -52,6 +52,7 @@ def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:
         "status",
     ]
     (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
+    jobs[0].composed.logger = {"group": None, "project": "mine", "entity": "us"}
     console = Console(width=200)
     with console.capture() as printed:
         print_table(console, tmp_path, outcomes)
@@ -60,7 +61,7 @@ def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:
         "sweep": f"{tmp_path}/summary.md",
         "compare": f"python -m tpresearch.compare {tmp_path}",
         "upload": f"wandb sync {tmp_path}/wandb/offline-run-*",
-        "dashboard": f"python -m tpresearch.dashboard group={str(tmp_path).lstrip('/')}",
+        "dashboard": f"python -m tpresearch.dashboard group={str(tmp_path).lstrip('/')} project=mine entity=us",
     }
     assert [cell.text for cell in table.rows[0]] == [
         *("0", "tp", "2", "6.000", "900", "2.0 KiB (tp 2.0 KiB)", "1:01", "completed")
@@ -135,6 +136,18 @@ def test_a_failure_is_told_by_its_first_cause(tmp_path: Path, said: str, summary
         print_table(console, tmp_path, [outcome])
     assert f"job 0 failed: {error}" in printed.get()
     assert f"{failed.folder}/console.log" in printed.get()
+
+
+def test_over_nodes_the_earliest_failure_is_the_cause(tmp_path: Path) -> None:
+    mine = job(tmp_path, 0, "parallel=tp", {"status": "failed", "error": "gloo: peer closed"})
+    block = (
+        "Root Cause (first observed failure):\n[0]:\n  time      : 2026-11-22_10:00:0{}\n  rank : 1\n  {}\n"
+    )
+    (mine.folder / "console.log").write_text(block.format(7, "RuntimeError: peer closed"))
+    (mine.folder / "console-node1.log").write_text(block.format(6, "ValueError: no luck"))
+    outcome = outcome_of(mine, 1, 2.0)
+    assert outcome.error == "ValueError: no luck"
+    assert outcome.log == mine.folder / "console-node1.log"
 
 
 def test_a_job_that_a_signal_ends_is_no_success(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from tpresearch.launch.explain import explain
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
 from tpresearch.launch.refuse import refuse
 from tpresearch.launch.run import Run
-from tpresearch.launch.run_dir import register_resolvers
-from tpresearch.launch.start import Passing, passing
+from tpresearch.launch.run_dir import leave_nothing, register_resolvers
+from tpresearch.launch.start import Passing, Start, passing
 from tpresearch.launch.sweep import JobFailed, register_launchers
 from tpresearch.launch.world import World, slurm_tasks
 
@@ -113,6 +113,9 @@ def _prepare_hydra(check: Check | None) -> None:
 
 def _end(error: Exception, composing: bool, composition: Composition, world: World) -> NoReturn:
     """One line and exit code 2 for what the user can mend; its traceback for a bug."""
+    refused = isinstance(error, ConfigError) or (composing and isinstance(error, COMPOSITION_ERRORS))
+    if refused and Start.swept and Start.swept.exists():
+        leave_nothing(Start.swept)
     if isinstance(error, ConfigError):
         refuse(error, world)
     if composing and isinstance(error, COMPOSITION_ERRORS):

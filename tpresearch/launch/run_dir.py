@@ -6,6 +6,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +68,17 @@ def sweep_folder(composed: DictConfig) -> Path:
     """
     name = str(composed.get("name") or "sweep")
     return _made("hydra.sweep.dir", Path(composed.hydra.sweep.dir), _is_given(composed.hydra.sweep), name)
+
+
+def leave_nothing(folder: Path) -> None:
+    """Take back what Hydra made for a sweep that is refused; one that has jobs stays."""
+    if {path.name for path in folder.iterdir()} - {"multirun.yaml"}:
+        return
+    (folder / "multirun.yaml").unlink(missing_ok=True)
+    above = [] if folder.is_absolute() else list(folder.parents)[:-1]
+    with suppress(OSError):  # the first that holds something else
+        for empty in (folder, *above):
+            empty.rmdir()
 
 
 def _is_given(settings: DictConfig) -> bool:

@@ -6,7 +6,8 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -43,6 +44,9 @@ class Start(Callback):
     `check` is the import path of a function of (Config, World) that raises ConfigError for what cannot run.
     """
 
+    swept: ClassVar[Path | None] = None
+    """The folder of this process's sweep, once there is one."""
+
     def __init__(self, check: str | None = None) -> None:
         self.check = check
 
@@ -58,7 +62,8 @@ class Start(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with passing(composing=True), read_write(config.hydra.sweep):
-            config.hydra.sweep.dir = str(sweep_folder(config))
+            Start.swept = sweep_folder(config)
+            config.hydra.sweep.dir = str(Start.swept)
 
 
 def typed_config(config: DictConfig) -> Config:

@@ -6,16 +6,18 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.launch.run_dir import leave_nothing
 from tpresearch.launch.start import passing
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class TorchrunLauncher(Launcher):
         """
         from tpresearch.launch.sweep.outcome import outcome_of  # late: a single run has no use for these
         from tpresearch.launch.sweep.planning import plan_jobs
-        from tpresearch.launch.sweep.running import run_jobs
+        from tpresearch.launch.sweep.running import ending_signals, run_jobs
 
         gpus = _visible_gpus()
         with passing(composing=False):
@@ -80,8 +82,9 @@ class TorchrunLauncher(Launcher):
                     len(gpus),
                     self.ranks_per_node,
                 )
+                alone = _alone_in(Path(self._config.hydra.sweep.dir))
             except ConfigError:
-                _leave_nothing(Path(self._config.hydra.sweep.dir))
+                leave_nothing(Path(self._config.hydra.sweep.dir))
                 raise
         self._outcomes |= {job.number: outcome_of(job, None) for job in jobs}
         began: dict[int, float] = {}
@@ -101,13 +104,17 @@ class TorchrunLauncher(Launcher):
             if job.completed:
                 self._say(f"job {job.number} was completed earlier: {job.folder}")
         todo = [job for job in jobs if not job.completed]
-        try:
-            devices, start = self.place(todo, gpus)
-            run_jobs(todo, devices, self._start or start, on_start, on_end, self.fail_fast)
-        except KeyboardInterrupt:
-            self._report()
-            sys.exit(INTERRUPTED)
+        with alone, ending_signals() as received, passing(composing=False):
+            try:
+                devices, start = self.place(todo, gpus)
+                run_jobs(todo, devices, self._start or start, on_start, on_end, self.fail_fast, received)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                self.withdraw()
         self._report()
+        if received:
+            sys.exit(INTERRUPTED)
         return [self._returned(self._outcomes[job.number]) for job in jobs]
 
     def judge(self) -> None:
@@ -119,8 +126,12 @@ class TorchrunLauncher(Launcher):
 
         return Devices(gpus, self.cpu_slots), JobProcess
 
+    def withdraw(self) -> None:
+        """End what `place` began and no one is waiting for."""
+
     def _say(self, line: str) -> None:
-        print(line, flush=True)
+        with suppress(OSError):  # the terminal may be gone
+            print(line, flush=True)
 
     def _report(self) -> None:
         from rich.console import Console
@@ -131,7 +142,8 @@ class TorchrunLauncher(Launcher):
         outcomes = [self._outcomes[number] for number in sorted(self._outcomes)]
         write_files(folder, outcomes)
         width = None if sys.stdout.isatty() else 220
-        print_table(Console(highlight=False, width=width), folder, outcomes)
+        with suppress(OSError):
+            print_table(Console(highlight=False, width=width), folder, outcomes)
 
     def _returned(self, outcome: Outcome) -> JobReturn:
         job = outcome.job
@@ -142,9 +154,13 @@ class TorchrunLauncher(Launcher):
             working_dir=str(job.folder),
             task_name=job.composed.hydra.job.name,
         )
-        if outcome.status == "completed":
-            returned.status = JobStatus.COMPLETED
-            returned._return_value = outcome.summary.get(self.objective)
+        value = outcome.summary.get(self.objective)
+        if outcome.status == "completed" and outcome.summary and not isinstance(value, int | float):
+            error = f"job {job.number}: its summary.json has no number for hydra.launcher.objective={self.objective}"
+            self._say(error)
+            returned.status, returned._return_value = JobStatus.FAILED, JobFailed(error)
+        elif outcome.status == "completed":
+            returned.status, returned._return_value = JobStatus.COMPLETED, value
         else:
             returned.status = JobStatus.FAILED
             returned._return_value = JobFailed(f"job {job.number}: {outcome.error or outcome.status}")
@@ -165,15 +181,18 @@ class QuietReturn(JobReturn):
         self._return_value = value
 
 
-def _leave_nothing(folder: Path) -> None:
-    """Take back what Hydra made for a sweep that is refused; one that has jobs stays."""
-    if {path.name for path in folder.iterdir()} - {"multirun.yaml"}:
-        return
-    (folder / "multirun.yaml").unlink(missing_ok=True)
-    above = [] if folder.is_absolute() else list(folder.parents)[:-1]
-    with suppress(OSError):  # the first that holds something else
-        for empty in (folder, *above):
-            empty.rmdir()
+def _alone_in(folder: Path) -> AbstractContextManager[object]:
+    """Holds the sweep's folder against other sweeps until it is left.
+
+    Raises:
+        ConfigError: where another sweep has it: it would take this one's jobs for earlier ones.
+    """
+    try:
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        why, legal = "another sweep runs in this folder", "its end, or a folder of its own"
+        fix = {"hydra.sweep.dir": f"{folder}-2"}
+        raise ConfigError("hydra.sweep.dir", folder, why, legal, fix=fix) from None
 
 
 def _visible_gpus() -> list[str]:

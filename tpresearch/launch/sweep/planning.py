@@ -77,16 +77,17 @@ def _job(
     ranks_per_node: int | None,
     in_all: Collection[str],
 ) -> Job:
-    composed = loader.load_sweep_config(master, overrides)
-    with open_dict(composed):
-        composed.hydra.job.id, composed.hydra.job.num = str(number), number
     hydra_overrides = list(master.hydra.overrides.hydra)
     try:
+        composed = loader.load_sweep_config(master, overrides)
+        with open_dict(composed):
+            composed.hydra.job.id, composed.hydra.job.num = str(number), number
         cfg = typed_config(composed)
         settings = composed.hydra.launcher
         ranks = ranks_needed(cfg, settings.nproc or ranks_per_node or gpu_count or SHOWN_WORLD)
         nodes = _nodes(ranks, ranks_per_node)
-        slots, gpus = slots_of(cfg, settings.slots or ranks, gpu_count)
+        wanted = settings.slots or ranks
+        slots, gpus = (wanted, False) if ranks_per_node else slots_of(cfg, wanted, gpu_count)
         _check(
             composed, cfg, World(0, ranks, 0, ranks // nodes, ranks > 1, here=not ranks_per_node), overrides
         )
@@ -164,6 +165,7 @@ def _for_wandb(cfg: Config, master: DictConfig, own: Sequence[str]) -> list[str]
 def _flags() -> list[str]:
     flags = get_args_parser().parse_known_args()[0]
     return [
+        *(["--config-path", flags.config_path] if flags.config_path else []),
         *(["--config-name", flags.config_name] if flags.config_name else []),
         *(["--config-dir", flags.config_dir] if flags.config_dir else []),
     ]

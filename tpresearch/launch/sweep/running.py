@@ -127,43 +127,46 @@ def run_jobs(
     start: Start,
     on_start: Callable[[Job], None],
     on_end: Callable[[Job, int], None],
-    fail_fast: bool = False,
+    fail_fast: bool,
+    received: Sequence[int],
 ) -> None:
     """Run each job as soon as there is a share for it. Whatever happens, none runs on after this returns.
 
+    Args:
+        received: the signals so far that end a sweep, of `ending_signals`.
+
     Raises:
-        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once all ranks have ended.
+        KeyboardInterrupt: after such a signal, once all ranks have ended.
     """
     waiting = list(jobs)
     running: dict[int, tuple[Job, Share, Running]] = {}
-    with _signals() as received:
-        try:
-            while waiting or running:
-                for job in list(waiting):
-                    if received or (share := devices.take(job)) is None:
-                        continue
-                    waiting.remove(job)
-                    on_start(job)
-                    running[job.number] = (job, share, start(job, share))
-                for number, (job, share, process) in list(running.items()):
-                    if (code := process.poll()) is None:
-                        continue
-                    process.kill()
-                    del running[number]
-                    devices.give_back(share)
-                    on_end(job, code)
-                    if code and fail_fast:
-                        return
-                if received:
-                    raise KeyboardInterrupt
-                time.sleep(POLL_S)
-        finally:
-            _stop([process for _, _, process in running.values()], received)
-            for job, _, process in running.values():
-                on_end(job, 0 if process.poll() == 0 else STOPPED)
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if received or (share := devices.take(job)) is None:
+                    continue
+                waiting.remove(job)
+                on_start(job)
+                running[job.number] = (job, share, start(job, share))
+            for number, (job, share, process) in list(running.items()):
+                if (code := process.poll()) is None:
+                    continue
+                process.kill()
+                del running[number]
+                devices.give_back(share)
+                on_end(job, code)
+                if code and fail_fast:
+                    return
+            if received:
+                raise KeyboardInterrupt
+            time.sleep(POLL_S)
+    finally:
+        _stop([process for _, _, process in running.values()], received)
+        for job, _, process in running.values():
+            on_end(job, 0 if process.poll() == 0 else STOPPED)
 
 
-def _stop(running: Sequence[Running], received: list[int]) -> None:
+def _stop(running: Sequence[Running], received: Sequence[int]) -> None:
     """End these jobs: asked first, and killed after GRACE_S, or at a further Ctrl-C."""
     for process in running:
         process.terminate()
@@ -177,13 +180,17 @@ def _stop(running: Sequence[Running], received: list[int]) -> None:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects the signals that end a sweep, so that none falls between a job's start and our knowing of it."""
+def ending_signals() -> Iterator[list[int]]:
+    """Collects the signals that end a sweep, so that none falls between a job's start and our knowing of it.
+
+    Those that are ignored already stay so: under `nohup` a sweep outlives its terminal.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    all_ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ends = [number for number in all_ends if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in ends}
     try:
         yield received

@@ -37,6 +37,8 @@ class NodeAgent:
     ranks_per_node: int
     folder: Path
     mark: str
+    threads: int = 1
+    """Of a rank, unless OMP_NUM_THREADS says otherwise."""
 
     def __call__(self) -> int:
         from submitit import JobEnvironment
@@ -44,7 +46,7 @@ class NodeAgent:
         node = JobEnvironment()
         log_name = CONSOLE_LOG if node.node == 0 else f"console-node{node.node}.log"
         command = [sys.executable, *self._agent(node), *self.arguments]
-        ours = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), MARK: self.mark}
+        ours = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads)), MARK: self.mark}
         with (self.folder / log_name).open("w") as log, _deaf_to(signal.SIGUSR2):
             process = subprocess.Popen(
                 command,
@@ -124,6 +126,7 @@ class SlurmLauncher(TorchrunLauncher):
         self.settings = SlurmConfig(**settings)
         common = ("nproc", "slots", "fail_fast", "objective")
         super().__init__(**{key: settings[key] for key in common if key in settings}, start=start)
+        self.submitted: dict[int, Submitted] = {}
         self.ranks_per_node = self.settings.ranks_per_node
 
     def judge(self) -> None:
@@ -143,29 +146,50 @@ class SlurmLauncher(TorchrunLauncher):
 
     def place(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, Start]:
         """All at once: Slurm has the queue."""
-        submitted = submit(jobs, self.settings, Path(self._config.hydra.sweep.dir) / "slurm")
-        return Devices([], sum(job.slots for job in jobs)), lambda job, share: submitted[job.number]
+        self.submitted = {}
+        submit(jobs, self.settings, Path(self._config.hydra.sweep.dir) / "slurm", self.submitted)
+        return Devices([], sum(job.slots for job in jobs)), lambda job, share: self.submitted[job.number]
+
+    def withdraw(self) -> None:
+        for job in self.submitted.values():
+            if job.poll() is None:
+                job.terminate()
+                job.kill()
 
 
-def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path) -> dict[int, Submitted]:
-    """Hand all jobs to Slurm, those of one shape together as an array; by the job's number."""
+def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: dict[int, Submitted]) -> None:
+    """Hand all jobs to Slurm, those of one shape together as an array.
+
+    Args:
+        submitted: gets each by the job's number, as soon as Slurm has it.
+
+    Raises:
+        ConfigError: when Slurm refuses a shape.
+    """
     import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     shapes: dict[tuple[int, int, int], list[Job]] = {}
     for job in jobs:
         set_aside(job.folder)
-        job.folder.mkdir(parents=True)
+        job.folder.mkdir(parents=True, exist_ok=True)
         shapes.setdefault(shape(job), []).append(job)
-    submitted = {}
     for (nodes, ranks, slots), alike in shapes.items():
         executor = submitit.AutoExecutor(folder / "%j", cluster=str(settings.cluster))
         executor.update_parameters(**parameters(settings, nodes, slots))
-        agents = [NodeAgent(job.arguments, ranks, job.folder.absolute(), uuid4().hex) for job in alike]
-        with executor.batch():
-            handles = [executor.submit(agent) for agent in agents]
+        threads = max(1, settings.cpus_per_slot * slots // ranks)
+        agents = [
+            NodeAgent(job.arguments, ranks, job.folder.absolute(), uuid4().hex, threads) for job in alike
+        ]
+        try:
+            with executor.batch():
+                handles = [executor.submit(agent) for agent in agents]
+        except (FailedJobError, FailedSubmissionError) as error:
+            why = f"sbatch refuses {nodes} node{'s' if nodes > 1 else ''}: {' '.join(str(error).split())}"
+            legal = "what this cluster takes; the options are in conf/hydra/launcher/slurm.yaml"
+            raise ConfigError("hydra/launcher", "slurm", why, legal) from None
         for job, agent, handle in zip(alike, agents, handles, strict=True):
             submitted[job.number] = Submitted(job, handle, agent.mark)
-    return submitted
 
 
 def shape(job: Job) -> tuple[int, int, int]:
@@ -175,12 +199,14 @@ def shape(job: Job) -> tuple[int, int, int]:
 
 def parameters(settings: SlurmConfig, nodes: int, slots: int) -> dict[str, Any]:
     """What submitit is asked for a job of this shape."""
+    cpus = settings.cpus_per_slot * slots
     return {
         "name": settings.job_name,
         "nodes": nodes,
         "tasks_per_node": 1,
         "timeout_min": settings.timeout_min,
-        "cpus_per_task": settings.cpus_per_slot * slots,
+        "cpus_per_task": cpus,
+        "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # srun does not take it from sbatch since Slurm 22.05
         "gpus_per_node": slots if settings.gpus else None,
         "mem_gb": settings.mem_gb,
         "stderr_to_stdout": True,

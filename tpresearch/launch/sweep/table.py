@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.text import Text
 
+from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import override_key, python_command
 from tpresearch.launch.sweep.job import wandb_group
 from tpresearch.launch.sweep.outcome import Outcome
+from tpresearch.launch.sweep.running import CONSOLE_LOG
 from tpresearch.track.figures import Summary, figure_cells, figures_of, mean_cells
 from tpresearch.track.shown import UNDEFINED, path_text
 from tpresearch.track.table import Cell, Table
@@ -112,7 +114,7 @@ def print_table(console: Console, folder: Path, outcomes: Sequence[Outcome]) -> 
         console.print(seeds.rich(title=f"over {SEED}: mean ± standard deviation"))
     for outcome in outcomes:
         if outcome.status == "failed":
-            where = path_text(outcome.job.folder / "console.log")
+            where = path_text(outcome.log or outcome.job.folder / CONSOLE_LOG)
             console.print(
                 Text(f"job {outcome.job.number} failed: {outcome.error}\n  {where}"), soft_wrap=True
             )
@@ -132,6 +134,11 @@ def _next(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, str]:
     if any(wandb.glob("offline-run-*")):
         lines["upload"] = f"wandb sync {shlex.quote(path_text(wandb))}/offline-run-*"
     if wandb.exists():
-        group = OmegaConf.select(outcomes[0].job.composed, "logger.group") or wandb_group(folder)
-        lines["dashboard"] = f"python -m tpresearch.dashboard {shlex.quote(f'group={group}')}"
+        logger = OmegaConf.select(outcomes[0].job.composed, "logger") or {}
+        words = [f"group={logger.get('group') or wandb_group(folder)}"]
+        if (project := logger.get("project")) not in (None, LoggerConfig.project):
+            words.append(f"project={project}")
+        if entity := logger.get("entity"):
+            words.append(f"entity={entity}")
+        lines["dashboard"] = shlex.join(["python", "-m", "tpresearch.dashboard", *words])
     return lines
