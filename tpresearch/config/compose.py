@@ -9,7 +9,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.schema import ComposedConfig, Config, ModelConfig, Rule, SlurmConfig, TorchrunConfig
+from tpresearch.config.launchers import SlurmConfig, TorchrunConfig
+from tpresearch.config.schema import ComposedConfig, Config, ModelConfig, Rule
 
 MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
 RULE_KEYS = {"match", "style", "src", "dst", "units"}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import SlurmConfig
+from tpresearch.config.launchers import SlurmConfig
 from tpresearch.launch.sweep.job import Job
 from tpresearch.launch.sweep.launcher import TorchrunLauncher
 from tpresearch.launch.sweep.running import CONSOLE_LOG, MARK, STOPPED, Devices, Start, kill_marked, set_aside
