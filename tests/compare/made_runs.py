@@ -51,6 +51,7 @@ class Made:
     speed: float = 1000.0
     """Tokens a second a device."""
     mfu: float | None = None
+    device: str = "cpu"
     memory: int = 2**30
     sent: list[Entry] = field(default_factory=list)
     expected: list[Entry] | None = None
@@ -94,7 +95,7 @@ class Made:
     def write(self, folder: Path) -> Path:
         """The run's folder, as a training leaves it."""
         cfg = self.config()
-        facts = RunFacts(self.ranks, self.mesh, 622_912, "cpu", self.corpus_hash, 6.5)
+        facts = RunFacts(self.ranks, self.mesh, 622_912, self.device, self.corpus_hash, 6.5)
         console = Console(file=io.StringIO(), width=120)
         tracker = Tracker(cfg, as_dict(cfg), folder, facts, self.steps, console=console, plan="the plan")
         held = [Held("parameters", 2 * 2**20, 2 * 2**20), Held("activations", 9 * 2**20, 6 * 2**20)]

@@ -225,3 +225,15 @@ def test_the_baseline_is_the_run_with_no_plan_or_the_one_that_is_asked_for(tmp_p
     assert baseline_of(groups, "tp · 4 ranks") is groups[0]
     assert baseline_of(groups, str(tmp_path / "1")) is groups[1]
     assert baseline_of(groups, "0") is groups[0]
+
+
+def test_runs_of_several_devices_say_so_whatever_they_are_called(tmp_path: Path) -> None:
+    groups = groups_of(tmp_path, Made(name="a"), Made(name="b", device="NVIDIA H200"))
+    runs, names = [group.first for group in groups], [group.label for group in groups]
+    assert names == ["a", "b"]
+    table = runs_table(runs, names, groups[0])
+    at = table.header.index("device")
+    assert [row[at].text for row in table.rows] == ["cpu", "NVIDIA H200"]
+    assert "device" not in runs_table(runs[:1], names[:1], groups[0]).header
+    unlike = [[cell.text for cell in row] for row in differences_table(runs, names).rows]
+    assert unlike == [["device", "cpu", "NVIDIA H200"]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from made_runs import Made
 
-from tpresearch.compare.groups import baseline_of, one_by_one
+from tpresearch.compare.groups import baseline_of, one_by_one, over_seeds
 from tpresearch.compare.labels import labels, telling
 from tpresearch.compare.options import Options, Overlay, Seeds, parse
 from tpresearch.compare.overlay import check
@@ -57,6 +57,18 @@ def test_names_are_what_tells_runs_apart(tmp_path: Path) -> None:
     Made("tp", {"tp": 2}, name="mine", steps=2).write(tmp_path / "e")
     Made("tp", {"tp": 4}, name="yours", steps=2).write(tmp_path / "f")
     assert named(str(tmp_path / "e"), str(tmp_path / "f")) == ["mine", "yours"]
+
+
+def test_the_device_is_the_one_that_was_computed_on(tmp_path: Path) -> None:
+    Made(steps=2).write(tmp_path / "a")
+    Made("tp", {"tp": 2}, device="NVIDIA H200", steps=2).write(tmp_path / "b")
+    first, second = find([str(tmp_path)]).runs
+    assert (first.config["device"], second.config["device"]) == ("auto", "auto")
+    assert (first.settings["device"], second.settings["device"]) == ("cpu", "NVIDIA H200")
+    assert named(str(tmp_path)) == ["none · cpu", "tp · NVIDIA H200"]
+    Made(device="NVIDIA H200", seed=1, steps=2).write(tmp_path / "c")
+    groups = over_seeds(find([str(tmp_path)]).runs)
+    assert [len(group.runs) for group in groups] == [1, 1, 1]  # no mean over a CPU and a GPU
 
 
 def test_a_name_is_one_line_that_a_terminal_does_not_obey(tmp_path: Path) -> None:

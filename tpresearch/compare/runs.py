@@ -49,10 +49,10 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The compared config by dotted keys, with the ranks and mesh sizes that the run had in place of those asked for."""
+        """The compared config by dotted keys, with the ranks, mesh sizes and device that the run had in place of those asked for."""
         flat = flatten({key: value for key, value in compared(self.config).items() if key != "mesh"})
         sizes = {f"mesh.{axis}": size for axis, size in self.summary["mesh"].items()}
-        return {"ranks": self.summary["world_size"], **sizes, **flat}
+        return {"ranks": self.summary["world_size"], **sizes, **flat, "device": self.summary.get("device")}
 
 
 @dataclass(frozen=True)
