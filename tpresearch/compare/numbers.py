@@ -14,6 +14,7 @@ from typing import Any
 
 from tpresearch.compare.groups import Group
 from tpresearch.compare.runs import Run
+from tpresearch.compare.scaling import lines_over_ranks
 from tpresearch.track.names import X_AXIS
 from tpresearch.track.panels import Panel
 
@@ -136,28 +137,20 @@ def pareto(groups: Sequence[Group], memory: str, speed: str) -> Numbers:
 
 
 def scaling(groups: Sequence[Group], speed: str) -> Numbers:
-    """`run`, `plan`, `ranks`, `share`: speed a device over that on the fewest ranks, of runs alike in all but their ranks."""
-    alike: dict[tuple[tuple[str, str], ...], list[Group]] = {}
-    for group in groups:
-        if _defined(group, speed):
-            alike.setdefault(_but_ranks(group), []).append(group)
+    """`run`, `plan`, `ranks`, `share`: speed a device over that on the fewest ranks, along lines of runs (`plan`)."""
     points = []
-    for each in alike.values():
-        by_ranks = sorted(each, key=lambda group: int(group.first.settings["ranks"]))
-        least = by_ranks[0].first
-        if by_ranks[-1].first.settings["ranks"] == least.settings["ranks"]:
-            continue
-        base = mean(_defined(by_ranks[0], speed))
+    for line in lines_over_ranks([group for group in groups if _defined(group, speed)]):
+        base = mean(_defined(line[0], speed))
         points += [
             {
                 "run": group.label,
-                "plan": by_ranks[0].label,
+                "plan": line[0].label,
                 "ranks": group.first.settings["ranks"],
                 "share": mean(_defined(group, speed)) / base,
             }
-            for group in by_ranks
+            for group in line
         ]
-    return Numbers(points, [] if points else ["No two runs differ in their ranks alone."])
+    return Numbers(points, [] if points else ["No two runs differ in the size of one mesh axis alone."])
 
 
 def ledger(groups: Sequence[Group]) -> Numbers:
@@ -275,13 +268,6 @@ def _by_collective(entries: Sequence[dict[str, Any]]) -> dict[str, int]:
         name = f"{entry['axis']} {entry['collective'].replace('_', '-')}"
         sums[name] = sums.get(name, 0) + entry["sent_bytes"]
     return sums
-
-
-def _but_ranks(group: Group) -> tuple[tuple[str, str], ...]:
-    """What has to be alike for speeds to be compared over ranks: all settings but those, and the seed."""
-    settings = group.first.settings.items()
-    kept = ((key, str(value)) for key, value in settings if key not in ("ranks", "train.seed"))
-    return tuple(sorted(pair for pair in kept if not pair[0].startswith("mesh.")))
 
 
 def _undefined(keys: str) -> str:

@@ -77,7 +77,7 @@ SPEED = (
         "Scaling efficiency",
         "scaling",
         ("perf/tokens_per_second_per_device",),
-        "Speed a device as a share of that on the fewest ranks under the same plan.",
+        "Speed a device as a share of that on the fewest ranks of its line; along a line one mesh axis grows.",
     ),
 )
 MEMORY_AND_COMMUNICATION = (
