@@ -9,6 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tpresearch.compare.groups import Group, one_by_one
+from tpresearch.compare.labels import labels, telling
+from tpresearch.compare.runs import find
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config, DataPlan, ModelConfig, ParallelConfig, Rule, TensorPlan
 from tpresearch.track import RunFacts, Tracker
@@ -108,3 +111,10 @@ class Made:
         else:
             tracker.finish(status="failed", error=f"{type(self.error).__name__}: {self.error}")
         return folder
+
+
+def groups_of(folder: Path, *runs: Made) -> list[Group]:
+    for index, run in enumerate(runs):
+        run.write(folder / str(index))
+    found = find([str(folder)]).runs
+    return one_by_one(found, labels(found, telling(found)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
-from made_runs import TOKENS_A_STEP, Made, entry, falling
+from made_runs import TOKENS_A_STEP, Made, entry, falling, groups_of
+from rich.console import Console
 
-from tpresearch.compare.groups import Group, baseline_of, one_by_one, over_seeds
+from tpresearch.compare.groups import baseline_of, one_by_one, over_seeds
 from tpresearch.compare.labels import labels, telling
 from tpresearch.compare.numbers import (
     MOST_DOTS,
@@ -19,8 +21,8 @@ from tpresearch.compare.numbers import (
     numbers,
     pareto,
     parts,
-    scaling,
 )
+from tpresearch.compare.report import Report
 from tpresearch.compare.runs import find
 from tpresearch.compare.tables import differences_table, runs_table
 from tpresearch.track.panels import SECTIONS
@@ -28,13 +30,6 @@ from tpresearch.track.panels import SECTIONS
 PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
 LOSS = "train/loss"
 LEGEND = "A dot a step; the line is the greatest so far."
-
-
-def groups_of(folder: Path, *runs: Made) -> list[Group]:
-    for index, run in enumerate(runs):
-        run.write(folder / str(index))
-    found = find([str(folder)]).runs
-    return one_by_one(found, labels(found, telling(found)))
 
 
 def nudged(step: int) -> float:
@@ -128,59 +123,6 @@ def test_over_seeds_mean_and_standard_deviation(tmp_path: Path) -> None:
     shown = differences([one, two], one, LOSS)
     assert [point["value"] for point in shown.points] == pytest.approx([0.25 / 3] * 6)
     assert [at_most(run, one) for run in two.runs] == [0, 0, 0.25]
-
-
-def test_scaling_is_speed_a_device_over_that_on_the_fewest_ranks(tmp_path: Path) -> None:
-    runs = [
-        Made("tp", {"tp": 2}, speed=1000.0),
-        Made("tp", {"tp": 4}, speed=900.0),
-        Made("tp", {"tp": 8}, speed=500.0),
-    ]
-    groups = groups_of(tmp_path, Made(), *runs, Made("tp", {"tp": 16}, lr=1e-2, speed=1.0))
-    points = scaling(groups, "perf/tokens_per_second_per_device").points
-    assert [(point["ranks"], point["share"]) for point in points] == [(2, 1.0), (4, 0.9), (8, 0.5)]
-    assert scaling(groups[:2], "perf/tokens_per_second_per_device").points == []
-
-
-def lines_of(groups: list[Group]) -> dict[str, list[tuple[int, float]]]:
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for point in scaling(groups, "perf/tokens_per_second_per_device").points:
-        lines.setdefault(point["plan"], []).append((point["ranks"], point["share"]))
-    return lines
-
-
-def test_along_a_line_of_scaling_one_mesh_axis_grows(tmp_path: Path) -> None:
-    runs = [
-        Made("fsdp_tp", {"tp": 4}, speed=50.0),
-        Made("fsdp_tp", {"dp_shard": 2, "tp": 2}, speed=100.0),
-        Made("fsdp_tp", {"dp_shard": 4, "tp": 2}, speed=90.0),
-        Made("fsdp", {"dp_shard": 2}, speed=80.0),
-        Made("fsdp", {"dp_shard": 4}, speed=60.0),
-    ]
-    assert lines_of(groups_of(tmp_path, *runs)) == {
-        "fsdp_tp · 4 ranks · tp=2": [(4, 1.0), (8, 0.9)],
-        "fsdp · 2 ranks · tp=–": [(2, 1.0), (4, 0.75)],
-    }
-
-
-def test_of_a_grid_each_run_is_in_one_line_of_scaling(tmp_path: Path) -> None:
-    grid = [(2, 2), (2, 4), (2, 8), (4, 2), (4, 4), (4, 8)]
-    runs = [
-        Made("fsdp_tp", {"dp_shard": dp, "tp": tp}, speed=100.0 * tp - 10 * dp - dp * tp) for tp, dp in grid
-    ]
-    groups = groups_of(tmp_path, *runs)
-    lines = lines_of(groups)
-    assert [[ranks for ranks, _ in line] for line in lines.values()] == [[4, 8, 16], [8, 16, 32]]
-    assert [line[0][1] for line in lines.values()] == [1.0, 1.0]
-    assert [line[2][1] for line in lines.values()] == pytest.approx([104 / 176, 288 / 372])
-
-
-def test_repetitions_are_in_lines_of_scaling_of_their_own(tmp_path: Path) -> None:
-    runs = [Made("tp", {"tp": tp}, seed=seed, speed=100.0 / tp) for seed in (0, 1) for tp in (2, 4)]
-    lines = lines_of(groups_of(tmp_path, *runs, runs[0]))
-    assert list(lines.values()) == [[(2, 1.0), (4, 0.5)]] * 2
-    mean = over_seeds(find([str(tmp_path)]).runs)
-    assert list(lines_of(mean).values()) == [[(2, 1.0), (4, 0.5)]]
 
 
 def test_the_front_is_what_no_other_run_beats_in_both(tmp_path: Path) -> None:
@@ -278,3 +220,38 @@ def test_runs_of_several_devices_say_so_whatever_they_are_called(tmp_path: Path)
     assert "device" not in runs_table(runs[:1], names[:1], groups[0]).header
     unlike = [[cell.text for cell in row] for row in differences_table(runs, names).rows]
     assert unlike == [["device", "cpu", "NVIDIA H200"]]
+
+
+def test_a_run_from_a_seed_that_the_baseline_lacks_is_held_to_none_of_its_runs(tmp_path: Path) -> None:
+    for plan, mesh, seeds in (("none", {}, (0, 1)), ("tp", {"tp": 2}, (1, 2, 3)), ("sp", {"tp": 4}, (4,))):
+        for seed in seeds:
+            off = 0.25 if plan == "tp" else 0
+
+            def loss(step: int, seed: int = seed, off: float = off) -> float:
+                return 4.0 + seed + off
+
+            run = Made("tp" if plan == "sp" else plan, mesh, seed, steps=3, loss=loss)
+            run.write(tmp_path / f"{plan}{seed}")
+    found = find([str(tmp_path)]).runs
+    one, four, two = over_seeds(found)
+    assert ([len(each.runs) for each in (one, two, four)], two.label) == ([2, 3, 1], "tp · 2 ranks")
+    shown = differences([one, four, two], one, LOSS)
+    assert {(point["run"], point["value"]) for point in shown.points} == {("tp · 2 ranks", 0.25)}
+    left_out = [
+        "The difference of tp · 4 ranks leaves out train.seed=4, of which the baseline has no run.",
+        "The difference of tp · 2 ranks leaves out train.seed=2, 3, of which the baseline has no run.",
+    ]
+    assert shown.notes == [LEGEND, *left_out]
+    assert [at_most(run, one) for run in two.runs] == [0.25, None, None]
+    names = labels(found, telling(found))
+    report = Report(found, names, [one, four, two], one, [], [])
+    out = io.StringIO()
+    report.print(Console(file=out, width=250), tmp_path)
+    for line in left_out:
+        assert line in out.getvalue()
+        assert line in report.markdown()
+    alone = differences([one, four], one, LOSS)
+    assert (alone.points, alone.notes) == ([], ["No run has rows at the baseline's tokens.", left_out[0]])
+    # of runs one by one, overlaid though seeds differ, the difference is what was asked for
+    apart = one_by_one(found, names)
+    assert at_most(two.runs[1], apart[0]) == 2.25

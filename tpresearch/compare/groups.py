@@ -15,6 +15,8 @@ from tpresearch.config.errors import ConfigError, nearest
 class Group:
     label: str
     runs: list[Run]
+    over_seeds: bool = False
+    """Whether runs of several seeds would be in it, so that a difference from it is taken seed by seed."""
 
     @property
     def first(self) -> Run:
@@ -32,7 +34,10 @@ def over_seeds(runs: Sequence[Run]) -> list[Group]:
         repeated.setdefault(settings_text(run, without=SEED), []).append(run)
     firsts = [each[0] for each in repeated.values()]
     keys = [key for key in telling(firsts) if key != SEED]
-    return [Group(name, each) for name, each in zip(labels(firsts, keys), repeated.values(), strict=True)]
+    return [
+        Group(name, each, over_seeds=True)
+        for name, each in zip(labels(firsts, keys), repeated.values(), strict=True)
+    ]
 
 
 def baseline_of(groups: Sequence[Group], wanted: str | None) -> Group:

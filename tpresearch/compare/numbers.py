@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from tpresearch.compare.groups import Group
+from tpresearch.compare.labels import SEED, shown
 from tpresearch.compare.runs import Run
 from tpresearch.compare.scaling import lines_over_ranks
 from tpresearch.track.names import X_AXIS
@@ -63,19 +64,20 @@ def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Number
     """
     if len(groups) == 1:
         return Numbers([], ["There is one run, and nothing to take it from."])
-    lines, notes = [], []
+    lines, notes = [], unpaired(groups, baseline)
     for group in groups:
         if group is baseline:
             continue
-        gaps = [_gaps(run, _partner(run, baseline), metric) for run in group.runs]
+        pairs = [(run, partner) for run in group.runs if (partner := _partner(run, baseline))]
+        gaps = [_gaps(run, partner, metric) for run, partner in pairs]
         lines.append((group.label, [{"tokens": at, "value": value} for at, value in _mean_of(gaps)]))
-        if not lines[-1][1]:
+        if pairs and not lines[-1][1]:
             notes.append(f"{group.label} has no row at the tokens of {baseline.label}'s.")
     unequal = [point["value"] for _, line in lines for point in line if point["value"] > 0]
     if not unequal:
         if any(line for _, line in lines):
-            return Numbers([], ["Every loss equals the baseline's in all digits."])
-        return Numbers([], ["No run has rows at the baseline's tokens."])
+            return Numbers([], ["Every loss equals the baseline's in all digits.", *notes])
+        return Numbers([], ["No run has rows at the baseline's tokens.", *notes])
     drawn = _greatest(lines)
     floor = min(unequal) / 3
     so_far: dict[str, float] = {}
@@ -89,10 +91,22 @@ def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Number
 
 
 def at_most(run: Run, baseline: Group, metric: str = "train/loss") -> float | None:
-    """The greatest difference of a run from the baseline, over all its rows; None for the baseline itself."""
-    if run in baseline.runs:
+    """The greatest difference of a run from the baseline, over all its rows; None for the baseline itself, and without a partner."""
+    partner = _partner(run, baseline)
+    if run in baseline.runs or partner is None:
         return None
-    return max(_gaps(run, _partner(run, baseline), metric).values(), default=None)
+    return max(_gaps(run, partner, metric).values(), default=None)
+
+
+def unpaired(groups: Sequence[Group], baseline: Group) -> list[str]:
+    """A sentence for each group with runs that differences leave out: over seeds, those the baseline has no seed of."""
+    sentences = []
+    for group in groups:
+        seeds = [shown(run.settings.get(SEED)) for run in group.runs if _partner(run, baseline) is None]
+        if seeds:
+            without = f"leaves out {SEED}={', '.join(dict.fromkeys(seeds))}"
+            sentences.append(f"The difference of {group.label} {without}, of which the baseline has no run.")
+    return sentences
 
 
 def bars(groups: Sequence[Group], key: str) -> Numbers:
@@ -206,10 +220,11 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"value": middle, "low": middle - stdev(values), "high": middle + stdev(values)}
 
 
-def _partner(run: Run, baseline: Group) -> Run:
-    """The baseline's run from the same seed, where it has one."""
-    seed = run.settings.get("train.seed")
-    return next((each for each in baseline.runs if each.settings.get("train.seed") == seed), baseline.first)
+def _partner(run: Run, baseline: Group) -> Run | None:
+    """The baseline's run from the same seed. Over seeds None without one: what differs then is the seed's doing."""
+    seed = run.settings.get(SEED)
+    same = (each for each in baseline.runs if each.settings.get(SEED) == seed)
+    return next(same, None if baseline.over_seeds else baseline.first)
 
 
 def _gaps(run: Run, other: Run, metric: str) -> dict[float, float]:
@@ -218,7 +233,7 @@ def _gaps(run: Run, other: Run, metric: str) -> dict[float, float]:
 
 
 def _mean_of(gaps: Sequence[dict[float, float]]) -> list[tuple[float, float]]:
-    common = set(gaps[0]).intersection(*gaps[1:])
+    common = set(gaps[0]).intersection(*gaps[1:]) if gaps else set()
     return [(at, mean(gap[at] for gap in gaps)) for at in sorted(common)]
 
 
