@@ -15,6 +15,7 @@ from tpresearch.compare.options import Options, Overlay, Seeds, parse
 from tpresearch.compare.overlay import check
 from tpresearch.compare.runs import find
 from tpresearch.config.errors import ConfigError
+from tpresearch.launch.sweep.running import set_aside
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +42,29 @@ def test_runs_sweeps_and_globs(sweep: Path) -> None:
     assert some.sweep is None
     assert find([str(sweep / "3")]).sweep is None
     assert len(find([str(sweep.parent / "**")]).runs) == 11
+
+
+def test_what_a_sweep_has_set_aside_is_found_by_its_name_alone(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(*words: str | Path) -> list[str]:
+        return [run.folder.name for run in find([str(word) for word in words]).runs]
+
+    for _ in range(2):  # twice started anew, as a sweep does
+        set_aside(sweep / "3")
+        Made("tp", {"tp": 2}, lr=0.004, steps=2).write(sweep / "3")
+    assert (sweep / "3.earlier-2" / "summary.json").is_file()
+    every = [str(number) for number in range(11)]
+    assert found(sweep) == found(sweep.parent) == every
+    assert found(sweep / "3*") == ["3"]
+    assert sorted(found(sweep.parent / "**")) == sorted(every)
+    assert found(sweep / "3.earlier-1", sweep / "3") == ["3.earlier-1", "3"]
+    assert found(sweep / "3.earlier-*") == ["3.earlier-1", "3.earlier-2"]
+    monkeypatch.chdir(sweep)
+    assert found("3*") == ["3"]
+    (sweep / "3").rename(sweep / "gone")
+    with pytest.raises(ConfigError, match="there is no run in it"):
+        find(["3*"])
 
 
 def test_names_are_what_tells_runs_apart(tmp_path: Path) -> None:
