@@ -9,8 +9,10 @@ import pytest
 from made_runs import TOKENS_A_STEP, Made, entry, falling, groups_of
 from rich.console import Console
 
+from tpresearch.compare.charts import spec_of
 from tpresearch.compare.groups import baseline_of, one_by_one, over_seeds
 from tpresearch.compare.labels import labels, telling
+from tpresearch.compare.look import Look
 from tpresearch.compare.numbers import (
     MOST_DOTS,
     at_most,
@@ -146,6 +148,22 @@ def test_parts_of_a_step_and_of_memory(tmp_path: Path) -> None:
     assert shown("memory_by_kind") == {"parameters": 2 * 2**20, "activations": 6 * 2**20}  # at the peak
     assert shown("bytes_by_axis") == {"tp": 350, "dp_shard": 7}
     assert parts(groups, ("perf/mfu",)).points == []
+
+
+def test_at_the_end_of_a_steps_phases_stands_what_the_step_took(tmp_path: Path) -> None:
+    panel = PANELS["step_time"]
+    groups = groups_of(tmp_path, Made(speed=3072.0), Made("tp", {"tp": 2}, speed=768.0))
+    shown = numbers(panel, groups, groups[0])
+    assert {(point["run"], point["whole"]) for point in shown.points} == {("none", 1.0), ("tp", 2.0)}
+    assert shown.notes == [
+        "The figure at the end is the median step time, which the phases need not add up to."
+    ]
+    spec = spec_of(panel, shown.points, Look(["none", "tp"], "none"))
+    ends = [(end["run"], end["text"], end["value"]) for end in spec["layer"][1]["data"]["values"]]
+    assert ends == [("none", "1 s a step", pytest.approx(2.1)), ("tp", "2 s a step", pytest.approx(2.1))]
+    memory = numbers(PANELS["memory_by_kind"], groups, groups[0])
+    spec = spec_of(PANELS["memory_by_kind"], memory.points, Look(["none", "tp"], "none"))
+    assert [end["text"] for end in spec["layer"][1]["data"]["values"]] == ["8.0 MiB", "8.0 MiB"]
 
 
 def test_what_was_sent_beside_what_is_expected(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def numbers(panel: Panel, groups: Sequence[Group], baseline: Group) -> Numbers:
         "curve": lambda: curves(groups, panel.metrics[0]),
         "difference": lambda: differences(groups, baseline, panel.metrics[0]),
         "bars": lambda: bars(groups, panel.metrics[0]),
-        "parts": lambda: parts(groups, panel.metrics),
+        "parts": lambda: parts(groups, panel.metrics, panel.whole),
         "pareto": lambda: pareto(groups, *panel.metrics),
         "scaling": lambda: scaling(groups, panel.metrics[0]),
         "ledger": lambda: ledger(groups),
@@ -116,8 +116,11 @@ def bars(groups: Sequence[Group], key: str) -> Numbers:
     return Numbers(points, [] if points else [_undefined(key)])
 
 
-def parts(groups: Sequence[Group], keys: Sequence[str]) -> Numbers:
-    """`run`, `part`, `value`, in the order of the keys; of `memory/at_peak_bytes.*` each key below it is a part."""
+def parts(groups: Sequence[Group], keys: Sequence[str], whole: str | None = None) -> Numbers:
+    """`run`, `part`, `value`, in the order of the keys; of `memory/at_peak_bytes.*` each key below it is a part.
+
+    Where the whole has a key of its own, each point has it as `whole`.
+    """
     points = []
     for group in groups:
         found: dict[str, list[float]] = {}
@@ -125,10 +128,14 @@ def parts(groups: Sequence[Group], keys: Sequence[str]) -> Numbers:
             for run in group.runs:
                 for part, value in _parts(run, key):
                     found.setdefault(part, []).append(value)
+        end = {"whole": mean(values)} if whole and (values := _defined(group, whole)) else {}
         points += [
-            {"run": group.label, "part": part, "value": mean(values)} for part, values in found.items()
+            {"run": group.label, "part": part, "value": mean(values), **end} for part, values in found.items()
         ]
-    return Numbers(points, [] if any(point["value"] for point in points) else [_undefined(", ".join(keys))])
+    if not any(point["value"] for point in points):
+        return Numbers([], [_undefined(", ".join(keys))])
+    step = "The figure at the end is the median step time, which the phases need not add up to."
+    return Numbers(points, [step] if whole else [])
 
 
 def pareto(groups: Sequence[Group], memory: str, speed: str) -> Numbers:
