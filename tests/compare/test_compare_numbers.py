@@ -155,9 +155,7 @@ def test_at_the_end_of_a_steps_phases_stands_what_the_step_took(tmp_path: Path) 
     groups = groups_of(tmp_path, Made(speed=3072.0), Made("tp", {"tp": 2}, speed=768.0))
     shown = numbers(panel, groups, groups[0])
     assert {(point["run"], point["whole"]) for point in shown.points} == {("none", 1.0), ("tp", 2.0)}
-    assert shown.notes == [
-        "The figure at the end is the median step time, which the phases need not add up to."
-    ]
+    assert shown.notes == ["The figure at the end is the median step time, not their sum."]
     spec = spec_of(panel, shown.points, Look(["none", "tp"], "none"))
     ends = [(end["run"], end["text"], end["value"]) for end in spec["layer"][1]["data"]["values"]]
     assert ends == [("none", "1 s a step", pytest.approx(2.1)), ("tp", "2 s a step", pytest.approx(2.1))]
@@ -273,3 +271,18 @@ def test_a_run_from_a_seed_that_the_baseline_lacks_is_held_to_none_of_its_runs(t
     # of runs one by one, overlaid though seeds differ, the difference is what was asked for
     apart = one_by_one(found, names)
     assert at_most(two.runs[1], apart[0]) == 2.25
+
+
+def test_a_run_that_failed_before_any_row_is_named_and_is_no_baseline(tmp_path: Path) -> None:
+    early = Made(steps=0, error=ValueError("boom"))
+    groups = groups_of(tmp_path, early, Made("tp", {"tp": 2}), Made("fsdp", {"dp_shard": 2}, loss=nudged))
+    assert [group.label for group in groups] == ["none (failed)", "tp", "fsdp"]
+    baseline = baseline_of(groups, None)
+    assert baseline is groups[1]
+    assert curves(groups, LOSS).notes == ["Ended before its first row: none (failed)."]
+    assert {point["run"] for point in curves(groups, LOSS).points} == {"tp", "fsdp"}
+    table = runs_table([group.first for group in groups], [group.label for group in groups], baseline)
+    at = table.header.index("difference at most")
+    assert [row[at].text for row in table.rows] == ["–", "baseline", "5.0e-01"]
+    assert differences(groups, groups[0], LOSS).notes == ["none (failed) has no rows to take a loss from."]
+    assert baseline_of(groups[:1], None) is groups[0]

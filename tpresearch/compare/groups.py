@@ -41,7 +41,7 @@ def over_seeds(runs: Sequence[Run]) -> list[Group]:
 
 
 def baseline_of(groups: Sequence[Group], wanted: str | None) -> Group:
-    """The one that is asked for; without a wish one with no plan, else one of the fewest ranks.
+    """The one that is asked for; without a wish, of those with rows, one with no plan, else one of the fewest ranks.
 
     Raises:
         ConfigError: for a name that none has, and one that several have.
@@ -49,7 +49,11 @@ def baseline_of(groups: Sequence[Group], wanted: str | None) -> Group:
     if wanted is None:
         return min(
             groups,
-            key=lambda group: (group.first.summary["parallel"] != "none", group.first.settings["ranks"]),
+            key=lambda group: (
+                not any(run.rows for run in group.runs),
+                group.first.summary["parallel"] != "none",
+                group.first.settings["ranks"],
+            ),
         )
     exact = [group for group in groups if group.label == wanted]
     found = exact or [group for group in groups if any(_is_called(run, wanted) for run in group.runs)]

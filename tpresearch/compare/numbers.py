@@ -51,9 +51,12 @@ def curves(groups: Sequence[Group], metric: str) -> Numbers:
     """`run`, `tokens`, `value`; over seeds the mean, with `low` and `high` a standard deviation from it."""
     lines = [(group.label, _over_seeds([_curve(run, metric) for run in group.runs])) for group in groups]
     drawn = _drawn(lines, f"No run has {metric}.")
-    band = any("low" in point for point in drawn.points)
+    notes = list(drawn.notes)
+    if any("low" in point for point in drawn.points):
+        notes.append("The band is a standard deviation over seeds.")
+    early = [group.label for group in groups if not any(run.rows for run in group.runs)]
     return Numbers(
-        drawn.points, [*drawn.notes, *(["The band is a standard deviation over seeds."] if band else [])]
+        drawn.points, notes + ([f"Ended before its first row: {', '.join(early)}."] if early else [])
     )
 
 
@@ -64,6 +67,8 @@ def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Number
     """
     if len(groups) == 1:
         return Numbers([], ["There is one run, and nothing to take it from."])
+    if not any(run.rows for run in baseline.runs):
+        return Numbers([], [f"{baseline.label} has no rows to take a loss from."])
     lines, notes = [], unpaired(groups, baseline)
     for group in groups:
         if group is baseline:
@@ -117,10 +122,7 @@ def bars(groups: Sequence[Group], key: str) -> Numbers:
 
 
 def parts(groups: Sequence[Group], keys: Sequence[str], whole: str | None = None) -> Numbers:
-    """`run`, `part`, `value`, in the order of the keys; of `memory/at_peak_bytes.*` each key below it is a part.
-
-    Where the whole has a key of its own, each point has it as `whole`.
-    """
+    """`run`, `part`, `value` in the order of the keys, and `whole` where that has one; `.*` is each key below it."""
     points = []
     for group in groups:
         found: dict[str, list[float]] = {}
@@ -134,8 +136,7 @@ def parts(groups: Sequence[Group], keys: Sequence[str], whole: str | None = None
         ]
     if not any(point["value"] for point in points):
         return Numbers([], [_undefined(", ".join(keys))])
-    step = "The figure at the end is the median step time, which the phases need not add up to."
-    return Numbers(points, [step] if whole else [])
+    return Numbers(points, ["The figure at the end is the median step time, not their sum."] if whole else [])
 
 
 def pareto(groups: Sequence[Group], memory: str, speed: str) -> Numbers:
