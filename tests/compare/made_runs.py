@@ -9,6 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tpresearch.compare.groups import Group, one_by_one
+from tpresearch.compare.labels import labels, telling
+from tpresearch.compare.runs import find
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config, DataPlan, ModelConfig, ParallelConfig, Rule, TensorPlan
 from tpresearch.track import RunFacts, Tracker
@@ -51,6 +54,7 @@ class Made:
     speed: float = 1000.0
     """Tokens a second a device."""
     mfu: float | None = None
+    device: str = "cpu"
     memory: int = 2**30
     sent: list[Entry] = field(default_factory=list)
     expected: list[Entry] | None = None
@@ -94,7 +98,7 @@ class Made:
     def write(self, folder: Path) -> Path:
         """The run's folder, as a training leaves it."""
         cfg = self.config()
-        facts = RunFacts(self.ranks, self.mesh, 622_912, "cpu", self.corpus_hash, 6.5)
+        facts = RunFacts(self.ranks, self.mesh, 622_912, self.device, self.corpus_hash, 6.5)
         console = Console(file=io.StringIO(), width=120)
         tracker = Tracker(cfg, as_dict(cfg), folder, facts, self.steps, console=console, plan="the plan")
         held = [Held("parameters", 2 * 2**20, 2 * 2**20), Held("activations", 9 * 2**20, 6 * 2**20)]
@@ -107,3 +111,10 @@ class Made:
         else:
             tracker.finish(status="failed", error=f"{type(self.error).__name__}: {self.error}")
         return folder
+
+
+def groups_of(folder: Path, *runs: Made) -> list[Group]:
+    for index, run in enumerate(runs):
+        run.write(folder / str(index))
+    found = find([str(folder)]).runs
+    return one_by_one(found, labels(found, telling(found)))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
-from made_runs import TOKENS_A_STEP, Made, entry, falling
+from made_runs import TOKENS_A_STEP, Made, entry, falling, groups_of
+from rich.console import Console
 
-from tpresearch.compare.groups import Group, baseline_of, one_by_one, over_seeds
+from tpresearch.compare.charts import spec_of
+from tpresearch.compare.groups import baseline_of, one_by_one, over_seeds
 from tpresearch.compare.labels import labels, telling
+from tpresearch.compare.look import Look
 from tpresearch.compare.numbers import (
     MOST_DOTS,
     at_most,
@@ -19,8 +23,8 @@ from tpresearch.compare.numbers import (
     numbers,
     pareto,
     parts,
-    scaling,
 )
+from tpresearch.compare.report import Report
 from tpresearch.compare.runs import find
 from tpresearch.compare.tables import differences_table, runs_table
 from tpresearch.track.panels import SECTIONS
@@ -28,13 +32,6 @@ from tpresearch.track.panels import SECTIONS
 PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
 LOSS = "train/loss"
 LEGEND = "A dot a step; the line is the greatest so far."
-
-
-def groups_of(folder: Path, *runs: Made) -> list[Group]:
-    for index, run in enumerate(runs):
-        run.write(folder / str(index))
-    found = find([str(folder)]).runs
-    return one_by_one(found, labels(found, telling(found)))
 
 
 def nudged(step: int) -> float:
@@ -130,18 +127,6 @@ def test_over_seeds_mean_and_standard_deviation(tmp_path: Path) -> None:
     assert [at_most(run, one) for run in two.runs] == [0, 0, 0.25]
 
 
-def test_scaling_is_speed_a_device_over_that_on_the_fewest_ranks(tmp_path: Path) -> None:
-    runs = [
-        Made("tp", {"tp": 2}, speed=1000.0),
-        Made("tp", {"tp": 4}, speed=900.0),
-        Made("tp", {"tp": 8}, speed=500.0),
-    ]
-    groups = groups_of(tmp_path, Made(), *runs, Made("tp", {"tp": 16}, lr=1e-2, speed=1.0))
-    points = scaling(groups, "perf/tokens_per_second_per_device").points
-    assert [(point["ranks"], point["share"]) for point in points] == [(2, 1.0), (4, 0.9), (8, 0.5)]
-    assert scaling(groups[:2], "perf/tokens_per_second_per_device").points == []
-
-
 def test_the_front_is_what_no_other_run_beats_in_both(tmp_path: Path) -> None:
     runs = [Made(memory=m, speed=s, lr=s) for m, s in ((8, 90.0), (4, 50.0), (5, 50.0), (4, 40.0), (2, 10.0))]
     points = pareto(
@@ -163,6 +148,20 @@ def test_parts_of_a_step_and_of_memory(tmp_path: Path) -> None:
     assert shown("memory_by_kind") == {"parameters": 2 * 2**20, "activations": 6 * 2**20}  # at the peak
     assert shown("bytes_by_axis") == {"tp": 350, "dp_shard": 7}
     assert parts(groups, ("perf/mfu",)).points == []
+
+
+def test_at_the_end_of_a_steps_phases_stands_what_the_step_took(tmp_path: Path) -> None:
+    panel = PANELS["step_time"]
+    groups = groups_of(tmp_path, Made(speed=3072.0), Made("tp", {"tp": 2}, speed=768.0))
+    shown = numbers(panel, groups, groups[0])
+    assert {(point["run"], point["whole"]) for point in shown.points} == {("none", 1.0), ("tp", 2.0)}
+    assert shown.notes == ["The figure at the end is the median step time, not their sum."]
+    spec = spec_of(panel, shown.points, Look(["none", "tp"], "none"))
+    ends = [(end["run"], end["text"], end["value"]) for end in spec["layer"][1]["data"]["values"]]
+    assert ends == [("none", "1 s a step", pytest.approx(2.1)), ("tp", "2 s a step", pytest.approx(2.1))]
+    memory = numbers(PANELS["memory_by_kind"], groups, groups[0])
+    spec = spec_of(PANELS["memory_by_kind"], memory.points, Look(["none", "tp"], "none"))
+    assert [end["text"] for end in spec["layer"][1]["data"]["values"]] == ["8.0 MiB", "8.0 MiB"]
 
 
 def test_what_was_sent_beside_what_is_expected(tmp_path: Path) -> None:
@@ -225,3 +224,65 @@ def test_the_baseline_is_the_run_with_no_plan_or_the_one_that_is_asked_for(tmp_p
     assert baseline_of(groups, "tp · 4 ranks") is groups[0]
     assert baseline_of(groups, str(tmp_path / "1")) is groups[1]
     assert baseline_of(groups, "0") is groups[0]
+
+
+def test_runs_of_several_devices_say_so_whatever_they_are_called(tmp_path: Path) -> None:
+    groups = groups_of(tmp_path, Made(name="a"), Made(name="b", device="NVIDIA H200"))
+    runs, names = [group.first for group in groups], [group.label for group in groups]
+    assert names == ["a", "b"]
+    table = runs_table(runs, names, groups[0])
+    at = table.header.index("device")
+    assert [row[at].text for row in table.rows] == ["cpu", "NVIDIA H200"]
+    assert "device" not in runs_table(runs[:1], names[:1], groups[0]).header
+    unlike = [[cell.text for cell in row] for row in differences_table(runs, names).rows]
+    assert unlike == [["device", "cpu", "NVIDIA H200"]]
+
+
+def test_a_run_from_a_seed_that_the_baseline_lacks_is_held_to_none_of_its_runs(tmp_path: Path) -> None:
+    for plan, mesh, seeds in (("none", {}, (0, 1)), ("tp", {"tp": 2}, (1, 2, 3)), ("sp", {"tp": 4}, (4,))):
+        for seed in seeds:
+            off = 0.25 if plan == "tp" else 0
+
+            def loss(step: int, seed: int = seed, off: float = off) -> float:
+                return 4.0 + seed + off
+
+            run = Made("tp" if plan == "sp" else plan, mesh, seed, steps=3, loss=loss)
+            run.write(tmp_path / f"{plan}{seed}")
+    found = find([str(tmp_path)]).runs
+    one, four, two = over_seeds(found)
+    assert ([len(each.runs) for each in (one, two, four)], two.label) == ([2, 3, 1], "tp · 2 ranks")
+    shown = differences([one, four, two], one, LOSS)
+    assert {(point["run"], point["value"]) for point in shown.points} == {("tp · 2 ranks", 0.25)}
+    left_out = [
+        "The difference of tp · 4 ranks leaves out train.seed=4, of which the baseline has no run.",
+        "The difference of tp · 2 ranks leaves out train.seed=2, 3, of which the baseline has no run.",
+    ]
+    assert shown.notes == [LEGEND, *left_out]
+    assert [at_most(run, one) for run in two.runs] == [0.25, None, None]
+    names = labels(found, telling(found))
+    report = Report(found, names, [one, four, two], one, [], [])
+    out = io.StringIO()
+    report.print(Console(file=out, width=250), tmp_path)
+    for line in left_out:
+        assert line in out.getvalue()
+        assert line in report.markdown()
+    alone = differences([one, four], one, LOSS)
+    assert (alone.points, alone.notes) == ([], ["No run has rows at the baseline's tokens.", left_out[0]])
+    # of runs one by one, overlaid though seeds differ, the difference is what was asked for
+    apart = one_by_one(found, names)
+    assert at_most(two.runs[1], apart[0]) == 2.25
+
+
+def test_a_run_that_failed_before_any_row_is_named_and_is_no_baseline(tmp_path: Path) -> None:
+    early = Made(steps=0, error=ValueError("boom"))
+    groups = groups_of(tmp_path, early, Made("tp", {"tp": 2}), Made("fsdp", {"dp_shard": 2}, loss=nudged))
+    assert [group.label for group in groups] == ["none (failed)", "tp", "fsdp"]
+    baseline = baseline_of(groups, None)
+    assert baseline is groups[1]
+    assert curves(groups, LOSS).notes == ["Ended before its first row: none (failed)."]
+    assert {point["run"] for point in curves(groups, LOSS).points} == {"tp", "fsdp"}
+    table = runs_table([group.first for group in groups], [group.label for group in groups], baseline)
+    at = table.header.index("difference at most")
+    assert [row[at].text for row in table.rows] == ["–", "baseline", "5.0e-01"]
+    assert differences(groups, groups[0], LOSS).notes == ["none (failed) has no rows to take a loss from."]
+    assert baseline_of(groups[:1], None) is groups[0]

@@ -244,7 +244,7 @@ def test_a_panel_without_data_is_said_and_its_old_png_goes(tmp_path: Path) -> No
     html = (tmp_path / "compare.html").read_text()
     missing = dict(re.findall(r'<p class="quiet missing"><b>(.*?)</b> is left out\. (.*?)</p>', html))
     assert missing["MFU"].startswith("No run has perf/mfu.")
-    assert missing["Scaling efficiency"] == "No two runs differ in their ranks alone."
+    assert missing["Scaling efficiency"] == "No two runs differ in the size of one mesh axis alone."
     assert missing["Loss less the baseline&#39;s"] == "There is one run, and nothing to take it from."
     assert "There is one run." in html
     assert sorted(os.listdir(tmp_path)) == ["compare", "compare.html", "compare.md", "run"]

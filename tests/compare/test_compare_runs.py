@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from made_runs import Made
 
-from tpresearch.compare.groups import baseline_of, one_by_one
+from tpresearch.compare.groups import baseline_of, one_by_one, over_seeds
 from tpresearch.compare.labels import labels, telling
 from tpresearch.compare.options import Options, Overlay, Seeds, parse
 from tpresearch.compare.overlay import check
 from tpresearch.compare.runs import find
 from tpresearch.config.errors import ConfigError
+from tpresearch.launch.sweep.running import set_aside
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +44,29 @@ def test_runs_sweeps_and_globs(sweep: Path) -> None:
     assert len(find([str(sweep.parent / "**")]).runs) == 11
 
 
+def test_what_a_sweep_has_set_aside_is_found_by_its_name_alone(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(*words: str | Path) -> list[str]:
+        return [run.folder.name for run in find([str(word) for word in words]).runs]
+
+    for _ in range(2):  # twice started anew, as a sweep does
+        set_aside(sweep / "3")
+        Made("tp", {"tp": 2}, lr=0.004, steps=2).write(sweep / "3")
+    assert (sweep / "3.earlier-2" / "summary.json").is_file()
+    every = [str(number) for number in range(11)]
+    assert found(sweep) == found(sweep.parent) == every
+    assert found(sweep / "3*") == ["3"]
+    assert sorted(found(sweep.parent / "**")) == sorted(every)
+    assert found(sweep / "3.earlier-1", sweep / "3") == ["3.earlier-1", "3"]
+    assert found(sweep / "3.earlier-*") == ["3.earlier-1", "3.earlier-2"]
+    monkeypatch.chdir(sweep)
+    assert found("3*") == ["3"]
+    (sweep / "3").rename(sweep / "gone")
+    with pytest.raises(ConfigError, match="there is no run in it"):
+        find(["3*"])
+
+
 def test_names_are_what_tells_runs_apart(tmp_path: Path) -> None:
     Made(steps=2).write(tmp_path / "a")
     Made("tp", {"tp": 2}, steps=2).write(tmp_path / "b")
@@ -57,6 +81,18 @@ def test_names_are_what_tells_runs_apart(tmp_path: Path) -> None:
     Made("tp", {"tp": 2}, name="mine", steps=2).write(tmp_path / "e")
     Made("tp", {"tp": 4}, name="yours", steps=2).write(tmp_path / "f")
     assert named(str(tmp_path / "e"), str(tmp_path / "f")) == ["mine", "yours"]
+
+
+def test_the_device_is_the_one_that_was_computed_on(tmp_path: Path) -> None:
+    Made(steps=2).write(tmp_path / "a")
+    Made("tp", {"tp": 2}, device="NVIDIA H200", steps=2).write(tmp_path / "b")
+    first, second = find([str(tmp_path)]).runs
+    assert (first.config["device"], second.config["device"]) == ("auto", "auto")
+    assert (first.settings["device"], second.settings["device"]) == ("cpu", "NVIDIA H200")
+    assert named(str(tmp_path)) == ["none · cpu", "tp · NVIDIA H200"]
+    Made(device="NVIDIA H200", seed=1, steps=2).write(tmp_path / "c")
+    groups = over_seeds(find([str(tmp_path)]).runs)
+    assert [len(group.runs) for group in groups] == [1, 1, 1]  # no mean over a CPU and a GPU
 
 
 def test_a_name_is_one_line_that_a_terminal_does_not_obey(tmp_path: Path) -> None:

@@ -35,11 +35,15 @@ def bars(panel: Panel, points: Points, look: Look) -> Drawn:
 
 
 def parts(panel: Panel, points: Points, look: Look) -> Drawn:
-    """A bar a run of its parts, with their sum at the end."""
+    """A bar a run of its parts; at the end the whole where it was measured, else their sum."""
     names = in_order(point["part"] for point in points)
     sums = _sums(points)
     unit = unit_of(panel.metrics[0], list(sums.values()))
     ends = [_scaled({"run": run, "value": value}, unit) for (run, _), value in sums.items() if value]
+    wholes = {point["run"]: point["whole"] for point in points if "whole" in point}
+    for end in ends:
+        if end["run"] in wholes:
+            end["text"] = f"{unit.text(wholes[end['run']])} a step"
     base = _by_run([_part(point, unit, names) for point in points], look).encode(
         x=_length(unit, ends, room=1.2),
         color=part_colour(names, _beside_names(points)),

@@ -15,6 +15,8 @@ from tpresearch.config.errors import ConfigError, nearest
 class Group:
     label: str
     runs: list[Run]
+    over_seeds: bool = False
+    """Whether runs of several seeds would be in it, so that a difference from it is taken seed by seed."""
 
     @property
     def first(self) -> Run:
@@ -32,11 +34,14 @@ def over_seeds(runs: Sequence[Run]) -> list[Group]:
         repeated.setdefault(settings_text(run, without=SEED), []).append(run)
     firsts = [each[0] for each in repeated.values()]
     keys = [key for key in telling(firsts) if key != SEED]
-    return [Group(name, each) for name, each in zip(labels(firsts, keys), repeated.values(), strict=True)]
+    return [
+        Group(name, each, over_seeds=True)
+        for name, each in zip(labels(firsts, keys), repeated.values(), strict=True)
+    ]
 
 
 def baseline_of(groups: Sequence[Group], wanted: str | None) -> Group:
-    """The one that is asked for; without a wish one with no plan, else one of the fewest ranks.
+    """The one that is asked for; without a wish, of those with rows, one with no plan, else one of the fewest ranks.
 
     Raises:
         ConfigError: for a name that none has, and one that several have.
@@ -44,7 +49,11 @@ def baseline_of(groups: Sequence[Group], wanted: str | None) -> Group:
     if wanted is None:
         return min(
             groups,
-            key=lambda group: (group.first.summary["parallel"] != "none", group.first.settings["ranks"]),
+            key=lambda group: (
+                not any(run.rows for run in group.runs),
+                group.first.summary["parallel"] != "none",
+                group.first.settings["ranks"],
+            ),
         )
     exact = [group for group in groups if group.label == wanted]
     found = exact or [group for group in groups if any(_is_called(run, wanted) for run in group.runs)]

@@ -11,9 +11,9 @@ from typing import Any
 from tpresearch.compare.runs import Run
 from tpresearch.track.shown import UNDEFINED
 
-FIRST = ("model.name", "parallel.name", "ranks", "mesh.tp", "mesh.dp_shard", "mesh.dp_replicate")
+FIRST = ("model.name", "parallel.name", "ranks", "mesh.tp", "mesh.dp_shard", "mesh.dp_replicate", "device")
 SEED = "train.seed"
-BY_VALUE = ("model.name", "parallel.name")
+BY_VALUE = ("model.name", "parallel.name", "device")
 """Settings whose value alone says what they are."""
 
 
@@ -29,14 +29,16 @@ def telling(runs: Sequence[Run]) -> list[str]:
     """Those of the differing settings that tell apart what the ones before them do not.
 
     Of a sweep over plans that is `parallel.name`: whatever else the plans set follows from it.
+    The device is among them wherever it differs, for no chart may mix a GPU and a CPU unsaid.
     """
     chosen: list[str] = []
     groups = {tuple[str, ...]()}
-    for key in differing(runs):
+    unlike = differing(runs)
+    for key in unlike:
         finer = {tuple(_text(run, each) for each in [*chosen, key]) for run in runs}
         if len(finer) > len(groups):
             chosen, groups = [*chosen, key], finer
-    return chosen
+    return [*chosen, "device"] if "device" in unlike and "device" not in chosen else chosen
 
 
 def labels(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:

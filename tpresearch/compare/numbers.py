@@ -13,7 +13,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from tpresearch.compare.groups import Group
+from tpresearch.compare.labels import SEED, shown
 from tpresearch.compare.runs import Run
+from tpresearch.compare.scaling import lines_over_ranks
 from tpresearch.track.names import X_AXIS
 from tpresearch.track.panels import Panel
 
@@ -37,7 +39,7 @@ def numbers(panel: Panel, groups: Sequence[Group], baseline: Group) -> Numbers:
         "curve": lambda: curves(groups, panel.metrics[0]),
         "difference": lambda: differences(groups, baseline, panel.metrics[0]),
         "bars": lambda: bars(groups, panel.metrics[0]),
-        "parts": lambda: parts(groups, panel.metrics),
+        "parts": lambda: parts(groups, panel.metrics, panel.whole),
         "pareto": lambda: pareto(groups, *panel.metrics),
         "scaling": lambda: scaling(groups, panel.metrics[0]),
         "ledger": lambda: ledger(groups),
@@ -49,9 +51,12 @@ def curves(groups: Sequence[Group], metric: str) -> Numbers:
     """`run`, `tokens`, `value`; over seeds the mean, with `low` and `high` a standard deviation from it."""
     lines = [(group.label, _over_seeds([_curve(run, metric) for run in group.runs])) for group in groups]
     drawn = _drawn(lines, f"No run has {metric}.")
-    band = any("low" in point for point in drawn.points)
+    notes = list(drawn.notes)
+    if any("low" in point for point in drawn.points):
+        notes.append("The band is a standard deviation over seeds.")
+    early = [group.label for group in groups if not any(run.rows for run in group.runs)]
     return Numbers(
-        drawn.points, [*drawn.notes, *(["The band is a standard deviation over seeds."] if band else [])]
+        drawn.points, notes + ([f"Ended before its first row: {', '.join(early)}."] if early else [])
     )
 
 
@@ -62,19 +67,22 @@ def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Number
     """
     if len(groups) == 1:
         return Numbers([], ["There is one run, and nothing to take it from."])
-    lines, notes = [], []
+    if not any(run.rows for run in baseline.runs):
+        return Numbers([], [f"{baseline.label} has no rows to take a loss from."])
+    lines, notes = [], unpaired(groups, baseline)
     for group in groups:
         if group is baseline:
             continue
-        gaps = [_gaps(run, _partner(run, baseline), metric) for run in group.runs]
+        pairs = [(run, partner) for run in group.runs if (partner := _partner(run, baseline))]
+        gaps = [_gaps(run, partner, metric) for run, partner in pairs]
         lines.append((group.label, [{"tokens": at, "value": value} for at, value in _mean_of(gaps)]))
-        if not lines[-1][1]:
+        if pairs and not lines[-1][1]:
             notes.append(f"{group.label} has no row at the tokens of {baseline.label}'s.")
     unequal = [point["value"] for _, line in lines for point in line if point["value"] > 0]
     if not unequal:
         if any(line for _, line in lines):
-            return Numbers([], ["Every loss equals the baseline's in all digits."])
-        return Numbers([], ["No run has rows at the baseline's tokens."])
+            return Numbers([], ["Every loss equals the baseline's in all digits.", *notes])
+        return Numbers([], ["No run has rows at the baseline's tokens.", *notes])
     drawn = _greatest(lines)
     floor = min(unequal) / 3
     so_far: dict[str, float] = {}
@@ -88,10 +96,22 @@ def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Number
 
 
 def at_most(run: Run, baseline: Group, metric: str = "train/loss") -> float | None:
-    """The greatest difference of a run from the baseline, over all its rows; None for the baseline itself."""
-    if run in baseline.runs:
+    """The greatest difference of a run from the baseline, over all its rows; None for the baseline itself, and without a partner."""
+    partner = _partner(run, baseline)
+    if run in baseline.runs or partner is None:
         return None
-    return max(_gaps(run, _partner(run, baseline), metric).values(), default=None)
+    return max(_gaps(run, partner, metric).values(), default=None)
+
+
+def unpaired(groups: Sequence[Group], baseline: Group) -> list[str]:
+    """A sentence for each group with runs that differences leave out: over seeds, those the baseline has no seed of."""
+    sentences = []
+    for group in groups:
+        seeds = [shown(run.settings.get(SEED)) for run in group.runs if _partner(run, baseline) is None]
+        if seeds:
+            without = f"leaves out {SEED}={', '.join(dict.fromkeys(seeds))}"
+            sentences.append(f"The difference of {group.label} {without}, of which the baseline has no run.")
+    return sentences
 
 
 def bars(groups: Sequence[Group], key: str) -> Numbers:
@@ -101,8 +121,8 @@ def bars(groups: Sequence[Group], key: str) -> Numbers:
     return Numbers(points, [] if points else [_undefined(key)])
 
 
-def parts(groups: Sequence[Group], keys: Sequence[str]) -> Numbers:
-    """`run`, `part`, `value`, in the order of the keys; of `memory/at_peak_bytes.*` each key below it is a part."""
+def parts(groups: Sequence[Group], keys: Sequence[str], whole: str | None = None) -> Numbers:
+    """`run`, `part`, `value` in the order of the keys, and `whole` where that has one; `.*` is each key below it."""
     points = []
     for group in groups:
         found: dict[str, list[float]] = {}
@@ -110,10 +130,13 @@ def parts(groups: Sequence[Group], keys: Sequence[str]) -> Numbers:
             for run in group.runs:
                 for part, value in _parts(run, key):
                     found.setdefault(part, []).append(value)
+        end = {"whole": mean(values)} if whole and (values := _defined(group, whole)) else {}
         points += [
-            {"run": group.label, "part": part, "value": mean(values)} for part, values in found.items()
+            {"run": group.label, "part": part, "value": mean(values), **end} for part, values in found.items()
         ]
-    return Numbers(points, [] if any(point["value"] for point in points) else [_undefined(", ".join(keys))])
+    if not any(point["value"] for point in points):
+        return Numbers([], [_undefined(", ".join(keys))])
+    return Numbers(points, ["The figure at the end is the median step time, not their sum."] if whole else [])
 
 
 def pareto(groups: Sequence[Group], memory: str, speed: str) -> Numbers:
@@ -136,28 +159,20 @@ def pareto(groups: Sequence[Group], memory: str, speed: str) -> Numbers:
 
 
 def scaling(groups: Sequence[Group], speed: str) -> Numbers:
-    """`run`, `plan`, `ranks`, `share`: speed a device over that on the fewest ranks, of runs alike in all but their ranks."""
-    alike: dict[tuple[tuple[str, str], ...], list[Group]] = {}
-    for group in groups:
-        if _defined(group, speed):
-            alike.setdefault(_but_ranks(group), []).append(group)
+    """`run`, `plan`, `ranks`, `share`: speed a device over that on the fewest ranks, along lines of runs (`plan`)."""
     points = []
-    for each in alike.values():
-        by_ranks = sorted(each, key=lambda group: int(group.first.settings["ranks"]))
-        least = by_ranks[0].first
-        if by_ranks[-1].first.settings["ranks"] == least.settings["ranks"]:
-            continue
-        base = mean(_defined(by_ranks[0], speed))
+    for line in lines_over_ranks([group for group in groups if _defined(group, speed)]):
+        base = mean(_defined(line[0], speed))
         points += [
             {
                 "run": group.label,
-                "plan": by_ranks[0].label,
+                "plan": line[0].label,
                 "ranks": group.first.settings["ranks"],
                 "share": mean(_defined(group, speed)) / base,
             }
-            for group in by_ranks
+            for group in line
         ]
-    return Numbers(points, [] if points else ["No two runs differ in their ranks alone."])
+    return Numbers(points, [] if points else ["No two runs differ in the size of one mesh axis alone."])
 
 
 def ledger(groups: Sequence[Group]) -> Numbers:
@@ -213,10 +228,11 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"value": middle, "low": middle - stdev(values), "high": middle + stdev(values)}
 
 
-def _partner(run: Run, baseline: Group) -> Run:
-    """The baseline's run from the same seed, where it has one."""
-    seed = run.settings.get("train.seed")
-    return next((each for each in baseline.runs if each.settings.get("train.seed") == seed), baseline.first)
+def _partner(run: Run, baseline: Group) -> Run | None:
+    """The baseline's run from the same seed. Over seeds None without one: what differs then is the seed's doing."""
+    seed = run.settings.get(SEED)
+    same = (each for each in baseline.runs if each.settings.get(SEED) == seed)
+    return next(same, None if baseline.over_seeds else baseline.first)
 
 
 def _gaps(run: Run, other: Run, metric: str) -> dict[float, float]:
@@ -225,7 +241,7 @@ def _gaps(run: Run, other: Run, metric: str) -> dict[float, float]:
 
 
 def _mean_of(gaps: Sequence[dict[float, float]]) -> list[tuple[float, float]]:
-    common = set(gaps[0]).intersection(*gaps[1:])
+    common = set(gaps[0]).intersection(*gaps[1:]) if gaps else set()
     return [(at, mean(gap[at] for gap in gaps)) for at in sorted(common)]
 
 
@@ -275,13 +291,6 @@ def _by_collective(entries: Sequence[dict[str, Any]]) -> dict[str, int]:
         name = f"{entry['axis']} {entry['collective'].replace('_', '-')}"
         sums[name] = sums.get(name, 0) + entry["sent_bytes"]
     return sums
-
-
-def _but_ranks(group: Group) -> tuple[tuple[str, str], ...]:
-    """What has to be alike for speeds to be compared over ranks: all settings but those, and the seed."""
-    settings = group.first.settings.items()
-    kept = ((key, str(value)) for key, value in settings if key not in ("ranks", "train.seed"))
-    return tuple(sorted(pair for pair in kept if not pair[0].startswith("mesh.")))
 
 
 def _undefined(keys: str) -> str:

@@ -15,7 +15,7 @@ from tpresearch.compare.charts import png, spec_of
 from tpresearch.compare.groups import Group
 from tpresearch.compare.labels import shown
 from tpresearch.compare.look import Look
-from tpresearch.compare.numbers import numbers
+from tpresearch.compare.numbers import numbers, unpaired
 from tpresearch.compare.page import Page, Section
 from tpresearch.compare.runs import Run
 from tpresearch.track.panels import SECTIONS
@@ -58,6 +58,7 @@ class Report:
         self.left_out = list(left_out)
         self.runs = tables.runs_table(runs, labels, baseline)
         self.seeds = tables.seeds_table(groups) if len(groups) < len(runs) else None
+        self.notes = unpaired(groups, baseline)
         self.differences = tables.differences_table(runs, labels)
 
     def write(self, out: Path, arguments: Sequence[str]) -> None:
@@ -131,6 +132,7 @@ class Report:
         parts = [*(f"**{warning}.**\n" for warning in self.warnings), self.runs.markdown()]
         if self.seeds:
             parts.append(f"Over `train.seed`, mean ± standard deviation:\n\n{self.seeds.markdown()}")
+        parts += [f"{note}\n" for note in self.notes]
         if self.differences.rows:
             parts.append(f"Config differences:\n\n{self.differences.markdown()}")
         parts.append(self._folders().markdown())
@@ -144,6 +146,8 @@ class Report:
         console.print(self.runs.rich())
         if self.seeds:
             console.print(self.seeds.rich(title="over train.seed: mean ± standard deviation"))
+        for note in self.notes:
+            console.print(Text(note), soft_wrap=True)
         count = len(self.differences.rows)
         if 0 < count <= MOST_DIFFERENCES:
             console.print(self.differences.rich(title="config differences"))

@@ -18,6 +18,7 @@ from yaml import YAMLError
 from tpresearch.config.compared import compared
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import WrongCommand, python_command
+from tpresearch.launch.run_dir import EARLIER
 from tpresearch.track.names import Row, finite
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.shown import path_text
@@ -49,10 +50,10 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The compared config by dotted keys, with the ranks and mesh sizes that the run had in place of those asked for."""
+        """The compared config by dotted keys, with the ranks, mesh sizes and device that the run had in place of those asked for."""
         flat = flatten({key: value for key, value in compared(self.config).items() if key != "mesh"})
         sizes = {f"mesh.{axis}": size for axis, size in self.summary["mesh"].items()}
-        return {"ranks": self.summary["world_size"], **sizes, **flat}
+        return {"ranks": self.summary["world_size"], **sizes, **flat, "device": self.summary.get("device")}
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def _folders(word: str) -> list[Path]:
         paths = sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not paths:
             raise _refused(word, "this glob matches nothing")
+        if EARLIER not in word:
+            paths = [each for each in paths if EARLIER not in str(each)]
     else:
         raise _refused(word, "there is no such folder", instead=_beside(path))
     folders = [folder for each in paths for folder in run_folders(each)]
@@ -127,11 +130,14 @@ def _refused(word: str, why: str, legal: str = LEGAL, instead: Path | None = Non
 
 
 def run_folders(path: Path) -> list[Path]:
-    """The folder itself if it is a run's, else those of the runs below it, jobs in their order."""
+    """The folder itself if it is a run's, else those of the runs below it, jobs in their order.
+
+    What a sweep has set aside is none of them: the job was started anew beside it.
+    """
     if _is_run(path):
         return [path]
     below = {file.parent for name in RECORD for file in path.rglob(name)}
-    visible = [folder for folder in below if not _is_tool_folder(folder.relative_to(path))]
+    visible = [folder for folder in below if not _is_hidden(folder.relative_to(path))]
     return sorted(visible, key=lambda folder: [_in_order(part) for part in folder.parts])
 
 
@@ -139,9 +145,9 @@ def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in RECORD)
 
 
-def _is_tool_folder(path: Path) -> bool:
-    """Hydra's and W&B's own, in which there are files of the same names."""
-    return any(part == "wandb" or part.startswith(".") for part in path.parts)
+def _is_hidden(path: Path) -> bool:
+    """Hydra's and W&B's own, in which there are files of the same names, and earlier starts of a sweep's job."""
+    return any(part == "wandb" or part.startswith(".") or EARLIER in part for part in path.parts)
 
 
 def _in_order(part: str) -> tuple[int, int, str]:

@@ -17,10 +17,14 @@ def runs_table(runs: Sequence[Run], labels: Sequence[str], baseline: Group) -> T
     """A row a run: its figures with the best of each marked, and how far its loss ever was from the baseline's."""
     summaries = [run.summary for run in runs]
     figures = figures_of(summaries)
-    header = ["run", "ranks", *(figure.title for figure in figures)]
+    several_devices = len({run.settings["device"] for run in runs}) > 1
+    header = ["run", "ranks", *(["device"] if several_devices else []), *(figure.title for figure in figures)]
     rows = []
     for run, label, cells in zip(runs, labels, figure_cells(summaries, figures), strict=True):
-        row = [Cell(label), Cell(shown(run.settings["ranks"])), *cells]
+        row = [Cell(label), Cell(shown(run.settings["ranks"]))]
+        if several_devices:
+            row.append(Cell(shown(run.settings["device"])))
+        row += cells
         if len(runs) > 1:
             row.append(Cell(_difference(run, baseline)))
         if not all(run.completed for run in runs):

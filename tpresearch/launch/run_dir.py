@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(minutes=5)
 """How long a rank waits for rank 0, which may still be importing torch from a slow file system."""
 
+EARLIER = ".earlier-"
+"""In the name of a folder in which an earlier start of a sweep's job was set aside, before its count."""
+
 
 def register_resolvers() -> None:
     """`run_dir`, `on_rank_zero` and `tokenizer_size`, for the YAML files."""

@@ -40,7 +40,11 @@ METRICS = (
     Metric("perf/tokens_per_second_per_device", "tokens/s", "tokens a second divided by the world size"),
     Metric("perf/mfu", "", "model FLOPs over the peak, attention counted whole (6N + 12Lhs a token)"),
     Metric("perf/mfu_causal", "", "model FLOPs over the peak, attention counted causal (6N + 6Lhs a token)"),
-    Metric("time/data_s", "s", "time a step waited for its batch"),
+    Metric(
+        "time/data_s",
+        "s",
+        "time the host took to have a step's batch ready; on a GPU it overlaps with the step before",
+    ),
     Metric(
         "time/forward_s", "s", "time of a step in the forward pass, collectives that it waits for included"
     ),

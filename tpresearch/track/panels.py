@@ -22,6 +22,8 @@ class Panel:
     reads: str
     """What one reads from it, in a sentence."""
     log: bool = False
+    whole: str | None = None
+    """Of parts: the figure that they belong to, where it is measured apart from them and not their sum."""
 
 
 CORRECTNESS = (
@@ -60,7 +62,7 @@ SPEED = (
     ),
     Panel(
         "step_time",
-        "Step time",
+        "Step time by phase",
         "parts",
         (
             "time/data_s",
@@ -70,14 +72,15 @@ SPEED = (
             "time/clip_s",
             "time/optimizer_s",
         ),
-        "Medians by phase on rank 0; collectives that a phase waits for are in it.",
+        "Medians on rank 0, collectives that a phase waits for in it; on a GPU data overlaps with the step before.",
+        whole="perf/step_time_s",
     ),
     Panel(
         "scaling",
         "Scaling efficiency",
         "scaling",
         ("perf/tokens_per_second_per_device",),
-        "Speed a device as a share of that on the fewest ranks under the same plan.",
+        "Speed a device as a share of that on the fewest ranks of its line; along a line one mesh axis grows.",
     ),
 )
 MEMORY_AND_COMMUNICATION = (

@@ -58,6 +58,7 @@ class Window:
     phases: PhaseTimes
     steps: int = 0
     data_s: float = 0.0
+    """On the host's clock, unlike the phases: a GPU may still be at the step before."""
     paused_s: float = 0.0
     began: float = field(default_factory=time.perf_counter)
 

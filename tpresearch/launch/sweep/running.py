@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
+from tpresearch.launch.run_dir import EARLIER
 from tpresearch.launch.sweep.job import Job
 
 POLL_S = 0.1
@@ -204,7 +205,7 @@ def set_aside(folder: Path) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     nth = 1
-    while (aside := folder.with_name(f"{folder.name}.earlier-{nth}")).exists():
+    while (aside := folder.with_name(f"{folder.name}{EARLIER}{nth}")).exists():
         nth += 1
     folder.rename(aside)
 
