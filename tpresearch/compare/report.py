@@ -23,14 +23,10 @@ from tpresearch.track.record import write_atomically
 from tpresearch.track.shown import path_text
 from tpresearch.track.table import Cell, Table
 
-IN_COMMON: tuple[str, ...] = (
-    "model.name",
-    "corpus_hash",
-    "tokenizer.vocab_size",
-    "data.seq_len",
-    "train.global_batch_size",
+IN_COMMON = (
+    *("model.name", "corpus_hash", "tokenizer.vocab_size", "data.seq_len", "train.global_batch_size"),
+    *("train.seed", "train.dtype", "device"),
 )
-IN_COMMON += ("train.seed", "train.dtype", "device")
 MOST_DIFFERENCES = 14
 """Rows of config differences that a terminal is given."""
 

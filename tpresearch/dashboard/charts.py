@@ -47,10 +47,7 @@ def logged_as(panel: Panel) -> list[str]:
 
     W&B flattens what is nested in a summary, with a dot before each part: `memory/held_bytes.gradients`.
     """
-    names = list(panel.metrics)
-    if panel.kind == "ledger":
-        names = ["comm/bytes_per_step_by_collective.*", "comm/expected_bytes_per_step_by_collective.*"]
-    return [key for name in names for key in _parts(name)]
+    return [key for name in panel.metrics for key in _parts(name)]
 
 
 def _parts(name: str) -> list[str]:

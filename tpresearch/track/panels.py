@@ -109,7 +109,7 @@ MEMORY_AND_COMMUNICATION = (
         "ledger",
         "Sent a step, by axis and collective",
         "ledger",
-        ("comm/bytes_per_step",),
+        ("comm/bytes_per_step_by_collective.*", "comm/expected_bytes_per_step_by_collective.*"),
         "Measured on one step, beside what closed formulas expect.",
     ),
     Panel(
