@@ -117,6 +117,7 @@ def test_the_report_tells_results_place_and_what_to_type_next(
         "run    outputs/r\n",
         "W&B    wandb sync outputs/r/wandb/x\n",
         "  torchrun --nproc-per-node=2 train.py parallel=fsdp_tp  # ",
+        "  python train.py -m parallel=none,tp,fsdp world_size=2  # ",
         "  python train.py plan_only=true ",
         "  cat outputs/r/plan.txt  # ",
     ):

@@ -177,6 +177,10 @@ def _next_commands(run: str, ranks: int, parallel: str) -> list[tuple[str, str]]
             "the same training under another plan: the losses agree",
         ),
         (
+            f"{_program('python')} train.py -m parallel=none,tp,fsdp world_size={max(ranks, 2)}",
+            "three plans side by side, in one table, with the command that draws them",
+        ),
+        (
             f"{_program('python')} train.py plan_only=true model=llama2_7b tokenizer=bpe_32k mesh.tp=8 world_size=64",
             "how 64 ranks would share 7B, compiled here",
         ),
