@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_wandb import FakeWandb
+from support.fake_wandb import FakeWandb
 
 from tpresearch.track.wandb_run import SETTINGS
 from tpresearch.verify.ranks import Ranks
+
+pytest_plugins = ("support.launch_fixtures",)
 
 # A shell starts jobs in the background with Ctrl-C ignored, which tests of Ctrl-C would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,13 +16,13 @@ from torch.distributed.tensor import Shard
 
 from tpresearch.config.mesh import MeshSizes
 from tpresearch.config.schema import DataPlan, Dtype, ParallelConfig, Rule, TensorPlan
-from tpresearch.launch.world import World
-from tpresearch.parallel.init import fill
+from tpresearch.config.world import World
+from tpresearch.ledger.step import Counted
+from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.parallel.parallelize import parallelize
-from tpresearch.parallel.plan import Plan
-from tpresearch.parallel.rules import compile_rule
-from tpresearch.track.counted import Counted
+from tpresearch.parallel.weights import fill
+from tpresearch.plan.compiler import Plan
+from tpresearch.plan.rules import compile_rule
 from tpresearch.train.device import Device
 from tpresearch.train.loop import process_group
 from tpresearch.verify.ranks import Ranks

@@ -21,8 +21,8 @@ from mutants.wrong_rules import (
 from torch.distributed.tensor import Shard
 
 from tpresearch.config import Config, ConfigError
+from tpresearch.config.world import World
 from tpresearch.data import PackedCorpus
-from tpresearch.launch.world import World
 from tpresearch.verify.trace import Trace, trace
 
 BOTH = ("toy_mlp", "llama2_debug")

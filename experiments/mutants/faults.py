@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpresearch.data import Batches
-from tpresearch.parallel import init
-from tpresearch.parallel import parallelize as sharding
-from tpresearch.parallel.plan import Plan
+from tpresearch.parallel import apply as sharding
+from tpresearch.parallel import weights as init
+from tpresearch.plan.compiler import Plan
 from tpresearch.train import build, evaluate, loss, step, trainer
 from tpresearch.train.loss import Objective
 from tpresearch.train.trainer import Trainer

@@ -18,14 +18,14 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "t
 
 
 import numpy as np  # noqa: E402
-from composed import config, corpus, in_two_parts  # noqa: E402
 from mutants.catalogue import MUTANTS, Mutant, run  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from rich.progress import track  # noqa: E402
+from support.composed import config, corpus, in_two_parts  # noqa: E402
 
 from tpresearch.config.schema import Dtype  # noqa: E402
+from tpresearch.config.world import World  # noqa: E402
 from tpresearch.data import PackedCorpus  # noqa: E402
-from tpresearch.launch.world import World  # noqa: E402
 from tpresearch.verify.compare import compare, tolerance  # noqa: E402
 from tpresearch.verify.ranks import Ranks  # noqa: E402
 from tpresearch.verify.trace import Trace, trace  # noqa: E402

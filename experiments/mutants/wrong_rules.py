@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from tpresearch.parallel import plan as planning
-from tpresearch.parallel.rules import Compiled
+from tpresearch.plan import compiler as planning
+from tpresearch.plan.rules import Compiled
 
 Patches = Callable[[], AbstractContextManager[Any]]
 

@@ -28,11 +28,11 @@ from tpresearch.config import Config
 from tpresearch.config.compose import register_schema, typed
 from tpresearch.config.schema import Dtype
 from tpresearch.config.validate import validate
+from tpresearch.config.world import World
 from tpresearch.data import prepare
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
-from tpresearch.launch.world import World
-from tpresearch.track.expected import expected_entries
+from tpresearch.ledger.formulas import expected_entries
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.shown import bytes_text
 from tpresearch.train.build import planned

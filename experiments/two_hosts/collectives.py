@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from wire import settled
 
-from tpresearch.track.ledger import ring_bytes
+from tpresearch.ledger.communication import ring_bytes
 
 TENSOR_BYTES = 16 << 20
 GROUPS = {

@@ -17,8 +17,8 @@ from tpresearch.config.mesh import MeshSizes
 from tpresearch.config.validate import validate
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
-from tpresearch.track.expected import expected_entries
-from tpresearch.track.ledger import Entry
+from tpresearch.ledger.communication import Entry
+from tpresearch.ledger.formulas import expected_entries
 from tpresearch.train.build import planned
 
 LINKS = {"100 Gb/s": 100e9 / 8, "3.2 Tb/s": 3.2e12 / 8}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from tpresearch.config.mesh import AXES
-from tpresearch.track.ledger import Entry
+from tpresearch.ledger.communication import Entry
 
 GLOO_FACTOR = {"all_gather": 1, "all_reduce": 1, "reduce_scatter": 2}
 """Bytes that gloo sends for each byte of the ring formulas.

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fake_wandb import FakeWandb
-from trainings import ROWS, Done, Trained, environment, train
+from support.fake_wandb import FakeWandb
+from support.trainings import ROWS, Done, Trained, environment, on_path, train
 
 SENTENCE = "each rank of the mesh holds a shard of every weight while tokens flow from layer to layer"
 Warm = Callable[..., Done]
@@ -66,9 +66,11 @@ def trained(small: list[str], home: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def warm_python(home: Path) -> Iterator[subprocess.Popen]:
-    program = [sys.executable, str(Path(__file__).with_name("warm.py"))]
+    program = [sys.executable, "-m", "support.warm"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(program, env=environment(home), **pipes) as process:
+    with subprocess.Popen(
+        program, env=environment(home, **on_path(Path(__file__).parents[1])), **pipes
+    ) as process:
         yield process
         process.stdin.close()
 

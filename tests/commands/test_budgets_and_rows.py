@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from trainings import ROWS, Trained
+from support.trainings import ROWS, Trained
 
 pytestmark = pytest.mark.cli
 

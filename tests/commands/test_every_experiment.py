@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from trainings import TRAIN, environment, execute
+from support.trainings import TRAIN, environment, execute
 
 pytestmark = [pytest.mark.cli, pytest.mark.timeout(900)]
 EXPERIMENTS = sorted(path.stem for path in (TRAIN.parent / "conf" / "experiment").glob("*.yaml"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trainings import Trained
+from support.trainings import Trained
 
 pytestmark = pytest.mark.cli
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from trainings import Trained, on_path, train
+from support.trainings import Trained, on_path, train
 
 pytestmark = pytest.mark.cli
 

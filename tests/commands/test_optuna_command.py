@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trainings import TRAIN, environment, execute
+from support.trainings import TRAIN, environment, execute
 
 pytestmark = [pytest.mark.cli, pytest.mark.timeout(600)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from trainings import train
+from support.trainings import train
 
 pytestmark = pytest.mark.cli
 

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from trainings import TRAIN, Done, train
+from support.trainings import TRAIN, Done, train
 
 pytestmark = pytest.mark.cli
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from trainings import Trained
+from support.trainings import Trained
 
 pytestmark = pytest.mark.cli
 

@@ -7,9 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-import fake_slurm
 import pytest
-from trainings import TRAIN, Done, environment, execute
+from support import fake_slurm
+from support.trainings import TRAIN, Done, environment, execute
 
 pytestmark = [pytest.mark.cli, pytest.mark.timeout(900)]
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from trainings import TRAIN, Done, Trained, environment, execute
+from support.trainings import TRAIN, Done, Trained, environment, execute
 
 pytestmark = [pytest.mark.cli, pytest.mark.timeout(1200)]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from fake_wandb import FakeRun, FakeWandb
-from trainings import Trained
+from support.fake_wandb import FakeRun, FakeWandb
+from support.trainings import Trained
 
 pytestmark = pytest.mark.cli
 

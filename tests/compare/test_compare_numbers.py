@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 
 import pytest
-from made_runs import TOKENS_A_STEP, Made, entry, falling, groups_of
 from rich.console import Console
+from support.made_runs import TOKENS_A_STEP, Made, entry, falling, groups_of
 
 from tpresearch.compare.charts import spec_of
 from tpresearch.compare.groups import baseline_of, one_by_one, over_seeds

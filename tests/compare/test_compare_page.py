@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from made_runs import Made, entry, falling
 from PIL import Image
 from rich.console import Console
+from support.made_runs import Made, entry, falling
 
 from tpresearch.compare.groups import baseline_of, one_by_one
 from tpresearch.compare.labels import labels, telling

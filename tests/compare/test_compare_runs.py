@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_runs import Made
+from support.made_runs import Made
 
 from tpresearch.compare.groups import baseline_of, one_by_one, over_seeds
 from tpresearch.compare.labels import labels, telling
@@ -15,7 +15,7 @@ from tpresearch.compare.options import Options, Overlay, Seeds, parse
 from tpresearch.compare.overlay import check
 from tpresearch.compare.runs import find
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.sweep.running import set_aside
+from tpresearch.sweep.running import set_aside
 
 ROOT = Path(__file__).parents[2]
 

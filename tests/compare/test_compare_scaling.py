@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_runs import Made, groups_of
+from support.made_runs import Made, groups_of
 
 from tpresearch.compare.groups import Group, over_seeds
 from tpresearch.compare.numbers import scaling

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from fake_wandb import FakeWandb
+from support.fake_wandb import FakeWandb
 
 from tpresearch.dashboard.__main__ import main
 

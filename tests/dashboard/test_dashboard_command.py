@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from saved_views import sections_of
+from support.saved_views import sections_of
 
 from tpresearch.track.panels import SECTIONS
 

@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from arrivals import logged
-from example_run import FACTS, STEPS, example_config, train
-from fake_wandb import FakeWandb
+from support.arrivals import logged
+from support.example_run import FACTS, STEPS, example_config, train
+from support.fake_wandb import FakeWandb
 
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import DataPlan, ParallelConfig, TensorPlan
+from tpresearch.ledger.communication import Entry
+from tpresearch.ledger.memory import Held
+from tpresearch.ledger.step import Expected, StepCount
 from tpresearch.track import Tracker
-from tpresearch.track.counted import Expected, StepCount
-from tpresearch.track.ledger import Entry
-from tpresearch.track.memory import Held
 from tpresearch.track.record import read_metrics, read_summary
 
 pytestmark = pytest.mark.cli

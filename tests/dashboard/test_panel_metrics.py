@@ -8,9 +8,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from composed import config
-from fake_wandb import FakeRun, FakeWandb
-from saved_views import flat, metrics_of, sections_of
+from support.composed import config
+from support.fake_wandb import FakeRun, FakeWandb
+from support.saved_views import flat, metrics_of, sections_of
 
 from tpresearch.config import Config
 from tpresearch.dashboard.views import workspace

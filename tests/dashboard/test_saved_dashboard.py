@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from fake_wandb import ENTITY, FakeWandb
-from saved_views import sections_of, view_of
+from support.fake_wandb import ENTITY, FakeWandb
+from support.saved_views import sections_of, view_of
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.dashboard.__main__ import main

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from composed import config
+from support.composed import config
 
 from tpresearch.config.schema import DataSource
 from tpresearch.data import Synthetic, batches_of, prepare

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import Command
+from support.launches import Command
 
 pytestmark = pytest.mark.cli
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import PROGRAM, Command
+from support.launches import PROGRAM, Command
 
 pytestmark = pytest.mark.cli
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from commands import PROGRAM, Command
+from support.launches import PROGRAM, Command
 
 pytestmark = pytest.mark.cli
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from composed import config
+from support.composed import config
 from torch import Tensor
 
 from tpresearch.models.llama2 import Llama2, rotary_table, rotate

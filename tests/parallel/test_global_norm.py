@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tpresearch.config.mesh import MeshSizes
-from tpresearch.launch.world import World
+from tpresearch.config.world import World
 from tpresearch.parallel.mesh import build_mesh, data_rank, global_norm
 from tpresearch.train.device import Device
 from tpresearch.train.loop import process_group

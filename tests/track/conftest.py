@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_run import FACTS, STEPS, example_config
 from rich.console import Console
+from support.example_run import FACTS, STEPS, example_config
 
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config

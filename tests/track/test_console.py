@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 
 import pytest
-from example_run import row
 from rich.console import Console
+from support.example_run import row
 
 from tpresearch.track.console import ProgressLine, report
 from tpresearch.track.names import complete_row

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from example_run import row
+from support.example_run import row
 
 from tpresearch.track.names import METRICS, NAMES, complete_row
 from tpresearch.track.record import MetricsFile, headline, read_metrics, write_summary

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from example_run import STEPS, log_steps, row, train
+from support.example_run import STEPS, log_steps, row, train
 
 from tpresearch.config import Config
 from tpresearch.config.compose import as_dict

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from arrivals import logged, only_run, said, sync
-from example_run import STEPS, log_steps, train
-from fake_wandb import DUMMY_KEY, FakeWandb
+from support.arrivals import logged, only_run, said, sync
+from support.example_run import STEPS, log_steps, train
+from support.fake_wandb import DUMMY_KEY, FakeWandb
 
 from tpresearch.config import Config
 from tpresearch.config.schema import WandbMode
@@ -107,7 +107,7 @@ def test_a_host_that_is_silent_holds_up_neither_the_start_nor_the_exit(
         monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
         began = time.monotonic()
-        command = [sys.executable, "-m", "example_run", str(run_dir)]
+        command = [sys.executable, "-m", "support.example_run", str(run_dir)]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert time.monotonic() - began < 2 + 2 + 2 * SLACK_S  # init_timeout, the client's farewell; two starts
     assert ended.returncode == 0

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from arrivals import logged, only_run
-from example_run import STEPS, log_steps, train
-from fake_wandb import DUMMY_KEY, ENTITY, FakeWandb
+from support.arrivals import logged, only_run
+from support.example_run import STEPS, log_steps, train
+from support.fake_wandb import DUMMY_KEY, ENTITY, FakeWandb
 
 from tpresearch.config import Config
 from tpresearch.config.compose import as_dict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from composed import config
+from support.composed import config
 
 from tpresearch.config import ConfigError
 from tpresearch.config.validate import validate

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from composed import config, corpus, in_two_parts
+from support.composed import config, corpus, in_two_parts
 
 from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
 from tpresearch.config.validate import validate
-from tpresearch.launch.world import World
+from tpresearch.config.world import World
+from tpresearch.ledger.formulas import expected_entries
+from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.ledger.step import Counted, Expected, StepCount, count_of
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.track.counted import Counted, Expected, StepCount, count_of
-from tpresearch.track.expected import expected_entries
-from tpresearch.track.expected_memory import expected_bytes
 from tpresearch.train.build import planned
 from tpresearch.train.device import choose_device
 from tpresearch.train.loop import assemble, process_group

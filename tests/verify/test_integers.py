@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from composed import config
+from support.composed import config
 from torch.distributed.tensor import Partial
 from torch.distributed.tensor.parallel import RowwiseParallel
 
 from tpresearch.config import Config
-from tpresearch.launch.world import World
-from tpresearch.parallel.rules import Compiled
+from tpresearch.config.world import World
+from tpresearch.plan.rules import Compiled
 from tpresearch.verify.integers import Exact, exactness, worst_of
 from tpresearch.verify.ranks import Ranks
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from composed import config, corpus, in_two_parts
 from mutants.catalogue import MUTANTS, Mutant, run
+from support.composed import config, corpus, in_two_parts
 
 from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
-from tpresearch.launch.world import World
+from tpresearch.config.world import World
 from tpresearch.verify.compare import compare, tolerance
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import Trace, trace

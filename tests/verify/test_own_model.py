@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from composed import config, corpus
+from support.composed import config, corpus
 from test_parity import PLANS, agree
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.validate import validate
-from tpresearch.launch.world import World
+from tpresearch.config.world import World
 from tpresearch.train.build import planned
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import Trace, trace

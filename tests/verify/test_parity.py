@@ -11,10 +11,10 @@ from functools import cache
 
 import pytest
 import torch
-from composed import config, corpus, in_two_parts
+from support.composed import config, corpus, in_two_parts
 
 from tpresearch.config import Config
-from tpresearch.launch.world import World
+from tpresearch.config.world import World
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import Tensors, Trace, trace
 

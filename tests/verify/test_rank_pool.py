@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tpresearch.launch.world import World
+from tpresearch.config.world import World
 from tpresearch.verify.ranks import RankError, Ranks
 
 

@@ -6,18 +6,18 @@ from functools import cache
 
 import pytest
 import torch
-from composed import config
+from support.composed import config
 from test_parity import digest
 
 from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
 from tpresearch.config.validate import validate
+from tpresearch.config.world import World
 from tpresearch.data import batches_of, prepare
-from tpresearch.launch.world import World
+from tpresearch.ledger.communication import Entry
+from tpresearch.ledger.formulas import expected_entries
+from tpresearch.ledger.step import Counted
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.track.counted import Counted
-from tpresearch.track.expected import expected_entries
-from tpresearch.track.ledger import Entry
 from tpresearch.train.build import meta_model, planned
 from tpresearch.train.defects import part_to_read
 from tpresearch.train.device import choose_device

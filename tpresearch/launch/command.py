@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tpresearch.config.errors import ConfigError, shown
-from tpresearch.launch.world import World
+from tpresearch.config.world import World
 
 
 class WrongCommand(ConfigError):

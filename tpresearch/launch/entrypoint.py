@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from tpresearch.config.compose import register_schema, typed
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
+from tpresearch.config.world import World, slurm_tasks
 from tpresearch.launch.command import WrongCommand, program, python_command, starter
 from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, conf_dir
 from tpresearch.launch.explain import explain
@@ -30,8 +31,7 @@ from tpresearch.launch.refuse import refuse
 from tpresearch.launch.run import Run
 from tpresearch.launch.run_dir import leave_nothing, register_resolvers
 from tpresearch.launch.start import Passing, Start, passing
-from tpresearch.launch.sweep import JobFailed, register_launchers
-from tpresearch.launch.world import World, slurm_tasks
+from tpresearch.sweep import JobFailed, register_launchers
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from tpresearch.launch.world import World
+from tpresearch.config.world import World
 
 IN_FILES_ONLY = {"console": False}
 """As `extra` of a log call: for what the console shows in another way."""

@@ -13,8 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.world import World
 from tpresearch.launch.refuse import refuse
-from tpresearch.launch.world import World
 
 Options = TypeVar("Options")
 TEXT = ("str", "str | None", str, str | None)

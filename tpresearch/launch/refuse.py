@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.world import World, slurm_tasks
 from tpresearch.launch.command import command_to_try
-from tpresearch.launch.world import World, slurm_tasks
 
 EXIT_CODE = 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpresearch.launch.world import World
+from tpresearch.config.world import World
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.world import World
+from tpresearch.config.world import World
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

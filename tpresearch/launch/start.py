@@ -17,9 +17,9 @@ from omegaconf.errors import ConfigKeyError
 
 from tpresearch.config.compose import typed
 from tpresearch.config.schema import Config
+from tpresearch.config.world import World
 from tpresearch.launch.composition import branches
 from tpresearch.launch.run_dir import agree, sweep_folder
-from tpresearch.launch.world import World
 
 
 class Passing(BaseException):

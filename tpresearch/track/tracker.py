@@ -26,7 +26,7 @@ from tpresearch.track.secrets import refuse_secrets
 from tpresearch.track.wandb_run import WandbRun
 
 if TYPE_CHECKING:  # it imports torch, which nothing else here needs
-    from tpresearch.track.counted import StepCount
+    from tpresearch.ledger.step import StepCount
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.mesh import MeshSizes
 from tpresearch.config.schema import Config, Dtype, ModelConfig
 from tpresearch.config.validate import micro_batch_size
-from tpresearch.parallel.init import materialize
-from tpresearch.parallel.parallelize import parallelize
-from tpresearch.parallel.plan import Plan, compile_plan
-from tpresearch.parallel.rules import class_at
+from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.weights import materialize
+from tpresearch.plan.compiler import Plan, compile_plan
+from tpresearch.plan.rules import class_at
 from tpresearch.train.defects import weights_seed
 from tpresearch.train.inputs import check_inputs, check_outputs
 

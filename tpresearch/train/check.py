@@ -6,8 +6,8 @@ from tpresearch.config import ConfigError
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
+from tpresearch.config.world import World
 from tpresearch.data import check_data
-from tpresearch.launch.world import World
 from tpresearch.track.secrets import refuse_secrets
 
 

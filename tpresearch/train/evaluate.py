@@ -7,8 +7,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.data import AnyCorpus, eval_batches
+from tpresearch.parallel.apply import fsdp_modules
 from tpresearch.parallel.mesh import DATA_AXES, data_rank, sum_over
-from tpresearch.parallel.parallelize import fsdp_modules
 from tpresearch.train.loss import IGNORED, loss_context, summed_cross_entropy
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config, DataSource, Loss
-from tpresearch.parallel.numbers import input_width
-from tpresearch.parallel.plan import Plan
+from tpresearch.plan.compiler import Plan
+from tpresearch.plan.numbers import input_width
 
 
 def check_inputs(model: nn.Module, cfg: Config) -> None:

@@ -17,15 +17,15 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import planned_world, total_steps, validate
+from tpresearch.config.world import World
 from tpresearch.data import AnyCorpus, PackedCorpus, check_enough_rows, prepare
 from tpresearch.launch.run import Run
-from tpresearch.launch.world import World
-from tpresearch.parallel.describe import plan_text
+from tpresearch.ledger.formulas import expected_entries
+from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.ledger.step import Expected, count_of
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.parallel.plan import Plan
-from tpresearch.track.counted import Expected, count_of
-from tpresearch.track.expected import expected_entries
-from tpresearch.track.expected_memory import expected_bytes
+from tpresearch.plan.compiler import Plan
+from tpresearch.plan.describe import plan_text
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.build import planned, sharded
 from tpresearch.train.defects import defects_on

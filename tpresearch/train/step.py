@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tpresearch.parallel.mesh import global_norm, sum_together
-from tpresearch.parallel.plan import Plan
+from tpresearch.plan.compiler import Plan
 from tpresearch.train.loss import Objective
 
 Phase = Callable[[str], AbstractContextManager[None]]

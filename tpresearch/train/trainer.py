@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpresearch.config.schema import Config, OnNonfinite
 from tpresearch.config.validate import total_steps
 from tpresearch.data import AnyCorpus, batches_of
+from tpresearch.ledger.step import Counted
 from tpresearch.parallel.mesh import DATA_AXES, data_rank, sum_over
-from tpresearch.parallel.plan import Plan
-from tpresearch.track.counted import Counted
+from tpresearch.plan.compiler import Plan
 from tpresearch.train.defects import KeptGradients, part_to_read
 from tpresearch.train.device import Device
 from tpresearch.train.evaluate import held_out_loss

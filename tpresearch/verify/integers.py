@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tpresearch.config.schema import Config, Dtype
 from tpresearch.config.validate import validate
-from tpresearch.launch.world import World
-from tpresearch.parallel.init import fill
+from tpresearch.config.world import World
+from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import axis_size, build_mesh, data_rank
-from tpresearch.parallel.parallelize import parallelize
-from tpresearch.parallel.plan import Plan
-from tpresearch.parallel.rules import Compiled
+from tpresearch.parallel.weights import fill
+from tpresearch.plan.compiler import Plan
+from tpresearch.plan.rules import Compiled
 from tpresearch.train.build import planned, weight_dtype
 from tpresearch.train.device import choose_device
 from tpresearch.train.loop import process_group

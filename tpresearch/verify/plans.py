@@ -18,8 +18,8 @@ from tpresearch.config.compose import typed
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.schema import DataPlan, DefectsConfig, MeshConfig, ParallelConfig
 from tpresearch.config.validate import validate
+from tpresearch.config.world import World
 from tpresearch.data import AnyCorpus, Synthetic, check_data, prepare
-from tpresearch.launch.world import World
 from tpresearch.train.build import planned
 from tpresearch.verify.compare import Worst, compare, tolerance
 from tpresearch.verify.integers import Exact, exactness, worst_of

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from tpresearch.launch.world import World
+from tpresearch.config.world import World
 
 TIMEOUT_S = 120
 

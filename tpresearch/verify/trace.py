@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
+from tpresearch.config.world import World
 from tpresearch.data import AnyCorpus
-from tpresearch.launch.world import World
 from tpresearch.parallel.mesh import DATA_AXES, build_mesh, sum_over
 from tpresearch.train.build import planned
 from tpresearch.train.device import choose_device

@@ -1,0 +1,81 @@
+"""What a step really sends, collective by collective, against closed formulas; and the formulas by hand."""
+
+from __future__ import annotations
+
+import pytest
+from support.counted_steps import PLANS, counted_step
+
+from tpresearch.ledger.communication import ring_bytes
+from tpresearch.verify.ranks import Ranks
+
+
+@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
+@pytest.mark.parametrize(("plan", "world"), PLANS)
+def test_measured_is_expected(ranks: Ranks, plan: str, world: int, model: str) -> None:
+    found = counted_step(ranks, world, f"model={model}", f"parallel={plan}", two_parts=True)
+    assert found.sent == found.expected.sent
+    assert (found.sent == []) == (world == 1)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel=fsdp_tp", "train.dtype=bfloat16"],
+        ["parallel=fsdp_tp", "train.dtype=float64"],
+        ["parallel=fsdp_tp", "model.vocab_size=263"],
+        ["parallel=fsdp_tp", "parallel.loss_parallel=false"],
+        ["parallel=fsdp_tp", "parallel.fsdp.reshard_after_forward=false"],
+        ["parallel=fsdp_tp", "parallel.activation_checkpointing=selective"],
+        ["parallel=tp", "parallel.loss_parallel=false"],
+        ["parallel=fsdp", "parallel.activation_checkpointing=full"],
+        ["parallel=fsdp", "optimizer=sgd", "train.dtype=bfloat16", "parallel.fsdp.reduce_dtype=bfloat16"],
+    ],
+    ids=" ".join,
+)
+def test_options_move_both_alike(ranks: Ranks, overrides: list[str]) -> None:
+    found = counted_step(ranks, 4, "model=llama2_debug", *overrides)
+    assert found.sent == found.expected.sent
+    assert found.sent
+
+
+def test_ring_bytes_by_hand() -> None:
+    assert ring_bytes("all_gather", 1200, 4) == 900
+    assert ring_bytes("reduce_scatter", 1200, 4) == 900
+    assert ring_bytes("all_reduce", 1200, 4) == 1800
+    assert ring_bytes("all_reduce", 1200, 1) == 0
+
+
+def test_tensor_parallelism_sends_megatrons_four_all_reduces_a_layer(ranks: Ranks) -> None:
+    """2 forward and 2 backward a layer, of b s h; beside them one for the embedding, one for the logits' input."""
+    entries = counted_step(ranks, 2, "model=llama2_debug", "parallel=tp").sent
+    found = {(e.phase, e.issuer, e.collective): (e.count, e.tensor_bytes) for e in entries}
+    layers, bsh = 2, 8 * 16 * 64 * 4
+    assert found == {
+        ("forward", "dtensor", "all_reduce"): (2 * layers + 1, (2 * layers + 1) * bsh),
+        ("backward", "dtensor", "all_reduce"): (2 * layers + 1, (2 * layers + 1) * bsh),
+        ("loss", "loss", "all_reduce"): (3, 3 * 8 * 16 * 4),
+        ("clip", "clip", "all_reduce"): (1, 4),
+    }
+
+
+@pytest.mark.parametrize("plan", ["sp", "fsdp_tp"])
+def test_norms_gradients_are_summed_once_a_step_and_logits_are_never_gathered(
+    ranks: Ranks, plan: str
+) -> None:
+    """Of two micro-batches too: 5 norms of 64, of which each rank of FSDP sums its shard."""
+    found = counted_step(ranks, 4, "model=llama2_debug", f"parallel={plan}", two_parts=True)
+    shards = 2 if plan == "fsdp_tp" else 1
+    sums = [e for e in found.sent if e.issuer == "step"]
+    assert [(e.axis, e.phase, e.collective, e.count, e.tensor_bytes) for e in sums] == [
+        ("tp", "backward", "all_reduce", 1, 5 * 64 * 4 // shards)
+    ]
+    loss = [(e.collective, e.count) for e in found.sent if e.phase == "loss"]
+    assert loss == [("all_reduce", 6)]  # three for each micro-batch
+
+
+def test_each_entry_says_who_issued_it(ranks: Ranks) -> None:
+    found = counted_step(ranks, 4, "model=llama2_debug", "parallel=fsdp_tp", two_parts=True)
+    assert {(e.axis, e.issuer) for e in found.sent} == {
+        *(("tp", issuer) for issuer in ("dtensor", "loss", "step", "clip")),
+        *(("dp_shard", issuer) for issuer in ("fsdp", "clip")),
+    }

@@ -1,0 +1,83 @@
+"""What a step really holds, by kind, against closed formulas; and the ledger itself on sums done by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.counted_steps import PLANS, counted_step
+from torch import nn
+
+from tpresearch.ledger.memory import MemoryLedger
+from tpresearch.ledger.step import StepCount
+from tpresearch.verify.ranks import Ranks
+
+
+def agree(found: StepCount) -> None:
+    held, wanted = {kind.kind: kind.most_bytes for kind in found.held}, found.expected.held
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert held[kind] == wanted[kind], kind
+    assert wanted["activations"]
+    assert held["activations"] == pytest.approx(wanted["activations"], rel=0.01)
+
+
+@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
+@pytest.mark.parametrize(("plan", "world"), PLANS)
+def test_measured_is_expected(ranks: Ranks, plan: str, world: int, model: str) -> None:
+    agree(counted_step(ranks, world, f"model={model}", f"parallel={plan}", two_parts=True))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel=none", "train.dtype=float64"],
+        ["parallel=none", "parallel.activation_checkpointing=full"],
+        ["parallel=none", "parallel.activation_checkpointing=selective"],
+        ["parallel=none", "model.n_kv_heads=8", "model.n_layers=3"],
+        ["parallel=none", "train.dtype=bfloat16"],
+        ["parallel=none", "optimizer=sgd"],
+        ["parallel=none", "optimizer=sgd", "optimizer.momentum=0.9"],
+        ["parallel=sp", "parallel.activation_checkpointing=full"],
+        ["parallel=tp", "parallel.loss_parallel=false"],
+        ["parallel=fsdp", "parallel.fsdp.reshard_after_forward=false"],
+    ],
+    ids=" ".join,
+)
+def test_options_move_both_alike(ranks: Ranks, overrides: list[str]) -> None:
+    agree(counted_step(ranks, 1 if "parallel=none" in overrides else 2, "model=llama2_debug", *overrides))
+
+
+def test_sharding_weights_keeps_activations_and_gathers_for_a_while(ranks: Ranks) -> None:
+    """FSDP holds half of what is kept for the step, the same activations, and gathered blocks as temporaries."""
+    steps = (
+        counted_step(ranks, world, "model=llama2_debug", plan, f"train.global_batch_size={8 * world}")
+        for world, plan in ((1, "parallel=none"), (2, "parallel=fsdp"))
+    )
+    alone, halves = ({kind.kind: kind.most_bytes for kind in step.held} for step in steps)
+    for kind in ("gradients", "optimizer"):
+        assert halves[kind] == pytest.approx(alone[kind] / 2, rel=0.001)
+    assert halves["activations"] == pytest.approx(alone["activations"], rel=0.001)
+    block = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192 + 2 * 64)
+    assert halves["temporaries"] - alone["temporaries"] > block
+
+
+def test_by_hand() -> None:
+    """Two layers of 8 by 8: 100 rows of 8 saved by each matmul, and one more result that is dropped."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    rows = torch.ones(100, 8)
+    memory = MemoryLedger(model, optimizer)
+    with memory:
+        with memory.mark("forward"):
+            loss = model(rows * 2).sum()
+        with memory.mark("backward"):
+            loss.backward()
+        memory.note_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+    held = {kind.kind: kind for kind in memory.held()}
+    matrix, activation = 8 * 8 * 4, 100 * 8 * 4
+    assert held["parameters"].most_bytes == 2 * matrix
+    assert held["gradients"].most_bytes == held["optimizer"].most_bytes == 2 * matrix
+    assert held["activations"].most_bytes == 2 * activation + 4  # and the loss, a scalar
+    assert held["optimizer"].at_peak_bytes == 0  # momentum comes last
+    assert sum(kind.at_peak_bytes for kind in held.values()) >= 2 * matrix + 3 * activation

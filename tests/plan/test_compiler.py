@@ -1,0 +1,169 @@
+"""The plan compiler: what it refuses, and that its table is what really happens to a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.composed import config
+from torch.distributed.tensor import DTensor
+
+from tpresearch.config import Config, ConfigError
+from tpresearch.config.validate import validate
+from tpresearch.config.world import World
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.plan.compiler import matching
+from tpresearch.plan.describe import folded, plan_rows, plan_text
+from tpresearch.train.build import planned, sharded
+from tpresearch.train.device import choose_device
+from tpresearch.train.loop import process_group
+from tpresearch.verify.ranks import Ranks
+
+
+def compiled(*overrides: str, world: int = 4):
+    cfg = config(*overrides)
+    return planned(cfg, validate(cfg, world))
+
+
+def refused(*overrides: str, world: int = 4) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        compiled(*overrides, world=world)
+    return caught.value
+
+
+def test_wildcards_match_part_by_part() -> None:
+    names = ["layers.0.attention.wq", "layers.1.attention.wq", "layers.0.attention.wo", "layers.0.wq"]
+    assert matching("layers.*.attention.wq", names) == names[:2]
+    assert matching("layers.*.attention.w[qo]", names) == names[:3]
+    assert matching("layers.*", names) == []
+
+
+def test_a_rule_that_matches_nothing_is_refused_with_near_names() -> None:
+    error = refused("model.plans.sp.out.match=layers.*.attention.w0")
+    assert error.field == "model.plans.sp.out.match"
+    assert "matches no module" in str(error)
+    assert "layers.0.attention.wo" in error.legal or "layers.1.attention.wo" in error.legal
+
+
+def test_overlapping_rules_are_refused_and_both_named() -> None:
+    error = refused("model.plans.sp.out.match='layers.*.attention.w[oq]'")
+    assert error.field == "model.plans.sp.out.match"
+    assert "qkv" in str(error)
+    assert "out" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "offered"),
+    [
+        ("model.plans.sp.out.style=rowwize", "model.plans.sp.out.style", "rowwise"),
+        ("model.plans.sp.out.dst=shared:1", "model.plans.sp.out.dst", "shard:N"),
+        ("model.plans.sp.attn_in.dst=[replicate]", "model.plans.sp.attn_in", "one length"),
+        ("model.plans.sp.norms.style=colwise", "model.plans.sp.norms.style", "nn.Linear"),
+        ("model.plans.sp.qkv.units=[n_head]", "model.plans.sp.qkv.units", "n_heads"),
+        ("+model.plans.sp.out._target_=nowhere.Mine", "model.plans.sp.out._target_", "class"),
+        ("+model.plans.sp.out._target_=torch.nn.Linear", "model.plans.sp.out._target_", "ParallelStyle"),
+        ("+model.plans.sp.out.stile=rowwise", "model.plans.sp.out.stile", "style"),
+        ("model.blocks=[layer.*]", "model.blocks", "layers"),
+        ("model.dim=60", "model", "settings"),
+        ("+model.n_head=3", "model.n_head", "n_heads"),
+        ("model._target_=tpresearch.models.llama3.Llama3", "model._target_", "class"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(override: str, field: str, offered: str) -> None:
+    error = refused("model=llama2_debug", override)
+    assert error.field == field
+    assert offered in error.legal
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "culprit", "legal"),
+    [
+        (["model=llama2_tiny", "parallel=tp"], 3, "model.n_heads=16", "1 2 4 8 16"),
+        (["model=llama2_debug", "parallel=tp"], 8, "model.n_kv_heads=4", "1 2 4"),
+        (["model=llama2_debug", "parallel=tp", "model.ffn_dim=90"], 4, "shape[0]=90", "1 2"),
+        (["model=llama2_debug", "parallel=sp", "data.seq_len=18"], 4, "data.seq_len=18", "1 2"),
+        (["model=toy_mlp", "parallel=tp", "model.hidden_dim=30"], 4, "shape[0]=30", "1 2"),
+    ],
+)
+def test_what_tp_does_not_divide_is_refused(
+    overrides: list[str], world: int, culprit: str, legal: str
+) -> None:
+    error = refused(*overrides, world=world)
+    assert error.field == "mesh.tp"
+    assert culprit in error.why
+    assert legal in error.legal
+    assert str(error.nproc) in error.legal.split()
+
+
+def test_tp_alone_needs_no_divisible_sequence() -> None:
+    compiled("model=llama2_debug", "parallel=tp", "data.seq_len=17")
+
+
+def facts_of_rank_zero(world: World, cfg: Config) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What really became of each parameter: its placements over axes of several ranks, its local shape."""
+    sizes = validate(cfg, world.size)
+    model, plan = planned(cfg, sizes)
+    device = choose_device(cfg, world.local_rank, world.local_size)
+    with process_group(device, world):
+        mesh = build_mesh(sizes, "cpu")
+        sharded(model, plan, cfg, mesh, device.torch)
+        found = {}
+        for name, parameter in model.named_parameters():
+            if not isinstance(parameter, DTensor):
+                found[name] = ("whole", tuple(parameter.shape))
+                continue
+            names = parameter.device_mesh.mesh_dim_names or ()
+            over = [
+                f"{axis}: Shard({placement.dim})"  # type: ignore[attr-defined]
+                for axis, placement in zip(names, parameter.placements, strict=True)
+                if sizes.live().get(axis) and not placement.is_replicate()
+            ]
+            found[name] = (", ".join(over) or "whole", tuple(parameter.to_local().shape))
+        return found
+
+
+@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
+@pytest.mark.parametrize("plan", ["ddp", "tp", "sp", "fsdp", "hsdp", "fsdp_tp"])
+def test_the_table_is_what_becomes_of_each_parameter(ranks: Ranks, plan: str, model: str) -> None:
+    overrides = [f"model={model}", f"parallel={plan}", "model.vocab_size=263"]
+    meta, compiled_plan = compiled(*overrides)
+    table = {
+        row.fqn: (row.placement, row.local_shape) for row in plan_rows(meta, compiled_plan) if row.local_shape
+    }
+    assert table == ranks.run(4, facts_of_rank_zero, config(*overrides))[0]
+
+
+def test_layers_fold_into_one_row_and_nothing_is_lost() -> None:
+    model, plan = compiled("model=llama2_7b", "tokenizer.vocab_size=32000", "mesh.tp=8", world=8)
+    rows = plan_rows(model, plan)
+    assert len([row for row in rows if row.local_shape]) == len(list(model.parameters())) == 32 * 9 + 3
+    assert len(folded(rows)) == 14
+    assert "parameters: 6,738,415,616" in plan_text(model, plan)
+
+
+def test_parameters_left_whole_are_named() -> None:
+    _, plan = compiled("model=toy_mlp", "parallel=tp")
+    assert plan.whole == ["mlp.out_proj.bias"]
+    _, plan = compiled("model=llama2_debug", "parallel=tp")
+    assert {name.rsplit(".", 2)[-2] for name in plan.whole} == {"attention_norm", "ffn_norm", "norm"}
+
+
+def test_one_rule_can_be_changed_from_the_command_line() -> None:
+    _, plan = compiled("model=llama2_debug", "model.plans.sp.out.dst=replicate")
+    assert {str(plan.rules[f"layers.{layer}.attention.wo"].dst[0]) for layer in (0, 1)} == {"R"}
+
+
+@pytest.mark.parametrize("change", ["~model.plans.sp.norms", "model.plans.sp.norms.match=layers.0.*_norm"])
+def test_a_weight_without_a_rule_is_refused_where_the_sequence_is_split(change: str) -> None:
+    error = refused("model=llama2_debug", change)
+    assert error.field == "model.plans.sp"
+    assert "_norm" in error.why
+
+
+@pytest.mark.parametrize("blocks", ["[layers.*,layers.0]", "[layers.*,layers]"])
+def test_blocks_that_hold_each_other_are_refused(blocks: str) -> None:
+    assert refused("model=llama2_debug", f"model.blocks={blocks}").field == "model.blocks"
+
+
+def test_the_plan_is_compiled_without_memory() -> None:
+    model, _ = compiled("model=llama2_70b", "parallel=sp", "mesh.tp=8", "data.seq_len=64", world=8)
+    assert all(p.device == torch.device("meta") for p in model.parameters())

@@ -1,0 +1,120 @@
+"""Runs to compare, left by the tracker itself: of a dozen steps that nobody trained."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from tpresearch.compare.groups import Group, one_by_one
+from tpresearch.compare.labels import labels, telling
+from tpresearch.compare.runs import find
+from tpresearch.config.compose import as_dict
+from tpresearch.config.schema import Config, DataPlan, ModelConfig, ParallelConfig, Rule, TensorPlan
+from tpresearch.ledger.communication import Entry
+from tpresearch.ledger.memory import Held
+from tpresearch.ledger.step import Expected, StepCount
+from tpresearch.track import RunFacts, Tracker
+
+TOKENS_A_STEP = 3072
+PLANS = {
+    "none": ParallelConfig(),
+    "tp": ParallelConfig("tp", TensorPlan.tp),
+    "fsdp": ParallelConfig("fsdp", None, DataPlan.fsdp),
+    "fsdp_tp": ParallelConfig("fsdp_tp", TensorPlan.sp, DataPlan.fsdp),
+}
+PHASES = ("data", "forward", "loss", "backward", "clip", "optimizer")
+
+
+def falling(step: int) -> float:
+    return 8.0 - step / 16
+
+
+def entry(axis: str, collective: str, sent: int, phase: str = "forward") -> Entry:
+    return Entry(axis, phase, "dtensor", collective, 2, 2 * sent, sent)
+
+
+@dataclass
+class Made:
+    """One run: what it was told, and what it is to have measured."""
+
+    plan: str = "none"
+    mesh: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
+    lr: float = 3e-3
+    global_batch_size: int = 24
+    vocab_size: int = 4096
+    name: str | None = None
+    steps: int = 12
+    log_every: int = 1
+    loss: Callable[[int], float | None] = falling
+    speed: float = 1000.0
+    """Tokens a second a device."""
+    mfu: float | None = None
+    device: str = "cpu"
+    memory: int = 2**30
+    sent: list[Entry] = field(default_factory=list)
+    expected: list[Entry] | None = None
+    corpus_hash: str = "c0ffee"
+    error: Exception | None = None
+
+    @property
+    def ranks(self) -> int:
+        ranks = 1
+        for size in self.mesh.values():
+            ranks *= size
+        return ranks
+
+    def config(self) -> Config:
+        rule = Rule(match="layers.*.attention.w[qkv]", style="colwise", units=["n_heads"])
+        target = "tpresearch.models.llama2.Llama2"
+        model = ModelConfig("llama2_debug", target, {"dim": 64}, ["layers.*"], {"sp": {"qkv": rule}})
+        cfg = Config(model=model, parallel=PLANS[self.plan])
+        cfg.train.seed, cfg.train.global_batch_size = self.seed, self.global_batch_size
+        cfg.tokenizer.vocab_size, cfg.optimizer.lr = self.vocab_size, self.lr
+        cfg.logger.wandb, cfg.logger.name = False, self.name
+        return cfg
+
+    def row(self, step: int) -> dict[str, float | None]:
+        return {
+            "train/step": step,
+            "train/tokens": step * TOKENS_A_STEP,
+            "train/loss": self.loss(step),
+            "train/grad_norm": 1 + 1 / step,
+            "train/lr": self.lr,
+            "val/loss": falling(step) + 0.25 if step % 4 == 0 else None,
+            "perf/step_time_s": TOKENS_A_STEP / (self.speed * self.ranks),
+            "perf/tokens_per_second": self.speed * self.ranks,
+            "perf/tokens_per_second_per_device": self.speed,
+            "perf/mfu": self.mfu,
+            **{f"time/{phase}_s": 0.1 * (1 + i) for i, phase in enumerate(PHASES)},
+            "memory/peak_bytes": self.memory,
+            "comm/bytes_per_step": sum(each.sent_bytes for each in self.sent),
+        }
+
+    def write(self, folder: Path) -> Path:
+        """The run's folder, as a training leaves it."""
+        cfg = self.config()
+        facts = RunFacts(self.ranks, self.mesh, 622_912, self.device, self.corpus_hash, 6.5)
+        console = Console(file=io.StringIO(), width=120)
+        tracker = Tracker(cfg, as_dict(cfg), folder, facts, self.steps, console=console, plan="the plan")
+        held = [Held("parameters", 2 * 2**20, 2 * 2**20), Held("activations", 9 * 2**20, 6 * 2**20)]
+        expected = self.sent if self.expected is None else self.expected
+        tracker.count(StepCount(self.sent, held, None, Expected(expected, {})))
+        for step in range(self.log_every, self.steps + 1, self.log_every):
+            tracker.log(self.row(step))
+        if self.error is None:
+            tracker.finish()
+        else:
+            tracker.finish(status="failed", error=f"{type(self.error).__name__}: {self.error}")
+        return folder
+
+
+def groups_of(folder: Path, *runs: Made) -> list[Group]:
+    for index, run in enumerate(runs):
+        run.write(folder / str(index))
+    found = find([str(folder)]).runs
+    return one_by_one(found, labels(found, telling(found)))

@@ -1,0 +1,227 @@
+"""Sweeps: what each job needs, what is judged before any starts, what runs beside what, and what is left out."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from support import composed
+from support.sweeps import Sweep
+
+from tpresearch.launch.start import Passing
+from tpresearch.sweep import JobFailed, launcher
+from tpresearch.sweep.job import as_written, ranks_needed, signature
+from tpresearch.sweep.running import ending_signals, local_command, run_jobs
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m"])
+    monkeypatch.setattr(launcher, "_visible_gpus", list)
+    monkeypatch.setattr("tpresearch.sweep.running.POLL_S", 0.001)
+    return Sweep(tmp_path / "sweep")
+
+
+def table(sweep: Sweep) -> list[dict[str, str]]:
+    with (sweep.folder / "summary.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [
+        ("parallel=none", 1),
+        ("parallel=none world_size=8", 1),
+        ("parallel=tp", 4),
+        ("parallel=tp mesh.tp=2", 2),
+        ("parallel=fsdp_tp mesh.tp=2", 4),
+        ("parallel=fsdp_tp mesh.tp=8", 8),
+        ("parallel=fsdp_tp mesh.tp=3", 3),
+        ("parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=3", 6),
+        ("parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=-1", 4),
+        ("parallel=fsdp world_size=2", 2),
+        ("parallel=fsdp world_size=2 plan_only=true", 1),
+    ],
+)
+def test_a_job_has_the_ranks_that_its_own_mesh_needs(overrides: str, ranks: int) -> None:
+    assert ranks_needed(composed.config(*overrides.split()), 4) == ranks
+
+
+def test_jobs_are_started_with_their_own_world_size_and_folder(sweep: Sweep) -> None:
+    sweep("parallel=none,tp,fsdp_tp", "mesh.tp=null", "logger=none")
+    assert [job.ranks for job in sweep.started] == [1, 4, 4]
+    one, four, _ = (local_command(job) for job in sweep.started)
+    assert "torch.distributed.run" not in one
+    assert four[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    assert {"parallel=tp", f"hydra.run.dir={sweep.folder}/1", "hydra.mode=RUN"} <= set(four)
+    assert not any("hydra.sweep" in word or "logger.group" in word for word in four)
+
+
+def test_all_jobs_of_a_sweep_are_one_group_and_one_folder_in_wandb(sweep: Sweep) -> None:
+    sweep("parallel=none,tp", "logger=wandb", "hydra.searchpath=[]")
+    for job in sweep.started:
+        assert f"logger.dir={sweep.folder}" in job.arguments
+        assert any(word.startswith("logger.group=") for word in job.arguments)
+        assert "hydra.searchpath=[]" in job.arguments
+    assert not any("logger.tags" in word for job in sweep.started for word in job.arguments)
+    sweep("parallel=none,tp", "optimizer.lr=1e-3,2e-3", "train.steps=7", "logger=wandb", "logger.tags=[mine]")
+    last = [[word for word in job.arguments if word.startswith("logger.tags=")][-1] for job in sweep.started]
+    assert last == [f"logger.tags=[mine,'optimizer.lr={lr}']" for lr in ("0.001", "0.002")] * 2
+    sweep("parallel=none,ddp", "logger=wandb", "logger.group=mine")
+    assert all("logger.group=mine" in job.arguments for job in sweep.started)
+
+
+def test_no_job_starts_while_any_is_wrong(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "parallel=tp", "mesh.tp=2,3"])
+    with pytest.raises(Passing) as refused:
+        sweep("parallel=tp", "mesh.tp=2,3")
+    said = str(refused.value.error)
+    assert said.startswith("mesh.tp=3: does not divide ")
+    assert ", in job 1 of the sweep (" in said
+    assert refused.value.error.command.endswith(" -m parallel=tp mesh.tp=2")
+    assert sweep.started == []
+    assert not sweep.folder.exists()
+
+
+def test_a_failed_job_leaves_the_others_alone(sweep: Sweep) -> None:
+    sweep.code = lambda job: int(job.number == 0)
+    told = sweep("parallel=none,tp,fsdp")
+    assert isinstance(told[0], JobFailed)
+    assert told[1:] == [6.0, 7.0]  # the objective: train/loss
+    assert [row["status"] for row in table(sweep)] == ["failed", "completed", "completed"]
+    assert table(sweep)[0]["error"] == "ValueError: no"
+    assert "ValueError: no" in (sweep.folder / "summary.md").read_text()
+
+
+def test_fail_fast_stops_at_the_first_failure(sweep: Sweep) -> None:
+    sweep.code = lambda job: int(job.number == 1)
+    sweep("parallel=none,tp,fsdp,ddp", fail_fast=True)
+    assert sweep.numbers == [0, 1]
+    assert [row["status"] for row in table(sweep)] == ["completed", "failed", "not started", "not started"]
+
+
+def test_the_objective_is_any_figure_of_the_summary(sweep: Sweep) -> None:
+    sweep.figures = lambda job: {"val/loss": 3.5 - job.number}
+    assert sweep("parallel=none,tp", objective="val/loss") == [3.5, 2.5]
+
+
+def test_started_again_it_runs_what_is_not_completed(sweep: Sweep) -> None:
+    sweep.code = lambda job: int(job.number == 1)
+    sweep("parallel=none,tp,fsdp")
+    sweep.code = lambda job: 0
+    with pytest.raises(Passing):
+        sweep("parallel=none,tp,fsdp", "train.global_batch_size=9")
+    told = sweep("parallel=none,tp,fsdp")
+    assert sweep.numbers == [1]
+    assert told == [5.0, 6.0, 7.0]
+    assert [row["status"] for row in table(sweep)] == ["completed"] * 3
+
+
+def test_another_config_is_another_job_and_leaves_the_completed_ones(sweep: Sweep) -> None:
+    sweep("parallel=none,tp", "train.steps=2")
+    sweep("parallel=fsdp,tp,none", "train.steps=2", "logger=none", "data.cache_dir=elsewhere")
+    assert sweep.numbers == [0]  # tp and none are found in the folders of another order
+    assert sweep.started[0].folder == sweep.folder / "0-2"
+    sweep("parallel=none,tp", "train.steps=3")
+    assert sweep.numbers == [0, 1]
+    assert len(list(sweep.folder.glob("*/summary.json"))) == 5
+
+
+def test_slurms_nodes_are_asked_for_whatever_gpus_are_here(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_visible_gpus", lambda: ["0"])
+    monkeypatch.setattr(launcher.TorchrunLauncher, "ranks_per_node", 8)
+    sweep("parallel=none,fsdp", "device=cuda", "world_size=16", "train.global_batch_size=16", cpu_slots=17)
+    assert [(job.slots, job.gpus, job.nodes) for job in sweep.started] == [(1, False, 1), (16, False, 2)]
+
+
+def test_ranks_that_do_not_fill_nodes_alike_are_refused(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher.TorchrunLauncher, "ranks_per_node", 4)
+    with pytest.raises(Passing) as refused:
+        sweep("parallel=fsdp", "world_size=5", "train.global_batch_size=10")
+    assert str(refused.value.error).startswith("hydra.launcher.ranks_per_node=4: 5 ranks cannot be spread")
+
+
+def test_no_two_sweeps_run_in_one_folder(sweep: Sweep) -> None:
+    sweep.folder.mkdir()
+    with FileLock(sweep.folder / ".lock"), pytest.raises(Passing) as refused:
+        sweep("parallel=none")
+    assert str(refused.value.error).startswith(f"hydra.sweep.dir={sweep.folder}: another sweep runs in this")
+    assert sweep.started == []
+    assert sweep("parallel=none") == [5.0]
+
+
+def test_an_objective_that_no_job_has_is_a_failure_for_the_sweeper(sweep: Sweep) -> None:
+    (told,) = sweep("parallel=none", objective="val/los")
+    assert isinstance(told, JobFailed)
+    assert "no number for hydra.launcher.objective=val/los" in str(told)
+
+
+def test_under_nohup_a_sweep_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signature_is_of_what_is_computed() -> None:
+    one = as_written(composed.config("parallel=tp"))
+    same = as_written(composed.config("parallel=tp", "name=x", "logger=wandb", "data.cache_dir=/y"))
+    other = as_written(composed.config("parallel=tp", "train.seed=1"))
+    assert signature(one, 2) == signature(same, 2) != signature(one, 4)
+    assert signature(one, 2) != signature(other, 2)
+    assert signature(one, 2, without_seed=True) == signature(other, 2, without_seed=True)
+
+
+def test_jobs_run_side_by_side_on_gpus_of_their_own(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_visible_gpus", lambda: ["4", "5", "6", "7"])
+    sweep("parallel=tp,fsdp,none", "world_size=2")
+    shown = [share.environment()["CUDA_VISIBLE_DEVICES"] for share in sweep.shares]
+    assert shown[:2] == ["4,5", "6,7"]
+    assert shown[2] in ("4", "6")
+    assert sweep.most_at_once == 2
+
+
+@pytest.mark.parametrize(("slots", "at_once"), [(None, 1), (2, 1), (4, 2), (6, 3)])
+def test_on_cpus_as_many_run_as_have_slots(sweep: Sweep, slots: int | None, at_once: int) -> None:
+    sweep("parallel=tp,fsdp,ddp", "world_size=2", cpu_slots=slots)
+    assert (len(sweep.started), sweep.most_at_once) == (3, at_once)
+    assert all("CUDA_VISIBLE_DEVICES" not in share.environment() for share in sweep.shares)
+
+
+def test_experiments_are_swept_by_a_glob(sweep: Sweep) -> None:
+    sweep("experiment=glob(seed_*)", "data=random_tokens", "train.loss=next_token")
+    assert [job.settings["experiment"] for job in sweep.started] == ["seed_2d", "seed_sp", "seed_tp"]
+
+
+def test_what_is_interrupted_is_stopped_and_said(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = []
+
+    def interrupted(jobs, devices, start, *rest):
+        def starts(job, share):
+            stopped.append(start(job, share))
+            stopped[-1].looks = 1000
+            os.kill(os.getpid(), signal.SIGINT)
+            return stopped[-1]
+
+        run_jobs(jobs, devices, starts, *rest)
+
+    monkeypatch.setattr("tpresearch.sweep.running.run_jobs", interrupted)
+    sweep.code = lambda job: 1
+    with pytest.raises(SystemExit) as ended:
+        sweep("parallel=none,tp")
+    assert ended.value.code == 130
+    assert [job.asked_to_end for job in stopped] == [True]
+    assert [row["status"] for row in table(sweep)] == ["preempted", "not started"]

@@ -1,6 +1,0 @@
-"""Sweeps: `python train.py -m ...` runs each job under a torchrun of its own, and ends in one table."""
-
-from tpresearch.launch.sweep.launcher import JobFailed
-from tpresearch.launch.sweep.plugin import register_launchers
-
-__all__ = ["JobFailed", "register_launchers"]

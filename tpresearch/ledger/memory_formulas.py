@@ -1,0 +1,115 @@
+"""What one optimizer step must hold, by closed formulas: to be held against the memory ledger.
+
+Elements of rank 0, over t tensor-parallel and d data-sharding ranks; e bytes an element of the computation:
+
+- Parameters, gradients, optimizer state: each rank's shards, exactly; AdamW keeps two numbers a parameter
+  (arXiv 1910.02054, section 3.1).
+- Activations: what each op saves for backward, per token (the method of arXiv 2205.05198, section 4.1, for the
+  ops of this model): for Llama2 and the toy model.
+- Temporaries depend on the order in which ops free their inputs: no formula is claimed.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from tpresearch.config.schema import Checkpointing, Config, Dtype, Loss, OptimizerName
+from tpresearch.models.llama2 import Block, Llama2
+from tpresearch.models.toy_mlp import ToyLM
+from tpresearch.plan.compiler import Plan, local_shape
+
+_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2}
+
+
+def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu") -> dict[str, int | None]:
+    """Bytes by kind of memory; None where no formula is known.
+
+    Args:
+        model: on the meta device, whole. device: its type, since a CPU's RMSNorm keeps more than the fused one.
+    """
+    weight = 8 if cfg.train.dtype is Dtype.float64 else 4
+    whole = dict(model.named_parameters())
+    shards = sum(_shard(name, parameter, plan, model) for name, parameter in whole.items())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    return {
+        "parameters": shards * weight + buffers,
+        "gradients": shards * weight,
+        "optimizer": _optimizer_bytes(cfg, shards * weight, len(whole)),
+        "activations": _activation_bytes(model, plan, cfg, device),
+        "temporaries": None,
+    }
+
+
+def _shard(name: str, parameter: nn.Parameter, plan: Plan, model: nn.Module) -> int:
+    first, *rest = local_shape(name, parameter, plan, model.get_submodule(name.rpartition(".")[0]))
+    return -(-first // plan.sizes.dp_shard) * math.prod(rest)
+
+
+def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:
+    if cfg.optimizer.name is OptimizerName.sgd:
+        return weights if cfg.optimizer.momentum else 0
+    return 2 * weights + 4 * parameters  # and a count of steps for each
+
+
+def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) -> int | None:
+    """Of one micro-batch, which is gone before the next begins."""
+    rows = cfg.train.micro_batch_size or cfg.train.global_batch_size // plan.sizes.dp
+    tokens, element = rows * cfg.data.seq_len, _BYTES[cfg.train.dtype]
+    if isinstance(model, Llama2):
+        kept = _of_llama2(model, plan, cfg, element, device)
+    elif isinstance(model, ToyLM):
+        kept = _of_toy(model, plan, element)
+    else:
+        return None
+    if kept is None:
+        return None
+    vocabulary = model.output.out_features
+    logits = -(-vocabulary // plan.sizes.tp) if plan.loss_parallel else vocabulary
+    softmax = logits * max(element, 4)
+    indices = 8 * (3 if plan.loss_parallel else 2)  # tokens, targets, and targets within the shard, int64
+    if cfg.train.loss is Loss.sum:
+        softmax, indices = 0, 8  # the gradient is 1, whatever the logits are
+    return round(tokens * (kept + softmax + indices))
+
+
+def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str) -> float | None:
+    """Bytes a token, but for the logits: each block's, and the last norm's."""
+    t = plan.sizes.tp if plan.rules else 1
+    residual = 1 / t if plan.partial(model) else 1.0  # sequence parallelism splits what lies between matmuls
+    block, h = model.layers[0], model.dim
+    assert isinstance(block, Block)
+    norm = _norm_bytes(h, element, device) * residual + h * element  # its output is gathered for the matmuls
+    mode = cfg.parallel.activation_checkpointing
+    if mode is Checkpointing.full:
+        each = h * element * residual
+    elif mode is Checkpointing.selective:
+        if t > 1:
+            return None  # what collectives bring is kept too, by rules that the plan's words do not tell
+        each = _attention_bytes(block, element) + (3 * h + 2 * block.feed_forward.w1.out_features) * element
+    else:
+        split = _attention_bytes(block, element) + 4 * block.feed_forward.w1.out_features * element
+        each = 2 * norm + split / t
+    return model.n_layers * each + norm
+
+
+def _attention_bytes(block: Block, element: int) -> int:
+    """Bytes a token that attention keeps: queries, keys, values, its result, and a log-sum-exp for each head."""
+    a = block.attention
+    heads = a.wq.out_features // a.head_dim
+    return (2 * a.wq.out_features + a.wk.out_features + a.wv.out_features) * element + heads * max(element, 4)
+
+
+def _norm_bytes(h: int, element: int, device: str) -> int:
+    """What RMSNorm keeps of a token beside its output: its input and its scale, and on a CPU that input normalised,
+    in at least float32."""
+    wide = max(element, 4)
+    return h * element + wide if device == "cuda" else 2 * h * wide + wide
+
+
+def _of_toy(model: ToyLM, plan: Plan, element: int) -> float:
+    """Bytes a token: what enters the three matmuls (ReLU keeps its output, which is the second's input)."""
+    t = plan.sizes.tp if plan.rules else 1
+    hidden = model.mlp.in_proj.out_features / t
+    return (model.embed.embedding_dim + hidden + model.output.in_features) * element

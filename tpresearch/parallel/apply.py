@@ -1,0 +1,138 @@
+"""A plan put on a model, in a fixed order: TP/SP -> activation checkpointing -> compile -> FSDP."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from tpresearch.config.schema import Checkpointing, Dtype, FsdpConfig, ParallelConfig
+from tpresearch.parallel.mesh import data_mesh
+from tpresearch.plan.compiler import Plan
+
+
+def parallelize(
+    model: nn.Module, plan: Plan, parallel: ParallelConfig, mesh: DeviceMesh, dtype: Dtype
+) -> nn.Module:
+    """Shard a meta-device model in place, and return it. Parameter names stay as they were."""
+    if plan.rules:
+        styles = {name: rule.style() for name, rule in plan.rules.items()}
+        parallelize_module(model, mesh["tp"], styles, src_data_rank=None)
+    for name in plan.blocks:
+        wrap_forward(model.get_submodule(name), parallel)
+    if parallel.async_tp:
+        enable_async_tp(mesh["tp"])
+    shard_data(model, plan.blocks, parallel.fsdp, data_mesh(mesh), dtype)
+    return model
+
+
+def wrap_forward(block: nn.Module, parallel: ParallelConfig) -> None:
+    """Checkpoint and compile a block's forward; hooks on the block, FSDP's among them, stay outside."""
+    forward: Callable[..., Any] = block.forward
+    if parallel.activation_checkpointing is Checkpointing.full:
+        forward = functools.partial(checkpoint, forward, use_reentrant=False)
+    elif parallel.activation_checkpointing is Checkpointing.selective:
+        context = functools.partial(create_selective_checkpoint_contexts, keep_expensive)
+        forward = functools.partial(checkpoint, forward, use_reentrant=False, context_fn=context)
+    if parallel.compile:
+        block.register_forward_pre_hook(wait_for_inputs, with_kwargs=True)
+        forward = torch.compile(forward)
+    block.forward = forward
+
+
+class Arrived(torch.autograd.Function):
+    """A tensor that a collective is still bringing, once it is there; its gradient is a plain tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, coming: Any) -> torch.Tensor:
+        return coming.wait()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def wait_for_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What comes from outside of a compiled block, such as the embedding's sum over tp, as plain tensors.
+
+    A compiled function given an AsyncCollectiveTensor loses in backward that its gradient is a DTensor (torch 2.13).
+    """
+    return tree_map_only(AsyncCollectiveTensor, Arrived.apply, (args, kwargs))
+
+
+def keep_expensive(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what is slow to compute again (matmuls, attention) or to send again; recompute the rest."""
+    slow = op.namespace == "_c10d_functional" or op.__name__.split(".")[0] in _SLOW_OPS
+    return CheckpointPolicy.MUST_SAVE if slow else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_SLOW_OPS = {
+    "mm",
+    "addmm",
+    "bmm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+}
+
+
+def shard_data(model: nn.Module, blocks: list[str], fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:
+    """`fully_shard` each block, then the root, where there is anything for it to do.
+
+    Gradients are summed, not averaged, over data-parallel ranks: the loss is divided by the global token count.
+    """
+    if not is_wrapped(mesh.size(), fsdp, dtype):
+        return
+    precision = MixedPrecisionPolicy()
+    if dtype is Dtype.bfloat16:
+        reduce_dtype = getattr(torch, fsdp.reduce_dtype)
+        # Inputs are left as they are: token ids, and a rotary table that bfloat16 would blunt.
+        precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy() if fsdp.cpu_offload else OffloadPolicy()
+    for name in blocks:
+        fully_shard(
+            model.get_submodule(name),
+            mesh=mesh,
+            reshard_after_forward=fsdp.reshard_after_forward,
+            mp_policy=precision,
+            offload_policy=offload,
+        )
+    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def is_wrapped(ranks: int, fsdp: FsdpConfig, dtype: Dtype) -> bool:
+    """Whether `fully_shard` is applied: over one rank it would only copy each weight and gradient at each step,
+    but for bfloat16, whose casts are then the same in every plan, and for offloading.
+    """
+    return ranks > 1 or dtype is Dtype.bfloat16 or fsdp.cpu_offload
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def enable_async_tp(tp_mesh: DeviceMesh) -> None:
+    """Let inductor overlap tensor-parallel matmuls with their collectives (private; read in torch 2.11 and 2.13)."""
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(tp_mesh.get_group().group_name)

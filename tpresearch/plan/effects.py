@@ -1,0 +1,118 @@
+"""What each sharding rule sends over tp: the collectives that its change of layout demands, and no others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.tensor import Placement, Shard
+
+from tpresearch.plan.compiler import Plan
+
+# What turning one layout into another sends, forward and backward (the gradient goes the other way). On the
+# way into a module the gradient arrives as a partial sum, since each rank holds a part of the weight; on the
+# way out it arrives in the layout that the output was given.
+_INTO = {
+    ("shard", "replicate"): ("all_gather", "reduce_scatter"),
+    ("replicate", "replicate"): ("", "all_reduce"),
+    ("replicate", "shard"): ("", "all_gather"),
+}
+_OUT_OF = {
+    ("partial", "replicate"): ("all_reduce", ""),
+    ("partial", "shard"): ("reduce_scatter", "all_gather"),
+    ("shard", "replicate"): ("all_gather", ""),
+    ("replicate", "shard"): ("", "all_gather"),
+}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One collective of a micro-batch over tp."""
+
+    phase: str
+    """forward or backward."""
+    collective: str
+    width: int
+    """Elements of the whole tensor: for each token where `per_token`, else in all."""
+    per_token: bool = True
+
+
+def rule_sends(name: str, model: nn.Module, plan: Plan) -> list[Sent]:
+    """What the rule on module `name` causes; nothing is known of a rule with a style of the user's own.
+
+    The width is 0 where the rule does not tell it: of style output, and of style input around no colwise rule.
+    """
+    rule, module = plan.rules[name], model.get_submodule(name)
+    style, src, dst = rule.rule.style, [_kind(p) for p in rule.src], [_kind(p) for p in rule.dst]
+    if style == "input":
+        moves = list(zip(src, dst, strict=True))
+        return _wanted(_moved(_INTO, moves, _input_width(name, model, plan)), name, plan)
+    if style == "output":
+        return _moved(_OUT_OF, list(zip(src, dst, strict=True)), 0)
+    if style == "sequence":
+        return _summed(dict(module.named_parameters(recurse=False)))
+    if style == "colwise":
+        into = [] if _prepared(name, plan) else _moved(_INTO, [(src[0], "replicate")], _widths(module)[0])
+        return _wanted(into, name, plan) + _moved(
+            _OUT_OF, [("shard", dst[0])], _even(_widths(module)[1], plan.sizes.tp)
+        )
+    if style == "rowwise":
+        looks_up = isinstance(module, nn.Embedding)
+        into = [] if looks_up else _moved(_INTO, [(src[0], "shard")], _widths(module)[0])
+        into = _wanted(into, name, plan)
+        # A bias is added before the sum, so that its gradient, like the output's, is whole on every rank.
+        return into + _moved(_OUT_OF, [("partial", dst[0])], _widths(module)[1])
+    return []
+
+
+def _moved(
+    table: dict[tuple[str, str], tuple[str, str]], moves: list[tuple[str, str]], width: int
+) -> list[Sent]:
+    pairs = [zip(("forward", "backward"), table.get(move, ("", "")), strict=True) for move in moves]
+    return [Sent(phase, collective, width) for pair in pairs for phase, collective in pair if collective]
+
+
+def _wanted(into: list[Sent], name: str, plan: Plan) -> list[Sent]:
+    """Without what brings a gradient back to the model's own numbers, which want none."""
+    return [sent for sent in into if sent.phase == "forward" or name not in plan.given]
+
+
+def _summed(parameters: dict[str, nn.Parameter]) -> list[Sent]:
+    return [Sent("backward", "all_reduce", p.numel(), per_token=False) for p in parameters.values()]
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    """Features of a token as it enters and leaves."""
+    if isinstance(module, nn.Embedding):
+        return 1, module.embedding_dim
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+def _even(width: int, ranks: int) -> int:
+    """What a gather of uneven parts moves: each is filled up to the largest."""
+    return -(-width // ranks) * ranks
+
+
+def _input_width(name: str, model: nn.Module, plan: Plan) -> int:
+    """The width of what enters a module, read off the first layer under it that the plan splits by columns."""
+    under = f"{name}." if name else ""
+    inner = (n for n, rule in plan.rules.items() if n.startswith(under) and rule.rule.style == "colwise")
+    first = next(inner, None)
+    return _widths(model.get_submodule(first))[0] if first else 0
+
+
+def _prepared(name: str, plan: Plan) -> bool:
+    """A rule on a module around this one has brought the input into its layout already.
+
+    Not one on the model itself, which speaks of the model's input: what reaches a layer is what its `src` says.
+    """
+    return any(
+        name.startswith(outer + ".") and rule.rule.style == "input" for outer, rule in plan.rules.items()
+    )
+
+
+def _kind(layout: Placement | None) -> str:
+    if layout is None:
+        return "alone"
+    return "shard" if isinstance(layout, Shard) else "replicate"

@@ -1,0 +1,204 @@
+"""The Hydra launcher of `-m`: plan all jobs, run those that are not done, and say what came out."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.launch.run_dir import leave_nothing
+from tpresearch.launch.start import passing
+
+if TYPE_CHECKING:
+    from tpresearch.sweep.job import Job
+    from tpresearch.sweep.outcome import Outcome
+    from tpresearch.sweep.running import Devices, Start
+
+INTERRUPTED = 130
+
+
+class JobFailed(Exception):
+    """What a sweeper is told of a job that did not complete."""
+
+
+class TorchrunLauncher(Launcher):
+    """Starts each job of a sweep under an elastic agent of its own, with the ranks that its mesh needs.
+
+    Args:
+        start: begins one job; a process of its own, unless a test has a job of another kind.
+    """
+
+    __module__ = "hydra_plugins.tpresearch"  # Hydra takes plugins by this prefix only
+    ranks_per_node: int | None = None
+    """Most ranks on a host of the cluster that jobs run on; None where they run here."""
+
+    def __init__(
+        self,
+        nproc: int | None = None,
+        slots: int | None = None,
+        cpu_slots: int | None = None,
+        fail_fast: bool = False,
+        objective: str = "train/loss",
+        start: Start | None = None,
+    ) -> None:
+        self.nproc, self.slots, self.cpu_slots = nproc, slots, cpu_slots
+        self.fail_fast, self.objective, self._start = fail_fast, objective, start
+        self._outcomes: dict[int, Outcome] = {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context, self._config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run a batch of jobs; a sweeper that draws the next ones from these results asks again.
+
+        Raises:
+            ConfigError: for the first job that cannot run, before any has started.
+            SystemExit: after Ctrl-C, SIGTERM or SIGHUP, once all ranks have ended and the table is out.
+        """
+        from tpresearch.sweep.outcome import outcome_of  # late: a single run has no use for these
+        from tpresearch.sweep.planning import plan_jobs
+        from tpresearch.sweep.running import ending_signals, run_jobs
+
+        gpus = _visible_gpus()
+        with passing(composing=False):
+            try:
+                self.judge()
+                jobs = plan_jobs(
+                    self._context.config_loader,
+                    self._config,
+                    job_overrides,
+                    initial_job_idx,
+                    len(gpus),
+                    self.ranks_per_node,
+                )
+                alone = _alone_in(Path(self._config.hydra.sweep.dir))
+            except ConfigError:
+                leave_nothing(Path(self._config.hydra.sweep.dir))
+                raise
+        self._outcomes |= {job.number: outcome_of(job, None) for job in jobs}
+        began: dict[int, float] = {}
+
+        def on_start(job: Job) -> None:
+            began[job.number] = time.monotonic()
+            ranks = f"{job.ranks} rank{'s' if job.ranks > 1 else ''}"
+            self._say(f"job {job.number} starts on {ranks}: {' '.join(job.overrides)}\n  {job.folder}")
+
+        def on_end(job: Job, code: int) -> None:
+            seconds = time.monotonic() - began[job.number]
+            outcome = self._outcomes[job.number] = outcome_of(job, code, seconds)
+            why = f": {outcome.error}" if outcome.error else ""
+            self._say(f"job {job.number} {outcome.status} after {seconds:.0f} s{why}")
+
+        for job in jobs:
+            if job.completed:
+                self._say(f"job {job.number} was completed earlier: {job.folder}")
+        todo = [job for job in jobs if not job.completed]
+        with alone, ending_signals() as received, passing(composing=False):
+            try:
+                devices, start = self.place(todo, gpus)
+                run_jobs(todo, devices, self._start or start, on_start, on_end, self.fail_fast, received)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                self.withdraw()
+        self._report()
+        if received:
+            sys.exit(INTERRUPTED)
+        return [self._returned(self._outcomes[job.number]) for job in jobs]
+
+    def judge(self) -> None:
+        """Raises ConfigError where this machine cannot start jobs in this way."""
+
+    def place(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, Start]:
+        """Where the jobs run, and how each begins."""
+        from tpresearch.sweep.running import Devices, JobProcess
+
+        return Devices(gpus, self.cpu_slots), JobProcess
+
+    def withdraw(self) -> None:
+        """End what `place` began and no one is waiting for."""
+
+    def _say(self, line: str) -> None:
+        with suppress(OSError):  # the terminal may be gone
+            print(line, flush=True)
+
+    def _report(self) -> None:
+        from rich.console import Console
+
+        from tpresearch.sweep.table import print_table, write_files
+
+        folder = Path(self._config.hydra.sweep.dir)
+        outcomes = [self._outcomes[number] for number in sorted(self._outcomes)]
+        write_files(folder, outcomes)
+        width = None if sys.stdout.isatty() else 220
+        with suppress(OSError):
+            print_table(Console(highlight=False, width=width), folder, outcomes)
+
+    def _returned(self, outcome: Outcome) -> JobReturn:
+        job = outcome.job
+        returned = QuietReturn(
+            overrides=job.overrides,
+            cfg=job.composed,
+            hydra_cfg=job.composed,
+            working_dir=str(job.folder),
+            task_name=job.composed.hydra.job.name,
+        )
+        value = outcome.summary.get(self.objective)
+        if outcome.status == "completed" and outcome.summary and not isinstance(value, int | float):
+            error = f"job {job.number}: its summary.json has no number for hydra.launcher.objective={self.objective}"
+            self._say(error)
+            returned.status, returned._return_value = JobStatus.FAILED, JobFailed(error)
+        elif outcome.status == "completed":
+            returned.status, returned._return_value = JobStatus.COMPLETED, value
+        else:
+            returned.status = JobStatus.FAILED
+            returned._return_value = JobFailed(f"job {job.number}: {outcome.error or outcome.status}")
+        return returned
+
+
+class QuietReturn(JobReturn):
+    """A JobReturn that does not print: the table has said what failed."""
+
+    @property
+    def return_value(self) -> object:
+        if self.status is JobStatus.FAILED:
+            raise self._return_value
+        return self._return_value
+
+    @return_value.setter
+    def return_value(self, value: object) -> None:
+        self._return_value = value
+
+
+def _alone_in(folder: Path) -> AbstractContextManager[object]:
+    """Holds the sweep's folder against other sweeps until it is left.
+
+    Raises:
+        ConfigError: where another sweep has it: it would take this one's jobs for earlier ones.
+    """
+    try:
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        why, legal = "another sweep runs in this folder", "its end, or a folder of its own"
+        fix = {"hydra.sweep.dir": f"{folder}-2"}
+        raise ConfigError("hydra.sweep.dir", folder, why, legal, fix=fix) from None
+
+
+def _visible_gpus() -> list[str]:
+    """The GPUs that this sweep may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:count] if named else [str(index) for index in range(count)]

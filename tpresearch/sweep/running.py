@@ -1,0 +1,235 @@
+"""Jobs side by side, as many as the devices carry, each under an agent process of its own.
+
+An agent in a process, rather than torch's `launch_agent` in this one, can run beside another and be stopped
+as a whole: the agent handles signals in a main thread only, and blocks it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+from uuid import uuid4
+
+from tpresearch.launch.run_dir import EARLIER
+from tpresearch.sweep.job import Job
+
+POLL_S = 0.1
+GRACE_S = 60
+"""For a stopped job to close what it has open; torchrun gives its ranks 30 s of it."""
+MARK = "TPRESEARCH_SWEEP_JOB"
+"""In the environment of all processes of a job: ranks are in sessions of their own, in no group of their agent's."""
+CONSOLE_LOG = "console.log"
+STOPPED = -signal.SIGTERM
+"""The exit code of a job that was ended by the sweep."""
+
+
+class Running(Protocol):
+    """A job that has been started."""
+
+    def poll(self) -> int | None: ...
+    def terminate(self) -> None:
+        """Ask all its processes to end, and return at once."""
+
+    def kill(self) -> None:
+        """End what is left of it."""
+
+
+Start = Callable[[Job, "Share"], Running]
+"""Begins one job on its share of this machine."""
+
+
+@dataclass
+class Devices:
+    """What jobs can run on: GPUs by the names they have in CUDA_VISIBLE_DEVICES, and slots for ranks on CPUs."""
+
+    gpus: list[str]
+    cpu_slots: int | None = None
+    """None: one job after another."""
+    _cpu_taken: int = field(default=0, init=False)
+
+    def take(self, job: Job) -> Share | None:
+        """A share for this job, or None while others have too much."""
+        if job.gpus:
+            if job.slots > len(self.gpus):
+                return None
+            share = Share(self.gpus[: job.slots], 0)
+            self.gpus = self.gpus[job.slots :]
+            return share
+        whole = self.cpu_slots or 1
+        wanted = whole if self.cpu_slots is None else min(job.slots, whole)
+        if self._cpu_taken + wanted > whole:
+            return None
+        self._cpu_taken += wanted
+        return Share([], wanted)
+
+    def give_back(self, share: Share) -> None:
+        self.gpus = sorted(self.gpus + share.gpus, key=lambda name: (len(name), name))
+        self._cpu_taken -= share.cpu_slots
+
+
+@dataclass(frozen=True)
+class Share:
+    gpus: list[str]
+    cpu_slots: int
+
+    def environment(self) -> dict[str, str]:
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        return threads | ({"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {})
+
+
+def local_command(job: Job) -> list[str]:
+    """`python train.py ...` for one rank, `python -m torch.distributed.run ... train.py ...` for more."""
+    agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"]
+    return [sys.executable, *(agent if job.ranks > 1 else []), *job.arguments]
+
+
+class JobProcess:
+    """A job's agent, or its only rank, in a session of its own; what it says goes to `console.log`."""
+
+    def __init__(self, job: Job, share: Share) -> None:
+        set_aside(job.folder)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        self._mark = uuid4().hex
+        with (job.folder / CONSOLE_LOG).open("w") as log:
+            self._process = subprocess.Popen(
+                local_command(job),
+                env=os.environ | share.environment() | {MARK: self._mark},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        self._process.terminate()  # an agent passes it on to its ranks
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        kill_marked(self._mark)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    devices: Devices,
+    start: Start,
+    on_start: Callable[[Job], None],
+    on_end: Callable[[Job, int], None],
+    fail_fast: bool,
+    received: Sequence[int],
+) -> None:
+    """Run each job as soon as there is a share for it. Whatever happens, none runs on after this returns.
+
+    Args:
+        received: the signals so far that end a sweep, of `ending_signals`.
+
+    Raises:
+        KeyboardInterrupt: after such a signal, once all ranks have ended.
+    """
+    waiting = list(jobs)
+    running: dict[int, tuple[Job, Share, Running]] = {}
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if received or (share := devices.take(job)) is None:
+                    continue
+                waiting.remove(job)
+                on_start(job)
+                running[job.number] = (job, share, start(job, share))
+            for number, (job, share, process) in list(running.items()):
+                if (code := process.poll()) is None:
+                    continue
+                process.kill()
+                del running[number]
+                devices.give_back(share)
+                on_end(job, code)
+                if code and fail_fast:
+                    return
+            if received:
+                raise KeyboardInterrupt
+            time.sleep(POLL_S)
+    finally:
+        _stop([process for _, _, process in running.values()], received)
+        for job, _, process in running.values():
+            on_end(job, 0 if process.poll() == 0 else STOPPED)
+
+
+def _stop(running: Sequence[Running], received: Sequence[int]) -> None:
+    """End these jobs: asked first, and killed after GRACE_S, or at a further Ctrl-C."""
+    for process in running:
+        process.terminate()
+    asked, until = len(received), time.monotonic() + GRACE_S
+    while any(process.poll() is None for process in running):
+        if time.monotonic() > until or len(received) > asked:
+            break
+        time.sleep(POLL_S)
+    for process in running:
+        process.kill()
+
+
+@contextmanager
+def ending_signals() -> Iterator[list[int]]:
+    """Collects the signals that end a sweep, so that none falls between a job's start and our knowing of it.
+
+    Those that are ignored already stay so: under `nohup` a sweep outlives its terminal.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    all_ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ends = [number for number in all_ends if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in ends}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def set_aside(folder: Path) -> None:
+    """Keep what an earlier, unfinished start of this job left, and out of the way of the new one's record."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    nth = 1
+    while (aside := folder.with_name(f"{folder.name}{EARLIER}{nth}")).exists():
+        nth += 1
+    folder.rename(aside)
+
+
+def kill_marked(mark: str) -> None:
+    """End what is left of a job on this machine."""
+    for pid in _marked(mark):
+        _kill(pid)
+
+
+def _marked(mark: str) -> list[int]:
+    """The processes of a job, wherever they are; none are found where there is no /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # it has ended, or is another user's
+    return found
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

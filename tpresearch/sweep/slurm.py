@@ -1,0 +1,220 @@
+"""Jobs of a sweep as Slurm's, through submitit: one task a node, each running the same elastic agent.
+
+sweep -> one submission for each shape of resources, an array where several jobs have it
+      -> on each node `NodeAgent` -> torch.distributed.run, rendezvous (c10d) on the job's first host -> the ranks
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.launchers import SlurmConfig
+from tpresearch.sweep.job import Job
+from tpresearch.sweep.launcher import TorchrunLauncher
+from tpresearch.sweep.running import CONSOLE_LOG, MARK, STOPPED, Devices, Start, kill_marked, set_aside
+
+if TYPE_CHECKING:
+    import submitit
+
+
+@dataclass(frozen=True)
+class NodeAgent:
+    """What runs on each node of a job; its return value is the exit code of that node's agent."""
+
+    arguments: list[str]
+    ranks_per_node: int
+    folder: Path
+    mark: str
+    threads: int = 1
+    """Of a rank, unless OMP_NUM_THREADS says otherwise."""
+
+    def __call__(self) -> int:
+        from submitit import JobEnvironment
+
+        node = JobEnvironment()
+        log_name = CONSOLE_LOG if node.node == 0 else f"console-node{node.node}.log"
+        command = [sys.executable, *self._agent(node), *self.arguments]
+        ours = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads)), MARK: self.mark}
+        with (self.folder / log_name).open("w") as log, _deaf_to(signal.SIGUSR2):
+            process = subprocess.Popen(
+                command,
+                env=os.environ | ours,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        if (
+            node.cluster == "local"
+        ):  # Slurm signals all processes of a job, submitit's stand-in this one alone
+            signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        finally:  # submitit raises here shortly before the time limit, so that the run closes what it has open
+            process.terminate()
+            process.wait()
+
+    def _agent(self, node: submitit.JobEnvironment) -> list[str]:
+        agent = ["-m", "torch.distributed.run", f"--nproc-per-node={self.ranks_per_node}"]
+        if node.num_nodes > 1:
+            port = 20000 + zlib.crc32(node.job_id.encode()) % 20000  # jobs may share a node
+            meeting = [f"--rdzv-endpoint={node.hostnames[0]}:{port}", f"--rdzv-id={node.job_id}"]
+            return [*agent, f"--nnodes={node.num_nodes}", "--rdzv-backend=c10d", *meeting]
+        return [*agent, "--standalone"] if self.ranks_per_node > 1 else []
+
+
+@contextmanager
+def _deaf_to(number: signal.Signals) -> Iterator[None]:
+    """What is started meanwhile ignores the signal: Slurm sends submitit's to all processes of a step."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+class Submitted:
+    """A job that Slurm has."""
+
+    def __init__(self, job: Job, handle: submitit.Job[int], mark: str) -> None:
+        self._job, self._handle, self._mark = job, handle, mark
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        if self._code is None and self._handle.done():
+            self._code = self._ended()
+        return self._code
+
+    def _ended(self) -> int:
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+
+        try:
+            return next((code for code in self._handle.results() if code), 0)
+        except (FailedJobError, UncompletedJobError):
+            how = f"SlurmError: job {self._handle.job_id} ended as {self._handle.state} without a result"
+            with (self._job.folder / CONSOLE_LOG).open("a") as log:
+                log.write(f"{how}; see {self._handle.paths.stderr}\n")
+            return 1
+
+    def terminate(self) -> None:
+        self._handle.cancel(check=False)
+
+    def kill(self) -> None:
+        """Slurm has ended or will end it by itself; its local stand-in may leave ranks behind."""
+        if self._code is None:
+            self._code = STOPPED
+        kill_marked(self._mark)
+
+
+class SlurmLauncher(TorchrunLauncher):
+    """As TorchrunLauncher, on a Slurm cluster. Its arguments are those of `SlurmConfig`."""
+
+    __module__ = TorchrunLauncher.__module__
+
+    def __init__(self, start: Start | None = None, **settings: Any) -> None:
+        self.settings = SlurmConfig(**settings)
+        common = ("nproc", "slots", "fail_fast", "objective")
+        super().__init__(**{key: settings[key] for key in common if key in settings}, start=start)
+        self.submitted: dict[int, Submitted] = {}
+        self.ranks_per_node = self.settings.ranks_per_node
+
+    def judge(self) -> None:
+        try:
+            from submitit.slurm.slurm import SlurmExecutor
+        except ModuleNotFoundError:
+            why, legal = "needs submitit, which is not installed", "pip install 'tpresearch[slurm]'"
+            raise ConfigError("hydra/launcher", "slurm", why, legal, fix={"hydra/launcher": None}) from None
+        if self.settings.cluster == "slurm" and SlurmExecutor.affinity() <= 0:
+            raise ConfigError(
+                "hydra/launcher",
+                "slurm",
+                "there is no srun on this machine",
+                "a machine that submits to Slurm, or hydra.launcher.cluster=local",
+                fix={"hydra/launcher": None},
+            )
+
+    def place(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, Start]:
+        """All at once: Slurm has the queue."""
+        self.submitted = {}
+        submit(jobs, self.settings, Path(self._config.hydra.sweep.dir) / "slurm", self.submitted)
+        return Devices([], sum(job.slots for job in jobs)), lambda job, share: self.submitted[job.number]
+
+    def withdraw(self) -> None:
+        for job in self.submitted.values():
+            if job.poll() is None:
+                job.terminate()
+                job.kill()
+
+
+def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: dict[int, Submitted]) -> None:
+    """Hand all jobs to Slurm, those of one shape together as an array.
+
+    Args:
+        submitted: gets each by the job's number, as soon as Slurm has it.
+
+    Raises:
+        ConfigError: when Slurm refuses a shape.
+    """
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    shapes: dict[tuple[int, int, int], list[Job]] = {}
+    for job in jobs:
+        set_aside(job.folder)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        shapes.setdefault(shape(job), []).append(job)
+    for (nodes, ranks, slots), alike in shapes.items():
+        executor = submitit.AutoExecutor(folder / "%j", cluster=str(settings.cluster))
+        executor.update_parameters(**parameters(settings, nodes, slots))
+        threads = max(1, settings.cpus_per_slot * slots // ranks)
+        agents = [
+            NodeAgent(job.arguments, ranks, job.folder.absolute(), uuid4().hex, threads) for job in alike
+        ]
+        try:
+            with executor.batch():
+                handles = [executor.submit(agent) for agent in agents]
+        except (FailedJobError, FailedSubmissionError) as error:
+            why = f"sbatch refuses {nodes} node{'s' if nodes > 1 else ''}: {' '.join(str(error).split())}"
+            legal = "what this cluster takes; the options are in conf/hydra/launcher/slurm.yaml"
+            raise ConfigError("hydra/launcher", "slurm", why, legal) from None
+        for job, agent, handle in zip(alike, agents, handles, strict=True):
+            submitted[job.number] = Submitted(job, handle, agent.mark)
+
+
+def shape(job: Job) -> tuple[int, int, int]:
+    """Nodes, ranks on each, and GPUs (or CPU slots) on each."""
+    return job.nodes, job.ranks // job.nodes, math.ceil(job.slots / job.nodes)
+
+
+def parameters(settings: SlurmConfig, nodes: int, slots: int) -> dict[str, Any]:
+    """What submitit is asked for a job of this shape."""
+    cpus = settings.cpus_per_slot * slots
+    return {
+        "name": settings.job_name,
+        "nodes": nodes,
+        "tasks_per_node": 1,
+        "timeout_min": settings.timeout_min,
+        "cpus_per_task": cpus,
+        "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # srun does not take it from sbatch since Slurm 22.05
+        "gpus_per_node": slots if settings.gpus else None,
+        "mem_gb": settings.mem_gb,
+        "stderr_to_stdout": True,
+        "slurm_partition": settings.partition,
+        "slurm_account": settings.account,
+        "slurm_qos": settings.qos,
+        "slurm_constraint": settings.constraint,
+        "slurm_array_parallelism": settings.jobs_at_once,
+        "slurm_setup": list(settings.setup) or None,
+        "slurm_additional_parameters": dict(settings.sbatch) or None,
+    }

@@ -1,0 +1,144 @@
+"""What a sweep leaves: summary.csv, summary.md, and a table on the terminal, a row a job."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.text import Text
+
+from tpresearch.config.schema import LoggerConfig
+from tpresearch.launch.command import override_key, python_command
+from tpresearch.sweep.job import wandb_group
+from tpresearch.sweep.outcome import Outcome
+from tpresearch.sweep.running import CONSOLE_LOG
+from tpresearch.track.figures import Summary, figure_cells, figures_of, mean_cells
+from tpresearch.track.shown import UNDEFINED, path_text
+from tpresearch.track.table import Cell, Table
+
+SEED = "train.seed"
+
+
+def table_of(outcomes: Sequence[Outcome]) -> Table:
+    """A row a job: what was swept, its figures with the best of each marked, and how it ended."""
+    keys = differing(outcomes)
+    summaries = [_summary(outcome) for outcome in outcomes]
+    figures = figures_of(summaries)
+    failed = any(outcome.error for outcome in outcomes)
+    header = [*("job", *keys, "ranks"), *(figure.title for figure in figures), "status"]
+    rows = []
+    for outcome, cells in zip(outcomes, figure_cells(summaries, figures), strict=True):
+        job = outcome.job
+        swept = [job.settings.get(key, UNDEFINED) for key in keys]
+        status = f"{outcome.status} earlier" if job.completed else outcome.status
+        error = [outcome.error or ""] if failed else []
+        rows.append(
+            [*map(Cell, (str(job.number), *swept, str(job.ranks))), *cells, *map(Cell, (status, *error))]
+        )
+    return Table([*header, "error"] if failed else header, rows)
+
+
+def _summary(outcome: Outcome) -> Summary:
+    """What the job left, and for one that left nothing at least how long it took."""
+    return {"wall_time_s": outcome.seconds, **outcome.summary, "status": outcome.status}
+
+
+def differing(outcomes: Sequence[Outcome]) -> list[str]:
+    """The keys of overrides in which jobs differ; all of them where there is one job."""
+    settings = [outcome.job.settings for outcome in outcomes]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    return [key for key in keys if len(outcomes) == 1 or len({each.get(key) for each in settings}) > 1]
+
+
+def over_seeds(outcomes: Sequence[Outcome]) -> Table | None:
+    """Mean and standard deviation over the completed jobs that differ in train.seed alone, if there are any."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.status == "completed" and outcome.summary:
+            groups.setdefault(outcome.job.group, []).append(outcome)
+    groups = {
+        group: each for group, each in groups.items() if len({outcome.job.signature for outcome in each}) > 1
+    }
+    if not groups:
+        return None
+    keys = [key for key in differing(outcomes) if key != SEED]
+    figures = figures_of([_summary(outcome) for outcome in outcomes])
+    rows = []
+    for each in groups.values():
+        first = each[0].job
+        swept = [first.settings.get(key, UNDEFINED) for key in keys]
+        means = mean_cells([_summary(outcome) for outcome in each], figures)
+        rows.append([*map(Cell, (*swept, str(first.ranks), str(len(each)))), *means])
+    return Table([*keys, "ranks", "seeds", *(figure.title for figure in figures)], rows)
+
+
+def write_files(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """summary.csv: overrides, then all that the summaries hold, then the folder. summary.md: the table."""
+    records = [_record(outcome) for outcome in outcomes]
+    last = ("error", "folder")
+    columns = list(dict.fromkeys(key for record in records for key in record if key not in last))
+    with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*columns, *last])
+        writer.writeheader()
+        writer.writerows(records)
+    text = table_of(outcomes).markdown()
+    if seeds := over_seeds(outcomes):
+        text += f"\nOver `{SEED}`, mean ± standard deviation:\n\n{seeds.markdown()}"
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+
+
+def _record(outcome: Outcome) -> dict[str, Any]:
+    """A row of summary.csv; overrides come first, and what is nested is flat: `mesh/tp`."""
+    record: dict[str, Any] = dict(outcome.job.settings)
+    own = {"status": outcome.status, "error": outcome.error or "", "seconds": outcome.seconds}
+    for key, value in {**own, **outcome.summary, **own}.items():
+        flat = (
+            {f"{key}/{name}": part for name, part in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
+        record |= {name: part for name, part in flat.items() if name not in outcome.job.settings}
+    return {**record, "folder": str(outcome.job.folder)}
+
+
+def print_table(console: Console, folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """The sweep on the terminal: the table, what is the same in all jobs, and where everything lies."""
+    console.print(table_of(outcomes).rich())
+    if seeds := over_seeds(outcomes):
+        console.print(seeds.rich(title=f"over {SEED}: mean ± standard deviation"))
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            where = path_text(outcome.log or outcome.job.folder / CONSOLE_LOG)
+            console.print(
+                Text(f"job {outcome.job.number} failed: {outcome.error}\n  {where}"), soft_wrap=True
+            )
+    for what, command in _next(folder, outcomes).items():
+        console.print(Text(f"{what:<10} {command}"), soft_wrap=True)
+
+
+def _next(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Where the sweep lies, and the commands that go on from it."""
+    shown, wandb = path_text(folder), folder / "wandb"
+    lines = {"sweep": f"{shown}/summary.md"}
+    if any(outcome.status != "completed" for outcome in outcomes):
+        typed = [word for word in sys.argv[1:] if override_key(word) != "hydra.sweep.dir"]
+        lines["again"] = python_command([*typed, f"hydra.sweep.dir={shown}"]) + "  # what is not completed"
+    if sum(bool(outcome.summary) for outcome in outcomes) > 1:
+        lines["compare"] = f"python -m tpresearch.compare {shlex.quote(shown)}"
+    if any(wandb.glob("offline-run-*")):
+        lines["upload"] = f"wandb sync {shlex.quote(path_text(wandb))}/offline-run-*"
+    if wandb.exists():
+        logger = OmegaConf.select(outcomes[0].job.composed, "logger") or {}
+        words = [f"group={logger.get('group') or wandb_group(folder)}"]
+        if (project := logger.get("project")) not in (None, LoggerConfig.project):
+            words.append(f"project={project}")
+        if entity := logger.get("entity"):
+            words.append(f"entity={entity}")
+        lines["dashboard"] = shlex.join(["python", "-m", "tpresearch.dashboard", *words])
+    return lines
