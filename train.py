@@ -2,16 +2,16 @@
 
 from tpresearch.config import Config
 from tpresearch.launch import Run, entrypoint
-from tpresearch.train.check import check
+from tpresearch.train.preflight import preflight
 
 
-@entrypoint("train", check=check)
+@entrypoint("train", check=preflight)
 def main(cfg: Config, run: Run) -> None:
-    from tpresearch.train.loop import (
+    from tpresearch.train.main import (
         train,
     )  # late: torch takes seconds to import, a refused config should not
 
-    train(cfg, run)
+    train(preflight(cfg, run.world), run)
 
 
 if __name__ == "__main__":

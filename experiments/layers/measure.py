@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
-from tpresearch.config.mesh import MeshSizes
+from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import DataPlan, Dtype, ParallelConfig, Rule, TensorPlan
 from tpresearch.config.world import World
-from tpresearch.ledger.step import Counted
+from tpresearch.ledger.communication import CommunicationLedger
+from tpresearch.ledger.entries import entries_of
 from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.device import Device
+from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import fill
 from tpresearch.plan.compiler import Plan
-from tpresearch.plan.rules import compile_rule
-from tpresearch.train.device import Device
-from tpresearch.train.loop import process_group
+from tpresearch.plan.rules import resolve_rule
 from tpresearch.verify.ranks import Ranks
 
 HERE = Path(__file__).parent
@@ -92,9 +93,9 @@ def see(world: World, case: Case) -> Seen:
     product = whole(x_whole)
     product.backward(upstream)
 
-    sizes = MeshSizes(1, 1, world.size)
-    rules = {name: compile_rule("alone", name, rule, False) for name, rule in case.rules.items()}
-    plan = Plan(rules, [], [], sizes, None, frozenset())
+    sizes = MeshSizes(tp=world.size)
+    rules = {name: resolve_rule("alone", name, rule, False) for name, rule in case.rules.items()}
+    plan = Plan(rules, [], [], sizes)
     parallel = ParallelConfig(name="tp", tensor=TensorPlan.tp, data=DataPlan.none)
     with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
         mesh = build_mesh(sizes, "cpu")
@@ -104,12 +105,12 @@ def see(world: World, case: Case) -> Seen:
         layout = rules["b"].src[0]
         own = x.chunk(world.size, -1)[world.rank] if isinstance(layout, Shard) else x
         own = own.clone().requires_grad_()
-        counted = Counted(mesh, model, torch.optim.SGD(model.parameters(), lr=0.1))
+        counted = CommunicationLedger(mesh)
         with counted:
-            with counted.mark("forward"):
+            with counted.phase("forward"):
                 output = model(own)
                 output = output + 0  # which waits for a collective that is under way
-            with counted.mark("backward"):
+            with counted.phase("backward"):
                 output.backward(upstream)
         gradient = (
             x_whole.grad.chunk(world.size, -1)[world.rank] if isinstance(layout, Shard) else x_whole.grad
@@ -120,7 +121,7 @@ def see(world: World, case: Case) -> Seen:
             (own.grad, gradient),
             *((p.grad.full_tensor(), w.grad) for p, w in weights),
         ]
-        entries = counted.sent.entries()
+        entries = entries_of(counted.events)
         return Seen(
             {"X": tuple(own.shape)}
             | {n[0].upper(): tuple(reversed(p.to_local().shape)) for n, p in model.named_parameters()},

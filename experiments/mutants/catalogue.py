@@ -47,7 +47,7 @@ LLAMA, TOY = ("llama2_debug",), ("toy_mlp",)
 MUTANTS = [
     Mutant("weights drawn per rank, sharded", "fsdp", 2, "initial weights", faults.weights_of_each_rank),
     Mutant("weights drawn per rank, replicated", "ddp", 2, "between ranks", faults.weights_of_each_rank),
-    Mutant("weights drawn per rank, tensor-parallel", "tp", 2, "initial weights", faults.weights_of_each_rank),
+    Mutant("weights drawn per rank, tensor-parallel", "tp", 2, "initial weights", faults.weights_of_each_tp_rank),
     Mutant("shards in another order", "tp", 2, "initial weights", faults.shards_swapped),
     Mutant("all replicas read the same rows", "fsdp", 2, "gradients", faults.same_rows_everywhere),
     Mutant("tp ranks read different rows", "fsdp_tp", 4, "loss", faults.rows_by_global_rank),

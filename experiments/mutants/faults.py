@@ -1,4 +1,7 @@
-"""Faults of a step: what a rank draws, reads, sums, clips and updates."""
+"""Faults of a step: what a rank draws, reads, sums, clips and updates.
+
+Three are the tutorial's own mistakes, which `defects.*` of any run makes too (`tpresearch/train/mistakes.py`).
+"""
 
 from __future__ import annotations
 
@@ -14,68 +17,73 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tpresearch.data import Batches
-from tpresearch.parallel import apply as sharding
-from tpresearch.parallel import weights as init
+from tpresearch.config.schema import DefectsConfig
+from tpresearch.data import Batch, Batches
+from tpresearch.parallel import apply, weights
 from tpresearch.plan.compiler import Plan
-from tpresearch.train import build, evaluate, loss, step, trainer
-from tpresearch.train.loss import Objective
-from tpresearch.train.trainer import Trainer
+from tpresearch.train import evaluate, loop, losses, mistakes, step
+from tpresearch.train.losses import NextToken
+from tpresearch.train.step import Setup, TrainState
 
 Patched = AbstractContextManager[Any]
+
+
+def mistake(**defects: bool) -> Callable[[], Patched]:
+    """One of the tutorial's mistakes, in a run whose config does not ask for it."""
+
+    def made(cfg: Any, *rest: Any) -> Any:
+        return mistakes.mistakes_of(replace(cfg, defects=DefectsConfig(**defects)), *rest)
+
+    return lambda: patch.object(loop, "mistakes_of", made)
 
 
 # Weights and shards
 
 
-def weights_of_each_rank() -> Patched:
-    """Whatever this rank's generator held: FSDP then trains rows of different models."""
-    draw = build.materialize
+weights_of_each_rank = mistake(weights_per_rank=True)
 
-    def materialize(model: nn.Module, device: torch.device, seed: int, **more: Any) -> None:
-        draw(model, device, seed + dist.get_rank(), **more)
 
-    return patch.object(build, "materialize", materialize)
+def weights_of_each_tp_rank() -> Patched:
+    """Whatever this rank's generator held: tp shards of different models."""
+    place = loop.place_weights
+
+    def placed(model: nn.Module, device: torch.device, seed: int, **more: Any) -> None:
+        place(model, device, seed + dist.get_rank(), **more)
+
+    return patch.object(loop, "place_weights", placed)
 
 
 def shards_swapped() -> Patched:
     """Ranks hold the shards of each matrix in another order."""
-    fill = init.fill
+    fill = weights.fill
 
     def swapped(parameter: Tensor, full: Tensor) -> None:
         rolled = isinstance(parameter, DTensor) and full.dim() == 2
         fill(parameter, full.roll(full.shape[0] // 2, 0) if rolled else full)
 
-    return patch.object(init, "fill", swapped)
+    return patch.object(weights, "fill", swapped)
 
 
 # What a rank reads
 
 
 def same_rows_everywhere() -> Patched:
-    return patch.object(trainer, "data_rank", lambda mesh: 0)
+    return patch.object(loop, "data_rank", lambda mesh: 0)
 
 
 def rows_by_global_rank() -> Patched:
     """tp ranks of one replica read different rows, as a DistributedSampler over all ranks makes them."""
-    return patch.object(trainer, "data_rank", lambda mesh: dist.get_rank() % mesh.size(1))
+    return patch.object(loop, "data_rank", lambda mesh: dist.get_rank() % mesh.size(1))
 
 
-def overlapping_rows() -> Patched:
-    """Seed step + dp_rank: rank 1 reads at step k what rank 0 reads at k + 1."""
-    right = Batches.batch
-
-    def batch(self: Batches, step: int, dp_rank: int = 0, dp_size: int = 1) -> Tensor:
-        return right(self, step + dp_rank, 0, dp_size)
-
-    return patch.object(Batches, "batch", batch)
+overlapping_rows = mistake(overlapping_batches=True)
 
 
 def ranks_of_one_replica_read_apart() -> Patched:
     """Under tp alone, rank 1 reads the next batch."""
     right = Batches.batch
 
-    def batch(self: Batches, step: int, dp_rank: int = 0, dp_size: int = 1) -> Tensor:
+    def batch(self: Batches, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
         return right(self, step + dist.get_rank(), dp_rank, dp_size)
 
     return patch.object(Batches, "batch", batch)
@@ -84,20 +92,21 @@ def ranks_of_one_replica_read_apart() -> Patched:
 # The loss
 
 
-def counting(tokens: Callable[[Tensor, int], float]) -> Patched:
+def counting(tokens: Callable[[list[Batch], int], float]) -> Patched:
     """Divide the loss by another count of tokens."""
-    right = trainer.accumulate_gradients
+    right = step.accumulate_gradients
 
-    def accumulate(model: nn.Module, micro_batches: Any, objective: Objective, *more: Any) -> Tensor:
-        micro_batches = list(micro_batches)
-        miscounted = replace(objective, tokens=tokens(micro_batches, objective.tokens))
-        return right(model, micro_batches, miscounted, *more)
+    def accumulate(model: nn.Module, micro_batches: list[Batch], setup: Setup) -> Tensor:
+        objective = setup.objective
+        assert isinstance(objective, NextToken)
+        miscounted = replace(objective, tokens=tokens(micro_batches, objective.tokens))  # type: ignore[arg-type]
+        return right(model, micro_batches, replace(setup, objective=miscounted))
 
-    return patch.object(trainer, "accumulate_gradients", accumulate)
+    return patch.object(step, "accumulate_gradients", accumulate)
 
 
 def mean_of_each_rank() -> Patched:
-    return counting(lambda micro, tokens: sum(rows[:, 1:].numel() for rows in micro))
+    return counting(lambda micro, tokens: sum(batch.targets.numel() for batch in micro))
 
 
 def mean_of_each_micro_batch() -> Patched:
@@ -113,8 +122,8 @@ def softmax_over_own_shard() -> Patched:
         return nn.functional.cross_entropy(own.flatten(0, 1), targets.flatten() % entries, reduction="sum")
 
     stack = ExitStack()
-    stack.enter_context(patch.object(loss, "summed_cross_entropy", of_own))
-    stack.enter_context(patch.object(loss, "loss_context", lambda vocab_parallel: nullcontext()))
+    stack.enter_context(patch.object(losses, "summed_cross_entropy", of_own))
+    stack.enter_context(patch.object(losses, "loss_context", lambda vocab_parallel: nullcontext()))
     return stack
 
 
@@ -123,13 +132,13 @@ def softmax_over_own_shard() -> Patched:
 
 def then_gradients(change: Callable[[nn.Module, DeviceMesh], None]) -> Patched:
     """Do something to the gradients once they are whole."""
-    right = trainer.reduce_partial_gradients
+    right = step.reduce_partial_gradients
 
     def reduce(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
         right(model, plan, mesh)
         change(model, mesh)
 
-    return patch.object(trainer, "reduce_partial_gradients", reduce)
+    return patch.object(step, "reduce_partial_gradients", reduce)
 
 
 def scaled_by_tp() -> Patched:
@@ -142,12 +151,12 @@ def scaled_by_tp() -> Patched:
 
 def averaged_over_dp() -> Patched:
     """FSDP's own division by its degree is left on, though the loss is divided by the global count already."""
-    return patch.object(sharding, "fsdp_modules", lambda model: [])
+    return patch.object(apply, "fsdp_modules", lambda model: [])
 
 
 def norms_left_partial() -> Patched:
     """Gradients of norms under sequence parallelism are not summed over tp."""
-    return patch.object(trainer, "reduce_partial_gradients", lambda model, plan, mesh: None)
+    return patch.object(step, "reduce_partial_gradients", lambda model, plan, mesh: None)
 
 
 def norms_averaged() -> Patched:
@@ -168,26 +177,25 @@ def one_is_frozen() -> Patched:
     return then_gradients(freeze)
 
 
-def kept_from_step_to_step() -> Patched:
-    return patch.object(torch.optim.Optimizer, "zero_grad", lambda self, set_to_none=True: None)
+kept_from_step_to_step = mistake(keep_gradients=True)
 
 
 def last_micro_batch_only() -> Patched:
-    right = trainer.accumulate_gradients
+    right = step.accumulate_gradients
 
-    def accumulate(model: nn.Module, micro_batches: Any, *more: Any) -> Tensor:
-        *first, last = list(micro_batches)
-        share = right(model, first, *more)
+    def accumulate(model: nn.Module, micro_batches: list[Batch], setup: Setup) -> Tensor:
+        *first, last = micro_batches
+        share = right(model, first, setup)
         for parameter in model.parameters():
             parameter.grad = None
-        return share + right(model, [last], *more)
+        return share + right(model, [last], setup)
 
-    return patch.object(trainer, "accumulate_gradients", accumulate)
+    return patch.object(step, "accumulate_gradients", accumulate)
 
 
 def replicas_not_summed() -> Patched:
     """Shards are summed within each replica, and replicas go their own ways."""
-    return patch.object(sharding, "data_mesh", lambda mesh: mesh["dp_shard"])
+    return patch.object(apply, "data_mesh", lambda mesh: mesh["dp_shard"])
 
 
 def summed_in_float32() -> Patched:
@@ -226,25 +234,25 @@ def replicated_counted_twice() -> Patched:
 
 
 def never_clipped() -> Patched:
-    right = trainer.clip_gradients
-    return patch.object(trainer, "clip_gradients", lambda model, mesh, greatest: right(model, mesh, None))
+    right = step.clip_gradients
+    return patch.object(step, "clip_gradients", lambda model, mesh, greatest: right(model, mesh, None))
 
 
 def learning_rate_of_each_rank() -> Patched:
-    right = trainer.learning_rate
-    return patch.object(trainer, "learning_rate", lambda *a: right(*a) * (1 + dist.get_rank()))
+    right = step.learning_rate
+    return patch.object(step, "learning_rate", lambda *a: right(*a) * (1 + dist.get_rank()))
 
 
 def one_rank_skips_an_update() -> Patched:
-    right = Trainer.update
+    right = step.update
 
-    def update(self: Trainer, step: int, norm: Tensor) -> None:
-        if step == 1 and dist.get_rank() == 1:
-            self.optimizer.zero_grad()
+    def update(state: TrainState, norm: Tensor, setup: Setup) -> None:
+        if state.step == 1 and dist.get_rank() == 1:
+            state.optimizer.zero_grad()
         else:
-            right(self, step, norm)
+            right(state, norm, setup)
 
-    return patch.object(Trainer, "update", update)
+    return patch.object(step, "update", update)
 
 
 def evaluated_on_own_rows() -> Patched:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from tpresearch.plan import compiler as planning
-from tpresearch.plan.rules import Compiled
+from tpresearch.plan.rules import ResolvedRule
 
 Patches = Callable[[], AbstractContextManager[Any]]
 
@@ -54,25 +54,25 @@ class _TakenForWhole(torch.autograd.Function):
         return DTensor.from_local(gradient.to_local(), ctx.mesh, [Replicate()], run_check=False), None
 
 
-def with_style(names: tuple[str, ...], build_style: Callable[[Compiled], ParallelStyle]) -> Patches:
+def with_style(names: tuple[str, ...], build_style: Callable[[ResolvedRule], ParallelStyle]) -> Patches:
     """The rules of these names carried out by another style than they say."""
 
     def patches() -> AbstractContextManager[Any]:
-        right = Compiled.style
+        right = ResolvedRule.style
 
-        def style(rule: Compiled) -> ParallelStyle:
+        def style(rule: ResolvedRule) -> ParallelStyle:
             return build_style(rule) if rule.name in names else right(rule)
 
-        return patch.object(Compiled, "style", style)
+        return patch.object(ResolvedRule, "style", style)
 
     return patches
 
 
-def unsummed_output(rule: Compiled) -> ParallelStyle:
+def unsummed_output(rule: ResolvedRule) -> ParallelStyle:
     return RowwiseParallel(input_layouts=rule.src[0], output_layouts=Partial())
 
 
-def averaged_output(rule: Compiled) -> ParallelStyle:
+def averaged_output(rule: ResolvedRule) -> ParallelStyle:
     class Averaged(RowwiseParallel):
         def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
             applied = super()._apply(module, device_mesh)
@@ -88,7 +88,7 @@ def without_rules(*names: str) -> Patches:
     def patches() -> AbstractContextManager[Any]:
         right = planning._expand
 
-        def expand(compiled: list[Compiled], modules: list[str]) -> dict[str, Compiled]:
+        def expand(compiled: list[ResolvedRule], modules: list[str]) -> dict[str, ResolvedRule]:
             return right([rule for rule in compiled if rule.name not in names], modules)
 
         stack = ExitStack()
@@ -105,7 +105,7 @@ def with_rule(name: str, style: str | None = None, **layouts: tuple[Placement | 
     def patches() -> AbstractContextManager[Any]:
         right = planning._expand
 
-        def expand(compiled: list[Compiled], modules: list[str]) -> dict[str, Compiled]:
+        def expand(compiled: list[ResolvedRule], modules: list[str]) -> dict[str, ResolvedRule]:
             changed = [
                 replace(rule, rule=replace(rule.rule, style=style or rule.rule.style), **layouts)
                 if rule.name == name

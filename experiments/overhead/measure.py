@@ -25,16 +25,15 @@ from bare import bare_loop
 
 from tpresearch.config import Config
 from tpresearch.config.compose import as_dict
-from tpresearch.config.validate import validate
 from tpresearch.data import prepare
 from tpresearch.launch import Run, entrypoint
-from tpresearch.parallel.mesh import build_mesh, data_rank, local_shard
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh, data_rank
+from tpresearch.parallel.norm import local_shard
 from tpresearch.track.tracker import RunFacts, Tracker
-from tpresearch.train.build import planned
-from tpresearch.train.check import check
-from tpresearch.train.device import choose_device
-from tpresearch.train.loop import assemble, process_group
-from tpresearch.train.trainer import Trainer
+from tpresearch.train.loop import Loop
+from tpresearch.train.main import observers_of
+from tpresearch.train.preflight import preflight
 
 WARM_UP = 3
 """Steps of each loop before anything is timed: ours counts what it sends in the second."""
@@ -45,23 +44,23 @@ ROUNDS = 12
 RESULTS = Path(__file__).with_name("results.csv")
 
 
-@entrypoint("train", check=check)
+@entrypoint("train", check=preflight)
 def main(cfg: Config, run: Run) -> None:
     steps = WARM_UP + ROUNDS * BLOCK
     cfg.train.steps, cfg.train.eval_every = (
         steps + 1,
         None,
     )  # the last step, which evaluates, is never reached
-    sizes = validate(cfg, run.world.size)
-    model, plan = planned(cfg, sizes)
-    device = choose_device(cfg, run.world.local_rank, run.world.local_size)
+    job = preflight(cfg, run.world)
+    assert job.device
+    sizes, device = job.sizes, job.device
     corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
     with process_group(device, run.world):
         mesh = build_mesh(sizes, device.type)
-        trainer = assemble(cfg, model, plan, mesh, device, corpus)
-        facts = RunFacts(
-            run.world.size, sizes.live(), sum(p.numel() for p in model.parameters()), device.name
-        )
+        observers = observers_of(job, mesh, device, None)
+        loop = Loop.assemble(job, mesh, device, corpus, observers)
+        model = loop.state.model
+        facts = RunFacts(run.world.size, sizes.nontrivial(), job.parameters, device.name)
         first = run.world.rank == 0
         tracker = Tracker(cfg, as_dict(cfg), run.folder, facts, steps + 1) if first else None
         weights = [local_shard(p.detach())[0].clone() for p in model.parameters()]
@@ -71,23 +70,23 @@ def main(cfg: Config, run: Run) -> None:
             sizes.tp,
             cfg.model.args,
             weights,
-            lambda step: trainer.batches.batch(step, data_rank(mesh), sizes.dp),
+            lambda step: loop.batches.batch(step, data_rank(mesh), sizes.dp),
             steps + 1,
             cfg.optimizer.lr,
             cfg.schedule.warmup_steps,
             cfg.train.clip_grad_norm or float("inf"),
         )
         with tracker or nullcontext():
-            result = alternate(ours(trainer, tracker), bare.__next__)
+            result = alternate(ours(loop, tracker), bare.__next__)
         if first:
             report(
                 {"parallel": cfg.parallel.name, "ranks": run.world.size, "model": cfg.model.name, **result}
             )
 
 
-def ours(trainer: Trainer, tracker: Tracker | None) -> Callable[[], float]:
+def ours(loop: Loop, tracker: Tracker | None) -> Callable[[], float]:
     """One step of ours with its logged row: on disk, in W&B if it is on, and on the terminal."""
-    rows = trainer.rows()
+    rows = loop.rows()
 
     def step() -> float:
         row = next(rows)

@@ -35,7 +35,7 @@ from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.shown import bytes_text
-from tpresearch.train.build import planned
+from tpresearch.train.preflight import planned
 from tpresearch.verify.compare import Worst, compare, tolerance
 from tpresearch.verify.plans import reference_of, trace_of
 from tpresearch.verify.ranks import Ranks

@@ -12,37 +12,44 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
 from wire import settled
 
 from tpresearch.config import Config
 from tpresearch.launch import Run, entrypoint
-from tpresearch.train import loop
-from tpresearch.train.check import check
-from tpresearch.train.trainer import Trainer
+from tpresearch.train.main import train
+from tpresearch.train.observe import Observer
+from tpresearch.train.preflight import preflight
+from tpresearch.train.state import TrainState
 
 FIRST_PORT = 29500
 
 
-@entrypoint("train", check=check)
+@entrypoint("train", check=preflight)
 def main(cfg: Config, run: Run) -> None:
-    ranks = list(range(run.world.rank, run.world.rank + run.world.local_size))
-    path = run.folder / f"wire-{os.environ['HOST_NAME']}.jsonl"
+    train(preflight(cfg, run.world), run, [Wire(run)])
 
-    class CountedTrainer(Trainer):
-        def step(self, step: int, *arguments: Any) -> Any:
-            before = settled()
-            result = super().step(step, *arguments)
-            sent = settled() - before
-            if run.world.local_rank == 0:
-                with path.open("a") as file:
-                    file.write(json.dumps({"step": step + 1, "ranks": ranks, **asdict(sent)}) + "\n")
-            return result
 
-    loop.Trainer = CountedTrainer  # everything else is train.py's own
-    loop.train(cfg, run)
+class Wire(Observer):
+    """Reads the interface before and after each step; one line per step from the first rank of each host."""
+
+    def __init__(self, run: Run) -> None:
+        self._first = run.world.local_rank == 0
+        self._ranks = list(range(run.world.rank, run.world.rank + run.world.local_size))
+        self._path = run.folder / f"wire-{os.environ['HOST_NAME']}.jsonl"
+
+    @contextmanager
+    def step(self, state: TrainState) -> Iterator[None]:
+        before = settled()
+        yield
+        sent = settled() - before
+        if self._first:
+            with self._path.open("a") as file:
+                line = {"step": state.step + 1, "ranks": self._ranks, **asdict(sent)}
+                file.write(json.dumps(line) + "\n")
 
 
 def each_in_turn(trainings: list[str]) -> None:

@@ -12,14 +12,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from inter_host import crossing_hops, gloo_bytes_each_way, ring_bytes_each_way
 
+from tpresearch.config.axes import MeshSizes
 from tpresearch.config.compose import register_schema, typed
-from tpresearch.config.mesh import MeshSizes
 from tpresearch.config.validate import validate
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
-from tpresearch.ledger.communication import Entry
+from tpresearch.ledger.entries import Entry
 from tpresearch.ledger.formulas import expected_entries
-from tpresearch.train.build import planned
+from tpresearch.train.preflight import planned
 
 LINKS = {"100 Gb/s": 100e9 / 8, "3.2 Tb/s": 3.2e12 / 8}
 """Of a whole host, each way, in bytes a second: one Ethernet card, or eight of 400 Gb/s."""
@@ -46,7 +46,7 @@ def each_way(overrides: list[str], ranks_a_host: int, gloo: bool) -> int:
     entries, sizes = entries_of_step(overrides, ranks_a_host)
     host_of = ["a"] * ranks_a_host + ["b"] * ranks_a_host
     count = gloo_bytes_each_way if gloo else ring_bytes_each_way
-    return count(entries, crossing_hops(sizes.live(), host_of))
+    return count(entries, crossing_hops(sizes.nontrivial(), host_of))
 
 
 def main() -> None:
@@ -62,12 +62,12 @@ def print_table(model: list[str], ranks_a_host: int, batches: tuple[int, ...]) -
         for parallel in ("fsdp_tp", "hsdp", "fsdp", "tp"):
             overrides = [f"parallel={parallel}", f"train.global_batch_size={rows}", *model]
             entries, sizes = entries_of_step(overrides, ranks_a_host)
-            hops = crossing_hops(sizes.live(), ["a"] * ranks_a_host + ["b"] * ranks_a_host)
+            hops = crossing_hops(sizes.nontrivial(), ["a"] * ranks_a_host + ["b"] * ranks_a_host)
             sent = ring_bytes_each_way(entries, hops)
             cells = [
                 str(rows),
                 f"`{parallel}`",
-                " ".join(f"{axis}={size}" for axis, size in sizes.live().items()),
+                " ".join(f"{axis}={size}" for axis, size in sizes.nontrivial().items()),
                 str(sum(entry.count for entry in entries if hops[entry.axis])),
                 f"{sent / 1e9:.1f} GB" if sent > 1e9 else f"{sent / 1e6:.1f} MB",
                 *(f"{1e3 * sent / speed:,.1f} ms" for speed in LINKS.values()),

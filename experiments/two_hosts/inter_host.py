@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tpresearch.config.mesh import AXES
-from tpresearch.ledger.communication import Entry
+from tpresearch.config.axes import NAMES as AXES
+from tpresearch.ledger.entries import Entry
 
 GLOO_FACTOR = {"all_gather": 1, "all_reduce": 1, "reduce_scatter": 2}
 """Bytes that gloo sends for each byte of the ring formulas.

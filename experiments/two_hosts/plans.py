@@ -12,7 +12,7 @@ from hosts import HOSTS, TwoHosts
 from inter_host import crossing_hops, gloo_bytes_each_way, ring_bytes_each_way
 from wire import Sent
 
-from tpresearch.ledger.communication import Entry
+from tpresearch.ledger.entries import Entry
 
 COUNTED_TRAIN = Path(__file__).with_name("counted_train.py")
 

@@ -6,12 +6,11 @@ import pytest
 from support.composed import config
 
 from tpresearch.config import ConfigError
-from tpresearch.config.mesh import MeshSizes
 from tpresearch.config.validate import planned_world, total_steps, validate
 
 
 def sizes(*overrides: str, world: int, hosts: int = 1) -> dict[str, int]:
-    return validate(config(*overrides, "train.global_batch_size=48"), world, hosts).live()
+    return validate(config(*overrides, "train.global_batch_size=48"), world, hosts).nontrivial()
 
 
 @pytest.mark.parametrize(
@@ -55,9 +54,9 @@ def test_what_is_given_is_kept_and_the_rest_follows(
 @pytest.mark.parametrize(
     ("overrides", "world", "field", "says"),
     [
-        (["parallel=none"], 4, "parallel", "4 ranks"),
+        (["parallel=none"], 4, "parallel", "the world size is 4"),
         (["parallel=tp", "mesh.tp=2"], 4, "mesh.tp", "fsdp_tp"),
-        (["parallel=tp", "mesh.dp_shard=2"], 4, "mesh.dp_shard", "no use for this axis"),
+        (["parallel=tp", "mesh.dp_shard=2"], 4, "mesh.dp_shard", "does not shard over this axis"),
         (["parallel=fsdp", "mesh.dp_shard=3"], 4, "mesh.dp_shard", "mesh.dp_shard=4"),
         (["parallel=fsdp_tp", "mesh.tp=4"], 6, "mesh.tp", "world has 6"),
         (["parallel=hsdp_tp", "mesh.dp_replicate=-1", "mesh.tp=-1"], 8, "mesh.tp", "one axis at most"),
@@ -67,8 +66,12 @@ def test_what_is_given_is_kept_and_the_rest_follows(
         (["parallel=fsdp", "train.tokens=100"], 4, "train.tokens", "train.steps=100"),
         (["parallel=fsdp", "train.steps=null"], 4, "train.steps", "no budget"),
         (["parallel=fsdp", "train.steps=0"], 4, "train.steps", "1 or more"),
-        (["parallel=fsdp", "optimizer.lr=-1"], 4, "optimizer.lr", "positive"),
+        (["parallel=fsdp", "optimizer.lr=-1"], 4, "optimizer.lr", "a number above 0"),
         (["parallel=fsdp", "optimizer.weight_decay=-1"], 4, "optimizer.weight_decay", "0 or more"),
+        (["parallel=fsdp", "optimizer.weight_decay=nan"], 4, "optimizer.weight_decay", "not a finite number"),
+        (["parallel=fsdp", "optimizer.lr=inf"], 4, "optimizer.lr", "not a finite number"),
+        (["parallel=fsdp", "schedule.decay_ratio=1.5"], 4, "schedule.decay_ratio", "from 0 to 1"),
+        (["parallel=fsdp", "optimizer.betas=[0.9,1.0]"], 4, "optimizer.betas", "from 0 to below 1"),
         (["parallel=fsdp", "model.max_seq_len=8"], 4, "model.max_seq_len", "data.seq_len=16"),
         (["parallel=fsdp", "optimizer.betas=[0.9]"], 4, "optimizer.betas", "two numbers"),
         (["parallel=fsdp", "model.vocab_size=100"], 4, "model.vocab_size", "260"),
@@ -86,15 +89,6 @@ def test_what_cannot_work_is_refused(overrides: list[str], world: int, field: st
         validate(config(*batch, *overrides), world)
     assert caught.value.field == field
     assert says in str(caught.value)
-
-
-def test_the_printed_mesh_is_the_tutorials() -> None:
-    assert (
-        MeshSizes(1, 2, 2).describe("cuda")
-        == "DeviceMesh('cuda', [[0, 1], [2, 3]], mesh_dim_names=('dp', 'tp'))"
-    )
-    assert MeshSizes(1, 1, 4).describe("cpu") == "DeviceMesh('cpu', [0, 1, 2, 3], mesh_dim_names=('tp',))"
-    assert "[[[0, 1], [2, 3]], [[4, 5], [6, 7]]]" in MeshSizes(2, 2, 2).describe("cpu")
 
 
 def test_plan_only_takes_its_world_from_what_is_given() -> None:

@@ -15,16 +15,14 @@ from support.fake_wandb import FakeWandb
 
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import DataPlan, ParallelConfig, TensorPlan
-from tpresearch.ledger.communication import Entry
-from tpresearch.ledger.memory import Held
-from tpresearch.ledger.step import Expected, StepCount
+from tpresearch.ledger.entries import Entry, Expected, MemoryUse, StepLedger
 from tpresearch.track import Tracker
 from tpresearch.track.record import read_metrics, read_summary
 
 pytestmark = pytest.mark.cli
 WANDB = Path(sys.executable).parent / "wandb"
 SENT = [Entry("tp", "forward", "dtensor", "all_reduce", 2, 1000, 1000)]
-COUNT = StepCount(SENT, [Held("gradients", 64, 64)], None, Expected(SENT, {}))
+COUNT = StepLedger(SENT, [MemoryUse("gradients", 64, 64)], None, Expected(SENT, {}))
 
 
 @pytest.fixture

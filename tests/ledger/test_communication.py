@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.counted_steps import PLANS, counted_step
 
-from tpresearch.ledger.communication import ring_bytes
+from tpresearch.ledger.entries import ring_bytes
 from tpresearch.verify.ranks import Ranks
 
 

@@ -7,12 +7,12 @@ import torch
 from support.counted_steps import PLANS, counted_step
 from torch import nn
 
+from tpresearch.ledger.entries import StepLedger
 from tpresearch.ledger.memory import MemoryLedger
-from tpresearch.ledger.step import StepCount
 from tpresearch.verify.ranks import Ranks
 
 
-def agree(found: StepCount) -> None:
+def agree(found: StepLedger) -> None:
     held, wanted = {kind.kind: kind.most_bytes for kind in found.held}, found.expected.held
     for kind in ("parameters", "gradients", "optimizer"):
         assert held[kind] == wanted[kind], kind
@@ -67,9 +67,9 @@ def test_by_hand() -> None:
     rows = torch.ones(100, 8)
     memory = MemoryLedger(model, optimizer)
     with memory:
-        with memory.mark("forward"):
+        with memory.phase("forward"):
             loss = model(rows * 2).sum()
-        with memory.mark("backward"):
+        with memory.phase("backward"):
             loss.backward()
         memory.note_gradients()
         optimizer.step()

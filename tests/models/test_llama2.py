@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tpresearch.models.llama2 import Llama2, rotary_table, rotate
 from tpresearch.models.toy_mlp import ToyMLP
-from tpresearch.train.build import meta_model
+from tpresearch.plan.meta import meta_model
 from tpresearch.train.speed import flops_per_token
 
 

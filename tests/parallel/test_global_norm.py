@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from tpresearch.config.mesh import MeshSizes
+from tpresearch.config.axes import MeshSizes
 from tpresearch.config.world import World
-from tpresearch.parallel.mesh import build_mesh, data_rank, global_norm
-from tpresearch.train.device import Device
-from tpresearch.train.loop import process_group
+from tpresearch.parallel.device import Device
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh, data_rank
+from tpresearch.parallel.norm import global_norm
 from tpresearch.verify.ranks import Ranks
 
 
 def on_mixed_meshes(world: World) -> tuple[float, int]:
     with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
-        mesh = build_mesh(MeshSizes(2, 1, 2), "cpu")
+        mesh = build_mesh(MeshSizes(dp_replicate=2, tp=2), "cpu")
         whole = torch.arange(1.0, 8.0, dtype=torch.float64)
         pieces: list[DTensor] = [
             distribute_tensor(whole, mesh["dp_replicate", "tp"], [Replicate(), Shard(0)]),
@@ -38,7 +39,7 @@ def test_each_part_is_counted_once_on_every_rank(ranks: Ranks) -> None:
 def of_a_large_gradient(world: World) -> tuple[float, float, float]:
     """Whole, and as two shards; in float64 by torch alone."""
     with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
-        mesh = build_mesh(MeshSizes(1, 2, 1), "cpu")
+        mesh = build_mesh(MeshSizes(dp_shard=2), "cpu")
         whole = torch.randn(2_000_006, generator=torch.Generator().manual_seed(0)) * 1e-3
         shards = distribute_tensor(whole, mesh["dp_shard"], [Shard(0)])
         return (

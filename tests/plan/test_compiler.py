@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
+from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.compiler import matching
 from tpresearch.plan.describe import folded, plan_rows, plan_text
-from tpresearch.train.build import planned, sharded
-from tpresearch.train.device import choose_device
-from tpresearch.train.loop import process_group
+from tpresearch.train.preflight import planned, preflight
 from tpresearch.verify.ranks import Ranks
 
 
@@ -100,24 +100,23 @@ def test_tp_alone_needs_no_divisible_sequence() -> None:
 
 def facts_of_rank_zero(world: World, cfg: Config) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What really became of each parameter: its placements over axes of several ranks, its local shape."""
-    sizes = validate(cfg, world.size)
-    model, plan = planned(cfg, sizes)
-    device = choose_device(cfg, world.local_rank, world.local_size)
-    with process_group(device, world):
-        mesh = build_mesh(sizes, "cpu")
-        sharded(model, plan, cfg, mesh, device.torch)
+    job = preflight(cfg, world)
+    assert job.device
+    with process_group(job.device, world):
+        mesh = build_mesh(job.sizes, "cpu")
+        model = parallelize(job.model, job.plan, cfg.parallel, mesh, cfg.train.dtype)
         found = {}
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
-                found[name] = ("whole", tuple(parameter.shape))
+                found[name] = ("replicated", tuple(parameter.shape))
                 continue
             names = parameter.device_mesh.mesh_dim_names or ()
             over = [
                 f"{axis}: Shard({placement.dim})"  # type: ignore[attr-defined]
                 for axis, placement in zip(names, parameter.placements, strict=True)
-                if sizes.live().get(axis) and not placement.is_replicate()
+                if job.sizes.nontrivial().get(axis) and not placement.is_replicate()
             ]
-            found[name] = (", ".join(over) or "whole", tuple(parameter.to_local().shape))
+            found[name] = (", ".join(over) or "replicated", tuple(parameter.to_local().shape))
         return found
 
 
@@ -140,11 +139,11 @@ def test_layers_fold_into_one_row_and_nothing_is_lost() -> None:
     assert "parameters: 6,738,415,616" in plan_text(model, plan)
 
 
-def test_parameters_left_whole_are_named() -> None:
+def test_parameters_left_replicated_are_named() -> None:
     _, plan = compiled("model=toy_mlp", "parallel=tp")
-    assert plan.whole == ["mlp.out_proj.bias"]
+    assert plan.replicated == ["mlp.out_proj.bias"]
     _, plan = compiled("model=llama2_debug", "parallel=tp")
-    assert {name.rsplit(".", 2)[-2] for name in plan.whole} == {"attention_norm", "ffn_norm", "norm"}
+    assert {name.rsplit(".", 2)[-2] for name in plan.replicated} == {"attention_norm", "ffn_norm", "norm"}
 
 
 def test_one_rule_can_be_changed_from_the_command_line() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from support.composed import config, corpus, in_two_parts
 from tpresearch.config import Config
-from tpresearch.config.validate import validate
 from tpresearch.config.world import World
+from tpresearch.data import prepare
+from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_bytes
-from tpresearch.ledger.step import Counted, Expected, StepCount, count_of
+from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.train.build import planned
-from tpresearch.train.device import choose_device
-from tpresearch.train.loop import assemble, process_group
+from tpresearch.train.loop import Loop
+from tpresearch.train.preflight import preflight
+from tpresearch.train.watch import CountedStep
 from tpresearch.verify.ranks import Ranks
 
 PLANS = [
@@ -27,10 +28,10 @@ PLANS = [
 ]
 """Plans and the ranks that they are counted on."""
 
-_known: dict[tuple[int, bool, tuple[str, ...]], StepCount] = {}
+_known: dict[tuple[int, bool, tuple[str, ...]], StepLedger] = {}
 
 
-def counted_step(ranks: Ranks, world: int, *overrides: str, two_parts: bool = False) -> StepCount:
+def counted_step(ranks: Ranks, world: int, *overrides: str, two_parts: bool = False) -> StepLedger:
     """Rank 0's second step; in two micro-batches a rank where `two_parts`."""
     key = world, two_parts, overrides
     if key not in _known:
@@ -39,16 +40,21 @@ def counted_step(ranks: Ranks, world: int, *overrides: str, two_parts: bool = Fa
     return _known[key]
 
 
-def count(world: World, cfg: Config) -> StepCount:
-    sizes = validate(cfg, world.size)
-    model, plan = planned(cfg, sizes)
-    expected = Expected(expected_entries(model, plan, cfg), expected_bytes(model, plan, cfg))
-    device = choose_device(cfg, world.local_rank, world.local_size)
-    with process_group(device, world):
-        mesh = build_mesh(sizes, device.type)
-        trainer = assemble(cfg, model, plan, mesh, device, corpus())
-        trainer.step(0, trainer.window(), None)
-        trainer.evaluate()  # which must leave nothing gathered
-        counted = Counted(mesh, trainer.model, trainer.optimizer)
-        trainer.step(1, trainer.window(), counted)
-        return count_of(counted, expected)
+def count(world: World, cfg: Config) -> StepLedger:
+    """The second step of a job on this rank, under both ledgers."""
+    job = preflight(cfg, world)
+    assert job.device
+    formulas = (
+        expected_entries(job.model, job.plan, cfg),
+        expected_bytes(job.model, job.plan, cfg, job.device.type),
+    )
+    rows = prepare(cfg.data, cfg.tokenizer) if cfg.data.source.is_synthetic else corpus()
+    with process_group(job.device, world):
+        mesh = build_mesh(job.sizes, job.device.type)
+        counting = CountedStep(mesh, Expected(*formulas), last_step=1)
+        loop = Loop.assemble(job, mesh, job.device, rows, [counting])
+        loop.step()
+        loop.evaluate()  # which must leave nothing gathered
+        loop.step()
+        assert counting.counted
+        return counting.counted

@@ -14,9 +14,7 @@ from tpresearch.compare.labels import labels, telling
 from tpresearch.compare.runs import find
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config, DataPlan, ModelConfig, ParallelConfig, Rule, TensorPlan
-from tpresearch.ledger.communication import Entry
-from tpresearch.ledger.memory import Held
-from tpresearch.ledger.step import Expected, StepCount
+from tpresearch.ledger.entries import Entry, Expected, MemoryUse, StepLedger
 from tpresearch.track import RunFacts, Tracker
 
 TOKENS_A_STEP = 3072
@@ -101,9 +99,9 @@ class Made:
         facts = RunFacts(self.ranks, self.mesh, 622_912, self.device, self.corpus_hash, 6.5)
         console = Console(file=io.StringIO(), width=120)
         tracker = Tracker(cfg, as_dict(cfg), folder, facts, self.steps, console=console, plan="the plan")
-        held = [Held("parameters", 2 * 2**20, 2 * 2**20), Held("activations", 9 * 2**20, 6 * 2**20)]
+        held = [MemoryUse("parameters", 2 * 2**20, 2 * 2**20), MemoryUse("activations", 9 * 2**20, 6 * 2**20)]
         expected = self.sent if self.expected is None else self.expected
-        tracker.count(StepCount(self.sent, held, None, Expected(expected, {})))
+        tracker.count(StepLedger(self.sent, held, None, Expected(expected, {})))
         for step in range(self.log_every, self.steps + 1, self.log_every):
             tracker.log(self.row(step))
         if self.error is None:

@@ -12,7 +12,7 @@ from test_parity import PLANS, agree
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
-from tpresearch.train.build import planned
+from tpresearch.train.preflight import planned
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import Trace, trace
 

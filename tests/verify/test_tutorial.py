@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from support.composed import config
+from support.counted_steps import count
 from test_parity import digest
 
 from tpresearch.config import Config
@@ -14,14 +15,12 @@ from tpresearch.config.schema import Dtype
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.data import batches_of, prepare
-from tpresearch.ledger.communication import Entry
+from tpresearch.ledger.entries import Entry
 from tpresearch.ledger.formulas import expected_entries
-from tpresearch.ledger.step import Counted
-from tpresearch.parallel.mesh import build_mesh
-from tpresearch.train.build import meta_model, planned
-from tpresearch.train.defects import part_to_read
-from tpresearch.train.device import choose_device
-from tpresearch.train.loop import assemble, process_group
+from tpresearch.plan.meta import meta_model
+from tpresearch.train.mistakes import OverlappingBatches
+from tpresearch.train.preflight import planned
+from tpresearch.train.state import TrainState
 from tpresearch.verify.compare import compare, tolerance
 from tpresearch.verify.plans import reference_of
 from tpresearch.verify.ranks import Ranks
@@ -167,12 +166,12 @@ def test_kept_gradients_are_the_sum_of_all_so_far() -> None:
 
 def test_overlapping_batches_are_read_twice_and_change_the_loss(ranks: Ranks) -> None:
     cfg = experiment("seed_2d", "defects.overlapping_batches=true")
-    batches = batches_of(prepare(cfg.data, cfg.tokenizer), 16, 0)
+    rows, honest = (batches_of(prepare(cfg.data, cfg.tokenizer), 16, 0) for _ in range(2))
+    OverlappingBatches(rows).start(TrainState(0, torch.nn.Identity(), torch.optim.SGD([torch.zeros(1)])))
     for step in range(3):
-        one, next_of_zero = part_to_read(cfg, step, 1), part_to_read(cfg, step + 1, 0)
-        assert torch.equal(batches.batch(*one, 2), batches.batch(*next_of_zero, 2))
-    honest = experiment("seed_2d")
-    assert part_to_read(honest, 5, 1) == (5, 1)
+        assert torch.equal(rows.batch(step, 1, 2).inputs, rows.batch(step + 1, 0, 2).inputs)
+        assert torch.equal(rows.batch(step, 0, 2).inputs, honest.batch(step, 0, 2).inputs)
+        assert not torch.equal(rows.batch(step, 1, 2).inputs, honest.batch(step, 1, 2).inputs)
     found = out_of_tolerance(run_on(ranks, 4, cfg)[0], one_process("seed_2d"))
     assert {"loss", "gradients"} < found
     assert "initial weights" not in found
@@ -182,16 +181,7 @@ def test_overlapping_batches_are_read_twice_and_change_the_loss(ranks: Ranks) ->
 
 
 def measured(world: World, cfg: Config) -> list[Entry]:
-    sizes = validate(cfg, world.size)
-    model, plan = planned(cfg, sizes)
-    device = choose_device(cfg, world.local_rank, world.local_size)
-    with process_group(device, world):
-        mesh = build_mesh(sizes, device.type)
-        trainer = assemble(cfg, model, plan, mesh, device, prepare(cfg.data, cfg.tokenizer))
-        trainer.step(0, trainer.window(), None)
-        counted = Counted(mesh, trainer.model, trainer.optimizer)
-        trainer.step(1, trainer.window(), counted)
-        return counted.sent.entries()
+    return count(world, cfg).sent
 
 
 def expected(cfg: Config, world: int) -> list[Entry]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tpresearch.compare.groups import Group
 from tpresearch.compare.labels import SEED, settings_text
-from tpresearch.config.mesh import AXES
+from tpresearch.config.axes import NAMES as AXES
 
 
 def lines_over_ranks(groups: Sequence[Group]) -> list[list[Group]]:

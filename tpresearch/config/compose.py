@@ -13,7 +13,7 @@ from tpresearch.config.launchers import SlurmConfig, TorchrunConfig
 from tpresearch.config.schema import ComposedConfig, Config, ModelConfig, Rule
 
 MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
-RULE_KEYS = {"match", "style", "src", "dst", "units"}
+RULE_KEYS = {"match", "style", "src", "dst", "axis", "units"}
 
 
 def register_schema() -> None:
@@ -88,7 +88,7 @@ def as_dict(cfg: Config) -> dict[str, Any]:
 
 
 def _plain_rule(rule: dict[str, Any]) -> dict[str, Any]:
-    shown = {key: rule[key] for key in ("match", "style", "src", "dst", "units") if rule[key]}
+    shown = {key: rule[key] for key in ("match", "style", "src", "dst", "axis", "units") if rule[key]}
     return {**shown, **({"_target_": rule["target"], **rule["args"]} if rule["target"] else {})}
 
 

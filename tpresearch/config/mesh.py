@@ -2,74 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from tpresearch.config.axes import AXES, AXES_OF_DATA_PLAN, NAMES, TENSOR, Axis, MeshSizes
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import DataPlan, MeshConfig, ParallelConfig
-
-AXES = ("dp_replicate", "dp_shard", "tp")
-"""Outermost first: ranks next to each other, inside a host, differ along tp."""
+from tpresearch.config.schema import MeshConfig, ParallelConfig
 
 
-@dataclass(frozen=True)
-class MeshSizes:
-    """Ranks along each axis."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    tp: int = 1
-
-    @property
-    def dp(self) -> int:
-        """Replicas of the model's computation: the ways into which a global batch is split."""
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def world(self) -> int:
-        return self.dp * self.tp
-
-    def live(self) -> dict[str, int]:
-        """The axes along which there is more than one rank."""
-        return {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) > 1}
-
-    def describe(self, device: str) -> str:
-        """The mesh as torch prints one with its ranks written out; a lone data axis is called dp."""
-        live = self.live()
-        names = list(live) or ["dp_shard"]
-        if len([name for name in names if name != "tp"]) == 1:
-            names = ["tp" if name == "tp" else "dp" for name in names]
-        shape = list(live.values()) or [1]
-        return f"DeviceMesh('{device}', {_nested(list(range(self.world)), shape)}, mesh_dim_names={tuple(names)})"
-
-
-def _nested(ranks: list[int], shape: list[int]) -> list:
-    if len(shape) == 1:
-        return ranks
-    step = len(ranks) // shape[0]
-    return [_nested(ranks[i : i + step], shape[1:]) for i in range(0, len(ranks), step)]
-
-
-def used_axes(parallel: ParallelConfig) -> set[str]:
-    """The axes that a parallel plan has a use for."""
-    axes = {
-        DataPlan.none: set(),
-        DataPlan.ddp: {"dp_replicate"},
-        DataPlan.fsdp: {"dp_shard"},
-        DataPlan.hsdp: {"dp_replicate", "dp_shard"},
-    }[parallel.data]
-    return axes | ({"tp"} if parallel.tensor else set())
+def used_axes(parallel: ParallelConfig) -> tuple[Axis, ...]:
+    """The axes that a parallel plan shards or splits over, outermost first."""
+    return AXES_OF_DATA_PLAN[parallel.data] + ((TENSOR,) if parallel.tensor else ())
 
 
 def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: int = 1) -> MeshSizes:
     """The sizes of all axes for a job of `world` ranks on `hosts` hosts.
 
     Raises:
-        ConfigError: more than one -1, a size that is not a count, an axis that the plan has no use for, or a
+        ConfigError: more than one -1, a size that is not a count, an axis that the plan does not use, or a
             product that is not the world size.
     """
-    given = {axis: getattr(mesh, axis) for axis in AXES}
+    given: dict[str, int | None] = {name: getattr(mesh, name) for name in NAMES}
     used = used_axes(parallel)
-    rest = [axis for axis, size in given.items() if size == -1]
+    rest = [name for name, size in given.items() if size == -1]
     if len(rest) > 1:
         raise ConfigError(
             f"mesh.{rest[1]}",
@@ -78,22 +30,23 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
             "one axis at most can take what is left",
             fix={f"mesh.{rest[1]}": None},
         )
-    for axis, size in given.items():
+    for axis in AXES:
+        size = given[axis.name]
         if size is not None and size != -1 and size < 1:
             raise ConfigError(
-                f"mesh.{axis}",
+                f"mesh.{axis.name}",
                 size,
                 "not a number of ranks",
                 "1 or more, -1 for what is left, null for the plan's choice",
-                fix={f"mesh.{axis}": None},
+                fix={f"mesh.{axis.name}": None},
             )
         if axis not in used and size is not None and size > 1:
             raise ConfigError(
-                f"mesh.{axis}",
+                f"mesh.{axis.name}",
                 size,
-                f"parallel={parallel.name} has no use for this axis",
-                f"it uses {_names(used)}; plans with {axis}: {_plans_with(axis)}",
-                fix={f"mesh.{axis}": None},
+                f"parallel={parallel.name} does not shard over this axis",
+                f"it uses {_listed(used)}; plans with {axis.name}: {axis.options}",
+                fix={f"mesh.{axis.name}": None},
             )
     sizes = _complete(given, used, world, hosts)
     if sizes.world != world:
@@ -101,80 +54,66 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
     return sizes
 
 
-def _complete(given: dict[str, int | None], used: set[str], world: int, hosts: int) -> MeshSizes:
-    """Fill in what was left open: each open axis takes its customary size, and the last one what is then left."""
-    sizes = {axis: given[axis] if axis in used else 1 for axis in AXES}
+def _complete(given: dict[str, int | None], used: tuple[Axis, ...], world: int, hosts: int) -> MeshSizes:
+    """Fill in what was left open: innermost first each open axis takes its customary size, one takes what is left."""
+    sizes = {axis.name: given[axis.name] for axis in used}
     left = world
     for size in sizes.values():
         left = max(left // size, 1) if size and size > 0 else left
-    unset = [axis for axis in ("tp", "dp_replicate", "dp_shard") if sizes[axis] is None]
-    takes_rest = next((axis for axis in AXES if sizes[axis] == -1), unset[-1] if unset else None)
+    unset = sorted(
+        (axis for axis in reversed(used) if sizes[axis.name] is None), key=lambda a: not a.customary
+    )
+    takes_rest = next((name for name, size in sizes.items() if size == -1), unset[-1].name if unset else None)
     for axis in unset:
-        if axis != takes_rest:
-            size = sizes[axis] = _customary(axis, left, world, hosts)
+        if axis.name != takes_rest:
+            size = sizes[axis.name] = axis.customary(left, world, hosts) if axis.customary else 1
             left = max(left // size, 1)
     if takes_rest:
         sizes[takes_rest] = left
-    return MeshSizes(**{axis: size or 1 for axis, size in sizes.items()})
-
-
-def _customary(axis: str, left: int, world: int, hosts: int) -> int:
-    """tp spans a host, and is the tutorial's 2 on one host; replicas go across hosts, and are few on one host."""
-    if axis == "tp":
-        return world // hosts if hosts > 1 else (2 if left % 2 == 0 else 1)
-    return hosts if 1 < hosts < left else _smallest_factor(left)
-
-
-def _smallest_factor(n: int) -> int:
-    return next((f for f in range(2, n + 1) if n % f == 0), 1)
+    return MeshSizes(**{name: size or 1 for name, size in sizes.items()})
 
 
 def _refuse_product(
-    sizes: MeshSizes, given: dict[str, int | None], parallel: ParallelConfig, used: set[str], world: int
+    sizes: MeshSizes,
+    given: dict[str, int | None],
+    parallel: ParallelConfig,
+    used: tuple[Axis, ...],
+    world: int,
 ) -> None:
     if not used:
         raise ConfigError(
             "parallel",
             parallel.name,
-            f"one process computes it, and there are {world} ranks",
-            "1 rank, or a plan that shares the work: ddp tp sp fsdp hsdp fsdp_tp hsdp_tp",
+            f"runs on a single process, but the world size is {world}",
+            f"1 rank, or a plan that shares the work: {' '.join(_all_options())}",
             fix={"parallel": "fsdp"},
         )
-    set_axes = [axis for axis in AXES if axis in used and given[axis] not in (None, -1)]
-    axis = set_axes[-1]
-    others = sizes.world // getattr(sizes, axis)
-    product = "*".join(f"{name}={getattr(sizes, name)}" for name in AXES if name in used)
-    if used == {"tp"} and world % sizes.world == 0:
-        legal, fix, nproc = (
-            f"mesh.tp={world}, or a plan that has a data axis for the rest: fsdp_tp",
-            {"parallel": "fsdp_tp"},
-            None,
-        )
+    name = [axis.name for axis in used if given[axis.name] not in (None, -1)][-1]
+    others = sizes.world // sizes[name]
+    product = "*".join(f"{axis.name}={sizes[axis.name]}" for axis in used)
+    fix: dict[str, object] = {}
+    if used == (TENSOR,) and world % sizes.world == 0:
+        legal = f"mesh.tp={world}, or a plan that has a data axis for the rest: fsdp_tp"
+        fix = {"parallel": "fsdp_tp"}
     elif world % others == 0:
-        legal, fix, nproc = (
-            f"mesh.{axis}={world // others}, or {sizes.world} ranks",
-            {f"mesh.{axis}": world // others},
-            None,
-        )
+        legal = f"mesh.{name}={world // others}, or {sizes.world} ranks"
+        fix = {f"mesh.{name}": world // others}
     else:
-        legal, fix, nproc = f"{sizes.world} ranks", {}, sizes.world
+        legal = f"{sizes.world} ranks"
     raise ConfigError(
-        f"mesh.{axis}",
-        getattr(sizes, axis),
+        f"mesh.{name}",
+        sizes[name],
         f"{product} is {sizes.world} ranks and the world has {world}",
         legal,
         fix=fix,
-        nproc=nproc,
+        nproc=None if fix else sizes.world,
     )
 
 
-def _names(axes: set[str]) -> str:
-    return " and ".join(f"mesh.{axis}" for axis in AXES if axis in axes) or "no axis"
+def _listed(axes: tuple[Axis, ...]) -> str:
+    return " and ".join(f"mesh.{axis.name}" for axis in axes) or "no axis"
 
 
-def _plans_with(axis: str) -> str:
-    return {
-        "dp_replicate": "ddp hsdp hsdp_tp",
-        "dp_shard": "fsdp hsdp fsdp_tp hsdp_tp",
-        "tp": "tp sp fsdp_tp hsdp_tp",
-    }[axis]
+def _all_options() -> list[str]:
+    """Each option that uses an axis, those of one axis first."""
+    return sorted({option for axis in AXES for option in axis.options.split()}, key=lambda o: (len(o), o))

@@ -1,14 +1,15 @@
 """The typed shape of a config. Hydra composes `conf/` into it; past that boundary only these classes are seen.
 
-Every field is a key that can be set on the command line, and the text below it says what it means.
-What combinations are legal is judged in `validate.py`, nowhere else.
+Every field is a key that can be set on the command line; the text below it says what it means, and its annotation
+what numbers it takes. What combinations are legal is judged in `validate.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from tpresearch.config.bounds import POSITIVE, SHARE, AtLeast, Within
 from tpresearch.config.choices import (
     Checkpointing,
     DataPlan,
@@ -75,13 +76,13 @@ class DataConfig:
     """The field that holds the text (jsonl, parquet, hf)."""
     streaming: bool = False
     """Read over the network as far as max_tokens asks, instead of downloading all of it (hf)."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, AtLeast(1)] = None
     """Stop reading after about this many tokens; required when streaming."""
-    seq_len: int = 128
-    """Tokens a row that the model sees; rows are stored with one more, for the last target. 1 for rows of numbers."""
-    width: int | None = None
-    """Numbers a row (uniform); tokens are drawn below tokenizer.vocab_size (random_tokens)."""
-    held_out_every: int = 20
+    seq_len: Annotated[int, AtLeast(1)] = 128
+    """Tokens per row that the model sees; rows are stored with one more, for the last target. 1 for rows of numbers."""
+    width: Annotated[int | None, AtLeast(1)] = None
+    """Numbers per row (uniform); tokens are drawn below tokenizer.vocab_size (random_tokens)."""
+    held_out_every: Annotated[int, AtLeast(2)] = 20
     """One document in this many, chosen by a hash of its name, is kept for evaluation."""
     cache_dir: str = "~/.cache/tpresearch"
     """Where packed rows and trained tokenizers are kept; shared by all runs on a host."""
@@ -99,59 +100,59 @@ class TokenizerConfig:
 @dataclass
 class OptimizerConfig:
     name: OptimizerName = OptimizerName.adamw
-    lr: float = 3e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    lr: Annotated[float, POSITIVE] = 3e-3
+    betas: Annotated[list[float], Within(0, 1, open_above=True)] = field(default_factory=lambda: [0.9, 0.95])
+    eps: Annotated[float, POSITIVE] = 1e-8
+    weight_decay: Annotated[float, AtLeast(0)] = 0.1
     decay_vectors: bool = False
     """Let weight decay reach biases and norm weights too, as torch's AdamW does unless it is told otherwise."""
-    momentum: float = 0.0
+    momentum: Annotated[float, SHARE] = 0.0
 
 
 @dataclass
 class ScheduleConfig:
     name: ScheduleName = ScheduleName.cosine
-    warmup_steps: int = 10
+    warmup_steps: Annotated[int, AtLeast(0)] = 10
     """Steps over which the learning rate rises linearly from 0."""
-    min_lr_ratio: float = 0.1
-    """Learning rate at the end, as a share of optimizer.lr."""
-    decay_ratio: float = 0.2
+    min_lr_ratio: Annotated[float, SHARE] = 0.1
+    """Learning rate at the end, as a fraction of optimizer.lr."""
+    decay_ratio: Annotated[float, SHARE] = 0.2
     """Share of all steps over which wsd decays, at the end."""
 
 
 @dataclass
 class TrainConfig:
-    steps: int | None = 100
+    steps: Annotated[int | None, AtLeast(1)] = 100
     """Optimizer steps; null where train.tokens is the budget."""
-    tokens: int | None = None
+    tokens: Annotated[int | None, AtLeast(1)] = None
     """Tokens to train on, rounded up to whole steps; null where train.steps is the budget."""
-    global_batch_size: int = 24
-    """Rows an optimizer step, over all ranks and accumulation: part of the science, not of the plan."""
-    micro_batch_size: int | None = None
+    global_batch_size: Annotated[int, AtLeast(1)] = 24
+    """Rows per optimizer step, over all ranks and accumulation: part of the science, not of the plan."""
+    micro_batch_size: Annotated[int | None, AtLeast(1)] = None
     """Rows a data-parallel rank takes through the model at once; null for all of its share."""
     loss: Loss = Loss.next_token
     """next_token: mean cross-entropy of each token after those before it. sum: the plain sum of all outputs, which has
     no targets and no least value; train/loss is then that sum."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     dtype: Dtype = Dtype.float32
     """Dtype of the computation. bfloat16 keeps float32 weights, gradients and optimizer state."""
-    clip_grad_norm: float | None = 1.0
+    clip_grad_norm: Annotated[float | None, POSITIVE] = 1.0
     """Greatest global gradient norm; null never clips."""
-    log_every: int = 1
+    log_every: Annotated[int, AtLeast(1)] = 1
     """Steps between logged rows: but for evaluation, the only times at which the host waits for a CUDA device."""
-    eval_every: int | None = 50
+    eval_every: Annotated[int | None, AtLeast(1)] = 50
     """Steps between evaluations on held-out rows; null for only after the last step."""
-    eval_rows: int = 96
+    eval_rows: Annotated[int, AtLeast(0)] = 96
     """Held-out rows read at each evaluation."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """stop: at a loss or gradient norm that is not finite. skip: leave out updates whose norm is not finite."""
-    warmup_log_steps: int = 5
+    warmup_log_steps: Annotated[int, AtLeast(0)] = 5
     """First steps left out of the medians of perf/* in summary.json."""
 
 
 @dataclass
 class DefectsConfig:
-    """Mistakes of the tutorial's scripts, each off unless it is asked for, so that one can see what it does.
+    """Mistakes of the tutorial's scripts, off by default, to be switched on to see what they do.
 
     Two more have keys of their own: parallel.loss_parallel=false gathers the logits, and model.blocks=[] leaves
     the whole model to one root `fully_shard`.
@@ -187,9 +188,9 @@ class LoggerConfig:
 class VerifyConfig:
     plans: list[str] = field(default_factory=list)
     """Options of the parallel group, each held to one process."""
-    world_size: int = 4
+    world_size: Annotated[int, AtLeast(1)] = 4
     """Ranks to start for each plan but none."""
-    steps: int = 3
+    steps: Annotated[int, AtLeast(1)] = 3
     optimizers: list[OptimizerName] = field(default_factory=list)
     """Options of the optimizer group; AdamW alone hides a gradient scaled by a constant."""
     integers: bool = False
@@ -213,6 +214,8 @@ class Rule:
     """Layout in which the input arrives (for `output`: in which the output leaves the module)."""
     dst: Any = None
     """Layout that is wanted: of the output (colwise, rowwise, output), or of the input (input)."""
+    axis: str = "tp"
+    """The mesh axis that it acts on."""
     units: list[str] = field(default_factory=list)
     """Model settings counting what a shard must not cut, such as n_heads."""
     target: str | None = None
@@ -253,12 +256,12 @@ class ComposedConfig:
     defects: DefectsConfig = field(default_factory=DefectsConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
-    """Read by `python -m tpresearch.verify` alone."""
+    """Read by `python -m tpresearch.verify` only."""
     device: DeviceKind = DeviceKind.auto
     """auto: CUDA when every local rank can have a device of its own, else the CPU."""
     plan_only: bool = False
     """Compile the plan on a meta model, print it, and stop."""
-    world_size: int | None = None
+    world_size: Annotated[int | None, AtLeast(1)] = None
     """For how many ranks plan_only compiles, and how many a job of a sweep has where its mesh leaves that open."""
 
 

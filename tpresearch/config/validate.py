@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.bounds import check_bounds
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.mesh import AXES, MeshSizes, resolve_mesh, used_axes
+from tpresearch.config.mesh import resolve_mesh, used_axes
 from tpresearch.config.schema import Config, Dtype
 
 SHOWN_WORLD = 4
@@ -20,7 +22,8 @@ def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
     Raises:
         ConfigError: for the first thing that cannot work.
     """
-    _check_numbers(cfg)
+    check_bounds(cfg)
+    _check_betas(cfg)
     _check_budget(cfg)
     _check_vocabulary(cfg)
     _check_length(cfg)
@@ -34,7 +37,7 @@ def planned_world(cfg: Config) -> int:
     """For how many ranks plan_only compiles: as asked, else as many as the given mesh sizes make."""
     if cfg.world_size is not None:
         return cfg.world_size
-    given = [getattr(cfg.mesh, axis) for axis in AXES if axis in used_axes(cfg.parallel)]
+    given = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
     return (
         math.prod(size for size in given if size and size > 0)
         if any(given)
@@ -43,8 +46,13 @@ def planned_world(cfg: Config) -> int:
 
 
 def micro_batch_size(cfg: Config, sizes: MeshSizes) -> int:
-    """Rows that a data-parallel rank takes through the model at once."""
+    """Rows that each data-parallel rank takes through the model at once."""
     return cfg.train.micro_batch_size or cfg.train.global_batch_size // sizes.dp
+
+
+def micro_batches(cfg: Config, sizes: MeshSizes) -> int:
+    """Micro-batches that a data-parallel rank accumulates in each optimizer step."""
+    return cfg.train.global_batch_size // sizes.dp // micro_batch_size(cfg, sizes)
 
 
 def total_steps(cfg: Config) -> int:
@@ -55,46 +63,8 @@ def total_steps(cfg: Config) -> int:
     return -(-cfg.train.tokens // (cfg.train.global_batch_size * cfg.data.seq_len))
 
 
-def _check_numbers(cfg: Config) -> None:
-    for key, value, least in (
-        ("world_size", cfg.world_size, 1),
-        ("train.steps", cfg.train.steps, 1),
-        ("train.tokens", cfg.train.tokens, 1),
-        ("train.global_batch_size", cfg.train.global_batch_size, 1),
-        ("train.micro_batch_size", cfg.train.micro_batch_size, 1),
-        ("train.log_every", cfg.train.log_every, 1),
-        ("train.eval_every", cfg.train.eval_every, 1),
-        ("train.eval_rows", cfg.train.eval_rows, 0),
-        ("train.seed", cfg.train.seed, 0),
-        ("data.seq_len", cfg.data.seq_len, 1),
-        ("data.width", cfg.data.width, 1),
-        ("schedule.warmup_steps", cfg.schedule.warmup_steps, 0),
-    ):
-        if value is not None and value < least:
-            raise ConfigError(key, value, "too small", f"{least} or more", fix={key: None})
-    for key, number in (
-        ("optimizer.lr", cfg.optimizer.lr),
-        ("train.clip_grad_norm", cfg.train.clip_grad_norm),
-        ("optimizer.eps", cfg.optimizer.eps),
-    ):
-        if number is not None and not 0 < number < math.inf:
-            raise ConfigError(key, number, "not a positive number", "a number above 0", fix={key: None})
-    for key, number in (
-        ("schedule.min_lr_ratio", cfg.schedule.min_lr_ratio),
-        ("schedule.decay_ratio", cfg.schedule.decay_ratio),
-        ("optimizer.momentum", cfg.optimizer.momentum),
-    ):
-        if not 0 <= number <= 1:
-            raise ConfigError(key, number, "not a share", "a number from 0 to 1", fix={key: None})
-    if cfg.optimizer.weight_decay < 0:
-        raise ConfigError(
-            "optimizer.weight_decay",
-            cfg.optimizer.weight_decay,
-            "negative",
-            "0 or more",
-            fix={"optimizer.weight_decay": None},
-        )
-    if len(cfg.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optimizer.betas):
+def _check_betas(cfg: Config) -> None:
+    if len(cfg.optimizer.betas) != 2:
         legal = "two numbers from 0 to below 1, such as [0.9,0.95]"
         raise ConfigError(
             "optimizer.betas", cfg.optimizer.betas, "not AdamW's two", legal, fix={"optimizer.betas": None}
@@ -151,7 +121,7 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
         raise ConfigError(
             "parallel.async_tp",
             True,
-            "there is no tensor parallelism to overlap",
+            "there is no tensor parallelism to overlap with",
             "a plan with mesh.tp above 1",
             fix={"parallel.async_tp": None},
         )
@@ -159,8 +129,8 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
         raise ConfigError(
             "parallel.async_tp",
             True,
-            "the compiler is what overlaps them",
-            "parallel.compile=true beside it",
+            "async TP requires parallel.compile=true",
+            "parallel.compile=true",
             fix={"parallel.compile": "true"},
         )
     if parallel.fsdp.reduce_dtype is Dtype.float64 and cfg.train.dtype is Dtype.bfloat16:

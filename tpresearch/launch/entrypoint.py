@@ -36,7 +36,7 @@ from tpresearch.sweep import JobFailed, register_launchers
 log = logging.getLogger(__name__)
 
 Main = Callable[[Config, Run], None]
-Check = Callable[[Config, World], None]
+Check = Callable[[Config, World], object]
 
 
 def entrypoint(

@@ -1,15 +1,14 @@
 """What one optimizer step sends: every collective of this rank, by mesh axis and phase, in bytes.
 
 A dispatch mode sees each collective as it is issued, whether by DTensor (functional collectives) or by FSDP
-and the step itself (c10d's own): which of the two tells the issuer. Inside compiled blocks it sees none, so the measured step runs those eagerly:
-torch.compile stands aside while such a mode is active.
+and the step itself (c10d's own): which of the two tells the issuer. Inside compiled blocks it sees none, so the
+measured step runs those eagerly: torch.compile stands aside while such a mode is active.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tpresearch.config.axes import LAYER_AXES
+from tpresearch.ledger.entries import OWN_PHASES, Event
 
 # op name -> (collective, which of its tensors holds the whole: the input or the output)
 _FUNCTIONAL = {
@@ -42,45 +44,14 @@ _C10D = {
 }
 
 
-OWN_PHASES = ("loss", "clip", "optimizer")
-"""Phases in which whatever is sent is sent for that phase itself."""
+class CommunicationLedger(TorchDispatchMode):
+    """Notes collectives while it is entered; `phase` tells it the part of the step.
 
-
-@dataclass(frozen=True)
-class Entry:
-    """Collectives of one kind, over one axis, in one phase of a step, on one rank."""
-
-    axis: str
-    phase: str
-    """forward, loss, backward, clip or optimizer."""
-    issuer: str
-    """dtensor (the tensor plan), fsdp (the data plan), step (partial gradients), loss, clip or optimizer."""
-    collective: str
-    count: int
-    tensor_bytes: int
-    """Of the whole tensors: gathered, or about to be scattered or reduced."""
-    sent_bytes: int
-    """That this rank sends, by the ring algorithms."""
-
-
-def ring_bytes(collective: str, tensor_bytes: int, ranks: int) -> int:
-    """Bytes that each of `ranks` sends for a collective on a whole tensor of `tensor_bytes`.
-
-    A ring of p ranks passes n/p bytes p-1 times for an all-gather or a reduce-scatter, and does both for an
-    all-reduce (Patarasuk and Yuan 2009; the same accounting as nccl-tests' PERFORMANCE.md).
-    """
-    rounds = 2 if collective == "all_reduce" else 1
-    return rounds * tensor_bytes * (ranks - 1) // ranks
-
-
-class Ledger(TorchDispatchMode):
-    """Counts collectives while it is entered; `mark` tells it the phase.
-
-    ledger = Ledger(mesh)
+    ledger = CommunicationLedger(mesh)
     with ledger:
-        with ledger.mark("forward"):
+        with ledger.phase("forward"):
             ...
-    ledger.entries()
+    entries_of(ledger.events)
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -88,10 +59,10 @@ class Ledger(TorchDispatchMode):
         names = mesh.mesh_dim_names or ()
         self._groups = {str(mesh.get_group(axis).group_name): (axis, mesh[axis].size()) for axis in names}
         self._phase = "other"
-        self._counts: dict[tuple[str, str, str, str], list[int]] = {}
+        self.events: list[Event] = []
 
     @contextmanager
-    def mark(self, phase: str) -> Iterator[None]:
+    def phase(self, phase: str) -> Iterator[None]:
         before, self._phase = self._phase, phase
         try:
             yield
@@ -107,32 +78,22 @@ class Ledger(TorchDispatchMode):
         name = func._schema.name.split("::")[-1]
         if func.namespace == "_c10d_functional" and name in _FUNCTIONAL:
             collective, whole = _FUNCTIONAL[name]
-            self._count(collective, args[0] if whole == "input" else result, str(args[-1]), "dtensor")
+            self._note(collective, args[0] if whole == "input" else result, str(args[-1]), "dtensor")
         elif func.namespace == "c10d" and name in _C10D:
             collective, position = _C10D[name]
-            self._count(collective, args[position], _group_of(args), "fsdp")
+            self._note(collective, args[position], _group_of(args), "fsdp")
         return result
 
-    def _count(self, collective: str, whole: Any, group: str, issuer: str) -> None:
+    def _note(self, collective: str, whole: Any, group: str, issuer: str) -> None:
         axis, ranks = self._groups.get(group, ("world", dist.get_world_size()))
         tensor_bytes = sum(t.numel() * t.element_size() for t in tree_leaves(whole) if isinstance(t, Tensor))
         if ranks == 1:
             return
         if self._phase in OWN_PHASES:
             issuer = self._phase
-        elif issuer == "fsdp" and axis == "tp":
+        elif issuer == "fsdp" and axis in LAYER_AXES:
             issuer = "step"
-        entry = self._counts.setdefault((axis, self._phase, issuer, collective), [0, 0, 0])
-        entry[0] += 1
-        entry[1] += tensor_bytes
-        entry[2] += ring_bytes(collective, tensor_bytes, ranks)
-
-    def entries(self) -> list[Entry]:
-        return [Entry(*key, *counts) for key, counts in sorted(self._counts.items())]
-
-    @property
-    def sent_bytes(self) -> int:
-        return sum(entry.sent_bytes for entry in self.entries())
+        self.events.append(Event(axis, self._phase, issuer, collective, tensor_bytes, ranks))
 
 
 def _group_of(args: tuple[Any, ...]) -> str:

@@ -21,12 +21,14 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from tpresearch.config.axes import REPLICATE, SHARD
 from tpresearch.config.schema import Checkpointing, Config, Dtype, Loss
-from tpresearch.ledger.communication import Entry, ring_bytes
-from tpresearch.plan.compiler import Plan, local_shape
+from tpresearch.config.validate import micro_batch_size, micro_batches
+from tpresearch.ledger.entries import Entry, Event, entries_of
+from tpresearch.plan.compiler import Plan, local_shape, shard_shape
 from tpresearch.plan.effects import rule_sends
 
-_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2}
+ELEMENT_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2}
 
 Collective = tuple[str, str, str, str, int]
 """(axis, phase, issuer, collective, bytes of the whole tensor)"""
@@ -48,81 +50,75 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
         return None
     if any(sent.width == 0 for name in plan.rules for sent in rule_sends(name, model, plan)):
         return None
-    sizes = plan.sizes.live()
-    counts: dict[tuple[str, str, str, str], list[int]] = {}
-    for axis, phase, issuer, collective, whole in _collectives(model, plan, cfg):
-        if axis in sizes:
-            entry = counts.setdefault((axis, phase, issuer, collective), [0, 0, 0])
-            for index, amount in enumerate((1, whole, ring_bytes(collective, whole, sizes[axis]))):
-                entry[index] += amount
-    return [Entry(*key, *amounts) for key, amounts in sorted(counts.items())]
+    sizes = plan.sizes.nontrivial()
+    collectives = (found for found in _collectives(model, plan, cfg) if found[0] in sizes)
+    return entries_of(Event(*found, sizes[found[0]]) for found in collectives)
 
 
 def _collectives(model: nn.Module, plan: Plan, cfg: Config) -> Iterator[Collective]:
-    share = cfg.train.global_batch_size // plan.sizes.dp
-    rows = cfg.train.micro_batch_size or share
-    micro_batches = share // rows
-    for index in range(micro_batches):
-        last = index == micro_batches - 1
+    rows, count = micro_batch_size(cfg, plan.sizes), micro_batches(cfg, plan.sizes)
+    for index in range(count):
         yield from _of_tensor_plan(model, plan, cfg, rows * cfg.data.seq_len)
-        yield from _of_data_plan(model, plan, cfg, last)
+        yield from _of_data_plan(model, plan, cfg, last=index == count - 1)
     yield from _of_partial_gradients(model, plan, cfg)
     yield from _of_clipping(plan, cfg)
 
 
 def _of_tensor_plan(model: nn.Module, plan: Plan, cfg: Config, tokens: int) -> Iterator[Collective]:
-    element = _BYTES[cfg.train.dtype]
-    for name in plan.rules:
+    element = ELEMENT_BYTES[cfg.train.dtype]
+    for name, rule in plan.rules.items():
         for sent in rule_sends(name, model, plan):
             if sent.per_token:
-                yield "tp", sent.phase, "dtensor", sent.collective, sent.width * element * tokens
-    if plan.loss_parallel and cfg.train.loss is Loss.sum:
-        yield "tp", "loss", "loss", "all_reduce", max(element, 4)
-    elif plan.loss_parallel:
+                yield rule.axis, sent.phase, "dtensor", sent.collective, sent.width * element * tokens
+    split = next((rule.axis for rule in plan.rules.values() if rule.leaves_split), None)
+    if split and cfg.train.loss is Loss.sum:
+        yield split, "loss", "loss", "all_reduce", max(element, 4)
+    elif split:
         for _ in ("greatest logit", "sum of exponentials", "logit of the target"):
-            yield "tp", "loss", "loss", "all_reduce", tokens * max(element, 4)
+            yield split, "loss", "loss", "all_reduce", tokens * max(element, 4)
 
 
 def _of_partial_gradients(model: nn.Module, plan: Plan, cfg: Config) -> Iterator[Collective]:
-    shards = plan.sizes.dp_shard
-    local = [-(-p.shape[0] // shards) * math.prod(p.shape[1:]) for p in plan.partial(model).values()]
-    if local:
-        yield "tp", "backward", "step", "all_reduce", sum(local) * max(_BYTES[cfg.train.dtype], 4)
+    partial = plan.partial_grads(model)
+    if partial:
+        axis = plan.rules[next(iter(partial)).rpartition(".")[0]].axis
+        local = sum(math.prod(shard_shape(name, model, plan)) for name in partial)
+        yield axis, "backward", "step", "all_reduce", local * max(ELEMENT_BYTES[cfg.train.dtype], 4)
 
 
 def _of_data_plan(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iterator[Collective]:
-    shards = plan.sizes.dp_shard
-    weight = _BYTES[cfg.train.dtype]
-    gradient = _BYTES[cfg.parallel.fsdp.reduce_dtype] if cfg.train.dtype is Dtype.bfloat16 else weight
+    weight = gradient = ELEMENT_BYTES[cfg.train.dtype]
+    if cfg.train.dtype is Dtype.bfloat16:
+        gradient = ELEMENT_BYTES[cfg.parallel.fsdp.reduce_dtype]
     for group, is_block in _groups(model, plan):
-        padded = sum(_padded(name, parameter, plan, model) for name, parameter in group)
-        yield "dp_shard", "forward", "fsdp", "all_gather", padded * weight
+        padded = sum(_padded(name, plan, model) for name in group)
+        yield SHARD.name, "forward", "fsdp", "all_gather", padded * weight
         if is_block and cfg.parallel.fsdp.reshard_after_forward:
-            yield "dp_shard", "backward", "fsdp", "all_gather", padded * weight
-        yield "dp_shard", "backward", "fsdp", "reduce_scatter", padded * gradient
+            yield SHARD.name, "backward", "fsdp", "all_gather", padded * weight
+        yield SHARD.name, "backward", "fsdp", "reduce_scatter", padded * gradient
         if last:
-            yield "dp_replicate", "backward", "fsdp", "all_reduce", padded // shards * gradient
+            yield REPLICATE.name, "backward", "fsdp", "all_reduce", padded // plan.sizes.shards * gradient
 
 
-def _groups(model: nn.Module, plan: Plan) -> Iterator[tuple[list[tuple[str, nn.Parameter]], bool]]:
+def _groups(model: nn.Module, plan: Plan) -> Iterator[tuple[list[str], bool]]:
     """The parameters that FSDP gathers together: those of each block, and all others."""
-    others = dict(model.named_parameters())
+    others = [name for name, _ in model.named_parameters()]
     for block in plan.blocks:
-        mine = [(name, others.pop(name)) for name in list(others) if name.startswith(block + ".")]
+        mine = [name for name in others if name.startswith(block + ".")]
+        others = [name for name in others if not name.startswith(block + ".")]
         yield mine, True
     if others:
-        yield list(others.items()), False
+        yield others, False
 
 
-def _padded(name: str, parameter: nn.Parameter, plan: Plan, model: nn.Module) -> int:
-    """Elements of a parameter's tp shard, its first dim filled up so that it divides over the data shards."""
-    first, *rest = local_shape(name, parameter, plan, model.get_submodule(name.rpartition(".")[0]))
-    shards = plan.sizes.dp_shard
-    return -(-first // shards) * shards * math.prod(rest)
+def _padded(name: str, plan: Plan, model: nn.Module) -> int:
+    """Elements of a parameter's part by its rule, its first dim filled up so that it divides over the data shards."""
+    first, *rest = local_shape(name, model, plan)
+    return -(-first // plan.sizes.shards) * plan.sizes.shards * math.prod(rest)
 
 
 def _of_clipping(plan: Plan, cfg: Config) -> Iterator[Collective]:
     number = 8 if cfg.train.dtype is Dtype.float64 else 4
-    yield "dp_shard", "clip", "clip", "all_reduce", number
-    if plan.rules:
-        yield "tp", "clip", "clip", "all_reduce", number
+    yield SHARD.name, "clip", "clip", "all_reduce", number
+    for axis in dict.fromkeys(rule.axis for rule in plan.rules.values()):
+        yield axis, "clip", "clip", "all_reduce", number

@@ -11,38 +11,28 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tpresearch.track.names import MEMORY_KINDS
+from tpresearch.ledger.entries import MEMORY_KINDS, MemoryUse
 
-
-@dataclass(frozen=True)
-class Held:
-    """Memory of one kind on one rank during one step."""
-
-    kind: str
-    """parameters (with buffers), gradients, optimizer (its state), activations (made in forward, kept for
-    backward), or temporaries (all else: gathered weights, unreduced gradients, results soon dropped)."""
-    most_bytes: int
-    """At the moment when there was most of this kind."""
-    at_peak_bytes: int
-    """At the moment when there was most of all kinds together; these add up to the peak."""
+_WITH_STORAGE = (Tensor, nn.Parameter, FakeTensor)
+"""Other subclasses, such as DTensor, wrap a tensor that comes here by itself. (FakeTensor: private, torch 2.13.)"""
 
 
 class MemoryLedger(TorchDispatchMode):
-    """Notes what is held while it is entered; `mark` tells it the phase.
+    """Notes what is held while it is entered; `phase` tells it the part of the step.
 
     memory = MemoryLedger(model, optimizer)
     with memory:
-        with memory.mark("forward"):
+        with memory.phase("forward"):
             ...
         memory.note_gradients()
     memory.held()
@@ -89,7 +79,7 @@ class MemoryLedger(TorchDispatchMode):
             self.allocator_peak_bytes = torch.cuda.max_memory_allocated()
 
     @contextmanager
-    def mark(self, phase: str) -> Iterator[None]:
+    def phase(self, phase: str) -> Iterator[None]:
         """What forward and loss made and is still there when backward begins are activations."""
         if phase == "backward":
             alive = set(self._live.values()) & self._made_forward
@@ -111,7 +101,7 @@ class MemoryLedger(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         of_fsdp = func.namespace == "fsdp"  # what it gathers weights into is no activation
         for tensor in tree_leaves((result, args, kwargs) if of_fsdp else result):
-            if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta":
+            if type(tensor) in _WITH_STORAGE and tensor.device.type != "meta":
                 number = self._number(tensor.untyped_storage(), None)
                 if of_fsdp:
                     self._kinds.setdefault(number, "temporaries")
@@ -138,7 +128,7 @@ class MemoryLedger(TorchDispatchMode):
         del self._live[address]
         self._noted.append((number, None))
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[MemoryUse]:
         """What was noted, replayed with the kinds that storages turned out to have."""
         now, most, at_peak = (dict.fromkeys(MEMORY_KINDS, 0) for _ in range(3))
         sizes: dict[int, int] = {}
@@ -152,7 +142,7 @@ class MemoryLedger(TorchDispatchMode):
             most[kind] = max(most[kind], now[kind])
             if (total := sum(now.values())) > peak:
                 peak, at_peak = total, dict(now)
-        return [Held(kind, most[kind], at_peak[kind]) for kind in MEMORY_KINDS]
+        return [MemoryUse(kind, most[kind], at_peak[kind]) for kind in MEMORY_KINDS]
 
 
 def _tensors_of(optimizer: Optimizer) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """What one optimizer step must hold, by closed formulas: to be held against the memory ledger.
 
-Elements of rank 0, over t tensor-parallel and d data-sharding ranks; e bytes an element of the computation:
+Elements of rank 0, over t tensor-parallel and d data-sharding ranks; e bytes per element of the computation:
 
-- Parameters, gradients, optimizer state: each rank's shards, exactly; AdamW keeps two numbers a parameter
+- Parameters, gradients, optimizer state: each rank's shards, exactly; AdamW keeps two numbers per parameter
   (arXiv 1910.02054, section 3.1).
 - Activations: what each op saves for backward, per token (the method of arXiv 2205.05198, section 4.1, for the
   ops of this model): for Llama2 and the toy model.
@@ -16,11 +16,11 @@ import math
 from torch import nn
 
 from tpresearch.config.schema import Checkpointing, Config, Dtype, Loss, OptimizerName
+from tpresearch.config.validate import micro_batch_size
+from tpresearch.ledger.formulas import ELEMENT_BYTES
 from tpresearch.models.llama2 import Block, Llama2
 from tpresearch.models.toy_mlp import ToyLM
-from tpresearch.plan.compiler import Plan, local_shape
-
-_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2}
+from tpresearch.plan.compiler import Plan, shard_shape
 
 
 def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu") -> dict[str, int | None]:
@@ -30,21 +30,16 @@ def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu
         model: on the meta device, whole. device: its type, since a CPU's RMSNorm keeps more than the fused one.
     """
     weight = 8 if cfg.train.dtype is Dtype.float64 else 4
-    whole = dict(model.named_parameters())
-    shards = sum(_shard(name, parameter, plan, model) for name, parameter in whole.items())
+    names = [name for name, _ in model.named_parameters()]
+    shards = sum(math.prod(shard_shape(name, model, plan)) for name in names)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     return {
         "parameters": shards * weight + buffers,
         "gradients": shards * weight,
-        "optimizer": _optimizer_bytes(cfg, shards * weight, len(whole)),
+        "optimizer": _optimizer_bytes(cfg, shards * weight, len(names)),
         "activations": _activation_bytes(model, plan, cfg, device),
         "temporaries": None,
     }
-
-
-def _shard(name: str, parameter: nn.Parameter, plan: Plan, model: nn.Module) -> int:
-    first, *rest = local_shape(name, parameter, plan, model.get_submodule(name.rpartition(".")[0]))
-    return -(-first // plan.sizes.dp_shard) * math.prod(rest)
 
 
 def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:
@@ -55,8 +50,7 @@ def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:
 
 def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) -> int | None:
     """Of one micro-batch, which is gone before the next begins."""
-    rows = cfg.train.micro_batch_size or cfg.train.global_batch_size // plan.sizes.dp
-    tokens, element = rows * cfg.data.seq_len, _BYTES[cfg.train.dtype]
+    tokens, element = micro_batch_size(cfg, plan.sizes) * cfg.data.seq_len, ELEMENT_BYTES[cfg.train.dtype]
     if isinstance(model, Llama2):
         kept = _of_llama2(model, plan, cfg, element, device)
     elif isinstance(model, ToyLM):
@@ -75,9 +69,11 @@ def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) ->
 
 
 def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str) -> float | None:
-    """Bytes a token, but for the logits: each block's, and the last norm's."""
+    """Bytes per token, but for the logits: each block's, and the last norm's."""
     t = plan.sizes.tp if plan.rules else 1
-    residual = 1 / t if plan.partial(model) else 1.0  # sequence parallelism splits what lies between matmuls
+    residual = (
+        1 / t if plan.partial_grads(model) else 1.0
+    )  # sequence parallelism splits what lies between matmuls
     block, h = model.layers[0], model.dim
     assert isinstance(block, Block)
     norm = _norm_bytes(h, element, device) * residual + h * element  # its output is gathered for the matmuls
@@ -95,7 +91,7 @@ def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str
 
 
 def _attention_bytes(block: Block, element: int) -> int:
-    """Bytes a token that attention keeps: queries, keys, values, its result, and a log-sum-exp for each head."""
+    """Bytes per token that attention keeps: queries, keys, values, its result, and a log-sum-exp for each head."""
     a = block.attention
     heads = a.wq.out_features // a.head_dim
     return (2 * a.wq.out_features + a.wk.out_features + a.wv.out_features) * element + heads * max(element, 4)
@@ -109,7 +105,7 @@ def _norm_bytes(h: int, element: int, device: str) -> int:
 
 
 def _of_toy(model: ToyLM, plan: Plan, element: int) -> float:
-    """Bytes a token: what enters the three matmuls (ReLU keeps its output, which is the second's input)."""
+    """Bytes per token: what enters the three matmuls (ReLU keeps its output, which is the second's input)."""
     t = plan.sizes.tp if plan.rules else 1
     hidden = model.mlp.in_proj.out_features / t
     return (model.embed.embedding_dim + hidden + model.output.in_features) * element

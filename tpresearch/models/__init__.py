@@ -2,7 +2,18 @@
 
 What the framework asks of a language model: `forward(tokens: [b, s] int64) -> logits [b, s, V]`, and weights
 that are drawn by a `reset_parameters` of the module that owns them (as torch's own layers have it). Optional:
-`reset_buffers()` where buffers hold computed values, `attention_flops_per_token(seq_len)` for MFU.
+`reset_buffers()` where buffers hold computed values, `attention_flops_per_token(seq_len)` for MFU, and
+`forward(tokens, head=f)`, which returns `f(output_layer, hidden)` in the place of the logits, for a loss that
+does not want all of them at once.
 
-A network that takes numbers instead says how many: `input_width`, and `forward(x: [b, input_width]) -> [b, ...]`.
+A network on floats (data=uniform) takes `forward(x: [b, width]) -> [b, ...]`.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+Head = Callable[[nn.Module, Tensor], Tensor]
+"""What is made of a model's output layer and its input, [b, s, h], in the place of logits."""

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpresearch.models import Head
+
 
 def cut_normal_(weight: Tensor, std: float) -> None:
     """Draw from a normal whose values beyond 3 std are brought back to there (many times faster than redrawing them)."""
@@ -163,13 +165,14 @@ class Llama2(nn.Module):
         """Fill the rotary table again, after the model was moved off the meta device."""
         self.rotary.copy_(rotary_table(*self._rotary_args))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: [b, s] -> logits [b, s, V]."""
+    def forward(self, tokens: Tensor, head: Head | None = None) -> Tensor:
+        """tokens: [b, s] -> logits [b, s, V], or what `head` makes of the last hidden state [b, s, h]."""
         x = self.tok_embeddings(tokens)
         rotary = self.rotary[: tokens.shape[1]]
         for layer in self.layers:
             x = layer(x, rotary)
-        return self.output(self.norm(x))
+        hidden = self.norm(x)
+        return head(self.output, hidden) if head else self.output(hidden)
 
     def attention_flops_per_token(self, seq_len: int) -> float:
         """Forward and backward of the two attention matmuls over the full square: 12 L h s (arXiv 2204.02311, app. B)."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tpresearch.models import Head
+
 
 class ToyMLP(nn.Module):
     """in_proj -> ReLU -> out_proj: the pair of matmuls that Megatron splits by columns, then by rows.
@@ -13,7 +15,6 @@ class ToyMLP(nn.Module):
 
     def __init__(self, dim: int = 10, hidden_dim: int = 32, out_dim: int = 5) -> None:
         super().__init__()
-        self.input_width = dim
         self.in_proj = nn.Linear(dim, hidden_dim)
         self.relu = nn.ReLU()
         self.out_proj = nn.Linear(hidden_dim, out_dim)
@@ -32,6 +33,7 @@ class ToyLM(nn.Module):
         self.mlp = ToyMLP(dim, hidden_dim, dim)
         self.output = nn.Linear(dim, vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: [b, s] -> logits [b, s, V]."""
-        return self.output(self.mlp(self.embed(tokens)))
+    def forward(self, tokens: Tensor, head: Head | None = None) -> Tensor:
+        """tokens: [b, s] -> logits [b, s, V], or what `head` makes of the last hidden state [b, s, h]."""
+        hidden = self.mlp(self.embed(tokens))
+        return head(self.output, hidden) if head else self.output(hidden)

@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tpresearch.config.axes import LAYER_AXES, TENSOR
 from tpresearch.config.schema import Checkpointing, Dtype, FsdpConfig, ParallelConfig
 from tpresearch.parallel.mesh import data_mesh
 from tpresearch.plan.compiler import Plan
@@ -30,13 +31,14 @@ def parallelize(
     model: nn.Module, plan: Plan, parallel: ParallelConfig, mesh: DeviceMesh, dtype: Dtype
 ) -> nn.Module:
     """Shard a meta-device model in place, and return it. Parameter names stay as they were."""
-    if plan.rules:
-        styles = {name: rule.style() for name, rule in plan.rules.items()}
-        parallelize_module(model, mesh["tp"], styles, src_data_rank=None)
+    for axis in LAYER_AXES:
+        styles = {name: rule.style() for name, rule in plan.rules.items() if rule.axis == axis}
+        if styles:
+            parallelize_module(model, mesh[axis], styles, src_data_rank=None)
     for name in plan.blocks:
         wrap_forward(model.get_submodule(name), parallel)
     if parallel.async_tp:
-        enable_async_tp(mesh["tp"])
+        enable_async_tp(mesh[TENSOR.name])
     shard_data(model, plan.blocks, parallel.fsdp, data_mesh(mesh), dtype)
     return model
 

@@ -6,33 +6,44 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 
-from tpresearch.config.mesh import AXES, MeshSizes
-
-DATA_AXES = ("dp_replicate", "dp_shard")
+from tpresearch.config.axes import AXES, DATA_AXES, NAMES, MeshSizes
 
 
 def build_mesh(sizes: MeshSizes, device_type: str) -> DeviceMesh:
-    """A mesh of all three axes, the size-1 ones too, so that each can be asked for by name."""
-    return init_device_mesh(device_type, tuple(getattr(sizes, axis) for axis in AXES), mesh_dim_names=AXES)
+    """A mesh of all axes, the size-1 ones too, so that each can be asked for by name."""
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=NAMES)
+
+
+def describe_mesh(sizes: MeshSizes, device: str) -> str:
+    """The mesh of the axes that have more than one rank, as torch prints one with its ranks written out."""
+    shown = sizes.nontrivial() or {NAMES[-1]: 1}
+    ranks = torch.arange(sizes.world).view(*shown.values()).tolist()
+    return f"DeviceMesh('{device}', {ranks}, mesh_dim_names={tuple(shown)})"
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """What `fully_shard` works over: (dp_replicate, dp_shard), or dp_shard alone where nothing is replicated."""
-    return mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh[DATA_AXES]
+    """What `fully_shard` works over: the axes that split rows, without those of one rank that only replicate."""
+    used = [a.name for a in AXES if a.splits_rows and (a.shards_state or axis_size(mesh, a.name) > 1)]
+    return mesh[tuple(used)] if len(used) > 1 else mesh[used[0]]
 
 
 def data_rank(mesh: DeviceMesh) -> int:
-    """Which part of the global batch this rank reads; the same along tp."""
-    replica, shard = (mesh.get_local_rank(axis) for axis in DATA_AXES)
-    return replica * axis_size(mesh, "dp_shard") + shard
+    """Which part of the global batch this rank reads; the same along every axis that does not split rows."""
+    rank = 0
+    for axis in DATA_AXES:
+        rank = rank * axis_size(mesh, axis) + mesh.get_local_rank(axis)
+    return rank
 
 
 def axis_size(mesh: DeviceMesh, axis: str) -> int:
     """Ranks along an axis. (`mesh[axis]` builds a mesh each time: milliseconds, in every step.)"""
     assert mesh.mesh_dim_names
     return mesh.size(mesh.mesh_dim_names.index(axis))
+
+
+def sizes_of(mesh: DeviceMesh) -> MeshSizes:
+    return MeshSizes(**{axis: axis_size(mesh, axis) for axis in NAMES})
 
 
 def sum_over(mesh: DeviceMesh, values: Tensor, axes: tuple[str, ...]) -> Tensor:
@@ -51,62 +62,3 @@ def sum_together(mesh: DeviceMesh, tensors: list[Tensor], axis: str) -> None:
         summed = sum_over(mesh, flat, (axis,)).split([t.numel() for t in chosen])
         for tensor, value in zip(chosen, summed, strict=True):
             tensor.copy_(value.view_as(tensor))
-
-
-NORM_BLOCK = 1024
-
-
-def global_norm(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
-    """The 2-norm of all gradients of the whole model, the same number on every rank.
-
-    Each gradient is a DTensor sharded over some axes and replicated over the others. Squares are summed
-    locally by the set of axes they are sharded over, then over one axis after another, so that a part that an
-    axis replicates is counted once. Sends one all-reduce of a few numbers an axis that shards something.
-
-    Returns: a scalar in at least float32, on the mesh's device.
-    """
-    squares: dict[frozenset[str], Tensor] = {}
-    for gradient in gradients:
-        local, axes = local_shard(gradient)
-        square = _sum_of_squares(local).to(mesh.device_type)  # NCCL cannot sum those offloaded to the CPU
-        squares[axes] = squares[axes] + square if axes in squares else square
-    for axis in reversed(AXES):
-        split = [axes for axes in squares if axis in axes]
-        if not split:
-            continue
-        summed = sum_over(mesh, torch.stack([squares.pop(axes) for axes in split]), (axis,))
-        for axes, value in zip(split, summed, strict=True):
-            rest = axes - {axis}
-            squares[rest] = squares[rest] + value if rest in squares else value
-    return squares[frozenset()].sqrt()
-
-
-def _sum_of_squares(tensor: Tensor) -> Tensor:
-    """In at least float32, to its last digits.
-
-    torch's norm on a CPU adds one number after another: of 8 million in float32 it is off by 2e-4 (torch 2.13), a
-    shard's by less, so that a plan would clip otherwise than one process. Blocks of 1,024 are exact to 1e-9, and cost
-    the same. On CUDA it adds in a tree.
-    """
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    if tensor.device.type != "cpu":
-        return torch.linalg.vector_norm(tensor, dtype=dtype).square()
-    flat = tensor.reshape(-1)
-    whole = flat.numel() // NORM_BLOCK * NORM_BLOCK
-    norms = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1, dtype=dtype)
-    rest = torch.linalg.vector_norm(flat[whole:], dtype=dtype)
-    return (norms.double().square().sum() + rest.double().square()).to(dtype)
-
-
-def local_shard(tensor: Tensor) -> tuple[Tensor, frozenset[str]]:
-    """This rank's part of a tensor, and the mesh axes of more than one rank that it is sharded over."""
-    if not isinstance(tensor, DTensor):
-        return tensor, frozenset()
-    names = tensor.device_mesh.mesh_dim_names or ()
-    sizes = tensor.device_mesh.shape
-    axes = (
-        name
-        for name, size, placement in zip(names, sizes, tensor.placements, strict=True)
-        if size > 1 and not placement.is_replicate()  # FSDP's strided shards answer False to is_shard()
-    )
-    return tensor.to_local(), frozenset(axes)

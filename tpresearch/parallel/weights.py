@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tpresearch.config.schema import ParallelConfig
+
 
 def materialize(
     model: nn.Module, device: torch.device, seed: int, buffers: torch.device | None = None
@@ -32,6 +34,20 @@ def materialize(
     for parameter, full in draw_all(model, seed):
         fill(parameter, full)
     reset_buffers(model)
+
+
+def place_weights(model: nn.Module, device: torch.device, seed: int, buffers: torch.device) -> None:
+    materialize(model, device, seed, buffers)
+
+
+def draw_weights(model: nn.Module, seed: int) -> None:
+    for parameter, full in draw_all(model, seed):
+        fill(parameter, full)
+
+
+def parameter_device(parallel: ParallelConfig, device: torch.device) -> torch.device:
+    """Where a rank keeps its parameters: its device, or the host's memory where they are offloaded."""
+    return torch.device("cpu") if parallel.fsdp.cpu_offload else device
 
 
 @torch.no_grad()

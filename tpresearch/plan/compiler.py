@@ -12,36 +12,35 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from tpresearch.config.axes import AXES, MeshSizes
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.mesh import MeshSizes
 from tpresearch.config.schema import DataPlan, ModelConfig, ParallelConfig
-from tpresearch.plan.numbers import modules_given_numbers
-from tpresearch.plan.rules import Compiled, compile_rule
+from tpresearch.plan.rules import ResolvedRule, resolve_rule
 
 
 @dataclass(frozen=True)
 class Plan:
     """What will be done to a model: rules by module name, and the blocks that are wrapped."""
 
-    rules: dict[str, Compiled]
+    rules: dict[str, ResolvedRule]
     """Module name -> the rule on it."""
     blocks: list[str]
     """Module names: the units of FSDP, checkpointing and compile."""
-    whole: list[str]
-    """Parameters that the tensor plan leaves whole on every tp rank."""
+    replicated: list[str]
+    """Parameters that the rules leave whole on every rank."""
     sizes: MeshSizes
-    split_output: int | None
-    """The dim of the model's output that reaches the loss split over tp: -1 the vocabulary, 0 rows; None if it is whole."""
-    given: frozenset[str]
-    """Modules that take the model's own numbers: no gradient flows back to their input."""
+    split_output: int | None = None
+    """The dim of the model's output that reaches the loss sharded: -1 the vocabulary, 0 the batch; None if it is whole."""
+    no_input_grad: frozenset[str] = frozenset()
+    """Modules whose input needs no gradient, such as the first to see the batch."""
 
     @property
     def loss_parallel(self) -> bool:
-        """The model's output reaches the loss split over tp."""
+        """The model's output reaches the loss sharded."""
         return self.split_output is not None
 
-    def partial(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Parameters whose gradient on a tp rank is that of its part of the sequence: a part of a sum over tp."""
+    def partial_grads(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Replicated parameters whose gradient on a rank is partial: that of its part of the sequence."""
         return {
             f"{name}.{key}": parameter
             for name, rule in self.rules.items()
@@ -68,19 +67,21 @@ def compile_plan(
     sizes: MeshSizes,
     seq_len: int,
     rows: int,
+    no_input_grad: frozenset[str] = frozenset(),
 ) -> Plan:
     """Judge a plan against the model it is for.
 
     Args:
         model: on the meta device, whole. config: its config, plans included.
-        parallel: the choice of plan. sizes: ranks along each axis. seq_len: tokens a row. rows: in a micro-batch.
+        parallel: the choice of plan. sizes: ranks along each axis. seq_len: tokens per row. rows: in a micro-batch.
+        no_input_grad: modules whose input needs no gradient.
 
     Raises:
         ConfigError: rules that match nothing, overlap or cannot be read; sizes that tp does not divide.
     """
     names = [name for name, _ in model.named_modules() if name]
     blocks = _blocks(config, names)
-    rules: dict[str, Compiled] = {}
+    rules: dict[str, ResolvedRule] = {}
     if parallel.tensor:
         if parallel.tensor not in config.plans:
             raise ConfigError(
@@ -90,21 +91,21 @@ def compile_plan(
                 f"a plan of its own in conf/plan; it has: {', '.join(config.plans) or 'none'}",
             )
         compiled = [
-            compile_rule(parallel.tensor, name, rule, parallel.loss_parallel)
+            resolve_rule(parallel.tensor, name, rule, parallel.loss_parallel)
             for name, rule in config.plans[parallel.tensor].items()
         ]
         rules = _expand(compiled, names)
         _check_kinds(model, rules)
         _check_divisible(config, parallel, sizes, _cuts(model, config, rules, seq_len, rows))
         _check_sequence(model, parallel.tensor, rules)
-    whole = [
+    replicated = [
         name
         for name, _ in model.named_parameters()
         if split_dim(name, rules, model.get_submodule(name.rpartition(".")[0])) is None
     ]
-    active = rules if sizes.tp > 1 else {}
+    active = {name: rule for name, rule in rules.items() if sizes[rule.axis] > 1}
     split = next((rule.dst[0].dim for rule in active.values() if rule.leaves_split), None)  # type: ignore[union-attr]
-    return Plan(active, blocks, whole, sizes, split, modules_given_numbers(model))
+    return Plan(active, blocks, replicated, sizes, split, no_input_grad)
 
 
 def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
@@ -129,8 +130,8 @@ def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
     return found
 
 
-def _expand(compiled: list[Compiled], names: list[str]) -> dict[str, Compiled]:
-    found: dict[str, Compiled] = {}
+def _expand(compiled: list[ResolvedRule], names: list[str]) -> dict[str, ResolvedRule]:
+    found: dict[str, ResolvedRule] = {}
     for rule in compiled:
         matched = [""] if rule.rule.match == "." else matching(rule.rule.match, names)
         if not matched:
@@ -155,7 +156,7 @@ def _expand(compiled: list[Compiled], names: list[str]) -> dict[str, Compiled]:
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
 
-def _check_kinds(model: nn.Module, rules: dict[str, Compiled]) -> None:
+def _check_kinds(model: nn.Module, rules: dict[str, ResolvedRule]) -> None:
     for name, rule in rules.items():
         module = model.get_submodule(name)
         if rule.rule.style in ("colwise", "rowwise") and rule.weight_dim(module) is None:
@@ -168,28 +169,28 @@ def _check_kinds(model: nn.Module, rules: dict[str, Compiled]) -> None:
             )
 
 
-def _check_sequence(model: nn.Module, plan: str, rules: dict[str, Compiled]) -> None:
-    """Where tokens are split, a weight that no rule speaks of would get a part of its gradient on each rank."""
-    split = next((rule for rule in rules.values() if rule.splits_sequence or rule.splits_rows), None)
+def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule]) -> None:
+    """Where tokens are sharded, a weight that no rule matches would get a partial gradient on each rank."""
+    split = next((rule for rule in rules.values() if rule.splits_sequence or rule.splits_batch), None)
     if split is None:
         return
-    tokens = "the sequence is split" if split.splits_sequence else "the batch's rows are split"
+    tokens = "a sharded sequence" if split.splits_sequence else "a sharded batch"
     for name, _ in model.named_parameters():
         module = name.rpartition(".")[0]
         if module not in rules:
             raise ConfigError(
                 f"model.plans.{plan}",
                 plan,
-                f"no rule speaks of {module or 'the model'}, whose {name} would get a part of its gradient on each tp rank, "
-                f"since {tokens}",
+                f"{name} has no sharding rule; with {tokens} its gradient would be partial on each {split.axis} rank",
                 "a rule for it: style sequence, or style input with null layouts where its input is whole",
             )
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """A count that tp has to divide."""
+    """A count that the size of an axis has to divide."""
 
+    axis: str
     what: str
     count: int
     why: str
@@ -198,22 +199,22 @@ class _Cut:
 def _check_divisible(
     config: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, cuts: list[_Cut]
 ) -> None:
-    wrong = next((cut for cut in cuts if cut.count % sizes.tp), None)
+    wrong = next((cut for cut in cuts if cut.count % sizes[cut.axis]), None)
     if wrong is None:
         return
-    common = math.gcd(*(cut.count for cut in cuts))
+    size, key = sizes[wrong.axis], f"mesh.{wrong.axis}"
+    common = math.gcd(*(cut.count for cut in cuts if cut.axis == wrong.axis))
     legal = [t for t in range(1, common + 1) if common % t == 0]
     fits = [t for t in legal if sizes.world % t == 0]
     alone = parallel.data is DataPlan.none
-    below = max(t for t in legal if t <= sizes.tp)
+    below = max(t for t in legal if t <= size)
+    others = {f"mesh.{axis.name}": None for axis in AXES if axis.name != wrong.axis}
     raise ConfigError(
-        "mesh.tp",
-        sizes.tp,
+        key,
+        size,
         f"does not divide {wrong.what}={wrong.count} ({wrong.why})",
         f"legal for this model: {_few(legal)}",
-        fix={"mesh.tp": below}
-        if alone
-        else {"mesh.tp": fits[-1], "mesh.dp_shard": None, "mesh.dp_replicate": None},
+        fix={key: below} if alone else {key: fits[-1], **others},
         nproc=below if alone else None,
     )
 
@@ -223,9 +224,9 @@ def _few(numbers: list[int]) -> str:
 
 
 def _cuts(
-    model: nn.Module, config: ModelConfig, rules: dict[str, Compiled], seq_len: int, rows: int
+    model: nn.Module, config: ModelConfig, rules: dict[str, ResolvedRule], seq_len: int, rows: int
 ) -> list[_Cut]:
-    """Every count that is split over tp, but for the vocabulary: DTensor pads that one."""
+    """Every count that a rule splits, but for the vocabulary: DTensor pads that one."""
     cuts: dict[str, _Cut] = {}
     for name, rule in rules.items():
         for unit in rule.rule.units:
@@ -240,26 +241,28 @@ def _cuts(
                 )
             if config.args[unit] is not None:
                 cuts.setdefault(
-                    unit, _Cut(f"model.{unit}", int(config.args[unit]), f"rule {rule.name} splits it")
+                    unit,
+                    _Cut(rule.axis, f"model.{unit}", int(config.args[unit]), f"rule {rule.name} splits it"),
                 )
         module = model.get_submodule(name)
         dim = rule.weight_dim(module)
         is_vocabulary = rule.rule.dst == "logits" or (isinstance(module, nn.Embedding) and dim == 0)
         if dim is not None and not is_vocabulary:
             weight = module.get_parameter("weight")
-            cut = _Cut(
-                f"{name}.weight.shape[{dim}]", weight.shape[dim], f"rule {rule.name} splits it {rule.label}"
-            )
+            what = f"{name}.weight.shape[{dim}]"
+            cut = _Cut(rule.axis, what, weight.shape[dim], f"rule {rule.name} splits it {rule.label}")
             cuts.setdefault(f"{rule.name} {weight.shape[dim]}", cut)
         if rule.splits_sequence:
-            cuts.setdefault("seq_len", _Cut("data.seq_len", seq_len, f"rule {rule.name} splits the sequence"))
-        if rule.splits_rows:
-            cuts.setdefault("rows", _Cut("train.micro_batch_size", rows, f"rule {rule.name} splits its rows"))
+            why = f"rule {rule.name} splits the sequence"
+            cuts.setdefault("seq_len", _Cut(rule.axis, "data.seq_len", seq_len, why))
+        if rule.splits_batch:
+            why = f"rule {rule.name} splits its rows"
+            cuts.setdefault("rows", _Cut(rule.axis, "train.micro_batch_size", rows, why))
     return list(cuts.values())
 
 
-def split_dim(fqn: str, rules: dict[str, Compiled], owner: nn.Module) -> int | None:
-    """The dim of a parameter of `owner` that its rule splits over tp, or None where it stays whole."""
+def split_dim(fqn: str, rules: dict[str, ResolvedRule], owner: nn.Module) -> int | None:
+    """The dim of a parameter of `owner` that its rule shards, or None where it stays replicated."""
     module, _, key = fqn.rpartition(".")
     rule = rules.get(module)
     dim = rule.weight_dim(owner) if rule else None
@@ -268,7 +271,15 @@ def split_dim(fqn: str, rules: dict[str, Compiled], owner: nn.Module) -> int | N
     return 0 if rule.rule.style == "colwise" else None
 
 
-def local_shape(fqn: str, parameter: nn.Parameter, plan: Plan, owner: nn.Module) -> tuple[int, ...]:
-    """The shape of rank 0's part over tp, the larger one where a dim does not divide evenly."""
-    dim = split_dim(fqn, plan.rules, owner)
-    return tuple(-(-n // plan.sizes.tp) if i == dim else n for i, n in enumerate(parameter.shape))
+def local_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
+    """The shape of rank 0's part of a parameter by its rule, the larger one where a dim does not divide evenly."""
+    module = fqn.rpartition(".")[0]
+    dim = split_dim(fqn, plan.rules, model.get_submodule(module))
+    size = plan.sizes[plan.rules[module].axis] if dim is not None else 1
+    return tuple(-(-n // size) if i == dim else n for i, n in enumerate(model.get_parameter(fqn).shape))
+
+
+def shard_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
+    """The same once the data plan has sharded dim 0 of that as well."""
+    shape = local_shape(fqn, model, plan)
+    return (-(-shape[0] // plan.sizes.shards), *shape[1:]) if shape else shape

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from torch import nn
 from torch.distributed.tensor import Placement, Shard
 
-from tpresearch.plan.compiler import Plan, local_shape, split_dim
+from tpresearch.config.axes import AXES, SHARD
+from tpresearch.plan.compiler import Plan, shard_shape, split_dim
 from tpresearch.plan.effects import rule_sends
-from tpresearch.plan.rules import Compiled
+from tpresearch.plan.rules import ResolvedRule
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Row:
 
 
 def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
-    """One row a parameter and one a module that only moves activations, in the model's order."""
+    """One row per parameter and one per module that only moves activations, in the model's order."""
     rows = []
     for name, module in model.named_modules():
         rule = plan.rules.get(name)
@@ -37,28 +38,26 @@ def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
             rows.append(Row(name or ".", f"{rule.name} ({rule.label})", _arrow(rule), None, sends))
         for index, (key, parameter) in enumerate(own.items()):
             fqn = f"{name}.{key}" if name else key
-            dim = split_dim(fqn, plan.rules, module)
-            shape, placements = list(local_shape(fqn, parameter, plan, module)), []
-            if dim is not None:
-                placements.append(f"tp: Shard({dim})")
+            dim, placements = split_dim(fqn, plan.rules, module), []
+            if plan.sizes.shards > 1 and parameter.dim():
+                placements.append(f"{SHARD.name}: Shard(0)")
+            if rule and dim is not None:
+                placements.append(f"{rule.axis}: Shard({dim})")
             elif rule and rule.rule.target:
-                placements.append(f"tp: by {rule.label}")
-            if plan.sizes.dp_shard > 1 and shape:
-                shape[0] = -(-shape[0] // plan.sizes.dp_shard)
-                placements.insert(0, "dp_shard: Shard(0)")
+                placements.append(f"{rule.axis}: by {rule.label}")
             rows.append(
                 Row(
                     fqn,
                     f"{rule.name} ({rule.label})" if rule else "",
-                    ", ".join(placements) or "whole",
-                    tuple(shape),
+                    ", ".join(placements) or "replicated",
+                    shard_shape(fqn, model, plan),
                     sends if index == 0 else "",
                 )
             )
     return rows
 
 
-def _arrow(rule: Compiled) -> str:
+def _arrow(rule: ResolvedRule) -> str:
     return ", ".join(
         f"{_short(a)} -> {_short(b)}" for a, b in zip(rule.src, rule.dst, strict=False) if a is not None
     )
@@ -67,11 +66,11 @@ def _arrow(rule: Compiled) -> str:
 def _short(layout: Placement | None) -> str:
     if layout is None:
         return "as it is"
-    return f"shard:{layout.dim}" if isinstance(layout, Shard) else "whole"
+    return f"shard:{layout.dim}" if isinstance(layout, Shard) else "replicate"
 
 
 def _sends(name: str, model: nn.Module, plan: Plan) -> str:
-    """The collectives over tp that a rule causes, a forward and a backward part."""
+    """The collectives that a rule causes over its axis, forward and backward."""
     sent = rule_sends(name, model, plan)
     parts = []
     for phase in ("forward", "backward"):
@@ -103,9 +102,11 @@ def folded(rows: Iterable[Row]) -> list[Row]:
 
 
 def plan_text(model: nn.Module, plan: Plan) -> str:
-    """The whole table as text, with the parameter count, what stays whole, and what the data axes send."""
+    """The whole table as text, with the parameter count, what stays replicated, and what the data axes send."""
     rows = folded(plan_rows(model, plan))
-    header = ("FQN", "rule", "placement", "local shape", "collectives over tp")
+    axes = [axis.name for axis in AXES if axis.shards_layers and plan.sizes[axis.name] > 1]
+    over = f"collectives over {' '.join(axes)}" if axes else "collectives"
+    header = ("FQN", "rule", "placement", "local shape", over)
     cells = [
         (
             r.fqn,
@@ -124,12 +125,11 @@ def plan_text(model: nn.Module, plan: Plan) -> str:
     lines.insert(1, "-" * max(map(len, lines)))
     total = sum(p.numel() for p in model.parameters())
     lines += ["", f"parameters: {total:,}"]
-    if plan.sizes.tp > 1:
-        whole = folded(Row(name, "", "", None, "") for name in plan.whole)
-        count = sum(dict(model.named_parameters())[name].numel() for name in plan.whole)
-        lines.append(
-            f"left whole on every tp rank: {count:,} ({', '.join(row.fqn for row in whole) or 'none'})"
-        )
+    if plan.rules:
+        names = folded(Row(name, "", "", None, "") for name in plan.replicated)
+        count = sum(model.get_parameter(name).numel() for name in plan.replicated)
+        listed = ", ".join(row.fqn for row in names) or "none"
+        lines.append(f"replicated on every {' '.join(axes)} rank: {count:,} ({listed})")
         where = {-1: "vocabulary shards", 0: "each rank's rows", None: "whole outputs"}[plan.split_output]
         lines.append(f"loss: on {where}")
     lines += _data_lines(plan)
@@ -137,16 +137,16 @@ def plan_text(model: nn.Module, plan: Plan) -> str:
 
 
 def _data_lines(plan: Plan) -> list[str]:
-    sizes, lines = plan.sizes, []
-    count = len(plan.blocks)
+    lines, count = [], len(plan.blocks)
     blocks = (
         f"each of {count} blocks, then the rest of the model as one" if count else "the whole model as one"
     )
-    if sizes.dp_shard > 1:
-        lines.append(
-            f"over dp_shard={sizes.dp_shard}: {blocks}: weights all-gathered in forward (a block's again in backward, "
-            "where parallel.fsdp.reshard_after_forward frees them), gradients reduce-scattered"
-        )
-    if sizes.dp_replicate > 1:
-        lines.append(f"over dp_replicate={sizes.dp_replicate}: {blocks}: gradients all-reduced, once a step")
+    for axis in reversed([axis for axis in AXES if axis.splits_rows and plan.sizes[axis.name] > 1]):
+        what = "gradients all-reduced, once per step"
+        if axis.shards_state:
+            what = (
+                "weights all-gathered in forward (a block's again in backward, where "
+                "parallel.fsdp.reshard_after_forward frees them), gradients reduce-scattered"
+            )
+        lines.append(f"over {axis.name}={plan.sizes[axis.name]}: {blocks}: {what}")
     return lines

@@ -1,4 +1,4 @@
-"""What each sharding rule sends over tp: the collectives that its change of layout demands, and no others."""
+"""What each sharding rule sends over its axis: the collectives that its change of layout demands, and no others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OUT_OF = {
 
 @dataclass(frozen=True)
 class Sent:
-    """One collective of a micro-batch over tp."""
+    """One collective of a micro-batch, over the rule's axis."""
 
     phase: str
     """forward or backward."""
@@ -38,7 +38,7 @@ class Sent:
 
 
 def rule_sends(name: str, model: nn.Module, plan: Plan) -> list[Sent]:
-    """What the rule on module `name` causes; nothing is known of a rule with a style of the user's own.
+    """What the rule on module `name` causes; nothing is known of a rule with a ParallelStyle of the user's own.
 
     The width is 0 where the rule does not tell it: of style output, and of style input around no colwise rule.
     """
@@ -46,20 +46,20 @@ def rule_sends(name: str, model: nn.Module, plan: Plan) -> list[Sent]:
     style, src, dst = rule.rule.style, [_kind(p) for p in rule.src], [_kind(p) for p in rule.dst]
     if style == "input":
         moves = list(zip(src, dst, strict=True))
-        return _wanted(_moved(_INTO, moves, _input_width(name, model, plan)), name, plan)
+        return _needed(_moved(_INTO, moves, _input_width(name, model, plan)), name, plan)
     if style == "output":
         return _moved(_OUT_OF, list(zip(src, dst, strict=True)), 0)
     if style == "sequence":
         return _summed(dict(module.named_parameters(recurse=False)))
     if style == "colwise":
         into = [] if _prepared(name, plan) else _moved(_INTO, [(src[0], "replicate")], _widths(module)[0])
-        return _wanted(into, name, plan) + _moved(
-            _OUT_OF, [("shard", dst[0])], _even(_widths(module)[1], plan.sizes.tp)
+        return _needed(into, name, plan) + _moved(
+            _OUT_OF, [("shard", dst[0])], _even(_widths(module)[1], plan.sizes[rule.axis])
         )
     if style == "rowwise":
         looks_up = isinstance(module, nn.Embedding)
         into = [] if looks_up else _moved(_INTO, [(src[0], "shard")], _widths(module)[0])
-        into = _wanted(into, name, plan)
+        into = _needed(into, name, plan)
         # A bias is added before the sum, so that its gradient, like the output's, is whole on every rank.
         return into + _moved(_OUT_OF, [("partial", dst[0])], _widths(module)[1])
     return []
@@ -72,9 +72,9 @@ def _moved(
     return [Sent(phase, collective, width) for pair in pairs for phase, collective in pair if collective]
 
 
-def _wanted(into: list[Sent], name: str, plan: Plan) -> list[Sent]:
-    """Without what brings a gradient back to the model's own numbers, which want none."""
-    return [sent for sent in into if sent.phase == "forward" or name not in plan.given]
+def _needed(into: list[Sent], name: str, plan: Plan) -> list[Sent]:
+    """Without what brings a gradient back to an input that needs none."""
+    return [sent for sent in into if sent.phase == "forward" or name not in plan.no_input_grad]
 
 
 def _summed(parameters: dict[str, nn.Parameter]) -> list[Sent]:

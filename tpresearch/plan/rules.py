@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,24 +19,26 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils._pytree import tree_map_only
 
+from tpresearch.config.axes import LAYER_AXES
 from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.imports import imported_class, instantiate
 from tpresearch.config.schema import Rule
 
 SEQUENCE_DIM = 1
 """Activations are [b, s, h]."""
 
-OUTPUTS = {"logits": Shard(-1), "rows": Shard(0)}
-"""Layouts of what a model puts out, as it is left for the loss: split over the vocabulary, or by rows."""
+OUTPUTS = {"logits": Shard(-1), "batch": Shard(0)}
+"""Layouts of a model's output as it is left for the loss: sharded over the vocabulary, or over the batch's rows."""
 
 Layouts = tuple[Placement | None, ...]
 
 
-class SequenceSplit(ParallelStyle):
-    """Run a layer on this rank's part of the sequence, with whole weights whose gradients are parts of a sum.
+class LocalSequenceParallel(ParallelStyle):
+    """Run a layer on this rank's part of the sequence, with replicated weights whose gradients are partial.
 
     torch's SequenceParallel makes the weights DTensors, whose gradients FSDP then sums over tp after every
     micro-batch, before it shards them. Here they stay plain, and the step sums their shards once
-    (`Plan.partial`, `reduce_partial_gradients`).
+    (`Plan.partial_grads`, `reduce_partial_gradients`).
     """
 
     def __init__(self, dim: int) -> None:
@@ -86,7 +87,7 @@ STYLES: dict[str, Style] = {
         {},
         Shard(SEQUENCE_DIM),
         Shard(SEQUENCE_DIM),
-        lambda src, dst, local: SequenceSplit(src[0].dim),
+        lambda src, dst, local: LocalSequenceParallel(src[0].dim),
     ),
     "input": Style(
         {},
@@ -104,7 +105,7 @@ STYLES: dict[str, Style] = {
 
 
 @dataclass(frozen=True)
-class Compiled:
+class ResolvedRule:
     """One rule with its layouts read: ready to be put on the modules it matches."""
 
     name: str
@@ -114,7 +115,12 @@ class Compiled:
     src: Layouts
     dst: Layouts
     leaves_split: bool
-    """The output is the model's, and stays split over tp for the loss."""
+    """The output is the model's, and stays sharded for the loss."""
+
+    @property
+    def axis(self) -> str:
+        """The mesh axis that it acts on."""
+        return self.rule.axis
 
     @property
     def label(self) -> str:
@@ -126,12 +132,12 @@ class Compiled:
         return Shard(SEQUENCE_DIM) in (*self.src, *self.dst)
 
     @property
-    def splits_rows(self) -> bool:
+    def splits_batch(self) -> bool:
         """An activation is split by the batch's rows on its way in or out."""
         return Shard(0) in (*self.src, *self.dst)
 
     def weight_dim(self, module: nn.Module) -> int | None:
-        """The dim of `module.weight` that is split, or None where the weight stays whole."""
+        """The dim of `module.weight` that is sharded, or None where the weight stays replicated."""
         shards = STYLES[self.rule.style].shards if self.rule.style else {}
         return next((dim for kind, dim in shards.items() if isinstance(module, kind)), None)
 
@@ -143,16 +149,21 @@ class Compiled:
         return STYLES[self.rule.style].build(self.src, self.dst, not self.leaves_split)
 
 
-def compile_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Compiled:
+def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> ResolvedRule:
     """Read a rule's style and layouts.
 
     Raises:
         ConfigError: an unknown style, layout or import path, or a rule that lacks what its style needs.
     """
     where = f"model.plans.{plan}.{name}"
+    if rule.axis not in LAYER_AXES:
+        legal = "one of " + ", ".join(LAYER_AXES)
+        raise ConfigError(
+            f"{where}.axis", rule.axis, "no axis that rules act on", legal, fix={f"{where}.axis": None}
+        )
     if rule.target:
-        _check_target(where, rule.target)
-        return Compiled(name, where, rule, (), (), False)
+        imported_class(f"{where}._target_", rule.target, ParallelStyle)  # type: ignore[type-abstract]
+        return ResolvedRule(name, where, rule, (), (), False)
     if rule.style not in STYLES:
         raise ConfigError(
             f"{where}.style",
@@ -172,7 +183,7 @@ def compile_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Compi
             "src and dst lists of one length, null for a tensor left alone",
             fix={f"{where}.src": None, f"{where}.dst": None},
         )
-    return Compiled(name, where, rule, src, dst, str(rule.dst) in OUTPUTS and loss_parallel)
+    return ResolvedRule(name, where, rule, src, dst, str(rule.dst) in OUTPUTS and loss_parallel)
 
 
 def _layouts(where: str, given: Any, default: Placement | None, loss_parallel: bool) -> Layouts:
@@ -193,46 +204,5 @@ def _layout(where: str, text: Any, loss_parallel: bool) -> Placement | None:
     if match := re.fullmatch(r"shard:(-?\d+)", str(text)):
         return Shard(int(match[1]))
     raise ConfigError(
-        where, text, "no such layout", "replicate, shard:N, logits, rows or null", fix={where: None}
+        where, text, "no such layout", "replicate, shard:N, logits, batch or null", fix={where: None}
     )
-
-
-def _check_target(where: str, target: str) -> None:
-    try:
-        found = class_at(target)
-    except Exception as error:  # an import runs the user's own code, which may raise anything
-        raise ConfigError(
-            f"{where}._target_",
-            target,
-            f"cannot be imported ({error})",
-            "the path of a class",
-            fix={f"{where}._target_": None},
-        ) from error
-    if not issubclass(found, ParallelStyle):
-        raise ConfigError(
-            f"{where}._target_",
-            target,
-            "not a ParallelStyle",
-            "a subclass of torch's ParallelStyle",
-            fix={f"{where}._target_": None},
-        )
-
-
-def class_at(path: str) -> type:
-    """The class that a config names. (Hydra's `get_class` logs to stdout before it raises.)
-
-    Raises:
-        Exception: whatever importing its module does, or for what is not a class.
-    """
-    module, _, name = path.rpartition(".")
-    found = getattr(importlib.import_module(module), name)
-    if not isinstance(found, type):
-        raise TypeError(f"it is a {type(found).__name__}, not a class")
-    return found
-
-
-def instantiate(spec: dict[str, Any]) -> Any:
-    """Call what a config names: the one door to Hydra's `instantiate`, whose safety argument changes in 1.4."""
-    import hydra.utils
-
-    return hydra.utils.instantiate(spec, _convert_="all")

@@ -54,7 +54,7 @@ class Job:
 
 def ranks_needed(cfg: Config, open_ranks: int) -> int:
     """How many ranks a config is for: what its mesh sizes make, or where they leave it open, `open_ranks`."""
-    sizes = [getattr(cfg.mesh, axis) for axis in used_axes(cfg.parallel)]
+    sizes = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
     if cfg.plan_only or not sizes:
         return 1
     if cfg.world_size is not None:

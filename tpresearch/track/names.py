@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import SupportsFloat
 
-from tpresearch.config.mesh import AXES
+from tpresearch.config.axes import AXES
+from tpresearch.config.axes import NAMES as NAMES_OF_AXES
+from tpresearch.ledger.entries import MEMORY_KINDS
 
 Row = dict[str, int | float | None]
 """One logged step: a value for every metric, None where it is undefined."""
@@ -36,10 +38,12 @@ METRICS = (
     Metric("train/lr", "", "learning rate of this update"),
     Metric("val/loss", "nats/token", "cross-entropy over the held-out rows, where this step evaluated"),
     Metric("perf/step_time_s", "s", "wall time of a step, averaged since the last logged one"),
-    Metric("perf/tokens_per_second", "tokens/s", "tokens a second over all ranks"),
-    Metric("perf/tokens_per_second_per_device", "tokens/s", "tokens a second divided by the world size"),
-    Metric("perf/mfu", "", "model FLOPs over the peak, attention counted whole (6N + 12Lhs a token)"),
-    Metric("perf/mfu_causal", "", "model FLOPs over the peak, attention counted causal (6N + 6Lhs a token)"),
+    Metric("perf/tokens_per_second", "tokens/s", "tokens per second over all ranks"),
+    Metric("perf/tokens_per_second_per_device", "tokens/s", "tokens per second, divided by the world size"),
+    Metric("perf/mfu", "", "model FLOPs over the peak, attention counted whole (6N + 12Lhs per token)"),
+    Metric(
+        "perf/mfu_causal", "", "model FLOPs over the peak, attention counted causal (6N + 6Lhs per token)"
+    ),
     Metric(
         "time/data_s",
         "s",
@@ -60,20 +64,11 @@ NAMES = tuple(metric.name for metric in METRICS)
 X_AXIS = "train/tokens"
 """What curves are drawn over: the same for every plan, mesh and batch, and right across a resume."""
 
-MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")
-_SENT = (
-    "dp_replicate/all_reduce",
-    "dp_shard/all_gather",
-    "dp_shard/reduce_scatter",
-    "dp_shard/all_reduce",
-    "tp/all_gather",
-    "tp/reduce_scatter",
-    "tp/all_reduce",
-)
+_SENT = tuple(f"{axis.name}/{collective}" for axis in AXES for collective in axis.collectives)
 PARTS: dict[str, tuple[str, ...]] = {
     "memory/held_bytes": MEMORY_KINDS,
     "memory/at_peak_bytes": MEMORY_KINDS,
-    "comm/bytes_per_step_by_axis": AXES,
+    "comm/bytes_per_step_by_axis": NAMES_OF_AXES,
     "comm/bytes_per_step_by_collective": _SENT,
     "comm/expected_bytes_per_step_by_collective": _SENT,
 }

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from tpresearch.data import AnyCorpus, eval_batches
+from tpresearch.config.axes import DATA_AXES
+from tpresearch.data import eval_batches
+from tpresearch.data.batches import IGNORED
 from tpresearch.parallel.apply import fsdp_modules
-from tpresearch.parallel.mesh import DATA_AXES, data_rank, sum_over
-from tpresearch.train.loss import IGNORED, loss_context, summed_cross_entropy
+from tpresearch.parallel.mesh import data_rank, sum_over
+from tpresearch.train.losses import loss_context, summed_cross_entropy
+from tpresearch.train.step import Setup
 
 
-def held_out_loss(
-    model: nn.Module,
-    corpus: AnyCorpus,
-    count: int,
-    micro: int,
-    mesh: DeviceMesh,
-    vocab_parallel: bool,
-    device: torch.device,
-) -> float | None:
-    """Mean cross-entropy, in nats a token, over `count` held-out rows; None where there are none.
-
-    Args:
-        micro: rows a data-parallel rank takes at once.
-        vocab_parallel: the logits come sharded over the vocabulary.
-    """
-    dp = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
+def held_out_loss(model: nn.Module, rows: NDArray[Any], setup: Setup) -> float | None:
+    """Mean cross-entropy, in nats per token, over `train.eval_rows` of the held-out rows; None where there are none."""
+    mesh, device, count = setup.mesh, setup.device.torch, setup.cfg.train.eval_rows
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
-    with torch.no_grad(), loss_context(vocab_parallel):
-        for rows, counting in eval_batches(corpus.held_out, count, micro, data_rank(mesh), dp):
-            rows = rows.to(device)
-            targets = rows[:, 1:].clone()
-            targets[counting:] = IGNORED
-            sums[0] += summed_cross_entropy(model(rows[:, :-1]), targets)
-            sums[1] += counting * targets.shape[1]
+    with torch.no_grad(), loss_context(setup.plan.loss_parallel):
+        for batch in eval_batches(rows, count, setup.micro_rows, data_rank(mesh), setup.plan.sizes.dp):
+            inputs, targets = batch.to(device)
+            sums[0] += summed_cross_entropy(model(inputs), targets)
+            sums[1] += (targets != IGNORED).sum()
     model.train()
     for module in fsdp_modules(model):
         module.reshard()  # the root, for one, stays gathered after a forward that no backward follows

@@ -1,134 +1,116 @@
-"""Training, told from top to bottom."""
+"""The steps of a run on one rank, one after another, and a row of metrics for each that is logged."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
-from typing import Any
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpresearch.config.compose import as_dict
-from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import Config
-from tpresearch.config.validate import planned_world, total_steps, validate
-from tpresearch.config.world import World
-from tpresearch.data import AnyCorpus, PackedCorpus, check_enough_rows, prepare
-from tpresearch.launch.run import Run
-from tpresearch.ledger.formulas import expected_entries
-from tpresearch.ledger.memory_formulas import expected_bytes
-from tpresearch.ledger.step import Expected, count_of
-from tpresearch.parallel.mesh import build_mesh
-from tpresearch.plan.compiler import Plan
-from tpresearch.plan.describe import plan_text
-from tpresearch.track.tracker import RunFacts, Tracker
-from tpresearch.train.build import planned, sharded
-from tpresearch.train.defects import defects_on
-from tpresearch.train.device import Device, choose_device
-from tpresearch.train.speed import flops_per_token
-from tpresearch.train.trainer import Trainer
+from tpresearch.config.schema import OnNonfinite
+from tpresearch.data import AnyBatches, AnyCorpus, Batch, batches_of
+from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.device import Device
+from tpresearch.parallel.mesh import data_rank
+from tpresearch.parallel.weights import parameter_device, place_weights
+from tpresearch.train.evaluate import held_out_loss
+from tpresearch.train.finite import FiniteCheck
+from tpresearch.train.losses import objective_of
+from tpresearch.train.mistakes import mistakes_of
+from tpresearch.train.observe import Metrics, Observer, Observers
+from tpresearch.train.optim import build_optimizer, learning_rate
+from tpresearch.train.preflight import Preflight
+from tpresearch.train.state import TrainState
+from tpresearch.train.step import Setup, StepResult, train_step
 
-log = logging.getLogger(__name__)
+COLLECT_EVERY = 100
+"""Steps between Python's garbage collections, which would otherwise stall one rank at a time, anywhere."""
 
 
-def train(cfg: Config, run: Run) -> None:
-    """Train as the config says; leave a record in the run folder. With plan_only, print the plan and stop.
+@dataclass
+class Loop:
+    """A run on one rank, ready for its next step."""
 
-    Raises:
-        ConfigError: for what only the prepared data shows, such as a corpus too short for one batch.
-        NonfiniteError: unless train.on_nonfinite=skip.
-    """
-    sizes = validate(cfg, run.world.size, run.world.hosts)
-    model, plan = planned(cfg, sizes)
-    text = plan_text(model, plan)
-    if cfg.plan_only:
-        if run.world.rank == 0:
-            print(
-                f"model={cfg.model.name} parallel={cfg.parallel.name} world_size={planned_world(cfg)}: {sizes.live()}\n"
-            )
-            print(text)
-        return
-    device = choose_device(cfg, run.world.local_rank, run.world.local_size)
-    corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
-    if isinstance(corpus, PackedCorpus):
-        check_enough_rows(corpus, cfg.train.global_batch_size, sizes.dp * (cfg.train.micro_batch_size or 1))
-    log.info("data: %s, %s", cfg.data.source, corpus)
-    if wrong := defects_on(cfg.defects):
-        log.warning("wrong on purpose: %s", ", ".join(wrong))
-    parameters = sum(p.numel() for p in model.parameters())
-    expected = Expected(expected_entries(model, plan, cfg), expected_bytes(model, plan, cfg, device.type))
-    where = run.world.size, sizes.live(), parameters, device.name
-    facts = RunFacts(*where, corpus.corpus_hash, corpus.unigram_entropy)
-    with tracking(cfg, run, facts, text) as tracker, process_group(device, run.world):
-        check_same_corpus(corpus)
-        mesh = build_mesh(sizes, device.type)
-        log.info("Device Mesh created: device_mesh=%s", sizes.describe(device.type))
-        if run.world.local_size % sizes.tp:
-            log.warning("mesh.tp=%d crosses hosts of %d ranks each", sizes.tp, run.world.local_size)
-        trainer = assemble(cfg, model, plan, mesh, device, corpus)
-        log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", model)
-        if tracker:
-            trainer.on_counted = lambda counted: tracker.count(count_of(counted, expected))
-        for row in trainer.rows():
-            if tracker:
-                tracker.log(row)
+    state: TrainState
+    setup: Setup
+    corpus: AnyCorpus
+    batches: AnyBatches
 
-
-def tracking(cfg: Config, run: Run, facts: RunFacts, plan: str) -> AbstractContextManager[Tracker | None]:
-    """What records the run, on rank 0; nothing on the others."""
-    if run.world.rank != 0:
-        return nullcontext()
-    return Tracker(cfg, as_dict(cfg), run.folder, facts, total_steps(cfg), plan=plan)
-
-
-@contextmanager
-def process_group(device: Device, world: World) -> Iterator[None]:
-    """The default process group, of one rank too."""
-    where: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
-    if world.size == 1 and not world.elastic:
-        where |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if device.type == "cuda":
-        torch.cuda.set_device(device.torch)
-    dist.init_process_group(device.backend, timeout=timedelta(minutes=10), **where)
-    try:
-        yield
-    except BaseException:
-        if (
-            device.backend != "nccl"
-        ):  # whose end waits for ranks that may be waiting for this one: let it exit
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
-
-
-def check_same_corpus(corpus: AnyCorpus) -> None:
-    """Each host prepares its own rows; refuse to train on rows that differ, since hosts may have other Pythons.
-
-    Raises:
-        ConfigError: on every rank, where any two hold other text or tokens.
-    """
-    mine = (corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
-    if other is not None:
-        raise ConfigError(
-            "data.source",
-            corpus.meta.get("source", "this corpus"),
-            f"ranks 0 and {other} prepared different rows from it",
-            "the same files and the same Python on every host, or a data.cache_dir that they share",
+    @classmethod
+    def assemble(
+        cls,
+        job: Preflight,
+        mesh: DeviceMesh,
+        device: Device,
+        corpus: AnyCorpus,
+        observers: Sequence[Observer] = (),
+    ) -> Loop:
+        """The planned model, sharded over the mesh and given its first weights, with what it takes to train it."""
+        cfg = job.cfg
+        model = parallelize(job.model, job.plan, cfg.parallel, mesh, cfg.train.dtype)
+        place_weights(
+            model, parameter_device(cfg.parallel, device.torch), cfg.train.seed, buffers=device.torch
         )
+        batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
+        watching = Observers([*mistakes_of(cfg, mesh, batches), *observers])
+        state = TrainState(0, model, build_optimizer(model, cfg.optimizer))
+        watching.start(state)
+        setup = Setup(cfg, job.plan, mesh, device, objective_of(cfg, job.plan), watching)
+        return cls(state, setup, corpus, batches)
 
+    def read(self) -> Batch:
+        """This rank's rows of the next global batch, on its device."""
+        setup = self.setup
+        batch = self.batches.batch(self.state.step, data_rank(setup.mesh), setup.plan.sizes.dp)
+        return batch.to(setup.device.torch, setup.input_dtype)
 
-def assemble(
-    cfg: Config, model: nn.Module, plan: Plan, mesh: DeviceMesh, device: Device, corpus: AnyCorpus
-) -> Trainer:
-    """A planned meta model, sharded and given its first weights, with what it takes to train it."""
-    cost = {causal: flops_per_token(model, cfg.data.seq_len, causal) for causal in (False, True)}
-    sharded(model, plan, cfg, mesh, device.torch)
-    return Trainer(cfg, model, plan, mesh, device, corpus, cost)
+    def step(self) -> StepResult:
+        """One optimizer step on the next global batch."""
+        with self.setup.observers.phase("data"):
+            batch = self.read()
+        return train_step(self.state, batch, self.setup)
+
+    def evaluate(self) -> float | None:
+        """The loss on held-out rows; None where there are none."""
+        with self.setup.observers.phase("evaluation"):
+            return held_out_loss(self.state.model, self.corpus.held_out, self.setup)
+
+    def rows(self) -> Iterator[Metrics]:
+        """Take all steps that are left; yield the metrics of each logged one."""
+        gc.collect()
+        gc.disable()
+        try:
+            yield from self._rows()
+        finally:
+            gc.enable()
+
+    def _rows(self) -> Iterator[Metrics]:
+        state, setup, train = self.state, self.setup, self.setup.cfg.train
+        finite = FiniteCheck(setup.device.torch)
+        while state.step < setup.steps:
+            result = self.step()
+            finite.note(state.step, result)
+            last = state.step == setup.steps
+            evaluates = last or (train.eval_every is not None and state.step % train.eval_every == 0)
+            if evaluates or state.step % train.log_every == 0:
+                row = self._row(result, finite)
+                if evaluates:
+                    row["val/loss"] = self.evaluate()
+                yield row
+            if state.step % COLLECT_EVERY == 0:
+                with setup.observers.phase("pause"):
+                    gc.collect()
+
+    def _row(self, result: StepResult, finite: FiniteCheck) -> Metrics:
+        """A logged row. But for evaluating, skipping and offloading, only here does the host wait for the device."""
+        step, setup, cfg = self.state.step, self.setup, self.setup.cfg
+        stops = cfg.train.on_nonfinite is OnNonfinite.stop
+        return {
+            "train/step": step,
+            "train/tokens": step * setup.tokens_per_step,
+            "train/loss": finite.global_loss(step, result.loss, setup.mesh, stops),  # waits for the device
+            "train/grad_norm": result.grad_norm.item(),
+            "train/lr": learning_rate(step - 1, setup.steps, cfg.optimizer.lr, cfg.schedule),
+            **setup.observers.metrics(),
+        }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from tpresearch.config.schema import Dtype
-from tpresearch.train.device import Device
+from tpresearch.config.schema import Config, Dtype
+from tpresearch.parallel.device import Device
 
 _TERA = 1e12
 PEAK_FLOPS: dict[str, dict[Dtype, float]] = {
@@ -28,6 +26,38 @@ PEAK_FLOPS: dict[str, dict[Dtype, float]] = {
     "RTX 3090": {Dtype.bfloat16: 71 * _TERA, Dtype.float32: 35.6 * _TERA},
     "MI300X": {Dtype.bfloat16: 1307 * _TERA, Dtype.float32: 163.4 * _TERA, Dtype.float64: 163.4 * _TERA},
 }
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a step of a run is worth: tokens, and model FLOPs against what the device can do at best."""
+
+    tokens_per_step: int
+    world_size: int
+    flops_per_token: float
+    """With attention counted whole."""
+    causal_flops_per_token: float
+    peak_flops: float | None
+    """Of one device; None where it is not known."""
+
+    @classmethod
+    def of(cls, model: nn.Module, cfg: Config, device: Device, world_size: int) -> Speed:
+        """Args: model: plain, before it is sharded."""
+        whole, causal = (flops_per_token(model, cfg.data.seq_len, causal) for causal in (False, True))
+        peak = peak_flops(device.name, cfg.train.dtype)
+        return cls(cfg.train.global_batch_size * cfg.data.seq_len, world_size, whole, causal, peak)
+
+    def metrics(self, step_time_s: float) -> dict[str, float | int | None]:
+        """The perf/* of a row whose steps took this long each."""
+        speed = self.tokens_per_step / step_time_s
+        per_device, peak = speed / self.world_size, self.peak_flops
+        return {
+            "perf/step_time_s": step_time_s,
+            "perf/tokens_per_second": speed,
+            "perf/tokens_per_second_per_device": per_device,
+            "perf/mfu": per_device * self.flops_per_token / peak if peak else None,
+            "perf/mfu_causal": per_device * self.causal_flops_per_token / peak if peak else None,
+        }
 
 
 def peak_flops(device_name: str, dtype: Dtype) -> float | None:
@@ -52,11 +82,3 @@ def flops_per_token(model: nn.Module, seq_len: int, causal: bool) -> float:
     attention = getattr(model, "attention_flops_per_token", None)
     quadratic = attention(seq_len) if callable(attention) else 0.0
     return 6.0 * weights + (quadratic / 2 if causal else quadratic)
-
-
-def peak_memory_bytes(device: Device) -> int:
-    """The most memory this rank has held: of the CUDA allocator, or the process's resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device.torch)
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if sys.platform == "darwin" else kilobytes * 1024

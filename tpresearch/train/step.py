@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import logging
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,64 +13,116 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tpresearch.parallel.mesh import global_norm, sum_together
+from tpresearch.config.schema import Config, OnNonfinite
+from tpresearch.config.validate import micro_batch_size, total_steps
+from tpresearch.data.batches import Batch
+from tpresearch.parallel.device import Device
+from tpresearch.parallel.mesh import sum_together
+from tpresearch.parallel.norm import global_norm
 from tpresearch.plan.compiler import Plan
-from tpresearch.train.loss import Objective
+from tpresearch.train.losses import Objective
+from tpresearch.train.observe import Observers
+from tpresearch.train.optim import learning_rate, set_learning_rate
+from tpresearch.train.state import TrainState
 
-Phase = Callable[[str], AbstractContextManager[None]]
-"""Marks a part of the step (forward, loss, backward, clip, optimizer) for whoever counts what it sends."""
-
-
-def unmarked(phase: str) -> AbstractContextManager[None]:
-    return nullcontext()
+log = logging.getLogger(__name__)
 
 
-def accumulate_gradients(
-    model: nn.Module,
-    micro_batches: Iterable[Tensor],
-    objective: Objective,
-    mark: Phase = unmarked,
-) -> Tensor:
-    """Add the gradient of the loss to every parameter.
+@dataclass(frozen=True)
+class Setup:
+    """What every step of a run works with and leaves as it is."""
+
+    cfg: Config
+    plan: Plan
+    mesh: DeviceMesh
+    device: Device
+    objective: Objective
+    observers: Observers
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return total_steps(self.cfg)
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows that each data-parallel rank takes through the model at once."""
+        return micro_batch_size(self.cfg, self.plan.sizes)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """In which floats are given to the model: that of the computation."""
+        found: torch.dtype = getattr(torch, self.cfg.train.dtype)
+        return found
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.cfg.train.global_batch_size * self.cfg.data.seq_len
+
+
+class StepResult(NamedTuple):
+    """What a step found, on the device: reading it makes the host wait."""
+
+    loss: Tensor
+    """This data-parallel rank's share of the global loss, a scalar; the shares sum to it."""
+    grad_norm: Tensor
+    """The global norm before clipping, the same on every rank."""
+
+
+def train_step(state: TrainState, batch: Batch, setup: Setup) -> StepResult:
+    """Move the weights once, by the gradient of the global batch.
 
     Args:
-        micro_batches: this data-parallel rank's rows, each [b, s + 1] int64 (inputs and, shifted by one, targets)
-            or [b, width] numbers.
-
-    Returns: this data-parallel rank's share of the loss, a detached scalar; the shares sum to the global loss.
+        batch: this data-parallel rank's rows of it.
     """
-    micro_batches = list(micro_batches)
-    share = torch.zeros(
-        (), dtype=torch.float64 if _is_float64(model) else torch.float32, device=micro_batches[0].device
-    )
+    observers = setup.observers
+    with observers.step(state):
+        loss = accumulate_gradients(state.model, batch.split(setup.micro_rows), setup)
+        with observers.phase("backward"):
+            reduce_partial_gradients(state.model, setup.plan, setup.mesh)
+        observers.gradients(state)
+        with observers.phase("clip"):
+            norm = clip_gradients(state.model, setup.mesh, setup.cfg.train.clip_grad_norm)
+        with observers.phase("optimizer"):
+            update(state, norm, setup)
+    state.step += 1
+    return StepResult(loss, norm)
+
+
+def accumulate_gradients(model: nn.Module, micro_batches: list[Batch], setup: Setup) -> Tensor:
+    """Add the gradient of the loss to every parameter.
+
+    Returns: this data-parallel rank's share of the loss, a detached scalar.
+    """
+    objective, phase = setup.objective, setup.observers.phase
+    parameter = next(model.parameters())
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    share = torch.zeros((), dtype=dtype, device=micro_batches[0].inputs.device)
     for index, rows in enumerate(micro_batches):
         if isinstance(model, FSDPModule):  # replicas are summed once, after the last micro-batch
             model.set_requires_all_reduce(index == len(micro_batches) - 1)
         with objective.context():
-            with mark("forward"):
-                output = model(objective.inputs(rows))
-            with mark("loss"):
-                loss = objective.part(output, rows)
-            del output
-            with mark("backward"):
+            loss = objective(model, rows, phase)
+            with phase("backward"):
                 loss.backward()
         share += loss.detach()
     return share
 
 
-def _is_float64(model: nn.Module) -> bool:
-    return next(model.parameters()).dtype == torch.float64
-
-
 @torch.no_grad()
 def reduce_partial_gradients(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
-    """Sum over tp, once, the gradients that are still parts of a sum: those of norms under sequence parallelism.
+    """Sum, once, the gradients that are still partial: those of norms under sequence parallelism.
 
     A rule with a ParallelStyle of the user's own may leave partial DTensors, which an optimizer would sum anew
     at each use: those too.
     """
-    gradients = [p.grad for p in plan.partial(model).values() if p.grad is not None]
-    sum_together(mesh, [g.to_local() if isinstance(g, DTensor) else g for g in gradients], "tp")
+    by_axis: dict[str, list[Tensor]] = {}
+    for name, parameter in plan.partial_grads(model).items():
+        if (gradient := parameter.grad) is not None:
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            by_axis.setdefault(plan.rules[name.rpartition(".")[0]].axis, []).append(local)
+    for axis, gradients in by_axis.items():
+        sum_together(mesh, gradients, axis)
     for parameter in model.parameters():
         gradient = parameter.grad
         if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
@@ -92,3 +146,15 @@ def clip_gradients(model: nn.Module, mesh: DeviceMesh, greatest: float | None) -
             chosen = [g for g in local if g.dtype == same_dtype]
             torch._foreach_mul_(chosen, scale.to(chosen[0].device, same_dtype))
     return norm
+
+
+def update(state: TrainState, norm: Tensor, setup: Setup) -> None:
+    """Move the weights, unless the norm is not finite and such an update is to be skipped."""
+    cfg = setup.cfg
+    if cfg.train.on_nonfinite is OnNonfinite.skip and not math.isfinite(norm.item()):
+        log.warning("step %d: gradient norm is %s; its update is skipped", state.step + 1, norm.item())
+    else:
+        lr = learning_rate(state.step, setup.steps, cfg.optimizer.lr, cfg.schedule)
+        set_learning_rate(state.optimizer, lr)
+        state.optimizer.step()
+    state.optimizer.zero_grad()

@@ -16,7 +16,7 @@ EXACT = ("initial weights", "between ranks")
 
 
 @dataclass(frozen=True)
-class Worst:
+class MaxError:
     """The greatest relative error of one quantity, over all steps and parameters."""
 
     error: float
@@ -25,7 +25,7 @@ class Worst:
     parameter: str | None = None
 
 
-def compare(ours: Trace, reference: Trace) -> dict[str, Worst]:
+def compare(ours: Trace, reference: Trace) -> dict[str, MaxError]:
     """The worst of each quantity. A tensor's error is relative to its greatest value in the reference.
 
     Initial weights do not depend on the order of any sum: they must be the same to the bit. So must what all
@@ -34,12 +34,12 @@ def compare(ours: Trace, reference: Trace) -> dict[str, Worst]:
     steps = list(enumerate(zip(ours.steps, reference.steps, strict=True)))
     return {
         "initial weights": _worst(_tensors(None, ours.initial, reference.initial)),
-        "loss": _worst(Worst(_relative(a.loss, b.loss), k) for k, (a, b) in steps),
-        "grad norm": _worst(Worst(_relative(a.grad_norm, b.grad_norm), k) for k, (a, b) in steps),
+        "loss": _worst(MaxError(_relative(a.loss, b.loss), k) for k, (a, b) in steps),
+        "grad norm": _worst(MaxError(_relative(a.grad_norm, b.grad_norm), k) for k, (a, b) in steps),
         "gradients": _worst(w for k, (a, b) in steps for w in _tensors(k, a.gradients, b.gradients)),
         "weights": _worst(w for k, (a, b) in steps for w in _tensors(k, a.weights, b.weights)),
         "between ranks": _worst(_apart(ours)),
-        "held-out loss": Worst(_relative(ours.held_out or 0.0, reference.held_out or 0.0)),
+        "held-out loss": MaxError(_relative(ours.held_out or 0.0, reference.held_out or 0.0)),
     }
 
 
@@ -47,31 +47,31 @@ def tolerance(quantity: str, dtype: Dtype) -> float:
     return 0.0 if quantity in EXACT else TOLERANCES[dtype]
 
 
-def _worst(errors: Iterable[Worst]) -> Worst:
+def _worst(errors: Iterable[MaxError]) -> MaxError:
     """The greatest; NaN counts as greater than all."""
     return max(errors, key=lambda worst: (worst.error != worst.error, worst.error))
 
 
-def _apart(trace: Trace) -> list[Worst]:
-    found = [Worst(error, None, name) for name, error in trace.initial_between_ranks.items()]
+def _apart(trace: Trace) -> list[MaxError]:
+    found = [MaxError(error, None, name) for name, error in trace.initial_between_ranks.items()]
     found += [
-        Worst(error, k, name)
+        MaxError(error, k, name)
         for k, step in enumerate(trace.steps)
         for name, error in step.between_ranks.items()
     ]
-    return found or [Worst(0.0)]
+    return found or [MaxError(0.0)]
 
 
 def _relative(ours: float, reference: float) -> float:
     return abs(ours - reference) / abs(reference) if reference else abs(ours)
 
 
-def _tensors(step: int | None, ours: Tensors, reference: Tensors) -> list[Worst]:
+def _tensors(step: int | None, ours: Tensors, reference: Tensors) -> list[MaxError]:
     if ours.keys() != reference.keys():
         missing = next(iter(ours.keys() ^ reference.keys()))
-        return [Worst(float("inf"), step, missing)]
+        return [MaxError(float("inf"), step, missing)]
     found = []
     for name, tensor in reference.items():
         scale = tensor.abs().max().item() or 1.0
-        found.append(Worst((ours[name] - tensor).abs().max().item() / scale, step, name))
+        found.append(MaxError((ours[name] - tensor).abs().max().item() / scale, step, name))
     return found

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from tpresearch.config.axes import TENSOR
 from tpresearch.config.schema import Config, Dtype
-from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.parallel.apply import parallelize
-from tpresearch.parallel.mesh import axis_size, build_mesh, data_rank
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import axis_size, build_mesh, data_rank, sizes_of
 from tpresearch.parallel.weights import fill
 from tpresearch.plan.compiler import Plan
-from tpresearch.plan.rules import Compiled
-from tpresearch.train.build import planned, weight_dtype
-from tpresearch.train.device import choose_device
-from tpresearch.train.loop import process_group
+from tpresearch.plan.meta import weight_dtype
+from tpresearch.plan.rules import ResolvedRule
+from tpresearch.train.preflight import preflight
 
 GREATEST = 2
 """Integers from -2 to 2: their sums stay small enough to be exact even in bfloat16."""
@@ -45,7 +45,7 @@ class Exact:
         return self.output == self.input_gradient == self.weight_gradient == 0
 
 
-class Alone(nn.Module):
+class SingleLayer(nn.Module):
     """One layer as a model, so that it is sharded by the code that shards every model."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -58,14 +58,13 @@ class Alone(nn.Module):
 
 def exactness(world: World, cfg: Config) -> list[Exact]:
     """Each distinct matmul of the model under its plan, against itself in one piece, on this rank."""
-    sizes = validate(cfg, world.size)
-    model, plan = planned(cfg, sizes)
-    device = choose_device(cfg, world.local_rank, world.local_size)
-    with process_group(device, world):
-        mesh = build_mesh(sizes, device.type)
+    job = preflight(cfg, world)
+    assert job.device
+    with process_group(job.device, world):
+        mesh = build_mesh(job.sizes, job.device.type)
         return [
-            _compare(name, layer, rule, plan, cfg, mesh, device.torch)
-            for name, layer, rule in _layers(model, plan)
+            _compare(name, layer, rule, job.plan, cfg, mesh, job.device.torch)
+            for name, layer, rule in _layers(job.model, job.plan)
         ]
 
 
@@ -83,9 +82,9 @@ def worst_of(ranks: list[list[Exact]]) -> list[Exact]:
     ]
 
 
-def _layers(model: nn.Module, plan: Plan) -> list[tuple[str, nn.Module, Compiled | None]]:
+def _layers(model: nn.Module, plan: Plan) -> list[tuple[str, nn.Module, ResolvedRule | None]]:
     """The first layer of each shape and rule. A ParallelStyle of the user's own has layouts that nothing tells."""
-    found: dict[object, tuple[str, nn.Module, Compiled | None]] = {}
+    found: dict[object, tuple[str, nn.Module, ResolvedRule | None]] = {}
     for name, module in model.named_modules():
         rule = plan.rules.get(name)
         if isinstance(module, nn.Linear | nn.Embedding) and not (rule and rule.rule.target):
@@ -97,13 +96,12 @@ def _layers(model: nn.Module, plan: Plan) -> list[tuple[str, nn.Module, Compiled
 def _compare(
     name: str,
     layer: nn.Module,
-    rule: Compiled | None,
+    rule: ResolvedRule | None,
     plan: Plan,
     cfg: Config,
     mesh: DeviceMesh,
     device: torch.device,
 ) -> Exact:
-    dtype = torch.float64 if cfg.train.dtype == "float64" else torch.float32
     dtype = torch.bfloat16 if cfg.train.dtype is Dtype.bfloat16 else weight_dtype(cfg.train.dtype)
     x, upstream = _operands(layer, mesh)
     whole = copy.deepcopy(layer).to_empty(device="cpu").double()
@@ -112,11 +110,11 @@ def _compare(
     expected = whole(x)
     expected.backward(upstream)
 
-    alone = Alone(layer)
+    alone = SingleLayer(layer)
     rules = {"layer": rule} if rule else {}
-    parallelize(
-        alone, Plan(rules, ["layer"], [], plan.sizes, None, frozenset()), cfg.parallel, mesh, cfg.train.dtype
-    ).to_empty(device=device)
+    parallelize(alone, Plan(rules, ["layer"], [], plan.sizes), cfg.parallel, mesh, cfg.train.dtype).to_empty(
+        device=device
+    )
     for key, parameter in alone.named_parameters():
         fill(parameter, whole.get_parameter(key.removeprefix("layer.")).detach())
     src, dst = (rule.src[0], rule.dst[0]) if rule else (Replicate(), Replicate())
@@ -145,8 +143,8 @@ def _whole_of(gradient: Tensor | None) -> Tensor | None:
 
 def _operands(layer: nn.Module, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
     """x and the gradient of the output, of the global batch: the same on every rank. float64, or int64 token ids."""
-    tp = axis_size(mesh, "tp")
-    rows, tokens = axis_size(mesh, "dp_replicate") * axis_size(mesh, "dp_shard") * tp, 4 * tp
+    tp = axis_size(mesh, TENSOR.name)
+    rows, tokens = mesh.size(), 4 * tp
     if isinstance(layer, nn.Embedding):
         ids = torch.arange(rows * tokens).mul(7919).remainder(layer.num_embeddings)
         return ids.view(rows, tokens), _integers(rows, tokens, layer.embedding_dim)
@@ -164,12 +162,11 @@ def _integers(*shape: int) -> Tensor:
 def _part(whole: Tensor | None, layout: Placement | None, mesh: DeviceMesh) -> Tensor:
     """What this rank has of a tensor of the global batch: its rows, and of those its part over tp."""
     assert whole is not None
-    replicas = axis_size(mesh, "dp_replicate") * axis_size(mesh, "dp_shard")
-    rows = whole.chunk(replicas)[data_rank(mesh)]
+    rows = whole.chunk(sizes_of(mesh).dp)[data_rank(mesh)]
     if not isinstance(layout, Shard):
         return rows
-    parts = rows.chunk(axis_size(mesh, "tp"), layout.dim)
-    own = mesh.get_local_rank("tp")
+    parts = rows.chunk(axis_size(mesh, TENSOR.name), layout.dim)
+    own = mesh.get_local_rank(TENSOR.name)
     return parts[own] if own < len(parts) else rows.narrow(layout.dim, 0, 0)
 
 

@@ -20,8 +20,8 @@ from tpresearch.config.schema import DataPlan, DefectsConfig, MeshConfig, Parall
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.data import AnyCorpus, Synthetic, check_data, prepare
-from tpresearch.train.build import planned
-from tpresearch.verify.compare import Worst, compare, tolerance
+from tpresearch.train.preflight import planned
+from tpresearch.verify.compare import MaxError, compare, tolerance
 from tpresearch.verify.integers import Exact, exactness, worst_of
 from tpresearch.verify.ranks import RankError, Ranks
 from tpresearch.verify.trace import Trace, trace
@@ -29,7 +29,7 @@ from tpresearch.verify.trace import Trace, trace
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 1800
-"""A large model on few cores takes minutes a plan; a rank that raises or dies is seen at once."""
+"""A large model on few cores takes minutes per plan; a rank that raises or dies is seen at once."""
 
 ROWS = 256
 """Train rows that take part: enough for a few steps, few enough to hand to each rank."""
@@ -42,7 +42,7 @@ class Result:
     plan: str
     optimizer: str
     tolerance: float
-    worst: dict[str, Worst] = field(default_factory=dict)
+    worst: dict[str, MaxError] = field(default_factory=dict)
     out: list[str] = field(default_factory=list)
     """Quantities that are out of tolerance."""
     integers: list[Exact] | None = None
@@ -56,7 +56,7 @@ class Result:
 
 
 def configs(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
-    """For each plan one config an optimizer: what was typed, with only those two choices changed.
+    """For each plan one config per optimizer: what was typed, with only those two choices changed.
 
     Raises:
         ConfigError: for a plan that conf/parallel has not.
@@ -86,7 +86,7 @@ def _composed(overrides: tuple[str, ...]) -> Config:
 
 
 def _in_two_parts(cfg: Config) -> Config:
-    """Two micro-batches a rank where train.micro_batch_size is left open, so that accumulation is in the proof."""
+    """Two micro-batches per rank where train.micro_batch_size is left open, so that accumulation is in the proof."""
     if cfg.train.micro_batch_size is not None:
         return cfg
     half, odd = divmod(cfg.train.global_batch_size // validate(cfg, ranks_of(cfg)).dp, 2)
@@ -157,7 +157,7 @@ def trace_of(world: World, cfg: Config, corpus: AnyCorpus) -> Trace | None:
 
 
 def reference_of(cfg: Config) -> Config:
-    """The same science in one process: the whole batch at once, whole logits, nothing wrong on purpose."""
+    """The same science in one process: the whole batch at once, whole logits, no defects."""
     whole_batch = dataclasses.replace(cfg.train, micro_batch_size=None)
     return dataclasses.replace(
         cfg,

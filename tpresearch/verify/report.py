@@ -22,14 +22,14 @@ HEADINGS = {
 
 
 def print_table(results: list[Result], path: Path) -> None:
-    """Print one row a plan and optimizer; what is out of tolerance is marked, and said in full below."""
+    """Print one row per plan and optimizer; what is out of tolerance is marked, and said in full below."""
     console = Console(highlight=False)
     titles = ("plan", "optimizer", *HEADINGS.values(), "")
     columns = (Column(title, no_wrap=True) for title in titles)
     table = Table(*columns, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)  # within 80 characters
     for result in results:
         cells = [_cell(result, quantity) for quantity in HEADINGS]
-        table.add_row(result.plan, result.optimizer, *cells, "ok" if result.passed else "[red]out[/red]")
+        table.add_row(result.plan, result.optimizer, *cells, "ok" if result.passed else "[red]FAIL[/red]")
     console.print(table)
     _print_integers(console, results)
     for result in results:
@@ -48,7 +48,7 @@ def print_table(results: list[Result], path: Path) -> None:
                 markup=False,
             )
     within = results[0].tolerance if results else 0
-    verdict = "each plan computes what one process does" if all(r.passed for r in results) else "NOT the same"
+    verdict = "each plan computes what one process does" if all(r.passed for r in results) else "MISMATCH"
     console.print(
         f"{verdict} (relative error up to {within:.0e}; initial weights, and what ranks hold alike, to the bit)\nrecord {path}",
         markup=False,
@@ -65,7 +65,7 @@ def _print_integers(console: Console, results: list[Result]) -> None:
     for result in chosen:
         for exact in result.integers or ():
             numbers = (exact.output, exact.input_gradient, exact.weight_gradient)
-            verdict = "ok" if exact.passed else "[red]out[/red]"
+            verdict = "ok" if exact.passed else "[red]FAIL[/red]"
             table.add_row(result.plan, exact.layer, exact.rule, *(f"{n:g}" for n in numbers), verdict)
     console.print(table)
 

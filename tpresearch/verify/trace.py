@@ -9,14 +9,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tpresearch.config.axes import DATA_AXES
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.data import AnyCorpus
-from tpresearch.parallel.mesh import DATA_AXES, build_mesh, sum_over
-from tpresearch.train.build import planned
-from tpresearch.train.device import choose_device
-from tpresearch.train.loop import assemble, process_group
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh, sum_over
+from tpresearch.train.loop import Loop
+from tpresearch.train.observe import Observer
+from tpresearch.train.preflight import preflight
+from tpresearch.train.state import TrainState
 
 Tensors = dict[str, Tensor]
 
@@ -46,33 +48,38 @@ class Trace:
     initial_between_ranks: dict[str, float]
 
 
+class Gradients(Observer):
+    """Keeps the last step's whole gradients, before clipping."""
+
+    def __init__(self) -> None:
+        self.last: Tensors = {}
+
+    def gradients(self, state: TrainState) -> None:
+        self.last = whole({name: p.grad for name, p in state.model.named_parameters()})
+
+
 def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int) -> Trace:
     """Train for a few steps on this rank of a job, through the code that every run goes through.
 
     Returns: the trace as this rank sees it; `between_ranks` says whether all see the same.
     """
-    sizes = validate(cfg, world.size, world.hosts)
-    model, plan = planned(cfg, sizes)
-    device = choose_device(cfg, world.local_rank, world.local_size)
-    with process_group(device, world):
-        mesh = build_mesh(sizes, device.type)
-        trainer = assemble(cfg, model, plan, mesh, device, corpus)
-        seen: list[Tensors] = []
-        trainer.on_gradients = lambda model: seen.append(
-            whole({n: p.grad for n, p in model.named_parameters()})
-        )
+    job = preflight(cfg, world)
+    assert job.device
+    with process_group(job.device, world):
+        mesh, seen = build_mesh(job.sizes, job.device.type), Gradients()
+        loop = Loop.assemble(job, mesh, job.device, corpus, [seen])
+        device, model = job.device.torch, loop.state.model
         initial, taken = weights(model), []
-        apart = between_ranks(initial, device.torch)
-        for step in range(steps):
-            share, norm = trainer.step(step, trainer.window(), None)
+        apart = between_ranks(initial, device)
+        for _ in range(steps):
+            share, norm = loop.step()
             loss = sum_over(mesh, share, DATA_AXES)
-            gradients, updated = seen.pop(), weights(model)
+            updated = weights(model)
             alike = {"loss": loss.cpu().double(), "grad norm": norm.cpu().double()}
-            alike |= {f"gradient of {name}": gradient for name, gradient in gradients.items()} | updated
-            taken.append(
-                StepTrace(loss.item(), norm.item(), gradients, updated, between_ranks(alike, device.torch))
-            )
-        return Trace(initial, taken, trainer.evaluate(), apart)
+            alike |= {f"gradient of {name}": gradient for name, gradient in seen.last.items()} | updated
+            between = between_ranks(alike, device)
+            taken.append(StepTrace(loss.item(), norm.item(), seen.last, updated, between))
+        return Trace(initial, taken, loop.evaluate(), apart)
 
 
 def weights(model: nn.Module) -> Tensors:

@@ -73,7 +73,7 @@ def check_device(cfg: Config, device: Device) -> None:
         raise ConfigError(
             "parallel.async_tp",
             True,
-            "it needs CUDA devices that see each other's memory, and this is a CPU",
+            "async TP needs CUDA devices with peer access, and this is a CPU",
             "false on this device",
             fix={"parallel.async_tp": None},
         )
@@ -82,14 +82,14 @@ def check_device(cfg: Config, device: Device) -> None:
             "parallel.async_tp",
             True,
             "ranks share a device here",
-            "one device a rank",
+            "one device per rank",
             fix={"parallel.async_tp": None},
         )
     if cfg.parallel.fsdp.cpu_offload and not on_cuda:
         raise ConfigError(
             "parallel.fsdp.cpu_offload",
             True,
-            "the device is the CPU already",
+            "CPU offload needs a CUDA device",
             "false on this device",
             fix={"parallel.fsdp.cpu_offload": None},
         )

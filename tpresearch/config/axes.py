@@ -1,0 +1,116 @@
+"""The mesh's axes, each written down once: what ranks that differ along it do with rows, weights and layers.
+
+A new axis (context, pipeline stages) is a row of this table, a field of `MeshConfig`, and the code that carries it
+out in `parallel/`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from tpresearch.config.choices import DataPlan
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the device mesh."""
+
+    name: str
+    options: str
+    """The options of conf/parallel that use it."""
+    customary: Callable[[int, int, int], int] | None
+    """Its size where nothing is said, of (ranks left, world size, hosts); None for what all others leave."""
+    collectives: tuple[str, ...]
+    """What is sent along it."""
+    splits_rows: bool = False
+    """Ranks along it read different rows of the global batch: losses, counts and gradients are summed over it."""
+    shards_state: bool = False
+    """Each rank along it keeps its part of every parameter, gradient and optimizer state."""
+    shards_layers: bool = False
+    """Rules of a sharding plan may name it: it splits what a layer computes."""
+    crosses_hosts: bool = True
+    """Whether it may span hosts without a warning: its traffic is rare or overlaps with computing."""
+
+
+def _replicas(left: int, world: int, hosts: int) -> int:
+    """One replica per host, and few on a single host."""
+    return hosts if 1 < hosts < left else next((f for f in range(2, left + 1) if left % f == 0), 1)
+
+
+def _host_or_two(left: int, world: int, hosts: int) -> int:
+    """The ranks of a host; the tutorial's 2 on a single one."""
+    return world // hosts if hosts > 1 else (2 if left % 2 == 0 else 1)
+
+
+REPLICATE = Axis("dp_replicate", "ddp hsdp hsdp_tp", _replicas, ("all_reduce",), splits_rows=True)
+SHARD = Axis(
+    "dp_shard",
+    "fsdp hsdp fsdp_tp hsdp_tp",
+    None,
+    ("all_gather", "reduce_scatter", "all_reduce"),
+    splits_rows=True,
+    shards_state=True,
+)
+TENSOR = Axis(
+    "tp",
+    "tp sp fsdp_tp hsdp_tp",
+    _host_or_two,
+    ("all_gather", "reduce_scatter", "all_reduce"),
+    shards_layers=True,
+    crosses_hosts=False,
+)
+
+AXES = (REPLICATE, SHARD, TENSOR)
+"""Outermost first: ranks next to each other, inside a host, differ along the last."""
+NAMES = tuple(axis.name for axis in AXES)
+DATA_AXES = tuple(axis.name for axis in AXES if axis.splits_rows)
+LAYER_AXES = tuple(axis.name for axis in AXES if axis.shards_layers)
+
+AXES_OF_DATA_PLAN: dict[DataPlan, tuple[Axis, ...]] = {
+    DataPlan.none: (),
+    DataPlan.ddp: (REPLICATE,),
+    DataPlan.fsdp: (SHARD,),
+    DataPlan.hsdp: (REPLICATE, SHARD),
+}
+
+
+class MeshSizes(dict[str, int]):
+    """Ranks along each axis, by name and in the order of `AXES`; an axis that is not given has 1."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__({name: sizes.pop(name, 1) for name in NAMES})
+        assert not sizes, f"no such axes: {sizes}"
+
+    def __reduce__(self) -> tuple[Callable[..., MeshSizes], tuple[dict[str, int]]]:
+        return _sizes_of, (dict(self),)
+
+    def ranks_along(self, axes: Iterable[Axis]) -> int:
+        return math.prod(self[axis.name] for axis in axes)
+
+    @property
+    def dp(self) -> int:
+        """The data-parallel ranks: the ways into which a global batch is split."""
+        return self.ranks_along(axis for axis in AXES if axis.splits_rows)
+
+    @property
+    def shards(self) -> int:
+        """The ways into which parameters, gradients and optimizer state are split, beside what rules split."""
+        return self.ranks_along(axis for axis in AXES if axis.shards_state)
+
+    @property
+    def tp(self) -> int:
+        return self[TENSOR.name]
+
+    @property
+    def world(self) -> int:
+        return self.ranks_along(AXES)
+
+    def nontrivial(self) -> dict[str, int]:
+        """The axes along which there is more than one rank."""
+        return {name: size for name, size in self.items() if size > 1}
+
+
+def _sizes_of(sizes: dict[str, int]) -> MeshSizes:
+    return MeshSizes(**sizes)

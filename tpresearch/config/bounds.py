@@ -1,0 +1,85 @@
+"""Bounds of numbers, written beside the fields that they bound: `steps: Annotated[int, AtLeast(1)]`.
+
+OmegaConf ignores the annotation (2.3); `check_bounds` holds a typed config to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from tpresearch.config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Within:
+    """Numbers from `least` to `most`; `open_below` and `open_above` leave the bound itself out."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    open_below: bool = False
+    open_above: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        above = number > self.least if self.open_below else number >= self.least
+        below = number < self.most if self.open_above else number <= self.most
+        return math.isfinite(number) and above and below
+
+    def __str__(self) -> str:
+        low = f"{'a number above' if self.open_below else ''} {self.least:g}".strip()
+        if self.most == math.inf:
+            return low if self.open_below else f"{low} or more"
+        return f"a number {'above' if self.open_below else 'from'} {self.least:g} to {'below ' * self.open_above}{self.most:g}"
+
+
+def AtLeast(least: int) -> Within:
+    return Within(least)
+
+
+POSITIVE = Within(0, open_below=True)
+SHARE = Within(0, 1)
+"""A share of something: from 0 to 1."""
+
+
+def check_bounds(config: Any, prefix: str = "") -> None:
+    """Refuse a number that is not finite, or outside of what its field declares.
+
+    Raises:
+        ConfigError: for the first, in the order of the schema.
+    """
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_bounds(value, f"{key}.")
+            continue
+        for number in _numbers(value):
+            bound = _bounds_of(config.__class__).get(field.name)
+            if not math.isfinite(number):
+                raise ConfigError(
+                    key, value, "not a finite number", str(bound or "a finite number"), {key: None}
+                )
+            if bound and number not in bound:
+                why = "too small" if number < bound.least else "out of bounds"
+                raise ConfigError(key, value, why, str(bound), fix={key: None})
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            yield item
+
+
+@cache
+def _bounds_of(schema: type) -> dict[str, Within]:
+    hints = typing.get_type_hints(schema, include_extras=True)
+    return {
+        name: found
+        for name, hint in hints.items()
+        for found in getattr(hint, "__metadata__", ())
+        if isinstance(found, Within)
+    }

@@ -1,0 +1,143 @@
+"""What a step sent and held, as data: the content of ledger.json. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PHASES = ("forward", "loss", "backward", "clip", "optimizer")
+"""The parts of an optimizer step, in their order."""
+
+OWN_PHASES = ("loss", "clip", "optimizer")
+"""Phases in which whatever is sent is sent for that phase itself."""
+
+MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Collectives of one kind, over one axis, in one phase of a step, on one rank."""
+
+    axis: str
+    phase: str
+    """One of `PHASES`."""
+    issuer: str
+    """dtensor (the tensor plan), fsdp (the data plan), step (partial gradients), loss, clip or optimizer."""
+    collective: str
+    count: int
+    tensor_bytes: int
+    """Of the whole tensors: gathered, or about to be scattered or reduced."""
+    sent_bytes: int
+    """That this rank sends, by the ring algorithms."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One collective, in the order in which a rank issued it."""
+
+    axis: str
+    phase: str
+    issuer: str
+    collective: str
+    tensor_bytes: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Memory of one kind on one rank during one step."""
+
+    kind: str
+    """parameters (with buffers), gradients, optimizer (its state), activations (made in forward, kept for
+    backward), or temporaries (all else: gathered weights, unreduced gradients, results soon dropped)."""
+    most_bytes: int
+    """At the moment when there was most of this kind."""
+    at_peak_bytes: int
+    """At the moment when there was most of all kinds together; these add up to the peak."""
+
+
+def ring_bytes(collective: str, tensor_bytes: int, ranks: int) -> int:
+    """Bytes that each of `ranks` sends for a collective on a whole tensor of `tensor_bytes`.
+
+    A ring of p ranks passes n/p bytes p-1 times for an all-gather or a reduce-scatter, and does both for an
+    all-reduce (Patarasuk and Yuan 2009; the same accounting as nccl-tests' PERFORMANCE.md).
+    """
+    rounds = 2 if collective == "all_reduce" else 1
+    return rounds * tensor_bytes * (ranks - 1) // ranks
+
+
+def entries_of(events: Iterable[Event]) -> list[Entry]:
+    """Events added up by axis, phase, issuer and collective, in that order."""
+    sums: dict[tuple[str, str, str, str], list[int]] = {}
+    for event in events:
+        entry = sums.setdefault((event.axis, event.phase, event.issuer, event.collective), [0, 0, 0])
+        sent = ring_bytes(event.collective, event.tensor_bytes, event.ranks)
+        for index, amount in enumerate((1, event.tensor_bytes, sent)):
+            entry[index] += amount
+    return [Entry(*key, *amounts) for key, amounts in sorted(sums.items())]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What closed formulas say of a step on rank 0; None where there are none."""
+
+    sent: list[Entry] | None
+    held: dict[str, int | None]
+    """Bytes by kind of memory."""
+
+
+@dataclass(frozen=True)
+class StepLedger:
+    """What one step sent and held on rank 0, beside what formulas say."""
+
+    sent: list[Entry]
+    held: list[MemoryUse]
+    allocator_peak_bytes: int | None
+    expected: Expected
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(entry.sent_bytes for entry in self.sent)
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of ledger.json; null where there is no formula."""
+        formulas = self.expected.sent
+        return {
+            "measured": [asdict(entry) for entry in self.sent],
+            "expected": None if formulas is None else [asdict(entry) for entry in formulas],
+            "memory": {
+                "measured": [asdict(use) for use in self.held],
+                "expected": self.expected.held,
+                "peak_bytes": sum(use.at_peak_bytes for use in self.held),
+                "allocator_peak_bytes": self.allocator_peak_bytes,
+            },
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """For summary.json: bytes sent by mesh axis and by collective, and memory by kind, at most and at the peak.
+
+        What formulas expect by collective is None where there are none.
+        """
+        formulas = self.expected.sent
+        return {
+            "comm/bytes_per_step_by_axis": _sums(self.sent, lambda entry: entry.axis),
+            "comm/bytes_per_step_by_collective": _sums(self.sent, _axis_and_collective),
+            "comm/expected_bytes_per_step_by_collective": None
+            if formulas is None
+            else _sums(formulas, _axis_and_collective),
+            "memory/held_bytes": {use.kind: use.most_bytes for use in self.held},
+            "memory/at_peak_bytes": {use.kind: use.at_peak_bytes for use in self.held},
+        }
+
+
+def _sums(entries: Iterable[Entry], part: Callable[[Entry], str]) -> dict[str, int]:
+    """Bytes sent in each part."""
+    sums: dict[str, int] = {}
+    for entry in entries:
+        sums[part(entry)] = sums.get(part(entry), 0) + entry.sent_bytes
+    return sums
+
+
+def _axis_and_collective(entry: Entry) -> str:
+    return f"{entry.axis}/{entry.collective}"

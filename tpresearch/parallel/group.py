@@ -1,0 +1,48 @@
+"""The default process group of a job: gloo or NCCL, of one rank too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tpresearch.config.world import World
+from tpresearch.parallel.device import Device
+
+
+@contextmanager
+def process_group(device: Device, world: World) -> Iterator[None]:
+    """Inside it, the ranks of this job can talk to each other."""
+    where: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
+    if world.size == 1 and not world.elastic:
+        where |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if device.type == "cuda":
+        torch.cuda.set_device(device.torch)
+    dist.init_process_group(device.backend, timeout=timedelta(minutes=10), **where)
+    try:
+        yield
+    except BaseException:
+        # NCCL's end waits for ranks that may be waiting for this one: let it exit.
+        if device.backend != "nccl":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def fake_process_group(rank: int, size: int) -> Iterator[None]:
+    """One rank of a job that does not exist: its collectives return at once, and bring nothing.
+
+    torch's own fake backend (torch.testing, private; read in 2.11 and 2.13), which sends nothing and stores nothing.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,45 @@
+"""The model of a config on the meta device: its modules and shapes, without storage."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+
+from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.imports import imported_class
+from tpresearch.config.schema import Dtype, ModelConfig
+
+
+def meta_model(config: ModelConfig, dtype: Dtype = Dtype.float32) -> nn.Module:
+    """The model without storage, its parameters in the dtype in which weights are kept.
+
+    Raises:
+        ConfigError: for a class that cannot be imported or does not take these settings.
+    """
+    build = imported_class("model._target_", config.target, nn.Module)
+    accepted = inspect.signature(build).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    for key, value in config.args.items():
+        if key not in accepted and not takes_any:
+            raise ConfigError(
+                f"model.{key}",
+                value,
+                f"{build.__name__} has no such setting",
+                "one of " + ", ".join(nearest(key, accepted)),
+                fix={f"model.{key}": None},
+            )
+    try:
+        with torch.device("meta"):
+            model = build(**config.args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "model", config.name, f"{build.__name__} refuses it: {error}", "settings that it accepts"
+        ) from error
+    return model.to(weight_dtype(dtype))
+
+
+def weight_dtype(dtype: Dtype) -> torch.dtype:
+    """In which weights are kept. bfloat16 is a matter of computing: its weights are float32."""
+    return torch.float64 if dtype is Dtype.float64 else torch.float32

@@ -1,0 +1,107 @@
+"""What a step minimises, on whole outputs or on shards of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor.parallel import loss_parallel
+
+from tpresearch.config.schema import Config, Loss
+from tpresearch.data.batches import IGNORED, Batch
+from tpresearch.plan.compiler import Plan
+
+Phase = Callable[[str], AbstractContextManager[object]]
+"""Marks a part of the step for whoever observes it."""
+
+
+class Objective(Protocol):
+    """The loss of a global batch as a sum over rows, so that ranks and micro-batches each add their part.
+
+    It calls the model itself: one that wants what precedes the head calls `model(inputs, head=...)`.
+    """
+
+    def context(self) -> AbstractContextManager[object]:
+        """To be entered around forward and backward."""
+        ...
+
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
+        """What these rows add to the loss: a plain scalar, the same on every rank that has the same rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The mean cross-entropy of each token after those before it.
+
+    Attributes:
+        tokens: valid targets in the whole global batch, over all ranks and micro-batches.
+        split: the logits come as a DTensor, sharded over the vocabulary.
+    """
+
+    tokens: int
+    split: bool
+
+    def context(self) -> AbstractContextManager[object]:
+        return loss_context(self.split)
+
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
+        with phase("forward"):
+            logits = model(batch.inputs)
+        with phase("loss"):
+            return summed_cross_entropy(logits, batch.targets) / self.tokens
+
+
+@dataclass(frozen=True)
+class SumOfOutputs:
+    """The plain sum of all outputs, as the tutorial's scripts have it: no targets, and no least value."""
+
+    def context(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
+        with phase("forward"):
+            output = model(batch.inputs)
+        with phase("loss"):
+            return summed(output)
+
+
+def objective_of(cfg: Config, plan: Plan) -> Objective:
+    if cfg.train.loss is Loss.sum:
+        return SumOfOutputs()
+    return NextToken(cfg.train.global_batch_size * cfg.data.seq_len, plan.loss_parallel)
+
+
+def loss_context(vocab_parallel: bool) -> AbstractContextManager[object]:
+    """Inside it, forward and backward of the cross-entropy work on vocabulary shards (Megatron-LM, section 3)."""
+    return loss_parallel() if vocab_parallel else nullcontext()
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss summed over tokens, in nats and at least float32; sharded logits send 3 all-reduces of b*s numbers.
+
+    logits: [b, s, V], plain or a DTensor sharded over V. targets: [b, s] int64, `IGNORED` where there is none.
+    Returns: a plain scalar, the same on every tp rank.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss.to_local() if isinstance(loss, DTensor) else loss
+
+
+def summed(output: Tensor) -> Tensor:
+    """The sum of all elements, in at least float32; of a sharded DTensor each rank adds up its part, and one
+    all-reduce of one number adds those up. Nothing is gathered, forward or backward.
+
+    Returns: a plain scalar, the same on every tp rank.
+    """
+    local = output.to_local() if isinstance(output, DTensor) else output
+    part = local.sum(dtype=torch.promote_types(local.dtype, torch.float32))
+    if not isinstance(output, DTensor):
+        return part
+    return DTensor.from_local(part, output.device_mesh, [Partial()]).full_tensor()

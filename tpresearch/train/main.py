@@ -1,0 +1,144 @@
+"""Training, told from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from tpresearch.config.axes import AXES
+from tpresearch.config.compose import as_dict
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.validate import planned_world, total_steps
+from tpresearch.data import AnyCorpus, PackedCorpus, check_enough_rows, prepare
+from tpresearch.launch.run import Run
+from tpresearch.ledger.entries import Expected
+from tpresearch.ledger.formulas import expected_entries
+from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.parallel.device import Device
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh, describe_mesh
+from tpresearch.plan.describe import plan_text
+from tpresearch.track.tracker import RunFacts, Tracker
+from tpresearch.train.loop import Loop
+from tpresearch.train.observe import Observer
+from tpresearch.train.preflight import Preflight
+from tpresearch.train.speed import Speed
+from tpresearch.train.watch import CountedStep, PeakMemory, Timing
+
+log = logging.getLogger(__name__)
+
+
+def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
+    """Train as the config says; leave a record in the run folder. With plan_only, print the plan and stop.
+
+    Args:
+        watching: further observers, beside those of every run.
+
+    Raises:
+        ConfigError: for what only the prepared data shows, such as a corpus too short for one batch.
+        NonfiniteError: unless train.on_nonfinite=skip.
+    """
+    text = plan_text(job.model, job.plan)
+    if job.device is None:
+        if run.world.rank == 0:
+            print(f"{_about(job)}\n\n{text}")
+        return
+    corpus = prepare(job.cfg.data, job.cfg.tokenizer, progress=run.world.rank == 0)
+    check_rows(corpus, job)
+    log.info("data: %s, %s", job.cfg.data.source, corpus)
+    with tracking(job, run, corpus, text) as tracker, process_group(job.device, run.world):
+        check_same_corpus(corpus)
+        mesh = build_mesh(job.sizes, job.device.type)
+        log.info("Device Mesh created: device_mesh=%s", describe_mesh(job.sizes, job.device.type))
+        warn_of_hosts(job)
+        observers, parameters = observers_of(job, mesh, job.device, tracker), job.parameters
+        loop = Loop.assemble(job, mesh, job.device, corpus, [*observers, *watching])
+        log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", loop.state.model)
+        for row in loop.rows():
+            if tracker:
+                tracker.log(row)
+
+
+def observers_of(
+    job: Preflight, mesh: DeviceMesh, device: Device, tracker: Tracker | None
+) -> Sequence[Observer]:
+    """What every run is watched by. Made before the model is sharded: formulas are about the plain one."""
+    cfg, plan = job.cfg, job.plan
+    expected = Expected(
+        expected_entries(job.model, plan, cfg), expected_bytes(job.model, plan, cfg, device.type)
+    )
+    report = tracker.count if tracker else None
+    counted = CountedStep(mesh, expected, total_steps(cfg) - 1, cfg.parallel.compile, report)
+    return [
+        Timing(device.torch, Speed.of(job.model, cfg, device, job.sizes.world)),
+        PeakMemory(device),
+        counted,
+    ]
+
+
+def tracking(
+    job: Preflight, run: Run, corpus: AnyCorpus, plan: str
+) -> AbstractContextManager[Tracker | None]:
+    """What records the run, on rank 0; nothing on the others."""
+    if run.world.rank != 0 or job.device is None:
+        return nullcontext()
+    facts = RunFacts(
+        run.world.size,
+        job.sizes.nontrivial(),
+        job.parameters,
+        job.device.name,
+        corpus.corpus_hash,
+        corpus.unigram_entropy,
+    )
+    return Tracker(job.cfg, as_dict(job.cfg), run.folder, facts, total_steps(job.cfg), plan=plan)
+
+
+def check_rows(corpus: AnyCorpus, job: Preflight) -> None:
+    """Refuse a corpus that has not one global batch of train rows.
+
+    Raises:
+        ConfigError: with a batch size, or a sequence length, that the corpus does fill.
+    """
+    if isinstance(corpus, PackedCorpus):
+        train = job.cfg.train
+        check_enough_rows(corpus, train.global_batch_size, job.sizes.dp * (train.micro_batch_size or 1))
+
+
+def check_same_corpus(corpus: AnyCorpus) -> None:
+    """Each host prepares its own rows; refuse to train on rows that differ, since hosts may have other Pythons.
+
+    Raises:
+        ConfigError: on every rank, where any two hold other text or tokens.
+    """
+    mine = (corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        raise ConfigError(
+            "data.source",
+            corpus.meta.get("source", "this corpus"),
+            f"ranks 0 and {other} prepared different rows from it",
+            "the same files and the same Python on every host, or a data.cache_dir that they share",
+        )
+
+
+def warn_of_hosts(job: Preflight) -> None:
+    """Say which axis leaves its host though its traffic should not."""
+    within = 1
+    for axis in reversed(AXES):
+        within *= job.sizes[axis.name]
+        if not axis.crosses_hosts and job.world.local_size % within:
+            size, ranks = job.sizes[axis.name], job.world.local_size
+            log.warning("mesh.%s=%d crosses hosts of %d ranks each", axis.name, size, ranks)
+
+
+def _about(job: Preflight) -> str:
+    cfg = job.cfg
+    about = f"model={cfg.model.name} parallel={cfg.parallel.name} world_size={planned_world(cfg)}"
+    return f"{about}: {job.sizes.nontrivial()}"

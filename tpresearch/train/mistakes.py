@@ -1,0 +1,78 @@
+"""The tutorial's mistakes, each an observer that makes it on purpose: what goes wrong is said in `DefectsConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from tpresearch.config.schema import Config
+from tpresearch.data import AnyBatches, Batch
+from tpresearch.parallel.mesh import data_rank
+from tpresearch.parallel.weights import draw_weights
+from tpresearch.train.observe import Observer
+from tpresearch.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+RANKS_APART = 1_000_003
+"""Between the seeds of two ranks, so that no rank has the seed of an honest run."""
+
+
+def mistakes_of(cfg: Config, mesh: DeviceMesh, batches: AnyBatches) -> list[Observer]:
+    """Those that the config asks for."""
+    asked = [f.name for f in dataclasses.fields(cfg.defects) if getattr(cfg.defects, f.name)]
+    if asked:
+        log.warning("intentional defects enabled: %s", ", ".join(asked))
+    known: dict[str, Observer] = {
+        "keep_gradients": KeptGradients(),
+        "weights_per_rank": WeightsPerRank(cfg.train.seed, mesh),
+        "overlapping_batches": OverlappingBatches(batches),
+    }
+    return [known[name] for name in asked]
+
+
+class KeptGradients(Observer):
+    """Gradients that nobody zeroed: each step's are added to what was there when the last update was made.
+
+    They are put aside and added by hand, when a step's own are whole, so that they add up alike under every plan.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor | None] = []
+
+    @torch.no_grad()
+    def gradients(self, state: TrainState) -> None:
+        for parameter, kept in zip(state.model.parameters(), self._kept, strict=False):
+            if parameter.grad is not None and kept is not None:
+                parameter.grad += kept
+        self._kept = [
+            parameter.grad for parameter in state.model.parameters()
+        ]  # clipping scales these in place
+
+
+class WeightsPerRank(Observer):
+    """First weights from a generator of each data-parallel rank's own; the ranks along tp share it, since torch's
+    `distribute_tensor` has the first of them send its weights to the others."""
+
+    def __init__(self, seed: int, mesh: DeviceMesh) -> None:
+        self._seed, self._mesh = seed, mesh
+
+    def start(self, state: TrainState) -> None:
+        draw_weights(state.model, self._seed + RANKS_APART * (1 + data_rank(self._mesh)))
+
+
+class OverlappingBatches(Observer):
+    """Rows by step + rank: rank 1 reads at step k what rank 0 reads at step k + 1."""
+
+    def __init__(self, batches: AnyBatches) -> None:
+        self._batches, self._right = batches, batches.batch
+
+    def start(self, state: TrainState) -> None:
+        setattr(self._batches, "batch", self._overlapping)  # noqa: B010  a method of one object, on purpose
+
+    def _overlapping(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+        return self._right(step + dp_rank, 0, dp_size)

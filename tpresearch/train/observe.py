@@ -1,0 +1,65 @@
+"""Observers: what watches a run without the run knowing of it. Timing, ledgers, memory and mistakes are some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+from tpresearch.train.state import TrainState
+
+Metrics = dict[str, float | int | None]
+
+
+class Observer:
+    """Watches a run by the events that it overrides; the others do nothing."""
+
+    def start(self, state: TrainState) -> None:
+        """The model has its weights, and no step of this process has been taken."""
+
+    def step(self, state: TrainState) -> AbstractContextManager[object]:
+        """Entered around one optimizer step, forward to update."""
+        return nullcontext()
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        """Entered around a part of a step (one of `ledger.entries.PHASES`), or around what is between two: `data`,
+        `evaluation`, `pause`."""
+        return nullcontext()
+
+    def gradients(self, state: TrainState) -> None:
+        """The gradients of the global batch are whole on each rank's shards, and not yet clipped."""
+
+    def metrics(self) -> Metrics:
+        """What it adds to a logged row, of the time since the last one."""
+        return {}
+
+
+class Observers(Observer):
+    """Tells each of many, in their order."""
+
+    def __init__(self, observers: Sequence[Observer] = ()) -> None:
+        self._all = list(observers)
+
+    def start(self, state: TrainState) -> None:
+        for observer in self._all:
+            observer.start(state)
+
+    @contextmanager
+    def step(self, state: TrainState) -> Iterator[None]:
+        with ExitStack() as stack:
+            for observer in self._all:
+                stack.enter_context(observer.step(state))
+            yield
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for observer in self._all:
+                stack.enter_context(observer.phase(name))
+            yield
+
+    def gradients(self, state: TrainState) -> None:
+        for observer in self._all:
+            observer.gradients(state)
+
+    def metrics(self) -> Metrics:
+        return {name: value for observer in self._all for name, value in observer.metrics().items()}

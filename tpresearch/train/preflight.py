@@ -1,0 +1,113 @@
+"""All that can be refused before there is a folder, an allocation or a process group; what is judged is what trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.compose import as_dict
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import micro_batch_size, validate
+from tpresearch.config.world import World
+from tpresearch.data import check_data
+from tpresearch.track.secrets import refuse_secrets
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds: most refusals come before
+    from torch import nn
+
+    from tpresearch.parallel.device import Device
+    from tpresearch.plan.compiler import Plan
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A config that was found able to run: its mesh, its meta model and its compiled plan."""
+
+    cfg: Config
+    world: World
+    sizes: MeshSizes
+    model: nn.Module
+    """On the meta device, as the user's class made it."""
+    plan: Plan
+    device: Device | None
+    """None where the ranks are not on this machine, or none are started."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the whole model, over all ranks."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def preflight(cfg: Config, world: World) -> Preflight:
+    """Judge the config, the data's paths, the device, and the plan against the model; cheapest first.
+
+    Raises:
+        ConfigError: for the first thing that cannot work.
+    """
+    try:
+        return _judged(cfg, world)
+    except ConfigError as error:
+        if cfg.plan_only and error.nproc:  # which starts no ranks: another number of them is an override too
+            error.fix["world_size"], error.nproc = error.nproc, None
+        raise
+
+
+def _judged(cfg: Config, world: World) -> Preflight:
+    try:
+        refuse_secrets(as_dict(cfg))
+    except ValueError as error:
+        raise ConfigError("config", "...", str(error), "a config without credentials") from None
+    sizes = validate(cfg, world.size, world.hosts)
+    check_data(cfg.data, cfg.tokenizer)
+    from tpresearch.parallel.device import choose_device  # late: it imports torch
+
+    starts_ranks = not cfg.plan_only and world.here
+    device = choose_device(cfg, world.local_rank, world.local_size) if starts_ranks else None
+    model, plan = planned(cfg, sizes)
+    return Preflight(cfg, world, sizes, model, plan, device)
+
+
+def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
+    """The model on the meta device, and its plan compiled against it: no ranks, no memory.
+
+    Raises:
+        ConfigError: from the model, the plan compiler, or where model, data and loss are not compatible.
+    """
+    import torch  # late, and so are those that import it
+
+    from tpresearch.data import meta_batch
+    from tpresearch.plan.compiler import compile_plan
+    from tpresearch.plan.meta import meta_model
+    from tpresearch.plan.probe import check_loss, probe
+
+    model = meta_model(cfg.model, cfg.train.dtype)
+    rows = micro_batch_size(cfg, sizes)
+    dtype = next(model.parameters()).dtype  # of weights: bfloat16 is a matter of computing
+    batch = meta_batch(cfg.data, rows).to(torch.device("meta"), dtype)
+    check_loss(None, batch.targets, cfg)
+    seen = probe(model, batch.inputs, cfg)
+    check_loss(seen.output, batch.targets, cfg)
+    plan = compile_plan(model, cfg.model, cfg.parallel, sizes, cfg.data.seq_len, rows, seen.no_input_grad)
+    check_split_output(plan, cfg)
+    return model, plan
+
+
+def check_split_output(plan: Plan, cfg: Config) -> None:
+    """Refuse logits that are left sharded over the batch: the cross-entropy is computed on vocabulary shards.
+
+    Raises:
+        ConfigError: naming the rule.
+    """
+    from tpresearch.config.schema import Loss
+
+    if plan.split_output == 0 and cfg.train.loss is Loss.next_token:
+        rule = next(rule for rule in plan.rules.values() if rule.leaves_split)
+        raise ConfigError(
+            f"{rule.where}.dst",
+            "batch",
+            "the cross-entropy is computed on whole rows of logits or on vocabulary shards",
+            "logits, or train.loss=sum",
+            fix={f"{rule.where}.dst": "logits"},
+        )

@@ -1,0 +1,150 @@
+"""What every run is watched by: the time of each phase, the peak of memory, and one step under both ledgers."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from tpresearch.ledger.communication import CommunicationLedger
+from tpresearch.ledger.entries import PHASES, Expected, StepLedger, entries_of
+from tpresearch.ledger.memory import MemoryLedger
+from tpresearch.parallel.device import Device
+from tpresearch.train.observe import Metrics, Observer
+from tpresearch.train.speed import Speed
+from tpresearch.train.state import TrainState
+
+
+class Timing(Observer):
+    """Seconds per step and in each of its phases. On CUDA between events of the stream, without waiting for the device.
+
+    Phases leave out what lies between them; collectives that a phase waits for are in it. The time of data is the
+    host's: a GPU may still be at the step before. Evaluation and pauses are left out of the step time.
+    """
+
+    def __init__(self, device: torch.device, speed: Speed) -> None:
+        self._on_cuda, self._speed = device.type == "cuda", speed
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._seconds = dict.fromkeys((*PHASES, "data", "evaluation", "pause"), 0.0)
+        self._steps, self._began = 0, time.perf_counter()
+
+    def start(self, state: TrainState) -> None:
+        self._reset()
+
+    @contextmanager
+    def step(self, state: TrainState) -> Iterator[None]:
+        yield
+        self._steps += 1
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self._on_cuda and name in PHASES:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+            return
+        began = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - began
+
+    def metrics(self) -> Metrics:
+        """On CUDA this waits for what has been marked."""
+        between = self._seconds["evaluation"] + self._seconds["pause"]
+        elapsed = time.perf_counter() - self._began - between
+        for name, start, end in self._events:
+            end.synchronize()
+            self._seconds[name] += start.elapsed_time(end) / 1000
+        self._events.clear()
+        steps = max(self._steps, 1)
+        found: Metrics = {f"time/{name}_s": self._seconds[name] / steps for name in ("data", *PHASES)}
+        self._reset()
+        return {**self._speed.metrics(elapsed / steps), **found}
+
+
+class PeakMemory(Observer):
+    """The most memory this rank has held: of the CUDA allocator, or the process's resident memory on a CPU."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def metrics(self) -> Metrics:
+        return {"memory/peak_bytes": self._peak_bytes()}
+
+    def _peak_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device.torch)
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+class CountedStep(Observer):
+    """Runs one early step under both ledgers: the second of this process, since the first may send what later ones
+    do not.
+
+    Args:
+        last_step: of the run, which is counted where there is no second one.
+        compiled: whether the model's blocks are: the counted step runs them eagerly, which takes more memory.
+        report: told what was counted.
+    """
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        expected: Expected,
+        last_step: int,
+        compiled: bool = False,
+        report: Callable[[StepLedger], None] | None = None,
+    ) -> None:
+        self._mesh, self._expected, self._compiled, self._report = mesh, expected, compiled, report
+        self._last, self._counts_at = last_step, -1
+        self._ledgers: tuple[CommunicationLedger, MemoryLedger] | None = None
+        self.counted: StepLedger | None = None
+
+    def start(self, state: TrainState) -> None:
+        self._counts_at = min(state.step + 1, self._last)
+
+    @contextmanager
+    def step(self, state: TrainState) -> Iterator[None]:
+        if state.step != self._counts_at:
+            yield
+            return
+        sent, held = self._ledgers = (
+            CommunicationLedger(self._mesh),
+            MemoryLedger(state.model, state.optimizer),
+        )
+        with sent, held:
+            yield
+        self._ledgers = None
+        if self._compiled and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+        self.counted = StepLedger(
+            entries_of(sent.events), held.held(), held.allocator_peak_bytes, self._expected
+        )
+        if self._report:
+            self._report(self.counted)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self._ledgers is None:
+            yield
+            return
+        sent, held = self._ledgers
+        with sent.phase(name), held.phase(name):
+            yield
+
+    def gradients(self, state: TrainState) -> None:
+        if self._ledgers is not None:
+            self._ledgers[1].note_gradients()
+
+    def metrics(self) -> Metrics:
+        return {"comm/bytes_per_step": self.counted.sent_bytes if self.counted else None}
