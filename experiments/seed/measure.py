@@ -36,7 +36,7 @@ from tpresearch.ledger.formulas import expected_entries
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.shown import bytes_text
 from tpresearch.train.preflight import planned
-from tpresearch.verify.compare import Worst, compare, tolerance
+from tpresearch.verify.compare import MaxError, compare, tolerance
 from tpresearch.verify.plans import reference_of, trace_of
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import trace
@@ -120,7 +120,7 @@ def composed(name: str, words: list[str]) -> Config:
         return typed(compose(name, overrides=overrides))
 
 
-def verified(case: Case, ranks: Ranks) -> dict[str, Worst]:
+def verified(case: Case, ranks: Ranks) -> dict[str, MaxError]:
     """What the case's verify command compares, on ranks that are there already."""
     words = case.verify()
     plan = case.plan or composed("verify", words).verify.plans[0]

@@ -62,10 +62,10 @@ PLANS = [
         "dp_shard: Shard(0)",
         "32x256",
     ),
-    ("ddp", "", "{'dp_replicate': 64}", "whole", "256x256"),
+    ("ddp", "", "{'dp_replicate': 64}", "replicated", "256x256"),
     ("tp", "world_size=8 mesh.tp=8", "{'tp': 8}", "tp: Shard(0)", "32x256"),
     ("sp", "world_size=8", "{'tp': 8}", "tp: Shard(0)", "32x256"),
-    ("none", "world_size=1", "{}", "whole", "256x256"),
+    ("none", "world_size=1", "{}", "replicated", "256x256"),
 ]
 
 

@@ -40,13 +40,13 @@ REFUSED = [
     (
         4,
         "parallel=fsdp mesh.tp=2",
-        "mesh.tp=2: parallel=fsdp has no use for this axis; it uses mesh.dp_shard; plans with tp: tp sp ",
+        "mesh.tp=2: parallel=fsdp does not shard over this axis; it uses mesh.dp_shard; plans with tp: tp sp ",
     ),
     (4, "parallel=fsdp_tp mesh.tp=0", "mesh.tp=0: not a number of ranks; 1 or more, -1 for what is left"),
     (
         2,
         "parallel=none",
-        "parallel=none: one process computes it, and there are 2 ranks; 1 rank, or a plan that shares",
+        "parallel=none: runs on a single process, but the world size is 2; 1 rank, or a plan that shares",
     ),
     (
         4,
@@ -115,7 +115,7 @@ REFUSED = [
     (
         1,
         f"{PLAN} parallel=sp model.plans.sp.out.dst=shard",
-        "model.plans.sp.out.dst=shard: no such layout; replicate, shard:N, logits, rows or null",
+        "model.plans.sp.out.dst=shard: no such layout; replicate, shard:N, logits, batch or null",
     ),
     (
         1,
@@ -126,12 +126,12 @@ REFUSED = [
     (
         2,
         "parallel=tp parallel.async_tp=true",
-        "parallel.async_tp=true: the compiler is what overlaps them; parallel.compile=true beside it",
+        "parallel.async_tp=true: async TP requires parallel.compile=true; parallel.compile=true",
     ),
     (
         2,
         "parallel=tp parallel.async_tp=true parallel.compile=true",
-        "parallel.async_tp=true: it needs CUDA devices that see each other's memory, and this is a CPU; false",
+        "parallel.async_tp=true: async TP needs CUDA devices with peer access, and this is a CPU; false",
     ),
     (1, "parallel=none device=cuda", "device=cuda: torch sees no CUDA device; cpu or auto"),
     # The data.
@@ -177,7 +177,7 @@ REFUSED = [
     (
         1,
         "parallel=none model._target_=pathlib.Path",
-        "model._target_=pathlib.Path: not an nn.Module; a subclass of torch.nn.Module",
+        "model._target_=pathlib.Path: not a Module; a subclass of torch's Module",
     ),
     (
         1,

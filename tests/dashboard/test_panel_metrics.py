@@ -17,7 +17,8 @@ from tpresearch.dashboard.views import workspace
 from tpresearch.launch import Run, World
 from tpresearch.track import panels
 from tpresearch.track.panels import SECTIONS, Panel
-from tpresearch.train.loop import train
+from tpresearch.train.main import train
+from tpresearch.train.preflight import preflight
 from tpresearch.verify.ranks import Ranks
 
 TINY = (
@@ -35,7 +36,7 @@ ON_A_GPU = {"perf/mfu"}
 def train_online(world: World, cfg: Config, folder: Path, env: dict[str, str]) -> None:
     """A whole training of a rank, as `train.py` has it; rank 0 tells W&B."""
     with patch.dict(os.environ, env):
-        train(cfg, Run(folder, world, [], {}))
+        train(preflight(cfg, world), Run(folder, world, [], {}))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel
 
 from tpresearch.config import Config
 from tpresearch.config.world import World
-from tpresearch.plan.rules import Compiled
+from tpresearch.plan.rules import ResolvedRule
 from tpresearch.verify.integers import Exact, exactness, worst_of
 from tpresearch.verify.ranks import Ranks
 
@@ -46,17 +46,17 @@ def test_rows_of_each_rank_s_own_are_bitwise_equal_too(ranks: Ranks) -> None:
 
 def unsummed(world: World, cfg: Config) -> list[Exact]:
     """The row-wise layers hand on their part of the sum as if it were the sum."""
-    style = Compiled.style
+    style = ResolvedRule.style
 
-    def broken(rule: Compiled) -> object:
+    def broken(rule: ResolvedRule) -> object:
         layouts = {"input_layouts": rule.src[0], "output_layouts": Partial()}
         return RowwiseParallel(**layouts) if rule.name == "out_proj" else style(rule)
 
-    Compiled.style = broken  # type: ignore[method-assign, assignment]
+    ResolvedRule.style = broken  # type: ignore[method-assign, assignment]
     try:
         return exactness(world, cfg)
     finally:
-        Compiled.style = style  # type: ignore[method-assign]
+        ResolvedRule.style = style  # type: ignore[method-assign]
 
 
 def test_a_sum_that_is_left_out_is_seen(ranks: Ranks) -> None:

@@ -153,6 +153,6 @@ def test_parameters_may_belong_to_the_root_and_to_a_block(ranks: Ranks, own: Pat
 def test_a_weight_without_a_rule_is_refused_where_the_sequence_is_split(own: Path) -> None:
     sys.path.insert(0, str(own))
     cfg = own_config(own, "parallel=sp", "model.owns=true")
-    with pytest.raises(ConfigError, match="no rule speaks of") as caught:
+    with pytest.raises(ConfigError, match="has no sharding rule") as caught:
         planned(cfg, validate(cfg, 4))
     assert "shift" in caught.value.why
