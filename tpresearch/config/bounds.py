@@ -60,12 +60,10 @@ def check_bounds(config: Any, prefix: str = "") -> None:
         for number in _numbers(value):
             bound = _bounds_of(config.__class__).get(field.name)
             if not math.isfinite(number):
-                raise ConfigError(
-                    key, value, "not a finite number", str(bound or "a finite number"), {key: None}
-                )
+                raise ConfigError(key, value, "not a finite number", str(bound or "a finite number"))
             if bound and number not in bound:
                 why = "too small" if number < bound.least else "out of bounds"
-                raise ConfigError(key, value, why, str(bound), fix={key: None})
+                raise ConfigError(key, value, why, str(bound))
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -17,7 +17,8 @@ class ConfigError(Exception):
         value: what it was set to.
         why: what is wrong with it.
         legal: what would be accepted.
-        fix: overrides that mend it (key -> value); None as a value drops that override.
+        fix: overrides that mend it (key -> value); None as a value drops that override. Unless said, the field's own
+            is dropped.
         nproc: the number of local ranks to start with instead, where that is the remedy.
     """
 
@@ -31,7 +32,7 @@ class ConfigError(Exception):
         nproc: int | None = None,
     ) -> None:
         self.field, self.value, self.why, self.legal = field, value, why, legal
-        self.fix = dict(fix or {})
+        self.fix: dict[str, object] = {field: None} if fix is None else dict(fix)
         self.nproc = nproc
         super().__init__(" ".join(f"{field}={shown(value)}: {why}; {legal}".split()))  # always one line
 

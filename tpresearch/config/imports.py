@@ -21,10 +21,10 @@ def imported_class(key: str, path: str, base: type[Base]) -> type[Base]:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # an import runs the user's own code, which may raise anything
         why = f"cannot be imported ({error})"
-        raise ConfigError(key, path, why, "the path of a class", fix={key: None}) from error
+        raise ConfigError(key, path, why, "the path of a class") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         legal = f"a subclass of {base.__module__.partition('.')[0]}'s {base.__name__}"
-        raise ConfigError(key, path, f"not a {base.__name__}", legal, fix={key: None})
+        raise ConfigError(key, path, f"not a {base.__name__}", legal)
     return found
 
 

@@ -24,11 +24,7 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
     rest = [name for name, size in given.items() if size == -1]
     if len(rest) > 1:
         raise ConfigError(
-            f"mesh.{rest[1]}",
-            -1,
-            f"mesh.{rest[0]} is -1 too",
-            "one axis at most can take what is left",
-            fix={f"mesh.{rest[1]}": None},
+            f"mesh.{rest[1]}", -1, f"mesh.{rest[0]} is -1 too", "one axis at most can take what is left"
         )
     for axis in AXES:
         size = given[axis.name]
@@ -38,7 +34,6 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
                 size,
                 "not a number of ranks",
                 "1 or more, -1 for what is left, null for the plan's choice",
-                fix={f"mesh.{axis.name}": None},
             )
         if axis not in used and size is not None and size > 1:
             raise ConfigError(
@@ -46,7 +41,6 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
                 size,
                 f"parallel={parallel.name} does not shard over this axis",
                 f"it uses {_listed(used)}; plans with {axis.name}: {axis.options}",
-                fix={f"mesh.{axis.name}": None},
             )
     sizes = _complete(given, used, world, hosts)
     if sizes.world != world:

@@ -66,9 +66,7 @@ def total_steps(cfg: Config) -> int:
 def _check_betas(cfg: Config) -> None:
     if len(cfg.optimizer.betas) != 2:
         legal = "two numbers from 0 to below 1, such as [0.9,0.95]"
-        raise ConfigError(
-            "optimizer.betas", cfg.optimizer.betas, "not AdamW's two", legal, fix={"optimizer.betas": None}
-        )
+        raise ConfigError("optimizer.betas", cfg.optimizer.betas, "not AdamW's two", legal)
 
 
 def _check_budget(cfg: Config) -> None:
@@ -99,7 +97,6 @@ def _check_vocabulary(cfg: Config) -> None:
             size,
             f"the tokenizer has {cfg.tokenizer.vocab_size} entries",
             "as many or more; left alone, it follows the tokenizer",
-            fix={"model.vocab_size": None},
         )
 
 
@@ -111,7 +108,6 @@ def _check_length(cfg: Config) -> None:
             longest,
             f"rows have data.seq_len={cfg.data.seq_len} tokens",
             "as many or more; left alone, it follows data.seq_len",
-            fix={"model.max_seq_len": None},
         )
 
 
@@ -123,7 +119,6 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
             True,
             "there is no tensor parallelism to overlap with",
             "a plan with mesh.tp above 1",
-            fix={"parallel.async_tp": None},
         )
     if parallel.async_tp and not parallel.compile:
         raise ConfigError(
@@ -135,11 +130,7 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
         )
     if parallel.fsdp.reduce_dtype is Dtype.float64 and cfg.train.dtype is Dtype.bfloat16:
         raise ConfigError(
-            "parallel.fsdp.reduce_dtype",
-            "float64",
-            "wider than the float32 gradients",
-            "float32 or bfloat16",
-            fix={"parallel.fsdp.reduce_dtype": None},
+            "parallel.fsdp.reduce_dtype", "float64", "wider than the float32 gradients", "float32 or bfloat16"
         )
 
 

@@ -75,28 +75,15 @@ def check_device(cfg: Config, device: Device) -> None:
             True,
             "async TP needs CUDA devices with peer access, and this is a CPU",
             "false on this device",
-            fix={"parallel.async_tp": None},
         )
     if cfg.parallel.async_tp and device.backend != "nccl":
-        raise ConfigError(
-            "parallel.async_tp",
-            True,
-            "ranks share a device here",
-            "one device per rank",
-            fix={"parallel.async_tp": None},
-        )
+        raise ConfigError("parallel.async_tp", True, "ranks share a device here", "one device per rank")
     if cfg.parallel.fsdp.cpu_offload and not on_cuda:
         raise ConfigError(
-            "parallel.fsdp.cpu_offload",
-            True,
-            "CPU offload needs a CUDA device",
-            "false on this device",
-            fix={"parallel.fsdp.cpu_offload": None},
+            "parallel.fsdp.cpu_offload", True, "CPU offload needs a CUDA device", "false on this device"
         )
     if cfg.parallel.compile and (lack := _compiler_lack(on_cuda)):
-        raise ConfigError(
-            "parallel.compile", True, lack, "false on this machine", fix={"parallel.compile": None}
-        )
+        raise ConfigError("parallel.compile", True, lack, "false on this machine")
 
 
 def _compiler_lack(on_cuda: bool) -> str | None:

@@ -114,11 +114,7 @@ def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
         matched = matching(pattern, names)
         if not matched:
             raise ConfigError(
-                "model.blocks",
-                pattern,
-                "matches no module",
-                "such as " + ", ".join(nearest(pattern, names)),
-                fix={"model.blocks": None},
+                "model.blocks", pattern, "matches no module", "such as " + ", ".join(nearest(pattern, names))
             )
         found += matched
     nested = next((a for a in found for b in found if a.startswith(b + ".")), None)
@@ -140,7 +136,6 @@ def _expand(compiled: list[ResolvedRule], names: list[str]) -> dict[str, Resolve
                 rule.rule.match,
                 "matches no module",
                 "such as " + ", ".join(nearest(rule.rule.match, names)),
-                fix={f"{rule.where}.match": None},
             )
         for name in matched:
             if name in found:
@@ -237,7 +232,6 @@ def _cuts(
                     "no such model setting",
                     "one of "
                     + ", ".join(nearest(unit, [k for k, v in config.args.items() if isinstance(v, int)])),
-                    fix={f"{rule.where}.units": None},
                 )
             if config.args[unit] is not None:
                 cuts.setdefault(

@@ -28,7 +28,6 @@ def meta_model(config: ModelConfig, dtype: Dtype = Dtype.float32) -> nn.Module:
                 value,
                 f"{build.__name__} has no such setting",
                 "one of " + ", ".join(nearest(key, accepted)),
-                fix={f"model.{key}": None},
             )
     try:
         with torch.device("meta"):

@@ -92,7 +92,7 @@ def _incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
     legal = " ".join(f"{key}={value}" for key, value in other.items()) + ", or a model for these data"
     if kind == "numbers" and "shapes cannot be multiplied" in str(error):
         legal = "as many numbers as its first layer takes; left alone, it follows model.dim"
-        return ConfigError("data.width", cfg.data.width, why, legal, fix={"data.width": None})
+        return ConfigError("data.width", cfg.data.width, why, legal)
     return ConfigError("data.source", cfg.data.source, why, legal, fix=dict(other))
 
 

@@ -158,9 +158,7 @@ def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Resol
     where = f"model.plans.{plan}.{name}"
     if rule.axis not in LAYER_AXES:
         legal = "one of " + ", ".join(LAYER_AXES)
-        raise ConfigError(
-            f"{where}.axis", rule.axis, "no axis that rules act on", legal, fix={f"{where}.axis": None}
-        )
+        raise ConfigError(f"{where}.axis", rule.axis, "no axis that rules act on", legal)
     if rule.target:
         imported_class(f"{where}._target_", rule.target, ParallelStyle)  # type: ignore[type-abstract]
         return ResolvedRule(name, where, rule, (), (), False)
@@ -170,7 +168,6 @@ def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Resol
             rule.style,
             "no such style",
             "one of " + ", ".join(nearest(str(rule.style), STYLES)),
-            fix={f"{where}.style": None},
         )
     style = STYLES[rule.style]
     src = _layouts(f"{where}.src", rule.src, style.default_src, loss_parallel)
@@ -203,6 +200,4 @@ def _layout(where: str, text: Any, loss_parallel: bool) -> Placement | None:
         return Replicate()
     if match := re.fullmatch(r"shard:(-?\d+)", str(text)):
         return Shard(int(match[1]))
-    raise ConfigError(
-        where, text, "no such layout", "replicate, shard:N, logits, batch or null", fix={where: None}
-    )
+    raise ConfigError(where, text, "no such layout", "replicate, shard:N, logits, batch or null")

@@ -18,7 +18,7 @@ def check(cfg: Config, world: World) -> None:
         )
     for key, value in (("verify.steps", cfg.verify.steps), ("verify.world_size", cfg.verify.world_size)):
         if value < 1:
-            raise ConfigError(key, value, "too small", "1 or more", fix={key: None})
+            raise ConfigError(key, value, "too small", "1 or more")
     from tpresearch.verify.plans import configs, judge
 
     for cfgs in configs(cfg, sys.argv[1:]).values():
