@@ -55,13 +55,7 @@ PLANS = [
         "8x256",
     ),
     ("fsdp", "", "{'dp_shard': 64}", "dp_shard: Shard(0)", "4x256"),
-    (
-        "hsdp",
-        "mesh.dp_shard=8",
-        "{'dp_replicate': 8, 'dp_shard': 8}",
-        "dp_shard: Shard(0)",
-        "32x256",
-    ),
+    ("hsdp", "mesh.dp_shard=8", "{'dp_replicate': 8, 'dp_shard': 8}", "dp_shard: Shard(0)", "32x256"),
     ("ddp", "", "{'dp_replicate': 64}", "replicated", "256x256"),
     ("tp", "world_size=8 mesh.tp=8", "{'tp': 8}", "tp: Shard(0)", "32x256"),
     ("sp", "world_size=8", "{'tp': 8}", "tp: Shard(0)", "32x256"),
@@ -76,13 +70,7 @@ def test_every_parallel_plan_is_printed(
     warm, parallel: str, more: str, sizes: str, placement: str, shape: str
 ) -> None:
     world = [] if "world_size" in more else ["world_size=64"]
-    done = warm(
-        "plan_only=true",
-        "train.global_batch_size=64",
-        f"parallel={parallel}",
-        *world,
-        *more.split(),
-    )
+    done = warm("plan_only=true", "train.global_batch_size=64", f"parallel={parallel}", *world, *more.split())
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     assert lines[0].endswith(f": {sizes}")

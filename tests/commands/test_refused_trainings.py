@@ -169,11 +169,7 @@ REFUSED = [
     ),
     (1, "parallel=none train.steps=null", "train.steps=null: the run has no budget; train.steps or train."),
     (1, "parallel=none +model.foo=1", "model.foo=1: Llama2 has no such setting; one of dim, ffn_dim, "),
-    (
-        1,
-        "parallel=none model._target_=nowhere.Model",
-        "model._target_=nowhere.Model: cannot be imported (",
-    ),
+    (1, "parallel=none model._target_=nowhere.Model", "model._target_=nowhere.Model: cannot be imported ("),
     (
         1,
         "parallel=none model._target_=pathlib.Path",

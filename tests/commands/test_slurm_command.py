@@ -40,7 +40,7 @@ def test_jobs_of_a_shape_are_one_array_with_an_agent_a_node(
     done, rows = sweep(small, home, tmp_path, *typed, **fake_slurm.install(slurm))
     assert done.code == 0, done.out + done.err
     assert [(row["parallel"], row["status"]) for row in rows] == [
-        *(("tp", "completed"), ("fsdp", "completed"), ("none", "completed")),
+        *(("tp", "completed"), ("fsdp", "completed"), ("none", "completed"))
     ]
     ranks = [
         json.loads((tmp_path / row["folder"] / "summary.json").read_text())["world_size"] for row in rows

@@ -111,10 +111,7 @@ def test_saved_again_it_is_a_new_view(dashboard: Dashboard, server: FakeWandb) -
 
 
 def test_an_error_of_the_server_halfway_is_one_line(
-    dashboard: Dashboard,
-    server: FakeWandb,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    dashboard: Dashboard, server: FakeWandb, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "_gql_upsertView", None)
     with pytest.raises(SystemExit) as ended:

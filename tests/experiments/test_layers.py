@@ -27,9 +27,5 @@ def test_shards_sends_and_product(ranks: Ranks, size: int) -> None:
         assert seen.held == {"X": (ROWS, WIDTH // size), "B": (WIDTH // size, HIDDEN)}
         assert seen.sent == {"forward": sends(1, "all-reduce", A_WIDE, size), "backward": "nothing"}
     for seen in both:
-        assert seen.held == {
-            "X": (ROWS, WIDTH),
-            "B": (WIDTH, HIDDEN // size),
-            "C": (HIDDEN // size, WIDTH),
-        }
+        assert seen.held == {"X": (ROWS, WIDTH), "B": (WIDTH, HIDDEN // size), "C": (HIDDEN // size, WIDTH)}
         assert seen.sent["forward"] == seen.sent["backward"] == sends(1, "all-reduce", X, size)

@@ -115,11 +115,7 @@ TRACEBACK = "Traceback (most recent call last):\n    File x\n  torch.OutOfMemory
     ("said", "summary", "error"),
     [
         ("error: mesh.tp=3: no\n", {}, "mesh.tp=3: no"),
-        (
-            REPORT.format(TRACEBACK),
-            {"error": "gloo: peer closed"},
-            "OutOfMemoryError: CUDA out of memory",
-        ),
+        (REPORT.format(TRACEBACK), {"error": "gloo: peer closed"}, "OutOfMemoryError: CUDA out of memory"),
         (REPORT.format("Signal 9 (SIGKILL) received by PID 17"), {}, "Signal 9 (SIGKILL) received by PID 17"),
         ("x\nKeyError: 'a'\n", {"error": "KeyError: 'b'"}, "KeyError: 'b'"),
         ("Traceback\nKeyError: 'a'\n", {}, "KeyError: 'a'"),

@@ -49,11 +49,7 @@ class NodeAgent:
         ours = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads)), MARK: self.mark}
         with (self.folder / log_name).open("w") as log, _deaf_to(signal.SIGUSR2):
             process = subprocess.Popen(
-                command,
-                env=os.environ | ours,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                command, env=os.environ | ours, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
         if (
             node.cluster == "local"

@@ -1,0 +1,54 @@
+"""Bounds stand beside the fields of the schema, and each of them is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import pytest
+from support.composed import config
+
+from tpresearch.config import ConfigError
+from tpresearch.config.bounds import Within, _bounds_of, check_bounds
+from tpresearch.config.schema import ComposedConfig
+
+
+def bounded(kind: type = ComposedConfig, prefix: str = "") -> Iterator[tuple[str, Within]]:
+    yield from ((f"{prefix}{name}", bound) for name, bound in _bounds_of(kind).items())
+    for field in dataclasses.fields(kind):
+        default = field.default_factory() if callable(field.default_factory) else None
+        if dataclasses.is_dataclass(default):
+            yield from bounded(type(default), f"{prefix}{field.name}.")
+
+
+FIELDS = dict(bounded())
+
+
+def outside(bound: Within) -> list[float]:
+    below = [bound.least if bound.open_below else bound.least - 1]
+    above = [bound.most if bound.open_above else bound.most + 1] if bound.most < math.inf else []
+    return [*below, *above, math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_what_is_outside_is_refused_and_the_bound_itself_is_not(key: str) -> None:
+    *path, name = key.split(".")
+    cfg = owner = config()
+    for part in path:
+        owner = getattr(owner, part)
+    before, bound = getattr(owner, name), FIELDS[key]
+    if not bound.open_below:
+        setattr(owner, name, [bound.least] if isinstance(before, list) else bound.least)
+        check_bounds(cfg)
+    for number in outside(bound):
+        setattr(owner, name, [number] if isinstance(before, list) else number)
+        with pytest.raises(ConfigError) as caught:
+            check_bounds(cfg)
+        assert caught.value.field == key
+        assert "\n" not in str(caught.value)
+
+
+def test_there_are_as_many_as_the_schema_has_numbers() -> None:
+    assert len(FIELDS) >= 24
+    assert {"train.steps", "optimizer.betas", "schedule.decay_ratio", "verify.world_size"} < FIELDS.keys()

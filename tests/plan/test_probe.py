@@ -1,0 +1,115 @@
+"""One batch's shapes through the meta model: what is incompatible is refused, and where no gradient flows is known."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.composed import config
+from torch import Tensor, nn
+
+from tpresearch.config import ConfigError
+from tpresearch.config.validate import validate
+from tpresearch.plan.probe import probe
+from tpresearch.train.preflight import planned
+
+NETS = """
+import torch
+from torch import nn
+
+class Pair(nn.Module):
+    def __init__(self, vocab_size, dim):
+        super().__init__()
+        self.embed, self.output = nn.Embedding(vocab_size, dim), nn.Linear(dim, vocab_size)
+
+    def forward(self, tokens):
+        return self.output(self.embed(tokens)), None
+
+class Narrow(Pair):
+    def forward(self, tokens):
+        return self.output(self.embed(tokens))[..., :7]
+
+class Asks(Pair):
+    def forward(self, tokens):
+        return super().forward(tokens)[0] * (tokens.max().item() > 0)
+"""
+
+
+@pytest.fixture
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "probed_nets.py").write_text(NETS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("probed_nets", None)
+
+
+def refused(*overrides: str) -> ConfigError:
+    cfg = config(*overrides)
+    with pytest.raises(ConfigError) as caught:
+        planned(cfg, validate(cfg, 1))
+    return caught.value
+
+
+NET = ("model=toy_net", "data=uniform", "train.loss=sum", "parallel=none")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "says", "fix"),
+    [
+        (
+            ["model=toy_mlp", "data=uniform", "data.width=10", "train.loss=sum"],
+            "data.source",
+            "numbers",
+            "data",
+        ),
+        (["model=toy_net", "data=random_tokens", "train.loss=sum"], "data.source", "token ids", "data"),
+        ([*NET, "data.width=12"], "data.width", "numbers [8, 12]", "data.width"),
+        ([*NET, "train.loss=next_token"], "train.loss", "no targets", "train.loss"),
+        (["+model._target_=probed_nets.Pair"], "model", "a tuple", "model"),
+        (["+model._target_=probed_nets.Narrow"], "model", "[8, 16, 7]", "model"),
+    ],
+)
+def test_what_is_incompatible_is_refused(
+    nets: None, overrides: list[str], field: str, says: str, fix: str
+) -> None:
+    own = any("probed_nets" in override for override in overrides)
+    words = ["model=toy_mlp", "~model.hidden_dim", *overrides] if own else overrides
+    error = refused("parallel=none", *(word.removeprefix("+") for word in words))
+    assert error.field == field
+    assert says in error.why
+    assert next(iter(error.fix)) == fix
+
+
+def test_a_model_that_cannot_run_without_data_is_left_alone(nets: None) -> None:
+    cfg = config(
+        "parallel=none",
+        "model=toy_mlp",
+        "~model.hidden_dim",
+        "model.blocks=[]",
+        "model._target_=probed_nets.Asks",
+    )
+    planned(cfg, validate(cfg, 1))
+
+
+def test_modules_that_see_the_batch_first_need_no_gradient_of_it() -> None:
+    net = planned(config(*NET), validate(config(*NET), 1))[1]
+    assert net.no_input_grad == {"", "in_proj"}
+    cfg = config("model=toy_mlp", "parallel=none")
+    assert planned(cfg, validate(cfg, 1))[1].no_input_grad == {"", "embed"}
+
+
+def test_hooks_are_gone_afterwards() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, device="meta")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    net = Net()
+    assert probe(net, torch.empty(2, 4, device="meta"), config()).output == (2, 4)
+    assert not net._forward_pre_hooks
+    assert not net.layer._forward_pre_hooks

@@ -1,0 +1,127 @@
+"""What an observer is told, and what a loss may ask of the model: neither needs a change of the step or the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from support.composed import config, corpus
+from torch import Tensor, nn
+
+from tpresearch.config import Config
+from tpresearch.config.world import World
+from tpresearch.data import Batch
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.train.loop import Loop
+from tpresearch.train.losses import NextToken, Phase, summed_cross_entropy
+from tpresearch.train.observe import Observer
+from tpresearch.train.preflight import preflight
+from tpresearch.train.state import TrainState
+from tpresearch.train.watch import CountedStep, Expected
+from tpresearch.verify.ranks import Ranks
+
+
+class Diary(Observer):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def start(self, state: TrainState) -> None:
+        self.events.append(f"start at {state.step}")
+
+    @contextmanager
+    def step(self, state: TrainState) -> Iterator[None]:
+        self.events.append(f"step {state.step}")
+        yield
+        self.events.append("stepped")
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        self.events.append(name)
+        return nullcontext()
+
+    def gradients(self, state: TrainState) -> None:
+        assert all(p.grad is not None for p in state.model.parameters())
+        self.events.append("gradients")
+
+    def metrics(self) -> dict[str, float | int | None]:
+        self.events.append("metrics")
+        return {"comm/bytes_per_step": 7}
+
+
+@contextmanager
+def alone(observers: list[Observer], *overrides: str) -> Iterator[Loop]:
+    job = preflight(config("model=toy_mlp", "parallel=none", *overrides), World())
+    assert job.device
+    with process_group(job.device, World()):
+        mesh = build_mesh(job.sizes, "cpu")
+        yield Loop.assemble(job, mesh, job.device, corpus(), observers)
+
+
+def test_an_observer_is_told_each_event_in_order() -> None:
+    diary = Diary()
+    settings = ("train.steps=1", "train.micro_batch_size=4", "train.eval_rows=0")
+    with alone([diary], *settings) as loop:
+        (row,) = list(loop.rows())
+    micro_batch = ["forward", "loss", "backward"]
+    assert diary.events == [
+        *("start at 0", "data", "step 0", *micro_batch, *micro_batch, "backward", "gradients"),
+        *("clip", "optimizer", "stepped", "metrics", "evaluation"),
+    ]
+    assert row["comm/bytes_per_step"] == 7
+    assert row["train/step"] == 1
+
+
+@pytest.mark.parametrize(("begun", "steps", "counted"), [(0, 5, 1), (3, 9, 4), (4, 5, 4), (0, 1, 0)])
+def test_the_second_step_of_a_process_is_counted_wherever_the_run_starts(
+    begun: int, steps: int, counted: int
+) -> None:
+    at: list[int] = []
+    with alone([]) as loop:
+        watch = CountedStep(
+            loop.setup.mesh, Expected(None, {}), steps - 1, report=lambda _: at.append(state.step)
+        )
+        state = loop.state
+        state.step = begun
+        watch.start(state)
+        for state.step in range(begun, steps):
+            with watch.step(state):
+                pass
+    assert at == [counted]
+
+
+class InChunks(NextToken):
+    """The same loss, of a few tokens' logits at a time: it asks for what precedes the head."""
+
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
+        def head(output: nn.Module, hidden: Tensor) -> Tensor:
+            pairs = zip(hidden.split(4, dim=1), batch.targets.split(4, dim=1), strict=True)
+            return torch.stack([summed_cross_entropy(output(h), targets) for h, targets in pairs]).sum()
+
+        with phase("forward"):
+            return model(batch.inputs, head=head) / self.tokens
+
+
+def losses(world: World, cfg: Config) -> list[tuple[float, float]]:
+    """(share of the loss, gradient norm) of three steps, plain and in chunks."""
+    found, jobs = [], [(kind, preflight(cfg, world)) for kind in (NextToken, InChunks)]
+    device = jobs[0][1].device
+    assert device
+    with process_group(device, world):
+        for kind, job in jobs:
+            loop = Loop.assemble(job, build_mesh(job.sizes, "cpu"), device, corpus())
+            objective = loop.setup.objective
+            assert isinstance(objective, NextToken)
+            loop.setup = replace(loop.setup, objective=kind(objective.tokens, objective.split))
+            found += [(loss.item(), norm.item()) for loss, norm in (loop.step() for _ in range(3))]
+    return found
+
+
+@pytest.mark.parametrize(("plan", "size"), [("none", 1), ("tp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
+def test_a_loss_may_have_what_precedes_the_head(ranks: Ranks, plan: str, size: int, model: str) -> None:
+    cfg = config(f"model={model}", f"parallel={plan}", "train.dtype=float64")
+    found = ranks.run(size, losses, cfg)[0]
+    assert found[:3] == [pytest.approx(pair, rel=1e-12) for pair in found[3:]]
