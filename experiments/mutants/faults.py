@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tpresearch.data import Batches
+from tpresearch.data import Batch, Batches
 from tpresearch.parallel import apply as sharding
 from tpresearch.parallel import weights as init
 from tpresearch.plan.compiler import Plan
@@ -65,7 +65,7 @@ def overlapping_rows() -> Patched:
     """Seed step + dp_rank: rank 1 reads at step k what rank 0 reads at k + 1."""
     right = Batches.batch
 
-    def batch(self: Batches, step: int, dp_rank: int = 0, dp_size: int = 1) -> Tensor:
+    def batch(self: Batches, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
         return right(self, step + dp_rank, 0, dp_size)
 
     return patch.object(Batches, "batch", batch)
@@ -75,7 +75,7 @@ def ranks_of_one_replica_read_apart() -> Patched:
     """Under tp alone, rank 1 reads the next batch."""
     right = Batches.batch
 
-    def batch(self: Batches, step: int, dp_rank: int = 0, dp_size: int = 1) -> Tensor:
+    def batch(self: Batches, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
         return right(self, step + dist.get_rank(), dp_rank, dp_size)
 
     return patch.object(Batches, "batch", batch)
@@ -84,12 +84,13 @@ def ranks_of_one_replica_read_apart() -> Patched:
 # The loss
 
 
-def counting(tokens: Callable[[Tensor, int], float]) -> Patched:
+def counting(tokens: Callable[[Sequence[Batch], int], float]) -> Patched:
     """Divide the loss by another count of tokens."""
     right = trainer.accumulate_gradients
 
-    def accumulate(model: nn.Module, micro_batches: Any, objective: Objective, *more: Any) -> Tensor:
-        micro_batches = list(micro_batches)
+    def accumulate(
+        model: nn.Module, micro_batches: Sequence[Batch], objective: Objective, *more: Any
+    ) -> Tensor:
         miscounted = replace(objective, tokens=tokens(micro_batches, objective.tokens))
         return right(model, micro_batches, miscounted, *more)
 
@@ -97,7 +98,7 @@ def counting(tokens: Callable[[Tensor, int], float]) -> Patched:
 
 
 def mean_of_each_rank() -> Patched:
-    return counting(lambda micro, tokens: sum(rows[:, 1:].numel() for rows in micro))
+    return counting(lambda micro, tokens: sum(batch.targets.numel() for batch in micro))
 
 
 def mean_of_each_micro_batch() -> Patched:
@@ -175,8 +176,8 @@ def kept_from_step_to_step() -> Patched:
 def last_micro_batch_only() -> Patched:
     right = trainer.accumulate_gradients
 
-    def accumulate(model: nn.Module, micro_batches: Any, *more: Any) -> Tensor:
-        *first, last = list(micro_batches)
+    def accumulate(model: nn.Module, micro_batches: Sequence[Batch], *more: Any) -> Tensor:
+        *first, last = micro_batches
         share = right(model, first, *more)
         for parameter in model.parameters():
             parameter.grad = None

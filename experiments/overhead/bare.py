@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from tpresearch.data import Batch
 from tpresearch.models.llama2 import Llama2
 
 TP = {
@@ -64,7 +65,7 @@ def bare_loop(
     tp: int,
     model_args: dict,
     weights: list[Tensor],
-    batch: Callable[[int], Tensor],
+    batch: Callable[[int], Batch],
     steps: int,
     lr: float,
     warmup_steps: int,
@@ -74,7 +75,7 @@ def bare_loop(
 
     Args:
         weights: this rank's shards of the first weights, in the order of `model.parameters()`.
-        batch: this rank's rows [b, s + 1] of a step.
+        batch: this rank's inputs and targets of a step.
     """
     with torch.device("meta"):
         model = Llama2(**model_args)
@@ -104,13 +105,13 @@ def bare_loop(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for step in range(steps):
-        rows = batch(step)
+        inputs, targets = batch(step)
         if plan in ("tp", "sp", "fsdp_tp"):
             with loss_parallel():
-                loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+                loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
                 loss.backward()
         else:
-            loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
             loss.backward()
         if plan == "tp":
             clip_mixed(model, clip)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from tpresearch.data import Batches, eval_batches
+from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
+from tpresearch.data import IGNORED, Batches, batches_of, eval_batches, meta_batch, prepare
 
 
 @pytest.fixture
@@ -28,10 +31,13 @@ def test_every_dp_degree_reads_the_same_global_batch(rows: np.ndarray, dp_size: 
     for step in (0, 4, 41):
         whole = Batches(rows, 24, seed=1).batch(step)
         slices = [Batches(rows, 24, seed=1).batch(step, rank, dp_size) for rank in range(dp_size)]
-        assert {piece.shape for piece in slices} == {(24 // dp_size, 5)}
-        assert torch.equal(torch.cat(slices), whole)
-        assert whole.dtype == torch.int64
-        assert whole[:, 0].tolist() == Batches(rows, 24, seed=1).rows_of(step).tolist()
+        assert {part.shape for piece in slices for part in piece} == {(24 // dp_size, 4)}
+        for parts, part in zip(zip(*slices, strict=True), whole, strict=True):
+            assert torch.equal(torch.cat(parts), part)
+            assert part.dtype == torch.int64
+        taken = Batches(rows, 24, seed=1).rows_of(step)
+        assert whole.inputs.tolist() == rows[taken, :-1].tolist()
+        assert whole.targets.tolist() == rows[taken, 1:].tolist()
 
 
 def test_every_row_is_read_once_an_epoch_and_each_epoch_in_an_order_of_its_own(rows: np.ndarray) -> None:
@@ -58,7 +64,7 @@ def test_resuming_needs_only_the_step(rows: np.ndarray) -> None:
     read = [through.batch(step) for step in range(12)]
     resumed = Batches(rows, 24, seed=3)
     for step in (7, 8, 9, 10, 11):
-        assert torch.equal(resumed.batch(step), read[step])
+        assert torch.equal(resumed.batch(step).inputs, read[step].inputs)
 
 
 def test_an_impossible_cut_is_refused(rows: np.ndarray) -> None:
@@ -78,11 +84,41 @@ def test_every_evaluation_reads_the_same_rows_whatever_the_mesh(
     assert len({len(batches) for batches in ranks}) == 1, (
         "a rank that has no batch left would hang the others"
     )
-    assert {batch.shape for batches in ranks for batch, _ in batches} == {(batch_size, 5)}
-    counted = [row for batches in ranks for batch, valid in batches for row in batch[:valid, 0].tolist()]
+    batches = [batch for mine in ranks for batch in mine]
+    assert {part.shape for batch in batches for part in batch} == {(batch_size, 4)}
+    counted = []
+    for inputs, targets in batches:
+        counts = (targets != IGNORED).all(1)
+        assert (targets[~counts] == IGNORED).all(), "a row that fills up a batch counts in part"
+        assert ((inputs < 100).sum(1) == 1).all(), "ignoring targets changed the inputs"
+        assert torch.equal(targets[counts], inputs[counts] + 1000)
+        counted += inputs[counts, 0].tolist()
     expected = min(count, 100)
     assert sorted(counted) == [index * 100 // expected for index in range(expected)]
 
 
 def test_no_held_out_rows_give_no_batches(rows: np.ndarray) -> None:
     assert list(eval_batches(rows[:0], 96, 8)) == []
+
+
+def test_micro_batches_are_the_batch_in_order(rows: np.ndarray) -> None:
+    batch = Batches(rows, 24, seed=1).batch(0)
+    pieces = batch.split(7)
+    assert [len(piece.inputs) for piece in pieces] == [7, 7, 7, 3]
+    assert torch.equal(torch.cat([piece.inputs for piece in pieces]), batch.inputs)
+    assert torch.equal(torch.cat([piece.targets for piece in pieces]), batch.targets)
+
+
+@pytest.mark.parametrize(
+    ("source", "path"), [("uniform", None), ("random_tokens", None), ("text", "one.txt")]
+)
+def test_the_meta_batch_is_the_shape_of_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, path: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text("some text " * 100)
+    data = DataConfig(DataSource(source), path, seq_len=6, width=5, cache_dir="cache")
+    real = batches_of(prepare(data, TokenizerConfig(vocab_size=257)), 3, 0).batch(0)
+    for part, meta in zip(real, meta_batch(data, 3), strict=True):
+        assert meta.is_meta
+        assert (meta.shape, meta.dtype) == (part.shape, part.dtype)

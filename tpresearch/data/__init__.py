@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tpresearch.data.batches import Batches, batches_of, eval_batches
+    from tpresearch.data.batches import IGNORED, Batch, Batches, batches_of, eval_batches, meta_batch
     from tpresearch.data.check import check_data
     from tpresearch.data.packed import PackedCorpus, check_enough_rows
     from tpresearch.data.pipeline import prepare
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from tpresearch.data.tokenizer import tokenizer_size
 
 __all__ = [
+    "IGNORED",
     "AnyCorpus",
+    "Batch",
     "Batches",
     "PackedCorpus",
     "Synthetic",
@@ -25,12 +27,15 @@ __all__ = [
     "check_data",
     "check_enough_rows",
     "eval_batches",
+    "meta_batch",
     "prepare",
     "tokenizer_size",
 ]
 
 _HOME = {
+    "IGNORED": "batches",
     "AnyCorpus": "synthetic",
+    "Batch": "batches",
     "Batches": "batches",
     "PackedCorpus": "packed",
     "Synthetic": "synthetic",
@@ -38,6 +43,7 @@ _HOME = {
     "check_data": "check",
     "check_enough_rows": "packed",
     "eval_batches": "batches",
+    "meta_batch": "batches",
     "prepare": "pipeline",
     "tokenizer_size": "tokenizer",
 }

@@ -3,12 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from tpresearch.config.schema import DataConfig, DataSource
 from tpresearch.data.synthetic import AnyCorpus, Synthetic
+
+IGNORED = -100
+"""A target that counts for nothing, such as those of rows that only fill up a batch."""
+
+
+class Batch(NamedTuple):
+    """What a model is given, and what it is to predict.
+
+    Attributes:
+        inputs: tokens [b, s] int64, or rows of floats [b, width] float32.
+        targets: the next token of each position [b, s] int64, `IGNORED` where there is none; [b, 0] float32
+            beside floats, which have no targets.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    def split(self, rows: int) -> list[Batch]:
+        """Micro-batches of `rows` rows; the last one takes what is left."""
+        pieces = zip(self.inputs.split(rows), self.targets.split(rows), strict=True)
+        return [Batch(inputs, targets) for inputs, targets in pieces]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; a GPU copies it from pinned memory while the host goes on."""
+        if device.type != "cuda":
+            return Batch(self.inputs.to(device), self.targets.to(device))
+        inputs, targets = self.inputs.pin_memory(), self.targets.pin_memory()
+        return Batch(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+
+
+def meta_batch(data: DataConfig, rows: int) -> Batch:
+    """A batch of `rows` rows of this config by shape and dtype, on the meta device: nothing is read."""
+    if data.source is DataSource.uniform:
+        return floats(torch.empty(rows, data.width or 0, device="meta"))
+    return next_tokens(torch.empty(rows, data.seq_len + 1, dtype=torch.int64, device="meta"))
+
+
+def next_tokens(rows: Tensor) -> Batch:
+    """Rows of tokens [b, s + 1] as inputs and, shifted by one, targets: [b, s] each, in memory of their own."""
+    return Batch(rows[:, :-1].clone(), rows[:, 1:].clone())
+
+
+def floats(rows: Tensor) -> Batch:
+    """Rows of floats [b, width], which have no targets."""
+    return Batch(rows, rows.new_empty(len(rows), 0))
 
 
 class Batches:
@@ -41,8 +89,8 @@ class Batches:
             position += len(taken[-1])
         return np.concatenate(taken)
 
-    def batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> torch.Tensor:
-        """The rows of one data-parallel rank: a contiguous slice [global / dp_size, s + 1] of it, int64.
+    def batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+        """The rows of one data-parallel rank: a contiguous slice of global / dp_size rows.
 
         Raises:
             ValueError: where the global batch does not divide over `dp_size` ranks.
@@ -64,14 +112,15 @@ class DrawnBatches:
     def __init__(self, rows: Synthetic, global_batch_size: int, seed: int) -> None:
         self.rows, self.global_batch_size, self.seed = rows, global_batch_size, seed
 
-    def batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> torch.Tensor:
-        """The rows of one data-parallel rank: [global / dp_size, width] float32, or [global / dp_size, s + 1] int64.
+    def batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+        """The rows of one data-parallel rank: global / dp_size of them.
 
         Raises:
             ValueError: where the global batch does not divide over `dp_size` ranks.
         """
         mine = range(self.global_batch_size)[part_of(self.global_batch_size, dp_rank, dp_size)]
-        return torch.from_numpy(np.stack([self.rows.draw(self.seed, step, row) for row in mine]))
+        drawn = torch.from_numpy(np.stack([self.rows.draw(self.seed, step, row) for row in mine]))
+        return floats(drawn) if drawn.is_floating_point() else next_tokens(drawn)
 
 
 def batches_of(corpus: AnyCorpus, global_batch_size: int, seed: int) -> Batches | DrawnBatches:
@@ -95,11 +144,11 @@ def part_of(global_batch_size: int, dp_rank: int, dp_size: int) -> slice:
 
 def eval_batches(
     rows: NDArray[np.integer], count: int, batch_size: int, dp_rank: int = 0, dp_size: int = 1
-) -> Iterator[tuple[torch.Tensor, int]]:
+) -> Iterator[Batch]:
     """The same `count` rows at every evaluation, evenly spaced over `rows`; all of them, if there are fewer.
 
     Every rank gets equally many batches of equal shape, since a forward may be collective. Where the count
-    does not divide, the last batches are filled up with rows that do not count.
+    does not divide, the last batches are filled up with rows whose targets are all `IGNORED`.
 
     Args:
         rows: held-out rows [n, s + 1].
@@ -107,16 +156,18 @@ def eval_batches(
         batch_size: rows a rank takes at once.
 
     Yields:
-        The batch [batch_size, s + 1], int64, and how many of its leading rows count (0 to batch_size).
+        Batches of batch_size rows: the tokens that count are `(targets != IGNORED).sum()`.
     """
     count = min(count, len(rows))
     chosen = np.arange(count) * len(rows) // max(count, 1)
     for start in range(0, count, batch_size * dp_size):
         mine = chosen[start + dp_rank * batch_size : start + (dp_rank + 1) * batch_size]
         filled = np.concatenate([mine, np.full(batch_size - len(mine), chosen[0])])
-        yield gather(rows, filled), len(mine)
+        batch = gather(rows, filled)
+        batch.targets[len(mine) :] = IGNORED
+        yield batch
 
 
-def gather(rows: NDArray[np.integer], indices: NDArray[np.int64]) -> torch.Tensor:
-    """Rows [b, s + 1] as int64, copied out of the memory map."""
-    return torch.from_numpy(rows[indices].astype(np.int64))
+def gather(rows: NDArray[np.integer], indices: NDArray[np.int64]) -> Batch:
+    """The rows of these indices [b], copied out of the memory map."""
+    return next_tokens(torch.from_numpy(rows[indices].astype(np.int64)))

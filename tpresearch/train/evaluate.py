@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpresearch.data import AnyCorpus, eval_batches
+from tpresearch.data import IGNORED, AnyCorpus, eval_batches
 from tpresearch.parallel.apply import fsdp_modules
 from tpresearch.parallel.mesh import DATA_AXES, data_rank, sum_over
-from tpresearch.train.loss import IGNORED, loss_context, summed_cross_entropy
+from tpresearch.train.loss import loss_context, summed_cross_entropy
 
 
 def held_out_loss(
@@ -31,12 +31,10 @@ def held_out_loss(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
     with torch.no_grad(), loss_context(vocab_parallel):
-        for rows, counting in eval_batches(corpus.held_out, count, micro, data_rank(mesh), dp):
-            rows = rows.to(device)
-            targets = rows[:, 1:].clone()
-            targets[counting:] = IGNORED
-            sums[0] += summed_cross_entropy(model(rows[:, :-1]), targets)
-            sums[1] += counting * targets.shape[1]
+        for batch in eval_batches(corpus.held_out, count, micro, data_rank(mesh), dp):
+            inputs, targets = batch.to(device)
+            sums[0] += summed_cross_entropy(model(inputs), targets)
+            sums[1] += (targets != IGNORED).sum()
     model.train()
     for module in fsdp_modules(model):
         module.reshard()  # the root, for one, stays gathered after a forward that no backward follows

@@ -12,9 +12,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import loss_parallel
 
 from tpresearch.config.schema import Loss
-
-IGNORED = -100
-"""A target that counts for nothing: rows that only fill up a batch."""
+from tpresearch.data import IGNORED, Batch
 
 
 @dataclass(frozen=True)
@@ -37,15 +35,15 @@ class Objective:
         """To be entered around forward and backward."""
         return loss_context(self.split and self.loss is Loss.next_token)
 
-    def inputs(self, rows: Tensor) -> Tensor:
-        """rows: [b, width] -> the same, or [b, s + 1] int64 -> tokens [b, s]."""
-        return rows.to(self.dtype) if rows.is_floating_point() else rows[:, :-1]
+    def inputs(self, batch: Batch) -> Tensor:
+        """What the model is given: rows of numbers [b, width] in its dtype, or tokens [b, s]."""
+        return batch.inputs.to(self.dtype) if batch.inputs.is_floating_point() else batch.inputs
 
-    def part(self, output: Tensor, rows: Tensor) -> Tensor:
+    def part(self, output: Tensor, targets: Tensor) -> Tensor:
         """What these rows add to the loss: a plain scalar, the same on every tp rank."""
         if self.loss is Loss.sum:
             return summed(output)
-        return summed_cross_entropy(output, rows[:, 1:]) / self.tokens
+        return summed_cross_entropy(output, targets) / self.tokens
 
 
 def loss_context(vocab_parallel: bool) -> AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from tpresearch.data import Batch
 from tpresearch.parallel.mesh import global_norm, sum_together
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.loss import Objective
@@ -25,30 +26,27 @@ def unmarked(phase: str) -> AbstractContextManager[None]:
 
 def accumulate_gradients(
     model: nn.Module,
-    micro_batches: Iterable[Tensor],
+    micro_batches: Sequence[Batch],
     objective: Objective,
     mark: Phase = unmarked,
 ) -> Tensor:
     """Add the gradient of the loss to every parameter.
 
     Args:
-        micro_batches: this data-parallel rank's rows, each [b, s + 1] int64 (inputs and, shifted by one, targets)
-            or [b, width] numbers.
+        micro_batches: this data-parallel rank's rows, at least one.
 
     Returns: this data-parallel rank's share of the loss, a detached scalar; the shares sum to the global loss.
     """
-    micro_batches = list(micro_batches)
-    share = torch.zeros(
-        (), dtype=torch.float64 if _is_float64(model) else torch.float32, device=micro_batches[0].device
-    )
-    for index, rows in enumerate(micro_batches):
+    dtype = torch.float64 if _is_float64(model) else torch.float32
+    share = torch.zeros((), dtype=dtype, device=micro_batches[0].inputs.device)
+    for index, batch in enumerate(micro_batches):
         if isinstance(model, FSDPModule):  # replicas are summed once, after the last micro-batch
             model.set_requires_all_reduce(index == len(micro_batches) - 1)
         with objective.context():
             with mark("forward"):
-                output = model(objective.inputs(rows))
+                output = model(objective.inputs(batch))
             with mark("loss"):
-                loss = objective.part(output, rows)
+                loss = objective.part(output, batch.targets)
             del output
             with mark("backward"):
                 loss.backward()

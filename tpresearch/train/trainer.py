@@ -147,13 +147,12 @@ class Trainer:
     def step(self, step: int, window: Window, counted: Counted | None) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step. Returns this rank's share of the loss and the global gradient norm, on the device."""
         start = time.perf_counter()
-        rows = self.batches.batch(*part_to_read(self.cfg, step, data_rank(self.mesh)), self.dp)
-        if self.device.type == "cuda":
-            rows = rows.pin_memory().to(self.device.torch, non_blocking=True)
+        batch = self.batches.batch(*part_to_read(self.cfg, step, data_rank(self.mesh)), self.dp)
+        batch = batch.to(self.device.torch)
         window.data_s += time.perf_counter() - start
         mark = both(counted.mark, window.phases.mark) if counted else window.phases.mark
         with counted or nullcontext():
-            share = accumulate_gradients(self.model, rows.split(self.micro), self.objective, mark)
+            share = accumulate_gradients(self.model, batch.split(self.micro), self.objective, mark)
             with mark("backward"):
                 reduce_partial_gradients(self.model, self.plan, self.mesh)
             if self.kept:
