@@ -149,3 +149,20 @@ def test_checking_a_local_folder_reads_one_record_of_it(
     before = prepare(data, bpe)
     (tmp_path / "folder/.git/index").write_text("not part of the data")
     assert prepare(data, bpe).folder == before.folder
+
+
+def test_files_of_different_columns_are_refused_with_both_lists(
+    tmp_path: Path, configure, bpe: TokenizerConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, column in (("a", "id"), ("b", "body")):
+        table = datasets.Dataset.from_dict({"text": TEXTS, column: range(len(TEXTS))})
+        table.to_parquet(str(tmp_path / f"folder/{name}.parquet"))
+    capfd.readouterr()
+    with pytest.raises(ConfigError) as refusal:
+        prepare(configure(str(tmp_path / "folder"), DataSource.hf), bpe)
+    assert (
+        refusal.value.why == "its data files differ in columns: some have body, text, the first has id, text"
+    )
+    assert "\n" not in str(refusal.value)
+    assert capfd.readouterr() == ("", ""), "the datasets library said something too"

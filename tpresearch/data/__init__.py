@@ -9,11 +9,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tpresearch.data.batches import IGNORED, Batch, Batches, batches_of, eval_batches, meta_batch
+    from tpresearch.data.batches import (
+        IGNORED,
+        AnyCorpus,
+        Batch,
+        Batches,
+        batches_of,
+        eval_batches,
+        meta_batch,
+    )
     from tpresearch.data.check import check_data
     from tpresearch.data.packed import PackedCorpus, check_enough_rows
     from tpresearch.data.pipeline import prepare
-    from tpresearch.data.synthetic import AnyCorpus, Synthetic
+    from tpresearch.data.synthetic import Synthetic
     from tpresearch.data.tokenizer import tokenizer_size
 
 __all__ = [
@@ -33,23 +41,17 @@ __all__ = [
 ]
 
 _HOME = {
-    "IGNORED": "batches",
-    "AnyCorpus": "synthetic",
-    "Batch": "batches",
-    "Batches": "batches",
     "PackedCorpus": "packed",
     "Synthetic": "synthetic",
-    "batches_of": "batches",
     "check_data": "check",
     "check_enough_rows": "packed",
-    "eval_batches": "batches",
-    "meta_batch": "batches",
     "prepare": "pipeline",
     "tokenizer_size": "tokenizer",
 }
+"""The module of each name; those left out are in batches."""
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'batches')}"), name)

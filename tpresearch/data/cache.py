@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def build_once(folder: Path, build: Callable[[Path], Meta]) -> Meta:
         if (meta := read_intact(folder)) is not None:
             return meta
     except Damaged:
-        pass  # said below, by the one process that mends it
+        pass  # said below, by the one process that repairs it
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(_lock_of(folder)):
         try:
@@ -59,9 +60,8 @@ def build_once(folder: Path, build: Callable[[Path], Meta]) -> Meta:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise ConfigError(
-                "data.cache_dir", folder.parent.parent, "no space left", "a disk with room"
-            ) from error
+            cache = folder.parent.parent
+            raise ConfigError("data.cache_dir", cache, "no space left", "a disk with room") from error
         finally:
             shutil.rmtree(growing, ignore_errors=True)
     return meta
@@ -134,17 +134,10 @@ def _lock_of(folder: Path) -> Path:
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left beside `folder`, whose lock we hold: nobody holds theirs."""
-    for leftover in _leftovers(folder.parent):
+    for leftover in folder.parent.glob(".*.tmp"):
         owner = folder.with_name(leftover.name[1:].rsplit(".", 2)[0])
-        if owner == folder:
-            shutil.rmtree(leftover, ignore_errors=True)
-            continue
         try:
-            with FileLock(_lock_of(owner), timeout=0):
+            with nullcontext() if owner == folder else FileLock(_lock_of(owner), timeout=0):
                 shutil.rmtree(leftover, ignore_errors=True)
         except Timeout:
             continue  # still being built
-
-
-def _leftovers(parent: Path) -> Iterator[Path]:
-    return parent.glob(".*.tmp")
