@@ -9,19 +9,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tpresearch.data.batches import (
-        IGNORED,
-        AnyCorpus,
-        Batch,
-        Batches,
-        batches_of,
-        eval_batches,
-        meta_batch,
-    )
+    from tpresearch.data.batches import IGNORED, Batch, Batches, batches_of, eval_batches, meta_batch
     from tpresearch.data.check import check_data
     from tpresearch.data.packed import PackedCorpus, check_enough_rows
     from tpresearch.data.pipeline import prepare
-    from tpresearch.data.synthetic import Synthetic
+    from tpresearch.data.synthetic import AnyCorpus, Synthetic
     from tpresearch.data.tokenizer import tokenizer_size
 
 __all__ = [
@@ -41,6 +33,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AnyCorpus": "synthetic",
     "PackedCorpus": "packed",
     "Synthetic": "synthetic",
     "check_data": "check",

@@ -11,13 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tpresearch.config.schema import DataConfig, DataSource
-from tpresearch.data.packed import PackedCorpus
-from tpresearch.data.synthetic import Synthetic
+from tpresearch.data.synthetic import AnyCorpus, Synthetic
 
 IGNORED = -100
 """A target that counts for nothing, such as those of rows that only fill up a batch."""
-
-AnyCorpus = PackedCorpus | Synthetic
 
 
 class Batch(NamedTuple):

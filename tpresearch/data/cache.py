@@ -38,33 +38,38 @@ def build_once(folder: Path, build: Callable[[Path], Meta]) -> Meta:
     Raises:
         ConfigError: naming data.cache_dir, where the disk is full.
     """
+    if (meta := _usable(folder)) is None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(_lock_of(folder)):
+            meta = _usable(folder, remove_damaged=True) or _build(folder, build)
+    return meta
+
+
+def _usable(folder: Path, remove_damaged: bool = False) -> Meta | None:
     try:
-        if (meta := read_intact(folder)) is not None:
-            return meta
-    except Damaged:
-        pass  # said below, by the one process that repairs it
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(_lock_of(folder)):
-        try:
-            if (meta := read_intact(folder)) is not None:
-                return meta
-        except Damaged as damage:
+        return read_intact(folder)
+    except Damaged as damage:
+        if remove_damaged:
             log.warning("%s is damaged (%s): building it again", folder, damage)
             shutil.rmtree(folder)
-        _remove_leftovers(folder)
-        growing = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        growing.mkdir()
-        try:
-            meta = _seal(growing, build(growing))
-            growing.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            cache = folder.parent.parent
-            raise ConfigError("data.cache_dir", cache, "no space left", "a disk with room") from error
-        finally:
-            shutil.rmtree(growing, ignore_errors=True)
-    return meta
+        return None
+
+
+def _build(folder: Path, build: Callable[[Path], Meta]) -> Meta:
+    _remove_leftovers(folder)
+    growing = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    growing.mkdir()
+    try:
+        meta = _seal(growing, build(growing))
+        growing.rename(folder)
+        return meta
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        cache = folder.parent.parent
+        raise ConfigError("data.cache_dir", cache, "no space left", "a disk with room") from error
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
 
 
 def read_intact(folder: Path) -> Meta | None:

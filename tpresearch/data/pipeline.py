@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -21,12 +21,11 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
-from tpresearch.data.batches import AnyCorpus
 from tpresearch.data.cache import Meta, build_once
 from tpresearch.data.hub import open_hub
 from tpresearch.data.packed import PARTS, PackedCorpus, read_stream, write_rows, write_streams
 from tpresearch.data.sources import Corpus, Document, open_files
-from tpresearch.data.synthetic import Synthetic
+from tpresearch.data.synthetic import AnyCorpus, Synthetic
 from tpresearch.data.tokenizer import Tokenizer, byte_level, load_hf, train_bpe
 
 log = logging.getLogger(__name__)
@@ -241,39 +240,24 @@ def by_tail(document: Document, every: int) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-# Progress: a line in the log for each stage, and a bar on stderr where one was asked for.
-
-Advance = Callable[[int], None]
-
-
 @contextmanager
-def stage(what: str, total_bytes: int | None, bar: bool) -> Iterator[Advance]:
-    """Report a stage; yields a function that takes the bytes done since it was last called.
+def stage(what: str, total_bytes: int | None, bar: bool) -> Iterator[Callable[[int], None]]:
+    """Log a stage and how long it took; yields a function that takes the bytes done since it was last called.
 
     Args:
         what: the stage in a few words, such as "tokenizing".
         total_bytes: None where it is not known how far there is to go.
         bar: whether to draw a progress bar, which is done only where stderr is a terminal.
     """
-    started = time.perf_counter()
-    done = 0
-    with _bar(what, total_bytes) if bar and sys.stderr.isatty() else nullcontext(lambda count: None) as draw:
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            draw(count)
-
-        yield advance
-    log.info("%s: %.1f MB in %.1f s", what, done / 1e6, time.perf_counter() - started)
-
-
-@contextmanager
-def _bar(what: str, total_bytes: int | None) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+    hidden = not (bar and sys.stderr.isatty())
+    console = Console(stderr=True, quiet=hidden)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
-        task = drawn.add_task(what, total=total_bytes)
-        yield lambda count: drawn.advance(task, count)
+    started = time.perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(what, total=total_bytes)
+        yield lambda count: progress.advance(task, count)
+    done = progress.tasks[task].completed
+    log.info("%s: %.1f MB in %.1f s", what, done / 1e6, time.perf_counter() - started)

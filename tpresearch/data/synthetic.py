@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
+from tpresearch.data.packed import PackedCorpus
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,6 @@ class Synthetic:
         if self.vocab_size is None:
             return generator.random(self.width, dtype=np.float32)
         return generator.integers(self.vocab_size, size=self.width)
+
+
+AnyCorpus = PackedCorpus | Synthetic

@@ -116,9 +116,8 @@ def load_hf(path: str) -> Tokenizer:
         ConfigError: for a path that holds no tokenizer, or a tokenizer without an end-of-text token, or that
             fails on a sample of text.
     """
-    file = _tokenizer_file(path)
-    backend = _backend(path, file)
-    stated = _settings(file.parent).get("eos_token")
+    backend, folder = _load(path)
+    stated = _settings(folder).get("eos_token")
     stated = stated.get("content") if isinstance(stated, dict) else stated
     candidates = [stated] if stated else COMMON_EOS
     eos_id = next((found for eos in candidates if (found := backend.token_to_id(eos)) is not None), None)
@@ -141,7 +140,7 @@ def tokenizer_size(path: str) -> int:
     Raises:
         ConfigError: for a path that holds no tokenizer.
     """
-    return entries(_backend(path, _tokenizer_file(path)))
+    return entries(_load(path)[0])
 
 
 def entries(backend: HfTokenizer) -> int:
@@ -149,26 +148,22 @@ def entries(backend: HfTokenizer) -> int:
     return max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)  # ids may have gaps
 
 
-def _tokenizer_file(path: str) -> Path:
-    """Where the tokenizer.json of a path is, or would be if its folder had one; hub ids are downloaded."""
+def _load(path: str) -> tuple[HfTokenizer, Path]:
+    """The tokenizer of a path, and the folder with its other files; those of a hub id are downloaded."""
     local = Path(path).expanduser()
-    if local.is_file():
-        return local
-    if not local.is_dir():
+    if not local.exists():
         if not looks_like_hub_id(path):
             raise ConfigError("tokenizer.path", path, "there is no such file", LEGAL_PATH, OWN_BPE)
         local = download_tokenizer(path, LEGAL_PATH)
-    return local / "tokenizer.json"
-
-
-def _backend(path: str, file: Path) -> HfTokenizer:
+    file = local / "tokenizer.json" if local.is_dir() else local
     try:
-        return HfTokenizer.from_file(str(file)) if file.is_file() else _converted(path, file.parent)
+        backend = HfTokenizer.from_file(str(file)) if file.is_file() else _converted(path, file.parent)
     except ConfigError:
         raise
     except Exception as error:  # both libraries raise a dozen kinds, bare Exceptions among them
         why = f"no tokenizer could be loaded: {first_line(error)}"
         raise ConfigError("tokenizer.path", path, why, LEGAL_PATH, OWN_BPE) from None
+    return backend, file.parent
 
 
 def _converted(path: str, folder: Path) -> HfTokenizer:
