@@ -1,4 +1,4 @@
-"""Folders that are built once per host, appear whole or not at all, and are rebuilt when found damaged."""
+"""Cached folders: built once per host, atomically, and rebuilt when found damaged."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 
 
 class Damaged(Exception):
-    """A cached folder that is there and cannot be trusted; the message says which file and how."""
+    """A cached folder whose content is not what was written; the message names the file."""
 
 
 def build_once(folder: Path, build: Callable[[Path], Meta]) -> Meta:
-    """The meta.json of `folder`, which `build` fills if it is not there or damaged.
+    """The meta.json of `folder`, which `build` fills where it is missing or damaged.
 
     May be called by any number of processes at once: one builds, under a file lock, and the others wait.
     `build` writes into a folder of another name, that is renamed when it is complete, and returns what

@@ -1,4 +1,4 @@
-"""What is wrong with a data config, said before a process group, a tokenizer or an allocation exists."""
+"""Checks of the data config, made before anything is prepared or allocated."""
 
 from __future__ import annotations
 

@@ -159,8 +159,8 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
 def unigram_entropy(train: NDArray[np.int64], held_out: NDArray[np.int64]) -> dict[str, float | None]:
     """Nats per token, from counts [v]: `train` under its own frequencies, `held_out` under train's.
 
-    Train counts are raised by one for the latter (Laplace), since a token that train never saw has infinite
-    surprise.
+    Train counts are raised by one for the latter (Laplace), since a token that never occurs in train would
+    have infinite loss.
     """
     share = train[train > 0] / max(train.sum(), 1)
     smoothed = np.log(train + 1) - np.log(train.sum() + len(train))

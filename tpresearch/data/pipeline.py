@@ -1,7 +1,7 @@
 """Corpus -> tokenizer -> token streams -> packed rows: three folders in the cache, each built once per host.
 
-Each is named by what it was made from, so that another seq_len repeats only the packing, and another corpus
-nothing but itself. A rank that finds the rows asks for nothing else.
+Each folder's name is a hash of its inputs, so that another seq_len repeats only the packing. A rank that finds
+the rows needs nothing else.
 """
 
 from __future__ import annotations
@@ -138,10 +138,8 @@ class _Preparation:
         documents = (document.text for document in self.corpus.documents())
         sample = "\n".join(take_chars(documents, min(SAMPLE_CHARS, self._asked_chars() or SAMPLE_CHARS)))
         if lost := tokenizer.lost_chars(sample):
-            what = (
-                "this tokenizer loses text that it has no tokens for: %s of the first %s characters (%.2g %%)"
-            )
-            log.warning(what, f"{lost:,}", f"{len(sample):,}", 100 * lost / len(sample))
+            share = f"{lost:,} of the first {len(sample):,} characters ({100 * lost / len(sample):.2g} %)"
+            log.warning("this tokenizer loses text that it has no tokens for: %s", share)
 
     def _bpe(self) -> Tokenizer:
         folder = self._folder("tokenizers", self.bpe_key)
@@ -165,8 +163,9 @@ class _Preparation:
 
     def _split(self) -> Iterator[tuple[str, str]]:
         """Each document as (train text, held-out text), in order."""
-        split = choose_split(self.corpus.documents(), self.data.held_out_every, self._asked_chars())
-        return (split(document) for document in self.corpus.documents())
+        every = self.data.held_out_every
+        whole = holds_out_whole(self.corpus.documents(), every, self._asked_chars())
+        return (split(document, every, whole) for document in self.corpus.documents())
 
     def _learn_from_chars(self) -> int:
         """No more text than will be read anyway, so that streaming fetches little twice."""
@@ -200,20 +199,16 @@ def take_chars(texts: Iterable[str], chars: int) -> Iterator[str]:
 
 # What is held out for evaluation: decided by names, so the same for every run, tokenizer and plan.
 
-Split = Callable[[Document], tuple[str, str]]
-"""A document's text, as (train text, held-out text); one of them is empty when documents are kept whole."""
-
 
 def is_held_out(name: str, every: int) -> bool:
     return int(hashlib.sha1(name.encode()).hexdigest(), 16) % every == 0
 
 
-def choose_split(documents: Iterable[Document], every: int, chars: int | None = None) -> Split:
-    """How a corpus is split, judged by its first `5 * every` documents or first `chars` of text.
+def holds_out_whole(documents: Iterable[Document], every: int, chars: int | None = None) -> bool:
+    """Whether a corpus has enough documents to hold out whole ones.
 
-    Whole documents are held out where sha1(name) % every == 0. A corpus with fewer documents than that (a
-    single text file, say), or whose first ones would all fall on one side, gives the last 1/every of each
-    document instead.
+    Judged by its first `5 * every` documents or first `chars` of text. There are too few where these are fewer
+    (a single text file, say), or would all fall on one side.
     """
     enough = DOCUMENTS_PER_HELD_OUT * every
     held_out: list[bool] = []
@@ -221,22 +216,23 @@ def choose_split(documents: Iterable[Document], every: int, chars: int | None = 
         held_out.append(is_held_out(document.name, every))
         if chars is not None and (chars := chars - len(document.text)) <= 0:
             break
-    if len(held_out) == enough and 0 < sum(held_out) < enough:
-        return lambda document: by_name(document, every)
-    return lambda document: by_tail(document, every)
+    return len(held_out) == enough and 0 < sum(held_out) < enough
 
 
-def by_name(document: Document, every: int) -> tuple[str, str]:
-    return ("", document.text) if is_held_out(document.name, every) else (document.text, "")
+def split(document: Document, every: int, whole: bool) -> tuple[str, str]:
+    """A document's train text and held-out text.
 
-
-def by_tail(document: Document, every: int) -> tuple[str, str]:
-    """The text cut at 1/every before its end, or at a line's start at most as far again before."""
+    Args:
+        whole: hold out all of the document where sha1(name) % every == 0, and none of it elsewhere. Otherwise
+            hold out the end of every document: cut at 1/every before its end, or at a line's start at most as
+            far again before.
+    """
     text = document.text
+    if whole:
+        return ("", text) if is_held_out(document.name, every) else (text, "")
     share = max(len(text) // every, 1)
-    cut = len(text) - share
-    line = text.rfind("\n", max(cut - share, 0), cut) + 1
-    cut = line or cut
+    end = len(text) - share
+    cut = text.rfind("\n", max(end - share, 0), end) + 1 or end
     return text[:cut], text[cut:]
 
 
