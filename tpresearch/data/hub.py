@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -135,6 +136,8 @@ def _library(data: DataConfig) -> Any:
     import datasets  # takes a second
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     return datasets
 
 

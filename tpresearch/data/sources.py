@@ -209,7 +209,7 @@ def documents_of(records: Iterable[Any], text_field: str, prefix: str, where: st
         for index, record in enumerate(records):
             if text := _text_of(record, text_field, f"{where} {index + 1}"):
                 yield Document(f"{prefix}{index}", text)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
         raise _unreadable(f"{where} {index + 2}", error) from None
 
 
