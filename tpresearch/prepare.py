@@ -11,7 +11,7 @@ from tpresearch.launch import Run, World, entrypoint
 
 def check(cfg: Config, world: World) -> None:
     if cfg.data.source.is_synthetic:
-        why = "its rows are drawn as they are read"
+        why = "synthetic rows are generated as they are read"
         raise ConfigError(
             "data.source", cfg.data.source, why, "a source of text to prepare", fix={"data": "pystdlib"}
         )
@@ -38,7 +38,7 @@ def report(corpus: PackedCorpus) -> str:
         )
     facts = {
         "row": f"{meta['seq_len']} + 1 tokens, {meta['dtype']}, of {corpus.vocab_size:,}",
-        "entropy": f"{corpus.unigram_entropy:.3f} nats a held-out token, from token frequencies alone",
+        "entropy": f"{corpus.unigram_entropy:.3f} nats per held-out token, from token frequencies alone",
         "corpus": f"{corpus.corpus_hash} (losses compare only between equal ones)",
         "tokenizer": corpus.tokenizer_hash,
         "folder": str(corpus.folder),

@@ -20,10 +20,7 @@ from wire import settled
 from tpresearch.ledger.communication import ring_bytes
 
 TENSOR_BYTES = 16 << 20
-GROUPS = {
-    "all four ranks": [[0, 1, 2, 3]],
-    "two pairs, each across": [[0, 2], [1, 3]],
-}
+GROUPS = {"all four ranks": [[0, 1, 2, 3]], "two pairs, each across": [[0, 2], [1, 3]]}
 """Of ranks 0 1 | 2 3 on the two hosts: as fsdp's and tp's one ring, and as the outer axis of fsdp_tp and hsdp."""
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from tpresearch.config.schema import TokenizerConfig
 from tpresearch.data import prepare
-from tpresearch.data.documents import Document
-from tpresearch.data.split import by_tail, choose_split
+from tpresearch.data.pipeline import holds_out_whole, split
+from tpresearch.data.sources import Document
 
 
 def sha1_rule(name: str, every: int) -> bool:
@@ -64,7 +64,7 @@ def test_one_file_gives_its_tail(tmp_path: Path, configure, bpe: TokenizerConfig
     "text", ["abcdefghij" * 10, "a\n" + "b" * 999, "ab\ncd\n" * 50, "x" * 99 + "\n", "ä\n" * 40, "a", ""]
 )
 def test_a_tail_and_its_head_are_the_text(text: str) -> None:
-    train, held_out = by_tail(Document("name", text), 20)
+    train, held_out = split(Document("name", text), 20, whole=False)
     assert train + held_out == text
     assert len(held_out) <= max(2 * len(text) // 20, 1)
     assert len(held_out) >= len(text) // 20
@@ -73,12 +73,13 @@ def test_a_tail_and_its_head_are_the_text(text: str) -> None:
 def test_few_documents_or_one_sided_names_give_tails() -> None:
     names = [f"{number}.txt" for number in range(1000)]
     inside = [name for name in names if not sha1_rule(name, 20)]
-    document = Document("0.txt", "a" * 100)
     for few in (names[:99], inside[:100]):
-        train, held_out = choose_split([Document(name, "text") for name in few], 20)(document)
-        assert (len(train), len(held_out)) == (95, 5)
-    whole = choose_split([Document(name, "text") for name in names[:100]], 20)(document)
-    assert sorted(map(len, whole)) == [0, 100]
-    # 100 documents are there, and 30 will be read
-    train, held_out = choose_split([Document(name, "text") for name in names[:100]], 20, chars=120)(document)
-    assert (len(train), len(held_out)) == (95, 5)
+        assert not holds_out_whole([Document(name, "text") for name in few], 20)
+    hundred = [Document(name, "text") for name in names[:100]]
+    assert holds_out_whole(hundred, 20)
+    assert not holds_out_whole(hundred, 20, chars=120)  # 100 documents are there, and 30 will be read
+    document = Document("0.txt", "a" * 100)
+    assert [len(part) for part in split(document, 20, whole=False)] == [95, 5]
+    for name in names[:100]:
+        train, held_out = split(Document(name, "a" * 100), 20, whole=True)
+        assert (len(train), len(held_out)) == ((0, 100) if sha1_rule(name, 20) else (100, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -149,3 +150,22 @@ def test_checking_a_local_folder_reads_one_record_of_it(
     before = prepare(data, bpe)
     (tmp_path / "folder/.git/index").write_text("not part of the data")
     assert prepare(data, bpe).folder == before.folder
+
+
+def test_files_of_different_columns_are_refused_with_both_lists(
+    tmp_path: Path, configure, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, column in (("a", "id"), ("b", "body")):
+        table = datasets.Dataset.from_dict({"text": TEXTS, column: range(len(TEXTS))})
+        table.to_parquet(str(tmp_path / f"folder/{name}.parquet"))
+    logging.getLogger("datasets").addHandler(caplog.handler)
+    with pytest.raises(ConfigError) as refusal:
+        prepare(configure(str(tmp_path / "folder"), DataSource.hf), bpe)
+    assert (
+        refusal.value.why == "its data files differ in columns: some have body, text, the first has id, text"
+    )
+    assert "\n" not in str(refusal.value)
+    logging.getLogger("datasets").removeHandler(caplog.handler)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("datasets")]
+    assert not said, "the library tells the same in its own words"

@@ -12,8 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data import check_enough_rows, prepare
-from tpresearch.data.packed import read_rows, token_dtype, write_rows
-from tpresearch.data.streams import unigram_entropy
+from tpresearch.data.packed import read_rows, token_dtype, unigram_entropy, write_rows
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

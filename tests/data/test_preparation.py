@@ -42,7 +42,7 @@ def start_rank(path: str, cache: Path, patch: str = "") -> subprocess.Popen[str]
 def done(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The stages that this process went through since the log was cleared."""
     names = {"learning": "learn", "tokenizing": "tokenize", "packing": "pack"}
-    lines = [record.getMessage() for record in caplog.records if record.name.endswith("progress")]
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith(tuple(names))]
     return [names[line.split(":")[0].split()[0]] for line in lines]
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tpresearch.data.progress import stage
+from tpresearch.data.pipeline import stage
 
 
 class Terminal(io.StringIO):

@@ -12,9 +12,9 @@ import pytest
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data import corpus as corpora
-from tpresearch.data import prepare
-from tpresearch.data.corpus import hash_files, open_corpus
+from tpresearch.data import prepare, sources
+from tpresearch.data.pipeline import open_corpus
+from tpresearch.data.sources import hash_files
 
 TEXTS = [f"document {index}: " + f"words{index} " * 30 for index in range(250)]
 
@@ -134,10 +134,10 @@ def test_the_hash_of_a_large_corpus_is_remembered(tmp_path: Path, monkeypatch: p
     file = tmp_path / "large.txt"
     file.write_text("one")
     plain = hash_files([("large.txt", file)], "text")
-    monkeypatch.setattr(corpora, "REMEMBER_ABOVE_BYTES", 0)
+    monkeypatch.setattr(sources, "REMEMBER_ABOVE_BYTES", 0)
     assert hash_files([("large.txt", file)], "text", tmp_path / "cache") == plain
     with monkeypatch.context() as patched:
-        patched.setattr(corpora, "_hash_contents", lambda *_: pytest.fail("read the files again"))
+        patched.setattr(sources, "_hash_contents", lambda *_: pytest.fail("read the files again"))
         assert hash_files([("large.txt", file)], "text", tmp_path / "cache") == plain
     file.write_text("two")
     assert hash_files([("large.txt", file)], "text", tmp_path / "cache") != plain
@@ -148,8 +148,11 @@ def test_the_hash_of_a_large_corpus_is_remembered(tmp_path: Path, monkeypatch: p
     [
         ("{broken", "not JSON"),
         ("[1, 2]", "a JSON list"),
+        ("null", "a JSON NoneType"),
         ('{"body": "text"}', "no such field"),
         ('{"text": 7}', "holds int, not text"),
+        pytest.param("[" * 200_000, "maximum recursion depth", id="deep"),
+        (r'{"text": "half \ud83d"}', "character 6 is 0xd83d, half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_far_down_is_refused_when_it_is_met(
@@ -160,8 +163,71 @@ def test_a_bad_line_far_down_is_refused_when_it_is_met(
         file.write(line + "\n")
     with pytest.raises(ConfigError, match=f"{why}.*") as refusal:
         prepare(configure(str(tmp_path / "data.jsonl"), DataSource.jsonl), bpe)
-    assert "line 202" in str(refusal.value)
+    assert f"{tmp_path / 'data.jsonl'}, line 202" in str(refusal.value)
     assert not list((tmp_path / "cache").glob("*/jsonl-*"))
+
+
+def read_until_refused(data: DataConfig) -> tuple[int, ConfigError]:
+    """How many documents come before the refusal, which is one line."""
+    read = []
+    with pytest.raises(ConfigError) as refusal:
+        read.extend(open_corpus(data).documents())
+    assert "\n" not in str(refusal.value)
+    assert refusal.value.field == "data.path"
+    return len(read), refusal.value
+
+
+def test_text_that_is_not_utf8_is_refused_by_file_or_line(tmp_path: Path, configure) -> None:
+    latin = "naïve".encode("latin-1")
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "b.txt").write_bytes(latin)
+    count, refusal = read_until_refused(configure(f"{tmp_path}/*.txt"))
+    assert (count, refusal.value) == (1, tmp_path / "b.txt")
+    assert refusal.why == "not UTF-8 text: byte 2 is 0xef"
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "good"}\n\n{"text": "' + latin + b'"}\n')
+    count, refusal = read_until_refused(configure(f"{tmp_path}/c.jsonl", DataSource.jsonl))
+    assert (count, refusal.value) == (1, f"{tmp_path / 'c.jsonl'}, line 3")
+    assert refusal.why == "not UTF-8 text: byte 12 is 0xef"
+
+
+def test_a_compressed_file_cut_short_is_refused_by_line(tmp_path: Path, configure) -> None:
+    path = tmp_path / "cut.jsonl.gz"
+    write_jsonl(path, TEXTS)
+    whole = gzip.compress(path.read_bytes())
+    path.write_bytes(whole[: len(whole) // 2])
+    count, refusal = read_until_refused(configure(str(path), DataSource.jsonl))
+    assert 0 < count < len(TEXTS)
+    assert refusal.value == f"{path}, line {count + 1}"
+    assert "ended before the end-of-stream marker" in refusal.why
+
+
+def test_a_corrupt_parquet_page_is_refused_by_row(tmp_path: Path, configure) -> None:
+    path = tmp_path / "data.parquet"
+    texts = [f"text {index} " * 5 for index in range(5000)]
+    pq.write_table(pa.table({"text": texts}), path, use_dictionary=False, row_group_size=2048)
+    page = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[page + 200 : page + 220] = b"\xff" * 20
+    path.write_bytes(content)
+    count, refusal = read_until_refused(configure(str(path), DataSource.parquet))
+    assert (count, refusal.value) == (2048, f"{path}, row 2049")
+    assert refusal.why == "cannot be read: Corrupt snappy compressed data."
+
+
+def test_a_parquet_column_encoded_as_a_dictionary_is_text(tmp_path: Path, configure) -> None:
+    column = pa.array(["one", "two", None, "one"]).dictionary_encode()
+    pq.write_table(pa.table({"text": column}), tmp_path / "data.parquet")
+    assert pa.types.is_dictionary(pq.ParquetFile(tmp_path / "data.parquet").schema_arrow.field("text").type)
+    read = names_and_texts(configure(str(tmp_path / "data.parquet"), DataSource.parquet))
+    assert read == [("data.parquet:0", "one"), ("data.parquet:1", "two"), ("data.parquet:3", "one")]
+
+
+def test_a_byte_order_mark_is_not_text_and_line_ends_are(tmp_path: Path, configure) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfmarked\r\n\rtext\n")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf")
+    (tmp_path / "c.txt").write_bytes("a\ufeffb".encode())
+    read = names_and_texts(configure(f"{tmp_path}/*.txt"))
+    assert read == [("a.txt", "marked\r\n\rtext\n"), ("c.txt", "a\ufeffb")]
 
 
 def test_a_corpus_without_text_is_refused(tmp_path: Path, configure, bpe: TokenizerConfig) -> None:

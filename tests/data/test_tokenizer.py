@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers, processors
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data import prepare, tokenizer_size
-from tpresearch.data.tokenizer import cut, load_hf, train_bpe
+from tpresearch.data.tokenizer import Tokenizer, cut, load_hf, train_bpe
 
 HARD = (
     "x = 'naïve'\r\n\tif  y:\n\n\n    pass # 数据🙂!!\n"
@@ -99,6 +99,44 @@ def test_a_tokenizer_without_an_end_of_text_is_refused_in_one_line(tmp_path: Pat
         load_hf(path)
     assert (refusal.value.field, refusal.value.fix["tokenizer"]) == ("tokenizer.path", "bpe")
     assert "\n" not in str(refusal.value)
+
+
+def test_a_vocabulary_without_its_own_unknown_token_is_refused_in_one_line(tmp_path: Path) -> None:
+    tokenizer = HfTokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"cannot encode .* Missing \[UNK\] token") as refusal:
+        load_hf(str(tmp_path))
+    assert (refusal.value.field, refusal.value.fix["tokenizer"]) == ("tokenizer.path", "bpe")
+    assert "\n" not in str(refusal.value)
+
+
+def test_lost_characters_are_those_without_a_token_or_with_the_unknown_one(tmp_path: Path) -> None:
+    words = load_hf(str(wordlevel(tmp_path, ["<unk>", "</s>", "ab", "c"])))
+    assert words.lost_chars("ab  xyz c\nab") == 3
+    no_fallback = HfTokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2}, []))  # leaves out what it does not know
+    assert Tokenizer(no_fallback, 0).lost_chars("axyb xyz a") == 5
+    pieces = HfTokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    assert Tokenizer(pieces, 0).lost_chars("axya") == 2
+    assert train_bpe([HARD], 300).lost_chars(HARD) == 0
+
+
+@pytest.mark.parametrize("max_tokens", [None, 50])
+def test_a_tokenizer_that_loses_text_is_warned_about_with_how_much(
+    tmp_path: Path, configure, caplog: pytest.LogCaptureFixture, max_tokens: int | None
+) -> None:
+    path = str(wordlevel(tmp_path, ["<unk>", "</s>", "known"]))
+    (tmp_path / "text.txt").write_text("known strange " * 200)
+    settings = TokenizerConfig(TokenizerKind.hf, vocab_size=3, path=path)
+    prepare(configure(str(tmp_path / "text.txt"), max_tokens=max_tokens), settings)
+    of = "1,400 of the first 2,800 characters (50 %)"
+    if max_tokens:  # about 200 characters will be read
+        of = "102 of the first 200 characters (51 %)"
+    assert f"loses text that it has no tokens for: {of}" in caplog.text
+    caplog.clear()
+    (tmp_path / "text.txt").write_text("known known " * 200)
+    prepare(configure(str(tmp_path / "text.txt")), settings)
+    assert "loses" not in caplog.text
 
 
 def test_truncation_padding_and_added_tokens_of_a_file_do_not_touch_documents(tmp_path: Path) -> None:

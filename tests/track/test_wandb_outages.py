@@ -19,10 +19,10 @@ from support.example_run import STEPS, log_steps, train
 from support.fake_wandb import DUMMY_KEY, FakeWandb
 
 from tpresearch.config import Config
+from tpresearch.config.network import answers
 from tpresearch.config.schema import WandbMode
 from tpresearch.track import Tracker
 from tpresearch.track.record import read_metrics, read_summary
-from tpresearch.track.wandb_host import answers
 
 FINISH_S = 2.0  # finish_timeout of these tests
 SLACK_S = 12.0  # for starting and stopping the client on a busy machine; what is ruled out lasts minutes

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.network import answers
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import WrongCommand
 from tpresearch.launch.options import command, read_options
 from tpresearch.track.shown import path_text
-from tpresearch.track.wandb_host import answers, has_key
+from tpresearch.track.wandb_host import has_key
 from tpresearch.track.wandb_run import set_up
 
 if TYPE_CHECKING:

@@ -9,15 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tpresearch.data.batches import (
-        IGNORED,
-        AnyBatches,
-        Batch,
-        Batches,
-        batches_of,
-        eval_batches,
-        meta_batch,
-    )
+    from tpresearch.data.batches import IGNORED, Batch, Batches, batches_of, eval_batches, meta_batch
     from tpresearch.data.check import check_data
     from tpresearch.data.packed import PackedCorpus, check_enough_rows
     from tpresearch.data.pipeline import prepare
@@ -26,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORED",
-    "AnyBatches",
     "AnyCorpus",
     "Batch",
     "Batches",
@@ -42,24 +33,18 @@ __all__ = [
 ]
 
 _HOME = {
-    "IGNORED": "batches",
-    "AnyBatches": "batches",
     "AnyCorpus": "synthetic",
-    "Batch": "batches",
-    "Batches": "batches",
     "PackedCorpus": "packed",
     "Synthetic": "synthetic",
-    "batches_of": "batches",
     "check_data": "check",
     "check_enough_rows": "packed",
-    "eval_batches": "batches",
-    "meta_batch": "batches",
     "prepare": "pipeline",
     "tokenizer_size": "tokenizer",
 }
+"""The module of each name; those left out are in batches."""
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'batches')}"), name)

@@ -29,6 +29,13 @@ class Batch(NamedTuple):
     inputs: Tensor
     targets: Tensor
 
+    @classmethod
+    def of(cls, rows: Tensor) -> Batch:
+        """From rows of tokens [b, s + 1], of which inputs and targets are copies, or of floats [b, width]."""
+        if rows.is_floating_point():
+            return cls(rows, rows.new_empty(len(rows), 0))
+        return cls(rows[:, :-1].clone(), rows[:, 1:].clone())
+
     def split(self, rows: int) -> list[Batch]:
         """Micro-batches of `rows` rows; the last one takes what is left."""
         pieces = zip(self.inputs.split(rows), self.targets.split(rows), strict=True)
@@ -50,104 +57,67 @@ class Batch(NamedTuple):
 def meta_batch(data: DataConfig, rows: int) -> Batch:
     """A batch of `rows` rows of this config by shape and dtype, on the meta device: nothing is read."""
     if data.source is DataSource.uniform:
-        return floats(torch.empty(rows, data.width or 0, device="meta"))
-    return next_tokens(torch.empty(rows, data.seq_len + 1, dtype=torch.int64, device="meta"))
-
-
-def next_tokens(rows: Tensor) -> Batch:
-    """Rows of tokens [b, s + 1] as inputs and, shifted by one, targets: [b, s] each, in memory of their own."""
-    return Batch(rows[:, :-1].clone(), rows[:, 1:].clone())
-
-
-def floats(rows: Tensor) -> Batch:
-    """Rows of floats [b, width], which have no targets."""
-    return Batch(rows, rows.new_empty(len(rows), 0))
+        return Batch.of(torch.empty(rows, data.width or 0, device="meta"))
+    return Batch.of(torch.empty(rows, data.seq_len + 1, dtype=torch.int64, device="meta"))
 
 
 class Batches:
-    """The endless sequence of global batches over `rows`.
+    """The endless sequence of global batches. There is no state to save: resuming is knowing the step.
 
-    Each epoch e is its own permutation, `default_rng([seed, e]).permutation(n)`; the epochs are laid end to
-    end and step k (from 0) takes the k-th `global_batch_size` of them. A batch may span the end of an epoch,
-    so that no row is ever dropped, and within an epoch no row is read twice. There is no state to save:
-    resuming is knowing the step.
+    Of packed rows, each epoch e is its own permutation, `default_rng([seed, e]).permutation(n)`; the epochs
+    are laid end to end and step k (from 0) takes the k-th `global_batch_size` of them. A batch may span the
+    end of an epoch, so that no row is ever dropped, and within an epoch no row is read twice. Of a synthetic
+    source, row i of step k is drawn by (seed, k, i).
 
     Args:
-        rows: packed rows [n, s + 1], any integer dtype.
-        global_batch_size: rows an optimizer step, over all ranks and accumulation.
-        seed: chooses the order.
+        rows: packed rows [n, s + 1], any integer dtype, or a synthetic source.
+        global_batch_size: rows per optimizer step, over all ranks and accumulation.
+        seed: chooses the order, or what is drawn.
     """
 
-    def __init__(self, rows: NDArray[np.integer], global_batch_size: int, seed: int) -> None:
-        if len(rows) == 0 or global_batch_size < 1:
-            raise ValueError(f"no batches of {global_batch_size} rows can be read from {len(rows)} rows")
+    def __init__(self, rows: NDArray[np.integer] | Synthetic, global_batch_size: int, seed: int) -> None:
+        count = None if isinstance(rows, Synthetic) else len(rows)
+        if count == 0 or global_batch_size < 1:
+            raise ValueError(f"no batches of {global_batch_size} rows can be read from {count} rows")
         self.rows, self.global_batch_size, self.seed = rows, global_batch_size, seed
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
+    def batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+        """The rows of one data-parallel rank: a contiguous slice of global / dp_size rows of the global batch.
+
+        Raises:
+            ValueError: where the global batch does not divide over `dp_size` ranks.
+        """
+        if self.global_batch_size % dp_size:
+            raise ValueError(
+                f"a global batch of {self.global_batch_size} rows cannot be cut into {dp_size} slices"
+            )
+        share = self.global_batch_size // dp_size
+        mine = range(dp_rank * share, (dp_rank + 1) * share)
+        if isinstance(self.rows, Synthetic):
+            return Batch.of(torch.from_numpy(self.rows.rows(self.seed, step, mine)))
+        return gather(self.rows, self.rows_of(step)[mine.start : mine.stop])
+
     def rows_of(self, step: int) -> NDArray[np.int64]:
-        """Indices [global_batch_size] of the rows of global batch `step`, in order."""
+        """Indices [global_batch_size] of the packed rows of global batch `step`, in order."""
+        assert not isinstance(self.rows, Synthetic)
         position, end = step * self.global_batch_size, (step + 1) * self.global_batch_size
         taken = []
         while position < end:
             epoch, start = divmod(position, len(self.rows))
-            taken.append(self._permutation(epoch)[start : start + end - position])
+            taken.append(self._permutation(epoch, len(self.rows))[start : start + end - position])
             position += len(taken[-1])
         return np.concatenate(taken)
 
-    def batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        """The rows of one data-parallel rank: a contiguous slice of global / dp_size rows.
-
-        Raises:
-            ValueError: where the global batch does not divide over `dp_size` ranks.
-        """
-        return gather(self.rows, self.rows_of(step)[part_of(self.global_batch_size, dp_rank, dp_size)])
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch != self._epoch:  # drawing it takes some 35 ms a million rows: kept for the epoch
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng([self.seed, epoch]).permutation(len(self.rows)),
-            )
+    def _permutation(self, epoch: int, count: int) -> NDArray[np.int64]:
+        if epoch != self._epoch:  # drawing it takes some 35 ms per million rows: kept for the epoch
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(count)
         return self._order
 
 
-class DrawnBatches:
-    """The endless sequence of global batches of a synthetic source: row i of step k is drawn by (seed, k, i)."""
-
-    def __init__(self, rows: Synthetic, global_batch_size: int, seed: int) -> None:
-        self.rows, self.global_batch_size, self.seed = rows, global_batch_size, seed
-
-    def batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
-        """The rows of one data-parallel rank: global / dp_size of them.
-
-        Raises:
-            ValueError: where the global batch does not divide over `dp_size` ranks.
-        """
-        mine = range(self.global_batch_size)[part_of(self.global_batch_size, dp_rank, dp_size)]
-        drawn = torch.from_numpy(np.stack([self.rows.draw(self.seed, step, row) for row in mine]))
-        return floats(drawn) if drawn.is_floating_point() else next_tokens(drawn)
-
-
-AnyBatches = Batches | DrawnBatches
-
-
-def batches_of(corpus: AnyCorpus, global_batch_size: int, seed: int) -> AnyBatches:
+def batches_of(corpus: AnyCorpus, global_batch_size: int, seed: int) -> Batches:
     """The global batches of a corpus, packed or synthetic."""
-    if isinstance(corpus, Synthetic):
-        return DrawnBatches(corpus, global_batch_size, seed)
-    return Batches(corpus.train, global_batch_size, seed)
-
-
-def part_of(global_batch_size: int, dp_rank: int, dp_size: int) -> slice:
-    """Which rows of a global batch a data-parallel rank reads.
-
-    Raises:
-        ValueError: where the global batch does not divide over `dp_size` ranks.
-    """
-    if global_batch_size % dp_size:
-        raise ValueError(f"a global batch of {global_batch_size} rows cannot be cut into {dp_size} slices")
-    share = global_batch_size // dp_size
-    return slice(dp_rank * share, (dp_rank + 1) * share)
+    return Batches(corpus if isinstance(corpus, Synthetic) else corpus.train, global_batch_size, seed)
 
 
 def eval_batches(
@@ -161,7 +131,7 @@ def eval_batches(
     Args:
         rows: held-out rows [n, s + 1].
         count: rows to evaluate on, over all ranks.
-        batch_size: rows a rank takes at once.
+        batch_size: rows that a rank takes at once.
 
     Yields:
         Batches of batch_size rows: the tokens that count are `(targets != IGNORED).sum()`.
@@ -170,12 +140,11 @@ def eval_batches(
     chosen = np.arange(count) * len(rows) // max(count, 1)
     for start in range(0, count, batch_size * dp_size):
         mine = chosen[start + dp_rank * batch_size : start + (dp_rank + 1) * batch_size]
-        filled = np.concatenate([mine, np.full(batch_size - len(mine), chosen[0])])
-        batch = gather(rows, filled)
+        batch = gather(rows, np.concatenate([mine, np.full(batch_size - len(mine), chosen[0])]))
         batch.targets[len(mine) :] = IGNORED
         yield batch
 
 
 def gather(rows: NDArray[np.integer], indices: NDArray[np.int64]) -> Batch:
     """The rows of these indices [b], copied out of the memory map."""
-    return next_tokens(torch.from_numpy(rows[indices].astype(np.int64)))
+    return Batch.of(torch.from_numpy(rows[indices].astype(np.int64)))

@@ -1,4 +1,4 @@
-"""Folders that are built once per host, appear whole or not at all, and are rebuilt when found damaged."""
+"""Cached folders: built once per host, atomically, and rebuilt when found damaged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 
 
 class Damaged(Exception):
-    """A cached folder that is there and cannot be trusted; the message says which file and how."""
+    """A cached folder whose content is not what was written; the message names the file."""
 
 
 def build_once(folder: Path, build: Callable[[Path], Meta]) -> Meta:
-    """The meta.json of `folder`, which `build` fills if it is not there or damaged.
+    """The meta.json of `folder`, which `build` fills where it is missing or damaged.
 
     May be called by any number of processes at once: one builds, under a file lock, and the others wait.
     `build` writes into a folder of another name, that is renamed when it is complete, and returns what
@@ -37,34 +38,38 @@ def build_once(folder: Path, build: Callable[[Path], Meta]) -> Meta:
     Raises:
         ConfigError: naming data.cache_dir, where the disk is full.
     """
+    if (meta := _usable(folder)) is None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(_lock_of(folder)):
+            meta = _usable(folder, remove_damaged=True) or _build(folder, build)
+    return meta
+
+
+def _usable(folder: Path, remove_damaged: bool = False) -> Meta | None:
     try:
-        if (meta := read_intact(folder)) is not None:
-            return meta
-    except Damaged:
-        pass  # said below, by the one process that mends it
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(_lock_of(folder)):
-        try:
-            if (meta := read_intact(folder)) is not None:
-                return meta
-        except Damaged as damage:
+        return read_intact(folder)
+    except Damaged as damage:
+        if remove_damaged:
             log.warning("%s is damaged (%s): building it again", folder, damage)
             shutil.rmtree(folder)
-        _remove_leftovers(folder)
-        growing = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        growing.mkdir()
-        try:
-            meta = _seal(growing, build(growing))
-            growing.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ConfigError(
-                "data.cache_dir", folder.parent.parent, "no space left", "a disk with room"
-            ) from error
-        finally:
-            shutil.rmtree(growing, ignore_errors=True)
-    return meta
+        return None
+
+
+def _build(folder: Path, build: Callable[[Path], Meta]) -> Meta:
+    _remove_leftovers(folder)
+    growing = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    growing.mkdir()
+    try:
+        meta = _seal(growing, build(growing))
+        growing.rename(folder)
+        return meta
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        cache = folder.parent.parent
+        raise ConfigError("data.cache_dir", cache, "no space left", "a disk with room") from error
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
 
 
 def read_intact(folder: Path) -> Meta | None:
@@ -134,17 +139,10 @@ def _lock_of(folder: Path) -> Path:
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left beside `folder`, whose lock we hold: nobody holds theirs."""
-    for leftover in _leftovers(folder.parent):
+    for leftover in folder.parent.glob(".*.tmp"):
         owner = folder.with_name(leftover.name[1:].rsplit(".", 2)[0])
-        if owner == folder:
-            shutil.rmtree(leftover, ignore_errors=True)
-            continue
         try:
-            with FileLock(_lock_of(owner), timeout=0):
+            with nullcontext() if owner == folder else FileLock(_lock_of(owner), timeout=0):
                 shutil.rmtree(leftover, ignore_errors=True)
         except Timeout:
             continue  # still being built
-
-
-def _leftovers(parent: Path) -> Iterator[Path]:
-    return parent.glob(".*.tmp")

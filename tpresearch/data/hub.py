@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub, and local folders of them, through the `datasets` library.
+"""Hugging Face data sets and tokenizers: from the hub, from what was downloaded before, or from a local folder.
 
-A local folder is read in place, so that nothing of it is kept twice; a hub data set is downloaded into that
-library's own cache, or streamed. Code that comes with a data set is never run (the library has no such
+A local folder is read in place, so that nothing of it is kept twice; a hub data set is downloaded into the cache
+of the `datasets` library, or streamed. Code that comes with a data set is never run (the library has no such
 option).
 """
 
@@ -10,25 +10,38 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import socket
-import urllib.parse
-import urllib.request
+import re
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.network import answers
 from tpresearch.config.schema import DataConfig
-from tpresearch.data.corpus import HASH_BYTES, Corpus, hash_files
-from tpresearch.data.documents import Document, no_such_field, text_of
-from tpresearch.data.files import EMBEDDED
+from tpresearch.data.sources import (
+    EMBEDDED,
+    HASH_BYTES,
+    Corpus,
+    Document,
+    documents_of,
+    first_line,
+    hash_files,
+    no_such_field,
+)
 
 log = logging.getLogger(__name__)
 
 LEGAL = "a hub id such as roneneldan/TinyStories, or a local folder of data files"
 TOKENIZER_FILES = ["tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "config.json"]
-PROBE_SECONDS = 3.0
+
+
+def looks_like_hub_id(path: str) -> bool:
+    """Whether a path that does not exist could be `name` or `owner/name` on the hub."""
+    name = r"[A-Za-z0-9][\w.-]*"
+    is_id = re.fullmatch(rf"{name}(/{name})?", path) is not None
+    return is_id and not path.endswith((".json", ".jsonl", ".parquet"))
 
 
 def open_hub(data: DataConfig) -> Corpus:
@@ -37,7 +50,7 @@ def open_hub(data: DataConfig) -> Corpus:
     Its content hash is over the files (local), or over the commit that the hub names.
 
     Raises:
-        ConfigError: for a data set that is not there, or a hub that cannot be reached.
+        ConfigError: for a data set that does not exist, or a hub that cannot be reached.
     """
     if (folder := _local(data)) is None:
         return Corpus(_hub_hash(data), lambda: _documents(data), None)
@@ -51,15 +64,27 @@ def open_hub(data: DataConfig) -> Corpus:
 
 
 def check_hub(data: DataConfig) -> None:
-    """Refuse a data set that cannot be read: no such name, configuration, split or field, or no network."""
-    if _local(data) is not None or data.streaming:
+    """Refuse a data set that cannot be read: no such path, name, configuration, split or field, or no network.
+
+    Raises:
+        ConfigError: naming the field at fault.
+    """
+    if not isinstance(data.path, str) or not data.path:
+        raise ConfigError("data.path", data.path, "no data set is named", LEGAL, EMBEDDED)
+    if Path(data.path).expanduser().is_file():
+        legal = f"{LEGAL}; for files, data=jsonl, parquet or text"
+        raise ConfigError("data.path", data.path, "is a file", legal)
+    folder = _local(data)
+    if folder is None and not looks_like_hub_id(data.path):
+        raise ConfigError("data.path", data.path, "there is no such folder", LEGAL, EMBEDDED)
+    if folder is not None or data.streaming:
         if next(_documents(data), None) is None:
             raise ConfigError("data.path", data.path, "has no text in it", LEGAL, EMBEDDED)
         return
     # What is downloaded whole is not fetched for a check: the hub says what fields it has.
     features = _builder(data).info.features
     if features is not None and data.text_field not in features:
-        raise no_such_field(data.text_field, list(features), str(data.path))
+        raise no_such_field(data.text_field, list(features), data.path)
 
 
 def _local(data: DataConfig) -> Path | None:
@@ -68,17 +93,12 @@ def _local(data: DataConfig) -> Path | None:
 
 
 def _documents(data: DataConfig) -> Iterator[Document]:
-    for index, record in enumerate(_records(data)):
-        if text := text_of(record, data.text_field, f"{data.path}, row {index + 1}"):
-            yield Document(str(index), text)
+    return documents_of(_records(data), data.text_field, "", f"{data.path}, row")
 
 
 def _records(data: DataConfig) -> Iterator[dict[str, Any]]:
+    datasets = _library(data)
     folder = _local(data)
-    if folder is None:
-        offline_unless_reachable()
-    import datasets
-
     source = str(folder or data.path)
     try:
         if folder and (folder / "state.json").is_file():
@@ -102,17 +122,39 @@ def _hub_hash(data: DataConfig) -> str:
 
 
 def _builder(data: DataConfig) -> Any:
-    offline_unless_reachable()
-    import datasets
-
+    datasets = _library(data)
     try:
         return datasets.load_dataset_builder(str(data.path), data.name)
     except Exception as error:
         raise _refusal(data, error) from error
 
 
-def _refusal(data: DataConfig, error: Exception) -> ConfigError:
-    said = (str(error).splitlines() or [type(error).__name__])[0]
+def _library(data: DataConfig) -> Any:
+    """The `datasets` library, offline where it should be, and quiet about errors that we report ourselves."""
+    if _local(data) is None:
+        offline_unless_reachable()
+    import datasets  # takes a second
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
+
+
+def _refusal(data: DataConfig, error: BaseException) -> ConfigError:
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.table import CastError
+
+    if isinstance(error, DatasetGenerationError) and error.__cause__:
+        error = error.__cause__
+    if isinstance(error, CastError):
+        some, first = (
+            ", ".join(sorted(names)) for names in (error.table_column_names, error.requested_column_names)
+        )
+        why = f"its data files differ in columns: some have {some}, the first has {first}"
+        legal = "files with the same columns, or data=jsonl or parquet, which read only data.text_field"
+        return ConfigError("data.path", data.path, why, legal)
+    said = first_line(error)
     if said.startswith(("Bad split", "Unknown split")):
         return ConfigError("data.split", data.split, said, "a split of that data set")
     if "config" in said.lower() and isinstance(error, ValueError):
@@ -134,33 +176,29 @@ def download_tokenizer(name: str, legal: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
     except Exception as error:  # a dozen kinds, by what the network did
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        why = said if reached else f"{_endpoint()} cannot be reached, and there is no such file here"
-        raise ConfigError(
-            "tokenizer.path", name, why, legal, {"tokenizer": "bpe", "tokenizer.path": None}
-        ) from None
+        why = (
+            first_line(error)
+            if reached
+            else f"{_endpoint()} cannot be reached, and there is no such file here"
+        )
+        fix = {"tokenizer": "bpe", "tokenizer.path": None}
+        raise ConfigError("tokenizer.path", name, why, legal, fix) from None
 
 
 @lru_cache
 def offline_unless_reachable() -> bool:
-    """Whether the hub answers. If not, its library is told to use what it has cached, once and for all.
-
-    It would retry every file for 25 s and more. A proxy that is set stands for the hub.
+    """Whether the hub can be reached. If not, its library is told to use what it has cached, once and for all:
+    it would retry every file for 25 s and more.
     """
-    proxy = urllib.request.getproxies().get("https")
-    address = urllib.parse.urlsplit(proxy or _endpoint())
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname or "", port), timeout=PROBE_SECONDS).close()
-    except OSError as error:
-        log.debug("%s cannot be reached (%s): using cached files only", _endpoint(), error)
-        # They read the variable once, when imported, which may have happened.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        import huggingface_hub.constants
+    if answers(_endpoint()):
+        return True
+    log.debug("%s cannot be reached: using cached files only", _endpoint())
+    # They read the variable once, when imported, which may have happened.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import huggingface_hub.constants
 
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        return False
-    return True
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    return False
 
 
 def _endpoint() -> str:

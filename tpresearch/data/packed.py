@@ -1,9 +1,10 @@
-"""Packed rows on disk: an Arrow folder that `datasets.load_from_disk` also reads, seen as one NumPy array."""
+"""What is kept on disk: token streams, and packed rows in an Arrow folder, seen as one memory-mapped array."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ from numpy.typing import NDArray
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.data.cache import Meta
+from tpresearch.data.tokenizer import Tokenizer
 
+PARTS = ("train", "held_out")
+BATCH_CHARS = 8 << 20
 COLUMN = "input_ids"
 ARROW_FILE = "data-00000-of-00001.arrow"
+
+Tokens = NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True)
@@ -29,15 +35,14 @@ class PackedCorpus:
         tokenizer_hash: over the tokenizer, which is tokenizer.json in `folder`.
         vocab_size: entries of the tokenizer; every token is below it.
         eos_id: the token that ends each document.
-        unigram_entropy: nats a token of the held-out tokens under the train tokens' frequencies (each counted
-            once more than seen): the loss of a model that knows how often each token occurs, and nothing
-            else.
+        unigram_entropy: nats per held-out token under the train tokens' frequencies (each counted once more
+            than seen): the loss of a model that knows how often each token occurs, and nothing else.
         meta: everything recorded when it was prepared, as in meta.json.
         folder: where it lies.
     """
 
-    train: NDArray[np.unsignedinteger[Any]]
-    held_out: NDArray[np.unsignedinteger[Any]]
+    train: Tokens
+    held_out: Tokens
     corpus_hash: str
     tokenizer_hash: str
     vocab_size: int
@@ -67,7 +72,7 @@ class PackedCorpus:
 
 
 def check_enough_rows(corpus: PackedCorpus, global_batch_size: int, multiple_of: int = 1) -> None:
-    """Refuse a corpus that has not one global batch of train rows.
+    """Refuse a corpus whose train rows do not fill one global batch.
 
     Args:
         multiple_of: what divides a batch that is legal on this mesh, so that the one offered is.
@@ -80,9 +85,7 @@ def check_enough_rows(corpus: PackedCorpus, global_batch_size: int, multiple_of:
         return
     tokens = corpus.meta["train"]["tokens"]
     if rows == 0:
-        fix: dict[str, object] = (
-            {"data.seq_len": tokens // global_batch_size - 1} if tokens > global_batch_size else {}
-        )
+        fix = {"data.seq_len": tokens // global_batch_size - 1} if tokens > global_batch_size else {}
         why = f"the train split has {tokens} tokens, fewer than one row of {row_tokens}"
         raise ConfigError("data.seq_len", row_tokens - 1, why, "a shorter sequence or more text", fix)
     why = f"the train split has {rows} rows of {row_tokens} tokens, fewer than one global batch"
@@ -92,28 +95,105 @@ def check_enough_rows(corpus: PackedCorpus, global_batch_size: int, multiple_of:
     raise ConfigError("train.global_batch_size", global_batch_size, why, legal, fix)
 
 
+# Token streams: the ids of all documents of a split, end to end, each closed by the end of text.
+
+
+def write_streams(
+    folder: Path,
+    texts: Iterable[tuple[str, str]],
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    advance: Callable[[int], None],
+) -> Meta:
+    """Tokenize documents into `<folder>/train.bin` and `held_out.bin`, with 8 MB of text in memory at a time.
+
+    Args:
+        texts: each document's train and held-out text.
+        max_tokens: stop after the document that reaches it, counting both parts; None reads everything.
+        advance: told the bytes of text done.
+
+    Returns:
+        For meta.json: the dtype; each part's documents, bytes and tokens; the two unigram entropies in nats.
+    """
+    dtype = token_dtype(tokenizer.size)
+    counts = {part: {"documents": 0, "bytes": 0, "tokens": 0} for part in PARTS}
+    unigrams = {part: np.zeros(tokenizer.size, np.int64) for part in PARTS}
+    with (folder / "train.bin").open("wb") as train, (folder / "held_out.bin").open("wb") as held_out:
+        files = {"train": train, "held_out": held_out}
+        for part, text, encoded in _encoded(texts, tokenizer):
+            ids = np.append(encoded, tokenizer.eos_id).astype(dtype)
+            files[part].write(ids.tobytes())
+            size = len(text.encode())
+            for key, value in (("documents", 1), ("bytes", size), ("tokens", len(ids))):
+                counts[part][key] += value
+            unigrams[part] += np.bincount(ids, minlength=tokenizer.size)
+            advance(size)
+            if max_tokens is not None and sum(count["tokens"] for count in counts.values()) >= max_tokens:
+                break
+    return {"dtype": dtype.name, **counts, "unigram_entropy_nats": unigram_entropy(**unigrams)}
+
+
+def _encoded(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, str, Tokens]]:
+    """(part, text, ids) of every text that is not empty, encoded many at a time."""
+    waiting: list[tuple[str, str]] = []
+    chars = 0
+    for both in texts:
+        waiting += [(part, text) for part, text in zip(PARTS, both, strict=True) if text]
+        chars += sum(map(len, both))
+        if chars >= BATCH_CHARS:
+            yield from _encode(waiting, tokenizer)
+            waiting, chars = [], 0
+    yield from _encode(waiting, tokenizer)
+
+
+def _encode(waiting: list[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, str, Tokens]]:
+    ids = tokenizer.encode([text for _, text in waiting])
+    return ((part, text, tokens) for (part, text), tokens in zip(waiting, ids, strict=True))
+
+
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
     """uint16 for up to 65,536 entries, half the disk of uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def write_rows(folder: Path, tokens: NDArray[np.unsignedinteger[Any]], row_tokens: int) -> int:
-    """Pack tokens [t] into rows [t // row_tokens, row_tokens], drop the rest, and say how many rows.
+def unigram_entropy(train: NDArray[np.int64], held_out: NDArray[np.int64]) -> dict[str, float | None]:
+    """Nats per token, from counts [v]: `train` under its own frequencies, `held_out` under train's.
+
+    Train counts are raised by one for the latter (Laplace), since a token that never occurs in train would
+    have infinite loss.
+    """
+    share = train[train > 0] / max(train.sum(), 1)
+    smoothed = np.log(train + 1) - np.log(train.sum() + len(train))
+    seen = held_out.sum()
+    return {
+        "train": float(-(share * np.log(share)).sum()),
+        "held_out": float(-(held_out * smoothed).sum() / seen) if seen else None,
+    }
+
+
+def read_stream(folder: Path, part: str, dtype: str) -> Tokens:
+    """The tokens [t] of a part, memory-mapped."""
+    file = folder / f"{part}.bin"
+    if file.stat().st_size == 0:  # which cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(file, dtype, mode="r")
+
+
+# Packed rows
+
+
+def write_rows(folder: Path, tokens: Tokens, row_tokens: int) -> int:
+    """Pack tokens [t] into rows [t // row_tokens, row_tokens] and drop the rest; returns how many rows.
 
     `Dataset.save_to_disk` would cut the rows into record batches of a thousand, which cannot be seen as one
     array; so the folder is written here, in its format: one Arrow stream with one record batch, and two small
-    JSON files.
+    JSON files. `datasets.load_from_disk` reads it too.
     """
     rows = len(tokens) // row_tokens
     values = pa.array(tokens[: rows * row_tokens])  # views a memory map, copies nothing
     column = pa.FixedSizeListArray.from_arrays(values, row_tokens)
-    features = {
-        COLUMN: {
-            "feature": {"dtype": tokens.dtype.name, "_type": "Value"},
-            "length": row_tokens,
-            "_type": "List",
-        }
-    }
+    feature = {"dtype": tokens.dtype.name, "_type": "Value"}
+    features = {COLUMN: {"feature": feature, "length": row_tokens, "_type": "List"}}
     schema = pa.schema([pa.field(COLUMN, column.type)])
     schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     folder.mkdir()
@@ -133,7 +213,7 @@ def write_rows(folder: Path, tokens: NDArray[np.unsignedinteger[Any]], row_token
     return rows
 
 
-def read_rows(folder: Path) -> NDArray[np.unsignedinteger[Any]]:
+def read_rows(folder: Path) -> Tokens:
     """The rows [n, row_tokens] of a folder that `write_rows` wrote, without reading or copying them."""
     with pa.ipc.open_stream(pa.memory_map(str(folder / ARROW_FILE))) as stream:
         column = stream.read_all().column(COLUMN).chunk(0)

@@ -1,7 +1,7 @@
 """Corpus -> tokenizer -> token streams -> packed rows: three folders in the cache, each built once per host.
 
-Each is named by what it was made from, so that another seq_len repeats only the packing, and another corpus
-nothing but itself. A rank that finds the rows asks for nothing else.
+Each folder's name is a hash of its inputs, so that another seq_len repeats only the packing. A rank that finds
+the rows needs nothing else.
 """
 
 from __future__ import annotations
@@ -10,32 +10,40 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import DataConfig, TokenizerConfig, TokenizerKind
+from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
 from tpresearch.data.cache import Meta, build_once
-from tpresearch.data.corpus import Corpus, open_corpus
-from tpresearch.data.packed import PackedCorpus, write_rows
-from tpresearch.data.progress import stage
-from tpresearch.data.split import choose_split
-from tpresearch.data.streams import read_stream, write_streams
+from tpresearch.data.hub import open_hub
+from tpresearch.data.packed import PARTS, PackedCorpus, read_stream, write_rows, write_streams
+from tpresearch.data.sources import Corpus, Document, open_files
 from tpresearch.data.synthetic import AnyCorpus, Synthetic
 from tpresearch.data.tokenizer import Tokenizer, byte_level, load_hf, train_bpe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Part of every folder's name: raise it when what is written changes."""
 
 LEARN_FROM_CHARS = 128 << 20
 """A BPE learns from no more text than this: more changes few merges, and costs memory."""
 
+SAMPLE_CHARS = 1 << 20
+"""How much text a foreign tokenizer is tried on, to see whether it loses some."""
+
 CHARS_PER_TOKEN = 4
 """About what a BPE of 4,096 to 32,000 entries makes of English and code."""
+
+DOCUMENTS_PER_HELD_OUT = 5
+"""With fewer than this many times `held_out_every` documents, too few names may fall on the held-out side."""
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -49,12 +57,21 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = False
         progress: draw progress bars on stderr, if that is a terminal and this process does the work.
 
     Raises:
-        ConfigError: for text that cannot be read after all (a bad line, a hub that went away) or is not
-            there.
+        ConfigError: for text that cannot be read after all (a bad line, a hub that went away) or does not
+            exist.
     """
     if data.source.is_synthetic:
         return Synthetic.of(data, tokenizer)
     return _Preparation(data, tokenizer, progress).rows()
+
+
+def open_corpus(data: DataConfig) -> Corpus:
+    """The text corpus that `data` names, hashed and not yet parsed.
+
+    Raises:
+        ConfigError: for a path that names nothing, or a hub that cannot be reached.
+    """
+    return open_hub(data) if data.source is DataSource.hf else open_files(data)
 
 
 class _Preparation:
@@ -64,7 +81,7 @@ class _Preparation:
         self.data, self.progress = data, progress
         self.vocab_size = tokenizer.vocab_size
         self.cache = Path(data.cache_dir).expanduser()
-        self.corpus: Corpus = open_corpus(data)
+        self.corpus = open_corpus(data)
         self.foreign = load_hf(str(tokenizer.path)) if tokenizer.kind is TokenizerKind.hf else None
 
         learned = (self.corpus.content_hash, data.held_out_every, self._learn_from_chars(), self.vocab_size)
@@ -78,10 +95,8 @@ class _Preparation:
         folder = self._folder("rows", self.rows_key)
         packed = PackedCorpus.open(folder, build_once(folder, self._pack))
         if len(packed.held_out) == 0:
-            tokens = packed.meta["held_out"]["tokens"]
-            log.warning(
-                "the %d held-out tokens fill no row of %d: nothing to evaluate on", tokens, self.data.seq_len
-            )
+            tokens, seq_len = packed.meta["held_out"]["tokens"], self.data.seq_len
+            log.warning("the %d held-out tokens fill no row of %d: nothing to evaluate on", tokens, seq_len)
         return packed
 
     def _pack(self, growing: Path) -> Meta:
@@ -90,7 +105,7 @@ class _Preparation:
         row_tokens = self.data.seq_len + 1
         parts = {}
         with stage(f"packing rows of {row_tokens} tokens", None, self.progress) as advance:
-            for part in ("train", "held_out"):
+            for part in PARTS:
                 tokens = read_stream(folder, part, meta["dtype"])
                 parts[part] = {**meta[part], "rows": write_rows(growing / part, tokens, row_tokens)}
                 advance(tokens.nbytes)
@@ -99,13 +114,13 @@ class _Preparation:
 
     def _tokenize(self, growing: Path) -> Meta:
         tokenizer = self.foreign or self._bpe()
-        text = self._split()
+        if self.foreign:
+            self._warn_of_lost_text(self.foreign)
         with stage("tokenizing", self._total_bytes(), self.progress) as advance:
-            counts = write_streams(growing, text, tokenizer, self.data.max_tokens, advance)
+            counts = write_streams(growing, self._split(), tokenizer, self.data.max_tokens, advance)
         if counts["train"]["tokens"] == 0:
-            raise ConfigError(
-                "data.path", self.data.path, "no text in it", "files or records with text in them"
-            )
+            legal = "files or records with text in them"
+            raise ConfigError("data.path", self.data.path, "no text in it", legal)
         tokenizer.save(growing / TOKENIZER_FILE)
         return {
             "format": FORMAT,
@@ -119,36 +134,38 @@ class _Preparation:
             **counts,
         }
 
+    def _warn_of_lost_text(self, tokenizer: Tokenizer) -> None:
+        documents = (document.text for document in self.corpus.documents())
+        sample = "\n".join(take_chars(documents, min(SAMPLE_CHARS, self._asked_chars() or SAMPLE_CHARS)))
+        if lost := tokenizer.lost_chars(sample):
+            share = f"{lost:,} of the first {len(sample):,} characters ({100 * lost / len(sample):.2g} %)"
+            log.warning("this tokenizer loses text that it has no tokens for: %s", share)
+
     def _bpe(self) -> Tokenizer:
         folder = self._folder("tokenizers", self.bpe_key)
         build_once(folder, self._train_bpe)
         return byte_level(HfTokenizer.from_file(str(folder / TOKENIZER_FILE)))
 
     def _train_bpe(self, growing: Path) -> Meta:
-        budget = self._learn_from_chars()
-
-        def texts(remaining: int) -> Iterator[str]:
-            for train, _ in self._split():
-                if remaining <= 0:
-                    return
-                advance(len(train))
-                yield train[:remaining]
-                remaining -= len(train)
+        def told(texts: Iterable[str]) -> Iterator[str]:
+            for text in texts:
+                advance(len(text))
+                yield text
 
         what = f"learning a BPE of {self.vocab_size:,} entries"
         with stage(what, self._total_bytes(), self.progress) as advance:
-            tokenizer = train_bpe(texts(budget), self.vocab_size)
+            texts = take_chars((train for train, _ in self._split()), self._learn_from_chars())
+            tokenizer = train_bpe(told(texts), self.vocab_size)
         if tokenizer.size < self.vocab_size:
-            log.warning(
-                "the text has only %d tokens to learn, of %d asked for", tokenizer.size, self.vocab_size
-            )
+            log.warning("the text yields only %d of %d tokens asked for", tokenizer.size, self.vocab_size)
         tokenizer.save(growing / TOKENIZER_FILE)
         return {"format": FORMAT, "corpus_hash": self.corpus.content_hash, "vocab_size": tokenizer.size}
 
     def _split(self) -> Iterator[tuple[str, str]]:
         """Each document as (train text, held-out text), in order."""
-        split = choose_split(self.corpus.documents(), self.data.held_out_every, self._asked_chars())
-        return (split(document) for document in self.corpus.documents())
+        every = self.data.held_out_every
+        whole = holds_out_whole(self.corpus.documents(), every, self._asked_chars())
+        return (split(document, every, whole) for document in self.corpus.documents())
 
     def _learn_from_chars(self) -> int:
         """No more text than will be read anyway, so that streaming fetches little twice."""
@@ -170,3 +187,73 @@ class _Preparation:
 def fingerprint(*parts: object) -> str:
     """16 hex digits over what a folder is made from, and the version of its format."""
     return hashlib.blake2b(json.dumps([FORMAT, *parts]).encode(), digest_size=8).hexdigest()
+
+
+def take_chars(texts: Iterable[str], chars: int) -> Iterator[str]:
+    """The first texts, of so many characters in all; the last one is cut."""
+    for text in texts:
+        yield text[:chars]
+        if (chars := chars - len(text)) <= 0:
+            return
+
+
+# What is held out for evaluation: decided by names, so the same for every run, tokenizer and plan.
+
+
+def is_held_out(name: str, every: int) -> bool:
+    return int(hashlib.sha1(name.encode()).hexdigest(), 16) % every == 0
+
+
+def holds_out_whole(documents: Iterable[Document], every: int, chars: int | None = None) -> bool:
+    """Whether a corpus has enough documents to hold out whole ones.
+
+    Judged by its first `5 * every` documents or first `chars` of text. There are too few where these are fewer
+    (a single text file, say), or would all fall on one side.
+    """
+    enough = DOCUMENTS_PER_HELD_OUT * every
+    held_out: list[bool] = []
+    for document in islice(documents, enough):
+        held_out.append(is_held_out(document.name, every))
+        if chars is not None and (chars := chars - len(document.text)) <= 0:
+            break
+    return len(held_out) == enough and 0 < sum(held_out) < enough
+
+
+def split(document: Document, every: int, whole: bool) -> tuple[str, str]:
+    """A document's train text and held-out text.
+
+    Args:
+        whole: hold out all of the document where sha1(name) % every == 0, and none of it elsewhere. Otherwise
+            hold out the end of every document: cut at 1/every before its end, or at a line's start at most as
+            far again before.
+    """
+    text = document.text
+    if whole:
+        return ("", text) if is_held_out(document.name, every) else (text, "")
+    share = max(len(text) // every, 1)
+    end = len(text) - share
+    cut = text.rfind("\n", max(end - share, 0), end) + 1 or end
+    return text[:cut], text[cut:]
+
+
+@contextmanager
+def stage(what: str, total_bytes: int | None, bar: bool) -> Iterator[Callable[[int], None]]:
+    """Log a stage and how long it took; yields a function that takes the bytes done since it was last called.
+
+    Args:
+        what: the stage in a few words, such as "tokenizing".
+        total_bytes: None where it is not known how far there is to go.
+        bar: whether to draw a progress bar, which is done only where stderr is a terminal.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    hidden = not (bar and sys.stderr.isatty())
+    console = Console(stderr=True, quiet=hidden)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    started = time.perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(what, total=total_bytes)
+        yield lambda count: progress.advance(task, count)
+    done = progress.tasks[task].completed
+    log.info("%s: %.1f MB in %.1f s", what, done / 1e6, time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""Rows that nobody wrote: numbers or tokens drawn uniformly, each a pure function of (seed, step, row)."""
+"""Synthetic data: uniform random tokens or floats, each row a pure function of (seed, step, row)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tpresearch.data.packed import PackedCorpus
 
 @dataclass(frozen=True)
 class Synthetic:
-    """A source without end, a file or a cache, for benchmarks and for networks that take numbers.
+    """An endless source without a file or a cache, for benchmarks and for networks that take floats.
 
     Attributes:
-        width: numbers or tokens a row.
-        vocab_size: tokens are drawn below it; None for numbers in [0, 1).
+        width: floats or tokens per row.
+        vocab_size: tokens are drawn below it; None for floats in [0, 1).
         train, held_out: empty, since no rows are kept; there are none to evaluate on.
-        unigram_entropy: nats a token, and the least loss there is; None for numbers.
+        unigram_entropy: nats per token, and the least possible loss; None for floats.
     """
 
     source: DataSource
@@ -51,12 +51,14 @@ class Synthetic:
         return math.log(self.vocab_size) if self.vocab_size else None
 
     def __str__(self) -> str:
-        what = f"tokens of {self.vocab_size:,}" if self.vocab_size else "numbers"
-        return f"rows of {self.width} {what}, drawn as they are read, none held out"
+        what = f"random tokens below {self.vocab_size:,}" if self.vocab_size else "random floats"
+        return f"rows of {self.width} {what}, generated as they are read, none held out"
 
-    def draw(self, seed: int, step: int, row: int) -> NDArray[Any]:
-        """Row `row` of global batch `step`: [width] float32 in [0, 1), or [s + 1] int64."""
-        generator = np.random.default_rng([seed, step, row])
+    def rows(self, seed: int, step: int, rows: range) -> NDArray[Any]:
+        """These rows of global batch `step`: [b, width] float32 in [0, 1), or [b, s + 1] int64."""
+        return np.stack([self._row(np.random.default_rng([seed, step, row])) for row in rows])
+
+    def _row(self, generator: np.random.Generator) -> NDArray[Any]:
         if self.vocab_size is None:
             return generator.random(self.width, dtype=np.float32)
         return generator.integers(self.vocab_size, size=self.width)

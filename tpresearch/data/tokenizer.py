@@ -16,16 +16,17 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.data.files import looks_like_hub_id
+from tpresearch.data.hub import download_tokenizer, looks_like_hub_id
+from tpresearch.data.sources import first_line
 
 EOS = "<|endoftext|>"
 COMMON_EOS = ("</s>", EOS, "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
 LEGAL_PATH = "a tokenizer.json, a folder that holds one, or a name on the hub"
 OWN_BPE: dict[str, object] = {"tokenizer": "bpe", "tokenizer.path": None}
+SAMPLE = "A sample: naïve 数据 🙂\n\t0"
 
-# A tokenizer has as many threads as there are texts to encode at once, so long ones are cut.
-# Before an ASCII blank that follows something else, no byte-level BPE word can span the cut: the ids stay the
-# same.
+# A tokenizer uses as many threads as there are texts to encode at once, so long texts are cut.
+# Before an ASCII blank that follows something else, no byte-level BPE word can span the cut: the ids stay the same.
 CUT = re.compile(r"(?<=\S)(?=[ \t\r\n])")
 PIECE_CHARS = 1 << 16
 # Other tokenizers may mark the start of a text; there only what would not fit in memory is cut.
@@ -42,8 +43,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: HfTokenizer, eos_id: int, piece_chars: int = FOREIGN_PIECE_CHARS) -> None:
-        # Files often carry the truncation and padding of the model they were made for; documents must stay
-        # whole.
+        # Files often carry the truncation and padding of the model they were made for; documents stay whole.
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # "</s>" written in a document is text, not its end
@@ -63,6 +63,18 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         self.backend.save(str(path))
+
+    def lost_chars(self, text: str) -> int:
+        """Characters of a text, blanks aside, that no token stands for, or only the unknown token."""
+        model = json.loads(self.backend.to_str())["model"]
+        unknown = model.get("unk_id")  # Unigram's; the others name theirs
+        if unknown is None:
+            unknown = self.backend.token_to_id(model.get("unk_token") or "")
+        kept = np.zeros(len(text), bool)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            kept[start:end] |= token != unknown
+        return sum(not char.isspace() for char, there in zip(text, kept, strict=True) if not there)
 
 
 def cut(text: str, piece_chars: int) -> list[str]:
@@ -98,25 +110,28 @@ def byte_level(backend: HfTokenizer) -> Tokenizer:
 def load_hf(path: str) -> Tokenizer:
     """A Hugging Face tokenizer: a tokenizer.json, a folder, or a hub id. Its code is never run.
 
-    The end-of-text token is the one that tokenizer_config.json names, or else one that goes by a common name.
+    The end-of-text token is the one that tokenizer_config.json names, or else one that has a common name.
 
     Raises:
-        ConfigError: for a path that holds no tokenizer, or a tokenizer without an end-of-text token.
+        ConfigError: for a path that holds no tokenizer, or a tokenizer without an end-of-text token, or that
+            fails on a sample of text.
     """
-    file = _tokenizer_file(path)
-    backend = _backend(path, file)
-    settings = _settings(file.parent)
-    stated = settings.get("eos_token")
+    backend, folder = _load(path)
+    stated = _settings(folder).get("eos_token")
     stated = stated.get("content") if isinstance(stated, dict) else stated
     candidates = [stated] if stated else COMMON_EOS
     eos_id = next((found for eos in candidates if (found := backend.token_to_id(eos)) is not None), None)
     if eos_id is None:
         why = "this tokenizer has no end-of-text token"
-        legal = (
-            f"one whose tokenizer_config.json names its eos_token, or that has one of {' '.join(COMMON_EOS)}"
-        )
+        legal = f"one whose tokenizer_config.json names its eos_token, or with one of {' '.join(COMMON_EOS)}"
         raise ConfigError("tokenizer.path", path, why, legal, OWN_BPE)
-    return Tokenizer(backend, eos_id)
+    tokenizer = Tokenizer(backend, eos_id)
+    try:
+        tokenizer.encode([SAMPLE])
+    except Exception as error:  # the library raises bare Exceptions
+        why = f"this tokenizer cannot encode {SAMPLE!r}: {first_line(error)}"
+        raise ConfigError("tokenizer.path", path, why, "one that can encode any text", OWN_BPE) from None
+    return tokenizer
 
 
 def tokenizer_size(path: str) -> int:
@@ -125,7 +140,7 @@ def tokenizer_size(path: str) -> int:
     Raises:
         ConfigError: for a path that holds no tokenizer.
     """
-    return entries(_backend(path, _tokenizer_file(path)))
+    return entries(_load(path)[0])
 
 
 def entries(backend: HfTokenizer) -> int:
@@ -133,28 +148,22 @@ def entries(backend: HfTokenizer) -> int:
     return max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)  # ids may have gaps
 
 
-def _tokenizer_file(path: str) -> Path:
-    """Where the tokenizer.json of a path is, or would be if its folder had one; hub ids are downloaded."""
+def _load(path: str) -> tuple[HfTokenizer, Path]:
+    """The tokenizer of a path, and the folder with its other files; those of a hub id are downloaded."""
     local = Path(path).expanduser()
-    if local.is_file():
-        return local
-    if not local.is_dir():
+    if not local.exists():
         if not looks_like_hub_id(path):
             raise ConfigError("tokenizer.path", path, "there is no such file", LEGAL_PATH, OWN_BPE)
-        from tpresearch.data.hub import download_tokenizer
-
         local = download_tokenizer(path, LEGAL_PATH)
-    return local / "tokenizer.json"
-
-
-def _backend(path: str, file: Path) -> HfTokenizer:
+    file = local / "tokenizer.json" if local.is_dir() else local
     try:
-        return HfTokenizer.from_file(str(file)) if file.is_file() else _converted(path, file.parent)
+        backend = HfTokenizer.from_file(str(file)) if file.is_file() else _converted(path, file.parent)
     except ConfigError:
         raise
     except Exception as error:  # both libraries raise a dozen kinds, bare Exceptions among them
-        why = f"no tokenizer could be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        why = f"no tokenizer could be loaded: {first_line(error)}"
         raise ConfigError("tokenizer.path", path, why, LEGAL_PATH, OWN_BPE) from None
+    return backend, file.parent
 
 
 def _converted(path: str, folder: Path) -> HfTokenizer:
@@ -167,9 +176,8 @@ def _converted(path: str, folder: Path) -> HfTokenizer:
         raise ConfigError("tokenizer.path", path, why, legal, OWN_BPE) from None
     loaded: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not getattr(loaded, "is_fast", False):
-        raise ConfigError(
-            "tokenizer.path", path, "exists in Python only, too slow for a corpus", LEGAL_PATH, OWN_BPE
-        )
+        why = "exists in Python only, too slow for a corpus"
+        raise ConfigError("tokenizer.path", path, why, LEGAL_PATH, OWN_BPE)
     backend: HfTokenizer = loaded.backend_tokenizer
     return backend
 

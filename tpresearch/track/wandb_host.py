@@ -5,21 +5,17 @@ from __future__ import annotations
 import logging
 import netrc
 import os
-import socket
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+from tpresearch.config.network import answers
 from tpresearch.config.schema import WandbMode
 
 if TYPE_CHECKING:
     import wandb
 
 Mode = Literal["online", "offline", "disabled"]
-
-PROBE_S = 2.0
-"""Longest wait for the host to accept a connection."""
 
 log = logging.getLogger(__name__)
 
@@ -52,17 +48,3 @@ def has_key(settings: wandb.Settings) -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return accounts.authenticators(urlsplit(settings.base_url).netloc) is not None
-
-
-def answers(url: str, timeout_s: float = PROBE_S) -> bool:
-    """Whether something accepts a TCP connection at the URL's host, or at the proxy that leads there."""
-    target = urlsplit(url)
-    proxy = urllib.request.getproxies().get(target.scheme)
-    if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
-        target = urlsplit(proxy)
-    port = target.port or (443 if target.scheme == "https" else 80)
-    try:
-        socket.create_connection((target.hostname or "", port), timeout_s).close()
-    except OSError:
-        return False
-    return True

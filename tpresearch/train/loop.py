@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.config.schema import OnNonfinite
-from tpresearch.data import AnyBatches, AnyCorpus, Batch, batches_of
+from tpresearch.data import AnyCorpus, Batch, Batches, batches_of
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.mesh import data_rank
@@ -35,7 +35,7 @@ class Loop:
     state: TrainState
     setup: Setup
     corpus: AnyCorpus
-    batches: AnyBatches
+    batches: Batches
 
     @classmethod
     def assemble(

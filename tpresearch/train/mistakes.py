@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.config.schema import Config
-from tpresearch.data import AnyBatches, Batch
+from tpresearch.data import Batch, Batches
 from tpresearch.parallel.mesh import data_rank
 from tpresearch.parallel.weights import draw_weights
 from tpresearch.train.observe import Observer
@@ -22,7 +22,7 @@ RANKS_APART = 1_000_003
 """Between the seeds of two ranks, so that no rank has the seed of an honest run."""
 
 
-def mistakes_of(cfg: Config, mesh: DeviceMesh, batches: AnyBatches) -> list[Observer]:
+def mistakes_of(cfg: Config, mesh: DeviceMesh, batches: Batches) -> list[Observer]:
     """Those that the config asks for."""
     asked = [f.name for f in dataclasses.fields(cfg.defects) if getattr(cfg.defects, f.name)]
     if asked:
@@ -68,7 +68,7 @@ class WeightsPerRank(Observer):
 class OverlappingBatches(Observer):
     """Rows by step + rank: rank 1 reads at step k what rank 0 reads at step k + 1."""
 
-    def __init__(self, batches: AnyBatches) -> None:
+    def __init__(self, batches: Batches) -> None:
         self._batches, self._right = batches, batches.batch
 
     def start(self, state: TrainState) -> None:

@@ -1,0 +1,24 @@
+"""Whether a host can be reached from here, asked before a library that would wait for it in vain."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from urllib.parse import urlsplit
+
+PROBE_S = 3.0
+"""Longest wait for a host to accept a connection."""
+
+
+def answers(url: str, timeout_s: float = PROBE_S) -> bool:
+    """Whether something accepts a TCP connection at the URL's host, or at the proxy that leads there."""
+    target = urlsplit(url)
+    proxy = urllib.request.getproxies().get(target.scheme)
+    if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
+        target = urlsplit(proxy)
+    port = target.port or (443 if target.scheme == "https" else 80)
+    try:
+        socket.create_connection((target.hostname or "", port), timeout_s).close()
+    except OSError:
+        return False
+    return True
