@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.composed import config
+from support.counted_steps import FAKE
 from torch.distributed.tensor import DTensor
 
 from tpresearch.config import Config, ConfigError
@@ -14,9 +15,7 @@ from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.compiler import matching
 from tpresearch.plan.describe import folded, plan_rows, plan_text
 from tpresearch.train.build import planned, sharded
-from tpresearch.train.device import choose_device
 from tpresearch.train.loop import process_group
-from tpresearch.verify.ranks import Ranks
 
 
 def compiled(*overrides: str, world: int = 4):
@@ -98,14 +97,13 @@ def test_tp_alone_needs_no_divisible_sequence() -> None:
     compiled("model=llama2_debug", "parallel=tp", "data.seq_len=17")
 
 
-def facts_of_rank_zero(world: World, cfg: Config) -> dict[str, tuple[str, tuple[int, ...]]]:
+def facts_of_rank_zero(cfg: Config, world: World) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What really became of each parameter: its placements over axes of several ranks, its local shape."""
     sizes = validate(cfg, world.size)
     model, plan = planned(cfg, sizes)
-    device = choose_device(cfg, world.local_rank, world.local_size)
-    with process_group(device, world):
+    with process_group(FAKE, world):
         mesh = build_mesh(sizes, "cpu")
-        sharded(model, plan, cfg, mesh, device.torch)
+        sharded(model, plan, cfg, mesh, FAKE.torch)
         found = {}
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
@@ -123,13 +121,13 @@ def facts_of_rank_zero(world: World, cfg: Config) -> dict[str, tuple[str, tuple[
 
 @pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
 @pytest.mark.parametrize("plan", ["ddp", "tp", "sp", "fsdp", "hsdp", "fsdp_tp"])
-def test_the_table_is_what_becomes_of_each_parameter(ranks: Ranks, plan: str, model: str) -> None:
+def test_the_table_is_what_becomes_of_each_parameter(plan: str, model: str) -> None:
     overrides = [f"model={model}", f"parallel={plan}", "model.vocab_size=263"]
     meta, compiled_plan = compiled(*overrides)
     table = {
         row.fqn: (row.placement, row.local_shape) for row in plan_rows(meta, compiled_plan) if row.local_shape
     }
-    assert table == ranks.run(4, facts_of_rank_zero, config(*overrides))[0]
+    assert table == facts_of_rank_zero(config(*overrides), World(size=4, local_size=4))
 
 
 def test_layers_fold_into_one_row_and_nothing_is_lost() -> None:

@@ -15,7 +15,7 @@ from tpresearch.config.world import World
 from tpresearch.data import AnyCorpus
 from tpresearch.parallel.mesh import DATA_AXES, build_mesh, sum_over
 from tpresearch.train.build import planned
-from tpresearch.train.device import choose_device
+from tpresearch.train.device import Device, choose_device
 from tpresearch.train.loop import assemble, process_group
 
 Tensors = dict[str, Tensor]
@@ -46,14 +46,17 @@ class Trace:
     initial_between_ranks: dict[str, float]
 
 
-def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int) -> Trace:
+def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Device | None = None) -> Trace:
     """Train for a few steps on this rank of a job, through the code that every run goes through.
+
+    Args:
+        device: the one that the config chooses, unless given.
 
     Returns: the trace as this rank sees it; `between_ranks` says whether all see the same.
     """
     sizes = validate(cfg, world.size, world.hosts)
     model, plan = planned(cfg, sizes)
-    device = choose_device(cfg, world.local_rank, world.local_size)
+    device = device or choose_device(cfg, world.local_rank, world.local_size)
     with process_group(device, world):
         mesh = build_mesh(sizes, device.type)
         trainer = assemble(cfg, model, plan, mesh, device, corpus)
