@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import TORCHRUN, Done, environment, execute, on_path
+from support.commands import TORCHRUN, Done, environment, execute, execute_warm, on_path
 from support.launches import PROGRAM, Command
+from tpresearch.verify.ranks import Ranks
 
 
 @pytest.fixture
-def python(tmp_path: Path) -> Command:
-    """`python program.py ARGUMENTS`"""
+def python(ranks: Ranks, tmp_path: Path) -> Command:
+    """`python program.py ARGUMENTS`, in a fork of a warm process or a `cold` one."""
 
-    def run(*arguments: str, **env: str) -> Done:
-        return execute([sys.executable, str(PROGRAM), *arguments], tmp_path, environment(tmp_path, **env))
+    def run(*arguments: str, cold: bool = False, **env: str) -> Done:
+        env = environment(tmp_path, **env)
+        if cold:
+            return execute([sys.executable, str(PROGRAM), *arguments], tmp_path, env)
+        return execute_warm(ranks, None, [str(PROGRAM), *arguments], tmp_path, env)
 
     return run
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from support.commands import ROOT, environment, on_path
 from support.composed import config, corpus
 
 from tpresearch.config import Config
@@ -93,4 +95,34 @@ def test_no_job_leaves_a_thread_or_a_process_to_the_next(ranks: Ranks) -> None:
     first, *_, last = [ranks.run(2, threads_after_a_step, cfg) for _ in range(4)]
     assert [threads for _, threads, _ in first] == [threads for _, threads, _ in last]
     assert all(threads <= 3 and of_torch == 1 for _, threads, of_torch in last)
-    assert Path("/proc/self/task").exists()
+
+
+def sleep_and_tell(world: World, folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(3600)
+
+
+CALLER = """
+import sys
+from pathlib import Path
+from verify.test_ranks import sleep_and_tell
+from tpresearch.verify.ranks import Ranks
+if __name__ == "__main__":
+    Ranks().run(2, sleep_and_tell, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.cli
+def test_ranks_end_with_a_caller_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "caller.py").write_text(CALLER)
+    (told := tmp_path / "told").mkdir()
+    command = [sys.executable, str(tmp_path / "caller.py"), str(told)]
+    with subprocess.Popen(command, env=environment(tmp_path, **on_path(ROOT / "tests"))) as caller:
+        while len(list(told.iterdir())) < 2 and caller.poll() is None:
+            time.sleep(0.1)
+        caller.kill()
+    processes = [int(path.name) for path in told.iterdir()]
+    assert len(processes) == 2
+    while any(alive(process) for process in processes):
+        time.sleep(0.1)
