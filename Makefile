@@ -1,5 +1,6 @@
 # make train [ARGS="..."]   set up, then train the default 2D job on 4 local ranks
-# make test                 set up, then tests, lint and types
+# make test                 set up, then lint, types and tests
+# make test-all             the same with the exhaustive cases
 #
 # On a machine without a GPU, PIP_ARGS can name an index of CPU-only builds of torch.
 SHELL := /bin/bash
@@ -8,17 +9,18 @@ NPROC ?= 4
 BIN := .venv/bin
 PIP_ARGS ?=
 
-.PHONY: train test setup lint types clean
+.PHONY: train test test-all setup lint types clean
 
 train: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) train.py $(ARGS)
 
-test: setup
+test: CASES := -m "not exhaustive"
+test test-all: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(CASES)
 
 setup: .venv/.ready
 

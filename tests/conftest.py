@@ -19,11 +19,22 @@ pytest_plugins = ("support.launch_fixtures",)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden again")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test is of one kind: `cli` where its file says so, `ranks` where it asks for them, else `unit`."""
+    for item in items:
+        if item.get_closest_marker("cli"):
+            continue
+        fixtures = getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.ranks if "ranks" in fixtures else pytest.mark.unit)
+
+
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks()
-    yield pool
-    pool.close()
+def ranks() -> Ranks:
+    return Ranks()
 
 
 @pytest.fixture

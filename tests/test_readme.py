@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.commands import Done, environment, execute, execute_warm
 
 from tpresearch.track.names import METRICS
+from tpresearch.verify.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,10 +32,23 @@ COMMANDS = [line for block in fenced("bash") for line in block.replace("\\\n", "
 TRANSCRIPTS = [block.partition("\n") for block in fenced("console")]
 
 
-def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+FIRST_TORCHRUN = next(command for command in COMMANDS if command.startswith("torchrun "))
+
+
+@pytest.fixture(scope="module")
+def run(ranks: Ranks, clone: Path) -> Callable[..., Done]:
+    """Runs words in the clone: `cold` as they are, else python and torchrun are forks of a warm process."""
+
+    def start(words: list[str], cold: bool = False) -> Done:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        env = environment(clone, PATH=path, PYTHONPATH=str(clone))
+        starter, *program = words
+        if cold or starter not in ("python", "torchrun"):
+            return execute(words, clone, env)
+        size = int(program.pop(0).removeprefix("--nproc-per-node=")) if starter == "torchrun" else None
+        return execute_warm(ranks, size, program, clone, env)
+
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -71,23 +86,26 @@ def cheap(words: list[str], cache: Path) -> list[str]:
 
 @pytest.mark.cli
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_runs(command: str, clone: Path) -> None:
+def test_each_command_runs(command: str, clone: Path, run: Callable[..., Done]) -> None:
     words = cheap(shlex.split(command), clone / "cache")
-    if words[0] == "torchrun":
+    cold = command == FIRST_TORCHRUN
+    if cold:
         words.insert(1, "--standalone")  # two jobs on one machine would meet at torchrun's default port
-    done = run(words, clone)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run(words, cold)
+    assert done.code == 0, done.err[-2000:]
     if "train.py" in words and words[0] == "torchrun":
-        assert "completed" in done.stdout
+        assert "completed" in done.out
 
 
 @pytest.mark.cli
 @pytest.mark.parametrize(("typed", "_", "output"), TRANSCRIPTS)
-def test_each_transcript_is_what_is_printed(typed: str, _: str, output: str, clone: Path) -> None:
-    done = run(shlex.split(typed.removeprefix("$ ")), clone)
-    printed = done.stderr if output.startswith("error:") else done.stdout
+def test_each_transcript_is_what_is_printed(
+    typed: str, _: str, output: str, run: Callable[..., Done]
+) -> None:
+    done = run(shlex.split(typed.removeprefix("$ ")))
+    printed = done.err if output.startswith("error:") else done.out
     assert printed.strip() == output.strip()
-    assert done.returncode == (2 if output.startswith("error:") else 0)
+    assert done.code == (2 if output.startswith("error:") else 0)
 
 
 @pytest.mark.parametrize("group", GROUPS)

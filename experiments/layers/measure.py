@@ -146,11 +146,7 @@ def measure(ranks: Ranks, size: int = RANKS) -> dict[str, list[Seen]]:
 def main() -> None:
     from layers.picture import draw
 
-    ranks = Ranks()
-    try:
-        found = measure(ranks)
-    finally:
-        ranks.close()
+    found = measure(Ranks())
     rows = [
         {
             "case": case.name,

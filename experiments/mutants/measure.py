@@ -106,11 +106,8 @@ def main() -> None:
         model: trace(config(f"model={model}", "parallel=none", *SETTINGS), easy(), World(), STEPS)
         for model in ("toy_mlp", "llama2_debug")
     }
-    try:
-        for model, mutant in track(cases, description="mutants"):
-            rows.append(row_of(mutant, model, ranks, right[model]))
-    finally:
-        ranks.close()
+    for model, mutant in track(cases, description="mutants"):
+        rows.append(row_of(mutant, model, ranks, right[model]))
     with (HERE / "results.csv").open("w", newline="") as file:
         file.write(
             f"# python experiments/mutants/measure.py, torch {torch.__version__}, {datetime.date.today()}\n"

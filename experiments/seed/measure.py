@@ -239,7 +239,6 @@ def main() -> None:
             row, losses = measure(case, folder / case.name.replace(" ", "_").replace(",", ""), ranks)
             update("results.csv", [row])
             update("losses.csv", losses)
-    ranks.close()
     print_tables()
 
 

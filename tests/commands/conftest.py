@@ -1,20 +1,21 @@
-"""A corpus of a few files, a Python kept warm, and the runs that several tests look at."""
+"""A corpus of a few files, `train.py` as it is started, and the runs that several tests look at."""
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.commands import TORCHRUN, Done, environment, execute, execute_warm
 from support.fake_wandb import FakeWandb
-from support.trainings import ROWS, Done, Trained, environment, on_path, train
+from support.trainings import ROWS, TRAIN, Trained
+
+from tpresearch.verify.ranks import Ranks
 
 SENTENCE = "each rank of the mesh holds a shard of every weight while tokens flow from layer to layer"
-Warm = Callable[..., Done]
+Start = Callable[..., Done]
 Train = Callable[..., Trained]
 
 
@@ -51,12 +52,27 @@ def small(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def trained(small: list[str], home: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+def train(ranks: Ranks, home: Path) -> Start:
+    """`train(2, folder, "parallel=tp")` is torchrun with 2 ranks, `train(None, folder)` python; `cold` in new processes."""
+
+    def start(size: int | None, folder: Path, *overrides: str, cold: bool = False, **env: str) -> Done:
+        folder.mkdir(parents=True, exist_ok=True)
+        program = [str(TRAIN), *overrides]
+        if not cold:
+            return execute_warm(ranks, size, program, folder, environment(home, **env))
+        starter = [str(TORCHRUN), "--standalone", f"--nproc-per-node={size}"] if size else [sys.executable]
+        return execute([*starter, *program], folder, environment(home, **env))
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def trained(train: Start, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Makes a run that has to complete: `trained(2, "parallel=tp")`, `trained(None)` without torchrun."""
 
-    def make(ranks: int | None, *overrides: str, **env: str) -> Trained:
+    def make(size: int | None, *overrides: str, cold: bool = False, **env: str) -> Trained:
         folder = tmp_path_factory.mktemp("run")
-        done = train(ranks, folder, home, *small, *overrides, **env)
+        done = train(size, folder, *small, *overrides, cold=cold, **env)
         assert done.code == 0, done.err
         (run,) = folder.glob("outputs/train/*/*")
         return Trained(done, run)
@@ -64,40 +80,23 @@ def trained(small: list[str], home: Path, tmp_path_factory: pytest.TempPathFacto
     return make
 
 
-@pytest.fixture(scope="session")
-def warm_python(home: Path) -> Iterator[subprocess.Popen]:
-    program = [sys.executable, "-m", "support.warm"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(
-        program, env=environment(home, **on_path(Path(__file__).parents[1])), **pipes
-    ) as process:
-        yield process
-        process.stdin.close()
-
-
 @pytest.fixture
-def warm(warm_python: subprocess.Popen, tmp_path: Path) -> Warm:
-    """`python train.py ARGUMENTS` in an empty folder, as one rank of `ranks`, in a Python that is warm."""
+def python(train: Start, tmp_path: Path) -> Start:
+    """`python train.py ARGUMENTS` in a folder of its own, or one process as rank 0 of so many."""
 
-    def run(*arguments: str, ranks: int = 1, **env: str) -> Done:
-        cwd = tmp_path / "cwd"
-        cwd.mkdir(exist_ok=True)
-        job = {"RANK": "0", "WORLD_SIZE": ranks, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": ranks}
+    def start(*arguments: str, size: int = 1, **env: str) -> Done:
+        job = {"RANK": "0", "WORLD_SIZE": size, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": size}
         job |= {"TORCHELASTIC_RUN_ID": "none"}
-        env |= {key: str(value) for key, value in job.items()} if ranks > 1 else {}
-        assert warm_python.stdin
-        assert warm_python.stdout
-        warm_python.stdin.write(json.dumps({"arguments": arguments, "cwd": str(cwd), "env": env}) + "\n")
-        warm_python.stdin.flush()
-        return Done(cpu_seconds=0, **json.loads(warm_python.stdout.readline()))
+        env |= {key: str(value) for key, value in job.items()} if size > 1 else {}
+        return train(None, tmp_path / "cwd", *arguments, **env)
 
-    return run
+    return start
 
 
 @pytest.fixture(scope="session")
 def run_2d(trained: Train) -> Trained:
     """The main job: tensor, sequence and data parallelism on four ranks, W&B offline."""
-    return trained(4, "parallel=fsdp_tp")
+    return trained(4, "parallel=fsdp_tp", cold=True)
 
 
 @pytest.fixture(scope="session")

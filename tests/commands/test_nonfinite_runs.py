@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 
 import pytest
-from support.trainings import Trained, on_path, train
+from support.commands import on_path
+from support.trainings import Trained
 
 pytestmark = pytest.mark.cli
 
@@ -32,8 +33,8 @@ class Poisoned(Llama2):
 """
 
 
-def test_it_stops_with_the_step_and_the_metric(small: list[str], home: Path, tmp_path: Path) -> None:
-    done = train(None, tmp_path, home, *small, *ABSURD, "train.clip_grad_norm=null")
+def test_it_stops_with_the_step_and_the_metric(train, small: list[str], tmp_path: Path) -> None:
+    done = train(None, tmp_path, *small, *ABSURD, "train.clip_grad_norm=null")
     assert done.code == 1
     assert "NonfiniteError: train/loss is nan at step 2" in done.err
     (folder,) = tmp_path.glob("outputs/train/*/*")

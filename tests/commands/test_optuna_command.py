@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.trainings import TRAIN, environment, execute
+from support.commands import environment, execute
+from support.trainings import TRAIN
 
-pytestmark = [pytest.mark.cli, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.cli
 
 
 def test_optuna_is_told_the_objective_of_each_trial(small: list[str], home: Path, tmp_path: Path) -> None:
@@ -20,7 +21,7 @@ def test_optuna_is_told_the_objective_of_each_trial(small: list[str], home: Path
     typed += ["hydra.sweeper.sampler.seed=1", "hydra.launcher.objective=val/loss"]
     searched = "optimizer.lr=tag(log, interval(1e-4, 1e-1))"
     command = [sys.executable, str(TRAIN), "-m", *typed, searched]
-    done = execute(command, tmp_path, environment(home), timeout_s=500)
+    done = execute(command, tmp_path, environment(home))
     assert done.code == 0, done.out + done.err
     trials = [json.loads((tmp_path / f"sweep/{n}/summary.json").read_text()) for n in range(2)]
     losses = [trial["val/loss"] for trial in trials]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.trainings import train
+from support.marks import exhaustive
 
 pytestmark = pytest.mark.cli
 
@@ -28,12 +28,17 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("model", [*PUBLISHED, *OWN])
-def test_the_parameters_of_every_model_are_counted(warm, model: str) -> None:
+EVERY_DAY = ("llama2_70b", "llama2_debug", "toy_mlp")
+
+
+@pytest.mark.parametrize(
+    "model", [model if model in EVERY_DAY else exhaustive(model) for model in (*PUBLISHED, *OWN)]
+)
+def test_the_parameters_of_every_model_are_counted(python, model: str) -> None:
     count, by_formula = PUBLISHED.get(model, (OWN.get(model), OWN.get(model)))
     assert count == by_formula
     tp = 4 if model in ("llama2_small", "llama2_1b", "llama2_debug") else 8  # 12 heads; 4 KV heads
-    done = warm("plan_only=true", "tokenizer=bpe_32k", f"model={model}", f"mesh.tp={tp}")
+    done = python("plan_only=true", "tokenizer=bpe_32k", f"model={model}", f"mesh.tp={tp}")
     assert done.code == 0, done.err
     assert f"\nparameters: {count:,}\n" in done.out
     assert done.out.startswith(f"model={model} parallel=fsdp_tp world_size={tp}: {{'tp': {tp}}}\n")
@@ -67,10 +72,12 @@ PLANS = [
     ("parallel", "more", "sizes", "placement", "shape"), PLANS, ids=[row[0] for row in PLANS]
 )
 def test_every_parallel_plan_is_printed(
-    warm, parallel: str, more: str, sizes: str, placement: str, shape: str
+    python, parallel: str, more: str, sizes: str, placement: str, shape: str
 ) -> None:
     world = [] if "world_size" in more else ["world_size=64"]
-    done = warm("plan_only=true", "train.global_batch_size=64", f"parallel={parallel}", *world, *more.split())
+    done = python(
+        "plan_only=true", "train.global_batch_size=64", f"parallel={parallel}", *world, *more.split()
+    )
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     assert lines[0].endswith(f": {sizes}")
@@ -79,8 +86,8 @@ def test_every_parallel_plan_is_printed(
     assert cells(wq)[1:] == [*tensor, placement, shape]
 
 
-def test_the_table_says_what_each_module_sends(warm, small: list[str]) -> None:
-    done = warm(*small, "plan_only=true", "parallel=tp", "mesh.tp=2", "world_size=2")
+def test_the_table_says_what_each_module_sends(python, small: list[str]) -> None:
+    done = python(*small, "plan_only=true", "parallel=tp", "mesh.tp=2", "world_size=2")
     table = {cells(line)[0]: cells(line)[1:] for line in done.out.splitlines() if line}
     assert table["layers.{0-1}.attention.wo.weight"] == [
         "out (rowwise)",
@@ -93,9 +100,10 @@ def test_the_table_says_what_each_module_sends(warm, small: list[str]) -> None:
     assert "loss: on vocabulary shards" in done.out
 
 
-def test_it_starts_no_ranks_and_needs_no_data_of_its_own(home, tmp_path) -> None:
+def test_it_starts_no_ranks_and_needs_no_data_of_its_own(train, tmp_path) -> None:
     """The real command, cold, with 64 ranks to plan for and none to run on."""
-    done = train(None, tmp_path, home, "plan_only=true", "mesh.tp=8", "world_size=64", "tokenizer=bpe_32k")
+    words = "plan_only=true", "mesh.tp=8", "world_size=64", "tokenizer=bpe_32k"
+    done = train(None, tmp_path, *words, cold=True)
     assert done.code == 0, done.err
     assert done.out.startswith(
         "model=llama2_tiny parallel=fsdp_tp world_size=64: {'dp_shard': 8, 'tp': 8}\n"

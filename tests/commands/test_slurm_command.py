@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from support import fake_slurm
-from support.trainings import TRAIN, Done, environment, execute
+from support.commands import Done, environment, execute
+from support.trainings import TRAIN
 
-pytestmark = [pytest.mark.cli, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.cli
 
 
 def sweep(small: list[str], home: Path, folder: Path, *typed: str, **env: str) -> tuple[Done, list[dict]]:
@@ -24,7 +25,7 @@ def sweep(small: list[str], home: Path, folder: Path, *typed: str, **env: str) -
         "hydra.sweep.dir=sweep",
     ]
     command = [sys.executable, str(TRAIN), "-m", *words, *typed]
-    done = execute(command, folder, environment(home, **env), timeout_s=600)
+    done = execute(command, folder, environment(home, **env))
     table = folder / "sweep/summary.csv"
     return done, list(csv.DictReader(table.open())) if table.exists() else []
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.trainings import TRAIN, Done, Trained, environment, execute
+from support.commands import Done, environment, execute
+from support.trainings import TRAIN, Trained
 
-pytestmark = [pytest.mark.cli, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.cli
 
 
 def test_a_sweep_that_is_refused_leaves_nothing(home: Path, tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_a_sweep_runs_what_it_can_and_then_what_is_left(small: list[str], home: 
 
     def start() -> Done:
         command = [sys.executable, str(TRAIN), "-m", *typed, "hydra.sweep.dir=sweep"]
-        return execute(command, tmp_path, environment(home), timeout_s=600)
+        return execute(command, tmp_path, environment(home))
 
     done = start()
     assert done.code == 1, done.err

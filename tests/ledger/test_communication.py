@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.counted_steps import PLANS, counted_step
+from support.counted_steps import PLANS, counted_step, on_ranks
 
 from tpresearch.ledger.entries import ring_bytes
 from tpresearch.verify.ranks import Ranks
@@ -11,10 +11,16 @@ from tpresearch.verify.ranks import Ranks
 
 @pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
 @pytest.mark.parametrize(("plan", "world"), PLANS)
-def test_measured_is_expected(ranks: Ranks, plan: str, world: int, model: str) -> None:
-    found = counted_step(ranks, world, f"model={model}", f"parallel={plan}", two_parts=True)
+def test_measured_is_expected(plan: str, world: int, model: str) -> None:
+    found = counted_step(world, f"model={model}", f"parallel={plan}", two_parts=True)
     assert found.sent == found.expected.sent
     assert (found.sent == []) == (world == 1)
+
+
+@pytest.mark.parametrize("plan", ["sp", "hsdp", "fsdp_tp"])
+def test_real_ranks_send_what_the_fake_group_counts(ranks: Ranks, plan: str) -> None:
+    step = 4, "model=llama2_debug", f"parallel={plan}"
+    assert on_ranks(ranks, *step, two_parts=True).sent == counted_step(*step, two_parts=True).sent
 
 
 @pytest.mark.parametrize(
@@ -32,8 +38,8 @@ def test_measured_is_expected(ranks: Ranks, plan: str, world: int, model: str) -
     ],
     ids=" ".join,
 )
-def test_options_move_both_alike(ranks: Ranks, overrides: list[str]) -> None:
-    found = counted_step(ranks, 4, "model=llama2_debug", *overrides)
+def test_options_move_both_alike(overrides: list[str]) -> None:
+    found = counted_step(4, "model=llama2_debug", *overrides)
     assert found.sent == found.expected.sent
     assert found.sent
 
@@ -45,9 +51,9 @@ def test_ring_bytes_by_hand() -> None:
     assert ring_bytes("all_reduce", 1200, 1) == 0
 
 
-def test_tensor_parallelism_sends_megatrons_four_all_reduces_a_layer(ranks: Ranks) -> None:
+def test_tensor_parallelism_sends_megatrons_four_all_reduces_a_layer() -> None:
     """2 forward and 2 backward a layer, of b s h; beside them one for the embedding, one for the logits' input."""
-    entries = counted_step(ranks, 2, "model=llama2_debug", "parallel=tp").sent
+    entries = counted_step(2, "model=llama2_debug", "parallel=tp").sent
     found = {(e.phase, e.issuer, e.collective): (e.count, e.tensor_bytes) for e in entries}
     layers, bsh = 2, 8 * 16 * 64 * 4
     assert found == {
@@ -59,11 +65,9 @@ def test_tensor_parallelism_sends_megatrons_four_all_reduces_a_layer(ranks: Rank
 
 
 @pytest.mark.parametrize("plan", ["sp", "fsdp_tp"])
-def test_norms_gradients_are_summed_once_a_step_and_logits_are_never_gathered(
-    ranks: Ranks, plan: str
-) -> None:
+def test_norms_gradients_are_summed_once_a_step_and_logits_are_never_gathered(plan: str) -> None:
     """Of two micro-batches too: 5 norms of 64, of which each rank of FSDP sums its shard."""
-    found = counted_step(ranks, 4, "model=llama2_debug", f"parallel={plan}", two_parts=True)
+    found = counted_step(4, "model=llama2_debug", f"parallel={plan}", two_parts=True)
     shards = 2 if plan == "fsdp_tp" else 1
     sums = [e for e in found.sent if e.issuer == "step"]
     assert [(e.axis, e.phase, e.collective, e.count, e.tensor_bytes) for e in sums] == [
@@ -73,8 +77,8 @@ def test_norms_gradients_are_summed_once_a_step_and_logits_are_never_gathered(
     assert loss == [("all_reduce", 6)]  # three for each micro-batch
 
 
-def test_each_entry_says_who_issued_it(ranks: Ranks) -> None:
-    found = counted_step(ranks, 4, "model=llama2_debug", "parallel=fsdp_tp", two_parts=True)
+def test_each_entry_says_who_issued_it() -> None:
+    found = counted_step(4, "model=llama2_debug", "parallel=fsdp_tp", two_parts=True)
     assert {(e.axis, e.issuer) for e in found.sent} == {
         *(("tp", issuer) for issuer in ("dtensor", "loss", "step", "clip")),
         *(("dp_shard", issuer) for issuer in ("fsdp", "clip")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.counted_steps import PLANS, counted_step
+from support.counted_steps import PLANS, counted_step, on_ranks
 from torch import nn
 
 from tpresearch.ledger.entries import StepLedger
@@ -22,8 +22,8 @@ def agree(found: StepLedger) -> None:
 
 @pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
 @pytest.mark.parametrize(("plan", "world"), PLANS)
-def test_measured_is_expected(ranks: Ranks, plan: str, world: int, model: str) -> None:
-    agree(counted_step(ranks, world, f"model={model}", f"parallel={plan}", two_parts=True))
+def test_measured_is_expected(plan: str, world: int, model: str) -> None:
+    agree(counted_step(world, f"model={model}", f"parallel={plan}", two_parts=True))
 
 
 @pytest.mark.parametrize(
@@ -42,14 +42,25 @@ def test_measured_is_expected(ranks: Ranks, plan: str, world: int, model: str) -
     ],
     ids=" ".join,
 )
-def test_options_move_both_alike(ranks: Ranks, overrides: list[str]) -> None:
-    agree(counted_step(ranks, 1 if "parallel=none" in overrides else 2, "model=llama2_debug", *overrides))
+def test_options_move_both_alike(overrides: list[str]) -> None:
+    agree(counted_step(1 if "parallel=none" in overrides else 2, "model=llama2_debug", *overrides))
+
+
+@pytest.mark.parametrize("plan", ["sp", "hsdp", "fsdp_tp"])
+def test_real_ranks_hold_what_the_fake_group_counts(ranks: Ranks, plan: str) -> None:
+    """Temporaries apart: a gathered block lives for a while that depends on when its gather ends."""
+    step = 4, "model=llama2_debug", f"parallel={plan}"
+    real, fake = (
+        {kind.kind: kind.most_bytes for kind in found.held if kind.kind != "temporaries"}
+        for found in (on_ranks(ranks, *step, two_parts=True), counted_step(*step, two_parts=True))
+    )
+    assert real == fake
 
 
 def test_sharding_weights_keeps_activations_and_gathers_for_a_while(ranks: Ranks) -> None:
     """FSDP holds half of what is kept for the step, the same activations, and gathered blocks as temporaries."""
     steps = (
-        counted_step(ranks, world, "model=llama2_debug", plan, f"train.global_batch_size={8 * world}")
+        on_ranks(ranks, world, "model=llama2_debug", plan, f"train.global_batch_size={8 * world}")
         for world, plan in ((1, "parallel=none"), (2, "parallel=fsdp"))
     )
     alone, halves = ({kind.kind: kind.most_bytes for kind in step.held} for step in steps)

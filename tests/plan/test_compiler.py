@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.composed import config
+from support.counted_steps import FAKE
 from torch.distributed.tensor import DTensor
 
 from tpresearch.config import Config, ConfigError
@@ -15,8 +16,7 @@ from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.compiler import matching
 from tpresearch.plan.describe import folded, plan_rows, plan_text
-from tpresearch.train.preflight import planned, preflight
-from tpresearch.verify.ranks import Ranks
+from tpresearch.train.preflight import planned
 
 
 def compiled(*overrides: str, world: int = 4):
@@ -98,13 +98,11 @@ def test_tp_alone_needs_no_divisible_sequence() -> None:
     compiled("model=llama2_debug", "parallel=tp", "data.seq_len=17")
 
 
-def facts_of_rank_zero(world: World, cfg: Config) -> dict[str, tuple[str, tuple[int, ...]]]:
+def facts_of_rank_zero(cfg: Config, world: World) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What really became of each parameter: its placements over axes of several ranks, its local shape."""
-    job = preflight(cfg, world)
-    assert job.device
-    with process_group(job.device, world):
-        mesh = build_mesh(job.sizes, "cpu")
-        model = parallelize(job.model, job.plan, cfg.parallel, mesh, cfg.train.dtype)
+    model, plan = planned(cfg, sizes := validate(cfg, world.size))
+    with process_group(FAKE, world):
+        parallelize(model, plan, cfg.parallel, build_mesh(sizes, "cpu"), cfg.train.dtype)
         found = {}
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
@@ -114,7 +112,7 @@ def facts_of_rank_zero(world: World, cfg: Config) -> dict[str, tuple[str, tuple[
             over = [
                 f"{axis}: Shard({placement.dim})"  # type: ignore[attr-defined]
                 for axis, placement in zip(names, parameter.placements, strict=True)
-                if job.sizes.nontrivial().get(axis) and not placement.is_replicate()
+                if sizes.nontrivial().get(axis) and not placement.is_replicate()
             ]
             found[name] = (", ".join(over) or "replicated", tuple(parameter.to_local().shape))
         return found
@@ -122,13 +120,13 @@ def facts_of_rank_zero(world: World, cfg: Config) -> dict[str, tuple[str, tuple[
 
 @pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
 @pytest.mark.parametrize("plan", ["ddp", "tp", "sp", "fsdp", "hsdp", "fsdp_tp"])
-def test_the_table_is_what_becomes_of_each_parameter(ranks: Ranks, plan: str, model: str) -> None:
+def test_the_table_is_what_becomes_of_each_parameter(plan: str, model: str) -> None:
     overrides = [f"model={model}", f"parallel={plan}", "model.vocab_size=263"]
     meta, compiled_plan = compiled(*overrides)
     table = {
         row.fqn: (row.placement, row.local_shape) for row in plan_rows(meta, compiled_plan) if row.local_shape
     }
-    assert table == ranks.run(4, facts_of_rank_zero, config(*overrides))[0]
+    assert table == facts_of_rank_zero(config(*overrides), World(size=4, local_size=4))
 
 
 def test_layers_fold_into_one_row_and_nothing_is_lost() -> None:

@@ -1,14 +1,22 @@
-"""What a step sent and held, beside what formulas say: each config is run once for all tests that look at it."""
+"""What a step sent and held, beside what formulas say: each config is run once for all tests that look at it.
+
+On the fake process group; `on_ranks` runs the same step on real ranks, and tests hold the one to the other.
+"""
 
 from __future__ import annotations
+
+from functools import cache
+
+import torch
 
 from support.composed import config, corpus, in_two_parts
 from tpresearch.config import Config
 from tpresearch.config.world import World
-from tpresearch.data import prepare
+from tpresearch.data import AnyCorpus
 from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.loop import Loop
@@ -28,33 +36,49 @@ PLANS = [
 ]
 """Plans and the ranks that they are counted on."""
 
-_known: dict[tuple[int, bool, tuple[str, ...]], StepLedger] = {}
+FAKE = Device(torch.device("cpu"), "fake", "cpu")
+"""Collectives return at once and move nothing: rank 0 alone, in this process, issues what it would among others."""
 
 
-def counted_step(ranks: Ranks, world: int, *overrides: str, two_parts: bool = False) -> StepLedger:
-    """Rank 0's second step; in two micro-batches a rank where `two_parts`."""
-    key = world, two_parts, overrides
-    if key not in _known:
-        cfg = config(*overrides)
-        _known[key] = ranks.run(world, count, in_two_parts(cfg, world) if two_parts else cfg)[0]
-    return _known[key]
+@cache
+def counted_step(world: int, *overrides: str, two_parts: bool = False) -> StepLedger:
+    """Rank 0's second step; in two micro-batches per rank where `two_parts`."""
+    cfg = _config(world, *overrides, two_parts=two_parts)
+    return count(World(size=world, local_size=world), cfg, FAKE)
 
 
-def count(world: World, cfg: Config) -> StepLedger:
-    """The second step of a job on this rank, under both ledgers."""
+def on_ranks(ranks: Ranks, world: int, *overrides: str, two_parts: bool = False) -> StepLedger:
+    return ranks.run(world, count, _config(world, *overrides, two_parts=two_parts))[0]
+
+
+def _config(world: int, *overrides: str, two_parts: bool = False) -> Config:
+    cfg = config(*overrides)
+    return in_two_parts(cfg, world) if two_parts else cfg
+
+
+def count(
+    world: World, cfg: Config, device: Device | None = None, rows: AnyCorpus | None = None
+) -> StepLedger:
+    """The second step of a job on this rank, under both ledgers.
+
+    Args:
+        device: the one that the config chooses, unless given.
+        rows: random ones, unless given.
+    """
     job = preflight(cfg, world)
-    assert job.device
+    device = device or job.device
+    assert device
     formulas = (
         expected_entries(job.model, job.plan, cfg),
-        expected_bytes(job.model, job.plan, cfg, job.device.type),
+        expected_bytes(job.model, job.plan, cfg, device.type),
     )
-    rows = prepare(cfg.data, cfg.tokenizer) if cfg.data.source.is_synthetic else corpus()
-    with process_group(job.device, world):
-        mesh = build_mesh(job.sizes, job.device.type)
+    with process_group(device, world):
+        mesh = build_mesh(job.sizes, device.type)
         counting = CountedStep(mesh, Expected(*formulas), last_step=1)
-        loop = Loop.assemble(job, mesh, job.device, rows, [counting])
+        loop = Loop.assemble(job, mesh, device, rows or corpus(), [counting])
         loop.step()
-        loop.evaluate()  # which must leave nothing gathered
+        if cfg.train.eval_rows:
+            loop.evaluate()  # which must leave nothing gathered
         loop.step()
         assert counting.counted
         return counting.counted

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from support.launches import PROGRAM, Command, Done, run_command
+from support.commands import TORCHRUN, Done, environment, execute, execute_warm, on_path
+from support.launches import PROGRAM, Command
+from tpresearch.verify.ranks import Ranks
 
 
 @pytest.fixture
-def python(tmp_path: Path) -> Command:
-    """`python program.py ARGUMENTS`"""
+def python(ranks: Ranks, tmp_path: Path) -> Command:
+    """`python program.py ARGUMENTS`, in a fork of a warm process or a `cold` one."""
 
-    def run(*arguments: str, **env: str) -> Done:
-        return run_command([sys.executable, str(PROGRAM), *arguments], tmp_path, env)
+    def run(*arguments: str, cold: bool = False, **env: str) -> Done:
+        env = environment(tmp_path, **env)
+        if cold:
+            return execute([sys.executable, str(PROGRAM), *arguments], tmp_path, env)
+        return execute_warm(ranks, None, [str(PROGRAM), *arguments], tmp_path, env)
 
     return run
 
@@ -24,10 +28,10 @@ def python(tmp_path: Path) -> Command:
 @pytest.fixture
 def python_module(tmp_path: Path) -> Command:
     """`python -m program ARGUMENTS`"""
-    path = os.pathsep.join([str(PROGRAM.parent), os.environ.get("PYTHONPATH", "")])
 
     def run(*arguments: str) -> Done:
-        return run_command([sys.executable, "-m", "program", *arguments], tmp_path, {"PYTHONPATH": path})
+        env = environment(tmp_path, **on_path(PROGRAM.parent))
+        return execute([sys.executable, "-m", "program", *arguments], tmp_path, env)
 
     return run
 
@@ -37,8 +41,8 @@ def torchrun(tmp_path: Path) -> Command:
     """`torchrun --nproc-per-node=RANKS program.py ARGUMENTS`"""
 
     def run(ranks: int, *arguments: str, restarts: int = 0, **env: str) -> Done:
-        agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        return run_command([*agent, f"--max-restarts={restarts}", str(PROGRAM), *arguments], tmp_path, env)
+        agent = [str(TORCHRUN), "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        return execute([*agent, str(PROGRAM), *arguments], tmp_path, environment(tmp_path, **env))
 
     return run
 

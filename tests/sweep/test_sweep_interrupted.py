@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.launches import NOT_OURS, PROGRAM
+from support.commands import NOT_OURS
+from support.launches import PROGRAM
 
 pytestmark = [
     pytest.mark.cli,

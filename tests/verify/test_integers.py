@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.composed import config
+from support.marks import exhaustive
 from torch.distributed.tensor import Partial
 from torch.distributed.tensor.parallel import RowwiseParallel
 
@@ -28,9 +29,14 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
 @pytest.mark.parametrize(
-    ("size", "overrides"), PLANS, ids=lambda v: " ".join(v) if isinstance(v, list) else v
+    ("size", "overrides", "model"),
+    [
+        (pytest.param if (nth + second) % 2 else exhaustive)(size, overrides, model)
+        for nth, (size, overrides) in enumerate(PLANS)
+        for second, model in enumerate(("toy_mlp", "llama2_debug"))
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else v,
 )
 def test_every_matmul_is_bitwise_equal(ranks: Ranks, size: int, overrides: list[str], model: str) -> None:
     found = worst_of(ranks.run(size, exactness, config(f"model={model}", *overrides)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.composed import config, corpus
+from support.marks import exhaustive
 from test_parity import PLANS, agree
 
 from tpresearch.config import Config, ConfigError
@@ -102,6 +103,8 @@ plans:
     head:  {match: head, style: colwise, src: shard:1, dst: logits}
 """
 
+EVERY_DAY = ("tp", "sp", "fsdp_tp", "hsdp")
+
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -135,14 +138,14 @@ def own_config(own: Path, *overrides: str) -> Config:
     )
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [plan if plan in EVERY_DAY else exhaustive(plan) for plan in PLANS])
 def test_it_trains_under_every_plan_as_on_one_process(ranks: Ranks, own: Path, plan: str) -> None:
     alone = job(World(), own_config(own, "parallel=none"), str(own))
     assert alone is not None
     agree(ranks.run(4, job, own_config(own, f"parallel={plan}"), str(own))[0], alone)
 
 
-@pytest.mark.parametrize("plan", ["fsdp", "hsdp", "tp"])
+@pytest.mark.parametrize("plan", [exhaustive("fsdp"), "hsdp", "tp"])
 def test_parameters_may_belong_to_the_root_and_to_a_block(ranks: Ranks, own: Path, plan: str) -> None:
     alone = job(World(), own_config(own, "parallel=none", "model.owns=true"), str(own))
     assert alone is not None

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.commands import Done, environment, execute_warm
 
-ROOT = Path(__file__).parents[2]
+from tpresearch.verify.ranks import Ranks
+
+pytestmark = pytest.mark.cli
 
 
-def verify(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def verify(ranks: Ranks, tmp_path: Path, *overrides: str) -> Done:
+    words = ["-m", "tpresearch.verify", f"hydra.run.dir={tmp_path}/run", *overrides]
+    return execute_warm(ranks, None, words, tmp_path, environment(tmp_path))
+
+
+def verify_texts(ranks: Ranks, tmp_path: Path, *overrides: str) -> Done:
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(f"Document {number} says {number * number} again.\n" * 60)
-    command = [
-        sys.executable, "-m", "tpresearch.verify", "model=toy_mlp", "verify.world_size=2", "verify.steps=2", "data=text",
-        f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache", "tokenizer.vocab_size=300",
-        f"hydra.run.dir={tmp_path}/run", *overrides,
-    ]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    small = ["model=toy_mlp", "verify.world_size=2", "verify.steps=2", "tokenizer.vocab_size=300"]
+    texts = ["data=text", f"data.path={tmp_path}/*.txt", f"data.cache_dir={tmp_path}/cache"]
+    return verify(ranks, tmp_path, *small, *texts, *overrides)
 
 
-@pytest.mark.cli
-def test_right_plans_pass(tmp_path: Path) -> None:
-    done = verify(tmp_path, "verify.plans=[tp,fsdp]", "verify.integers=true")
-    assert done.returncode == 0, done.stderr
-    assert "each plan computes what one process does" in done.stdout
+def test_right_plans_pass(ranks: Ranks, tmp_path: Path) -> None:
+    done = verify_texts(ranks, tmp_path, "verify.plans=[tp,fsdp]", "verify.integers=true")
+    assert done.code == 0, done.err
+    assert "each plan computes what one process does" in done.out
     record = json.loads((tmp_path / "run" / "verify.json").read_text())
     assert record["passed"]
     assert [(r["plan"], r["optimizer"]) for r in record["results"]] == [
@@ -44,33 +46,31 @@ def test_right_plans_pass(tmp_path: Path) -> None:
     assert all(
         e["output"] == e["weight_gradient"] == 0 for r in record["results"] for e in r["integers"] or ()
     )
-    assert "mlp.out_proj" in done.stdout
+    assert "mlp.out_proj" in done.out
 
 
-@pytest.mark.cli
-def test_a_plan_that_does_not_run_fails_and_says_why(tmp_path: Path) -> None:
-    done = verify(
-        tmp_path, "verify.plans=[tp]", "verify.optimizers=[sgd]", "model.plans.tp.out_proj.src=replicate"
+def test_a_plan_that_does_not_run_fails_and_says_why(ranks: Ranks, tmp_path: Path) -> None:
+    done = verify_texts(
+        ranks,
+        tmp_path,
+        "verify.plans=[tp]",
+        "verify.optimizers=[sgd]",
+        "model.plans.tp.out_proj.src=replicate",
     )
-    assert done.returncode == 1, done.stderr
-    assert "tp sgd: did not run" in done.stdout
+    assert done.code == 1, done.err
+    assert "tp sgd: did not run" in done.out
     assert not json.loads((tmp_path / "run" / "verify.json").read_text())["passed"]
 
 
-@pytest.mark.cli
 @pytest.mark.parametrize(("switch", "code"), [("false", 0), ("true", 1)])
-def test_a_mistake_of_the_tutorial_is_named(tmp_path: Path, switch: str, code: int) -> None:
-    command = [
-        sys.executable, "-m", "tpresearch.verify", "experiment=seed_tp", f"defects.weights_per_rank={switch}",
-        "verify.world_size=2", "verify.optimizers=[sgd]", f"hydra.run.dir={tmp_path}",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == code, done.stderr
-    assert ("tp sgd: initial weights of " in done.stdout) == bool(code)
+def test_a_mistake_of_the_tutorial_is_named(ranks: Ranks, tmp_path: Path, switch: str, code: int) -> None:
+    words = ["experiment=seed_tp", f"defects.weights_per_rank={switch}"]
+    done = verify(ranks, tmp_path, *words, "verify.world_size=2", "verify.optimizers=[sgd]")
+    assert done.code == code, done.err
+    assert ("tp sgd: initial weights of " in done.out) == bool(code)
 
 
-@pytest.mark.cli
-def test_an_unknown_plan_is_refused(tmp_path: Path) -> None:
-    done = verify(tmp_path, "verify.plans=[tpp]")
-    assert done.returncode == 2, done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def test_an_unknown_plan_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    done = verify_texts(ranks, tmp_path, "verify.plans=[tpp]")
+    assert done.code == 2, done.err
+    assert [line for line in done.err.splitlines() if line.startswith("error: ")]

@@ -1,4 +1,4 @@
-"""The default process group of a job: gloo or NCCL, of one rank too."""
+"""The default process group of a job: gloo or NCCL, of one rank too; or a fake one, of one rank among many."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def process_group(device: Device, world: World) -> Iterator[None]:
     where: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
     if world.size == 1 and not world.elastic:
         where |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if device.backend == "fake":
+        where |= {"store": _fake_store(), "rank": world.rank, "world_size": world.size}
     if device.type == "cuda":
         torch.cuda.set_device(device.torch)
     dist.init_process_group(device.backend, timeout=timedelta(minutes=10), **where)
@@ -33,16 +35,8 @@ def process_group(device: Device, world: World) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@contextmanager
-def fake_process_group(rank: int, size: int) -> Iterator[None]:
-    """One rank of a job that does not exist: its collectives return at once, and bring nothing.
-
-    torch's own fake backend (torch.testing, private; read in 2.11 and 2.13), which sends nothing and stores nothing.
-    """
+def _fake_store() -> Any:
+    """For backend "fake", whose collectives return at once and move nothing (torch.testing, private; 2.11 and 2.13)."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    return FakeStore()

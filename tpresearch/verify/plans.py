@@ -28,8 +28,8 @@ from tpresearch.verify.trace import Trace, trace
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 1800
-"""A large model on few cores takes minutes per plan; a rank that raises or dies is seen at once."""
+PATIENCE_S = 900
+"""How long no rank may compute anything; one that raises or dies is seen at once."""
 
 ROWS = 256
 """Train rows that take part: enough for a few steps, few enough to hand to each rank."""
@@ -117,19 +117,16 @@ def judge(cfg: Config) -> None:
 def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
     """Trace one process, then each plan, and say how far they are apart."""
     ranks = Ranks(PATIENCE_S)
-    try:
-        ranks.start(max(ranks_of(c) for cfgs in plans.values() for c in cfgs))
-        corpus = _few_rows(prepare(cfg.data, cfg.tokenizer, progress=True))
-        first = next(iter(plans.values()))
-        references = [trace(reference_of(c), corpus, World(), cfg.verify.steps) for c in first]
-        jobs = [(plan, *pair) for plan, cfgs in plans.items() for pair in zip(cfgs, references, strict=True)]
-        results: list[Result] = []
-        for plan, c, reference in track(jobs, description="verifying", transient=True):
-            integers = c.verify.integers and c is plans[plan][0]
-            results.append(_verified(ranks, plan, c, reference, corpus, integers))
-        return results
-    finally:
-        ranks.close()
+    ranks.start()
+    corpus = _few_rows(prepare(cfg.data, cfg.tokenizer, progress=True))
+    first = next(iter(plans.values()))
+    references = [trace(reference_of(c), corpus, World(), cfg.verify.steps) for c in first]
+    jobs = [(plan, *pair) for plan, cfgs in plans.items() for pair in zip(cfgs, references, strict=True)]
+    results: list[Result] = []
+    for plan, c, reference in track(jobs, description="verifying", transient=True):
+        integers = c.verify.integers and c is plans[plan][0]
+        results.append(_verified(ranks, plan, c, reference, corpus, integers))
+    return results
 
 
 def _verified(

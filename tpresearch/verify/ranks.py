@@ -1,105 +1,143 @@
-"""Real gloo ranks on this host, in processes that start once and then take one function after another."""
+"""Real gloo ranks on this host, forked for each job from a server that has done what a first step costs."""
 
 from __future__ import annotations
 
-import gc
 import multiprocessing as mp
 import os
-import socket
+import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from tpresearch.config.world import World
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300
+IDLE_S = 0.1
+"""Processor time in which a rank that is stuck may still poll, over the whole of a timeout."""
+
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tpresearch.verify.warm"])
 
 
 class RankError(Exception):
-    """A rank raised; the message is its traceback."""
+    """A rank raised, died or hung; the message is its traceback, or says so."""
 
 
 class Ranks:
     """`run(4, f, *args)` calls `f(world, *args)` on four ranks at once and gives their results in rank order.
 
     `f` must be a module's own function. It finds the environment that torchrun would give it, and opens and
-    closes its own process group. Where a rank raises, hangs or dies, all are ended and later calls start new ones.
+    closes its own process group. Every job has processes of its own, which end with it.
+
+    Args:
+        timeout_s: how long ranks may neither answer nor compute.
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
-        self._context = mp.get_context("spawn")
-        self._workers: list[tuple[Any, Connection]] = []
 
-    def start(self, size: int) -> None:
-        """Have this many processes; they import torch while the caller does something else."""
-        if not all(process.is_alive() for process, _ in self._workers):
-            self.close()
-        while len(self._workers) < size:
-            self._start_one()
+    def start(self) -> None:
+        """Have the server import torch while the caller does something else."""
+        forkserver.ensure_running()
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        self.start(size)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        connections = [connection for _, connection in self._workers[:size]]
-        for rank, connection in enumerate(connections):
-            connection.send((rank, size, port, function, args))
-        results: dict[int, Any] = {}
-        while len(results) < size:
-            waiting = [c for rank, c in enumerate(connections) if rank not in results]
-            ready = wait(waiting, timeout=self._timeout_s)
-            if not ready:
-                self.close()
-                raise RankError(
-                    f"ranks {[connections.index(c) for c in waiting]} hung for {self._timeout_s} s"
-                )
-            for rank in [rank for rank, connection in enumerate(connections) if connection in ready]:
-                try:
-                    ok, value = connections[rank].recv()
-                except EOFError:
-                    ok, value = False, "its process died"
-                if not ok:
-                    self.close()
-                    raise RankError(f"rank {rank} of {size}:\n{value}")
-                results[rank] = value
-        return [results[rank] for rank in range(size)]
-
-    def _start_one(self) -> None:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        self._workers.append((process, ours))
-
-    def close(self) -> None:
-        for process, _ in self._workers:
-            process.kill()
-        self._workers.clear()
-
-
-def _serve(connection: Connection) -> None:
-    import logging
-    import warnings
-
-    import torch
-
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    while True:
-        rank, size, port, function, args = connection.recv()
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+        """Raises:
+        RankError: where a rank raises, dies or hangs. All are ended then.
+        """
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ranks: list[tuple[BaseProcess, Connection]] = []
         try:
-            connection.send((True, function(World(rank, size, rank, size, elastic=True), *args)))
-        except BaseException:
-            connection.send((False, traceback.format_exc()))
-        gc.collect()  # process groups end with the model and mesh that hold them, in cycles: ten threads each
+            for rank in range(size):
+                world = World(rank, size, rank, size, elastic=True)
+                ranks.append(_fork(world, store.port, function, args))
+            return self._results(ranks)
+        finally:
+            for process, _ in ranks:
+                process.kill()
+            for process, connection in ranks:
+                process.join()
+                connection.close()
+
+    def _results(self, ranks: list[tuple[BaseProcess, Connection]]) -> list[Any]:
+        connections = [connection for _, connection in ranks]
+        results: dict[int, Any] = {}
+        computed, since = 0.0, time.monotonic()
+        while len(results) < len(ranks):
+            waiting = [connection for rank, connection in enumerate(connections) if rank not in results]
+            for connection in wait(waiting, timeout=min(1, self._timeout_s / 4)):
+                rank = connections.index(connection)  # type: ignore[arg-type]
+                results[rank] = _result(rank, connections)
+            now = sum(_processor_s(process) for process, _ in ranks)
+            if now > computed + IDLE_S:
+                computed, since = now, time.monotonic()
+            elif time.monotonic() - since > self._timeout_s:
+                stuck = [rank for rank in range(len(ranks)) if rank not in results]
+                raise RankError(f"ranks {stuck} hung: they have computed nothing for {self._timeout_s} s")
+        return [results[rank] for rank in range(len(ranks))]
+
+
+def _result(rank: int, connections: list[Connection]) -> Any:
+    try:
+        ok, value = connections[rank].recv()
+    except EOFError:
+        ok, value = False, "its process died"
+    if not ok:
+        raise RankError(f"rank {rank} of {len(connections)}:\n{value}")
+    return value
+
+
+def _processor_s(process: BaseProcess) -> float:
+    """What its main thread has computed: gloo's threads poll for ever. 0 where there is no /proc."""
+    try:
+        fields = Path(f"/proc/{process.pid}/task/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _fork(
+    world: World, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[BaseProcess, Connection]:
+    ours, theirs = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_serve, args=(theirs, world, port, function, args))
+    process.start()
+    theirs.close()  # else its end is not seen when the process dies
+    return process, ours
+
+
+def _serve(
+    connection: Connection, world: World, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends all ranks
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+    os.environ |= {
+        "RANK": str(world.rank),
+        "LOCAL_RANK": str(world.rank),
+        "WORLD_SIZE": str(world.size),
+        "LOCAL_WORLD_SIZE": str(world.size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the caller keeps the store, as torchrun does
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    try:
+        answer = (True, function(world, *args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    connection.send(answer)
+    connection.poll(None)  # others may still talk to this rank: the caller ends all together
+
+
+def _end_with_the_caller() -> None:
+    caller = mp.parent_process()
+    assert caller
+    caller.join()
+    os._exit(1)

@@ -13,6 +13,7 @@ from tpresearch.config.axes import DATA_AXES
 from tpresearch.config.schema import Config
 from tpresearch.config.world import World
 from tpresearch.data import AnyCorpus
+from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, sum_over
 from tpresearch.train.loop import Loop
@@ -58,26 +59,30 @@ class Gradients(Observer):
         self.last = whole({name: p.grad for name, p in state.model.named_parameters()})
 
 
-def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int) -> Trace:
+def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Device | None = None) -> Trace:
     """Train for a few steps on this rank of a job, through the code that every run goes through.
+
+    Args:
+        device: the one that the config chooses, unless given.
 
     Returns: the trace as this rank sees it; `between_ranks` says whether all see the same.
     """
     job = preflight(cfg, world)
-    assert job.device
-    with process_group(job.device, world):
-        mesh, seen = build_mesh(job.sizes, job.device.type), Gradients()
-        loop = Loop.assemble(job, mesh, job.device, corpus, [seen])
-        device, model = job.device.torch, loop.state.model
+    device = device or job.device
+    assert device
+    with process_group(device, world):
+        mesh, seen = build_mesh(job.sizes, device.type), Gradients()
+        loop = Loop.assemble(job, mesh, device, corpus, [seen])
+        model = loop.state.model
         initial, taken = weights(model), []
-        apart = between_ranks(initial, device)
+        apart = between_ranks(initial, device.torch)
         for _ in range(steps):
             share, norm = loop.step()
             loss = sum_over(mesh, share, DATA_AXES)
             updated = weights(model)
             alike = {"loss": loss.cpu().double(), "grad norm": norm.cpu().double()}
             alike |= {f"gradient of {name}": gradient for name, gradient in seen.last.items()} | updated
-            between = between_ranks(alike, device)
+            between = between_ranks(alike, device.torch)
             taken.append(StepTrace(loss.item(), norm.item(), seen.last, updated, between))
         return Trace(initial, taken, loop.evaluate(), apart)
 

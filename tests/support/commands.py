@@ -1,0 +1,150 @@
+"""Commands as a user types them: in a process of their own, or in ranks that are warm; and what they said."""
+
+from __future__ import annotations
+
+import os
+import resource
+import runpy
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpresearch.config.world import World
+from tpresearch.verify.ranks import RankError, Ranks
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = Path(sys.executable).parent / "torchrun"
+NOT_OURS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_", "SLURM_", "WANDB_", "HYDRA_")
+HANG_S = 1500
+"""No command takes that long on any machine: it has hung."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command said, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+    cpu_seconds: float
+    """Of all its processes: what it costs whatever else the machine does."""
+
+    @property
+    def refusals(self) -> list[str]:
+        """The lines that a refused config is allowed one of."""
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+    @property
+    def refusal(self) -> str:
+        (line,) = self.refusals
+        return line
+
+    @property
+    def command_to_try(self) -> list[str]:
+        """The command that the refusal ends with, in words."""
+        return shlex.split(self.refusal.rpartition("; try: ")[2])
+
+    @property
+    def folders(self) -> list[str]:
+        """The run folder as each rank of `program.py` saw it."""
+        return [line.split()[1] for line in self.out.splitlines() if line.startswith("folder ")]
+
+    @property
+    def records(self) -> list[str]:
+        """Where each rank of `program.py` writes Hydra's record of the config, "None" for one that does not."""
+        return sorted(line.split()[2] for line in self.out.splitlines() if line.startswith("folder "))
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """One thread, no GPU, no account, and nothing of a job that the tests themselves may be part of."""
+    outside = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(NOT_OURS) and not key.lower().endswith("_proxy")
+    }
+    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HOME": str(home)}
+    return {**outside, **ours, **more}
+
+
+def execute(command: Sequence[str], cwd: Path, env: dict[str, str]) -> Done:
+    """The command in a process of its own."""
+    before = _children_s()
+    ended = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANG_S)
+    return Done(ended.returncode, ended.stdout, ended.stderr, _children_s() - before)
+
+
+def execute_warm(
+    ranks: Ranks, size: int | None, program: Sequence[str], cwd: Path, env: dict[str, str]
+) -> Done:
+    """`torchrun --nproc-per-node=<size> PROGRAM`, or `python PROGRAM` for None, in forks of a process that has imported torch.
+
+    Args:
+        program: a script or `-m` and a module, then its arguments.
+    """
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        job = list(program), cwd, env, out.name, err.name, size is None
+        try:
+            codes, seconds = zip(*ranks.run(size or 1, _as_main, *job), strict=True)
+        except RankError:
+            codes, seconds = (1,), (0.0,)
+        return Done(max(codes), out.read(), err.read(), sum(seconds))
+
+
+def _as_main(
+    world: World, program: list[str], cwd: Path, env: dict[str, str], out: str, err: str, alone: bool
+) -> tuple[int, float]:
+    """Become the command; its exit code and processor time.
+
+    Raises:
+        SystemExit: from one rank of several that does not end with 0, which ends the others, as torchrun does.
+    """
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    of_rank = {key: value for key, value in os.environ.items() if key.startswith(NOT_OURS) and not alone}
+    os.environ.clear()
+    os.environ.update(of_rank | ({} if alone else {"TORCHELASTIC_RUN_ID": "warm"}) | env)
+    os.chdir(cwd)
+    began = time.process_time()
+    code = _run(program)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and world.size > 1:
+        sys.exit(code)
+    return code, time.process_time() - began
+
+
+def _run(program: list[str]) -> int:
+    """A script or a module as `__main__`."""
+    warnings.resetwarnings()
+    sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    try:
+        if program[0] == "-m":
+            sys.argv = program[1:]
+            runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = program
+            sys.path.insert(0, str(Path(program[0]).parent))
+            runpy.run_path(program[0], run_name="__main__")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def on_path(folder: Path) -> dict[str, str]:
+    """The environment in which modules in `folder` can be imported."""
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
