@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tpresearch.config.bounds import check_bounds
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
 from tpresearch.data.hub import check_hub
@@ -20,7 +21,7 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     Raises:
         ConfigError: naming the field at fault.
     """
-    _check_numbers(data)
+    check_bounds(data, "data.")
     if data.source.is_synthetic:
         return
     _check_streaming(data)
@@ -33,16 +34,6 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
         :PEEKED_FILES
     ]:
         next(read_file(data, name, file), None)
-
-
-def _check_numbers(data: DataConfig) -> None:
-    if data.seq_len < 1:
-        raise ConfigError("data.seq_len", data.seq_len, "a row has at least one token", "1 or more")
-    if data.held_out_every < 2:
-        why, fix = "would hold out every document", {"data.held_out_every": 20}
-        raise ConfigError("data.held_out_every", data.held_out_every, why, "2 or more", fix)
-    if data.max_tokens is not None and data.max_tokens < 1:
-        raise ConfigError("data.max_tokens", data.max_tokens, "must be positive", "null, or 1 or more")
 
 
 def _check_streaming(data: DataConfig) -> None:
