@@ -1,4 +1,4 @@
-"""The README does what it says: its commands run, in their cheapest form, and its tables are those of the files."""
+"""The README and docs/ do what they say: their commands run, in their cheapest form, and their tables are those of the files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from tpresearch.track.names import METRICS
 from tpresearch.verify.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    p: p.read_text(encoding="utf-8") for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+TEXT = "\n".join(PAGES.values())
 GROUPS = ("parallel", "model", "mesh", "data", "tokenizer", "optimizer", "schedule", "logger")
 TINY_MODEL = ["model.dim=32", "model.n_layers=1", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=64"]
 TINY_RUN = ["train.steps=2", "train.global_batch_size=4", "train.eval_rows=4", "data.seq_len=16"]
@@ -25,10 +28,11 @@ SHORT_ROWS = ["train.steps=2", "data.seq_len=16", "tokenizer.vocab_size=300"]
 
 
 def fenced(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-COMMANDS = [line for block in fenced("bash") for line in block.replace("\\\n", " ").splitlines() if line]
+LINES = [line for block in fenced("bash") for line in block.replace("\\\n", " ").splitlines() if line]
+COMMANDS = list(dict.fromkeys(LINES))
 TRANSCRIPTS = [block.partition("\n") for block in fenced("console")]
 
 
@@ -53,7 +57,7 @@ def run(ranks: Ranks, clone: Path) -> Callable[..., Done]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository as a reader has it, with the files that the README has them write, and a small corpus."""
+    """The repository as a reader has it, with the files that the pages have them write, and a small corpus."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("train.py", "conf", "tpresearch", "Makefile", "constraints.txt", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
@@ -114,7 +118,7 @@ def test_the_option_tables_are_the_first_lines_of_the_files(group: str) -> None:
         f"| `{group}={path.stem}` | {first_comment(path)} |"
         for path in (ROOT / "conf" / group).glob("*.yaml")
     }
-    assert rows == {line for line in README.splitlines() if line.startswith(f"| `{group}=")}
+    assert rows == {line for line in TEXT.splitlines() if line.startswith(f"| `{group}=")}
 
 
 def first_comment(path: Path) -> str:
@@ -126,10 +130,11 @@ def first_comment(path: Path) -> str:
 def test_the_metrics_table_is_the_declared_one() -> None:
     rows = [f"| `{metric.name}` | {metric.unit} | {metric.meaning} |" for metric in METRICS]
     assert rows == [
-        line for line in README.splitlines() if re.match(r"\| `(train|val|perf|time|memory|comm)/", line)
+        line for line in TEXT.splitlines() if re.match(r"\| `(train|val|perf|time|memory|comm)/\w+` ", line)
     ]
 
 
-def test_what_it_links_to_is_there() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_is_there(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGES[page]) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []

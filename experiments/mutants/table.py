@@ -1,4 +1,4 @@
-"""Prints results.csv as the table of the README: a row a fault, both models side by side.
+"""Prints results.csv as the table of the README: one row per fault, both models side by side.
 
 python experiments/mutants/table.py
 """

@@ -203,7 +203,7 @@ def print_tables() -> None:
             "switch",
             "loss at step 1",
             "at step 10",
-            "sent a step",
+            "sent per step",
             "of it over tp",
             "weights gathered",
         ]

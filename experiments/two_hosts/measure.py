@@ -113,7 +113,7 @@ def print_tables() -> None:
             print(f"| {name} | {over} | {ring:.2f} MB | {counted:.2f} MB | {counted / ring:.4f} |")
     print(
         "\n| `parallel=` | mesh | rows | ledger, rings | ledger, as gloo sends | counted | payload "
-        "| payload / ledger, least to most |\n|---|---|---|---|---|---|---|---|"
+        "| payload / ledger, min to max |\n|---|---|---|---|---|---|---|---|"
     )
     for case in CASES:
         rows = [

@@ -1,0 +1,134 @@
+"""Parameters that not every plan can shard: tied ones, scalars, and rows that two axes cut unevenly."""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from tpresearch.config.axes import SHARD
+from tpresearch.config.errors import ConfigError
+from tpresearch.plan.compiler import Plan, split_dim
+
+
+def tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are another one too -> that one's name, the first in the model's order."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
+
+
+def tie(model: nn.Module, ties: dict[str, str]) -> None:
+    """Make one parameter of each pair again, after both were replaced: by `to_empty`, or by a sharding rule."""
+    for name, owner in ties.items():
+        module, _, key = name.rpartition(".")
+        setattr(model.get_submodule(module), key, model.get_parameter(owner))
+
+
+def check_parameters(model: nn.Module, plan: Plan, fully_sharded: bool) -> None:
+    """Refuse what this plan cannot do to the parameters of a meta model.
+
+    Args:
+        fully_sharded: whether `fully_shard` is applied, be it over one rank.
+
+    Raises:
+        ConfigError: naming the parameter.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "model",
+            type(model).__name__,
+            "none of its parameters requires a gradient",
+            "at least one that does",
+        )
+    for name, owner in tied_parameters(model).items():
+        _check_tie(name, owner, model, plan, fully_sharded)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0 and fully_sharded:
+            legal = "a parameter of shape [1], or a plan without a data axis, in float32 or float64"
+            raise ConfigError(
+                "parallel", "fully_shard", f"{name} is a scalar, which FSDP does not shard", legal
+            )
+        if plan.sizes.shards > 1:
+            _check_rows(name, parameter, model, plan)
+
+
+def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharded: bool) -> None:
+    cuts, groups = [], []
+    for one in (owner, name):
+        module = one.rpartition(".")[0]
+        rule = plan.rules.get(module)
+        cuts.append((rule.axis if rule else None, split_dim(one, plan.rules, model.get_submodule(module))))
+        groups.append(next((block for block in plan.blocks if one.startswith(f"{block}.")), ""))
+    if cuts[0] != cuts[1]:
+        shown = " and ".join("whole" if dim is None else f"on dim {dim}" for _, dim in cuts)
+        raise ConfigError(
+            "model.plans",
+            owner,
+            f"it is tied to {name}, and their sharding rules keep them {shown}",
+            "rules that leave the same rows of both on the same rank, such as rowwise for an embedding and "
+            "colwise for an output layer",
+        )
+    if fully_sharded and groups[0] != groups[1]:
+        legal = "blocks that hold both or neither"
+        raise ConfigError("model.blocks", plan.blocks, f"{owner} is tied to {name}, in another block", legal)
+
+
+def _check_rows(name: str, parameter: nn.Parameter, model: nn.Module, plan: Plan) -> None:
+    """FSDP cuts a rank's rows, DTensor computes where the cuts are: both must come to the same."""
+    module = name.rpartition(".")[0]
+    if split_dim(name, plan.rules, model.get_submodule(module)) != 0:
+        return
+    ways, shards, rows = plan.sizes[plan.rules[module].axis], plan.sizes.shards, parameter.shape[0]
+    if not _cut_alike(rows, ways, shards):
+        fits = next(n for n in itertools.count(rows + 1) if _cut_alike(n, ways, shards))
+        raise ConfigError(
+            f"mesh.{SHARD.name}",
+            shards,
+            f"it does not cut the {rows} rows of {name} evenly after the {ways} ranks of the plan's rule have",
+            f"{fits} rows, such as model.vocab_size={fits}, or another mesh",
+            fix={"model.vocab_size": fits} if parameter.shape[0] == _vocabulary(model) else None,
+        )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    found = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    return next(found, None)
+
+
+def _cut_alike(rows: int, ways: int, shards: int) -> bool:
+    if rows % ways == 0:
+        return True
+    return all(
+        _held(rows, ways, way, shards, shard) == _said(rows, ways, way, shards, shard)
+        for way in range(ways)
+        for shard in range(shards)
+    )
+
+
+def _chunk(count: int, parts: int, part: int) -> tuple[int, int]:
+    """(first, number) of the elements of one of `torch.chunk`'s parts."""
+    size = -(-count // parts)
+    first = min(part * size, count)
+    return first, min(size, count - first)
+
+
+def _held(rows: int, ways: int, way: int, shards: int, shard: int) -> tuple[int, int]:
+    """The rows that are on a rank: of the part that its rule gives it, the part that FSDP does."""
+    first, count = _chunk(rows, ways, way)
+    inner, held = _chunk(count, shards, shard)
+    return (first + inner if held else 0, held)
+
+
+def _said(rows: int, ways: int, way: int, shards: int, shard: int) -> tuple[int, int]:
+    """What DTensor makes of the same placements (private; read in torch 2.11 and 2.13)."""
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    placements: list[Placement] = [Replicate(), _StridedShard(0, split_factor=ways), Shard(0)]
+    shape, offset = _compute_local_shape_and_global_offset(
+        (rows,), (1, shards, ways), [0, shard, way], placements
+    )
+    return (int(offset[0]) if shape[0] else 0, int(shape[0]))

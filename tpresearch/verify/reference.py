@@ -1,0 +1,80 @@
+"""What plans are held to: the same training in one process, written as in a notebook, with nothing of the framework's
+step, sharding, loss or norm in it. Only the first weights, the batches and the learning rates are the framework's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpresearch.config.schema import Config, Dtype, Loss, OptimizerName
+from tpresearch.config.validate import total_steps
+from tpresearch.data import AnyCorpus, Batch, batches_of, eval_batches
+from tpresearch.parallel.weights import first_weights
+from tpresearch.plan.meta import plain_model
+from tpresearch.train.optim import learning_rate
+from tpresearch.verify.trace import StepTrace, Tensors, Trace
+
+
+def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> Trace:
+    """A few steps on the whole global batch at once, on the CPU."""
+    model = plain_model(cfg.model, cfg.train.dtype)
+    first_weights(model, cfg.train.seed)
+    optimizer = _optimizer(model, cfg)
+    batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
+    initial, taken = _copies(dict(model.named_parameters())), []
+    for step in range(steps):
+        loss = _loss(model, batches.batch(step), cfg)
+        loss.backward()
+        gradients = _copies({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if cfg.train.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total_steps(cfg), cfg.optimizer.lr, cfg.schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        weights = _copies(dict(model.named_parameters()))
+        taken.append(StepTrace(loss.item(), norm.item(), gradients, weights, {}))
+    return Trace(initial, taken, _held_out(model, corpus, cfg), {})
+
+
+def _loss(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
+    inputs = batch.inputs
+    if inputs.is_floating_point():
+        inputs = inputs.to(getattr(torch, cfg.train.dtype))
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    if cfg.train.dtype is Dtype.bfloat16:  # a matter of computing: the weights that are trained stay float32
+        weights = {name: weight.bfloat16() for name, weight in weights.items()}
+    output = torch.func.functional_call(model, weights, inputs)
+    wide = output.to(torch.promote_types(output.dtype, torch.float32))
+    if cfg.train.loss is Loss.sum:
+        return wide.sum()
+    return F.cross_entropy(wide.flatten(0, 1), batch.targets.flatten())
+
+
+def _optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    ours = cfg.optimizer
+    decayed = [p for p in model.parameters() if p.dim() >= 2 or ours.decay_vectors]
+    others = [p for p in model.parameters() if p.dim() < 2 and not ours.decay_vectors]
+    groups = [{"params": decayed, "weight_decay": ours.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if ours.name is OptimizerName.sgd:
+        return torch.optim.SGD(groups, lr=ours.lr, momentum=ours.momentum)
+    beta1, beta2 = ours.betas
+    return torch.optim.AdamW(groups, lr=ours.lr, betas=(beta1, beta2), eps=ours.eps)
+
+
+@torch.no_grad()
+def _held_out(model: nn.Module, corpus: AnyCorpus, cfg: Config) -> float | None:
+    rows = min(cfg.train.eval_rows, len(corpus.held_out))
+    if not rows:
+        return None
+    model.eval()
+    (batch,) = eval_batches(corpus.held_out, rows, rows)
+    return _loss(model, batch, cfg).item()
+
+
+def _copies(tensors: dict[str, Tensor]) -> Tensors:
+    return {name: tensor.detach().to(torch.float64, copy=True) for name, tensor in tensors.items()}
