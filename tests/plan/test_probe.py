@@ -95,9 +95,9 @@ def test_a_model_that_cannot_run_without_data_is_left_alone(nets: None) -> None:
 
 def test_modules_that_see_the_batch_first_need_no_gradient_of_it() -> None:
     net = planned(config(*NET), validate(config(*NET), 1))[1]
-    assert net.no_input_grad == {"", "in_proj"}
+    assert net.seen.no_input_grad == {"", "in_proj"}
     cfg = config("model=toy_mlp", "parallel=none")
-    assert planned(cfg, validate(cfg, 1))[1].no_input_grad == {"", "embed"}
+    assert planned(cfg, validate(cfg, 1))[1].seen.no_input_grad == {"", "embed"}
 
 
 def test_hooks_are_gone_afterwards() -> None:

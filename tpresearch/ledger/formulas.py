@@ -25,7 +25,7 @@ from tpresearch.config.axes import REPLICATE, SHARD
 from tpresearch.config.schema import Checkpointing, Config, Dtype, Loss
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.ledger.entries import Entry, Event, entries_of
-from tpresearch.plan.compiler import Plan, local_shape, shard_shape
+from tpresearch.plan.compiler import Plan, shard_shape
 from tpresearch.plan.effects import rule_sends
 
 ELEMENT_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2}
@@ -37,7 +37,8 @@ Collective = tuple[str, str, str, str, int]
 def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] | None:
     """The ledger of rank 0 for one step, or None where no formula is known.
 
-    There is none for full checkpointing, whose recomputation sends again what its early stop does not cut
+    There is none for frozen parameters in a block or under a rule, which may leave out more than their own gradient,
+    for full checkpointing, whose recomputation sends again what its early stop does not cut
     off, nor for a rule with a ParallelStyle of the user's own, nor where a rule does not tell the width of what
     it moves.
 
@@ -47,6 +48,9 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
     if plan.rules and cfg.parallel.activation_checkpointing is Checkpointing.full:
         return None
     if any(rule.rule.target for rule in plan.rules.values()):
+        return None
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if any(name.rpartition(".")[0] in plan.rules or _block_of(name, plan) for name in frozen):
         return None
     if any(sent.width == 0 for name in plan.rules for sent in rule_sends(name, model, plan)):
         return None
@@ -92,12 +96,14 @@ def _of_data_plan(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iter
         gradient = ELEMENT_BYTES[cfg.parallel.fsdp.reduce_dtype]
     for group, is_block in _groups(model, plan):
         padded = sum(_padded(name, plan, model) for name in group)
+        trained = sum(_padded(name, plan, model) for name in group if model.get_parameter(name).requires_grad)
         yield SHARD.name, "forward", "fsdp", "all_gather", padded * weight
         if is_block and cfg.parallel.fsdp.reshard_after_forward:
             yield SHARD.name, "backward", "fsdp", "all_gather", padded * weight
-        yield SHARD.name, "backward", "fsdp", "reduce_scatter", padded * gradient
-        if last:
-            yield REPLICATE.name, "backward", "fsdp", "all_reduce", padded // plan.sizes.shards * gradient
+        if trained:
+            yield SHARD.name, "backward", "fsdp", "reduce_scatter", trained * gradient
+        if trained and last:
+            yield REPLICATE.name, "backward", "fsdp", "all_reduce", trained // plan.sizes.shards * gradient
 
 
 def _groups(model: nn.Module, plan: Plan) -> Iterator[tuple[list[str], bool]]:
@@ -111,10 +117,13 @@ def _groups(model: nn.Module, plan: Plan) -> Iterator[tuple[list[str], bool]]:
         yield others, False
 
 
+def _block_of(name: str, plan: Plan) -> str | None:
+    return next((block for block in plan.blocks if name.startswith(f"{block}.")), None)
+
+
 def _padded(name: str, plan: Plan, model: nn.Module) -> int:
     """Elements of a parameter's part by its rule, its first dim filled up so that it divides over the data shards."""
-    first, *rest = local_shape(name, model, plan)
-    return -(-first // plan.sizes.shards) * plan.sizes.shards * math.prod(rest)
+    return plan.sizes.shards * math.prod(shard_shape(name, model, plan))
 
 
 def _of_clipping(plan: Plan, cfg: Config) -> Iterator[Collective]:

@@ -30,13 +30,13 @@ def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu
         model: on the meta device, whole. device: its type, since a CPU's RMSNorm keeps more than the fused one.
     """
     weight = 8 if cfg.train.dtype is Dtype.float64 else 4
-    names = [name for name, _ in model.named_parameters()]
-    shards = sum(math.prod(shard_shape(name, model, plan)) for name in names)
+    shards = {name: math.prod(shard_shape(name, model, plan)) for name, _ in model.named_parameters()}
+    trained = [shards[name] for name, p in model.named_parameters() if p.requires_grad]
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     return {
-        "parameters": shards * weight + buffers,
-        "gradients": shards * weight,
-        "optimizer": _optimizer_bytes(cfg, shards * weight, len(names)),
+        "parameters": sum(shards.values()) * weight + buffers,
+        "gradients": sum(trained) * weight,
+        "optimizer": _optimizer_bytes(cfg, sum(trained) * weight, len(trained)),
         "activations": _activation_bytes(model, plan, cfg, device),
         "temporaries": None,
     }

@@ -25,16 +25,19 @@ from tpresearch.config.axes import LAYER_AXES, TENSOR
 from tpresearch.config.schema import Checkpointing, Dtype, FsdpConfig, ParallelConfig
 from tpresearch.parallel.mesh import data_mesh
 from tpresearch.plan.compiler import Plan
+from tpresearch.plan.parameters import tie, tied_parameters
 
 
 def parallelize(
     model: nn.Module, plan: Plan, parallel: ParallelConfig, mesh: DeviceMesh, dtype: Dtype
 ) -> nn.Module:
-    """Shard a meta-device model in place, and return it. Parameter names stay as they were."""
+    """Shard a meta-device model in place, and return it. Parameter names and ties stay as they were."""
+    ties = tied_parameters(model)
     for axis in LAYER_AXES:
         styles = {name: rule.style() for name, rule in plan.rules.items() if rule.axis == axis}
         if styles:
             parallelize_module(model, mesh[axis], styles, src_data_rank=None)
+    tie(model, ties)
     for name in plan.blocks:
         wrap_forward(model.get_submodule(name), parallel)
     if parallel.async_tp:

@@ -40,6 +40,10 @@ def place_weights(model: nn.Module, device: torch.device, seed: int, buffers: to
     materialize(model, device, seed, buffers)
 
 
+def first_weights(model: nn.Module, seed: int) -> None:
+    draw_weights(model, seed)
+
+
 def draw_weights(model: nn.Module, seed: int) -> None:
     for parameter, full in draw_all(model, seed):
         fill(parameter, full)

@@ -15,7 +15,10 @@ from torch import nn
 from tpresearch.config.axes import AXES, MeshSizes
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.schema import DataPlan, ModelConfig, ParallelConfig
+from tpresearch.plan.probe import Probe
 from tpresearch.plan.rules import ResolvedRule, resolve_rule
+
+NOTHING_SEEN = Probe()
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Plan:
     sizes: MeshSizes
     split_output: int | None = None
     """The dim of the model's output that reaches the loss sharded: -1 the vocabulary, 0 the batch; None if it is whole."""
-    no_input_grad: frozenset[str] = frozenset()
-    """Modules whose input needs no gradient, such as the first to see the batch."""
+    seen: Probe = NOTHING_SEEN
+    """What a batch's shapes have shown of the plain model."""
 
     @property
     def loss_parallel(self) -> bool:
@@ -46,6 +49,7 @@ class Plan:
             for name, rule in self.rules.items()
             if rule.rule.style == "sequence"
             for key, parameter in model.get_submodule(name).named_parameters(recurse=False)
+            if parameter.requires_grad
         }
 
 
@@ -67,14 +71,14 @@ def compile_plan(
     sizes: MeshSizes,
     seq_len: int,
     rows: int,
-    no_input_grad: frozenset[str] = frozenset(),
+    seen: Probe = NOTHING_SEEN,
 ) -> Plan:
     """Judge a plan against the model it is for.
 
     Args:
         model: on the meta device, whole. config: its config, plans included.
         parallel: the choice of plan. sizes: ranks along each axis. seq_len: tokens per row. rows: in a micro-batch.
-        no_input_grad: modules whose input needs no gradient.
+        seen: what a batch's shapes have shown of the model.
 
     Raises:
         ConfigError: rules that match nothing, overlap or cannot be read; sizes that tp does not divide.
@@ -105,7 +109,7 @@ def compile_plan(
     ]
     active = {name: rule for name, rule in rules.items() if sizes[rule.axis] > 1}
     split = next((rule.dst[0].dim for rule in active.values() if rule.leaves_split), None)  # type: ignore[union-attr]
-    return Plan(active, blocks, replicated, sizes, split, no_input_grad)
+    return Plan(active, blocks, replicated, sizes, split, seen)
 
 
 def _blocks(config: ModelConfig, names: list[str]) -> list[str]:

@@ -133,7 +133,20 @@ def plan_text(model: nn.Module, plan: Plan) -> str:
         where = {-1: "vocabulary shards", 0: "each rank's rows", None: "whole outputs"}[plan.split_output]
         lines.append(f"loss: on {where}")
     lines += _data_lines(plan)
+    if plan.seen.random:
+        lines.append(random_text(plan))
     return "\n".join(lines) + "\n"
+
+
+def random_text(plan: Plan) -> str:
+    """What is said of a model that draws random numbers."""
+    names = ", ".join(
+        row.fqn for row in folded(Row(name or ".", "", "", None, "") for name in plan.seen.random)
+    )
+    return (
+        f"random numbers: {names} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats to the "
+        "bit, replicas agree, and plans differ in what they draw: equality with one process is not claimed"
+    )
 
 
 def _data_lines(plan: Plan) -> list[str]:

@@ -74,7 +74,7 @@ def _moved(
 
 def _needed(into: list[Sent], name: str, plan: Plan) -> list[Sent]:
     """Without what brings a gradient back to an input that needs none."""
-    return [sent for sent in into if sent.phase == "forward" or name not in plan.no_input_grad]
+    return [sent for sent in into if sent.phase == "forward" or name not in plan.seen.no_input_grad]
 
 
 def _summed(parameters: dict[str, nn.Parameter]) -> list[Sent]:

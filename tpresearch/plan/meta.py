@@ -13,7 +13,12 @@ from tpresearch.config.schema import Dtype, ModelConfig
 
 
 def meta_model(config: ModelConfig, dtype: Dtype = Dtype.float32) -> nn.Module:
-    """The model without storage, its parameters in the dtype in which weights are kept.
+    """The model without storage, its parameters in the dtype in which weights are kept: see `plain_model`."""
+    return plain_model(config, dtype, "meta")
+
+
+def plain_model(config: ModelConfig, dtype: Dtype = Dtype.float32, device: str = "cpu") -> nn.Module:
+    """The model as its class makes it, its parameters in the dtype in which weights are kept.
 
     Raises:
         ConfigError: for a class that cannot be imported or does not take these settings.
@@ -30,7 +35,7 @@ def meta_model(config: ModelConfig, dtype: Dtype = Dtype.float32) -> nn.Module:
                 "one of " + ", ".join(nearest(key, accepted)),
             )
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             model = build(**config.args)
     except (TypeError, ValueError) as error:
         raise ConfigError(

@@ -27,10 +27,11 @@ def tie(model: nn.Module, ties: dict[str, str]) -> None:
         setattr(model.get_submodule(module), key, model.get_parameter(owner))
 
 
-def check_parameters(model: nn.Module, plan: Plan, fully_sharded: bool) -> None:
+def check_parameters(model: nn.Module, plan: Plan, parallel: str, fully_sharded: bool) -> None:
     """Refuse what this plan cannot do to the parameters of a meta model.
 
     Args:
+        parallel: the option that was chosen.
         fully_sharded: whether `fully_shard` is applied, be it over one rank.
 
     Raises:
@@ -47,10 +48,8 @@ def check_parameters(model: nn.Module, plan: Plan, fully_sharded: bool) -> None:
         _check_tie(name, owner, model, plan, fully_sharded)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0 and fully_sharded:
-            legal = "a parameter of shape [1], or a plan without a data axis, in float32 or float64"
-            raise ConfigError(
-                "parallel", "fully_shard", f"{name} is a scalar, which FSDP does not shard", legal
-            )
+            legal = "a parameter of shape [1], or parallel=none, tp or sp in float32 or float64"
+            raise ConfigError("parallel", parallel, f"{name} is a scalar, which FSDP does not shard", legal)
         if plan.sizes.shards > 1:
             _check_rows(name, parameter, model, plan)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config, Loss
@@ -15,41 +19,70 @@ from tpresearch.config.schema import Config, Loss
 class Probe:
     """What one forward pass over shapes alone has shown."""
 
-    output: torch.Size | None
+    output: torch.Size | None = None
     """The shape of the model's output; None where the model cannot run on the meta device."""
-    no_input_grad: frozenset[str]
+    no_input_grad: frozenset[str] = frozenset()
     """Modules whose input depends on no parameter, so that it needs no gradient."""
+    random: dict[str, torch.Size] = field(default_factory=dict)
+    """Modules that draw random numbers, as dropout does, and the shape of the input that each has in a micro-batch."""
+
+
+class _Watch(TorchDispatchMode):
+    """Notes by module, while a model runs, which inputs need no gradient and who draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._running: list[tuple[str, torch.Size]] = []
+        self.no_input_grad: set[str] = set()
+        self.random: dict[str, torch.Size] = {}
+
+    @contextmanager
+    def over(self, model: nn.Module) -> Iterator[None]:
+        hooks = []
+        for name, module in model.named_modules():
+            hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: self._enter(name, args)))
+            hooks.append(module.register_forward_hook(lambda *_: self._leave()))
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, name: str, args: tuple[object, ...]) -> None:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        self._running.append((name, tensors[0].shape if tensors else torch.Size()))
+        if not any(tensor.requires_grad for tensor in tensors):
+            self.no_input_grad.add(name)
+
+    def _leave(self) -> None:
+        self._running.pop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and self._running:
+            name, shape = self._running[-1]
+            self.random[name] = shape
+        return func(*args, **(kwargs or {}))
 
 
 def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     """Send `inputs`, on the meta device, through a meta model.
 
     Raises:
-        ConfigError: for data that the model does not take, an output that is no tensor, and a loss that does not
-            fit it.
+        ConfigError: for data that the model does not take, and an output that is no tensor.
     """
-    found: set[str] = set()
-
-    def look(name: str, args: tuple[object, ...]) -> None:
-        if not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            found.add(name)
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: look(name, args))
-        for name, module in model.named_modules()
-    ]
+    watch = _Watch()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), watch.over(model):
             output = model(inputs)
     except NotImplementedError:  # an op that has no meaning without data
-        return Probe(None, frozenset())
+        return Probe()
     except Exception as error:
         if "meta" in str(error):  # a tensor of its own on another device
-            return Probe(None, frozenset())
+            return Probe()
         raise _incompatible(inputs, cfg, error) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not isinstance(output, Tensor):
         raise ConfigError(
             "model",
@@ -57,7 +90,7 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
             f"its output is a {type(output).__name__}",
             "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum",
         )
-    return Probe(output.shape, frozenset(found))
+    return Probe(output.shape, frozenset(watch.no_input_grad), watch.random)
 
 
 def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:

@@ -21,6 +21,7 @@ from tpresearch.train.mistakes import mistakes_of
 from tpresearch.train.observe import Metrics, Observer, Observers
 from tpresearch.train.optim import build_optimizer, learning_rate
 from tpresearch.train.preflight import Preflight
+from tpresearch.train.randomness import SeededRandomness
 from tpresearch.train.state import TrainState
 from tpresearch.train.step import Setup, StepResult, train_step
 
@@ -53,7 +54,10 @@ class Loop:
             model, parameter_device(cfg.parallel, device.torch), cfg.train.seed, buffers=device.torch
         )
         batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
-        watching = Observers([*mistakes_of(cfg, mesh, batches), *observers])
+        chance = (
+            [SeededRandomness(cfg.train.seed, mesh, job.plan.seen.random)] if job.plan.seen.random else []
+        )
+        watching = Observers([*chance, *mistakes_of(cfg, mesh, batches), *observers])
         state = TrainState(0, model, build_optimizer(model, cfg.optimizer))
         watching.start(state)
         setup = Setup(cfg, job.plan, mesh, device, objective_of(cfg, job.plan), watching)

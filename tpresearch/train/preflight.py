@@ -78,8 +78,10 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     import torch  # late, and so are those that import it
 
     from tpresearch.data import meta_batch
+    from tpresearch.parallel.apply import is_wrapped
     from tpresearch.plan.compiler import compile_plan
     from tpresearch.plan.meta import meta_model
+    from tpresearch.plan.parameters import check_parameters
     from tpresearch.plan.probe import check_loss, probe
 
     model = meta_model(cfg.model, cfg.train.dtype)
@@ -89,7 +91,8 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     check_loss(None, batch.targets, cfg)
     seen = probe(model, batch.inputs, cfg)
     check_loss(seen.output, batch.targets, cfg)
-    plan = compile_plan(model, cfg.model, cfg.parallel, sizes, cfg.data.seq_len, rows, seen.no_input_grad)
+    plan = compile_plan(model, cfg.model, cfg.parallel, sizes, cfg.data.seq_len, rows, seen)
+    check_parameters(model, plan, cfg.parallel.name, is_wrapped(sizes.dp, cfg.parallel.fsdp, cfg.train.dtype))
     check_split_output(plan, cfg)
     return model, plan
 
