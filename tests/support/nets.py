@@ -1,0 +1,62 @@
+"""Models that people bring, each the toy language model with one twist; its sharding plans fit them all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tpresearch.models.toy_mlp import ToyLM
+
+
+class Tied(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.output.weight = self.embed.weight
+
+
+class Frozen(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.embed.weight.requires_grad_(False)
+        self.mlp.out_proj.bias.requires_grad_(False)
+
+
+class AllFrozen(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.requires_grad_(False)
+
+
+class Dropped(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return self.output(self.mlp(self.drop(self.embed(tokens))))
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.s = nn.Parameter(torch.empty(()))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.s, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.s
+
+
+class Scaled(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.scale = Scale()
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return self.output(self.scale(self.mlp(self.embed(tokens))))
+
+
+def model(kind: type[nn.Module]) -> list[str]:
+    """The overrides that make it the model of a config."""
+    return ["model=toy_mlp", f"model._target_={kind.__module__}.{kind.__name__}"]
