@@ -1,104 +1,85 @@
-"""What runs are called: by the settings in which they differ, as few of them as tell them apart."""
+"""Labels of runs: the fewest settings that tell them apart."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tpresearch.compare.runs import Run
-from tpresearch.track.shown import UNDEFINED
+import pandas as pd
 
-FIRST = ("model.name", "parallel.name", "ranks", "mesh.tp", "mesh.dp_shard", "mesh.dp_replicate", "device")
-SEED = "train.seed"
+from tpresearch.compare.runs import SEED, Run
+from tpresearch.config.mesh import AXES
+from tpresearch.track.shown import UNDEFINED, printable
+
+FIRST = ("model.name", "parallel.name", "ranks", *(f"mesh.{axis}" for axis in reversed(AXES)), "device")
 BY_VALUE = ("model.name", "parallel.name", "device")
-"""Settings whose value alone says what they are."""
+"""Settings whose value is clear without their name."""
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
-    """All settings that are not the same in every run: what is asked first comes first, what some run lacks last."""
-    keys = dict.fromkeys([*FIRST, *(key for run in runs for key in run.settings)])
-    unlike = [key for key in keys if len({_text(run, key) for run in runs}) > 1]
-    in_all = {key for key in keys if all(key in run.settings for run in runs)}
-    return sorted(unlike, key=lambda key: (key == SEED, key not in FIRST and key not in in_all))
+def settings_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per run, one column per setting, as text: FIRST ones first, those that some run lacks last."""
+    frame = pd.DataFrame([run.settings for run in runs])
+    lacking = set(frame.columns[frame.isna().any()]) - set(FIRST)
+    keys = [*FIRST, *frame.columns.difference(FIRST, sort=False)]
+    keys.sort(key=lambda key: (key == SEED, key in lacking))
+    return frame.fillna(UNDEFINED).reindex(columns=keys, fill_value=UNDEFINED)
+
+
+def differing(runs: Sequence[Run]) -> pd.DataFrame:
+    """The columns of `settings_frame` that are not the same in every run."""
+    frame = settings_frame(runs)
+    return frame.loc[:, frame.nunique() > 1]
 
 
 def telling(runs: Sequence[Run]) -> list[str]:
-    """Those of the differing settings that tell apart what the ones before them do not.
+    """The differing settings that tell apart what those before them do not.
 
-    Of a sweep over plans that is `parallel.name`: whatever else the plans set follows from it.
-    The device is among them wherever it differs, for no chart may mix a GPU and a CPU unsaid.
+    For a sweep over plans that is `parallel.name`: what else the plans set follows from it. The device is always among
+    them if it differs, so that no chart mixes a GPU and a CPU without saying so.
     """
+    frame = differing(runs)
     chosen: list[str] = []
-    groups = {tuple[str, ...]()}
-    unlike = differing(runs)
-    for key in unlike:
-        finer = {tuple(_text(run, each) for each in [*chosen, key]) for run in runs}
-        if len(finer) > len(groups):
-            chosen, groups = [*chosen, key], finer
-    return [*chosen, "device"] if "device" in unlike and "device" not in chosen else chosen
+    for key in frame:
+        if len(frame[[*chosen, key]].drop_duplicates()) > (
+            len(frame[chosen].drop_duplicates()) if chosen else 1
+        ):
+            chosen.append(key)
+    return [*chosen, "device"] if "device" in frame and "device" not in chosen else chosen
 
 
 def labels(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
-    """A name for each run, no two alike: given by the user, or by `keys`, or by its summary; then by its folder."""
+    """A unique label per run: the user's names, else the settings `keys`, else its run name; its folder where needed."""
     given = [(run.config.get("logger") or {}).get("name") for run in runs]
     if all(given) and len(set(given)) == len(runs):
-        names = [_printable(str(name)) for name in given]
+        names = [printable(name) for name in given]
     elif keys:
-        names = [" · ".join(_part(key, run.settings.get(key)) for key in keys) for run in runs]
+        names = [" · ".join(_part(key, run.setting(key)) for key in keys) for run in runs]
     else:
-        names = [_printable(str(run.summary.get("run_name") or run.summary["parallel"])) for run in runs]
+        names = [printable(run.summary.get("run_name") or run.summary["parallel"]) for run in runs]
     names = [
-        name if run.completed else f"{name} ({run.summary['status']})"
+        name if run.completed else f"{name} ({printable(run.summary['status'])})"
         for name, run in zip(names, runs, strict=True)
     ]
-    often = Counter(names)
-    where = _apart([run.folder for run in runs])
-    return [
-        f"{name} · {where[run.folder]}" if often[name] > 1 else name
-        for name, run in zip(names, runs, strict=True)
-    ]
+    count = Counter(names)
+    ends = _unique_ends([run.folder for run in runs])
+    return [f"{name} · {end}" if count[name] > 1 else name for name, end in zip(names, ends, strict=True)]
 
 
-def _part(key: str, value: Any) -> str:
+def _part(key: str, value: str) -> str:
     if key in BY_VALUE:
-        return shown(value)
+        return value
     if key == "ranks":
-        return f"{value} rank{'s' if value != 1 else ''}"
+        return f"{value} rank{'s' if value != '1' else ''}"
     parts = key.split(".")
-    return f"{'.'.join(parts[-2:] if len(parts) > 2 else parts[-1:])}={shown(value)}"
+    return f"{'.'.join(parts[-2:] if len(parts) > 2 else parts[-1:])}={value}"
 
 
-def shown(value: Any) -> str:
-    """A setting as it would be typed; what a run does not have is a dash."""
-    if value is None:
-        return UNDEFINED
-    if isinstance(value, bool | list | dict):
-        return json.dumps(value, ensure_ascii=False)
-    return _printable(str(value))
-
-
-def _printable(text: str) -> str:
-    """On one line, and with nothing in it that a terminal would obey."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
-
-
-def settings_text(run: Run, without: str) -> tuple[tuple[str, str], ...]:
-    """All settings but one, to be compared as a whole."""
-    return tuple(sorted((key, shown(value)) for key, value in run.settings.items() if key != without))
-
-
-def _text(run: Run, key: str) -> str:
-    return shown(run.settings.get(key))
-
-
-def _apart(folders: Sequence[Path]) -> dict[Path, str]:
-    """As much of each folder's end as no other folder ends in."""
-    whole = {folder: folder.resolve().parts for folder in folders}
-    for depth in range(1, max(map(len, whole.values()), default=1) + 1):
-        ends = {folder: "/".join(parts[-depth:]) for folder, parts in whole.items()}
-        if len(set(ends.values())) == len(folders):
+def _unique_ends(folders: Sequence[Path]) -> list[str]:
+    """As many last parts of each path as make all of them different."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        ends = [printable("/".join(each[-depth:])) for each in parts]
+        if len(set(ends)) == len(ends):
             break
     return ends

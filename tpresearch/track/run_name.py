@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tpresearch.config.mesh import AXES
 from tpresearch.config.schema import DataPlan, ParallelConfig
 
 
 def run_name(model: str, parallel: ParallelConfig, sizes: Mapping[str, int]) -> str:
     """`llama2_tiny/fsdp2-tp2`: the model, then each part of the plan with its size; `single` for one process.
 
-    In a 1D plan `sp` is told from `tp`. Beside a data plan both are written `tp`, as the field does.
+    A 1D plan is `sp` or `tp`. With a data plan both are written `tp`, as is customary.
 
     Args:
-        sizes: ranks along dp_replicate, dp_shard and tp; an axis that is not there counts 1.
+        sizes: ranks along each mesh axis; a missing axis has size 1.
     """
-    replicate, shard, tp = (sizes.get(axis, 1) for axis in ("dp_replicate", "dp_shard", "tp"))
+    replicate, shard, tp = (sizes.get(axis, 1) for axis in AXES)
     data = {
         DataPlan.none: "",
         DataPlan.ddp: f"ddp{replicate}",
