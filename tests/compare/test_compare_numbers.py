@@ -12,7 +12,6 @@ from support.made_runs import TOKENS_PER_STEP, Made, entry, falling, groups_of
 
 from tpresearch.compare.charts import spec_of
 from tpresearch.compare.groups import Group, baseline_of, one_by_one, over_seeds
-from tpresearch.compare.labels import labels, telling
 from tpresearch.compare.look import Look
 from tpresearch.compare.numbers import (
     MAX_DOTS,
@@ -26,9 +25,8 @@ from tpresearch.compare.numbers import (
     pareto,
     parts,
 )
-from tpresearch.compare.report import Report
+from tpresearch.compare.report import DIFFERENCES, RUNS, SEEDS, Report, tables
 from tpresearch.compare.runs import find
-from tpresearch.compare.tables import DIFFERENCES, RUNS, tables
 from tpresearch.track.panels import SECTIONS
 from tpresearch.track.table import Table
 
@@ -48,7 +46,7 @@ def rows(found: Numbers, *columns: str) -> list[tuple[Any, ...]]:
 
 
 def tables_of(groups: list[Group], baseline: Group) -> dict[str, Table]:
-    return tables([group.first for group in groups], [group.label for group in groups], groups, baseline)
+    return tables([group.first for group in groups], groups, baseline)
 
 
 def column(table: Table, name: str) -> list[str]:
@@ -115,8 +113,8 @@ def test_of_many_rows_the_greatest_difference_is_drawn(tmp_path: Path) -> None:
 
 def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path: Path) -> None:
     found = curves(groups_of(tmp_path, Made(steps=1502)), LOSS)
-    assert rows(found, "steps") == [(step,) for step in [*range(1, 1502, 2), 1502]]
-    assert found.notes == ["One in 2 of 1,502 rows per run is drawn."]
+    assert rows(found, "steps") == [(step,) for step in range(2, 1503, 2)]
+    assert found.notes == ["The last of every 2 of 1,502 rows is drawn."]
 
 
 def test_over_seeds_mean_and_standard_deviation(tmp_path: Path) -> None:
@@ -139,7 +137,7 @@ def test_over_seeds_mean_and_standard_deviation(tmp_path: Path) -> None:
     found = differences([one, two], one, LOSS)
     assert [value for (value,) in rows(found, "value")] == pytest.approx([0.25 / 3] * 6)
     assert list(max_differences([one, two], one).values()) == [0, 0, 0.25]
-    seeds = tables([*one.runs, *two.runs], list("abcdef"), [one, two], one)["Mean ± std over train.seed"]
+    seeds = tables([*one.runs, *two.runs], [one, two], one)[SEEDS]
     assert (column(seeds, "runs"), column(seeds, "seeds")) == (["none", "tp"], ["3", "3"])
     assert column(seeds, "tok/s/device") == ["101 ± 1", "101 ± 1"]
 
@@ -285,8 +283,7 @@ def test_a_run_from_a_seed_that_the_baseline_lacks_is_compared_with_none_of_its_
     ]
     assert found.notes == [LEGEND, *left_out]
     assert max_differences([one, four, two], one) == {two.first.folder: 0.25}
-    names = labels(runs, telling(runs))
-    report = Report(runs, names, [one, four, two], one, [], [])
+    report = Report(runs, [one, four, two], one, [], [])
     out = io.StringIO()
     report.print(Console(file=out, width=250), tmp_path)
     for line in left_out:
@@ -295,7 +292,7 @@ def test_a_run_from_a_seed_that_the_baseline_lacks_is_compared_with_none_of_its_
     alone = differences([one, four], one, LOSS)
     assert (len(alone.points), alone.notes) == (0, ["No run has rows at the baseline's tokens.", left_out[0]])
     # for single runs, overlaid though seeds differ, the difference is what was asked for
-    apart = one_by_one(runs, names)
+    apart = one_by_one(runs)
     assert max_differences(apart, apart[0])[two.runs[1].folder] == 2.25
 
 

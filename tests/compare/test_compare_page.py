@@ -17,7 +17,6 @@ from rich.console import Console
 from support.made_runs import Made, entry, falling
 
 from tpresearch.compare.groups import baseline_of, one_by_one
-from tpresearch.compare.labels import labels, telling
 from tpresearch.compare.report import Report
 from tpresearch.compare.runs import find
 from tpresearch.track.panels import SECTIONS
@@ -78,11 +77,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.corpus_hash = "<i>hash</i>"
         run.write(folder / "sweep" / str(index))
     found = find([str(folder / "sweep")])
-    names = labels(found.runs, telling(found.runs))
-    groups = one_by_one(found.runs, names)
+    groups = one_by_one(found.runs)
     left_out = [f"{folder}/sweep/9: <script>alert(6)</script>\x1b]0;title\x07"]
     baseline = baseline_of(groups, None)
-    report = Report(found.runs, names, groups, baseline, ["corpus_hash differs: <u>\x9b2J"], left_out)
+    report = Report(found.runs, groups, baseline, ["corpus_hash differs: <u>\x9b2J"], left_out)
     report.write(folder, ["sweep", "<s>"])
     with (folder / "terminal.txt").open("w") as file:
         report.print(Console(file=file, width=250), folder)
@@ -247,12 +245,11 @@ def test_each_png_is_a_picture(made: Path, name: str) -> None:
 def test_a_panel_without_data_is_said_and_its_old_png_goes(tmp_path: Path) -> None:
     Made(steps=2).write(tmp_path / "run")
     runs = find([str(tmp_path / "run")]).runs
-    names = labels(runs, telling(runs))
-    groups = one_by_one(runs, names)
+    groups = one_by_one(runs)
     old = tmp_path / "compare" / "mfu.png"
     old.parent.mkdir()
     old.write_bytes(b"old")
-    Report(runs, names, groups, groups[0], [], []).write(tmp_path, [])
+    Report(runs, groups, groups[0], [], []).write(tmp_path, [])
     assert not old.exists()
     html = (tmp_path / "compare.html").read_text()
     missing = dict(re.findall(r'<p class="quiet missing"><b>(.*?)</b> is left out\. (.*?)</p>', html))

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from support.made_runs import Made
 
-from tpresearch.compare.__main__ import Overlay, Seeds, parse
-from tpresearch.compare.groups import baseline_of, check_comparable, one_by_one, over_seeds
-from tpresearch.compare.labels import labels, telling
+from tpresearch.compare.groups import baseline_of, check_comparable, labels, one_by_one, over_seeds
+from tpresearch.compare.options import Overlay, Seeds, parse
 from tpresearch.compare.runs import find
 from tpresearch.config.errors import ConfigError
 from tpresearch.sweep.running import set_aside
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def named(*words: str) -> list[str]:
     runs = find(list(words)).runs
-    return labels(runs, telling(runs))
+    return labels(runs)
 
 
 @pytest.fixture
@@ -178,7 +177,7 @@ def refusal(
         run.write(tmp_path / str(index))
     found = find([str(tmp_path)]).runs
     try:
-        return check_comparable(found, labels(found, telling(found)), anyway=anyway, any_seed=any_seed)
+        return check_comparable(found, anyway=anyway, any_seed=any_seed)
     except ConfigError as error:
         return error
 
@@ -222,7 +221,7 @@ def test_an_unknown_baseline_and_one_that_several_have(tmp_path: Path) -> None:
     for index, run in enumerate([Made(), Made("fsdp", {"dp_shard": 2}), Made("fsdp", {"dp_shard": 4})]):
         run.write(tmp_path / f"job{index}")
     runs = find([str(tmp_path)]).runs
-    groups = one_by_one(runs, labels(runs, telling(runs)))
+    groups = one_by_one(runs)
     with pytest.raises(ConfigError, match="baseline=fsd: no run has this name; one of: fsdp · 2 ranks"):
         baseline_of(groups, "fsd")
     with pytest.raises(

@@ -10,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 
 from tpresearch.compare.groups import Group, one_by_one
-from tpresearch.compare.labels import labels, telling
 from tpresearch.compare.runs import find
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config, DataPlan, ModelConfig, ParallelConfig, Rule, TensorPlan
@@ -117,4 +116,4 @@ def groups_of(folder: Path, *runs: Made) -> list[Group]:
     for index, run in enumerate(runs):
         run.write(folder / str(index))
     found = find([str(folder)]).runs
-    return one_by_one(found, labels(found, telling(found)))
+    return one_by_one(found)

@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import glob
 import importlib.util
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from rich.console import Console
 
 from tpresearch.compare.groups import baseline_of, check_comparable, one_by_one, over_seeds
-from tpresearch.compare.labels import labels, telling
+from tpresearch.compare.options import USAGE, Overlay, Seeds, parse
 from tpresearch.compare.runs import LEGAL, find
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import WrongCommand, python_command
-from tpresearch.launch.options import command, read_options
+from tpresearch.launch.options import command
 from tpresearch.launch.run_dir import dated_folder
 from tpresearch.track.shown import path_text
 
 DRAWS_WITH = ("altair", "jinja2", "vl_convert")
 WIDTH = 200
 """Of the tables if the output is not a terminal."""
-USAGE = """\
-python -m tpresearch.compare RUN_OR_SWEEP_OR_GLOB... [out=FOLDER] [baseline=RUN] [overlay=anyway] [seeds=mean]
-
-  prints a table of these runs and writes compare.html, compare.md and compare/*.png; needs no network
-  out        folder to write to; by default the sweep's own if one sweep is given, else outputs/compare/<date>/<time>
-  baseline   the run that losses are compared with: its label in the table, its plan or its folder; by default parallel=none
-  overlay    anyway: even if corpus, tokenizer, row length, global batch, loss or seed differ
-  seeds      mean: one curve per group of runs that differ only in train.seed, with its standard deviation
-"""
-
-
-class Overlay(StrEnum):
-    refuse = "refuse"
-    anyway = "anyway"
-
-
-class Seeds(StrEnum):
-    apart = "apart"
-    mean = "mean"
-
-
-@dataclass
-class Options:
-    out: str | None = None
-    baseline: str | None = None
-    overlay: Overlay = Overlay.refuse
-    seeds: Seeds = Seeds.apart
 
 
 def main() -> None:
@@ -78,10 +46,9 @@ def main() -> None:
             for run in found.runs
             if not run.completed
         ]
-    names = labels(runs, telling(runs))
-    warnings = check_comparable(runs, names, anyway=options.overlay is Overlay.anyway, any_seed=mean)
-    groups = over_seeds(runs) if mean else one_by_one(runs, names)
-    report = Report(runs, names, groups, baseline_of(groups, options.baseline), warnings, left_out)
+    warnings = check_comparable(runs, anyway=options.overlay is Overlay.anyway, any_seed=mean)
+    groups = over_seeds(runs) if mean else one_by_one(runs)
+    report = Report(runs, groups, baseline_of(groups, options.baseline), warnings, left_out)
     out = Path(options.out or found.sweep or dated_folder("compare")).expanduser()
     try:
         report.write(out, arguments)
@@ -90,24 +57,6 @@ def main() -> None:
         fix = {"out": dated_folder("compare")}
         raise ConfigError("out", out, f"cannot be written: {error.strerror}", legal, fix=fix) from None
     report.print(Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH), out)
-
-
-def parse(words: Sequence[str]) -> tuple[list[str], Options]:
-    """The words that name runs, and the options.
-
-    Raises:
-        ConfigError: for an unknown option, or a value it does not take.
-    """
-    options = [word for word in words if _is_option(word)]
-    return [word for word in words if word not in options], read_options(Options, options)
-
-
-def _is_option(word: str) -> bool:
-    """Whether it is `key=value` and not a path, which may hold `=` too, as the folders of some sweepers do."""
-    key, equals, _ = word.partition("=")
-    if not equals or key in {field.name for field in dataclasses.fields(Options)}:
-        return bool(equals)
-    return key.isidentifier() and not Path(word).exists() and not glob.has_magic(word)
 
 
 if __name__ == "__main__":

@@ -180,24 +180,14 @@ def _pareto(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
         memory_text=points["memory"].map(memory.text),
         speed_text=points["speed"].map(speed.text),
     )
-    x = alt.X("speed:Q", scale=_around(points["speed"])).axis(title="tokens/s/device", format="~s")
-    y = alt.Y("memory:Q", scale=_around(points["memory"])).axis(
-        title=memory.titled("peak memory"), format=",~r"
-    )
+    around = alt.Scale(zero=False, nice=False, padding=30)
+    x = alt.X("speed:Q", scale=around).axis(title="tokens/s/device", format="~s")
+    y = alt.Y("memory:Q", scale=around).axis(title=memory.titled("peak memory"), format=",~r")
     base = alt.Chart(points).encode(x=x, y=y)
     front = base.transform_filter("datum.front").mark_line(interpolate="step-before", **DASHED)
     texts = {"memory_text": "peak memory", "speed_text": "tokens/s/device"}
     tooltips = [alt.Tooltip(f"{field}:N", title=title) for field, title in texts.items()]
     return _layered(front.encode(order="speed:Q"), _dots(base, points, look, tooltips))
-
-
-def _around(values: pd.Series) -> alt.Scale:
-    """A scale with some room around the values; logarithmic where they are orders of magnitude apart."""
-    least, most = values.min(), values.max()
-    if least > 0 and most > 10 * least:
-        return alt.Scale(type="log", domain=[least / 1.4, most * 1.4], nice=False)
-    room = 0.12 * (most - least or most or 1)
-    return alt.Scale(domain=[max(0, least - room), most + room], nice=False)
 
 
 def _scaling(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:

@@ -1,4 +1,4 @@
-"""What is drawn as one curve (a run, or the repetitions of one over seeds), what may be overlaid, and the baseline."""
+"""What is drawn as one curve (a run, or its repetitions over seeds), its label, and the baseline of a comparison."""
 
 from __future__ import annotations
 
@@ -6,15 +6,89 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpresearch.compare.labels import labels, settings_frame, telling
+import pandas as pd
+
 from tpresearch.compare.runs import SEED, Run
 from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.mesh import AXES
+from tpresearch.track.shown import UNDEFINED, printable
 
 SAME = (
     *("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.path", "data.seq_len", "train.global_batch_size"),
     *("train.loss", SEED, "corpus_hash"),
 )
 """In these, runs must agree for their losses to be the same quantity; causes before the hash that follows from them."""
+FIRST = ("model.name", "parallel.name", "ranks", *(f"mesh.{axis}" for axis in reversed(AXES)), "device")
+BY_VALUE = ("model.name", "parallel.name", "device")
+"""Settings whose value is clear without their name."""
+
+
+def settings_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per run, one column per setting, as text: FIRST ones first, those that some run lacks last."""
+    frame = pd.DataFrame([run.settings for run in runs])
+    lacking = set(frame.columns[frame.isna().any()]) - set(FIRST)
+    keys = [*FIRST, *frame.columns.difference(FIRST, sort=False)]
+    keys.sort(key=lambda key: (key == SEED, key in lacking))
+    return frame.fillna(UNDEFINED).reindex(columns=keys, fill_value=UNDEFINED)
+
+
+def differing(runs: Sequence[Run]) -> pd.DataFrame:
+    """The columns of `settings_frame` that are not the same in every run."""
+    frame = settings_frame(runs)
+    return frame.loc[:, frame.nunique() > 1]
+
+
+def telling(runs: Sequence[Run]) -> list[str]:
+    """The differing settings that tell apart what those before them do not.
+
+    For a sweep over plans that is `parallel.name`: what else the plans set follows from it. The device is always among
+    them if it differs, so that no chart mixes a GPU and a CPU without saying so.
+    """
+    frame = differing(runs)
+    chosen: list[str] = []
+    for key in frame:
+        if len(frame[[*chosen, key]].drop_duplicates()) > (
+            len(frame[chosen].drop_duplicates()) if chosen else 1
+        ):
+            chosen.append(key)
+    return [*chosen, "device"] if "device" in frame and "device" not in chosen else chosen
+
+
+def labels(runs: Sequence[Run], *, seeds: bool = True) -> list[str]:
+    """A unique label per run: the user's names, else what is `telling`, else run names; with its folder if needed.
+
+    Args:
+        seeds: whether the seed may be part of a label.
+    """
+    keys = [key for key in telling(runs) if seeds or key != SEED]
+    given = [(run.config.get("logger") or {}).get("name") for run in runs]
+    if all(given) and len(set(given)) == len(runs):
+        names = [printable(name) for name in given]
+    elif keys:
+        names = [" · ".join(_part(key, run.setting(key)) for key in keys) for run in runs]
+    else:
+        names = [printable(run.summary.get("run_name") or run.summary["parallel"]) for run in runs]
+    names = [
+        name if run.completed else f"{name} ({printable(run.summary['status'])})"
+        for name, run in zip(names, runs, strict=True)
+    ]
+    parts = [run.folder.resolve().parts for run in runs]
+    depth = 1
+    while len({each[-depth:] for each in parts}) < len(parts):
+        depth += 1
+    ends = [printable("/".join(each[-depth:])) for each in parts]
+    return [
+        f"{name} · {end}" if names.count(name) > 1 else name for name, end in zip(names, ends, strict=True)
+    ]
+
+
+def _part(key: str, value: str) -> str:
+    if key in BY_VALUE:
+        return value
+    if key == "ranks":
+        return f"{value} rank{'s' if value != '1' else ''}"
+    parts = key.split(".")
+    return f"{'.'.join(parts[-2:] if len(parts) > 2 else parts[-1:])}={value}"
 
 
 @dataclass(frozen=True)
@@ -29,9 +103,9 @@ class Group:
         return self.runs[0]
 
 
-def one_by_one(runs: Sequence[Run], names: Sequence[str]) -> list[Group]:
+def one_by_one(runs: Sequence[Run]) -> list[Group]:
     """One group per run."""
-    return [Group(name, [run]) for run, name in zip(runs, names, strict=True)]
+    return [Group(name, [run]) for run, name in zip(runs, labels(runs), strict=True)]
 
 
 def over_seeds(runs: Sequence[Run]) -> list[Group]:
@@ -40,8 +114,7 @@ def over_seeds(runs: Sequence[Run]) -> list[Group]:
     settings = settings_frame(runs).drop(columns=SEED, errors="ignore")
     for run, key in zip(runs, settings.itertuples(index=False, name=None), strict=True):
         repeated.setdefault(key, []).append(run)
-    firsts = [group[0] for group in repeated.values()]
-    names = labels(firsts, [key for key in telling(firsts) if key != SEED])
+    names = labels([group[0] for group in repeated.values()], seeds=False)
     return [Group(name, group, over_seeds=True) for name, group in zip(names, repeated.values(), strict=True)]
 
 
@@ -74,13 +147,13 @@ def _is_called(run: Run, name: str) -> bool:
     return name in names or Path(name).expanduser().resolve() == run.folder.resolve()
 
 
-def check_comparable(runs: Sequence[Run], names: Sequence[str], *, anyway: bool, any_seed: bool) -> list[str]:
+def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> list[str]:
     """One sentence per field of SAME in which runs differ, if they are to be overlaid anyway.
 
     Raises:
         ConfigError: names the first such field and its runs, unless `anyway`; `any_seed` lets seeds differ.
     """
-    labelled = settings_frame(runs).assign(label=names)
+    labelled = settings_frame(runs).assign(label=labels(runs))
     by_value = {key: labelled.groupby(key, sort=False)["label"].agg(list) for key in SAME if key in labelled}
     unlike = {key: some for key, some in by_value.items() if len(some) > 1 and not (any_seed and key == SEED)}
     if anyway:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
 import pandas as pd
@@ -99,16 +98,12 @@ def legend_of(names: Sequence[str], width: int = WIDTH - 40) -> alt.Legend:
     return alt.Legend(title=None, orient="bottom", symbolOpacity=1, columns=max(1, min(8, columns)))
 
 
-@dataclass(frozen=True)
-class Unit:
-    """The unit in which a metric's values are drawn."""
+class Unit(NamedTuple):
+    """The unit in which a metric is drawn: its name, by what a value is divided for the axis, and a value as text."""
 
     name: str
-    """The axis title; empty for a number without a unit."""
     size: float
-    """A value is divided by it for the axis."""
     text: Callable[[float], str]
-    """A value (undivided) as text."""
 
     def titled(self, what: str) -> str:
         return f"{what} ({self.name})" if self.name else what

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tpresearch.compare.groups import Group
-from tpresearch.compare.labels import settings_frame
+from tpresearch.compare.groups import Group, settings_frame
 from tpresearch.compare.runs import SEED, Run
 from tpresearch.config.mesh import AXES
 from tpresearch.track.names import X_AXIS
@@ -58,14 +57,13 @@ def curves(groups: Sequence[Group], metric: str) -> Numbers:
     points = _mean(_history(groups, metric), {group.label: len(group.runs) for group in groups})
     if points.empty:
         return Numbers(notes=[f"No run has {metric}."])
-    points, stride, longest = _strided(points, MAX_POINTS)
-    points = points[(points["nth"] % stride == 0) | ~points.duplicated("run", keep="last")]
-    notes = [f"One in {stride} of {longest:,} rows per run is drawn."] if stride > 1 else []
+    buckets, notes = _buckets(points, MAX_POINTS, "last")
+    points = points.groupby(buckets, sort=False).tail(1)
     if "low" in points:
         notes.append("The band is one standard deviation over seeds.")
     early = [group.label for group in groups if not any(run.rows for run in group.runs)]
     notes += [f"Ended before the first row: {', '.join(early)}."] if early else []
-    return Numbers(points.drop(columns="nth"), notes)
+    return Numbers(points, notes)
 
 
 def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Numbers:
@@ -89,17 +87,15 @@ def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Number
             notes.append(f"{group.label} has no rows at the tokens of {baseline.label}.")
     if not points["value"].any():
         return Numbers(notes=["Every loss equals the baseline's in all digits.", *notes])
-    points, stride, longest = _strided(points, MAX_DOTS)
-    points = points.loc[points.groupby(["run", points["nth"] // stride], sort=False)["value"].idxmax()]
+    buckets, thinned = _buckets(points, MAX_DOTS, "maximum")
+    points = points.loc[points.groupby(buckets, sort=False)["value"].idxmax()]
     floor = points["value"].where(points["value"] > 0).min() / 3
     points["exact"] = [f"{value:.2e}" if value else "0" for value in points["value"]]
     points["value"] = points["value"].clip(lower=floor)
     points["so_far"] = points.groupby("run")["value"].cummax()
     if (points["exact"] == "0").any():
         notes.append("Dots at the bottom are differences of exactly 0, which a log axis cannot show.")
-    notes += [f"The maximum of every {stride} of {longest:,} rows is drawn."] if stride > 1 else []
-    legend = "One dot per logged step; the line is the running maximum."
-    return Numbers(points.drop(columns="nth"), [legend, *notes])
+    return Numbers(points, ["One dot per logged step; the line is the running maximum.", *notes, *thinned])
 
 
 def max_differences(
@@ -239,11 +235,13 @@ def _spread(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     )
 
 
-def _strided(points: pd.DataFrame, most: int) -> tuple[pd.DataFrame, int, int]:
-    """The points with `nth` of their run, how many of them to take as one, and the length of the longest run."""
+def _buckets(points: pd.DataFrame, most: int, drawn: str) -> tuple[list[pd.Series], list[str]]:
+    """Keys that group each run's points into at most `most` buckets, and a sentence that says so if any has several."""
     nth = points.groupby("run").cumcount()
-    longest = int(nth.max()) + 1
-    return points.assign(nth=nth), math.ceil(longest / most), longest
+    rows = nth.max() + 1
+    size = math.ceil(rows / most)
+    notes = [f"The {drawn} of every {size} of {rows:,} rows is drawn."] if size > 1 else []
+    return [points["run"], nth // size], notes
 
 
 def _figures(groups: Sequence[Group], keys: Sequence[str]) -> pd.DataFrame:

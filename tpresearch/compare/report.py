@@ -14,21 +14,21 @@ from rich.console import Console
 from rich.text import Text
 
 from tpresearch.compare.charts import Spec, javascript, png, spec_of
-from tpresearch.compare.groups import Group
-from tpresearch.compare.labels import settings_frame
+from tpresearch.compare.groups import Group, differing, labels, settings_frame
 from tpresearch.compare.look import Look
-from tpresearch.compare.numbers import numbers, unpaired
+from tpresearch.compare.numbers import max_differences, numbers, unpaired
 from tpresearch.compare.runs import Run
-from tpresearch.compare.tables import DIFFERENCES, FOLDERS, RUNS, tables
+from tpresearch.track.figures import figure_cells, figures_of, mean_cells
 from tpresearch.track.panels import SECTIONS, Panel
 from tpresearch.track.record import write_atomically
 from tpresearch.track.shown import UNDEFINED, path_text, printable
-from tpresearch.track.table import markdown
+from tpresearch.track.table import Cell, Table, markdown
 
 IN_COMMON = (
     *("model.name", "corpus_hash", "tokenizer.vocab_size", "data.seq_len", "train.global_batch_size"),
     *("train.seed", "train.dtype", "device"),
 )
+RUNS, SEEDS, DIFFERENCES, FOLDERS = "Runs", "Mean ± std over train.seed", "Config differences", "Run folders"
 MAX_DIFFERENCES = 14
 """Rows of config differences that are printed on a terminal."""
 
@@ -38,7 +38,6 @@ class Report:
     """Runs compared: their tables and charts, and the sentences about what is left out or should not differ."""
 
     runs: Sequence[Run]
-    labels: Sequence[str]
     groups: Sequence[Group]
     """What is drawn as one curve: single runs, or the repetitions of each over seeds."""
     baseline: Group
@@ -50,7 +49,7 @@ class Report:
     def __post_init__(self) -> None:
         self.warnings = [f"Overlaid although {warning}" for warning in self.warnings]
         self.notes = unpaired(self.groups, self.baseline)
-        self.tables = tables(self.runs, self.labels, self.groups, self.baseline)
+        self.tables = tables(self.runs, self.groups, self.baseline)
 
     def write(self, out: Path, arguments: Sequence[str]) -> None:
         """Write compare/*.png, compare.md and last compare.html, each whole or not at all.
@@ -83,8 +82,8 @@ class Report:
         files = FileSystemLoader(Path(__file__).parent)
         jinja = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
         settings = settings_frame(self.runs).reindex(columns=IN_COMMON, fill_value=UNDEFINED)
-        labels = dict(zip([run.folder for run in self.runs], self.labels, strict=True))
-        colours = {labels[run.folder]: look.colours[each.label] for each in self.groups for run in each.runs}
+        names = dict(zip([run.folder for run in self.runs], labels(self.runs), strict=True))
+        colours = {names[run.folder]: look.colours[each.label] for each in self.groups for run in each.runs}
         return jinja.get_template("page.html").render(
             report=self,
             models=", ".join(dict.fromkeys(run.summary["model"] for run in self.runs)),
@@ -121,3 +120,44 @@ class Report:
 
     def _lines(self) -> list[str]:
         return [*self.notes, *(f"Left out: {line}" for line in self.left_out)]
+
+
+def tables(runs: Sequence[Run], groups: Sequence[Group], baseline: Group) -> dict[str, Table]:
+    """The runs with their figures, means over seeds if runs are drawn as one, settings that differ, and folders."""
+    summaries, names = [run.summary for run in runs], labels(runs)
+    figures = figures_of(summaries)
+    titles = [figure.title for figure in figures]
+    columns: dict[str, Sequence[str | Cell]] = {"run": names, "ranks": [run.setting("ranks") for run in runs]}
+    devices = [run.setting("device") for run in runs]
+    if len(set(devices)) > 1:
+        columns["device"] = devices
+    columns |= dict(zip(titles, zip(*figure_cells(summaries, figures), strict=True), strict=True))
+    if len(runs) > 1:
+        columns["max |loss difference|"] = _differences(runs, groups, baseline)
+    if not all(run.completed for run in runs):
+        columns["status"] = [run.summary["status"] for run in runs]
+    shown = {RUNS: Table.of_columns(columns)}
+    if len(groups) < len(runs):
+        rows = [
+            [
+                Cell(group.label),
+                Cell(str(len(group.runs))),
+                *mean_cells([run.summary for run in group.runs], figures),
+            ]
+            for group in groups
+        ]
+        shown[SEEDS] = Table(["runs", "seeds", *titles], rows)
+    unlike = differing(runs)
+    by_run = zip(names, unlike.itertuples(index=False, name=None), strict=True)
+    shown[DIFFERENCES] = Table.of_columns({"setting": list(unlike), **dict(by_run)})
+    statuses = [": ".join(filter(None, (run.summary["status"], run.summary.get("error")))) for run in runs]
+    folders = [path_text(run.folder) for run in runs]
+    shown[FOLDERS] = Table.of_columns({"run": names, "folder": folders, "status": statuses})
+    return shown
+
+
+def _differences(runs: Sequence[Run], groups: Sequence[Group], baseline: Group) -> list[str]:
+    greatest = max_differences(groups, baseline)
+    of_baseline = dict.fromkeys((run.folder for run in baseline.runs), "baseline")
+    texts = {folder: f"{value:.1e}" if value else "0" for folder, value in greatest.items()} | of_baseline
+    return [texts.get(run.folder, UNDEFINED) for run in runs]
