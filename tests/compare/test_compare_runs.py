@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.made_runs import Made
 
+from tpresearch.compare.__main__ import main
 from tpresearch.compare.groups import baseline_of, check_comparable, labels, one_by_one, over_seeds
 from tpresearch.compare.options import Overlay, Seeds, parse
 from tpresearch.compare.runs import find
@@ -242,6 +243,13 @@ def test_options_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
         parse(["basline=tp"])
     with pytest.raises(ConfigError, match="overlay=maybe"):
         parse(["overlay=maybe"])
+
+
+def test_a_mean_over_seeds_takes_completed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Made(steps=2, error=ValueError("boom")).write(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "run"), "seeds=mean"])
+    with pytest.raises(ConfigError, match="seeds=mean: no run completed; apart, or runs that completed"):
+        main()
 
 
 def compare(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:

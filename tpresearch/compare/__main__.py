@@ -46,6 +46,9 @@ def main() -> None:
             for run in found.runs
             if not run.completed
         ]
+        if not runs:
+            legal = "apart, or runs that completed"
+            raise ConfigError("seeds", "mean", "no run completed", legal, fix={"seeds": None})
     warnings = check_comparable(runs, anyway=options.overlay is Overlay.anyway, any_seed=mean)
     groups = over_seeds(runs) if mean else one_by_one(runs)
     report = Report(runs, groups, baseline_of(groups, options.baseline), warnings, left_out)

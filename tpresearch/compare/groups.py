@@ -73,9 +73,8 @@ def labels(runs: Sequence[Run], *, seeds: bool = True) -> list[str]:
         for name, run in zip(names, runs, strict=True)
     ]
     parts = [run.folder.resolve().parts for run in runs]
-    depth = 1
-    while len({each[-depth:] for each in parts}) < len(parts):
-        depth += 1
+    longest = max(map(len, parts), default=1)
+    depth = next((n for n in range(1, longest) if len({each[-n:] for each in parts}) == len(parts)), longest)
     ends = [printable("/".join(each[-depth:])) for each in parts]
     return [
         f"{name} · {end}" if names.count(name) > 1 else name for name, end in zip(names, ends, strict=True)

@@ -231,7 +231,9 @@ def _spread(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     points = points.rename(columns={"mean": "value"}).dropna(subset="value")
     spread = points.pop("std")
     return (
-        points.assign(low=points["value"] - spread, high=points["value"] + spread) if spread.any() else points
+        points.assign(low=points["value"] - spread, high=points["value"] + spread)
+        if spread.notna().any()
+        else points
     )
 
 
@@ -266,7 +268,7 @@ def _lines(groups: Sequence[Group]) -> list[list[Group]]:
     axes = [f"mesh.{axis}" for axis in AXES]
     frame[axes] = frame[axes].replace(UNDEFINED, "1")
     if any(len(group.runs) > 1 for group in groups):
-        frame = frame.drop(columns=SEED)
+        frame = frame.drop(columns=SEED, errors="ignore")
     candidates: list[list[int]] = []
     for axis in axes:
         alike = frame.drop(columns=["ranks", axis]).apply(tuple, axis="columns")

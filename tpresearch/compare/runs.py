@@ -140,15 +140,14 @@ def run_folders(path: Path) -> list[Path]:
     if any((path / name).is_file() for name in RECORD):
         return [path]
     below = {file.parent for name in RECORD for file in path.rglob(name)}
-    return sorted((each for each in below if not _is_skipped(each.relative_to(path))), key=_by_number)
+    kept = [each for each in below if not any(map(_is_skipped, each.relative_to(path).parts))]
+    return sorted(
+        kept, key=lambda each: [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in each.parts]
+    )
 
 
-def _is_skipped(path: Path) -> bool:
-    return any(part == "wandb" or part.startswith(".") or EARLIER in part for part in path.parts)
-
-
-def _by_number(path: Path) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.parts]
+def _is_skipped(part: str) -> bool:
+    return part == "wandb" or part.startswith(".") or EARLIER in part
 
 
 def read(folder: Path) -> Run:
