@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tpresearch.config.axes import NAMES as AXES
+from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.ledger.entries import Entry
 
 GLOO_FACTOR = {"all_gather": 1, "all_reduce": 1, "reduce_scatter": 2}
@@ -28,10 +28,10 @@ def crossing_hops(mesh: dict[str, int], host_of_rank: Sequence[str]) -> dict[str
         mesh: ranks along each axis, as in summary.json.
         host_of_rank: on two hosts.
     """
-    sizes = [mesh.get(axis, 1) for axis in AXES]
+    sizes = [mesh.get(axis, 1) for axis in AXIS_NAMES]
     ranks = np.arange(len(host_of_rank)).reshape(sizes)
     hops = {}
-    for index, axis in enumerate(AXES):
+    for index, axis in enumerate(AXIS_NAMES):
         groups = np.moveaxis(ranks, index, -1).reshape(-1, sizes[index])
         rings = ((group, np.roll(group, -1)) for group in groups)
         crossing = sum(

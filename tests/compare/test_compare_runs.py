@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from support.made_runs import Made
 
-from tpresearch.compare.groups import baseline_of, one_by_one, over_seeds
-from tpresearch.compare.labels import labels, telling
-from tpresearch.compare.options import Options, Overlay, Seeds, parse
-from tpresearch.compare.overlay import check
+from tpresearch.compare.__main__ import main
+from tpresearch.compare.groups import baseline_of, check_comparable, labels, one_by_one, over_seeds
+from tpresearch.compare.options import Overlay, Seeds, parse
 from tpresearch.compare.runs import find
 from tpresearch.config.errors import ConfigError
 from tpresearch.sweep.running import set_aside
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 def named(*words: str) -> list[str]:
     runs = find(list(words)).runs
-    return labels(runs, telling(runs))
+    return labels(runs)
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_what_a_sweep_has_set_aside_is_found_by_its_name_alone(
     monkeypatch.chdir(sweep)
     assert found("3*") == ["3"]
     (sweep / "3").rename(sweep / "gone")
-    with pytest.raises(ConfigError, match="there is no run in it"):
+    with pytest.raises(ConfigError, match="no run in it"):
         find(["3*"])
 
 
@@ -104,24 +103,24 @@ def test_a_name_is_one_line_that_a_terminal_does_not_obey(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("summary.json", None, "it has no summary.json (still running, refused, or killed on the spot)"),
+        ("summary.json", None, "summary.json is missing (still running, refused, or killed)"),
         ("summary.json", "{", "summary.json cannot be read"),
-        ("summary.json", "[1]", "summary.json is none of a run's: list"),
+        ("summary.json", "[1]", "summary.json is not a valid run summary: it is a list"),
         (
             "summary.json",
             '{"status": "completed"}',
-            "summary.json is none of a run's: world_size is 'missing'",
+            "summary.json is not a valid run summary: world_size is missing",
         ),
-        ("config.yaml", None, "it has no config.yaml"),
+        ("config.yaml", None, "config.yaml is missing"),
         ("config.yaml", "a: [", "config.yaml cannot be read"),
-        ("metrics.jsonl", "garbage\n", "metrics.jsonl has no rows, though the run is completed"),
+        ("metrics.jsonl", "garbage\n", "metrics.jsonl has no rows, though the run completed"),
         ("metrics.jsonl", '{"train/loss": 3}\n', "metrics.jsonl cannot be read: KeyError: 'train/step'"),
         (
             "metrics.jsonl",
             '{"train/step": 1, "train/loss": "x"}\n',
             "metrics.jsonl cannot be read: ValueError",
         ),
-        ("ledger.json", '{"measured": [{"axis": "tp"}]}', "ledger.json is none of a run's"),
+        ("ledger.json", '{"measured": [{"axis": "tp"}]}', "ledger.json is not a valid run ledger"),
     ],
 )
 def test_a_broken_record_is_said_in_one_sentence(
@@ -157,9 +156,9 @@ def test_a_job_that_left_no_record_is_named(sweep: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("nowhere", "run=nowhere: there is no such folder"),
+        ("nowhere", "run=nowhere: no such folder"),
         ("x*", "run=x*: this glob matches nothing"),
-        ("empty", "run=empty: there is no run in it"),
+        ("empty", "run=empty: no run in it"),
     ],
 )
 def test_words_that_name_no_run(
@@ -172,12 +171,14 @@ def test_words_that_name_no_run(
     assert says in str(refused.value)
 
 
-def refusal(tmp_path: Path, *runs: Made, **told: object) -> ConfigError | list[str]:
+def refusal(
+    tmp_path: Path, *runs: Made, anyway: bool = False, any_seed: bool = False
+) -> ConfigError | list[str]:
     for index, run in enumerate(runs):
         run.write(tmp_path / str(index))
     found = find([str(tmp_path)]).runs
     try:
-        return check(found, labels(found, telling(found)), Options(**told))  # type: ignore[arg-type]
+        return check_comparable(found, anyway=anyway, any_seed=any_seed)
     except ConfigError as error:
         return error
 
@@ -185,14 +186,10 @@ def refusal(tmp_path: Path, *runs: Made, **told: object) -> ConfigError | list[s
 @pytest.mark.parametrize(
     ("other", "field", "fix"),
     [
-        (Made(corpus_hash="beef"), "corpus_hash=beef: of llama2_debug/single · 1, beside c0ffee", "overlay"),
-        (Made(vocab_size=300), "tokenizer.vocab_size=300: of vocab_size=300, beside 4096", "overlay"),
-        (
-            Made(global_batch_size=8),
-            "train.global_batch_size=8: of global_batch_size=8, beside 24",
-            "overlay",
-        ),
-        (Made(seed=7), "train.seed=7: of seed=7, beside 0 of seed=0", "seeds"),
+        (Made(corpus_hash="beef"), "corpus_hash=beef: in corpus_hash=beef, but c0ffee", "overlay"),
+        (Made(vocab_size=300), "tokenizer.vocab_size=300: in vocab_size=300, but 4096", "overlay"),
+        (Made(global_batch_size=8), "train.global_batch_size=8: in global_batch_size=8, but 24", "overlay"),
+        (Made(seed=7), "train.seed=7: in seed=7, but 0 in seed=0", "seeds"),
     ],
 )
 def test_runs_that_may_not_be_overlaid(tmp_path: Path, other: Made, field: str, fix: str) -> None:
@@ -200,7 +197,7 @@ def test_runs_that_may_not_be_overlaid(tmp_path: Path, other: Made, field: str, 
     assert isinstance(error, ConfigError)
     assert str(error).startswith(field)
     assert list(error.fix) == [fix]
-    told = refusal(tmp_path, overlay=Overlay.anyway)
+    told = refusal(tmp_path, anyway=True)
     assert isinstance(told, list)
     assert len(told) == 1
     assert told[0].startswith(field.partition("=")[0])
@@ -208,26 +205,24 @@ def test_runs_that_may_not_be_overlaid(tmp_path: Path, other: Made, field: str, 
 
 def test_what_else_differs_is_said_too_and_seeds_alone_may(tmp_path: Path) -> None:
     error = refusal(tmp_path, Made(), Made(seed=1, corpus_hash="beef"), Made(seed=1, lr=1.0))
-    assert "(they differ in corpus_hash too)" in str(error)
+    assert "(they also differ in corpus_hash)" in str(error)
     assert isinstance(error, ConfigError)
     assert error.fix == {"overlay": "anyway"}
-    still = refusal(tmp_path, seeds=Seeds.mean)
+    still = refusal(tmp_path, any_seed=True)
     assert isinstance(still, ConfigError)
     assert still.field == "corpus_hash"
-    assert (
-        refusal(tmp_path, Made(seed=0), Made(seed=1), Made("tp", {"tp": 2}, seed=1), seeds=Seeds.mean) == []
-    )
+    assert refusal(tmp_path, Made(seed=0), Made(seed=1), Made("tp", {"tp": 2}, seed=1), any_seed=True) == []
 
 
 def test_an_unknown_baseline_and_one_that_several_have(tmp_path: Path) -> None:
     for index, run in enumerate([Made(), Made("fsdp", {"dp_shard": 2}), Made("fsdp", {"dp_shard": 4})]):
         run.write(tmp_path / f"job{index}")
     runs = find([str(tmp_path)]).runs
-    groups = one_by_one(runs, labels(runs, telling(runs)))
+    groups = one_by_one(runs)
     with pytest.raises(ConfigError, match="baseline=fsd: no run has this name; one of: fsdp · 2 ranks"):
         baseline_of(groups, "fsd")
     with pytest.raises(
-        ConfigError, match="baseline=fsdp: 2 runs are called so; one of: fsdp · 2 ranks, fsdp · 4"
+        ConfigError, match="baseline=fsdp: 2 runs have this name; one of: fsdp · 2 ranks, fsdp · 4"
     ):
         baseline_of(groups, "fsdp")
 
@@ -240,10 +235,17 @@ def test_options_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (options.baseline, options.seeds, options.overlay) == ("tp · lr=1e-3", Seeds.mean, Overlay.refuse)
     for text in ("1e-3", "[a", "*x", "${x}", "\\${x}", "a: b: c"):
         assert parse([f"baseline={text}"])[1].baseline == text
-    with pytest.raises(ConfigError, match="basline=tp: is no option"):
+    with pytest.raises(ConfigError, match="basline=tp: unknown option"):
         parse(["basline=tp"])
     with pytest.raises(ConfigError, match="overlay=maybe"):
         parse(["overlay=maybe"])
+
+
+def test_a_mean_over_seeds_takes_completed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Made(steps=2, error=ValueError("boom")).write(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "run"), "seeds=mean"])
+    with pytest.raises(ConfigError, match="seeds=mean: no run completed; apart, or runs that completed"):
+        main()
 
 
 def compare(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -258,14 +260,14 @@ def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(tmp_path: Pat
     done = compare(tmp_path, "sweep")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: train.seed=1: of seed=1, beside 0 of seed=0: their curves are not comparable; runs of one corpus, "
+        "error: train.seed=1: in seed=1, but 0 in seed=0: their losses are not comparable; the same corpus, "
         "tokenizer, row length, global batch, loss and seed, or overlay=anyway; seeds=mean for their mean and spread; "
         "try: python -m tpresearch.compare sweep seeds=mean\n"
     )
     done = compare(tmp_path, "sweep", "overlay=anyway", "out=there")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Overlaid although train.seed differs: 0 (seed=0), 1 (seed=1)\n")
-    assert done.stdout.endswith("page  there/compare.html\npngs  there/compare/*.png\n")
+    assert done.stdout.endswith("page: there/compare.html\nPNGs: there/compare/*.png\n")
     assert "| seed=1 | 1 | 7.750 |" in (tmp_path / "there" / "compare.md").read_text()
 
 

@@ -12,22 +12,22 @@ from tpresearch.compare.numbers import scaling
 from tpresearch.compare.runs import find
 
 
-def test_scaling_is_speed_a_device_over_that_on_the_fewest_ranks(tmp_path: Path) -> None:
+def test_scaling_is_speed_per_device_over_that_on_the_fewest_ranks(tmp_path: Path) -> None:
     runs = [
         Made("tp", {"tp": 2}, speed=1000.0),
         Made("tp", {"tp": 4}, speed=900.0),
         Made("tp", {"tp": 8}, speed=500.0),
     ]
     groups = groups_of(tmp_path, Made(), *runs, Made("tp", {"tp": 16}, lr=1e-2, speed=1.0))
-    points = scaling(groups, "perf/tokens_per_second_per_device").points
-    assert [(point["ranks"], point["share"]) for point in points] == [(2, 1.0), (4, 0.9), (8, 0.5)]
-    assert scaling(groups[:2], "perf/tokens_per_second_per_device").points == []
+    assert list(lines_of(groups).values()) == [[(2, 1.0), (4, 0.9), (8, 0.5)]]
+    assert lines_of(groups[:2]) == lines_of([]) == {}
 
 
 def lines_of(groups: list[Group]) -> dict[str, list[tuple[int, float]]]:
     lines: dict[str, list[tuple[int, float]]] = {}
-    for point in scaling(groups, "perf/tokens_per_second_per_device").points:
-        lines.setdefault(point["plan"], []).append((point["ranks"], point["share"]))
+    points = scaling(groups, "perf/tokens_per_second_per_device").points
+    for point in points.to_dict("records"):
+        lines.setdefault(point["line"], []).append((point["ranks"], point["share"]))
     return lines
 
 

@@ -87,8 +87,8 @@ def test_where_the_host_does_not_answer_it_is_refused(tmp_path: Path, closed: st
 @pytest.mark.parametrize(
     ("words", "begins", "to_try"),
     [
-        (["grup=g"], "grup=g: is no option of this command; ", ["group=g"]),
-        (["dry_run=true"], "group=: is not given; ", ["dry_run=true", "group=<group>"]),
+        (["grup=g"], "grup=g: unknown option; ", ["group=g"]),
+        (["dry_run=true"], "group=: required and not given; ", ["dry_run=true", "group=<group>"]),
         (
             ["group=g", "dry_run=true", "out=/dev/null"],
             "out=/dev/null: File exists; ",

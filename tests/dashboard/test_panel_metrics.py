@@ -24,7 +24,7 @@ from tpresearch.verify.ranks import Ranks
 TINY = (
     "model=llama2_debug",
     "tokenizer.vocab_size=300",
-    "train.steps=4",
+    "train.steps=2",
     "train.warmup_log_steps=1",
     "device=cpu",
 )

@@ -142,5 +142,5 @@ def test_without_the_package_it_says_how_to_get_it(
         command(main)
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: group=study: wandb-workspaces, which this needs, is not installed; ")
-    assert line.endswith("; try: pip install 'wandb-workspaces>=0.4.13'")
+    assert line.startswith("error: group=study: wandb-workspaces is not installed; ")
+    assert line.endswith("; try: pip install 'tpresearch[dashboard]'")

@@ -10,14 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from tpresearch.compare.groups import Group, one_by_one
-from tpresearch.compare.labels import labels, telling
 from tpresearch.compare.runs import find
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config, DataPlan, ModelConfig, ParallelConfig, Rule, TensorPlan
 from tpresearch.ledger.entries import Entry, Expected, MemoryUse, StepLedger
 from tpresearch.track import RunFacts, Tracker
 
-TOKENS_A_STEP = 3072
+TOKENS_PER_STEP = 3072
 PLANS = {
     "none": ParallelConfig(),
     "tp": ParallelConfig("tp", TensorPlan.tp),
@@ -50,7 +49,7 @@ class Made:
     log_every: int = 1
     loss: Callable[[int], float | None] = falling
     speed: float = 1000.0
-    """Tokens a second a device."""
+    """Tokens per second per device."""
     mfu: float | None = None
     device: str = "cpu"
     memory: int = 2**30
@@ -79,12 +78,12 @@ class Made:
     def row(self, step: int) -> dict[str, float | None]:
         return {
             "train/step": step,
-            "train/tokens": step * TOKENS_A_STEP,
+            "train/tokens": step * TOKENS_PER_STEP,
             "train/loss": self.loss(step),
             "train/grad_norm": 1 + 1 / step,
             "train/lr": self.lr,
             "val/loss": falling(step) + 0.25 if step % 4 == 0 else None,
-            "perf/step_time_s": TOKENS_A_STEP / (self.speed * self.ranks),
+            "perf/step_time_s": TOKENS_PER_STEP / (self.speed * self.ranks),
             "perf/tokens_per_second": self.speed * self.ranks,
             "perf/tokens_per_second_per_device": self.speed,
             "perf/mfu": self.mfu,
@@ -115,4 +114,4 @@ def groups_of(folder: Path, *runs: Made) -> list[Group]:
     for index, run in enumerate(runs):
         run.write(folder / str(index))
     found = find([str(folder)]).runs
-    return one_by_one(found, labels(found, telling(found)))
+    return one_by_one(found)

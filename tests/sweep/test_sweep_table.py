@@ -47,7 +47,7 @@ def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:
         "ranks",
         "loss",
         "tok/s/device",
-        "sent a step",
+        "communication per step (rank 0)",
         "time",
         "status",
     ]

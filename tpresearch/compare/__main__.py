@@ -1,4 +1,4 @@
-"""`python -m tpresearch.compare RUN_OR_SWEEP_OR_GLOB...`: runs beside each other, with no network."""
+"""`python -m tpresearch.compare RUN_OR_SWEEP_OR_GLOB...`: compare runs from their records, without a network."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tpresearch.compare.groups import baseline_of, one_by_one, over_seeds
-from tpresearch.compare.labels import labels, telling
-from tpresearch.compare.options import USAGE, Seeds, parse
-from tpresearch.compare.overlay import check
+from tpresearch.compare.groups import baseline_of, check_comparable, one_by_one, over_seeds
+from tpresearch.compare.options import USAGE, Overlay, Seeds, parse
 from tpresearch.compare.runs import LEGAL, find
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import WrongCommand, python_command
@@ -19,9 +17,9 @@ from tpresearch.launch.options import command
 from tpresearch.launch.run_dir import dated_folder
 from tpresearch.track.shown import path_text
 
-DRAWS_WITH = ("altair", "vl_convert", "jinja2")
+DRAWS_WITH = ("altair", "jinja2", "vl_convert")
 WIDTH = 200
-"""Of the tables where there is no terminal to ask."""
+"""Of the tables if the output is not a terminal."""
 
 
 def main() -> None:
@@ -30,52 +28,38 @@ def main() -> None:
         print(USAGE, file=sys.stdout if arguments else sys.stderr)
         sys.exit(0 if arguments else 2)
     words, options = parse(arguments)
+    missing = [name for name in DRAWS_WITH if importlib.util.find_spec(name) is None]
+    if missing:
+        install = "pip install 'tpresearch[plots]'"
+        raise WrongCommand("plots", " ".join(missing), "not installed", "the extra `plots`", install)
+
+    from tpresearch.compare.report import Report  # only now, since what it draws with may be missing
+
     if not words:
-        raise WrongCommand("runs", "", "none is named", LEGAL, python_command(["outputs/train", *arguments]))
-    _refuse_without_plots()
+        raise WrongCommand("runs", "", "none given", LEGAL, python_command(["outputs/train", *arguments]))
     found = find(words)
     runs, left_out = found.runs, found.left_out
-    if options.seeds is Seeds.mean:
+    if mean := options.seeds is Seeds.mean:
         runs = [run for run in found.runs if run.completed]
         left_out += [
-            f"{path_text(run.folder)}: it is {run.summary['status']}, and no mean is taken over it"
+            f"{path_text(run.folder)}: {run.summary['status']}, and seeds=mean takes completed runs only"
             for run in found.runs
             if not run.completed
         ]
-    names = labels(runs, telling(runs))
-    warnings = check(runs, names, options)
-    groups = over_seeds(runs) if options.seeds is Seeds.mean else one_by_one(runs, names)
-    baseline = baseline_of(groups, options.baseline)
-
-    from tpresearch.compare.report import (
-        Report,
-    )  # late: what it draws with may not be installed, and takes a second
-
-    report = Report(runs, names, groups, baseline, warnings, left_out)
+        if not runs:
+            legal = "apart, or runs that completed"
+            raise ConfigError("seeds", "mean", "no run completed", legal, fix={"seeds": None})
+    warnings = check_comparable(runs, anyway=options.overlay is Overlay.anyway, any_seed=mean)
+    groups = over_seeds(runs) if mean else one_by_one(runs)
+    report = Report(runs, groups, baseline_of(groups, options.baseline), warnings, left_out)
     out = Path(options.out or found.sweep or dated_folder("compare")).expanduser()
     try:
         report.write(out, arguments)
     except OSError as error:
-        raise ConfigError(
-            "out",
-            out,
-            f"cannot be written: {error.strerror}",
-            "a folder that this user can write, with room on its disk",
-            fix={"out": dated_folder("compare")},
-        ) from None
+        legal = "a folder that this user can write, with room on its disk"
+        fix = {"out": dated_folder("compare")}
+        raise ConfigError("out", out, f"cannot be written: {error.strerror}", legal, fix=fix) from None
     report.print(Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH), out)
-
-
-def _refuse_without_plots() -> None:
-    missing = [name for name in DRAWS_WITH if importlib.util.find_spec(name) is None]
-    if missing:
-        raise WrongCommand(
-            "plots",
-            " ".join(missing),
-            "not installed",
-            "the extra `plots`",
-            "pip install 'tpresearch[plots]'",
-        )
 
 
 if __name__ == "__main__":

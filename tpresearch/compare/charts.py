@@ -1,52 +1,223 @@
-"""Each panel as one Vega-Lite chart: the page draws it, and so does its PNG."""
+"""Each panel as one Altair chart: its Vega-Lite specification for the page, and its PNG."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import altair as alt
+import numpy as np
+import pandas as pd
 import vl_convert
 
-from tpresearch.compare.bars import bars, ledger, parts
-from tpresearch.compare.curves import curves, differences, pareto, scaling
-from tpresearch.compare.look import CONFIG, Drawn, Look
-from tpresearch.compare.numbers import Numbers, Points
+from tpresearch.compare.look import CONFIG, HEIGHT, WIDTH, Look, in_order, part_colour, unit_of
 from tpresearch.track.panels import Kind, Panel
 
-VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-DRAW: dict[Kind, Callable[[Panel, Points, Look], Drawn]] = {
-    "curve": curves,
-    "difference": differences,
-    "bars": bars,
-    "parts": parts,
-    "pareto": pareto,
-    "scaling": scaling,
-    "ledger": ledger,
-}
-
 Spec = dict[str, Any]
+BAR = 26
+"""Pixels from one bar to the next."""
+NAME = 230
+"""Pixels of a run's name beside its bar, at most."""
+MARKS = 9
+"""Per curve: where curves coincide, these show which ones do."""
+PICK = alt.selection_point(name="pick", fields=["run"], bind="legend")
+ZOOM = alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.shiftKey]")
+PICKED = alt.condition(PICK, alt.value(1), alt.value(0.1))
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+DASHED: dict[str, Any] = {"color": "#aaaaaa", "strokeDash": [4, 3]}
 
 
-def spec_of(panel: Panel, points: Points, look: Look) -> Spec:
-    """The chart of a panel, its data in it."""
+def spec_of(panel: Panel, points: pd.DataFrame, look: Look) -> Spec:
+    """The Vega-Lite specification of a panel's chart, with its data in it.
+
+    Args:
+        points: as `numbers` gives them for the panel.
+    """
+    drawn = DRAW[panel.kind](panel, points, look)
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    chart = DRAW[panel.kind](panel, points, look).properties(autosize=fit)
     with alt.data_transformers.disable_max_rows():
-        return {**chart.to_dict(), "config": CONFIG}
+        return drawn.properties(autosize=fit).configure(**CONFIG).to_dict()
 
 
-def png(panel: Panel, numbers: Numbers, spec: Spec) -> bytes:
-    """The same chart under its title and what one reads from it, since a PNG goes about without its page."""
-    title = {"text": panel.title, "subtitle": [panel.reads, *numbers.notes]}
-    image: bytes = vl_convert.vegalite_to_png(
-        json.dumps({**spec, "title": title}), vl_version=VEGA_LITE, scale=2, allowed_base_urls=[]
-    )
-    return image
+def png(spec: Spec, panel: Panel, notes: Sequence[str]) -> bytes:
+    """The chart with its title and how to read it, since a PNG is passed on without its page."""
+    title = {"text": panel.title, "subtitle": [panel.reads, *notes]}
+    text = json.dumps({**spec, "title": title})
+    return vl_convert.vegalite_to_png(text, vl_version=VEGA_LITE, scale=2, allowed_base_urls=[])
 
 
 def javascript() -> str:
     """Vega, Vega-Lite and Vega-Embed, for a page that must not ask the network for them."""
-    code: str = vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]
-    return code
+    return vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]
+
+
+def _layered(*layers: alt.Chart, height: int = HEIGHT) -> alt.LayerChart:
+    return alt.LayerChart(layer=list(layers), width=WIDTH, height=height)
+
+
+def _curves(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
+    """Lines over tokens. A click in the legend highlights one run; dragging pans, shift and wheel zoom."""
+    base = _over_tokens(points, look, alt.Tooltip("value:Q", title=panel.title))
+    title = unit_of(panel.metrics[0], points["value"]).titled(panel.title)
+    curves = _line_and_marks(base, alt.Y("value:Q").title(title).scale(zero=False), points, look)
+    if "low" not in points:
+        return _layered(*curves)
+    low = alt.Y("low:Q").title(title).scale(zero=False)
+    faint = alt.condition(PICK, alt.value(0.2), alt.value(0.03))
+    band = base.transform_filter("isValid(datum.low)").mark_area(clip=True)
+    return _layered(band.encode(y=low, y2="high:Q", opacity=faint), *curves)
+
+
+def _differences(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
+    """Each difference as a dot, the running maximum as a line: between two plans the dots are rounding noise."""
+
+    def y(field: str) -> alt.Y:
+        axis = alt.Axis(title=f"|loss − loss of {look.baseline}|", format=".0e", tickCount=5)
+        return alt.Y(field, axis=axis).scale(type="log", nice=False, padding=8)
+
+    base = _over_tokens(points, look, alt.Tooltip("exact:N", title=panel.title))
+    dots = base.mark_point(filled=True, size=14, clip=True).encode(
+        y=y("value:Q"), opacity=alt.condition(PICK, alt.value(0.45), alt.value(0.05))
+    )
+    return _layered(dots, *_line_and_marks(base, y("so_far:Q"), points, look, "step-after"))
+
+
+def _over_tokens(points: pd.DataFrame, look: Look, value: alt.Tooltip) -> alt.Chart:
+    return alt.Chart(_marked(points, look)).encode(
+        x=alt.X("tokens:Q").scale(nice=False, padding=8).axis(format="~s", grid=False),
+        color=look.colour(points),
+        tooltip=[alt.Tooltip("run:N"), alt.Tooltip("tokens:Q", format=","), value],
+    )
+
+
+def _line_and_marks(
+    base: alt.Chart,
+    y: alt.Y,
+    points: pd.DataFrame,
+    look: Look,
+    interpolate: Literal["linear", "step-after"] = "linear",
+) -> tuple[alt.Chart, alt.Chart]:
+    broad = alt.condition("datum.baseline", alt.value(6), alt.value(1.5))
+    line = base.mark_line(strokeCap="round", clip=True, interpolate=interpolate)
+    mark = base.transform_filter("datum.mark > 0").mark_point(
+        filled=True, stroke="white", strokeWidth=0.7, clip=True
+    )
+    size, shape = alt.Size("mark:Q", scale=None), look.shape(points, lines=True)
+    return (
+        line.encode(y=y, strokeWidth=broad, opacity=PICKED),
+        mark.encode(y=y, size=size, shape=shape, opacity=PICKED).add_params(PICK, ZOOM),
+    )
+
+
+def _marked(points: pd.DataFrame, look: Look) -> pd.DataFrame:
+    """The baseline first, and so below the others; `mark` is the size of a point's mark, 0 for none.
+
+    Each of the other runs has its marks at points of its own. Where there are too few points for that, all points have
+    one, the later runs smaller ones on top of those of the earlier.
+    """
+    others = [run for run in look.present(points) if run != look.baseline]
+    place = points["run"].map({run: index for index, run in enumerate(others)})
+    by_run = points.groupby("run")["run"]
+    nth, rows = by_run.cumcount(), by_run.transform("size")
+    stride = (rows // MARKS).clip(lower=max(len(others), 1))
+    own = nth % stride == place * stride // max(len(others), 1)
+    nested = (45 * 1.6 ** (len(others) - 1 - place)).clip(upper=600)
+    mark = np.where(rows < 2 * stride, nested, np.where(own, 52, 0))
+    baseline = points["run"] == look.baseline
+    marked = points.assign(baseline=baseline, mark=np.where(baseline, 0, mark))
+    return marked.sort_values("baseline", ascending=False, kind="stable")
+
+
+def _bars(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
+    """One bar per run with its figure at the end, or two where measured is beside expected.
+
+    A bar may be split into parts; over seeds it has a line of one standard deviation to each side.
+    """
+    keys = [key for key in ("run", "side") if key in points]
+    first = {key: "first" for key in ("whole", "high") if key in points}
+    ends = points.groupby(keys, sort=False, as_index=False).agg({"value": "sum", **first})
+    unit = unit_of(panel.metrics[0], ends["value"])
+    ends["text"] = ends.get("whole", ends["value"]).map(unit.text)
+    ends["text"] += " per step" if "whole" in ends else " " + ends["side"] if "side" in ends else ""
+    ends["value"] = ends.reindex(columns=["value", "high"]).max(axis="columns") / unit.size
+    lengths = {key: points[key] / unit.size for key in ("value", "low", "high") if key in points}
+    points = points.assign(text=points["value"].map(unit.text), **lengths)
+
+    names = alt.Axis(title=None, labelLimit=NAME, ticks=False, domain=False, labelPadding=6)
+    scale = alt.Scale(domain=[0, (1.4 if "side" in ends else 1.2) * (ends["value"].max() or 1)], nice=False)
+    axis = alt.Axis(title=unit.name, format=",~r", tickCount=5, labelOverlap=True)
+    where: dict[str, Any] = {
+        "x": alt.X("value:Q", scale=scale, axis=axis),
+        "y": alt.Y("run:N", sort=look.present(points), axis=names).scale(
+            paddingInner=0.36, paddingOuter=0.18
+        ),
+    }
+    how: dict[str, Any] = {"color": look.colour(points, legend=False)}
+    if "part" in points:
+        parts = in_order(points["part"])
+        points["order"] = points["part"].map(parts.index)
+        beside_names = WIDTH - min(NAME, 7 * points["run"].str.len().max()) - 20
+        how = {"color": part_colour(parts, beside_names), "order": alt.Order("order:Q")}
+    if "side" in points:
+        where["yOffset"] = alt.YOffset("side:N").sort(["measured", "expected"]).scale(paddingInner=0.1)
+        how["opacity"] = alt.condition("datum.side == 'expected'", alt.value(0.5), alt.value(1))
+    how["tooltip"] = [f"{key}:N" for key in ("run", "side", "part", "text") if key in points]
+    layers = [alt.Chart(points).mark_bar().encode(**where, **how)]
+    if "low" in points:
+        spread = alt.Chart(points).transform_filter("isValid(datum.low)")
+        low = alt.X("low:Q", scale=scale, axis=axis)
+        layers.append(spread.mark_rule(strokeWidth=1.5).encode(x=low, x2="high:Q", y=where["y"]))
+    text = alt.Chart(ends).mark_text(align="left", dx=5, fontSize=11, color="#333333")
+    return _layered(*layers, text.encode(**where, text="text:N"), height=BAR * len(ends))
+
+
+def _pareto(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
+    """Memory over speed, one point per run, and a line through those that no other beats in both."""
+    memory, speed = (unit_of(panel.metrics[i], points[key]) for i, key in enumerate(("memory", "speed")))
+    points = points.assign(
+        memory=points["memory"] / memory.size,
+        memory_text=points["memory"].map(memory.text),
+        speed_text=points["speed"].map(speed.text),
+    )
+    around = alt.Scale(zero=False, nice=False, padding=30)
+    x = alt.X("speed:Q", scale=around).axis(title="tokens/s/device", format="~s")
+    y = alt.Y("memory:Q", scale=around).axis(title=memory.titled("peak memory"), format=",~r")
+    base = alt.Chart(points).encode(x=x, y=y)
+    front = base.transform_filter("datum.front").mark_line(interpolate="step-before", **DASHED)
+    texts = {"memory_text": "peak memory", "speed_text": "tokens/s/device"}
+    tooltips = [alt.Tooltip(f"{field}:N", title=title) for field, title in texts.items()]
+    return _layered(front.encode(order="speed:Q"), _dots(base, points, look, tooltips))
+
+
+def _scaling(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
+    """Speed per device over ranks, as a share of that on the fewest: one line per plan, one point per run."""
+    ranks = sorted(set(points["ranks"]))
+    share = alt.Axis(title="tokens/s/device, relative to the fewest ranks", format=".0%")
+    base = alt.Chart(points).encode(
+        x=alt.X("ranks:Q")
+        .scale(type="log", base=2, nice=False, padding=18)
+        .axis(values=ranks, format="d", grid=False),
+        y=alt.Y("share:Q", axis=share).scale(domain=[0, 1.1 * max(1, points["share"].max())], nice=False),
+    )
+    ideal = alt.Chart(pd.DataFrame({"share": [1]})).mark_rule(**DASHED).encode(y="share:Q")
+    line = base.mark_line(color="#aaaaaa").encode(detail="line:N")
+    tooltips = [alt.Tooltip("ranks:Q"), alt.Tooltip("share:Q", format=".1%")]
+    return _layered(ideal, line, _dots(base, points, look, tooltips))
+
+
+def _dots(base: alt.Chart, points: pd.DataFrame, look: Look, tooltips: list[alt.Tooltip]) -> alt.Chart:
+    return base.mark_point(filled=True, size=120, opacity=1).encode(
+        color=look.colour(points), shape=look.shape(points), tooltip=[alt.Tooltip("run:N"), *tooltips]
+    )
+
+
+DRAW: dict[Kind, Callable[[Panel, pd.DataFrame, Look], alt.LayerChart]] = {
+    "curve": _curves,
+    "difference": _differences,
+    "bars": _bars,
+    "parts": _bars,
+    "ledger": _bars,
+    "pareto": _pareto,
+    "scaling": _scaling,
+}

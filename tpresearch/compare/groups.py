@@ -1,4 +1,4 @@
-"""What is drawn as one: a run, or the repetitions of one experiment over seeds; and which of them is the baseline."""
+"""What is drawn as one curve (a run, or its repetitions over seeds), its label, and the baseline of a comparison."""
 
 from __future__ import annotations
 
@@ -6,9 +6,88 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpresearch.compare.labels import SEED, labels, settings_text, telling
-from tpresearch.compare.runs import Run
+import pandas as pd
+
+from tpresearch.compare.runs import SEED, Run
+from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.track.shown import UNDEFINED, printable
+
+SAME = (
+    *("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.path", "data.seq_len", "train.global_batch_size"),
+    *("train.loss", SEED, "corpus_hash"),
+)
+"""In these, runs must agree for their losses to be the same quantity; causes before the hash that follows from them."""
+FIRST = ("model.name", "parallel.name", "ranks", *(f"mesh.{axis}" for axis in reversed(AXIS_NAMES)), "device")
+BY_VALUE = ("model.name", "parallel.name", "device")
+"""Settings whose value is clear without their name."""
+
+
+def settings_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per run, one column per setting, as text: FIRST ones first, those that some run lacks last."""
+    frame = pd.DataFrame([run.settings for run in runs])
+    lacking = set(frame.columns[frame.isna().any()]) - set(FIRST)
+    keys = [*FIRST, *frame.columns.difference(FIRST, sort=False)]
+    keys.sort(key=lambda key: (key == SEED, key in lacking))
+    return frame.fillna(UNDEFINED).reindex(columns=keys, fill_value=UNDEFINED)
+
+
+def differing(runs: Sequence[Run]) -> pd.DataFrame:
+    """The columns of `settings_frame` that are not the same in every run."""
+    frame = settings_frame(runs)
+    return frame.loc[:, frame.nunique() > 1]
+
+
+def telling(runs: Sequence[Run]) -> list[str]:
+    """The differing settings that tell apart what those before them do not.
+
+    For a sweep over plans that is `parallel.name`: what else the plans set follows from it. The device is always among
+    them if it differs, so that no chart mixes a GPU and a CPU without saying so.
+    """
+    frame = differing(runs)
+    chosen: list[str] = []
+    for key in frame:
+        if len(frame[[*chosen, key]].drop_duplicates()) > (
+            len(frame[chosen].drop_duplicates()) if chosen else 1
+        ):
+            chosen.append(key)
+    return [*chosen, "device"] if "device" in frame and "device" not in chosen else chosen
+
+
+def labels(runs: Sequence[Run], *, seeds: bool = True) -> list[str]:
+    """A unique label per run: the user's names, else what is `telling`, else run names; with its folder if needed.
+
+    Args:
+        seeds: whether the seed may be part of a label.
+    """
+    keys = [key for key in telling(runs) if seeds or key != SEED]
+    given = [(run.config.get("logger") or {}).get("name") for run in runs]
+    if all(given) and len(set(given)) == len(runs):
+        names = [printable(name) for name in given]
+    elif keys:
+        names = [" · ".join(_part(key, run.setting(key)) for key in keys) for run in runs]
+    else:
+        names = [printable(run.summary.get("run_name") or run.summary["parallel"]) for run in runs]
+    names = [
+        name if run.completed else f"{name} ({printable(run.summary['status'])})"
+        for name, run in zip(names, runs, strict=True)
+    ]
+    parts = [run.folder.resolve().parts for run in runs]
+    longest = max(map(len, parts), default=1)
+    depth = next((n for n in range(1, longest) if len({each[-n:] for each in parts}) == len(parts)), longest)
+    ends = [printable("/".join(each[-depth:])) for each in parts]
+    return [
+        f"{name} · {end}" if names.count(name) > 1 else name for name, end in zip(names, ends, strict=True)
+    ]
+
+
+def _part(key: str, value: str) -> str:
+    if key in BY_VALUE:
+        return value
+    if key == "ranks":
+        return f"{value} rank{'s' if value != '1' else ''}"
+    parts = key.split(".")
+    return f"{'.'.join(parts[-2:] if len(parts) > 2 else parts[-1:])}={value}"
 
 
 @dataclass(frozen=True)
@@ -16,35 +95,33 @@ class Group:
     label: str
     runs: list[Run]
     over_seeds: bool = False
-    """Whether runs of several seeds would be in it, so that a difference from it is taken seed by seed."""
+    """Whether runs of several seeds are grouped, so that a difference from it is taken seed by seed."""
 
     @property
     def first(self) -> Run:
         return self.runs[0]
 
 
-def one_by_one(runs: Sequence[Run], names: Sequence[str]) -> list[Group]:
-    return [Group(name, [run]) for run, name in zip(runs, names, strict=True)]
+def one_by_one(runs: Sequence[Run]) -> list[Group]:
+    """One group per run."""
+    return [Group(name, [run]) for run, name in zip(runs, labels(runs), strict=True)]
 
 
 def over_seeds(runs: Sequence[Run]) -> list[Group]:
-    """Runs that differ in train.seed alone together; of one seed that was run twice, both."""
-    repeated: dict[tuple[tuple[str, str], ...], list[Run]] = {}
-    for run in runs:
-        repeated.setdefault(settings_text(run, without=SEED), []).append(run)
-    firsts = [each[0] for each in repeated.values()]
-    keys = [key for key in telling(firsts) if key != SEED]
-    return [
-        Group(name, each, over_seeds=True)
-        for name, each in zip(labels(firsts, keys), repeated.values(), strict=True)
-    ]
+    """One group per experiment: its runs differ in train.seed alone."""
+    repeated: dict[tuple[str, ...], list[Run]] = {}
+    settings = settings_frame(runs).drop(columns=SEED, errors="ignore")
+    for run, key in zip(runs, settings.itertuples(index=False, name=None), strict=True):
+        repeated.setdefault(key, []).append(run)
+    names = labels([group[0] for group in repeated.values()], seeds=False)
+    return [Group(name, group, over_seeds=True) for name, group in zip(names, repeated.values(), strict=True)]
 
 
 def baseline_of(groups: Sequence[Group], wanted: str | None) -> Group:
-    """The one that is asked for; without a wish, of those with rows, one with no plan, else one of the fewest ranks.
+    """The group called `wanted`; by default the first with rows, preferably parallel=none, else on the fewest ranks.
 
     Raises:
-        ConfigError: for a name that none has, and one that several have.
+        ConfigError: if no group or several groups have that name.
     """
     if wanted is None:
         return min(
@@ -52,29 +129,52 @@ def baseline_of(groups: Sequence[Group], wanted: str | None) -> Group:
             key=lambda group: (
                 not any(run.rows for run in group.runs),
                 group.first.summary["parallel"] != "none",
-                group.first.settings["ranks"],
+                group.first.summary["world_size"],
             ),
         )
     exact = [group for group in groups if group.label == wanted]
     found = exact or [group for group in groups if any(_is_called(run, wanted) for run in group.runs)]
-    names = [group.label for group in groups]
-    if not found:
-        near = nearest(wanted, names)
-        raise ConfigError(
-            "baseline",
-            wanted,
-            "no run has this name",
-            f"one of: {', '.join(near)}",
-            fix={"baseline": near[0]},
-        )
-    if len(found) > 1:
-        named = [group.label for group in found]
-        why = f"{len(found)} runs are called so"
-        raise ConfigError("baseline", wanted, why, f"one of: {', '.join(named)}", fix={"baseline": named[0]})
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    names = [group.label for group in found] or nearest(wanted, [group.label for group in groups])
+    why = f"{len(found)} runs have this name" if found else "no run has this name"
+    raise ConfigError("baseline", wanted, why, f"one of: {', '.join(names)}", fix={"baseline": names[0]})
 
 
 def _is_called(run: Run, name: str) -> bool:
-    if name in (run.summary["parallel"], run.summary.get("run_name"), run.folder.name):
-        return True
-    return Path(name).expanduser().resolve() == run.folder.resolve()
+    names = (run.summary["parallel"], run.summary.get("run_name"), run.folder.name)
+    return name in names or Path(name).expanduser().resolve() == run.folder.resolve()
+
+
+def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> list[str]:
+    """One sentence per field of SAME in which runs differ, if they are to be overlaid anyway.
+
+    Raises:
+        ConfigError: names the first such field and its runs, unless `anyway`; `any_seed` lets seeds differ.
+    """
+    labelled = settings_frame(runs).assign(label=labels(runs))
+    by_value = {key: labelled.groupby(key, sort=False)["label"].agg(list) for key in SAME if key in labelled}
+    unlike = {key: some for key, some in by_value.items() if len(some) > 1 and not (any_seed and key == SEED)}
+    if anyway:
+        return [
+            f"{key} differs: {', '.join(f'{value} ({_named(some)})' for value, some in by_value.items())}"
+            for key, by_value in unlike.items()
+        ]
+    if not unlike:
+        return []
+    key = next(iter(unlike))
+    (value, some), (other, odd), *_ = unlike[key].items()
+    also = f" (they also differ in {', '.join(list(unlike)[1:])})" if len(unlike) > 1 else ""
+    means = "; seeds=mean for their mean and spread" if key == SEED else ""
+    raise ConfigError(
+        key,
+        other,
+        f"in {_named(odd)}, but {value} in {_named(some)}: their losses are not comparable{also}",
+        f"the same corpus, tokenizer, row length, global batch, loss and seed, or overlay=anyway{means}",
+        fix={"seeds": "mean"} if list(unlike) == [SEED] else {"overlay": "anyway"},
+    )
+
+
+def _named(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,49 +1,37 @@
-"""How charts look: a run in the same colour and shape everywhere, told apart by every kind of colour vision."""
+"""How charts look: units, and a run in the same colour and shape everywhere, for every kind of colour vision."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import altair as alt
+import pandas as pd
 
-from tpresearch.compare.numbers import Points
+from tpresearch.config.axes import AXIS_NAMES
+from tpresearch.track.names import METRICS
+from tpresearch.track.shown import bytes_text, count_text, share_text
 
-Drawn = alt.LayerChart | alt.FacetChart
-WIDTH = 600
+WIDTH, HEIGHT = 600, 280
 """Of a chart with its axes and labels, in pixels."""
-HEIGHT = 280
-BASELINE_COLOUR = "#9a9a9a"
+GREY = "#9a9a9a"
 # Okabe and Ito's colours; the shapes tell runs apart in grey too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
 # Paul Tol's light scheme, for the parts of a figure: none of them is a run's.
 PARTS = ("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#44bb99", "#99ddff", "#bbcc33", "#aaaa00", "#dddddd")
-# A hue for each mesh axis, in shades for what is sent over it.
-AXES = {
-    "dp_replicate": ("#9a8bc2", "#c3b8de", "#6f5c9f", "#e0d9ef"),
-    "dp_shard": ("#4f8fc4", "#9cc3e4", "#2b6393", "#cfe2f2"),
-    "tp": ("#e0a03c", "#f2cd8b", "#a96f14", "#f8e6c6"),
-}
-_AXIS_TEXT = {"labelFontSize": 11, "titleFontSize": 12, "labelColor": "#333333", "titleColor": "#333333"}
+# A hue per mesh axis, in shades for the collectives over it.
+HUES = (
+    ("#9a8bc2", "#c3b8de", "#6f5c9f", "#e0d9ef"),
+    ("#4f8fc4", "#9cc3e4", "#2b6393", "#cfe2f2"),
+    ("#e0a03c", "#f2cd8b", "#a96f14", "#f8e6c6"),
+)
 CONFIG: dict[str, Any] = {
     "font": "sans-serif",
     "background": "white",
     "view": {"stroke": None},
-    "axis": {
-        "gridColor": "#ececec",
-        "domainColor": "#888888",
-        "tickColor": "#888888",
-        "titleFontWeight": "normal",
-    }
-    | _AXIS_TEXT,
-    "legend": {
-        "labelFontSize": 11,
-        "labelLimit": 0,
-        "labelColor": "#333333",
-        "symbolSize": 80,
-        "symbolStrokeWidth": 1,
-    },
+    "axis": {"gridColor": "#ececec", "titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 12},
+    "legend": {"labelFontSize": 11, "labelLimit": 0, "symbolSize": 80, "symbolStrokeWidth": 1},
     "title": {
         "anchor": "start",
         "fontSize": 15,
@@ -65,52 +53,76 @@ class Look:
     def __init__(self, runs: Sequence[str], baseline: str) -> None:
         self.runs, self.baseline = list(runs), baseline
         others = [run for run in runs if run != baseline]
-        # Where colours come again they come with another shape.
-        self.colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(others)} | {
-            baseline: BASELINE_COLOUR
-        }
-        self.shapes = {run: SHAPES[(i + i // len(COLOURS)) % len(SHAPES)] for i, run in enumerate(others)} | {
-            baseline: "circle"
-        }
+        self.colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(others)} | {baseline: GREY}
+        # Where colours repeat they do so with another shape.
+        shapes = {run: SHAPES[(i + i // len(COLOURS)) % len(SHAPES)] for i, run in enumerate(others)}
+        self.shapes = shapes | {baseline: "circle"}
 
-    def colour(self, points: Points, legend: bool = True) -> alt.Color:
-        names = self._in(points)
+    def present(self, points: pd.DataFrame) -> list[str]:
+        """The runs that have points, in order."""
+        return [run for run in self.runs if run in set(points["run"])]
+
+    def colour(self, points: pd.DataFrame, legend: bool = True) -> alt.Color:
+        names = self.present(points)
         scale = alt.Scale(domain=names, range=[self.colours[name] for name in names])
         return alt.Color("run:N", scale=scale, legend=legend_of(names) if legend else None)
 
-    def shape(self, points: Points, lines: bool = False) -> alt.Shape:
-        names = self._in(points)
+    def shape(self, points: pd.DataFrame, lines: bool = False) -> alt.Shape:
+        names = self.present(points)
         shapes = self.shapes | ({self.baseline: "stroke"} if lines else {})
         scale = alt.Scale(domain=names, range=[shapes[name] for name in names])
         return alt.Shape("run:N", scale=scale, legend=legend_of(names))
 
-    def _in(self, points: Points) -> list[str]:
-        there = {point["run"] for point in points}
-        return [run for run in self.runs if run in there]
-
 
 def part_colour(names: Sequence[str], width: int) -> alt.Color:
-    """The scale of a figure's parts, those named after a mesh axis in its hue; its legend is `width` pixels wide."""
+    """The colours of a figure's parts, those of a mesh axis in its hue; the legend is `width` pixels wide."""
+    hues = dict(zip(AXIS_NAMES, HUES, strict=False))
     colours = []
     for index, name in enumerate(names):
-        shades = AXES.get(name.split()[0])
-        of_axis = [other for other in names if other.split()[0] == name.split()[0]]
+        axis = name.split()[0]
+        of_axis = [other for other in names if other.split()[0] == axis]
+        shades = hues.get(axis)
         colours.append(shades[of_axis.index(name) % len(shades)] if shades else PARTS[index % len(PARTS)])
-    return alt.Color(
-        "part:N", scale=alt.Scale(domain=list(names), range=colours), legend=legend_of(names, width)
-    )
+    scale = alt.Scale(domain=list(names), range=colours)
+    return alt.Color("part:N", scale=scale, legend=legend_of(names, width))
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Parts as they came, those of mesh axes by axis: the outermost first."""
-    known = list(AXES)
-    named = list(dict.fromkeys(names))
-    return sorted(named, key=lambda name: known.index(name.split()[0]) if name.split()[0] in known else -1)
-
-
-def legend_of(names: Sequence[str], width: int = WIDTH - 60) -> alt.Legend:
-    """Below the chart, in as many columns as fit."""
-    longest = max(map(len, names), default=1)
-    return alt.Legend(
-        title=None, orient="bottom", symbolOpacity=1, columns=max(1, min(8, width // (6 * longest + 34)))
+    """Parts in the order they came, those of mesh axes by axis, the outermost first."""
+    return sorted(
+        dict.fromkeys(names), key=lambda name: [*AXIS_NAMES, name.split()[0]].index(name.split()[0])
     )
+
+
+def legend_of(names: Sequence[str], width: int = WIDTH - 40) -> alt.Legend:
+    """A legend below the chart, in as many columns as fit."""
+    columns = width // (6 * max(map(len, names), default=1) + 28)
+    return alt.Legend(title=None, orient="bottom", symbolOpacity=1, columns=max(1, min(8, columns)))
+
+
+class Unit(NamedTuple):
+    """The unit in which a metric is drawn: its name, by what a value is divided for the axis, and a value as text."""
+
+    name: str
+    size: float
+    text: Callable[[float], str]
+
+    def titled(self, what: str) -> str:
+        return f"{what} ({self.name})" if self.name else what
+
+
+def unit_of(metric: str, values: pd.Series) -> Unit:
+    """Chosen by what the metric counts and its greatest value: MiB or GiB, ms or s, %, tokens/s."""
+    unit = {metric.name: metric.unit for metric in METRICS}.get(metric, "")
+    greatest = values.abs().max()
+    if "bytes" in metric:
+        name = bytes_text(greatest).split()[1]
+        return Unit(name, 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(name), bytes_text)
+    if metric.startswith("perf/mfu"):
+        return Unit("%", 0.01, share_text)
+    if unit == "tokens/s":
+        return Unit(unit, 1, count_text)
+    if unit == "s":
+        size, name = (1e-3, "ms") if greatest < 1 else (1.0, "s")
+        return Unit(name, size, lambda seconds: f"{seconds / size:.3g} {name}")
+    return Unit(unit, 1, lambda value: f"{value:.6g}")

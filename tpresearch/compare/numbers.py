@@ -1,296 +1,287 @@
-"""The numbers behind each panel, before anything is drawn: a list of points, and sentences about them.
+"""The numbers of each panel, before anything is drawn: a frame with one row per mark, and sentences about them.
 
-Every point is a dict with plain keys of our own (`run`, `tokens`, `value`, ...), so that no name of a user's is ever
-read as the name of a field.
+Columns have fixed names of our own (`run`, `tokens`, `value`, ...); what a user named is only ever a value in them.
+`run` is the label of a group.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import mean, stdev
-from typing import Any
+from pathlib import Path
 
-from tpresearch.compare.groups import Group
-from tpresearch.compare.labels import SEED, shown
-from tpresearch.compare.runs import Run
-from tpresearch.compare.scaling import lines_over_ranks
+import pandas as pd
+
+from tpresearch.compare.groups import Group, settings_frame
+from tpresearch.compare.runs import SEED, Run
+from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.track.names import X_AXIS
 from tpresearch.track.panels import Panel
+from tpresearch.track.shown import UNDEFINED
 
-Points = list[dict[str, Any]]
-MOST_POINTS = 1000
-"""Of a curve that are drawn: a screen has no more columns."""
-MOST_DOTS = 250
-"""Of differences, where each point is a dot."""
+MAX_POINTS = 1000
+"""Per curve: about as many as a screen has columns."""
+MAX_DOTS = 250
+"""Per run in the panel of differences, where each point is a dot."""
 
 
 @dataclass(frozen=True)
 class Numbers:
-    points: Points
-    """Empty where there is nothing to draw; then `notes` says why."""
+    points: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Empty if there is nothing to draw; then `notes` says why."""
     notes: list[str] = field(default_factory=list)
 
 
 def numbers(panel: Panel, groups: Sequence[Group], baseline: Group) -> Numbers:
     """What the panel shows of these runs."""
-    by_kind: dict[str, Callable[[], Numbers]] = {
-        "curve": lambda: curves(groups, panel.metrics[0]),
-        "difference": lambda: differences(groups, baseline, panel.metrics[0]),
-        "bars": lambda: bars(groups, panel.metrics[0]),
-        "parts": lambda: parts(groups, panel.metrics, panel.whole),
-        "pareto": lambda: pareto(groups, *panel.metrics),
-        "scaling": lambda: scaling(groups, panel.metrics[0]),
-        "ledger": lambda: ledger(groups),
-    }
-    return by_kind[panel.kind]()
+    match panel.kind:
+        case "curve":
+            return curves(groups, panel.metrics[0])
+        case "difference":
+            return differences(groups, baseline, panel.metrics[0])
+        case "bars":
+            return bars(groups, panel.metrics[0])
+        case "parts":
+            return parts(groups, panel.metrics, panel.whole)
+        case "pareto":
+            return pareto(groups, *panel.metrics)
+        case "scaling":
+            return scaling(groups, panel.metrics[0])
+        case "ledger":
+            return ledger(groups)
 
 
 def curves(groups: Sequence[Group], metric: str) -> Numbers:
-    """`run`, `tokens`, `value`; over seeds the mean, with `low` and `high` a standard deviation from it."""
-    lines = [(group.label, _over_seeds([_curve(run, metric) for run in group.runs])) for group in groups]
-    drawn = _drawn(lines, f"No run has {metric}.")
-    notes = list(drawn.notes)
-    if any("low" in point for point in drawn.points):
-        notes.append("The band is a standard deviation over seeds.")
+    """`run`, `tokens`, `value`; over seeds their mean, and `low`, `high` one standard deviation from it."""
+    points = _mean(_history(groups, metric), {group.label: len(group.runs) for group in groups})
+    if points.empty:
+        return Numbers(notes=[f"No run has {metric}."])
+    buckets, notes = _buckets(points, MAX_POINTS, "last")
+    points = points.groupby(buckets, sort=False).tail(1)
+    if "low" in points:
+        notes.append("The band is one standard deviation over seeds.")
     early = [group.label for group in groups if not any(run.rows for run in group.runs)]
-    return Numbers(
-        drawn.points, notes + ([f"Ended before its first row: {', '.join(early)}."] if early else [])
-    )
+    notes += [f"Ended before the first row: {', '.join(early)}."] if early else []
+    return Numbers(points, notes)
 
 
 def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Numbers:
-    """`run`, `tokens`, `value` = |metric - the baseline's| at the same tokens, `so_far` the greatest of them until there.
+    """`run`, `tokens`, `value` = |metric - the baseline's| at the same tokens, `so_far` its running maximum.
 
-    What is 0 has the value of a floor below all others; `exact` is the difference as text.
+    A difference of 0 is given the value of a floor below all others; `exact` is the difference as text.
     """
     if len(groups) == 1:
-        return Numbers([], ["There is one run, and nothing to take it from."])
+        return Numbers(notes=["There is only one run."])
     if not any(run.rows for run in baseline.runs):
-        return Numbers([], [f"{baseline.label} has no rows to take a loss from."])
-    lines, notes = [], unpaired(groups, baseline)
-    for group in groups:
-        if group is baseline:
-            continue
-        pairs = [(run, partner) for run in group.runs if (partner := _partner(run, baseline))]
-        gaps = [_gaps(run, partner, metric) for run, partner in pairs]
-        lines.append((group.label, [{"tokens": at, "value": value} for at, value in _mean_of(gaps)]))
-        if pairs and not lines[-1][1]:
-            notes.append(f"{group.label} has no row at the tokens of {baseline.label}'s.")
-    unequal = [point["value"] for _, line in lines for point in line if point["value"] > 0]
-    if not unequal:
-        if any(line for _, line in lines):
-            return Numbers([], ["Every loss equals the baseline's in all digits.", *notes])
-        return Numbers([], ["No run has rows at the baseline's tokens.", *notes])
-    drawn = _greatest(lines)
-    floor = min(unequal) / 3
-    so_far: dict[str, float] = {}
-    for point in drawn.points:
-        most = so_far[point["run"]] = max(so_far.get(point["run"], floor), point["value"])
-        exact = f"{point['value']:.2e}" if point["value"] else "0"
-        point |= {"value": max(point["value"], floor), "so_far": most, "exact": exact}
-    if any(point["exact"] == "0" for point in drawn.points):
-        notes.append("Dots at the bottom are no difference at all, since a log axis has no 0.")
-    return Numbers(drawn.points, ["A dot a step; the line is the greatest so far.", *notes, *drawn.notes])
+        return Numbers(notes=[f"{baseline.label} has no rows to compare with."])
+    others = [group for group in groups if group is not baseline]
+    notes = unpaired(groups, baseline)
+    points = _mean(
+        _gaps(groups, baseline, metric), {each.label: len(_paired(each, baseline)) for each in others}
+    )
+    if points.empty:
+        return Numbers(notes=["No run has rows at the baseline's tokens.", *notes])
+    for group in others:
+        if _paired(group, baseline) and group.label not in set(points["run"]):
+            notes.append(f"{group.label} has no rows at the tokens of {baseline.label}.")
+    if not points["value"].any():
+        return Numbers(notes=["Every loss equals the baseline's in all digits.", *notes])
+    buckets, thinned = _buckets(points, MAX_DOTS, "maximum")
+    points = points.loc[points.groupby(buckets, sort=False)["value"].idxmax()]
+    floor = points["value"].where(points["value"] > 0).min() / 3
+    points["exact"] = [f"{value:.2e}" if value else "0" for value in points["value"]]
+    points["value"] = points["value"].clip(lower=floor)
+    points["so_far"] = points.groupby("run")["value"].cummax()
+    if (points["exact"] == "0").any():
+        notes.append("Dots at the bottom are differences of exactly 0, which a log axis cannot show.")
+    return Numbers(points, ["One dot per logged step; the line is the running maximum.", *notes, *thinned])
 
 
-def at_most(run: Run, baseline: Group, metric: str = "train/loss") -> float | None:
-    """The greatest difference of a run from the baseline, over all its rows; None for the baseline itself, and without a partner."""
-    partner = _partner(run, baseline)
-    if run in baseline.runs or partner is None:
-        return None
-    return max(_gaps(run, partner, metric).values(), default=None)
+def max_differences(
+    groups: Sequence[Group], baseline: Group, metric: str = "train/loss"
+) -> dict[Path, float]:
+    """The maximum difference of each run from the baseline over all its rows, by folder; none for the baseline's own."""
+    return _gaps(groups, baseline, metric).groupby("folder", sort=False)["value"].max().to_dict()
 
 
 def unpaired(groups: Sequence[Group], baseline: Group) -> list[str]:
-    """A sentence for each group with runs that differences leave out: over seeds, those the baseline has no seed of."""
+    """One sentence per group with runs from seeds that the baseline lacks, which differences leave out."""
     sentences = []
     for group in groups:
-        seeds = [shown(run.settings.get(SEED)) for run in group.runs if _partner(run, baseline) is None]
-        if seeds:
-            without = f"leaves out {SEED}={', '.join(dict.fromkeys(seeds))}"
-            sentences.append(f"The difference of {group.label} {without}, of which the baseline has no run.")
+        paired = _paired(group, baseline)
+        if seeds := list(dict.fromkeys(run.setting(SEED) for run in group.runs if run not in paired)):
+            left_out = f"leaves out {SEED}={', '.join(seeds)}, which the baseline has no run of"
+            sentences.append(f"The difference of {group.label} {left_out}.")
     return sentences
 
 
 def bars(groups: Sequence[Group], key: str) -> Numbers:
-    """`run`, `value`; over seeds `low` and `high` a standard deviation from it."""
-    values = [(group.label, _defined(group, key)) for group in groups]
-    points = [{"run": label, **_spread(each)} for label, each in values if each]
-    return Numbers(points, [] if points else [_undefined(key)])
+    """`run`, `value`; over seeds `low` and `high` one standard deviation from it."""
+    points = _spread(_figures(groups, [key]).rename(columns={key: "value"}), ["run"])
+    return Numbers(points) if len(points) else Numbers(notes=[_undefined(key)])
 
 
 def parts(groups: Sequence[Group], keys: Sequence[str], whole: str | None = None) -> Numbers:
-    """`run`, `part`, `value` in the order of the keys, and `whole` where that has one; `.*` is each key below it."""
-    points = []
-    for group in groups:
-        found: dict[str, list[float]] = {}
-        for key in keys:
-            for run in group.runs:
-                for part, value in _parts(run, key):
-                    found.setdefault(part, []).append(value)
-        end = {"whole": mean(values)} if whole and (values := _defined(group, whole)) else {}
-        points += [
-            {"run": group.label, "part": part, "value": mean(values), **end} for part, values in found.items()
-        ]
-    if not any(point["value"] for point in points):
-        return Numbers([], [_undefined(", ".join(keys))])
-    return Numbers(points, ["The figure at the end is the median step time, not their sum."] if whole else [])
+    """`run`, `part`, `value`, and `whole` where that key is given; a key that ends in `.*` stands for all below it."""
+    figures = _figures(groups, [*keys, *([whole] if whole else [])])
+    means = figures.groupby("run", sort=False).mean()
+    ends = means.pop(whole) if whole else None
+    points = means.melt(var_name="part", ignore_index=False).dropna().reset_index()
+    if not points["value"].any():
+        return Numbers(notes=[_undefined(", ".join(keys))])
+    # `time/data_s` -> data; `memory/at_peak_bytes.gradients` -> gradients
+    points["part"] = [
+        key.partition("." if "." in key else "/")[2].removesuffix("_s") for key in points["part"]
+    ]
+    if ends is None:
+        return Numbers(points)
+    points["whole"] = points["run"].map(ends)
+    return Numbers(points, ["The figure at the end is the median step time, not the sum of the phases."])
 
 
 def pareto(groups: Sequence[Group], memory: str, speed: str) -> Numbers:
-    """`run`, `memory`, `speed`, `front`: whether no other run has as little memory and more speed, or the reverse."""
-    points: Points = [
-        {"run": group.label, "memory": mean(used), "speed": mean(fast)}
-        for group in groups
-        if (used := _defined(group, memory)) and (fast := _defined(group, speed))
-    ]
-    for point in points:
-        point["front"] = not any(
-            other["memory"] <= point["memory"]
-            and other["speed"] >= point["speed"]
-            and (other["memory"], other["speed"]) != (point["memory"], point["speed"])
-            for other in points
-        )
+    """`run`, `memory`, `speed`, `front`: whether no run with as little memory is as fast."""
+    means = _figures(groups, [memory, speed]).groupby("run", sort=False).mean().dropna()
+    points = means.set_axis(["memory", "speed"], axis="columns").reset_index()
     if len(points) < 2:
-        return Numbers([], ["Fewer than two runs have both figures."])
-    return Numbers(points)
+        return Numbers(notes=["Fewer than two runs have both figures."])
+    fastest = points.sort_values(["memory", "speed"], ascending=[True, False])["speed"]
+    return Numbers(points.assign(front=fastest > fastest.cummax().shift(fill_value=-math.inf)))
 
 
 def scaling(groups: Sequence[Group], speed: str) -> Numbers:
-    """`run`, `plan`, `ranks`, `share`: speed a device over that on the fewest ranks, along lines of runs (`plan`)."""
-    points = []
-    for line in lines_over_ranks([group for group in groups if _defined(group, speed)]):
-        base = mean(_defined(line[0], speed))
-        points += [
-            {
-                "run": group.label,
-                "plan": line[0].label,
-                "ranks": group.first.settings["ranks"],
-                "share": mean(_defined(group, speed)) / base,
-            }
-            for group in line
-        ]
-    return Numbers(points, [] if points else ["No two runs differ in the size of one mesh axis alone."])
+    """`run`, `line` (its first run), `ranks`, `share`: speed per device over that on the line's fewest ranks."""
+    speeds = _figures(groups, [speed]).groupby("run", sort=False)[speed].mean().dropna()
+    points = [
+        {
+            "run": group.label,
+            "line": line[0].label,
+            "ranks": group.first.summary["world_size"],
+            "share": speeds[group.label] / speeds[line[0].label],
+        }
+        for line in _lines([group for group in groups if group.label in speeds])
+        for group in line
+    ]
+    notes = [] if points else ["No two runs differ only in the size of one mesh axis."]
+    return Numbers(pd.DataFrame(points), notes)
 
 
 def ledger(groups: Sequence[Group]) -> Numbers:
     """`run`, `side` (measured or expected), `part` (axis and collective), `value` in bytes."""
-    points: Points = []
-    equal: list[str] = []
-    unlike: list[str] = []
-    unclaimed: list[str] = []
-    for group in groups:
-        content = group.first.ledger
-        if not content.get("measured"):
-            continue
-        sides = {side: _by_collective(content.get(side) or []) for side in ("measured", "expected")}
-        for side, sums in sides.items():
-            points += [
-                {"run": group.label, "side": side, "part": part, "value": sent} for part, sent in sums.items()
-            ]
-        where = (
-            unclaimed
-            if content.get("expected") is None
-            else equal
-            if sides["measured"] == sides["expected"]
-            else unlike
-        )
-        where.append(group.label)
-    if not any(point["value"] for point in points):
+    measured = {group.label: group.first.ledger for group in groups if group.first.ledger.get("measured")}
+    entries = [
+        (label, side, f"{entry['axis']} {entry['collective'].replace('_', '-')}", entry["sent_bytes"])
+        for label, content in measured.items()
+        for side in ("measured", "expected")
+        for entry in content.get(side) or []
+    ]
+    points = pd.DataFrame(entries, columns=["run", "side", "part", "value"])
+    points = points.groupby(["run", "side", "part"], as_index=False)["value"].sum()
+    if not points["value"].any():
         return Numbers(
-            [], ["No run sends anything: each is one process, or ended before a step was counted."]
+            notes=["No run communicates: each is a single process, or ended before a step was counted."]
         )
-    notes = [f"Measured equals expected to the byte in {len(equal)} of {len(equal) + len(unlike)} runs."]
-    notes += [f"Not so: {', '.join(unlike)}."] if unlike else []
-    notes += [f"No formula is claimed for {', '.join(unclaimed)}."] if unclaimed else []
+    sides = points.pivot(index=["run", "part"], columns="side", values="value").fillna(0)
+    equal = (sides["measured"] == sides.get("expected", 0)).groupby("run").all()
+    claimed = [label for label, content in measured.items() if content.get("expected") is not None]
+    unlike = [label for label in claimed if not equal[label]]
+    unclaimed = [label for label in measured if label not in claimed]
+    notes = [f"Measured equals expected to the byte in {len(claimed) - len(unlike)} of {len(claimed)} runs."]
+    notes += [f"They differ in {', '.join(unlike)}."] if unlike else []
+    notes += [f"There is no formula for {', '.join(unclaimed)}."] if unclaimed else []
     return Numbers(points, notes)
 
 
-def _curve(run: Run, metric: str) -> dict[float, float]:
-    return {
-        at: value
+def _history(groups: Sequence[Group], metric: str) -> pd.DataFrame:
+    """One row per logged value of the metric."""
+    rows = [
+        (group.label, run.folder, run.setting(SEED), row.get(X_AXIS), row.get(metric))
+        for group in groups
+        for run in group.runs
         for row in run.rows
-        if (at := row.get(X_AXIS)) is not None and (value := row.get(metric)) is not None
-    }
-
-
-def _over_seeds(curves: Sequence[dict[float, float]]) -> Points:
-    common = set(curves[0]).intersection(*curves[1:])
-    return [{"tokens": at, **_spread([curve[at] for curve in curves])} for at in sorted(common)]
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    middle = mean(values)
-    if len(values) == 1:
-        return {"value": middle}
-    return {"value": middle, "low": middle - stdev(values), "high": middle + stdev(values)}
-
-
-def _partner(run: Run, baseline: Group) -> Run | None:
-    """The baseline's run from the same seed. Over seeds None without one: what differs then is the seed's doing."""
-    seed = run.settings.get(SEED)
-    same = (each for each in baseline.runs if each.settings.get(SEED) == seed)
-    return next(same, None if baseline.over_seeds else baseline.first)
-
-
-def _gaps(run: Run, other: Run, metric: str) -> dict[float, float]:
-    mine, theirs = _curve(run, metric), _curve(other, metric)
-    return {at: abs(mine[at] - theirs[at]) for at in mine if at in theirs}
-
-
-def _mean_of(gaps: Sequence[dict[float, float]]) -> list[tuple[float, float]]:
-    common = set(gaps[0]).intersection(*gaps[1:]) if gaps else set()
-    return [(at, mean(gap[at] for gap in gaps)) for at in sorted(common)]
-
-
-def _drawn(lines: Sequence[tuple[str, Points]], missing: str) -> Numbers:
-    """All points where they are few; of many one in so many, which is said."""
-    longest = max((len(points) for _, points in lines), default=0)
-    if not longest:
-        return Numbers([], [missing])
-    stride = math.ceil(longest / MOST_POINTS)
-    points = [
-        {"run": label, **point} for label, line in lines if line for point in [*line[:-1:stride], line[-1]]
     ]
-    return Numbers(
-        points, [f"Of {longest:,} rows a run, one of every {stride} is drawn."] if stride > 1 else []
+    frame = pd.DataFrame(rows, columns=["run", "folder", "seed", "tokens", "value"]).dropna()
+    return frame.astype({"tokens": float, "value": float})
+
+
+def _gaps(groups: Sequence[Group], baseline: Group, metric: str) -> pd.DataFrame:
+    """|metric - the baseline's| for each run and number of tokens; over seeds, from the baseline's run of the same seed."""
+    on = ["seed", "tokens"] if baseline.over_seeds else ["tokens"]
+    base = _history([baseline], metric).drop_duplicates(on)[[*on, "value"]]
+    pairs = _history([group for group in groups if group is not baseline], metric).merge(base, on=on)
+    return pairs.assign(value=(pairs.pop("value_x") - pairs.pop("value_y")).abs())
+
+
+def _paired(group: Group, baseline: Group) -> list[Run]:
+    """The runs that have one of the baseline to be compared with: over seeds, of the same seed."""
+    seeds = {run.setting(SEED) for run in baseline.runs}
+    return [run for run in group.runs if not baseline.over_seeds or run.setting(SEED) in seeds]
+
+
+def _mean(history: pd.DataFrame, sizes: Mapping[str, int]) -> pd.DataFrame:
+    """The mean over each group's runs, at the tokens that all of them (`sizes`) have."""
+    count = history.groupby(["run", "tokens"])["value"].transform("size")
+    return _spread(history[count == history["run"].map(sizes)], ["run", "tokens"])
+
+
+def _spread(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """`value` averaged by `keys`; `low` and `high` are one standard deviation from it, where there are several."""
+    points = frame.groupby(keys, sort=False)["value"].agg(["mean", "std"]).reset_index()
+    points = points.rename(columns={"mean": "value"}).dropna(subset="value")
+    spread = points.pop("std")
+    return (
+        points.assign(low=points["value"] - spread, high=points["value"] + spread)
+        if spread.notna().any()
+        else points
     )
 
 
-def _greatest(lines: Sequence[tuple[str, Points]]) -> Numbers:
-    """All points where they are few; of many the greatest of each so many, for none of these should be missed."""
-    longest = max(len(points) for _, points in lines)
-    stride = math.ceil(longest / MOST_DOTS)
-    points = [
-        {"run": label, **max(line[i : i + stride], key=lambda point: point["value"])}
-        for label, line in lines
-        for i in range(0, len(line), stride)
-    ]
-    return Numbers(
-        points, [f"Of each {stride} rows of {longest:,} the greatest is drawn."] if stride > 1 else []
-    )
+def _buckets(points: pd.DataFrame, most: int, drawn: str) -> tuple[list[pd.Series], list[str]]:
+    """Keys that group each run's points into at most `most` buckets, and a sentence that says so if any has several."""
+    nth = points.groupby("run").cumcount()
+    rows = nth.max() + 1
+    size = math.ceil(rows / most)
+    notes = [f"The {drawn} of every {size} of {rows:,} rows is drawn."] if size > 1 else []
+    return [points["run"], nth // size], notes
 
 
-def _defined(group: Group, key: str) -> list[float]:
-    return [value for run in group.runs if (value := run.summary.get(key)) is not None]
+def _figures(groups: Sequence[Group], keys: Sequence[str]) -> pd.DataFrame:
+    """One row per run with these keys of its summary; in place of a key that ends in `.*` all below it."""
+    summaries = pd.json_normalize([run.summary for group in groups for run in group.runs])
+    found: list[str] = []
+    for key in keys:
+        found += [name for name in summaries if name.startswith(key[:-1])] if key.endswith(".*") else [key]
+    figures = summaries.reindex(columns=found).apply(pd.to_numeric)
+    return figures.assign(run=[group.label for group in groups for _ in group.runs])
 
 
-def _parts(run: Run, key: str) -> list[tuple[str, float]]:
-    """`time/data_s` -> data; `memory/at_peak_bytes.*` -> each kind."""
-    if key.endswith(".*"):
-        return list((run.summary.get(key.removesuffix(".*")) or {}).items())
-    value = run.summary.get(key)
-    return [] if value is None else [(key.partition("/")[2].removesuffix("_s"), value)]
+def _lines(groups: Sequence[Group]) -> list[list[Group]]:
+    """Lines of two groups or more along which one mesh axis grows, by their ranks.
 
-
-def _by_collective(entries: Sequence[dict[str, Any]]) -> dict[str, int]:
-    sums: dict[str, int] = {}
-    for entry in sorted(entries, key=lambda entry: (entry["axis"], entry["collective"])):
-        name = f"{entry['axis']} {entry['collective'].replace('_', '-')}"
-        sums[name] = sums.get(name, 0) + entry["sent_bytes"]
-    return sums
+    A group is in at most one line: in a grid of mesh sizes, in the longest that it could be in. Repetitions are in
+    lines of their own.
+    """
+    if not groups:
+        return []
+    frame = settings_frame([group.first for group in groups])
+    axes = [f"mesh.{axis}" for axis in AXIS_NAMES]
+    frame[axes] = frame[axes].replace(UNDEFINED, "1")
+    if any(len(group.runs) > 1 for group in groups):
+        frame = frame.drop(columns=SEED, errors="ignore")
+    candidates: list[list[int]] = []
+    for axis in axes:
+        alike = frame.drop(columns=["ranks", axis]).apply(tuple, axis="columns")
+        repetition = frame.groupby([alike, "ranks"]).cumcount()
+        lines = frame["ranks"].astype(int).groupby([alike, repetition], sort=False)
+        candidates += [list(ranks.sort_values().index) for _, ranks in lines]
+    left, chosen = set(range(len(groups))), []
+    for candidate in sorted(candidates, key=len, reverse=True):
+        line = [place for place in candidate if place in left]
+        if len(line) > 1:
+            left -= set(line)
+            chosen.append(line)
+    return [[groups[place] for place in line] for line in sorted(chosen)]
 
 
 def _undefined(keys: str) -> str:

@@ -1,155 +1,163 @@
-"""A comparison put together: from runs to tables, page and PNGs."""
+"""A comparison put together: on the terminal, as Markdown, as a page, and as PNGs."""
 
 from __future__ import annotations
 
+import secrets
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.text import Text
 
-from tpresearch.compare import tables
-from tpresearch.compare.charts import png, spec_of
-from tpresearch.compare.groups import Group
-from tpresearch.compare.labels import shown
+from tpresearch.compare.charts import Spec, javascript, png, spec_of
+from tpresearch.compare.groups import Group, differing, labels, settings_frame
 from tpresearch.compare.look import Look
-from tpresearch.compare.numbers import numbers, unpaired
-from tpresearch.compare.page import Page, Section
+from tpresearch.compare.numbers import max_differences, numbers, unpaired
 from tpresearch.compare.runs import Run
-from tpresearch.track.panels import SECTIONS
+from tpresearch.track.figures import figure_cells, figures_of, mean_cells
+from tpresearch.track.panels import SECTIONS, Panel
 from tpresearch.track.record import write_atomically
-from tpresearch.track.shown import path_text
-from tpresearch.track.table import Cell, Table
+from tpresearch.track.shown import UNDEFINED, path_text, printable
+from tpresearch.track.table import Cell, Table, markdown
 
 IN_COMMON = (
     *("model.name", "corpus_hash", "tokenizer.vocab_size", "data.seq_len", "train.global_batch_size"),
     *("train.seed", "train.dtype", "device"),
 )
-MOST_DIFFERENCES = 14
-"""Rows of config differences that a terminal is given."""
+RUNS, SEEDS, DIFFERENCES, FOLDERS = "Runs", "Mean ± std over train.seed", "Config differences", "Run folders"
+MAX_DIFFERENCES = 14
+"""Rows of config differences that are printed on a terminal."""
 
 
+@dataclass
 class Report:
-    """Runs compared: their tables, their charts, and the sentences about what is not there or should not be.
+    """Runs compared: their tables and charts, and the sentences about what is left out or should not differ."""
 
-    Args:
-        groups: what is drawn as one: the same runs, or those that repeat one another together.
-        warnings: in what the runs should not differ and do.
-        left_out: a sentence for each run that could not be read.
-    """
+    runs: Sequence[Run]
+    groups: Sequence[Group]
+    """What is drawn as one curve: single runs, or the repetitions of each over seeds."""
+    baseline: Group
+    warnings: Sequence[str]
+    """In what the runs differ and should not."""
+    left_out: Sequence[str]
+    """One sentence per run that could not be read."""
 
-    def __init__(
-        self,
-        runs: Sequence[Run],
-        labels: Sequence[str],
-        groups: Sequence[Group],
-        baseline: Group,
-        warnings: Sequence[str],
-        left_out: Sequence[str],
-    ) -> None:
-        self._all, self._labels, self._groups, self._baseline = runs, labels, groups, baseline
-        self.warnings = [f"Overlaid although {warning}" for warning in warnings]
-        self.left_out = list(left_out)
-        self.runs = tables.runs_table(runs, labels, baseline)
-        self.seeds = tables.seeds_table(groups) if len(groups) < len(runs) else None
-        self.notes = unpaired(groups, baseline)
-        self.differences = tables.differences_table(runs, labels)
+    def __post_init__(self) -> None:
+        self.warnings = [f"Overlaid although {warning}" for warning in self.warnings]
+        self.notes = unpaired(self.groups, self.baseline)
+        self.tables = tables(self.runs, self.groups, self.baseline)
 
     def write(self, out: Path, arguments: Sequence[str]) -> None:
-        """compare/*.png, compare.md and last compare.html, each whole or not at all.
+        """Write compare/*.png, compare.md and last compare.html, each whole or not at all.
 
         Raises:
             OSError: when the folder cannot be written.
         """
         pngs = out / "compare"
         pngs.mkdir(parents=True, exist_ok=True)
-        look = Look([group.label for group in self._groups], self._baseline.label)
-        sections = []
+        look = Look([group.label for group in self.groups], self.baseline.label)
+        sections: dict[str, list[tuple[Panel, list[str], Spec]]] = {}
         for title, panels in SECTIONS.items():
-            section = Section(title)
+            sections[title] = []
             for panel in panels:
-                shown_here, path = numbers(panel, self._groups, self._baseline), pngs / f"{panel.name}.png"
-                if shown_here.points:
-                    spec = spec_of(panel, shown_here.points, look)
-                    section.draw(panel, shown_here.notes, spec)
-                    write_atomically(path, png(panel, shown_here, spec))
+                found, path = numbers(panel, self.groups, self.baseline), pngs / f"{panel.name}.png"
+                spec = spec_of(panel, found.points, look) if len(found.points) else {}
+                sections[title].append((panel, found.notes, spec))
+                if spec:
+                    write_atomically(path, png(spec, panel, found.notes))
                 else:
-                    section.leave_out(panel, shown_here.notes)
                     path.unlink(missing_ok=True)  # of an earlier comparison
-            sections.append(section)
         write_atomically(out / "compare.md", self.markdown())
-        write_atomically(out / "compare.html", self._page(sections, look, arguments).html())
+        command = shlex.join(["python", "-m", "tpresearch.compare", *arguments])
+        write_atomically(out / "compare.html", self._page(sections, look, command))
 
-    def _page(self, sections: list[Section], look: Look, arguments: Sequence[str]) -> Page:
-        colours = {id(run): look.colours[group.label] for group in self._groups for run in group.runs}
-        models = dict.fromkeys(run.summary["model"] for run in self._all)
-        count = f"{len(self._all)} run{'s' if len(self._all) > 1 else ''}"
-        return Page(
-            title=f"{count} of {', '.join(models)}",
-            facts=self._in_common(),
-            warnings=self.warnings,
-            left_out=self.left_out,
-            runs=self.runs,
-            seeds=self.seeds,
+    def _page(
+        self, sections: dict[str, list[tuple[Panel, list[str], Spec]]], look: Look, command: str
+    ) -> str:
+        """compare.html: one file that needs no network. All text in it is escaped, and no script runs but its own."""
+        files = FileSystemLoader(Path(__file__).parent)
+        jinja = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+        settings = settings_frame(self.runs).reindex(columns=IN_COMMON, fill_value=UNDEFINED)
+        names = dict(zip([run.folder for run in self.runs], labels(self.runs), strict=True))
+        colours = {names[run.folder]: look.colours[each.label] for each in self.groups for run in each.runs}
+        return jinja.get_template("page.html").render(
+            report=self,
+            models=", ".join(dict.fromkeys(run.summary["model"] for run in self.runs)),
+            facts={key: settings[key][0] for key in IN_COMMON if settings[key].nunique() == 1},
             sections=sections,
-            differences=self.differences,
-            folders=self._folders(),
-            swatches={label: colours[id(run)] for label, run in zip(self._labels, self._all, strict=True)},
-            group_swatches={group.label: look.colours[group.label] for group in self._groups},
+            library=javascript(),
+            nonce=secrets.token_urlsafe(),
+            colours=look.colours | colours,
             when=f"{datetime.now():%Y-%m-%d %H:%M}",
-            command=shlex.join(["python", "-m", "tpresearch.compare", *arguments]),
+            command=command,
         )
-
-    def _in_common(self) -> list[tuple[str, str]]:
-        facts = []
-        for name in IN_COMMON:
-            values = {shown(run.settings.get(name, run.summary.get(name))) for run in self._all}
-            if len(values) == 1:
-                facts.append((name, values.pop()))
-        return [(name, value) for name, value in facts if value != shown(None)]
-
-    def _folders(self) -> Table:
-        rows = []
-        for run, label in zip(self._all, self._labels, strict=True):
-            error = run.summary.get("error")
-            rows.append(
-                [
-                    Cell(label),
-                    Cell(path_text(run.folder)),
-                    Cell(run.summary["status"] + (f": {error}" if error else "")),
-                ]
-            )
-        return Table(["run", "folder", "status"], rows)
 
     def markdown(self) -> str:
         """compare.md: the tables, and what the page says besides its charts."""
-        parts = [*(f"**{warning}.**\n" for warning in self.warnings), self.runs.markdown()]
-        if self.seeds:
-            parts.append(f"Over `train.seed`, mean ± standard deviation:\n\n{self.seeds.markdown()}")
-        parts += [f"{note}\n" for note in self.notes]
-        if self.differences.rows:
-            parts.append(f"Config differences:\n\n{self.differences.markdown()}")
-        parts.append(self._folders().markdown())
-        parts += [f"Left out: {line}\n" for line in self.left_out]
+        parts = [f"**{markdown(warning)}.**\n" for warning in self.warnings]
+        parts += [f"{title}:\n\n{table.markdown()}" for title, table in self.tables.items() if table.rows]
+        parts += [f"{markdown(line)}\n" for line in self._lines()]
         return "\n".join(parts)
 
     def print(self, console: Console, out: Path) -> None:
-        """What the terminal shows, with the paths at the end."""
+        """Print what a terminal shows, with the paths of the files at the end."""
         for warning in self.warnings:
-            console.print(Text(warning, style="yellow"), soft_wrap=True)
-        console.print(self.runs.rich())
-        if self.seeds:
-            console.print(self.seeds.rich(title="over train.seed: mean ± standard deviation"))
-        for note in self.notes:
-            console.print(Text(note), soft_wrap=True)
-        count = len(self.differences.rows)
-        if 0 < count <= MOST_DIFFERENCES:
-            console.print(self.differences.rich(title="config differences"))
-        elif count:
-            console.print(f"configs differ in {count} settings: see compare.md")
-        for line in self.left_out:
-            console.print(Text(f"left out  {line}"), soft_wrap=True)
-        console.print(Text(f"page  {path_text(out / 'compare.html')}"), soft_wrap=True)
-        console.print(Text(f"pngs  {path_text(out / 'compare')}/*.png"), soft_wrap=True)
+            console.print(Text(printable(warning), style="yellow"), soft_wrap=True)
+        count = len(self.tables[DIFFERENCES].rows)
+        apart = {FOLDERS} if 0 < count <= MAX_DIFFERENCES else {FOLDERS, DIFFERENCES}
+        for title in [title for title in self.tables if title not in apart]:
+            console.print(self.tables[title].rich(title=None if title == RUNS else title))
+        lines = (
+            [f"The configs differ in {count} settings: see compare.md."] if count > MAX_DIFFERENCES else []
+        )
+        lines += [*self._lines(), f"page: {path_text(out / 'compare.html')}"]
+        for line in [*lines, f"PNGs: {path_text(out / 'compare')}/*.png"]:
+            console.print(Text(printable(line)), soft_wrap=True)
+
+    def _lines(self) -> list[str]:
+        return [*self.notes, *(f"Left out: {line}" for line in self.left_out)]
+
+
+def tables(runs: Sequence[Run], groups: Sequence[Group], baseline: Group) -> dict[str, Table]:
+    """The runs with their figures, means over seeds if runs are drawn as one, settings that differ, and folders."""
+    summaries, names = [run.summary for run in runs], labels(runs)
+    figures = figures_of(summaries)
+    titles = [figure.title for figure in figures]
+    columns: dict[str, Sequence[str | Cell]] = {"run": names, "ranks": [run.setting("ranks") for run in runs]}
+    devices = [run.setting("device") for run in runs]
+    if len(set(devices)) > 1:
+        columns["device"] = devices
+    columns |= dict(zip(titles, zip(*figure_cells(summaries, figures), strict=True), strict=True))
+    if len(runs) > 1:
+        columns["max |loss difference|"] = _differences(runs, groups, baseline)
+    if not all(run.completed for run in runs):
+        columns["status"] = [run.summary["status"] for run in runs]
+    shown = {RUNS: Table.of_columns(columns)}
+    if len(groups) < len(runs):
+        rows = [
+            [
+                Cell(group.label),
+                Cell(str(len(group.runs))),
+                *mean_cells([run.summary for run in group.runs], figures),
+            ]
+            for group in groups
+        ]
+        shown[SEEDS] = Table(["runs", "seeds", *titles], rows)
+    unlike = differing(runs)
+    by_run = zip(names, unlike.itertuples(index=False, name=None), strict=True)
+    shown[DIFFERENCES] = Table.of_columns({"setting": list(unlike), **dict(by_run)})
+    statuses = [": ".join(filter(None, (run.summary["status"], run.summary.get("error")))) for run in runs]
+    folders = [path_text(run.folder) for run in runs]
+    shown[FOLDERS] = Table.of_columns({"run": names, "folder": folders, "status": statuses})
+    return shown
+
+
+def _differences(runs: Sequence[Run], groups: Sequence[Group], baseline: Group) -> list[str]:
+    greatest = max_differences(groups, baseline)
+    of_baseline = dict.fromkeys((run.folder for run in baseline.runs), "baseline")
+    texts = {folder: f"{value:.1e}" if value else "0" for folder, value in greatest.items()} | of_baseline
+    return [texts.get(run.folder, UNDEFINED) for run in runs]

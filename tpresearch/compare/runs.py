@@ -1,4 +1,4 @@
-"""Runs as they are found on disk: in the folders, sweeps and globs that were typed."""
+"""Find and read runs: from their folders, from sweeps, and from globs of either."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
-from yaml import YAMLError
 
 from tpresearch.config.compared import compared
 from tpresearch.config.errors import ConfigError
@@ -21,17 +21,19 @@ from tpresearch.launch.command import WrongCommand, python_command
 from tpresearch.launch.run_dir import EARLIER
 from tpresearch.track.names import Row, finite
 from tpresearch.track.record import read_metrics, read_summary
-from tpresearch.track.shown import path_text
+from tpresearch.track.shown import UNDEFINED, path_text, setting_text
 
 RECORD = ("config.yaml", "summary.json", "metrics.jsonl", "console.log")
-"""Files by which the folder of a run is told, one of a sweep's job that failed early included."""
+"""A folder with any of these is a run's; a sweep's job that failed early has only the last."""
 NEEDED = {"status": str, "world_size": int, "mesh": dict, "model": str, "parallel": str}
-"""What a summary has to hold to be put beside others."""
+NEEDED_CONFIG = {"train": dict, "data": dict, "tokenizer": dict}
+"""What summary.json and config.yaml must have for a comparison."""
 LEGAL = "folders of runs or sweeps, or globs of them"
+SEED = "train.seed"
 
 
 class Unreadable(Exception):
-    """A run whose record cannot be compared; says which file, and why."""
+    """A run whose record is missing or damaged; says which file, and why."""
 
 
 @dataclass(frozen=True)
@@ -42,40 +44,44 @@ class Run:
     rows: list[Row] = field(repr=False)
     """Its metrics by step."""
     ledger: dict[str, Any]
-    """What one step sent and held; empty where the run ended before it was counted."""
+    """Communication and memory of one step; empty where the run ended before it was counted."""
 
     @property
     def completed(self) -> bool:
         return self.summary["status"] == "completed"
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """The compared config by dotted keys, with the ranks, mesh sizes and device that the run had in place of those asked for."""
-        flat = flatten({key: value for key, value in compared(self.config).items() if key != "mesh"})
-        sizes = {f"mesh.{axis}": size for axis, size in self.summary["mesh"].items()}
-        return {"ranks": self.summary["world_size"], **sizes, **flat, "device": self.summary.get("device")}
+    def settings(self) -> dict[str, str]:
+        """The compared config by dotted key, as text; ranks, mesh, device and corpus are those that it ran on."""
+        ran_on = {key: self.summary.get(key) for key in ("mesh", "device", "corpus_hash")}
+        nested = {"ranks": self.summary["world_size"], **compared(self.config), **ran_on}
+        (flat,) = pd.json_normalize(nested).to_dict("records")
+        return {key: setting_text(value) for key, value in flat.items()}
+
+    def setting(self, key: str) -> str:
+        """A dash where the run has no such setting."""
+        return self.settings.get(key, UNDEFINED)
 
 
 @dataclass(frozen=True)
 class Found:
     runs: list[Run]
     left_out: list[str]
-    """A sentence for each run that is there and cannot be read."""
+    """One sentence per run that could not be read."""
     sweep: Path | None
-    """The sweep's folder, where one was given and nothing else."""
+    """The sweep's folder, where a single sweep was named."""
 
 
 def find(words: Sequence[str]) -> Found:
     """The runs that these words name, in order, each once.
 
-    A run that is named itself has to be readable; one that is found in a sweep or by a glob is left out if it is not.
+    A run that is named itself must be readable; one found in a sweep or by a glob is left out if it is not.
 
     Raises:
-        ConfigError: for a word that names no run, or one that cannot be read; where no run can be read.
+        ConfigError: for a word that names no run, a named run that cannot be read, and if no run can be read.
     """
     runs: dict[Path, Run] = {}
     left_out: dict[Path, str] = {}
-    sweep = None
     for word in words:
         folders = _folders(word)
         for folder in folders:
@@ -86,16 +92,17 @@ def find(words: Sequence[str]) -> Found:
                 if folders == [Path(word).expanduser()]:
                     raise _refused(word, str(problem), "runs that have ended") from None
                 left_out[where] = f"{path_text(folder)}: {problem}"
-        path = Path(word).expanduser()
-        sweep = path if len(words) == 1 and path.is_dir() and folders != [path] else None
     if not runs:
-        first = next(iter(left_out.values()))
-        raise _refused(" ".join(words), f"none can be read: {first}", "runs that have ended")
-    return Found(list(runs.values()), list(left_out.values()), sweep)
+        raise _refused(
+            " ".join(words), f"no readable run: {next(iter(left_out.values()))}", "runs that have ended"
+        )
+    path = Path(words[0]).expanduser()
+    is_sweep = len(words) == 1 and path.is_dir() and path.resolve() not in runs
+    return Found(list(runs.values()), list(left_out.values()), path if is_sweep else None)
 
 
 def _folders(word: str) -> list[Path]:
-    """The folders of runs that a word names; it is a glob where no file has that very name."""
+    """The run folders that a word names; it is a glob only if no file has that very name."""
     path = Path(word).expanduser()
     if path.exists():
         paths = [path]
@@ -103,115 +110,88 @@ def _folders(word: str) -> list[Path]:
         paths = sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not paths:
             raise _refused(word, "this glob matches nothing")
-        if EARLIER not in word:
-            paths = [each for each in paths if EARLIER not in str(each)]
+        paths = [each for each in paths if EARLIER in word or EARLIER not in str(each)]
     else:
-        raise _refused(word, "there is no such folder", instead=_beside(path))
+        raise _refused(word, "no such folder", instead=_nearest(path))
     folders = [folder for each in paths for folder in run_folders(each)]
     if not folders:
-        raise _refused(word, "there is no run in it")
+        raise _refused(word, "no run in it")
     return folders
 
 
-def _beside(path: Path) -> Path | None:
-    """The folder of nearly the same name that lies where a mistyped one should."""
-    parent = next((each for each in path.parents if each.is_dir()), Path())
-    wrong = path.relative_to(parent).parts[0]
-    near = difflib.get_close_matches(wrong, [each.name for each in parent.iterdir() if each.is_dir()], 1)
-    return Path(parent, near[0], *path.relative_to(parent).parts[1:]) if near else None
+def _nearest(path: Path) -> list[str]:
+    """The folder beside a mistyped one whose name is closest to it."""
+    beside = [each.name for each in path.parent.glob("*/")]
+    return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, beside, 1)]
 
 
-def _refused(word: str, why: str, legal: str = LEGAL, instead: Path | None = None) -> ConfigError:
-    """With the same command to try, but for the word: another in its place, or none."""
-    others = [other for other in sys.argv[1:] if other != word]
-    typed = [str(instead) if other == word else other for other in sys.argv[1:]] if instead else others
-    named = [other for other in typed if "=" not in other]
+def _refused(word: str, why: str, legal: str = LEGAL, instead: Sequence[str] = ()) -> ConfigError:
+    """The refusal of a word, with the same command to try without it or with `instead` in its place."""
+    typed = [new for old in sys.argv[1:] for new in (instead if old == word else [old])]
+    named = [word for word in typed if "=" not in word]
     return WrongCommand("run", word, why, legal, python_command(typed if named else ["outputs", *typed]))
 
 
 def run_folders(path: Path) -> list[Path]:
-    """The folder itself if it is a run's, else those of the runs below it, jobs in their order.
+    """The folder itself if it is a run's, else the runs below it in the order of their job numbers.
 
-    What a sweep has set aside is none of them: the job was started anew beside it.
+    Skipped below it: what Hydra and W&B keep under the same file names, and a sweep's earlier attempts at a job.
     """
-    if _is_run(path):
+    if any((path / name).is_file() for name in RECORD):
         return [path]
     below = {file.parent for name in RECORD for file in path.rglob(name)}
-    visible = [folder for folder in below if not _is_hidden(folder.relative_to(path))]
-    return sorted(visible, key=lambda folder: [_in_order(part) for part in folder.parts])
+    kept = [each for each in below if not any(map(_is_skipped, each.relative_to(path).parts))]
+    return sorted(
+        kept, key=lambda each: [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in each.parts]
+    )
 
 
-def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in RECORD)
-
-
-def _is_hidden(path: Path) -> bool:
-    """Hydra's and W&B's own, in which there are files of the same names, and earlier starts of a sweep's job."""
-    return any(part == "wandb" or part.startswith(".") or EARLIER in part for part in path.parts)
-
-
-def _in_order(part: str) -> tuple[int, int, str]:
-    return (0, int(part), "") if part.isdecimal() else (1, 0, part)
+def _is_skipped(part: str) -> bool:
+    return part == "wandb" or part.startswith(".") or EARLIER in part
 
 
 def read(folder: Path) -> Run:
     """A run from its record.
 
     Raises:
-        Unreadable: for a run that has not ended, and for a file that is not what a run writes.
+        Unreadable: for a run that has not ended, and for a file that no run writes.
     """
-    summary = _checked(folder, "summary.json", lambda: read_summary(folder))
-    for key, kind in NEEDED.items():
-        if not isinstance(summary.get(key), kind):
-            raise Unreadable(f"summary.json is none of a run's: {key} is {summary.get(key, 'missing')!r}")
-    for key, value in flatten({key: value for key, value in summary.items() if "/" in key}).items():
-        if not isinstance(value, int | float | None) and value != {}:
-            raise Unreadable(f"summary.json is none of a run's: {key} is {value!r}")
-    config = _checked(folder, "config.yaml", lambda: _yaml(folder / "config.yaml"))
-    for group in ("train", "data", "tokenizer"):
-        if not isinstance(config.get(group), dict):
-            raise Unreadable(f"config.yaml is none of a run's: {group} is missing")
-    rows = _rows(folder)
-    if not rows and summary["status"] == "completed":
-        raise Unreadable("metrics.jsonl has no rows, though the run is completed")
+    summary = _loaded(folder / "summary.json", lambda path: read_summary(path.parent), NEEDED)
+    config = _loaded(
+        folder / "config.yaml", lambda path: yaml.safe_load(path.read_text("utf-8")), NEEDED_CONFIG
+    )
     ledger = {}
     if (folder / "ledger.json").exists():
-        ledger = _checked(folder, "ledger.json", lambda: json.loads((folder / "ledger.json").read_text()))
-        for entry in [*(ledger.get("measured") or []), *(ledger.get("expected") or [])]:
-            if not isinstance(entry, dict) or not entry.keys() >= {"axis", "collective", "sent_bytes"}:
-                raise Unreadable(f"ledger.json is none of a run's: {entry!r}")
-    return Run(folder, config, summary, rows, ledger)
-
-
-def _yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def _checked(folder: Path, name: str, load: Callable[[], Any]) -> dict[str, Any]:
+        ledger = _loaded(folder / "ledger.json", lambda path: json.loads(path.read_text("utf-8")), {})
+    figures = {key: value for key, value in summary.items() if "/" in key}
+    for key, value in (pd.json_normalize(figures).to_dict("records") or [{}])[0].items():
+        if not isinstance(value, int | float | None):
+            raise Unreadable(f"summary.json is not a valid run summary: {key} is {value!r}")
+    for entry in [*(ledger.get("measured") or []), *(ledger.get("expected") or [])]:
+        if not isinstance(entry, dict) or not entry.keys() >= {"axis", "collective", "sent_bytes"}:
+            raise Unreadable(f"ledger.json is not a valid run ledger: it has the entry {entry!r}")
     try:
-        content = load()
-    except FileNotFoundError:
-        why = " (still running, refused, or killed on the spot)" if name == "summary.json" else ""
-        raise Unreadable(f"it has no {name}{why}") from None
-    except (OSError, ValueError, YAMLError) as error:
-        raise Unreadable(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict):
-        raise Unreadable(f"{name} is none of a run's: {type(content).__name__} in place of keys and values")
-    return content
-
-
-def _rows(folder: Path) -> list[Row]:
-    try:
-        return [{name: finite(value) for name, value in row.items()} for row in read_metrics(folder)]
+        rows = [{name: finite(value) for name, value in row.items()} for row in read_metrics(folder)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise Unreadable(f"metrics.jsonl cannot be read: {why}") from None
+    if not rows and summary["status"] == "completed":
+        raise Unreadable("metrics.jsonl has no rows, though the run completed")
+    return Run(folder, config, summary, rows, ledger)
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"train": {"seed": 0}}` -> `{"train.seed": 0}`; lists stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flat
+def _loaded(path: Path, load: Callable[[Path], Any], needed: Mapping[str, type]) -> dict[str, Any]:
+    try:
+        content = load(path)
+    except FileNotFoundError:
+        why = " (still running, refused, or killed)" if path.name == "summary.json" else ""
+        raise Unreadable(f"{path.name} is missing{why}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise Unreadable(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from None
+    wrong = f"{path.name} is not a valid run {path.stem}"
+    if not isinstance(content, dict):
+        raise Unreadable(f"{wrong}: it is a {type(content).__name__}")
+    for key, kind in needed.items():
+        if not isinstance(content.get(key), kind):
+            raise Unreadable(f"{wrong}: {key} is {repr(content[key]) if key in content else 'missing'}")
+    return content

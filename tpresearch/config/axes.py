@@ -64,7 +64,7 @@ TENSOR = Axis(
 
 AXES = (REPLICATE, SHARD, TENSOR)
 """Outermost first: ranks next to each other, inside a host, differ along the last."""
-NAMES = tuple(axis.name for axis in AXES)
+AXIS_NAMES = tuple(axis.name for axis in AXES)
 DATA_AXES = tuple(axis.name for axis in AXES if axis.splits_rows)
 LAYER_AXES = tuple(axis.name for axis in AXES if axis.shards_layers)
 
@@ -80,7 +80,7 @@ class MeshSizes(dict[str, int]):
     """Ranks along each axis, by name and in the order of `AXES`; an axis that is not given has 1."""
 
     def __init__(self, **sizes: int) -> None:
-        super().__init__({name: sizes.pop(name, 1) for name in NAMES})
+        super().__init__({name: sizes.pop(name, 1) for name in AXIS_NAMES})
         assert not sizes, f"no such axes: {sizes}"
 
     def __reduce__(self) -> tuple[Callable[..., MeshSizes], tuple[dict[str, int]]]:

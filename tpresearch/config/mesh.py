@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpresearch.config.axes import AXES, AXES_OF_DATA_PLAN, NAMES, TENSOR, Axis, MeshSizes
+from tpresearch.config.axes import AXES, AXES_OF_DATA_PLAN, AXIS_NAMES, TENSOR, Axis, MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import MeshConfig, ParallelConfig
 
@@ -19,7 +19,7 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
         ConfigError: more than one -1, a size that is not a count, an axis that the plan does not use, or a
             product that is not the world size.
     """
-    given: dict[str, int | None] = {name: getattr(mesh, name) for name in NAMES}
+    given: dict[str, int | None] = {name: getattr(mesh, name) for name in AXIS_NAMES}
     used = used_axes(parallel)
     rest = [name for name, size in given.items() if size == -1]
     if len(rest) > 1:

@@ -1,1 +1,1 @@
-"""The panels of a comparison as a W&B workspace and a report."""
+"""The panels of a comparison as a W&B workspace and report."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import wandb
 
 SYMBOL = r"[^\w\s./:,()#-]"
+"""What a workspace's name may not hold: the client takes neither lr=0.1 nor an emoji."""
 
 
 @dataclass
@@ -35,35 +36,37 @@ class Options:
     entity: str | None = None
     """The team or user whose project it is; null for the account's default."""
     name: str | None = None
-    """Of the workspace and the report; null for `<group> by plan`."""
+    """Name of the workspace and the report; null for `<group> by plan`."""
     report: bool = True
     dry_run: bool = False
-    """Write the JSON and ask W&B nothing."""
+    """Write the JSON, without asking W&B anything."""
     out: str | None = None
-    """Folder of the JSON; null for outputs/dashboard/<group>."""
+    """Folder for the JSON; null for outputs/dashboard/<group>."""
 
 
 def main() -> None:
     options = read_options(Options, sys.argv[1:])
-    _require_client(options.group)
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        why, legal = "wandb-workspaces is not installed", "the extra `dashboard`"
+        raise WrongCommand("group", options.group, why, legal, "pip install 'tpresearch[dashboard]'")
     if options.dry_run:
         write(options)
         return
-    settings = set_up()
-    _require_host(settings)
+    _require_host(set_up())
     try:
         save(options)
     except ConfigError:
         raise
-    except Exception as error:  # whatever its client raises where a request fails
+    except Exception as error:  # whatever the client raises where a request fails
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"error: W&B did not save the dashboard: {first}", file=sys.stderr)
         sys.exit(1)
 
 
 def write(options: Options) -> None:
-    """The JSON that W&B would be sent, in files."""
-    folder = Path(options.out) if options.out else _folder(options.group)
+    """Write the JSON that W&B would be sent; the default folder is never outside of outputs/."""
+    parts = [part for part in Path(options.group).parts if part not in ("/", "..")]
+    folder = Path(options.out) if options.out else Path("outputs", "dashboard", *parts)
     for kind, view in _views(options, options.entity or "").items():
         path = folder / f"{kind}.json"
         content = view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -76,14 +79,8 @@ def write(options: Options) -> None:
         print(f"{kind:<10} {path_text(path)}")
 
 
-def _folder(group: str) -> Path:
-    """Of a group such as train/2026-11-23/06-00-00; never outside of outputs."""
-    parts = [part for part in Path(group).parts if part not in ("/", "..")]
-    return Path("outputs", "dashboard", *parts)
-
-
 def save(options: Options) -> None:
-    """A new workspace and a new report, whatever was saved before."""
+    """Save a new workspace and a new report, whatever was saved before."""
     import wandb
 
     api = wandb.Api()
@@ -100,27 +97,15 @@ def _views(options: Options, entity: str) -> dict[str, Any]:
 
     from tpresearch.dashboard import views
 
-    # A workspace may be called neither lr=0.1 nor by an emoji: its client takes both for one.
     name = options.name or f"{re.sub(SYMBOL, '-', options.group)[:100]} by plan"
-    place = options.group, name, options.project, entity
+    where = options.group, name, options.project, entity
     try:
-        workspace = {"workspace": views.workspace(*place)}
-        return workspace | (
-            {"report": views.report(*place, lookup=not options.dry_run)} if options.report else {}
-        )
+        workspace = {"workspace": views.workspace(*where)}
+        report = {"report": views.report(*where, lookup=not options.dry_run)} if options.report else {}
     except ValidationError as error:
-        why = error.errors()[0]["msg"]
-        legal = "at most 128 letters, digits, spaces and punctuation"
+        why, legal = error.errors()[0]["msg"], "at most 128 letters, digits, spaces and punctuation"
         raise ConfigError("name", name, why, legal, fix={"name": None}) from None
-
-
-def _require_client(group: str) -> None:
-    if importlib.util.find_spec("wandb_workspaces") is None:
-        why, legal = (
-            "wandb-workspaces, which this needs, is not installed",
-            "the extra tpresearch[dashboard] has it",
-        )
-        raise WrongCommand("group", group, why, legal, "pip install 'wandb-workspaces>=0.4.13'")
+    return workspace | report
 
 
 def _require_host(settings: wandb.Settings) -> None:

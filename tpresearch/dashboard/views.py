@@ -1,4 +1,4 @@
-"""A workspace and a report over the runs of one W&B group: the sections of `track/panels.py`, by plan."""
+"""The sections of `track/panels.py` as a W&B workspace and a report over the runs of one group, by plan."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from tpresearch.dashboard.charts import chart_of, said_of
-from tpresearch.track.names import X_AXIS
-from tpresearch.track.panels import SECTIONS
+from tpresearch.track.names import PARTS, X_AXIS
+from tpresearch.track.panels import SECTIONS, Kind, Panel
 
 PLAN = "parallel.name"
 """Key of a run's config."""
 COLUMNS, WIDTH, HEIGHT = 3, 8, 6
-"""Charts in a row, and a chart's size on a report's grid of 24."""
+"""Charts per row, and a chart's size on a report's grid of 24."""
+INSTEAD: dict[Kind, str] = {
+    "difference": "Not in W&B, whose expressions see one run at a time; `python -m tpresearch.compare` draws it.",
+    "scaling": "W&B, whose expressions see one run at a time, shows the speed itself: level if scaling is perfect.",
+}
+"""What is said of a panel that W&B cannot draw as declared."""
 
 
 def workspace(group: str, name: str, project: str, entity: str) -> ws.Workspace:
-    """A view of the project that shows only our charts; a line, a bar or a colour is a plan."""
+    """A view of the project with only our charts; each line, bar or colour is a plan."""
     sections = [
         ws.Section(title, panels=list(map(chart_of, panels)), is_open=True)
         for title, panels in SECTIONS.items()
@@ -29,37 +33,63 @@ def workspace(group: str, name: str, project: str, entity: str) -> ws.Workspace:
         name=name,
         sections=sections,
         settings=ws.WorkspaceSettings(x_axis=X_AXIS),
-        runset_settings=ws.RunsetSettings(filters=of_group(group), groupby=[ws.Config(PLAN)]),
+        runset_settings=ws.RunsetSettings(filters=_of_group(group), groupby=[ws.Config(PLAN)]),
     )
 
 
 def report(group: str, name: str, project: str, entity: str, *, lookup: bool) -> wr.Report:
-    """The same charts on a page, each section with what one reads from it.
+    """The same charts on a page, each section with how to read it.
 
     Args:
-        lookup: let W&B be asked for the project's id, which is saved with the runs, when this is serialised.
+        lookup: ask W&B for the project's id, which is saved with the runs, when this is serialised.
     """
     blocks: list[Any] = []
     where: dict[str, Any] = {"entity": entity, "project": project} if lookup else {}
     for title, panels in SECTIONS.items():
-        runs = wr.Runset(**where, name=group, filters=of_group(group), groupby=[f"config.{PLAN}"])
+        runs = wr.Runset(**where, name=group, filters=_of_group(group), groupby=[f"config.{PLAN}"])
         charts = list(map(chart_of, panels))
-        for place, chart in enumerate(charts):
-            row, column = divmod(place, COLUMNS)
+        for index, chart in enumerate(charts):
+            row, column = divmod(index, COLUMNS)
             chart.layout = wr.Layout(x=WIDTH * column, y=HEIGHT * row, w=WIDTH, h=HEIGHT)
-        said = wr.UnorderedList(list(map(said_of, panels)))
-        blocks += [wr.H1(title), said, wr.PanelGrid(runsets=[runs], panels=charts)]
+        lines: list[Any] = [
+            f"{panel.title}: {panel.reads} {INSTEAD.get(panel.kind, '')}".strip() for panel in panels
+        ]
+        blocks += [wr.H1(title), wr.UnorderedList(lines), wr.PanelGrid(runsets=[runs], panels=charts)]
     about = f"The runs of group {group}, by plan."
     return wr.Report(
         project=project, entity=entity, title=name, description=about, blocks=blocks, width="fluid"
     )
 
 
-def of_group(group: str) -> str:
+def chart_of(panel: Panel) -> Any:
+    """The chart of a panel; if W&B cannot draw it, a note that says what does."""
+    title = panel.title
+    metrics: list[Any] = [key for name in panel.metrics for key in _logged_as(name)]
+    match panel.kind:
+        case "curve":
+            return wr.LinePlot(title=title, x=X_AXIS, y=metrics, log_y=panel.log or None)
+        case "bars" | "parts" | "ledger":
+            return wr.BarPlot(title=title, metrics=metrics)
+        case "pareto":
+            y, x = metrics
+        case "scaling":
+            title, x, y = "Tokens per second per device over ranks", "world_size", metrics[0]
+        case "difference":
+            return wr.MarkdownPanel(markdown=f"**{title}**\n\n{INSTEAD['difference']}")
+    return wr.ScatterPlot(title=title, x=wr.SummaryMetric(x), y=wr.SummaryMetric(y))
+
+
+def _logged_as(name: str) -> list[str]:
+    """A panel's metric by the keys that W&B has: it flattens a nested summary, as in `memory/held_bytes.gradients`."""
+    figure, wild, _ = name.partition(".*")
+    return [f"{figure}.{part}" for part in PARTS[figure]] if wild else [name]
+
+
+def _of_group(group: str) -> str:
     """The filter for the group's runs.
 
-    It goes as source code that is parsed again, where `=` and `<` are rewritten even inside a quoted name (0.4.13):
-    so all but letters and digits is escaped.
+    The client (0.4.13) parses it again as source code, and rewrites `=` and `<` even inside a quoted name: so all but
+    letters and digits is escaped.
     """
     quoted = "".join(c if c.isalnum() else f"\\U{ord(c):08x}" for c in group)
     return f"Metric('Group') == '{quoted}'"

@@ -7,17 +7,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tpresearch.config.axes import AXES, DATA_AXES, NAMES, MeshSizes
+from tpresearch.config.axes import AXES, AXIS_NAMES, DATA_AXES, MeshSizes
 
 
 def build_mesh(sizes: MeshSizes, device_type: str) -> DeviceMesh:
     """A mesh of all axes, the size-1 ones too, so that each can be asked for by name."""
-    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=NAMES)
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXIS_NAMES)
 
 
 def describe_mesh(sizes: MeshSizes, device: str) -> str:
     """The mesh of the axes that have more than one rank, as torch prints one with its ranks written out."""
-    shown = sizes.nontrivial() or {NAMES[-1]: 1}
+    shown = sizes.nontrivial() or {AXIS_NAMES[-1]: 1}
     ranks = torch.arange(sizes.world).view(*shown.values()).tolist()
     return f"DeviceMesh('{device}', {ranks}, mesh_dim_names={tuple(shown)})"
 
@@ -43,7 +43,7 @@ def axis_size(mesh: DeviceMesh, axis: str) -> int:
 
 
 def sizes_of(mesh: DeviceMesh) -> MeshSizes:
-    return MeshSizes(**{axis: axis_size(mesh, axis) for axis in NAMES})
+    return MeshSizes(**{axis: axis_size(mesh, axis) for axis in AXIS_NAMES})
 
 
 def sum_over(mesh: DeviceMesh, values: Tensor, axes: tuple[str, ...]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tpresearch.config.axes import NAMES
+from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.parallel.mesh import sum_over
 
 NORM_BLOCK = 1024
@@ -27,7 +27,7 @@ def global_norm(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
         local, axes = local_shard(gradient)
         square = _sum_of_squares(local).to(mesh.device_type)  # NCCL cannot sum those offloaded to the CPU
         squares[axes] = squares[axes] + square if axes in squares else square
-    for axis in reversed(NAMES):
+    for axis in reversed(AXIS_NAMES):
         split = [axes for axes in squares if axis in axes]
         if not split:
             continue

@@ -1,4 +1,4 @@
-"""The figures by which runs are compared: which of summary.json, in what order, how they read, and which is best."""
+"""The figures of summary.json by which runs are compared: their order, their text, and which value is best."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ FIGURES = (
     Figure("perf/tokens_per_second_per_device", "tok/s/device", count_text, max),
     Figure("perf/mfu", "MFU", share_text, max),
     Figure("memory/peak_bytes", "peak memory", bytes_text, min),
-    Figure("comm/bytes_per_step", "sent a step", bytes_text, min),
+    Figure("comm/bytes_per_step", "communication per step (rank 0)", bytes_text, min),
     Figure("wall_time_s", "time", duration_text, min),
 )
 BY_AXIS = "comm/bytes_per_step_by_axis"
 
 Summary = Mapping[str, Any]
-"""What a run's summary.json holds; empty for one that left none."""
+"""The content of a run's summary.json; empty for a run without one."""
 
 
 def figures_of(summaries: Sequence[Summary]) -> list[Figure]:
-    """Those that any of the runs has."""
+    """The figures that any of the runs has."""
     return [figure for figure in FIGURES if any(each.get(figure.key) is not None for each in summaries)]
 
 
 def figure_cells(summaries: Sequence[Summary], figures: Sequence[Figure]) -> list[list[Cell]]:
-    """A row a run; the best of each figure is marked where completed runs differ in it, as far as is shown."""
+    """One row per run; the best of each figure is marked where the texts of completed runs differ."""
     best = {figure.key: _best(summaries, figure) for figure in figures}
     return [
         [Cell(_text(each, figure), _is_best(each, figure, best[figure.key])) for figure in figures]
@@ -51,7 +51,7 @@ def figure_cells(summaries: Sequence[Summary], figures: Sequence[Figure]) -> lis
 
 
 def mean_cells(summaries: Sequence[Summary], figures: Sequence[Figure]) -> list[Cell]:
-    """Mean and standard deviation of each figure, of runs that repeat one another."""
+    """Mean and standard deviation of each figure over runs that differ only in their seed."""
     return [Cell(_mean([each.get(figure.key) for each in summaries], figure)) for figure in figures]
 
 

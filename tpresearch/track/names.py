@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import SupportsFloat
 
-from tpresearch.config.axes import AXES
-from tpresearch.config.axes import NAMES as NAMES_OF_AXES
+from tpresearch.config.axes import AXES, AXIS_NAMES
 from tpresearch.ledger.entries import MEMORY_KINDS
 
 Row = dict[str, int | float | None]
@@ -68,7 +67,7 @@ _SENT = tuple(f"{axis.name}/{collective}" for axis in AXES for collective in axi
 PARTS: dict[str, tuple[str, ...]] = {
     "memory/held_bytes": MEMORY_KINDS,
     "memory/at_peak_bytes": MEMORY_KINDS,
-    "comm/bytes_per_step_by_axis": NAMES_OF_AXES,
+    "comm/bytes_per_step_by_axis": AXIS_NAMES,
     "comm/bytes_per_step_by_collective": _SENT,
     "comm/expected_bytes_per_step_by_collective": _SENT,
 }

@@ -6,34 +6,35 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["curve", "difference", "bars", "parts", "pareto", "scaling", "ledger"]
-"""curve: metrics over tokens, a line a run. difference: the same less the baseline's, on a log axis. bars: a figure a
-run. parts: what makes up a figure, stacked. pareto: the first metric against the second, a point a run. scaling: speed
-a device over the world size, as a share of the smallest's. ledger: bytes by axis and collective, measured beside expected."""
+"""curve: metrics over tokens, one line per run. difference: their absolute difference from the baseline, on a log axis.
+bars: one figure per run. parts: the parts of a figure, stacked. pareto: the first metric against the second, one point
+per run. scaling: speed per device over the world size, relative to the smallest. ledger: bytes by axis and collective,
+measured beside expected."""
 
 
 @dataclass(frozen=True)
 class Panel:
     name: str
-    """Of its PNG, and its place in the page."""
+    """Name of its PNG, and its id in the page."""
     title: str
     kind: Kind
     metrics: tuple[str, ...]
-    """Names of `track/names.py`, or keys of summary.json; a key that ends in `.*` stands for each part below it."""
+    """Names of `track/names.py`, or keys of summary.json; a key that ends in `.*` stands for all keys below it."""
     reads: str
-    """What one reads from it, in a sentence."""
+    """How to read it, in one sentence."""
     log: bool = False
     whole: str | None = None
-    """Of parts: the figure that they belong to, where it is measured apart from them and not their sum."""
+    """For parts: the figure they belong to, where it is measured separately and not their sum."""
 
 
 CORRECTNESS = (
-    Panel("loss", "Loss", "curve", ("train/loss",), "Plans of one experiment lie on each other."),
+    Panel("loss", "Loss", "curve", ("train/loss",), "The curves of one experiment's plans coincide."),
     Panel(
         "difference",
-        "Loss less the baseline's",
+        "Loss difference from the baseline",
         "difference",
         ("train/loss",),
-        "Between plans this is the rounding of the dtype, not a trend.",
+        "Between plans this is rounding error of the dtype, without a trend.",
         log=True,
     ),
     Panel("held_out_loss", "Held-out loss", "curve", ("val/loss",), "On rows that are never trained on."),
@@ -48,7 +49,7 @@ CORRECTNESS = (
 SPEED = (
     Panel(
         "tokens_per_second",
-        "Tokens a second a device",
+        "Tokens per second per device",
         "bars",
         ("perf/tokens_per_second_per_device",),
         "Median over the logged steps after warm-up.",
@@ -58,7 +59,7 @@ SPEED = (
         "MFU",
         "bars",
         ("perf/mfu",),
-        "Model FLOPs (6N + 12Lhs a token) as a share of the device's peak.",
+        "Model FLOPs (6N + 12Lhs per token) as a share of the device's peak.",
     ),
     Panel(
         "step_time",
@@ -72,7 +73,7 @@ SPEED = (
             "time/clip_s",
             "time/optimizer_s",
         ),
-        "Medians on rank 0, collectives that a phase waits for in it; on a GPU data overlaps with the step before.",
+        "Medians on rank 0, including collectives that a phase waits for; on a GPU, data overlaps with the previous step.",
         whole="perf/step_time_s",
     ),
     Panel(
@@ -80,7 +81,7 @@ SPEED = (
         "Scaling efficiency",
         "scaling",
         ("perf/tokens_per_second_per_device",),
-        "Speed a device as a share of that on the fewest ranks of its line; along a line one mesh axis grows.",
+        "Speed per device relative to the fewest ranks of its line; along a line one mesh axis grows.",
     ),
 )
 MEMORY_AND_COMMUNICATION = (
@@ -89,35 +90,35 @@ MEMORY_AND_COMMUNICATION = (
         "Peak memory",
         "bars",
         ("memory/peak_bytes",),
-        "Most that the device of rank 0 has held; on a CPU, its whole process.",
+        "Peak of the device of rank 0; on a CPU, of the whole process.",
     ),
     Panel(
         "memory_by_kind",
         "Peak memory by kind",
         "parts",
         ("memory/at_peak_bytes.*",),
-        "Of one step, where rank 0 held the most.",
+        "Of one step on rank 0, at the moment of its peak.",
     ),
     Panel(
         "bytes_by_axis",
-        "Sent a step, by mesh axis",
+        "Communication per step by mesh axis",
         "parts",
         ("comm/bytes_per_step_by_axis.*",),
-        "By rank 0, by the ring formulas.",
+        "Bytes sent by rank 0, by the ring formulas.",
     ),
     Panel(
         "ledger",
-        "Sent a step, by axis and collective",
+        "Communication per step by axis and collective",
         "ledger",
         ("comm/bytes_per_step_by_collective.*", "comm/expected_bytes_per_step_by_collective.*"),
-        "Measured on one step, beside what closed formulas expect.",
+        "Bytes sent by rank 0, measured on one step, beside what closed formulas expect.",
     ),
     Panel(
         "memory_against_speed",
         "Memory against speed",
         "pareto",
         ("memory/peak_bytes", "perf/tokens_per_second_per_device"),
-        "A run with another below and to the right of it is worse in both.",
+        "A run with another one below and to its right is worse in both.",
     ),
 )
 SECTIONS: dict[str, tuple[Panel, ...]] = {

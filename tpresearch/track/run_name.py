@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tpresearch.config.schema import DataPlan, ParallelConfig
+from tpresearch.config.axes import AXES_OF_DATA_PLAN, TENSOR
+from tpresearch.config.schema import ParallelConfig
 
 
 def run_name(model: str, parallel: ParallelConfig, sizes: Mapping[str, int]) -> str:
     """`llama2_tiny/fsdp2-tp2`: the model, then each part of the plan with its size; `single` for one process.
 
-    In a 1D plan `sp` is told from `tp`. Beside a data plan both are written `tp`, as the field does.
+    A 1D plan is `sp` or `tp`. With a data plan both are written `tp`, as is customary.
 
     Args:
-        sizes: ranks along dp_replicate, dp_shard and tp; an axis that is not there counts 1.
+        sizes: ranks along each mesh axis; a missing axis has size 1.
     """
-    replicate, shard, tp = (sizes.get(axis, 1) for axis in ("dp_replicate", "dp_shard", "tp"))
-    data = {
-        DataPlan.none: "",
-        DataPlan.ddp: f"ddp{replicate}",
-        DataPlan.fsdp: f"fsdp{shard}",
-        DataPlan.hsdp: f"hsdp{replicate}x{shard}",
-    }[parallel.data]
-    tensor = f"{'tp' if data else parallel.tensor}{tp}" if parallel.tensor else ""
+    counts = "x".join(str(sizes.get(axis.name, 1)) for axis in AXES_OF_DATA_PLAN[parallel.data])
+    data = f"{parallel.data}{counts}" if counts else ""
+    tensor = f"{'tp' if data else parallel.tensor}{sizes.get(TENSOR.name, 1)}" if parallel.tensor else ""
     return f"{model}/{'-'.join(part for part in (data, tensor) if part) or 'single'}"

@@ -1,8 +1,10 @@
-"""Figures and paths as people read them: 1.2 GiB, 34.5k, 1:23. What is undefined is a dash."""
+"""Figures, settings and paths as text for people: 1.2 GiB, 34.5k, 1:23. An undefined value is a dash."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 UNDEFINED = "–"
 
@@ -48,6 +50,20 @@ def loss_text(nats: float | None) -> str:
 def share_text(share: float | None) -> str:
     """0.4712 -> `47.1%`."""
     return UNDEFINED if share is None else f"{100 * share:.1f}%"
+
+
+def setting_text(value: Any) -> str:
+    """A config value as it would be typed, on one line; an unset one is a dash."""
+    if value is None:
+        return UNDEFINED
+    return printable(
+        json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else value
+    )
+
+
+def printable(value: object) -> str:
+    """Text on one line, without control characters that a terminal would interpret."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(value).split()))
 
 
 def path_text(path: Path) -> str:

@@ -1,12 +1,15 @@
-"""A table of runs, for a terminal and for a Markdown file."""
+"""A table of runs, for a terminal and for a Markdown file. Its text is data in both: neither interprets any of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from tpresearch.track.shown import printable
 
 
 @dataclass(frozen=True)
@@ -20,20 +23,32 @@ class Table:
     header: list[str]
     rows: list[list[Cell]]
 
+    @classmethod
+    def of_columns(cls, columns: Mapping[str, Sequence[str | Cell]]) -> Table:
+        """The table with these columns, all of one length."""
+        rows = zip(*columns.values(), strict=True)
+        cells = [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in rows]
+        return cls(list(columns), cells)
+
     def markdown(self) -> str:
-        """Its lines, the best in bold."""
-        body = [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in self.rows]
-        return "".join(map(_line, [self.header, ["---"] * len(self.header), *body]))
+        """The table in Markdown, the best of each figure in bold."""
+        header = list(map(markdown, self.header))
+        body = [
+            [f"**{markdown(cell.text)}**" if cell.best else markdown(cell.text) for cell in row]
+            for row in self.rows
+        ]
+        return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *body))
 
     def rich(self, title: str | None = None) -> RichTable:
-        """As it is printed: nothing in it is read as markup."""
+        """The table as rich prints it."""
         table = RichTable(title=title, title_justify="left")
         for name in self.header:
-            table.add_column(Text(name), overflow="fold")
+            table.add_column(Text(printable(name)), overflow="fold")
         for row in self.rows:
-            table.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
+            table.add_row(*(Text(printable(cell.text), style="bold" if cell.best else "") for cell in row))
         return table
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+def markdown(text: str) -> str:
+    """Text on one line of a Markdown file, with no HTML and no cell border in it."""
+    return html.escape(printable(text), quote=False).replace("|", "\\|")
