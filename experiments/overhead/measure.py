@@ -23,17 +23,13 @@ import torch
 import torch.distributed as dist
 from bare import bare_loop
 
-from tpresearch.config import Config
 from tpresearch.config.compose import as_dict
-from tpresearch.config.validate import validate
 from tpresearch.data import prepare
 from tpresearch.launch import Run, entrypoint
 from tpresearch.parallel.mesh import build_mesh, data_rank, local_shard
 from tpresearch.track.tracker import RunFacts, Tracker
-from tpresearch.train.build import planned
-from tpresearch.train.check import check
-from tpresearch.train.device import choose_device
 from tpresearch.train.loop import assemble, process_group
+from tpresearch.train.preflight import Preflight, preflight
 from tpresearch.train.trainer import Trainer
 
 WARM_UP = 3
@@ -45,20 +41,19 @@ ROUNDS = 12
 RESULTS = Path(__file__).with_name("results.csv")
 
 
-@entrypoint("train", check=check)
-def main(cfg: Config, run: Run) -> None:
+@entrypoint("train", judge=preflight)
+def main(judged: Preflight, run: Run) -> None:
+    cfg, sizes, model, device = judged.cfg, judged.sizes, judged.model, judged.device
+    assert device is not None  # there is nothing to time in plan_only
     steps = WARM_UP + ROUNDS * BLOCK
     cfg.train.steps, cfg.train.eval_every = (
         steps + 1,
         None,
     )  # the last step, which evaluates, is never reached
-    sizes = validate(cfg, run.world.size)
-    model, plan = planned(cfg, sizes)
-    device = choose_device(cfg, run.world.local_rank, run.world.local_size)
     corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
     with process_group(device, run.world):
         mesh = build_mesh(sizes, device.type)
-        trainer = assemble(cfg, model, plan, mesh, device, corpus)
+        trainer = assemble(cfg, model, judged.plan, mesh, device, corpus)
         facts = RunFacts(
             run.world.size, sizes.live(), sum(p.numel() for p in model.parameters()), device.name
         )

@@ -17,17 +17,16 @@ from typing import Any
 
 from wire import settled
 
-from tpresearch.config import Config
 from tpresearch.launch import Run, entrypoint
 from tpresearch.train import loop
-from tpresearch.train.check import check
+from tpresearch.train.preflight import Preflight, preflight
 from tpresearch.train.trainer import Trainer
 
 FIRST_PORT = 29500
 
 
-@entrypoint("train", check=check)
-def main(cfg: Config, run: Run) -> None:
+@entrypoint("train", judge=preflight)
+def main(judged: Preflight, run: Run) -> None:
     ranks = list(range(run.world.rank, run.world.rank + run.world.local_size))
     path = run.folder / f"wire-{os.environ['HOST_NAME']}.jsonl"
 
@@ -42,7 +41,7 @@ def main(cfg: Config, run: Run) -> None:
             return result
 
     loop.Trainer = CountedTrainer  # everything else is train.py's own
-    loop.train(cfg, run)
+    loop.train(judged, run)
 
 
 def each_in_turn(trainings: list[str]) -> None:

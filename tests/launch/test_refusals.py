@@ -126,7 +126,7 @@ def test_main_can_refuse_too(python: Command) -> None:
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("name", ["bug", "bug_in_check"])
+@pytest.mark.parametrize("name", ["bug", "bug_in_judge"])
 def test_a_bug_is_no_refusal_and_keeps_its_traceback(python: Command, name: str) -> None:
     done = python(f"name={name}")
     assert (done.code, done.refusals, done.err.count("Traceback")) == (1, [], 1)

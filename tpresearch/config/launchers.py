@@ -29,7 +29,7 @@ class LauncherConfig:
 class TorchrunConfig(LauncherConfig):
     """On this machine."""
 
-    _target_: str = "hydra_plugins.tpresearch.TorchrunLauncher"
+    _target_: str = "hydra_plugins.tpresearch_launchers.TorchrunLauncher"
     cpu_slots: int | None = None
     """Ranks that run side by side on CPUs, over all jobs; null for one job after another."""
 
@@ -38,7 +38,7 @@ class TorchrunConfig(LauncherConfig):
 class SlurmConfig(LauncherConfig):
     """On a Slurm cluster, through submitit."""
 
-    _target_: str = "hydra_plugins.tpresearch.SlurmLauncher"
+    _target_: str = "hydra_plugins.tpresearch_launchers.SlurmLauncher"
     cluster: SlurmCluster = SlurmCluster.slurm
     """local: submitit's stand-in for Slurm, one node, on this machine."""
     ranks_per_node: int = 8

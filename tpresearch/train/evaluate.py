@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,15 +22,18 @@ def held_out_loss(
     mesh: DeviceMesh,
     vocab_parallel: bool,
     device: torch.device,
+    stops: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean cross-entropy, in nats a token, over `count` held-out rows; None where there are none.
+    """Mean cross-entropy, in nats a token, over `count` held-out rows; None where there are none, or all ranks stop.
 
     Args:
         micro: rows a data-parallel rank takes at once.
         vocab_parallel: the logits come sharded over the vocabulary.
+        stops: asked after each batch whether all ranks stop here.
     """
     dp = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
+    stopped = False
     model.eval()
     with torch.no_grad(), loss_context(vocab_parallel):
         for rows, counting in eval_batches(corpus.held_out, count, micro, data_rank(mesh), dp):
@@ -37,8 +42,10 @@ def held_out_loss(
             targets[counting:] = IGNORED
             sums[0] += summed_cross_entropy(model(rows[:, :-1]), targets)
             sums[1] += counting * targets.shape[1]
+            if stopped := stops():
+                break
     model.train()
     for module in fsdp_modules(model):
         module.reshard()  # the root, for one, stays gathered after a forward that no backward follows
     total, tokens = sum_over(mesh, sums, DATA_AXES).tolist()
-    return total / tokens if tokens else None
+    return total / tokens if tokens and not stopped else None

@@ -16,10 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import planned_world, total_steps, validate
+from tpresearch.config.validate import planned_world, total_steps
 from tpresearch.config.world import World
 from tpresearch.data import AnyCorpus, PackedCorpus, check_enough_rows, prepare
-from tpresearch.launch.run import Run
+from tpresearch.launch import Run
+from tpresearch.launch.stop import StopFlag, Stopped, fault_of_another_rank
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_bytes
 from tpresearch.ledger.step import Expected, count_of
@@ -27,33 +28,34 @@ from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.describe import plan_text
 from tpresearch.track.tracker import RunFacts, Tracker
-from tpresearch.train.build import planned, sharded
+from tpresearch.train.build import sharded
 from tpresearch.train.defects import defects_on
-from tpresearch.train.device import Device, choose_device
+from tpresearch.train.device import Device
+from tpresearch.train.preflight import Preflight
 from tpresearch.train.speed import flops_per_token
+from tpresearch.train.stopping import AgreedStop
 from tpresearch.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
-def train(cfg: Config, run: Run) -> None:
+def train(judged: Preflight, run: Run) -> None:
     """Train as the config says; leave a record in the run folder. With plan_only, print the plan and stop.
 
     Raises:
         ConfigError: for what only the prepared data shows, such as a corpus too short for one batch.
         NonfiniteError: unless train.on_nonfinite=skip.
+        Stopped: after SIGTERM or Ctrl-C, on all ranks after the same step.
     """
-    sizes = validate(cfg, run.world.size, run.world.hosts)
-    model, plan = planned(cfg, sizes)
+    cfg, sizes, model, plan, device = judged.cfg, judged.sizes, judged.model, judged.plan, judged.device
     text = plan_text(model, plan)
-    if cfg.plan_only:
+    if device is None:
         if run.world.rank == 0:
             print(
                 f"model={cfg.model.name} parallel={cfg.parallel.name} world_size={planned_world(cfg)}: {sizes.live()}\n"
             )
             print(text)
         return
-    device = choose_device(cfg, run.world.local_rank, run.world.local_size)
     corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
     if isinstance(corpus, PackedCorpus):
         check_enough_rows(corpus, cfg.train.global_batch_size, sizes.dp * (cfg.train.micro_batch_size or 1))
@@ -64,19 +66,38 @@ def train(cfg: Config, run: Run) -> None:
     expected = Expected(expected_entries(model, plan, cfg), expected_bytes(model, plan, cfg, device.type))
     where = run.world.size, sizes.live(), parameters, device.name
     facts = RunFacts(*where, corpus.corpus_hash, corpus.unigram_entropy)
-    with tracking(cfg, run, facts, text) as tracker, process_group(device, run.world):
+    with (
+        StopFlag() as flag,
+        tracking(cfg, run, facts, text) as tracker,
+        faults_told(tracker, flag),
+        process_group(device, run.world),
+    ):
         check_same_corpus(corpus)
         mesh = build_mesh(sizes, device.type)
         log.info("Device Mesh created: device_mesh=%s", sizes.describe(device.type))
         if run.world.local_size % sizes.tp:
             log.warning("mesh.tp=%d crosses hosts of %d ranks each", sizes.tp, run.world.local_size)
         trainer = assemble(cfg, model, plan, mesh, device, corpus)
+        trainer.stop = AgreedStop(flag)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", model)
         if tracker:
             trainer.on_counted = lambda counted: tracker.count(count_of(counted, expected))
         for row in trainer.rows():
             if tracker:
                 tracker.log(row)
+        if trainer.stopped_by:
+            raise Stopped(trainer.stopped_by)
+
+
+@contextmanager
+def faults_told(tracker: Tracker | None, flag: StopFlag) -> Iterator[None]:
+    """Where a rank fails since another has, which had torchrun stop this one, the run's record says why that one did."""
+    try:
+        yield
+    except RuntimeError:
+        if tracker and flag.requested and (fault := fault_of_another_rank()):
+            tracker.finish(status="failed", error=fault)
+        raise
 
 
 def tracking(cfg: Config, run: Run, facts: RunFacts, plan: str) -> AbstractContextManager[Tracker | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,7 @@ from tpresearch.train.loss import Objective
 from tpresearch.train.optim import build_optimizer, learning_rate, set_learning_rate
 from tpresearch.train.speed import peak_flops, peak_memory_bytes
 from tpresearch.train.step import Phase, accumulate_gradients, clip_gradients, reduce_partial_gradients
+from tpresearch.train.stopping import AgreedStop
 from tpresearch.train.timing import PhaseTimes
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,8 @@ class Trainer:
         on_gradients: called with the model each step, when its gradients are whole and not yet clipped.
         on_counted: called once, with what an early step sent and held.
         counted: the same, from then on.
+        stop: asked after each step, and between the batches of an evaluation, whether all ranks stop.
+        stopped_by: the signal for which they did.
     """
 
     def __init__(
@@ -109,12 +113,14 @@ class Trainer:
         self.objective = Objective(cfg.train.loss, self.vocab_parallel, self.tokens_per_step, dtype)
         self.kept = KeptGradients(model) if cfg.defects.keep_gradients else None
         self.counted: Counted | None = None
+        self.stop: AgreedStop | None = None
+        self.stopped_by: signal.Signals | None = None
         # Kept on the device, since asking each step would make the host wait.
         self.first_bad_norm = torch.full((), -1, dtype=torch.int64, device=device.torch)
         self.shares_since_logged = torch.zeros((), device=device.torch)
 
     def rows(self) -> Iterator[dict[str, float | None]]:
-        """Run all steps; yield the metrics of each logged one."""
+        """Run all steps, or those up to a stop; yield the metrics of each logged one, and of the last in any case."""
         gc.collect()
         gc.disable()
         try:
@@ -130,16 +136,27 @@ class Trainer:
             counted = Counted(self.mesh, self.model, self.optimizer) if counts else None
             loss, norm = self.step(step, window, counted)
             window.steps += 1
-            evaluates = step == last or (every is not None and (step + 1) % every == 0)
-            if evaluates or (step + 1) % self.cfg.train.log_every == 0:
+            stops = self.stops()
+            evaluates = not stops and (step == last or (every is not None and (step + 1) % every == 0))
+            if evaluates or stops or (step + 1) % self.cfg.train.log_every == 0:
                 row = self.metrics(step, loss, norm, window)
                 if evaluates:
                     row["val/loss"] = self.evaluate()
                 yield row
                 window = self.window()
+            if self.stopped_by is not None:
+                break
             if (step + 1) % COLLECT_EVERY == 0:
                 with window.pause():
                     gc.collect()
+        if self.stop:
+            self.stop.settle()
+
+    def stops(self) -> bool:
+        """Whether all ranks stop here; collective."""
+        if self.stop and self.stopped_by is None:
+            self.stopped_by = self.stop.poll()
+        return self.stopped_by is not None
 
     def window(self) -> Window:
         return Window(PhaseTimes(self.device.torch))
@@ -242,4 +259,5 @@ class Trainer:
             self.mesh,
             self.vocab_parallel,
             self.device.torch,
+            self.stops,
         )
