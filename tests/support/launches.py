@@ -40,13 +40,18 @@ class Done:
 Command = Callable[..., Done]
 
 
-def run_command(command: list[str], cwd: Path, env: dict[str, str]) -> Done:
+def environment(**more: str) -> dict[str, str]:
+    """One thread, and nothing of a job that the tests themselves may be part of."""
     outside = {key: value for key, value in os.environ.items() if not key.startswith(NOT_OURS)}
+    return {**outside, "OMP_NUM_THREADS": "1", **more}
+
+
+def run_command(command: list[str], cwd: Path, env: dict[str, str]) -> Done:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.run(
         command,
         cwd=cwd,
-        env={**outside, "OMP_NUM_THREADS": "1", **env},
+        env=environment(**env),
         capture_output=True,
         text=True,
         timeout=120,
