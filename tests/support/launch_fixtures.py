@@ -1,14 +1,17 @@
-"""Commands are run as a user runs them: in a process of their own, in an empty folder."""
+"""Commands are run as a user runs them, in an empty folder: each in a process of its own, or in a fork of a warm one."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from support.launches import PROGRAM, Command, Done, run_command
+from support.launches import PROGRAM, Command, Done, environment, run_command
 
 
 @pytest.fixture
@@ -17,6 +20,32 @@ def python(tmp_path: Path) -> Command:
 
     def run(*arguments: str, **env: str) -> Done:
         return run_command([sys.executable, str(PROGRAM), *arguments], tmp_path, env)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def warm_program() -> Iterator[subprocess.Popen[str]]:
+    """A Python that has imported what a program imports, and torch."""
+    path = os.pathsep.join([str(PROGRAM.parents[1]), os.environ.get("PYTHONPATH", "")])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command, env = [sys.executable, "-m", "support.warm"], environment(PYTHONPATH=path)
+    with subprocess.Popen(command, env=env, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def warm_python(warm_program: subprocess.Popen[str], tmp_path: Path) -> Command:
+    """`python program.py ARGUMENTS` at a tenth of its cost; that torch is not imported, it cannot show."""
+
+    def run(*arguments: str, **env: str) -> Done:
+        asked = {"script": str(PROGRAM), "arguments": arguments, "cwd": str(tmp_path), "env": env}
+        assert warm_program.stdin
+        assert warm_program.stdout
+        warm_program.stdin.write(json.dumps(asked) + "\n")
+        warm_program.stdin.flush()
+        return Done(cpu_seconds=0, **json.loads(warm_program.stdout.readline()))
 
     return run
 

@@ -1,7 +1,8 @@
-"""A Python that has imported torch and runs `train.py` again and again, each time in a fork of its own.
+"""A Python that has imported torch and runs a script again and again, each time in a fork of its own.
 
-    {"arguments": [...], "cwd": "...", "env": {...}}    one line in, an object a run
-    {"code": 2, "out": "...", "err": "..."}             one line out
+    {"script": "...", "arguments": [...], "cwd": "...", "env": {...}}    one line in, an object for each run; the
+                                                                         script is `train.py` if none is given
+    {"code": 2, "out": "...", "err": "..."}                              one line out
 
 A command costs a fraction of a second in it, where the import alone takes seconds.
 """
@@ -42,11 +43,12 @@ def _run(asked: dict, out: str, err: str) -> int:
         os.dup2(os.open(path, os.O_WRONLY), number)
     os.chdir(asked["cwd"])
     os.environ |= asked["env"]
-    sys.argv = [str(TRAIN), *asked["arguments"]]
-    sys.path[0] = str(Path(TRAIN).parent)
+    script = asked.get("script", str(TRAIN))
+    sys.argv = [script, *asked["arguments"]]
+    sys.path[0] = str(Path(script).parent)
     code = 0
     try:
-        runpy.run_path(str(TRAIN), run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     except BaseException:
