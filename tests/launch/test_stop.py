@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from support.launches import PROGRAM, environment
 from support.processes import ended, forked, marked, runs, wait_for
+from support.trainings import TRAIN
 
 from tpresearch.launch import stop
 from tpresearch.launch.stop import StopFlag, Stopped, end_with_parent, fault_of_another_rank
@@ -144,3 +146,24 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path: Path) -> None:
         torchrun.kill()
         torchrun.communicate()
     wait_for(lambda: not marked(f"STOP_TEST={tmp_path}"))
+
+
+@pytest.mark.cli
+def test_a_torchrun_that_is_stopped_leaves_the_record_of_a_preempted_run(tmp_path: Path) -> None:
+    small = ["model=toy_mlp", "data=random_tokens", "tokenizer.vocab_size=300", "data.seq_len=16"]
+    typed = [*small, "parallel=ddp", "train.global_batch_size=8", "train.steps=1000000", "logger=none"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(TRAIN), *typed, "hydra.run.dir=run"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(lambda: (metrics.exists() and metrics.read_text()) or process.poll() is not None)
+        process.terminate()
+        _, err = process.communicate()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("preempted", "stopped by SIGTERM")
+    assert json.loads(metrics.read_text().splitlines()[-1])["train/step"] == summary["steps"]
+    assert err.count("Traceback") == 1  # torchrun's own
+    for rank in range(2):
+        assert "Traceback" not in (tmp_path / "run" / "ranks" / f"rank-0000{rank}.log").read_text()

@@ -109,7 +109,7 @@ def _start(program: Program[Judged], world: World) -> None:
     name, overrides = composition.config_name, composition.overrides
     with explaining(composition):
         app = hydra_app.application(inspect.getfile(program.main), config_dir, arguments)
-        sweeps = arguments.multirun or f"hydra.mode={RunMode.MULTIRUN.name}" in overrides
+        sweeps = arguments.multirun or "hydra.mode=MULTIRUN" in overrides
         config = None if sweeps else hydra_app.compose_run(app, name, overrides)
     if config is None:
         return _sweep(app, program, composition, world)
@@ -127,11 +127,16 @@ def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world
     """Run jobs of their own for `-m`; exit code 1 if one of them failed."""
     from tpresearch.sweep.launcher import JobFailed  # late: Hydra's plugins, to which it belongs, import this
 
-    _refuse_inside_torchrun(world)
+    if world.elastic:
+        why, legal = (
+            "one failing rank would hang a sweep inside torchrun",
+            "a sweep without torchrun, which starts one for each job",
+        )
+        raise WrongCommand("hydra.mode", "MULTIRUN", why, legal, python_command(sys.argv[1:]))
     name, overrides = composition.config_name, composition.overrides
     with explaining(composition):
         folder = sweep_folder(app.compose_config(name, overrides, RunMode.MULTIRUN))
-    settled = [override("hydra.sweep.dir", folder), f"hydra.mode={RunMode.MULTIRUN.name}"]
+    settled = [override("hydra.sweep.dir", folder), "hydra.mode=MULTIRUN"]
     try:
         with explaining(composition, (HydraException, OmegaConfBaseException)):
             app.multirun(name, program, [*overrides, *settled])
@@ -160,17 +165,6 @@ def _arguments(world: World) -> Namespace:
     return arguments
 
 
-def _refuse_inside_torchrun(world: World) -> None:
-    if world.elastic:
-        raise WrongCommand(
-            "hydra.mode",
-            RunMode.MULTIRUN.name,
-            "one failing rank would hang a sweep inside torchrun",
-            "a sweep without torchrun, which starts one for each job",
-            python_command(sys.argv[1:]),
-        )
-
-
 def _srun_alone(tasks: int) -> WrongCommand:
     hosts = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
     first_host = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)"
@@ -179,13 +173,8 @@ def _srun_alone(tasks: int) -> WrongCommand:
         f"--rdzv-backend=c10d --rdzv-endpoint={first_host}:29500 --rdzv-id=$SLURM_JOB_ID",
         python_command(sys.argv[1:]).removeprefix("python "),
     ]
-    return WrongCommand(
-        "SLURM_STEP_NUM_TASKS",
-        tasks,
-        "srun started this many jobs of one process each",
-        "one task a node, which runs torchrun",
-        " ".join(command),
-    )
+    why, legal = "srun started this many jobs of one process each", "one task per node, which runs torchrun"
+    return WrongCommand("SLURM_STEP_NUM_TASKS", tasks, why, legal, " ".join(command))
 
 
 def _call_main(program: Program[Judged], judged: Judged, world: World) -> None:

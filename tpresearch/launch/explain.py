@@ -98,7 +98,8 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
         there = ", ".join(sorted(path.stem for path in composition.config_dir.glob("*.yaml")))
         drop = dict.fromkeys(["--config-name", "-cn", option])
         return ConfigError("--config-name", option, "no such config", f"one of {there}", fix=drop)
-    value, options = composition.typed_value(group), error.options
+    options = [name for name in error.options or () if not name.endswith("_schema")]
+    value = composition.typed_value(group)
     why = "no such option" if value in (None, option) else f"there is no {option}"
     if value is None:
         groups = composition.groups()

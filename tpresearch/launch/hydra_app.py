@@ -101,9 +101,7 @@ def run(app: Hydra, config: DictConfig, config_name: str, job: Callable[[], None
 def flags_for_job() -> list[str]:
     """The flags of this command that name config files: a sweep's jobs need them too."""
     arguments, _ = parse_command_line()
-    flags = {
-        "--config-path": arguments.config_path,
-        "--config-name": arguments.config_name,
-        "--config-dir": arguments.config_dir,
-    }
-    return [word for flag, value in flags.items() if value for word in (flag, value)]
+    values = {flag: getattr(arguments, flag) for flag in ("config_path", "config_name", "config_dir")}
+    return [
+        word for flag, value in values.items() if value for word in (f"--{flag.replace('_', '-')}", value)
+    ]

@@ -17,14 +17,13 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.launch.stop import INTERRUPTED
 
 if TYPE_CHECKING:
     from tpresearch.launch.entrypoint import Program
     from tpresearch.sweep.job import Job
     from tpresearch.sweep.outcome import Outcome
     from tpresearch.sweep.running import Devices, StartJob
-
-INTERRUPTED = 130
 
 
 class JobFailed(Exception):
