@@ -9,16 +9,17 @@ from tpresearch.data import PackedCorpus, check_data, prepare
 from tpresearch.launch import Run, World, entrypoint
 
 
-def check(cfg: Config, world: World) -> None:
+def judge(cfg: Config, world: World) -> Config:
     if cfg.data.source.is_synthetic:
         why = "synthetic rows are generated as they are read"
         raise ConfigError(
             "data.source", cfg.data.source, why, "a source of text to prepare", fix={"data": "pystdlib"}
         )
     check_data(cfg.data, cfg.tokenizer)
+    return cfg
 
 
-@entrypoint(check=check)
+@entrypoint("train", judge=judge)
 def main(cfg: Config, run: Run) -> None:
     corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
     assert isinstance(corpus, PackedCorpus)

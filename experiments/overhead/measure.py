@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from bare import bare_loop
 
-from tpresearch.config import Config
 from tpresearch.config.compose import as_dict
 from tpresearch.data import prepare
 from tpresearch.launch import Run, entrypoint
@@ -33,7 +32,7 @@ from tpresearch.parallel.norm import local_shard
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.loop import Loop
 from tpresearch.train.main import observers_of
-from tpresearch.train.preflight import preflight
+from tpresearch.train.preflight import Preflight, preflight
 
 WARM_UP = 3
 """Steps of each loop before anything is timed: ours counts what it sends in the second."""
@@ -44,14 +43,14 @@ ROUNDS = 12
 RESULTS = Path(__file__).with_name("results.csv")
 
 
-@entrypoint("train", check=preflight)
-def main(cfg: Config, run: Run) -> None:
+@entrypoint("train", judge=preflight)
+def main(job: Preflight, run: Run) -> None:
+    cfg = job.cfg
     steps = WARM_UP + ROUNDS * BLOCK
     cfg.train.steps, cfg.train.eval_every = (
         steps + 1,
         None,
     )  # the last step, which evaluates, is never reached
-    job = preflight(cfg, run.world)
     assert job.device
     sizes, device = job.sizes, job.device
     corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)

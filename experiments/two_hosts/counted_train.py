@@ -18,19 +18,18 @@ from dataclasses import asdict
 
 from wire import settled
 
-from tpresearch.config import Config
 from tpresearch.launch import Run, entrypoint
 from tpresearch.train.main import train
 from tpresearch.train.observe import Observer
-from tpresearch.train.preflight import preflight
+from tpresearch.train.preflight import Preflight, preflight
 from tpresearch.train.state import TrainState
 
 FIRST_PORT = 29500
 
 
-@entrypoint("train", check=preflight)
-def main(cfg: Config, run: Run) -> None:
-    train(preflight(cfg, run.world), run, [Wire(run)])
+@entrypoint("train", judge=preflight)
+def main(job: Preflight, run: Run) -> None:
+    train(job, run, [Wire(run)])
 
 
 class Wire(Observer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,14 +61,16 @@ REFUSED = [
     ("name=${nam}", "name=${nam}: nam does not exist; nearest is ${name}", ""),
     ("name=${mesh.tpp}", "name=${mesh.tpp}: mesh.tpp does not exist; nearest is ${mesh.tp}", ""),
     ("name=${when:1}", "name=${when:1}: Unsupported interpolation type when; an interpolation that", ""),
+    ("hydra/launcher=slrm", "hydra/launcher=slrm: no such option; one of slurm", "hydra/launcher=slurm"),
     ("--config-name trane", "--config-name=trane: no such config; one of ", ""),
     ("--steps 3", "flags=--steps: not understood; key=value overrides, then flags; see --hydra-help", None),
     ("hydra.run.dir=/dev/null/x", "hydra.run.dir=/dev/null/x: cannot be written: Not a directory; ", None),
     ("name=too_few_ranks", "mesh.tp=2: cannot divide 1; 1, or 2 ranks", "name=too_few_ranks"),
 ]
+TYPED, SENTENCES = [row[0] for row in REFUSED], [row[1] for row in REFUSED]
 
 
-@pytest.mark.parametrize(("typed", "sentence", "to_try"), REFUSED, ids=[row[0] for row in REFUSED])
+@pytest.mark.parametrize(("typed", "sentence", "to_try"), REFUSED, ids=TYPED)
 def test_a_wrong_config_is_refused_in_one_line(
     python: Command, tmp_path: Path, typed: str, sentence: str, to_try: str | None
 ) -> None:
@@ -77,8 +80,30 @@ def test_a_wrong_config_is_refused_in_one_line(
     if to_try is not None:
         starter = "torchrun --nproc-per-node=2" if "ranks" in typed else "python"
         assert done.err.endswith(f"; try: {starter} {PROGRAM} {to_try}".rstrip() + "\n")
-    assert done.cpu_seconds < 8
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("typed", ["train.stepz=3", "name=too_few_ranks", "hydra.run.dir=/dev/null/x"])
+def test_a_refusal_takes_no_torch(python: Command, tmp_path: Path, typed: str) -> None:
+    (tmp_path / "torch.py").write_text("raise AssertionError('torch is imported')\n")
+    done = python(
+        typed, cold=True, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    )
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
+    assert done.refusals[0].startswith(f"error: {dict(zip(TYPED, SENTENCES, strict=True))[typed]}")
+    assert done.cpu_seconds < 8
+    assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]
+
+
+def test_a_sweep_with_a_wrong_job_leaves_nothing(python: Command, tmp_path: Path) -> None:
+    for folder in ("mine", None):
+        where = [f"hydra.sweep.dir={folder}"] if folder else []
+        done = python("-m", "name=other,too_few_ranks", "parallel=none", *where)
+        assert (done.code, done.out) == (2, ""), done.err
+        assert done.refusals[0].startswith(
+            "error: mesh.tp=2: cannot divide 1, in job 1 of the sweep (name=too_few_ranks parallel=none); "
+        )
+        assert not list(tmp_path.iterdir())
 
 
 def test_wrong_config_files_are_named_with_the_override_that_chose_them(
@@ -126,7 +151,7 @@ def test_main_can_refuse_too(python: Command) -> None:
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("name", ["bug", "bug_in_check"])
+@pytest.mark.parametrize("name", ["bug", "bug_in_judge"])
 def test_a_bug_is_no_refusal_and_keeps_its_traceback(python: Command, name: str) -> None:
     done = python(f"name={name}")
     assert (done.code, done.refusals, done.err.count("Traceback")) == (1, [], 1)

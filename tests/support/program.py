@@ -17,14 +17,15 @@ RANK = int(os.environ.get("RANK", 0))
 time.sleep(float(os.environ.get("JITTER_S", 0)) * RANK)
 
 
-def check(cfg: Config, world: World) -> None:
+def judge(cfg: Config, world: World) -> Config:
     if cfg.name == "too_few_ranks":
         raise ConfigError("mesh.tp", 2, f"cannot divide {world.size}", "1, or 2 ranks", nproc=2)
-    if cfg.name == "bug_in_check":
+    if cfg.name == "bug_in_judge":
         raise ValueError("not the user's fault")
+    return cfg
 
 
-@entrypoint("train", check=check)
+@entrypoint("train", judge=judge)
 def main(cfg: Config, run: Run) -> None:
     log = logging.getLogger("tpresearch.program")
     log.info("training %s", cfg.model.name)

@@ -17,15 +17,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext, RunMode
 
 from tpresearch.config.compose import as_dict, register_schema
-from tpresearch.launch.composition import conf_dir
+from tpresearch.launch import entrypoint
+from tpresearch.launch.composition import conf_dir, typed_config
 from tpresearch.launch.run_dir import register_resolvers
-from tpresearch.launch.start import typed_config
 from tpresearch.sweep.job import Job
 from tpresearch.sweep.launcher import TorchrunLauncher
-from tpresearch.sweep.plugin import register_launchers
 from tpresearch.sweep.running import Share
+from tpresearch.train.preflight import preflight
 
-CHECK = "+hydra.callbacks.start={_target_:tpresearch.launch.start.Start,check:tpresearch.train.check.check}"
 SMALL = ("model=toy_mlp", "tokenizer.vocab_size=300", "data.seq_len=16", "train.global_batch_size=8")
 
 
@@ -75,17 +74,17 @@ class Sweep:
         """What the sweeper is told of each job: a figure, or the exception that stands for a failure."""
         register_schema()
         register_resolvers()
-        register_launchers()
         GlobalHydra.instance().clear()
         self.started, self.shares, self.running, self.most_at_once = [], [], [], 0
-        typed = [CHECK, f"hydra.sweep.dir={self.folder}", *SMALL, *overrides]
+        typed = [f"hydra.sweep.dir={self.folder}", *SMALL, *overrides]
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             hydra = GlobalHydra.instance().hydra
             master = hydra.compose_config("train", typed, run_mode=RunMode.MULTIRUN)
             typed_settings = {key: value for key, value in master.hydra.launcher.items() if key != "_target_"}
             launcher = TorchrunLauncher(**{**typed_settings, **settings}, start=self._start)
             context = HydraContext(hydra.config_loader, Callbacks(master))
-            launcher.setup(hydra_context=context, task_function=lambda _: None, config=master)
+            program = entrypoint("train", judge=preflight)(lambda judged, run: None)
+            launcher.setup(hydra_context=context, task_function=program, config=master)
             words = [word for word in typed if not word.lstrip("+").startswith("hydra")]
             parsed = OverridesParser.create(hydra.config_loader).parse_overrides(words)
             (batch,) = BasicSweeper.split_arguments(parsed, None)

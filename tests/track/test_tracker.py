@@ -14,7 +14,8 @@ from support.example_run import STEPS, log_steps, row, train
 
 from tpresearch.config import Config
 from tpresearch.config.compose import as_dict
-from tpresearch.track import Preempted, Tracker, record
+from tpresearch.launch.stop import StopFlag, Stopped
+from tpresearch.track import Tracker, record
 from tpresearch.track.record import read_metrics, read_summary
 
 
@@ -76,15 +77,14 @@ def test_ctrl_c_makes_it_preempted(track: Callable[..., Tracker], run_dir: Path)
     assert (summary["status"], summary["error"], summary["steps"]) == ("preempted", "KeyboardInterrupt", 3)
 
 
-def test_sigterm_makes_it_preempted_with_the_exit_code_of_one(
+def test_a_stop_makes_it_preempted_with_the_exit_code_of_the_signal(
     track: Callable[..., Tracker], run_dir: Path
 ) -> None:
-    with pytest.raises(Preempted) as stopped:
-        train(track(), last=3, ending=signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        train(track(), last=3, ending=Stopped(signal.SIGTERM))
     assert stopped.value.code == 143
     summary = read_summary(run_dir)
     assert (summary["status"], summary["error"], summary["steps"]) == ("preempted", "stopped by SIGTERM", 3)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_signal_that_follows_an_error_does_not_cut_the_closing_short(
@@ -98,22 +98,15 @@ def test_a_signal_that_follows_an_error_does_not_cut_the_closing_short(
         write(folder, summary)
 
     monkeypatch.setattr(record, "write_summary", interrupted)
-    with pytest.raises(RuntimeError, match="a peer has gone"):
+    with StopFlag(), pytest.raises(RuntimeError, match="a peer has gone"):
         train(track(), last=2, ending=RuntimeError("a peer has gone"))
     assert read_summary(run_dir)["status"] == "failed"
 
 
-def test_a_loop_that_stops_in_its_own_way_keeps_it(track: Callable[..., Tracker], run_dir: Path) -> None:
-    arrived: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: arrived.append(signum))
-    try:
-        with track() as tracker:
-            log_steps(tracker, last=4)
-            os.kill(os.getpid(), signal.SIGTERM)
-            tracker.finish(status="preempted", error="stopped by SIGTERM after step 4")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert arrived == [signal.SIGTERM]
+def test_a_loop_says_itself_how_it_ended(track: Callable[..., Tracker], run_dir: Path) -> None:
+    with track() as tracker:
+        log_steps(tracker, last=4)
+        tracker.finish(status="preempted", error="stopped by SIGTERM after step 4")
     summary = read_summary(run_dir)
     assert (summary["status"], summary["error"]) == ("preempted", "stopped by SIGTERM after step 4")
 

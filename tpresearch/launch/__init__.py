@@ -1,7 +1,6 @@
-"""From a command line to a run: compose, refuse or agree on a folder, log, call main."""
+"""From a command line to a run: compose, judge, agree on a folder, log, call main; or refuse in one line."""
 
 from tpresearch.config.world import World
-from tpresearch.launch.entrypoint import entrypoint
-from tpresearch.launch.run import Run
+from tpresearch.launch.entrypoint import Run, entrypoint
 
 __all__ = ["Run", "World", "entrypoint"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,12 +25,12 @@ def command_to_try(error: ConfigError, world: World) -> str:
     """What to type: this process's own command line with `error.fix` and `error.nproc` applied."""
     if isinstance(error, WrongCommand):
         return error.command
-    return shlex.join([*starter(world, error.nproc), *program(), *mended(sys.argv[1:], error.fix)])
+    return shlex.join([*starter(world, error.nproc), *program_words(), *mended(sys.argv[1:], error.fix)])
 
 
 def python_command(arguments: Sequence[str]) -> str:
     """This program started without torchrun, with other arguments."""
-    return shlex.join(["python", *program(), *arguments])
+    return shlex.join(["python", *program_words(), *arguments])
 
 
 def starter(world: World, nproc: int | None = None) -> list[str]:
@@ -40,7 +41,7 @@ def starter(world: World, nproc: int | None = None) -> list[str]:
     return ["torchrun", *hosts, f"--nproc-per-node={nproc or world.local_size}"]
 
 
-def program() -> list[str]:
+def program_words() -> list[str]:
     """The program as it is named on a command line: `train.py`, or `-m tpresearch.verify`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:
@@ -68,3 +69,16 @@ def mended(arguments: Sequence[str], fix: Mapping[str, object]) -> list[str]:
 def override_key(argument: str) -> str:
     """`train.steps` of `train.steps=3`, `+train.steps=3` and `~train.steps`."""
     return argument.partition("=")[0].lstrip("+~")
+
+
+def override(key: str, value: object) -> str:
+    """`key=value`, quoted as far as Hydra's grammar asks; a list is one of strings."""
+    text = f"[{','.join(map(_quoted, value))}]" if isinstance(value, list) else _quoted(value)
+    return f"{key}={text}"
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,7 +1,9 @@
-"""What was to be composed, and what could have been: the keys, values and groups that a message names."""
+"""What was to be composed, what came of it, and what could have: the keys, values and groups a message names."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import difflib
 import sys
 from argparse import Namespace
@@ -14,10 +16,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from tpresearch.config.compose import typed
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import Config
 from tpresearch.launch.command import override_key
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
@@ -57,6 +61,11 @@ class Composition:
         typed = self.override_of(key)
         return typed.partition("=")[2] if typed else None
 
+    def typed_key(self, key: str) -> str:
+        """The key of the override that has this one as its beginning: `trian.steps` for `trian`."""
+        keys = map(override_key, self.overrides)
+        return next((typed for typed in keys if f"{typed}.".startswith(f"{key}.")), key)
+
     def values_without(self, key: str) -> dict[str, Any]:
         """Each key there is and its value, had `key` not been overridden (or nothing had, if that fails)."""
         others = [typed for typed in self.overrides if override_key(typed) != key]
@@ -83,6 +92,35 @@ class Composition:
         if self.extra_dir and typed is None:
             typed = f"hydra.searchpath=[file://{Path(self.extra_dir).resolve()}]"
         return [*([typed] if typed else []), *(o for o in overrides if override_key(o) != "hydra.searchpath")]
+
+
+def typed_config(config: DictConfig) -> Config:
+    """The typed config of what Hydra composed, with or without Hydra's own settings in it.
+
+    Raises:
+        ConfigError, omegaconf.errors.OmegaConfBaseException: for what is not a config.
+    """
+    composed = copy.deepcopy(config)
+    with read_write(composed), open_dict(composed):
+        composed.pop("hydra", None)
+    _refuse_unknown_fields(composed)
+    return typed(composed)
+
+
+def _refuse_unknown_fields(composed: DictConfig) -> None:
+    """OmegaConf lets `+train.stepz=3` into a structured config, and nothing would read it.
+
+    Raises:
+        ConfigKeyError: as OmegaConf does without the `+`.
+    """
+    for prefix, node in branches(composed):
+        schema = OmegaConf.get_type(node)
+        if not dataclasses.is_dataclass(schema):
+            continue
+        for key in sorted(set(node) - {field.name for field in dataclasses.fields(schema)}):
+            error = ConfigKeyError(f"Key '{key}' not in '{schema}'")
+            error.full_key = f"{prefix}{key}"
+            raise error
 
 
 def branches(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:

@@ -2,127 +2,149 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 import logging
 import os
 import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Generic, TypeVar
 
-import hydra
-from hydra.conf import HydraConf
-from hydra.core.config_store import ConfigStore
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.main import get_args_parser
-from omegaconf import DictConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, read_write
+from omegaconf.errors import OmegaConfBaseException
 
-from tpresearch.config.compose import register_schema, typed
+from tpresearch.config.compose import register_schema
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.world import World, slurm_tasks
-from tpresearch.launch.command import WrongCommand, program, python_command, starter
-from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, conf_dir
-from tpresearch.launch.explain import explain
+from tpresearch.launch import hydra_app
+from tpresearch.launch.command import WrongCommand, override, program_words, python_command, starter
+from tpresearch.launch.composition import Composition, conf_dir, typed_config
+from tpresearch.launch.explain import explaining
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
 from tpresearch.launch.refuse import refuse
-from tpresearch.launch.run import Run
-from tpresearch.launch.run_dir import leave_nothing, register_resolvers
-from tpresearch.launch.start import Passing, Start, passing
-from tpresearch.sweep import JobFailed, register_launchers
+from tpresearch.launch.run_dir import agree, leave_nothing, register_resolvers, sweep_folder
+from tpresearch.launch.stop import INTERRUPTED, end_with_parent
 
 log = logging.getLogger(__name__)
 
-Main = Callable[[Config, Run], None]
-Check = Callable[[Config, World], object]
+Judged = TypeVar("Judged")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What main is told about this run, besides its config."""
+
+    folder: Path
+    """The run folder, absolute, the same on every rank, and there already."""
+    world: World
+    overrides: list[str]
+    """What was typed, without Hydra's own settings: `["parallel=tp", "train.steps=10"]`."""
+    choices: dict[str, str]
+    """The option chosen in each config group: `{"model": "llama2_tiny", "parallel": "tp", ...}`."""
 
 
 def entrypoint(
-    config_name: str = "train", check: Check | None = None
-) -> Callable[[Main], Callable[[], None]]:
-    """Make `main(cfg, run)` a Hydra program, started by `python` or by torchrun.
+    config_name: str, judge: Callable[[Config, World], Judged]
+) -> Callable[[Callable[[Judged, Run], None]], Program[Judged]]:
+    """Make `main(judged, run)` a Hydra program, started by `python` or by torchrun.
 
     Whatever the user can mend (a `ConfigError`, or anything Hydra refuses) ends in one line on stderr for the
     whole job and exit code 2; other exceptions are bugs and keep their traceback.
 
     Args:
         config_name: the file of conf/ to compose.
-        check: called with the typed config before a folder or a process group exists; raises ConfigError.
+        judge: called once with the typed config, before a folder or a process group exists; raises ConfigError,
+            and returns what main works with.
     """
-
-    def decorate(main: Main) -> Callable[[], None]:
-        @functools.wraps(main)
-        def program_main() -> None:
-            _run(main, config_name, check)
-
-        return program_main
-
-    return decorate
+    return lambda main: Program(main, config_name, judge)
 
 
-def _run(main: Main, config_name: str, check: Check | None) -> None:
-    world = World.from_environment()
-    try:
-        config_dir = conf_dir()
-        arguments = _arguments(world)
-    except ConfigError as error:
-        refuse(error, world)
-    if world.rank and (arguments.cfg or arguments.info or arguments.help or arguments.hydra_help):
-        return  # one rank shows it
-    _prepare_hydra(check)
+@dataclass(frozen=True)
+class Program(Generic[Judged]):
+    """A main that is called without arguments. It is Hydra's task function too, which a sweep's launcher is told."""
 
-    @functools.wraps(main)  # Hydra names the job after the file of what it runs
-    def task(composed: DictConfig) -> None:
-        with passing(composing=False):
-            _call(main, composed, world)
+    main: Callable[[Judged, Run], None]
+    config_name: str
+    judge: Callable[[Config, World], Judged]
 
-    failure, composing = _through_hydra(task, config_dir, config_name)
-    if failure is not None:  # raised out here, a bug's traceback is its own and not also Hydra's
-        _end(failure, composing, Composition.of(arguments, config_dir, config_name), world)
-
-
-def _through_hydra(
-    task: Callable[[DictConfig], None], config_dir: Path, config_name: str
-) -> tuple[Exception | None, bool]:
-    """What ended the run early, if anything did, and whether that was in composing its config."""
-    try:
-        hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(task)()
-    except COMPOSITION_ERRORS as error:
-        return error, True
-    except Passing as passed:
-        return passed.error, passed.composing
-    except JobFailed:
-        sys.exit(1)  # the sweep's table has said what and why
-    return None, False
+    def __call__(self, composed: DictConfig | None = None) -> None:
+        """The whole command; or, for a launcher that runs jobs in this process, one that Hydra has composed."""
+        world = World.from_environment()
+        if composed is not None:
+            return _call_main(self, self.judge(typed_config(composed), world), world)
+        if world.elastic:
+            end_with_parent()
+        try:
+            _start(self, world)
+        except ConfigError as error:
+            refuse(error, world)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        except Exception:
+            if world.elastic and world.rank:
+                sys.exit(1)  # its traceback is in torchrun's report and in the rank's log
+            raise
+        return None
 
 
-def _prepare_hydra(check: Check | None) -> None:
+def _start(program: Program[Judged], world: World) -> None:
+    config_dir = conf_dir()
+    arguments = _arguments(world)
     register_schema()
     register_resolvers()
-    register_launchers()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, over many lines, and exits with 1
-    path = f"{check.__module__}.{check.__qualname__}" if check else None
-    settings = HydraConf(callbacks={"start": {"_target_": "tpresearch.launch.start.Start", "check": path}})
-    settings.defaults = [
-        {**line, **({"job_logging": "none"} if "job_logging" in line else {})} for line in settings.defaults
-    ]
-    ConfigStore.instance().store("config", settings, group="hydra", provider="hydra")
+    composition = Composition.of(arguments, config_dir, program.config_name)
+    if hydra_app.only_shows(arguments):
+        if world.rank == 0:
+            with explaining(composition):
+                hydra_app.show(program.main, config_dir, program.config_name)
+        return None
+    name, overrides = composition.config_name, composition.overrides
+    with explaining(composition):
+        app = hydra_app.application(inspect.getfile(program.main), config_dir, arguments)
+        sweeps = arguments.multirun or "hydra.mode=MULTIRUN" in overrides
+        config = None if sweeps else hydra_app.compose_run(app, name, overrides)
+    if config is None:
+        return _sweep(app, program, composition, world)
+    with explaining(composition):
+        HydraConfig.instance().set_config(config)  # for ${hydra:...}
+        cfg = typed_config(config)
+    judged = program.judge(cfg, world)
+    with explaining(composition), read_write(config.hydra.run):
+        config.hydra.run.dir = str(agree(config, world))
+    hydra_app.run(app, config, name, lambda: _call_main(program, judged, world))
+    return None
 
 
-def _end(error: Exception, composing: bool, composition: Composition, world: World) -> NoReturn:
-    """One line and exit code 2 for what the user can mend; its traceback for a bug."""
-    refused = isinstance(error, ConfigError) or (composing and isinstance(error, COMPOSITION_ERRORS))
-    if refused and Start.swept and Start.swept.exists():
-        leave_nothing(Start.swept)
-    if isinstance(error, ConfigError):
-        refuse(error, world)
-    if composing and isinstance(error, COMPOSITION_ERRORS):
-        refuse(explain(error, composition), world)
-    if world.elastic and world.rank:
-        sys.exit(1)  # its traceback is in torchrun's report and in the rank's log
-    raise error
+def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world: World) -> None:
+    """Run jobs of their own for `-m`; exit code 1 if one of them failed."""
+    from tpresearch.sweep.launcher import JobFailed  # late: Hydra's plugins, to which it belongs, import this
+
+    if world.elastic:
+        why, legal = (
+            "one failing rank would hang a sweep inside torchrun",
+            "a sweep without torchrun, which starts one for each job",
+        )
+        raise WrongCommand("hydra.mode", "MULTIRUN", why, legal, python_command(sys.argv[1:]))
+    name, overrides = composition.config_name, composition.overrides
+    with explaining(composition):
+        folder = sweep_folder(app.compose_config(name, overrides, RunMode.MULTIRUN))
+    settled = [override("hydra.sweep.dir", folder), "hydra.mode=MULTIRUN"]
+    try:
+        with explaining(composition, (HydraException, OmegaConfBaseException)):
+            app.multirun(name, program, [*overrides, *settled])
+    except ConfigError:
+        leave_nothing(folder)
+        raise
+    except JobFailed:
+        sys.exit(1)  # the sweep's table has said what and why
 
 
 def _arguments(world: World) -> Namespace:
@@ -131,22 +153,13 @@ def _arguments(world: World) -> Namespace:
     Raises:
         ConfigError: for flags it does not know, a sweep under torchrun, and srun in the place of torchrun.
     """
-    arguments, unknown = get_args_parser().parse_known_args()
+    arguments, unknown = hydra_app.parse_command_line()
     if unknown:
         legal = "key=value overrides, then flags; see --hydra-help"
         moved = [word for word in unknown if not word.startswith("-")]
         rest = [word for word in sys.argv[1:] if word not in unknown]
-        command = shlex.join([*starter(world), *program(), *moved, *rest])
+        command = shlex.join([*starter(world), *program_words(), *moved, *rest])
         raise WrongCommand("flags", " ".join(unknown), "not understood", legal, command)
-    sweep = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
-    if sweep and world.elastic:
-        raise WrongCommand(
-            "hydra.mode",
-            "MULTIRUN",
-            "one failing rank would hang a sweep inside torchrun",
-            "a sweep without torchrun, which starts one for each job",
-            python_command(sys.argv[1:]),
-        )
     if (tasks := slurm_tasks()) > 1:
         raise _srun_alone(tasks)
     return arguments
@@ -160,17 +173,12 @@ def _srun_alone(tasks: int) -> WrongCommand:
         f"--rdzv-backend=c10d --rdzv-endpoint={first_host}:29500 --rdzv-id=$SLURM_JOB_ID",
         python_command(sys.argv[1:]).removeprefix("python "),
     ]
-    return WrongCommand(
-        "SLURM_STEP_NUM_TASKS",
-        tasks,
-        "srun started this many jobs of one process each",
-        "one task a node, which runs torchrun",
-        " ".join(command),
-    )
+    why, legal = "srun started this many jobs of one process each", "one task per node, which runs torchrun"
+    return WrongCommand("SLURM_STEP_NUM_TASKS", tasks, why, legal, " ".join(command))
 
 
-def _call(main: Main, composed: DictConfig, world: World) -> None:
-    """main, with its typed config and its run; a bug in it is in the logs, and in torchrun's report."""
+def _call_main(program: Program[Judged], judged: Judged, world: World) -> None:
+    """main, with what was judged and its run; a bug in it is in the logs, and in torchrun's report."""
     settings = HydraConfig.get()
     run = Run(
         folder=Path(settings.runtime.output_dir),
@@ -179,19 +187,15 @@ def _call(main: Main, composed: DictConfig, world: World) -> None:
         choices={g: option for g, option in settings.runtime.choices.items() if not g.startswith("hydra/")},
     )
     start_logging(run.folder, world)
+    main = program.main
+    if world.elastic:
+        from torch.distributed.elastic.multiprocessing.errors import record  # late: it imports torch
+
+        main = record(main)
     try:
-        _recorded(main, world)(typed(composed), run)
+        main(judged, run)
     except ConfigError:
         raise
     except Exception:
         log.exception("stopped by an exception", extra=IN_FILES_ONLY)
         raise
-
-
-def _recorded(main: Main, world: World) -> Callable[[Config, Run], object]:
-    """main under torchelastic's `record`: inside Hydra, which would leave it only a SystemExit to record."""
-    if not world.elastic:
-        return main
-    from torch.distributed.elastic.multiprocessing.errors import record  # late: it imports torch
-
-    return record(main)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import (
@@ -20,7 +22,7 @@ from omegaconf.errors import (
 
 from tpresearch.config.errors import ConfigError, nearest, shown
 from tpresearch.launch.command import WrongCommand, override_key, python_command
-from tpresearch.launch.composition import Composition, closest
+from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, closest
 
 TYPES = {
     "Integer": "a whole number",
@@ -30,8 +32,20 @@ TYPES = {
 }
 
 
+@contextmanager
+def explaining(
+    composition: Composition, errors: tuple[type[Exception], ...] = COMPOSITION_ERRORS
+) -> Iterator[None]:
+    """Raise what Hydra and OmegaConf raise meanwhile as a ConfigError."""
+    try:
+        yield
+    except errors as error:
+        GlobalHydra.instance().clear()  # the sentence names keys that exist, for which it composes again
+        raise explain(error, composition) from error
+
+
 def explain(error: Exception, composition: Composition) -> ConfigError:
-    """The sentence for an error of composing. It names keys that exist, so it composes again."""
+    """The sentence for an error of composing."""
     chain = list(_causes(error))
     if (ours := next((e for e in chain if isinstance(e, ConfigError)), None)) is not None:
         return ours
@@ -44,19 +58,17 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
     message = str(error)
     if sweep := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.*)'", message):
         return _sweep(sweep[1], sweep[2])
-    if found := re.match(r"In '(.+)': \w+ raised while composing config:\n(.*)\n\s+full_key: (\S+)", message):
-        return _wrong_in_file(found[1], found[2], found[3], composition)
-    if key := re.match(r"Could not override '([^']+)'", message):
-        return _unknown_key(key[1], composition.typed_value(key[1]), composition)
     if again := re.match(r"(\S+) appears more than once in the final defaults list", message):
         value = composition.typed_value(again[1])
         return ConfigError(again[1], value, "it is chosen already", "no + before it", fix={again[1]: value})
     if message.startswith("Config group override must be a string"):
         return _not_a_name(composition)
-    for cause in chain:
-        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-            return _wrong_value(cause, composition)
-    return _anything_else(message, composition)
+    cause = next((e for e in chain if isinstance(e, OmegaConfBaseException) and e.full_key), None)
+    if cause is None:
+        return _anything_else(message, composition)
+    if file := re.match(r"In '(.+)': \w+ raised while composing config", message):
+        return _wrong_in_file(file[1], cause, composition)
+    return _wrong_value(cause, composition)
 
 
 def _unknown_key(key: str, value: object, composition: Composition) -> ConfigError:
@@ -86,10 +98,11 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
         there = ", ".join(sorted(path.stem for path in composition.config_dir.glob("*.yaml")))
         drop = dict.fromkeys(["--config-name", "-cn", option])
         return ConfigError("--config-name", option, "no such config", f"one of {there}", fix=drop)
-    groups = composition.groups()
-    value, options = composition.typed_value(group), groups.get(group, [])
+    options = [name for name in error.options or () if not name.endswith("_schema")]
+    value = composition.typed_value(group)
     why = "no such option" if value in (None, option) else f"there is no {option}"
     if value is None:
+        groups = composition.groups()
         files = [typed for typed in composition.overrides if override_key(typed) in groups]
         why += f", asked for by {' or '.join(files) or composition.config_name}"
     if not options:
@@ -126,16 +139,15 @@ def _chosen_file(path: str, composition: Composition) -> tuple[str, str]:
     return "--config-name", composition.config_name
 
 
-def _wrong_in_file(file: str, why: str, full_key: str, composition: Composition) -> ConfigError:
+def _wrong_in_file(file: str, error: OmegaConfBaseException, composition: Composition) -> ConfigError:
     field, value = _chosen_file(file, composition)
-    if "not in" in why:
-        best = closest(full_key, composition.values_without(field))
-        legal = f"nearest is {best}" if best else "a key of `--cfg job`"
-        return ConfigError(
-            field, value, f"{file}.yaml sets {full_key}, which does not exist", legal, {field: None}
-        )
-    reason = _reason(why)
-    return ConfigError(field, value, f"{file}.yaml sets {full_key}: {reason[0]}", reason[1], {field: None})
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        best = closest(str(error.full_key), composition.values_without(field))
+        why, legal = ", which does not exist", f"nearest is {best}" if best else "a key of `--cfg job`"
+    else:
+        reason, legal = _reason(_first_line(str(error)))
+        why = f": {reason}"
+    return ConfigError(field, value, f"{file}.yaml sets {error.full_key}{why}", legal, {field: None})
 
 
 def _sweep(key: str, value: str) -> ConfigError:
@@ -151,6 +163,7 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(full_key, "???", "it must be set", f"{full_key}=VALUE", fix={full_key: "VALUE"})
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        full_key = composition.typed_key(full_key)
         return _unknown_key(full_key, composition.typed_value(full_key), composition)
     key = full_key.partition("[")[0]  # a list is typed as a whole
     others = composition.values_without(key)

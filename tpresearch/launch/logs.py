@@ -12,7 +12,7 @@ from tpresearch.config.world import World
 IN_FILES_ONLY = {"console": False}
 """As `extra` of a log call: for what the console shows in another way."""
 
-QUIETER = {
+LIBRARY_LEVELS = {
     **dict.fromkeys(["datasets", "filelock", "fsspec", "git", "httpx", "huggingface_hub"], logging.WARNING),
     **dict.fromkeys(["matplotlib", "tokenizers", "torch"], logging.WARNING),
     **dict.fromkeys(["urllib3", "wandb"], logging.ERROR),
@@ -36,13 +36,13 @@ def start_logging(folder: Path, world: World) -> None:
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.captureWarnings(True)
-    for library, level in QUIETER.items():
+    for library, level in LIBRARY_LEVELS.items():
         logging.getLogger(library).setLevel(level)
     if "TORCH_LOGS" not in os.environ:
-        _hear_torch()
+        _route_torch_logs()
 
 
-def _hear_torch() -> None:
+def _route_torch_logs() -> None:
     """Let torch's records reach our handlers: importing it gives its loggers a handler to stderr on each rank.
 
     Whoever sets `TORCH_LOGS` has chosen what to see and where. Checked on torch 2.13.

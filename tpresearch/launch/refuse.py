@@ -23,7 +23,7 @@ def refuse(error: ConfigError, world: World) -> NoReturn:
     itself exits with 1 whatever its workers do, and reports each failure; there ranks give the same sentence.
     """
     sentence = f"{error}; try: {command_to_try(error, world)}"
-    if _claims_the_word(world) and os.environ.get("GROUP_RANK", "0") == "0":
+    if _is_first_to_report(world) and os.environ.get("GROUP_RANK", "0") == "0":
         print(f"error: {sentence}", file=sys.stderr, flush=True)
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": f"refused: {sentence}", "timestamp": int(time.time())}
@@ -31,7 +31,7 @@ def refuse(error: ConfigError, world: World) -> NoReturn:
     sys.exit(EXIT_CODE)
 
 
-def _claims_the_word(world: World) -> bool:
+def _is_first_to_report(world: World) -> bool:
     """Whether this is the first rank of its host to refuse, over all restarts.
 
     A file settles it, where torchrun keeps its workers' error files (<job>/attempt_<n>/<rank>/error.json):

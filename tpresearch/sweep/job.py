@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,16 +109,3 @@ def passed_on(hydra_overrides: Iterable[str]) -> list[str]:
 def wandb_group(sweep_dir: Path) -> str:
     """The W&B group of a sweep's jobs, unless logger.group says another: its folder below outputs."""
     return "/".join(part for part in sweep_dir.parts if part not in ("/", "outputs"))
-
-
-def override(key: str, value: object) -> str:
-    """`key=value`, quoted as far as Hydra's grammar asks; a list is one of strings."""
-    text = f"[{','.join(map(_quoted, value))}]" if isinstance(value, list) else _quoted(value)
-    return f"{key}={text}"
-
-
-def _quoted(value: object) -> str:
-    text = str(value)
-    if re.fullmatch(r"[\w./-]+", text):
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

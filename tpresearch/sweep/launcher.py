@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, JobStatus
@@ -17,15 +17,13 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.run_dir import leave_nothing
-from tpresearch.launch.start import passing
+from tpresearch.launch.stop import INTERRUPTED
 
 if TYPE_CHECKING:
+    from tpresearch.launch.entrypoint import Program
     from tpresearch.sweep.job import Job
     from tpresearch.sweep.outcome import Outcome
-    from tpresearch.sweep.running import Devices, Start
-
-INTERRUPTED = 130
+    from tpresearch.sweep.running import Devices, StartJob
 
 
 class JobFailed(Exception):
@@ -35,11 +33,12 @@ class JobFailed(Exception):
 class TorchrunLauncher(Launcher):
     """Starts each job of a sweep under an elastic agent of its own, with the ranks that its mesh needs.
 
+    Its settings are those of `TorchrunConfig`.
+
     Args:
         start: begins one job; a process of its own, unless a test has a job of another kind.
     """
 
-    __module__ = "hydra_plugins.tpresearch"  # Hydra takes plugins by this prefix only
     ranks_per_node: int | None = None
     """Most ranks on a host of the cluster that jobs run on; None where they run here."""
 
@@ -50,14 +49,16 @@ class TorchrunLauncher(Launcher):
         cpu_slots: int | None = None,
         fail_fast: bool = False,
         objective: str = "train/loss",
-        start: Start | None = None,
+        start: StartJob | None = None,
     ) -> None:
         self.nproc, self.slots, self.cpu_slots = nproc, slots, cpu_slots
         self.fail_fast, self.objective, self._start = fail_fast, objective, start
         self._outcomes: dict[int, Outcome] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._context, self._config = hydra_context, config
+        self._loader, self._config = hydra_context.config_loader, config
+        self._judge = cast("Program[Any]", task_function).judge
+        self._folder = Path(config.hydra.sweep.dir)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run a batch of jobs; a sweeper that draws the next ones from these results asks again.
@@ -67,25 +68,14 @@ class TorchrunLauncher(Launcher):
             SystemExit: after Ctrl-C, SIGTERM or SIGHUP, once all ranks have ended and the table is out.
         """
         from tpresearch.sweep.outcome import outcome_of  # late: a single run has no use for these
-        from tpresearch.sweep.planning import plan_jobs
+        from tpresearch.sweep.planning import Planner
         from tpresearch.sweep.running import ending_signals, run_jobs
 
+        self.check()
         gpus = _visible_gpus()
-        with passing(composing=False):
-            try:
-                self.judge()
-                jobs = plan_jobs(
-                    self._context.config_loader,
-                    self._config,
-                    job_overrides,
-                    initial_job_idx,
-                    len(gpus),
-                    self.ranks_per_node,
-                )
-                alone = _alone_in(Path(self._config.hydra.sweep.dir))
-            except ConfigError:
-                leave_nothing(Path(self._config.hydra.sweep.dir))
-                raise
+        planner = Planner(self._loader, self._config, self._judge, len(gpus), self.ranks_per_node)
+        jobs = planner.plan(job_overrides, initial_job_idx)
+        alone = _alone_in(self._folder)
         self._outcomes |= {job.number: outcome_of(job, None) for job in jobs}
         began: dict[int, float] = {}
 
@@ -104,30 +94,30 @@ class TorchrunLauncher(Launcher):
             if job.completed:
                 self._say(f"job {job.number} was completed earlier: {job.folder}")
         todo = [job for job in jobs if not job.completed]
-        with alone, ending_signals() as received, passing(composing=False):
+        with alone, ending_signals() as received:
             try:
-                devices, start = self.place(todo, gpus)
+                devices, start = self.allocate(todo, gpus)
                 run_jobs(todo, devices, self._start or start, on_start, on_end, self.fail_fast, received)
             except KeyboardInterrupt:
                 pass
             finally:
-                self.withdraw()
+                self.cancel()
         self._report()
         if received:
             sys.exit(INTERRUPTED)
         return [self._returned(self._outcomes[job.number]) for job in jobs]
 
-    def judge(self) -> None:
+    def check(self) -> None:
         """Raises ConfigError where this machine cannot start jobs in this way."""
 
-    def place(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, Start]:
+    def allocate(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, StartJob]:
         """Where the jobs run, and how each begins."""
         from tpresearch.sweep.running import Devices, JobProcess
 
         return Devices(gpus, self.cpu_slots), JobProcess
 
-    def withdraw(self) -> None:
-        """End what `place` began and no one is waiting for."""
+    def cancel(self) -> None:
+        """End what `allocate` began and no one is waiting for."""
 
     def _say(self, line: str) -> None:
         with suppress(OSError):  # the terminal may be gone
@@ -138,12 +128,11 @@ class TorchrunLauncher(Launcher):
 
         from tpresearch.sweep.table import print_table, write_files
 
-        folder = Path(self._config.hydra.sweep.dir)
         outcomes = [self._outcomes[number] for number in sorted(self._outcomes)]
-        write_files(folder, outcomes)
+        write_files(self._folder, outcomes)
         width = None if sys.stdout.isatty() else 220
         with suppress(OSError):
-            print_table(Console(highlight=False, width=width), folder, outcomes)
+            print_table(Console(highlight=False, width=width), self._folder, outcomes)
 
     def _returned(self, outcome: Outcome) -> JobReturn:
         job = outcome.job
@@ -155,15 +144,15 @@ class TorchrunLauncher(Launcher):
             task_name=job.composed.hydra.job.name,
         )
         value = outcome.summary.get(self.objective)
-        if outcome.status == "completed" and outcome.summary and not isinstance(value, int | float):
+        if outcome.status != "completed":
+            error = f"job {job.number}: {outcome.error or outcome.status}"
+        elif outcome.summary and not isinstance(value, int | float):
             error = f"job {job.number}: its summary.json has no number for hydra.launcher.objective={self.objective}"
             self._say(error)
-            returned.status, returned._return_value = JobStatus.FAILED, JobFailed(error)
-        elif outcome.status == "completed":
-            returned.status, returned._return_value = JobStatus.COMPLETED, value
         else:
-            returned.status = JobStatus.FAILED
-            returned._return_value = JobFailed(f"job {job.number}: {outcome.error or outcome.status}")
+            returned.status, returned._return_value = JobStatus.COMPLETED, value
+            return returned
+        returned.status, returned._return_value = JobStatus.FAILED, JobFailed(error)
         return returned
 
 

@@ -5,29 +5,34 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.main import get_args_parser
-from hydra.utils import get_method
 from omegaconf import DictConfig, open_dict
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import SHOWN_WORLD
 from tpresearch.config.world import World
-from tpresearch.launch.command import WrongCommand, mended, override_key, program, python_command
-from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, conf_dir
-from tpresearch.launch.explain import explain
-from tpresearch.launch.start import typed_config
+from tpresearch.launch.command import (
+    WrongCommand,
+    mended,
+    override,
+    override_key,
+    program_words,
+    python_command,
+)
+from tpresearch.launch.composition import Composition, conf_dir, typed_config
+from tpresearch.launch.explain import explaining
+from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
 from tpresearch.sweep.job import (
     Job,
     as_written,
     completed_runs,
-    override,
     passed_on,
     ranks_needed,
     signature,
@@ -39,81 +44,101 @@ LONGEST_TAG = 64
 """Characters, by W&B's own rule."""
 
 
-def plan_jobs(
-    loader: ConfigLoader,
-    master: DictConfig,
-    job_overrides: Sequence[Sequence[str]],
-    first_number: int,
-    gpu_count: int,
-    ranks_per_node: int | None = None,
-) -> list[Job]:
-    """Compose and judge each job; find those that an earlier start of this sweep has completed.
+@dataclass(frozen=True)
+class Planner:
+    """From the overrides of jobs to jobs: where each runs, on how many ranks, and as which command."""
 
-    Args:
-        gpu_count: GPUs of this machine that jobs may use.
-        ranks_per_node: most ranks on a host of the cluster that jobs run on; None where that is this machine.
+    loader: ConfigLoader
+    master: DictConfig
+    """The config of the sweep, with its `hydra.launcher`."""
+    judge: Callable[[Config, World], object]
+    """The entrypoint's own."""
+    gpu_count: int
+    """GPUs of this machine that jobs may use."""
+    ranks_per_node: int | None = None
+    """Most ranks on a host of the cluster that jobs run on; None where that is this machine."""
 
-    Raises:
-        ConfigError: for the first job that cannot run; none has been started then.
-    """
-    sweep_dir = Path(master.hydra.sweep.dir)
-    in_all = set.intersection(*map(set, job_overrides))
-    try:
-        jobs = [
-            _job(loader, master, list(overrides), number, gpu_count, ranks_per_node, in_all)
-            for number, overrides in enumerate(job_overrides, first_number)
-        ]
-    finally:
-        HydraConfig.instance().set_config(master)
-    return list(_with_folders(jobs, completed_runs(sweep_dir)))
+    @property
+    def sweep_dir(self) -> Path:
+        return Path(self.master.hydra.sweep.dir)
 
+    def plan(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[Job]:
+        """Compose and judge each job; find those that an earlier start of this sweep has completed.
 
-def _job(
-    loader: ConfigLoader,
-    master: DictConfig,
-    overrides: list[str],
-    number: int,
-    gpu_count: int,
-    ranks_per_node: int | None,
-    in_all: Collection[str],
-) -> Job:
-    hydra_overrides = list(master.hydra.overrides.hydra)
-    try:
-        composed = loader.load_sweep_config(master, overrides)
-        with open_dict(composed):
-            composed.hydra.job.id, composed.hydra.job.num = str(number), number
-        cfg = typed_config(composed)
-        settings = composed.hydra.launcher
-        ranks = ranks_needed(cfg, settings.nproc or ranks_per_node or gpu_count or SHOWN_WORLD)
-        nodes = _nodes(ranks, ranks_per_node)
+        Raises:
+            ConfigError: for the first job that cannot run; none has been started then.
+        """
+        self._check_settings()
+        in_all = set.intersection(*map(set, job_overrides))
+        try:
+            jobs = [
+                self._job(list(overrides), number, in_all)
+                for number, overrides in enumerate(job_overrides, first_number)
+            ]
+        finally:
+            HydraConfig.instance().set_config(self.master)
+        return list(_with_folders(jobs, completed_runs(self.sweep_dir)))
+
+    def _check_settings(self) -> None:
+        for key, value in self.master.hydra.launcher.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+                field = f"hydra.launcher.{key}"
+                raise ConfigError(field, value, "too small", "a number above 0", fix={field: None})
+
+    def _job(self, overrides: list[str], number: int, in_all: Collection[str]) -> Job:
+        typed = [*self.master.hydra.overrides.hydra, *overrides]
+        config_dir, config_name = parse_command_line()[0].config_dir, str(self.master.hydra.job.config_name)
+        try:
+            with explaining(Composition(conf_dir(), config_name, typed, config_dir)):
+                composed = self.loader.load_sweep_config(self.master, overrides)
+                with open_dict(composed):
+                    composed.hydra.job.id, composed.hydra.job.num = str(number), number
+                HydraConfig.instance().set_config(composed)  # for ${hydra:...}
+                cfg = typed_config(composed)
+                folder = self.sweep_dir / composed.hydra.sweep.subdir
+                settings = composed.hydra.launcher
+            open_ranks = settings.nproc or self.ranks_per_node or self.gpu_count or SHOWN_WORLD
+            ranks = ranks_needed(cfg, open_ranks)
+            nodes = _nodes(ranks, self.ranks_per_node)
+            here = self.ranks_per_node is None
+            with _command_line(overrides):
+                self.judge(cfg, World(0, ranks, 0, ranks // nodes, elastic=ranks > 1, here=here))
+        except ConfigError as error:
+            raise _refused(error, number, overrides) from None
         wanted = settings.slots or ranks
-        slots, gpus = (wanted, False) if ranks_per_node else slots_of(cfg, wanted, gpu_count)
-        _check(
-            composed, cfg, World(0, ranks, 0, ranks // nodes, ranks > 1, here=not ranks_per_node), overrides
+        slots, gpus = slots_of(cfg, wanted, self.gpu_count) if here else (wanted, False)
+        for_wandb = self._for_wandb(cfg, [word for word in overrides if word not in in_all])
+        return Job(
+            number=number,
+            overrides=overrides,
+            folder=folder,
+            ranks=ranks,
+            slots=slots,
+            gpus=gpus,
+            signature=signature(as_written(cfg), ranks),
+            group=signature(as_written(cfg), ranks, without_seed=True),
+            arguments=[
+                *program_words(),
+                *overrides,
+                *for_wandb,
+                *passed_on(self.master.hydra.overrides.hydra),
+            ],
+            composed=composed,
+            nodes=nodes,
         )
-        folder = Path(master.hydra.sweep.dir) / composed.hydra.sweep.subdir
-    except COMPOSITION_ERRORS as error:
-        flags = get_args_parser().parse_known_args()[0]
-        of_job = Composition(
-            conf_dir(), str(master.hydra.job.config_name), [*hydra_overrides, *overrides], flags.config_dir
-        )
-        raise _refused(explain(error, of_job), number, overrides) from None
-    except ConfigError as error:
-        raise _refused(error, number, overrides) from None
-    for_wandb = _for_wandb(cfg, master, [word for word in overrides if word not in in_all])
-    return Job(
-        number,
-        overrides,
-        folder,
-        ranks,
-        slots,
-        gpus,
-        signature(as_written(cfg), ranks),
-        signature(as_written(cfg), ranks, without_seed=True),
-        [*program(), *overrides, *for_wandb, *passed_on(hydra_overrides), *_flags()],
-        composed,
-        nodes,
-    )
+
+    def _for_wandb(self, cfg: Config, own: Sequence[str]) -> list[str]:
+        """One group for the sweep, one wandb/ folder to sync, and what is the job's own among its tags."""
+        if not cfg.logger.wandb:
+            return []
+        tags = [
+            word for word in own if len(word) <= LONGEST_TAG and not word.startswith(("model=", "parallel="))
+        ]
+        return [
+            *([override("logger.tags", [*cfg.logger.tags, *tags])] if tags else []),
+            *([] if cfg.logger.group else [override("logger.group", wandb_group(self.sweep_dir))]),
+            *([] if cfg.logger.dir else [override("logger.dir", self.sweep_dir)]),
+        ]
 
 
 def _nodes(ranks: int, ranks_per_node: int | None) -> int:
@@ -131,44 +156,15 @@ def _nodes(ranks: int, ranks_per_node: int | None) -> int:
     return nodes
 
 
-def _check(composed: DictConfig, cfg: Config, world: World, overrides: list[str]) -> None:
-    """The entrypoint's own check, in the world that the job's first rank will be in."""
-    if path := (composed.hydra.callbacks.get("start") or {}).get("check"):
-        with _typed(overrides):
-            get_method(path)(cfg, world)
-
-
 @contextmanager
-def _typed(overrides: list[str]) -> Iterator[None]:
-    """The command line as the job will have it: a check may read it."""
+def _command_line(overrides: list[str]) -> Iterator[None]:
+    """The command line as the job will have it: what judges a config may read it."""
     before = sys.argv
     sys.argv = [before[0], *overrides]
     try:
         yield
     finally:
         sys.argv = before
-
-
-def _for_wandb(cfg: Config, master: DictConfig, own: Sequence[str]) -> list[str]:
-    """One group for the sweep, one wandb/ folder to sync, and what is the job's own among its tags."""
-    if not cfg.logger.wandb:
-        return []
-    sweep_dir = Path(master.hydra.sweep.dir)
-    tags = [word for word in own if len(word) <= LONGEST_TAG and not word.startswith(("model=", "parallel="))]
-    return [
-        *([override("logger.tags", [*cfg.logger.tags, *tags])] if tags else []),
-        *([] if cfg.logger.group else [override("logger.group", wandb_group(sweep_dir))]),
-        *([] if cfg.logger.dir else [override("logger.dir", sweep_dir)]),
-    ]
-
-
-def _flags() -> list[str]:
-    flags = get_args_parser().parse_known_args()[0]
-    return [
-        *(["--config-path", flags.config_path] if flags.config_path else []),
-        *(["--config-name", flags.config_name] if flags.config_name else []),
-        *(["--config-dir", flags.config_dir] if flags.config_dir else []),
-    ]
 
 
 def _with_folders(jobs: list[Job], completed: dict[str, Path]) -> Iterator[Job]:
@@ -184,10 +180,8 @@ def _with_folders(jobs: list[Job], completed: dict[str, Path]) -> Iterator[Job]:
         )
         folder = next(name for name in names if name not in taken)
         taken.add(folder)
-        last = [override("hydra.run.dir", folder), "hydra.mode=RUN"]
-        flags_at = next((i for i, word in enumerate(job.arguments) if word.startswith("--config-")), None)
-        arguments = [*job.arguments[:flags_at], *last, *(job.arguments[flags_at:] if flags_at else [])]
-        yield dataclasses.replace(job, folder=folder, arguments=arguments)
+        own = [override("hydra.run.dir", folder), "hydra.mode=RUN", *flags_for_job()]
+        yield dataclasses.replace(job, folder=folder, arguments=[*job.arguments, *own])
 
 
 def _refused(error: ConfigError, number: int, overrides: list[str]) -> WrongCommand:

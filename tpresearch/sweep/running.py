@@ -13,13 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
 from tpresearch.launch.run_dir import EARLIER
+from tpresearch.launch.stop import end_with_parent
 from tpresearch.sweep.job import Job
 
 POLL_S = 0.1
@@ -43,7 +45,7 @@ class Running(Protocol):
         """End what is left of it."""
 
 
-Start = Callable[[Job, "Share"], Running]
+StartJob = Callable[[Job, "Share"], Running]
 """Begins one job on its share of this machine."""
 
 
@@ -107,6 +109,7 @@ class JobProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),
             )
 
     def poll(self) -> int | None:
@@ -125,7 +128,7 @@ class JobProcess:
 def run_jobs(
     jobs: Sequence[Job],
     devices: Devices,
-    start: Start,
+    start: StartJob,
     on_start: Callable[[Job], None],
     on_end: Callable[[Job, int], None],
     fail_fast: bool,
@@ -211,25 +214,8 @@ def set_aside(folder: Path) -> None:
 
 
 def kill_marked(mark: str) -> None:
-    """End what is left of a job on this machine."""
-    for pid in _marked(mark):
-        _kill(pid)
-
-
-def _marked(mark: str) -> list[int]:
-    """The processes of a job, wherever they are; none are found where there is no /proc."""
-    found = []
+    """End what is left of a job on this machine, wherever it is; nothing is found where there is no /proc."""
     for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
+        with suppress(OSError):  # it has ended, or is another user's
             if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue  # it has ended, or is another user's
-    return found
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+                os.kill(int(path.parent.name), signal.SIGKILL)

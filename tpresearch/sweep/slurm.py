@@ -15,15 +15,17 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.launchers import SlurmConfig
+from tpresearch.launch.stop import end_with_parent
 from tpresearch.sweep.job import Job
 from tpresearch.sweep.launcher import TorchrunLauncher
-from tpresearch.sweep.running import CONSOLE_LOG, MARK, STOPPED, Devices, Start, kill_marked, set_aside
+from tpresearch.sweep.running import CONSOLE_LOG, MARK, STOPPED, Devices, StartJob, kill_marked, set_aside
 
 if TYPE_CHECKING:
     import submitit
@@ -47,9 +49,14 @@ class NodeAgent:
         log_name = CONSOLE_LOG if node.node == 0 else f"console-node{node.node}.log"
         command = [sys.executable, *self._agent(node), *self.arguments]
         ours = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads)), MARK: self.mark}
-        with (self.folder / log_name).open("w") as log, _deaf_to(signal.SIGUSR2):
+        with (self.folder / log_name).open("w") as log, _ignoring(signal.SIGUSR2):
             process = subprocess.Popen(
-                command, env=os.environ | ours, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command,
+                env=os.environ | ours,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),
             )
         if (
             node.cluster == "local"
@@ -71,7 +78,7 @@ class NodeAgent:
 
 
 @contextmanager
-def _deaf_to(number: signal.Signals) -> Iterator[None]:
+def _ignoring(number: signal.Signals) -> Iterator[None]:
     """What is started meanwhile ignores the signal: Slurm sends submitit's to all processes of a step."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
@@ -116,16 +123,14 @@ class Submitted:
 class SlurmLauncher(TorchrunLauncher):
     """As TorchrunLauncher, on a Slurm cluster. Its arguments are those of `SlurmConfig`."""
 
-    __module__ = TorchrunLauncher.__module__
-
-    def __init__(self, start: Start | None = None, **settings: Any) -> None:
+    def __init__(self, start: StartJob | None = None, **settings: Any) -> None:
         self.settings = SlurmConfig(**settings)
         common = ("nproc", "slots", "fail_fast", "objective")
         super().__init__(**{key: settings[key] for key in common if key in settings}, start=start)
         self.submitted: dict[int, Submitted] = {}
         self.ranks_per_node = self.settings.ranks_per_node
 
-    def judge(self) -> None:
+    def check(self) -> None:
         try:
             from submitit.slurm.slurm import SlurmExecutor
         except ModuleNotFoundError:
@@ -140,13 +145,13 @@ class SlurmLauncher(TorchrunLauncher):
                 fix={"hydra/launcher": None},
             )
 
-    def place(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, Start]:
+    def allocate(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, StartJob]:
         """All at once: Slurm has the queue."""
         self.submitted = {}
-        submit(jobs, self.settings, Path(self._config.hydra.sweep.dir) / "slurm", self.submitted)
+        submit(jobs, self.settings, self._folder / "slurm", self.submitted)
         return Devices([], sum(job.slots for job in jobs)), lambda job, share: self.submitted[job.number]
 
-    def withdraw(self) -> None:
+    def cancel(self) -> None:
         for job in self.submitted.values():
             if job.poll() is None:
                 job.terminate()

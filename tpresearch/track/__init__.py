@@ -1,5 +1,5 @@
 """What a run leaves behind, seen from rank 0: its record on disk, Weights & Biases, the terminal."""
 
-from tpresearch.track.tracker import Preempted, RunFacts, Tracker
+from tpresearch.track.tracker import RunFacts, Tracker
 
-__all__ = ["Preempted", "RunFacts", "Tracker"]
+__all__ = ["RunFacts", "Tracker"]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 
 from rich.console import Console
 
 from tpresearch.config import Config
+from tpresearch.launch.stop import Stopped
 from tpresearch.track import record
 from tpresearch.track.console import ProgressLine, report
 from tpresearch.track.names import finite
@@ -26,16 +23,12 @@ from tpresearch.track.secrets import refuse_secrets
 from tpresearch.track.wandb_run import WandbRun
 
 if TYPE_CHECKING:  # it imports torch, which nothing else here needs
-    from tpresearch.ledger.step import StepCount
+    from tpresearch.ledger.entries import StepLedger
 
 log = logging.getLogger(__name__)
 
 Status = Literal["completed", "failed", "preempted"]
 EXIT_CODES: dict[Status, int] = {"completed": 0, "failed": 1, "preempted": 128 + signal.SIGTERM}
-
-
-class Preempted(SystemExit):
-    """Raised where the main thread is when SIGTERM arrives, so that the run closes what it has open."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class Tracker:
             ...
             tracker.log({"train/step": 1, "train/tokens": 3072, "train/loss": 8.31, ...})
 
-    The block's end completes the run; an exception in it makes it failed, a KeyboardInterrupt or SIGTERM
+    The block's end completes the run; an exception in it makes it failed, a KeyboardInterrupt or Stopped
     preempted, and goes on its way. `finish` says otherwise before that.
 
     Args:
@@ -95,7 +88,7 @@ class Tracker:
         self._console = console or Console(highlight=False)
         self._began = time.monotonic()
         self._ended = False
-        self._count: StepCount | None = None
+        self._count: StepLedger | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
         record.write_config(run_dir, config)
         if plan is not None:
@@ -127,7 +120,7 @@ class Tracker:
             self._wandb.log(row)
         self._progress.show(row)
 
-    def count(self, step: StepCount) -> None:
+    def count(self, step: StepLedger) -> None:
         """Record what one step sent and held: ledger.json, and its sums in the summary."""
         record.write_ledger(self._run_dir, step.as_json())
         self._count = step
@@ -185,73 +178,21 @@ class Tracker:
         }
 
     def __enter__(self) -> Self:
-        # Slurm and torchrun stop a run by SIGTERM, whose default is to die on the spot. A loop with a way of
-        # its own to stop has set a handler by now, and keeps it.
-        self._armed = _in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        if self._armed:
-            signal.signal(signal.SIGTERM, _raise_preempted)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._armed:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if error is None:
             self.finish()
-            return
-        stopped = isinstance(error, Preempted | KeyboardInterrupt)
-        fault = _fault_of_another_rank() if isinstance(error, Preempted) else None
-        with _undisturbed():
-            self.finish(
-                status="preempted" if stopped and not fault else "failed", error=fault or _line(error)
-            )
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore signals while a broken-off run is closed, which takes `finish_timeout` at most.
-
-    Ctrl-C under torchrun reaches a rank twice, from the terminal and from the agent; and where one rank has
-    failed, the agent stops the others.
-    """
-    before = {
-        sig: signal.signal(sig, signal.SIG_IGN)
-        for sig in (signal.SIGINT, signal.SIGTERM)
-        if _in_main_thread()
-    }
-    try:
-        yield
-    finally:
-        for sig, handler in before.items():
-            signal.signal(sig, handler)
-
-
-def _fault_of_another_rank() -> str | None:
-    """Why torchrun sent SIGTERM, if it was since another rank had failed: what that rank left in its error file.
-
-    torchrun keeps one file a rank: <attempt>/<rank>/error.json.
-    """
-    mine = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    for path in sorted(Path(mine).parents[1].glob("*/error.json")) if mine else ():
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            message = json.loads(path.read_text())["message"]
-            text = message["message"] if isinstance(message, dict) else message
-            return f"rank {path.parent.name}: {text.splitlines()[0]}"
-    return None
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _raise_preempted(signum: int, frame: FrameType | None) -> None:
-    raise Preempted(128 + signum)
+        else:
+            stopped = isinstance(error, Stopped | KeyboardInterrupt)
+            self.finish(status="preempted" if stopped else "failed", error=_line(error))
 
 
 def _line(error: BaseException) -> str:
     """`ValueError: what it says`, on one line."""
     first = next((line for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, Preempted):
-        return "stopped by SIGTERM"
+    if isinstance(error, Stopped):
+        return str(error)
     return f"{type(error).__name__}: {first.strip()}" if first else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,16 @@ from tpresearch.train.losses import loss_context, summed_cross_entropy
 from tpresearch.train.step import Setup
 
 
-def held_out_loss(model: nn.Module, rows: NDArray[Any], setup: Setup) -> float | None:
-    """Mean cross-entropy, in nats per token, over `train.eval_rows` of the held-out rows; None where there are none."""
+def held_out_loss(
+    model: nn.Module, rows: NDArray[Any], setup: Setup, stops: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Mean cross-entropy, in nats per token, over `train.eval_rows` of the held-out rows; None where there are none.
+
+    Args:
+        stops: asked after each batch whether all ranks stop here; the loss is None then.
+    """
     mesh, device, count = setup.mesh, setup.device.torch, setup.cfg.train.eval_rows
+    stopped = False
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
     with torch.no_grad(), loss_context(setup.plan.loss_parallel):
@@ -27,8 +35,10 @@ def held_out_loss(model: nn.Module, rows: NDArray[Any], setup: Setup) -> float |
             inputs, targets = batch.to(device)
             sums[0] += summed_cross_entropy(model(inputs), targets)
             sums[1] += (targets != IGNORED).sum()
+            if stopped := stops():
+                break
     model.train()
     for module in fsdp_modules(model):
         module.reshard()  # the root, for one, stays gathered after a forward that no backward follows
     total, tokens = sum_over(mesh, sums, DATA_AXES).tolist()
-    return total / tokens if tokens else None
+    return total / tokens if tokens and not stopped else None

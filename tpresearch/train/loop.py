@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from signal import Signals
 
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -24,6 +25,7 @@ from tpresearch.train.preflight import Preflight
 from tpresearch.train.randomness import SeededRandomness
 from tpresearch.train.state import TrainState
 from tpresearch.train.step import Setup, StepResult, train_step
+from tpresearch.train.stopping import AgreedStop
 
 COLLECT_EVERY = 100
 """Steps between Python's garbage collections, which would otherwise stall one rank at a time, anywhere."""
@@ -37,6 +39,10 @@ class Loop:
     setup: Setup
     corpus: AnyCorpus
     batches: Batches
+    stop: AgreedStop | None = None
+    """Asked after each step, and between the batches of an evaluation, whether all ranks stop."""
+    stopped_by: Signals | None = None
+    """The signal for which they did."""
 
     @classmethod
     def assemble(
@@ -76,12 +82,18 @@ class Loop:
         return train_step(self.state, batch, self.setup)
 
     def evaluate(self) -> float | None:
-        """The loss on held-out rows; None where there are none."""
+        """The loss on held-out rows; None where there are none, or all ranks stop."""
         with self.setup.observers.phase("evaluation"):
-            return held_out_loss(self.state.model, self.corpus.held_out, self.setup)
+            return held_out_loss(self.state.model, self.corpus.held_out, self.setup, self.stops)
+
+    def stops(self) -> bool:
+        """Whether all ranks stop here; collective."""
+        if self.stop and self.stopped_by is None:
+            self.stopped_by = self.stop.poll()
+        return self.stopped_by is not None
 
     def rows(self) -> Iterator[Metrics]:
-        """Take all steps that are left; yield the metrics of each logged one."""
+        """Take all steps that are left, or those up to a stop; yield the metrics of each logged one, and of the last."""
         gc.collect()
         gc.disable()
         try:
@@ -92,12 +104,13 @@ class Loop:
     def _rows(self) -> Iterator[Metrics]:
         state, setup, train = self.state, self.setup, self.setup.cfg.train
         finite = FiniteCheck(setup.device.torch)
-        while state.step < setup.steps:
+        while state.step < setup.steps and self.stopped_by is None:
             result = self.step()
             finite.note(state.step, result)
-            last = state.step == setup.steps
-            evaluates = last or (train.eval_every is not None and state.step % train.eval_every == 0)
-            if evaluates or state.step % train.log_every == 0:
+            stops, last = self.stops(), state.step == setup.steps
+            due = last or (train.eval_every is not None and state.step % train.eval_every == 0)
+            evaluates = due and not stops
+            if evaluates or stops or state.step % train.log_every == 0:
                 row = self._row(result, finite)
                 if evaluates:
                     row["val/loss"] = self.evaluate()
@@ -105,6 +118,8 @@ class Loop:
             if state.step % COLLECT_EVERY == 0:
                 with setup.observers.phase("pause"):
                     gc.collect()
+        if self.stop:
+            self.stop.settle()
 
     def _row(self, result: StepResult, finite: FiniteCheck) -> Metrics:
         """A logged row. But for evaluating, skipping and offloading, only here does the host wait for the device."""

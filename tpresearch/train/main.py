@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -15,7 +15,8 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.validate import planned_world, total_steps
 from tpresearch.data import AnyCorpus, PackedCorpus, check_enough_rows, prepare
-from tpresearch.launch.run import Run
+from tpresearch.launch import Run
+from tpresearch.launch.stop import StopFlag, Stopped, fault_of_another_rank
 from tpresearch.ledger.entries import Expected
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_bytes
@@ -28,6 +29,7 @@ from tpresearch.train.loop import Loop
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import Preflight
 from tpresearch.train.speed import Speed
+from tpresearch.train.stopping import AgreedStop
 from tpresearch.train.watch import CountedStep, PeakMemory, Timing
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
     Raises:
         ConfigError: for what only the prepared data shows, such as a corpus too short for one batch.
         NonfiniteError: unless train.on_nonfinite=skip.
+        Stopped: after SIGTERM or Ctrl-C, on all ranks after the same step.
     """
     text = plan_text(job.model, job.plan)
     if job.device is None:
@@ -51,17 +54,25 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
     corpus = prepare(job.cfg.data, job.cfg.tokenizer, progress=run.world.rank == 0)
     check_rows(corpus, job)
     log.info("data: %s, %s", job.cfg.data.source, corpus)
-    with tracking(job, run, corpus, text) as tracker, process_group(job.device, run.world):
+    with (
+        StopFlag() as flag,
+        tracking(job, run, corpus, text) as tracker,
+        faults_told(tracker, flag),
+        process_group(job.device, run.world),
+    ):
         check_same_corpus(corpus)
         mesh = build_mesh(job.sizes, job.device.type)
         log.info("Device Mesh created: device_mesh=%s", describe_mesh(job.sizes, job.device.type))
         warn_of_hosts(job)
         observers, parameters = observers_of(job, mesh, job.device, tracker), job.parameters
         loop = Loop.assemble(job, mesh, job.device, corpus, [*observers, *watching])
+        loop.stop = AgreedStop(flag)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", loop.state.model)
         for row in loop.rows():
             if tracker:
                 tracker.log(row)
+        if loop.stopped_by:
+            raise Stopped(loop.stopped_by)
 
 
 def observers_of(
@@ -96,6 +107,17 @@ def tracking(
         corpus.unigram_entropy,
     )
     return Tracker(job.cfg, as_dict(job.cfg), run.folder, facts, total_steps(job.cfg), plan=plan)
+
+
+@contextmanager
+def faults_told(tracker: Tracker | None, flag: StopFlag) -> Iterator[None]:
+    """Where a rank fails since another has, which had torchrun stop this one, the record says why that one did."""
+    try:
+        yield
+    except RuntimeError:
+        if tracker and flag.requested and (fault := fault_of_another_rank()):
+            tracker.finish(status="failed", error=fault)
+        raise
 
 
 def check_rows(corpus: AnyCorpus, job: Preflight) -> None:

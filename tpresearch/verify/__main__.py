@@ -5,32 +5,38 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.launch import Run, World, entrypoint
 
 
-def check(cfg: Config, world: World) -> None:
+class Judged(NamedTuple):
+    cfg: Config
+    plans: dict[str, list[Config]]
+    """For each plan one config per optimizer."""
+
+
+def judge(cfg: Config, world: World) -> Judged:
     if world.size > 1:
         raise ConfigError(
             "WORLD_SIZE", world.size, "it starts its own ranks", "a start by python, without torchrun"
         )
-    for key, value in (("verify.steps", cfg.verify.steps), ("verify.world_size", cfg.verify.world_size)):
-        if value < 1:
-            raise ConfigError(key, value, "too small", "1 or more")
-    from tpresearch.verify.plans import configs, judge
+    from tpresearch.verify.plans import check_plan, configs
 
-    for cfgs in configs(cfg, sys.argv[1:]).values():
-        judge(cfgs[0])
+    plans = configs(cfg, sys.argv[1:])
+    for cfgs in plans.values():
+        check_plan(cfgs[0])
+    return Judged(cfg, plans)
 
 
-@entrypoint("verify", check=check)
-def main(cfg: Config, run: Run) -> None:
-    from tpresearch.verify.plans import configs, verify_plans
+@entrypoint("verify", judge=judge)
+def main(judged: Judged, run: Run) -> None:
+    from tpresearch.verify.plans import verify_plans
     from tpresearch.verify.report import print_table
 
-    results = verify_plans(configs(cfg, sys.argv[1:]), cfg)
+    cfg = judged.cfg
+    results = verify_plans(judged.plans, cfg)
     record: dict[str, Any] = {
         "model": cfg.model.name,
         "dtype": str(cfg.train.dtype),

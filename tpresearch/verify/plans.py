@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass, field
-from functools import cache
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -71,13 +70,12 @@ def configs(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     mine = [w for w in words if parser.parse_override(w).key_or_group not in ("parallel", "optimizer")]
     return {
-        plan: [_composed((*mine, f"parallel={plan}", f"optimizer={name}")) for name in cfg.verify.optimizers]
+        plan: [_composed(*mine, f"parallel={plan}", f"optimizer={name}") for name in cfg.verify.optimizers]
         for plan in cfg.verify.plans
     }
 
 
-@cache  # judging and tracing ask for the same ones
-def _composed(overrides: tuple[str, ...]) -> Config:
+def _composed(*overrides: str) -> Config:
     loader = GlobalHydra.instance().config_loader()
     composed = loader.load_configuration("verify", list(overrides), run_mode=RunMode.RUN)
     with open_dict(composed):
@@ -103,7 +101,7 @@ def ranks_of(cfg: Config) -> int:
     return 1 if alone else cfg.verify.world_size
 
 
-def judge(cfg: Config) -> None:
+def check_plan(cfg: Config) -> None:
     """Refuse what cannot run, before anything is started.
 
     Raises:

@@ -1,0 +1,170 @@
+"""Signals stop what runs where it can stop, without a traceback, and nothing outlives its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.commands import environment
+from support.launches import PROGRAM
+from support.processes import ended, forked, marked, runs, wait_for
+from support.trainings import TRAIN
+
+from tpresearch.launch import stop
+from tpresearch.launch.stop import StopFlag, Stopped, end_with_parent, fault_of_another_rank
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has PR_SET_PDEATHSIG")
+
+
+@pytest.fixture
+def flag() -> Iterator[StopFlag]:
+    with StopFlag() as entered:
+        yield entered
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_stops_what_checks(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopFlag() as flag:
+        flag.check()
+        os.kill(os.getpid(), number)
+        wait_for(lambda: flag.requested)
+        with pytest.raises(Stopped, match=f"stopped by {number.name}") as stopped:
+            flag.check()
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_what_is_ignored_already_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopFlag() as flag:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(lambda: flag.requested)
+        assert flag.requested is signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_ends_a_process_whatever_it_is_in(tmp_path: Path) -> None:
+    def busy() -> None:
+        with StopFlag() as flag:
+            (tmp_path / "ready").touch()
+            wait_for(lambda: flag.requested)
+            (tmp_path / "noted").touch()
+            mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+            for _ in range(2):  # for ever in C, as in a collective, where no handler of Python gets a turn
+                libc.pthread_mutex_lock(mutex)
+
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)
+    pid = forked(busy)
+    for file in ("ready", "noted"):
+        wait_for((tmp_path / file).exists)
+        os.kill(pid, signal.SIGINT)
+    assert ended(pid) == 130
+
+
+def test_torchrun_passing_a_ctrl_c_on_is_no_second_one(
+    flag: StopFlag, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(stop.os, "_exit", ends.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    for arrives in (0.0, 0.9, 1.1):
+        flag._note(signal.SIGTERM, arrives)
+        flag._note(signal.SIGINT, arrives)
+        assert ends == ([] if arrives < 1 else [130])
+
+
+def test_the_fault_of_another_rank_is_found_where_torchrun_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    assert fault_of_another_rank() is None
+    (tmp_path / "1" / "error.json").write_text('{"message": {"message": "ValueError: no luck\\nand more"}}')
+    assert fault_of_another_rank() == "rank 1: ValueError: no luck"
+
+
+@on_linux
+def test_a_process_ends_with_its_parent(tmp_path: Path) -> None:
+    def child() -> None:
+        end_with_parent()
+        (tmp_path / "child").write_text(f"{os.getpid()}\n")
+        time.sleep(600)
+
+    def parent() -> None:
+        ended(forked(child))
+
+    pid, child_file = forked(parent), tmp_path / "child"
+    wait_for(lambda: child_file.exists() and child_file.read_text().endswith("\n"))
+    assert runs(int(child_file.read_text()))
+    os.kill(pid, signal.SIGKILL)
+    assert ended(pid) == -signal.SIGKILL
+    wait_for(lambda: not runs(int(child_file.read_text())))
+
+
+@on_linux
+def test_a_parent_that_has_ended_already_is_noticed() -> None:
+    assert ended(forked(lambda: end_with_parent(signal.SIGTERM, parent=1 << 22))) == 143
+
+
+def start(tmp_path: Path, *command: str) -> subprocess.Popen[str]:
+    """A command whose processes all have STOP_TEST in their environment."""
+    env = environment(STOP_TEST=str(tmp_path))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    typed = [sys.executable, *command, str(PROGRAM), "name=sleeps", "hydra.run.dir=run"]
+    return subprocess.Popen(typed, cwd=tmp_path, env=env, **pipes)
+
+
+@pytest.mark.cli
+def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
+    with start(tmp_path) as process:
+        wait_for((tmp_path / "run" / "asleep").exists)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert "KeyboardInterrupt" not in err
+
+
+@pytest.mark.cli
+@on_linux
+def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path: Path) -> None:
+    with start(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2") as torchrun:
+        wait_for((tmp_path / "run" / "asleep").exists)
+        assert len(marked(f"STOP_TEST={tmp_path}")) >= 3
+        torchrun.kill()
+        torchrun.communicate()
+    wait_for(lambda: not marked(f"STOP_TEST={tmp_path}"))
+
+
+@pytest.mark.cli
+def test_a_torchrun_that_is_stopped_leaves_the_record_of_a_preempted_run(tmp_path: Path) -> None:
+    small = ["model=toy_mlp", "data=random_tokens", "tokenizer.vocab_size=300", "data.seq_len=16"]
+    typed = [*small, "parallel=ddp", "train.global_batch_size=8", "train.steps=1000000", "logger=none"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(TRAIN), *typed, "hydra.run.dir=run"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(lambda: (metrics.exists() and metrics.read_text()) or process.poll() is not None)
+        process.terminate()
+        _, err = process.communicate()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("preempted", "stopped by SIGTERM")
+    assert json.loads(metrics.read_text().splitlines()[-1])["train/step"] == summary["steps"]
+    assert err.count("Traceback") == 1  # torchrun's own
+    for rank in range(2):
+        assert "Traceback" not in (tmp_path / "run" / "ranks" / f"rank-0000{rank}.log").read_text()

@@ -1,0 +1,107 @@
+"""The parts of Hydra that `hydra.main` is made of, so that a config is composed once and judged before it runs.
+
+Those that are private to Hydra stay behind these functions. Checked on Hydra 1.3.8, and against the source of 1.4.0rc3.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra import version
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobStatus, run_job
+from hydra.errors import ConfigCompositionException, SearchPathException
+from hydra.main import get_args_parser
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig
+
+VERSION_BASE = "1.3"
+ONLY_SHOWN = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
+"""Flags of Hydra's command line with which nothing is run, or not by us."""
+
+
+def parse_command_line() -> tuple[Namespace, list[str]]:
+    """Hydra's flags and overrides, and the words that are neither."""
+    return get_args_parser().parse_known_args()
+
+
+def only_shows(arguments: Namespace) -> bool:
+    return any(getattr(arguments, flag) for flag in ONLY_SHOWN) or (arguments.run and arguments.multirun)
+
+
+def show(task: Callable[..., object], config_dir: Path, config_name: str) -> None:
+    """`hydra.main` itself, for --cfg, --info, --help and their like."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else it prints errors itself, over many lines, and exits with 1
+    hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)(task)()
+
+
+def application(script: str, config_dir: Path, arguments: Namespace) -> Hydra:
+    """Hydra over conf/, or over --config-path, with the files of --config-dir.
+
+    Raises:
+        SearchPathException: where --config-dir is no folder.
+    """
+    version.setbase(VERSION_BASE)
+    GlobalHydra.instance().clear()
+    path = create_automatic_config_search_path(script, None, arguments.config_path or str(config_dir))
+    if arguments.config_dir is not None:
+        added = Path(arguments.config_dir).absolute()
+        if not added.is_dir():
+            raise SearchPathException(f"Additional config directory '{added}' not found")
+        path.prepend("command-line", f"file://{added}", SearchPathQuery(provider="schema"))
+    return Hydra.create_main_hydra2(Path(script).stem, path)
+
+
+def compose_run(app: Hydra, config_name: str, overrides: list[str]) -> DictConfig | None:
+    """The config of a single run, Hydra's own settings included; None where the config asks for a sweep.
+
+    Raises:
+        HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError: for a wrong file or override.
+    """
+    try:
+        config = app.compose_config(config_name, overrides, RunMode.RUN, with_log_configuration=True)
+    except ConfigCompositionException:  # perhaps for an override of several values, which a sweep may have
+        if app.get_mode(config_name, overrides) is RunMode.MULTIRUN:
+            return None
+        raise
+    if config.hydra.mode is RunMode.MULTIRUN:
+        return None
+    config.hydra.mode = RunMode.RUN
+    return config
+
+
+def run(app: Hydra, config: DictConfig, config_name: str, job: Callable[[], None]) -> None:
+    """Run the job in `hydra.run.dir`: Hydra's record of the config, job.chdir, job.env_set and callbacks included.
+
+    What the job raises is raised as it is.
+    """
+    callbacks = Callbacks(config)
+    callbacks.on_run_start(config=config, config_name=config_name)
+    returned = run_job(
+        hydra_context=HydraContext(config_loader=app.config_loader, callbacks=callbacks),
+        task_function=lambda _: job(),
+        config=config,
+        job_dir_key="hydra.run.dir",
+        job_subdir_key=None,
+        configure_logging=False,
+    )
+    callbacks.on_run_end(config=config, config_name=config_name, job_return=returned)
+    if returned.status is JobStatus.FAILED:
+        raise returned._return_value  # its property would first print a line of its own
+
+
+def flags_for_job() -> list[str]:
+    """The flags of this command that name config files: a sweep's jobs need them too."""
+    arguments, _ = parse_command_line()
+    values = {flag: getattr(arguments, flag) for flag in ("config_path", "config_name", "config_dir")}
+    return [
+        word for flag, value in values.items() if value for word in (f"--{flag.replace('_', '-')}", value)
+    ]

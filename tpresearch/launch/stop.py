@@ -1,0 +1,127 @@
+"""Stopping a run: signals set a flag, which the run looks at where it can stop; and no process outlives its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code after Ctrl-C."""
+ECHO_S = 1.0
+"""Within which one Ctrl-C may reach a rank twice: from the terminal, and from torchrun's agent."""
+PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h."""
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+"""Loaded before any fork."""
+
+
+class Stopped(SystemExit):
+    """Raised where a process stops for a signal; the exit code is 128 and the signal's number, as shells have it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}"
+
+
+class StopFlag:
+    """While it is entered, SIGTERM and Ctrl-C stop nothing by themselves: they set `requested`.
+
+        with StopFlag() as stop:
+            for document in documents:
+                stop.check()
+
+    A second Ctrl-C ends the process at once; what is ignored already stays so, as under `nohup`. Signals are read in a thread, from the file descriptor that Python writes
+    them to, since a handler would have to wait while the main thread is inside a collective.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        """The first of these signals that arrived."""
+        self._interrupted_at: float | None = None
+
+    def check(self) -> None:
+        """Stop here, if that was asked for. Between ranks that wait for each other, use `AgreedStop`.
+
+        Raises:
+            Stopped: with the exit code of the signal.
+        """
+        if self.requested is not None:
+            raise Stopped(self.requested)
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        heard = [number for number in self.NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._handlers_before = {number: signal.signal(number, _ignored) for number in heard}
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+    def _listen(self) -> None:
+        while arrived := self._reader.recv(1):
+            if arrived[0] in self._handlers_before:
+                self._note(signal.Signals(arrived[0]), time.monotonic())
+
+    def _note(self, number: signal.Signals, now: float) -> None:
+        self.requested = self.requested or number
+        if number is not signal.SIGINT:
+            return
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        elif now - self._interrupted_at > (ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else 0):
+            os._exit(INTERRUPTED)
+
+
+def _ignored(number: int, frame: object) -> None:
+    """What Python calls once the thread above has been told; without a handler it would not be."""
+
+
+def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
+    """Have the kernel send this process a signal when its parent ends, even if that was killed. Linux alone can.
+
+    Args:
+        parent: the parent's process id, where it is known; else whichever process is the parent now.
+    """
+    if LIBC is None:
+        return
+    parent = parent or os.getppid()
+    LIBC.prctl(PR_SET_PDEATHSIG, int(number))
+    if os.getppid() != parent:  # it ended before that
+        os._exit(128 + number)
+
+
+def fault_of_another_rank() -> str | None:
+    """What another rank of this host failed with, as torchrun keeps it: <attempt>/<rank>/error.json."""
+    mine = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    for path in sorted(Path(mine).parents[1].glob("*/error.json")) if mine else ():
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            message = json.loads(path.read_text())["message"]
+            text = message["message"] if isinstance(message, dict) else message
+            return f"rank {path.parent.name}: {text.splitlines()[0]}"
+    return None
