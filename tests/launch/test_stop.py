@@ -145,8 +145,12 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path: Path) -> None:
         wait_for((tmp_path / "run" / "asleep").exists)
         assert len(marked(f"STOP_TEST={tmp_path}")) >= 3
         torchrun.kill()
-        torchrun.communicate()
-    wait_for(lambda: not marked(f"STOP_TEST={tmp_path}"))
+        torchrun.wait()  # and no more: ranks that are left would hold its pipes
+    try:
+        wait_for(lambda: not marked(f"STOP_TEST={tmp_path}"))
+    finally:
+        for pid in marked(f"STOP_TEST={tmp_path}"):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.cli
