@@ -13,7 +13,8 @@ from tpresearch.config.mesh import MeshSizes
 from tpresearch.config.schema import Config, Dtype, ModelConfig
 from tpresearch.config.validate import micro_batch_size
 from tpresearch.parallel.apply import parallelize
-from tpresearch.parallel.weights import materialize
+from tpresearch.parallel.initializers import read_initializers
+from tpresearch.parallel.weights import from_seed, materialize
 from tpresearch.plan.compiler import Plan, compile_plan
 from tpresearch.plan.rules import class_at
 from tpresearch.train.defects import weights_seed
@@ -91,7 +92,8 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
 
 def sharded(model: nn.Module, plan: Plan, cfg: Config, mesh: DeviceMesh, device: torch.device) -> nn.Module:
     """A planned model, sharded over the mesh, with the weights that (seed, name) gives."""
+    initializers = read_initializers(model)
     parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
     home = torch.device("cpu") if cfg.parallel.fsdp.cpu_offload else device
-    materialize(model, home, weights_seed(cfg, mesh), buffers=device)
+    materialize(model, home, from_seed(initializers, weights_seed(cfg, mesh)), buffers=device)
     return model
