@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from tpresearch.data import Batches
 from tpresearch.parallel import apply as sharding
-from tpresearch.parallel import weights as init
+from tpresearch.parallel import weights
 from tpresearch.plan.compiler import Plan
 from tpresearch.train import build, evaluate, loss, step, trainer
 from tpresearch.train.loss import Objective
@@ -30,23 +30,21 @@ Patched = AbstractContextManager[Any]
 
 def weights_of_each_rank() -> Patched:
     """Whatever this rank's generator held: FSDP then trains rows of different models."""
-    draw = build.materialize
-
-    def materialize(model: nn.Module, device: torch.device, seed: int, **more: Any) -> None:
-        draw(model, device, seed + dist.get_rank(), **more)
-
-    return patch.object(build, "materialize", materialize)
+    right = build.from_seed
+    return patch.object(build, "from_seed", lambda known, seed: right(known, seed + dist.get_rank()))
 
 
 def shards_swapped() -> Patched:
     """Ranks hold the shards of each matrix in another order."""
-    fill = init.fill
+    right = weights.held
 
-    def swapped(parameter: Tensor, full: Tensor) -> None:
-        rolled = isinstance(parameter, DTensor) and full.dim() == 2
-        fill(parameter, full.roll(full.shape[0] // 2, 0) if rolled else full)
+    def swapped(parameter: Tensor) -> list[Tensor]:
+        rows, *others = right(parameter)
+        if isinstance(parameter, DTensor) and others:
+            rows = (rows + parameter.shape[0] // 2) % parameter.shape[0]
+        return [rows, *others]
 
-    return patch.object(init, "fill", swapped)
+    return patch.object(weights, "held", swapped)
 
 
 # What a rank reads

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,12 @@ CHANGES = {"clamp_", "add_", "sub_", "mul_", "div_", "pow_", "abs_", "neg_", "ex
 """In-place methods that change each element by itself."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """An in-place method called on a box of a parameter: on all of it, or as in `weight[padding_idx].fill_(0)`."""
+class Call(NamedTuple):
+    """An in-place method called on a parameter, or on a box of it as in `weight[padding_idx].fill_(0)`."""
 
     method: str
     args: tuple[float | None, ...]
-    box: tuple[slice, ...]
+    box: tuple[slice, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,10 @@ class Elementwise:
 
     def draw(self, tile: Tensor, corner: Sequence[int], generator: torch.Generator) -> None:
         """Draw, in place, the tile whose first element is at `corner` in the parameter."""
-        for call in self.calls:
-            overlap = tuple(
-                slice(max(box.start - first, 0), max(box.stop - first, 0))
-                for box, first in zip(call.box, corner, strict=True)
-            )
-            random = {"generator": generator} if call.method in RANDOM else {}
-            getattr(tile[overlap], call.method)(*call.args, **random)
+        for method, args, box in self.calls:
+            part = tile if box is None else tile[_overlap(box, corner)]
+            random = {"generator": generator} if method in RANDOM else {}
+            getattr(part, method)(*args, **random)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +147,7 @@ class _Recorder(TorchDispatchMode):
         whole = box == tuple(slice(0, size) for size in self._parameters[key].shape)
         if not box or method not in SETS | CHANGES or not (self.calls[key] or (whole and method in SETS)):
             return False
-        self.calls[key].append(Call(method, args, box))
+        self.calls[key].append(Call(method, args, None if whole else box))
         return True
 
 
@@ -164,3 +160,11 @@ def _box(view: Tensor, whole: Tensor) -> tuple[slice, ...]:
         shown = dims.pop(0)[0] if dims and dims[0][1] == stride and start + dims[0][0] <= size else 1
         box.append(slice(start, start + shown))
     return () if dims else tuple(box)
+
+
+def _overlap(box: tuple[slice, ...], corner: Sequence[int]) -> tuple[slice, ...]:
+    """The box as seen from a tile that begins at `corner`."""
+    return tuple(
+        slice(max(part.start - first, 0), max(part.stop - first, 0))
+        for part, first in zip(box, corner, strict=True)
+    )

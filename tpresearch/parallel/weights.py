@@ -21,9 +21,9 @@ from tpresearch.parallel.initializers import Elementwise, Initializer, Whole
 WeightSource = Callable[[nn.Module], None]
 """Sets every parameter of a model, sharded or not, in place: each rank sets what it holds."""
 
-TILE = 128
-"""Side of the tiles in which matrices are drawn. Larger ones have a narrow shard draw more beyond its edges; smaller
-ones cost more for the seeding than for the numbers."""
+TILE, TILE_COLUMNS = 65_536, 512
+"""Elements of a tile, and of each of its rows. Larger tiles have a narrow shard draw more beyond its edges; smaller ones
+cost more than their numbers do, in Python and at their edges."""
 
 
 def materialize(
@@ -145,13 +145,13 @@ def pieces(index: Tensor, side: int) -> list[Piece]:
 
 
 def tile_shape(shape: Sequence[int]) -> list[int]:
-    """TILE along each dim from the last on, and along the first whatever is left of TILE squared elements."""
-    left = TILE**2
+    """128 x 512 of a matrix; of anything else as many elements, from the last dim on."""
+    left = TILE
     tile: list[int] = []
-    for dim in reversed(range(len(shape))):
-        side = max(1, min(shape[dim], left if dim == 0 else min(TILE, left)))
-        tile.insert(0, side)
-        left //= side
+    for size in reversed(shape):
+        widest = left if tile or len(shape) == 1 else TILE_COLUMNS
+        tile.insert(0, max(1, min(size, widest)))
+        left //= tile[0]
     return tile
 
 
@@ -169,14 +169,17 @@ def _draw_band(
     """Draw the tiles of a band on the CPU, each whole and from a generator of its own, and keep what this rank holds."""
     home = _local(parameter)[tuple(piece.of_shard for piece in lead)]
     band = home if home.device.type == "cpu" else torch.empty(home.shape)
-    generator, buffer = torch.Generator(), torch.empty(TILE**2)
+    generator, buffer = torch.Generator(), torch.empty(TILE)
+    corner = [piece.corner for piece in lead]
     sides = tile_shape(parameter.shape)
+    rows = [min(side, size - at) for side, size, at in zip(sides, parameter.shape, corner, strict=False)]
+    of_tile = tuple(piece.of_tile for piece in lead)
     for piece in last:
-        corner = [piece.corner for piece in (*lead, piece)]
-        shape = [min(s, n - c) for s, n, c in zip(sides, parameter.shape, corner, strict=True)]
-        tile = buffer[: math.prod(shape)].view(shape)
-        initializer.draw(tile, corner, generator.manual_seed(_hash(f"{key}:{corner}")))
-        band[..., piece.of_shard] = tile[tuple(piece.of_tile for piece in (*lead, piece))]
+        columns = min(sides[-1], parameter.shape[-1] - piece.corner)
+        tile = buffer[: math.prod(rows) * columns].view(*rows, columns)
+        generator.manual_seed(_hash(f"{key}:{[*corner, piece.corner]}"))
+        initializer.draw(tile, [*corner, piece.corner], generator)
+        band[..., piece.of_shard] = tile[(*of_tile, piece.of_tile)]
     if band is not home:
         home.copy_(band)
 

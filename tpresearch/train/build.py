@@ -84,6 +84,7 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     """
     model = meta_model(cfg.model, cfg.train.dtype)
     check_inputs(model, cfg)
+    read_initializers(model)  # refuses what has no first weights, before there are ranks
     rows = micro_batch_size(cfg, sizes)
     plan = compile_plan(model, cfg.model, cfg.parallel, sizes, cfg.data.seq_len, rows)
     check_outputs(model, plan, cfg)
