@@ -168,8 +168,8 @@ def _draw_band(
 ) -> None:
     """Draw the tiles of a band on the CPU, each whole and from a generator of its own, and keep what this rank holds."""
     home = _local(parameter)[tuple(piece.of_shard for piece in lead)]
-    band = home if home.device.type == "cpu" else torch.empty(home.shape)
-    generator, buffer = torch.Generator(), torch.empty(TILE)
+    band = home if home.device.type == "cpu" else torch.empty(home.shape, dtype=torch.float32)
+    generator, buffer = torch.Generator(), torch.empty(TILE, dtype=torch.float32)
     corner = [piece.corner for piece in lead]
     sides = tile_shape(parameter.shape)
     rows = [min(side, size - at) for side, size, at in zip(sides, parameter.shape, corner, strict=False)]
