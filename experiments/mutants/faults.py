@@ -45,23 +45,21 @@ weights_of_each_rank = mistake(weights_per_rank=True)
 
 def weights_of_each_tp_rank() -> Patched:
     """Whatever this rank's generator held: tp shards of different models."""
-    place = loop.place_weights
-
-    def placed(model: nn.Module, device: torch.device, seed: int, **more: Any) -> None:
-        place(model, device, seed + dist.get_rank(), **more)
-
-    return patch.object(loop, "place_weights", placed)
+    right = loop.from_seed
+    return patch.object(loop, "from_seed", lambda known, seed: right(known, seed + dist.get_rank()))
 
 
 def shards_swapped() -> Patched:
     """Ranks hold the shards of each matrix in another order."""
-    fill = weights.fill
+    right = weights.held
 
-    def swapped(parameter: Tensor, full: Tensor) -> None:
-        rolled = isinstance(parameter, DTensor) and full.dim() == 2
-        fill(parameter, full.roll(full.shape[0] // 2, 0) if rolled else full)
+    def swapped(parameter: Tensor) -> list[Tensor]:
+        rows, *others = right(parameter)
+        if isinstance(parameter, DTensor) and others:
+            rows = (rows + parameter.shape[0] // 2) % parameter.shape[0]
+        return [rows, *others]
 
-    return patch.object(weights, "fill", swapped)
+    return patch.object(weights, "held", swapped)
 
 
 # What a rank reads

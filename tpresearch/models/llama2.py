@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tpresearch.models import Head
 
 
-def cut_normal_(weight: Tensor, std: float) -> None:
-    """Draw from a normal whose values beyond 3 std are brought back to there (many times faster than redrawing them)."""
+def clamped_normal_(weight: Tensor, std: float) -> None:
+    """Draw from a normal clamped to +-3 std, which any part of a weight can be drawn by; a truncated one redraws."""
     nn.init.normal_(weight, std=std)
     with torch.no_grad():
         weight.clamp_(-3 * std, 3 * std)
@@ -29,14 +29,14 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        cut_normal_(self.weight, self.std)
+        clamped_normal_(self.weight, self.std)
 
 
 class Embedding(nn.Embedding):
     """A table whose rows are as small as a projection's, so that the residual stream starts small."""
 
     def reset_parameters(self) -> None:
-        cut_normal_(self.weight, 0.02)
+        clamped_normal_(self.weight, 0.02)
 
 
 def rotary_table(head_dim: int, seq_len: int, theta: float) -> Tensor:

@@ -1,105 +1,55 @@
-"""Initial weights that depend on the seed and the parameter's name, never on the mesh."""
+"""First weights: a function of the seed, the parameter's name and the place in it, never of the mesh, the device or the plan."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from tpresearch.config.schema import ParallelConfig
+from tpresearch.config.world import World
+from tpresearch.plan.initializers import Elementwise, Initializer, Whole
+from tpresearch.plan.parameters import tie, tied_parameters
+
+WeightSource = Callable[[nn.Module], None]
+"""Sets every parameter of a model, sharded or not, in place: each rank sets what it holds."""
+
+TILE, TILE_COLUMNS = 65_536, 512
+"""Elements of a tile, and of each of its rows. Larger tiles have a narrow shard draw more beyond its edges; smaller ones
+cost more than their numbers do, in Python and at their edges."""
 
 
 def materialize(
-    model: nn.Module, device: torch.device, seed: int, buffers: torch.device | None = None
+    model: nn.Module, device: torch.device, source: WeightSource, buffers: torch.device | None = None
 ) -> None:
-    """Move a model off the meta device and draw every weight: each rank fills its own shards, nothing is sent.
+    """Move a model off the meta device and give it its first weights.
 
     Args:
-        device: where parameters go. seed: with each parameter's name, decides its values.
-        buffers: where buffers go, if elsewhere: parameters may be offloaded, buffers are not.
+        device: where parameters go. buffers: where buffers go, if elsewhere: parameters may be offloaded, buffers are not.
 
     Raises:
-        ValueError: for a module with parameters and no `reset_parameters`.
+        ValueError: for a module with buffers and no `reset_buffers`.
     """
+    ties = tied_parameters(model)
     model.to_empty(device=device)
+    tie(model, ties)
     if buffers is not None and buffers != device:
         for module in model.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 module.register_buffer(
                     key, buffer.to(buffers), persistent=key not in module._non_persistent_buffers_set
                 )
-    for parameter, full in draw_all(model, seed):
-        fill(parameter, full)
+    source(model)
     reset_buffers(model)
-
-
-def place_weights(model: nn.Module, device: torch.device, seed: int, buffers: torch.device) -> None:
-    materialize(model, device, seed, buffers)
-
-
-def first_weights(model: nn.Module, seed: int) -> None:
-    draw_weights(model, seed)
-
-
-def draw_weights(model: nn.Module, seed: int) -> None:
-    for parameter, full in draw_all(model, seed):
-        fill(parameter, full)
-
-
-def parameter_device(parallel: ParallelConfig, device: torch.device) -> torch.device:
-    """Where a rank keeps its parameters: its device, or the host's memory where they are offloaded."""
-    return torch.device("cpu") if parallel.fsdp.cpu_offload else device
-
-
-@torch.no_grad()
-def fill(parameter: Tensor, full: Tensor) -> None:
-    """Give a parameter its values; a sharded one takes its part, and nothing is sent."""
-    if isinstance(parameter, DTensor):
-        moved = full.to(parameter.to_local().device, parameter.dtype)
-        shard = distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(shard.to_local())
-    else:
-        parameter.copy_(full)
-
-
-def draw_all(model: nn.Module, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """(parameter, its whole initial value on the CPU) for every parameter, one at a time."""
-    for prefix, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}.{key}" if prefix else key
-            yield parameter, draw(module, key, name, seed)
-
-
-def draw(module: nn.Module, key: str, name: str, seed: int) -> Tensor:
-    """The whole initial value of one parameter, float32, from a generator seeded by (seed, name).
-
-    A stand-in for the module, with whole parameters on the CPU, is given to the module's own
-    `reset_parameters`, so a model says how it starts in the way that torch's layers do.
-    """
-    if not hasattr(module, "reset_parameters"):
-        raise ValueError(
-            f"{name}: {type(module).__name__} has parameters and no reset_parameters; write one that draws them"
-        )
-    stand_in: nn.Module = object.__new__(
-        type(module)
-    )  # FSDP gives its classes a __new__ that copying would call
-    stand_in.__dict__ = dict(module.__dict__)
-    stand_in._parameters = {
-        other: None
-        if p is None
-        else nn.Parameter(torch.empty(p.shape, dtype=torch.float32), requires_grad=False)
-        for other, p in module._parameters.items()
-    }
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
-        stand_in.reset_parameters()  # type: ignore[operator]
-    drawn = stand_in._parameters[key]
-    assert drawn is not None
-    return drawn.data
 
 
 def reset_buffers(model: nn.Module) -> None:
@@ -111,3 +61,146 @@ def reset_buffers(model: nn.Module) -> None:
             raise ValueError(
                 f"{name or type(module).__name__}: has buffers and no reset_buffers; write one that fills them"
             )
+
+
+def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int | None = None) -> WeightSource:
+    """Weights as the plain model would draw them, of which each rank draws the tiles that it holds a part of.
+
+    Args:
+        initializers: how each parameter starts, read off the plain model.
+        threads: that draw; as many as there are cores per rank of this host, unless said.
+    """
+
+    @torch.no_grad()
+    def source(model: nn.Module) -> None:
+        whole = functools.lru_cache(maxsize=1)(Whole.draw)
+        bands: list[Future[None]] = []
+        drawn: set[int] = set()
+        with ThreadPoolExecutor(threads or _cores_per_rank()) as pool:
+            for prefix, module in model.named_modules():
+                for key, parameter in module.named_parameters(recurse=False):
+                    if id(parameter) in drawn:  # it is tied to an earlier one
+                        continue
+                    drawn.add(id(parameter))
+                    name = f"{prefix}.{key}" if prefix else key
+                    initializer = initializers[name]
+                    if isinstance(initializer, Whole):
+                        fill(parameter, whole(initializer, _hash(f"{seed}:{prefix}"))[key])
+                    else:
+                        draw_band = functools.partial(_draw_band, parameter, initializer, f"{seed}:{name}")
+                        bands += [pool.submit(draw_band, *band) for band in _bands(parameter)]
+            for band in bands:
+                band.result()
+
+    return source
+
+
+def parameter_device(parallel: ParallelConfig, device: torch.device) -> torch.device:
+    """Where a rank keeps its parameters: its device, or the host's memory where they are offloaded."""
+    return torch.device("cpu") if parallel.fsdp.cpu_offload else device
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, full: Tensor) -> None:
+    """Give a parameter its values; a sharded one takes its part, and nothing is sent."""
+    for dim, index in enumerate(held(parameter)):
+        if len(index) != full.shape[dim]:
+            full = full.index_select(dim, index.to(full.device))
+    _local(parameter).copy_(full)
+
+
+def held(parameter: Tensor) -> list[Tensor]:
+    """Along each dim, the indices into the whole parameter of the elements that this rank holds.
+
+    Raises:
+        ValueError: where FSDP over tensor parallelism cuts unevenly, and torch does not say how.
+    """
+    indices = [torch.arange(size) for size in parameter.shape]
+    if isinstance(parameter, DTensor):
+        for dim, index in enumerate(indices):
+            # Torch cuts the indices as it cut the parameter, be the shards uneven or strided.
+            cuts = [p if getattr(p, "dim", None) == dim else Replicate() for p in parameter.placements]
+            line = index.view([-1 if other == dim else 1 for other in range(parameter.dim())])
+            shard = distribute_tensor(line, parameter.device_mesh, cuts, src_data_rank=None)
+            indices[dim] = shard.to_local().flatten().cpu()
+    lengths, shape = [len(index) for index in indices], list(_local(parameter).shape)
+    if lengths != shape:
+        raise ValueError(
+            f"a parameter of shape {list(parameter.shape)} has a shard of {shape}, not of {lengths}"
+        )
+    return indices
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+class Piece(NamedTuple):
+    """What a rank holds of a tile, along one dim."""
+
+    corner: int
+    """Where the tile begins in the parameter."""
+    of_tile: slice
+    of_shard: slice
+
+
+def pieces(index: Tensor, side: int) -> list[Piece]:
+    """The indices that a rank holds along a dim, cut into runs of neighbours within a tile."""
+    begins = (index[1:] != index[:-1] + 1) | (index[1:] % side == 0)
+    bounds = [0, *(begins.nonzero().flatten() + 1).tolist(), len(index)]
+    found = []
+    for start, stop in itertools.pairwise(bounds):
+        if start < stop:
+            offset = int(index[start]) % side
+            corner = int(index[start]) - offset
+            found.append(Piece(corner, slice(offset, offset + stop - start), slice(start, stop)))
+    return found
+
+
+def tile_shape(shape: Sequence[int]) -> list[int]:
+    """128 x 512 of a matrix; of anything else as many elements, from the last dim on."""
+    left = TILE
+    tile: list[int] = []
+    for size in reversed(shape):
+        widest = left if tile or len(shape) == 1 else TILE_COLUMNS
+        tile.insert(0, max(1, min(size, widest)))
+        left //= tile[0]
+    return tile
+
+
+def _bands(parameter: Tensor) -> Iterator[tuple[tuple[Piece, ...], list[Piece]]]:
+    """What a rank holds, in bands of tiles side by side: of a band, its place along all dims but the last, and its pieces."""
+    sides = tile_shape(parameter.shape)
+    *leading, last = (pieces(index, side) for index, side in zip(held(parameter), sides, strict=True))
+    return ((lead, last) for lead in itertools.product(*leading))
+
+
+@torch.no_grad()
+def _draw_band(
+    parameter: Tensor, initializer: Elementwise, key: str, lead: tuple[Piece, ...], last: list[Piece]
+) -> None:
+    """Draw the tiles of a band on the CPU, each whole and from a generator of its own, and keep what this rank holds."""
+    home = _local(parameter)[tuple(piece.of_shard for piece in lead)]
+    band = home if home.device.type == "cpu" else torch.empty(home.shape, dtype=torch.float32)
+    generator, buffer = torch.Generator(), torch.empty(TILE, dtype=torch.float32)
+    corner = [piece.corner for piece in lead]
+    sides = tile_shape(parameter.shape)
+    rows = [min(side, size - at) for side, size, at in zip(sides, parameter.shape, corner, strict=False)]
+    of_tile = tuple(piece.of_tile for piece in lead)
+    for piece in last:
+        columns = min(sides[-1], parameter.shape[-1] - piece.corner)
+        tile = buffer[: math.prod(rows) * columns].view(*rows, columns)
+        generator.manual_seed(_hash(f"{key}:{[*corner, piece.corner]}"))
+        initializer.draw(tile, [*corner, piece.corner], generator)
+        band[..., piece.of_shard] = tile[(*of_tile, piece.of_tile)]
+    if band is not home:
+        home.copy_(band)
+
+
+def _hash(text: str) -> int:
+    """A seed for torch's generator, whose CPU one takes the lower 32 bits of it."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def _cores_per_rank() -> int:
+    return max(1, len(os.sched_getaffinity(0)) // World.from_environment().local_size)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from tpresearch.config.axes import AXES, MeshSizes
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.schema import DataPlan, ModelConfig, ParallelConfig
+from tpresearch.plan.initializers import Initializer, read_initializers
 from tpresearch.plan.probe import Probe
 from tpresearch.plan.rules import ResolvedRule, resolve_rule
 
@@ -36,6 +37,8 @@ class Plan:
     """The dim of the model's output that reaches the loss sharded: -1 the vocabulary, 0 the batch; None if it is whole."""
     seen: Probe = NOTHING_SEEN
     """What a batch's shapes have shown of the plain model."""
+    initializers: dict[str, Initializer] = field(default_factory=dict)
+    """How each parameter starts, read off the plain model: before a rule, or a narrow dtype, replaces a layer."""
 
     @property
     def loss_parallel(self) -> bool:
@@ -109,7 +112,7 @@ def compile_plan(
     ]
     active = {name: rule for name, rule in rules.items() if sizes[rule.axis] > 1}
     split = next((rule.dst[0].dim for rule in active.values() if rule.leaves_split), None)  # type: ignore[union-attr]
-    return Plan(active, blocks, replicated, sizes, split, seen)
+    return Plan(active, blocks, replicated, sizes, split, seen, read_initializers(model))
 
 
 def _blocks(config: ModelConfig, names: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from tpresearch.data import AnyCorpus, Batch, Batches, batches_of
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.mesh import data_rank
-from tpresearch.parallel.weights import parameter_device, place_weights
+from tpresearch.parallel.weights import from_seed, materialize, parameter_device
 from tpresearch.train.evaluate import held_out_loss
 from tpresearch.train.finite import FiniteCheck
 from tpresearch.train.losses import objective_of
@@ -56,14 +56,13 @@ class Loop:
         """The planned model, sharded over the mesh and given its first weights, with what it takes to train it."""
         cfg = job.cfg
         model = parallelize(job.model, job.plan, cfg.parallel, mesh, cfg.train.dtype)
-        place_weights(
-            model, parameter_device(cfg.parallel, device.torch), cfg.train.seed, buffers=device.torch
-        )
+        home = parameter_device(cfg.parallel, device.torch)
+        materialize(model, home, from_seed(job.plan.initializers, cfg.train.seed), buffers=device.torch)
         batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
         chance = (
             [SeededRandomness(cfg.train.seed, mesh, job.plan.seen.random)] if job.plan.seen.random else []
         )
-        watching = Observers([*chance, *mistakes_of(cfg, mesh, batches), *observers])
+        watching = Observers([*chance, *mistakes_of(cfg, job.plan, mesh, batches), *observers])
         state = TrainState(0, model, build_optimizer(model, cfg.optimizer))
         watching.start(state)
         setup = Setup(cfg, job.plan, mesh, device, objective_of(cfg, job.plan), watching)

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpresearch.config.schema import Config
 from tpresearch.data import Batch, Batches
 from tpresearch.parallel.mesh import data_rank
-from tpresearch.parallel.weights import draw_weights
+from tpresearch.parallel.weights import from_seed
+from tpresearch.plan.compiler import Plan
 from tpresearch.train.observe import Observer
 from tpresearch.train.state import TrainState
 
@@ -22,14 +23,14 @@ RANKS_APART = 1_000_003
 """Between the seeds of two ranks, so that no rank has the seed of an honest run."""
 
 
-def mistakes_of(cfg: Config, mesh: DeviceMesh, batches: Batches) -> list[Observer]:
+def mistakes_of(cfg: Config, plan: Plan, mesh: DeviceMesh, batches: Batches) -> list[Observer]:
     """Those that the config asks for."""
     asked = [f.name for f in dataclasses.fields(cfg.defects) if getattr(cfg.defects, f.name)]
     if asked:
         log.warning("intentional defects enabled: %s", ", ".join(asked))
     known: dict[str, Observer] = {
         "keep_gradients": KeptGradients(),
-        "weights_per_rank": WeightsPerRank(cfg.train.seed, mesh),
+        "weights_per_rank": WeightsPerRank(cfg.train.seed, plan, mesh),
         "overlapping_batches": OverlappingBatches(batches),
     }
     return [known[name] for name in asked]
@@ -58,11 +59,11 @@ class WeightsPerRank(Observer):
     """First weights from a generator of each data-parallel rank's own; the ranks along tp share it, since torch's
     `distribute_tensor` has the first of them send its weights to the others."""
 
-    def __init__(self, seed: int, mesh: DeviceMesh) -> None:
-        self._seed, self._mesh = seed, mesh
+    def __init__(self, seed: int, plan: Plan, mesh: DeviceMesh) -> None:
+        self._source = from_seed(plan.initializers, seed + RANKS_APART * (1 + data_rank(mesh)))
 
     def start(self, state: TrainState) -> None:
-        draw_weights(state.model, self._seed + RANKS_APART * (1 + data_rank(self._mesh)))
+        self._source(state.model)
 
 
 class OverlappingBatches(Observer):

@@ -1,0 +1,170 @@
+"""How each parameter starts, read off the plain model: what its module's `reset_parameters` does to it.
+
+It is read before tensor parallelism, FSDP or a low-precision layer can replace a module's class, so that none of them
+changes the first weights. Nothing is allocated for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tpresearch.config.errors import ConfigError
+
+RANDOM = {"normal_", "uniform_", "exponential_", "log_normal_", "cauchy_"}
+SETS = RANDOM | {"fill_", "zero_"}
+"""In-place methods that give each element a new value, whatever it was."""
+CHANGES = {"clamp_", "add_", "sub_", "mul_", "div_", "pow_", "abs_", "neg_", "exp_", "log_", "erfinv_"}
+"""In-place methods that change each element by itself."""
+
+
+class Call(NamedTuple):
+    """An in-place method called on a parameter, or on a box of it as in `weight[padding_idx].fill_(0)`."""
+
+    method: str
+    args: tuple[float | None, ...]
+    box: tuple[slice, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """A parameter whose elements are drawn independently of each other: any tile of it can be drawn alone."""
+
+    calls: tuple[Call, ...]
+
+    def draw(self, tile: Tensor, corner: Sequence[int], generator: torch.Generator) -> None:
+        """Draw, in place, the tile whose first element is at `corner` in the parameter."""
+        for method, args, box in self.calls:
+            part = tile if box is None else tile[_overlap(box, corner)]
+            random = {"generator": generator} if method in RANDOM else {}
+            getattr(part, method)(*args, **random)
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """The parameters of a module whose `reset_parameters` does anything else: they are drawn whole, and together."""
+
+    module: nn.Module
+
+    def draw(self, seed: int) -> dict[str, Tensor]:
+        """Each of the module's parameters by its key, float32 on the CPU. Torch's default generator stays as it was."""
+        module = _stand_in(self.module, lambda p: torch.full(p.shape, torch.nan, dtype=torch.float32))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            module.reset_parameters()  # type: ignore[operator]
+        return {key: parameter.detach() for key, parameter in module.named_parameters(recurse=False)}
+
+
+Initializer = Elementwise | Whole
+
+
+def read_initializers(model: nn.Module) -> dict[str, Initializer]:
+    """How each parameter of a plain model starts, by its fully qualified name. The model may be on the meta device.
+
+    Raises:
+        ConfigError: for a module with parameters and no `reset_parameters`, or whose own leaves one of them unset.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return {
+        f"{prefix}.{key}" if prefix else key: initializer
+        for prefix, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        for key, initializer in _read(module, prefix, mode).items()
+    }
+
+
+def _read(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[str, Initializer]:
+    name = f"{prefix} ({type(module).__name__})" if prefix else type(module).__name__
+    if not hasattr(module, "reset_parameters"):
+        raise ConfigError(
+            "model", name, "it has parameters and no reset_parameters", "write one that sets each of them"
+        )
+    with mode:  # not on the meta device, for which torch.nn.init leaves out some of its calls
+        stand_in = _stand_in(module, lambda p: torch.empty(p.shape, dtype=torch.float32))
+    recorder = _Recorder(stand_in)
+    try:
+        with mode, recorder:
+            stand_in.reset_parameters()  # type: ignore[operator]
+    except Exception:  # it asks for values, and there are none; a mistake of its own comes up in Whole.draw
+        recorder.elementwise = False
+    if not recorder.elementwise or recorder.storages != _storages(stand_in):
+        return dict.fromkeys(recorder.calls, Whole(copy.deepcopy(module)))
+    for key, calls in recorder.calls.items():
+        if not calls:
+            raise ConfigError("model", name, f"its reset_parameters leaves {key} unset", "set it there")
+    return {key: Elementwise(tuple(calls)) for key, calls in recorder.calls.items()}
+
+
+def _stand_in(module: nn.Module, parameter: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of the module with new parameters, and with the same children."""
+    stand_in = copy.copy(module)
+    stand_in._buffers, stand_in._modules = dict(module._buffers), dict(module._modules)
+    stand_in._parameters = {
+        key: None if p is None else nn.Parameter(parameter(p), requires_grad=False)
+        for key, p in module._parameters.items()
+    }
+    return stand_in
+
+
+def _storages(module: nn.Module) -> dict[str, torch.UntypedStorage]:
+    return {key: p.untyped_storage() for key, p in module.named_parameters(recurse=False)}
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the in-place calls on a module's parameters, and whether they are all that is done with its values."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.storages = _storages(module)
+        self.calls: dict[str, list[Call]] = {key: [] for key in self.storages}
+        self.elementwise = True
+        self._parameters = dict(module.named_parameters(recurse=False))
+        self._keys = {id(storage): key for key, storage in self.storages.items()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        on_parameters = any(id(tensor.untyped_storage()) in self._keys for tensor in tensors)
+        if on_parameters and not func.is_view and func.namespace != "prim":
+            alone = len(tensors) == 1 and tensors[0] is args[0] and not kwargs
+            self.elementwise &= alone and self._record(func.__name__.partition(".")[0], *args)
+        return func(*args, **kwargs)
+
+    def _record(self, method: str, view: Tensor, *args: float | None) -> bool:
+        """Whether the call can be made on any part of the parameter by itself."""
+        key = self._keys[id(view.untyped_storage())]
+        box = _box(view, self._parameters[key])
+        whole = box == tuple(slice(0, size) for size in self._parameters[key].shape)
+        if not box or method not in SETS | CHANGES or not (self.calls[key] or (whole and method in SETS)):
+            return False
+        self.calls[key].append(Call(method, args, None if whole else box))
+        return True
+
+
+def _box(view: Tensor, whole: Tensor) -> tuple[slice, ...]:
+    """The box of a contiguous tensor that a view of it shows; () where it shows none, or turned or merged dims."""
+    dims = [(size, stride) for size, stride in zip(view.shape, view.stride(), strict=True) if size != 1]
+    box, offset = [], int(view.storage_offset())
+    for size, stride in zip(whole.shape, whole.stride(), strict=True):
+        start, offset = divmod(offset, stride)
+        shown = dims.pop(0)[0] if dims and dims[0][1] == stride and start + dims[0][0] <= size else 1
+        box.append(slice(start, start + shown))
+    return () if dims else tuple(box)
+
+
+def _overlap(box: tuple[slice, ...], corner: Sequence[int]) -> tuple[slice, ...]:
+    """The box as seen from a tile that begins at `corner`."""
+    return tuple(
+        slice(max(part.start - first, 0), max(part.stop - first, 0))
+        for part, first in zip(box, corner, strict=True)
+    )
