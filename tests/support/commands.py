@@ -62,14 +62,14 @@ class Done:
         return sorted(line.split()[2] for line in self.out.splitlines() if line.startswith("folder "))
 
 
-def environment(home: Path, **more: str) -> dict[str, str]:
+def environment(home: Path | None = None, **more: str) -> dict[str, str]:
     """One thread, no GPU, no account, and nothing of a job that the tests themselves may be part of."""
     outside = {
         key: value
         for key, value in os.environ.items()
         if not key.startswith(NOT_OURS) and not key.lower().endswith("_proxy")
     }
-    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HOME": str(home)}
+    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | ({"HOME": str(home)} if home else {})
     return {**outside, **ours, **more}
 
 

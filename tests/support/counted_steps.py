@@ -66,8 +66,8 @@ def count(
     """
     sizes = validate(cfg, world.size)
     model, plan = planned(cfg, sizes)
-    expected = Expected(expected_entries(model, plan, cfg), expected_bytes(model, plan, cfg))
     device = device or choose_device(cfg, world.local_rank, world.local_size)
+    formulas = expected_entries(model, plan, cfg), expected_bytes(model, plan, cfg, device.type)
     with process_group(device, world):
         mesh = build_mesh(sizes, device.type)
         trainer = assemble(cfg, model, plan, mesh, device, rows or corpus())
@@ -76,4 +76,4 @@ def count(
             trainer.evaluate()  # which must leave nothing gathered
         counted = Counted(mesh, trainer.model, trainer.optimizer)
         trainer.step(1, trainer.window(), counted)
-        return count_of(counted, expected)
+        return count_of(counted, Expected(*formulas))

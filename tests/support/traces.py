@@ -45,4 +45,4 @@ def agree(ours: Trace, theirs: Trace, tolerance: float = 1e-10) -> None:
             assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in tensors.values())
     found = compare(ours, theirs)
     out = {q: worst for q, worst in found.items() if not worst.error <= (0 if q in EXACT else tolerance)}
-    assert out == {}
+    assert not out, out

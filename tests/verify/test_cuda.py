@@ -8,18 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 from support.composed import config, corpus, in_two_parts
+from support.counted_steps import count
+from support.traces import PLANS
 
 from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
-from tpresearch.config.validate import validate
 from tpresearch.config.world import World
-from tpresearch.ledger.formulas import expected_entries
-from tpresearch.ledger.memory_formulas import expected_bytes
-from tpresearch.ledger.step import Counted, Expected, StepCount, count_of
-from tpresearch.parallel.mesh import build_mesh
-from tpresearch.train.build import planned
-from tpresearch.train.device import choose_device
-from tpresearch.train.loop import assemble, process_group
 from tpresearch.verify.compare import compare, tolerance
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import Trace, trace
@@ -28,7 +22,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
-PLANS = ["ddp", "tp", "sp", "fsdp", "hsdp", "fsdp_tp", "hsdp_tp"]
 SETTINGS = ("train.clip_grad_norm=0.2", "schedule.warmup_steps=1", "train.eval_rows=11", "optimizer=sgd")
 
 
@@ -57,24 +50,10 @@ def test_in_bfloat16_to_rounding(ranks: Ranks, plan: str) -> None:
     agree(ranks.run(4, traced, cfg)[0], plan, "llama2_debug", Dtype.bfloat16)
 
 
-def counted(world: World, cfg: Config) -> StepCount:
-    sizes = validate(cfg, world.size)
-    model, plan = planned(cfg, sizes)
-    expected = Expected(expected_entries(model, plan, cfg), expected_bytes(model, plan, cfg, "cuda"))
-    device = choose_device(cfg, world.local_rank, world.local_size)
-    with process_group(device, world):
-        mesh = build_mesh(sizes, device.type)
-        trainer = assemble(cfg, model, plan, mesh, device, corpus())
-        trainer.step(0, trainer.window(), None)
-        counted = Counted(mesh, trainer.model, trainer.optimizer)
-        trainer.step(1, trainer.window(), counted)
-        return count_of(counted, expected)
-
-
 @pytest.mark.parametrize("plan", ["none", "tp", "fsdp", "fsdp_tp"])
 def test_a_step_sends_and_holds_what_formulas_say(ranks: Ranks, plan: str) -> None:
     cfg = config("model=llama2_debug", f"parallel={plan}", "device=cuda")
-    found = ranks.run(1 if plan == "none" else 4, counted, cfg)[0]
+    found = ranks.run(1 if plan == "none" else 4, count, cfg)[0]
     assert found.sent == found.expected.sent
     held = {kind.kind: kind for kind in found.held}
     for kind in ("parameters", "gradients", "optimizer"):
