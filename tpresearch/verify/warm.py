@@ -22,8 +22,14 @@ from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.train.device import Device
 from tpresearch.verify.trace import trace
 
-SMALL = ("model=llama2_debug", "data=random_tokens", "tokenizer.vocab_size=260", "data.seq_len=16")
-SMALL += ("train.global_batch_size=8", "train.eval_rows=4")
+SMALL = (
+    "model=llama2_debug",
+    "data=random_tokens",
+    "data.seq_len=16",
+    "tokenizer.vocab_size=260",
+    "train.global_batch_size=8",
+    "train.eval_rows=4",
+)
 PLANS = ("parallel=fsdp_tp", "parallel=ddp")
 
 
