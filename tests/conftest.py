@@ -34,7 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ranks() -> Ranks:
-    return Ranks()
+    ranks = Ranks()
+    ranks.start()  # before a test changes the environment, which ranks have from the server
+    return ranks
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def trained(train: Start, small: list[str], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def python(train: Start, tmp_path: Path) -> Start:
+def train_py(train: Start, tmp_path: Path) -> Start:
     """`python train.py ARGUMENTS` in a folder of its own, or one process as rank 0 of so many."""
 
     def start(*arguments: str, size: int = 1, **env: str) -> Done:

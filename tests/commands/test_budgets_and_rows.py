@@ -29,8 +29,8 @@ def test_the_same_seed_gives_the_same_run_to_the_bit(trained, run_fsdp: Trained)
         assert again.column(name) == run_fsdp.column(name)
 
 
-def test_another_seed_gives_another(python, small: list[str], run_fsdp: Trained, tmp_path) -> None:
-    done = python(*small, *ROWS, "parallel=none", "logger=none", "train.seed=1", "hydra.run.dir=run")
+def test_another_seed_gives_another(train_py, small: list[str], run_fsdp: Trained, tmp_path) -> None:
+    done = train_py(*small, *ROWS, "parallel=none", "logger=none", "train.seed=1", "hydra.run.dir=run")
     assert done.code == 0, done.err
     other = Trained(done, tmp_path / "cwd" / "run")
     assert other.column("train/step") == run_fsdp.column("train/step")

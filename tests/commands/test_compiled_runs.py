@@ -33,6 +33,7 @@ def test_compiled_tensor_parallelism_is_the_eager_one(compiled_tp: Trained, run_
     check_same(compiled_tp, run_tp)
 
 
+@pytest.mark.exhaustive
 def test_compiled_fsdp_is_the_eager_one(compiled_fsdp: Trained, run_fsdp: Trained) -> None:
     check_same(compiled_fsdp, run_fsdp)
 

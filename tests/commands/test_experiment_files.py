@@ -31,11 +31,11 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("how", ["--config-dir", "hydra.searchpath"])
 def test_an_experiment_chooses_options_and_sets_values(
-    python, small: list[str], folder: Path, tmp_path: Path, how: str
+    train_py, small: list[str], folder: Path, tmp_path: Path, how: str
 ) -> None:
     where = ["--config-dir", str(folder)] if how == "--config-dir" else [f"{how}=[file://{folder}]"]
     unset = [word for word in small if not word.startswith("train.steps")]
-    done = python("experiment=heads", *unset, "hydra.run.dir=run", *where)
+    done = train_py("experiment=heads", *unset, "hydra.run.dir=run", *where)
     assert done.code == 0, done.err
     run = Trained(done, tmp_path / "cwd" / "run")
     assert run.column("train/step") == [1, 2]
@@ -45,26 +45,26 @@ def test_an_experiment_chooses_options_and_sets_values(
     assert not (run.folder / "wandb").exists()
 
 
-def test_what_is_typed_goes_before_the_experiment(python, small: list[str], folder: Path) -> None:
+def test_what_is_typed_goes_before_the_experiment(train_py, small: list[str], folder: Path) -> None:
     typed = ("experiment=heads", "plan_only=true", "parallel=sp", "mesh.tp=2", "--config-dir", str(folder))
-    done = python(*small, *typed)
+    done = train_py(*small, *typed)
     assert done.out.startswith("model=llama2_debug parallel=sp world_size=2: {'tp': 2}\n"), done.err
     (wk,) = [line for line in done.out.splitlines() if ".attention.wk.weight" in line]
     assert "  8x64" in wk  # one of two KV heads of 8
 
 
 def test_an_experiment_that_is_not_there_is_refused_with_those_that_are(
-    python, small: list[str], folder: Path
+    train_py, small: list[str], folder: Path
 ) -> None:
-    done = python(*small, "experiment=head", "--config-dir", str(folder))
+    done = train_py(*small, "experiment=head", "--config-dir", str(folder))
     assert done.refusal.startswith("error: experiment=head: no such option; one of heads; try: ")
 
 
 def test_overrides_after_a_flag_are_refused_with_the_order_that_works(
-    python, small: list[str], folder: Path
+    train_py, small: list[str], folder: Path
 ) -> None:
-    done = python("experiment=heads", "--config-dir", str(folder), "plan_only=true", "mesh.tp=2")
+    done = train_py("experiment=heads", "--config-dir", str(folder), "plan_only=true", "mesh.tp=2")
     assert done.refusal.startswith("error: flags=plan_only=true mesh.tp=2: not understood; key=value overr")
-    tried = python(*done.command_to_try[2:])
+    tried = train_py(*done.command_to_try[2:])
     assert tried.code == 0, tried.err
     assert tried.out.startswith("model=llama2_tiny parallel=tp world_size=2: {'tp': 2}\n")

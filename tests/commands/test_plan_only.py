@@ -34,11 +34,11 @@ EVERY_DAY = ("llama2_70b", "llama2_debug", "toy_mlp")
 @pytest.mark.parametrize(
     "model", [model if model in EVERY_DAY else exhaustive(model) for model in (*PUBLISHED, *OWN)]
 )
-def test_the_parameters_of_every_model_are_counted(python, model: str) -> None:
+def test_the_parameters_of_every_model_are_counted(train_py, model: str) -> None:
     count, by_formula = PUBLISHED.get(model, (OWN.get(model), OWN.get(model)))
     assert count == by_formula
     tp = 4 if model in ("llama2_small", "llama2_1b", "llama2_debug") else 8  # 12 heads; 4 KV heads
-    done = python("plan_only=true", "tokenizer=bpe_32k", f"model={model}", f"mesh.tp={tp}")
+    done = train_py("plan_only=true", "tokenizer=bpe_32k", f"model={model}", f"mesh.tp={tp}")
     assert done.code == 0, done.err
     assert f"\nparameters: {count:,}\n" in done.out
     assert done.out.startswith(f"model={model} parallel=fsdp_tp world_size={tp}: {{'tp': {tp}}}\n")
@@ -72,10 +72,10 @@ PLANS = [
     ("parallel", "more", "sizes", "placement", "shape"), PLANS, ids=[row[0] for row in PLANS]
 )
 def test_every_parallel_plan_is_printed(
-    python, parallel: str, more: str, sizes: str, placement: str, shape: str
+    train_py, parallel: str, more: str, sizes: str, placement: str, shape: str
 ) -> None:
     world = [] if "world_size" in more else ["world_size=64"]
-    done = python(
+    done = train_py(
         "plan_only=true", "train.global_batch_size=64", f"parallel={parallel}", *world, *more.split()
     )
     assert done.code == 0, done.err
@@ -86,8 +86,8 @@ def test_every_parallel_plan_is_printed(
     assert cells(wq)[1:] == [*tensor, placement, shape]
 
 
-def test_the_table_says_what_each_module_sends(python, small: list[str]) -> None:
-    done = python(*small, "plan_only=true", "parallel=tp", "mesh.tp=2", "world_size=2")
+def test_the_table_says_what_each_module_sends(train_py, small: list[str]) -> None:
+    done = train_py(*small, "plan_only=true", "parallel=tp", "mesh.tp=2", "world_size=2")
     table = {cells(line)[0]: cells(line)[1:] for line in done.out.splitlines() if line}
     assert table["layers.{0-1}.attention.wo.weight"] == [
         "out (rowwise)",

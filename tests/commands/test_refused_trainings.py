@@ -199,9 +199,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("size", "typed", "begins"), REFUSED, ids=[row[1] for row in REFUSED])
 def test_a_wrong_config_is_refused_with_a_command_that_is_not(
-    python, small: list[str], data: Path, texts: Path, tmp_path: Path, size: int, typed: str, begins: str
+    train_py, small: list[str], data: Path, texts: Path, tmp_path: Path, size: int, typed: str, begins: str
 ) -> None:
-    done = python(*small, *typed.format(data=data, texts=texts).split(), size=size)
+    done = train_py(*small, *typed.format(data=data, texts=texts).split(), size=size)
     check_one_line(done, begins.format(data=data, texts=texts))
     assert not list((tmp_path / "cwd").iterdir())
     if any(word in typed for word in NO_OTHER):
@@ -213,7 +213,7 @@ def test_a_wrong_config_is_refused_with_a_command_that_is_not(
         return
     # All that can be refused is refused before the folder: a command whose folder alone is refused is right.
     tried_ranks = 1 if starter == "python" else int(arguments[0].removeprefix("--nproc-per-node="))
-    tried = python(*after, UP_TO_THE_FOLDER, size=tried_ranks)
+    tried = train_py(*after, UP_TO_THE_FOLDER, size=tried_ranks)
     assert tried.refusal.startswith("error: hydra.run.dir=/dev/null/x: cannot be written: "), tried.refusal
 
 
@@ -263,9 +263,9 @@ ALONE = [
 
 @pytest.mark.parametrize(("typed", "begins", "env"), ALONE, ids=[row[0] for row in ALONE])
 def test_one_process_refuses_and_leaves_nothing(
-    python, small: list[str], data: Path, tmp_path: Path, typed: str, begins: str, env: dict[str, str]
+    train_py, small: list[str], data: Path, tmp_path: Path, typed: str, begins: str, env: dict[str, str]
 ) -> None:
-    done = python(*small, *typed.format(data=data).split(), **env)
+    done = train_py(*small, *typed.format(data=data).split(), **env)
     check_one_line(done, begins.format(data=data))
     assert not list((tmp_path / "cwd").iterdir())
 

@@ -122,8 +122,8 @@ def test_the_mesh_and_the_model_are_said_once_over_all_ranks(run_2d: Trained) ->
         assert said.count("wq): Linear") == 1  # the model itself, its two equal layers folded into one
 
 
-def test_the_plan_is_kept_as_plan_only_prints_it(run_2d: Trained, python, small: list[str]) -> None:
-    printed = python(*small, "parallel=fsdp_tp", "plan_only=true", "world_size=4").out
+def test_the_plan_is_kept_as_plan_only_prints_it(run_2d: Trained, train_py, small: list[str]) -> None:
+    printed = train_py(*small, "parallel=fsdp_tp", "plan_only=true", "world_size=4").out
     assert (run_2d.folder / "plan.txt").read_text().strip() in printed
 
 

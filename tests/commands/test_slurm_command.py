@@ -88,6 +88,7 @@ def test_what_sbatch_refuses_is_said_and_what_it_had_taken_is_withdrawn(
     assert not (tmp_path / "slurm/42.state").exists()
 
 
+@pytest.mark.exhaustive
 def test_through_submitits_stand_in_a_failure_stays_its_own(
     small: list[str], home: Path, tmp_path: Path
 ) -> None:

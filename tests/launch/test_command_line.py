@@ -12,8 +12,8 @@ from support.launches import Command
 pytestmark = pytest.mark.cli
 
 
-def test_a_run_leaves_its_config_and_logs_in_a_dated_folder(python: Command, tmp_path: Path) -> None:
-    done = python("train.steps=3", "model=toy_mlp")
+def test_a_run_leaves_its_config_and_logs_in_a_dated_folder(warm_python: Command, tmp_path: Path) -> None:
+    done = warm_python("train.steps=3", "model=toy_mlp")
     assert done.code == 0
     folder = Path(done.folders[0])
     assert re.fullmatch(r"outputs/train/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d", str(folder.relative_to(tmp_path)))
@@ -26,27 +26,27 @@ def test_a_run_leaves_its_config_and_logs_in_a_dated_folder(python: Command, tmp
     assert "rank 0 of 1 ['train.steps=3', 'model=toy_mlp'] toy_mlp" in done.out
 
 
-def test_a_folder_that_is_given_is_used_as_it_is_and_again(python: Command, tmp_path: Path) -> None:
+def test_a_folder_that_is_given_is_used_as_it_is_and_again(warm_python: Command, tmp_path: Path) -> None:
     for _ in range(2):
-        assert python("hydra.run.dir=mine/${name}").folders == [str(tmp_path / "mine" / "train")]
+        assert warm_python("hydra.run.dir=mine/${name}").folders == [str(tmp_path / "mine" / "train")]
     assert (tmp_path / "mine" / "train" / "train.log").read_text().count("training llama2_tiny") == 2
 
 
-def test_showing_a_config_makes_no_folder(python: Command, tmp_path: Path) -> None:
-    shown = python("train.steps=3", "--cfg", "job")
+def test_showing_a_config_makes_no_folder(warm_python: Command, tmp_path: Path) -> None:
+    shown = warm_python("train.steps=3", "--cfg", "job")
     assert yaml.safe_load(shown.out)["train"]["steps"] == 3
-    assert "hydra" in yaml.safe_load(python("--cfg", "all", "--resolve").out)
-    assert "Defaults List" in python("--info", "defaults").out
-    assert "== Configuration groups ==" in python("--help").out
+    assert "hydra" in yaml.safe_load(warm_python("--cfg", "all", "--resolve").out)
+    assert "Defaults List" in warm_python("--info", "defaults").out
+    assert "== Configuration groups ==" in warm_python("--help").out
     assert not list(tmp_path.iterdir())
 
 
-def test_config_files_can_be_added(python: Command, extra_configs: str) -> None:
-    by_override = python(extra_configs, "experiment=short", "--cfg", "job")
-    by_flag = python("experiment=short", "--config-dir", "mine", "--cfg", "job")
+def test_config_files_can_be_added(warm_python: Command, extra_configs: str) -> None:
+    by_override = warm_python(extra_configs, "experiment=short", "--cfg", "job")
+    by_flag = warm_python("experiment=short", "--config-dir", "mine", "--cfg", "job")
     assert (
         yaml.safe_load(by_override.out)["train"]["steps"]
         == yaml.safe_load(by_flag.out)["train"]["steps"]
         == 7
     )
-    assert "one of short, torn;" in python("experiment=sort", "--config-dir", "mine").err
+    assert "one of short, torn;" in warm_python("experiment=sort", "--config-dir", "mine").err

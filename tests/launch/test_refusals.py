@@ -72,9 +72,9 @@ TYPED, SENTENCES = [row[0] for row in REFUSED], [row[1] for row in REFUSED]
 
 @pytest.mark.parametrize(("typed", "sentence", "to_try"), REFUSED, ids=TYPED)
 def test_a_wrong_config_is_refused_in_one_line(
-    python: Command, tmp_path: Path, typed: str, sentence: str, to_try: str | None
+    warm_python: Command, tmp_path: Path, typed: str, sentence: str, to_try: str | None
 ) -> None:
-    done = python(*typed.split())
+    done = warm_python(*typed.split())
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
     assert done.err.startswith(f"error: {sentence}")
     if to_try is not None:
@@ -86,19 +86,17 @@ def test_a_wrong_config_is_refused_in_one_line(
 @pytest.mark.parametrize("typed", ["train.stepz=3", "name=too_few_ranks", "hydra.run.dir=/dev/null/x"])
 def test_a_refusal_takes_no_torch(python: Command, tmp_path: Path, typed: str) -> None:
     (tmp_path / "torch.py").write_text("raise AssertionError('torch is imported')\n")
-    done = python(
-        typed, cold=True, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    )
+    done = python(typed, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
     assert done.refusals[0].startswith(f"error: {dict(zip(TYPED, SENTENCES, strict=True))[typed]}")
     assert done.cpu_seconds < 8
     assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]
 
 
-def test_a_sweep_with_a_wrong_job_leaves_nothing(python: Command, tmp_path: Path) -> None:
+def test_a_sweep_with_a_wrong_job_leaves_nothing(warm_python: Command, tmp_path: Path) -> None:
     for folder in ("mine", None):
         where = [f"hydra.sweep.dir={folder}"] if folder else []
-        done = python("-m", "name=other,too_few_ranks", "parallel=none", *where)
+        done = warm_python("-m", "name=other,too_few_ranks", "parallel=none", *where)
         assert (done.code, done.out) == (2, ""), done.err
         assert done.refusals[0].startswith(
             "error: mesh.tp=2: cannot divide 1, in job 1 of the sweep (name=too_few_ranks parallel=none); "
@@ -107,22 +105,22 @@ def test_a_sweep_with_a_wrong_job_leaves_nothing(python: Command, tmp_path: Path
 
 
 def test_wrong_config_files_are_named_with_the_override_that_chose_them(
-    python: Command, extra_configs: str
+    warm_python: Command, extra_configs: str
 ) -> None:
-    other_model = python(extra_configs, "experiment=other_model").err
+    other_model = warm_python(extra_configs, "experiment=other_model").err
     assert other_model.startswith(
         "error: model=llama9: no such option, asked for by experiment=other_model; one of llama2_"
     )
-    other_key = python(extra_configs, "experiment=other_key").err
+    other_key = warm_python(extra_configs, "experiment=other_key").err
     assert other_key.startswith(
         "error: experiment=other_key: experiment/other_key.yaml sets train.stepz, which does not"
     )
     assert "; nearest is train.steps; try: " in other_key
-    torn = python(extra_configs, "experiment=torn").err
+    torn = warm_python(extra_configs, "experiment=torn").err
     assert torn.startswith("error: experiment=torn: not YAML at line 3, column 1 of ")
-    unset = python(extra_configs, "model=unset").err
+    unset = warm_python(extra_configs, "model=unset").err
     assert unset.startswith("error: model.dim=???: it must be set; model.dim=VALUE; try: ")
-    unknown = python(extra_configs, "experiment=shorter").err
+    unknown = warm_python(extra_configs, "experiment=shorter").err
     assert unknown.startswith("error: experiment=shorter: no such option; one of short, ")
     assert {len(err.splitlines()) for err in (other_model, other_key, torn, unset, unknown)} == {1}
 
@@ -132,10 +130,10 @@ def test_the_command_to_try_is_the_one_that_was_typed(python_module: Command) ->
     assert done.err.endswith("; try: python -m program train.steps=3\n")
 
 
-def test_srun_in_the_place_of_torchrun_is_refused_by_its_first_task(python: Command) -> None:
+def test_srun_in_the_place_of_torchrun_is_refused_by_its_first_task(warm_python: Command) -> None:
     step = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
-    first = python("mesh.tp=2", SLURM_PROCID="0", **step)
-    second = python("mesh.tp=2", SLURM_PROCID="1", **step)
+    first = warm_python("mesh.tp=2", SLURM_PROCID="0", **step)
+    second = warm_python("mesh.tp=2", SLURM_PROCID="1", **step)
     assert first.err.startswith(
         "error: SLURM_STEP_NUM_TASKS=8: srun started this many jobs of one process each; "
     )
@@ -143,8 +141,8 @@ def test_srun_in_the_place_of_torchrun_is_refused_by_its_first_task(python: Comm
     assert (first.code, second.code, second.err) == (2, 2, "")
 
 
-def test_main_can_refuse_too(python: Command) -> None:
-    done = python("name=refused_late", "data.path=x")
+def test_main_can_refuse_too(warm_python: Command) -> None:
+    done = warm_python("name=refused_late", "data.path=x")
     assert done.code == 2
     sentence = "data.path=x: holds no rows; a path with text in it"
     assert done.refusals == [f"error: {sentence}; try: python {PROGRAM} name=refused_late data.path=x"]
@@ -152,7 +150,7 @@ def test_main_can_refuse_too(python: Command) -> None:
 
 
 @pytest.mark.parametrize("name", ["bug", "bug_in_judge"])
-def test_a_bug_is_no_refusal_and_keeps_its_traceback(python: Command, name: str) -> None:
-    done = python(f"name={name}")
+def test_a_bug_is_no_refusal_and_keeps_its_traceback(warm_python: Command, name: str) -> None:
+    done = warm_python(f"name={name}")
     assert (done.code, done.refusals, done.err.count("Traceback")) == (1, [], 1)
     assert done.err.endswith("ValueError: not the user's fault\n")

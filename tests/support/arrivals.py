@@ -30,4 +30,4 @@ def sync(server: FakeWandb, *folders: Path) -> None:
     command = [str(Path(sys.executable).parent / "wandb"), "sync", "--include-online", *map(str, folders)]
     environment = os.environ | server.env()
     del environment["WANDB_MODE"]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=30)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)

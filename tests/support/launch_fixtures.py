@@ -1,4 +1,4 @@
-"""Commands are run as a user runs them: in a process of their own, in an empty folder."""
+"""Commands are run as a user runs them, in an empty folder: each in a process of its own, or in a fork of a warm one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from tpresearch.verify.ranks import Ranks
 
 
 @pytest.fixture
-def python(ranks: Ranks, tmp_path: Path) -> Command:
-    """`python program.py ARGUMENTS`, in a fork of a warm process or a `cold` one."""
+def python(tmp_path: Path) -> Command:
+    """`python program.py ARGUMENTS`"""
 
-    def run(*arguments: str, cold: bool = False, **env: str) -> Done:
-        env = environment(tmp_path, **env)
-        if cold:
-            return execute([sys.executable, str(PROGRAM), *arguments], tmp_path, env)
-        return execute_warm(ranks, None, [str(PROGRAM), *arguments], tmp_path, env)
+    def run(*arguments: str, **env: str) -> Done:
+        return execute([sys.executable, str(PROGRAM), *arguments], tmp_path, environment(tmp_path, **env))
+
+    return run
+
+
+@pytest.fixture
+def warm_python(ranks: Ranks, tmp_path: Path) -> Command:
+    """`python program.py ARGUMENTS` at a tenth of its cost; that torch is not imported, it cannot show."""
+
+    def run(*arguments: str, **env: str) -> Done:
+        return execute_warm(ranks, None, [str(PROGRAM), *arguments], tmp_path, environment(tmp_path, **env))
 
     return run
 

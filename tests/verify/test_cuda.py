@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.composed import config, corpus, in_two_parts
 from support.counted_steps import count
+from support.traces import PLANS
 
 from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
@@ -21,7 +22,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
-PLANS = ["ddp", "tp", "sp", "fsdp", "hsdp", "fsdp_tp", "hsdp_tp"]
 SETTINGS = ("train.clip_grad_norm=0.2", "schedule.warmup_steps=1", "train.eval_rows=11", "optimizer=sgd")
 
 

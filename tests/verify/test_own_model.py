@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.composed import config, corpus
 from support.marks import exhaustive
-from test_parity import PLANS, agree
+from support.traces import CLIP, PLANS, agree
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.validate import validate
@@ -131,7 +131,7 @@ def own_config(own: Path, *overrides: str) -> Config:
         f"hydra.searchpath=[file://{own}/conf]",
         "model=own",
         "train.dtype=float64",
-        "train.clip_grad_norm=0.2",
+        f"train.clip_grad_norm={CLIP}",
         "optimizer=sgd",
         "schedule.warmup_steps=1",
         *overrides,

@@ -6,7 +6,6 @@ batch whole: initial weights (bitwise), loss, gradient norm, every gradient, eve
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from functools import cache
 
@@ -14,39 +13,32 @@ import pytest
 import torch
 from support.composed import config, corpus, in_two_parts
 from support.marks import exhaustive
+from support.traces import CLIP, PLANS, agree, digested, traced
 
 from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.verify.ranks import Ranks
-from tpresearch.verify.trace import Tensors, Trace, trace
+from tpresearch.verify.trace import Trace, trace
 
 STEPS = 3
-TOLERANCE = 1e-10
 OPTIMIZERS = {"sgd": ["optimizer=sgd", "optimizer.momentum=0.9"], "adamw": ["optimizer=adamw"]}
-COMMON = ["train.dtype=float64", "train.clip_grad_norm=0.2", "schedule.warmup_steps=1", "train.eval_rows=11"]
+COMMON = [
+    "train.dtype=float64",
+    f"train.clip_grad_norm={CLIP}",
+    "schedule.warmup_steps=1",
+    "train.eval_rows=11",
+]
 
 
 def job(world: World, cfg: Config) -> tuple[str, Trace | None]:
-    """What every rank holds in the end, as a digest, and the trace from rank 0."""
-    result = trace(cfg, corpus(), world, STEPS)
-    return digest(result), result if world.rank == 0 else None
-
-
-def digest(result: Trace) -> str:
-    """Equal on two ranks where losses, norms and all weights are, to the bit."""
-    found = hashlib.sha256()
-    for step in result.steps:
-        found.update(f"{step.loss!r} {step.grad_norm!r}".encode())
-        for weight in step.weights.values():
-            found.update(weight.numpy().tobytes())
-    return found.hexdigest()
+    return digested(trace(cfg, corpus(), world, STEPS), world.rank)
 
 
 def run_on(ranks: Ranks, size: int, cfg: Config) -> Trace:
     """The trace of a job, once it is seen that all ranks have the same one."""
-    digests, traces = zip(*ranks.run(size, job, cfg), strict=True)
-    assert len(set(digests)) == 1, "ranks have drifted apart"
-    return traces[0]
+    found, same = traced(ranks, size, job, cfg)
+    assert same, "ranks have drifted apart"
+    return found
 
 
 @cache
@@ -61,34 +53,6 @@ def reference(model: str, optimizer: str, *extra: str) -> Trace:
         *extra,
     )
     return trace(cfg, corpus(), World(), STEPS)
-
-
-def relative(ours: Tensors, theirs: Tensors) -> tuple[float, str]:
-    """The greatest difference of a tensor over that tensor's greatest value, and where it is."""
-    assert ours.keys() == theirs.keys()
-    assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in theirs.values())
-    assert all(tensor.isfinite().all() for tensor in ours.values())
-    return max(
-        ((ours[name] - theirs[name]).abs().max().item() / theirs[name].abs().max().item(), name)
-        for name in theirs
-    )
-
-
-def agree(ours: Trace, theirs: Trace, tolerance: float = TOLERANCE) -> None:
-    for name, weight in theirs.initial.items():
-        assert torch.equal(ours.initial[name], weight), f"initial {name}"
-    for step, (a, b) in enumerate(zip(ours.steps, theirs.steps, strict=True)):
-        assert a.loss == pytest.approx(b.loss, rel=tolerance), f"loss at step {step}"
-        assert a.grad_norm == pytest.approx(b.grad_norm, rel=tolerance), f"grad norm at step {step}"
-        assert b.grad_norm > 0.2, "clipping does not bite: the test would not see it"
-        error, name = relative(a.gradients, b.gradients)
-        assert error < tolerance, f"gradient of {name} at step {step}: {error:.1e}"
-        error, name = relative(a.weights, b.weights)
-        assert error < tolerance, f"updated {name} at step {step}: {error:.1e}"
-    assert ours.held_out == pytest.approx(theirs.held_out, rel=tolerance)
-
-
-PLANS = ["ddp", "tp", "sp", "fsdp", "hsdp", "fsdp_tp", "hsdp_tp"]
 
 
 MODELS = ["toy_mlp", "llama2_debug"]

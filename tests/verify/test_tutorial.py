@@ -9,7 +9,7 @@ import torch
 from support.composed import config
 from support.counted_steps import FAKE, count
 from support.marks import exhaustive
-from test_parity import digest
+from support.traces import digested, traced
 
 from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
@@ -39,14 +39,7 @@ def experiment(name: str, *overrides: str, whole: bool = False) -> Config:
 
 
 def job(world: World, cfg: Config) -> tuple[str, Trace | None]:
-    result = trace(cfg, prepare(cfg.data, cfg.tokenizer), world, STEPS)
-    return digest(result), result if world.rank == 0 else None
-
-
-def run_on(ranks: Ranks, size: int, cfg: Config) -> tuple[Trace, bool]:
-    """The trace of rank 0, and whether all ranks have the same one."""
-    digests, traces = zip(*ranks.run(size, job, cfg), strict=True)
-    return traces[0], len(set(digests)) == 1
+    return digested(trace(cfg, prepare(cfg.data, cfg.tokenizer), world, STEPS), world.rank)
 
 
 @cache
@@ -79,7 +72,7 @@ def test_the_models_have_the_scripts_sizes(name: str, count: int) -> None:
     ],
 )
 def test_each_script_equals_one_process(ranks: Ranks, name: str, size: int) -> None:
-    ours, same = run_on(ranks, size, experiment(name))
+    ours, same = traced(ranks, size, job, experiment(name))
     assert same
     assert out_of_tolerance(ours, one_process(name)) == set()
 
@@ -102,7 +95,7 @@ def test_each_script_equals_one_process(ranks: Ranks, name: str, size: int) -> N
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
 def test_other_choices_change_no_number(ranks: Ranks, name: str, overrides: list[str]) -> None:
-    ours, same = run_on(ranks, 4, experiment(name, *overrides))
+    ours, same = traced(ranks, 4, job, experiment(name, *overrides))
     assert same
     science = [o for o in overrides if o.startswith("train.loss")]
     assert out_of_tolerance(ours, one_process(name, *science)) == set()
@@ -111,7 +104,7 @@ def test_other_choices_change_no_number(ranks: Ranks, name: str, overrides: list
 @pytest.mark.parametrize("plan", ["tp", "sp", "fsdp"])
 def test_rows_of_numbers_go_through_bfloat16(ranks: Ranks, plan: str) -> None:
     cfg = experiment("seed_sp", f"parallel={plan}", "train.dtype=bfloat16")
-    ours, same = run_on(ranks, 2, cfg)
+    ours, same = traced(ranks, 2, job, cfg)
     alone = job(World(), reference_of(cfg))[1]
     assert same
     assert alone is not None
@@ -124,7 +117,7 @@ def test_rows_of_numbers_go_through_bfloat16(ranks: Ranks, plan: str) -> None:
 
 @pytest.mark.parametrize(("name", "size"), [("seed_tp", 2), ("seed_sp", 4), ("seed_2d", 4)])
 def test_weights_of_each_rank_are_other_weights(ranks: Ranks, name: str, size: int) -> None:
-    ours, same = run_on(ranks, size, experiment(name, "defects.weights_per_rank=true"))
+    ours, same = traced(ranks, size, job, experiment(name, "defects.weights_per_rank=true"))
     assert (
         same
     )  # each shard is in one place, and what is whole on several starts from a constant or from one rank
@@ -132,13 +125,13 @@ def test_weights_of_each_rank_are_other_weights(ranks: Ranks, name: str, size: i
 
 
 def test_replicas_with_weights_of_their_own_are_different_models(ranks: Ranks) -> None:
-    ours, same = run_on(ranks, 2, experiment("seed_tp", "parallel=ddp", "defects.weights_per_rank=true"))
+    ours, same = traced(ranks, 2, job, experiment("seed_tp", "parallel=ddp", "defects.weights_per_rank=true"))
     assert not same
     assert "between ranks" in out_of_tolerance(ours, one_process("seed_tp"))
 
 
 def test_kept_gradients_are_right_for_one_step_and_wrong_from_the_second(ranks: Ranks) -> None:
-    ours, same = run_on(ranks, 4, experiment("seed_2d", "defects.keep_gradients=true"))
+    ours, same = traced(ranks, 4, job, experiment("seed_2d", "defects.keep_gradients=true"))
     right = one_process("seed_2d")
     assert same
     assert {"grad norm", "gradients", "weights"} < out_of_tolerance(ours, right)
@@ -157,7 +150,7 @@ def test_kept_gradients_are_kept_alike_under_every_plan(ranks: Ranks, name: str,
     cfg = experiment(name, f"parallel={plan}", "defects.keep_gradients=true", "mesh=auto")
     alone = job(World(), experiment(name, "parallel=none", "mesh=auto", "defects.keep_gradients=true"))[1]
     assert alone is not None
-    assert out_of_tolerance(run_on(ranks, 4, cfg)[0], alone) == set()
+    assert out_of_tolerance(traced(ranks, 4, job, cfg)[0], alone) == set()
 
 
 def test_kept_gradients_are_the_sum_of_all_so_far() -> None:
@@ -179,7 +172,7 @@ def test_overlapping_batches_are_read_twice_and_change_the_loss(ranks: Ranks) ->
         assert torch.equal(rows.batch(step, 1, 2).inputs, rows.batch(step + 1, 0, 2).inputs)
         assert torch.equal(rows.batch(step, 0, 2).inputs, honest.batch(step, 0, 2).inputs)
         assert not torch.equal(rows.batch(step, 1, 2).inputs, honest.batch(step, 1, 2).inputs)
-    found = out_of_tolerance(run_on(ranks, 4, cfg)[0], one_process("seed_2d"))
+    found = out_of_tolerance(traced(ranks, 4, job, cfg)[0], one_process("seed_2d"))
     assert {"loss", "gradients"} < found
     assert "initial weights" not in found
 

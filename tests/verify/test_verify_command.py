@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import Done, environment, execute_warm
+from support.marks import exhaustive
 
 from tpresearch.verify.ranks import Ranks
 
@@ -62,7 +63,7 @@ def test_a_plan_that_does_not_run_fails_and_says_why(ranks: Ranks, tmp_path: Pat
     assert not json.loads((tmp_path / "run" / "verify.json").read_text())["passed"]
 
 
-@pytest.mark.parametrize(("switch", "code"), [("false", 0), ("true", 1)])
+@pytest.mark.parametrize(("switch", "code"), [exhaustive("false", 0), ("true", 1)])
 def test_a_mistake_of_the_tutorial_is_named(ranks: Ranks, tmp_path: Path, switch: str, code: int) -> None:
     words = ["experiment=seed_tp", f"defects.weights_per_rank={switch}"]
     done = verify(ranks, tmp_path, *words, "verify.world_size=2", "verify.optimizers=[sgd]")

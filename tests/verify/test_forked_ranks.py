@@ -105,7 +105,7 @@ def sleep_and_tell(world: World, folder: Path) -> None:
 CALLER = """
 import sys
 from pathlib import Path
-from verify.test_ranks import sleep_and_tell
+from verify.test_forked_ranks import sleep_and_tell
 from tpresearch.verify.ranks import Ranks
 if __name__ == "__main__":
     Ranks().run(2, sleep_and_tell, Path(sys.argv[1]))
