@@ -39,8 +39,14 @@ def signalled(flag: StopFlag, number: signal.Signals) -> None:
     wait_for(lambda: flag.requested)
 
 
+def hear_ctrl_c() -> None:
+    """As a rank of torchrun does: the ranks of a test ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def polls(world: World, sent: dict[tuple[int, int], signal.Signals]) -> list[int | None]:
     """What each of six polls says where (rank, poll) is sent a signal before it."""
+    hear_ctrl_c()
     with process_group(CPU, world), StopFlag() as flag:
         stop = AgreedStop(flag)
         said = []
@@ -72,6 +78,7 @@ def train_until(
     world: World, cfg: Config, folder: Path, rank: int, step: int, where: str, number: signal.Signals
 ) -> tuple[str, int]:
     """Train; that rank is sent a signal in that step, or in the evaluation after it. Returns how it ended."""
+    hear_ctrl_c()
     corpus, flags = composed.corpus(), []
 
     class Flag(StopFlag):
