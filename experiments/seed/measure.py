@@ -28,7 +28,6 @@ from tpresearch.config import Config
 from tpresearch.config.compose import register_schema, typed
 from tpresearch.config.schema import Dtype
 from tpresearch.config.validate import validate
-from tpresearch.config.world import World
 from tpresearch.data import prepare
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
@@ -37,9 +36,9 @@ from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.shown import bytes_text
 from tpresearch.train.preflight import planned
 from tpresearch.verify.compare import MaxError, compare, tolerance
-from tpresearch.verify.plans import reference_of, trace_of
+from tpresearch.verify.plans import trace_of
 from tpresearch.verify.ranks import Ranks
-from tpresearch.verify.trace import trace
+from tpresearch.verify.reference import reference
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -126,7 +125,7 @@ def verified(case: Case, ranks: Ranks) -> dict[str, MaxError]:
     plan = case.plan or composed("verify", words).verify.plans[0]
     cfg = composed("verify", [*words, f"parallel={plan}"])
     corpus = prepare(cfg.data, cfg.tokenizer)
-    right = trace(reference_of(cfg), corpus, World(), cfg.verify.steps)
+    right = reference(cfg, corpus, cfg.verify.steps)
     return compare(ranks.run(4, trace_of, cfg, corpus)[0], right)
 
 

@@ -269,7 +269,7 @@ def differing(world: World, meshes: dict[str, tuple[int, str]]) -> dict[str, lis
                     if hasattr(placements.get("tp"), "dim"):
                         expected = part(expected, placements["tp"].dim, sizes.tp, tp)
                     if "dp_shard" in placements and sizes["dp_shard"] > 1:
-                        expected = part(expected, 0, sizes.dp_shard, shard)
+                        expected = part(expected, 0, sizes["dp_shard"], shard)
                 if not torch.equal(local, expected):
                     found[case].append(name)
                 assert sum(len(index) for index in held(parameter)) == sum(expected.shape)

@@ -16,6 +16,7 @@ from tpresearch.config.schema import Dtype
 from tpresearch.config.world import World
 from tpresearch.verify.compare import compare, tolerance
 from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.reference import reference
 from tpresearch.verify.trace import Trace, trace
 
 pytestmark = [
@@ -32,7 +33,7 @@ def traced(world: World, cfg: Config) -> Trace | None:
 
 def agree(ours: Trace, plan: str, model: str, dtype: Dtype) -> None:
     alone = config(f"model={model}", "parallel=none", "device=cpu", *SETTINGS, f"train.dtype={dtype}")
-    found = compare(ours, trace(alone, corpus(), World(), 3))
+    found = compare(ours, reference(alone, corpus(), 3))
     out = {q: worst for q, worst in found.items() if not worst.error <= tolerance(q, dtype)}
     assert out == {}, plan
 

@@ -13,10 +13,10 @@ from support.marks import exhaustive
 
 from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
-from tpresearch.config.world import World
 from tpresearch.verify.compare import compare, tolerance
 from tpresearch.verify.ranks import Ranks
-from tpresearch.verify.trace import Trace, trace
+from tpresearch.verify.reference import reference
+from tpresearch.verify.trace import Trace
 
 STEPS = 2
 SETTINGS = ("optimizer=sgd", "train.dtype=float64", "train.clip_grad_norm=0.2", "train.eval_rows=11")
@@ -37,7 +37,7 @@ def wrong(mutant: Mutant, model: str) -> Config:
 
 @cache
 def right(model: str) -> Trace:
-    return trace(config(f"model={model}", "parallel=none", *SETTINGS), corpus(), World(), STEPS)
+    return reference(config(f"model={model}", "parallel=none", *SETTINGS), corpus(), STEPS)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,14 @@ import pytest
 import torch
 from support.composed import config, corpus, in_two_parts
 from support.marks import exhaustive
+from support.nets import Tied
+from support.nets import model as twisted
 from support.traces import CLIP, PLANS, agree, digested, traced
 
 from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.reference import reference
 from tpresearch.verify.trace import Trace, trace
 
 STEPS = 3
@@ -42,17 +45,10 @@ def run_on(ranks: Ranks, size: int, cfg: Config) -> Trace:
 
 
 @cache
-def reference(model: str, optimizer: str, *extra: str) -> Trace:
-    """One process, the whole batch at once, whole logits."""
-    cfg = config(
-        f"model={model}",
-        "parallel=none",
-        "parallel.loss_parallel=false",
-        *OPTIMIZERS[optimizer],
-        *COMMON,
-        *extra,
-    )
-    return trace(cfg, corpus(), World(), STEPS)
+def one_process(model: str, optimizer: str, *extra: str) -> Trace:
+    """The whole batch at once, as in a notebook."""
+    cfg = config(f"model={model}", "parallel=none", *OPTIMIZERS[optimizer], *COMMON, *extra)
+    return reference(cfg, corpus(), STEPS)
 
 
 MODELS = ["toy_mlp", "llama2_debug"]
@@ -88,7 +84,7 @@ def test_a_plan_computes_what_one_process_does(
     ranks: Ranks, plan: str, size: int, model: str, optimizer: str
 ) -> None:
     cfg = config(f"model={model}", f"parallel={plan}", *OPTIMIZERS[optimizer], *COMMON)
-    agree(run_on(ranks, size, in_two_parts(cfg, size)), reference(model, optimizer))
+    agree(run_on(ranks, size, in_two_parts(cfg, size)), one_process(model, optimizer))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +107,7 @@ def test_a_plan_computes_what_one_process_does(
 def test_sizes_and_options_change_nothing(ranks: Ranks, size: int, overrides: list[str]) -> None:
     cfg = config("model=llama2_debug", *OPTIMIZERS["adamw"], *COMMON, *overrides)
     science = tuple(o for o in overrides if o.startswith(("model.", "train.")))
-    agree(run_on(ranks, size, cfg), reference("llama2_debug", "adamw", *science))
+    agree(run_on(ranks, size, cfg), one_process("llama2_debug", "adamw", *science))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +125,7 @@ def test_below_float64_plans_agree_to_rounding(ranks: Ranks, plan: str, dtype: s
     cfg = config(
         "model=llama2_debug", f"parallel={plan}", *OPTIMIZERS["sgd"], *COMMON, f"train.dtype={dtype}"
     )
-    agree(run_on(ranks, 4, cfg), reference("llama2_debug", "sgd", f"train.dtype={dtype}"), tolerance)
+    agree(run_on(ranks, 4, cfg), one_process("llama2_debug", "sgd", f"train.dtype={dtype}"), tolerance)
 
 
 def test_seeds_give_different_weights_and_the_same_seed_the_same() -> None:
@@ -139,3 +135,11 @@ def test_seeds_give_different_weights_and_the_same_seed_the_same() -> None:
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("plan", "size"), [("none", 1), ("ddp", 2), ("fsdp", 2), ("tp", 2), ("sp", 2), ("fsdp_tp", 4)]
+)
+def test_tied_weights_stay_tied(ranks: Ranks, plan: str, size: int) -> None:
+    tied = [*twisted(Tied), f"parallel={plan}", *OPTIMIZERS["adamw"], *COMMON]
+    agree(run_on(ranks, size, config(*tied)), reference(config(*tied), corpus(), STEPS))

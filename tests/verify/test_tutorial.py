@@ -23,8 +23,8 @@ from tpresearch.train.mistakes import OverlappingBatches
 from tpresearch.train.preflight import planned
 from tpresearch.train.state import TrainState
 from tpresearch.verify.compare import compare, tolerance
-from tpresearch.verify.plans import reference_of
 from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.reference import reference
 from tpresearch.verify.trace import Trace, trace
 
 STEPS = 3
@@ -44,8 +44,8 @@ def job(world: World, cfg: Config) -> tuple[str, Trace | None]:
 
 @cache
 def one_process(name: str, *overrides: str) -> Trace:
-    found = job(World(), reference_of(experiment(name, *overrides)))[1]
-    assert found is not None
+    cfg = experiment(name, *overrides)
+    found = reference(cfg, prepare(cfg.data, cfg.tokenizer), STEPS)
     assert all(
         g.abs().max() > 0 for step in found.steps for n, g in step.gradients.items() if "norm" not in n
     )
@@ -105,9 +105,8 @@ def test_other_choices_change_no_number(ranks: Ranks, name: str, overrides: list
 def test_rows_of_numbers_go_through_bfloat16(ranks: Ranks, plan: str) -> None:
     cfg = experiment("seed_sp", f"parallel={plan}", "train.dtype=bfloat16")
     ours, same = traced(ranks, 2, job, cfg)
-    alone = job(World(), reference_of(cfg))[1]
+    alone = reference(cfg, prepare(cfg.data, cfg.tokenizer), STEPS)
     assert same
-    assert alone is not None
     first = (ours.steps[0].loss, alone.steps[0].loss)
     assert first[0] == pytest.approx(first[1], rel=0.05)
 

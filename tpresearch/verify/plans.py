@@ -15,7 +15,7 @@ from rich.progress import track
 from tpresearch.config import Config
 from tpresearch.config.compose import typed
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.schema import DataPlan, DefectsConfig, MeshConfig, ParallelConfig
+from tpresearch.config.schema import DataPlan
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.data import AnyCorpus, Synthetic, check_data, prepare
@@ -23,6 +23,7 @@ from tpresearch.train.preflight import planned
 from tpresearch.verify.compare import MaxError, compare, tolerance
 from tpresearch.verify.integers import Exact, exactness, worst_of
 from tpresearch.verify.ranks import RankError, Ranks
+from tpresearch.verify.reference import reference
 from tpresearch.verify.trace import Trace, trace
 
 log = logging.getLogger(__name__)
@@ -109,26 +110,33 @@ def check_plan(cfg: Config) -> None:
     """
     sizes = validate(cfg, ranks_of(cfg))
     check_data(cfg.data, cfg.tokenizer)
-    planned(cfg, sizes)
+    _, plan = planned(cfg, sizes)
+    if plan.seen.random:
+        raise ConfigError(
+            "model",
+            cfg.model.name,
+            f"it draws random numbers in {', '.join(plan.seen.random)}, which differ between plans",
+            "a model that draws none in training, such as with a dropout of 0; equality is not claimed otherwise",
+        )
 
 
 def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
-    """Trace one process, then each plan, and say how far they are apart."""
+    """Train plainly in one process, then under each plan, and say how far they are apart."""
     ranks = Ranks(PATIENCE_S)
     ranks.start()
     corpus = _few_rows(prepare(cfg.data, cfg.tokenizer, progress=True))
     first = next(iter(plans.values()))
-    references = [trace(reference_of(c), corpus, World(), cfg.verify.steps) for c in first]
+    references = [reference(c, corpus, cfg.verify.steps) for c in first]
     jobs = [(plan, *pair) for plan, cfgs in plans.items() for pair in zip(cfgs, references, strict=True)]
     results: list[Result] = []
-    for plan, c, reference in track(jobs, description="verifying", transient=True):
+    for plan, c, right in track(jobs, description="verifying", transient=True):
         integers = c.verify.integers and c is plans[plan][0]
-        results.append(_verified(ranks, plan, c, reference, corpus, integers))
+        results.append(_verified(ranks, plan, c, right, corpus, integers))
     return results
 
 
 def _verified(
-    ranks: Ranks, plan: str, cfg: Config, reference: Trace, corpus: AnyCorpus, integers: bool
+    ranks: Ranks, plan: str, cfg: Config, right: Trace, corpus: AnyCorpus, integers: bool
 ) -> Result:
     """One plan under one optimizer beside the reference; its matmuls on integers too where that is wanted."""
     result = Result(plan, cfg.optimizer.name, tolerance("loss", cfg.train.dtype))
@@ -140,7 +148,7 @@ def _verified(
         result.error = str(error).strip().splitlines()[-1]
         log.error("%s: %s", plan, error)
         return result
-    result.worst = compare(ours, reference)
+    result.worst = compare(ours, right)
     result.out = [q for q, w in result.worst.items() if not w.error <= tolerance(q, cfg.train.dtype)]
     return result
 
@@ -149,18 +157,6 @@ def trace_of(world: World, cfg: Config, corpus: AnyCorpus) -> Trace | None:
     """The trace from rank 0 alone, since all ranks have the same, and it is large to send."""
     found = trace(cfg, corpus, world, cfg.verify.steps)
     return found if world.rank == 0 else None
-
-
-def reference_of(cfg: Config) -> Config:
-    """The same science in one process: the whole batch at once, whole logits, no defects."""
-    whole_batch = dataclasses.replace(cfg.train, micro_batch_size=None)
-    return dataclasses.replace(
-        cfg,
-        parallel=ParallelConfig(loss_parallel=False),
-        mesh=MeshConfig(),
-        train=whole_batch,
-        defects=DefectsConfig(),
-    )
 
 
 def _few_rows(corpus: AnyCorpus) -> AnyCorpus:
