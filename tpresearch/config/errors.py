@@ -37,6 +37,10 @@ class ConfigError(Exception):
         super().__init__(" ".join(f"{field}={shown(value)}: {why}; {legal}".split()))  # always one line
 
 
+class JobFailed(Exception):
+    """A job of a sweep has failed; the sweep's table says why."""
+
+
 def shown(value: object) -> str:
     """A value as it would be typed on the command line, on one line."""
     if value is None:

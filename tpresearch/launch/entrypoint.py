@@ -21,7 +21,7 @@ from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.compose import register_schema
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import Config
 from tpresearch.config.world import World, slurm_tasks
 from tpresearch.launch import hydra_app
@@ -125,8 +125,6 @@ def _start(program: Program[Judged], world: World) -> None:
 
 def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world: World) -> None:
     """Run jobs of their own for `-m`; exit code 1 if one of them failed."""
-    from tpresearch.sweep.launcher import JobFailed  # late: Hydra's plugins, to which it belongs, import this
-
     if world.elastic:
         why, legal = (
             "one failing rank would hang a sweep inside torchrun",

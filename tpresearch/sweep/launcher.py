@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.launch.stop import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from tpresearch.sweep.job import Job
     from tpresearch.sweep.outcome import Outcome
     from tpresearch.sweep.running import Devices, StartJob
-
-
-class JobFailed(Exception):
-    """What a sweeper is told of a job that did not complete."""
 
 
 class TorchrunLauncher(Launcher):
