@@ -1,0 +1,37 @@
+"""The reference that plans are held to: plain torch, and a model that draws random numbers is not held to it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from support.composed import config
+from support.nets import Dropped, model
+
+from tpresearch.config import ConfigError
+from tpresearch.verify import reference
+from tpresearch.verify.plans import check_plan
+
+JUDGED = {
+    "tpresearch.train.step",
+    "tpresearch.train.losses",
+    "tpresearch.train.loop",
+    "tpresearch.train.evaluate",
+    "tpresearch.parallel.apply",
+    "tpresearch.parallel.norm",
+    "tpresearch.parallel.mesh",
+}
+
+
+def test_it_imports_nothing_of_what_it_judges() -> None:
+    tree = ast.parse(Path(reference.__file__).read_text())
+    used = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not used & JUDGED
+    assert not any("distributed" in str(name) for name in used)
+
+
+def test_a_model_that_draws_random_numbers_is_refused_with_where_it_does() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_plan(config(*model(Dropped), "parallel=fsdp", "verify.world_size=2"))
+    assert "random numbers in drop" in caught.value.why
