@@ -155,7 +155,7 @@ REFUSED = [
     (
         1,
         "parallel=none data=jsonl data.path={data}/latin1.txt",
-        "data.path={data}/latin1.txt, line 1: not JSON: ",
+        "data.path={data}/latin1.txt, line 1: not UTF-8 text: byte 2 is 0xe9; UTF-8 text",
     ),
     (
         1,

@@ -17,7 +17,7 @@ METRICS = {
     *("perf/step_time_s", "perf/tokens_per_second", "perf/tokens_per_second_per_device", "perf/mfu"),
     *("time/data_s", "memory/peak_bytes", "comm/bytes_per_step"),
 }
-MESH = "DeviceMesh('cpu', [[0, 1], [2, 3]], mesh_dim_names=('dp', 'tp'))"
+MESH = "DeviceMesh('cpu', [[0, 1], [2, 3]], mesh_dim_names=('dp_shard', 'tp'))"
 PARAMETERS = 2 * 300 * 64 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192) + 64
 
 

@@ -61,7 +61,7 @@ REFUSED_DATA = [
     ("hf", None, {}, "data.path", "no data set is named"),
     ("jsonl", "good.jsonl", {"streaming": True}, "data.streaming", "not read over the network"),
     ("text", "good.txt", {"held_out_every": 1}, "data.held_out_every", "too small"),
-    ("text", "good.txt", {"seq_len": 0}, "data.seq_len", "at least one token"),
+    ("text", "good.txt", {"seq_len": 0}, "data.seq_len", "too small"),
     ("text", "good.txt", {"max_tokens": 0}, "data.max_tokens", "too small"),
     ("text", "good.txt", {"cache_dir": "good.txt"}, "data.cache_dir", "is a file"),
     ("text", "good.txt", {"cache_dir": "good.txt/below"}, "data.cache_dir", "good.txt is a file"),

@@ -145,7 +145,7 @@ def test_main_can_refuse_too(warm_python: Command) -> None:
     done = warm_python("name=refused_late", "data.path=x")
     assert done.code == 2
     sentence = "data.path=x: holds no rows; a path with text in it"
-    assert done.refusals == [f"error: {sentence}; try: python {PROGRAM} name=refused_late data.path=x"]
+    assert done.refusals == [f"error: {sentence}; try: python {PROGRAM} name=refused_late"]
     assert "Traceback" not in done.err
 
 

@@ -100,16 +100,20 @@ def test_modules_that_see_the_batch_first_need_no_gradient_of_it() -> None:
     assert planned(cfg, validate(cfg, 1))[1].seen.no_input_grad == {"", "embed"}
 
 
-def test_hooks_are_gone_afterwards() -> None:
+def test_it_leaves_the_model_as_it_was() -> None:
     class Net(nn.Module):
+        calls = 0
+
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 4, device="meta")
 
         def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
             return self.layer(x)
 
     net = Net()
     assert probe(net, torch.empty(2, 4, device="meta"), config()).output == (2, 4)
+    assert net.calls == 0
     assert not net._forward_pre_hooks
     assert not net.layer._forward_pre_hooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,12 +69,12 @@ class _Watch(TorchDispatchMode):
 
 
 def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
-    """Send `inputs`, on the meta device, through a meta model.
+    """Send `inputs`, on the meta device, through a copy of a meta model, which may count its calls.
 
     Raises:
         ConfigError: for data that the model does not take, and an output that is no tensor.
     """
-    watch = _Watch()
+    watch, model = _Watch(), copy.deepcopy(model)
     try:
         with torch.device("meta"), watch.over(model):
             output = model(inputs)

@@ -30,14 +30,15 @@ class Timing(Observer):
     def __init__(self, device: torch.device, speed: Speed) -> None:
         self._on_cuda, self._speed = device.type == "cuda", speed
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._reset()
+        self._begin()
 
-    def _reset(self) -> None:
+    def _begin(self) -> None:
+        """A row's time begins where its first batch is read, after whatever the last row was handed to."""
         self._seconds = dict.fromkeys((*PHASES, "data", "evaluation", "pause"), 0.0)
-        self._steps, self._began = 0, time.perf_counter()
+        self._steps, self._rests, self._began = 0, False, time.perf_counter()
 
     def start(self, state: TrainState) -> None:
-        self._reset()
+        self._rests = True
 
     @contextmanager
     def step(self, state: TrainState) -> Iterator[None]:
@@ -46,6 +47,8 @@ class Timing(Observer):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if self._rests and name == "data":
+            self._begin()
         if self._on_cuda and name in PHASES:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -67,7 +70,7 @@ class Timing(Observer):
         self._events.clear()
         steps = max(self._steps, 1)
         found: Metrics = {f"time/{name}_s": self._seconds[name] / steps for name in ("data", *PHASES)}
-        self._reset()
+        self._rests = True
         return {**self._speed.metrics(elapsed / steps), **found}
 
 
