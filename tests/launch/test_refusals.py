@@ -83,7 +83,7 @@ def test_a_wrong_config_is_refused_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("typed", ["train.stepz=3", "name=too_few_ranks", "hydra.run.dir=/dev/null/x"])
+@pytest.mark.parametrize("typed", ["+train.stepz=3", "name=too_few_ranks", "hydra.run.dir=/dev/null/x"])
 def test_a_refusal_takes_no_torch(python: Command, tmp_path: Path, typed: str) -> None:
     (tmp_path / "torch.py").write_text("raise AssertionError('torch is imported')\n")
     done = python(typed, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
