@@ -21,7 +21,7 @@ from tpresearch.config.schema import DefectsConfig
 from tpresearch.data import Batch, Batches
 from tpresearch.parallel import apply, weights
 from tpresearch.plan.compiler import Plan
-from tpresearch.train import evaluate, loop, losses, mistakes, step
+from tpresearch.train import assemble, evaluate, loop, losses, mistakes, step
 from tpresearch.train.losses import NextToken
 from tpresearch.train.step import Setup, TrainState
 
@@ -34,7 +34,7 @@ def mistake(**defects: bool) -> Callable[[], Patched]:
     def made(cfg: Any, *rest: Any) -> Any:
         return mistakes.mistakes_of(replace(cfg, defects=DefectsConfig(**defects)), *rest)
 
-    return lambda: patch.object(loop, "mistakes_of", made)
+    return lambda: patch.object(assemble, "mistakes_of", made)
 
 
 # Weights and shards
@@ -45,8 +45,8 @@ weights_of_each_rank = mistake(weights_per_rank=True)
 
 def weights_of_each_tp_rank() -> Patched:
     """Whatever this rank's generator held: tp shards of different models."""
-    right = loop.from_seed
-    return patch.object(loop, "from_seed", lambda known, seed: right(known, seed + dist.get_rank()))
+    right = assemble.from_seed
+    return patch.object(assemble, "from_seed", lambda known, seed: right(known, seed + dist.get_rank()))
 
 
 def shards_swapped() -> Patched:

@@ -30,6 +30,7 @@ from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, data_rank
 from tpresearch.parallel.norm import local_shard
 from tpresearch.track.tracker import RunFacts, Tracker
+from tpresearch.train.assemble import assemble
 from tpresearch.train.loop import Loop
 from tpresearch.train.main import observers_of
 from tpresearch.train.preflight import Preflight, preflight
@@ -57,7 +58,7 @@ def main(job: Preflight, run: Run) -> None:
     with process_group(device, run.world):
         mesh = build_mesh(sizes, device.type)
         observers = observers_of(job, mesh, device, None)
-        loop = Loop.assemble(job, mesh, device, corpus, observers)
+        loop = assemble(job, mesh, device, corpus, observers)
         model = loop.state.model
         facts = RunFacts(run.world.size, sizes.nontrivial(), job.parameters, device.name)
         first = run.world.rank == 0

@@ -122,6 +122,24 @@ def test_a_failed_stage_leaves_nothing(
     assert [path.suffix for path in (Path(data.cache_dir) / "rows").iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("documents", [30, 150])
+def test_one_that_is_stopped_leaves_nothing_half_built(
+    data: DataConfig, bpe: TokenizerConfig, documents: int
+) -> None:
+    """While the tokenizer learns from the 120 documents, and while they are tokenized after that."""
+    left = iter(range(documents))
+
+    def check() -> None:
+        if next(left, None) is None:
+            raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        prepare(data, bpe, check=check)
+    kinds = {path.parent.name for path in Path(data.cache_dir).glob("*/*") if path.is_dir()}
+    assert kinds == ({"tokenizers"} if documents > 120 else set())
+    assert len(prepare(data, bpe).train)
+
+
 def test_a_second_call_opens_what_is_there(
     data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

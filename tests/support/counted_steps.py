@@ -19,7 +19,7 @@ from tpresearch.ledger.memory_formulas import expected_bytes
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.train.loop import Loop
+from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import preflight
 from tpresearch.train.watch import CountedStep
 from tpresearch.verify.ranks import Ranks
@@ -75,7 +75,7 @@ def count(
     with process_group(device, world):
         mesh = build_mesh(job.sizes, device.type)
         counting = CountedStep(mesh, Expected(*formulas), last_step=1)
-        loop = Loop.assemble(job, mesh, device, rows or corpus(), [counting])
+        loop = assemble(job, mesh, device, rows or corpus(), [counting])
         loop.step()
         if cfg.train.eval_rows:
             loop.evaluate()  # which must leave nothing gathered

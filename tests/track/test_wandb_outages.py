@@ -40,7 +40,9 @@ def test_without_a_key_it_is_offline_and_says_so_in_one_line(
     cfg.logger.mode = WandbMode.online  # even then
     with caplog.at_level(logging.INFO), track() as tracker:
         log_steps(tracker)
-    assert said(caplog) == ["W&B: offline, for there is no API key; `wandb login` or WANDB_API_KEY gives one"]
+    assert said(caplog) == [
+        "W&B: offline, because there is no API key; `wandb login` or WANDB_API_KEY gives one"
+    ]
     assert server.requests == []
     (folder,) = (run_dir / "wandb").glob("offline-run-*")
     assert tracker._wandb is not None
@@ -62,7 +64,7 @@ def test_a_host_that_refuses_is_noticed_at_once(
     with track() as tracker:
         log_steps(tracker)
     assert time.monotonic() - began < CLIENT_S
-    assert said(caplog) == ["W&B: offline, for http://127.0.0.1:1 does not answer"]
+    assert said(caplog) == ["W&B: offline, because http://127.0.0.1:1 does not answer"]
     sync(server, *(run_dir / "wandb").glob("offline-run-*"))
     assert logged(only_run(server)) == read_metrics(run_dir)
 
@@ -90,7 +92,7 @@ def test_a_host_that_answers_with_errors_costs_init_timeout_and_no_more(
     with track() as tracker:
         log_steps(tracker)
     assert time.monotonic() - began < CLIENT_S
-    assert said(caplog)[0].startswith("W&B: online is not to be had: ")
+    assert said(caplog)[0].startswith("W&B: could not start in online mode: ")
     assert len(said(caplog)) == 1
     server.fail = None
     sync(server, *(run_dir / "wandb").glob("offline-run-*"))
@@ -111,7 +113,7 @@ def test_a_host_that_is_silent_holds_up_neither_the_start_nor_the_exit(
         ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert time.monotonic() - began < CLIENT_S
     assert ended.returncode == 0
-    assert ended.stderr.startswith("W&B: online is not to be had: ")
+    assert ended.stderr.startswith("W&B: could not start in online mode: ")
     assert ended.stderr.count("\n") == 1
     assert "W&B    wandb sync" in ended.stdout
     assert len(read_metrics(run_dir)) == STEPS

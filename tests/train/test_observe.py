@@ -16,6 +16,7 @@ from tpresearch.config.world import World
 from tpresearch.data import Batch
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
+from tpresearch.train.assemble import assemble
 from tpresearch.train.loop import Loop
 from tpresearch.train.losses import NextToken, Phase, summed_cross_entropy
 from tpresearch.train.observe import Observer
@@ -57,7 +58,7 @@ def alone(observers: list[Observer], *overrides: str) -> Iterator[Loop]:
     assert job.device
     with process_group(job.device, World()):
         mesh = build_mesh(job.sizes, "cpu")
-        yield Loop.assemble(job, mesh, job.device, corpus(), observers)
+        yield assemble(job, mesh, job.device, corpus(), observers)
 
 
 def test_an_observer_is_told_each_event_in_order() -> None:
@@ -111,7 +112,7 @@ def losses(world: World, cfg: Config) -> list[tuple[float, float]]:
     assert device
     with process_group(device, world):
         for kind, job in jobs:
-            loop = Loop.assemble(job, build_mesh(job.sizes, "cpu"), device, corpus())
+            loop = assemble(job, build_mesh(job.sizes, "cpu"), device, corpus())
             objective = loop.setup.objective
             assert isinstance(objective, NextToken)
             loop.setup = replace(loop.setup, objective=kind(objective.tokens, objective.split))

@@ -14,7 +14,7 @@ from tpresearch.config.world import World
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import plan_text
-from tpresearch.train.loop import Loop
+from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import planned, preflight
 from tpresearch.verify.ranks import Ranks
 
@@ -24,7 +24,7 @@ def dropped(world: World, cfg: Config) -> tuple[list[float], list[Tensor]]:
     job, masks = preflight(cfg, world), []
     assert job.device
     with process_group(job.device, world):
-        loop = Loop.assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
+        loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
         loop.state.model.drop.register_forward_hook(lambda _, args, out: masks.append(out.detach() == 0))
         numbers = [number.item() for _ in range(2) for number in loop.step()]
     return numbers, masks

@@ -48,13 +48,19 @@ DOCUMENTS_PER_HELD_OUT = 5
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = False) -> AnyCorpus:
+def prepare(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    progress: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> AnyCorpus:
     """The corpus of a config: packed rows, prepared if they are not in the cache yet, or synthetic ones.
 
     Every rank may call this at once: one process per host prepares, the others wait for it.
 
     Args:
         progress: draw progress bars on stderr, if that is a terminal and this process does the work.
+        check: called between documents; what it raises ends the preparation, and leaves nothing half built.
 
     Raises:
         ConfigError: for text that cannot be read after all (a bad line, a hub that went away) or does not
@@ -62,7 +68,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = False
     """
     if data.source.is_synthetic:
         return Synthetic.of(data, tokenizer)
-    return _Preparation(data, tokenizer, progress).rows()
+    return _Preparation(data, tokenizer, progress, check).rows()
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -77,8 +83,10 @@ def open_corpus(data: DataConfig) -> Corpus:
 class _Preparation:
     """The three stages for one config, each asking the one before only when it must build."""
 
-    def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, progress: bool) -> None:
-        self.data, self.progress = data, progress
+    def __init__(
+        self, data: DataConfig, tokenizer: TokenizerConfig, progress: bool, check: Callable[[], None]
+    ) -> None:
+        self.data, self.progress, self.check = data, progress, check
         self.vocab_size = tokenizer.vocab_size
         self.cache = Path(data.cache_dir).expanduser()
         self.corpus = open_corpus(data)
@@ -165,7 +173,9 @@ class _Preparation:
         """Each document as (train text, held-out text), in order."""
         every = self.data.held_out_every
         whole = holds_out_whole(self.corpus.documents(), every, self._asked_chars())
-        return (split(document, every, whole) for document in self.corpus.documents())
+        for document in self.corpus.documents():
+            self.check()
+            yield split(document, every, whole)
 
     def _learn_from_chars(self) -> int:
         """No more text than will be read anyway, so that streaming fetches little twice."""

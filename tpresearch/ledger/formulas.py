@@ -1,6 +1,6 @@
 """What one optimizer step must send, by closed formulas: the ledger's `expected`, to be equal to its `measured`.
 
-Per micro-batch of b rows of s tokens, e bytes an element, over t tensor-parallel and d data-sharding ranks:
+Per micro-batch of b rows of s tokens, e bytes per element, over t tensor-parallel and d data-sharding ranks:
 
 - TP: an all-reduce of b s h after attention and after the feed-forward, and one each way back
   (Megatron-LM, arXiv 1909.08053, section 3); with sequence parallelism each is a reduce-scatter and an
@@ -9,8 +9,8 @@ Per micro-batch of b rows of s tokens, e bytes an element, over t tensor-paralle
   that are split: one all-reduce of one number.
 - FSDP, of P parameters: an all-gather of e_p P in forward, another in backward where weights were freed, and a
   reduce-scatter of e_g P (arXiv 1910.02054, section 7; arXiv 2304.11277). HSDP and DDP: an all-reduce of
-  e_g P / d over the replicas, once a step.
-- Norms under sequence parallelism: one all-reduce over tp, once a step, of their gradients' shards.
+  e_g P / d over the replicas, once per step.
+- Norms under sequence parallelism: one all-reduce over tp, once per step, of their gradients' shards.
 - Clipping: one number for each axis that shards something.
 """
 

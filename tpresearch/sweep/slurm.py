@@ -1,4 +1,4 @@
-"""Jobs of a sweep as Slurm's, through submitit: one task a node, each running the same elastic agent.
+"""Jobs of a sweep as Slurm's, through submitit: one task per node, each running the same elastic agent.
 
 sweep -> one submission for each shape of resources, an array where several jobs have it
       -> on each node `NodeAgent` -> torch.distributed.run, rendezvous (c10d) on the job's first host -> the ranks

@@ -1,4 +1,4 @@
-"""What a sweep leaves: summary.csv, summary.md, and a table on the terminal, a row a job."""
+"""What a sweep leaves: summary.csv, summary.md, and a table on the terminal: one row per job."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEED = "train.seed"
 
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:
-    """A row a job: what was swept, its figures with the best of each marked, and how it ended."""
+    """One row per job: what was swept, its figures with the best of each marked, and how it ended."""
     keys = differing(outcomes)
     summaries = [_summary(outcome) for outcome in outcomes]
     figures = figures_of(summaries)

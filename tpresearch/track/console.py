@@ -120,7 +120,7 @@ def report(
     Args:
         summary: as in summary.json.
         wandb_line: the run's page or the command that uploads it; None without W&B.
-        unigram_entropy: nats a token of the held-out rows when only the tokens' frequencies are known.
+        unigram_entropy: nats per token of the held-out rows when only the tokens' frequencies are known.
     """
     table = Table(
         title=f"{summary['run_name']}: {summary['status']}", title_justify="left", show_header=False
@@ -154,12 +154,12 @@ def _results(summary: Mapping[str, Any], unigram_entropy: float | None) -> list[
         ("MFU", f"{share_text(mfu)} (6N + 12Lhs)"),
         ("peak memory", bytes_text(summary["memory/peak_bytes"])),
         (
-            "sent a step by rank 0",
+            "communication per step (rank 0)",
             _split(summary["comm/bytes_per_step"], summary.get("comm/bytes_per_step_by_axis")),
         ),
-        ("held in a step by rank 0", _split(None, summary.get("memory/held_bytes"))),
+        ("memory by kind (rank 0)", _split(None, summary.get("memory/held_bytes"))),
     ]
-    undefined = {"MFU": mfu is None, "held in a step by rank 0": "memory/held_bytes" not in summary}
+    undefined = {"MFU": mfu is None, "memory by kind (rank 0)": "memory/held_bytes" not in summary}
     return [row for row in rows if not undefined.get(row[0])]
 
 

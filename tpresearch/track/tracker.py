@@ -45,7 +45,7 @@ class RunFacts:
     corpus_hash: str | None = None
     """Losses are never compared across different ones."""
     unigram_entropy: float | None = None
-    """Nats a token of the held-out rows, when only the tokens' frequencies are known."""
+    """Nats per token of the held-out rows, when only the tokens' frequencies are known."""
 
 
 class Tracker:

@@ -80,7 +80,7 @@ class WandbRun:
         try:
             mode = choose_mode(logger.mode, set_up())
         except Exception as error:
-            log.warning("W&B: off, for the client does not start: %s", _line(error))
+            log.warning("W&B: off, because the client does not start: %s", _line(error))
             return None
         attempts: dict[Mode, list[Mode]] = {
             "online": ["online", "offline"],
@@ -91,7 +91,7 @@ class WandbRun:
             try:
                 return cls._open(attempt, run_dir / "wandb" / "id", about)
             except Exception as error:
-                log.warning("W&B: %s is not to be had: %s", attempt, _line(error))
+                log.warning("W&B: could not start in %s mode: %s", attempt, _line(error))
                 _tear_down()  # or the id counts as in use at the next attempt
         return None
 

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from signal import Signals
 
-from torch.distributed.device_mesh import DeviceMesh
-
 from tpresearch.config.schema import OnNonfinite
-from tpresearch.data import AnyCorpus, Batch, Batches, batches_of
-from tpresearch.parallel.apply import parallelize
-from tpresearch.parallel.device import Device
+from tpresearch.data import AnyCorpus, Batch, Batches
 from tpresearch.parallel.mesh import data_rank
-from tpresearch.parallel.weights import from_seed, materialize, parameter_device
 from tpresearch.train.evaluate import held_out_loss
 from tpresearch.train.finite import FiniteCheck
-from tpresearch.train.losses import objective_of
-from tpresearch.train.mistakes import mistakes_of
-from tpresearch.train.observe import Metrics, Observer, Observers
-from tpresearch.train.optim import build_optimizer, learning_rate
-from tpresearch.train.preflight import Preflight
-from tpresearch.train.randomness import SeededRandomness
+from tpresearch.train.observe import Metrics
+from tpresearch.train.optim import learning_rate
 from tpresearch.train.state import TrainState
 from tpresearch.train.step import Setup, StepResult, train_step
 from tpresearch.train.stopping import AgreedStop
@@ -43,30 +34,6 @@ class Loop:
     """Asked after each step, and between the batches of an evaluation, whether all ranks stop."""
     stopped_by: Signals | None = None
     """The signal for which they did."""
-
-    @classmethod
-    def assemble(
-        cls,
-        job: Preflight,
-        mesh: DeviceMesh,
-        device: Device,
-        corpus: AnyCorpus,
-        observers: Sequence[Observer] = (),
-    ) -> Loop:
-        """The planned model, sharded over the mesh and given its first weights, with what it takes to train it."""
-        cfg = job.cfg
-        model = parallelize(job.model, job.plan, cfg.parallel, mesh, cfg.train.dtype)
-        home = parameter_device(cfg.parallel, device.torch)
-        materialize(model, home, from_seed(job.plan.initializers, cfg.train.seed), buffers=device.torch)
-        batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
-        chance = (
-            [SeededRandomness(cfg.train.seed, mesh, job.plan.seen.random)] if job.plan.seen.random else []
-        )
-        watching = Observers([*chance, *mistakes_of(cfg, job.plan, mesh, batches), *observers])
-        state = TrainState(0, model, build_optimizer(model, cfg.optimizer))
-        watching.start(state)
-        setup = Setup(cfg, job.plan, mesh, device, objective_of(cfg, job.plan), watching)
-        return cls(state, setup, corpus, batches)
 
     def read(self) -> Batch:
         """This rank's rows of the next global batch, on its device."""

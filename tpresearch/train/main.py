@@ -25,7 +25,7 @@ from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, describe_mesh
 from tpresearch.plan.describe import plan_text
 from tpresearch.track.tracker import RunFacts, Tracker
-from tpresearch.train.loop import Loop
+from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import Preflight
 from tpresearch.train.speed import Speed
@@ -51,21 +51,31 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
         if run.world.rank == 0:
             print(f"{_about(job)}\n\n{text}")
         return
-    corpus = prepare(job.cfg.data, job.cfg.tokenizer, progress=run.world.rank == 0)
-    check_rows(corpus, job)
-    log.info("data: %s, %s", job.cfg.data.source, corpus)
+    with StopFlag() as flag:
+        corpus = prepare(job.cfg.data, job.cfg.tokenizer, run.world.rank == 0, flag.check)
+        check_rows(corpus, job)
+        log.info("data: %s, %s", job.cfg.data.source, corpus)
+        flag.check()
+        train_on(corpus, job, run, text, flag, watching)
+
+
+def train_on(
+    corpus: AnyCorpus, job: Preflight, run: Run, plan: str, flag: StopFlag, watching: Sequence[Observer]
+) -> None:
+    """All ranks together, on data that is there."""
+    device, world = job.device, run.world
+    assert device
     with (
-        StopFlag() as flag,
-        tracking(job, run, corpus, text) as tracker,
+        tracking(job, run, corpus, plan) as tracker,
         faults_told(tracker, flag),
-        process_group(job.device, run.world),
+        process_group(device, world),
     ):
         check_same_corpus(corpus)
-        mesh = build_mesh(job.sizes, job.device.type)
-        log.info("Device Mesh created: device_mesh=%s", describe_mesh(job.sizes, job.device.type))
+        mesh = build_mesh(job.sizes, device.type)
+        log.info("Device Mesh created: device_mesh=%s", describe_mesh(job.sizes, device.type))
         warn_of_hosts(job)
-        observers, parameters = observers_of(job, mesh, job.device, tracker), job.parameters
-        loop = Loop.assemble(job, mesh, job.device, corpus, [*observers, *watching])
+        observers, parameters = observers_of(job, mesh, device, tracker), job.parameters
+        loop = assemble(job, mesh, device, corpus, [*observers, *watching])
         loop.stop = AgreedStop(flag)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", loop.state.model)
         for row in loop.rows():

@@ -16,7 +16,7 @@ from tpresearch.data import AnyCorpus
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, sum_over
-from tpresearch.train.loop import Loop
+from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import preflight
 from tpresearch.train.state import TrainState
@@ -72,7 +72,7 @@ def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Devi
     assert device
     with process_group(device, world):
         mesh, seen = build_mesh(job.sizes, device.type), Gradients()
-        loop = Loop.assemble(job, mesh, device, corpus, [seen])
+        loop = assemble(job, mesh, device, corpus, [seen])
         model = loop.state.model
         initial, taken = weights(model), []
         apart = between_ranks(initial, device.torch)

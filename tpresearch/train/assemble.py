@@ -1,0 +1,42 @@
+"""A judged config made a loop: the model sharded and given its first weights, with what it takes to train it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from tpresearch.data import AnyCorpus, batches_of
+from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.device import Device
+from tpresearch.parallel.weights import from_seed, materialize, parameter_device
+from tpresearch.train.loop import Loop
+from tpresearch.train.losses import objective_of
+from tpresearch.train.mistakes import mistakes_of
+from tpresearch.train.observe import Observer, Observers
+from tpresearch.train.optim import build_optimizer
+from tpresearch.train.preflight import Preflight
+from tpresearch.train.randomness import SeededRandomness
+from tpresearch.train.state import TrainState
+from tpresearch.train.step import Setup
+
+
+def assemble(
+    job: Preflight, mesh: DeviceMesh, device: Device, corpus: AnyCorpus, watching: Sequence[Observer] = ()
+) -> Loop:
+    """The loop of this rank, before its first step. The job's meta model becomes the sharded one.
+
+    Args:
+        watching: observers beside those that the model and the config ask for.
+    """
+    cfg, plan = job.cfg, job.plan
+    model = parallelize(job.model, plan, cfg.parallel, mesh, cfg.train.dtype)
+    home = parameter_device(cfg.parallel, device.torch)
+    materialize(model, home, from_seed(plan.initializers, cfg.train.seed), buffers=device.torch)
+    batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
+    chance = [SeededRandomness(cfg.train.seed, mesh, plan.seen.random)] if plan.seen.random else []
+    observers = Observers([*chance, *mistakes_of(cfg, plan, mesh, batches), *watching])
+    state = TrainState(0, model, build_optimizer(model, cfg.optimizer))
+    observers.start(state)
+    setup = Setup(cfg, plan, mesh, device, objective_of(cfg, plan), observers)
+    return Loop(state, setup, corpus, batches)
