@@ -24,11 +24,11 @@ from rich.progress import track  # noqa: E402
 from support.composed import config, corpus, in_two_parts  # noqa: E402
 
 from tpresearch.config.schema import Dtype  # noqa: E402
-from tpresearch.config.world import World  # noqa: E402
 from tpresearch.data import PackedCorpus  # noqa: E402
 from tpresearch.verify.compare import compare, tolerance  # noqa: E402
 from tpresearch.verify.ranks import Ranks  # noqa: E402
-from tpresearch.verify.trace import Trace, trace  # noqa: E402
+from tpresearch.verify.reference import reference  # noqa: E402
+from tpresearch.verify.trace import Trace  # noqa: E402
 
 STEPS = 12
 SETTINGS = (
@@ -103,7 +103,7 @@ def main() -> None:
         if model in mutant.models
     ]
     right = {
-        model: trace(config(f"model={model}", "parallel=none", *SETTINGS), easy(), World(), STEPS)
+        model: reference(config(f"model={model}", "parallel=none", *SETTINGS), easy(), STEPS)
         for model in ("toy_mlp", "llama2_debug")
     }
     for model, mutant in track(cases, description="mutants"):
