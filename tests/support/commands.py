@@ -88,8 +88,12 @@ def execute_warm(
     Args:
         program: a script or `-m` and a module, then its arguments.
     """
-    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        job = list(program), cwd, env, out.name, err.name, size is None
+    with (
+        tempfile.NamedTemporaryFile("r") as out,
+        tempfile.NamedTemporaryFile("r") as err,
+        tempfile.TemporaryDirectory() as errors,
+    ):
+        job = list(program), cwd, env, out.name, err.name, None if size is None else Path(errors)
         try:
             codes, seconds = zip(*ranks.run(size or 1, _as_main, *job), strict=True)
         except RankError:
@@ -98,18 +102,25 @@ def execute_warm(
 
 
 def _as_main(
-    world: World, program: list[str], cwd: Path, env: dict[str, str], out: str, err: str, alone: bool
+    world: World, program: list[str], cwd: Path, env: dict[str, str], out: str, err: str, errors: Path | None
 ) -> tuple[int, float]:
     """Become the command; its exit code and processor time.
+
+    Args:
+        errors: where torchrun would keep the ranks' error files; None for `python` alone.
 
     Raises:
         SystemExit: from one rank of several that does not end with 0, which ends the others, as torchrun does.
     """
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    of_rank = {key: value for key, value in os.environ.items() if key.startswith(NOT_OURS) and not alone}
+    of_rank = {key: value for key, value in os.environ.items() if key.startswith(NOT_OURS) and errors}
+    if errors:
+        error_file = errors / "attempt_0" / str(world.rank) / "error.json"
+        error_file.parent.mkdir(parents=True)
+        of_rank |= {"TORCHELASTIC_RUN_ID": "warm", "TORCHELASTIC_ERROR_FILE": str(error_file)}
     os.environ.clear()
-    os.environ.update(of_rank | ({} if alone else {"TORCHELASTIC_RUN_ID": "warm"}) | env)
+    os.environ.update(of_rank | env)
     os.chdir(cwd)
     began = time.process_time()
     code = _run(program)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from support.composed import config
+
 from tpresearch.config.schema import Dtype
-from tpresearch.train.speed import peak_flops
+from tpresearch.plan.meta import meta_model
+from tpresearch.train.speed import flops_per_token, peak_flops
 
 
 def test_a_known_device_has_its_makers_peak() -> None:
@@ -21,3 +24,12 @@ def test_an_unknown_one_has_none() -> None:
     assert peak_flops("NVIDIA GeForce RTX 4090 Laptop GPU", Dtype.bfloat16) is None
     assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", Dtype.bfloat16) is None
     assert peak_flops("NVIDIA L4", Dtype.float64) is None
+
+
+def test_a_tied_embedding_multiplies_as_an_output_layer() -> None:
+    """6 FLOPs per weight and token: of 260 x 64 once, whether that weight is the embedding too or not."""
+    plain, tied = (
+        flops_per_token(meta_model(config("model=llama2_debug", f"model.tied={on}").model), 16, False)
+        for on in ("false", "true")
+    )
+    assert plain == tied

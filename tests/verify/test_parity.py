@@ -137,9 +137,13 @@ def test_seeds_give_different_weights_and_the_same_seed_the_same() -> None:
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
+LLAMA_TIED = ["model=llama2_debug", "model.tied=true"]
+
+
+@pytest.mark.parametrize("model", [twisted(Tied), LLAMA_TIED], ids=["toy", "llama"])
 @pytest.mark.parametrize(
     ("plan", "size"), [("none", 1), ("ddp", 2), ("fsdp", 2), ("tp", 2), ("sp", 2), ("fsdp_tp", 4)]
 )
-def test_tied_weights_stay_tied(ranks: Ranks, plan: str, size: int) -> None:
-    tied = [*twisted(Tied), f"parallel={plan}", *OPTIMIZERS["adamw"], *COMMON]
+def test_tied_weights_stay_tied(ranks: Ranks, plan: str, size: int, model: list[str]) -> None:
+    tied = [*model, f"parallel={plan}", *OPTIMIZERS["adamw"], *COMMON]
     agree(run_on(ranks, size, config(*tied)), reference(config(*tied), corpus(), STEPS))

@@ -126,6 +126,7 @@ class Llama2(nn.Module):
         ffn_dim: f. norm_eps: added to the mean square. rope_theta: base of the rotary frequencies.
         init_std: spread of the projections' first weights; those that write to the residual stream start
             smaller by sqrt(2 n_layers), so that its size does not grow with depth (GPT-2).
+        tied: whether the output layer has the embedding's weight (arXiv 1608.05859), as Llama2 itself does not.
 
     Raises:
         ValueError: where the sizes do not fit each other.
@@ -143,6 +144,7 @@ class Llama2(nn.Module):
         norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
         init_std: float = 0.02,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         if dim % n_heads or dim // n_heads % 2:
@@ -158,6 +160,8 @@ class Llama2(nn.Module):
         )
         self.norm = nn.RMSNorm(dim, norm_eps)
         self.output = Linear(dim, vocab_size, init_std)
+        if tied:
+            self.output.weight = self.tok_embeddings.weight
         self.rotary: Tensor
         self.register_buffer("rotary", rotary_table(*self._rotary_args), persistent=False)
 

@@ -74,10 +74,12 @@ def peak_flops(device_name: str, dtype: Dtype) -> float | None:
 def flops_per_token(model: nn.Module, seq_len: int, causal: bool) -> float:
     """Forward and backward FLOPs of one token: 6N + 12 L h s, or 6N + 6 L h s when counted causal.
 
-    N counts parameters without embeddings, which look up instead of multiplying (arXiv 2204.02311, app. B).
+    N counts parameters without embeddings, which look up instead of multiplying (arXiv 2204.02311, app. B); one that
+    is tied to an output layer multiplies there.
     A model that has no `attention_flops_per_token` is counted as 6N.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    multiplied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - multiplied
     weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
     attention = getattr(model, "attention_flops_per_token", None)
     quadratic = attention(seq_len) if callable(attention) else 0.0
