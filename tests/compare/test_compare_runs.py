@@ -250,7 +250,7 @@ def test_a_mean_over_seeds_takes_completed_runs(tmp_path: Path, monkeypatch: pyt
 
 def compare(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tpresearch.compare", *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.mark.cli
@@ -278,7 +278,7 @@ def test_without_what_it_draws_with_it_says_what_to_install(tmp_path: Path) -> N
     main = "import runpy; runpy.run_module('tpresearch.compare', run_name='__main__')"
     program = f"{hide}; import sys; sys.argv = ['compare', 'run']; {main}"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 2
     assert done.stderr == (
@@ -288,5 +288,5 @@ def test_without_what_it_draws_with_it_says_what_to_install(tmp_path: Path) -> N
 
 def test_the_command_does_not_wait_for_torch() -> None:
     program = "import sys; import tpresearch.compare.__main__, tpresearch.compare.report; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=1500)
     assert done.stdout == "False\n"

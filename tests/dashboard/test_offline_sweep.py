@@ -40,7 +40,7 @@ def sweep(tmp_path: Path) -> Path:
 
 def wandb(*words: str | Path, **env: str) -> str:
     done = subprocess.run(
-        [WANDB, *words], env=os.environ | env, check=True, capture_output=True, text=True, timeout=60
+        [WANDB, *words], env=os.environ | env, check=True, capture_output=True, text=True, timeout=1500
     )
     return done.stdout
 

@@ -63,7 +63,7 @@ def _log_of_stages(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.cli
 def test_four_ranks_at_once_prepare_once(data: DataConfig, tmp_path: Path) -> None:
     ranks = [start_rank(data.path, tmp_path / "cache") for _ in range(4)]
-    said = [rank.communicate(timeout=120) for rank in ranks]
+    said = [rank.communicate(timeout=1500) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * 4, said
     assert len({out for out, _ in said}) == 1
     for stage in ("learning", "tokenizing", "packing"):
@@ -85,7 +85,7 @@ def killed(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 pipeline.{stage} = killed"""
     rank = start_rank(data.path, tmp_path / "cache", patch)
-    rank.communicate(timeout=120)
+    rank.communicate(timeout=1500)
     assert rank.returncode == -signal.SIGKILL
     leftovers = list((tmp_path / "cache").glob("*/.*.tmp"))
     assert leftovers

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cli
 def prepare_command(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     run_dir = f"hydra.run.dir={tmp_path / 'run'}"
     command = [sys.executable, "-m", "tpresearch.prepare", f"data.cache_dir={tmp_path / 'cache'}", run_dir]
-    return subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=1500, check=False)
 
 
 def test_it_says_what_was_prepared(texts: Path, tmp_path: Path) -> None:
