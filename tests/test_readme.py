@@ -20,7 +20,7 @@ PAGES = {
     p: p.read_text(encoding="utf-8") for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 TEXT = "\n".join(PAGES.values())
-GROUPS = ("parallel", "model", "mesh", "data", "tokenizer", "optimizer", "schedule", "logger")
+GROUPS = ("parallel", "model", "mesh", "data", "tokenizer", "optimizer", "schedule", "checkpoint", "logger")
 TINY_MODEL = ["model.dim=32", "model.n_layers=1", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=64"]
 TINY_RUN = ["train.steps=2", "train.global_batch_size=4", "train.eval_rows=4", "data.seq_len=16"]
 TINY_RUN += ["tokenizer.vocab_size=300", "logger=none", "device=cpu"]

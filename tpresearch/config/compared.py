@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-NOT_COMPARED = ("name", "logger", "world_size", "verify")
+NOT_COMPARED = ("name", "logger", "world_size", "verify", "checkpoint", "resume")
 """Keys of a config that say where a run is kept, who hears of it or what another command does, not what it computes."""
 
 

@@ -151,6 +151,20 @@ class TrainConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """What is written to the run's checkpoints/. A run that ends, or is stopped by a signal, always saves its last step."""
+
+    every: Annotated[int | None, AtLeast(1)] = 1000
+    """Optimizer steps between checkpoints; null for only the last one."""
+    keep: Annotated[int, AtLeast(1)] = 2
+    """How many of the newest stay; an older one is deleted once a newer one is whole."""
+    keep_every: Annotated[int | None, AtLeast(1)] = None
+    """Checkpoints of steps that are multiples of this stay for ever; it has to be a multiple of checkpoint.every."""
+    background: bool | str = "auto"
+    """Write while training goes on, from a copy in host memory. auto: on CUDA, not on a CPU, whose cores train."""
+
+
+@dataclass
 class DefectsConfig:
     """Mistakes of the tutorial's scripts, off by default, to be switched on to see what they do.
 
@@ -253,6 +267,12 @@ class ComposedConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: str = "auto"
+    """auto: from the newest whole checkpoint in the run's folder, if there is one. never: from the beginning. Else the
+    folder of a run, or of one of its checkpoints, to go on from."""
+    init_from: str | None = None
+    """Weights alone for a new run: the folder of a run or of a checkpoint, or one in Hugging Face's format."""
     defects: DefectsConfig = field(default_factory=DefectsConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)

@@ -6,7 +6,7 @@ import math
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.bounds import check_bounds
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, shown
 from tpresearch.config.mesh import resolve_mesh, used_axes
 from tpresearch.config.schema import Config, Dtype
 
@@ -27,6 +27,7 @@ def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
     _check_budget(cfg)
     _check_vocabulary(cfg)
     _check_length(cfg)
+    _check_checkpoints(cfg)
     sizes = resolve_mesh(cfg.mesh, cfg.parallel, planned_world(cfg) if cfg.plan_only else world, hosts)
     _check_options(cfg, sizes)
     _check_batch(cfg, sizes)
@@ -108,6 +109,21 @@ def _check_length(cfg: Config) -> None:
             longest,
             f"rows have data.seq_len={cfg.data.seq_len} tokens",
             "as many or more; left alone, it follows data.seq_len",
+        )
+
+
+def _check_checkpoints(cfg: Config) -> None:
+    background = cfg.checkpoint.background
+    if not isinstance(background, bool) and background != "auto":
+        raise ConfigError("checkpoint.background", background, "no such choice", "true, false or auto")
+    every, for_ever = cfg.checkpoint.every, cfg.checkpoint.keep_every
+    if for_ever is not None and (every is None or for_ever % every):
+        raise ConfigError(
+            "checkpoint.keep_every",
+            for_ever,
+            f"with checkpoint.every={shown(every)} there is no checkpoint of each of these steps",
+            f"a multiple of {every}" if every else "null, or a checkpoint.every that divides it",
+            fix={"checkpoint.keep_every": -(-for_ever // every) * every if every else None},
         )
 
 

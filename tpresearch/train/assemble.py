@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpresearch.data import AnyCorpus, batches_of
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.device import Device
-from tpresearch.parallel.weights import from_seed, materialize, parameter_device
+from tpresearch.parallel.weights import WeightSource, from_seed, materialize, parameter_device
 from tpresearch.train.loop import Loop
 from tpresearch.train.losses import objective_of
 from tpresearch.train.mistakes import mistakes_of
@@ -32,7 +32,7 @@ def assemble(
     cfg, plan = job.cfg, job.plan
     model = parallelize(job.model, plan, cfg.parallel, mesh, cfg.train.dtype)
     home = parameter_device(cfg.parallel, device.torch)
-    materialize(model, home, from_seed(plan.initializers, cfg.train.seed), buffers=device.torch)
+    materialize(model, home, weight_source(job), buffers=device.torch)
     batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
     chance = [SeededRandomness(cfg.train.seed, mesh, plan.seen.random)] if plan.seen.random else []
     observers = Observers([*chance, *mistakes_of(cfg, plan, mesh, batches), *watching])
@@ -40,3 +40,8 @@ def assemble(
     observers.start(state)
     setup = Setup(cfg, plan, mesh, device, objective_of(cfg, plan), observers)
     return Loop(state, setup, corpus, batches)
+
+
+def weight_source(job: Preflight) -> WeightSource:
+    """Where the first weights of a new run come from."""
+    return from_seed(job.plan.initializers, job.cfg.train.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -17,3 +17,7 @@ class TrainState:
     model: nn.Module
     """Sharded, with its weights."""
     optimizer: Optimizer
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter once, by its first name, in float32 or wider: what a checkpoint keeps, and loads into."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
