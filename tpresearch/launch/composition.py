@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,13 +28,17 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, Va
 
 
 def conf_dir() -> Path:
-    """The folder of config files: beside the package, else beside the script, else in the current folder."""
-    beside = (Path(__file__).parents[2], Path(sys.argv[0]).resolve().parent, Path.cwd())
-    found = next((place / "conf" for place in beside if (place / "conf").is_dir()), None)
-    if found is None:
-        why = f"no folder conf/ in {', '.join(str(place) for place in beside)}"
-        raise ConfigError("--config-dir", None, why, "a run from the repository's folder")
-    return found
+    """The folder of config files: in the package where it is installed, beside it in the repository.
+
+    Raises:
+        ConfigError: for an installation that lacks it.
+    """
+    package = Path(__file__).parents[1]
+    for place in (package, package.parent):
+        if (place / "conf" / "train.yaml").is_file():
+            return place / "conf"
+    why = f"no config files in {package / 'conf'}, nor beside {package}"
+    raise ConfigError("--config-dir", None, why, "an installation that is whole: pip install .")
 
 
 @dataclass(frozen=True)

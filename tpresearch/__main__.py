@@ -1,0 +1,56 @@
+"""`tpresearch COMMAND ...`: every `python -m tpresearch.COMMAND` by its name, from any folder."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from tpresearch.config.errors import nearest
+from tpresearch.launch.command import WrongCommand
+from tpresearch.launch.options import command
+
+COMMANDS = {
+    "train": "train the composed config; on several ranks: torchrun --nproc-per-node=4 -m tpresearch.train",
+    "verify": "hold parallel plans to the same training in a single process",
+    "compare": "put runs side by side: a table, a page, PNGs",
+    "simulate": "one step of the real code on ranks that are not there, priced for a cluster",
+    "planner": "rank all legal plans and meshes for a cluster",
+    "calibrate": "measure this machine and write a cluster file",
+    "prepare": "tokenize and pack the data ahead of time",
+    "checkpoints": "list a run's checkpoints, whole or not",
+    "export": "write a checkpoint as a Hugging Face model",
+    "import_hf": "read a Hugging Face model as first weights",
+    "dashboard": "save a W&B workspace that compares the runs of a group",
+}
+"""Each is a module of this name in the package; one that is not there is not listed."""
+
+
+def main() -> None:
+    """The console script: exit codes are those of the command."""
+    command(_dispatch)
+
+
+def _dispatch() -> None:
+    there = {name: what for name, what in COMMANDS.items() if find_spec(f"tpresearch.{name}")}
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage(there))
+    elif name == "--version":
+        print(version("tpresearch"))
+    elif name in there:
+        sys.argv[1:] = arguments
+        runpy.run_module(f"tpresearch.{name}", run_name="__main__", alter_sys=True)
+    else:
+        legal, (best, *_) = f"one of {' '.join(there)}", nearest(name, there)
+        raise WrongCommand("command", name, "no such command", legal, f"tpresearch {best} --help")
+
+
+def _usage(there: dict[str, str]) -> str:
+    listed = "\n".join(f"  {name:<12}  {what}" for name, what in there.items())
+    return f"tpresearch COMMAND [key=value ...]\n\n{listed}\n\nEach answers --help, and is `python -m tpresearch.COMMAND` too."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""`python -m tpresearch.train`: train the composed config, from any folder; `train.py` is the same command."""
+
+from __future__ import annotations
+
+from tpresearch.launch import Run, entrypoint
+from tpresearch.train.preflight import Preflight, preflight
+
+
+@entrypoint("train", judge=preflight)
+def main(judged: Preflight, run: Run) -> None:
+    from tpresearch.train.main import train  # late: a refused config should not wait for all of torch
+
+    train(judged, run)
+
+
+if __name__ == "__main__":
+    main()
