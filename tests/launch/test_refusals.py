@@ -104,6 +104,30 @@ def test_a_sweep_with_a_wrong_job_leaves_nothing(warm_python: Command, tmp_path:
         assert not list(tmp_path.iterdir())
 
 
+def test_a_refused_sweep_leaves_what_a_user_has(warm_python: Command, tmp_path: Path) -> None:
+    wrong = ["-m", "name=other,too_few_ranks", "parallel=none"]
+    (tmp_path / "parent" / "empty").mkdir(parents=True)
+    done = warm_python(*wrong, "hydra.sweep.dir=parent/empty")
+    assert done.refusals[0].startswith("error: mesh.tp=2: cannot divide 1")
+    assert (tmp_path / "parent" / "empty").is_dir()
+    record = tmp_path / "parent" / "multirun.yaml"
+    record.write_text("hydra:\n  of: an earlier sweep\n")
+    done = warm_python(*wrong, "hydra.sweep.dir=parent")
+    assert done.refusals[0].startswith("error: mesh.tp=2: cannot divide 1")
+    assert record.read_text() == "hydra:\n  of: an earlier sweep\n"
+    assert {path.name for path in record.parent.iterdir()} == {"empty", "multirun.yaml"}
+
+
+@pytest.mark.parametrize("name", ["multirun.yaml", "summary.csv", "summary.md"])
+def test_a_sweep_writes_over_no_file_of_a_user(warm_python: Command, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine\n")
+    done = warm_python("-m", "name=a,b", "parallel=none", "hydra.sweep.dir=.")
+    assert done.refusals[0].startswith(
+        f"error: hydra.sweep.dir=.: a sweep would write over its {name}, which "
+    )
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine\n"]
+
+
 def test_wrong_config_files_are_named_with_the_override_that_chose_them(
     warm_python: Command, extra_configs: str
 ) -> None:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from support import composed
+from support.processes import wait_for
 from support.sweeps import Sweep
 
 from tpresearch.config import ConfigError
 from tpresearch.sweep import launcher
-from tpresearch.sweep.job import as_written, ranks_needed, signature
-from tpresearch.sweep.running import ending_signals, local_command, run_jobs
+from tpresearch.sweep.job import CONSOLE_LOG, as_written, ranks_needed, signature
+from tpresearch.sweep.running import (
+    MARK,
+    ending_signals,
+    local_command,
+    mark_of,
+    processes_of,
+    run_jobs,
+    set_aside,
+)
 
 
 @pytest.fixture
@@ -129,6 +139,68 @@ def test_another_config_is_another_job_and_leaves_the_completed_ones(sweep: Swee
     sweep("parallel=none,tp", "train.steps=3")
     assert sweep.numbers == [0, 1]
     assert len(list(sweep.folder.glob("*/summary.json"))) == 5
+
+
+@pytest.mark.parametrize("subdir", ["../precious", "/tmp", ".", "x/..", "link"])
+def test_a_job_has_its_folder_below_the_sweeps(sweep: Sweep, subdir: str) -> None:
+    precious = sweep.folder.parent / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").touch()
+    sweep.folder.mkdir()
+    (sweep.folder / "link").symlink_to(precious)
+    with pytest.raises(ConfigError, match=f"hydra.sweep.subdir={subdir}: not below the sweep's own folder"):
+        sweep("parallel=none", f"hydra.sweep.subdir={subdir}")
+    assert [path.name for path in precious.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_is_no_jobs_is_left_to_its_owner(sweep: Sweep) -> None:
+    (sweep.folder / "0").mkdir(parents=True)
+    (sweep.folder / "0" / "mine").touch()
+    (sweep.folder / "1").touch()
+    (sweep.folder / "2").symlink_to("nowhere")
+    (sweep.folder / "3").mkdir()
+    sweep("parallel=none,tp,fsdp,ddp")
+    assert [job.folder.name for job in sweep.started] == ["0-2", "1-2", "2-2", "3"]
+    assert (sweep.folder / "0" / "mine").exists()
+
+
+def test_what_an_earlier_start_left_is_kept_beside_the_new_one(tmp_path: Path) -> None:
+    folder = tmp_path / "0"
+    for _ in range(2):
+        folder.mkdir()
+        (folder / CONSOLE_LOG).touch()
+        set_aside(folder)
+    set_aside(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.earlier-1", "0.earlier-2"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found by /proc")
+def test_a_job_of_a_killed_start_is_waited_for_and_named(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = {**os.environ, MARK: mark_of(sweep.folder / "0")}
+    said: list[str] = []
+    monkeypatch.setattr(launcher.TorchrunLauncher, "_say", lambda self, line: said.append(line))
+    with subprocess.Popen([sys.executable, "-c", "input()"], env=env, stdin=subprocess.PIPE) as left:
+        wait_for(lambda: processes_of(sweep.folder / "0") == [left.pid])
+        monkeypatch.setattr("tpresearch.sweep.running.GRACE_S", 0)
+        runs = f"a job of an earlier start still runs in {sweep.folder}/0, as process {left.pid}"
+        with pytest.raises(ConfigError, match=f"hydra.sweep.dir={sweep.folder}: {runs}; its end, "):
+            sweep("parallel=none,tp")
+        assert sweep.started == []
+        monkeypatch.setattr("tpresearch.sweep.running.GRACE_S", 600)
+        monkeypatch.setattr("tpresearch.sweep.running.time.sleep", lambda _: left.kill())
+        sweep("parallel=none")
+    assert said[:2] == [f"{runs}: waiting for its end"] * 2
+    assert sweep.numbers == [0]
+
+
+def test_a_table_that_cannot_be_written_is_printed(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    (sweep.folder / "summary.csv").mkdir(parents=True)
+    assert sweep("parallel=none") == [5.0]
+    said = capsys.readouterr().out
+    assert "summary.csv and summary.md could not be written: [Errno 21] Is a directory" in said
+    assert "completed" in said
 
 
 def test_slurms_nodes_are_asked_for_whatever_gpus_are_here(

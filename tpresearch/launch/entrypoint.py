@@ -30,7 +30,7 @@ from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
 from tpresearch.launch.refuse import refuse
-from tpresearch.launch.run_dir import agree, leave_nothing, register_resolvers, sweep_folder
+from tpresearch.launch.run_dir import agree, register_resolvers, sweep_folder
 from tpresearch.launch.stop import INTERRUPTED, end_with_parent
 
 log = logging.getLogger(__name__)
@@ -133,14 +133,14 @@ def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world
         raise WrongCommand("hydra.mode", "MULTIRUN", why, legal, python_command(sys.argv[1:]))
     name, overrides = composition.config_name, composition.overrides
     with explaining(composition):
-        folder = sweep_folder(app.compose_config(name, overrides, RunMode.MULTIRUN))
-    settled = [override("hydra.sweep.dir", folder), "hydra.mode=MULTIRUN"]
+        composed = app.compose_config(name, overrides, RunMode.MULTIRUN)
     try:
-        with explaining(composition, (HydraException, OmegaConfBaseException)):
+        with (
+            explaining(composition, (HydraException, OmegaConfBaseException)),
+            sweep_folder(composed) as folder,
+        ):
+            settled = [override("hydra.sweep.dir", folder), "hydra.mode=MULTIRUN"]
             app.multirun(name, program, [*overrides, *settled])
-    except ConfigError:
-        leave_nothing(folder)
-        raise
     except JobFailed:
         sys.exit(1)  # the sweep's table has said what and why
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,9 @@ PATIENCE = timedelta(minutes=5)
 
 EARLIER = ".earlier-"
 """In the name of a folder in which an earlier start of a sweep's job was set aside, before its count."""
+SWEEP_RECORD = "multirun.yaml"
+"""What Hydra writes of a sweep: its config."""
+SWEEP_TABLES = ("summary.csv", "summary.md")
 
 
 def register_resolvers() -> None:
@@ -63,25 +66,41 @@ def agree(composed: DictConfig, world: World) -> Path:
     return make()
 
 
-def sweep_folder(composed: DictConfig) -> Path:
+@contextmanager
+def sweep_folder(composed: DictConfig) -> Iterator[Path]:
     """Make the folder that `hydra.sweep.dir` names: one given by the user may exist, the default one is new.
 
+    A sweep that is refused before it has begun leaves everything as it was.
+
     Raises:
-        ConfigError: when it cannot be written.
+        ConfigError: when it cannot be written, or has another's files where a sweep writes its own.
     """
-    name = str(composed.get("name") or "sweep")
-    return _made("hydra.sweep.dir", Path(composed.hydra.sweep.dir), _is_given(composed.hydra.sweep), name)
+    key, wanted, given = "hydra.sweep.dir", Path(composed.hydra.sweep.dir), _is_given(composed.hydra.sweep)
+    is_new = not given or not os.path.exists(wanted)
+    parents = [each for each in wanted.parents if not os.path.exists(each)]
+    folder = _made(key, wanted, given, str(composed.get("name") or "sweep"))
+    _refuse_what_no_sweep_wrote(key, folder)
+    record = folder / SWEEP_RECORD  # Hydra writes it before jobs are judged
+    before, earlier = set(os.listdir(folder)), record.read_bytes() if record.exists() else None
+    try:
+        yield folder
+    except Exception:
+        if set(os.listdir(folder)) <= before | {SWEEP_RECORD}:
+            record.unlink(missing_ok=True) if earlier is None else record.write_bytes(earlier)
+            with suppress(OSError):  # the first that holds something
+                for empty in [*([folder] if is_new else []), *parents]:
+                    empty.rmdir()
+        raise
 
 
-def leave_nothing(folder: Path) -> None:
-    """Take back what Hydra made for a sweep that is refused; one that has jobs stays."""
-    if {path.name for path in folder.iterdir()} - {"multirun.yaml"}:
+def _refuse_what_no_sweep_wrote(key: str, folder: Path) -> None:
+    record = folder / SWEEP_RECORD
+    if record.is_file() and b"\nhydra:" in b"\n" + record.read_bytes():
         return
-    (folder / "multirun.yaml").unlink(missing_ok=True)
-    above = [] if folder.is_absolute() else list(folder.parents)[:-1]
-    with suppress(OSError):  # the first that holds something else
-        for empty in (folder, *above):
-            empty.rmdir()
+    for name in (SWEEP_RECORD, *SWEEP_TABLES):
+        if os.path.lexists(folder / name):
+            why = f"a sweep would write over its {name}, which is no sweep's"
+            raise ConfigError(key, folder, why, "a new folder, an empty one, or that of an earlier sweep")
 
 
 def _is_given(settings: DictConfig) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from tpresearch.config.mesh import used_axes
 from tpresearch.config.schema import Config, DeviceKind
 from tpresearch.launch.command import override_key
 
+CONSOLE_LOG = "console.log"
+"""In a job's folder: all that its processes say."""
 OF_THE_SWEEP = ("hydra.mode", "hydra.run.", "hydra.sweep.", "hydra.launcher", "hydra.sweeper")
 """Hydra's settings that the sweep has read, and its jobs have no use for."""
 
@@ -95,6 +98,14 @@ def completed_runs(sweep_dir: Path) -> dict[str, Path]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
             continue  # not the record of a run
     return found
+
+
+def may_be_jobs(folder: Path) -> bool:
+    """Whether a job may have this folder: an earlier start of one has left it, or it is not there, or empty."""
+    if not os.path.lexists(folder):
+        return True
+    ours = (folder / CONSOLE_LOG).is_file() or (folder / ".hydra").is_dir()
+    return folder.is_dir() and (ours or not any(folder.iterdir()))
 
 
 def passed_on(hydra_overrides: Iterable[str]) -> list[str]:

@@ -63,15 +63,19 @@ class TorchrunLauncher(Launcher):
             ConfigError: for the first job that cannot run, before any has started.
             SystemExit: after Ctrl-C, SIGTERM or SIGHUP, once all ranks have ended and the table is out.
         """
-        from tpresearch.sweep.outcome import outcome_of  # late: a single run has no use for these
-        from tpresearch.sweep.planning import Planner
-        from tpresearch.sweep.running import ending_signals, run_jobs
+        from tpresearch.sweep.planning import Planner, with_folders  # late: a single run has no use for them
 
         self.check()
         gpus = _visible_gpus()
         planner = Planner(self._loader, self._config, self._judge, len(gpus), self.ranks_per_node)
-        jobs = planner.plan(job_overrides, initial_job_idx)
-        alone = _alone_in(self._folder)
+        judged = planner.plan(job_overrides, initial_job_idx)
+        with _alone_in(self._folder):
+            return self._run(list(with_folders(judged, self._folder)), gpus)
+
+    def _run(self, jobs: list[Job], gpus: list[str]) -> Sequence[JobReturn]:
+        from tpresearch.sweep.outcome import outcome_of
+        from tpresearch.sweep.running import await_earlier, ending_signals, run_jobs
+
         self._outcomes |= {job.number: outcome_of(job, None) for job in jobs}
         began: dict[int, float] = {}
 
@@ -90,7 +94,9 @@ class TorchrunLauncher(Launcher):
             if job.completed:
                 self._say(f"job {job.number} was completed earlier: {job.folder}")
         todo = [job for job in jobs if not job.completed]
-        with alone, ending_signals() as received:
+        for job in todo:
+            await_earlier(job.folder, self._say)
+        with ending_signals() as received:
             try:
                 devices, start = self.allocate(todo, gpus)
                 run_jobs(todo, devices, self._start or start, on_start, on_end, self.fail_fast, received)
@@ -125,7 +131,10 @@ class TorchrunLauncher(Launcher):
         from tpresearch.sweep.table import print_table, write_files
 
         outcomes = [self._outcomes[number] for number in sorted(self._outcomes)]
-        write_files(self._folder, outcomes)
+        try:
+            write_files(self._folder, outcomes)
+        except OSError as error:  # a full disk, say: the terminal has the table all the same
+            self._say(f"summary.csv and summary.md could not be written: {error}")
         width = None if sys.stdout.isatty() else 220
         with suppress(OSError):
             print_table(Console(highlight=False, width=width), self._folder, outcomes)
@@ -178,6 +187,9 @@ def _alone_in(folder: Path) -> AbstractContextManager[object]:
         why, legal = "another sweep runs in this folder", "its end, or a folder of its own"
         fix = {"hydra.sweep.dir": f"{folder}-2"}
         raise ConfigError("hydra.sweep.dir", folder, why, legal, fix=fix) from None
+    except OSError as error:
+        why, legal = f"its .lock cannot be held: {error.strerror}", "a folder of this user's own"
+        raise ConfigError("hydra.sweep.dir", folder, why, legal) from None
 
 
 def _visible_gpus() -> list[str]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tpresearch.sweep.job import Job
-from tpresearch.sweep.running import CONSOLE_LOG, STOPPED
+from tpresearch.sweep.job import CONSOLE_LOG, Job
+from tpresearch.sweep.running import STOPPED
 
 Status = Literal["completed", "failed", "preempted", "not started"]
 EXCEPTION = re.compile(

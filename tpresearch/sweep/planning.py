@@ -33,6 +33,7 @@ from tpresearch.sweep.job import (
     Job,
     as_written,
     completed_runs,
+    may_be_jobs,
     passed_on,
     ranks_needed,
     signature,
@@ -63,7 +64,7 @@ class Planner:
         return Path(self.master.hydra.sweep.dir)
 
     def plan(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[Job]:
-        """Compose and judge each job; find those that an earlier start of this sweep has completed.
+        """Compose and judge each job.
 
         Raises:
             ConfigError: for the first job that cannot run; none has been started then.
@@ -71,13 +72,12 @@ class Planner:
         self._check_settings()
         in_all = set.intersection(*map(set, job_overrides))
         try:
-            jobs = [
+            return [
                 self._job(list(overrides), number, in_all)
                 for number, overrides in enumerate(job_overrides, first_number)
             ]
         finally:
             HydraConfig.instance().set_config(self.master)
-        return list(_with_folders(jobs, completed_runs(self.sweep_dir)))
 
     def _check_settings(self) -> None:
         for key, value in self.master.hydra.launcher.items():
@@ -95,7 +95,7 @@ class Planner:
                     composed.hydra.job.id, composed.hydra.job.num = str(number), number
                 HydraConfig.instance().set_config(composed)  # for ${hydra:...}
                 cfg = typed_config(composed)
-                folder = self.sweep_dir / composed.hydra.sweep.subdir
+                folder = self._folder(composed.hydra.sweep.subdir)
                 settings = composed.hydra.launcher
             open_ranks = settings.nproc or self.ranks_per_node or self.gpu_count or SHOWN_WORLD
             ranks = ranks_needed(cfg, open_ranks)
@@ -126,6 +126,13 @@ class Planner:
             composed=composed,
             nodes=nodes,
         )
+
+    def _folder(self, subdir: object) -> Path:
+        folder = self.sweep_dir / str(subdir)
+        if self.sweep_dir.resolve() not in folder.resolve().parents:
+            why, legal = "not below the sweep's own folder", "a name, such as ${hydra.job.num}"
+            raise ConfigError("hydra.sweep.subdir", subdir, why, legal)
+        return folder
 
     def _for_wandb(self, cfg: Config, own: Sequence[str]) -> list[str]:
         """One group for the sweep, one wandb/ folder to sync, and what is the job's own among its tags."""
@@ -167,8 +174,11 @@ def _command_line(overrides: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def _with_folders(jobs: list[Job], completed: dict[str, Path]) -> Iterator[Job]:
-    """Each job in its folder: that of its completed run, else its own, which no completed run may be in."""
+def with_folders(jobs: Sequence[Job], sweep_dir: Path) -> Iterator[Job]:
+    """Each job in its folder: that of its completed run, else its own, in which is no completed run, and nothing that
+    is not a job's.
+    """
+    completed = completed_runs(sweep_dir)
     taken = set(completed.values())
     for job in jobs:
         if job.signature in completed:
@@ -178,7 +188,7 @@ def _with_folders(jobs: list[Job], completed: dict[str, Path]) -> Iterator[Job]:
             job.folder if nth == 1 else job.folder.with_name(f"{job.folder.name}-{nth}")
             for nth in itertools.count(1)
         )
-        folder = next(name for name in names if name not in taken)
+        folder = next(name for name in names if name not in taken and may_be_jobs(name))
         taken.add(folder)
         own = [override("hydra.run.dir", folder), "hydra.mode=RUN", *flags_for_job()]
         yield dataclasses.replace(job, folder=folder, arguments=[*job.arguments, *own])

@@ -18,18 +18,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
-from uuid import uuid4
 
+from tpresearch.config.errors import ConfigError
 from tpresearch.launch.run_dir import EARLIER
 from tpresearch.launch.stop import end_with_parent
-from tpresearch.sweep.job import Job
+from tpresearch.sweep.job import CONSOLE_LOG, Job
 
 POLL_S = 0.1
 GRACE_S = 60
 """For a stopped job to close what it has open; torchrun gives its ranks 30 s of it."""
 MARK = "TPRESEARCH_SWEEP_JOB"
-"""In the environment of all processes of a job: ranks are in sessions of their own, in no group of their agent's."""
-CONSOLE_LOG = "console.log"
+"""In the environment of all processes of a job, with its folder: ranks are in sessions of their own, in no group of
+their agent's."""
 STOPPED = -signal.SIGTERM
 """The exit code of a job that was ended by the sweep."""
 
@@ -100,11 +100,11 @@ class JobProcess:
     def __init__(self, job: Job, share: Share) -> None:
         set_aside(job.folder)
         job.folder.mkdir(parents=True, exist_ok=True)
-        self._mark = uuid4().hex
+        self._folder = job.folder
         with (job.folder / CONSOLE_LOG).open("w") as log:
             self._process = subprocess.Popen(
                 local_command(job),
-                env=os.environ | share.environment() | {MARK: self._mark},
+                env=os.environ | share.environment() | {MARK: mark_of(job.folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -122,7 +122,7 @@ class JobProcess:
         if self.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        kill_marked(self._mark)
+        kill_processes(self._folder)
 
 
 def run_jobs(
@@ -213,9 +213,41 @@ def set_aside(folder: Path) -> None:
     folder.rename(aside)
 
 
-def kill_marked(mark: str) -> None:
-    """End what is left of a job on this machine, wherever it is; nothing is found where there is no /proc."""
+def mark_of(folder: Path) -> str:
+    """What the processes of the job in this folder have in their environment."""
+    return str(folder.resolve())
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The ids of the processes that the job in this folder has on this machine; none where there is no /proc."""
+    found, mark = [], f"{MARK}={mark_of(folder)}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # it has ended, or is another user's
-            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
-                os.kill(int(path.parent.name), signal.SIGKILL)
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def kill_processes(folder: Path) -> None:
+    """End what is left of a job on this machine, wherever it is."""
+    for pid in processes_of(folder):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def await_earlier(folder: Path, say: Callable[[str], None]) -> None:
+    """Wait for the job that an earlier start of the sweep has in this folder: if that was killed, it is ending.
+
+    Raises:
+        ConfigError: if it does not end.
+    """
+    if not (left := processes_of(folder)):
+        return
+    runs = f"a job of an earlier start still runs in {folder}, as process {left[0]}"
+    say(f"{runs}: waiting for its end")
+    until = time.monotonic() + GRACE_S
+    while processes_of(folder):
+        if time.monotonic() > until:
+            legal = "its end, or another folder for this sweep"
+            raise ConfigError("hydra.sweep.dir", folder.parent, runs, legal)
+        time.sleep(POLL_S)

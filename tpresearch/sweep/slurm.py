@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.launchers import SlurmConfig
 from tpresearch.launch.stop import end_with_parent
-from tpresearch.sweep.job import Job
+from tpresearch.sweep.job import CONSOLE_LOG, Job
 from tpresearch.sweep.launcher import TorchrunLauncher
-from tpresearch.sweep.running import CONSOLE_LOG, MARK, STOPPED, Devices, StartJob, kill_marked, set_aside
+from tpresearch.sweep.running import MARK, STOPPED, Devices, StartJob, kill_processes, mark_of, set_aside
 
 if TYPE_CHECKING:
     import submitit
@@ -38,7 +37,6 @@ class NodeAgent:
     arguments: list[str]
     ranks_per_node: int
     folder: Path
-    mark: str
     threads: int = 1
     """Of a rank, unless OMP_NUM_THREADS says otherwise."""
 
@@ -48,7 +46,8 @@ class NodeAgent:
         node = JobEnvironment()
         log_name = CONSOLE_LOG if node.node == 0 else f"console-node{node.node}.log"
         command = [sys.executable, *self._agent(node), *self.arguments]
-        ours = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads)), MARK: self.mark}
+        threads = os.environ.get("OMP_NUM_THREADS", str(self.threads))
+        ours = {"OMP_NUM_THREADS": threads, MARK: mark_of(self.folder)}
         with (self.folder / log_name).open("w") as log, _ignoring(signal.SIGUSR2):
             process = subprocess.Popen(
                 command,
@@ -90,8 +89,8 @@ def _ignoring(number: signal.Signals) -> Iterator[None]:
 class Submitted:
     """A job that Slurm has."""
 
-    def __init__(self, job: Job, handle: submitit.Job[int], mark: str) -> None:
-        self._job, self._handle, self._mark = job, handle, mark
+    def __init__(self, job: Job, handle: submitit.Job[int]) -> None:
+        self._job, self._handle = job, handle
         self._code: int | None = None
 
     def poll(self) -> int | None:
@@ -117,7 +116,7 @@ class Submitted:
         """Slurm has ended or will end it by itself; its local stand-in may leave ranks behind."""
         if self._code is None:
             self._code = STOPPED
-        kill_marked(self._mark)
+        kill_processes(self._job.folder)
 
 
 class SlurmLauncher(TorchrunLauncher):
@@ -179,9 +178,7 @@ def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: 
         executor = submitit.AutoExecutor(folder / "%j", cluster=str(settings.cluster))
         executor.update_parameters(**parameters(settings, nodes, slots))
         threads = max(1, settings.cpus_per_slot * slots // ranks)
-        agents = [
-            NodeAgent(job.arguments, ranks, job.folder.absolute(), uuid4().hex, threads) for job in alike
-        ]
+        agents = [NodeAgent(job.arguments, ranks, job.folder.absolute(), threads) for job in alike]
         try:
             with executor.batch():
                 handles = [executor.submit(agent) for agent in agents]
@@ -189,8 +186,8 @@ def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: 
             why = f"sbatch refuses {nodes} node{'s' if nodes > 1 else ''}: {' '.join(str(error).split())}"
             legal = "what this cluster takes; the options are in conf/hydra/launcher/slurm.yaml"
             raise ConfigError("hydra/launcher", "slurm", why, legal) from None
-        for job, agent, handle in zip(alike, agents, handles, strict=True):
-            submitted[job.number] = Submitted(job, handle, agent.mark)
+        for job, handle in zip(alike, handles, strict=True):
+            submitted[job.number] = Submitted(job, handle)
 
 
 def shape(job: Job) -> tuple[int, int, int]:

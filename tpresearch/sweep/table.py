@@ -15,9 +15,8 @@ from rich.text import Text
 
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import override_key, python_command
-from tpresearch.sweep.job import wandb_group
+from tpresearch.sweep.job import CONSOLE_LOG, wandb_group
 from tpresearch.sweep.outcome import Outcome
-from tpresearch.sweep.running import CONSOLE_LOG
 from tpresearch.track.figures import Summary, figure_cells, figures_of, mean_cells
 from tpresearch.track.shown import UNDEFINED, path_text
 from tpresearch.track.table import Cell, Table
