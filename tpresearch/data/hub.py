@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from tpresearch.data.sources import (
 log = logging.getLogger(__name__)
 
 LEGAL = "a hub id such as roneneldan/TinyStories, or a local folder of data files"
-TOKENIZER_FILES = ["tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "config.json"]
 
 
 def looks_like_hub_id(path: str) -> bool:
@@ -164,8 +163,13 @@ def _refusal(data: DataConfig, error: BaseException) -> ConfigError:
     return ConfigError("data.path", data.path, said, LEGAL, EMBEDDED)
 
 
-def download_tokenizer(name: str, legal: str) -> Path:
-    """The folder of a tokenizer's files, from the hub or from what was downloaded before.
+def download(name: str, files: Sequence[str], refused: Callable[[str], ConfigError]) -> Path:
+    """The folder of a hub repository's files, from the hub or from what was downloaded before.
+
+    Any number of processes may ask at once: one downloads a file, the others wait for it.
+
+    Args:
+        files: names or patterns of those that are wanted. refused: makes the error, of a reason.
 
     Raises:
         ConfigError: where there is no such name, or no network.
@@ -174,15 +178,10 @@ def download_tokenizer(name: str, legal: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # a dozen kinds, by what the network did
-        why = (
-            first_line(error)
-            if reached
-            else f"{_endpoint()} cannot be reached, and there is no such file here"
-        )
-        fix = {"tokenizer": "bpe", "tokenizer.path": None}
-        raise ConfigError("tokenizer.path", name, why, legal, fix) from None
+        offline = f"{_endpoint()} cannot be reached, and there is no such file here"
+        raise refused(first_line(error) if reached else offline) from None
 
 
 @lru_cache

@@ -16,11 +16,13 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.data.hub import download_tokenizer, looks_like_hub_id
+from tpresearch.data.hub import download, looks_like_hub_id
 from tpresearch.data.sources import first_line
 
 EOS = "<|endoftext|>"
 COMMON_EOS = ("</s>", EOS, "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
+FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "config.json")
+"""Those of a hub repository that a tokenizer may need."""
 LEGAL_PATH = "a tokenizer.json, a folder that holds one, or a name on the hub"
 OWN_BPE: dict[str, object] = {"tokenizer": "bpe", "tokenizer.path": None}
 SAMPLE = "A sample: naïve 数据 🙂\n\t0"
@@ -154,7 +156,9 @@ def _load(path: str) -> tuple[HfTokenizer, Path]:
     if not local.exists():
         if not looks_like_hub_id(path):
             raise ConfigError("tokenizer.path", path, "there is no such file", LEGAL_PATH, OWN_BPE)
-        local = download_tokenizer(path, LEGAL_PATH)
+        local = download(
+            path, FILES, lambda why: ConfigError("tokenizer.path", path, why, LEGAL_PATH, OWN_BPE)
+        )
     file = local / "tokenizer.json" if local.is_dir() else local
     try:
         backend = HfTokenizer.from_file(str(file)) if file.is_file() else _converted(path, file.parent)

@@ -106,7 +106,7 @@ def fill(parameter: Tensor, full: Tensor) -> None:
     for dim, index in enumerate(held(parameter)):
         if len(index) != full.shape[dim]:
             full = full.index_select(dim, index.to(full.device))
-    _local(parameter).copy_(full)
+    local_part(parameter).copy_(full)
 
 
 def held(parameter: Tensor) -> list[Tensor]:
@@ -123,7 +123,7 @@ def held(parameter: Tensor) -> list[Tensor]:
             line = index.view([-1 if other == dim else 1 for other in range(parameter.dim())])
             shard = distribute_tensor(line, parameter.device_mesh, cuts, src_data_rank=None)
             indices[dim] = shard.to_local().flatten().cpu()
-    lengths, shape = [len(index) for index in indices], list(_local(parameter).shape)
+    lengths, shape = [len(index) for index in indices], list(local_part(parameter).shape)
     if lengths != shape:
         raise ValueError(
             f"a parameter of shape {list(parameter.shape)} has a shard of {shape}, not of {lengths}"
@@ -131,7 +131,8 @@ def held(parameter: Tensor) -> list[Tensor]:
     return indices
 
 
-def _local(parameter: Tensor) -> Tensor:
+def local_part(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter: writing to it sets the parameter."""
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
 
@@ -180,7 +181,7 @@ def _draw_band(
     parameter: Tensor, initializer: Elementwise, key: str, lead: tuple[Piece, ...], last: list[Piece]
 ) -> None:
     """Draw the tiles of a band on the CPU, each whole and from a generator of its own, and keep what this rank holds."""
-    home = _local(parameter)[tuple(piece.of_shard for piece in lead)]
+    home = local_part(parameter)[tuple(piece.of_shard for piece in lead)]
     band = home if home.device.type == "cpu" else torch.empty(home.shape, dtype=torch.float32)
     generator, buffer = torch.Generator(), torch.empty(TILE, dtype=torch.float32)
     corner = [piece.corner for piece in lead]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +43,13 @@ def plain_model(config: ModelConfig, dtype: Dtype = Dtype.float32, device: str =
             "model", config.name, f"{build.__name__} refuses it: {error}", "settings that it accepts"
         ) from error
     return model.to(weight_dtype(dtype))
+
+
+def all_settings(config: ModelConfig) -> dict[str, Any]:
+    """A model's settings, those included that its config leaves to the class."""
+    accepted = inspect.signature(imported_class("model._target_", config.target, nn.Module)).parameters
+    defaults = {name: p.default for name, p in accepted.items() if p.default is not inspect.Parameter.empty}
+    return {**defaults, **config.args}
 
 
 def weight_dtype(dtype: Dtype) -> torch.dtype:

@@ -1,0 +1,144 @@
+"""What each rank of each plan reads of a Hugging Face folder, against Hugging Face's own model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.composed import config
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import validate
+from tpresearch.config.world import World
+from tpresearch.hf.read import from_hugging_face
+from tpresearch.hf.settings import read_settings
+from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.parallel.weights import held, local_part, materialize
+from tpresearch.plan.meta import meta_model
+from tpresearch.train.preflight import planned
+from tpresearch.verify.ranks import Ranks
+
+transformers = pytest.importorskip("transformers", reason="the reference comes with the hf extra")
+CPU = torch.device("cpu")
+
+
+def configured(folder: Path, *overrides: str) -> Config:
+    """A config with the model that a folder describes."""
+    cfg = config("tokenizer.vocab_size=263", *overrides)
+    model = dataclasses.replace(cfg.model, args=read_settings(folder, str(folder)))
+    return dataclasses.replace(cfg, model=model)
+
+
+def imported(folder: Path, *overrides: str) -> nn.Module:
+    """The model of a folder in this process, with its weights."""
+    cfg = configured(folder, *overrides)
+    model = meta_model(cfg.model, cfg.train.dtype)
+    state = torch.get_rng_state()
+    materialize(model, CPU, from_hugging_face(folder, cfg.model.args["dim"] // cfg.model.args["n_heads"]))
+    assert torch.equal(torch.get_rng_state(), state), "weights that are read are not drawn"
+    return model
+
+
+def relative_difference(ours: nn.Module, theirs: nn.Module) -> float:
+    """Greatest difference of the logits of a few rows, relative to their own size."""
+    tokens = torch.randint(0, 263, (3, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, expected = ours(tokens), theirs(tokens).logits
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_key_value_heads": 8}, {"tie_word_embeddings": True}])
+def test_logits_are_hugging_faces(make_llama, settings: dict[str, object]) -> None:
+    folder = make_llama(**settings)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert relative_difference(imported(folder), theirs) < 1e-6
+
+
+def test_in_float64_logits_are_hugging_faces_to_1e_12(make_llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once both of its spots that always compute in float32 are kept from it, and our table of float32 from us."""
+    folder = make_llama(torch.float64)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    ours = imported(folder, "train.dtype=float64")
+    assert 1e-9 < relative_difference(ours, theirs) < 1e-6
+    llama = transformers.models.llama.modeling_llama
+    head_dim, theta = 12, 20000.0
+    angles = torch.outer(
+        torch.arange(40.0).double(), theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    )
+
+    def norm(self: nn.Module, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    def rotary(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat((angles, angles), -1)[position_ids[0]][None]
+        return both.cos(), both.sin()
+
+    monkeypatch.setattr(llama.LlamaRMSNorm, "forward", norm)
+    monkeypatch.setattr(llama.LlamaRotaryEmbedding, "forward", rotary)
+    ours.rotary = torch.stack((angles.cos(), angles.sin()), -1)
+    assert relative_difference(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_are_widened(make_llama, dtype: torch.dtype) -> None:
+    folder = make_llama(dtype)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert relative_difference(imported(folder), theirs) < 1e-6
+
+
+MESHES = {
+    "none": (1, "parallel=none"),
+    "ddp": (2, "parallel=ddp"),
+    "tp": (2, "parallel=tp"),
+    "sp": (2, "parallel=sp"),
+    "fsdp": (4, "parallel=fsdp"),
+    "hsdp": (4, "parallel=hsdp"),
+    "fsdp_tp": (4, "parallel=fsdp_tp mesh.tp=2"),
+    "hsdp_tp": (8, "parallel=hsdp_tp"),
+}
+"""Ranks and overrides. fsdp and fsdp_tp cut key heads in the middle; tp cuts dim 1 of wo and w2."""
+
+
+def shards(
+    world: World, folder: Path, configs: dict[str, tuple[int, Config]]
+) -> dict[str, dict[str, object]]:
+    """By mesh, the parameters whose shard on this rank differs from its part of the whole, and the bytes it holds."""
+    whole = dict(imported(folder).named_parameters())
+    found = {}
+    for case, (size, cfg) in configs.items():
+        if world.rank >= size:
+            continue
+        model, plan = planned(cfg, sizes := validate(cfg, size))
+        dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=size)
+        try:
+            parallelize(model, plan, cfg.parallel, build_mesh(sizes, "cpu"), cfg.train.dtype)
+            materialize(model, CPU, from_hugging_face(folder, 12))
+            differ, own = [], 0
+            for name, parameter in model.named_parameters():
+                expected = whole[name].detach()
+                for dim, index in enumerate(held(parameter)):
+                    expected = expected.index_select(dim, index)
+                own += expected.numel()
+                if not torch.equal(local_part(parameter), expected):
+                    differ.append(name)
+            found[case] = {"differ": differ, "held": own}
+        finally:
+            dist.destroy_process_group()
+    return found
+
+
+def test_each_rank_of_each_plan_reads_its_part(llama: Path, ranks: Ranks) -> None:
+    configs = {case: (size, configured(llama, *typed.split())) for case, (size, typed) in MESHES.items()}
+    by_rank = ranks.run(4, shards, llama, configs)
+    for case, (size, _) in MESHES.items():
+        assert [found[case]["differ"] for found in by_rank[:size]] == [[]] * min(size, 4), case
+    numbers = sum(p.numel() for p in imported(llama).parameters())
+    for case in ("none", "fsdp", "fsdp_tp"):  # nothing of which is held twice, but for norms along tp
+        held_by_all = sum(found[case]["held"] for found in by_rank[: MESHES[case][0]])
+        assert held_by_all == numbers + (5 * 96 if case == "fsdp_tp" else 0), case

@@ -1,0 +1,1 @@
+"""Llama weights from and to Hugging Face folders: their names, their order of rows, their config.json."""

@@ -1,0 +1,136 @@
+"""A Hugging Face folder, here or on the hub: which of its files has which tensor, judged before any is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.data.hub import download, looks_like_hub_id
+from tpresearch.hf.names import EMBEDDING, OUTPUT
+from tpresearch.hf.settings import CONFIG
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "BF16", "F16")
+NOT_WEIGHTS = ".rotary_emb.inv_freq"
+"""How the names end of what older versions of transformers kept beside the weights, and compute now."""
+LEGAL = "a folder or hub id of a Llama with config.json and model.safetensors, or a checkpoint of ours"
+
+
+def is_hugging_face(init_from: str) -> bool:
+    """Whether this names a folder in Hugging Face's layout, or could name one on the hub."""
+    path = Path(init_from).expanduser()
+    if not path.exists():
+        return looks_like_hub_id(init_from)
+    return path.is_dir() and any((path / name).exists() for name in (CONFIG, WEIGHTS, INDEX))
+
+
+def folder_of(init_from: str, files: Sequence[str] = (CONFIG,)) -> Path:
+    """The folder that `init_from` names, with these files in it if it is to be had from the hub.
+
+    Raises:
+        ConfigError: for a path that is no folder, and a hub id that cannot be had.
+    """
+    path = Path(init_from).expanduser()
+    if path.exists():
+        if not path.is_dir():
+            raise _refused(init_from, "is a file")
+        return path
+    if not looks_like_hub_id(init_from):
+        raise _refused(init_from, "there is no such folder")
+    return download(init_from, files, lambda why: _refused(init_from, why))
+
+
+def weights_folder(init_from: str) -> Path:
+    """The same with every file of weights in it: of a hub id, the files that its index names are downloaded."""
+    folder = folder_of(init_from, (CONFIG, WEIGHTS, INDEX))
+    if folder == Path(init_from).expanduser() or not (folder / INDEX).exists():
+        return folder
+    return folder_of(init_from, sorted(set(_index(folder / INDEX, init_from).values())))
+
+
+def tensor_files(folder: Path, named: str) -> dict[str, Path]:
+    """The file that has each tensor, by Hugging Face's names.
+
+    Args:
+        named: what the user called the folder: a path or a hub id.
+
+    Raises:
+        ConfigError: for files that are missing, cannot be read or are not safetensors.
+    """
+    if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
+        files = {name: folder / file for name, file in _index(folder / INDEX, named).items()}
+        there = {path: set(_header(path, named)) for path in sorted(set(files.values()))}
+        lost = next((name for name, path in files.items() if name not in there[path]), None)
+        if lost is not None:
+            raise _refused(named, f"{INDEX} says that {lost} is in {files[lost].name}, and it is not")
+        return files
+    if not (folder / WEIGHTS).exists():
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if pickled:
+            raise _refused(named, f"{pickled[0]} is a pickle, which may run code when it is read")
+        raise _refused(named, f"has neither {WEIGHTS} nor {INDEX}")
+    return dict.fromkeys(_header(folder / WEIGHTS, named), folder / WEIGHTS)
+
+
+def check_tensors(folder: Path, named: str, shapes: Mapping[str, Sequence[int]], tied: bool) -> None:
+    """Refuse a folder that does not hold exactly these tensors, looking at headers only.
+
+    Args:
+        shapes: of each parameter, by Hugging Face's names. tied: whether the output layer has the embedding's weight.
+
+    Raises:
+        ConfigError: for the first that is missing, has another shape, is not of floats or is not in the model.
+    """
+    files = tensor_files(folder, named)
+    headers = {path: _header(path, named) for path in sorted(set(files.values()))}
+    for name, shape in shapes.items():
+        if name not in files:
+            raise _refused(named, f"no file of it has {name}")
+        found, dtype = headers[files[name]][name]
+        if found != list(shape):
+            raise _refused(named, f"{name} has the shape {found}, and the model's is {list(shape)}")
+        if dtype not in FLOATS:
+            raise _refused(named, f"{name} is stored as {dtype}, not as one of {', '.join(FLOATS)}")
+    surplus = [name for name in files if name not in shapes and not name.endswith(NOT_WEIGHTS)]
+    if tied and OUTPUT in surplus:
+        surplus.remove(OUTPUT)
+        _check_tie(files, named)
+    if surplus:
+        raise _refused(named, f"it has {surplus[0]}, which the model does not")
+
+
+def _check_tie(files: Mapping[str, Path], named: str) -> None:
+    """Some folders hold a tied weight under both names; then both must be the same."""
+    with safe_open(files[EMBEDDING], "pt") as one, safe_open(files[OUTPUT], "pt") as other:
+        if not one.get_tensor(EMBEDDING).equal(other.get_tensor(OUTPUT)):
+            raise _refused(named, f"{CONFIG} ties {OUTPUT} to {EMBEDDING}, and they differ")
+
+
+def _header(path: Path, named: str) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype of each tensor of a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise _refused(named, f"{path.name} cannot be read: {error}") from None
+
+
+def _index(path: Path, named: str) -> dict[str, str]:
+    """The name of the file that has each tensor, by the index."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        outside = next((file for file in files.values() if Path(file).name != file), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refused(named, f"{INDEX} cannot be read: {type(error).__name__}: {error}") from None
+    if outside is not None:
+        raise _refused(named, f"{INDEX} names {outside}, which is not a file of this folder")
+    return dict(files)
+
+
+def _refused(named: str, why: str) -> ConfigError:
+    return ConfigError("init_from", named, why, LEGAL)

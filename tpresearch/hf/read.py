@@ -1,0 +1,86 @@
+"""First weights from a Hugging Face folder, of which each rank reads the bytes that it holds."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import ModelConfig
+from tpresearch.hf.files import check_tensors, folder_of, tensor_files, weights_folder
+from tpresearch.hf.names import hugging_face_name, hugging_face_rows, is_rotated
+from tpresearch.hf.settings import check_settings, read_settings
+from tpresearch.parallel.weights import WeightSource, held, local_part, pieces
+from tpresearch.plan.meta import all_settings
+from tpresearch.plan.parameters import tied_parameters
+
+
+def from_hugging_face(folder: Path, head_dim: int) -> WeightSource:
+    """The weights of a folder that `check_folder` has found to fit.
+
+    Files are mapped into memory, and a rank touches the pages of what it holds: beside its weights it needs room for one
+    of them in the file's dtype. Nothing is sent, and no random number is drawn.
+
+    Args:
+        head_dim: d, of the query and key heads.
+    """
+
+    @torch.no_grad()
+    def source(model: nn.Module) -> None:
+        files = tensor_files(folder, str(folder))
+        with ExitStack() as opened:
+            handles = {path: opened.enter_context(safe_open(path, "pt")) for path in set(files.values())}
+            for name, parameter in model.named_parameters():
+                there = hugging_face_name(name)
+                assert there
+                part = handles[files[there]].get_slice(there)
+                _fill(parameter, part, head_dim if is_rotated(name) else None)
+
+    return source
+
+
+def check_folder(init_from: str, model: nn.Module, config: ModelConfig, download: bool = True) -> None:
+    """Refuse a Hugging Face folder whose weights are not those of this model.
+
+    Args:
+        model: on the meta device. config: its config.
+        download: whether weights on the hub are fetched, to be judged too; else config.json alone is.
+
+    Raises:
+        ConfigError: for settings that differ, and tensors that are missing, superfluous or of another shape.
+    """
+    check_settings(read_settings(folder_of(init_from), init_from), all_settings(config), init_from)
+    if not download and folder_of(init_from) != Path(init_from).expanduser():
+        return
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        if (there := hugging_face_name(name)) is None:
+            why = f"it holds a Llama, and no Llama has the parameter {name}"
+            raise ConfigError("init_from", init_from, why, "model=hf, or a llama2_* of the same sizes")
+        shapes[there] = parameter.shape
+    check_tensors(weights_folder(init_from), init_from, shapes, bool(tied_parameters(model)))
+
+
+def _fill(parameter: Tensor, part: Any, head_dim: int | None) -> None:
+    """Set what this rank holds of a parameter.
+
+    Args:
+        part: of the whole tensor in its file, as safetensors slices it. head_dim: where rows are in another order there.
+    """
+    indices, local = held(parameter), local_part(parameter)
+    order = None
+    if head_dim:
+        rows = hugging_face_rows(indices[0], head_dim)
+        order = rows.argsort()
+        indices[0] = rows[order]
+    runs = [pieces(index, size) for index, size in zip(indices, parameter.shape, strict=True)]
+    for box in itertools.product(*runs):
+        first, *others = (run.of_shard for run in box)
+        home: tuple[Any, ...] = (first if order is None else order[first].to(local.device), *others)
+        local[home] = part[tuple(run.of_tile for run in box)].to(local.device, local.dtype)

@@ -1,0 +1,161 @@
+"""A Llama's config.json as the settings of our model, and back. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tpresearch.config.errors import ConfigError, shown
+
+CONFIG = "config.json"
+SIZES = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",
+}
+"""Our settings that are counts, and what config.json calls them."""
+NUMBERS = {"norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "init_std": "initializer_range"}
+NAMES = {**SIZES, **NUMBERS, "tied": "tie_word_embeddings"}
+LEFT_OUT = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+LEFT_OUT |= {"initializer_range": 0.02}
+"""What transformers takes where config.json does not say (LlamaConfig, 4.0 to 5.23)."""
+ONLY = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0,
+    "partial_rotary_factor": 1,
+    "sliding_window": None,
+    "quantization_config": None,
+}
+"""What config.json may say where our model has no setting for it: this, or nothing."""
+NOT_COMPARED = ("max_seq_len", "init_std")
+"""Settings that do not change what given weights compute of a row."""
+
+
+def read_settings(folder: Path, named: str) -> dict[str, Any]:
+    """The settings of our model that compute what this folder's config.json describes.
+
+    Args:
+        named: what the user called the folder: a path or a hub id.
+
+    Raises:
+        ConfigError: for what our model cannot compute, by its name in config.json.
+    """
+    config = _read(folder / CONFIG, named)
+    config |= _rope(config, named)
+    for key, legal in ONLY.items():
+        value = config.get(key, None if key == "model_type" else legal)
+        if value != legal and (value is not None or key == "model_type"):
+            raise _unable(named, key, value)
+    settings: dict[str, Any] = {ours: _count(config, theirs, named) for ours, theirs in SIZES.items()}
+    settings |= {ours: _number(config, theirs, named) for ours, theirs in NUMBERS.items()}
+    settings["tied"] = config.get("tie_word_embeddings", False)
+    if not isinstance(settings["tied"], bool):
+        raise _refused(named, f"{CONFIG} has tie_word_embeddings={settings['tied']}", "true or false there")
+    head_dim = config.get("head_dim")
+    if head_dim is not None and head_dim * settings["n_heads"] != settings["dim"]:
+        raise _unable(named, "head_dim", head_dim)
+    return settings
+
+
+def check_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], named: str) -> None:
+    """Refuse weights for a model that computes something else with them.
+
+    Args:
+        theirs: what `read_settings` found in the folder. ours: the model's, those included that its class sets.
+
+    Raises:
+        ConfigError: for the first setting that differs.
+    """
+    for key, value in theirs.items():
+        if key not in ours:
+            raise ConfigError(
+                "init_from",
+                named,
+                f"it holds a Llama, and this model has no setting {key}",
+                "model=hf, or a llama2_* of the same sizes",
+                fix={"init_from": named, "model": "hf"},
+            )
+        if key not in NOT_COMPARED and ours[key] != value:
+            raise ConfigError(
+                f"model.{key}",
+                ours[key],
+                f"{CONFIG} of {named} has {NAMES[key]}={shown(value)}",
+                f"{shown(value)}, or model=hf, which takes its settings from there",
+                fix={"model": "hf", f"model.{key}": None},
+            )
+
+
+def config_json(settings: Mapping[str, Any], dtype: str, bos: int | None, eos: int | None) -> dict[str, Any]:
+    """What config.json has to say of a model with these settings.
+
+    Args:
+        bos, eos: token ids. Both are always stated: left out, transformers would take 1 and 2.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        **{key: value for key, value in ONLY.items() if value is not None},
+        **{theirs: settings[ours] for ours, theirs in NAMES.items()},
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "torch_dtype": dtype,
+    }
+
+
+def _read(path: Path, named: str) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _refused(named, f"it has no {CONFIG}", "a folder that transformers can read") from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise _refused(named, f"{CONFIG} cannot be read: {why}", "a readable one") from None
+    if not isinstance(config, dict):
+        raise _refused(named, f"{CONFIG} is not an object", "that of a LlamaForCausalLM")
+    return config
+
+
+def _rope(config: Mapping[str, Any], named: str) -> dict[str, Any]:
+    """Rotary settings: in `rope_parameters` since transformers 5, before that in `rope_scaling` and at the top."""
+    rope: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        found = config.get(key) or {}
+        if not isinstance(found, dict) or found.get("rope_type", found.get("type", "default")) != "default":
+            raise _unable(named, key, found)
+        rope |= {name: found[name] for name in ("rope_theta", "partial_rotary_factor") if name in found}
+    return rope
+
+
+def _count(config: Mapping[str, Any], key: str, named: str) -> int:
+    value = config.get(key, LEFT_OUT.get(key))
+    if value is None and key == "num_key_value_heads":
+        value = config.get("num_attention_heads")
+    if type(value) is not int or value < 1:
+        said = f"{CONFIG} has no {key}" if value is None else f"{CONFIG} has {key}={shown(value)}"
+        raise _refused(named, said, f"a whole number in {key}")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, named: str) -> float:
+    value = config.get(key, LEFT_OUT[key])
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise _refused(named, f"{CONFIG} has {key}={shown(value)}", f"a number above 0 in {key}")
+    return float(value)
+
+
+def _unable(named: str, key: str, value: object) -> ConfigError:
+    why = f"{CONFIG} has {key}={shown(value)}, which our Llama2 does not compute"
+    legal = "left out" if (only := ONLY.get(key)) is None else f"{shown(only)} or left out"
+    return _refused(named, why, f"a Llama with {key} {legal}")
+
+
+def _refused(named: str, why: str, legal: str) -> ConfigError:
+    return ConfigError("init_from", named, why, legal)
