@@ -40,7 +40,7 @@ def imported(folder: Path, *overrides: str) -> nn.Module:
     cfg = configured(folder, *overrides)
     model = meta_model(cfg.model, cfg.train.dtype)
     state = torch.get_rng_state()
-    materialize(model, CPU, from_hugging_face(folder, cfg.model.args["dim"] // cfg.model.args["n_heads"]))
+    materialize(model, CPU, from_hugging_face(str(folder), cfg.model))
     assert torch.equal(torch.get_rng_state(), state), "weights that are read are not drawn"
     return model
 
@@ -118,7 +118,7 @@ def shards(
         dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=size)
         try:
             parallelize(model, plan, cfg.parallel, build_mesh(sizes, "cpu"), cfg.train.dtype)
-            materialize(model, CPU, from_hugging_face(folder, 12))
+            materialize(model, CPU, from_hugging_face(str(folder), cfg.model))
             differ, own = [], 0
             for name, parameter in model.named_parameters():
                 expected = whole[name].detach()

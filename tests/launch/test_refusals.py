@@ -10,9 +10,7 @@ from support.launches import PROGRAM, Command
 
 pytestmark = pytest.mark.cli
 
-MODELS = (
-    "llama2_13b, llama2_1b, llama2_70b, llama2_7b, llama2_debug, llama2_small, llama2_tiny, toy_mlp, toy_net"
-)
+MODELS = "hf, llama2_13b, llama2_1b, llama2_70b, llama2_7b, llama2_debug, llama2_small, llama2_tiny, toy_mlp, toy_net"
 BETAS = "'optimizer.betas=[0.9, 0.95]'"
 
 # The overrides typed, how the line begins, and the overrides of the command to try (None: not compared).

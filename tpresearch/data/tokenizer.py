@@ -136,12 +136,14 @@ def load_hf(path: str) -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_size(path: str) -> int:
+def tokenizer_size(path: str | None) -> int:
     """Entries of the tokenizer at `path`, added tokens included: what the embedding of a model must have.
 
     Raises:
         ConfigError: for a path that holds no tokenizer.
     """
+    if path is None:
+        raise ConfigError("tokenizer.path", None, "no tokenizer is named", LEGAL_PATH, OWN_BPE)
     return entries(_load(path)[0])
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.data.hub import download, looks_like_hub_id
 from tpresearch.hf.names import EMBEDDING, OUTPUT
-from tpresearch.hf.settings import CONFIG
+from tpresearch.hf.settings import CONFIG, read_settings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -42,6 +43,18 @@ def folder_of(init_from: str, files: Sequence[str] = (CONFIG,)) -> Path:
     if not looks_like_hub_id(init_from):
         raise _refused(init_from, "there is no such folder")
     return download(init_from, files, lambda why: _refused(init_from, why))
+
+
+def settings_of(init_from: str | None) -> dict[str, Any]:
+    """The settings of our model that compute what config.json of this folder or hub id describes.
+
+    Raises:
+        ConfigError: where there is none, or it describes what our model cannot compute.
+    """
+    if not init_from:
+        why, legal = "model=hf takes its sizes from there", "a folder or hub id of a Llama with config.json"
+        raise ConfigError("init_from", None, why, legal, fix={"init_from": "FOLDER"})
+    return read_settings(folder_of(init_from), init_from)
 
 
 def weights_folder(init_from: str) -> Path:

@@ -13,27 +13,26 @@ from torch import Tensor, nn
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ModelConfig
-from tpresearch.hf.files import check_tensors, folder_of, tensor_files, weights_folder
+from tpresearch.hf.files import check_tensors, settings_of, tensor_files, weights_folder
 from tpresearch.hf.names import hugging_face_name, hugging_face_rows, is_rotated
-from tpresearch.hf.settings import check_settings, read_settings
+from tpresearch.hf.settings import check_settings
 from tpresearch.parallel.weights import WeightSource, held, local_part, pieces
 from tpresearch.plan.meta import all_settings
 from tpresearch.plan.parameters import tied_parameters
 
 
-def from_hugging_face(folder: Path, head_dim: int) -> WeightSource:
-    """The weights of a folder that `check_folder` has found to fit.
+def from_hugging_face(init_from: str, config: ModelConfig) -> WeightSource:
+    """The weights of a folder or hub id that `check_weights` has found to be those of this model.
 
     Files are mapped into memory, and a rank touches the pages of what it holds: beside its weights it needs room for one
     of them in the file's dtype. Nothing is sent, and no random number is drawn.
-
-    Args:
-        head_dim: d, of the query and key heads.
     """
+    settings = all_settings(config)
+    head_dim = settings["dim"] // settings["n_heads"]
 
     @torch.no_grad()
     def source(model: nn.Module) -> None:
-        files = tensor_files(folder, str(folder))
+        files = tensor_files(weights_folder(init_from), init_from)
         with ExitStack() as opened:
             handles = {path: opened.enter_context(safe_open(path, "pt")) for path in set(files.values())}
             for name, parameter in model.named_parameters():
@@ -45,18 +44,18 @@ def from_hugging_face(folder: Path, head_dim: int) -> WeightSource:
     return source
 
 
-def check_folder(init_from: str, model: nn.Module, config: ModelConfig, download: bool = True) -> None:
+def check_weights(init_from: str, config: ModelConfig, model: nn.Module, download: bool = True) -> None:
     """Refuse a Hugging Face folder whose weights are not those of this model.
 
     Args:
-        model: on the meta device. config: its config.
+        config: the model's. model: on the meta device.
         download: whether weights on the hub are fetched, to be judged too; else config.json alone is.
 
     Raises:
         ConfigError: for settings that differ, and tensors that are missing, superfluous or of another shape.
     """
-    check_settings(read_settings(folder_of(init_from), init_from), all_settings(config), init_from)
-    if not download and folder_of(init_from) != Path(init_from).expanduser():
+    check_settings(settings_of(init_from), all_settings(config), init_from)
+    if not download and not Path(init_from).expanduser().exists():
         return
     shapes = {}
     for name, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,10 +30,11 @@ SWEEP_TABLES = ("summary.csv", "summary.md")
 
 
 def register_resolvers() -> None:
-    """`run_dir`, `on_rank_zero` and `tokenizer_size`, for the YAML files."""
+    """`run_dir`, `on_rank_zero`, `tokenizer_size` and `hugging_face`, for the YAML files."""
     OmegaConf.register_new_resolver("run_dir", dated_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("on_rank_zero", _on_rank_zero, replace=True)
     OmegaConf.register_new_resolver("tokenizer_size", _tokenizer_size, replace=True)
+    OmegaConf.register_new_resolver("hugging_face", _hugging_face, replace=True)
 
 
 def dated_folder(name: str) -> str:
@@ -177,7 +178,13 @@ def _on_rank_zero(value: str) -> str | None:
     return value if World.from_environment().rank == 0 else None
 
 
-def _tokenizer_size(path: str) -> int:
+def _tokenizer_size(path: str | None) -> int:
     from tpresearch.data import tokenizer_size  # late: few configs ask, and tokenizers are slow to import
 
     return tokenizer_size(path)
+
+
+def _hugging_face(init_from: str | None, setting: str) -> Any:
+    from tpresearch.hf.files import settings_of  # late: few configs ask
+
+    return settings_of(init_from)[setting]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpresearch.config.schema import Config
 from tpresearch.data import AnyCorpus, batches_of
+from tpresearch.hf.files import is_hugging_face
+from tpresearch.hf.read import from_hugging_face
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.weights import WeightSource, from_seed, materialize, parameter_device
+from tpresearch.plan.initializers import Initializer
 from tpresearch.train.loop import Loop
 from tpresearch.train.losses import objective_of
 from tpresearch.train.mistakes import mistakes_of
@@ -32,7 +36,7 @@ def assemble(
     cfg, plan = job.cfg, job.plan
     model = parallelize(job.model, plan, cfg.parallel, mesh, cfg.train.dtype)
     home = parameter_device(cfg.parallel, device.torch)
-    materialize(model, home, weight_source(job), buffers=device.torch)
+    materialize(model, home, weight_source(cfg, plan.initializers), buffers=device.torch)
     batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
     chance = [SeededRandomness(cfg.train.seed, mesh, plan.seen.random)] if plan.seen.random else []
     observers = Observers([*chance, *mistakes_of(cfg, plan, mesh, batches), *watching])
@@ -42,6 +46,8 @@ def assemble(
     return Loop(state, setup, corpus, batches)
 
 
-def weight_source(job: Preflight) -> WeightSource:
+def weight_source(cfg: Config, initializers: Mapping[str, Initializer]) -> WeightSource:
     """Where the first weights of a new run come from."""
-    return from_seed(job.plan.initializers, job.cfg.train.seed)
+    if cfg.init_from and is_hugging_face(cfg.init_from):
+        return from_hugging_face(cfg.init_from, cfg.model)
+    return from_seed(initializers, cfg.train.seed)

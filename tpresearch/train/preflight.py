@@ -66,7 +66,23 @@ def _judged(cfg: Config, world: World) -> Preflight:
     starts_ranks = not cfg.plan_only and world.here
     device = choose_device(cfg, world.local_rank, world.local_size) if starts_ranks else None
     model, plan = planned(cfg, sizes)
+    check_first_weights(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device)
+
+
+def check_first_weights(cfg: Config, model: nn.Module, starts_ranks: bool) -> None:
+    """Refuse init_from where its weights are not those of this model; what is on the hub is downloaded for ranks only.
+
+    Raises:
+        ConfigError: naming the setting or the tensor that differs.
+    """
+    if cfg.init_from is None:
+        return
+    from tpresearch.hf.files import is_hugging_face
+    from tpresearch.hf.read import check_weights
+
+    if is_hugging_face(cfg.init_from):
+        check_weights(cfg.init_from, cfg.model, model, download=starts_ranks)
 
 
 def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:

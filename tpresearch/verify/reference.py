@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tpresearch.config.schema import Config, Dtype, Loss, OptimizerName
 from tpresearch.config.validate import total_steps
 from tpresearch.data import AnyCorpus, Batch, batches_of, eval_batches
-from tpresearch.parallel.weights import from_seed
 from tpresearch.plan.initializers import read_initializers
 from tpresearch.plan.meta import plain_model
+from tpresearch.train.assemble import weight_source
 from tpresearch.train.optim import learning_rate
 from tpresearch.verify.trace import StepTrace, Tensors, Trace
 
@@ -21,7 +21,7 @@ from tpresearch.verify.trace import StepTrace, Tensors, Trace
 def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> Trace:
     """A few steps on the whole global batch at once, on the CPU."""
     model = plain_model(cfg.model, cfg.train.dtype)
-    from_seed(read_initializers(model), cfg.train.seed)(model)
+    weight_source(cfg, read_initializers(model))(model)
     optimizer = _optimizer(model, cfg)
     batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
     initial, taken = _copies(dict(model.named_parameters())), []
