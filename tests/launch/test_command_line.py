@@ -17,7 +17,7 @@ def test_a_run_leaves_its_config_and_logs_in_a_dated_folder(warm_python: Command
     assert done.code == 0
     folder = Path(done.folders[0])
     assert re.fullmatch(r"outputs/train/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d", str(folder.relative_to(tmp_path)))
-    assert sorted(path.name for path in folder.iterdir()) == [".hydra", "ranks", "train.log"]
+    assert sorted(path.name for path in folder.iterdir()) == [".hydra", ".lock", "ranks", "train.log"]
     assert [path.name for path in (folder / "ranks").iterdir()] == ["rank-00000.log"]
     assert yaml.safe_load((folder / ".hydra" / "config.yaml").read_text())["train"]["steps"] == 3
     assert yaml.safe_load((folder / ".hydra" / "hydra.yaml").read_text())["hydra"]["run"]["dir"] == str(

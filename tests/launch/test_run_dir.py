@@ -31,13 +31,19 @@ def _at_noon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run_dir.register_resolvers()
 
 
-def composed(folder: str = "${run_dir:${name}}") -> DictConfig:
+def composed(folder: str) -> DictConfig:
     return OmegaConf.create({"name": "study", "hydra": {"run": {"dir": folder}}})
+
+
+def agree(folder: str = "${run_dir:${name}}", world: World = World()) -> str:  # noqa: B008
+    """The folder of a run that is over at once."""
+    with run_dir.agreed(composed(folder), world) as agreed:
+        return str(agreed)
 
 
 def test_runs_started_in_the_same_second_have_folders_of_their_own() -> None:
     with ThreadPoolExecutor(8) as at_once:
-        folders = list(at_once.map(lambda _: str(run_dir.agree(composed(), World())), range(8)))
+        folders = list(at_once.map(lambda _: agree(), range(8)))
     base = "outputs/study/2026-01-02/12-00-00"
     assert sorted(folders) == [base, *(f"{base}-{nth}" for nth in range(2, 9))]
 
@@ -51,7 +57,7 @@ def test_a_folder_is_refused_where_the_disk_does_not_take_a_byte(monkeypatch: py
     with pytest.raises(
         ConfigError, match=r"hydra\.run\.dir=mine: cannot be written: No space left on device"
     ):
-        run_dir.agree(composed("mine"), World())
+        agree("mine")
 
 
 def test_without_torchruns_store_ranks_work_out_the_folder_from_the_slurm_job(
@@ -59,12 +65,80 @@ def test_without_torchruns_store_ranks_work_out_the_folder_from_the_slurm_job(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_JOB_START_TIME", str(int(NOON.timestamp())))
-    folders = {str(run_dir.agree(composed(), World(rank=rank, size=2, local_size=2))) for rank in range(2)}
+    folders = {agree(world=World(rank=rank, size=2, local_size=2)) for rank in range(2)}
     assert folders == {"outputs/study/2026-01-02/12-00-00-4711.0"}
 
 
 def test_without_any_way_to_agree_a_folder_has_to_be_typed() -> None:
     ranks = [World(rank=rank, size=2, local_size=2) for rank in range(2)]
     with pytest.raises(ConfigError, match="the ranks cannot agree on a folder"):
-        run_dir.agree(composed(), ranks[0])
-    assert {str(run_dir.agree(composed("typed"), rank)) for rank in ranks} == {"typed"}
+        agree(world=ranks[0])
+    assert {agree("typed", rank) for rank in ranks} == {"typed"}
+
+
+RECORD = {
+    "summary.json": "{}",
+    "metrics.jsonl": "",
+    ".hydra/config.yaml": "",
+    "train.log": "",
+    "notes.txt": "mine",
+}
+
+
+def leave(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(RECORD.get(name, ""))
+
+
+def there(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_an_earlier_record_is_set_aside_and_what_is_no_runs_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for nth in (1, 2):
+        leave(tmp_path / "mine", *RECORD)
+        assert agree("mine") == "mine"
+        assert there(tmp_path / "mine") == {".lock", "notes.txt"}
+        assert there(tmp_path / f"mine.earlier-{nth}") == {
+            "summary.json",
+            "metrics.jsonl",
+            ".hydra",
+            "train.log",
+        }
+        assert (
+            capsys.readouterr().err == f"the record of an earlier run in mine is now in mine.earlier-{nth}\n"
+        )
+
+
+def test_a_folder_with_a_checkpoint_is_gone_on_with_unless_the_config_says_never(tmp_path: Path) -> None:
+    leave(tmp_path / "mine", *RECORD, "checkpoints/step-00000003/checkpoint.json")
+    assert agree("mine") == "mine"
+    assert {*there(tmp_path)} == {"mine"}
+    never = composed("mine")
+    never.resume = "never"
+    with run_dir.agreed(never, World()):
+        assert there(tmp_path / "mine") == {".lock", "notes.txt"}
+    assert (tmp_path / "mine.earlier-1" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_files_that_no_run_has_left_are_not_written_over(tmp_path: Path) -> None:
+    leave(tmp_path / "mine", "config.yaml", "notes.txt")
+    with pytest.raises(ConfigError, match=r"mine: holds config\.yaml that no run has left there") as refused:
+        agree("mine")
+    assert there(tmp_path / "mine") == {"config.yaml", "notes.txt"}
+    assert refused.value.fix == {"hydra.run.dir": Path("mine/run")}
+
+
+def test_a_folder_is_locked_while_a_run_uses_it(tmp_path: Path) -> None:
+    (tmp_path / "mine-2").mkdir()
+    with run_dir.agreed(composed("mine"), World()):
+        with pytest.raises(ConfigError, match="another run is using this folder") as refused:
+            agree("mine")
+        assert refused.value.fix == {"hydra.run.dir": Path("mine-3")}
+        other_rank = World(rank=1, size=2, local_size=2)  # of the same job, which rank 0 has claimed it for
+        assert agree("mine", other_rank) == "mine"
+    assert agree("mine") == "mine"

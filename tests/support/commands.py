@@ -122,6 +122,9 @@ def _as_main(
     os.environ.clear()
     os.environ.update(of_rank | env)
     os.chdir(cwd)
+    if encoding := env.get("PYTHONIOENCODING"):
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding=encoding, errors="strict")
     began = time.process_time()
     code = _run(program)
     sys.stdout.flush()

@@ -13,6 +13,12 @@ TRAIN = ROOT / "train.py"
 ROWS = ("parallel=fsdp", "train.steps=null", "train.tokens=600", "train.log_every=2", "train.eval_every=3")
 """A run of 600 tokens whose rows are not one per step."""
 
+TINY = (
+    *("model=toy_mlp", "parallel=none", "data=random_tokens", "tokenizer.vocab_size=300", "data.seq_len=16"),
+    *("train.steps=2", "train.global_batch_size=4", "train.eval_rows=0", "logger=none"),
+)
+"""A run that reads nothing and takes no time."""
+
 
 @dataclass(frozen=True)
 class Trained:

@@ -17,8 +17,8 @@ import yaml
 
 from tpresearch.config.compared import compared
 from tpresearch.config.errors import ConfigError
+from tpresearch.launch.claim import EARLIER
 from tpresearch.launch.command import WrongCommand, python_command
-from tpresearch.launch.run_dir import EARLIER
 from tpresearch.track.names import Row, finite
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.shown import UNDEFINED, path_text, setting_text

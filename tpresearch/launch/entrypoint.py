@@ -9,6 +9,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -29,8 +30,9 @@ from tpresearch.launch.command import WrongCommand, override, program_words, pyt
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
+from tpresearch.launch.printing import print_without_fail
 from tpresearch.launch.refuse import refuse
-from tpresearch.launch.run_dir import agree, register_resolvers, sweep_folder
+from tpresearch.launch.run_dir import agreed, register_resolvers, sweep_folder
 from tpresearch.launch.stop import INTERRUPTED, end_with_parent
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class Program(Generic[Judged]):
     def __call__(self, composed: DictConfig | None = None) -> None:
         """The whole command; or, for a launcher that runs jobs in this process, one that Hydra has composed."""
         world = World.from_environment()
+        print_without_fail()
         if composed is not None:
             return _call_main(self, self.judge(typed_config(composed), world), world)
         if world.elastic:
@@ -117,9 +120,10 @@ def _start(program: Program[Judged], world: World) -> None:
         HydraConfig.instance().set_config(config)  # for ${hydra:...}
         cfg = typed_config(config)
     judged = program.judge(cfg, world)
-    with explaining(composition), read_write(config.hydra.run):
-        config.hydra.run.dir = str(agree(config, world))
-    hydra_app.run(app, config, name, lambda: _call_main(program, judged, world))
+    with ExitStack() as held:
+        with explaining(composition), read_write(config.hydra.run):
+            config.hydra.run.dir = str(held.enter_context(agreed(config, world)))
+        hydra_app.run(app, config, name, lambda: _call_main(program, judged, world))
     return None
 
 

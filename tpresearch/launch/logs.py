@@ -27,13 +27,11 @@ def start_logging(folder: Path, world: World) -> None:
     often it is repeated. A second call takes the place of the first.
     """
     (folder / "ranks").mkdir(exist_ok=True)
-    handlers: list[logging.Handler] = [logging.FileHandler(folder / "ranks" / f"rank-{world.rank:05d}.log")]
+    handlers: list[logging.Handler] = [_file(folder / "ranks" / f"rank-{world.rank:05d}.log")]
     if world.rank == 0:
-        handlers += [logging.FileHandler(folder / "train.log"), _console()]
+        handlers += [_file(folder / "train.log"), _console()]
     for handler in handlers:
         handler.addFilter(OnceEachWarning())
-        if isinstance(handler, logging.FileHandler):
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.captureWarnings(True)
     for library, level in LIBRARY_LEVELS.items():
@@ -58,6 +56,12 @@ def _route_torch_logs() -> None:
 def _is_artifact(name: str) -> bool:
     """Whether this logger is one of torch's that speak only when asked for, such as `...__annotation`."""
     return name.rpartition(".")[2].startswith("__")
+
+
+def _file(path: Path) -> logging.Handler:
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler
 
 
 def _console() -> logging.Handler:

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
+from tpresearch.launch.printing import print_without_fail
 from tpresearch.launch.refuse import refuse
 
 Options = TypeVar("Options")
@@ -48,6 +49,7 @@ def read_options(kind: type[Options], words: Sequence[str]) -> Options:
 
 def command(main: Callable[[], None]) -> None:
     """Run a command whose ConfigErrors end in one line on stderr and exit code 2."""
+    print_without_fail()
     try:
         main()
     except ConfigError as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
+from tpresearch.launch.claim import check_ours, has_checkpoint, locked, make_room
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(minutes=5)
 """How long a rank waits for rank 0, which may still be importing torch from a slow file system."""
 
-EARLIER = ".earlier-"
-"""In the name of a folder in which an earlier start of a sweep's job was set aside, before its count."""
 SWEEP_RECORD = "multirun.yaml"
 """What Hydra writes of a sweep: its config."""
 SWEEP_TABLES = ("summary.csv", "summary.md")
@@ -42,29 +41,44 @@ def dated_folder(name: str) -> str:
     return f"outputs/{name}/{datetime.now():%Y-%m-%d/%H-%M-%S}"
 
 
-def agree(composed: DictConfig, world: World) -> Path:
-    """Make the folder that `hydra.run.dir` names, and make it the same one on all ranks, restarts included.
+@contextmanager
+def agreed(composed: DictConfig, world: World) -> Iterator[Path]:
+    """Make the folder that `hydra.run.dir` names, the same one on all ranks, restarts included; hold it meanwhile.
 
-    A folder given by the user is used as it is, also where it exists (to resume); the default one is new.
+    The default folder is new. One that is given is gone on with where it has a checkpoint and the config does not
+    say otherwise; an earlier record without one is set aside, so that no two runs are in one record.
 
     Raises:
-        ConfigError: when the folder cannot be written, or the ranks have no way to agree.
+        ConfigError: when the folder cannot be written, another run has it, or the ranks have no way to agree.
     """
+    with ExitStack() as held:
+        yield _agreed(composed, world, held)
+
+
+def _agreed(composed: DictConfig, world: World, held: ExitStack) -> Path:
     given = _is_given(composed.hydra.run)
     wanted = Path(composed.hydra.run.dir)
     name = str(composed.get("name") or "run")
+    auto = composed.get("resume", "auto") == "auto"
 
-    def make() -> Path:
-        return _made("hydra.run.dir", wanted, given, name)
+    def claim(started: Path | None) -> Path:
+        """The folder of this job; `started` is the one that it had before torchrun started it again."""
+        folder = started or _made("hydra.run.dir", wanted, given, name)
+        check_ours(folder)
+        with _writing("hydra.run.dir", folder, name):
+            held.enter_context(locked(folder, PATIENCE.seconds if started else 0))
+            if not started and not (auto and has_checkpoint(folder)):
+                make_room(folder)
+        return folder
 
-    if world.size == 1:
-        return make()
     if (store := _agent_store()) is not None:
-        return _from_rank_zero(make, store, world)
-    if not given:
-        wanted = _of_slurm_job(name)
-        given = True
-    return make()
+        key = f"tpresearch/{os.environ['TORCHELASTIC_RUN_ID']}/run_dir"
+        if world.rank == 0:
+            store.set(key, str(claim(Path(store.get(key).decode()) if store.check([key]) else None)))
+        return Path(store.get(key).decode())
+    if world.size > 1 and not given:
+        wanted, given = _of_slurm_job(name), True
+    return claim(None) if world.rank == 0 else _made("hydra.run.dir", wanted, given, name)
 
 
 @contextmanager
@@ -110,12 +124,18 @@ def _is_given(settings: DictConfig) -> bool:
 
 
 def _made(key: str, wanted: Path, given: bool, name: str) -> Path:
+    with _writing(key, wanted, name):
+        return _usable(wanted) if given else _claimed(wanted)
+
+
+@contextmanager
+def _writing(key: str, folder: Path, name: str) -> Iterator[None]:
     try:
-        return _usable(wanted if given else _claimed(wanted))
+        yield
     except OSError as error:
         raise ConfigError(
             key,
-            wanted,
+            folder,
             f"cannot be written: {error.strerror}",
             "a folder that this user can write, with room on its disk",
             fix={key: Path(tempfile.gettempdir()) / name},
@@ -140,14 +160,6 @@ def _usable(folder: Path) -> Path:
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(b"\0")
     return folder
-
-
-def _from_rank_zero(make: Callable[[], Path], store: TCPStore, world: World) -> Path:
-    """Rank 0's folder, through the store of torchrun's agent, which outlives a restart of the ranks."""
-    key = f"tpresearch/{os.environ['TORCHELASTIC_RUN_ID']}/run_dir"
-    if world.rank == 0 and not store.check([key]):
-        store.compare_set(key, "", str(make()))
-    return Path(store.get(key).decode())
 
 
 def _agent_store() -> TCPStore | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.run_dir import EARLIER
+from tpresearch.launch.claim import EARLIER
 from tpresearch.launch.stop import end_with_parent
 from tpresearch.sweep.job import CONSOLE_LOG, Job
 

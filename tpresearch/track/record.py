@@ -20,8 +20,7 @@ from tpresearch.track.names import NAMES, Row, complete_row
 class MetricsFile:
     """metrics.jsonl, open for appending: one object a logged step, on disk as soon as it is logged.
 
-    A resumed run appends to what is there. Where its steps overlap rows written after the checkpoint, both
-    stay in the file and `read_metrics` takes the later.
+    A resumed run appends to what is there; `read_metrics` leaves out the rows that were written after its checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,16 +57,22 @@ def _is_torn(path: Path) -> bool:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The rows of a run by step: of one logged twice the later, and none that was half written."""
+    """The rows of a run by step, without any that was half written.
+
+    A row takes the place of all before it that are not of earlier steps: where a run went on from a checkpoint, what it
+    had logged after that is none of its steps.
+    """
     path = folder / "metrics.jsonl"
-    rows: dict[int, Row] = {}
+    rows: list[Row] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:  # the process was killed while it wrote this one
             continue
-        rows[row["train/step"]] = row
-    return [rows[step] for step in sorted(rows)]
+        while rows and rows[-1]["train/step"] >= row["train/step"]:
+            rows.pop()
+        rows.append(row)
+    return rows
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -89,8 +94,8 @@ def headline(rows: Sequence[Row], warmup_steps: int, start_step: int = 0) -> dic
         start_step: where the process began that ends the run. Only its rows tell of speed and memory, since
             an earlier one may have run on another mesh.
     """
-    mine = [row for row in rows if _step(row) > start_step] or rows
-    covered_from = [start_step, *map(_step, mine)]
+    mine = [row for row in rows if step_of(row) > start_step] or rows
+    covered_from = [start_step, *map(step_of, mine)]
     warm = [row for row, since in zip(mine, covered_from, strict=False) if since >= start_step + warmup_steps]
     return {
         "train/loss": rows[-1]["train/loss"] if rows else None,
@@ -101,7 +106,7 @@ def headline(rows: Sequence[Row], warmup_steps: int, start_step: int = 0) -> dic
     }
 
 
-def _step(row: Row) -> int:
+def step_of(row: Row) -> int:
     return int(row["train/step"] or 0)
 
 

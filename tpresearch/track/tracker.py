@@ -86,7 +86,7 @@ class Tracker:
         self.name = cfg.logger.name or run_name(cfg.model.name, cfg.parallel, facts.mesh)
         self._cfg, self._run_dir, self._facts, self._start_step = cfg, run_dir, facts, start_step
         self._console = console or Console(highlight=False)
-        self._began = time.monotonic()
+        self._began, self._last_step = time.monotonic(), start_step
         self._ended = False
         self._count: StepLedger | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -116,6 +116,7 @@ class Tracker:
             KeyError: for a metric that `names.py` does not declare.
         """
         row = self._metrics.append(values)
+        self._last_step = record.step_of(row)
         if self._wandb:
             self._wandb.log(row)
         self._progress.show(row)
@@ -156,12 +157,12 @@ class Tracker:
 
     def _summary(self, status: Status, error: str | None) -> dict[str, Any]:
         cfg, facts = self._cfg, self._facts
-        rows = record.read_metrics(self._run_dir)
+        rows = [row for row in record.read_metrics(self._run_dir) if record.step_of(row) <= self._last_step]
         return {
             "status": status,
             **({"error": error} if error else {}),
             "run_name": self.name,
-            "steps": rows[-1]["train/step"] if rows else self._start_step,
+            "steps": self._last_step,
             "tokens": rows[-1]["train/tokens"] if rows else 0,
             "world_size": facts.world_size,
             "mesh": facts.mesh,

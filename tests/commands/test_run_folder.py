@@ -1,0 +1,48 @@
+"""A run folder holds one run, whatever becomes of its terminal and of its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.trainings import TINY
+
+from tpresearch.launch.claim import locked
+
+pytestmark = pytest.mark.cli
+
+
+def test_a_second_run_into_a_folder_has_a_record_of_its_own(train_py, tmp_path: Path) -> None:
+    cwd = tmp_path / "cwd"
+    first = train_py(*TINY, "train.steps=4", "hydra.run.dir=D")
+    second = train_py(*TINY, "train.steps=2", "train.seed=1", "hydra.run.dir=D")
+    assert (first.code, second.code) == (0, 0)
+    steps = {"D": [1, 2], "D.earlier-1": [1, 2, 3, 4]}
+    losses = set()
+    for folder, expected in steps.items():
+        rows = [json.loads(line) for line in (cwd / folder / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads((cwd / folder / "summary.json").read_text())
+        assert [row["train/step"] for row in rows] == expected
+        assert (summary["steps"], summary["train/loss"]) == (expected[-1], rows[-1]["train/loss"])
+        losses.add(summary["train/loss"])
+    assert len(losses) == 2
+    assert "the record of an earlier run in D is now in D.earlier-1" in second.err
+
+
+def test_a_folder_that_is_in_use_is_refused_with_one_that_is_free(train_py, tmp_path: Path) -> None:
+    (tmp_path / "cwd" / "D").mkdir(parents=True)
+    with locked(tmp_path / "cwd" / "D"):
+        done = train_py(*TINY, "hydra.run.dir=D")
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
+    assert done.err.startswith(
+        "error: hydra.run.dir=D: another run is using this folder; its end, or a folder"
+    )
+    assert done.command_to_try[-1] == "hydra.run.dir=D-2"
+
+
+def test_a_terminal_without_the_letters_costs_no_run(train_py, tmp_path: Path) -> None:
+    done = train_py(*TINY, "hydra.run.dir=D", "name='é'", PYTHONIOENCODING="ascii")
+    assert done.code == 0, done.err
+    assert "\\u2013 (no step after" in done.out  # the dash of an undefined speed
+    assert json.loads((tmp_path / "cwd" / "D" / "summary.json").read_text())["status"] == "completed"

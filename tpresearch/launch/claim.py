@@ -1,0 +1,80 @@
+"""A folder belongs to one run: it is locked while it is used, and a record that nothing goes on from is set aside."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tpresearch.config.errors import ConfigError
+
+EARLIER = ".earlier-"
+"""In the name of a folder in which an earlier record was set aside, before its count."""
+
+RECORD = ("config.yaml", "plan.txt", "metrics.jsonl", "summary.json", "ledger.json")
+"""What a training writes; a second one would mix with it."""
+LEFT = (*RECORD, ".hydra", "train.log", "ranks", "wandb", "checkpoints")
+"""All that a run leaves in its folder. What else is there is the user's, and stays where it is."""
+SIGNS = (".hydra", "metrics.jsonl", "summary.json")
+"""A folder with none of these was never a run's."""
+
+
+def locked(folder: Path, patience_s: float = 0) -> AbstractContextManager[object]:
+    """Holds a run's folder against other runs until it is left, or this process ends in whatever way.
+
+    Args:
+        patience_s: how long to wait for whoever has it.
+
+    Raises:
+        ConfigError: where another run has it.
+    """
+    try:
+        return FileLock(folder / ".lock").acquire(timeout=patience_s)
+    except Timeout:
+        why, legal = "another run is using this folder", "its end, or a folder of its own"
+        raise ConfigError(
+            "hydra.run.dir", folder, why, legal, fix={"hydra.run.dir": _free(folder, "-")}
+        ) from None
+    except NotImplementedError:  # a file system without locks: nothing can be held there
+        return nullcontext()
+
+
+def check_ours(folder: Path) -> None:
+    """Refuse a folder whose files this run would write over although no run has left them there.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    found = [name for name in RECORD if (folder / name).exists()]
+    if found and not any((folder / name).exists() for name in SIGNS):
+        why, legal = (
+            f"holds {' and '.join(found)} that no run has left there",
+            "an empty folder, or a new one",
+        )
+        raise ConfigError("hydra.run.dir", folder, why, legal, fix={"hydra.run.dir": folder / "run"})
+
+
+def make_room(folder: Path) -> None:
+    """Set aside what an earlier run has left in the folder."""
+    if not any((folder / name).exists() for name in (*RECORD, "checkpoints")):
+        return
+    aside = _free(folder, EARLIER)
+    aside.mkdir()
+    for name in LEFT:
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+    print(f"the record of an earlier run in {folder} is now in {aside}", file=sys.stderr)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("step-*"))
+
+
+def _free(folder: Path, between: str) -> Path:
+    """A name beside the folder's that nothing has yet: its own with a count behind it."""
+    first = 1 if between == EARLIER else 2
+    names = (folder.with_name(f"{folder.name}{between}{nth}") for nth in itertools.count(first))
+    return next(name for name in names if not name.exists())
