@@ -69,7 +69,8 @@ def read_metrics(folder: Path) -> list[Row]:
             row = json.loads(line)
         except json.JSONDecodeError:  # the process was killed while it wrote this one
             continue
-        while rows and rows[-1]["train/step"] >= row["train/step"]:
+        step = row["train/step"]
+        while rows and rows[-1]["train/step"] >= step:
             rows.pop()
         rows.append(row)
     return rows
