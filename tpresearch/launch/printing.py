@@ -31,7 +31,8 @@ def print_without_fail() -> None:
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:
             stream.flush()
-            encoding = stream.encoding
-            settings = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-            unfailing = Unfailing(stream.detach(), encoding, "backslashreplace", **settings)
+            lines, through, encoding = stream.line_buffering, stream.write_through, stream.encoding
+            unfailing = Unfailing(
+                stream.detach(), encoding, "backslashreplace", line_buffering=lines, write_through=through
+            )
             setattr(sys, name, unfailing)
