@@ -1,1 +1,26 @@
-"""tpresearch: understand and compare tensor, sequence, fully-sharded and 2D parallelism."""
+"""tpresearch: understand and compare tensor, sequence, fully-sharded and 2D parallelism.
+
+    cfg = tpresearch.load("model=llama2_debug", "parallel=tp")    what a command line of these words composes
+    tpresearch.compile_plan(cfg, world_size=4)                    what each rank would hold and send
+    job = tpresearch.build(cfg)                                   this rank's model, mesh and step
+    tpresearch.runs("outputs"), tpresearch.metrics("outputs")     what runs have left, as pandas frames
+
+Nothing is imported before one of these names is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tpresearch.api import build, compile_plan, load, metrics, runs
+
+__all__ = ["build", "compile_plan", "load", "metrics", "runs"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'tpresearch' has no attribute '{name}'")
+    from tpresearch import api
+
+    return getattr(api, name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 
 from torch import nn
 from torch.distributed.tensor import Placement, Shard
@@ -101,41 +103,65 @@ def folded(rows: Iterable[Row]) -> list[Row]:
     return out
 
 
-def plan_text(model: nn.Module, plan: Plan) -> str:
-    """The whole table as text, with the parameter count, what stays replicated, and what the data axes send."""
-    rows = folded(plan_rows(model, plan))
-    axes = [axis.name for axis in AXES if axis.shards_layers and plan.sizes[axis.name] > 1]
-    over = f"collectives over {' '.join(axes)}" if axes else "collectives"
-    header = ("FQN", "rule", "placement", "local shape", over)
+def plan_table(model: nn.Module, plan: Plan) -> list[tuple[str, ...]]:
+    """The table's header, then its rows as text: FQN, rule, placement, local shape, collectives."""
+    axes = " ".join(_tensor_axes(plan))
     cells = [
         (
-            r.fqn,
-            r.rule,
-            r.placement,
-            "" if r.local_shape is None else "x".join(map(str, r.local_shape)) or "1",
-            r.collectives,
+            row.fqn,
+            row.rule,
+            row.placement,
+            "" if row.local_shape is None else "x".join(map(str, row.local_shape)) or "1",
+            row.collectives,
         )
-        for r in rows
+        for row in folded(plan_rows(model, plan))
     ]
-    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in [header, *cells]
+    return [
+        ("FQN", "rule", "placement", "local shape", f"collectives over {axes}" if axes else "collectives"),
+        *cells,
     ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    total = sum(p.numel() for p in model.parameters())
-    lines += ["", f"parameters: {total:,}"]
+
+
+def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
+    """What stands below the table: the parameter count, what stays replicated, and what the data axes send."""
+    notes = [f"parameters: {sum(p.numel() for p in model.parameters()):,}"]
     if plan.rules:
         names = folded(Row(name, "", "", None, "") for name in plan.replicated)
         count = sum(model.get_parameter(name).numel() for name in plan.replicated)
         listed = ", ".join(row.fqn for row in names) or "none"
-        lines.append(f"replicated on every {' '.join(axes)} rank: {count:,} ({listed})")
+        notes.append(f"replicated on every {' '.join(_tensor_axes(plan))} rank: {count:,} ({listed})")
         where = {-1: "vocabulary shards", 0: "each rank's rows", None: "whole outputs"}[plan.split_output]
-        lines.append(f"loss: on {where}")
-    lines += _data_lines(plan)
-    if plan.seen.random:
-        lines.append(random_text(plan))
-    return "\n".join(lines) + "\n"
+        notes.append(f"loss: on {where}")
+    notes += _data_lines(plan)
+    return [*notes, random_text(plan)] if plan.seen.random else notes
+
+
+def plan_text(model: nn.Module, plan: Plan) -> str:
+    """The whole table as text, and what stands below it."""
+    table = plan_table(model, plan)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    header, *rows = (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    )
+    rule = "-" * max(map(len, [header, *rows]))
+    return "\n".join([header, rule, *rows, "", *plan_notes(model, plan)]) + "\n"
+
+
+def plan_html(model: nn.Module, plan: Plan) -> str:
+    """The same for a notebook."""
+    tags = itertools.chain(["th"], itertools.repeat("td"))
+    lines = (
+        "".join(f"<{tag} style='text-align: left'>{escape(cell)}</{tag}>" for cell in line)
+        for tag, line in zip(tags, plan_table(model, plan), strict=False)
+    )
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    notes = "".join(f"<li>{escape(note)}</li>\n" for note in plan_notes(model, plan))
+    return f"<table>\n{body}</table>\n<ul>\n{notes}</ul>\n"
+
+
+def _tensor_axes(plan: Plan) -> list[str]:
+    return [axis.name for axis in AXES if axis.shards_layers and plan.sizes[axis.name] > 1]
 
 
 def random_text(plan: Plan) -> str:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpresearch.config.axes import AXES
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.validate import planned_world, total_steps
+from tpresearch.config.validate import total_steps
 from tpresearch.data import AnyCorpus, PackedCorpus, check_enough_rows, prepare
 from tpresearch.launch import Run
 from tpresearch.launch.stop import StopFlag, Stopped, fault_of_another_rank
@@ -49,7 +49,7 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
     text = plan_text(job.model, job.plan)
     if job.device is None:
         if run.world.rank == 0:
-            print(f"{_about(job)}\n\n{text}")
+            print(f"{job.about}\n\n{text}")
         return
     with StopFlag() as flag:
         corpus = prepare(job.cfg.data, job.cfg.tokenizer, run.world.rank == 0, flag.check)
@@ -168,9 +168,3 @@ def warn_of_hosts(job: Preflight) -> None:
         if not axis.crosses_hosts and job.world.local_size % within:
             size, ranks = job.sizes[axis.name], job.world.local_size
             log.warning("mesh.%s=%d crosses hosts of %d ranks each", axis.name, size, ranks)
-
-
-def _about(job: Preflight) -> str:
-    cfg = job.cfg
-    about = f"model={cfg.model.name} parallel={cfg.parallel.name} world_size={planned_world(cfg)}"
-    return f"{about}: {job.sizes.nontrivial()}"

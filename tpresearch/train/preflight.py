@@ -39,6 +39,12 @@ class Preflight:
         """Numbers in the whole model, over all ranks."""
         return sum(p.numel() for p in self.model.parameters())
 
+    @property
+    def about(self) -> str:
+        """`model=llama2_7b parallel=fsdp_tp world_size=64: {'dp_shard': 8, 'tp': 8}`"""
+        about = f"model={self.cfg.model.name} parallel={self.cfg.parallel.name}"
+        return f"{about} world_size={self.sizes.world}: {self.sizes.nontrivial()}"
+
 
 def preflight(cfg: Config, world: World) -> Preflight:
     """Judge the config, the data's paths, the device, and the plan against the model; cheapest first.

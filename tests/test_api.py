@@ -1,0 +1,150 @@
+"""The Python API: the same configs, plans, steps and records as the commands have."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.commands import environment, execute
+from support.composed import SMALL, config
+from support.made_runs import Made, entry
+
+import tpresearch
+from tpresearch.config import ConfigError
+from tpresearch.config.compose import as_dict
+from tpresearch.config.world import World
+from tpresearch.data import prepare
+from tpresearch.plan.describe import plan_table
+from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.reference import reference
+
+TRAINED = (
+    *SMALL,
+    "model=llama2_debug",
+    "data=random_tokens",
+    "train.dtype=float64",
+    "train.clip_grad_norm=0.2",
+)
+
+
+def test_a_name_is_imported_when_it_is_used_and_a_config_needs_no_torch(tmp_path: Path) -> None:
+    slow = "{'torch', 'pandas', 'hydra'} & set(sys.modules)"
+    program = f"import sys, tpresearch; print(sorted({slow})); tpresearch.load('model=toy_mlp'); print(sorted({slow}))"
+    done = execute([sys.executable, "-c", program], tmp_path, environment(PYTHONPATH=":".join(sys.path)))
+    assert done.out == "[]\n['hydra']\n", done.err
+
+
+def test_a_config_is_what_the_command_line_composes() -> None:
+    words = ("model=llama2_7b", "parallel=hsdp_tp", "mesh.tp=8", "schedule=wsd", "optimizer.betas=[0.8,0.9]")
+    assert as_dict(tpresearch.load(*words)) == as_dict(config(*words, small=False))
+    assert tpresearch.load(config_name="verify").verify.plans == [
+        "none",
+        "ddp",
+        "tp",
+        "sp",
+        "fsdp",
+        "hsdp",
+        "fsdp_tp",
+        "hsdp_tp",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["model=lama2_tiny"], "model=lama2_tiny: no such option; one of llama2_tiny, llama2_7b"),
+        (["+train.stepz=3"], "train.stepz=3: no such key; nearest is train.steps"),
+        (["parallel=tp,sp"], "parallel=tp,sp: several values are a sweep"),
+    ],
+)
+def test_a_wrong_override_is_refused_in_the_sentence_of_the_command(words: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}"):
+        tpresearch.load(*words)
+    assert tpresearch.load("model=toy_mlp").model.name == "toy_mlp"  # and what comes after is composed afresh
+
+
+def test_a_plan_is_compiled_for_any_number_of_ranks_and_leaves_the_config_alone() -> None:
+    cfg = tpresearch.load("model=llama2_7b", "tokenizer=bpe_32k", "mesh.tp=8")
+    before = as_dict(cfg)
+    plan = tpresearch.compile_plan(cfg, world_size=64)
+    assert as_dict(cfg) == before
+    assert plan.job.sizes.nontrivial() == {"dp_shard": 8, "tp": 8}
+    assert plan.job.parameters == 6_738_415_616
+    lines = repr(plan).splitlines()
+    assert lines[0] == "model=llama2_7b parallel=fsdp_tp world_size=64: {'dp_shard': 8, 'tp': 8}"
+    (wq,) = [line for line in lines if "attention.wq.weight" in line]
+    assert wq.split("  ")[-1] == "64x4096"
+    with pytest.raises(ConfigError, match=r"mesh\.tp=8: "):
+        tpresearch.compile_plan(cfg, world_size=12)
+
+
+def test_in_a_notebook_the_plan_is_a_table_of_the_same_cells_escaped() -> None:
+    cfg = tpresearch.load("model=toy_mlp", "parallel=tp", "mesh.tp=2", "model.name='<script>'")
+    plan = tpresearch.compile_plan(cfg)
+    page = plan._repr_html_()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    assert [tuple(map(html.unescape, row)) for row in found] == plan_table(plan.job.model, plan.job.plan)
+    assert "<li>parameters: 557,376</li>" in page
+
+
+def test_a_job_of_one_process_takes_the_steps_of_the_reference() -> None:
+    cfg = tpresearch.load(*TRAINED, "parallel=none")
+    job = tpresearch.build(cfg)
+    expected = reference(cfg, prepare(cfg.data, cfg.tokenizer), 3)
+    assert job.batch().inputs.shape == (8, 16)
+    for number, step in enumerate(expected.steps, 1):
+        wanted = {"train/step": number, "train/loss": step.loss, "train/grad_norm": step.grad_norm}
+        assert job.step() == pytest.approx(wanted, rel=1e-10)
+    assert tpresearch.build(cfg).step()["train/step"] == 1  # a second job in the same process
+
+
+def test_a_job_of_ranks_has_sharded_weights_and_the_numbers_of_one_process(ranks: Ranks) -> None:
+    cfg = tpresearch.load(*TRAINED)
+    expected = reference(cfg, prepare(cfg.data, cfg.tokenizer), 2)
+    for seen in ranks.run(4, built, [*TRAINED, "parallel=fsdp_tp", "mesh.tp=2"]):
+        assert seen["mesh"] == {"dp_replicate": 1, "dp_shard": 2, "tp": 2}
+        assert seen["wq"] == (16, 64)  # of 64 x 64: rows over tp, then over dp_shard
+        assert seen["rows"] == 4
+        for step, row in zip(expected.steps, seen["steps"], strict=True):
+            assert row["train/loss"] == pytest.approx(step.loss, rel=1e-10)
+            assert row["train/grad_norm"] == pytest.approx(step.grad_norm, rel=1e-10)
+
+
+def built(world: World, overrides: list[str]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    job = tpresearch.build(tpresearch.load(*overrides))
+    assert job.mesh.mesh_dim_names
+    return {
+        "mesh": dict(zip(job.mesh.mesh_dim_names, job.mesh.shape, strict=True)),
+        "wq": tuple(job.model.get_parameter("layers.0.attention.wq.weight").to_local().shape),
+        "rows": len(job.batch().inputs),
+        "steps": [job.step(), job.step()],
+    }
+
+
+def test_runs_and_their_metrics_are_frames_of_what_is_on_disk(tmp_path: Path) -> None:
+    one = Made(plan="none", lr=1e-3).write(tmp_path / "0")
+    two = Made(plan="tp", mesh={"tp": 4}, sent=[entry("tp", "all_reduce", 64)]).write(tmp_path / "1")
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "config.yaml").write_text("{}")  # a run that has not ended
+    frame = tpresearch.runs(tmp_path)
+    assert list(frame.index) == [str(one), str(two)]
+    assert list(frame["parallel"]) == ["none", "tp"]
+    assert list(frame["mesh.tp"]) == [1, 4]
+    assert list(frame["optimizer.lr"]) == [1e-3, 3e-3]
+    assert frame.loc[str(two), "comm/bytes_per_step_by_axis.tp"] == 64
+    summary = json.loads((two / "summary.json").read_text())
+    assert frame.loc[str(two), "val/loss"] == summary["val/loss"]
+    rows = tpresearch.metrics(one, two)["train/loss"]
+    written = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    assert list(rows.loc[str(two)]) == [row["train/loss"] for row in written]
+    with pytest.raises(ConfigError, match="no such folder"):
+        tpresearch.runs(tmp_path / "nothing")
