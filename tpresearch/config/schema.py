@@ -277,6 +277,10 @@ class ComposedConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     """Read by `python -m tpresearch.verify` only."""
+    cluster: dict[str, Any] = field(default_factory=dict)
+    """An option of conf/cluster, or a file of one's own: what `tpresearch.simulate` and `tpresearch.planner` price with."""
+    trace: bool = False
+    """Write the simulated step as a Chrome trace beside simulate.json."""
     device: DeviceKind = DeviceKind.auto
     """auto: CUDA when every local rank can have a device of its own, else the CPU."""
     plan_only: bool = False

@@ -1,0 +1,37 @@
+"""`python -m tpresearch.simulate world_size=512 cluster=h100_dgx model=llama2_70b mesh.tp=8`: a step, foretold."""
+
+from __future__ import annotations
+
+import json
+
+from tpresearch.launch import Run, entrypoint
+from tpresearch.simulate.judge import Judged, judge
+
+
+@entrypoint("simulate", judge=judge)
+def main(judged: Judged, run: Run) -> None:
+    from tpresearch.simulate.depth import recording  # late: they import torch
+    from tpresearch.simulate.fake_step import record
+    from tpresearch.simulate.prediction import predict, priced
+    from tpresearch.simulate.replay import Span
+    from tpresearch.simulate.report import report
+    from tpresearch.simulate.timeline import write_trace
+
+    cfg, cluster, sizes = judged
+    recorded = recording(cfg, sizes, record)
+    prediction = predict(recorded, cluster)
+    path = run.folder / "simulate.json"
+    path.write_text(json.dumps(prediction.as_json(), indent=2) + "\n")
+    print(report(prediction))
+    print(f"\n  {path}")
+    if cfg.trace:
+        spans: list[Span] = []
+        deepest = recorded.trace(max(recorded.traces))
+        priced(deepest, cfg, sizes, cluster, spans)
+        write_trace(spans, run.folder / "trace.json")
+        blocks = f"{max(recorded.traces)} of {recorded.depth} blocks"
+        print(f"  {run.folder / 'trace.json'} ({blocks}, for chrome://tracing or ui.perfetto.dev)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""A deep model's step from shallow ones: block after block does the same, so what a step takes grows by the same amount."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import Config
+from tpresearch.ledger.entries import Entry
+from tpresearch.plan.compiler import matching
+from tpresearch.plan.meta import meta_model
+from tpresearch.simulate.trace import Trace
+
+RECORDED = (2, 3)
+CHECKED = 4
+"""Depth at which what was extrapolated is compared with what is recorded."""
+TOLERANCE = 0.002
+"""Relative difference there, above which the whole model is recorded."""
+
+Recorder = Callable[[Config, MeshSizes], Trace]
+
+
+@dataclass
+class Recording:
+    """A config's step at several depths, each recorded when it is first asked for."""
+
+    cfg: Config
+    sizes: MeshSizes
+    depth: int
+    """Blocks of the whole model."""
+    setting: str | None
+    """The model's setting that says how many blocks there are; None where only the whole model is recorded."""
+    recorder: Recorder
+    traces: dict[int, Trace] = field(default_factory=dict)
+
+    def trace(self, depth: int) -> Trace:
+        if depth not in self.traces:
+            self.traces[depth] = self.recorder(self.at(depth), self.sizes)
+        return self.traces[depth]
+
+    def at(self, depth: int) -> Config:
+        """The config with a model of this many blocks."""
+        if depth == self.depth:
+            return self.cfg
+        assert self.setting
+        args = {**self.cfg.model.args, self.setting: depth}
+        return dataclasses.replace(self.cfg, model=dataclasses.replace(self.cfg.model, args=args))
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the whole model is recorded at once, since shallow ones would cost as much or cannot be made."""
+        return self.setting is None or self.depth <= CHECKED
+
+    def at_full_depth(self, value: Callable[[Trace], Mapping[str, float]], check: bool = True) -> dict[str, float]:
+        """Quantities of the whole model's step, each a sum over blocks and what is outside of them.
+
+        Not exact in principle where a peak changes its place or what a stream waits for changes with depth: therefore
+        the check, after which the whole model is recorded where a quantity of weight is off by more than `TOLERANCE`.
+        """
+        if self.is_short:
+            return dict(value(self.trace(self.depth)))
+        two, three = (value(self.trace(depth)) for depth in RECORDED)
+        if check:
+            four = value(self.trace(CHECKED))
+            greatest = max(map(abs, four.values()), default=0.0)
+            off = max((abs(_line(two, three, name, CHECKED) - four[name]) for name in four), default=0.0)
+            if off > TOLERANCE * greatest:
+                return dict(value(self.trace(self.depth)))
+        return {name: _line(two, three, name, self.depth) for name in {**two, **three}}
+
+    def entries(self, micro_batches: int) -> list[Entry]:
+        """The communication ledger of the whole model's step: exact, since each block sends the same."""
+        if self.is_short:
+            return self.trace(self.depth).entries(micro_batches)
+        two, three = (
+            {(e.axis, e.phase, e.issuer, e.collective): e for e in self.trace(depth).entries(micro_batches)}
+            for depth in RECORDED
+        )
+        found = []
+        for key, more in three.items():
+            less = two.get(key, Entry(*key, 0, 0, 0))
+            grown = ((getattr(less, n), getattr(more, n)) for n in ("count", "tensor_bytes", "sent_bytes"))
+            found.append(Entry(*key, *(a + (self.depth - 2) * (b - a) for a, b in grown)))
+        return found
+
+
+def recording(cfg: Config, sizes: MeshSizes, recorder: Recorder) -> Recording:
+    """Raises: ConfigError: where the model cannot be made at all."""
+    depth, setting = depth_of(cfg)
+    return Recording(cfg, sizes, depth, setting, recorder)
+
+
+def depth_of(cfg: Config) -> tuple[int, str | None]:
+    """How many blocks the model has, and which of its settings says so: the one that adds a block for each it grows by."""
+    depth = _blocks(cfg.model.blocks, meta_model(cfg.model, cfg.train.dtype))
+    for name, value in cfg.model.args.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value == depth and depth > 1:
+            found = []
+            for other in (depth - 1, 2):
+                smaller = dataclasses.replace(cfg.model, args={**cfg.model.args, name: other})
+                try:
+                    found.append(_blocks(cfg.model.blocks, meta_model(smaller, cfg.train.dtype)) == other)
+                except ConfigError:
+                    found.append(False)
+            if all(found):
+                return depth, name
+    return depth, None
+
+
+def _blocks(patterns: list[str], model: nn.Module) -> int:
+    names = [name for name, _ in model.named_modules()]
+    return len({name for pattern in patterns for name in matching(pattern, names)})
+
+
+def _line(two: Mapping[str, float], three: Mapping[str, float], name: str, depth: int) -> float:
+    low, high = two.get(name, 0.0), three.get(name, 0.0)
+    return low + (depth - RECORDED[0]) * (high - low)

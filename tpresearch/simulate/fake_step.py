@@ -1,0 +1,115 @@
+"""One step of the real code as rank 0 of any number of ranks: nothing is computed, held or sent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import Config, OnNonfinite
+from tpresearch.config.validate import micro_batch_size, micro_batches
+from tpresearch.config.world import World
+from tpresearch.data.batches import Batch, meta_batch
+from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.device import Device
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.parallel.weights import materialize
+from tpresearch.simulate.recorder import DeviceMemory, Recorder
+from tpresearch.simulate.trace import Trace
+from tpresearch.train.losses import objective_of
+from tpresearch.train.observe import Observer, Observers
+from tpresearch.train.optim import build_optimizer
+from tpresearch.train.preflight import planned
+from tpresearch.train.state import TrainState
+from tpresearch.train.step import Setup, train_step
+
+FAKE = Device(torch.device("cpu"), "fake", "cpu")
+"""Tensors are fake ones of the CPU: a build of torch without CUDA has no autograd for others."""
+
+
+class Recording(Observer):
+    """Runs one step under a recorder and the memory ledger."""
+
+    def __init__(self, recorder: Recorder, memory: DeviceMemory) -> None:
+        self._recorder, self._memory = recorder, memory
+
+    @contextmanager
+    def step(self, state: TrainState) -> Iterator[None]:
+        with self._memory, self._recorder.watching():
+            yield
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with self._recorder.phase(name), self._memory.phase(name):
+            yield
+
+    def gradients(self, state: TrainState) -> None:
+        self._memory.note_gradients()
+
+
+def record(cfg: Config, sizes: MeshSizes) -> Trace:
+    """Rank 0's second step, in as many micro-batches as tell how all of them go.
+
+    Raises:
+        ConfigError: for a model whose ops depend on what data hold.
+    """
+    try:
+        return _record(cfg, sizes)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        op = getattr(error, "func", error)
+        why = f"{op} needs what data hold, and a simulated step has none"
+        legal = "a forward whose ops follow from shapes alone, without .item(), nonzero or a branch on values"
+        raise ConfigError("model", cfg.model.name, why, legal) from error
+    except UnsupportedFakeTensorException as error:
+        raise ConfigError("model", cfg.model.name, f"it cannot run on shapes alone: {error}", "ops with a meta kernel") from error
+
+
+def _record(cfg: Config, sizes: MeshSizes) -> Trace:
+    cfg, count = traced(cfg, sizes)
+    model, plan = planned(cfg, sizes)
+    world = World(size=sizes.world, local_size=sizes.world)
+    with process_group(FAKE, world):
+        mesh = build_mesh(sizes, FAKE.type)
+        model = parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            materialize(model, FAKE.torch, lambda _: None)
+            state = TrainState(0, model, build_optimizer(model, cfg.optimizer))
+            setup = Setup(cfg, plan, mesh, FAKE, objective_of(cfg, plan), Observers())
+            rows = micro_batch_size(cfg, sizes)
+            train_step(state, _batch(cfg, rows, setup), setup)  # makes the optimizer's state
+            memory = DeviceMemory(model, state.optimizer)
+            recorder = Recorder(mesh, model, memory)
+            setup = dataclasses.replace(setup, observers=Observers([Recording(recorder, memory)]))
+            train_step(state, _batch(cfg, rows * count, setup), setup)
+    held = {use.kind: use.at_peak_bytes for use in memory.held()}
+    return Trace(tuple(tuple(part) for part in recorder.micro_batches), tuple(recorder.end), held)
+
+
+def traced(cfg: Config, sizes: MeshSizes) -> tuple[Config, int]:
+    """The config as it is recorded, and in how many micro-batches.
+
+    Two tell how all go: the first sets gradients, the second adds to them. Replicas are summed after the last one only,
+    so that one between the two is needed with them. Compiled code is not seen: what it fuses is a matter of prices.
+    """
+    count = min(micro_batches(cfg, sizes), 3 if sizes["dp_replicate"] > 1 else 2)
+    parallel = dataclasses.replace(cfg.parallel, compile=False, async_tp=False)
+    train = dataclasses.replace(cfg.train, micro_batch_size=micro_batch_size(cfg, sizes))
+    train.global_batch_size = count * micro_batch_size(cfg, sizes) * sizes.dp
+    train.on_nonfinite = OnNonfinite.stop
+    return dataclasses.replace(cfg, parallel=parallel, train=train), count
+
+
+def _batch(cfg: Config, rows: int, setup: Setup) -> Batch:
+    shapes = meta_batch(cfg.data, rows)
+    return Batch(*(torch.empty_like(t, device=FAKE.torch) for t in shapes)).to(FAKE.torch, setup.input_dtype)

@@ -1,0 +1,55 @@
+"""What can be refused before a step is recorded, and what recording it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from tpresearch.config import Config, ConfigError
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.mesh import used_axes
+from tpresearch.config.validate import validate
+from tpresearch.config.world import World
+from tpresearch.simulate.cluster import Cluster, check_world, cluster_of
+
+
+class Judged(NamedTuple):
+    cfg: Config
+    cluster: Cluster
+    sizes: MeshSizes
+
+
+def judge(cfg: Config, world: World) -> Judged:
+    """The config, its cluster and its mesh; no data are looked for, since none are read.
+
+    Raises:
+        ConfigError: for what could not train at all, a cluster that lacks a number or cannot hold the world, and what
+            is not simulated.
+    """
+    if world.size > 1:
+        why = "it simulates all ranks in one process"
+        raise ConfigError("WORLD_SIZE", world.size, why, "a start by python, without torchrun")
+    cluster = cluster_of(cfg.cluster)
+    ranks = cfg.world_size or _ranks(cfg, cluster)
+    check_world(cluster, ranks)
+    cfg = dataclasses.replace(cfg, world_size=ranks, plan_only=False)
+    sizes = validate(cfg, ranks, cluster.hosts_of(ranks))
+    if cfg.parallel.fsdp.cpu_offload:
+        why = "transfers to the host's memory are not simulated"
+        raise ConfigError("parallel.fsdp.cpu_offload", True, why, "false")
+    if not cluster.peak_flops(cfg.train.dtype):
+        why = f"cluster {cluster.name} states no rate for it"
+        raise ConfigError("train.dtype", cfg.train.dtype, why, "a dtype with a peak_tflops above 0")
+    return Judged(cfg, cluster, sizes)
+
+
+def _ranks(cfg: Config, cluster: Cluster) -> int:
+    """As many as the mesh sizes make, else those of one host."""
+    axes = used_axes(cfg.parallel)
+    product = 1
+    for axis in axes:
+        size = getattr(cfg.mesh, axis.name)
+        if size is None or size < 0:
+            return max(product, cluster.devices_per_host) if axes else 1
+        product *= size
+    return product

@@ -1,0 +1,76 @@
+"""How long a collective takes: ring algorithms over links of a host and between hosts, by NCCL's protocols.
+
+A ring of n ranks passes its bytes in n - 1 steps (twice for an all-reduce), each with a latency; a tree all-reduces in
+2 log2(n) steps. NCCL chooses the protocol: LL and LL128 trade bandwidth for latency (its src/graph/tuning.cc, whose
+constants torch repeats in torch/_inductor/comm_analysis.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tpresearch.config.axes import AXES, MeshSizes
+from tpresearch.simulate.cluster import Cluster
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One of NCCL's, with what its tuning assumes of it."""
+
+    bandwidth: float
+    """Share of the link's."""
+    step: float
+    """Latency of a step, as a share of the Simple protocol's."""
+
+
+PROTOCOLS = (Protocol(1.0, 1.0), Protocol(0.92, 0.5), Protocol(0.4, 0.2))
+"""Simple, LL128 and LL."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """A group of ranks on the cluster."""
+
+    ranks: int
+    per_host: int
+    """Of them on one host."""
+
+    @property
+    def hosts(self) -> int:
+        return -(-self.ranks // self.per_host)
+
+
+def route(axis: str, sizes: MeshSizes, cluster: Cluster) -> Route:
+    """Where the ranks along an axis are: the last axis has neighbours, each other one strides over those after it."""
+    if axis not in sizes:
+        return Route(sizes.world, min(sizes.world, cluster.devices_per_host))
+    names = [a.name for a in AXES]
+    stride = math.prod(sizes[name] for name in names[names.index(axis) + 1 :])
+    return Route(sizes[axis], max(1, min(sizes[axis], cluster.devices_per_host // stride)))
+
+
+def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Cluster) -> float:
+    """Seconds of one collective on a whole tensor of this size, alone on its links."""
+    n = where.ranks
+    if n <= 1:
+        return 0.0
+    outside = where.hosts if where.hosts > 1 else 0
+    bandwidth = cluster["intra_gb_s"] * 1e9
+    if outside:  # each rank of a host has a link of its own, and rings are laid through all of them
+        links = where.per_host * cluster["inter_gb_s"] * cluster["inter_efficiency"] * 1e9
+        bandwidth = min(bandwidth, links) if where.per_host > 1 else links
+    rounds = 2 if collective == "all_reduce" else 1
+    inside_step, outside_step = cluster["intra_step_us"] * 1e-6, cluster["inter_step_us"] * 1e-6
+    ring = rounds * ((n - 1 - max(outside - 1, 0)) * inside_step + max(outside - 1, 0) * outside_step)
+    steps = [ring]
+    if collective == "all_reduce" and outside:
+        inside = 2 * (where.per_host - 1) * inside_step
+        steps.append(inside + 2 * math.log2(outside) * outside_step)
+    moved = rounds * tensor_bytes * (n - 1) / n
+    fastest = min(
+        latency * protocol.step + moved / (bandwidth * protocol.bandwidth)
+        for latency in steps
+        for protocol in PROTOCOLS
+    )
+    return cluster["collective_us"] * 1e-6 + fastest

@@ -1,0 +1,197 @@
+"""What a step is predicted to take, hold and send: the content of simulate.json."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import micro_batch_size, micro_batches
+from tpresearch.ledger.entries import MEMORY_KINDS, Entry
+from tpresearch.plan.meta import meta_model
+from tpresearch.simulate.cluster import Cluster, Kind
+from tpresearch.simulate.depth import Recording
+from tpresearch.simulate.kernels import kernels
+from tpresearch.simulate.replay import Span, replay
+from tpresearch.simulate.trace import Trace
+from tpresearch.train.speed import flops_per_token
+
+SPREAD = {
+    "gemm": 0.07,
+    "attention": 0.12,
+    "elementwise": 0.15,
+    "optimizer": 0.3,
+    "copy": 0.2,
+    "waiting for the host": 0.3,
+    "exposed": 0.3,
+}
+"""By how much each part of a step may be off, relative: what prices missed on published rows (experiments/published)."""
+WIDEST = 0.10
+"""Half of the widest range that is still worth printing."""
+NARROWEST = 0.04
+CALM = 0.93
+"""Share of a card above which the allocator begins to retry, and a step to slow down."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One config on one cluster."""
+
+    cluster: Cluster
+    sizes: MeshSizes
+    cfg: Config
+    step_time_s: float
+    low_s: float
+    high_s: float
+    flops_per_token: float
+    """With attention counted whole, as MFU has it."""
+    time_s: dict[str, float]
+    """Busy time of the device by kind of op, what it waits for the host, and what is exposed of each axis's collectives."""
+    communication: list[dict[str, Any]]
+    """The ledger's entries, with time_s and exposed_s."""
+    memory_bytes: dict[str, int]
+    """By kind at the peak; `reserved` is what CUDA, NCCL and the allocator take beside."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.cfg.train.global_batch_size * self.cfg.data.seq_len
+
+    @property
+    def tokens_per_second_per_device(self) -> float:
+        return self.tokens_per_step / self.step_time_s / self.sizes.world
+
+    @property
+    def mfu(self) -> float | None:
+        """None where the device has no peak to compare with."""
+        peak = self.cluster.peak_flops(self.cfg.train.dtype)
+        return self.tokens_per_second_per_device * self.flops_per_token / peak if peak else None
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
+
+    @property
+    def spare_bytes(self) -> float:
+        return self.cluster["memory_gb"] * 1e9 - self.peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.spare_bytes >= 0
+
+    @property
+    def is_tight(self) -> bool:
+        return self.fits and self.peak_bytes > CALM * self.cluster["memory_gb"] * 1e9
+
+    def as_json(self) -> dict[str, Any]:
+        assumptions = {
+            name: {"value": number.value, "kind": str(number.kind), "source": number.source}
+            for name, number in self.cluster.assumptions()
+        }
+        return {
+            "predicted": True,
+            "cluster": self.cluster.name,
+            "device": self.cluster.device,
+            "world_size": self.sizes.world,
+            "mesh": self.sizes.nontrivial(),
+            "model": self.cfg.model.name,
+            "parallel": self.cfg.parallel.name,
+            "step_time_s": self.step_time_s,
+            "step_time_range_s": [self.low_s, self.high_s],
+            "tokens_per_second_per_device": self.tokens_per_second_per_device,
+            "mfu": self.mfu,
+            "memory_bytes": {**self.memory_bytes, "peak": self.peak_bytes},
+            "fits": self.fits,
+            "time_s": self.time_s,
+            "communication": self.communication,
+            "assumptions": assumptions,
+            "checked": list(self.cluster.checked),
+        }
+
+
+def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Prediction:
+    """Price a recorded config on a cluster.
+
+    Args:
+        check: whether what two depths say of a deep model is held to a third.
+    """
+    cfg, sizes = recording.cfg, recording.sizes
+    count = micro_batches(cfg, sizes)
+    seconds = recording.at_full_depth(lambda trace: priced(trace, cfg, sizes, cluster), check)
+    held = recording.at_full_depth(lambda trace: trace.memory, check)
+    step = seconds["step"]
+    spread = min(WIDEST, max(NARROWEST, _spread(seconds) * _certainty(cluster)))
+    entries = recording.entries(count)
+    model = meta_model(cfg.model, cfg.train.dtype)
+    return Prediction(
+        cluster=cluster,
+        sizes=sizes,
+        cfg=cfg,
+        step_time_s=step,
+        low_s=step * (1 - spread),
+        high_s=step * (1 + spread),
+        flops_per_token=flops_per_token(model, cfg.data.seq_len, causal=False),
+        time_s=dict(_by_kind(seconds)),
+        communication=[_timed(entry, seconds) for entry in entries],
+        memory_bytes=_memory(held, cluster),
+    )
+
+
+def priced(
+    trace: Trace, cfg: Config, sizes: MeshSizes, cluster: Cluster, spans: list[Span] | None = None
+) -> dict[str, float]:
+    """Seconds of one recorded step on a cluster; see `replay`."""
+    parts = [kernels(part, cluster, sizes, cfg.parallel.compile) for part in (*trace.micro_batches, trace.end)]
+    return replay(parts, micro_batches(cfg, sizes), cluster, sizes.world, spans)
+
+
+def rows_that_fit(prediction: Prediction) -> int:
+    """Rows per micro-batch with which the step would fit, activations growing as rows do; 0 for none."""
+    held = prediction.memory_bytes
+    rows = micro_batch_size(prediction.cfg, prediction.sizes)
+    each = (held["activations"] + held["other"]) / rows
+    fixed = prediction.peak_bytes - held["activations"] - held["other"]
+    return max(0, math.floor((prediction.cluster["memory_gb"] * 1e9 - fixed) / each)) if each else rows
+
+
+def _by_kind(seconds: Mapping[str, float]) -> Counter[str]:
+    """Where the step's time is: kinds of op on the device, and per axis what it waits for."""
+    found: Counter[str] = Counter()
+    for name, value in seconds.items():
+        if name.startswith("exposed/"):
+            found[f"exposed {name.split('/')[1]}"] += value
+        elif not name.startswith("sent/") and name != "step":
+            found[name] += value
+    return found
+
+
+def _spread(seconds: Mapping[str, float]) -> float:
+    parts = _by_kind(seconds)
+    squares = 0.0
+    for name, value in parts.items():
+        kind = "exposed" if name.startswith("exposed") else name
+        squares += (SPREAD.get(kind, 0.3) * value / seconds["step"]) ** 2
+    return math.sqrt(squares)
+
+
+def _certainty(cluster: Cluster) -> float:
+    """A cluster whose rates are guessed is less certain than one that was checked."""
+    return 1.0 if cluster.checked else 1.5 if cluster.numbers["gemm_efficiency"].kind is Kind.guessed else 1.2
+
+
+def _timed(entry: Entry, seconds: Mapping[str, float]) -> dict[str, Any]:
+    key = f"{entry.axis}/{entry.phase}/{entry.issuer}/{entry.collective}"
+    return {
+        **asdict(entry),
+        "time_s": seconds.get(f"sent/{key}", 0.0),
+        "exposed_s": max(0.0, seconds.get(f"exposed/{key}", 0.0)),
+    }
+
+
+def _memory(held: Mapping[str, float], cluster: Cluster) -> dict[str, int]:
+    found = {kind: round(held.get(kind, 0)) for kind in MEMORY_KINDS}
+    found["other"] = found.pop("temporaries")
+    return {**found, "reserved": round(cluster["memory_reserved_gb"] * 1e9)}

@@ -1,0 +1,121 @@
+"""What each op takes on a device: matmuls by tiles and waves, attention by length, everything else by its bytes.
+
+Seconds of a kernel alone on the device. FLOPs are torch's (torch.utils.flop_counter): 2 m n k of a matmul, causal
+attention by half of its square, its backward 2.5 times its forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tpresearch.simulate.cluster import Cluster
+from tpresearch.simulate.trace import Op
+
+TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 1.06), (128, 64, 1.25), (64, 64, 1.6))
+"""Rows and columns of a tile, and by how much its work takes longer than the best one's (cuBLAS and CUTLASS offer these
+shapes; the factors are those of CUTLASS's profiler, rounded)."""
+SPLIT_DEPTH = 2048
+"""Inner dim from which a matmul of few tiles is split along it, so that all units work (split-K)."""
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+"""Of a cluster's attention tables."""
+DTYPES = {2: "bfloat16", 4: "float32", 8: "float64"}
+
+
+def op_s(op: Op, cluster: Cluster) -> float:
+    """Seconds of one op that is no collective."""
+    if op.kind == "gemm":
+        return gemm_s(op.shape, op.element, cluster)
+    if op.kind == "attention":
+        return attention_s(op.shape, op.element, cluster)
+    return bytes_s(moved_bytes(op), cluster)
+
+
+def gemm_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float:
+    """A matmul of (products, m, n, k), by whichever tile finishes its last wave first, or by its bytes."""
+    products, m, n, k = shape
+    units = cluster["compute_units"]
+    work = math.inf
+    for rows, columns, longer in TILES if units > 1 else ((1, 1, 1.0),):
+        tiles = products * math.ceil(m / rows) * math.ceil(n / columns)
+        waves = math.ceil(tiles / units) * units
+        if tiles < units and k >= SPLIT_DEPTH:
+            waves = min(waves, 1.15 * tiles)
+        work = min(work, waves * rows * columns * longer)
+    rate = cluster[f"peak_tflops_{DTYPES.get(element, 'float32')}"] * 1e12 * cluster["gemm_efficiency"]
+    computing = 2.0 * work * (k + cluster["gemm_half_depth"]) / rate if rate else math.inf
+    moving = products * (m * k + k * n + m * n) * element / _bandwidth(cluster)
+    return max(computing, moving) + cluster["kernel_us"] * 1e-6
+
+
+def attention_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float:
+    rows, heads, _, length, keys, width, backward, causal = shape
+    flops = 4.0 * rows * heads * length * keys * width * (0.5 if causal else 1.0) * (2.5 if backward else 1.0)
+    table = cluster.table(f"attention_tflops_{'backward' if backward else 'forward'}")
+    rate = _interpolated(table, length) * 1e12
+    if width <= 64:
+        rate *= cluster["attention_narrow_heads"]
+    if element > 2 and (narrow := cluster["peak_tflops_bfloat16"]):  # on matmul units of the wider type
+        rate *= cluster[f"peak_tflops_{DTYPES[element]}"] / narrow
+    blocks = rows * heads * math.ceil(length / 128)
+    busy = min(1.0, blocks / (cluster["compute_units"] * (1 if backward else 2)))
+    return flops / (rate * max(busy, 0.1)) + cluster["kernel_us"] * 1e-6
+
+
+def bytes_s(moved: float, cluster: Cluster) -> float:
+    return moved / _bandwidth(cluster) + cluster["kernel_us"] * 1e-6
+
+
+def moved_bytes(op: Op) -> float:
+    """Bytes that an op reads and writes, where that differs from the sizes of its tensors."""
+    read = sum(size for _, size in op.reads)
+    written = sum(size for _, size in op.writes)
+    match op.name:
+        case "embedding" | "gather" | "index_select" | "index":
+            return 2.0 * written
+        case "index_put_":
+            return 3.0 * sum(size for _, size in op.reads[1:])
+        case "copy_":
+            return float(read)
+        case "nll_loss_forward":
+            return float(sum(size for _, size in op.reads[1:]))
+        case "all_gather_copy_in":
+            return 2.0 * op.writes[0][1]
+        case "split_with_sizes_copy" | "chunk_cat" | "_foreach_copy_":
+            return float(read)
+    if op.kind == "optimizer":  # parameter, gradient and two moments are read, all but the gradient written
+        return read * 7 / 4
+    if op.name.startswith("_foreach") and not op.writes:
+        return 2.0 * read
+    return float(read + written)
+
+
+def fused_bytes(ops: Sequence[Op], last_read: dict[int, int], end: int) -> int:
+    """Bytes that ops in one kernel move: what they read from outside, and what is read after them.
+
+    Args:
+        last_read: of each storage, the place in the step where it is read last. end: the place of these ops.
+    """
+    made: dict[int, int] = {}
+    read: dict[int, int] = {}
+    for op in ops:
+        for number, size in op.reads:
+            if number not in made:
+                read[number] = max(read.get(number, 0), size)
+        made |= dict(op.writes)
+    kept = (size for number, size in made.items() if last_read.get(number, end + 1) > end)
+    return sum(read.values()) + sum(kept)
+
+
+def _bandwidth(cluster: Cluster) -> float:
+    return cluster["bandwidth_gb_s"] * 1e9 * cluster["bandwidth_efficiency"]
+
+
+def _interpolated(table: Sequence[float], length: int) -> float:
+    """From a table over `LENGTHS`, linear in the logarithm; below its first, by the root of the length."""
+    if length <= LENGTHS[0]:
+        return table[0] * max(length / LENGTHS[0], 0.04) ** 0.5
+    for i in range(len(table) - 1):
+        if length <= LENGTHS[i + 1]:
+            return table[i] + (table[i + 1] - table[i]) * math.log2(length / LENGTHS[i])
+    return table[-1]

@@ -1,0 +1,227 @@
+"""Records every op of a step: an observer that is a dispatch mode, and the communication ledger with it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from tpresearch.ledger.communication import CommunicationLedger
+from tpresearch.ledger.entries import MemoryUse
+from tpresearch.ledger.memory import MemoryLedger
+from tpresearch.simulate.trace import Op, Touched
+
+ONE_KERNEL = (nn.RMSNorm,)
+"""Modules that CUDA runs as one kernel each way, and that a CPU takes apart into many ops."""
+
+_RUNS_NOTHING = frozenset(
+    "view _unsafe_view t transpose unsqueeze squeeze expand slice select split split_with_sizes detach alias permute"
+    " as_strided reshape unbind chunk narrow unflatten flatten view_as _reshape_alias lift_fresh is_same_size unfold"
+    " empty new_empty empty_strided empty_like new_empty_strided set_ resize_ record_stream promote_types diagonal"
+    " _local_scalar_dense unsafe_split unsafe_chunk movedim swapaxes real imag view_as_real view_as_complex".split()
+)
+_GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+"""Op -> position of the first factor among its arguments."""
+_NAMESPACES = ("aten", "c10d", "_c10d_functional", "fsdp")
+
+
+class DeviceMemory(MemoryLedger):
+    """The memory ledger without what only a CPU makes on its way through a module that CUDA runs as one kernel."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__(model, optimizer)
+        self._left_out: set[int] = set()
+
+    def leave_out(self, tensor: Tensor) -> None:
+        self._left_out.add(self._number(tensor.untyped_storage(), None))
+
+    def keep(self, tensor: Tensor) -> None:
+        self._left_out.discard(self._number(tensor.untyped_storage(), None))
+
+    def held(self) -> list[MemoryUse]:
+        self._noted = [note for note in self._noted if note[0] not in self._left_out]
+        return super().held()
+
+
+class Recorder(CommunicationLedger):
+    """Notes each op while it is entered. `micro_batches` and `end` are what it noted, in order.
+
+    recorder = Recorder(mesh, model, memory)
+    with recorder.watching():
+        with recorder.phase("forward"):
+            ...
+
+    Args:
+        memory: the ledger that is entered outside of this one, told what to leave out.
+    """
+
+    def __init__(self, mesh: DeviceMesh, model: nn.Module, memory: DeviceMemory) -> None:
+        super().__init__(mesh)
+        self._model, self._memory = model, memory
+        self._live: dict[int, int] = {}
+        self._count = 0
+        self._spans: list[tuple[int, int]] = []
+        """Of each call of a module that is one kernel: the range of its ops' places in autograd's sequence."""
+        self._running: int | None = None
+        self.micro_batches: list[list[Op]] = []
+        self.end: list[Op] = []
+        self._into = self.end
+        self._last = ""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = []
+        for module in self._model.modules():
+            if isinstance(module, ONE_KERNEL):
+                hooks.append(module.register_forward_pre_hook(self._enter))
+                hooks.append(module.register_forward_hook(self._leave))
+        try:
+            with self, _hidden_propagation():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, *_: Any) -> None:
+        self._running = len(self._spans)
+        self._spans.append((_sequence(), _sequence()))
+
+    def _leave(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        assert self._running is not None
+        self._memory.keep(output.to_local() if isinstance(output, DTensor) else output)
+        self._spans[self._running] = (self._spans[self._running][0], _sequence())
+        self._running = None
+
+    @contextmanager
+    def phase(self, phase: str) -> Iterator[None]:
+        """A micro-batch is its forward, its loss and one backward; what comes after the last is done once per step."""
+        if phase == "forward":
+            self.micro_batches.append([])
+            self._into = self.micro_batches[-1]
+        elif self._last == "backward":
+            self._into = self.end
+        self._last = phase
+        with super().phase(phase):
+            yield
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        sent = len(self.events)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._schema.name.split("::")[-1]
+        if (
+            result is not NotImplemented
+            and func.namespace in _NAMESPACES
+            and name not in _RUNS_NOTHING
+            and not _propagating
+        ):
+            self._record(func, name, args, kwargs, result, self.events[-1] if len(self.events) > sent else None)
+        return result
+
+    def _record(self, func: Any, name: str, args: Any, kwargs: Any, result: Any, event: Any) -> None:
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, DTensor)]
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not isinstance(t, DTensor)]
+        if not given and not made:
+            return
+        kind, shape = "other", ()
+        if event or func.namespace in ("c10d", "_c10d_functional"):
+            kind = "wait" if name == "wait_tensor" else "collective"
+            if kind == "collective" and event is None:
+                return  # among one rank
+        elif name in _GEMMS:
+            kind, shape = "gemm", _gemm_shape(*args[_GEMMS[name] : _GEMMS[name] + 2])
+        elif "scaled_dot_product" in name:
+            kind, shape = "attention", _attention_shape(args, backward="backward" in name)
+        elif name.startswith("_fused_adam"):
+            kind = "optimizer"
+        if self._running is not None:
+            for tensor in made:
+                if tensor.shape[-1:] != (1,):  # the scales are kept on CUDA too
+                    self._memory.leave_out(tensor)
+        reads, writes = self._touched(given), self._touched(made)
+        element = (given or made)[0].element_size()
+        self._into.append(Op(self._phase, kind, name, reads, writes, element, shape, event, self._kernel()))
+
+    def _kernel(self) -> int:
+        """The module call that this op is a part of, forward by where it runs, backward by the node that calls it."""
+        if self._running is not None:
+            return self._running
+        node = torch._C._current_autograd_node()
+        if node is None or not self._spans:
+            return -1
+        place = node._sequence_nr()
+        return next((i for i, (first, end) in enumerate(self._spans) if first <= place < end), -1)
+
+    def _touched(self, tensors: list[Tensor]) -> Touched:
+        return tuple((self._number(t), _bytes(t)) for t in tensors)
+
+    def _number(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._live:
+            self._live[address] = self._count
+            self._count += 1
+            weakref.finalize(storage, self._live.pop, address, None).atexit = False
+        return self._live[address]
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of memory behind a tensor: an expanded dim is there once."""
+    count = tensor.element_size()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride else 1
+    return count
+
+
+def _gemm_shape(first: Tensor, second: Tensor) -> tuple[int, ...]:
+    products = first.shape[0] if first.dim() == 3 else 1
+    return products, first.shape[-2], second.shape[-1], first.shape[-1]
+
+
+def _attention_shape(args: tuple[Any, ...], backward: bool) -> tuple[int, ...]:
+    query, key = (args[1], args[2]) if backward else (args[0], args[1])
+    rows, heads, length, width = query.shape
+    causal = any(arg is True for arg in args)  # the one flag among a kernel's arguments
+    return rows, heads, key.shape[1], length, key.shape[2], width, int(backward), int(causal)
+
+
+def _sequence() -> int:
+    """The place in autograd's sequence that the next op gets (private, torch 2.11 to 2.14)."""
+    found: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return found
+
+
+_propagating: list[None] = []
+
+
+@contextmanager
+def _hidden_propagation() -> Iterator[None]:
+    """While DTensor runs an op on shapes of whole tensors, to learn what comes of it, nothing is recorded.
+
+    (`ShardingPropagator._propagate_tensor_meta_non_cached`: private, torch 2.11 to 2.14.)
+    """
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    original = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _propagating.append(None)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _propagating.pop()
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = hidden
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = original

@@ -1,0 +1,203 @@
+"""Kernels put on streams as FSDP2 and NCCL do: what overlaps and what is exposed comes out, and is not put in.
+
+On a GPU the host launches ahead of the device; each process group has a stream of its own. Of FSDP (torch/distributed/fsdp/
+_fully_shard): a gather begins once the one before it was copied out, a copy-out waits for its gather, gradients are copied
+in once the last reduce-scatter is done, and the end of backward waits for all of them. On a CPU nothing runs beside
+anything else, and ranks share its cores.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tpresearch.ledger.entries import Event
+from tpresearch.simulate.cluster import Cluster
+from tpresearch.simulate.kernels import Kernel
+
+
+class Span(NamedTuple):
+    """One kernel or collective on the timeline."""
+
+    stream: str
+    name: str
+    start_s: float
+    seconds: float
+
+
+@dataclass
+class Streams:
+    """The clocks of rank 0."""
+
+    cluster: Cluster
+    slower: float = 1.0
+    """How many ranks share each core of a CPU."""
+    host_s: float = 0.0
+    device_s: float = 0.0
+    groups: dict[str, float] = field(default_factory=dict)
+    """axis -> when its last collective is done."""
+    copied_out_s: float = 0.0
+    reduced_s: float = 0.0
+    arrived: dict[int, tuple[float, Event]] = field(default_factory=dict)
+    """Storage -> when the collective that fills it is done, and which one that is."""
+    reducing: Event | None = None
+    seconds: Counter[str] = field(default_factory=Counter)
+    """Busy time by kind, `collective/<axis>...` and `exposed/<axis>...` among them."""
+    spans: list[Span] | None = None
+
+    def run(self, part: Sequence[Kernel]) -> None:
+        for kernel in part:
+            if self.cluster.is_host:
+                self._on_host(kernel)
+            elif kernel.kind == "collective":
+                self._send(kernel)
+            elif kernel.kind == "wait":
+                self._await(kernel.op.reads[0][0])
+            else:
+                self._launch(kernel)
+        if part:
+            self._finish()
+
+    def _on_host(self, kernel: Kernel) -> None:
+        event = kernel.op.event if kernel.kind == "collective" else None
+        seconds = (kernel.seconds + self.cluster["launch_us"] * 1e-6 * (kernel.kind != "wait")) * self.slower
+        self._note(kernel, "cpu", self.device_s, seconds)
+        if event:
+            self.seconds[_exposed(event)] += seconds
+        self.device_s += seconds
+        self.host_s = self.device_s
+
+    def _launch(self, kernel: Kernel) -> None:
+        copies = kernel.kind == "copy"
+        self.host_s += self.cluster["collective_host_us" if copies else "launch_us"] * 1e-6
+        if kernel.name == "split_with_sizes_copy":
+            self._await(kernel.op.reads[0][0])
+        elif kernel.name == "chunk_cat" and self.reducing:
+            self._wait(self.reduced_s, self.reducing)
+        start = max(self.device_s, self.host_s)
+        self.seconds["waiting for the host"] += start - self.device_s
+        seconds = kernel.seconds
+        busy_until = max(self.groups.values(), default=0.0)
+        if busy_until > start and not copies:
+            beside = min(1.0, (busy_until - start) / seconds) if seconds else 0.0
+            seconds *= 1 + self.cluster["overlap_slowdown"] * beside
+        self._note(kernel, "device", start, seconds)
+        self.device_s = start + seconds
+        if kernel.name == "split_with_sizes_copy":
+            self.copied_out_s = self.device_s
+
+    def _send(self, kernel: Kernel) -> None:
+        event = kernel.op.event
+        assert event
+        of_fsdp = event.issuer == "fsdp"
+        self.host_s += self.cluster["collective_host_us" if of_fsdp else "launch_us"] * 1e-6
+        free = max(self.groups.get(event.axis, 0.0), self.host_s)
+        if not of_fsdp:
+            start = max(free, self.device_s)
+        elif event.collective == "all_gather":
+            start = max(free, self.copied_out_s)
+        else:  # a replica's sum follows its reduce-scatter
+            start = max(free, self.device_s, self.reduced_s if event.collective == "all_reduce" else 0.0)
+        done = start + kernel.seconds
+        self._note(kernel, event.axis, start, kernel.seconds)
+        self.groups[event.axis] = done
+        if of_fsdp and event.collective != "all_gather":
+            self.reduced_s, self.reducing = done, event
+        elif kernel.op.name.endswith("_") and not of_fsdp:  # c10d's own, which the step waits for
+            self._wait(done, event)
+        else:
+            filled = kernel.op.writes or kernel.op.reads
+            self.arrived[filled[0][0]] = (done, event)
+
+    def _await(self, storage: int) -> None:
+        if storage in self.arrived:
+            self._wait(*self.arrived.pop(storage))
+
+    def _wait(self, done: float, event: Event) -> None:
+        if done > self.device_s:
+            self.seconds[_exposed(event)] += done - self.device_s
+            self.device_s = done
+
+    def _finish(self) -> None:
+        """The end of a part waits for what is under way."""
+        if self.reducing:
+            self._wait(self.reduced_s, self.reducing)
+            self.reducing = None
+        self.arrived.clear()
+
+    def _note(self, kernel: Kernel, stream: str, start: float, seconds: float) -> None:
+        event = kernel.op.event if kernel.kind == "collective" else None
+        self.seconds[_sent(event) if event else kernel.kind] += seconds
+        if self.spans is not None:
+            self.spans.append(Span(stream, kernel.name, start, seconds))
+
+
+def _key(event: Event) -> str:
+    return f"{event.axis}/{event.phase}/{event.issuer}/{event.collective}"
+
+
+def _sent(event: Event) -> str:
+    return f"sent/{_key(event)}"
+
+
+def _exposed(event: Event) -> str:
+    return f"exposed/{_key(event)}"
+
+
+def replay(
+    parts: Sequence[Sequence[Kernel]],
+    micro_batches: int,
+    cluster: Cluster,
+    world: int,
+    spans: list[Span] | None = None,
+) -> dict[str, float]:
+    """Seconds of a step: `step`, busy time by kind, and of collectives `sent/...` and `exposed/...`.
+
+    Args:
+        parts: the micro-batches that were recorded, then what is done once. micro_batches: how many there are.
+    """
+    streams = Streams(cluster, _sharing(cluster, world), spans=spans)
+    *batches, end = parts
+    if micro_batches <= len(batches):
+        batches = [*batches[: micro_batches - 1], batches[-1]]
+        repeats = 0
+    else:
+        repeats = micro_batches - len(batches)
+    middle = len(batches) // 2
+    for index, batch in enumerate(batches):
+        streams.run(batch)
+        if index == middle and repeats:
+            _repeat(streams, batch, repeats)
+    streams.run(end)
+    total = max(streams.device_s, streams.host_s)
+    hosts = cluster.hosts_of(world)
+    slowdown = 1 + cluster["scale_slowdown"] * max(0, hosts - 1).bit_length()
+    found = {name: seconds for name, seconds in streams.seconds.items()}
+    return {**found, "step": total * slowdown}
+
+
+def _repeat(streams: Streams, batch: Sequence[Kernel], repeats: int) -> None:
+    """Run a micro-batch as often again: once or twice in truth, and from then on each takes as long as the last."""
+    for _ in range(min(repeats, 2)):
+        before, spent = max(streams.device_s, streams.host_s), streams.seconds.copy()
+        ahead = streams.device_s - streams.host_s
+        streams.run(batch)
+    if repeats > 2:
+        left = repeats - 2
+        grown = left * (max(streams.device_s, streams.host_s) - before)
+        lead = streams.device_s - streams.host_s - ahead
+        streams.host_s += grown - (left * lead if lead > 0 else 0.0)
+        streams.device_s += grown
+        streams.copied_out_s += grown
+        streams.reduced_s += grown
+        streams.groups = {axis: at + grown for axis, at in streams.groups.items()}
+        for name, seconds in streams.seconds.items():
+            streams.seconds[name] = seconds + left * (seconds - spent[name])
+
+
+def _sharing(cluster: Cluster, world: int) -> float:
+    if cluster.shared_cores is None:
+        return 1.0
+    return max(1.0, min(world, cluster.devices_per_host) / cluster.shared_cores)

@@ -1,0 +1,103 @@
+"""A prediction on the terminal: the range first, then memory against the card, time by kind, what was assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tpresearch.config.axes import AXIS_NAMES
+from tpresearch.config.validate import micro_batch_size, micro_batches
+from tpresearch.simulate.cluster import Kind
+from tpresearch.simulate.prediction import Prediction, rows_that_fit
+from tpresearch.track.shown import count_text, share_text
+
+BAR = 32
+SHOWN_ASSUMPTIONS = 6
+
+
+def report(prediction: Prediction) -> str:
+    """Everything that simulate.json has and a reader asks for first."""
+    return "\n".join(
+        [*_headline(prediction), "", *_memory(prediction), "", *_time(prediction), "", *_assumed(prediction)]
+    )
+
+
+def step_text(prediction: Prediction) -> str:
+    """`1.48 s (1.39 to 1.57)`."""
+    low, step, high = prediction.low_s, prediction.step_time_s, prediction.high_s
+    unit, scale = ("s", 1.0) if step >= 1 else ("ms", 1e3)
+    return f"{step * scale:.3g} {unit} ({low * scale:.3g} to {high * scale:.3g})"
+
+
+def memory_text(prediction: Prediction) -> str:
+    """Whether it fits, and if not, what would."""
+    gb, spare = prediction.peak_bytes / 1e9, prediction.spare_bytes / 1e9
+    card = f"{prediction.cluster['memory_gb']:.0f} GB"
+    if prediction.is_tight:
+        return f"{gb:.1f} of {card}: fits with {spare:.1f} GB to spare, so near that the allocator may retry"
+    if prediction.fits:
+        return f"{gb:.1f} of {card}: fits with {spare:.1f} GB to spare"
+    return f"{gb:.1f} of {card}: does not fit; {_remedy(prediction)}"
+
+
+def _remedy(prediction: Prediction) -> str:
+    cfg, sizes = prediction.cfg, prediction.sizes
+    rows, fits = micro_batch_size(cfg, sizes), rows_that_fit(prediction)
+    if 0 < fits < rows:
+        return f"train.micro_batch_size={fits} would"
+    if sizes.shards == 1 and sizes.world > 1:
+        return "a plan that shards weights, such as parallel=fsdp, holds less"
+    return "more ranks to shard over, or parallel.activation_checkpointing=full, hold less"
+
+
+def _headline(prediction: Prediction) -> Iterator[str]:
+    cfg, sizes, cluster = prediction.cfg, prediction.sizes, prediction.cluster
+    mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.nontrivial().items()) or "1 rank"
+    hosts = cluster.hosts_of(sizes.world)
+    yield f"PREDICTED, not measured: {cfg.model.name}, parallel={cfg.parallel.name}, {mesh}, on {cluster.name} ({cluster.device})"
+    count = micro_batches(cfg, sizes)
+    yield (
+        f"  {sizes.world:,} ranks on {hosts:,} host{'s' if hosts > 1 else ''}; per rank and step {count} x "
+        f"{micro_batch_size(cfg, sizes)} rows of {cfg.data.seq_len:,} tokens in {cfg.train.dtype}"
+    )
+    yield f"  {'step time':22}{step_text(prediction)}"
+    yield f"  {'tokens/s per device':22}{count_text(prediction.tokens_per_second_per_device)}"
+    yield f"  {'MFU':22}{share_text(prediction.mfu)}"
+
+
+def _memory(prediction: Prediction) -> Iterator[str]:
+    yield f"  {'memory':22}{memory_text(prediction)}"
+    greatest = max(prediction.memory_bytes.values())
+    for kind, size in prediction.memory_bytes.items():
+        yield f"    {kind:20}{size / 1e9:8.2f} GB  {_bar(size / greatest)}"
+
+
+def _time(prediction: Prediction) -> Iterator[str]:
+    step = prediction.step_time_s
+    yield f"  {'time of a step':22}{'':>8}      what overlaps with other work is left out"
+    parts = sorted(prediction.time_s.items(), key=lambda item: -item[1])
+    for kind, seconds in parts:
+        if seconds > 0.001 * step:
+            yield f"    {kind:20}{100 * seconds / step:8.1f} %   {_bar(seconds / step)}"
+    for axis in AXIS_NAMES:
+        mine = [entry for entry in prediction.communication if entry["axis"] == axis]
+        if mine:
+            sent, exposed = (sum(entry[key] for entry in mine) for key in ("time_s", "exposed_s"))
+            moved = sum(entry["sent_bytes"] for entry in mine)
+            yield f"  {axis:22}{moved / 1e9:8.2f} GB sent in {sent * 1e3:.1f} ms, of which {exposed * 1e3:.1f} ms exposed"
+
+
+def _assumed(prediction: Prediction) -> Iterator[str]:
+    cluster = prediction.cluster
+    checked = "; ".join(cluster.checked) or "never: no measurement of this cluster is known"
+    yield f"  {'checked':22}{checked}"
+    numbers = [(name, n) for name, n in cluster.assumptions() if n.kind in (Kind.guessed, Kind.fitted)]
+    for name, number in numbers[:SHOWN_ASSUMPTIONS]:
+        yield f"  {number.kind:22}{name}={number.value} ({number.source})"
+    if len(numbers) > SHOWN_ASSUMPTIONS:
+        yield f"  {'':22}and {len(numbers) - SHOWN_ASSUMPTIONS} more, in simulate.json"
+    if prediction.cfg.parallel.compile:
+        yield f"  {'compile':22}fused elementwise kernels are priced; memory is that of eager code, which keeps more"
+
+
+def _bar(share: float) -> str:
+    return "█" * max(1, round(min(1.0, share) * BAR)) if share > 0 else ""
