@@ -13,7 +13,7 @@ FLOORS = [
     {"parallel", "ledger", "hf", "launch"},
     {"track"},
     {"sweep", "train", "compare", "dashboard", "prepare"},
-    {"verify"},
+    {"verify", "simulate"},
     {"api", "__main__"},
 ]
 """Lowest first: a room imports from its own floor or from below."""

@@ -111,7 +111,9 @@ def cluster_of(plain: Mapping[str, Any]) -> Cluster:
         raise ConfigError("cluster", None, why, "an option of conf/cluster, such as cluster=h100_dgx")
     for name in ("name", "device", "devices_per_host", "numbers"):
         if plain.get(name) is None:
-            raise ConfigError(f"cluster.{name}", None, "a cluster needs it", "a value, in its conf/cluster file")
+            raise ConfigError(
+                f"cluster.{name}", None, "a cluster needs it", "a value, in its conf/cluster file"
+            )
     given = plain["numbers"]
     for name in given:
         if name not in NUMBERS:
@@ -142,7 +144,9 @@ def check_world(cluster: Cluster, world: int) -> None:
         raise ConfigError("world_size", world, why, f"at most {most}", fix={"world_size": most})
     if world > per_host and world % per_host:
         below = world // per_host * per_host
-        why = f"hosts of cluster {cluster.name} have {per_host} devices each, and the last would be partly used"
+        why = (
+            f"hosts of cluster {cluster.name} have {per_host} devices each, and the last would be partly used"
+        )
         raise ConfigError("world_size", world, why, f"a multiple of {per_host}", fix={"world_size": below})
 
 

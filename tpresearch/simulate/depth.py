@@ -56,7 +56,9 @@ class Recording:
         """Whether the whole model is recorded at once, since shallow ones would cost as much or cannot be made."""
         return self.setting is None or self.depth <= CHECKED
 
-    def at_full_depth(self, value: Callable[[Trace], Mapping[str, float]], check: bool = True) -> dict[str, float]:
+    def at_full_depth(
+        self, value: Callable[[Trace], Mapping[str, float]], check: bool = True
+    ) -> dict[str, float]:
         """Quantities of the whole model's step, each a sum over blocks and what is outside of them.
 
         Not exact in principle where a peak changes its place or what a stream waits for changes with depth: therefore

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
-from tpresearch.config.axes import MeshSizes
+from tpresearch.config.axes import REPLICATE, MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config, OnNonfinite
 from tpresearch.config.validate import micro_batch_size, micro_batches
@@ -25,7 +25,8 @@ from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import materialize
-from tpresearch.simulate.recorder import DeviceMemory, Recorder
+from tpresearch.simulate.device_memory import DeviceMemory
+from tpresearch.simulate.recorder import Recorder
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.losses import objective_of
 from tpresearch.train.observe import Observer, Observers
@@ -72,7 +73,9 @@ def record(cfg: Config, sizes: MeshSizes) -> Trace:
         legal = "a forward whose ops follow from shapes alone, without .item(), nonzero or a branch on values"
         raise ConfigError("model", cfg.model.name, why, legal) from error
     except UnsupportedFakeTensorException as error:
-        raise ConfigError("model", cfg.model.name, f"it cannot run on shapes alone: {error}", "ops with a meta kernel") from error
+        raise ConfigError(
+            "model", cfg.model.name, f"it cannot run on shapes alone: {error}", "ops with a meta kernel"
+        ) from error
 
 
 def _record(cfg: Config, sizes: MeshSizes) -> Trace:
@@ -89,11 +92,11 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
             rows = micro_batch_size(cfg, sizes)
             train_step(state, _batch(cfg, rows, setup), setup)  # makes the optimizer's state
             memory = DeviceMemory(model, state.optimizer)
-            recorder = Recorder(mesh, model, memory)
+            recorder = Recorder(mesh, model, plan.blocks, memory)
             setup = dataclasses.replace(setup, observers=Observers([Recording(recorder, memory)]))
             train_step(state, _batch(cfg, rows * count, setup), setup)
-    held = {use.kind: use.at_peak_bytes for use in memory.held()}
-    return Trace(tuple(tuple(part) for part in recorder.micro_batches), tuple(recorder.end), held)
+    parts = tuple(tuple(part) for part in recorder.micro_batches)
+    return Trace(parts, tuple(recorder.end), memory.by_moment())
 
 
 def traced(cfg: Config, sizes: MeshSizes) -> tuple[Config, int]:
@@ -102,7 +105,7 @@ def traced(cfg: Config, sizes: MeshSizes) -> tuple[Config, int]:
     Two tell how all go: the first sets gradients, the second adds to them. Replicas are summed after the last one only,
     so that one between the two is needed with them. Compiled code is not seen: what it fuses is a matter of prices.
     """
-    count = min(micro_batches(cfg, sizes), 3 if sizes["dp_replicate"] > 1 else 2)
+    count = min(micro_batches(cfg, sizes), 3 if sizes[REPLICATE.name] > 1 else 2)
     parallel = dataclasses.replace(cfg.parallel, compile=False, async_tp=False)
     train = dataclasses.replace(cfg.train, micro_batch_size=micro_batch_size(cfg, sizes))
     train.global_batch_size = count * micro_batch_size(cfg, sizes) * sizes.dp

@@ -35,11 +35,10 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
     last_read = {number: place for place, op in enumerate(ops) for number, _ in op.reads}
     found: list[Kernel] = []
     run: list[Op] = []
-    place = 0
 
-    def flush() -> None:
+    def flush(end: int) -> None:
         if run:
-            moved = fused_bytes(run, last_read, place - 1)
+            moved = fused_bytes(run, last_read, end)
             found.append(Kernel("elementwise", run[-1].name, bytes_s(moved, cluster), run[-1]))
             run.clear()
 
@@ -47,7 +46,7 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
     for place, op in enumerate(ops):
         joins = op.kind == "other" and op.name not in COPIES and (op.fused >= 0 or fuses)
         if run and not (joins and (fuses or op.fused == run[-1].fused)):
-            flush()
+            flush(place - 1)
         if joins:
             run.append(op)
         else:
@@ -56,8 +55,7 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
             fuses = compiled and op.phase in ("forward", "backward")
         elif op.phase == "loss" or (compiled and op.phase == "forward" and op.name == "embedding"):
             fuses = op.phase == "forward"
-    place = len(ops)
-    flush()
+    flush(len(ops))
     return found
 
 
@@ -65,10 +63,11 @@ def _alone(op: Op, cluster: Cluster, sizes: MeshSizes) -> Kernel:
     if op.kind == "collective":
         assert op.event
         event = op.event
-        seconds = collective_s(event.collective, event.tensor_bytes, route(event.axis, sizes, cluster), cluster)
+        seconds = collective_s(
+            event.collective, event.tensor_bytes, route(event.axis, sizes, cluster), cluster
+        )
         return Kernel("collective", event.collective, seconds, op)
     if op.kind == "wait":
         return Kernel("wait", op.name, 0.0, op)
     kind = "copy" if op.name in COPIES else "elementwise" if op.kind == "other" else op.kind
     return Kernel(kind, op.name, op_s(op, cluster), op)
-

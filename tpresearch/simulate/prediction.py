@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from tpresearch.ledger.entries import MEMORY_KINDS, Entry
 from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.cluster import Cluster, Kind
 from tpresearch.simulate.depth import Recording
+from tpresearch.simulate.device_memory import fullest
 from tpresearch.simulate.kernels import kernels
 from tpresearch.simulate.replay import Span, replay
 from tpresearch.simulate.trace import Trace
@@ -121,7 +122,7 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
     cfg, sizes = recording.cfg, recording.sizes
     count = micro_batches(cfg, sizes)
     seconds = recording.at_full_depth(lambda trace: priced(trace, cfg, sizes, cluster), check)
-    held = recording.at_full_depth(lambda trace: trace.memory, check)
+    held = fullest(recording.at_full_depth(lambda trace: trace.memory, check))
     step = seconds["step"]
     spread = min(WIDEST, max(NARROWEST, _spread(seconds) * _certainty(cluster)))
     entries = recording.entries(count)
@@ -144,7 +145,9 @@ def priced(
     trace: Trace, cfg: Config, sizes: MeshSizes, cluster: Cluster, spans: list[Span] | None = None
 ) -> dict[str, float]:
     """Seconds of one recorded step on a cluster; see `replay`."""
-    parts = [kernels(part, cluster, sizes, cfg.parallel.compile) for part in (*trace.micro_batches, trace.end)]
+    parts = [
+        kernels(part, cluster, sizes, cfg.parallel.compile) for part in (*trace.micro_batches, trace.end)
+    ]
     return replay(parts, micro_batches(cfg, sizes), cluster, sizes.world, spans)
 
 
@@ -157,9 +160,9 @@ def rows_that_fit(prediction: Prediction) -> int:
     return max(0, math.floor((prediction.cluster["memory_gb"] * 1e9 - fixed) / each)) if each else rows
 
 
-def _by_kind(seconds: Mapping[str, float]) -> Counter[str]:
+def _by_kind(seconds: Mapping[str, float]) -> dict[str, float]:
     """Where the step's time is: kinds of op on the device, and per axis what it waits for."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for name, value in seconds.items():
         if name.startswith("exposed/"):
             found[f"exposed {name.split('/')[1]}"] += value

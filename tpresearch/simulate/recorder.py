@@ -11,61 +11,48 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from tpresearch.ledger.communication import CommunicationLedger
-from tpresearch.ledger.entries import MemoryUse
-from tpresearch.ledger.memory import MemoryLedger
+from tpresearch.simulate.device_memory import DeviceMemory
 from tpresearch.simulate.trace import Op, Touched
 
 ONE_KERNEL = (nn.RMSNorm,)
 """Modules that CUDA runs as one kernel each way, and that a CPU takes apart into many ops."""
 
-_RUNS_NOTHING = frozenset(
-    "view _unsafe_view t transpose unsqueeze squeeze expand slice select split split_with_sizes detach alias permute"
-    " as_strided reshape unbind chunk narrow unflatten flatten view_as _reshape_alias lift_fresh is_same_size unfold"
-    " empty new_empty empty_strided empty_like new_empty_strided set_ resize_ record_stream promote_types diagonal"
-    " _local_scalar_dense unsafe_split unsafe_chunk movedim swapaxes real imag view_as_real view_as_complex".split()
-)
+_VIEWS = """
+    view _unsafe_view t transpose unsqueeze squeeze expand slice select split split_with_sizes detach alias permute
+    as_strided reshape unbind chunk narrow unflatten flatten view_as _reshape_alias lift_fresh is_same_size unfold
+    diagonal unsafe_split unsafe_chunk movedim swapaxes real imag view_as_real view_as_complex"""
+_ALLOCATIONS = """
+    empty new_empty empty_strided empty_like new_empty_strided set_ resize_ record_stream promote_types
+    _local_scalar_dense"""
+_RUNS_NOTHING = frozenset([*_VIEWS.split(), *_ALLOCATIONS.split()])
 _GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 """Op -> position of the first factor among its arguments."""
 _NAMESPACES = ("aten", "c10d", "_c10d_functional", "fsdp")
 
 
-class DeviceMemory(MemoryLedger):
-    """The memory ledger without what only a CPU makes on its way through a module that CUDA runs as one kernel."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        super().__init__(model, optimizer)
-        self._left_out: set[int] = set()
-
-    def leave_out(self, tensor: Tensor) -> None:
-        self._left_out.add(self._number(tensor.untyped_storage(), None))
-
-    def keep(self, tensor: Tensor) -> None:
-        self._left_out.discard(self._number(tensor.untyped_storage(), None))
-
-    def held(self) -> list[MemoryUse]:
-        self._noted = [note for note in self._noted if note[0] not in self._left_out]
-        return super().held()
-
-
 class Recorder(CommunicationLedger):
     """Notes each op while it is entered. `micro_batches` and `end` are what it noted, in order.
 
-    recorder = Recorder(mesh, model, memory)
+    recorder = Recorder(mesh, model, plan.blocks, memory)
     with recorder.watching():
         with recorder.phase("forward"):
             ...
 
     Args:
+        blocks: names of the model's blocks, in their order.
         memory: the ledger that is entered outside of this one, told what to leave out.
     """
 
-    def __init__(self, mesh: DeviceMesh, model: nn.Module, memory: DeviceMemory) -> None:
+    def __init__(self, mesh: DeviceMesh, model: nn.Module, blocks: list[str], memory: DeviceMemory) -> None:
         super().__init__(mesh)
         self._model, self._memory = model, memory
+        ends = (blocks[0], blocks[-1]) if len(blocks) > 1 else ()
+        self._blocks = [model.get_submodule(name) for name in ends]
+        self._last_block_from = self._first_block_to = -1
+        """Places in autograd's sequence."""
         self._live: dict[int, int] = {}
         self._count = 0
         self._spans: list[tuple[int, int]] = []
@@ -83,6 +70,9 @@ class Recorder(CommunicationLedger):
             if isinstance(module, ONE_KERNEL):
                 hooks.append(module.register_forward_pre_hook(self._enter))
                 hooks.append(module.register_forward_hook(self._leave))
+        if self._blocks:
+            hooks.append(self._blocks[0].register_forward_hook(self._after_first_block))
+            hooks.append(self._blocks[-1].register_forward_pre_hook(self._before_last_block))
         try:
             with self, _hidden_propagation():
                 yield
@@ -99,6 +89,23 @@ class Recorder(CommunicationLedger):
         self._memory.keep(output.to_local() if isinstance(output, DTensor) else output)
         self._spans[self._running] = (self._spans[self._running][0], _sequence())
         self._running = None
+
+    def _after_first_block(self, *_: Any) -> None:
+        if self._phase == "forward":  # and not when it is computed again
+            self._first_block_to = _sequence()
+
+    def _before_last_block(self, *_: Any) -> None:
+        if self._phase == "forward":
+            self._last_block_from = _sequence()
+
+    def _mark_moments(self, place: int) -> None:
+        """Backward passes the last block, and comes to the first."""
+        if place < self._last_block_from:
+            self._last_block_from = -1
+            self._memory.mark("")
+        if place < self._first_block_to:
+            self._first_block_to = -1
+            self._memory.mark("backward ends")
 
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:
@@ -124,15 +131,20 @@ class Recorder(CommunicationLedger):
             and name not in _RUNS_NOTHING
             and not _propagating
         ):
-            self._record(func, name, args, kwargs, result, self.events[-1] if len(self.events) > sent else None)
+            self._record(
+                func, name, args, kwargs, result, self.events[-1] if len(self.events) > sent else None
+            )
         return result
 
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, result: Any, event: Any) -> None:
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, DTensor)]
+        given = [
+            t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, DTensor)
+        ]
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not isinstance(t, DTensor)]
         if not given and not made:
             return
-        kind, shape = "other", ()
+        kind = "other"
+        shape: tuple[int, ...] = ()
         if event or func.namespace in ("c10d", "_c10d_functional"):
             kind = "wait" if name == "wait_tensor" else "collective"
             if kind == "collective" and event is None:
@@ -156,9 +168,10 @@ class Recorder(CommunicationLedger):
         if self._running is not None:
             return self._running
         node = torch._C._current_autograd_node()
-        if node is None or not self._spans:
+        if node is None:
             return -1
         place = node._sequence_nr()
+        self._mark_moments(place)
         return next((i for i, (first, end) in enumerate(self._spans) if first <= place < end), -1)
 
     def _touched(self, tensors: list[Tensor]) -> Touched:
@@ -196,7 +209,7 @@ def _attention_shape(args: tuple[Any, ...], backward: bool) -> tuple[int, ...]:
 
 def _sequence() -> int:
     """The place in autograd's sequence that the next op gets (private, torch 2.11 to 2.14)."""
-    found: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    found: int = torch.autograd._get_sequence_nr()
     return found
 
 
@@ -220,8 +233,8 @@ def _hidden_propagation() -> Iterator[None]:
         finally:
             _propagating.pop()
 
-    ShardingPropagator._propagate_tensor_meta_non_cached = hidden
+    setattr(ShardingPropagator, original.__name__, hidden)
     try:
         yield
     finally:
-        ShardingPropagator._propagate_tensor_meta_non_cached = original
+        setattr(ShardingPropagator, original.__name__, original)

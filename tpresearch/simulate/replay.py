@@ -8,7 +8,7 @@ anything else, and ranks share its cores.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -43,7 +43,7 @@ class Streams:
     arrived: dict[int, tuple[float, Event]] = field(default_factory=dict)
     """Storage -> when the collective that fills it is done, and which one that is."""
     reducing: Event | None = None
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Busy time by kind, `collective/<axis>...` and `exposed/<axis>...` among them."""
     spans: list[Span] | None = None
 
@@ -174,8 +174,7 @@ def replay(
     total = max(streams.device_s, streams.host_s)
     hosts = cluster.hosts_of(world)
     slowdown = 1 + cluster["scale_slowdown"] * max(0, hosts - 1).bit_length()
-    found = {name: seconds for name, seconds in streams.seconds.items()}
-    return {**found, "step": total * slowdown}
+    return {**streams.seconds, "step": total * slowdown}
 
 
 def _repeat(streams: Streams, batch: Sequence[Kernel], repeats: int) -> None:

@@ -48,7 +48,7 @@ class Trace:
     end: tuple[Op, ...]
     """Once per step: partial gradients, clipping, update."""
     memory: dict[str, int]
-    """Bytes by kind at the peak, as the memory ledger has them."""
+    """Bytes by "moment/kind", each moment of the step where it holds most; see `device_memory`."""
 
     def ops(self, micro_batches: int) -> list[Op]:
         """The whole step with this many micro-batches: all but the first and the last are like the one before the last."""
@@ -84,7 +84,17 @@ _EVENT = ("axis", "phase", "issuer", "collective", "tensor_bytes", "ranks")
 
 def _ops(plain: Sequence[list[Any]]) -> tuple[Op, ...]:
     return tuple(
-        Op(phase, kind, name, _pairs(reads), _pairs(writes), element, tuple(shape), event and Event(*event), fused)
+        Op(
+            phase,
+            kind,
+            name,
+            _pairs(reads),
+            _pairs(writes),
+            element,
+            tuple(shape),
+            event and Event(*event),
+            fused,
+        )
         for phase, kind, name, reads, writes, element, shape, event, fused in plain
     )
 

@@ -1,0 +1,139 @@
+"""The real step on fake ranks: its ledgers are those of the step that computes, and shallow models tell of deep ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+from support.composed import config
+from support.counted_steps import PLANS, counted_step
+from support.marks import exhaustive
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import micro_batches, validate
+from tpresearch.ledger.formulas import expected_entries
+from tpresearch.simulate.depth import depth_of, recording
+from tpresearch.simulate.device_memory import fullest
+from tpresearch.simulate.fake_step import record
+from tpresearch.simulate.trace import Trace, load, save
+from tpresearch.train.preflight import planned
+
+
+def at_depth(cfg: Config, depth: int) -> Config:
+    args = {**cfg.model.args, "n_layers": depth}
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, args=args))
+
+
+def recorded(cfg: Config, world: int) -> Trace:
+    return record(cfg, validate(cfg, world))
+
+
+def equal_to_formulas(cfg: Config, world: int) -> None:
+    sizes = validate(cfg, world)
+    expected = expected_entries(*planned(cfg, sizes), cfg)
+    assert expected
+    assert recording(cfg, sizes, record).entries(micro_batches(cfg, sizes)) == expected
+
+
+@pytest.mark.parametrize(("plan", "world"), PLANS)
+def test_a_simulated_step_sends_what_the_formulas_say(plan: str, world: int) -> None:
+    """In four micro-batches, of which two or three are recorded."""
+    rows = {"none": 4, "tp": 4, "sp": 4, "fsdp_tp": 8, "hsdp_tp": 8}.get(plan, 16)
+    batch = (f"train.global_batch_size={rows}", "train.micro_batch_size=1")
+    if world == 1:
+        sizes = validate(cfg := config("model=llama2_debug", f"parallel={plan}", *batch), world)
+        assert record(cfg, sizes).entries(4) == []
+    else:
+        equal_to_formulas(config("model=llama2_debug", f"parallel={plan}", *batch), world)
+
+
+def test_thousands_of_ranks_send_what_the_formulas_say() -> None:
+    batch = "train.global_batch_size=4096"
+    equal_to_formulas(config("model=llama2_debug", "parallel=hsdp_tp", "mesh.tp=2", batch), 8192)
+
+
+@exhaustive
+@pytest.mark.parametrize("plan", ["fsdp_tp", "hsdp_tp"])
+def test_llama2_70b_on_65536_ranks_in_20_seconds_of_processor_time(plan: str) -> None:
+    before = time.process_time()
+    words = ("model=llama2_70b", f"parallel={plan}", "mesh.tp=8", "train.dtype=bfloat16", "data.seq_len=4096")
+    equal_to_formulas(config(*words, "train.global_batch_size=8192"), 65_536)
+    assert time.process_time() - before < 20
+
+
+@pytest.mark.parametrize(("plan", "world"), [("none", 1), ("fsdp_tp", 4), ("ddp", 4)])
+def test_a_simulated_step_holds_what_the_step_that_computes_does(plan: str, world: int) -> None:
+    """To the byte, for a model without a norm: of that, a simulated step leaves out what only a CPU makes."""
+    words = ("model=toy_mlp", f"parallel={plan}")
+    held = {use.kind: use.at_peak_bytes for use in counted_step(world, *words).held}
+    assert fullest(recorded(config(*words), world).memory) == held
+    assert sum(held.values()) > 0
+
+
+def test_norms_keep_on_a_device_what_one_kernel_keeps() -> None:
+    """Per norm and token: its input, its output and one scale; the ledger of a CPU has the normalised input too."""
+    words = ("model=llama2_debug", "parallel=none", "train.global_batch_size=2")
+    cfg = config(*words)
+    on_cpu = {use.kind: use.most_bytes for use in counted_step(1, *words).held}["activations"]
+    tokens, width, norms = 2 * cfg.data.seq_len, 64, 2 * 2 + 1
+    memory = recorded(cfg, 1).memory
+    simulated = max(size for name, size in memory.items() if name.endswith("/activations"))
+    assert on_cpu - simulated >= norms * tokens * width * 4
+
+
+@pytest.mark.parametrize("plan", ["fsdp_tp", "hsdp"])
+def test_a_deep_model_is_told_from_shallow_ones(plan: str) -> None:
+    """Seven blocks from two and three: bytes sent are exact, and so is what is counted per kind of op."""
+    cfg = at_depth(config("model=llama2_debug", f"parallel={plan}", "train.micro_batch_size=1"), 7)
+    sizes = validate(cfg, 4)
+    told = recording(cfg, sizes, record)
+    whole = record(cfg, sizes)
+
+    def moved(trace: Trace) -> dict[str, float]:
+        return {
+            kind: sum(op.bytes_moved for op in trace.ops(2) if op.kind == kind) for kind in ("gemm", "other")
+        }
+
+    assert told.at_full_depth(moved) == pytest.approx(moved(whole), rel=1e-12)
+    assert told.at_full_depth(lambda trace: trace.memory) == pytest.approx(whole.memory, rel=1e-3)
+    assert told.entries(4) == whole.entries(4)
+    assert sorted(told.traces) == [2, 3, 4]
+
+
+def test_where_depth_does_not_tell_the_whole_model_is_recorded() -> None:
+    cfg = at_depth(config("model=llama2_debug", "parallel=fsdp"), 6)
+    told = recording(cfg, validate(cfg, 2), record)
+    assert (
+        told.at_full_depth(lambda trace: {"x": float(len(trace.end) ** 3)})["x"]
+        == len(told.traces[6].end) ** 3
+    )
+
+
+def test_the_setting_of_depth_is_found() -> None:
+    assert depth_of(at_depth(config("model=llama2_debug"), 5)) == (5, "n_layers")
+    assert depth_of(config("model=toy_mlp")) == (1, None)
+
+
+def test_a_trace_is_read_back_as_it_was(tmp_path) -> None:
+    trace = recorded(config("model=llama2_debug", "parallel=hsdp_tp"), 8)
+    save(trace, tmp_path / "trace.gz")
+    assert load(tmp_path / "trace.gz") == trace
+
+
+def test_a_model_that_asks_for_values_is_refused_by_the_op() -> None:
+    cfg = config("model=llama2_debug", "parallel=none")
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, target=f"{__name__}.Asking"))
+    with pytest.raises(ConfigError, match=r"^model=llama2_debug: aten\._local_scalar_dense"):
+        recorded(cfg, 1)
+
+
+from tpresearch.models.llama2 import Llama2  # noqa: E402
+
+
+class Asking(Llama2):
+    def forward(self, tokens, head=None):
+        if tokens.is_meta:
+            return super().forward(tokens, head)
+        return super().forward(tokens, head) * tokens.max().item()

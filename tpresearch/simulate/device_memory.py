@@ -1,0 +1,76 @@
+"""What a step holds at each of its moments, as a GPU would hold it: the memory ledger of a step on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tpresearch.ledger.entries import MEMORY_KINDS
+from tpresearch.ledger.memory import MemoryLedger
+
+
+class DeviceMemory(MemoryLedger):
+    """The memory ledger by moments, without what only a CPU makes on its way through what CUDA runs as one kernel.
+
+    A moment is a phase of a micro-batch; of backward, in which activations go and gradients come, its beginning, up to
+    the end of the last block, and its end, from the first block on. What is held at most in each is a sum over blocks, so
+    that shallow models tell of deep ones, though which moment is the fullest may change with depth.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__(model, optimizer)
+        self._left_out: set[int] = set()
+        self._marks: list[tuple[int, str]] = []
+        """(notes before it, name) of each moment; one without a name lies between others."""
+        self._phases = 0
+
+    def leave_out(self, tensor: Tensor) -> None:
+        self._left_out.add(self._number(tensor.untyped_storage(), None))
+
+    def keep(self, tensor: Tensor) -> None:
+        self._left_out.discard(self._number(tensor.untyped_storage(), None))
+
+    def mark(self, moment: str) -> None:
+        """A moment of the phase begins here, and lasts to the next."""
+        self._marks.append((len(self._noted), moment and f"{self._phases} {moment}"))
+
+    @contextmanager
+    def phase(self, phase: str) -> Iterator[None]:
+        with super().phase(phase):
+            self.mark(phase)
+            yield
+        self.mark("")
+        self._phases += 1
+
+    def by_moment(self) -> dict[str, int]:
+        """Bytes as "moment/kind", each moment where it holds most."""
+        found: dict[str, int] = {}
+        now = dict.fromkeys(MEMORY_KINDS, 0)
+        sizes: dict[int, int] = {}
+        marks = [*self._marks, (len(self._noted), "")]
+        place = 0
+        for (_, name), (end, _) in zip([(0, ""), *marks], marks, strict=False):
+            peak = -1
+            for number, grown in self._noted[place:end]:
+                if number not in self._left_out:
+                    kind = self._kinds.get(number, "temporaries")
+                    grown = -sizes[number] if grown is None else grown
+                    sizes[number] = sizes.get(number, 0) + grown
+                    now[kind] += grown
+                if name and sum(now.values()) > peak:
+                    peak = sum(now.values())
+                    found |= {f"{name}/{kind}": size for kind, size in now.items()}
+            place = end
+        return found
+
+
+def fullest(by_moment: Mapping[str, float]) -> dict[str, float]:
+    """Bytes by kind at the moment that holds most."""
+    moments: dict[str, dict[str, float]] = {}
+    for name, size in by_moment.items():
+        moment, _, kind = name.partition("/")
+        moments.setdefault(moment, {})[kind] = size
+    return max(moments.values(), key=lambda held: sum(held.values()))
