@@ -14,6 +14,7 @@ import torch
 from support.commands import environment, execute
 from support.composed import SMALL, config
 from support.made_runs import Made, entry
+from torch.distributed.tensor import DTensor
 
 import tpresearch
 from tpresearch.config import ConfigError
@@ -95,38 +96,35 @@ def test_in_a_notebook_the_plan_is_a_table_of_the_same_cells_escaped() -> None:
     assert "<li>parameters: 557,376</li>" in page
 
 
-def test_a_job_of_one_process_takes_the_steps_of_the_reference() -> None:
-    cfg = tpresearch.load(*TRAINED, "parallel=none")
-    job = tpresearch.build(cfg)
-    expected = reference(cfg, prepare(cfg.data, cfg.tokenizer), 3)
-    assert job.batch().inputs.shape == (8, 16)
-    for number, step in enumerate(expected.steps, 1):
-        wanted = {"train/step": number, "train/loss": step.loss, "train/grad_norm": step.grad_norm}
-        assert job.step() == pytest.approx(wanted, rel=1e-10)
-    assert tpresearch.build(cfg).step()["train/step"] == 1  # a second job in the same process
-
-
-def test_a_job_of_ranks_has_sharded_weights_and_the_numbers_of_one_process(ranks: Ranks) -> None:
+@pytest.mark.parametrize(
+    ("words", "wq", "rows"),
+    [(["parallel=none"], (64, 64), 8), (["parallel=fsdp_tp", "mesh.tp=2"], (16, 64), 4)],
+    ids=["one process", "four ranks"],
+)
+def test_a_job_takes_the_steps_of_the_reference(
+    ranks: Ranks, words: list[str], wq: tuple[int, ...], rows: int
+) -> None:
     cfg = tpresearch.load(*TRAINED)
     expected = reference(cfg, prepare(cfg.data, cfg.tokenizer), 2)
-    for seen in ranks.run(4, built, [*TRAINED, "parallel=fsdp_tp", "mesh.tp=2"]):
-        assert seen["mesh"] == {"dp_replicate": 1, "dp_shard": 2, "tp": 2}
-        assert seen["wq"] == (16, 64)  # of 64 x 64: rows over tp, then over dp_shard
-        assert seen["rows"] == 4
-        for step, row in zip(expected.steps, seen["steps"], strict=True):
-            assert row["train/loss"] == pytest.approx(step.loss, rel=1e-10)
-            assert row["train/grad_norm"] == pytest.approx(step.grad_norm, rel=1e-10)
+    for seen in ranks.run(1 if "parallel=none" in words else 4, built, [*TRAINED, *words]):
+        assert (seen["wq"], seen["rows"]) == (wq, rows)
+        assert len(seen["steps"]) == 2
+        for number, step in enumerate(expected.steps, 1):
+            wanted = {"train/step": number, "train/loss": step.loss, "train/grad_norm": step.grad_norm}
+            assert seen["steps"][number - 1] == pytest.approx(wanted, rel=1e-10)
+        assert seen["again"] == pytest.approx(seen["steps"][0])
 
 
 def built(world: World, overrides: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    job = tpresearch.build(tpresearch.load(*overrides))
-    assert job.mesh.mesh_dim_names
+    cfg = tpresearch.load(*overrides)
+    job = tpresearch.build(cfg)
+    weight = job.model.get_parameter("layers.0.attention.wq.weight")
     return {
-        "mesh": dict(zip(job.mesh.mesh_dim_names, job.mesh.shape, strict=True)),
-        "wq": tuple(job.model.get_parameter("layers.0.attention.wq.weight").to_local().shape),
+        "wq": tuple((weight.to_local() if isinstance(weight, DTensor) else weight).shape),
         "rows": len(job.batch().inputs),
         "steps": [job.step(), job.step()],
+        "again": tpresearch.build(cfg).step(),  # a second job in the same process
     }
 
 
