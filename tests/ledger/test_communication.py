@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from support.counted_steps import PLANS, counted_step, on_ranks
+import torch
+from support.counted_steps import FAKE, PLANS, counted_step, on_ranks
 
-from tpresearch.ledger.entries import ring_bytes
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.world import World
+from tpresearch.ledger.communication import CommunicationLedger
+from tpresearch.ledger.entries import entries_of, ring_bytes
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
 from tpresearch.verify.ranks import Ranks
 
 
@@ -82,4 +88,24 @@ def test_each_entry_says_who_issued_it() -> None:
     assert {(e.axis, e.issuer) for e in found.sent} == {
         *(("tp", issuer) for issuer in ("dtensor", "loss", "step", "clip")),
         *(("dp_shard", issuer) for issuer in ("fsdp", "clip")),
+    }
+
+
+def test_async_tensor_parallelism_is_counted_in_its_fused_matmuls() -> None:
+    """They move what they multiply: on the meta device, since they run on CUDA alone."""
+    import torch.distributed._symmetric_memory  # noqa: F401  registers them
+
+    here = World(size=4, local_size=4)
+    with process_group(FAKE, here):
+        mesh = build_mesh(MeshSizes(tp=4), "cpu")
+        group = mesh.get_group("tp").group_name
+        ledger = CommunicationLedger(mesh)
+        x, w = (torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in ((8, 16), (16, 32)))
+        with ledger, ledger.phase("forward"):
+            torch.ops.symm_mem.fused_all_gather_matmul(x, [w], 0, group)
+            torch.ops.symm_mem.fused_matmul_reduce_scatter(x, w, "sum", 0, group)
+    found = {(e.axis, e.issuer, e.collective): (e.count, e.tensor_bytes) for e in entries_of(ledger.events)}
+    assert found == {
+        ("tp", "dtensor", "all_gather"): (1, 4 * 8 * 16 * 2),
+        ("tp", "dtensor", "reduce_scatter"): (1, 8 * 32 * 2),
     }

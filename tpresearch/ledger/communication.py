@@ -1,8 +1,8 @@
 """What one optimizer step sends: every collective of this rank, by mesh axis and phase, in bytes.
 
 A dispatch mode sees each collective as it is issued, whether by DTensor (functional collectives) or by FSDP
-and the step itself (c10d's own): which of the two tells the issuer. Inside compiled blocks it sees none, so the
-measured step runs those eagerly: torch.compile stands aside while such a mode is active.
+and the step itself (c10d's own): which of the two tells the issuer. Compiled blocks stay compiled under it, and it
+sees the collectives that inductor's code issues.
 """
 
 from __future__ import annotations
@@ -25,12 +25,24 @@ from tpresearch.ledger.entries import OWN_PHASES, Event
 # op name -> (collective, which of its tensors holds the whole: the input or the output)
 _FUNCTIONAL = {
     "all_gather_into_tensor": ("all_gather", "output"),
+    "all_gather_into_tensor_out": ("all_gather", "output"),
+    "all_gather_into_tensor_coalesced": ("all_gather", "output"),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", "input"),
+    "all_reduce_coalesced": ("all_reduce", "input"),
+    "all_reduce_coalesced_": ("all_reduce", "input"),
     "reduce_scatter_tensor": ("reduce_scatter", "input"),
     "all_reduce": ("all_reduce", "input"),
     "all_reduce_": ("all_reduce", "input"),
     "all_to_all_single": ("all_to_all", "input"),
     "broadcast": ("broadcast", "input"),
     "broadcast_": ("broadcast", "input"),
+}
+# Async TP's matmuls, which move what they multiply -> (collective, which of their tensors is a rank's part of the whole)
+_FUSED = {
+    "fused_all_gather_matmul": ("all_gather", "input"),
+    "fused_all_gather_scaled_matmul": ("all_gather", "input"),
+    "fused_matmul_reduce_scatter": ("reduce_scatter", "output"),
+    "fused_scaled_matmul_reduce_scatter": ("reduce_scatter", "output"),
 }
 # c10d op name -> (collective, position of the argument that holds the whole)
 _C10D = {
@@ -61,6 +73,12 @@ class CommunicationLedger(TorchDispatchMode):
         self._phase = "other"
         self.events: list[Event] = []
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Dynamo would otherwise run each compiled function eagerly under this mode, and mark it so that it does for
+        ever after (private; seen in torch 2.11, 2.13 and 2.14)."""
+        return True
+
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:
         before, self._phase = self._phase, phase
@@ -82,11 +100,22 @@ class CommunicationLedger(TorchDispatchMode):
         elif func.namespace == "c10d" and name in _C10D:
             collective, position = _C10D[name]
             self._note(collective, args[position], _group_of(args), "fsdp")
+        elif func.namespace == "symm_mem" and name in _FUSED:
+            collective, part = _FUSED[name]
+            group = [argument.name for argument in func._schema.arguments].index("group_name")
+            self._note(
+                collective, args[0] if part == "input" else result, str(args[group]), "dtensor", parts=True
+            )
         return result
 
-    def _note(self, collective: str, whole: Any, group: str, issuer: str) -> None:
+    def _note(self, collective: str, tensors: Any, group: str, issuer: str, parts: bool = False) -> None:
+        """Args: tensors: the whole ones, or a rank's `parts` of them."""
         axis, ranks = self._groups.get(group, ("world", dist.get_world_size()))
-        tensor_bytes = sum(t.numel() * t.element_size() for t in tree_leaves(whole) if isinstance(t, Tensor))
+        tensor_bytes = sum(
+            t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, Tensor)
+        )
+        if parts:
+            tensor_bytes *= ranks
         if ranks == 1:
             return
         if self._phase in OWN_PHASES:

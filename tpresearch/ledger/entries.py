@@ -93,6 +93,7 @@ class StepLedger:
 
     sent: list[Entry]
     held: list[MemoryUse]
+    """Empty where blocks are compiled: their memory does not go through the dispatcher."""
     allocator_peak_bytes: int | None
     expected: Expected
 
@@ -109,7 +110,7 @@ class StepLedger:
             "memory": {
                 "measured": [asdict(use) for use in self.held],
                 "expected": self.expected.held,
-                "peak_bytes": sum(use.at_peak_bytes for use in self.held),
+                "peak_bytes": sum(use.at_peak_bytes for use in self.held) if self.held else None,
                 "allocator_peak_bytes": self.allocator_peak_bytes,
             },
         }
@@ -120,14 +121,17 @@ class StepLedger:
         What formulas expect by collective is None where there are none.
         """
         formulas = self.expected.sent
+        held = {
+            "memory/held_bytes": {use.kind: use.most_bytes for use in self.held},
+            "memory/at_peak_bytes": {use.kind: use.at_peak_bytes for use in self.held},
+        }
         return {
             "comm/bytes_per_step_by_axis": _sums(self.sent, lambda entry: entry.axis),
             "comm/bytes_per_step_by_collective": _sums(self.sent, _axis_and_collective),
             "comm/expected_bytes_per_step_by_collective": None
             if formulas is None
             else _sums(formulas, _axis_and_collective),
-            "memory/held_bytes": {use.kind: use.most_bytes for use in self.held},
-            "memory/at_peak_bytes": {use.kind: use.at_peak_bytes for use in self.held},
+            **(held if self.held else {}),
         }
 
 

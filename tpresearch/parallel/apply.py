@@ -39,25 +39,40 @@ def parallelize(
             parallelize_module(model, mesh[axis], styles, src_data_rank=None)
     tie(model, ties)
     for name in plan.blocks:
-        wrap_forward(model.get_submodule(name), parallel)
+        wrap_forward(model.get_submodule(name), parallel, bool(plan.rules))
     if parallel.async_tp:
         enable_async_tp(mesh[TENSOR.name])
     shard_data(model, plan.blocks, parallel.fsdp, data_mesh(mesh), dtype)
     return model
 
 
-def wrap_forward(block: nn.Module, parallel: ParallelConfig) -> None:
+def wrap_forward(block: nn.Module, parallel: ParallelConfig, has_rules: bool) -> None:
     """Checkpoint and compile a block's forward; hooks on the block, FSDP's among them, stay outside."""
-    forward: Callable[..., Any] = block.forward
-    if parallel.activation_checkpointing is Checkpointing.full:
-        forward = functools.partial(checkpoint, forward, use_reentrant=False)
-    elif parallel.activation_checkpointing is Checkpointing.selective:
+    kind = parallel.activation_checkpointing
+    if not parallel.compile:
+        block.forward = checkpointed(block.forward, kind)
+        return
+    block.register_forward_pre_hook(wait_for_inputs, with_kwargs=True)
+    if kind is Checkpointing.full and has_rules:
+        # Compiled whole, it would keep a DeviceMesh for backward, of which torch 2.13 loses count.
+        block.forward = checkpointed(compiled(block.forward), kind)
+    else:
+        block.forward = compiled(checkpointed(block.forward, kind))
+
+
+def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[..., Any]:
+    """The same function, which keeps for backward only what its kind of activation checkpointing says."""
+    if kind is Checkpointing.full:
+        return functools.partial(checkpoint, forward, use_reentrant=False)
+    if kind is Checkpointing.selective:
         context = functools.partial(create_selective_checkpoint_contexts, keep_expensive)
-        forward = functools.partial(checkpoint, forward, use_reentrant=False, context_fn=context)
-    if parallel.compile:
-        block.register_forward_pre_hook(wait_for_inputs, with_kwargs=True)
-        forward = torch.compile(forward)
-    block.forward = forward
+        return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=context)
+    return forward
+
+
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """One graph of these shapes alone: a break, or a second graph, is an error or a recompilation, and never silent."""
+    return torch.compile(forward, fullgraph=True, dynamic=False)
 
 
 class Arrived(torch.autograd.Function):

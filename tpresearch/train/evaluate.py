@@ -30,7 +30,8 @@ def held_out_loss(
     stopped = False
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
-    with torch.no_grad(), loss_context(setup.plan.loss_parallel):
+    eagerly = torch.compiler.set_stance  # else each block is compiled once more, without gradients
+    with eagerly("force_eager"), torch.no_grad(), loss_context(setup.plan.loss_parallel):
         for batch in eval_batches(rows, count, setup.micro_rows, data_rank(mesh), setup.plan.sizes.dp):
             inputs, targets = batch.to(device)
             sums[0] += summed_cross_entropy(model(inputs), targets)

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -96,7 +96,7 @@ class CountedStep(Observer):
 
     Args:
         last_step: of the run, which is counted where there is no second one.
-        compiled: whether the model's blocks are: the counted step runs them eagerly, which takes more memory.
+        compiled: whether the model's blocks are: what they hold is seen by the allocator alone, and no memory is counted.
         report: told what was counted.
     """
 
@@ -110,7 +110,8 @@ class CountedStep(Observer):
     ) -> None:
         self._mesh, self._expected, self._compiled, self._report = mesh, expected, compiled, report
         self._last, self._counts_at = last_step, -1
-        self._ledgers: tuple[CommunicationLedger, MemoryLedger] | None = None
+        self._sent: CommunicationLedger | None = None
+        self._held: MemoryLedger | None = None
         self.counted: StepLedger | None = None
 
     def start(self, state: TrainState) -> None:
@@ -121,33 +122,27 @@ class CountedStep(Observer):
         if state.step != self._counts_at:
             yield
             return
-        sent, held = self._ledgers = (
-            CommunicationLedger(self._mesh),
-            MemoryLedger(state.model, state.optimizer),
-        )
-        with sent, held:
+        sent = self._sent = CommunicationLedger(self._mesh)
+        held = self._held = None if self._compiled else MemoryLedger(state.model, state.optimizer)
+        with sent, held or nullcontext():
             yield
-        self._ledgers = None
-        if self._compiled and torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
-        self.counted = StepLedger(
-            entries_of(sent.events), held.held(), held.allocator_peak_bytes, self._expected
-        )
+        self._sent = self._held = None
+        use, peak = (held.held(), held.allocator_peak_bytes) if held else ([], None)
+        self.counted = StepLedger(entries_of(sent.events), use, peak, self._expected)
         if self._report:
             self._report(self.counted)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        if self._ledgers is None:
-            yield
-            return
-        sent, held = self._ledgers
-        with sent.phase(name), held.phase(name):
+        with (
+            self._sent.phase(name) if self._sent else nullcontext(),
+            self._held.phase(name) if self._held else nullcontext(),
+        ):
             yield
 
     def gradients(self, state: TrainState) -> None:
-        if self._ledgers is not None:
-            self._ledgers[1].note_gradients()
+        if self._held:
+            self._held.note_gradients()
 
     def metrics(self) -> Metrics:
         return {"comm/bytes_per_step": self.counted.sent_bytes if self.counted else None}
