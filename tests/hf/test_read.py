@@ -20,7 +20,7 @@ from tpresearch.hf.settings import read_settings
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import held, local_part, materialize
-from tpresearch.plan.meta import meta_model
+from tpresearch.plan.meta import meta_model, weight_dtype
 from tpresearch.train.preflight import planned
 from tpresearch.verify.ranks import Ranks
 
@@ -38,7 +38,7 @@ def configured(folder: Path, *overrides: str) -> Config:
 def imported(folder: Path, *overrides: str) -> nn.Module:
     """The model of a folder in this process, with its weights."""
     cfg = configured(folder, *overrides)
-    model = meta_model(cfg.model, cfg.train.dtype)
+    model = meta_model(cfg.model, weight_dtype(cfg.train))
     state = torch.get_rng_state()
     materialize(model, CPU, from_hugging_face(str(folder), cfg.model))
     assert torch.equal(torch.get_rng_state(), state), "weights that are read are not drawn"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from support.counted_steps import FAKE, PLANS, counted_step, on_ranks
 
 from tpresearch.config.axes import MeshSizes
@@ -34,6 +33,8 @@ def test_real_ranks_send_what_the_fake_group_counts(ranks: Ranks, plan: str) -> 
     [
         ["parallel=fsdp_tp", "train.dtype=bfloat16"],
         ["parallel=fsdp_tp", "train.dtype=float64"],
+        ["parallel=sp", "train.dtype=bfloat16"],
+        ["parallel=hsdp_tp", "train.dtype=bfloat16", "train.weights=bfloat16"],
         ["parallel=fsdp_tp", "model.vocab_size=263"],
         ["parallel=fsdp_tp", "parallel.loss_parallel=false"],
         ["parallel=fsdp_tp", "parallel.fsdp.reshard_after_forward=false"],
@@ -45,7 +46,7 @@ def test_real_ranks_send_what_the_fake_group_counts(ranks: Ranks, plan: str) -> 
     ids=" ".join,
 )
 def test_options_move_both_alike(overrides: list[str]) -> None:
-    found = counted_step(4, "model=llama2_debug", *overrides)
+    found = counted_step(8 if "hsdp_tp" in overrides[0] else 4, "model=llama2_debug", *overrides)
     assert found.sent == found.expected.sent
     assert found.sent
 
@@ -93,7 +94,7 @@ def test_each_entry_says_who_issued_it() -> None:
 
 def test_async_tensor_parallelism_is_counted_in_its_fused_matmuls() -> None:
     """They move what they multiply: on the meta device, since they run on CUDA alone."""
-    import torch.distributed._symmetric_memory  # noqa: F401  registers them
+    import torch.distributed._symmetric_memory
 
     here = World(size=4, local_size=4)
     with process_group(FAKE, here):

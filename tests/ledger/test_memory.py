@@ -34,6 +34,9 @@ def test_measured_is_expected(plan: str, world: int, model: str) -> None:
         ["parallel=none", "parallel.activation_checkpointing=selective"],
         ["parallel=none", "model.n_kv_heads=8", "model.n_layers=3"],
         ["parallel=none", "train.dtype=bfloat16"],
+        ["parallel=sp", "train.dtype=bfloat16"],
+        ["parallel=none", "train.dtype=bfloat16", "train.weights=bfloat16"],
+        ["parallel=fsdp_tp", "train.dtype=bfloat16", "train.weights=bfloat16"],
         ["parallel=none", "optimizer=sgd"],
         ["parallel=none", "optimizer=sgd", "optimizer.momentum=0.9"],
         ["parallel=sp", "parallel.activation_checkpointing=full"],
@@ -43,7 +46,8 @@ def test_measured_is_expected(plan: str, world: int, model: str) -> None:
     ids=" ".join,
 )
 def test_options_move_both_alike(overrides: list[str]) -> None:
-    agree(counted_step(1 if "parallel=none" in overrides else 2, "model=llama2_debug", *overrides))
+    world = {"parallel=none": 1, "parallel=fsdp_tp": 4}.get(overrides[0], 2)
+    agree(counted_step(world, "model=llama2_debug", *overrides))
 
 
 @pytest.mark.parametrize("plan", ["sp", "hsdp", "fsdp_tp"])

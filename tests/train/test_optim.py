@@ -39,7 +39,7 @@ def test_no_warmup_starts_at_the_peak() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    groups = build_optimizer(nn.Linear(3, 4), OptimizerConfig(weight_decay=0.1)).param_groups
+    groups = build_optimizer(nn.Linear(3, 4).parameters(), OptimizerConfig(weight_decay=0.1)).param_groups
     assert {tuple(p.dim() for p in group["params"]): group["weight_decay"] for group in groups} == {
         (2,): 0.1,
         (1,): 0.0,
@@ -48,6 +48,6 @@ def test_only_matrices_decay() -> None:
 
 def test_vectors_decay_too_where_that_is_asked_for() -> None:
     (group,) = build_optimizer(
-        nn.Linear(3, 4), OptimizerConfig(weight_decay=0.1, decay_vectors=True)
+        nn.Linear(3, 4).parameters(), OptimizerConfig(weight_decay=0.1, decay_vectors=True)
     ).param_groups
     assert ([p.dim() for p in group["params"]], group["weight_decay"]) == ([2, 1], 0.1)

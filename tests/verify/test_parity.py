@@ -111,21 +111,31 @@ def test_sizes_and_options_change_nothing(ranks: Ranks, size: int, overrides: li
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "plan"),
+    ("dtype", "weights", "tolerance", "plan"),
     [
-        ("float32", 1e-4, "fsdp"),
-        ("float32", 1e-4, "fsdp_tp"),
-        exhaustive("float32", 1e-4, "sp"),
-        ("bfloat16", 0.1, "sp"),
-        ("bfloat16", 0.1, "fsdp_tp"),
-        exhaustive("bfloat16", 0.1, "fsdp"),
+        ("float32", "float32", 1e-4, "fsdp"),
+        ("float32", "float32", 1e-4, "fsdp_tp"),
+        exhaustive("float32", "float32", 1e-4, "sp"),
+        ("bfloat16", "float32", 0.1, "none"),
+        ("bfloat16", "float32", 0.1, "sp"),
+        ("bfloat16", "float32", 0.1, "fsdp_tp"),
+        exhaustive("bfloat16", "float32", 0.1, "tp"),
+        exhaustive("bfloat16", "float32", 0.1, "fsdp"),
+        ("bfloat16", "bfloat16", 0.1, "sp"),
+        ("bfloat16", "bfloat16", 0.1, "fsdp_tp"),
+        exhaustive("bfloat16", "bfloat16", 0.1, "none"),
+        exhaustive("bfloat16", "bfloat16", 0.1, "fsdp"),
     ],
 )
-def test_below_float64_plans_agree_to_rounding(ranks: Ranks, plan: str, dtype: str, tolerance: float) -> None:
-    cfg = config(
-        "model=llama2_debug", f"parallel={plan}", *OPTIMIZERS["sgd"], *COMMON, f"train.dtype={dtype}"
+def test_below_float64_plans_agree_to_rounding(
+    ranks: Ranks, plan: str, dtype: str, weights: str, tolerance: float
+) -> None:
+    science = (f"train.dtype={dtype}", f"train.weights={weights}")
+    cfg = config("model=llama2_debug", f"parallel={plan}", *OPTIMIZERS["sgd"], *COMMON, *science)
+    size = 1 if plan == "none" else 4
+    agree(
+        run_on(ranks, size, in_two_parts(cfg, size)), one_process("llama2_debug", "sgd", *science), tolerance
     )
-    agree(run_on(ranks, 4, cfg), one_process("llama2_debug", "sgd", f"train.dtype={dtype}"), tolerance)
 
 
 def test_seeds_give_different_weights_and_the_same_seed_the_same() -> None:

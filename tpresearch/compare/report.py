@@ -26,7 +26,7 @@ from tpresearch.track.table import Cell, Table, markdown
 
 IN_COMMON = (
     *("model.name", "corpus_hash", "tokenizer.vocab_size", "data.seq_len", "train.global_batch_size"),
-    *("train.seed", "train.dtype", "device"),
+    *("train.seed", "train.dtype", "train.weights", "device"),
 )
 RUNS, SEEDS, DIFFERENCES, FOLDERS = "Runs", "Mean ± std over train.seed", "Config differences", "Run folders"
 MAX_DIFFERENCES = 14

@@ -29,6 +29,11 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
+class WeightDtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class SlurmCluster(StrEnum):
     slurm = "slurm"
     local = "local"

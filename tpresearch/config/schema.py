@@ -23,6 +23,7 @@ from tpresearch.config.choices import (
     TensorPlan,
     TokenizerKind,
     WandbMode,
+    WeightDtype,
 )
 
 
@@ -135,7 +136,9 @@ class TrainConfig:
     no targets and no least value; train/loss is then that sum."""
     seed: Annotated[int, AtLeast(0)] = 0
     dtype: Dtype = Dtype.float32
-    """Dtype of the computation. bfloat16 keeps float32 weights, gradients and optimizer state."""
+    """Dtype of the computation. bfloat16 keeps float32 weights, gradients and optimizer state, unless weights says."""
+    weights: WeightDtype = WeightDtype.float32
+    """Of weights, gradients and optimizer state where dtype is bfloat16: bfloat16 halves them, and rounds each update."""
     clip_grad_norm: Annotated[float | None, POSITIVE] = 1.0
     """Greatest global gradient norm; null never clips."""
     log_every: Annotated[int, AtLeast(1)] = 1
@@ -148,6 +151,11 @@ class TrainConfig:
     """stop: at a loss or gradient norm that is not finite. skip: leave out updates whose norm is not finite."""
     warmup_log_steps: Annotated[int, AtLeast(0)] = 5
     """First steps left out of the medians of perf/* in summary.json."""
+
+    @property
+    def weight_dtype(self) -> Dtype:
+        """In which weights are kept and trained."""
+        return Dtype.float64 if self.dtype is Dtype.float64 else Dtype(self.weights)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.bounds import check_bounds
 from tpresearch.config.errors import ConfigError, shown
 from tpresearch.config.mesh import resolve_mesh, used_axes
-from tpresearch.config.schema import Config, Dtype
+from tpresearch.config.schema import Config, Dtype, WeightDtype
 
 SHOWN_WORLD = 4
 """Ranks for which plan_only compiles when nothing says otherwise: those of `make train`."""
@@ -143,6 +143,14 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
             "async TP requires parallel.compile=true",
             "parallel.compile=true",
             fix={"parallel.compile": "true"},
+        )
+    if cfg.train.weights is WeightDtype.bfloat16 and cfg.train.dtype is not Dtype.bfloat16:
+        raise ConfigError(
+            "train.weights",
+            "bfloat16",
+            f"train.dtype={cfg.train.dtype} computes on wider numbers than that",
+            "train.dtype=bfloat16",
+            fix={"train.dtype": "bfloat16"},
         )
     if parallel.fsdp.reduce_dtype is Dtype.float64 and cfg.train.dtype is Dtype.bfloat16:
         raise ConfigError(

@@ -53,8 +53,8 @@ class MemoryLedger(TorchDispatchMode):
         """The CUDA allocator's own, which also has what ops use inside."""
 
     def __enter__(self) -> MemoryLedger:
-        self._name("parameters", [*self._model.parameters(), *self._model.buffers()])
         self._name("optimizer", _tensors_of(self._optimizer))
+        self._name("parameters", [*self._model.parameters(), *self._model.buffers()])
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
         self._resize, ledger = torch.UntypedStorage.resize_, self
@@ -74,7 +74,7 @@ class MemoryLedger(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        self._name("optimizer", _tensors_of(self._optimizer))
+        self._name("optimizer", _state_of(self._optimizer))
         if torch.cuda.is_initialized():
             self.allocator_peak_bytes = torch.cuda.max_memory_allocated()
 
@@ -91,7 +91,7 @@ class MemoryLedger(TorchDispatchMode):
 
     def note_gradients(self) -> None:
         """Call when gradients are whole, and before the optimizer drops them."""
-        self._name("gradients", [p.grad for p in self._model.parameters() if p.grad is not None])
+        self._name("gradients", [p.grad for p in _trained_by(self._optimizer) if p.grad is not None])
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -146,4 +146,13 @@ class MemoryLedger(TorchDispatchMode):
 
 
 def _tensors_of(optimizer: Optimizer) -> list[Tensor]:
+    """Its state, and what it moves: where those are not the model's parameters, they are float32 masters of them."""
+    return [*_state_of(optimizer), *_trained_by(optimizer)]
+
+
+def _state_of(optimizer: Optimizer) -> list[Tensor]:
     return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+
+
+def _trained_by(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -15,7 +15,7 @@ import math
 
 from torch import nn
 
-from tpresearch.config.schema import Checkpointing, Config, Dtype, Loss, OptimizerName
+from tpresearch.config.schema import Checkpointing, Config, Dtype, Loss, OptimizerName, WeightDtype
 from tpresearch.config.validate import micro_batch_size
 from tpresearch.ledger.formulas import ELEMENT_BYTES
 from tpresearch.models.llama2 import Block, Llama2
@@ -29,17 +29,25 @@ def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu
     Args:
         model: on the meta device, whole. device: its type, since a CPU's RMSNorm keeps more than the fused one.
     """
-    weight = 8 if cfg.train.dtype is Dtype.float64 else 4
+    weight = ELEMENT_BYTES[cfg.train.weight_dtype]
+    masters = _has_masters(plan, cfg)
     shards = {name: math.prod(shard_shape(name, model, plan)) for name, _ in model.named_parameters()}
     trained = [shards[name] for name, p in model.named_parameters() if p.requires_grad]
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     return {
-        "parameters": sum(shards.values()) * weight + buffers,
+        "parameters": sum(shards.values()) * (2 if masters else weight) + buffers,
         "gradients": sum(trained) * weight,
-        "optimizer": _optimizer_bytes(cfg, sum(trained) * weight, len(trained)),
+        "optimizer": _optimizer_bytes(cfg, sum(trained) * weight, len(trained))
+        + (sum(shards.values()) * weight if masters else 0),
         "activations": _activation_bytes(model, plan, cfg, device),
         "temporaries": None,
     }
+
+
+def _has_masters(plan: Plan, cfg: Config) -> bool:
+    """A bfloat16 model that FSDP does not wrap, whose float32 weights the optimizer has."""
+    train, alone = cfg.train, plan.sizes.dp == 1 and not cfg.parallel.fsdp.cpu_offload
+    return alone and train.dtype is Dtype.bfloat16 and train.weights is WeightDtype.float32
 
 
 def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:

@@ -22,7 +22,14 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tpresearch.config.axes import LAYER_AXES, TENSOR
-from tpresearch.config.schema import Checkpointing, Dtype, FsdpConfig, ParallelConfig
+from tpresearch.config.schema import (
+    Checkpointing,
+    Dtype,
+    FsdpConfig,
+    ParallelConfig,
+    TrainConfig,
+    WeightDtype,
+)
 from tpresearch.parallel.mesh import data_mesh
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.parameters import tie, tied_parameters
@@ -117,7 +124,7 @@ def shard_data(model: nn.Module, blocks: list[str], fsdp: FsdpConfig, mesh: Devi
 
     Gradients are summed, not averaged, over data-parallel ranks: the loss is divided by the global token count.
     """
-    if not is_wrapped(mesh.size(), fsdp, dtype):
+    if not is_wrapped(mesh.size(), fsdp):
         return
     precision = MixedPrecisionPolicy()
     if dtype is Dtype.bfloat16:
@@ -139,11 +146,17 @@ def shard_data(model: nn.Module, blocks: list[str], fsdp: FsdpConfig, mesh: Devi
         module.set_force_sum_reduction_for_comms(True)
 
 
-def is_wrapped(ranks: int, fsdp: FsdpConfig, dtype: Dtype) -> bool:
-    """Whether `fully_shard` is applied: over one rank it would only copy each weight and gradient at each step,
-    but for bfloat16, whose casts are then the same in every plan, and for offloading.
+def is_wrapped(ranks: int, fsdp: FsdpConfig) -> bool:
+    """Whether `fully_shard` is applied: over one rank it would only copy each weight and gradient, at each micro-batch,
+    but for offloading.
     """
-    return ranks > 1 or dtype is Dtype.bfloat16 or fsdp.cpu_offload
+    return ranks > 1 or fsdp.cpu_offload
+
+
+def has_masters(ranks: int, fsdp: FsdpConfig, train: TrainConfig) -> bool:
+    """Whether float32 weights stand beside a bfloat16 model. Where `fully_shard` is applied, it keeps them itself."""
+    mixed = train.dtype is Dtype.bfloat16 and train.weights is WeightDtype.float32
+    return mixed and not is_wrapped(ranks, fsdp)
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

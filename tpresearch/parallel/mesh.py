@@ -55,10 +55,13 @@ def sum_over(mesh: DeviceMesh, values: Tensor, axes: tuple[str, ...]) -> Tensor:
 
 
 def sum_together(mesh: DeviceMesh, tensors: list[Tensor], axis: str) -> None:
-    """Sum each tensor, in place, over the ranks along one axis, all in one all-reduce for each dtype."""
+    """Sum each tensor, in place, over the ranks along one axis, all in one all-reduce for each dtype, in at least float32."""
     for dtype in {t.dtype for t in tensors}:
         chosen = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.flatten() for t in chosen]).to(mesh.device_type)  # offloaded ones are on the CPU
+        wide = torch.promote_types(dtype, torch.float32)
+        flat = torch.cat([t.flatten() for t in chosen]).to(
+            mesh.device_type, wide
+        )  # offloaded ones are on the CPU
         summed = sum_over(mesh, flat, (axis,)).split([t.numel() for t in chosen])
         for tensor, value in zip(chosen, summed, strict=True):
             tensor.copy_(value.view_as(tensor))

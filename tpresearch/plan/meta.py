@@ -10,16 +10,17 @@ from torch import nn
 
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.imports import imported_class
-from tpresearch.config.schema import Dtype, ModelConfig
+from tpresearch.config.schema import ModelConfig, TrainConfig
 
 
-def meta_model(config: ModelConfig, dtype: Dtype = Dtype.float32) -> nn.Module:
-    """The model without storage, its parameters in the dtype in which weights are kept: see `plain_model`."""
+def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model without storage, its parameters in this dtype: see `plain_model`."""
     return plain_model(config, dtype, "meta")
 
 
-def plain_model(config: ModelConfig, dtype: Dtype = Dtype.float32, device: str = "cpu") -> nn.Module:
-    """The model as its class makes it, its parameters in the dtype in which weights are kept.
+def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    """The model as its class makes it, its parameters in this dtype: the one in which weights are kept, `weight_dtype`.
+    Buffers are widened with them, and never narrowed: bfloat16 would blunt a rotary table.
 
     Raises:
         ConfigError: for a class that cannot be imported or does not take these settings.
@@ -42,7 +43,11 @@ def plain_model(config: ModelConfig, dtype: Dtype = Dtype.float32, device: str =
         raise ConfigError(
             "model", config.name, f"{build.__name__} refuses it: {error}", "settings that it accepts"
         ) from error
-    return model.to(weight_dtype(dtype))
+    if dtype is torch.bfloat16:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model
+    return model.to(dtype)
 
 
 def all_settings(config: ModelConfig) -> dict[str, Any]:
@@ -52,6 +57,7 @@ def all_settings(config: ModelConfig) -> dict[str, Any]:
     return {**defaults, **config.args}
 
 
-def weight_dtype(dtype: Dtype) -> torch.dtype:
-    """In which weights are kept. bfloat16 is a matter of computing: its weights are float32."""
-    return torch.float64 if dtype is Dtype.float64 else torch.float32
+def weight_dtype(train: TrainConfig) -> torch.dtype:
+    """In which weights are kept and trained. A dtype of bfloat16 is of computing alone, unless train.weights is too."""
+    found: torch.dtype = getattr(torch, train.weight_dtype)
+    return found

@@ -172,6 +172,7 @@ class Tracker:
             "corpus_hash": facts.corpus_hash,
             "device": facts.device,
             "dtype": str(cfg.train.dtype),
+            "weights": str(cfg.train.weight_dtype),
             "unigram_entropy": facts.unigram_entropy,
             **record.headline(rows, cfg.train.warmup_log_steps, self._start_step),
             **(self._count.summary() if self._count else {}),

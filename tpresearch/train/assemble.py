@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Config
 from tpresearch.data import AnyCorpus, batches_of
 from tpresearch.hf.files import is_hugging_face
 from tpresearch.hf.read import from_hugging_face
-from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.apply import has_masters, parallelize
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.weights import WeightSource, from_seed, materialize, parameter_device
 from tpresearch.plan.initializers import Initializer
 from tpresearch.train.loop import Loop
 from tpresearch.train.losses import objective_of
+from tpresearch.train.masters import Masters
 from tpresearch.train.mistakes import mistakes_of
 from tpresearch.train.observe import Observer, Observers
 from tpresearch.train.optim import build_optimizer
 from tpresearch.train.preflight import Preflight
 from tpresearch.train.randomness import SeededRandomness
-from tpresearch.train.state import TrainState
+from tpresearch.train.state import TrainState, trained_parameters
 from tpresearch.train.step import Setup
 
 
@@ -40,10 +43,17 @@ def assemble(
     batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
     chance = [SeededRandomness(cfg.train.seed, mesh, plan.seen.random)] if plan.seen.random else []
     observers = Observers([*chance, *mistakes_of(cfg, plan, mesh, batches), *watching])
-    state = TrainState(0, model, build_optimizer(model, cfg.optimizer))
+    state = first_state(model, cfg, plan.sizes)
     observers.start(state)
     setup = Setup(cfg, plan, mesh, device, objective_of(cfg, plan), observers)
     return Loop(state, setup, corpus, batches)
+
+
+def first_state(model: nn.Module, cfg: Config, sizes: MeshSizes) -> TrainState:
+    """A model that has its first weights, with the optimizer that moves them."""
+    masters = Masters(model) if has_masters(sizes.dp, cfg.parallel.fsdp, cfg.train) else None
+    trained = trained_parameters(model, masters).values()
+    return TrainState(0, model, build_optimizer(trained, cfg.optimizer), masters)
 
 
 def weight_source(cfg: Config, initializers: Mapping[str, Initializer]) -> WeightSource:

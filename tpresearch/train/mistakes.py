@@ -47,12 +47,11 @@ class KeptGradients(Observer):
 
     @torch.no_grad()
     def gradients(self, state: TrainState) -> None:
-        for parameter, kept in zip(state.model.parameters(), self._kept, strict=False):
+        trained = state.trained().values()
+        for parameter, kept in zip(trained, self._kept, strict=False):
             if parameter.grad is not None and kept is not None:
                 parameter.grad += kept
-        self._kept = [
-            parameter.grad for parameter in state.model.parameters()
-        ]  # clipping scales these in place
+        self._kept = [parameter.grad for parameter in trained]  # clipping scales these in place
 
 
 class WeightsPerRank(Observer):
@@ -63,7 +62,7 @@ class WeightsPerRank(Observer):
         self._source = from_seed(plan.initializers, seed + RANKS_APART * (1 + data_rank(mesh)))
 
     def start(self, state: TrainState) -> None:
-        self._source(state.model)
+        state.set_weights(self._source)
 
 
 class OverlappingBatches(Observer):

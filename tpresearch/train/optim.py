@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -11,18 +12,18 @@ from torch.distributed.tensor import DTensor
 from tpresearch.config.schema import OptimizerConfig, OptimizerName, ScheduleConfig, ScheduleName
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD over the sharded parameters; weight decay on matrices, and on vectors where that is asked for.
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD over sharded parameters; weight decay on matrices, and on vectors where that is asked for.
 
     One group for each mesh that parameters live on, since torch's fused and foreach updates take no mixture.
     """
     groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((mesh, parameter.dim() >= 2 or config.decay_vectors), []).append(parameter)
     param_groups = [
-        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-        for (_, decays), parameters in groups.items()
+        {"params": alike, "weight_decay": config.weight_decay if decays else 0.0}
+        for (_, decays), alike in groups.items()
     ]
     if config.name is OptimizerName.sgd:
         # DTensor has no fused SGD (torch 2.13).

@@ -102,19 +102,19 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     from tpresearch.data import meta_batch
     from tpresearch.parallel.apply import is_wrapped
     from tpresearch.plan.compiler import compile_plan
-    from tpresearch.plan.meta import meta_model
+    from tpresearch.plan.meta import meta_model, weight_dtype
     from tpresearch.plan.parameters import check_parameters
     from tpresearch.plan.probe import check_loss, probe
 
-    model = meta_model(cfg.model, cfg.train.dtype)
+    model = meta_model(cfg.model, weight_dtype(cfg.train))
     rows = micro_batch_size(cfg, sizes)
-    dtype = next(model.parameters()).dtype  # of weights: bfloat16 is a matter of computing
+    dtype = next(model.parameters()).dtype  # of weights: that of computing may be narrower
     batch = meta_batch(cfg.data, rows).to(torch.device("meta"), dtype)
     check_loss(None, batch.targets, cfg)
     seen = probe(model, batch.inputs, cfg)
     check_loss(seen.output, batch.targets, cfg)
     plan = compile_plan(model, cfg.model, cfg.parallel, sizes, cfg.data.seq_len, rows, seen)
-    check_parameters(model, plan, cfg.parallel.name, is_wrapped(sizes.dp, cfg.parallel.fsdp, cfg.train.dtype))
+    check_parameters(model, plan, cfg.parallel.name, is_wrapped(sizes.dp, cfg.parallel.fsdp))
     check_split_output(plan, cfg)
     return model, plan
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from tpresearch.parallel.weights import WeightSource
+from tpresearch.train.masters import Masters
 
 
 @dataclass
@@ -17,7 +21,28 @@ class TrainState:
     model: nn.Module
     """Sharded, with its weights."""
     optimizer: Optimizer
+    masters: Masters | None = None
+    """Float32 weights, where the model computes on bfloat16 copies of them: the optimizer moves these."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every parameter once, by its first name, as the optimizer moves it, with its gradient."""
+        return trained_parameters(self.model, self.masters)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter once, by its first name, in float32 or wider: what a checkpoint keeps, and loads into."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        """Their values, whatever the plan alike: what a checkpoint keeps, and loads into; `weights_set` is then due."""
+        return {name: parameter.detach() for name, parameter in self.trained().items()}
+
+    def weights_set(self) -> None:
+        """Have the model compute with what `weights` have become."""
+        if self.masters:
+            self.masters.hand_down()
+
+    def set_weights(self, source: WeightSource) -> None:
+        """Give every parameter another value."""
+        with self.masters.in_model() if self.masters else nullcontext():
+            source(self.model)
+
+
+def trained_parameters(model: nn.Module, masters: Masters | None) -> dict[str, nn.Parameter]:
+    """Every parameter once, by its first name: its master where it has one."""
+    return {name: masters.of(p) if masters else p for name, p in model.named_parameters()}

@@ -79,10 +79,10 @@ def train_step(state: TrainState, batch: Batch, setup: Setup) -> StepResult:
     with observers.step(state):
         loss = accumulate_gradients(state.model, batch.split(setup.micro_rows), setup)
         with observers.phase("backward"):
-            reduce_partial_gradients(state.model, setup.plan, setup.mesh)
+            reduce_partial_gradients(state, setup.plan, setup.mesh)
         observers.gradients(state)
         with observers.phase("clip"):
-            norm = clip_gradients(state.model, setup.mesh, setup.cfg.train.clip_grad_norm)
+            norm = clip_gradients(state, setup.mesh, setup.cfg.train.clip_grad_norm)
         with observers.phase("optimizer"):
             update(state, norm, setup)
     state.step += 1
@@ -110,20 +110,21 @@ def accumulate_gradients(model: nn.Module, micro_batches: list[Batch], setup: Se
 
 
 @torch.no_grad()
-def reduce_partial_gradients(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
+def reduce_partial_gradients(state: TrainState, plan: Plan, mesh: DeviceMesh) -> None:
     """Sum, once, the gradients that are still partial: those of norms under sequence parallelism.
 
     A rule with a ParallelStyle of the user's own may leave partial DTensors, which an optimizer would sum anew
     at each use: those too.
     """
     by_axis: dict[str, list[Tensor]] = {}
-    for name, parameter in plan.partial_grads(model).items():
-        if (gradient := parameter.grad) is not None:
+    trained = state.trained()
+    for name in plan.partial_grads(state.model):
+        if (gradient := trained[name].grad) is not None:
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             by_axis.setdefault(plan.rules[name.rpartition(".")[0]].axis, []).append(local)
     for axis, gradients in by_axis.items():
         sum_together(mesh, gradients, axis)
-    for parameter in model.parameters():
+    for parameter in trained.values():
         gradient = parameter.grad
         if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
             continue
@@ -132,12 +133,12 @@ def reduce_partial_gradients(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> 
 
 
 @torch.no_grad()  # or each `to_local` is recorded for a backward through it
-def clip_gradients(model: nn.Module, mesh: DeviceMesh, greatest: float | None) -> Tensor:
+def clip_gradients(state: TrainState, mesh: DeviceMesh, greatest: float | None) -> Tensor:
     """Scale all gradients by min(1, greatest / norm), without waiting for the device; None scales nothing.
 
     Returns: the global norm before clipping, the same scalar on every rank.
     """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [p.grad for p in state.trained().values() if p.grad is not None]
     norm = global_norm(gradients, mesh)
     if greatest is not None:
         scale = (greatest / (norm + 1e-6)).clamp(max=1.0)
@@ -157,4 +158,5 @@ def update(state: TrainState, norm: Tensor, setup: Setup) -> None:
         lr = learning_rate(state.step, setup.steps, cfg.optimizer.lr, cfg.schedule)
         set_learning_rate(state.optimizer, lr)
         state.optimizer.step()
+        state.weights_set()
     state.optimizer.zero_grad()

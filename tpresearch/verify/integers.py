@@ -102,7 +102,7 @@ def _compare(
     mesh: DeviceMesh,
     device: torch.device,
 ) -> Exact:
-    dtype = torch.bfloat16 if cfg.train.dtype is Dtype.bfloat16 else weight_dtype(cfg.train.dtype)
+    dtype = torch.bfloat16 if cfg.train.dtype is Dtype.bfloat16 else weight_dtype(cfg.train)
     x, upstream = _operands(layer, mesh)
     whole = copy.deepcopy(layer).to_empty(device="cpu").double()
     for parameter in whole.parameters():

@@ -12,7 +12,7 @@ from tpresearch.config.schema import Config, Dtype, Loss, OptimizerName
 from tpresearch.config.validate import total_steps
 from tpresearch.data import AnyCorpus, Batch, batches_of, eval_batches
 from tpresearch.plan.initializers import read_initializers
-from tpresearch.plan.meta import plain_model
+from tpresearch.plan.meta import plain_model, weight_dtype
 from tpresearch.train.assemble import weight_source
 from tpresearch.train.optim import learning_rate
 from tpresearch.verify.trace import StepTrace, Tensors, Trace
@@ -20,7 +20,7 @@ from tpresearch.verify.trace import StepTrace, Tensors, Trace
 
 def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> Trace:
     """A few steps on the whole global batch at once, on the CPU."""
-    model = plain_model(cfg.model, cfg.train.dtype)
+    model = plain_model(cfg.model, weight_dtype(cfg.train))
     weight_source(cfg, read_initializers(model))(model)
     optimizer = _optimizer(model, cfg)
     batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
@@ -46,7 +46,7 @@ def _loss(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
     if inputs.is_floating_point():
         inputs = inputs.to(getattr(torch, cfg.train.dtype))
     weights: dict[str, Tensor] = dict(model.named_parameters())
-    if cfg.train.dtype is Dtype.bfloat16:  # a matter of computing: the weights that are trained stay float32
+    if cfg.train.dtype is Dtype.bfloat16:  # those that are trained stay as they are
         weights = {name: weight.bfloat16() for name, weight in weights.items()}
     output = torch.func.functional_call(model, weights, inputs)
     wide = output.to(torch.promote_types(output.dtype, torch.float32))

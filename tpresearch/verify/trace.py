@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tpresearch.config.axes import DATA_AXES
@@ -56,7 +57,7 @@ class Gradients(Observer):
         self.last: Tensors = {}
 
     def gradients(self, state: TrainState) -> None:
-        self.last = whole({name: p.grad for name, p in state.model.named_parameters()})
+        self.last = whole({name: p.grad for name, p in state.trained().items()})
 
 
 def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Device | None = None) -> Trace:
@@ -73,13 +74,12 @@ def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Devi
     with process_group(device, world):
         mesh, seen = build_mesh(job.sizes, device.type), Gradients()
         loop = assemble(job, mesh, device, corpus, [seen])
-        model = loop.state.model
-        initial, taken = weights(model), []
+        initial, taken = whole(loop.state.weights()), []
         apart = between_ranks(initial, device.torch)
         for _ in range(steps):
             share, norm = loop.step()
             loss = sum_over(mesh, share, DATA_AXES)
-            updated = weights(model)
+            updated = whole(loop.state.weights())
             alike = {"loss": loss.cpu().double(), "grad norm": norm.cpu().double()}
             alike |= {f"gradient of {name}": gradient for name, gradient in seen.last.items()} | updated
             between = between_ranks(alike, device.torch)
@@ -87,11 +87,7 @@ def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Devi
         return Trace(initial, taken, loop.evaluate(), apart)
 
 
-def weights(model: nn.Module) -> Tensors:
-    return whole(dict(model.named_parameters()))
-
-
-def whole(tensors: dict[str, Tensor | None]) -> Tensors:
+def whole(tensors: Mapping[str, Tensor | None]) -> Tensors:
     """Every tensor gathered from all ranks that hold a part of it."""
     gathered = {}
     for name, tensor in tensors.items():

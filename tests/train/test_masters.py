@@ -1,0 +1,102 @@
+"""bfloat16 on one rank: float32 masters in the optimizer are what a notebook does that casts its weights at each use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.composed import config, corpus
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from tpresearch.config import Config
+from tpresearch.config.world import World
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.parallel.weights import from_seed
+from tpresearch.plan.initializers import read_initializers
+from tpresearch.plan.meta import plain_model
+from tpresearch.train.assemble import assemble
+from tpresearch.train.loop import Loop
+from tpresearch.train.optim import build_optimizer, learning_rate, set_learning_rate
+from tpresearch.train.preflight import preflight
+
+STEPS, PARTS, ROWS = 3, 4, 8
+SETTINGS = (
+    "parallel=none",
+    "train.dtype=bfloat16",
+    "train.clip_grad_norm=null",
+    f"train.micro_batch_size={ROWS // PARTS}",
+)
+
+
+def in_a_notebook(cfg: Config) -> dict[str, Tensor]:
+    """Float32 weights, cast to bfloat16 for each micro-batch; autograd adds up their gradients in float32."""
+    model = plain_model(cfg.model)
+    from_seed(read_initializers(model), cfg.train.seed)(model)
+    optimizer = build_optimizer(model.parameters(), cfg.optimizer)
+    rows = assembled(cfg)[0].batches
+    for step in range(STEPS):
+        for part in rows.batch(step).split(ROWS // PARTS):
+            cast = {name: weight.bfloat16() for name, weight in model.named_parameters()}
+            logits = torch.func.functional_call(model, cast, part.inputs).float()
+            loss = F.cross_entropy(logits.flatten(0, 1), part.targets.flatten(), reduction="sum")
+            (loss / (ROWS * cfg.data.seq_len)).backward()
+        set_learning_rate(optimizer, learning_rate(step, 100, cfg.optimizer.lr, cfg.schedule))
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.named_parameters())
+
+
+def assembled(cfg: Config, steps: int = 0) -> tuple[Loop, list[tuple[torch.dtype, ...]]]:
+    """A loop after some steps; of each step, the dtypes of weights as the model has them, as trained, and of gradients."""
+    seen = []
+    job = preflight(cfg, World())
+    assert job.device
+    with process_group(job.device, World()):
+        loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
+        for _ in range(steps):
+            loop.step()
+            pairs = zip(loop.state.model.parameters(), loop.state.trained().values(), strict=True)
+            seen += [(copy.dtype, master.dtype) for copy, master in pairs]
+    return loop, seen
+
+
+@pytest.mark.parametrize("model", ["llama2_debug", "toy_mlp"])
+def test_masters_move_as_weights_that_are_cast_at_each_use(model: str) -> None:
+    cfg = config(f"model={model}", *SETTINGS)
+    loop, _ = assembled(cfg, STEPS)
+    assert not any(isinstance(module, FSDPModule) for module in loop.state.model.modules())
+    ours, theirs = loop.state.weights(), in_a_notebook(cfg)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert ours[name].dtype == torch.float32
+        assert torch.equal(ours[name], weight), name
+    for copy, master in zip(loop.state.model.parameters(), ours.values(), strict=True):
+        assert torch.equal(copy, master.bfloat16())
+
+
+def test_tied_weights_have_one_master() -> None:
+    loop, _ = assembled(config("model=llama2_debug", "model.tied=true", *SETTINGS), STEPS)
+    model = loop.state.model
+    assert model.output.weight is model.tok_embeddings.weight
+    assert len(loop.state.trained()) == len(list(model.parameters()))
+
+
+def test_weights_set_from_outside_reach_the_copies() -> None:
+    loop, _ = assembled(config("model=llama2_debug", *SETTINGS))
+    for weight in loop.state.weights().values():
+        weight.fill_(1 / 3)
+    loop.state.weights_set()
+    third = torch.tensor(1 / 3).bfloat16()
+    assert all((copy == third).all() for copy in loop.state.model.parameters())
+
+
+def test_in_bfloat16_alone_nothing_is_wider_but_buffers() -> None:
+    loop, seen = assembled(config("model=llama2_debug", *SETTINGS, "train.weights=bfloat16"), 1)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    moments = [
+        t for state in loop.state.optimizer.state.values() for key, t in state.items() if key != "step"
+    ]
+    assert {moment.dtype for moment in moments} == {torch.bfloat16}
+    assert loop.state.model.rotary.dtype == torch.float32
