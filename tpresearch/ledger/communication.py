@@ -66,6 +66,9 @@ class CommunicationLedger(TorchDispatchMode):
     entries_of(ledger.events)
     """
 
+    supports_higher_order_operators = True
+    """Compiled blocks call some, to bring random states back for what checkpointing computes again."""
+
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
         names = mesh.mesh_dim_names or ()
@@ -93,6 +96,8 @@ class CommunicationLedger(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # let DTensor turn the op into local ones and collectives, which come here again
         result = func(*args, **(kwargs or {}))
+        if func.namespace not in ("_c10d_functional", "c10d", "symm_mem"):
+            return result
         name = func._schema.name.split("::")[-1]
         if func.namespace == "_c10d_functional" and name in _FUNCTIONAL:
             collective, whole = _FUNCTIONAL[name]

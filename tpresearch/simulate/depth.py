@@ -99,14 +99,14 @@ def recording(cfg: Config, sizes: MeshSizes, recorder: Recorder) -> Recording:
 
 def depth_of(cfg: Config) -> tuple[int, str | None]:
     """How many blocks the model has, and which of its settings says so: the one that adds a block for each it grows by."""
-    depth = _blocks(cfg.model.blocks, meta_model(cfg.model, cfg.train.dtype))
+    depth = _blocks(cfg.model.blocks, meta_model(cfg.model))
     for name, value in cfg.model.args.items():
         if isinstance(value, int) and not isinstance(value, bool) and value == depth and depth > 1:
             found = []
             for other in (depth - 1, 2):
                 smaller = dataclasses.replace(cfg.model, args={**cfg.model.args, name: other})
                 try:
-                    found.append(_blocks(cfg.model.blocks, meta_model(smaller, cfg.train.dtype)) == other)
+                    found.append(_blocks(cfg.model.blocks, meta_model(smaller)) == other)
                 except ConfigError:
                     found.append(False)
             if all(found):

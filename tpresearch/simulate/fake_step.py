@@ -28,9 +28,9 @@ from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.device_memory import DeviceMemory
 from tpresearch.simulate.recorder import Recorder
 from tpresearch.simulate.trace import Trace
+from tpresearch.train.assemble import first_state
 from tpresearch.train.losses import objective_of
 from tpresearch.train.observe import Observer, Observers
-from tpresearch.train.optim import build_optimizer
 from tpresearch.train.preflight import planned
 from tpresearch.train.state import TrainState
 from tpresearch.train.step import Setup, train_step
@@ -87,7 +87,7 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
         model = parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialize(model, FAKE.torch, lambda _: None)
-            state = TrainState(0, model, build_optimizer(model, cfg.optimizer))
+            state = first_state(model, cfg, sizes)
             setup = Setup(cfg, plan, mesh, FAKE, objective_of(cfg, plan), Observers())
             rows = micro_batch_size(cfg, sizes)
             train_step(state, _batch(cfg, rows, setup), setup)  # makes the optimizer's state

@@ -126,7 +126,7 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
     step = seconds["step"]
     spread = min(WIDEST, max(NARROWEST, _spread(seconds) * _certainty(cluster)))
     entries = recording.entries(count)
-    model = meta_model(cfg.model, cfg.train.dtype)
+    model = meta_model(cfg.model)
     return Prediction(
         cluster=cluster,
         sizes=sizes,
