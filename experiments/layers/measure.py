@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.schema import DataPlan, Dtype, ParallelConfig, Rule, TensorPlan
+from tpresearch.config.model import Rule
+from tpresearch.config.schema import DataPlan, Dtype, ParallelConfig, TensorPlan
 from tpresearch.config.world import World
 from tpresearch.ledger.communication import CommunicationLedger
 from tpresearch.ledger.entries import entries_of

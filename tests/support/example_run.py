@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from tpresearch.config.compose import as_dict
-from tpresearch.config.schema import Config, DataPlan, ModelConfig, ParallelConfig, Rule, TensorPlan
+from tpresearch.config.model import ModelConfig, Rule
+from tpresearch.config.schema import Config, DataPlan, ParallelConfig, TensorPlan
 from tpresearch.track import RunFacts, Tracker
 
 STEPS = 8

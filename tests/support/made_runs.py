@@ -12,7 +12,8 @@ from rich.console import Console
 from tpresearch.compare.groups import Group, one_by_one
 from tpresearch.compare.runs import find
 from tpresearch.config.compose import as_dict
-from tpresearch.config.schema import Config, DataPlan, ModelConfig, ParallelConfig, Rule, TensorPlan
+from tpresearch.config.model import ModelConfig, Rule
+from tpresearch.config.schema import Config, DataPlan, ParallelConfig, TensorPlan
 from tpresearch.ledger.entries import Entry, Expected, MemoryUse, StepLedger
 from tpresearch.track import RunFacts, Tracker
 

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.launchers import SlurmConfig, TorchrunConfig
-from tpresearch.config.schema import ComposedConfig, Config, ModelConfig, Rule
+from tpresearch.config.model import ModelConfig, Rule
+from tpresearch.config.schema import ComposedConfig, Config
 
 MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
 RULE_KEYS = {"match", "style", "src", "dst", "axis", "units"}

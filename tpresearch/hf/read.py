@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import ModelConfig
+from tpresearch.config.model import ModelConfig
 from tpresearch.hf.files import check_tensors, settings_of, tensor_files, weights_folder
 from tpresearch.hf.names import hugging_face_name, hugging_face_rows, is_rotated
 from tpresearch.hf.settings import check_settings

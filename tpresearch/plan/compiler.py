@@ -14,7 +14,8 @@ from torch import nn
 
 from tpresearch.config.axes import AXES, MeshSizes
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.schema import DataPlan, ModelConfig, ParallelConfig
+from tpresearch.config.model import ModelConfig
+from tpresearch.config.schema import DataPlan, ParallelConfig
 from tpresearch.plan.initializers import Initializer, read_initializers
 from tpresearch.plan.probe import Probe
 from tpresearch.plan.rules import ResolvedRule, resolve_rule

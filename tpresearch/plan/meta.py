@@ -10,7 +10,8 @@ from torch import nn
 
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.imports import imported_class
-from tpresearch.config.schema import ModelConfig, TrainConfig
+from tpresearch.config.model import ModelConfig
+from tpresearch.config.schema import TrainConfig
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from tpresearch.config.axes import LAYER_AXES
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.imports import imported_class, instantiate
-from tpresearch.config.schema import Rule
+from tpresearch.config.model import Rule
 
 SEQUENCE_DIM = 1
 """Activations are [b, s, h]."""
