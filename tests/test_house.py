@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config"},
     {"models", "plan", "data"},
-    {"parallel", "ledger", "hf", "launch"},
+    {"parallel", "ledger", "checkpoint", "hf", "launch"},
     {"track"},
     {"sweep", "train", "compare", "dashboard", "prepare"},
     {"verify", "simulate"},

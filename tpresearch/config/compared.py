@@ -9,6 +9,19 @@ NOT_COMPARED = ("name", "logger", "world_size", "verify", "checkpoint", "resume"
 """Keys of a config that say where a run is kept, who hears of it or what another command does, not what it computes."""
 
 
+NOT_THE_EXPERIMENT = (
+    "steps",
+    "tokens",
+    "micro_batch_size",
+    "log_every",
+    "eval_every",
+    "eval_rows",
+    "on_nonfinite",
+    "warmup_log_steps",
+)
+"""Keys of train that may change where a run goes on."""
+
+
 def compared(config: Mapping[str, Any], without_seed: bool = False) -> dict[str, Any]:
     """The resolved config without names, paths and loggers."""
     kept = {key: value for key, value in config.items() if key not in NOT_COMPARED}
@@ -16,3 +29,19 @@ def compared(config: Mapping[str, Any], without_seed: bool = False) -> dict[str,
     if without_seed:
         kept["train"] = {key: value for key, value in kept["train"].items() if key != "seed"}
     return kept
+
+
+def experiment(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint has to have in common with the one that wrote it.
+
+    Left out is what changes speed and memory alone (plan, mesh, micro-batch, device), what is logged and how often it
+    is evaluated, and the budget, which may grow.
+    """
+    kept = compared(config)
+    for key in ("parallel", "mesh", "device", "plan_only"):
+        kept.pop(key, None)
+    without = {"model": ("plans", "blocks"), "train": NOT_THE_EXPERIMENT}
+    return kept | {
+        group: {key: value for key, value in kept[group].items() if key not in dropped}
+        for group, dropped in without.items()
+    }

@@ -24,9 +24,9 @@ class MetricsFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "metrics.jsonl"
-        torn = _is_torn(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = folder / "metrics.jsonl"
+        torn = _is_torn(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
         if torn:
             self._file.write("\n")
 
@@ -44,6 +44,12 @@ class MetricsFile:
         self._file.flush()
         return row
 
+    def cut_after(self, step: int) -> None:
+        """Go on after this step: rows of later ones are set aside in metrics.cut.jsonl, so that steps strictly rise."""
+        self._file.close()
+        cut_rows(self._path.parent, step)
+        self._file = self._path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         self._file.close()
 
@@ -54,6 +60,35 @@ def _is_torn(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
+
+
+def cut_rows(folder: Path, step: int) -> None:
+    """Leave rows 1..step in metrics.jsonl, once each, and append what else is there to metrics.cut.jsonl."""
+    path = folder / "metrics.jsonl"
+    kept: list[str] = []
+    cut: list[str] = []
+    last = 0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        of = _step_of(line)
+        if of is not None and last < of <= step:
+            kept.append(f"{line}\n")
+            last = of
+        else:
+            cut.append(f"{line}\n")
+    if cut:
+        with (folder / "metrics.cut.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(cut)
+            file.flush()
+            os.fsync(file.fileno())
+        write_atomically(path, "".join(kept))
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a row; None of one that was half written."""
+    try:
+        return int(json.loads(line)["train/step"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def read_metrics(folder: Path) -> list[Row]:
@@ -124,21 +159,42 @@ def _median(rows: Sequence[Row], name: str) -> int | float | None:
     return median(values) if values else None
 
 
+def keep_as_of(folder: Path, step: int, name: str, content: str) -> None:
+    """Where a run goes on with another `config.yaml` or `plan.txt`, keep what held up to then: config.step-00000100.yaml."""
+    path = folder / name
+    if step and path.exists() and path.read_text(encoding="utf-8") != content:
+        path.rename(path.with_name(f"{path.stem}.step-{step:08d}{path.suffix}"))
+
+
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """summary.json, whole or not at all."""
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
 
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """config.yaml: the resolved config, as plain data."""
-    write_atomically(
-        folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    )
+def write_config(folder: Path, config: Mapping[str, Any], step: int = 0) -> None:
+    """config.yaml: the resolved config, as plain data, from `step` on."""
+    content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    keep_as_of(folder, step, "config.yaml", content)
+    write_atomically(folder / "config.yaml", content)
 
 
-def write_plan(folder: Path, plan: str) -> None:
-    """plan.txt: the compiled plan as it was printed."""
-    write_atomically(folder / "plan.txt", plan.rstrip("\n") + "\n")
+def write_plan(folder: Path, plan: str, step: int = 0) -> None:
+    """plan.txt: the compiled plan as it was printed, from `step` on."""
+    content = plan.rstrip("\n") + "\n"
+    keep_as_of(folder, step, "plan.txt", content)
+    write_atomically(folder / "plan.txt", content)
+
+
+def note_resumption(folder: Path, entry: Mapping[str, Any]) -> None:
+    """resumed.json: where a run went on, with how many ranks along which axes, once for each time."""
+    content = json.dumps([*read_resumptions(folder), dict(entry)], indent=2) + "\n"
+    write_atomically(folder / "resumed.json", content)
+
+
+def read_resumptions(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "resumed.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return found
 
 
 def write_ledger(folder: Path, ledger: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ class Tracker:
         config: the resolved config as plain data, written to config.yaml and given to W&B whole.
         run_dir: the run's folder. One that has been tracked before is continued, in W&B too.
         total_steps: the step at which the run ends.
-        start_step: the step from which this process sets out.
+        start_step: the step from which this process is to set out: see `go_on_from`.
         plan: the compiled plan as it was printed, for plan.txt.
         console: where the progress and the report go; standard output by default.
 
@@ -90,9 +90,9 @@ class Tracker:
         self._ended = False
         self._count: StepLedger | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
-        record.write_config(run_dir, config)
+        record.write_config(run_dir, config, start_step)
         if plan is not None:
-            record.write_plan(run_dir, plan)
+            record.write_plan(run_dir, plan, start_step)
         self._metrics = record.MetricsFile(run_dir)
         self._wandb = self._start_wandb(config) if cfg.logger.wandb else None
         self._progress = ProgressLine(self._console, total_steps, start_step)
@@ -108,6 +108,13 @@ class Tracker:
             tags=list(dict.fromkeys(tags)),
             config=config,
         )
+
+    def go_on_from(self, step: int) -> None:
+        """Before the first row: the run goes on after this step, whatever rows of later ones it had logged."""
+        self._start_step = step
+        self._metrics.cut_after(step)
+        resumption = {"step": step, "world_size": self._facts.world_size, "mesh": self._facts.mesh}
+        record.note_resumption(self._run_dir, resumption)
 
     def log(self, values: Mapping[str, SupportsFloat | None]) -> None:
         """Record one step. Metrics that are left out are undefined there, and so are NaN and infinity.
@@ -176,6 +183,7 @@ class Tracker:
             "unigram_entropy": facts.unigram_entropy,
             **record.headline(rows, cfg.train.warmup_log_steps, self._start_step),
             **(self._count.summary() if self._count else {}),
+            **({"resumed": resumed} if (resumed := record.read_resumptions(self._run_dir)) else {}),
             "wall_time_s": time.monotonic() - self._began,
         }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpresearch.checkpoint.load import weights_from
+from tpresearch.checkpoint.resume import find_checkpoint
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Config
 from tpresearch.data import AnyCorpus, batches_of
@@ -29,21 +32,30 @@ from tpresearch.train.step import Setup
 
 
 def assemble(
-    job: Preflight, mesh: DeviceMesh, device: Device, corpus: AnyCorpus, watching: Sequence[Observer] = ()
+    job: Preflight,
+    mesh: DeviceMesh,
+    device: Device,
+    corpus: AnyCorpus,
+    watching: Sequence[Observer] = (),
+    restore: Callable[[TrainState], None] | None = None,
 ) -> Loop:
     """The loop of this rank, before its first step. The job's meta model becomes the sharded one.
 
     Args:
         watching: observers beside those that the model and the config ask for.
+        restore: sets the whole state, from a checkpoint, where the run is not new.
     """
     cfg, plan = job.cfg, job.plan
     model = parallelize(job.model, plan, cfg.parallel, mesh, cfg.train.dtype)
     home = parameter_device(cfg.parallel, device.torch)
-    materialize(model, home, weight_source(cfg, plan.initializers), buffers=device.torch)
+    source = _left_unset if restore else weight_source(cfg, plan.initializers)
+    materialize(model, home, source, buffers=device.torch)
     batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
     chance = [SeededRandomness(cfg.train.seed, mesh, plan.seen.random)] if plan.seen.random else []
     observers = Observers([*chance, *mistakes_of(cfg, plan, mesh, batches), *watching])
     state = first_state(model, cfg, plan.sizes)
+    if restore:
+        restore(state)
     observers.start(state)
     setup = Setup(cfg, plan, mesh, device, objective_of(cfg, plan), observers)
     return Loop(state, setup, corpus, batches)
@@ -58,6 +70,12 @@ def first_state(model: nn.Module, cfg: Config, sizes: MeshSizes) -> TrainState:
 
 def weight_source(cfg: Config, initializers: Mapping[str, Initializer]) -> WeightSource:
     """Where the first weights of a new run come from."""
-    if cfg.init_from and is_hugging_face(cfg.init_from):
+    if cfg.init_from is None:
+        return from_seed(initializers, cfg.train.seed)
+    if is_hugging_face(cfg.init_from):
         return from_hugging_face(cfg.init_from, cfg.model)
-    return from_seed(initializers, cfg.train.seed)
+    return weights_from(find_checkpoint(Path(cfg.init_from), "init_from"))
+
+
+def _left_unset(model: nn.Module) -> None:
+    """The source of weights that are about to be restored."""

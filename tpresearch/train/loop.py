@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from signal import Signals
 
+from tpresearch.checkpoint.save import Saver
 from tpresearch.config.schema import OnNonfinite
 from tpresearch.data import AnyCorpus, Batch, Batches
 from tpresearch.parallel.mesh import data_rank
@@ -32,6 +33,8 @@ class Loop:
     batches: Batches
     stop: AgreedStop | None = None
     """Asked after each step, and between the batches of an evaluation, whether all ranks stop."""
+    saver: Saver | None = None
+    """Saves the state at the steps that are due, and after the last one, be it for a signal."""
     stopped_by: Signals | None = None
     """The signal for which they did."""
 
@@ -56,6 +59,8 @@ class Loop:
         """Whether all ranks stop here; collective."""
         if self.stop and self.stopped_by is None:
             self.stopped_by = self.stop.poll()
+            if self.saver:
+                self.saver.settle(self.stop.written)
         return self.stopped_by is not None
 
     def rows(self) -> Iterator[Metrics]:
@@ -76,14 +81,23 @@ class Loop:
             stops, last = self.stops(), state.step == setup.steps
             due = last or (train.eval_every is not None and state.step % train.eval_every == 0)
             evaluates = due and not stops
-            if evaluates or stops or state.step % train.log_every == 0:
+            saves = self.saver is not None and (stops or last or self.saver.due(state.step))
+            loss = None
+            if evaluates or saves or stops or state.step % train.log_every == 0:
                 row = self._row(result, finite)
+                loss = row["train/loss"]
                 if evaluates:
                     row["val/loss"] = self.evaluate()
                 yield row
+            ends = last or self.stopped_by is not None
+            if self.saver and (saves or ends):  # after the row, which is never behind the checkpoint
+                with setup.observers.phase("pause"):
+                    self.saver.save(state, state.step * setup.tokens_per_step, loss, last=ends)
             if state.step % COLLECT_EVERY == 0:
                 with setup.observers.phase("pause"):
                     gc.collect()
+        if self.saver:
+            self.saver.finish()
         if self.stop:
             self.stop.settle()
 

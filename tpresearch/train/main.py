@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpresearch.checkpoint.disk import Checkpoint
+from tpresearch.checkpoint.resume import agreed_on, checkpoints_to_go_on_from, restore
+from tpresearch.checkpoint.together import own_group
 from tpresearch.config.axes import AXES
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
@@ -28,6 +32,7 @@ from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import Preflight
+from tpresearch.train.saving import check_disk, check_goes_on, saver_of, say_where_it_goes_on
 from tpresearch.train.speed import Speed
 from tpresearch.train.stopping import AgreedStop
 from tpresearch.train.watch import CountedStep, PeakMemory, Timing
@@ -42,9 +47,10 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
         watching: further observers, beside those of every run.
 
     Raises:
-        ConfigError: for what only the prepared data shows, such as a corpus too short for one batch.
+        ConfigError: for what only the prepared data or the run folder shows, such as a corpus too short for one batch.
         NonfiniteError: unless train.on_nonfinite=skip.
-        Stopped: after SIGTERM or Ctrl-C, on all ranks after the same step.
+        NotSaved: where the last step could not be saved.
+        Stopped: after SIGTERM or Ctrl-C, on all ranks after the same step, which is saved.
     """
     text = plan_text(job.model, job.plan)
     if job.device is None:
@@ -54,19 +60,28 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
     with StopFlag() as flag:
         corpus = prepare(job.cfg.data, job.cfg.tokenizer, run.world.rank == 0, flag.check)
         check_rows(corpus, job)
+        found = checkpoints_to_go_on_from(job.cfg, run.folder)
+        check_goes_on(found, corpus)
+        check_disk(job, run, len(found))
         log.info("data: %s, %s", job.cfg.data.source, corpus)
         flag.check()
-        train_on(corpus, job, run, text, flag, watching)
+        train_on(corpus, found, job, run, text, flag, watching)
 
 
 def train_on(
-    corpus: AnyCorpus, job: Preflight, run: Run, plan: str, flag: StopFlag, watching: Sequence[Observer]
+    corpus: AnyCorpus,
+    found: list[Checkpoint],
+    job: Preflight,
+    run: Run,
+    plan: str,
+    flag: StopFlag,
+    watching: Sequence[Observer],
 ) -> None:
-    """All ranks together, on data that is there."""
+    """All ranks together, on data that is there, from the first of the checkpoints found that can be loaded."""
     device, world = job.device, run.world
     assert device
     with (
-        tracking(job, run, corpus, plan) as tracker,
+        tracking(job, run, corpus, plan, found[0].step if found else 0) as tracker,
         faults_told(tracker, flag),
         process_group(device, world),
     ):
@@ -75,9 +90,17 @@ def train_on(
         log.info("Device Mesh created: device_mesh=%s", describe_mesh(job.sizes, device.type))
         warn_of_hosts(job)
         observers, parameters = observers_of(job, mesh, device, tracker), job.parameters
-        loop = assemble(job, mesh, device, corpus, [*observers, *watching])
-        loop.stop = AgreedStop(flag)
+        group = own_group()
+        found = agreed_on(found, group)
+        restoring = partial(restore, found, group=group) if found else None
+        loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
+        loop.saver = saver_of(job, run, corpus, loop.state.step, group)
+        loop.stop = AgreedStop(flag, lambda: loop.saver.written if loop.saver else 0)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", loop.state.model)
+        if loop.state.step:
+            say_where_it_goes_on(found, loop.state.step, job)
+            if tracker:
+                tracker.go_on_from(loop.state.step)
         for row in loop.rows():
             if tracker:
                 tracker.log(row)
@@ -103,7 +126,7 @@ def observers_of(
 
 
 def tracking(
-    job: Preflight, run: Run, corpus: AnyCorpus, plan: str
+    job: Preflight, run: Run, corpus: AnyCorpus, plan: str, start_step: int
 ) -> AbstractContextManager[Tracker | None]:
     """What records the run, on rank 0; nothing on the others."""
     if run.world.rank != 0 or job.device is None:
@@ -116,7 +139,8 @@ def tracking(
         corpus.corpus_hash,
         corpus.unigram_entropy,
     )
-    return Tracker(job.cfg, as_dict(job.cfg), run.folder, facts, total_steps(job.cfg), plan=plan)
+    config = as_dict(job.cfg)
+    return Tracker(job.cfg, config, run.folder, facts, total_steps(job.cfg), start_step=start_step, plan=plan)
 
 
 @contextmanager

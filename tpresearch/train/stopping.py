@@ -1,8 +1,9 @@
-"""Stopping all ranks after the same step, whichever of them were sent a signal."""
+"""What all ranks agree on at step boundaries without waiting: to stop, and that a checkpoint is written everywhere."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -11,37 +12,44 @@ from tpresearch.launch.stop import StopFlag
 
 
 class AgreedStop:
-    """A stop flag that all ranks see at the same place of their program.
+    """A stop flag that all ranks see at the same place of their program, and beside it how much they have written.
 
-    At each poll a rank starts one all-reduce of its flag, and reads what came of the poll before: no rank waits for a
+    At each poll a rank starts one all-reduce of both, and reads what came of the poll before: no rank waits for a
     message, and none goes on alone. Without a process group, or alone in one, it is the flag itself.
+
+    Args:
+        written: how many checkpoints this rank has written beside the steps.
     """
 
-    def __init__(self, flag: StopFlag) -> None:
-        self._flag = flag
+    def __init__(self, flag: StopFlag, written: Callable[[], int] = lambda: 0) -> None:
+        self._flag, self._written = flag, written
+        self.written = 0
+        """The least that any rank had written at the last poll but one."""
         self._group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
         on_cuda = self._group is not None and dist.get_backend() == "nccl"
-        self._number = torch.zeros(1, dtype=torch.int64, device="cuda" if on_cuda else "cpu")
+        self._numbers = torch.zeros(2, dtype=torch.int64, device="cuda" if on_cuda else "cpu")
         self._maximum = dist.AllreduceOptions()
         self._maximum.reduceOp, self._maximum.asyncOp = dist.ReduceOp(dist.ReduceOp.MAX), True
         self._work: dist.Work | None = None
         # Copied beside the stream of the steps, in which reading it would wait for the next one.
         self._beside = torch.cuda.Stream() if on_cuda else None
-        self._copy, self._copied = self._number, torch.cuda.Event() if on_cuda else None
+        self._copy, self._copied = self._numbers, torch.cuda.Event() if on_cuda else None
 
     def poll(self) -> signal.Signals | None:
         """The signal for which all ranks stop here, if they do. Collective: called by all ranks equally often."""
         if self._group is None:
+            self.written = self._written()
             return self._flag.requested
         agreed = self.settle()
-        self._number.fill_(self._flag.requested or 0)
+        self._numbers[0] = self._flag.requested or 0
+        self._numbers[1] = -self._written()
         self._work = self._group.allreduce(
-            [self._number], self._maximum
+            [self._numbers], self._maximum
         )  # dist.all_reduce takes twice as long
         if self._beside and self._copied:
             with torch.cuda.stream(self._beside):
                 self._work.wait()
-                self._copy = self._number.to("cpu", non_blocking=True)
+                self._copy = self._numbers.to("cpu", non_blocking=True)
                 self._copied.record()
         return agreed
 
@@ -54,5 +62,6 @@ class AgreedStop:
         else:
             self._work.wait()
         self._work = None
-        number = int(self._copy.item())
+        number, unwritten = self._copy.tolist()
+        self.written = -unwritten
         return signal.Signals(number) if number else None

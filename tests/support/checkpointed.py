@@ -1,0 +1,102 @@
+"""Jobs that load, take some steps and save; and their whole state, to hold one to another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from support.composed import corpus
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tpresearch.checkpoint.disk import read_checkpoint
+from tpresearch.checkpoint.load import read_tensors, tensors_of
+from tpresearch.checkpoint.resume import restore
+from tpresearch.checkpoint.state import state_of
+from tpresearch.checkpoint.together import own_group
+from tpresearch.config import Config
+from tpresearch.config.axes import DATA_AXES
+from tpresearch.config.world import World
+from tpresearch.launch import Run
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh, sum_over
+from tpresearch.train.assemble import assemble
+from tpresearch.train.preflight import preflight
+from tpresearch.train.saving import saver_of
+from tpresearch.train.state import TrainState
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Went:
+    """What came of a job."""
+
+    restored: State = field(default_factory=dict)
+    """The whole state as it was loaded."""
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    state: State = field(default_factory=dict)
+    """The whole state after the last step."""
+
+
+def go(
+    world: World,
+    cfg: Config,
+    steps: int,
+    start: Path | None = None,
+    run: Path | None = None,
+    save_at: tuple[int, ...] = (),
+) -> Went | None:
+    """A job on this rank, of which rank 0 tells: load the checkpoint `start`, if any, and take some steps.
+
+    Args:
+        run: the folder in which the steps `save_at` are saved.
+    """
+    job, went = preflight(cfg, world), Went()
+    assert job.device
+    with process_group(job.device, world):
+        mesh, group = build_mesh(job.sizes, job.device.type), own_group()
+        restoring = partial(restore, [read_checkpoint(start)], group=group) if start else None
+        loop = assemble(job, mesh, job.device, corpus(), (), restoring)
+        if start:
+            went.restored = whole(loop.state)
+        saver = saver_of(job, Run(run, world, [], {}), corpus(), loop.state.step, group) if run else None
+        for _ in range(steps):
+            share, norm = loop.step()
+            went.losses.append(sum_over(mesh, share, DATA_AXES).item())
+            went.norms.append(norm.item())
+            if saver and loop.state.step in save_at:
+                saver.save(loop.state, 0, went.losses[-1], last=True)
+        went.state = whole(loop.state)
+        dist.barrier()
+    return went if world.rank == 0 else None
+
+
+def whole(state: TrainState) -> State:
+    """All that a checkpoint would hold, gathered."""
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+        for name, tensor in state_of(state).items()
+    }
+
+
+def on_disk(checkpoint: Path) -> State:
+    return dict(read_tensors(checkpoint, tensors_of(read_checkpoint(checkpoint))))
+
+
+def apart(one: State, other: State) -> float:
+    """The greatest difference between two states, relative to the greatest value of the tensor that it is in."""
+    assert one.keys() == other.keys()
+    return max(
+        ((one[name] - other[name]).abs().max() / (other[name].abs().max() or 1)).item() for name in other
+    )
+
+
+def equal(one: State, other: State) -> bool:
+    """To the bit."""
+    same = one.keys() == other.keys() and all(one[name].dtype == other[name].dtype for name in other)
+    return same and all(torch.equal(one[name], other[name]) for name in other)

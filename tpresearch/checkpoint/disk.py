@@ -1,0 +1,262 @@
+"""Checkpoints on disk, each there whole or not at all. Nothing here needs torch.
+
+    checkpoints/.step-00000100.draft/    while it is written, and while it is deleted
+    checkpoints/step-00000100/           once every file is on the disk, with checkpoint.json, which says what they are
+    checkpoints/step-00000100.cut/       set aside, since the run went on from an earlier step
+
+A rename within a folder is atomic, and what was synced before it is there after a crash: this is what "whole" rests on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tpresearch.checkpoint.faults import point
+
+FOLDER, MARK = "checkpoints", "checkpoint.json"
+NAME = re.compile(r"step-(\d{8,})")
+DRAFT = re.compile(r"\.step-\d{8,}\.draft")
+FORMAT = 1
+"""Of checkpoint.json and what it stands for. A reader refuses a later one."""
+
+
+class BrokenCheckpoint(Exception):
+    """A folder is not a whole checkpoint; the message says why, in one line."""
+
+
+class WrittenFile(NamedTuple):
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """checkpoint.json: what a checkpoint is of. It is written last."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Trained on since the run began."""
+    loss: float | None
+    """Of its last step: train/loss."""
+    experiment: dict[str, Any]
+    """What of the config says what is computed: see `config.compared`."""
+    steps: int
+    """At which the run was to end."""
+    corpus_hash: str
+    tokenizer_hash: str
+    rows: int
+    """Of the train split."""
+    plan: str
+    """The option of the parallel group."""
+    mesh: dict[str, int]
+    """Ranks along each axis that has more than one."""
+    world_size: int
+    torch: str
+    """Its version."""
+    files: dict[str, WrittenFile] = dataclasses.field(default_factory=dict)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that was found whole: its mark, and files of the sizes that it says. Contents are seen by `damage`."""
+
+    folder: Path
+    mark: Mark
+
+    @property
+    def step(self) -> int:
+        return self.mark.step
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.mark.files.values())
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def draft_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.draft")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """What is in a checkpoint's folder, as far as its mark and the sizes of its files tell.
+
+    Raises:
+        BrokenCheckpoint: where it is not a whole one.
+    """
+    named = NAME.fullmatch(folder.name)
+    if not named:
+        raise BrokenCheckpoint("its folder is not called step-<number>")
+    try:
+        mark = mark_from((folder / MARK).read_text(encoding="utf-8"))
+        if mark.step != int(named[1]):
+            raise BrokenCheckpoint(f"its {MARK} is of step {mark.step}")
+        for name, written in mark.files.items():
+            if Path(name).name != name:
+                raise BrokenCheckpoint(f"its {MARK} names {name}")
+            size = (folder / name).stat().st_size
+            if size != written.bytes:
+                raise BrokenCheckpoint(f"{name} has {size:,} bytes of {written.bytes:,}")
+    except OSError as error:
+        raise BrokenCheckpoint(f"{Path(error.filename).name}: {error.strerror}") from None
+    return Checkpoint(folder, mark)
+
+
+def whole_checkpoints(run: Path) -> list[Checkpoint]:
+    """Those of a run that are whole, oldest first."""
+    found = []
+    for folder in step_folders(run):
+        try:
+            found.append(read_checkpoint(folder))
+        except BrokenCheckpoint:
+            continue
+    return found
+
+
+def step_folders(run: Path) -> list[Path]:
+    """Every folder called as a checkpoint, whole or not, by step.
+
+    Raises:
+        OSError: where they cannot be listed.
+    """
+    try:
+        folders = [path for path in (run / FOLDER).iterdir() if NAME.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def damage(folder: Path, name: str, written: WrittenFile) -> str | None:
+    """Read a file through; what is wrong with it, in one line, if anything is."""
+    try:
+        if checksum(folder / name) != written.crc32:
+            return f"{name} is not as it was written"
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    return None
+
+
+def mark_text(mark: Mark) -> str:
+    """JSON with a checksum of itself."""
+    body = dataclasses.asdict(mark) | {"files": {name: list(file) for name, file in mark.files.items()}}
+    return json.dumps({"crc32": _crc_of(body), **body}, indent=1) + "\n"
+
+
+def mark_from(text: str) -> Mark:
+    """Raises:
+    BrokenCheckpoint: where it is none, was changed since, or is of a later format.
+    """
+    try:
+        body = json.loads(text)
+        if body["format"] > FORMAT:
+            raise BrokenCheckpoint(f"its format is {body['format']}, and this version reads up to {FORMAT}")
+        if body.pop("crc32") != _crc_of(body):
+            raise BrokenCheckpoint(f"{MARK} is not as it was written")
+        files = {name: WrittenFile(*file) for name, file in body.pop("files").items()}
+        return Mark(**body, files=files)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BrokenCheckpoint(f"{MARK} cannot be read") from None
+
+
+def _crc_of(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def begin(draft: Path) -> None:
+    """Make an empty draft."""
+    _remove(draft)
+    draft.mkdir(parents=True)
+
+
+def settled(path: Path) -> WrittenFile:
+    """Have a written file on the disk; its size and checksum, as they are read back."""
+    sync(path)
+    return WrittenFile(path.stat().st_size, checksum(path))
+
+
+def commit(folder: Path, mark: Mark) -> None:
+    """Turn the draft, whose files are on the disk, into the checkpoint."""
+    draft = draft_of(folder)
+    with (draft / MARK).open("w", encoding="utf-8") as file:
+        file.write(mark_text(mark))
+    sync(draft / MARK)
+    sync(draft)
+    point("marked")
+    draft.rename(folder)
+    point("renamed")
+    sync(folder.parent)
+
+
+def prune(run: Path, keep: int, keep_every: int | None) -> None:
+    """Delete whole checkpoints but the newest `keep`, and those of steps that are kept for ever."""
+    for old in whole_checkpoints(run)[:-keep]:
+        if keep_every is None or old.step % keep_every:
+            gone = draft_of(old.folder)
+            old.folder.rename(gone)  # so that no half of it is ever taken for a whole one
+            point("pruning")
+            _remove(gone)
+
+
+def clear_drafts(run: Path) -> None:
+    """Remove what a process left that died while it wrote or deleted."""
+    for draft in (run / FOLDER).glob(".step-*.draft"):
+        if DRAFT.fullmatch(draft.name):
+            _remove(draft)
+
+
+def cut_after(run: Path, step: int) -> list[Path]:
+    """Set aside the folders of later steps, whole or not; where they are now."""
+    later = [folder for folder in step_folders(run) if int(folder.name.removeprefix("step-")) > step]
+    return [folder.rename(_free(folder)) for folder in later]
+
+
+def _free(folder: Path) -> Path:
+    names = itertools.chain(["cut"], (f"cut-{nth}" for nth in itertools.count(2)))
+    return next(
+        path for name in names if not os.path.lexists(path := folder.with_name(f"{folder.name}.{name}"))
+    )
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def checksum(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    with _opened(path) as number:
+        os.fsync(number)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        yield number
+    finally:
+        os.close(number)

@@ -1,0 +1,187 @@
+"""A checkpoint read back: verified, and into whatever model is there, each rank what it holds of it.
+
+A checkpoint is DCP's files and checkpoint.json. DCP's `.metadata` is a pickle; it is read by an unpickler that makes
+nothing but the description of tensors, so that a checkpoint from elsewhere cannot run code.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from tpresearch.checkpoint.disk import BrokenCheckpoint, Checkpoint, damage, read_checkpoint
+from tpresearch.checkpoint.faults import point
+from tpresearch.checkpoint.state import MODEL, Trained, persistent_buffers, room_for
+from tpresearch.checkpoint.together import RankFailed, line_of, own_group, together
+
+DESCRIBES_TENSORS = {
+    "torch.distributed.checkpoint.metadata": None,
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}
+"""What a `.metadata` may be made of: of each module these names, or for None all that it defines. Read in torch 2.13."""
+
+
+def load(checkpoint: Checkpoint, into: Trained, group: dist.ProcessGroup | None) -> None:
+    """Verify a checkpoint, then have each rank read what it holds of it. Collective.
+
+    Raises:
+        RankFailed: where it is damaged or of another model; `into` may be half written then.
+    """
+    verify(checkpoint, group)
+    point("verified")
+    room: dict[str, Tensor] = {}
+
+    def prepare() -> None:
+        saved = tensors_of(checkpoint)
+        try:
+            room.update(room_for(into, saved))
+        except KeyError as error:
+            raise BrokenCheckpoint(
+                f"it has optimizer state of {error.args[0]}, which this model lacks"
+            ) from None
+        check_alike(saved, room)
+
+    together(prepare, group)
+    _read(checkpoint.folder, room, group)
+    into.step = checkpoint.step
+    point("loaded")
+
+
+def weights_from(checkpoint: Checkpoint) -> Callable[[nn.Module], None]:
+    """A source of first weights: those of a checkpoint, of which each rank reads what it holds, and nothing is drawn.
+
+    Raises (when it is called, on every rank):
+        RankFailed: where the checkpoint is damaged or of another model.
+    """
+
+    def source(model: nn.Module) -> None:
+        group = own_group()
+        verify(checkpoint, group)
+        room = {f"{MODEL}{name}": weight.detach() for name, weight in model.named_parameters()}
+        room |= {f"{MODEL}{name}": buffer for name, buffer in persistent_buffers(model).items()}
+
+        def compare() -> None:
+            saved = tensors_of(checkpoint)
+            check_alike({name: saved[name] for name in saved if name.startswith(MODEL)}, room, any_float=True)
+
+        together(compare, group)
+        _read(checkpoint.folder, room, group)
+
+    return source
+
+
+def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors of a checkpoint by name (`model.tok_embeddings.weight`), one at a time. Without ranks.
+
+    Raises:
+        BrokenCheckpoint: where one is not in it, or cannot be read.
+    """
+    saved = tensors_of(read_checkpoint(folder))
+    for name in names:
+        if name not in saved:
+            raise BrokenCheckpoint(f"it holds no {name}")
+        tensor = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
+        try:
+            _read(folder, {name: tensor}, None)
+        except RankFailed as error:
+            raise BrokenCheckpoint(str(error)) from None
+        yield name, tensor
+
+
+def verify(checkpoint: Checkpoint, group: dist.ProcessGroup | None = None) -> None:
+    """Read every file through, each on one rank. Collective.
+
+    Raises:
+        RankFailed: for the first that is not as it was written.
+    """
+    rank, size = (group.rank(), group.size()) if group else (0, 1)
+    files = sorted(checkpoint.mark.files.items(), key=lambda file: -file[1].bytes)
+
+    def read() -> None:
+        for name, written in files[rank::size]:
+            if wrong := damage(checkpoint.folder, name, written):
+                raise BrokenCheckpoint(wrong)
+
+    together(read, group)
+
+
+def tensors_of(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
+    """Size and dtype of every tensor in it, by name.
+
+    Raises:
+        BrokenCheckpoint: where `.metadata` says something else than that.
+    """
+    metadata = _Reader(checkpoint.folder).read_metadata()
+    files = {stored.relative_path for stored in metadata.storage_data.values()}
+    if strange := files - checkpoint.mark.files.keys():
+        raise BrokenCheckpoint(f".metadata speaks of {min(strange)}, which is no file of this checkpoint")
+    found = metadata.state_dict_metadata
+    return {name: about for name, about in found.items() if isinstance(about, TensorStorageMetadata)}
+
+
+def check_alike(
+    saved: Mapping[str, TensorStorageMetadata], room: Mapping[str, Tensor], any_float: bool = False
+) -> None:
+    """DCP itself says nothing of tensors that only the checkpoint has, and casts from one dtype to another.
+
+    Raises:
+        BrokenCheckpoint: naming the first tensor that is not alike in both.
+    """
+    if only := saved.keys() ^ room.keys():
+        name = min(only)
+        raise BrokenCheckpoint(f"{name} is in {'it' if name in saved else 'this model'} alone")
+    for name, tensor in room.items():
+        if saved[name].size != tensor.shape:
+            raise BrokenCheckpoint(f"{name} is {list(saved[name].size)} in it and {list(tensor.shape)} here")
+        there, here = saved[name].properties.dtype, tensor.dtype
+        if there != here and not (any_float and there.is_floating_point and here.is_floating_point):
+            raise BrokenCheckpoint(f"{name} is {there} in it and {here} here")
+
+
+def _read(folder: Path, room: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    reader = _Reader(folder)
+    try:
+        dcp.load(room, storage_reader=reader, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        raise RankFailed(failure_of(error)) from None
+
+
+def failure_of(error: CheckpointException) -> str:
+    """`rank 1: No space left on device`, of what DCP raises on every rank."""
+    rank, (cause, _) = min(error.failures.items())
+    return f"rank {rank}: {line_of(cause)}" if len(error.failures) == 1 else line_of(cause)
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's, which unpickles no more than it has to. Checked on torch 2.13."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            found = _OnlyTensors(file).load()
+        if not isinstance(found, Metadata):
+            raise BrokenCheckpoint(".metadata describes no tensors")
+        if found.storage_meta is None:
+            found.storage_meta = StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _OnlyTensors(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module not in DESCRIBES_TENSORS or name not in (DESCRIBES_TENSORS[module] or {name}):
+            raise BrokenCheckpoint(f".metadata has {module}.{name} in it, which is nothing of a tensor's")
+        return super().find_class(module, name)

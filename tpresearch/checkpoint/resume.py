@@ -1,0 +1,184 @@
+"""From which checkpoint a run goes on, and whether this config may go on from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpresearch.checkpoint.disk import (
+    FOLDER,
+    NAME,
+    BrokenCheckpoint,
+    Checkpoint,
+    Mark,
+    read_checkpoint,
+    step_folders,
+    whole_checkpoints,
+)
+from tpresearch.config.compared import experiment
+from tpresearch.config.compose import as_dict
+from tpresearch.config.errors import ConfigError, shown
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import total_steps
+
+if TYPE_CHECKING:  # they import torch, which a refusal need not wait for
+    import torch.distributed as dist
+
+    from tpresearch.checkpoint.state import Trained
+
+log = logging.getLogger(__name__)
+
+AUTO, NEVER = "auto", "never"
+
+
+def run_of(path: Path) -> Path:
+    """The run folder that a path means: of a run, or of one of its checkpoints."""
+    resolved = path.expanduser().resolve()
+    return resolved.parent.parent if NAME.fullmatch(resolved.name) else resolved
+
+
+def find_checkpoint(path: Path, field: str = "checkpoint") -> Checkpoint:
+    """The checkpoint that a path means: itself, or the newest whole one of a run.
+
+    Args:
+        field: the option that gave the path, for the message.
+
+    Raises:
+        ConfigError: where there is none, or it is not whole.
+    """
+    return _candidates(path, field)[0]
+
+
+def checkpoints_to_go_on_from(cfg: Config, run: Path) -> list[Checkpoint]:
+    """What `resume` means for a run in this folder: the whole checkpoints to try, newest first; none for a new run.
+
+    Raises:
+        ConfigError: where a checkpoint is asked for and there is none, where those that are there are all broken, or are
+            of another experiment than this config.
+    """
+    if cfg.resume == NEVER or (cfg.resume == AUTO and not _step_folders(run, "resume", AUTO)):
+        return []
+    found = _candidates(run if cfg.resume == AUTO else Path(cfg.resume), "resume", shown_as=cfg.resume)
+    for checkpoint in found:
+        check_experiment(checkpoint, cfg)
+    return found
+
+
+def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpoint]:
+    value = shown_as or path
+    resolved = path.expanduser().resolve()
+    if NAME.fullmatch(resolved.name):
+        try:
+            return [read_checkpoint(resolved)]
+        except BrokenCheckpoint as error:
+            raise ConfigError(
+                field, value, f"not a whole checkpoint: {error}", "another one, or its run"
+            ) from None
+    folders = _step_folders(resolved, field, value)
+    if not folders:
+        why = "there is no such folder" if not resolved.exists() else f"it has no {FOLDER}/step-*"
+        raise ConfigError(field, value, why, "the folder of a run that has a checkpoint, or of a checkpoint")
+    found = whole_checkpoints(resolved)[::-1]
+    for folder in folders[::-1]:
+        try:
+            read_checkpoint(folder)
+            break
+        except BrokenCheckpoint as error:
+            if not found:
+                why = f"none of its {len(folders)} checkpoints is whole; {folder.name}: {error}"
+                legal = "a run that has one; resume=never begins anew and sets these aside"
+                raise ConfigError(
+                    field, value, why, legal, fix={field: NEVER if field == "resume" else None}
+                ) from None
+            log.warning("%s is not whole: %s", folder, error)
+    return found
+
+
+def _step_folders(run: Path, field: str, value: object) -> list[Path]:
+    try:
+        return step_folders(run)
+    except OSError as error:
+        legal = "a folder that this user can read"
+        raise ConfigError(field, value, f"{error.filename}: {error.strerror}", legal) from None
+
+
+def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
+    """Refuse to go on with another experiment: only plan, mesh, logging and the like may change, and the budget grow.
+
+    Raises:
+        ConfigError: for the first key that differs.
+    """
+    mark = checkpoint.mark
+    fix = {"init_from": checkpoint.folder, "resume": None, "hydra.run.dir": None}
+    legal = "the same, or a new run from these weights"
+    if different := first_difference(mark.experiment, experiment(as_dict(cfg))):
+        key, before, now = different
+        raise ConfigError(key, now, f"this run was started with {shown(before)}", legal, fix=fix)
+    if cfg.defects.keep_gradients:
+        why = "its gradients since the first step are in no checkpoint"
+        raise ConfigError("defects.keep_gradients", True, why, "resume=never", fix={"resume": NEVER})
+    if (steps := total_steps(cfg)) < mark.steps:
+        key = "train.tokens" if cfg.train.steps is None else "train.steps"
+        why = f"this run is to end at step {mark.steps}, and its learning rate follows from that"
+        raise ConfigError(
+            key, cfg.train.tokens if cfg.train.steps is None else steps, why, f"{legal}; more", fix=fix
+        )
+
+
+def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted key, value before, value now) of the first that differs in two configs as plain data."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return None if before == now else (key, before, now)
+    for name in [*now, *(name for name in before if name not in now)]:
+        full = f"{key}.{name}" if key else name
+        if found := first_difference(before.get(name), now.get(name), full):
+            return found
+    return None
+
+
+def check_corpus(mark: Mark, corpus_hash: str, tokenizer_hash: str, rows: int) -> None:
+    """Refuse to go on with other rows than the run was trained on.
+
+    Raises:
+        ConfigError: where text, tokens or their number are others.
+    """
+    if (mark.corpus_hash, mark.tokenizer_hash, mark.rows) != (corpus_hash, tokenizer_hash, rows):
+        what = "the tokenizer" if mark.tokenizer_hash != tokenizer_hash else "the text"
+        why = f"{what} is not what this run was trained on: {mark.rows:,} rows then, {rows:,} now"
+        raise ConfigError(
+            "data.source", corpus_hash, why, "the same files, tokenizer and Python; resume=never"
+        )
+
+
+def agreed_on(checkpoints: list[Checkpoint], group: dist.ProcessGroup | None) -> list[Checkpoint]:
+    """What rank 0 has found, on every rank: a shared disk may show the others something older."""
+    if group is None:
+        return checkpoints
+    import torch.distributed as dist
+
+    told = [checkpoints]
+    dist.broadcast_object_list(told, src=0, group=group)
+    return told[0]
+
+
+def restore(checkpoints: list[Checkpoint], trained: Trained, group: dist.ProcessGroup | None) -> None:
+    """Load the first of these that can be. Collective.
+
+    Raises:
+        ConfigError: where none can.
+    """
+    from tpresearch.checkpoint.load import load
+    from tpresearch.checkpoint.together import RankFailed
+
+    for checkpoint in checkpoints:
+        try:
+            return load(checkpoint, trained, group)
+        except RankFailed as error:
+            last = str(error)
+            log.warning("%s cannot be loaded: %s", checkpoint.folder, last)
+    run = run_of(checkpoints[0].folder)
+    why = f"none of its {len(checkpoints)} whole checkpoints can be loaded; {checkpoints[-1].folder.name}: {last}"
+    legal = "a run that has one; resume=never begins anew and sets these aside"
+    raise ConfigError("resume", run, why, legal, fix={"resume": NEVER})

@@ -1,0 +1,237 @@
+"""A run's state written to disk by all ranks together: while the steps wait, or beside them from a copy."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
+
+from tpresearch.checkpoint import disk
+from tpresearch.checkpoint.disk import BrokenCheckpoint, Mark, WrittenFile, draft_of, folder_of
+from tpresearch.checkpoint.faults import point
+from tpresearch.checkpoint.load import failure_of
+from tpresearch.checkpoint.state import Trained, state_of
+from tpresearch.checkpoint.together import RankFailed, together
+from tpresearch.config.schema import CheckpointConfig
+
+log = logging.getLogger(__name__)
+
+
+class NotSaved(Exception):
+    """The last step of a run has no checkpoint; the message says why. The same on every rank."""
+
+
+class InFlight(NamedTuple):
+    """A checkpoint that is being written beside the steps."""
+
+    mark: Mark
+    began: float
+    written: Future[Any]
+
+
+class Saver:
+    """Saves a run's state at the steps that are due, and keeps as many checkpoints as asked. All ranks call it alike.
+
+    Where a checkpoint cannot be written, as on a full disk, that one is given up with a warning. Only where it would
+    have been the last one is that an error.
+
+    Args:
+        run: the run folder, on a disk that all hosts share.
+        about: what every mark of this run says.
+        group: of gloo, for this alone; None for a single process.
+        beside: write while training goes on.
+        on_cuda: whether the state is there: it is then copied through pinned memory, which is kept.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        settings: CheckpointConfig,
+        about: Mark,
+        group: dist.ProcessGroup | None,
+        beside: bool = False,
+        on_cuda: bool = False,
+    ) -> None:
+        self._run, self._settings, self._about, self._group = run, settings, about, group
+        self._rank = group.rank() if group else 0
+        self._beside, self._on_cuda = beside, on_cuda
+        self._stager: tuple[set[str], BlockingAsyncStager] | None = None
+        self._in_flight: InFlight | None = None
+        self._newest = -1
+        self.begun = 0
+        """Checkpoints begun beside the steps."""
+
+    def start(self, step: int) -> None:
+        """Make ready for saving what follows `step`: folders of later steps and what was half written are out of the way.
+
+        Raises:
+            RankFailed: where some rank does not see the folder, or nothing can be written there.
+        """
+        self._newest = step
+
+        def make() -> None:
+            if self._rank == 0:
+                (self._run / disk.FOLDER).mkdir(exist_ok=True)
+                disk.clear_drafts(self._run)
+                for folder in disk.cut_after(self._run, step):
+                    log.warning("a checkpoint of a later step is set aside: %s", folder.name)
+
+        together(make, self._group)
+        together(self._look, self._group)
+
+    def _look(self) -> None:
+        if not (self._run / disk.FOLDER).is_dir():
+            raise BrokenCheckpoint(
+                f"{self._run} is not there: all hosts have to share the disk of the run folder"
+            )
+
+    def due(self, step: int) -> bool:
+        return self._settings.every is not None and step % self._settings.every == 0
+
+    def save(self, trained: Trained, tokens: int, loss: float | None, last: bool = False) -> None:
+        """Write the state of this step, or begin to. Collective.
+
+        Args:
+            tokens: that the run has been trained on.
+            last: whether no step follows: it is whole when this returns.
+
+        Raises:
+            NotSaved: where it is the last and cannot be written.
+        """
+        self.finish()
+        if trained.step == self._newest:
+            return
+        self._newest = trained.step
+        mark = dataclasses.replace(self._about, step=trained.step, tokens=tokens, loss=loss)
+        try:
+            self._write(state_of(trained), mark, beside=self._beside and not last)
+        except (RankFailed, CheckpointException) as error:
+            self._give_up(mark, error, last)
+
+    def _write(self, state: dict[str, Tensor], mark: Mark, beside: bool) -> None:
+        began = time.monotonic()
+        draft = draft_of(folder_of(self._run, mark.step))
+
+        def begin() -> None:
+            check_finite(state)
+            if self._rank == 0:
+                disk.begin(draft)
+            point("made")
+
+        together(begin, self._group)
+        where: dict[str, Any] = {"storage_writer": _Writer(draft), "process_group": self._group}
+        where["no_dist"] = self._group is None
+        if beside:
+            written = dcp.async_save(state, async_stager=self._stager_for(state), **where)
+            assert isinstance(written, Future)
+            self._in_flight, self.begun = InFlight(mark, began, written), self.begun + 1
+        else:
+            dcp.save(state, **where)
+            self._commit(mark, began)
+
+    def _stager_for(self, state: dict[str, Tensor]) -> BlockingAsyncStager:
+        """One for as long as the state has the same tensors; on CUDA it keeps its pinned memory."""
+        if self._stager is None or self._stager[0] != state.keys():
+            self._stager = set(state), BlockingAsyncStager(cache_staged_state_dict=self._on_cuda)
+        return self._stager[1]
+
+    @property
+    def written(self) -> int:
+        """Checkpoints begun beside the steps whose files this rank has written."""
+        still = self._in_flight is not None and not self._in_flight.written.done()
+        return self.begun - int(still)
+
+    def settle(self, written: int) -> None:
+        """Make the checkpoint that was written beside the steps whole, once all ranks have. Collective.
+
+        Args:
+            written: the least of all ranks' `written`.
+        """
+        if self._in_flight and written == self.begun:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written beside the steps, if there is one. Collective."""
+        if self._in_flight is None:
+            return
+        mark, began, written = self._in_flight
+        self._in_flight = None
+        try:
+            written.result()
+            self._commit(mark, began)
+        except (RankFailed, CheckpointException) as error:
+            self._give_up(mark, error)
+
+    def _commit(self, mark: Mark, began: float) -> None:
+        folder = folder_of(self._run, mark.step)
+        draft = draft_of(folder)
+
+        def settle() -> dict[str, WrittenFile]:
+            point("written")
+            mine = [*draft.glob(f"__{self._rank}_*"), *([draft / ".metadata"] if self._rank == 0 else [])]
+            return {path.name: disk.settled(path) for path in mine}
+
+        files = {name: file for part in together(settle, self._group) for name, file in part.items()}
+
+        def commit() -> None:
+            if self._rank:
+                return
+            with suppress(FileNotFoundError):
+                disk.sync(self._run / "metrics.jsonl")  # whose rows of these steps must not be lost alone
+            point("settled")
+            disk.commit(folder, dataclasses.replace(mark, files=files))
+            with suppress(OSError):
+                disk.prune(self._run, self._settings.keep, self._settings.keep_every)
+
+        together(commit, self._group)
+        size = sum(file.bytes for file in files.values())
+        log.info("checkpoint: step %d, %.1f MiB in %.1f s", mark.step, size / 2**20, time.monotonic() - began)
+
+    def _give_up(self, mark: Mark, error: RankFailed | CheckpointException, last: bool = False) -> None:
+        why = failure_of(error) if isinstance(error, CheckpointException) else str(error)
+        if self._rank == 0:
+            disk.clear_drafts(self._run)
+        if last:
+            raise NotSaved(f"there is no checkpoint of the last step, {mark.step}: {why}")
+        log.warning("step %d: no checkpoint of it: %s", mark.step, why)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's; files are synced by `disk.settled`, since torch below 2.14 syncs them before it has flushed them."""
+
+    def __init__(self, draft: Path) -> None:
+        super().__init__(draft, sync_files=False)
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        point("writing")
+        done = super().write_data(plan, planner)
+        point("data")
+        return done
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        point("metadata")
+        super().finish(metadata, results)
+
+
+def check_finite(state: dict[str, Tensor]) -> None:
+    """Raises:
+    BrokenCheckpoint: for the first tensor that holds NaN or infinity: from such a state nothing can go on.
+    """
+    for name, tensor in state.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.is_floating_point() and local.numel():
+            least, most = torch.aminmax(local.detach())
+            if not (torch.isfinite(least) & torch.isfinite(most)).item():
+                raise BrokenCheckpoint(f"{name} is not finite")

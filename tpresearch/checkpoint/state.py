@@ -1,0 +1,78 @@
+"""A run's state as one flat dict of tensors by name: the same names whatever plan or mesh wrote it.
+
+    model.<fqn>              every parameter once, and persistent buffers
+    optimizer.<fqn>.<key>    exp_avg, exp_avg_sq, step, momentum_buffer of the parameter that they belong to
+
+Param groups are not in it: their number differs from mesh to mesh, and what they hold is in the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+MODEL, OPTIMIZER = "model.", "optimizer."
+
+
+class Trained(Protocol):
+    """A `TrainState`, as far as checkpoints are concerned."""
+
+    step: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def weights(self) -> dict[str, Tensor]: ...
+
+
+def state_of(trained: Trained) -> dict[str, Tensor]:
+    """The tensors themselves, not copies. What the optimizer has not made yet, as of an unused weight, is absent."""
+    return weights_of(trained) | {
+        f"{OPTIMIZER}{name}.{key}": value
+        for name, weight in trained.weights().items()
+        for key, value in trained.optimizer.state.get(weight, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def weights_of(trained: Trained) -> dict[str, Tensor]:
+    """The part of the state that is the model's."""
+    return {f"{MODEL}{name}": weight.detach() for name, weight in trained.weights().items()} | {
+        f"{MODEL}{name}": buffer for name, buffer in persistent_buffers(trained.model).items()
+    }
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    buffers = dict(model.named_buffers())
+    return {name: buffers[name] for name in model.state_dict() if name in buffers}
+
+
+def room_for(trained: Trained, saved: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+    """The state with room for each tensor that was saved, to be read into.
+
+    It is made from what was saved, so that what was absent stays so. A scalar of the optimizer's (`step`) is a plain
+    tensor, on the parameter's device where torch's update is fused or capturable; all else has its parameter's form.
+
+    Raises:
+        KeyError: for the state of a parameter that is not there.
+    """
+    trained.optimizer.state.clear()
+    weights = trained.weights()
+    on_device = trained.optimizer.defaults.get("fused") or trained.optimizer.defaults.get("capturable")
+    room = weights_of(trained)
+    for full in saved:
+        if not full.startswith(OPTIMIZER):
+            continue
+        name, _, key = full.removeprefix(OPTIMIZER).rpartition(".")
+        weight = weights[name]
+        if saved[full].size == weight.shape and key != "step":
+            made = torch.zeros_like(weight.detach(), dtype=saved[full].properties.dtype)
+        else:
+            device = weight.device if on_device else "cpu"
+            made = torch.zeros(saved[full].size, dtype=saved[full].properties.dtype, device=device)
+        trained.optimizer.state[weight][key] = made
+        room[full] = made
+    return room

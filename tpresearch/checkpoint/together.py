@@ -1,0 +1,57 @@
+"""What all ranks do at once, where one may fail: all are told, and none is left waiting for another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from tpresearch.checkpoint.disk import BrokenCheckpoint
+
+Found = TypeVar("Found")
+
+SLOWEST_DISK = timedelta(hours=2)
+"""For which a rank that has written its part waits for one that has not. Of a rank that died it hears at once."""
+
+
+class RankFailed(Exception):
+    """Some rank could not do its part; the message says which, and why in one line. Raised on every rank."""
+
+
+def own_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks, for checkpoints alone: beside NCCL, beside the steps, and patient. None for one rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=SLOWEST_DISK)
+
+
+def together(work: Callable[[], Found], group: dist.ProcessGroup | None) -> list[Found]:
+    """`work()` of every rank, by rank. Collective.
+
+    Raises:
+        RankFailed: on every rank, where the disk or what is on it keeps one of them from it. A bug is raised as it is,
+            which ends the other ranks too.
+    """
+    mine: tuple[Any, str | None]
+    try:
+        mine = work(), None
+    except (OSError, BrokenCheckpoint) as error:
+        mine = None, line_of(error)
+    if group is None:
+        told = [mine]
+    else:
+        told = [mine] * group.size()
+        dist.all_gather_object(told, mine, group=group)
+    for rank, (_, problem) in enumerate(told):
+        if problem is not None:
+            raise RankFailed(problem if len(told) == 1 else f"rank {rank}: {problem}")
+    return [found for found, _ in told]  # type: ignore[misc]
+
+
+def line_of(error: BaseException) -> str:
+    """What it says, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    return " ".join(str(error).split()) or type(error).__name__

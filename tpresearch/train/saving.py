@@ -1,0 +1,120 @@
+"""What checkpoints have to do with a run: what each says of it, whether the disk has room, and going on from one."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import torch
+import torch.distributed as dist
+
+from tpresearch.checkpoint.disk import Checkpoint, Mark
+from tpresearch.checkpoint.resume import check_corpus
+from tpresearch.checkpoint.save import Saver
+from tpresearch.checkpoint.together import RankFailed
+from tpresearch.config.compared import experiment
+from tpresearch.config.compose import as_dict
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import Config, OptimizerName
+from tpresearch.config.validate import total_steps
+from tpresearch.data import AnyCorpus
+from tpresearch.launch import Run
+from tpresearch.train.optim import learning_rate
+from tpresearch.train.preflight import Preflight
+
+log = logging.getLogger(__name__)
+
+
+def saver_of(
+    job: Preflight, run: Run, corpus: AnyCorpus, step: int, group: dist.ProcessGroup | None
+) -> Saver:
+    """Ready to save what follows `step`. Collective.
+
+    Raises:
+        ConfigError: where the run folder is not there for every rank, or cannot be written.
+    """
+    cfg, device = job.cfg, job.device
+    assert device
+    about = Mark(
+        step=step,
+        tokens=0,
+        loss=None,
+        experiment=experiment(as_dict(cfg)),
+        steps=total_steps(cfg),
+        corpus_hash=corpus.corpus_hash,
+        tokenizer_hash=corpus.tokenizer_hash,
+        rows=len(corpus.train),
+        plan=cfg.parallel.name,
+        mesh=job.sizes.nontrivial(),
+        world_size=run.world.size,
+        torch=torch.__version__,
+    )
+    on_cuda = device.type == "cuda"
+    asked = cfg.checkpoint.background
+    saver = Saver(
+        run.folder, cfg.checkpoint, about, group, on_cuda if asked == "auto" else bool(asked), on_cuda
+    )
+    try:
+        saver.start(step)
+    except RankFailed as error:
+        legal = "a folder on a disk that all hosts share, and that this user can write"
+        raise ConfigError("hydra.run.dir", run.folder, str(error), legal) from None
+    return saver
+
+
+def check_goes_on(found: list[Checkpoint], corpus: AnyCorpus) -> None:
+    """Refuse to go on with other rows than a run was trained on.
+
+    Raises:
+        ConfigError: where text, tokens or their number are others.
+    """
+    for checkpoint in found:
+        check_corpus(checkpoint.mark, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
+
+
+def check_disk(job: Preflight, run: Run, there: int) -> None:
+    """Refuse a disk without room for the checkpoints that are kept and the one that is being written.
+
+    Args:
+        there: how many of them are there already.
+
+    Raises:
+        ConfigError: saying how much room there is.
+    """
+    wanted = max(job.cfg.checkpoint.keep + 1 - there, 1)
+    each, free = checkpoint_bytes(job), shutil.disk_usage(run.folder).free
+    if free < wanted * each:
+        gib = 2**30
+        why = (
+            f"its disk has {free / gib:.1f} GiB free, and {wanted} checkpoints take {wanted * each / gib:.1f}"
+        )
+        legal = "a folder on a larger disk, or a smaller checkpoint.keep"
+        raise ConfigError("hydra.run.dir", run.folder, why, legal)
+
+
+def checkpoint_bytes(job: Preflight) -> int:
+    """The size of one: weights in float32 or wider, and as many moments as the optimizer has."""
+    optimizer = job.cfg.optimizer
+    moments = 2 if optimizer.name is OptimizerName.adamw else int(optimizer.momentum > 0)
+    sizes = (p.numel() * max(p.element_size(), 4) for p in job.model.parameters())
+    return (1 + moments) * sum(sizes)
+
+
+def say_where_it_goes_on(found: list[Checkpoint], step: int, job: Preflight) -> None:
+    """A line in the log; and where the budget has grown, what that does to the learning rate."""
+    checkpoint = next(c for c in found if c.step == step)
+    mark, cfg, steps = checkpoint.mark, job.cfg, total_steps(job.cfg)
+    log.info("goes on from step %d of %d: %s", step, steps, checkpoint.folder)
+    if steps != mark.steps and step < steps:
+        before, now = (_rate(cfg, step, total) for total in (mark.steps, steps))
+        log.warning(
+            "the budget has grown from %d to %d steps: the learning rate of the next step is %.3g, where it was to be %.3g",
+            mark.steps,
+            steps,
+            now,
+            before,
+        )
+
+
+def _rate(cfg: Config, step: int, total: int) -> float:
+    return learning_rate(step, total, cfg.optimizer.lr, cfg.schedule)
