@@ -37,7 +37,7 @@ def composed(folder: str) -> DictConfig:
 
 def agree(folder: str = "${run_dir:${name}}", world: World = World()) -> str:  # noqa: B008
     """The folder of a run that is over at once."""
-    with run_dir.agreed(composed(folder), world) as agreed:
+    with run_dir.agreed(composed(folder), world) as (agreed, _):
         return str(agreed)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from support.composed import corpus
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from support.composed import corpus
 from tpresearch.checkpoint.disk import read_checkpoint
 from tpresearch.checkpoint.load import read_tensors, tensors_of
 from tpresearch.checkpoint.resume import restore

@@ -107,19 +107,36 @@ def test_auto_does_what_the_environment_asks(
     assert len(list((run_dir / "wandb").glob("offline-run-*"))) == folders
 
 
-def test_a_resumed_run_continues_its_own(
+def test_a_run_that_goes_on_continues_its_own_with_each_row_once(
     track: Callable[..., Tracker], server: FakeWandb, run_dir: Path
 ) -> None:
     with pytest.raises(RuntimeError):
         train(track(), last=5, ending=RuntimeError("lost a node"))
     assert only_run(server).exit_code == 1
-    train(track(start_step=4), first=5)  # the checkpoint was of step 4, so step 5 is logged again
+    resumed = track(start_step=4)  # the checkpoint was of step 4, so step 5 is taken again
+    resumed.go_on_from(4)
+    train(resumed, first=5)
     arrived = only_run(server)
-    assert [r["train/step"] for r in logged(arrived)] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert [r["train/step"] for r in logged(arrived)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["train/step"] for row in read_metrics(run_dir)] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert arrived.exit_code == 0
     assert arrived.summary["status"] == "completed"
     assert "error" not in read_summary(run_dir)
     assert len(read_metrics(run_dir)) == STEPS
+
+
+def test_rows_that_did_not_arrive_before_a_client_was_killed_arrive_when_the_run_goes_on(
+    track: Callable[..., Tracker], server: FakeWandb, run_dir: Path
+) -> None:
+    train(track(), last=6)
+    arrived = only_run(server)
+    for key in sorted(arrived.rows)[4:]:  # as if they had been on their way
+        del arrived.rows[key]
+    arrived.summary["_step"] = 3
+    resumed = track(start_step=6)
+    resumed.go_on_from(6)
+    train(resumed, first=7)
+    assert [r["train/step"] for r in logged(only_run(server))] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_preempted_run_is_closed_as_one(track: Callable[..., Tracker], server: FakeWandb) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from tpresearch.checkpoint.disk import BrokenCheckpoint, Checkpoint, damage, read_checkpoint
 from tpresearch.checkpoint.faults import point
 from tpresearch.checkpoint.state import MODEL, Trained, persistent_buffers, room_for
-from tpresearch.checkpoint.together import RankFailed, line_of, own_group, together
+from tpresearch.checkpoint.together import RankFailed, as_one_process, line_of, own_group, together
 
 DESCRIBES_TENSORS = {
     "torch.distributed.checkpoint.metadata": None,
@@ -65,23 +65,31 @@ def weights_from(checkpoint: Checkpoint) -> Callable[[nn.Module], None]:
     """A source of first weights: those of a checkpoint, of which each rank reads what it holds, and nothing is drawn.
 
     Raises (when it is called, on every rank):
-        RankFailed: where the checkpoint is damaged or of another model.
+        RankFailed: where the checkpoint is damaged.
     """
 
     def source(model: nn.Module) -> None:
         group = own_group()
         verify(checkpoint, group)
-        room = {f"{MODEL}{name}": weight.detach() for name, weight in model.named_parameters()}
-        room |= {f"{MODEL}{name}": buffer for name, buffer in persistent_buffers(model).items()}
-
-        def compare() -> None:
-            saved = tensors_of(checkpoint)
-            check_alike({name: saved[name] for name in saved if name.startswith(MODEL)}, room, any_float=True)
-
-        together(compare, group)
+        room = {name: tensor.detach() for name, tensor in _of_model(model).items()}
         _read(checkpoint.folder, room, group)
 
     return source
+
+
+def check_first_weights_of(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Compare the names and shapes of a model's weights, on whatever device, with those of a checkpoint.
+
+    Raises:
+        BrokenCheckpoint: naming the first that differs.
+    """
+    saved = {name: about for name, about in tensors_of(checkpoint).items() if name.startswith(MODEL)}
+    check_alike(saved, _of_model(model), any_float=True)
+
+
+def _of_model(model: nn.Module) -> dict[str, Tensor]:
+    tensors = [*model.named_parameters(), *persistent_buffers(model).items()]
+    return {f"{MODEL}{name}": tensor for name, tensor in tensors}
 
 
 def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -155,7 +163,8 @@ def check_alike(
 def _read(folder: Path, room: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
     reader = _Reader(folder)
     try:
-        dcp.load(room, storage_reader=reader, process_group=group, no_dist=group is None)
+        with as_one_process(group is None) as how:
+            dcp.load(room, storage_reader=reader, process_group=group, **how)
     except CheckpointException as error:
         raise RankFailed(failure_of(error)) from None
 

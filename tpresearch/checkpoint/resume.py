@@ -51,16 +51,20 @@ def find_checkpoint(path: Path, field: str = "checkpoint") -> Checkpoint:
     return _candidates(path, field)[0]
 
 
-def checkpoints_to_go_on_from(cfg: Config, run: Path) -> list[Checkpoint]:
+def checkpoints_to_go_on_from(cfg: Config, run: Path, restarted: bool = False) -> list[Checkpoint]:
     """What `resume` means for a run in this folder: the whole checkpoints to try, newest first; none for a new run.
+
+    Args:
+        restarted: whether these ranks are started again by torchrun, and go on from what they have saved themselves.
 
     Raises:
         ConfigError: where a checkpoint is asked for and there is none, where those that are there are all broken, or are
             of another experiment than this config.
     """
-    if cfg.resume == NEVER or (cfg.resume == AUTO and not _step_folders(run, "resume", AUTO)):
+    resume = AUTO if restarted else cfg.resume
+    if resume == NEVER or (resume == AUTO and not _step_folders(run, "resume", AUTO)):
         return []
-    found = _candidates(run if cfg.resume == AUTO else Path(cfg.resume), "resume", shown_as=cfg.resume)
+    found = _candidates(run if resume == AUTO else Path(resume), "resume", shown_as=resume)
     for checkpoint in found:
         check_experiment(checkpoint, cfg)
     return found
@@ -120,11 +124,9 @@ def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
         why = "its gradients since the first step are in no checkpoint"
         raise ConfigError("defects.keep_gradients", True, why, "resume=never", fix={"resume": NEVER})
     if (steps := total_steps(cfg)) < mark.steps:
-        key = "train.tokens" if cfg.train.steps is None else "train.steps"
-        why = f"this run is to end at step {mark.steps}, and its learning rate follows from that"
-        raise ConfigError(
-            key, cfg.train.tokens if cfg.train.steps is None else steps, why, f"{legal}; more", fix=fix
-        )
+        key, value = ("train.steps", steps) if cfg.train.steps else ("train.tokens", cfg.train.tokens)
+        why = f"this run is to end at step {mark.steps}, and its learning rates follow from that"
+        raise ConfigError(key, value, why, "as many steps or more, or a new run from these weights", fix=fix)
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:

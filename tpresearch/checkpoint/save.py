@@ -23,7 +23,7 @@ from tpresearch.checkpoint.disk import BrokenCheckpoint, Mark, WrittenFile, draf
 from tpresearch.checkpoint.faults import point
 from tpresearch.checkpoint.load import failure_of
 from tpresearch.checkpoint.state import Trained, state_of
-from tpresearch.checkpoint.together import RankFailed, together
+from tpresearch.checkpoint.together import RankFailed, as_one_process, together
 from tpresearch.config.schema import CheckpointConfig
 
 log = logging.getLogger(__name__)
@@ -132,14 +132,14 @@ class Saver:
 
         together(begin, self._group)
         where: dict[str, Any] = {"storage_writer": _Writer(draft), "process_group": self._group}
-        where["no_dist"] = self._group is None
-        if beside:
-            written = dcp.async_save(state, async_stager=self._stager_for(state), **where)
-            assert isinstance(written, Future)
-            self._in_flight, self.begun = InFlight(mark, began, written), self.begun + 1
-        else:
-            dcp.save(state, **where)
-            self._commit(mark, began)
+        with as_one_process(self._group is None) as how:
+            if beside:
+                written = dcp.async_save(state, async_stager=self._stager_for(state), **where, **how)
+                assert isinstance(written, Future)
+                self._in_flight, self.begun = InFlight(mark, began, written), self.begun + 1
+                return
+            dcp.save(state, **where, **how)
+        self._commit(mark, began)
 
     def _stager_for(self, state: dict[str, Tensor]) -> BlockingAsyncStager:
         """One for as long as the state has the same tensors; on CUDA it keeps its pinned memory."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -48,6 +50,15 @@ def together(work: Callable[[], Found], group: dist.ProcessGroup | None) -> list
         if problem is not None:
             raise RankFailed(problem if len(told) == 1 else f"rank {rank}: {problem}")
     return [found for found, _ in told]  # type: ignore[misc]
+
+
+@contextmanager
+def as_one_process(alone: bool) -> Iterator[dict[str, Any]]:
+    """What tells DCP to work without ranks, which it warns of at each call."""
+    with warnings.catch_warnings():
+        if alone:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield {"no_dist": alone}
 
 
 def line_of(error: BaseException) -> str:

@@ -16,8 +16,18 @@ EARLIER = ".earlier-"
 
 RECORD = ("config.yaml", "plan.txt", "metrics.jsonl", "summary.json", "ledger.json")
 """What a training writes; a second one would mix with it."""
-LEFT = (*RECORD, ".hydra", "train.log", "ranks", "wandb", "checkpoints")
-"""All that a run leaves in its folder. What else is there is the user's, and stays where it is."""
+LEFT = (
+    *RECORD,
+    "*.step-*",
+    "metrics.cut.jsonl",
+    "resumed.json",
+    ".hydra",
+    "train.log",
+    "ranks",
+    "wandb",
+    "checkpoints",
+)
+"""All that a run leaves in its folder, as patterns of names. What else is there is the user's, and stays where it is."""
 SIGNS = (".hydra", "metrics.jsonl", "summary.json")
 """A folder with none of these was never a run's."""
 
@@ -63,14 +73,10 @@ def make_room(folder: Path) -> None:
         return
     aside = _free(folder, EARLIER)
     aside.mkdir()
-    for name in LEFT:
-        if (folder / name).exists():
-            (folder / name).rename(aside / name)
+    for pattern in LEFT:
+        for path in folder.glob(pattern):
+            path.rename(aside / path.name)
     print(f"the record of an earlier run in {folder} is now in {aside}", file=sys.stderr)
-
-
-def has_checkpoint(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("step-*"))
 
 
 def _free(folder: Path, between: str) -> Path:

@@ -8,8 +8,8 @@ import os
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -26,9 +26,17 @@ from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import Config
 from tpresearch.config.world import World, slurm_tasks
 from tpresearch.launch import hydra_app
-from tpresearch.launch.command import WrongCommand, override, program_words, python_command, starter
+from tpresearch.launch.command import (
+    WrongCommand,
+    override,
+    override_key,
+    program_words,
+    python_command,
+    starter,
+)
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
+from tpresearch.launch.going_on import type_again, typed_then
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
 from tpresearch.launch.printing import print_without_fail
 from tpresearch.launch.refuse import refuse
@@ -51,10 +59,14 @@ class Run:
     """What was typed, without Hydra's own settings: `["parallel=tp", "train.steps=10"]`."""
     choices: dict[str, str]
     """The option chosen in each config group: `{"model": "llama2_tiny", "parallel": "tp", ...}`."""
+    restarted: bool = False
+    """Whether torchrun has started this job's ranks before; rank 0 knows."""
 
 
 def entrypoint(
-    config_name: str, judge: Callable[[Config, World], Judged]
+    config_name: str,
+    judge: Callable[[Config, World], Judged],
+    judge_folder: Callable[[Judged, Path, bool], object] | None = None,
 ) -> Callable[[Callable[[Judged, Run], None]], Program[Judged]]:
     """Make `main(judged, run)` a Hydra program, started by `python` or by torchrun.
 
@@ -65,8 +77,10 @@ def entrypoint(
         config_name: the file of conf/ to compose.
         judge: called once with the typed config, before a folder or a process group exists; raises ConfigError,
             and returns what main works with.
+        judge_folder: called with that, the run folder and whether torchrun has started this job before; raises
+            ConfigError while nothing in the folder is touched. Such a program can go on from an earlier run (`resume`).
     """
-    return lambda main: Program(main, config_name, judge)
+    return lambda main: Program(main, config_name, judge, judge_folder)
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class Program(Generic[Judged]):
     main: Callable[[Judged, Run], None]
     config_name: str
     judge: Callable[[Config, World], Judged]
+    judge_folder: Callable[[Judged, Path, bool], object] | None = None
 
     def __call__(self, composed: DictConfig | None = None) -> None:
         """The whole command; or, for a launcher that runs jobs in this process, one that Hydra has composed."""
@@ -103,6 +118,7 @@ def _start(program: Program[Judged], world: World) -> None:
     arguments = _arguments(world)
     register_schema()
     register_resolvers()
+    earlier = type_again(arguments) if program.judge_folder else None
     composition = Composition.of(arguments, config_dir, program.config_name)
     if hydra_app.only_shows(arguments):
         if world.rank == 0:
@@ -121,10 +137,28 @@ def _start(program: Program[Judged], world: World) -> None:
         cfg = typed_config(config)
     judged = program.judge(cfg, world)
     with ExitStack() as held:
-        with explaining(composition), read_write(config.hydra.run):
-            config.hydra.run.dir = str(held.enter_context(agreed(config, world)))
-        hydra_app.run(app, config, name, lambda: _call_main(program, judged, world))
+        with explaining(composition):
+            folder, restarted = held.enter_context(agreed(config, world))
+        with read_write(config.hydra.run):
+            config.hydra.run.dir = str(folder)
+        if program.judge_folder:
+            with _typing_again(earlier):
+                program.judge_folder(judged, folder, restarted)
+        hydra_app.run(app, config, name, lambda: _call_main(program, judged, world, restarted))
     return None
+
+
+@contextmanager
+def _typing_again(earlier: Path | None) -> Iterator[None]:
+    """A command to try that starts a new run in place of one that goes on has all that was typed for that one."""
+    try:
+        yield
+    except ConfigError as error:
+        if earlier and "init_from" in error.fix:
+            then = {override_key(word): word.partition("=")[2] for word in typed_then(earlier)}
+            now = {override_key(word) for word in sys.argv[1:]}
+            error.fix = {key: value for key, value in then.items() if key not in now} | error.fix
+        raise
 
 
 def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world: World) -> None:
@@ -179,7 +213,7 @@ def _srun_alone(tasks: int) -> WrongCommand:
     return WrongCommand("SLURM_STEP_NUM_TASKS", tasks, why, legal, " ".join(command))
 
 
-def _call_main(program: Program[Judged], judged: Judged, world: World) -> None:
+def _call_main(program: Program[Judged], judged: Judged, world: World, restarted: bool = False) -> None:
     """main, with what was judged and its run; a bug in it is in the logs, and in torchrun's report."""
     settings = HydraConfig.get()
     run = Run(
@@ -187,6 +221,7 @@ def _call_main(program: Program[Judged], judged: Judged, world: World) -> None:
         world=world,
         overrides=list(settings.overrides.task),
         choices={g: option for g, option in settings.runtime.choices.items() if not g.startswith("hydra/")},
+        restarted=restarted,
     )
     start_logging(run.folder, world)
     main = program.main

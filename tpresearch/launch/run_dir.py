@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from tpresearch.checkpoint.disk import step_folders
+from tpresearch.checkpoint.resume import NEVER
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
-from tpresearch.launch.claim import check_ours, has_checkpoint, locked, make_room
+from tpresearch.launch.claim import check_ours, locked, make_room
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -42,11 +44,13 @@ def dated_folder(name: str) -> str:
 
 
 @contextmanager
-def agreed(composed: DictConfig, world: World) -> Iterator[Path]:
+def agreed(composed: DictConfig, world: World) -> Iterator[tuple[Path, bool]]:
     """Make the folder that `hydra.run.dir` names, the same one on all ranks, restarts included; hold it meanwhile.
 
     The default folder is new. One that is given is gone on with where it has a checkpoint and the config does not
     say otherwise; an earlier record without one is set aside, so that no two runs are in one record.
+
+    Returns: the folder, and on rank 0 whether this job had it before torchrun started its ranks again.
 
     Raises:
         ConfigError: when the folder cannot be written, another run has it, or the ranks have no way to agree.
@@ -55,11 +59,11 @@ def agreed(composed: DictConfig, world: World) -> Iterator[Path]:
         yield _agreed(composed, world, held)
 
 
-def _agreed(composed: DictConfig, world: World, held: ExitStack) -> Path:
+def _agreed(composed: DictConfig, world: World, held: ExitStack) -> tuple[Path, bool]:
     given = _is_given(composed.hydra.run)
     wanted = Path(composed.hydra.run.dir)
     name = str(composed.get("name") or "run")
-    auto = composed.get("resume", "auto") == "auto"
+    goes_on = composed.get("resume") != NEVER
 
     def claim(started: Path | None) -> Path:
         """The folder of this job; `started` is the one that it had before torchrun started it again."""
@@ -67,18 +71,19 @@ def _agreed(composed: DictConfig, world: World, held: ExitStack) -> Path:
         check_ours(folder)
         with _writing("hydra.run.dir", folder, name):
             held.enter_context(locked(folder, PATIENCE.seconds if started else 0))
-            if not started and not (auto and has_checkpoint(folder)):
+            if not started and not (goes_on and step_folders(folder)):
                 make_room(folder)
         return folder
 
     if (store := _agent_store()) is not None:
         key = f"tpresearch/{os.environ['TORCHELASTIC_RUN_ID']}/run_dir"
+        started = Path(store.get(key).decode()) if world.rank == 0 and store.check([key]) else None
         if world.rank == 0:
-            store.set(key, str(claim(Path(store.get(key).decode()) if store.check([key]) else None)))
-        return Path(store.get(key).decode())
+            store.set(key, str(claim(started)))
+        return Path(store.get(key).decode()), started is not None
     if world.size > 1 and not given:
         wanted, given = _of_slurm_job(name), True
-    return claim(None) if world.rank == 0 else _made("hydra.run.dir", wanted, given, name)
+    return (claim(None) if world.rank == 0 else _made("hydra.run.dir", wanted, given, name)), False
 
 
 @contextmanager

@@ -111,8 +111,12 @@ class Tracker:
 
     def go_on_from(self, step: int) -> None:
         """Before the first row: the run goes on after this step, whatever rows of later ones it had logged."""
-        self._start_step = step
+        self._start_step = self._last_step = step
         self._metrics.cut_after(step)
+        if self._wandb:
+            self._wandb.catch_up(record.read_metrics(self._run_dir))
+        if step == 0:
+            return
         resumption = {"step": step, "world_size": self._facts.world_size, "mesh": self._facts.mesh}
         record.note_resumption(self._run_dir, resumption)
 

@@ -41,8 +41,8 @@ SETTINGS: dict[str, Any] = {
 class WandbRun:
     """An open run of the real client. Made by `start`; closed by `finish`."""
 
-    def __init__(self, run: wandb.Run) -> None:
-        self._run = run
+    def __init__(self, run: wandb.Run, sent: SentRows) -> None:
+        self._run, self._sent = run, sent
         self._trouble: str | None = None
         self.id: str = run.id
         self.url: str | None = run.url
@@ -104,21 +104,36 @@ class WandbRun:
         Path(about["dir"]).mkdir(parents=True, exist_ok=True)  # the client takes a temporary one otherwise
         if not kept_id.exists():
             kept_id.write_text(f"{uuid4().hex[:8]}\n")
-        run = wandb.init(mode=mode, id=kept_id.read_text().strip(), resume="allow", **about)
+        known_as = kept_id.read_text().strip()
+        run = wandb.init(mode=mode, id=known_as, resume="allow", **about)
         kept_id.write_text(f"{run.id}\n")  # under `wandb agent` the sweep has chosen another
+        sent = SentRows(kept_id.with_name("sent"), None if run.id == known_as else 0)
+        if mode == "online" and not any(kept_id.parent.glob("offline-run-*")):
+            sent.keep(run.starting_step)  # what the server has; rows may have been lost with a killed client
         # Rows are never given W&B's own step: it drops those below a resumed one without a word.
         run.define_metric("*", step_metric=X_AXIS)
-        opened = cls(run)
+        opened = cls(run, sent)
         if opened.url:
             log.info("W&B: %s", opened.url)
         return opened
 
     def log(self, row: Row) -> None:
-        """Hand over one row; None where a metric is undefined, as in metrics.jsonl."""
+        """Hand over one row, unless the run has had it; None where a metric is undefined, as in metrics.jsonl.
+
+        A run that goes on from a checkpoint computes rows again that were logged before it died. They are the same, and
+        W&B would show them twice.
+        """
+        if not self._sent.is_new(row):
+            return
         try:
             self._run.log(dict(row))
         except Exception as error:
             self._note(error)
+
+    def catch_up(self, rows: Sequence[Row]) -> None:
+        """Hand over what of these rows has not arrived before."""
+        for row in rows:
+            self.log(row)
 
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
         """Set the summary's figures and close the run, in at most `finish_timeout` seconds."""
@@ -144,6 +159,39 @@ class WandbRun:
         if self._trouble is None:
             self._trouble = _line(error)
             log.warning("W&B: %s; metrics.jsonl has every row all the same", self._trouble)
+
+
+class SentRows:
+    """The steps of the rows that W&B was handed, in a file that outlives the process: each row is to arrive once.
+
+    A step is written before its row is handed over. Where the server can be asked how many rows it has, those that got
+    lost on the way are handed over again.
+
+    Args:
+        kept: how many of the steps in the file count; None for all.
+    """
+
+    def __init__(self, path: Path, kept: int | None = None) -> None:
+        self._path = path
+        lines = path.read_text().split() if path.exists() else []
+        self._steps = [int(line) for line in lines]
+        if kept is not None:
+            self.keep(kept)
+
+    def keep(self, count: int) -> None:
+        """Forget what was handed over after the first `count` rows."""
+        self._steps = self._steps[:count]
+        self._path.write_text("".join(f"{step}\n" for step in self._steps))
+
+    def is_new(self, row: Row) -> bool:
+        """Whether this row is of a later step than all before it; if so, it counts as handed over from now on."""
+        step = int(row["train/step"] or 0)
+        if self._steps and step <= self._steps[-1]:
+            return False
+        self._steps.append(step)
+        with self._path.open("a") as file:
+            file.write(f"{step}\n")
+        return True
 
 
 def set_up() -> wandb.Settings:

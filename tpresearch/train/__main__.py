@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tpresearch.launch import Run, entrypoint
-from tpresearch.train.preflight import Preflight, preflight
+from tpresearch.train.preflight import Preflight, judge_folder, preflight
 
 
-@entrypoint("train", judge=preflight)
+@entrypoint("train", judge=preflight, judge_folder=judge_folder)
 def main(judged: Preflight, run: Run) -> None:
     from tpresearch.train.main import train  # late: a refused config should not wait for all of torch
 

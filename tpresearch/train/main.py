@@ -60,7 +60,7 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
     with StopFlag() as flag:
         corpus = prepare(job.cfg.data, job.cfg.tokenizer, run.world.rank == 0, flag.check)
         check_rows(corpus, job)
-        found = checkpoints_to_go_on_from(job.cfg, run.folder)
+        found = checkpoints_to_go_on_from(job.cfg, run.folder, run.restarted)
         check_goes_on(found, corpus)
         check_disk(job, run, len(found))
         log.info("data: %s, %s", job.cfg.data.source, corpus)
@@ -99,8 +99,8 @@ def train_on(
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", loop.state.model)
         if loop.state.step:
             say_where_it_goes_on(found, loop.state.step, job)
-            if tracker:
-                tracker.go_on_from(loop.state.step)
+        if tracker:
+            tracker.go_on_from(loop.state.step)
         for row in loop.rows():
             if tracker:
                 tracker.log(row)

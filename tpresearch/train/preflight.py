@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpresearch.checkpoint.resume import checkpoints_to_go_on_from, find_checkpoint
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
@@ -89,6 +91,27 @@ def check_first_weights(cfg: Config, model: nn.Module, starts_ranks: bool) -> No
 
     if is_hugging_face(cfg.init_from):
         check_weights(cfg.init_from, cfg.model, model, download=starts_ranks)
+        return
+    from tpresearch.checkpoint.disk import BrokenCheckpoint
+    from tpresearch.checkpoint.load import check_first_weights_of
+
+    try:
+        check_first_weights_of(find_checkpoint(Path(cfg.init_from), "init_from"), model)
+    except BrokenCheckpoint as error:
+        legal = "a run or checkpoint of this model, or a Hugging Face folder"
+        raise ConfigError(
+            "init_from", cfg.init_from, f"its weights are not this model's: {error}", legal
+        ) from None
+
+
+def judge_folder(job: Preflight, folder: Path, restarted: bool) -> None:
+    """Refuse a run folder with checkpoints that this config cannot go on from, before anything in it is touched.
+
+    Raises:
+        ConfigError: see `checkpoints_to_go_on_from`.
+    """
+    if job.device is not None:
+        checkpoints_to_go_on_from(job.cfg, folder, restarted)
 
 
 def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
