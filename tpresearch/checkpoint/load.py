@@ -57,6 +57,7 @@ def load(checkpoint: Checkpoint, into: Trained, group: dist.ProcessGroup | None)
 
     together(prepare, group)
     _read(checkpoint.folder, room, group)
+    into.weights_set()
     into.step = checkpoint.step
     point("loaded")
 

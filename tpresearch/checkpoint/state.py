@@ -25,22 +25,24 @@ class Trained(Protocol):
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
+    def trained(self) -> dict[str, nn.Parameter]: ...
     def weights(self) -> dict[str, Tensor]: ...
+    def weights_set(self) -> None: ...
 
 
 def state_of(trained: Trained) -> dict[str, Tensor]:
     """The tensors themselves, not copies. What the optimizer has not made yet, as of an unused weight, is absent."""
     return weights_of(trained) | {
         f"{OPTIMIZER}{name}.{key}": value
-        for name, weight in trained.weights().items()
-        for key, value in trained.optimizer.state.get(weight, {}).items()
+        for name, parameter in trained.trained().items()
+        for key, value in trained.optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
 def weights_of(trained: Trained) -> dict[str, Tensor]:
     """The part of the state that is the model's."""
-    return {f"{MODEL}{name}": weight.detach() for name, weight in trained.weights().items()} | {
+    return {f"{MODEL}{name}": weight for name, weight in trained.weights().items()} | {
         f"{MODEL}{name}": buffer for name, buffer in persistent_buffers(trained.model).items()
     }
 
@@ -60,19 +62,19 @@ def room_for(trained: Trained, saved: Mapping[str, TensorStorageMetadata]) -> di
         KeyError: for the state of a parameter that is not there.
     """
     trained.optimizer.state.clear()
-    weights = trained.weights()
+    parameters = trained.trained()
     on_device = trained.optimizer.defaults.get("fused") or trained.optimizer.defaults.get("capturable")
     room = weights_of(trained)
     for full in saved:
         if not full.startswith(OPTIMIZER):
             continue
         name, _, key = full.removeprefix(OPTIMIZER).rpartition(".")
-        weight = weights[name]
-        if saved[full].size == weight.shape and key != "step":
-            made = torch.zeros_like(weight.detach(), dtype=saved[full].properties.dtype)
+        parameter = parameters[name]
+        if saved[full].size == parameter.shape and key != "step":
+            made = torch.zeros_like(parameter.detach(), dtype=saved[full].properties.dtype)
         else:
-            device = weight.device if on_device else "cpu"
+            device = parameter.device if on_device else "cpu"
             made = torch.zeros(saved[full].size, dtype=saved[full].properties.dtype, device=device)
-        trained.optimizer.state[weight][key] = made
+        trained.optimizer.state[parameter][key] = made
         room[full] = made
     return room
