@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.reading import GREATEST, check_sane, check_value
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,20 @@ class Within:
 
     def __str__(self) -> str:
         low = f"{'a number above' if self.open_below else ''} {self.least:g}".strip()
-        if self.most == math.inf:
+        if self.most in (GREATEST, math.inf):
             return low if self.open_below else f"{low} or more"
         return f"a number {'above' if self.open_below else 'from'} {self.least:g} to {'below ' * self.open_above}{self.most:g}"
 
 
-def AtLeast(least: int) -> Within:
-    return Within(least)
+def AtLeast(least: int, most: int = GREATEST) -> Within:
+    return Within(least, most)
+
+
+@dataclass(frozen=True)
+class Is:
+    """The type of a field that is `Any` to OmegaConf, which takes no union of lists."""
+
+    hint: Any
 
 
 POSITIVE = Within(0, open_below=True)
@@ -47,23 +55,31 @@ SHARE = Within(0, 1)
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
-    """Refuse a number that is not finite, or outside of what its field declares.
+    """Refuse a value that is not what its field declares, and what nothing could work with.
 
     Raises:
         ConfigError: for the first, in the order of the schema.
     """
+    declared = _declared(config.__class__)
     for field in dataclasses.fields(config):
-        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        value, key, declares = getattr(config, field.name), f"{prefix}{field.name}", declared[field.name]
         if dataclasses.is_dataclass(value):
             check_bounds(value, f"{key}.")
             continue
         for number in _numbers(value):
-            bound = _bounds_of(config.__class__).get(field.name)
-            if not math.isfinite(number):
-                raise ConfigError(key, value, "not a finite number", str(bound or "a finite number"))
-            if bound and number not in bound:
-                why = "too small" if number < bound.least else "out of bounds"
-                raise ConfigError(key, value, why, str(bound))
+            _check_number(key, value, number, next((d for d in declares if isinstance(d, Within)), None))
+        for declaration in declares:
+            if isinstance(declaration, Is):
+                check_value(key, value, declaration.hint)
+        check_sane(key, value)
+
+
+def _check_number(key: str, value: Any, number: float, bound: Within | None) -> None:
+    if not math.isfinite(number):
+        raise ConfigError(key, value, "not a finite number", str(bound or "a finite number"))
+    if bound and number not in bound:
+        above = f"above {GREATEST:g}" if number > bound.most >= GREATEST else "out of bounds"
+        raise ConfigError(key, value, "too small" if number < bound.least else above, str(bound))
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -73,11 +89,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 @cache
-def _bounds_of(schema: type) -> dict[str, Within]:
+def _declared(schema: type) -> dict[str, tuple[Any, ...]]:
+    """What is written beside each field of a schema."""
     hints = typing.get_type_hints(schema, include_extras=True)
-    return {
-        name: found
-        for name, hint in hints.items()
-        for found in getattr(hint, "__metadata__", ())
-        if isinstance(found, Within)
-    }
+    return {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}

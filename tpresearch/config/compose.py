@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.launchers import SlurmConfig, TorchrunConfig
 from tpresearch.config.model import ModelConfig, Rule
+from tpresearch.config.reading import check_sane, check_value
 from tpresearch.config.schema import ComposedConfig, Config
 
 MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
@@ -39,18 +40,28 @@ def typed(composed: DictConfig) -> Config:
 
 
 def model_config(raw: dict[str, Any]) -> ModelConfig:
-    """A model's YAML: `name`, `_target_`, `blocks` and `plans` are ours, every other key is the class's."""
+    """A model's YAML: `name`, `_target_`, `blocks` and `plans` are ours, every other key is the class's.
+
+    Raises:
+        ConfigError: for a key of ours that has not its shape, and for values that nothing could work with.
+    """
     for key in ("name", "_target_"):
         if not isinstance(raw.get(key), str):
             raise ConfigError(
                 f"model.{key}", raw.get(key), "a model needs it", "a string, in its conf/model file"
             )
-    plans = {
-        plan: {name: _rule(f"model.plans.{plan}.{name}", rule) for name, rule in rules.items()}
-        for plan, rules in (raw.get("plans") or {}).items()
-    }
+    check_sane("model", {key: value for key, value in raw.items() if key != "plans"})
+    blocks, raw_plans = raw.get("blocks") or [], raw.get("plans") or {}
+    check_value("model.blocks", blocks, list[str])
+    check_value("model.plans", raw_plans, dict[str, Any])
+    plans = {}
+    for plan, rules in raw_plans.items():
+        where = f"model.plans.{plan}"
+        if not isinstance(rules, dict):
+            raise ConfigError(where, rules, "not a sharding plan", "a dict of named rules")
+        plans[plan] = {str(name): _rule(f"{where}.{name}", rule) for name, rule in rules.items()}
     args = {key: value for key, value in raw.items() if key not in MODEL_KEYS}
-    return ModelConfig(raw["name"], raw["_target_"], args, list(raw.get("blocks") or []), plans)
+    return ModelConfig(raw["name"], raw["_target_"], args, blocks, plans)
 
 
 def _rule(where: str, raw: Any) -> Rule:
@@ -66,8 +77,13 @@ def _rule(where: str, raw: Any) -> Rule:
             f"{where}.{wrong}",
             rest[wrong],
             "no such key in a rule",
-            f"one of {', '.join(nearest(wrong, RULE_KEYS))}",
+            f"one of {', '.join(nearest(str(wrong), RULE_KEYS))}",
         )
+    hints = get_type_hints(Rule)
+    for key, value in ours.items():
+        check_value(f"{where}.{key}", value, hints[key])
+    check_value(f"{where}._target_", raw.get("_target_"), hints["target"])
+    check_sane(where, rest)
     return Rule(**ours, target=raw.get("_target_"), args=rest)
 
 

@@ -19,9 +19,9 @@ class Rule:
     """Wildcards over module names, matched part by part between the dots; `.` is the model itself."""
     style: str | None = None
     """colwise, rowwise, sequence, input or output."""
-    src: Any = None
+    src: str | list[str | None] | None = None
     """Layout in which the input arrives (for `output`: in which the output leaves the module)."""
-    dst: Any = None
+    dst: str | list[str | None] | None = None
     """Layout that is wanted: of the output (colwise, rowwise, output), or of the input (input)."""
     axis: str = "tp"
     """The mesh axis that it acts on."""

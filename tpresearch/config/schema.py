@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from tpresearch.config.bounds import POSITIVE, SHARE, AtLeast, Within
+from tpresearch.config.bounds import POSITIVE, SHARE, AtLeast, Is, Within
 from tpresearch.config.choices import (
     Checkpointing,
     DataPlan,
@@ -26,6 +26,12 @@ from tpresearch.config.choices import (
     WeightDtype,
 )
 from tpresearch.config.model import ModelConfig
+
+ROWS = AtLeast(1, 10**7)
+"""Rows of a batch."""
+LENGTH = AtLeast(1, 10**8)
+"""Tokens or numbers in a row."""
+MOST_RANKS = 10**6
 
 
 @dataclass
@@ -60,15 +66,15 @@ class ParallelConfig:
 class MeshConfig:
     """Ranks along each axis; null lets the parallel plan choose, -1 takes what is left of the world."""
 
-    dp_replicate: int | None = None
-    dp_shard: int | None = None
-    tp: int | None = None
+    dp_replicate: Annotated[int | None, Within(-1, MOST_RANKS)] = None
+    dp_shard: Annotated[int | None, Within(-1, MOST_RANKS)] = None
+    tp: Annotated[int | None, Within(-1, MOST_RANKS)] = None
 
 
 @dataclass
 class DataConfig:
     source: DataSource = DataSource.pystdlib
-    path: Any = None
+    path: Annotated[Any, Is(str | list[str] | None)] = None
     """Local path, glob or a list of them (text, jsonl, parquet); hub id or local folder (hf)."""
     name: str | None = None
     """The data set's configuration name (hf)."""
@@ -80,9 +86,9 @@ class DataConfig:
     """Read over the network as far as max_tokens asks, instead of downloading all of it (hf)."""
     max_tokens: Annotated[int | None, AtLeast(1)] = None
     """Stop reading after about this many tokens; required when streaming."""
-    seq_len: Annotated[int, AtLeast(1)] = 128
+    seq_len: Annotated[int, LENGTH] = 128
     """Tokens per row that the model sees; rows are stored with one more, for the last target. 1 for rows of numbers."""
-    width: Annotated[int | None, AtLeast(1)] = None
+    width: Annotated[int | None, LENGTH] = None
     """Numbers per row (uniform); tokens are drawn below tokenizer.vocab_size (random_tokens)."""
     held_out_every: Annotated[int, AtLeast(2)] = 20
     """One document in this many, chosen by a hash of its name, is kept for evaluation."""
@@ -93,7 +99,7 @@ class DataConfig:
 @dataclass
 class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.bpe
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, AtLeast(1, 10**7)] = 4096
     """Entries of the byte-level BPE that is trained on the train split (bpe)."""
     path: str | None = None
     """A tokenizer.json, a folder that holds one, or a name on the hub (hf)."""
@@ -128,9 +134,9 @@ class TrainConfig:
     """Optimizer steps; null where train.tokens is the budget."""
     tokens: Annotated[int | None, AtLeast(1)] = None
     """Tokens to train on, rounded up to whole steps; null where train.steps is the budget."""
-    global_batch_size: Annotated[int, AtLeast(1)] = 24
+    global_batch_size: Annotated[int, ROWS] = 24
     """Rows per optimizer step, over all ranks and accumulation: part of the science, not of the plan."""
-    micro_batch_size: Annotated[int | None, AtLeast(1)] = None
+    micro_batch_size: Annotated[int | None, ROWS] = None
     """Rows a data-parallel rank takes through the model at once; null for all of its share."""
     loss: Loss = Loss.next_token
     """next_token: mean cross-entropy of each token after those before it. sum: the plain sum of all outputs, which has
@@ -211,9 +217,9 @@ class LoggerConfig:
 class VerifyConfig:
     plans: list[str] = field(default_factory=list)
     """Options of the parallel group, each held to one process."""
-    world_size: Annotated[int, AtLeast(1)] = 4
+    world_size: Annotated[int, AtLeast(1, 1024)] = 4
     """Ranks to start for each plan but none."""
-    steps: Annotated[int, AtLeast(1)] = 3
+    steps: Annotated[int, AtLeast(1, 10_000)] = 3
     optimizers: list[OptimizerName] = field(default_factory=list)
     """Options of the optimizer group; AdamW alone hides a gradient scaled by a constant."""
     integers: bool = False
@@ -252,7 +258,7 @@ class ComposedConfig:
     """auto: CUDA when every local rank can have a device of its own, else the CPU."""
     plan_only: bool = False
     """Compile the plan on a meta model, print it, and stop."""
-    world_size: Annotated[int | None, AtLeast(1)] = None
+    world_size: Annotated[int | None, AtLeast(1, MOST_RANKS)] = None
     """For how many ranks plan_only compiles, and how many a job of a sweep has where its mesh leaves that open."""
 
 

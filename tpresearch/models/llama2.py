@@ -147,6 +147,11 @@ class Llama2(nn.Module):
         tied: bool = False,
     ) -> None:
         super().__init__()
+        sizes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "dim": dim, "n_layers": n_layers}
+        sizes |= {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "ffn_dim": ffn_dim}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} is not above 0")
         if dim % n_heads or dim // n_heads % 2:
             raise ValueError(f"dim={dim} does not split into n_heads={n_heads} heads of an even width")
         if n_heads % n_kv_heads:

@@ -15,6 +15,8 @@ class ToyMLP(nn.Module):
 
     def __init__(self, dim: int = 10, hidden_dim: int = 32, out_dim: int = 5) -> None:
         super().__init__()
+        if min(dim, hidden_dim, out_dim) < 1:
+            raise ValueError(f"dim={dim}, hidden_dim={hidden_dim} and out_dim={out_dim} are not all above 0")
         self.in_proj = nn.Linear(dim, hidden_dim)
         self.relu = nn.ReLU()
         self.out_proj = nn.Linear(hidden_dim, out_dim)

@@ -17,6 +17,7 @@ from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.model import ModelConfig
 from tpresearch.config.schema import DataPlan, ParallelConfig
 from tpresearch.plan.initializers import Initializer, read_initializers
+from tpresearch.plan.layouts import check_layouts
 from tpresearch.plan.probe import Probe
 from tpresearch.plan.rules import ResolvedRule, resolve_rule
 
@@ -104,6 +105,7 @@ def compile_plan(
         ]
         rules = _expand(compiled, names)
         _check_kinds(model, rules)
+        check_layouts(rules, seen)
         _check_divisible(config, parallel, sizes, _cuts(model, config, rules, seq_len, rows))
         _check_sequence(model, parallel.tensor, rules)
     replicated = [

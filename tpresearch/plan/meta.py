@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.imports import imported_class
 from tpresearch.config.model import ModelConfig
+from tpresearch.config.reading import check_value
 from tpresearch.config.schema import TrainConfig
+
+MOST_MODULES = 5_000
+"""A Llama2 of 380 layers, three times the deepest there is; a mistyped depth would keep Python busy for hours."""
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -27,8 +36,38 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
         ConfigError: for a class that cannot be imported or does not take these settings.
     """
     build = imported_class("model._target_", config.target, nn.Module)
+    _check_settings(config, build)
+    try:
+        with torch.device(device), _counted():
+            model = build(**config.args)
+    except Exception as error:  # it is the user's own code, which may raise anything
+        why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            "model",
+            config.name,
+            f"{build.__name__} refuses it: {why}",
+            "settings that it accepts",
+            fix={f"model.{key}": None for key in config.args},
+        ) from error
+    if dtype is torch.bfloat16:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model
+    return model.to(dtype)
+
+
+def _check_settings(config: ModelConfig, build: type[nn.Module]) -> None:
+    """Refuse settings that the class does not have, or of another type than it says.
+
+    Raises:
+        ConfigError: naming the first.
+    """
     accepted = inspect.signature(build).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    try:
+        hints = typing.get_type_hints(build.__init__)
+    except Exception:  # a name that only a type checker imports
+        hints = {}
     for key, value in config.args.items():
         if key not in accepted and not takes_any:
             raise ConfigError(
@@ -37,18 +76,23 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
                 f"{build.__name__} has no such setting",
                 "one of " + ", ".join(nearest(key, accepted)),
             )
+        check_value(f"model.{key}", value, hints.get(key, Any))
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """Stop the making of a model that has more modules than could ever be planned."""
+    made = itertools.count(1)
+
+    def count(*_: object) -> None:
+        if next(made) > MOST_MODULES:
+            raise ValueError(f"it has more than {MOST_MODULES:,} modules")
+
+    hook = register_module_module_registration_hook(count)
     try:
-        with torch.device(device):
-            model = build(**config.args)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            "model", config.name, f"{build.__name__} refuses it: {error}", "settings that it accepts"
-        ) from error
-    if dtype is torch.bfloat16:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return model
-    return model.to(dtype)
+        yield
+    finally:
+        hook.remove()
 
 
 def all_settings(config: ModelConfig) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config, Loss
+
+Ndims = tuple[int | None, ...]
+
+
+class Dims(NamedTuple):
+    """How many dims each tensor has that went into a module, by position, and came out of it; None for no tensor."""
+
+    inputs: Ndims
+    outputs: Ndims
+    is_last: bool
+    """No layer with parameters was called after it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,8 @@ class Probe:
     """Modules whose input depends on no parameter, so that it needs no gradient."""
     random: dict[str, torch.Size] = field(default_factory=dict)
     """Modules that draw random numbers, as dropout does, and the shape of the input that each has in a micro-batch."""
+    dims: dict[str, Dims] = field(default_factory=dict)
+    """By module name, of those that were called."""
 
 
 class _Watch(TorchDispatchMode):
@@ -36,13 +50,15 @@ class _Watch(TorchDispatchMode):
         self._running: list[tuple[str, torch.Size]] = []
         self.no_input_grad: set[str] = set()
         self.random: dict[str, torch.Size] = {}
+        self._layers_called = 0
+        self._came: dict[str, tuple[Ndims, Ndims, int]] = {}
 
     @contextmanager
     def over(self, model: nn.Module) -> Iterator[None]:
         hooks = []
         for name, module in model.named_modules():
-            hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: self._enter(name, args)))
-            hooks.append(module.register_forward_hook(lambda *_: self._leave()))
+            hooks.append(module.register_forward_pre_hook(partial(self._enter, name)))
+            hooks.append(module.register_forward_hook(partial(self._leave, name)))
         try:
             with self:
                 yield
@@ -50,14 +66,24 @@ class _Watch(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
-    def _enter(self, name: str, args: tuple[object, ...]) -> None:
+    def _enter(self, name: str, module: nn.Module, args: tuple[object, ...]) -> None:
+        self._layers_called += any(True for _ in module.parameters(recurse=False))
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         self._running.append((name, tensors[0].shape if tensors else torch.Size()))
         if not any(tensor.requires_grad for tensor in tensors):
             self.no_input_grad.add(name)
 
-    def _leave(self) -> None:
+    def _leave(self, name: str, _: nn.Module, args: tuple[object, ...], output: object) -> None:
         self._running.pop()
+        outputs = output if isinstance(output, tuple) else (output,)
+        self._came[name] = _dims(args), _dims(outputs), self._layers_called
+
+    def dims(self) -> dict[str, Dims]:
+        """Of each module's tensors, once the model has returned."""
+        return {
+            name: Dims(inputs, outputs, called == self._layers_called)
+            for name, (inputs, outputs, called) in self._came.items()
+        }
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,7 +117,7 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
             f"its output is a {type(output).__name__}",
             "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum",
         )
-    return Probe(output.shape, frozenset(watch.no_input_grad), watch.random)
+    return Probe(output.shape, frozenset(watch.no_input_grad), watch.random, watch.dims())
 
 
 def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
@@ -117,6 +143,10 @@ def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
             f"its output has shape {_shape(output)} for targets {_shape(targets.shape)}",
             f"logits [b, s, V] with V at least tokenizer.vocab_size={cfg.tokenizer.vocab_size}",
         )
+
+
+def _dims(values: tuple[object, ...]) -> Ndims:
+    return tuple(value.dim() if isinstance(value, Tensor) else None for value in values)
 
 
 def _incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:

@@ -169,6 +169,7 @@ def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Resol
             "no such style",
             "one of " + ", ".join(nearest(str(rule.style), STYLES)),
         )
+    assert rule.style
     style = STYLES[rule.style]
     src = _layouts(f"{where}.src", rule.src, style.default_src, loss_parallel)
     dst = _layouts(f"{where}.dst", rule.dst, style.default_dst, loss_parallel)
@@ -180,10 +181,30 @@ def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Resol
             "src and dst lists of one length, null for a tensor left alone",
             fix={f"{where}.src": None, f"{where}.dst": None},
         )
+    if rule.style in ("colwise", "rowwise", "sequence"):
+        _check_single(where, rule, src, dst)
     return ResolvedRule(name, where, rule, src, dst, str(rule.dst) in OUTPUTS and loss_parallel)
 
 
-def _layouts(where: str, given: Any, default: Placement | None, loss_parallel: bool) -> Layouts:
+def _check_single(where: str, rule: Rule, src: Layouts, dst: Layouts) -> None:
+    """A layer has one input and one output; on its part of a sequence it leaves them as they are."""
+    for key, layouts, given in (("src", src, rule.src), ("dst", dst, rule.dst)):
+        if len(layouts) != 1 or layouts[0] is None:
+            legal = "one layout, such as replicate"
+            raise ConfigError(f"{where}.{key}", given, f"style {rule.style} has one tensor there", legal)
+    if rule.style == "sequence" and (not isinstance(src[0], Shard) or src != dst):
+        raise ConfigError(
+            where,
+            f"{rule.src} -> {rule.dst}",
+            "style sequence runs a layer on a part of its input, and leaves the output so",
+            "src and dst the same, such as shard:1",
+            fix={f"{where}.src": None, f"{where}.dst": None},
+        )
+
+
+def _layouts(
+    where: str, given: str | list[str | None] | None, default: Placement | None, loss_parallel: bool
+) -> Layouts:
     if given is None:
         return (default,)
     return tuple(
@@ -191,13 +212,13 @@ def _layouts(where: str, given: Any, default: Placement | None, loss_parallel: b
     )
 
 
-def _layout(where: str, text: Any, loss_parallel: bool) -> Placement | None:
+def _layout(where: str, text: str | None, loss_parallel: bool) -> Placement | None:
     if text is None:
         return None
     if text in OUTPUTS:
         return OUTPUTS[text] if loss_parallel else Replicate()
     if text == "replicate":
         return Replicate()
-    if match := re.fullmatch(r"shard:(-?\d+)", str(text)):
+    if match := re.fullmatch(r"shard:(-?\d{1,2})", text, re.ASCII):
         return Shard(int(match[1]))
     raise ConfigError(where, text, "no such layout", "replicate, shard:N, logits, batch or null")
