@@ -100,6 +100,16 @@ def test_the_table_says_what_each_module_sends(train_py, small: list[str]) -> No
     assert "loss: on vocabulary shards" in done.out
 
 
+def test_a_plan_for_many_ranks_needs_no_batch_that_fits(train_py) -> None:
+    done = train_py("plan_only=true", "model=llama2_debug", "world_size=512", "mesh.tp=4", "data.seq_len=16")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[:3] == [
+        "model=llama2_debug parallel=fsdp_tp world_size=512: {'dp_shard': 128, 'tp': 4}",
+        "train.global_batch_size=24 does not fit this mesh: shown for 128",
+        "",
+    ]
+
+
 def test_it_starts_no_ranks_and_needs_no_data_of_its_own(train, tmp_path) -> None:
     """The real command, cold, with 64 ranks to plan for and none to run on."""
     words = "plan_only=true", "mesh.tp=8", "world_size=64", "tokenizer=bpe_32k"

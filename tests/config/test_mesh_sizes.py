@@ -6,7 +6,8 @@ import pytest
 from support.composed import config
 
 from tpresearch.config import ConfigError
-from tpresearch.config.validate import planned_world, total_steps, validate
+from tpresearch.config.mesh import of_one_rank
+from tpresearch.config.validate import planned_world, total_steps, validate, with_batch_that_fits
 
 
 def sizes(*overrides: str, world: int, hosts: int = 1) -> dict[str, int]:
@@ -96,6 +97,51 @@ def test_plan_only_takes_its_world_from_what_is_given() -> None:
     assert planned_world(config("plan_only=true", "mesh.tp=8")) == 8
     assert planned_world(config("plan_only=true")) == 4
     assert planned_world(config("plan_only=true", "parallel=none")) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "batch"),
+    [
+        (["mesh.tp=8", "world_size=512"], 64),
+        (["parallel=fsdp", "world_size=7"], 14),
+        (["parallel=fsdp", "world_size=4", "train.micro_batch_size=3"], 12),
+        (["parallel=fsdp", "world_size=4", "train.micro_batch_size=1"], 8),
+    ],
+)
+def test_a_plan_that_is_looked_at_takes_a_batch_that_fits(overrides: list[str], batch: int) -> None:
+    cfg = config("plan_only=true", *overrides)
+    assert with_batch_that_fits(cfg, validate(cfg, 1)).train.global_batch_size == batch
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "says"),
+    [
+        (["parallel=none"], 1, None),
+        (["parallel=fsdp_tp"], 4, None),
+        (
+            ["parallel=fsdp_tp"],
+            2,
+            "parallel=fsdp_tp on 2 ranks runs without dp_shard (size 1); with 4 ranks ",
+        ),
+        (
+            ["parallel=fsdp_tp"],
+            1,
+            "parallel=fsdp_tp on 1 rank runs without dp_shard and tp (size 1); with 4 ",
+        ),
+        (["parallel=fsdp_tp", "mesh.tp=8"], 8, "runs without dp_shard (size 1); with 16 ranks "),
+        (
+            ["parallel=hsdp_tp"],
+            4,
+            "parallel=hsdp_tp on 4 ranks runs without dp_shard (size 1); with 8 ranks ",
+        ),
+    ],
+)
+def test_an_axis_of_one_rank_that_the_plan_is_named_for_is_said(
+    overrides: list[str], world: int, says: str | None
+) -> None:
+    cfg = config(*overrides)
+    said = of_one_rank(validate(cfg, world), cfg.parallel)
+    assert said is None if says is None else said is not None and says in said
 
 
 def test_a_budget_in_tokens_is_rounded_up_to_steps() -> None:

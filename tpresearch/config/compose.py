@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from tpresearch.config.bounds import check_bounds
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.launchers import SlurmConfig, TorchrunConfig
 from tpresearch.config.model import ModelConfig, Rule
@@ -30,11 +31,12 @@ def typed(composed: DictConfig) -> Config:
     """The dataclasses of a composed config, interpolations resolved.
 
     Raises:
-        ConfigError: for a model or rule that does not have the shape of one.
+        ConfigError: for a model or rule that does not have the shape of one, and for values out of bounds.
         omegaconf.errors.OmegaConfBaseException: for a missing value or a wrong interpolation.
     """
     plain = OmegaConf.to_object(composed)
     assert isinstance(plain, ComposedConfig)
+    check_bounds(plain)
     values = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
     return Config(**{**values, "model": model_config(values["model"])})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tpresearch.config.axes import AXES, AXES_OF_DATA_PLAN, AXIS_NAMES, TENSOR, Axis, MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import MeshConfig, ParallelConfig
@@ -46,6 +48,20 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
     if sizes.world != world:
         _refuse_product(sizes, given, parallel, used, world)
     return sizes
+
+
+def of_one_rank(sizes: MeshSizes, parallel: ParallelConfig) -> str | None:
+    """What is said where a plan is named for axes that have a single rank: it does not do what its name promises."""
+    used = used_axes(parallel)
+    missing = [axis.name for axis in used if sizes[axis.name] == 1]
+    if not missing:
+        return None
+    needed = math.prod(max(sizes[axis.name], 2) for axis in used)
+    ranks = f"{sizes.world} rank{'s' * (sizes.world > 1)}"
+    return (
+        f"parallel={parallel.name} on {ranks} runs without {' and '.join(missing)} (size 1); "
+        f"with {needed} ranks each of its axes can have 2 or more"
+    )
 
 
 def _complete(given: dict[str, int | None], used: tuple[Axis, ...], world: int, hosts: int) -> MeshSizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from tpresearch.config.axes import MeshSizes
@@ -30,8 +31,16 @@ def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
     _check_checkpoints(cfg)
     sizes = resolve_mesh(cfg.mesh, cfg.parallel, planned_world(cfg) if cfg.plan_only else world, hosts)
     _check_options(cfg, sizes)
-    _check_batch(cfg, sizes)
+    if not cfg.plan_only:  # which reads no rows, and takes a batch that fits
+        _check_batch(cfg, sizes)
     return sizes
+
+
+def with_batch_that_fits(cfg: Config, sizes: MeshSizes) -> Config:
+    """For a plan that is only looked at: the next greater global batch that splits over the mesh, or the one there is."""
+    split = sizes.dp * (cfg.train.micro_batch_size or 1)
+    rows = -(-cfg.train.global_batch_size // split) * split
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, global_batch_size=rows))
 
 
 def planned_world(cfg: Config) -> int:
@@ -171,7 +180,7 @@ def _check_batch(cfg: Config, sizes: MeshSizes) -> None:
         )
     share = batch // sizes.dp
     if micro is not None and share % micro:
-        fits = max(m for m in range(1, min(micro, share) + 1) if share % m == 0)
+        fits = next(m for m in range(min(micro, share), 0, -1) if share % m == 0)
         raise ConfigError(
             "train.micro_batch_size",
             micro,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.distributed.tensor import Shard
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.plan.probe import Ndims, Probe
+from tpresearch.plan.probe import Dims, Ndims, Probe
 from tpresearch.plan.rules import Layouts, ResolvedRule
 
 
@@ -13,43 +13,63 @@ def check_layouts(rules: dict[str, ResolvedRule], seen: Probe) -> None:
     """Refuse layouts that torch would only find wrong in the first step.
 
     Args:
-        rules: by module name. seen: nothing is judged of a module that the probe has not called.
+        rules: by module name. seen: no dims are judged of a module that the probe has not called.
 
     Raises:
         ConfigError: naming the rule's key.
     """
     for name, rule in rules.items():
-        dims = seen.dims.get(name)
-        if dims is None or rule.rule.target:
+        if rule.rule.target:
             continue
-        if rule.rule.style == "input":
-            _check_tensors(f"{rule.where}.src", name, rule, dims.inputs, "inputs")
-            for key, layouts in (("src", rule.src), ("dst", rule.dst)):
-                _check_dims(f"{rule.where}.{key}", name, layouts, dims.inputs, "input")
-        elif rule.rule.style == "output":
-            _check_tensors(f"{rule.where}.src", name, rule, dims.outputs, "outputs")
-            for key, layouts in (("src", rule.src), ("dst", rule.dst)):
-                _check_dims(f"{rule.where}.{key}", name, layouts, dims.outputs, "output")
+        dims = seen.dims.get(name)
+        if rule.rule.style in ("input", "output"):
+            if dims is not None:
+                _check_moved(name or "the model", rule, dims)
         else:
-            _check_dims(f"{rule.where}.src", name, rule.src, dims.inputs, "input")
-            _check_dims(f"{rule.where}.dst", name, rule.dst, dims.outputs, "output")
-        if rule.leaves_split and not dims.is_last:
-            why = f"{name or 'the model'} is followed by other layers, so its output is not what the loss is computed on"
+            _check_single(rule)
+            if dims is not None:
+                _check_dims(f"{rule.where}.src", f"input of {name}", rule.src, dims.inputs)
+                _check_dims(f"{rule.where}.dst", f"output of {name}", rule.dst, dims.outputs)
+        if rule.leaves_split and dims is not None and not dims.is_last:
+            why = f"other layers follow {name}, whose output is therefore not what the loss is computed on"
             raise ConfigError(f"{rule.where}.dst", rule.rule.dst, why, "replicate, or shard:N")
 
 
-def _check_tensors(key: str, name: str, rule: ResolvedRule, dims: Ndims, what: str) -> None:
-    if len(rule.src) != len(dims):
-        why = f"{len(rule.src)} layouts, and {name or 'the model'} has {len(dims)} {what}"
-        legal = f"src and dst lists of {len(dims)}, null for a tensor left alone"
+def _check_single(rule: ResolvedRule) -> None:
+    """A layer has one input and one output; on its part of a sequence it leaves them as they are."""
+    for key, layouts, given in (("src", rule.src, rule.rule.src), ("dst", rule.dst, rule.rule.dst)):
+        if len(layouts) != 1 or layouts[0] is None:
+            legal = "one layout, such as replicate"
+            raise ConfigError(f"{rule.where}.{key}", given, f"style {rule.label} has one tensor there", legal)
+    if rule.rule.style == "sequence" and (not isinstance(rule.src[0], Shard) or rule.src != rule.dst):
         raise ConfigError(
-            key, rule.rule.src, why, legal, {f"{rule.where}.src": None, f"{rule.where}.dst": None}
+            rule.where,
+            f"{rule.rule.src} -> {rule.rule.dst}",
+            "style sequence runs a layer on a part of its input, and leaves the output so",
+            "src and dst the same, such as shard:1",
+            fix=_without(rule),
         )
 
 
-def _check_dims(key: str, name: str, layouts: Layouts, dims: Ndims, what: str) -> None:
+def _check_moved(name: str, rule: ResolvedRule, dims: Dims) -> None:
+    """Rules that only move tensors have a layout for each."""
+    what = str(rule.rule.style)
+    tensors = dims.inputs if what == "input" else dims.outputs
+    if len(rule.src) != len(tensors):
+        why = f"{len(rule.src)} layouts, and {name} has {len(tensors)} {what}s"
+        legal = f"src and dst lists of {len(tensors)}, null for a tensor left alone"
+        raise ConfigError(f"{rule.where}.src", rule.rule.src, why, legal, _without(rule))
+    _check_dims(f"{rule.where}.src", f"{what} of {name}", rule.src, tensors)
+    _check_dims(f"{rule.where}.dst", f"{what} of {name}", rule.dst, tensors)
+
+
+def _check_dims(key: str, what: str, layouts: Layouts, dims: Ndims) -> None:
     for layout, count in zip(layouts, dims, strict=False):
         if isinstance(layout, Shard) and (count is None or not -count <= layout.dim < count):
             had = "is no tensor" if count is None else f"has {count} dims"
             legal = "null" if count is None else f"shard:{-count} to shard:{count - 1}"
-            raise ConfigError(key, f"shard:{layout.dim}", f"the {what} of {name or 'the model'} {had}", legal)
+            raise ConfigError(key, f"shard:{layout.dim}", f"the {what} {had}", legal)
+
+
+def _without(rule: ResolvedRule) -> dict[str, object]:
+    return {f"{rule.where}.{key}": None for key in ("src", "dst", "style")}

@@ -181,25 +181,7 @@ def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Resol
             "src and dst lists of one length, null for a tensor left alone",
             fix={f"{where}.src": None, f"{where}.dst": None},
         )
-    if rule.style in ("colwise", "rowwise", "sequence"):
-        _check_single(where, rule, src, dst)
     return ResolvedRule(name, where, rule, src, dst, str(rule.dst) in OUTPUTS and loss_parallel)
-
-
-def _check_single(where: str, rule: Rule, src: Layouts, dst: Layouts) -> None:
-    """A layer has one input and one output; on its part of a sequence it leaves them as they are."""
-    for key, layouts, given in (("src", src, rule.src), ("dst", dst, rule.dst)):
-        if len(layouts) != 1 or layouts[0] is None:
-            legal = "one layout, such as replicate"
-            raise ConfigError(f"{where}.{key}", given, f"style {rule.style} has one tensor there", legal)
-    if rule.style == "sequence" and (not isinstance(src[0], Shard) or src != dst):
-        raise ConfigError(
-            where,
-            f"{rule.src} -> {rule.dst}",
-            "style sequence runs a layer on a part of its input, and leaves the output so",
-            "src and dst the same, such as shard:1",
-            fix={f"{where}.src": None, f"{where}.dst": None},
-        )
 
 
 def _layouts(

@@ -88,6 +88,8 @@ def train_on(
         check_same_corpus(corpus)
         mesh = build_mesh(job.sizes, device.type)
         log.info("Device Mesh created: device_mesh=%s", describe_mesh(job.sizes, device.type))
+        for note in job.notes:
+            log.warning(note)
         warn_of_hosts(job)
         observers, parameters = observers_of(job, mesh, device, tracker), job.parameters
         group = own_group()

@@ -10,8 +10,9 @@ from tpresearch.checkpoint.resume import checkpoints_to_go_on_from, find_checkpo
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.mesh import of_one_rank
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import micro_batch_size, validate
+from tpresearch.config.validate import micro_batch_size, validate, with_batch_that_fits
 from tpresearch.config.world import World
 from tpresearch.data import check_data
 from tpresearch.track.secrets import refuse_secrets
@@ -35,6 +36,8 @@ class Preflight:
     plan: Plan
     device: Device | None
     """None where the ranks are not on this machine, or none are started."""
+    notes: tuple[str, ...] = ()
+    """What the config promises and does not do, and what was taken in its place: to be said."""
 
     @property
     def parameters(self) -> int:
@@ -43,9 +46,9 @@ class Preflight:
 
     @property
     def about(self) -> str:
-        """`model=llama2_7b parallel=fsdp_tp world_size=64: {'dp_shard': 8, 'tp': 8}`"""
+        """`model=llama2_7b parallel=fsdp_tp world_size=64: {'dp_shard': 8, 'tp': 8}`, then the notes, a line each."""
         about = f"model={self.cfg.model.name} parallel={self.cfg.parallel.name}"
-        return f"{about} world_size={self.sizes.world}: {self.sizes.nontrivial()}"
+        return "\n".join([f"{about} world_size={self.sizes.world}: {self.sizes.nontrivial()}", *self.notes])
 
 
 def preflight(cfg: Config, world: World) -> Preflight:
@@ -73,9 +76,14 @@ def _judged(cfg: Config, world: World) -> Preflight:
 
     starts_ranks = not cfg.plan_only and world.here
     device = choose_device(cfg, world.local_rank, world.local_size) if starts_ranks else None
+    notes = [note for note in (of_one_rank(sizes, cfg.parallel),) if note]
+    if cfg.plan_only:
+        asked, cfg = cfg.train.global_batch_size, with_batch_that_fits(cfg, sizes)
+        if (rows := cfg.train.global_batch_size) != asked:
+            notes.append(f"train.global_batch_size={asked} does not fit this mesh: shown for {rows}")
     model, plan = planned(cfg, sizes)
     check_first_weights(cfg, model, starts_ranks)
-    return Preflight(cfg, world, sizes, model, plan, device)
+    return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
 
 
 def check_first_weights(cfg: Config, model: nn.Module, starts_ranks: bool) -> None:
@@ -129,9 +137,9 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     from tpresearch.plan.parameters import check_parameters
     from tpresearch.plan.probe import check_loss, probe
 
-    model = meta_model(cfg.model, weight_dtype(cfg.train))
+    dtype = weight_dtype(cfg.train)
+    model = meta_model(cfg.model, dtype)
     rows = micro_batch_size(cfg, sizes)
-    dtype = next(model.parameters()).dtype  # of weights: that of computing may be narrower
     batch = meta_batch(cfg.data, rows).to(torch.device("meta"), dtype)
     check_loss(None, batch.targets, cfg)
     seen = probe(model, batch.inputs, cfg)
