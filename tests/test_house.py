@@ -12,7 +12,7 @@ FLOORS = [
     {"models", "plan", "data"},
     {"parallel", "ledger", "checkpoint", "hf", "launch"},
     {"track"},
-    {"sweep", "train", "compare", "dashboard", "prepare"},
+    {"sweep", "train", "compare", "dashboard", "prepare", "export"},
     {"verify", "simulate"},
     {"api", "__main__"},
 ]

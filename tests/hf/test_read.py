@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.composed import config
+from support.llamas import CPU, configured, imported, relative_difference
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -16,41 +15,13 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.hf.read import from_hugging_face
-from tpresearch.hf.settings import read_settings
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import held, local_part, materialize
-from tpresearch.plan.meta import meta_model, weight_dtype
 from tpresearch.train.preflight import planned
 from tpresearch.verify.ranks import Ranks
 
 transformers = pytest.importorskip("transformers", reason="the reference comes with the hf extra")
-CPU = torch.device("cpu")
-
-
-def configured(folder: Path, *overrides: str) -> Config:
-    """A config with the model that a folder describes."""
-    cfg = config("tokenizer.vocab_size=263", *overrides)
-    model = dataclasses.replace(cfg.model, args=read_settings(folder, str(folder)))
-    return dataclasses.replace(cfg, model=model)
-
-
-def imported(folder: Path, *overrides: str) -> nn.Module:
-    """The model of a folder in this process, with its weights."""
-    cfg = configured(folder, *overrides)
-    model = meta_model(cfg.model, weight_dtype(cfg.train))
-    state = torch.get_rng_state()
-    materialize(model, CPU, from_hugging_face(str(folder), cfg.model))
-    assert torch.equal(torch.get_rng_state(), state), "weights that are read are not drawn"
-    return model
-
-
-def relative_difference(ours: nn.Module, theirs: nn.Module) -> float:
-    """Greatest difference of the logits of a few rows, relative to their own size."""
-    tokens = torch.randint(0, 263, (3, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        found, expected = ours(tokens), theirs(tokens).logits
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_key_value_heads": 8}, {"tie_word_embeddings": True}])

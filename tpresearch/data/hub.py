@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -175,16 +175,22 @@ def download(name: str, files: Sequence[str], refused: Callable[[str], ConfigErr
         ConfigError: where there is no such name, or no network.
     """
     reached = offline_unless_reachable()
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        return _snapshot(name, tuple(files))
     except Exception as error:  # a dozen kinds, by what the network did
         offline = f"{_endpoint()} cannot be reached, and there is no such file here"
         raise refused(first_line(error) if reached else offline) from None
 
 
-@lru_cache
+@cache
+def _snapshot(name: str, files: tuple[str, ...]) -> Path:
+    """Asked once per process: a config asks for the same file many times."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=list(files)))
+
+
+@cache
 def offline_unless_reachable() -> bool:
     """Whether the hub can be reached. If not, its library is told to use what it has cached, once and for all:
     it would retry every file for 25 s and more.

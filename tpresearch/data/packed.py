@@ -14,8 +14,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import TokenizerConfig
 from tpresearch.data.cache import Meta
-from tpresearch.data.tokenizer import Tokenizer
+from tpresearch.data.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, Tokenizer, keep_tokenizer
 
 PARTS = ("train", "held_out")
 BATCH_CHARS = 8 << 20
@@ -69,6 +70,10 @@ class PackedCorpus:
             meta=meta,
             folder=folder,
         )
+
+    def keep_tokenizer(self, config: TokenizerConfig, run: Path) -> None:
+        """Leave the tokenizer in a run's folder: see `tokenizer.keep_tokenizer`."""
+        keep_tokenizer(self.folder / TOKENIZER_FILE, self.eos_id, config, run / TOKENIZER_FOLDER)
 
 
 def check_enough_rows(corpus: PackedCorpus, global_batch_size: int, multiple_of: int = 1) -> None:

@@ -26,7 +26,7 @@ from tpresearch.data.hub import open_hub
 from tpresearch.data.packed import PARTS, PackedCorpus, read_stream, write_rows, write_streams
 from tpresearch.data.sources import Corpus, Document, open_files
 from tpresearch.data.synthetic import AnyCorpus, Synthetic
-from tpresearch.data.tokenizer import Tokenizer, byte_level, load_hf, train_bpe
+from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, byte_level, load_hf, train_bpe
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,6 @@ CHARS_PER_TOKEN = 4
 
 DOCUMENTS_PER_HELD_OUT = 5
 """With fewer than this many times `held_out_every` documents, too few names may fall on the held-out side."""
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def prepare(

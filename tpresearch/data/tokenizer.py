@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -16,13 +17,19 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data.hub import download, looks_like_hub_id
 from tpresearch.data.sources import first_line
 
 EOS = "<|endoftext|>"
 COMMON_EOS = ("</s>", EOS, "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
-FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "config.json")
-"""Those of a hub repository that a tokenizer may need."""
+TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+KEPT_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*")
+"""Files of a folder that a tokenizer may need."""
+FILES = (*KEPT_FILES, "config.json")
+"""Files of a hub repository to the same end: older formats say in config.json what they are."""
+TOKENIZER_FOLDER = "tokenizer"
+"""Of a run: its tokenizer, as transformers reads it."""
 LEGAL_PATH = "a tokenizer.json, a folder that holds one, or a name on the hub"
 OWN_BPE: dict[str, object] = {"tokenizer": "bpe", "tokenizer.path": None}
 SAMPLE = "A sample: naïve 数据 🙂\n\t0"
@@ -119,8 +126,7 @@ def load_hf(path: str) -> Tokenizer:
             fails on a sample of text.
     """
     backend, folder = _load(path)
-    stated = _settings(folder).get("eos_token")
-    stated = stated.get("content") if isinstance(stated, dict) else stated
+    stated = _named(_settings(folder), "eos_token")
     candidates = [stated] if stated else COMMON_EOS
     eos_id = next((found for eos in candidates if (found := backend.token_to_id(eos)) is not None), None)
     if eos_id is None:
@@ -134,6 +140,37 @@ def load_hf(path: str) -> Tokenizer:
         why = f"this tokenizer cannot encode {SAMPLE!r}: {first_line(error)}"
         raise ConfigError("tokenizer.path", path, why, "one that can encode any text", OWN_BPE) from None
     return tokenizer
+
+
+def keep_tokenizer(file: Path, eos_id: int, config: TokenizerConfig, folder: Path) -> None:
+    """Write the tokenizer of prepared rows into `folder` as transformers reads it: `AutoTokenizer.from_pretrained(folder)`.
+
+    Args:
+        file: its tokenizer.json. config: a Hugging Face tokenizer's other files are copied from the path that it names.
+    """
+    folder.mkdir(exist_ok=True)
+    if config.kind is TokenizerKind.hf:
+        _, home = _load(str(config.path))
+        for name in {path for pattern in KEPT_FILES for path in home.glob(pattern) if path.is_file()}:
+            shutil.copyfile(name, folder / name.name)
+    if not (folder / TOKENIZER_FILE).exists():
+        shutil.copyfile(file, folder / TOKENIZER_FILE)
+    if not (folder / SETTINGS_FILE).exists():
+        eos = HfTokenizer.from_file(str(file)).id_to_token(eos_id)
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+        settings["clean_up_tokenization_spaces"] = False
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def special_ids(folder: Path) -> tuple[int | None, int | None]:
+    """The ids of the begin-of-text token, if its settings name one, and of the end-of-text token.
+
+    Raises:
+        ConfigError: as `load_hf`.
+    """
+    tokenizer = load_hf(str(folder))
+    bos = _named(_settings(folder), "bos_token")
+    return tokenizer.backend.token_to_id(bos) if bos else None, tokenizer.eos_id
 
 
 def tokenizer_size(path: str | None) -> int:
@@ -161,7 +198,7 @@ def _load(path: str) -> tuple[HfTokenizer, Path]:
         local = download(
             path, FILES, lambda why: ConfigError("tokenizer.path", path, why, LEGAL_PATH, OWN_BPE)
         )
-    file = local / "tokenizer.json" if local.is_dir() else local
+    file = local / TOKENIZER_FILE if local.is_dir() else local
     try:
         backend = HfTokenizer.from_file(str(file)) if file.is_file() else _converted(path, file.parent)
     except ConfigError:
@@ -188,10 +225,17 @@ def _converted(path: str, folder: Path) -> HfTokenizer:
     return backend
 
 
+def _named(settings: dict[str, Any], role: str) -> str | None:
+    """The token that has this role: written as its text, or as an object with its text in `content`."""
+    token = settings.get(role)
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json of the folder, or an empty dict."""
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings = json.loads((folder / SETTINGS_FILE).read_text())
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}

@@ -133,6 +133,8 @@ def tracking(
     """What records the run, on rank 0; nothing on the others."""
     if run.world.rank != 0 or job.device is None:
         return nullcontext()
+    if isinstance(corpus, PackedCorpus):
+        corpus.keep_tokenizer(job.cfg.tokenizer, run.folder)
     facts = RunFacts(
         run.world.size,
         job.sizes.nontrivial(),
