@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers, processors
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data import prepare, tokenizer_size
-from tpresearch.data.tokenizer import Tokenizer, cut, load_hf, train_bpe
+from tpresearch.data.tokenizer import Tokenizer, cut, load_hf, special_ids, train_bpe
 
 HARD = (
     "x = 'naïve'\r\n\tif  y:\n\n\n    pass # 数据🙂!!\n"
@@ -188,3 +188,31 @@ def test_a_tokenizer_of_ones_own_prepares_a_corpus(texts: Path, tmp_path: Path, 
     assert corpus.tokenizer_hash == load_hf(str(tmp_path / "own.json")).hash
     assert corpus.vocab_size == 280
     assert decoded(corpus, "train").startswith("Document 0:\n\nw0x0  w0x1  w0x2")
+
+
+def test_a_run_keeps_its_tokenizer_as_transformers_reads_it(
+    texts: Path, configure, bpe: TokenizerConfig, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="the reader comes with the hf extra")
+    corpus = prepare(configure(str(texts / "part0/*.txt")), bpe)
+    corpus.keep_tokenizer(bpe, tmp_path)
+    text = HARD.replace("<|endoftext|>", "")  # written in a text, theirs is the token and ours is text
+    kept = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    [ids] = load_hf(str(corpus.folder)).encode([text])
+    assert kept(text)["input_ids"] == ids.tolist()
+    assert kept.decode(ids.tolist()) == text
+    assert (kept.eos_token_id, kept.bos_token_id) == (corpus.eos_id, None)
+    assert special_ids(tmp_path / "tokenizer") == (None, corpus.eos_id)
+
+
+def test_of_a_foreign_tokenizer_a_run_keeps_every_file(texts: Path, configure, tmp_path: Path) -> None:
+    words = ["<unk>", "Document", "<s>", "<end>"]
+    path = wordlevel(tmp_path / "foreign", words, bos_token={"content": "<s>"}, eos_token="<end>", more=1)
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    foreign = TokenizerConfig(kind=TokenizerKind.hf, vocab_size=4, path=str(path))
+    prepare(configure(str(texts / "part0/*.txt")), foreign).keep_tokenizer(foreign, tmp_path)
+    kept = tmp_path / "tokenizer"
+    assert {file.name: file.read_bytes() for file in kept.iterdir()} == {
+        file.name: file.read_bytes() for file in path.iterdir()
+    }
+    assert special_ids(kept) == (2, 3)
