@@ -122,7 +122,8 @@ def test_the_option_tables_are_the_first_lines_of_the_files(group: str) -> None:
 
 
 def first_comment(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    text = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
+    first = text.partition("\n")[0]
     assert first.startswith("# "), f"{path.name} opens with one line that says when to pick it"
     return first.removeprefix("# ")
 

@@ -67,6 +67,12 @@ def test_resuming_needs_only_the_step(rows: np.ndarray) -> None:
         assert torch.equal(resumed.batch(step).inputs, read[step].inputs)
 
 
+def test_repeated_batches_are_the_first_ones_over_and_over(rows: np.ndarray) -> None:
+    all_of_them, two = Batches(rows, 24, seed=3), Batches(rows, 24, seed=3, repeat=2)
+    for step in (0, 1, 2, 7, 100):
+        assert torch.equal(two.batch(step, 1, 2).inputs, all_of_them.batch(step % 2, 1, 2).inputs)
+
+
 def test_an_impossible_cut_is_refused(rows: np.ndarray) -> None:
     with pytest.raises(ValueError, match="24 rows cannot be cut into 5 slices"):
         Batches(rows, 24, seed=0).batch(0, 0, 5)

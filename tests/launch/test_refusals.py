@@ -33,7 +33,7 @@ REFUSED = [
     ("lr=1", "lr=1: no such config group or key; nearest is optimizer.lr", "optimizer.lr=1"),
     ("trian.steps=3", "trian.steps=3: no such key; nearest is train.steps", "train.steps=3"),
     ("+mesh.x=2", "mesh.x=2: no such key; there are mesh.dp_replicate, mesh.dp_shard, mesh.tp", ""),
-    ("+x=1", "x=1: no such config group or key; there are checkpoint, data, defects, ", ""),
+    ("+x=1", "x=1: no such config group or key; there are checkpoint, cluster, data, debug, defects, ", ""),
     ("model.dimm=64", "model.dimm=64: no such key; nearest is model.dim", "model.dim=64"),
     ("model=toy_mlp model.dimm=64", "model.dimm=64: no such key; nearest is model.dim", None),
     ("hydra.run.dri=x", "hydra.run.dri=x: no such key; nearest is hydra.run.dir", "hydra.run.dir=x"),

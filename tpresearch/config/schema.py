@@ -90,6 +90,8 @@ class DataConfig:
     """Tokens per row that the model sees; rows are stored with one more, for the last target. 1 for rows of numbers."""
     width: Annotated[int | None, LENGTH] = None
     """Numbers per row (uniform); tokens are drawn below tokenizer.vocab_size (random_tokens)."""
+    repeat_batches: Annotated[int | None, AtLeast(1)] = None
+    """Read the first this many global batches over and over, such as 1 to overfit a single one; null reads all."""
     held_out_every: Annotated[int, AtLeast(2)] = 20
     """One document in this many, chosen by a hash of its name, is kept for evaluation."""
     cache_dir: str = "~/.cache/tpresearch"

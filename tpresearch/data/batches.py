@@ -73,13 +73,20 @@ class Batches:
         rows: packed rows [n, s + 1], any integer dtype, or a synthetic source.
         global_batch_size: rows per optimizer step, over all ranks and accumulation.
         seed: chooses the order, or what is drawn.
+        repeat: only the first this many batches, over and over; None for all.
     """
 
-    def __init__(self, rows: NDArray[np.integer] | Synthetic, global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        rows: NDArray[np.integer] | Synthetic,
+        global_batch_size: int,
+        seed: int,
+        repeat: int | None = None,
+    ) -> None:
         count = None if isinstance(rows, Synthetic) else len(rows)
         if count == 0 or global_batch_size < 1:
             raise ValueError(f"no batches of {global_batch_size} rows can be read from {count} rows")
-        self.rows, self.global_batch_size, self.seed = rows, global_batch_size, seed
+        self.rows, self.global_batch_size, self.seed, self.repeat = rows, global_batch_size, seed, repeat
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def batch(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
@@ -94,6 +101,7 @@ class Batches:
             )
         share = self.global_batch_size // dp_size
         mine = range(dp_rank * share, (dp_rank + 1) * share)
+        step = step % self.repeat if self.repeat else step
         if isinstance(self.rows, Synthetic):
             return Batch.of(torch.from_numpy(self.rows.rows(self.seed, step, mine)))
         return gather(self.rows, self.rows_of(step)[mine.start : mine.stop])
@@ -115,9 +123,10 @@ class Batches:
         return self._order
 
 
-def batches_of(corpus: AnyCorpus, global_batch_size: int, seed: int) -> Batches:
+def batches_of(corpus: AnyCorpus, global_batch_size: int, seed: int, repeat: int | None = None) -> Batches:
     """The global batches of a corpus, packed or synthetic."""
-    return Batches(corpus if isinstance(corpus, Synthetic) else corpus.train, global_batch_size, seed)
+    rows = corpus if isinstance(corpus, Synthetic) else corpus.train
+    return Batches(rows, global_batch_size, seed, repeat)
 
 
 def eval_batches(

@@ -50,7 +50,7 @@ def assemble(
     home = parameter_device(cfg.parallel, device.torch)
     source = _left_unset if restore else weight_source(cfg, plan.initializers)
     materialize(model, home, source, buffers=device.torch)
-    batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
+    batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
     chance = [SeededRandomness(cfg.train.seed, mesh, plan.seen.random)] if plan.seen.random else []
     observers = Observers([*chance, *mistakes_of(cfg, plan, mesh, batches), *watching])
     state = first_state(model, cfg, plan.sizes)

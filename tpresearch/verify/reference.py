@@ -23,7 +23,7 @@ def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> Trace:
     model = plain_model(cfg.model, weight_dtype(cfg.train))
     weight_source(cfg, read_initializers(model))(model)
     optimizer = _optimizer(model, cfg)
-    batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed)
+    batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
     initial, taken = _copies(dict(model.named_parameters())), []
     for step in range(steps):
         loss = _loss(model, batches.batch(step), cfg)
