@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
+from support.processes import ended, forked
 
 from tpresearch.config import ConfigError
-from tpresearch.config.schema import DataConfig, TokenizerConfig, TokenizerKind
-from tpresearch.data import PackedCorpus, pipeline, prepare
+from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
+from tpresearch.data import PackedCorpus, cache, pipeline, prepare
 from tpresearch.data.cache import SAMPLE_BYTES, SAMPLES, checksum
 from tpresearch.data.tokenizer import train_bpe
 
@@ -106,6 +109,59 @@ def test_leftovers_of_others_go_unless_they_are_at_work(data: DataConfig, bpe: T
     with FileLock(rows / ".text-alive.lock"):
         prepare(data, bpe)
         assert [path.name for path in rows.glob(".*.tmp")] == [".text-alive.123.tmp"]
+
+
+def test_who_waits_for_a_lock_says_so_and_can_be_stopped(
+    data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "TELL_AFTER_S", 0)
+    folder = prepare(data, bpe).folder
+    shutil.rmtree(folder)
+    folder.with_name(f".{folder.name}.4711.tmp").mkdir()
+    lock = folder.with_name(f".{folder.name}.lock")
+    caplog.clear()
+
+    def check() -> None:
+        if caplog.records:
+            raise SystemExit(143)
+
+    with FileLock(lock), pytest.raises(SystemExit):
+        prepare(data, bpe, check=check)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"waiting for {lock}, which process 4711 holds: it prepares the same data"
+    ]
+
+
+@pytest.mark.parametrize("of_another", ["meta.json", "lock", "rows"])
+def test_a_cache_of_another_user_is_refused_by_name(
+    texts: Path, bpe: TokenizerConfig, of_another: str
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # below tmp_path no other user could be
+        text, home = Path(folder) / "text.txt", Path(folder) / "cache"
+        text.write_text("words of a text\n" * 100)
+        data = DataConfig(DataSource.text, str(text), seq_len=16, cache_dir=str(home))
+        rows = prepare(data, bpe).folder
+        named = rows / "meta.json"
+        if of_another != "meta.json":
+            shutil.rmtree(rows)
+            named = rows.with_name(f".{rows.name}.lock") if of_another == "lock" else home / "rows"
+        for path in (folder, home, home / "rows"):
+            Path(path).chmod(0o755)
+        named.chmod(0o555 if of_another == "rows" else 0)
+        refused_file = named
+        if of_another == "rows":
+            refused_file = rows.with_name(f".{rows.name}.lock")
+            refused_file.unlink()
+
+        def refused() -> None:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            with pytest.raises(ConfigError) as refusal:
+                prepare(data, bpe)
+            assert refusal.value.field == "data.cache_dir"
+            assert f"{refused_file} may not be used by user " in refusal.value.why
+
+        assert ended(forked(refused)) == 0
 
 
 def test_a_failed_stage_leaves_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -199,6 +200,30 @@ def test_a_compressed_file_cut_short_is_refused_by_line(tmp_path: Path, configur
     assert 0 < count < len(TEXTS)
     assert refusal.value == f"{path}, line {count + 1}"
     assert "ended before the end-of-stream marker" in refusal.why
+
+
+@pytest.mark.parametrize("name", ["bomb.jsonl", "bomb.jsonl.gz", "bomb.parquet"])
+def test_a_record_larger_than_its_bound_is_not_read(tmp_path: Path, configure, name: str) -> None:
+    path, source = tmp_path / name, DataSource.parquet if "parquet" in name else DataSource.jsonl
+    texts = ["short", "a" * 30_000_000]
+    if source is DataSource.parquet:
+        pq.write_table(pa.table({"text": texts}), path, compression="zstd", row_group_size=1)
+        where = f"{path}, row group 1"
+    else:
+        write_jsonl(path, texts)
+        where = f"{path}, line 2"
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    bounded = configure(str(path), source, max_record_bytes=1_000_000)
+    tracemalloc.start()
+    count, refusal = read_until_refused(bounded)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (count, refusal.value) == (1, where)
+    assert refusal.why == "longer than data.max_record_bytes=1000000"
+    assert peak < 5_000_000
+    bounded.max_record_bytes = 40_000_000
+    assert [len(text) for _, text in names_and_texts(bounded)] == [5, 30_000_000]
 
 
 def test_a_corrupt_parquet_page_is_refused_by_row(tmp_path: Path, configure) -> None:

@@ -203,6 +203,17 @@ def test_a_table_that_cannot_be_written_is_printed(sweep: Sweep, capsys: pytest.
     assert "completed" in said
 
 
+def test_what_is_no_record_of_a_run_is_passed_over(sweep: Sweep) -> None:
+    sweep("parallel=none")
+    for number, text in enumerate(["[" * 20_000, '{"status": "completed"}', "3"]):
+        (sweep.folder / f"x{number}").mkdir()
+        (sweep.folder / f"x{number}" / "summary.json").write_text(text)
+        (sweep.folder / f"x{number}" / "config.yaml").write_text("a: &a [*a]")
+    (sweep.folder / "0" / "config.yaml").write_text("a: &a [*a]")
+    sweep("parallel=none")
+    assert sweep.numbers == [0]
+
+
 def test_slurms_nodes_are_asked_for_whatever_gpus_are_here(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:

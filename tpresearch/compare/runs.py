@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from tpresearch.config.compared import compared
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER
 from tpresearch.launch.command import WrongCommand, python_command
-from tpresearch.track.names import Row, finite
-from tpresearch.track.record import read_metrics, read_summary
+from tpresearch.track.names import PARTS, Row, finite
+from tpresearch.track.record import read_metrics, read_record
 from tpresearch.track.shown import UNDEFINED, path_text, setting_text
 
 RECORD = ("config.yaml", "summary.json", "metrics.jsonl", "console.log")
 """A folder with any of these is a run's; a sweep's job that failed early has only the last."""
-NEEDED = {"status": str, "world_size": int, "mesh": dict, "model": str, "parallel": str}
-NEEDED_CONFIG = {"train": dict, "data": dict, "tokenizer": dict}
+SUMMARY = {"status": str, "world_size": int, "mesh": dict, "model": str, "parallel": str}
+CONFIG = {"train": dict, "data": dict, "tokenizer": dict}
 """What summary.json and config.yaml must have for a comparison."""
+MAY_HAVE = {"error": str, "run_name": str, "device": str, "logger": dict, "measured": list, "expected": list}
+ENTRY = {"axis": str, "collective": str, "sent_bytes": int}
+"""What entries of ledger.json must have."""
+MOST = 1e300
+"""Above any figure; NaN is not below it."""
 LEGAL = "folders of runs or sweeps, or globs of them"
 SEED = "train.seed"
 
@@ -156,42 +161,48 @@ def read(folder: Path) -> Run:
     Raises:
         Unreadable: for a run that has not ended, and for a file that no run writes.
     """
-    summary = _loaded(folder / "summary.json", lambda path: read_summary(path.parent), NEEDED)
-    config = _loaded(
-        folder / "config.yaml", lambda path: yaml.safe_load(path.read_text("utf-8")), NEEDED_CONFIG
-    )
-    ledger = {}
-    if (folder / "ledger.json").exists():
-        ledger = _loaded(folder / "ledger.json", lambda path: json.loads(path.read_text("utf-8")), {})
-    figures = {key: value for key, value in summary.items() if "/" in key}
-    for key, value in (pd.json_normalize(figures).to_dict("records") or [{}])[0].items():
-        if not isinstance(value, int | float | None):
-            raise Unreadable(f"summary.json is not a valid run summary: {key} is {value!r}")
-    for entry in [*(ledger.get("measured") or []), *(ledger.get("expected") or [])]:
-        if not isinstance(entry, dict) or not entry.keys() >= {"axis", "collective", "sent_bytes"}:
-            raise Unreadable(f"ledger.json is not a valid run ledger: it has the entry {entry!r}")
+    summary = _loaded(folder / "summary.json", SUMMARY)
+    config = _loaded(folder / "config.yaml", CONFIG)
+    ledger = _loaded(folder / "ledger.json", {}) if (folder / "ledger.json").exists() else {}
+    for key, value in summary.items():
+        parts = value.values() if key in PARTS and isinstance(value, dict) else [value]
+        if ("/" in key or key == "wall_time_s") and not all(map(_is_figure, parts)):
+            raise Unreadable(f"summary.json is not a valid run summary: {key} is {short(value)}")
+    for entry in chain.from_iterable(ledger.get(side) or () for side in ("measured", "expected")):
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(k), kind) for k, kind in ENTRY.items()
+        ):
+            raise Unreadable(f"ledger.json is not a valid run ledger: it has the entry {short(entry)}")
     try:
         rows = [{name: finite(value) for name, value in row.items()} for row in read_metrics(folder)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise Unreadable(f"metrics.jsonl cannot be read: {why}") from None
+    for row in rows:
+        if not all(map(_is_figure, row.values())):
+            raise Unreadable(f"metrics.jsonl cannot be read: it has the row {short(row)}")
     if not rows and summary["status"] == "completed":
         raise Unreadable("metrics.jsonl has no rows, though the run completed")
     return Run(folder, config, summary, rows, ledger)
 
 
-def _loaded(path: Path, load: Callable[[Path], Any], needed: Mapping[str, type]) -> dict[str, Any]:
+def _loaded(path: Path, needed: Mapping[str, type]) -> dict[str, Any]:
     try:
-        content = load(path)
+        content = read_record(path)
     except FileNotFoundError:
         why = " (still running, refused, or killed)" if path.name == "summary.json" else ""
         raise Unreadable(f"{path.name} is missing{why}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise Unreadable(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"{path.name} cannot be read: {error}") from None
     wrong = f"{path.name} is not a valid run {path.stem}"
     if not isinstance(content, dict):
         raise Unreadable(f"{wrong}: it is a {type(content).__name__}")
-    for key, kind in needed.items():
+    optional = {key: kind for key, kind in MAY_HAVE.items() if content.get(key) is not None}
+    for key, kind in {**needed, **optional}.items():
         if not isinstance(content.get(key), kind):
-            raise Unreadable(f"{wrong}: {key} is {repr(content[key]) if key in content else 'missing'}")
+            raise Unreadable(f"{wrong}: {key} is {short(content[key]) if key in content else 'missing'}")
     return content
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and abs(value) < MOST)

@@ -86,6 +86,8 @@ class DataConfig:
     """Read over the network as far as max_tokens asks, instead of downloading all of it (hf)."""
     max_tokens: Annotated[int | None, AtLeast(1)] = None
     """Stop reading after about this many tokens; required when streaming."""
+    max_record_bytes: Annotated[int, AtLeast(1)] = 64 << 20
+    """Refuse a longer line (jsonl) or row (parquet): a small file can unpack to more than there is memory."""
     seq_len: Annotated[int, LENGTH] = 128
     """Tokens per row that the model sees; rows are stored with one more, for the last target. 1 for rows of numbers."""
     width: Annotated[int | None, LENGTH] = None

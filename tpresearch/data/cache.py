@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 Meta = dict[str, Any]
 META = "meta.json"
+TELL_AFTER_S = 4
+"""How long a lock is waited for in silence."""
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 
 
@@ -28,21 +31,52 @@ class Damaged(Exception):
     """A cached folder whose content is not what was written; the message names the file."""
 
 
-def build_once(folder: Path, build: Callable[[Path], Meta]) -> Meta:
+def build_once(folder: Path, build: Callable[[Path], Meta], check: Callable[[], None] = lambda: None) -> Meta:
     """The meta.json of `folder`, which `build` fills where it is missing or damaged.
 
     May be called by any number of processes at once: one builds, under a file lock, and the others wait.
     `build` writes into a folder of another name, that is renamed when it is complete, and returns what
     meta.json should say.
 
+    Args:
+        check: called while another process is waited for; what it raises ends the wait.
+
     Raises:
-        ConfigError: naming data.cache_dir, where the disk is full.
+        ConfigError: naming data.cache_dir, where the disk is full or the files are another user's.
     """
-    if (meta := _usable(folder)) is None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(_lock_of(folder)):
-            meta = _usable(folder, remove_damaged=True) or _build(folder, build)
-    return meta
+    try:
+        if (meta := _usable(folder)) is None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _held(folder, check):
+                meta = _usable(folder, remove_damaged=True) or _build(folder, build)
+        return meta
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why, legal = "no space left", "a disk with room"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            why, legal = f"{error.filename} may not be used by user {os.getuid()}", "a folder of one's own"
+        else:
+            raise
+        raise ConfigError("data.cache_dir", folder.parent.parent, why, legal) from error
+
+
+@contextmanager
+def _held(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Hold the folder's lock. Who waits for it says so."""
+    lock = FileLock(_lock_of(folder))
+    for seconds in itertools.count():
+        check()
+        try:
+            held = lock.acquire(timeout=1)
+        except Timeout:
+            if seconds == TELL_AFTER_S:
+                builders = [path.name.split(".")[-2] for path in folder.parent.glob(f".{folder.name}.*.tmp")]
+                who = f"process {builders[0]}" if len(builders) == 1 else "another process"
+                log.info("waiting for %s, which %s holds: it prepares the same data", lock.lock_file, who)
+            continue
+        with held:
+            yield
+        return
 
 
 def _usable(folder: Path, remove_damaged: bool = False) -> Meta | None:
@@ -63,11 +97,6 @@ def _build(folder: Path, build: Callable[[Path], Meta]) -> Meta:
         meta = _seal(growing, build(growing))
         growing.rename(folder)
         return meta
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        cache = folder.parent.parent
-        raise ConfigError("data.cache_dir", cache, "no space left", "a disk with room") from error
     finally:
         shutil.rmtree(growing, ignore_errors=True)
 
@@ -88,6 +117,8 @@ def read_intact(folder: Path) -> Meta | None:
         meta: Meta = json.loads((folder / META).read_bytes())
         sealed = meta.pop("checksum")
         files = meta["files"]
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{META}: {type(error).__name__}: {error}") from None
     if sealed != _crc_of_meta(meta):

@@ -8,8 +8,9 @@ from pathlib import Path
 from tpresearch.config.bounds import check_bounds
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
+from tpresearch.data.documents import read_file
 from tpresearch.data.hub import check_hub
-from tpresearch.data.sources import local_files, read_file
+from tpresearch.data.sources import local_files
 
 PEEKED_FILES = 16
 BYTES_AND_EOS = 257
@@ -50,7 +51,7 @@ def _check_streaming(data: DataConfig) -> None:
 
 def _check_cache_dir(data: DataConfig) -> None:
     folder = Path(data.cache_dir).expanduser()
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir():
         why = f"{nearest} is a file" if nearest != folder else "is a file"
     elif not os.access(nearest, os.W_OK | os.X_OK):

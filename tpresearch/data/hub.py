@@ -20,16 +20,8 @@ from typing import Any
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.network import answers
 from tpresearch.config.schema import DataConfig
-from tpresearch.data.sources import (
-    EMBEDDED,
-    HASH_BYTES,
-    Corpus,
-    Document,
-    documents_of,
-    first_line,
-    hash_files,
-    no_such_field,
-)
+from tpresearch.data.documents import Document, documents_of, first_line, no_such_field
+from tpresearch.data.sources import EMBEDDED, HASH_BYTES, Corpus, hash_files
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,10 @@ from tokenizers import Tokenizer as HfTokenizer
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
 from tpresearch.data.cache import Meta, build_once
+from tpresearch.data.documents import Document
 from tpresearch.data.hub import open_hub
 from tpresearch.data.packed import PARTS, PackedCorpus, read_stream, write_rows, write_streams
-from tpresearch.data.sources import Corpus, Document, open_files
+from tpresearch.data.sources import Corpus, open_files
 from tpresearch.data.synthetic import AnyCorpus, Synthetic
 from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, byte_level, load_hf, train_bpe
 
@@ -99,7 +100,7 @@ class _Preparation:
 
     def rows(self) -> PackedCorpus:
         folder = self._folder("rows", self.rows_key)
-        packed = PackedCorpus.open(folder, build_once(folder, self._pack))
+        packed = PackedCorpus.open(folder, build_once(folder, self._pack, self.check))
         if len(packed.held_out) == 0:
             tokens, seq_len = packed.meta["held_out"]["tokens"], self.data.seq_len
             log.warning("the %d held-out tokens fill no row of %d: nothing to evaluate on", tokens, seq_len)
@@ -107,7 +108,7 @@ class _Preparation:
 
     def _pack(self, growing: Path) -> Meta:
         folder = self._folder("tokens", self.tokens_key)
-        meta = build_once(folder, self._tokenize)
+        meta = build_once(folder, self._tokenize, self.check)
         row_tokens = self.data.seq_len + 1
         parts = {}
         with stage(f"packing rows of {row_tokens} tokens", None, self.progress) as advance:
@@ -149,7 +150,7 @@ class _Preparation:
 
     def _bpe(self) -> Tokenizer:
         folder = self._folder("tokenizers", self.bpe_key)
-        build_once(folder, self._train_bpe)
+        build_once(folder, self._train_bpe, self.check)
         return byte_level(HfTokenizer.from_file(str(folder / TOKENIZER_FILE)))
 
     def _train_bpe(self, growing: Path) -> Meta:

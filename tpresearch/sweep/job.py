@@ -19,6 +19,7 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.mesh import used_axes
 from tpresearch.config.schema import Config, DeviceKind
 from tpresearch.launch.command import override_key
+from tpresearch.track.record import read_record
 
 CONSOLE_LOG = "console.log"
 """In a job's folder: all that its processes say."""
@@ -91,11 +92,10 @@ def completed_runs(sweep_dir: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(sweep_dir.rglob("summary.json")):
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+            summary, config = read_record(path), read_record(path.with_name("config.yaml"))
             if summary["status"] == "completed":
                 found[signature(config, summary["world_size"])] = path.parent
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not the record of a run
     return found
 

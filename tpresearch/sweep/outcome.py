@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from tpresearch.sweep.job import CONSOLE_LOG, Job
 from tpresearch.sweep.running import STOPPED
+from tpresearch.track.record import read_record
 
 Status = Literal["completed", "failed", "preempted", "not started"]
 EXCEPTION = re.compile(
@@ -48,10 +48,10 @@ def outcome_of(job: Job, code: int | None, seconds: float | None = None) -> Outc
 
 def _summary(job: Job) -> dict[str, Any]:
     try:
-        summary: dict[str, Any] = json.loads((job.folder / "summary.json").read_text(encoding="utf-8"))
+        summary = read_record(job.folder / "summary.json")
     except (OSError, ValueError):
         return {}
-    return summary
+    return summary if isinstance(summary, dict) else {}
 
 
 def _error(job: Job, code: int, summary: dict[str, Any]) -> tuple[str, Path]:

@@ -5,6 +5,7 @@ Every tool here works from these files, with no account and no network.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,12 @@ from typing import Any, SupportsFloat
 import yaml
 
 from tpresearch.track.names import NAMES, Row, complete_row
+from tpresearch.track.shown import bytes_text
+
+MOST_BYTES, MOST_VALUES, DEEPEST = 4 << 20, 100_000, 50
+"""Of a file of a run that is read whole: far more than any run writes."""
+TOO_DEEP = f"nested more than {DEEPEST} deep"
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class MetricsFile:
@@ -102,7 +109,7 @@ def read_metrics(folder: Path) -> list[Row]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # the process was killed while it wrote this one
+        except (json.JSONDecodeError, RecursionError):  # the process was killed while it wrote this one
             continue
         step = row["train/step"]
         while rows and rows[-1]["train/step"] >= step:
@@ -117,8 +124,49 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: when the run has not ended, or was killed with no time to say so.
     """
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary: dict[str, Any] = read_record(folder / "summary.json")
     return summary
+
+
+def read_record(path: Path) -> Any:
+    """The content of a run's JSON or YAML file. It may be damaged, or no run's at all.
+
+    Raises:
+        OSError: as opening a file does.
+        ValueError: for what cannot be read, or is larger or deeper than any run writes it.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")
+    with path.open("rb") as file:
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"larger than {bytes_text(MOST_BYTES)}")
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, YAML_LOADER)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    _check_size(content)
+    return content
+
+
+def _check_size(content: Any) -> None:
+    """Count values as often as they would be printed: in YAML, ten lines of aliases make a billion of them."""
+    level, left = [content], MOST_VALUES
+    for _ in range(DEEPEST):
+        inside = (
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        )
+        level = list(itertools.islice(inside, left + 1))
+        if not level:
+            return
+        if (left := left - len(level)) < 0:
+            raise ValueError(f"more than {MOST_VALUES:,} values")
+    raise ValueError(TOO_DEEP)
 
 
 def headline(rows: Sequence[Row], warmup_steps: int, start_step: int = 0) -> dict[str, int | float | None]:
