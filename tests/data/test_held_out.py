@@ -9,8 +9,8 @@ import pytest
 
 from tpresearch.config.schema import TokenizerConfig
 from tpresearch.data import prepare
+from tpresearch.data.documents import Document
 from tpresearch.data.pipeline import holds_out_whole, split
-from tpresearch.data.sources import Document
 
 
 def sha1_rule(name: str, every: int) -> bool:

@@ -1,7 +1,7 @@
 """The documents of a file: text, JSON lines, Parquet; an error names the file, and the line or row.
 
 The `datasets` library also reads these formats, but its errors do not say in which file, it takes
-a missing field for an empty one and a date for no text, turns \r\n into \n, and needs 2 (Parquet) to 3 times
+a missing field for an empty one and a date for no text, turns CRLF into LF, and needs 2 (Parquet) to 3 times
 (JSON lines) the processor time.
 """
 

@@ -18,8 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
+from tpresearch.data.documents import first_line
 from tpresearch.data.hub import download, looks_like_hub_id
-from tpresearch.data.sources import first_line
 
 EOS = "<|endoftext|>"
 COMMON_EOS = ("</s>", EOS, "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
