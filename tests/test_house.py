@@ -12,7 +12,7 @@ FLOORS = [
     {"models", "plan", "data"},
     {"parallel", "ledger", "checkpoint", "hf", "launch"},
     {"track"},
-    {"sweep", "train", "compare", "dashboard", "prepare", "export"},
+    {"sweep", "train", "compare", "dashboard", "prepare", "export", "checkpoints"},
     {"verify", "simulate"},
     {"api", "__main__"},
 ]

@@ -35,6 +35,10 @@ class BrokenCheckpoint(Exception):
     """A folder is not a whole checkpoint; the message says why, in one line."""
 
 
+class LaterFormat(BrokenCheckpoint):
+    """A newer version of this package wrote it: it may be whole."""
+
+
 class WrittenFile(NamedTuple):
     bytes: int
     crc32: int
@@ -164,7 +168,7 @@ def mark_from(text: str) -> Mark:
     try:
         body = json.loads(text)
         if body["format"] > FORMAT:
-            raise BrokenCheckpoint(f"its format is {body['format']}, and this version reads up to {FORMAT}")
+            raise LaterFormat(f"its format is {body['format']}, and this version reads up to {FORMAT}")
         if body.pop("crc32") != _crc_of(body):
             raise BrokenCheckpoint(f"{MARK} is not as it was written")
         files = {name: WrittenFile(*file) for name, file in body.pop("files").items()}

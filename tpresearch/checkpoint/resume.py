@@ -12,10 +12,10 @@ from tpresearch.checkpoint.disk import (
     NAME,
     BrokenCheckpoint,
     Checkpoint,
+    LaterFormat,
     Mark,
     read_checkpoint,
     step_folders,
-    whole_checkpoints,
 )
 from tpresearch.config.compared import experiment
 from tpresearch.config.compose import as_dict
@@ -84,20 +84,28 @@ def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpo
     if not folders:
         why = "there is no such folder" if not resolved.exists() else f"it has no {FOLDER}/step-*"
         raise ConfigError(field, value, why, "the folder of a run that has a checkpoint, or of a checkpoint")
-    found = whole_checkpoints(resolved)[::-1]
+    found = []
     for folder in folders[::-1]:
         try:
-            read_checkpoint(folder)
-            break
+            found.append(read_checkpoint(folder))
+        except LaterFormat as error:
+            raise ConfigError(
+                field, value, f"{folder.name}: {error}", "a newer tpresearch, or another run"
+            ) from None
         except BrokenCheckpoint as error:
+            why = f"none of its {len(folders)} checkpoints is whole; {folder.name}: {error}"
             if not found:
-                why = f"none of its {len(folders)} checkpoints is whole; {folder.name}: {error}"
-                legal = "a run that has one; resume=never begins anew and sets these aside"
-                raise ConfigError(
-                    field, value, why, legal, fix={field: NEVER if field == "resume" else None}
-                ) from None
-            log.warning("%s is not whole: %s", folder, error)
+                log.warning("%s is not whole: %s", folder, error)
+    if not found:
+        raise _unusable(field, value, why)
     return found
+
+
+def _unusable(field: str, value: object, why: str) -> ConfigError:
+    legal, fix = "a run that has one", {}
+    if field == "resume":
+        legal, fix = f"{legal}; resume=never begins anew and sets these aside", {field: NEVER}
+    return ConfigError(field, value, why, legal, fix=fix or None)
 
 
 def _step_folders(run: Path, field: str, value: object) -> list[Path]:
@@ -182,5 +190,4 @@ def restore(checkpoints: list[Checkpoint], trained: Trained, group: dist.Process
             log.warning("%s cannot be loaded: %s", checkpoint.folder, last)
     run = run_of(checkpoints[0].folder)
     why = f"none of its {len(checkpoints)} whole checkpoints can be loaded; {checkpoints[-1].folder.name}: {last}"
-    legal = "a run that has one; resume=never begins anew and sets these aside"
-    raise ConfigError("resume", run, why, legal, fix={"resume": NEVER})
+    raise _unusable("resume", run, why)

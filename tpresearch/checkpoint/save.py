@@ -87,6 +87,7 @@ class Saver:
                 disk.clear_drafts(self._run)
                 for folder in disk.cut_after(self._run, step):
                     log.warning("a checkpoint of a later step is set aside: %s", folder.name)
+                disk.prune(self._run, self._settings.keep, self._settings.keep_every)
 
         together(make, self._group)
         together(self._look, self._group)
@@ -217,7 +218,7 @@ class _Writer(dcp.FileSystemWriter):
     def write_data(self, plan: Any, planner: Any) -> Any:
         point("writing")
         done = super().write_data(plan, planner)
-        point("data")
+        point("filed")
         return done
 
     def finish(self, metadata: Any, results: Any) -> None:

@@ -1,0 +1,143 @@
+"""A run that faults befall, started again until it is done, held to one that nothing befell."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from faults.job import CELLS, IN_LOADS, IN_SAVES, IN_STEPS, KEEP, STEPS, Fault, start
+from support.checkpointed import State, apart, on_disk
+
+from tpresearch.checkpoint.disk import FOLDER, BrokenCheckpoint, damage, read_checkpoint, step_folders
+
+TOLERANCE = 1e-10
+COLUMNS = ("train/loss", "train/grad_norm", "train/lr")
+STARTS = 6
+"""After which a run is given up."""
+POINTS = (*IN_STEPS, *IN_SAVES, *IN_LOADS)
+KINDS = ("kill", "kill", "kill_all", "full", "error", "term")
+
+
+@dataclass
+class Survived:
+    """What became of a run."""
+
+    number: int
+    history: list[str] = field(default_factory=list)
+    """Of each start: its plan, what befell it, and the exit codes of its ranks."""
+    problems: list[str] = field(default_factory=list)
+    apart: float = 0.0
+    """The greatest relative difference of any tensor or figure from the run that nothing befell."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    rows: list[dict[str, Any]]
+    state: State
+
+
+def reference(folder: Path) -> Reference:
+    """The same run on one process, undisturbed."""
+    folder.mkdir(parents=True)
+    assert start("none", folder) == [0]
+    return Reference(rows_of(folder), on_disk(step_folders(folder)[-1]))
+
+
+def drawn(number: int, seed: int) -> tuple[list[str], list[Fault | None], list[str]]:
+    """Of one run: the plan of each start, the fault of each, and further overrides."""
+    draw = random.Random(f"{seed}:{number}")
+    small = [cell for cell, (size, _) in CELLS.items() if size <= 2]
+    large = [cell for cell, (size, _) in CELLS.items() if size > 2]
+    cells = [draw.choice(small) for _ in range(STARTS)]
+    if number % 10 == 9:
+        cells[draw.randrange(2)] = draw.choice(large)
+    point = POINTS[number % len(POINTS)]
+    faults: list[Fault | None] = [_fault(draw, point)]
+    if point in IN_LOADS:  # which only a start that goes on passes
+        faults = [Fault("step", 4, "kill", draw.randrange(4)), _fault(draw, point, nth=0)]
+    elif draw.random() < 0.3:
+        faults.append(
+            Fault(draw.choice(POINTS), draw.randrange(2), draw.choice(("kill", "term")), draw.randrange(4))
+        )
+    faults += [None] * (STARTS - len(faults))
+    beside = ["checkpoint.background=true"] if draw.random() < 0.3 else []
+    return cells, faults, beside
+
+
+def _fault(draw: random.Random, point: str, nth: int | None = None) -> Fault:
+    kinds = [kind for kind in KINDS if kind != "full" or point in IN_SAVES]
+    rank = 0 if point in ("metadata", "settled", "marked", "renamed", "pruning") else draw.randrange(4)
+    nth = nth if nth is not None else 0 if point == "pruning" else draw.randrange(3)
+    return Fault(point, nth, draw.choice(kinds), rank)
+
+
+def survive(number: int, seed: int, folder: Path, whole: Reference) -> Survived:
+    """Start a run until all of its ranks end with 0; look at the disk after every death, and at everything at the end."""
+    folder.mkdir(parents=True)
+    survived = Survived(number)
+    cells, faults, beside = drawn(number, seed)
+    for cell, fault in zip(cells, faults, strict=True):
+        codes = start(cell, folder, fault, *beside)
+        survived.history.append(f"{cell}{' beside' if beside else ''}, {fault or 'nothing'}: {codes}")
+        survived.problems += unsound(folder)
+        if "hung" in codes:
+            survived.problems.append("a rank hung")
+        if all(code == 0 for code in codes):
+            break
+    else:
+        survived.problems.append(f"not done after {STARTS} starts")
+        return survived
+    compare(folder, whole, survived)
+    if not survived.problems:
+        shutil.rmtree(folder)
+        for said in folder.parent.glob(f"{folder.name}.rank*.txt"):
+            said.unlink()
+    return survived
+
+
+def unsound(folder: Path) -> list[str]:
+    """What is called a checkpoint and is not whole, to the byte."""
+    found = []
+    for each in step_folders(folder):
+        try:
+            checkpoint = read_checkpoint(each)
+        except BrokenCheckpoint as error:
+            found.append(f"{each.name}: {error}")
+            continue
+        found += [
+            wrong for name, file in checkpoint.mark.files.items() if (wrong := damage(each, name, file))
+        ]
+    return found
+
+
+def compare(folder: Path, whole: Reference, survived: Survived, keep: int = KEEP) -> None:
+    rows = rows_of(folder)
+    if [row["train/step"] for row in rows] != list(range(1, STEPS + 1)):
+        survived.problems.append(f"rows of steps {[row['train/step'] for row in rows]}")
+        return
+    figures = [
+        (row[name], right[name]) for row, right in zip(rows, whole.rows, strict=True) for name in COLUMNS
+    ]
+    survived.apart = max(abs(ours - right) / abs(right) for ours, right in figures)
+    folders = step_folders(folder)
+    if not folders or folders[-1].name != f"step-{STEPS:08d}":
+        survived.problems.append(f"the last checkpoint is {folders[-1:]}")
+        return
+    survived.apart = max(survived.apart, apart(on_disk(folders[-1]), whole.state))
+    if survived.apart > TOLERANCE:
+        survived.problems.append(f"apart by {survived.apart:.1e}")
+    if len(folders) > keep:
+        survived.problems.append(f"{len(folders)} checkpoints are kept")
+    if drafts := list((folder / FOLDER).glob(".step-*")):
+        survived.problems.append(f"left: {[draft.name for draft in drafts]}")
+    status = json.loads((folder / "summary.json").read_text())["status"]
+    if status != "completed":
+        survived.problems.append(f"status {status}")
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,90 @@
+"""`python -m tpresearch.checkpoints RUN [verify=true]`: what a run has saved, and whether each is whole."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from tpresearch.checkpoint.disk import BrokenCheckpoint, Checkpoint, damage, read_checkpoint, step_folders
+from tpresearch.checkpoint.resume import run_of
+from tpresearch.config.errors import ConfigError
+from tpresearch.launch.command import WrongCommand, python_command
+from tpresearch.launch.options import command, read_options
+from tpresearch.track.shown import UNDEFINED, bytes_text, count_text, loss_text, path_text
+from tpresearch.track.table import Table
+
+USAGE = """\
+python -m tpresearch.checkpoints RUN [verify=true]
+
+  lists the checkpoints of a run: step, loss, plan and mesh, size, and whether it is whole; exit code 1 if one is not
+  verify     true: read every byte and compare checksums; by default only marks and the sizes of files
+"""
+
+
+@dataclass
+class Options:
+    verify: bool = False
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE, file=sys.stdout if arguments else sys.stderr)
+        sys.exit(0 if arguments else 2)
+    named = [word for word in arguments if not word.startswith("verify")]
+    options = read_options(Options, [word for word in arguments if word not in named])
+    if len(named) != 1:
+        legal = "one run, or one of its checkpoints"
+        raise WrongCommand(
+            "run", " ".join(named), "not one folder", legal, python_command(["RUN", *arguments])
+        )
+    run = run_of(Path(named[0]))
+    try:
+        folders = step_folders(run)
+    except OSError as error:
+        raise ConfigError(
+            "run", named[0], f"cannot be read: {error.strerror}", "a folder that this user can read"
+        ) from None
+    if not folders:
+        why = "it has no checkpoint" if run.is_dir() else "there is no such folder"
+        legal = "the folder of a run that has saved one"
+        raise WrongCommand("run", named[0], why, legal, python_command(["RUN"]))
+    found = [whole_or_why(folder, options.verify) for folder in folders]
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    console.print(table(folders, found).rich(f"checkpoints of {path_text(run)}"))
+    sys.exit(any(isinstance(each, str) for each in found))
+
+
+def whole_or_why(folder: Path, verify: bool) -> Checkpoint | str:
+    """The checkpoint in a folder; or what is wrong with it, in one line."""
+    try:
+        checkpoint = read_checkpoint(folder)
+    except BrokenCheckpoint as error:
+        return str(error)
+    files = checkpoint.mark.files.items() if verify else ()
+    return next((wrong for name, written in files if (wrong := damage(folder, name, written))), checkpoint)
+
+
+def table(folders: list[Path], found: list[Checkpoint | str]) -> Table:
+    columns: dict[str, list[str]] = {
+        name: [] for name in ("step", "tokens", "loss", "plan", "ranks", "size", "torch", "whole")
+    }
+    for folder, each in zip(folders, found, strict=True):
+        step = str(int(folder.name.removeprefix("step-")))
+        if isinstance(each, str):
+            cells = [step, *[UNDEFINED] * 6, f"no: {each}"]
+        else:
+            mark = each.mark
+            plan = " ".join([mark.plan, *(f"{axis}={size}" for axis, size in mark.mesh.items())])
+            cells = [step, count_text(mark.tokens), loss_text(mark.loss), plan, str(mark.world_size)]
+            cells += [bytes_text(each.bytes), mark.torch, "yes"]
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    return Table.of_columns(columns)
+
+
+if __name__ == "__main__":
+    command(main)
