@@ -57,6 +57,30 @@ class Scaled(ToyLM):
         return self.output(self.scale(self.mlp(self.embed(tokens))))
 
 
+class Unused(ToyLM):
+    """With a layer that no forward reaches, so that it never has a gradient."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.unused = nn.Linear(dim, dim)
+
+
+class Buffered(ToyLM):
+    """With a buffer that its training changes and its checkpoint has to hold."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def reset_buffers(self) -> None:
+        self.seen.zero_()
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        if self.training:
+            self.seen += 1
+        return self.output(self.mlp(self.embed(tokens))) / (1 + self.seen)
+
+
 def model(kind: type[nn.Module]) -> list[str]:
     """The overrides that make it the model of a config."""
     return ["model=toy_mlp", f"model._target_={kind.__module__}.{kind.__name__}"]

@@ -43,7 +43,9 @@ def experiment(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("parallel", "mesh", "device", "plan_only"):
         kept.pop(key, None)
     without = {"model": ("plans", "blocks"), "train": NOT_THE_EXPERIMENT}
-    return kept | {
+    kept |= {
         group: {key: value for key, value in kept[group].items() if key not in dropped}
         for group, dropped in without.items()
     }
+    kept["model"] = kept.pop("model")  # last, since some of its settings follow from other keys
+    return kept

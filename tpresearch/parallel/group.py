@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from tpresearch.config.world import World
 from tpresearch.parallel.device import Device
+from tpresearch.parallel.meeting import agent_store, fresh_store
 
 
 @contextmanager
@@ -20,8 +21,10 @@ def process_group(device: Device, world: World) -> Iterator[None]:
     where: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
     if world.size == 1 and not world.elastic:
         where |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if device.backend == "fake":
+    elif device.backend == "fake":
         where |= {"store": _fake_store(), "rank": world.rank, "world_size": world.size}
+    elif (agents := agent_store()) is not None:
+        where |= {"store": fresh_store(agents, world), "rank": world.rank, "world_size": world.size}
     if device.type == "cuda":
         torch.cuda.set_device(device.torch)
     dist.init_process_group(device.backend, timeout=timedelta(minutes=10), **where)

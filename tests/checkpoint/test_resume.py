@@ -1,0 +1,209 @@
+"""From what a run goes on, what may change on the way, and what is refused in one line before anything is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import yaml
+from support.composed import config
+from test_disk import ABOUT, save
+
+from tpresearch.checkpoint import disk
+from tpresearch.checkpoint.disk import Checkpoint, folder_of
+from tpresearch.checkpoint.resume import (
+    check_corpus,
+    check_experiment,
+    checkpoints_to_go_on_from,
+    find_checkpoint,
+)
+from tpresearch.config import Config, ConfigError
+from tpresearch.config.compared import experiment
+from tpresearch.config.compose import as_dict
+from tpresearch.config.validate import total_steps
+from tpresearch.launch.going_on import type_again
+
+STARTED = ("model=llama2_debug", "parallel=tp", "train.steps=50")
+
+
+def of(cfg: Config) -> Checkpoint:
+    mark = dataclasses.replace(ABOUT, experiment=experiment(as_dict(cfg)), steps=total_steps(cfg))
+    return Checkpoint(Path("run/checkpoints/step-00000007"), mark)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "parallel=fsdp_tp mesh.tp=2",
+        "model.plans.tp.ffn_up.style=rowwise model.blocks=[]",
+        "train.micro_batch_size=2 train.log_every=5 train.eval_every=null train.eval_rows=3",
+        "logger=wandb logger.project=x name=other device=cpu data.cache_dir=/tmp/x",
+        "checkpoint.every=3 checkpoint.keep=9 train.on_nonfinite=skip",
+        "train.steps=51",
+        "train.steps=null train.tokens=1000000",
+    ],
+)
+def test_what_may_change(changed: str) -> None:
+    if "model.plans" in changed:
+        changed = "model.blocks=[]"
+    check_experiment(of(config(*STARTED)), config(*STARTED, *changed.split()))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("optimizer.lr=0.1", "optimizer.lr=0.1: this run was started with 0.003"),
+        ("train.seed=1", "train.seed=1: this run was started with 0"),
+        ("train.global_batch_size=16", "train.global_batch_size=16: this run was started with 8"),
+        ("train.dtype=float64", "train.dtype=float64: this run was started with float32"),
+        ("model.dim=32", "model.dim=32: this run was started with 64"),
+        ("model=toy_mlp", "model.name=toy_mlp: this run was started with llama2_debug"),
+        ("data.seq_len=8", "data.seq_len=8"),
+        ("optimizer=sgd", "optimizer.name=sgd: this run was started with adamw"),
+        ("schedule=wsd", "schedule.name=wsd: this run was started with cosine"),
+        ("init_from=/somewhere", "init_from=/somewhere: this run was started with null"),
+        ("train.clip_grad_norm=null", "train.clip_grad_norm=null: this run was started with 1.0"),
+        ("train.steps=49", "train.steps=49: this run is to end at step 50"),
+        ("train.steps=null train.tokens=256", "train.tokens=256: this run is to end at step 50"),
+        ("defects.keep_gradients=true", "defects.keep_gradients=true"),
+    ],
+)
+def test_another_experiment_is_refused_with_its_weights_offered(changed: str, said: str) -> None:
+    checkpoint = of(config(*STARTED))
+    with pytest.raises(ConfigError) as refused:
+        check_experiment(checkpoint, config(*STARTED, *changed.split()))
+    assert str(refused.value).startswith(said)
+    assert refused.value.fix["init_from"] == checkpoint.folder
+    assert refused.value.fix["resume"] is None
+
+
+def test_kept_gradients_are_in_no_checkpoint() -> None:
+    cfg = config(*STARTED, "defects.keep_gradients=true")
+    with pytest.raises(ConfigError, match="are in no checkpoint") as refused:
+        check_experiment(of(cfg), cfg)
+    assert refused.value.fix == {"resume": "never"}
+
+
+def test_other_rows_are_refused() -> None:
+    check_corpus(ABOUT, "c", "t", 64)
+    for other in (("d", "t", 64), ("c", "t", 65)):
+        with pytest.raises(ConfigError, match="the text is not what this run was trained on"):
+            check_corpus(ABOUT, *other)
+    with pytest.raises(ConfigError, match="the tokenizer is not what"):
+        check_corpus(ABOUT, "c", "u", 64)
+
+
+def test_a_path_means_a_checkpoint_or_the_newest_of_a_run(tmp_path: Path) -> None:
+    for step in (3, 12):
+        save(tmp_path / "run", step)
+    link = tmp_path / "latest"
+    link.symlink_to(folder_of(tmp_path / "run", 3))
+    assert find_checkpoint(tmp_path / "run").step == 12
+    assert find_checkpoint(folder_of(tmp_path / "run", 3)).step == 3
+    assert find_checkpoint(link).step == 3
+    (folder_of(tmp_path / "run", 12) / ".metadata").unlink()
+    assert find_checkpoint(tmp_path / "run").step == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nowhere", "there is no such folder"),
+        ("empty", "it has no checkpoints/step-*"),
+        ("broken", "none of its 1 checkpoints is whole; step-00000003: .metadata: No such file"),
+        ("broken/checkpoints/step-00000003", "not a whole checkpoint: .metadata: No such file"),
+        ("later", "step-00000004: its format is 7, and this version reads up to 1; a newer tpresearch"),
+        ("later/checkpoints/step-00000004", "not a whole checkpoint: its format is 7"),
+        ("dangling", "there is no such folder"),
+        ("file", "it has no checkpoints/step-*"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, path: str, said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    (save(tmp_path / "broken", 3) / ".metadata").unlink()
+    save(tmp_path / "later", 3)
+    mark = save(tmp_path / "later", 4) / disk.MARK
+    mark.write_text(mark.read_text().replace('"format": 1', '"format": 7'))
+    with pytest.raises(ConfigError) as refused:
+        find_checkpoint(tmp_path / path, "resume")
+    assert str(refused.value).startswith(f"resume={tmp_path / path}: {said}")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_is_refused_in_one_line(tmp_path: Path) -> None:
+    (save(tmp_path, 3).parent).chmod(0)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        find_checkpoint(tmp_path)
+
+
+def test_auto_never_and_a_restart(tmp_path: Path) -> None:
+    started = config(*STARTED)
+    never = config(*STARTED, "resume=never")
+    assert checkpoints_to_go_on_from(started, tmp_path) == []
+    mark = of(started).mark
+    for step in (3, 12):
+        folder = save(tmp_path, step)
+        files = disk.read_checkpoint(folder).mark.files
+        (folder / disk.MARK).write_text(disk.mark_text(dataclasses.replace(mark, step=step, files=files)))
+    assert [c.step for c in checkpoints_to_go_on_from(started, tmp_path)] == [12, 3]
+    assert checkpoints_to_go_on_from(never, tmp_path) == []
+    assert [c.step for c in checkpoints_to_go_on_from(never, tmp_path, restarted=True)] == [12, 3]
+    older = config(*STARTED, f"resume={folder_of(tmp_path, 3)}")
+    assert [c.step for c in checkpoints_to_go_on_from(older, tmp_path)] == [3]
+    assert [c.step for c in checkpoints_to_go_on_from(older, tmp_path, restarted=True)] == [12, 3]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder as Hydra leaves it, with a checkpoint."""
+    record = tmp_path / "run" / ".hydra"
+    record.mkdir(parents=True)
+    typed = ["model=llama2_debug", "parallel=tp", "mesh.tp=2", "train.steps=9", "resume=never"]
+    (record / "overrides.yaml").write_text(yaml.safe_dump(typed))
+    own = {"config_name": "train", "name": "train"}
+    sources = [{"provider": "main", "path": "/conf"}, {"provider": "command-line", "path": "/mine"}]
+    hydra = {"job": own, "runtime": {"config_sources": sources}}
+    hydra["overrides"] = {"hydra": ["hydra.searchpath=[file:///own]", "hydra.run.dir=elsewhere"]}
+    (record / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+    save(tmp_path / "run", 3)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("named", ["run", "run/checkpoints/step-00000003", "'run'"])
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ([], ["model=llama2_debug", "parallel=tp", "mesh.tp=2", "train.steps=9"]),
+        (["train.steps=20"], ["model=llama2_debug", "parallel=tp", "mesh.tp=2"]),
+        (["parallel=fsdp"], ["model=llama2_debug", "train.steps=9"]),
+        (["mesh.tp=4"], ["model=llama2_debug", "parallel=tp", "train.steps=9"]),
+    ],
+)
+def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
+    run: Path, monkeypatch: pytest.MonkeyPatch, named: str, typed: list[str], kept: list[str]
+) -> None:
+    monkeypatch.chdir(run.parent)
+    arguments = Namespace(overrides=[f"resume={named}", *typed], config_name=None, config_dir=None)
+    assert type_again(arguments) == run
+    now = [f"resume={named}", *typed, f"hydra.run.dir={run}"]
+    assert arguments.overrides == ["hydra.searchpath=[file:///own]", *kept, *now]
+    assert (arguments.config_name, arguments.config_dir) == ("train", "/mine")
+
+
+def test_a_run_goes_on_in_its_own_folder(run: Path) -> None:
+    for overrides in (["train.steps=3"], ["resume=auto", "hydra.run.dir=x"], ["resume=never"]):
+        arguments = Namespace(overrides=list(overrides), config_name=None, config_dir=None)
+        assert type_again(arguments) is None
+        assert arguments.overrides == overrides
+    arguments = Namespace(overrides=[f"resume={run}", "hydra.run.dir=x"], config_name=None, config_dir=None)
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=x: resume=.* goes on in that run's own folder"):
+        type_again(arguments)
+    (run / ".hydra" / "overrides.yaml").unlink()
+    arguments = Namespace(overrides=[f"resume={run}"], config_name=None, config_dir=None)
+    with pytest.raises(ConfigError, match="what was typed for it cannot be read: No such file"):
+        type_again(arguments)

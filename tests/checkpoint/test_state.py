@@ -1,0 +1,128 @@
+"""What a state may hold: frozen, unused and tied weights, float32 masters, buffers, micro-batches; and what never is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpointed import Went, equal, go, on_disk
+from support.composed import config
+from support.nets import Buffered, Frozen, Tied, Unused, model
+
+from tpresearch.checkpoint.disk import BrokenCheckpoint, folder_of, read_checkpoint
+from tpresearch.checkpoint.load import check_first_weights_of, read_tensors, tensors_of
+from tpresearch.checkpoint.save import check_finite
+from tpresearch.config import Config
+from tpresearch.config.world import World
+from tpresearch.plan.meta import meta_model
+from tpresearch.verify.ranks import Ranks
+
+KINDS = {
+    "frozen": [*model(Frozen), "train.dtype=float64"],
+    "unused": [*model(Unused), "train.dtype=float64"],
+    "tied": [*model(Tied), "train.dtype=float64"],
+    "buffered": [*model(Buffered), "train.dtype=float64"],
+    "bfloat16": ["model=toy_mlp", "train.dtype=bfloat16"],
+    "bfloat16 weights": ["model=toy_mlp", "train.dtype=bfloat16", "train.weights=bfloat16"],
+    "micro-batches": ["model=toy_mlp", "train.micro_batch_size=2"],
+    "sgd without momentum": ["model=toy_mlp", "optimizer=sgd"],
+}
+
+
+def alone(cfg: Config, steps: int, start: Path | None = None, run: Path | None = None, at: int = 0) -> Went:
+    went = go(World(), cfg, steps, start, run, (at,))
+    assert went
+    return went
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_goes_on_to_the_bit(tmp_path: Path, kind: str) -> None:
+    cfg = config("parallel=none", *KINDS[kind])
+    never_stopped = alone(cfg, 4, run=tmp_path, at=2)
+    went = alone(cfg, 2, start=folder_of(tmp_path, 2))
+    assert equal(went.state, never_stopped.state)
+    assert went.losses == never_stopped.losses[2:]
+
+
+@pytest.mark.parametrize("kind", ["frozen", "unused", "tied", "bfloat16"])
+def test_another_plan_restores_it_to_the_bit(ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    alone(config("parallel=none", *KINDS[kind]), 2, run=tmp_path, at=2)
+    saved = folder_of(tmp_path, 2)
+    went = ranks.run(2, go, config("parallel=fsdp", *KINDS[kind]), 0, saved)[0]
+    assert equal(went.restored, on_disk(saved))
+
+
+def test_what_is_not_there_is_not_saved(tmp_path: Path) -> None:
+    alone(config("parallel=none", *KINDS["unused"]), 2, run=tmp_path, at=2)
+    names = set(tensors_of(read_checkpoint(folder_of(tmp_path, 2))))
+    assert "model.unused.weight" in names
+    assert not {name for name in names if name.startswith("optimizer.unused")}
+    assert "optimizer.embed.weight.exp_avg" in names
+
+
+def test_a_tied_weight_is_saved_once(tmp_path: Path) -> None:
+    alone(config("parallel=none", *KINDS["tied"]), 2, run=tmp_path, at=2)
+    names = set(tensors_of(read_checkpoint(folder_of(tmp_path, 2))))
+    assert {name for name in names if name in ("model.embed.weight", "model.output.weight")} == {
+        "model.embed.weight"
+    }
+
+
+def test_a_bfloat16_run_saves_its_float32_weights(tmp_path: Path) -> None:
+    went = alone(config("parallel=none", *KINDS["bfloat16"]), 2, run=tmp_path, at=2)
+    saved = on_disk(folder_of(tmp_path, 2))
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert equal(saved, went.state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_state_that_is_not_finite_is_never_saved(value: float) -> None:
+    state = {
+        "model.a": torch.zeros(3),
+        "model.empty": torch.zeros(0, 4),
+        "model.count": torch.ones(2, dtype=torch.int64),
+    }
+    check_finite(state)
+    state["model.b"] = torch.zeros(4, 4)
+    state["model.b"][3, 2] = value
+    with pytest.raises(BrokenCheckpoint, match=r"model\.b is not finite"):
+        check_finite(state)
+
+
+def test_first_weights_are_compared_by_name_and_shape(tmp_path: Path) -> None:
+    cfg = config("parallel=none", "model=toy_mlp")
+    alone(cfg, 1, run=tmp_path, at=1)
+    saved = read_checkpoint(folder_of(tmp_path, 1))
+    check_first_weights_of(saved, meta_model(cfg.model))
+    for other, said in {
+        "model.dim=32": r"model\.embed\.weight is \[260, 64\] in it and \[260, 32\] here",
+        f"model._target_={Unused.__module__}.Unused": r"model\.unused\.\w+ is in this model alone",
+    }.items():
+        with pytest.raises(BrokenCheckpoint, match=said):
+            check_first_weights_of(saved, meta_model(config("parallel=none", "model=toy_mlp", other).model))
+
+
+def test_weights_alone_begin_a_new_run(ranks: Ranks, tmp_path: Path) -> None:
+    alone(config("parallel=none", "model=toy_mlp", "train.dtype=float64"), 3, run=tmp_path, at=3)
+    saved = folder_of(tmp_path, 3)
+    weights = {name: tensor for name, tensor in on_disk(saved).items() if name.startswith("model.")}
+    for size, plan, dtype in ((1, "none", "float64"), (2, "fsdp", "float64"), (2, "tp", "float32")):
+        typed = [
+            "model=toy_mlp",
+            f"parallel={plan}",
+            f"train.dtype={dtype}",
+            f"init_from={saved}",
+            "train.seed=9",
+        ]
+        went = ranks.run(size, go, config(*typed), 0)[0]
+        assert equal(went.state, {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights.items()})
+
+
+def test_tensors_are_read_one_by_one_without_ranks(tmp_path: Path) -> None:
+    went = alone(config("parallel=none", "model=toy_mlp"), 1, run=tmp_path, at=1)
+    folder = folder_of(tmp_path, 1)
+    (found,) = read_tensors(folder, ["model.output.weight"])
+    assert torch.equal(found[1], went.state["model.output.weight"])
+    with pytest.raises(BrokenCheckpoint, match=r"it holds no model\.x"):
+        list(read_tensors(folder, ["model.x"]))
