@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 from PIL import Image
 from rich.console import Console
 from support.made_runs import Made, entry, falling
@@ -19,6 +20,7 @@ from support.made_runs import Made, entry, falling
 from tpresearch.compare.groups import baseline_of, one_by_one
 from tpresearch.compare.report import Report
 from tpresearch.compare.runs import find
+from tpresearch.config.errors import ConfigError
 from tpresearch.track.panels import SECTIONS
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 ALERT = "</script><!--<img src=x onerror=alert(1)><script>alert(2)</script>"
 EXPRESSION = "${alert(3)} {{7*7}} datum['x']\"]//'+alert(4)+'"
+HOSTILE_KEY = "<img src=x onerror=alert(7)>\x1b[31m|`[a](javascript:alert(8))"
 PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
 QUIET = (
     "--no-sandbox",
@@ -76,6 +79,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, run in enumerate(runs):
         run.corpus_hash = "<i>hash</i>"
         run.write(folder / "sweep" / str(index))
+    config = yaml.safe_load((folder / "sweep" / "0" / "config.yaml").read_text())
+    config["model"] |= {HOSTILE_KEY: r"a\|b `c` ![x](http://beacon)"}
+    (folder / "sweep" / "0" / "config.yaml").write_text(yaml.safe_dump(config))
     found = find([str(folder / "sweep")])
     groups = one_by_one(found.runs)
     left_out = [f"{folder}/sweep/9: <script>alert(6)</script>\x1b]0;title\x07"]
@@ -221,6 +227,14 @@ def test_markdown_and_terminal_interpret_no_name(made: Path) -> None:
     text, terminal = (made / "compare.md").read_text(), (made / "terminal.txt").read_text()
     assert not re.findall(r"<[a-z/!]", text)
     assert "| &lt;/script&gt;&lt;!--&lt;img src=x onerror=alert(1)&gt;&lt;script&gt;" in text
+    assert not re.search(r"(?<!\\)\]\(|(?<!\\)`", text)
+    header, *rows = [
+        re.split(r"(?<!\\)(?:\\\\)*\|", line)
+        for line in text.split("Config differences")[1].splitlines()[2:9]
+    ]
+    assert {len(row) for row in rows if len(row) > 2} == {len(header)} == {8}
+    assert "alert(7)&gt;\ufffd[31m\\|\\`[a\\](javascript" in text
+    assert "alert(7)>\ufffd[31m|`[a](javascript" in terminal
     assert "Left out: " in text
     assert ALERT in terminal
     assert "\ufffd]0;title\ufffd" in terminal
@@ -240,6 +254,27 @@ def test_each_png_is_a_picture(made: Path, name: str) -> None:
     assert len(drawn) >= 2  # at least two colours that are no grey
     assert max(counted)[1] == (255, 255, 255)
     assert max(counted)[0] > image.width * image.height * 0.3
+
+
+def test_no_link_leads_out_of_the_folder(tmp_path: Path) -> None:
+    Made(steps=2).write(tmp_path / "run")
+    runs = find([str(tmp_path / "run")]).runs
+    groups = one_by_one(runs)
+    report = Report(runs, groups, groups[0], [], [])
+    for folder in ("elsewhere", "out", "other"):
+        (tmp_path / folder).mkdir()
+    for name in ("loss.png", "mfu.png", "mine.md"):
+        (tmp_path / "elsewhere" / name).write_text("mine")
+    (tmp_path / "out" / "compare").symlink_to("../elsewhere")
+    with pytest.raises(
+        ConfigError, match=f"out={tmp_path}/out: compare in it is a link to {tmp_path}/elsewhere"
+    ):
+        report.write(tmp_path / "out", [])
+    for name in ("compare.md", ".compare.md.draft"):
+        (tmp_path / "other" / name).symlink_to("../elsewhere/mine.md")
+    report.write(tmp_path / "other", [])
+    assert {path.read_text() for path in (tmp_path / "elsewhere").iterdir()} == {"mine"}
+    assert not (tmp_path / "other" / "compare.md").is_symlink()
 
 
 def test_a_panel_without_data_is_said_and_its_old_png_goes(tmp_path: Path) -> None:

@@ -44,6 +44,24 @@ def test_runs_sweeps_and_globs(sweep: Path) -> None:
     assert len(find([str(sweep.parent / "**")]).runs) == 11
 
 
+def test_runs_behind_links_are_found_once(sweep: Path) -> None:
+    links = sweep.parent / "links"
+    links.mkdir()
+    for name, to in {
+        "a": sweep / "3",
+        "b": sweep / "3",
+        "c": links,
+        "d": "nowhere",
+        "e": sweep.parent,
+    }.items():
+        (links / name).symlink_to(to)
+    found = find([str(links)]).runs
+    assert [run.folder.resolve() for run in found] == [
+        sweep / name for name in ("3", "0", "1", "2", *map(str, range(4, 11)))
+    ]
+    assert [run.folder.name for run in find([str(links / "a"), str(links / "b")]).runs] == ["a"]
+
+
 def test_what_a_sweep_has_set_aside_is_found_by_its_name_alone(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from tpresearch.compare.groups import Group, differing, labels, settings_frame
 from tpresearch.compare.look import Look
 from tpresearch.compare.numbers import max_differences, numbers, unpaired
 from tpresearch.compare.runs import Run
+from tpresearch.config.errors import ConfigError
 from tpresearch.track.figures import figure_cells, figures_of, mean_cells
 from tpresearch.track.panels import SECTIONS, Panel
 from tpresearch.track.record import write_atomically
@@ -56,9 +57,12 @@ class Report:
 
         Raises:
             OSError: when the folder cannot be written.
+            ConfigError: when its folder of PNGs is a link, behind which another's files would be written over.
         """
         pngs = out / "compare"
         pngs.mkdir(parents=True, exist_ok=True)
+        if pngs.is_symlink():
+            raise ConfigError("out", out, f"compare in it is a link to {pngs.resolve()}", "another folder")
         look = Look([group.label for group in self.groups], self.baseline.label)
         sections: dict[str, list[tuple[Panel, list[str], Spec]]] = {}
         for title, panels in SECTIONS.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,16 +139,23 @@ def _refused(word: str, why: str, legal: str = LEGAL, instead: Sequence[str] = (
 
 
 def run_folders(path: Path) -> list[Path]:
-    """The folder itself if it is a run's, else the runs below it in the order of their job numbers.
+    """The folder itself if it is a run's, else the runs below it, and behind links, in the order of their job numbers.
 
     Skipped below it: what Hydra and W&B keep under the same file names, and a sweep's earlier attempts at a job.
     """
     if any((path / name).is_file() for name in RECORD):
         return [path]
-    below = {file.parent for name in RECORD for file in path.rglob(name)}
-    kept = [each for each in below if not any(map(_is_skipped, each.relative_to(path).parts))]
+    found, seen = [], set()
+    for where, folders, files in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:  # a link back to a folder above, say
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _is_skipped(name))
+        if not set(RECORD).isdisjoint(files):
+            found.append(Path(where))
     return sorted(
-        kept, key=lambda each: [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in each.parts]
+        found, key=lambda each: [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in each.parts]
     )
 
 

@@ -254,7 +254,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """A file that is there whole or not at all."""
     draft = path.with_name(f".{path.name}.draft")
     try:
-        with draft.open("wb") as file:
+        draft.unlink(missing_ok=True)  # it could be a link out of this folder
+        with draft.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

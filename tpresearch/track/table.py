@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,5 +51,5 @@ class Table:
 
 
 def markdown(text: str) -> str:
-    """Text on one line of a Markdown file, with no HTML and no cell border in it."""
-    return html.escape(printable(text), quote=False).replace("|", "\\|")
+    """Text on one line of a Markdown file, in which it is no HTML, link, code or border of a cell."""
+    return re.sub(r"[\\|`]|\](?=[(\[])", r"\\\g<0>", html.escape(printable(text), quote=False))
