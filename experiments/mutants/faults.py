@@ -6,7 +6,7 @@ Three are the tutorial's own mistakes, which `defects.*` of any run makes too (`
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +21,8 @@ from tpresearch.config.schema import DefectsConfig
 from tpresearch.data import Batch, Batches
 from tpresearch.parallel import apply, weights
 from tpresearch.plan.compiler import Plan
-from tpresearch.train import assemble, evaluate, loop, losses, mistakes, step
+from tpresearch.train import assemble, evaluate, loop, mistakes, step
+from tpresearch.train.cross_entropy import VocabularyShard
 from tpresearch.train.losses import NextToken
 from tpresearch.train.step import Setup, TrainState
 
@@ -114,14 +115,9 @@ def mean_of_each_micro_batch() -> Patched:
 def softmax_over_own_shard() -> Patched:
     """Vocabulary-parallel loss without its all-reduces: each rank normalises over the entries that it holds."""
 
-    def of_own(logits: Tensor, targets: Tensor) -> Tensor:
-        own = logits.to_local() if isinstance(logits, DTensor) else logits
-        entries = own.shape[-1]
-        return nn.functional.cross_entropy(own.flatten(0, 1), targets.flatten() % entries, reduction="sum")
-
     stack = ExitStack()
-    stack.enter_context(patch.object(losses, "summed_cross_entropy", of_own))
-    stack.enter_context(patch.object(losses, "loss_context", lambda vocab_parallel: nullcontext()))
+    for method in ("greatest", "total"):
+        stack.enter_context(patch.object(VocabularyShard, method, lambda self, values: values))
     return stack
 
 
@@ -132,9 +128,9 @@ def then_gradients(change: Callable[[nn.Module, DeviceMesh], None]) -> Patched:
     """Do something to the gradients once they are whole."""
     right = step.reduce_partial_gradients
 
-    def reduce(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
-        right(model, plan, mesh)
-        change(model, mesh)
+    def reduce(state: TrainState, plan: Plan, mesh: DeviceMesh) -> None:
+        right(state, plan, mesh)
+        change(state.model, mesh)
 
     return patch.object(step, "reduce_partial_gradients", reduce)
 
@@ -154,7 +150,7 @@ def averaged_over_dp() -> Patched:
 
 def norms_left_partial() -> Patched:
     """Gradients of norms under sequence parallelism are not summed over tp."""
-    return patch.object(step, "reduce_partial_gradients", lambda model, plan, mesh: None)
+    return patch.object(step, "reduce_partial_gradients", lambda state, plan, mesh: None)
 
 
 def norms_averaged() -> Patched:
@@ -233,7 +229,7 @@ def replicated_counted_twice() -> Patched:
 
 def never_clipped() -> Patched:
     right = step.clip_gradients
-    return patch.object(step, "clip_gradients", lambda model, mesh, greatest: right(model, mesh, None))
+    return patch.object(step, "clip_gradients", lambda state, mesh, greatest: right(state, mesh, None))
 
 
 def learning_rate_of_each_rank() -> Patched:

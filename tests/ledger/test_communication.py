@@ -40,6 +40,8 @@ def test_real_ranks_send_what_the_fake_group_counts(ranks: Ranks, plan: str) -> 
         ["parallel=fsdp_tp", "parallel.fsdp.reshard_after_forward=false"],
         ["parallel=fsdp_tp", "parallel.activation_checkpointing=selective"],
         ["parallel=tp", "parallel.loss_parallel=false"],
+        ["parallel=fsdp_tp", "train.loss_chunk=24"],
+        ["parallel=sp", "train.loss_chunk=null"],
         ["parallel=fsdp", "parallel.activation_checkpointing=full"],
         ["parallel=fsdp", "optimizer=sgd", "train.dtype=bfloat16", "parallel.fsdp.reduce_dtype=bfloat16"],
     ],

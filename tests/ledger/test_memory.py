@@ -37,6 +37,8 @@ def test_measured_is_expected(plan: str, world: int, model: str) -> None:
         ["parallel=sp", "train.dtype=bfloat16"],
         ["parallel=none", "train.dtype=bfloat16", "train.weights=bfloat16"],
         ["parallel=fsdp_tp", "train.dtype=bfloat16", "train.weights=bfloat16"],
+        ["parallel=none", "train.loss_chunk=null"],
+        ["parallel=sp", "train.loss_chunk=null"],
         ["parallel=none", "optimizer=sgd"],
         ["parallel=none", "optimizer=sgd", "optimizer.momentum=0.9"],
         ["parallel=sp", "parallel.activation_checkpointing=full"],
@@ -64,7 +66,14 @@ def test_real_ranks_hold_what_the_fake_group_counts(ranks: Ranks, plan: str) -> 
 def test_sharding_weights_keeps_activations_and_gathers_for_a_while(ranks: Ranks) -> None:
     """FSDP holds half of what is kept for the step, the same activations, and gathered blocks as temporaries."""
     steps = (
-        on_ranks(ranks, world, "model=llama2_debug", plan, f"train.global_batch_size={8 * world}")
+        on_ranks(
+            ranks,
+            world,
+            "model=llama2_debug",
+            plan,
+            f"train.global_batch_size={8 * world}",
+            "train.loss_chunk=null",
+        )
         for world, plan in ((1, "parallel=none"), (2, "parallel=fsdp"))
     )
     alone, halves = ({kind.kind: kind.most_bytes for kind in step.held} for step in steps)

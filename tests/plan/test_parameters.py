@@ -48,7 +48,7 @@ def test_a_plan_that_would_untie_is_refused_and_both_are_named(
     assert all(name in str(error) for name in names)
 
 
-@pytest.mark.parametrize("overrides", [["parallel=fsdp"], ["parallel=tp", "train.dtype=bfloat16"]])
+@pytest.mark.parametrize("overrides", [["parallel=fsdp"], ["parallel=ddp", "train.dtype=bfloat16"]])
 def test_a_scalar_is_refused_where_fsdp_would_shard_it(overrides: list[str]) -> None:
     error = refused(*model(Scaled), *overrides)
     assert "scale.s is a scalar" in str(error)

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 
 import pytest
-import torch
 from support.composed import config, corpus
-from torch import Tensor, nn
 
-from tpresearch.config import Config
 from tpresearch.config.world import World
-from tpresearch.data import Batch
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.assemble import assemble
 from tpresearch.train.loop import Loop
-from tpresearch.train.losses import NextToken, Phase, summed_cross_entropy
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import preflight
 from tpresearch.train.state import TrainState
 from tpresearch.train.watch import CountedStep, Expected
-from tpresearch.verify.ranks import Ranks
 
 
 class Diary(Observer):
@@ -91,38 +84,3 @@ def test_the_second_step_of_a_process_is_counted_wherever_the_run_starts(
             with watch.step(state):
                 pass
     assert at == [counted]
-
-
-class InChunks(NextToken):
-    """The same loss, of a few tokens' logits at a time: it asks for what precedes the head."""
-
-    def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
-        def head(output: nn.Module, hidden: Tensor) -> Tensor:
-            pairs = zip(hidden.split(4, dim=1), batch.targets.split(4, dim=1), strict=True)
-            return torch.stack([summed_cross_entropy(output(h), targets) for h, targets in pairs]).sum()
-
-        with phase("forward"):
-            return model(batch.inputs, head=head) / self.tokens
-
-
-def losses(world: World, cfg: Config) -> list[tuple[float, float]]:
-    """(share of the loss, gradient norm) of three steps, plain and in chunks."""
-    found, jobs = [], [(kind, preflight(cfg, world)) for kind in (NextToken, InChunks)]
-    device = jobs[0][1].device
-    assert device
-    with process_group(device, world):
-        for kind, job in jobs:
-            loop = assemble(job, build_mesh(job.sizes, "cpu"), device, corpus())
-            objective = loop.setup.objective
-            assert isinstance(objective, NextToken)
-            loop.setup = replace(loop.setup, objective=kind(objective.tokens, objective.split))
-            found += [(loss.item(), norm.item()) for loss, norm in (loop.step() for _ in range(3))]
-    return found
-
-
-@pytest.mark.parametrize(("plan", "size"), [("none", 1), ("tp", 2), ("fsdp", 2)])
-@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
-def test_a_loss_may_have_what_precedes_the_head(ranks: Ranks, plan: str, size: int, model: str) -> None:
-    cfg = config(f"model={model}", f"parallel={plan}", "train.dtype=float64")
-    found = ranks.run(size, losses, cfg)[0]
-    assert found[:3] == [pytest.approx(pair, rel=1e-12) for pair in found[3:]]

@@ -145,6 +145,9 @@ class TrainConfig:
     loss: Loss = Loss.next_token
     """next_token: mean cross-entropy of each token after those before it. sum: the plain sum of all outputs, which has
     no targets and no least value; train/loss is then that sum."""
+    loss_chunk: Annotated[int | None, AtLeast(1)] = 2048
+    """Tokens whose logits a rank holds at once; null for those of a whole micro-batch, as where the output layer has a
+    bias, and where parallel.loss_parallel=false gathers them."""
     seed: Annotated[int, AtLeast(0)] = 0
     dtype: Dtype = Dtype.float32
     """Dtype of the computation. bfloat16 keeps float32 weights, gradients and optimizer state, unless weights says."""

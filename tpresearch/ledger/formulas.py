@@ -5,7 +5,8 @@ Per micro-batch of b rows of s tokens, e bytes per element, over t tensor-parall
 - TP: an all-reduce of b s h after attention and after the feed-forward, and one each way back
   (Megatron-LM, arXiv 1909.08053, section 3); with sequence parallelism each is a reduce-scatter and an
   all-gather (arXiv 2205.05198, section 4.2). `plan/effects.py` has them rule by rule.
-- The vocabulary-parallel loss: three all-reduces of b s numbers (arXiv 1909.08053, section 3); the sum of outputs
+- The vocabulary-parallel loss: three all-reduces of b s numbers (arXiv 1909.08053, section 3), of c at a time in
+  chunks of c tokens; the sum of outputs
   that are split: one all-reduce of one number.
 - FSDP, of P parameters: an all-gather of e_p P in forward, another in backward where weights were freed, and a
   reduce-scatter of e_g P (arXiv 1910.02054, section 7; arXiv 2304.11277). HSDP and DDP: an all-reduce of
@@ -78,8 +79,15 @@ def _of_tensor_plan(model: nn.Module, plan: Plan, cfg: Config, tokens: int) -> I
     if split and cfg.train.loss is Loss.sum:
         yield split, "loss", "loss", "all_reduce", max(element, 4)
     elif split:
-        for _ in ("greatest logit", "sum of exponentials", "logit of the target"):
-            yield split, "loss", "loss", "all_reduce", tokens * max(element, 4)
+        for part in loss_chunks(plan, cfg, tokens):
+            for _ in ("greatest logit", "sum of exponentials", "logit of the target"):
+                yield split, "loss", "loss", "all_reduce", part * max(element, 4)
+
+
+def loss_chunks(plan: Plan, cfg: Config, tokens: int) -> list[int]:
+    """The tokens whose logits are there at once, of a micro-batch of `tokens`."""
+    count = -(-tokens // cfg.train.loss_chunk) if cfg.train.loss_chunk and plan.chunked_head else 1
+    return [tokens // count + (index < tokens % count) for index in range(count)]
 
 
 def _of_partial_gradients(model: nn.Module, plan: Plan, cfg: Config) -> Iterator[Collective]:

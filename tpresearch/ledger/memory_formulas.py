@@ -16,11 +16,11 @@ import math
 from torch import nn
 
 from tpresearch.config.schema import Checkpointing, Config, Dtype, Loss, OptimizerName, WeightDtype
-from tpresearch.config.validate import micro_batch_size
+from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.ledger.formulas import ELEMENT_BYTES
 from tpresearch.models.llama2 import Block, Llama2
 from tpresearch.models.toy_mlp import ToyLM
-from tpresearch.plan.compiler import Plan, shard_shape
+from tpresearch.plan.compiler import Plan, local_shape, shard_shape
 
 
 def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu") -> dict[str, int | None]:
@@ -46,8 +46,12 @@ def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu
 
 def _has_masters(plan: Plan, cfg: Config) -> bool:
     """A bfloat16 model that FSDP does not wrap, whose float32 weights the optimizer has."""
-    train, alone = cfg.train, plan.sizes.dp == 1 and not cfg.parallel.fsdp.cpu_offload
-    return alone and train.dtype is Dtype.bfloat16 and train.weights is WeightDtype.float32
+    mixed = cfg.train.dtype is Dtype.bfloat16 and cfg.train.weights is WeightDtype.float32
+    return mixed and not _is_wrapped(plan, cfg)
+
+
+def _is_wrapped(plan: Plan, cfg: Config) -> bool:
+    return plan.sizes.dp > 1 or cfg.parallel.fsdp.cpu_offload
 
 
 def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:
@@ -73,7 +77,24 @@ def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) ->
     indices = 8 * (3 if plan.loss_parallel else 2)  # tokens, targets, and targets within the shard, int64
     if cfg.train.loss is Loss.sum:
         softmax, indices = 0, 8  # the gradient is 1, whatever the logits are
+    elif cfg.train.loss_chunk and plan.chunked_head:
+        # In the place of the hidden states, which are as large, their gradient; and the output layer's.
+        indices = 8 * (
+            micro_batches(cfg, plan.sizes) + bool(plan.rules)
+        )  # tokens of the whole share, and those masked
+        return round(tokens * (kept + indices)) + _early_gradient_bytes(model, plan, cfg, element)
     return round(tokens * (kept + softmax + indices))
+
+
+def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, element: int) -> int:
+    """Of the output layer's gradient, made with the loss, where it does not become the parameter's own as it is."""
+    weight = model.output.weight
+    is_the_gradient = (
+        not _is_wrapped(plan, cfg) and not _has_masters(plan, cfg) and micro_batches(cfg, plan.sizes) == 1
+    )
+    if not weight.requires_grad or is_the_gradient:
+        return 0
+    return math.prod(local_shape("output.weight", model, plan)) * element
 
 
 def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str) -> float | None:

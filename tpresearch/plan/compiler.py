@@ -19,7 +19,7 @@ from tpresearch.config.schema import DataPlan, ParallelConfig
 from tpresearch.plan.initializers import Initializer, read_initializers
 from tpresearch.plan.layouts import check_layouts
 from tpresearch.plan.probe import Probe
-from tpresearch.plan.rules import ResolvedRule, resolve_rule
+from tpresearch.plan.rules import ResolvedRule, resolve_rule, takes_chunks
 
 NOTHING_SEEN = Probe()
 
@@ -41,6 +41,8 @@ class Plan:
     """What a batch's shapes have shown of the plain model."""
     initializers: dict[str, Initializer] = field(default_factory=dict)
     """How each parameter starts, read off the plain model: before a rule, or a narrow dtype, replaces a layer."""
+    chunked_head: str | None = None
+    """The output layer, where the cross-entropy can be that of a few tokens at a time."""
 
     @property
     def loss_parallel(self) -> bool:
@@ -114,8 +116,11 @@ def compile_plan(
         if split_dim(name, rules, model.get_submodule(name.rpartition(".")[0])) is None
     ]
     active = {name: rule for name, rule in rules.items() if sizes[rule.axis] > 1}
+    head = seen.head
+    if head and not takes_chunks(model.get_submodule(head), active.get(head), sizes):
+        head = None
     split = next((rule.dst[0].dim for rule in active.values() if rule.leaves_split), None)  # type: ignore[union-attr]
-    return Plan(active, blocks, replicated, sizes, split, seen, read_initializers(model))
+    return Plan(active, blocks, replicated, sizes, split, seen, read_initializers(model), head)
 
 
 def _blocks(config: ModelConfig, names: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Probe:
     """The shape of the model's output; None where the model cannot run on the meta device."""
     no_input_grad: frozenset[str] = frozenset()
     """Modules whose input depends on no parameter, so that it needs no gradient."""
+    head: str | None = None
+    """The output layer, which a model that takes `head` hands to it with what precedes the logits."""
     random: dict[str, torch.Size] = field(default_factory=dict)
     """Modules that draw random numbers, as dropout does, and the shape of the input that each has in a micro-batch."""
     dims: dict[str, Dims] = field(default_factory=dict)
@@ -117,7 +120,23 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
             f"its output is a {type(output).__name__}",
             "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum",
         )
-    return Probe(output.shape, frozenset(watch.no_input_grad), watch.random, watch.dims())
+    return Probe(
+        output.shape, frozenset(watch.no_input_grad), _head_of(model, inputs), watch.random, watch.dims()
+    )
+
+
+def _head_of(model: nn.Module, inputs: Tensor) -> str | None:
+    if "head" not in inspect.signature(model.forward).parameters:
+        return None
+    given: list[nn.Module] = []
+
+    def head(layer: nn.Module, hidden: Tensor) -> Tensor:
+        given.append(layer)
+        return hidden
+
+    with torch.device("meta"):
+        model(inputs, head=head)
+    return next((name for name, module in model.named_modules() if given and module is given[0]), None)
 
 
 def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:

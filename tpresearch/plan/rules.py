@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils._pytree import tree_map_only
 
-from tpresearch.config.axes import LAYER_AXES
+from tpresearch.config.axes import LAYER_AXES, MeshSizes
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.imports import imported_class, instantiate
 from tpresearch.config.model import Rule
@@ -147,6 +147,21 @@ class ResolvedRule:
             return instantiate({"_target_": self.rule.target, **self.rule.args})
         assert self.rule.style
         return STYLES[self.rule.style].build(self.src, self.dst, not self.leaves_split)
+
+
+def takes_chunks(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSizes) -> bool:
+    """Whether logits can be made of a few tokens at a time: by a plain matmul, on vocabulary shards if the rule has some."""
+    if (
+        not isinstance(layer, nn.Linear)
+        or type(layer).forward is not nn.Linear.forward
+        or layer.bias is not None
+    ):
+        return False
+    if rule is None:
+        return True
+    ranks = sizes[rule.axis]
+    none_is_empty = -(-layer.out_features // ranks) * (ranks - 1) < layer.out_features
+    return rule.rule.style == "colwise" and rule.leaves_split and rule.dst[0] == Shard(-1) and none_is_empty
 
 
 def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> ResolvedRule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tpresearch.data import eval_batches
 from tpresearch.data.batches import IGNORED
 from tpresearch.parallel.apply import fsdp_modules
 from tpresearch.parallel.mesh import data_rank, sum_over
-from tpresearch.train.losses import loss_context, summed_cross_entropy
+from tpresearch.train.losses import token_loss_of
 from tpresearch.train.step import Setup
 
 
@@ -31,11 +32,12 @@ def held_out_loss(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
     eagerly = torch.compiler.set_stance  # else each block is compiled once more, without gradients
-    with eagerly("force_eager"), torch.no_grad(), loss_context(setup.plan.loss_parallel):
+    token_loss = token_loss_of(setup.cfg, setup.plan)
+    with eagerly("force_eager"), torch.no_grad(), token_loss.context():
         for batch in eval_batches(rows, count, setup.micro_rows, data_rank(mesh), setup.plan.sizes.dp):
-            inputs, targets = batch.to(device)
-            sums[0] += summed_cross_entropy(model(inputs), targets)
-            sums[1] += (targets != IGNORED).sum()
+            here = batch.to(device)
+            sums[0] += token_loss(model, here, lambda _: nullcontext())
+            sums[1] += (here.targets != IGNORED).sum()
             if stopped := stops():
                 break
     model.train()

@@ -10,12 +10,13 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.distributed.tensor.parallel import loss_parallel
 
 from tpresearch.config.schema import Config, Loss
 from tpresearch.data.batches import IGNORED, Batch
 from tpresearch.plan.compiler import Plan
+from tpresearch.train.cross_entropy import linear_cross_entropy, whole_tokens
 
 Phase = Callable[[str], AbstractContextManager[object]]
 """Marks a part of the step for whoever observes it."""
@@ -36,26 +37,80 @@ class Objective(Protocol):
         ...
 
 
+class TokenLoss(Protocol):
+    """The cross-entropy of each token after those before it, in nats, summed over tokens, times `scale`."""
+
+    def context(self) -> AbstractContextManager[object]:
+        """To be entered around forward and backward."""
+        ...
+
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase, scale: float = 1.0) -> Tensor:
+        """Returns: a plain scalar in at least float32, the same on every tp rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class InChunks:
+    """Of a chunk of tokens at a time: the logits of all are never there at once.
+
+    Attributes:
+        head: the name of the model's output layer. chunk: tokens at a time.
+        layout: in which hidden states reach that layer, where its weight is sharded over the vocabulary.
+    """
+
+    head: str
+    chunk: int
+    layout: Placement | None
+
+    def context(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase, scale: float = 1.0) -> Tensor:
+        with phase("forward"):
+            hidden = model(batch.inputs, head=lambda _, hidden: hidden)
+            weight = model.get_submodule(self.head).get_parameter("weight")
+            if self.layout and isinstance(weight, DTensor):
+                hidden = whole_tokens(hidden, weight, self.layout)
+        with phase("loss"):
+            return linear_cross_entropy(hidden, weight, batch.targets, self.chunk, scale)
+
+
+@dataclass(frozen=True)
+class AllAtOnce:
+    """Of all logits of a micro-batch.
+
+    Attributes:
+        split: they come as a DTensor, sharded over the vocabulary.
+    """
+
+    split: bool
+
+    def context(self) -> AbstractContextManager[object]:
+        return loss_context(self.split)
+
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase, scale: float = 1.0) -> Tensor:
+        with phase("forward"):
+            logits = model(batch.inputs)
+        with phase("loss"):
+            return summed_cross_entropy(logits, batch.targets) * scale
+
+
 @dataclass(frozen=True)
 class NextToken:
     """The mean cross-entropy of each token after those before it.
 
     Attributes:
         tokens: valid targets in the whole global batch, over all ranks and micro-batches.
-        split: the logits come as a DTensor, sharded over the vocabulary.
     """
 
     tokens: int
-    split: bool
+    loss: TokenLoss
 
     def context(self) -> AbstractContextManager[object]:
-        return loss_context(self.split)
+        return self.loss.context()
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
-        with phase("forward"):
-            logits = model(batch.inputs)
-        with phase("loss"):
-            return summed_cross_entropy(logits, batch.targets) / self.tokens
+        return self.loss(model, batch, phase, 1 / self.tokens)
 
 
 @dataclass(frozen=True)
@@ -75,7 +130,15 @@ class SumOfOutputs:
 def objective_of(cfg: Config, plan: Plan) -> Objective:
     if cfg.train.loss is Loss.sum:
         return SumOfOutputs()
-    return NextToken(cfg.train.global_batch_size * cfg.data.seq_len, plan.loss_parallel)
+    return NextToken(cfg.train.global_batch_size * cfg.data.seq_len, token_loss_of(cfg, plan))
+
+
+def token_loss_of(cfg: Config, plan: Plan) -> TokenLoss:
+    """In chunks where train.loss_chunk asks for them, and the model's output layer is one whose rule allows it."""
+    if cfg.train.loss_chunk is None or not plan.chunked_head:
+        return AllAtOnce(plan.loss_parallel)
+    rule = plan.rules.get(plan.chunked_head)
+    return InChunks(plan.chunked_head, cfg.train.loss_chunk, rule.src[0] if rule else None)
 
 
 def loss_context(vocab_parallel: bool) -> AbstractContextManager[object]:

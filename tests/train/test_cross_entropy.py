@@ -1,0 +1,159 @@
+"""Output layer and cross-entropy in chunks: the loss and gradients of the plain ones, to rounding, and far less memory."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.composed import config, corpus
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tpresearch.config import Config
+from tpresearch.config.world import World
+from tpresearch.data.batches import IGNORED
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.train.assemble import assemble
+from tpresearch.train.cross_entropy import linear_cross_entropy
+from tpresearch.train.losses import AllAtOnce, InChunks, NextToken, summed_cross_entropy
+from tpresearch.train.preflight import preflight
+from tpresearch.verify.ranks import Ranks
+
+TOKENS, WIDTH, VOCABULARY = 96, 64, 1003
+TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+def drawn(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [4, 24, h], a weight [V, h], and targets of which some are none."""
+    torch.manual_seed(0)
+    hidden = torch.randn(4, TOKENS // 4, WIDTH, dtype=dtype)
+    weight = torch.randn(VOCABULARY, WIDTH, dtype=dtype).mul_(0.1)
+    targets = torch.randint(VOCABULARY, (4, TOKENS // 4))
+    targets[0, 3:9] = IGNORED
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32, TOKENS, 10 * TOKENS])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_it_is_the_plain_one(dtype: torch.dtype, chunk: int) -> None:
+    hidden, weight, targets = drawn(dtype)
+    plain = summed_cross_entropy(F.linear(hidden, weight), targets) / 7
+    ours = linear_cross_entropy(hidden, weight, targets, chunk, 1 / 7)
+    assert ours.dtype == plain.dtype
+    assert relative(ours, plain) < TOLERANCES[dtype]
+    wanted = torch.autograd.grad(3 * plain, (hidden, weight))
+    for name, gradient, right in zip(
+        ("hidden", "weight"), torch.autograd.grad(3 * ours, (hidden, weight)), wanted, strict=True
+    ):
+        assert gradient.dtype == dtype
+        assert relative(gradient, right) < TOLERANCES[dtype] * (3 if chunk == 1 else 1), name
+
+
+def test_a_logit_far_above_the_others_does_not_overflow() -> None:
+    hidden, weight, targets = drawn(torch.float32)
+    with torch.no_grad():
+        weight[5] = 100 * hidden[1, 2]
+    plain = summed_cross_entropy(F.linear(hidden, weight), targets)
+    assert relative(linear_cross_entropy(hidden, weight, targets, 32), plain) < 1e-6
+    assert plain.isfinite()
+
+
+def test_frozen_parts_get_no_gradient_and_none_is_made_without_autograd() -> None:
+    hidden, weight, targets = drawn(torch.float32)
+    linear_cross_entropy(hidden, weight.detach(), targets, 32).backward()
+    assert hidden.grad is not None
+    hidden.grad = None
+    linear_cross_entropy(hidden.detach(), weight, targets, 32).backward()
+    assert (hidden.grad, weight.grad is None) == (None, False)
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, targets, 32).requires_grad
+
+
+def test_a_second_backward_is_refused() -> None:
+    hidden, weight, targets = drawn(torch.float32)
+    loss = linear_cross_entropy(hidden, weight, targets, 32)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors made inside that were alive together, beside those given."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.live = {tensor.untyped_storage()._cdata: 0 for tensor in given}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+def peak_bytes(chunk: int | None) -> int:
+    """Of the loss of 8,192 tokens of Llama-3-8B in bfloat16, forward and backward; inputs are not counted."""
+    with FakeTensorMode():
+        hidden = torch.empty(2, 4096, 4096, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(128_256, 4096, dtype=torch.bfloat16, requires_grad=True)
+        targets = torch.zeros(2, 4096, dtype=torch.int64)
+        with Peak(hidden, weight, targets) as seen:
+            if chunk is None:
+                summed_cross_entropy(F.linear(hidden, weight), targets).backward()
+            else:
+                linear_cross_entropy(hidden, weight, targets, chunk).backward()
+    return seen.peak
+
+
+def test_a_vocabulary_of_128k_takes_a_fraction_of_the_memory() -> None:
+    """12.6 GB of logits in float32, their gradient and the weight's, against 2.7 for 2,048 tokens at a time."""
+    plain, chunked = peak_bytes(None), peak_bytes(2048)
+    print(f"peak bytes of the loss: {plain / 1e9:.2f} GB, in chunks {chunked / 1e9:.2f} GB")
+    of_weight, of_hidden, logits = 128_256 * 4096 * 2, 8192 * 4096 * 2, 2048 * 128_256
+    assert plain > 12e9
+    assert chunked < of_weight + of_hidden + logits * (4 + 2 + 2) + 2**24
+
+
+def steps(world: World, cfgs: list[Config]) -> list[tuple[list[tuple[float, float]], float | None, type]]:
+    """Of each config: (share of the loss, gradient norm) of three steps, the held-out loss, and the kind of loss."""
+    found, jobs = [], [preflight(cfg, world) for cfg in cfgs]
+    device = jobs[0].device
+    assert device
+    with process_group(device, world):
+        for job in jobs:
+            loop = assemble(job, build_mesh(job.sizes, "cpu"), device, corpus())
+            assert isinstance(loop.setup.objective, NextToken)
+            pairs = [(loss.item(), norm.item()) for loss, norm in (loop.step() for _ in range(3))]
+            found.append((pairs, loop.evaluate(), type(loop.setup.objective.loss)))
+    return found
+
+
+@pytest.mark.parametrize(("plan", "size"), [("none", 1), ("tp", 2), ("sp", 2), ("fsdp_tp", 4)])
+@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
+def test_training_and_evaluation_are_the_plain_ones(ranks: Ranks, plan: str, size: int, model: str) -> None:
+    """Of a vocabulary that the ranks hold uneven parts of."""
+    settings = (f"model={model}", f"parallel={plan}", "train.dtype=float64", "model.vocab_size=263")
+    cfgs = [config(*settings, f"train.loss_chunk={chunk}") for chunk in ("null", 5)]
+    (plain, held_out, first), (ours, ours_held_out, second) = ranks.run(size, steps, cfgs)[0]
+    assert (first, second) == (AllAtOnce, InChunks)
+    assert ours == [pytest.approx(pair, rel=1e-12) for pair in plain]
+    assert ours_held_out == pytest.approx(held_out, rel=1e-12)
+
+
+def test_where_logits_are_gathered_the_loss_is_the_plain_one(ranks: Ranks) -> None:
+    cfg = config("model=llama2_debug", "parallel=tp", "parallel.loss_parallel=false")
+    assert ranks.run(2, steps, [cfg])[0][0][2] is AllAtOnce
