@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -20,9 +21,14 @@ CPU = torch.device("cpu")
 
 def configured(folder: Path | str, *overrides: str) -> Config:
     """A config with the model that a folder, or a hub id, describes."""
-    cfg = config("tokenizer.vocab_size=263", *overrides)
+    cfg = _composed(*overrides)
     model = dataclasses.replace(cfg.model, args=settings_of(str(folder)))
     return dataclasses.replace(cfg, model=model)
+
+
+@functools.cache
+def _composed(*overrides: str) -> Config:
+    return config("tokenizer.vocab_size=263", *overrides)
 
 
 def imported(folder: Path | str, *overrides: str) -> nn.Module:

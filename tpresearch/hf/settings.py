@@ -102,7 +102,7 @@ def config_json(settings: Mapping[str, Any], dtype: str, bos: int | None, eos: i
     """
     return {
         "architectures": ["LlamaForCausalLM"],
-        **{key: value for key, value in ONLY.items() if value is not None},
+        **{key: ONLY[key] for key in ("model_type", "hidden_act", "attention_bias", "mlp_bias")},
         **{theirs: settings[ours] for ours, theirs in NAMES.items()},
         "bos_token_id": bos,
         "eos_token_id": eos,

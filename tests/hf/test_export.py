@@ -1,0 +1,198 @@
+"""A trained run as a Hugging Face folder, and back: by the commands that a user types."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.commands import ROOT, Done, environment, execute_warm
+from support.composed import config
+from support.llamas import imported
+from support.trainings import TRAIN
+
+from tpresearch.checkpoint.disk import whole_checkpoints
+from tpresearch.checkpoint.load import read_tensors
+from tpresearch.data import PackedCorpus, batches_of, prepare
+from tpresearch.hf.files import settings_of
+from tpresearch.verify.ranks import Ranks
+
+transformers = pytest.importorskip("transformers", reason="the reference comes with the hf extra")
+pytestmark = pytest.mark.cli
+
+Start = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder with some texts in it."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "texts").mkdir()
+    for index in range(60):
+        words = " ".join(f"word{index * i % 97}" for i in range(120))
+        (home / f"texts/{index}.txt").write_text(words)
+    return home
+
+
+@pytest.fixture(scope="module")
+def start(ranks: Ranks, home: Path) -> Start:
+    """`start(2, *words)` is torchrun with 2 ranks there, `start(None, *words)` python."""
+
+    def run(size: int | None, *words: str) -> Done:
+        env = environment(home, PYTHONPATH=str(ROOT))
+        return execute_warm(ranks, size, [str(TRAIN) if w == "train.py" else w for w in words], home, env)
+
+    return run
+
+
+DATA = ("data=text", "data.path=texts/*.txt", "data.cache_dir=cache", "data.seq_len=16", "logger=none")
+RUN = ("train.global_batch_size=8", "train.eval_rows=8", "parallel.loss_parallel=true", *DATA)
+
+
+@pytest.fixture(scope="module")
+def run(start: Start, home: Path) -> Path:
+    """Two steps of a Llama with grouped queries, its weights far from where they started."""
+    bpe = ["model=llama2_debug", "tokenizer.vocab_size=300", "+model.norm_eps=2e-5", "+model.rope_theta=5000"]
+    done = start(
+        2,
+        "train.py",
+        *RUN,
+        *bpe,
+        "parallel=fsdp",
+        "train.steps=2",
+        "hydra.run.dir=run",
+        "optimizer.lr=0.1",
+        "schedule=constant",
+    )
+    assert done.code == 0, done.err
+    return home / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(start: Start, run: Path, home: Path) -> Path:
+    done = start(None, "-m", "tpresearch.export", "checkpoint=run", "out=made/llama")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(
+        "made/llama: step 2, 137,024 parameters in float32, 0.5 MB in 1 file, its tokenizer"
+    )
+    return home / "made/llama"
+
+
+def test_the_folder_is_whole_and_nothing_is_left(exported: Path) -> None:
+    names = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in exported.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json"}
+    assert [path.name for path in exported.parent.iterdir()] == ["llama"]
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1
+
+
+def test_ours_to_theirs_to_ours_is_bitwise(run: Path, exported: Path) -> None:
+    [*_, newest] = whole_checkpoints(run)
+    again = dict(imported(exported).named_parameters())
+    saved = dict(read_tensors(newest.folder, [f"model.{name}" for name in again]))
+    assert all(torch.equal(saved[f"model.{name}"], weight) for name, weight in again.items())
+    settings = settings_of(str(exported))
+    assert (settings["norm_eps"], settings["rope_theta"], settings["n_kv_heads"]) == (2e-5, 5000, 4)
+
+
+def test_a_run_from_it_starts_at_hugging_faces_loss(start: Start, exported: Path, home: Path) -> None:
+    """On another plan: `model=hf` needs no other word, the tokenizer comes along, and the first loss is theirs."""
+    words = ["model=hf", "init_from=made/llama", "parallel=tp", "train.steps=1", "hydra.run.dir=again", *RUN]
+    done = start(2, "train.py", *words)
+    assert done.code == 0, done.err
+    [row] = [json.loads(line) for line in (home / "again/metrics.jsonl").read_text().splitlines()]
+    cfg = config(
+        *words[:3],
+        *RUN,
+        f"data.path={home}/texts/*.txt",
+        f"data.cache_dir={home}/cache",
+        f"init_from={exported}",
+        "data.seq_len=16",
+        small=False,
+    )
+    assert cfg.tokenizer.path == str(exported)
+    corpus = prepare(cfg.data, cfg.tokenizer)
+    assert isinstance(corpus, PackedCorpus)
+    batch = batches_of(corpus, 8, cfg.train.seed).batch(0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    with torch.no_grad():
+        logits = theirs(batch.inputs).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+    assert row["train/loss"] == pytest.approx(loss.item(), rel=1e-6)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    assert corpus.eos_id == tokenizer.eos_token_id == theirs.generation_config.eos_token_id
+    assert tokenizer.decode(batch.inputs[0]) in {tokenizer.decode(row[:-1]) for row in corpus.train}
+
+
+def test_bfloat16_is_the_rounded_checkpoint(start: Start, exported: Path, home: Path) -> None:
+    done = start(
+        None,
+        "-m",
+        "tpresearch.export",
+        "checkpoint=run/checkpoints/step-00000002",
+        "out=narrow",
+        "dtype=bfloat16",
+    )
+    assert done.code == 0, done.err
+    narrow, whole = load_file(home / "narrow/model.safetensors"), load_file(exported / "model.safetensors")
+    assert all(torch.equal(narrow[name], tensor.bfloat16()) for name, tensor in whole.items())
+    assert transformers.AutoConfig.from_pretrained(home / "narrow").dtype == torch.bfloat16
+
+
+REFUSED = [
+    ("checkpoint=run", "out=: required and not given; "),
+    (
+        "checkpoint=run out=made/llama",
+        "out=made/llama: it is there already; a folder that is not; try: python -m tpresearch.export checkpoint=run out=made/llama-2",
+    ),
+    ("checkpoint=run out=link", "out=link: it is there already; "),
+    ("checkpoint=run out=/dev/null/x", "out=/dev/null/x: cannot be written: Not a directory; "),
+    ("checkpoint=made out=new", "checkpoint=made: it has no checkpoints/step-*; "),
+    (
+        "checkpoint=toy out=new",
+        "checkpoint=HOME/toy/checkpoints/step-00000001: its model is toy_mlp, for which Hugging Face has no class; ",
+    ),
+    ("checkpoint=bad out=new", "checkpoint=HOME/bad/checkpoints/step-00000002: not whole: "),
+    ("checkpoint=run out=new dtype=int8", "dtype=int8: "),
+]
+
+
+@pytest.fixture(scope="module")
+def spoiled(start: Start, run: Path, home: Path) -> None:
+    """A run of another model, a checkpoint with a flipped bit, and a link that leads nowhere."""
+    (home / "link").symlink_to("nowhere")
+    toy = start(
+        None,
+        "train.py",
+        *RUN,
+        "model=toy_mlp",
+        "parallel=none",
+        "tokenizer.vocab_size=300",
+        "train.steps=1",
+        "hydra.run.dir=toy",
+    )
+    assert toy.code == 0, toy.err
+    shutil.copytree(run, home / "bad")
+    file = next((home / "bad").glob("checkpoints/step-*/__0_0.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.usefixtures("spoiled", "exported")
+@pytest.mark.parametrize(("typed", "said"), REFUSED, ids=[typed for typed, _ in REFUSED])
+def test_what_cannot_be_exported_is_refused_in_one_line(
+    start: Start, home: Path, typed: str, said: str
+) -> None:
+    done = start(None, "-m", "tpresearch.export", *typed.split())
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
+    assert done.err.startswith(f"error: {said}".replace("HOME", str(home)))
+    assert not list(home.glob("**/.*.draft")) + list(home.glob("new"))
+
+
+def test_help_is_printed(start: Start) -> None:
+    assert "checkpoint=RUN_OR_CHECKPOINT out=FOLDER" in start(None, "-m", "tpresearch.export", "--help").out
+    assert start(None, "-m", "tpresearch.export").code == 2
