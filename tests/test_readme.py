@@ -17,7 +17,7 @@ from tpresearch.verify.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
-    p: p.read_text(encoding="utf-8") for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    p: p.read_text(encoding="utf-8") for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
 TEXT = "\n".join(PAGES.values())
 GROUPS = ("parallel", "model", "mesh", "data", "tokenizer", "optimizer", "schedule", "checkpoint", "logger")
@@ -32,7 +32,7 @@ def fenced(language: str) -> list[str]:
 
 
 LINES = [line for block in fenced("bash") for line in block.replace("\\\n", " ").splitlines() if line]
-COMMANDS = list(dict.fromkeys(LINES))
+COMMANDS = list(dict.fromkeys(line.partition("  # ")[0].strip() for line in LINES))
 TRANSCRIPTS = [block.partition("\n") for block in fenced("console")]
 
 
@@ -59,7 +59,15 @@ def run(ranks: Ranks, clone: Path) -> Callable[..., Done]:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository as a reader has it, with the files that the pages have them write, and a small corpus."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("train.py", "conf", "tpresearch", "Makefile", "constraints.txt", "pyproject.toml"):
+    for name in (
+        "train.py",
+        "conf",
+        "tpresearch",
+        "experiments",
+        "Makefile",
+        "constraints.txt",
+        "pyproject.toml",
+    ):
         (folder / name).symlink_to(ROOT / name)
     for language in ("python", "yaml"):
         for block in fenced(language):
@@ -77,7 +85,7 @@ def cheap(words: list[str], cache: Path) -> list[str]:
     if words[0] == "make":
         return ["make", "-n", *words[1:]]
     alone = {"tpresearch.compare", "tpresearch.dashboard"}.intersection(words)
-    if alone or any(word.startswith("plan_only") for word in words):
+    if alone or words[1].startswith("experiments/") or any(word.startswith("plan_only") for word in words):
         return words
     if any(word.startswith("experiment=seed_") for word in words):
         return [*words, "device=cpu", *(TINY_MODEL + SHORT_ROWS if "experiment=seed_2d" in words else [])]

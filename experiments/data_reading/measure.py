@@ -1,12 +1,13 @@
 """What reading a batch costs, beside a training step: `python experiments/data_reading/measure.py`.
 
-Writes results.csv beside itself and prints it.
+Prints results.csv and writes it (record.py says where).
 """
 
 from __future__ import annotations
 
 import csv
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ import torch.nn.functional as F
 from tpresearch.data import Batches
 from tpresearch.data.packed import read_rows, write_rows
 from tpresearch.models.llama2 import Llama2
+
+sys.path.append(str(Path(__file__).parents[1]))
+from record import place
 
 VOCAB_SIZE = 4096
 CORPUS_TOKENS = 200_000_000
@@ -80,7 +84,7 @@ def measure(folder: Path, rows: int, seq_len: int) -> dict[str, object]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(Path(folder), rows, seq_len) for rows, seq_len in SHAPES]
-    with (Path(__file__).parent / "results.csv").open("w", newline="") as file:
+    with (place(Path(__file__).parent) / "results.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, fieldnames=list(results[0]), restval="")
         table.writeheader()
         table.writerows(results)

@@ -1,6 +1,6 @@
-"""Column-wise, row-wise and combined layers alone: what each rank holds, what is sent, and that the product is the same.
+"""Column-wise, row-wise and combined layers alone, and the last with its rows sharded: what each rank holds, what is sent, and that the product is the same.
 
-python experiments/layers/measure.py      # prints the table, writes results.csv and placements.png beside this file
+python experiments/layers/measure.py      # prints the table; writes results.csv and placements.png (record.py says where)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Placement, Shard
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.model import Rule
@@ -55,6 +55,14 @@ CASES = [
             "c": Rule(style="rowwise", src="shard:-1", dst="replicate"),
         },
     ),
+    Case(
+        "sequence parallel",
+        "A = relu(X B) C",
+        {
+            "b": Rule(style="colwise", src="shard:0", dst="shard:-1"),
+            "c": Rule(style="rowwise", src="shard:-1", dst="shard:0"),
+        },
+    ),
 ]
 
 
@@ -87,7 +95,7 @@ def integers(*shape: int) -> Tensor:
 def see(world: World, case: Case) -> Seen:
     """Forward and backward of one case on this rank, beside the same without shards."""
     whole, model = build(case), build(case)
-    x, upstream = integers(ROWS, WIDTH), integers(ROWS, HIDDEN if case.name != "combined" else WIDTH)
+    x, upstream = integers(ROWS, WIDTH), integers(ROWS, WIDTH if "c" in case.rules else HIDDEN)
     for parameter in whole.parameters():
         parameter.data = integers(*parameter.shape)
     x_whole = x.clone().requires_grad_()
@@ -103,23 +111,20 @@ def see(world: World, case: Case) -> Seen:
         parallelize(model, plan, parallel, mesh, Dtype.float32)
         for parameter, full in zip(model.parameters(), whole.parameters(), strict=True):
             fill(parameter, full.detach())
-        layout = rules["b"].src[0]
-        own = x.chunk(world.size, -1)[world.rank] if isinstance(layout, Shard) else x
-        own = own.clone().requires_grad_()
+        *_, last = rules.values()
+        arrives, leaves = rules["b"].src[0], last.dst[0]
+        own = part(x, arrives, world).clone().requires_grad_()
         counted = CommunicationLedger(mesh)
         with counted:
             with counted.phase("forward"):
                 output = model(own)
                 output = output + 0  # which waits for a collective that is under way
             with counted.phase("backward"):
-                output.backward(upstream)
-        gradient = (
-            x_whole.grad.chunk(world.size, -1)[world.rank] if isinstance(layout, Shard) else x_whole.grad
-        )
+                output.backward(part(upstream, leaves, world))
         weights = zip(model.parameters(), whole.parameters(), strict=True)
         pairs = [
-            (output, product),
-            (own.grad, gradient),
+            (output, part(product, leaves, world)),
+            (own.grad, part(x_whole.grad, arrives, world)),
             *((p.grad.full_tensor(), w.grad) for p, w in weights),
         ]
         entries = entries_of(counted.events)
@@ -139,6 +144,11 @@ def see(world: World, case: Case) -> Seen:
         )
 
 
+def part(whole: Tensor, layout: Placement | None, world: World) -> Tensor:
+    """What a rank has of a matrix that is laid out so."""
+    return whole.chunk(world.size, layout.dim)[world.rank] if isinstance(layout, Shard) else whole
+
+
 def measure(ranks: Ranks, size: int = RANKS) -> dict[str, list[Seen]]:
     """Case name -> what each rank saw."""
     return {case.name: ranks.run(size, see, case) for case in CASES}
@@ -146,6 +156,7 @@ def measure(ranks: Ranks, size: int = RANKS) -> dict[str, list[Seen]]:
 
 def main() -> None:
     from layers.picture import draw
+    from record import place
 
     found = measure(Ranks())
     rows = [
@@ -161,7 +172,8 @@ def main() -> None:
         }
         for case in CASES
     ]
-    with (HERE / "results.csv").open("w", newline="") as file:
+    out = place(HERE)
+    with (out / "results.csv").open("w", newline="") as file:
         file.write(
             f"# python experiments/layers/measure.py, torch {torch.__version__}, {datetime.date.today()}\n"
         )
@@ -170,7 +182,8 @@ def main() -> None:
         writer.writerows(rows)
     for row in rows:
         print("\n".join(f"{key:>20}  {value}" for key, value in row.items()), "\n")
-    draw(HERE / "placements.png", RANKS)
+    draw(out / "placements.png", RANKS)
+    print(f"picture: {out / 'placements.png'}")
 
 
 if __name__ == "__main__":

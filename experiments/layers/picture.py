@@ -1,4 +1,4 @@
-"""The placements of the three cases as a drawing: a colour a rank, grey where every rank has all of it."""
+"""The placements of the four cases as a drawing: a colour a rank, grey where every rank has all of it."""
 
 from __future__ import annotations
 
@@ -36,11 +36,19 @@ DRAWN: dict[str, list[Matrix]] = {
         ("C", 2, 4, "rows", "·"),
         ("A", 2, 1, "whole", "all-reduce →"),
     ],
+    "sequence parallel:  the same, with tokens (rows of X and A) sharded outside; an all-reduce in two halves": [
+        ("X", 2, 1, "rows", ""),
+        ("X", 2, 1, "whole", "all-gather →"),
+        ("B", 4, 2, "columns", "·"),
+        ("relu(X B)", 4, 1, "columns", "="),
+        ("C", 2, 4, "rows", "·"),
+        ("A", 2, 1, "rows", "reduce-scatter →"),
+    ],
 }
 
 
 def draw(path: Path, ranks: int) -> None:
-    figure, axes = plt.subplots(len(DRAWN), 1, figsize=(11, 8.4), height_ratios=[3, 3, 5])
+    figure, axes = plt.subplots(len(DRAWN), 1, figsize=(12, 11.5), height_ratios=[3, 3, 5, 5])
     for axis, (title, matrices) in zip(axes, DRAWN.items(), strict=True):
         left = 0.0
         for name, width, height, split, before in matrices:
@@ -50,7 +58,7 @@ def draw(path: Path, ranks: int) -> None:
             axis.text(left + width / 2, height / 2 + 0.12, name, ha="center", va="bottom", fontsize=10)
             left += width + 0.3
         axis.set_title(title, loc="left", fontsize=11)
-        axis.set_xlim(0, 21)
+        axis.set_xlim(0, 27)
         axis.set_ylim(-max(m[2] for m in matrices) / 2 - 0.2, max(m[2] for m in matrices) / 2 + 0.8)
         axis.set_aspect("equal")
         axis.axis("off")

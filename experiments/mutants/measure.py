@@ -1,6 +1,6 @@
 """Which quantity shows each wrong plan, and which of them a loss curve would not have shown.
 
-python experiments/mutants/measure.py      # writes results.csv beside this file; several minutes on two cores
+python experiments/mutants/measure.py      # writes results.csv (record.py says where); several minutes on two cores
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "t
 import numpy as np  # noqa: E402
 from mutants.catalogue import MUTANTS, Mutant, run  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
+from record import place  # noqa: E402
 from rich.progress import track  # noqa: E402
 from support.composed import config, corpus, in_two_parts  # noqa: E402
 
@@ -108,7 +109,7 @@ def main() -> None:
     }
     for model, mutant in track(cases, description="mutants"):
         rows.append(row_of(mutant, model, ranks, right[model]))
-    with (HERE / "results.csv").open("w", newline="") as file:
+    with (place(HERE) / "results.csv").open("w", newline="") as file:
         file.write(
             f"# python experiments/mutants/measure.py, torch {torch.__version__}, {datetime.date.today()}\n"
         )

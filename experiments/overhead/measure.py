@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=4 experiments/overhead/measure.py parallel=fsdp_tp logger=none name=overhead
 
-Prints how many times as long a step of ours takes, and appends the measurement to results.csv.
+Prints how many times as long a step of ours takes, and appends the measurement to results.csv (record.py says where).
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ from tpresearch.train.loop import Loop
 from tpresearch.train.main import observers_of
 from tpresearch.train.preflight import Preflight, preflight
 
+sys.path.append(str(Path(__file__).parents[1]))
+from record import place
+
 WARM_UP = 3
 """Steps of each loop before anything is timed: ours counts what it sends in the second."""
 BLOCK = 2
 """Steps before it is the other loop's turn."""
 ROUNDS = 12
 """Pairs of blocks: ours first in the even ones, last in the odd ones."""
-RESULTS = Path(__file__).with_name("results.csv")
 
 
 @entrypoint("train", judge=preflight)
@@ -152,8 +154,9 @@ def report(result: dict[str, Any]) -> None:
         "threads_a_rank": torch.get_num_threads(),
         "command": command,
     }
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
+    results = place(Path(__file__).parent) / "results.csv"
+    new = not results.exists()
+    with results.open("a", newline="") as file:
         table = csv.DictWriter(file, fieldnames=list(whole))
         if new:
             table.writeheader()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+
+sys.path.append(str(Path(__file__).parents[1]))
+from record import latest, place
 
 HERE = Path(__file__).parent
 SHOWN = {
@@ -22,7 +26,7 @@ VOCABULARY = 32_000
 
 
 def main() -> None:
-    with (HERE / "losses.csv").open(newline="") as file:
+    with latest(HERE, "losses.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["experiment"] == "seed_2d"]
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(figsize=(7.5, 3.8))
@@ -43,7 +47,7 @@ def main() -> None:
     )
     axes.legend(frameon=False, loc="lower right")
     figure.tight_layout()
-    figure.savefig(HERE / "losses.png", dpi=150)
+    figure.savefig(place(HERE) / "losses.png", dpi=150)
 
 
 if __name__ == "__main__":

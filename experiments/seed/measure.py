@@ -3,7 +3,7 @@
     python experiments/seed/measure.py [case ...] [--tables-only]
 
 For each case (a name below; all, if none is given) it runs `torchrun ... train.py`, traces what
-`python -m tpresearch.verify` compares, and writes results.csv and losses.csv beside itself, keeping the rows of cases
+`python -m tpresearch.verify` compares, and writes results.csv and losses.csv (record.py says where), keeping the rows of cases
 that were not run. Then it prints the tables of README.md.
 """
 
@@ -39,6 +39,9 @@ from tpresearch.verify.compare import MaxError, compare, tolerance
 from tpresearch.verify.plans import trace_of
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
+
+sys.path.append(str(Path(__file__).parents[1]))
+from record import latest, place
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -174,9 +177,7 @@ def measure(case: Case, folder: Path, ranks: Ranks) -> tuple[dict[str, Any], lis
 
 
 def read_csv(name: str) -> list[dict[str, Any]]:
-    if not (HERE / name).exists():
-        return []
-    with (HERE / name).open(newline="") as file:
+    with latest(HERE, name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -186,7 +187,7 @@ def update(name: str, rows: list[dict[str, Any]]) -> None:
     kept = [row for row in read_csv(name) if (row["experiment"], row["switch"]) not in new]
     order = [(case.experiment, case.switch) for case in CASES]
     together = sorted([*kept, *rows], key=lambda row: order.index((row["experiment"], row["switch"])))
-    with (HERE / name).open("w", newline="") as file:
+    with (place(HERE) / name).open("w", newline="") as file:
         table = csv.DictWriter(file, fieldnames=list(rows[0]))
         table.writeheader()
         table.writerows(together)

@@ -2,7 +2,7 @@
 
     python experiments/two_hosts/measure.py [--draw-only]
 
-Needs Linux, root and iproute2. Writes collectives.csv, results.csv and between_hosts.png, and prints the tables.
+Needs Linux, root and iproute2. Writes collectives.csv, results.csv and between_hosts.png (record.py says where), and prints the tables.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from draw import draw
 from formulas import TUTORIAL
 from hosts import HostsUnavailable, TwoHosts
 from plans import train_counted
+
+sys.path.append(str(Path(__file__).parents[1]))
+from record import latest, place
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -61,7 +64,7 @@ def main() -> None:
                 measure_plans(hosts, Path(folder, "plans"))
         except HostsUnavailable as error:
             sys.exit(f"error: two hosts cannot be made here: {error}; it takes Linux, root and iproute2")
-    draw(read("results.csv"), HERE / "between_hosts.png")
+    draw(read("results.csv"), place(HERE) / "between_hosts.png")
     print_tables()
 
 
@@ -93,12 +96,12 @@ def versions() -> dict[str, str]:
 
 
 def read(name: str) -> list[dict[str, str]]:
-    with (HERE / name).open(newline="") as file:
+    with latest(HERE, name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
-    with (HERE / name).open("w", newline="") as file:
+    with (place(HERE) / name).open("w", newline="") as file:
         table = csv.DictWriter(file, fieldnames=list(rows[0]))
         table.writeheader()
         table.writerows(rows)

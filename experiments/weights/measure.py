@@ -1,6 +1,6 @@
 """Processor time of drawing first weights, beside one `normal_` over as many numbers: `python experiments/weights/measure.py`.
 
-Prints a table and writes results.csv beside itself. Each case runs in a process of its own, as one rank of a fake process group.
+Prints a table and writes results.csv (record.py says where). Each case runs in a process of its own, as one rank of a fake process group.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from tpresearch.parallel.weights import from_seed, materialize
 from tpresearch.plan.initializers import read_initializers
 from tpresearch.train.preflight import planned
 
+sys.path.append(str(Path(__file__).parents[1]))
+from record import place
+
 MODEL = ("model=llama2_7b", "tokenizer=bpe_32k", "model.n_layers=1", "data.seq_len=128", "logger=none")
 """llama2_7b with one of its 32 layers, and its embedding and output, all of the true shapes."""
 CASES = [
@@ -45,7 +48,6 @@ CASES = [
 """Overrides, ranks, and which of the ranks are measured. tp cuts wo and w2 along dim 1."""
 REPEATS = 3
 BARS = {1: 1.3, 8: 1.5 / 8}
-RESULTS = Path(__file__).with_name("results.csv")
 
 
 def seconds(call: Callable[[], object]) -> tuple[float, float]:
@@ -102,7 +104,7 @@ def main() -> None:
         "command": shlex.join(["python", *sys.argv]),
     }
     with (
-        RESULTS.open("w", newline="") as file,
+        (place(Path(__file__).parent) / "results.csv").open("w", newline="") as file,
         multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
     ):
         writer = None

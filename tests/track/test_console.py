@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from support.example_run import row
 
+from tpresearch.config.schema import Loss
 from tpresearch.track.console import ProgressLine, report
 from tpresearch.track.names import complete_row
 from tpresearch.track.record import headline
@@ -138,3 +139,16 @@ def test_the_report_of_a_failed_run_says_why_and_suggests_nothing(tmp_path: Path
     assert "error  ValueError: no [luck]" in out.getvalue()
     assert "next" not in out.getvalue()
     assert "W&B" not in out.getvalue()
+
+
+def test_the_report_says_why_a_sum_of_outputs_falls_without_end(tmp_path: Path) -> None:
+    summary = {"run_name": "toy_net/tp4", "status": "completed", "steps": 8, "tokens": 200, "world_size": 4}
+    summary |= {"parallel": "tp"} | headline([complete_row(row(8) | {"train/loss": -17430.2})], 5)
+    texts = {}
+    for loss in Loss:
+        out = io.StringIO()
+        report(Console(file=out, width=160), summary, tmp_path, None, loss=loss)
+        texts[loss] = out.getvalue()
+    assert "-17430.2" in texts[Loss.sum].replace(",", "")
+    assert "the sum of all outputs, which has no targets and no minimum" in texts[Loss.sum]
+    assert "minimum" not in texts[Loss.next_token]

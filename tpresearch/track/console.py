@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from tpresearch.config.schema import Loss
 from tpresearch.track.names import Row
 from tpresearch.track.shown import (
     UNDEFINED,
@@ -108,12 +109,18 @@ def figures(row: Row, val_loss: float | None, left_s: float | None) -> str:
     return "  ".join(parts)
 
 
+NO_MINIMUM = (
+    " (train.loss=sum: the sum of all outputs, which has no targets and no minimum, and falls without end)"
+)
+
+
 def report(
     console: Console,
     summary: Mapping[str, Any],
     run_dir: Path,
     wandb_line: str | None,
     unigram_entropy: float | None = None,
+    loss: Loss = Loss.next_token,
 ) -> None:
     """The end of a run: what came out, where it lies, and what to type next.
 
@@ -121,11 +128,12 @@ def report(
         summary: as in summary.json.
         wandb_line: the run's page or the command that uploads it; None without W&B.
         unigram_entropy: nats per token of the held-out rows when only the tokens' frequencies are known.
+        loss: what was minimised.
     """
     table = Table(
         title=f"{summary['run_name']}: {summary['status']}", title_justify="left", show_header=False
     )
-    for name, value in _results(summary, unigram_entropy):
+    for name, value in _results(summary, unigram_entropy, loss):
         table.add_row(name, Text(value))
     console.print()
     console.print(table)
@@ -141,14 +149,14 @@ def report(
             console.print(Text(f"  {command}  # {why}"), soft_wrap=True)
 
 
-def _results(summary: Mapping[str, Any], unigram_entropy: float | None) -> list[tuple[str, str]]:
+def _results(summary: Mapping[str, Any], unigram_entropy: float | None, loss: Loss) -> list[tuple[str, str]]:
     tokens, ranks = count_text(summary["tokens"]), summary["world_size"]
     beside = "" if unigram_entropy is None else f" (unigram entropy {loss_text(unigram_entropy)})"
     speed, mfu = summary["perf/tokens_per_second"], summary["perf/mfu"]
     too_short = f"{UNDEFINED} (no step after train.warmup_log_steps)"
     rows = [
         ("steps", f"{summary['steps']} ({tokens} tokens, {ranks} rank{'s' if ranks > 1 else ''})"),
-        ("final loss", loss_text(summary["train/loss"])),
+        ("final loss", loss_text(summary["train/loss"]) + (NO_MINIMUM if loss is Loss.sum else "")),
         ("held-out loss", loss_text(summary["val/loss"]) + beside),
         ("speed", too_short if speed is None else f"{count_text(speed)} tok/s"),
         ("MFU", f"{share_text(mfu)} (6N + 12Lhs)"),

@@ -164,7 +164,9 @@ class Tracker:
             if self._wandb:
                 self._wandb.finish(whole, EXIT_CODES[status], preempted=status == "preempted")
         wandb_line = self._wandb.where() if self._wandb else None
-        report(self._console, whole, self._run_dir, wandb_line, self._facts.unigram_entropy)
+        report(
+            self._console, whole, self._run_dir, wandb_line, self._facts.unigram_entropy, self._cfg.train.loss
+        )
 
     def _summary(self, status: Status, error: str | None) -> dict[str, Any]:
         cfg, facts = self._cfg, self._facts
