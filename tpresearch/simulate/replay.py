@@ -40,9 +40,12 @@ class Streams:
     """axis -> when its last collective is done."""
     copied_out_s: float = 0.0
     reduced_s: float = 0.0
+    """When the last reduce-scatter is done."""
     arrived: dict[int, tuple[float, Event]] = field(default_factory=dict)
     """Storage -> when the collective that fills it is done, and which one that is."""
     reducing: Event | None = None
+    summed: tuple[float, Event] | None = None
+    """When the last sum over replicas is done."""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Busy time by kind, `collective/<axis>...` and `exposed/<axis>...` among them."""
     spans: list[Span] | None = None
@@ -98,12 +101,16 @@ class Streams:
             start = max(free, self.device_s)
         elif event.collective == "all_gather":
             start = max(free, self.copied_out_s)
-        else:  # a replica's sum follows its reduce-scatter
-            start = max(free, self.device_s, self.reduced_s if event.collective == "all_reduce" else 0.0)
+        elif event.collective == "all_reduce" and self.reducing:  # of replicas: it follows its reduce-scatter
+            start = max(free, self.reduced_s)
+        else:
+            start = max(free, self.device_s)
         done = start + kernel.seconds
         self._note(kernel, event.axis, start, kernel.seconds)
         self.groups[event.axis] = done
-        if of_fsdp and event.collective != "all_gather":
+        if of_fsdp and event.collective == "all_reduce":
+            self.summed = done, event
+        elif of_fsdp and event.collective == "reduce_scatter":
             self.reduced_s, self.reducing = done, event
         elif kernel.op.name.endswith("_") and not of_fsdp:  # c10d's own, which the step waits for
             self._wait(done, event)
@@ -125,6 +132,9 @@ class Streams:
         if self.reducing:
             self._wait(self.reduced_s, self.reducing)
             self.reducing = None
+        if self.summed:
+            self._wait(*self.summed)
+            self.summed = None
         self.arrived.clear()
 
     def _note(self, kernel: Kernel, stream: str, start: float, seconds: float) -> None:

@@ -1,0 +1,179 @@
+"""Simulate published measurements, and say by how much predictions are off, by family and with the sign.
+
+python experiments/published/score.py ROWS.csv out=DIR     # rows in the columns of rows.csv; writes DIR/predicted.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from hydra import compose, initialize_config_dir  # noqa: E402
+from hydra.core.global_hydra import GlobalHydra  # noqa: E402
+from rows import Row, read  # noqa: E402
+from stacks import cluster_of_row  # noqa: E402
+
+from tpresearch.config import Config  # noqa: E402
+from tpresearch.config.axes import MeshSizes  # noqa: E402
+from tpresearch.config.compose import register_schema, typed  # noqa: E402
+from tpresearch.config.errors import ConfigError  # noqa: E402
+from tpresearch.config.validate import validate  # noqa: E402
+from tpresearch.launch.composition import conf_dir  # noqa: E402
+from tpresearch.launch.options import command, read_options  # noqa: E402
+from tpresearch.launch.run_dir import register_resolvers  # noqa: E402
+from tpresearch.simulate.cluster import cluster_of  # noqa: E402
+from tpresearch.simulate.depth import recording  # noqa: E402
+from tpresearch.simulate.fake_step import record  # noqa: E402
+from tpresearch.simulate.prediction import CALM, Prediction, predict  # noqa: E402
+from tpresearch.simulate.trace import Trace, load, save  # noqa: E402
+
+GIB = 2**30
+
+
+@dataclass
+class Options:
+    out: str
+    traces: str | None = None
+    """A folder that keeps recorded steps, so that scoring again only prices."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row and its prediction."""
+
+    row: Row
+    step_s: float
+    low_s: float
+    high_s: float
+    memory_gib: float
+
+    @property
+    def error(self) -> float | None:
+        """Relative, positive where the prediction is too slow."""
+        return self.step_s / self.row.measured_s - 1 if self.row.measured_s else None
+
+    @property
+    def is_inside(self) -> bool:
+        return bool(self.row.measured_s) and self.low_s <= (self.row.measured_s or 0) <= self.high_s
+
+
+def scored(row: Row, traces: Path | None) -> Scored:
+    """Raises: ConfigError: for a row whose config is refused."""
+    parts = [predicted(row, part.overrides, traces) for part in row.parts()]
+    shares = [part.share for part in row.parts()]
+    if len(parts) == 1 or None not in shares:
+        weights = [share or 0.0 for share in shares]
+    else:
+        last = _share_that_fits(*parts)
+        weights = [1 - last, last]
+
+    def blended(values: Sequence[float]) -> float:
+        return sum(weight * value for weight, value in zip(weights, values, strict=True))
+
+    return Scored(
+        row,
+        blended([p.step_time_s for p in parts]),
+        blended([p.low_s for p in parts]),
+        blended([p.high_s for p in parts]),
+        blended([(p.peak_bytes - p.memory_bytes["reserved"]) / GIB for p in parts]),
+    )
+
+
+def predicted(row: Row, overrides: Sequence[str], traces: Path | None) -> Prediction:
+    cluster = cluster_of(cluster_of_row(row))
+    cfg = composed(overrides)
+    sizes = validate(cfg, row.world, cluster.hosts_of(row.world))
+    key = hashlib.sha1(repr((overrides, row.world)).encode()).hexdigest()[:16]
+
+    def stored(cfg: Config, sizes: MeshSizes) -> Trace:
+        if traces is None:
+            return record(cfg, sizes)
+        path = traces / f"{key}-{cfg.model.args['n_layers']}.gz"
+        if not path.exists():
+            save(record(cfg, sizes), path)
+        return load(path)
+
+    return predict(recording(cfg, sizes, stored), cluster, check=False)
+
+
+def composed(overrides: Sequence[str]) -> Config:
+    """The config as simulate composes it, with this experiment's models beside the package's."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        ours = [f"hydra.searchpath=[file://{HERE / 'conf'}]", "data=random_tokens"]
+        return typed(compose("simulate", overrides=[*ours, *overrides]))
+
+
+def _share_that_fits(none: Prediction, full: Prediction) -> float:
+    """The smallest share of blocks to checkpoint with which the step fits the card calmly."""
+    limit = CALM * none.cluster["memory_gb"] * 1e9
+    saved = none.peak_bytes - full.peak_bytes
+    return min(1.0, max(0.0, (none.peak_bytes - limit) / saved)) if saved > 0 else 0.0
+
+
+def table(found: Sequence[Scored]) -> str:
+    """Error by family, then the worst ten."""
+    families: dict[str, list[Scored]] = defaultdict(list)
+    for one in found:
+        if one.error is not None:
+            families[one.row["family"] or "rows"].append(one)
+    lines = [f"{'family':16}{'rows':>6}{'mean |e|':>10}{'greatest':>10}{'bias':>8}{'in range':>10}"]
+    every = [one for ones in families.values() for one in ones]
+    for name, ones in [*families.items(), ("all", every)]:
+        if ones:
+            errors = [one.error or 0.0 for one in ones]
+            worst = max(errors, key=abs)
+            inside = mean(one.is_inside for one in ones)
+            lines.append(
+                f"{name:16}{len(ones):>6}{mean(map(abs, errors)):>10.1%}{worst:>+10.1%}{mean(errors):>+8.1%}{inside:>10.0%}"
+            )
+    lines += ["", "the ten that are off most:"]
+    for one in sorted(every, key=lambda one: -abs(one.error or 0.0))[:10]:
+        row = one.row
+        about = f"{row['model']} s={row['seq']} gpus={row['gpus']} tp={row['tp']} mb={row['mb']} ac={row['ac']}"
+        lines.append(f"  {row['id']:8}{one.error:+7.1%}  {one.step_s:.4g} s for {row.measured_s:.4g} s  {about}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    files = [word for word in sys.argv[1:] if "=" not in word]
+    options = read_options(Options, [word for word in sys.argv[1:] if "=" in word])
+    if len(files) != 1 or not Path(files[0]).is_file():
+        why = "the command scores one file of rows"
+        raise ConfigError("ROWS.csv", " ".join(files), why, "a CSV in the columns of experiments/published/rows.csv", {})
+    out, traces = Path(options.out), Path(options.traces) if options.traces else None
+    for folder in (out, traces):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    register_schema()
+    register_resolvers()
+    found = []
+    with (out / "predicted.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        names = ["id", "predicted_step_s", "low", "high", "memory_gib", "measured_step_s", "error", "refused"]
+        writer.writerow(names)
+        for row in read(Path(files[0])):
+            try:
+                one = scored(row, traces)
+            except ConfigError as error:
+                print(f"{row['id']}: {error}", file=sys.stderr)
+                writer.writerow([row["id"], "", "", "", "", row["step_s"], "", str(error)])
+                continue
+            found.append(one)
+            numbers = (f"{value:.6g}" for value in (one.step_s, one.low_s, one.high_s, one.memory_gib))
+            writer.writerow([row["id"], *numbers, row["step_s"], "" if one.error is None else f"{one.error:.4f}", ""])
+            file.flush()
+    print(table(found))
+
+
+if __name__ == "__main__":
+    command(main)
