@@ -139,8 +139,12 @@ def table(found: Sequence[Scored]) -> str:
     lines += ["", "the ten that are off most:"]
     for one in sorted(every, key=lambda one: -abs(one.error or 0.0))[:10]:
         row = one.row
-        about = f"{row['model']} s={row['seq']} gpus={row['gpus']} tp={row['tp']} mb={row['mb']} ac={row['ac']}"
-        lines.append(f"  {row['id']:8}{one.error:+7.1%}  {one.step_s:.4g} s for {row.measured_s:.4g} s  {about}")
+        about = (
+            f"{row['model']} s={row['seq']} gpus={row['gpus']} tp={row['tp']} mb={row['mb']} ac={row['ac']}"
+        )
+        lines.append(
+            f"  {row['id']:8}{one.error:+7.1%}  {one.step_s:.4g} s for {row.measured_s:.4g} s  {about}"
+        )
     return "\n".join(lines)
 
 
@@ -149,7 +153,9 @@ def main() -> None:
     options = read_options(Options, [word for word in sys.argv[1:] if "=" in word])
     if len(files) != 1 or not Path(files[0]).is_file():
         why = "the command scores one file of rows"
-        raise ConfigError("ROWS.csv", " ".join(files), why, "a CSV in the columns of experiments/published/rows.csv", {})
+        raise ConfigError(
+            "ROWS.csv", " ".join(files), why, "a CSV in the columns of experiments/published/rows.csv", {}
+        )
     out, traces = Path(options.out), Path(options.traces) if options.traces else None
     for folder in (out, traces):
         if folder:
@@ -170,7 +176,9 @@ def main() -> None:
                 continue
             found.append(one)
             numbers = (f"{value:.6g}" for value in (one.step_s, one.low_s, one.high_s, one.memory_gib))
-            writer.writerow([row["id"], *numbers, row["step_s"], "" if one.error is None else f"{one.error:.4f}", ""])
+            writer.writerow(
+                [row["id"], *numbers, row["step_s"], "" if one.error is None else f"{one.error:.4f}", ""]
+            )
             file.flush()
     print(table(found))
 

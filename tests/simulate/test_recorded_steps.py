@@ -14,6 +14,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batches, validate
 from tpresearch.ledger.formulas import expected_entries
+from tpresearch.models.llama2 import Llama2
 from tpresearch.simulate.depth import depth_of, recording
 from tpresearch.simulate.device_memory import fullest
 from tpresearch.simulate.fake_step import record
@@ -122,18 +123,15 @@ def test_a_trace_is_read_back_as_it_was(tmp_path) -> None:
     assert load(tmp_path / "trace.gz") == trace
 
 
-def test_a_model_that_asks_for_values_is_refused_by_the_op() -> None:
-    cfg = config("model=llama2_debug", "parallel=none")
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, target=f"{__name__}.Asking"))
-    with pytest.raises(ConfigError, match=r"^model=llama2_debug: aten\._local_scalar_dense"):
-        recorded(cfg, 1)
-
-
-from tpresearch.models.llama2 import Llama2  # noqa: E402
-
-
 class Asking(Llama2):
     def forward(self, tokens, head=None):
         if tokens.is_meta:
             return super().forward(tokens, head)
         return super().forward(tokens, head) * tokens.max().item()
+
+
+def test_a_model_that_asks_for_values_is_refused_by_the_op() -> None:
+    cfg = config("model=llama2_debug", "parallel=none")
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, target=f"{__name__}.Asking"))
+    with pytest.raises(ConfigError, match=r"^model=llama2_debug: aten\._local_scalar_dense"):
+        recorded(cfg, 1)

@@ -47,6 +47,7 @@ NUMBERS = {
     "kernel_us": "least time of a kernel on the device",
     "launch_us": "host time per op",
     "collective_host_us": "host time per collective of FSDP, hooks and all",
+    "tensor_host_us": "host time per collective of a sharding rule, with DTensor's dispatch of the ops around it",
     "intra_gb_s": "bus bandwidth of a collective within a host, per device",
     "intra_step_us": "time per step of a ring within a host",
     "inter_gb_s": "bandwidth between hosts, per device",

@@ -124,7 +124,10 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
     seconds = recording.at_full_depth(lambda trace: priced(trace, cfg, sizes, cluster), check)
     held = fullest(recording.at_full_depth(lambda trace: trace.memory, check))
     step = seconds["step"]
+    memory = _memory(held, cluster)
     spread = min(WIDEST, max(NARROWEST, _spread(seconds) * _certainty(cluster)))
+    if CALM < sum(memory.values()) / (cluster["memory_gb"] * 1e9) <= 1:
+        spread = WIDEST
     entries = recording.entries(count)
     model = meta_model(cfg.model)
     return Prediction(
@@ -137,7 +140,7 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
         flops_per_token=flops_per_token(model, cfg.data.seq_len, causal=False),
         time_s=dict(_by_kind(seconds)),
         communication=[_timed(entry, seconds) for entry in entries],
-        memory_bytes=_memory(held, cluster),
+        memory_bytes=memory,
     )
 
 

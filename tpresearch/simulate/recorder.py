@@ -191,7 +191,9 @@ def _bytes(tensor: Tensor) -> int:
     """Bytes of memory that touching a tensor moves: an expanded dim is there once, and what lies between the elements of
     a strided view is moved too, as far as the 32 bytes that a device moves at once."""
     count, element = tensor.element_size(), tensor.element_size()
-    steps = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and stride]
+    steps = [
+        stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and stride
+    ]
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else 1
     return count * min(min(steps, default=1), max(1, 32 // element))

@@ -17,6 +17,9 @@ from tpresearch.ledger.entries import Event
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.kernels import Kernel
 
+HOST_TIME = {"fsdp": "collective_host_us", "dtensor": "tensor_host_us"}
+"""What a collective costs the host, by who issues it."""
+
 
 class Span(NamedTuple):
     """One kernel or collective on the timeline."""
@@ -51,6 +54,7 @@ class Streams:
     spans: list[Span] | None = None
 
     def run(self, part: Sequence[Kernel]) -> None:
+        self.copied_out_s = max(self.copied_out_s, self.device_s)  # a root's forward holds its streams back
         for kernel in part:
             if self.cluster.is_host:
                 self._on_host(kernel)
@@ -95,7 +99,7 @@ class Streams:
         event = kernel.op.event
         assert event
         of_fsdp = event.issuer == "fsdp"
-        self.host_s += self.cluster["collective_host_us" if of_fsdp else "launch_us"] * 1e-6
+        self.host_s += self.cluster[HOST_TIME.get(event.issuer, "launch_us")] * 1e-6
         free = max(self.groups.get(event.axis, 0.0), self.host_s)
         if not of_fsdp:
             start = max(free, self.device_s)

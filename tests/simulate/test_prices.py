@@ -1,0 +1,202 @@
+"""Prices and streams by hand: what each op and collective takes, what overlaps, and what a cluster has to state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.errors import ConfigError
+from tpresearch.ledger.entries import Event
+from tpresearch.simulate.cluster import NUMBERS, Cluster, check_world, cluster_of
+from tpresearch.simulate.kernels import Kernel, kernels
+from tpresearch.simulate.network import Route, collective_s, route
+from tpresearch.simulate.prices import attention_s, bytes_s, gemm_s
+from tpresearch.simulate.replay import replay
+from tpresearch.simulate.trace import Op
+
+CLUSTERS = sorted((Path(__file__).parents[2] / "conf" / "cluster").glob("*.yaml"))
+PLAIN = {
+    "memory_gb": 100,
+    "peak_tflops_bfloat16": 100,
+    "peak_tflops_float32": 10,
+    "peak_tflops_float64": 1,
+    "compute_units": 100,
+    "gemm_efficiency": 0.5,
+    "bandwidth_gb_s": 1000,
+    "bandwidth_efficiency": 0.5,
+    "attention_narrow_heads": 0.5,
+    "intra_gb_s": 100,
+    "inter_gb_s": 10,
+    "inter_efficiency": 0.5,
+}
+
+
+def cluster(**changed: float) -> Cluster:
+    """Round numbers; what is not named is 0, and attention runs at 20 TFLOP/s forward, 10 backward."""
+    values: dict[str, object] = {**dict.fromkeys(NUMBERS, 0), **PLAIN, **changed}
+    values |= {"attention_tflops_forward": [20] * 6, "attention_tflops_backward": [10] * 6}
+    numbers = {
+        name: {"value": value, "kind": "guessed", "source": "a test"} for name, value in values.items()
+    }
+    return cluster_of({"name": "round", "device": "a test's", "devices_per_host": 8, "numbers": numbers})
+
+
+def op(
+    kind: str, name: str = "op", reads=(), writes=(), event: Event | None = None, phase: str = "forward"
+) -> Op:
+    return Op(phase, kind, name, tuple(reads), tuple(writes), 2, (), event, -1)
+
+
+def test_a_matmul_takes_whole_waves_of_tiles() -> None:
+    """100 tiles of 256 x 128 are one wave of 100 units; one row more begins a second."""
+    one_wave = 2 * 2560 * 1280 * 4096 / 50e12
+    assert gemm_s((1, 2560, 1280, 4096), 2, cluster()) == pytest.approx(one_wave)
+    assert gemm_s((1, 2561, 1280, 4096), 2, cluster()) > 1.05 * one_wave
+    assert gemm_s((1, 2560, 1280, 4096), 4, cluster()) == pytest.approx(10 * one_wave)
+
+
+def test_a_thin_matmul_is_bound_by_its_bytes() -> None:
+    moved = (8192 * 8192 + 2 * 8192) * 2
+    assert gemm_s((1, 1, 8192, 8192), 2, cluster(peak_tflops_bfloat16=1e5)) == pytest.approx(moved / 500e9)
+
+
+def test_attention_counts_half_of_its_square_and_more_for_backward() -> None:
+    shape = (8, 32, 32, 4096, 4096, 128)
+    whole = 4 * 8 * 32 * 4096 * 4096 * 128
+    assert attention_s((*shape, 0, 1), 2, cluster()) == pytest.approx(whole / 2 / 20e12)
+    assert attention_s((*shape, 0, 0), 2, cluster()) == pytest.approx(whole / 20e12)
+    assert attention_s((*shape, 1, 1), 2, cluster()) == pytest.approx(2.5 * whole / 2 / 10e12)
+
+
+@pytest.mark.parametrize(
+    ("collective", "where", "seconds"),
+    [
+        ("all_gather", Route(8, 8), 7 / 8 * 1e9 / 100e9),
+        ("all_reduce", Route(8, 8), 2 * 7 / 8 * 1e9 / 100e9),
+        ("reduce_scatter", Route(16, 8), 15 / 16 * 1e9 / 40e9),  # eight links of 5 GB/s each
+        ("all_gather", Route(4, 1), 3 / 4 * 1e9 / 5e9),
+        ("all_gather", Route(1, 1), 0.0),
+    ],
+)
+def test_a_ring_moves_its_bytes_over_the_narrowest_link(
+    collective: str, where: Route, seconds: float
+) -> None:
+    assert collective_s(collective, 10**9, where, cluster()) == pytest.approx(seconds)
+
+
+def test_small_messages_cost_latency_that_grows_with_the_ring() -> None:
+    slow = cluster(intra_step_us=10.0, collective_us=5.0)
+    assert collective_s("all_gather", 0, Route(8, 8), slow) == pytest.approx(5e-6 + 7 * 10e-6 * 0.2)  # by LL
+    assert collective_s("all_gather", 10**9, Route(8, 8), slow) == pytest.approx(5e-6 + 70e-6 + 8.75e-3)
+
+
+def test_where_the_ranks_of_an_axis_are() -> None:
+    sizes = MeshSizes(dp_replicate=2, dp_shard=4, tp=4)
+    assert route("tp", sizes, cluster()) == Route(4, 4)
+    assert route("dp_shard", sizes, cluster()) == Route(4, 2)
+    assert route("dp_replicate", sizes, cluster()) == Route(2, 1)
+
+
+GATHER = Event("dp_shard", "forward", "fsdp", "all_gather", 0, 8)
+
+
+def gather(storage: int, seconds: float) -> Kernel:
+    return Kernel("collective", "all_gather", seconds, op("collective", writes=[(storage, 0)], event=GATHER))
+
+
+def work(seconds: float) -> Kernel:
+    return Kernel("gemm", "mm", seconds, op("gemm"))
+
+
+def copy_out(storage: int) -> Kernel:
+    return Kernel("copy", "split_with_sizes_copy", 0.0, op("other", "split_with_sizes_copy", [(storage, 0)]))
+
+
+@pytest.mark.parametrize(("gathering", "step", "exposed"), [(1.0, 5.0, 1.0), (3.0, 8.0, 4.0)])
+def test_a_gather_overlaps_with_the_block_before_it(gathering: float, step: float, exposed: float) -> None:
+    """Two blocks of 2 s: the first gather is exposed, the second only as far as it outlasts the first block."""
+    part = [gather(1, gathering), copy_out(1), gather(2, gathering), work(2.0), copy_out(2), work(2.0)]
+    found = replay([part, []], 1, cluster(), 8)
+    assert found["step"] == pytest.approx(step)
+    assert found["exposed/dp_shard/forward/fsdp/all_gather"] == pytest.approx(exposed)
+
+
+def test_micro_batches_that_are_not_recorded_take_as_long_as_the_last() -> None:
+    part = [gather(1, 1.0), copy_out(1), work(2.0)]
+    few, many = (replay([part, part, [work(0.5)]], n, cluster(), 8) for n in (2, 10))
+    assert few["step"] == pytest.approx(6.5)
+    assert many["step"] == pytest.approx(30.5)
+    assert many["gemm"] == pytest.approx(20.5)
+
+
+def test_the_host_may_be_what_a_step_waits_for() -> None:
+    found = replay([[work(0.0)] * 10, []], 1, cluster(launch_us=1e5), 8)
+    assert found["step"] == pytest.approx(1.0)
+    assert found["waiting for the host"] == pytest.approx(1.0)
+
+
+def test_more_hosts_are_slower_by_each_doubling() -> None:
+    slow = cluster(scale_slowdown=0.1)
+    steps = [replay([[work(1.0)], []], 1, slow, ranks)["step"] for ranks in (8, 16, 128)]
+    assert steps == pytest.approx([1.0, 1.1, 1.4])
+
+
+def test_compiled_elementwise_ops_are_one_kernel() -> None:
+    """Read from outside once, written where it is read later: 3 ops of 100 bytes move 200 instead of 600."""
+    matmul = op("gemm", "mm")._replace(shape=(1, 1, 1, 1))
+    chain = [op("other", "mul", [(i, 100)], [(i + 1, 100)]) for i in range(3)]
+    ops = [matmul, *chain, op("gemm", "mm", [(3, 100)])._replace(shape=(1, 1, 1, 1))]
+    sizes = MeshSizes()
+    eager, compiled = (
+        sum(k.seconds for k in kernels(ops, cluster(), sizes, compiled) if k.kind == "elementwise")
+        for compiled in (False, True)
+    )
+    assert eager == pytest.approx(bytes_s(600, cluster()))
+    assert compiled == pytest.approx(bytes_s(200, cluster()))
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_every_cluster_states_every_number_with_its_source(path: Path) -> None:
+    plain = yaml.safe_load(path.read_text())
+    found = cluster_of(plain)
+    assert found.name == path.stem
+    assert list(plain["numbers"]) == list(NUMBERS)
+    assert all(number.source for number in found.numbers.values())
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"numbers": {"memory_gb": None}}, "cluster.numbers.memory_gb"),
+        ({"numbers": {"memory_gb": 80}}, "cluster.numbers.memory_gb"),
+        (
+            {"numbers": {"memory_gb": {"value": -1, "kind": "guessed", "source": ""}}},
+            "cluster.numbers.memory_gb.value",
+        ),
+        (
+            {"numbers": {"memory_gb": {"value": 1, "kind": "felt", "source": ""}}},
+            "cluster.numbers.memory_gb.kind",
+        ),
+        ({"numbers": {"nvlink": {"value": 1, "kind": "guessed", "source": ""}}}, "cluster.numbers.nvlink"),
+        ({"device": None}, "cluster.device"),
+    ],
+)
+def test_a_cluster_that_lacks_a_number_is_refused_by_its_name(change: dict, field: str) -> None:
+    plain = yaml.safe_load(CLUSTERS[0].read_text())
+    plain = {**plain, **change, "numbers": {**plain["numbers"], **change.get("numbers", {})}}
+    with pytest.raises(ConfigError) as refused:
+        cluster_of(plain)
+    assert refused.value.field == field
+
+
+def test_a_world_that_a_cluster_cannot_hold_is_refused() -> None:
+    check_world(cluster(), 4)
+    check_world(cluster(), 24)
+    with pytest.raises(ConfigError, match=r"^world_size=12: .*a multiple of 8$"):
+        check_world(cluster(), 12)
+    with pytest.raises(ConfigError, match=r"^cluster=null"):
+        cluster_of({})

@@ -1,0 +1,69 @@
+"""`python -m tpresearch.simulate`: what it prints and writes, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.commands import ROOT, Done, environment, execute_warm
+
+pytestmark = pytest.mark.cli
+
+SMALL = ("model=llama2_debug", "tokenizer.vocab_size=260", "data.seq_len=64", "train.dtype=bfloat16")
+
+
+@pytest.fixture
+def simulate(ranks, tmp_path: Path):
+    def run(*words: str) -> Done:
+        program = ["-m", "tpresearch.simulate", *words]
+        return execute_warm(ranks, None, program, tmp_path, environment(tmp_path, PYTHONPATH=str(ROOT)))
+
+    return run
+
+
+def test_a_step_is_foretold(simulate) -> None:
+    done = simulate(*SMALL, "world_size=64", "mesh.tp=4", "train.global_batch_size=32", "trace=true")
+    assert done.code == 0, done.err
+    assert (
+        "PREDICTED, not measured: llama2_debug, parallel=fsdp_tp, dp_shard=16 x tp=4, on h100_dgx" in done.out
+    )
+    path = Path(next(line for line in done.out.splitlines() if line.endswith("/simulate.json")).strip())
+    found = json.loads(path.read_text())
+    low, high = found["step_time_range_s"]
+    assert 0 < low < found["step_time_s"] < high <= 1.11 * found["step_time_s"]
+    assert found["fits"] is True
+    memory = found["memory_bytes"]
+    assert memory["peak"] == sum(size for kind, size in memory.items() if kind != "peak")
+    assert {entry["axis"] for entry in found["communication"]} == {"dp_shard", "tp"}
+    assert all(entry["time_s"] > 0 for entry in found["communication"])
+    assert {"value", "kind", "source"} == set(next(iter(found["assumptions"].values())))
+    tokens = 32 * 64 / 64 / found["step_time_s"]
+    assert found["tokens_per_second_per_device"] == pytest.approx(tokens)
+    events = json.loads((path.parent / "trace.json").read_text())["traceEvents"]
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"device", "dp_shard", "tp"}
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (("world_size=12",), "error: world_size=12: "),
+        (
+            ("cluster.hosts=1", "world_size=64"),
+            "error: world_size=64: cluster h100_dgx has 8 devices on 1 hosts",
+        ),
+        (("~cluster.numbers.intra_gb_s",), "error: cluster.numbers.intra_gb_s=null: not stated"),
+        (("cluster=dgx",), "error: cluster=dgx: "),
+        (
+            ("train.dtype=float64", "cluster.numbers.peak_tflops_float64.value=0"),
+            "error: train.dtype=float64: ",
+        ),
+        (("parallel.fsdp.cpu_offload=true",), "error: parallel.fsdp.cpu_offload=true: "),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused_in_one_line(
+    simulate, words: tuple[str, ...], refusal: str
+) -> None:
+    done = simulate(*SMALL, *words)
+    assert done.code == 2
+    assert done.refusal.startswith(refusal), done.err
