@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mutants import faults
+from mutants import faults, reported
 from mutants.wrong_rules import (
     BiasOnEachRank,
     Patches,
@@ -72,6 +72,15 @@ MUTANTS = [
     Mutant("another learning rate on each rank", "ddp", 2, "between ranks", faults.learning_rate_of_each_rank),
     Mutant("one rank skips an update", "tp", 2, "weights", faults.one_rank_skips_an_update),
     Mutant("held-out loss of the own rows", "fsdp", 2, "held-out loss", faults.evaluated_on_own_rows),
+    Mutant("gradient sync is a no-op", "hsdp", 4, "between ranks", reported.sync_is_a_no_op),
+    Mutant("gradient sync is a no-op, ddp", "ddp", 2, "between ranks", reported.sync_is_a_no_op),
+    Mutant("a sum is thrown away", "sp", 2, "gradients", reported.sum_is_thrown_away, LLAMA),
+    Mutant("a sum is made twice", "sp", 2, "gradients", reported.sum_is_made_twice, LLAMA),
+    Mutant("norm counts replicas", "hsdp", 4, "grad norm", reported.replicas_counted_in_the_norm),
+    Mutant("norm takes a shard for the whole", "tp", 2, "grad norm", reported.a_shard_taken_for_whole_in_the_norm),
+    Mutant("backward sum forgotten in one branch", "tp", 2, "gradients", reported.forgotten_in_one_branch),
+    Mutant("gradients in a stale buffer", "fsdp", 2, "gradients", reported.stale_gradient_buffer),
+    Mutant("loss divided for the log only", "fsdp_tp", 4, "grad norm", reported.divided_for_the_log_only),
     Mutant("forward sum left out", "tp", 2, "loss", with_style(_ROW, unsummed_output)),
     Mutant("forward sum averaged", "tp", 2, "loss", with_style(_ROW, averaged_output)),
     Mutant("backward sum left out", "tp", 2, "gradients", with_style(("ffn_in", "in_proj"), lambda rule: UnsummedBackward())),

@@ -1,0 +1,73 @@
+"""Configs that nobody wrote: each works, or ends in one line, exit code 2, with nothing left and something to try."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.commands import Done, environment, execute_warm
+from support.generated import Case, case, fault
+from support.marks import exhaustive
+from support.trainings import TRAIN
+
+from tpresearch.verify.ranks import Ranks
+
+pytestmark = pytest.mark.cli
+
+EVERY_DAY, BLOCK, BLOCKS = 24, 200, 10
+PLACE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "1",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+
+
+def started(ranks: Ranks, folder: Path, case: Case) -> Done:
+    """The command as the first of its ranks, none of which ever meets another."""
+    size = {"WORLD_SIZE": str(case.ranks), "LOCAL_WORLD_SIZE": str(case.ranks)}
+    env = environment(folder / "home", HF_HUB_OFFLINE="1", **(PLACE | size if case.ranks > 1 else {}))
+    for place in ("home", "around/cwd"):
+        (folder / place).mkdir(parents=True)
+    return execute_warm(ranks, None, [str(TRAIN), *case.words], folder / "around" / "cwd", env)
+
+
+def left(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name not in ("home", "around", "cwd")]
+
+
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, EVERY_DAY), *(exhaustive(1000 + nth * BLOCK, BLOCK) for nth in range(BLOCKS))]
+)
+def test_a_generated_config_works_or_is_refused_in_one_line(
+    ranks: Ranks, tmp_path: Path, first: int, count: int
+) -> None:
+    faults: dict[int, str] = {}
+    for number in range(first, first + count):
+        made, folder = case(number), tmp_path / str(number)
+        done = started(ranks, folder, made)
+        found = fault(made, done, left(folder))
+        if found:
+            faults[number] = f"{' '.join(made.words)}: {found}"
+    assert not faults, "\n".join(f"{number}: {found}" for number, found in faults.items())
+
+
+def test_the_generator_reaches_what_it_should() -> None:
+    """Plans that work and that do not, starts, and trainings; every part of the schema, of a model and of a rule."""
+    made = [case(number) for number in range(3000)]
+    assert 100 < sum(each.trains for each in made) < 300
+    assert 300 < sum("plan_only=true" not in each.words and not each.trains for each in made) < 900
+    words = "\n".join(word for each in made for word in each.words)
+    for key in (
+        "data.path=",
+        "optimizer.betas=",
+        "model.plans.sp.",
+        "_target_=",
+        "units=",
+        "mesh.tp=",
+        "hydra.",
+        "~train.",
+    ):
+        assert words.count(key) > 10, key
+    assert case(17) == case(17)
