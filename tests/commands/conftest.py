@@ -86,7 +86,7 @@ def train_py(train: Start, tmp_path: Path) -> Start:
 
     def start(*arguments: str, size: int = 1, **env: str) -> Done:
         job = {"RANK": "0", "WORLD_SIZE": size, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": size}
-        job |= {"TORCHELASTIC_RUN_ID": "none"}
+        job |= {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
         env |= {key: str(value) for key, value in job.items()} if size > 1 else {}
         return train(None, tmp_path / "cwd", *arguments, **env)
 

@@ -16,8 +16,9 @@ from support.processes import wait_for
 from support.sweeps import Sweep
 
 from tpresearch.config import ConfigError
+from tpresearch.config.validate import ranks_needed
 from tpresearch.sweep import launcher
-from tpresearch.sweep.job import CONSOLE_LOG, as_written, ranks_needed, signature
+from tpresearch.sweep.job import CONSOLE_LOG, as_written, signature
 from tpresearch.sweep.running import (
     MARK,
     ending_signals,

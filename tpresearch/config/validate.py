@@ -55,6 +55,18 @@ def planned_world(cfg: Config) -> int:
     )
 
 
+def ranks_needed(cfg: Config, open_ranks: int) -> int:
+    """How many ranks a config is for: what its mesh sizes make, or where they leave it open, `open_ranks`."""
+    sizes = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
+    if cfg.plan_only or not sizes:
+        return 1
+    if cfg.world_size is not None:
+        return cfg.world_size
+    given = [size for size in sizes if size is not None and size > 0]
+    product = math.prod(given)
+    return product if len(given) == len(sizes) else max(product, open_ranks // product * product)
+
+
 def micro_batch_size(cfg: Config, sizes: MeshSizes) -> int:
     """Rows that each data-parallel rank takes through the model at once."""
     return cfg.train.micro_batch_size or cfg.train.global_batch_size // sizes.dp

@@ -1,10 +1,24 @@
-"""Which process of how many this is, read from the environment before any process group exists."""
+"""Which process of how many this is: all that is read of a launcher's environment, before any process group exists."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from tpresearch.config.errors import ConfigError
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MASTER = ("MASTER_ADDR", "MASTER_PORT")
+
+
+class WrongEnvironment(ConfigError):
+    """Variables of a launcher that do not fit together; without all of `given` this is a process by itself."""
+
+    def __init__(self, name: str, value: object, why: str, given: Iterable[str]) -> None:
+        legal = "what torchrun or srun sets, or none of it for a process by itself"
+        super().__init__(name, value, why, legal, fix={})
+        self.given = sorted(given)
 
 
 @dataclass(frozen=True)
@@ -22,24 +36,78 @@ class World:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> World:
-        if "RANK" not in env or "WORLD_SIZE" not in env:
+        """An empty variable counts as none.
+
+        Raises:
+            WrongEnvironment: where another job, or a hand, has left some of what torchrun sets.
+        """
+        given = {name: env[name] for name in (*PLACE, *MASTER) if env.get(name)}
+        elastic = bool(env.get("TORCHELASTIC_RUN_ID"))
+        if not elastic and (given.get("RANK", "0"), given.get("WORLD_SIZE", "1")) == ("0", "1"):
             return cls()
-        return cls(
-            rank=int(env["RANK"]),
-            size=int(env["WORLD_SIZE"]),
-            local_rank=int(env.get("LOCAL_RANK", 0)),
-            local_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
-            elastic="TORCHELASTIC_RUN_ID" in env,
-        )
+        rank, size, local_rank, local_size = (_whole(given, name) for name in PLACE)
+        if size > 1:
+            _text(given, "MASTER_ADDR"), _whole(given, "MASTER_PORT")
+        for name, value, most in (("RANK", rank, size - 1), ("LOCAL_RANK", local_rank, local_size - 1)):
+            if value > most:
+                raise WrongEnvironment(name, value, f"there are ranks 0 to {most}", given)
+        if local_size < 1 or size % local_size:
+            raise WrongEnvironment(
+                "LOCAL_WORLD_SIZE", local_size, f"does not divide WORLD_SIZE={size}", given
+            )
+        return cls(rank, size, local_rank, local_size, elastic)
 
     @property
     def hosts(self) -> int:
         return self.size // self.local_size
 
 
-def slurm_tasks(env: Mapping[str, str] = os.environ) -> int:
-    """Tasks that `srun` started of this same command, without torchrun between them; else 1.
+@dataclass(frozen=True)
+class SlurmStep:
+    """What `srun` tells of the step that this process is a task of; one task of no job without it."""
 
-    Only a step sets SLURM_STEP_NUM_TASKS: the batch script itself and an `salloc` shell count as one task.
-    """
-    return 1 if "WORLD_SIZE" in env else int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    tasks: int = 1
+    """That srun started of this same command, without torchrun between them. Only a step has this number: the batch
+    script itself and an `salloc` shell count as one task."""
+    task: int = 0
+    nodes: int = 1
+    job: str | None = None
+    started: int | None = None
+    """When the job was, in seconds since 1970."""
+    step: str = "0"
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> SlurmStep:
+        """An empty variable counts as none.
+
+        Raises:
+            WrongEnvironment: for a number that is none.
+        """
+        names = {"tasks": "SLURM_STEP_NUM_TASKS", "task": "SLURM_PROCID", "nodes": "SLURM_STEP_NUM_NODES"}
+        names["started"] = "SLURM_JOB_START_TIME"
+        given = {name: env[name] for name in names.values() if env.get(name)}
+        numbers = {field: _whole(given, name) for field, name in names.items() if name in given}
+        if env.get("WORLD_SIZE"):
+            numbers.pop("tasks", None)
+        return cls(**numbers, job=env.get("SLURM_JOB_ID") or None, step=env.get("SLURM_STEP_ID") or "0")
+
+
+def agent_store(env: Mapping[str, str] = os.environ) -> tuple[str, int] | None:
+    """Address and port of the store of torchrun's agent, where it shares it with the ranks."""
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+
+
+def _whole(given: Mapping[str, str], name: str) -> int:
+    text = _text(given, name)
+    if not (text.isascii() and text.isdigit()):
+        raise WrongEnvironment(name, text, "not a whole number", given)
+    return int(text)
+
+
+def _text(given: Mapping[str, str], name: str) -> str:
+    if name not in given:
+        other, value = next(iter(given.items()))
+        raise WrongEnvironment(other, value, f"{name} is not set beside it", given)
+    return given[name]

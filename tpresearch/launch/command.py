@@ -2,43 +2,109 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tpresearch.config.errors import ConfigError, shown
-from tpresearch.config.world import World
+from tpresearch.config.world import World, WrongEnvironment
+
+ROUNDS = 8
+"""Most mistakes of one command that are mended one after another."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line of this program."""
+
+    arguments: tuple[str, ...]
+    ranks: int | None = None
+    """Per host, under torchrun; None for `python`."""
+    hosts: int = 1
+    unset: tuple[str, ...] = ()
+    """Variables of the environment that it goes without."""
+
+    @classmethod
+    def typed(cls, world: World) -> Command:
+        """The one that started this process."""
+        return cls(tuple(sys.argv[1:]), world.local_size if world.elastic else None, world.hosts)
+
+    @property
+    def world(self) -> World:
+        """As the first of its ranks sees it."""
+        ranks = self.ranks or 1
+        return World(0, ranks * self.hosts, 0, ranks, elastic=self.ranks is not None)
+
+    def mended(self, error: ConfigError) -> Command:
+        """The same with what is wrong made right, as far as the error knows."""
+        if isinstance(error, WrongCommand) and isinstance(error.command, Command):
+            return error.command
+        if isinstance(error, WrongEnvironment):
+            return dataclasses.replace(self, unset=tuple(error.given))
+        ranks = self.ranks if error.nproc is None else error.nproc
+        if error.nproc == 1 and self.hosts == 1:
+            ranks = None
+        return dataclasses.replace(self, arguments=tuple(mended(self.arguments, error.fix)), ranks=ranks)
+
+    def without(self, key: str) -> Command:
+        """The same without the overrides of this key and of what is below it."""
+        kept = [word for word in self.arguments if not f"{override_key(word)}.".startswith(f"{key}.")]
+        return dataclasses.replace(self, arguments=tuple(kept))
+
+    def __str__(self) -> str:
+        unset = [word for name in self.unset for word in ("-u", name)]
+        hosts = [f"--nnodes={self.hosts}"] if self.hosts > 1 else []
+        starter = ["python"] if self.ranks is None else ["torchrun", *hosts, f"--nproc-per-node={self.ranks}"]
+        return shlex.join([*(["env", *unset] if unset else []), *starter, *program_words(), *self.arguments])
 
 
 class WrongCommand(ConfigError):
     """A config that is refused for how it was started; `command` is what to type instead."""
 
-    def __init__(self, field: str, value: object, why: str, legal: str, command: str) -> None:
+    def __init__(self, field: str, value: object, why: str, legal: str, command: Command | str) -> None:
         super().__init__(field, value, why, legal)
         self.command = command
 
 
-def command_to_try(error: ConfigError, world: World) -> str:
-    """What to type: this process's own command line with `error.fix` and `error.nproc` applied."""
-    if isinstance(error, WrongCommand):
+Objection = Callable[[Command], ConfigError | None]
+"""For what a command would be refused; None for one that would run."""
+
+
+def command_to_try(error: ConfigError, world: World, objection: Objection) -> str:
+    """What to type: this process's own command line, mended until nothing speaks against it.
+
+    Where mending comes to no end, what was typed at fault is left out, and at last all of it.
+    """
+    if isinstance(error, WrongCommand) and isinstance(error.command, str):
         return error.command
-    return shlex.join([*starter(world, error.nproc), *program_words(), *mended(sys.argv[1:], error.fix)])
+    command = Command.typed(world)
+    seen = {command}
+    for step in range(2 * ROUNDS):
+        attempts = [
+            command.mended(error),
+            command.without(error.field),
+            dataclasses.replace(command, arguments=()),
+        ]
+        command = next((each for each in attempts[step // ROUNDS :] if each not in seen), attempts[-1])
+        seen.add(command)
+        if _is_to_be_filled_in(command) or (next_error := objection(command)) is None:
+            break
+        error = next_error
+    return str(command)
+
+
+def _is_to_be_filled_in(command: Command) -> bool:
+    return any(re.search(r"=(VALUE|<\w+>)$", word) for word in command.arguments)
 
 
 def python_command(arguments: Sequence[str]) -> str:
     """This program started without torchrun, with other arguments."""
-    return shlex.join(["python", *program_words(), *arguments])
-
-
-def starter(world: World, nproc: int | None = None) -> list[str]:
-    """`python`, or `torchrun` with as many local ranks as there are now, or should be."""
-    if not world.elastic and (nproc or 1) == 1:
-        return ["python"]
-    hosts = [f"--nnodes={world.hosts}"] if world.hosts > 1 else []
-    return ["torchrun", *hosts, f"--nproc-per-node={nproc or world.local_size}"]
+    return str(Command(tuple(arguments)))
 
 
 def program_words() -> list[str]:
@@ -73,12 +139,13 @@ def override_key(argument: str) -> str:
 
 def override(key: str, value: object) -> str:
     """`key=value`, quoted as far as Hydra's grammar asks; a list is one of strings."""
-    text = f"[{','.join(map(_quoted, value))}]" if isinstance(value, list) else _quoted(value)
+    text = f"[{','.join(map(quoted, value))}]" if isinstance(value, list) else quoted(value)
     return f"{key}={text}"
 
 
-def _quoted(value: object) -> str:
+def quoted(value: object) -> str:
+    """Text as a value of an override, quoted as far as Hydra's grammar asks."""
     text = str(value)
-    if re.fullmatch(r"[\w./-]+", text):
+    if re.fullmatch(r"[\w./-]+", text, re.ASCII):
         return text
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
-import os
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -24,20 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 from tpresearch.config.compose import register_schema
 from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import Config
-from tpresearch.config.world import World, slurm_tasks
+from tpresearch.config.world import SlurmStep, World
 from tpresearch.launch import hydra_app
-from tpresearch.launch.command import (
-    WrongCommand,
-    override,
-    override_key,
-    program_words,
-    python_command,
-    starter,
-)
+from tpresearch.launch.command import Command, WrongCommand, override, override_key, python_command
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.going_on import type_again, typed_then
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
+from tpresearch.launch.objection import objection
 from tpresearch.launch.printing import print_without_fail
 from tpresearch.launch.refuse import refuse
 from tpresearch.launch.run_dir import agreed, register_resolvers, sweep_folder
@@ -67,6 +61,7 @@ def entrypoint(
     config_name: str,
     judge: Callable[[Config, World], Judged],
     judge_folder: Callable[[Judged, Path, bool], object] | None = None,
+    glance: Callable[[Config, World], object] | None = None,
 ) -> Callable[[Callable[[Judged, Run], None]], Program[Judged]]:
     """Make `main(judged, run)` a Hydra program, started by `python` or by torchrun.
 
@@ -79,8 +74,10 @@ def entrypoint(
             and returns what main works with.
         judge_folder: called with that, the run folder and whether torchrun has started this job before; raises
             ConfigError while nothing in the folder is touched. Such a program can go on from an earlier run (`resume`).
+        glance: what of the judge costs less than a second; a command that is proposed is judged by it, unless the judge
+            has had its say already.
     """
-    return lambda main: Program(main, config_name, judge, judge_folder)
+    return lambda main: Program(main, config_name, judge, judge_folder, glance)
 
 
 @dataclass(frozen=True)
@@ -91,19 +88,22 @@ class Program(Generic[Judged]):
     config_name: str
     judge: Callable[[Config, World], Judged]
     judge_folder: Callable[[Judged, Path, bool], object] | None = None
+    glance: Callable[[Config, World], object] | None = None
 
     def __call__(self, composed: DictConfig | None = None) -> None:
         """The whole command; or, for a launcher that runs jobs in this process, one that Hydra has composed."""
-        world = World.from_environment()
-        print_without_fail()
         if composed is not None:
+            world = World.from_environment()
             return _call_main(self, self.judge(typed_config(composed), world), world)
-        if world.elastic:
-            end_with_parent()
+        print_without_fail()
+        world = World()
         try:
+            world = World.from_environment()
+            if world.elastic:
+                end_with_parent()
             _start(self, world)
         except ConfigError as error:
-            refuse(error, world)
+            refuse(error, world, partial(objection, self))
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
         except Exception:
@@ -168,7 +168,7 @@ def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world
             "one failing rank would hang a sweep inside torchrun",
             "a sweep without torchrun, which starts one for each job",
         )
-        raise WrongCommand("hydra.mode", "MULTIRUN", why, legal, python_command(sys.argv[1:]))
+        raise WrongCommand("hydra.mode", "MULTIRUN", why, legal, Command(tuple(sys.argv[1:])))
     name, overrides = composition.config_name, composition.overrides
     with explaining(composition):
         composed = app.compose_config(name, overrides, RunMode.MULTIRUN)
@@ -194,23 +194,23 @@ def _arguments(world: World) -> Namespace:
         legal = "key=value overrides, then flags; see --hydra-help"
         moved = [word for word in unknown if not word.startswith("-")]
         rest = [word for word in sys.argv[1:] if word not in unknown]
-        command = shlex.join([*starter(world), *program_words(), *moved, *rest])
+        command = dataclasses.replace(Command.typed(world), arguments=(*moved, *rest))
         raise WrongCommand("flags", " ".join(unknown), "not understood", legal, command)
-    if (tasks := slurm_tasks()) > 1:
-        raise _srun_alone(tasks)
+    if (slurm := SlurmStep.from_environment()).tasks > 1:
+        raise _srun_alone(slurm)
     return arguments
 
 
-def _srun_alone(tasks: int) -> WrongCommand:
-    hosts = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+def _srun_alone(slurm: SlurmStep) -> WrongCommand:
+    per_node = max(1, slurm.tasks // max(1, slurm.nodes))
     first_host = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)"
     command = [
-        f"srun --ntasks-per-node=1 torchrun --nnodes={hosts} --nproc-per-node={max(1, tasks // hosts)}",
+        f"srun --ntasks-per-node=1 torchrun --nnodes={slurm.nodes} --nproc-per-node={per_node}",
         f"--rdzv-backend=c10d --rdzv-endpoint={first_host}:29500 --rdzv-id=$SLURM_JOB_ID",
         python_command(sys.argv[1:]).removeprefix("python "),
     ]
     why, legal = "srun started this many jobs of one process each", "one task per node, which runs torchrun"
-    return WrongCommand("SLURM_STEP_NUM_TASKS", tasks, why, legal, " ".join(command))
+    return WrongCommand("SLURM_STEP_NUM_TASKS", slurm.tasks, why, legal, " ".join(command))
 
 
 def _call_main(program: Program[Judged], judged: Judged, world: World, restarted: bool = False) -> None:

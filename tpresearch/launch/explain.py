@@ -21,7 +21,7 @@ from omegaconf.errors import (
 )
 
 from tpresearch.config.errors import ConfigError, nearest, shown
-from tpresearch.launch.command import WrongCommand, override_key, python_command
+from tpresearch.launch.command import Command, WrongCommand, override_key
 from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, closest
 
 TYPES = {
@@ -152,9 +152,7 @@ def _wrong_in_file(file: str, error: OmegaConfBaseException, composition: Compos
 
 def _sweep(key: str, value: str) -> ConfigError:
     legal = f"-m before the overrides to run each, or '{key}=[{value}]' for a list"
-    return WrongCommand(
-        key, value, "several values are a sweep", legal, python_command(["-m", *sys.argv[1:]])
-    )
+    return WrongCommand(key, value, "several values are a sweep", legal, Command(("-m", *sys.argv[1:])))
 
 
 def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> ConfigError:

@@ -53,4 +53,4 @@ def command(main: Callable[[], None]) -> None:
     try:
         main()
     except ConfigError as error:
-        refuse(error, World.from_environment())
+        refuse(error, World(), lambda _: None)

@@ -6,42 +6,69 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.world import World, slurm_tasks
-from tpresearch.launch.command import command_to_try
+from tpresearch.config.world import World
+from tpresearch.launch.command import Objection, command_to_try
 
 EXIT_CODE = 2
+PATIENCE_S = 60
+"""How long a rank waits for the one that speaks for all: torchrun ends that one as soon as another has left."""
+POLL_S = 0.02
 
 
-def refuse(error: ConfigError, world: World) -> NoReturn:
+def refuse(error: ConfigError, world: World, objection: Objection) -> NoReturn:
     """Print the error once per job and leave with exit code 2.
 
-    The first rank that comes here speaks, for torchrun kills the others as soon as one has left. torchrun
-    itself exits with 1 whatever its workers do, and reports each failure; there ranks give the same sentence.
+    torchrun itself exits with 1 whatever its workers do, and reports each failure; there ranks give the same sentence.
+
+    Args:
+        objection: judges a command before it is proposed.
     """
-    sentence = f"{error}; try: {command_to_try(error, world)}"
-    if _is_first_to_report(world) and os.environ.get("GROUP_RANK", "0") == "0":
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    heard = _heard_from_another()
+    if heard is None:
+        heard = f"{error}; try: {command_to_try(error, world, objection)}"
+        print(f"error: {heard}", file=sys.stderr, flush=True)
+        if path := _said_on_this_host():
+            with suppress(OSError):
+                path.write_text(heard, encoding="utf-8")
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": f"refused: {sentence}", "timestamp": int(time.time())}
-        Path(error_file).write_text(json.dumps(report))
+        report = {"message": f"refused: {heard or error}", "timestamp": int(time.time())}
+        with suppress(OSError):
+            Path(error_file).write_text(json.dumps(report), encoding="utf-8")
     sys.exit(EXIT_CODE)
 
 
-def _is_first_to_report(world: World) -> bool:
-    """Whether this is the first rank of its host to refuse, over all restarts.
+def _heard_from_another() -> str | None:
+    """What another rank says for all of them; None where that is up to this one.
 
-    A file settles it, where torchrun keeps its workers' error files (<job>/attempt_<n>/<rank>/error.json):
-    a refusal comes before there is a process group, and before torch is imported.
+    Under torchrun the first rank of the first host speaks, over all restarts; under srun the first task.
     """
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not error_file:
-        return world.rank == 0 and (slurm_tasks() == 1 or os.environ.get("SLURM_PROCID") == "0")
+    path = _said_on_this_host()
+    if path is None:
+        tasks, task = os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("SLURM_PROCID")
+        return "" if tasks not in (None, "", "1") and task not in (None, "", "0") else None
+    if os.environ.get("GROUP_RANK", "0") != "0":
+        return ""
     try:
-        (Path(error_file).parents[2] / "refused").touch(exist_ok=False)
+        path.touch(exist_ok=False)
     except FileExistsError:
-        return False
-    return True
+        until = time.monotonic() + PATIENCE_S
+        while not (said := path.read_text(encoding="utf-8")) and time.monotonic() < until:
+            time.sleep(POLL_S)
+        return said
+    except OSError:  # no folder of torchrun's
+        pass
+    return None
+
+
+def _said_on_this_host() -> Path | None:
+    """A file where torchrun keeps its workers' error files (<job>/attempt_<n>/<rank>/error.json).
+
+    It settles who speaks: a refusal comes before there is a process group, and before torch is imported.
+    """
+    parents = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents
+    return parents[2] / "refused" if len(parents) > 2 else None

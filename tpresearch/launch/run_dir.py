@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import NEVER
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.world import World
+from tpresearch.config.world import SlurmStep, World, agent_store
 from tpresearch.launch.claim import check_ours, locked, make_room
 
 if TYPE_CHECKING:
@@ -168,18 +168,17 @@ def _usable(folder: Path) -> Path:
 
 
 def _agent_store() -> TCPStore | None:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if (where := agent_store()) is None:
         return None
     from torch.distributed import TCPStore  # late: it costs two seconds, and no refusal needs it
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=PATIENCE)
+    return TCPStore(*where, is_master=False, timeout=PATIENCE)
 
 
 def _of_slurm_job(name: str) -> Path:
     """A folder that every rank can work out by itself, from when and as what Slurm started this job."""
-    job, started = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_START_TIME")
-    if not job or not started:
+    slurm = SlurmStep.from_environment()
+    if slurm.job is None or slurm.started is None:
         raise ConfigError(
             "hydra.run.dir",
             None,
@@ -187,8 +186,8 @@ def _of_slurm_job(name: str) -> Path:
             "the same folder typed for all ranks, or torchrun without TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
             fix={"hydra.run.dir": f"outputs/{name}/{datetime.now():%Y-%m-%d/%H-%M-%S}"},
         )
-    at = datetime.fromtimestamp(int(started))
-    return Path(f"outputs/{name}/{at:%Y-%m-%d/%H-%M-%S}-{job}.{os.environ.get('SLURM_STEP_ID', 0)}")
+    at = datetime.fromtimestamp(slurm.started)
+    return Path(f"outputs/{name}/{at:%Y-%m-%d/%H-%M-%S}-{slurm.job}.{slurm.step}")
 
 
 def _on_rank_zero(value: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from omegaconf import DictConfig
 
 from tpresearch.config.compared import compared
 from tpresearch.config.compose import as_dict
-from tpresearch.config.mesh import used_axes
 from tpresearch.config.schema import Config, DeviceKind
 from tpresearch.launch.command import override_key
 from tpresearch.track.record import read_record
@@ -53,18 +51,6 @@ class Job:
     def settings(self) -> dict[str, str]:
         """Its overrides by key."""
         return {override_key(typed): typed.partition("=")[2] for typed in self.overrides if "=" in typed}
-
-
-def ranks_needed(cfg: Config, open_ranks: int) -> int:
-    """How many ranks a config is for: what its mesh sizes make, or where they leave it open, `open_ranks`."""
-    sizes = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
-    if cfg.plan_only or not sizes:
-        return 1
-    if cfg.world_size is not None:
-        return cfg.world_size
-    given = [size for size in sizes if size is not None and size > 0]
-    product = math.prod(given)
-    return product if len(given) == len(sizes) else max(product, open_ranks // product * product)
 
 
 def slots_of(cfg: Config, wanted: int, gpu_count: int) -> tuple[int, bool]:

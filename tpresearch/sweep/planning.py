@@ -16,16 +16,9 @@ from omegaconf import DictConfig, open_dict
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import SHOWN_WORLD
+from tpresearch.config.validate import SHOWN_WORLD, ranks_needed
 from tpresearch.config.world import World
-from tpresearch.launch.command import (
-    WrongCommand,
-    mended,
-    override,
-    override_key,
-    program_words,
-    python_command,
-)
+from tpresearch.launch.command import Command, WrongCommand, mended, override, override_key, program_words
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
@@ -35,7 +28,6 @@ from tpresearch.sweep.job import (
     completed_runs,
     may_be_jobs,
     passed_on,
-    ranks_needed,
     signature,
     slots_of,
     wandb_group,
@@ -200,7 +192,7 @@ def _refused(error: ConfigError, number: int, overrides: list[str]) -> WrongComm
     return WrongCommand(error.field, error.value, why, error.legal, _sweep_to_try(error, overrides))
 
 
-def _sweep_to_try(error: ConfigError, overrides: list[str]) -> str:
+def _sweep_to_try(error: ConfigError, overrides: list[str]) -> Command | str:
     """What was typed without the value at fault, where that is one of several; else with the error's fix."""
     if isinstance(error, WrongCommand):
         return error.command
@@ -211,6 +203,6 @@ def _sweep_to_try(error: ConfigError, overrides: list[str]) -> str:
         values = swept.get(key, [])
         if of_job.get(key) in values:
             others = [value for value in values if value != of_job[key]]
-            return python_command(mended(arguments, {key: ",".join(others) or None}))
+            return Command(tuple(mended(arguments, {key: ",".join(others) or None})))
     fix = {**error.fix, **({"world_size": error.nproc} if error.nproc else {})}
-    return python_command(mended(arguments, fix))
+    return Command(tuple(mended(arguments, fix)))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tpresearch.launch import Run, entrypoint
-from tpresearch.train.preflight import Preflight, judge_folder, preflight
+from tpresearch.train.preflight import Preflight, glance, judge_folder, preflight
 
 
-@entrypoint("train", judge=preflight, judge_folder=judge_folder)
+@entrypoint("train", judge=preflight, judge_folder=judge_folder, glance=glance)
 def main(judged: Preflight, run: Run) -> None:
     from tpresearch.train.main import train  # late: a refused config should not wait for all of torch
 

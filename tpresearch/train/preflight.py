@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from tpresearch.checkpoint.resume import checkpoints_to_go_on_from, find_checkpoint
 from tpresearch.config.axes import MeshSizes
+from tpresearch.config.bounds import check_bounds
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.mesh import of_one_rank
+from tpresearch.config.mesh import of_one_rank, used_axes
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import micro_batch_size, validate, with_batch_that_fits
+from tpresearch.config.validate import (
+    SHOWN_WORLD,
+    micro_batch_size,
+    ranks_needed,
+    validate,
+    with_batch_that_fits,
+)
 from tpresearch.config.world import World
 from tpresearch.data import check_data
 from tpresearch.track.secrets import refuse_secrets
@@ -66,12 +73,7 @@ def preflight(cfg: Config, world: World) -> Preflight:
 
 
 def _judged(cfg: Config, world: World) -> Preflight:
-    try:
-        refuse_secrets(as_dict(cfg))
-    except ValueError as error:
-        raise ConfigError("config", "...", str(error), "a config without credentials") from None
-    sizes = validate(cfg, world.size, world.hosts)
-    check_data(cfg.data, cfg.tokenizer)
+    sizes = glance(cfg, world)
     from tpresearch.parallel.device import choose_device  # late: it imports torch
 
     starts_ranks = not cfg.plan_only and world.here
@@ -84,6 +86,38 @@ def _judged(cfg: Config, world: World) -> Preflight:
     model, plan = planned(cfg, sizes)
     check_first_weights(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
+
+
+def glance(cfg: Config, world: World) -> MeshSizes:
+    """What can be judged without torch: most mistakes, in a fraction of a second.
+
+    Raises:
+        ConfigError: for the first thing that cannot work.
+    """
+    try:
+        refuse_secrets(as_dict(cfg))
+    except ValueError as error:
+        raise ConfigError("config", "...", str(error), "a config without credentials") from None
+    check_bounds(cfg)
+    alone = world.size == 1 and not world.elastic
+    ranks = ranks_needed(cfg, SHOWN_WORLD) if alone else world.size
+    sizes = validate(cfg, ranks, world.hosts)
+    check_data(cfg.data, cfg.tokenizer)
+    if ranks > world.size:
+        refuse_alone(cfg, ranks)
+    return sizes
+
+
+def refuse_alone(cfg: Config, ranks: int) -> NoReturn:
+    """Refuse to train as `python train.py` what is for several ranks, unless one is asked for by its numbers.
+
+    Raises:
+        ConfigError: with the torchrun that has as many ranks as the mesh sizes make.
+    """
+    axes = " and ".join(axis.name for axis in used_axes(cfg.parallel))
+    why = f"it is for several ranks (along {axes}), and this is one process"
+    legal = "torchrun with as many ranks, parallel=none, or world_size=1 to try it on one"
+    raise ConfigError("parallel", cfg.parallel.name, why, legal, fix={}, nproc=ranks)
 
 
 def check_first_weights(cfg: Config, model: nn.Module, starts_ranks: bool) -> None:
