@@ -17,7 +17,7 @@ BETAS = "'optimizer.betas=[0.9, 0.95]'"
 REFUSED = [
     (
         "model=lama2_tiny",
-        "model=lama2_tiny: no such option; one of llama2_tiny, llama2_7b",
+        "model=lama2_tiny: no such option; one of llama2_tiny, llama2_1b, llama2_7b",
         "model=llama2_tiny",
     ),
     ("model=3", f"model=3: a config group takes an option's name; one of {MODELS}", ""),
@@ -31,7 +31,7 @@ REFUSED = [
     ),
     ("+train.stepz=3", "train.stepz=3: no such key; nearest is train.steps", "train.steps=3"),
     ("lr=1", "lr=1: no such config group or key; nearest is optimizer.lr", "optimizer.lr=1"),
-    ("trian.steps=3", "trian.steps=3: no such key; nearest is train.steps", "train.steps=3"),
+    ("trian.steps=3", "trian.steps=3: no such key; nearest are train.steps, verify.steps", "train.steps=3"),
     ("+mesh.x=2", "mesh.x=2: no such key; there are mesh.dp_replicate, mesh.dp_shard, mesh.tp", ""),
     ("+x=1", "x=1: no such config group or key; there are checkpoint, cluster, data, debug, defects, ", ""),
     ("model.dimm=64", "model.dimm=64: no such key; nearest is model.dim", "model.dim=64"),

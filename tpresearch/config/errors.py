@@ -50,7 +50,11 @@ def shown(value: object) -> str:
     return " ".join(str(value).split())
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known names that look most like `name`, best first; all of them where none is close."""
-    names = sorted(set(known))
-    return difflib.get_close_matches(name, names, n=count, cutoff=0.5) or names[:8]
+def nearest(name: str, known: Iterable[str], most: int = 10) -> list[str]:
+    """The known names, those that look most like `name` first; of very many those that are close, or a few."""
+    names = sorted(set(known), key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
+    if len(names) <= most:
+        return names
+    return [other for other in names if difflib.SequenceMatcher(None, name, other).ratio() >= 0.6][
+        :most
+    ] or names[:8]

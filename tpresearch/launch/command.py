@@ -52,8 +52,8 @@ class Command:
         return dataclasses.replace(self, arguments=tuple(mended(self.arguments, error.fix)), ranks=ranks)
 
     def without(self, key: str) -> Command:
-        """The same without the overrides of this key and of what is below it."""
-        kept = [word for word in self.arguments if not f"{override_key(word)}.".startswith(f"{key}.")]
+        """The same without the overrides of this key, of what is below it, and those that delete what it is in."""
+        kept = [word for word in self.arguments if not _is_about(word, key)]
         return dataclasses.replace(self, arguments=tuple(kept))
 
     def __str__(self) -> str:
@@ -78,24 +78,43 @@ Objection = Callable[[Command], ConfigError | None]
 def command_to_try(error: ConfigError, world: World, objection: Objection) -> str:
     """What to type: this process's own command line, mended until nothing speaks against it.
 
-    Where mending comes to no end, what was typed at fault is left out, and at last all of it.
+    Where mending comes to no end, it is as much of that as can stand.
     """
     if isinstance(error, WrongCommand) and isinstance(error.command, str):
         return error.command
     command = Command.typed(world)
     seen = {command}
-    for step in range(2 * ROUNDS):
-        attempts = [
-            command.mended(error),
-            command.without(error.field),
-            dataclasses.replace(command, arguments=()),
-        ]
-        command = next((each for each in attempts[step // ROUNDS :] if each not in seen), attempts[-1])
-        seen.add(command)
-        if _is_to_be_filled_in(command) or (next_error := objection(command)) is None:
+    for _ in range(ROUNDS):
+        attempts = (command.mended(error), command.without(error.field))
+        attempt = next((each for each in attempts if each not in seen), None)
+        if attempt is None:
             break
-        error = next_error
-    return str(command)
+        if _is_to_be_filled_in(attempt) or (objected := objection(attempt)) is None:
+            return str(attempt)
+        seen.add(attempt)
+        command, error = attempt, objected
+    return str(_what_stands(command, objection))
+
+
+def _what_stands(command: Command, objection: Objection) -> Command:
+    standing = _started_right(dataclasses.replace(command, arguments=()), objection)
+    for word in command.arguments:
+        longer = dataclasses.replace(command, arguments=(*standing.arguments, word))
+        attempt = _started_right(longer, objection)
+        if objection(attempt) is None:
+            standing = attempt
+    return standing
+
+
+def _started_right(command: Command, objection: Objection) -> Command:
+    """With another number of ranks, if that is all that speaks against it."""
+    error = objection(command)
+    return command.mended(error) if error and error.nproc else command
+
+
+def _is_about(word: str, key: str) -> bool:
+    of = override_key(word)
+    return f"{of}.".startswith(f"{key}.") or (word.startswith("~") and key.startswith(f"{of}."))
 
 
 def _is_to_be_filled_in(command: Command) -> bool:

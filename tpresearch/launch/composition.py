@@ -76,7 +76,8 @@ class Composition:
             try:
                 composed = compose(self.config_name, self._searching(others), return_hydra_config=True)
             except COMPOSITION_ERRORS:
-                composed = compose(self.config_name, self._searching([]), return_hydra_config=True)
+                typed = [] if key == "hydra.searchpath" else self._searching([])
+                composed = compose(self.config_name, typed, return_hydra_config=True)
         hydra = key.startswith("hydra.")
         return {
             name: value for name, value in every_key(composed).items() if name.startswith("hydra.") == hydra
@@ -149,8 +150,8 @@ def written(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=False) if isinstance(node, ListConfig) else node._value()
 
 
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """The one known name that this was most likely meant to be, if any is close.
+def close(name: str, known: Iterable[str]) -> list[str]:
+    """The known names that this one was likely meant to be, the likeliest first; none where no name is close.
 
     Of a dotted key whose branch exists only the last part counts: a long branch makes all of its keys look alike.
     A key typed without its branch, such as `lr`, is found under the branch that has it.
@@ -158,9 +159,28 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     branch, _, last = name.rpartition(".")
     names = sorted((other for other in known if not name.startswith(f"{other}.")), key=len)
     siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == branch}
-    if match := difflib.get_close_matches(last, siblings, n=1, cutoff=0.6):
-        return siblings[match[0]]
+    if alike := _alike(last, siblings):
+        return [siblings[other] for other in alike]
     if branch and siblings:
-        return None
+        return []
     elsewhere = [other for other in names if other.endswith(f".{last}")]
-    return next(iter(elsewhere or difflib.get_close_matches(name, names, n=1, cutoff=0.7)), None)
+    elsewhere.sort(key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
+    return elsewhere or difflib.get_close_matches(name, names, n=3, cutoff=0.7)
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The likeliest of them, if any is close."""
+    return next(iter(close(name, known)), None)
+
+
+def _alike(name: str, known: Iterable[str]) -> list[str]:
+    """Names that have this one as their end (`batch_size`), that are alike, or that one abbreviates the other (`lr`)."""
+    names = sorted(known)
+    ends = [other for other in names if other.endswith(f"_{name}")]
+    alike = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    short = [other for other in names if other == _initials(name) or name == _initials(other)]
+    return list(dict.fromkeys([*ends, *alike, *short]))
+
+
+def _initials(name: str) -> str:
+    return "".join(part[:1] for part in name.split("_"))

@@ -96,20 +96,22 @@ class Program(Generic[Judged]):
             world = World.from_environment()
             return _call_main(self, self.judge(typed_config(composed), world), world)
         print_without_fail()
-        world = World()
+        world, refused = World(), None
         try:
             world = World.from_environment()
             if world.elastic:
                 end_with_parent()
             _start(self, world)
         except ConfigError as error:
-            refuse(error, world, partial(objection, self))
+            refused = error
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
         except Exception:
             if world.elastic and world.rank:
                 sys.exit(1)  # its traceback is in torchrun's report and in the rank's log
             raise
+        if refused:  # outside of the handler, or each later error would have this one as its context
+            refuse(refused, world, partial(objection, self))
         return None
 
 

@@ -21,8 +21,8 @@ from omegaconf.errors import (
 )
 
 from tpresearch.config.errors import ConfigError, nearest, shown
-from tpresearch.launch.command import Command, WrongCommand, override_key
-from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, closest
+from tpresearch.launch.command import Command, WrongCommand, override_key, quoted
+from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, close, closest
 
 TYPES = {
     "Integer": "a whole number",
@@ -50,7 +50,7 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
     if (ours := next((e for e in chain if isinstance(e, ConfigError)), None)) is not None:
         return ours
     if isinstance(error, OverrideParseException):
-        return _unreadable(error)
+        return _unreadable(error, composition)
     if isinstance(error, MissingConfigException):
         return _unknown_option(error, composition)
     if isinstance(error, yaml.MarkedYAMLError):
@@ -74,8 +74,9 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
 def _unknown_key(key: str, value: object, composition: Composition) -> ConfigError:
     known = {**composition.values_without(key), **dict.fromkeys(composition.groups())}
     why = "no such key" if "." in key else "no such config group or key"
-    if best := closest(key, known):
-        return ConfigError(key, value, why, f"nearest is {best}", fix={key: None, best: value})
+    if near := close(key, known):
+        legal = f"nearest is {near[0]}" if len(near) == 1 else f"nearest are {', '.join(near)}"
+        return ConfigError(key, value, why, legal, fix={key: None, near[0]: value})
     branch = key.rpartition(".")[0]
     while branch and branch not in known:
         branch = branch.rpartition(".")[0]
@@ -83,13 +84,14 @@ def _unknown_key(key: str, value: object, composition: Composition) -> ConfigErr
     return ConfigError(key, value, why, f"there are {', '.join(sorted(siblings))}", fix={key: None})
 
 
-def _unreadable(error: OverrideParseException) -> ConfigError:
+def _unreadable(error: OverrideParseException, composition: Composition) -> ConfigError:
     key, equals, value = error.override.partition("=")
     if not equals:
         return ConfigError(key, "", "an override needs a value", f"{key}=VALUE", fix={key: None})
-    why = f"cannot be read ({_first_line(error.message)})"
+    why = f"cannot be read ({_first_line(error.message)})" if "(" not in error.message else "cannot be read"
     legal = f"'{key}=[a,b]' for a list, '{key}=\"text\"' for text with special characters"
-    return ConfigError(key, value, why, legal, fix={key: None})
+    is_text = isinstance(composition.values_without(key).get(override_key(key)), str)
+    return ConfigError(key, value, why, legal, fix={key: quoted(value) if is_text else None})
 
 
 def _unknown_option(error: MissingConfigException, composition: Composition) -> ConfigError:

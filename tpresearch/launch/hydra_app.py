@@ -6,9 +6,11 @@ Those that are private to Hydra stay behind these functions. Checked on Hydra 1.
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra import version
@@ -23,14 +25,28 @@ from hydra.main import get_args_parser
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
+from tpresearch.config.errors import ConfigError
+
 VERSION_BASE = "1.3"
 ONLY_SHOWN = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
 """Flags of Hydra's command line with which nothing is run, or not by us."""
 
 
 def parse_command_line() -> tuple[Namespace, list[str]]:
-    """Hydra's flags and overrides, and the words that are neither."""
-    return get_args_parser().parse_known_args()
+    """Hydra's flags and overrides, and the words that are neither.
+
+    Raises:
+        ConfigError: for a flag without its value.
+    """
+    parser = get_args_parser()
+    parser.error = _refuse_flag  # type: ignore[method-assign]
+    return parser.parse_known_args()
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    """In the place of argparse's usage over many lines."""
+    flag = next((word for word in reversed(sys.argv[1:]) if word.startswith("-")), "flags")
+    raise ConfigError(flag, "", message, "key=value overrides, then flags; see --hydra-help")
 
 
 def only_shows(arguments: Namespace) -> bool:

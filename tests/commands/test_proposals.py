@@ -1,0 +1,135 @@
+"""What a refusal proposes: what was typed with the mistake mended, judged before it is shown."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from support.trainings import TINY, TRAIN
+
+pytestmark = pytest.mark.cli
+
+BASE = [word for word in TINY if not word.startswith("parallel=")]
+FOUR, TWO, ONE = "torchrun --nproc-per-node=4", "torchrun --nproc-per-node=2", "python"
+
+# What is typed beside a tiny run, why it is refused, with what the command to try starts, and what is new in it.
+PROPOSED = [
+    (
+        "",
+        "parallel=fsdp_tp: it is for several ranks (along dp_shard and tp), and this is one process",
+        FOUR,
+        "",
+    ),
+    (
+        "parallel=tp mesh.tp=2",
+        "parallel=tp: it is for several ranks (along tp), and",
+        TWO,
+        "parallel=tp mesh.tp=2",
+    ),
+    (
+        "optimizer.learning_rate=3 parallel=none",
+        "no such key; nearest is optimizer.lr",
+        ONE,
+        "parallel=none optimizer.lr=3",
+    ),
+    (
+        "parallel=none train.batch_size=8",
+        "no such key; nearest are train.global_batch_size, train.micro_batch_size",
+        ONE,
+        "parallel=none train.global_batch_size=8",
+    ),
+    ("parallel=fdsp", "no such option; one of fsdp, sp, ddp, fsdp_tp, hsdp, ", FOUR, "parallel=fsdp"),
+    # More than one mistake: the first is named, all are mended.
+    (
+        "paralel=fsdp modle=toy_mlp optimizer.lrr=3 mesh.dp_shard=2",
+        "paralel=fsdp: no such config group or key; nearest is parallel",
+        TWO,
+        "mesh.dp_shard=2 parallel=fsdp optimizer.lr=3",
+    ),
+    (
+        "parallel=ddp train.step=3 mesh.dp_replicate=3",
+        "train.step=3: no such key",
+        None,
+        "parallel=ddp train.steps=3 mesh.dp_replicate=3",
+    ),
+    ("~model", "model.name=null: a model needs it", FOUR, ""),
+    ("~model parallel=none", "model.name=null: a model needs it", ONE, "parallel=none"),
+    ("parallel=none name=é", "name=é: cannot be read", ONE, "parallel=none name='é'"),
+    (
+        "parallel=none train.steps=glob(*)",
+        "train.steps=glob(*): several values are a sweep",
+        ONE,
+        "-m parallel=none",
+    ),
+    ("parallel=none train.seed=0,1", "several values are a sweep", ONE, "-m parallel=none train.seed=0,1"),
+    ("-m parallel=none,tpp", "flags=parallel=none,tpp: not understood", ONE, "-m parallel=tp"),
+    (
+        "parallel=none hydra.searchpath=null",
+        "it cannot be null; a value, such as []",
+        ONE,
+        "parallel=none hydra.searchpath=[]",
+    ),
+    (
+        "parallel=none --config-name",
+        "--config-name=: argument --config-name/-cn: expected one",
+        ONE,
+        "parallel=none",
+    ),
+    ("parallel=none model@here=toy_mlp", "Could not override 'model@here'", ONE, "parallel=none"),
+]
+
+
+@pytest.mark.parametrize(("typed", "why", "starter", "new"), PROPOSED, ids=[row[0] for row in PROPOSED])
+def test_what_is_proposed_is_what_was_typed_and_is_not_refused(
+    train_py, tmp_path: Path, typed: str, why: str, starter: str | None, new: str
+) -> None:
+    done = train_py(*BASE, *shlex.split(typed))
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
+    assert why in done.refusal
+    words = done.command_to_try
+    at = words.index(str(TRAIN))
+    if starter:
+        assert " ".join(words[:at]) == starter
+    typed_anew = words[at + 1 :]
+    assert set(new.split()) <= {*typed_anew, *BASE}
+    assert set(typed_anew) <= {*new.split(), *BASE, "train.global_batch_size=3"} | ({"-m"} & {*new.split()})
+    if "-m" not in typed_anew:
+        size = 1 if words[0] == "python" else int(words[1].rpartition("=")[2])
+        tried = train_py(*typed_anew, "hydra.run.dir=/dev/null/x", size=size)
+        assert tried.refusal.startswith("error: hydra.run.dir=/dev/null/x: cannot be written"), tried.err
+    assert not list((tmp_path / "cwd").iterdir())
+
+
+# Variables that another job has left, and what of them the command to try goes without.
+LEFT = [
+    (
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        "RANK=1: LOCAL_RANK is not set beside it",
+        "env -u RANK -u WORLD_SIZE python",
+    ),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: RANK is not set beside it", "env -u WORLD_SIZE python"),
+    (
+        {"SLURM_STEP_NUM_TASKS": "x"},
+        "SLURM_STEP_NUM_TASKS=x: not a whole",
+        "env -u SLURM_STEP_NUM_TASKS python",
+    ),
+]
+
+
+@pytest.mark.parametrize(("left", "why", "starter"), LEFT)
+def test_the_environment_of_another_job_is_one_line(
+    train_py, left: dict[str, str], why: str, starter: str
+) -> None:
+    done = train_py(*TINY, **left)
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
+    assert done.refusal.startswith(f"error: {why}")
+    assert shlex.join(done.command_to_try).startswith(starter)
+    assert done.command_to_try[-len(TINY) :] == [*TINY]
+
+
+def test_a_rank_that_was_started_by_hand_is_not_refused_in_silence(train_py) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    done = train_py(*TINY, **place, MASTER_ADDR="localhost", MASTER_PORT="1")
+    assert done.code == 2
+    assert done.refusal.startswith("error: parallel=none: runs on a single process, but the world size is 2")
