@@ -20,6 +20,7 @@ from tpresearch.launch import hydra_app
 from tpresearch.launch.command import Command
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
+from tpresearch.launch.going_on import type_again
 
 if TYPE_CHECKING:
     from tpresearch.launch.entrypoint import Program
@@ -48,6 +49,8 @@ def _judge(program: Program[Any], command: Command) -> None:
         raise ConfigError(
             "flags", " ".join(unknown), "not understood", "key=value", fix=dict.fromkeys(unknown)
         )
+    if program.judge_folder:
+        type_again(arguments)
     composition = Composition.of(arguments, conf_dir(), program.config_name)
     judge = program.judge if program.glance is None or "torch" in sys.modules else program.glance
     with explaining(composition):
