@@ -16,7 +16,10 @@ pytestmark = pytest.mark.cli
 def test_a_second_run_into_a_folder_has_a_record_of_its_own(train_py, tmp_path: Path) -> None:
     cwd = tmp_path / "cwd"
     first = train_py(*TINY, "train.steps=4", "hydra.run.dir=D")
-    second = train_py(*TINY, "train.steps=2", "train.seed=1", "hydra.run.dir=D")
+    anew = *TINY, "train.steps=2", "train.seed=1", "hydra.run.dir=D"
+    refused = train_py(*anew)  # where it would go on from the other's checkpoint
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1), refused.err
+    second = train_py(*anew, "resume=never")
     assert (first.code, second.code) == (0, 0)
     steps = {"D": [1, 2], "D.earlier-1": [1, 2, 3, 4]}
     losses = set()

@@ -52,9 +52,7 @@ def shown(value: object) -> str:
 
 def nearest(name: str, known: Iterable[str], most: int = 10) -> list[str]:
     """The known names, those that look most like `name` first; of very many those that are close, or a few."""
-    names = sorted(set(known), key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
-    if len(names) <= most:
-        return names
-    return [other for other in names if difflib.SequenceMatcher(None, name, other).ratio() >= 0.6][
-        :most
-    ] or names[:8]
+    likeness = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in sorted(set(known))}
+    names = sorted(likeness, key=lambda other: -likeness[other])
+    alike = [other for other in names if likeness[other] >= 0.6]
+    return names if len(names) <= most else alike[:most] or names[:8]
