@@ -10,7 +10,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -31,7 +30,7 @@ from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.going_on import type_again, typed_then
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
-from tpresearch.launch.objection import objection
+from tpresearch.launch.objection import Objections
 from tpresearch.launch.printing import print_without_fail
 from tpresearch.launch.refuse import refuse
 from tpresearch.launch.run_dir import agreed, register_resolvers, sweep_folder
@@ -111,8 +110,12 @@ class Program(Generic[Judged]):
                 sys.exit(1)  # its traceback is in torchrun's report and in the rank's log
             raise
         if refused:  # outside of the handler, or each later error would have this one as its context
-            refuse(refused, world, partial(objection, self))
+            refuse(refused, world, self._objections().to)
         return None
+
+    def _objections(self) -> Objections:
+        judge = self.glance if self.glance and "torch" not in sys.modules else self.judge
+        return Objections(inspect.getfile(self.main), self.config_name, judge, self.judge_folder is not None)
 
 
 def _start(program: Program[Judged], world: World) -> None:
