@@ -62,7 +62,7 @@ def test_a_skipped_update_is_warned_of_and_leaves_the_weights_finite(skipping: T
     skipped = [line for line in log.splitlines() if "its update is skipped" in line]
     assert len(skipped) == 1
     assert "WARNING" in skipped[0]
-    assert "step 2: gradient norm is nan; its update is skipped" in skipped[0]
+    assert "step 2: gradient norm is not finite; its update is skipped" in skipped[0]
     first, second, third = skipping.rows
     assert (second["train/loss"], second["train/grad_norm"]) == (None, None)
     assert all(math.isfinite(row["train/loss"]) for row in (first, third))

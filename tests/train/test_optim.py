@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from torch import nn
 
-from tpresearch.config.schema import OptimizerConfig, ScheduleConfig, ScheduleName
-from tpresearch.train.optim import build_optimizer, learning_rate
+from tpresearch.config.schema import OptimizerConfig, OptimizerName, ScheduleConfig, ScheduleName
+from tpresearch.train.optim import AdamW, build_optimizer, divide_gradients, learning_rate
 
 
 def rates(name: str, **settings: float) -> list[float]:
@@ -51,3 +52,46 @@ def test_vectors_decay_too_where_that_is_asked_for() -> None:
         nn.Linear(3, 4).parameters(), OptimizerConfig(weight_decay=0.1, decay_vectors=True)
     ).param_groups
     assert ([p.dim() for p in group["params"]], group["weight_decay"]) == ([2, 1], 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_divided_in_the_update_are_those_divided_before_it(dtype: torch.dtype) -> None:
+    """To rounding: to what a clipping factor of six digits and one multiplication more come to."""
+    moved = []
+    for in_update in (True, False):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(300, dtype=dtype))
+        optimizer = build_optimizer([weight], OptimizerConfig(lr=0.01))
+        for _ in range(3):
+            weight.grad = torch.randn(300, dtype=dtype)
+            if in_update:
+                divide_gradients(optimizer, [weight.grad], torch.tensor(7.3))
+            else:
+                weight.grad = (weight.grad.float() / 7.3).to(dtype)
+            optimizer.step()
+        moved.append(weight.detach())
+    assert torch.allclose(*moved, rtol=1e-6 if dtype is torch.float32 else 1e-2)
+
+
+def test_in_bfloat16_the_factor_is_not_rounded_before_it_is_used() -> None:
+    """1000 / 1.0035 is 996.5, which bfloat16 has as 996; by a divisor of three digits, 1.0, it would stay 1000."""
+    gradient = torch.full((3,), 1000.0, dtype=torch.bfloat16)
+    optimizer = build_optimizer([nn.Parameter(gradient.clone())], OptimizerConfig(name=OptimizerName.sgd))
+    divide_gradients(optimizer, [gradient], torch.tensor(1.0035))
+    assert gradient.tolist() == [(torch.tensor(1000.0) / 1.0035).bfloat16().item()] * 3
+
+
+def test_an_update_that_is_left_out_leaves_everything_as_it_was() -> None:
+    weight = nn.Parameter(torch.ones(5))
+    optimizer = build_optimizer([weight], OptimizerConfig())
+    assert isinstance(optimizer, AdamW)
+    before = []
+    for skipped in (0.0, 1.0):
+        weight.grad = torch.full((5,), torch.inf if skipped else 1.0)
+        optimizer.found_inf = torch.tensor(skipped)
+        optimizer.step()
+        state = optimizer.state[weight]
+        before.append(
+            [weight.detach().clone(), *(state[key].clone() for key in ("exp_avg", "exp_avg_sq", "step"))]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*before, strict=True))

@@ -134,8 +134,11 @@ def _head_of(model: nn.Module, inputs: Tensor) -> str | None:
         given.append(layer)
         return hidden
 
-    with torch.device("meta"):
-        model(inputs, head=head)
+    try:
+        with torch.device("meta"):
+            model(inputs, head=head)
+    except Exception:  # it means something else by the word
+        return None
     return next((name for name, module in model.named_modules() if given and module is given[0]), None)
 
 

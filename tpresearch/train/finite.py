@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -11,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpresearch.config.axes import DATA_AXES
 from tpresearch.parallel.mesh import sum_over
 from tpresearch.train.step import StepResult
+
+log = logging.getLogger(__name__)
 
 
 class NonfiniteError(RuntimeError):
@@ -22,12 +25,14 @@ class FiniteCheck:
 
     def __init__(self, device: torch.device) -> None:
         self._first_bad_norm = torch.full((), -1, dtype=torch.int64, device=device)
+        self._bad_norms = torch.zeros((), dtype=torch.int64, device=device)
         self._losses_since_logged = torch.zeros((), device=device)
 
     def note(self, step: int, result: StepResult) -> None:
         """Args: step: counted from 1."""
-        bad = ~torch.isfinite(result.grad_norm) & (self._first_bad_norm < 0)
-        self._first_bad_norm = torch.where(bad, step, self._first_bad_norm)
+        bad = ~torch.isfinite(result.grad_norm)
+        self._bad_norms += bad
+        self._first_bad_norm = torch.where(bad & (self._first_bad_norm < 0), step, self._first_bad_norm)
         self._losses_since_logged += result.loss
 
     def global_loss(self, step: int, share: Tensor, mesh: DeviceMesh, stop: bool) -> float:
@@ -45,6 +50,18 @@ class FiniteCheck:
         if stop:
             self._raise_for(step, loss, since_logged)
         return float(loss)
+
+    def warn_of_skipped(self) -> None:
+        """Say which updates were left out since this was last asked. Waits for the device."""
+        count, first = torch.stack([self._bad_norms, self._first_bad_norm]).tolist()
+        if count == 1:
+            log.warning("step %d: gradient norm is not finite; its update is skipped", first)
+        elif count:
+            log.warning(
+                "%d gradient norms are not finite since step %d; their updates are skipped", count, first
+            )
+        self._bad_norms.zero_()
+        self._first_bad_norm.fill_(-1)
 
     def _raise_for(self, step: int, loss: float, since_logged: float) -> None:
         first = int(self._first_bad_norm.item())

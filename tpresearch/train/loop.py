@@ -102,9 +102,11 @@ class Loop:
             self.stop.settle()
 
     def _row(self, result: StepResult, finite: FiniteCheck) -> Metrics:
-        """A logged row. But for evaluating, skipping and offloading, only here does the host wait for the device."""
+        """A logged row. But for evaluating and offloading, only here does the host wait for the device."""
         step, setup, cfg = self.state.step, self.setup, self.setup.cfg
         stops = cfg.train.on_nonfinite is OnNonfinite.stop
+        if not stops:
+            finite.warn_of_skipped()
         return {
             "train/step": step,
             "train/tokens": step * setup.tokens_per_step,

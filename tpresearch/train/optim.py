@@ -6,10 +6,39 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tpresearch.config.schema import OptimizerConfig, OptimizerName, ScheduleConfig, ScheduleName
+
+
+class AdamW(torch.optim.AdamW):
+    """Fused AdamW, which reads from the device by what it divides gradients, and whether it leaves an update out.
+
+    torch.amp.GradScaler sets the same two (seen in torch 2.11 to 2.14).
+    """
+
+    grad_scale: Tensor | None = None
+    """A float32 scalar."""
+    found_inf: Tensor | None = None
+    """A float32 scalar: 1.0 leaves weights, moments and the count of steps as they are."""
+
+
+def divide_gradients(optimizer: torch.optim.Optimizer, gradients: list[Tensor], divisor: Tensor) -> None:
+    """Divide all gradients by a scalar: in the update itself where that can, without a pass over them, or in place."""
+    if isinstance(optimizer, AdamW) and divisor.dtype is torch.float32:
+        optimizer.grad_scale = divisor
+        return
+    by_dtype: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    for (device, dtype), alike in by_dtype.items():
+        if dtype is divisor.dtype:
+            torch._foreach_mul_(alike, 1 / divisor.to(device))
+        else:  # a factor in bfloat16 would have three digits
+            torch._foreach_copy_(
+                alike, [gradient.to(divisor.dtype) / divisor.to(device) for gradient in alike]
+            )
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -29,7 +58,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
         # DTensor has no fused SGD (torch 2.13).
         return torch.optim.SGD(param_groups, lr=config.lr, momentum=config.momentum)
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(param_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+    return AdamW(param_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) -> float:

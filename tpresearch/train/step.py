@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,13 +18,12 @@ from tpresearch.data.batches import Batch
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.mesh import sum_together
 from tpresearch.parallel.norm import global_norm
+from tpresearch.parallel.weights import local_part
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.losses import Objective
 from tpresearch.train.observe import Observers
-from tpresearch.train.optim import learning_rate, set_learning_rate
+from tpresearch.train.optim import AdamW, divide_gradients, learning_rate, set_learning_rate
 from tpresearch.train.state import TrainState
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,29 +132,29 @@ def reduce_partial_gradients(state: TrainState, plan: Plan, mesh: DeviceMesh) ->
 
 @torch.no_grad()  # or each `to_local` is recorded for a backward through it
 def clip_gradients(state: TrainState, mesh: DeviceMesh, greatest: float | None) -> Tensor:
-    """Scale all gradients by min(1, greatest / norm), without waiting for the device; None scales nothing.
+    """Have all gradients scaled by min(1, greatest / norm), without waiting for the device; None scales nothing.
 
     Returns: the global norm before clipping, the same scalar on every rank.
     """
     gradients = [p.grad for p in state.trained().values() if p.grad is not None]
     norm = global_norm(gradients, mesh)
     if greatest is not None:
-        scale = (greatest / (norm + 1e-6)).clamp(max=1.0)
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        for same_dtype in {g.dtype for g in local}:
-            chosen = [g for g in local if g.dtype == same_dtype]
-            torch._foreach_mul_(chosen, scale.to(chosen[0].device, same_dtype))
+        divisor = ((norm + 1e-6) / greatest).clamp(min=1.0)
+        divide_gradients(state.optimizer, [local_part(gradient) for gradient in gradients], divisor)
     return norm
 
 
 def update(state: TrainState, norm: Tensor, setup: Setup) -> None:
-    """Move the weights, unless the norm is not finite and such an update is to be skipped."""
-    cfg = setup.cfg
-    if cfg.train.on_nonfinite is OnNonfinite.skip and not math.isfinite(norm.item()):
-        log.warning("step %d: gradient norm is %s; its update is skipped", state.step + 1, norm.item())
-    else:
-        lr = learning_rate(state.step, setup.steps, cfg.optimizer.lr, cfg.schedule)
-        set_learning_rate(state.optimizer, lr)
-        state.optimizer.step()
+    """Move the weights, unless the norm is not finite and such an update is to be skipped.
+
+    AdamW skips by itself; for another optimizer the host waits for the norm.
+    """
+    cfg, optimizer = setup.cfg, state.optimizer
+    skips = cfg.train.on_nonfinite is OnNonfinite.skip
+    if skips and isinstance(optimizer, AdamW):
+        optimizer.found_inf = (~norm.isfinite()).float()
+    if not skips or isinstance(optimizer, AdamW) or math.isfinite(norm.item()):
+        set_learning_rate(optimizer, learning_rate(state.step, setup.steps, cfg.optimizer.lr, cfg.schedule))
+        optimizer.step()
         state.weights_set()
-    state.optimizer.zero_grad()
+    optimizer.zero_grad()
