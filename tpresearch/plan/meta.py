@@ -19,8 +19,8 @@ from tpresearch.config.model import ModelConfig
 from tpresearch.config.reading import check_value
 from tpresearch.config.schema import TrainConfig
 
-MOST_MODULES = 5_000
-"""A Llama2 of 380 layers, three times the deepest there is; a mistyped depth would keep Python busy for hours."""
+MOST_MODULES = 3_000
+"""A Llama2 of 230 layers, of which the deepest have 126; a mistyped depth would keep Python busy for hours."""
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
