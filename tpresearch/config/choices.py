@@ -29,6 +29,11 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
+class ProfilerName(StrEnum):
+    none = "none"
+    trace = "trace"
+
+
 class WeightDtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"

@@ -19,6 +19,7 @@ from tpresearch.config.choices import (
     Loss,
     OnNonfinite,
     OptimizerName,
+    ProfilerName,
     ScheduleName,
     TensorPlan,
     TokenizerKind,
@@ -187,6 +188,19 @@ class CheckpointConfig:
 
 
 @dataclass
+class ProfilerConfig:
+    """What of a run is profiled, on each rank, into the run folder's profiler/."""
+
+    name: ProfilerName = ProfilerName.none
+    first_step: Annotated[int, AtLeast(3)] = 10
+    """The first that is, counted from 1 since this process began: the second one is counted, and the first compiles."""
+    steps: Annotated[int, AtLeast(1)] = 2
+    """How many are, one after another."""
+    memory: bool = False
+    """A snapshot of the CUDA allocator's history of those steps too."""
+
+
+@dataclass
 class DefectsConfig:
     """Mistakes of the tutorial's scripts, off by default, to be switched on to see what they do.
 
@@ -253,6 +267,7 @@ class ComposedConfig:
     folder of a run, or of one of its checkpoints, to go on from."""
     init_from: str | None = None
     """Weights alone for a new run: the folder of a run or of a checkpoint, or one in Hugging Face's format."""
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     defects: DefectsConfig = field(default_factory=DefectsConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)

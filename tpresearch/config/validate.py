@@ -9,7 +9,7 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.bounds import check_bounds
 from tpresearch.config.errors import ConfigError, shown
 from tpresearch.config.mesh import resolve_mesh, used_axes
-from tpresearch.config.schema import Config, Dtype, WeightDtype
+from tpresearch.config.schema import Config, Dtype, ProfilerName, WeightDtype
 
 SHOWN_WORLD = 4
 """Ranks for which plan_only compiles when nothing says otherwise: those of `make train`."""
@@ -164,6 +164,14 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
             "async TP requires parallel.compile=true",
             "parallel.compile=true",
             fix={"parallel.compile": "true"},
+        )
+    last = cfg.profiler.first_step + cfg.profiler.steps - 1
+    if cfg.profiler.name is ProfilerName.trace and last > total_steps(cfg):
+        raise ConfigError(
+            "profiler.first_step",
+            cfg.profiler.first_step,
+            f"the run ends after step {total_steps(cfg)}, and step {last} would be the last profiled",
+            "an earlier one from 3 on, or more train.steps",
         )
     if cfg.train.weights is WeightDtype.bfloat16 and cfg.train.dtype is not Dtype.bfloat16:
         raise ConfigError(

@@ -17,6 +17,7 @@ from tpresearch.checkpoint.together import own_group
 from tpresearch.config.axes import AXES
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import ProfilerName
 from tpresearch.config.validate import total_steps
 from tpresearch.data import AnyCorpus, PackedCorpus, check_enough_rows, prepare
 from tpresearch.launch import Run
@@ -32,6 +33,7 @@ from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import Preflight
+from tpresearch.train.profile import Trace
 from tpresearch.train.saving import check_disk, check_goes_on, saver_of, say_where_it_goes_on
 from tpresearch.train.speed import Speed
 from tpresearch.train.stopping import AgreedStop
@@ -91,7 +93,10 @@ def train_on(
         for note in job.notes:
             log.warning(note)
         warn_of_hosts(job)
-        observers, parameters = observers_of(job, mesh, device, tracker), job.parameters
+        observers, parameters = (
+            [*observers_of(job, mesh, device, tracker), *profilers_of(job, run)],
+            job.parameters,
+        )
         group = own_group()
         found = agreed_on(found, group)
         restoring = partial(restore, found, group=group) if found else None
@@ -124,6 +129,15 @@ def observers_of(
         Timing(device.torch, Speed.of(job.model, cfg, device, job.sizes.world)),
         PeakMemory(device),
         counted,
+    ]
+
+
+def profilers_of(job: Preflight, run: Run) -> Sequence[Observer]:
+    config, device = job.cfg.profiler, job.device
+    if config.name is ProfilerName.none:
+        return []
+    return [
+        Trace(config, run.folder / "profiler", run.world.rank, device is not None and device.type == "cuda")
     ]
 
 

@@ -1,0 +1,79 @@
+"""profiler=trace: the steps that were asked for, on each rank, with time by class of kernel; nothing of it when it is off."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from support.composed import config, corpus
+
+from tpresearch.config import Config, ConfigError
+from tpresearch.config.schema import ProfilerConfig
+from tpresearch.config.validate import validate
+from tpresearch.config.world import World
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.train.assemble import assemble
+from tpresearch.train.preflight import preflight
+from tpresearch.train.profile import Trace, kind_of
+from tpresearch.verify.ranks import Ranks
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matmul"),
+        ("aten::mm", "matmul"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "collective"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("triton_poi_fused_mul_silu_3", "pointwise"),
+    ],
+)
+def test_a_kernel_is_known_by_its_name(kernel: str, kind: str) -> None:
+    assert kind_of(kernel) == kind
+
+
+def profiled(world: World, cfg: Config, folder: Path) -> None:
+    job = preflight(cfg, world)
+    assert job.device
+    with process_group(job.device, world):
+        trace = Trace(cfg.profiler, folder, world.rank, on_cuda=False)
+        loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus(), [trace])
+        for _ in range(6):
+            loop.step()
+
+
+def test_each_rank_writes_the_steps_asked_for(ranks: Ranks, tmp_path: Path) -> None:
+    cfg = config(
+        "model=llama2_debug", "parallel=tp", "profiler=trace", "profiler.first_step=3", "profiler.steps=2"
+    )
+    ranks.run(2, profiled, cfg, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("kernels-rank0.json", "kernels-rank1.json", "trace-rank0.json.gz", "trace-rank1.json.gz")
+    ]
+    for rank in range(2):
+        events = json.loads(gzip.decompress((tmp_path / f"trace-rank{rank}.json.gz").read_bytes()))[
+            "traceEvents"
+        ]
+        marked = [e["name"] for e in events if e.get("cat") == "user_annotation"]
+        assert marked.count("forward") == marked.count("optimizer") == 2
+        found = json.loads((tmp_path / f"kernels-rank{rank}.json").read_text())
+        assert {"matmul", "attention", "collective", "optimizer", "pointwise"} <= found["classes"].keys()
+        assert all(row["ms"] > 0 for row in found["classes"].values())
+
+
+def test_steps_that_the_run_has_not_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="the run ends after step 10, and step 11 would be the last profiled"
+    ):
+        validate(config("model=toy_mlp", "parallel=none", "profiler=trace", "train.steps=10"), 1)
+
+
+def test_it_is_off_unless_asked_for() -> None:
+    assert config("model=toy_mlp").profiler == ProfilerConfig()
