@@ -84,7 +84,7 @@ def cheap(words: list[str], cache: Path) -> list[str]:
     """The same command on a small corpus and, for a training, two steps of a narrow model."""
     if words[0] == "make":
         return ["make", "-n", *words[1:]]
-    alone = {"tpresearch.compare", "tpresearch.dashboard"}.intersection(words)
+    alone = {"tpresearch.compare", "tpresearch.dashboard", "tpresearch.checkpoints"}.intersection(words)
     if alone or words[1].startswith("experiments/") or any(word.startswith("plan_only") for word in words):
         return words
     if any(word.startswith("experiment=seed_") for word in words):

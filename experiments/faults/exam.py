@@ -16,10 +16,11 @@ from tpresearch.checkpoint.disk import FOLDER, BrokenCheckpoint, damage, read_ch
 
 TOLERANCE = 1e-10
 COLUMNS = ("train/loss", "train/grad_norm", "train/lr")
+OF_RANK_ZERO = ("metadata", "settled", "marked", "renamed", "pruning")
 STARTS = 6
 """After which a run is given up."""
 POINTS = (*IN_STEPS, *IN_SAVES, *IN_LOADS)
-KINDS = ("kill", "kill", "kill_all", "full", "error", "term")
+KINDS = ("kill", "full", "error", "term", "kill_all")
 
 
 @dataclass
@@ -55,24 +56,21 @@ def drawn(number: int, seed: int) -> tuple[list[str], list[Fault | None], list[s
     cells = [draw.choice(small) for _ in range(STARTS)]
     if number % 10 == 9:
         cells[draw.randrange(2)] = draw.choice(large)
-    point = POINTS[number % len(POINTS)]
-    faults: list[Fault | None] = [_fault(draw, point)]
+    point, kind = POINTS[number % len(POINTS)], KINDS[number // len(POINTS) % len(KINDS)]
+    if kind == "full" and point not in IN_SAVES:
+        kind = "kill"
+    faults: list[Fault | None]
     if point in IN_LOADS:  # which only a start that goes on passes
-        faults = [Fault("step", 4, "kill", draw.randrange(4)), _fault(draw, point, nth=0)]
-    elif draw.random() < 0.3:
-        faults.append(
-            Fault(draw.choice(POINTS), draw.randrange(2), draw.choice(("kill", "term")), draw.randrange(4))
-        )
+        faults = [Fault("step", 4, "kill", draw.randrange(4)), Fault(point, 0, kind, draw.randrange(4))]
+    else:
+        rank = 0 if point in OF_RANK_ZERO else draw.randrange(4)
+        faults = [Fault(point, 0 if point == "pruning" else draw.randrange(3), kind, rank)]
+        if draw.random() < 0.3:
+            second = draw.choice(POINTS), draw.randrange(2), draw.choice(("kill", "term")), draw.randrange(4)
+            faults.append(Fault(*second))
     faults += [None] * (STARTS - len(faults))
     beside = ["checkpoint.background=true"] if draw.random() < 0.3 else []
     return cells, faults, beside
-
-
-def _fault(draw: random.Random, point: str, nth: int | None = None) -> Fault:
-    kinds = [kind for kind in KINDS if kind != "full" or point in IN_SAVES]
-    rank = 0 if point in ("metadata", "settled", "marked", "renamed", "pruning") else draw.randrange(4)
-    nth = nth if nth is not None else 0 if point == "pruning" else draw.randrange(3)
-    return Fault(point, nth, draw.choice(kinds), rank)
 
 
 def survive(number: int, seed: int, folder: Path, whole: Reference) -> Survived:
