@@ -17,6 +17,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,9 +189,12 @@ def begin(draft: Path) -> None:
 
 
 def settled(path: Path) -> WrittenFile:
-    """Have a written file on the disk; its size and checksum, as they are read back."""
-    sync(path)
-    return WrittenFile(path.stat().st_size, checksum(path))
+    """Have a written file on the disk; its size and checksum, which is computed while the disk works."""
+    with ThreadPoolExecutor(1) as beside:
+        syncing = beside.submit(sync, path)
+        found = WrittenFile(path.stat().st_size, checksum(path))
+        syncing.result()
+    return found
 
 
 def commit(folder: Path, mark: Mark) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +67,9 @@ class Saver:
         self._run, self._settings, self._about, self._group = run, settings, about, group
         self._rank = group.rank() if group else 0
         self._beside, self._on_cuda = beside, on_cuda
-        self._stager: tuple[set[str], BlockingAsyncStager] | None = None
+        self._stager = BlockingAsyncStager()
+        self._copy: dict[str, Tensor] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: InFlight | None = None
         self._newest = -1
         self.begun = 0
@@ -126,27 +128,33 @@ class Saver:
         draft = draft_of(folder_of(self._run, mark.step))
 
         def begin() -> None:
-            check_finite(state)
             if self._rank == 0:
                 disk.begin(draft)
             point("made")
 
         together(begin, self._group)
-        where: dict[str, Any] = {"storage_writer": _Writer(draft), "process_group": self._group}
-        with as_one_process(self._group is None) as how:
-            if beside:
-                written = dcp.async_save(state, async_stager=self._stager_for(state), **where, **how)
-                assert isinstance(written, Future)
-                self._in_flight, self.begun = InFlight(mark, began, written), self.begun + 1
-                return
-            dcp.save(state, **where, **how)
-        self._commit(mark, began)
+        if beside:
+            written = self._thread.submit(self._put, self._copied(state), draft)
+            self._in_flight, self.begun = InFlight(mark, began, written), self.begun + 1
+        else:
+            self._put(state, draft)
+            self._commit(mark, began)
 
-    def _stager_for(self, state: dict[str, Tensor]) -> BlockingAsyncStager:
-        """One for as long as the state has the same tensors; on CUDA it keeps its pinned memory."""
-        if self._stager is None or self._stager[0] != state.keys():
-            self._stager = set(state), BlockingAsyncStager(cache_staged_state_dict=self._on_cuda)
-        return self._stager[1]
+    def _put(self, state: dict[str, Tensor], draft: Path) -> None:
+        """Write this rank's part of the files. Collective, in whatever thread."""
+        together(lambda: check_finite(state), self._group)
+        with as_one_process(self._group is None) as how:
+            dcp.save(state, storage_writer=_Writer(draft), process_group=self._group, **how)
+
+    def _copied(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state in host memory, which is kept for the next time: on CUDA it is pinned, and else touched but once."""
+        if self._copy is None or self._copy.keys() != state.keys():
+            stager = BlockingAsyncStager(cache_staged_state_dict=self._on_cuda)
+            copy = self._copy = stager.stage(state)
+            self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
+            self._stager.state_dict_cache = copy
+            return copy
+        return self._stager.stage(state)
 
     @property
     def written(self) -> int:
