@@ -22,6 +22,7 @@ from tpresearch.sweep.job import CONSOLE_LOG, as_written, signature
 from tpresearch.sweep.running import (
     MARK,
     ending_signals,
+    environment_of,
     local_command,
     mark_of,
     processes_of,
@@ -85,6 +86,19 @@ def test_all_jobs_of_a_sweep_are_one_group_and_one_folder_in_wandb(sweep: Sweep)
     assert last == [f"logger.tags=[mine,'optimizer.lr={lr}']" for lr in ("0.001", "0.002")] * 2
     sweep("parallel=none,ddp", "logger=wandb", "logger.group=mine")
     assert all("logger.group=mine" in job.arguments for job in sweep.started)
+
+
+def test_a_long_folder_is_no_group_that_wandb_refuses(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep.folder = sweep.folder / ("x" * 200)
+    sweep.folder.mkdir(parents=True)
+    monkeypatch.setenv("WANDB_RUN_ID", "theirs")
+    sweep("parallel=none", "logger=wandb")
+    (group,) = [word for word in sweep.started[0].arguments if word.startswith("logger.group=")]
+    assert len(group.removeprefix("logger.group=")) == 128
+    assert "WANDB_RUN_ID" not in environment_of(sweep.folder)
+    monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
+    sweep("parallel=none", "logger=wandb")
+    assert not any(word.startswith("logger.group=") for job in sweep.started for word in job.arguments)
 
 
 def test_no_job_starts_while_any_is_wrong(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:

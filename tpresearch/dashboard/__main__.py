@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ SYMBOL = r"[^\w\s./:,()#-]"
 class Options:
     group: str = MISSING
     """The W&B group whose runs are compared: a sweep's, or `logger.group`."""
-    project: str = LoggerConfig.project
+    project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT") or LoggerConfig.project)
     entity: str | None = None
     """The team or user whose project it is; null for the account's default."""
     name: str | None = None

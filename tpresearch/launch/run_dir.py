@@ -31,9 +31,11 @@ SWEEP_TABLES = ("summary.csv", "summary.md")
 
 
 def register_resolvers() -> None:
-    """`run_dir`, `on_rank_zero`, `tokenizer_size` and `hugging_face`, for the YAML files."""
+    """`run_dir`, `on_rank_zero`, `from_env`, `words_from_env`, `tokenizer_size` and `hugging_face`, for the YAML files."""
     OmegaConf.register_new_resolver("run_dir", dated_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("on_rank_zero", _on_rank_zero, replace=True)
+    OmegaConf.register_new_resolver("from_env", _from_env, replace=True)
+    OmegaConf.register_new_resolver("words_from_env", _words_from_env, replace=True)
     OmegaConf.register_new_resolver("tokenizer_size", _tokenizer_size, replace=True)
     OmegaConf.register_new_resolver("hugging_face", _hugging_face, replace=True)
 
@@ -192,6 +194,16 @@ def _of_slurm_job(name: str) -> Path:
 
 def _on_rank_zero(value: str) -> str | None:
     return value if World.from_environment().rank == 0 else None
+
+
+def _from_env(variable: str, default: str | None = None) -> str | None:
+    """An environment variable; an empty one counts as not set."""
+    return os.environ.get(variable) or default
+
+
+def _words_from_env(variable: str) -> list[str]:
+    """What stands between commas in an environment variable."""
+    return [word.strip() for word in os.environ.get(variable, "").split(",") if word.strip()]
 
 
 def _tokenizer_size(path: str | None) -> int:

@@ -18,6 +18,7 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config, DeviceKind
 from tpresearch.launch.command import override_key
 from tpresearch.track.record import read_record
+from tpresearch.track.wandb_host import LONGEST
 
 CONSOLE_LOG = "console.log"
 """In a job's folder: all that its processes say."""
@@ -105,4 +106,4 @@ def passed_on(hydra_overrides: Iterable[str]) -> list[str]:
 
 def wandb_group(sweep_dir: Path) -> str:
     """The W&B group of a sweep's jobs, unless logger.group says another: its folder below outputs."""
-    return "/".join(part for part in sweep_dir.parts if part not in ("/", "outputs"))
+    return "/".join(part for part in sweep_dir.parts if part not in ("/", "outputs"))[-LONGEST:].strip()

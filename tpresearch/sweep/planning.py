@@ -32,9 +32,7 @@ from tpresearch.sweep.job import (
     slots_of,
     wandb_group,
 )
-
-LONGEST_TAG = 64
-"""Characters, by W&B's own rule."""
+from tpresearch.track.wandb_host import LONGEST_TAG
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class JobProcess:
         with (job.folder / CONSOLE_LOG).open("w") as log:
             self._process = subprocess.Popen(
                 local_command(job),
-                env=os.environ | share.environment() | {MARK: mark_of(job.folder)},
+                env=environment_of(job.folder) | share.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -211,6 +211,12 @@ def set_aside(folder: Path) -> None:
     while (aside := folder.with_name(f"{folder.name}{EARLIER}{nth}")).exists():
         nth += 1
     folder.rename(aside)
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    """This process's, for the job in that folder; a W&B run that it may be is none of the job's."""
+    own = {key: value for key, value in os.environ.items() if key != "WANDB_RUN_ID"}
+    return {**own, MARK: mark_of(folder)}
 
 
 def mark_of(folder: Path) -> str:

@@ -24,7 +24,7 @@ from tpresearch.config.launchers import SlurmConfig
 from tpresearch.launch.stop import end_with_parent
 from tpresearch.sweep.job import CONSOLE_LOG, Job
 from tpresearch.sweep.launcher import TorchrunLauncher
-from tpresearch.sweep.running import MARK, STOPPED, Devices, StartJob, kill_processes, mark_of, set_aside
+from tpresearch.sweep.running import STOPPED, Devices, StartJob, environment_of, kill_processes, set_aside
 
 if TYPE_CHECKING:
     import submitit
@@ -46,12 +46,10 @@ class NodeAgent:
         node = JobEnvironment()
         log_name = CONSOLE_LOG if node.node == 0 else f"console-node{node.node}.log"
         command = [sys.executable, *self._agent(node), *self.arguments]
-        threads = os.environ.get("OMP_NUM_THREADS", str(self.threads))
-        ours = {"OMP_NUM_THREADS": threads, MARK: mark_of(self.folder)}
         with (self.folder / log_name).open("w") as log, _ignoring(signal.SIGUSR2):
             process = subprocess.Popen(
                 command,
-                env=os.environ | ours,
+                env={"OMP_NUM_THREADS": str(self.threads), **environment_of(self.folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -20,6 +20,7 @@ from tpresearch.track.console import ProgressLine, report
 from tpresearch.track.names import finite
 from tpresearch.track.run_name import run_name
 from tpresearch.track.secrets import refuse_secrets
+from tpresearch.track.wandb_host import LONGEST, LONGEST_TAG
 from tpresearch.track.wandb_run import WandbRun
 
 if TYPE_CHECKING:  # it imports torch, which nothing else here needs
@@ -99,12 +100,13 @@ class Tracker:
 
     def _start_wandb(self, config: Mapping[str, Any]) -> WandbRun | None:
         cfg = self._cfg
-        tags = (cfg.parallel.name, cfg.model.name, self._facts.device, str(cfg.train.dtype), *cfg.logger.tags)
+        about = (cfg.parallel.name, cfg.model.name, self._facts.device, str(cfg.train.dtype))
+        tags = [*(each[:LONGEST_TAG] for each in about if each), *cfg.logger.tags]
         return WandbRun.start(
             cfg.logger,
             self._run_dir,
-            name=self.name,
-            group=cfg.logger.group or cfg.name,
+            name=self.name[:LONGEST],
+            group=cfg.logger.group or cfg.name[:LONGEST],
             tags=list(dict.fromkeys(tags)),
             config=config,
         )

@@ -1,23 +1,52 @@
-"""Whether W&B can be used online from here: a wish, a key and a host that answers."""
+"""Whether W&B can be used from here: settings that it takes, a wish, a key and a host that answers."""
 
 from __future__ import annotations
 
 import logging
 import netrc
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+from tpresearch.config.errors import ConfigError
 from tpresearch.config.network import answers
-from tpresearch.config.schema import WandbMode
+from tpresearch.config.schema import LoggerConfig, WandbMode
 
 if TYPE_CHECKING:
     import wandb
 
 Mode = Literal["online", "offline", "disabled"]
 
+LONGEST, LONGEST_TAG = 128, 64
+"""Characters of a name and of a tag, by W&B's own rules; a project or a run's id has none of RESERVED."""
+RESERVED = set("/\\#?%:")
+
 log = logging.getLogger(__name__)
+
+
+def check_settings(logger: LoggerConfig, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse what W&B would: it takes a run with such a setting neither online nor offline.
+
+    Raises:
+        ConfigError: naming the setting, or the variable that it comes from.
+    """
+    named = {key: getattr(logger, key) for key in ("project", "entity", "group", "name", "job_type")}
+    found = {f"logger.{key}": value for key, value in named.items() if value is not None}
+    found |= {"WANDB_RUN_ID": run_id} if (run_id := environment.get("WANDB_RUN_ID")) else {}
+    for field, value in found.items():
+        reserved = (
+            "" if field in ("logger.group", "logger.name", "logger.job_type") else RESERVED & set(value)
+        )
+        if reserved or not value.strip() or value != value.strip() or len(value) > LONGEST:
+            legal = f"at most {LONGEST} characters, and none of {' '.join(sorted(RESERVED))}"
+            why = f"has {' '.join(sorted(reserved))} in it" if reserved else "W&B takes no such name"
+            raise ConfigError(field, value, why, legal)
+    for tag in logger.tags:
+        if not 0 < len(tag) <= LONGEST_TAG:
+            why, legal = f"W&B takes no tag of {len(tag)} characters", f"tags of 1 to {LONGEST_TAG}"
+            raise ConfigError("logger.tags", tag, why, legal)
 
 
 def choose_mode(wanted: WandbMode, settings: wandb.Settings) -> Mode:

@@ -103,7 +103,7 @@ class WandbRun:
         kept_id.parent.mkdir(parents=True, exist_ok=True)
         Path(about["dir"]).mkdir(parents=True, exist_ok=True)  # the client takes a temporary one otherwise
         if not kept_id.exists():
-            kept_id.write_text(f"{uuid4().hex[:8]}\n")
+            kept_id.write_text(f"{os.environ.get('WANDB_RUN_ID') or uuid4().hex[:8]}\n")
         known_as = kept_id.read_text().strip()
         run = wandb.init(mode=mode, id=known_as, resume="allow", **about)
         kept_id.write_text(f"{run.id}\n")  # under `wandb agent` the sweep has chosen another

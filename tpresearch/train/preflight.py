@@ -23,6 +23,7 @@ from tpresearch.config.validate import (
 from tpresearch.config.world import World
 from tpresearch.data import check_data
 from tpresearch.track.secrets import refuse_secrets
+from tpresearch.track.wandb_host import check_settings
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds: most refusals come before
     from torch import nn
@@ -99,6 +100,8 @@ def glance(cfg: Config, world: World) -> MeshSizes:
     except ValueError as error:
         raise ConfigError("config", "...", str(error), "a config without credentials") from None
     check_bounds(cfg)
+    if cfg.logger.wandb:
+        check_settings(cfg.logger)
     alone = world.size == 1 and not world.elastic
     ranks = ranks_needed(cfg, SHOWN_WORLD) if alone else world.size
     sizes = validate(cfg, ranks, world.hosts)

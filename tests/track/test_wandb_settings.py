@@ -1,0 +1,81 @@
+"""Settings that W&B would refuse are refused before a run; its own variables win where nothing was typed."""
+
+from __future__ import annotations
+
+import pytest
+from support.composed import config
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import LoggerConfig
+from tpresearch.track.wandb_host import check_settings
+
+WANDB = {
+    "WANDB_PROJECT": "theirs",
+    "WANDB_ENTITY": "team",
+    "WANDB_RUN_GROUP": "ablation",
+    "WANDB_NAME": "first",
+    "WANDB_JOB_TYPE": "bench",
+    "WANDB_DIR": "/scratch",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"project": "a/b"},
+            "logger.project=a/b: has / in it; at most 128 characters, and none of # % / : ? \\",
+        ),
+        ({"project": "p" * 129}, f"logger.project={'p' * 129}: W&B takes no such name"),
+        ({"project": ""}, "logger.project=: W&B takes no such name"),
+        ({"entity": "a team "}, "logger.entity=a team: W&B takes no such name"),
+        ({"entity": "https://wandb.ai/us"}, "logger.entity=https://wandb.ai/us: has / : in it"),
+        ({"group": "g" * 129}, f"logger.group={'g' * 129}: W&B takes no such name"),
+        ({"name": " "}, "logger.name=: W&B takes no such name"),
+        ({"job_type": ""}, "logger.job_type=: W&B takes no such name"),
+        (
+            {"tags": ["fine", "t" * 65]},
+            f"logger.tags={'t' * 65}: W&B takes no tag of 65 characters; tags of 1 to 64",
+        ),
+        ({"tags": [""]}, "logger.tags=: W&B takes no tag of 0 characters"),
+        ({"run_id": "a:b"}, "WANDB_RUN_ID=a:b: has : in it"),
+        ({"run_id": " "}, "WANDB_RUN_ID=: W&B takes no such name"),
+    ],
+)
+def test_what_wandb_would_refuse_is_refused_first(settings: dict, says: str) -> None:
+    environment = {"WANDB_RUN_ID": settings.pop("run_id", "")}
+    with pytest.raises(ConfigError) as refused:
+        check_settings(LoggerConfig(**settings), environment)
+    assert str(refused.value).startswith(says)
+
+
+def test_what_wandb_takes_is_taken() -> None:
+    names = LoggerConfig(
+        project="p" * 128, entity="us", group="sweeps/2026-11-26/a b", name="[/b] 100 %: why?"
+    )
+    names.tags = ["t" * 64, "optimizer.lr=0.001"]
+    check_settings(names, {"WANDB_RUN_ID": "a1b2"})
+
+
+def test_wandbs_rules_are_the_clients() -> None:
+    """Where the client has a rule of its own, it is this one."""
+    from wandb import Settings
+    from wandb.errors import UsageError
+
+    Settings(project="p" * 128, run_id="a1b2", run_tags=["t" * 64])
+    for wrong in ({"project": "p" * 129}, {"project": "a:b"}, {"run_id": "a/b"}, {"run_tags": ["t" * 65]}):
+        with pytest.raises((UsageError, ValueError)):
+            Settings(**wrong)  # type: ignore[arg-type]
+
+
+def test_wandbs_variables_win_where_nothing_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in {**WANDB, "WANDB_TAGS": "one, two,"}.items():
+        monkeypatch.setenv(variable, value)
+    said = config("logger=wandb").logger
+    assert [said.project, said.entity, said.group, said.name, said.job_type, said.dir] == list(WANDB.values())
+    assert said.tags == ["one", "two"]
+    typed = config("logger=wandb", "logger.project=mine", "logger.tags=[three]", "logger.entity=null").logger
+    assert (typed.project, typed.tags, typed.entity, typed.group) == ("mine", ["three"], None, "ablation")
+    for variable in (*WANDB, "WANDB_TAGS"):
+        monkeypatch.setenv(variable, "")
+    assert config("logger=wandb").logger == LoggerConfig()
