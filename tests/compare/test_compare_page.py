@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from support.made_runs import Made, entry, falling
 
-from tpresearch.compare.groups import baseline_of, one_by_one
+from tpresearch.compare.groups import one_by_one, sciences_of
 from tpresearch.compare.report import Report
 from tpresearch.compare.runs import find
 from tpresearch.config.errors import ConfigError
@@ -85,8 +85,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = find([str(folder / "sweep")])
     groups = one_by_one(found.runs)
     left_out = [f"{folder}/sweep/9: <script>alert(6)</script>\x1b]0;title\x07"]
-    baseline = baseline_of(groups, None)
-    report = Report(found.runs, groups, baseline, ["corpus_hash differs: <u>\x9b2J"], left_out)
+    sciences = sciences_of(groups)
+    report = Report(found.runs, groups, sciences, ["corpus_hash differs: <u>\x9b2J"], left_out)
     report.write(folder, ["sweep", "<s>"])
     with (folder / "terminal.txt").open("w") as file:
         report.print(Console(file=file, width=250), folder)
@@ -194,7 +194,7 @@ def test_the_page_says_what_the_terminal_says(seen: Seen, made: Path) -> None:
     assert header[:-4] == ["run", "ranks", *figures]
     assert header[-4:] == ["communication per step (rank 0)", "time", "max |loss difference|", "status"]
     cells = page.locator("table.figures tr", has_text="tp4").locator("td").all_inner_texts()
-    assert cells[:8] == ["tp4", "4", "7.250", "7.500", "600", "25.0%", "1.0 GiB", "4.0 MiB (tp 4.0 MiB)"]
+    assert cells[:8] == ["tp4", "4", "7.250", "7.500", "600", "25.0%", "8.0 MiB", "4.0 MiB (tp 4.0 MiB)"]
     assert cells[9:] == ["1.0e-06", "completed"]
     for cell in cells:
         assert cell in terminal
@@ -260,7 +260,7 @@ def test_no_link_leads_out_of_the_folder(tmp_path: Path) -> None:
     Made(steps=2).write(tmp_path / "run")
     runs = find([str(tmp_path / "run")]).runs
     groups = one_by_one(runs)
-    report = Report(runs, groups, groups[0], [], [])
+    report = Report(runs, groups, sciences_of(groups), [], [])
     for folder in ("elsewhere", "out", "other"):
         (tmp_path / folder).mkdir()
     for name in ("loss.png", "mfu.png", "mine.md"):
@@ -284,7 +284,7 @@ def test_a_panel_without_data_is_said_and_its_old_png_goes(tmp_path: Path) -> No
     old = tmp_path / "compare" / "mfu.png"
     old.parent.mkdir()
     old.write_bytes(b"old")
-    Report(runs, groups, groups[0], [], []).write(tmp_path, [])
+    Report(runs, groups, sciences_of(groups), [], []).write(tmp_path, [])
     assert not old.exists()
     html = (tmp_path / "compare.html").read_text()
     missing = dict(re.findall(r'<p class="quiet missing"><b>(.*?)</b> is left out\. (.*?)</p>', html))

@@ -11,11 +11,11 @@ import pytest
 from support.made_runs import Made
 
 from tpresearch.compare.__main__ import main
-from tpresearch.compare.groups import baseline_of, check_comparable, labels, one_by_one, over_seeds
+from tpresearch.compare.groups import check_comparable, labels, one_by_one, over_seeds, sciences_of
 from tpresearch.compare.options import Overlay, Seeds, parse
 from tpresearch.compare.runs import find
 from tpresearch.config.errors import ConfigError
-from tpresearch.sweep.running import set_aside
+from tpresearch.launch.claim import EARLIER
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,8 +68,8 @@ def test_what_a_sweep_has_set_aside_is_found_by_its_name_alone(
     def found(*words: str | Path) -> list[str]:
         return [run.folder.name for run in find([str(word) for word in words]).runs]
 
-    for _ in range(2):  # twice started anew, as a sweep does
-        set_aside(sweep / "3")
+    for nth in (1, 2):  # twice started anew, as a sweep does
+        (sweep / "3").rename(sweep / f"3{EARLIER}{nth}")
         Made("tp", {"tp": 2}, lr=0.004, steps=2).write(sweep / "3")
     assert (sweep / "3.earlier-2" / "summary.json").is_file()
     every = [str(number) for number in range(11)]
@@ -275,11 +275,11 @@ def test_an_unknown_baseline_and_one_that_several_have(tmp_path: Path) -> None:
     runs = find([str(tmp_path)]).runs
     groups = one_by_one(runs)
     with pytest.raises(ConfigError, match="baseline=fsd: no run has this name; one of: fsdp · 2 ranks"):
-        baseline_of(groups, "fsd")
+        sciences_of(groups, "fsd")
     with pytest.raises(
         ConfigError, match="baseline=fsdp: 2 runs have this name; one of: fsdp · 2 ranks, fsdp · 4"
     ):
-        baseline_of(groups, "fsdp")
+        sciences_of(groups, "fsdp")
 
 
 def test_options_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

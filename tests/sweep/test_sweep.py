@@ -179,14 +179,42 @@ def test_a_folder_that_is_no_jobs_is_left_to_its_owner(sweep: Sweep) -> None:
     assert (sweep.folder / "0" / "mine").exists()
 
 
-def test_what_an_earlier_start_left_is_kept_beside_the_new_one(tmp_path: Path) -> None:
-    folder = tmp_path / "0"
-    for _ in range(2):
-        folder.mkdir()
-        (folder / CONSOLE_LOG).touch()
-        set_aside(folder)
-    set_aside(folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.earlier-1", "0.earlier-2"]
+def test_what_an_earlier_start_left_is_kept_beside_the_new_one(sweep: Sweep) -> None:
+    sweep("parallel=none")
+    job = sweep.started[0]
+    set_aside(job)
+    job.folder.mkdir()
+    (job.folder / CONSOLE_LOG).touch()
+    set_aside(job)
+    set_aside(job)
+    assert {path.name for path in sweep.folder.glob("0*")} == {"0.earlier-1", "0.earlier-2"}
+
+
+def test_a_job_with_a_checkpoint_goes_on_where_it_is(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def left() -> set[str]:
+        return {path.name for path in sweep.folder.glob("0*")}
+
+    sweep.code = lambda job: 1
+    sweep("parallel=none")
+    job = sweep.started[0]
+    (job.folder / CONSOLE_LOG).write_text("said then")
+    (job.folder / "checkpoints" / "step-00000002").mkdir(parents=True)
+    sweep("parallel=none")
+    assert "goes on" not in capsys.readouterr().out  # no checkpoint is whole there
+    (job.folder / "checkpoints" / "step-00000002" / "checkpoint.json").touch()
+    sweep("parallel=none", "checkpoint.every=1")  # which says nothing of what is computed
+    assert "job 0 goes on on 1 rank: " in capsys.readouterr().out
+    set_aside(job)
+    assert left() == {"0"}
+    assert (job.folder / "console.earlier-1.log").read_text() == "said then"
+    assert not (job.folder / "summary.json").exists()
+    sweep("parallel=none", "train.steps=7")
+    assert "job 0 starts on 1 rank: " in capsys.readouterr().out
+    set_aside(sweep.started[0])
+    set_aside(job)
+    assert left() == {"0.earlier-1"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found by /proc")

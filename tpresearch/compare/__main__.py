@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tpresearch.compare.groups import baseline_of, check_comparable, one_by_one, over_seeds
+from tpresearch.compare.groups import check_comparable, one_by_one, over_seeds, sciences_of
 from tpresearch.compare.options import USAGE, Overlay, Seeds, parse
 from tpresearch.compare.runs import LEGAL, find
 from tpresearch.config.errors import ConfigError
@@ -51,7 +51,7 @@ def main() -> None:
             raise ConfigError("seeds", "mean", "no run completed", legal, fix={"seeds": None})
     warnings = check_comparable(runs, anyway=options.overlay is Overlay.anyway, any_seed=mean)
     groups = over_seeds(runs) if mean else one_by_one(runs)
-    report = Report(runs, groups, baseline_of(groups, options.baseline), warnings, left_out)
+    report = Report(runs, groups, sciences_of(groups, options.baseline), warnings, left_out)
     out = Path(options.out or found.sweep or dated_folder("compare")).expanduser()
     try:
         report.write(out, arguments)

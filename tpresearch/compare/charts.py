@@ -113,18 +113,17 @@ def _line_and_marks(
 def _marked(points: pd.DataFrame, look: Look) -> pd.DataFrame:
     """The baseline first, and so below the others; `mark` is the size of a point's mark, 0 for none.
 
-    Each of the other runs has its marks at points of its own. Where there are too few points for that, all points have
-    one, the later runs smaller ones on top of those of the earlier.
+    A curve has its marks at points of its own, as far as there are enough. The single point of a run has one always,
+    later runs a smaller one on top of those of the earlier.
     """
-    others = [run for run in look.present(points) if run != look.baseline]
+    others = [run for run in look.present(points) if run not in look.baselines]
     place = points["run"].map({run: index for index, run in enumerate(others)})
     by_run = points.groupby("run")["run"]
     nth, rows = by_run.cumcount(), by_run.transform("size")
-    stride = (rows // MARKS).clip(lower=max(len(others), 1))
-    own = nth % stride == place * stride // max(len(others), 1)
+    stride = (rows // MARKS).clip(lower=max(1, min(len(others), MARKS)))
     nested = (45 * 1.6 ** (len(others) - 1 - place)).clip(upper=600)
-    mark = np.where(rows < 2 * stride, nested, np.where(own, 52, 0))
-    baseline = points["run"] == look.baseline
+    mark = np.where(rows == 1, nested, np.where(nth % stride == place * stride // max(len(others), 1), 52, 0))
+    baseline = points["run"].isin(look.baselines)
     marked = points.assign(baseline=baseline, mark=np.where(baseline, 0, mark))
     return marked.sort_values("baseline", ascending=False, kind="stable")
 

@@ -1,7 +1,8 @@
-"""What is drawn as one curve (a run, or its repetitions over seeds), its label, and the baseline of a comparison."""
+"""What is drawn as one curve (a run, or its repetitions over seeds), its label, and what its losses are compared with."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 
 from tpresearch.compare.runs import SEED, Run
 from tpresearch.config.axes import AXIS_NAMES
+from tpresearch.config.compared import experiment
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.track.shown import UNDEFINED, printable
 
@@ -19,6 +21,8 @@ SAME = (
 )
 """In these, runs must agree for their losses to be the same quantity; causes before the hash that follows from them."""
 FIRST = ("model.name", "parallel.name", "ranks", *(f"mesh.{axis}" for axis in reversed(AXIS_NAMES)), "device")
+NUMERICS = ("dtype", "weights", "loss_chunk")
+"""Keys of train that change the rounding of a loss, which is to be seen."""
 BY_VALUE = ("model.name", "parallel.name", "device")
 """Settings whose value is clear without their name."""
 
@@ -117,21 +121,57 @@ def over_seeds(runs: Sequence[Run]) -> list[Group]:
     return [Group(name, group, over_seeds=True) for name, group in zip(names, repeated.values(), strict=True)]
 
 
-def baseline_of(groups: Sequence[Group], wanted: str | None) -> Group:
-    """The group called `wanted`; by default the first with rows, preferably parallel=none, else on the fewest ranks.
+@dataclass(frozen=True)
+class Science:
+    """Groups of one experiment, and the one that the losses of the others are compared with."""
+
+    groups: list[Group]
+    baseline: Group
+
+    @property
+    def others(self) -> list[Group]:
+        return [group for group in self.groups if group is not self.baseline]
+
+
+def sciences_of(groups: Sequence[Group], wanted: str | None = None) -> list[Science]:
+    """Groups by what determines the loss: in a sweep of plans and learning rates, a science for each learning rate.
+
+    Args:
+        wanted: the baseline of all groups, whatever they compute.
 
     Raises:
         ConfigError: if no group or several groups have that name.
     """
-    if wanted is None:
-        return min(
-            groups,
-            key=lambda group: (
-                not any(run.rows for run in group.runs),
-                group.first.summary["parallel"] != "none",
-                group.first.summary["world_size"],
-            ),
-        )
+    if wanted is not None:
+        return [Science(list(groups), _called(groups, wanted))]
+    alike: dict[str, list[Group]] = {}
+    for group in groups:
+        alike.setdefault(_determines_loss(group), []).append(group)
+    return [Science(each, _best_baseline(each)) for each in alike.values()]
+
+
+def _determines_loss(group: Group) -> str:
+    """What a run has in common with those whose losses should equal its own, to rounding."""
+    kept = experiment(group.first.config)
+    kept.pop("defects", None)  # what a mistake does is seen beside the run without it
+    without = {*NUMERICS, *(["seed"] if group.over_seeds else [])}
+    kept["train"] = {key: value for key, value in kept["train"].items() if key not in without}
+    return json.dumps([kept, group.first.setting("corpus_hash")], sort_keys=True, default=str)
+
+
+def _best_baseline(groups: Sequence[Group]) -> Group:
+    """The first with rows, preferably parallel=none, else on the fewest ranks."""
+    return min(
+        groups,
+        key=lambda group: (
+            not any(run.rows for run in group.runs),
+            group.first.summary["parallel"] != "none",
+            group.first.summary["world_size"],
+        ),
+    )
+
+
+def _called(groups: Sequence[Group], wanted: str) -> Group:
     exact = [group for group in groups if group.label == wanted]
     found = exact or [group for group in groups if any(_is_called(run, wanted) for run in group.runs)]
     if len(found) == 1:

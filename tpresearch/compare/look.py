@@ -47,16 +47,22 @@ class Look:
 
     Args:
         runs: their labels, in order.
-        baseline: the label of the one that differences are taken from: grey, and broad where there are lines.
+        baselines: the labels of those that differences are taken from: broad where there are lines, and grey if it is one.
     """
 
-    def __init__(self, runs: Sequence[str], baseline: str) -> None:
-        self.runs, self.baseline = list(runs), baseline
-        others = [run for run in runs if run != baseline]
-        self.colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(others)} | {baseline: GREY}
+    def __init__(self, runs: Sequence[str], baselines: Sequence[str]) -> None:
+        self.runs, self.baselines = list(runs), list(baselines)
+        grey = dict.fromkeys(baselines, GREY) if len(baselines) == 1 else {}
+        others = [run for run in runs if run not in grey]
+        self.colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(others)} | grey
         # Where colours repeat they do so with another shape.
         shapes = {run: SHAPES[(i + i // len(COLOURS)) % len(SHAPES)] for i, run in enumerate(others)}
-        self.shapes = shapes | {baseline: "circle"}
+        self.shapes = shapes | dict.fromkeys(grey, "circle")
+
+    @property
+    def baseline(self) -> str:
+        """As an axis is titled."""
+        return self.baselines[0] if len(self.baselines) == 1 else "its baseline"
 
     def present(self, points: pd.DataFrame) -> list[str]:
         """The runs that have points, in order."""
@@ -69,7 +75,7 @@ class Look:
 
     def shape(self, points: pd.DataFrame, lines: bool = False) -> alt.Shape:
         names = self.present(points)
-        shapes = self.shapes | ({self.baseline: "stroke"} if lines else {})
+        shapes = self.shapes | (dict.fromkeys(self.baselines, "stroke") if lines else {})
         scale = alt.Scale(domain=names, range=[shapes[name] for name in names])
         return alt.Shape("run:N", scale=scale, legend=legend_of(names))
 

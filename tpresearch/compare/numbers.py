@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tpresearch.compare.groups import Group, settings_frame
+from tpresearch.compare.groups import Group, Science, settings_frame
 from tpresearch.compare.runs import SEED, Run
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.track.names import X_AXIS
@@ -33,13 +33,13 @@ class Numbers:
     notes: list[str] = field(default_factory=list)
 
 
-def numbers(panel: Panel, groups: Sequence[Group], baseline: Group) -> Numbers:
+def numbers(panel: Panel, groups: Sequence[Group], sciences: Sequence[Science]) -> Numbers:
     """What the panel shows of these runs."""
     match panel.kind:
         case "curve":
             return curves(groups, panel.metrics[0])
         case "difference":
-            return differences(groups, baseline, panel.metrics[0])
+            return differences(sciences, panel.metrics[0])
         case "bars":
             return bars(groups, panel.metrics[0])
         case "parts":
@@ -66,25 +66,31 @@ def curves(groups: Sequence[Group], metric: str) -> Numbers:
     return Numbers(points, notes)
 
 
-def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Numbers:
+def differences(sciences: Sequence[Science], metric: str) -> Numbers:
     """`run`, `tokens`, `value` = |metric - the baseline's| at the same tokens, `so_far` its running maximum.
 
     A difference of 0 is given the value of a floor below all others; `exact` is the difference as text.
     """
-    if len(groups) == 1:
-        return Numbers(notes=["There is only one run."])
-    if not any(run.rows for run in baseline.runs):
-        return Numbers(notes=[f"{baseline.label} has no rows to compare with."])
-    others = [group for group in groups if group is not baseline]
-    notes = unpaired(groups, baseline)
-    points = _mean(
-        _gaps(groups, baseline, metric), {each.label: len(_paired(each, baseline)) for each in others}
-    )
+    compared = [science for science in sciences if science.others]
+    if not compared:
+        one = len(sciences) == 1
+        return Numbers(notes=["There is only one run." if one else "Each run is an experiment of its own."])
+    lacking = [science.baseline for science in compared if not any(run.rows for run in science.baseline.runs)]
+    if len(lacking) == len(compared):
+        return Numbers(notes=[f"{each.label} has no rows to compare with." for each in lacking])
+    notes = unpaired(compared)
+    sizes = {
+        each.label: len(_paired(each, science.baseline)) for science in compared for each in science.others
+    }
+    points = _mean(_gaps(compared, metric), sizes)
     if points.empty:
         return Numbers(notes=["No run has rows at the baseline's tokens.", *notes])
-    for group in others:
-        if _paired(group, baseline) and group.label not in set(points["run"]):
-            notes.append(f"{group.label} has no rows at the tokens of {baseline.label}.")
+    notes += [
+        f"{group.label} has no rows at the tokens of {science.baseline.label}."
+        for science in compared
+        for group in science.others
+        if _paired(group, science.baseline) and group.label not in set(points["run"])
+    ]
     if not points["value"].any():
         return Numbers(notes=["Every loss equals the baseline's in all digits.", *notes])
     buckets, thinned = _buckets(points, MAX_DOTS, "maximum")
@@ -98,21 +104,38 @@ def differences(groups: Sequence[Group], baseline: Group, metric: str) -> Number
     return Numbers(points, ["One dot per logged step; the line is the running maximum.", *notes, *thinned])
 
 
-def max_differences(
-    groups: Sequence[Group], baseline: Group, metric: str = "train/loss"
-) -> dict[Path, float]:
+def max_differences(sciences: Sequence[Science], metric: str = "train/loss") -> dict[Path, float]:
     """The maximum difference of each run from the baseline over all its rows, by folder; none for the baseline's own."""
-    return _gaps(groups, baseline, metric).groupby("folder", sort=False)["value"].max().to_dict()
+    return _gaps(sciences, metric).groupby("folder", sort=False)["value"].max().to_dict()
 
 
-def unpaired(groups: Sequence[Group], baseline: Group) -> list[str]:
+def pooled_differences(sciences: Sequence[Science], metric: str = "train/loss") -> pd.DataFrame:
+    """Of each plan over all sciences: `plan`, `ranks`, `runs`, `most`, and `rms`, the root of the mean square."""
+    plans = [
+        (run.folder, run.summary["parallel"], run.summary["world_size"])
+        for science in sciences
+        for group in science.others
+        for run in group.runs
+    ]
+    gaps = _gaps(sciences, metric).merge(
+        pd.DataFrame(plans, columns=["folder", "plan", "ranks"]), on="folder"
+    )
+    gaps["square"] = gaps["value"] ** 2
+    pooled = gaps.groupby(["plan", "ranks"], sort=False).agg(
+        runs=("folder", "nunique"), most=("value", "max"), rms=("square", "mean")
+    )
+    return pooled.assign(rms=pooled["rms"] ** 0.5).reset_index()
+
+
+def unpaired(sciences: Sequence[Science]) -> list[str]:
     """One sentence per group with runs from seeds that the baseline lacks, which differences leave out."""
     sentences = []
-    for group in groups:
-        paired = _paired(group, baseline)
-        if seeds := list(dict.fromkeys(run.setting(SEED) for run in group.runs if run not in paired)):
-            left_out = f"leaves out {SEED}={', '.join(seeds)}, which the baseline has no run of"
-            sentences.append(f"The difference of {group.label} {left_out}.")
+    for science in sciences:
+        for group in science.others:
+            paired = _paired(group, science.baseline)
+            if seeds := list(dict.fromkeys(run.setting(SEED) for run in group.runs if run not in paired)):
+                left_out = f"leaves out {SEED}={', '.join(seeds)}, which the baseline has no run of"
+                sentences.append(f"The difference of {group.label} {left_out}.")
     return sentences
 
 
@@ -205,11 +228,14 @@ def _history(groups: Sequence[Group], metric: str) -> pd.DataFrame:
     return frame.astype({"tokens": float, "value": float})
 
 
-def _gaps(groups: Sequence[Group], baseline: Group, metric: str) -> pd.DataFrame:
+def _gaps(sciences: Sequence[Science], metric: str) -> pd.DataFrame:
     """|metric - the baseline's| for each run and number of tokens; over seeds, from the baseline's run of the same seed."""
-    on = ["seed", "tokens"] if baseline.over_seeds else ["tokens"]
-    base = _history([baseline], metric).drop_duplicates(on)[[*on, "value"]]
-    pairs = _history([group for group in groups if group is not baseline], metric).merge(base, on=on)
+    found = []
+    for science in sciences:
+        on = ["seed", "tokens"] if science.baseline.over_seeds else ["tokens"]
+        base = _history([science.baseline], metric).drop_duplicates(on)[[*on, "value"]]
+        found.append(_history(science.others, metric).merge(base, on=on))
+    pairs = pd.concat(found)
     return pairs.assign(value=(pairs.pop("value_x") - pairs.pop("value_y")).abs())
 
 

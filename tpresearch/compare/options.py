@@ -16,7 +16,8 @@ python -m tpresearch.compare RUN_OR_SWEEP_OR_GLOB... [out=FOLDER] [baseline=RUN]
 
   prints a table of these runs and writes compare.html, compare.md and compare/*.png; needs no network
   out        folder to write to; by default the sweep's own if one sweep is given, else outputs/compare/<date>/<time>
-  baseline   the run that losses are compared with: its label in the table, its plan or its folder; by default parallel=none
+  baseline   the run that losses are compared with: its label in the table, its plan or its folder; by default the one with
+             parallel=none among those of the same seed, learning rate and data
   overlay    anyway: even if corpus, tokenizer, row length, global batch, loss or seed differ
   seeds      mean: one curve per group of runs that differ only in train.seed, with its standard deviation
 """

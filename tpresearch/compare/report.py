@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from tpresearch.compare.charts import Spec, javascript, png, spec_of
-from tpresearch.compare.groups import Group, differing, labels, settings_frame
+from tpresearch.compare.groups import Group, Science, differing, labels, settings_frame
 from tpresearch.compare.look import Look
-from tpresearch.compare.numbers import max_differences, numbers, unpaired
+from tpresearch.compare.numbers import max_differences, numbers, pooled_differences, unpaired
 from tpresearch.compare.runs import Run
 from tpresearch.config.errors import ConfigError
 from tpresearch.track.figures import figure_cells, figures_of, mean_cells
@@ -30,6 +30,8 @@ IN_COMMON = (
     *("train.seed", "train.dtype", "train.weights", "device"),
 )
 RUNS, SEEDS, DIFFERENCES, FOLDERS = "Runs", "Mean ± std over train.seed", "Config differences", "Run folders"
+ROUNDING = "Loss differences of each plan, over all experiments"
+PLAN, POOLED = ("plan", "ranks", "runs"), {"max": "most", "rms": "rms"}
 MAX_DIFFERENCES = 14
 """Rows of config differences that are printed on a terminal."""
 
@@ -41,7 +43,7 @@ class Report:
     runs: Sequence[Run]
     groups: Sequence[Group]
     """What is drawn as one curve: single runs, or the repetitions of each over seeds."""
-    baseline: Group
+    sciences: Sequence[Science]
     warnings: Sequence[str]
     """In what the runs differ and should not."""
     left_out: Sequence[str]
@@ -49,8 +51,8 @@ class Report:
 
     def __post_init__(self) -> None:
         self.warnings = [f"Overlaid although {warning}" for warning in self.warnings]
-        self.notes = unpaired(self.groups, self.baseline)
-        self.tables = tables(self.runs, self.groups, self.baseline)
+        self.notes = unpaired(self.sciences)
+        self.tables = tables(self.runs, self.groups, self.sciences)
 
     def write(self, out: Path, arguments: Sequence[str]) -> None:
         """Write compare/*.png, compare.md and last compare.html, each whole or not at all.
@@ -63,12 +65,15 @@ class Report:
         pngs.mkdir(parents=True, exist_ok=True)
         if pngs.is_symlink():
             raise ConfigError("out", out, f"compare in it is a link to {pngs.resolve()}", "another folder")
-        look = Look([group.label for group in self.groups], self.baseline.label)
+        look = Look(
+            [group.label for group in self.groups],
+            [each.baseline.label for each in self.sciences if each.others],
+        )
         sections: dict[str, list[tuple[Panel, list[str], Spec]]] = {}
         for title, panels in SECTIONS.items():
             sections[title] = []
             for panel in panels:
-                found, path = numbers(panel, self.groups, self.baseline), pngs / f"{panel.name}.png"
+                found, path = numbers(panel, self.groups, self.sciences), pngs / f"{panel.name}.png"
                 spec = spec_of(panel, found.points, look) if len(found.points) else {}
                 sections[title].append((panel, found.notes, spec))
                 if spec:
@@ -126,7 +131,7 @@ class Report:
         return [*self.notes, *(f"Left out: {line}" for line in self.left_out)]
 
 
-def tables(runs: Sequence[Run], groups: Sequence[Group], baseline: Group) -> dict[str, Table]:
+def tables(runs: Sequence[Run], groups: Sequence[Group], sciences: Sequence[Science]) -> dict[str, Table]:
     """The runs with their figures, means over seeds if runs are drawn as one, settings that differ, and folders."""
     summaries, names = [run.summary for run in runs], labels(runs)
     figures = figures_of(summaries)
@@ -136,8 +141,9 @@ def tables(runs: Sequence[Run], groups: Sequence[Group], baseline: Group) -> dic
     if len(set(devices)) > 1:
         columns["device"] = devices
     columns |= dict(zip(titles, zip(*figure_cells(summaries, figures), strict=True), strict=True))
-    if len(runs) > 1:
-        columns["max |loss difference|"] = _differences(runs, groups, baseline)
+    compared = [science for science in sciences if science.others]
+    if compared:
+        columns["max |loss difference|"] = _differences(runs, compared)
     if not all(run.completed for run in runs):
         columns["status"] = [run.summary["status"] for run in runs]
     shown = {RUNS: Table.of_columns(columns)}
@@ -151,6 +157,12 @@ def tables(runs: Sequence[Run], groups: Sequence[Group], baseline: Group) -> dic
             for group in groups
         ]
         shown[SEEDS] = Table(["runs", "seeds", *titles], rows)
+    if len(compared) > 1:
+        pooled = pooled_differences(compared)
+        numbers = {
+            f"{name} |loss difference|": pooled[key].map("{:.1e}".format) for name, key in POOLED.items()
+        }
+        shown[ROUNDING] = Table.of_columns({key: pooled[key].astype(str) for key in PLAN} | numbers)
     unlike = differing(runs)
     by_run = zip(names, unlike.itertuples(index=False, name=None), strict=True)
     shown[DIFFERENCES] = Table.of_columns({"setting": list(unlike), **dict(by_run)})
@@ -160,8 +172,7 @@ def tables(runs: Sequence[Run], groups: Sequence[Group], baseline: Group) -> dic
     return shown
 
 
-def _differences(runs: Sequence[Run], groups: Sequence[Group], baseline: Group) -> list[str]:
-    greatest = max_differences(groups, baseline)
-    of_baseline = dict.fromkeys((run.folder for run in baseline.runs), "baseline")
-    texts = {folder: f"{value:.1e}" if value else "0" for folder, value in greatest.items()} | of_baseline
+def _differences(runs: Sequence[Run], sciences: Sequence[Science]) -> list[str]:
+    texts = {folder: f"{value:.1e}" if value else "0" for folder, value in max_differences(sciences).items()}
+    texts |= {run.folder: "baseline" for science in sciences for run in science.baseline.runs}
     return [texts.get(run.folder, UNDEFINED) for run in runs]

@@ -20,6 +20,7 @@ from tpresearch.config.compared import compared
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER
 from tpresearch.launch.command import WrongCommand, python_command
+from tpresearch.track.figures import comparable
 from tpresearch.track.names import PARTS, Row, finite
 from tpresearch.track.record import read_metrics, read_record
 from tpresearch.track.shown import UNDEFINED, path_text, setting_text
@@ -191,7 +192,7 @@ def read(folder: Path) -> Run:
             raise Unreadable(f"metrics.jsonl cannot be read: it has the row {short(row)}")
     if not rows and summary["status"] == "completed":
         raise Unreadable("metrics.jsonl has no rows, though the run completed")
-    return Run(folder, config, summary, rows, ledger)
+    return Run(folder, config, comparable(summary), rows, ledger)
 
 
 def _loaded(path: Path, needed: Mapping[str, type]) -> dict[str, Any]:

@@ -91,8 +91,17 @@ def may_be_jobs(folder: Path) -> bool:
     """Whether a job may have this folder: an earlier start of one has left it, or it is not there, or empty."""
     if not os.path.lexists(folder):
         return True
-    ours = (folder / CONSOLE_LOG).is_file() or (folder / ".hydra").is_dir()
+    ours = any(folder.glob("console*.log")) or (folder / ".hydra").is_dir()
     return folder.is_dir() and (ours or not any(folder.iterdir()))
+
+
+def goes_on(job: Job) -> bool:
+    """Whether an earlier start of this very job has left a checkpoint, from which it will go on in its folder."""
+    try:
+        same = signature(read_record(job.folder / "config.yaml"), job.ranks) == job.signature
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return same and any(job.folder.glob("checkpoints/step-*/checkpoint.json"))
 
 
 def passed_on(hydra_overrides: Iterable[str]) -> list[str]:

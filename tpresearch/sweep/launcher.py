@@ -73,6 +73,7 @@ class TorchrunLauncher(Launcher):
             return self._run(list(with_folders(judged, self._folder)), gpus)
 
     def _run(self, jobs: list[Job], gpus: list[str]) -> Sequence[JobReturn]:
+        from tpresearch.sweep.job import goes_on
         from tpresearch.sweep.outcome import outcome_of
         from tpresearch.sweep.running import await_earlier, ending_signals, run_jobs
 
@@ -82,7 +83,8 @@ class TorchrunLauncher(Launcher):
         def on_start(job: Job) -> None:
             began[job.number] = time.monotonic()
             ranks = f"{job.ranks} rank{'s' if job.ranks > 1 else ''}"
-            self._say(f"job {job.number} starts on {ranks}: {' '.join(job.overrides)}\n  {job.folder}")
+            begins = "goes on" if goes_on(job) else "starts"
+            self._say(f"job {job.number} {begins} on {ranks}: {' '.join(job.overrides)}\n  {job.folder}")
 
         def on_end(job: Job, code: int) -> None:
             seconds = time.monotonic() - began[job.number]

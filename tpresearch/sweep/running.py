@@ -22,7 +22,7 @@ from typing import Protocol
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER
 from tpresearch.launch.stop import end_with_parent
-from tpresearch.sweep.job import CONSOLE_LOG, Job
+from tpresearch.sweep.job import CONSOLE_LOG, Job, goes_on
 
 POLL_S = 0.1
 GRACE_S = 60
@@ -98,7 +98,7 @@ class JobProcess:
     """A job's agent, or its only rank, in a session of its own; what it says goes to `console.log`."""
 
     def __init__(self, job: Job, share: Share) -> None:
-        set_aside(job.folder)
+        set_aside(job)
         job.folder.mkdir(parents=True, exist_ok=True)
         self._folder = job.folder
         with (job.folder / CONSOLE_LOG).open("w") as log:
@@ -203,9 +203,18 @@ def ending_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def set_aside(folder: Path) -> None:
-    """Keep what an earlier, unfinished start of this job left, and out of the way of the new one's record."""
+def set_aside(job: Job) -> None:
+    """Keep what an earlier, unfinished start of this job left, and out of the way of the new one's record.
+
+    A job that goes on needs its folder; only what tells how the earlier start ended is out of the way then.
+    """
+    folder = job.folder
     if not folder.exists() or not any(folder.iterdir()):
+        return
+    if goes_on(job):
+        for path in (folder / CONSOLE_LOG, folder / "summary.json"):
+            with suppress(FileNotFoundError):
+                path.rename(path.with_stem(f"{path.stem}{EARLIER}1"))
         return
     nth = 1
     while (aside := folder.with_name(f"{folder.name}{EARLIER}{nth}")).exists():

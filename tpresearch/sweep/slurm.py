@@ -169,7 +169,7 @@ def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: 
 
     shapes: dict[tuple[int, int, int], list[Job]] = {}
     for job in jobs:
-        set_aside(job.folder)
+        set_aside(job)
         job.folder.mkdir(parents=True, exist_ok=True)
         shapes.setdefault(shape(job), []).append(job)
     for (nodes, ranks, slots), alike in shapes.items():

@@ -17,7 +17,7 @@ from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import override_key, python_command
 from tpresearch.sweep.job import CONSOLE_LOG, wandb_group
 from tpresearch.sweep.outcome import Outcome
-from tpresearch.track.figures import Summary, figure_cells, figures_of, mean_cells
+from tpresearch.track.figures import Summary, comparable, figure_cells, figures_of, mean_cells
 from tpresearch.track.shown import UNDEFINED, path_text
 from tpresearch.track.table import Cell, Table
 
@@ -45,7 +45,7 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
 
 def _summary(outcome: Outcome) -> Summary:
     """What the job left, and for one that left nothing at least how long it took."""
-    return {"wall_time_s": outcome.seconds, **outcome.summary, "status": outcome.status}
+    return {"wall_time_s": outcome.seconds, **comparable(outcome.summary), "status": outcome.status}
 
 
 def differing(outcomes: Sequence[Outcome]) -> list[str]:

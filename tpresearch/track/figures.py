@@ -36,6 +36,16 @@ Summary = Mapping[str, Any]
 """The content of a run's summary.json; empty for a run without one."""
 
 
+def comparable(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary with the peak of tensors as its peak of memory, where that is the resident size of the process: on a
+    CPU most of it is the interpreter and torch.
+    """
+    if summary.get("device") != "cpu":
+        return summary
+    held = summary.get("memory/at_peak_bytes")
+    return {**summary, "memory/peak_bytes": sum(held.values()) if isinstance(held, dict) else None}
+
+
 def figures_of(summaries: Sequence[Summary]) -> list[Figure]:
     """The figures that any of the runs has."""
     return [figure for figure in FIGURES if any(each.get(figure.key) is not None for each in summaries)]

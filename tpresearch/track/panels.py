@@ -90,7 +90,7 @@ MEMORY_AND_COMMUNICATION = (
         "Peak memory",
         "bars",
         ("memory/peak_bytes",),
-        "Peak of the device of rank 0; on a CPU, of the whole process.",
+        "Peak of the device of rank 0; on a CPU, of the tensors of one step.",
     ),
     Panel(
         "memory_by_kind",
