@@ -33,7 +33,8 @@ def test_the_run_is_named_and_filed(arrived: FakeRun) -> None:
 
 def test_its_config_is_the_resolved_one(run_fsdp: Trained, arrived: FakeRun) -> None:
     theirs = {key: value for key, value in arrived.config.items() if key != "_wandb"}
-    assert theirs == yaml.safe_load((run_fsdp.folder / "config.yaml").read_text())
+    ours = yaml.safe_load((run_fsdp.folder / "config.yaml").read_text())
+    assert theirs == {key: value for key, value in ours.items() if value != {}}  # which W&B leaves out
 
 
 def test_its_summary_is_the_summary(run_fsdp: Trained, arrived: FakeRun) -> None:

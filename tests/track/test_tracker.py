@@ -46,6 +46,7 @@ def test_a_completed_run_leaves_config_plan_rows_and_summary(
         "corpus_hash": "c0ffee",
         "device": "cpu",
         "dtype": "float32",
+        "weights": "float32",
         "unigram_entropy": 6.71,
         "train/loss": 7.75,
         "val/loss": 7.5,
