@@ -57,9 +57,9 @@ def test_of_a_grid_each_run_is_in_one_line_of_scaling(tmp_path: Path) -> None:
     assert [line[2][1] for line in lines.values()] == pytest.approx([104 / 176, 288 / 372])
 
 
-def test_repetitions_are_in_lines_of_scaling_of_their_own(tmp_path: Path) -> None:
+def test_repetitions_are_points_of_one_line(tmp_path: Path) -> None:
     runs = [Made("tp", {"tp": tp}, seed=seed, speed=100.0 / tp) for seed in (0, 1) for tp in (2, 4)]
     lines = lines_of(groups_of(tmp_path, *runs, runs[0]))
-    assert list(lines.values()) == [[(2, 1.0), (4, 0.5)]] * 2
+    assert list(lines.values()) == [[(2, 1.0), (2, 1.0), (4, 0.5)], [(2, 1.0), (4, 0.5)]]
     mean = over_seeds(find([str(tmp_path)]).runs)
     assert list(lines_of(mean).values()) == [[(2, 1.0), (4, 0.5)]]

@@ -174,20 +174,30 @@ def pareto(groups: Sequence[Group], memory: str, speed: str) -> Numbers:
 
 
 def scaling(groups: Sequence[Group], speed: str) -> Numbers:
-    """`run`, `line` (its first run), `ranks`, `share`: speed per device over that on the line's fewest ranks."""
-    speeds = _figures(groups, [speed]).groupby("run", sort=False)[speed].mean().dropna()
-    points = [
-        {
-            "run": group.label,
-            "line": line[0].label,
-            "ranks": group.first.summary["world_size"],
-            "share": speeds[group.label] / speeds[line[0].label],
-        }
-        for line in _lines([group for group in groups if group.label in speeds])
-        for group in line
-    ]
-    notes = [] if points else ["No two runs differ only in the size of one mesh axis."]
-    return Numbers(pd.DataFrame(points), notes)
+    """`run`, `line` (its first run), `ranks`, `share`: speed per device over that on the line's fewest ranks.
+
+    Along a line one mesh axis grows. A run that could be in several is in that of the outermost axis.
+    """
+    none = Numbers(notes=["No two runs differ only in the size of one mesh axis."])
+    if not groups:
+        return none
+    speeds = _figures(groups, [speed]).groupby("run", sort=False)[speed].mean()
+    axes = [f"mesh.{axis}" for axis in AXIS_NAMES]
+    left = settings_frame([group.first for group in groups])
+    left[axes] = left[axes].replace(UNDEFINED, "1")
+    if groups[0].over_seeds:
+        left = left.drop(columns=SEED, errors="ignore")
+    left = left.assign(run=speeds.index, speed=speeds.values, ranks=left["ranks"].astype(int))
+    left = left.dropna(subset="speed").sort_values("ranks", kind="stable")
+    lines = []
+    for axis in axes:
+        alike = left.groupby(list(left.columns.difference(["ranks", axis, "run", "speed"])), sort=False)
+        on_line = left[alike["ranks"].transform("nunique") > 1]
+        first = alike[["run", "speed"]].transform("first").loc[on_line.index]
+        lines.append(on_line.assign(line=first["run"], share=on_line["speed"] / first["speed"]))
+        left = left.drop(on_line.index)
+    points = pd.concat(lines)
+    return none if points.empty else Numbers(points[["run", "line", "ranks", "share"]])
 
 
 def ledger(groups: Sequence[Group]) -> Numbers:
@@ -280,34 +290,6 @@ def _figures(groups: Sequence[Group], keys: Sequence[str]) -> pd.DataFrame:
         found += [name for name in summaries if name.startswith(key[:-1])] if key.endswith(".*") else [key]
     figures = summaries.reindex(columns=found).apply(pd.to_numeric)
     return figures.assign(run=[group.label for group in groups for _ in group.runs])
-
-
-def _lines(groups: Sequence[Group]) -> list[list[Group]]:
-    """Lines of two groups or more along which one mesh axis grows, by their ranks.
-
-    A group is in at most one line: in a grid of mesh sizes, in the longest that it could be in. Repetitions are in
-    lines of their own.
-    """
-    if not groups:
-        return []
-    frame = settings_frame([group.first for group in groups])
-    axes = [f"mesh.{axis}" for axis in AXIS_NAMES]
-    frame[axes] = frame[axes].replace(UNDEFINED, "1")
-    if any(len(group.runs) > 1 for group in groups):
-        frame = frame.drop(columns=SEED, errors="ignore")
-    candidates: list[list[int]] = []
-    for axis in axes:
-        alike = frame.drop(columns=["ranks", axis]).apply(tuple, axis="columns")
-        repetition = frame.groupby([alike, "ranks"]).cumcount()
-        lines = frame["ranks"].astype(int).groupby([alike, repetition], sort=False)
-        candidates += [list(ranks.sort_values().index) for _, ranks in lines]
-    left, chosen = set(range(len(groups))), []
-    for candidate in sorted(candidates, key=len, reverse=True):
-        line = [place for place in candidate if place in left]
-        if len(line) > 1:
-            left -= set(line)
-            chosen.append(line)
-    return [[groups[place] for place in line] for line in sorted(chosen)]
 
 
 def _undefined(keys: str) -> str:
