@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support import fake_slurm
 from support.commands import Done, environment, execute
+from support.processes import wait_for
 from support.trainings import TRAIN
 
 pytestmark = pytest.mark.cli
@@ -110,3 +114,34 @@ def test_a_machine_without_slurm_is_told_at_once(small: list[str], home: Path, t
     assert done.code == 2
     assert done.refusal.startswith("error: hydra/launcher=slurm: there is no srun on this machine; ")
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.exhaustive
+def test_a_job_at_its_time_limit_saves_and_goes_on(small: list[str], home: Path, tmp_path: Path) -> None:
+    slurm, run = tmp_path / "slurm", tmp_path / "sweep" / "0"
+    typed = [
+        "parallel=fsdp",
+        "world_size=2",
+        "train.steps=300",
+        "train.eval_every=null",
+        "checkpoint.every=null",
+    ]
+    typed += ["hydra.launcher.gpus=false", "hydra.launcher.ranks_per_node=1"]
+    env = fake_slurm.install(slurm)
+
+    def signal_once() -> None:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text()) > 5000)
+        (nodes,) = slurm.glob("*.nodes")
+        for pid in nodes.read_text().split():  # as Slurm does, to every node
+            os.kill(int(pid), signal.SIGUSR2)
+
+    with ThreadPoolExecutor(1) as beside:
+        signalled = beside.submit(signal_once)
+        done, rows = sweep(small, home, tmp_path, *typed, **env)
+        signalled.result()
+    assert done.code == 0, done.out + done.err
+    assert [row["status"] for row in rows] == ["completed"]
+    (resumed,) = json.loads((run / "summary.json").read_text())["resumed"]
+    assert 0 < resumed["step"] < 300
+    steps = [json.loads(line)["train/step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 301))

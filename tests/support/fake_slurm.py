@@ -1,7 +1,8 @@
-"""A Slurm of this machine alone, for tests: sbatch, srun, sacct and scancel as far as submitit uses them.
+"""A Slurm of this machine alone, for tests: sbatch, srun, sacct, scancel and scontrol requeue as far as submitit uses them.
 
 Linked into a folder on PATH under each of these names. Jobs start at once; their nodes are all `localhost`. In the
-folder FAKE_SLURM it keeps `<id>.sh` (the script as submitted) and `<id>[_<task>].state`.
+folder FAKE_SLURM it keeps `<id>.sh` (the script as submitted), `<id>[_<task>].state`, and the processes of each step's
+nodes in `<id>[_<task>].nodes`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("sbatch", "srun", "sacct", "scancel")
+COMMANDS = ("sbatch", "srun", "sacct", "scancel", "scontrol")
 
 
 def install(folder: Path) -> dict[str, str]:
@@ -47,7 +48,9 @@ def sbatch(script: str) -> None:
         of_task = {"SLURM_ARRAY_JOB_ID": str(number), "SLURM_ARRAY_TASK_ID": task} if task else {}
         state = folder / f"{number}{f'_{task}' if task else ''}.state"
         state.write_text("RUNNING")
-        command = f"bash {folder}/{number}.sh && echo COMPLETED > {state} || echo FAILED > {state}"
+        again = state.with_suffix(".requeue")
+        once = f"bash {folder}/{number}.sh && echo COMPLETED > {state} || echo FAILED > {state}"
+        command = f"{once}; while rm {again}; do echo RUNNING > {state}; {once}; done"
         started = subprocess.Popen(
             ["bash", "-c", command],
             env=os.environ | of_job | of_task,
@@ -79,6 +82,9 @@ def srun(*words: str) -> None:
         with open(path, "w") as log:
             env = os.environ | of_task | of_step
             started.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    task = f"_{array[1]}" if array[1] else ""
+    pids = " ".join(str(process.pid) for process in started)
+    (_folder() / f"{array[0] or job}{task}.nodes").write_text(pids)
     sys.exit(max(process.wait() for process in started))
 
 
@@ -94,9 +100,15 @@ def scancel(job: str) -> None:
     path.with_suffix(".state").write_text("CANCELLED")
 
 
+def scontrol(_: str, job: str) -> None:
+    (_folder() / f"{job}.requeue").touch()
+
+
 def _folder() -> Path:
     return Path(os.environ["FAKE_SLURM"])
 
 
 if __name__ == "__main__":
-    {"sbatch": sbatch, "srun": srun, "sacct": sacct, "scancel": scancel}[sys.argv[1]](*sys.argv[2:])
+    {"sbatch": sbatch, "srun": srun, "sacct": sacct, "scancel": scancel, "scontrol": scontrol}[sys.argv[1]](
+        *sys.argv[2:]
+    )

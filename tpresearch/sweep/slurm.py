@@ -14,7 +14,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,12 @@ from tpresearch.sweep.running import STOPPED, Devices, StartJob, environment_of,
 
 if TYPE_CHECKING:
     import submitit
+    from submitit.helpers import DelayedSubmission
+
+TO_SAVE_S = 120
+"""Before the time limit, at which a run is told to save and stop."""
+MOST_LIMITS = 1000
+"""Time limits that a job may reach and go on after."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class NodeAgent:
     folder: Path
     threads: int = 1
     """Of a rank, unless OMP_NUM_THREADS says otherwise."""
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """The agent, while there is one."""
 
     def __call__(self) -> int:
         from submitit import JobEnvironment
@@ -46,7 +54,7 @@ class NodeAgent:
         node = JobEnvironment()
         log_name = CONSOLE_LOG if node.node == 0 else f"console-node{node.node}.log"
         command = [sys.executable, *self._agent(node), *self.arguments]
-        with (self.folder / log_name).open("w") as log, _ignoring(signal.SIGUSR2):
+        with (self.folder / log_name).open("a") as log, _ignoring(signal.SIGUSR2):
             process = subprocess.Popen(
                 command,
                 env={"OMP_NUM_THREADS": str(self.threads), **environment_of(self.folder)},
@@ -55,15 +63,28 @@ class NodeAgent:
                 stderr=subprocess.STDOUT,
                 preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),
             )
+        self.running.append(process)
         if (
             node.cluster == "local"
         ):  # Slurm signals all processes of a job, submitit's stand-in this one alone
             signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             return process.wait()
-        finally:  # submitit raises here shortly before the time limit, so that the run closes what it has open
+        finally:  # submitit raises here where the job is not to be started again, so that the run closes what it has open
             process.terminate()
             process.wait()
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit has Slurm start again, called shortly before the time limit and before preemption: the same job,
+        which goes on from what it saves now. The ranks of other nodes stop with those of this one."""
+        from submitit.helpers import DelayedSubmission
+
+        for process in self.running:
+            process.terminate()
+            os.waitid(
+                os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
+            )  # a signal has come while it was waited for
+        return DelayedSubmission(replace(self, running=[]))
 
     def _agent(self, node: submitit.JobEnvironment) -> list[str]:
         agent = ["-m", "torch.distributed.run", f"--nproc-per-node={self.ranks_per_node}"]
@@ -173,7 +194,9 @@ def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: 
         job.folder.mkdir(parents=True, exist_ok=True)
         shapes.setdefault(shape(job), []).append(job)
     for (nodes, ranks, slots), alike in shapes.items():
-        executor = submitit.AutoExecutor(folder / "%j", cluster=str(settings.cluster))
+        executor = submitit.AutoExecutor(
+            folder / "%j", cluster=str(settings.cluster), slurm_max_num_timeout=MOST_LIMITS
+        )
         executor.update_parameters(**parameters(settings, nodes, slots))
         threads = max(1, settings.cpus_per_slot * slots // ranks)
         agents = [NodeAgent(job.arguments, ranks, job.folder.absolute(), threads) for job in alike]
@@ -206,6 +229,7 @@ def parameters(settings: SlurmConfig, nodes: int, slots: int) -> dict[str, Any]:
         "gpus_per_node": slots if settings.gpus else None,
         "mem_gb": settings.mem_gb,
         "stderr_to_stdout": True,
+        "slurm_signal_delay_s": TO_SAVE_S,
         "slurm_partition": settings.partition,
         "slurm_account": settings.account,
         "slurm_qos": settings.qos,
