@@ -5,4 +5,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2] / "experiments" / "two_hosts"))
+for study in ("two_hosts", "gpu"):
+    sys.path.append(str(Path(__file__).parents[2] / "experiments" / study))

@@ -27,7 +27,7 @@ LAYERS = 12
 """More than dynamo's limit of recompilations, past which it would give up."""
 STEPS = 6
 KINDS = ("none", "selective", "full")
-EVERY_DAY = {("none", "selective"), ("sp", "full"), ("fsdp_tp", "none")}
+EVERY_DAY = {("none", "selective"), ("sp", "full")}
 CASES = [
     (plan, world, kind) if (plan, kind) in EVERY_DAY else exhaustive(plan, world, kind)
     for plan, world in PLANS

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.composed import config, corpus
+from support.marks import exhaustive
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,8 +143,18 @@ def steps(world: World, cfgs: list[Config]) -> list[tuple[list[tuple[float, floa
     return found
 
 
-@pytest.mark.parametrize(("plan", "size"), [("none", 1), ("tp", 2), ("sp", 2), ("fsdp_tp", 4)])
-@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
+@pytest.mark.parametrize(
+    ("plan", "size", "model"),
+    [
+        ("none", 1, "toy_mlp"),
+        ("tp", 2, "toy_mlp"),
+        ("sp", 2, "llama2_debug"),
+        ("fsdp_tp", 4, "llama2_debug"),
+        exhaustive("none", 1, "llama2_debug"),
+        exhaustive("tp", 2, "llama2_debug"),
+        exhaustive("fsdp_tp", 4, "toy_mlp"),
+    ],
+)
 def test_training_and_evaluation_are_the_plain_ones(ranks: Ranks, plan: str, size: int, model: str) -> None:
     """Of a vocabulary that the ranks hold uneven parts of."""
     settings = (f"model={model}", f"parallel={plan}", "train.dtype=float64", "model.vocab_size=263")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.composed import config, in_two_parts
 from support.counted_steps import FAKE, PLANS
+from support.marks import exhaustive
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tpresearch.config import Config
@@ -21,6 +22,8 @@ from tpresearch.train.losses import objective_of
 from tpresearch.train.observe import Observers
 from tpresearch.train.preflight import preflight
 from tpresearch.train.step import Setup, train_step
+
+EVERY_DAY = {"none", "sp", "hsdp_tp"}
 
 
 def two_steps(cfg: Config, world: int) -> None:
@@ -42,7 +45,7 @@ def two_steps(cfg: Config, world: int) -> None:
                 finite.note(state.step, result)
 
 
-@pytest.mark.parametrize(("plan", "world"), PLANS)
+@pytest.mark.parametrize(("plan", "world"), [p if p[0] in EVERY_DAY else exhaustive(*p) for p in PLANS])
 def test_a_step_of_a_plan_waits_for_nothing(plan: str, world: int) -> None:
     """In bfloat16, in two micro-batches of three chunks, clipped, and with updates that may be skipped."""
     cfg = config(

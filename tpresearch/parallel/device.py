@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config, DeviceKind, Dtype
@@ -84,6 +85,22 @@ def check_device(cfg: Config, device: Device) -> None:
         )
     if cfg.parallel.compile and (lack := _compiler_lack(on_cuda)):
         raise ConfigError("parallel.compile", True, lack, "false on this machine")
+
+
+def attention_backend(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> str:
+    """Which kernel torch chooses for causal attention of this form: cudnn, flash, efficient or math.
+
+    (torch._fused_sdp_choice is private; seen in torch 2.11, 2.13 and 2.14.)
+    """
+    q, k = (
+        torch.empty(1, n, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
+        for n in (heads, kv_heads)
+    )
+    choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=heads != kv_heads)
+    names = {kind.value: name for name, kind in SDPBackend.__members__.items()}
+    return names[choice].removesuffix("_ATTENTION").lower()
 
 
 def _compiler_lack(on_cuda: bool) -> str | None:

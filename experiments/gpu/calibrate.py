@@ -1,0 +1,220 @@
+"""What single ops take, for the simulator: rows of {op, shape, dtype, us, flops, bytes}, the most needed first."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rows import Stage
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tpresearch.models.llama2 import rotary_table, rotate
+
+Case = tuple[str, tuple[int, ...], float, float, Callable[[], Any]]
+"""(op, shape, FLOPs, bytes read and written, what to call)"""
+
+FULL = {
+    "tokens": (8192, 4096, 16384),
+    # (out, in) of the projections of Llama-3-8B and Llama2-7B
+    "weights": (
+        (14336, 4096),
+        (4096, 14336),
+        (4096, 4096),
+        (1024, 4096),
+        (11008, 4096),
+        (128256, 4096),
+        (32000, 4096),
+    ),
+    "attention": (
+        (2, 32, 8, 4096, 128),
+        (4, 32, 8, 4096, 128),
+        (2, 32, 32, 4096, 128),
+        (1, 32, 8, 8192, 128),
+    ),
+    "width": 4096,
+    "hidden": 14336,
+    "parameters": 200_000_000,
+    "copied": 2**30,
+}
+TINY = {
+    "tokens": (32,),
+    "weights": ((48, 32),),
+    "attention": ((1, 4, 2, 16, 8),),
+    "width": 32,
+    "hidden": 48,
+    "parameters": 1000,
+    "copied": 2**12,
+}
+
+
+def main() -> None:
+    stage, _ = Stage.from_arguments("calibrate")
+    sizes: dict[str, Any] = TINY if stage.tiny else FULL
+    for cases in (matmuls, attention, elementwise, memory, launches):
+        for op, shape, flops, moved, call in cases(sizes, stage.device):
+            if stage.left() < 3:
+                stage.add(cut_short=op)
+                return
+            try:
+                us = timed(call, stage)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                stage.add(op=op, shape=shape, error=str(error).splitlines()[0][:200])
+                continue
+            stage.add(op=op, shape=shape, dtype="bfloat16", us=us, flops=flops, bytes=moved)
+    if stage.on_cuda and stage.left() > 8:
+        sustained(stage)
+
+
+def timed(call: Callable[[], Any], stage: Stage, times: int = 20) -> float:
+    """Median microseconds of a call, after three to warm up."""
+    for _ in range(3):
+        call()
+    stage.wait()
+    if not stage.on_cuda:
+        found = []
+        for _ in range(3):
+            began = time.perf_counter()
+            call()
+            found.append((time.perf_counter() - began) * 1e6)
+        return statistics.median(found)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    stage.wait()
+    return statistics.median(a.elapsed_time(b) * 1000 for a, b in itertools.pairwise(marks))
+
+
+def random(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+
+def matmuls(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
+    """Of each projection: forward x W^T, the input's gradient g W, the weight's gradient g^T x."""
+    for tokens in sizes["tokens"]:
+        for out, width in sizes["weights"]:
+            x, w, g = (
+                random(*shape, device=device) for shape in ((tokens, width), (out, width), (tokens, out))
+            )
+            flops, moved = 2.0 * tokens * out * width, 2.0 * (tokens * width + out * width + tokens * out)
+            shape = (tokens, out, width)
+            yield "matmul NT", shape, flops, moved, lambda x=x, w=w: x @ w.t()
+            yield "matmul NN", shape, flops, moved, lambda g=g, w=w: g @ w
+            yield "matmul TN", shape, flops, moved, lambda g=g, x=x: g.t() @ x
+
+
+def attention(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
+    backends = (
+        [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        if device.type == "cuda"
+        else [SDPBackend.MATH]
+    )
+    for b, n, k, s, d in sizes["attention"]:
+        for backend in backends:
+            q, key, value = (random(b, heads, s, d, device=device).requires_grad_() for heads in (n, k, k))
+
+            def forward(
+                q: Tensor = q, k: Tensor = key, v: Tensor = value, backend: SDPBackend = backend
+            ) -> Tensor:
+                with sdpa_kernel(backend):
+                    return F.scaled_dot_product_attention(
+                        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+                    )
+
+            def both(forward: Callable[..., Tensor] = forward) -> None:
+                out = forward()
+                out.backward(out)
+
+            flops, moved = 2.0 * b * n * s * s * d, 2.0 * b * s * d * (2 * n + 2 * k)
+            shape = (b, n, k, s, d)
+            yield f"attention forward {backend.name}", shape, flops, moved, forward
+            yield f"attention forward and backward {backend.name}", shape, 3.5 * flops, 3 * moved, both
+
+
+def elementwise(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
+    """Norm, SwiGLU and rotary positions, eager and compiled."""
+    tokens, h, f = sizes["tokens"][0], sizes["width"], sizes["hidden"]
+    x, weight = random(tokens, h, device=device), random(h, device=device)
+    a, b = random(tokens, f, device=device), random(tokens, f, device=device)
+    heads = random(1, tokens, h // 8, 8, device=device)
+    table = rotary_table(8, tokens, 1e4).to(device)
+    functions: list[tuple[str, tuple[int, ...], float, Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        (
+            "rmsnorm",
+            (tokens, h),
+            4.0 * tokens * h,
+            lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5),
+            (x, weight),
+        ),
+        ("swiglu", (tokens, f), 6.0 * tokens * f, lambda a, b: F.silu(a) * b, (a, b)),
+        ("rotary", (tokens, h), 4.0 * tokens * h, rotate, (heads, table)),
+    ]
+    for name, shape, moved, function, given in functions:
+        yield f"{name} eager", shape, 0.0, moved, lambda function=function, given=given: function(*given)
+        if device.type == "cuda":
+            compiled = torch.compile(function, dynamic=False)
+            yield f"{name} compiled", shape, 0.0, moved, lambda f=compiled, given=given: f(*given)
+
+
+def memory(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
+    """Copies, and the fused AdamW on bfloat16 and on float32 weights."""
+    size = sizes["copied"]
+    source, into = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    yield "copy", (size,), 0.0, 2.0 * size, lambda: into.copy_(source)
+    if device.type == "cuda":
+        pinned = torch.empty(size // 16, dtype=torch.uint8, pin_memory=True)
+        part = source[: size // 16]
+        yield (
+            "copy to device",
+            (size // 16,),
+            0.0,
+            float(size // 16),
+            lambda: part.copy_(pinned, non_blocking=True),
+        )
+    count = sizes["parameters"]
+    for dtype, moved in ((torch.bfloat16, 14.0), (torch.float32, 28.0)):
+        parameter = torch.nn.Parameter(torch.zeros(count, device=device, dtype=dtype))
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer = torch.optim.AdamW([parameter], fused=True)
+        yield f"adamw {dtype}".replace("torch.", ""), (count,), 0.0, moved * count, optimizer.step
+
+
+def launches(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
+    one = torch.zeros(1, device=device)
+
+    def hundred() -> None:
+        for _ in range(100):
+            one.add_(1)
+
+    yield "100 launches", (1,), 0.0, 0.0, hundred
+
+
+def sustained(stage: Stage) -> None:
+    """One matmul for five seconds, where power sets the clock."""
+    a, b = (random(8192, 8192, device=stage.device) for _ in range(2))
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 5:
+        for _ in range(50):
+            a @ b
+        stage.wait()
+        count += 50
+    us = (time.perf_counter() - began) / count * 1e6
+    stage.add(
+        op="matmul sustained",
+        shape=(8192, 8192, 8192),
+        dtype="bfloat16",
+        us=us,
+        flops=2.0 * 8192**3,
+        bytes=0.0,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Everything that wants a GPU, in one call of under ten minutes.
+
+    python experiments/gpu/measure.py --out OUT [--limit 590] [--only facts,calibrate]
+    python experiments/gpu/measure.py --out OUT --device cpu --tiny          the rehearsal
+
+Each stage is a process of its own with a limit of its own, in the order of worth over risk; each result is a line of
+OUT/results.jsonl as soon as it is there, and what a stage printed is in OUT/<stage>.log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rows import append
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SMOKE = (
+    *(
+        "model=llama2_debug",
+        "parallel=none",
+        "data=random_tokens",
+        "train.dtype=bfloat16",
+        "parallel.compile=true",
+    ),
+    *("train.steps=4", "train.eval_rows=0", "logger=none", "data.seq_len=128", "train.global_batch_size=8"),
+)
+STAGES: dict[str, tuple[float, list[str]]] = {
+    "facts": (20, [str(HERE / "facts.py")]),
+    "smoke": (60, [str(ROOT / "train.py"), *SMOKE]),
+    "calibrate": (65, [str(HERE / "calibrate.py")]),
+    "training-8b": (260, [str(HERE / "training.py"), "8b"]),
+    "correctness": (
+        110,
+        ["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "verify" / "test_cuda.py")],
+    ),
+    "training-7b": (90, [str(HERE / "training.py"), "7b"]),
+    "training-7b-masters": (60, [str(HERE / "training.py"), "7b-masters"]),
+    "training-8b-masters": (60, [str(HERE / "training.py"), "8b-masters"]),
+}
+"""Name -> (seconds at most, what Python is given)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--limit", type=float, default=590)
+    parser.add_argument("--only", type=lambda words: words.split(","), default=list(STAGES))
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + given.limit
+    for name in given.only:
+        limit, command = STAGES[name]
+        left = min(limit, until - time.monotonic())
+        if left < 5:
+            append(given.out, stage=name, status="no time left")
+            continue
+        run(name, [*command, *arguments(name, given, left)], left, given.out.resolve())
+
+
+def arguments(name: str, given: argparse.Namespace, left: float) -> list[str]:
+    """What a stage is told beside its command."""
+    if name == "smoke":
+        eager = ["parallel.compile=false"] if given.tiny else []  # the compiler takes longer than the rest
+        return [f"device={given.device}", f"hydra.run.dir={given.out.resolve()}/smoke", *eager]
+    if name == "correctness":
+        return ["-x", f"--rootdir={ROOT}"]
+    tiny = ["--tiny"] if given.tiny else []
+    return ["--out", str(given.out.resolve()), "--device", given.device, "--limit", str(left - 5), *tiny]
+
+
+def run(name: str, command: list[str], limit: float, out: Path) -> None:
+    """Run a stage in a session of its own, so that all of it ends with its time."""
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }
+    began = time.monotonic()
+    with (out / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=env,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit)
+            status = "done" if code == 0 else f"exit {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = "out of time"
+    seconds = round(time.monotonic() - began, 1)
+    last = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()[-1:]
+    append(out, stage=name, status=status, seconds=seconds, last_line=(last or [""])[0][:300])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Steps of the real loop in many settings, on the weights of one model: tokens per second, memory, and a profile.
+
+Between two settings only the blocks' forward is wrapped again, and the step's setup replaced; weights and moments stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+from rows import Stage, card_now
+
+import tpresearch
+from tpresearch.config import Config
+from tpresearch.config.world import World
+from tpresearch.data import prepare
+from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.parallel.apply import wrap_forward
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.train.assemble import assemble
+from tpresearch.train.loop import Loop
+from tpresearch.train.losses import objective_of
+from tpresearch.train.observe import Observers
+from tpresearch.train.preflight import planned, preflight
+from tpresearch.train.profile import Trace
+from tpresearch.train.speed import Speed
+
+WARM_UP, TIMED = 3, 8
+"""Steps; of the rehearsal, one and two."""
+COMMON = (
+    *(
+        "parallel=none",
+        "data=random_tokens",
+        "train.dtype=bfloat16",
+        "train.steps=100000",
+        "train.eval_rows=0",
+    ),
+    *("logger=none", "schedule=constant", "optimizer.lr=1e-5"),
+)
+FULL = (*COMMON, "data.seq_len=4096", "train.global_batch_size=8")
+LLAMA3_8B = (
+    *("model=llama2_7b", "model.n_kv_heads=8", "model.ffn_dim=14336", "tokenizer.vocab_size=128256", *FULL),
+)
+LLAMA2_7B = ("model=llama2_7b", "tokenizer.vocab_size=32000", *FULL)
+TINY = (
+    "model=llama2_debug",
+    "tokenizer.vocab_size=260",
+    *COMMON,
+    "data.seq_len=16",
+    "train.global_batch_size=8",
+)
+
+
+def setting(kind: str, micro: int, compile: bool = True) -> tuple[str, ...]:
+    compiled = f"parallel.compile={str(compile).lower()}"
+    return f"parallel.activation_checkpointing={kind}", f"train.micro_batch_size={micro}", compiled
+
+
+FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
+    "8b": (
+        (*LLAMA3_8B, "train.weights=bfloat16"),
+        {
+            "8b full mb2": setting("full", 2),
+            "8b selective mb2": setting("selective", 2),
+            "8b selective mb4": setting("selective", 4),
+            "8b none mb4": setting("none", 4),
+            "8b eager selective mb2": setting("selective", 2, compile=False),
+            "8b full mb8": setting("full", 8),
+            "8b selective mb8": setting("selective", 8),
+        },
+    ),
+    "7b-masters": (LLAMA2_7B, {"7b float32 masters full mb2": setting("full", 2)}),
+    "8b-masters": (LLAMA3_8B, {"8b float32 masters full mb1": setting("full", 1)}),
+    "7b": (
+        (*LLAMA2_7B, "train.weights=bfloat16"),
+        {"7b none mb4": setting("none", 4), "7b selective mb4": setting("selective", 4)},
+    ),
+}
+"""By stage: the model, and its settings in the order of their worth."""
+
+
+def main() -> None:
+    words = Stage.from_arguments("")[1]
+    family = words[0]
+    stage, _ = Stage.from_arguments(f"training-{family}")
+    overrides, settings = FAMILIES[family]
+    if stage.tiny:
+        weights = [word for word in overrides if word.startswith("train.weights")]
+        overrides = (*TINY, *weights)
+        settings = {
+            name: (*words[:2], "parallel.compile=false") for name, words in list(settings.items())[:2]
+        }
+    cfgs = {
+        name: tpresearch.load(*overrides, f"device={stage.device.type}", *words)
+        for name, words in settings.items()
+    }
+    measure(stage, cfgs)
+
+
+def measure(stage: Stage, cfgs: dict[str, Config]) -> None:
+    first = next(iter(cfgs.values()))
+    job = preflight(first, World())
+    assert job.device
+    speed = Speed.of(job.model, first, job.device, 1)
+    with process_group(job.device, World()):
+        loop = assemble(
+            job, build_mesh(job.sizes, stage.device.type), job.device, prepare(first.data, first.tokenizer)
+        )
+        stage.wait()
+        stage.add(event="weights drawn", parameters=job.parameters)
+        best: tuple[float, str] = (0.0, "")
+        for name, cfg in cfgs.items():
+            if stage.left() < (45 if stage.on_cuda else 0):
+                stage.add(event="no time left", id=name)
+                break
+            try:
+                row = steps(loop, cfg, stage)
+            except torch.OutOfMemoryError as error:
+                stage.add(id=name, error="out of memory", said=str(error).splitlines()[0][:300])
+                recover(loop)
+                continue
+            row |= speed.metrics(row["step_s"])
+            stage.add(id=name, overrides=wrapping(cfg), expected=expected(cfg, stage), **row)
+            best = max(best, (row["perf/tokens_per_second"], name))
+        if best[1] and stage.left() > (25 if stage.on_cuda else 0):
+            profile(loop, cfgs[best[1]], stage, best[1])
+
+
+def wrapping(cfg: Config) -> dict[str, Any]:
+    """What a setting is, in the result's row."""
+    return {
+        "activation_checkpointing": str(cfg.parallel.activation_checkpointing),
+        "micro_batch_size": cfg.train.micro_batch_size,
+        "compile": cfg.parallel.compile,
+        "weights": str(cfg.train.weight_dtype),
+        "loss_chunk": cfg.train.loss_chunk,
+    }
+
+
+def expected(cfg: Config, stage: Stage) -> dict[str, int | None]:
+    """Bytes by kind, by the formulas; those of activations are of eager blocks."""
+    job = preflight(cfg, World())
+    model, plan = planned(cfg, job.sizes)
+    return expected_bytes(model, plan, cfg, stage.device.type)
+
+
+def steps(loop: Loop, cfg: Config, stage: Stage) -> dict[str, Any]:
+    """Seconds of each step, and what the allocator has seen."""
+    prepare_for(loop, cfg)
+    if stage.on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    taken, losses = [], []
+    warm_up, count = (1, 2) if stage.tiny else (WARM_UP, TIMED)
+    for _ in range(warm_up + count):
+        stage.wait()
+        began = time.perf_counter()
+        result = loop.step()
+        stage.wait()
+        taken.append(time.perf_counter() - began)
+        losses.append(result.loss.item())
+    timed = taken[warm_up:]
+    row: dict[str, Any] = {
+        "first_step_s": taken[0],
+        "step_s": statistics.median(timed),
+        "steps_s": timed,
+        "losses": losses,
+    }
+    if stage.on_cuda:
+        stats = torch.cuda.memory_stats()
+        row |= {
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "alloc_retries": stats["num_alloc_retries"],
+            "nvidia_smi": card_now(),
+        }
+    return row
+
+
+def prepare_for(loop: Loop, cfg: Config, observers: Observers | None = None) -> None:
+    setup = loop.setup
+    torch._dynamo.reset()
+    for name in setup.plan.blocks:
+        block = loop.state.model.get_submodule(name)
+        block.__dict__.pop("forward", None)
+        block._forward_pre_hooks.clear()
+        wrap_forward(block, cfg.parallel, bool(setup.plan.rules))
+    loop.setup = dataclasses.replace(
+        setup, cfg=cfg, objective=objective_of(cfg, setup.plan), observers=observers or Observers()
+    )
+
+
+def recover(loop: Loop) -> None:
+    loop.state.optimizer.zero_grad()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def profile(loop: Loop, cfg: Config, stage: Stage, name: str) -> None:
+    cfg.profiler.first_step, cfg.profiler.steps = 3, 2
+    folder = stage.out / "profile"
+    prepare_for(loop, cfg, Observers([Trace(cfg.profiler, folder, 0, stage.on_cuda)]))
+    for _ in range(5):
+        loop.step()
+    found = json.loads((folder / "kernels-rank0.json").read_text())
+    stage.add(event="profile", id=name, classes=found["classes"], slowest=found["slowest"][:15])
+
+
+if __name__ == "__main__":
+    main()
