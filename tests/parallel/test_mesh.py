@@ -1,9 +1,23 @@
-"""The mesh as it is printed."""
+"""The mesh and the sharded model as they are printed."""
 
 from __future__ import annotations
 
+import torch
+from support.composed import config
+
 from tpresearch.config.axes import MeshSizes
-from tpresearch.parallel.mesh import describe_mesh
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import validate
+from tpresearch.config.world import World
+from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.describe import describe_mesh, describe_model
+from tpresearch.parallel.device import Device
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.train.preflight import planned
+from tpresearch.verify.ranks import Ranks
+
+FAKE = Device(torch.device("cpu"), "fake", "cpu")
 
 
 def test_the_printed_mesh_has_the_axes_of_the_command_line() -> None:
@@ -12,3 +26,30 @@ def test_the_printed_mesh_has_the_axes_of_the_command_line() -> None:
     assert describe_mesh(MeshSizes(tp=4), "cpu") == "DeviceMesh('cpu', [0, 1, 2, 3], mesh_dim_names=('tp',))"
     three = describe_mesh(MeshSizes(dp_replicate=2, dp_shard=2, tp=2), "cpu")
     assert "[[[0, 1], [2, 3]], [[4, 5], [6, 7]]]" in three
+
+
+def described(world: World, cfg: Config, size: int) -> str:
+    model, plan = planned(cfg, sizes := validate(cfg, size))
+    with process_group(FAKE, World(size=size, local_size=size)):
+        parallelize(model, plan, cfg.parallel, build_mesh(sizes, "cpu"), cfg.train.dtype)
+        return describe_model(model)
+
+
+def test_the_printed_model_is_the_sharded_one(ranks: Ranks) -> None:
+    (text,) = ranks.run(1, described, config("model=llama2_debug", "parallel=fsdp_tp"), 8)
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[0] == ["Llama2"]
+    wq = [
+        "layers.{0-1}.attention.wq.weight",
+        "dp_shard:",
+        "Shard(0),",
+        "tp:",
+        "Shard(0)",
+        "8x64",
+        "of",
+        "64x64",
+    ]
+    assert wq in lines
+    assert ["norm.weight", "dp_shard:", "Shard(0)", "16", "of", "64"] in lines
+    (whole,) = ranks.run(1, described, config("model=llama2_debug", "parallel=none"), 1)
+    assert ["norm.weight", "replicated", "64"] in [line.split() for line in whole.splitlines()]

@@ -50,6 +50,27 @@ def test_right_plans_pass(ranks: Ranks, tmp_path: Path) -> None:
     assert "mlp.out_proj" in done.out
 
 
+def test_every_axis_of_a_plan_has_two_ranks_unless_its_mesh_says_one(ranks: Ranks, tmp_path: Path) -> None:
+    words = ["verify.plans=[hsdp_tp]", "verify.optimizers=[sgd]", "verify.steps=1"]
+    done = verify_texts(ranks, tmp_path, *words)
+    assert done.code == 0, done.err
+    assert "hsdp_tp 2x2x2" in done.out
+    assert "runs without" not in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+    (result,) = json.loads((tmp_path / "run" / "verify.json").read_text())["results"]
+    assert result["mesh"] == {"dp_replicate": 2, "dp_shard": 2, "tp": 2}
+
+
+def test_an_axis_that_was_left_out_is_said(ranks: Ranks, tmp_path: Path) -> None:
+    words = ["verify.plans=[fsdp_tp]", "verify.optimizers=[sgd]", "verify.steps=1", "mesh.dp_shard=1"]
+    done = verify_texts(ranks, tmp_path, *words)
+    assert done.code == 0, done.err
+    assert "fsdp_tp 1x1x2" in done.out
+    assert "parallel=fsdp_tp on 2 ranks runs without dp_shard (size 1); with 4 ranks " in " ".join(
+        done.out.split()
+    )
+
+
 def test_a_plan_that_does_not_run_fails_and_says_why(ranks: Ranks, tmp_path: Path) -> None:
     done = verify_texts(
         ranks,

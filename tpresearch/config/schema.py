@@ -239,7 +239,7 @@ class VerifyConfig:
     plans: list[str] = field(default_factory=list)
     """Options of the parallel group, each held to one process."""
     world_size: Annotated[int, AtLeast(1, 1024)] = 4
-    """Ranks to start for each plan but none."""
+    """Ranks to start for each plan but none, or as many as give each axis of its mesh two."""
     steps: Annotated[int, AtLeast(1, 10_000)] = 3
     optimizers: list[OptimizerName] = field(default_factory=list)
     """Options of the optimizer group; AdamW alone hides a gradient scaled by a constant."""

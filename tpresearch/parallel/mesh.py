@@ -15,13 +15,6 @@ def build_mesh(sizes: MeshSizes, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXIS_NAMES)
 
 
-def describe_mesh(sizes: MeshSizes, device: str) -> str:
-    """The mesh of the axes that have more than one rank, as torch prints one with its ranks written out."""
-    shown = sizes.nontrivial() or {AXIS_NAMES[-1]: 1}
-    ranks = torch.arange(sizes.world).view(*shown.values()).tolist()
-    return f"DeviceMesh('{device}', {ranks}, mesh_dim_names={tuple(shown)})"
-
-
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """What `fully_shard` works over: the axes that split rows, without those of one rank that only replicate."""
     used = [a.name for a in AXES if a.splits_rows and (a.shards_state or axis_size(mesh, a.name) > 1)]

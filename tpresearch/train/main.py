@@ -25,9 +25,10 @@ from tpresearch.launch.stop import StopFlag, Stopped, fault_of_another_rank
 from tpresearch.ledger.entries import Expected
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.parallel.describe import describe_mesh, describe_model
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh, describe_mesh
+from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import plan_text
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.assemble import assemble
@@ -103,7 +104,8 @@ def train_on(
         loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
         loop.saver = saver_of(job, run, corpus, loop.state.step, group)
         loop.stop = AgreedStop(flag, lambda: loop.saver.written if loop.saver else 0)
-        log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", loop.state.model)
+        shown = describe_model(loop.state.model)
+        log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", shown)
         if loop.state.step:
             say_where_it_goes_on(found, loop.state.step, job)
         if tracker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass, field
 
 from hydra.core.global_hydra import GlobalHydra
@@ -15,7 +16,7 @@ from rich.progress import track
 from tpresearch.config import Config
 from tpresearch.config.compose import typed
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.schema import DataPlan
+from tpresearch.config.mesh import of_one_rank, used_axes
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.data import AnyCorpus, Synthetic, check_data, prepare
@@ -42,9 +43,13 @@ class Result:
     plan: str
     optimizer: str
     tolerance: float
+    mesh: dict[str, int]
+    """Ranks along each axis."""
     worst: dict[str, MaxError] = field(default_factory=dict)
     out: list[str] = field(default_factory=list)
     """Quantities that are out of tolerance."""
+    note: str | None = None
+    """What the plan is named for and its mesh does not have."""
     integers: list[Exact] | None = None
     """The plan's matmuls on integers, if that was asked for: with the first optimizer, since none is involved."""
     error: str | None = None
@@ -98,8 +103,11 @@ def _in_two_parts(cfg: Config) -> Config:
 
 
 def ranks_of(cfg: Config) -> int:
-    alone = cfg.parallel.data is DataPlan.none and cfg.parallel.tensor is None
-    return 1 if alone else cfg.verify.world_size
+    """verify.world_size, or as many ranks as give each axis of the plan two, where its mesh leaves that open."""
+    sizes = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
+    if not sizes:
+        return 1
+    return max(cfg.verify.world_size, math.prod(2 if size in (None, -1) else size for size in sizes))
 
 
 def check_plan(cfg: Config) -> None:
@@ -139,7 +147,9 @@ def _verified(
     ranks: Ranks, plan: str, cfg: Config, right: Trace, corpus: AnyCorpus, integers: bool
 ) -> Result:
     """One plan under one optimizer beside the reference; its matmuls on integers too where that is wanted."""
-    result = Result(plan, cfg.optimizer.name, tolerance("loss", cfg.train.dtype))
+    sizes = validate(cfg, ranks_of(cfg))
+    result = Result(plan, cfg.optimizer.name, tolerance("loss", cfg.train.dtype), dict(sizes))
+    result.note = of_one_rank(sizes, cfg.parallel)
     try:
         ours = ranks.run(ranks_of(cfg), trace_of, cfg, corpus)[0]
         if integers:

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
+from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.verify.plans import Result
 
 HEADINGS = {
@@ -17,20 +18,25 @@ HEADINGS = {
     "gradients": "grads",
     "weights": "weights",
     "between ranks": "ranks",
-    "held-out loss": "held-out",
+    "held-out loss": "held",
 }
 
 
 def print_table(results: list[Result], path: Path) -> None:
     """Print one row per plan and optimizer; what is out of tolerance is marked, and said in full below."""
     console = Console(highlight=False)
-    titles = ("plan", "optimizer", *HEADINGS.values(), "")
+    titles = ("plan on mesh", "with", *HEADINGS.values(), "")
     columns = (Column(title, no_wrap=True) for title in titles)
     table = Table(*columns, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)  # within 80 characters
     for result in results:
         cells = [_cell(result, quantity) for quantity in HEADINGS]
-        table.add_row(result.plan, result.optimizer, *cells, "ok" if result.passed else "[red]FAIL[/red]")
+        plan = f"{result.plan:<7} {'x'.join(map(str, result.mesh.values()))}"
+        verdict = "ok" if result.passed else "[red]FAIL[/red]"
+        table.add_row(plan, result.optimizer, *cells, verdict)
     console.print(table)
+    console.print(f"mesh: ranks along {' x '.join(AXIS_NAMES)}")
+    for note in dict.fromkeys(result.note for result in results if result.note):
+        console.print(note, markup=False)
     _print_integers(console, results)
     for result in results:
         if result.error:
