@@ -108,7 +108,7 @@ def test_no_job_starts_while_any_is_wrong(sweep: Sweep, monkeypatch: pytest.Monk
     said = str(refused.value)
     assert said.startswith("mesh.tp=3: does not divide ")
     assert ", in job 1 of the sweep (" in said
-    assert refused.value.command.endswith(" -m parallel=tp mesh.tp=2")
+    assert refused.value.command.arguments == ("-m", "parallel=tp", "mesh.tp=2")
     assert sweep.started == []
 
 

@@ -45,6 +45,8 @@ class Job:
     composed: DictConfig
     nodes: int = 1
     """Hosts that its ranks are spread over, as many on each."""
+    steps: int = 0
+    """Optimizer steps that it will do."""
     completed: bool = False
     """Whether an earlier start of the sweep has completed it, in `folder`."""
 

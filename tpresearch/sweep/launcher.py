@@ -73,9 +73,13 @@ class TorchrunLauncher(Launcher):
             return self._run(list(with_folders(judged, self._folder)), gpus)
 
     def _run(self, jobs: list[Job], gpus: list[str]) -> Sequence[JobReturn]:
+        from rich.console import Console
+
         from tpresearch.sweep.job import goes_on
         from tpresearch.sweep.outcome import outcome_of
         from tpresearch.sweep.running import await_earlier, ending_signals, run_jobs
+        from tpresearch.sweep.status import Status
+        from tpresearch.track.shown import duration_text
 
         self._outcomes |= {job.number: outcome_of(job, None) for job in jobs}
         began: dict[int, float] = {}
@@ -90,7 +94,9 @@ class TorchrunLauncher(Launcher):
             seconds = time.monotonic() - began[job.number]
             outcome = self._outcomes[job.number] = outcome_of(job, code, seconds)
             why = f": {outcome.error}" if outcome.error else ""
-            self._say(f"job {job.number} {outcome.status} after {seconds:.0f} s{why}")
+            trained = outcome.summary.get("wall_time_s")
+            of_it = f", {duration_text(trained)} of it training" if isinstance(trained, int | float) else ""
+            self._say(f"job {job.number} {outcome.status} after {duration_text(seconds)}{of_it}{why}")
 
         for job in jobs:
             if job.completed:
@@ -98,10 +104,11 @@ class TorchrunLauncher(Launcher):
         todo = [job for job in jobs if not job.completed]
         for job in todo:
             await_earlier(job.folder, self._say)
-        with ending_signals() as received:
+        with ending_signals() as received, Status(Console(highlight=False)) as status:
             try:
                 devices, start = self.allocate(todo, gpus)
-                run_jobs(todo, devices, self._start or start, on_start, on_end, self.fail_fast, received)
+                start = self._start or start
+                run_jobs(todo, devices, start, on_start, on_end, self.fail_fast, received, status.show)
             except KeyboardInterrupt:
                 pass
             finally:

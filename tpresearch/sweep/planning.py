@@ -16,7 +16,7 @@ from omegaconf import DictConfig, open_dict
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import SHOWN_WORLD, ranks_needed
+from tpresearch.config.validate import SHOWN_WORLD, ranks_needed, total_steps
 from tpresearch.config.world import World
 from tpresearch.launch.command import Command, WrongCommand, mended, override, override_key, program_words
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
@@ -115,6 +115,7 @@ class Planner:
             ],
             composed=composed,
             nodes=nodes,
+            steps=total_steps(cfg),
         )
 
     def _folder(self, subdir: object) -> Path:

@@ -133,10 +133,12 @@ def run_jobs(
     on_end: Callable[[Job, int], None],
     fail_fast: bool,
     received: Sequence[int],
+    on_look: Callable[[Sequence[Job]], None] = lambda running: None,
 ) -> None:
     """Run each job as soon as there is a share for it. Whatever happens, none runs on after this returns.
 
     Args:
+        on_look: told over and over which jobs are running.
         received: the signals so far that end a sweep, of `ending_signals`.
 
     Raises:
@@ -163,6 +165,7 @@ def run_jobs(
                     return
             if received:
                 raise KeyboardInterrupt
+            on_look([job for job, _, _ in running.values()])
             time.sleep(POLL_S)
     finally:
         _stop([process for _, _, process in running.values()], received)

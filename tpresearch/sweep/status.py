@@ -1,0 +1,76 @@
+"""What the running jobs of a sweep are at: a live line for each on a terminal, else a line now and then."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from tpresearch.sweep.job import Job
+from tpresearch.track.console import figures
+from tpresearch.track.names import Row
+
+INTERVAL_S, PLAIN_INTERVAL_S = 1.0, 60.0
+"""Between two looks, on a terminal and where the output is none."""
+LAST_BYTES = 8192
+"""Of metrics.jsonl: more than two rows."""
+
+
+class Status:
+    """Shows running jobs while it is entered."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._live = (
+            Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+        )
+        self._next = clock() + (0 if self._live else PLAIN_INTERVAL_S)
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, running: Sequence[Job]) -> None:
+        """May be called at any time: it looks once per interval."""
+        if self._clock() < self._next:
+            return
+        self._next = self._clock() + (INTERVAL_S if self._live else PLAIN_INTERVAL_S)
+        text = Text("\n".join(line_of(job, last_row(job)) for job in running))
+        if self._live:
+            self._live.update(text, refresh=True)
+        elif running:
+            self._console.print(text, soft_wrap=True)
+
+
+def line_of(job: Job, row: Row | None) -> str:
+    """`job 3  step 120/1000  loss 6.123  34.5k tok/s  1.2 GiB  1:23 left`"""
+    if row is None:
+        return f"job {job.number}  before its first step"
+    step, per_step = int(row["train/step"] or 0), row["perf/step_time_s"]
+    left_s = (job.steps - step) * per_step if per_step else None
+    return f"job {job.number}  step {step}/{job.steps}  {figures(row, row['val/loss'], left_s)}"
+
+
+def last_row(job: Job) -> Row | None:
+    """The last row that is whole in a job's metrics.jsonl."""
+    with suppress(OSError, ValueError), (job.folder / "metrics.jsonl").open("rb") as file:
+        file.seek(-min(LAST_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        *_, line, _ = [b"", *file.read().split(b"\n")]
+        row: Row = json.loads(line)
+        return row
+    return None
