@@ -281,16 +281,6 @@ def test_the_command_refuses_within_seconds(
     assert not list((tmp_path / "cwd").iterdir())
 
 
-def test_two_ranks_refuse_once(train, small: list[str], tmp_path: Path) -> None:
-    typed = "parallel=sp", "model.plans.sp.out.match=wo"
-    done = train(2, tmp_path / "cwd", *small, *typed, cold=True)
-    assert done.code == 1  # torchrun's own
-    assert done.refusal.startswith("error: model.plans.sp.out.match=wo: matches no module; ")
-    assert done.command_to_try == ["torchrun", "--nproc-per-node=2", str(TRAIN), *small, "parallel=sp"]
-    assert done.err.count("Traceback") == 1  # torchrun's own report
-    assert not list((tmp_path / "cwd").iterdir())
-
-
 def test_a_corpus_too_short_for_a_batch_is_refused_once_it_is_prepared(
     train, small: list[str], texts: Path, tmp_path: Path
 ) -> None:

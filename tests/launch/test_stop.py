@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import environment
+from support.commands import environment, installed
 from support.launches import PROGRAM
 from support.processes import ended, forked, marked, runs, wait_for
-from support.trainings import TRAIN
+from support.trainings import TINY, TRAIN
 
 from tpresearch.launch import stop
 from tpresearch.launch.stop import StopFlag, Stopped, end_with_parent, fault_of_another_rank
@@ -154,21 +154,29 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.cli
-def test_a_torchrun_that_is_stopped_leaves_the_record_of_a_preempted_run(tmp_path: Path) -> None:
-    small = ["model=toy_mlp", "data=random_tokens", "tokenizer.vocab_size=300", "data.seq_len=16"]
-    typed = [*small, "parallel=ddp", "train.global_batch_size=8", "train.steps=1000000", "logger=none"]
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, "preempted"), (signal.SIGINT, "interrupted")]
+)
+def test_a_torchrun_that_is_stopped_ends_in_a_result_and_a_line(
+    tmp_path: Path, number: signal.Signals, status: str
+) -> None:
+    typed = [*TINY, "parallel=ddp", "train.steps=1000000", "hydra.run.dir=run"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, str(TRAIN), *typed, "hydra.run.dir=run"]
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    env, metrics = environment(**installed(tmp_path / "installed")), tmp_path / "run" / "metrics.jsonl"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*torchrun, str(TRAIN), *typed], cwd=tmp_path, env=env, **pipes) as process:
         wait_for(lambda: (metrics.exists() and metrics.read_text()) or process.poll() is not None)
-        process.terminate()
-        _, err = process.communicate()
+        process.send_signal(number)
+        out, err = process.communicate()
+    assert process.returncode == 128 + number
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["status"], summary["error"]) == ("preempted", "stopped by SIGTERM")
+    assert (summary["status"], summary["error"]) == (status, f"stopped by {number.name}")
     assert json.loads(metrics.read_text().splitlines()[-1])["train/step"] == summary["steps"]
-    assert err.count("Traceback") == 1  # torchrun's own
+    box, _, after = out.rpartition("┘\n")
+    assert f"toy_mlp/ddp2: {status}" in box
+    stopped = f"stopped by {number.name} after step {summary['steps']}; to go on: "
+    assert after == f"{stopped}torchrun --nproc-per-node=2 {TRAIN} resume=run\n"
+    assert "Traceback" not in err
+    assert "Sending process" not in err
     for rank in range(2):
         assert "Traceback" not in (tmp_path / "run" / "ranks" / f"rank-0000{rank}.log").read_text()

@@ -159,6 +159,15 @@ def _children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def installed(folder: Path) -> dict[str, str]:
+    """The environment in which torchrun finds our entry point, as it does where the package is installed."""
+    record = folder / "here-0.dist-info"
+    record.mkdir(parents=True, exist_ok=True)
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: here\nVersion: 0\n")
+    (record / "entry_points.txt").write_text("[torchrun.handlers]\nhere = tpresearch.agent:handler\n")
+    return on_path(folder)
+
+
 def on_path(folder: Path) -> dict[str, str]:
     """The environment in which modules in `folder` can be imported."""
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from support.example_run import row
 
+from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Loss
+from tpresearch.launch.command import Command, program_words
 from tpresearch.track.console import ProgressLine, report
 from tpresearch.track.names import complete_row
+from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.record import headline
 from tpresearch.track.shown import bytes_text, count_text, duration_text, loss_text, path_text, share_text
+
+REFUSED = ConfigError("parallel", "fsdp_tp", "it is not for this model", "another")
 
 
 @pytest.mark.parametrize(
@@ -105,9 +111,12 @@ def test_the_report_tells_results_place_and_what_to_type_next(
     summary["parallel"] = "tp"
     summary |= headline(rows, warmup_steps=5)
     out = io.StringIO()
-    report(
-        Console(file=out, width=120), summary, tmp_path / "outputs/r", "wandb sync outputs/r/wandb/x", 6.71
+    typed = Command(("model=mine", "parallel=tp", "train.steps=3", "hydra.run.dir=outputs/r"), ranks=2)
+    next_steps = NextSteps(
+        typed, lambda command: REFUSED if "parallel=fsdp_tp" in command.arguments else None
     )
+    wandb = "wandb sync outputs/r/wandb/x"
+    report(Console(file=out, width=120), summary, tmp_path / "outputs/r", wandb, 6.71, next_steps=next_steps)
     text = out.getvalue()
     for part in (
         "m/tp2: completed",
@@ -117,12 +126,12 @@ def test_the_report_tells_results_place_and_what_to_type_next(
         "11.8 MiB",
         "run    outputs/r\n",
         "W&B    wandb sync outputs/r/wandb/x\n",
-        "  torchrun --nproc-per-node=2 train.py parallel=fsdp_tp  # ",
-        "  python train.py -m parallel=none,tp,fsdp world_size=2  # ",
-        "  python train.py plan_only=true ",
+        "torchrun --nproc-per-node=2 PROGRAM model=mine parallel=fsdp train.steps=3  # ",
+        "python PROGRAM -m model=mine parallel=none,tp,fsdp train.steps=3 world_size=2  # ",
+        "python PROGRAM plan_only=true ",
         "  cat outputs/r/plan.txt  # ",
     ):
-        assert part in text
+        assert part.replace("PROGRAM", shlex.join(program_words())) in text
     assert "MFU" not in text  # undefined on a CPU
 
 
@@ -152,3 +161,22 @@ def test_the_report_says_why_a_sum_of_outputs_falls_without_end(tmp_path: Path) 
     assert "-17430.2" in texts[Loss.sum].replace(",", "")
     assert "the sum of all outputs, which has no targets and no minimum" in texts[Loss.sum]
     assert "minimum" not in texts[Loss.next_token]
+
+
+@pytest.mark.parametrize(("checkpoint", "typed"), [(True, "resume=r"), (False, "model=mine")])
+def test_a_stopped_run_ends_in_the_command_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: bool, typed: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if checkpoint:
+        (tmp_path / "r" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    summary = {"run_name": "m/tp2", "status": "interrupted", "error": "stopped by SIGINT", "steps": 4}
+    summary |= {"world_size": 2, "tokens": 9, "parallel": "tp"} | headline([], 5)
+    out = io.StringIO()
+    next_steps = NextSteps(Command(("model=mine",), ranks=2), lambda _: None)
+    report(Console(file=out, width=120), summary, tmp_path / "r", None, next_steps=next_steps)
+    box, _, after = out.getvalue().rpartition("┘\n")
+    assert "m/tp2: interrupted" in box
+    program = shlex.join(program_words())
+    assert after.startswith("stopped by SIGINT after step 4; to go on: ")
+    assert after.endswith(f"torchrun --nproc-per-node=2 {program} {typed}\n")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from io import FileIO
 from pathlib import Path
 
 import pytest
 from support.example_run import row
 
+from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import METRICS, NAMES, complete_row
-from tpresearch.track.record import MetricsFile, headline, read_metrics, write_summary
+from tpresearch.track.record import headline, read_metrics, write_summary
 
 PROMISED = {
     "train/step",
@@ -104,10 +107,48 @@ def test_a_summary_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("No space left on device")
 
     write_summary(tmp_path, {"status": "completed"})
-    with pytest.raises(ValueError, match="nan"):
-        write_summary(tmp_path, {"status": float("nan")})
+    write_summary(tmp_path, {"status": "completed", "entropy": float("nan"), "mesh": {"tp": float("inf")}})
+    whole = {"status": "completed", "entropy": None, "mesh": {"tp": None}}
+    assert json.loads((tmp_path / "summary.json").read_text()) == whole
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_summary(tmp_path, {"status": "failed"})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "completed"}
+    assert json.loads((tmp_path / "summary.json").read_text()) == whole
     assert [path.name for path in tmp_path.glob("*summary*")] == ["summary.json"]
+
+
+def test_rows_wait_for_room_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics, room = MetricsFile(tmp_path), [True, False, False, True]
+    write = FileIO.write
+
+    class Disk(FileIO):
+        def write(self, data) -> int:  # type: ignore[no-untyped-def]
+            if not room[0]:
+                raise OSError(28, "No space left on device")
+            return write(self, bytes(data[:100]))  # and never all at once
+
+    metrics._file = Disk(tmp_path / "metrics.jsonl", "a+")
+    for step in (1, 2, 3, 4):
+        metrics.append(row(step))
+        del room[0]
+        room.append(False)
+    assert [r["train/step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert [record.message for record in caplog.records] == [
+        "metrics.jsonl cannot be written (No space left on device): rows wait for room"
+    ]
+    assert metrics.close() is None
+    lacking = MetricsFile(tmp_path)
+    lacking._file = Disk(tmp_path / "metrics.jsonl", "a+")
+    lacking.append(row(5))
+    assert lacking.close() == "No space left on device"
+
+
+def test_rows_outlive_their_folder(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    metrics.append(row(1))
+    shutil.rmtree(tmp_path)
+    metrics.append(row(2))
+    assert metrics.close() is None
+    assert [r["train/step"] for r in read_metrics(tmp_path)] == [1, 2]

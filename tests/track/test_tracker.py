@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import yaml
-from support.example_run import STEPS, log_steps, row, train
+from rich.console import Console
+from support.example_run import FACTS, STEPS, log_steps, row, train
 
 from tpresearch.config import Config
 from tpresearch.config.compose import as_dict
@@ -71,11 +75,11 @@ def test_an_exception_makes_it_failed_in_one_line_and_goes_on(
     assert (summary["steps"], summary["train/loss"]) == (2, 8.125)
 
 
-def test_ctrl_c_makes_it_preempted(track: Callable[..., Tracker], run_dir: Path) -> None:
+def test_ctrl_c_makes_it_interrupted(track: Callable[..., Tracker], run_dir: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(track(), last=3, ending=signal.SIGINT)
     summary = read_summary(run_dir)
-    assert (summary["status"], summary["error"], summary["steps"]) == ("preempted", "KeyboardInterrupt", 3)
+    assert (summary["status"], summary["error"], summary["steps"]) == ("interrupted", "KeyboardInterrupt", 3)
 
 
 def test_a_stop_makes_it_preempted_with_the_exit_code_of_the_signal(
@@ -150,3 +154,46 @@ def test_a_row_is_on_disk_before_the_next_step(track: Callable[..., Tracker], ru
     tracker.log(row(1))
     assert json.loads((run_dir / "metrics.jsonl").read_text())["train/step"] == 1
     tracker.finish()
+
+
+def test_nothing_on_the_way_out_costs_the_summary(
+    cfg: Config, run_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg.logger.name = "[/b]"  # which rich would take for markup
+    facts = dataclasses.replace(FACTS, unigram_entropy=float("nan"))  # nothing is held out
+    out = io.StringIO()
+    with Tracker(cfg, as_dict(cfg), run_dir, facts, STEPS, console=Console(file=out, width=120)) as tracker:
+        log_steps(tracker)
+        shutil.rmtree(run_dir)
+        monkeypatch.setattr("tpresearch.track.tracker.report", lambda *_: 1 / 0)
+    summary = read_summary(run_dir)
+    assert (summary["status"], summary["run_name"], summary["unigram_entropy"]) == ("completed", "[/b]", None)
+    assert (summary["steps"], summary["train/loss"], len(read_metrics(run_dir))) == (8, 7.75, 8)
+    said = [record.message for record in caplog.records]
+    assert said == [
+        f"{run_dir} was removed while the run went on: its record is here again",
+        "the report cannot be shown: ZeroDivisionError: division by zero",
+    ]
+
+
+def test_a_summary_that_finds_no_room_is_said_in_a_line(
+    track: Callable[..., Tracker], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(folder: Path, summary: Mapping[str, object]) -> None:
+        raise OSError(28, "No space left on device")
+
+    tracker = track()
+    log_steps(tracker)
+    monkeypatch.setattr(record, "write_summary", full_disk)
+    tracker.finish()
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("summary.json cannot be written (No space left on device); it is {")
+    assert json.loads(line.partition("it is ")[2])["train/loss"] == 7.75
+
+
+def test_what_cannot_be_written_at_the_end_is_found_at_the_start(
+    track: Callable[..., Tracker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tpresearch.track.tracker.report", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        track()

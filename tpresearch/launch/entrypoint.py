@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -25,7 +25,7 @@ from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import Config
 from tpresearch.config.world import SlurmStep, World
 from tpresearch.launch import hydra_app
-from tpresearch.launch.command import Command, WrongCommand, override, override_key, python_command
+from tpresearch.launch.command import Command, Objection, WrongCommand, override, override_key, python_command
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.going_on import type_again, typed_then
@@ -54,6 +54,10 @@ class Run:
     """The option chosen in each config group: `{"model": "llama2_tiny", "parallel": "tp", ...}`."""
     restarted: bool = False
     """Whether torchrun has started this job's ranks before; rank 0 knows."""
+    command: Command = field(default_factory=lambda: Command(()))
+    """The command line that started it, or would have if it goes on from an earlier one."""
+    objection: Objection = lambda command: None
+    """What the program would say to another command."""
 
 
 def entrypoint(
@@ -221,12 +225,17 @@ def _srun_alone(slurm: SlurmStep) -> WrongCommand:
 def _call_main(program: Program[Judged], judged: Judged, world: World, restarted: bool = False) -> None:
     """main, with what was judged and its run; a bug in it is in the logs, and in torchrun's report."""
     settings = HydraConfig.get()
+    command, overrides = Command.typed(world), list(settings.overrides.task)
+    if any(override_key(word) == "resume" for word in command.arguments):
+        command = dataclasses.replace(command, arguments=tuple(overrides))
     run = Run(
         folder=Path(settings.runtime.output_dir),
         world=world,
-        overrides=list(settings.overrides.task),
+        overrides=overrides,
         choices={g: option for g, option in settings.runtime.choices.items() if not g.startswith("hydra/")},
         restarted=restarted,
+        command=command,
+        objection=program._objections().to,
     )
     start_logging(run.folder, world)
     main = program.main

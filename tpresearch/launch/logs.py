@@ -34,6 +34,7 @@ def start_logging(folder: Path, world: World) -> None:
         handler.addFilter(OnceEachWarning())
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a line that a full disk does not take is lost, and no more than that
     for library, level in LIBRARY_LEVELS.items():
         logging.getLogger(library).setLevel(level)
     if "TORCH_LOGS" not in os.environ:

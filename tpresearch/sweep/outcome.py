@@ -40,7 +40,7 @@ def outcome_of(job: Job, code: int | None, seconds: float | None = None) -> Outc
         return Outcome(job, "completed", summary=summary)
     if code == 0:
         return Outcome(job, "completed", seconds, None, summary)
-    if summary.get("status") == "preempted" or code == STOPPED:
+    if summary.get("status") in ("preempted", "interrupted") or code == STOPPED:
         return Outcome(job, "preempted", seconds, summary.get("error", "stopped"), summary)
     error, log = _error(job, code, summary)
     return Outcome(job, "failed", seconds, error, summary, log)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from tpresearch.config.schema import Loss
 from tpresearch.track.names import Row
+from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.shown import (
     UNDEFINED,
     bytes_text,
@@ -109,6 +109,7 @@ def figures(row: Row, val_loss: float | None, left_s: float | None) -> str:
     return "  ".join(parts)
 
 
+STOPPED = ("preempted", "interrupted")
 NO_MINIMUM = (
     " (train.loss=sum: the sum of all outputs, which has no targets and no minimum, and falls without end)"
 )
@@ -121,32 +122,43 @@ def report(
     wandb_line: str | None,
     unigram_entropy: float | None = None,
     loss: Loss = Loss.next_token,
+    next_steps: NextSteps | None = None,
 ) -> None:
     """The end of a run: what came out, where it lies, and what to type next.
 
     Args:
+        next_steps: what there is to type.
         summary: as in summary.json.
         wandb_line: the run's page or the command that uploads it; None without W&B.
         unigram_entropy: nats per token of the held-out rows when only the tokens' frequencies are known.
         loss: what was minimised.
     """
-    table = Table(
-        title=f"{summary['run_name']}: {summary['status']}", title_justify="left", show_header=False
-    )
+    title = Text(f"{summary['run_name']}: {summary['status']}")
+    table = Table(title=title, title_justify="left", show_header=False)
     for name, value in _results(summary, unigram_entropy, loss):
         table.add_row(name, Text(value))
     console.print()
     console.print(table)
-    if summary.get("error"):
-        console.print(Text(f"error  {summary['error']}", style="red"), soft_wrap=True)
-    run = path_text(run_dir)
-    console.print(Text(f"run    {run}"), soft_wrap=True)
+    for line in _lines(summary, run_dir, wandb_line, next_steps):
+        console.print(line, soft_wrap=True)
+
+
+def _lines(
+    summary: Mapping[str, Any], run_dir: Path, wandb_line: str | None, next_steps: NextSteps | None
+) -> Iterator[Text]:
+    if summary["status"] in STOPPED and next_steps:
+        yield Text(
+            f"{summary['error']} after step {summary['steps']}; to go on: {next_steps.to_go_on(run_dir)}"
+        )
+    elif summary.get("error"):
+        yield Text(f"error  {summary['error']}", style="red")
+    if summary["status"] not in STOPPED or not next_steps:
+        yield Text(f"run    {path_text(run_dir)}")
     if wandb_line:
-        console.print(Text(f"W&B    {wandb_line}"), soft_wrap=True)
-    if summary["status"] == "completed":
-        console.print(Text("next"))
-        for command, why in _next_commands(run, summary["world_size"], summary["parallel"]):
-            console.print(Text(f"  {command}  # {why}"), soft_wrap=True)
+        yield Text(f"W&B    {wandb_line}")
+    if summary["status"] == "completed" and next_steps:
+        yield Text("next")
+        yield from (Text(f"  {command}  # {why}") for command, why in next_steps.after(summary, run_dir))
 
 
 def _results(summary: Mapping[str, Any], unigram_entropy: float | None, loss: Loss) -> list[tuple[str, str]]:
@@ -175,28 +187,3 @@ def _split(whole: float | None, parts: Mapping[str, float] | None) -> str:
     """`23.9 MiB: dp_shard 11.8 MiB, tp 12.1 MiB`"""
     said = ", ".join(f"{name} {bytes_text(value)}" for name, value in (parts or {}).items())
     return said if whole is None else bytes_text(whole) + (f": {said}" if said else "")
-
-
-def _next_commands(run: str, ranks: int, parallel: str) -> list[tuple[str, str]]:
-    other = "fsdp" if parallel == "fsdp_tp" else "fsdp_tp"
-    return [
-        (
-            f"{_program('torchrun')} --nproc-per-node={max(ranks, 2)} train.py parallel={other}",
-            "the same training under another plan: the losses agree",
-        ),
-        (
-            f"{_program('python')} train.py -m parallel=none,tp,fsdp world_size={max(ranks, 2)}",
-            "three plans side by side, in one table, with the command that draws them",
-        ),
-        (
-            f"{_program('python')} train.py plan_only=true model=llama2_7b tokenizer=bpe_32k mesh.tp=8 world_size=64",
-            "how 64 ranks would share 7B, compiled here",
-        ),
-        (f"cat {run}/plan.txt", "what each rank holds, and what it sends"),
-    ]
-
-
-def _program(name: str) -> str:
-    """A program of this Python's environment, as it is typed from here: `.venv/bin/torchrun`, or its bare name."""
-    path = Path(sys.executable).with_name(name)
-    return path_text(path) if path.is_relative_to(Path.cwd()) and path.exists() else name

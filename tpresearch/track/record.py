@@ -11,91 +11,17 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, SupportsFloat
+from typing import Any
 
 import yaml
 
-from tpresearch.track.names import NAMES, Row, complete_row
+from tpresearch.track.names import NAMES, Row, finite
 from tpresearch.track.shown import bytes_text
 
 MOST_BYTES, MOST_VALUES, DEEPEST = 4 << 20, 100_000, 50
 """Of a file of a run that is read whole: far more than any run writes."""
 TOO_DEEP = f"nested more than {DEEPEST} deep"
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class MetricsFile:
-    """metrics.jsonl, open for appending: one object a logged step, on disk as soon as it is logged.
-
-    A resumed run appends to what is there; `read_metrics` leaves out the rows that were written after its checkpoint.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "metrics.jsonl"
-        torn = _is_torn(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
-
-    def append(self, values: Mapping[str, SupportsFloat | None]) -> Row:
-        """Write one row and give it back complete.
-
-        Raises:
-            KeyError: for a metric that is not declared.
-            ValueError: for a row that does not say its step.
-        """
-        row = complete_row(values)
-        if row["train/step"] is None:
-            raise ValueError("a row is logged without train/step, by which it is found again; add it")
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-        return row
-
-    def cut_after(self, step: int) -> None:
-        """Go on after this step: rows of later ones are set aside in metrics.cut.jsonl, so that steps strictly rise."""
-        self._file.close()
-        cut_rows(self._path.parent, step)
-        self._file = self._path.open("a", encoding="utf-8")
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _is_torn(path: Path) -> bool:
-    if not path.exists() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
-
-
-def cut_rows(folder: Path, step: int) -> None:
-    """Leave rows 1..step in metrics.jsonl, once each, and append what else is there to metrics.cut.jsonl."""
-    path = folder / "metrics.jsonl"
-    kept: list[str] = []
-    cut: list[str] = []
-    last = 0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        of = _step_of(line)
-        if of is not None and last < of <= step:
-            kept.append(f"{line}\n")
-            last = of
-        else:
-            cut.append(f"{line}\n")
-    if cut:
-        with (folder / "metrics.cut.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(cut)
-            file.flush()
-            os.fsync(file.fileno())
-        write_atomically(path, "".join(kept))
-
-
-def _step_of(line: str) -> int | None:
-    """The step of a row; None of one that was half written."""
-    try:
-        return int(json.loads(line)["train/step"])
-    except (ValueError, TypeError, KeyError):
-        return None
 
 
 def read_metrics(folder: Path) -> list[Row]:
@@ -216,7 +142,16 @@ def keep_as_of(folder: Path, step: int, name: str, content: str) -> None:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """summary.json, whole or not at all."""
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / "summary.json", json.dumps(defined(summary), indent=2, allow_nan=False) + "\n")
+
+
+def defined(value: Any) -> Any:
+    """Plain data with null for each number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: defined(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [defined(item) for item in value]
+    return finite(value) if isinstance(value, float) else value
 
 
 def write_config(folder: Path, config: Mapping[str, Any], step: int = 0) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import signal
 import time
@@ -17,7 +19,9 @@ from tpresearch.config import Config
 from tpresearch.launch.stop import Stopped
 from tpresearch.track import record
 from tpresearch.track.console import ProgressLine, report
-from tpresearch.track.names import finite
+from tpresearch.track.metrics_file import MetricsFile
+from tpresearch.track.names import Row
+from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.run_name import run_name
 from tpresearch.track.secrets import refuse_secrets
 from tpresearch.track.wandb_host import LONGEST, LONGEST_TAG
@@ -28,8 +32,13 @@ if TYPE_CHECKING:  # it imports torch, which nothing else here needs
 
 log = logging.getLogger(__name__)
 
-Status = Literal["completed", "failed", "preempted"]
-EXIT_CODES: dict[Status, int] = {"completed": 0, "failed": 1, "preempted": 128 + signal.SIGTERM}
+Status = Literal["completed", "failed", "preempted", "interrupted"]
+EXIT_CODES: dict[Status, int] = {
+    "completed": 0,
+    "failed": 1,
+    "preempted": 128 + signal.SIGTERM,
+    "interrupted": 128 + signal.SIGINT,
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,9 @@ class Tracker:
             ...
             tracker.log({"train/step": 1, "train/tokens": 3072, "train/loss": 8.31, ...})
 
-    The block's end completes the run; an exception in it makes it failed, a KeyboardInterrupt or Stopped
-    preempted, and goes on its way. `finish` says otherwise before that.
+    The block's end completes the run; an exception in it makes it failed, Ctrl-C interrupted, another signal
+    preempted, and goes on its way. `finish` says otherwise before that. What is written at the end is tried at the
+    start, and neither a full disk, nor a folder that is gone, nor a report that cannot be printed costs the summary.
 
     Args:
         config: the resolved config as plain data, written to config.yaml and given to W&B whole.
@@ -65,6 +75,7 @@ class Tracker:
         total_steps: the step at which the run ends.
         start_step: the step from which this process is to set out: see `go_on_from`.
         plan: the compiled plan as it was printed, for plan.txt.
+        next_steps: what the report tells to type next.
         console: where the progress and the report go; standard output by default.
 
     Raises:
@@ -81,6 +92,7 @@ class Tracker:
         *,
         start_step: int = 0,
         plan: str | None = None,
+        next_steps: NextSteps | None = None,
         console: Console | None = None,
     ) -> None:
         refuse_secrets(config)
@@ -88,14 +100,16 @@ class Tracker:
         self._cfg, self._run_dir, self._facts, self._start_step = cfg, run_dir, facts, start_step
         self._console = console or Console(highlight=False)
         self._began, self._last_step = time.monotonic(), start_step
-        self._ended = False
+        self._ended, self._next_steps = False, next_steps
+        self._last_row: Row | None = None
         self._count: StepLedger | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
         record.write_config(run_dir, config, start_step)
         if plan is not None:
             record.write_plan(run_dir, plan, start_step)
-        self._metrics = record.MetricsFile(run_dir)
+        self._metrics = MetricsFile(run_dir)
         self._wandb = self._start_wandb(config) if cfg.logger.wandb else None
+        self._report(Console(file=io.StringIO()), self._summary("completed", None), None)
         self._progress = ProgressLine(self._console, total_steps, start_step)
 
     def _start_wandb(self, config: Mapping[str, Any]) -> WandbRun | None:
@@ -128,7 +142,7 @@ class Tracker:
         Raises:
             KeyError: for a metric that `names.py` does not declare.
         """
-        row = self._metrics.append(values)
+        row = self._last_row = self._metrics.append(values)
         self._last_step = record.step_of(row)
         if self._wandb:
             self._wandb.log(row)
@@ -136,8 +150,11 @@ class Tracker:
 
     def count(self, step: StepLedger) -> None:
         """Record what one step sent and held: ledger.json, and its sums in the summary."""
-        record.write_ledger(self._run_dir, step.as_json())
         self._count = step
+        try:
+            record.write_ledger(self._run_dir, step.as_json())
+        except OSError as problem:
+            log.warning("ledger.json cannot be written: %s", problem.strerror)
 
     def finish(
         self, summary: Mapping[str, Any] | None = None, status: Status = "completed", error: str | None = None
@@ -152,28 +169,35 @@ class Tracker:
             return
         self._ended = True
         self._progress.stop()
-        try:
-            self._metrics.close()
-        except OSError as problem:  # a full disk, say: it must not keep the summary and W&B from being closed
-            log.warning("metrics.jsonl could not be closed: %s", problem)
-        whole = self._summary(status, error) | {
-            key: finite(value) if isinstance(value, float) else value
-            for key, value in (summary or {}).items()
-        }
+        if problem := self._metrics.close():
+            log.warning("metrics.jsonl lacks rows: %s", problem)
+        whole = self._summary(status, error) | dict(summary or {})
         try:
             record.write_summary(self._run_dir, whole)
+        except OSError as problem:
+            log.error(
+                "summary.json cannot be written (%s); it is %s",
+                problem.strerror,
+                json.dumps(record.defined(whole)),
+            )
         finally:
             if self._wandb:
                 self._wandb.finish(whole, EXIT_CODES[status], preempted=status == "preempted")
-        wandb_line = self._wandb.where() if self._wandb else None
-        report(
-            self._console, whole, self._run_dir, wandb_line, self._facts.unigram_entropy, self._cfg.train.loss
-        )
+        try:
+            self._report(self._console, whole, self._next_steps)
+        except Exception as problem:
+            log.warning("the report cannot be shown: %s", _line(problem))
+
+    def _report(self, console: Console, summary: Mapping[str, Any], next_steps: NextSteps | None) -> None:
+        where = self._wandb.where() if self._wandb else None
+        entropy, loss = self._facts.unigram_entropy, self._cfg.train.loss
+        report(console, summary, self._run_dir, where, entropy, loss, next_steps)
 
     def _summary(self, status: Status, error: str | None) -> dict[str, Any]:
         cfg, facts = self._cfg, self._facts
-        rows = [row for row in record.read_metrics(self._run_dir) if record.step_of(row) <= self._last_step]
-        return {
+        logged = record.read_metrics(self._run_dir) or ([self._last_row] if self._last_row else [])
+        rows = [row for row in logged if record.step_of(row) <= self._last_step]
+        summary = {
             "status": status,
             **({"error": error} if error else {}),
             "run_name": self.name,
@@ -194,6 +218,7 @@ class Tracker:
             **({"resumed": resumed} if (resumed := record.read_resumptions(self._run_dir)) else {}),
             "wall_time_s": time.monotonic() - self._began,
         }
+        return record.defined(summary)
 
     def __enter__(self) -> Self:
         return self
@@ -204,8 +229,13 @@ class Tracker:
         if error is None:
             self.finish()
         else:
-            stopped = isinstance(error, Stopped | KeyboardInterrupt)
-            self.finish(status="preempted" if stopped else "failed", error=_line(error))
+            self.finish(status=_status(error), error=_line(error))
+
+
+def _status(error: BaseException) -> Status:
+    if isinstance(error, KeyboardInterrupt) or (isinstance(error, Stopped) and error.number == signal.SIGINT):
+        return "interrupted"
+    return "preempted" if isinstance(error, Stopped) else "failed"
 
 
 def _line(error: BaseException) -> str:

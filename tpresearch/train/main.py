@@ -30,6 +30,7 @@ from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import plan_text
+from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
@@ -159,8 +160,11 @@ def tracking(
         corpus.corpus_hash,
         corpus.unigram_entropy,
     )
-    config = as_dict(job.cfg)
-    return Tracker(job.cfg, config, run.folder, facts, total_steps(job.cfg), start_step=start_step, plan=plan)
+    steps, config = total_steps(job.cfg), as_dict(job.cfg)
+    after = NextSteps(run.command, run.objection)
+    return Tracker(
+        job.cfg, config, run.folder, facts, steps, start_step=start_step, plan=plan, next_steps=after
+    )
 
 
 @contextmanager

@@ -1,0 +1,121 @@
+"""metrics.jsonl as it is written: a row is on disk as soon as it is logged, whatever becomes of the disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from typing import SupportsFloat
+
+from tpresearch.track.names import Row, complete_row
+from tpresearch.track.record import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """metrics.jsonl, open for appending: one object a logged step, on disk as soon as it is logged.
+
+    A resumed run appends to what is there; `read_metrics` leaves out the rows that were written after its checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "metrics.jsonl"
+        torn = _is_torn(self._path)
+        self._file = self._open()
+        self._waiting = bytearray()
+        self._problem: str | None = None
+        if torn:
+            self._write("\n")
+
+    def _open(self) -> FileIO:
+        return FileIO(self._path, "a+")
+
+    def append(self, values: Mapping[str, SupportsFloat | None]) -> Row:
+        """Write one row and give it back complete.
+
+        Raises:
+            KeyError: for a metric that is not declared.
+            ValueError: for a row that does not say its step.
+        """
+        row = complete_row(values)
+        if row["train/step"] is None:
+            raise ValueError("a row is logged without train/step, by which it is found again; add it")
+        self._write(json.dumps(row, allow_nan=False) + "\n")
+        return row
+
+    def _write(self, line: str) -> None:
+        """Now, or with a later row where the disk is full."""
+        self._waiting += line.encode()
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as problem:
+            if self._problem is None:
+                log.warning("metrics.jsonl cannot be written (%s): rows wait for room", problem.strerror)
+            self._problem = problem.strerror
+
+    def cut_after(self, step: int) -> None:
+        """Go on after this step: rows of later ones are set aside in metrics.cut.jsonl, so that steps strictly rise."""
+        self._file.close()
+        cut_rows(self._path.parent, step)
+        self._file = self._open()
+
+    def close(self) -> str | None:
+        """End the file. Where it has been removed meanwhile, its rows are written once more.
+
+        Returns: why rows are missing, if any are.
+        """
+        self._write("")
+        try:
+            if not self._path.exists():
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file.seek(0)
+                self._path.write_bytes(self._file.readall())
+                log.warning(
+                    "%s was removed while the run went on: its record is here again", self._path.parent
+                )
+            self._file.close()
+        except OSError as problem:
+            return problem.strerror
+        return self._problem if self._waiting else None
+
+
+def _is_torn(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def cut_rows(folder: Path, step: int) -> None:
+    """Leave rows 1..step in metrics.jsonl, once each, and append what else is there to metrics.cut.jsonl."""
+    path = folder / "metrics.jsonl"
+    kept: list[str] = []
+    cut: list[str] = []
+    last = 0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        of = _step_of(line)
+        if of is not None and last < of <= step:
+            kept.append(f"{line}\n")
+            last = of
+        else:
+            cut.append(f"{line}\n")
+    if cut:
+        with (folder / "metrics.cut.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(cut)
+            file.flush()
+            os.fsync(file.fileno())
+        write_atomically(path, "".join(kept))
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a row; None of one that was half written."""
+    try:
+        return int(json.loads(line)["train/step"])
+    except (ValueError, TypeError, KeyError):
+        return None
