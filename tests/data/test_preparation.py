@@ -167,8 +167,8 @@ def test_a_cache_of_another_user_is_refused_by_name(
 def test_a_failed_stage_leaves_nothing(
     data: DataConfig, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(folder: Path, *_: object) -> int:
-        folder.mkdir()
+    def full(file: Path, *_: object) -> int:
+        file.touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pipeline, "write_rows", full)
@@ -268,10 +268,10 @@ def test_a_moved_corpus_is_the_same_corpus(data: DataConfig, texts: Path, bpe: T
     assert prepare(data, bpe).folder == before.folder
 
 
-ARROW, META = "held_out/data-00000-of-00001.arrow", "meta.json"
+ROWS, META = "held_out.npy", "meta.json"
 DAMAGE = {
-    "truncated": (ARROW, lambda path: os.truncate(path, path.stat().st_size // 2), "bytes instead of"),
-    "a flipped bit": (ARROW, lambda path: flip_bit(path, path.stat().st_size // 2), "its checksum differs"),
+    "truncated": (ROWS, lambda path: os.truncate(path, path.stat().st_size // 2), "bytes instead of"),
+    "a flipped bit": (ROWS, lambda path: flip_bit(path, path.stat().st_size // 2), "its checksum differs"),
     "missing": ("tokenizer.json", lambda path: path.unlink(), "missing"),
     "no meta": (META, lambda path: path.unlink(), "FileNotFoundError"),
     "half a meta": (META, lambda path: os.truncate(path, 100), "JSONDecodeError"),

@@ -1,4 +1,4 @@
-"""Corpus -> tokenizer -> packed Arrow rows -> deterministic batches.
+"""Corpus -> tokenizer -> packed rows -> deterministic batches.
 
 Names are imported when first used: a missing path is refused before torch, datasets or tokenizers are loaded.
 """

@@ -1,8 +1,7 @@
-"""What is kept on disk: token streams, and packed rows in an Arrow folder, seen as one memory-mapped array."""
+"""What is kept on disk: token streams, and packed rows, each seen as one memory-mapped array."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from tpresearch.config.errors import ConfigError
@@ -20,8 +18,6 @@ from tpresearch.data.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, Tokenize
 
 PARTS = ("train", "held_out")
 BATCH_CHARS = 8 << 20
-COLUMN = "input_ids"
-ARROW_FILE = "data-00000-of-00001.arrow"
 
 Tokens = NDArray[np.unsignedinteger[Any]]
 
@@ -60,8 +56,8 @@ class PackedCorpus:
     def open(cls, folder: Path, meta: Meta) -> PackedCorpus:
         """The rows in `folder`, prepared and found intact, with its meta.json."""
         return cls(
-            train=read_rows(folder / "train"),
-            held_out=read_rows(folder / "held_out"),
+            train=read_rows(folder / "train.npy"),
+            held_out=read_rows(folder / "held_out.npy"),
             corpus_hash=meta["corpus_hash"],
             tokenizer_hash=meta["tokenizer_hash"],
             vocab_size=meta["vocab_size"],
@@ -187,40 +183,13 @@ def read_stream(folder: Path, part: str, dtype: str) -> Tokens:
 # Packed rows
 
 
-def write_rows(folder: Path, tokens: Tokens, row_tokens: int) -> int:
-    """Pack tokens [t] into rows [t // row_tokens, row_tokens] and drop the rest; returns how many rows.
-
-    `Dataset.save_to_disk` would cut the rows into record batches of a thousand, which cannot be seen as one
-    array; so the folder is written here, in its format: one Arrow stream with one record batch, and two small
-    JSON files. `datasets.load_from_disk` reads it too.
-    """
+def write_rows(file: Path, tokens: Tokens, row_tokens: int) -> int:
+    """Pack tokens [t] into rows [t // row_tokens, row_tokens] of a .npy file, drop the rest; returns how many rows."""
     rows = len(tokens) // row_tokens
-    values = pa.array(tokens[: rows * row_tokens])  # views a memory map, copies nothing
-    column = pa.FixedSizeListArray.from_arrays(values, row_tokens)
-    feature = {"dtype": tokens.dtype.name, "_type": "Value"}
-    features = {COLUMN: {"feature": feature, "length": row_tokens, "_type": "List"}}
-    schema = pa.schema([pa.field(COLUMN, column.type)])
-    schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    folder.mkdir()
-    with pa.OSFile(str(folder / ARROW_FILE), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-        stream.write_batch(pa.record_batch([column], schema=schema))
-    state: dict[str, object] = {
-        "_data_files": [{"filename": ARROW_FILE}],
-        "_fingerprint": folder.parent.name.strip("."),
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    (folder / "state.json").write_text(json.dumps(state, indent=2))
-    (folder / "dataset_info.json").write_text(json.dumps({"features": features}, indent=2))
+    np.save(file, tokens[: rows * row_tokens].reshape(rows, row_tokens))
     return rows
 
 
-def read_rows(folder: Path) -> Tokens:
-    """The rows [n, row_tokens] of a folder that `write_rows` wrote, without reading or copying them."""
-    with pa.ipc.open_stream(pa.memory_map(str(folder / ARROW_FILE))) as stream:
-        column = stream.read_all().column(COLUMN).chunk(0)
-    flat = column.flatten().to_numpy(zero_copy_only=True)
-    return flat.reshape(len(column), column.type.list_size)
+def read_rows(file: Path) -> Tokens:
+    """The rows [n, row_tokens] of a file that `write_rows` wrote, without reading or copying them."""
+    return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))

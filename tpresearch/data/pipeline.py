@@ -31,7 +31,7 @@ from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, byte_level, loa
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Part of every folder's name: raise it when what is written changes."""
 
 LEARN_FROM_CHARS = 128 << 20
@@ -114,7 +114,7 @@ class _Preparation:
         with stage(f"packing rows of {row_tokens} tokens", None, self.progress) as advance:
             for part in PARTS:
                 tokens = read_stream(folder, part, meta["dtype"])
-                parts[part] = {**meta[part], "rows": write_rows(growing / part, tokens, row_tokens)}
+                parts[part] = {**meta[part], "rows": write_rows(growing / f"{part}.npy", tokens, row_tokens)}
                 advance(tokens.nbytes)
         (growing / TOKENIZER_FILE).write_bytes((folder / TOKENIZER_FILE).read_bytes())
         return {**meta, **parts, "seq_len": self.data.seq_len}
