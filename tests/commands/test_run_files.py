@@ -10,7 +10,7 @@ pytestmark = pytest.mark.cli
 
 FILES = {
     *(".hydra", "config.yaml", "plan.txt", "metrics.jsonl", "summary.json", "ledger.json", "train.log"),
-    *("ranks", "wandb", "tokenizer", ".lock"),
+    *("ranks", "wandb", "tokenizer", "checkpoints", ".lock"),
 }
 METRICS = {
     *("train/step", "train/tokens", "train/loss", "train/grad_norm", "train/lr", "val/loss"),

@@ -19,6 +19,7 @@ from support.processes import wait_for
 from tpresearch.checkpoint.disk import whole_checkpoints
 from tpresearch.config import Config
 from tpresearch.config.world import World
+from tpresearch.data import PackedCorpus
 from tpresearch.launch import Run
 from tpresearch.launch.stop import StopFlag, Stopped
 from tpresearch.parallel.device import Device
@@ -105,7 +106,7 @@ def train_until(
 
     pretended = {"prepare": lambda *_, **__: corpus, "check_same_corpus": lambda _: None, "StopFlag": Flag}
     try:
-        with patch.multiple(main, **pretended):
+        with patch.multiple(main, **pretended), patch.object(PackedCorpus, "keep_tokenizer"):
             main.train(preflight(cfg, world), Run(folder, world, [], {}), [Signalling()])
     except Stopped as stopped:
         return str(stopped), int(stopped.code or 0)

@@ -203,6 +203,7 @@ class Saver:
             disk.commit(folder, dataclasses.replace(mark, files=files))
             with suppress(OSError):
                 disk.prune(self._run, self._settings.keep, self._settings.keep_every)
+            disk.clear_drafts(self._run)
 
         together(commit, self._group)
         size = sum(file.bytes for file in files.values())
