@@ -14,6 +14,7 @@ import pytest
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
 from tpresearch.data import prepare, sources
+from tpresearch.data.documents import read_file
 from tpresearch.data.pipeline import open_corpus
 from tpresearch.data.sources import hash_files
 
@@ -224,6 +225,17 @@ def test_a_record_larger_than_its_bound_is_not_read(tmp_path: Path, configure, n
     assert peak < 5_000_000
     bounded.max_record_bytes = 40_000_000
     assert [len(text) for _, text in names_and_texts(bounded)] == [5, 30_000_000]
+
+
+def test_a_text_that_memory_cannot_hold_is_refused(
+    tmp_path: Path, configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sparse(path: Path) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_bytes", sparse)
+    with pytest.raises(ConfigError, match=f"data.path={tmp_path}/a.txt: cannot be read: MemoryError"):
+        list(read_file(configure("a.txt"), "a.txt", tmp_path / "a.txt"))
 
 
 def test_a_corrupt_parquet_page_is_refused_by_row(tmp_path: Path, configure) -> None:

@@ -238,6 +238,20 @@ def test_a_job_of_a_killed_start_is_waited_for_and_named(
     assert sweep.numbers == [0]
 
 
+def test_a_folder_that_a_run_uses_is_left_to_it(sweep: Sweep) -> None:
+    sweep("parallel=none")
+    used = sweep.started[0].folder
+    (used / "summary.json").unlink()
+    (used / CONSOLE_LOG).touch()
+    with (
+        FileLock(used / ".lock"),
+        pytest.raises(ConfigError, match=f"{used}: another run is using this folder"),
+    ):
+        sweep("parallel=none")
+    assert sweep.started == []
+    assert sweep("parallel=none") == [5.0]
+
+
 def test_a_table_that_cannot_be_written_is_printed(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     (sweep.folder / "summary.csv").mkdir(parents=True)
     assert sweep("parallel=none") == [5.0]

@@ -44,7 +44,7 @@ def read_file(data: DataConfig, name: str, path: Path) -> Iterator[Document]:
         errors = "strict" if data.source is DataSource.text else "replace"
         try:
             text = path.read_bytes().decode("utf-8-sig", errors)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, MemoryError) as error:
             raise _unreadable(path, error) from None
         if text:
             yield Document(name, text)

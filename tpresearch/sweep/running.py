@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.claim import EARLIER
+from tpresearch.launch.claim import EARLIER, locked
 from tpresearch.launch.stop import end_with_parent
 from tpresearch.sweep.job import CONSOLE_LOG, Job, goes_on
 
@@ -257,15 +257,17 @@ def await_earlier(folder: Path, say: Callable[[str], None]) -> None:
     """Wait for the job that an earlier start of the sweep has in this folder: if that was killed, it is ending.
 
     Raises:
-        ConfigError: if it does not end.
+        ConfigError: if it does not end, or where a run that is no job of a sweep uses the folder.
     """
-    if not (left := processes_of(folder)):
-        return
-    runs = f"a job of an earlier start still runs in {folder}, as process {left[0]}"
-    say(f"{runs}: waiting for its end")
-    until = time.monotonic() + GRACE_S
-    while processes_of(folder):
-        if time.monotonic() > until:
-            legal = "its end, or another folder for this sweep"
-            raise ConfigError("hydra.sweep.dir", folder.parent, runs, legal)
-        time.sleep(POLL_S)
+    if left := processes_of(folder):
+        runs = f"a job of an earlier start still runs in {folder}, as process {left[0]}"
+        say(f"{runs}: waiting for its end")
+        until = time.monotonic() + GRACE_S
+        while processes_of(folder):
+            if time.monotonic() > until:
+                legal = "its end, or another folder for this sweep"
+                raise ConfigError("hydra.sweep.dir", folder.parent, runs, legal)
+            time.sleep(POLL_S)
+    if (folder / ".lock").is_file():
+        with locked(folder):
+            pass

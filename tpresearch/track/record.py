@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +33,7 @@ def read_metrics(folder: Path) -> list[Row]:
     """
     path = folder / "metrics.jsonl"
     rows: list[Row] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in _lines(path) if path.is_file() else ():
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError):  # the process was killed while it wrote this one
@@ -42,6 +43,12 @@ def read_metrics(folder: Path) -> list[Row]:
             rows.pop()
         rows.append(row)
     return rows
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file, in pieces where they are longer than any row."""
+    with path.open(encoding="utf-8") as file:
+        yield from iter(partial(file.readline, MOST_BYTES), "")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
