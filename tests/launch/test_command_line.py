@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
+from support.commands import environment, execute_warm
 from support.launches import Command
+
+from tpresearch.__main__ import COMMANDS
+from tpresearch.launch.help import meanings
+from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
 
@@ -37,7 +43,36 @@ def test_showing_a_config_makes_no_folder(warm_python: Command, tmp_path: Path) 
     assert yaml.safe_load(shown.out)["train"]["steps"] == 3
     assert "hydra" in yaml.safe_load(warm_python("--cfg", "all", "--resolve").out)
     assert "Defaults List" in warm_python("--info", "defaults").out
-    assert "== Configuration groups ==" in warm_python("--help").out
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_says_the_groups_and_what_each_key_means(warm_python: Command, tmp_path: Path) -> None:
+    done = warm_python("--help", "train.steps=7")
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert (
+        "  parallel                                  ddp, fsdp, fsdp_tp, hsdp, hsdp_tp, none, sp, tp" in lines
+    )
+    assert any(line.startswith("  train.steps=7  ") and "Optimizer steps" in line for line in lines)
+    assert any(line.startswith("  schedule.name=cosine  ") and "constant, cosine" in line for line in lines)
+    assert len(lines) < 135
+    assert max(map(len, lines[3:])) <= 140
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_key_has_a_meaning() -> None:
+    assert [key for key, meaning in meanings().items() if not meaning] == []
+    assert len(meanings()) > 75
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_answers_help(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    if find_spec(f"tpresearch.{name}") is None:
+        pytest.skip("not there yet")
+    words = ["-m", f"tpresearch.{name}", "--help"]
+    done = execute_warm(ranks, None, words, tmp_path, environment(tmp_path))
+    assert (done.code, done.err) == (0, "")
+    assert f"tpresearch.{name}" in done.out
     assert not list(tmp_path.iterdir())
 
 
@@ -49,4 +84,4 @@ def test_config_files_can_be_added(warm_python: Command, extra_configs: str) -> 
         == yaml.safe_load(by_flag.out)["train"]["steps"]
         == 7
     )
-    assert "one of short, torn;" in warm_python("experiment=sort", "--config-dir", "mine").err
+    assert "one of short, torn" in warm_python("experiment=sort", "--config-dir", "mine").err

@@ -28,10 +28,7 @@ from tpresearch.config.choices import (
 )
 from tpresearch.config.model import ModelConfig
 
-ROWS = AtLeast(1, 10**7)
-"""Rows of a batch."""
-LENGTH = AtLeast(1, 10**8)
-"""Tokens or numbers in a row."""
+ROWS, LENGTH = AtLeast(1, 10**7), AtLeast(1, 10**8)
 MOST_RANKS = 10**6
 
 
@@ -48,6 +45,7 @@ class FsdpConfig:
 @dataclass
 class ParallelConfig:
     name: str = "none"
+    """What records and tables call the plan."""
     tensor: TensorPlan | None = None
     """Which of the model's sharding plans runs over the mesh's tp axis."""
     data: DataPlan = DataPlan.none
@@ -112,11 +110,15 @@ class TokenizerConfig:
 
 @dataclass
 class OptimizerConfig:
+    """AdamW has betas and eps; SGD has momentum."""
+
     name: OptimizerName = OptimizerName.adamw
     lr: Annotated[float, POSITIVE] = 3e-3
+    """Greatest learning rate, which the schedule scales."""
     betas: Annotated[list[float], Within(0, 1, open_above=True)] = field(default_factory=lambda: [0.9, 0.95])
     eps: Annotated[float, POSITIVE] = 1e-8
     weight_decay: Annotated[float, AtLeast(0)] = 0.1
+    """Of matrices: the share of a weight, times the learning rate, that each step takes off (AdamW), or adds to its gradient (SGD)."""
     decay_vectors: bool = False
     """Let weight decay reach biases and norm weights too, as torch's AdamW does unless it is told otherwise."""
     momentum: Annotated[float, SHARE] = 0.0
@@ -150,6 +152,7 @@ class TrainConfig:
     """Tokens whose logits a rank holds at once; null for those of a whole micro-batch, as where the output layer has a
     bias, and where parallel.loss_parallel=false gathers them."""
     seed: Annotated[int, AtLeast(0)] = 0
+    """Of first weights, the order of rows, and what models draw."""
     dtype: Dtype = Dtype.float32
     """Dtype of the computation. bfloat16 keeps float32 weights, gradients and optimizer state, unless weights says."""
     weights: WeightDtype = WeightDtype.float32
@@ -219,12 +222,16 @@ class DefectsConfig:
 
 @dataclass
 class LoggerConfig:
+    """What Weights & Biases is told of a run."""
+
     wandb: bool = True
+    """Log to Weights & Biases; the record in the run folder is kept anyhow."""
     mode: WandbMode = WandbMode.auto
     """auto: online when there is a key and the host answers, else offline."""
     project: str = "tpresearch"
     entity: str | None = None
     group: str | None = None
+    """Runs of one name are set side by side; null for none, and in a sweep for the sweep's."""
     name: str | None = None
     """Null for <model>/<plan with its sizes>, such as llama2_tiny/fsdp2-tp2."""
     job_type: str = "train"
@@ -241,6 +248,7 @@ class VerifyConfig:
     world_size: Annotated[int, AtLeast(1, 1024)] = 4
     """Ranks to start for each plan but none, or as many as give each axis of its mesh two."""
     steps: Annotated[int, AtLeast(1, 10_000)] = 3
+    """Optimizer steps that are compared."""
     optimizers: list[OptimizerName] = field(default_factory=list)
     """Options of the optimizer group; AdamW alone hides a gradient scaled by a constant."""
     integers: bool = False

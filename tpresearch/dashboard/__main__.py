@@ -17,6 +17,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.network import answers
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import WrongCommand
+from tpresearch.launch.help import help_of_options
 from tpresearch.launch.options import command, read_options
 from tpresearch.track.shown import path_text
 from tpresearch.track.wandb_host import has_key
@@ -34,11 +35,13 @@ class Options:
     group: str = MISSING
     """The W&B group whose runs are compared: a sweep's, or `logger.group`."""
     project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT") or LoggerConfig.project)
+    """Of the runs; by default $WANDB_PROJECT, else tpresearch."""
     entity: str | None = None
     """The team or user whose project it is; null for the account's default."""
     name: str | None = None
     """Name of the workspace and the report; null for `<group> by plan`."""
     report: bool = True
+    """Write a report beside the workspace."""
     dry_run: bool = False
     """Write the JSON, without asking W&B anything."""
     out: str | None = None
@@ -46,6 +49,9 @@ class Options:
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_of_options(__doc__, Options))
+        return
     options = read_options(Options, sys.argv[1:])
     if importlib.util.find_spec("wandb_workspaces") is None:
         why, legal = "wandb-workspaces is not installed", "the extra `dashboard`"

@@ -29,6 +29,7 @@ from tpresearch.launch.command import Command, Objection, WrongCommand, override
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.going_on import type_again, typed_then
+from tpresearch.launch.help import help_text
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
 from tpresearch.launch.objection import Objections
 from tpresearch.launch.printing import print_without_fail
@@ -130,7 +131,9 @@ def _start(program: Program[Judged], world: World) -> None:
     earlier = type_again(arguments) if program.judge_folder else None
     composition = Composition.of(arguments, config_dir, program.config_name)
     if hydra_app.only_shows(arguments):
-        if world.rank == 0:
+        if world.rank == 0 and arguments.help:
+            print(help_text(composition, _purpose(program.main)))
+        elif world.rank == 0:
             with explaining(composition):
                 hydra_app.show(program.main, config_dir, program.config_name)
         return None
@@ -168,6 +171,11 @@ def _typing_again(earlier: Path | None) -> Iterator[None]:
             now = {override_key(word) for word in sys.argv[1:]}
             error.fix = {key: value for key, value in then.items() if key not in now} | error.fix
         raise
+
+
+def _purpose(main: Callable[..., None]) -> str:
+    """What the command is for: the first line of its module."""
+    return (inspect.getdoc(inspect.getmodule(main)) or "").partition("\n")[0]
 
 
 def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world: World) -> None:

@@ -1,0 +1,103 @@
+"""`--help` of a command that composes a config: its groups and their options, then each key and what the schema says of it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Iterator
+from enum import StrEnum
+from functools import cache
+from types import ModuleType
+
+from tpresearch.config.errors import shown
+from tpresearch.config.schema import ComposedConfig
+from tpresearch.launch.command import program_words
+from tpresearch.launch.composition import Composition
+
+WIDTH, COLUMN = 140, 44
+
+
+def help_text(composition: Composition, purpose: str) -> str:
+    """About a page."""
+    values, groups = composition.values_without(""), composition.groups()
+    program = " ".join(program_words())
+    lines = [
+        purpose,
+        "",
+        f"python {program} [GROUP=OPTION ...] [KEY=VALUE ...]      -m: a sweep over a,b,c   --cfg job: the config composed",
+        "",
+        "GROUPS, each option a file of conf/",
+        *(_line(f"  {group}", ", ".join(sorted(options))) for group, options in groups.items()),
+        "",
+        "KEYS, as they are without a word typed",
+        *(_line(f"  {key}={_short(values.get(key))}", meaning) for key, meaning in meanings().items()),
+        _line(
+            "  model.*", "settings of the model's class, and model.plans.<tp|sp>.<rule>.{match,style,src,dst}"
+        ),
+        _line(
+            "  hydra.run.dir, hydra.sweep.dir",
+            "where the run's folder lies, and a sweep's; --hydra-help has the rest",
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def help_of_options(purpose: str | None, options: type) -> str:
+    """The same for a command that composes no config, whose options are a dataclass."""
+    return "\n".join(
+        [str(purpose), "", *(_line(f"  {key}=", meaning) for key, meaning in _meanings(options, ""))]
+    )
+
+
+@cache
+def meanings() -> dict[str, str]:
+    """Each key of the schema and the first sentence of the text below it."""
+    return dict(_meanings(ComposedConfig, ""))
+
+
+def _meanings(kind: type, prefix: str) -> Iterator[tuple[str, str]]:
+    hints = typing.get_type_hints(kind)
+    module = inspect.getmodule(kind)
+    assert module
+    said = _texts(module)
+    for field in dataclasses.fields(kind):
+        hint, key = hints[field.name], f"{prefix}{field.name}"
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _meanings(hint, f"{key}.")
+        elif field.name not in ("model", "cluster"):  # open: a file says what is in it
+            text = " ".join(said.get(f"{kind.__name__}.{field.name}", said[kind.__name__]).split())
+            choices = (
+                f"one of {', '.join(hint)}" if isinstance(hint, type) and issubclass(hint, StrEnum) else ""
+            )
+            given = f"{kind.__name__}.{field.name}" in said
+            yield key, text.partition(". ")[0].rstrip(".") if given or not choices else choices
+
+
+@cache
+def _texts(module: ModuleType) -> dict[str, str]:
+    """`Class.field` and the string that stands below it, which Python itself does not keep; `Class` and its own."""
+    found = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = ast.get_docstring(node) or ""
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    found[f"{node.name}.{ast.unparse(field.target)}"] = ast.literal_eval(text.value)
+    return found
+
+
+def _short(value: object) -> str:
+    """As it would be typed; a variable of the environment by its name."""
+    text = f"[{','.join(map(str, value))}]" if isinstance(value, list) else shown(value)
+    text = re.sub(r"\$\{(?:words_)?from_env:(\w+).*\}", r"$\1", text)
+    return text if len(text) < 24 else f"{text[:20]}..."
+
+
+def _line(left: str, right: str) -> str:
+    head, *more = textwrap.wrap(right, WIDTH - COLUMN) or [""]
+    start = f"{left:<{COLUMN - 1}} {head}".rstrip()
+    return "\n".join([start, *(" " * COLUMN + line for line in more)])
