@@ -127,6 +127,22 @@ def test_a_run_from_it_starts_at_hugging_faces_loss(start: Start, exported: Path
     assert tokenizer.decode(batch.inputs[0]) in {tokenizer.decode(row[:-1]) for row in corpus.train}
 
 
+def test_theirs_to_ours_to_theirs_is_bitwise_by_two_commands(
+    start: Start, exported: Path, home: Path
+) -> None:
+    done = start(
+        2, "-m", "tpresearch.import_hf", "init_from=made/llama", "hydra.run.dir=imported", "parallel=fsdp_tp"
+    )
+    assert done.code == 0, done.err
+    assert done.out == f"{home}/imported/checkpoints/step-00000000: 137,024 parameters of made/llama\n"
+    done = start(None, "-m", "tpresearch.export", "checkpoint=imported", "out=back")
+    assert done.code == 0, done.err
+    for path in exported.iterdir():
+        assert (home / "back" / path.name).read_bytes() == path.read_bytes(), path.name
+    refused = start(None, "-m", "tpresearch.import_hf", "init_from=imported", "model=llama2_debug")
+    assert refused.refusal.startswith("error: init_from=imported: not a folder of Hugging Face's; ")
+
+
 def test_bfloat16_is_the_rounded_checkpoint(start: Start, exported: Path, home: Path) -> None:
     done = start(
         None,

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer as HfTokenizer
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import TokenizerConfig
 from tpresearch.data.cache import Meta
-from tpresearch.data.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, Tokenizer, keep_tokenizer
+from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, keep_tokenizer
 
 PARTS = ("train", "held_out")
 BATCH_CHARS = 8 << 20
@@ -69,7 +70,8 @@ class PackedCorpus:
 
     def keep_tokenizer(self, config: TokenizerConfig, run: Path) -> None:
         """Leave the tokenizer in a run's folder: see `tokenizer.keep_tokenizer`."""
-        keep_tokenizer(self.folder / TOKENIZER_FILE, self.eos_id, config, run / TOKENIZER_FOLDER)
+        backend = HfTokenizer.from_file(str(self.folder / TOKENIZER_FILE))
+        keep_tokenizer(Tokenizer(backend, self.eos_id), config, run)
 
 
 def check_enough_rows(corpus: PackedCorpus, global_batch_size: int, multiple_of: int = 1) -> None:

@@ -142,22 +142,23 @@ def load_hf(path: str) -> Tokenizer:
     return tokenizer
 
 
-def keep_tokenizer(file: Path, eos_id: int, config: TokenizerConfig, folder: Path) -> None:
-    """Write the tokenizer of prepared rows into `folder` as transformers reads it: `AutoTokenizer.from_pretrained(folder)`.
+def keep_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig, run: Path) -> None:
+    """Leave the tokenizer in a run's folder as transformers reads it: `AutoTokenizer.from_pretrained(RUN/tokenizer)`.
 
     Args:
-        file: its tokenizer.json. config: a Hugging Face tokenizer's other files are copied from the path that it names.
+        config: that it was made from. A Hugging Face tokenizer's other files are copied from the path that it names.
     """
+    folder = run / TOKENIZER_FOLDER
     folder.mkdir(exist_ok=True)
     if config.kind is TokenizerKind.hf:
         _, home = _load(str(config.path))
-        for name in {path for pattern in KEPT_FILES for path in home.glob(pattern) if path.is_file()}:
-            shutil.copyfile(name, folder / name.name)
+        for path in {path for pattern in KEPT_FILES for path in home.glob(pattern) if path.is_file()}:
+            shutil.copyfile(path, folder / path.name)
     if not (folder / TOKENIZER_FILE).exists():
-        shutil.copyfile(file, folder / TOKENIZER_FILE)
+        tokenizer.save(folder / TOKENIZER_FILE)
     if not (folder / SETTINGS_FILE).exists():
-        eos = HfTokenizer.from_file(str(file)).id_to_token(eos_id)
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings["eos_token"] = tokenizer.backend.id_to_token(tokenizer.eos_id)
         settings["clean_up_tokenization_spaces"] = False
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -24,8 +24,8 @@ from tpresearch.plan.parameters import tied_parameters
 def from_hugging_face(init_from: str, config: ModelConfig) -> WeightSource:
     """The weights of a folder or hub id that `check_weights` has found to be those of this model.
 
-    Files are mapped into memory, and a rank touches the pages of what it holds: beside its weights it needs room for one
-    of them in the file's dtype. Nothing is sent, and no random number is drawn.
+    Files are mapped into memory, and a rank touches the pages of what it holds: beside its weights it needs room for its
+    part of one query or key projection. Nothing is sent, and no random number is drawn.
     """
     settings = all_settings(config)
     head_dim = settings["dim"] // settings["n_heads"]
@@ -80,6 +80,9 @@ def _fill(parameter: Tensor, part: Any, head_dim: int | None) -> None:
         indices[0] = rows[order]
     runs = [pieces(index, size) for index, size in zip(indices, parameter.shape, strict=True)]
     for box in itertools.product(*runs):
-        first, *others = (run.of_shard for run in box)
-        home: tuple[Any, ...] = (first if order is None else order[first].to(local.device), *others)
-        local[home] = part[tuple(run.of_tile for run in box)].to(local.device, local.dtype)
+        block = part[tuple(run.of_tile for run in box)]
+        home: tuple[Any, ...] = tuple(run.of_shard for run in box)
+        if order is None:
+            local[home].copy_(block)  # from the mapped file to where it stays
+        else:
+            local[(order[home[0]].to(local.device), *home[1:])] = block.to(local.device, local.dtype)

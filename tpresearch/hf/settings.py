@@ -103,7 +103,9 @@ def config_json(settings: Mapping[str, Any], dtype: str, bos: int | None, eos: i
     return {
         "architectures": ["LlamaForCausalLM"],
         **{key: ONLY[key] for key in ("model_type", "hidden_act", "attention_bias", "mlp_bias")},
-        **{theirs: settings[ours] for ours, theirs in NAMES.items()},
+        **{theirs: settings[ours] for ours, theirs in SIZES.items()},
+        **{theirs: float(settings[ours]) for ours, theirs in NUMBERS.items()},
+        "tie_word_embeddings": settings["tied"],
         "bos_token_id": bos,
         "eos_token_id": eos,
         "torch_dtype": dtype,
@@ -114,7 +116,11 @@ def _read(path: Path, named: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise _refused(named, f"it has no {CONFIG}", "a folder that transformers can read") from None
+        raise _refused(
+            named,
+            f"it has no {CONFIG}",
+            "a folder that transformers can read; a checkpoint of ours goes with its own model=",
+        ) from None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise _refused(named, f"{CONFIG} cannot be read: {why}", "a readable one") from None

@@ -1,0 +1,157 @@
+"""What one rank needs to take a Hugging Face folder as its first weights: measured at 1B, by arithmetic at 70B.
+
+    python experiments/hf_memory/measure.py
+
+It writes a folder of llama2_1b's sizes in bfloat16 (2.2 GB, in a temporary folder), then starts a process for each row
+that is rank 0 of as many ranks as the row says, on a process group that sends nothing. RssAnon is the memory that is the
+process's own; pages of the mapped files are the page cache's, shared by all ranks of a host and given back on demand.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tpresearch.config.compose import register_schema, typed
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import validate
+from tpresearch.hf.names import is_rotated
+from tpresearch.hf.read import check_weights, from_hugging_face
+from tpresearch.hf.write import write_config, write_weights
+from tpresearch.launch.composition import conf_dir
+from tpresearch.launch.run_dir import register_resolvers
+from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.parallel.weights import local_part, materialize
+from tpresearch.plan.compiler import shard_shape
+from tpresearch.plan.meta import all_settings, meta_model
+from tpresearch.train.preflight import planned
+
+CELLS = [(1, "none"), (8, "fsdp"), (4, "tp"), (4, "sp"), (8, "fsdp_tp mesh.tp=4"), (8, "hsdp_tp mesh.tp=4")]
+LARGE = [(8, "fsdp_tp mesh.tp=8"), (16, "fsdp_tp mesh.tp=8"), (64, "fsdp_tp mesh.tp=8"), (64, "fsdp")]
+COLUMNS = ["model", "ranks", "parallel", "weights_mb", "room_mb", "measured_mb", "mapped_mb", "seconds"]
+FILE_BYTES = 10**9
+MB = 1e6
+
+
+def config(model: str, plan: str) -> Config:
+    register_schema()
+    register_resolvers()
+    typed_words = [f"model={model}", "tokenizer=bpe_32k", "data=random_tokens", "data.seq_len=16"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return typed(
+            compose("train", [*typed_words, "train.global_batch_size=64", *f"parallel={plan}".split()])
+        )
+
+
+def by_arithmetic(cfg: Config, ranks: int) -> tuple[int, int]:
+    """Bytes of a rank's float32 weights, and of the room for its largest part of a query or key projection."""
+    model, plan = planned(cfg, validate(cfg, ranks))
+    held = {name: torch.Size(shard_shape(name, model, plan)).numel() for name, _ in model.named_parameters()}
+    return 4 * sum(held.values()), 4 * max(size for name, size in held.items() if is_rotated(name))
+
+
+def write_folder(folder: Path, model: str) -> None:
+    """A folder of random weights of these sizes, a file in memory at a time."""
+    cfg = config(model, "none")
+    shapes = {name: parameter.shape for name, parameter in meta_model(cfg.model).named_parameters()}
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            numbers = shapes[name].numel()
+            yield name, noise.repeat(-(-numbers // len(noise)))[:numbers].view(shapes[name])
+
+    settings = all_settings(cfg.model)
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    head_dim = settings["dim"] // settings["n_heads"]
+    write_weights(folder, sizes, read, head_dim, torch.bfloat16, FILE_BYTES)
+    write_config(folder, settings, torch.bfloat16, None, None)
+
+
+def memory(kind: str) -> int:
+    """RssAnon or RssFile of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
+
+
+class Peak(threading.Thread):
+    """The most memory of each kind, looked at every few milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = {kind: memory(kind) for kind in ("RssAnon", "RssFile")}
+        self.most, self.over = dict(self.before), threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.003):
+            self.look()
+
+    def look(self) -> None:
+        self.most = {kind: max(most, memory(kind)) for kind, most in self.most.items()}
+
+    def end(self) -> dict[str, int]:
+        self.over.set()
+        self.join()
+        self.look()
+        return {kind: most - self.before[kind] for kind, most in self.most.items()}
+
+
+def one_rank(folder: str, ranks: int, plan: str) -> None:
+    """Print what rank 0 of a cell measures: its bytes, the peaks and the seconds."""
+    cfg = config("llama2_1b", plan)
+    sizes = validate(cfg, ranks)
+    model, _plan = planned(cfg, sizes)
+    check_weights(folder, cfg.model, model)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    parallelize(model, _plan, cfg.parallel, build_mesh(sizes, "cpu"), cfg.train.dtype)
+    peak, began = Peak(), time.perf_counter()
+    peak.start()
+    materialize(model, torch.device("cpu"), from_hugging_face(folder, cfg.model))
+    seconds, found = time.perf_counter() - began, peak.end()
+    held = sum(local_part(parameter).nbytes for parameter in model.parameters())
+    print(held, found["RssAnon"], found["RssFile"], seconds)
+
+
+def main() -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), "llama2_1b")
+        for ranks, plan in CELLS:
+            command = [sys.executable, __file__, folder, str(ranks), plan]
+            said = subprocess.run(
+                command, check=True, capture_output=True, text=True, env=dict(os.environ)
+            ).stdout
+            held, own, mapped, seconds = map(float, said.split())
+            weights, room = by_arithmetic(config("llama2_1b", plan), ranks)
+            assert weights == held, (plan, weights, held)
+            rows.append(["llama2_1b", ranks, plan, weights, room, own, mapped, f"{seconds:.1f}"])
+    for ranks, plan in LARGE:
+        rows.append(
+            ["llama2_70b", ranks, plan, *by_arithmetic(config("llama2_70b", plan), ranks), "", "", ""]
+        )
+    shown = [
+        [f"{cell / MB:.1f}" if type(cell) in (int, float) and cell > 64 else cell for cell in row]
+        for row in rows
+    ]
+    with Path(__file__).with_name("results.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *shown])
+    for row in [COLUMNS, *shown]:
+        print("  ".join(f"{cell!s:>18}" for cell in row))
+
+
+if __name__ == "__main__":
+    main() if len(sys.argv) == 1 else one_rank(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,60 @@
+"""`python -m tpresearch.import_hf init_from=FOLDER`: a Hugging Face model as a run of ours that has taken no step.
+
+A training needs no import: `init_from` reads the folder itself. This leaves a checkpoint under the run's plan and mesh
+(under torchrun, each rank writes what it holds) that other runs start from once the folder is gone.
+"""
+
+from __future__ import annotations
+
+from tpresearch.config.compose import as_dict
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import Config, TokenizerKind
+from tpresearch.launch import Run, World, entrypoint
+from tpresearch.train.preflight import Preflight, preflight
+
+NOTHING_YET = -1
+"""The step after which a run is saved that has none at all."""
+
+
+def judge(cfg: Config, world: World) -> Preflight:
+    from tpresearch.hf.files import LEGAL, is_hugging_face
+
+    job = preflight(cfg, world)
+    if cfg.init_from is None or not is_hugging_face(cfg.init_from):
+        raise ConfigError("init_from", cfg.init_from, "not a folder of Hugging Face's", LEGAL)
+    return job
+
+
+@entrypoint("import_hf", judge=judge)
+def main(job: Preflight, run: Run) -> None:
+    from tpresearch.checkpoint.disk import (
+        folder_of,  # late: a refused config should not wait for all of torch
+    )
+    from tpresearch.checkpoint.save import NotSaved
+    from tpresearch.checkpoint.together import own_group
+    from tpresearch.data import prepare
+    from tpresearch.data.tokenizer import keep_tokenizer, load_hf
+    from tpresearch.parallel.group import process_group
+    from tpresearch.parallel.mesh import build_mesh
+    from tpresearch.track.record import write_config
+    from tpresearch.train.assemble import assemble
+    from tpresearch.train.saving import saver_of
+
+    cfg, device = job.cfg, job.device
+    assert device
+    corpus = prepare(cfg.data, cfg.tokenizer)
+    with process_group(device, run.world):
+        loop = assemble(job, build_mesh(job.sizes, device.type), device, corpus)
+        try:
+            saver_of(job, run, corpus, NOTHING_YET, own_group()).save(loop.state, 0, None, last=True)
+        except NotSaved as error:
+            raise ConfigError("hydra.run.dir", run.folder, str(error), "a disk with room") from None
+    if run.world.rank == 0:
+        write_config(run.folder, as_dict(cfg))
+        if cfg.tokenizer.kind is TokenizerKind.hf:
+            keep_tokenizer(load_hf(str(cfg.tokenizer.path)), cfg.tokenizer, run.folder)
+        print(f"{folder_of(run.folder, 0)}: {job.parameters:,} parameters of {cfg.init_from}")
+
+
+if __name__ == "__main__":
+    main()
