@@ -8,24 +8,15 @@ from __future__ import annotations
 
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import Config, TokenizerKind
-from tpresearch.launch import Run, World, entrypoint
+from tpresearch.config.schema import TokenizerKind
+from tpresearch.launch import Run, entrypoint
 from tpresearch.train.preflight import Preflight, preflight
 
 NOTHING_YET = -1
 """The step after which a run is saved that has none at all."""
 
 
-def judge(cfg: Config, world: World) -> Preflight:
-    from tpresearch.hf.files import LEGAL, is_hugging_face
-
-    job = preflight(cfg, world)
-    if cfg.init_from is None or not is_hugging_face(cfg.init_from):
-        raise ConfigError("init_from", cfg.init_from, "not a folder of Hugging Face's", LEGAL)
-    return job
-
-
-@entrypoint("import_hf", judge=judge)
+@entrypoint("import_hf", judge=preflight)
 def main(job: Preflight, run: Run) -> None:
     from tpresearch.checkpoint.disk import (
         folder_of,  # late: a refused config should not wait for all of torch

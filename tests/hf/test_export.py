@@ -140,7 +140,7 @@ def test_theirs_to_ours_to_theirs_is_bitwise_by_two_commands(
     for path in exported.iterdir():
         assert (home / "back" / path.name).read_bytes() == path.read_bytes(), path.name
     refused = start(None, "-m", "tpresearch.import_hf", "init_from=imported", "model=llama2_debug")
-    assert refused.refusal.startswith("error: init_from=imported: not a folder of Hugging Face's; ")
+    assert refused.refusal.startswith("error: init_from=imported: it has no config.json; ")
 
 
 def test_bfloat16_is_the_rounded_checkpoint(start: Start, exported: Path, home: Path) -> None:
