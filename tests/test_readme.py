@@ -84,15 +84,20 @@ def cheap(words: list[str], cache: Path) -> list[str]:
     """The same command on a small corpus and, for a training, two steps of a narrow model."""
     if words[0] == "make":
         return ["make", "-n", *words[1:]]
-    alone = {"tpresearch.compare", "tpresearch.dashboard", "tpresearch.checkpoints"}.intersection(words)
-    if alone or words[1].startswith("experiments/") or any(word.startswith("plan_only") for word in words):
+    alone = {f"tpresearch.{name}" for name in ("compare", "dashboard", "checkpoints", "export")}
+    if (
+        alone.intersection(words)
+        or words[1].startswith("experiments/")
+        or any(word.startswith("plan_only") for word in words)
+    ):
         return words
     if any(word.startswith("experiment=seed_") for word in words):
         return [*words, "device=cpu", *(TINY_MODEL + SHORT_ROWS if "experiment=seed_2d" in words else [])]
     data = [] if any(word.startswith("data=") for word in words) else ["data=text", "data.path=texts/*.txt"]
     ours = {word.partition("=")[0] for word in TINY_RUN}
     kept = [word for word in words if word.partition("=")[0] not in ours]
-    model = [] if "model=skip" in words or "train.py" not in words else TINY_MODEL
+    sizes_given = {"model=skip", "model=hf"}.intersection(words)
+    model = [] if sizes_given or "train.py" not in words else TINY_MODEL
     return [*kept, *data, *model, *TINY_RUN, f"data.cache_dir={cache}"]
 
 
