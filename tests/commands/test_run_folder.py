@@ -49,3 +49,46 @@ def test_a_terminal_without_the_letters_costs_no_run(train_py, tmp_path: Path) -
     assert done.code == 0, done.err
     assert "\\u2013 (no step after" in done.out  # the dash of an undefined speed
     assert json.loads((tmp_path / "cwd" / "D" / "summary.json").read_text())["status"] == "completed"
+
+
+def test_paths_are_resolved_where_they_were_typed(train_py, tmp_path: Path) -> None:
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    (cwd / "mine.txt").write_text("\n\n".join(f"document {nth} of a few words" for nth in range(300)))
+    read = (
+        "data=text",
+        "data.path=mine.txt",
+        "data.cache_dir=cache",
+        "tokenizer.vocab_size=260",
+        "data.held_out_every=2",
+    )
+    done = train_py(*TINY, *read, "hydra.run.dir=D", "hydra.job.chdir=true")
+    assert done.code == 0, done.err
+    assert {path.name for path in cwd.iterdir()} == {"mine.txt", "cache", "D"}
+    assert "run    D\n" in done.out
+    assert "  cat D/plan.txt" in done.out
+    assert "parallel=fsdp_tp " in done.out.partition("next\n")[2]  # what is proposed was judged from there
+
+
+REFUSED = [
+    ("name=../../esc", "name=../../esc: a folder below outputs/ is named by it"),
+    ("name=''", "name=: a folder below outputs/ is named by it"),
+    (f"name={'a' * 300}", f"name={'a' * 255}: longer than the 255 bytes that a folder's name may have"),
+    ("hydra.run.dir=", "hydra.run.dir=: names no folder"),
+    ("data.cache_dir=''", "data.cache_dir=: names no folder"),
+    (
+        "parallel.name=tp",
+        "parallel.name=tp: parallel=none was chosen, and its record would tell of another plan",
+    ),
+]
+
+
+@pytest.mark.parametrize(("typed", "says"), REFUSED, ids=[row[0][:20] for row in REFUSED])
+def test_names_that_no_folder_or_record_should_have_are_refused(
+    train_py, tmp_path: Path, typed: str, says: str
+) -> None:
+    done = train_py(*TINY, typed)
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
+    assert done.err.startswith(f"error: {says}; ")
+    assert done.command_to_try[-len(TINY) :] == [*TINY]
+    assert not list((tmp_path / "cwd").iterdir())

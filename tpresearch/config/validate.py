@@ -15,6 +15,10 @@ SHOWN_WORLD = 4
 """Ranks for which plan_only compiles when nothing says otherwise: those of `make train`."""
 
 
+LONGEST_NAME = 255
+"""Bytes, on most file systems."""
+
+
 def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
     """Judge a config for a job of `world` ranks on `hosts` hosts.
 
@@ -24,6 +28,7 @@ def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
         ConfigError: for the first thing that cannot work.
     """
     check_bounds(cfg)
+    _check_name(cfg)
     _check_betas(cfg)
     _check_budget(cfg)
     _check_vocabulary(cfg)
@@ -83,6 +88,20 @@ def total_steps(cfg: Config) -> int:
         return cfg.train.steps
     assert cfg.train.tokens is not None
     return -(-cfg.train.tokens // (cfg.train.global_batch_size * cfg.data.seq_len))
+
+
+def _check_name(cfg: Config) -> None:
+    """The folder below outputs/ that a run's is in is below outputs/, and one that a file system can have."""
+    parts = cfg.name.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        why = "a folder below outputs/ is named by it"
+    elif max(len(part.encode(errors="surrogateescape")) for part in parts) > LONGEST_NAME:
+        why = f"longer than the {LONGEST_NAME} bytes that a folder's name may have"
+    elif not cfg.name.isprintable():
+        why = "has characters in it that cannot be shown"
+    else:
+        return
+    raise ConfigError("name", cfg.name[:LONGEST_NAME], why, "a word such as train, or words with / between")
 
 
 def _check_betas(cfg: Config) -> None:

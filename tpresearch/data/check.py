@@ -23,6 +23,10 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
         ConfigError: naming the field at fault.
     """
     check_bounds(data, "data.")
+    if not data.cache_dir.strip():
+        raise ConfigError(
+            "data.cache_dir", data.cache_dir, "names no folder", "a folder in which this user may write"
+        )
     if data.source.is_synthetic:
         return
     _check_streaming(data)

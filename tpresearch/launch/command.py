@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpresearch.config.errors import ConfigError, shown
+from tpresearch.config.secrets import LEGAL, words_without_secrets
 from tpresearch.config.world import World, WrongEnvironment
 
 ROUNDS = 8
@@ -69,6 +70,20 @@ class WrongCommand(ConfigError):
     def __init__(self, field: str, value: object, why: str, legal: str, command: Command | str) -> None:
         super().__init__(field, value, why, legal)
         self.command = command
+
+
+def refuse_typed_secrets(world: World) -> None:
+    """Before anything could repeat what was typed.
+
+    Raises:
+        WrongCommand: for a credential on the command line, with the rest of that to type.
+    """
+    rest, found = words_without_secrets(sys.argv[1:])
+    for key, what in found.items():
+        command = dataclasses.replace(Command.typed(world), arguments=tuple(rest))
+        raise WrongCommand(
+            key, "...", f"holds {what}, which would be written to the run's record", LEGAL, command
+        )
 
 
 Objection = Callable[[Command], ConfigError | None]

@@ -20,6 +20,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from tpresearch.config.compose import typed
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.paths import resolve_paths
 from tpresearch.config.schema import Config
 from tpresearch.launch.command import override_key
 
@@ -106,9 +107,23 @@ def typed_config(config: DictConfig) -> Config:
     """
     composed = copy.deepcopy(config)
     with read_write(composed), open_dict(composed):
-        composed.pop("hydra", None)
+        hydra = composed.pop("hydra", None)
     _refuse_unknown_fields(composed)
-    return typed(composed)
+    cfg = typed(composed)
+    if hydra is not None:
+        _check_plan_name(cfg, hydra.runtime.choices.get("parallel"))
+        if hydra.job.chdir:
+            resolve_paths(cfg)
+    return cfg
+
+
+def _check_plan_name(cfg: Config, chosen: str | None) -> None:
+    """A plan's name is that of its file: records, tables and messages tell of a run by it."""
+    if chosen and cfg.parallel.name != Path(chosen).name:
+        why = f"parallel={chosen} was chosen, and its record would tell of another plan"
+        raise ConfigError(
+            "parallel.name", cfg.parallel.name, why, "parallel=NAME to choose; a plan's file has its name"
+        )
 
 
 def _refuse_unknown_fields(composed: DictConfig) -> None:

@@ -17,15 +17,24 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.compose import register_schema
 from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import Config
+from tpresearch.config.secrets import refuse_secrets
 from tpresearch.config.world import SlurmStep, World
 from tpresearch.launch import hydra_app
-from tpresearch.launch.command import Command, Objection, WrongCommand, override, override_key, python_command
+from tpresearch.launch.command import (
+    Command,
+    Objection,
+    WrongCommand,
+    override,
+    override_key,
+    python_command,
+    refuse_typed_secrets,
+)
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.going_on import type_again, typed_then
@@ -105,6 +114,7 @@ class Program(Generic[Judged]):
             world = World.from_environment()
             if world.elastic:
                 end_with_parent()
+            refuse_typed_secrets(world)
             _start(self, world)
         except ConfigError as error:
             refused = error
@@ -147,6 +157,7 @@ def _start(program: Program[Judged], world: World) -> None:
     with explaining(composition):
         HydraConfig.instance().set_config(config)  # for ${hydra:...}
         cfg = typed_config(config)
+    refuse_secrets(OmegaConf.to_container(config.hydra.job, resolve=False))
     judged = program.judge(cfg, world)
     with ExitStack() as held:
         with explaining(composition):

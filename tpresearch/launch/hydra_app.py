@@ -19,6 +19,7 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobStatus, run_job
 from hydra.errors import ConfigCompositionException, SearchPathException
 from hydra.main import get_args_parser
@@ -112,6 +113,13 @@ def run(app: Hydra, config: DictConfig, config_name: str, job: Callable[[], None
     callbacks.on_run_end(config=config, config_name=config_name, job_return=returned)
     if returned.status is JobStatus.FAILED:
         raise returned._return_value  # its property would first print a line of its own
+
+
+def typed_in() -> Path:
+    """The folder in which the command was typed, which hydra.job.chdir=true has left."""
+    if HydraConfig.initialized() and HydraConfig.get().job.chdir:
+        return Path(HydraConfig.get().runtime.cwd)
+    return Path.cwd()
 
 
 def flags_for_job() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 
 from hydra.core.hydra_config import HydraConfig
@@ -89,10 +89,11 @@ def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
 
 @contextmanager
 def _typed(arguments: Sequence[str]) -> Iterator[None]:
-    """The command line of this process meanwhile: what judges a config may read it."""
+    """The command line of this process meanwhile, in the folder where that was typed: what judges a config may read it."""
     before = sys.argv
     sys.argv = [before[0], *arguments]
     try:
-        yield
+        with chdir(hydra_app.typed_in()):
+            yield
     finally:
         sys.argv = before

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
+from tpresearch.launch.command import refuse_typed_secrets
 from tpresearch.launch.printing import print_without_fail
 from tpresearch.launch.refuse import refuse
 
@@ -51,6 +52,7 @@ def command(main: Callable[[], None]) -> None:
     """Run a command whose ConfigErrors end in one line on stderr and exit code 2."""
     print_without_fail()
     try:
+        refuse_typed_secrets(World())
         main()
     except ConfigError as error:
         refuse(error, World(), lambda _: None)

@@ -63,6 +63,8 @@ def agreed(composed: DictConfig, world: World) -> Iterator[tuple[Path, bool]]:
 
 def _agreed(composed: DictConfig, world: World, held: ExitStack) -> tuple[Path, bool]:
     given = _is_given(composed.hydra.run)
+    if not str(composed.hydra.run.dir).strip():
+        raise ConfigError("hydra.run.dir", "", "names no folder", "a folder, new or empty; . for this one")
     wanted = Path(composed.hydra.run.dir)
     name = str(composed.get("name") or "run")
     goes_on = composed.get("resume") != NEVER

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tpresearch.launch.hydra_app import typed_in
+
 UNDEFINED = "–"
 
 
@@ -68,5 +70,5 @@ def printable(value: object) -> str:
 
 def path_text(path: Path) -> str:
     """A path as it would be typed: from the working directory where it lies below it, else from the root."""
-    path, here = path.absolute(), Path.cwd()
+    path, here = path.absolute(), typed_in()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

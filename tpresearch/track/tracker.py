@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 from rich.console import Console
 
 from tpresearch.config import Config
+from tpresearch.config.secrets import refuse_secrets
 from tpresearch.launch.stop import Stopped
 from tpresearch.track import record
 from tpresearch.track.console import ProgressLine, report
@@ -23,7 +24,6 @@ from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import Row
 from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.run_name import run_name
-from tpresearch.track.secrets import refuse_secrets
 from tpresearch.track.wandb_host import LONGEST, LONGEST_TAG
 from tpresearch.track.wandb_run import WandbRun
 
@@ -79,7 +79,7 @@ class Tracker:
         console: where the progress and the report go; standard output by default.
 
     Raises:
-        ValueError: for a config that holds a credential.
+        ConfigError: for a config that holds a credential.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.mesh import of_one_rank, used_axes
 from tpresearch.config.schema import Config
+from tpresearch.config.secrets import refuse_secrets
 from tpresearch.config.validate import (
     SHOWN_WORLD,
     micro_batch_size,
@@ -22,7 +23,6 @@ from tpresearch.config.validate import (
 )
 from tpresearch.config.world import World
 from tpresearch.data import check_data
-from tpresearch.track.secrets import refuse_secrets
 from tpresearch.track.wandb_host import check_settings
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds: most refusals come before
@@ -95,10 +95,7 @@ def glance(cfg: Config, world: World) -> MeshSizes:
     Raises:
         ConfigError: for the first thing that cannot work.
     """
-    try:
-        refuse_secrets(as_dict(cfg))
-    except ValueError as error:
-        raise ConfigError("config", "...", str(error), "a config without credentials") from None
+    refuse_secrets(as_dict(cfg))
     check_bounds(cfg)
     if cfg.logger.wandb:
         check_settings(cfg.logger)

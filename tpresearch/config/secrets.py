@@ -1,0 +1,93 @@
+"""A config goes into files and to W&B, and what is typed into refusals: neither may hold a credential."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tpresearch.config.errors import ConfigError
+
+NAMED = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)($|_)", re.IGNORECASE)
+"""Names of variables and of config keys that hold credentials."""
+SHORTEST = 12
+"""Characters; a shorter value is a word that may well occur in a config."""
+SHAPES = {
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
+    "a W&B key": r"\bwandb_v\d_[A-Za-z0-9_]{20,}|\blocal-[0-9a-f]{40}\b",
+    "a GitHub token": r"\b(gh[pousr]_|github_pat_)[A-Za-z0-9_]{20,}",
+    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abpr]-[A-Za-z0-9-]{10,}",
+    "a signed token": r"\beyJ[\w-]{10,}\.[\w-]{10,}\.",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+    "a password in an address": r"://[^/\s:@]+:[^/\s:@]{3,}@",
+}
+LEGAL = "the environment or a login, where the library that needs it looks"
+
+
+def refuse_secrets(config: Any) -> None:
+    """Refuse a config, or any part of one, that holds a credential.
+
+    Raises:
+        ConfigError: naming the key and what it holds, never the value.
+    """
+    known = dict(_known())
+    for key, text in _leaves(config):
+        if what := _secret(key, text, known):
+            raise ConfigError(key, "...", f"holds {what}, which would be written to the run's record", LEGAL)
+
+
+def words_without_secrets(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The words of a command line that hold none; of the others the keys, and what each holds."""
+    known = dict(_known())
+    kept, found = [], {}
+    for word in words:
+        key = word.partition("=")[0].lstrip("+~")
+        if what := _secret(key, word, known):
+            found["..." if _secret("", key, known) else key] = what
+        else:
+            kept.append(word)
+    return kept, found
+
+
+def _secret(key: str, text: str, known: Mapping[str, str]) -> str | None:
+    value = text.rpartition("=")[2].strip("'\"")
+    of_key = NAMED.search(key.rpartition(".")[2]) and len(value) >= SHORTEST and "${" not in value
+    of_known = next((what for value, what in known.items() if value in text), None)
+    shape = next(
+        (f"what looks like {what}" for what, shape in SHAPES.items() if re.search(shape, text)), None
+    )
+    return of_known or shape or ("what its name says is a credential" if of_key else None)
+
+
+def _known() -> Iterator[tuple[str, str]]:
+    """Each credential that can be found from here, and what it is."""
+    for name, value in os.environ.items():
+        if NAMED.search(name) and len(value) >= SHORTEST:
+            yield value, f"the value of ${name}"
+    with suppress(OSError, netrc.NetrcParseError):
+        accounts = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser())
+        for host, (_, _, password) in accounts.hosts.items():
+            if password and len(password) >= SHORTEST:
+                yield password, f"the password of {host} in the netrc file"
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    with suppress(OSError, UnicodeDecodeError):
+        token = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").read_text(encoding="utf-8").strip()
+        if len(token) >= SHORTEST:
+            yield token, "the Hugging Face token of this user"
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each dotted key and its text; keys are text too."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield prefix + "...", str(key)
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _leaves(value, prefix)
+    elif isinstance(node, str):
+        yield prefix, str(node)
