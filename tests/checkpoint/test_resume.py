@@ -38,7 +38,7 @@ def of(cfg: Config) -> Checkpoint:
     "changed",
     [
         "parallel=fsdp_tp mesh.tp=2",
-        "model.plans.tp.ffn_up.style=rowwise model.blocks=[]",
+        "model.blocks=[]",
         "train.micro_batch_size=2 train.log_every=5 train.eval_every=null train.eval_rows=3",
         "logger=wandb logger.project=x name=other device=cpu data.cache_dir=/tmp/x",
         "checkpoint.every=3 checkpoint.keep=9 train.on_nonfinite=skip",
@@ -47,8 +47,6 @@ def of(cfg: Config) -> Checkpoint:
     ],
 )
 def test_what_may_change(changed: str) -> None:
-    if "model.plans" in changed:
-        changed = "model.blocks=[]"
     check_experiment(of(config(*STARTED)), config(*STARTED, *changed.split()))
 
 
@@ -61,7 +59,7 @@ def test_what_may_change(changed: str) -> None:
         ("train.dtype=float64", "train.dtype=float64: this run was started with float32"),
         ("model.dim=32", "model.dim=32: this run was started with 64"),
         ("model=toy_mlp", "model.name=toy_mlp: this run was started with llama2_debug"),
-        ("data.seq_len=8", "data.seq_len=8"),
+        ("data.seq_len=8", "data.seq_len=8: this run was started with 16"),
         ("optimizer=sgd", "optimizer.name=sgd: this run was started with adamw"),
         ("schedule=wsd", "schedule.name=wsd: this run was started with cosine"),
         ("init_from=/somewhere", "init_from=/somewhere: this run was started with null"),
@@ -78,6 +76,14 @@ def test_another_experiment_is_refused_with_its_weights_offered(changed: str, sa
     assert str(refused.value).startswith(said)
     assert refused.value.fix["init_from"] == checkpoint.folder
     assert refused.value.fix["resume"] is None
+
+
+def test_a_mark_without_a_key_that_is_newer_has_its_default() -> None:
+    checkpoint = of(config(*STARTED))
+    del checkpoint.mark.experiment["train"]["weights"], checkpoint.mark.experiment["defects"]
+    check_experiment(checkpoint, config(*STARTED))
+    with pytest.raises(ConfigError, match=r"train\.weights=bfloat16: this run was started with float32"):
+        check_experiment(checkpoint, config(*STARTED, "train.weights=bfloat16"))
 
 
 def test_kept_gradients_are_in_no_checkpoint() -> None:
@@ -188,7 +194,9 @@ def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
     run: Path, monkeypatch: pytest.MonkeyPatch, named: str, typed: list[str], kept: list[str]
 ) -> None:
     monkeypatch.chdir(run.parent)
-    arguments = Namespace(overrides=[f"resume={named}", *typed], config_name=None, config_dir=None)
+    arguments = Namespace(
+        multirun=False, overrides=[f"resume={named}", *typed], config_name=None, config_dir=None
+    )
     assert type_again(arguments) == run
     now = [f"resume={named}", *typed, f"hydra.run.dir={run}"]
     assert arguments.overrides == ["hydra.searchpath=[file:///own]", *kept, *now]
@@ -197,13 +205,24 @@ def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
 
 def test_a_run_goes_on_in_its_own_folder(run: Path) -> None:
     for overrides in (["train.steps=3"], ["resume=auto", "hydra.run.dir=x"], ["resume=never"]):
-        arguments = Namespace(overrides=list(overrides), config_name=None, config_dir=None)
+        arguments = Namespace(multirun=False, overrides=list(overrides), config_name=None, config_dir=None)
         assert type_again(arguments) is None
         assert arguments.overrides == overrides
-    arguments = Namespace(overrides=[f"resume={run}", "hydra.run.dir=x"], config_name=None, config_dir=None)
+    arguments = Namespace(
+        multirun=False, overrides=[f"resume={run}", "hydra.run.dir=x"], config_name=None, config_dir=None
+    )
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir=x: resume=.* goes on in that run's own folder"):
         type_again(arguments)
+    arguments = Namespace(multirun=True, overrides=[f"resume={run}"], config_name=None, config_dir=None)
+    with pytest.raises(ConfigError, match="the jobs of a sweep have folders of their own"):
+        type_again(arguments)
+    typed = [f"resume={run}", "plan_only=true"]
+    arguments = Namespace(multirun=False, overrides=typed, config_name=None, config_dir=None)
+    assert type_again(arguments) == run
+    assert not any(word.startswith("hydra.run.dir") for word in arguments.overrides), (
+        "only looking leaves it alone"
+    )
     (run / ".hydra" / "overrides.yaml").unlink()
-    arguments = Namespace(overrides=[f"resume={run}"], config_name=None, config_dir=None)
+    arguments = Namespace(multirun=False, overrides=[f"resume={run}"], config_name=None, config_dir=None)
     with pytest.raises(ConfigError, match="what was typed for it cannot be read: No such file"):
         type_again(arguments)

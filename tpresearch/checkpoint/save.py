@@ -86,13 +86,18 @@ class Saver:
         def make() -> None:
             if self._rank == 0:
                 (self._run / disk.FOLDER).mkdir(exist_ok=True)
-                disk.clear_drafts(self._run)
                 for folder in disk.cut_after(self._run, step):
                     log.warning("a checkpoint of a later step is set aside: %s", folder.name)
-                disk.prune(self._run, self._settings.keep, self._settings.keep_every)
+                disk.begin(draft_of(folder_of(self._run, step)))  # to see that it can be
+                self._tidy()
 
         together(make, self._group)
         together(self._look, self._group)
+
+    def _tidy(self) -> None:
+        with suppress(OSError):  # what cannot be deleted now goes the next time
+            disk.prune(self._run, self._settings.keep, self._settings.keep_every)
+        disk.clear_drafts(self._run)
 
     def _look(self) -> None:
         if not (self._run / disk.FOLDER).is_dir():
@@ -201,9 +206,7 @@ class Saver:
                 disk.sync(self._run / "metrics.jsonl")  # whose rows of these steps must not be lost alone
             point("settled")
             disk.commit(folder, dataclasses.replace(mark, files=files))
-            with suppress(OSError):
-                disk.prune(self._run, self._settings.keep, self._settings.keep_every)
-            disk.clear_drafts(self._run)
+            self._tidy()
 
         together(commit, self._group)
         size = sum(file.bytes for file in files.values())

@@ -10,6 +10,8 @@ NOT_COMPARED = ("name", "logger", "world_size", "verify", "checkpoint", "resume"
 
 NOT_OF_DATA = ("cache_dir", "max_record_bytes")
 
+EXPERIMENT = ("data", "tokenizer", "optimizer", "schedule", "train", "init_from", "defects", "model")
+"""Keys that say what is computed, whatever the plan; the model comes last, since some of its settings follow from others."""
 
 NOT_THE_EXPERIMENT = (
     "steps",
@@ -40,12 +42,9 @@ def experiment(config: Mapping[str, Any]) -> dict[str, Any]:
     is evaluated, and the budget, which may grow.
     """
     kept = compared(config)
-    for key in ("parallel", "mesh", "device", "plan_only"):
-        kept.pop(key, None)
     without = {"model": ("plans", "blocks"), "train": NOT_THE_EXPERIMENT}
-    kept |= {
-        group: {key: value for key, value in kept[group].items() if key not in dropped}
-        for group, dropped in without.items()
-    }
-    kept["model"] = kept.pop("model")  # last, since some of its settings follow from other keys
-    return kept
+    return {key: _leaving_out(kept[key], without.get(key, ())) for key in EXPERIMENT}
+
+
+def _leaving_out(value: Any, keys: tuple[str, ...]) -> Any:
+    return {name: each for name, each in value.items() if name not in keys} if keys else value

@@ -12,7 +12,7 @@ from tpresearch.checkpoint.resume import AUTO, NEVER, find_checkpoint, run_of
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import override, override_key
 
-ANEW = ("resume", "hydra.run.dir")
+ANEW = ("resume", "hydra.run.dir", "plan_only")
 """Keys that are for one start of a run alone."""
 REPLACED = {"parallel": ("parallel", "mesh")}
 """Choosing a plan now puts aside what was typed of the one before, mesh sizes included."""
@@ -30,6 +30,12 @@ def type_again(arguments: Namespace) -> Path | None:
     named = str(yaml.safe_load(typed.get("resume", AUTO)))
     if named in (AUTO, NEVER):
         return None
+    if arguments.multirun or typed.get("hydra.mode") == "MULTIRUN":
+        why, legal = (
+            "the jobs of a sweep have folders of their own",
+            "init_from, for new runs from its weights",
+        )
+        raise ConfigError("resume", named, why, legal, fix={"resume": None, "init_from": named})
     find_checkpoint(Path(named), "resume")
     run = run_of(Path(named))
     asked = typed.get("hydra.run.dir")
@@ -42,7 +48,8 @@ def type_again(arguments: Namespace) -> Path | None:
     replaced = {branch for key in typed for branch in REPLACED.get(key, (key,))}
     then = [word for word in typed_then(run) if not _is_in(override_key(word), replaced)]
     now = [word for word in arguments.overrides if override_key(word) != "hydra.run.dir"]
-    arguments.overrides = [*then, *now, override("hydra.run.dir", run)]
+    where = [] if typed.get("plan_only") == "true" else [override("hydra.run.dir", run)]
+    arguments.overrides = [*then, *now, *where]
     hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]
     arguments.config_name = arguments.config_name or hydra["job"]["config_name"]
     added = [s["path"] for s in hydra["runtime"]["config_sources"] if s["provider"] == "command-line"]
