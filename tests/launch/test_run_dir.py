@@ -142,3 +142,17 @@ def test_a_folder_is_locked_while_a_run_uses_it(tmp_path: Path) -> None:
         other_rank = World(rank=1, size=2, local_size=2)  # of the same job, which rank 0 has claimed it for
         assert agree("mine", other_rank) == "mine"
     assert agree("mine") == "mine"
+
+
+def test_the_folder_of_an_earlier_sweep_is_a_sweeps_again() -> None:
+    sweep = OmegaConf.create({"name": "study", "hydra": {"sweep": {"dir": "mine"}}})
+    Path("mine").mkdir()
+    for table in ("summary.csv", "optimization_results.yaml"):  # Optuna's sweeper keeps no multirun.yaml
+        (Path("mine") / table).touch()
+        with pytest.raises(ConfigError, match=f"would write over its {table}"), run_dir.sweep_folder(sweep):
+            pass
+        (Path("mine") / table).unlink()
+    (Path("mine") / "summary.csv").touch()
+    (Path("mine") / ".lock").touch()
+    with run_dir.sweep_folder(sweep) as folder:
+        assert folder == Path("mine")

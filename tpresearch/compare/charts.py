@@ -120,7 +120,7 @@ def _marked(points: pd.DataFrame, look: Look) -> pd.DataFrame:
     place = points["run"].map({run: index for index, run in enumerate(others)})
     by_run = points.groupby("run")["run"]
     nth, rows = by_run.cumcount(), by_run.transform("size")
-    stride = (rows // MARKS).clip(lower=max(1, min(len(others), MARKS)))
+    stride = (rows // MARKS).clip(lower=max(1, min(len(others), MARKS))).clip(upper=rows)
     nested = (45 * 1.6 ** (len(others) - 1 - place)).clip(upper=600)
     mark = np.where(rows == 1, nested, np.where(nth % stride == place * stride // max(len(others), 1), 52, 0))
     baseline = points["run"].isin(look.baselines)

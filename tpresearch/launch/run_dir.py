@@ -27,7 +27,7 @@ PATIENCE = timedelta(minutes=5)
 
 SWEEP_RECORD = "multirun.yaml"
 """What Hydra writes of a sweep: its config."""
-SWEEP_TABLES = ("summary.csv", "summary.md")
+SWEEP_TABLES = ("summary.csv", "summary.md", "optimization_results.yaml")
 
 
 def register_resolvers() -> None:
@@ -119,7 +119,7 @@ def sweep_folder(composed: DictConfig) -> Iterator[Path]:
 
 def _refuse_what_no_sweep_wrote(key: str, folder: Path) -> None:
     record = folder / SWEEP_RECORD
-    if record.is_file() and b"\nhydra:" in b"\n" + record.read_bytes():
+    if (folder / ".lock").is_file() or (record.is_file() and b"\nhydra:" in b"\n" + record.read_bytes()):
         return
     for name in (SWEEP_RECORD, *SWEEP_TABLES):
         if os.path.lexists(folder / name):
