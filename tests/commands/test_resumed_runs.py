@@ -1,0 +1,52 @@
+"""`resume=RUN`: a run goes on in its own folder, on other ranks; what it was typed with is typed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.commands import Done
+from support.trainings import TINY, Trained
+
+from tpresearch.checkpoint.disk import whole_checkpoints
+
+pytestmark = pytest.mark.cli
+Start = Callable[..., Done]
+
+
+def files(run: Path) -> dict[str, bytes]:
+    return {
+        str(path): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_a_run_goes_on_under_another_plan_and_another_experiment_is_refused(
+    train: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "mine"
+    first = train(None, tmp_path, *TINY, "train.dtype=float64", f"hydra.run.dir={run}")
+    assert first.code == 0, first.err
+    assert [found.step for found in whole_checkpoints(run)] == [2]
+    before = files(run)
+
+    refused = train(None, tmp_path, "resume=mine", "optimizer.lr=0.5")
+    assert refused.code == 2
+    assert refused.refusal.startswith(
+        "error: optimizer.lr=0.5: this run was started with 0.003; the same, or a new run"
+    )
+    offered = f"init_from={run}/checkpoints/step-00000002"
+    assert set(refused.command_to_try[2:]) == {"optimizer.lr=0.5", "train.dtype=float64", offered, *TINY}
+    assert files(run) == before, "a refused command touches nothing"
+
+    on = train(2, tmp_path, "resume=mine", "parallel=fsdp", "train.steps=4", "checkpoint.keep=1")
+    assert on.code == 0, on.err
+    assert "the budget has grown from 2 to 4 steps" in on.err
+    went = Trained(on, run)
+    assert went.column("train/step") == [1, 2, 3, 4]
+    summary = went.json("summary.json")
+    assert (summary["status"], summary["steps"], summary["parallel"]) == ("completed", 4, "fsdp")
+    assert summary["resumed"] == [{"step": 2, "world_size": 2, "mesh": {"dp_shard": 2}}]
+    assert summary["comm/bytes_per_step"] > 0, "the ledger is measured again"
+    assert [found.step for found in whole_checkpoints(run)] == [4]
+    assert {"config.step-00000002.yaml", "plan.step-00000002.txt"} <= {path.name for path in run.iterdir()}
