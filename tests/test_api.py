@@ -135,7 +135,9 @@ def test_runs_and_their_metrics_are_frames_of_what_is_on_disk(tmp_path: Path) ->
     (tmp_path / "2" / "config.yaml").write_text("{}")  # a run that has not ended
     frame = tpresearch.runs(tmp_path)
     assert list(frame.index) == [str(one), str(two)]
+    assert frame.columns.is_unique
     assert list(frame["parallel"]) == ["none", "tp"]
+    assert set(frame["device"]) == {"cpu"}  # that it ran on, where the config says auto
     assert list(frame["mesh.tp"]) == [1, 4]
     assert list(frame["optimizer.lr"]) == [1e-3, 3e-3]
     assert frame.loc[str(two), "comm/bytes_per_step_by_axis.tp"] == 64

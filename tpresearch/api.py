@@ -186,7 +186,8 @@ def runs(*paths: str | PathLike[str]) -> pd.DataFrame:
     settings = pd.json_normalize([{**run.config, "mesh": alone | run.summary["mesh"]} for run in found])
     figures = pd.json_normalize([{**run.summary, "mesh": None} for run in found]).drop(columns="mesh")
     index = pd.Index([str(run.folder) for run in found], name="run")
-    return pd.concat([figures, settings], axis=1).set_index(index)
+    typed = settings.drop(columns=figures.columns.intersection(settings.columns))  # device: what it ran on
+    return pd.concat([figures, typed], axis=1).set_index(index)
 
 
 def metrics(*paths: str | PathLike[str]) -> pd.DataFrame:

@@ -222,10 +222,12 @@ class DefectsConfig:
 
 @dataclass
 class LoggerConfig:
-    """What Weights & Biases is told of a run."""
+    """Who hears of a run beside its own folder: Weights & Biases, TensorBoard."""
 
     wandb: bool = True
     """Log to Weights & Biases; the record in the run folder is kept anyhow."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run folder, too."""
     mode: WandbMode = WandbMode.auto
     """auto: online when there is a key and the host answers, else offline."""
     project: str = "tpresearch"

@@ -24,6 +24,7 @@ from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import Row
 from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.run_name import run_name
+from tpresearch.track.tensorboard import TensorboardRun
 from tpresearch.track.wandb_host import LONGEST, LONGEST_TAG
 from tpresearch.track.wandb_run import WandbRun
 
@@ -110,6 +111,7 @@ class Tracker:
         self._metrics = MetricsFile(run_dir)
         self._wandb = self._start_wandb(config) if cfg.logger.wandb else None
         self._report(Console(file=io.StringIO()), self._summary("completed", None), None)
+        self._tensorboard = TensorboardRun(run_dir) if cfg.logger.tensorboard else None
         self._progress = ProgressLine(self._console, total_steps, start_step)
 
     def _start_wandb(self, config: Mapping[str, Any]) -> WandbRun | None:
@@ -146,6 +148,8 @@ class Tracker:
         self._last_step = record.step_of(row)
         if self._wandb:
             self._wandb.log(row)
+        if self._tensorboard:
+            self._tensorboard.log(row)
         self._progress.show(row)
 
     def count(self, step: StepLedger) -> None:
@@ -171,6 +175,8 @@ class Tracker:
         self._progress.stop()
         if problem := self._metrics.close():
             log.warning("metrics.jsonl lacks rows: %s", problem)
+        if self._tensorboard:
+            self._tensorboard.close()
         whole = self._summary(status, error) | dict(summary or {})
         try:
             record.write_summary(self._run_dir, whole)

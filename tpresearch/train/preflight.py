@@ -23,6 +23,7 @@ from tpresearch.config.validate import (
 )
 from tpresearch.config.world import World
 from tpresearch.data import check_data
+from tpresearch.track.tensorboard import check_tensorboard
 from tpresearch.track.wandb_host import check_settings
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds: most refusals come before
@@ -99,6 +100,7 @@ def glance(cfg: Config, world: World) -> MeshSizes:
     check_bounds(cfg)
     if cfg.logger.wandb:
         check_settings(cfg.logger)
+    check_tensorboard(cfg.logger)
     alone = world.size == 1 and not world.elastic
     ranks = ranks_needed(cfg, SHOWN_WORLD) if alone else world.size
     sizes = validate(cfg, ranks, world.hosts)

@@ -1,0 +1,61 @@
+"""TensorBoard beside the record, where `logger.tensorboard` asks for it: the same rows, below the run folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import LoggerConfig
+from tpresearch.track.names import Row
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
+
+
+def check_tensorboard(logger: LoggerConfig) -> None:
+    """Refuse what is not installed.
+
+    Raises:
+        ConfigError: with what to install.
+    """
+    if logger.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        legal = "false, or pip install 'tpresearch[tensorboard]'"
+        raise ConfigError("logger.tensorboard", True, "TensorBoard is not installed", legal)
+
+
+class TensorboardRun:
+    """Event files in <run>/tensorboard. A run that goes on hides what an earlier start wrote after its checkpoint."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / "tensorboard"
+        self._writer: SummaryWriter | None = None
+        self._gave_up = False
+
+    def log(self, row: Row) -> None:
+        """Every metric of the row that is defined, by its step. A trouble is said once, and ends it, not the run."""
+        if self._gave_up:
+            return
+        step = int(row["train/step"] or 0)
+        try:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # late: it is optional
+
+                self._writer = SummaryWriter(str(self._folder), purge_step=step)
+            for name, value in row.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, step)
+        except Exception as error:
+            log.warning("TensorBoard stops at step %d, the record goes on: %s", step, error)
+            self._gave_up = True
+
+    def close(self) -> None:
+        if self._writer is not None and not self._gave_up:
+            try:
+                self._writer.close()
+            except Exception as error:
+                log.warning("TensorBoard's files could not be closed: %s", error)
