@@ -36,6 +36,10 @@ COMMANDS = list(dict.fromkeys(line.partition("  # ")[0].strip() for line in LINE
 TRANSCRIPTS = [block.partition("\n") for block in fenced("console")]
 
 
+def test_each_command_says_about_how_long_it_takes() -> None:
+    assert [line for line in LINES if not re.search(r"  # .*(about \d|on a GPU)", line)] == []
+
+
 FIRST_TORCHRUN = next(command for command in COMMANDS if command.startswith("torchrun "))
 
 
@@ -87,7 +91,7 @@ def cheap(words: list[str], cache: Path) -> list[str]:
     alone = {f"tpresearch.{name}" for name in ("compare", "dashboard", "checkpoints", "export")}
     if (
         alone.intersection(words)
-        or words[1].startswith("experiments/")
+        or any(word.startswith(("experiments/", "mine/")) for word in words)
         or any(word.startswith("plan_only") for word in words)
     ):
         return words
@@ -96,7 +100,7 @@ def cheap(words: list[str], cache: Path) -> list[str]:
     data = [] if any(word.startswith("data=") for word in words) else ["data=text", "data.path=texts/*.txt"]
     ours = {word.partition("=")[0] for word in TINY_RUN}
     kept = [word for word in words if word.partition("=")[0] not in ours]
-    sizes_given = {"model=skip", "model=hf"}.intersection(words)
+    sizes_given = {"model=skip", "model=hf", "model=toy_mlp"}.intersection(words)
     model = [] if sizes_given or "train.py" not in words else TINY_MODEL
     return [*kept, *data, *model, *TINY_RUN, f"data.cache_dir={cache}"]
 
