@@ -70,4 +70,4 @@ def test_only_commands_that_are_there_are_listed_and_others_refused(tpresearch: 
 def test_a_refusal_names_a_command_that_works_from_any_folder(tpresearch: Installed) -> None:
     done = tpresearch("train", "train.steps=0")
     assert done.code == 2
-    assert done.command_to_try[:3] == ["python", "-m", "tpresearch.train"]
+    assert done.command_to_try[:4] == ["torchrun", "--nproc-per-node=4", "-m", "tpresearch.train"]
