@@ -146,8 +146,7 @@ class TrainConfig:
     micro_batch_size: Annotated[int | None, ROWS] = None
     """Rows a data-parallel rank takes through the model at once; null for all of its share."""
     loss: Loss = Loss.next_token
-    """next_token: mean cross-entropy of each token after those before it. sum: the plain sum of all outputs, which has
-    no targets and no least value; train/loss is then that sum."""
+    """next_token: mean cross-entropy. sum: the sum of all outputs, without targets or least value, logged as train/loss."""
     loss_chunk: Annotated[int | None, AtLeast(1)] = 2048
     """Tokens whose logits a rank holds at once; null for those of a whole micro-batch, as where the output layer has a
     bias, and where parallel.loss_parallel=false gathers them."""
