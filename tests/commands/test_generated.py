@@ -1,12 +1,13 @@
-"""Configs that nobody wrote: each works, or ends in one line, exit code 2, with nothing left and something to try."""
+"""Configs that nobody wrote: each works, or ends in one line, exit code 2, with nothing left and a command that is not refused."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from support.commands import Done, environment, execute_warm
-from support.generated import Case, case, fault
+from support.generated import MOST_S, Case, case, fault, refused, to_try
 from support.marks import exhaustive
 from support.trainings import TRAIN
 
@@ -47,7 +48,13 @@ def test_a_generated_config_works_or_is_refused_in_one_line(
     for number in range(first, first + count):
         made, folder = case(number), tmp_path / str(number)
         done = started(ranks, folder, made)
+        if done.cpu_seconds > MOST_S:  # which a busy machine adds to: the lesser of two counts
+            again = started(ranks, tmp_path / f"{number}-again", made)
+            done = dataclasses.replace(done, cpu_seconds=min(done.cpu_seconds, again.cpu_seconds))
         found = fault(made, done, left(folder))
+        if found is None and done.code == 2 and (proposed := to_try(done)):
+            objection = refused(started(ranks, tmp_path / f"{number}-try", proposed))
+            found = objection and f"{done.err} proposes what is refused: {objection}"
         if found:
             faults[number] = f"{' '.join(made.words)}: {found}"
     assert not faults, "\n".join(f"{number}: {found}" for number, found in faults.items())

@@ -51,6 +51,7 @@ REFUSED = [
     ("data.source=null", "data.source=null: it cannot be null; a value, such as pystdlib", None),
     ("train=3", "train=3: a group of keys, not a value; its keys one by one: train.steps, train.", ""),
     ("~train.steps", "train.steps=~: a key cannot be deleted; a value, such as 100", ""),
+    ("hydra.job.chdir=???", "hydra.job.chdir=???: it must be set; hydra.job.chdir=VALUE", None),
     ("data.path=???", "data.path=???: it must be set; data.path=VALUE", "data.path=VALUE"),
     ("train.steps=[", "train.steps=[: cannot be read (no viable alternative at input '['); ", ""),
     ("train.steps", "train.steps=: an override needs a value; train.steps=VALUE", ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from tpresearch.launch.composition import conf_dir
 
 NO_FOLDER = "hydra.run.dir=/dev/null/x"
 """Where no run can lie: the last thing that a start refuses, so that nothing is trained."""
+
+MOST_S = 5
+"""Seconds of processor time that a plan, or a refusal, may take."""
 
 MODELS = {
     "llama2_debug": ("layers.*.attention", "output", "n_heads", "n_kv_heads", "n_layers", "dim", "ffn_dim"),
@@ -81,7 +85,7 @@ def fault(case: Case, done: Done, left: list[Path]) -> str | None:
         return None  # it began, and says how it failed
     if "Traceback" in done.err:
         return f"traceback: {lines[-1]}"
-    if done.cpu_seconds > 5 and not case.trains:
+    if done.cpu_seconds > MOST_S and not case.trains:
         return f"{done.cpu_seconds:.1f} s of processor time"
     if done.code == 0:
         return (
@@ -92,6 +96,29 @@ def fault(case: Case, done: Done, left: list[Path]) -> str | None:
     if done.code != 2 or done.out or len(lines) != 1 or not lines[0].startswith("error: "):
         return f"exit code {done.code}, {len(lines)} lines on stderr, the first {lines[:1]}, stdout {done.out[:80]!r}"
     return None if "; try: " in lines[0] else f"nothing to try: {lines[0]}"
+
+
+def to_try(done: Done) -> Case | None:
+    """What a refusal proposes, up to its folder; None where that cannot be tried: a sweep, or a value to be filled in."""
+    words = done.command_to_try
+    starts = next((place for place, word in enumerate(words) if word.endswith("train.py")), None)
+    if starts is None:
+        return None
+    before, typed = words[:starts], words[starts + 1 :]
+    if {"-m", "--multirun"} & set(typed) or any(
+        re.search(r"(VALUE|<\w+>|MULTIRUN)$", word) for word in typed
+    ):
+        return None
+    ranks = [int(word.partition("=")[2]) for word in before if word.startswith("--nproc-per-node=")]
+    return Case((*typed, NO_FOLDER), *ranks)
+
+
+def refused(done: Done) -> str | None:
+    """For what a command that was proposed is refused, but for the folder that was asked to be impossible."""
+    planned = done.code == 0
+    return (
+        None if planned or done.err.startswith(f"error: {NO_FOLDER}: cannot be written") else done.err[:300]
+    )
 
 
 def _small(model: str) -> tuple[str, ...]:

@@ -61,6 +61,15 @@ class Composition:
         """The override that sets this key, as it was typed; the last one counts."""
         return next((typed for typed in reversed(self.overrides) if override_key(typed) == key), None)
 
+    def refuse_unset(self) -> None:
+        """Hydra's own `???` is a traceback where it is first read, which for its own settings is late.
+
+        Raises:
+            ConfigError: for the first key that was typed so.
+        """
+        if key := next((override_key(typed) for typed in self.overrides if typed.endswith("=???")), None):
+            raise ConfigError(key, "???", "it must be set", f"{key}=VALUE", fix={key: "VALUE"})
+
     def typed_value(self, key: str) -> str | None:
         typed = self.override_of(key)
         return typed.partition("=")[2] if typed else None

@@ -147,6 +147,7 @@ def _start(program: Program[Judged], world: World) -> None:
             with explaining(composition):
                 hydra_app.show(program.main, config_dir, program.config_name)
         return None
+    composition.refuse_unset()
     name, overrides = composition.config_name, composition.overrides
     with explaining(composition):
         app = hydra_app.application(inspect.getfile(program.main), config_dir, arguments)
