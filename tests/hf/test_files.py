@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +224,34 @@ def test_a_spoiled_folder_is_refused_in_one_line(folder: Path, how: str) -> None
     assert refused.value.field == "init_from"
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """This process may do what a user may who owns nothing: root may read everything."""
+    mine = os.geteuid()
+    if mine == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(mine)
+
+
+@pytest.mark.parametrize("pattern", ["config.json", "model-00001-*", INDEX])
+def test_a_file_that_may_not_be_read_is_refused(llama: Path, pattern: str) -> None:
+    with tempfile.TemporaryDirectory() as above:
+        Path(above).chmod(0o755)
+        folder = shutil.copytree(llama, Path(above) / "llama")
+        cfg = configured(folder)
+        model = meta_model(cfg.model)
+        check_weights(str(folder), cfg.model, model)
+        next(folder.glob(pattern)).chmod(0)
+        with as_nobody(), pytest.raises(ConfigError, match=r"cannot be read: .*Permission denied"):
+            check_weights(str(folder), cfg.model, model)
+        folder.chmod(0)
+        with as_nobody():
+            assert not is_hugging_face(str(folder))
 
 
 def test_what_older_versions_kept_beside_the_weights_is_left(make_llama) -> None:

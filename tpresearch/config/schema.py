@@ -275,7 +275,7 @@ class ComposedConfig:
     """auto: from the newest whole checkpoint in the run's folder, if there is one. never: from the beginning. Else the
     folder of a run, or of one of its checkpoints, to go on from."""
     init_from: str | None = None
-    """Weights alone for a new run: the folder of a run or of a checkpoint, or one in Hugging Face's format."""
+    """Weights alone for a new run: the folder of a run or of a checkpoint, or a folder or hub id in Hugging Face's format."""
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     defects: DefectsConfig = field(default_factory=DefectsConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ LEGAL = "a folder or hub id of a Llama with config.json and model.safetensors, o
 def is_hugging_face(init_from: str) -> bool:
     """Whether this names a folder in Hugging Face's layout, or could name one on the hub."""
     path = Path(init_from).expanduser()
-    if not path.exists():
+    if not os.path.lexists(path):
         return looks_like_hub_id(init_from)
-    return path.is_dir() and any((path / name).exists() for name in (CONFIG, WEIGHTS, INDEX))
+    return any(
+        os.path.exists(path / name) for name in (CONFIG, WEIGHTS, INDEX)
+    )  # Path's raises where it may not look
 
 
 def folder_of(init_from: str, files: Sequence[str] = (CONFIG,)) -> Path:
@@ -36,9 +39,9 @@ def folder_of(init_from: str, files: Sequence[str] = (CONFIG,)) -> Path:
         ConfigError: for a path that is no folder, and a hub id that cannot be had.
     """
     path = Path(init_from).expanduser()
-    if path.exists():
-        if not path.is_dir():
-            raise _refused(init_from, "is a file")
+    if os.path.lexists(path):
+        if not os.path.isdir(path):
+            raise _refused(init_from, "not a folder")
         return path
     if not looks_like_hub_id(init_from):
         raise _refused(init_from, "there is no such folder")
@@ -126,11 +129,13 @@ def _check_tie(files: Mapping[str, Path], named: str) -> None:
 def _header(path: Path, named: str) -> dict[str, tuple[list[int], str]]:
     """Shape and dtype of each tensor of a file."""
     try:
+        path.open("rb").close()  # whose error says why, where safetensors says that there is no file
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise _refused(named, f"{path.name} cannot be read: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise _refused(named, f"{path.name} cannot be read: {why}") from None
 
 
 def _index(path: Path, named: str) -> dict[str, str]:
