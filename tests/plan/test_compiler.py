@@ -79,9 +79,9 @@ def test_what_cannot_be_read_is_refused(override: str, field: str, offered: str)
     [
         (["model=llama2_tiny", "parallel=tp"], 3, "model.n_heads=16", "1 2 4 8 16"),
         (["model=llama2_debug", "parallel=tp"], 8, "model.n_kv_heads=4", "1 2 4"),
-        (["model=llama2_debug", "parallel=tp", "model.ffn_dim=90"], 4, "shape[0]=90", "1 2"),
+        (["model=llama2_debug", "parallel=tp", "model.ffn_dim=90"], 4, "model.ffn_dim=90", "1 2"),
         (["model=llama2_debug", "parallel=sp", "data.seq_len=18"], 4, "data.seq_len=18", "1 2"),
-        (["model=toy_mlp", "parallel=tp", "model.hidden_dim=30"], 4, "shape[0]=30", "1 2"),
+        (["model=toy_mlp", "parallel=tp", "model.hidden_dim=30"], 4, "model.hidden_dim=30", "1 2"),
     ],
 )
 def test_what_tp_does_not_divide_is_refused(

@@ -7,15 +7,15 @@ becomes and what each module sends.
 from __future__ import annotations
 
 import fnmatch
-import math
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from tpresearch.config.axes import AXES, MeshSizes
+from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.model import ModelConfig
-from tpresearch.config.schema import DataPlan, ParallelConfig
+from tpresearch.config.schema import ParallelConfig
+from tpresearch.plan.divisible import Cut, check_divisible
 from tpresearch.plan.initializers import Initializer, read_initializers
 from tpresearch.plan.layouts import check_layouts
 from tpresearch.plan.probe import Probe
@@ -108,7 +108,7 @@ def compile_plan(
         rules = _expand(compiled, names)
         _check_kinds(model, rules)
         check_layouts(rules, seen)
-        _check_divisible(config, parallel, sizes, _cuts(model, config, rules, seq_len, rows))
+        check_divisible(parallel, sizes, _cuts(model, config, rules, seq_len, rows))
         _check_sequence(model, parallel.tensor, rules)
     replicated = [
         name
@@ -196,48 +196,11 @@ def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule])
             )
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """A count that the size of an axis has to divide."""
-
-    axis: str
-    what: str
-    count: int
-    why: str
-
-
-def _check_divisible(
-    config: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, cuts: list[_Cut]
-) -> None:
-    wrong = next((cut for cut in cuts if cut.count % sizes[cut.axis]), None)
-    if wrong is None:
-        return
-    size, key = sizes[wrong.axis], f"mesh.{wrong.axis}"
-    common = math.gcd(*(cut.count for cut in cuts if cut.axis == wrong.axis))
-    legal = [t for t in range(1, common + 1) if common % t == 0]
-    fits = [t for t in legal if sizes.world % t == 0]
-    alone = parallel.data is DataPlan.none
-    below = max(t for t in legal if t <= size)
-    others = {f"mesh.{axis.name}": None for axis in AXES if axis.name != wrong.axis}
-    raise ConfigError(
-        key,
-        size,
-        f"does not divide {wrong.what}={wrong.count} ({wrong.why})",
-        f"legal for this model: {_few(legal)}",
-        fix={key: below} if alone else {key: fits[-1], **others},
-        nproc=below if alone else None,
-    )
-
-
-def _few(numbers: list[int]) -> str:
-    return " ".join(map(str, numbers if len(numbers) <= 8 else [*numbers[:8], "..."]))
-
-
 def _cuts(
     model: nn.Module, config: ModelConfig, rules: dict[str, ResolvedRule], seq_len: int, rows: int
-) -> list[_Cut]:
+) -> list[Cut]:
     """Every count that a rule splits, but for the vocabulary: DTensor pads that one."""
-    cuts: dict[str, _Cut] = {}
+    cuts: dict[str, Cut] = {}
     for name, rule in rules.items():
         for unit in rule.rule.units:
             if unit not in config.args:
@@ -251,7 +214,7 @@ def _cuts(
             if config.args[unit] is not None:
                 cuts.setdefault(
                     unit,
-                    _Cut(rule.axis, f"model.{unit}", int(config.args[unit]), f"rule {rule.name} splits it"),
+                    Cut(rule.axis, f"model.{unit}", int(config.args[unit]), f"rule {rule.name} splits it"),
                 )
         module = model.get_submodule(name)
         dim = rule.weight_dim(module)
@@ -259,14 +222,14 @@ def _cuts(
         if dim is not None and not is_vocabulary:
             weight = module.get_parameter("weight")
             what = f"{name}.weight.shape[{dim}]"
-            cut = _Cut(rule.axis, what, weight.shape[dim], f"rule {rule.name} splits it {rule.label}")
+            cut = Cut(rule.axis, what, weight.shape[dim], f"rule {rule.name} splits it {rule.label}")
             cuts.setdefault(f"{rule.name} {weight.shape[dim]}", cut)
         if rule.splits_sequence:
             why = f"rule {rule.name} splits the sequence"
-            cuts.setdefault("seq_len", _Cut(rule.axis, "data.seq_len", seq_len, why))
+            cuts.setdefault("seq_len", Cut(rule.axis, "data.seq_len", seq_len, why))
         if rule.splits_batch:
             why = f"rule {rule.name} splits its rows"
-            cuts.setdefault("rows", _Cut(rule.axis, "train.micro_batch_size", rows, why))
+            cuts.setdefault("rows", Cut(rule.axis, "train.micro_batch_size", rows, why))
     return list(cuts.values())
 
 

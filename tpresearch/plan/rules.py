@@ -23,9 +23,7 @@ from tpresearch.config.axes import LAYER_AXES, MeshSizes
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.imports import imported_class, instantiate
 from tpresearch.config.model import Rule
-
-SEQUENCE_DIM = 1
-"""Activations are [b, s, h]."""
+from tpresearch.plan.divisible import SEQUENCE_DIM
 
 OUTPUTS = {"logits": Shard(-1), "batch": Shard(0)}
 """Layouts of a model's output as it is left for the loss: sharded over the vocabulary, or over the batch's rows."""

@@ -23,6 +23,7 @@ from tpresearch.config.validate import (
 )
 from tpresearch.config.world import World
 from tpresearch.data import check_data
+from tpresearch.plan.divisible import check_declared
 from tpresearch.track.tensorboard import check_tensorboard
 from tpresearch.track.wandb_host import check_settings
 
@@ -105,6 +106,7 @@ def glance(cfg: Config, world: World) -> MeshSizes:
     ranks = ranks_needed(cfg, SHOWN_WORLD) if alone else world.size
     sizes = validate(cfg, ranks, world.hosts)
     check_data(cfg.data, cfg.tokenizer)
+    check_declared(cfg, sizes)
     if ranks > world.size:
         refuse_alone(cfg, ranks)
     return sizes
