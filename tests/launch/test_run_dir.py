@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -156,3 +157,14 @@ def test_the_folder_of_an_earlier_sweep_is_a_sweeps_again() -> None:
     (Path("mine") / ".lock").touch()
     with run_dir.sweep_folder(sweep) as folder:
         assert folder == Path("mine")
+
+
+def test_a_rank_whose_torchrun_was_killed_before_it_looked_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in {"USE_AGENT_STORE": "True", "RUN_ID": "any"}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    with pytest.raises(SystemExit, match=f"torchrun has ended: nothing answers at 127.0.0.1:{port}"):
+        run_dir._agent_store()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -174,6 +176,10 @@ def _usable(folder: Path) -> Path:
 def _agent_store() -> TCPStore | None:
     if (where := agent_store()) is None:
         return None
+    try:
+        socket.create_connection(where, PATIENCE.seconds).close()
+    except ConnectionRefusedError:  # it was there before its ranks: killed while this one was importing
+        sys.exit(f"torchrun has ended: nothing answers at {where[0]}:{where[1]}")
     from torch.distributed import TCPStore  # late: it costs two seconds, and no refusal needs it
 
     return TCPStore(*where, is_master=False, timeout=PATIENCE)
