@@ -13,6 +13,7 @@ import warnings
 
 import torch
 from hydra import compose, initialize_config_dir
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tpresearch.config.compose import register_schema, typed
 from tpresearch.config.world import World
@@ -52,6 +53,8 @@ def warm_up() -> None:
 torch.set_num_threads(1)  # whose pools of threads a fork would not have
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+with FakeTensorMode():
+    pass  # in this thread first: where another one used it alone, a fork that does crashes (torch 2.11)
 if torch.cuda.device_count() == 0:  # a backward pass starts a thread for each GPU, and forks are then refused
     thread = threading.Thread(target=warm_up)
     thread.start()
