@@ -45,6 +45,8 @@ def row(step: int, **changes: float | None) -> dict[str, float | None]:
         "perf/tokens_per_second_per_device": 75.0 if step <= 5 else 1500.0 + step,
         **{f"time/{part}_s": 0.001 for part in ("data", "forward", "loss", "backward", "clip", "optimizer")},
         "memory/peak_bytes": 1_000_000 + step,
+        "memory/reserved_bytes": 2_000_000,
+        "memory/alloc_retries": 0,
         "comm/bytes_per_step": 12_345_678,
     }
     return values | changes

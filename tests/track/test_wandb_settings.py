@@ -59,9 +59,8 @@ def test_what_wandb_takes_is_taken() -> None:
 
 def test_wandbs_rules_are_the_clients() -> None:
     """Where the client has a rule of its own, it is this one."""
-    from wandb.errors import UsageError
-
     from wandb import Settings
+    from wandb.errors import UsageError
 
     Settings(project="p" * 128, run_id="a1b2", run_tags=["t" * 64])
     for wrong in ({"project": "p" * 129}, {"project": "a:b"}, {"run_id": "a/b"}, {"run_tags": ["t" * 65]}):

@@ -26,6 +26,7 @@ SETTINGS = (
     "parallel=none",
     "train.dtype=bfloat16",
     "train.clip_grad_norm=null",
+    "train.loss_chunk=null",
     f"train.micro_batch_size={ROWS // PARTS}",
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -47,6 +48,9 @@ from tpresearch.launch.run_dir import agreed, register_resolvers, sweep_folder
 from tpresearch.launch.stop import INTERRUPTED, end_with_parent
 
 log = logging.getLogger(__name__)
+
+# Read when torch is imported: with most of a card in a few sizes of tensors, fragmentation decides what fits.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 Judged = TypeVar("Judged")
 

@@ -8,7 +8,7 @@ Per micro-batch of b rows of s tokens, e bytes per element, over t tensor-parall
 - The vocabulary-parallel loss: three all-reduces of b s numbers (arXiv 1909.08053, section 3), of c at a time in
   chunks of c tokens; the sum of outputs
   that are split: one all-reduce of one number.
-- FSDP, of P parameters: an all-gather of e_p P in forward, another in backward where weights were freed, and a
+- FSDP, of P parameters: an all-gather of e_p P in forward, another in backward where weights were freed (all but the last block's), and a
   reduce-scatter of e_g P (arXiv 1910.02054, section 7; arXiv 2304.11277). HSDP and DDP: an all-reduce of
   e_g P / d over the replicas, once per step.
 - Norms under sequence parallelism: one all-reduce over tp, once per step, of their gradients' shards.
@@ -102,11 +102,11 @@ def _of_data_plan(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iter
     weight = gradient = ELEMENT_BYTES[cfg.train.dtype]
     if cfg.train.dtype is Dtype.bfloat16:
         gradient = ELEMENT_BYTES[cfg.parallel.fsdp.reduce_dtype]
-    for group, is_block in _groups(model, plan):
+    for group, is_block, is_last in _groups(model, plan):
         padded = sum(_padded(name, plan, model) for name in group)
         trained = sum(_padded(name, plan, model) for name in group if model.get_parameter(name).requires_grad)
         yield SHARD.name, "forward", "fsdp", "all_gather", padded * weight
-        if is_block and cfg.parallel.fsdp.reshard_after_forward:
+        if is_block and not is_last and cfg.parallel.fsdp.reshard_after_forward:
             yield SHARD.name, "backward", "fsdp", "all_gather", padded * weight
         if trained:
             yield SHARD.name, "backward", "fsdp", "reduce_scatter", trained * gradient
@@ -114,15 +114,16 @@ def _of_data_plan(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iter
             yield REPLICATE.name, "backward", "fsdp", "all_reduce", trained // plan.sizes.shards * gradient
 
 
-def _groups(model: nn.Module, plan: Plan) -> Iterator[tuple[list[str], bool]]:
-    """The parameters that FSDP gathers together: those of each block, and all others."""
+def _groups(model: nn.Module, plan: Plan) -> Iterator[tuple[list[str], bool, bool]]:
+    """The parameters that FSDP gathers together, those of each block, and all others; whether they are a block's, and
+    the last one's."""
     others = [name for name, _ in model.named_parameters()]
     for block in plan.blocks:
         mine = [name for name in others if name.startswith(block + ".")]
         others = [name for name in others if not name.startswith(block + ".")]
-        yield mine, True
+        yield mine, True, block == plan.blocks[-1]
     if others:
-        yield others, False
+        yield others, False, False
 
 
 def _block_of(name: str, plan: Plan) -> str | None:

@@ -136,7 +136,8 @@ def shard_data(model: nn.Module, blocks: list[str], fsdp: FsdpConfig, mesh: Devi
         fully_shard(
             model.get_submodule(name),
             mesh=mesh,
-            reshard_after_forward=fsdp.reshard_after_forward,
+            # Backward begins with the last block: freed, it would be gathered again at once.
+            reshard_after_forward=fsdp.reshard_after_forward and name != blocks[-1],
             mp_policy=precision,
             offload_policy=offload,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import shutil
 from dataclasses import dataclass
@@ -79,12 +80,30 @@ def check_device(cfg: Config, device: Device) -> None:
         )
     if cfg.parallel.async_tp and device.backend != "nccl":
         raise ConfigError("parallel.async_tp", True, "ranks share a device here", "one device per rank")
+    if cfg.parallel.async_tp and (pair := _without_peer_access()):
+        why = f"GPU {pair[0]} cannot read the memory of GPU {pair[1]}, as symmetric memory asks"
+        raise ConfigError("parallel.async_tp", True, why, "false on this machine")
     if cfg.parallel.fsdp.cpu_offload and not on_cuda:
         raise ConfigError(
             "parallel.fsdp.cpu_offload", True, "CPU offload needs a CUDA device", "false on this device"
         )
     if cfg.parallel.compile and (lack := _compiler_lack(on_cuda)):
         raise ConfigError("parallel.compile", True, lack, "false on this machine")
+
+
+def notes_on(device: Device, cfg: Config) -> list[str]:
+    """What one would like to know of how this device computes what is asked of it."""
+    args, notes = cfg.model.args, []
+    heads, kv_heads, dim = (args.get(name) for name in ("n_heads", "n_kv_heads", "dim"))
+    if isinstance(heads, int) and isinstance(dim, int):
+        dtype = getattr(torch, cfg.train.dtype)
+        kind = attention_backend(device.torch, dtype, heads, kv_heads or heads, dim // heads)
+        notes.append(f"attention: torch chooses its {kind} kernel for {cfg.train.dtype} on this device")
+    if device.type == "cuda" and cfg.train.dtype is Dtype.float32:
+        notes.append(
+            "float32 is computed without TF32, at a tenth of the speed of train.dtype=bfloat16 or less"
+        )
+    return notes
 
 
 def attention_backend(
@@ -101,6 +120,11 @@ def attention_backend(
     choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=heads != kv_heads)
     names = {kind.value: name for name, kind in SDPBackend.__members__.items()}
     return names[choice].removesuffix("_ATTENTION").lower()
+
+
+def _without_peer_access() -> tuple[int, int] | None:
+    pairs = itertools.permutations(range(torch.cuda.device_count()), 2)
+    return next((pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)), None)
 
 
 def _compiler_lack(on_cuda: bool) -> str | None:

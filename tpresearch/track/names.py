@@ -56,6 +56,12 @@ METRICS = (
     Metric("time/clip_s", "s", "time of a step in the gradient norm and clipping"),
     Metric("time/optimizer_s", "s", "time of a step in the update"),
     Metric("memory/peak_bytes", "bytes", "most memory the device of rank 0 has held"),
+    Metric(
+        "memory/reserved_bytes", "bytes", "most memory CUDA's allocator has reserved on rank 0; null on a CPU"
+    ),
+    Metric(
+        "memory/alloc_retries", "times", "that allocator has emptied its cache to make room; null on a CPU"
+    ),
     Metric("comm/bytes_per_step", "bytes", "bytes rank 0 sends in a step, by the ring formulas"),
 )
 

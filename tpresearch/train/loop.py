@@ -70,11 +70,12 @@ class Loop:
         try:
             yield from self._rows()
         finally:
+            gc.unfreeze()
             gc.enable()
 
     def _rows(self) -> Iterator[Metrics]:
         state, setup, train = self.state, self.setup, self.setup.cfg.train
-        finite = FiniteCheck(setup.device.torch)
+        finite, taken = FiniteCheck(setup.device.torch), 0
         while state.step < setup.steps and self.stopped_by is None:
             result = self.step()
             finite.note(state.step, result)
@@ -93,9 +94,12 @@ class Loop:
             if self.saver and (saves or ends):  # after the row, which is never behind the checkpoint
                 with setup.observers.phase("pause"):
                     self.saver.save(state, state.step * setup.tokens_per_step, loss, last=ends)
-            if state.step % COLLECT_EVERY == 0:
+            taken += 1
+            if taken == 2 or state.step % COLLECT_EVERY == 0:
                 with setup.observers.phase("pause"):
                     gc.collect()
+                    if taken == 2:
+                        gc.freeze()  # all that stays is there: no later collection goes through it again
         if self.saver:
             self.saver.finish()
         if self.stop:

@@ -26,7 +26,7 @@ from tpresearch.ledger.entries import Expected
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_bytes
 from tpresearch.parallel.describe import describe_mesh, describe_model
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import Device, notes_on
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import plan_text
@@ -106,6 +106,8 @@ def train_on(
         loop.saver = saver_of(job, run, corpus, loop.state.step, group)
         loop.stop = AgreedStop(flag, lambda: loop.saver.written if loop.saver else 0)
         shown = describe_model(loop.state.model)
+        for note in notes_on(device, job.cfg):
+            log.info(note)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", shown)
         if loop.state.step:
             say_where_it_goes_on(found, loop.state.step, job)

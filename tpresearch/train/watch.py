@@ -30,6 +30,7 @@ class Timing(Observer):
     def __init__(self, device: torch.device, speed: Speed) -> None:
         self._on_cuda, self._speed = device.type == "cuda", speed
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._free: list[torch.cuda.Event] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -50,7 +51,7 @@ class Timing(Observer):
         if self._rests and name == "data":
             self._begin()
         if self._on_cuda and name in PHASES:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = self._event(), self._event()
             start.record()
             yield
             end.record()
@@ -60,14 +61,25 @@ class Timing(Observer):
         yield
         self._seconds[name] += time.perf_counter() - began
 
+    def _event(self) -> torch.cuda.Event:
+        """One whose time has been read, or a new one: logged rarely, a run would have tens of thousands of them."""
+        if not self._free:
+            self._read(wait=False)
+        return self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+
+    def _read(self, wait: bool) -> None:
+        """Add up the phases that the device is done with; with `wait`, all."""
+        while self._events and (wait or self._events[0][2].query()):
+            name, start, end = self._events.pop(0)
+            end.synchronize()
+            self._seconds[name] += start.elapsed_time(end) / 1000
+            self._free += [start, end]
+
     def metrics(self) -> Metrics:
         """On CUDA this waits for what has been marked."""
         between = self._seconds["evaluation"] + self._seconds["pause"]
         elapsed = time.perf_counter() - self._began - between
-        for name, start, end in self._events:
-            end.synchronize()
-            self._seconds[name] += start.elapsed_time(end) / 1000
-        self._events.clear()
+        self._read(wait=True)
         steps = max(self._steps, 1)
         found: Metrics = {f"time/{name}_s": self._seconds[name] / steps for name in ("data", *PHASES)}
         self._rests = True
@@ -81,13 +93,15 @@ class PeakMemory(Observer):
         self._device = device
 
     def metrics(self) -> Metrics:
-        return {"memory/peak_bytes": self._peak_bytes()}
-
-    def _peak_bytes(self) -> int:
+        found: Metrics = {"memory/reserved_bytes": None, "memory/alloc_retries": None}
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device.torch)
+            return {
+                "memory/peak_bytes": torch.cuda.max_memory_allocated(self._device.torch),
+                "memory/reserved_bytes": torch.cuda.max_memory_reserved(self._device.torch),
+                "memory/alloc_retries": torch.cuda.memory_stats(self._device.torch)["num_alloc_retries"],
+            }
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+        return found | {"memory/peak_bytes": kilobytes if sys.platform == "darwin" else kilobytes * 1024}
 
 
 class CountedStep(Observer):

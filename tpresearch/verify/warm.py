@@ -55,7 +55,7 @@ warnings.filterwarnings("ignore")
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
 with FakeTensorMode():
     pass  # in this thread first: where another one used it alone, a fork that does crashes (torch 2.11)
-if torch.cuda.device_count() == 0:  # a backward pass starts a thread for each GPU, and forks are then refused
+if not torch.backends.cuda.is_built():  # where backward starts threads for GPUs, and forks are then refused
     thread = threading.Thread(target=warm_up)
     thread.start()
     thread.join()
