@@ -13,7 +13,7 @@ FLOORS = [
     {"parallel", "ledger", "checkpoint", "hf", "launch"},
     {"track"},
     {"sweep", "train", "compare", "dashboard", "prepare", "export", "checkpoints"},
-    {"verify", "import_hf", "simulate"},
+    {"verify", "import_hf", "simulate", "planner"},
     {"api", "__main__"},
 ]
 """Lowest first: a room imports from its own floor or from below."""

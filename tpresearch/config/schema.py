@@ -283,6 +283,8 @@ class ComposedConfig:
     """Read by `python -m tpresearch.verify` only."""
     cluster: dict[str, Any] = field(default_factory=dict)
     """An option of conf/cluster, or a file of one's own: what `tpresearch.simulate` and `tpresearch.planner` price with."""
+    gpus: Annotated[int | None, AtLeast(1)] = None
+    """How many devices the planner plans for."""
     trace: bool = False
     """Write the simulated step as a Chrome trace beside simulate.json."""
     device: DeviceKind = DeviceKind.auto

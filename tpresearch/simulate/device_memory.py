@@ -67,10 +67,21 @@ class DeviceMemory(MemoryLedger):
         return found
 
 
-def fullest(by_moment: Mapping[str, float]) -> dict[str, float]:
-    """Bytes by kind at the moment that holds most."""
+PHASES_OF_A_MICRO_BATCH = 3
+
+
+def fullest(by_moment: Mapping[str, float], micro_batches: int | None = None) -> dict[str, float]:
+    """Bytes by kind at the moment that holds most.
+
+    Args:
+        micro_batches: how many there are, where fewer than were recorded; None for as many.
+    """
     moments: dict[str, dict[str, float]] = {}
     for name, size in by_moment.items():
         moment, _, kind = name.partition("/")
+        place, phase, *_ = moment.split()
+        comes_later = micro_batches and int(place) >= micro_batches * PHASES_OF_A_MICRO_BATCH
+        if comes_later and phase in ("forward", "loss", "backward"):
+            continue
         moments.setdefault(moment, {})[kind] = size
     return max(moments.values(), key=lambda held: sum(held.values()))

@@ -1,0 +1,50 @@
+"""`python -m tpresearch.planner model=llama2_70b cluster=h100_dgx gpus=64`: all legal plans, ranked by the simulator."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from tpresearch.config import Config
+from tpresearch.config.world import World
+from tpresearch.launch import Run, entrypoint
+from tpresearch.simulate.judge import Judged
+from tpresearch.simulate.judge import judge as judge_simulation
+
+
+def judge(cfg: Config, world: World) -> Judged:
+    """Its plan, mesh and micro-batch are what the planner chooses; all else has to be right.
+
+    Raises:
+        ConfigError: as simulate does, for one plan that stands for all.
+    """
+    from tpresearch.config.choices import DataPlan
+
+    parallel = dataclasses.replace(cfg.parallel, name="fsdp", tensor=None, data=DataPlan.fsdp)
+    mesh = dataclasses.replace(
+        cfg.mesh, **dict.fromkeys((field.name for field in dataclasses.fields(cfg.mesh)), None)
+    )
+    train = dataclasses.replace(cfg.train, micro_batch_size=None)
+    return judge_simulation(
+        dataclasses.replace(cfg, parallel=parallel, mesh=mesh, train=train, world_size=cfg.gpus), world
+    )
+
+
+@entrypoint("planner", judge=judge)
+def main(judged: Judged, run: Run) -> None:
+    from tpresearch.planner.ranking import rank  # late: they import torch
+    from tpresearch.planner.report import as_json, draw, report
+
+    cfg, cluster, sizes = judged
+    ranking = rank(cfg, sizes.world, cluster)
+    (run.folder / "planner.json").write_text(json.dumps(as_json(ranking), indent=2) + "\n")
+    print(report(ranking, cfg.model.name, sizes.world, cluster.name))
+    print(f"\n  {run.folder / 'planner.json'}")
+    if ranking.fits:
+        title = f"{cfg.model.name} on {sizes.world:,} devices of {cluster.name}"
+        draw(ranking, title, run.folder / "planner.png")
+        print(f"  {run.folder / 'planner.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The configs that a number of GPUs leaves open: plan, mesh, checkpointing, rows per micro-batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tpresearch.config import Config
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import Checkpointing, DataPlan, MeshConfig, ParallelConfig, TensorPlan
+from tpresearch.config.validate import validate
+from tpresearch.simulate.cluster import Cluster
+
+PLANS: dict[str, tuple[TensorPlan | None, DataPlan]] = {
+    "none": (None, DataPlan.none),
+    "ddp": (None, DataPlan.ddp),
+    "fsdp": (None, DataPlan.fsdp),
+    "hsdp": (None, DataPlan.hsdp),
+    "sp": (TensorPlan.sp, DataPlan.none),
+    "fsdp_tp": (TensorPlan.sp, DataPlan.fsdp),
+    "hsdp_tp": (TensorPlan.sp, DataPlan.hsdp),
+}
+"""Options of conf/parallel; `tp` moves the same bytes as `sp` and holds more, so that it never wins."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train the model on these GPUs."""
+
+    cfg: Config
+    sizes: MeshSizes
+
+    @property
+    def words(self) -> str:
+        """What to type for it."""
+        parallel, train = self.cfg.parallel, self.cfg.train
+        mesh = [f"mesh.{axis}={size}" for axis, size in self.sizes.nontrivial().items()]
+        checkpointing = f"parallel.activation_checkpointing={parallel.activation_checkpointing}"
+        micro = f"train.micro_batch_size={train.micro_batch_size}"
+        return " ".join([f"parallel={parallel.name}", *mesh, checkpointing, micro])
+
+    def at(self, rows: int) -> Candidate:
+        return Candidate(
+            dataclasses.replace(self.cfg, train=dataclasses.replace(self.cfg.train, micro_batch_size=rows)),
+            self.sizes,
+        )
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What is not even a config, and why."""
+
+    words: str
+    why: str
+
+
+def families(cfg: Config, gpus: int, cluster: Cluster) -> Iterator[Candidate | Refused]:
+    """Every plan, mesh and checkpointing, each with one row per micro-batch.
+
+    Tensor parallelism stays within a host, as Megatron-LM found that it should (arXiv 2104.04473, section 3.2); replicas are
+    whole hosts.
+    """
+    for name, (tensor, data) in PLANS.items():
+        for mesh in _meshes(name, tensor, data, gpus, cluster):
+            for checkpointing in Checkpointing:
+                parallel = dataclasses.replace(
+                    cfg.parallel, name=name, tensor=tensor, data=data, activation_checkpointing=checkpointing
+                )
+                yield _judged(cfg, parallel, mesh, gpus, cluster)
+
+
+def micro_batch_rows(candidate: Candidate) -> list[int]:
+    """Powers of two that divide a rank's share of the global batch."""
+    share = candidate.cfg.train.global_batch_size // candidate.sizes.dp
+    return [rows for rows in (1, 2, 4, 8, 16, 32) if share % rows == 0]
+
+
+def _meshes(
+    name: str, tensor: TensorPlan | None, data: DataPlan, gpus: int, cluster: Cluster
+) -> Iterator[MeshConfig]:
+    widths = [2**i for i in range(1, 10) if 2**i <= min(gpus, cluster.devices_per_host)] if tensor else [1]
+    for tp in widths:
+        ranks, rest = divmod(gpus, tp)
+        if rest or (data is DataPlan.none) != (ranks == 1):
+            continue
+        mesh = MeshConfig(tp=tp if tensor else None)
+        if data is DataPlan.hsdp:
+            shards = max(1, cluster.devices_per_host // tp)
+            if shards < 2 or ranks // shards < 2 or ranks % shards:
+                continue
+            mesh = dataclasses.replace(mesh, dp_shard=shards, dp_replicate=ranks // shards)
+        yield mesh
+
+
+def _judged(
+    cfg: Config, parallel: ParallelConfig, mesh: MeshConfig, gpus: int, cluster: Cluster
+) -> Candidate | Refused:
+    train = dataclasses.replace(cfg.train, micro_batch_size=1)
+    found = dataclasses.replace(cfg, parallel=parallel, mesh=mesh, train=train)
+    try:
+        return Candidate(found, validate(found, gpus, cluster.hosts_of(gpus)))
+    except ConfigError as error:
+        size = "" if mesh.tp is None else f" mesh.tp={mesh.tp}"
+        words = f"parallel={parallel.name}{size} parallel.activation_checkpointing={parallel.activation_checkpointing}"
+        return Refused(words, f"{error.field}={error.value}: {error.why}")

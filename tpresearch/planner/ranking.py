@@ -1,0 +1,160 @@
+"""Candidates judged: by closed formulas what cannot fit, by the simulator the rest; and why each loser loses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tpresearch.config import Config
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.validate import micro_batches
+from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.planner.candidates import Candidate, Refused, families, micro_batch_rows
+from tpresearch.simulate.cluster import Cluster
+from tpresearch.simulate.depth import recording
+from tpresearch.simulate.fake_step import record
+from tpresearch.simulate.prediction import Prediction, predict
+from tpresearch.simulate.rows import with_rows
+from tpresearch.simulate.trace import Trace
+from tpresearch.train.preflight import planned
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One candidate with its prediction."""
+
+    candidate: Candidate
+    prediction: Prediction
+
+    @property
+    def speed(self) -> float:
+        return self.prediction.tokens_per_second_per_device
+
+
+@dataclass
+class Ranking:
+    """All candidates: those that fit from the fastest on, those that do not, and those that are no configs."""
+
+    fits: list[Judged] = field(default_factory=list)
+    too_large: list[Judged] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.fits) + len(self.too_large) + len(self.refused)
+
+    def best(self, tensor: bool) -> Judged | None:
+        """The fastest with tensor parallelism, or without."""
+        return next((one for one in self.fits if (one.candidate.sizes.tp > 1) == tensor), None)
+
+    def front(self) -> list[Judged]:
+        """Those that no other beats in both memory and speed, the fastest first."""
+        found: list[Judged] = []
+        for one in self.fits:
+            if not found or one.prediction.peak_bytes < found[-1].prediction.peak_bytes:
+                found.append(one)
+        return found
+
+
+def rank(cfg: Config, gpus: int, cluster: Cluster) -> Ranking:
+    """Judge every candidate; more rows per micro-batch are tried until they no longer fit."""
+    ranking = Ranking()
+    for family in families(cfg, gpus, cluster):
+        if isinstance(family, Refused):
+            ranking.refused.append(family)
+            continue
+        try:
+            held = _held_at_least(family)
+        except ConfigError as error:
+            ranking.refused.append(Refused(family.words, f"{error.field}={error.value}: {error.why}"))
+            continue
+        if held > cluster["memory_gb"] * 1e9:
+            why = f"weights, gradients and optimizer state alone are {held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"
+            ranking.refused.append(Refused(family.words, why))
+            continue
+        traces = _Traces(family)
+        for rows in micro_batch_rows(family):
+            candidate = family.at(rows)
+            one = Judged(
+                candidate, predict(recording(candidate.cfg, candidate.sizes, traces.of), cluster, check=False)
+            )
+            (ranking.fits if one.prediction.fits else ranking.too_large).append(one)
+            if not one.prediction.fits:
+                break
+    ranking.fits.sort(key=lambda one: -one.speed)
+    ranking.too_large.sort(key=lambda one: one.prediction.peak_bytes)
+    return ranking
+
+
+def _held_at_least(candidate: Candidate) -> int:
+    """Bytes that a rank holds all the time, exactly, with no step recorded."""
+    model, plan = planned(candidate.cfg, candidate.sizes)
+    kinds = expected_bytes(model, plan, candidate.cfg)
+    return sum(kinds[kind] or 0 for kind in ("parameters", "gradients", "optimizer"))
+
+
+class _Traces:
+    """Recorded steps of a plan on a mesh at one row per micro-batch and at two; others follow from them."""
+
+    def __init__(self, family: Candidate) -> None:
+        self._family = family
+        self._known: dict[tuple[int, int], Trace] = {}
+
+    def of(self, cfg: Config, sizes: MeshSizes) -> Trace:
+        rows = cfg.train.micro_batch_size or 1
+        if rows == 1:
+            return self._recorded(cfg, 1)
+        found = with_rows(self._recorded(cfg, 1), self._recorded(cfg, 2), rows)
+        return found or record(cfg, sizes)
+
+    def _recorded(self, cfg: Config, rows: int) -> Trace:
+        """In two micro-batches at least, whatever the global batch says: `Trace.parts` takes what is needed."""
+        depth = cfg.model.args.get("n_layers", 0)
+        if (depth, rows) not in self._known:
+            sizes = self._family.sizes
+            batches = max(2, micro_batches(self._family.cfg, sizes))
+            candidate = Candidate(cfg, sizes).at(rows)
+            candidate.cfg.train.global_batch_size = batches * rows * sizes.dp
+            self._known[depth, rows] = record(candidate.cfg, sizes)
+        return self._known[depth, rows]
+
+
+def why_slower(one: Judged, best: Judged) -> str:
+    """Where a step spends more than the best one's, which has the same global batch; as shares of that one."""
+    mine, its = one.prediction.time_s, best.prediction.time_s
+    step = best.prediction.step_time_s
+    parts = {name: (mine.get(name, 0.0) - its.get(name, 0.0)) / step for name in {*mine, *its}}
+    worst = [name for name, share in sorted(parts.items(), key=lambda item: -item[1])[:2] if share > 0.01]
+    return ", ".join(f"{_words(name)} +{parts[name]:.0%}" for name in worst) or "as fast, within a percent"
+
+
+def _words(name: str) -> str:
+    if name.startswith("exposed "):
+        return f"waits for {name.removeprefix('exposed ')}"
+    return {"gemm": "matmuls", "copy": "FSDP's copies", "elementwise": "elementwise ops"}.get(name, name)
+
+
+def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
+    """What a reader asks first: does it fit, which plan, and does tensor parallelism pay."""
+    if not ranking.fits:
+        least = ranking.too_large[0].prediction if ranking.too_large else None
+        held = (
+            f": the least that any plan holds is {least.peak_bytes / 1e9:.0f} GB per device" if least else ""
+        )
+        return [f"{name} does not fit on {gpus} devices{held}"]
+    plain, tensor = ranking.best(tensor=False), ranking.best(tensor=True)
+    if plain is None:
+        return [
+            f"tensor parallelism is needed: without it {name} does not fit on {gpus} devices with this batch"
+        ]
+    if tensor is None:
+        return ["tensor parallelism is no choice here: no legal plan with it fits"]
+    gain = tensor.speed / plain.speed - 1
+    if gain > 0.02:
+        return [
+            f"tensor parallelism pays: {gain:+.1%} over the best plan without it ({plain.candidate.words})"
+        ]
+    if gain < -0.02:
+        return [f"do not use tensor parallelism here: the best plan with it is {-gain:.1%} slower"]
+    return [f"tensor parallelism makes no difference here ({gain:+.1%})"]

@@ -1,0 +1,115 @@
+"""A ranking as a table, as data and as a picture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tpresearch.planner.ranking import Judged, Ranking, advice, why_slower
+from tpresearch.simulate.prediction import Prediction
+from tpresearch.simulate.report import step_text
+from tpresearch.track.shown import count_text, share_text
+
+SHOWN = 12
+
+
+def report(ranking: Ranking, name: str, gpus: int, cluster: str) -> str:
+    lines = [
+        f"PREDICTED, not measured: {ranking.count} ways to train {name} on {gpus:,} devices of {cluster}",
+        "",
+    ]
+    lines += [f"  {line}" for line in advice(ranking, gpus, name)]
+    if ranking.fits:
+        lines += ["", f"  {'':>3}{'tok/s/device':>13}{'MFU':>7}{'memory':>9}  {'step time':26}plan"]
+        lines += [_line(place, one, ranking) for place, one in enumerate(ranking.fits[:SHOWN], 1)]
+        if len(ranking.fits) > SHOWN:
+            lines.append(f"  ... and {len(ranking.fits) - SHOWN} more that fit, in planner.json")
+        lines += ["", f"  to train it: torchrun ... train.py {ranking.fits[0].candidate.words}"]
+    lines += ["", *_left_out(ranking)]
+    return "\n".join(lines)
+
+
+def as_json(ranking: Ranking) -> dict[str, Any]:
+    front = {id(one) for one in ranking.front()}
+    return {
+        "predicted": True,
+        "fits": [
+            {**_plain(one), "on_front": id(one) in front, "why": _why(one, ranking)} for one in ranking.fits
+        ],
+        "too_large": [_plain(one) for one in ranking.too_large],
+        "refused": [{"plan": one.words, "why": one.why} for one in ranking.refused],
+    }
+
+
+def draw(ranking: Ranking, title: str, path: Path) -> None:
+    """Memory against speed of everything that fits, and the front that no other candidate beats in both."""
+    from matplotlib.figure import Figure  # late: it takes a second
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for label, tensor, marker in (
+        ("data parallel alone", False, "o"),
+        ("with tensor parallelism", True, "^"),
+    ):
+        mine = [one for one in ranking.fits if (one.candidate.sizes.tp > 1) == tensor]
+        axes.scatter(
+            [_gb(one) for one in mine], [one.speed for one in mine], marker=marker, label=label, alpha=0.7
+        )
+    front = ranking.front()
+    axes.plot(
+        [_gb(one) for one in front], [one.speed for one in front], color="black", linewidth=1, label="front"
+    )
+    for one in front:
+        tp, plan = one.candidate.sizes.tp, one.candidate.cfg.parallel
+        text = f"{plan.name}{f' tp={tp}' if tp > 1 else ''} {plan.activation_checkpointing}"
+        axes.annotate(text, (_gb(one), one.speed), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.set_xlabel("memory at the peak, GB per device")
+    axes.set_ylabel("tokens/s per device, predicted")
+    axes.set_title(title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _line(place: int, one: Judged, ranking: Ranking) -> str:
+    prediction = one.prediction
+    about = f"{count_text(one.speed):>13}{share_text(prediction.mfu):>7}{_gb(one):>6.0f} GB"
+    why = "" if place == 1 else f"   ({_why(one, ranking)})"
+    return f"  {place:>2} {about}  {step_text(prediction):26}{one.candidate.words}{why}"
+
+
+def _why(one: Judged, ranking: Ranking) -> str:
+    return "" if one is ranking.fits[0] else why_slower(one, ranking.fits[0])
+
+
+def _left_out(ranking: Ranking) -> Iterator[str]:
+    if ranking.too_large:
+        yield f"  {len(ranking.too_large)} hold more than a device has, the least of them:"
+        for one in ranking.too_large[:3]:
+            card = one.prediction.cluster["memory_gb"]
+            yield f"    {_gb(one):.0f} of {card:.0f} GB  {one.candidate.words}"
+    if ranking.refused:
+        yield f"  {len(ranking.refused)} cannot be:"
+        for why, count in Counter(one.why for one in ranking.refused).most_common(5):
+            example = next(one.words for one in ranking.refused if one.why == why)
+            yield f"    {count} x {why} ({example})"
+
+
+def _plain(one: Judged) -> dict[str, Any]:
+    found: Prediction = one.prediction
+    return {
+        "plan": one.candidate.words,
+        "mesh": one.candidate.sizes.nontrivial(),
+        "step_time_s": found.step_time_s,
+        "step_time_range_s": [found.low_s, found.high_s],
+        "tokens_per_second_per_device": one.speed,
+        "mfu": found.mfu,
+        "memory_bytes": {**found.memory_bytes, "peak": found.peak_bytes},
+        "time_s": found.time_s,
+    }
+
+
+def _gb(one: Judged) -> float:
+    return one.prediction.peak_bytes / 1e9
