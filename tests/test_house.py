@@ -14,7 +14,8 @@ FLOORS = [
     {"track"},
     {"sweep", "train", "compare", "dashboard", "prepare", "export", "checkpoints"},
     {"verify", "import_hf", "simulate", "planner"},
-    {"api", "__main__"},
+    {"api"},
+    {"__main__", "calibrate"},
 ]
 """Lowest first: a room imports from its own floor or from below."""
 LONGEST = 300

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-NOT_COMPARED = ("name", "logger", "world_size", "verify", "checkpoint", "resume")
+NOT_COMPARED = ("name", "logger", "world_size", "verify", "checkpoint", "resume", "gpus", "trace")
 """Keys of a config that say where a run is kept, who hears of it or what another command does, not what it computes."""
 
 NOT_OF_DATA = ("cache_dir", "max_record_bytes")
@@ -29,6 +30,11 @@ NOT_THE_EXPERIMENT = (
 def compared(config: Mapping[str, Any], without_seed: bool = False) -> dict[str, Any]:
     """The resolved config without names, paths and loggers."""
     kept = {key: value for key, value in config.items() if key not in NOT_COMPARED}
+    if cluster := kept.pop(
+        "cluster", None
+    ):  # of a simulated run: its name stands for its numbers, and they are told apart
+        digest = hashlib.sha1(repr(cluster).encode()).hexdigest()
+        kept["cluster"] = f"{cluster.get('name')} {digest[:6]}"
     kept["data"] = {key: value for key, value in kept.get("data", {}).items() if key not in NOT_OF_DATA}
     if without_seed:
         kept["train"] = {key: value for key, value in kept["train"].items() if key != "seed"}

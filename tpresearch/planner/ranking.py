@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tpresearch.config import Config
 from tpresearch.config.axes import MeshSizes
@@ -12,7 +12,7 @@ from tpresearch.config.validate import micro_batches
 from tpresearch.ledger.memory_formulas import expected_bytes
 from tpresearch.planner.candidates import Candidate, Refused, families, micro_batch_rows
 from tpresearch.simulate.cluster import Cluster
-from tpresearch.simulate.depth import recording
+from tpresearch.simulate.depth import Recording, recording
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict
 from tpresearch.simulate.rows import with_rows
@@ -60,6 +60,7 @@ class Ranking:
 def rank(cfg: Config, gpus: int, cluster: Cluster) -> Ranking:
     """Judge every candidate; more rows per micro-batch are tried until they no longer fit."""
     ranking = Ranking()
+    known: Recording | None = None
     for family in families(cfg, gpus, cluster):
         if isinstance(family, Refused):
             ranking.refused.append(family)
@@ -73,12 +74,12 @@ def rank(cfg: Config, gpus: int, cluster: Cluster) -> Ranking:
             why = f"weights, gradients and optimizer state alone are {held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"
             ranking.refused.append(Refused(family.words, why))
             continue
+        known = known or recording(family.cfg, family.sizes, record)
         traces = _Traces(family)
         for rows in micro_batch_rows(family):
             candidate = family.at(rows)
-            one = Judged(
-                candidate, predict(recording(candidate.cfg, candidate.sizes, traces.of), cluster, check=False)
-            )
+            told = replace(known, cfg=candidate.cfg, sizes=candidate.sizes, recorder=traces.of, traces={})
+            one = Judged(candidate, predict(told, cluster, check=False))
             (ranking.fits if one.prediction.fits else ranking.too_large).append(one)
             if not one.prediction.fits:
                 break

@@ -10,7 +10,8 @@ from tpresearch.simulate.judge import Judged, judge
 
 @entrypoint("simulate", judge=judge)
 def main(judged: Judged, run: Run) -> None:
-    from tpresearch.simulate.depth import recording  # late: they import torch
+    from tpresearch.simulate.as_run import write_run  # late: they import torch
+    from tpresearch.simulate.depth import recording
     from tpresearch.simulate.fake_step import record
     from tpresearch.simulate.prediction import predict, priced
     from tpresearch.simulate.replay import Span
@@ -22,6 +23,7 @@ def main(judged: Judged, run: Run) -> None:
     prediction = predict(recorded, cluster)
     path = run.folder / "simulate.json"
     path.write_text(json.dumps(prediction.as_json(), indent=2) + "\n")
+    write_run(prediction, run.folder)
     print(report(prediction))
     print(f"\n  {path}")
     if cfg.trace:

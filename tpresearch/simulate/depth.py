@@ -15,6 +15,7 @@ from tpresearch.ledger.entries import Entry
 from tpresearch.plan.compiler import matching
 from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.trace import Trace
+from tpresearch.train.speed import flops_per_token
 
 RECORDED = (2, 3)
 CHECKED = 4
@@ -35,6 +36,8 @@ class Recording:
     """Blocks of the whole model."""
     setting: str | None
     """The model's setting that says how many blocks there are; None where only the whole model is recorded."""
+    flops_per_token: float
+    """Of the whole model, with attention counted whole, as MFU has it."""
     recorder: Recorder
     traces: dict[int, Trace] = field(default_factory=dict)
 
@@ -94,7 +97,8 @@ class Recording:
 def recording(cfg: Config, sizes: MeshSizes, recorder: Recorder) -> Recording:
     """Raises: ConfigError: where the model cannot be made at all."""
     depth, setting = depth_of(cfg)
-    return Recording(cfg, sizes, depth, setting, recorder)
+    flops = flops_per_token(meta_model(cfg.model), cfg.data.seq_len, causal=False)
+    return Recording(cfg, sizes, depth, setting, flops, recorder)
 
 
 def depth_of(cfg: Config) -> tuple[int, str | None]:

@@ -12,14 +12,12 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.ledger.entries import MEMORY_KINDS, Entry
-from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.cluster import Cluster, Kind
 from tpresearch.simulate.depth import Recording
 from tpresearch.simulate.device_memory import fullest
 from tpresearch.simulate.kernels import kernels
 from tpresearch.simulate.replay import Span, replay
 from tpresearch.simulate.trace import Trace
-from tpresearch.train.speed import flops_per_token
 
 SPREAD = {
     "gemm": 0.07,
@@ -52,8 +50,10 @@ class Prediction:
     """With attention counted whole, as MFU has it."""
     time_s: dict[str, float]
     """Busy time of the device by kind of op, what it waits for the host, and what is exposed of each axis's collectives."""
+    entries: list[Entry]
+    """The communication ledger of the step."""
     communication: list[dict[str, Any]]
-    """The ledger's entries, with time_s and exposed_s."""
+    """The same, with time_s and exposed_s."""
     memory_bytes: dict[str, int]
     """By kind at the peak; `reserved` is what CUDA, NCCL and the allocator take beside."""
 
@@ -129,7 +129,6 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
     if CALM < sum(memory.values()) / (cluster["memory_gb"] * 1e9) <= 1:
         spread = WIDEST
     entries = recording.entries(count)
-    model = meta_model(cfg.model)
     return Prediction(
         cluster=cluster,
         sizes=sizes,
@@ -137,8 +136,9 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
         step_time_s=step,
         low_s=step * (1 - spread),
         high_s=step * (1 + spread),
-        flops_per_token=flops_per_token(model, cfg.data.seq_len, causal=False),
+        flops_per_token=recording.flops_per_token,
         time_s=dict(_by_kind(seconds)),
+        entries=entries,
         communication=[_timed(entry, seconds) for entry in entries],
         memory_bytes=memory,
     )

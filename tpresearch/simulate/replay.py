@@ -69,7 +69,8 @@ class Streams:
 
     def _on_host(self, kernel: Kernel) -> None:
         event = kernel.op.event if kernel.kind == "collective" else None
-        seconds = (kernel.seconds + self.cluster["launch_us"] * 1e-6 * (kernel.kind != "wait")) * self.slower
+        host = self.cluster[HOST_TIME.get(event.issuer, "launch_us") if event else "launch_us"] * 1e-6
+        seconds = (kernel.seconds + host * (kernel.kind != "wait")) * self.slower
         self._note(kernel, "cpu", self.device_s, seconds)
         if event:
             self.seconds[_exposed(event)] += seconds

@@ -1,0 +1,118 @@
+"""When does tensor parallelism pay? FSDP alone beside FSDP with TP inside a host, from 8 to 65,536 ranks, on H100 and A100.
+
+python experiments/when_tp/measure.py     # prints the table, writes results.csv and when_tp.png beside this file
+
+Every cell is a step of the code that trains, as rank 0 of that many ranks, priced for both clusters; the global batch is
+the same everywhere, so that past its number of rows only tensor parallelism can use more ranks.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import yaml  # noqa: E402
+
+from tpresearch.api import load  # noqa: E402
+from tpresearch.config.errors import ConfigError  # noqa: E402
+from tpresearch.config.validate import validate  # noqa: E402
+from tpresearch.simulate.cluster import cluster_of  # noqa: E402
+from tpresearch.simulate.depth import recording  # noqa: E402
+from tpresearch.simulate.fake_step import record  # noqa: E402
+from tpresearch.simulate.prediction import predict  # noqa: E402
+
+ROWS = 4096
+"""Of the global batch: 16 million tokens."""
+WORLDS = (8, 64, 512, 2048, 4096, 16_384, 65_536)
+DEGREES = (1, 2, 8)
+CLUSTERS = ("h100_dgx", "a100_80")
+COMMON = (
+    "model=llama2_7b",
+    "tokenizer=bpe_32k",
+    "data=random_tokens",
+    "data.seq_len=4096",
+    "train.dtype=bfloat16",
+    "parallel.activation_checkpointing=selective",
+    f"train.global_batch_size={ROWS}",
+    "train.micro_batch_size=1",
+)
+
+
+def main() -> None:
+    clusters = {
+        name: cluster_of(yaml.safe_load((HERE.parents[1] / f"conf/cluster/{name}.yaml").read_text()))
+        for name in CLUSTERS
+    }
+    found = []
+    for world in WORLDS:
+        for degree in DEGREES:
+            plan = ["parallel=fsdp"] if degree == 1 else ["parallel=fsdp_tp", f"mesh.tp={degree}"]
+            try:
+                cfg = load(*COMMON, *plan, config_name="simulate")
+                sizes = validate(cfg, world, -(-world // 8))
+            except ConfigError as error:
+                print(f"{world:>7,} ranks, tp={degree}: {error.why}", flush=True)
+                continue
+            recorded = recording(cfg, sizes, record)
+            for name, cluster in clusters.items():
+                one = predict(recorded, cluster, check=False)
+                exposed = {
+                    axis: sum(e["exposed_s"] for e in one.communication if e["axis"] == axis)
+                    for axis in ("dp_shard", "tp")
+                }
+                row = {
+                    "cluster": name,
+                    "ranks": world,
+                    "tp": degree,
+                    "step_s": round(one.step_time_s, 4),
+                    "low_s": round(one.low_s, 4),
+                    "high_s": round(one.high_s, 4),
+                    "tokens_per_second_per_device": round(one.tokens_per_second_per_device, 1),
+                    "mfu": round(one.mfu or 0, 4),
+                    "exposed_dp_shard": round(exposed["dp_shard"] / one.step_time_s, 4),
+                    "exposed_tp": round(exposed["tp"] / one.step_time_s, 4),
+                    "memory_gb": round(one.peak_bytes / 1e9, 2),
+                    "fits": one.fits,
+                }
+                found.append(row)
+                print(
+                    f"{world:>7,} ranks, tp={degree}, {name:9} {row['tokens_per_second_per_device']:>9,.0f} tok/s/device, MFU {row['mfu']:.1%}, "
+                    f"waits for dp_shard {row['exposed_dp_shard']:.1%}, tp {row['exposed_tp']:.1%}, {row['memory_gb']:.0f} GB",
+                    flush=True,
+                )
+    with (HERE / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    draw(found)
+
+
+def draw(found: list[dict]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for place, name in enumerate(CLUSTERS, 1):
+        axes = figure.add_subplot(1, 2, place)
+        for degree in DEGREES:
+            mine = [row for row in found if row["cluster"] == name and row["tp"] == degree]
+            label = "FSDP alone" if degree == 1 else f"FSDP, tp={degree}"
+            axes.plot(
+                [row["ranks"] for row in mine], [100 * row["mfu"] for row in mine], marker="o", label=label
+            )
+        axes.set(
+            xscale="log",
+            xlabel="ranks",
+            ylabel="MFU, %, predicted",
+            title=f"Llama2-7B, 16M tokens per step, {name}",
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(HERE / "when_tp.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

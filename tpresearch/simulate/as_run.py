@@ -1,0 +1,48 @@
+"""A prediction as the record of a run, so that it stands beside real ones in comparisons and sweeps, marked as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tpresearch.config.compose import as_dict
+from tpresearch.ledger.entries import Expected, StepLedger
+from tpresearch.simulate.prediction import Prediction
+from tpresearch.track import record
+from tpresearch.track.run_name import run_name
+
+
+def write_run(prediction: Prediction, folder: Path) -> None:
+    """config.yaml, ledger.json, one row of metrics.jsonl, and summary.json; the device says that it was predicted."""
+    cfg, sizes = prediction.cfg, prediction.sizes
+    ledger = StepLedger(prediction.entries, [], None, Expected(None, {}))
+    figures = {
+        "perf/step_time_s": prediction.step_time_s,
+        "perf/tokens_per_second": prediction.tokens_per_second_per_device * sizes.world,
+        "perf/tokens_per_second_per_device": prediction.tokens_per_second_per_device,
+        "perf/mfu": prediction.mfu,
+        "memory/peak_bytes": prediction.peak_bytes,
+        "comm/bytes_per_step": ledger.sent_bytes,
+    }
+    summary: dict[str, Any] = {
+        "status": "completed",
+        "predicted": True,
+        "run_name": f"{run_name(cfg.model.name, cfg.parallel, sizes)} (predicted)",
+        "steps": 1,
+        "tokens": prediction.tokens_per_step,
+        "world_size": sizes.world,
+        "mesh": sizes.nontrivial(),
+        "model": cfg.model.name,
+        "parallel": cfg.parallel.name,
+        "dtype": str(cfg.train.dtype),
+        "device": f"{prediction.cluster.name} (predicted)",
+        **figures,
+        "comm/bytes_per_step_by_axis": ledger.summary()["comm/bytes_per_step_by_axis"],
+        "comm/bytes_per_step_by_collective": ledger.summary()["comm/bytes_per_step_by_collective"],
+    }
+    record.write_config(folder, as_dict(cfg))
+    rows = record.MetricsFile(folder)
+    rows.append({"train/step": 1, "train/tokens": prediction.tokens_per_step, **figures})
+    rows.close()
+    record.write_ledger(folder, ledger.as_json())
+    record.write_summary(folder, summary)
