@@ -17,24 +17,21 @@ from statistics import mean
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from hydra import compose, initialize_config_dir  # noqa: E402
-from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from rows import Row, read  # noqa: E402
 from stacks import cluster_of_row  # noqa: E402
 
+from tpresearch.api import load  # noqa: E402
 from tpresearch.config import Config  # noqa: E402
 from tpresearch.config.axes import MeshSizes  # noqa: E402
-from tpresearch.config.compose import register_schema, typed  # noqa: E402
 from tpresearch.config.errors import ConfigError  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
-from tpresearch.launch.composition import conf_dir  # noqa: E402
 from tpresearch.launch.options import command, read_options  # noqa: E402
-from tpresearch.launch.run_dir import register_resolvers  # noqa: E402
 from tpresearch.simulate.cluster import cluster_of  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import CALM, Prediction, predict  # noqa: E402
-from tpresearch.simulate.trace import Trace, load, save  # noqa: E402
+from tpresearch.simulate.trace import Trace, save  # noqa: E402
+from tpresearch.simulate.trace import load as load_trace  # noqa: E402
 
 GIB = 2**30
 
@@ -100,17 +97,15 @@ def predicted(row: Row, overrides: Sequence[str], traces: Path | None) -> Predic
         path = traces / f"{key}-{cfg.model.args['n_layers']}.gz"
         if not path.exists():
             save(record(cfg, sizes), path)
-        return load(path)
+        return load_trace(path)
 
     return predict(recording(cfg, sizes, stored), cluster, check=False)
 
 
 def composed(overrides: Sequence[str]) -> Config:
     """The config as simulate composes it, with this experiment's models beside the package's."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        ours = [f"hydra.searchpath=[file://{HERE / 'conf'}]", "data=random_tokens"]
-        return typed(compose("simulate", overrides=[*ours, *overrides]))
+    ours = (f"hydra.searchpath=[file://{HERE / 'conf'}]", "data=random_tokens")
+    return load(*ours, *overrides, config_name="simulate")
 
 
 def _share_that_fits(none: Prediction, full: Prediction) -> float:
@@ -160,8 +155,6 @@ def main() -> None:
     for folder in (out, traces):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-    register_schema()
-    register_resolvers()
     found = []
     with (out / "predicted.csv").open("w", newline="") as file:
         writer = csv.writer(file)

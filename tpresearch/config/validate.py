@@ -63,7 +63,7 @@ def planned_world(cfg: Config) -> int:
 def ranks_needed(cfg: Config, open_ranks: int) -> int:
     """How many ranks a config is for: what its mesh sizes make, or where they leave it open, `open_ranks`."""
     sizes = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
-    if cfg.plan_only or not sizes:
+    if cfg.plan_only or cfg.cluster or not sizes:  # a simulated step is one process, whatever its world
         return 1
     if cfg.world_size is not None:
         return cfg.world_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tpresearch.config import Config
@@ -15,7 +15,7 @@ from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.depth import Recording, recording
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict
-from tpresearch.simulate.rows import with_rows
+from tpresearch.simulate.rows import FEW, MORE, with_rows
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.preflight import planned
 
@@ -58,7 +58,7 @@ class Ranking:
 
 
 def rank(cfg: Config, gpus: int, cluster: Cluster) -> Ranking:
-    """Judge every candidate; more rows per micro-batch are tried until they no longer fit."""
+    """Judge every candidate."""
     ranking = Ranking()
     known: Recording | None = None
     for family in families(cfg, gpus, cluster):
@@ -75,17 +75,31 @@ def rank(cfg: Config, gpus: int, cluster: Cluster) -> Ranking:
             ranking.refused.append(Refused(family.words, why))
             continue
         known = known or recording(family.cfg, family.sizes, record)
-        traces = _Traces(family)
-        for rows in micro_batch_rows(family):
-            candidate = family.at(rows)
-            told = replace(known, cfg=candidate.cfg, sizes=candidate.sizes, recorder=traces.of, traces={})
-            one = Judged(candidate, predict(told, cluster, check=False))
+        for one in _at_all_rows(family, known, cluster):
             (ranking.fits if one.prediction.fits else ranking.too_large).append(one)
-            if not one.prediction.fits:
-                break
     ranking.fits.sort(key=lambda one: -one.speed)
     ranking.too_large.sort(key=lambda one: one.prediction.peak_bytes)
     return ranking
+
+
+def _at_all_rows(family: Candidate, known: Recording, cluster: Cluster) -> Iterator[Judged]:
+    """From two rows per micro-batch up to the first that does not fit; a single one, which is no faster, where two do not."""
+    traces = _Traces(family)
+    single, *more = micro_batch_rows(family)
+    fitted = False
+    for rows in more:
+        one = _judged(family.at(rows), known, traces, cluster)
+        yield one
+        if not one.prediction.fits:
+            break
+        fitted = True
+    if not fitted:
+        yield _judged(family.at(single), known, traces, cluster)
+
+
+def _judged(candidate: Candidate, known: Recording, traces: _Traces, cluster: Cluster) -> Judged:
+    told = replace(known, cfg=candidate.cfg, sizes=candidate.sizes, recorder=traces.of, traces={})
+    return Judged(candidate, predict(told, cluster, check=False))
 
 
 def _held_at_least(candidate: Candidate) -> int:
@@ -96,7 +110,7 @@ def _held_at_least(candidate: Candidate) -> int:
 
 
 class _Traces:
-    """Recorded steps of a plan on a mesh at one row per micro-batch and at two; others follow from them."""
+    """Recorded steps of a plan on a mesh, at few rows per micro-batch; more rows follow from them."""
 
     def __init__(self, family: Candidate) -> None:
         self._family = family
@@ -104,9 +118,9 @@ class _Traces:
 
     def of(self, cfg: Config, sizes: MeshSizes) -> Trace:
         rows = cfg.train.micro_batch_size or 1
-        if rows == 1:
-            return self._recorded(cfg, 1)
-        found = with_rows(self._recorded(cfg, 1), self._recorded(cfg, 2), rows)
+        if rows <= MORE:
+            return self._recorded(cfg, rows)
+        found = with_rows(self._recorded(cfg, FEW), self._recorded(cfg, MORE), rows)
         return found or record(cfg, sizes)
 
     def _recorded(self, cfg: Config, rows: int) -> Trace:

@@ -102,6 +102,9 @@ class Streams:
         of_fsdp = event.issuer == "fsdp"
         self.host_s += self.cluster[HOST_TIME.get(event.issuer, "launch_us")] * 1e-6
         free = max(self.groups.get(event.axis, 0.0), self.host_s)
+        if not of_fsdp and self.host_s > self.device_s:  # what waits for it waits for the host first
+            self.seconds["waiting for the host"] += self.host_s - self.device_s
+            self.device_s = self.host_s
         if not of_fsdp:
             start = max(free, self.device_s)
         elif event.collective == "all_gather":
