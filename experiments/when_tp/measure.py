@@ -1,4 +1,4 @@
-"""When does tensor parallelism pay? FSDP alone beside FSDP with TP inside a host, from 8 to 65,536 ranks, on H100 and A100.
+"""When does tensor parallelism pay? FSDP alone beside FSDP with TP inside a host, from 8 to 4,096 ranks, on H100 and A100.
 
 python experiments/when_tp/measure.py     # prints the table, writes results.csv and when_tp.png beside this file
 
@@ -27,7 +27,7 @@ from tpresearch.simulate.prediction import predict  # noqa: E402
 
 ROWS = 4096
 """Of the global batch: 16 million tokens."""
-WORLDS = (8, 64, 512, 2048, 4096, 16_384, 65_536)
+WORLDS = (8, 64, 512, 2048, 4096)
 DEGREES = (1, 2, 8)
 CLUSTERS = ("h100_dgx", "a100_80")
 COMMON = (

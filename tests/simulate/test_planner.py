@@ -67,7 +67,7 @@ def test_all_that_is_legal_is_a_candidate() -> None:
 
 
 def test_candidates_are_ranked_with_reasons(tmp_path) -> None:
-    cfg = config("model=llama2_debug", "train.global_batch_size=4")
+    cfg = config("model=llama2_debug", "train.global_batch_size=2")
     ranking = rank(cfg, 2, cluster())
     speeds = [one.speed for one in ranking.fits]
     assert speeds == sorted(speeds, reverse=True)

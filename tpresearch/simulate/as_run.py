@@ -9,6 +9,7 @@ from tpresearch.config.compose import as_dict
 from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.simulate.prediction import Prediction
 from tpresearch.track import record
+from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.run_name import run_name
 
 
@@ -41,7 +42,7 @@ def write_run(prediction: Prediction, folder: Path) -> None:
         "comm/bytes_per_step_by_collective": ledger.summary()["comm/bytes_per_step_by_collective"],
     }
     record.write_config(folder, as_dict(cfg))
-    rows = record.MetricsFile(folder)
+    rows = MetricsFile(folder)
     rows.append({"train/step": 1, "train/tokens": prediction.tokens_per_step, **figures})
     rows.close()
     record.write_ledger(folder, ledger.as_json())
