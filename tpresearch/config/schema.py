@@ -282,11 +282,9 @@ class ComposedConfig:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     """Read by `python -m tpresearch.verify` only."""
     cluster: dict[str, Any] = field(default_factory=dict)
-    """An option of conf/cluster, or a file of one's own: what `tpresearch.simulate` and `tpresearch.planner` price with."""
-    gpus: Annotated[int | None, AtLeast(1)] = None
-    """How many devices the planner plans for."""
-    trace: bool = False
-    """Write the simulated step as a Chrome trace beside simulate.json."""
+    """An option of conf/cluster, or a file of one's own: what simulate and planner price with."""
+    gpus: Annotated[int | None, AtLeast(1)] = None  # how many devices the planner plans for
+    trace: bool = False  # write the simulated step as a Chrome trace beside simulate.json
     device: DeviceKind = DeviceKind.auto
     """auto: CUDA when every local rank can have a device of its own, else the CPU."""
     plan_only: bool = False
