@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tpresearch.config import Config
-from tpresearch.config.axes import MeshSizes
+from tpresearch.config.axes import REPLICATE, SHARD, MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Checkpointing, DataPlan, MeshConfig, ParallelConfig, TensorPlan
 from tpresearch.config.validate import validate
@@ -90,7 +90,7 @@ def _meshes(
             shards = max(1, cluster.devices_per_host // tp)
             if shards < 2 or ranks // shards < 2 or ranks % shards:
                 continue
-            mesh = dataclasses.replace(mesh, dp_shard=shards, dp_replicate=ranks // shards)
+            mesh = dataclasses.replace(mesh, **{SHARD.name: shards, REPLICATE.name: ranks // shards})
         yield mesh
 
 
