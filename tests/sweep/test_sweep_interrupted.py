@@ -50,4 +50,3 @@ def test_a_sweep_that_is_killed_takes_its_jobs_with_it(sweep: subprocess.Popen[s
     sweep.kill()
     sweep.communicate()
     wait_for(lambda: not marked(f"SWEEP_TEST={tmp_path}"))
-    assert "got signal: 15" in (tmp_path / "sweep/0/console.log").read_text()
