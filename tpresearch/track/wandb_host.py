@@ -42,7 +42,8 @@ def check_settings(logger: LoggerConfig, environment: Mapping[str, str] = os.env
         if reserved or not value.strip() or value != value.strip() or len(value) > LONGEST:
             legal = f"at most {LONGEST} characters, and none of {' '.join(sorted(RESERVED))}"
             why = f"has {' '.join(sorted(reserved))} in it" if reserved else "W&B takes no such name"
-            raise ConfigError(field, value, why, legal)
+            fix = {field: LoggerConfig.project} if field == "logger.project" else None
+            raise ConfigError(field, value, why, legal, fix)
     for tag in logger.tags:
         if not 0 < len(tag) <= LONGEST_TAG:
             why, legal = f"W&B takes no tag of {len(tag)} characters", f"tags of 1 to {LONGEST_TAG}"
