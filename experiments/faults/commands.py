@@ -55,6 +55,8 @@ class Commands:
     """Runs the commands of `COMMANDS`, each in a folder of its own, and holds them to one run that nothing befell."""
 
     def __init__(self, out: Path) -> None:
+        # A shell starts jobs in the background with Ctrl-C ignored, which these commands would inherit.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         self.out, self.home = out, out / "home"
         self.home.mkdir()
         undisturbed = self._folder("undisturbed-command")

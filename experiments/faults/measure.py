@@ -55,12 +55,10 @@ def main() -> None:
         note("command", commands.survive(number))
     with (HERE / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["kind", "number", "problems", "apart", "history"])
+        writer.writerow(["kind", "number", "outcome", "history"])
         for kind, survived in results:
-            apart = f"{survived.apart:.1e}"
-            writer.writerow(
-                [kind, survived.number, "; ".join(survived.problems), apart, " -> ".join(survived.history)]
-            )
+            outcome = "; ".join(survived.problems) or "right"
+            writer.writerow([kind, survived.number, outcome, " -> ".join(survived.history)])
     wrong = [survived for _, survived in results if survived.problems]
     worst = max(survived.apart for _, survived in results)
     minutes = (time.monotonic() - began) / 60
