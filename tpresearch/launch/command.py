@@ -112,12 +112,15 @@ def command_to_try(error: ConfigError, world: World, objection: Objection) -> st
 
 
 def _what_stands(command: Command, objection: Objection) -> Command:
-    standing = _started_right(dataclasses.replace(command, arguments=()), objection)
-    for word in command.arguments:
-        longer = dataclasses.replace(command, arguments=(*standing.arguments, word))
+    """With the overrides that nothing speaks against, one after another."""
+    flags = tuple(word for word in command.arguments if not _is_override(word))
+    kept: tuple[str, ...] = ()
+    standing = _started_right(dataclasses.replace(command, arguments=flags), objection)
+    for word in filter(_is_override, command.arguments):
+        longer = dataclasses.replace(command, arguments=(*kept, word, *flags))
         attempt = _started_right(longer, objection)
         if objection(attempt) is None:
-            standing = attempt
+            standing, kept = attempt, (*kept, word)
     return standing
 
 
@@ -151,7 +154,7 @@ def program_words() -> list[str]:
 
 
 def mended(arguments: Sequence[str], fix: Mapping[str, object]) -> list[str]:
-    """The arguments with each override of `fix` in place of the one that sets the same key, or at the end.
+    """The arguments with each override of `fix` in place of the one that sets the same key, or behind the last.
 
     A fix of None drops the override. A key is the same with or without Hydra's `+`, `++` or `~` before it.
     """
@@ -163,7 +166,17 @@ def mended(arguments: Sequence[str], fix: Mapping[str, object]) -> list[str]:
             kept.append(argument)
         elif (value := left.pop(key, None)) is not None:
             kept.append(f"{key}={shown(value)}")
-    return kept + [f"{key}={shown(value)}" for key, value in left.items() if value is not None]
+    new = [f"{key}={shown(value)}" for key, value in left.items() if value is not None]
+    last = max((at for at, word in enumerate(kept) if _is_override(word)), default=-1)
+    return [
+        *kept[: last + 1],
+        *new,
+        *kept[last + 1 :],
+    ]  # beside the others, for flags have to follow all of them
+
+
+def _is_override(word: str) -> bool:
+    return not word.startswith("-") and ("=" in word or word.startswith("~"))
 
 
 def override_key(argument: str) -> str:

@@ -106,7 +106,12 @@ def glance(cfg: Config, world: World) -> MeshSizes:
     ranks = ranks_needed(cfg, SHOWN_WORLD) if alone else world.size
     sizes = validate(cfg, ranks, world.hosts)
     check_data(cfg.data, cfg.tokenizer)
-    check_declared(cfg, sizes)
+    try:
+        check_declared(cfg, sizes)
+    except ConfigError as error:
+        if ranks > world.size and error.nproc:  # no one has typed so many: as many as fit
+            refuse_alone(cfg, error.nproc)
+        raise
     if ranks > world.size:
         refuse_alone(cfg, ranks)
     return sizes
