@@ -88,7 +88,7 @@ class Saver:
                 (self._run / disk.FOLDER).mkdir(exist_ok=True)
                 for folder in disk.cut_after(self._run, step):
                     log.warning("a checkpoint of a later step is set aside: %s", folder.name)
-                disk.begin(draft_of(folder_of(self._run, step)))  # to see that it can be
+                disk.begin(draft_of(folder_of(self._run, step + 1)))  # to see that it can be
                 self._tidy()
 
         together(make, self._group)
