@@ -24,7 +24,7 @@ def test_a_sweep_that_is_refused_leaves_nothing(home: Path, tmp_path: Path) -> N
 def test_a_sweep_runs_what_it_can_and_then_what_is_left(small: list[str], home: Path, tmp_path: Path) -> None:
     typed = [word for word in small if not word.startswith(("model=", "train.steps="))]
     # With so great a learning rate the second step's loss is not a number, which stops the run.
-    typed += ["parallel=tp", "world_size=2", "optimizer.lr=1e30,1e-3", "optimizer=sgd", "model=toy_mlp"]
+    typed += ["parallel=fsdp_tp", "world_size=2", "optimizer.lr=1e30,1e-3", "optimizer=sgd", "model=toy_mlp"]
     typed += ["schedule.warmup_steps=0", "train.clip_grad_norm=null", "train.steps=2", "logger=none"]
 
     def start() -> Done:
@@ -34,6 +34,7 @@ def test_a_sweep_runs_what_it_can_and_then_what_is_left(small: list[str], home: 
     done = start()
     assert done.code == 1, done.err
     error = "NonfiniteError: train/loss is nan at step 2"
+    assert done.out.count("  parallel=fsdp_tp on 2 ranks runs without dp_shard (size 1); with 4 ranks ") == 2
     assert f"job 0 failed: {error}\n  sweep/0/console.log" in done.out
     assert "Traceback" not in done.out + done.err
     with (tmp_path / "sweep/summary.csv").open() as file:

@@ -47,6 +47,8 @@ class Job:
     """Hosts that its ranks are spread over, as many on each."""
     steps: int = 0
     """Optimizer steps that it will do."""
+    notes: tuple[str, ...] = ()
+    """What its config promises and does not do."""
     completed: bool = False
     """Whether an earlier start of the sweep has completed it, in `folder`."""
 

@@ -88,7 +88,12 @@ class TorchrunLauncher(Launcher):
             began[job.number] = time.monotonic()
             ranks = f"{job.ranks} rank{'s' if job.ranks > 1 else ''}"
             begins = "goes on" if goes_on(job) else "starts"
-            self._say(f"job {job.number} {begins} on {ranks}: {' '.join(job.overrides)}\n  {job.folder}")
+            said = [
+                f"job {job.number} {begins} on {ranks}: {' '.join(job.overrides)}",
+                str(job.folder),
+                *job.notes,
+            ]
+            self._say("\n  ".join(said))
 
         def on_end(job: Job, code: int) -> None:
             seconds = time.monotonic() - began[job.number]

@@ -92,7 +92,7 @@ class Planner:
             nodes = _nodes(ranks, self.ranks_per_node)
             here = self.ranks_per_node is None
             with _command_line(overrides):
-                self.judge(cfg, World(0, ranks, 0, ranks // nodes, elastic=ranks > 1, here=here))
+                judged = self.judge(cfg, World(0, ranks, 0, ranks // nodes, elastic=ranks > 1, here=here))
         except ConfigError as error:
             raise _refused(error, number, overrides) from None
         wanted = settings.slots or ranks
@@ -116,6 +116,7 @@ class Planner:
             composed=composed,
             nodes=nodes,
             steps=total_steps(cfg),
+            notes=getattr(judged, "notes", ()),  # of a judge that has something to say of the config
         )
 
     def _folder(self, subdir: object) -> Path:
