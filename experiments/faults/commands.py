@@ -205,7 +205,7 @@ def ctrl_c(commands: Commands, cwd: Path) -> list[str]:
     wait_for_rows(cwd, 15)
     job.process.send_signal(signal.SIGINT)
     problems = expect("code", job.code(), 130)
-    problems += expect("status", read_summary(cwd / "run")["status"], "preempted")
+    problems += expect("status", read_summary(cwd / "run")["status"], "interrupted")
     return problems + expect("code", commands.torchrun(4, cwd, "resume=run", "parallel=fsdp_tp").code(), 0)
 
 
