@@ -118,8 +118,8 @@ def test_the_mesh_and_the_model_are_said_once_over_all_ranks(run_2d: Trained) ->
         assert said.count(MESH) == 1
         assert said.count("DeviceMesh(") == 1
         assert said.count(f"({PARAMETERS:,} parameters)") == 1
-        assert said.count("FSDPLlama2(") == 1
-        assert said.count("wq): Linear") == 1  # the model itself, its two equal layers folded into one
+        assert said.count("model=Llama2\n") == 1
+        assert said.count("layers.{0-1}.attention.wq.weight") == 1  # two equal layers folded into one line
 
 
 def test_the_plan_is_kept_as_plan_only_prints_it(run_2d: Trained, train_py, small: list[str]) -> None:

@@ -17,6 +17,7 @@ from support.fake_wandb import DUMMY_KEY, ENTITY, FakeWandb
 from tpresearch.config import Config
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import WandbMode
+from tpresearch.launch.stop import Stopped
 from tpresearch.track import Tracker
 from tpresearch.track.names import NAMES
 from tpresearch.track.record import read_metrics, read_summary
@@ -139,12 +140,17 @@ def test_rows_that_did_not_arrive_before_a_client_was_killed_arrive_when_the_run
     assert [r["train/step"] for r in logged(only_run(server))] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_a_preempted_run_is_closed_as_one(track: Callable[..., Tracker], server: FakeWandb) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        train(track(), last=3, ending=signal.SIGINT)
+@pytest.mark.parametrize(
+    ("ending", "code", "status"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "preempted")]
+)
+def test_a_stopped_run_is_closed_as_one(
+    track: Callable[..., Tracker], server: FakeWandb, ending: signal.Signals, code: int, status: str
+) -> None:
+    with pytest.raises(Stopped):
+        train(track(), last=3, ending=Stopped(ending))
     arrived = only_run(server)
-    assert arrived.exit_code == 143
-    assert arrived.summary["status"] == "preempted"
+    assert arrived.exit_code == code
+    assert arrived.summary["status"] == status
     assert len(arrived.history) == 3
 
 
