@@ -17,6 +17,7 @@ from typing import Any
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
+from tpresearch.launch.help import help_of_options
 from tpresearch.launch.options import command, read_options
 
 REPEATS = 5
@@ -31,6 +32,9 @@ class Options:
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_of_options(__doc__, Options))
+        return
     options = read_options(Options, sys.argv[1:])
     path = Path(options.out)
     if path.suffix != ".yaml" or not path.parent.is_dir():

@@ -169,7 +169,7 @@ REFUSED = [
         "train.tokens=1000: train.steps=3 is a budget too; one of the two, the other null",
     ),
     (1, "parallel=none train.steps=null", "train.steps=null: the run has no budget; train.steps or train."),
-    (1, "parallel=none +model.foo=1", "model.foo=1: Llama2 has no such setting; one of dim, ffn_dim, "),
+    (1, "parallel=none +model.foo=1", "model.foo=1: Llama2 has no such setting; one of ffn_dim, norm_eps, "),
     (1, "parallel=none model._target_=nowhere.Model", "model._target_=nowhere.Model: cannot be imported ("),
     (
         1,

@@ -317,7 +317,7 @@ def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(tmp_path: Pat
     assert done.stderr == (
         "error: train.seed=1: in seed=1, but 0 in seed=0: their losses are not comparable; the same corpus, "
         "tokenizer, row length, global batch, loss and seed, or overlay=anyway; seeds=mean for their mean and spread; "
-        "try: python -m tpresearch.compare sweep seeds=mean\n"
+        "try: python -m tpresearch.compare seeds=mean sweep\n"
     )
     done = compare(tmp_path, "sweep", "overlay=anyway", "out=there")
     assert (done.returncode, done.stderr) == (0, "")
