@@ -8,6 +8,7 @@ is no remedy, since each agent has its own.
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from uuid import uuid4
 
@@ -16,7 +17,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from tpresearch.config.world import World
 
 PATIENCE = timedelta(minutes=10)
-ASKS_AGAIN = timedelta(milliseconds=50)
+ASKS_AGAIN_S = 0.05
+"""Slept, and not waited for at the store, whose client writes a warning for each wait that ends without an answer."""
 HERE, ANSWER = "tpresearch/here", "tpresearch/answer"
 
 
@@ -45,12 +47,5 @@ def fresh_store(store: TCPStore, world: World) -> Store:
     asks = uuid4().hex
     while not store.check([f"{ANSWER}/{asks}"]):
         store.set(f"{HERE}/{world.rank}", asks)
-        _wait(store, f"{ANSWER}/{asks}")
+        time.sleep(ASKS_AGAIN_S)
     return PrefixStore(store.get(f"{ANSWER}/{asks}").decode(), store)
-
-
-def _wait(store: TCPStore, key: str) -> None:
-    try:
-        store.wait([key], ASKS_AGAIN)
-    except RuntimeError:  # DistStoreError: not yet
-        return
