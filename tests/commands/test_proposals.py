@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
+from support.commands import environment, execute
 from support.trainings import TINY, TRAIN
 
 pytestmark = pytest.mark.cli
@@ -125,6 +127,13 @@ def test_the_environment_of_another_job_is_one_line(
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
     assert done.refusal.startswith(f"error: {why}")
     assert shlex.join(done.command_to_try).startswith(starter)
+    assert done.command_to_try[-len(TINY) :] == [*TINY]
+
+
+def test_what_is_typed_is_kept_where_nothing_was_composed_before(tmp_path: Path) -> None:
+    """Cold: a warm process has registered the schema, which a proposal is composed with."""
+    env = environment(tmp_path, RANK="1", WORLD_SIZE="2")
+    done = execute([sys.executable, str(TRAIN), *TINY], tmp_path, env)
     assert done.command_to_try[-len(TINY) :] == [*TINY]
 
 

@@ -113,6 +113,8 @@ class Program(Generic[Judged]):
             world = World.from_environment()
             return _call_main(self, self.judge(typed_config(composed), world), world)
         print_without_fail()
+        register_schema()  # before anything is refused: what is proposed is composed
+        register_resolvers()
         world, refused = World(), None
         try:
             world = World.from_environment()
@@ -140,8 +142,6 @@ class Program(Generic[Judged]):
 def _start(program: Program[Judged], world: World) -> None:
     config_dir = conf_dir()
     arguments = _arguments(world)
-    register_schema()
-    register_resolvers()
     earlier = type_again(arguments) if program.judge_folder else None
     composition = Composition.of(arguments, config_dir, program.config_name)
     if hydra_app.only_shows(arguments):

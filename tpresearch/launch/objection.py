@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager
@@ -40,7 +41,7 @@ class Objections:
     def to(self, command: Command) -> ConfigError | None:
         """For what the program would refuse this command, as far as its judge can tell; None where it would run."""
         try:
-            with _typed(command.arguments):
+            with _typed(command):
                 self._judge(command)
         except ConfigError as error:
             return error
@@ -88,12 +89,14 @@ def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _typed(arguments: Sequence[str]) -> Iterator[None]:
-    """The command line of this process meanwhile, in the folder where that was typed: what judges a config may read it."""
-    before = sys.argv
-    sys.argv = [before[0], *arguments]
+def _typed(command: Command) -> Iterator[None]:
+    """The command line of this process and its environment meanwhile, in the folder where that was typed: what judges a
+    config may read them."""
+    before, unset = sys.argv, {name: os.environ.pop(name) for name in command.unset if name in os.environ}
+    sys.argv = [before[0], *command.arguments]
     try:
         with chdir(hydra_app.typed_in()):
             yield
     finally:
         sys.argv = before
+        os.environ.update(unset)
