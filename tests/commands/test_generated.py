@@ -16,6 +16,8 @@ from tpresearch.verify.ranks import Ranks
 pytestmark = pytest.mark.cli
 
 EVERY_DAY, BLOCK, BLOCKS = 24, 200, 10
+MENDED = (1066, 1091, 1170, 1180)
+"""Cases whose proposals were refused once: a prefix, a flag, a folder of configs, an interpolation of Hydra's own."""
 PLACE = {
     "RANK": "0",
     "LOCAL_RANK": "0",
@@ -39,7 +41,12 @@ def left(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("first", "count"), [(0, EVERY_DAY), *(exhaustive(1000 + nth * BLOCK, BLOCK) for nth in range(BLOCKS))]
+    ("first", "count"),
+    [
+        (0, EVERY_DAY),
+        *((n, 1) for n in MENDED),
+        *(exhaustive(1000 + nth * BLOCK, BLOCK) for nth in range(BLOCKS)),
+    ],
 )
 def test_a_generated_config_works_or_is_refused_in_one_line(
     ranks: Ranks, tmp_path: Path, first: int, count: int

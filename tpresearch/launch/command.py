@@ -116,6 +116,9 @@ def _what_stands(command: Command, objection: Objection) -> Command:
     flags = tuple(word for word in command.arguments if not _is_override(word))
     kept: tuple[str, ...] = ()
     standing = _started_right(dataclasses.replace(command, arguments=flags), objection)
+    if flags and objection(standing):
+        flags = ()
+        standing = _started_right(dataclasses.replace(command, arguments=flags), objection)
     for word in filter(_is_override, command.arguments):
         longer = dataclasses.replace(command, arguments=(*kept, word, *flags))
         attempt = _started_right(longer, objection)

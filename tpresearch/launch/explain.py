@@ -91,7 +91,7 @@ def _unreadable(error: OverrideParseException, composition: Composition) -> Conf
     why = f"cannot be read ({_first_line(error.message)})" if "(" not in error.message else "cannot be read"
     legal = f"'{key}=[a,b]' for a list, '{key}=\"text\"' for text with special characters"
     is_text = isinstance(composition.values_without(key).get(override_key(key)), str)
-    return ConfigError(key, value, why, legal, fix={key: quoted(value) if is_text else None})
+    return ConfigError(key, value, why, legal, fix={override_key(key): quoted(value) if is_text else None})
 
 
 def _unknown_option(error: MissingConfigException, composition: Composition) -> ConfigError:

@@ -9,6 +9,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +26,7 @@ from hydra.errors import ConfigCompositionException, SearchPathException
 from hydra.main import get_args_parser
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.errors import ConfigError
 
@@ -117,8 +119,11 @@ def run(app: Hydra, config: DictConfig, config_name: str, job: Callable[[], None
 
 def typed_in() -> Path:
     """The folder in which the command was typed, which hydra.job.chdir=true has left."""
-    if HydraConfig.initialized() and HydraConfig.get().job.chdir:
-        return Path(HydraConfig.get().runtime.cwd)
+    with suppress(
+        OmegaConfBaseException
+    ):  # of a chdir that refers to nothing, for which the job is being refused
+        if HydraConfig.initialized() and HydraConfig.get().job.chdir:
+            return Path(HydraConfig.get().runtime.cwd)
     return Path.cwd()
 
 
