@@ -66,7 +66,7 @@ def _check_settings(config: ModelConfig, build: type[nn.Module]) -> None:
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     try:
         hints = typing.get_type_hints(build.__init__)
-    except Exception:  # a name that only a type checker imports
+    except (NameError, AttributeError, TypeError):  # such as a name that only a type checker imports
         hints = {}
     for key, value in config.args.items():
         if key not in accepted and not takes_any:
