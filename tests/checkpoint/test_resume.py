@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import yaml
 from support.composed import config
+from support.nobody import as_nobody
 from test_disk import ABOUT, save
 
 from tpresearch.checkpoint import disk
@@ -140,11 +141,15 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, path: str,
     assert str(refused.value).startswith(f"resume={tmp_path / path}: {said}")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_without_permission_is_refused_in_one_line(tmp_path: Path) -> None:
-    (save(tmp_path, 3).parent).chmod(0)
-    with pytest.raises(ConfigError, match="Permission denied"):
-        find_checkpoint(tmp_path)
+def test_a_folder_without_permission_is_refused_in_one_line() -> None:
+    with tempfile.TemporaryDirectory() as run:  # pytest's own are closed to everybody else
+        Path(run).chmod(0o755)
+        closed = save(Path(run), 3).parent
+        closed.chmod(0)
+        with as_nobody(), pytest.raises(ConfigError, match="Permission denied") as refused:
+            find_checkpoint(Path(run))
+        closed.chmod(0o755)
+    assert str(closed) in str(refused.value)
 
 
 def test_auto_never_and_a_restart(tmp_path: Path) -> None:

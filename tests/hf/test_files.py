@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.composed import config
 from support.llamas import configured, imported
+from support.nobody import as_nobody
 from torch import Tensor
 
 from tpresearch.config import ConfigError
@@ -224,18 +223,6 @@ def test_a_spoiled_folder_is_refused_in_one_line(folder: Path, how: str) -> None
     assert refused.value.field == "init_from"
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """This process may do what a user may who owns nothing: root may read everything."""
-    mine = os.geteuid()
-    if mine == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(mine)
 
 
 @pytest.mark.parametrize("pattern", ["config.json", "model-00001-*", INDEX])
