@@ -145,15 +145,7 @@ def _processor_s(rank: BaseProcess) -> float:
 
 def _rank(world: World, port: int, overrides: list[str], folder: Path, fault: Fault | None) -> None:
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
-    os.environ |= {
-        "RANK": str(world.rank),
-        "LOCAL_RANK": str(world.rank),
-        "WORLD_SIZE": str(world.size),
-        "LOCAL_WORLD_SIZE": str(world.size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+    os.environ |= world.environment(port)
     said = (folder.parent / f"{folder.name}.rank{world.rank}.txt").open("a")
     os.dup2(said.fileno(), 1)
     os.dup2(said.fileno(), 2)

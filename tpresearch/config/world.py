@@ -34,6 +34,18 @@ class World:
     here: bool = True
     """Whether the ranks run on this machine, so that its devices are theirs."""
 
+    def environment(self, port: int) -> dict[str, str]:
+        """What torchrun would set for a rank of this host, whose store listens at this port."""
+        return {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_WORLD_SIZE": str(self.local_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> World:
         """An empty variable counts as none.

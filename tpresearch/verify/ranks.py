@@ -118,16 +118,7 @@ def _serve(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends all ranks
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
-    os.environ |= {
-        "RANK": str(world.rank),
-        "LOCAL_RANK": str(world.rank),
-        "WORLD_SIZE": str(world.size),
-        "LOCAL_WORLD_SIZE": str(world.size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the caller keeps the store, as torchrun does
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
+    os.environ |= world.environment(port) | {"TORCHELASTIC_RESTART_COUNT": "0"}  # the caller keeps the store
     try:
         answer = (True, function(world, *args))
     except BaseException:
