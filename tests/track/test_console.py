@@ -102,6 +102,21 @@ def test_on_a_terminal_one_line_lives() -> None:
     assert out.getvalue().count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("ranks", "refused", "other"), [(2, "", "fsdp"), (4, "", "fsdp_tp"), (4, "fsdp_tp", "fsdp")]
+)
+def test_the_plan_to_see_next_is_all_that_its_name_says(
+    tmp_path: Path, ranks: int, refused: str, other: str
+) -> None:
+    """Two axes take four ranks; and what is refused is not proposed."""
+    steps = NextSteps(
+        Command(("parallel=tp",), ranks=ranks),
+        lambda command: REFUSED if f"parallel={refused}" in command.arguments else None,
+    )
+    first, _ = steps.after({"parallel": "tp", "world_size": ranks}, tmp_path)[0]
+    assert first.endswith(f" parallel={other}")
+
+
 def test_the_report_tells_results_place_and_what_to_type_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

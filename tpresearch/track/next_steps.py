@@ -12,7 +12,8 @@ from typing import Any
 from tpresearch.launch.command import Command, Objection, mended, override_key
 from tpresearch.track.shown import path_text
 
-OTHER_PLANS = ("fsdp_tp", "fsdp", "tp", "ddp")
+OTHER_PLANS = {"fsdp_tp": 4, "fsdp": 2, "tp": 2, "ddp": 2}
+"""Plans to see beside the one that ran, and of how many ranks each makes use of all that it is named for."""
 OF_ONE_RUN = ("resume", "hydra.run.dir", "hydra.mode", "world_size")
 """Keys that another run does not share."""
 LOOK = "plan_only=true model=llama2_7b tokenizer=bpe_32k mesh.tp=8 world_size=64"
@@ -50,7 +51,7 @@ class NextSteps:
     def _under_another_plan(self, plan: str, ranks: int) -> Iterator[tuple[str, str]]:
         typed = [word for word in self.command.arguments if not _is_left_out(word)]
         hosts = self.command.hosts
-        for other in (other for other in OTHER_PLANS if other != plan):
+        for other in (name for name, least in OTHER_PLANS.items() if name != plan and ranks >= least):
             again = Command(tuple(mended(typed, {"parallel": other})), ranks // hosts, hosts)
             if self.objection(again) is None:
                 yield shown(again), "the same training under another plan: the losses agree"
