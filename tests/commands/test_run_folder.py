@@ -67,7 +67,7 @@ def test_paths_are_resolved_where_they_were_typed(train_py, tmp_path: Path) -> N
     assert {path.name for path in cwd.iterdir()} == {"mine.txt", "cache", "D"}
     assert "run    D\n" in done.out
     assert "  cat D/plan.txt" in done.out
-    assert "parallel=fsdp_tp " in done.out.partition("next\n")[2]  # what is proposed was judged from there
+    assert " parallel=fsdp " in done.out.partition("next\n")[2]  # what is proposed was judged from there
 
 
 REFUSED = [
