@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from support.example_run import row
 
+from tpresearch.config.choices import Loss
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import Loss
 from tpresearch.launch.command import Command, program_words
 from tpresearch.track.console import ProgressLine, report
 from tpresearch.track.names import complete_row

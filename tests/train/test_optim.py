@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tpresearch.config.schema import OptimizerConfig, OptimizerName, ScheduleConfig, ScheduleName
+from tpresearch.config.choices import OptimizerName, ScheduleName
+from tpresearch.config.training import OptimizerConfig, ScheduleConfig
 from tpresearch.train.optim import AdamW, build_optimizer, divide_gradients, learning_rate
 
 

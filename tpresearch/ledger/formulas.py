@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from tpresearch.config.axes import REPLICATE, SHARD
-from tpresearch.config.schema import Checkpointing, Config, Dtype, Loss
+from tpresearch.config.choices import Loss
+from tpresearch.config.schema import Checkpointing, Config, Dtype
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.ledger.entries import Entry, Event, entries_of
 from tpresearch.plan.compiler import Plan, shard_shape

@@ -15,7 +15,8 @@ import math
 
 from torch import nn
 
-from tpresearch.config.schema import Checkpointing, Config, Dtype, Loss, OptimizerName, WeightDtype
+from tpresearch.config.choices import Loss, OptimizerName, WeightDtype
+from tpresearch.config.schema import Checkpointing, Config, Dtype
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.ledger.formulas import ELEMENT_BYTES
 from tpresearch.models.llama2 import Block, Llama2

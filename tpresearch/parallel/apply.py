@@ -22,14 +22,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tpresearch.config.axes import LAYER_AXES, TENSOR
-from tpresearch.config.schema import (
-    Checkpointing,
-    Dtype,
-    FsdpConfig,
-    ParallelConfig,
-    TrainConfig,
-    WeightDtype,
-)
+from tpresearch.config.choices import WeightDtype
+from tpresearch.config.schema import Checkpointing, Dtype, FsdpConfig, ParallelConfig
+from tpresearch.config.training import TrainConfig
 from tpresearch.parallel.mesh import data_mesh
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.parameters import tie, tied_parameters

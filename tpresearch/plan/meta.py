@@ -17,7 +17,7 @@ from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.imports import imported_class
 from tpresearch.config.model import ModelConfig
 from tpresearch.config.reading import check_value
-from tpresearch.config.schema import TrainConfig
+from tpresearch.config.training import TrainConfig
 
 MOST_MODULES = 3_000
 """A Llama2 of 230 layers, of which the deepest have 126; a mistyped depth would keep Python busy for hours."""

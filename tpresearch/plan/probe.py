@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tpresearch.config.choices import Loss
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import Config, Loss
+from tpresearch.config.schema import Config
 
 Ndims = tuple[int | None, ...]
 

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import (
 )
 
 from tpresearch.config.axes import REPLICATE, MeshSizes
+from tpresearch.config.choices import OnNonfinite
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import Config, OnNonfinite
+from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.config.world import World
 from tpresearch.data.batches import Batch, meta_batch

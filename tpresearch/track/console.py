@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from tpresearch.config.schema import Loss
+from tpresearch.config.choices import Loss
 from tpresearch.track.names import Row
 from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.shown import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from signal import Signals
 
 from tpresearch.checkpoint.save import Saver
-from tpresearch.config.schema import OnNonfinite
+from tpresearch.config.choices import OnNonfinite
 from tpresearch.data import AnyCorpus, Batch, Batches
 from tpresearch.parallel.mesh import data_rank
 from tpresearch.train.evaluate import held_out_loss

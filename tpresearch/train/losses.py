@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.distributed.tensor.parallel import loss_parallel
 
-from tpresearch.config.schema import Config, Loss
+from tpresearch.config.choices import Loss
+from tpresearch.config.schema import Config
 from tpresearch.data.batches import IGNORED, Batch
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.cross_entropy import linear_cross_entropy, whole_tokens

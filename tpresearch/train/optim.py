@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tpresearch.config.schema import OptimizerConfig, OptimizerName, ScheduleConfig, ScheduleName
+from tpresearch.config.choices import OptimizerName, ScheduleName
+from tpresearch.config.training import OptimizerConfig, ScheduleConfig
 
 
 class AdamW(torch.optim.AdamW):

@@ -199,7 +199,7 @@ def check_split_output(plan: Plan, cfg: Config) -> None:
     Raises:
         ConfigError: naming the rule.
     """
-    from tpresearch.config.schema import Loss
+    from tpresearch.config.choices import Loss
 
     if plan.split_output == 0 and cfg.train.loss is Loss.next_token:
         rule = next(rule for rule in plan.rules.values() if rule.leaves_split)

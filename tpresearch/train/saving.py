@@ -12,10 +12,11 @@ from tpresearch.checkpoint.disk import Checkpoint, Mark
 from tpresearch.checkpoint.resume import check_corpus
 from tpresearch.checkpoint.save import Saver
 from tpresearch.checkpoint.together import RankFailed
+from tpresearch.config.choices import OptimizerName
 from tpresearch.config.compared import experiment
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import Config, OptimizerName
+from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
 from tpresearch.data import AnyCorpus
 from tpresearch.launch import Run

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tpresearch.config.schema import Config, OnNonfinite
+from tpresearch.config.choices import OnNonfinite
+from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, total_steps
 from tpresearch.data.batches import Batch
 from tpresearch.parallel.device import Device

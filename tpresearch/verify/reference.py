@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpresearch.config.schema import Config, Dtype, Loss, OptimizerName
+from tpresearch.config.choices import Loss, OptimizerName
+from tpresearch.config.schema import Config, Dtype
 from tpresearch.config.validate import total_steps
 from tpresearch.data import AnyCorpus, Batch, batches_of, eval_batches
 from tpresearch.plan.initializers import read_initializers
