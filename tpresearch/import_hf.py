@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import TokenizerKind
+from tpresearch.config.schema import Config, TokenizerKind
+from tpresearch.config.world import World
+from tpresearch.hf.own import is_own
 from tpresearch.launch import Run, entrypoint
 from tpresearch.train.preflight import Preflight, preflight
 
@@ -16,7 +18,17 @@ NOTHING_YET = -1
 """The step after which a run is saved that has none at all."""
 
 
-@entrypoint("import_hf", judge=preflight)
+def judge(cfg: Config, world: World) -> Preflight:
+    """Raises:
+    ConfigError: for a run of ours too, which is none to import.
+    """
+    if cfg.init_from and is_own(cfg.init_from):
+        why, legal = "it is a run of ours already", "a folder or hub id in Hugging Face's format"
+        raise ConfigError("init_from", cfg.init_from, why, legal)
+    return preflight(cfg, world)
+
+
+@entrypoint("import_hf", judge=judge)
 def main(job: Preflight, run: Run) -> None:
     from tpresearch.checkpoint.disk import (
         folder_of,  # late: a refused config should not wait for all of torch

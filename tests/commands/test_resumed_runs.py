@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,3 +51,22 @@ def test_a_run_goes_on_under_another_plan_and_another_experiment_is_refused(
     assert summary["comm/bytes_per_step"] > 0, "the ledger is measured again"
     assert [found.step for found in whole_checkpoints(run)] == [4]
     assert {"config.step-00000002.yaml", "plan.step-00000002.txt"} <= {path.name for path in run.iterdir()}
+
+
+def test_first_weights_are_looked_for_only_where_a_run_begins(train: Start, tmp_path: Path) -> None:
+    """The run that they came from may be gone by the time that this one goes on."""
+    of_run = [*TINY, f"init_from={tmp_path}/first", "hydra.run.dir=mine"]
+    assert train(None, tmp_path, *TINY, "hydra.run.dir=first").code == 0
+    assert train(None, tmp_path, *of_run).code == 0
+    shutil.rmtree(tmp_path / "first")
+    assert train(None, tmp_path, *of_run, "train.steps=3").code == 0
+    assert train(None, tmp_path, "resume=mine", "train.steps=4").code == 0
+    assert [found.step for found in whole_checkpoints(tmp_path / "mine")] == [3, 4]
+    for begins in (["hydra.run.dir=other"], ["resume=never"]):
+        refused = train(None, tmp_path, *of_run, *begins)
+        assert (refused.code, refused.refusal.partition(";")[0]) == (
+            2,
+            f"error: init_from={tmp_path}/first: there is no such folder",
+        )
+    assert not (tmp_path / "other").exists()
+    assert [found.step for found in whole_checkpoints(tmp_path / "mine")] == [3, 4]

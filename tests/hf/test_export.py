@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support.commands import ROOT, Done, environment, execute_warm
 from support.composed import config
 from support.llamas import imported
-from support.trainings import TRAIN
+from support.trainings import TINY, TRAIN
 
 from tpresearch.checkpoint.disk import whole_checkpoints
 from tpresearch.checkpoint.load import read_tensors
@@ -127,6 +127,43 @@ def test_a_run_from_it_starts_at_hugging_faces_loss(start: Start, exported: Path
     assert tokenizer.decode(batch.inputs[0]) in {tokenizer.decode(row[:-1]) for row in corpus.train}
 
 
+def test_a_run_of_ours_gives_its_sizes_and_tokenizer_too(
+    start: Start, run: Path, exported: Path, home: Path
+) -> None:
+    """`model=hf init_from=RUN` starts where the folder that is exported from it does, to the bit."""
+    first = {}
+    for source in ("run/checkpoints/step-00000002", "made/llama"):
+        words = ["model=hf", f"init_from={source}", "parallel=none", "train.steps=1"]
+        done = start(None, "train.py", *words, f"hydra.run.dir=of/{source}", *RUN)
+        assert done.code == 0, done.err
+        [row] = [
+            json.loads(line) for line in (home / "of" / source / "metrics.jsonl").read_text().splitlines()
+        ]
+        first[source] = row["train/loss"], row["train/grad_norm"]
+    assert len(set(first.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("made", "said", "tries"),
+    [
+        (["model=toy_mlp"], "its model is toy_mlp, and model=hf is a Llama", {"model=toy_mlp"}),
+        (
+            ["model=llama2_debug"],
+            "it keeps no tokenizer, since its data had no text",
+            {"model=hf", "tokenizer=bpe", "tokenizer.vocab_size=300", "data.seq_len=16"},
+        ),
+    ],
+)
+def test_a_run_of_ours_that_does_not_fit_is_refused(
+    start: Start, tmp_path: Path, made: list[str], said: str, tries: set[str]
+) -> None:
+    words = [word for word in TINY if not word.startswith("model=")]
+    assert start(None, "train.py", *words, *made, f"hydra.run.dir={tmp_path}/run").code == 0
+    refused = start(None, "train.py", "model=hf", f"init_from={tmp_path}/run", "parallel=none")
+    assert refused.refusal.startswith(f"error: init_from={tmp_path}/run: {said}; ")
+    assert tries <= set(refused.command_to_try)
+
+
 def test_theirs_to_ours_to_theirs_is_bitwise_by_two_commands(
     start: Start, exported: Path, home: Path
 ) -> None:
@@ -140,7 +177,7 @@ def test_theirs_to_ours_to_theirs_is_bitwise_by_two_commands(
     for path in exported.iterdir():
         assert (home / "back" / path.name).read_bytes() == path.read_bytes(), path.name
     refused = start(None, "-m", "tpresearch.import_hf", "init_from=imported", "model=llama2_debug")
-    assert refused.refusal.startswith("error: init_from=imported: it has no config.json; ")
+    assert refused.refusal.startswith("error: init_from=imported: it is a run of ours already; ")
 
 
 def test_bfloat16_is_the_rounded_checkpoint(start: Start, exported: Path, home: Path) -> None:

@@ -145,6 +145,9 @@ def _check_vocabulary(cfg: Config) -> None:
 def _check_length(cfg: Config) -> None:
     longest = cfg.model.args.get("max_seq_len")
     if isinstance(longest, int) and longest < cfg.data.seq_len:
+        if cfg.init_from:
+            why, legal = f"a row of {cfg.init_from} has at most {longest} tokens", f"up to {longest}"
+            raise ConfigError("data.seq_len", cfg.data.seq_len, why, legal, fix={"data.seq_len": longest})
         raise ConfigError(
             "model.max_seq_len",
             longest,

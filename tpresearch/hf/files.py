@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from tpresearch.config.errors import ConfigError
 from tpresearch.data.hub import download, looks_like_hub_id
 from tpresearch.hf.names import EMBEDDING, OUTPUT
+from tpresearch.hf.own import is_own, settings_of_run, tokenizer_of_run
 from tpresearch.hf.settings import CONFIG, read_settings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,15 +50,30 @@ def folder_of(init_from: str, files: Sequence[str] = (CONFIG,)) -> Path:
 
 
 def settings_of(init_from: str | None) -> dict[str, Any]:
-    """The settings of our model that compute what config.json of this folder or hub id describes.
+    """The settings of our model that compute what config.json of this folder or hub id describes; or of a run of ours, those
+    that it has.
 
     Raises:
         ConfigError: where there is none, or it describes what our model cannot compute.
     """
     if not init_from:
-        why, legal = "model=hf takes its sizes from there", "a folder or hub id of a Llama with config.json"
+        why = "model=hf takes its sizes from there"
+        legal = "a folder or hub id of a Llama with config.json, or a run of ours"
         raise ConfigError("init_from", None, why, legal, fix={"init_from": "FOLDER"})
+    if not is_hugging_face(init_from) and is_own(init_from):
+        return settings_of_run(init_from)
     return read_settings(folder_of(init_from), init_from)
+
+
+def tokenizer_of(init_from: str | None) -> str | None:
+    """Where the tokenizer of these weights is: there, or where a run of ours keeps it.
+
+    Raises:
+        ConfigError: for a run that has none.
+    """
+    if init_from and not is_hugging_face(init_from) and is_own(init_from):
+        return tokenizer_of_run(init_from)
+    return init_from
 
 
 def weights_folder(init_from: str) -> Path:

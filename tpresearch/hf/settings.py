@@ -119,7 +119,7 @@ def _read(path: Path, named: str) -> dict[str, Any]:
         raise _refused(
             named,
             f"it has no {CONFIG}",
-            "a folder that transformers can read; a checkpoint of ours goes with its own model=",
+            "a folder that transformers can read, or a run or checkpoint of ours",
         ) from None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)

@@ -44,7 +44,7 @@ from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
 from tpresearch.launch.objection import Objections
 from tpresearch.launch.printing import print_without_fail
 from tpresearch.launch.refuse import refuse
-from tpresearch.launch.run_dir import agreed, register_resolvers, sweep_folder
+from tpresearch.launch.run_dir import agreed, may_go_on, register_resolvers, sweep_folder
 from tpresearch.launch.stop import INTERRUPTED, end_with_parent
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ def entrypoint(
     judge: Callable[[Config, World], Judged],
     judge_folder: Callable[[Judged, Path, bool], object] | None = None,
     glance: Callable[[Config, World], object] | None = None,
+    judge_going_on: Callable[[Config, World], Judged] | None = None,
 ) -> Callable[[Callable[[Judged, Run], None]], Program[Judged]]:
     """Make `main(judged, run)` a Hydra program, started by `python` or by torchrun.
 
@@ -93,8 +94,10 @@ def entrypoint(
             ConfigError while nothing in the folder is touched. Such a program can go on from an earlier run (`resume`).
         glance: what of the judge costs less than a second; a command that is proposed is judged by it, unless the judge
             has had its say already.
+        judge_going_on: takes the place of judge where checkpoints are there to go on from, so that nothing is asked of
+            where the first weights came from.
     """
-    return lambda main: Program(main, config_name, judge, judge_folder, glance)
+    return lambda main: Program(main, config_name, judge, judge_folder, glance, judge_going_on)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,11 @@ class Program(Generic[Judged]):
     judge: Callable[[Config, World], Judged]
     judge_folder: Callable[[Judged, Path, bool], object] | None = None
     glance: Callable[[Config, World], object] | None = None
+    judge_going_on: Callable[[Config, World], Judged] | None = None
+
+    def judged(self, cfg: Config, world: World, goes_on: bool) -> Judged:
+        """What comes of a config that is judged; a ConfigError for the first thing that cannot work."""
+        return (self.judge_going_on if goes_on and self.judge_going_on else self.judge)(cfg, world)
 
     def __call__(self, composed: DictConfig | None = None) -> None:
         """The whole command; or, for a launcher that runs jobs in this process, one that Hydra has composed."""
@@ -163,7 +171,7 @@ def _start(program: Program[Judged], world: World) -> None:
         HydraConfig.instance().set_config(config)  # for ${hydra:...}
         cfg = typed_config(config)
     refuse_secrets(OmegaConf.to_container(config.hydra.job, resolve=False))
-    judged = program.judge(cfg, world)
+    judged = program.judged(cfg, world, may_go_on(config, Path(config.hydra.run.dir)))
     with ExitStack() as held:
         with explaining(composition):
             folder, restarted = held.enter_context(agreed(config, world))

@@ -33,18 +33,28 @@ SWEEP_TABLES = ("summary.csv", "summary.md", "optimization_results.yaml")
 
 
 def register_resolvers() -> None:
-    """`run_dir`, `on_rank_zero`, `from_env`, `words_from_env`, `tokenizer_size` and `hugging_face`, for the YAML files."""
+    """`run_dir`, `on_rank_zero`, `from_env`, `words_from_env`, and what is read of tokenizers and weights, for the YAML files."""
     OmegaConf.register_new_resolver("run_dir", dated_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("on_rank_zero", _on_rank_zero, replace=True)
     OmegaConf.register_new_resolver("from_env", _from_env, replace=True)
     OmegaConf.register_new_resolver("words_from_env", _words_from_env, replace=True)
     OmegaConf.register_new_resolver("tokenizer_size", _tokenizer_size, replace=True)
     OmegaConf.register_new_resolver("hugging_face", _hugging_face, replace=True)
+    OmegaConf.register_new_resolver("tokenizer_of", _tokenizer_of, replace=True)
 
 
 def dated_folder(name: str) -> str:
     """`outputs/<name>/<YYYY-MM-DD>/<HH-MM-SS>`, now. What the job uses in the end is settled by `agree`."""
     return f"outputs/{name}/{datetime.now():%Y-%m-%d/%H-%M-%S}"
+
+
+def may_go_on(composed: DictConfig, folder: Path) -> bool:
+    """Whether a run in this folder may find checkpoints of its own, as can be told before it is agreed on."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return True
+    with suppress(OSError):  # said later, where it matters
+        return composed.get("resume") != NEVER and bool(step_folders(folder))
+    return False
 
 
 @contextmanager
@@ -224,3 +234,9 @@ def _hugging_face(init_from: str | None, setting: str) -> Any:
     from tpresearch.hf.files import settings_of  # late: few configs ask
 
     return settings_of(init_from)[setting]
+
+
+def _tokenizer_of(init_from: str | None) -> str | None:
+    from tpresearch.hf.files import tokenizer_of  # late: few configs ask
+
+    return tokenizer_of(init_from)

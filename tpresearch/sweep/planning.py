@@ -22,6 +22,7 @@ from tpresearch.launch.command import Command, WrongCommand, mended, override, o
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
+from tpresearch.launch.run_dir import may_go_on
 from tpresearch.sweep.job import (
     Job,
     as_written,
@@ -42,8 +43,8 @@ class Planner:
     loader: ConfigLoader
     master: DictConfig
     """The config of the sweep, with its `hydra.launcher`."""
-    judge: Callable[[Config, World], object]
-    """The entrypoint's own."""
+    judge: Callable[[Config, World, bool], object]
+    """The entrypoint's own; it is told whether the job may go on from checkpoints."""
     gpu_count: int
     """GPUs of this machine that jobs may use."""
     ranks_per_node: int | None = None
@@ -91,8 +92,9 @@ class Planner:
             ranks = ranks_needed(cfg, open_ranks)
             nodes = _nodes(ranks, self.ranks_per_node)
             here = self.ranks_per_node is None
+            world = World(0, ranks, 0, ranks // nodes, elastic=ranks > 1, here=here)
             with _command_line(overrides):
-                judged = self.judge(cfg, World(0, ranks, 0, ranks // nodes, elastic=ranks > 1, here=here))
+                judged = self.judge(cfg, world, may_go_on(composed, folder))
         except ConfigError as error:
             raise _refused(error, number, overrides) from None
         wanted = settings.slots or ranks

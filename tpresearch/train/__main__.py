@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tpresearch.launch import Run, entrypoint
 from tpresearch.train.preflight import Preflight, glance, judge_folder, preflight
 
 
-@entrypoint("train", judge=preflight, judge_folder=judge_folder, glance=glance)
+@entrypoint(
+    "train",
+    judge=preflight,
+    judge_folder=judge_folder,
+    glance=glance,
+    judge_going_on=partial(preflight, goes_on=True),
+)
 def main(judged: Preflight, run: Run) -> None:
     from tpresearch.train.main import train  # late: a refused config should not wait for all of torch
 

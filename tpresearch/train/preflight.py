@@ -61,21 +61,24 @@ class Preflight:
         return "\n".join([f"{about} world_size={self.sizes.world}: {self.sizes.nontrivial()}", *self.notes])
 
 
-def preflight(cfg: Config, world: World) -> Preflight:
+def preflight(cfg: Config, world: World, goes_on: bool = False) -> Preflight:
     """Judge the config, the data's paths, the device, and the plan against the model; cheapest first.
+
+    Args:
+        goes_on: whether the run has its weights from a checkpoint of its own, and nothing is asked of `init_from`.
 
     Raises:
         ConfigError: for the first thing that cannot work.
     """
     try:
-        return _judged(cfg, world)
+        return _judged(cfg, world, goes_on)
     except ConfigError as error:
         if cfg.plan_only and error.nproc:  # which starts no ranks: another number of them is an override too
             error.fix["world_size"], error.nproc = error.nproc, None
         raise
 
 
-def _judged(cfg: Config, world: World) -> Preflight:
+def _judged(cfg: Config, world: World, goes_on: bool) -> Preflight:
     sizes = glance(cfg, world)
     from tpresearch.parallel.device import choose_device  # late: it imports torch
 
@@ -87,7 +90,8 @@ def _judged(cfg: Config, world: World) -> Preflight:
         if (rows := cfg.train.global_batch_size) != asked:
             notes.append(f"train.global_batch_size={asked} does not fit this mesh: shown for {rows}")
     model, plan = planned(cfg, sizes)
-    check_first_weights(cfg, model, starts_ranks)
+    if not goes_on:
+        check_first_weights(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
 
 
