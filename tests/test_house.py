@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"config", "agent"},
+    {"config", "agent", "interrupt"},
     {"models", "plan", "data"},
     {"parallel", "ledger", "checkpoint", "hf", "launch"},
     {"track"},

@@ -5,15 +5,19 @@
     job = tpresearch.build(cfg)                                   this rank's model, mesh and step
     tpresearch.runs("outputs"), tpresearch.metrics("outputs")     what runs have left, as pandas frames
 
-Nothing is imported before one of these names is used.
+Nothing else is imported before one of these names is used.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tpresearch import interrupt
+
 if TYPE_CHECKING:
     from tpresearch.api import build, compile_plan, load, metrics, runs
+
+interrupt.starting()
 
 __all__ = ["build", "compile_plan", "load", "metrics", "runs"]
 

@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 
+from tpresearch import interrupt
 from tpresearch.config.errors import nearest
 from tpresearch.launch.command import WrongCommand
 from tpresearch.launch.options import command
@@ -41,6 +42,7 @@ def _dispatch() -> None:
         print(version("tpresearch"))
     elif name in there:
         sys.argv[1:] = arguments
+        interrupt.starting()
         runpy.run_module(f"tpresearch.{name}", run_name="__main__", alter_sys=True)
     else:
         legal, (best, *_) = f"one of {' '.join(there)}", nearest(name, there)

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tpresearch import interrupt
+
 AGENT_MODULES = ("torch.distributed.run", "torchrun")
 SIGNALLED = (130, 143)
 """Exit codes of ranks that stopped for Ctrl-C and SIGTERM."""
@@ -84,6 +86,9 @@ def _exit_code(error: BaseException) -> int | None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if isinstance(error, KeyboardInterrupt):  # before there were ranks
+        interrupt.say()
+        return interrupt.INTERRUPTED
     if isinstance(error, SignalException):
         return 128 + int(error.sigval)
     if not isinstance(error, ChildFailedError):

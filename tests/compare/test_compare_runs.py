@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from support.made_runs import Made
 
 from tpresearch.compare.__main__ import main
@@ -23,6 +24,21 @@ ROOT = Path(__file__).parents[2]
 def named(*words: str) -> list[str]:
     runs = find(list(words)).runs
     return labels(runs)
+
+
+def test_a_record_of_an_earlier_version_has_the_defaults_of_what_it_lacks(tmp_path: Path) -> None:
+    new, old = Made("none").write(tmp_path / "new"), Made("tp", {"tp": 2}).write(tmp_path / "old")
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    del config["init_from"], config["defects"], config["optimizer"]["decay_vectors"]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    runs = find([str(new), str(old)]).runs
+    assert [len(science.groups) for science in sciences_of(one_by_one(runs))] == [2]
+    assert runs[1].config["optimizer"]["decay_vectors"] is False
+
+
+def test_the_runs_kept_in_experiments_are_one_science() -> None:
+    runs = find([str(ROOT / "experiments/plans/runs")]).runs
+    assert [len(science.groups) for science in sciences_of(one_by_one(runs))] == [8]
 
 
 @pytest.fixture

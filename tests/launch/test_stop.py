@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import environment, installed
+from support.commands import TORCHRUN, environment, installed, on_path
 from support.launches import PROGRAM
 from support.processes import ended, forked, marked, runs, wait_for
 from support.trainings import TINY, TRAIN
 
+from tpresearch import interrupt
 from tpresearch.launch import stop
 from tpresearch.launch.stop import StopFlag, Stopped, end_with_parent, fault_of_another_rank
 
@@ -136,6 +137,43 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err
     assert "KeyboardInterrupt" not in err
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize(
+    "command",
+    [
+        [sys.executable, str(TRAIN)],
+        [sys.executable, "-m", "tpresearch.compare", "runs"],
+        [str(TORCHRUN.with_name("tpresearch")), "compare", "runs"],
+    ],
+    ids=["train.py", "python -m", "the console script"],
+)
+def test_ctrl_c_among_the_imports_is_a_line(tmp_path: Path, command: list[str]) -> None:
+    imported = tmp_path / "imported"
+    (tmp_path / "omegaconf.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(imported)!r}).touch()\n"
+        "try:\n    time.sleep(600)\nexcept BaseException:\n    import nothing  # as numpy has it\n"
+    )
+    pipes, env = {"stderr": subprocess.PIPE, "text": True}, environment(**on_path(tmp_path))
+    with subprocess.Popen(command, cwd=tmp_path, env=env, **pipes) as process:
+        wait_for(lambda: imported.exists() or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == "stopped by SIGINT\n"
+    assert process.returncode == 130
+
+
+def test_ctrl_c_is_left_alone_in_a_program_that_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for name, ours in (("-m", True), (str(TRAIN), True), ("mine/train.py", False), ("ipykernel", False)):
+            monkeypatch.setattr(sys, "argv", [name])
+            interrupt.starting()
+            assert (signal.getsignal(signal.SIGINT) is not signal.default_int_handler) == ours
+            interrupt.begun()
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.cli

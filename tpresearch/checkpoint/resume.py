@@ -17,7 +17,7 @@ from tpresearch.checkpoint.disk import (
     read_checkpoint,
     step_folders,
 )
-from tpresearch.config.compared import experiment
+from tpresearch.config.compared import experiment, with_defaults
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError, shown
 from tpresearch.config.schema import Config
@@ -125,9 +125,7 @@ def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
     mark = checkpoint.mark
     fix = {"init_from": checkpoint.folder, "resume": None, "hydra.run.dir": None}
     legal = "the same, or a new run from these weights"
-    defaults = experiment(as_dict(Config(model=cfg.model)))  # of keys that the mark is too old to have
-    before = {key: _over(defaults[key], value) for key, value in (defaults | mark.experiment).items()}
-    if different := first_difference(before | {"model": mark.experiment["model"]}, experiment(as_dict(cfg))):
+    if different := first_difference(experiment(with_defaults(mark.experiment)), experiment(as_dict(cfg))):
         key, before, now = different
         raise ConfigError(key, now, f"this run was started with {shown(before)}", legal, fix=fix)
     if cfg.defects.keep_gradients:
@@ -137,10 +135,6 @@ def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
         key, value = ("train.steps", steps) if cfg.train.steps else ("train.tokens", cfg.train.tokens)
         why = f"this run is to end at step {mark.steps}, and its learning rates follow from that"
         raise ConfigError(key, value, why, "as many steps or more, or a new run from these weights", fix=fix)
-
-
-def _over(defaults: Any, values: Any) -> Any:
-    return {**defaults, **values} if isinstance(defaults, dict) and isinstance(values, dict) else values
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from tpresearch.config.compared import compared
+from tpresearch.config.compared import compared, with_defaults
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER
 from tpresearch.launch.command import WrongCommand, python_command
@@ -171,7 +171,7 @@ def read(folder: Path) -> Run:
         Unreadable: for a run that has not ended, and for a file that no run writes.
     """
     summary = _loaded(folder / "summary.json", SUMMARY)
-    config = _loaded(folder / "config.yaml", CONFIG)
+    config = with_defaults(_loaded(folder / "config.yaml", CONFIG))
     ledger = _loaded(folder / "ledger.json", {}) if (folder / "ledger.json").exists() else {}
     for key, value in summary.items():
         parts = value.values() if key in PARTS and isinstance(value, dict) else [value]

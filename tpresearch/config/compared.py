@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
+
+from tpresearch.config.compose import plain
+from tpresearch.config.schema import ComposedConfig
 
 NOT_COMPARED = ("name", "logger", "world_size", "verify", "checkpoint", "resume", "gpus", "trace")
 """Keys of a config that say where a run is kept, who hears of it or what another command does, not what it computes."""
@@ -25,6 +29,16 @@ NOT_THE_EXPERIMENT = (
     "warmup_log_steps",
 )
 """Keys of train that may change where a run goes on."""
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded config with the defaults of those keys that its run is too old to have."""
+    defaults = plain(dataclasses.asdict(ComposedConfig()))
+    return {key: _over(defaults.get(key), value) for key, value in (defaults | dict(config)).items()}
+
+
+def _over(defaults: Any, values: Any) -> Any:
+    return {**defaults, **values} if isinstance(defaults, dict) and isinstance(values, dict) else values
 
 
 def compared(config: Mapping[str, Any], without_seed: bool = False) -> dict[str, Any]:

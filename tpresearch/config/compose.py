@@ -34,10 +34,10 @@ def typed(composed: DictConfig) -> Config:
         ConfigError: for a model or rule that does not have the shape of one, and for values out of bounds.
         omegaconf.errors.OmegaConfBaseException: for a missing value or a wrong interpolation.
     """
-    plain = OmegaConf.to_object(composed)
-    assert isinstance(plain, ComposedConfig)
-    check_bounds(plain)
-    values = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
+    found = OmegaConf.to_object(composed)
+    assert isinstance(found, ComposedConfig)
+    check_bounds(found)
+    values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
     return Config(**{**values, "model": model_config(values["model"])})
 
 
@@ -91,9 +91,9 @@ def _rule(where: str, raw: Any) -> Rule:
 
 def as_dict(cfg: Config) -> dict[str, Any]:
     """The resolved config as plain data, in the shape of the YAML files: what a run folder and W&B keep."""
-    plain = dataclasses.asdict(cfg)
-    model = plain["model"]
-    plain["model"] = {
+    values = dataclasses.asdict(cfg)
+    model = values["model"]
+    values["model"] = {
         "name": model["name"],
         "_target_": model["target"],
         **model["args"],
@@ -103,7 +103,7 @@ def as_dict(cfg: Config) -> dict[str, Any]:
             for plan, rules in model["plans"].items()
         },
     }
-    return {key: _plain(value) for key, value in plain.items()}
+    return {key: plain(value) for key, value in values.items()}
 
 
 def _plain_rule(rule: dict[str, Any]) -> dict[str, Any]:
@@ -111,9 +111,10 @@ def _plain_rule(rule: dict[str, Any]) -> dict[str, Any]:
     return {**shown, **({"_target_": rule["target"], **rule["args"]} if rule["target"] else {})}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Of enums their names, in dicts and lists too."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, str) else value  # an enum becomes its name

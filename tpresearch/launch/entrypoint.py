@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from tpresearch import interrupt
 from tpresearch.config.compose import register_schema
 from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import Config
@@ -45,7 +46,7 @@ from tpresearch.launch.objection import Objections
 from tpresearch.launch.printing import print_without_fail
 from tpresearch.launch.refuse import refuse
 from tpresearch.launch.run_dir import agreed, may_go_on, register_resolvers, sweep_folder
-from tpresearch.launch.stop import INTERRUPTED, end_with_parent
+from tpresearch.launch.stop import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,8 @@ class Program(Generic[Judged]):
         except ConfigError as error:
             refused = error
         except KeyboardInterrupt:
-            sys.exit(INTERRUPTED)
+            interrupt.say()
+            sys.exit(interrupt.INTERRUPTED)
         except Exception:
             if world.elastic and world.rank:
                 sys.exit(1)  # its traceback is in torchrun's report and in the rank's log
@@ -172,6 +174,7 @@ def _start(program: Program[Judged], world: World) -> None:
         cfg = typed_config(config)
     refuse_secrets(OmegaConf.to_container(config.hydra.job, resolve=False))
     judged = program.judged(cfg, world, may_go_on(config, Path(config.hydra.run.dir)))
+    interrupt.begun()
     with ExitStack() as held:
         with explaining(composition):
             folder, restarted = held.enter_context(agreed(config, world))
@@ -210,6 +213,7 @@ def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world
             "a sweep without torchrun, which starts one for each job",
         )
         raise WrongCommand("hydra.mode", "MULTIRUN", why, legal, Command(tuple(sys.argv[1:])))
+    interrupt.begun()
     name, overrides = composition.config_name, composition.overrides
     with explaining(composition):
         composed = app.compose_config(name, overrides, RunMode.MULTIRUN)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tpresearch import interrupt
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
 from tpresearch.launch.command import refuse_typed_secrets
@@ -51,8 +53,12 @@ def read_options(kind: type[Options], words: Sequence[str]) -> Options:
 def command(main: Callable[[], None]) -> None:
     """Run a command whose ConfigErrors end in one line on stderr and exit code 2."""
     print_without_fail()
+    interrupt.begun()
     try:
         refuse_typed_secrets(World())
         main()
+    except KeyboardInterrupt:
+        interrupt.say()
+        sys.exit(interrupt.INTERRUPTED)
     except ConfigError as error:
         refuse(error, World(), lambda _: None)

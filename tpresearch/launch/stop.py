@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-INTERRUPTED = 128 + signal.SIGINT
-"""The exit code after Ctrl-C."""
+from tpresearch.interrupt import INTERRUPTED
+
 ECHO_S = 1.0
 """Within which one Ctrl-C may reach a rank twice: from the terminal, and from torchrun's agent."""
 PR_SET_PDEATHSIG = 1

@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from tpresearch.config.errors import ConfigError, JobFailed
-from tpresearch.launch.stop import INTERRUPTED
+from tpresearch.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
     from tpresearch.launch.entrypoint import Program

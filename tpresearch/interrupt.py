@@ -1,0 +1,42 @@
+"""Ctrl-C while a command starts: a line and exit code 130, where its imports would each print a traceback of their own.
+
+Nothing has been made by then that would have to be cleared away. A library is not concerned: in a notebook, Ctrl-C is
+what it was.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code after Ctrl-C."""
+
+
+def starting() -> None:
+    """Let Ctrl-C end this process at once, if it is a command of ours: train.py, `python -m tpresearch.*` (which has `-m`
+    for its name while the package is imported) or the console script."""
+    name = sys.argv[0] if sys.argv else ""
+    ours = Path(__file__).parents[1] / "train.py"
+    is_command = name == "-m" or Path(name).name == "tpresearch" or Path(name).absolute() == ours
+    if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def begun() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt again: there is something to clear away."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def say() -> None:
+    """One line per job."""
+    if os.environ.get("RANK") in (None, "", "0"):
+        print("stopped by SIGINT", file=sys.stderr, flush=True)
+
+
+def _end(number: int, frame: object) -> None:
+    say()
+    os._exit(INTERRUPTED)
