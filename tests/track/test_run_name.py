@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from tpresearch.config.choices import Dtype, Float8, WeightDtype
 from tpresearch.config.schema import DataPlan, ParallelConfig, TensorPlan
+from tpresearch.config.training import TrainConfig
 from tpresearch.track.run_name import run_name
 
 
@@ -24,4 +26,8 @@ def test_a_run_is_named_by_its_model_and_layout(
     data: str, tensor: str | None, sizes: dict[str, int], name: str
 ) -> None:
     plan = ParallelConfig("any", TensorPlan(tensor) if tensor else None, DataPlan(data))
-    assert run_name("llama2_tiny", plan, sizes) == f"llama2_tiny/{name}"
+    assert run_name("llama2_tiny", plan, sizes, TrainConfig()) == f"llama2_tiny/{name}"
+    narrow = TrainConfig(
+        dtype=Dtype.bfloat16, weights=WeightDtype.bfloat16, float8=Float8.rowwise, float8_emulated=True
+    )
+    assert run_name("llama2_tiny", plan, sizes, narrow) == f"llama2_tiny/{name}-bf16weights-float8rowwise"

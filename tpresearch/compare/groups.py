@@ -21,7 +21,7 @@ SAME = (
 )
 """In these, runs must agree for their losses to be the same quantity; causes before the hash that follows from them."""
 FIRST = ("model.name", "parallel.name", "ranks", *(f"mesh.{axis}" for axis in reversed(AXIS_NAMES)), "device")
-NUMERICS = ("dtype", "weights", "loss_chunk")
+NUMERICS = ("dtype", "weights", "float8", "loss_chunk")
 """Keys of train that change the rounding of a loss, which is to be seen."""
 BY_VALUE = ("model.name", "parallel.name", "device")
 """Settings whose value is clear without their name."""

@@ -39,6 +39,12 @@ class WeightDtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Float8(StrEnum):
+    none = "none"
+    tensorwise = "tensorwise"
+    rowwise = "rowwise"
+
+
 class SlurmCluster(StrEnum):
     slurm = "slurm"
     local = "local"

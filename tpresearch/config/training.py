@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from tpresearch.config.bounds import POSITIVE, SHARE, AtLeast, Within
-from tpresearch.config.choices import Dtype, Loss, OnNonfinite, OptimizerName, ScheduleName, WeightDtype
+from tpresearch.config.choices import (
+    Dtype,
+    Float8,
+    Loss,
+    OnNonfinite,
+    OptimizerName,
+    ScheduleName,
+    WeightDtype,
+)
 
 ROWS = AtLeast(1, 10**7)
 
@@ -59,6 +67,10 @@ class TrainConfig:
     """Dtype of the computation. bfloat16 keeps float32 weights, gradients and optimizer state, unless weights says."""
     weights: WeightDtype = WeightDtype.float32
     """Of weights, gradients and optimizer state where dtype is bfloat16: bfloat16 halves them, and rounds each update."""
+    float8: Float8 = Float8.none
+    """Multiply in float8 in the blocks' linear layers, where dtype is bfloat16: scaled by tensor (faster) or by row (closer)."""
+    float8_emulated: bool = False
+    """Round as float8 does, and multiply in float32: slow, on any device, to see what it does to a loss."""
     clip_grad_norm: Annotated[float | None, POSITIVE] = 1.0
     """Greatest global gradient norm; null never clips."""
     log_every: Annotated[int, AtLeast(1)] = 1

@@ -7,7 +7,7 @@ import math
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.bounds import check_bounds
-from tpresearch.config.choices import WeightDtype
+from tpresearch.config.choices import Float8, WeightDtype
 from tpresearch.config.errors import ConfigError, shown
 from tpresearch.config.mesh import resolve_mesh, used_axes
 from tpresearch.config.schema import Config, Dtype, ProfilerName
@@ -204,6 +204,17 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
             "train.dtype=bfloat16",
             fix={"train.dtype": "bfloat16"},
         )
+    if cfg.train.float8 is not Float8.none and cfg.train.dtype is not Dtype.bfloat16:
+        raise ConfigError(
+            "train.float8",
+            cfg.train.float8,
+            f"what surrounds its matmuls is bfloat16, and train.dtype={cfg.train.dtype}",
+            "train.dtype=bfloat16",
+            fix={"train.dtype": "bfloat16"},
+        )
+    if cfg.train.float8_emulated and cfg.train.float8 is Float8.none:
+        why = "train.float8=none leaves nothing to emulate"
+        raise ConfigError("train.float8_emulated", True, why, "false, or train.float8=tensorwise or rowwise")
     if parallel.fsdp.reduce_dtype is Dtype.float64 and cfg.train.dtype is Dtype.bfloat16:
         raise ConfigError(
             "parallel.fsdp.reduce_dtype", "float64", "wider than the float32 gradients", "float32 or bfloat16"

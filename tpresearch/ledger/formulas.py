@@ -41,13 +41,15 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
 
     There is none for frozen parameters in a block or under a rule, which may leave out more than their own gradient,
     for full checkpointing, whose recomputation sends again what its early stop does not cut
-    off, nor for a rule with a ParallelStyle of the user's own, nor where a rule does not tell the width of what
+    off, for float8 under a tensor plan, whose scales are agreed on, nor for a rule with a ParallelStyle of the user's own, nor where a rule does not tell the width of what
     it moves.
 
     Args:
         model: on the meta device, whole.
     """
     if plan.rules and cfg.parallel.activation_checkpointing is Checkpointing.full:
+        return None
+    if plan.rules and plan.float8:
         return None
     if any(rule.rule.target for rule in plan.rules.values()):
         return None

@@ -63,6 +63,8 @@ def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:
 
 def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) -> int | None:
     """Of one micro-batch, which is gone before the next begins."""
+    if plan.float8:
+        return None
     tokens, element = micro_batch_size(cfg, plan.sizes) * cfg.data.seq_len, ELEMENT_BYTES[cfg.train.dtype]
     if isinstance(model, Llama2):
         kept = _of_llama2(model, plan, cfg, element, device)

@@ -107,6 +107,9 @@ _SLOW_OPS = {
     "mm",
     "addmm",
     "bmm",
+    "_scaled_mm",  # of float8, as "max" and "amax" are: each would read a whole tensor again
+    "max",
+    "amax",
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention",

@@ -43,6 +43,8 @@ class Plan:
     """How each parameter starts, read off the plain model: before a rule, or a narrow dtype, replaces a layer."""
     chunked_head: str | None = None
     """The output layer, where the cross-entropy can be that of a few tokens at a time."""
+    float8: list[str] = field(default_factory=list)
+    """Linear layers that multiply in float8."""
 
     @property
     def loss_parallel(self) -> bool:

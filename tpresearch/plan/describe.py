@@ -132,6 +132,9 @@ def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
         notes.append(f"replicated on every {' '.join(_tensor_axes(plan))} rank: {count:,} ({listed})")
         where = {-1: "vocabulary shards", 0: "each rank's rows", None: "whole outputs"}[plan.split_output]
         notes.append(f"loss: on {where}")
+    if plan.float8:
+        listed = ", ".join(row.fqn for row in folded(Row(name, "", "", None, "") for name in plan.float8))
+        notes.append(f"matmuls in float8: {listed}{'; tp ranks agree on scales' if plan.rules else ''}")
     notes += _data_lines(plan)
     return [*notes, random_text(plan)] if plan.seen.random else notes
 

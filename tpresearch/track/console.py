@@ -165,13 +165,14 @@ def _results(summary: Mapping[str, Any], unigram_entropy: float | None, loss: Lo
     tokens, ranks = count_text(summary["tokens"]), summary["world_size"]
     beside = "" if unigram_entropy is None else f" (unigram entropy {loss_text(unigram_entropy)})"
     speed, mfu = summary["perf/tokens_per_second"], summary["perf/mfu"]
+    peak = "" if summary.get("float8", "none") == "none" else ", of the bfloat16 peak though in float8"
     too_short = f"{UNDEFINED} (no step after train.warmup_log_steps)"
     rows = [
         ("steps", f"{summary['steps']} ({tokens} tokens, {ranks} rank{'s' if ranks > 1 else ''})"),
         ("final loss", loss_text(summary["train/loss"]) + (NO_MINIMUM if loss is Loss.sum else "")),
         ("held-out loss", loss_text(summary["val/loss"]) + beside),
         ("speed", too_short if speed is None else f"{count_text(speed)} tok/s"),
-        ("MFU", f"{share_text(mfu)} (6N + 12Lhs)"),
+        ("MFU", f"{share_text(mfu)} (6N + 12Lhs{peak})"),
         ("peak memory", bytes_text(summary["memory/peak_bytes"])),
         (
             "communication per step (rank 0)",

@@ -97,7 +97,7 @@ class Tracker:
         console: Console | None = None,
     ) -> None:
         refuse_secrets(config)
-        self.name = cfg.logger.name or run_name(cfg.model.name, cfg.parallel, facts.mesh)
+        self.name = cfg.logger.name or run_name(cfg.model.name, cfg.parallel, facts.mesh, cfg.train)
         self._cfg, self._run_dir, self._facts, self._start_step = cfg, run_dir, facts, start_step
         self._console = console or Console(highlight=False)
         self._began, self._last_step = time.monotonic(), start_step
@@ -218,6 +218,7 @@ class Tracker:
             "device": facts.device,
             "dtype": str(cfg.train.dtype),
             "weights": str(cfg.train.weight_dtype),
+            "float8": str(cfg.train.float8),
             "unigram_entropy": facts.unigram_entropy,
             **record.headline(rows, cfg.train.warmup_log_steps, self._start_step),
             **(self._count.summary() if self._count else {}),

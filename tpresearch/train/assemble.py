@@ -17,6 +17,7 @@ from tpresearch.hf.files import is_hugging_face
 from tpresearch.hf.read import from_hugging_face
 from tpresearch.parallel.apply import has_masters, parallelize
 from tpresearch.parallel.device import Device
+from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import WeightSource, from_seed, materialize, parameter_device
 from tpresearch.plan.initializers import Initializer
 from tpresearch.train.loop import Loop
@@ -46,6 +47,7 @@ def assemble(
         restore: sets the whole state, from a checkpoint, where the run is not new.
     """
     cfg, plan = job.cfg, job.plan
+    to_float8(job.model, plan.float8, cfg.train)
     model = parallelize(job.model, plan, cfg.parallel, mesh, cfg.train.dtype)
     home = parameter_device(cfg.parallel, device.torch)
     source = _left_unset if restore else weight_source(cfg, plan.initializers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tpresearch.checkpoint.resume import checkpoints_to_go_on_from, find_checkpoint
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.bounds import check_bounds
+from tpresearch.config.choices import Float8
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.mesh import of_one_rank, used_axes
@@ -80,10 +82,13 @@ def preflight(cfg: Config, world: World, goes_on: bool = False) -> Preflight:
 
 def _judged(cfg: Config, world: World, goes_on: bool) -> Preflight:
     sizes = glance(cfg, world)
-    from tpresearch.parallel.device import choose_device  # late: it imports torch
+    from tpresearch.parallel.device import choose_device  # late: they import torch
+    from tpresearch.parallel.float8 import check_float8
 
     starts_ranks = not cfg.plan_only and world.here
     device = choose_device(cfg, world.local_rank, world.local_size) if starts_ranks else None
+    if device:
+        check_float8(cfg.train, device.torch)
     notes = [note for note in (of_one_rank(sizes, cfg.parallel),) if note]
     if cfg.plan_only:
         asked, cfg = cfg.train.global_batch_size, with_batch_that_fits(cfg, sizes)
@@ -180,6 +185,7 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     from tpresearch.data import meta_batch
     from tpresearch.parallel.apply import is_wrapped
     from tpresearch.plan.compiler import compile_plan
+    from tpresearch.plan.float8 import float8_layers
     from tpresearch.plan.meta import meta_model, weight_dtype
     from tpresearch.plan.parameters import check_parameters
     from tpresearch.plan.probe import check_loss, probe
@@ -194,6 +200,8 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     plan = compile_plan(model, cfg.model, cfg.parallel, sizes, cfg.data.seq_len, rows, seen)
     check_parameters(model, plan, cfg.parallel.name, is_wrapped(sizes.dp, cfg.parallel.fsdp))
     check_split_output(plan, cfg)
+    if cfg.train.float8 is not Float8.none:
+        plan = dataclasses.replace(plan, float8=float8_layers(model, plan, cfg, sizes))
     return model, plan
 
 

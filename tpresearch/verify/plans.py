@@ -14,6 +14,7 @@ from omegaconf import open_dict
 from rich.progress import track
 
 from tpresearch.config import Config
+from tpresearch.config.choices import Float8
 from tpresearch.config.compose import typed
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.mesh import of_one_rank, used_axes
@@ -118,6 +119,9 @@ def check_plan(cfg: Config) -> None:
     """
     sizes = validate(cfg, ranks_of(cfg))
     check_data(cfg.data, cfg.tokenizer)
+    if cfg.train.float8 is not Float8.none:
+        why = "each rank scales by its own rows, so that plans round otherwise: equality with one process is not claimed"
+        raise ConfigError("train.float8", cfg.train.float8, why, "none", fix={"train.float8": "none"})
     _, plan = planned(cfg, sizes)
     if plan.seen.random:
         raise ConfigError(
