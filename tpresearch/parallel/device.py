@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config, DeviceKind, Dtype
+from tpresearch.parallel import staged
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Device:
 def choose_device(cfg: Config, local_rank: int, local_size: int) -> Device:
     """CUDA where every local rank can have a device of its own, else the CPU, unless the config says.
 
-    With device=cuda and fewer devices than ranks, ranks share them and talk over gloo: for tests of
+    With device=cuda and fewer devices than ranks, ranks share them and talk through host memory: for tests of
     correctness on one GPU, not for speed.
 
     Raises:
@@ -44,7 +45,7 @@ def choose_device(cfg: Config, local_rank: int, local_size: int) -> Device:
     wants_cuda = cfg.device is DeviceKind.cuda or (cfg.device is DeviceKind.auto and count >= local_size)
     if wants_cuda and count:
         index = local_rank % count
-        backend = "nccl" if count >= local_size else "gloo"
+        backend = "nccl" if count >= local_size else staged.NAME
         device = Device(torch.device("cuda", index), backend, torch.cuda.get_device_name(index))
     else:
         device = Device(torch.device("cpu"), "gloo", "cpu")

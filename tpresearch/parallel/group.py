@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tpresearch.config.world import World
+from tpresearch.parallel import staged
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.meeting import agent_store, fresh_store
 
@@ -25,6 +26,8 @@ def process_group(device: Device, world: World) -> Iterator[None]:
         where |= {"store": _fake_store(), "rank": world.rank, "world_size": world.size}
     elif (agents := agent_store()) is not None:
         where |= {"store": fresh_store(agents, world), "rank": world.rank, "world_size": world.size}
+    if device.backend == staged.NAME:
+        staged.register()
     if device.type == "cuda":
         torch.cuda.set_device(device.torch)
     dist.init_process_group(device.backend, timeout=timedelta(minutes=10), **where)

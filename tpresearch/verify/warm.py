@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 import warnings
 
@@ -50,6 +51,8 @@ def warm_up() -> None:
             trace(cfg, prepare(cfg.data, cfg.tokenizer), World(size=4, local_size=4), 1, fake)
 
 
+# Else torch asks the driver whether there is a GPU, and no fork of this process could use one.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 torch.set_num_threads(1)  # whose pools of threads a fork would not have
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
