@@ -1,6 +1,6 @@
 """Everything that wants a GPU, in one call of under ten minutes.
 
-    python experiments/gpu/measure.py --out OUT [--limit 590] [--only facts,calibrate]
+    python experiments/gpu/measure.py --out OUT [--limit 590] [--only facts,calibrate:50]     a stage, and its seconds
     python experiments/gpu/measure.py --out OUT --device cpu --tiny          the rehearsal
 
 Each stage is a process of its own with a limit of its own, in the order of worth over risk; each result is a line of
@@ -15,7 +15,9 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import mkdtemp
 
 from rows import append
 
@@ -38,7 +40,14 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "training-8b": (260, [str(HERE / "training.py"), "8b"]),
     "correctness": (
         110,
-        ["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "verify" / "test_cuda.py")],
+        [
+            *("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", f"--rootdir={ROOT}"),
+            *(
+                str(ROOT / "tests" / "verify" / "test_cuda.py"),
+                str(ROOT / "tests" / "commands" / "test_cuda_runs.py"),
+            ),
+            *(["-n", "8"] if find_spec("xdist") else []),
+        ],
     ),
     "training-7b": (90, [str(HERE / "training.py"), "7b"]),
     "training-7b-masters": (60, [str(HERE / "training.py"), "7b-masters"]),
@@ -57,9 +66,10 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + given.limit
-    for name in given.only:
+    for asked in given.only:
+        name, _, seconds = asked.partition(":")
         limit, command = STAGES[name]
-        left = min(limit, until - time.monotonic())
+        left = min(float(seconds or limit), until - time.monotonic())
         if left < 5:
             append(given.out, stage=name, status="no time left")
             continue
@@ -70,9 +80,9 @@ def arguments(name: str, given: argparse.Namespace, left: float) -> list[str]:
     """What a stage is told beside its command."""
     if name == "smoke":
         eager = ["parallel.compile=false"] if given.tiny else []  # the compiler takes longer than the rest
-        return [f"device={given.device}", f"hydra.run.dir={given.out.resolve()}/smoke", *eager]
+        return [f"device={given.device}", f"hydra.run.dir={mkdtemp()}/smoke", *eager]
     if name == "correctness":
-        return ["-x", f"--rootdir={ROOT}"]
+        return []
     tiny = ["--tiny"] if given.tiny else []
     return ["--out", str(given.out.resolve()), "--device", given.device, "--limit", str(left - 5), *tiny]
 

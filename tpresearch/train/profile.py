@@ -95,8 +95,8 @@ def summary(events: Iterable[Any], on_cuda: bool, steps: int) -> dict[str, Any]:
     """Milliseconds per step, and calls: of kernels on CUDA, else of ops without the ops that they call."""
     rows = []
     for event in events:
-        if on_cuda != (event.device_type == torch.autograd.DeviceType.CUDA):
-            continue
+        if on_cuda != (event.device_type == torch.autograd.DeviceType.CUDA) or event.is_user_annotation:
+            continue  # a phase's mark on the device spans kernels that are counted by themselves
         micros = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         marks = not on_cuda and not event.key.startswith(("aten::", "c10d::", "gloo", "nccl", "mkldnn"))
         if micros > 0 and not marks:
