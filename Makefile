@@ -4,7 +4,7 @@ PYTHON ?= python3
 NPROC ?= 4
 BIN := .venv/bin
 PIP_ARGS ?=
-PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS)
 
 .PHONY: help train test test-all setup lint types clean
 
@@ -24,7 +24,8 @@ test test-all: setup ## set up, then lint, types and tests; test-all has the exh
 
 setup: .venv/.ready ## make .venv with the versions of constraints.txt
 
-# torch comes first and by itself, so that nothing else chooses its build.
+# torch comes first and by itself, so that nothing else chooses its build. Bytecode is made afterwards, on all cores
+# and without the libraries' own tests and models, some files of which are no Python of this version.
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tpresearch needs Python 3.11 or newer")'
 	@echo "setting up .venv, 1 of 3: the environment"
@@ -34,6 +35,7 @@ setup: .venv/.ready ## make .venv with the versions of constraints.txt
 	@echo "setting up .venv, 3 of 3: what else there is in pyproject.toml"
 	@set -o pipefail; $(PIP) -c constraints.txt -e '.[dev]' \
 		| awk '/^Collecting/ {print "  " $$2; fflush()} /^Installing collected/ {print "  installing"; fflush()}'
+	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|models)/' .venv/lib || true
 	@touch $@
 
 lint: setup ## ruff, mending what it can

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tpresearch.config.errors import ConfigError, shown
@@ -99,6 +100,7 @@ def command_to_try(error: ConfigError, world: World, objection: Objection) -> st
         return error.command
     command = Command.typed(world)
     seen = {command}
+    objection = cache(objection)
     for _ in range(ROUNDS):
         attempts = (command.mended(error), command.without(error.field))
         attempt = next((each for each in attempts if each not in seen), None)
@@ -112,19 +114,23 @@ def command_to_try(error: ConfigError, world: World, objection: Objection) -> st
 
 
 def _what_stands(command: Command, objection: Objection) -> Command:
-    """With the overrides that nothing speaks against, one after another."""
+    """With the overrides that nothing speaks against, found by halves: few of them are wrong, and each look composes a config."""
     flags = tuple(word for word in command.arguments if not _is_override(word))
-    kept: tuple[str, ...] = ()
-    standing = _started_right(dataclasses.replace(command, arguments=flags), objection)
-    if flags and objection(standing):
+
+    def of(*words: str) -> Command:
+        return _started_right(dataclasses.replace(command, arguments=(*words, *flags)), objection)
+
+    def kept(words: tuple[str, ...], before: tuple[str, ...] = ()) -> tuple[str, ...]:
+        if not words or objection(of(*before, *words)) is None:
+            return words
+        if len(words) == 1:
+            return ()
+        first = kept(words[: len(words) // 2], before)
+        return first + kept(words[len(words) // 2 :], before + first)
+
+    if flags and objection(of()):
         flags = ()
-        standing = _started_right(dataclasses.replace(command, arguments=flags), objection)
-    for word in filter(_is_override, command.arguments):
-        longer = dataclasses.replace(command, arguments=(*kept, word, *flags))
-        attempt = _started_right(longer, objection)
-        if objection(attempt) is None:
-            standing, kept = attempt, (*kept, word)
-    return standing
+    return of(*kept(tuple(filter(_is_override, command.arguments))))
 
 
 def _started_right(command: Command, objection: Objection) -> Command:
