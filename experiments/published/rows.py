@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from tpresearch.config.errors import ConfigError
+
+NUMBER = re.compile(r"[~≈]?\s*([0-9][0-9, _]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/ ]*)")
+"""A number, perhaps with separators and a unit behind it: 80GB, 1,914, 400 Gbps."""
+YES = ("1", "true", "yes")
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,31 @@ class Row:
     values: dict[str, str]
 
     def __getitem__(self, name: str) -> str:
-        return self.values.get(name) or ""
+        """What a column states; empty where it states nothing or is not there."""
+        return (self.values.get(name) or "").strip()
 
     def number(self, name: str, default: float = 0) -> float:
-        return float(self[name] or default)
+        """Raises: ConfigError: for what is no number."""
+        if not self[name] or self[name].lower() in ("na", "n/a", "nan", "none", "-", "?"):
+            return default
+        found = NUMBER.fullmatch(self[name])
+        if not found:
+            raise ConfigError(name, self[name], "not a number", "a number", {})
+        return float(re.sub("[, _]", "", found[1]))
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """Raises: ConfigError: for what is no whole number of 1 or more; for an empty cell without a default."""
+        value = self.number(name, default or 0)
+        if value < 1 or value != int(value):
+            raise ConfigError(name, self[name] or None, "a row needs it", "a whole number of 1 or more", {})
+        return int(value)
+
+    def says(self, name: str) -> bool:
+        return self[name].lower() in YES
 
     @property
     def world(self) -> int:
-        return int(self.number("gpus"))
+        return self.count("gpus")
 
     @property
     def measured_s(self) -> float | None:
@@ -40,7 +62,7 @@ class Row:
 
     def parts(self) -> list[Part]:
         """The configs that stand for it."""
-        mode = self["ac"] or "none"
+        mode = {"": "none", "0": "none", "no": "none", "1": "full"}.get(self["ac"].lower(), self["ac"])
         if mode == "selective_layer":  # every second block whole
             return [self._part("none", 0.5), self._part("full", 0.5)]
         if mode == "selective_block":  # a share of the blocks that the source does not state
@@ -53,28 +75,29 @@ class Row:
         return Part((*self._overrides(), f"parallel.activation_checkpointing={checkpointing}"), share)
 
     def _overrides(self) -> list[str]:
-        mpt = self["arch"] == "mpt"
-        tp, replicas, shards = (max(1, int(self.number(k, 1))) for k in ("tp", "dp_replicate", "dp_shard"))
-        micro = int(self.number("mb", 1))
-        rows = micro * replicas * shards * int(self.number("ga", 1))
+        mpt = self["arch"] in ("mpt", "gpt") or (self["arch"] != "llama" and self["ffn_kind"] == "gelu")
+        tp, replicas = self.count("tp", 1), self.count("dp_replicate", 1)
+        shards = self.count("dp_shard", max(1, self.world // (tp * replicas)))
+        dim, heads, micro = self.count("dim"), self.count("heads"), self.count("mb", 1)
+        ffn = self.count("ffn", 4 * dim if mpt else None)
         found = [
             f"model={'mpt' if mpt else 'llama2_7b'}",
-            f"model.name={self['model'] or 'model'}",
-            f"model.dim={self['dim']}",
-            f"model.n_layers={self['layers']}",
-            f"model.n_heads={self['heads']}",
-            f"model.ffn_dim={self['ffn']}",
-            f"tokenizer.vocab_size={self['vocab']}",
-            f"data.seq_len={self['seq']}",
-            f"parallel={_plan(tp, replicas, shards, self['sp'] == '1')}",
-            f"train.global_batch_size={rows}",
+            f"model.name={re.sub('[^A-Za-z0-9_.-]', '-', self['model']) or 'model'}",
+            f"model.dim={dim}",
+            f"model.n_layers={self.count('layers')}",
+            f"model.n_heads={heads}",
+            f"model.ffn_dim={ffn}",
+            f"tokenizer.vocab_size={self.count('vocab')}",
+            f"data.seq_len={self.count('seq')}",
+            f"parallel={_plan(tp, replicas, shards, self.says('sp'))}",
+            f"train.global_batch_size={micro * replicas * shards * self.count('ga', 1)}",
             f"train.micro_batch_size={micro}",
-            f"train.dtype={_dtype(self['compute_dtype'] or 'bf16')}",
-            f"parallel.compile={str(self['compile'] == '1').lower()}",
+            f"train.dtype={_dtype(self['compute_dtype'])}",
+            f"parallel.compile={str(self.says('compile')).lower()}",
         ]
         if not mpt:
-            found += [f"model.n_kv_heads={self['kv_heads']}"]
-            found += [f"model.tied={str(self['tied'] == '1').lower()}"]
+            found += [f"model.n_kv_heads={self.count('kv_heads', heads)}"]
+            found += [f"model.tied={str(self.says('tied')).lower()}"]
         if tp > 1:
             found += [f"mesh.tp={tp}"]
         if replicas > 1 and shards > 1:
@@ -85,7 +108,7 @@ class Row:
             found += ["parallel.fsdp.reduce_dtype=bfloat16"]
         if self["params_dtype"] == "bf16":
             found += ["train.weights=bfloat16"]
-        if self["async_tp"] == "1":
+        if self.says("async_tp"):
             found += ["parallel.async_tp=true"]
         if tp > 1 and "no loss-parallel" in self["notes"]:
             found += ["parallel.loss_parallel=false"]
@@ -102,9 +125,14 @@ def _plan(tp: int, replicas: int, shards: int, sequence: bool) -> str:
 
 
 def _dtype(short: str) -> str:
-    return {"bf16": "bfloat16", "fp32": "float32"}.get(short, short)
+    """Float8 is bfloat16 with faster matmuls; see `stacks`."""
+    known = {"": "bfloat16", "bf16": "bfloat16", "fp16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
+    return known.get(short.lower(), short)
 
 
 def read(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        return [Row(values) for values in csv.DictReader(file)]
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        return [
+            Row({k: v for k, v in values.items() if k and isinstance(v, str)})
+            for values in csv.DictReader(file)
+        ]

@@ -17,6 +17,7 @@ from statistics import mean
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+from losses import with_loss_of  # noqa: E402
 from rows import Row, read  # noqa: E402
 from stacks import cluster_of_row  # noqa: E402
 
@@ -64,7 +65,8 @@ class Scored:
 
 
 def scored(row: Row, traces: Path | None) -> Scored:
-    """Raises: ConfigError: for a row whose config is refused."""
+    """Raises: ConfigError: for a row whose config is refused, or whose step_s is no number."""
+    row.number("step_s")
     parts = [predicted(row, part.overrides, traces) for part in row.parts()]
     shares = [part.share for part in row.parts()]
     if len(parts) == 1 or None not in shares:
@@ -93,18 +95,19 @@ def predicted(row: Row, overrides: Sequence[str], traces: Path | None) -> Predic
 
     def stored(cfg: Config, sizes: MeshSizes) -> Trace:
         if traces is None:
-            return record(cfg, sizes)
+            return with_loss_of(row, record(cfg, sizes))
         path = traces / f"{key}-{cfg.model.args['n_layers']}.gz"
         if not path.exists():
             save(record(cfg, sizes), path)
-        return load_trace(path)
+        return with_loss_of(row, load_trace(path))
 
     return predict(recording(cfg, sizes, stored), cluster, check=False)
 
 
 def composed(overrides: Sequence[str]) -> Config:
-    """The config as simulate composes it, with this experiment's models beside the package's."""
-    ours = (f"hydra.searchpath=[file://{HERE / 'conf'}]", "data=random_tokens")
+    """The config as simulate composes it, with this experiment's models beside the package's; none of the measured
+    stacks took its loss in chunks."""
+    ours = (f"hydra.searchpath=[file://{HERE / 'conf'}]", "data=random_tokens", "train.loss_chunk=null")
     return load(*ours, *overrides, config_name="simulate")
 
 
@@ -163,9 +166,10 @@ def main() -> None:
         for row in read(Path(files[0])):
             try:
                 one = scored(row, traces)
-            except ConfigError as error:
-                print(f"{row['id']}: {error}", file=sys.stderr)
-                writer.writerow([row["id"], "", "", "", "", row["step_s"], "", str(error)])
+            except Exception as error:  # whatever a row cannot be: the others are scored all the same
+                why = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+                print(f"{row['id']}: {why}", file=sys.stderr)
+                writer.writerow([row["id"], "", "", "", "", row["step_s"], "", " ".join(why.split())])
                 continue
             found.append(one)
             numbers = (f"{value:.6g}" for value in (one.step_s, one.low_s, one.high_s, one.memory_gib))

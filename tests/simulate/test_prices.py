@@ -140,8 +140,19 @@ def test_the_host_may_be_what_a_step_waits_for() -> None:
 
 def test_more_hosts_are_slower_by_each_doubling() -> None:
     slow = cluster(scale_slowdown=0.1)
-    steps = [replay([[work(1.0)], []], 1, slow, ranks)["step"] for ranks in (8, 16, 128)]
-    assert steps == pytest.approx([1.0, 1.1, 1.4])
+    found = [replay([[work(1.0)], []], 1, slow, ranks) for ranks in (8, 16, 128)]
+    assert [one["step"] for one in found] == pytest.approx([1.0, 1.1, 1.4])
+    assert [one["stragglers"] for one in found] == pytest.approx([0.0, 0.1, 0.4])
+
+
+@pytest.mark.parametrize(("compiled", "seconds"), [(False, 2.0), (True, 0.5)])
+def test_compiled_code_issues_the_collectives_of_a_rule_without_dispatch(
+    compiled: bool, seconds: float
+) -> None:
+    event = Event("tp", "forward", "dtensor", "all_gather", 0, 8)
+    sent = Kernel("collective", "all_gather", 0.0, op("collective", writes=[(1, 0)], event=event))
+    slow = cluster(tensor_host_us=2e6, collective_host_us=5e5)
+    assert replay([[sent], []], 1, slow, 8, compiled=compiled)["step"] == pytest.approx(seconds)
 
 
 def test_compiled_elementwise_ops_are_one_kernel() -> None:

@@ -29,9 +29,10 @@ SPREAD = {
     "exposed": 0.3,
 }
 """By how much each part of a step may be off, relative: what prices missed on published rows (experiments/published)."""
+SITE = 0.07
+"""By how much a whole site may be off: its software, clocks and power."""
 WIDEST = 0.10
 """Half of the widest range that is still worth printing."""
-NARROWEST = 0.04
 CALM = 0.93
 """Share of a card above which the allocator begins to retry, and a step to slow down."""
 
@@ -125,7 +126,7 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
     held = fullest(recording.at_full_depth(lambda trace: trace.memory, check), count)
     step = seconds["step"]
     memory = _memory(held, cluster)
-    spread = min(WIDEST, max(NARROWEST, _spread(seconds) * _certainty(cluster)))
+    spread = min(WIDEST, math.hypot(SITE, _spread(seconds)) * _certainty(cluster))
     if CALM < sum(memory.values()) / (cluster["memory_gb"] * 1e9) <= 1:
         spread = WIDEST
     entries = recording.entries(count)
@@ -151,7 +152,8 @@ def priced(
     parts = [
         kernels(part, cluster, sizes, cfg.parallel.compile) for part in (*trace.micro_batches, trace.end)
     ]
-    return replay(parts, micro_batches(cfg, sizes), cluster, sizes.world, spans)
+    count = micro_batches(cfg, sizes)
+    return replay(parts, count, cluster, sizes.world, spans, cfg.parallel.compile)
 
 
 def rows_that_fit(prediction: Prediction) -> int:

@@ -35,6 +35,8 @@ class Streams:
     """The clocks of rank 0."""
 
     cluster: Cluster
+    compiled: bool = False
+    """Whether blocks are: their collectives are issued by compiled code, without DTensor's dispatch."""
     slower: float = 1.0
     """How many ranks share each core of a CPU."""
     host_s: float = 0.0
@@ -69,7 +71,7 @@ class Streams:
 
     def _on_host(self, kernel: Kernel) -> None:
         event = kernel.op.event if kernel.kind == "collective" else None
-        host = self.cluster[HOST_TIME.get(event.issuer, "launch_us") if event else "launch_us"] * 1e-6
+        host = self.cluster[self._host_time(event) if event else "launch_us"] * 1e-6
         seconds = (kernel.seconds + host * (kernel.kind != "wait")) * self.slower
         self._note(kernel, "cpu", self.device_s, seconds)
         if event:
@@ -100,7 +102,7 @@ class Streams:
         event = kernel.op.event
         assert event
         of_fsdp = event.issuer == "fsdp"
-        self.host_s += self.cluster[HOST_TIME.get(event.issuer, "launch_us")] * 1e-6
+        self.host_s += self.cluster[self._host_time(event)] * 1e-6
         free = max(self.groups.get(event.axis, 0.0), self.host_s)
         if not of_fsdp and self.host_s > self.device_s:  # what waits for it waits for the host first
             self.seconds["waiting for the host"] += self.host_s - self.device_s
@@ -125,6 +127,10 @@ class Streams:
         else:
             filled = kernel.op.writes or kernel.op.reads
             self.arrived[filled[0][0]] = (done, event)
+
+    def _host_time(self, event: Event) -> str:
+        by_rule = event.issuer == "dtensor"
+        return "collective_host_us" if by_rule and self.compiled else HOST_TIME.get(event.issuer, "launch_us")
 
     def _await(self, storage: int) -> None:
         if storage in self.arrived:
@@ -170,13 +176,14 @@ def replay(
     cluster: Cluster,
     world: int,
     spans: list[Span] | None = None,
+    compiled: bool = False,
 ) -> dict[str, float]:
     """Seconds of a step: `step`, busy time by kind, and of collectives `sent/...` and `exposed/...`.
 
     Args:
         parts: the micro-batches that were recorded, then what is done once. micro_batches: how many there are.
     """
-    streams = Streams(cluster, _sharing(cluster, world), spans=spans)
+    streams = Streams(cluster, compiled, _sharing(cluster, world), spans=spans)
     *batches, end = parts
     if micro_batches <= len(batches):
         batches = [*batches[: micro_batches - 1], batches[-1]]
@@ -191,8 +198,8 @@ def replay(
     streams.run(end)
     total = max(streams.device_s, streams.host_s)
     hosts = cluster.hosts_of(world)
-    slowdown = 1 + cluster["scale_slowdown"] * max(0, hosts - 1).bit_length()
-    return {**streams.seconds, "step": total * slowdown}
+    stragglers = total * cluster["scale_slowdown"] * max(0, hosts - 1).bit_length()
+    return {**streams.seconds, "stragglers": stragglers, "step": total + stragglers}
 
 
 def _repeat(streams: Streams, batch: Sequence[Kernel], repeats: int) -> None:
