@@ -3,7 +3,8 @@
 torch lets packages add rendezvous backends under the entry points `torchrun.handlers`, and asks for them as it starts;
 ours adds none of its own, but is in the agent's process by that. A refused config, which the first rank says in a line,
 and a stop by a signal, of which the run's report tells, would else be followed by tracebacks and a report of each rank;
-torchrun would exit with 1. Failures keep torchrun's report. Checked on torch 2.13, and against the source of 2.11 and 2.14.
+torchrun would exit with 1. Failures keep torchrun's report. Ranks have TO_SAVE_S to save after a signal, and not torchrun's
+30 seconds, unless --shutdown-timeout says otherwise. Checked on torch 2.13, and against the source of 2.11 and 2.14.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 from tpresearch import interrupt
 
+TO_SAVE_S = 120
+"""What a run is given to save and to close what it has open once it is told to stop. torch 2.11 gives 30, come what may."""
 AGENT_MODULES = ("torch.distributed.run", "torchrun")
 SIGNALLED = (130, 143)
 """Exit codes of ranks that stopped for Ctrl-C and SIGTERM."""
@@ -42,6 +45,7 @@ def handler() -> Callable[[Any], Any]:
         for name in LOGGERS:
             logging.getLogger(f"torch.distributed.{name}").addFilter(_is_news)
         sys.excepthook = _end
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(TO_SAVE_S))
     return _c10d
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO
 
@@ -168,3 +169,29 @@ def test_a_rank_whose_torchrun_was_killed_before_it_looked_ends(monkeypatch: pyt
     monkeypatch.setenv("MASTER_PORT", str(port))
     with pytest.raises(SystemExit, match=f"torchrun has ended: nothing answers at 127.0.0.1:{port}"):
         run_dir._agent_store()
+
+
+def test_ranks_of_other_hosts_hear_that_rank_0_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import TCPStore
+
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "any"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port)}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    rank_0, elsewhere = World(0, 4, 0, 2, elastic=True), World(2, 4, 0, 2, elastic=True)
+    with ThreadPoolExecutor(1) as beside:
+        waits = beside.submit(agree, "mine", elsewhere)
+        run_dir.tell_other_hosts(elsewhere)  # who waits for no one
+        run_dir.tell_other_hosts(World(0, 2, 0, 2, elastic=True))  # whose torchrun ends all of them
+        time.sleep(3 * run_dir.ASKS_AGAIN_S)
+        assert not waits.done()
+        run_dir.tell_other_hosts(rank_0)
+        with pytest.raises(ConfigError, match="rank 0 was refused"):
+            waits.result()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the refusal was of the first start
+    monkeypatch.setattr(run_dir, "PATIENCE", timedelta(seconds=1))
+    with pytest.raises(ConfigError, match="rank 0 has agreed on no folder in 1 s"):
+        agree("mine", elsewhere)
+    assert agree("mine", rank_0) == "mine"
+    assert agree("mine", elsewhere) == "mine"

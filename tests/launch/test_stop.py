@@ -17,8 +17,10 @@ from support.commands import TORCHRUN, environment, installed, on_path
 from support.launches import PROGRAM
 from support.processes import ended, forked, marked, runs, wait_for
 from support.trainings import TINY, TRAIN
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import LaunchConfig
 
-from tpresearch import interrupt
+from tpresearch import agent, interrupt
 from tpresearch.launch import stop
 from tpresearch.launch.stop import StopFlag, Stopped, end_with_parent, fault_of_another_rank
 
@@ -95,6 +97,28 @@ def test_the_fault_of_another_rank_is_found_where_torchrun_keeps_it(
     assert fault_of_another_rank() is None
     (tmp_path / "1" / "error.json").write_text('{"message": {"message": "ValueError: no luck\\nand more"}}')
     assert fault_of_another_rank() == "rank 1: ValueError: no luck"
+
+
+@pytest.mark.skipif(
+    not hasattr(LaunchConfig, "shutdown_timeout"), reason="torch before 2.12 has no such option"
+)
+def test_ranks_of_ours_have_two_minutes_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(agent, "LOGGERS", ())
+
+    def patience(*typed: str) -> int:
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")  # so that it is put back afterwards
+        monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+        monkeypatch.setattr(sys, "argv", ["/bin/torchrun", *typed])
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+        agent.handler()
+        config, *_ = torchrun.config_from_args(torchrun.parse_args(list(typed)))
+        return config.shutdown_timeout
+
+    assert patience("--standalone", "/bin/true") == 30
+    assert patience("--standalone", str(TRAIN)) == agent.TO_SAVE_S == 120
+    assert patience("--standalone", "--shutdown-timeout=7", str(TRAIN)) == 7
 
 
 @on_linux

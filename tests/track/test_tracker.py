@@ -180,13 +180,18 @@ def test_nothing_on_the_way_out_costs_the_summary(
 
 
 def test_a_summary_that_finds_no_room_is_said_in_a_line(
-    track: Callable[..., Tracker], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    track: Callable[..., Tracker],
+    run_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full_disk(folder: Path, summary: Mapping[str, object]) -> None:
         raise OSError(28, "No space left on device")
 
     tracker = track()
     log_steps(tracker)
+    rows = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(rows[:2]))  # there was none for rows either
     monkeypatch.setattr(record, "write_summary", full_disk)
     tracker.finish()
     (line,) = [record.message for record in caplog.records]

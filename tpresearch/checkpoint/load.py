@@ -167,13 +167,13 @@ def _read(folder: Path, room: dict[str, Tensor], group: dist.ProcessGroup | None
         with as_one_process(group is None) as how:
             dcp.load(room, storage_reader=reader, process_group=group, **how)
     except CheckpointException as error:
-        raise RankFailed(failure_of(error)) from None
+        raise RankFailed(failure_of(error, alone=group is None)) from None
 
 
-def failure_of(error: CheckpointException) -> str:
-    """`rank 1: No space left on device`, of what DCP raises on every rank."""
+def failure_of(error: CheckpointException, alone: bool) -> str:
+    """`rank 1: No space left on device`, of what DCP raises on every rank; without the rank where that is `alone`, or all."""
     rank, (cause, _) = min(error.failures.items())
-    return f"rank {rank}: {line_of(cause)}" if len(error.failures) == 1 else line_of(cause)
+    return line_of(cause) if alone or len(error.failures) > 1 else f"rank {rank}: {line_of(cause)}"
 
 
 class _Reader(dcp.FileSystemReader):

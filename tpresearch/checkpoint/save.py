@@ -24,13 +24,14 @@ from tpresearch.checkpoint.faults import point
 from tpresearch.checkpoint.load import failure_of
 from tpresearch.checkpoint.state import Trained, state_of
 from tpresearch.checkpoint.together import RankFailed, as_one_process, together
+from tpresearch.config.errors import RunFailed
 from tpresearch.config.schema import CheckpointConfig
 
 log = logging.getLogger(__name__)
 
 
-class NotSaved(Exception):
-    """The last step of a run has no checkpoint; the message says why. The same on every rank."""
+class NotSaved(RunFailed):
+    """The last step of a run has no checkpoint; the message says why."""
 
 
 class InFlight(NamedTuple):
@@ -213,7 +214,9 @@ class Saver:
         log.info("checkpoint: step %d, %.1f MiB in %.1f s", mark.step, size / 2**20, time.monotonic() - began)
 
     def _give_up(self, mark: Mark, error: RankFailed | CheckpointException, last: bool = False) -> None:
-        why = failure_of(error) if isinstance(error, CheckpointException) else str(error)
+        why = str(error)
+        if isinstance(error, CheckpointException):
+            why = failure_of(error, alone=self._group is None)
         if self._rank == 0:
             disk.clear_drafts(self._run)
         if last:

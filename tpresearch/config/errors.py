@@ -37,6 +37,10 @@ class ConfigError(Exception):
         super().__init__(" ".join(f"{field}={shown(value)}: {why}; {legal}".split()))  # always one line
 
 
+class RunFailed(Exception):
+    """A run has failed through no bug, and its report says why: no traceback says more. The same on every rank."""
+
+
 class JobFailed(Exception):
     """A job of a sweep has failed; the sweep's table says why."""
 

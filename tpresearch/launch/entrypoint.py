@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch import interrupt
 from tpresearch.config.compose import register_schema
-from tpresearch.config.errors import ConfigError, JobFailed
+from tpresearch.config.errors import ConfigError, JobFailed, RunFailed
 from tpresearch.config.schema import Config
 from tpresearch.config.secrets import refuse_secrets
 from tpresearch.config.world import SlurmStep, World
@@ -44,8 +44,8 @@ from tpresearch.launch.help import help_text
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
 from tpresearch.launch.objection import Objections
 from tpresearch.launch.printing import print_without_fail
-from tpresearch.launch.refuse import refuse
-from tpresearch.launch.run_dir import agreed, may_go_on, register_resolvers, sweep_folder
+from tpresearch.launch.refuse import fail, refuse
+from tpresearch.launch.run_dir import agreed, may_go_on, register_resolvers, sweep_folder, tell_other_hosts
 from tpresearch.launch.stop import end_with_parent
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,10 @@ class Program(Generic[Judged]):
                 sys.exit(1)  # its traceback is in torchrun's report and in the rank's log
             raise
         if refused:  # outside of the handler, or each later error would have this one as its context
-            refuse(refused, world, self._objections().to)
+            try:
+                refuse(refused, world, self._objections().to)
+            finally:
+                tell_other_hosts(world)
         return None
 
     def _objections(self) -> Objections:
@@ -283,6 +286,8 @@ def _call_main(program: Program[Judged], judged: Judged, world: World, restarted
         main(judged, run)
     except ConfigError:
         raise
+    except RunFailed as failed:
+        fail(failed)
     except Exception:
         log.exception("stopped by an exception", extra=IN_FILES_ONLY)
         raise

@@ -1,4 +1,4 @@
-"""How a job ends that should not have been started: one line on stderr for all ranks, exit code 2."""
+"""How a job ends in few words: one that should not have been started in a line for all ranks, and exit code 2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, RunFailed
 from tpresearch.config.world import World
 from tpresearch.launch.command import Objection, command_to_try
 
@@ -35,11 +35,22 @@ def refuse(error: ConfigError, world: World, objection: Objection) -> NoReturn:
         if path := _said_on_this_host():
             with suppress(OSError):
                 path.write_text(heard, encoding="utf-8")
+    _report_to_torchrun(heard or str(error))
+    sys.exit(EXIT_CODE)
+
+
+def fail(error: RunFailed) -> NoReturn:
+    """Leave with exit code 1 after a run whose report has said what is wrong."""
+    _report_to_torchrun(str(error))
+    sys.exit(1)
+
+
+def _report_to_torchrun(said: str) -> None:
+    """Tell the agent what has been said, which `tpresearch.agent` does not say again."""
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": f"refused: {heard or error}", "timestamp": int(time.time())}
+        report = {"message": f"refused: {said}", "timestamp": int(time.time())}
         with suppress(OSError):
             Path(error_file).write_text(json.dumps(report), encoding="utf-8")
-    sys.exit(EXIT_CODE)
 
 
 def _heard_from_another() -> str | None:

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 PATIENCE = timedelta(minutes=5)
 """How long a rank waits for rank 0, which may still be importing torch from a slow file system."""
+
+ASKS_AGAIN_S = 0.05
 
 SWEEP_RECORD = "multirun.yaml"
 """What Hydra writes of a sweep: its config."""
@@ -92,10 +95,11 @@ def _agreed(composed: DictConfig, world: World, held: ExitStack) -> tuple[Path, 
         return folder
 
     if (store := _agent_store()) is not None:
-        key = f"tpresearch/{os.environ['TORCHELASTIC_RUN_ID']}/run_dir"
-        started = Path(store.get(key).decode()) if world.rank == 0 and store.check([key]) else None
-        if world.rank == 0:
-            store.set(key, str(claim(started)))
+        if world.rank:
+            return _told(store), False
+        key = _key()
+        started = Path(store.get(key).decode()) if store.check([key]) else None
+        store.set(key, str(claim(started)))
         return Path(store.get(key).decode()), started is not None
     if world.size > 1 and not given:
         wanted, given = _of_slurm_job(name), True
@@ -193,6 +197,40 @@ def _agent_store() -> TCPStore | None:
     from torch.distributed import TCPStore  # late: it costs two seconds, and no refusal needs it
 
     return TCPStore(*where, is_master=False, timeout=PATIENCE)
+
+
+def tell_other_hosts(world: World) -> None:
+    """Let ranks of other hosts know that rank 0 is refused, whose folder they wait for: their torchrun does not."""
+    if world.rank == 0 and world.hosts > 1 and (store := _agent_store()) is not None:
+        store.set(_key(refused=True), "")
+
+
+def _told(store: TCPStore) -> Path:
+    """The folder that rank 0 has agreed on.
+
+    Raises:
+        ConfigError: where it is refused instead, which it says for all, or has not agreed on one in time.
+    """
+    from torch.distributed import DistError
+
+    until, why = time.monotonic() + PATIENCE.seconds, "rank 0 was refused"
+    try:
+        while not store.check([_key()]):
+            if time.monotonic() > until:
+                why = f"rank 0 has agreed on no folder in {PATIENCE.seconds} s"
+            if time.monotonic() > until or store.check([_key(refused=True)]):
+                raise ConfigError("hydra.run.dir", None, why, "what rank 0 asks for")
+            time.sleep(ASKS_AGAIN_S)
+        return Path(store.get(_key()).decode())
+    except DistError:  # the store was in the agent of its host
+        why = "torchrun has ended on the host of rank 0"
+        raise ConfigError("hydra.run.dir", None, why, "what rank 0 asks for") from None
+
+
+def _key(refused: bool = False) -> str:
+    """Of the job's folder in the agents' store, over all restarts; or of the word that this start is refused."""
+    key = f"tpresearch/{os.environ['TORCHELASTIC_RUN_ID']}/run_dir"
+    return f"{key}/refused/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if refused else key
 
 
 def _of_slurm_job(name: str) -> Path:

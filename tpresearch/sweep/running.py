@@ -19,14 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from tpresearch.agent import TO_SAVE_S
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER, locked
 from tpresearch.launch.stop import end_with_parent
 from tpresearch.sweep.job import CONSOLE_LOG, Job, goes_on
 
 POLL_S = 0.1
-GRACE_S = 60
-"""For a stopped job to close what it has open; torchrun gives its ranks 30 s of it."""
+GRACE_S = TO_SAVE_S + 30
+"""For a stopped job; torchrun kills its ranks before that, where they do not end."""
 MARK = "TPRESEARCH_SWEEP_JOB"
 """In the environment of all processes of a job, with its folder: ranks are in sessions of their own, in no group of
 their agent's."""

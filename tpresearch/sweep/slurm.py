@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tpresearch.agent import TO_SAVE_S
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.launchers import SlurmConfig
 from tpresearch.launch.stop import end_with_parent
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     import submitit
     from submitit.helpers import DelayedSubmission
 
-TO_SAVE_S = 120
-"""Before the time limit, at which a run is told to save and stop."""
+BEFORE_LIMIT_S = TO_SAVE_S + 60
+"""At which a run is told to save and stop: the agent has to have ended by the time limit, or nothing is requeued."""
 MOST_LIMITS = 1000
 """Time limits that a job may reach and go on after."""
 
@@ -229,7 +230,7 @@ def parameters(settings: SlurmConfig, nodes: int, slots: int) -> dict[str, Any]:
         "gpus_per_node": slots if settings.gpus else None,
         "mem_gb": settings.mem_gb,
         "stderr_to_stdout": True,
-        "slurm_signal_delay_s": TO_SAVE_S,
+        "slurm_signal_delay_s": BEFORE_LIMIT_S,
         "slurm_partition": settings.partition,
         "slurm_account": settings.account,
         "slurm_qos": settings.qos,

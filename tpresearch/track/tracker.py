@@ -201,7 +201,9 @@ class Tracker:
 
     def _summary(self, status: Status, error: str | None) -> dict[str, Any]:
         cfg, facts = self._cfg, self._facts
-        logged = record.read_metrics(self._run_dir) or ([self._last_row] if self._last_row else [])
+        logged = record.read_metrics(self._run_dir)
+        if self._last_row and (not logged or record.step_of(logged[-1]) < record.step_of(self._last_row)):
+            logged.append(self._last_row)  # for which the disk had no room
         rows = [row for row in logged if record.step_of(row) <= self._last_step]
         summary = {
             "status": status,

@@ -20,6 +20,7 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
 from tpresearch.data import AnyCorpus
 from tpresearch.launch import Run
+from tpresearch.track.shown import bytes_text
 from tpresearch.train.optim import learning_rate
 from tpresearch.train.preflight import Preflight
 
@@ -85,10 +86,8 @@ def check_disk(job: Preflight, run: Run, there: int) -> None:
     wanted = max(job.cfg.checkpoint.keep + 1 - there, 1)
     each, free = checkpoint_bytes(job), shutil.disk_usage(run.folder).free
     if free < wanted * each:
-        gib = 2**30
-        why = (
-            f"its disk has {free / gib:.1f} GiB free, and {wanted} checkpoints take {wanted * each / gib:.1f}"
-        )
+        many = f"{wanted} checkpoints take" if wanted > 1 else "a checkpoint takes"
+        why = f"its disk has {bytes_text(free)} free, and {many} {bytes_text(wanted * each)}"
         legal = "a folder on a larger disk, or a smaller checkpoint.keep"
         raise ConfigError("hydra.run.dir", run.folder, why, legal)
 
