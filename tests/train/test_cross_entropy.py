@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,12 +46,28 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """What would be compiled runs as it is written."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["in place", "to be fused"])
 @pytest.mark.parametrize("chunk", [1, 7, 32, TOKENS, 10 * TOKENS])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_it_is_the_plain_one(dtype: torch.dtype, chunk: int) -> None:
+def test_it_is_the_plain_one(dtype: torch.dtype, chunk: int, compile: bool, uncompiled: None) -> None:
+    check_plain(dtype, chunk, compile)
+
+
+def test_fused_it_is_the_plain_one() -> None:
+    check_plain(torch.bfloat16, TOKENS // 2, compile=True)
+
+
+def check_plain(dtype: torch.dtype, chunk: int, compile: bool) -> None:
     hidden, weight, targets = drawn(dtype)
     plain = summed_cross_entropy(F.linear(hidden, weight), targets) / 7
-    ours = linear_cross_entropy(hidden, weight, targets, chunk, 1 / 7)
+    ours = linear_cross_entropy(hidden, weight, targets, chunk, 1 / 7, compile)
     assert ours.dtype == plain.dtype
     assert relative(ours, plain) < TOLERANCES[dtype]
     wanted = torch.autograd.grad(3 * plain, (hidden, weight))
@@ -130,14 +148,22 @@ def test_a_vocabulary_of_128k_takes_a_fraction_of_the_memory() -> None:
 
 
 def steps(world: World, cfgs: list[Config]) -> list[tuple[list[tuple[float, float]], float | None, type]]:
-    """Of each config: (share of the loss, gradient norm) of three steps, the held-out loss, and the kind of loss."""
+    """Of each config: (share of the loss, gradient norm) of three steps, the held-out loss, and the kind of loss.
+
+    The last one's is computed as it would be compiled, where it is in chunks.
+    """
     found, jobs = [], [preflight(cfg, world) for cfg in cfgs]
     device = jobs[0].device
     assert device
     with process_group(device, world):
         for job in jobs:
             loop = assemble(job, build_mesh(job.sizes, "cpu"), device, corpus())
-            assert isinstance(loop.setup.objective, NextToken)
+            objective = loop.setup.objective
+            assert isinstance(objective, NextToken)
+            if isinstance(objective.loss, InChunks) and job is jobs[-1]:
+                to_be_fused = replace(objective, loss=replace(objective.loss, compile=True))
+                loop.setup = replace(loop.setup, objective=to_be_fused)
+                torch.compiler.set_stance("force_eager")
             pairs = [(loss.item(), norm.item()) for loss, norm in (loop.step() for _ in range(3))]
             found.append((pairs, loop.evaluate(), type(loop.setup.objective.loss)))
     return found
@@ -158,10 +184,11 @@ def steps(world: World, cfgs: list[Config]) -> list[tuple[list[tuple[float, floa
 def test_training_and_evaluation_are_the_plain_ones(ranks: Ranks, plan: str, size: int, model: str) -> None:
     """Of a vocabulary that the ranks hold uneven parts of."""
     settings = (f"model={model}", f"parallel={plan}", "train.dtype=float64", "model.vocab_size=263")
-    cfgs = [config(*settings, f"train.loss_chunk={chunk}") for chunk in ("null", 5)]
-    (plain, held_out, first), (ours, ours_held_out, second) = ranks.run(size, steps, cfgs)[0]
+    cfgs = [config(*settings, f"train.loss_chunk={chunk}") for chunk in ("null", 5, 5)]
+    (plain, held_out, first), (ours, ours_held_out, second), fused = ranks.run(size, steps, cfgs)[0]
     assert (first, second) == (AllAtOnce, InChunks)
     assert ours == [pytest.approx(pair, rel=1e-12) for pair in plain]
+    assert fused[0] == [pytest.approx(pair, rel=1e-12) for pair in plain]
     assert ours_held_out == pytest.approx(held_out, rel=1e-12)
 
 

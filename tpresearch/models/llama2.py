@@ -55,9 +55,9 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     x: [b, s, n, d], rotary: [s, d/2, 2] -> [b, s, n, d]
     """
     pairs = x.to(torch.promote_types(x.dtype, rotary.dtype)).unflatten(-1, (-1, 2))
-    even, odd = pairs.unbind(-1)
-    cos, sin = rotary[:, None].unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    cos, sin = rotary[:, None].unsqueeze(-2).unbind(-1)
+    turned = pairs.flip(-1) * torch.cat((-sin, sin), dim=-1)  # (-odd sin, even sin)
+    return (pairs * cos + turned).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):

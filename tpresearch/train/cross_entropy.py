@@ -6,6 +6,8 @@ chunk sends three all-reduces of a number per token (Megatron-LM, arXiv 1909.080
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +60,7 @@ def whole_tokens(hidden: Tensor, weight: DTensor, layout: Placement) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, scale: float = 1.0
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, scale: float = 1.0, compile: bool = False
 ) -> Tensor:
     """The cross-entropy of `hidden @ weight.T`, summed over tokens, in nats and at least float32, times `scale`.
 
@@ -66,13 +68,16 @@ def linear_cross_entropy(
 
     Args:
         hidden: [b, s, h], plain. weight: [V, h], plain or a DTensor sharded over V. targets: [b, s] int64, `IGNORED` where
-            there is none. chunk: tokens whose logits are there at once.
+            there is none. chunk: tokens whose logits are there at once. compile: fuse what is done to the logits of a
+            chunk, which are then read twice and written once, and never there in float32.
 
     Returns: a plain scalar, the same on every tp rank.
     """
     shard = VocabularyShard.of(weight) if isinstance(weight, DTensor) else None
     local = weight.to_local() if isinstance(weight, DTensor) else weight
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), local, targets.flatten(), chunk, scale, shard)
+    consume = _compiled_consume if compile else _consume
+    flat = hidden.flatten(0, -2), local, targets.flatten()
+    return _LinearCrossEntropy.apply(*flat, chunk, scale, shard, consume)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -85,6 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         scale: float,
         shard: VocabularyShard | None,
+        consume: Consume,
     ) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -92,9 +98,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         count, done = chunks(len(hidden), chunk), 0
         for x, target in zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True):
-            logits = F.linear(x, weight).to(loss.dtype)
-            loss += _consume(logits, target, scale, shard, needs_hidden or needs_weight)
-            gradient = logits.to(x.dtype)
+            of_chunk, gradient = consume(
+                F.linear(x, weight), target, scale, shard, needs_hidden or needs_weight
+            )
+            loss += of_chunk
             if of_hidden is not None:
                 torch.mm(gradient, weight, out=of_hidden[done : done + len(x)])
             if needs_weight and of_weight is None:
@@ -102,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif of_weight is not None:
                 of_weight.addmm_(gradient.t(), x)
             done += len(x)
-            del logits, gradient  # before the next chunk has its own
+            del gradient  # before the next chunk has its own
         ctx.save_for_backward(of_hidden, of_weight)
         return loss
 
@@ -111,27 +118,84 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:
         """In place: a second backward is refused by autograd, since what was saved has changed."""
         of_hidden, of_weight = (g if g is None else g.mul_(of_loss.to(g.dtype)) for g in ctx.saved_tensors)
-        return of_hidden, of_weight, None, None, None, None
+        return of_hidden, of_weight, None, None, None, None, None
+
+
+Consume = Callable[[Tensor, Tensor, float, VocabularyShard | None, bool], tuple[Tensor, Tensor]]
+"""(logits [c, V] or this rank's part of V, targets [c], scale, the part, whether something learns from it) -> the loss of
+the chunk times `scale`, and its gradient by the logits, in their dtype. Logits may be overwritten."""
 
 
 def _consume(
     logits: Tensor, targets: Tensor, scale: float, shard: VocabularyShard | None, learns: bool
-) -> Tensor:
-    """The loss of a chunk, times `scale`; its gradient takes the place of the logits where something learns from it.
-
-    logits: [c, V] or this rank's part of V. targets: [c].
-    """
-    valid, index = targets != IGNORED, targets - (shard.first if shard else 0)
-    here = valid & (index >= 0) & (index < logits.shape[-1])
-    index = index.clamp(0, logits.shape[-1] - 1)[:, None]
-    greatest = logits.amax(-1)
-    logits.sub_((shard.greatest(greatest) if shard else greatest)[:, None])
-    of_target = torch.where(here, logits.gather(-1, index)[:, 0], 0)
-    total = logits.exp_().sum(-1)
+) -> tuple[Tensor, Tensor]:
+    """In place, in one float32 copy of the logits."""
+    dtype, wide = logits.dtype, _wide(logits)
+    del logits  # which nobody else holds: only the copy is left
+    valid, here, index = _places(targets, wide.shape[-1], shard)
+    greatest = wide.amax(-1)
+    wide.sub_((shard.greatest(greatest) if shard else greatest)[:, None])
+    of_target = torch.where(here, wide.gather(-1, index)[:, 0], 0)
+    total = wide.exp_().sum(-1)
     if shard:
         total, of_target = shard.total(total), shard.total(of_target)
     if learns:
-        weight = valid.to(logits.dtype) * scale
-        logits.mul_((weight / total)[:, None])
-        logits.scatter_add_(-1, index, torch.where(here, -weight, 0)[:, None])
-    return torch.where(valid, total.log() - of_target, 0).sum() * scale
+        weight = valid.to(wide.dtype) * scale
+        wide.mul_((weight / total)[:, None])
+        wide.scatter_add_(-1, index, torch.where(here, -weight, 0)[:, None])
+    return torch.where(valid, total.log() - of_target, 0).sum() * scale, wide.to(dtype)
+
+
+def _compiled_consume(
+    logits: Tensor, targets: Tensor, scale: float, shard: VocabularyShard | None, learns: bool
+) -> tuple[Tensor, Tensor]:
+    """The same in fused kernels, one per stretch between two collectives."""
+    valid, here, index = _places(targets, logits.shape[-1], shard)
+    greatest = shard.greatest(_fused(_greatest)(logits)) if shard else None
+    greatest, total, of_target = _fused(_totals)(logits, greatest, index[:, 0], here)
+    if shard:
+        total, of_target = shard.total(total), shard.total(of_target)
+    if learns:
+        weight = valid.to(total.dtype) * scale
+        logits = _fused(_gradient)(logits, greatest, total, index[:, 0], here, weight)
+    return torch.where(valid, total.log() - of_target, 0).sum() * scale, logits
+
+
+def _places(targets: Tensor, width: int, shard: VocabularyShard | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which targets count, [c]; which of them are columns here, [c]; and which columns, [c, 1]."""
+    valid, index = targets != IGNORED, targets - (shard.first if shard else 0)
+    here = valid & (index >= 0) & (index < width)
+    return valid, here, index.clamp(0, width - 1)[:, None]
+
+
+@functools.cache
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at its first call: the compiler alone takes a second to import."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _greatest(logits: Tensor) -> Tensor:
+    return _wide(logits).amax(-1)
+
+
+def _totals(
+    logits: Tensor, greatest: Tensor | None, index: Tensor, here: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The greatest logit of each row, the sum of exponentials above it, and the target's logit above it: all [c]."""
+    wide = _wide(logits)
+    greatest = wide.amax(-1) if greatest is None else greatest
+    above = wide.gather(-1, index[:, None])[:, 0] - greatest
+    return greatest, (wide - greatest[:, None]).exp().sum(-1), torch.where(here, above, 0)
+
+
+def _gradient(
+    logits: Tensor, greatest: Tensor, total: Tensor, index: Tensor, here: Tensor, weight: Tensor
+) -> Tensor:
+    """weight (softmax - one hot), in the logits' dtype; [c] but for the logits [c, V]."""
+    softmax = (_wide(logits) - greatest[:, None]).exp() * (weight / total)[:, None]
+    is_target = (torch.arange(logits.shape[-1], device=logits.device) == index[:, None]) & here[:, None]
+    return torch.where(is_target, softmax - weight[:, None], softmax).to(logits.dtype)

@@ -57,11 +57,13 @@ class InChunks:
     Attributes:
         head: the name of the model's output layer. chunk: tokens at a time.
         layout: in which hidden states reach that layer, where its weight is sharded over the vocabulary.
+        compile: fuse what is done to logits.
     """
 
     head: str
     chunk: int
     layout: Placement | None
+    compile: bool = False
 
     def context(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -73,7 +75,7 @@ class InChunks:
             if self.layout and isinstance(weight, DTensor):
                 hidden = whole_tokens(hidden, weight, self.layout)
         with phase("loss"):
-            return linear_cross_entropy(hidden, weight, batch.targets, self.chunk, scale)
+            return linear_cross_entropy(hidden, weight, batch.targets, self.chunk, scale, self.compile)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def token_loss_of(cfg: Config, plan: Plan) -> TokenLoss:
     if cfg.train.loss_chunk is None or not plan.chunked_head:
         return AllAtOnce(plan.loss_parallel)
     rule = plan.rules.get(plan.chunked_head)
-    return InChunks(plan.chunked_head, cfg.train.loss_chunk, rule.src[0] if rule else None)
+    layout = rule.src[0] if rule else None
+    return InChunks(plan.chunked_head, cfg.train.loss_chunk, layout, cfg.parallel.compile)
 
 
 def loss_context(vocab_parallel: bool) -> AbstractContextManager[object]:
