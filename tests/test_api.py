@@ -128,6 +128,47 @@ def built(world: World, overrides: list[str]) -> dict[str, Any]:
     }
 
 
+def test_in_one_process_a_plan_of_several_ranks_is_there_to_look_at(ranks: Ranks) -> None:
+    (seen,) = ranks.run(1, looked_at)
+    replicated = 266_240  # over tp: the norms
+    assert seen["held"] == (6_738_415_616 - replicated) // 64 + replicated // 8
+    assert seen["wq"] == ((4096, 4096), (64, 4096), "meta")
+    assert seen["mesh"] == {"dp_replicate": 1, "dp_shard": 8, "tp": 8}
+    sentence = (
+        "parallel=fsdp_tp: this one process has what the first of its 64 ranks would hold, to look at; "
+    )
+    assert set(seen["refused"]) == {
+        f"{sentence}to compute with it, torchrun --nproc-per-node=64 SCRIPT.py; or parallel=none"
+    }
+    assert [step["train/step"] for step in seen["steps"]] == [1, 2, 1]
+    assert seen["steps"][2] == pytest.approx(seen["steps"][0])
+
+
+def looked_at(world: World) -> dict[str, Any]:
+    """Between two jobs of one process, and with the first of them going on."""
+    torch.set_num_threads(1)
+    sys.argv = ["ipykernel_launcher"]
+    alone = tpresearch.load(*TRAINED, "parallel=none")
+    job = tpresearch.build(alone)
+    steps = [job.step()]
+    words = ("model=llama2_7b", "tokenizer=bpe_32k", "data=random_tokens", "parallel=fsdp_tp", "mesh.tp=8")
+    look = tpresearch.build(tpresearch.load(*words), world_size=64)
+    wq, refused = look.model.get_parameter("layers.0.attention.wq.weight"), []
+    assert isinstance(wq, DTensor)
+    for use in (look.step, look.batch, look.evaluate, lambda: look.loop):
+        with pytest.raises(ConfigError) as error:
+            use()
+        refused.append(str(error.value))
+    names = look.mesh.mesh_dim_names or ()
+    return {
+        "held": sum(p.to_local().numel() for p in look.model.parameters() if isinstance(p, DTensor)),
+        "wq": (tuple(wq.shape), tuple(wq.to_local().shape), wq.device.type),
+        "mesh": {name: look.mesh[name].size() for name in names},
+        "refused": refused,
+        "steps": [*steps, job.step(), tpresearch.build(alone).step()],
+    }
+
+
 def test_runs_and_their_metrics_are_frames_of_what_is_on_disk(tmp_path: Path) -> None:
     one = Made(plan="none", lr=1e-3).write(tmp_path / "0")
     two = Made(plan="tp", mesh={"tp": 4}, sent=[entry("tp", "all_reduce", 64)]).write(tmp_path / "1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import logging
+import shlex
 import sys
 from contextlib import AbstractContextManager, suppress
 from os import PathLike, fspath
@@ -14,12 +15,14 @@ from hydra import compose, initialize_config_dir
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import AXIS_NAMES, DATA_AXES
+from tpresearch.config.bounds import check_bounds
 from tpresearch.config.compose import register_schema
+from tpresearch.config.validate import SHOWN_WORLD, ranks_needed
 from tpresearch.config.world import World
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.run_dir import register_resolvers
-from tpresearch.train.preflight import Preflight, preflight
+from tpresearch.train.preflight import Preflight, preflight, refuse_alone
 
 if TYPE_CHECKING:  # torch and pandas take seconds, and a config needs neither
     import pandas as pd
@@ -29,7 +32,9 @@ if TYPE_CHECKING:  # torch and pandas take seconds, and a config needs neither
 
     from tpresearch.compare.runs import Run
     from tpresearch.data import Batch
+    from tpresearch.parallel.device import Device
     from tpresearch.train.loop import Loop
+    from tpresearch.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -89,24 +94,33 @@ def compile_plan(cfg: Config, world_size: int | None = None) -> CompiledPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A config made ready to train on this rank, between two of its steps."""
+    """A config made ready to train on this rank, between two of its steps; or its first rank, to look at."""
 
-    loop: Loop
-    """The loop of every run, with all there is: `loop.state`, `loop.setup`, `loop.corpus`."""
+    state: TrainState
+    mesh: DeviceMesh
+    """Of all axes, those of size 1 too: `mesh["tp"]`."""
+    steps: Loop | ConfigError
+    """What takes them; where the ranks are not there, what says so to whoever would."""
 
     @property
     def model(self) -> nn.Module:
-        """Sharded by its plan, with its first weights."""
-        return self.loop.state.model
+        """Sharded by its plan, with its first weights; on the meta device where it is there to look at."""
+        return self.state.model
 
     @property
     def optimizer(self) -> Optimizer:
-        return self.loop.state.optimizer
+        return self.state.optimizer
 
     @property
-    def mesh(self) -> DeviceMesh:
-        """Of all axes, those of size 1 too: `mesh["tp"]`."""
-        return self.loop.setup.mesh
+    def loop(self) -> Loop:
+        """The loop of every run, with all there is: `loop.state`, `loop.setup`, `loop.corpus`.
+
+        Raises:
+            ConfigError: with the torchrun to type, where the ranks are not there.
+        """
+        if isinstance(self.steps, ConfigError):
+            raise self.steps
+        return self.steps
 
     def batch(self) -> Batch:
         """This rank's rows of the global batch that the next step will read, on its device."""
@@ -129,10 +143,17 @@ class Job:
         return self.loop.evaluate()
 
 
-def build(cfg: Config) -> Job:
+def build(cfg: Config, world_size: int | None = None) -> Job:
     """The config's data, mesh, sharded model and optimizer: in one process, or on each rank that torchrun started.
 
-    The process group is joined once per process, unless there is one already, and left when the process ends.
+    In one process, a plan for several ranks is there to look at: what the first of them would hold, on the meta device,
+    with mesh, placements and local shapes. What would compute with it names the torchrun to type.
+
+    The process group is joined once per process, unless there is one already, and left when the process ends, or where
+    the next build is for other ranks: a job that sends something is then to be built again.
+
+    Args:
+        world_size: ranks to look at, as in `compile_plan`.
 
     Raises:
         ConfigError: for whatever a run with this config would be refused for.
@@ -142,32 +163,68 @@ def build(cfg: Config) -> Job:
     from tpresearch.train.assemble import assemble
     from tpresearch.train.main import check_rows, check_same_corpus
 
-    world = World.from_environment()
-    job = preflight(dataclasses.replace(cfg, plan_only=False), world)
+    world, cfg = World.from_environment(), dataclasses.replace(cfg, plan_only=False)
+    check_bounds(cfg)
+    alone = world.size == 1 and not world.elastic
+    if alone and (ranks := world_size or ranks_needed(cfg, SHOWN_WORLD)) > 1:
+        return _to_look_at(cfg, ranks)
+    job = preflight(cfg, world)
     assert job.device
-    corpus = prepare(cfg.data, cfg.tokenizer, progress=world.rank == 0)
+    corpus = prepare(cfg.data, cfg.tokenizer, world)
     check_rows(corpus, job)
-    _join(job)
+    _join(job.device, world, cfg)
     check_same_corpus(corpus)
-    return Job(assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus))
+    loop = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus)
+    return Job(loop.state, loop.setup.mesh, loop)
 
 
-def _join(job: Preflight) -> None:
+def _to_look_at(cfg: Config, ranks: int) -> Job:
+    from tpresearch.parallel.apply import parallelize
+    from tpresearch.parallel.mesh import build_mesh
+    from tpresearch.simulate.fake_step import FAKE
+    from tpresearch.train.assemble import first_state
+
+    job = compile_plan(cfg, ranks).job
+    _join(FAKE, World(size=ranks, local_size=ranks), cfg)
+    mesh = build_mesh(job.sizes, FAKE.type)
+    eager = dataclasses.replace(cfg.parallel, compile=False, async_tp=False)
+    model = parallelize(job.model, job.plan, eager, mesh, cfg.train.dtype)
+    in_script = sys.argv[0].endswith(".py") and "ipykernel" not in sys.argv[0]
+    script = shlex.join(sys.argv) if in_script else "SCRIPT.py"
+    why = f"this one process has what the first of its {ranks} ranks would hold, to look at"
+    legal = f"to compute with it, torchrun --nproc-per-node={ranks} {script}; or parallel=none"
+    missing = ConfigError("parallel", cfg.parallel.name, why, legal, fix={}, nproc=ranks)
+    return Job(first_state(model, cfg, job.sizes), mesh, missing)
+
+
+_groups: dict[tuple[str, int], AbstractContextManager[None]] = {}
+"""The process group of this process, if it is ours, by its backend and size."""
+
+
+def _join(device: Device, world: World, cfg: Config) -> None:
     import torch.distributed as dist
 
     from tpresearch.parallel.group import process_group
 
-    assert job.device
-    if not dist.is_initialized():
-        group = process_group(job.device, job.world)
-        group.__enter__()
-        atexit.register(_leave, group)
+    key = device.backend, world.size
+    if dist.is_initialized():
+        if key in _groups or (not _groups and device.backend != "fake"):
+            return
+        if not _groups:
+            refuse_alone(cfg, world.size)
+        _leave()
+    group = process_group(device, world)
+    group.__enter__()
+    _groups[key] = group
+    atexit.register(_leave)
 
 
-def _leave(group: AbstractContextManager[None]) -> None:
+def _leave() -> None:
     error = getattr(sys, "last_value", None)
-    with suppress(BaseException):
-        group.__exit__(type(error) if error else None, error, None)
+    while _groups:
+        _, group = _groups.popitem()
+        with suppress(BaseException):
+            group.__exit__(type(error) if error else None, error, None)
 
 
 def runs(*paths: str | PathLike[str]) -> pd.DataFrame:

@@ -21,7 +21,7 @@ def judge(cfg: Config, world: World) -> Config:
 
 @entrypoint("train", judge=judge)
 def main(cfg: Config, run: Run) -> None:
-    corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
+    corpus = prepare(cfg.data, cfg.tokenizer, run.world)
     assert isinstance(corpus, PackedCorpus)
     if run.world.rank == 0:
         print(report(corpus))

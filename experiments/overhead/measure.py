@@ -56,7 +56,7 @@ def main(job: Preflight, run: Run) -> None:
     )  # the last step, which evaluates, is never reached
     assert job.device
     sizes, device = job.sizes, job.device
-    corpus = prepare(cfg.data, cfg.tokenizer, progress=run.world.rank == 0)
+    corpus = prepare(cfg.data, cfg.tokenizer, run.world)
     with process_group(device, run.world):
         mesh = build_mesh(sizes, device.type)
         observers = observers_of(job, mesh, device, None)

@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from filelock import FileLock
-from support.processes import ended, forked
+from support.processes import HANG_GUARD_S, ended, forked
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
+from tpresearch.config.world import World
 from tpresearch.data import PackedCorpus, cache, pipeline, prepare
 from tpresearch.data.cache import SAMPLE_BYTES, SAMPLES, checksum
 from tpresearch.data.tokenizer import train_bpe
@@ -130,6 +133,33 @@ def test_who_waits_for_a_lock_says_so_and_can_be_stopped(
     assert [record.getMessage() for record in caplog.records] == [
         f"waiting for {lock}, which process 4711 holds: it prepares the same data"
     ]
+
+
+def test_the_rank_whose_progress_is_seen_goes_first(data: DataConfig, bpe: TokenizerConfig) -> None:
+    started = threading.Event()
+
+    def check() -> None:
+        started.set()
+
+    other = World(1, 2, 1, 2)
+    thread = threading.Thread(target=prepare, args=(data, bpe, other, check), name="the other rank")
+    with pytest.MonkeyPatch.context() as patch:
+        who: list[str] = []
+        build = pipeline.build_once
+
+        def noted(*args: Any) -> Any:
+            return build(
+                args[0],
+                lambda growing: who.append(threading.current_thread().name) or args[1](growing),
+                *args[2:],
+            )
+
+        patch.setattr(pipeline, "build_once", noted)
+        thread.start()
+        assert started.wait(HANG_GUARD_S)
+        prepare(data, bpe, World(0, 2, 0, 2))
+        thread.join()
+    assert set(who) == {threading.main_thread().name}
 
 
 @pytest.mark.parametrize("of_another", ["meta.json", "lock", "rows"])

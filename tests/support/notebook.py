@@ -44,4 +44,5 @@ def outputs(source: str, number: int, scope: dict[str, Any]) -> list[dict[str, A
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(json.loads(Path(sys.argv[1]).read_text())), indent=1))
+    notebook, sys.argv = json.loads(Path(sys.argv[1]).read_text()), ["ipykernel_launcher.py"]
+    print(json.dumps(run(notebook), indent=1))

@@ -74,6 +74,9 @@ class World:
         return self.size // self.local_size
 
 
+ALONE = World()
+
+
 @dataclass(frozen=True)
 class SlurmStep:
     """What `srun` tells of the step that this process is a task of; one task of no job without it."""

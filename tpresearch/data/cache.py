@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,8 @@ Meta = dict[str, Any]
 META = "meta.json"
 TELL_AFTER_S = 4
 """How long a lock is waited for in silence."""
+HEAD_START_S, POLL_S = 5, 0.1
+"""How long the leading process has to come, where processes start together."""
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 
 
@@ -31,7 +34,9 @@ class Damaged(Exception):
     """A cached folder whose content is not what was written; the message names the file."""
 
 
-def build_once(folder: Path, build: Callable[[Path], Meta], check: Callable[[], None] = lambda: None) -> Meta:
+def build_once(
+    folder: Path, build: Callable[[Path], Meta], check: Callable[[], None] = lambda: None, leads: bool = True
+) -> Meta:
     """The meta.json of `folder`, which `build` fills where it is missing or damaged.
 
     May be called by any number of processes at once: one builds, under a file lock, and the others wait.
@@ -40,6 +45,7 @@ def build_once(folder: Path, build: Callable[[Path], Meta], check: Callable[[], 
 
     Args:
         check: called while another process is waited for; what it raises ends the wait.
+        leads: whether this is the one whose progress is seen; others let it go first, if it comes soon.
 
     Raises:
         ConfigError: naming data.cache_dir, where the disk is full or the files are another user's.
@@ -47,6 +53,8 @@ def build_once(folder: Path, build: Callable[[Path], Meta], check: Callable[[], 
     try:
         if (meta := _usable(folder)) is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
+            if not leads:
+                _let_go_first(folder, check)
             with _held(folder, check):
                 meta = _usable(folder, remove_damaged=True) or _build(folder, build)
         return meta
@@ -58,6 +66,13 @@ def build_once(folder: Path, build: Callable[[Path], Meta], check: Callable[[], 
         else:
             raise
         raise ConfigError("data.cache_dir", folder.parent.parent, why, legal) from error
+
+
+def _let_go_first(folder: Path, check: Callable[[], None]) -> None:
+    until = time.monotonic() + HEAD_START_S
+    while not _lock_of(folder).exists() and not folder.exists() and time.monotonic() < until:
+        check()
+        time.sleep(POLL_S)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
+from tpresearch.config.world import ALONE, World
 from tpresearch.data.cache import Meta, build_once
 from tpresearch.data.documents import Document
 from tpresearch.data.hub import open_hub
@@ -50,15 +51,16 @@ DOCUMENTS_PER_HELD_OUT = 5
 def prepare(
     data: DataConfig,
     tokenizer: TokenizerConfig,
-    progress: bool = False,
+    world: World = ALONE,
     check: Callable[[], None] = lambda: None,
 ) -> AnyCorpus:
     """The corpus of a config: packed rows, prepared if they are not in the cache yet, or synthetic ones.
 
-    Every rank may call this at once: one process per host prepares, the others wait for it.
+    Every rank may call this at once: one process per host prepares, its first rank where that is there, and the others
+    wait for it.
 
     Args:
-        progress: draw progress bars on stderr, if that is a terminal and this process does the work.
+        world: rank 0 draws progress bars on stderr, if that is a terminal.
         check: called between documents; what it raises ends the preparation, and leaves nothing half built.
 
     Raises:
@@ -67,7 +69,7 @@ def prepare(
     """
     if data.source.is_synthetic:
         return Synthetic.of(data, tokenizer)
-    return _Preparation(data, tokenizer, progress, check).rows()
+    return _Preparation(data, tokenizer, world, check).rows()
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -83,9 +85,10 @@ class _Preparation:
     """The three stages for one config, each asking the one before only when it must build."""
 
     def __init__(
-        self, data: DataConfig, tokenizer: TokenizerConfig, progress: bool, check: Callable[[], None]
+        self, data: DataConfig, tokenizer: TokenizerConfig, world: World, check: Callable[[], None]
     ) -> None:
-        self.data, self.progress, self.check = data, progress, check
+        self.data, self.check = data, check
+        self.progress, self.leads = world.rank == 0, world.local_rank == 0
         self.vocab_size = tokenizer.vocab_size
         self.cache = Path(data.cache_dir).expanduser()
         self.corpus = open_corpus(data)
@@ -100,7 +103,7 @@ class _Preparation:
 
     def rows(self) -> PackedCorpus:
         folder = self._folder("rows", self.rows_key)
-        packed = PackedCorpus.open(folder, build_once(folder, self._pack, self.check))
+        packed = PackedCorpus.open(folder, build_once(folder, self._pack, self.check, self.leads))
         if len(packed.held_out) == 0:
             tokens, seq_len = packed.meta["held_out"]["tokens"], self.data.seq_len
             log.warning("the %d held-out tokens fill no row of %d: nothing to evaluate on", tokens, seq_len)

@@ -62,7 +62,7 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
             print(f"{job.about}\n\n{text}")
         return
     with StopFlag() as flag:
-        corpus = prepare(job.cfg.data, job.cfg.tokenizer, run.world.rank == 0, flag.check)
+        corpus = prepare(job.cfg.data, job.cfg.tokenizer, run.world, flag.check)
         check_rows(corpus, job)
         found = checkpoints_to_go_on_from(job.cfg, run.folder, run.restarted)
         check_goes_on(found, corpus)

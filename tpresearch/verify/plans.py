@@ -136,7 +136,7 @@ def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
     """Train plainly in one process, then under each plan, and say how far they are apart."""
     ranks = Ranks(PATIENCE_S)
     ranks.start()
-    corpus = _few_rows(prepare(cfg.data, cfg.tokenizer, progress=True))
+    corpus = _few_rows(prepare(cfg.data, cfg.tokenizer))
     first = next(iter(plans.values()))
     references = [reference(c, corpus, cfg.verify.steps) for c in first]
     jobs = [(plan, *pair) for plan, cfgs in plans.items() for pair in zip(cfgs, references, strict=True)]
