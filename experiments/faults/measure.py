@@ -1,11 +1,14 @@
 """Break runs in two hundred ways, start them again, and hold each to the run that nothing befell.
 
-python experiments/faults/measure.py [forked=160] [seed=0] [at_once=2]     # writes results.csv beside this file
+[RECORD=1] python experiments/faults/measure.py [forked=160] [seed=0] [at_once=2]     # root, for a small disk; results.csv
+python experiments/faults/measure.py forked=0 damages=0 only=slurm_requeues     # one command of by_signal.py, by_outage.py
 """
 
 from __future__ import annotations
 
 import csv
+import os
+import resource
 import sys
 import tempfile
 import time
@@ -16,18 +19,24 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "tests")]
 
-from faults.commands import COMMANDS, Commands  # noqa: E402
+from faults.by_outage import BY_OUTAGE  # noqa: E402
+from faults.by_signal import BY_SIGNAL  # noqa: E402
+from faults.commands import Commands  # noqa: E402
 from faults.damages import DAMAGES, damaged  # noqa: E402
 from faults.exam import Survived, reference, survive  # noqa: E402
+from record import place  # noqa: E402
 
 from tpresearch.launch.options import command, read_options  # noqa: E402
+
+COMMANDS = (*BY_SIGNAL, *BY_OUTAGE)
 
 
 @dataclass
 class Options:
     forked: int = 160
     damages: int = len(DAMAGES)
-    commands: int = len(COMMANDS)
+    only: str | None = None
+    """Names of commands, with commas between them; all of them without."""
     seed: int = 0
     at_once: int = 2
 
@@ -50,10 +59,12 @@ def main() -> None:
             note("fault", survived)
         for survived in pool.map(lambda n: damaged(n, out / f"damaged-{n}", whole), range(options.damages)):
             note("damage", survived)
-    commands = Commands(out)
-    for number in range(options.commands):
-        note("command", commands.survive(number))
-    with (HERE / "results.csv").open("w", newline="") as file:
+        commands = Commands(out)
+        names = options.only.split(",") if options.only else [each.__name__ for each in COMMANDS]
+        chosen = [n for n, each in enumerate(COMMANDS) if each.__name__ in names]
+        for survived in pool.map(lambda n: commands.survive(n, COMMANDS[n]), chosen):
+            note("command", survived)
+    with (place(HERE) / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["kind", "number", "outcome", "history"])
         for kind, survived in results:
@@ -61,11 +72,26 @@ def main() -> None:
             writer.writerow([kind, survived.number, outcome, " -> ".join(survived.history)])
     wrong = [survived for _, survived in results if survived.problems]
     worst = max(survived.apart for _, survived in results)
-    minutes = (time.monotonic() - began) / 60
+    minutes, processor = (time.monotonic() - began) / 60, processor_s() / 60
     print(
-        f"{len(results)} runs, seed {options.seed}: {len(wrong)} wrong; worst difference {worst:.1e}; {minutes:.0f} min"
+        f"{len(results)} runs, seed {options.seed}: {len(wrong)} wrong; worst difference {worst:.1e}; "
+        f"{minutes:.0f} min, {processor:.0f} min of processor time"
     )
     sys.exit(bool(wrong))
+
+
+def processor_s() -> float:
+    """Of this process and all that it started, but for those whose parents were killed before they ended."""
+    ended = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    total = sum(used.ru_utime + used.ru_stime for used in ended)
+    for path in Path("/proc").glob("[0-9]*/stat"):  # the server that forks ranks lives on
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid():
+            total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 if __name__ == "__main__":
