@@ -27,6 +27,7 @@ PLAIN = {
     "gemm_efficiency": 0.5,
     "bandwidth_gb_s": 1000,
     "bandwidth_efficiency": 0.5,
+    "optimizer_efficiency": 0.25,
     "attention_narrow_heads": 0.5,
     "intra_gb_s": 100,
     "inter_gb_s": 10,

@@ -48,7 +48,12 @@ def parallelize(
     return model
 
 
-def wrap_forward(block: nn.Module, parallel: ParallelConfig, has_rules: bool) -> None:
+def wrap_forward(
+    block: nn.Module,
+    parallel: ParallelConfig,
+    has_rules: bool,
+    backend: str | Callable[..., Any] = "inductor",
+) -> None:
     """Checkpoint and compile a block's forward; hooks on the block, FSDP's among them, stay outside."""
     kind = parallel.activation_checkpointing
     if not parallel.compile:
@@ -57,9 +62,9 @@ def wrap_forward(block: nn.Module, parallel: ParallelConfig, has_rules: bool) ->
     block.register_forward_pre_hook(wait_for_inputs, with_kwargs=True)
     if kind is Checkpointing.full and has_rules:
         # Compiled whole, it would keep a DeviceMesh for backward, of which torch 2.13 loses count.
-        block.forward = checkpointed(compiled(block.forward), kind)
+        block.forward = checkpointed(compiled(block.forward, backend), kind)
     else:
-        block.forward = compiled(checkpointed(block.forward, kind))
+        block.forward = compiled(checkpointed(block.forward, kind), backend)
 
 
 def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[..., Any]:
@@ -72,9 +77,11 @@ def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[.
     return forward
 
 
-def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(
+    forward: Callable[..., Any], backend: str | Callable[..., Any] = "inductor"
+) -> Callable[..., Any]:
     """One graph of these shapes alone: a break, or a second graph, is an error or a recompilation, and never silent."""
-    return torch.compile(forward, fullgraph=True, dynamic=False)
+    return torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
 
 
 class Arrived(torch.autograd.Function):

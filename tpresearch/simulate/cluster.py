@@ -41,6 +41,7 @@ NUMBERS = {
     "gemm_half_depth": "length of the inner dim at which a matmul has half of its best rate",
     "bandwidth_gb_s": "memory bandwidth of a device in 1e9 bytes/s",
     "bandwidth_efficiency": "share of it that an elementwise kernel reaches",
+    "optimizer_efficiency": "share of it that the fused optimizer reaches",
     "attention_tflops_forward": "rate of causal attention, head width 128, by length 512, 1024, ... 16384",
     "attention_tflops_backward": "the same for its backward",
     "attention_narrow_heads": "factor on those rates for head widths of 64 and less",

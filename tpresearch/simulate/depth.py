@@ -10,10 +10,12 @@ from torch import nn
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import Config
+from tpresearch.config.schema import Checkpointing, Config
+from tpresearch.config.validate import micro_batch_size
 from tpresearch.ledger.entries import Entry
 from tpresearch.plan.compiler import matching
 from tpresearch.plan.meta import meta_model
+from tpresearch.simulate.compiled_blocks import kept_per_row, with_compiled_blocks
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.speed import flops_per_token
 
@@ -24,6 +26,7 @@ TOLERANCE = 0.002
 """Relative difference there, above which the whole model is recorded."""
 
 Recorder = Callable[[Config, MeshSizes], Trace]
+Kept = Callable[[Config, MeshSizes], float]
 
 
 @dataclass
@@ -39,6 +42,8 @@ class Recording:
     flops_per_token: float
     """Of the whole model, with attention counted whole, as MFU has it."""
     recorder: Recorder
+    kept: Kept
+    """Bytes per row that a compiled block keeps for backward, asked of a model of two blocks."""
     traces: dict[int, Trace] = field(default_factory=dict)
 
     def trace(self, depth: int) -> Trace:
@@ -78,6 +83,18 @@ class Recording:
                 return dict(value(self.trace(self.depth)))
         return {name: _line(two, three, name, self.depth) for name in {**two, **three}}
 
+    def memory(self, check: bool = True) -> dict[str, float]:
+        """Bytes by moment and kind of the whole model's step, its blocks compiled where they are."""
+        held = self.at_full_depth(lambda trace: trace.memory, check)
+        mode = self.cfg.parallel.activation_checkpointing
+        if not self.cfg.parallel.compile or not self.setting or mode is Checkpointing.full:
+            return held  # of a block that is checkpointed whole, both keep the input alone
+        rows = micro_batch_size(self.cfg, self.sizes)
+        kept = rows * self.kept(self.at(2), self.sizes)
+        name = "0 forward/activations"
+        two, three = (self.trace(depth).memory[name] for depth in RECORDED)
+        return with_compiled_blocks(held, kept - (three - two), self.depth)
+
     def entries(self, micro_batches: int) -> list[Entry]:
         """The communication ledger of the whole model's step: exact, since each block sends the same."""
         if self.is_short:
@@ -94,11 +111,11 @@ class Recording:
         return found
 
 
-def recording(cfg: Config, sizes: MeshSizes, recorder: Recorder) -> Recording:
+def recording(cfg: Config, sizes: MeshSizes, recorder: Recorder, kept: Kept = kept_per_row) -> Recording:
     """Raises: ConfigError: where the model cannot be made at all."""
     depth, setting = depth_of(cfg)
     flops = flops_per_token(meta_model(cfg.model), cfg.data.seq_len, causal=False)
-    return Recording(cfg, sizes, depth, setting, flops, recorder)
+    return Recording(cfg, sizes, depth, setting, flops, recorder, kept)
 
 
 def depth_of(cfg: Config) -> tuple[int, str | None]:

@@ -28,6 +28,8 @@ def op_s(op: Op, cluster: Cluster) -> float:
         return gemm_s(op.shape, op.element, cluster)
     if op.kind == "attention":
         return attention_s(op.shape, op.element, cluster)
+    if op.kind == "optimizer":
+        return moved_bytes(op) / (cluster["bandwidth_gb_s"] * 1e9 * cluster["optimizer_efficiency"])
     return bytes_s(moved_bytes(op), cluster)
 
 

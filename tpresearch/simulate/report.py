@@ -96,7 +96,7 @@ def _assumed(prediction: Prediction) -> Iterator[str]:
     if len(numbers) > SHOWN_ASSUMPTIONS:
         yield f"  {'':22}and {len(numbers) - SHOWN_ASSUMPTIONS} more, in simulate.json"
     if prediction.cfg.parallel.compile:
-        yield f"  {'compile':22}fused elementwise kernels are priced; memory is that of eager code, which keeps more"
+        yield f"  {'compile':22}fused elementwise kernels; what blocks keep is what torch's partitioner says"
 
 
 def _bar(share: float) -> str:

@@ -1,56 +1,21 @@
-"""`python -m tpresearch.calibrate out=FILE`: measure this machine's CPU and write a cluster file of measured numbers.
+"""A cluster file's numbers for this machine's CPU: a device is one thread of it.
 
 Matmuls, attention, memory bandwidth, the time of an op, and gloo between two ranks; in processor time where one rank
-works alone, so that what else the machine does is left out. A machine with GPUs is not measured yet.
+works alone, so that what else the machine does is left out.
 """
 
 from __future__ import annotations
 
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
-from tpresearch.launch.help import help_of_options
-from tpresearch.launch.options import command, read_options
 
 REPEATS = 5
 LENGTHS = (512, 1024)
 """Of attention; longer ones are taken to run as the last."""
-
-
-@dataclass
-class Options:
-    out: str
-    """The file to write, such as conf/cluster/here.yaml."""
-
-
-def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_of_options(__doc__, Options))
-        return
-    options = read_options(Options, sys.argv[1:])
-    path = Path(options.out)
-    if path.suffix != ".yaml" or not path.parent.is_dir():
-        why, legal = "not a .yaml file in a folder that exists", "such as conf/cluster/here.yaml"
-        raise ConfigError("out", options.out, why, legal, {"out": "conf/cluster/here.yaml"})
-    import torch
-
-    if torch.cuda.is_available():
-        why = "this machine has GPUs, of which nothing is measured yet"
-        raise ConfigError("out", options.out, why, "a machine without, or a file of conf/cluster", {})
-    torch.set_num_threads(1)
-    numbers = measured()
-    path.write_text(as_yaml(path.stem, numbers))
-    for name, value in numbers.items():
-        print(f"  {name:28}{value if isinstance(value, list) else f'{value:.4g}'}")
-    print(f"\n  {path}: simulate with cluster={path.stem}")
 
 
 def measured() -> dict[str, Any]:
@@ -76,6 +41,7 @@ def measured() -> dict[str, Any]:
         "gemm_half_depth": _half_depth(flops["float32"]),
         "bandwidth_gb_s": _bandwidth() / 1e9,
         "bandwidth_efficiency": 1.0,
+        "optimizer_efficiency": 1.0,
         "attention_tflops_forward": [
             *(rate / 1e12 for rate in forward),
             *(forward[-1] / 1e12 * one for one in fill),
@@ -96,25 +62,6 @@ def measured() -> dict[str, Any]:
         "overlap_slowdown": 0.0,
         "scale_slowdown": 0.0,
     }
-
-
-def as_yaml(name: str, numbers: dict[str, Any]) -> str:
-    cores = len(os.sched_getaffinity(0))
-    source = f"tpresearch.calibrate on {platform.node()}, {platform.processor() or platform.machine()}"
-    lines = [
-        f"# The CPU of {platform.node()}, measured: ranks are processes of one thread on {cores} cores.",
-        f"name: {name}",
-        f"device: a core of {platform.processor() or platform.machine()}",
-        "devices_per_host: 8",
-        "hosts: 1",
-        f"shared_cores: {cores}",
-        "checked: []",
-        "numbers:",
-    ]
-    for key, value in numbers.items():
-        text = "[" + ", ".join(f"{v:.5g}" for v in value) + "]" if isinstance(value, list) else f"{value:.5g}"
-        lines.append(f'  {key}: {{value: {text}, kind: measured, source: "{source}"}}')
-    return "\n".join(lines) + "\n"
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -245,7 +192,3 @@ def _all_reduces(world: World) -> tuple[float, float]:
                 times.append(time.perf_counter() - before)
             found.append(min(times))
     return found[0], found[1]
-
-
-if __name__ == "__main__":
-    command(main)

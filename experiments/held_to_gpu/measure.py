@@ -1,0 +1,137 @@
+"""Predictions held to what one GPU measured: steps, peak memory and single ops.
+
+python experiments/held_to_gpu/measure.py experiments/gpu/results/*.jsonl     # prints the tables, writes results.csv
+
+Each training of the results is simulated twice: on the cluster of conf/cluster that has such cards, and on one that
+calibrate makes of the same file's measurements of single ops alone. Peaks are of torch's allocator.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from tpresearch.api import load  # noqa: E402
+from tpresearch.calibrate.rows import Row, of_rows, read  # noqa: E402
+from tpresearch.config.validate import validate  # noqa: E402
+from tpresearch.launch.options import command  # noqa: E402
+from tpresearch.simulate.cluster import Cluster, cluster_of  # noqa: E402
+from tpresearch.simulate.depth import recording  # noqa: E402
+from tpresearch.simulate.fake_step import record  # noqa: E402
+from tpresearch.simulate.prediction import Prediction, predict  # noqa: E402
+from tpresearch.simulate.prices import attention_s, bytes_s, gemm_s  # noqa: E402
+
+COMMON = (
+    *("model=llama2_7b", "parallel=none", "data=random_tokens", "data.seq_len=4096", "logger=none"),
+    *("train.dtype=bfloat16", "train.global_batch_size=8"),
+)
+MODELS = {
+    "8b": ("model.n_kv_heads=8", "model.ffn_dim=14336", "tokenizer.vocab_size=128256"),
+    "7b": ("tokenizer.vocab_size=32000",),
+}
+CARDS = {"H200": "h200_dgx", "H100": "h100_dgx"}
+
+
+def main() -> None:
+    found = []
+    for name in sys.argv[1:]:
+        rows = read(Path(name))
+        option = next(
+            option for card, option in CARDS.items() if any(card in row.get("card", "") for row in rows)
+        )
+        plain = yaml.safe_load((HERE.parents[1] / f"conf/cluster/{option}.yaml").read_text())
+        clusters = [cluster_of(plain), cluster_of(of_rows(rows, plain, "calibrated"))]
+        print(
+            f"\n{Path(name).name}: steps and peaks, on {option} and as calibrated by this file's single ops"
+        )
+        for row in (row for row in rows if "step_s" in row):
+            found.append(held(Path(name).name, row, clusters))
+            print(text(found[-1]), flush=True)
+        print("\n  single ops, predicted beside measured, microseconds")
+        for line in single_ops(rows, clusters[0]):
+            print(f"  {line}")
+    with (HERE / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def held(source: str, row: Row, clusters: list[Cluster]) -> dict[str, Any]:
+    """One training: measured, and predicted on each cluster."""
+    stated, calibrated = predictions(row, clusters)
+    peak = stated.peak_bytes - stated.memory_bytes["reserved"]
+    return {
+        "file": source,
+        "setting": row["id"],
+        "measured_s": round(row["step_s"], 4),
+        "predicted_s": round(stated.step_time_s, 4),
+        "low_s": round(stated.low_s, 4),
+        "high_s": round(stated.high_s, 4),
+        "error": round(stated.step_time_s / row["step_s"] - 1, 4),
+        "calibrated_s": round(calibrated.step_time_s, 4),
+        "calibrated_error": round(calibrated.step_time_s / row["step_s"] - 1, 4),
+        "measured_peak_gb": round(row["peak_bytes"] / 1e9, 2),
+        "predicted_peak_gb": round(peak / 1e9, 2),
+        "peak_error": round(peak / row["peak_bytes"] - 1, 4),
+    }
+
+
+def predictions(row: Row, clusters: list[Cluster]) -> list[Prediction]:
+    given = row["overrides"]
+    cfg = load(
+        *COMMON,
+        *MODELS[row["id"].split()[0]],
+        f"train.weights={given['weights']}",
+        f"train.loss_chunk={given['loss_chunk'] or 'null'}",
+        f"train.micro_batch_size={given['micro_batch_size']}",
+        f"parallel.activation_checkpointing={given['activation_checkpointing']}",
+        f"parallel.compile={str(given['compile']).lower()}",
+        config_name="simulate",
+    )
+    recorded = recording(cfg, validate(cfg, 1), record)
+    return [predict(recorded, cluster, check=False) for cluster in clusters]
+
+
+def text(one: dict[str, Any]) -> str:
+    return (
+        f"  {one['setting']:28}measured {one['measured_s']:.3f} s   predicted {one['predicted_s']:.3f} ({one['error']:+.1%}), "
+        f"calibrated {one['calibrated_s']:.3f} ({one['calibrated_error']:+.1%})   "
+        f"peak {one['measured_peak_gb']:.2f} GB, predicted {one['predicted_peak_gb']:.2f} ({one['peak_error']:+.1%})"
+    )
+
+
+def single_ops(rows: list[Row], cluster: Cluster) -> Iterator[str]:
+    for row in rows:
+        if "us" in row and (seconds := price(row, cluster)):
+            shape = " x ".join(map(str, row["shape"]))
+            yield f"{row['op']:46}{shape:26}{seconds * 1e6:>10.0f}{row['us']:>10.0f}{seconds * 1e6 / row['us'] - 1:>+8.0%}"
+
+
+def price(row: Row, cluster: Cluster) -> float | None:
+    """Seconds by this package's prices; None for what it has none for."""
+    op, shape = row["op"], row["shape"]
+    if op.startswith("matmul"):
+        rows, columns, depth = shape
+        by_kind = {"NN": (rows, depth, columns), "TN": (columns, depth, rows)}
+        return gemm_s((1, *by_kind.get(op[-2:], (rows, columns, depth))), 2, cluster)
+    if op.startswith("attention") and "FLASH" not in op:
+        b, n, k, s, d = shape
+        forward, backward = (attention_s((b, n, k, s, s, d, way, 1), 2, cluster) for way in (0, 1))
+        return forward + backward if "backward" in op else forward
+    if op.startswith("adamw"):
+        return row["bytes"] / (cluster["bandwidth_gb_s"] * 1e9 * cluster["optimizer_efficiency"])
+    if op.endswith("compiled") or op == "copy":
+        return bytes_s(row["bytes"], cluster)
+    return None
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,63 @@
+"""Measurements of single ops as a cluster's numbers, and the command that writes its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tpresearch.calibrate.__main__ import as_yaml
+from tpresearch.calibrate.rows import of_rows, read
+from tpresearch.config.errors import ConfigError
+from tpresearch.simulate.cluster import cluster_of
+
+BASE = yaml.safe_load((Path(__file__).parents[2] / "conf" / "cluster" / "h200_dgx.yaml").read_text())
+ROWS = [
+    {"card": "NVIDIA H200", "memory_bytes": 150_000_000_000, "torch": "2.13"},
+    {"op": "matmul NT", "shape": [4096] * 3, "us": 100.0, "flops": 8e10, "bytes": 0.0},
+    {"op": "matmul sustained", "shape": [8192] * 3, "us": 1000.0, "flops": 494.5e9, "bytes": 0.0},
+    {"op": "attention forward A", "shape": [2, 32, 8, 4096, 128], "us": 1000.0, "flops": 1e12, "bytes": 0.0},
+    {"op": "attention forward B", "shape": [2, 32, 8, 4096, 128], "us": 500.0, "flops": 1e12, "bytes": 0.0},
+    {
+        "op": "attention forward and backward B",
+        "shape": [2, 32, 8, 4096, 128],
+        "us": 3000.0,
+        "flops": 3.5e12,
+        "bytes": 0.0,
+    },
+    {"op": "copy", "shape": [1], "us": 1000.0, "flops": 0.0, "bytes": 2.4e9},
+    {"op": "adamw float32", "shape": [1], "us": 1000.0, "flops": 0.0, "bytes": 1.2e9},
+    {"op": "100 launches", "shape": [1], "us": 700.0, "flops": 0.0, "bytes": 0.0},
+]
+
+
+def test_rows_become_the_numbers_that_they_measure() -> None:
+    found = cluster_of(of_rows(ROWS, BASE, "mine"))
+    assert found["gemm_efficiency"] == pytest.approx(0.5)  # under load, not when cool
+    assert found.table("attention_tflops_forward")[3] == pytest.approx(2000)  # by the faster kernel
+    assert found.table("attention_tflops_backward")[3] == pytest.approx(1000)
+    assert found["bandwidth_efficiency"] == pytest.approx(0.5)
+    assert found["optimizer_efficiency"] == pytest.approx(0.25)
+    assert found["launch_us"] == pytest.approx(7)
+    assert found["memory_gb"] == pytest.approx(150)
+    assert found["intra_gb_s"] == BASE["numbers"]["intra_gb_s"]["value"]  # what no row tells
+    kinds = {name: str(number.kind) for name, number in found.numbers.items()}
+    assert kinds["gemm_efficiency"] == "measured"
+    assert kinds["intra_gb_s"] == "published"
+
+
+def test_a_calibrated_file_is_read_as_it_was_written() -> None:
+    plain = of_rows(ROWS, BASE, "mine")
+    again = yaml.safe_load(as_yaml(plain))
+    assert again["numbers"].keys() == plain["numbers"].keys()
+    assert cluster_of(again)["launch_us"] == pytest.approx(7)
+    assert again["device"] == "NVIDIA H200"
+
+
+def test_rows_that_measure_nothing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"stage": "facts"}) + "\n")
+    for path in (tmp_path / "rows.jsonl", tmp_path / "none.jsonl"):
+        with pytest.raises(ConfigError, match=r"^rows="):
+            read(path)

@@ -1,0 +1,124 @@
+"""What compiled blocks keep for backward: the partitioner that torch.compile asks, on the real blocks and fake tensors.
+
+Eager code keeps what each op saves. A compiled block keeps a cut through its graph with the fewest bytes, and computes cheap
+ops again in backward's kernels (torch/_functorch/partitioners.py, min_cut_rematerialization_partition).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.schema import Checkpointing, Config
+from tpresearch.config.world import World
+from tpresearch.parallel.apply import parallelize, wrap_forward
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.parallel.weights import materialize
+from tpresearch.simulate.fake_step import FAKE
+from tpresearch.train.preflight import planned
+
+ROWS = 2
+"""That are run to learn what one row keeps. (A single row is a case of its own: no dim has to be gathered beside it.)"""
+
+
+def kept_per_row(cfg: Config, sizes: MeshSizes) -> float:
+    """Bytes that a compiled block keeps for backward on rank 0, per row of a micro-batch, without its parameters.
+
+    Args:
+        cfg: of a model of two blocks.
+    """
+    eager = dataclasses.replace(cfg.parallel, compile=False, activation_checkpointing=Checkpointing.none)
+    model, plan = planned(cfg, sizes)
+    with process_group(FAKE, World(size=sizes.world, local_size=sizes.world)):
+        mesh = build_mesh(sizes, FAKE.type)
+        model = parallelize(model, plan, eager, mesh, cfg.train.dtype)
+        blocks = [model.get_submodule(name) for name in plan.blocks]
+        saved = [_Saved(block, cfg, bool(plan.rules)) for block in blocks]
+        torch._dynamo.reset()
+        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+            materialize(model, FAKE.torch, lambda _: None)
+            rows = torch.empty(ROWS, cfg.data.seq_len, dtype=torch.int64)
+            model(rows)
+        torch._dynamo.reset()
+    first, last = (one.bytes_by_storage for one in saved)
+    return sum(size for storage, size in last.items() if storage not in first) / ROWS
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without dynamo's warning that a checkpoint has a policy, which it takes."""
+    log = logging.getLogger("torch._higher_order_ops.wrap")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+class _Saved:
+    """A compiled block, and the storages that its forward saves, but for those of its parameters."""
+
+    def __init__(self, block: nn.Module, cfg: Config, has_rules: bool) -> None:
+        self.bytes_by_storage: dict[int, int] = {}
+        self._block = block
+        wrap_forward(block, cfg.parallel, has_rules, _partitioned())
+        self._forward: Callable[..., Any] = block.forward
+        block.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = {_storage(t) for t in (*self._block.parameters(), *self._block.buffers())}
+
+        def note(tensor: Tensor) -> Tensor:
+            if _storage(tensor) not in own:
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                self.bytes_by_storage[_storage(tensor)] = local.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            return self._forward(*args, **kwargs)
+
+
+def _storage(tensor: Tensor) -> int:
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage()._cdata
+
+
+def _partitioned() -> Any:
+    """A backend that cuts graphs as inductor does, and runs them as they are (private, torch 2.11 to 2.14)."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def as_it_is(graph: Any, _: Any) -> Any:
+        return graph
+
+    return aot_autograd(
+        fw_compiler=as_it_is,
+        bw_compiler=as_it_is,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+
+
+def with_compiled_blocks(held: Mapping[str, float], more: float, depth: int) -> dict[str, float]:
+    """Bytes by moment of a step whose blocks keep `more` bytes each than those that were recorded."""
+    found = dict(held)
+    for name in found:
+        moment, _, kind = name.partition("/")
+        phase = moment.partition(" ")[2]
+        if kind == "activations" and phase in ("forward", "loss", "backward"):
+            found[name] += depth * more
+        elif kind == "activations" and phase == "backward ends":
+            found[name] = max(0.0, found[name] + more)
+    return found
