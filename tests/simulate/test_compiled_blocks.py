@@ -46,9 +46,10 @@ def test_a_compiled_step_holds_less_by_what_each_block_keeps_less() -> None:
     sizes = validate(eager, 2)
     told = recording(eager, sizes, record)
     by_eager = told.memory(check=False)
-    by_compiled = dataclasses.replace(told, cfg=compiled).memory(check=False)
+    of_compiled = dataclasses.replace(told, cfg=compiled)
+    by_compiled = of_compiled.memory(check=False)
     grown = told.trace(3).memory["0 forward/activations"] - told.trace(2).memory["0 forward/activations"]
-    kept = 4 * kept_per_row(told.at(2), sizes)
+    kept = 4 * kept_per_row(of_compiled.at(2), sizes)
     name = "1 loss/activations"
     assert by_eager[name] - by_compiled[name] == pytest.approx(5 * (grown - kept))
     assert 0 < sum(fullest(by_compiled).values()) < sum(fullest(by_eager).values())

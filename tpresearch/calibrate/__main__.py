@@ -50,7 +50,7 @@ def main() -> None:
 
 def _of_gpu(options: Options, name: str) -> dict[str, Any] | None:
     """None where no measurements are given and there is no GPU to make them."""
-    from tpresearch.calibrate.rows import of_rows, read  # late: what follows imports torch
+    from tpresearch.calibrate.rows import Row, of_rows, read  # late: what follows imports torch
 
     if options.rows:
         rows = read(Path(options.rows))
@@ -61,7 +61,7 @@ def _of_gpu(options: Options, name: str) -> dict[str, Any] | None:
             return None
         from tpresearch.calibrate.cuda import measured
 
-        rows = measured()
+        rows = list[Row](measured())
     return of_rows(rows, _base(options.base), name)
 
 

@@ -43,7 +43,7 @@ def kept_per_row(cfg: Config, sizes: MeshSizes) -> float:
         mesh = build_mesh(sizes, FAKE.type)
         model = parallelize(model, plan, eager, mesh, cfg.train.dtype)
         blocks = [model.get_submodule(name) for name in plan.blocks]
-        saved = [_Saved(block, cfg, bool(plan.rules)) for block in blocks]
+        saved = [_Saved(block, model, cfg, bool(plan.rules)) for block in blocks]
         torch._dynamo.reset()
         with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
             materialize(model, FAKE.torch, lambda _: None)
@@ -67,17 +67,17 @@ def _quiet() -> Iterator[None]:
 
 
 class _Saved:
-    """A compiled block, and the storages that its forward saves, but for those of its parameters."""
+    """A compiled block, and the storages that its forward saves, but for those of its parameters and the model's buffers."""
 
-    def __init__(self, block: nn.Module, cfg: Config, has_rules: bool) -> None:
+    def __init__(self, block: nn.Module, model: nn.Module, cfg: Config, has_rules: bool) -> None:
         self.bytes_by_storage: dict[int, int] = {}
-        self._block = block
+        self._block, self._model = block, model
         wrap_forward(block, cfg.parallel, has_rules, _partitioned())
         self._forward: Callable[..., Any] = block.forward
         block.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own = {_storage(t) for t in (*self._block.parameters(), *self._block.buffers())}
+        own = {_storage(t) for t in (*self._block.parameters(), *self._model.buffers())}
 
         def note(tensor: Tensor) -> Tensor:
             if _storage(tensor) not in own:
