@@ -16,7 +16,6 @@ from faults.commands import STEPS, Command, Commands, Started, alive, expect
 from filelock import FileLock
 from support import fake_slurm
 from support.arrivals import logged, only_run, sync
-from support.commands import installed
 from support.fake_wandb import FakeWandb
 
 from tpresearch.checkpoint.disk import step_folders
@@ -176,11 +175,10 @@ def rank_0_is_refused_alone(commands: Commands, cwd: Path) -> list[str]:
     def started() -> list[Started]:
         agent = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port_of(cwd)}")
         return [
-            commands.torchrun(1, cwd, "parallel=fsdp", agent=(*agent, f"--node-rank={node}"), env=env)
+            commands.torchrun(1, cwd, "parallel=fsdp", agent=(*agent, f"--node-rank={node}"))
             for node in (0, 1)
         ]
 
-    env = installed(cwd / "installed")
     (cwd / "run").mkdir()
     with FileLock(cwd / "run" / ".lock"):
         problems = expect("codes", [job.code() for job in started()], [2, 2])

@@ -18,7 +18,7 @@ def agent_is_told_to_stop(commands: Commands, cwd: Path) -> list[str]:
     job = commands.torchrun(2, cwd, "parallel=tp")
     job.wait_for_rows(25)
     job.process.terminate()
-    problems = expect("the agent's code", job.code(), 1)
+    problems = expect("the agent's code", job.code(), 143)
     summary = read_summary(cwd / "run")
     problems += expect("status", summary["status"], "preempted")
     problems += expect(
@@ -131,7 +131,7 @@ def agent_is_told_to_stop_at_once(commands: Commands, cwd: Path) -> list[str]:
     while not ranks_of(cwd):
         time.sleep(0.01)
     job.process.terminate()
-    problems = expect("the agent's code", job.code(), 1)
+    problems = expect("the agent's code", job.code(), 143)
     return problems + expect("code", commands.torchrun(2, cwd, "parallel=fsdp").code(), 0)
 
 
@@ -140,7 +140,7 @@ def agent_is_told_to_stop_while_it_writes(commands: Commands, cwd: Path) -> list
     job = commands.torchrun(2, cwd, "parallel=fsdp", "checkpoint.background=true", "checkpoint.every=2")
     job.wait_for_rows(21)
     job.process.terminate()
-    problems = expect("the agent's code", job.code(), 1)
+    problems = expect("the agent's code", job.code(), 143)
     problems += expect("status", read_summary(cwd / "run")["status"], "preempted")
     job = commands.torchrun(2, cwd, "parallel=fsdp", "checkpoint.background=true", "checkpoint.every=2")
     job.wait_for_rows(81)

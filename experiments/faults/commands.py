@@ -13,7 +13,7 @@ from typing import Any
 
 from faults.exam import TOLERANCE, Survived, rows_of, unsound
 from support.checkpointed import apart, on_disk
-from support.commands import ROOT, TORCHRUN, environment
+from support.commands import ROOT, TORCHRUN, environment, installed
 from support.processes import runs
 
 from tpresearch.checkpoint.disk import step_folders
@@ -66,6 +66,7 @@ class Commands:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.out, self.home = out, out / "home"
         self.home.mkdir()
+        self.installed = installed(out / "installed")
         undisturbed = self._folder("undisturbed-command")
         assert self.python(undisturbed).code() == 0, (undisturbed / "said.txt").read_text()[-2000:]
         self.whole = rows_of(undisturbed / "run"), on_disk(step_folders(undisturbed / "run")[-1])
@@ -92,7 +93,7 @@ class Commands:
         where = f"hydra.sweep.dir={cwd}/sweep" if sweeps else f"hydra.run.dir={cwd}/run"
         job = [] if goes_on else [*JOB, where]
         logger = [] if any(word.startswith("logger") for word in more) or goes_on else ["logger=none"]
-        env = environment(self.home) | how.pop("env", {}) | {"TPRESEARCH_FAULT": str(cwd)}
+        env = environment(self.home) | self.installed | how.pop("env", {}) | {"TPRESEARCH_FAULT": str(cwd)}
         return Started([*starter, str(ROOT / "train.py"), *job, *logger, *more], cwd, env, **how)
 
     def survive(self, number: int, command: Command) -> Survived:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,8 +12,9 @@ from pathlib import Path
 
 from faults.exam import Reference, Survived, compare, unsound
 from faults.job import CELLS, Fault, start
+from support.checkpointed import calls
 
-from tpresearch.checkpoint.disk import MARK, mark_from, mark_text, step_folders
+from tpresearch.checkpoint.disk import MARK, WrittenFile, checksum, mark_from, mark_text, step_folders
 from tpresearch.track.record import read_resumptions
 
 STOPPED_AT = 4
@@ -86,19 +88,10 @@ def other_lr(run: Path) -> None:
 
 
 def pickle_bomb(run: Path) -> None:
-    """A `.metadata` that would run code, in a checkpoint whose checksums are right."""
-    import dataclasses
-    import pickle
-
-    from tpresearch.checkpoint.disk import WrittenFile, checksum
-
-    class Bomb:
-        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
-            return os.system, (f"touch {run}/exploded",)
-
+    """A `.metadata` that would run code, by way of a module that it may name, in a checkpoint whose checksums are right."""
     for folder in step_folders(run):
         path = folder / ".metadata"
-        path.write_bytes(pickle.dumps(Bomb()))
+        path.write_bytes(calls("torch.distributed.checkpoint.metadata", "os.system", f"touch {run}/exploded"))
         mark = mark_from((folder / MARK).read_text())
         files = mark.files | {".metadata": WrittenFile(path.stat().st_size, checksum(path))}
         (folder / MARK).write_text(mark_text(dataclasses.replace(mark, files=files)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpointed import Went, equal, go, on_disk
+from support.checkpointed import Went, calls, equal, go, on_disk
 from support.composed import config
 from support.marks import exhaustive
 from support.nets import Buffered, Frozen, Tied, Unused, model
@@ -127,3 +127,22 @@ def test_tensors_are_read_one_by_one_without_ranks(tmp_path: Path) -> None:
     assert torch.equal(found[1], went.state["model.output.weight"])
     with pytest.raises(BrokenCheckpoint, match=r"it holds no model\.x"):
         list(read_tensors(folder, ["model.x"]))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("builtins", "eval"),
+        ("os", "system"),
+        ("torch.distributed.checkpoint.metadata", "os"),
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("pathlib", "Path.touch"),
+        ("torch", "load"),
+    ],
+)
+def test_metadata_that_would_run_code_is_refused(tmp_path: Path, module: str, name: str) -> None:
+    alone(config("parallel=none", "model=toy_mlp"), 1, run=tmp_path, at=1)
+    saved = read_checkpoint(folder_of(tmp_path, 1))
+    (saved.folder / ".metadata").write_bytes(calls(module, name, "1"))
+    with pytest.raises(BrokenCheckpoint, match=f"has {module}.{name} in it, which is nothing of a tensor's"):
+        tensors_of(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -100,3 +101,13 @@ def equal(one: State, other: State) -> bool:
     """To the bit."""
     same = one.keys() == other.keys() and all(one[name].dtype == other[name].dtype for name in other)
     return same and all(torch.equal(one[name], other[name]) for name in other)
+
+
+def calls(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls module.name(argument) when it is read."""
+
+    def text(value: str) -> bytes:
+        return pickle.SHORT_BINUNICODE + bytes([len(value)]) + value.encode()
+
+    what = text(module) + text(name) + pickle.STACK_GLOBAL
+    return pickle.PROTO + b"\x04" + what + text(argument) + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP

@@ -24,7 +24,10 @@ from tpresearch.checkpoint.state import MODEL, Trained, persistent_buffers, room
 from tpresearch.checkpoint.together import RankFailed, as_one_process, line_of, own_group, together
 
 DESCRIBES_TENSORS = {
-    "torch.distributed.checkpoint.metadata": None,
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata"),
+        *("TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
@@ -32,7 +35,8 @@ DESCRIBES_TENSORS = {
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }
-"""What a `.metadata` may be made of: of each module these names, or for None all that it defines. Read in torch 2.13."""
+"""What a `.metadata` may be made of: of each module these names, and nothing that is reached through them, as a module that
+it imports would be. The same in torch 2.11 to 2.14."""
 
 
 def load(checkpoint: Checkpoint, into: Trained, group: dist.ProcessGroup | None) -> None:
@@ -192,6 +196,6 @@ class _Reader(dcp.FileSystemReader):
 
 class _OnlyTensors(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module not in DESCRIBES_TENSORS or name not in (DESCRIBES_TENSORS[module] or {name}):
+        if name not in DESCRIBES_TENSORS.get(module, ()):
             raise BrokenCheckpoint(f".metadata has {module}.{name} in it, which is nothing of a tensor's")
         return super().find_class(module, name)
