@@ -41,14 +41,16 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "correctness": (
         110,
         [
-            *("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", f"--rootdir={ROOT}"),
+            *("-m", "pytest", "-q", "-m", "gpu", "-p", "outcomes", "-p", "no:cacheprovider", "--tb=short"),
+            f"--rootdir={ROOT}",
             *(
                 str(ROOT / "tests" / "verify" / "test_cuda.py"),
                 str(ROOT / "tests" / "commands" / "test_cuda_runs.py"),
             ),
-            *(["-n", "8"] if find_spec("xdist") else []),
+            *(["-n", "4", "--dist", "loadgroup"] if find_spec("xdist") else []),
         ],
     ),
+    "training-8b-float8": (90, [str(HERE / "training.py"), "8b-float8"]),
     "training-7b": (90, [str(HERE / "training.py"), "7b"]),
     "training-7b-masters": (60, [str(HERE / "training.py"), "7b-masters"]),
     "training-8b-masters": (60, [str(HERE / "training.py"), "8b-masters"]),
@@ -89,9 +91,10 @@ def arguments(name: str, given: argparse.Namespace, left: float) -> list[str]:
 
 def run(name: str, command: list[str], limit: float, out: Path) -> None:
     """Run a stage in a session of its own, so that all of it ends with its time."""
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), str(ROOT / "tests"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
+        "OUT": str(out),
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
     began = time.monotonic()

@@ -32,7 +32,7 @@ def test_it_runs_on_a_cpu_with_tiny_sizes(tmp_path: Path) -> None:
     }
     assert all(row["us"] > 0 for row in timed)
     trained = [row for row in rows if "step_s" in row]
-    assert [row["id"] for row in trained] == ["8b selective mb2", "8b none mb4"]
+    assert [row["id"] for row in trained] == ["8b none mb4", "8b none mb4 tuned"]
     for row in trained:
         assert len(row["losses"]) == 3
         assert row["losses"] == trained[0]["losses"] or row is not trained[0]

@@ -1,6 +1,6 @@
 """On CUDA: every plan computes what one CPU process does, sends what the formulas say, and is counted by the allocator.
 
-On one GPU the ranks share it and talk through host memory; where each can have a GPU of its own, over nccl.
+Where ranks are more than GPUs, they share them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tpresearch.verify.trace import Trace, trace
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("one card"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 SETTINGS = ("train.clip_grad_norm=0.2", "schedule.warmup_steps=1", "train.eval_rows=11", "optimizer=sgd")

@@ -108,6 +108,8 @@ def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str
     )  # sequence parallelism splits what lies between matmuls
     block, h = model.layers[0], model.dim
     assert isinstance(block, Block)
+    if device == "cuda" and element == 8:
+        return None  # attention in float64 is torch's plain one there, which keeps s x s probabilities
     norm = _norm_bytes(h, element, device) * residual + h * element  # its output is gathered for the matmuls
     mode = cfg.parallel.activation_checkpointing
     if mode is Checkpointing.full:
@@ -117,16 +119,17 @@ def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str
             return None  # what collectives bring is kept too, by rules that the plan's words do not tell
         each = _attention_bytes(block, element) + (3 * h + 2 * block.feed_forward.w1.out_features) * element
     else:
-        split = _attention_bytes(block, element) + 4 * block.feed_forward.w1.out_features * element
+        split = _attention_bytes(block, element, device) + 4 * block.feed_forward.w1.out_features * element
         each = 2 * norm + split / t
     return model.n_layers * each + norm
 
 
-def _attention_bytes(block: Block, element: int) -> int:
+def _attention_bytes(block: Block, element: int, device: str = "cpu") -> int:
     """Bytes per token that attention keeps: queries, keys, values, its result, and a log-sum-exp for each head."""
     a = block.attention
     heads = a.wq.out_features // a.head_dim
-    return (2 * a.wq.out_features + a.wk.out_features + a.wv.out_features) * element + heads * max(element, 4)
+    keys = a.wq.out_features if device == "cuda" and element == 4 else a.wk.out_features  # repeated there
+    return (2 * a.wq.out_features + 2 * keys) * element + heads * max(element, 4)
 
 
 def _norm_bytes(h: int, element: int, device: str) -> int:

@@ -77,7 +77,12 @@ class Attention(nn.Module):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.shares_kv)
+        shares_kv = self.shares_kv
+        if shares_kv and q.is_cuda and q.dtype is torch.float32:
+            # For shared heads torch has only its plain attention there, which keeps s x s probabilities (2.11).
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+            shares_kv = False
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shares_kv)
         return self.wo(out.transpose(1, 2).flatten(-2))
 
 

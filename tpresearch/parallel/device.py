@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config, DeviceKind, Dtype
-from tpresearch.parallel import staged
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,8 @@ class Device:
     backend: str
     name: str
     """As the run's record gives it: `cpu`, or the accelerator's name."""
+    shared: bool = False
+    """Whether ranks of this host share it."""
 
     @property
     def type(self) -> str:
@@ -33,8 +34,7 @@ class Device:
 def choose_device(cfg: Config, local_rank: int, local_size: int) -> Device:
     """CUDA where every local rank can have a device of its own, else the CPU, unless the config says.
 
-    With device=cuda and fewer devices than ranks, ranks share them and talk through host memory: for tests of
-    correctness on one GPU, not for speed.
+    With device=cuda and fewer devices than ranks, ranks share them: for tests of correctness on one GPU, not for speed.
 
     Raises:
         ConfigError: for a device, dtype or option that this machine lacks.
@@ -45,8 +45,8 @@ def choose_device(cfg: Config, local_rank: int, local_size: int) -> Device:
     wants_cuda = cfg.device is DeviceKind.cuda or (cfg.device is DeviceKind.auto and count >= local_size)
     if wants_cuda and count:
         index = local_rank % count
-        backend = "nccl" if count >= local_size else staged.NAME
-        device = Device(torch.device("cuda", index), backend, torch.cuda.get_device_name(index))
+        name = torch.cuda.get_device_name(index)
+        device = Device(torch.device("cuda", index), "nccl", name, shared=count < local_size)
     else:
         device = Device(torch.device("cpu"), "gloo", "cpu")
     check_device(cfg, device)
@@ -79,7 +79,7 @@ def check_device(cfg: Config, device: Device) -> None:
             "async TP needs CUDA devices with peer access, and this is a CPU",
             "false on this device",
         )
-    if cfg.parallel.async_tp and device.backend != "nccl":
+    if cfg.parallel.async_tp and device.shared:
         raise ConfigError("parallel.async_tp", True, "ranks share a device here", "one device per rank")
     if cfg.parallel.async_tp and (pair := _without_peer_access()):
         why = f"GPU {pair[0]} cannot read the memory of GPU {pair[1]}, as symmetric memory asks"
@@ -98,7 +98,12 @@ def notes_on(device: Device, cfg: Config) -> list[str]:
     heads, kv_heads, dim = (args.get(name) for name in ("n_heads", "n_kv_heads", "dim"))
     if isinstance(heads, int) and isinstance(dim, int):
         dtype = getattr(torch, cfg.train.dtype)
-        kind = attention_backend(device.torch, dtype, heads, kv_heads or heads, dim // heads)
+        repeated = (
+            device.type == "cuda" and cfg.train.dtype is Dtype.float32
+        )  # as models.llama2 repeats its keys
+        kind = attention_backend(
+            device.torch, dtype, heads, heads if repeated else kv_heads or heads, dim // heads
+        )
         notes.append(f"attention: torch chooses its {kind} kernel for {cfg.train.dtype} on this device")
     if device.type == "cuda" and cfg.train.dtype is Dtype.float32:
         notes.append(

@@ -1,0 +1,27 @@
+"""A plugin of pytest: the outcome of each test is a line of results.jsonl at once, with what a failed one said.
+
+OUT=FOLDER python -m pytest -p outcomes ...
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from rows import append
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when != "call" and report.passed:
+        return
+    said = {"said": str(report.longrepr)[-1500:]} if report.failed else {}
+    taken = round(report.duration, 1)
+    append(
+        Path(os.environ["OUT"]),
+        stage="correctness",
+        test=report.nodeid,
+        outcome=report.outcome,
+        seconds=taken,
+        **said,
+    )
