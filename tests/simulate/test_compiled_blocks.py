@@ -29,7 +29,9 @@ def kept_kib_per_token(cfg: Config, world: int) -> float:
 def test_blocks_of_llama3_8b_keep_what_a_gpu_was_seen_to_keep(kind: str, kib: float) -> None:
     """On an H200 the peaks of steps with 16,384 and 8,192 tokens were those of these numbers, to 0.2 % (experiments/held_to_gpu)."""
     cfg = config(*LLAMA3_8B, "parallel=none", f"parallel.activation_checkpointing={kind}")
-    assert kept_kib_per_token(cfg, 1) == pytest.approx(kib, abs=0.01)
+    assert kept_kib_per_token(cfg, 1) == pytest.approx(
+        kib, rel=0.002
+    )  # 128 numbers per position are shared by rows
 
 
 def test_fsdp_keeps_no_weights_for_backward() -> None:
