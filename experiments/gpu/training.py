@@ -125,7 +125,7 @@ def measure(stage: Stage, cfgs: dict[str, Config]) -> None:
         stage.add(event="weights drawn", parameters=job.parameters)
         best: tuple[float, str] = (0.0, "")
         for name, cfg in cfgs.items():
-            if stage.left() < (45 if stage.on_cuda else 0):
+            if stage.left() < (35 if stage.on_cuda else 0):
                 stage.add(event="no time left", id=name)
                 break
             torch._inductor.config.coordinate_descent_tuning = name.endswith(TUNED)
