@@ -80,7 +80,9 @@ class Commands:
         return self._start([sys.executable], cwd, ["parallel=none", *more], how)
 
     def sweep(self, cwd: Path, *more: str, **how: Any) -> Started:
-        return self._start([sys.executable], cwd, ["-m", *more], how)
+        """`train.py -m`, in cwd/sweep."""
+        job = [*JOB, f"hydra.sweep.dir={cwd}/sweep", "logger=none", *more]
+        return self._started([sys.executable, str(ROOT / "train.py"), "-m", *job], cwd, how)
 
     def torchrun(
         self, ranks: int, cwd: Path, *more: str, agent: tuple[str, ...] = ("--standalone",), **how: Any
@@ -89,12 +91,13 @@ class Commands:
 
     def _start(self, starter: list[str], cwd: Path, more: list[str], how: dict[str, Any]) -> Started:
         goes_on = any(word.startswith("resume=run") for word in more)
-        sweeps = "-m" in more
-        where = f"hydra.sweep.dir={cwd}/sweep" if sweeps else f"hydra.run.dir={cwd}/run"
-        job = [] if goes_on else [*JOB, where]
+        job = [] if goes_on else [*JOB, f"hydra.run.dir={cwd}/run"]
         logger = [] if any(word.startswith("logger") for word in more) or goes_on else ["logger=none"]
+        return self._started([*starter, str(ROOT / "train.py"), *job, *logger, *more], cwd, how)
+
+    def _started(self, words: list[str], cwd: Path, how: dict[str, Any]) -> Started:
         env = environment(self.home) | self.installed | how.pop("env", {}) | {"TPRESEARCH_FAULT": str(cwd)}
-        return Started([*starter, str(ROOT / "train.py"), *job, *logger, *more], cwd, env, **how)
+        return Started(words, cwd, env, **how)
 
     def survive(self, number: int, command: Command) -> Survived:
         survived = Survived(number)

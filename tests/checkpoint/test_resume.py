@@ -20,6 +20,7 @@ from tpresearch.checkpoint.resume import (
     check_experiment,
     checkpoints_to_go_on_from,
     find_checkpoint,
+    run_of,
 )
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.compared import experiment
@@ -139,6 +140,15 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, path: str,
     with pytest.raises(ConfigError) as refused:
         find_checkpoint(tmp_path / path, "resume")
     assert str(refused.value).startswith(f"resume={tmp_path / path}: {said}")
+
+
+def test_checkpoints_may_be_links_to_another_disk(tmp_path: Path) -> None:
+    save(tmp_path / "run", 3)
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "scratch")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
+    named = folder_of(tmp_path / "run", 3)
+    assert find_checkpoint(named).step == 3
+    assert run_of(named) == run_of(tmp_path / "run") == tmp_path / "run"
 
 
 def test_a_folder_without_permission_is_refused_in_one_line() -> None:

@@ -14,6 +14,13 @@ from tpresearch.checkpoint.disk import whole_checkpoints
 
 pytestmark = pytest.mark.cli
 Start = Callable[..., Done]
+LOGS = (
+    "train.log",
+    "ranks/rank-00000.log",
+    ".hydra/overrides.yaml",
+    ".hydra/hydra.yaml",
+    ".hydra/config.yaml",
+)
 
 
 def files(run: Path) -> dict[str, bytes]:
@@ -70,3 +77,33 @@ def test_first_weights_are_looked_for_only_where_a_run_begins(train: Start, tmp_
         )
     assert not (tmp_path / "other").exists()
     assert [found.step for found in whole_checkpoints(tmp_path / "mine")] == [3, 4]
+
+
+def test_a_complete_run_that_is_started_again_is_left_as_it_is(train: Start, tmp_path: Path) -> None:
+    again, run = [*TINY, "hydra.run.dir=mine"], tmp_path / "mine"
+
+    def record() -> dict[str, bytes]:
+        return {
+            name: content for name, content in files(run).items() if name.removeprefix(f"{run}/") not in LOGS
+        }
+
+    assert train(None, tmp_path, *again).code == 0
+    before = record()
+    assert f"{run}/summary.json" in before
+    for words in (again, ["resume=mine", "parallel=none"]):
+        done = train(None, tmp_path, *words)
+        assert done.code == 0, done.err
+        assert f"all 2 steps are done: {run}; with more train.steps it goes on" in done.err
+        assert record() == before
+
+
+def test_first_weights_that_are_damaged_are_refused_in_one_line(train: Start, tmp_path: Path) -> None:
+    assert train(None, tmp_path, *TINY, "hydra.run.dir=first").code == 0
+    (checkpoint,) = whole_checkpoints(tmp_path / "first")
+    (shard,) = checkpoint.folder.glob("*.distcp")
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    refused = train(None, tmp_path, *TINY, f"init_from={tmp_path}/first")
+    assert refused.code == 2
+    said = f"error: init_from={tmp_path}/first: step-00000002 cannot be read: __0_0.distcp is not as it was written;"
+    assert refused.refusal.startswith(said)
+    assert "Traceback" not in refused.err

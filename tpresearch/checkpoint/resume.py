@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,10 @@ AUTO, NEVER = "auto", "never"
 
 def run_of(path: Path) -> Path:
     """The run folder that a path means: of a run, or of one of its checkpoints."""
-    resolved = path.expanduser().resolve()
+    path = Path(os.path.abspath(path.expanduser()))
+    if NAME.fullmatch(path.name):
+        return path.parents[1].resolve()  # its checkpoints may be linked to from there
+    resolved = path.resolve()
     return resolved.parent.parent if NAME.fullmatch(resolved.name) else resolved
 
 

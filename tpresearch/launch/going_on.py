@@ -27,7 +27,9 @@ def type_again(arguments: Namespace) -> Path | None:
         ConfigError: where there is no such run, or another folder is asked for as well.
     """
     typed: dict[str, str] = {override_key(word): word.partition("=")[2] for word in arguments.overrides}
-    named = str(yaml.safe_load(typed.get("resume", AUTO)))
+    text = typed.get("resume", AUTO)
+    unquoted = yaml.safe_load(text)
+    named = unquoted if isinstance(unquoted, str) else text or "null"
     if named in (AUTO, NEVER):
         return None
     if arguments.multirun or typed.get("hydra.mode") == "MULTIRUN":

@@ -53,6 +53,8 @@ class NodeAgent:
         from submitit import JobEnvironment
 
         node = JobEnvironment()
+        # That of a start before a requeue, where another node was signalled first and has ended this one.
+        node.paths.result_pickle.unlink(missing_ok=True)
         log_name = CONSOLE_LOG if node.node == 0 else f"console-node{node.node}.log"
         command = [sys.executable, *self._agent(node), *self.arguments]
         with (self.folder / log_name).open("a") as log, _ignoring(signal.SIGUSR2):

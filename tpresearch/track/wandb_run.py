@@ -18,6 +18,7 @@ from uuid import uuid4
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.track.names import X_AXIS, Row
 from tpresearch.track.shown import path_text
+from tpresearch.track.wandb_file import rows_on_disk
 from tpresearch.track.wandb_host import Mode, choose_mode
 
 if TYPE_CHECKING:
@@ -108,8 +109,13 @@ class WandbRun:
         run = wandb.init(mode=mode, id=known_as, resume="allow", **about)
         kept_id.write_text(f"{run.id}\n")  # under `wandb agent` the sweep has chosen another
         sent = SentRows(kept_id.with_name("sent"), None if run.id == known_as else 0)
-        if mode == "online" and not any(kept_id.parent.glob("offline-run-*")):
-            sent.keep(run.starting_step)  # what the server has; rows may have been lost with a killed client
+        # What the server has, or the disk: rows may have been lost with a killed client.
+        folders = Path(about["dir"]) / "wandb"
+        offline = list(folders.glob(f"offline-run-*-{run.id}"))
+        if mode == "online" and not offline:
+            sent.keep(run.starting_step)
+        elif not any(folders.glob(f"run-*-{run.id}")) and (rows := rows_on_disk(offline)) is not None:
+            sent.keep(rows)
         # Rows are never given W&B's own step: it drops those below a resumed one without a word.
         run.define_metric("*", step_metric=X_AXIS)
         opened = cls(run, sent)
@@ -164,8 +170,8 @@ class WandbRun:
 class SentRows:
     """The steps of the rows that W&B was handed, in a file that outlives the process: each row is to arrive once.
 
-    A step is written before its row is handed over. Where the server can be asked how many rows it has, those that got
-    lost on the way are handed over again.
+    A step is written before its row is handed over. Where the server, or the client's own files, can be asked how many
+    rows there are, those that got lost on the way are handed over again.
 
     Args:
         kept: how many of the steps in the file count; None for all.
@@ -180,6 +186,8 @@ class SentRows:
 
     def keep(self, count: int) -> None:
         """Forget what was handed over after the first `count` rows."""
+        if count >= len(self._steps):
+            return
         self._steps = self._steps[:count]
         self._path.write_text("".join(f"{step}\n" for step in self._steps))
 

@@ -36,7 +36,7 @@ from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import Preflight
 from tpresearch.train.profile import Trace
-from tpresearch.train.saving import check_disk, check_goes_on, saver_of, say_where_it_goes_on
+from tpresearch.train.saving import check_disk, check_goes_on, is_complete, saver_of, say_where_it_goes_on
 from tpresearch.train.speed import Speed
 from tpresearch.train.stopping import AgreedStop
 from tpresearch.train.watch import CountedStep, PeakMemory, Timing
@@ -66,6 +66,8 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
         check_rows(corpus, job)
         found = checkpoints_to_go_on_from(job.cfg, run.folder, run.restarted)
         check_goes_on(found, corpus)
+        if is_complete(found, job, run):
+            return
         check_disk(job, run, len(found))
         log.info("data: %s, %s", job.cfg.data.source, corpus)
         flag.check()

@@ -8,7 +8,7 @@ import shutil
 import torch
 import torch.distributed as dist
 
-from tpresearch.checkpoint.disk import Checkpoint, Mark
+from tpresearch.checkpoint.disk import FOLDER, Checkpoint, Mark
 from tpresearch.checkpoint.resume import check_corpus
 from tpresearch.checkpoint.save import Saver
 from tpresearch.checkpoint.together import RankFailed
@@ -20,6 +20,7 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
 from tpresearch.data import AnyCorpus
 from tpresearch.launch import Run
+from tpresearch.track.record import read_summary
 from tpresearch.track.shown import bytes_text
 from tpresearch.train.optim import learning_rate
 from tpresearch.train.preflight import Preflight
@@ -74,6 +75,20 @@ def check_goes_on(found: list[Checkpoint], corpus: AnyCorpus) -> None:
         check_corpus(checkpoint.mark, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
 
 
+def is_complete(found: list[Checkpoint], job: Preflight, run: Run) -> bool:
+    """Whether all steps of the run are done and recorded: nothing is left to do, and its record is not written again."""
+    steps = total_steps(job.cfg)
+    if not found or found[0].step < steps:
+        return False
+    try:
+        done = read_summary(run.folder)["status"] == "completed"
+    except (OSError, ValueError, KeyError):
+        return False
+    if done:
+        log.info("all %d steps are done: %s; with more train.steps it goes on", steps, run.folder)
+    return done
+
+
 def check_disk(job: Preflight, run: Run, there: int) -> None:
     """Refuse a disk without room for the checkpoints that are kept and the one that is being written.
 
@@ -84,7 +99,8 @@ def check_disk(job: Preflight, run: Run, there: int) -> None:
         ConfigError: saying how much room there is.
     """
     wanted = max(job.cfg.checkpoint.keep + 1 - there, 1)
-    each, free = checkpoint_bytes(job), shutil.disk_usage(run.folder).free
+    home = run.folder / FOLDER  # which may be a link to another disk
+    each, free = checkpoint_bytes(job), shutil.disk_usage(home if home.is_dir() else run.folder).free
     if free < wanted * each:
         many = f"{wanted} checkpoints take" if wanted > 1 else "a checkpoint takes"
         why = f"its disk has {bytes_text(free)} free, and {many} {bytes_text(wanted * each)}"
