@@ -4,6 +4,12 @@ PYTHON ?= python3
 NPROC ?= 4
 BIN := .venv/bin
 PIP_ARGS ?=
+# Of pip's hundreds of lines: what takes long to load, how far it has come, and that it installs.
+PROGRESS = function say(what) {print "  " what; fflush()} \
+	/^Collecting/ && !(++packages % 20) {say(packages " packages found")} \
+	/(Downloading|Using cached) .*\([0-9][0-9.]* (MB|GB)\)/ && !/ \([0-9]?[0-9]\.[0-9] MB\)/ \
+		{name = $$(NF - 2); sub(".*/", "", name); sub("-cp.*|-py.*", "", name); say(name " " $$(NF - 1) " " $$NF)} \
+	/^Installing collected/ {say("installing " (NF - 3) " packages")}
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS)
 
 .PHONY: help train test test-all setup lint types clean
@@ -31,10 +37,9 @@ setup: .venv/.ready ## make .venv with the versions of constraints.txt
 	@echo "setting up .venv, 1 of 3: the environment"
 	@$(PYTHON) -m venv .venv
 	@echo "setting up .venv, 2 of 3: torch, 200 MB for CPUs and gigabytes with CUDA"
-	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@set -o pipefail; $(PIP) "$$(grep '^torch==' constraints.txt)" | awk '$(PROGRESS)'
 	@echo "setting up .venv, 3 of 3: what else there is in pyproject.toml"
-	@set -o pipefail; $(PIP) -c constraints.txt -e '.[dev]' \
-		| awk '/^Collecting/ {print "  " $$2; fflush()} /^Installing collected/ {print "  installing"; fflush()}'
+	@set -o pipefail; $(PIP) -c constraints.txt -e '.[dev]' | awk '$(PROGRESS)'
 	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|models)/' .venv/lib || true
 	@touch $@
 

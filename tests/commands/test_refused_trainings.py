@@ -134,6 +134,16 @@ REFUSED = [
         "parallel=tp parallel.async_tp=true parallel.compile=true",
         "parallel.async_tp=true: async TP needs CUDA devices with peer access, and this is a CPU; false",
     ),
+    (
+        1,
+        "parallel=none profiler=memory profiler.first_step=3 train.steps=4",
+        "profiler.memory=true: a snapshot is of the CUDA allocator, and this is a CPU; profiler=trace on this device",
+    ),
+    (
+        1,
+        "parallel=none profiler.memory=true",
+        "profiler.memory=true: profiler=none, and the snapshot is of the steps that are profiled; profiler=memory",
+    ),
     (1, "parallel=none device=cuda", "device=cuda: torch sees no CUDA device; cpu or auto"),
     # The data.
     (

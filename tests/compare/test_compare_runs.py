@@ -328,13 +328,17 @@ def compare(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(tmp_path: Path) -> None:
     for seed in (0, 1):
         Made(seed=seed, steps=4).write(tmp_path / "sweep" / str(seed))
-    done = compare(tmp_path, "sweep")
+    done = compare(tmp_path, "sweep", "seeds=apart")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: train.seed=1: in seed=1, but 0 in seed=0: their losses are not comparable; the same corpus, "
         "tokenizer, row length, global batch, loss and seed, or overlay=anyway; seeds=mean for their mean and spread; "
-        "try: python -m tpresearch.compare seeds=mean sweep\n"
+        "try: python -m tpresearch.compare sweep seeds=mean\n"
     )
+    done = compare(tmp_path, "sweep")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Mean ± std over train.seed" in done.stdout
+    assert "| 2 | 7.750 ± 0 |" in (tmp_path / "sweep" / "compare.md").read_text()
     done = compare(tmp_path, "sweep", "overlay=anyway", "out=there")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Overlaid although train.seed differs: 0 (seed=0), 1 (seed=1)\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tpresearch.compare.groups import check_comparable, one_by_one, over_seeds, sciences_of
+from tpresearch.compare.groups import check_comparable, one_by_one, over_seeds, repeats, sciences_of
 from tpresearch.compare.options import USAGE, Overlay, Seeds, parse
 from tpresearch.compare.runs import LEGAL, find
 from tpresearch.config.errors import ConfigError
@@ -39,10 +39,11 @@ def main() -> None:
         raise WrongCommand("runs", "", "none given", LEGAL, python_command(["outputs/train", *arguments]))
     found = find(words)
     runs, left_out = found.runs, found.left_out
-    if mean := options.seeds is Seeds.mean:
+    asks = options.seeds is Seeds.auto and options.overlay is Overlay.refuse
+    if mean := options.seeds is Seeds.mean or (asks and repeats(runs)):
         runs = [run for run in found.runs if run.completed]
         left_out += [
-            f"{path_text(run.folder)}: {run.summary['status']}, and seeds=mean takes completed runs only"
+            f"{path_text(run.folder)}: {run.summary['status']}, and a mean over seeds takes completed runs only"
             for run in found.runs
             if not run.completed
         ]

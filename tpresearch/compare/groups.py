@@ -121,6 +121,12 @@ def over_seeds(runs: Sequence[Run]) -> list[Group]:
     return [Group(name, group, over_seeds=True) for name, group in zip(names, repeated.values(), strict=True)]
 
 
+def repeats(runs: Sequence[Run]) -> bool:
+    """Whether an experiment was completed with several seeds."""
+    completed = [run for run in runs if run.completed]
+    return any(len({run.setting(SEED) for run in group.runs}) > 1 for group in over_seeds(completed))
+
+
 @dataclass(frozen=True)
 class Science:
     """Groups of one experiment, and the one that the losses of the others are compared with."""

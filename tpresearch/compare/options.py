@@ -12,14 +12,15 @@ from pathlib import Path
 from tpresearch.launch.options import read_options
 
 USAGE = """\
-python -m tpresearch.compare RUN_OR_SWEEP_OR_GLOB... [out=FOLDER] [baseline=RUN] [overlay=anyway] [seeds=mean]
+python -m tpresearch.compare RUN_OR_SWEEP_OR_GLOB... [out=FOLDER] [baseline=RUN] [overlay=anyway] [seeds=apart]
 
   prints a table of these runs and writes compare.html, compare.md and compare/*.png; needs no network
   out        folder to write to; by default the sweep's own if one sweep is given, else outputs/compare/<date>/<time>
   baseline   the run that losses are compared with: its label in the table, its plan or its folder; by default the one with
              parallel=none among those of the same seed, learning rate and data
   overlay    anyway: even if corpus, tokenizer, row length, global batch, loss or seed differ
-  seeds      mean: one curve per group of runs that differ only in train.seed, with its standard deviation
+  seeds      where runs differ in train.seed alone, those of one experiment are one curve, with its standard deviation;
+             apart: each run by itself (with overlay=anyway, since seeds differ); mean: even where no experiment is repeated
 """
 
 
@@ -29,6 +30,7 @@ class Overlay(StrEnum):
 
 
 class Seeds(StrEnum):
+    auto = "auto"
     apart = "apart"
     mean = "mean"
 
@@ -38,7 +40,7 @@ class Options:
     out: str | None = None
     baseline: str | None = None
     overlay: Overlay = Overlay.refuse
-    seeds: Seeds = Seeds.apart
+    seeds: Seeds = Seeds.auto
 
 
 def parse(words: Sequence[str]) -> tuple[list[str], Options]:

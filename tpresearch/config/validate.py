@@ -196,6 +196,9 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
             f"the run ends after step {total_steps(cfg)}, and step {last} would be the last profiled",
             "an earlier one from 3 on, or more train.steps",
         )
+    if cfg.profiler.memory and cfg.profiler.name is ProfilerName.none:
+        why = "profiler=none, and the snapshot is of the steps that are profiled"
+        raise ConfigError("profiler.memory", True, why, "profiler=memory", fix={"profiler": "memory"})
     if cfg.train.weights is WeightDtype.bfloat16 and cfg.train.dtype is not Dtype.bfloat16:
         raise ConfigError(
             "train.weights",

@@ -31,6 +31,9 @@ class Device:
         return self.torch.type
 
 
+WITHOUT_SNAPSHOT = {"profiler": "trace", "profiler.memory": None}
+
+
 def choose_device(cfg: Config, local_rank: int, local_size: int) -> Device:
     """CUDA where every local rank can have a device of its own, else the CPU, unless the config says.
 
@@ -88,6 +91,9 @@ def check_device(cfg: Config, device: Device) -> None:
         raise ConfigError(
             "parallel.fsdp.cpu_offload", True, "CPU offload needs a CUDA device", "false on this device"
         )
+    if cfg.profiler.memory and not on_cuda:
+        why, legal = "a snapshot is of the CUDA allocator, and this is a CPU", "profiler=trace on this device"
+        raise ConfigError("profiler.memory", True, why, legal, fix=WITHOUT_SNAPSHOT)
     if cfg.parallel.compile and (lack := _compiler_lack(on_cuda)):
         raise ConfigError("parallel.compile", True, lack, "false on this machine")
 
