@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -169,3 +172,85 @@ def test_files_of_different_columns_are_refused_with_both_lists(
     logging.getLogger("datasets").removeHandler(caplog.handler)
     said = [record.getMessage() for record in caplog.records if record.name.startswith("datasets")]
     assert not said, "the library tells the same in its own words"
+
+
+def lines(*texts: str) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+LONG = "long words " * 1000
+UNPACKED = {
+    "b.jsonl": (
+        lines(*TEXTS, LONG),
+        f"b.jsonl, line {len(TEXTS) + 1}: longer than data.max_record_bytes=2000",
+    ),
+    "b.jsonl.gz": (gzip.compress(lines(*TEXTS, LONG)), f"b.jsonl.gz, line {len(TEXTS) + 1}: longer than"),
+    "a.jsonl.bz2": (bz2.compress(lines(LONG, *TEXTS)), "a.jsonl.bz2, line 1: longer than"),
+    "b.json.gz": (
+        gzip.compress(json.dumps([{"text": LONG * 100}]).encode()),
+        "b.json.gz, line 1: longer than",
+    ),
+    "b.csv": (f"text\n{LONG}\n".encode(), "b.csv, line 2: longer than"),
+}
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_no_record_of_a_local_folder_is_longer_than_the_key_says(
+    tmp_path: Path, configure, bpe: TokenizerConfig, name: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.jsonl").write_bytes(lines(*TEXTS))
+    content, sentence = UNPACKED[name]
+    (tmp_path / "folder" / name).write_bytes(content)
+    data: DataConfig = configure(str(tmp_path / "folder"), DataSource.hf)
+    data.max_record_bytes = 2000
+    with pytest.raises(ConfigError, match=f"/folder/{re.escape(sentence)}") as refusal:
+        prepare(data, bpe)
+    assert refusal.value.fix == {"data.max_record_bytes": 32_000}
+    if name.startswith("b.jsonl"):
+        data.max_record_bytes = 32_000
+        assert prepare(data, bpe).meta["train"]["documents"] > len(TEXTS) // 2
+
+
+def test_a_row_group_that_unpacks_to_more_than_anyone_has_packed(
+    tmp_path: Path, configure, bpe: TokenizerConfig
+) -> None:
+    (tmp_path / "folder").mkdir()
+    table = datasets.Dataset.from_dict({"text": TEXTS, "other": ["a" * 1_000_000] * len(TEXTS)})
+    table.to_parquet(str(tmp_path / "folder/a.parquet"), compression="zstd")
+    data: DataConfig = configure(str(tmp_path / "folder"), DataSource.hf)
+    data.max_record_bytes = 2000
+    with pytest.raises(ConfigError, match=r"/folder/a\.parquet, row group 0: longer than"):
+        check_data(data, bpe)
+
+
+WRONG = {
+    "a line that is no JSON": ("b.jsonl", b'{"text": "half\n', "b.jsonl, line 1: not JSON"),
+    "nested too deeply": (
+        "b.jsonl",
+        b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "b.jsonl, line 1: cannot",
+    ),
+    "cut short": ("b.jsonl.gz", gzip.compress(lines(*TEXTS))[:-20], "b.jsonl.gz, line "),
+    "half a character": ("b.jsonl", b'{"text": "half \\ud83d"}', "b.jsonl, line 1: not Unicode text"),
+    "of no encoding": ("b.jsonl", b'{"text": "caf\xe9"}', "b.jsonl, line 1: not UTF-8 text: byte 13 is 0xe9"),
+    "no Parquet": ("b.parquet", b"PAR1", "b.parquet: not Parquet"),
+    "a row too long": ("a.csv", b"text,id\na,1\na,1,2\n", "a.csv: Error tokenizing data"),
+    "empty": ("a.jsonl", b"", "a.jsonl: has no text in it"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_the_library_cannot_read_is_named_by_file_and_record(
+    tmp_path: Path, configure, bpe: TokenizerConfig, what: str
+) -> None:
+    name, content, sentence = WRONG[what]
+    (tmp_path / "folder").mkdir()
+    if name.startswith("b"):
+        good = tmp_path / f"folder/a{'.parquet' if 'parquet' in name else '.jsonl'}"
+        data_set = datasets.Dataset.from_dict({"text": TEXTS})
+        data_set.to_parquet(str(good)) if "parquet" in name else good.write_bytes(lines(*TEXTS))
+    (tmp_path / "folder" / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^data.path=.*/folder/{re.escape(sentence)}") as refusal:
+        prepare(configure(str(tmp_path / "folder"), DataSource.hf), bpe)
+    assert "\n" not in str(refusal.value)

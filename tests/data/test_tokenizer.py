@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tokenizers import models, pre_tokenizers, processors
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data import prepare, tokenizer_size
-from tpresearch.data.tokenizer import Tokenizer, cut, load_hf, special_ids, train_bpe
+from tpresearch.data.tokenizer import SOON, Tokenizer, cut, load_hf, special_ids, train_bpe
 
 HARD = (
     "x = 'naïve'\r\n\tif  y:\n\n\n    pass # 数据🙂!!\n"
@@ -216,3 +217,13 @@ def test_of_a_foreign_tokenizer_a_run_keeps_every_file(texts: Path, configure, t
         file.name: file.read_bytes() for file in path.iterdir()
     }
     assert special_ids(kept) == (2, 3)
+
+
+def test_a_word_of_a_megabyte_costs_what_as_much_text_does() -> None:
+    """Learning from it whole would take hours, and encoding it whole gigabytes."""
+    rng = random.Random(0)
+    blob = "".join(rng.choices("abcdefghijklmnop", k=1 << 20))
+    tokenizer = train_bpe(["some words of a text"] * 9 + [blob], 300)
+    assert max(map(len, cut(blob, 1 << 16))) == (1 + SOON) << 16
+    (ids,) = tokenizer.encode([blob])
+    assert tokenizer.decode(ids) == blob

@@ -83,7 +83,7 @@ class DataConfig:
     max_tokens: Annotated[int | None, AtLeast(1)] = None
     """Stop reading after about this many tokens; required when streaming."""
     max_record_bytes: Annotated[int, AtLeast(1)] = 64 << 20
-    """Refuse a longer line (jsonl) or row (parquet): a small file can unpack to more than there is memory."""
+    """Refuse a longer line or row, or a Parquet row group, of a file: a small one can unpack to more than there is memory."""
     seq_len: Annotated[int, LENGTH] = 128
     """Tokens per row that the model sees; rows are stored with one more, for the last target. 1 for rows of numbers."""
     width: Annotated[int | None, LENGTH] = None

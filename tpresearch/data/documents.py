@@ -13,10 +13,13 @@ import zlib
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.schema import DataConfig, DataSource
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 ROWS_AT_ONCE = 64
 """Of Parquet: repeated text takes little room in a file, and all of it in memory."""
@@ -45,7 +48,7 @@ def read_file(data: DataConfig, name: str, path: Path) -> Iterator[Document]:
         try:
             text = path.read_bytes().decode("utf-8-sig", errors)
         except (OSError, UnicodeDecodeError, MemoryError) as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
         if text:
             yield Document(name, text)
 
@@ -66,7 +69,7 @@ def documents_of(records: Iterable[Any], text_field: str, prefix: str, where: st
             if text := _text_of(record, text_field, f"{where} {index + 1}"):
                 yield Document(f"{prefix}{index}", text)
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
-        raise _unreadable(f"{where} {index + 2}", error) from None
+        raise unreadable(f"{where} {index + 2}", error) from None
 
 
 def _text_of(record: Any, text_field: str, where: str) -> str:
@@ -99,13 +102,13 @@ def no_such_field(text_field: str, fields: list[str], where: str) -> ConfigError
     return ConfigError("data.text_field", text_field, f"no such field in {where}", legal, fix)
 
 
-def _too_long(where: str, data: DataConfig) -> ConfigError:
+def too_long(where: str, data: DataConfig) -> ConfigError:
     why = f"longer than data.max_record_bytes={data.max_record_bytes}"
     fix = {"data.max_record_bytes": 16 * data.max_record_bytes}
     return ConfigError("data.path", where, why, "shorter records, or a greater bound", fix)
 
 
-def _unreadable(where: object, error: Exception) -> ConfigError:
+def unreadable(where: object, error: Exception) -> ConfigError:
     legal = "UTF-8 text"
     if isinstance(error, json.JSONDecodeError):
         why, legal = f"not JSON: {error}", "one JSON object per line"
@@ -128,21 +131,15 @@ def _json_lines(data: DataConfig, path: Path) -> Iterator[Any]:
             if not (line := lines.readline(data.max_record_bytes + 1)):
                 return
             if len(line) > data.max_record_bytes:
-                raise _too_long(f"{path}, line {number}", data)
+                raise too_long(f"{path}, line {number}", data)
             yield {data.text_field: None} if line.isspace() else json.loads(line)
 
 
 def _parquet_rows(data: DataConfig, path: Path) -> Iterator[dict[str, str | None]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     text_field = data.text_field
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-    except pa.ArrowInvalid as error:
-        why = f"not Parquet: {first_line(error)}"
-        raise ConfigError("data.path", path, why, "Parquet files (*.parquet)") from None
-    with file:
+    with parquet_file(path) as file:
         if text_field not in file.schema_arrow.names:
             raise no_such_field(text_field, file.schema_arrow.names, str(path))
         kind = file.schema_arrow.field(text_field).type
@@ -151,11 +148,40 @@ def _parquet_rows(data: DataConfig, path: Path) -> Iterator[dict[str, str | None
             why = f"holds {kind}, not text, in {path}"
             raise ConfigError("data.text_field", text_field, why, "a column of strings")
         for number in range(file.num_row_groups):
-            group = file.metadata.row_group(number)
-            columns = [group.column(index) for index in range(group.num_columns)]
-            (text,) = (column for column in columns if column.path_in_schema == text_field)
-            usual = max(data.max_record_bytes, MOST_PACKED * text.total_compressed_size)
-            if text.total_uncompressed_size > usual:
-                raise _too_long(f"{path}, row group {number}", data)
+            check_row_group(data, path, file, number, text_field)
             for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[number], columns=[text_field]):
                 yield from batch.to_pylist()
+
+
+def parquet_file(path: Path) -> ParquetFile:
+    """The file, opened.
+
+    Raises:
+        ConfigError: where it is none.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        why = f"not Parquet: {first_line(error)}"
+        raise ConfigError("data.path", path, why, "Parquet files (*.parquet)") from None
+
+
+def check_row_group(
+    data: DataConfig, path: Path, file: ParquetFile, number: int, column: str | None = None
+) -> None:
+    """Refuse one that unpacks to more than anyone has packed.
+
+    Args:
+        column: the one that is read; None where all are.
+
+    Raises:
+        ConfigError: naming the file and the row group.
+    """
+    group = file.metadata.row_group(number)
+    for each in (group.column(index) for index in range(group.num_columns)):
+        usual = max(data.max_record_bytes, MOST_PACKED * each.total_compressed_size)
+        if column in (None, each.path_in_schema) and each.total_uncompressed_size > usual:
+            raise too_long(f"{path}, row group {number}", data)

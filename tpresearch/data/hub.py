@@ -20,6 +20,7 @@ from typing import Any
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.network import answers
 from tpresearch.config.schema import DataConfig
+from tpresearch.data.bounds import check_unpacked, fault_in
 from tpresearch.data.documents import Document, documents_of, first_line, no_such_field
 from tpresearch.data.sources import EMBEDDED, HASH_BYTES, Corpus, hash_files
 
@@ -45,13 +46,29 @@ def open_hub(data: DataConfig) -> Corpus:
     """
     if (folder := _local(data)) is None:
         return Corpus(_hub_hash(data), lambda: _documents(data), None)
-    paths = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
-    visible = [
-        (name.as_posix(), path) for name, path in paths if not any(p.startswith(".") for p in name.parts)
-    ]
+    visible = _visible(folder)
     salt = f"hf:{data.name}:{data.split}:{data.text_field}"
-    content = hash_files(sorted(visible), salt, Path(data.cache_dir).expanduser())
-    return Corpus(content, lambda: _documents(data), sum(path.stat().st_size for _, path in visible))
+    content = hash_files(visible, salt, Path(data.cache_dir).expanduser())
+
+    def documents() -> Iterator[Document]:
+        _check_once(str(folder), data.max_record_bytes)
+        return _documents(data)
+
+    return Corpus(content, documents, sum(path.stat().st_size for _, path in visible))
+
+
+@cache
+def _check_once(folder: str, max_record_bytes: int) -> None:
+    data = DataConfig(path=folder, max_record_bytes=max_record_bytes)
+    check_unpacked(data, [path for _, path in _visible(Path(folder))], first_only=False)
+
+
+def _visible(folder: Path) -> list[tuple[str, Path]]:
+    """Name and path of each file in a folder that is not hidden, sorted."""
+    paths = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
+    return sorted(
+        (name.as_posix(), path) for name, path in paths if not any(p.startswith(".") for p in name.parts)
+    )
 
 
 def check_hub(data: DataConfig) -> None:
@@ -68,6 +85,8 @@ def check_hub(data: DataConfig) -> None:
     folder = _local(data)
     if folder is None and not looks_like_hub_id(data.path):
         raise ConfigError("data.path", data.path, "there is no such folder", LEGAL, EMBEDDED)
+    if folder is not None:
+        check_unpacked(data, [path for _, path in _visible(folder)], first_only=True)
     if folder is not None or data.streaming:
         if next(_documents(data), None) is None:
             raise ConfigError("data.path", data.path, "has no text in it", LEGAL, EMBEDDED)
@@ -145,14 +164,33 @@ def _refusal(data: DataConfig, error: BaseException) -> ConfigError:
         why = f"its data files differ in columns: some have {some}, the first has {first}"
         legal = "files with the same columns, or data=jsonl or parquet, which read only data.text_field"
         return ConfigError("data.path", data.path, why, legal)
-    said = first_line(error)
+    folder = _local(data)
+    if folder and (fault := fault_in(data, [path for _, path in _visible(folder)])):
+        return fault
+    where = str(data.path) if folder is None else _where_it_fails(data, folder)
+    nothing = isinstance(error, StopIteration) or "BatchSize must be greater than 0" in str(error)
+    said = "has no text in it" if nothing else first_line(error)
     if said.startswith(("Bad split", "Unknown split")):
         return ConfigError("data.split", data.split, said, "a split of that data set")
     if "config" in said.lower() and isinstance(error, ValueError):
         return ConfigError("data.name", data.name, said, "a configuration of that data set")
     if _local(data) is None and not offline_unless_reachable():
         said = f"{_endpoint()} cannot be reached, and neither a local folder nor the datasets cache has it"
-    return ConfigError("data.path", data.path, said, LEGAL, EMBEDDED)
+    return ConfigError("data.path", where, said, LEGAL, EMBEDDED)
+
+
+def _where_it_fails(data: DataConfig, folder: Path) -> str:
+    """The first file that the library cannot read by itself; the folder, where it can."""
+    for name, path in _visible(folder):
+        if path.suffix not in (".md", ".yaml"):
+            try:
+                for _ in _library(data).load_dataset(
+                    str(folder), data_files=[name], split="train", streaming=True
+                ):
+                    pass
+            except Exception:
+                return str(path)
+    return str(data.path)
 
 
 def download(name: str, files: Sequence[str], refused: Callable[[str], ConfigError]) -> Path:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ TOKENIZER_FOLDER = "tokenizer"
 """Of a run: its tokenizer, as transformers reads it."""
 LEGAL_PATH = "a tokenizer.json, a folder that holds one, or a name on the hub"
 OWN_BPE: dict[str, object] = {"tokenizer": "bpe", "tokenizer.path": None}
+LONG = re.compile(r"\S{1000}")
+"""Learning takes time as the square of a word's length: of a megabyte in base64, half an hour."""
 SAMPLE = "A sample: naïve 数据 🙂\n\t0"
 
 # A tokenizer uses as many threads as there are texts to encode at once, so long texts are cut.
@@ -40,6 +42,8 @@ CUT = re.compile(r"(?<=\S)(?=[ \t\r\n])")
 PIECE_CHARS = 1 << 16
 # Other tokenizers may mark the start of a text; there only what would not fit in memory is cut.
 FOREIGN_PIECE_CHARS = 1 << 22
+SOON = 4
+"""Pieces' lengths within which a blank has to come: what is cut without one is no word."""
 
 
 class Tokenizer:
@@ -87,11 +91,22 @@ class Tokenizer:
 
 
 def cut(text: str, piece_chars: int) -> list[str]:
-    """The text in pieces of about `piece_chars` characters, each ending before a blank."""
+    """The text in pieces of about `piece_chars` characters, each ending before a blank, if one comes soon."""
     edges = [0]
-    while edges[-1] + piece_chars < len(text) and (blank := CUT.search(text, edges[-1] + piece_chars)):
-        edges.append(blank.start())
+    while (start := edges[-1] + piece_chars) < len(text):
+        blank = CUT.search(text, start, start + SOON * piece_chars)
+        if blank is None and start + SOON * piece_chars >= len(text):
+            break
+        edges.append(blank.start() if blank else start + SOON * piece_chars)
     return [text[a:b] for a, b in pairwise([*edges, len(text)])]
+
+
+def without_long_words(text: str) -> Iterator[str]:
+    start = 0
+    for word in LONG.finditer(text):
+        yield text[start : word.end()]
+        start = word.end()
+    yield text[start:]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -105,7 +120,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((piece for text in texts for piece in cut(text, PIECE_CHARS)), trainer)
+    pieces = (piece for text in texts for piece in cut(text, PIECE_CHARS))
+    backend.train_from_iterator((words for piece in pieces for words in without_long_words(piece)), trainer)
     return byte_level(backend)
 
 
