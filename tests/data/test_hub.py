@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tpresearch.config import ConfigError
@@ -217,7 +218,7 @@ def test_a_row_group_that_unpacks_to_more_than_anyone_has_packed(
 ) -> None:
     (tmp_path / "folder").mkdir()
     table = datasets.Dataset.from_dict({"text": TEXTS, "other": ["a" * 1_000_000] * len(TEXTS)})
-    table.to_parquet(str(tmp_path / "folder/a.parquet"), compression="zstd")
+    pq.write_table(table.data.table, tmp_path / "folder/a.parquet", compression="zstd")
     data: DataConfig = configure(str(tmp_path / "folder"), DataSource.hf)
     data.max_record_bytes = 2000
     with pytest.raises(ConfigError, match=r"/folder/a\.parquet, row group 0: longer than"):
