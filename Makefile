@@ -1,8 +1,11 @@
 # `make help` lists the targets. On a machine without a GPU, PIP_ARGS can name an index of CPU-only builds of torch.
+# TORCH=2.11.0 has any of them do its work with that torch, in an environment beside the usual one.
 SHELL := /bin/bash
 PYTHON ?= python3
 NPROC ?= 4
-BIN := .venv/bin
+TORCH ?=
+VENV := .venv$(TORCH:%=-torch-%)
+BIN := $(VENV)/bin
 PIP_ARGS ?=
 # Of pip's hundreds of lines: what takes long to load, how far it has come, and that it installs.
 PROGRESS = function say(what) {print "  " what; fflush()} \
@@ -22,25 +25,26 @@ train: setup ## set up, then train the default 2D job on NPROC=4 local ranks; AR
 		$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) train.py $(ARGS)
 
 test: CASES := -m "not exhaustive"
-test test-all: setup ## set up, then lint, types and tests; test-all has the exhaustive ones too
+test test-all: setup ## set up, then lint, types and tests; test-all has the exhaustive ones too; TORCH=2.11.0 with that one
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(CASES)
 
-setup: .venv/.ready ## make .venv with the versions of constraints.txt
+setup: $(VENV)/.ready ## make .venv with the versions of constraints.txt
 
 # torch comes first and by itself, so that nothing else chooses its build. Bytecode is made afterwards, on all cores
 # and without the libraries' own tests and models, some files of which are no Python of this version.
-.venv/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tpresearch needs Python 3.11 or newer")'
-	@echo "setting up .venv, 1 of 3: the environment"
-	@$(PYTHON) -m venv .venv
-	@echo "setting up .venv, 2 of 3: torch, 200 MB for CPUs and gigabytes with CUDA"
-	@set -o pipefail; $(PIP) "$$(grep '^torch==' constraints.txt)" | awk '$(PROGRESS)'
-	@echo "setting up .venv, 3 of 3: what else there is in pyproject.toml"
-	@set -o pipefail; $(PIP) -c constraints.txt -e '.[dev]' | awk '$(PROGRESS)'
-	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|models)/' .venv/lib || true
+	@echo "setting up $(VENV), 1 of 3: the environment"
+	@$(PYTHON) -m venv $(VENV)
+	@sed '$(TORCH:%=s/^torch==.*/torch==%/)' constraints.txt > $(VENV)/constraints.txt
+	@echo "setting up $(VENV), 2 of 3: torch, 200 MB for CPUs and gigabytes with CUDA"
+	@set -o pipefail; $(PIP) "$$(grep '^torch==' $(VENV)/constraints.txt)" | awk '$(PROGRESS)'
+	@echo "setting up $(VENV), 3 of 3: what else there is in pyproject.toml"
+	@set -o pipefail; $(PIP) -c $(VENV)/constraints.txt -e '.[dev]' | awk '$(PROGRESS)'
+	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|models)/' $(VENV)/lib || true
 	@touch $@
 
 lint: setup ## ruff, mending what it can
@@ -49,5 +53,5 @@ lint: setup ## ruff, mending what it can
 types: setup ## mypy
 	@$(BIN)/mypy
 
-clean: ## remove .venv and what was built
-	rm -rf .venv build dist *.egg-info
+clean: ## remove .venv, those beside it, and what was built
+	rm -rf .venv .venv-torch-* build dist *.egg-info

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.composed import config, corpus
+from support.composed import SEQ_LEN, config, corpus
 from support.counted_steps import FAKE, PLANS
 from support.marks import exhaustive
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 
+from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
+from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.parallel.apply import checkpointed, let_blocks_keep
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
+from tpresearch.simulate.judge import judge
+from tpresearch.train import cross_entropy
 from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import preflight
 from tpresearch.train.watch import CountedStep
 
 LAYERS = 12
 """More than dynamo's limit of recompilations, past which it would give up."""
-STEPS = 6
-KINDS = ("none", "selective", "full")
-EVERY_DAY = {("none", "selective"), ("sp", "full")}
+STEPS = 31
+"""With an evaluation before the last two."""
+KINDS = ("none", "selective", "full", "budget")
+EVERY_DAY = {("none", "selective"), ("sp", "full"), ("fsdp", "budget")}
 CASES = [
     (plan, world, kind) if (plan, kind) in EVERY_DAY else exhaustive(plan, world, kind)
     for plan, world in PLANS
@@ -66,33 +75,110 @@ class Compiler:
 def test_each_step_runs_compiled_code(
     plan: str, world: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler, compile_ = Compiler(), torch.compile
+    compiler, loss_compiler, compile_ = Compiler(), Compiler(), torch.compile
+
+    def counted(function: Callable[..., Any], **options: Any) -> Any:
+        chosen = loss_compiler if getattr(function, "__module__", "") == cross_entropy.__name__ else compiler
+        return compile_(function, backend=chosen.backend, **options)
+
     torch._dynamo.reset()
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **options: compile_(f, backend=compiler.backend, **options)
-    )
+    monkeypatch.setattr(torch, "compile", counted)
+    monkeypatch.setattr(cross_entropy, "_fused", functools.cache(cross_entropy._fused.__wrapped__))
     cfg = config(
         *("model=llama2_debug", f"model.n_layers={LAYERS}", f"parallel={plan}", "parallel.compile=true"),
         *(f"parallel.activation_checkpointing={kind}", "train.eval_rows=11"),
     )
     here = World(size=world, local_size=world)
-    job, found = preflight(cfg, here), {}
+    job, found, of_loss = preflight(cfg, here), {}, {}
     formulas = Expected(expected_entries(job.model, job.plan, cfg), {})
     with process_group(FAKE, here):
         mesh = build_mesh(job.sizes, "cpu")
         counting = CountedStep(mesh, formulas, STEPS, compiled=True)
         loop = assemble(job, mesh, FAKE, corpus(), [counting])
         for step in range(1, STEPS + 1):
-            before = compiler.seen.copy()
+            before, loss_before = compiler.seen.copy(), loss_compiler.seen.copy()
             loop.step()
-            found[step] = compiler.since(before)
-            if step == STEPS - 1:
+            found[step], of_loss[step] = compiler.since(before), loss_compiler.since(loss_before)
+            if step == STEPS - 2:
                 loop.evaluate()
     again = 2 if kind == "full" and job.plan.rules else 1  # a compiled block is called again in backward
     each = {"forward calls": again * LAYERS, "backward calls": LAYERS}
     graphs = {"forward graphs": 1, "backward graphs": 1}
     assert found == {1: each | graphs, **dict.fromkeys(range(2, STEPS + 1), each)}
+    stretches = {
+        "forward calls": 3 if job.plan.loss_parallel else 2
+    }  # between collectives, of the loss's one chunk
+    made = {"forward graphs": stretches["forward calls"]}
+    assert of_loss == {1: stretches | made, **dict.fromkeys(range(2, STEPS + 1), stretches)}
     assert isinstance(counting.counted, StepLedger)
     assert counting.counted.held == []
     if formulas.sent is not None:
         assert counting.counted.sent == formulas.sent
+
+
+def kept(cfg: Config) -> int:
+    """Bytes per token of a row that one compiled block keeps for backward, as inductor's partitioner has it."""
+    here = World()
+    job = preflight(cfg, here)
+    block = job.model.get_submodule(job.plan.blocks[0]).to_empty(device="cpu")
+    torch._dynamo.reset()
+    let_blocks_keep(cfg.parallel)
+    compiler = aot_autograd(
+        fw_compiler=lambda graph, _: graph,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    forward = checkpointed(block.forward, cfg.parallel.activation_checkpointing)
+    x, rotary = (
+        torch.randn(1, SEQ_LEN, 64, dtype=torch.bfloat16, requires_grad=True),
+        torch.ones(SEQ_LEN, 4, 2),
+    )
+    given = {t.untyped_storage().data_ptr() for t in (*block.parameters(), rotary)}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if (
+            storage.data_ptr() not in given and tensor.dtype.is_floating_point
+        ):  # the state of a generator is not
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        torch.compile(forward, backend=compiler, fullgraph=True)(x, rotary)
+    return sum(found.values()) // SEQ_LEN
+
+
+def compiled(kind: str, *more: str) -> Config:
+    return config(
+        *("model=llama2_debug", "parallel=none", "parallel.compile=true", "train.dtype=bfloat16"),
+        *("train.weights=bfloat16", "train.micro_batch_size=1"),
+        *(f"parallel.activation_checkpointing={kind}", *more),
+    )
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_compiled_blocks_keep_what_the_formula_says(kind: str) -> None:
+    """Per token of one block: what a second one adds to the expected bytes of one."""
+    expected = []
+    for layers in (1, 2):
+        job = preflight(compiled(kind, f"model.n_layers={layers}"), World())
+        expected.append(expected_bytes(job.model, job.plan, job.cfg)["activations"])
+    one, two = expected
+    assert one
+    assert two
+    assert kept(compiled(kind)) == (two - one) / SEQ_LEN
+
+
+def test_a_budget_bounds_what_compiled_blocks_keep() -> None:
+    """At 0.9 about what selective checkpointing keeps, redoing norms and SwiGLU alone; at 0 the block's input."""
+    whole, selective = kept(compiled("none")), kept(compiled("selective"))
+    shares = {b: kept(compiled("budget", f"parallel.activation_budget={b}")) for b in (0, 0.5, 0.9, 1)}
+    assert shares[1] == whole
+    assert shares[0] == 64 * 2
+    assert shares[0] < shares[0.5] < 0.6 * whole < shares[0.9] <= 0.9 * whole
+    assert shares[0.9] == pytest.approx(selective, rel=0.03)
+    with pytest.raises(ConfigError, match=r"parallel\.compile=false"):
+        preflight(compiled("budget", "parallel.compile=false"), World())
+    with pytest.raises(ConfigError, match="what a compiler chooses to recompute is not simulated"):
+        judge(compiled("budget", "+cluster=h100_dgx"), World())

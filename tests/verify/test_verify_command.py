@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from support.commands import Done, environment, execute_warm
+from support.composed import config
 from support.marks import exhaustive
 
+from tpresearch.config.choices import DeviceKind
+from tpresearch.verify.plans import on_one_device
 from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
@@ -96,3 +100,14 @@ def test_an_unknown_plan_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     done = verify_texts(ranks, tmp_path, "verify.plans=[tpp]")
     assert done.code == 2, done.err
     assert [line for line in done.err.splitlines() if line.startswith("error: ")]
+
+
+def test_plans_of_one_and_of_four_ranks_are_on_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to each, one process would take a machine's only GPU, and four ranks its CPU."""
+    plans = {plan: [config(f"parallel={plan}"), config(f"parallel={plan}")] for plan in ("none", "fsdp_tp")}
+    for gpus, kind in ((0, "cpu"), (1, "cpu"), (4, "cuda")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert {c.device for cfgs in on_one_device(plans).values() for c in cfgs} == {DeviceKind(kind)}
+    asked = {plan: [config(f"parallel={plan}", "device=cuda")] for plan in plans}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert on_one_device(asked) == asked

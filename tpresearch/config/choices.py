@@ -21,6 +21,7 @@ class Checkpointing(StrEnum):
     none = "none"
     selective = "selective"
     full = "full"
+    budget = "budget"
 
 
 class Dtype(StrEnum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from tpresearch.config.bounds import AtLeast, Is, Within
+from tpresearch.config.bounds import SHARE, AtLeast, Is, Within
 from tpresearch.config.choices import (
     Checkpointing,
     DataPlan,
@@ -53,7 +53,10 @@ class ParallelConfig:
     """Split tensor-parallel matmuls so that their collectives overlap with them (CUDA and compile only)."""
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     activation_checkpointing: Checkpointing = Checkpointing.none
-    """Recompute in backward: nothing, all but the matmuls and attention, or each whole block."""
+    """Recompute in backward: nothing, all but the matmuls and attention, each whole block, or what is cheapest until the
+    rest is within activation_budget (compile only)."""
+    activation_budget: Annotated[float, SHARE] = 0.9
+    """About which share a compiled block may keep of what it would for backward, where activation_checkpointing=budget."""
     compile: bool = False
     """torch.compile each block."""
 

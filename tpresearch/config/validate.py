@@ -7,7 +7,7 @@ import math
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.bounds import check_bounds
-from tpresearch.config.choices import Float8, WeightDtype
+from tpresearch.config.choices import Checkpointing, Float8, WeightDtype
 from tpresearch.config.errors import ConfigError, shown
 from tpresearch.config.mesh import resolve_mesh, used_axes
 from tpresearch.config.schema import Config, Dtype, ProfilerName
@@ -186,6 +186,14 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
             True,
             "async TP requires parallel.compile=true",
             "parallel.compile=true",
+            fix={"parallel.compile": "true"},
+        )
+    if parallel.activation_checkpointing is Checkpointing.budget and not parallel.compile:
+        raise ConfigError(
+            "parallel.activation_checkpointing",
+            "budget",
+            "the compiler chooses what is recomputed, and parallel.compile=false",
+            "parallel.compile=true, or none, selective or full",
             fix={"parallel.compile": "true"},
         )
     last = cfg.profiler.first_step + cfg.profiler.steps - 1

@@ -39,17 +39,16 @@ Collective = tuple[str, str, str, str, int]
 def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] | None:
     """The ledger of rank 0 for one step, or None where no formula is known.
 
-    There is none for frozen parameters in a block or under a rule, which may leave out more than their own gradient,
-    for full checkpointing, whose recomputation sends again what its early stop does not cut
-    off, for float8 under a tensor plan, whose scales are agreed on, nor for a rule with a ParallelStyle of the user's own, nor where a rule does not tell the width of what
-    it moves.
+    There is none for frozen parameters in a block or under a rule, which may leave out more than their own gradient.
+    Under a tensor plan there is none for full checkpointing, whose recomputation sends again what its early stop does
+    not cut off, nor for a budget, for float8, whose scales are agreed on, for a rule with a ParallelStyle of the user's
+    own, and where a rule does not tell the width of what it moves.
 
     Args:
         model: on the meta device, whole.
     """
-    if plan.rules and cfg.parallel.activation_checkpointing is Checkpointing.full:
-        return None
-    if plan.rules and plan.float8:
+    sends_again = cfg.parallel.activation_checkpointing in (Checkpointing.full, Checkpointing.budget)
+    if plan.rules and (sends_again or plan.float8):
         return None
     if any(rule.rule.target for rule in plan.rules.values()):
         return None
@@ -118,13 +117,16 @@ def _of_data_plan(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iter
 
 
 def _groups(model: nn.Module, plan: Plan) -> Iterator[tuple[list[str], bool, bool]]:
-    """The parameters that FSDP gathers together, those of each block, and all others; whether they are a block's, and
-    the last one's."""
+    """The parameters that FSDP gathers together, those of each block, of each end, and all others; whether they are a
+    block's, and the last one's."""
     others = [name for name, _ in model.named_parameters()]
     for block in plan.blocks:
         mine = [name for name in others if name.startswith(block + ".")]
         others = [name for name in others if not name.startswith(block + ".")]
         yield mine, True, block == plan.blocks[-1]
+    for end in plan.ends:
+        yield [name for name in others if name.startswith(end + ".")], False, False
+        others = [name for name in others if not name.startswith(end + ".")]
     if others:
         yield others, False, False
 

@@ -63,7 +63,7 @@ def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:
 
 def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) -> int | None:
     """Of one micro-batch, which is gone before the next begins."""
-    if plan.float8:
+    if plan.float8 or cfg.parallel.activation_checkpointing is Checkpointing.budget:
         return None
     tokens, element = micro_batch_size(cfg, plan.sizes) * cfg.data.seq_len, ELEMENT_BYTES[cfg.train.dtype]
     if isinstance(model, Llama2):
@@ -112,16 +112,36 @@ def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str
         return None  # attention in float64 is torch's plain one there, which keeps s x s probabilities
     norm = _norm_bytes(h, element, device) * residual + h * element  # its output is gathered for the matmuls
     mode = cfg.parallel.activation_checkpointing
-    if mode is Checkpointing.full:
+    if cfg.parallel.compile:
+        if t > 1:
+            return None
+        each: float = _of_compiled(block, h, element, mode, micro_batch_size(cfg, plan.sizes), device)
+    elif mode is Checkpointing.full:
         each = h * element * residual
     elif mode is Checkpointing.selective:
         if t > 1:
             return None  # what collectives bring is kept too, by rules that the plan's words do not tell
-        each = _attention_bytes(block, element) + (3 * h + 2 * block.feed_forward.w1.out_features) * element
+        each = (
+            _attention_bytes(block, element, device)
+            + (3 * h + 2 * block.feed_forward.w1.out_features) * element
+        )
     else:
         split = _attention_bytes(block, element, device) + 4 * block.feed_forward.w1.out_features * element
         each = 2 * norm + split / t
     return model.n_layers * each + norm
+
+
+def _of_compiled(block: Block, h: int, element: int, mode: Checkpointing, rows: int, device: str) -> float:
+    """Bytes per token that a compiled block keeps, as the min-cut partitioner chooses: what is fused is computed again."""
+    f = block.feed_forward.w1.out_features
+    if mode is Checkpointing.full:
+        return h * element
+    if mode is Checkpointing.selective:
+        return _attention_bytes(block, element, device) + (2 * h + 2 * f) * element
+    turning = 4 * block.attention.head_dim / rows  # the sines of each position, once for all rows
+    return (
+        _attention_bytes(block, element, device) + (4 * h + 3 * f) * element + 2 * max(element, 4) + turning
+    )
 
 
 def _attention_bytes(block: Block, element: int, device: str = "cpu") -> int:

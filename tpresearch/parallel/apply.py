@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._pytree import tree_map_only
@@ -40,11 +41,13 @@ def parallelize(
         if styles:
             parallelize_module(model, mesh[axis], styles, src_data_rank=None)
     tie(model, ties)
+    if parallel.compile:
+        let_blocks_keep(parallel)
     for name in plan.blocks:
         wrap_forward(model.get_submodule(name), parallel, bool(plan.rules))
     if parallel.async_tp:
         enable_async_tp(mesh[TENSOR.name])
-    shard_data(model, plan.blocks, parallel.fsdp, data_mesh(mesh), dtype)
+    shard_data(model, plan, parallel.fsdp, data_mesh(mesh), dtype)
     return model
 
 
@@ -82,6 +85,14 @@ def compiled(
 ) -> Callable[..., Any]:
     """One graph of these shapes alone: a break, or a second graph, is an error or a recompilation, and never silent."""
     return torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
+
+
+def let_blocks_keep(parallel: ParallelConfig) -> None:
+    """Set of what compiled blocks would keep for backward the share that they may: of what is left out, least is computed
+    again (private; read in torch 2.11 to 2.14).
+    """
+    is_bounded = parallel.activation_checkpointing is Checkpointing.budget
+    torch._functorch.config.activation_memory_budget = parallel.activation_budget if is_bounded else 1.0
 
 
 class Arrived(torch.autograd.Function):
@@ -124,8 +135,8 @@ _SLOW_OPS = {
 }
 
 
-def shard_data(model: nn.Module, blocks: list[str], fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:
-    """`fully_shard` each block, then the root, where there is anything for it to do.
+def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:
+    """`fully_shard` each block, embedding and output layer, then the root, where there is anything for it to do.
 
     Gradients are summed, not averaged, over data-parallel ranks: the loss is divided by the global token count.
     """
@@ -137,16 +148,19 @@ def shard_data(model: nn.Module, blocks: list[str], fsdp: FsdpConfig, mesh: Devi
         # Inputs are left as they are: token ids, and a rotary table that bfloat16 would blunt.
         precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if fsdp.cpu_offload else OffloadPolicy()
-    for name in blocks:
-        fully_shard(
-            model.get_submodule(name),
-            mesh=mesh,
-            # Backward begins with the last block: freed, it would be gathered again at once.
-            reshard_after_forward=fsdp.reshard_after_forward and name != blocks[-1],
-            mp_policy=precision,
-            offload_policy=offload,
-        )
-    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    for name in plan.blocks:
+        # Backward begins with the last block: freed, it would be gathered again at once.
+        frees = fsdp.reshard_after_forward and name != plan.blocks[-1]
+        shard(model.get_submodule(name), reshard_after_forward=frees)
+    for name in plan.ends:
+        layer = model.get_submodule(name)
+        is_embedding = isinstance(layer, nn.Embedding)  # whose backward reads indices, and no weight
+        end = shard(layer, reshard_after_forward=is_embedding)
+        end.set_unshard_in_backward(not is_embedding)
+        if not is_embedding:
+            cast(FSDPModule, model.get_submodule(plan.blocks[-1])).set_modules_to_forward_prefetch([end])
+    shard(model)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -165,8 +179,39 @@ def has_masters(ranks: int, fsdp: FsdpConfig, train: TrainConfig) -> bool:
     return mixed and not is_wrapped(ranks, fsdp)
 
 
+def gathered(layer: nn.Module) -> nn.Module:
+    """The layer with whole weights, where FSDP shards them: for `as_forward`."""
+    if isinstance(layer, FSDPModule):
+        layer.unshard()
+    return layer
+
+
+def as_forward(
+    layer: nn.Module, use: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """`use(x)`, which reads the layer's weights without calling its forward. FSDP takes it for one: it reduces their
+    gradients as soon as x has its own.
+    """
+    if not isinstance(layer, FSDPModule):
+        return use(x)
+    setattr(layer, "use", use)  # noqa: B010
+    register_fsdp_forward_method(layer, "use")
+    result: torch.Tensor = getattr(layer, "use")(x)  # noqa: B009
+    delattr(layer, "use")  # it holds a batch
+    return result
+
+
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward that no backward follows has left gathered, and forget its order: the next backward would
+    prefetch by it (private; read in torch 2.11 to 2.14).
+    """
+    for module in fsdp_modules(model):
+        module.reshard()
+        module._get_fsdp_state()._comm_ctx.post_forward_order.clear()
 
 
 def enable_async_tp(tp_mesh: DeviceMesh) -> None:

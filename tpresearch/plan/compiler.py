@@ -7,6 +7,7 @@ becomes and what each module sends.
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -45,6 +46,8 @@ class Plan:
     """The output layer, where the cross-entropy can be that of a few tokens at a time."""
     float8: list[str] = field(default_factory=list)
     """Linear layers that multiply in float8."""
+    ends: list[str] = field(default_factory=list)
+    """Embeddings and the output layer, each a unit of FSDP too: gathered when it is used, and not before."""
 
     @property
     def loss_parallel(self) -> bool:
@@ -122,7 +125,8 @@ def compile_plan(
     if head and not takes_chunks(model.get_submodule(head), active.get(head), sizes):
         head = None
     split = next((rule.dst[0].dim for rule in active.values() if rule.leaves_split), None)  # type: ignore[union-attr]
-    return Plan(active, blocks, replicated, sizes, split, seen, read_initializers(model), head)
+    initializers, ends = read_initializers(model), _ends(model, blocks, seen.head)
+    return Plan(active, blocks, replicated, sizes, split, seen, initializers, head, ends=ends)
 
 
 def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
@@ -141,6 +145,19 @@ def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
             "model.blocks", config.blocks, f"{twice} is in it twice", "modules that do not hold each other"
         )
     return found
+
+
+def _ends(model: nn.Module, blocks: list[str], head: str | None) -> list[str]:
+    """Outside of the blocks, where there are some. What is tied to another stays with that one, in the rest."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [
+        name
+        for name, module in model.named_modules()
+        if blocks
+        and (name == head or isinstance(module, nn.Embedding))
+        and not any(f"{name}.".startswith(f"{block}.") for block in blocks)
+        and all(uses[id(p)] == 1 for p in module.parameters())
+    ]
 
 
 def _expand(compiled: list[ResolvedRule], names: list[str]) -> dict[str, ResolvedRule]:

@@ -64,7 +64,7 @@ def families(cfg: Config, gpus: int, cluster: Cluster) -> Iterator[Candidate | R
     """
     for name, (tensor, data) in PLANS.items():
         for mesh in _meshes(name, tensor, data, gpus, cluster):
-            for checkpointing in Checkpointing:
+            for checkpointing in (Checkpointing.none, Checkpointing.selective, Checkpointing.full):
                 parallel = dataclasses.replace(
                     cfg.parallel, name=name, tensor=tensor, data=data, activation_checkpointing=checkpointing
                 )

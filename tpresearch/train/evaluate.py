@@ -13,7 +13,7 @@ from torch import nn
 from tpresearch.config.axes import DATA_AXES
 from tpresearch.data import eval_batches
 from tpresearch.data.batches import IGNORED
-from tpresearch.parallel.apply import fsdp_modules
+from tpresearch.parallel.apply import reshard
 from tpresearch.parallel.mesh import data_rank, sum_over
 from tpresearch.train.losses import token_loss_of
 from tpresearch.train.step import Setup
@@ -41,7 +41,6 @@ def held_out_loss(
             if stopped := stops():
                 break
     model.train()
-    for module in fsdp_modules(model):
-        module.reshard()  # the root, for one, stays gathered after a forward that no backward follows
+    reshard(model)
     total, tokens = sum_over(mesh, sums, DATA_AXES).tolist()
     return total / tokens if tokens and not stopped else None

@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from tpresearch.config.choices import Loss
 from tpresearch.config.schema import Config
 from tpresearch.data.batches import IGNORED, Batch
+from tpresearch.parallel.apply import as_forward, gathered
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.cross_entropy import linear_cross_entropy, whole_tokens
 
@@ -71,11 +72,13 @@ class InChunks:
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase, scale: float = 1.0) -> Tensor:
         with phase("forward"):
             hidden = model(batch.inputs, head=lambda _, hidden: hidden)
-            weight = model.get_submodule(self.head).get_parameter("weight")
+            layer = gathered(model.get_submodule(self.head))
+            weight = layer.get_parameter("weight")
             if self.layout and isinstance(weight, DTensor):
                 hidden = whole_tokens(hidden, weight, self.layout)
         with phase("loss"):
-            return linear_cross_entropy(hidden, weight, batch.targets, self.chunk, scale, self.compile)
+            given = weight, batch.targets, self.chunk, scale, self.compile
+            return as_forward(layer, lambda hidden: linear_cross_entropy(hidden, *given), hidden)
 
 
 @dataclass(frozen=True)

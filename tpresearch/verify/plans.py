@@ -7,6 +7,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -14,7 +15,7 @@ from omegaconf import open_dict
 from rich.progress import track
 
 from tpresearch.config import Config
-from tpresearch.config.choices import Float8
+from tpresearch.config.choices import DeviceKind, Float8
 from tpresearch.config.compose import typed
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.mesh import of_one_rank, used_axes
@@ -111,6 +112,18 @@ def ranks_of(cfg: Config) -> int:
     return max(cfg.verify.world_size, math.prod(2 if size in (None, -1) else size for size in sizes))
 
 
+def on_one_device(plans: dict[str, list[Config]]) -> dict[str, list[Config]]:
+    """The same with device=auto resolved once, by the plan of most ranks: else one process would take the only GPU, and
+    four ranks the CPU.
+    """
+    most = max(ranks_of(cfgs[0]) for cfgs in plans.values())
+    kind = DeviceKind.cuda if torch.cuda.device_count() >= most else DeviceKind.cpu
+    return {
+        plan: [dataclasses.replace(c, device=kind) if c.device is DeviceKind.auto else c for c in cfgs]
+        for plan, cfgs in plans.items()
+    }
+
+
 def check_plan(cfg: Config) -> None:
     """Refuse what cannot run, before anything is started.
 
@@ -134,6 +147,7 @@ def check_plan(cfg: Config) -> None:
 
 def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
     """Train plainly in one process, then under each plan, and say how far they are apart."""
+    plans = on_one_device(plans)
     ranks = Ranks(PATIENCE_S)
     ranks.start()
     corpus = _few_rows(prepare(cfg.data, cfg.tokenizer))

@@ -1,0 +1,92 @@
+"""What FSDP gathers, and when: an embedding and an output layer only where they are used, in bytes that do not grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.composed import config, corpus
+from support.counted_steps import FAKE
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Shard
+
+from tpresearch.config.world import World
+from tpresearch.ledger.communication import CommunicationLedger
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.train.assemble import assemble
+from tpresearch.train.loop import Loop
+from tpresearch.train.preflight import preflight
+
+LAYERS = 4
+EMBEDDING, FIRST, LAST, OUTPUT = "tok_embeddings", "layers.0", f"layers.{LAYERS - 1}", "output"
+
+
+def gathered(model: nn.Module) -> set[str]:
+    """Of the embedding, the output layer and two blocks, those whose weights are whole."""
+    weights = {
+        EMBEDDING: model.get_parameter(f"{EMBEDDING}.weight"),
+        OUTPUT: model.get_parameter(f"{OUTPUT}.weight"),
+        **{name: model.get_parameter(f"{name}.ffn_norm.weight") for name in (FIRST, LAST)},
+    }
+    return {name for name, w in weights.items() if not (isinstance(w, DTensor) and Shard(0) in w.placements)}
+
+
+def moments(loop: Loop, sent: Callable[[], int]) -> dict[str, set[Any]]:
+    """What is gathered when each of them begins its forward, and when the output of each gets its gradient; and how much
+    was `sent` when the last block began.
+    """
+    model, found = loop.state.model, {}
+
+    def before(name: str) -> Any:
+        def note(module: nn.Module, args: Any) -> None:
+            found[f"{name} forward"], found["gathers"] = gathered(model), {sent()}
+
+        return note
+
+    def after(name: str) -> Any:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda _: found.update({f"{name} backward": gathered(model)}))
+
+        return note
+
+    for name in (EMBEDDING, FIRST, LAST):
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(before(name))
+        module.register_forward_hook(after(name))
+    loop.step()
+    return found
+
+
+@pytest.mark.parametrize("chunk", ["24", "null"])
+def test_embedding_and_output_are_gathered_where_they_are_used(chunk: str) -> None:
+    cfg = config(
+        *("model=llama2_debug", "parallel=fsdp", f"model.n_layers={LAYERS}", f"train.loss_chunk={chunk}"),
+        "train.eval_rows=11",
+    )
+    job = preflight(cfg, World(size=4, local_size=4))
+    assert job.plan.ends == [EMBEDDING, OUTPUT]
+    with process_group(FAKE, job.world):
+        mesh = build_mesh(job.sizes, "cpu")
+        loop = assemble(job, mesh, FAKE, corpus())
+        loop.step()
+        loop.evaluate()
+        with CommunicationLedger(mesh) as ledger:
+            found = moments(loop, lambda: len(ledger.events))
+        assert gathered(loop.state.model) == set()
+    assert found[f"{FIRST} forward"] == {FIRST}
+    assert found[f"{LAST} forward"] == {LAST}
+    # Those of norm, embedding and blocks, and of the output, which comes while the last block computes.
+    assert found["gathers"] == {2 + LAYERS + 1}
+    assert OUTPUT not in found[f"{FIRST} backward"]
+    assert EMBEDDING not in found[f"{FIRST} backward"]
+    assert found[f"{EMBEDDING} backward"] == set()
+
+
+def test_what_is_tied_stays_together() -> None:
+    for overrides in (["model.tied=true"], ["model.blocks=[]"]):
+        cfg = config("model=llama2_debug", "parallel=fsdp", *overrides)
+        assert preflight(cfg, World(size=4, local_size=4)).plan.ends == []
