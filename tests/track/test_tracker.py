@@ -205,3 +205,13 @@ def test_what_cannot_be_written_at_the_end_is_found_at_the_start(
     monkeypatch.setattr("tpresearch.track.tracker.report", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         track()
+
+
+def test_a_run_that_may_not_go_on_keeps_its_record(
+    track: Callable[..., Tracker], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(track())
+    before = read_summary(run_dir), read_metrics(run_dir)
+    with pytest.raises(ConfigError), track(start_step=STEPS):
+        raise ConfigError("resume", run_dir, "none of its checkpoints can be loaded", "a run that has one")
+    assert (read_summary(run_dir), read_metrics(run_dir)) == before

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 
 from rich.console import Console
 
-from tpresearch.config import Config
+from tpresearch.config import Config, ConfigError
 from tpresearch.config.secrets import refuse_secrets
 from tpresearch.launch.stop import Stopped
 from tpresearch.track import record
@@ -194,6 +194,16 @@ class Tracker:
         except Exception as problem:
             log.warning("the report cannot be shown: %s", _line(problem))
 
+    def _leave(self) -> None:
+        """End without a word: what was to go on is refused, and the record stays that of what has run."""
+        self._ended = True
+        self._progress.stop()
+        self._metrics.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish({}, EXIT_CODES["failed"])
+
     def _report(self, console: Console, summary: Mapping[str, Any], next_steps: NextSteps | None) -> None:
         where = self._wandb.where() if self._wandb else None
         entropy, loss = self._facts.unigram_entropy, self._cfg.train.loss
@@ -237,6 +247,8 @@ class Tracker:
     ) -> None:
         if error is None:
             self.finish()
+        elif isinstance(error, ConfigError) and self._start_step and self._last_row is None:
+            self._leave()
         else:
             self.finish(status=_status(error), error=_line(error))
 
