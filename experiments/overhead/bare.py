@@ -64,7 +64,7 @@ def bare_loop(
     dp: int,
     tp: int,
     model_args: dict,
-    weights: list[Tensor],
+    weights: list[Tensor] | None,
     batch: Callable[[int], Batch],
     steps: int,
     lr: float,
@@ -74,7 +74,7 @@ def bare_loop(
     """Train, and after each step yield this rank's loss, as a hand-written loop prints it.
 
     Args:
-        weights: this rank's shards of the first weights, in the order of `model.parameters()`.
+        weights: this rank's shards of the first weights, in the order of `model.parameters()`; None draws some.
         batch: this rank's inputs and targets of a step.
     """
     with torch.device("meta"):
@@ -88,8 +88,9 @@ def bare_loop(
         fully_shard(model, mesh=mesh["dp"])
     model.to_empty(device="cpu")
     with torch.no_grad():
-        for parameter, value in zip(model.parameters(), weights, strict=True):
-            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).copy_(value)
+        for index, parameter in enumerate(model.parameters()):
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.copy_(weights[index]) if weights else local.normal_(std=0.02)
     model.reset_buffers()
 
     matrices = [p for p in model.parameters() if p.dim() >= 2]

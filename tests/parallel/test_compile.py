@@ -79,7 +79,7 @@ def test_each_step_runs_compiled_code(
 
     def counted(function: Callable[..., Any], **options: Any) -> Any:
         chosen = loss_compiler if getattr(function, "__module__", "") == cross_entropy.__name__ else compiler
-        return compile_(function, backend=chosen.backend, **options)
+        return compile_(function, **(options | {"backend": chosen.backend}))
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", counted)

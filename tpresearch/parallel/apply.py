@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -158,7 +159,11 @@ def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh,
         is_embedding = isinstance(layer, nn.Embedding)  # whose backward reads indices, and no weight
         end = shard(layer, reshard_after_forward=is_embedding)
         end.set_unshard_in_backward(not is_embedding)
-        if not is_embedding:
+        if is_embedding:
+            # Torch warns that a change of its output in place loses the hook that gathers: here that gathers nothing.
+            warned = rf"FSDP2-wrapped module \({type(layer).__name__}\) returned a view"
+            warnings.filterwarnings("ignore", warned, UserWarning)
+        else:
             cast(FSDPModule, model.get_submodule(plan.blocks[-1])).set_modules_to_forward_prefetch([end])
     shard(model)
     for module in fsdp_modules(model):

@@ -1,0 +1,68 @@
+"""A rank that ends after its first step, for startup.py: ours, as `train.py` starts it, or the one written by hand.
+
+torchrun --nproc-per-node=4 experiments/overhead/first_step.py parallel=fsdp_tp
+torchrun --nproc-per-node=4 experiments/overhead/first_step.py by_hand '{"plan": "fsdp_tp", "dp": 2, "tp": 2, ...}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+
+def end() -> None:
+    """Before anything is cleared up: what is asked for is the time until here."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def by_hand(plan: str, dp: int, tp: int, rows: int, seq_len: int, model: dict) -> None:
+    import torch
+    import torch.distributed as dist
+    from bare import bare_loop
+
+    from tpresearch.data import Batch
+
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    batch = Batch.of(torch.randint(model["vocab_size"], (rows // dp, seq_len + 1)))
+    next(bare_loop(plan, dp, tp, model, None, lambda step: batch, 100, 3e-3, 10, 1.0))
+    end()
+
+
+def ours() -> None:
+    from tpresearch.launch import Run, entrypoint
+    from tpresearch.train.preflight import Preflight, glance, judge_folder, preflight
+
+    going_on = partial(preflight, goes_on=True)
+
+    @entrypoint("train", preflight, judge_folder=judge_folder, glance=glance, judge_going_on=going_on)
+    def main(job: Preflight, run: Run) -> None:
+        from tpresearch.train.main import train
+        from tpresearch.train.observe import Observer
+        from tpresearch.train.state import TrainState
+
+        class FirstStep(Observer):
+            @contextmanager
+            def step(self, state: TrainState) -> Iterator[None]:
+                yield
+                end()
+
+        train(job, run, [FirstStep()])
+
+    main()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["by_hand"]:
+        by_hand(**json.loads(sys.argv[2]))
+    else:
+        ours()
