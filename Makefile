@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 NPROC ?= 4
+WORKERS ?= 2
 TORCH ?=
 VENV := .venv$(TORCH:%=-torch-%)
 BIN := $(VENV)/bin
@@ -24,12 +25,13 @@ train: setup ## set up, then train the default 2D job on NPROC=4 local ranks; AR
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) train.py $(ARGS)
 
+# Most tests keep one core busy, and none has a clock decide: WORKERS of them run side by side.
 test: CASES := -m "not exhaustive"
 test test-all: setup ## set up, then lint, types and tests; test-all has the exhaustive ones too; TORCH=2.11.0 with that one
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(CASES)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(CASES)
 
 setup: $(VENV)/.ready ## make .venv with the versions of constraints.txt
 

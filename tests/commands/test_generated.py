@@ -15,7 +15,7 @@ from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
 
-EVERY_DAY, BLOCK, BLOCKS = 24, 200, 10
+EVERY_DAY, BLOCK, BLOCKS = 12, 200, 10
 MENDED = (1066, 1091, 1170, 1180)
 """Cases whose proposals were refused once: a prefix, a flag, a folder of configs, an interpolation of Hydra's own."""
 PLACE = {
@@ -45,6 +45,7 @@ def left(folder: Path) -> list[Path]:
     [
         (0, EVERY_DAY),
         *((n, 1) for n in MENDED),
+        exhaustive(EVERY_DAY, EVERY_DAY),
         *(exhaustive(1000 + nth * BLOCK, BLOCK) for nth in range(BLOCKS)),
     ],
 )
