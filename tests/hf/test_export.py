@@ -176,6 +176,10 @@ def test_theirs_to_ours_to_theirs_is_bitwise_by_two_commands(
     assert done.code == 0, done.err
     for path in exported.iterdir():
         assert (home / "back" / path.name).read_bytes() == path.read_bytes(), path.name
+    for words in (["resume=imported"], [*RUN, "model=hf", "init_from=made/llama", "hydra.run.dir=imported"]):
+        refused = start(None, "train.py", *words, "parallel=none")
+        assert refused.refusal.startswith(f"error: resume={home}/imported: no step was taken there: ")
+        assert f"init_from={home}/imported" in refused.command_to_try
     refused = start(None, "-m", "tpresearch.import_hf", "init_from=imported", "model=llama2_debug")
     assert refused.refusal.startswith("error: init_from=imported: it is a run of ours already; ")
 

@@ -70,6 +70,7 @@ def checkpoints_to_go_on_from(cfg: Config, run: Path, restarted: bool = False) -
         return []
     found = _candidates(run if resume == AUTO else Path(resume), "resume", shown_as=resume)
     for checkpoint in found:
+        check_begun(checkpoint)
         check_experiment(checkpoint, cfg)
     return found
 
@@ -118,6 +119,19 @@ def _step_folders(run: Path, field: str, value: object) -> list[Path]:
     except OSError as error:
         legal = "a folder that this user can read"
         raise ConfigError(field, value, f"{error.filename}: {error.strerror}", legal) from None
+
+
+def check_begun(checkpoint: Checkpoint) -> None:
+    """Refuse to go on with what `tpresearch.import_hf` has left: weights, and no run of theirs.
+
+    Raises:
+        ConfigError: proposing a new run from them.
+    """
+    if checkpoint.step == 0:
+        run = run_of(checkpoint.folder)
+        why, legal = "no step was taken there: it holds first weights alone", "init_from, for a new run"
+        fix = {"model": "hf", "init_from": run, "resume": None, "hydra.run.dir": None}
+        raise ConfigError("resume", run, why, legal, fix=fix)
 
 
 def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tpresearch.checkpoint.resume import AUTO, NEVER, find_checkpoint, run_of
+from tpresearch.checkpoint.resume import AUTO, NEVER, check_begun, find_checkpoint, run_of
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import override, override_key
 
@@ -38,7 +38,7 @@ def type_again(arguments: Namespace) -> Path | None:
             "init_from, for new runs from its weights",
         )
         raise ConfigError("resume", named, why, legal, fix={"resume": None, "init_from": named})
-    find_checkpoint(Path(named), "resume")
+    check_begun(find_checkpoint(Path(named), "resume"))
     run = run_of(Path(named))
     asked = typed.get("hydra.run.dir")
     if asked is not None and Path(str(yaml.safe_load(asked))).resolve() != run:
