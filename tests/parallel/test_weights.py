@@ -193,9 +193,12 @@ class Forgets(nn.Linear):
     [
         (Bare, "1 (Bare): it has parameters and no reset_parameters"),
         (Forgets, "1 (Forgets): its reset_parameters leaves scale unset"),
+        (lambda: nn.BatchNorm1d(3), "1 (BatchNorm1d): it has buffers and no reset_buffers"),
     ],
 )
-def test_a_module_that_does_not_say_how_it_starts_is_refused(layer: type[nn.Module], message: str) -> None:
+def test_a_module_that_does_not_say_how_it_starts_is_refused(
+    layer: Callable[[], nn.Module], message: str
+) -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 3), layer())
     with pytest.raises(ConfigError, match=re.escape(message)):

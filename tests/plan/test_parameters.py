@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.composed import config
 from support.counted_steps import counted_step
-from support.nets import AllFrozen, Frozen, Scaled, Tied, model
+from support.nets import (
+    AllFrozen,
+    Complex,
+    Counting,
+    Frozen,
+    Hooked,
+    Scaled,
+    Tied,
+    Transposed,
+    Unused,
+    Wide,
+    model,
+)
+from torch import nn
 
 from tpresearch.config import ConfigError
 from tpresearch.config.validate import validate
@@ -26,6 +40,36 @@ def test_ties_are_found_and_counted_once() -> None:
     assert tied_parameters(meta) == {"output.weight": "embed.weight"}
     dim, hidden = cfg.model.args["dim"], cfg.model.args["hidden_dim"]
     assert sum(p.numel() for p in meta.parameters()) == 260 * dim + 2 * dim * hidden + hidden + dim
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Hooked, "it has a hook on its gradient"),
+        (Complex, "its numbers are complex"),
+        (Wide, "it is float64 where others are float32"),
+    ],
+)
+def test_what_would_be_lost_without_a_word_is_refused(kind: type[nn.Module], why: str) -> None:
+    error = refused(*model(kind), "parallel=none", world=1)
+    assert (error.value, error.why[: len(why)]) == ("output.weight", why)
+
+
+@pytest.mark.parametrize(
+    "words", [["parallel=none"], ["parallel=none", "train.dtype=bfloat16", "train.weights=bfloat16"]]
+)
+def test_whole_numbers_and_flags_stay_what_they_are(words: list[str]) -> None:
+    cfg = config(*model(Counting), *words)
+    meta, _ = planned(cfg, validate(cfg, 1))
+    assert (meta.counts.offsets.dtype, meta.counts.flags.dtype) == (torch.long, torch.bool)
+
+
+@pytest.mark.parametrize("parallel", ["none", "fsdp"])
+def test_no_formula_is_claimed_where_a_parameter_has_no_part_in_the_loss(parallel: str) -> None:
+    counted = counted_step(1 if parallel == "none" else 2, *model(Unused), f"parallel={parallel}")
+    assert counted.expected.sent is None
+    found = {kind.kind: kind.most_bytes for kind in counted.held}
+    assert counted.expected.held == dict.fromkeys(counted.expected.held) | {"parameters": found["parameters"]}
 
 
 @pytest.mark.parametrize(
@@ -78,11 +122,12 @@ def test_uneven_rows_are_refused_with_the_next_vocabulary_that_fits() -> None:
 @pytest.mark.parametrize(
     ("kind", "plan", "world"),
     [
-        *((kind, "parallel=none", 1) for kind in (Tied, Frozen, Scaled)),
+        *((kind, "parallel=none", 1) for kind in (Tied, Frozen, Scaled, Transposed)),
         *(
             (Tied, plan, 4)
             for plan in ("parallel=fsdp", "parallel=tp", "parallel=fsdp_tp", "parallel=hsdp_tp")
         ),
+        (Transposed, "parallel=fsdp", 2),
         *((Frozen, plan, 2) for plan in ("parallel=ddp", "parallel=fsdp")),
     ],
 )

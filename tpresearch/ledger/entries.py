@@ -86,6 +86,10 @@ class Expected:
     held: dict[str, int | None]
     """Bytes by kind of memory."""
 
+    def of_unused(self) -> Expected:
+        """Where a parameter has no part in the loss: the model does not say which, and no formula knows."""
+        return Expected(None, {kind: self.held[kind] if kind == "parameters" else None for kind in self.held})
+
 
 @dataclass(frozen=True)
 class StepLedger:

@@ -35,9 +35,6 @@ def materialize(
 
     Args:
         device: where parameters go. buffers: where buffers go, if elsewhere: parameters may be offloaded, buffers are not.
-
-    Raises:
-        ValueError: for a module with buffers and no `reset_buffers`.
     """
     ties = tied_parameters(model)
     model.to_empty(device=device)
@@ -54,13 +51,9 @@ def materialize(
 
 def reset_buffers(model: nn.Module) -> None:
     """Fill every buffer again: `to_empty` left them unset."""
-    for name, module in model.named_modules():
+    for module in model.modules():
         if hasattr(module, "reset_buffers"):
             module.reset_buffers()
-        elif any(True for _ in module.buffers(recurse=False)):
-            raise ValueError(
-                f"{name or type(module).__name__}: has buffers and no reset_buffers; write one that fills them"
-            )
 
 
 def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int | None = None) -> WeightSource:

@@ -70,8 +70,17 @@ def read_initializers(model: nn.Module) -> dict[str, Initializer]:
     """How each parameter of a plain model starts, by its fully qualified name. The model may be on the meta device.
 
     Raises:
-        ConfigError: for a module with parameters and no `reset_parameters`, or whose own leaves one of them unset.
+        ConfigError: for a module with parameters and no `reset_parameters`, or whose own leaves one of them unset; for
+            one with buffers and no `reset_buffers`.
     """
+    for prefix, module in model.named_modules():
+        if not hasattr(module, "reset_buffers") and any(True for _ in module.buffers(recurse=False)):
+            raise ConfigError(
+                "model",
+                _named(prefix, module),
+                "it has buffers and no reset_buffers",
+                "write one that fills them",
+            )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return {
         f"{prefix}.{key}" if prefix else key: initializer
@@ -82,7 +91,7 @@ def read_initializers(model: nn.Module) -> dict[str, Initializer]:
 
 
 def _read(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[str, Initializer]:
-    name = f"{prefix} ({type(module).__name__})" if prefix else type(module).__name__
+    name = _named(prefix, module)
     if not hasattr(module, "reset_parameters"):
         raise ConfigError(
             "model", name, "it has parameters and no reset_parameters", "write one that sets each of them"
@@ -101,6 +110,10 @@ def _read(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[str, Ini
         if not calls:
             raise ConfigError("model", name, f"its reset_parameters leaves {key} unset", "set it there")
     return {key: Elementwise(tuple(calls)) for key, calls in recorder.calls.items()}
+
+
+def _named(prefix: str, module: nn.Module) -> str:
+    return f"{prefix} ({type(module).__name__})" if prefix else type(module).__name__
 
 
 def _stand_in(module: nn.Module, parameter: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -33,7 +33,8 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
     Buffers are widened with them, and never narrowed: bfloat16 would blunt a rotary table.
 
     Raises:
-        ConfigError: for a class that cannot be imported or does not take these settings.
+        ConfigError: for a class that cannot be imported or does not take these settings, and for a parameter that could
+            not be kept as it is.
     """
     build = imported_class("model._target_", config.target, nn.Module)
     _check_settings(config, build)
@@ -49,11 +50,36 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
             "settings that it accepts",
             fix={f"model.{key}": None for key in config.args},
         ) from error
+    _check_parameters(model)
+    for parameter in model.parameters():  # FSDP shards no others, and to a model they are the same
+        parameter.data = parameter.data.contiguous()
     if dtype is torch.bfloat16:
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
         return model
     return model.to(dtype)
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Refuse what would be lost without a word: a dtype, the imaginary part, hooks on tensors that sharding replaces.
+
+    Raises:
+        ConfigError: naming the first such parameter.
+    """
+    first: torch.dtype | None = None
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype is not (first := first or parameter.dtype):
+            why = f"it is {parameter.dtype} where others are {first}".replace("torch.", "")
+            raise ConfigError(
+                "model", name, why, "all in one dtype: in which they are kept is the config's to say"
+            )
+        if parameter.is_complex():
+            why, legal = "its numbers are complex", "real and imaginary part as two parameters"
+            raise ConfigError("model", name, why, legal)
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            why = "it has a hook on its gradient, which would be lost: sharding puts another parameter in its place"
+            raise ConfigError("model", name, why, "an observer, or a hook on its module")
 
 
 def _check_settings(config: ModelConfig, build: type[nn.Module]) -> None:

@@ -123,7 +123,7 @@ class CountedStep(Observer):
         report: Callable[[StepLedger], None] | None = None,
     ) -> None:
         self._mesh, self._expected, self._compiled, self._report = mesh, expected, compiled, report
-        self._last, self._counts_at = last_step, -1
+        self._last, self._counts_at, self._all_used = last_step, -1, True
         self._sent: CommunicationLedger | None = None
         self._held: MemoryLedger | None = None
         self.counted: StepLedger | None = None
@@ -142,7 +142,8 @@ class CountedStep(Observer):
             yield
         self._sent = self._held = None
         use, peak = (held.held(), held.allocator_peak_bytes) if held else ([], None)
-        self.counted = StepLedger(entries_of(sent.events), use, peak, self._expected)
+        expected = self._expected if self._all_used else self._expected.of_unused()
+        self.counted = StepLedger(entries_of(sent.events), use, peak, expected)
         if self._report:
             self._report(self.counted)
 
@@ -155,6 +156,9 @@ class CountedStep(Observer):
             yield
 
     def gradients(self, state: TrainState) -> None:
+        if self._sent:
+            wanted = (p for p in state.trained().values() if p.requires_grad)
+            self._all_used = all(parameter.grad is not None for parameter in wanted)
         if self._held:
             self._held.note_gradients()
 
