@@ -53,7 +53,7 @@ def reset_buffers(model: nn.Module) -> None:
     """Fill every buffer again: `to_empty` left them unset."""
     for module in model.modules():
         if hasattr(module, "reset_buffers"):
-            module.reset_buffers()
+            module.reset_buffers()  # type: ignore[operator]
 
 
 def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int | None = None) -> WeightSource:
