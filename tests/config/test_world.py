@@ -49,16 +49,16 @@ def test_a_process_without_torchrun_is_a_world_of_one(left: dict[str, str]) -> N
         ({"RANK": "8"}, "RANK=8: there are ranks 0 to 7"),
         ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4: there are ranks 0 to 3"),
         ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3: does not divide WORLD_SIZE=8"),
-        ({"LOCAL_WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "LOCAL_RANK=0: there are ranks 0 to -1"),
+        ({"LOCAL_WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "LOCAL_WORLD_SIZE=0: no rank is without itself"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: no port is above 65535"),
+        (dict.fromkeys({*TORCHRUN} - {"TORCHELASTIC_RUN_ID"}, ""), "TORCHELASTIC_RUN_ID=x: RANK is not set"),
     ],
 )
 def test_what_another_job_has_left_is_refused_by_name(wrong: dict[str, str], says: str) -> None:
     with pytest.raises(WrongEnvironment) as refused:
         World.from_environment(TORCHRUN | wrong)
     assert str(refused.value).startswith(says)
-    assert refused.value.given == sorted(
-        {*TORCHRUN} - {"TORCHELASTIC_RUN_ID"} - {k for k, v in wrong.items() if not v}
-    )
+    assert refused.value.given == sorted({*TORCHRUN} - {k for k, v in wrong.items() if not v})
 
 
 def test_only_srun_without_torchrun_counts_as_slurm_tasks() -> None:

@@ -155,11 +155,13 @@ def test_srun_in_the_place_of_torchrun_is_refused_by_its_first_task(warm_python:
     step = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
     first = warm_python("mesh.tp=2", SLURM_PROCID="0", **step)
     second = warm_python("mesh.tp=2", SLURM_PROCID="1", **step)
+    wrong = warm_python("mesh.tp=2", SLURM_PROCID="x", **step)
     assert first.err.startswith(
         "error: SLURM_STEP_NUM_TASKS=8: srun started this many jobs of one process each; "
     )
     assert "try: srun --ntasks-per-node=1 torchrun --nnodes=2 --nproc-per-node=4 " in first.err
     assert (first.code, second.code, second.err) == (2, 2, "")
+    assert wrong.refusal.startswith("error: SLURM_PROCID=x: not a whole number; ")
 
 
 def test_main_can_refuse_too(warm_python: Command) -> None:

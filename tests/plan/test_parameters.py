@@ -6,19 +6,8 @@ import pytest
 import torch
 from support.composed import config
 from support.counted_steps import counted_step
-from support.nets import (
-    AllFrozen,
-    Complex,
-    Counting,
-    Frozen,
-    Hooked,
-    Scaled,
-    Tied,
-    Transposed,
-    Unused,
-    Wide,
-    model,
-)
+from support.nets import AllFrozen, Frozen, Scaled, Tied, Unused, model
+from support.odd_nets import Complex, Counting, Hooked, Transposed, Wide
 from torch import nn
 
 from tpresearch.config import ConfigError

@@ -65,55 +65,6 @@ class Unused(ToyLM):
         self.unused = nn.Linear(dim, dim)
 
 
-class Hooked(ToyLM):
-    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
-        super().__init__(vocab_size, dim, hidden_dim)
-        self.output.weight.register_hook(lambda gradient: 2 * gradient)
-
-
-class Complex(ToyLM):
-    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
-        super().__init__(vocab_size, dim, hidden_dim)
-        self.output.weight = nn.Parameter(torch.empty(vocab_size, dim, dtype=torch.complex64))
-
-
-class Wide(ToyLM):
-    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
-        super().__init__(vocab_size, dim, hidden_dim)
-        self.output.double()
-
-
-class Transposed(ToyLM):
-    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
-        super().__init__(vocab_size, dim, hidden_dim)
-        self.output.weight = nn.Parameter(torch.empty(dim, vocab_size).t())
-
-
-class Counts(nn.Module):
-    """With whole numbers and flags, which nothing may round."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.offsets = nn.Parameter(torch.empty(8, dtype=torch.long), requires_grad=False)
-        self.flags = nn.Parameter(torch.empty(8, dtype=torch.bool), requires_grad=False)
-
-    def reset_parameters(self) -> None:
-        self.offsets.fill_(1001)
-        self.flags.fill_(True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (self.offsets - 1000)[0] * self.flags[0]
-
-
-class Counting(ToyLM):
-    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
-        super().__init__(vocab_size, dim, hidden_dim)
-        self.counts = Counts()
-
-    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
-        return self.output(self.counts(self.mlp(self.embed(tokens))))
-
-
 class Buffered(ToyLM):
     """With a buffer that its training changes and its checkpoint has to hold."""
 

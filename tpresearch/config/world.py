@@ -10,6 +10,9 @@ from tpresearch.config.errors import ConfigError
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MASTER = ("MASTER_ADDR", "MASTER_PORT")
+RUN_ID = "TORCHELASTIC_RUN_ID"
+"""Which torchrun sets for each rank."""
+PORTS = range(1 << 16)
 
 
 class WrongEnvironment(ConfigError):
@@ -53,17 +56,22 @@ class World:
         Raises:
             WrongEnvironment: where another job, or a hand, has left some of what torchrun sets.
         """
-        given = {name: env[name] for name in (*PLACE, *MASTER) if env.get(name)}
-        elastic = bool(env.get("TORCHELASTIC_RUN_ID"))
+        given = {name: env[name] for name in (*PLACE, *MASTER, RUN_ID) if env.get(name)}
+        elastic = RUN_ID in given
         if not elastic and (given.get("RANK", "0"), given.get("WORLD_SIZE", "1")) == ("0", "1"):
             return cls()
         rank, size, local_rank, local_size = (_whole(given, name) for name in PLACE)
+        for name, value in (("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", local_size)):
+            if value < 1:
+                raise WrongEnvironment(name, value, "no rank is without itself", given)
         if size > 1:
-            _text(given, "MASTER_ADDR"), _whole(given, "MASTER_PORT")
+            _text(given, "MASTER_ADDR")
+            if (port := _whole(given, "MASTER_PORT")) not in PORTS:
+                raise WrongEnvironment("MASTER_PORT", port, f"no port is above {PORTS[-1]}", given)
         for name, value, most in (("RANK", rank, size - 1), ("LOCAL_RANK", local_rank, local_size - 1)):
             if value > most:
                 raise WrongEnvironment(name, value, f"there are ranks 0 to {most}", given)
-        if local_size < 1 or size % local_size:
+        if size % local_size:
             raise WrongEnvironment(
                 "LOCAL_WORLD_SIZE", local_size, f"does not divide WORLD_SIZE={size}", given
             )

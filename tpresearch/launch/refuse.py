@@ -61,7 +61,8 @@ def _heard_from_another() -> str | None:
     path = _said_on_this_host()
     if path is None:
         tasks, task = os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("SLURM_PROCID")
-        return "" if tasks not in (None, "", "1") and task not in (None, "", "0") else None
+        is_another = task is not None and task.isdecimal() and task != "0"
+        return "" if tasks not in (None, "", "1") and is_another else None
     if os.environ.get("GROUP_RANK", "0") != "0":
         return ""
     try:
