@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpresearch.models.toy_mlp import ToyLM
@@ -79,6 +80,27 @@ class Buffered(ToyLM):
         if self.training:
             self.seen += 1
         return self.output(self.mlp(self.embed(tokens))) / (1 + self.seen)
+
+
+class ReadTwice(ToyLM):
+    """Whose table is read a second time, without a call of its module."""
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        hidden = self.mlp(self.embed(tokens))
+        return self.output(hidden) + F.linear(hidden, self.embed.weight)
+
+
+class EvenEmbedding(nn.Embedding):
+    """Rows of one length: its backward reads the weight again."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, 8 * F.normalize(self.weight, dim=-1))
+
+
+class Normalized(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.embed = EvenEmbedding(vocab_size, dim)
 
 
 def model(kind: type[nn.Module]) -> list[str]:

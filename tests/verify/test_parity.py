@@ -13,9 +13,10 @@ import pytest
 import torch
 from support.composed import config, corpus, in_two_parts
 from support.marks import exhaustive
-from support.nets import Tied
+from support.nets import Normalized, ReadTwice, Tied
 from support.nets import model as twisted
 from support.traces import CLIP, PLANS, agree, digested, traced
+from torch import nn
 
 from tpresearch.config import Config
 from tpresearch.config.world import World
@@ -157,3 +158,10 @@ LLAMA_TIED = ["model=llama2_debug", "model.tied=true"]
 def test_tied_weights_stay_tied(ranks: Ranks, plan: str, size: int, model: list[str]) -> None:
     tied = [*model, f"parallel={plan}", *OPTIMIZERS["adamw"], *COMMON]
     agree(run_on(ranks, size, config(*tied)), reference(config(*tied), corpus(), STEPS))
+
+
+@pytest.mark.parametrize("kind", [ReadTwice, Normalized])
+def test_an_embedding_that_is_read_again_is_there(ranks: Ranks, kind: type[nn.Module]) -> None:
+    """By other code than its own forward, or in its own backward, for which FSDP would not gather it alone."""
+    ours = [*twisted(kind), "parallel=fsdp", *OPTIMIZERS["adamw"], *COMMON]
+    agree(run_on(ranks, 2, config(*ours)), reference(config(*ours), corpus(), STEPS))

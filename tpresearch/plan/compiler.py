@@ -125,7 +125,7 @@ def compile_plan(
     if head and not takes_chunks(model.get_submodule(head), active.get(head), sizes):
         head = None
     split = next((rule.dst[0].dim for rule in active.values() if rule.leaves_split), None)  # type: ignore[union-attr]
-    initializers, ends = read_initializers(model), _ends(model, blocks, seen.head)
+    initializers, ends = read_initializers(model), _ends(model, blocks, seen)
     return Plan(active, blocks, replicated, sizes, split, seen, initializers, head, ends=ends)
 
 
@@ -147,14 +147,19 @@ def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
     return found
 
 
-def _ends(model: nn.Module, blocks: list[str], head: str | None) -> list[str]:
-    """Outside of the blocks, where there are some. What is tied to another stays with that one, in the rest."""
+def _ends(model: nn.Module, blocks: list[str], seen: Probe) -> list[str]:
+    """Outside of the blocks, where there are some. What is tied to another stays with that one, in the rest; so does what
+    others read, or may read where nothing could be seen: it would be gathered for its own forward alone. An embedding
+    with a forward of its own may read its weight in backward too.
+    """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return [
         name
         for name, module in model.named_modules()
         if blocks
-        and (name == head or isinstance(module, nn.Embedding))
+        and (name == seen.head or type(module).forward is nn.Embedding.forward)
+        and name in seen.dims
+        and name not in seen.read_elsewhere
         and not any(f"{name}.".startswith(f"{block}.") for block in blocks)
         and all(uses[id(p)] == 1 for p in module.parameters())
     ]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.choices import Loss
 from tpresearch.config.errors import ConfigError
@@ -44,13 +45,20 @@ class Probe:
     """Modules that draw random numbers, as dropout does, and the shape of the input that each has in a micro-batch."""
     dims: dict[str, Dims] = field(default_factory=dict)
     """By module name, of those that were called."""
+    read_elsewhere: frozenset[str] = frozenset()
+    """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`."""
 
 
 class _Watch(TorchDispatchMode):
-    """Notes by module, while a model runs, which inputs need no gradient and who draws random numbers."""
+    """Notes by module, while a model runs, which inputs need no gradient, who draws random numbers and who reads whose
+    parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self._owners = {
+            id(p): name for name, module in model.named_modules() for p in module.parameters(recurse=False)
+        }
+        self.read_elsewhere: set[str] = set()
         self._running: list[tuple[str, torch.Size]] = []
         self.no_input_grad: set[str] = set()
         self.random: dict[str, torch.Size] = {}
@@ -95,6 +103,9 @@ class _Watch(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and self._running:
             name, shape = self._running[-1]
             self.random[name] = shape
+        reader = self._running[-1][0] if self._running else None
+        owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}
+        self.read_elsewhere |= {owner for owner in owners if owner is not None and owner != reader}
         return func(*args, **(kwargs or {}))
 
 
@@ -104,7 +115,8 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     Raises:
         ConfigError: for data that the model does not take, and an output that is no tensor.
     """
-    watch, model = _Watch(), copy.deepcopy(model)
+    model = copy.deepcopy(model)
+    watch = _Watch(model)
     try:
         with torch.device("meta"), watch.over(model):
             output = model(inputs)
@@ -122,7 +134,12 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
             "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum",
         )
     return Probe(
-        output.shape, frozenset(watch.no_input_grad), _head_of(model, inputs), watch.random, watch.dims()
+        output.shape,
+        frozenset(watch.no_input_grad),
+        _head_of(model, inputs),
+        watch.random,
+        watch.dims(),
+        frozenset(watch.read_elsewhere),
     )
 
 
