@@ -7,6 +7,7 @@ from support.composed import config
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import LoggerConfig
+from tpresearch.config.world import WrongEnvironment
 from tpresearch.track.wandb_host import check_settings
 
 WANDB = {
@@ -47,6 +48,22 @@ def test_what_wandb_would_refuse_is_refused_first(settings: dict, says: str) -> 
     with pytest.raises(ConfigError) as refused:
         check_settings(LoggerConfig(**settings), environment)
     assert str(refused.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "legal"),
+    [
+        ("WANDB_MODE", "foo", "Input should be 'online', 'offline'"),
+        ("WANDB_SILENT", "maybe", "Input should be a valid boolean"),
+        ("WANDB_BASE_URL", "nonsense", "Input should be a valid URL"),
+        ("WANDB_RUN_ID", "a;b", "Run ID cannot contain the characters"),
+    ],
+)
+def test_a_variable_that_wandb_would_refuse_is_to_be_unset(name: str, value: str, legal: str) -> None:
+    with pytest.raises(WrongEnvironment) as refused:
+        check_settings(LoggerConfig(), {"WANDB_PROJECT": "theirs", name: value})
+    assert (refused.value.field, refused.value.given) == (name, [name])
+    assert refused.value.legal.startswith(legal)
 
 
 def test_what_wandb_takes_is_taken() -> None:

@@ -16,10 +16,17 @@ PORTS = range(1 << 16)
 
 
 class WrongEnvironment(ConfigError):
-    """Variables of a launcher that do not fit together; without all of `given` this is a process by itself."""
+    """A variable that says what cannot be, such as one of a launcher's that does not fit the others; the remedy is to go
+    without all of `given`."""
 
-    def __init__(self, name: str, value: object, why: str, given: Iterable[str]) -> None:
-        legal = "what torchrun or srun sets, or none of it for a process by itself"
+    def __init__(
+        self,
+        name: str,
+        value: object,
+        why: str,
+        given: Iterable[str],
+        legal: str = "what torchrun or srun sets, or none of it for a process by itself",
+    ) -> None:
         super().__init__(name, value, why, legal, fix={})
         self.given = sorted(given)
 

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.network import answers
 from tpresearch.config.schema import LoggerConfig, WandbMode
+from tpresearch.config.world import WrongEnvironment
 
 if TYPE_CHECKING:
     import wandb
@@ -22,6 +23,11 @@ Mode = Literal["online", "offline", "disabled"]
 LONGEST, LONGEST_TAG = 128, 64
 """Characters of a name and of a tag, by W&B's own rules; a project or a run's id has none of RESERVED."""
 RESERVED = set("/\\#?%:")
+READ_BY_US = {
+    *("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_JOB_TYPE"),
+    *("WANDB_TAGS", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"),
+}
+"""Variables that need no client to be judged."""
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +48,30 @@ def check_settings(logger: LoggerConfig, environment: Mapping[str, str] = os.env
         if reserved or not value.strip() or value != value.strip() or len(value) > LONGEST:
             legal = f"at most {LONGEST} characters, and none of {' '.join(sorted(RESERVED))}"
             why = f"has {' '.join(sorted(reserved))} in it" if reserved else "W&B takes no such name"
-            fix = {field: LoggerConfig.project} if field == "logger.project" else None
-            raise ConfigError(field, value, why, legal, fix)
+            if field == "WANDB_RUN_ID":
+                raise WrongEnvironment(field, value, why, [field], legal)
+            fix = {"logger.project": LoggerConfig.project, "logger.entity": "null", "logger.name": "null"}
+            raise ConfigError(field, value, why, legal, {field: fix[field]} if field in fix else None)
     for tag in logger.tags:
         if not 0 < len(tag) <= LONGEST_TAG:
             why, legal = f"W&B takes no tag of {len(tag)} characters", f"tags of 1 to {LONGEST_TAG}"
-            raise ConfigError("logger.tags", tag, why, legal)
+            raise ConfigError("logger.tags", tag, why, legal, fix={"logger.tags": "[]"})
+    _check_variables({name: value for name, value in environment.items() if name.startswith("WANDB_")})
+
+
+def _check_variables(given: Mapping[str, str]) -> None:
+    """Refuse a variable that the client would: it would take the run nowhere, and say so in a warning."""
+    if not {*given} - READ_BY_US:
+        return
+    import wandb  # late: it takes a second
+
+    for name, value in given.items():
+        try:
+            wandb.Settings().update_from_env_vars({name: value})
+        except (ValueError, wandb.Error) as error:  # pydantic's, and its own
+            said = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
+            shown = "..." if "KEY" in name else value
+            raise WrongEnvironment(name, shown, "W&B does not take it", [name], said) from None
 
 
 def choose_mode(wanted: WandbMode, settings: wandb.Settings) -> Mode:
