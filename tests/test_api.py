@@ -20,7 +20,7 @@ import tpresearch
 from tpresearch.config import ConfigError
 from tpresearch.config.compose import as_dict
 from tpresearch.config.world import World
-from tpresearch.data import prepare
+from tpresearch.data.pipeline import prepare
 from tpresearch.plan.describe import plan_table
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference

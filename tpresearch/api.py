@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch and pandas take seconds, and a config needs neither
     from torch.optim import Optimizer
 
     from tpresearch.compare.runs import Run
-    from tpresearch.data import Batch
+    from tpresearch.data.batches import Batch
     from tpresearch.parallel.device import Device
     from tpresearch.train.loop import Loop
     from tpresearch.train.state import TrainState
@@ -158,7 +158,7 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     Raises:
         ConfigError: for whatever a run with this config would be refused for.
     """
-    from tpresearch.data import prepare
+    from tpresearch.data.pipeline import prepare
     from tpresearch.parallel.mesh import build_mesh
     from tpresearch.train.assemble import assemble
     from tpresearch.train.main import check_rows, check_same_corpus

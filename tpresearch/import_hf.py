@@ -35,7 +35,7 @@ def main(job: Preflight, run: Run) -> None:
     )
     from tpresearch.checkpoint.save import NotSaved
     from tpresearch.checkpoint.together import own_group
-    from tpresearch.data import prepare
+    from tpresearch.data.pipeline import prepare
     from tpresearch.data.tokenizer import keep_tokenizer, load_hf
     from tpresearch.parallel.group import process_group
     from tpresearch.parallel.mesh import build_mesh

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 from tpresearch.config import Config, ConfigError
-from tpresearch.data import PackedCorpus, check_data, prepare
+from tpresearch.data.check import check_data
+from tpresearch.data.packed import PackedCorpus
+from tpresearch.data.pipeline import prepare
 from tpresearch.launch import Run, World, entrypoint
 
 

@@ -90,7 +90,7 @@ def trained(world: World, cfg: Config) -> float:
     """Processor time of this thread in a step."""
     import torch
 
-    from tpresearch.data import prepare
+    from tpresearch.data.pipeline import prepare
     from tpresearch.parallel.group import process_group
     from tpresearch.parallel.mesh import build_mesh
     from tpresearch.train.assemble import assemble

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tpresearch.data import Batches
+from tpresearch.data.batches import Batches
 from tpresearch.data.packed import read_rows, write_rows
 from tpresearch.models.llama2 import Llama2
 

@@ -20,7 +20,7 @@ from rows import Stage, card_now
 import tpresearch
 from tpresearch.config import Config
 from tpresearch.config.world import World
-from tpresearch.data import prepare
+from tpresearch.data.pipeline import prepare
 from tpresearch.ledger.memory_formulas import expected_bytes
 from tpresearch.parallel.apply import wrap_forward
 from tpresearch.parallel.group import process_group

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpresearch.config.schema import DefectsConfig
-from tpresearch.data import Batch, Batches
+from tpresearch.data.batches import Batch, Batches
 from tpresearch.parallel import apply, weights
 from tpresearch.plan.compiler import Plan
 from tpresearch.train import assemble, evaluate, loop, mistakes, step

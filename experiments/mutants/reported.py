@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from tpresearch.data import Batch
+from tpresearch.data.batches import Batch
 from tpresearch.parallel import norm
 from tpresearch.plan.rules import ResolvedRule
 from tpresearch.train import step

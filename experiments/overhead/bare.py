@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tpresearch.data import Batch
+from tpresearch.data.batches import Batch
 from tpresearch.models.llama2 import Llama2
 
 TP = {

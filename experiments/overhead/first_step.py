@@ -29,7 +29,7 @@ def by_hand(plan: str, dp: int, tp: int, rows: int, seq_len: int, model: dict) -
     import torch.distributed as dist
     from bare import bare_loop
 
-    from tpresearch.data import Batch
+    from tpresearch.data.batches import Batch
 
     dist.init_process_group("gloo")
     torch.manual_seed(0)

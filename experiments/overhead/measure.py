@@ -24,7 +24,7 @@ import torch.distributed as dist
 from bare import bare_loop
 
 from tpresearch.config.compose import as_dict
-from tpresearch.data import prepare
+from tpresearch.data.pipeline import prepare
 from tpresearch.launch import Run, entrypoint
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, data_rank

@@ -28,7 +28,7 @@ from tpresearch.config import Config
 from tpresearch.config.compose import register_schema, typed
 from tpresearch.config.schema import Dtype
 from tpresearch.config.validate import validate
-from tpresearch.data import prepare
+from tpresearch.data.pipeline import prepare
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.ledger.formulas import expected_entries

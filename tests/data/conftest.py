@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data import PackedCorpus
+from tpresearch.data.packed import PackedCorpus
 
 Configure = Callable[..., DataConfig]
 

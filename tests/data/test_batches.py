@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data import IGNORED, Batches, batches_of, eval_batches, meta_batch, prepare
+from tpresearch.data.batches import IGNORED, Batches, batches_of, eval_batches, meta_batch
+from tpresearch.data.pipeline import prepare
 
 
 @pytest.fixture

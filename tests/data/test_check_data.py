@@ -13,7 +13,7 @@ import pytest
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
-from tpresearch.data import check_data
+from tpresearch.data.check import check_data
 from tpresearch.data.tokenizer import train_bpe
 
 
@@ -166,7 +166,7 @@ def test_refusing_a_missing_path_loads_nothing_heavy() -> None:
 import json, sys
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data import check_data
+from tpresearch.data.check import check_data
 try:
     check_data(DataConfig(DataSource.text, "/absent.txt"), TokenizerConfig())
 except ConfigError as error:

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from tpresearch.config.schema import TokenizerConfig
-from tpresearch.data import prepare
 from tpresearch.data.documents import Document
-from tpresearch.data.pipeline import holds_out_whole, split
+from tpresearch.data.pipeline import holds_out_whole, prepare, split
 
 
 def sha1_rule(name: str, every: int) -> bool:

@@ -19,9 +19,10 @@ import pytest
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
-from tpresearch.data import check_data, prepare, tokenizer_size
 from tpresearch.data import hub as hub_room
-from tpresearch.data.tokenizer import train_bpe
+from tpresearch.data.check import check_data
+from tpresearch.data.pipeline import prepare
+from tpresearch.data.tokenizer import tokenizer_size, train_bpe
 
 datasets = pytest.importorskip("datasets")
 import huggingface_hub.constants  # noqa: E402

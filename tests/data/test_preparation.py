@@ -23,14 +23,16 @@ from support.processes import HANG_GUARD_S, ended, forked
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
 from tpresearch.config.world import World
-from tpresearch.data import PackedCorpus, cache, pipeline, prepare
+from tpresearch.data import cache, pipeline
 from tpresearch.data.cache import SAMPLE_BYTES, SAMPLES, checksum
+from tpresearch.data.packed import PackedCorpus
+from tpresearch.data.pipeline import prepare
 from tpresearch.data.tokenizer import train_bpe
 
 ONE_RANK = """
 import logging, sys, zlib
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data import prepare
+from tpresearch.data.pipeline import prepare
 logging.basicConfig(level=logging.INFO)
 path, cache = sys.argv[1:3]
 {patch}

@@ -13,9 +13,9 @@ import pytest
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data import prepare, sources
+from tpresearch.data import sources
 from tpresearch.data.documents import read_file
-from tpresearch.data.pipeline import open_corpus
+from tpresearch.data.pipeline import open_corpus, prepare
 from tpresearch.data.sources import hash_files
 
 TEXTS = [f"document {index}: " + f"words{index} " * 30 for index in range(250)]

@@ -15,8 +15,8 @@ from tokenizers import models, pre_tokenizers, processors
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
-from tpresearch.data import prepare, tokenizer_size
-from tpresearch.data.tokenizer import SOON, Tokenizer, cut, load_hf, special_ids, train_bpe
+from tpresearch.data.pipeline import prepare
+from tpresearch.data.tokenizer import SOON, Tokenizer, cut, load_hf, special_ids, tokenizer_size, train_bpe
 
 HARD = (
     "x = 'naïve'\r\n\tif  y:\n\n\n    pass # 数据🙂!!\n"

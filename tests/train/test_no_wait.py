@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from tpresearch.config import Config
 from tpresearch.config.world import World
-from tpresearch.data import Batch
+from tpresearch.data.batches import Batch
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh

@@ -15,7 +15,8 @@ from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
-from tpresearch.data import batches_of, prepare
+from tpresearch.data.batches import batches_of
+from tpresearch.data.pipeline import prepare
 from tpresearch.ledger.entries import Entry
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.plan.meta import meta_model

@@ -131,7 +131,7 @@ def _op_times() -> dict[str, float]:
 def _tiny_step(plan: str, world: int) -> tuple[float, int, int]:
     """Processor time of a step, and how many ops and collectives it has."""
     from tpresearch.api import load
-    from tpresearch.data import prepare
+    from tpresearch.data.pipeline import prepare
     from tpresearch.parallel.group import process_group
     from tpresearch.parallel.mesh import build_mesh
     from tpresearch.simulate.fake_step import FAKE, record

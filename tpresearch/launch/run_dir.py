@@ -263,7 +263,9 @@ def _words_from_env(variable: str) -> list[str]:
 
 
 def _tokenizer_size(path: str | None) -> int:
-    from tpresearch.data import tokenizer_size  # late: few configs ask, and tokenizers are slow to import
+    from tpresearch.data.tokenizer import (
+        tokenizer_size,  # late: few configs ask, and tokenizers are slow to import
+    )
 
     return tokenizer_size(path)
 

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tpresearch.config.axes import DATA_AXES
-from tpresearch.data import eval_batches
-from tpresearch.data.batches import IGNORED
+from tpresearch.data.batches import IGNORED, eval_batches
 from tpresearch.parallel.apply import reshard
 from tpresearch.parallel.mesh import data_rank, sum_over
 from tpresearch.train.losses import token_loss_of

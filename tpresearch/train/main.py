@@ -19,7 +19,9 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ProfilerName
 from tpresearch.config.validate import total_steps
-from tpresearch.data import AnyCorpus, PackedCorpus, check_enough_rows, prepare
+from tpresearch.data.packed import PackedCorpus, check_enough_rows
+from tpresearch.data.pipeline import prepare
+from tpresearch.data.synthetic import AnyCorpus
 from tpresearch.launch import Run
 from tpresearch.launch.stop import StopFlag, Stopped, fault_of_another_rank
 from tpresearch.ledger.entries import Expected

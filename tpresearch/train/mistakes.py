@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.config.schema import Config
-from tpresearch.data import Batch, Batches
+from tpresearch.data.batches import Batch, Batches
 from tpresearch.parallel.mesh import data_rank
 from tpresearch.parallel.weights import from_seed
 from tpresearch.plan.compiler import Plan

@@ -24,7 +24,7 @@ from tpresearch.config.validate import (
     with_batch_that_fits,
 )
 from tpresearch.config.world import World
-from tpresearch.data import check_data
+from tpresearch.data.check import check_data
 from tpresearch.plan.divisible import check_declared
 from tpresearch.track.tensorboard import check_tensorboard
 from tpresearch.track.wandb_host import check_settings
@@ -182,7 +182,7 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     """
     import torch  # late, and so are those that import it
 
-    from tpresearch.data import meta_batch
+    from tpresearch.data.batches import meta_batch
     from tpresearch.parallel.apply import is_wrapped
     from tpresearch.plan.compiler import compile_plan
     from tpresearch.plan.float8 import float8_layers

@@ -21,7 +21,9 @@ from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.mesh import of_one_rank, used_axes
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
-from tpresearch.data import AnyCorpus, Synthetic, check_data, prepare
+from tpresearch.data.check import check_data
+from tpresearch.data.pipeline import prepare
+from tpresearch.data.synthetic import AnyCorpus, Synthetic
 from tpresearch.train.preflight import planned
 from tpresearch.verify.compare import MaxError, compare, tolerance
 from tpresearch.verify.integers import Exact, exactness, worst_of

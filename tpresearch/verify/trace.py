@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from tpresearch.config.axes import DATA_AXES
 from tpresearch.config.schema import Config
 from tpresearch.config.world import World
-from tpresearch.data import AnyCorpus
+from tpresearch.data.synthetic import AnyCorpus
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, sum_over

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tpresearch.config.compose import register_schema, typed
 from tpresearch.config.world import World
-from tpresearch.data import prepare
+from tpresearch.data.pipeline import prepare
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.parallel.device import Device
