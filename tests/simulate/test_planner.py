@@ -17,7 +17,8 @@ from tpresearch.planner.report import as_json, draw, report
 from tpresearch.simulate.cluster import Cluster, cluster_of
 from tpresearch.simulate.device_memory import fullest
 from tpresearch.simulate.fake_step import record
-from tpresearch.simulate.rows import FEW, MORE, with_rows
+from tpresearch.simulate.rows import FEW, MORE, with_block, with_rows
+from tpresearch.simulate.trace import Trace
 
 CLUSTER = Path(__file__).parents[2] / "conf" / "cluster" / "h100_dgx.yaml"
 
@@ -49,6 +50,26 @@ def test_rows_per_micro_batch_follow_from_two_and_four() -> None:
     assert peak == pytest.approx(
         real_peak, rel=0.05
     )  # the fullest point within a moment may move with the rows
+
+
+def test_a_third_block_at_more_rows_follows_from_three_recorded_steps() -> None:
+    """Op by op and byte by byte what recording it gives, FSDP's gathers and TP's collectives among them."""
+    cfg = config("model=llama2_debug", "parallel=fsdp_tp", "parallel.activation_checkpointing=selective")
+    sizes = validate(at_rows(cfg, 1, 8), 4)
+
+    def at(depth: int, rows: int) -> Trace:
+        args = {**cfg.model.args, "n_layers": depth}
+        deep = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, args=args))
+        return record(at_rows(deep, rows, 2 * rows * sizes.dp), sizes)
+
+    real = at(3, MORE)
+    told = with_block(at(2, FEW), at(3, FEW), at(2, MORE))
+    assert told
+    for mine, theirs in zip((*told.micro_batches, told.end), (*real.micro_batches, real.end), strict=True):
+        assert [(o.name, o.shape, o.event, o.bytes_moved) for o in mine] == [
+            (o.name, o.shape, o.event, o.bytes_moved) for o in theirs
+        ]
+    assert sum(fullest(told.memory).values()) == pytest.approx(sum(fullest(real.memory).values()), rel=0.02)
 
 
 def test_all_that_is_legal_is_a_candidate() -> None:

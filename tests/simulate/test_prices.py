@@ -112,6 +112,10 @@ def work(seconds: float) -> Kernel:
     return Kernel("gemm", "mm", seconds, op("gemm"))
 
 
+def wait_for(storage: int) -> Kernel:
+    return Kernel("wait", "wait_tensor", 0.0, op("wait", reads=[(storage, 0)]))
+
+
 def copy_out(storage: int) -> Kernel:
     return Kernel("copy", "split_with_sizes_copy", 0.0, op("other", "split_with_sizes_copy", [(storage, 0)]))
 
@@ -168,6 +172,28 @@ def test_compiled_elementwise_ops_are_one_kernel() -> None:
     )
     assert eager == pytest.approx(bytes_s(600, cluster()))
     assert compiled == pytest.approx(bytes_s(200, cluster()))
+
+
+@pytest.mark.parametrize(("sending", "step"), [(0.4, 2.2), (4.0, 4.25)])
+def test_async_tp_hides_gathers_and_scatters_behind_their_matmuls(sending: float, step: float) -> None:
+    """In 4 pieces beside matmuls of 1 s: the first piece of a gather and the last of a scatter are what is left exposed;
+    longer than the matmul, all but a piece of the matmul overlaps."""
+    names = ("all_gather", "reduce_scatter")
+    there, back = (Event("tp", "forward", "dtensor", name, 0, 4) for name in names)
+    collective = op("collective", writes=[(1, 0)], event=there)
+    gathered = [Kernel("collective", "all_gather", sending, collective), wait_for(1), work(1.0)]
+    scattered = [
+        work(1.0),
+        Kernel("collective", "reduce_scatter", 0.4, op("collective", writes=[(2, 0)], event=back)),
+        wait_for(2),
+    ]
+    part = [*gathered, *scattered] if sending < 1 else gathered
+    waited, beside = (
+        replay([part, []], 1, cluster(), 8, compiled=True, in_chunks=chunks)["step"]
+        for chunks in (False, True)
+    )
+    assert beside < waited
+    assert beside == pytest.approx(step)
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)

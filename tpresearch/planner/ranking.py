@@ -12,10 +12,10 @@ from tpresearch.config.validate import micro_batches
 from tpresearch.ledger.memory_formulas import expected_bytes
 from tpresearch.planner.candidates import Candidate, Refused, families, micro_batch_rows
 from tpresearch.simulate.cluster import Cluster
-from tpresearch.simulate.depth import Recording, recording
+from tpresearch.simulate.depth import RECORDED, Recording, recording
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict
-from tpresearch.simulate.rows import FEW, MORE, with_rows
+from tpresearch.simulate.rows import FEW, MORE, with_block, with_rows
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.preflight import planned
 
@@ -84,7 +84,7 @@ def rank(cfg: Config, gpus: int, cluster: Cluster) -> Ranking:
 
 def _at_all_rows(family: Candidate, known: Recording, cluster: Cluster) -> Iterator[Judged]:
     """From two rows per micro-batch up to the first that does not fit; a single one, which is no faster, where two do not."""
-    traces = _Traces(family)
+    traces = _Traces(family, known)
     single, *more = micro_batch_rows(family)
     fitted = False
     for rows in more:
@@ -98,7 +98,9 @@ def _at_all_rows(family: Candidate, known: Recording, cluster: Cluster) -> Itera
 
 
 def _judged(candidate: Candidate, known: Recording, traces: _Traces, cluster: Cluster) -> Judged:
-    told = replace(known, cfg=candidate.cfg, sizes=candidate.sizes, recorder=traces.of, traces={})
+    told = replace(
+        known, cfg=candidate.cfg, sizes=candidate.sizes, recorder=traces.of, kept=traces.kept, traces={}
+    )
     return Judged(candidate, predict(told, cluster, check=False))
 
 
@@ -110,29 +112,42 @@ def _held_at_least(candidate: Candidate) -> int:
 
 
 class _Traces:
-    """Recorded steps of a plan on a mesh, at few rows per micro-batch; more rows follow from them."""
+    """Recorded steps of a plan on a mesh, at few blocks and few rows per micro-batch; more of both follow from them."""
 
-    def __init__(self, family: Candidate) -> None:
-        self._family = family
-        self._known: dict[tuple[int, int], Trace] = {}
+    def __init__(self, family: Candidate, known: Recording) -> None:
+        self._family, self._known = family, known
+        self._recorded: dict[tuple[int, int], Trace] = {}
+        self._kept: float | None = None
 
     def of(self, cfg: Config, sizes: MeshSizes) -> Trace:
-        rows = cfg.train.micro_batch_size or 1
-        if rows <= MORE:
-            return self._recorded(cfg, rows)
-        found = with_rows(self._recorded(cfg, FEW), self._recorded(cfg, MORE), rows)
-        return found or record(cfg, sizes)
+        rows, depth = cfg.train.micro_batch_size or 1, cfg.model.args.get(self._known.setting or "", 0)
+        if rows < MORE:
+            return self._at(depth, rows)
+        found = self._more(depth)
+        return found if rows == MORE else with_rows(self._at(depth, FEW), found, rows) or record(cfg, sizes)
 
-    def _recorded(self, cfg: Config, rows: int) -> Trace:
+    def kept(self, cfg: Config, sizes: MeshSizes) -> float:
+        """The same per row, whatever the rows."""
+        self._kept = self._known.kept(cfg, sizes) if self._kept is None else self._kept
+        return self._kept
+
+    def _more(self, depth: int) -> Trace:
+        """At `MORE` rows; three blocks follow from two, where those are not the whole model."""
+        two, three = RECORDED
+        told = None
+        if depth == three and not self._known.is_short:
+            told = with_block(self._at(two, FEW), self._at(three, FEW), self._at(two, MORE))
+        return told or self._at(depth, MORE)
+
+    def _at(self, depth: int, rows: int) -> Trace:
         """In two micro-batches at least, whatever the global batch says: `Trace.parts` takes what is needed."""
-        depth = cfg.model.args.get("n_layers", 0)
-        if (depth, rows) not in self._known:
-            sizes = self._family.sizes
-            batches = max(2, micro_batches(self._family.cfg, sizes))
-            candidate = Candidate(cfg, sizes).at(rows)
-            candidate.cfg.train.global_batch_size = batches * rows * sizes.dp
-            self._known[depth, rows] = record(candidate.cfg, sizes)
-        return self._known[depth, rows]
+        if (depth, rows) not in self._recorded:
+            cfg, sizes = self._family.cfg, self._family.sizes
+            shallow = replace(self._known, cfg=cfg).at(depth) if self._known.setting else cfg
+            candidate = Candidate(shallow, sizes).at(rows)
+            candidate.cfg.train.global_batch_size = max(2, micro_batches(cfg, sizes)) * rows * sizes.dp
+            self._recorded[depth, rows] = record(candidate.cfg, sizes)
+        return self._recorded[depth, rows]
 
 
 def why_slower(one: Judged, best: Judged) -> str:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from tpresearch.ledger.entries import MEMORY_KINDS
 from tpresearch.ledger.memory import MemoryLedger
+from tpresearch.simulate.propagation import propagating
 
 
 class DeviceMemory(MemoryLedger):
@@ -28,6 +29,13 @@ class DeviceMemory(MemoryLedger):
         self._marks: list[tuple[int, str]] = []
         """(notes before it, name) of each moment; one without a name lies between others."""
         self._phases = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if propagating:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def leave_out(self, tensor: Tensor) -> None:
         self._left_out.add(self._number(tensor.untyped_storage(), None))

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
-from tpresearch.config.axes import REPLICATE, MeshSizes
+from tpresearch.config.axes import REPLICATE, SHARD, MeshSizes
 from tpresearch.config.choices import OnNonfinite
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
@@ -61,7 +61,7 @@ class Recording(Observer):
 
 
 def record(cfg: Config, sizes: MeshSizes) -> Trace:
-    """Rank 0's second step, in as many micro-batches as tell how all of them go.
+    """A step of rank 0 that is not its first, in as many micro-batches as tell how all of them go.
 
     Raises:
         ConfigError: for a model whose ops depend on what data hold.
@@ -91,13 +91,26 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
             state = first_state(model, cfg, sizes)
             setup = Setup(cfg, plan, mesh, FAKE, objective_of(cfg, plan), Observers())
             rows = micro_batch_size(cfg, sizes)
-            train_step(state, _batch(cfg, rows, setup), setup)  # makes the optimizer's state
+            if sizes.dp > 1 and sizes[SHARD.name] == 1:  # what replicas gather into, their first step makes
+                train_step(state, _batch(cfg, rows, setup), setup)
+            else:
+                _make_moments(state)
             memory = DeviceMemory(model, state.optimizer)
             recorder = Recorder(mesh, model, plan.blocks, memory)
             setup = dataclasses.replace(setup, observers=Observers([Recording(recorder, memory)]))
             train_step(state, _batch(cfg, rows * count, setup), setup)
     parts = tuple(tuple(part) for part in recorder.micro_batches)
     return Trace(parts, tuple(recorder.end), memory.by_moment())
+
+
+def _make_moments(state: TrainState) -> None:
+    """The optimizer's state, which its first step makes."""
+    trained = [p for p in state.trained().values() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    for parameter in trained:
+        parameter.grad = None
 
 
 def traced(cfg: Config, sizes: MeshSizes) -> tuple[Config, int]:

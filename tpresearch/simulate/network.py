@@ -60,7 +60,9 @@ def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Clus
     if outside:  # each rank of a host has a link of its own, and rings are laid through all of them
         links = where.per_host * cluster["inter_gb_s"] * cluster["inter_efficiency"] * 1e9
         bandwidth = min(bandwidth, links) if where.per_host > 1 else links
-    rounds = 2 if collective == "all_reduce" else 1
+    # gloo's reduce-scatter is an all-reduce of which each rank keeps its part (torch's ProcessGroupGloo.cpp)
+    twice = ("all_reduce", "reduce_scatter") if cluster.is_host else ("all_reduce",)
+    rounds = 2 if collective in twice else 1
     inside_step, outside_step = cluster["intra_step_us"] * 1e-6, cluster["inter_step_us"] * 1e-6
     ring = rounds * ((n - 1 - max(outside - 1, 0)) * inside_step + max(outside - 1, 0) * outside_step)
     steps = [ring]

@@ -153,7 +153,7 @@ def priced(
         kernels(part, cluster, sizes, cfg.parallel.compile) for part in (*trace.micro_batches, trace.end)
     ]
     count = micro_batches(cfg, sizes)
-    return replay(parts, count, cluster, sizes.world, spans, cfg.parallel.compile)
+    return replay(parts, count, cluster, sizes.world, spans, cfg.parallel.compile, cfg.parallel.async_tp)
 
 
 def rows_that_fit(prediction: Prediction) -> int:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpresearch.ledger.communication import CommunicationLedger
 from tpresearch.simulate.device_memory import DeviceMemory
+from tpresearch.simulate.propagation import propagating, propagation_noted
 from tpresearch.simulate.trace import Op, Touched
 
 ONE_KERNEL = (nn.RMSNorm,)
@@ -74,7 +75,7 @@ class Recorder(CommunicationLedger):
             hooks.append(self._blocks[0].register_forward_hook(self._after_first_block))
             hooks.append(self._blocks[-1].register_forward_pre_hook(self._before_last_block))
         try:
-            with self, _hidden_propagation():
+            with self, propagation_noted():
                 yield
         finally:
             for hook in hooks:
@@ -129,7 +130,7 @@ class Recorder(CommunicationLedger):
             result is not NotImplemented
             and func.namespace in _NAMESPACES
             and name not in _RUNS_NOTHING
-            and not _propagating
+            and not propagating
         ):
             self._record(
                 func, name, args, kwargs, result, self.events[-1] if len(self.events) > sent else None
@@ -215,30 +216,3 @@ def _sequence() -> int:
     """The place in autograd's sequence that the next op gets (private, torch 2.11 to 2.14)."""
     found: int = torch.autograd._get_sequence_nr()
     return found
-
-
-_propagating: list[None] = []
-
-
-@contextmanager
-def _hidden_propagation() -> Iterator[None]:
-    """While DTensor runs an op on shapes of whole tensors, to learn what comes of it, nothing is recorded.
-
-    (`ShardingPropagator._propagate_tensor_meta_non_cached`: private, torch 2.11 to 2.14.)
-    """
-    from torch.distributed.tensor._sharding_prop import ShardingPropagator
-
-    original = ShardingPropagator._propagate_tensor_meta_non_cached
-
-    def hidden(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _propagating.append(None)
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            _propagating.pop()
-
-    setattr(ShardingPropagator, original.__name__, hidden)
-    try:
-        yield
-    finally:
-        setattr(ShardingPropagator, original.__name__, original)

@@ -37,6 +37,8 @@ class Streams:
     cluster: Cluster
     compiled: bool = False
     """Whether blocks are: their collectives are issued by compiled code, without DTensor's dispatch."""
+    in_chunks: bool = False
+    """Whether a rule's gathers and scatters are cut up, each piece beside the matmul that wants or made it (async TP)."""
     slower: float = 1.0
     """How many ranks share each core of a CPU."""
     host_s: float = 0.0
@@ -49,6 +51,10 @@ class Streams:
     arrived: dict[int, tuple[float, Event]] = field(default_factory=dict)
     """Storage -> when the collective that fills it is done, and which one that is."""
     reducing: Event | None = None
+    coming: tuple[float, Event, int] | None = None
+    """Of a gather in chunks: when its last one is there, and over how many ranks it goes."""
+    multiplied_s: float = 0.0
+    """How long the last matmul took, where nothing but it was launched since."""
     summed: tuple[float, Event] | None = None
     """When the last sum over replicas is done."""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -95,6 +101,11 @@ class Streams:
             seconds *= 1 + self.cluster["overlap_slowdown"] * beside
         self._note(kernel, "device", start, seconds)
         self.device_s = start + seconds
+        self.multiplied_s = seconds if kernel.kind == "gemm" else 0.0
+        if kernel.kind == "gemm" and self.coming:  # its last chunk of rows waits for the last piece
+            done, event, ranks = self.coming
+            self._wait(done + seconds / ranks, event)
+            self.coming = None
         if kernel.name == "split_with_sizes_copy":
             self.copied_out_s = self.device_s
 
@@ -108,7 +119,7 @@ class Streams:
             self.seconds["waiting for the host"] += self.host_s - self.device_s
             self.device_s = self.host_s
         if not of_fsdp:
-            start = max(free, self.device_s)
+            start = max(free, self.device_s - self._beside(event))
         elif event.collective == "all_gather":
             start = max(free, self.copied_out_s)
         elif event.collective == "all_reduce" and self.reducing:  # of replicas: it follows its reduce-scatter
@@ -116,8 +127,13 @@ class Streams:
         else:
             start = max(free, self.device_s)
         done = start + kernel.seconds
+        if event.collective == "reduce_scatter" and start < self.device_s:
+            done = max(done, self.device_s + kernel.seconds / event.ranks)
         self._note(kernel, event.axis, start, kernel.seconds)
         self.groups[event.axis] = done
+        if self._is_chunked(event) and event.collective == "all_gather":
+            self.coming = done, event, event.ranks
+            done = start + kernel.seconds / event.ranks
         if of_fsdp and event.collective == "all_reduce":
             self.summed = done, event
         elif of_fsdp and event.collective == "reduce_scatter":
@@ -127,6 +143,15 @@ class Streams:
         else:
             filled = kernel.op.writes or kernel.op.reads
             self.arrived[filled[0][0]] = (done, event)
+
+    def _is_chunked(self, event: Event) -> bool:
+        return self.in_chunks and event.issuer == "dtensor" and event.collective != "all_reduce"
+
+    def _beside(self, event: Event) -> float:
+        """How long before now a scatter in chunks began: with the second chunk of the matmul that makes what it sends."""
+        if self._is_chunked(event) and event.collective == "reduce_scatter":
+            return self.multiplied_s * (1 - 1 / event.ranks)
+        return 0.0
 
     def _host_time(self, event: Event) -> str:
         by_rule = event.issuer == "dtensor"
@@ -177,13 +202,15 @@ def replay(
     world: int,
     spans: list[Span] | None = None,
     compiled: bool = False,
+    in_chunks: bool = False,
 ) -> dict[str, float]:
     """Seconds of a step: `step`, busy time by kind, and of collectives `sent/...` and `exposed/...`.
 
     Args:
         parts: the micro-batches that were recorded, then what is done once. micro_batches: how many there are.
+        compiled, in_chunks: see `Streams`.
     """
-    streams = Streams(cluster, compiled, _sharing(cluster, world), spans=spans)
+    streams = Streams(cluster, compiled, in_chunks, _sharing(cluster, world), spans=spans)
     *batches, end = parts
     if micro_batches <= len(batches):
         batches = [*batches[: micro_batches - 1], batches[-1]]

@@ -1,0 +1,114 @@
+"""Steps over a slowed link between two hosts, predicted before they are run.
+
+python experiments/two_hosts/slowed.py CLUSTER.yaml     # of this machine, by `tpresearch.calibrate`; writes slowed.csv, prints the table
+
+`tc` holds what each host sends to 100 Mbit/s, then 1 Gbit/s (a token bucket on the veth pair of hosts.py).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+from hosts import HOSTS, INTERFACE, RANKS_A_HOST, HostsUnavailable, TwoHosts  # noqa: E402
+
+from tpresearch.api import load  # noqa: E402
+from tpresearch.config.validate import validate  # noqa: E402
+from tpresearch.simulate.cluster import Cluster, cluster_of  # noqa: E402
+from tpresearch.simulate.depth import recording  # noqa: E402
+from tpresearch.simulate.fake_step import record  # noqa: E402
+from tpresearch.simulate.prediction import predict  # noqa: E402
+
+RATES = {"100mbit": 100e6, "1gbit": 1e9}
+PAYLOAD = 1448 / 1514
+"""Share of a frame that is not headers: the bucket counts frames."""
+STEPS = 4
+PLANS = ("fsdp_tp", "fsdp", "hsdp", "tp")
+COMMON = (
+    "model=llama2_tiny",
+    "data=random_tokens",
+    "data.seq_len=64",
+    "train.global_batch_size=8",
+    "logger=none",
+)
+NOT_SIMULATED = (f"train.steps={STEPS}", "train.eval_rows=0", "train.log_every=1", "checkpoint.every=null")
+
+
+def main() -> None:
+    plain = yaml.safe_load(Path(sys.argv[1]).read_text())
+    cases = [(rate, plan) for rate in RATES for plan in PLANS]
+    predicted = {case: predicted_s(case[1], slowed(plain, RATES[case[0]])) for case in cases}
+    found = []
+    try:
+        with TwoHosts() as hosts, TemporaryDirectory() as folder:
+            for rate, plan in cases:
+                limit(hosts, rate)
+                measured = measured_s(hosts, plan, Path(folder) / f"{plan}-{rate}")
+                found.append(row(rate, plan, predicted[rate, plan], measured))
+                print(" ".join(f"{value:>10}" for value in found[-1].values()), flush=True)
+    except HostsUnavailable as reason:
+        sys.exit(f"two hosts cannot be made here: {reason}")
+    with (HERE / "slowed.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def slowed(plain: dict[str, Any], bits_per_s: float) -> Cluster:
+    """This machine as two hosts: a rank's share of its host's link."""
+    share = bits_per_s / 8 / RANKS_A_HOST / 1e9
+    numbers = {name: dict(number) for name, number in plain["numbers"].items()}
+    numbers["inter_gb_s"] |= {"value": share}
+    numbers["inter_efficiency"] |= {"value": PAYLOAD}
+    cores = plain["shared_cores"] / len(HOSTS)
+    return cluster_of(
+        {**plain, "numbers": numbers, "devices_per_host": RANKS_A_HOST, "hosts": 2, "shared_cores": cores}
+    )
+
+
+def predicted_s(plan: str, cluster: Cluster) -> float:
+    cfg = load(*COMMON, f"parallel={plan}", config_name="simulate")
+    return predict(recording(cfg, validate(cfg, 4, len(HOSTS)), record), cluster).step_time_s
+
+
+def limit(hosts: TwoHosts, rate: str) -> None:
+    """Both ways."""
+    for name in hosts.names.values():
+        bucket = ("tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
+        words = ("tc", "-n", name, "qdisc", "replace", "dev", INTERFACE, "root", *bucket)
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise HostsUnavailable(f"`{' '.join(words)}` failed: {done.stderr.strip()}")
+
+
+def measured_s(hosts: TwoHosts, plan: str, folder: Path) -> float:
+    """The median step after the first."""
+    words = [*COMMON, f"parallel={plan}", *NOT_SIMULATED, f"hydra.run.dir={folder}"]
+    hosts.torchrun([str(ROOT / "train.py"), *words], folder.with_suffix(".logs"))
+    found: float = json.loads((folder / "summary.json").read_text())["perf/step_time_s"]
+    return found
+
+
+def row(rate: str, plan: str, predicted: float, measured: float) -> dict[str, Any]:
+    return {
+        "link": rate,
+        "parallel": plan,
+        "predicted_s": round(predicted, 3),
+        "measured_s": round(measured, 3),
+        "error": f"{predicted / measured - 1:+.3f}",
+    }
+
+
+if __name__ == "__main__":
+    main()
