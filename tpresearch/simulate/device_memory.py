@@ -30,13 +30,6 @@ class DeviceMemory(MemoryLedger):
         """(notes before it, name) of each moment; one without a name lies between others."""
         self._phases = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if propagating:
-            return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
     def leave_out(self, tensor: Tensor) -> None:
         self._left_out.add(self._number(tensor.untyped_storage(), None))
 
@@ -49,6 +42,8 @@ class DeviceMemory(MemoryLedger):
         """What was waited for is what was sent for; of a fake tensor torch makes another one."""
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]
+        if propagating:
+            return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def mark(self, moment: str) -> None:
