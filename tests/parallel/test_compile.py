@@ -36,7 +36,7 @@ LAYERS = 12
 STEPS = 31
 """With an evaluation before the last two."""
 KINDS = ("none", "selective", "full", "budget")
-EVERY_DAY = {("none", "selective"), ("sp", "full"), ("fsdp", "budget")}
+EVERY_DAY = {("none", "selective"), ("sp", "full"), ("tp", "budget")}
 CASES = [
     (plan, world, kind) if (plan, kind) in EVERY_DAY else exhaustive(plan, world, kind)
     for plan, world in PLANS

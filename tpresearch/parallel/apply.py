@@ -93,7 +93,10 @@ def let_blocks_keep(parallel: ParallelConfig) -> None:
     again (private; read in torch 2.11 to 2.14).
     """
     is_bounded = parallel.activation_checkpointing is Checkpointing.budget
-    torch._functorch.config.activation_memory_budget = parallel.activation_budget if is_bounded else 1.0
+    config = torch._functorch.config
+    config.activation_memory_budget = parallel.activation_budget if is_bounded else 1.0
+    if hasattr(config, "unsafe_treat_script_objects_as_zero_size"):
+        config.unsafe_treat_script_objects_as_zero_size = is_bounded  # a mesh is one, and holds no tensors
 
 
 class Arrived(torch.autograd.Function):
