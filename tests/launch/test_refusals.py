@@ -45,6 +45,7 @@ REFUSED = [
         "plan_only=false",
     ),
     ("optimizer.betas=1", "optimizer.betas=1: of the wrong type; a list, such as [0.9, 0.95]", BETAS),
+    ("logger.tags=abc", "logger.tags=abc: of the wrong type; a list; ", ""),
     ("optimizer.betas=[1,a]", "optimizer.betas=[1,a]: a is of the wrong type; a list, such as [0.9, ", BETAS),
     ("train.dtype=fp8", "train.dtype=fp8: no such choice; one of float32, bfloat16,", "train.dtype=float32"),
     ("parallel.tensor=pp", "parallel.tensor=pp: no such choice; one of tp, sp", "parallel.tensor=sp"),
@@ -63,6 +64,7 @@ REFUSED = [
     ("hydra/launcher=slrm", "hydra/launcher=slrm: no such option; one of slurm", "hydra/launcher=slurm"),
     ("--config-name trane", "--config-name=trane: no such config; one of ", ""),
     ("--steps 3", "flags=--steps: not understood; key=value overrides, then flags; see --hydra-help", None),
+    ("hydra.output_subdir=../x", "hydra.output_subdir=../x: Hydra's record of the config is kept inside", ""),
     ("hydra.run.dir=/dev/null/x", "hydra.run.dir=/dev/null/x: cannot be written: Not a directory; ", None),
     ("name=too_few_ranks", "mesh.tp=2: cannot divide 1; 1, or 2 ranks", "name=too_few_ranks"),
 ]

@@ -187,6 +187,8 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
     why, legal = _reason(message)
     if key != full_key:
         why, legal = f"{shown(error.value)} is of the wrong type", "a list"
+    if "${" in str(default):  # what would be looked up is no example
+        default = None
     if default not in (None, "???") and not legal.startswith("one of"):
         legal += f", such as {shown(default)}"
     return ConfigError(key, error.value if typed is None else typed, why, legal, fix={key: default})
