@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from tpresearch.models.toy_mlp import ToyLM
 
@@ -30,6 +31,12 @@ class Transposed(ToyLM):
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)
         self.output.weight = nn.Parameter(torch.empty(dim, vocab_size).t())
+
+
+class Parametrized(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.output = weight_norm(self.output)
 
 
 class Counts(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils.parametrize import is_parametrized
 
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.imports import imported_class
@@ -67,6 +68,13 @@ def _check_parameters(model: nn.Module) -> None:
     Raises:
         ConfigError: naming the first such parameter.
     """
+    for name, module in model.named_modules():
+        if is_parametrized(module):
+            why, legal = (
+                "it is parametrized, and a rank has its parts alone",
+                "a module that does so in its forward",
+            )
+            raise ConfigError("model", name or type(module).__name__, why, legal)
     first: torch.dtype | None = None
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype is not (first := first or parameter.dtype):
