@@ -1,4 +1,4 @@
-"""When does tensor parallelism pay? FSDP alone beside FSDP with TP inside a host, from 8 to 4,096 ranks, on H100 and A100.
+"""When does tensor parallelism pay? FSDP alone beside FSDP with TP inside a host, from 8 to 65,536 ranks, on H100 and A100.
 
 python experiments/when_tp/measure.py     # prints the table, writes results.csv and when_tp.png beside this file
 
@@ -25,9 +25,9 @@ from tpresearch.simulate.depth import recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import predict  # noqa: E402
 
-ROWS = 4096
-"""Of the global batch: 16 million tokens."""
-WORLDS = (8, 64, 512, 2048, 4096)
+ROWS = 8192
+"""Of the global batch: 34 million tokens."""
+WORLDS = (8, 64, 512, 2048, 8192, 65_536)
 DEGREES = (1, 2, 8)
 CLUSTERS = ("h100_dgx", "a100_80")
 COMMON = (
@@ -39,6 +39,7 @@ COMMON = (
     "parallel.activation_checkpointing=selective",
     f"train.global_batch_size={ROWS}",
     "train.micro_batch_size=1",
+    "parallel.compile=true",
 )
 
 
@@ -48,6 +49,7 @@ def main() -> None:
         for name in CLUSTERS
     }
     found = []
+    kept: dict[int, float] = {}
     for world in WORLDS:
         for degree in DEGREES:
             plan = ["parallel=fsdp"] if degree == 1 else ["parallel=fsdp_tp", f"mesh.tp={degree}"]
@@ -58,6 +60,9 @@ def main() -> None:
                 print(f"{world:>7,} ranks, tp={degree}: {error.why}", flush=True)
                 continue
             recorded = recording(cfg, sizes, record)
+            if degree not in kept:  # of a block, whatever the number of ranks that shard weights
+                kept[degree] = recorded.kept(recorded.at(2), sizes)
+            recorded.kept = lambda _cfg, _sizes, degree=degree: kept[degree]
             for name, cluster in clusters.items():
                 one = predict(recorded, cluster, check=False)
                 exposed = {
@@ -107,7 +112,7 @@ def draw(found: list[dict]) -> None:
             xscale="log",
             xlabel="ranks",
             ylabel="MFU, %, predicted",
-            title=f"Llama2-7B, 16M tokens per step, {name}",
+            title=f"Llama2-7B, 34M tokens per step, {name}",
         )
         axes.grid(alpha=0.3)
         axes.legend()
