@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -96,8 +97,8 @@ def measured_s(hosts: TwoHosts, plan: str, folder: Path) -> float:
     """The median step after the first."""
     words = [*COMMON, f"parallel={plan}", *NOT_SIMULATED, f"hydra.run.dir={folder}"]
     hosts.torchrun([str(ROOT / "train.py"), *words], folder.with_suffix(".logs"))
-    found: float = json.loads((folder / "summary.json").read_text())["perf/step_time_s"]
-    return found
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return median(row["perf/step_time_s"] for row in rows[1:] if row.get("perf/step_time_s"))
 
 
 def row(rate: str, plan: str, predicted: float, measured: float) -> dict[str, Any]:
