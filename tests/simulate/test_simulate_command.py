@@ -59,6 +59,7 @@ def test_a_step_is_foretold(simulate) -> None:
             "error: train.dtype=float64: ",
         ),
         (("parallel.fsdp.cpu_offload=true",), "error: parallel.fsdp.cpu_offload=true: "),
+        (("train.dtype=bfloat16", "train.float8=rowwise"), "error: train.float8=rowwise: "),
     ],
 )
 def test_what_cannot_be_simulated_is_refused_in_one_line(

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.choices import Float8
 from tpresearch.config.choices import Checkpointing, Float8
 from tpresearch.config.mesh import used_axes
 from tpresearch.config.validate import validate
@@ -45,8 +44,6 @@ def judge(cfg: Config, world: World) -> Judged:
     if cfg.parallel.activation_checkpointing is Checkpointing.budget:
         why = "what a compiler chooses to recompute is not simulated"
         raise ConfigError("parallel.activation_checkpointing", "budget", why, "none, selective or full")
-    if cfg.train.float8 is not Float8.none:
-        raise ConfigError("train.float8", cfg.train.float8, "its matmuls and casts are not priced", "none")
     if not cluster.peak_flops(cfg.train.dtype):
         why = f"cluster {cluster.name} states no rate for it"
         raise ConfigError("train.dtype", cfg.train.dtype, why, "a dtype with a peak_tflops above 0")
