@@ -27,7 +27,7 @@ from hosts import HOSTS, INTERFACE, RANKS_A_HOST, HostsUnavailable, TwoHosts  # 
 from tpresearch.api import load  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
 from tpresearch.simulate.cluster import Cluster, cluster_of  # noqa: E402
-from tpresearch.simulate.depth import recording  # noqa: E402
+from tpresearch.simulate.depth import Recording, recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import predict  # noqa: E402
 
@@ -49,7 +49,10 @@ NOT_SIMULATED = (f"train.steps={STEPS}", "train.eval_rows=0", "train.log_every=1
 def main() -> None:
     plain = yaml.safe_load(Path(sys.argv[1]).read_text())
     cases = [(rate, plan) for rate in RATES for plan in PLANS]
-    predicted = {case: predicted_s(case[1], slowed(plain, RATES[case[0]])) for case in cases}
+    recorded = {plan: recorded_step(plan) for plan in PLANS}
+    predicted = {
+        (rate, plan): predict(recorded[plan], slowed(plain, RATES[rate])).step_time_s for rate, plan in cases
+    }
     found = []
     try:
         with TwoHosts() as hosts, TemporaryDirectory() as folder:
@@ -78,9 +81,9 @@ def slowed(plain: dict[str, Any], bits_per_s: float) -> Cluster:
     )
 
 
-def predicted_s(plan: str, cluster: Cluster) -> float:
+def recorded_step(plan: str) -> Recording:
     cfg = load(*COMMON, f"parallel={plan}", config_name="simulate")
-    return predict(recording(cfg, validate(cfg, 4, len(HOSTS)), record), cluster).step_time_s
+    return recording(cfg, validate(cfg, 4, len(HOSTS)), record)
 
 
 def limit(hosts: TwoHosts, rate: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,16 @@ def test_a_gather_overlaps_with_the_block_before_it(gathering: float, step: floa
     found = replay([part, []], 1, cluster(), 8)
     assert found["step"] == pytest.approx(step)
     assert found["exposed/dp_shard/forward/fsdp/all_gather"] == pytest.approx(exposed)
+
+
+@pytest.mark.parametrize(("between_hosts", "step"), [(False, 4.0), (True, 3.0)])
+def test_ranks_that_share_a_core_slow_down_what_it_does_but_not_the_network(
+    between_hosts: bool, step: float
+) -> None:
+    event = Event("tp", "forward", "dtensor", "all_gather", 0, 2)
+    sent = Kernel("collective", "all_gather", 1.0, op("collective", event=event), between_hosts)
+    shared = dataclasses.replace(cluster(), shared_cores=4)
+    assert replay([[sent, work(1.0)], []], 1, shared, 8)["step"] == pytest.approx(step)
 
 
 def test_micro_batches_that_are_not_recorded_take_as_long_as_the_last() -> None:

@@ -24,6 +24,8 @@ class Kernel(NamedTuple):
     seconds: float
     op: Op
     """The op that it is, or the last of those that are fused in it."""
+    between_hosts: bool = False
+    """Whether it is a network that takes this long, which ranks on shared cores do not slow down."""
 
 
 def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: bool) -> list[Kernel]:
@@ -63,10 +65,9 @@ def _alone(op: Op, cluster: Cluster, sizes: MeshSizes) -> Kernel:
     if op.kind == "collective":
         assert op.event
         event = op.event
-        seconds = collective_s(
-            event.collective, event.tensor_bytes, route(event.axis, sizes, cluster), cluster
-        )
-        return Kernel("collective", event.collective, seconds, op)
+        where = route(event.axis, sizes, cluster)
+        seconds = collective_s(event.collective, event.tensor_bytes, where, cluster)
+        return Kernel("collective", event.collective, seconds, op, where.hosts > 1)
     if op.kind == "wait":
         return Kernel("wait", op.name, 0.0, op)
     kind = "copy" if op.name in COPIES else "elementwise" if op.kind == "other" else op.kind

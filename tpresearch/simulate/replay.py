@@ -78,7 +78,8 @@ class Streams:
     def _on_host(self, kernel: Kernel) -> None:
         event = kernel.op.event if kernel.kind == "collective" else None
         host = self.cluster[self._host_time(event) if event else "launch_us"] * 1e-6
-        seconds = (kernel.seconds + host * (kernel.kind != "wait")) * self.slower
+        seconds = kernel.seconds * (1.0 if kernel.between_hosts else self.slower)
+        seconds += host * (kernel.kind != "wait") * self.slower
         self._note(kernel, "cpu", self.device_s, seconds)
         if event:
             self.seconds[_exposed(event)] += seconds
