@@ -80,7 +80,7 @@ def _agreed(composed: DictConfig, world: World, held: ExitStack) -> tuple[Path, 
     given = _is_given(composed.hydra.run)
     if not str(composed.hydra.run.dir).strip():
         raise ConfigError("hydra.run.dir", "", "names no folder", "a folder, new or empty; . for this one")
-    record = composed.hydra.output_subdir
+    record = OmegaConf.select(composed, "hydra.output_subdir")
     if record is not None and (record == ".." or Path(record).parts != (Path(record).name,)):
         why, legal = (
             "Hydra's record of the config is kept inside the run's folder",
