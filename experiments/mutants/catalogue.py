@@ -77,6 +77,7 @@ MUTANTS = [
     Mutant("a sum is thrown away", "sp", 2, "gradients", reported.sum_is_thrown_away, LLAMA),
     Mutant("a sum is made twice", "sp", 2, "gradients", reported.sum_is_made_twice, LLAMA),
     Mutant("norm counts replicas", "hsdp", 4, "grad norm", reported.replicas_counted_in_the_norm),
+    Mutant("norm counts tp replicas", "tp", 2, "grad norm", reported.tensor_replicas_counted_in_the_norm),
     Mutant("norm takes a shard for the whole", "tp", 2, "grad norm", reported.a_shard_taken_for_whole_in_the_norm),
     Mutant("backward sum forgotten in one branch", "tp", 2, "gradients", reported.forgotten_in_one_branch),
     Mutant("gradients in a stale buffer", "fsdp", 2, "gradients", reported.stale_gradient_buffer),

@@ -36,7 +36,7 @@ class WithoutSync:
 
 def sync_is_a_no_op() -> Patched:
     """Gradients are not summed between replicas, by a call that looks as if they were (NVIDIA/Megatron-LM#7452 and
-    #1685)."""
+    #1685; over a group of one rank: ByteDance-Seed/VeOmni#1059)."""
     return patch("torch.distributed.fsdp._fully_shard._fsdp_collectives.dist", WithoutSync())
 
 
@@ -71,6 +71,18 @@ def replicas_counted_in_the_norm() -> Patched:
         return right(gradients, mesh) * mesh.size(0) ** 0.5
 
     return patch.object(step, "global_norm", inflated)
+
+
+def tensor_replicas_counted_in_the_norm() -> Patched:
+    """Weights that every tp rank holds whole are marked as split over tp, and their squares counted once per rank
+    (ROCm/TransformerEngine#715)."""
+    right = norm.local_shard
+
+    def marked(tensor: Tensor) -> tuple[Tensor, frozenset[str]]:
+        local, axes = right(tensor)
+        return local, axes | {"tp"}
+
+    return patch.object(norm, "local_shard", marked)
 
 
 def a_shard_taken_for_whole_in_the_norm() -> Patched:
