@@ -64,15 +64,15 @@ def _metric(part: tuple[Op, ...]) -> list[Op]:
     return [op for op in part if op.phase == "loss" and op.name in (*CASTS, *SOFTMAX)]
 
 
-def _of_loss(part: tuple[Op, ...]) -> set[int]:
-    """Places of its ops: the phase's, and those of backward before the first matmul."""
+def _of_loss(part: tuple[Op, ...]) -> list[int]:
+    """Places of its ops, in their order: the phase's, and those of backward before the first matmul."""
     begins = next(i for i, op in enumerate(part) if op.phase == "backward")
     ends = next(i for i, op in enumerate(part) if i > begins and op.kind == "gemm")
-    return {
+    return [
         i
         for i, op in enumerate(part)
         if (op.phase == "loss" or begins <= i < ends) and op.name in (*CASTS, *SOFTMAX)
-    }
+    ]
 
 
 def _narrow(touched: tuple[tuple[int, int], ...], logits_bytes: int) -> tuple[tuple[int, int], ...]:
