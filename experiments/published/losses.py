@@ -10,9 +10,12 @@
 
 from __future__ import annotations
 
-from rows import Row
+from typing import TYPE_CHECKING
 
 from tpresearch.simulate.trace import Op, Trace
+
+if TYPE_CHECKING:
+    from rows import Row
 
 CASTS = ("_to_copy",)
 SOFTMAX = ("_log_softmax", "nll_loss_forward", "nll_loss_backward", "_log_softmax_backward_data")
