@@ -10,7 +10,7 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config, TokenizerKind
 from tpresearch.config.world import World
-from tpresearch.hf.own import is_own
+from tpresearch.hf.files import is_own
 from tpresearch.launch import Run, entrypoint
 from tpresearch.train.preflight import Preflight, preflight
 

@@ -28,9 +28,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tpresearch.config.compose import register_schema, typed
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
-from tpresearch.hf.names import is_rotated
+from tpresearch.hf.export import write_config, write_weights
+from tpresearch.hf.llama import is_rotated
 from tpresearch.hf.read import check_weights, from_hugging_face
-from tpresearch.hf.write import write_config, write_weights
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.parallel.apply import parallelize

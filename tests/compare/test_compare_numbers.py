@@ -29,9 +29,8 @@ from tpresearch.compare.numbers import (
 )
 from tpresearch.compare.report import DIFFERENCES, ROUNDING, RUNS, SEEDS, Report, tables
 from tpresearch.compare.runs import find
-from tpresearch.track.figures import comparable
 from tpresearch.track.panels import SECTIONS
-from tpresearch.track.table import Table
+from tpresearch.track.table import Table, comparable
 
 PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
 LOSS = "train/loss"

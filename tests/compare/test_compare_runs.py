@@ -11,9 +11,8 @@ import pytest
 import yaml
 from support.made_runs import Made
 
-from tpresearch.compare.__main__ import main
+from tpresearch.compare.__main__ import Overlay, Seeds, main, parse
 from tpresearch.compare.groups import check_comparable, labels, one_by_one, over_seeds, sciences_of
-from tpresearch.compare.options import Overlay, Seeds, parse
 from tpresearch.compare.runs import find
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER

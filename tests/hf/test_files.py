@@ -23,8 +23,8 @@ from torch import Tensor
 from tpresearch.config import ConfigError
 from tpresearch.data import hub as hub_room
 from tpresearch.hf.files import is_hugging_face
+from tpresearch.hf.llama import read_settings
 from tpresearch.hf.read import check_weights
-from tpresearch.hf.settings import read_settings
 from tpresearch.plan.meta import meta_model
 
 INDEX = "model.safetensors.index.json"

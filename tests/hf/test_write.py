@@ -14,8 +14,8 @@ from support.llamas import imported, relative_difference
 from torch import Tensor, nn
 
 from tpresearch.config import ConfigError
-from tpresearch.hf.settings import read_settings
-from tpresearch.hf.write import write_config, write_weights
+from tpresearch.hf.export import write_config, write_weights
+from tpresearch.hf.llama import read_settings
 
 transformers = pytest.importorskip("transformers", reason="the reference comes with the hf extra")
 

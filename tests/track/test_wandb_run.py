@@ -21,7 +21,7 @@ from tpresearch.launch.stop import Stopped
 from tpresearch.track import Tracker
 from tpresearch.track.names import NAMES
 from tpresearch.track.record import read_metrics, read_summary
-from tpresearch.track.wandb_file import records, rows_on_disk
+from tpresearch.track.wandb_run import records, rows_on_disk
 
 
 def test_what_arrives_is_what_the_record_holds(

@@ -19,11 +19,10 @@ from tpresearch.compare.look import Look
 from tpresearch.compare.numbers import max_differences, numbers, pooled_differences, unpaired
 from tpresearch.compare.runs import Run
 from tpresearch.config.errors import ConfigError
-from tpresearch.track.figures import figure_cells, figures_of, mean_cells
 from tpresearch.track.panels import SECTIONS, Panel
 from tpresearch.track.record import write_atomically
 from tpresearch.track.shown import UNDEFINED, path_text, printable
-from tpresearch.track.table import Cell, Table, markdown
+from tpresearch.track.table import Cell, Table, figure_cells, figures_of, markdown, mean_cells
 
 IN_COMMON = (
     *("model.name", "corpus_hash", "tokenizer.vocab_size", "data.seq_len", "train.global_batch_size"),

@@ -20,10 +20,10 @@ from tpresearch.config.compared import compared, with_defaults
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER
 from tpresearch.launch.command import WrongCommand, python_command
-from tpresearch.track.figures import comparable
 from tpresearch.track.names import PARTS, Row, finite
 from tpresearch.track.record import read_metrics, read_record
 from tpresearch.track.shown import UNDEFINED, path_text, setting_text
+from tpresearch.track.table import comparable
 
 RECORD = ("config.yaml", "summary.json", "metrics.jsonl", "console.log")
 """A folder with any of these is a run's; a sweep's job that failed early has only the last."""

@@ -1,8 +1,10 @@
-"""From what Hydra composed to the typed `Config`: the one place where a DictConfig is read."""
+"""From what Hydra composed to the typed `Config`, its paths resolved: the one place where a DictConfig is read."""
 
 from __future__ import annotations
 
 import dataclasses
+import glob
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -10,13 +12,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.config.bounds import check_bounds
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.launchers import SlurmConfig, TorchrunConfig
 from tpresearch.config.model import ModelConfig, Rule
 from tpresearch.config.reading import check_sane, check_value
-from tpresearch.config.schema import ComposedConfig, Config
+from tpresearch.config.schema import ComposedConfig, Config, SlurmConfig, TorchrunConfig
 
 MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
 RULE_KEYS = {"match", "style", "src", "dst", "axis", "units"}
+FOLDERS = ("data.cache_dir", "logger.dir")
+"""Keys of folders that may have to be made."""
+PATHS = ("data.path", "tokenizer.path", "init_from", "resume")
+"""Keys of what is there already; where nothing is, the value is no path but a name, as of a data set on the hub."""
 
 
 def register_schema() -> None:
@@ -118,3 +123,20 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, str) else value  # an enum becomes its name
+
+
+def resolve_paths(cfg: Config) -> None:
+    """Make relative paths absolute, in place."""
+    for key in (*FOLDERS, *PATHS):
+        branch, _, name = key.rpartition(".")
+        owner = getattr(cfg, branch) if branch else cfg
+        setattr(owner, name, _resolved(getattr(owner, name), always=key in FOLDERS))
+
+
+def _resolved(value: Any, always: bool) -> Any:
+    if isinstance(value, list):
+        return [_resolved(item, always) for item in value]
+    if not isinstance(value, str) or not value.strip():
+        return value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if always or path.exists() or glob.glob(str(path), recursive=True) else value

@@ -1,4 +1,4 @@
-"""A Hugging Face folder, here or on the hub: which of its files has which tensor, judged before any is read."""
+"""A Hugging Face folder, here or on the hub: which of its files has which tensor, judged before any is read. Or a run of ours in its place."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from tpresearch.checkpoint.disk import NAME, step_folders
+from tpresearch.checkpoint.resume import find_checkpoint, run_of
+from tpresearch.config.compose import model_config
 from tpresearch.config.errors import ConfigError
 from tpresearch.data.hub import download, looks_like_hub_id
-from tpresearch.hf.names import EMBEDDING, OUTPUT
-from tpresearch.hf.own import is_own, settings_of_run, tokenizer_of_run
-from tpresearch.hf.settings import CONFIG, read_settings
+from tpresearch.data.tokenizer import TOKENIZER_FOLDER
+from tpresearch.hf.llama import CONFIG, EMBEDDING, NAMES, OUTPUT, read_settings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "BF16", "F16")
 NOT_WEIGHTS = ".rotary_emb.inv_freq"
 """How the names end of what older versions of transformers kept beside the weights, and compute now."""
 LEGAL = "a folder or hub id of a Llama with config.json and model.safetensors, or a checkpoint of ours"
+LLAMA = "tpresearch.models.llama2.Llama2"
 
 
 def is_hugging_face(init_from: str) -> bool:
@@ -168,3 +171,44 @@ def _index(path: Path, named: str) -> dict[str, str]:
 
 def _refused(named: str, why: str) -> ConfigError:
     return ConfigError("init_from", named, why, LEGAL)
+
+
+def is_own(init_from: str) -> bool:
+    """Whether this names a checkpoint of ours, or a run that has one."""
+    path = Path(init_from).expanduser()
+    try:
+        return os.path.isdir(path) and bool(NAME.fullmatch(path.resolve().name) or step_folders(path))
+    except OSError:  # said by whoever reads it
+        return False
+
+
+def settings_of_run(init_from: str) -> dict[str, Any]:
+    """The settings of the Llama that a run or checkpoint of ours is of.
+
+    Raises:
+        ConfigError: where no checkpoint is whole, or its model is no Llama.
+    """
+    from tpresearch.plan.meta import all_settings  # late: it imports torch
+
+    mark = find_checkpoint(Path(init_from), "init_from").mark
+    model = model_config(mark.experiment["model"])
+    if model.target != LLAMA:
+        why, legal = f"its model is {model.name}, and model=hf is a Llama", f"model={model.name}"
+        raise ConfigError("init_from", init_from, why, legal, fix={"model": model.name})
+    settings = all_settings(model)
+    return {name: settings[name] for name in NAMES}
+
+
+def tokenizer_of_run(init_from: str) -> str:
+    """The folder in which a run keeps its tokenizer.
+
+    Raises:
+        ConfigError: where it has none, since its data were numbers.
+    """
+    folder = run_of(Path(init_from)) / TOKENIZER_FOLDER
+    if not folder.is_dir():
+        size = find_checkpoint(Path(init_from), "init_from").mark.experiment["tokenizer"]["vocab_size"]
+        fix = {"tokenizer": "bpe", "tokenizer.vocab_size": size}
+        why, legal = "it keeps no tokenizer, since its data had no text", "another tokenizer beside model=hf"
+        raise ConfigError("init_from", init_from, why, legal, fix=fix)
+    return str(folder)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.model import ModelConfig
 from tpresearch.hf.files import check_tensors, settings_of, tensor_files, weights_folder
-from tpresearch.hf.names import hugging_face_name, hugging_face_rows, is_rotated
-from tpresearch.hf.settings import check_settings
+from tpresearch.hf.llama import check_settings, hugging_face_name, hugging_face_rows, is_rotated
 from tpresearch.parallel.weights import WeightSource, held, local_part, pieces
 from tpresearch.plan.meta import all_settings
 from tpresearch.plan.parameters import tied_parameters

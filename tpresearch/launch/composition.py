@@ -18,9 +18,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from tpresearch.config.compose import typed
+from tpresearch.config.compose import resolve_paths, typed
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.paths import resolve_paths
 from tpresearch.config.schema import Config
 from tpresearch.launch.command import override_key
 

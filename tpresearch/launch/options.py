@@ -15,7 +15,7 @@ from tpresearch import interrupt
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
 from tpresearch.launch.command import refuse_typed_secrets
-from tpresearch.launch.printing import print_without_fail
+from tpresearch.launch.logs import print_without_fail
 from tpresearch.launch.refuse import refuse
 
 Options = TypeVar("Options")

@@ -15,9 +15,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils.parametrize import is_parametrized
 
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.imports import imported_class
 from tpresearch.config.model import ModelConfig
-from tpresearch.config.reading import check_value
+from tpresearch.config.reading import check_value, imported_class
 from tpresearch.config.training import TrainConfig
 
 MOST_MODULES = 3_000

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map_only
 
 from tpresearch.config.axes import LAYER_AXES, MeshSizes
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.imports import imported_class, instantiate
 from tpresearch.config.model import Rule
+from tpresearch.config.reading import imported_class, instantiate
 from tpresearch.plan.divisible import SEQUENCE_DIM
 
 OUTPUTS = {"logits": Shard(-1), "batch": Shard(0)}

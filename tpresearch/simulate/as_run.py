@@ -10,7 +10,7 @@ from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.simulate.prediction import Prediction
 from tpresearch.track import record
 from tpresearch.track.metrics_file import MetricsFile
-from tpresearch.track.run_name import run_name
+from tpresearch.track.shown import run_name
 
 
 def write_run(prediction: Prediction, folder: Path) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpresearch.agent import TO_SAVE_S
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.launchers import SlurmConfig
+from tpresearch.config.schema import SlurmConfig
 from tpresearch.launch.stop import end_with_parent
 from tpresearch.sweep.job import CONSOLE_LOG, Job
 from tpresearch.sweep.launcher import TorchrunLauncher

@@ -23,7 +23,7 @@ from tpresearch.track.console import ProgressLine, report
 from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import Row
 from tpresearch.track.next_steps import NextSteps
-from tpresearch.track.run_name import run_name
+from tpresearch.track.shown import run_name
 from tpresearch.track.tensorboard import TensorboardRun
 from tpresearch.track.wandb_host import LONGEST, LONGEST_TAG
 from tpresearch.track.wandb_run import WandbRun

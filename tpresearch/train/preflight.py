@@ -184,8 +184,8 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
 
     from tpresearch.data.batches import meta_batch
     from tpresearch.parallel.apply import is_wrapped
+    from tpresearch.parallel.float8 import float8_layers
     from tpresearch.plan.compiler import compile_plan
-    from tpresearch.plan.float8 import float8_layers
     from tpresearch.plan.meta import meta_model, weight_dtype
     from tpresearch.plan.parameters import check_parameters
     from tpresearch.plan.probe import check_loss, probe

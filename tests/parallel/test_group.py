@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from tpresearch.config.world import World
-from tpresearch.parallel.meeting import HERE, fresh_store
+from tpresearch.parallel.group import HERE, fresh_store
 
 SIZE = 3
 
