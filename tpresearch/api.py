@@ -194,7 +194,7 @@ def _to_look_at(cfg: Config, ranks: int) -> Job:
     why = f"this one process has what the first of its {ranks} ranks would hold, to look at"
     legal = f"to compute with it, torchrun --nproc-per-node={ranks} {script}; or parallel=none"
     missing = ConfigError("parallel", cfg.parallel.name, why, legal, fix={}, nproc=ranks)
-    return Job(first_state(model, cfg, job.sizes), mesh, missing)
+    return Job(first_state(model, cfg, job.plan, mesh), mesh, missing)
 
 
 _groups: dict[tuple[str, int], AbstractContextManager[None]] = {}

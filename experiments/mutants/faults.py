@@ -95,11 +95,11 @@ def counting(tokens: Callable[[list[Batch], int], float]) -> Patched:
     """Divide the loss by another count of tokens."""
     right = step.accumulate_gradients
 
-    def accumulate(model: nn.Module, micro_batches: list[Batch], setup: Setup) -> Tensor:
+    def accumulate(state: TrainState, micro_batches: list[Batch], setup: Setup) -> Tensor:
         objective = setup.objective
         assert isinstance(objective, NextToken)
         miscounted = replace(objective, tokens=tokens(micro_batches, objective.tokens))  # type: ignore[arg-type]
-        return right(model, micro_batches, replace(setup, objective=miscounted))
+        return right(state, micro_batches, replace(setup, objective=miscounted))
 
     return patch.object(step, "accumulate_gradients", accumulate)
 
@@ -177,12 +177,12 @@ kept_from_step_to_step = mistake(keep_gradients=True)
 def last_micro_batch_only() -> Patched:
     right = step.accumulate_gradients
 
-    def accumulate(model: nn.Module, micro_batches: list[Batch], setup: Setup) -> Tensor:
+    def accumulate(state: TrainState, micro_batches: list[Batch], setup: Setup) -> Tensor:
         *first, last = micro_batches
-        share = right(model, first, setup)
-        for parameter in model.parameters():
+        share = right(state, first, setup)
+        for parameter in state.model.parameters():
             parameter.grad = None
-        return share + right(model, [last], setup)
+        return share + right(state, [last], setup)
 
     return patch.object(step, "accumulate_gradients", accumulate)
 

@@ -6,7 +6,8 @@ says what it is modelled on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -21,23 +22,33 @@ from tpresearch.data.batches import Batch
 from tpresearch.parallel import norm
 from tpresearch.plan.rules import ResolvedRule
 from tpresearch.train import step
+from tpresearch.train.state import TrainState
 from tpresearch.train.step import Setup
 
 
 class WithoutSync:
-    """torch.distributed as FSDP sees it, but that an all-reduce leaves everything as it was."""
+    """torch.distributed as FSDP and `Replicas` see it, but that an all-reduce leaves everything as it was."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(dist, name)
 
-    def all_reduce(self, *_: Any, **__: Any) -> None:
-        return None
+    def all_reduce(self, *_: Any, **__: Any) -> WithoutSync:
+        return self
+
+    def wait(self) -> None:
+        """What was asked for is done at once."""
 
 
-def sync_is_a_no_op() -> Patched:
+@contextmanager
+def sync_is_a_no_op() -> Iterator[None]:
     """Gradients are not summed between replicas, by a call that looks as if they were (NVIDIA/Megatron-LM#7452 and
     #1685; over a group of one rank: ByteDance-Seed/VeOmni#1059)."""
-    return patch("torch.distributed.fsdp._fully_shard._fsdp_collectives.dist", WithoutSync())
+    of_fsdp, own = (
+        "torch.distributed.fsdp._fully_shard._fsdp_collectives.dist",
+        "tpresearch.parallel.replicas.dist",
+    )
+    with patch(of_fsdp, WithoutSync()), patch(own, WithoutSync()):
+        yield
 
 
 def sum_is_thrown_away() -> Patched:
@@ -135,9 +146,9 @@ def divided_for_the_log_only() -> Patched:
     (pipeline stages, pytorch/torchtitan#2972)."""
     right = step.accumulate_gradients
 
-    def accumulate(model: nn.Module, micro_batches: list[Batch], setup: Setup) -> Tensor:
-        share = right(model, micro_batches, setup)
-        for parameter in model.parameters():
+    def accumulate(state: TrainState, micro_batches: list[Batch], setup: Setup) -> Tensor:
+        share = right(state, micro_batches, setup)
+        for parameter in state.model.parameters():
             parameter.grad.mul_(setup.objective.tokens)  # type: ignore[attr-defined]
         return share
 

@@ -36,7 +36,7 @@ def two_steps(cfg: Config, world: int) -> None:
         model = parallelize(job.model, job.plan, cfg.parallel, mesh, cfg.train.dtype)
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialize(model, FAKE.torch, lambda _: None)
-            state = first_state(model, cfg, job.sizes)
+            state = first_state(model, cfg, job.plan, mesh)
             setup = Setup(cfg, job.plan, mesh, FAKE, objective_of(cfg, job.plan), Observers())
             finite = FiniteCheck(FAKE.torch)
             for _ in range(2):

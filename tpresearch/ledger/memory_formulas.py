@@ -52,7 +52,7 @@ def _has_masters(plan: Plan, cfg: Config) -> bool:
 
 
 def _is_wrapped(plan: Plan, cfg: Config) -> bool:
-    return plan.sizes.dp > 1 or cfg.parallel.fsdp.cpu_offload
+    return plan.sizes.shards > 1 or cfg.parallel.fsdp.cpu_offload
 
 
 def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:
@@ -92,9 +92,8 @@ def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) ->
 def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, element: int) -> int:
     """Of the output layer's gradient, made with the loss, where it does not become the parameter's own as it is."""
     weight = model.output.weight
-    is_the_gradient = (
-        not _is_wrapped(plan, cfg) and not _has_masters(plan, cfg) and micro_batches(cfg, plan.sizes) == 1
-    )
+    alone = plan.sizes.dp == 1 and not cfg.parallel.fsdp.cpu_offload
+    is_the_gradient = alone and not _has_masters(plan, cfg) and micro_batches(cfg, plan.sizes) == 1
     if not weight.requires_grad or is_the_gradient:
         return 0
     return math.prod(local_shape("output.weight", model, plan)) * element

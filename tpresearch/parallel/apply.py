@@ -142,15 +142,14 @@ _SLOW_OPS = {
 def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:
     """`fully_shard` each block, embedding and output layer, then the root, where there is anything for it to do.
 
-    Gradients are summed, not averaged, over data-parallel ranks: the loss is divided by the global token count.
+    Over replicas alone it would only copy: see `replicas.py`. Gradients are summed, not averaged, over data-parallel ranks: the loss is divided by the global token count.
     """
-    if not is_wrapped(mesh.size(), fsdp):
+    if not is_wrapped(plan.sizes.shards, fsdp):
         return
     precision = MixedPrecisionPolicy()
     if dtype is Dtype.bfloat16:
-        reduce_dtype = getattr(torch, fsdp.reduce_dtype)
         # Inputs are left as they are: token ids, and a rotary table that bfloat16 would blunt.
-        precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype, cast_forward_inputs=False)
+        precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype(fsdp, dtype), cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if fsdp.cpu_offload else OffloadPolicy()
     shard = functools.partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for name in plan.blocks:
@@ -174,17 +173,22 @@ def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh,
         module.set_force_sum_reduction_for_comms(True)
 
 
-def is_wrapped(ranks: int, fsdp: FsdpConfig) -> bool:
-    """Whether `fully_shard` is applied: over one rank it would only copy each weight and gradient, at each micro-batch,
-    but for offloading.
+def is_wrapped(shards: int, fsdp: FsdpConfig) -> bool:
+    """Whether `fully_shard` is applied: where it shards nothing it would only copy each weight and gradient, at each
+    micro-batch, but for offloading.
     """
-    return ranks > 1 or fsdp.cpu_offload
+    return shards > 1 or fsdp.cpu_offload
 
 
-def has_masters(ranks: int, fsdp: FsdpConfig, train: TrainConfig) -> bool:
+def has_masters(shards: int, fsdp: FsdpConfig, train: TrainConfig) -> bool:
     """Whether float32 weights stand beside a bfloat16 model. Where `fully_shard` is applied, it keeps them itself."""
     mixed = train.dtype is Dtype.bfloat16 and train.weights is WeightDtype.float32
-    return mixed and not is_wrapped(ranks, fsdp)
+    return mixed and not is_wrapped(shards, fsdp)
+
+
+def reduce_dtype(fsdp: FsdpConfig, dtype: Dtype) -> torch.dtype | None:
+    """In which gradients are summed over data-parallel ranks; None for their own dtype."""
+    return getattr(torch, fsdp.reduce_dtype) if dtype is Dtype.bfloat16 else None
 
 
 def gathered(layer: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
-from tpresearch.config.axes import REPLICATE, SHARD, MeshSizes
+from tpresearch.config.axes import REPLICATE, MeshSizes
 from tpresearch.config.choices import OnNonfinite
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
@@ -88,13 +88,10 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
         model = parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialize(model, FAKE.torch, lambda _: None)
-            state = first_state(model, cfg, sizes)
+            state = first_state(model, cfg, plan, mesh)
             setup = Setup(cfg, plan, mesh, FAKE, objective_of(cfg, plan), Observers())
             rows = micro_batch_size(cfg, sizes)
-            if sizes.dp > 1 and sizes[SHARD.name] == 1:  # what replicas gather into, their first step makes
-                train_step(state, _batch(cfg, rows, setup), setup)
-            else:
-                _make_moments(state)
+            _make_moments(state)
             memory = DeviceMemory(model, state.optimizer)
             recorder = Recorder(mesh, model, plan.blocks, memory)
             setup = dataclasses.replace(setup, observers=Observers([Recording(recorder, memory)]))

@@ -198,7 +198,7 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     seen = probe(model, batch.inputs, cfg)
     check_loss(seen.output, batch.targets, cfg)
     plan = compile_plan(model, cfg.model, cfg.parallel, sizes, cfg.data.seq_len, rows, seen)
-    check_parameters(model, plan, cfg.parallel.name, is_wrapped(sizes.dp, cfg.parallel.fsdp))
+    check_parameters(model, plan, cfg.parallel.name, is_wrapped(sizes.shards, cfg.parallel.fsdp))
     check_split_output(plan, cfg)
     if cfg.train.float8 is not Float8.none:
         plan = dataclasses.replace(plan, float8=float8_layers(model, plan, cfg, sizes))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tpresearch.parallel.replicas import Replicas
 from tpresearch.parallel.weights import WeightSource
 from tpresearch.train.masters import Masters
 
@@ -23,6 +24,8 @@ class TrainState:
     optimizer: Optimizer
     masters: Masters | None = None
     """Float32 weights, where the model computes on bfloat16 copies of them: the optimizer moves these."""
+    replicas: Replicas | None = None
+    """What sums gradients over replicas, where nothing is sharded over data."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Every parameter once, by its first name, as the optimizer moves it, with its gradient."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -19,6 +19,7 @@ from tpresearch.data.batches import Batch
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.mesh import sum_together
 from tpresearch.parallel.norm import global_norm
+from tpresearch.parallel.replicas import like_weight
 from tpresearch.parallel.weights import local_part
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.losses import Objective
@@ -76,7 +77,7 @@ def train_step(state: TrainState, batch: Batch, setup: Setup) -> StepResult:
     """
     observers = setup.observers
     with observers.step(state):
-        loss = accumulate_gradients(state.model, batch.split(setup.micro_rows), setup)
+        loss = accumulate_gradients(state, batch.split(setup.micro_rows), setup)
         with observers.phase("backward"):
             reduce_partial_gradients(state, setup.plan, setup.mesh)
         observers.gradients(state)
@@ -88,23 +89,29 @@ def train_step(state: TrainState, batch: Batch, setup: Setup) -> StepResult:
     return StepResult(loss, norm)
 
 
-def accumulate_gradients(model: nn.Module, micro_batches: list[Batch], setup: Setup) -> Tensor:
-    """Add the gradient of the loss to every parameter.
+def accumulate_gradients(state: TrainState, micro_batches: list[Batch], setup: Setup) -> Tensor:
+    """Add the gradient of the loss to every parameter, summed over data-parallel ranks; over replicas once.
 
     Returns: this data-parallel rank's share of the loss, a detached scalar.
     """
-    objective, phase = setup.objective, setup.observers.phase
+    model, objective, phase = state.model, setup.objective, setup.observers.phase
     parameter = next(model.parameters())
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     share = torch.zeros((), dtype=dtype, device=micro_batches[0].inputs.device)
     for index, rows in enumerate(micro_batches):
-        if isinstance(model, FSDPModule):  # replicas are summed once, after the last micro-batch
-            model.set_requires_all_reduce(index == len(micro_batches) - 1)
+        last = index == len(micro_batches) - 1
+        if isinstance(model, FSDPModule):
+            model.set_requires_all_reduce(last)
+        elif state.replicas:
+            state.replicas.due = last
         with objective.context():
             loss = objective(model, rows, phase)
             with phase("backward"):
                 loss.backward()
         share += loss.detach()
+    if state.replicas:
+        with phase("backward"):
+            state.replicas.finish()
     return share
 
 
@@ -124,11 +131,8 @@ def reduce_partial_gradients(state: TrainState, plan: Plan, mesh: DeviceMesh) ->
     for axis, gradients in by_axis.items():
         sum_together(mesh, gradients, axis)
     for parameter in trained.values():
-        gradient = parameter.grad
-        if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
-            continue
-        if gradient.placements != parameter.placements:
-            parameter.grad = gradient.redistribute(placements=parameter.placements)
+        if parameter.grad is not None:
+            parameter.grad = like_weight(parameter.grad, parameter)
 
 
 @torch.no_grad()  # or each `to_local` is recorded for a backward through it

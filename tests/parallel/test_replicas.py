@@ -1,0 +1,109 @@
+"""Over replicas gradients are summed while backward goes on: a unit at a time, as soon as the last of its gradients is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.composed import config, corpus, in_two_parts
+from support.counted_steps import FAKE
+from torch import Tensor, nn
+
+from tpresearch.config.world import World
+from tpresearch.ledger.communication import CommunicationLedger
+from tpresearch.parallel.device import Device
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.parallel.replicas import Replicas
+from tpresearch.train.assemble import assemble
+from tpresearch.train.preflight import preflight
+from tpresearch.verify.ranks import Ranks
+
+LAYERS = 3
+CPU = Device(torch.device("cpu"), "gloo", "cpu")
+
+
+def test_units_are_summed_while_backward_goes_on() -> None:
+    """What was sent when each block's output has its gradient, in the last of two micro-batches alone."""
+    cfg = in_two_parts(config("model=llama2_debug", "parallel=ddp", f"model.n_layers={LAYERS}"), 4)
+    job = preflight(cfg, World(size=4, local_size=4))
+    found: dict[str, list[int]] = {f"layers.{layer}": [] for layer in range(LAYERS)}
+    with process_group(FAKE, job.world):
+        mesh = build_mesh(job.sizes, "cpu")
+        loop = assemble(job, mesh, FAKE, corpus())
+        loop.step()
+        for name, seen in found.items():
+
+            def note(_: nn.Module, args: Any, output: Tensor, seen: list[int] = seen) -> None:
+                output.register_hook(lambda _: seen.append(len(ledger.events)))
+
+            loop.state.model.get_submodule(name).register_forward_hook(note)
+        with CommunicationLedger(mesh) as ledger:
+            loop.step()
+        of_units = len(ledger.events)
+        gradients = [p.numel() * 4 for p in loop.state.model.parameters()]
+    assert found == {
+        "layers.2": [0, 2],
+        "layers.1": [0, 3],
+        "layers.0": [0, 4],
+    }  # output and norm before them
+    assert of_units == LAYERS + 3
+    assert sum(event.tensor_bytes for event in ledger.events) == sum(gradients)
+
+
+class Net(nn.Module):
+    """Two units and a third parameter; what has no part in a loss differs from backward to backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.c = nn.Parameter(torch.ones(3))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+
+def sums_of(world: World, dtype: torch.dtype | None) -> list[dict[str, Tensor | None]]:
+    """Gradients after the sum: of two backwards through everything, and of one through `a` and `b.bias` alone."""
+    found: list[dict[str, Tensor | None]] = []
+    with process_group(CPU, world):
+        torch.manual_seed(0)
+        net = Net()
+        replicas = Replicas(net, dict(net.named_parameters()), ["a", "b"], dist.group.WORLD, dtype)
+        x = torch.full((2, 3), float(world.rank + 1))
+        for due in (False, True):
+            replicas.due = due
+            (net.b(net.a(x)) * net.c).sum().backward()
+        replicas.finish()
+        found.append({name: p.grad for name, p in net.named_parameters()})
+        net.zero_grad()
+        (net.a(x).sum() + net.b.bias.sum()).backward()
+        replicas.finish()
+        found.append({name: p.grad for name, p in net.named_parameters()})
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_sums_are_those_of_each_replica(ranks: Ranks, dtype: torch.dtype | None) -> None:
+    first, second = ranks.run(2, sums_of, dtype)
+    torch.manual_seed(0)
+    net = Net()
+    for nth in range(2):
+        net.zero_grad()
+        for rank in range(2):
+            x = torch.full((2, 3), rank + 1.0)
+            if nth == 0:
+                (2 * (net.b(net.a(x)) * net.c).sum()).backward()
+            else:
+                (net.a(x).sum() + net.b.bias.sum()).backward()
+        for name, parameter in net.named_parameters():
+            for found in (first[nth][name], second[nth][name]):
+                if parameter.grad is None:
+                    assert found is None
+                else:
+                    assert found is not None
+                    assert found.dtype == torch.float32
+                    torch.testing.assert_close(
+                        found, parameter.grad, rtol=1e-6 if dtype is None else 2e-2, atol=0
+                    )

@@ -1,0 +1,132 @@
+"""Gradients summed over replicas while backward goes on, as data parallelism does (arXiv 2006.15704, section 3.2).
+
+For meshes on which nothing is sharded over data: `fully_shard` over one shard copies each weight before it is used, and
+each gradient twice more than this.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tpresearch.parallel.weights import local_part
+
+
+class Unit:
+    """Parameters whose gradients are summed in one all-reduce, begun as soon as the last of them is there.
+
+    Args:
+        trained: those that have the gradients. dtype: in which they are summed; None for their own.
+    """
+
+    def __init__(
+        self, trained: list[nn.Parameter], group: dist.ProcessGroup, dtype: torch.dtype | None
+    ) -> None:
+        self._trained, self._group, self._dtype = trained, group, dtype
+        self._missing = len(trained)
+        self._sent: Callable[[], None] | None = None
+
+    def arrived(self) -> None:
+        """One more of its gradients is there."""
+        self._missing -= 1
+        if not self._missing:
+            self._send()
+
+    def _send(self) -> None:
+        """Let go of the gradients: they become parts of the one tensor that is summed."""
+        having = [(p, like_weight(p.grad, p)) for p in self._trained if p.grad is not None]
+        if not having:
+            return
+        parts = [local_part(gradient).flatten() for _, gradient in having]
+        sizes, forms = [part.numel() for part in parts], [(p, _form(gradient)) for p, gradient in having]
+        flat = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype or parts[0].dtype)
+        for parameter, _ in having:
+            parameter.grad = None
+        work = dist.all_reduce(flat, group=self._group, async_op=True)
+
+        def receive() -> None:
+            assert work is not None
+            work.wait()
+            for (parameter, form), part in zip(forms, flat.split(sizes), strict=True):
+                parameter.grad = form(part)
+
+        self._sent = receive
+
+    def finish(self) -> None:
+        """Wait for the sum; of those that are there, where some have no part in the loss."""
+        if self._missing:
+            self._send()
+        if self._sent:
+            self._sent()
+        self._missing, self._sent = len(self._trained), None
+
+
+def like_weight(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient cut as its parameter is: rules leave some partial over their axis, or replicated."""
+    if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+        return gradient
+    if gradient.placements == parameter.placements:
+        return gradient
+    return gradient.redistribute(placements=parameter.placements)
+
+
+def _form(gradient: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes a gradient like this one from its elements on this rank."""
+    dtype, shape = gradient.dtype, gradient.shape
+    if not isinstance(gradient, DTensor):
+        return lambda part: part.view(shape).to(dtype)
+    local, stride = local_part(gradient).shape, gradient.stride()
+    mesh, placements = gradient.device_mesh, gradient.placements
+
+    def form(part: Tensor) -> Tensor:
+        own = part.view(local).to(dtype)
+        return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    return form
+
+
+class Replicas:
+    """All units of a model.
+
+    Args:
+        trained: by the name of each of the model's parameters, the one that has its gradient: its master, or itself.
+        units: names of the modules that are a unit each; all other parameters are one more.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        units: Iterable[str],
+        group: dist.ProcessGroup,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.due = True
+        """Whether the next backward is the last one before the sum."""
+        prefixes = [f"{unit}." for unit in units]
+        members: dict[str, list[tuple[nn.Parameter, nn.Parameter]]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                within = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+                members.setdefault(within, []).append((parameter, trained[name]))
+        self._units = []
+        for pairs in members.values():
+            unit = Unit([having for _, having in pairs], group, dtype)
+            self._units.append(unit)
+            for parameter, _ in pairs:  # after the hook of Masters, if there is one
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, unit))
+
+    def _arrived(self, unit: Unit, _: Tensor) -> None:
+        if self.due:
+            unit.arrived()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Every gradient is the sum over replicas from here on."""
+        for unit in self._units:
+            unit.finish()
