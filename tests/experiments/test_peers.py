@@ -15,8 +15,19 @@ from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
 TURNS = str(ROOT / "experiments" / "peers" / "turns.py")
-JOB = ("model=llama2_debug", "data=random_tokens", "data.seq_len=16", "train.global_batch_size=8", "train.steps=7")
-SAME = ("schedule=constant", "schedule.warmup_steps=0", "optimizer.weight_decay=0", "train.clip_grad_norm=0.2")
+JOB = (
+    "model=llama2_debug",
+    "data=random_tokens",
+    "data.seq_len=16",
+    "train.global_batch_size=8",
+    "train.steps=7",
+)
+SAME = (
+    "schedule=constant",
+    "schedule.warmup_steps=0",
+    "optimizer.weight_decay=0",
+    "train.clip_grad_norm=0.2",
+)
 
 
 @pytest.mark.parametrize("plan", ["fsdp_tp", exhaustive("sp"), exhaustive("fsdp")])

@@ -83,7 +83,7 @@ def test_a_plan_that_would_untie_is_refused_and_both_are_named(
     assert all(name in str(error) for name in names)
 
 
-@pytest.mark.parametrize("overrides", [["parallel=fsdp"], ["parallel=ddp", "train.dtype=bfloat16"]])
+@pytest.mark.parametrize("overrides", [["parallel=fsdp"], ["parallel=fsdp", "train.dtype=bfloat16"]])
 def test_a_scalar_is_refused_where_fsdp_would_shard_it(overrides: list[str]) -> None:
     error = refused(*model(Scaled), *overrides)
     assert "scale.s is a scalar" in str(error)
@@ -120,6 +120,7 @@ def test_uneven_rows_are_refused_with_the_next_vocabulary_that_fits() -> None:
         ),
         (Transposed, "parallel=fsdp", 2),
         *((Frozen, plan, 2) for plan in ("parallel=ddp", "parallel=fsdp")),
+        *((kind, "parallel=ddp", 2) for kind in (Scaled, Tied)),
     ],
 )
 def test_formulas_are_what_is_measured(kind: type, plan: str, world: int) -> None:

@@ -24,6 +24,7 @@ PLANS = [
     (4, ["parallel=fsdp_tp"]),
     (4, ["parallel=hsdp_tp", "train.dtype=float64"]),
     (4, ["parallel=fsdp_tp", "train.dtype=bfloat16"]),
+    (4, ["parallel=hsdp_tp", "train.dtype=bfloat16"]),
     (4, ["parallel=tp", "model.vocab_size=263"]),
     (2, ["parallel=tp", "parallel.loss_parallel=false"]),
 ]

@@ -12,9 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from tpresearch.config.axes import REPLICATE
+from tpresearch.config.schema import Dtype, FsdpConfig
+from tpresearch.parallel.apply import is_wrapped, reduce_dtype
 from tpresearch.parallel.weights import local_part
+from tpresearch.plan.compiler import Plan
 
 
 class Unit:
@@ -130,3 +135,23 @@ class Replicas:
         """Every gradient is the sum over replicas from here on."""
         for unit in self._units:
             unit.finish()
+
+
+def replicas_of(
+    model: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    plan: Plan,
+    fsdp: FsdpConfig,
+    dtype: Dtype,
+    mesh: DeviceMesh,
+) -> Replicas | None:
+    """What sums the gradients of a model that has its weights, a block, an embedding or an output layer at a time; None
+    where there are no replicas, or `fully_shard` sums.
+
+    Args:
+        trained: see `Replicas`.
+    """
+    if plan.sizes.dp == 1 or is_wrapped(plan.sizes.shards, fsdp):
+        return None
+    units, group = (*plan.blocks, *plan.ends), mesh.get_group(REPLICATE.name)
+    return Replicas(model, trained, units, group, reduce_dtype(fsdp, dtype))

@@ -48,7 +48,7 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: str, fully_sharded:
         _check_tie(name, owner, model, plan, fully_sharded)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0 and fully_sharded:
-            legal = "a parameter of shape [1], or parallel=none, tp or sp in float32 or float64"
+            legal = "a parameter of shape [1], or parallel=none, ddp, tp or sp"
             raise ConfigError("parallel", parallel, f"{name} is a scalar, which FSDP does not shard", legal)
         if plan.sizes.shards > 1:
             _check_rows(name, parameter, model, plan)

@@ -11,17 +11,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpresearch.checkpoint.load import weights_from
 from tpresearch.checkpoint.resume import find_checkpoint
 from tpresearch.checkpoint.together import RankFailed
-from tpresearch.config.axes import REPLICATE
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.data.batches import batches_of
 from tpresearch.data.synthetic import AnyCorpus
 from tpresearch.hf.files import is_hugging_face
 from tpresearch.hf.read import from_hugging_face
-from tpresearch.parallel.apply import has_masters, is_wrapped, parallelize, reduce_dtype
+from tpresearch.parallel.apply import has_masters, parallelize
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.float8 import to_float8
-from tpresearch.parallel.replicas import Replicas
+from tpresearch.parallel.replicas import replicas_of
 from tpresearch.parallel.weights import WeightSource, from_seed, materialize, parameter_device
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.initializers import Initializer
@@ -70,12 +69,9 @@ def assemble(
 
 def first_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> TrainState:
     """A model that has its first weights, with the optimizer that moves them."""
-    shards, fsdp, replicas = plan.sizes.shards, cfg.parallel.fsdp, None
-    masters = Masters(model) if has_masters(shards, fsdp, cfg.train) else None
+    masters = Masters(model) if has_masters(plan.sizes.shards, cfg.parallel.fsdp, cfg.train) else None
     trained = trained_parameters(model, masters)
-    if plan.sizes.dp > 1 and not is_wrapped(shards, fsdp):
-        units, dtype = (*plan.blocks, *plan.ends), reduce_dtype(fsdp, cfg.train.dtype)
-        replicas = Replicas(model, trained, units, mesh.get_group(REPLICATE.name), dtype)
+    replicas = replicas_of(model, trained, plan, cfg.parallel.fsdp, cfg.train.dtype, mesh)
     return TrainState(0, model, build_optimizer(trained.values(), cfg.optimizer), masters, replicas)
 
 

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from tpresearch.config.axes import TENSOR
 from tpresearch.config.schema import Config, Dtype
 from tpresearch.config.world import World
-from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.apply import has_masters, parallelize
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import axis_size, build_mesh, data_rank, sizes_of
+from tpresearch.parallel.replicas import replicas_of
 from tpresearch.parallel.weights import fill
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.meta import weight_dtype
@@ -112,11 +113,14 @@ def _compare(
 
     alone = SingleLayer(layer)
     rules = {"layer": rule} if rule else {}
-    parallelize(alone, Plan(rules, ["layer"], [], plan.sizes), cfg.parallel, mesh, cfg.train.dtype).to_empty(
-        device=device
-    )
-    for key, parameter in alone.named_parameters():
+    plan = Plan(rules, ["layer"], [], plan.sizes)
+    parallelize(alone, plan, cfg.parallel, mesh, cfg.train.dtype).to_empty(device=device)
+    if has_masters(plan.sizes.shards, cfg.parallel.fsdp, cfg.train):
+        alone.bfloat16()  # as the copies that the model computes with
+    parameters = dict(alone.named_parameters())
+    for key, parameter in parameters.items():
         fill(parameter, whole.get_parameter(key.removeprefix("layer.")).detach())
+    replicas = replicas_of(alone, parameters, plan, cfg.parallel.fsdp, cfg.train.dtype, mesh)
     src, dst = (rule.src[0], rule.dst[0]) if rule else (Replicate(), Replicate())
     part = _part(x.detach(), src, mesh).to(device)
     part = part.to(dtype).requires_grad_() if x.requires_grad else part
@@ -127,6 +131,8 @@ def _compare(
             own, output.device_mesh, output.placements, shape=output.shape, stride=output.stride()
         )
     output.backward(own)
+    if replicas:
+        replicas.finish()
     gradients = {key.removeprefix("layer."): p.grad for key, p in alone.named_parameters()}
     return Exact(
         name,
