@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpresearch.config.compose import as_dict
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.synthetic import AnyCorpus
-from tpresearch.hf.write import write_config, write_weights
+from tpresearch.hf.export import write_config, write_weights
 from tpresearch.launch import Run, entrypoint
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, data_rank
