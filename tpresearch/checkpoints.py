@@ -1,4 +1,7 @@
-"""`python -m tpresearch.checkpoints RUN [verify=true]`: what a run has saved, and whether each is whole."""
+"""`python -m tpresearch.checkpoints RUN [verify=true]`: what a run has saved, and whether each is whole.
+
+Step, loss, plan and mesh, size of each; exit code 1 if one is not whole.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,15 @@ from tpresearch.launch.options import command, read_options
 from tpresearch.track.shown import UNDEFINED, bytes_text, count_text, loss_text, path_text
 from tpresearch.track.table import Table
 
-USAGE = """\
-python -m tpresearch.checkpoints RUN [verify=true]
-
-  lists the checkpoints of a run: step, loss, plan and mesh, size, and whether it is whole; exit code 1 if one is not
-  verify     true: read every byte and compare checksums; by default only marks and the sizes of files
-"""
-
 
 @dataclass
 class Options:
     verify: bool = False
+    """Read every byte and compare checksums; by default only marks and the sizes of files."""
 
 
 def main() -> None:
     arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE, file=sys.stdout if arguments else sys.stderr)
-        sys.exit(0 if arguments else 2)
     named = [word for word in arguments if not word.startswith("verify")]
     options = read_options(Options, [word for word in arguments if word not in named])
     if len(named) != 1:
@@ -87,4 +81,4 @@ def table(folders: list[Path], found: list[Checkpoint | str]) -> Table:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, Options)

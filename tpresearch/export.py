@@ -1,4 +1,7 @@
-"""`python -m tpresearch.export checkpoint=RUN_OR_STEP out=DIR`: a checkpoint as a folder that transformers reads."""
+"""`python -m tpresearch.export checkpoint=RUN_OR_CHECKPOINT out=FOLDER`: a checkpoint as a folder that transformers reads.
+
+Of a Llama: its weights, config.json and tokenizer. It needs no ranks.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,6 @@ from tpresearch.checkpoint.resume import find_checkpoint
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.options import command, read_options
 
-USAGE = """\
-python -m tpresearch.export checkpoint=RUN_OR_CHECKPOINT out=FOLDER [dtype=float32|bfloat16|float16|float64]
-
-  writes a Llama's weights, config.json and tokenizer as Hugging Face's libraries read them; needs no ranks
-  checkpoint  the folder of a run, for its newest checkpoint, or of a checkpoint
-  out         a folder that is not there yet
-  dtype       of the weights that are written; by default that of the checkpoint, so that nothing is lost
-"""
-
 
 class WeightDtype(StrEnum):
     float32 = "float32"
@@ -34,16 +28,15 @@ class WeightDtype(StrEnum):
 @dataclass
 class Options:
     checkpoint: str = MISSING
+    """The folder of a run, for its newest checkpoint, or of a checkpoint."""
     out: str = MISSING
+    """A folder that is not there yet."""
     dtype: WeightDtype | None = None
+    """Of the weights: float32, bfloat16, float16 or float64; by default that of the checkpoint, so that nothing is lost."""
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    if not words or {"-h", "--help"} & set(words):
-        print(USAGE, file=sys.stdout if words else sys.stderr)
-        sys.exit(0 if words else 2)
-    options = read_options(Options, words)
+    options = read_options(Options, sys.argv[1:])
     out = Path(options.out).expanduser()
     if os.path.lexists(out):
         fix = {"out": f"{options.out.rstrip('/')}-2"}
@@ -56,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, Options)

@@ -254,4 +254,5 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
 
 def test_help_is_printed(start: Start) -> None:
     assert "checkpoint=RUN_OR_CHECKPOINT out=FOLDER" in start(None, "-m", "tpresearch.export", "--help").out
-    assert start(None, "-m", "tpresearch.export").code == 2
+    said = start(None, "-m", "tpresearch.export").err
+    assert said.startswith("error: checkpoint=: required and not given; ")

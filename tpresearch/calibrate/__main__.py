@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.help import help_of_options
 from tpresearch.launch.options import command, read_options
 
 
@@ -31,9 +30,6 @@ class Options:
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_of_options(__doc__, Options))
-        return
     options = read_options(Options, sys.argv[1:])
     path = Path(options.out)
     if path.suffix != ".yaml" or not path.parent.is_dir():
@@ -118,4 +114,4 @@ def _flow(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, Options)

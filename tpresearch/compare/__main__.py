@@ -1,4 +1,7 @@
-"""`python -m tpresearch.compare RUN_OR_SWEEP_OR_GLOB...`: compare runs from their records, without a network."""
+"""`python -m tpresearch.compare RUN_OR_SWEEP_OR_GLOB... [KEY=VALUE ...]`: compare runs from their records, without a network.
+
+Prints a table of these runs and writes compare.html, compare.md and compare/*.png.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,6 @@ from tpresearch.launch.options import command, read_options
 from tpresearch.launch.run_dir import dated_folder
 from tpresearch.track.shown import path_text
 
-USAGE = """\
-python -m tpresearch.compare RUN_OR_SWEEP_OR_GLOB... [out=FOLDER] [baseline=RUN] [overlay=anyway] [seeds=apart]
-
-  prints a table of these runs and writes compare.html, compare.md and compare/*.png; needs no network
-  out        folder to write to; by default the sweep's own if one sweep is given, else outputs/compare/<date>/<time>
-  baseline   the run that losses are compared with: its label in the table, its plan or its folder; by default the one with
-             parallel=none among those of the same seed, learning rate and data
-  overlay    anyway: even if corpus, tokenizer, row length, global batch, loss or seed differ
-  seeds      where runs differ in train.seed alone, those of one experiment are one curve, with its standard deviation;
-             apart: each run by itself (with overlay=anyway, since seeds differ); mean: even where no experiment is repeated
-"""
 DRAWS_WITH = ("altair", "jinja2", "vl_convert")
 WIDTH = 200
 """Of the tables if the output is not a terminal."""
@@ -51,16 +43,19 @@ class Seeds(StrEnum):
 @dataclass
 class Options:
     out: str | None = None
+    """Folder to write to; by default the sweep's own if one sweep is given, else outputs/compare/<date>/<time>."""
     baseline: str | None = None
+    """The run that losses are compared with: its label in the table, its plan or its folder; by default the one with
+    parallel=none among those of the same seed, learning rate and data."""
     overlay: Overlay = Overlay.refuse
+    """anyway: even if corpus, tokenizer, row length, global batch, loss or seed differ."""
     seeds: Seeds = Seeds.auto
+    """auto: where runs differ in train.seed alone, those of one experiment are one curve, with its standard deviation;
+    apart: each run by itself (with overlay=anyway, since seeds differ); mean: even where no experiment is repeated."""
 
 
 def main() -> None:
     arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE, file=sys.stdout if arguments else sys.stderr)
-        sys.exit(0 if arguments else 2)
     words, options = parse(arguments)
     missing = [name for name in DRAWS_WITH if importlib.util.find_spec(name) is None]
     if missing:
@@ -116,4 +111,4 @@ def _is_option(word: str) -> bool:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, Options)

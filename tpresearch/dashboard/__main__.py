@@ -17,7 +17,6 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.network import answers
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import WrongCommand
-from tpresearch.launch.help import help_of_options
 from tpresearch.launch.options import command, read_options
 from tpresearch.track.shown import path_text
 from tpresearch.track.wandb_host import has_key
@@ -49,9 +48,6 @@ class Options:
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_of_options(__doc__, Options))
-        return
     options = read_options(Options, sys.argv[1:])
     if importlib.util.find_spec("wandb_workspaces") is None:
         why, legal = "wandb-workspaces is not installed", "the extra `dashboard`"
@@ -126,4 +122,4 @@ def _require_host(settings: wandb.Settings) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, Options)

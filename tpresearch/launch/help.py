@@ -46,11 +46,11 @@ def help_text(composition: Composition, purpose: str) -> str:
     return "\n".join(lines)
 
 
-def help_of_options(purpose: str | None, options: type) -> str:
-    """The same for a command that composes no config, whose options are a dataclass."""
-    return "\n".join(
-        [str(purpose), "", *(_line(f"  {key}=", meaning) for key, meaning in _meanings(options, ""))]
-    )
+def help_of_options(options: type) -> str:
+    """The same for a command that composes no config, whose options are a dataclass in its module."""
+    purpose = inspect.getdoc(inspect.getmodule(options))
+    lines = [_line(f"  {key}=", meaning) for key, meaning in _meanings(options, "")]
+    return "\n".join([str(purpose), "", *lines])
 
 
 @cache

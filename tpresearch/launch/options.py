@@ -50,13 +50,22 @@ def read_options(kind: type[Options], words: Sequence[str]) -> Options:
     return cast(Options, OmegaConf.to_object(options))
 
 
-def command(main: Callable[[], None]) -> None:
-    """Run a command whose ConfigErrors end in one line on stderr and exit code 2."""
+def command(main: Callable[[], None], options: type | None = None) -> None:
+    """Run a command whose ConfigErrors end in one line on stderr and exit code 2.
+
+    Args:
+        options: its dataclass; `--help` prints what is written below each field, and the text of its module.
+    """
     print_without_fail()
     interrupt.begun()
     try:
         refuse_typed_secrets(World())
-        main()
+        if options and {"-h", "--help"} & set(sys.argv[1:]):
+            from tpresearch.launch.help import help_of_options  # late: few ask
+
+            print(help_of_options(options))
+        else:
+            main()
     except KeyboardInterrupt:
         interrupt.say()
         sys.exit(interrupt.INTERRUPTED)
