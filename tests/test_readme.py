@@ -81,15 +81,8 @@ def run(ranks: Ranks, clone: Path) -> Callable[..., Done]:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository as a reader has it, with the files that the pages have them write, and a small corpus."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in (
-        "train.py",
-        "conf",
-        "tpresearch",
-        "experiments",
-        "Makefile",
-        "constraints.txt",
-        "pyproject.toml",
-    ):
+    there = "train.py conf tpresearch experiments Makefile constraints.txt pyproject.toml"
+    for name in there.split():
         (folder / name).symlink_to(ROOT / name)
     for language in ("python", "yaml"):
         for block in fenced(language):
@@ -109,7 +102,7 @@ def have_run() -> set[str]:
 
 
 def cheap(words: list[str], cache: Path) -> list[str]:
-    """The same command on a small corpus and, for a training, two steps of a narrow model."""
+    """The same command on a small corpus and, for a training, two steps of a narrow model; of a sweep two values."""
     if words[0] == "make":
         return ["make", "-n", *words[1:]]
     alone = {f"tpresearch.{name}" for name in ("compare", "dashboard", "checkpoints", "export")}
@@ -126,6 +119,8 @@ def cheap(words: list[str], cache: Path) -> list[str]:
     kept = [word for word in words if word.partition("=")[0] not in ours]
     sizes_given = {"model=skip", "model=hf", "model=toy_mlp"}.intersection(words)
     model = [] if sizes_given or "train.py" not in words else TINY_MODEL
+    if "-m" in words and words[0] == "python":
+        kept = [re.sub(r"^([\w.]+=[^,\[]+,[^,]+),[^\]]*$", r"\1", word) for word in kept]
     return [*kept, *data, *model, *TINY_RUN, f"data.cache_dir={cache}"]
 
 

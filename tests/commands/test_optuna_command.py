@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from support.commands import environment, execute
-from support.trainings import TRAIN
 
 pytestmark = pytest.mark.cli
 
 
-def test_optuna_is_told_the_objective_of_each_trial(small: list[str], home: Path, tmp_path: Path) -> None:
+def test_optuna_is_told_the_objective_of_each_trial(train, small: list[str], tmp_path: Path) -> None:
     typed = [word for word in small if not word.startswith(("model=", "train.steps="))]
     typed += ["model=toy_mlp", "train.steps=2", "logger=none", "parallel=none", "hydra.sweep.dir=sweep"]
     typed += ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
     typed += ["hydra.sweeper.sampler.seed=1", "hydra.launcher.objective=val/loss"]
     searched = "optimizer.lr=tag(log, interval(1e-4, 1e-1))"
-    command = [sys.executable, str(TRAIN), "-m", *typed, searched]
-    done = execute(command, tmp_path, environment(home))
+    done = train(None, tmp_path, "-m", *typed, searched)
     assert done.code == 0, done.out + done.err
     trials = [json.loads((tmp_path / f"sweep/{n}/summary.json").read_text()) for n in range(2)]
     losses = [trial["val/loss"] for trial in trials]

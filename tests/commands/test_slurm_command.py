@@ -6,43 +6,40 @@ import csv
 import json
 import os
 import signal
-import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support import fake_slurm
-from support.commands import Done, environment, execute
+from support.commands import Done
 from support.processes import wait_for
-from support.trainings import TRAIN
 
 pytestmark = pytest.mark.cli
+Sweep = Callable[..., tuple[Done, list[dict[str, str]]]]
 
 
-def sweep(small: list[str], home: Path, folder: Path, *typed: str, **env: str) -> tuple[Done, list[dict]]:
+@pytest.fixture
+def sweep(train, small: list[str], tmp_path: Path) -> Sweep:
     words = [word for word in small if not word.startswith(("model=", "train.steps="))]
-    words += [
-        "model=toy_mlp",
-        "train.steps=2",
-        "logger=none",
-        "hydra/launcher=slurm",
-        "hydra.sweep.dir=sweep",
-    ]
-    command = [sys.executable, str(TRAIN), "-m", *words, *typed]
-    done = execute(command, folder, environment(home, **env))
-    table = folder / "sweep/summary.csv"
-    return done, list(csv.DictReader(table.open())) if table.exists() else []
+    words += ["model=toy_mlp", "train.steps=2", "logger=none"]
+    words += ["hydra/launcher=slurm", "hydra.sweep.dir=sweep"]
+
+    def run(*typed: str, **env: str) -> tuple[Done, list[dict[str, str]]]:
+        done = train(None, tmp_path, "-m", *words, *typed, **env)
+        table = tmp_path / "sweep/summary.csv"
+        return done, list(csv.DictReader(table.open())) if table.exists() else []
+
+    return run
 
 
-def test_jobs_of_a_shape_are_one_array_with_an_agent_a_node(
-    small: list[str], home: Path, tmp_path: Path
-) -> None:
+def test_jobs_of_a_shape_are_one_array_with_an_agent_a_node(sweep: Sweep, tmp_path: Path) -> None:
     slurm = tmp_path / "slurm"
     typed = ["parallel=tp,fsdp,none", "world_size=2", "hydra.launcher.ranks_per_node=1"]
     typed += ["hydra.launcher.gpus=false", "hydra.launcher.partition=fat", "hydra.launcher.timeout_min=7"]
     (tmp_path / "sweep/0").mkdir(parents=True)  # as a job leaves that was never begun
     typed += ["hydra.launcher.setup=[echo ready]", "+hydra.launcher.sbatch.reservation=mine"]
-    done, rows = sweep(small, home, tmp_path, *typed, **fake_slurm.install(slurm))
+    done, rows = sweep(*typed, **fake_slurm.install(slurm))
     assert done.code == 0, done.out + done.err
     assert [(row["parallel"], row["status"]) for row in rows] == [
         *(("tp", "completed"), ("fsdp", "completed"), ("none", "completed"))
@@ -73,9 +70,7 @@ def test_jobs_of_a_shape_are_one_array_with_an_agent_a_node(
     assert (tmp_path / "sweep/0/console-node1.log").exists()
 
 
-def test_what_sbatch_refuses_is_said_and_what_it_had_taken_is_withdrawn(
-    small: list[str], home: Path, tmp_path: Path
-) -> None:
+def test_what_sbatch_refuses_is_said_and_what_it_had_taken_is_withdrawn(sweep: Sweep, tmp_path: Path) -> None:
     slurm = fake_slurm.install(tmp_path / "slurm")
     typed = [
         "parallel=none,tp",
@@ -83,7 +78,7 @@ def test_what_sbatch_refuses_is_said_and_what_it_had_taken_is_withdrawn(
         "hydra.launcher.ranks_per_node=1",
         "hydra.launcher.gpus=false",
     ]
-    done, _ = sweep(small, home, tmp_path, *typed, **slurm, FAKE_SLURM_NODES="1")
+    done, _ = sweep(*typed, **slurm, FAKE_SLURM_NODES="1")
     assert done.code == 2
     assert done.refusal.startswith(
         "error: hydra/launcher=slurm: sbatch refuses 2 nodes: sbatch: error: Node co"
@@ -93,9 +88,7 @@ def test_what_sbatch_refuses_is_said_and_what_it_had_taken_is_withdrawn(
 
 
 @pytest.mark.exhaustive
-def test_through_submitits_stand_in_a_failure_stays_its_own(
-    small: list[str], home: Path, tmp_path: Path
-) -> None:
+def test_through_submitits_stand_in_a_failure_stays_its_own(sweep: Sweep, tmp_path: Path) -> None:
     typed = ["hydra.launcher.cluster=local", "hydra.launcher.gpus=false", "parallel=tp", "world_size=2"]
     typed += [
         "optimizer.lr=1e30,1e-3",
@@ -103,21 +96,21 @@ def test_through_submitits_stand_in_a_failure_stays_its_own(
         "train.clip_grad_norm=null",
         "schedule.warmup_steps=0",
     ]
-    done, (failed, completed) = sweep(small, home, tmp_path, *typed)
+    done, (failed, completed) = sweep(*typed)
     assert done.code == 1, done.out + done.err
     assert (failed["status"], completed["status"]) == ("failed", "completed")
     assert failed["error"] == "NonfiniteError: train/loss is nan at step 2"
 
 
-def test_a_machine_without_slurm_is_told_at_once(small: list[str], home: Path, tmp_path: Path) -> None:
-    done, _ = sweep(small, home, tmp_path, "parallel=tp")
+def test_a_machine_without_slurm_is_told_at_once(sweep: Sweep, tmp_path: Path) -> None:
+    done, _ = sweep("parallel=tp")
     assert done.code == 2
     assert done.refusal.startswith("error: hydra/launcher=slurm: there is no srun on this machine; ")
     assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.exhaustive
-def test_a_job_at_its_time_limit_saves_and_goes_on(small: list[str], home: Path, tmp_path: Path) -> None:
+def test_a_job_at_its_time_limit_saves_and_goes_on(sweep: Sweep, tmp_path: Path) -> None:
     slurm, run = tmp_path / "slurm", tmp_path / "sweep" / "0"
     typed = [
         "parallel=fsdp",
@@ -137,7 +130,7 @@ def test_a_job_at_its_time_limit_saves_and_goes_on(small: list[str], home: Path,
 
     with ThreadPoolExecutor(1) as beside:
         signalled = beside.submit(signal_once)
-        done, rows = sweep(small, home, tmp_path, *typed, **env)
+        done, rows = sweep(*typed, **env)
         signalled.result()
     assert done.code == 0, done.out + done.err
     assert [row["status"] for row in rows] == ["completed"]

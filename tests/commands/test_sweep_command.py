@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
-from support.commands import Done, environment, execute
-from support.trainings import TRAIN, Trained
+from support.commands import Done
+from support.trainings import Trained
 
 pytestmark = pytest.mark.cli
 
 
-def test_a_sweep_that_is_refused_leaves_nothing(home: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(TRAIN), "-m", "parallel=tp,tpp", "hydra.sweep.dir=sweep"]
-    done = execute(command, tmp_path, environment(home))
+def test_a_sweep_that_is_refused_leaves_nothing(train, tmp_path: Path) -> None:
+    done = train(None, tmp_path, "-m", "parallel=tp,tpp", "hydra.sweep.dir=sweep")
     assert done.code == 2
     assert done.refusal.startswith("error: parallel=tp,tpp: there is no tpp; ")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_runs_what_it_can_and_then_what_is_left(small: list[str], home: Path, tmp_path: Path) -> None:
+def test_a_sweep_runs_what_it_can_and_then_what_is_left(train, small: list[str], tmp_path: Path) -> None:
     typed = [word for word in small if not word.startswith(("model=", "train.steps="))]
     # With so great a learning rate the second step's loss is not a number, which stops the run.
     typed += ["parallel=fsdp_tp", "world_size=2", "optimizer.lr=1e30,1e-3", "optimizer=sgd", "model=toy_mlp"]
     typed += ["schedule.warmup_steps=0", "train.clip_grad_norm=null", "train.steps=2", "logger=none"]
 
     def start() -> Done:
-        command = [sys.executable, str(TRAIN), "-m", *typed, "hydra.sweep.dir=sweep"]
-        return execute(command, tmp_path, environment(home))
+        return train(None, tmp_path, "-m", *typed, "hydra.sweep.dir=sweep")
 
     done = start()
     assert done.code == 1, done.err

@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 from tpresearch.config.world import World
@@ -93,7 +94,8 @@ def execute_warm(
         tempfile.NamedTemporaryFile("r") as err,
         tempfile.TemporaryDirectory() as errors,
     ):
-        job = list(program), cwd, env, out.name, err.name, None if size is None else Path(errors)
+        forkserver.ensure_running()
+        job = list(program), cwd, env, out.name, err.name, None if size is None else Path(errors), _server()
         try:
             codes, seconds = zip(*ranks.run(size or 1, _as_main, *job), strict=True)
         except RankError:
@@ -102,12 +104,20 @@ def execute_warm(
 
 
 def _as_main(
-    world: World, program: list[str], cwd: Path, env: dict[str, str], out: str, err: str, errors: Path | None
+    world: World,
+    program: list[str],
+    cwd: Path,
+    env: dict[str, str],
+    out: str,
+    err: str,
+    errors: Path | None,
+    server: dict[str, object],
 ) -> tuple[int, float]:
     """Become the command; its exit code and processor time.
 
     Args:
         errors: where torchrun would keep the ranks' error files; None for `python` alone.
+        server: of which ranks are forked that the command starts itself.
 
     Raises:
         SystemExit: from one rank of several that does not end with 0, which ends the others, as torchrun does.
@@ -122,6 +132,7 @@ def _as_main(
     os.environ.clear()
     os.environ.update(of_rank | env)
     os.chdir(cwd)
+    _fork_from(server)
     if encoding := env.get("PYTHONIOENCODING"):
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding=encoding, errors="strict")
@@ -132,6 +143,18 @@ def _as_main(
     if code and world.size > 1:
         sys.exit(code)
     return code, time.process_time() - began
+
+
+def _server() -> dict[str, object]:
+    """How the server that ranks are forked from is reached (multiprocessing keeps that to itself; Python 3.11 to 3.14)."""
+    known = vars(forkserver._forkserver)
+    return {name: known[name] for name in ("_forkserver_address", "_forkserver_authkey") if name in known}
+
+
+def _fork_from(server: dict[str, object]) -> None:
+    """Use that server in this process too, in the place of one of its own, which would import torch and warm up again."""
+    vars(forkserver._forkserver).update(server, ensure_running=lambda: None)
+    forkserver.ensure_running = lambda: None
 
 
 def _run(program: list[str]) -> int:

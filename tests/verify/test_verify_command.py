@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.commands import Done, environment, execute_warm
+from support.commands import Done, environment, execute, execute_warm
 from support.composed import config
 from support.marks import exhaustive
 
@@ -18,12 +19,15 @@ from tpresearch.verify.ranks import Ranks
 pytestmark = pytest.mark.cli
 
 
-def verify(ranks: Ranks, tmp_path: Path, *overrides: str) -> Done:
+def verify(ranks: Ranks | None, tmp_path: Path, *overrides: str) -> Done:
+    """The command in a fork of a warm process, its ranks forked from the same server; without `ranks`, all of its own."""
     words = ["-m", "tpresearch.verify", f"hydra.run.dir={tmp_path}/run", *overrides]
+    if ranks is None:
+        return execute([sys.executable, *words], tmp_path, environment(tmp_path))
     return execute_warm(ranks, None, words, tmp_path, environment(tmp_path))
 
 
-def verify_texts(ranks: Ranks, tmp_path: Path, *overrides: str) -> Done:
+def verify_texts(ranks: Ranks | None, tmp_path: Path, *overrides: str) -> Done:
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(f"Document {number} says {number * number} again.\n" * 60)
     small = ["model=toy_mlp", "verify.world_size=2", "verify.steps=2", "tokenizer.vocab_size=300"]
@@ -31,8 +35,8 @@ def verify_texts(ranks: Ranks, tmp_path: Path, *overrides: str) -> Done:
     return verify(ranks, tmp_path, *small, *texts, *overrides)
 
 
-def test_right_plans_pass(ranks: Ranks, tmp_path: Path) -> None:
-    done = verify_texts(ranks, tmp_path, "verify.plans=[tp,fsdp]", "verify.integers=true")
+def test_right_plans_pass(tmp_path: Path) -> None:
+    done = verify_texts(None, tmp_path, "verify.plans=[tp,fsdp]", "verify.integers=true")
     assert done.code == 0, done.err
     assert "each plan computes what one process does" in done.out
     record = json.loads((tmp_path / "run" / "verify.json").read_text())

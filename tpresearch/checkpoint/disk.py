@@ -16,9 +16,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -257,14 +255,8 @@ def checksum(path: Path) -> int:
 
 def sync(path: Path) -> None:
     """Have a file, or the names in a folder, on the disk."""
-    with _opened(path) as number:
-        os.fsync(number)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
     number = os.open(path, os.O_RDONLY)
     try:
-        yield number
+        os.fsync(number)
     finally:
         os.close(number)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from tpresearch.config.world import World
+from tpresearch.config.world import World, agent_store
 from tpresearch.parallel.device import Device
 
 PATIENCE = timedelta(minutes=10)
@@ -31,13 +31,14 @@ def process_group(device: Device, world: World) -> Iterator[None]:
         where |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif device.backend == "fake":
         where |= {"store": _fake_store(), "rank": world.rank, "world_size": world.size}
-    elif (agents := agent_store()) is not None:
-        where |= {"store": fresh_store(agents, world), "rank": world.rank, "world_size": world.size}
+    elif (agent := agent_store()) is not None:
+        store = TCPStore(*agent, is_master=False, timeout=PATIENCE)
+        where |= {"store": fresh_store(store, world), "rank": world.rank, "world_size": world.size}
     if device.shared:
         _share_device(world)
     if device.type == "cuda":
         torch.cuda.set_device(device.torch)
-    dist.init_process_group(device.backend, timeout=timedelta(minutes=10), **where)
+    dist.init_process_group(device.backend, timeout=PATIENCE, **where)
     try:
         yield
     except BaseException:
@@ -64,14 +65,6 @@ def _fake_store() -> Any:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     return FakeStore()
-
-
-def agent_store() -> TCPStore | None:
-    """The store that torchrun's agent keeps for its ranks; None where it keeps none."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=PATIENCE)
 
 
 def fresh_store(store: TCPStore, world: World) -> Store:
