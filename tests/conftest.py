@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import preloaded  # noqa: F401
 from support.fake_wandb import FakeWandb
 
 from tpresearch.track.wandb_run import SETTINGS
-from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.ranks import _CONTEXT, Ranks
 
 pytest_plugins = ("support.launch_fixtures",)
 
@@ -34,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ranks() -> Ranks:
+    _CONTEXT.set_forkserver_preload(["support.preloaded", "tpresearch.verify.warm"])
     ranks = Ranks()
     ranks.start()  # before a test changes the environment, which ranks have from the server
     return ranks

@@ -87,8 +87,10 @@ def compose_run(app: Hydra, config_name: str, overrides: list[str]) -> DictConfi
     """
     try:
         config = app.compose_config(config_name, overrides, RunMode.RUN, with_log_configuration=True)
-    except ConfigCompositionException:  # perhaps for an override of several values, which a sweep may have
-        if app.get_mode(config_name, overrides) is RunMode.MULTIRUN:
+    except ConfigCompositionException:
+        # An override of several values, which a sweep may have: hydra.mode is asked for by composing without them.
+        several = any(set(",(") & set(word) for word in overrides)
+        if several and app.get_mode(config_name, overrides) is RunMode.MULTIRUN:
             return None
         raise
     if config.hydra.mode is RunMode.MULTIRUN:
