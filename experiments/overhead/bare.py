@@ -1,6 +1,6 @@
 """A training loop as one writes it by hand for one model on one mesh, with nothing of the framework in it.
 
-Only the model class and the batches are the framework's. Each of `none`, `fsdp`, `tp`, `sp` and `fsdp_tp` is
+Only the model class and the batches are the framework's. Each of `none`, `ddp`, `fsdp`, `tp`, `sp` and `fsdp_tp` is
 what torch's tutorials do for that plan, with the same optimizer, schedule, clipping and loss as the config.
 """
 
@@ -105,14 +105,15 @@ def bare_loop(
         return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    forward = nn.parallel.DistributedDataParallel(model) if plan == "ddp" else model
     for step in range(steps):
         inputs, targets = batch(step)
         if plan in ("tp", "sp", "fsdp_tp"):
             with loss_parallel():
-                loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+                loss = F.cross_entropy(forward(inputs).flatten(0, 1), targets.flatten())
                 loss.backward()
         else:
-            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+            loss = F.cross_entropy(forward(inputs).flatten(0, 1), targets.flatten())
             loss.backward()
         if plan == "tp":
             clip_mixed(model, clip)
