@@ -1,15 +1,19 @@
 """The loss as a row's software computes it, put in the place of ours in a recorded step.
 
 - llm-foundry's MPT takes flash-attn's cross-entropy (its default, loss_fn: fused_crossentropy), and torchtitan compiles its
-  loss: one kernel reads the logits and one writes their gradient, and no copy in float32 is ever held.
+  loss since February 2025 (its commits e8977b007, d1f62be73): one kernel reads the logits and one writes their gradient,
+  and no copy in float32 is ever held.
 - Composer then computes two metrics of each micro-batch (cross-entropy and perplexity, train_metrics), each by torch's own
   kernels on a copy in float32, once backward has freed its activations.
 - KempnerForge and fms-fsdp call F.cross_entropy on logits in bfloat16: torch's kernels, without the copy.
 - Ours, as recorded with train.loss_chunk=null, and torchtitan's eager one copy the logits to float32.
+
+What a row's software was when is read off the name of its source.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from tpresearch.simulate.trace import Op, Trace
@@ -17,16 +21,17 @@ from tpresearch.simulate.trace import Op, Trace
 if TYPE_CHECKING:
     from rows import Row
 
+LOSS_COMPILED = re.compile(r"20(2[5-9]|3)")
 CASTS = ("_to_copy",)
 SOFTMAX = ("_log_softmax", "nll_loss_forward", "nll_loss_backward", "_log_softmax_backward_data")
 
 
 def with_loss_of(row: Row, trace: Trace) -> Trace:
     """The step with the loss of the row's engine."""
-    engine, compiled = row["engine"].partition("/")[0], row["compile"] == "1"
+    engine, compiled = row.engine, row.says("compile")
     if engine == "composer":
         return _changed(trace, fused=True, metrics=2)
-    if engine == "torchtitan" and compiled:
+    if engine == "torchtitan" and compiled and LOSS_COMPILED.search(row["source_file"]):
         return _changed(trace, fused=True)
     if engine in ("kempnerforge", "fms-fsdp"):
         return _changed(trace, fused=False)

@@ -11,7 +11,20 @@ from tpresearch.config.errors import ConfigError
 
 NUMBER = re.compile(r"[~≈]?\s*([0-9][0-9, _]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/ ]*)")
 """A number, perhaps with separators and a unit behind it: 80GB, 1,914, 400 Gbps."""
+GPUS = ("A100", "H100", "H200", "B200", "L40S")
 YES = ("1", "true", "yes")
+CHECKPOINTED = {
+    ("fms-fsdp", "A100", "llama2-13b", True): 0.39,
+    ("fms-fsdp", "A100", "codellama-34b", True): 1.0,
+    ("fms-fsdp", "A100", "llama2-70b", True): 1.0,
+    ("fms-fsdp", "H100", "llama2-13b", True): 0.21,
+    ("fms-fsdp", "H100", "codellama-34b", True): 0.87,
+    ("fms-fsdp", "H100", "llama2-70b", True): 0.71,
+    ("fms-fsdp", "A100", "llama2-13b", False): 0.47,
+    ("fms-fsdp", "H100", "llama2-13b", False): 0.43,
+}
+"""Share of blocks that ran forward twice: 3 (HFU / MFU - 1), from the table of both in fms-fsdp's README (compiled) and in
+PyTorch's blog of March 2024."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,21 @@ class Row:
         return self[name].lower() in YES
 
     @property
+    def engine(self) -> str:
+        """torchtitan of torchtitan/fsdp2."""
+        return self["engine"].partition("/")[0].lower()
+
+    @property
+    def gpu(self) -> str:
+        """A100 of `NVIDIA A100-SXM4-80GB`."""
+        words = self["gpu"].upper()
+        return next((name for name in GPUS if name in words), words)
+
+    @property
+    def is_float8(self) -> bool:
+        return self["compute_dtype"].lower() in ("fp8", "float8")
+
+    @property
     def world(self) -> int:
         return self.count("gpus")
 
@@ -65,8 +93,9 @@ class Row:
         mode = {"": "none", "0": "none", "no": "none", "1": "full"}.get(self["ac"].lower(), self["ac"])
         if mode == "selective_layer":  # every second block whole
             return [self._part("none", 0.5), self._part("full", 0.5)]
-        if mode == "selective_block":  # a share of the blocks that the source does not state
-            return [self._part("none", None), self._part("full", None)]
+        if mode == "selective_block":  # a share of the blocks, which the source states only through its HFU
+            share = CHECKPOINTED.get((self.engine, self.gpu, self["model"], self.says("compile")))
+            return [self._part("none", share and 1 - share), self._part("full", share)]
         if mode == "selective_op":  # ours keeps every matmul, torchtitan's every second
             return [self._part("selective", 0.5), self._part("full", 0.5)]
         return [self._part(mode, 1.0)]
@@ -104,7 +133,7 @@ class Row:
             found += [f"mesh.dp_replicate={replicas}", f"mesh.dp_shard={shards}"]
         if shards > 1 and self["reshard"] == "0":
             found += ["parallel.fsdp.reshard_after_forward=false"]
-        if self["reduce_dtype"] == "bf16":
+        if self["reduce_dtype"] == "bf16" and self.engine != "kempnerforge":  # whose policy says float32
             found += ["parallel.fsdp.reduce_dtype=bfloat16"]
         if self["params_dtype"] == "bf16":
             found += ["train.weights=bfloat16"]

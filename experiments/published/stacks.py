@@ -23,18 +23,20 @@ FLASH_2 = {
 """FlashAttention-2, causal, head width 128 (arXiv 2307.08691, figures 5 and 7; arXiv 2407.08608, figure 5; read off)."""
 FLASH_1 = 0.57
 """Of FlashAttention-2's rate: the kernel of llm-foundry's benchmarks, on A100 and H100 alike (fitted)."""
-HOPPER_2023 = 0.62
-"""Share of its peak that a large matmul of 2023 reached on an H100 of 700 W (fitted on llm-foundry's rows)."""
-HOPPER_2024 = 0.66
-"""The same of 2024: between the one before and what was measured today on one H200, 0.69 (guessed)."""
-KEMPNER = 0.78
+HOPPER_2024 = 0.62
+"""Share of its peak that a large matmul reached on an H100 of 700 W until 2024 (fitted on llm-foundry's rows of 2023)."""
+AT_500_W = 0.87
+"""Of the rates of attention at 700 W, as of matmuls': 0.57 in conf/cluster/h100_500w.yaml beside them."""
+IBM_A100 = 0.83
+"""The same of fms-fsdp's A100 (fitted on its four rows; the same site's H100 are no faster than others)."""
+KEMPNER = 0.74
 """The same of KempnerForge's cards, by its single H200 (Llama3-8B, 10,471 tokens/s)."""
-PAIRED_GB_S = {"A100": 100.0, "H100": 150.0, "H200": 150.0}
-"""NVLink between two of four cards on a board, which has no switch: a third of a card's links (NVIDIA HGX, four cards)."""
-
-
-FLOAT8 = 1.55
-"""By how much matmuls in float8 are faster than in bfloat16, casts and all (torchtitan's 8,532 beside 6,667 tokens/s)."""
+FOUR_CARDS_GB_S = {"A100": 120.0, "H100": 180.0, "H200": 180.0}
+"""Bus bandwidth of four cards on a board without a switch. (H200: KempnerForge's profile of its 13B on 24 GPUs, gathers of 63 MB
+in 350 us, scatters in 394 us; A100: its links are two thirds of that.)"""
+KEMPNER_BETWEEN_GB_S = 25.0
+"""Per GPU between KempnerForge's hosts, by the same profile (benchmarks/profiling/13b_24gpu_profiling.md): its FSDP reduces
+272 MB in 14.4 ms."""
 OPTIONS = {"A100": "a100_80", "H100": "h100_dgx", "H200": "h200_dgx", "B200": "b200", "L40S": "l40s"}
 
 
@@ -47,35 +49,36 @@ def cluster_of_row(row: Row) -> dict[str, Any]:
     plain = _read(cluster_name(row))
     numbers = {name: dict(number) for name, number in plain["numbers"].items()}
     changed: dict[str, Any] = {}
-    gpu, engine = _gpu(row), row["engine"].partition("/")[0].lower()
+    gpu, engine = row.gpu, row.engine
     if row["attn"] != "cudnn" and gpu in ("A100", "H100", "H200"):
-        slower = FLASH_1 if engine == "composer" else 1.0
+        slower = FLASH_1 if engine == "composer" else AT_500_W if plain["name"] == "h100_500w" else 1.0
         forward, backward = (
             [rate * slower for rate in table] for table in FLASH_2[gpu.replace("H200", "H100")]
         )
         changed |= {"attention_tflops_forward": forward, "attention_tflops_backward": backward}
     if plain["name"] == "h100_dgx":
-        by_engine = {"composer": HOPPER_2023, "fms-fsdp": HOPPER_2024, "torchtitan": HOPPER_2024}
+        by_engine = dict.fromkeys(("composer", "fms-fsdp", "torchtitan"), HOPPER_2024)
         changed["gemm_efficiency"] = by_engine.get(engine, plain["numbers"]["gemm_efficiency"]["value"])
     if engine == "kempnerforge":
         changed["gemm_efficiency"] = KEMPNER
-    if row["compute_dtype"].lower() == "fp8":
-        changed["gemm_efficiency"] = FLOAT8 * (
-            changed.get("gemm_efficiency") or numbers["gemm_efficiency"]["value"]
-        )
+    if engine == "fms-fsdp" and gpu == "A100":
+        changed["gemm_efficiency"] = IBM_A100
     per_host = row.count("gpus_per_node", 8)
-    if per_host == 4 and (paired := PAIRED_GB_S.get(gpu)):
-        changed["intra_gb_s"] = paired
     if rate := row.number("internode_gbps_per_gpu"):
         changed["inter_gb_s"] = rate / 8
+    joined = per_host != 4
+    if not joined and gpu in FOUR_CARDS_GB_S:
+        changed["intra_gb_s"] = FOUR_CARDS_GB_S[gpu]
+    if engine == "kempnerforge":
+        changed |= {"inter_gb_s": KEMPNER_BETWEEN_GB_S, "inter_efficiency": 1.0}
     for name, value in changed.items():
         numbers[name] = {"value": value, "kind": "fitted", "source": "experiments/published/stacks.py"}
-    return {**plain, "numbers": numbers, "devices_per_host": min(per_host, row.world)}
+    return {**plain, "numbers": numbers, "devices_per_host": per_host, "has_switch": joined}
 
 
 def cluster_name(row: Row) -> str:
     """The option of conf/cluster for a row's cards."""
-    gpu, note, memory = _gpu(row), (row["gpu_note"] + row["gpu"]).lower(), row.number("gpu_mem_gb")
+    gpu, note, memory = row.gpu, (row["gpu_note"] + row["gpu"]).lower(), row.number("gpu_mem_gb")
     if gpu not in OPTIONS:
         raise ConfigError(
             "gpu", row["gpu"] or None, "no cluster file describes it", "one of " + " ".join(OPTIONS), {}
@@ -87,12 +90,6 @@ def cluster_name(row: Row) -> str:
     if gpu == "H100" and ("500" in note or "hbm2e" in note or memory > 90):
         return "h100_500w"
     return OPTIONS[gpu]
-
-
-def _gpu(row: Row) -> str:
-    """A100 of `NVIDIA A100-SXM4-80GB`."""
-    words = row["gpu"].upper()
-    return next((name for name in OPTIONS if name in words), words)
 
 
 @cache

@@ -49,7 +49,7 @@ NUMBERS = {
     "launch_us": "host time per op",
     "collective_host_us": "host time per collective of FSDP, hooks and all",
     "tensor_host_us": "host time per collective of a sharding rule, with DTensor's dispatch of the ops around it",
-    "intra_gb_s": "bus bandwidth of a collective within a host, per device",
+    "intra_gb_s": "bus bandwidth of a collective over all devices of a host, per device",
     "intra_step_us": "time per step of a ring within a host",
     "inter_gb_s": "bandwidth between hosts, per device",
     "inter_efficiency": "share of it that a collective reaches",
@@ -72,6 +72,8 @@ class Cluster:
     """None where it is not said how many there are."""
     shared_cores: int | None
     """Cores that the ranks of a host share, where devices are processes of one CPU; None for devices of their own."""
+    has_switch: bool
+    """Whether a host's devices are joined by a switch; where not, each pair has links of its own, and few devices few of them."""
     numbers: Mapping[str, Number]
     checked: tuple[str, ...]
     """On which measurements predictions for this cluster were checked, with what error."""
@@ -128,6 +130,7 @@ def cluster_of(plain: Mapping[str, Any]) -> Cluster:
         devices_per_host=int(plain["devices_per_host"]),
         hosts=plain.get("hosts"),
         shared_cores=plain.get("shared_cores"),
+        has_switch=bool(plain.get("has_switch", True)),
         numbers=numbers,
         checked=tuple(plain.get("checked") or ()),
     )

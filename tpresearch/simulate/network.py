@@ -56,7 +56,7 @@ def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Clus
     if n <= 1:
         return 0.0
     outside = where.hosts if where.hosts > 1 else 0
-    bandwidth = cluster["intra_gb_s"] * 1e9
+    bandwidth = _inside(where, cluster)
     if outside:  # each rank of a host has a link of its own, and rings are laid through all of them
         links = where.per_host * cluster["inter_gb_s"] * cluster["inter_efficiency"] * 1e9
         bandwidth = min(bandwidth, links) if where.per_host > 1 else links
@@ -76,3 +76,11 @@ def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Clus
         for protocol in PROTOCOLS
     )
     return cluster["collective_us"] * 1e-6 + fastest
+
+
+def _inside(where: Route, cluster: Cluster) -> float:
+    """Bytes per second between the ranks of a group on one host."""
+    whole = cluster["intra_gb_s"] * 1e9
+    if cluster.has_switch or cluster.devices_per_host < 2:
+        return whole
+    return whole * max(1, where.per_host - 1) / (cluster.devices_per_host - 1)

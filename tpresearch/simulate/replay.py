@@ -45,6 +45,8 @@ class Streams:
     device_s: float = 0.0
     groups: dict[str, float] = field(default_factory=dict)
     """axis -> when its last collective is done."""
+    copied: set[str] = field(default_factory=set)
+    """Axes whose pieces go by copy engines, which take nothing from the kernels beside them."""
     copied_out_s: float = 0.0
     reduced_s: float = 0.0
     """When the last reduce-scatter is done."""
@@ -96,7 +98,7 @@ class Streams:
         start = max(self.device_s, self.host_s)
         self.seconds["waiting for the host"] += start - self.device_s
         seconds = kernel.seconds
-        busy_until = max(self.groups.values(), default=0.0)
+        busy_until = max((at for axis, at in self.groups.items() if axis not in self.copied), default=0.0)
         if busy_until > start and not copies:
             beside = min(1.0, (busy_until - start) / seconds) if seconds else 0.0
             seconds *= 1 + self.cluster["overlap_slowdown"] * beside
@@ -132,6 +134,8 @@ class Streams:
             done = max(done, self.device_s + kernel.seconds / event.ranks)
         self._note(kernel, event.axis, start, kernel.seconds)
         self.groups[event.axis] = done
+        if self._is_chunked(event):
+            self.copied.add(event.axis)
         if self._is_chunked(event) and event.collective == "all_gather":
             self.coming = done, event, event.ranks
             done = start + kernel.seconds / event.ranks

@@ -1,0 +1,124 @@
+"""What a row's software does otherwise than ours in a step: put in the place of ours in a recorded one.
+
+- RMSNorm is one kernel in CUDA since torch 2.9; before, and where an engine writes it in Python, eager code runs it op by op.
+- torchtitan's per-op checkpointing always keeps attention's output.
+- KempnerForge adds up gradients unsharded, in float32, and reduces them once per step.
+- float8: the blocks' matmuls are faster, and their factors are read and written once more; torchtitan gathers in float8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from losses import with_loss_of
+
+from tpresearch.simulate.trace import Op, Trace
+
+if TYPE_CHECKING:
+    from rows import Row
+
+FLOAT8 = 1.75
+"""By how much a large matmul in float8 is faster than in bfloat16, its casts apart."""
+CAST = 4
+"""Bytes per element that a cast to float8 moves: read, written, written again transposed (cuBLAS takes one layout)."""
+BACKWARD = 2
+"""Place of the first backward among a step's phases."""
+ROTATION = ("flip", "neg", "cat", "add", "mul")
+SEPARATE_NORMS = ("torchtitan", "fms-fsdp", "kempnerforge")
+
+
+def as_run(row: Row, trace: Trace) -> Trace:
+    """The recorded step as the row's engine runs it."""
+    trace = with_loss_of(row, trace)
+    engine, compiled = row.engine, row.says("compile")
+    if engine in SEPARATE_NORMS and not compiled:
+        if engine != "fms-fsdp":
+            trace = _each(trace, _as_complex_rotations)
+        trace = _each(trace, lambda op: [op._replace(fused=-1)])
+    if engine == "torchtitan" and row["ac"] == "selective_op":
+        trace = _each(trace, lambda op: [] if _is_attention_again(op) else [op])
+    if row.is_float8:
+        vocab = row.count("vocab")
+        trace = _with_float8(trace, (vocab, vocab // row.count("tp", 1)), engine == "torchtitan")
+    if engine == "kempnerforge" and row.count("ga", 1) > 1:
+        trace = _reduced_once(trace)
+    return trace
+
+
+def _each(trace: Trace, change: Callable[[Op], list[Op]]) -> Trace:
+    parts = tuple(tuple(new for op in part for new in change(op)) for part in trace.micro_batches)
+    return Trace(parts, trace.end, trace.memory)
+
+
+def _as_complex_rotations(op: Op) -> list[Op]:
+    """Rotary embeddings as one complex product: without the flips and the sum of ours, and half of the products."""
+    if op.fused >= 0 or op.phase == "loss" or op.element != 4 or op.name not in ROTATION:
+        return [op]
+    if op.name != "mul" or len(op.reads) < 2:
+        return [op] if op.name == "mul" else []
+    half = tuple((number, size // 2) for number, size in op.reads), tuple((n, size // 2) for n, size in op.writes)
+    return [op._replace(reads=half[0], writes=half[1])]
+
+
+def _is_attention_again(op: Op) -> bool:
+    """A forward within backward."""
+    return op.kind == "attention" and op.phase == "backward" and not op.shape[6]
+
+
+def _with_float8(trace: Trace, vocab: tuple[int, int], gathered: bool) -> Trace:
+    """Matmuls of the blocks that take as long as ones of a shorter inner dim, and a cast of each factor that is no weight.
+
+    Args:
+        vocab: sizes of a dim that only the output layer has. gathered: whether tensors are sent in float8.
+    """
+    parts = []
+    for part in trace.micro_batches:
+        weights = {number for op in part if op.name == "split_with_sizes_copy" for number, _ in op.reads}
+        cast: set[tuple[str, int]] = set()
+        found: list[Op] = []
+        for op in part:
+            if gathered and op.event and op.event.collective == "all_gather":
+                op = op._replace(event=replace(op.event, tensor_bytes=op.event.tensor_bytes // 2))
+            elif op.kind == "gemm" and not {*vocab} & {*op.shape}:
+                for number, size in op.reads:
+                    if number not in weights and (op.phase, number) not in cast:
+                        cast.add((op.phase, number))
+                        moved = ((-1, size * CAST // 2),)
+                        found.append(op._replace(kind="other", name="to_float8", shape=(), reads=moved, writes=()))
+                products, m, n, k = op.shape
+                op = op._replace(shape=(products, m, n, round(k / FLOAT8)))
+            found.append(op)
+        parts.append(tuple(found))
+    return Trace(tuple(parts), trace.end, trace.memory)
+
+
+def _reduced_once(trace: Trace) -> Trace:
+    """Gradients of all micro-batches but the last are added to unsharded ones in float32."""
+    *earlier, last = trace.micro_batches
+    between = _added(last)
+    first = _added(earlier[0] if earlier else last)
+    whole = sum(op.event.tensor_bytes for op in last if _reduces(op) and op.event)
+    memory = {
+        name: size + (whole if name.endswith("/gradients") and int(name.split()[0]) >= BACKWARD else 0)
+        for name, size in trace.memory.items()
+    }
+    return Trace((first, between, last), trace.end, memory)
+
+
+def _added(part: tuple[Op, ...]) -> tuple[Op, ...]:
+    found = []
+    for op in part:
+        if op.name == "chunk_cat" or (_reduces(op) and not op.event):
+            continue
+        if _reduces(op) and op.event:
+            size = op.event.tensor_bytes
+            found.append(op._replace(kind="other", name="add_", event=None, reads=((-1, size * 3 // 2),), writes=((-1, size),)))
+        else:
+            found.append(op)
+    return tuple(found)
+
+
+def _reduces(op: Op) -> bool:
+    return op.event is not None and op.event.issuer == "fsdp" and op.event.collective == "reduce_scatter"
