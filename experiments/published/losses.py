@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from tpresearch.simulate.trace import Op, Trace
 
 if TYPE_CHECKING:
-    from rows import Row
+    from row import Row
 
 LOSS_COMPILED = re.compile(r"20(2[5-9]|3)")
 CASTS = ("_to_copy",)

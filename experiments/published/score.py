@@ -1,6 +1,7 @@
 """Simulate published measurements, and say by how much predictions are off, by family and with the sign.
 
-python experiments/published/score.py ROWS.csv out=DIR     # rows in the columns of rows.csv; writes DIR/predicted.csv
+python experiments/published/score.py ROWS.csv [MORE.csv] out=DIR     # rows in the columns of rows.csv; writes DIR/predicted.csv
+python experiments/published/score.py rows.csv unseen.csv out=DIR left_out=true     # each site by what the others say
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from statistics import mean
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from losses import with_loss_of  # noqa: E402
-from rows import Row, read  # noqa: E402
+from engines import as_run  # noqa: E402
+from left_out import by_the_others  # noqa: E402
+from row import Row, read  # noqa: E402
 from stacks import cluster_of_row  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
@@ -42,6 +44,8 @@ class Options:
     out: str
     traces: str | None = None
     """A folder that keeps recorded steps, so that scoring again only prices."""
+    left_out: bool = False
+    """Whether each site is predicted without what was fitted on it; see `left_out`."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Scored:
     low_s: float
     high_s: float
     memory_gib: float
+    gemm_s: float
 
     @property
     def error(self) -> float | None:
@@ -64,10 +69,10 @@ class Scored:
         return bool(self.row.measured_s) and self.low_s <= (self.row.measured_s or 0) <= self.high_s
 
 
-def scored(row: Row, traces: Path | None) -> Scored:
+def scored(row: Row, traces: Path | None, sites: bool = True) -> Scored:
     """Raises: ConfigError: for a row whose config is refused, or whose step_s is no number."""
     row.number("step_s")
-    parts = [predicted(row, part.overrides, traces) for part in row.parts()]
+    parts = [predicted(row, part.overrides, traces, sites) for part in row.parts()]
     shares = [part.share for part in row.parts()]
     if len(parts) == 1 or None not in shares:
         weights = [share or 0.0 for share in shares]
@@ -84,22 +89,23 @@ def scored(row: Row, traces: Path | None) -> Scored:
         blended([p.low_s for p in parts]),
         blended([p.high_s for p in parts]),
         blended([(p.peak_bytes - p.memory_bytes["reserved"]) / GIB for p in parts]),
+        blended([p.time_s.get("gemm", 0.0) for p in parts]),
     )
 
 
-def predicted(row: Row, overrides: Sequence[str], traces: Path | None) -> Prediction:
-    cluster = cluster_of(cluster_of_row(row))
+def predicted(row: Row, overrides: Sequence[str], traces: Path | None, sites: bool) -> Prediction:
+    cluster = cluster_of(cluster_of_row(row, sites))
     cfg = composed(overrides)
     sizes = validate(cfg, row.world, cluster.hosts_of(row.world))
     key = hashlib.sha1(repr((overrides, row.world)).encode()).hexdigest()[:16]
 
     def stored(cfg: Config, sizes: MeshSizes) -> Trace:
         if traces is None:
-            return with_loss_of(row, record(cfg, sizes))
+            return as_run(row, record(cfg, sizes))
         path = traces / f"{key}-{cfg.model.args['n_layers']}.gz"
         if not path.exists():
             save(record(cfg, sizes), path)
-        return with_loss_of(row, load_trace(path))
+        return as_run(row, load_trace(path))
 
     return predict(recording(cfg, sizes, stored), cluster, check=False)
 
@@ -149,8 +155,8 @@ def table(found: Sequence[Scored]) -> str:
 def main() -> None:
     files = [word for word in sys.argv[1:] if "=" not in word]
     options = read_options(Options, [word for word in sys.argv[1:] if "=" in word])
-    if len(files) != 1 or not Path(files[0]).is_file():
-        why = "the command scores one file of rows"
+    if not files or not all(Path(file).is_file() for file in files):
+        why = "the command scores files of rows"
         raise ConfigError(
             "ROWS.csv", " ".join(files), why, "a CSV in the columns of experiments/published/rows.csv", {}
         )
@@ -163,9 +169,9 @@ def main() -> None:
         writer = csv.writer(file)
         names = ["id", "predicted_step_s", "low", "high", "memory_gib", "measured_step_s", "error", "refused"]
         writer.writerow(names)
-        for row in read(Path(files[0])):
+        for row in (row for file in files for row in read(Path(file))):
             try:
-                one = scored(row, traces)
+                one = scored(row, traces, sites=not options.left_out)
             except Exception as error:  # whatever a row cannot be: the others are scored all the same
                 why = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
                 print(f"{row['id']}: {why}", file=sys.stderr)
@@ -177,7 +183,7 @@ def main() -> None:
                 [row["id"], *numbers, row["step_s"], "" if one.error is None else f"{one.error:.4f}", ""]
             )
             file.flush()
-    print(table(found))
+    print(table(by_the_others(found) if options.left_out else found))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rows import Row
+from row import Row
 
 from tpresearch.config.errors import ConfigError
 
@@ -25,8 +25,11 @@ FLASH_1 = 0.57
 """Of FlashAttention-2's rate: the kernel of llm-foundry's benchmarks, on A100 and H100 alike (fitted)."""
 HOPPER_2024 = 0.62
 """Share of its peak that a large matmul reached on an H100 of 700 W until 2024 (fitted on llm-foundry's rows of 2023)."""
+OLDER = ("composer", "fms-fsdp", "torchtitan")
 AT_500_W = 0.87
-"""Of the rates of attention at 700 W, as of matmuls': 0.57 in conf/cluster/h100_500w.yaml beside them."""
+"""Of the rates at 700 W: between the cube root and the root of the power, as clocks go."""
+UNKNOWN = {"h100_dgx": 0.67, "h200_dgx": 0.67, "h100_500w": 0.67 * AT_500_W}
+"""Matmul rates of a Hopper card of which nothing else is known, for `left_out`."""
 IBM_A100 = 0.83
 """The same of fms-fsdp's A100 (fitted on its four rows; the same site's H100 are no faster than others)."""
 KEMPNER = 0.74
@@ -40,8 +43,11 @@ KEMPNER_BETWEEN_GB_S = 25.0
 OPTIONS = {"A100": "a100_80", "H100": "h100_dgx", "H200": "h200_dgx", "B200": "b200", "L40S": "l40s"}
 
 
-def cluster_of_row(row: Row) -> dict[str, Any]:
+def cluster_of_row(row: Row, sites: bool = True) -> dict[str, Any]:
     """The cluster's YAML with what the row states of its network, and its software's rates.
+
+    Args:
+        sites: whether matmul rates of its software's year and site are known, or only the card is.
 
     Raises:
         ConfigError: for cards that no cluster file describes.
@@ -56,24 +62,29 @@ def cluster_of_row(row: Row) -> dict[str, Any]:
             [rate * slower for rate in table] for table in FLASH_2[gpu.replace("H200", "H100")]
         )
         changed |= {"attention_tflops_forward": forward, "attention_tflops_backward": backward}
-    if plain["name"] == "h100_dgx":
-        by_engine = dict.fromkeys(("composer", "fms-fsdp", "torchtitan"), HOPPER_2024)
-        changed["gemm_efficiency"] = by_engine.get(engine, plain["numbers"]["gemm_efficiency"]["value"])
-    if engine == "kempnerforge":
-        changed["gemm_efficiency"] = KEMPNER
-    if engine == "fms-fsdp" and gpu == "A100":
-        changed["gemm_efficiency"] = IBM_A100
+    rate = _matmul_rate(row, plain["name"]) if sites else UNKNOWN.get(plain["name"])
+    if rate:
+        changed["gemm_efficiency"] = rate
     per_host = row.count("gpus_per_node", 8)
-    if rate := row.number("internode_gbps_per_gpu"):
-        changed["inter_gb_s"] = rate / 8
+    if between := row.number("internode_gbps_per_gpu"):
+        changed["inter_gb_s"] = between / 8
     joined = per_host != 4
     if not joined and gpu in FOUR_CARDS_GB_S:
         changed["intra_gb_s"] = FOUR_CARDS_GB_S[gpu]
-    if engine == "kempnerforge":
+    if engine == "kempnerforge" and sites:
         changed |= {"inter_gb_s": KEMPNER_BETWEEN_GB_S, "inter_efficiency": 1.0}
     for name, value in changed.items():
         numbers[name] = {"value": value, "kind": "fitted", "source": "experiments/published/stacks.py"}
     return {**plain, "numbers": numbers, "devices_per_host": per_host, "has_switch": joined}
+
+
+def _matmul_rate(row: Row, cluster: str) -> float | None:
+    """By year and site; None for today's, as conf/cluster has it."""
+    if row.engine == "kempnerforge":
+        return KEMPNER
+    if row.engine == "fms-fsdp" and row.gpu == "A100":
+        return IBM_A100
+    return HOPPER_2024 if cluster == "h100_dgx" and row.engine in OLDER else None
 
 
 def cluster_name(row: Row) -> str:

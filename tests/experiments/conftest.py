@@ -5,5 +5,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-for study in ("two_hosts", "gpu"):
+for study in ("two_hosts", "gpu", "published"):
     sys.path.append(str(Path(__file__).parents[2] / "experiments" / study))

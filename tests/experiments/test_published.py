@@ -1,10 +1,15 @@
-"""What stands in the place of a recorded loss, where a published step was computed by other software."""
+"""What stands in the place of recorded ops, where a published step was computed by other software; one site left out."""
 
 from __future__ import annotations
 
 import pytest
-from published.losses import _changed
+from engines import CAST, as_run
+from left_out import by_the_others
+from losses import _changed
+from row import Row
+from score import Scored
 
+from tpresearch.ledger.entries import Event
 from tpresearch.simulate.trace import Op, Trace
 
 LOGITS, WIDE = 1000, 2000
@@ -37,3 +42,66 @@ def test_a_fused_loss_reads_and_writes_narrow_logits_wherever_it_stands(before: 
         ("cross_entropy_backward", LOGITS, [LOGITS]),
         ("mm", LOGITS, [1]),
     ]
+
+
+LLAMA = {"vocab": "64", "tp": "1", "ga": "2", "compute_dtype": "bf16"}
+REDUCE = Event("dp_shard", "backward", "fsdp", "reduce_scatter", 400, 4)
+
+
+def step(*ops: Op) -> Trace:
+    return Trace(
+        (ops, ops), (), {"0 forward/gradients": 1, "2 backward/gradients": 1, "5 backward/gradients": 2}
+    )
+
+
+def test_gradients_that_are_reduced_once_per_step_are_added_up_whole_before() -> None:
+    scatter = op("backward", "_reduce_scatter_base_", 400, 100, "collective")._replace(event=REDUCE)
+    row = Row({**LLAMA, "engine": "kempnerforge/fsdp2", "compile": "1"})
+    told = as_run(row, step(op("backward", "chunk_cat", 200, 400), scatter))
+    first, between, last = told.micro_batches
+    assert first == between
+    assert [(o.name, o.reads[0][1], o.writes[0][1]) for o in first] == [("add_", 600, 400)]
+    assert [o.name for o in last] == ["chunk_cat", "_reduce_scatter_base_"]
+    assert [*told.memory.values()] == [1, 401, 402]
+
+
+def test_attention_is_not_computed_again_where_it_is_always_kept() -> None:
+    shape = (1, 1, 1, 8, 8, 4)
+    again, backward = (
+        op("backward", "sdpa", 1, 1, "attention")._replace(shape=(*shape, flag, 1)) for flag in (0, 1)
+    )
+    kept = Row({**LLAMA, "engine": "torchtitan/fsdp2", "compile": "1", "ac": "selective_op"})
+    whole = Row({**kept.values, "ac": "full"})
+    assert as_run(kept, step(again, backward)).micro_batches[0] == (backward,)
+    assert as_run(whole, step(again, backward)).micro_batches[0] == (again, backward)
+
+
+def test_float8_casts_each_factor_once_and_leaves_the_output_layer() -> None:
+    unsharded = op("forward", "split_with_sizes_copy", 1, 1)._replace(reads=((1, 1), (7, 9)))
+    both = op("forward", "mm", 0, 0, "gemm")._replace(reads=((5, 80), (7, 9)), shape=(1, 4, 8, 1000))
+    output = both._replace(shape=(1, 4, 64, 1000))
+    row = Row({**LLAMA, "engine": "torchtitan/fsdp2", "compile": "1", "compute_dtype": "fp8"})
+    told = as_run(row, step(unsharded, both, both, output)).micro_batches[0]
+    assert [o.name for o in told] == ["split_with_sizes_copy", "to_float8", "mm", "mm", "mm"]
+    assert told[1].bytes_moved == 80 * CAST // 2  # 40 elements
+    assert told[2].shape[3] < 600
+    assert told[4].shape[3] == 1000
+
+
+def test_norms_of_an_older_stack_are_many_kernels_in_eager_code_alone() -> None:
+    norm = op("forward", "mul", 4, 4)._replace(fused=0)
+    eager = Row({**LLAMA, "engine": "torchtitan/fsdp2", "compile": "0"})
+    compiled = Row({**eager.values, "compile": "1"})
+    assert [as_run(row, step(norm)).micro_batches[0][0].fused for row in (eager, compiled)] == [-1, 0]
+
+
+def test_a_site_that_is_left_out_is_predicted_with_the_rate_of_the_others() -> None:
+    """Two sites took 3 s where 2 of 4 s are matmuls, so theirs are twice as fast as said; the third is told that."""
+    rows = [
+        Row({"family": family, "gpu": "H100", "step_s": step_s})
+        for family, step_s in (("a", "3"), ("b", "3"), ("c", "4"))
+    ]
+    told = by_the_others([Scored(row, 4.0, 3.6, 4.4, 0.0, 2.0) for row in rows])
+    assert told[2].step_s == pytest.approx(3.0)
+    assert (told[2].low_s, told[2].high_s) == pytest.approx((2.7, 3.3))
+    assert told[0].step_s == pytest.approx(4 - 2 + 2 / 1.5)  # one says twice, one says no faster

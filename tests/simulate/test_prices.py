@@ -207,6 +207,31 @@ def test_async_tp_hides_gathers_and_scatters_behind_their_matmuls(sending: float
     assert beside == pytest.approx(step)
 
 
+def test_pieces_of_a_gather_take_nothing_from_the_matmul_beside_them() -> None:
+    """Copy engines move them; NCCL's kernels take a quarter of the device."""
+    event = Event("tp", "forward", "dtensor", "all_gather", 0, 4)
+    sent = Kernel("collective", "all_gather", 1.0, op("collective", writes=[(1, 0)], event=event))
+    part, slow = [sent, work(1.0)], cluster(overlap_slowdown=0.25)
+    by_nccl, in_pieces = (
+        replay([part, []], 1, slow, 8, compiled=True, in_chunks=chunks)["gemm"] for chunks in (False, True)
+    )
+    assert (by_nccl, in_pieces) == pytest.approx((1.25, 1.0))
+
+
+@pytest.mark.parametrize(("ranks", "switched", "joined_by_pairs"), [(8, 100, 100), (2, 100, 100 / 7)])
+def test_without_a_switch_few_devices_have_few_links(
+    ranks: int, switched: float, joined_by_pairs: float
+) -> None:
+    """Of 8 devices, each with a link to every other, 2 have one of the 7."""
+    moved = 1_000_000_000
+    for links, bandwidth in (
+        (cluster(), switched),
+        (dataclasses.replace(cluster(), has_switch=False), joined_by_pairs),
+    ):
+        seconds = collective_s("all_gather", moved, Route(ranks, ranks), links)
+        assert seconds == pytest.approx(moved * (ranks - 1) / ranks / (bandwidth * 1e9))
+
+
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
 def test_every_cluster_states_every_number_with_its_source(path: Path) -> None:
     plain = yaml.safe_load(path.read_text())

@@ -15,6 +15,7 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batches, validate
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.models.llama2 import Llama2
+from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.depth import depth_of, recording
 from tpresearch.simulate.device_memory import fullest
 from tpresearch.simulate.fake_step import record
@@ -113,8 +114,11 @@ def test_where_depth_does_not_tell_the_whole_model_is_recorded() -> None:
 
 
 def test_the_setting_of_depth_is_found() -> None:
-    assert depth_of(at_depth(config("model=llama2_debug"), 5)) == (5, "n_layers")
-    assert depth_of(config("model=toy_mlp")) == (1, None)
+    for cfg, found in (
+        (at_depth(config("model=llama2_debug"), 5), (5, "n_layers")),
+        (config("model=toy_mlp"), (1, None)),
+    ):
+        assert depth_of(cfg, meta_model(cfg.model)) == found
 
 
 def test_a_trace_is_read_back_as_it_was(tmp_path) -> None:

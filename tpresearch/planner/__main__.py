@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 from tpresearch.config import Config
 from tpresearch.config.world import World
@@ -36,7 +37,7 @@ def main(judged: Judged, run: Run) -> None:
     from tpresearch.planner.report import as_json, draw, report
 
     cfg, cluster, sizes = judged
-    ranking = rank(cfg, sizes.world, cluster)
+    ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))
     (run.folder / "planner.json").write_text(json.dumps(as_json(ranking), indent=2) + "\n")
     print(report(ranking, cfg.model.name, sizes.world, cluster.name))
     print(f"\n  {run.folder / 'planner.json'}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
 
 from tpresearch.config import Config
 from tpresearch.config.axes import MeshSizes
@@ -57,44 +59,69 @@ class Ranking:
         return found
 
 
-def rank(cfg: Config, gpus: int, cluster: Cluster) -> Ranking:
-    """Judge every candidate."""
+def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
+    """Judge every candidate.
+
+    Args:
+        workers: processes that share the plans.
+    """
     ranking = Ranking()
-    known: Recording | None = None
+    possible: list[Candidate] = []
     for family in families(cfg, gpus, cluster):
-        if isinstance(family, Refused):
-            ranking.refused.append(family)
-            continue
-        try:
-            held = _held_at_least(family)
-        except ConfigError as error:
-            ranking.refused.append(Refused(family.words, f"{error.field}={error.value}: {error.why}"))
-            continue
-        if held > cluster["memory_gb"] * 1e9:
-            why = f"weights, gradients and optimizer state alone are {held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"
-            ranking.refused.append(Refused(family.words, why))
-            continue
-        known = known or recording(family.cfg, family.sizes, record)
-        for one in _at_all_rows(family, known, cluster):
+        refused = family if isinstance(family, Refused) else _too_large(family, cluster)
+        if refused:
+            ranking.refused.append(refused)
+        elif isinstance(family, Candidate):
+            possible.append(family)
+    if not possible:
+        return ranking
+    known = recording(possible[0].cfg, possible[0].sizes, record)
+    for found in _all(partial(_at_all_rows, known=known, cluster=cluster), possible, workers):
+        for one in found:
             (ranking.fits if one.prediction.fits else ranking.too_large).append(one)
     ranking.fits.sort(key=lambda one: -one.speed)
     ranking.too_large.sort(key=lambda one: one.prediction.peak_bytes)
     return ranking
 
 
-def _at_all_rows(family: Candidate, known: Recording, cluster: Cluster) -> Iterator[Judged]:
+def _too_large(family: Candidate, cluster: Cluster) -> Refused | None:
+    """Why it need not be simulated."""
+    try:
+        held = _held_at_least(family)
+    except ConfigError as error:
+        return Refused(family.words, f"{error.field}={error.value}: {error.why}")
+    if held <= cluster["memory_gb"] * 1e9:
+        return None
+    why = (
+        f"weights, gradients and optimizer state alone are {held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"
+    )
+    return Refused(family.words, why)
+
+
+def _all(
+    judge: Callable[[Candidate], list[Judged]], possible: Sequence[Candidate], workers: int
+) -> list[list[Judged]]:
+    """In their order. Workers are forked from a process that has torch and ran nothing with it."""
+    if workers == 1:
+        return [judge(family) for family in possible]
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(min(workers, len(possible))) as pool:
+        return pool.map(judge, possible, chunksize=1)
+
+
+def _at_all_rows(family: Candidate, known: Recording, cluster: Cluster) -> list[Judged]:
     """From two rows per micro-batch up to the first that does not fit; a single one, which is no faster, where two do not."""
     traces = _Traces(family, known)
     single, *more = micro_batch_rows(family)
-    fitted = False
+    found: list[Judged] = []
     for rows in more:
-        one = _judged(family.at(rows), known, traces, cluster)
-        yield one
-        if not one.prediction.fits:
+        found.append(_judged(family.at(rows), known, traces, cluster))
+        if not found[-1].prediction.fits:
             break
-        fitted = True
-    if not fitted:
-        yield _judged(family.at(single), known, traces, cluster)
+    if not found or not found[0].prediction.fits:
+        found.append(_judged(family.at(single), known, traces, cluster))
+    return found
 
 
 def _judged(candidate: Candidate, known: Recording, traces: _Traces, cluster: Cluster) -> Judged:

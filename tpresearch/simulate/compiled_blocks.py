@@ -37,7 +37,9 @@ def kept_per_row(cfg: Config, sizes: MeshSizes) -> float:
     Args:
         cfg: of a model of two blocks.
     """
-    eager = dataclasses.replace(cfg.parallel, compile=False, activation_checkpointing=Checkpointing.none)
+    eager = dataclasses.replace(
+        cfg.parallel, compile=False, async_tp=False, activation_checkpointing=Checkpointing.none
+    )
     model, plan = planned(cfg, sizes)
     with process_group(FAKE, World(size=sizes.world, local_size=sizes.world)):
         mesh = build_mesh(sizes, FAKE.type)

@@ -113,18 +113,19 @@ class Recording:
 
 def recording(cfg: Config, sizes: MeshSizes, recorder: Recorder, kept: Kept = kept_per_row) -> Recording:
     """Raises: ConfigError: where the model cannot be made at all."""
-    depth, setting = depth_of(cfg)
-    flops = flops_per_token(meta_model(cfg.model), cfg.data.seq_len, causal=False)
+    model = meta_model(cfg.model)
+    depth, setting = depth_of(cfg, model)
+    flops = flops_per_token(model, cfg.data.seq_len, causal=False)
     return Recording(cfg, sizes, depth, setting, flops, recorder, kept)
 
 
-def depth_of(cfg: Config) -> tuple[int, str | None]:
+def depth_of(cfg: Config, model: nn.Module) -> tuple[int, str | None]:
     """How many blocks the model has, and which of its settings says so: the one that adds a block for each it grows by."""
-    depth = _blocks(cfg.model.blocks, meta_model(cfg.model))
+    depth = _blocks(cfg.model.blocks, model)
     for name, value in cfg.model.args.items():
         if isinstance(value, int) and not isinstance(value, bool) and value == depth and depth > 1:
             found = []
-            for other in (depth - 1, 2):
+            for other in RECORDED:
                 smaller = dataclasses.replace(cfg.model, args={**cfg.model.args, name: other})
                 try:
                     found.append(_blocks(cfg.model.blocks, meta_model(smaller)) == other)
