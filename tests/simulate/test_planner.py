@@ -89,7 +89,7 @@ def test_all_that_is_legal_is_a_candidate() -> None:
 
 def test_candidates_are_ranked_with_reasons(tmp_path) -> None:
     cfg = config("model=llama2_debug", "train.global_batch_size=2")
-    ranking = rank(cfg, 2, cluster())
+    ranking = rank(cfg, 2, cluster(), workers=2)
     speeds = [one.speed for one in ranking.fits]
     assert speeds == sorted(speeds, reverse=True)
     assert len(ranking.fits) == 9  # ddp, fsdp and sp, each with three kinds of checkpointing

@@ -65,17 +65,18 @@ def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
     Args:
         workers: processes that share the plans.
     """
-    ranking = Ranking()
-    possible: list[Candidate] = []
-    for family in families(cfg, gpus, cluster):
-        refused = family if isinstance(family, Refused) else _too_large(family, cluster)
-        if refused:
-            ranking.refused.append(refused)
-        elif isinstance(family, Candidate):
-            possible.append(family)
-    if not possible:
+    every = list(families(cfg, gpus, cluster))
+    ranking = Ranking(refused=[one for one in every if isinstance(one, Refused)])
+    legal = [one for one in every if isinstance(one, Candidate)]
+    if not legal:
         return ranking
-    known = recording(possible[0].cfg, possible[0].sizes, record)
+    known = recording(legal[0].cfg, legal[0].sizes, record)
+    possible: list[Candidate] = []
+    for family in legal:
+        if refused := _too_large(family, known, cluster):
+            ranking.refused.append(refused)
+        else:
+            possible.append(family)
     for found in _all(partial(_at_all_rows, known=known, cluster=cluster), possible, workers):
         for one in found:
             (ranking.fits if one.prediction.fits else ranking.too_large).append(one)
@@ -84,10 +85,10 @@ def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
     return ranking
 
 
-def _too_large(family: Candidate, cluster: Cluster) -> Refused | None:
+def _too_large(family: Candidate, known: Recording, cluster: Cluster) -> Refused | None:
     """Why it need not be simulated."""
     try:
-        held = _held_at_least(family)
+        held = _held_at_least(family, known)
     except ConfigError as error:
         return Refused(family.words, f"{error.field}={error.value}: {error.why}")
     if held <= cluster["memory_gb"] * 1e9:
@@ -106,7 +107,7 @@ def _all(
         return [judge(family) for family in possible]
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with context.Pool(min(workers, len(possible))) as pool:
+    with context.Pool(max(1, min(workers, len(possible)))) as pool:
         return pool.map(judge, possible, chunksize=1)
 
 
@@ -131,10 +132,18 @@ def _judged(candidate: Candidate, known: Recording, traces: _Traces, cluster: Cl
     return Judged(candidate, predict(told, cluster, check=False))
 
 
-def _held_at_least(candidate: Candidate) -> int:
-    """Bytes that a rank holds all the time, exactly, with no step recorded."""
-    model, plan = planned(candidate.cfg, candidate.sizes)
-    kinds = expected_bytes(model, plan, candidate.cfg)
+def _held_at_least(candidate: Candidate, known: Recording) -> int:
+    """Bytes that a rank holds all the time, exactly, with no step recorded: each block of a deep model holds the same."""
+    if known.is_short:
+        return _held(candidate.cfg, candidate.sizes)
+    shallow = replace(known, cfg=candidate.cfg)
+    two, three = (_held(shallow.at(depth), candidate.sizes) for depth in RECORDED)
+    return two + (known.depth - RECORDED[0]) * (three - two)
+
+
+def _held(cfg: Config, sizes: MeshSizes) -> int:
+    model, plan = planned(cfg, sizes)
+    kinds = expected_bytes(model, plan, cfg)
     return sum(kinds[kind] or 0 for kind in ("parameters", "gradients", "optimizer"))
 
 
