@@ -257,6 +257,7 @@ def test_every_cluster_states_every_number_with_its_source(path: Path) -> None:
         ),
         ({"numbers": {"nvlink": {"value": 1, "kind": "guessed", "source": ""}}}, "cluster.numbers.nvlink"),
         ({"device": None}, "cluster.device"),
+        ({"has_switch": "no"}, "cluster.has_switch"),
     ],
 )
 def test_a_cluster_that_lacks_a_number_is_refused_by_its_name(change: dict, field: str) -> None:

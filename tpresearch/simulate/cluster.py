@@ -118,6 +118,10 @@ def cluster_of(plain: Mapping[str, Any]) -> Cluster:
             raise ConfigError(
                 f"cluster.{name}", None, "a cluster needs it", "a value, in its conf/cluster file"
             )
+    has_switch = plain.get("has_switch", True)
+    if not isinstance(has_switch, bool):
+        why = "whether a host's devices are joined by a switch is a yes or no"
+        raise ConfigError("cluster.has_switch", has_switch, why, "true or false")
     given = plain["numbers"]
     for name in given:
         if name not in NUMBERS:
@@ -130,7 +134,7 @@ def cluster_of(plain: Mapping[str, Any]) -> Cluster:
         devices_per_host=int(plain["devices_per_host"]),
         hosts=plain.get("hosts"),
         shared_cores=plain.get("shared_cores"),
-        has_switch=bool(plain.get("has_switch", True)),
+        has_switch=has_switch,
         numbers=numbers,
         checked=tuple(plain.get("checked") or ()),
     )
