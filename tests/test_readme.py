@@ -58,18 +58,15 @@ def test_each_command_says_about_how_long_it_takes() -> None:
     assert [line for line in LINES if not re.search(r"  # .*(about \d|on a GPU)", line)] == []
 
 
-FIRST_TORCHRUN = next(command for command in COMMANDS if command.startswith("torchrun "))
-
-
 @pytest.fixture(scope="module")
 def run(ranks: Ranks, clone: Path) -> Callable[..., Done]:
-    """Runs words in the clone: `cold` as they are, else python and torchrun are forks of a warm process."""
+    """Runs words in the clone; python and torchrun are forks of a warm process."""
 
-    def start(words: list[str], cold: bool = False) -> Done:
+    def start(words: list[str]) -> Done:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         env = environment(clone, PATH=path, PYTHONPATH=str(clone))
         starter, *program = words
-        if cold or starter not in ("python", "torchrun"):
+        if starter not in ("python", "torchrun"):
             return execute(words, clone, env)
         size = int(program.pop(0).removeprefix("--nproc-per-node=")) if starter == "torchrun" else None
         return execute_warm(ranks, size, program, clone, env)
@@ -131,10 +128,7 @@ def test_each_command_runs(command: str, clone: Path, run: Callable[..., Done], 
         if each in have_run:
             continue
         words = cheap(shlex.split(each), clone / "cache")
-        cold = each == FIRST_TORCHRUN
-        if cold:
-            words.insert(1, "--standalone")  # two jobs on one machine would meet at torchrun's default port
-        done = run(words, cold)
+        done = run(words)
         have_run.add(each)
         assert done.code == 0, done.err[-2000:]
         if "train.py" in words and words[0] == "torchrun":

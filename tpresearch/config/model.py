@@ -1,9 +1,16 @@
-"""A model with its sharding rules, as a file of conf/model and the ones of conf/plan that it takes in make it."""
+"""A model with its sharding rules, as a file of conf/model and the ones of conf/plan that it takes in make it: read, and written back."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
+
+from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.reading import check_sane, check_value
+
+MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
+RULE_KEYS = ("match", "style", "src", "dst", "axis", "units")
 
 
 @dataclass
@@ -46,3 +53,71 @@ class ModelConfig:
     """Wildcards over module names: the units of FSDP, checkpointing and compile."""
     plans: dict[str, dict[str, Rule]]
     """Sharding plans by name (tp, sp), each a dict of named rules."""
+
+
+def model_config(raw: dict[str, Any]) -> ModelConfig:
+    """A model's YAML: `name`, `_target_`, `blocks` and `plans` are ours, every other key is the class's.
+
+    Raises:
+        ConfigError: for a key of ours that has not its shape, and for values that nothing could work with.
+    """
+    for key in ("name", "_target_"):
+        if not isinstance(raw.get(key), str):
+            raise ConfigError(
+                f"model.{key}", raw.get(key), "a model needs it", "a string, in its conf/model file"
+            )
+    check_sane("model", {key: value for key, value in raw.items() if key != "plans"})
+    blocks, raw_plans = raw.get("blocks") or [], raw.get("plans") or {}
+    check_value("model.blocks", blocks, list[str])
+    check_value("model.plans", raw_plans, dict[str, Any])
+    plans = {}
+    for plan, rules in raw_plans.items():
+        where = f"model.plans.{plan}"
+        if not isinstance(rules, dict):
+            raise ConfigError(where, rules, "not a sharding plan", "a dict of named rules")
+        plans[plan] = {str(name): _rule(f"{where}.{name}", rule) for name, rule in rules.items()}
+    args = {key: value for key, value in raw.items() if key not in MODEL_KEYS}
+    return ModelConfig(raw["name"], raw["_target_"], args, blocks, plans)
+
+
+def _rule(where: str, raw: Any) -> Rule:
+    if not isinstance(raw, dict) or not raw.get("match"):
+        raise ConfigError(
+            where, raw, "not a sharding rule", "a dict with match and style, or match and _target_"
+        )
+    ours = {key: value for key, value in raw.items() if key in RULE_KEYS}
+    rest = {key: value for key, value in raw.items() if key not in RULE_KEYS and key != "_target_"}
+    if rest and "_target_" not in raw:
+        wrong = next(iter(rest))
+        raise ConfigError(
+            f"{where}.{wrong}",
+            rest[wrong],
+            "no such key in a rule",
+            f"one of {', '.join(nearest(str(wrong), RULE_KEYS))}",
+        )
+    hints = get_type_hints(Rule)
+    for key, value in ours.items():
+        check_value(f"{where}.{key}", value, hints[key])
+    check_value(f"{where}._target_", raw.get("_target_"), hints["target"])
+    check_sane(where, rest)
+    return Rule(**ours, target=raw.get("_target_"), args=rest)
+
+
+def model_as_dict(model: ModelConfig) -> dict[str, Any]:
+    """The same as plain data, in the shape of the YAML files."""
+    plans = {
+        plan: {name: _plain_rule(dataclasses.asdict(rule)) for name, rule in rules.items()}
+        for plan, rules in model.plans.items()
+    }
+    return {
+        "name": model.name,
+        "_target_": model.target,
+        **model.args,
+        "blocks": model.blocks,
+        "plans": plans,
+    }
+
+
+def _plain_rule(rule: dict[str, Any]) -> dict[str, Any]:
+    shown = {key: rule[key] for key in RULE_KEYS if rule[key]}
+    return {**shown, **({"_target_": rule["target"], **rule["args"]} if rule["target"] else {})}

@@ -19,8 +19,8 @@ from tpresearch.checkpoint.load import read_tensors, tensors_of, verify
 from tpresearch.checkpoint.resume import run_of
 from tpresearch.checkpoint.state import MODEL
 from tpresearch.checkpoint.together import RankFailed
-from tpresearch.config.compose import model_config
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.model import model_config
 from tpresearch.data.tokenizer import TOKENIZER_FOLDER, special_ids
 from tpresearch.hf.files import INDEX, WEIGHTS
 from tpresearch.hf.llama import CONFIG, NAMES, config_json, hugging_face_name, hugging_face_rows, is_rotated

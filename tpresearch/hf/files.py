@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from tpresearch.checkpoint.disk import NAME, step_folders
 from tpresearch.checkpoint.resume import find_checkpoint, run_of
-from tpresearch.config.compose import model_config
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.model import model_config
 from tpresearch.data.hub import download, looks_like_hub_id
 from tpresearch.data.tokenizer import TOKENIZER_FOLDER
 from tpresearch.hf.llama import CONFIG, EMBEDDING, NAMES, OUTPUT, read_settings
