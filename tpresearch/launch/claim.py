@@ -46,7 +46,7 @@ def locked(folder: Path, patience_s: float = 0) -> AbstractContextManager[object
     except Timeout:
         why, legal = "another run is using this folder", "its end, or a folder of its own"
         raise ConfigError(
-            "hydra.run.dir", folder, why, legal, fix={"hydra.run.dir": _free(folder, "-")}
+            "hydra.run.dir", folder, why, legal, fix={"hydra.run.dir": free_name(folder, "-")}
         ) from None
     except NotImplementedError:  # a file system without locks: nothing can be held there
         return nullcontext()
@@ -71,7 +71,7 @@ def make_room(folder: Path) -> None:
     """Set aside what an earlier run has left in the folder."""
     if not any((folder / name).exists() for name in (*RECORD, "checkpoints")):
         return
-    aside = _free(folder, EARLIER)
+    aside = free_name(folder, EARLIER)
     aside.mkdir()
     for pattern in LEFT:
         for path in folder.glob(pattern):
@@ -79,7 +79,7 @@ def make_room(folder: Path) -> None:
     print(f"the record of an earlier run in {folder} is now in {aside}", file=sys.stderr)
 
 
-def _free(folder: Path, between: str) -> Path:
+def free_name(folder: Path, between: str) -> Path:
     """A name beside the folder's that nothing has yet: its own with a count behind it."""
     first = 1 if between == EARLIER else 2
     names = (folder.with_name(f"{folder.name}{between}{nth}") for nth in itertools.count(first))

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from tpresearch.agent import TO_SAVE_S
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.claim import EARLIER, locked
+from tpresearch.launch.claim import EARLIER, free_name, locked
 from tpresearch.launch.stop import end_with_parent
 from tpresearch.sweep.job import CONSOLE_LOG, Job, goes_on
 
@@ -220,10 +220,7 @@ def set_aside(job: Job) -> None:
             with suppress(FileNotFoundError):
                 path.rename(path.with_stem(f"{path.stem}{EARLIER}1"))
         return
-    nth = 1
-    while (aside := folder.with_name(f"{folder.name}{EARLIER}{nth}")).exists():
-        nth += 1
-    folder.rename(aside)
+    folder.rename(free_name(folder, EARLIER))
 
 
 def environment_of(folder: Path) -> dict[str, str]:
