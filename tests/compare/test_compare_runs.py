@@ -349,7 +349,7 @@ def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(tmp_path: Pat
 def test_without_what_it_draws_with_it_says_what_to_install(tmp_path: Path) -> None:
     Made(steps=2).write(tmp_path / "run")
     hide = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda name: None if name == 'altair' else f(name)"
-    main = "import runpy; runpy.run_module('tpresearch.compare', run_name='__main__')"
+    main = "import runpy; runpy.run_module('tpresearch.compare', run_name='__main__', alter_sys=True)"
     program = f"{hide}; import sys; sys.argv = ['compare', 'run']; {main}"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=1500
