@@ -11,8 +11,28 @@ from tpresearch.config.errors import ConfigError
 
 NUMBER = re.compile(r"[~≈]?\s*([0-9][0-9, _]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/ ]*)")
 """A number, perhaps with separators and a unit behind it: 80GB, 1,914, 400 Gbps."""
+UNITS = {
+    "ms": 1e-3,
+    "us": 1e-6,
+    "k": 1024,
+    "K": 1024,
+    "GB/s": 8,
+    "GiB/s": 8,
+    "Tbps": 1000,
+    "Tbit/s": 1000,
+    "Tb/s": 1000,
+}
+"""What is not in the column's own unit: seconds, tokens, Gbit/s."""
 GPUS = ("A100", "H100", "H200", "B200", "L40S")
 YES = ("1", "true", "yes")
+FLOAT8 = re.compile("fp8|float8")
+ABSENT = {"pp": "pipeline", "cp": "context", "ep": "expert"}
+CHECKPOINTING = {
+    **dict.fromkeys(("", "0", "no", "false", "off"), "none"),
+    **dict.fromkeys(("1", "yes", "true", "on"), "full"),
+    "op": "selective_op",
+    "layer": "selective_layer",
+}
 CHECKPOINTED = {
     ("fms-fsdp", "A100", "llama2-13b", True): 0.39,
     ("fms-fsdp", "A100", "codellama-34b", True): 1.0,
@@ -53,7 +73,11 @@ class Row:
         found = NUMBER.fullmatch(self[name])
         if not found:
             raise ConfigError(name, self[name], "not a number", "a number", {})
-        return float(re.sub("[, _]", "", found[1]))
+        return float(re.sub("[, _]", "", found[1])) * self._unit(name, found[2].strip())
+
+    @staticmethod
+    def _unit(name: str, unit: str) -> float:
+        return 1000 if unit.lower() == "k" and name == "tok_s_gpu" else UNITS.get(unit, 1)
 
     def count(self, name: str, default: int | None = None) -> int:
         """Raises: ConfigError: for what is no whole number of 1 or more; for an empty cell without a default."""
@@ -74,11 +98,11 @@ class Row:
     def gpu(self) -> str:
         """A100 of `NVIDIA A100-SXM4-80GB`."""
         words = self["gpu"].upper()
-        return next((name for name in GPUS if name in words), words)
+        return next((name for name in GPUS if re.search(f"(?<!G){name}(?![0-9])", words)), words)
 
     @property
     def is_float8(self) -> bool:
-        return self["compute_dtype"].lower() in ("fp8", "float8")
+        return bool(FLOAT8.search(self["compute_dtype"].lower()))
 
     @property
     def world(self) -> int:
@@ -86,11 +110,22 @@ class Row:
 
     @property
     def measured_s(self) -> float | None:
-        return self.number("step_s") or None
+        """From the tokens per second where no step is stated."""
+        rate = self.number("tok_s_gpu")
+        if self["step_s"] or not rate:
+            return self.number("step_s") or None
+        tp, replicas = self.count("tp", 1), self.count("dp_replicate", 1)
+        ranks = replicas * self.count("dp_shard", max(1, self.world // (tp * replicas)))
+        tokens = self.count("mb", 1) * self.count("ga", 1) * ranks * self.count("seq")
+        return tokens / (rate * self.world)
 
     def parts(self) -> list[Part]:
         """The configs that stand for it."""
-        mode = {"": "none", "0": "none", "no": "none", "1": "full"}.get(self["ac"].lower(), self["ac"])
+        for name in ABSENT:
+            if self.number(name) > 1:
+                raise ConfigError(name, self[name], f"there is no {ABSENT[name]} parallelism here", "1", {})
+        stated = re.sub("[ -]+", "_", self["ac"].lower())
+        mode = CHECKPOINTING.get(stated, stated)
         if mode == "selective_layer":  # every second block whole
             return [self._part("none", 0.5), self._part("full", 0.5)]
         if mode == "selective_block":  # a share of the blocks, which the source states only through its HFU
@@ -154,9 +189,10 @@ def _plan(tp: int, replicas: int, shards: int, sequence: bool) -> str:
 
 
 def _dtype(short: str) -> str:
-    """Float8 is bfloat16 with faster matmuls; see `stacks`."""
-    known = {"": "bfloat16", "bf16": "bfloat16", "fp16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
-    return known.get(short.lower(), short)
+    """float8 is bfloat16 with faster matmuls; see `engines`."""
+    if not short or re.search("bf16|bfloat16|fp16|float16|fp8|float8", short.lower()):
+        return "bfloat16"
+    return {"fp32": "float32"}.get(short.lower(), short)
 
 
 def read(path: Path) -> list[Row]:

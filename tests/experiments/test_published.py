@@ -8,7 +8,9 @@ from left_out import by_the_others
 from losses import _changed
 from row import Row
 from score import Scored
+from stacks import cluster_name
 
+from tpresearch.config.errors import ConfigError
 from tpresearch.ledger.entries import Event
 from tpresearch.simulate.trace import Op, Trace
 
@@ -105,3 +107,51 @@ def test_a_site_that_is_left_out_is_predicted_with_the_rate_of_the_others() -> N
     assert told[2].step_s == pytest.approx(3.0)
     assert (told[2].low_s, told[2].high_s) == pytest.approx((2.7, 3.3))
     assert told[0].step_s == pytest.approx(4 - 2 + 2 / 1.5)  # one says twice, one says no faster
+
+
+SMALL = {
+    "dim": "8",
+    "heads": "2",
+    "layers": "2",
+    "ffn": "16",
+    "vocab": "64",
+    "seq": "2k",
+    "gpus": "1,024",
+    "gpu": "H100",
+}
+
+
+@pytest.mark.parametrize(
+    ("cells", "name"),
+    [
+        ({"gpu": "NVIDIA H100-SXM5-80GB"}, "h100_dgx"),
+        ({"gpu_note": "SXM5 HBM2e 500 W"}, "h100_500w"),
+        ({"gpu": "h100_80gb"}, "h100_dgx"),
+        ({"gpu": "H100 PCIe"}, "h100_pcie"),
+        ({"gpu": "8xA100", "gpu_mem_gb": "40 GB"}, "a100_40"),
+    ],
+)
+def test_a_card_is_found_in_a_longer_name(cells: dict[str, str], name: str) -> None:
+    assert cluster_name(Row({**SMALL, **cells})) == name
+
+
+@pytest.mark.parametrize("gpu", ["GH200", "GB200", "MI300X", "H100 NVL", "A100-PCIE-40GB", "H800", ""])
+def test_a_card_of_another_kind_is_refused(gpu: str) -> None:
+    with pytest.raises(ConfigError, match="gpu"):
+        cluster_name(Row({**SMALL, "gpu": gpu}))
+
+
+def test_cells_are_read_with_their_units() -> None:
+    row = Row({**SMALL, "step_s": "1,200 ms", "internode_gbps_per_gpu": "50 GB/s", "ac": "selective op"})
+    assert (row.count("seq"), row.world, row.measured_s) == (2048, 1024, pytest.approx(1.2))
+    assert row.number("internode_gbps_per_gpu") == 400
+    assert len(row.parts()) == 2
+    told = Row({**SMALL, "tok_s_gpu": "2.048k", "mb": "3", "ga": "2"})
+    assert told.measured_s == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("name", ["pp", "cp", "ep"])
+def test_a_row_of_parallelism_that_is_not_here_is_refused(name: str) -> None:
+    assert Row({**SMALL, name: "1"}).parts()
+    with pytest.raises(ConfigError, match=f"{name}=2"):
+        Row({**SMALL, name: "2"}).parts()
