@@ -8,7 +8,6 @@ import time
 import pytest
 from support.composed import config
 from support.counted_steps import PLANS, counted_step
-from support.marks import exhaustive
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
@@ -56,7 +55,7 @@ def test_thousands_of_ranks_send_what_the_formulas_say() -> None:
     equal_to_formulas(config("model=llama2_debug", "parallel=hsdp_tp", "mesh.tp=2", batch), 8192)
 
 
-@exhaustive
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("plan", ["fsdp_tp", "hsdp_tp"])
 def test_llama2_70b_on_65536_ranks_in_20_seconds_of_processor_time(plan: str) -> None:
     before = time.process_time()
