@@ -30,9 +30,8 @@ def judge(cfg: Config, world: World) -> Preflight:
 
 @entrypoint("import_hf", judge=judge)
 def main(job: Preflight, run: Run) -> None:
-    from tpresearch.checkpoint.disk import (
-        folder_of,  # late: a refused config should not wait for all of torch
-    )
+    # Late: a refused config should not wait for all of torch.
+    from tpresearch.checkpoint.disk import folder_of
     from tpresearch.checkpoint.save import NotSaved
     from tpresearch.checkpoint.together import own_group
     from tpresearch.data.pipeline import prepare

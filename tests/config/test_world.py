@@ -63,9 +63,8 @@ def test_what_another_job_has_left_is_refused_by_name(wrong: dict[str, str], say
 
 def test_only_srun_without_torchrun_counts_as_slurm_tasks() -> None:
     assert SlurmStep.from_environment({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}) == SlurmStep(8, 3)
-    assert (
-        SlurmStep.from_environment({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}).tasks == 1
-    )  # the batch script
+    batch_script = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+    assert SlurmStep.from_environment(batch_script).tasks == 1
     assert SlurmStep.from_environment({"SLURM_STEP_NUM_TASKS": "2", **TORCHRUN}).tasks == 1
     assert SlurmStep.from_environment({"SLURM_STEP_NUM_TASKS": "", "SLURM_JOB_ID": ""}) == SlurmStep()
     with pytest.raises(WrongEnvironment, match="SLURM_JOB_START_TIME=noon: not a whole number"):

@@ -265,9 +265,8 @@ def test_another_content_is_another_folder(
     if change == "byte":
         stat = file.stat()
         file.write_text(file.read_text().replace("w7x3", "w7y3"))
-        os.utime(
-            file, ns=(stat.st_atime_ns, stat.st_mtime_ns)
-        )  # same size, same time: only the content differs
+        # Same size, same time: only the content differs.
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif change == "name":
         file.rename(file.with_name("0075.txt"))  # in the same place in the order
     elif change == "new file":

@@ -60,9 +60,8 @@ def test_real_ranks_hold_what_the_fake_group_counts(ranks: Ranks, plan: str) -> 
         {kind.kind: kind.most_bytes for kind in found.held if kind.kind != "temporaries"}
         for found in (on_ranks(ranks, *step, two_parts=True), counted_step(*step, two_parts=True))
     )
-    late = (
-        real["activations"] - fake["activations"]
-    )  # a number per token, until gloo's thread lets go of its sum
+    # A number per token, until gloo's thread lets go of its sum.
+    late = real["activations"] - fake["activations"]
     assert late in (0, 256), late
     assert real | {"activations": 0} == fake | {"activations": 0}
 

@@ -105,9 +105,8 @@ def test_each_step_runs_compiled_code(
     each = {"forward calls": again * LAYERS, "backward calls": LAYERS}
     graphs = {"forward graphs": 1, "backward graphs": 1}
     assert found == {1: each | graphs, **dict.fromkeys(range(2, STEPS + 1), each)}
-    stretches = {
-        "forward calls": 3 if job.plan.loss_parallel else 2
-    }  # between collectives, of the loss's one chunk
+    # Between collectives, of the loss's one chunk.
+    stretches = {"forward calls": 3 if job.plan.loss_parallel else 2}
     made = {"forward graphs": stretches["forward calls"]}
     assert of_loss == {1: stretches | made, **dict.fromkeys(range(2, STEPS + 1), stretches)}
     assert isinstance(counting.counted, StepLedger)
@@ -138,9 +137,8 @@ def kept(cfg: Config) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if (
-            storage.data_ptr() not in given and tensor.dtype.is_floating_point
-        ):  # the state of a generator is not
+        # The state of a generator is no floating-point tensor.
+        if storage.data_ptr() not in given and tensor.dtype.is_floating_point:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 

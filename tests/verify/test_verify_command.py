@@ -46,12 +46,8 @@ def test_right_plans_pass(tmp_path: Path) -> None:
     ]
     assert all(r["worst"]["gradients"]["error"] < 1e-10 for r in record["results"])
     assert all(r["worst"]["between ranks"]["error"] == 0 for r in record["results"])
-    assert [len(r["integers"] or ()) for r in record["results"]] == [
-        4,
-        0,
-        4,
-        0,
-    ]  # once a plan: no optimizer in it
+    # Once per plan: no optimizer is in it.
+    assert [len(r["integers"] or ()) for r in record["results"]] == [4, 0, 4, 0]
     assert all(
         e["output"] == e["weight_gradient"] == 0 for r in record["results"] for e in r["integers"] or ()
     )

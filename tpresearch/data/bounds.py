@@ -68,9 +68,7 @@ def _check_lines(data: DataConfig, path: Path, enough: int | None) -> None:
                 if len(line) > most:
                     raise too_long(f"{path}, line {number}", data)
                 if line.count(b"[") + line.count(b"{") > DEEP and ".json" in path.name:
-                    json.loads(
-                        line
-                    )  # the library's own reader ends the process where that is nested too deeply
+                    json.loads(line)  # where it is nested too deeply, the library's reader ends the process
                 seen += len(line)
                 if not line or (enough and seen > enough):
                     return

@@ -43,10 +43,8 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
 
 def _check_streaming(data: DataConfig) -> None:
     if data.streaming and data.source is not DataSource.hf:
-        why, legal = (
-            f"data.source={data.source} is not read over the network",
-            "data.streaming only with data=hf",
-        )
+        why = f"data.source={data.source} is not read over the network"
+        legal = "data.streaming only with data=hf"
         raise ConfigError("data.streaming", True, why, legal, {"data.streaming": None})
     if data.streaming and data.max_tokens is None:
         why, fix = "streaming without data.max_tokens has no end", {"data.max_tokens": 10_000_000}

@@ -31,9 +31,8 @@ def is_hugging_face(init_from: str) -> bool:
     path = Path(init_from).expanduser()
     if not os.path.lexists(path):
         return looks_like_hub_id(init_from)
-    return any(
-        os.path.exists(path / name) for name in (CONFIG, WEIGHTS, INDEX)
-    )  # Path's raises where it may not look
+    # Not `Path.exists`, which raises where it may not look.
+    return any(os.path.exists(path / name) for name in (CONFIG, WEIGHTS, INDEX))
 
 
 def folder_of(init_from: str, files: Sequence[str] = (CONFIG,)) -> Path:

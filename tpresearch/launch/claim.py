@@ -60,10 +60,8 @@ def check_ours(folder: Path) -> None:
     """
     found = [name for name in RECORD if (folder / name).exists()]
     if found and not any((folder / name).exists() for name in SIGNS):
-        why, legal = (
-            f"holds {' and '.join(found)} that no run has left there",
-            "an empty folder, or a new one",
-        )
+        why = f"holds {' and '.join(found)} that no run has left there"
+        legal = "an empty folder, or a new one"
         raise ConfigError("hydra.run.dir", folder, why, legal, fix={"hydra.run.dir": folder / "run"})
 
 

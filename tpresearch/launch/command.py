@@ -176,12 +176,9 @@ def mended(arguments: Sequence[str], fix: Mapping[str, object]) -> list[str]:
         elif (value := left.pop(key, None)) is not None:
             kept.append(f"{key}={shown(value)}")
     new = [f"{key}={shown(value)}" for key, value in left.items() if value is not None]
-    last = max((at for at, word in enumerate(kept) if _is_override(word)), default=-1)
-    return [
-        *kept[: last + 1],
-        *new,
-        *kept[last + 1 :],
-    ]  # beside the others, for flags have to follow all of them
+    # Beside the other overrides, for flags have to follow all of them.
+    behind = 1 + max((at for at, word in enumerate(kept) if _is_override(word)), default=-1)
+    return [*kept[:behind], *new, *kept[behind:]]
 
 
 def _is_override(word: str) -> bool:

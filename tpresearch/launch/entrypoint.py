@@ -210,10 +210,8 @@ def _purpose(main: Callable[..., None]) -> str:
 def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world: World) -> None:
     """Run jobs of their own for `-m`; exit code 1 if one of them failed."""
     if world.elastic:
-        why, legal = (
-            "one failing rank would hang a sweep inside torchrun",
-            "a sweep without torchrun, which starts one for each job",
-        )
+        why = "one failing rank would hang a sweep inside torchrun"
+        legal = "a sweep without torchrun, which starts one for each job"
         raise WrongCommand("hydra.mode", "MULTIRUN", why, legal, Command(tuple(sys.argv[1:])))
     interrupt.begun()
     name, overrides = composition.config_name, composition.overrides

@@ -33,19 +33,15 @@ def type_again(arguments: Namespace) -> Path | None:
     if named in (AUTO, NEVER):
         return None
     if arguments.multirun or typed.get("hydra.mode") == "MULTIRUN":
-        why, legal = (
-            "the jobs of a sweep have folders of their own",
-            "init_from, for new runs from its weights",
-        )
+        why = "the jobs of a sweep have folders of their own"
+        legal = "init_from, for new runs from its weights"
         raise ConfigError("resume", named, why, legal, fix={"resume": None, "init_from": named})
     check_begun(find_checkpoint(Path(named), "resume"))
     run = run_of(Path(named))
     asked = typed.get("hydra.run.dir")
     if asked is not None and Path(str(yaml.safe_load(asked))).resolve() != run:
-        why, legal = (
-            f"resume={named} goes on in that run's own folder",
-            "no other one; init_from takes weights into a new run",
-        )
+        why = f"resume={named} goes on in that run's own folder"
+        legal = "no other one; init_from takes weights into a new run"
         raise ConfigError("hydra.run.dir", asked, why, legal)
     replaced = {branch for key in typed for branch in REPLACED.get(key, (key,))}
     then = [word for word in typed_then(run) if not _is_in(override_key(word), replaced)]

@@ -82,10 +82,8 @@ def _agreed(composed: DictConfig, world: World, held: ExitStack) -> tuple[Path, 
         raise ConfigError("hydra.run.dir", "", "names no folder", "a folder, new or empty; . for this one")
     record = OmegaConf.select(composed, "hydra.output_subdir")
     if record is not None and (record == ".." or Path(record).parts != (Path(record).name,)):
-        why, legal = (
-            "Hydra's record of the config is kept inside the run's folder",
-            "the name of a folder, or null",
-        )
+        why = "Hydra's record of the config is kept inside the run's folder"
+        legal = "the name of a folder, or null"
         raise ConfigError("hydra.output_subdir", record, why, legal)
     wanted = Path(composed.hydra.run.dir)
     name = str(composed.get("name") or "run")
@@ -270,9 +268,7 @@ def _words_from_env(variable: str) -> list[str]:
 
 
 def _tokenizer_size(path: str | None) -> int:
-    from tpresearch.data.tokenizer import (
-        tokenizer_size,  # late: few configs ask, and tokenizers are slow to import
-    )
+    from tpresearch.data.tokenizer import tokenizer_size  # late: few configs ask, and it is slow to import
 
     return tokenizer_size(path)
 

@@ -82,9 +82,8 @@ def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) ->
         softmax, indices = 0, 8  # the gradient is 1, whatever the logits are
     elif cfg.train.loss_chunk and plan.chunked_head:
         # In the place of the hidden states, which are as large, their gradient; and the output layer's.
-        indices = 8 * (
-            micro_batches(cfg, plan.sizes) + bool(plan.rules)
-        )  # tokens of the whole share, and those masked
+        # Tokens of the whole share, and those masked.
+        indices = 8 * (micro_batches(cfg, plan.sizes) + bool(plan.rules))
         return round(tokens * (kept + indices)) + _early_gradient_bytes(model, plan, cfg, element)
     return round(tokens * (kept + softmax + indices))
 
@@ -102,9 +101,8 @@ def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, elemen
 def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str) -> float | None:
     """Bytes per token, but for the logits: each block's, and the last norm's."""
     t = plan.sizes.tp if plan.rules else 1
-    residual = (
-        1 / t if plan.partial_grads(model) else 1.0
-    )  # sequence parallelism splits what lies between matmuls
+    # Sequence parallelism splits what lies between matmuls.
+    residual = 1 / t if plan.partial_grads(model) else 1.0
     block, h = model.layers[0], model.dim
     assert isinstance(block, Block)
     if device == "cuda" and element == 8:

@@ -104,12 +104,9 @@ def notes_on(device: Device, cfg: Config) -> list[str]:
     heads, kv_heads, dim = (args.get(name) for name in ("n_heads", "n_kv_heads", "dim"))
     if isinstance(heads, int) and isinstance(dim, int):
         dtype = getattr(torch, cfg.train.dtype)
-        repeated = (
-            device.type == "cuda" and cfg.train.dtype is Dtype.float32
-        )  # as models.llama2 repeats its keys
-        kind = attention_backend(
-            device.torch, dtype, heads, heads if repeated else kv_heads or heads, dim // heads
-        )
+        if device.type == "cuda" and cfg.train.dtype is Dtype.float32:
+            kv_heads = heads  # as models.llama2 repeats its keys
+        kind = attention_backend(device.torch, dtype, heads, kv_heads or heads, dim // heads)
         notes.append(f"attention: torch chooses its {kind} kernel for {cfg.train.dtype} on this device")
     if device.type == "cuda" and cfg.train.dtype is Dtype.float32:
         notes.append(

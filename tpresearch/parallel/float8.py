@@ -34,9 +34,8 @@ def to_float8(model: nn.Module, layers: Collection[str], train: TrainConfig) -> 
     if not layers:
         return
     before = logging.root.manager.disable
-    logging.disable(
-        logging.WARNING
-    )  # it warns of each library of its own that this machine cannot load: none is used here
+    # It warns of each library of its own that this machine cannot load: none is used here.
+    logging.disable(logging.WARNING)
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # late: it is optional
     finally:

@@ -52,9 +52,8 @@ def sum_together(mesh: DeviceMesh, tensors: list[Tensor], axis: str) -> None:
     for dtype in {t.dtype for t in tensors}:
         chosen = [t for t in tensors if t.dtype == dtype]
         wide = torch.promote_types(dtype, torch.float32)
-        flat = torch.cat([t.flatten() for t in chosen]).to(
-            mesh.device_type, wide
-        )  # offloaded ones are on the CPU
+        flat = torch.cat([t.flatten() for t in chosen])
+        flat = flat.to(mesh.device_type, wide)  # offloaded ones are on the CPU
         summed = sum_over(mesh, flat, (axis,)).split([t.numel() for t in chosen])
         for tensor, value in zip(chosen, summed, strict=True):
             tensor.copy_(value.view_as(tensor))

@@ -69,10 +69,8 @@ def _check_parameters(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if is_parametrized(module):
-            why, legal = (
-                "it is parametrized, and a rank has its parts alone",
-                "a module that does so in its forward",
-            )
+            why = "it is parametrized, and a rank has its parts alone"
+            legal = "a module that does so in its forward"
             raise ConfigError("model", name or type(module).__name__, why, legal)
     first: torch.dtype | None = None
     for name, parameter in model.named_parameters():

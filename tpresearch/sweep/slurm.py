@@ -84,9 +84,8 @@ class NodeAgent:
 
         for process in self.running:
             process.terminate()
-            os.waitid(
-                os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
-            )  # a signal has come while it was waited for
+            # Without reaping it: the signal has come while it was waited for.
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(replace(self, running=[]))
 
     def _agent(self, node: submitit.JobEnvironment) -> list[str]:

@@ -43,9 +43,8 @@ class AgreedStop:
         agreed = self.settle()
         self._numbers[0] = self._flag.requested or 0
         self._numbers[1] = -self._written()
-        self._work = self._group.allreduce(
-            [self._numbers], self._maximum
-        )  # dist.all_reduce takes twice as long
+        # Half the time of dist.all_reduce.
+        self._work = self._group.allreduce([self._numbers], self._maximum)
         if self._beside and self._copied:
             with torch.cuda.stream(self._beside):
                 self._work.wait()
