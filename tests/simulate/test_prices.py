@@ -29,6 +29,7 @@ PLAIN = {
     "bandwidth_gb_s": 1000,
     "bandwidth_efficiency": 0.5,
     "optimizer_efficiency": 0.25,
+    "copy_efficiency": 0.5,
     "attention_narrow_heads": 0.5,
     "intra_gb_s": 100,
     "inter_gb_s": 10,

@@ -1,67 +1,114 @@
 """A cluster file's numbers for this machine's CPU: a device is one thread of it.
 
-Matmuls, attention, memory bandwidth, the time of an op, and gloo between two ranks; in processor time where one rank
-works alone, so that what else the machine does is left out.
+Rates of matmuls, of what is elementwise and of the optimizer come from the ops of real steps, whose caches are as cold
+and whose memory is as fresh as in training; attention by length, copies and gloo from themselves. Processor time where
+one rank works alone, so that what else the machine does is left out; wall time of collectives.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from statistics import median
+from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from tpresearch.calibrate.steps import FULL, TINY, Timed, timed
 from tpresearch.config.world import World
+from tpresearch.ledger.entries import Event
+from tpresearch.parallel.device import Device
+from tpresearch.parallel.group import process_group
+from tpresearch.simulate.prices import COPIES, moved_bytes
+from tpresearch.simulate.trace import Op
+from tpresearch.verify.ranks import Ranks
 
 REPEATS = 5
-LENGTHS = (512, 1024)
+LENGTHS = (128, 256, 512, 1024, 2048)
 """Of attention; longer ones are taken to run as the last."""
+LITTLE = 1 << 18
+"""Bytes that an op moves up to which its time is that of any op."""
+STATED = 8
+"""Entries of a cluster's table of attention that begins at length 128."""
 
 
 def measured() -> dict[str, Any]:
     """Every number of a cluster, for one thread of this CPU."""
-    import torch
-
-    flops = {
-        str(dtype).removeprefix("torch."): _matmul_flops(dtype)
-        for dtype in (torch.float32, torch.bfloat16, torch.float64)
-    }
-    forward, backward = zip(*(_attention_flops(length) for length in LENGTHS), strict=True)
-    fill = [1] * (6 - len(LENGTHS))
-    ops = _op_times()
-    gloo = _gloo()
+    steps = {plan: Ranks().run(2, timed, plan, FULL)[0] for plan in ("fsdp", "tp", "sp")}
+    step = _rates(steps["fsdp"].ops)
+    alone = {dtype: _matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
+    flops = {dtype: rate / alone[torch.float32] * step.flops for dtype, rate in alone.items()}
+    # Tables are for bfloat16, and others follow their matmuls: what is measured is float32.
+    of_table = flops[torch.bfloat16] / flops[torch.float32] / 1e12
+    forward, backward = zip(*(_attention_flops(length, 128) for length in LENGTHS), strict=True)
+    narrow = _attention_flops(256, 16)[1] / backward[1]
+    fill = [1] * (STATED - len(LENGTHS))
+    gloo = Ranks().run(2, _gloo)[0]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     cores = len(os.sched_getaffinity(0))
     return {
         "memory_gb": memory / max(cores, 1),
         "memory_reserved_gb": 0.3,
-        **{f"peak_tflops_{dtype}": rate / 1e12 for dtype, rate in flops.items()},
+        **{f"peak_tflops_{str(dtype).removeprefix('torch.')}": rate / 1e12 for dtype, rate in flops.items()},
         "compute_units": 1,
         "gemm_efficiency": 1.0,
-        "gemm_half_depth": _half_depth(flops["float32"]),
-        "bandwidth_gb_s": _bandwidth() / 1e9,
+        "gemm_half_depth": _half_depth(alone[torch.float32]),
+        "bandwidth_gb_s": step.elementwise / 1e9,
         "bandwidth_efficiency": 1.0,
-        "optimizer_efficiency": 1.0,
+        "optimizer_efficiency": step.optimizer / step.elementwise,
+        "copy_efficiency": step.copies / step.elementwise,
         "attention_tflops_forward": [
-            *(rate / 1e12 for rate in forward),
-            *(forward[-1] / 1e12 * one for one in fill),
+            rate * of_table for rate in (*forward, *(forward[-1] * one for one in fill))
         ],
         "attention_tflops_backward": [
-            *(rate / 1e12 for rate in backward),
-            *(backward[-1] / 1e12 * one for one in fill),
+            rate * of_table for rate in (*backward, *(backward[-1] * one for one in fill))
         ],
-        "attention_narrow_heads": 1.0,
+        "attention_narrow_heads": narrow ** (1 / 3),
         "kernel_us": 0.0,
-        **ops,
-        "intra_gb_s": gloo[0] / 1e9,
+        **_host_times(steps),
+        "intra_gb_s": gloo.bytes_s / 1e9,
         "intra_step_us": 0.0,
-        "inter_gb_s": gloo[0] / 1e9,
+        "inter_gb_s": gloo.bytes_s / 1e9,
         "inter_efficiency": 1.0,
         "inter_step_us": 0.0,
-        "collective_us": gloo[1] * 1e6,
+        "collective_us": gloo.least_s * 1e6,
         "overlap_slowdown": 0.0,
-        "scale_slowdown": 0.0,
+        "scale_slowdown": _waits(steps.values(), gloo),
     }
+
+
+class Rates(NamedTuple):
+    """Of the ops of a step in float32, two ranks of which share what cores share."""
+
+    flops: float
+    """FLOP/s of its matmuls."""
+    elementwise: float
+    """Bytes/s of its ops on activations, as prices count them."""
+    copies: float
+    """Of FSDP's copies, into memory that is new each time."""
+    optimizer: float
+
+
+def _rates(ops: list[tuple[Op, float]]) -> Rates:
+    least = min(taken for op, taken in ops if op.kind == "other")
+
+    def rate(some: list[tuple[Op, float]], work: Callable[[Op], float]) -> float:
+        return sum(work(op) for op, _ in some) / sum(taken - least for _, taken in some)
+
+    def of_kind(kind: str) -> list[tuple[Op, float]]:
+        return [(op, taken) for op, taken in ops if op.kind == kind]
+
+    others = [(op, taken) for op, taken in of_kind("other") if moved_bytes(op) > LITTLE]
+    return Rates(
+        rate(of_kind("gemm"), lambda op: 2.0 * math.prod(op.shape)),
+        rate([one for one in others if one[0].name not in COPIES], moved_bytes),
+        rate([one for one in others if one[0].name in COPIES], moved_bytes),
+        rate(of_kind("optimizer"), moved_bytes),
+    )
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -77,118 +124,98 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _matmul_flops(dtype: Any, depth: int = 768) -> float:
     """At the shapes of llama2_small: 1,024 tokens, width 768 to 2,048."""
-    import torch
-
     a, b = torch.randn(1024, depth, dtype=dtype), torch.randn(depth, 2048, dtype=dtype)
     return 2 * 1024 * 2048 * depth / _seconds(lambda: a @ b)
 
 
 def _half_depth(rate: float) -> float:
     """From the rate at a short inner dim: t = 2 m n (k + half) / rate."""
-    import torch
-
     short = _matmul_flops(torch.float32, 64)
     return max(0.0, 64 * (rate / short - 1))
 
 
-def _attention_flops(length: int) -> tuple[float, float]:
+def _attention_flops(length: int, width: int) -> tuple[float, float]:
     """FLOP/s forward and backward of causal attention, as prices count them."""
-    import torch
-    import torch.nn.functional as F
-
-    q, k, v = (torch.randn(1, 8, length, 64, requires_grad=True) for _ in range(3))
-    flops = 4 * 8 * length * length * 64 / 2
+    heads, rows = 512 // width, max(1, 1024 // length)
+    q, k, v = (torch.randn(rows, heads, length, width, requires_grad=True) for _ in range(3))
+    flops = 4 * rows * heads * length * length * width / 2
 
     def attend() -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
+    gradient = torch.randn(rows, heads, length, width)
     forward = _seconds(attend)
-    both = _seconds(lambda: attend().sum().backward())
+    both = _seconds(lambda: torch.autograd.grad(attend(), (q, k, v), gradient))
     return flops / forward, 2.5 * flops / max(both - forward, 1e-9)
 
 
-def _bandwidth() -> float:
-    """Bytes/s of an elementwise product of a few megabytes, as a block's activations are."""
-    import torch
+def _host_times(steps: dict[str, Timed]) -> dict[str, float]:
+    """Per op, per collective of FSDP, and per collective of a sharding rule with DTensor's dispatch around it."""
+    tiny = Ranks().run(1, timed, "none", TINY)[0]
+    launch = tiny.whole_s / len(tiny.ops)
 
-    a, b, out = (torch.randn(1 << 20) for _ in range(3))
-    return 3 * 4 * (1 << 20) / _seconds(lambda: torch.mul(a, b, out=out))
+    def per_collective(issuer: str, *plans: str) -> float:
+        more = sum(max(0.0, steps[plan].host_s - len(steps[plan].ops) * launch) for plan in plans)
+        return more / sum(steps[plan].count(issuer) for plan in plans)
 
-
-def _op_times() -> dict[str, float]:
-    """Host time per op and per collective: real steps of a tiny model whose ops do next to nothing, on a fake group."""
-    alone, ops, _ = _tiny_step("none", 1)
-    launch = alone / ops
-    fsdp, more, sent = _tiny_step("fsdp", 2)
-    sharded, tensor_ops, tensor_sent = _tiny_step("sp", 2)
     return {
         "launch_us": launch * 1e6,
-        "collective_host_us": max(0.0, (fsdp - more * launch) / max(sent, 1)) * 1e6,
-        "tensor_host_us": max(0.0, (sharded - tensor_ops * launch) / max(tensor_sent, 1)) * 1e6,
+        "collective_host_us": per_collective("fsdp", "fsdp") * 1e6,
+        "tensor_host_us": per_collective("dtensor", "tp", "sp") * 1e6,
     }
 
 
-def _tiny_step(plan: str, world: int) -> tuple[float, int, int]:
-    """Processor time of a step, and how many ops and collectives it has."""
-    from tpresearch.api import load
-    from tpresearch.data.pipeline import prepare
-    from tpresearch.parallel.group import process_group
-    from tpresearch.parallel.mesh import build_mesh
-    from tpresearch.simulate.fake_step import FAKE, record
-    from tpresearch.train.assemble import assemble
-    from tpresearch.train.preflight import preflight
+class Link(NamedTuple):
+    """Between two ranks."""
 
-    cfg = load("model=llama2_debug", "model.n_layers=4", f"parallel={plan}", *_TINY)
-    ranks = World(size=world, local_size=world)
-    job = preflight(cfg, ranks)
-    ops = record(cfg, job.sizes).ops(1)
-    with process_group(FAKE, ranks):
-        loop = assemble(job, build_mesh(job.sizes, FAKE.type), FAKE, prepare(cfg.data, cfg.tokenizer))
-        return (
-            _seconds(loop.step),
-            sum(op.kind != "wait" for op in ops),
-            sum(op.event is not None for op in ops),
-        )
+    bytes_s: float
+    """Bus bandwidth of large collectives."""
+    least_s: float
+    """A collective that sends next to nothing."""
+
+    def seconds(self, event: Event) -> float:
+        rounds = 1 if event.collective == "all_gather" else 2  # a reduce-scatter of gloo's is an all-reduce
+        return self.least_s + rounds * event.tensor_bytes / 2 / self.bytes_s
 
 
-_TINY = (
-    "data=random_tokens",
-    "logger=none",
-    "tokenizer.vocab_size=260",
-    "data.seq_len=8",
-    "train.global_batch_size=2",
-)
-
-
-def _gloo() -> tuple[float, float]:
-    """Bus bandwidth in bytes/s, and the least time of a collective, of two ranks."""
-    from tpresearch.verify.ranks import Ranks
-
-    small, large = Ranks().run(2, _all_reduces)[0]
-    return 2 * LARGE * 4 / 2 / max(large - small, 1e-9), small
-
-
-LARGE = 1 << 20
-"""Numbers of a large all-reduce."""
-
-
-def _all_reduces(world: World) -> tuple[float, float]:
-    """Wall time of an all-reduce of one number, and of `LARGE`: the least of many, since others interrupt."""
-    import torch
-    import torch.distributed as dist
-
-    from tpresearch.parallel.device import Device
-    from tpresearch.parallel.group import process_group
-
-    torch.set_num_threads(1)
+def _waits(steps: Iterable[Timed], link: Link) -> float:
+    """Share of their own work that ranks wait for the slowest of them, beside what their collectives take."""
     found = []
+    for step in steps:
+        sent = sum(link.seconds(op.event) for op, _ in step.ops if op.event)
+        sent -= sum(seconds for op, seconds in step.ops if op.event)  # which the main thread itself works on
+        found.append((step.wall_s - sent) / step.whole_s - 1)
+    return max(0.0, median(found))
+
+
+SMALL, LARGE = 1 << 10, 1 << 20
+"""Numbers of a small and a large tensor."""
+
+
+def _gloo(world: World) -> Link:
+    """Wall time, the median of many: of both cores, as a job of two ranks has them."""
+    torch.set_num_threads(1)
+
+    def all_reduce(count: int) -> None:
+        dist.all_reduce(torch.ones(count))
+
+    def all_gather(count: int) -> None:
+        dist.all_gather_into_tensor(torch.empty(count), torch.ones(count // 2))
+
+    def reduce_scatter(count: int) -> None:
+        dist.reduce_scatter_tensor(torch.empty(count // 2), torch.ones(count))
+
+    def seconds(collective: Callable[[int], None], count: int) -> float:
+        found = []
+        for _ in range(20):
+            dist.barrier()
+            before = time.perf_counter()
+            collective(count)
+            found.append(time.perf_counter() - before)
+        return median(found[2:])
+
     with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
-        for count in (1, LARGE):
-            tensor, times = torch.ones(count), []
-            for _ in range(30):
-                dist.barrier()
-                before = time.perf_counter()
-                dist.all_reduce(tensor)
-                times.append(time.perf_counter() - before)
-            found.append(min(times))
-    return found[0], found[1]
+        least = [seconds(one, SMALL) for one in (all_reduce, all_gather, reduce_scatter)]
+        large = [seconds(one, LARGE) for one in (all_reduce, all_gather, reduce_scatter)]
+    moved = (2 + 1 + 2) * LARGE * 4 / 2
+    return Link(moved / (sum(large) - sum(least)), sum(least) / 3)

@@ -60,7 +60,8 @@ def _rates(timed: list[Row], base: Mapping[str, Any]) -> dict[str, Any]:
     by_length = _attention(timed)
     for way, rates_at in by_length.items():
         table = base["numbers"][f"attention_tflops_{way}"]["value"]
-        factor = median(rate / 1e12 / table[LENGTHS.index(length)] for length, rate in rates_at)
+        stated = dict(zip(LENGTHS[-len(table) :], table, strict=True))
+        factor = median(rate / 1e12 / stated[length] for length, rate in rates_at if length in stated)
         found[f"attention_tflops_{way}"] = [factor * rate for rate in table]
     return found
 
@@ -90,6 +91,8 @@ def _bandwidths(timed: list[Row], base: Mapping[str, Any]) -> dict[str, float]:
     elementwise = [moved[op] for op in ("copy", "swiglu compiled") if op in moved]
     if elementwise:
         found["bandwidth_efficiency"] = min(elementwise) / whole
+    if "copy" in moved:
+        found["copy_efficiency"] = moved["copy"] / whole
     if adamw := [rate for op, rate in moved.items() if op.startswith("adamw")]:
         found["optimizer_efficiency"] = median(adamw) / whole
     if launches := [row["us"] / 100 for row in timed if row["op"] == "100 launches"]:

@@ -42,9 +42,10 @@ NUMBERS = {
     "bandwidth_gb_s": "memory bandwidth of a device in 1e9 bytes/s",
     "bandwidth_efficiency": "share of it that an elementwise kernel reaches",
     "optimizer_efficiency": "share of it that the fused optimizer reaches",
-    "attention_tflops_forward": "rate of causal attention, head width 128, by length 512, 1024, ... 16384",
+    "copy_efficiency": "share of it that FSDP's copies of gathered weights and of gradients reach",
+    "attention_tflops_forward": "rate of causal attention, head width 128, by length 512, 1024, ... 16384, or from 128",
     "attention_tflops_backward": "the same for its backward",
-    "attention_narrow_heads": "factor on those rates for head widths of 64 and less",
+    "attention_narrow_heads": "factor on those rates for each halving of the head width below 128",
     "kernel_us": "least time of a kernel on the device",
     "launch_us": "host time per op",
     "collective_host_us": "host time per collective of FSDP, hooks and all",
@@ -56,7 +57,7 @@ NUMBERS = {
     "inter_step_us": "time per step of a ring that leaves a host",
     "collective_us": "least time of a collective",
     "overlap_slowdown": "share by which kernels are slower while a collective runs beside them",
-    "scale_slowdown": "share by which a step is slower for each doubling of hosts",
+    "scale_slowdown": "share by which a step is slower for each doubling of hosts; on a CPU, of several ranks' own work",
 }
 """Every number that a cluster has to state: what it means, with its unit."""
 

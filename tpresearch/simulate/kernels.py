@@ -8,11 +8,8 @@ from typing import NamedTuple
 from tpresearch.config.axes import MeshSizes
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.network import collective_s, route
-from tpresearch.simulate.prices import bytes_s, fused_bytes, op_s
+from tpresearch.simulate.prices import COPIES, bytes_s, fused_bytes, op_s
 from tpresearch.simulate.trace import Op
-
-COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat", "_foreach_copy_")
-"""FSDP's own, which nothing is fused with."""
 
 
 class Kernel(NamedTuple):
@@ -32,7 +29,7 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
     """Everything that a part of a step launches, in its order.
 
     Compiled blocks run their elementwise ops in one kernel between two matmuls; the loss and what comes before the first
-    matmul of backward lie outside of blocks. Of a norm that CUDA runs as one kernel, eager code does so too.
+    matmul of backward lie outside of blocks. A norm that CUDA runs as one kernel is one in eager code too, and on a CPU many.
     """
     last_read = {number: place for place, op in enumerate(ops) for number, _ in op.reads}
     found: list[Kernel] = []
@@ -46,7 +43,8 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
 
     fuses = False
     for place, op in enumerate(ops):
-        joins = op.kind == "other" and op.name not in COPIES and (op.fused >= 0 or fuses)
+        is_one = op.fused >= 0 and not cluster.is_host
+        joins = op.kind == "other" and op.name not in COPIES and (is_one or fuses)
         if run and not (joins and (fuses or op.fused == run[-1].fused)):
             flush(place - 1)
         if joins:

@@ -17,8 +17,10 @@ TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 1.06), (128, 64, 1.25), (6
 shapes; the factors are those of CUTLASS's profiler, rounded)."""
 SPLIT_DEPTH = 2048
 """Inner dim from which a matmul of few tiles is split along it, so that all units work (split-K)."""
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-"""Of a cluster's attention tables."""
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Of a cluster's attention tables, which may begin later."""
+COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat", "_foreach_copy_")
+"""FSDP's own, which nothing is fused with."""
 DTYPES = {2: "bfloat16", 4: "float32", 8: "float64"}
 
 
@@ -30,6 +32,9 @@ def op_s(op: Op, cluster: Cluster) -> float:
         return attention_s(op.shape, op.element, cluster)
     if op.kind == "optimizer":
         return moved_bytes(op) / (cluster["bandwidth_gb_s"] * 1e9 * cluster["optimizer_efficiency"])
+    if op.name in COPIES:
+        rate = cluster["bandwidth_gb_s"] * 1e9 * cluster["copy_efficiency"]
+        return moved_bytes(op) / rate + cluster["kernel_us"] * 1e-6
     return bytes_s(moved_bytes(op), cluster)
 
 
@@ -55,8 +60,8 @@ def attention_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float
     flops = 4.0 * rows * heads * length * keys * width * (0.5 if causal else 1.0) * (2.5 if backward else 1.0)
     table = cluster.table(f"attention_tflops_{'backward' if backward else 'forward'}")
     rate = _interpolated(table, length) * 1e12
-    if width <= 64:
-        rate *= cluster["attention_narrow_heads"]
+    if width < 128:
+        rate *= cluster["attention_narrow_heads"] ** math.log2(128 / width)
     if element > 2 and (narrow := cluster["peak_tflops_bfloat16"]):  # on matmul units of the wider type
         rate *= cluster[f"peak_tflops_{DTYPES[element]}"] / narrow
     blocks = rows * heads * math.ceil(length / 128)
@@ -114,10 +119,11 @@ def _bandwidth(cluster: Cluster) -> float:
 
 
 def _interpolated(table: Sequence[float], length: int) -> float:
-    """From a table over `LENGTHS`, linear in the logarithm; below its first, by the root of the length."""
-    if length <= LENGTHS[0]:
-        return table[0] * max(length / LENGTHS[0], 0.04) ** 0.5
+    """Linear in the logarithm of the length; below the table's first, by the root of the length."""
+    lengths = LENGTHS[-len(table) :]
+    if length <= lengths[0]:
+        return table[0] * max(length / lengths[0], 0.04) ** 0.5
     for i in range(len(table) - 1):
-        if length <= LENGTHS[i + 1]:
-            return table[i] + (table[i + 1] - table[i]) * math.log2(length / LENGTHS[i])
+        if length <= lengths[i + 1]:
+            return table[i] + (table[i + 1] - table[i]) * math.log2(length / lengths[i])
     return table[-1]

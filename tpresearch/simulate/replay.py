@@ -41,6 +41,8 @@ class Streams:
     """Whether a rule's gathers and scatters are cut up, each piece beside the matmul that wants or made it (async TP)."""
     slower: float = 1.0
     """How many ranks share each core of a CPU."""
+    network_s: float = 0.0
+    """What ranks on CPUs sent between hosts took."""
     host_s: float = 0.0
     device_s: float = 0.0
     groups: dict[str, float] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class Streams:
         event = kernel.op.event if kernel.kind == "collective" else None
         host = self.cluster[self._host_time(event) if event else "launch_us"] * 1e-6
         seconds = kernel.seconds * (1.0 if kernel.between_hosts else self.slower)
+        self.network_s += kernel.seconds * kernel.between_hosts
         seconds += host * (kernel.kind != "wait") * self.slower
         self._note(kernel, "cpu", self.device_s, seconds)
         if event:
@@ -229,8 +232,11 @@ def replay(
             _repeat(streams, batch, repeats)
     streams.run(end)
     total = max(streams.device_s, streams.host_s)
-    hosts = cluster.hosts_of(world)
-    stragglers = total * cluster["scale_slowdown"] * max(0, hosts - 1).bit_length()
+    if cluster.is_host:
+        slower = (total - streams.network_s) * (world > 1)
+    else:
+        slower = total * max(0, cluster.hosts_of(world) - 1).bit_length()
+    stragglers = slower * cluster["scale_slowdown"]
     return {**streams.seconds, "stragglers": stragglers, "step": total + stragglers}
 
 
@@ -238,6 +244,7 @@ def _repeat(streams: Streams, batch: Sequence[Kernel], repeats: int) -> None:
     """Run a micro-batch as often again: once or twice in truth, and from then on each takes as long as the last."""
     for _ in range(min(repeats, 2)):
         before, spent = max(streams.device_s, streams.host_s), streams.seconds.copy()
+        sent_s = streams.network_s
         ahead = streams.device_s - streams.host_s
         streams.run(batch)
     if repeats > 2:
@@ -248,6 +255,7 @@ def _repeat(streams: Streams, batch: Sequence[Kernel], repeats: int) -> None:
         streams.device_s += grown
         streams.copied_out_s += grown
         streams.reduced_s += grown
+        streams.network_s += left * (streams.network_s - sent_s)
         streams.groups = {axis: at + grown for axis, at in streams.groups.items()}
         for name, seconds in streams.seconds.items():
             streams.seconds[name] = seconds + left * (seconds - spent[name])
