@@ -11,10 +11,10 @@ import yaml
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.ledger.entries import Event
-from tpresearch.simulate.cluster import NUMBERS, Cluster, check_world, cluster_of
+from tpresearch.simulate.cluster import NUMBERS, Cluster, Kind, Number, check_world, cluster_of
 from tpresearch.simulate.kernels import Kernel, kernels
 from tpresearch.simulate.network import Route, collective_s, route
-from tpresearch.simulate.prices import attention_s, bytes_s, gemm_s
+from tpresearch.simulate.prices import attention_s, bytes_s, gemm_s, op_s
 from tpresearch.simulate.replay import replay
 from tpresearch.simulate.trace import Op
 
@@ -51,6 +51,55 @@ def op(
     kind: str, name: str = "op", reads=(), writes=(), event: Event | None = None, phase: str = "forward"
 ) -> Op:
     return Op(phase, kind, name, tuple(reads), tuple(writes), 2, (), event, -1)
+
+
+def test_attention_by_length_and_head_width() -> None:
+    """20 TFLOP/s from length 512 on; below by the root of the length, and half of it for each halving of the width."""
+    plain = 4 * 8 * 4096**2 * 128 / 2 / 20e12
+    assert attention_s((1, 8, 8, 4096, 4096, 128, 0, 1), 2, cluster(compute_units=1)) == pytest.approx(plain)
+    narrow = attention_s((1, 8, 8, 4096, 4096, 32, 0, 1), 2, cluster(compute_units=1))
+    assert narrow == pytest.approx(plain / 4 * 4)
+    short = attention_s((1, 8, 8, 128, 128, 128, 0, 1), 2, cluster(compute_units=1))
+    assert short == pytest.approx(plain / 1024 * 2)
+
+
+def test_a_table_of_attention_may_begin_earlier() -> None:
+    """Eight entries begin at length 128."""
+    numbers = dict(cluster(compute_units=1).numbers)
+    numbers["attention_tflops_forward"] = Number((1.0, 2.0, *[20.0] * 6), Kind.guessed, "a test")
+    early = dataclasses.replace(cluster(compute_units=1), numbers=numbers)
+    for length, rate in ((128, 1e12), (256, 2e12), (512, 20e12), (16384, 20e12)):
+        found = attention_s((1, 8, 8, length, length, 128, 0, 1), 2, early)
+        assert found == pytest.approx(4 * 8 * length**2 * 128 / 2 / rate)
+
+
+def test_copies_of_fsdp_have_a_rate_of_their_own() -> None:
+    moved = op("other", "chunk_cat", reads=[(0, 10**9)], writes=[(1, 10**9)])
+    assert op_s(moved, cluster()) == pytest.approx(1e9 / 500e9)
+    assert op_s(moved, cluster(copy_efficiency=0.1)) == pytest.approx(1e9 / 100e9)
+
+
+def test_on_a_cpu_a_norm_is_many_ops_and_ranks_wait_for_the_slowest() -> None:
+    ops = [op("other", reads=[(n, 10**9)], writes=[(n + 1, 10**9)])._replace(fused=0) for n in range(3)]
+    here = dataclasses.replace(cluster(scale_slowdown=0.1), shared_cores=2)
+    assert len(kernels(ops, cluster(), MeshSizes(), compiled=False)) == 1
+    found = kernels(ops, here, MeshSizes(), compiled=False)
+    assert [round(kernel.seconds * 500) for kernel in found] == [2, 2, 2]
+    alone = replay([found, []], 1, here, 1)["step"]
+    assert alone == pytest.approx(3 * 2 / 500)
+    assert replay([found, []], 1, here, 2)["step"] == pytest.approx(alone * 1.1)
+    assert replay([found, []], 1, here, 4)["step"] == pytest.approx(alone * 2 * 1.1)
+    sent = found[0]._replace(between_hosts=True)  # a network takes what it takes
+    assert replay([[sent], []], 1, here, 4)["step"] == pytest.approx(2 / 500)
+
+
+def test_ranks_on_shared_cores_work_while_others_collectives_wait() -> None:
+    """Four ranks on two cores: a collective that keeps three quarters of its core takes half as long again."""
+    event = Event("dp_shard", "forward", "fsdp", "all_gather", 10**9, 4)
+    sent = Kernel("collective", "all_gather", 2.0, op("collective", reads=[(0, 8)], event=event))
+    for ranks, busy, seconds in ((2, 0.75, 2.0), (4, 0.75, 3.0), (4, 0.25, 2.0), (8, 0.75, 6.0)):
+        here = dataclasses.replace(cluster(overlap_slowdown=busy), shared_cores=2)
+        assert replay([[sent], []], 1, here, ranks)["step"] == pytest.approx(seconds)
 
 
 def test_a_matmul_takes_whole_waves_of_tiles() -> None:

@@ -38,7 +38,11 @@ STATED = 8
 
 def measured() -> dict[str, Any]:
     """Every number of a cluster, for one thread of this CPU."""
-    steps = {plan: Ranks().run(2, timed, plan, FULL)[0] for plan in ("fsdp", "tp", "sp")}
+    steps = {}
+    for plan in ("fsdp", "tp", "sp"):
+        print(f"  steps of two ranks, parallel={plan}", flush=True)
+        steps[plan] = Ranks().run(2, timed, plan, FULL)[0]
+    print("  matmuls, attention and gloo by themselves", flush=True)
     step = _rates(steps["fsdp"].ops)
     alone = {dtype: _matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
     flops = {dtype: rate / alone[torch.float32] * step.flops for dtype, rate in alone.items()}
@@ -76,7 +80,7 @@ def measured() -> dict[str, Any]:
         "inter_efficiency": 1.0,
         "inter_step_us": 0.0,
         "collective_us": gloo.least_s * 1e6,
-        "overlap_slowdown": 0.0,
+        "overlap_slowdown": gloo.busy,
         "scale_slowdown": _waits(steps.values(), gloo),
     }
 
@@ -172,6 +176,8 @@ class Link(NamedTuple):
     """Bus bandwidth of large collectives."""
     least_s: float
     """A collective that sends next to nothing."""
+    busy: float
+    """Share of its core that a rank uses in a large one."""
 
     def seconds(self, event: Event) -> float:
         rounds = 1 if event.collective == "all_gather" else 2  # a reduce-scatter of gloo's is an all-reduce
@@ -205,17 +211,18 @@ def _gloo(world: World) -> Link:
     def reduce_scatter(count: int) -> None:
         dist.reduce_scatter_tensor(torch.empty(count // 2), torch.ones(count))
 
-    def seconds(collective: Callable[[int], None], count: int) -> float:
+    def seconds(collective: Callable[[int], None], count: int) -> tuple[float, float]:
         found = []
         for _ in range(20):
             dist.barrier()
-            before = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             collective(count)
-            found.append(time.perf_counter() - before)
-        return median(found[2:])
+            found.append((time.perf_counter() - wall, time.process_time() - processor))
+        return median(wall for wall, _ in found[2:]), median(processor for _, processor in found[2:])
 
+    collectives = (all_reduce, all_gather, reduce_scatter)
     with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
-        least = [seconds(one, SMALL) for one in (all_reduce, all_gather, reduce_scatter)]
-        large = [seconds(one, LARGE) for one in (all_reduce, all_gather, reduce_scatter)]
+        least = sum(seconds(one, SMALL)[0] for one in collectives)
+        walls, processor = zip(*(seconds(one, LARGE) for one in collectives), strict=True)
     moved = (2 + 1 + 2) * LARGE * 4 / 2
-    return Link(moved / (sum(large) - sum(least)), sum(least) / 3)
+    return Link(moved / (sum(walls) - least), least / 3, min(1.0, sum(processor) / sum(walls)))

@@ -56,7 +56,7 @@ NUMBERS = {
     "inter_efficiency": "share of it that a collective reaches",
     "inter_step_us": "time per step of a ring that leaves a host",
     "collective_us": "least time of a collective",
-    "overlap_slowdown": "share by which kernels are slower while a collective runs beside them",
+    "overlap_slowdown": "share by which kernels are slower while a collective runs beside them, on a CPU on its core",
     "scale_slowdown": "share by which a step is slower for each doubling of hosts; on a CPU, of several ranks' own work",
 }
 """Every number that a cluster has to state: what it means, with its unit."""

@@ -82,7 +82,10 @@ class Streams:
     def _on_host(self, kernel: Kernel) -> None:
         event = kernel.op.event if kernel.kind == "collective" else None
         host = self.cluster[self._host_time(event) if event else "launch_us"] * 1e-6
-        seconds = kernel.seconds * (1.0 if kernel.between_hosts else self.slower)
+        slower = self.slower
+        if event:  # what a collective leaves of its core other ranks take
+            slower = max(1.0, slower * self.cluster["overlap_slowdown"])
+        seconds = kernel.seconds * (1.0 if kernel.between_hosts else slower)
         self.network_s += kernel.seconds * kernel.between_hosts
         seconds += host * (kernel.kind != "wait") * self.slower
         self._note(kernel, "cpu", self.device_s, seconds)
