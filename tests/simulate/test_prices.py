@@ -186,7 +186,7 @@ def test_ranks_that_share_a_core_slow_down_what_it_does_but_not_the_network(
 ) -> None:
     event = Event("tp", "forward", "dtensor", "all_gather", 0, 2)
     sent = Kernel("collective", "all_gather", 1.0, op("collective", event=event), between_hosts)
-    shared = dataclasses.replace(cluster(), shared_cores=4)
+    shared = dataclasses.replace(cluster(overlap_slowdown=1.0), shared_cores=4)
     assert replay([[sent, work(1.0)], []], 1, shared, 8)["step"] == pytest.approx(step)
 
 
