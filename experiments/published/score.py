@@ -45,7 +45,7 @@ class Options:
     traces: str | None = None
     """A folder that keeps recorded steps, so that scoring again only prices."""
     left_out: bool = False
-    """Whether each site is predicted without what was fitted on it; see `left_out`."""
+    """Whether each site is predicted without what was fitted on it; see `left_out`. (predicted.csv has the steps before.)"""
 
 
 @dataclass(frozen=True)

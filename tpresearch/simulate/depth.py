@@ -120,10 +120,15 @@ def recording(cfg: Config, sizes: MeshSizes, recorder: Recorder, kept: Kept = ke
 
 
 def depth_of(cfg: Config, model: nn.Module) -> tuple[int, str | None]:
-    """How many blocks the model has, and which of its settings says so: the one that adds a block for each it grows by."""
+    """How many blocks the model has, and which of its settings says so: the one that adds a block for each it grows by.
+
+    Of a model that is recorded whole, no setting is looked for.
+    """
     depth = _blocks(cfg.model.blocks, model)
+    if depth <= CHECKED:
+        return depth, None
     for name, value in cfg.model.args.items():
-        if isinstance(value, int) and not isinstance(value, bool) and value == depth and depth > 1:
+        if isinstance(value, int) and not isinstance(value, bool) and value == depth:
             found = []
             for other in RECORDED:
                 smaller = dataclasses.replace(cfg.model, args={**cfg.model.args, name: other})
