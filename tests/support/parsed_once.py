@@ -1,7 +1,4 @@
-"""What the tests' processes and the server that ranks are forked from have ready: imports, and config files parsed once.
-
-Of a rank's import of a test module pytest alone takes a tenth of a second; of composing a config a fifth is YAML.
-"""
+"""Config files that do not change are parsed once in these processes: a fifth of what composing a config takes is YAML."""
 
 from __future__ import annotations
 
@@ -9,11 +6,8 @@ import io
 from functools import cache
 from typing import Any
 
-import pytest  # noqa: F401
 import yaml
 from omegaconf import OmegaConf
-
-from support import checkpointed, commands, composed, counted_steps, nets, traces  # noqa: F401
 
 _load = OmegaConf.load
 
