@@ -91,8 +91,12 @@ def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) ->
 def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, element: int) -> int:
     """Of the output layer's gradient, made with the loss, where it does not become the parameter's own as it is."""
     weight = model.output.weight
-    alone = plan.sizes.dp == 1 and not cfg.parallel.fsdp.cpu_offload
-    is_the_gradient = alone and not _has_masters(plan, cfg) and micro_batches(cfg, plan.sizes) == 1
+    # Over replicas a unit of one parameter is summed where its gradient is, unless in another dtype.
+    summed_there = "output" in plan.ends and (
+        cfg.train.dtype is not Dtype.bfloat16 or cfg.parallel.fsdp.reduce_dtype is Dtype.bfloat16
+    )
+    stays = not _is_wrapped(plan, cfg) and (plan.sizes.dp == 1 or summed_there)
+    is_the_gradient = stays and not _has_masters(plan, cfg) and micro_batches(cfg, plan.sizes) == 1
     if not weight.requires_grad or is_the_gradient:
         return 0
     return math.prod(local_shape("output.weight", model, plan)) * element
