@@ -38,7 +38,7 @@ STATED = 8
 
 def measured() -> dict[str, Any]:
     """Every number of a cluster, for one thread of this CPU."""
-    steps = {}
+    steps: dict[str, Timed] = {}
     for plan in ("fsdp", "tp", "sp"):
         print(f"  steps of two ranks, parallel={plan}", flush=True)
         steps[plan] = Ranks().run(2, timed, plan, FULL)[0]
@@ -213,7 +213,7 @@ def _gloo(world: World) -> Link:
 
     def seconds(collective: Callable[[int], None], count: int) -> tuple[float, float]:
         found = []
-        for _ in range(20):
+        for _ in range(60):
             dist.barrier()
             wall, processor = time.perf_counter(), time.process_time()
             collective(count)

@@ -47,7 +47,7 @@ TINY = (
     "tokenizer.vocab_size=260",
 )
 """A step whose ops do next to nothing."""
-WARM_UP, STEPS = 2, 5
+WARM_UP, STEPS = 3, 8
 
 
 class Clock(TorchDispatchMode):
@@ -112,16 +112,16 @@ class TimedSteps(Observer):
 
 
 class Timed(NamedTuple):
-    """Steps of `LLAMA` on this rank. What else runs only adds, so that the least counts."""
+    """Steps of `LLAMA` on this rank: with their ops timed and without, taking turns."""
 
     ops: list[tuple[Op, float]]
     """With the least time of each; collectives are only begun in it."""
     whole_s: float
-    """Of a step whose ops are not timed."""
+    """Of a step whose ops are not timed, the median of some."""
     wall_s: float
-    """The same with what it waits for, the median of some."""
+    """The same with what it waits for."""
     in_ops_s: float
-    """Of one whose ops are: their sum."""
+    """Of one whose ops are, the median of their sums."""
 
     @property
     def host_s(self) -> float:
@@ -143,12 +143,11 @@ def timed(world: World, plan: str, tokens: tuple[str, ...]) -> Timed:
         mesh = build_mesh(job.sizes, "cpu")
         watching = TimedSteps(mesh, job.plan.blocks)
         loop = assemble(job, mesh, job.device, prepare(cfg.data, cfg.tokenizer), [watching])
-        for watching.is_on in [False] * (WARM_UP + STEPS) + [True] * STEPS:
+        for watching.is_on in [False] * WARM_UP + [False, True] * STEPS:
             before, wall = time.thread_time(), time.perf_counter()
             loop.step()
             found.append(time.thread_time() - before)
             walls.append(time.perf_counter() - wall)
     ops = [(same[0][0], min(seconds for _, seconds in same)) for same in zip(*watching.taken, strict=True)]
-    in_ops = min(sum(seconds for _, seconds in step) for step in watching.taken)
-    plain = slice(WARM_UP, WARM_UP + STEPS)
-    return Timed(ops, min(found[plain]), median(walls[plain]), in_ops)
+    in_ops = median(sum(seconds for _, seconds in step) for step in watching.taken)
+    return Timed(ops, median(found[WARM_UP::2]), median(walls[WARM_UP::2]), in_ops)
