@@ -35,6 +35,7 @@ RATES = {"100mbit": 100e6, "1gbit": 1e9}
 PAYLOAD = 1448 / 1514
 """Share of a frame that is not headers: the bucket counts frames."""
 STEPS = 4
+COLUMNS = ("link", "parallel", "predicted_s", "measured_s", "error")
 PLANS = ("fsdp_tp", "fsdp", "hsdp", "tp")
 COMMON = (
     "model=llama2_tiny",
@@ -53,20 +54,19 @@ def main() -> None:
     predicted = {
         (rate, plan): predict(recorded[plan], slowed(plain, RATES[rate])).step_time_s for rate, plan in cases
     }
-    found = []
     try:
-        with TwoHosts() as hosts, TemporaryDirectory() as folder:
+        with TwoHosts() as hosts, TemporaryDirectory() as folder, (HERE / "slowed.csv").open("w") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
             for rate, plan in cases:
                 limit(hosts, rate)
                 measured = measured_s(hosts, plan, Path(folder) / f"{plan}-{rate}")
-                found.append(row(rate, plan, predicted[rate, plan], measured))
-                print(" ".join(f"{value:>10}" for value in found[-1].values()), flush=True)
+                found = row(rate, plan, predicted[rate, plan], measured)
+                writer.writerow(found)
+                file.flush()
+                print(" ".join(f"{value:>10}" for value in found.values()), flush=True)
     except HostsUnavailable as reason:
         sys.exit(f"two hosts cannot be made here: {reason}")
-    with (HERE / "slowed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
 
 
 def slowed(plain: dict[str, Any], bits_per_s: float) -> Cluster:
@@ -105,13 +105,8 @@ def measured_s(hosts: TwoHosts, plan: str, folder: Path) -> float:
 
 
 def row(rate: str, plan: str, predicted: float, measured: float) -> dict[str, Any]:
-    return {
-        "link": rate,
-        "parallel": plan,
-        "predicted_s": round(predicted, 3),
-        "measured_s": round(measured, 3),
-        "error": f"{predicted / measured - 1:+.3f}",
-    }
+    values = (rate, plan, round(predicted, 3), round(measured, 3), f"{predicted / measured - 1:+.3f}")
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import yaml
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.options import command, read_options
+from tpresearch.simulate.cluster import NUMBERS
 
 
 @dataclass
@@ -78,7 +79,7 @@ def _of_cpu(name: str) -> dict[str, Any]:
     from tpresearch.calibrate.cpu import measured
 
     torch.set_num_threads(1)
-    cores, chip = len(os.sched_getaffinity(0)), platform.processor() or platform.machine()
+    cores, chip = len(os.sched_getaffinity(0)), _chip()
     source = f"tpresearch.calibrate on {platform.node()}, {chip}"
     return {
         "about": f"The CPU of {platform.node()}, measured: ranks are processes of one thread on {cores} cores.",
@@ -94,13 +95,21 @@ def _of_cpu(name: str) -> dict[str, Any]:
     }
 
 
+def _chip() -> str:
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def as_yaml(plain: dict[str, Any]) -> str:
     """A cluster's file, a number per line."""
     lines = [f"# {plain['about']}"]
     for key in ("name", "device", "devices_per_host", "hosts", "shared_cores", "checked"):
         lines.append(f"{key}: {_flow(plain[key])}")
     lines.append("numbers:")
-    for key, number in plain["numbers"].items():
+    for key in NUMBERS:
+        number = plain["numbers"][key]
         value = number["value"]
         text = "[" + ", ".join(f"{v:.5g}" for v in value) + "]" if isinstance(value, list) else f"{value:.5g}"
         lines.append(f"  {key}: {{value: {text}, kind: {number['kind']}, source: {_flow(number['source'])}}}")
