@@ -55,6 +55,17 @@ def test_thousands_of_ranks_send_what_the_formulas_say() -> None:
     equal_to_formulas(config("model=llama2_debug", "parallel=hsdp_tp", "mesh.tp=2", batch), 8192)
 
 
+def test_meshes_of_which_a_part_is_equal_are_recorded_one_after_another() -> None:
+    """tp=4 of one mesh is that of another to DTensor's caches, and has other process groups."""
+    for shape in (
+        ("dp_replicate=2", "dp_shard=2"),
+        ("dp_replicate=4", "dp_shard=1"),
+        ("dp_replicate=2", "dp_shard=2"),
+    ):
+        sizes = [f"mesh.{size}" for size in (*shape, "tp=4")]
+        equal_to_formulas(config("parallel=hsdp_tp", *sizes, "train.global_batch_size=32"), 16)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("plan", ["fsdp_tp", "hsdp_tp"])
 def test_llama2_70b_on_65536_ranks_in_20_seconds_of_processor_time(plan: str) -> None:

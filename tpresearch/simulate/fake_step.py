@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from tpresearch.config.axes import REPLICATE, MeshSizes
 from tpresearch.config.choices import OnNonfinite
@@ -80,6 +81,7 @@ def record(cfg: Config, sizes: MeshSizes) -> Trace:
 
 
 def _record(cfg: Config, sizes: MeshSizes) -> Trace:
+    _forget_other_meshes(sizes)
     cfg, count = traced(cfg, sizes)
     model, plan = planned(cfg, sizes)
     world = World(size=sizes.world, local_size=sizes.world)
@@ -98,6 +100,18 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
             train_step(state, _batch(cfg, rows * count, setup), setup)
     parts = tuple(tuple(part) for part in recorder.micro_batches)
     return Trace(parts, tuple(recorder.end), memory.by_moment())
+
+
+_recorded_on: list[MeshSizes] = []
+"""The mesh of the last step that was recorded in this process."""
+
+
+def _forget_other_meshes(sizes: MeshSizes) -> None:
+    """DTensor keeps what it once propagated, with the mesh: an equal part of another mesh would find process groups there
+    that are no more (private; torch 2.11 and 2.13)."""
+    if _recorded_on and _recorded_on[0] != sizes:
+        _clear_sharding_prop_cache()
+    _recorded_on[:] = [sizes]
 
 
 def _make_moments(state: TrainState) -> None:
