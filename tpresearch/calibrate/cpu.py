@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -23,17 +23,15 @@ from tpresearch.config.world import World
 from tpresearch.ledger.entries import Event
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
-from tpresearch.simulate.prices import COPIES, moved_bytes
+from tpresearch.simulate.prices import COPIES, LENGTHS, moved_bytes
 from tpresearch.simulate.trace import Op
 from tpresearch.verify.ranks import Ranks
 
 REPEATS = 5
-LENGTHS = (128, 256, 512, 1024, 2048)
+MEASURED = LENGTHS[:5]
 """Of attention; longer ones are taken to run as the last."""
 LITTLE = 1 << 18
 """Bytes that an op moves up to which its time is that of any op."""
-STATED = 8
-"""Entries of a cluster's table of attention that begins at length 128."""
 
 
 def measured() -> dict[str, Any]:
@@ -48,9 +46,8 @@ def measured() -> dict[str, Any]:
     flops = {dtype: rate / alone[torch.float32] * step.flops for dtype, rate in alone.items()}
     # Tables are for bfloat16, and others follow their matmuls: what is measured is float32.
     of_table = flops[torch.bfloat16] / flops[torch.float32] / 1e12
-    forward, backward = zip(*(_attention_flops(length, 128) for length in LENGTHS), strict=True)
-    narrow = _attention_flops(256, 16)[1] / backward[1]
-    fill = [1] * (STATED - len(LENGTHS))
+    forward, backward = zip(*(_attention_flops(length, 128) for length in MEASURED), strict=True)
+    narrow = _attention_flops(MEASURED[1], 16)[1] / backward[1]
     gloo = Ranks().run(2, _gloo)[0]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     cores = len(os.sched_getaffinity(0))
@@ -65,13 +62,9 @@ def measured() -> dict[str, Any]:
         "bandwidth_efficiency": 1.0,
         "optimizer_efficiency": step.optimizer / step.elementwise,
         "copy_efficiency": step.copies / step.elementwise,
-        "attention_tflops_forward": [
-            rate * of_table for rate in (*forward, *(forward[-1] * one for one in fill))
-        ],
-        "attention_tflops_backward": [
-            rate * of_table for rate in (*backward, *(backward[-1] * one for one in fill))
-        ],
-        "attention_narrow_heads": narrow ** (1 / 3),
+        "attention_tflops_forward": [rate * of_table for rate in _at_every_length(forward)],
+        "attention_tflops_backward": [rate * of_table for rate in _at_every_length(backward)],
+        "attention_narrow_heads": narrow ** (1 / 3),  # from 128 to 16 are three halvings
         "kernel_us": 0.0,
         **_host_times(steps),
         "intra_gb_s": gloo.bytes_s / 1e9,
@@ -83,6 +76,10 @@ def measured() -> dict[str, Any]:
         "overlap_slowdown": gloo.busy,
         "scale_slowdown": _waits(steps.values(), gloo),
     }
+
+
+def _at_every_length(rates: Sequence[float]) -> list[float]:
+    return [*rates, *[rates[-1]] * (len(LENGTHS) - len(rates))]
 
 
 class Rates(NamedTuple):

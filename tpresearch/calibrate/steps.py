@@ -134,6 +134,11 @@ class Timed(NamedTuple):
 
 
 def timed(world: World, plan: str, tokens: tuple[str, ...]) -> Timed:
+    """Train `LLAMA` under a plan for some steps, as one rank of a job on gloo.
+
+    Args:
+        tokens: how many of them a step has, as overrides: `FULL` or `TINY`.
+    """
     torch.set_num_threads(1)
     cfg = load(*LLAMA, *COMMON, *tokens, f"parallel={plan}")
     job = preflight(cfg, world)
