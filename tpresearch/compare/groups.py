@@ -212,13 +212,10 @@ def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> li
     (value, some), (other, odd), *_ = unlike[key].items()
     also = f" (they also differ in {', '.join(list(unlike)[1:])})" if len(unlike) > 1 else ""
     means = "; seeds=mean for their mean and spread" if key == SEED else ""
-    raise ConfigError(
-        key,
-        other,
-        f"in {_named(odd)}, but {value} in {_named(some)}: their losses are not comparable{also}",
-        f"the same corpus, tokenizer, row length, global batch, loss and seed, or overlay=anyway{means}",
-        fix={"seeds": "mean"} if list(unlike) == [SEED] else {"overlay": "anyway"},
-    )
+    why = f"in {_named(odd)}, but {value} in {_named(some)}: their losses are not comparable{also}"
+    legal = f"the same corpus, tokenizer, row length, global batch, loss and seed, or overlay=anyway{means}"
+    fix = {"seeds": "mean"} if list(unlike) == [SEED] else {"overlay": "anyway"}
+    raise ConfigError(key, other, why, legal, fix=fix)
 
 
 def _named(names: Sequence[str], most: int = 3) -> str:

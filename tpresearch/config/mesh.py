@@ -31,19 +31,12 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
     for axis in AXES:
         size = given[axis.name]
         if size is not None and size != -1 and size < 1:
-            raise ConfigError(
-                f"mesh.{axis.name}",
-                size,
-                "not a number of ranks",
-                "1 or more, -1 for what is left, null for the plan's choice",
-            )
+            why, legal = "not a number of ranks", "1 or more, -1 for what is left, null for the plan's choice"
+            raise ConfigError(f"mesh.{axis.name}", size, why, legal)
         if axis not in used and size is not None and size > 1:
-            raise ConfigError(
-                f"mesh.{axis.name}",
-                size,
-                f"parallel={parallel.name} does not shard over this axis",
-                f"it uses {_listed(used)}; plans with {axis.name}: {axis.options}",
-            )
+            why = f"parallel={parallel.name} does not shard over this axis"
+            legal = f"it uses {_listed(used)}; plans with {axis.name}: {axis.options}"
+            raise ConfigError(f"mesh.{axis.name}", size, why, legal)
     sizes = _complete(given, used, world, hosts)
     if sizes.world != world:
         _refuse_product(sizes, given, parallel, used, world)
@@ -91,13 +84,9 @@ def _refuse_product(
     world: int,
 ) -> None:
     if not used:
-        raise ConfigError(
-            "parallel",
-            parallel.name,
-            f"runs on a single process, but the world size is {world}",
-            f"1 rank, or a plan that shares the work: {' '.join(_all_options())}",
-            fix={"parallel": "fsdp"},
-        )
+        why = f"runs on a single process, but the world size is {world}"
+        legal = f"1 rank, or a plan that shares the work: {' '.join(_all_options())}"
+        raise ConfigError("parallel", parallel.name, why, legal, fix={"parallel": "fsdp"})
     name = [axis.name for axis in used if given[axis.name] not in (None, -1)][-1]
     others = sizes.world // sizes[name]
     product = "*".join(f"{axis.name}={sizes[axis.name]}" for axis in used)
@@ -110,14 +99,8 @@ def _refuse_product(
         fix = {f"mesh.{name}": world // others}
     else:
         legal = f"{sizes.world} ranks"
-    raise ConfigError(
-        f"mesh.{name}",
-        sizes[name],
-        f"{product} is {sizes.world} ranks and the world has {world}",
-        legal,
-        fix=fix,
-        nproc=None if fix else sizes.world,
-    )
+    why = f"{product} is {sizes.world} ranks and the world has {world}"
+    raise ConfigError(f"mesh.{name}", sizes[name], why, legal, fix=fix, nproc=None if fix else sizes.world)
 
 
 def _listed(axes: tuple[Axis, ...]) -> str:

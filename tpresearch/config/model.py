@@ -89,12 +89,8 @@ def _rule(where: str, raw: Any) -> Rule:
     rest = {key: value for key, value in raw.items() if key not in RULE_KEYS and key != "_target_"}
     if rest and "_target_" not in raw:
         wrong = next(iter(rest))
-        raise ConfigError(
-            f"{where}.{wrong}",
-            rest[wrong],
-            "no such key in a rule",
-            f"one of {', '.join(nearest(str(wrong), RULE_KEYS))}",
-        )
+        why, legal = "no such key in a rule", f"one of {', '.join(nearest(str(wrong), RULE_KEYS))}"
+        raise ConfigError(f"{where}.{wrong}", rest[wrong], why, legal)
     hints = get_type_hints(Rule)
     for key, value in ours.items():
         check_value(f"{where}.{key}", value, hints[key])

@@ -114,32 +114,19 @@ def _check_betas(cfg: Config) -> None:
 def _check_budget(cfg: Config) -> None:
     steps, tokens = cfg.train.steps, cfg.train.tokens
     if steps is not None and tokens is not None:
-        raise ConfigError(
-            "train.tokens",
-            tokens,
-            f"train.steps={steps} is a budget too",
-            "one of the two, the other null",
-            fix={"train.steps": "null"},
-        )
+        why, legal = f"train.steps={steps} is a budget too", "one of the two, the other null"
+        raise ConfigError("train.tokens", tokens, why, legal, fix={"train.steps": "null"})
     if steps is None and tokens is None:
-        raise ConfigError(
-            "train.steps",
-            None,
-            "the run has no budget",
-            "train.steps or train.tokens",
-            fix={"train.steps": 100},
-        )
+        why, legal = "the run has no budget", "train.steps or train.tokens"
+        raise ConfigError("train.steps", None, why, legal, fix={"train.steps": 100})
 
 
 def _check_vocabulary(cfg: Config) -> None:
     size = cfg.model.args.get("vocab_size")
     if isinstance(size, int) and size < cfg.tokenizer.vocab_size:
-        raise ConfigError(
-            "model.vocab_size",
-            size,
-            f"the tokenizer has {cfg.tokenizer.vocab_size} entries",
-            "as many or more; left alone, it follows the tokenizer",
-        )
+        why = f"the tokenizer has {cfg.tokenizer.vocab_size} entries"
+        legal = "as many or more; left alone, it follows the tokenizer"
+        raise ConfigError("model.vocab_size", size, why, legal)
 
 
 def _check_length(cfg: Config) -> None:
@@ -148,12 +135,9 @@ def _check_length(cfg: Config) -> None:
         if cfg.init_from:
             why, legal = f"a row of {cfg.init_from} has at most {longest} tokens", f"up to {longest}"
             raise ConfigError("data.seq_len", cfg.data.seq_len, why, legal, fix={"data.seq_len": longest})
-        raise ConfigError(
-            "model.max_seq_len",
-            longest,
-            f"rows have data.seq_len={cfg.data.seq_len} tokens",
-            "as many or more; left alone, it follows data.seq_len",
-        )
+        why = f"rows have data.seq_len={cfg.data.seq_len} tokens"
+        legal = "as many or more; left alone, it follows data.seq_len"
+        raise ConfigError("model.max_seq_len", longest, why, legal)
 
 
 def _check_checkpoints(cfg: Config) -> None:
@@ -162,67 +146,41 @@ def _check_checkpoints(cfg: Config) -> None:
         raise ConfigError("checkpoint.background", background, "no such choice", "true, false or auto")
     every, for_ever = cfg.checkpoint.every, cfg.checkpoint.keep_every
     if for_ever is not None and (every is None or for_ever % every):
-        raise ConfigError(
-            "checkpoint.keep_every",
-            for_ever,
-            f"with checkpoint.every={shown(every)} there is no checkpoint of each of these steps",
-            f"a multiple of {every}" if every else "null, or a checkpoint.every that divides it",
-            fix={"checkpoint.keep_every": -(-for_ever // every) * every if every else None},
-        )
+        why = f"with checkpoint.every={shown(every)} there is no checkpoint of each of these steps"
+        legal = f"a multiple of {every}" if every else "null, or a checkpoint.every that divides it"
+        fix = {"checkpoint.keep_every": -(-for_ever // every) * every if every else None}
+        raise ConfigError("checkpoint.keep_every", for_ever, why, legal, fix=fix)
 
 
 def _check_options(cfg: Config, sizes: MeshSizes) -> None:
     parallel = cfg.parallel
     if parallel.async_tp and not (parallel.tensor and sizes.tp > 1):
-        raise ConfigError(
-            "parallel.async_tp",
-            True,
-            "there is no tensor parallelism to overlap with",
-            "a plan with mesh.tp above 1",
-        )
+        why, legal = "there is no tensor parallelism to overlap with", "a plan with mesh.tp above 1"
+        raise ConfigError("parallel.async_tp", True, why, legal)
     if parallel.async_tp and not parallel.compile:
-        raise ConfigError(
-            "parallel.async_tp",
-            True,
-            "async TP requires parallel.compile=true",
-            "parallel.compile=true",
-            fix={"parallel.compile": "true"},
-        )
+        why, legal = "async TP requires parallel.compile=true", "parallel.compile=true"
+        raise ConfigError("parallel.async_tp", True, why, legal, fix={"parallel.compile": "true"})
     if parallel.activation_checkpointing is Checkpointing.budget and not parallel.compile:
-        raise ConfigError(
-            "parallel.activation_checkpointing",
-            "budget",
-            "the compiler chooses what is recomputed, and parallel.compile=false",
-            "parallel.compile=true, or none, selective or full",
-            fix={"parallel.compile": "true"},
-        )
+        why = "the compiler chooses what is recomputed, and parallel.compile=false"
+        legal = "parallel.compile=true, or none, selective or full"
+        fix = {"parallel.compile": "true"}
+        raise ConfigError("parallel.activation_checkpointing", "budget", why, legal, fix=fix)
     last = cfg.profiler.first_step + cfg.profiler.steps - 1
     if cfg.profiler.name is ProfilerName.trace and last > total_steps(cfg):
-        raise ConfigError(
-            "profiler.first_step",
-            cfg.profiler.first_step,
-            f"the run ends after step {total_steps(cfg)}, and step {last} would be the last profiled",
-            "an earlier one from 3 on, or more train.steps",
-        )
+        why = f"the run ends after step {total_steps(cfg)}, and step {last} would be the last profiled"
+        legal = "an earlier one from 3 on, or more train.steps"
+        raise ConfigError("profiler.first_step", cfg.profiler.first_step, why, legal)
     if cfg.profiler.memory and cfg.profiler.name is ProfilerName.none:
         why = "profiler=none, and the snapshot is of the steps that are profiled"
         raise ConfigError("profiler.memory", True, why, "profiler=memory", fix={"profiler": "memory"})
     if cfg.train.weights is WeightDtype.bfloat16 and cfg.train.dtype is not Dtype.bfloat16:
-        raise ConfigError(
-            "train.weights",
-            "bfloat16",
-            f"train.dtype={cfg.train.dtype} computes on wider numbers than that",
-            "train.dtype=bfloat16",
-            fix={"train.dtype": "bfloat16"},
-        )
+        why = f"train.dtype={cfg.train.dtype} computes on wider numbers than that"
+        legal = "train.dtype=bfloat16"
+        raise ConfigError("train.weights", "bfloat16", why, legal, fix={"train.dtype": "bfloat16"})
     if cfg.train.float8 is not Float8.none and cfg.train.dtype is not Dtype.bfloat16:
-        raise ConfigError(
-            "train.float8",
-            cfg.train.float8,
-            f"what surrounds its matmuls is bfloat16, and train.dtype={cfg.train.dtype}",
-            "train.dtype=bfloat16",
-            fix={"train.dtype": "bfloat16"},
-        )
+        why = f"what surrounds its matmuls is bfloat16, and train.dtype={cfg.train.dtype}"
+        legal = "train.dtype=bfloat16"
+        raise ConfigError("train.float8", cfg.train.float8, why, legal, fix={"train.dtype": "bfloat16"})
     if cfg.train.float8_emulated and cfg.train.float8 is Float8.none:
         why = "train.float8=none leaves nothing to emulate"
         raise ConfigError("train.float8_emulated", True, why, "false, or train.float8=tensorwise or rowwise")
@@ -236,20 +194,11 @@ def _check_batch(cfg: Config, sizes: MeshSizes) -> None:
     batch, micro = cfg.train.global_batch_size, cfg.train.micro_batch_size
     if batch % sizes.dp:
         below = batch // sizes.dp * sizes.dp
-        raise ConfigError(
-            "train.global_batch_size",
-            batch,
-            f"does not split over {sizes.dp} data-parallel ranks",
-            f"a multiple of {sizes.dp}",
-            fix={"train.global_batch_size": below or sizes.dp},
-        )
+        why, legal = f"does not split over {sizes.dp} data-parallel ranks", f"a multiple of {sizes.dp}"
+        fix = {"train.global_batch_size": below or sizes.dp}
+        raise ConfigError("train.global_batch_size", batch, why, legal, fix=fix)
     share = batch // sizes.dp
     if micro is not None and share % micro:
         fits = next(m for m in range(min(micro, share), 0, -1) if share % m == 0)
-        raise ConfigError(
-            "train.micro_batch_size",
-            micro,
-            f"does not divide the {share} rows of each data-parallel rank",
-            f"a divisor of {share}",
-            fix={"train.micro_batch_size": fits},
-        )
+        why, legal = f"does not divide the {share} rows of each data-parallel rank", f"a divisor of {share}"
+        raise ConfigError("train.micro_batch_size", micro, why, legal, fix={"train.micro_batch_size": fits})

@@ -98,21 +98,14 @@ def check_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], named: st
     """
     for key, value in theirs.items():
         if key not in ours:
-            raise ConfigError(
-                "init_from",
-                named,
-                f"it holds a Llama, and this model has no setting {key}",
-                "model=hf, or a llama2_* of the same sizes",
-                fix={"init_from": named, "model": "hf"},
-            )
+            why = f"it holds a Llama, and this model has no setting {key}"
+            legal = "model=hf, or a llama2_* of the same sizes"
+            raise ConfigError("init_from", named, why, legal, fix={"init_from": named, "model": "hf"})
         if key not in NOT_COMPARED and ours[key] != value:
-            raise ConfigError(
-                f"model.{key}",
-                ours[key],
-                f"{CONFIG} of {named} has {NAMES[key]}={shown(value)}",
-                f"{shown(value)}, or model=hf, which takes its settings from there",
-                fix={"model": "hf", f"model.{key}": None},
-            )
+            why = f"{CONFIG} of {named} has {NAMES[key]}={shown(value)}"
+            legal = f"{shown(value)}, or model=hf, which takes its settings from there"
+            fix = {"model": "hf", f"model.{key}": None}
+            raise ConfigError(f"model.{key}", ours[key], why, legal, fix=fix)
 
 
 def config_json(settings: Mapping[str, Any], dtype: str, bos: int | None, eos: int | None) -> dict[str, Any]:

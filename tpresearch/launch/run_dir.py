@@ -163,13 +163,9 @@ def _writing(key: str, folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(
-            key,
-            folder,
-            f"cannot be written: {error.strerror}",
-            "a folder that this user can write, with room on its disk",
-            fix={key: Path(tempfile.gettempdir()) / name},
-        ) from None
+        why = f"cannot be written: {error.strerror}"
+        legal = "a folder that this user can write, with room on its disk"
+        raise ConfigError(key, folder, why, legal, fix={key: Path(tempfile.gettempdir()) / name}) from None
 
 
 def _claimed(wanted: Path) -> Path:
@@ -242,13 +238,10 @@ def _of_slurm_job(name: str) -> Path:
     """A folder that every rank can work out by itself, from when and as what Slurm started this job."""
     slurm = SlurmStep.from_environment()
     if slurm.job is None or slurm.started is None:
-        raise ConfigError(
-            "hydra.run.dir",
-            None,
-            "the ranks cannot agree on a folder, since torchrun's store is not shared with them",
-            "the same folder typed for all ranks, or torchrun without TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
-            fix={"hydra.run.dir": f"outputs/{name}/{datetime.now():%Y-%m-%d/%H-%M-%S}"},
-        )
+        why = "the ranks cannot agree on a folder, since torchrun's store is not shared with them"
+        legal = "the same folder typed for all ranks, or torchrun without TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+        fix = {"hydra.run.dir": f"outputs/{name}/{datetime.now():%Y-%m-%d/%H-%M-%S}"}
+        raise ConfigError("hydra.run.dir", None, why, legal, fix=fix)
     at = datetime.fromtimestamp(slurm.started)
     return Path(f"outputs/{name}/{at:%Y-%m-%d/%H-%M-%S}-{slurm.job}.{slurm.step}")
 

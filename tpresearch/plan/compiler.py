@@ -100,12 +100,9 @@ def compile_plan(
     rules: dict[str, ResolvedRule] = {}
     if parallel.tensor:
         if parallel.tensor not in config.plans:
-            raise ConfigError(
-                "parallel",
-                parallel.name,
-                f"model {config.name} has no sharding plan named {parallel.tensor}",
-                f"a plan of its own in conf/plan; it has: {', '.join(config.plans) or 'none'}",
-            )
+            why = f"model {config.name} has no sharding plan named {parallel.tensor}"
+            legal = f"a plan of its own in conf/plan; it has: {', '.join(config.plans) or 'none'}"
+            raise ConfigError("parallel", parallel.name, why, legal)
         compiled = [
             resolve_rule(parallel.tensor, name, rule, parallel.loss_parallel)
             for name, rule in config.plans[parallel.tensor].items()
@@ -170,21 +167,14 @@ def _expand(compiled: list[ResolvedRule], names: list[str]) -> dict[str, Resolve
     for rule in compiled:
         matched = [""] if rule.rule.match == "." else matching(rule.rule.match, names)
         if not matched:
-            raise ConfigError(
-                f"{rule.where}.match",
-                rule.rule.match,
-                "matches no module",
-                "such as " + ", ".join(nearest(rule.rule.match, names)),
-            )
+            why, legal = "matches no module", "such as " + ", ".join(nearest(rule.rule.match, names))
+            raise ConfigError(f"{rule.where}.match", rule.rule.match, why, legal)
         for name in matched:
             if name in found:
-                raise ConfigError(
-                    f"{rule.where}.match",
-                    rule.rule.match,
-                    f"module {name or '.'} has the rule {found[name].name} already",
-                    f"one rule a module: narrow {found[name].name} or {rule.name}",
-                    fix={f"{rule.where}.match": None, f"{found[name].where}.match": None},
-                )
+                why = f"module {name or '.'} has the rule {found[name].name} already"
+                legal = f"one rule a module: narrow {found[name].name} or {rule.name}"
+                fix = {f"{rule.where}.match": None, f"{found[name].where}.match": None}
+                raise ConfigError(f"{rule.where}.match", rule.rule.match, why, legal, fix=fix)
             found[name] = rule
     order = ["", *names]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
@@ -194,13 +184,10 @@ def _check_kinds(model: nn.Module, rules: dict[str, ResolvedRule]) -> None:
     for name, rule in rules.items():
         module = model.get_submodule(name)
         if rule.rule.style in ("colwise", "rowwise") and rule.weight_dim(module) is None:
-            raise ConfigError(
-                f"{rule.where}.style",
-                rule.rule.style,
-                f"module {name} is a {type(module).__name__}",
-                "colwise and rowwise split nn.Linear and nn.Embedding; sequence, input and output fit any module",
-                fix={f"{rule.where}.style": None, f"{rule.where}.match": None},
-            )
+            why = f"module {name} is a {type(module).__name__}"
+            legal = "colwise and rowwise split nn.Linear and nn.Embedding; sequence, input and output fit any module"
+            fix = {f"{rule.where}.style": None, f"{rule.where}.match": None}
+            raise ConfigError(f"{rule.where}.style", rule.rule.style, why, legal, fix=fix)
 
 
 def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule]) -> None:
@@ -212,12 +199,9 @@ def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule])
     for name, _ in model.named_parameters():
         module = name.rpartition(".")[0]
         if module not in rules:
-            raise ConfigError(
-                f"model.plans.{plan}",
-                plan,
-                f"{name} has no sharding rule; with {tokens} its gradient would be partial on each {split.axis} rank",
-                "a rule for it: style sequence, or style input with null layouts where its input is whole",
-            )
+            why = f"{name} has no sharding rule; with {tokens} its gradient would be partial on each {split.axis} rank"
+            legal = "a rule for it: style sequence, or style input with null layouts where its input is whole"
+            raise ConfigError(f"model.plans.{plan}", plan, why, legal)
 
 
 def _cuts(
@@ -228,13 +212,11 @@ def _cuts(
     for name, rule in rules.items():
         for unit in rule.rule.units:
             if unit not in config.args:
-                raise ConfigError(
-                    f"{rule.where}.units",
-                    unit,
-                    "no such model setting",
-                    "one of "
-                    + ", ".join(nearest(unit, [k for k, v in config.args.items() if isinstance(v, int)])),
+                why = "no such model setting"
+                legal = "one of " + ", ".join(
+                    nearest(unit, [k for k, v in config.args.items() if isinstance(v, int)])
                 )
+                raise ConfigError(f"{rule.where}.units", unit, why, legal)
             if config.args[unit] is not None:
                 cuts.setdefault(
                     unit,

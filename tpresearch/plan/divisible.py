@@ -56,19 +56,15 @@ def check_divisible(parallel: ParallelConfig, sizes: MeshSizes, cuts: Sequence[C
         return
     size, key = sizes[wrong.axis], f"mesh.{wrong.axis}"
     common = math.gcd(*(cut.count for cut in cuts if cut.axis == wrong.axis))
-    legal = [t for t in range(1, common + 1) if common % t == 0]
-    fits = [t for t in legal if sizes.world % t == 0]
+    divide = [t for t in range(1, common + 1) if common % t == 0]
+    fits = [t for t in divide if sizes.world % t == 0]
     alone = parallel.data is DataPlan.none
-    below = max(t for t in legal if t <= size)
+    below = max(t for t in divide if t <= size)
     others = {f"mesh.{axis.name}": None for axis in AXES if axis.name != wrong.axis}
-    raise ConfigError(
-        key,
-        size,
-        f"does not divide {wrong.what}={wrong.count} ({wrong.why})",
-        f"legal for this model: {_few(legal)}",
-        fix={key: below} if alone else {key: fits[-1], **others},
-        nproc=below if alone else None,
-    )
+    why = f"does not divide {wrong.what}={wrong.count} ({wrong.why})"
+    legal = f"legal for this model: {_few(divide)}"
+    fix = {key: below} if alone else {key: fits[-1], **others}
+    raise ConfigError(key, size, why, legal, fix, nproc=below if alone else None)
 
 
 def _few(numbers: list[int]) -> str:

@@ -75,12 +75,8 @@ def read_initializers(model: nn.Module) -> dict[str, Initializer]:
     """
     for prefix, module in model.named_modules():
         if not hasattr(module, "reset_buffers") and any(True for _ in module.buffers(recurse=False)):
-            raise ConfigError(
-                "model",
-                _named(prefix, module),
-                "it has buffers and no reset_buffers",
-                "write one that fills them",
-            )
+            why, legal = "it has buffers and no reset_buffers", "write one that fills them"
+            raise ConfigError("model", _named(prefix, module), why, legal)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return {
         f"{prefix}.{key}" if prefix else key: initializer

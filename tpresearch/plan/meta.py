@@ -43,13 +43,9 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
             model = build(**config.args)
     except Exception as error:  # it is the user's own code, which may raise anything
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            "model",
-            config.name,
-            f"{build.__name__} refuses it: {why}",
-            "settings that it accepts",
-            fix={f"model.{key}": None for key in config.args},
-        ) from error
+        why, legal = f"{build.__name__} refuses it: {why}", "settings that it accepts"
+        fix = {f"model.{key}": None for key in config.args}
+        raise ConfigError("model", config.name, why, legal, fix=fix) from error
     _check_parameters(model)
     for parameter in model.parameters():  # FSDP shards no others, and to a model they are the same
         parameter.data = parameter.data.contiguous()
@@ -101,12 +97,9 @@ def _check_settings(config: ModelConfig, build: type[nn.Module]) -> None:
         hints = {}
     for key, value in config.args.items():
         if key not in accepted and not takes_any:
-            raise ConfigError(
-                f"model.{key}",
-                value,
-                f"{build.__name__} has no such setting",
-                "one of " + ", ".join(nearest(key, accepted)),
-            )
+            why = f"{build.__name__} has no such setting"
+            legal = "one of " + ", ".join(nearest(key, accepted))
+            raise ConfigError(f"model.{key}", value, why, legal)
         check_value(f"model.{key}", value, hints.get(key, Any))
 
 

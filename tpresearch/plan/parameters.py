@@ -38,12 +38,8 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: str, fully_sharded:
         ConfigError: naming the parameter.
     """
     if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError(
-            "model",
-            type(model).__name__,
-            "none of its parameters requires a gradient",
-            "at least one that does",
-        )
+        why, legal = "none of its parameters requires a gradient", "at least one that does"
+        raise ConfigError("model", type(model).__name__, why, legal)
     for name, owner in tied_parameters(model).items():
         _check_tie(name, owner, model, plan, fully_sharded)
     for name, parameter in model.named_parameters():
@@ -63,13 +59,12 @@ def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharde
         groups.append(next((block for block in plan.blocks if one.startswith(f"{block}.")), ""))
     if cuts[0] != cuts[1]:
         shown = " and ".join("whole" if dim is None else f"on dim {dim}" for _, dim in cuts)
-        raise ConfigError(
-            "model.plans",
-            owner,
-            f"it is tied to {name}, and their sharding rules keep them {shown}",
+        why = f"it is tied to {name}, and their sharding rules keep them {shown}"
+        legal = (
             "rules that leave the same rows of both on the same rank, such as rowwise for an embedding and "
-            "colwise for an output layer",
+            "colwise for an output layer"
         )
+        raise ConfigError("model.plans", owner, why, legal)
     if fully_sharded and groups[0] != groups[1]:
         legal = "blocks that hold both or neither"
         raise ConfigError("model.blocks", plan.blocks, f"{owner} is tied to {name}, in another block", legal)

@@ -127,12 +127,9 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
             return Probe()
         raise _incompatible(inputs, cfg, error) from error
     if not isinstance(output, Tensor):
-        raise ConfigError(
-            "model",
-            cfg.model.name,
-            f"its output is a {type(output).__name__}",
-            "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum",
-        )
+        why = f"its output is a {type(output).__name__}"
+        legal = "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum"
+        raise ConfigError("model", cfg.model.name, why, legal)
     return Probe(
         output.shape,
         frozenset(watch.no_input_grad),
@@ -169,20 +166,12 @@ def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
     if cfg.train.loss is Loss.sum:
         return
     if targets.numel() == 0:
-        raise ConfigError(
-            "train.loss",
-            cfg.train.loss,
-            f"data.source={cfg.data.source} has no targets",
-            "sum",
-            fix={"train.loss": "sum"},
-        )
+        why, legal = f"data.source={cfg.data.source} has no targets", "sum"
+        raise ConfigError("train.loss", cfg.train.loss, why, legal, fix={"train.loss": "sum"})
     if output is not None and (output[:-1] != targets.shape or output[-1] < cfg.tokenizer.vocab_size):
-        raise ConfigError(
-            "model",
-            cfg.model.name,
-            f"its output has shape {_shape(output)} for targets {_shape(targets.shape)}",
-            f"logits [b, s, V] with V at least tokenizer.vocab_size={cfg.tokenizer.vocab_size}",
-        )
+        why = f"its output has shape {_shape(output)} for targets {_shape(targets.shape)}"
+        legal = f"logits [b, s, V] with V at least tokenizer.vocab_size={cfg.tokenizer.vocab_size}"
+        raise ConfigError("model", cfg.model.name, why, legal)
 
 
 def _dims(values: tuple[object, ...]) -> Ndims:

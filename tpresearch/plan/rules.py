@@ -176,24 +176,17 @@ def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Resol
         imported_class(f"{where}._target_", rule.target, ParallelStyle)  # type: ignore[type-abstract]
         return ResolvedRule(name, where, rule, (), (), False)
     if rule.style not in STYLES:
-        raise ConfigError(
-            f"{where}.style",
-            rule.style,
-            "no such style",
-            "one of " + ", ".join(nearest(str(rule.style), STYLES)),
-        )
+        why, legal = "no such style", "one of " + ", ".join(nearest(str(rule.style), STYLES))
+        raise ConfigError(f"{where}.style", rule.style, why, legal)
     assert rule.style
     style = STYLES[rule.style]
     src = _layouts(f"{where}.src", rule.src, style.default_src, loss_parallel)
     dst = _layouts(f"{where}.dst", rule.dst, style.default_dst, loss_parallel)
     if rule.style in ("input", "output") and (len(src) != len(dst) or None in (rule.src, rule.dst)):
-        raise ConfigError(
-            where,
-            f"{rule.src} -> {rule.dst}",
-            f"style {rule.style} turns each src layout into a dst layout",
-            "src and dst lists of one length, null for a tensor left alone",
-            fix={f"{where}.src": None, f"{where}.dst": None},
-        )
+        why = f"style {rule.style} turns each src layout into a dst layout"
+        legal = "src and dst lists of one length, null for a tensor left alone"
+        fix = {f"{where}.src": None, f"{where}.dst": None}
+        raise ConfigError(where, f"{rule.src} -> {rule.dst}", why, legal, fix=fix)
     return ResolvedRule(name, where, rule, src, dst, str(rule.dst) in OUTPUTS and loss_parallel)
 
 

@@ -157,13 +157,9 @@ class SlurmLauncher(TorchrunLauncher):
             why, legal = "needs submitit, which is not installed", "pip install 'tpresearch[slurm]'"
             raise ConfigError("hydra/launcher", "slurm", why, legal, fix={"hydra/launcher": None}) from None
         if self.settings.cluster == "slurm" and SlurmExecutor.affinity() <= 0:
-            raise ConfigError(
-                "hydra/launcher",
-                "slurm",
-                "there is no srun on this machine",
-                "a machine that submits to Slurm, or hydra.launcher.cluster=local",
-                fix={"hydra/launcher": None},
-            )
+            why = "there is no srun on this machine"
+            legal = "a machine that submits to Slurm, or hydra.launcher.cluster=local"
+            raise ConfigError("hydra/launcher", "slurm", why, legal, fix={"hydra/launcher": None})
 
     def allocate(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, StartJob]:
         """All at once: Slurm has the queue."""

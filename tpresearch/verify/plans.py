@@ -139,12 +139,9 @@ def check_plan(cfg: Config) -> None:
         raise ConfigError("train.float8", cfg.train.float8, why, "none", fix={"train.float8": "none"})
     _, plan = planned(cfg, sizes)
     if plan.seen.random:
-        raise ConfigError(
-            "model",
-            cfg.model.name,
-            f"it draws random numbers in {', '.join(plan.seen.random)}, which differ between plans",
-            "a model that draws none in training, such as with a dropout of 0; equality is not claimed otherwise",
-        )
+        why = f"it draws random numbers in {', '.join(plan.seen.random)}, which differ between plans"
+        legal = "a model that draws none in training, such as with a dropout of 0; equality is not claimed otherwise"
+        raise ConfigError("model", cfg.model.name, why, legal)
 
 
 def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
