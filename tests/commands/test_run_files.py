@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from support import composed
 from support.trainings import Trained
+
+from tpresearch.config.compose import as_dict
 
 pytestmark = pytest.mark.cli
 
@@ -76,12 +79,14 @@ def test_the_summary_tells_of_the_run(run_2d: Trained) -> None:
     assert summary["memory/peak_bytes"] == max(run_2d.column("memory/peak_bytes"))
 
 
-def test_the_config_is_kept_resolved(run_2d: Trained) -> None:
+def test_the_config_is_kept_resolved(run_2d: Trained, small: list[str]) -> None:
     config = yaml.safe_load((run_2d.folder / "config.yaml").read_text())
     assert (config["model"]["vocab_size"], config["model"]["max_seq_len"]) == (300, 16)
     qkv = {"match": "layers.*.attention.w[qkv]", "style": "colwise", "units": ["n_heads", "n_kv_heads"]}
     assert qkv.items() <= config["model"]["plans"]["sp"]["qkv"].items()
     assert config["train"]["steps"] == 3
+    # Of a new process, where Hydra has composed it as it does without support/parsed_once.py.
+    assert config == as_dict(composed.config(*small, "parallel=fsdp_tp", small=False))
     assert "${" not in (run_2d.folder / "config.yaml").read_text()
     assert "parallel=fsdp_tp" in yaml.safe_load((run_2d.folder / ".hydra/overrides.yaml").read_text())
 

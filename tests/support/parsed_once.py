@@ -1,20 +1,28 @@
-"""Config files that do not change are parsed once in these processes: a fifth of what composing a config takes is YAML."""
+"""What Hydra finds out again for each config that it composes is kept in these processes: two fifths of what that takes.
+
+What is composed is the same: tests/commands/test_run_files.py holds it to what a process without this has composed.
+"""
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from functools import cache
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from hydra._internal import defaults_list
+from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
+from omegaconf import DictConfig, OmegaConf
 
-_load = OmegaConf.load
+_load, _interpolation_map = OmegaConf.load, defaults_list._create_interpolation_map
 
 
 @cache
-def _parsed(text: str) -> Any:
-    return OmegaConf.to_container(_load(io.StringIO(text)))
+def _parsed(text: str) -> bytes:
+    """Of a config in nodes, a pickle is made anew in a tenth of the time that its plain data takes."""
+    return pickle.dumps(_load(io.StringIO(text)))
 
 
 def load(file: Any) -> Any:
@@ -22,10 +30,25 @@ def load(file: Any) -> Any:
     if not isinstance(file, io.TextIOBase):
         return _load(file)
     try:
-        return OmegaConf.create(_parsed(file.read()))
+        return pickle.loads(_parsed(file.read()))
     except (OSError, yaml.YAMLError):
         file.seek(0)
         return _load(file)
 
 
+def interpolation_map(overrides: Any, defaults: list[Any], self_added: bool) -> DictConfig:
+    """The choices that an interpolation in a defaults list may name: Hydra lists them where there is none, too."""
+    if any(default.is_interpolation() for default in defaults):
+        return _interpolation_map(overrides, defaults, self_added)
+    return DictConfig({})
+
+
+def begin_cache(self: CachingConfigRepository, delegate: IConfigRepository) -> None:
+    """Its sources may be replaced by others, and are not changed themselves: no copy of them is needed."""
+    self.delegate = copy.copy(delegate)
+    self.cache = {}
+
+
 OmegaConf.load = staticmethod(load)
+defaults_list._create_interpolation_map = interpolation_map
+CachingConfigRepository.__init__ = begin_cache  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ PATHS = ("data.path", "tokenizer.path", "init_from", "resume")
 """Keys of what is there already; where nothing is, the value is no path but a name, as of a data set on the hub."""
 
 
+@cache
 def register_schema() -> None:
     """Make `schema`, the first line of a defaults list, mean `ComposedConfig`: unknown keys and wrong types fail."""
     ConfigStore.instance().store(name="schema", node=ComposedConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 
 from tpresearch.config.bounds import check_bounds
@@ -35,9 +36,7 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     if data.source is DataSource.hf:
         check_hub(data)
         return
-    for name, file in [(name, file) for name, file in local_files(data) if file.stat().st_size][
-        :PEEKED_FILES
-    ]:
+    for name, file in islice((found for found in local_files(data) if found[1].stat().st_size), PEEKED_FILES):
         next(read_file(data, name, file), None)
 
 

@@ -85,8 +85,12 @@ def _python_files(folder: Path, root: Path) -> list[tuple[str, Path]]:
     found = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
-        paths = [Path(where, name) for name in names if name.endswith(".py")]
-        found += [(path.relative_to(root).as_posix(), path) for path in paths if path.is_file()]
+        here = Path(where)
+        inside = "" if here == root else f"{here.relative_to(root).as_posix()}/"
+        python = [
+            name for name in names if name.endswith(".py") and os.path.isfile(os.path.join(where, name))
+        ]
+        found += [(f"{inside}{name}", here / name) for name in python]
     return sorted(found)
 
 

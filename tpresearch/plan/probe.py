@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -116,10 +116,8 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
         ConfigError: for data that the model does not take, and an output that is no tensor.
     """
     model = copy.deepcopy(model)
-    watch = _Watch(model)
     try:
-        with torch.device("meta"), watch.over(model):
-            output = model(inputs)
+        output, watch, head = _sent_to_head(model, inputs) or (*_sent(model, inputs), None)
     except NotImplementedError:  # an op that has no meaning without data
         return Probe()
     except Exception as error:
@@ -133,28 +131,39 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     return Probe(
         output.shape,
         frozenset(watch.no_input_grad),
-        _head_of(model, inputs),
+        head,
         watch.random,
         watch.dims(),
         frozenset(watch.read_elsewhere),
     )
 
 
-def _head_of(model: nn.Module, inputs: Tensor) -> str | None:
+def _sent(
+    model: nn.Module, inputs: Tensor, **head: Callable[[nn.Module, Tensor], Tensor]
+) -> tuple[object, _Watch]:
+    watch = _Watch(model)
+    with torch.device("meta"), watch.over(model):
+        return model(inputs, **head), watch
+
+
+def _sent_to_head(model: nn.Module, inputs: Tensor) -> tuple[object, _Watch, str] | None:
+    """As `_sent`, and the output layer that the model hands to a `head` with what precedes the logits; None where it
+    takes no such argument."""
     if "head" not in inspect.signature(model.forward).parameters:
         return None
     given: list[nn.Module] = []
 
     def head(layer: nn.Module, hidden: Tensor) -> Tensor:
         given.append(layer)
-        return hidden
+        logits: Tensor = layer(hidden)
+        return logits
 
     try:
-        with torch.device("meta"):
-            model(inputs, head=head)
+        output, watch = _sent(model, inputs, head=head)
     except Exception:  # it means something else by the word
         return None
-    return next((name for name, module in model.named_modules() if given and module is given[0]), None)
+    name = next((name for name, module in model.named_modules() if given and module is given[0]), None)
+    return name and (output, watch, name)
 
 
 def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
