@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,3 +53,24 @@ def test_the_console_is_short_and_leaves_out_what_is_for_files(
     lines = [line[9:] for line in capsys.readouterr().err.splitlines()]  # without the time
     assert lines == ["mesh ready", "slow disk [warning]"]
     assert "ERROR tpresearch.train: a long traceback" in (tmp_path / "train.log").read_text()
+
+
+CRASHES = """
+import os, signal
+from pathlib import Path
+from tpresearch.launch import World
+from tpresearch.launch.logs import start_logging
+
+def crashes():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+start_logging(Path(), World(rank=1, local_rank=1, size=2, local_size=2, elastic=True))
+crashes()
+"""
+
+
+def test_a_rank_that_crashes_leaves_its_stack_in_its_log(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", CRASHES], cwd=tmp_path, env={**os.environ, "TORCH_LOGS": ""})
+    assert ended.returncode == -signal.SIGSEGV
+    log = (tmp_path / "ranks" / "rank-00001.log").read_text()
+    assert "Segmentation fault" in log and "in crashes" in log

@@ -3,6 +3,7 @@ not a terminal that lacks a letter, nor one that has gone."""
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import logging
 import os
@@ -26,11 +27,15 @@ LIBRARY_LEVELS = {
 def start_logging(folder: Path, world: World) -> None:
     """Send log records and Python's warnings to the run folder, and rank 0's also to stderr.
 
-    Other ranks keep what they say to `ranks/rank-<rank>.log`. A library's warning is written once, however
-    often it is repeated. A second call takes the place of the first.
+    Other ranks keep what they say to `ranks/rank-<rank>.log`, where a rank under torchrun that crashes in native code
+    leaves its Python stack too. A library's warning is written once, however often it is repeated. A second call takes
+    the place of the first.
     """
     (folder / "ranks").mkdir(exist_ok=True)
-    handlers: list[logging.Handler] = [_file(folder / "ranks" / f"rank-{world.rank:05d}.log")]
+    own = _file(folder / "ranks" / f"rank-{world.rank:05d}.log")
+    handlers: list[logging.Handler] = [own]
+    if world.elastic:
+        faulthandler.enable(own.stream)
     if world.rank == 0:
         handlers += [_file(folder / "train.log"), _console()]
     for handler in handlers:
@@ -62,7 +67,7 @@ def _is_artifact(name: str) -> bool:
     return name.rpartition(".")[2].startswith("__")
 
 
-def _file(path: Path) -> logging.Handler:
+def _file(path: Path) -> logging.FileHandler:
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler
