@@ -43,8 +43,9 @@ class StopFlag:
             for document in documents:
                 stop.check()
 
-    A second Ctrl-C ends the process at once; what is ignored already stays so, as under `nohup`. Signals are read in a thread, from the file descriptor that Python writes
-    them to, since a handler would have to wait while the main thread is inside a collective.
+    A second Ctrl-C ends the process at once; what is ignored already stays so, as under `nohup`. Signals are read in a
+    thread, from the file descriptor that Python writes them to, since a handler would have to wait while the main thread
+    is inside a collective.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)

@@ -142,7 +142,8 @@ _SLOW_OPS = {
 def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:
     """`fully_shard` each block, embedding and output layer, then the root, where there is anything for it to do.
 
-    Over replicas alone it would only copy: see `replicas.py`. Gradients are summed, not averaged, over data-parallel ranks: the loss is divided by the global token count.
+    Over replicas alone it would only copy: see `replicas.py`. Gradients are summed, not averaged, over data-parallel
+    ranks: the loss is divided by the global token count.
     """
     if not is_wrapped(plan.sizes.shards, fsdp):
         return
