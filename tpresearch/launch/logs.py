@@ -32,10 +32,10 @@ def start_logging(folder: Path, world: World) -> None:
     the place of the first.
     """
     (folder / "ranks").mkdir(exist_ok=True)
-    own = _file(folder / "ranks" / f"rank-{world.rank:05d}.log")
-    handlers: list[logging.Handler] = [own]
+    own = folder / "ranks" / f"rank-{world.rank:05d}.log"
+    handlers: list[logging.Handler] = [_file(own)]
     if world.elastic:
-        faulthandler.enable(own.stream)
+        faulthandler.enable(own.open("a"))
     if world.rank == 0:
         handlers += [_file(folder / "train.log"), _console()]
     for handler in handlers:
@@ -67,7 +67,7 @@ def _is_artifact(name: str) -> bool:
     return name.rpartition(".")[2].startswith("__")
 
 
-def _file(path: Path) -> logging.FileHandler:
+def _file(path: Path) -> logging.Handler:
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler
