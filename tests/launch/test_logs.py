@@ -70,7 +70,9 @@ crashes()
 
 
 def test_a_rank_that_crashes_leaves_its_stack_in_its_log(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", CRASHES], cwd=tmp_path, env={**os.environ, "TORCH_LOGS": ""})
+    ended = subprocess.run(
+        [sys.executable, "-c", CRASHES], cwd=tmp_path, env={**os.environ, "TORCH_LOGS": ""}
+    )
     assert ended.returncode == -signal.SIGSEGV
     log = (tmp_path / "ranks" / "rank-00001.log").read_text()
     assert "Segmentation fault" in log
