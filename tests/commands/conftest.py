@@ -53,13 +53,21 @@ def small(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def train(ranks: Ranks, home: Path) -> Start:
-    """`train(2, folder, "parallel=tp")` is torchrun with 2 ranks, `train(None, folder)` python; `cold` in new processes."""
+    """`train(2, folder, "parallel=tp")` is torchrun with 2 ranks, `train(None, folder)` python; `cold` in new processes,
+    `cold_jobs` those of a sweep alone."""
 
-    def start(size: int | None, folder: Path, *overrides: str, cold: bool = False, **env: str) -> Done:
+    def start(
+        size: int | None,
+        folder: Path,
+        *overrides: str,
+        cold: bool = False,
+        cold_jobs: bool = False,
+        **env: str,
+    ) -> Done:
         folder.mkdir(parents=True, exist_ok=True)
         program = [str(TRAIN), *overrides]
         if not cold:
-            return execute_warm(ranks, size, program, folder, environment(home, **env))
+            return execute_warm(ranks, size, program, folder, environment(home, **env), cold_jobs)
         starter = [str(TORCHRUN), "--standalone", f"--nproc-per-node={size}"] if size else [sys.executable]
         return execute([*starter, *program], folder, environment(home, **env))
 

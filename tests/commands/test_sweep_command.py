@@ -19,11 +19,19 @@ def test_a_sweep_that_is_refused_leaves_nothing(train, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+# With so great a learning rate the second step's loss is not a number, which stops the run.
+STUDIES = {"wrong": ("none", "1e30"), "right": ("fsdp_tp", "1e-3")}
+STUDY = "# @package _global_\ndefaults:\n  - override /parallel: {}\noptimizer: {{lr: {}}}\n"
+
+
 def test_a_sweep_runs_what_it_can_and_then_what_is_left(train, small: list[str], tmp_path: Path) -> None:
+    for name, values in STUDIES.items():
+        (tmp_path / "mine" / "experiment").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / "experiment" / f"{name}.yaml").write_text(STUDY.format(*values))
     typed = [word for word in small if not word.startswith(("model=", "train.steps="))]
-    # With so great a learning rate the second step's loss is not a number, which stops the run.
-    typed += ["parallel=fsdp_tp", "world_size=2", "optimizer.lr=1e30,1e-3", "optimizer=sgd", "model=toy_mlp"]
-    typed += ["schedule.warmup_steps=0", "train.clip_grad_norm=null", "train.steps=2", "logger=none"]
+    typed += ["experiment=wrong,right", f"hydra.searchpath=[file://{tmp_path}/mine]", "world_size=2"]
+    typed += ["optimizer=sgd", "model=toy_mlp", "schedule.warmup_steps=0", "train.clip_grad_norm=null"]
+    typed += ["train.steps=2", "logger=none"]
 
     def start() -> Done:
         return train(None, tmp_path, "-m", *typed, "hydra.sweep.dir=sweep")
@@ -31,12 +39,12 @@ def test_a_sweep_runs_what_it_can_and_then_what_is_left(train, small: list[str],
     done = start()
     assert done.code == 1, done.err
     error = "NonfiniteError: train/loss is nan at step 2"
-    assert done.out.count("  parallel=fsdp_tp on 2 ranks runs without dp_shard (size 1); with 4 ranks ") == 2
+    assert done.out.count("  parallel=fsdp_tp on 2 ranks runs without dp_shard (size 1); with 4 ranks ") == 1
     assert f"job 0 failed: {error}\n  sweep/0/console.log" in done.out
     assert "Traceback" not in done.out + done.err
     with (tmp_path / "sweep/summary.csv").open() as file:
         failed, completed = csv.DictReader(file)
-    assert (failed["status"], failed["error"], failed["optimizer.lr"]) == ("failed", error, "1e+30")
+    assert (failed["status"], failed["error"], failed["experiment"]) == ("failed", error, "wrong")
     assert (completed["status"], completed["world_size"], completed["mesh/tp"]) == ("completed", "2", "2")
     run = Trained(done, tmp_path / "sweep/1")
     assert completed["train/loss"] == str(run.json("summary.json")["train/loss"])
@@ -50,6 +58,6 @@ def test_a_sweep_runs_what_it_can_and_then_what_is_left(train, small: list[str],
 
     again = start()
     assert again.code == 1
-    assert "job 0 starts on 2 ranks" in again.out
+    assert "job 0 starts on 1 rank" in again.out
     assert "job 1 was completed earlier: sweep/1" in again.out
     assert (run.folder / "summary.json").stat().st_mtime_ns == before

@@ -82,25 +82,44 @@ def execute(command: Sequence[str], cwd: Path, env: dict[str, str]) -> Done:
 
 
 def execute_warm(
-    ranks: Ranks, size: int | None, program: Sequence[str], cwd: Path, env: dict[str, str]
+    ranks: Ranks,
+    size: int | None,
+    program: Sequence[str],
+    cwd: Path,
+    env: dict[str, str],
+    cold_jobs: bool = False,
 ) -> Done:
     """`torchrun --nproc-per-node=<size> PROGRAM`, or `python PROGRAM` for None, in forks of a process that has imported torch.
 
     Args:
         program: a script or `-m` and a module, then its arguments.
+        cold_jobs: whether a sweep's jobs are processes of their own, and not such forks too.
     """
-    with (
-        tempfile.NamedTemporaryFile("r") as out,
-        tempfile.NamedTemporaryFile("r") as err,
-        tempfile.TemporaryDirectory() as errors,
-    ):
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        code, seconds = forked(ranks, size, program, cwd, env, out.name, err.name, cold_jobs)
+        return Done(code, out.read(), err.read(), seconds)
+
+
+def forked(
+    ranks: Ranks,
+    size: int | None,
+    program: Sequence[str],
+    cwd: Path,
+    env: dict[str, str],
+    out: str,
+    err: str,
+    cold_jobs: bool = False,
+) -> tuple[int, float]:
+    """Exit code and processor time of such a command, which writes to the files `out` and `err`."""
+    with tempfile.TemporaryDirectory() as errors:
         forkserver.ensure_running()
-        job = list(program), cwd, env, out.name, err.name, None if size is None else Path(errors), _server()
+        of_torchrun = None if size is None else Path(errors)
+        job = list(program), cwd, env, out, err, of_torchrun, _server(), cold_jobs
         try:
             codes, seconds = zip(*ranks.run(size or 1, _as_main, *job), strict=True)
         except RankError:
-            codes, seconds = (1,), (0.0,)
-        return Done(max(codes), out.read(), err.read(), sum(seconds))
+            return 1, 0.0
+        return max(codes), sum(seconds)
 
 
 def _as_main(
@@ -112,6 +131,7 @@ def _as_main(
     err: str,
     errors: Path | None,
     server: dict[str, object],
+    cold_jobs: bool,
 ) -> tuple[int, float]:
     """Become the command; its exit code and processor time.
 
@@ -133,6 +153,8 @@ def _as_main(
     os.environ.update(of_rank | env)
     os.chdir(cwd)
     _fork_from(server)
+    if "-m" in program[1:] and not cold_jobs:
+        from support import forked_jobs  # noqa: F401  late: it imports the launcher of sweeps
     if encoding := env.get("PYTHONIOENCODING"):
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding=encoding, errors="strict")

@@ -1,0 +1,41 @@
+"""Once imported, the jobs of a sweep on this machine are forks of a warm server, as the sweep itself is."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from support.commands import forked
+from tpresearch.sweep import running
+from tpresearch.sweep.job import CONSOLE_LOG, Job
+from tpresearch.sweep.running import Share, environment_of, set_aside
+from tpresearch.verify.ranks import Ranks
+
+THREADS = ThreadPoolExecutor()
+
+
+class ForkedJob:
+    """What `JobProcess` is, but that it runs to its end: a sweep that is stopped needs processes of its own."""
+
+    def __init__(self, job: Job, share: Share) -> None:
+        set_aside(job)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        log = job.folder / CONSOLE_LOG
+        log.touch()
+        size = job.ranks if job.ranks > 1 else None
+        env = environment_of(job.folder) | share.environment()
+        command = Ranks(), size, job.arguments, Path(os.getcwd()), env, str(log), str(log)
+        self._ended: Future[tuple[int, float]] = THREADS.submit(forked, *command)
+
+    def poll(self) -> int | None:
+        return self._ended.result()[0] if self._ended.done() else None
+
+    def terminate(self) -> None:
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        assert self._ended.done()
+
+
+running.JobProcess = ForkedJob  # type: ignore[misc, assignment]
