@@ -15,9 +15,9 @@ from hydra import compose, initialize_config_dir
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import AXIS_NAMES, DATA_AXES
-from tpresearch.config.bounds import check_bounds
 from tpresearch.config.compose import register_schema
 from tpresearch.config.validate import SHOWN_WORLD, ranks_needed
+from tpresearch.config.values import check_bounds
 from tpresearch.config.world import World
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining

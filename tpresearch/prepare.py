@@ -6,8 +6,8 @@ import math
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.data.check import check_data
-from tpresearch.data.packed import PackedCorpus
 from tpresearch.data.pipeline import prepare
+from tpresearch.data.rows import PackedCorpus
 from tpresearch.launch import Run, World, entrypoint
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
-from tpresearch.data.packed import PackedCorpus
+from tpresearch.data.rows import PackedCorpus
 from tpresearch.verify.trace import Trace, trace
 
 BOTH = ("toy_mlp", "llama2_debug")

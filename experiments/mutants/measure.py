@@ -25,11 +25,10 @@ from rich.progress import track  # noqa: E402
 from support.composed import config, corpus, in_two_parts  # noqa: E402
 
 from tpresearch.config.schema import Dtype  # noqa: E402
-from tpresearch.data.packed import PackedCorpus  # noqa: E402
-from tpresearch.verify.compare import compare, tolerance  # noqa: E402
+from tpresearch.data.rows import PackedCorpus  # noqa: E402
 from tpresearch.verify.ranks import Ranks  # noqa: E402
 from tpresearch.verify.reference import reference  # noqa: E402
-from tpresearch.verify.trace import Trace  # noqa: E402
+from tpresearch.verify.trace import Trace, compare, tolerance  # noqa: E402
 
 STEPS = 12
 SETTINGS = (

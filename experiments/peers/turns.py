@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.config.compose import as_dict
 from tpresearch.data.pipeline import prepare
-from tpresearch.data.synthetic import AnyCorpus
+from tpresearch.data.rows import AnyCorpus
 from tpresearch.hf.export import write_config, write_weights
 from tpresearch.launch import Run, entrypoint
 from tpresearch.parallel.group import process_group

@@ -35,10 +35,10 @@ from tpresearch.ledger.formulas import expected_entries
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.shown import bytes_text
 from tpresearch.train.preflight import planned
-from tpresearch.verify.compare import MaxError, compare, tolerance
 from tpresearch.verify.plans import trace_of
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
+from tpresearch.verify.trace import MaxError, compare, tolerance
 
 sys.path.append(str(Path(__file__).parents[1]))
 from record import latest, place

@@ -10,8 +10,8 @@ import pytest
 from support.composed import config
 
 from tpresearch.config import ConfigError
-from tpresearch.config.bounds import Within, _declared, check_bounds
 from tpresearch.config.schema import ComposedConfig
+from tpresearch.config.values import Within, _declared, check_bounds
 
 
 def bounded(kind: type = ComposedConfig, prefix: str = "") -> Iterator[tuple[str, Within]]:

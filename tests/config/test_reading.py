@@ -6,8 +6,8 @@ import pytest
 from support.composed import config
 
 from tpresearch.config import ConfigError
-from tpresearch.config.reading import described
 from tpresearch.config.validate import validate
+from tpresearch.config.values import described
 from tpresearch.train.preflight import planned
 
 SP = "model.plans.sp"

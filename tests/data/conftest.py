@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data.packed import PackedCorpus
+from tpresearch.data.rows import PackedCorpus
 
 Configure = Callable[..., DataConfig]
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
-from tpresearch.data.packed import check_enough_rows, read_rows, token_dtype, unigram_entropy, write_rows
 from tpresearch.data.pipeline import prepare
+from tpresearch.data.rows import check_enough_rows, read_rows, token_dtype, unigram_entropy, write_rows
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

@@ -25,8 +25,8 @@ from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, To
 from tpresearch.config.world import World
 from tpresearch.data import cache, pipeline
 from tpresearch.data.cache import SAMPLE_BYTES, SAMPLES, checksum
-from tpresearch.data.packed import PackedCorpus
 from tpresearch.data.pipeline import prepare
+from tpresearch.data.rows import PackedCorpus
 from tpresearch.data.tokenizer import train_bpe
 
 ONE_RANK = """

@@ -11,7 +11,7 @@ from support.composed import config
 from tpresearch.config.schema import DataSource
 from tpresearch.data.batches import batches_of
 from tpresearch.data.pipeline import prepare
-from tpresearch.data.synthetic import Synthetic
+from tpresearch.data.rows import Synthetic
 
 NUMBERS = Synthetic(DataSource.uniform, 10, None)
 TOKENS = Synthetic(DataSource.random_tokens, 17, 300)

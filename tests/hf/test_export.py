@@ -18,8 +18,8 @@ from support.trainings import TINY, TRAIN
 from tpresearch.checkpoint.disk import whole_checkpoints
 from tpresearch.checkpoint.load import read_tensors
 from tpresearch.data.batches import batches_of
-from tpresearch.data.packed import PackedCorpus
 from tpresearch.data.pipeline import prepare
+from tpresearch.data.rows import PackedCorpus
 from tpresearch.hf.files import settings_of
 from tpresearch.verify.ranks import Ranks
 

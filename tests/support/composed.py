@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from tpresearch.config.compose import register_schema, typed
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
-from tpresearch.data.packed import PackedCorpus
+from tpresearch.data.rows import PackedCorpus
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
 

@@ -12,7 +12,7 @@ import torch
 from support.composed import config, corpus, in_two_parts
 from tpresearch.config import Config
 from tpresearch.config.world import World
-from tpresearch.data.synthetic import AnyCorpus
+from tpresearch.data.rows import AnyCorpus
 from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_bytes

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from tpresearch.verify.compare import EXACT, compare
 from tpresearch.verify.ranks import Ranks
-from tpresearch.verify.trace import Trace
+from tpresearch.verify.trace import EXACT, Trace, compare
 
 PLANS = ["ddp", "tp", "sp", "fsdp", "hsdp", "fsdp_tp", "hsdp_tp"]
 """All that take more than one rank."""

@@ -11,9 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from tpresearch.sweep.job import Job
-from tpresearch.sweep.outcome import outcome_of
-from tpresearch.sweep.running import STOPPED
+from tpresearch.sweep.job import STOPPED, Job, outcome_of
 from tpresearch.sweep.table import over_seeds, print_table, table_of, write_files
 
 

@@ -13,9 +13,8 @@ from support.example_run import row
 from tpresearch.config.choices import Loss
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import Command, program_words
-from tpresearch.track.console import ProgressLine, report
+from tpresearch.track.console import NextSteps, ProgressLine, report
 from tpresearch.track.names import complete_row
-from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.record import headline
 from tpresearch.track.shown import bytes_text, count_text, duration_text, loss_text, path_text, share_text
 

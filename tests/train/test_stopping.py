@@ -19,7 +19,7 @@ from support.processes import wait_for
 from tpresearch.checkpoint.disk import whole_checkpoints
 from tpresearch.config import Config
 from tpresearch.config.world import World
-from tpresearch.data.packed import PackedCorpus
+from tpresearch.data.rows import PackedCorpus
 from tpresearch.launch import Run
 from tpresearch.launch.stop import StopFlag, Stopped
 from tpresearch.parallel.device import Device

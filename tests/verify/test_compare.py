@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from tpresearch.config.schema import Dtype
-from tpresearch.verify.compare import compare, tolerance
-from tpresearch.verify.trace import StepTrace, Trace
+from tpresearch.verify.trace import StepTrace, Trace, compare, tolerance
 
 
 def a_trace() -> Trace:

@@ -15,10 +15,9 @@ from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
 from tpresearch.config.world import World
 from tpresearch.parallel.device import Device
-from tpresearch.verify.compare import compare, tolerance
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import Trace, trace
+from tpresearch.verify.trace import Trace, compare, tolerance, trace
 
 pytestmark = [
     pytest.mark.gpu,

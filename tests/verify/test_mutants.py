@@ -13,10 +13,9 @@ from support.marks import exhaustive
 
 from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
-from tpresearch.verify.compare import compare, tolerance
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import Trace
+from tpresearch.verify.trace import Trace, compare, tolerance
 
 STEPS = 2
 SETTINGS = ("optimizer=sgd", "train.dtype=float64", "train.clip_grad_norm=0.2", "train.eval_rows=11")

@@ -23,10 +23,9 @@ from tpresearch.plan.meta import meta_model
 from tpresearch.train.mistakes import OverlappingBatches
 from tpresearch.train.preflight import planned
 from tpresearch.train.state import TrainState
-from tpresearch.verify.compare import compare, tolerance
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import Trace, trace
+from tpresearch.verify.trace import Trace, compare, tolerance, trace
 
 STEPS = 3
 NARROW = ("model.dim=32", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=64", "data.seq_len=16")

@@ -11,9 +11,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from tpresearch.config.bounds import check_bounds
 from tpresearch.config.model import model_as_dict, model_config
 from tpresearch.config.schema import ComposedConfig, Config, SlurmConfig, TorchrunConfig
+from tpresearch.config.values import check_bounds
 
 FOLDERS = ("data.cache_dir", "logger.dir")
 """Keys of folders that may have to be made."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.reading import check_sane, check_value
+from tpresearch.config.values import check_sane, check_value
 
 MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
 RULE_KEYS = ("match", "style", "src", "dst", "axis", "units")

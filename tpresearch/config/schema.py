@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING
 
-from tpresearch.config.bounds import SHARE, AtLeast, Is, Within
 from tpresearch.config.choices import (
     Checkpointing,
     DataPlan,
@@ -27,6 +26,7 @@ from tpresearch.config.choices import (
 )
 from tpresearch.config.model import ModelConfig
 from tpresearch.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
+from tpresearch.config.values import SHARE, AtLeast, Is, Within
 
 LENGTH = AtLeast(1, 10**8)
 MOST_RANKS = 10**6

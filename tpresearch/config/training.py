@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from tpresearch.config.bounds import POSITIVE, SHARE, AtLeast, Within
 from tpresearch.config.choices import (
     Dtype,
     Float8,
@@ -15,6 +14,7 @@ from tpresearch.config.choices import (
     ScheduleName,
     WeightDtype,
 )
+from tpresearch.config.values import POSITIVE, SHARE, AtLeast, Within
 
 ROWS = AtLeast(1, 10**7)
 

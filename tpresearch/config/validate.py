@@ -6,11 +6,11 @@ import dataclasses
 import math
 
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.bounds import check_bounds
 from tpresearch.config.choices import Checkpointing, Float8, WeightDtype
 from tpresearch.config.errors import ConfigError, shown
 from tpresearch.config.mesh import resolve_mesh, used_axes
 from tpresearch.config.schema import Config, Dtype, ProfilerName
+from tpresearch.config.values import check_bounds
 
 SHOWN_WORLD = 4
 """Ranks for which plan_only compiles when nothing says otherwise: those of `make train`."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tpresearch.config.schema import DataConfig, DataSource
-from tpresearch.data.synthetic import AnyCorpus, Synthetic
+from tpresearch.data.rows import AnyCorpus, Synthetic
 
 IGNORED = -100
 """A target that counts for nothing, such as those of rows that only fill up a batch."""

@@ -6,9 +6,9 @@ import os
 from itertools import islice
 from pathlib import Path
 
-from tpresearch.config.bounds import check_bounds
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
+from tpresearch.config.values import check_bounds
 from tpresearch.data.documents import read_file
 from tpresearch.data.hub import check_hub
 from tpresearch.data.sources import local_files

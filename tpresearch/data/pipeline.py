@@ -25,9 +25,16 @@ from tpresearch.config.world import ALONE, World
 from tpresearch.data.cache import Meta, build_once
 from tpresearch.data.documents import Document
 from tpresearch.data.hub import open_hub
-from tpresearch.data.packed import PARTS, PackedCorpus, read_stream, write_rows, write_streams
+from tpresearch.data.rows import (
+    PARTS,
+    AnyCorpus,
+    PackedCorpus,
+    Synthetic,
+    read_stream,
+    write_rows,
+    write_streams,
+)
 from tpresearch.data.sources import Corpus, open_files
-from tpresearch.data.synthetic import AnyCorpus, Synthetic
 from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, byte_level, load_hf, train_bpe
 
 log = logging.getLogger(__name__)

@@ -14,13 +14,12 @@ from torch import nn
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.mesh import Cut, check_divisible
 from tpresearch.config.model import ModelConfig
 from tpresearch.config.schema import ParallelConfig
-from tpresearch.plan.divisible import Cut, check_divisible
 from tpresearch.plan.initializers import Initializer, read_initializers
-from tpresearch.plan.layouts import check_layouts
 from tpresearch.plan.probe import Probe
-from tpresearch.plan.rules import ResolvedRule, resolve_rule, takes_chunks
+from tpresearch.plan.rules import ResolvedRule, check_layouts, resolve_rule, takes_chunks
 
 NOTHING_SEEN = Probe()
 

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.model import ModelConfig
-from tpresearch.config.reading import check_value, imported_class
 from tpresearch.config.training import TrainConfig
+from tpresearch.config.values import check_value, imported_class
 from tpresearch.plan.initializers import CHANGES
 
 MOST_MODULES = 3_000

@@ -21,8 +21,7 @@ from tpresearch.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
     from tpresearch.launch.entrypoint import Program
-    from tpresearch.sweep.job import Job
-    from tpresearch.sweep.outcome import Outcome
+    from tpresearch.sweep.job import Job, Outcome
     from tpresearch.sweep.running import Devices, StartJob
 
 
@@ -75,8 +74,7 @@ class TorchrunLauncher(Launcher):
     def _run(self, jobs: list[Job], gpus: list[str]) -> Sequence[JobReturn]:
         from rich.console import Console
 
-        from tpresearch.sweep.job import goes_on
-        from tpresearch.sweep.outcome import outcome_of
+        from tpresearch.sweep.job import goes_on, outcome_of
         from tpresearch.sweep.running import await_earlier, ending_signals, run_jobs
         from tpresearch.sweep.status import Status
         from tpresearch.track.shown import duration_text

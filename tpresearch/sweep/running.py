@@ -23,7 +23,7 @@ from tpresearch.agent import TO_SAVE_S
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER, free_name, locked
 from tpresearch.launch.stop import end_with_parent
-from tpresearch.sweep.job import CONSOLE_LOG, Job, goes_on
+from tpresearch.sweep.job import CONSOLE_LOG, STOPPED, Job, goes_on
 
 POLL_S = 0.1
 GRACE_S = TO_SAVE_S + 30
@@ -31,8 +31,6 @@ GRACE_S = TO_SAVE_S + 30
 MARK = "TPRESEARCH_SWEEP_JOB"
 """In the environment of all processes of a job, with its folder: ranks are in sessions of their own, in no group of
 their agent's."""
-STOPPED = -signal.SIGTERM
-"""The exit code of a job that was ended by the sweep."""
 
 
 class Running(Protocol):

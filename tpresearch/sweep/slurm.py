@@ -23,9 +23,9 @@ from tpresearch.agent import TO_SAVE_S
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import SlurmConfig
 from tpresearch.launch.stop import end_with_parent
-from tpresearch.sweep.job import CONSOLE_LOG, Job
+from tpresearch.sweep.job import CONSOLE_LOG, STOPPED, Job
 from tpresearch.sweep.launcher import TorchrunLauncher
-from tpresearch.sweep.running import STOPPED, Devices, StartJob, environment_of, kill_processes, set_aside
+from tpresearch.sweep.running import Devices, StartJob, environment_of, kill_processes, set_aside
 
 if TYPE_CHECKING:
     import submitit

@@ -15,8 +15,7 @@ from rich.text import Text
 
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import override_key, python_command
-from tpresearch.sweep.job import CONSOLE_LOG, wandb_group
-from tpresearch.sweep.outcome import Outcome
+from tpresearch.sweep.job import CONSOLE_LOG, Outcome, wandb_group
 from tpresearch.track.shown import UNDEFINED, path_text
 from tpresearch.track.table import Cell, Summary, Table, comparable, figure_cells, figures_of, mean_cells
 

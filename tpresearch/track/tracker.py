@@ -19,10 +19,9 @@ from tpresearch.config import Config, ConfigError
 from tpresearch.config.secrets import refuse_secrets
 from tpresearch.launch.stop import Stopped
 from tpresearch.track import record
-from tpresearch.track.console import ProgressLine, report
+from tpresearch.track.console import NextSteps, ProgressLine, report
 from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import Row
-from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.shown import run_name
 from tpresearch.track.tensorboard import TensorboardRun
 from tpresearch.track.wandb_host import LONGEST, LONGEST_TAG

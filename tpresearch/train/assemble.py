@@ -14,7 +14,7 @@ from tpresearch.checkpoint.together import RankFailed
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.data.batches import batches_of
-from tpresearch.data.synthetic import AnyCorpus
+from tpresearch.data.rows import AnyCorpus
 from tpresearch.hf.files import is_hugging_face
 from tpresearch.hf.read import from_hugging_face
 from tpresearch.parallel.apply import has_masters, parallelize

@@ -10,7 +10,7 @@ from signal import Signals
 from tpresearch.checkpoint.save import Saver
 from tpresearch.config.choices import OnNonfinite
 from tpresearch.data.batches import Batch, Batches
-from tpresearch.data.synthetic import AnyCorpus
+from tpresearch.data.rows import AnyCorpus
 from tpresearch.parallel.mesh import data_rank
 from tpresearch.train.evaluate import held_out_loss
 from tpresearch.train.finite import FiniteCheck

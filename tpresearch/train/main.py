@@ -19,9 +19,8 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ProfilerName
 from tpresearch.config.validate import total_steps
-from tpresearch.data.packed import PackedCorpus, check_enough_rows
 from tpresearch.data.pipeline import prepare
-from tpresearch.data.synthetic import AnyCorpus
+from tpresearch.data.rows import AnyCorpus, PackedCorpus, check_enough_rows
 from tpresearch.launch import Run
 from tpresearch.launch.stop import StopFlag, Stopped, fault_of_another_rank
 from tpresearch.ledger.entries import Expected
@@ -32,7 +31,7 @@ from tpresearch.parallel.device import Device, notes_on
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import plan_text
-from tpresearch.track.next_steps import NextSteps
+from tpresearch.track.console import NextSteps
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tpresearch.checkpoint.resume import checkpoints_to_go_on_from, find_checkpoint
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.bounds import check_bounds
 from tpresearch.config.choices import Float8
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.mesh import of_one_rank, used_axes
+from tpresearch.config.mesh import check_declared, of_one_rank, used_axes
 from tpresearch.config.schema import Config
 from tpresearch.config.secrets import refuse_secrets
 from tpresearch.config.validate import (
@@ -23,9 +22,9 @@ from tpresearch.config.validate import (
     validate,
     with_batch_that_fits,
 )
+from tpresearch.config.values import check_bounds
 from tpresearch.config.world import World
 from tpresearch.data.check import check_data
-from tpresearch.plan.divisible import check_declared
 from tpresearch.track.tensorboard import check_tensorboard
 from tpresearch.track.wandb_host import check_settings
 

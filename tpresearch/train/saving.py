@@ -18,7 +18,7 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
-from tpresearch.data.synthetic import AnyCorpus
+from tpresearch.data.rows import AnyCorpus
 from tpresearch.launch import Run
 from tpresearch.track.record import read_summary
 from tpresearch.track.shown import bytes_text

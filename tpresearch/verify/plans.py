@@ -23,13 +23,12 @@ from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.data.check import check_data
 from tpresearch.data.pipeline import prepare
-from tpresearch.data.synthetic import AnyCorpus, Synthetic
+from tpresearch.data.rows import AnyCorpus, Synthetic
 from tpresearch.train.preflight import planned
-from tpresearch.verify.compare import MaxError, compare, tolerance
 from tpresearch.verify.integers import Exact, exactness, worst_of
 from tpresearch.verify.ranks import RankError, Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import Trace, trace
+from tpresearch.verify.trace import MaxError, Trace, compare, tolerance, trace
 
 log = logging.getLogger(__name__)
 

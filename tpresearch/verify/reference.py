@@ -12,7 +12,7 @@ from tpresearch.config.choices import Loss, OptimizerName
 from tpresearch.config.schema import Config, Dtype
 from tpresearch.config.validate import total_steps
 from tpresearch.data.batches import Batch, batches_of, eval_batches
-from tpresearch.data.synthetic import AnyCorpus
+from tpresearch.data.rows import AnyCorpus
 from tpresearch.plan.initializers import read_initializers
 from tpresearch.plan.meta import plain_model, weight_dtype
 from tpresearch.train.assemble import weight_source
