@@ -293,7 +293,7 @@ def test_no_two_sweeps_run_in_one_folder(sweep: Sweep) -> None:
     sweep.folder.mkdir()
     with FileLock(sweep.folder / ".lock"), pytest.raises(ConfigError) as refused:
         sweep("parallel=none")
-    assert str(refused.value).startswith(f"hydra.sweep.dir={sweep.folder}: another sweep runs in this")
+    assert str(refused.value).startswith(f"hydra.sweep.dir={sweep.folder}: another sweep is using this")
     assert sweep.started == []
     assert sweep("parallel=none") == [5.0]
 

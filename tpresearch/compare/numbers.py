@@ -20,6 +20,7 @@ from tpresearch.track.names import X_AXIS
 from tpresearch.track.panels import Panel
 from tpresearch.track.shown import UNDEFINED
 
+LOSS = "train/loss"
 MAX_POINTS = 1000
 """Per curve: about as many as a screen has columns."""
 MAX_DOTS = 250
@@ -104,12 +105,12 @@ def differences(sciences: Sequence[Science], metric: str) -> Numbers:
     return Numbers(points, ["One dot per logged step; the line is the running maximum.", *notes, *thinned])
 
 
-def max_differences(sciences: Sequence[Science], metric: str = "train/loss") -> dict[Path, float]:
-    """The maximum difference of each run from the baseline over all its rows, by folder; none for the baseline's own."""
-    return _gaps(sciences, metric).groupby("folder", sort=False)["value"].max().to_dict()
+def max_differences(sciences: Sequence[Science]) -> dict[Path, float]:
+    """The maximum difference in train/loss of each run from the baseline over all its rows, by folder; none for the baseline's own."""
+    return _gaps(sciences, LOSS).groupby("folder", sort=False)["value"].max().to_dict()
 
 
-def pooled_differences(sciences: Sequence[Science], metric: str = "train/loss") -> pd.DataFrame:
+def pooled_differences(sciences: Sequence[Science]) -> pd.DataFrame:
     """Of each plan over all sciences: `plan`, `ranks`, `runs`, `most`, and `rms`, the root of the mean square."""
     plans = [
         (run.folder, run.summary["parallel"], run.summary["world_size"])
@@ -117,9 +118,7 @@ def pooled_differences(sciences: Sequence[Science], metric: str = "train/loss") 
         for group in science.others
         for run in group.runs
     ]
-    gaps = _gaps(sciences, metric).merge(
-        pd.DataFrame(plans, columns=["folder", "plan", "ranks"]), on="folder"
-    )
+    gaps = _gaps(sciences, LOSS).merge(pd.DataFrame(plans, columns=["folder", "plan", "ranks"]), on="folder")
     gaps["square"] = gaps["value"] ** 2
     pooled = gaps.groupby(["plan", "ranks"], sort=False).agg(
         runs=("folder", "nunique"), most=("value", "max"), rms=("square", "mean")

@@ -54,9 +54,9 @@ def shown(value: object) -> str:
     return " ".join(str(value).split())
 
 
-def nearest(name: str, known: Iterable[str], most: int = 10) -> list[str]:
+def nearest(name: str, known: Iterable[str]) -> list[str]:
     """The known names, those that look most like `name` first; of very many the three closest, or a few."""
     likeness = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in sorted(set(known))}
     names = sorted(likeness, key=lambda other: -likeness[other])
     alike = [other for other in names if likeness[other] >= 0.6]
-    return names if len(names) <= most else alike[:3] or names[:8]
+    return names if len(names) <= 10 else alike[:3] or names[:8]

@@ -10,7 +10,7 @@ PROBE_S = 3.0
 """Longest wait for a host to accept a connection."""
 
 
-def answers(url: str, timeout_s: float = PROBE_S) -> bool:
+def answers(url: str) -> bool:
     """Whether something accepts a TCP connection at the URL's host, or at the proxy that leads there."""
     target = urlsplit(url)
     proxy = urllib.request.getproxies().get(target.scheme)
@@ -18,7 +18,7 @@ def answers(url: str, timeout_s: float = PROBE_S) -> bool:
         target = urlsplit(proxy)
     port = target.port or (443 if target.scheme == "https" else 80)
     try:
-        socket.create_connection((target.hostname or "", port), timeout_s).close()
+        socket.create_connection((target.hostname or "", port), PROBE_S).close()
     except OSError:
         return False
     return True

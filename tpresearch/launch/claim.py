@@ -32,22 +32,22 @@ SIGNS = (".hydra", "metrics.jsonl", "summary.json")
 """A folder with none of these was never a run's."""
 
 
-def locked(folder: Path, patience_s: float = 0) -> AbstractContextManager[object]:
-    """Holds a run's folder against other runs until it is left, or this process ends in whatever way.
+def locked(folder: Path, patience_s: float = 0, key: str = "hydra.run.dir") -> AbstractContextManager[object]:
+    """Holds a run's folder, or a sweep's, against others until it is left, or this process ends in whatever way.
 
     Args:
         patience_s: how long to wait for whoever has it.
+        key: that names the folder.
 
     Raises:
-        ConfigError: where another run has it.
+        ConfigError: where another run or sweep has it.
+        OSError: where it cannot be held.
     """
     try:
         return FileLock(folder / ".lock").acquire(timeout=patience_s)
     except Timeout:
-        why, legal = "another run is using this folder", "its end, or a folder of its own"
-        raise ConfigError(
-            "hydra.run.dir", folder, why, legal, fix={"hydra.run.dir": free_name(folder, "-")}
-        ) from None
+        why, legal = f"another {key.split('.')[1]} is using this folder", "its end, or a folder of its own"
+        raise ConfigError(key, folder, why, legal, fix={key: free_name(folder, "-")}) from None
     except NotImplementedError:  # a file system without locks: nothing can be held there
         return nullcontext()
 

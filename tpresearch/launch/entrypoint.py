@@ -74,30 +74,31 @@ class Run:
     """What the program would say to another command."""
 
 
-def entrypoint(
-    config_name: str,
-    judge: Callable[[Config, World], Judged],
-    judge_folder: Callable[[Judged, Path, bool], object] | None = None,
-    glance: Callable[[Config, World], object] | None = None,
-    judge_going_on: Callable[[Config, World], Judged] | None = None,
-) -> Callable[[Callable[[Judged, Run], None]], Program[Judged]]:
+@dataclass(frozen=True)
+class entrypoint(Generic[Judged]):
     """Make `main(judged, run)` a Hydra program, started by `python` or by torchrun.
 
     Whatever the user can mend (a `ConfigError`, or anything Hydra refuses) ends in one line on stderr for the
     whole job and exit code 2; other exceptions are bugs and keep their traceback.
-
-    Args:
-        config_name: the file of conf/ to compose.
-        judge: called once with the typed config, before a folder or a process group exists; raises ConfigError,
-            and returns what main works with.
-        judge_folder: called with that, the run folder and whether torchrun has started this job before; raises
-            ConfigError while nothing in the folder is touched. Such a program can go on from an earlier run (`resume`).
-        glance: what of the judge costs less than a second; a command that is proposed is judged by it, unless the judge
-            has had its say already.
-        judge_going_on: takes the place of judge where checkpoints are there to go on from, so that nothing is asked of
-            where the first weights came from.
     """
-    return lambda main: Program(main, config_name, judge, judge_folder, glance, judge_going_on)
+
+    config_name: str
+    """The file of conf/ to compose."""
+    judge: Callable[[Config, World], Judged]
+    """Called once with the typed config, before a folder or a process group exists; raises ConfigError, and returns what
+    main works with."""
+    judge_folder: Callable[[Judged, Path, bool], object] | None = None
+    """Called with that, the run folder and whether torchrun has started this job before; raises ConfigError while nothing in
+    the folder is touched. Such a program can go on from an earlier run (`resume`)."""
+    glance: Callable[[Config, World], object] | None = None
+    """What of the judge costs less than a second; a command that is proposed is judged by it, unless the judge has had its
+    say already."""
+    judge_going_on: Callable[[Config, World], Judged] | None = None
+    """Takes the place of judge where checkpoints are there to go on from, so that nothing is asked of where the first weights
+    came from."""
+
+    def __call__(self, main: Callable[[Judged, Run], None]) -> Program[Judged]:
+        return Program(main, self)
 
 
 @dataclass(frozen=True)
@@ -105,21 +106,18 @@ class Program(Generic[Judged]):
     """A main that is called without arguments. It is Hydra's task function too, which a sweep's launcher is told."""
 
     main: Callable[[Judged, Run], None]
-    config_name: str
-    judge: Callable[[Config, World], Judged]
-    judge_folder: Callable[[Judged, Path, bool], object] | None = None
-    glance: Callable[[Config, World], object] | None = None
-    judge_going_on: Callable[[Config, World], Judged] | None = None
+    entry: entrypoint[Judged]
 
     def judged(self, cfg: Config, world: World, goes_on: bool) -> Judged:
         """What comes of a config that is judged; a ConfigError for the first thing that cannot work."""
-        return (self.judge_going_on if goes_on and self.judge_going_on else self.judge)(cfg, world)
+        judge_going_on = self.entry.judge_going_on or self.entry.judge
+        return (judge_going_on if goes_on else self.entry.judge)(cfg, world)
 
     def __call__(self, composed: DictConfig | None = None) -> None:
         """The whole command; or, for a launcher that runs jobs in this process, one that Hydra has composed."""
         if composed is not None:
             world = World.from_environment()
-            return _call_main(self, self.judge(typed_config(composed), world), world)
+            return _call_main(self, self.judged(typed_config(composed), world, goes_on=False), world)
         print_without_fail()
         register_schema()  # before anything is refused: what is proposed is composed
         register_resolvers()
@@ -147,21 +145,24 @@ class Program(Generic[Judged]):
         return None
 
     def _objections(self) -> Objections:
-        judge = self.glance if self.glance and "torch" not in sys.modules else self.judge
-        return Objections(inspect.getfile(self.main), self.config_name, judge, self.judge_folder is not None)
+        entry = self.entry
+        judge = entry.glance if entry.glance and "torch" not in sys.modules else entry.judge
+        return Objections(
+            inspect.getfile(self.main), entry.config_name, judge, entry.judge_folder is not None
+        )
 
 
 def _start(program: Program[Judged], world: World) -> None:
     config_dir = conf_dir()
     arguments = _arguments(world)
-    earlier = type_again(arguments) if program.judge_folder else None
-    composition = Composition.of(arguments, config_dir, program.config_name)
+    earlier = type_again(arguments) if program.entry.judge_folder else None
+    composition = Composition.of(arguments, config_dir, program.entry.config_name)
     if hydra_app.only_shows(arguments):
         if world.rank == 0 and arguments.help:
             print(help_text(composition, _purpose(program.main)))
         elif world.rank == 0:
             with explaining(composition):
-                hydra_app.show(program.main, config_dir, program.config_name)
+                hydra_app.show(program.main, config_dir, program.entry.config_name)
         return None
     composition.refuse_unset()
     name, overrides = composition.config_name, composition.overrides
@@ -182,9 +183,9 @@ def _start(program: Program[Judged], world: World) -> None:
             folder, restarted = held.enter_context(agreed(config, world))
         with read_write(config.hydra.run):
             config.hydra.run.dir = str(folder)
-        if program.judge_folder:
+        if program.entry.judge_folder:
             with _typing_again(earlier):
-                program.judge_folder(judged, folder, restarted)
+                program.entry.judge_folder(judged, folder, restarted)
         hydra_app.run(app, config, name, lambda: _call_main(program, judged, world, restarted))
     return None
 

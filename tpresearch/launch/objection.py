@@ -41,7 +41,7 @@ class Objections:
     def to(self, command: Command) -> ConfigError | None:
         """For what the program would refuse this command, as far as its judge can tell; None where it would run."""
         try:
-            with _typed(command):
+            with typed_as(command):
                 self._judge(command)
         except ConfigError as error:
             return error
@@ -89,9 +89,9 @@ def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _typed(command: Command) -> Iterator[None]:
-    """The command line of this process and its environment meanwhile, in the folder where that was typed: what judges a
-    config may read them."""
+def typed_as(command: Command) -> Iterator[None]:
+    """The command line of this process and its environment are this meanwhile, in the folder where that was typed: what judges
+    a config may read them."""
     before, unset = sys.argv, {name: os.environ.pop(name) for name in command.unset if name in os.environ}
     sys.argv = [before[0], *command.arguments]
     try:

@@ -126,15 +126,15 @@ def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
     """What stands below the table: the parameter count, what stays replicated, and what the data axes send."""
     notes = [f"parameters: {sum(p.numel() for p in model.parameters()):,}"]
     if plan.rules:
-        names = folded(Row(name, "", "", None, "") for name in plan.replicated)
         count = sum(model.get_parameter(name).numel() for name in plan.replicated)
-        listed = ", ".join(row.fqn for row in names) or "none"
+        listed = _listed(plan.replicated) or "none"
         notes.append(f"replicated on every {' '.join(_tensor_axes(plan))} rank: {count:,} ({listed})")
         where = {-1: "vocabulary shards", 0: "each rank's rows", None: "whole outputs"}[plan.split_output]
         notes.append(f"loss: on {where}")
     if plan.float8:
-        listed = ", ".join(row.fqn for row in folded(Row(name, "", "", None, "") for name in plan.float8))
-        notes.append(f"matmuls in float8: {listed}{'; tp ranks agree on scales' if plan.rules else ''}")
+        notes.append(
+            f"matmuls in float8: {_listed(plan.float8)}{'; tp ranks agree on scales' if plan.rules else ''}"
+        )
     notes += _data_lines(plan)
     return [*notes, random_text(plan)] if plan.seen.random else notes
 
@@ -163,17 +163,18 @@ def plan_html(model: nn.Module, plan: Plan) -> str:
     return f"<table>\n{body}</table>\n<ul>\n{notes}</ul>\n"
 
 
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(row.fqn for row in folded(Row(name or ".", "", "", None, "") for name in names))
+
+
 def _tensor_axes(plan: Plan) -> list[str]:
     return [axis.name for axis in AXES if axis.shards_layers and plan.sizes[axis.name] > 1]
 
 
 def random_text(plan: Plan) -> str:
     """What is said of a model that draws random numbers."""
-    names = ", ".join(
-        row.fqn for row in folded(Row(name or ".", "", "", None, "") for name in plan.seen.random)
-    )
     return (
-        f"random numbers: {names} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats to the "
+        f"random numbers: {_listed(plan.seen.random)} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats to the "
         "bit, replicas agree, and plans differ in what they draw: equality with one process is not claimed"
     )
 

@@ -50,7 +50,8 @@ def rule_sends(name: str, model: nn.Module, plan: Plan) -> list[Sent]:
     if style == "output":
         return _moved(_OUT_OF, list(zip(src, dst, strict=True)), 0)
     if style == "sequence":
-        return _summed(dict(module.named_parameters(recurse=False)))
+        own = module.parameters(recurse=False)
+        return [Sent("backward", "all_reduce", p.numel(), per_token=False) for p in own]
     if style == "colwise":
         into = [] if _prepared(name, plan) else _moved(_INTO, [(src[0], "replicate")], _widths(module)[0])
         return _needed(into, name, plan) + _moved(
@@ -75,10 +76,6 @@ def _moved(
 def _needed(into: list[Sent], name: str, plan: Plan) -> list[Sent]:
     """Without what brings a gradient back to an input that needs none."""
     return [sent for sent in into if sent.phase == "forward" or name not in plan.seen.no_input_grad]
-
-
-def _summed(parameters: dict[str, nn.Parameter]) -> list[Sent]:
-    return [Sent("backward", "all_reduce", p.numel(), per_token=False) for p in parameters.values()]
 
 
 def _widths(module: nn.Module) -> tuple[int, int]:

@@ -10,13 +10,13 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from tpresearch.config.errors import ConfigError, JobFailed
+from tpresearch.config.schema import TorchrunConfig
 from tpresearch.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -37,17 +37,8 @@ class TorchrunLauncher(Launcher):
     ranks_per_node: int | None = None
     """Most ranks on a host of the cluster that jobs run on; None where they run here."""
 
-    def __init__(
-        self,
-        nproc: int | None = None,
-        slots: int | None = None,
-        cpu_slots: int | None = None,
-        fail_fast: bool = False,
-        objective: str = "train/loss",
-        start: StartJob | None = None,
-    ) -> None:
-        self.nproc, self.slots, self.cpu_slots = nproc, slots, cpu_slots
-        self.fail_fast, self.objective, self._start = fail_fast, objective, start
+    def __init__(self, start: StartJob | None = None, **settings: Any) -> None:
+        self._settings, self._start = TorchrunConfig(**settings), start
         self._outcomes: dict[int, Outcome] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -111,7 +102,8 @@ class TorchrunLauncher(Launcher):
             try:
                 devices, start = self.allocate(todo, gpus)
                 start = self._start or start
-                run_jobs(todo, devices, start, on_start, on_end, self.fail_fast, received, status.show)
+                fail_fast = self._settings.fail_fast
+                run_jobs(todo, devices, start, on_start, on_end, fail_fast, received, status.show)
             except KeyboardInterrupt:
                 pass
             finally:
@@ -128,7 +120,7 @@ class TorchrunLauncher(Launcher):
         """Where the jobs run, and how each begins."""
         from tpresearch.sweep.running import Devices, JobProcess
 
-        return Devices(gpus, self.cpu_slots), JobProcess
+        return Devices(gpus, self._settings.cpu_slots), JobProcess
 
     def cancel(self) -> None:
         """End what `allocate` began and no one is waiting for."""
@@ -160,11 +152,14 @@ class TorchrunLauncher(Launcher):
             working_dir=str(job.folder),
             task_name=job.composed.hydra.job.name,
         )
-        value = outcome.summary.get(self.objective)
+        objective = self._settings.objective
+        value = outcome.summary.get(objective)
         if outcome.status != "completed":
             error = f"job {job.number}: {outcome.error or outcome.status}"
         elif outcome.summary and not isinstance(value, int | float):
-            error = f"job {job.number}: its summary.json has no number for hydra.launcher.objective={self.objective}"
+            error = (
+                f"job {job.number}: its summary.json has no number for hydra.launcher.objective={objective}"
+            )
             self._say(error)
         else:
             returned.status, returned._return_value = JobStatus.COMPLETED, value
@@ -188,17 +183,15 @@ class QuietReturn(JobReturn):
 
 
 def _alone_in(folder: Path) -> AbstractContextManager[object]:
-    """Holds the sweep's folder against other sweeps until it is left.
+    """Holds the sweep's folder against other sweeps, which would take this one's jobs for earlier ones.
 
     Raises:
-        ConfigError: where another sweep has it: it would take this one's jobs for earlier ones.
+        ConfigError: where another sweep has it, or it cannot be held.
     """
+    from tpresearch.launch.claim import locked  # late: Hydra imports this file at the start of every command
+
     try:
-        return FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        why, legal = "another sweep runs in this folder", "its end, or a folder of its own"
-        fix = {"hydra.sweep.dir": f"{folder}-2"}
-        raise ConfigError("hydra.sweep.dir", folder, why, legal, fix=fix) from None
+        return locked(folder, key="hydra.sweep.dir")
     except OSError as error:
         why, legal = f"its .lock cannot be held: {error.strerror}", "a folder of this user's own"
         raise ConfigError("hydra.sweep.dir", folder, why, legal) from None

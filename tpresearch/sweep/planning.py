@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tpresearch.launch.command import Command, WrongCommand, mended, override, o
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
+from tpresearch.launch.objection import typed_as
 from tpresearch.launch.run_dir import may_go_on
 from tpresearch.sweep.job import (
     Job,
@@ -93,7 +93,7 @@ class Planner:
             nodes = _nodes(ranks, self.ranks_per_node)
             here = self.ranks_per_node is None
             world = World(0, ranks, 0, ranks // nodes, elastic=ranks > 1, here=here)
-            with _command_line(overrides):
+            with typed_as(Command(tuple(overrides))):
                 judged = self.judge(cfg, world, may_go_on(composed, folder))
         except ConfigError as error:
             raise _refused(error, number, overrides) from None
@@ -155,17 +155,6 @@ def _nodes(ranks: int, ranks_per_node: int | None) -> int:
         fix = {"hydra.launcher.ranks_per_node": legal.split()[-1]}
         raise ConfigError("hydra.launcher.ranks_per_node", ranks_per_node, why, legal, fix=fix)
     return nodes
-
-
-@contextmanager
-def _command_line(overrides: list[str]) -> Iterator[None]:
-    """The command line as the job will have it: what judges a config may read it."""
-    before = sys.argv
-    sys.argv = [before[0], *overrides]
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 def with_folders(jobs: Sequence[Job], sweep_dir: Path) -> Iterator[Job]:

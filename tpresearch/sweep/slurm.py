@@ -145,8 +145,7 @@ class SlurmLauncher(TorchrunLauncher):
 
     def __init__(self, start: StartJob | None = None, **settings: Any) -> None:
         self.settings = SlurmConfig(**settings)
-        common = ("nproc", "slots", "fail_fast", "objective")
-        super().__init__(**{key: settings[key] for key in common if key in settings}, start=start)
+        super().__init__(start, fail_fast=self.settings.fail_fast, objective=self.settings.objective)
         self.submitted: dict[int, Submitted] = {}
         self.ranks_per_node = self.settings.ranks_per_node
 

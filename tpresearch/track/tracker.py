@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 
 from rich.console import Console
@@ -170,12 +169,7 @@ class Tracker:
         """
         if self._ended:
             return
-        self._ended = True
-        self._progress.stop()
-        if problem := self._metrics.close():
-            log.warning("metrics.jsonl lacks rows: %s", problem)
-        if self._tensorboard:
-            self._tensorboard.close()
+        self._close()
         whole = self._summary(status, error) | dict(summary or {})
         try:
             record.write_summary(self._run_dir, whole)
@@ -195,13 +189,17 @@ class Tracker:
 
     def _leave(self) -> None:
         """End without a word: what was to go on is refused, and the record stays that of what has run."""
-        self._ended = True
-        self._progress.stop()
-        self._metrics.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        self._close()
         if self._wandb:
             self._wandb.finish({}, EXIT_CODES["failed"])
+
+    def _close(self) -> None:
+        self._ended = True
+        self._progress.stop()
+        if problem := self._metrics.close():
+            log.warning("metrics.jsonl lacks rows: %s", problem)
+        if self._tensorboard:
+            self._tensorboard.close()
 
     def _report(self, console: Console, summary: Mapping[str, Any], next_steps: NextSteps | None) -> None:
         where = self._wandb.where() if self._wandb else None
@@ -241,9 +239,7 @@ class Tracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.finish()
         elif isinstance(error, ConfigError) and self._start_step and self._last_row is None:

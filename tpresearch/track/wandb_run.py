@@ -89,12 +89,8 @@ class WandbRun:
         except Exception as error:
             log.warning("W&B: off, because the client does not start: %s", _line(error))
             return None
-        attempts: dict[Mode, list[Mode]] = {
-            "online": ["online", "offline"],
-            "offline": ["offline"],
-            "disabled": [],
-        }
-        for attempt in attempts[mode]:
+        attempts: tuple[Mode, ...] = () if mode == "disabled" else (mode, "offline")
+        for attempt in dict.fromkeys(attempts):
             try:
                 return cls._open(attempt, run_dir / "wandb" / "id", about)
             except Exception as error:
