@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from support.fake_wandb import FakeWandb
 
-from tpresearch.dashboard.__main__ import main
+from tpresearch.dashboard import main
 
 
 @pytest.fixture(autouse=True)

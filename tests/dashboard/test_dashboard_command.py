@@ -104,6 +104,6 @@ def test_a_wrong_option_is_refused(tmp_path: Path, words: list[str], begins: str
 
 
 def test_it_needs_no_torch(tmp_path: Path) -> None:
-    code = "import sys, tpresearch.dashboard.__main__, tpresearch.dashboard.views; sys.exit('torch' in sys.modules)"
+    code = "import sys, tpresearch.dashboard, tpresearch.compare.workspace; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     assert done.returncode == 0

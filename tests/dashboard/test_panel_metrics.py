@@ -12,8 +12,8 @@ from support.composed import config
 from support.fake_wandb import FakeRun, FakeWandb
 from support.saved_views import flat, metrics_of, sections_of
 
+from tpresearch.compare.workspace import workspace
 from tpresearch.config import Config
-from tpresearch.dashboard.views import workspace
 from tpresearch.launch import Run, World
 from tpresearch.track import panels
 from tpresearch.track.panels import SECTIONS, Panel

@@ -10,7 +10,7 @@ from support.fake_wandb import ENTITY, FakeWandb
 from support.saved_views import sections_of, view_of
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.dashboard.__main__ import main
+from tpresearch.dashboard import main
 from tpresearch.launch.options import command
 from tpresearch.track.panels import SECTIONS
 

@@ -1,4 +1,4 @@
-"""The sections of `track/panels.py` as a W&B workspace and a report over the runs of one group, by plan."""
+"""The sections of `track/panels.py` as a W&B workspace and a report over the runs of one group, by plan: see `tpresearch.dashboard`."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def save(options: Options) -> None:
 def _views(options: Options, entity: str) -> dict[str, Any]:
     from pydantic import ValidationError
 
-    from tpresearch.dashboard import views
+    from tpresearch.compare import workspace as views
 
     name = options.name or f"{re.sub(SYMBOL, '-', options.group)[:100]} by plan"
     where = options.group, name, options.project, entity

@@ -1,1 +1,0 @@
-"""The panels of a comparison as a W&B workspace and report."""
