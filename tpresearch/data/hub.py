@@ -56,17 +56,15 @@ def open_hub(data: DataConfig) -> Corpus:
     salt = f"hf:{data.name}:{data.split}:{data.text_field}"
     content = hash_files(visible, salt, Path(data.cache_dir).expanduser())
 
+    @cache
+    def check() -> None:
+        check_unpacked(data, [path for _, path in visible], first_only=False)
+
     def documents() -> Iterator[Document]:
-        _check_once(str(folder), data.max_record_bytes)
+        check()
         return _documents(data)
 
     return Corpus(content, documents, sum(path.stat().st_size for _, path in visible))
-
-
-@cache
-def _check_once(folder: str, max_record_bytes: int) -> None:
-    data = DataConfig(path=folder, max_record_bytes=max_record_bytes)
-    check_unpacked(data, [path for _, path in _visible(Path(folder))], first_only=False)
 
 
 def _visible(folder: Path) -> list[tuple[str, Path]]:

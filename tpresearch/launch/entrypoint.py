@@ -42,7 +42,7 @@ from tpresearch.launch.explain import explaining
 from tpresearch.launch.going_on import type_again, typed_then
 from tpresearch.launch.help import help_text
 from tpresearch.launch.logs import IN_FILES_ONLY, print_without_fail, start_logging
-from tpresearch.launch.objection import Objections
+from tpresearch.launch.objection import objection_to
 from tpresearch.launch.refuse import fail, refuse
 from tpresearch.launch.run_dir import agreed, may_go_on, register_resolvers, sweep_folder, tell_other_hosts
 from tpresearch.launch.stop import end_with_parent
@@ -139,17 +139,16 @@ class Program(Generic[Judged]):
             raise
         if refused:  # outside of the handler, or each later error would have this one as its context
             try:
-                refuse(refused, world, self._objections().to)
+                refuse(refused, world, self.objection)
             finally:
                 tell_other_hosts(world)
         return None
 
-    def _objections(self) -> Objections:
-        entry = self.entry
+    def objection(self, command: Command) -> ConfigError | None:
+        """For what it would refuse another command; None where it would run."""
+        entry, script = self.entry, inspect.getfile(self.main)
         judge = entry.glance if entry.glance and "torch" not in sys.modules else entry.judge
-        return Objections(
-            inspect.getfile(self.main), entry.config_name, judge, entry.judge_folder is not None
-        )
+        return objection_to(command, script, entry.config_name, judge, entry.judge_folder is not None)
 
 
 def _start(program: Program[Judged], world: World) -> None:
@@ -272,7 +271,7 @@ def _call_main(program: Program[Judged], judged: Judged, world: World, restarted
         choices={g: option for g, option in settings.runtime.choices.items() if not g.startswith("hydra/")},
         restarted=restarted,
         command=command,
-        objection=program._objections().to,
+        objection=program.objection,
     )
     start_logging(run.folder, world)
     main = program.main

@@ -69,12 +69,10 @@ def _meanings(kind: type, prefix: str) -> Iterator[tuple[str, str]]:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _meanings(hint, f"{key}.")
         elif field.name not in ("model", "cluster"):  # open: a file says what is in it
-            text = " ".join(said.get(f"{kind.__name__}.{field.name}", said[kind.__name__]).split())
-            choices = (
-                f"one of {', '.join(hint)}" if isinstance(hint, type) and issubclass(hint, StrEnum) else ""
-            )
-            given = f"{kind.__name__}.{field.name}" in said
-            yield key, text.partition(". ")[0].rstrip(".") if given or not choices else choices
+            text = said.get(f"{kind.__name__}.{field.name}")
+            if text is None and isinstance(hint, type) and issubclass(hint, StrEnum):
+                text = f"one of {', '.join(hint)}"
+            yield key, " ".join((text or said[kind.__name__]).split()).partition(". ")[0].rstrip(".")
 
 
 @cache

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,53 +26,50 @@ MOST_JOBS = 16
 """Of a sweep that are judged."""
 
 
-@dataclass(frozen=True)
-class Objections:
-    """What a program would say to other commands."""
+def objection_to(
+    command: Command, script: str, config_name: str, judge: Callable[[Config, World], object], goes_on: bool
+) -> ConfigError | None:
+    """For what a program would refuse this command, as far as its judge can tell; None where it would run.
 
-    script: str
-    """The file of its main."""
-    config_name: str
-    judge: Callable[[Config, World], object]
-    goes_on: bool
-    """Whether it can go on from an earlier run (`resume`)."""
+    Args:
+        script: the file of its main.
+        goes_on: whether it can go on from an earlier run (`resume`).
+    """
+    try:
+        with typed_as(command):
+            _judge(command, script, config_name, judge, goes_on)
+    except ConfigError as error:
+        return error
+    except (Exception, SystemExit) as error:
+        return ConfigError("--config-name", config_name, str(error) or type(error).__name__, "another")
+    return None
 
-    def to(self, command: Command) -> ConfigError | None:
-        """For what the program would refuse this command, as far as its judge can tell; None where it would run."""
-        try:
-            with typed_as(command):
-                self._judge(command)
-        except ConfigError as error:
-            return error
-        except (Exception, SystemExit) as error:
-            return ConfigError(
-                "--config-name", self.config_name, str(error) or type(error).__name__, "another"
-            )
-        return None
 
-    def _judge(self, command: Command) -> None:
-        arguments, unknown = hydra_app.parse_command_line()
-        if unknown:
-            drop = dict.fromkeys(unknown)
-            raise ConfigError("flags", " ".join(unknown), "not understood", "key=value", fix=drop)
-        if self.goes_on:
-            type_again(arguments)
-        composition = Composition.of(arguments, conf_dir(), self.config_name)
+def _judge(
+    command: Command, script: str, config_name: str, judge: Callable[[Config, World], object], goes_on: bool
+) -> None:
+    arguments, unknown = hydra_app.parse_command_line()
+    if unknown:
+        drop = dict.fromkeys(unknown)
+        raise ConfigError("flags", " ".join(unknown), "not understood", "key=value", fix=drop)
+    if goes_on:
+        type_again(arguments)
+    composition = Composition.of(arguments, conf_dir(), config_name)
+    with explaining(composition):
+        app = hydra_app.application(script, composition.config_dir, arguments)
+        jobs = _jobs(composition.overrides) if arguments.multirun else iter([composition.overrides])
+    for overrides in jobs:
         with explaining(composition):
-            app = hydra_app.application(self.script, composition.config_dir, arguments)
-            jobs = _jobs(composition.overrides) if arguments.multirun else iter([composition.overrides])
-        for overrides in jobs:
-            with explaining(composition):
-                composed = hydra_app.compose_run(app, composition.config_name, overrides)
-                if composed is None:  # a sweep for hydra.mode: its launcher judges each job
-                    return
-                with open_dict(composed):
-                    composed.hydra.job.id, composed.hydra.job.num = "0", 0
-                HydraConfig.instance().set_config(composed)
-                cfg = typed_config(composed)
-            ranks = ranks_needed(cfg, SHOWN_WORLD)
-            of_job = World(0, ranks, 0, ranks, elastic=ranks > 1)
-            self.judge(cfg, of_job if arguments.multirun else command.world)
+            composed = hydra_app.compose_run(app, composition.config_name, overrides)
+            if composed is None:  # a sweep for hydra.mode: its launcher judges each job
+                return
+            with open_dict(composed):
+                composed.hydra.job.id, composed.hydra.job.num = "0", 0
+            HydraConfig.instance().set_config(composed)
+            cfg = typed_config(composed)
+        ranks = ranks_needed(cfg, SHOWN_WORLD)
+        of_job = World(0, ranks, 0, ranks, elastic=ranks > 1)
+        judge(cfg, of_job if arguments.multirun else command.world)
 
 
 def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -58,49 +58,28 @@ class LocalSequenceParallel(ParallelStyle):
 class Style:
     """What one of the five styles of a rule means."""
 
-    shards: dict[type[nn.Module], int]
-    """The dim of a weight that is split, for each kind of layer that the style can split."""
-    default_src: Placement | None
-    default_dst: Placement | None
     build: Callable[[Any, Any, bool], ParallelStyle]
     """(src, dst, whether the output is handed on as a plain tensor) -> torch's style."""
+    default_src: Placement | None = None
+    default_dst: Placement | None = None
+    shards: dict[type[nn.Module], int] = field(default_factory=dict)
+    """The dim of a weight that is split, for each kind of layer that the style can split."""
 
 
+def _split(style: type[ColwiseParallel | RowwiseParallel]) -> Callable[[Any, Any, bool], ParallelStyle]:
+    return lambda src, dst, local: style(input_layouts=src[0], output_layouts=dst[0], use_local_output=local)
+
+
+# Weights are [out, in]: splitting the columns of the tutorial's B in A = XB is splitting dim 0 here.
+COLUMNS, ROWS = {nn.Linear: 0, nn.Embedding: 1}, {nn.Linear: 1, nn.Embedding: 0}
+SEQUENCE = Shard(SEQUENCE_DIM)
 STYLES: dict[str, Style] = {
-    # Weights are [out, in]: splitting the columns of the tutorial's B in A = XB is splitting dim 0 here.
-    "colwise": Style(
-        {nn.Linear: 0, nn.Embedding: 1},
-        Replicate(),
-        Shard(-1),
-        lambda src, dst, local: ColwiseParallel(
-            input_layouts=src[0], output_layouts=dst[0], use_local_output=local
-        ),
-    ),
-    "rowwise": Style(
-        {nn.Linear: 1, nn.Embedding: 0},
-        Shard(-1),
-        Replicate(),
-        lambda src, dst, local: RowwiseParallel(
-            input_layouts=src[0], output_layouts=dst[0], use_local_output=local
-        ),
-    ),
-    "sequence": Style(
-        {},
-        Shard(SEQUENCE_DIM),
-        Shard(SEQUENCE_DIM),
-        lambda src, dst, local: LocalSequenceParallel(src[0].dim),
-    ),
-    "input": Style(
-        {},
-        None,
-        None,
-        lambda src, dst, local: PrepareModuleInput(input_layouts=src, desired_input_layouts=dst),
-    ),
+    "colwise": Style(_split(ColwiseParallel), Replicate(), Shard(-1), COLUMNS),
+    "rowwise": Style(_split(RowwiseParallel), Shard(-1), Replicate(), ROWS),
+    "sequence": Style(lambda src, dst, local: LocalSequenceParallel(src[0].dim), SEQUENCE, SEQUENCE),
+    "input": Style(lambda src, dst, local: PrepareModuleInput(input_layouts=src, desired_input_layouts=dst)),
     "output": Style(
-        {},
-        None,
-        None,
-        lambda src, dst, local: PrepareModuleOutput(output_layouts=src, desired_output_layouts=dst),
+        lambda src, dst, local: PrepareModuleOutput(output_layouts=src, desired_output_layouts=dst)
     ),
 }
 

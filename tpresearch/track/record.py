@@ -140,11 +140,11 @@ def _median(rows: Sequence[Row], name: str) -> int | float | None:
     return median(values) if values else None
 
 
-def keep_as_of(folder: Path, step: int, name: str, content: str) -> None:
+def _write_from(step: int, path: Path, content: str) -> None:
     """Where a run goes on with another `config.yaml` or `plan.txt`, keep what held up to then: config.step-00000100.yaml."""
-    path = folder / name
     if step and path.exists() and path.read_text(encoding="utf-8") != content:
         path.rename(path.with_name(f"{path.stem}.step-{step:08d}{path.suffix}"))
+    write_atomically(path, content)
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -164,15 +164,12 @@ def defined(value: Any) -> Any:
 def write_config(folder: Path, config: Mapping[str, Any], step: int = 0) -> None:
     """config.yaml: the resolved config, as plain data, from `step` on."""
     content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    keep_as_of(folder, step, "config.yaml", content)
-    write_atomically(folder / "config.yaml", content)
+    _write_from(step, folder / "config.yaml", content)
 
 
 def write_plan(folder: Path, plan: str, step: int = 0) -> None:
     """plan.txt: the compiled plan as it was printed, from `step` on."""
-    content = plan.rstrip("\n") + "\n"
-    keep_as_of(folder, step, "plan.txt", content)
-    write_atomically(folder / "plan.txt", content)
+    _write_from(step, folder / "plan.txt", plan.rstrip("\n") + "\n")
 
 
 def note_resumption(folder: Path, entry: Mapping[str, Any]) -> None:
