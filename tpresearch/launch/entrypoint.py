@@ -42,8 +42,7 @@ from tpresearch.launch.explain import explaining
 from tpresearch.launch.going_on import type_again, typed_then
 from tpresearch.launch.help import help_text
 from tpresearch.launch.logs import IN_FILES_ONLY, print_without_fail, start_logging
-from tpresearch.launch.objection import objection_to
-from tpresearch.launch.refuse import fail, refuse
+from tpresearch.launch.refuse import fail, objection_to, refuse
 from tpresearch.launch.run_dir import agreed, may_go_on, register_resolvers, sweep_folder, tell_other_hosts
 from tpresearch.launch.stop import end_with_parent
 

@@ -21,7 +21,7 @@ from tpresearch.launch.command import Command, WrongCommand, mended, override, o
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
-from tpresearch.launch.objection import typed_as
+from tpresearch.launch.refuse import typed_as
 from tpresearch.launch.run_dir import may_go_on
 from tpresearch.sweep.job import (
     Job,
