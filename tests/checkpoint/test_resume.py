@@ -26,7 +26,7 @@ from tpresearch.config import Config, ConfigError
 from tpresearch.config.compared import experiment
 from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import total_steps
-from tpresearch.launch.going_on import type_again
+from tpresearch.launch.command import type_again
 
 STARTED = ("model=llama2_debug", "parallel=tp", "train.steps=50")
 

@@ -21,7 +21,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from tpresearch.config.compose import resolve_paths, typed
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
-from tpresearch.launch.command import override_key
+from tpresearch.launch.command import is_within, override_key
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """What composing raises for a config file or an override that is wrong."""
@@ -76,7 +76,7 @@ class Composition:
     def typed_key(self, key: str) -> str:
         """The key of the override that has this one as its beginning: `trian.steps` for `trian`."""
         keys = map(override_key, self.overrides)
-        return next((typed for typed in keys if f"{typed}.".startswith(f"{key}.")), key)
+        return next((typed for typed in keys if is_within(typed, key)), key)
 
     def values_without(self, key: str) -> dict[str, Any]:
         """Each key there is and its value, had `key` not been overridden (or nothing had, if that fails)."""

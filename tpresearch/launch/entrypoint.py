@@ -36,10 +36,11 @@ from tpresearch.launch.command import (
     override_key,
     python_command,
     refuse_typed_secrets,
+    type_again,
+    typed_then,
 )
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
-from tpresearch.launch.going_on import type_again, typed_then
 from tpresearch.launch.help import help_text
 from tpresearch.launch.logs import IN_FILES_ONLY, print_without_fail, start_logging
 from tpresearch.launch.refuse import fail, objection_to, refuse

@@ -23,10 +23,9 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import SHOWN_WORLD, ranks_needed
 from tpresearch.config.world import World
 from tpresearch.launch import hydra_app
-from tpresearch.launch.command import Command, Objection, command_to_try
+from tpresearch.launch.command import Command, Objection, command_to_try, type_again
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
-from tpresearch.launch.going_on import type_again
 
 EXIT_CODE = 2
 PATIENCE_S = 60
