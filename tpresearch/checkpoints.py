@@ -17,7 +17,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import WrongCommand, python_command
 from tpresearch.launch.options import command, read_options
 from tpresearch.track.shown import UNDEFINED, bytes_text, count_text, loss_text, path_text
-from tpresearch.track.table import Table
+from tpresearch.track.table import Cell, Table
 
 
 @dataclass
@@ -63,9 +63,7 @@ def whole_or_why(folder: Path, verify: bool) -> Checkpoint | str:
 
 
 def table(folders: list[Path], found: list[Checkpoint | str]) -> Table:
-    columns: dict[str, list[str]] = {
-        name: [] for name in ("step", "tokens", "loss", "plan", "ranks", "size", "torch", "whole")
-    }
+    rows = []
     for folder, each in zip(folders, found, strict=True):
         step = str(int(folder.name.removeprefix("step-")))
         if isinstance(each, str):
@@ -75,9 +73,8 @@ def table(folders: list[Path], found: list[Checkpoint | str]) -> Table:
             plan = " ".join([mark.plan, *(f"{axis}={size}" for axis, size in mark.mesh.items())])
             cells = [step, count_text(mark.tokens), loss_text(mark.loss), plan, str(mark.world_size)]
             cells += [bytes_text(each.bytes), mark.torch, "yes"]
-        for column, cell in zip(columns.values(), cells, strict=True):
-            column.append(cell)
-    return Table.of_columns(columns)
+        rows.append(list(map(Cell, cells)))
+    return Table(["step", "tokens", "loss", "plan", "ranks", "size", "torch", "whole"], rows)
 
 
 if __name__ == "__main__":

@@ -83,9 +83,6 @@ class MeshSizes(dict[str, int]):
         super().__init__({name: sizes.pop(name, 1) for name in AXIS_NAMES})
         assert not sizes, f"no such axes: {sizes}"
 
-    def __reduce__(self) -> tuple[Callable[..., MeshSizes], tuple[dict[str, int]]]:
-        return _sizes_of, (dict(self),)
-
     def ranks_along(self, axes: Iterable[Axis]) -> int:
         return math.prod(self[axis.name] for axis in axes)
 
@@ -110,7 +107,3 @@ class MeshSizes(dict[str, int]):
     def nontrivial(self) -> dict[str, int]:
         """The axes along which there is more than one rank."""
         return {name: size for name, size in self.items() if size > 1}
-
-
-def _sizes_of(sizes: dict[str, int]) -> MeshSizes:
-    return MeshSizes(**sizes)
