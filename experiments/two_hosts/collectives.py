@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from wire import settled
 
-from tpresearch.ledger.communication import ring_bytes
+from tpresearch.ledger.entries import ring_bytes
 
 TENSOR_BYTES = 16 << 20
 GROUPS = {"all four ranks": [[0, 1, 2, 3]], "two pairs, each across": [[0, 2], [1, 3]]}
