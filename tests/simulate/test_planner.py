@@ -9,14 +9,17 @@ import pytest
 import yaml
 from support.composed import config
 
+from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
+from tpresearch.planner import ranking
 from tpresearch.planner.candidates import Candidate, families, micro_batch_rows
 from tpresearch.planner.ranking import advice, rank
 from tpresearch.planner.report import as_json, draw, report
 from tpresearch.simulate.cluster import Cluster, cluster_of
-from tpresearch.simulate.device_memory import fullest
+from tpresearch.simulate.depth import recording
 from tpresearch.simulate.fake_step import record
+from tpresearch.simulate.prediction import priced
 from tpresearch.simulate.rows import FEW, MORE, with_block, with_rows
 from tpresearch.simulate.trace import Trace
 
@@ -35,26 +38,31 @@ def at_rows(cfg: Config, rows: int, batch: int) -> Config:
     return dataclasses.replace(cfg, train=train)
 
 
-def test_rows_per_micro_batch_follow_from_two_and_four() -> None:
-    """Five rows, op by op and byte by byte, are what recording five rows gives."""
-    cfg = config("model=llama2_debug", "parallel=sp")
-    sizes = validate(at_rows(cfg, 1, 4), 2)
-    few, more, five = (record(at_rows(cfg, rows, 2 * rows * sizes.dp), sizes) for rows in (FEW, MORE, 5))
-    told = with_rows(few, more, 5)
+def equal(told: Trace | None, real: Trace, cfg: Config, sizes: MeshSizes) -> None:
+    """Op by op and byte by byte, what is held at each moment by kind, and what it takes, which kernels read again counting."""
     assert told
-    for mine, real in zip((*told.micro_batches, told.end), (*five.micro_batches, five.end), strict=True):
-        for ours, theirs in zip(mine, real, strict=True):
-            assert (ours.name, ours.shape, ours.event) == (theirs.name, theirs.shape, theirs.event)
-            assert [size for _, size in ours.reads] == [size for _, size in theirs.reads]
-    peak, real_peak = (sum(fullest(trace.memory).values()) for trace in (told, five))
-    assert peak == pytest.approx(
-        real_peak, rel=0.05
-    )  # the fullest point within a moment may move with the rows
+    for mine, theirs in zip(told.recorded, real.recorded, strict=True):
+        assert [(o.name, o.shape, o.event, o.bytes_moved) for o in mine] == [
+            (o.name, o.shape, o.event, o.bytes_moved) for o in theirs
+        ]
+    assert told.memory == real.memory
+    assert priced(told, cfg, sizes, cluster()) == priced(real, cfg, sizes, cluster())
 
 
-def test_a_third_block_at_more_rows_follows_from_three_recorded_steps() -> None:
-    """Op by op and byte by byte what recording it gives, FSDP's gathers and TP's collectives among them."""
-    cfg = config("model=llama2_debug", "parallel=fsdp_tp", "parallel.activation_checkpointing=selective")
+@pytest.mark.parametrize(("plan", "rows", "chunk"), [("sp", 5, "null"), ("fsdp", 8, "32"), ("ddp", 8, "64")])
+def test_rows_per_micro_batch_follow_from_two_and_four(plan: str, rows: int, chunk: str) -> None:
+    """With a loss of all tokens at once, of two chunks per row, and of a chunk per row."""
+    cfg = config("model=llama2_debug", f"parallel={plan}", "data.seq_len=64", f"train.loss_chunk={chunk}")
+    sizes = validate(at_rows(cfg, 1, 4), 2)
+    few, more, real = (record(at_rows(cfg, r, 2 * r * sizes.dp), sizes) for r in (FEW, MORE, rows))
+    equal(with_rows(few, more, rows), real, at_rows(cfg, rows, 64), sizes)
+
+
+@pytest.mark.parametrize(("plan", "kind"), [("fsdp_tp", "selective"), ("hsdp", "none")])
+def test_a_third_block_at_more_rows_follows_from_three_recorded_steps(plan: str, kind: str) -> None:
+    """FSDP's gathers, TP's collectives and the loss's chunks among them; and from that one, steps with yet more rows."""
+    words = (f"parallel={plan}", f"parallel.activation_checkpointing={kind}")
+    cfg = config("model=llama2_debug", *words, "data.seq_len=64", "train.loss_chunk=32")
     sizes = validate(at_rows(cfg, 1, 8), 4)
 
     def at(depth: int, rows: int) -> Trace:
@@ -62,14 +70,30 @@ def test_a_third_block_at_more_rows_follows_from_three_recorded_steps() -> None:
         deep = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, args=args))
         return record(at_rows(deep, rows, 2 * rows * sizes.dp), sizes)
 
-    real = at(3, MORE)
-    told = with_block(at(2, FEW), at(3, FEW), at(2, MORE))
-    assert told
-    for mine, theirs in zip((*told.micro_batches, told.end), (*real.micro_batches, real.end), strict=True):
-        assert [(o.name, o.shape, o.event, o.bytes_moved) for o in mine] == [
-            (o.name, o.shape, o.event, o.bytes_moved) for o in theirs
-        ]
-    assert sum(fullest(told.memory).values()) == pytest.approx(sum(fullest(real.memory).values()), rel=0.02)
+    few = at(3, FEW)
+    more = with_block(at(2, FEW), few, at(2, MORE))
+    equal(more, at(3, MORE), at_rows(cfg, MORE, 64), sizes)
+    assert more
+    equal(with_rows(few, more, 8), at(3, 8), at_rows(cfg, 8, 64), sizes)
+
+
+def test_steps_that_do_something_else_at_more_rows_are_recorded(monkeypatch) -> None:
+    """At eight rows a chunk of the loss is as long as at two and four, or the step is recorded; and so with other ops."""
+    asked: list[int] = []
+
+    def noted(cfg: Config, sizes: MeshSizes) -> Trace:
+        asked.append(cfg.train.micro_batch_size or 0)
+        return record(cfg, sizes)
+
+    monkeypatch.setattr(ranking, "record", noted)
+    for chunk, recorded in (("64", [2, 4]), ("200", [8])):  # 64 tokens each; 128, 128 and 171
+        cfg = config("model=llama2_debug", "parallel=ddp", "data.seq_len=64", f"train.loss_chunk={chunk}")
+        sizes = validate(at_rows(cfg, 1, 16), 2)
+        family = Candidate(at_rows(cfg, 1, 16), sizes)
+        traces = ranking._Traces(family, recording(family.cfg, sizes, noted))
+        asked.clear()
+        traces.of(family.at(8).cfg, sizes)
+        assert sorted(asked) == recorded
 
 
 def test_all_that_is_legal_is_a_candidate() -> None:
@@ -89,26 +113,26 @@ def test_all_that_is_legal_is_a_candidate() -> None:
 
 def test_candidates_are_ranked_with_reasons(tmp_path) -> None:
     cfg = config("model=llama2_debug", "train.global_batch_size=2")
-    ranking = rank(cfg, 2, cluster(), workers=2)
-    speeds = [one.speed for one in ranking.fits]
+    ranked = rank(cfg, 2, cluster(), workers=2)
+    speeds = [one.speed for one in ranked.fits]
     assert speeds == sorted(speeds, reverse=True)
-    assert len(ranking.fits) == 9  # ddp, fsdp and sp, each with three kinds of checkpointing
-    plain = as_json(ranking)
+    assert len(ranked.fits) == 9  # ddp, fsdp and sp, each with three kinds of checkpointing
+    plain = as_json(ranked)
     assert plain["fits"][0]["why"] == ""
     assert all(one["why"] for one in plain["fits"][1:])
     front = [one for one in plain["fits"] if one["on_front"]]
     peaks = [one["memory_bytes"]["peak"] for one in front]
     assert peaks == sorted(peaks, reverse=True)
-    text = report(ranking, "llama2_debug", 2, "h100_dgx")
+    text = report(ranked, "llama2_debug", 2, "h100_dgx")
     assert "tensor parallelism" in text
     assert front[0]["plan"] in text
-    draw(ranking, "title", tmp_path / "front.png")
+    draw(ranked, "title", tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 10_000
 
 
 def test_it_says_when_nothing_fits() -> None:
     cfg = config("model=llama2_debug", "train.global_batch_size=4")
-    ranking = rank(cfg, 2, cluster(memory_gb=0.001))
-    assert not ranking.fits
-    assert advice(ranking, 2, "llama2_debug")[0].startswith("llama2_debug does not fit on 2 devices")
-    assert any("weights, gradients and optimizer state alone" in one.why for one in ranking.refused)
+    ranked = rank(cfg, 2, cluster(memory_gb=0.001))
+    assert not ranked.fits
+    assert advice(ranked, 2, "llama2_debug")[0].startswith("llama2_debug does not fit on 2 devices")
+    assert any("weights, gradients and optimizer state alone" in one.why for one in ranked.refused)

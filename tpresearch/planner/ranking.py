@@ -19,6 +19,7 @@ from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict
 from tpresearch.simulate.rows import FEW, MORE, with_block, with_rows
 from tpresearch.simulate.trace import Trace
+from tpresearch.train.cross_entropy import chunks
 from tpresearch.train.preflight import planned
 
 
@@ -72,8 +73,12 @@ def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
         return ranking
     known = recording(legal[0].cfg, legal[0].sizes, record)
     possible: list[Candidate] = []
+    held: dict[tuple[object, ...], int | ConfigError] = {}
     for family in legal:
-        if refused := _too_large(family, known, cluster):
+        plan = family.cfg.parallel.name, *family.sizes.nontrivial().items()
+        if plan not in held:  # whatever is checkpointed
+            held[plan] = _held_at_least(family, known)
+        if refused := _too_large(family, held[plan], cluster):
             ranking.refused.append(refused)
         else:
             possible.append(family)
@@ -85,12 +90,10 @@ def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
     return ranking
 
 
-def _too_large(family: Candidate, known: Recording, cluster: Cluster) -> Refused | None:
+def _too_large(family: Candidate, held: int | ConfigError, cluster: Cluster) -> Refused | None:
     """Why it need not be simulated."""
-    try:
-        held = _held_at_least(family, known)
-    except ConfigError as error:
-        return Refused(family.words, f"{error.field}={error.value}: {error.why}")
+    if isinstance(held, ConfigError):
+        return Refused(family.words, f"{held.field}={held.value}: {held.why}")
     if held <= cluster["memory_gb"] * 1e9:
         return None
     why = (
@@ -132,12 +135,17 @@ def _judged(candidate: Candidate, known: Recording, traces: _Traces, cluster: Cl
     return Judged(candidate, predict(told, cluster, check=False))
 
 
-def _held_at_least(candidate: Candidate, known: Recording) -> int:
-    """Bytes that a rank holds all the time, exactly, with no step recorded: each block of a deep model holds the same."""
-    if known.is_short:
-        return _held(candidate.cfg, candidate.sizes)
+def _held_at_least(candidate: Candidate, known: Recording) -> int | ConfigError:
+    """Bytes that a rank holds all the time, exactly, with no step recorded: each block of a deep model holds the same. Or why
+    it cannot be.
+    """
     shallow = replace(known, cfg=candidate.cfg)
-    two, three = (_held(shallow.at(depth), candidate.sizes) for depth in RECORDED)
+    try:
+        if known.is_short:
+            return _held(candidate.cfg, candidate.sizes)
+        two, three = (_held(shallow.at(depth), candidate.sizes) for depth in RECORDED)
+    except ConfigError as error:
+        return error
     return two + (known.depth - RECORDED[0]) * (three - two)
 
 
@@ -159,8 +167,11 @@ class _Traces:
         rows, depth = cfg.train.micro_batch_size or 1, cfg.model.args.get(self._known.setting or "", 0)
         if rows < MORE:
             return self._at(depth, rows)
-        found = self._more(depth)
-        return found if rows == MORE else with_rows(self._at(depth, FEW), found, rows) or record(cfg, sizes)
+        if rows == MORE:
+            return self._more(depth)
+        lengths = {_chunk(cfg, rows) for rows in (FEW, MORE, rows)}
+        told = with_rows(self._at(depth, FEW), self._more(depth), rows) if len(lengths) == 1 else None
+        return told or record(cfg, sizes)
 
     def kept(self, cfg: Config, sizes: MeshSizes) -> float:
         """The same per row, whatever the rows."""
@@ -184,6 +195,12 @@ class _Traces:
             candidate.cfg.train.global_batch_size = max(2, micro_batches(cfg, sizes)) * rows * sizes.dp
             self._recorded[depth, rows] = record(candidate.cfg, sizes)
         return self._recorded[depth, rows]
+
+
+def _chunk(cfg: Config, rows: int) -> float | None:
+    """Tokens whose logits are there at once, where the loss is made in chunks."""
+    tokens, most = rows * cfg.data.seq_len, cfg.train.loss_chunk
+    return tokens / chunks(tokens, most) if most else None
 
 
 def why_slower(one: Judged, best: Judged) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tpresearch.ledger.entries import MEMORY_KINDS
 from tpresearch.ledger.memory import MemoryLedger
 from tpresearch.simulate.propagation import propagating
+from tpresearch.simulate.trace import Change
 
 
 class DeviceMemory(MemoryLedger):
@@ -27,7 +28,7 @@ class DeviceMemory(MemoryLedger):
         super().__init__(model, optimizer)
         self._left_out: set[int] = set()
         self._marks: list[tuple[int, str]] = []
-        """(notes before it, name) of each moment; one without a name lies between others."""
+        """(notes before it, name) of each moment."""
         self._phases = 0
 
     def leave_out(self, tensor: Tensor) -> None:
@@ -47,8 +48,9 @@ class DeviceMemory(MemoryLedger):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def mark(self, moment: str) -> None:
-        """A moment of the phase begins here, and lasts to the next."""
-        self._marks.append((len(self._noted), moment and f"{self._phases} {moment}"))
+        """A moment of the phase begins here, and lasts to the next; one without a name is between others."""
+        named = f"{self._phases} {moment}" if moment else f"{BETWEEN} {len(self._marks) + 1}"
+        self._marks.append((len(self._noted), named))
 
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:
@@ -58,26 +60,49 @@ class DeviceMemory(MemoryLedger):
         self.mark("")
         self._phases += 1
 
-    def by_moment(self) -> dict[str, int]:
-        """Bytes as "moment/kind", each moment where it holds most."""
-        found: dict[str, int] = {}
-        now = dict.fromkeys(MEMORY_KINDS, 0)
+    def changes(self) -> tuple[Change, ...]:
+        """All that was noted, in the order of time, of 0 bytes what is left out; between moments, one change per kind."""
+        found: list[Change] = []
         sizes: dict[int, int] = {}
-        marks = [*self._marks, (len(self._noted), "")]
         place = 0
-        for (_, name), (end, _) in zip([(0, ""), *marks], marks, strict=False):
-            peak = -1
+        moments = [f"{BETWEEN} 0", *(moment for _, moment in self._marks)]
+        for moment, end in zip(
+            moments, [*(start for start, _ in self._marks), len(self._noted)], strict=True
+        ):
+            within: list[Change] = []
             for number, grown in self._noted[place:end]:
-                if number not in self._left_out:
-                    kind = self._kinds.get(number, "temporaries")
-                    grown = -sizes[number] if grown is None else grown
-                    sizes[number] = sizes.get(number, 0) + grown
-                    now[kind] += grown
-                if name and sum(now.values()) > peak:
-                    peak = sum(now.values())
-                    found |= {f"{name}/{kind}": size for kind, size in now.items()}
+                grown = -sizes[number] if grown is None else grown
+                sizes[number] = sizes.get(number, 0) + grown
+                kind = self._kinds.get(number, "temporaries")
+                within.append(Change(moment, kind, 0 if number in self._left_out else grown))
+            if moment.startswith(BETWEEN):
+                sums = dict.fromkeys(MEMORY_KINDS, 0)
+                for _, kind, grown in within:
+                    sums[kind] += grown
+                within = [Change(moment, kind, grown) for kind, grown in sums.items()]
+            found += within
             place = end
-        return found
+        return tuple(found)
+
+
+BETWEEN = "between"
+"""Two moments, where it does not matter what is held at most."""
+
+
+def by_moment(changes: Iterable[Change]) -> dict[str, int]:
+    """Bytes as "moment/kind", each moment where it holds most."""
+    found: dict[str, int] = {}
+    now = dict.fromkeys(MEMORY_KINDS, 0)
+    last, total, peak = "", 0, -1
+    for moment, kind, grown in changes:
+        if moment != last:
+            last, peak = moment, -1
+        now[kind] += grown
+        total += grown
+        if total > peak and not moment.startswith(BETWEEN):
+            peak = total
+            found |= {f"{moment}/{kind}": size for kind, size in now.items()}
+    return found
 
 
 PHASES_OF_A_MICRO_BATCH = 3

@@ -27,7 +27,7 @@ from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import materialize
-from tpresearch.simulate.device_memory import DeviceMemory
+from tpresearch.simulate.device_memory import DeviceMemory, by_moment
 from tpresearch.simulate.recorder import Recorder
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.assemble import first_state
@@ -99,7 +99,8 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
             setup = dataclasses.replace(setup, observers=Observers([Recording(recorder, memory)]))
             train_step(state, _batch(cfg, rows * count, setup), setup)
     parts = tuple(tuple(part) for part in recorder.micro_batches)
-    return Trace(parts, tuple(recorder.end), memory.by_moment())
+    changes = memory.changes()
+    return Trace(parts, tuple(recorder.end), by_moment(changes), changes)
 
 
 _recorded_on: list[MeshSizes] = []

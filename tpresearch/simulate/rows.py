@@ -1,27 +1,47 @@
 """A step with other rows per micro-batch, from recorded ones: every size of an op grows by the same amount per row.
 
-And with one block more: what three blocks do at more rows follows from what they do at few, and two at both.
+And with one block more: what three blocks do at more rows follows from what they do at few, and two at both. A loss in
+chunks of tokens has more of them at more rows, and each does what the one before it does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from tpresearch.simulate.trace import Op, Touched, Trace
+from tpresearch.simulate.device_memory import BETWEEN, by_moment
+from tpresearch.simulate.trace import Change, Op, Touched, Trace
+
+One = TypeVar("One")
 
 FEW, MORE = 2, 4
 """Rows per micro-batch that are recorded. (A single row is a case of its own: no dim has to be gathered beside it.)"""
 
 
 def with_rows(few: Trace, more: Trace, rows: int) -> Trace | None:
-    """The step at `rows` rows per micro-batch, from those at `FEW` and `MORE`; None where these two run other ops."""
-    parts = [*zip((*few.micro_batches, few.end), (*more.micro_batches, more.end), strict=True)]
-    if any([op.name for op in a] != [op.name for op in b] for a, b in parts):
+    """The step at `rows` rows per micro-batch, from those at `FEW` and `MORE`; None where these two run other ops.
+
+    A loss in chunks has to have chunks as long at all three.
+    """
+    found = []
+    times, left = divmod(rows - FEW, MORE - FEW)
+    for ours, theirs in zip(few.recorded, more.recorded, strict=True):
+        chunks = _chunks_of(ours, theirs)
+        if chunks is None or (theirs[chunks] and left):
+            return None
+        like = _without(theirs, chunks)
+        told = [_op(a, b, rows) for a, b in zip(ours, like, strict=True)]
+        repeated = _numbered(theirs[chunks], told, like) * times
+        found.append((*told[: chunks.start], *repeated, *told[chunks.start :]))
+    known = _chunks_held(few.changes, more.changes)
+    if known is None:
         return None
-    *batches, end = (tuple(_op(a, b, rows) for a, b in zip(*pair, strict=True)) for pair in parts)
-    memory = {name: _line(few.memory.get(name, 0), size, rows) for name, size in more.memory.items()}
-    return Trace(tuple(batches), end, memory)
+    like, extra = known
+    held = [a._replace(grown=_line(a.grown, b.grown, rows)) for a, b in zip(few.changes, like, strict=True)]
+    return _trace(found, _with_chunks(held, range(len(held)), extra))
 
 
 def with_block(two: Trace, three: Trace, two_more: Trace) -> Trace | None:
@@ -30,39 +50,141 @@ def with_block(two: Trace, three: Trace, two_more: Trace) -> Trace | None:
     The block between the first and the last grows as the one before it does.
     """
     found = []
-    parts = zip(
-        (*two.micro_batches, two.end),
-        (*three.micro_batches, three.end),
-        (*two_more.micro_batches, two_more.end),
-        strict=True,
-    )
-    for shallow, deep, grown in parts:
-        places = _places(shallow, deep)
-        if places is None or [op.name for op in shallow] != [op.name for op in grown]:
+    for shallow, deep, more in zip(two.recorded, three.recorded, two_more.recorded, strict=True):
+        names = ([(op.phase, op.name, op.shape) for op in part] for part in (shallow, deep))
+        places, chunks = _places(*names), _chunks_of(shallow, more)
+        if places is None or chunks is None:
             return None
-        found.append(tuple(_grown(op, shallow[at], grown[at]) for op, at in zip(deep, places, strict=True)))
-    *batches, end = found
-    memory = {}
-    for name, size in three.memory.items():
-        block = size - two.memory.get(name, 0)
-        grows = MORE // FEW if name.endswith("/activations") else 1
-        memory[name] = two_more.memory.get(name, 0) + block * grows
-    return Trace(tuple(batches), end, memory)
+        grown = _without(more, chunks)
+        like = [grown[at] for at in places]
+        told = [_grown(op, shallow[at], grown[at]) for op, at in zip(deep, places, strict=True)]
+        if chunk := more[chunks]:
+            start = places.index(chunks.start - 1) + 1
+            told[start:start] = _numbered(chunk, told, like)
+        found.append(tuple(told))
+    known, places = _chunks_held(two.changes, two_more.changes), _same_changes(two, three)
+    if places is None or known is None:
+        return None
+    like, extra = known
+    held = [
+        change._replace(grown=change.grown + like[at].grown - two.changes[at].grown)
+        for change, at in zip(three.changes, places, strict=True)
+    ]
+    return _trace(found, _with_chunks(_let_go(held, two, three, two_more), places, extra))
 
 
-def _places(shallow: Sequence[Op], deep: Sequence[Op]) -> list[int] | None:
-    """Of each op of a deeper part, the op of the shallower that does the same: by phase, the ops of the block that is more
-    are those of the block before it."""
+def _same_changes(two: Trace, three: Trace) -> list[int] | None:
+    """`_places` of what is held. At moments with as many changes, such as the sum of partial gradients, only sizes differ."""
+    counts = [Counter(one.moment for one in trace.changes) for trace in (two, three)]
+
+    def known_by(one: Change) -> Change:
+        as_many = counts[0][one.moment] == counts[1][one.moment]
+        is_sum = one.moment.startswith(BETWEEN)
+        return one._replace(grown=int(one.grown > 0 and not is_sum)) if as_many else one
+
+    return _places(*([known_by(one) for one in trace.changes] for trace in (two, three)))
+
+
+def _let_go(held: Sequence[Change], two: Trace, three: Trace, two_more: Trace) -> list[Change]:
+    """What the block between keeps of more rows in forward is let go between the last block's backward and the first's."""
+    kept: Counter[tuple[str, str]] = Counter()
+    for changes, sign in ((held, 1), (three.changes, -1), (two_more.changes, -1), (two.changes, 1)):
+        for moment, kind, grown in changes:
+            kept[moment, kind] += sign * grown
+    moments = [*dict.fromkeys(one.moment for one in held)]
+    forward_of, forward = {}, ""
+    for before, moment in itertools.pairwise(moments):
+        forward = moment if moment.endswith(" forward") else forward
+        if moment.endswith(" backward ends"):
+            forward_of[before] = forward
+    return [one._replace(grown=one.grown - kept[forward_of.get(one.moment, ""), one.kind]) for one in held]
+
+
+def _trace(parts: Sequence[tuple[Op, ...]], changes: Sequence[Change]) -> Trace:
+    return Trace(tuple(parts[:-1]), parts[-1], by_moment(changes), tuple(changes))
+
+
+def _chunks_of(few: Sequence[Op], more: Sequence[Op]) -> slice | None:
+    """Where a part has more ops at `MORE` rows, chunks of the loss; None where it differs by others."""
+    found = _longer([(op.phase, op.name) for op in few], [(op.phase, op.name) for op in more])
+    return None if found is None or any(op.phase != "loss" for op in more[found]) else found
+
+
+def _chunks_held(
+    few: Sequence[Change], more: Sequence[Change]
+) -> tuple[list[Change], dict[int, Sequence[Change]]] | None:
+    """The same of what is held: what is held at `MORE` rows without chunks, and by the change at `FEW` rows that they come
+    after, the chunks. Each of them leaves what it found, so that one tells of all."""
+    like: list[Change] = []
+    chunks: dict[int, Sequence[Change]] = {}
+    for moment in dict.fromkeys(one.moment for one in few):
+        ours, theirs = ([one for one in held if one.moment == moment] for held in (few, more))
+        extra = _longer(*([(one.kind, one.grown > 0) for one in held] for held in (ours, theirs)))
+        if extra is None:
+            return None
+        if chunk := theirs[extra]:
+            if not moment.endswith(" loss") or sum(one.grown for one in chunk):
+                return None
+            chunks[len(like) + extra.start - 1] = chunk
+        like += _without(theirs, extra)
+    return (like, chunks) if len(like) + sum(map(len, chunks.values())) == len(more) else None
+
+
+def _with_chunks(
+    held: Sequence[Change], places: Sequence[int], chunks: Mapping[int, Sequence[Change]]
+) -> list[Change]:
+    found: list[Change] = []
+    for change, at in zip(held, places, strict=True):
+        found += [change, *chunks.get(at, ())]
+    return found
+
+
+def _longer(short: Sequence[Hashable], long: Sequence[Hashable]) -> slice | None:
+    """What was put into a sequence to make it the other one; None where that was no single stretch."""
+    extra = len(long) - len(short)
+    same = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    return None if extra < 0 or long[same + extra :] != short[same:] else slice(same, same + extra)
+
+
+def _without(every: Sequence[One], stretch: slice) -> list[One]:
+    return [*every[: stretch.start], *every[stretch.stop :]]
+
+
+def _numbered(ops: Sequence[Op], part: Sequence[Op], like: Sequence[Op]) -> tuple[Op, ...]:
+    """Ops with the storages of a part that they are put into; those that are theirs alone have negative numbers.
+
+    Args:
+        like: of each op of the part, the one that does the same where these ops come from.
+    """
+    numbers = {
+        theirs: ours
+        for op, other in zip(part, like, strict=True)
+        for mine, its in ((op.reads, other.reads), (op.writes, other.writes))
+        for (ours, _), (theirs, _) in zip(mine, its, strict=False)
+    }
+
+    def touched(given: Touched) -> Touched:
+        return tuple((numbers.get(number, min(number, -1 - number)), size) for number, size in given)
+
+    return tuple(op._replace(reads=touched(op.reads), writes=touched(op.writes)) for op in ops)
+
+
+def _places(
+    shallow: Sequence[tuple[Hashable, ...]], deep: Sequence[tuple[Hashable, ...]]
+) -> list[int] | None:
+    """Of each thing in a deeper step, the one of the shallower that is the same: within each phase or moment, which it has
+    first, those of the block that is more are those of the block before it."""
     found: list[int] = []
-    for phase in dict.fromkeys(op.phase for op in deep):
-        mine = [i for i, op in enumerate(shallow) if op.phase == phase]
-        names = [(op.name, op.shape) for op in deep if op.phase == phase]
-        ours = [(shallow[i].name, shallow[i].shape) for i in mine]
-        more = len(names) - len(ours)
-        same = next((i for i, (a, b) in enumerate(zip(names, ours, strict=False)) if a != b), len(ours))
-        if more < 0 or same < more or names[same:] != ours[same - more :]:
+    for phase in dict.fromkeys(one[0] for one in deep):
+        mine = [i for i, one in enumerate(shallow) if one[0] == phase]
+        ours, theirs = [shallow[i] for i in mine], [one for one in deep if one[0] == phase]
+        extra = _longer(ours, theirs)
+        if extra is None:
             return None
-        found += mine[:same] + mine[same - more :]
+        before = 2 * extra.start - extra.stop
+        if before < 0 or theirs[extra] != ours[before : extra.start]:
+            return None
+        found += mine[: extra.start] + mine[before:]
     return found if len(found) == len(deep) else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,16 @@ class Op(NamedTuple):
         return sum(size for _, size in self.reads) + sum(size for _, size in self.writes)
 
 
+class Change(NamedTuple):
+    """A storage that came, went, grew or shrank."""
+
+    moment: str
+    kind: str
+    """One of `MEMORY_KINDS`."""
+    grown: int
+    """Bytes."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """One optimizer step of rank 0."""
@@ -49,6 +59,13 @@ class Trace:
     """Once per step: partial gradients, clipping, update."""
     memory: dict[str, int]
     """Bytes by "moment/kind", each moment of the step where it holds most; see `device_memory`."""
+    changes: tuple[Change, ...] = field(default=(), compare=False, repr=False)
+    """What `memory` sums up; not kept on disk."""
+
+    @property
+    def recorded(self) -> tuple[tuple[Op, ...], ...]:
+        """Its micro-batches, and what is done once."""
+        return (*self.micro_batches, self.end)
 
     def ops(self, micro_batches: int) -> list[Op]:
         """The whole step with this many micro-batches: all but the first and the last are like the one before the last."""
