@@ -39,8 +39,10 @@ def with_rows(few: Trace, more: Trace, rows: int) -> Trace | None:
     known = _chunks_held(few.changes, more.changes)
     if known is None:
         return None
-    like, extra = known
-    held = [a._replace(grown=_line(a.grown, b.grown, rows)) for a, b in zip(few.changes, like, strict=True)]
+    at_more, extra = known
+    held = [
+        a._replace(grown=_line(a.grown, b.grown, rows)) for a, b in zip(few.changes, at_more, strict=True)
+    ]
     return _trace(found, _with_chunks(held, range(len(held)), extra))
 
 
@@ -65,9 +67,9 @@ def with_block(two: Trace, three: Trace, two_more: Trace) -> Trace | None:
     known, places = _chunks_held(two.changes, two_more.changes), _same_changes(two, three)
     if places is None or known is None:
         return None
-    like, extra = known
+    at_more, extra = known
     held = [
-        change._replace(grown=change.grown + like[at].grown - two.changes[at].grown)
+        change._replace(grown=change.grown + at_more[at].grown - two.changes[at].grown)
         for change, at in zip(three.changes, places, strict=True)
     ]
     return _trace(found, _with_chunks(_let_go(held, two, three, two_more), places, extra))
@@ -123,7 +125,7 @@ def _chunks_held(
         if extra is None:
             return None
         if chunk := theirs[extra]:
-            if not moment.endswith(" loss") or sum(one.grown for one in chunk):
+            if not moment.endswith(" loss") or sum(one.grown for one in chunk) != 0:
                 return None
             chunks[len(like) + extra.start - 1] = chunk
         like += _without(theirs, extra)
