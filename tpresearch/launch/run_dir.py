@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +38,14 @@ SWEEP_TABLES = ("summary.csv", "summary.md", "optimization_results.yaml")
 
 def register_resolvers() -> None:
     """`run_dir`, `on_rank_zero`, `from_env`, `words_from_env`, and what is read of tokenizers and weights, for the YAML files."""
-    OmegaConf.register_new_resolver("run_dir", dated_folder, replace=True, use_cache=True)
-    OmegaConf.register_new_resolver("on_rank_zero", _on_rank_zero, replace=True)
-    OmegaConf.register_new_resolver("from_env", _from_env, replace=True)
-    OmegaConf.register_new_resolver("words_from_env", _words_from_env, replace=True)
-    OmegaConf.register_new_resolver("tokenizer_size", _tokenizer_size, replace=True)
-    OmegaConf.register_new_resolver("hugging_face", _hugging_face, replace=True)
-    OmegaConf.register_new_resolver("tokenizer_of", _tokenizer_of, replace=True)
+    new = partial(OmegaConf.register_new_resolver, replace=True)
+    new("run_dir", dated_folder, use_cache=True)
+    new("on_rank_zero", lambda value: value if World.from_environment().rank == 0 else None)
+    new("from_env", lambda name, default=None: os.environ.get(name) or default)  # an empty one counts as none
+    new("words_from_env", _words_from_env)
+    new("tokenizer_size", _tokenizer_size)
+    new("hugging_face", _hugging_face)
+    new("tokenizer_of", _tokenizer_of)
 
 
 def dated_folder(name: str) -> str:
@@ -246,18 +248,9 @@ def _of_slurm_job(name: str) -> Path:
     return Path(f"outputs/{name}/{at:%Y-%m-%d/%H-%M-%S}-{slurm.job}.{slurm.step}")
 
 
-def _on_rank_zero(value: str) -> str | None:
-    return value if World.from_environment().rank == 0 else None
-
-
-def _from_env(variable: str, default: str | None = None) -> str | None:
-    """An environment variable; an empty one counts as not set."""
-    return os.environ.get(variable) or default
-
-
-def _words_from_env(variable: str) -> list[str]:
+def _words_from_env(name: str) -> list[str]:
     """What stands between commas in an environment variable."""
-    return [word.strip() for word in os.environ.get(variable, "").split(",") if word.strip()]
+    return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()]
 
 
 def _tokenizer_size(path: str | None) -> int:

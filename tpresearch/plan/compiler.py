@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -109,7 +110,7 @@ def compile_plan(
         rules = _expand(compiled, names)
         _check_kinds(model, rules)
         check_layouts(rules, seen)
-        check_divisible(parallel, sizes, _cuts(model, config, rules, seq_len, rows))
+        check_divisible(parallel, sizes, list(_cuts(model, config, rules, seq_len, rows)))
         _check_sequence(model, parallel.tensor, rules)
     replicated = [
         name
@@ -205,37 +206,27 @@ def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule])
 
 def _cuts(
     model: nn.Module, config: ModelConfig, rules: dict[str, ResolvedRule], seq_len: int, rows: int
-) -> list[Cut]:
+) -> Iterator[Cut]:
     """Every count that a rule splits, but for the vocabulary: DTensor pads that one."""
-    cuts: dict[str, Cut] = {}
     for name, rule in rules.items():
         for unit in rule.rule.units:
             if unit not in config.args:
-                why = "no such model setting"
-                legal = "one of " + ", ".join(
-                    nearest(unit, [k for k, v in config.args.items() if isinstance(v, int)])
-                )
-                raise ConfigError(f"{rule.where}.units", unit, why, legal)
+                counts = [key for key, value in config.args.items() if isinstance(value, int)]
+                legal = "one of " + ", ".join(nearest(unit, counts))
+                raise ConfigError(f"{rule.where}.units", unit, "no such model setting", legal)
             if config.args[unit] is not None:
-                cuts.setdefault(
-                    unit,
-                    Cut(rule.axis, f"model.{unit}", int(config.args[unit]), f"rule {rule.name} splits it"),
-                )
+                count = int(config.args[unit])
+                yield Cut(rule.axis, f"model.{unit}", count, f"rule {rule.name} splits it")
         module = model.get_submodule(name)
         dim = rule.weight_dim(module)
         is_vocabulary = rule.rule.dst == "logits" or (isinstance(module, nn.Embedding) and dim == 0)
         if dim is not None and not is_vocabulary:
-            weight = module.get_parameter("weight")
-            what = f"{name}.weight.shape[{dim}]"
-            cut = Cut(rule.axis, what, weight.shape[dim], f"rule {rule.name} splits it {rule.label}")
-            cuts.setdefault(f"{rule.name} {weight.shape[dim]}", cut)
+            what, count = f"{name}.weight.shape[{dim}]", module.get_parameter("weight").shape[dim]
+            yield Cut(rule.axis, what, count, f"rule {rule.name} splits it {rule.label}")
         if rule.splits_sequence:
-            why = f"rule {rule.name} splits the sequence"
-            cuts.setdefault("seq_len", Cut(rule.axis, "data.seq_len", seq_len, why))
+            yield Cut(rule.axis, "data.seq_len", seq_len, f"rule {rule.name} splits the sequence")
         if rule.splits_batch:
-            why = f"rule {rule.name} splits its rows"
-            cuts.setdefault("rows", Cut(rule.axis, "train.micro_batch_size", rows, why))
-    return list(cuts.values())
+            yield Cut(rule.axis, "train.micro_batch_size", rows, f"rule {rule.name} splits its rows")
 
 
 def split_dim(fqn: str, rules: dict[str, ResolvedRule], owner: nn.Module) -> int | None:
