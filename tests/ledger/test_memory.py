@@ -55,6 +55,14 @@ def test_options_move_both_alike(overrides: list[str]) -> None:
     agree(counted_step(world, "model=llama2_debug", *overrides))
 
 
+@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
+@pytest.mark.parametrize("summed", ["float32", "bfloat16"])
+def test_weights_in_bfloat16_accumulate_over_replicas(model: str, summed: str) -> None:
+    """Summed in float32, each of their gradients is replaced by its sum; the output layer's is made with the loss."""
+    words = "train.dtype=bfloat16", "train.weights=bfloat16", f"parallel.fsdp.reduce_dtype={summed}"
+    agree(counted_step(2, f"model={model}", "parallel=ddp", *words, two_parts=True))
+
+
 @pytest.mark.parametrize("plan", ["sp", "hsdp", "fsdp_tp"])
 def test_real_ranks_hold_what_the_fake_group_counts(ranks: Ranks, plan: str) -> None:
     """Temporaries apart: a gathered block lives for a while that depends on when its gather ends."""

@@ -96,10 +96,14 @@ def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, elemen
         cfg.train.dtype is not Dtype.bfloat16 or cfg.parallel.fsdp.reduce_dtype is Dtype.bfloat16
     )
     stays = not _is_wrapped(plan, cfg) and (plan.sizes.dp == 1 or summed_there)
-    is_the_gradient = stays and not _has_masters(plan, cfg) and micro_batches(cfg, plan.sizes) == 1
-    if not weight.requires_grad or is_the_gradient:
+    accumulates = micro_batches(cfg, plan.sizes) > 1
+    has_masters = _has_masters(plan, cfg)
+    if not weight.requires_grad or (stays and not has_masters and not accumulates):
         return 0
-    return math.prod(local_shape("output.weight", model, plan)) * element
+    made = math.prod(local_shape("output.weight", model, plan)) * element
+    # Added to by the next micro-batch, and no gradient in the end, where the sum over replicas takes its place.
+    is_replaced = accumulates and not (stays or has_masters or _is_wrapped(plan, cfg))
+    return 2 * made if is_replaced else made
 
 
 def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str) -> float | None:
