@@ -41,6 +41,7 @@ from tpresearch.launch.command import (
 )
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
+from tpresearch.launch.garbage import uncollected
 from tpresearch.launch.help import help_text
 from tpresearch.launch.logs import IN_FILES_ONLY, print_without_fail, start_logging
 from tpresearch.launch.refuse import fail, objection_to, refuse
@@ -175,7 +176,8 @@ def _start(program: Program[Judged], world: World) -> None:
         HydraConfig.instance().set_config(config)  # for ${hydra:...}
         cfg = typed_config(config)
     refuse_secrets(OmegaConf.to_container(config.hydra.job, resolve=False))
-    judged = program.judged(cfg, world, may_go_on(config, Path(config.hydra.run.dir)))
+    with uncollected():  # most judges import torch
+        judged = program.judged(cfg, world, may_go_on(config, Path(config.hydra.run.dir)))
     interrupt.begun()
     with ExitStack() as held:
         with explaining(composition):
@@ -273,7 +275,8 @@ def _call_main(program: Program[Judged], judged: Judged, world: World, restarted
         command=command,
         objection=program.objection,
     )
-    start_logging(run.folder, world)
+    with uncollected():
+        start_logging(run.folder, world)
     main = program.main
     if world.elastic:
         from torch.distributed.elastic.multiprocessing.errors import record  # late: it imports torch

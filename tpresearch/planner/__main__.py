@@ -9,6 +9,7 @@ import os
 from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.launch import Run, entrypoint
+from tpresearch.launch.garbage import uncollected
 from tpresearch.simulate.judge import Judged
 from tpresearch.simulate.judge import judge as judge_simulation
 
@@ -33,8 +34,9 @@ def judge(cfg: Config, world: World) -> Judged:
 
 @entrypoint("planner", judge=judge)
 def main(judged: Judged, run: Run) -> None:
-    from tpresearch.planner.ranking import rank  # late: they import torch
-    from tpresearch.planner.report import as_json, draw, report
+    with uncollected():  # late: they import torch
+        from tpresearch.planner.ranking import rank
+        from tpresearch.planner.report import as_json, draw, report
 
     cfg, cluster, sizes = judged
     ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 
 from tpresearch.launch import Run, entrypoint
+from tpresearch.launch.garbage import uncollected
 from tpresearch.simulate.judge import Judged, judge
 
 
 @entrypoint("simulate", judge=judge)
 def main(judged: Judged, run: Run) -> None:
-    from tpresearch.simulate.as_run import write_run  # late: they import torch
-    from tpresearch.simulate.depth import recording
-    from tpresearch.simulate.fake_step import record
-    from tpresearch.simulate.prediction import predict, priced
-    from tpresearch.simulate.replay import Span
-    from tpresearch.simulate.report import report
-    from tpresearch.simulate.timeline import write_trace
+    with uncollected():  # late: they import torch
+        from tpresearch.simulate.as_run import write_run
+        from tpresearch.simulate.depth import recording
+        from tpresearch.simulate.fake_step import record
+        from tpresearch.simulate.prediction import predict, priced
+        from tpresearch.simulate.replay import Span
+        from tpresearch.simulate.report import report
+        from tpresearch.simulate.timeline import write_trace
 
     cfg, cluster, sizes = judged
     recorded = recording(cfg, sizes, record)

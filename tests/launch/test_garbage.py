@@ -1,0 +1,18 @@
+"""Imports without a search for garbage."""
+
+import gc
+
+from tpresearch.launch.garbage import uncollected
+
+
+def test_what_is_imported_is_never_looked_through() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with uncollected():
+            with uncollected():
+                pass
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before + 1000
+    finally:
+        gc.unfreeze()
