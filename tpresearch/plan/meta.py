@@ -111,7 +111,7 @@ class _Unchanged(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", None) in CHANGES and args[0].is_meta:
+        if getattr(func, "__name__", None) in CHANGES and args and args[0].is_meta:
             return args[0]
         return func(*args, **(kwargs or {}))
 
