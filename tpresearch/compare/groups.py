@@ -50,11 +50,10 @@ def telling(runs: Sequence[Run]) -> list[str]:
     """
     frame = differing(runs)
     chosen: list[str] = []
+    kinds = 1
     for key in frame:
-        if len(frame[[*chosen, key]].drop_duplicates()) > (
-            len(frame[chosen].drop_duplicates()) if chosen else 1
-        ):
-            chosen.append(key)
+        if (more := len(frame[[*chosen, key]].drop_duplicates())) > kinds:
+            chosen, kinds = [*chosen, key], more
     return [*chosen, "device"] if "device" in frame and "device" not in chosen else chosen
 
 

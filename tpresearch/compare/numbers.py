@@ -265,11 +265,9 @@ def _spread(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     points = frame.groupby(keys, sort=False)["value"].agg(["mean", "std"]).reset_index()
     points = points.rename(columns={"mean": "value"}).dropna(subset="value")
     spread = points.pop("std")
-    return (
-        points.assign(low=points["value"] - spread, high=points["value"] + spread)
-        if spread.notna().any()
-        else points
-    )
+    if spread.isna().all():
+        return points
+    return points.assign(low=points["value"] - spread, high=points["value"] + spread)
 
 
 def _buckets(points: pd.DataFrame, most: int, drawn: str) -> tuple[list[pd.Series], list[str]]:

@@ -178,9 +178,8 @@ def read(folder: Path) -> Run:
         if ("/" in key or key == "wall_time_s") and not all(map(_is_figure, parts)):
             raise Unreadable(f"summary.json is not a valid run summary: {key} is {short(value)}")
     for entry in chain.from_iterable(ledger.get(side) or () for side in ("measured", "expected")):
-        if not isinstance(entry, dict) or not all(
-            isinstance(entry.get(k), kind) for k, kind in ENTRY.items()
-        ):
+        fits = isinstance(entry, dict) and all(isinstance(entry.get(k), kind) for k, kind in ENTRY.items())
+        if not fits:
             raise Unreadable(f"ledger.json is not a valid run ledger: it has the entry {short(entry)}")
     try:
         rows = [{name: finite(value) for name, value in row.items()} for row in read_metrics(folder)]

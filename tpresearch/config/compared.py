@@ -44,9 +44,7 @@ def _over(defaults: Any, values: Any) -> Any:
 def compared(config: Mapping[str, Any], without_seed: bool = False) -> dict[str, Any]:
     """The resolved config without names, paths and loggers."""
     kept = {key: value for key, value in config.items() if key not in NOT_COMPARED}
-    if cluster := kept.pop(
-        "cluster", None
-    ):  # of a simulated run: its name stands for its numbers, and they are told apart
+    if cluster := kept.pop("cluster", None):  # of a simulated run: told apart by its name and its numbers
         digest = hashlib.sha1(repr(cluster).encode()).hexdigest()
         kept["cluster"] = f"{cluster.get('name')} {digest[:6]}"
     kept["data"] = {key: value for key, value in kept.get("data", {}).items() if key not in NOT_OF_DATA}

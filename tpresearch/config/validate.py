@@ -54,11 +54,9 @@ def planned_world(cfg: Config) -> int:
     if cfg.world_size is not None:
         return cfg.world_size
     given = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
-    return (
-        math.prod(size for size in given if size and size > 0)
-        if any(given)
-        else (SHOWN_WORLD if given else 1)
-    )
+    if any(given):
+        return math.prod(size for size in given if size and size > 0)
+    return SHOWN_WORLD if given else 1
 
 
 def ranks_needed(cfg: Config, open_ranks: int) -> int:

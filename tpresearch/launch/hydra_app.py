@@ -121,9 +121,7 @@ def run(app: Hydra, config: DictConfig, config_name: str, job: Callable[[], None
 
 def typed_in() -> Path:
     """The folder in which the command was typed, which hydra.job.chdir=true has left."""
-    with suppress(
-        OmegaConfBaseException
-    ):  # of a chdir that refers to nothing, for which the job is being refused
+    with suppress(OmegaConfBaseException):  # of a chdir that refers to nothing, for which the job is refused
         if HydraConfig.initialized() and HydraConfig.get().job.chdir:
             return Path(HydraConfig.get().runtime.cwd)
     return Path.cwd()

@@ -181,11 +181,9 @@ def random_text(plan: Plan) -> str:
 
 def _data_lines(plan: Plan) -> list[str]:
     lines, count = [], len(plan.blocks)
-    blocks = (
-        f"each of {', '.join([f'{count} blocks', *plan.ends])}, then the rest of the model as one"
-        if count
-        else "the whole model as one"
-    )
+    blocks = "the whole model as one"
+    if count:
+        blocks = f"each of {', '.join([f'{count} blocks', *plan.ends])}, then the rest of the model as one"
     for axis in reversed([axis for axis in AXES if axis.splits_rows and plan.sizes[axis.name] > 1]):
         what = "gradients all-reduced, once per step"
         if axis.shards_state:

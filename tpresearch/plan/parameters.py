@@ -78,13 +78,12 @@ def _check_rows(name: str, parameter: nn.Parameter, model: nn.Module, plan: Plan
     ways, shards, rows = plan.sizes[plan.rules[module].axis], plan.sizes.shards, parameter.shape[0]
     if not _cut_alike(rows, ways, shards):
         fits = next(n for n in itertools.count(rows + 1) if _cut_alike(n, ways, shards))
-        raise ConfigError(
-            f"mesh.{SHARD.name}",
-            shards,
-            f"it does not cut the {rows} rows of {name} evenly after the {ways} ranks of the plan's rule have",
-            f"{fits} rows, such as model.vocab_size={fits}, or another mesh",
-            fix={"model.vocab_size": fits} if parameter.shape[0] == _vocabulary(model) else None,
+        why = (
+            f"it does not cut the {rows} rows of {name} evenly after the {ways} ranks of the plan's rule have"
         )
+        legal = f"{fits} rows, such as model.vocab_size={fits}, or another mesh"
+        fix = {"model.vocab_size": fits} if rows == _vocabulary(model) else None
+        raise ConfigError(f"mesh.{SHARD.name}", shards, why, legal, fix=fix)
 
 
 def _vocabulary(model: nn.Module) -> int | None:

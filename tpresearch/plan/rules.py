@@ -131,11 +131,9 @@ class ResolvedRule:
 
 def takes_chunks(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSizes) -> bool:
     """Whether logits can be made of a few tokens at a time: by a plain matmul, on vocabulary shards if the rule has some."""
-    if (
-        not isinstance(layer, nn.Linear)
-        or type(layer).forward is not nn.Linear.forward
-        or layer.bias is not None
-    ):
+    if not isinstance(layer, nn.Linear) or layer.bias is not None:
+        return False
+    if type(layer).forward is not nn.Linear.forward:
         return False
     if rule is None:
         return True

@@ -67,9 +67,7 @@ class NodeAgent:
                 preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),
             )
         self.running.append(process)
-        if (
-            node.cluster == "local"
-        ):  # Slurm signals all processes of a job, submitit's stand-in this one alone
+        if node.cluster == "local":  # Slurm signals all processes of a job, this stand-in for it one alone
             signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             return process.wait()

@@ -95,11 +95,8 @@ def _record(outcome: Outcome) -> dict[str, Any]:
     record: dict[str, Any] = dict(outcome.job.settings)
     own = {"status": outcome.status, "error": outcome.error or "", "seconds": outcome.seconds}
     for key, value in {**own, **outcome.summary, **own}.items():
-        flat = (
-            {f"{key}/{name}": part for name, part in value.items()}
-            if isinstance(value, dict)
-            else {key: value}
-        )
+        nested = isinstance(value, dict)
+        flat = {f"{key}/{name}": part for name, part in value.items()} if nested else {key: value}
         record |= {name: part for name, part in flat.items() if name not in outcome.job.settings}
     return {**record, "folder": str(outcome.job.folder)}
 

@@ -174,11 +174,8 @@ class Tracker:
         try:
             record.write_summary(self._run_dir, whole)
         except OSError as problem:
-            log.error(
-                "summary.json cannot be written (%s); it is %s",
-                problem.strerror,
-                json.dumps(record.defined(whole)),
-            )
+            said = json.dumps(record.defined(whole))
+            log.error("summary.json cannot be written (%s); it is %s", problem.strerror, said)
         finally:
             if self._wandb:
                 self._wandb.finish(whole, EXIT_CODES[status], preempted=status == "preempted")

@@ -97,12 +97,9 @@ def _in_two_parts(cfg: Config) -> Config:
     if cfg.train.micro_batch_size is not None:
         return cfg
     half, odd = divmod(cfg.train.global_batch_size // validate(cfg, ranks_of(cfg)).dp, 2)
-    whole = odd or not half
-    return (
-        cfg
-        if whole
-        else dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, micro_batch_size=half))
-    )
+    if odd or not half:
+        return cfg
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, micro_batch_size=half))
 
 
 def ranks_of(cfg: Config) -> int:
