@@ -32,16 +32,14 @@ def main() -> None:
     options = read_options(Options, [word for word in arguments if word not in named])
     if len(named) != 1:
         legal = "one run, or one of its checkpoints"
-        raise WrongCommand(
-            "run", " ".join(named), "not one folder", legal, python_command(["RUN", *arguments])
-        )
+        why = "not one folder"
+        raise WrongCommand("run", " ".join(named), why, legal, python_command(["RUN", *arguments]))
     run = run_of(Path(named[0]))
     try:
         folders = step_folders(run)
     except OSError as error:
-        raise ConfigError(
-            "run", named[0], f"cannot be read: {error.strerror}", "a folder that this user can read"
-        ) from None
+        why, legal = f"cannot be read: {error.strerror}", "a folder that this user can read"
+        raise ConfigError("run", named[0], why, legal) from None
     if not folders:
         why = "it has no checkpoint" if run.is_dir() else "there is no such folder"
         legal = "the folder of a run that has saved one"

@@ -14,9 +14,8 @@ from tpresearch.launch import Run, World, entrypoint
 def judge(cfg: Config, world: World) -> Config:
     if cfg.data.source.is_synthetic:
         why = "synthetic rows are generated as they are read"
-        raise ConfigError(
-            "data.source", cfg.data.source, why, "a source of text to prepare", fix={"data": "pystdlib"}
-        )
+        legal = "a source of text to prepare"
+        raise ConfigError("data.source", cfg.data.source, why, legal, fix={"data": "pystdlib"})
     check_data(cfg.data, cfg.tokenizer)
     return cfg
 

@@ -82,9 +82,8 @@ def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpo
         try:
             return [read_checkpoint(resolved)]
         except BrokenCheckpoint as error:
-            raise ConfigError(
-                field, value, f"not a whole checkpoint: {error}", "another one, or its run"
-            ) from None
+            why, legal = f"not a whole checkpoint: {error}", "another one, or its run"
+            raise ConfigError(field, value, why, legal) from None
     folders = _step_folders(resolved, field, value)
     if not folders:
         why = "there is no such folder" if not resolved.exists() else f"it has no {FOLDER}/step-*"
@@ -94,9 +93,8 @@ def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpo
         try:
             found.append(read_checkpoint(folder))
         except LaterFormat as error:
-            raise ConfigError(
-                field, value, f"{folder.name}: {error}", "a newer tpresearch, or another run"
-            ) from None
+            why, legal = f"{folder.name}: {error}", "a newer tpresearch, or another run"
+            raise ConfigError(field, value, why, legal) from None
         except BrokenCheckpoint as error:
             why = f"none of its {len(folders)} checkpoints is whole; {folder.name}: {error}"
             if not found:
@@ -175,9 +173,8 @@ def check_corpus(mark: Mark, corpus_hash: str, tokenizer_hash: str, rows: int) -
     if (mark.corpus_hash, mark.tokenizer_hash, mark.rows) != (corpus_hash, tokenizer_hash, rows):
         what = "the tokenizer" if mark.tokenizer_hash != tokenizer_hash else "the text"
         why = f"{what} is not what this run was trained on: {mark.rows:,} rows then, {rows:,} now"
-        raise ConfigError(
-            "data.source", corpus_hash, why, "the same files, tokenizer and Python; resume=never"
-        )
+        legal = "the same files, tokenizer and Python; resume=never"
+        raise ConfigError("data.source", corpus_hash, why, legal)
 
 
 def agreed_on(checkpoints: list[Checkpoint], group: dist.ProcessGroup | None) -> list[Checkpoint]:

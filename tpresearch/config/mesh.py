@@ -29,9 +29,8 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
     used = used_axes(parallel)
     rest = [name for name, size in given.items() if size == -1]
     if len(rest) > 1:
-        raise ConfigError(
-            f"mesh.{rest[1]}", -1, f"mesh.{rest[0]} is -1 too", "one axis at most can take what is left"
-        )
+        why, legal = f"mesh.{rest[0]} is -1 too", "one axis at most can take what is left"
+        raise ConfigError(f"mesh.{rest[1]}", -1, why, legal)
     for axis in AXES:
         size = given[axis.name]
         if size is not None and size != -1 and size < 1:

@@ -63,9 +63,8 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     """
     for key in ("name", "_target_"):
         if not isinstance(raw.get(key), str):
-            raise ConfigError(
-                f"model.{key}", raw.get(key), "a model needs it", "a string, in its conf/model file"
-            )
+            why, legal = "a model needs it", "a string, in its conf/model file"
+            raise ConfigError(f"model.{key}", raw.get(key), why, legal)
     check_sane("model", {key: value for key, value in raw.items() if key != "plans"})
     blocks, raw_plans = raw.get("blocks") or [], raw.get("plans") or {}
     check_value("model.blocks", blocks, list[str])
@@ -82,9 +81,8 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
 
 def _rule(where: str, raw: Any) -> Rule:
     if not isinstance(raw, dict) or not raw.get("match"):
-        raise ConfigError(
-            where, raw, "not a sharding rule", "a dict with match and style, or match and _target_"
-        )
+        why, legal = "not a sharding rule", "a dict with match and style, or match and _target_"
+        raise ConfigError(where, raw, why, legal)
     ours = {key: value for key, value in raw.items() if key in RULE_KEYS}
     rest = {key: value for key, value in raw.items() if key not in RULE_KEYS and key != "_target_"}
     if rest and "_target_" not in raw:

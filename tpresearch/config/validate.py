@@ -183,9 +183,8 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
         why = "train.float8=none leaves nothing to emulate"
         raise ConfigError("train.float8_emulated", True, why, "false, or train.float8=tensorwise or rowwise")
     if parallel.fsdp.reduce_dtype is Dtype.float64 and cfg.train.dtype is Dtype.bfloat16:
-        raise ConfigError(
-            "parallel.fsdp.reduce_dtype", "float64", "wider than the float32 gradients", "float32 or bfloat16"
-        )
+        why, legal = "wider than the float32 gradients", "float32 or bfloat16"
+        raise ConfigError("parallel.fsdp.reduce_dtype", "float64", why, legal)
 
 
 def _check_batch(cfg: Config, sizes: MeshSizes) -> None:

@@ -25,9 +25,8 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     """
     check_bounds(data, "data.")
     if not data.cache_dir.strip():
-        raise ConfigError(
-            "data.cache_dir", data.cache_dir, "names no folder", "a folder in which this user may write"
-        )
+        why, legal = "names no folder", "a folder in which this user may write"
+        raise ConfigError("data.cache_dir", data.cache_dir, why, legal)
     if data.source.is_synthetic:
         return
     _check_streaming(data)

@@ -57,13 +57,11 @@ def export(checkpoint: Checkpoint, out: Path, dtype: str | None = None) -> str:
         return f"{out}: {said}"
     except (OSError, SafetensorError) as error:  # the latter where its library cannot write a file
         why = f"cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise ConfigError(
-            "out", out, why, "a folder that this user can write, with room on its disk"
-        ) from None
+        legal = "a folder that this user can write, with room on its disk"
+        raise ConfigError("out", out, why, legal) from None
     except (BrokenCheckpoint, RankFailed) as error:
-        raise ConfigError(
-            "checkpoint", checkpoint.folder, f"not whole: {error}", "another one of that run"
-        ) from None
+        why, legal = f"not whole: {error}", "another one of that run"
+        raise ConfigError("checkpoint", checkpoint.folder, why, legal) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -89,9 +89,8 @@ def refuse_typed_secrets(world: World) -> None:
     rest, found = words_without_secrets(sys.argv[1:])
     for key, what in found.items():
         command = dataclasses.replace(Command.typed(world), arguments=tuple(rest))
-        raise WrongCommand(
-            key, "...", f"holds {what}, which would be written to the run's record", LEGAL, command
-        )
+        why = f"holds {what}, which would be written to the run's record"
+        raise WrongCommand(key, "...", why, LEGAL, command)
 
 
 Objection = Callable[[Command], ConfigError | None]

@@ -129,9 +129,8 @@ def _check_plan_name(cfg: Config, chosen: str | None) -> None:
     """A plan's name is that of its file: records, tables and messages tell of a run by it."""
     if chosen and cfg.parallel.name != Path(chosen).name:
         why = f"parallel={chosen} was chosen, and its record would tell of another plan"
-        raise ConfigError(
-            "parallel.name", cfg.parallel.name, why, "parallel=NAME to choose; a plan's file has its name"
-        )
+        legal = "parallel=NAME to choose; a plan's file has its name"
+        raise ConfigError("parallel.name", cfg.parallel.name, why, legal)
 
 
 def _refuse_unknown_fields(composed: DictConfig) -> None:

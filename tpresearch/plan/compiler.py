@@ -131,16 +131,14 @@ def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
     for pattern in config.blocks:
         matched = matching(pattern, names)
         if not matched:
-            raise ConfigError(
-                "model.blocks", pattern, "matches no module", "such as " + ", ".join(nearest(pattern, names))
-            )
+            why, legal = "matches no module", "such as " + ", ".join(nearest(pattern, names))
+            raise ConfigError("model.blocks", pattern, why, legal)
         found += matched
     nested = next((a for a in found for b in found if a.startswith(b + ".")), None)
     if nested or len(set(found)) < len(found):
         twice = nested or next(name for name in found if found.count(name) > 1)
-        raise ConfigError(
-            "model.blocks", config.blocks, f"{twice} is in it twice", "modules that do not hold each other"
-        )
+        why, legal = f"{twice} is in it twice", "modules that do not hold each other"
+        raise ConfigError("model.blocks", config.blocks, why, legal)
     return found
 
 

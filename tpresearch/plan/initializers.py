@@ -89,9 +89,8 @@ def read_initializers(model: nn.Module) -> dict[str, Initializer]:
 def _read(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[str, Initializer]:
     name = _named(prefix, module)
     if not hasattr(module, "reset_parameters"):
-        raise ConfigError(
-            "model", name, "it has parameters and no reset_parameters", "write one that sets each of them"
-        )
+        why, legal = "it has parameters and no reset_parameters", "write one that sets each of them"
+        raise ConfigError("model", name, why, legal)
     with mode:  # not on the meta device, for which torch.nn.init leaves out some of its calls
         stand_in = _stand_in(module, lambda p: torch.empty(p.shape, dtype=torch.float32))
     recorder = _Recorder(stand_in)

@@ -74,9 +74,8 @@ def _check_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype is not (first := first or parameter.dtype):
             why = f"it is {parameter.dtype} where others are {first}".replace("torch.", "")
-            raise ConfigError(
-                "model", name, why, "all in one dtype: in which they are kept is the config's to say"
-            )
+            legal = "all in one dtype: in which they are kept is the config's to say"
+            raise ConfigError("model", name, why, legal)
         if parameter.is_complex():
             why, legal = "its numbers are complex", "real and imaginary part as two parameters"
             raise ConfigError("model", name, why, legal)

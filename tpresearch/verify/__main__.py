@@ -38,9 +38,8 @@ class Judged(NamedTuple):
 
 def judge(cfg: Config, world: World) -> Judged:
     if world.size > 1:
-        raise ConfigError(
-            "WORLD_SIZE", world.size, "it starts its own ranks", "a start by python, without torchrun"
-        )
+        why, legal = "it starts its own ranks", "a start by python, without torchrun"
+        raise ConfigError("WORLD_SIZE", world.size, why, legal)
     from tpresearch.verify.plans import check_plan, configs
 
     plans = configs(cfg, sys.argv[1:])

@@ -72,9 +72,8 @@ def configs(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
     known = GlobalHydra.instance().config_loader().get_group_options("parallel")
     for plan in cfg.verify.plans:
         if plan not in known:
-            raise ConfigError(
-                "verify.plans", plan, "no such plan", "one of " + ", ".join(nearest(plan, known))
-            )
+            why, legal = "no such plan", "one of " + ", ".join(nearest(plan, known))
+            raise ConfigError("verify.plans", plan, why, legal)
     parser = OverridesParser.create()
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     mine = [w for w in words if parser.parse_override(w).key_or_group not in ("parallel", "optimizer")]
