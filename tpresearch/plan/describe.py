@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 
 from torch import nn
@@ -15,6 +15,9 @@ from tpresearch.config.axes import AXES, SHARD
 from tpresearch.plan.compiler import Plan, shard_shape, split_dim
 from tpresearch.plan.effects import rule_sends
 from tpresearch.plan.rules import ResolvedRule
+
+LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""The number of a layer in a name."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
     for name, module in model.named_modules():
         rule = plan.rules.get(name)
         own = dict(module.named_parameters(recurse=False))
-        sends = _sends(name, model, plan) if rule else ""
+        named, sends = (f"{rule.name} ({rule.label})", _sends(name, model, plan)) if rule else ("", "")
         if rule and not own:
-            rows.append(Row(name or ".", f"{rule.name} ({rule.label})", _arrow(rule), None, sends))
+            rows.append(Row(name or ".", named, _arrow(rule), None, sends))
         for index, (key, parameter) in enumerate(own.items()):
             fqn = f"{name}.{key}" if name else key
             dim, placements = split_dim(fqn, plan.rules, module), []
@@ -47,22 +50,14 @@ def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
                 placements.append(f"{rule.axis}: Shard({dim})")
             elif rule and rule.rule.target:
                 placements.append(f"{rule.axis}: by {rule.label}")
-            rows.append(
-                Row(
-                    fqn,
-                    f"{rule.name} ({rule.label})" if rule else "",
-                    ", ".join(placements) or "replicated",
-                    shard_shape(fqn, model, plan),
-                    sends if index == 0 else "",
-                )
-            )
+            placement, shape = ", ".join(placements) or "replicated", shard_shape(fqn, model, plan)
+            rows.append(Row(fqn, named, placement, shape, sends if index == 0 else ""))
     return rows
 
 
 def _arrow(rule: ResolvedRule) -> str:
-    return ", ".join(
-        f"{_short(a)} -> {_short(b)}" for a, b in zip(rule.src, rule.dst, strict=False) if a is not None
-    )
+    moves = zip(rule.src, rule.dst, strict=False)
+    return ", ".join(f"{_short(src)} -> {_short(dst)}" for src, dst in moves if src is not None)
 
 
 def _short(layout: Placement | None) -> str:
@@ -88,38 +83,29 @@ def _sends(name: str, model: nn.Module, plan: Plan) -> str:
 
 def folded(rows: Iterable[Row]) -> list[Row]:
     """Rows that differ only in a layer's number, as one row that names the range."""
-    groups: dict[tuple, list[tuple[int, Row]]] = {}
+    groups: dict[Row, list[Row]] = {}
     for row in rows:
-        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", row.fqn)
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.fqn, count=1)
-        key = (pattern, row.rule, row.placement, row.local_shape, row.collectives)
-        groups.setdefault(key, []).append((int(numbers[0]) if numbers else -1, row))
-    out = []
-    for (pattern, *_), members in groups.items():
-        numbers = [number for number, _ in members]
-        row = members[0][1]
-        fqn = row.fqn if len(members) == 1 else pattern.replace("*", f"{{{min(numbers)}-{max(numbers)}}}", 1)
-        out.append(Row(fqn, row.rule, row.placement, row.local_shape, row.collectives))
-    return out
+        groups.setdefault(replace(row, fqn=LAYER.sub("*", row.fqn, count=1)), []).append(row)
+    return [alike[0] if len(alike) == 1 else _range(pattern, alike) for pattern, alike in groups.items()]
+
+
+def _range(pattern: Row, rows: Sequence[Row]) -> Row:
+    """One row for these, with `{0-31}` in the place of the layer's number."""
+    layers = [int(number[0]) for row in rows if (number := LAYER.search(row.fqn))]
+    return replace(pattern, fqn=pattern.fqn.replace("*", f"{{{min(layers)}-{max(layers)}}}", 1))
 
 
 def plan_table(model: nn.Module, plan: Plan) -> list[tuple[str, ...]]:
     """The table's header, then its rows as text: FQN, rule, placement, local shape, collectives."""
     axes = " ".join(_tensor_axes(plan))
-    cells = [
-        (
-            row.fqn,
-            row.rule,
-            row.placement,
-            "" if row.local_shape is None else "x".join(map(str, row.local_shape)) or "1",
-            row.collectives,
-        )
-        for row in folded(plan_rows(model, plan))
-    ]
-    return [
-        ("FQN", "rule", "placement", "local shape", f"collectives over {axes}" if axes else "collectives"),
-        *cells,
-    ]
+    over = f"collectives over {axes}" if axes else "collectives"
+    rows = folded(plan_rows(model, plan))
+    cells = [(row.fqn, row.rule, row.placement, _shape(row.local_shape), row.collectives) for row in rows]
+    return [("FQN", "rule", "placement", "local shape", over), *cells]
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "" if shape is None else "x".join(map(str, shape)) or "1"
 
 
 def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
