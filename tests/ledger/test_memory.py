@@ -55,12 +55,20 @@ def test_options_move_both_alike(overrides: list[str]) -> None:
     agree(counted_step(world, "model=llama2_debug", *overrides))
 
 
-@pytest.mark.parametrize("model", ["toy_mlp", "llama2_debug"])
-@pytest.mark.parametrize("summed", ["float32", "bfloat16"])
-def test_weights_in_bfloat16_accumulate_over_replicas(model: str, summed: str) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=toy_mlp"],
+        ["model=llama2_debug"],
+        ["model=llama2_debug", "parallel.fsdp.reduce_dtype=bfloat16"],
+        ["model=llama2_debug", "model.tied=true"],
+    ],
+    ids=" ".join,
+)
+def test_weights_in_bfloat16_accumulate_over_replicas(overrides: list[str]) -> None:
     """Summed in float32, each of their gradients is replaced by its sum; the output layer's is made with the loss."""
-    words = "train.dtype=bfloat16", "train.weights=bfloat16", f"parallel.fsdp.reduce_dtype={summed}"
-    agree(counted_step(2, f"model={model}", "parallel=ddp", *words, two_parts=True))
+    words = "parallel=ddp", "train.dtype=bfloat16", "train.weights=bfloat16"
+    agree(counted_step(2, *overrides, *words, two_parts=True))
 
 
 @pytest.mark.parametrize("plan", ["sp", "hsdp", "fsdp_tp"])

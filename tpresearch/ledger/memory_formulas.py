@@ -101,8 +101,10 @@ def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, elemen
     if not weight.requires_grad or (stays and not has_masters and not accumulates):
         return 0
     made = math.prod(local_shape("output.weight", model, plan)) * element
-    # Added to by the next micro-batch, and no gradient in the end, where the sum over replicas takes its place.
-    is_replaced = accumulates and not (stays or has_masters or _is_wrapped(plan, cfg))
+    # Added to by the next micro-batch, and no gradient in the end, where the sum over replicas takes its place. (Of a tied
+    # weight the sum with the embedding's is that.)
+    uses = sum(parameter is weight for _, parameter in model.named_parameters(remove_duplicate=False))
+    is_replaced = accumulates and uses == 1 and not (stays or has_masters or _is_wrapped(plan, cfg))
     return 2 * made if is_replaced else made
 
 
