@@ -116,6 +116,30 @@ def test_the_plan_to_see_next_is_all_that_its_name_says(
     assert first.endswith(f" parallel={other}")
 
 
+@pytest.mark.parametrize(
+    ("typed", "world", "judged"),
+    [
+        (["parallel=tp"], 2, ["parallel=fsdp", "-m parallel=none world_size=2"]),
+        (["parallel=none", "hydra.run.dir=r"], 1, ["parallel=fsdp"]),
+        # On other ranks, or on another mesh, the plan that ran may be refused.
+        (["parallel=tp"], 1, ["parallel=fsdp", "-m parallel=none,tp world_size=2"]),
+        (["parallel=tp", "mesh.tp=2"], 2, ["parallel=fsdp", "-m parallel=none,tp world_size=2"]),
+    ],
+)
+def test_what_ran_or_was_judged_just_now_is_not_judged_again(
+    tmp_path: Path, typed: list[str], world: int, judged: list[str]
+) -> None:
+    asked: list[str] = []
+    steps = NextSteps(
+        Command(tuple(typed), ranks=world), lambda command: asked.append(" ".join(command.arguments))
+    )
+    plan = typed[0].partition("=")[2]
+    (_, sweep, *_) = steps.after({"parallel": plan, "world_size": world}, tmp_path)
+    assert asked == judged
+    plans = ",".join(dict.fromkeys(["none", plan, "fsdp"]))
+    assert sweep[0].endswith(f" -m parallel={plans} world_size=2")
+
+
 def test_the_report_tells_results_place_and_what_to_type_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ class NextSteps:
     def after(self, summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str]]:
         """Commands, and what each is for."""
         return [
-            *self._under_another_plan(summary["parallel"], max(summary["world_size"], 2)),
+            *self._under_another_plan(summary["parallel"], summary["world_size"]),
             (
                 shown(dataclasses.replace(self.command, arguments=tuple(LOOK.split()), ranks=None, hosts=1)),
                 "how 64 ranks would share 7B, compiled here",
@@ -229,19 +229,28 @@ class NextSteps:
             return shown(self.command)
         return shown(dataclasses.replace(self.command, arguments=(f"resume={path_text(run_dir)}",)))
 
-    def _under_another_plan(self, plan: str, ranks: int) -> Iterator[tuple[str, str]]:
+    def _under_another_plan(self, plan: str, world: int) -> Iterator[tuple[str, str]]:
+        left_out = {override_key(word) for word in self.command.arguments if _is_left_out(word)}
         typed = [word for word in self.command.arguments if not _is_left_out(word)]
-        hosts = self.command.hosts
+        ranks, hosts = max(world, 2), self.command.hosts
         for other in (name for name, least in OTHER_PLANS.items() if name != plan and ranks >= least):
             again = Command(tuple(mended(typed, {"parallel": other})), ranks // hosts, hosts)
-            if self.objection(again) is None:
-                yield shown(again), "the same training under another plan: the losses agree"
-                plans = ",".join(dict.fromkeys(["none", plan, other]))
-                sweep = Command(("-m", *mended(typed, {"parallel": plans, "world_size": ranks})))
-                if hosts == 1 and self.objection(sweep) is None:
-                    why = "side by side, in one table, with the command that draws them"
-                    yield shown(sweep), why
-                return
+            if self.objection(again) is not None:
+                continue
+            yield shown(again), "the same training under another plan: the losses agree"
+            # To judge a job is to compose and plan it: not that of this run, nor the one that was judged just now.
+            as_typed = left_out <= {"hydra.run.dir"} and (plan == "none" or world == ranks)
+            known = {other, plan} if as_typed else {other}
+            plans = dict.fromkeys(["none", plan, other])
+            unknown = [each for each in plans if each not in known]
+            if hosts == 1 and (not unknown or self.objection(_sweep(typed, unknown, ranks)) is None):
+                why = "side by side, in one table, with the command that draws them"
+                yield shown(_sweep(typed, plans, ranks)), why
+            return
+
+
+def _sweep(typed: list[str], plans: Iterable[str], ranks: int) -> Command:
+    return Command(("-m", *mended(typed, {"parallel": ",".join(plans), "world_size": ranks})))
 
 
 def _is_left_out(word: str) -> bool:
