@@ -324,7 +324,9 @@ def compare(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.cli
-def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(tmp_path: Path) -> None:
+def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for seed in (0, 1):
         Made(seed=seed, steps=4).write(tmp_path / "sweep" / str(seed))
     done = compare(tmp_path, "sweep", "seeds=apart")
@@ -338,10 +340,13 @@ def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(tmp_path: Pat
     assert (done.returncode, done.stderr) == (0, "")
     assert "Mean ± std over train.seed" in done.stdout
     assert "| 2 | 7.750 ± 0 |" in (tmp_path / "sweep" / "compare.md").read_text()
-    done = compare(tmp_path, "sweep", "overlay=anyway", "out=there")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("Overlaid although train.seed differs: 0 (seed=0), 1 (seed=1)\n")
-    assert done.stdout.endswith("page: there/compare.html\nPNGs: there/compare/*.png\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare", "sweep", "overlay=anyway", "out=there"])
+    main()
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.startswith("Overlaid although train.seed differs: 0 (seed=0), 1 (seed=1)\n")
+    assert said.out.endswith("page: there/compare.html\nPNGs: there/compare/*.png\n")
     assert "| seed=1 | 1 | 7.750 |" in (tmp_path / "there" / "compare.md").read_text()
 
 

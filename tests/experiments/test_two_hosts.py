@@ -13,7 +13,6 @@ from inter_host import crossing_hops
 from plans import Measured, train_counted
 from support.marks import exhaustive
 
-ROOT = Path(__file__).parents[2]
 MESHES = {
     "fsdp_tp": {"dp_shard": 2, "tp": 2},
     "fsdp": {"dp_shard": 4},
@@ -45,14 +44,8 @@ def measured(
     plans = [plan for plan in MESHES if plan in chosen]
     small = [
         *("model=llama2_tiny", "model.dim=128", "model.ffn_dim=384", "model.vocab_size=4096"),
-        *(
-            "data=text",
-            f"data.path={ROOT}/tpresearch/**/*.py",
-            "data.seq_len=128",
-            "tokenizer.vocab_size=300",
-        ),
+        *("data=random_tokens", "data.seq_len=128", "tokenizer.vocab_size=300"),
         *("train.global_batch_size=8", "train.steps=2", "train.eval_rows=4", "logger=none", "device=cpu"),
-        f"data.cache_dir={tmp_path_factory.mktemp('cache')}",
     ]
     trainings = [[f"parallel={parallel}", *small] for parallel in plans]
     of_all = train_counted(hosts, trainings, tmp_path_factory.mktemp("runs"))

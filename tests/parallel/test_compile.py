@@ -33,8 +33,8 @@ from tpresearch.train.watch import CountedStep
 
 LAYERS = 12
 """More than dynamo's limit of recompilations, past which it would give up."""
-STEPS = 31
-"""With an evaluation before the last two."""
+STEPS = 15
+"""More than that limit too, with an evaluation before the last two."""
 KINDS = ("none", "selective", "full", "budget")
 EVERY_DAY = {("none", "selective"), ("sp", "full"), ("tp", "budget")}
 CASES = [

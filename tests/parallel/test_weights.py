@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Callable
@@ -248,14 +247,13 @@ def part(full: Tensor, dim: int, parts: int, index: int) -> Tensor:
 
 def differing(world: World, meshes: dict[str, tuple[int, str]]) -> dict[str, list[str]]:
     """By mesh, the parameters whose shard on this rank is not the part of the whole weight that the plan gives it."""
-    found = {}
+    found, whole = {}, drawn(meta_model(config(*MODEL.split()).model))
     for case, (size, overrides) in meshes.items():
         if world.rank >= size:
             continue
         cfg = config(*MODEL.split(), *overrides.split())
         sizes = validate(cfg, size)
         model, plan = planned(cfg, sizes)
-        whole = drawn(copy.deepcopy(model))
         initializers = read_initializers(model)
         dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=size)
         try:

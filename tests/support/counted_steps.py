@@ -47,6 +47,7 @@ def counted_step(world: int, *overrides: str, two_parts: bool = False) -> StepLe
     return count(World(size=world, local_size=world), cfg, FAKE)
 
 
+@cache
 def on_ranks(ranks: Ranks, world: int, *overrides: str, two_parts: bool = False) -> StepLedger:
     return ranks.run(world, count, _config(world, *overrides, two_parts=two_parts))[0]
 

@@ -79,7 +79,7 @@ def test_ranks_that_compute_nothing_have_hung() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process has computed is read from /proc")
 def test_ranks_that_compute_have_not_hung() -> None:
-    assert Ranks(timeout_s=2).run(1, compute, 3.0) == [None]
+    assert Ranks(timeout_s=1).run(1, compute, 1.5) == [None]
 
 
 def threads_after_a_step(world: World, cfg: Config) -> tuple[float, int, int]:

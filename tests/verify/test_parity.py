@@ -95,11 +95,9 @@ def test_a_plan_computes_what_one_process_does(
         (8, ["parallel=hsdp_tp"]),
         exhaustive(8, ["parallel=fsdp_tp", "mesh.tp=4"]),
         exhaustive(8, ["parallel=hsdp", "mesh.dp_shard=4"]),
-        (4, ["parallel=fsdp_tp", "parallel.loss_parallel=false"]),
-        (4, ["parallel=fsdp_tp", "parallel.activation_checkpointing=full"]),
-        (4, ["parallel=fsdp_tp", "parallel.activation_checkpointing=selective"]),
+        (4, ["parallel=fsdp_tp", "parallel.loss_parallel=false", "parallel.activation_checkpointing=full"]),
+        (4, ["parallel=fsdp_tp", "model.vocab_size=263", "parallel.activation_checkpointing=selective"]),
         (4, ["parallel=fsdp", "parallel.fsdp.reshard_after_forward=false"]),
-        (4, ["parallel=fsdp_tp", "model.vocab_size=263"]),
         (4, ["parallel=tp", "parallel.loss_parallel=false", "model.vocab_size=263"]),
         (2, ["parallel=tp", "parallel.activation_checkpointing=selective"]),
     ],
@@ -133,7 +131,7 @@ def test_below_float64_plans_agree_to_rounding(
 ) -> None:
     science = (f"train.dtype={dtype}", f"train.weights={weights}")
     cfg = config("model=llama2_debug", f"parallel={plan}", *OPTIMIZERS["sgd"], *COMMON, *science)
-    size = 1 if plan == "none" else 4
+    size = {"none": 1, "fsdp_tp": 4}.get(plan, 2)
     agree(
         run_on(ranks, size, in_two_parts(cfg, size)), one_process("llama2_debug", "sgd", *science), tolerance
     )
@@ -148,15 +146,20 @@ def test_seeds_give_different_weights_and_the_same_seed_the_same() -> None:
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
-LLAMA_TIED = ["model=llama2_debug", "model.tied=true"]
+TIED = {"toy": twisted(Tied), "llama": ["model=llama2_debug", "model.tied=true"]}
+TIED_PLANS = [("none", 1), ("ddp", 2), ("fsdp", 2), ("tp", 2), ("fsdp_tp", 4), ("sp", 2)]
 
 
-@pytest.mark.parametrize("model", [twisted(Tied), LLAMA_TIED], ids=["toy", "llama"])
 @pytest.mark.parametrize(
-    ("plan", "size"), [("none", 1), ("ddp", 2), ("fsdp", 2), ("tp", 2), ("sp", 2), ("fsdp_tp", 4)]
+    ("plan", "size", "model"),
+    [
+        (pytest.param if (nth + second) % 2 else exhaustive)(*case, model)
+        for nth, case in enumerate(TIED_PLANS)
+        for second, model in enumerate(TIED)
+    ],
 )
-def test_tied_weights_stay_tied(ranks: Ranks, plan: str, size: int, model: list[str]) -> None:
-    tied = [*model, f"parallel={plan}", *OPTIMIZERS["adamw"], *COMMON]
+def test_tied_weights_stay_tied(ranks: Ranks, plan: str, size: int, model: str) -> None:
+    tied = [*TIED[model], f"parallel={plan}", *OPTIMIZERS["adamw"], *COMMON]
     agree(run_on(ranks, size, config(*tied)), reference(config(*tied), corpus(), STEPS))
 
 

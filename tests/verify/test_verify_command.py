@@ -55,14 +55,14 @@ def test_right_plans_pass(tmp_path: Path) -> None:
 
 
 def test_every_axis_of_a_plan_has_two_ranks_unless_its_mesh_says_one(ranks: Ranks, tmp_path: Path) -> None:
-    words = ["verify.plans=[hsdp_tp]", "verify.optimizers=[sgd]", "verify.steps=1"]
+    words = ["verify.plans=[hsdp]", "verify.optimizers=[sgd]", "verify.steps=1"]
     done = verify_texts(ranks, tmp_path, *words)
     assert done.code == 0, done.err
-    assert "hsdp_tp 2x2x2" in done.out
+    assert "hsdp 2x2x1" in done.out
     assert "runs without" not in done.out
     assert max(map(len, done.out.splitlines())) <= 80
     (result,) = json.loads((tmp_path / "run" / "verify.json").read_text())["results"]
-    assert result["mesh"] == {"dp_replicate": 2, "dp_shard": 2, "tp": 2}
+    assert result["mesh"] == {"dp_replicate": 2, "dp_shard": 2, "tp": 1}
 
 
 def test_an_axis_that_was_left_out_is_said(ranks: Ranks, tmp_path: Path) -> None:
