@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ HELPERS = "parsed_once composed commands traces counted_steps checkpointed nets"
 PRELOADED = ["pytest", *(f"support.{name}" for name in HELPERS.split())]
 """What ranks would import with the function that they run, in a tenth of a second each."""
 
+gc.disable()  # until all tests are imported, which leaves nothing to collect
+
 # A shell starts jobs in the background with Ctrl-C ignored, which tests of Ctrl-C would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -35,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         fixtures = getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.ranks if "ranks" in fixtures else pytest.mark.unit)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no later collection goes through it."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

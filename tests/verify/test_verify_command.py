@@ -58,7 +58,7 @@ def test_every_axis_of_a_plan_has_two_ranks_unless_its_mesh_says_one(ranks: Rank
     words = ["verify.plans=[hsdp]", "verify.optimizers=[sgd]", "verify.steps=1"]
     done = verify_texts(ranks, tmp_path, *words)
     assert done.code == 0, done.err
-    assert "hsdp 2x2x1" in done.out
+    assert "hsdp    2x2x1" in done.out
     assert "runs without" not in done.out
     assert max(map(len, done.out.splitlines())) <= 80
     (result,) = json.loads((tmp_path / "run" / "verify.json").read_text())["results"]
