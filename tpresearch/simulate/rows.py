@@ -64,7 +64,7 @@ def with_block(two: Trace, three: Trace, two_more: Trace) -> Trace | None:
             start = places.index(chunks.start - 1) + 1
             told[start:start] = _numbered(chunk, told, like)
         found.append(tuple(told))
-    known, places = _chunks_held(two.changes, two_more.changes), _same_changes(two, three)
+    known, places = _chunks_held(two.changes, two_more.changes), _same_changes(two, three, two_more)
     if places is None or known is None:
         return None
     at_more, extra = known
@@ -75,16 +75,24 @@ def with_block(two: Trace, three: Trace, two_more: Trace) -> Trace | None:
     return _trace(found, _with_chunks(_let_go(held, two, three, two_more), places, extra))
 
 
-def _same_changes(two: Trace, three: Trace) -> list[int] | None:
-    """`_places` of what is held. At moments with as many changes, such as the sum of partial gradients, only sizes differ."""
-    counts = [Counter(one.moment for one in trace.changes) for trace in (two, three)]
-
-    def known_by(one: Change) -> Change:
-        as_many = counts[0][one.moment] == counts[1][one.moment]
-        is_sum = one.moment.startswith(BETWEEN)
-        return one._replace(grown=int(one.grown > 0 and not is_sum)) if as_many else one
-
-    return _places(*([known_by(one) for one in trace.changes] for trace in (two, three)))
+def _same_changes(two: Trace, three: Trace, two_more: Trace) -> list[int] | None:
+    """`_places` of what is held. At moments of which more rows change nothing, such as clipping, any change will do."""
+    found: list[int] = []
+    first = 0
+    for moment in dict.fromkeys(one.moment for one in three.changes):
+        ours, theirs, grown = (
+            [one for one in trace.changes if one.moment == moment] for trace in (two, three, two_more)
+        )
+        places: Sequence[int] | None = range(len(ours))  # of the sums between moments: one per kind
+        if ours and ours == grown:
+            places = [0] * len(theirs)
+        elif not moment.startswith(BETWEEN):
+            places = _places(ours, theirs)
+        if places is None:
+            return None
+        found += [first + at for at in places]
+        first += len(ours)
+    return found if len(found) == len(three.changes) else None
 
 
 def _let_go(held: Sequence[Change], two: Trace, three: Trace, two_more: Trace) -> list[Change]:
