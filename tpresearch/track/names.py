@@ -31,36 +31,36 @@ METRICS = (
     Metric(
         "train/loss",
         "nats/token",
-        "train.loss over the global batch, before the update: cross-entropy unless asked otherwise",
+        "train.loss over the global batch, before the update: cross-entropy by default",
     ),
-    Metric("train/grad_norm", "", "norm of the whole gradient, before clipping"),
+    Metric("train/grad_norm", "", "norm of the global gradient, before clipping"),
     Metric("train/lr", "", "learning rate of this update"),
-    Metric("val/loss", "nats/token", "cross-entropy over the held-out rows, where this step evaluated"),
-    Metric("perf/step_time_s", "s", "wall time of a step, averaged since the last logged one"),
+    Metric("val/loss", "nats/token", "cross-entropy over the held-out rows, at steps that evaluate"),
+    Metric("perf/step_time_s", "s", "wall time per step, averaged since the last logged one"),
     Metric("perf/tokens_per_second", "tokens/s", "tokens per second over all ranks"),
     Metric("perf/tokens_per_second_per_device", "tokens/s", "tokens per second, divided by the world size"),
-    Metric("perf/mfu", "", "model FLOPs over the peak, attention counted whole (6N + 12Lhs per token)"),
-    Metric(
-        "perf/mfu_causal", "", "model FLOPs over the peak, attention counted causal (6N + 6Lhs per token)"
-    ),
+    Metric("perf/mfu", "", "model FLOPs over the peak, with full attention (6N + 12Lhs per token)"),
+    Metric("perf/mfu_causal", "", "model FLOPs over the peak, with causal attention (6N + 6Lhs per token)"),
     Metric(
         "time/data_s",
         "s",
-        "time the host took to have a step's batch ready; on a GPU it overlaps with the step before",
+        "host time to prepare a step's batch; on a GPU it overlaps with the previous step",
     ),
     Metric(
-        "time/forward_s", "s", "time of a step in the forward pass, collectives that it waits for included"
+        "time/forward_s", "s", "time per step in the forward pass, including collectives that it waits for"
     ),
-    Metric("time/loss_s", "s", "time of a step in the loss"),
-    Metric("time/backward_s", "s", "time of a step in the backward pass"),
-    Metric("time/clip_s", "s", "time of a step in the gradient norm and clipping"),
-    Metric("time/optimizer_s", "s", "time of a step in the update"),
-    Metric("memory/peak_bytes", "bytes", "most memory the device of rank 0 has held"),
+    Metric("time/loss_s", "s", "time per step in the loss"),
+    Metric("time/backward_s", "s", "time per step in the backward pass"),
+    Metric("time/clip_s", "s", "time per step in the gradient norm and clipping"),
+    Metric("time/optimizer_s", "s", "time per step in the update"),
+    Metric("memory/peak_bytes", "bytes", "peak memory of rank 0's device"),
     Metric(
-        "memory/reserved_bytes", "bytes", "most memory CUDA's allocator has reserved on rank 0; null on a CPU"
+        "memory/reserved_bytes", "bytes", "peak memory reserved by CUDA's allocator on rank 0; null on a CPU"
     ),
     Metric(
-        "memory/alloc_retries", "times", "that allocator has emptied its cache to make room; null on a CPU"
+        "memory/alloc_retries",
+        "times",
+        "how often that allocator has emptied its cache to make room; null on a CPU",
     ),
     Metric("comm/bytes_per_step", "bytes", "bytes rank 0 sends in a step, by the ring formulas"),
 )
