@@ -42,9 +42,7 @@ METRICS = (
     Metric("perf/mfu", "", "model FLOPs over the peak, with full attention (6N + 12Lhs per token)"),
     Metric("perf/mfu_causal", "", "model FLOPs over the peak, with causal attention (6N + 6Lhs per token)"),
     Metric(
-        "time/data_s",
-        "s",
-        "host time to prepare a step's batch; on a GPU it overlaps with the previous step",
+        "time/data_s", "s", "host time to prepare a step's batch; on a GPU it overlaps with the previous step"
     ),
     Metric(
         "time/forward_s", "s", "time per step in the forward pass, including collectives that it waits for"
