@@ -134,9 +134,7 @@ def test_in_one_process_a_plan_of_several_ranks_is_there_to_look_at(ranks: Ranks
     assert seen["held"] == (6_738_415_616 - replicated) // 64 + replicated // 8
     assert seen["wq"] == ((4096, 4096), (64, 4096), "meta")
     assert seen["mesh"] == {"dp_replicate": 1, "dp_shard": 8, "tp": 8}
-    sentence = (
-        "parallel=fsdp_tp: this one process has what the first of its 64 ranks would hold, to look at; "
-    )
+    sentence = "parallel=fsdp_tp: this process holds what rank 0 of 64 would hold, for inspection only; "
     assert set(seen["refused"]) == {
         f"{sentence}to compute with it, torchrun --nproc-per-node=64 SCRIPT.py; or parallel=none"
     }

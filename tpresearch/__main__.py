@@ -14,15 +14,15 @@ from tpresearch.launch.options import command
 
 COMMANDS = {
     "train": "train the composed config; on several ranks: torchrun --nproc-per-node=4 -m tpresearch.train",
-    "verify": "hold parallel plans to the same training in a single process",
-    "compare": "put runs side by side: a table, a page, PNGs",
-    "simulate": "one step of the real code on ranks that are not there, priced for a cluster",
+    "verify": "compare parallel plans with the same training in a single process",
+    "compare": "compare runs side by side: a table, an HTML page, PNGs",
+    "simulate": "predict time and memory of a step on any cluster, without its GPUs",
     "planner": "rank all legal plans and meshes for a cluster",
     "calibrate": "measure this machine and write a cluster file",
     "prepare": "tokenize and pack the data ahead of time",
-    "checkpoints": "list a run's checkpoints, whole or not",
+    "checkpoints": "list a run's checkpoints and whether each is complete",
     "export": "write a checkpoint as a Hugging Face model",
-    "import_hf": "read a Hugging Face model as first weights",
+    "import_hf": "write a Hugging Face model as a checkpoint",
     "dashboard": "save a W&B workspace that compares the runs of a group",
 }
 """Each is a module of this name in the package; one that is not there is not listed."""
@@ -51,7 +51,7 @@ def _dispatch() -> None:
 
 def _usage(there: dict[str, str]) -> str:
     listed = "\n".join(f"  {name:<12}  {what}" for name, what in there.items())
-    return f"tpresearch COMMAND [key=value ...]\n\n{listed}\n\nEach answers --help, and is `python -m tpresearch.COMMAND` too."
+    return f"tpresearch COMMAND [key=value ...]\n\n{listed}\n\nEach command has --help and also runs as `python -m tpresearch.COMMAND`."
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def load(*overrides: str, config_name: str = "train") -> Config:
     """The typed config that a command line of these overrides composes: `load("model=llama2_7b", "mesh.tp=8")`.
 
     Args:
-        overrides: as they are typed, `hydra.searchpath=[file://mine/conf]` for a folder of one's own among them.
+        overrides: as on the command line, including `hydra.searchpath=[file://mine/conf]` for your own config folder.
         config_name: the file of conf/ to compose: `train`, or `verify`.
 
     Raises:
@@ -191,7 +191,7 @@ def _to_look_at(cfg: Config, ranks: int) -> Job:
     model = parallelize(job.model, job.plan, eager, mesh, cfg.train.dtype)
     in_script = sys.argv[0].endswith(".py") and "ipykernel" not in sys.argv[0]
     script = shlex.join(sys.argv) if in_script else "SCRIPT.py"
-    why = f"this one process has what the first of its {ranks} ranks would hold, to look at"
+    why = f"this process holds what rank 0 of {ranks} would hold, for inspection only"
     legal = f"to compute with it, torchrun --nproc-per-node={ranks} {script}; or parallel=none"
     missing = ConfigError("parallel", cfg.parallel.name, why, legal, fix={}, nproc=ranks)
     return Job(first_state(model, cfg, job.plan, mesh), mesh, missing)

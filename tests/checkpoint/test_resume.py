@@ -66,8 +66,8 @@ def test_what_may_change(changed: str) -> None:
         ("schedule=wsd", "schedule.name=wsd: this run was started with cosine"),
         ("init_from=/somewhere", "init_from=/somewhere: this run was started with null"),
         ("train.clip_grad_norm=null", "train.clip_grad_norm=null: this run was started with 1.0"),
-        ("train.steps=49", "train.steps=49: this run is to end at step 50"),
-        ("train.steps=null train.tokens=256", "train.tokens=256: this run is to end at step 50"),
+        ("train.steps=49", "train.steps=49: this run ends at step 50"),
+        ("train.steps=null train.tokens=256", "train.tokens=256: this run ends at step 50"),
         ("defects.keep_gradients=true", "defects.keep_gradients=true"),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_mark_without_a_key_that_is_newer_has_its_default() -> None:
 
 def test_kept_gradients_are_in_no_checkpoint() -> None:
     cfg = config(*STARTED, "defects.keep_gradients=true")
-    with pytest.raises(ConfigError, match="are in no checkpoint") as refused:
+    with pytest.raises(ConfigError, match="are not in any checkpoint") as refused:
         check_experiment(of(cfg), cfg)
     assert refused.value.fix == {"resume": "never"}
 

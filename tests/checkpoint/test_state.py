@@ -125,7 +125,7 @@ def test_tensors_are_read_one_by_one_without_ranks(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, 1)
     (found,) = read_tensors(folder, ["model.output.weight"])
     assert torch.equal(found[1], went.state["model.output.weight"])
-    with pytest.raises(BrokenCheckpoint, match=r"it holds no model\.x"):
+    with pytest.raises(BrokenCheckpoint, match=r"it does not contain model\.x"):
         list(read_tensors(folder, ["model.x"]))
 
 

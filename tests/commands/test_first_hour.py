@@ -73,7 +73,7 @@ def test_from_a_clone_to_a_run_that_goes_on(
     assert minutes < 5
 
     made = typed(f"make -o .venv/.ready train ARGS='{SMALL}'")
-    assert "learning a BPE" in made.err  # its progress is seen, whichever rank prepares
+    assert "training a BPE" in made.err  # its progress is seen, whichever rank prepares
     assert "waiting for" not in made.err
     for command in rest:
         typed(command)
@@ -95,7 +95,7 @@ def test_from_a_clone_to_a_run_that_goes_on(
         out, err = run.communicate()
     assert run.returncode == 130, err
     assert "Traceback" not in err
-    stopped, _, goes_on = out.partition("stopped by SIGINT after step ")[2].partition("; to go on: ")
+    stopped, _, goes_on = out.partition("stopped by SIGINT after step ")[2].partition("; to resume: ")
     ended = typed(goes_on.splitlines()[0])
     assert f"step {stopped}" in ended.err
     assert "100 (" in ended.out

@@ -19,13 +19,13 @@ FOUR, TWO, ONE = "torchrun --nproc-per-node=4", "torchrun --nproc-per-node=2", "
 PROPOSED = [
     (
         "",
-        "parallel=fsdp_tp: it is for several ranks (along dp_shard and tp), and this is one process",
+        "parallel=fsdp_tp: needs several ranks (along dp_shard and tp), but this is a single process",
         FOUR,
         "",
     ),
     (
         "parallel=tp mesh.tp=2",
-        "parallel=tp: it is for several ranks (along tp), and",
+        "parallel=tp: needs several ranks (along tp), but",
         TWO,
         "parallel=tp mesh.tp=2",
     ),

@@ -21,38 +21,42 @@ REFUSED = [
     (
         8,
         "parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=2",
-        "mesh.tp=2: dp_shard=2*tp=2 is 4 ranks and the world has 8; mesh.tp=4, or 4 ranks",
+        "mesh.tp=2: dp_shard=2*tp=2 is 4 ranks, but the world size is 8; mesh.tp=4, or 4 ranks",
     ),
     (
         5,
         "parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=2",
-        "mesh.tp=2: dp_shard=2*tp=2 is 4 ranks and the world has 5; 4 ranks",
+        "mesh.tp=2: dp_shard=2*tp=2 is 4 ranks, but the world size is 5; 4 ranks",
     ),
     (
         1,
         "plan_only=true world_size=5 parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=2",
-        "mesh.tp=2: dp_shard=2*tp=2 is 4 ranks and the world has 5; 4 ranks",
+        "mesh.tp=2: dp_shard=2*tp=2 is 4 ranks, but the world size is 5; 4 ranks",
     ),
     (
         4,
         "parallel=hsdp mesh.dp_shard=-1 mesh.dp_replicate=-1",
-        "mesh.dp_shard=-1: mesh.dp_replicate is -1 too; one axis at most can take what is left",
+        "mesh.dp_shard=-1: mesh.dp_replicate is -1 too; at most one axis can be -1",
     ),
     (
         4,
         "parallel=fsdp mesh.tp=2",
         "mesh.tp=2: parallel=fsdp does not shard over this axis; it uses mesh.dp_shard; plans with tp: tp sp ",
     ),
-    (4, "parallel=fsdp_tp mesh.tp=0", "mesh.tp=0: not a number of ranks; 1 or more, -1 for what is left"),
+    (
+        4,
+        "parallel=fsdp_tp mesh.tp=0",
+        "mesh.tp=0: not a number of ranks; 1 or more, -1 for the remaining ranks",
+    ),
     (
         2,
         "parallel=none",
-        "parallel=none: runs on a single process, but the world size is 2; 1 rank, or a plan that shares",
+        "parallel=none: runs on a single process, but the world size is 2; 1 rank, or a plan for several ranks",
     ),
     (
         4,
         "parallel=tp mesh.tp=2",
-        "mesh.tp=2: tp=2 is 2 ranks and the world has 4; mesh.tp=4, or a plan that has a data axis for the",
+        "mesh.tp=2: tp=2 is 2 ranks, but the world size is 4; mesh.tp=4, or a plan with a data axis for the remaining",
     ),
     # What tp does not divide.
     (
@@ -101,7 +105,7 @@ REFUSED = [
         1,
         f"{PLAN} parallel=tp model.plans.tp.out.match=layers.*.attention.w?",
         "model.plans.tp.out.match=layers.*.attention.w?: module layers.0.attention.wq has the rule qkv already; "
-        "one rule a module: narrow qkv or out",
+        "one rule per module: narrow qkv or out",
     ),
     (
         1,
@@ -142,7 +146,7 @@ REFUSED = [
     (
         1,
         "parallel=none profiler.memory=true",
-        "profiler.memory=true: profiler=none, and the snapshot is of the steps that are profiled; profiler=memory",
+        "profiler.memory=true: the snapshot covers the profiled steps, but profiler=none; profiler=memory",
     ),
     (1, "parallel=none device=cuda", "device=cuda: torch sees no CUDA device; cpu or auto"),
     # The data.
@@ -189,7 +193,7 @@ REFUSED = [
     (
         1,
         "parallel=none model.vocab_size=299",
-        "model.vocab_size=299: the tokenizer has 300 entries; as many or more",
+        "model.vocab_size=299: the tokenizer has 300 entries; at least as many",
     ),
 ]
 # No other config mends these: a file is at fault, or the CPU once the compiler is there.

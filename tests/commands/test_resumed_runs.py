@@ -93,7 +93,7 @@ def test_a_complete_run_that_is_started_again_is_left_as_it_is(train: Start, tmp
     for words in (again, ["resume=mine", "parallel=none"]):
         done = train(None, tmp_path, *words)
         assert done.code == 0, done.err
-        assert f"all 2 steps are done: {run}; with more train.steps it goes on" in done.err
+        assert f"all 2 steps are done: {run}; to continue, set more train.steps" in done.err
         assert record() == before
 
 

@@ -39,7 +39,7 @@ def test_a_folder_that_is_in_use_is_refused_with_one_that_is_free(train_py, tmp_
         done = train_py(*TINY, "hydra.run.dir=D")
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
     assert done.err.startswith(
-        "error: hydra.run.dir=D: another run is using this folder; its end, or a folder"
+        "error: hydra.run.dir=D: another run is using this folder; wait for its end, or use another folder"
     )
     assert done.command_to_try[-1] == "hydra.run.dir=D-2"
 
@@ -78,7 +78,7 @@ REFUSED = [
     ("data.cache_dir=''", "data.cache_dir=: names no folder"),
     (
         "parallel.name=tp",
-        "parallel.name=tp: parallel=none was chosen, and its record would tell of another plan",
+        "parallel.name=tp: parallel=none was chosen, and the record would name another plan",
     ),
 ]
 

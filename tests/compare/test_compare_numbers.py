@@ -307,7 +307,10 @@ def test_a_run_from_a_seed_that_the_baseline_lacks_is_compared_with_none_of_its_
         assert line in out.getvalue()
         assert line in report.markdown()
     alone = differences([Science([one, four], one)], LOSS)
-    assert (len(alone.points), alone.notes) == (0, ["No run has rows at the baseline's tokens.", left_out[0]])
+    assert (len(alone.points), alone.notes) == (
+        0,
+        ["No run has rows at the baseline's token counts.", left_out[0]],
+    )
     # for single runs, overlaid though seeds differ, the difference is what was asked for
     apart = one_by_one(runs)
     assert max_differences([Science(apart, apart[0])])[two.runs[1].folder] == 2.25

@@ -49,7 +49,7 @@ def test_a_process_without_torchrun_is_a_world_of_one(left: dict[str, str]) -> N
         ({"RANK": "8"}, "RANK=8: there are ranks 0 to 7"),
         ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4: there are ranks 0 to 3"),
         ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3: does not divide WORLD_SIZE=8"),
-        ({"LOCAL_WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "LOCAL_WORLD_SIZE=0: no rank is without itself"),
+        ({"LOCAL_WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "LOCAL_WORLD_SIZE=0: a group has at least one rank"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: no port is above 65535"),
         (dict.fromkeys({*TORCHRUN} - {"TORCHELASTIC_RUN_ID"}, ""), "TORCHELASTIC_RUN_ID=x: RANK is not set"),
     ],

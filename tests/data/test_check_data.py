@@ -58,7 +58,7 @@ REFUSED_DATA = [
     ("hf", "bare", {}, "data.path", "doesn't contain any"),
     ("hf", "good.jsonl", {}, "data.path", "is a file"),
     ("hf", "./absent", {}, "data.path", "there is no such folder"),
-    ("hf", None, {}, "data.path", "no data set is named"),
+    ("hf", None, {}, "data.path", "no dataset is named"),
     ("jsonl", "good.jsonl", {"streaming": True}, "data.streaming", "not read over the network"),
     ("text", "good.txt", {"held_out_every": 1}, "data.held_out_every", "too small"),
     ("text", "good.txt", {"seq_len": 0}, "data.seq_len", "too small"),
@@ -126,10 +126,10 @@ def test_good_data_passes(here: Path, monkeypatch, source: str, path: object) ->
     assert not (here / "not").exists()
 
 
-@pytest.mark.parametrize("denied", ["may not be read", "cannot be read: Input/output error"])
+@pytest.mark.parametrize("denied", ["is not readable", "cannot be read: Input/output error"])
 def test_a_file_that_cannot_be_read_is_refused(here: Path, monkeypatch, denied: str) -> None:
     """Root may read everything, so the denial is made up."""
-    if denied.startswith("may not"):
+    if denied.startswith("is not"):
         monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(here / "good.txt"))
     else:
 
@@ -146,7 +146,7 @@ def test_a_file_that_cannot_be_read_is_refused(here: Path, monkeypatch, denied: 
 
 def test_a_cache_that_cannot_be_written_is_refused(here: Path, monkeypatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(ConfigError, match="no files can be written in") as refusal:
+    with pytest.raises(ConfigError, match="is not writable") as refusal:
         check_data(DataConfig(cache_dir=str(here / "cache")), TokenizerConfig())
     assert refusal.value.field == "data.cache_dir"
 

@@ -131,7 +131,7 @@ def test_a_shorter_context_is_not_another_model(folder: Path) -> None:
 
 def test_another_model_is_refused(folder: Path) -> None:
     said = refusal(folder, "model=toy_mlp", "tokenizer.vocab_size=263")
-    assert said.startswith(f"init_from={folder}: it holds a Llama, and this model has no setting max_seq_len")
+    assert said.startswith(f"init_from={folder}: it holds a Llama, but this model has no setting max_seq_len")
 
 
 def shard_with(folder: Path, tensor: str) -> Path:
@@ -255,7 +255,7 @@ def test_a_tied_weight_may_be_there_twice_if_it_is_the_same(make_llama) -> None:
     save_file(tensors | {HEAD: tensors["model.embed_tokens.weight"].clone()}, path)
     check(folder)
     save_file(tensors | {HEAD: tensors["model.embed_tokens.weight"] + 1}, path)
-    assert "config.json ties lm_head.weight to model.embed_tokens.weight, and they differ" in refusal(folder)
+    assert "config.json ties lm_head.weight to model.embed_tokens.weight, but they differ" in refusal(folder)
 
 
 class Hub(http.server.SimpleHTTPRequestHandler):

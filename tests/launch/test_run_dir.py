@@ -129,7 +129,7 @@ def test_a_folder_with_a_checkpoint_is_gone_on_with_unless_the_config_says_never
 
 def test_files_that_no_run_has_left_are_not_written_over(tmp_path: Path) -> None:
     leave(tmp_path / "mine", "config.yaml", "notes.txt")
-    with pytest.raises(ConfigError, match=r"mine: holds config\.yaml that no run has left there") as refused:
+    with pytest.raises(ConfigError, match=r"mine: holds config\.yaml not left there by a run") as refused:
         agree("mine")
     assert there(tmp_path / "mine") == {"config.yaml", "notes.txt"}
     assert refused.value.fix == {"hydra.run.dir": Path("mine/run")}
@@ -191,7 +191,7 @@ def test_ranks_of_other_hosts_hear_that_rank_0_is_refused(monkeypatch: pytest.Mo
             waits.result()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the refusal was of the first start
     monkeypatch.setattr(run_dir, "PATIENCE", timedelta(seconds=1))
-    with pytest.raises(ConfigError, match="rank 0 has agreed on no folder in 1 s"):
+    with pytest.raises(ConfigError, match="rank 0 did not agree on a folder within 1 s"):
         agree("mine", elsewhere)
     assert agree("mine", rank_0) == "mine"
     assert agree("mine", elsewhere) == "mine"

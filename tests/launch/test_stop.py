@@ -236,7 +236,7 @@ def test_a_torchrun_that_is_stopped_ends_in_a_result_and_a_line(
     assert json.loads(metrics.read_text().splitlines()[-1])["train/step"] == summary["steps"]
     box, _, after = out.rpartition("┘\n")
     assert f"toy_mlp/ddp2: {status}" in box
-    stopped = f"stopped by {number.name} after step {summary['steps']}; to go on: "
+    stopped = f"stopped by {number.name} after step {summary['steps']}; to resume: "
     assert after == f"{stopped}torchrun --nproc-per-node=2 {TRAIN} resume=run\n"
     assert "Traceback" not in err
     assert "Sending process" not in err

@@ -227,7 +227,7 @@ def test_a_job_of_a_killed_start_is_waited_for_and_named(
     with subprocess.Popen([sys.executable, "-c", "input()"], env=env, stdin=subprocess.PIPE) as left:
         wait_for(lambda: processes_of(sweep.folder / "0") == [left.pid])
         monkeypatch.setattr("tpresearch.sweep.running.GRACE_S", 0)
-        runs = f"a job of an earlier start still runs in {sweep.folder}/0, as process {left.pid}"
+        runs = f"a job of an earlier launch is still running in {sweep.folder}/0, as process {left.pid}"
         with pytest.raises(ConfigError, match=f"hydra.sweep.dir={sweep.folder}: {runs}; its end, "):
             sweep("parallel=none,tp")
         assert sweep.started == []
@@ -286,7 +286,7 @@ def test_ranks_that_do_not_fill_nodes_alike_are_refused(
     monkeypatch.setattr(launcher.TorchrunLauncher, "ranks_per_node", 4)
     with pytest.raises(ConfigError) as refused:
         sweep("parallel=fsdp", "world_size=5", "train.global_batch_size=10")
-    assert str(refused.value).startswith("hydra.launcher.ranks_per_node=4: 5 ranks cannot be spread")
+    assert str(refused.value).startswith("hydra.launcher.ranks_per_node=4: 5 ranks cannot be divided evenly")
 
 
 def test_no_two_sweeps_run_in_one_folder(sweep: Sweep) -> None:

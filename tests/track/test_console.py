@@ -216,5 +216,5 @@ def test_a_stopped_run_ends_in_the_command_that_goes_on(
     box, _, after = out.getvalue().rpartition("┘\n")
     assert "m/tp2: interrupted" in box
     program = shlex.join(program_words())
-    assert after.startswith("stopped by SIGINT after step 4; to go on: ")
+    assert after.startswith("stopped by SIGINT after step 4; to resume: ")
     assert after.endswith(f"torchrun --nproc-per-node=2 {program} {typed}\n")

@@ -174,7 +174,7 @@ def test_nothing_on_the_way_out_costs_the_summary(
     assert (summary["steps"], summary["train/loss"], len(read_metrics(run_dir))) == (8, 7.75, 8)
     said = [record.message for record in caplog.records]
     assert said == [
-        f"{run_dir} was removed while the run went on: its record is here again",
+        f"{run_dir} was deleted during the run: its record is written again",
         "the report cannot be shown: ZeroDivisionError: division by zero",
     ]
 

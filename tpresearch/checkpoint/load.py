@@ -106,7 +106,7 @@ def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tens
     saved = tensors_of(read_checkpoint(folder))
     for name in names:
         if name not in saved:
-            raise BrokenCheckpoint(f"it holds no {name}")
+            raise BrokenCheckpoint(f"it does not contain {name}")
         tensor = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
         try:
             _read(folder, {name: tensor}, None)
@@ -141,7 +141,7 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
     metadata = _Reader(checkpoint.folder).read_metadata()
     files = {stored.relative_path for stored in metadata.storage_data.values()}
     if strange := files - checkpoint.mark.files.keys():
-        raise BrokenCheckpoint(f".metadata speaks of {min(strange)}, which is no file of this checkpoint")
+        raise BrokenCheckpoint(f".metadata names {min(strange)}, which is not a file of this checkpoint")
     found = metadata.state_dict_metadata
     return {name: about for name, about in found.items() if isinstance(about, TensorStorageMetadata)}
 

@@ -107,7 +107,7 @@ def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpo
 def _unusable(field: str, value: object, why: str) -> ConfigError:
     legal, fix = "a run that has one", {}
     if field == "resume":
-        legal, fix = f"{legal}; resume=never begins anew and sets these aside", {field: NEVER}
+        legal, fix = f"{legal}; resume=never starts over and sets these aside", {field: NEVER}
     return ConfigError(field, value, why, legal, fix=fix or None)
 
 
@@ -127,7 +127,7 @@ def check_begun(checkpoint: Checkpoint) -> None:
     """
     if checkpoint.step == 0:
         run = run_of(checkpoint.folder)
-        why, legal = "no step was taken there: it holds first weights alone", "init_from, for a new run"
+        why, legal = "no step was taken there: it holds only initial weights", "init_from, for a new run"
         fix = {"model": "hf", "init_from": run, "resume": None, "hydra.run.dir": None}
         raise ConfigError("resume", run, why, legal, fix=fix)
 
@@ -145,11 +145,11 @@ def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
         key, before, now = different
         raise ConfigError(key, now, f"this run was started with {shown(before)}", legal, fix=fix)
     if cfg.defects.keep_gradients:
-        why = "its gradients since the first step are in no checkpoint"
+        why = "its gradients accumulated since the first step are not in any checkpoint"
         raise ConfigError("defects.keep_gradients", True, why, "resume=never", fix={"resume": NEVER})
     if (steps := total_steps(cfg)) < mark.steps:
         key, value = ("train.steps", steps) if cfg.train.steps else ("train.tokens", cfg.train.tokens)
-        why = f"this run is to end at step {mark.steps}, and its learning rates follow from that"
+        why = f"this run ends at step {mark.steps}, on which its learning rates depend"
         raise ConfigError(key, value, why, "as many steps or more, or a new run from these weights", fix=fix)
 
 

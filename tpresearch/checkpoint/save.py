@@ -221,7 +221,7 @@ class Saver:
             disk.clear_drafts(self._run)
         if last:
             raise NotSaved(f"there is no checkpoint of the last step, {mark.step}: {why}")
-        log.warning("step %d: no checkpoint of it: %s", mark.step, why)
+        log.warning("step %d: checkpoint not saved: %s", mark.step, why)
 
 
 class _Writer(dcp.FileSystemWriter):

@@ -85,7 +85,7 @@ def differences(sciences: Sequence[Science], metric: str) -> Numbers:
     }
     points = _mean(_gaps(compared, metric), sizes)
     if points.empty:
-        return Numbers(notes=["No run has rows at the baseline's tokens.", *notes])
+        return Numbers(notes=["No run has rows at the baseline's token counts.", *notes])
     notes += [
         f"{group.label} has no rows at the tokens of {science.baseline.label}."
         for science in compared

@@ -29,12 +29,15 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
     used = used_axes(parallel)
     rest = [name for name, size in given.items() if size == -1]
     if len(rest) > 1:
-        why, legal = f"mesh.{rest[0]} is -1 too", "one axis at most can take what is left"
+        why, legal = f"mesh.{rest[0]} is -1 too", "at most one axis can be -1"
         raise ConfigError(f"mesh.{rest[1]}", -1, why, legal)
     for axis in AXES:
         size = given[axis.name]
         if size is not None and size != -1 and size < 1:
-            why, legal = "not a number of ranks", "1 or more, -1 for what is left, null for the plan's choice"
+            why, legal = (
+                "not a number of ranks",
+                "1 or more, -1 for the remaining ranks, null for the plan's default",
+            )
             raise ConfigError(f"mesh.{axis.name}", size, why, legal)
         if axis not in used and size is not None and size > 1:
             why = f"parallel={parallel.name} does not shard over this axis"
@@ -88,21 +91,21 @@ def _refuse_product(
 ) -> None:
     if not used:
         why = f"runs on a single process, but the world size is {world}"
-        legal = f"1 rank, or a plan that shares the work: {' '.join(_all_options())}"
+        legal = f"1 rank, or a plan for several ranks: {' '.join(_all_options())}"
         raise ConfigError("parallel", parallel.name, why, legal, fix={"parallel": "fsdp"})
     name = [axis.name for axis in used if given[axis.name] not in (None, -1)][-1]
     others = sizes.world // sizes[name]
     product = "*".join(f"{axis.name}={sizes[axis.name]}" for axis in used)
     fix: dict[str, object] = {}
     if used == (TENSOR,) and world % sizes.world == 0:
-        legal = f"mesh.tp={world}, or a plan that has a data axis for the rest: fsdp_tp"
+        legal = f"mesh.tp={world}, or a plan with a data axis for the remaining ranks: fsdp_tp"
         fix = {"parallel": "fsdp_tp"}
     elif world % others == 0:
         legal = f"mesh.{name}={world // others}, or {sizes.world} ranks"
         fix = {f"mesh.{name}": world // others}
     else:
         legal = f"{sizes.world} ranks"
-    why = f"{product} is {sizes.world} ranks and the world has {world}"
+    why = f"{product} is {sizes.world} ranks, but the world size is {world}"
     raise ConfigError(f"mesh.{name}", sizes[name], why, legal, fix=fix, nproc=None if fix else sizes.world)
 
 

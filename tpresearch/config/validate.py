@@ -123,7 +123,7 @@ def _check_vocabulary(cfg: Config) -> None:
     size = cfg.model.args.get("vocab_size")
     if isinstance(size, int) and size < cfg.tokenizer.vocab_size:
         why = f"the tokenizer has {cfg.tokenizer.vocab_size} entries"
-        legal = "as many or more; left alone, it follows the tokenizer"
+        legal = "at least as many; by default it follows the tokenizer"
         raise ConfigError("model.vocab_size", size, why, legal)
 
 
@@ -134,7 +134,7 @@ def _check_length(cfg: Config) -> None:
             why, legal = f"a row of {cfg.init_from} has at most {longest} tokens", f"up to {longest}"
             raise ConfigError("data.seq_len", cfg.data.seq_len, why, legal, fix={"data.seq_len": longest})
         why = f"rows have data.seq_len={cfg.data.seq_len} tokens"
-        legal = "as many or more; left alone, it follows data.seq_len"
+        legal = "at least as many; by default it follows data.seq_len"
         raise ConfigError("model.max_seq_len", longest, why, legal)
 
 
@@ -144,7 +144,7 @@ def _check_checkpoints(cfg: Config) -> None:
         raise ConfigError("checkpoint.background", background, "no such choice", "true, false or auto")
     every, for_ever = cfg.checkpoint.every, cfg.checkpoint.keep_every
     if for_ever is not None and (every is None or for_ever % every):
-        why = f"with checkpoint.every={shown(every)} there is no checkpoint of each of these steps"
+        why = f"with checkpoint.every={shown(every)} not every one of these steps has a checkpoint"
         legal = f"a multiple of {every}" if every else "null, or a checkpoint.every that divides it"
         fix = {"checkpoint.keep_every": -(-for_ever // every) * every if every else None}
         raise ConfigError("checkpoint.keep_every", for_ever, why, legal, fix=fix)
@@ -159,7 +159,7 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
         why, legal = "async TP requires parallel.compile=true", "parallel.compile=true"
         raise ConfigError("parallel.async_tp", True, why, legal, fix={"parallel.compile": "true"})
     if parallel.activation_checkpointing is Checkpointing.budget and not parallel.compile:
-        why = "the compiler chooses what is recomputed, and parallel.compile=false"
+        why = "the compiler chooses what to recompute, but parallel.compile=false"
         legal = "parallel.compile=true, or none, selective or full"
         fix = {"parallel.compile": "true"}
         raise ConfigError("parallel.activation_checkpointing", "budget", why, legal, fix=fix)
@@ -169,7 +169,7 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
         legal = "an earlier one from 3 on, or more train.steps"
         raise ConfigError("profiler.first_step", cfg.profiler.first_step, why, legal)
     if cfg.profiler.memory and cfg.profiler.name is ProfilerName.none:
-        why = "profiler=none, and the snapshot is of the steps that are profiled"
+        why = "the snapshot covers the profiled steps, but profiler=none"
         raise ConfigError("profiler.memory", True, why, "profiler=memory", fix={"profiler": "memory"})
     if cfg.train.weights is WeightDtype.bfloat16 and cfg.train.dtype is not Dtype.bfloat16:
         why = f"train.dtype={cfg.train.dtype} computes on wider numbers than that"

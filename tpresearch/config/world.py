@@ -70,7 +70,7 @@ class World:
         rank, size, local_rank, local_size = (_whole(given, name) for name in PLACE)
         for name, value in (("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", local_size)):
             if value < 1:
-                raise WrongEnvironment(name, value, "no rank is without itself", given)
+                raise WrongEnvironment(name, value, "a group has at least one rank", given)
         if size > 1:
             _text(given, "MASTER_ADDR")
             if (port := _whole(given, "MASTER_PORT")) not in PORTS:

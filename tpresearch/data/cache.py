@@ -62,7 +62,10 @@ def build_once(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             why, legal = "no space left", "a disk with room"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            why, legal = f"{error.filename} may not be used by user {os.getuid()}", "a folder of one's own"
+            why, legal = (
+                f"{error.filename} may not be used by user {os.getuid()}",
+                "a folder that this user can write",
+            )
         else:
             raise
         raise ConfigError("data.cache_dir", folder.parent.parent, why, legal) from error

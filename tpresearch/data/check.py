@@ -46,7 +46,7 @@ def _check_streaming(data: DataConfig) -> None:
         raise ConfigError("data.streaming", True, why, legal, {"data.streaming": None})
     if data.streaming and data.max_tokens is None:
         why, fix = "streaming without data.max_tokens has no end", {"data.max_tokens": 10_000_000}
-        raise ConfigError("data.streaming", True, why, "a data.max_tokens beside it", fix)
+        raise ConfigError("data.streaming", True, why, "data.max_tokens as well", fix)
 
 
 def _check_cache_dir(data: DataConfig) -> None:
@@ -55,7 +55,7 @@ def _check_cache_dir(data: DataConfig) -> None:
     if not nearest.is_dir():
         why = f"{nearest} is a file" if nearest != folder else "is a file"
     elif not os.access(nearest, os.W_OK | os.X_OK):
-        why = f"no files can be written in {nearest}"
+        why = f"{nearest} is not writable"
     else:
         return
     raise ConfigError("data.cache_dir", data.cache_dir, why, "a folder in which this user may write")

@@ -82,7 +82,7 @@ def check_hub(data: DataConfig) -> None:
         ConfigError: naming the field at fault.
     """
     if not isinstance(data.path, str) or not data.path:
-        raise ConfigError("data.path", data.path, "no data set is named", LEGAL, EMBEDDED)
+        raise ConfigError("data.path", data.path, "no dataset is named", LEGAL, EMBEDDED)
     if Path(data.path).expanduser().is_file():
         legal = f"{LEGAL}; for files, data=jsonl, parquet or text"
         raise ConfigError("data.path", data.path, "is a file", legal)

@@ -169,7 +169,7 @@ class _Preparation:
                 advance(len(text))
                 yield text
 
-        what = f"learning a BPE of {self.vocab_size:,} entries"
+        what = f"training a BPE of {self.vocab_size:,} entries"
         with stage(what, self._total_bytes(), self.progress) as advance:
             texts = take_chars((train for train, _ in self._split()), self._learn_from_chars())
             tokenizer = train_bpe(told(texts), self.vocab_size)

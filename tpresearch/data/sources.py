@@ -72,7 +72,7 @@ def local_files(data: DataConfig) -> list[tuple[str, Path]]:
     files = _python_files(library, library)
     if not files:
         why = f"this Python has no source files in {library}"
-        raise ConfigError("data.source", data.source, why, "data=text with a path of one's own")
+        raise ConfigError("data.source", data.source, why, "data=text with your own path")
     if data.source is DataSource.pysource:
         spec = importlib.util.find_spec("torch")  # finds without importing
         assert spec, "tpresearch depends on torch"
@@ -120,7 +120,7 @@ def expand(path: Any) -> list[Path]:
     for file in files:
         if not os.access(file, os.R_OK):
             legal = f"a file readable by this user, {os.getuid()}"
-            raise ConfigError("data.path", file, "may not be read", legal)
+            raise ConfigError("data.path", file, "is not readable", legal)
     if not any(file.stat().st_size for file in files):
         many = "is empty" if len(files) == 1 else f"all {len(files)} files are empty"
         raise ConfigError("data.path", path, many, "files with text in them", EMBEDDED)

@@ -100,7 +100,7 @@ def tensor_files(folder: Path, named: str) -> dict[str, Path]:
         there = {path: set(_header(path, named)) for path in sorted(set(files.values()))}
         lost = next((name for name, path in files.items() if name not in there[path]), None)
         if lost is not None:
-            raise _refused(named, f"{INDEX} says that {lost} is in {files[lost].name}, and it is not")
+            raise _refused(named, f"{INDEX} says that {lost} is in {files[lost].name}, but it is not")
         return files
     if not (folder / WEIGHTS).exists():
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -141,7 +141,7 @@ def _check_tie(files: Mapping[str, Path], named: str) -> None:
     """Some folders hold a tied weight under both names; then both must be the same."""
     with safe_open(files[EMBEDDING], "pt") as one, safe_open(files[OUTPUT], "pt") as other:
         if not one.get_tensor(EMBEDDING).equal(other.get_tensor(OUTPUT)):
-            raise _refused(named, f"{CONFIG} ties {OUTPUT} to {EMBEDDING}, and they differ")
+            raise _refused(named, f"{CONFIG} ties {OUTPUT} to {EMBEDDING}, but they differ")
 
 
 def _header(path: Path, named: str) -> dict[str, tuple[list[int], str]]:

@@ -98,7 +98,7 @@ def check_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], named: st
     """
     for key, value in theirs.items():
         if key not in ours:
-            why = f"it holds a Llama, and this model has no setting {key}"
+            why = f"it holds a Llama, but this model has no setting {key}"
             legal = "model=hf, or a llama2_* of the same sizes"
             raise ConfigError("init_from", named, why, legal, fix={"init_from": named, "model": "hf"})
         if key not in NOT_COMPARED and ours[key] != value:

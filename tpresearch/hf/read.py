@@ -59,7 +59,7 @@ def check_weights(init_from: str, config: ModelConfig, model: nn.Module, downloa
     shapes = {}
     for name, parameter in model.named_parameters():
         if (there := hugging_face_name(name)) is None:
-            why = f"it holds a Llama, and no Llama has the parameter {name}"
+            why = f"it holds a Llama, which has no parameter {name}"
             raise ConfigError("init_from", init_from, why, "model=hf, or a llama2_* of the same sizes")
         shapes[there] = parameter.shape
     check_tensors(weights_folder(init_from), init_from, shapes, bool(tied_parameters(model)))

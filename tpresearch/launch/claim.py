@@ -46,7 +46,10 @@ def locked(folder: Path, patience_s: float = 0, key: str = "hydra.run.dir") -> A
     try:
         return FileLock(folder / ".lock").acquire(timeout=patience_s)
     except Timeout:
-        why, legal = f"another {key.split('.')[1]} is using this folder", "its end, or a folder of its own"
+        why, legal = (
+            f"another {key.split('.')[1]} is using this folder",
+            "wait for its end, or use another folder",
+        )
         raise ConfigError(key, folder, why, legal, fix={key: free_name(folder, "-")}) from None
     except NotImplementedError:  # a file system without locks: nothing can be held there
         return nullcontext()
@@ -60,7 +63,7 @@ def check_ours(folder: Path) -> None:
     """
     found = [name for name in RECORD if (folder / name).exists()]
     if found and not any((folder / name).exists() for name in SIGNS):
-        why = f"holds {' and '.join(found)} that no run has left there"
+        why = f"holds {' and '.join(found)} not left there by a run"
         legal = "an empty folder, or a new one"
         raise ConfigError("hydra.run.dir", folder, why, legal, fix={"hydra.run.dir": folder / "run"})
 

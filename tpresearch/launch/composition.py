@@ -128,7 +128,7 @@ def typed_config(config: DictConfig) -> Config:
 def _check_plan_name(cfg: Config, chosen: str | None) -> None:
     """A plan's name is that of its file: records, tables and messages tell of a run by it."""
     if chosen and cfg.parallel.name != Path(chosen).name:
-        why = f"parallel={chosen} was chosen, and its record would tell of another plan"
+        why = f"parallel={chosen} was chosen, and the record would name another plan"
         legal = "parallel=NAME to choose; a plan's file has its name"
         raise ConfigError("parallel.name", cfg.parallel.name, why, legal)
 

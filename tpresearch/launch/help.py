@@ -28,19 +28,19 @@ def help_text(composition: Composition, purpose: str) -> str:
     lines = [
         purpose,
         "",
-        f"python {program} [GROUP=OPTION ...] [KEY=VALUE ...]      -m: a sweep over a,b,c   --cfg job: the config composed",
+        f"python {program} [GROUP=OPTION ...] [KEY=VALUE ...]      -m: a sweep over a,b,c   --cfg job: print the composed config",
         "",
-        "GROUPS, each option a file of conf/",
+        "GROUPS: each option is a file of conf/",
         *(_line(f"  {group}", ", ".join(sorted(options))) for group, options in groups.items()),
         "",
-        "KEYS, as they are without a word typed",
+        "KEYS and their defaults",
         *(_line(f"  {key}={_short(values.get(key))}", meaning) for key, meaning in meanings().items()),
         _line(
             "  model.*", "settings of the model's class, and model.plans.<tp|sp>.<rule>.{match,style,src,dst}"
         ),
         _line(
             "  hydra.run.dir, hydra.sweep.dir",
-            "where the run's folder lies, and a sweep's; --hydra-help has the rest",
+            "folder of a run, folder of a sweep; --hydra-help has the rest",
         ),
     ]
     return "\n".join(lines)

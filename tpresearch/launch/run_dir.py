@@ -220,14 +220,14 @@ def _told(store: TCPStore) -> Path:
     try:
         while not store.check([_key()]):
             if time.monotonic() > until:
-                why = f"rank 0 has agreed on no folder in {PATIENCE.seconds} s"
+                why = f"rank 0 did not agree on a folder within {PATIENCE.seconds} s"
             if time.monotonic() > until or store.check([_key(refused=True)]):
-                raise ConfigError("hydra.run.dir", None, why, "what rank 0 asks for")
+                raise ConfigError("hydra.run.dir", None, why, "see the log of rank 0")
             time.sleep(ASKS_AGAIN_S)
         return Path(store.get(_key()).decode())
     except DistError:  # the store was in the agent of its host
         why = "torchrun has ended on the host of rank 0"
-        raise ConfigError("hydra.run.dir", None, why, "what rank 0 asks for") from None
+        raise ConfigError("hydra.run.dir", None, why, "see the log of rank 0") from None
 
 
 def _key(refused: bool = False) -> str:

@@ -71,7 +71,7 @@ def check_device(cfg: Config, device: Device) -> None:
         raise ConfigError(
             "train.dtype",
             "bfloat16",
-            f"{device.name} has no bfloat16",
+            f"{device.name} does not support bfloat16",
             "float32",
             fix={"train.dtype": "float32"},
         )
@@ -109,9 +109,7 @@ def notes_on(device: Device, cfg: Config) -> list[str]:
         kind = attention_backend(device.torch, dtype, heads, kv_heads or heads, dim // heads)
         notes.append(f"attention: torch chooses its {kind} kernel for {cfg.train.dtype} on this device")
     if device.type == "cuda" and cfg.train.dtype is Dtype.float32:
-        notes.append(
-            "float32 is computed without TF32, at a tenth of the speed of train.dtype=bfloat16 or less"
-        )
+        notes.append("float32 runs without TF32, at a tenth or less of the speed of train.dtype=bfloat16")
     return notes
 
 

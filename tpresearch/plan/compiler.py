@@ -137,7 +137,7 @@ def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
     nested = next((a for a in found for b in found if a.startswith(b + ".")), None)
     if nested or len(set(found)) < len(found):
         twice = nested or next(name for name in found if found.count(name) > 1)
-        why, legal = f"{twice} is in it twice", "modules that do not hold each other"
+        why, legal = f"{twice} is matched twice", "modules that are not nested in each other"
         raise ConfigError("model.blocks", config.blocks, why, legal)
     return found
 
@@ -170,7 +170,7 @@ def _expand(compiled: list[ResolvedRule], names: list[str]) -> dict[str, Resolve
         for name in matched:
             if name in found:
                 why = f"module {name or '.'} has the rule {found[name].name} already"
-                legal = f"one rule a module: narrow {found[name].name} or {rule.name}"
+                legal = f"one rule per module: narrow {found[name].name} or {rule.name}"
                 fix = {f"{rule.where}.match": None, f"{found[name].where}.match": None}
                 raise ConfigError(f"{rule.where}.match", rule.rule.match, why, legal, fix=fix)
             found[name] = rule

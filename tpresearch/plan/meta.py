@@ -67,14 +67,14 @@ def _check_parameters(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if is_parametrized(module):
-            why = "it is parametrized, and a rank has its parts alone"
+            why = "it is parametrized, but a rank holds only shards of it"
             legal = "a module that does so in its forward"
             raise ConfigError("model", name or type(module).__name__, why, legal)
     first: torch.dtype | None = None
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype is not (first := first or parameter.dtype):
             why = f"it is {parameter.dtype} where others are {first}".replace("torch.", "")
-            legal = "all in one dtype: in which they are kept is the config's to say"
+            legal = "one dtype for all: the config sets the dtype in which they are kept"
             raise ConfigError("model", name, why, legal)
         if parameter.is_complex():
             why, legal = "its numbers are complex", "real and imaginary part as two parameters"

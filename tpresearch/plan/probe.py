@@ -195,7 +195,7 @@ def _incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
     why = f"model {cfg.model.name} does not take {kind} {_shape(inputs.shape)}: {_line(error)}"
     legal = " ".join(f"{key}={value}" for key, value in other.items()) + ", or a model for these data"
     if kind == "numbers" and ("cannot be multiplied" in str(error) or "reduction dim" in str(error)):
-        legal = "as many numbers as its first layer takes; left alone, it follows model.dim"
+        legal = "the input width of its first layer; by default it follows model.dim"
         return ConfigError("data.width", cfg.data.width, why, legal)
     return ConfigError("data.source", cfg.data.source, why, legal, fix=dict(other))
 

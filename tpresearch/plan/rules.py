@@ -151,7 +151,7 @@ def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Resol
     where = f"model.plans.{plan}.{name}"
     if rule.axis not in LAYER_AXES:
         legal = "one of " + ", ".join(LAYER_AXES)
-        raise ConfigError(f"{where}.axis", rule.axis, "no axis that rules act on", legal)
+        raise ConfigError(f"{where}.axis", rule.axis, "not an axis that rules act on", legal)
     if rule.target:
         imported_class(f"{where}._target_", rule.target, ParallelStyle)  # type: ignore[type-abstract]
         return ResolvedRule(name, where, rule, (), (), False)
@@ -245,7 +245,7 @@ def _check_moved(name: str, rule: ResolvedRule, dims: Dims) -> None:
 def _check_dims(key: str, what: str, layouts: Layouts, dims: Ndims) -> None:
     for layout, count in zip(layouts, dims, strict=False):
         if isinstance(layout, Shard) and (count is None or not -count <= layout.dim < count):
-            had = "is no tensor" if count is None else f"has {count} dims"
+            had = "is not a tensor" if count is None else f"has {count} dims"
             legal = "null" if count is None else f"shard:{-count} to shard:{count - 1}"
             raise ConfigError(key, f"shard:{layout.dim}", f"the {what} {had}", legal)
 

@@ -232,7 +232,7 @@ def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
             f"tensor parallelism is needed: without it {name} does not fit on {gpus} devices with this batch"
         ]
     if tensor is None:
-        return ["tensor parallelism is no choice here: no legal plan with it fits"]
+        return ["tensor parallelism is not an option here: no legal plan with it fits"]
     gain = tensor.speed / plain.speed - 1
     if gain > 0.02:
         return [

@@ -86,12 +86,12 @@ def _why(one: Judged, ranking: Ranking) -> str:
 
 def _left_out(ranking: Ranking) -> Iterator[str]:
     if ranking.too_large:
-        yield f"  {len(ranking.too_large)} hold more than a device has, the least of them:"
+        yield f"  {len(ranking.too_large)} need more memory than a device has; the smallest:"
         for one in ranking.too_large[:3]:
             card = one.prediction.cluster["memory_gb"]
             yield f"    {_gb(one):.0f} of {card:.0f} GB  {one.candidate.words}"
     if ranking.refused:
-        yield f"  {len(ranking.refused)} cannot be:"
+        yield f"  {len(ranking.refused)} are not legal:"
         for why, count in Counter(one.why for one in ranking.refused).most_common(5):
             example = next(one.words for one in ranking.refused if one.why == why)
             yield f"    {count} x {why} ({example})"

@@ -33,7 +33,9 @@ def memory_text(prediction: Prediction) -> str:
     gb, spare = prediction.peak_bytes / 1e9, prediction.spare_bytes / 1e9
     card = f"{prediction.cluster['memory_gb']:.0f} GB"
     if prediction.is_tight:
-        return f"{gb:.1f} of {card}: fits with {spare:.1f} GB to spare, so near that the allocator may retry"
+        return (
+            f"{gb:.1f} of {card}: fits with {spare:.1f} GB to spare, so little that the allocator may retry"
+        )
     if prediction.fits:
         return f"{gb:.1f} of {card}: fits with {spare:.1f} GB to spare"
     return f"{gb:.1f} of {card}: does not fit; {_remedy(prediction)}"
@@ -73,7 +75,7 @@ def _memory(prediction: Prediction) -> Iterator[str]:
 
 def _time(prediction: Prediction) -> Iterator[str]:
     step = prediction.step_time_s
-    yield f"  {'time of a step':22}{'':>8}      what overlaps with other work is left out"
+    yield f"  {'time of a step':22}{'':>8}      overlapped work excluded"
     parts = sorted(prediction.time_s.items(), key=lambda item: -item[1])
     for kind, seconds in parts:
         if seconds > 0.001 * step:

@@ -151,7 +151,7 @@ def _nodes(ranks: int, ranks_per_node: int | None) -> int:
     nodes = -(-ranks // ranks_per_node) if ranks_per_node else 1
     if ranks % nodes:
         legal = " ".join(str(each) for each in range(1, (ranks_per_node or ranks) + 1) if ranks % each == 0)
-        why = f"{ranks} ranks cannot be spread over {nodes} nodes with as many on each"
+        why = f"{ranks} ranks cannot be divided evenly over {nodes} nodes"
         fix = {"hydra.launcher.ranks_per_node": legal.split()[-1]}
         raise ConfigError("hydra.launcher.ranks_per_node", ranks_per_node, why, legal, fix=fix)
     return nodes

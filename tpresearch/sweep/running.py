@@ -256,12 +256,12 @@ def await_earlier(folder: Path, say: Callable[[str], None]) -> None:
         ConfigError: if it does not end, or where a run that is no job of a sweep uses the folder.
     """
     if left := processes_of(folder):
-        runs = f"a job of an earlier start still runs in {folder}, as process {left[0]}"
+        runs = f"a job of an earlier launch is still running in {folder}, as process {left[0]}"
         say(f"{runs}: waiting for its end")
         until = time.monotonic() + GRACE_S
         while processes_of(folder):
             if time.monotonic() > until:
-                legal = "its end, or another folder for this sweep"
+                legal = "wait for its end, or use another folder for this sweep"
                 raise ConfigError("hydra.sweep.dir", folder.parent, runs, legal)
             time.sleep(POLL_S)
     if (folder / ".lock").is_file():

@@ -113,9 +113,7 @@ def figures(row: Row, val_loss: float | None, left_s: float | None) -> str:
 
 
 STOPPED = ("preempted", "interrupted")
-NO_MINIMUM = (
-    " (train.loss=sum: the sum of all outputs, which has no targets and no minimum, and falls without end)"
-)
+NO_MINIMUM = " (train.loss=sum: the sum of all outputs, which has no targets and no minimum, so it decreases without bound)"
 
 
 def report(
@@ -151,7 +149,7 @@ def _lines(
 ) -> Iterator[Text]:
     if summary["status"] in STOPPED and next_steps:
         yield Text(
-            f"{summary['error']} after step {summary['steps']}; to go on: {next_steps.to_go_on(run_dir)}"
+            f"{summary['error']} after step {summary['steps']}; to resume: {next_steps.to_go_on(run_dir)}"
         )
     elif summary.get("error"):
         yield Text(f"error  {summary['error']}", style="red")
@@ -168,7 +166,9 @@ def _results(summary: Mapping[str, Any], unigram_entropy: float | None, loss: Lo
     tokens, ranks = count_text(summary["tokens"]), summary["world_size"]
     beside = "" if unigram_entropy is None else f" (unigram entropy {loss_text(unigram_entropy)})"
     speed, mfu = summary["perf/tokens_per_second"], summary["perf/mfu"]
-    peak = "" if summary.get("float8", "none") == "none" else ", of the bfloat16 peak though in float8"
+    peak = (
+        "" if summary.get("float8", "none") == "none" else ", relative to the bfloat16 peak though in float8"
+    )
     too_short = f"{UNDEFINED} (no step after train.warmup_log_steps)"
     rows = [
         ("steps", f"{summary['steps']} ({tokens} tokens, {ranks} rank{'s' if ranks > 1 else ''})"),
@@ -218,9 +218,9 @@ class NextSteps:
             *self._under_another_plan(summary["parallel"], summary["world_size"]),
             (
                 shown(dataclasses.replace(self.command, arguments=tuple(LOOK.split()), ranks=None, hosts=1)),
-                "how 64 ranks would share 7B, compiled here",
+                "how 64 ranks would shard 7B, compiled on this machine",
             ),
-            (f"cat {path_text(run_dir)}/plan.txt", "what each rank holds, and what it sends"),
+            (f"cat {path_text(run_dir)}/plan.txt", "what each rank holds and sends"),
         ]
 
     def to_go_on(self, run_dir: Path) -> str:
@@ -244,7 +244,7 @@ class NextSteps:
             plans = dict.fromkeys(["none", plan, other])
             unknown = [each for each in plans if each not in known]
             if hosts == 1 and (not unknown or self.objection(_sweep(typed, unknown, ranks)) is None):
-                why = "side by side, in one table, with the command that draws them"
+                why = "both plans in one table, and the command that plots them"
                 yield shown(_sweep(typed, plans, ranks)), why
             return
 

@@ -75,9 +75,7 @@ class MetricsFile:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file.seek(0)
                 self._path.write_bytes(self._file.readall())
-                log.warning(
-                    "%s was removed while the run went on: its record is here again", self._path.parent
-                )
+                log.warning("%s was deleted during the run: its record is written again", self._path.parent)
             self._file.close()
         except OSError as problem:
             return problem.strerror

@@ -50,7 +50,7 @@ class TensorboardRun:
                 if value is not None:
                     self._writer.add_scalar(name, value, step)
         except Exception as error:
-            log.warning("TensorBoard stops at step %d, the record goes on: %s", step, error)
+            log.warning("TensorBoard stops at step %d, the record continues: %s", step, error)
             self._gave_up = True
 
     def close(self) -> None:

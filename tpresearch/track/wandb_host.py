@@ -47,14 +47,14 @@ def check_settings(logger: LoggerConfig, environment: Mapping[str, str] = os.env
         )
         if reserved or not value.strip() or value != value.strip() or len(value) > LONGEST:
             legal = f"at most {LONGEST} characters, and none of {' '.join(sorted(RESERVED))}"
-            why = f"has {' '.join(sorted(reserved))} in it" if reserved else "W&B takes no such name"
+            why = f"has {' '.join(sorted(reserved))} in it" if reserved else "not a valid W&B name"
             if field == "WANDB_RUN_ID":
                 raise WrongEnvironment(field, value, why, [field], legal)
             fix = {"logger.project": LoggerConfig.project, "logger.entity": "null", "logger.name": "null"}
             raise ConfigError(field, value, why, legal, {field: fix[field]} if field in fix else None)
     for tag in logger.tags:
         if not 0 < len(tag) <= LONGEST_TAG:
-            why, legal = f"W&B takes no tag of {len(tag)} characters", f"tags of 1 to {LONGEST_TAG}"
+            why, legal = f"W&B does not accept a tag of {len(tag)} characters", f"tags of 1 to {LONGEST_TAG}"
             raise ConfigError("logger.tags", tag, why, legal, fix={"logger.tags": "[]"})
     _check_variables({name: value for name, value in environment.items() if name.startswith("WANDB_")})
 
@@ -71,7 +71,7 @@ def _check_variables(given: Mapping[str, str]) -> None:
         except (ValueError, wandb.Error) as error:  # pydantic's, and its own
             said = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
             shown = "..." if "KEY" in name else value
-            raise WrongEnvironment(name, shown, "W&B does not take it", [name], said) from None
+            raise WrongEnvironment(name, shown, "W&B does not accept it", [name], said) from None
 
 
 def choose_mode(wanted: WandbMode, settings: wandb.Settings) -> Mode:

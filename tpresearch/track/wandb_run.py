@@ -166,7 +166,7 @@ class WandbRun:
     def _note(self, error: Exception) -> None:
         if self._trouble is None:
             self._trouble = _line(error)
-            log.warning("W&B: %s; metrics.jsonl has every row all the same", self._trouble)
+            log.warning("W&B: %s; metrics.jsonl has every row", self._trouble)
 
 
 class SentRows:

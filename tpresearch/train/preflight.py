@@ -132,8 +132,8 @@ def refuse_alone(cfg: Config, ranks: int) -> NoReturn:
         ConfigError: with the torchrun that has as many ranks as the mesh sizes make.
     """
     axes = " and ".join(axis.name for axis in used_axes(cfg.parallel))
-    why = f"it is for several ranks (along {axes}), and this is one process"
-    legal = "torchrun with as many ranks, parallel=none, or world_size=1 to try it on one"
+    why = f"needs several ranks (along {axes}), but this is a single process"
+    legal = "torchrun with several ranks, parallel=none, or world_size=1 to run it on one"
     raise ConfigError("parallel", cfg.parallel.name, why, legal, fix={}, nproc=ranks)
 
 

@@ -85,7 +85,7 @@ def is_complete(found: list[Checkpoint], job: Preflight, run: Run) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     if done:
-        log.info("all %d steps are done: %s; with more train.steps it goes on", steps, run.folder)
+        log.info("all %d steps are done: %s; to continue, set more train.steps", steps, run.folder)
     return done
 
 
@@ -120,11 +120,11 @@ def say_where_it_goes_on(found: list[Checkpoint], step: int, job: Preflight) -> 
     """A line in the log; and where the budget has grown, what that does to the learning rate."""
     checkpoint = next(c for c in found if c.step == step)
     mark, cfg, steps = checkpoint.mark, job.cfg, total_steps(job.cfg)
-    log.info("goes on from step %d of %d: %s", step, steps, checkpoint.folder)
+    log.info("resumes from step %d of %d: %s", step, steps, checkpoint.folder)
     if steps != mark.steps and step < steps:
         before, now = (_rate(cfg, step, total) for total in (mark.steps, steps))
         log.warning(
-            "the budget has grown from %d to %d steps: the learning rate of the next step is %.3g, where it was to be %.3g",
+            "the budget has grown from %d to %d steps: the learning rate of the next step is %.3g instead of %.3g",
             mark.steps,
             steps,
             now,

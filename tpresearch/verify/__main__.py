@@ -97,7 +97,7 @@ def print_table(results: list[Result], path: Path) -> None:
     within = results[0].tolerance if results else 0
     verdict = "each plan computes what one process does" if all(r.passed for r in results) else "MISMATCH"
     console.print(
-        f"{verdict} (relative error up to {within:.0e}; initial weights, and what ranks hold alike, to the bit)\nrecord {path}",
+        f"{verdict} (relative error up to {within:.0e}; initial weights and replicated values bitwise)\nrecord {path}",
         markup=False,
     )
 
