@@ -25,14 +25,17 @@ class OptimizerConfig:
 
     name: OptimizerName = OptimizerName.adamw
     lr: Annotated[float, POSITIVE] = 3e-3
-    """Greatest learning rate, which the schedule scales."""
+    """Peak learning rate, which the schedule scales."""
     betas: Annotated[list[float], Within(0, 1, open_above=True)] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the moments (AdamW)."""
     eps: Annotated[float, POSITIVE] = 1e-8
+    """Added to the denominator of the update (AdamW)."""
     weight_decay: Annotated[float, AtLeast(0)] = 0.1
-    """Of matrices: the share of a weight, times the learning rate, that each step takes off (AdamW), or adds to its gradient (SGD)."""
+    """Of matrices: decoupled, times the learning rate (AdamW), or added to the gradient (SGD)."""
     decay_vectors: bool = False
-    """Let weight decay reach biases and norm weights too, as torch's AdamW does unless it is told otherwise."""
+    """Apply weight decay to biases and norm weights too, as torch's AdamW does by default."""
     momentum: Annotated[float, SHARE] = 0.0
+    """Momentum (SGD)."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ class ScheduleConfig:
     min_lr_ratio: Annotated[float, SHARE] = 0.1
     """Learning rate at the end, as a fraction of optimizer.lr."""
     decay_ratio: Annotated[float, SHARE] = 0.2
-    """Share of all steps over which wsd decays, at the end."""
+    """Share of all steps, at the end, over which wsd decays."""
 
 
 @dataclass
@@ -53,38 +56,38 @@ class TrainConfig:
     tokens: Annotated[int | None, AtLeast(1)] = None
     """Tokens to train on, rounded up to whole steps; null where train.steps is the budget."""
     global_batch_size: Annotated[int, ROWS] = 24
-    """Rows per optimizer step, over all ranks and accumulation: part of the science, not of the plan."""
+    """Rows per optimizer step, over all ranks and accumulation steps: it defines the experiment, whatever the plan."""
     micro_batch_size: Annotated[int | None, ROWS] = None
-    """Rows a data-parallel rank takes through the model at once; null for all of its share."""
+    """Rows per data-parallel rank and forward pass; null for all of the rank's rows at once."""
     loss: Loss = Loss.next_token
-    """next_token: mean cross-entropy. sum: the sum of all outputs, without targets or least value, logged as train/loss."""
+    """Objective: next_token (mean cross-entropy), or sum (of all outputs, without targets or minimum), logged as train/loss."""
     loss_chunk: Annotated[int | None, AtLeast(1)] = 2048
-    """Tokens whose logits a rank holds at once; null for those of a whole micro-batch, as where the output layer has a
-    bias, and where parallel.loss_parallel=false gathers them."""
+    """Tokens whose logits a rank holds at once; null for those of a whole micro-batch, as when the output layer has a
+    bias, or parallel.loss_parallel=false gathers them."""
     seed: Annotated[int, AtLeast(0)] = 0
-    """Of first weights, the order of rows, and what models draw."""
+    """Seed of initial weights, row order, and random operations of models."""
     dtype: Dtype = Dtype.float32
-    """Dtype of the computation. bfloat16 keeps float32 weights, gradients and optimizer state, unless weights says."""
+    """Dtype of the computation. bfloat16 keeps weights, gradients and optimizer state in float32, unless train.weights is bfloat16."""
     weights: WeightDtype = WeightDtype.float32
-    """Of weights, gradients and optimizer state where dtype is bfloat16: bfloat16 halves them, and rounds each update."""
+    """Dtype of weights, gradients and optimizer state with dtype=bfloat16: bfloat16 halves their memory and rounds each update."""
     float8: Float8 = Float8.none
-    """Multiply in float8 in the blocks' linear layers, where dtype is bfloat16: scaled by tensor (faster) or by row (closer)."""
+    """Multiply in float8 in the blocks' linear layers, with dtype=bfloat16: scaled per tensor (faster) or per row (more accurate)."""
     float8_emulated: bool = False
-    """Round as float8 does, and multiply in float32: slow, on any device, to see what it does to a loss."""
+    """Round as float8 does, but multiply in float32: slow, on any device, to see its effect on the loss."""
     clip_grad_norm: Annotated[float | None, POSITIVE] = 1.0
-    """Greatest global gradient norm; null never clips."""
+    """Maximum global gradient norm; null never clips."""
     log_every: Annotated[int, AtLeast(1)] = 1
-    """Steps between logged rows: but for evaluation, the only times at which the host waits for a CUDA device."""
+    """Steps between logged rows: apart from evaluation, the only points at which the host waits for a CUDA device."""
     eval_every: Annotated[int | None, AtLeast(1)] = 50
     """Steps between evaluations on held-out rows; null for only after the last step."""
     eval_rows: Annotated[int, AtLeast(0)] = 96
     """Held-out rows read at each evaluation."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
-    """stop: at a loss or gradient norm that is not finite. skip: leave out updates whose norm is not finite."""
+    """On a non-finite loss or gradient norm: stop the run, or skip updates whose norm is not finite."""
     warmup_log_steps: Annotated[int, AtLeast(0)] = 5
-    """First steps left out of the medians of perf/* in summary.json."""
+    """First steps excluded from the medians of perf/* in summary.json."""
 
     @property
     def weight_dtype(self) -> Dtype:
-        """In which weights are kept and trained."""
+        """Dtype in which weights are kept and trained."""
         return Dtype.float64 if self.dtype is Dtype.float64 else Dtype(self.weights)
