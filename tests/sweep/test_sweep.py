@@ -228,7 +228,7 @@ def test_a_job_of_a_killed_start_is_waited_for_and_named(
         wait_for(lambda: processes_of(sweep.folder / "0") == [left.pid])
         monkeypatch.setattr("tpresearch.sweep.running.GRACE_S", 0)
         runs = f"a job of an earlier launch is still running in {sweep.folder}/0, as process {left.pid}"
-        with pytest.raises(ConfigError, match=f"hydra.sweep.dir={sweep.folder}: {runs}; its end, "):
+        with pytest.raises(ConfigError, match=f"hydra.sweep.dir={sweep.folder}: {runs}; wait for its end, "):
             sweep("parallel=none,tp")
         assert sweep.started == []
         monkeypatch.setattr("tpresearch.sweep.running.GRACE_S", 600)
