@@ -1,11 +1,11 @@
 """tpresearch: understand and compare tensor, sequence, fully-sharded and 2D parallelism.
 
-    cfg = tpresearch.load("model=llama2_debug", "parallel=tp")    what a command line of these words composes
-    tpresearch.compile_plan(cfg, world_size=4)                    what each rank would hold and send
+    cfg = tpresearch.load("model=llama2_debug", "parallel=tp")    the typed config of these overrides
+    tpresearch.compile_plan(cfg, world_size=4)                    what each rank holds and sends
     job = tpresearch.build(cfg)                                   this rank's model, mesh and step
-    tpresearch.runs("outputs"), tpresearch.metrics("outputs")     what runs have left, as pandas frames
+    tpresearch.runs("outputs"), tpresearch.metrics("outputs")     records of runs, as pandas DataFrames
 
-Nothing else is imported before one of these names is used.
+The rest is imported when one of these names is first used.
 """
 
 from __future__ import annotations

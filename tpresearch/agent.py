@@ -1,4 +1,4 @@
-"""torchrun's agent, made to end in few words where our ranks have said all there is to say.
+"""Keeps torchrun's agent quiet when our ranks have already reported why they end.
 
 torch lets packages add rendezvous backends under the entry points `torchrun.handlers`, and asks for them as it starts;
 ours adds none of its own, but is in the agent's process by that. A refused config, which the first rank says in a line,
@@ -40,7 +40,7 @@ REPEATED = (
 
 
 def handler() -> Callable[[Any], Any]:
-    """The entry point: a rendezvous backend that is c10d by another name."""
+    """The entry point: a rendezvous backend that is c10d under another name."""
     if _is_agent_of_ours():
         for name in LOGGERS:
             logging.getLogger(f"torch.distributed.{name}").addFilter(_is_news)
@@ -76,7 +76,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Exit as the ranks did where that is all there is to say; else as always."""
+    """Exit with the ranks' exit code if they have reported why; otherwise as torchrun does."""
     code = _exit_code(error)
     if code is None:
         sys.__excepthook__(kind, error, trace)

@@ -1,4 +1,4 @@
-"""The Python API: compose, compile, build and read back, in a notebook or under torchrun, by the code of the commands."""
+"""The Python API: compose, compile, build and read records, in a notebook or under torchrun, with the code of the commands."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ log = logging.getLogger(__name__)
 
 
 def load(*overrides: str, config_name: str = "train") -> Config:
-    """The typed config that a command line of these overrides composes: `load("model=llama2_7b", "mesh.tp=8")`.
+    """The typed config for these command-line overrides: `load("model=llama2_7b", "mesh.tp=8")`.
 
     Args:
         overrides: as on the command line, including `hydra.searchpath=[file://mine/conf]` for your own config folder.
         config_name: the file of conf/ to compose: `train`, or `verify`.
 
     Raises:
-        ConfigError: naming the override that is wrong, and what would be legal.
+        ConfigError: naming the invalid override and what would be legal.
     """
     register_schema()
     register_resolvers()
@@ -61,7 +61,7 @@ def load(*overrides: str, config_name: str = "train") -> Config:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class CompiledPlan:
-    """A plan compiled against the model on the meta device: a table, as text or in a notebook."""
+    """A plan compiled against the model on the meta device, shown as a table in a terminal or notebook."""
 
     job: Preflight
     """What was judged: `job.plan` by module, `job.model` on the meta device, `job.sizes` of the mesh."""
@@ -80,10 +80,10 @@ class CompiledPlan:
 
 
 def compile_plan(cfg: Config, world_size: int | None = None) -> CompiledPlan:
-    """What `plan_only=true` prints: no ranks, no memory, no GPU.
+    """The table that `plan_only=true` prints; needs no ranks, memory or GPU.
 
     Args:
-        world_size: ranks to compile for; None for `cfg.world_size`, or as many as the mesh sizes that are set make.
+        world_size: ranks to compile for; None for `cfg.world_size`, or the product of the given mesh sizes.
 
     Raises:
         ConfigError: for whatever a run with this config would be refused for.
@@ -94,7 +94,7 @@ def compile_plan(cfg: Config, world_size: int | None = None) -> CompiledPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A config made ready to train on this rank, between two of its steps; or its first rank, to look at."""
+    """A config ready to train on this rank, between two steps; or rank 0 on the meta device, for inspection."""
 
     state: TrainState
     mesh: DeviceMesh
@@ -104,7 +104,7 @@ class Job:
 
     @property
     def model(self) -> nn.Module:
-        """Sharded by its plan, with its first weights; on the meta device where it is there to look at."""
+        """The model, sharded by its plan, with initial weights; on the meta device if it is for inspection only."""
         return self.state.model
 
     @property
@@ -113,10 +113,10 @@ class Job:
 
     @property
     def loop(self) -> Loop:
-        """The loop of every run, with all there is: `loop.state`, `loop.setup`, `loop.corpus`.
+        """The training loop of every run: `loop.state`, `loop.setup`, `loop.corpus`.
 
         Raises:
-            ConfigError: with the torchrun to type, where the ranks are not there.
+            ConfigError: with the torchrun command to use, if the ranks have not been started.
         """
         if isinstance(self.steps, ConfigError):
             raise self.steps
@@ -127,9 +127,9 @@ class Job:
         return self.loop.read()
 
     def step(self) -> dict[str, float]:
-        """One optimizer step on the next global batch: the same numbers on every rank and under every plan.
+        """One optimizer step on the next global batch; the result is the same on every rank and under every plan.
 
-        Returns: `train/step`, and of the whole batch before the update, `train/loss` and `train/grad_norm`.
+        Returns: `train/step`, and, for the global batch before the update, `train/loss` and `train/grad_norm`.
         """
         from tpresearch.parallel.mesh import sum_over
 
@@ -139,21 +139,21 @@ class Job:
         return {"train/step": step, "train/loss": loss.item(), "train/grad_norm": norm.item()}
 
     def evaluate(self) -> float | None:
-        """The loss on `train.eval_rows` held-out rows; None where the data holds none out. Collective."""
+        """The loss on `train.eval_rows` held-out rows; None if there are none. Collective."""
         return self.loop.evaluate()
 
 
 def build(cfg: Config, world_size: int | None = None) -> Job:
-    """The config's data, mesh, sharded model and optimizer: in one process, or on each rank that torchrun started.
+    """Build the config's data, mesh, sharded model and optimizer: in one process, or on each rank that torchrun started.
 
-    In one process, a plan for several ranks is there to look at: what the first of them would hold, on the meta device,
-    with mesh, placements and local shapes. What would compute with it names the torchrun to type.
+    In one process, a plan for several ranks is for inspection only: what rank 0 would hold, on the meta device,
+    with mesh, placements and local shapes. Computing with it raises an error that names the torchrun command.
 
-    The process group is joined once per process, unless there is one already, and left when the process ends, or where
-    the next build is for other ranks: a job that sends something is then to be built again.
+    The process group is joined once per process, unless there is one already, and left when the process ends, or when
+    the next build is for other ranks: earlier jobs that communicate must then be built again.
 
     Args:
-        world_size: ranks to look at, as in `compile_plan`.
+        world_size: as in `compile_plan`; the model is then for inspection only.
 
     Raises:
         ConfigError: for whatever a run with this config would be refused for.
@@ -228,10 +228,10 @@ def _leave() -> None:
 
 
 def runs(*paths: str | PathLike[str]) -> pd.DataFrame:
-    """Runs that have ended: one row each, by folder; what its summary.json says, then its settings by dotted key.
+    """Finished runs, one row per run folder: the figures of its summary.json, then its settings by dotted key.
 
     Args:
-        paths: folders of runs or sweeps, or globs of them. One that cannot be read is left out with a warning.
+        paths: folders of runs or sweeps, or globs of them. Unreadable ones are skipped with a warning.
 
     Raises:
         ConfigError: where there is no run.
@@ -248,7 +248,7 @@ def runs(*paths: str | PathLike[str]) -> pd.DataFrame:
 
 
 def metrics(*paths: str | PathLike[str]) -> pd.DataFrame:
-    """Every logged row of metrics.jsonl of these runs, by folder and `train/step`: a column per metric.
+    """All logged rows of these runs (metrics.jsonl), by folder and `train/step`, one column per metric.
 
     Args:
         paths: as for `runs`.

@@ -1,6 +1,6 @@
-"""`python -m tpresearch.checkpoints RUN [verify=true]`: what a run has saved, and whether each is whole.
+"""`python -m tpresearch.checkpoints RUN [verify=true]`: list a run's checkpoints and whether each is complete.
 
-Step, loss, plan and mesh, size of each; exit code 1 if one is not whole.
+Step, loss, plan and mesh, size of each; exit code 1 if one is not complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tpresearch.track.table import Cell, Table
 @dataclass
 class Options:
     verify: bool = False
-    """Read every byte and compare checksums; by default only marks and the sizes of files."""
+    """Read every byte and compare checksums; by default only checkpoint.json and the sizes of files."""
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def table(folders: list[Path], found: list[Checkpoint | str]) -> Table:
             cells = [step, count_text(mark.tokens), loss_text(mark.loss), plan, str(mark.world_size)]
             cells += [bytes_text(each.bytes), mark.torch, "yes"]
         rows.append(list(map(Cell, cells)))
-    return Table(["step", "tokens", "loss", "plan", "ranks", "size", "torch", "whole"], rows)
+    return Table(["step", "tokens", "loss", "plan", "ranks", "size", "torch", "complete"], rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What one rank needs to take a Hugging Face folder as its first weights: measured at 1B, by arithmetic at 70B.
+"""What one rank needs to take a Hugging Face folder as its initial weights: measured at 1B, by arithmetic at 70B.
 
     python experiments/hf_memory/measure.py
 

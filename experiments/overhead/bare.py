@@ -74,7 +74,7 @@ def bare_loop(
     """Train, and after each step yield this rank's loss, as a hand-written loop prints it.
 
     Args:
-        weights: this rank's shards of the first weights, in the order of `model.parameters()`; None draws some.
+        weights: this rank's shards of the initial weights, in the order of `model.parameters()`; None draws some.
         batch: this rank's inputs and targets of a step.
     """
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""A rank of measure.py: our step beside those of the peers under one plan, with the same Llama, first weights, batches, AdamW,
+"""A rank of measure.py: our step beside those of the peers under one plan, with the same Llama, initial weights, batches, AdamW,
 clipping and learning rate, in one job, in turns.
 
 Those whose library is missing are left out. Appends a row per contender to results.csv (record.py says where).
@@ -169,7 +169,7 @@ def train_of(name: str) -> Callable[..., Iterator[float]] | None:
 
 
 def whole_weights(job: Preflight) -> dict[str, Tensor]:
-    """The run's first weights by name, as one process has them."""
+    """The run's initial weights by name, as one process has them."""
     model = plain_model(job.cfg.model)
     weight_source(job.cfg, job.plan.initializers)(model)
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}

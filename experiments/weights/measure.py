@@ -1,4 +1,4 @@
-"""Processor time of drawing first weights, beside one `normal_` over as many numbers: `python experiments/weights/measure.py`.
+"""Processor time of drawing initial weights, beside one `normal_` over as many numbers: `python experiments/weights/measure.py`.
 
 Prints a table and writes results.csv (record.py says where). Each case runs in a process of its own, as one rank of a fake process group.
 """
@@ -62,7 +62,7 @@ def normal(numbers: int) -> None:
 
 
 def measure(overrides: str, ranks: int, rank: int) -> dict[str, object]:
-    """One rank's first weights and the one `normal_`, in turns; medians."""
+    """One rank's initial weights and the one `normal_`, in turns; medians."""
     register_schema()
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -121,10 +121,10 @@ def test_a_path_means_a_checkpoint_or_the_newest_of_a_run(tmp_path: Path) -> Non
     [
         ("nowhere", "there is no such folder"),
         ("empty", "it has no checkpoints/step-*"),
-        ("broken", "none of its 1 checkpoints is whole; step-00000003: .metadata: No such file"),
-        ("broken/checkpoints/step-00000003", "not a whole checkpoint: .metadata: No such file"),
+        ("broken", "none of its 1 checkpoints is complete; step-00000003: .metadata: No such file"),
+        ("broken/checkpoints/step-00000003", "not a complete checkpoint: .metadata: No such file"),
         ("later", "step-00000004: its format is 7, and this version reads up to 1; a newer tpresearch"),
-        ("later/checkpoints/step-00000004", "not a whole checkpoint: its format is 7"),
+        ("later/checkpoints/step-00000004", "not a complete checkpoint: its format is 7"),
         ("dangling", "there is no such folder"),
         ("file", "it has no checkpoints/step-*"),
     ],
@@ -226,7 +226,7 @@ def test_a_run_goes_on_in_its_own_folder(run: Path) -> None:
     arguments = Namespace(
         multirun=False, overrides=[f"resume={run}", "hydra.run.dir=x"], config_name=None, config_dir=None
     )
-    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=x: resume=.* goes on in that run's own folder"):
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=x: resume=.* continues in that run's own folder"):
         type_again(arguments)
     arguments = Namespace(multirun=True, overrides=[f"resume={run}"], config_name=None, config_dir=None)
     with pytest.raises(ConfigError, match="the jobs of a sweep have folders of their own"):

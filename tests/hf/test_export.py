@@ -214,7 +214,7 @@ REFUSED = [
         "checkpoint=toy out=new",
         "checkpoint=HOME/toy/checkpoints/step-00000001: its model is toy_mlp, for which Hugging Face has no class; ",
     ),
-    ("checkpoint=bad out=new", "checkpoint=HOME/bad/checkpoints/step-00000002: not whole: "),
+    ("checkpoint=bad out=new", "checkpoint=HOME/bad/checkpoints/step-00000002: not complete: "),
     ("checkpoint=run out=new dtype=int8", "dtype=int8: "),
 ]
 

@@ -1,4 +1,4 @@
-"""First weights: their distribution, and that seed, name and place alone decide each of them."""
+"""Initial weights: their distribution, and that seed, name and place alone decide each of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def drawn(model: nn.Module, seed: int = 0, threads: int | None = None) -> dict[str, Tensor]:
-    """The first weights of a plain model, by name."""
+    """The initial weights of a plain model, by name."""
     materialize(model, CPU, from_seed(read_initializers(model), seed, threads))
     return dict(model.state_dict())
 

@@ -202,10 +202,10 @@ def test_a_job_with_a_checkpoint_goes_on_where_it_is(
     (job.folder / CONSOLE_LOG).write_text("said then")
     (job.folder / "checkpoints" / "step-00000002").mkdir(parents=True)
     sweep("parallel=none")
-    assert "goes on" not in capsys.readouterr().out  # no checkpoint is whole there
+    assert "resumes" not in capsys.readouterr().out  # no checkpoint is complete there
     (job.folder / "checkpoints" / "step-00000002" / "checkpoint.json").touch()
     sweep("parallel=none", "checkpoint.every=1")  # which says nothing of what is computed
-    assert "job 0 goes on on 1 rank: " in capsys.readouterr().out
+    assert "job 0 resumes on 1 rank: " in capsys.readouterr().out
     set_aside(job)
     assert left() == {"0"}
     assert (job.folder / "console.earlier-1.log").read_text() == "said then"

@@ -1,10 +1,10 @@
-"""Checkpoints on disk, each there whole or not at all. Nothing here needs torch.
+"""Checkpoints on disk, each complete or absent. Nothing here needs torch.
 
     checkpoints/.step-00000100.draft/    while it is written, and while it is deleted
-    checkpoints/step-00000100/           once every file is on the disk, with checkpoint.json, which says what they are
-    checkpoints/step-00000100.cut/       set aside, since the run went on from an earlier step
+    checkpoints/step-00000100/           once every file is on disk, with checkpoint.json, which describes them
+    checkpoints/step-00000100.cut/       set aside, since the run resumed from an earlier step
 
-A rename within a folder is atomic, and what was synced before it is there after a crash: this is what "whole" rests on.
+A rename within a folder is atomic, and what was synced before it survives a crash: this makes a checkpoint "whole" (complete).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FORMAT = 1
 
 
 class BrokenCheckpoint(Exception):
-    """A folder is not a whole checkpoint; the message says why, in one line."""
+    """A folder is not a complete checkpoint; the message says why, in one line."""
 
 
 class LaterFormat(BrokenCheckpoint):
-    """A newer version of this package wrote it: it may be whole."""
+    """Written by a newer version of this package: it may be complete."""
 
 
 class WrittenFile(NamedTuple):
@@ -45,7 +45,7 @@ class WrittenFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Mark:
-    """checkpoint.json: what a checkpoint is of. It is written last."""
+    """checkpoint.json: the description of a checkpoint, written last."""
 
     step: int
     """Optimizer steps done."""
@@ -74,7 +74,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that was found whole: its mark, and files of the sizes that it says. Contents are seen by `damage`."""
+    """A complete checkpoint: its mark (checkpoint.json), and files of the stated sizes. `damage` checks their contents."""
 
     folder: Path
     mark: Mark
@@ -97,7 +97,7 @@ def draft_of(folder: Path) -> Path:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """What is in a checkpoint's folder, as far as its mark and the sizes of its files tell.
+    """The checkpoint in a folder, judging by its mark and the sizes of its files.
 
     Raises:
         BrokenCheckpoint: where it is not a whole one.
@@ -121,7 +121,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def whole_checkpoints(run: Path) -> list[Checkpoint]:
-    """Those of a run that are whole, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     found = []
     for folder in step_folders(run):
         try:
@@ -132,7 +132,7 @@ def whole_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def step_folders(run: Path) -> list[Path]:
-    """Every folder called as a checkpoint, whole or not, by step.
+    """Every folder named like a checkpoint, complete or not, by step.
 
     Raises:
         OSError: where they cannot be listed.
@@ -145,7 +145,7 @@ def step_folders(run: Path) -> list[Path]:
 
 
 def damage(folder: Path, name: str, written: WrittenFile) -> str | None:
-    """Read a file through; what is wrong with it, in one line, if anything is."""
+    """Read a file completely; return what is wrong with it, in one line, or None."""
     try:
         if checksum(folder / name) != written.crc32:
             return f"{name} is not as it was written"
@@ -187,7 +187,7 @@ def begin(draft: Path) -> None:
 
 
 def settled(path: Path) -> WrittenFile:
-    """Have a written file on the disk; its size and checksum, which is computed while the disk works."""
+    """Sync a written file; returns its size and checksum, which is computed while the disk works."""
     with ThreadPoolExecutor(1) as beside:
         syncing = beside.submit(sync, path)
         found = WrittenFile(path.stat().st_size, checksum(path))
@@ -196,7 +196,7 @@ def settled(path: Path) -> WrittenFile:
 
 
 def commit(folder: Path, mark: Mark) -> None:
-    """Turn the draft, whose files are on the disk, into the checkpoint."""
+    """Turn the draft, whose files are synced, into the checkpoint."""
     draft = draft_of(folder)
     with (draft / MARK).open("w", encoding="utf-8") as file:
         file.write(mark_text(mark))
@@ -209,7 +209,7 @@ def commit(folder: Path, mark: Mark) -> None:
 
 
 def prune(run: Path, keep: int, keep_every: int | None) -> None:
-    """Delete whole checkpoints but the newest `keep`, and those of steps that are kept for ever."""
+    """Delete complete checkpoints, except the newest `keep` and those of steps to keep permanently."""
     for old in whole_checkpoints(run)[:-keep]:
         if keep_every is None or old.step % keep_every:
             gone = draft_of(old.folder)
@@ -219,7 +219,7 @@ def prune(run: Path, keep: int, keep_every: int | None) -> None:
 
 
 def clear_drafts(run: Path) -> None:
-    """Remove what a process left that died while it wrote or deleted."""
+    """Remove the leftovers of processes that died while writing or deleting."""
     for draft in (run / FOLDER).glob(".step-*.draft"):
         if DRAFT.fullmatch(draft.name):
             _remove(draft)
@@ -254,7 +254,7 @@ def checksum(path: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
+    """Sync a file, or the names in a folder, to disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

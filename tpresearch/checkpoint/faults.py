@@ -1,4 +1,4 @@
-"""Named points of a save or load at which a test breaks a run. Unless one is armed, `point` does nothing."""
+"""Named points of a save or load at which tests inject failures. Unless one is armed, `point` does nothing."""
 
 from __future__ import annotations
 

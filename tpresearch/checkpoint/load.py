@@ -1,7 +1,7 @@
-"""A checkpoint read back: verified, and into whatever model is there, each rank what it holds of it.
+"""Loading a checkpoint: verified, then read into the current model; each rank reads what it holds.
 
-A checkpoint is DCP's files and checkpoint.json. DCP's `.metadata` is a pickle; it is read by an unpickler that makes
-nothing but the description of tensors, so that a checkpoint from elsewhere cannot run code.
+A checkpoint is DCP's files and checkpoint.json. DCP's `.metadata` is a pickle; it is read by an unpickler that creates
+only descriptions of tensors, so that a checkpoint from elsewhere cannot run code.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ it imports would be. The same in torch 2.11 to 2.14."""
 
 
 def load(checkpoint: Checkpoint, into: Trained, group: dist.ProcessGroup | None) -> None:
-    """Verify a checkpoint, then have each rank read what it holds of it. Collective.
+    """Verify a checkpoint, then read what each rank holds. Collective.
 
     Raises:
-        RankFailed: where it is damaged or of another model; `into` may be half written then.
+        RankFailed: if it is damaged or of another model; `into` may then be partly overwritten.
     """
     verify(checkpoint, group)
     point("verified")
@@ -67,7 +67,7 @@ def load(checkpoint: Checkpoint, into: Trained, group: dist.ProcessGroup | None)
 
 
 def weights_from(checkpoint: Checkpoint) -> Callable[[nn.Module], None]:
-    """A source of first weights: those of a checkpoint, of which each rank reads what it holds, and nothing is drawn.
+    """A weight source: initial weights from a checkpoint; each rank reads what it holds, and nothing is drawn.
 
     Raises (when it is called, on every rank):
         RankFailed: where the checkpoint is damaged.
@@ -116,10 +116,10 @@ def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tens
 
 
 def verify(checkpoint: Checkpoint, group: dist.ProcessGroup | None = None) -> None:
-    """Read every file through, each on one rank. Collective.
+    """Verify the checksum of every file, each on one rank. Collective.
 
     Raises:
-        RankFailed: for the first that is not as it was written.
+        RankFailed: for the first file that has changed.
     """
     rank, size = (group.rank(), group.size()) if group else (0, 1)
     files = sorted(checkpoint.mark.files.items(), key=lambda file: -file[1].bytes)

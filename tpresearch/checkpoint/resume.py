@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on, and whether this config may go on from it."""
+"""Which checkpoint a run resumes from, and whether this config may resume from it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AUTO, NEVER = "auto", "never"
 
 
 def run_of(path: Path) -> Path:
-    """The run folder that a path means: of a run, or of one of its checkpoints."""
+    """The run folder of a path to a run or to one of its checkpoints."""
     path = Path(os.path.abspath(path.expanduser()))
     if NAME.fullmatch(path.name):
         return path.parents[1].resolve()  # its checkpoints may be linked to from there
@@ -44,7 +44,7 @@ def run_of(path: Path) -> Path:
 
 
 def find_checkpoint(path: Path, field: str = "checkpoint") -> Checkpoint:
-    """The checkpoint that a path means: itself, or the newest whole one of a run.
+    """The checkpoint at a path, or the newest complete one of the run at a path.
 
     Args:
         field: the option that gave the path, for the message.
@@ -56,7 +56,7 @@ def find_checkpoint(path: Path, field: str = "checkpoint") -> Checkpoint:
 
 
 def checkpoints_to_go_on_from(cfg: Config, run: Path, restarted: bool = False) -> list[Checkpoint]:
-    """What `resume` means for a run in this folder: the whole checkpoints to try, newest first; none for a new run.
+    """The complete checkpoints that `resume` selects for a run in this folder, newest first; none for a new run.
 
     Args:
         restarted: whether these ranks are started again by torchrun, and go on from what they have saved themselves.
@@ -82,7 +82,7 @@ def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpo
         try:
             return [read_checkpoint(resolved)]
         except BrokenCheckpoint as error:
-            why, legal = f"not a whole checkpoint: {error}", "another one, or its run"
+            why, legal = f"not a complete checkpoint: {error}", "another one, or its run"
             raise ConfigError(field, value, why, legal) from None
     folders = _step_folders(resolved, field, value)
     if not folders:
@@ -96,9 +96,9 @@ def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpo
             why, legal = f"{folder.name}: {error}", "a newer tpresearch, or another run"
             raise ConfigError(field, value, why, legal) from None
         except BrokenCheckpoint as error:
-            why = f"none of its {len(folders)} checkpoints is whole; {folder.name}: {error}"
+            why = f"none of its {len(folders)} checkpoints is complete; {folder.name}: {error}"
             if not found:
-                log.warning("%s is not whole: %s", folder, error)
+                log.warning("%s is not complete: %s", folder, error)
     if not found:
         raise _unusable(field, value, why)
     return found
@@ -133,7 +133,7 @@ def check_begun(checkpoint: Checkpoint) -> None:
 
 
 def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
-    """Refuse to go on with another experiment: only plan, mesh, logging and the like may change, and the budget grow.
+    """Refuse to resume a different experiment: only plan, mesh, logging and the like may change, and the budget may grow.
 
     Raises:
         ConfigError: for the first key that differs.
@@ -165,10 +165,10 @@ def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, An
 
 
 def check_corpus(mark: Mark, corpus_hash: str, tokenizer_hash: str, rows: int) -> None:
-    """Refuse to go on with other rows than the run was trained on.
+    """Refuse to resume with rows other than those the run was trained on.
 
     Raises:
-        ConfigError: where text, tokens or their number are others.
+        ConfigError: if text, tokenizer or the number of rows differ.
     """
     if (mark.corpus_hash, mark.tokenizer_hash, mark.rows) != (corpus_hash, tokenizer_hash, rows):
         what = "the tokenizer" if mark.tokenizer_hash != tokenizer_hash else "the text"
@@ -178,7 +178,7 @@ def check_corpus(mark: Mark, corpus_hash: str, tokenizer_hash: str, rows: int) -
 
 
 def agreed_on(checkpoints: list[Checkpoint], group: dist.ProcessGroup | None) -> list[Checkpoint]:
-    """What rank 0 has found, on every rank: a shared disk may show the others something older."""
+    """What rank 0 has found, broadcast to all ranks: a shared disk may show the others an older state."""
     if group is None:
         return checkpoints
     import torch.distributed as dist
@@ -189,7 +189,7 @@ def agreed_on(checkpoints: list[Checkpoint], group: dist.ProcessGroup | None) ->
 
 
 def restore(checkpoints: list[Checkpoint], trained: Trained, group: dist.ProcessGroup | None) -> None:
-    """Load the first of these that can be. Collective.
+    """Load the first of these that can be loaded. Collective.
 
     Raises:
         ConfigError: where none can.
@@ -204,5 +204,5 @@ def restore(checkpoints: list[Checkpoint], trained: Trained, group: dist.Process
             last = str(error)
             log.warning("%s cannot be loaded: %s", checkpoint.folder, last)
     run = run_of(checkpoints[0].folder)
-    why = f"none of its {len(checkpoints)} whole checkpoints can be loaded; {checkpoints[-1].folder.name}: {last}"
+    why = f"none of its {len(checkpoints)} complete checkpoints can be loaded; {checkpoints[-1].folder.name}: {last}"
     raise _unusable("resume", run, why)

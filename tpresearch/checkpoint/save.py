@@ -1,4 +1,4 @@
-"""A run's state written to disk by all ranks together: while the steps wait, or beside them from a copy."""
+"""Saving a run's state, by all ranks together: synchronously, or in the background from a copy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class NotSaved(RunFailed):
 
 
 class InFlight(NamedTuple):
-    """A checkpoint that is being written beside the steps."""
+    """A checkpoint that is being written in the background."""
 
     mark: Mark
     began: float
@@ -43,16 +43,16 @@ class InFlight(NamedTuple):
 
 
 class Saver:
-    """Saves a run's state at the steps that are due, and keeps as many checkpoints as asked. All ranks call it alike.
+    """Saves a run's state at the configured steps, and keeps the configured number of checkpoints. All ranks call it.
 
-    Where a checkpoint cannot be written, as on a full disk, that one is given up with a warning. Only where it would
-    have been the last one is that an error.
+    If a checkpoint cannot be written, for example on a full disk, it is skipped with a warning. Only if it would
+    have been the last one is this an error.
 
     Args:
         run: the run folder, on a disk that all hosts share.
         about: what every mark of this run says.
         group: of gloo, for this alone; None for a single process.
-        beside: write while training goes on.
+        beside: write in the background while training continues.
         on_cuda: whether the state is there: it is then copied through pinned memory, which is kept.
     """
 
@@ -77,7 +77,7 @@ class Saver:
         """Checkpoints begun beside the steps."""
 
     def start(self, step: int) -> None:
-        """Make ready for saving what follows `step`: folders of later steps and what was half written are out of the way.
+        """Prepare to save steps after `step`: set aside folders of later steps and remove drafts.
 
         Raises:
             RankFailed: where some rank does not see the folder, or nothing can be written there.
@@ -110,11 +110,11 @@ class Saver:
         return self._settings.every is not None and step % self._settings.every == 0
 
     def save(self, trained: Trained, tokens: int, loss: float | None, last: bool = False) -> None:
-        """Write the state of this step, or begin to. Collective.
+        """Write the state of this step, or start writing it in the background. Collective.
 
         Args:
             tokens: that the run has been trained on.
-            last: whether no step follows: it is whole when this returns.
+            last: whether no step follows; the checkpoint is then complete when this returns.
 
         Raises:
             NotSaved: where it is the last and cannot be written.
@@ -169,7 +169,7 @@ class Saver:
         return self.begun - int(still)
 
     def settle(self, written: int) -> None:
-        """Make the checkpoint that was written beside the steps whole, once all ranks have. Collective.
+        """Commit the checkpoint written in the background, once all ranks have written it. Collective.
 
         Args:
             written: the least of all ranks' `written`.
@@ -178,7 +178,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written beside the steps, if there is one. Collective."""
+        """Wait for the checkpoint that is being written in the background, if any. Collective."""
         if self._in_flight is None:
             return
         mark, began, written = self._in_flight

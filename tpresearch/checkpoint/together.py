@@ -1,4 +1,4 @@
-"""What all ranks do at once, where one may fail: all are told, and none is left waiting for another."""
+"""Steps that all ranks do together and that may fail on one: all learn of it, and none waits for another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SLOWEST_DISK = timedelta(hours=2)
 
 
 class RankFailed(Exception):
-    """Some rank could not do its part; the message says which, and why in one line. Raised on every rank."""
+    """A rank could not do its part; the message says which and why, in one line. Raised on every rank."""
 
 
 def own_group() -> dist.ProcessGroup | None:

@@ -1,4 +1,4 @@
-"""The typed config: its shape (`schema`), how it is made (`compose`), what is legal (`validate`)."""
+"""The typed config: its schema (`schema`), composition (`compose`) and validation (`validate`)."""
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config

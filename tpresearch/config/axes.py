@@ -1,4 +1,4 @@
-"""The mesh's axes, each written down once: what ranks that differ along it do with rows, weights and layers.
+"""The mesh axes, each defined once: what ranks that differ along an axis do with rows, weights and layers.
 
 A new axis (context, pipeline stages) is a row of this table, a field of `MeshConfig`, and the code that carries it
 out in `parallel/`.
@@ -21,7 +21,7 @@ class Axis:
     options: str
     """The options of conf/parallel that use it."""
     customary: Callable[[int, int, int], int] | None
-    """Its size where nothing is said, of (ranks left, world size, hosts); None for what all others leave."""
+    """Its default size, as a function of (remaining ranks, world size, hosts); None takes the remaining ranks."""
     collectives: tuple[str, ...]
     """What is sent along it."""
     splits_rows: bool = False
@@ -77,7 +77,7 @@ AXES_OF_DATA_PLAN: dict[DataPlan, tuple[Axis, ...]] = {
 
 
 class MeshSizes(dict[str, int]):
-    """Ranks along each axis, by name and in the order of `AXES`; an axis that is not given has 1."""
+    """Ranks along each axis, by name and in the order of `AXES`; an axis that is not given has size 1."""
 
     def __init__(self, **sizes: int) -> None:
         super().__init__({name: sizes.pop(name, 1) for name in AXIS_NAMES})
@@ -88,12 +88,12 @@ class MeshSizes(dict[str, int]):
 
     @property
     def dp(self) -> int:
-        """The data-parallel ranks: the ways into which a global batch is split."""
+        """Number of data-parallel ranks, over which a global batch is split."""
         return self.ranks_along(axis for axis in AXES if axis.splits_rows)
 
     @property
     def shards(self) -> int:
-        """The ways into which parameters, gradients and optimizer state are split, beside what rules split."""
+        """Number of FSDP shards of parameters, gradients and optimizer state, in addition to what rules shard."""
         return self.ranks_along(axis for axis in AXES if axis.shards_state)
 
     @property
@@ -105,5 +105,5 @@ class MeshSizes(dict[str, int]):
         return self.ranks_along(AXES)
 
     def nontrivial(self) -> dict[str, int]:
-        """The axes along which there is more than one rank."""
+        """The axes with more than one rank, and their sizes."""
         return {name: size for name, size in self.items() if size > 1}

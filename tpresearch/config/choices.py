@@ -1,4 +1,4 @@
-"""The choices of every key that has a fixed number of them."""
+"""Enums of the config: every key with a fixed set of choices."""
 
 from __future__ import annotations
 

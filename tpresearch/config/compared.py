@@ -1,4 +1,4 @@
-"""What of a run's config.yaml says what it computes: by this, runs are told apart, repeated and compared."""
+"""The subset of the config that determines the result; runs are identified, repeated and compared by it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOT_THE_EXPERIMENT = (
     "on_nonfinite",
     "warmup_log_steps",
 )
-"""Keys of train that may change where a run goes on."""
+"""Keys of train that may change when a run resumes."""
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def compared(config: Mapping[str, Any], without_seed: bool = False) -> dict[str,
 
 
 def experiment(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run that goes on from a checkpoint has to have in common with the one that wrote it.
+    """The subset of the config that a resumed run must share with the run that wrote the checkpoint.
 
     Left out is what changes speed and memory alone (plan, mesh, micro-batch, device), what is logged and how often it
     is evaluated, and the budget, which may grow.

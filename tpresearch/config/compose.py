@@ -1,4 +1,4 @@
-"""From what Hydra composed to the typed `Config`, its paths resolved: the one place where a DictConfig is read."""
+"""From the composed DictConfig to the typed `Config`, with paths resolved: the only place where a DictConfig is read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def register_schema() -> None:
 
 
 def typed(composed: DictConfig) -> Config:
-    """The dataclasses of a composed config, interpolations resolved.
+    """A composed config as dataclasses, with interpolations resolved.
 
     Raises:
         ConfigError: for a model or rule that does not have the shape of one, and for values out of bounds.

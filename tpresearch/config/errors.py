@@ -1,4 +1,4 @@
-"""A refused config, as one sentence that says what would be right."""
+"""Errors for refused configs: one sentence that says what is wrong and what would be legal."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping
 
 
 class ConfigError(Exception):
-    """Raised for what the user can mend, before anything expensive.
+    """An error that the user can fix, raised before anything expensive.
 
-    The entrypoint prints it once per job, as
+    The entrypoint prints it once per job as
     ``error: <field>=<value>: <why>; <what is legal>; try: <command>``, and exits with 2.
 
     Attributes:
         field: the config key at fault, as it is typed on the command line.
         value: what it was set to.
-        why: what is wrong with it.
+        why: what is wrong.
         legal: what would be accepted.
-        fix: overrides that mend it (key -> value); None as a value drops that override. Unless said, the field's own
+        fix: overrides that fix it (key -> value); None as a value drops that override. By default the field's own
             is dropped.
-        nproc: the number of local ranks to start with instead, where that is the remedy.
+        nproc: the number of local ranks to start instead, if that fixes it.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ConfigError(Exception):
 
 
 class RunFailed(Exception):
-    """A run has failed through no bug, and its report says why: no traceback says more. The same on every rank."""
+    """A run failed for a reason that its report states, without a bug, so no traceback is shown. Raised on every rank."""
 
 
 class JobFailed(Exception):

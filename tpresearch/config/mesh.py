@@ -1,5 +1,5 @@
-"""How many ranks lie along each mesh axis: what was asked, completed by what the parallel plan would choose; and what the size
-of an axis has to divide, as far as a config alone says it.
+"""Sizes of the mesh axes: those that are set, completed by the defaults of the parallel plan; and the divisibility of
+what they shard, as far as the config alone determines it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
 
 
 def of_one_rank(sizes: MeshSizes, parallel: ParallelConfig) -> str | None:
-    """What is said where a plan is named for axes that have a single rank: it does not do what its name promises."""
+    """The warning for a plan with axes of size 1: it does not do what its name promises."""
     used = used_axes(parallel)
     missing = [axis.name for axis in used if sizes[axis.name] == 1]
     if not missing:
@@ -64,7 +64,7 @@ def of_one_rank(sizes: MeshSizes, parallel: ParallelConfig) -> str | None:
 
 
 def _complete(given: dict[str, int | None], used: tuple[Axis, ...], world: int, hosts: int) -> MeshSizes:
-    """Fill in what was left open: innermost first each open axis takes its customary size, one takes what is left."""
+    """Complete the open sizes, innermost axis first: each takes its default size, and one takes the remaining ranks."""
     sizes = {axis.name: given[axis.name] for axis in used}
     left = world
     for size in sizes.values():
@@ -124,7 +124,7 @@ SEQUENCE_DIM = 1
 
 @dataclass(frozen=True)
 class Cut:
-    """A count that the size of an axis has to divide."""
+    """A count that must be divisible by the size of an axis."""
 
     axis: str
     what: str
@@ -133,7 +133,7 @@ class Cut:
 
 
 def check_declared(cfg: Config, sizes: MeshSizes) -> None:
-    """Judge the sizes by the units and layouts of the plan's rules; the compiler looks at every weight as well.
+    """Check the sizes against the units and layouts of the plan's rules; the compiler also checks every weight.
 
     Raises:
         ConfigError: for the first that does not divide.

@@ -1,4 +1,4 @@
-"""A model with its sharding rules, as a file of conf/model and the ones of conf/plan that it takes in make it: read, and written back."""
+"""A model with its sharding rules, read from a file of conf/model and the files of conf/plan that it includes, and written back."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Rule:
 
 @dataclass
 class ModelConfig:
-    """A model: what to call, with what, and the plans that shard it."""
+    """A model: its class, its arguments, and the plans that shard it."""
 
     name: str
     target: str

@@ -1,4 +1,4 @@
-"""Whether a host can be reached from here, asked before a library that would wait for it in vain."""
+"""Whether a host can be reached, checked before a library would wait for it in vain."""
 
 from __future__ import annotations
 

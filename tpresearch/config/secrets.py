@@ -1,4 +1,4 @@
-"""A config goes into files and to W&B, and what is typed into refusals: neither may hold a credential."""
+"""Refuses credentials in configs, which go into files and to W&B, and on command lines, which error messages repeat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is legal, as far as the config alone can tell: no torch, no files, no ranks."""
+"""Validation of the config alone: no torch, no files, no ranks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LONGEST_NAME = 255
 
 
 def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
-    """Judge a config for a job of `world` ranks on `hosts` hosts.
+    """Validate a config for a job of `world` ranks on `hosts` hosts.
 
     Returns: the sizes of the mesh.
 
     Raises:
-        ConfigError: for the first thing that cannot work.
+        ConfigError: for the first error.
     """
     check_bounds(cfg)
     _check_name(cfg)
@@ -43,14 +43,14 @@ def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
 
 
 def with_batch_that_fits(cfg: Config, sizes: MeshSizes) -> Config:
-    """For a plan that is only looked at: the next greater global batch that splits over the mesh, or the one there is."""
+    """For plan_only: the next larger global batch that splits over the mesh, or the given one if it does."""
     split = sizes.dp * (cfg.train.micro_batch_size or 1)
     rows = -(-cfg.train.global_batch_size // split) * split
     return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, global_batch_size=rows))
 
 
 def planned_world(cfg: Config) -> int:
-    """For how many ranks plan_only compiles: as asked, else as many as the given mesh sizes make."""
+    """The number of ranks for plan_only: world_size, else the product of the given mesh sizes."""
     if cfg.world_size is not None:
         return cfg.world_size
     given = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
@@ -60,7 +60,7 @@ def planned_world(cfg: Config) -> int:
 
 
 def ranks_needed(cfg: Config, open_ranks: int) -> int:
-    """How many ranks a config is for: what its mesh sizes make, or where they leave it open, `open_ranks`."""
+    """The number of ranks that a config needs: the product of its mesh sizes, or `open_ranks` if they leave it open."""
     sizes = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
     if cfg.plan_only or cfg.cluster or not sizes:  # a simulated step is one process, whatever its world
         return 1
@@ -72,17 +72,17 @@ def ranks_needed(cfg: Config, open_ranks: int) -> int:
 
 
 def micro_batch_size(cfg: Config, sizes: MeshSizes) -> int:
-    """Rows that each data-parallel rank takes through the model at once."""
+    """Rows per data-parallel rank and forward pass."""
     return cfg.train.micro_batch_size or cfg.train.global_batch_size // sizes.dp
 
 
 def micro_batches(cfg: Config, sizes: MeshSizes) -> int:
-    """Micro-batches that a data-parallel rank accumulates in each optimizer step."""
+    """Micro-batches per data-parallel rank and optimizer step."""
     return cfg.train.global_batch_size // sizes.dp // micro_batch_size(cfg, sizes)
 
 
 def total_steps(cfg: Config) -> int:
-    """Optimizer steps of the whole run, from whichever budget was given."""
+    """Optimizer steps of the run, from whichever budget is given."""
     if cfg.train.steps is not None:
         return cfg.train.steps
     assert cfg.train.tokens is not None

@@ -1,4 +1,4 @@
-"""Which process of how many this is: all that is read of a launcher's environment, before any process group exists."""
+"""Rank and world size from the launcher's environment, read before any process group exists."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class WrongEnvironment(ConfigError):
 
 @dataclass(frozen=True)
 class World:
-    """This process's place in the job, as torchrun tells it; one process alone without torchrun."""
+    """This process's rank and the job's size, as set by torchrun; a single process without torchrun."""
 
     rank: int = 0
     size: int = 1

@@ -60,7 +60,7 @@ def export(checkpoint: Checkpoint, out: Path, dtype: str | None = None) -> str:
         legal = "a folder that this user can write, with room on its disk"
         raise ConfigError("out", out, why, legal) from None
     except (BrokenCheckpoint, RankFailed) as error:
-        why, legal = f"not whole: {error}", "another one of that run"
+        why, legal = f"not complete: {error}", "another one of that run"
         raise ConfigError("checkpoint", checkpoint.folder, why, legal) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""First weights from a Hugging Face folder, of which each rank reads the bytes that it holds."""
+"""Initial weights from a Hugging Face folder, of which each rank reads the bytes that it holds."""
 
 from __future__ import annotations
 

@@ -243,8 +243,8 @@ def type_again(arguments: Namespace) -> Path | None:
     run = run_of(Path(named))
     asked = typed.get("hydra.run.dir")
     if asked is not None and Path(str(yaml.safe_load(asked))).resolve() != run:
-        why = f"resume={named} goes on in that run's own folder"
-        legal = "no other one; init_from takes weights into a new run"
+        why = f"resume={named} continues in that run's own folder"
+        legal = "no other folder; init_from starts a new run from its weights"
         raise ConfigError("hydra.run.dir", asked, why, legal)
     replaced = {branch for key in typed for branch in REPLACED.get(key, (key,))}
     then = [w for w in typed_then(run) if not any(is_within(override_key(w), key) for key in replaced)]

@@ -95,7 +95,7 @@ class entrypoint(Generic[Judged]):
     """What of the judge costs less than a second; a command that is proposed is judged by it, unless the judge has had its
     say already."""
     judge_going_on: Callable[[Config, World], Judged] | None = None
-    """Takes the place of judge where checkpoints are there to go on from, so that nothing is asked of where the first weights
+    """Takes the place of judge where checkpoints are there to go on from, so that nothing is asked of where the initial weights
     came from."""
 
     def __call__(self, main: Callable[[Judged, Run], None]) -> Program[Judged]:

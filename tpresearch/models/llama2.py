@@ -129,7 +129,7 @@ class Llama2(nn.Module):
     Args:
         vocab_size: V. max_seq_len: greatest s. dim: h. n_layers: blocks. n_heads: n. n_kv_heads: k, dividing n.
         ffn_dim: f. norm_eps: added to the mean square. rope_theta: base of the rotary frequencies.
-        init_std: spread of the projections' first weights; those that write to the residual stream start
+        init_std: spread of the projections' initial weights; those that write to the residual stream start
             smaller by sqrt(2 n_layers), so that its size does not grow with depth (GPT-2).
         tied: whether the output layer has the embedding's weight (arXiv 1608.05859), as Llama2 itself does not.
 

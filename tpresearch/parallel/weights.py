@@ -1,4 +1,4 @@
-"""First weights: a function of the seed, the parameter's name and the place in it, never of the mesh, the device or the plan."""
+"""Initial weights: a function of the seed, the parameter's name and the place in it, never of the mesh, the device or the plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ cost more than their numbers do, in Python and at their edges."""
 def materialize(
     model: nn.Module, device: torch.device, source: WeightSource, buffers: torch.device | None = None
 ) -> None:
-    """Move a model off the meta device and give it its first weights.
+    """Move a model off the meta device and give it its initial weights.
 
     Args:
         device: where parameters go. buffers: where buffers go, if elsewhere: parameters may be offloaded, buffers are not.

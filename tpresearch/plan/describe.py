@@ -109,7 +109,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
-    """What stands below the table: the parameter count, what stays replicated, and what the data axes send."""
+    """Notes below the table: the parameter count, what stays replicated, and what the data axes send."""
     notes = [f"parameters: {sum(p.numel() for p in model.parameters()):,}"]
     if plan.rules:
         count = sum(model.get_parameter(name).numel() for name in plan.replicated)
@@ -126,7 +126,7 @@ def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
 
 
 def plan_text(model: nn.Module, plan: Plan) -> str:
-    """The whole table as text, and what stands below it."""
+    """The whole table as text, with the notes below it."""
     table = plan_table(model, plan)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     header, *rows = (
@@ -158,24 +158,24 @@ def _tensor_axes(plan: Plan) -> list[str]:
 
 
 def random_text(plan: Plan) -> str:
-    """What is said of a model that draws random numbers."""
+    """The note on a model that draws random numbers."""
     return (
-        f"random numbers: {_listed(plan.seen.random)} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats to the "
-        "bit, replicas agree, and plans differ in what they draw: equality with one process is not claimed"
+        f"random numbers: {_listed(plan.seen.random)} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats "
+        "bitwise and replicas agree, but plans differ in what they draw: equality with one process is not claimed"
     )
 
 
 def _data_lines(plan: Plan) -> list[str]:
     lines, count = [], len(plan.blocks)
-    blocks = "the whole model as one"
+    units = "the whole model as one unit"
     if count:
-        blocks = f"each of {', '.join([f'{count} blocks', *plan.ends])}, then the rest of the model as one"
+        units = f"per unit (each of {', '.join([f'{count} blocks', *plan.ends])}, the rest of the model)"
     for axis in reversed([axis for axis in AXES if axis.splits_rows and plan.sizes[axis.name] > 1]):
         what = "gradients all-reduced, once per step"
         if axis.shards_state:
             what = (
-                "weights all-gathered in forward (a block's again in backward, where "
-                "parallel.fsdp.reshard_after_forward frees them), gradients reduce-scattered"
+                "weights all-gathered in forward (a block's again in backward if "
+                "parallel.fsdp.reshard_after_forward has freed them), gradients reduce-scattered"
             )
-        lines.append(f"over {axis.name}={plan.sizes[axis.name]}: {blocks}: {what}")
+        lines.append(f"over {axis.name}={plan.sizes[axis.name]}, {units}: {what}")
     return lines

@@ -1,7 +1,7 @@
 """How each parameter starts, read off the plain model: what its module's `reset_parameters` does to it.
 
 It is read before tensor parallelism, FSDP or a low-precision layer can replace a module's class, so that none of them
-changes the first weights. Nothing is allocated for it.
+changes the initial weights. Nothing is allocated for it.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class TorchrunLauncher(Launcher):
         def on_start(job: Job) -> None:
             began[job.number] = time.monotonic()
             ranks = f"{job.ranks} rank{'s' if job.ranks > 1 else ''}"
-            begins = "goes on" if goes_on(job) else "starts"
+            begins = "resumes" if goes_on(job) else "starts"
             said = [
                 f"job {job.number} {begins} on {ranks}: {' '.join(job.overrides)}",
                 str(job.folder),

@@ -1,4 +1,4 @@
-"""A judged config made a loop: the model sharded and given its first weights, with what it takes to train it."""
+"""A judged config made a loop: the model sharded and given its initial weights, with what it takes to train it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def assemble(
 
 
 def first_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> TrainState:
-    """A model that has its first weights, with the optimizer that moves them."""
+    """A model that has its initial weights, with the optimizer that moves them."""
     masters = Masters(model) if has_masters(plan.sizes.shards, cfg.parallel.fsdp, cfg.train) else None
     trained = trained_parameters(model, masters)
     replicas = replicas_of(model, trained, plan, cfg.parallel.fsdp, cfg.train.dtype, mesh)
@@ -76,7 +76,7 @@ def first_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> 
 
 
 def weight_source(cfg: Config, initializers: Mapping[str, Initializer]) -> WeightSource:
-    """Where the first weights of a new run come from."""
+    """Where the initial weights of a new run come from."""
     if cfg.init_from is None:
         return from_seed(initializers, cfg.train.seed)
     if is_hugging_face(cfg.init_from):

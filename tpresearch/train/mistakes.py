@@ -55,7 +55,7 @@ class KeptGradients(Observer):
 
 
 class WeightsPerRank(Observer):
-    """First weights from a generator of each data-parallel rank's own; the ranks along tp share it, since torch's
+    """Initial weights from a generator of each data-parallel rank's own; the ranks along tp share it, since torch's
     `distribute_tensor` has the first of them send its weights to the others."""
 
     def __init__(self, seed: int, plan: Plan, mesh: DeviceMesh) -> None:

@@ -69,7 +69,7 @@ def preflight(cfg: Config, world: World, goes_on: bool = False) -> Preflight:
         goes_on: whether the run has its weights from a checkpoint of its own, and nothing is asked of `init_from`.
 
     Raises:
-        ConfigError: for the first thing that cannot work.
+        ConfigError: for the first error.
     """
     try:
         return _judged(cfg, world, goes_on)
@@ -103,7 +103,7 @@ def glance(cfg: Config, world: World) -> MeshSizes:
     """What can be judged without torch: most mistakes, in a fraction of a second.
 
     Raises:
-        ConfigError: for the first thing that cannot work.
+        ConfigError: for the first error.
     """
     refuse_secrets(as_dict(cfg))
     check_bounds(cfg)

@@ -69,7 +69,7 @@ def check_goes_on(found: list[Checkpoint], corpus: AnyCorpus) -> None:
     """Refuse to go on with other rows than a run was trained on.
 
     Raises:
-        ConfigError: where text, tokens or their number are others.
+        ConfigError: if text, tokenizer or the number of rows differ.
     """
     for checkpoint in found:
         check_corpus(checkpoint.mark, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))

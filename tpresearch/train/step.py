@@ -46,7 +46,7 @@ class Setup:
 
     @property
     def micro_rows(self) -> int:
-        """Rows that each data-parallel rank takes through the model at once."""
+        """Rows per data-parallel rank and forward pass."""
         return micro_batch_size(self.cfg, self.plan.sizes)
 
     @property

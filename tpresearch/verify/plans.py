@@ -125,7 +125,7 @@ def check_plan(cfg: Config) -> None:
     """Refuse what cannot run, before anything is started.
 
     Raises:
-        ConfigError: for the first thing that cannot work.
+        ConfigError: for the first error.
     """
     sizes = validate(cfg, ranks_of(cfg))
     check_data(cfg.data, cfg.tokenizer)
