@@ -1,4 +1,4 @@
-"""`python -m tpresearch.export checkpoint=RUN_OR_CHECKPOINT out=FOLDER`: a checkpoint as a folder that transformers reads.
+"""`python -m tpresearch.export checkpoint=RUN_OR_CHECKPOINT out=FOLDER`: export a checkpoint as a folder that transformers reads.
 
 Of a Llama: its weights, config.json and tokenizer. It needs no ranks.
 """

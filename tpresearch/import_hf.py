@@ -1,6 +1,6 @@
-"""`python -m tpresearch.import_hf init_from=FOLDER`: a Hugging Face model as a run of ours that has taken no step.
+"""`python -m tpresearch.import_hf init_from=FOLDER`: a Hugging Face model as a checkpoint at step 0.
 
-A training needs no import: `init_from` reads the folder itself. This leaves a checkpoint under the run's plan and mesh
+Training needs no import: `init_from` reads the folder itself. This writes a checkpoint under the run's plan and mesh
 (under torchrun, each rank writes what it holds) that other runs start from once the folder is gone.
 """
 

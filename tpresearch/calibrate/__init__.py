@@ -1,1 +1,1 @@
-"""A machine's own numbers: what a cluster file of conf/cluster states, measured."""
+"""Calibration: measures the numbers of a cluster file on this machine."""

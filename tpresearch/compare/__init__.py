@@ -1,1 +1,1 @@
-"""Runs beside each other: a table on the terminal, one self-contained page, and its charts as PNGs."""
+"""Comparison of runs: a table on the terminal, a self-contained HTML page, and its charts as PNGs."""

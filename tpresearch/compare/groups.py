@@ -1,4 +1,4 @@
-"""What is drawn as one curve (a run, or its repetitions over seeds), its label, and what its losses are compared with."""
+"""Groups of runs that are drawn as one curve (a run, or its repetitions over seeds), their labels and baselines."""
 
 from __future__ import annotations
 

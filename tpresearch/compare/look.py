@@ -1,4 +1,4 @@
-"""How charts look: units, and a run in the same colour and shape everywhere, for every kind of colour vision."""
+"""Appearance of charts: units, and one colour and shape per run everywhere, safe for colour-blind readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A comparison put together: on the terminal, as Markdown, as a page, and as PNGs."""
+"""Output of a comparison: on the terminal, as Markdown, as an HTML page, and as PNGs."""
 
 from __future__ import annotations
 

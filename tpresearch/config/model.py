@@ -31,7 +31,7 @@ class Rule:
     dst: str | list[str | None] | None = None
     """Layout that is wanted: of the output (colwise, rowwise, output), or of the input (input)."""
     axis: str = "tp"
-    """The mesh axis that it acts on."""
+    """The mesh axis it acts on."""
     units: list[str] = field(default_factory=list)
     """Model settings counting what a shard must not cut, such as n_heads."""
     target: str | None = None

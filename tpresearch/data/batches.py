@@ -1,4 +1,4 @@
-"""Which rows each step reads: a pure function of (seed, step), that no plan, mesh or restart can change."""
+"""The rows that each step reads: a pure function of (seed, step), independent of plan, mesh and restarts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """What a model is given, and what it is to predict.
+    """Inputs and targets.
 
     Attributes:
         inputs: tokens [b, s] int64, or rows of floats [b, width] float32.
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
         return cls(rows[:, :-1].clone(), rows[:, 1:].clone())
 
     def split(self, rows: int) -> list[Batch]:
-        """Micro-batches of `rows` rows; the last one takes what is left."""
+        """Micro-batches of `rows` rows; the last one takes the rest."""
         pieces = zip(self.inputs.split(rows), self.targets.split(rows), strict=True)
         return [Batch(inputs, targets) for inputs, targets in pieces]
 
@@ -62,10 +62,10 @@ def meta_batch(data: DataConfig, rows: int) -> Batch:
 
 
 class Batches:
-    """The endless sequence of global batches. There is no state to save: resuming is knowing the step.
+    """The endless sequence of global batches. There is no state to save: to resume, the step is enough.
 
     Of packed rows, each epoch e is its own permutation, `default_rng([seed, e]).permutation(n)`; the epochs
-    are laid end to end and step k (from 0) takes the k-th `global_batch_size` of them. A batch may span the
+    are concatenated and step k (from 0) takes the k-th `global_batch_size` of them. A batch may span the
     end of an epoch, so that no row is ever dropped, and within an epoch no row is read twice. Of a synthetic
     source, row i of step k is drawn by (seed, k, i).
 
@@ -73,7 +73,7 @@ class Batches:
         rows: packed rows [n, s + 1], any integer dtype, or a synthetic source.
         global_batch_size: rows per optimizer step, over all ranks and accumulation.
         seed: chooses the order, or what is drawn.
-        repeat: only the first this many batches, over and over; None for all.
+        repeat: repeat the first N batches; None for all.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 
 
 class Damaged(Exception):
-    """A cached folder whose content is not what was written; the message names the file."""
+    """A cached folder whose content has changed; the message names the file."""
 
 
 def build_once(

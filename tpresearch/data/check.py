@@ -18,7 +18,7 @@ BYTES_AND_EOS = 257
 
 
 def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
-    """Refuse what could not be prepared, looking at the first record of the first files only.
+    """Refuse data that could not be prepared, reading only the first record of the first files.
 
     Raises:
         ConfigError: naming the field at fault.

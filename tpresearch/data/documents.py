@@ -38,7 +38,7 @@ class Document(NamedTuple):
 
 
 def read_file(data: DataConfig, name: str, path: Path) -> Iterator[Document]:
-    """The documents of one file; those without text are left out.
+    """The documents of one file; those without text are skipped.
 
     Raises:
         ConfigError: naming the file and the line or row, for what cannot be read or is not text.

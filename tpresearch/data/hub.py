@@ -1,4 +1,4 @@
-"""Hugging Face data sets and tokenizers: from the hub, from what was downloaded before, or from a local folder.
+"""Hugging Face datasets and tokenizers: from the hub, from earlier downloads, or from a local folder.
 
 A local folder is read in place, so that nothing of it is kept twice; a hub data set is downloaded into the cache
 of the `datasets` library, or streamed. Code that comes with a data set is never run (the library has no such

@@ -61,7 +61,7 @@ def prepare(
     world: World = ALONE,
     check: Callable[[], None] = lambda: None,
 ) -> AnyCorpus:
-    """The corpus of a config: packed rows, prepared if they are not in the cache yet, or synthetic ones.
+    """The corpus of a config: packed rows, prepared if they are not yet cached, or synthetic ones.
 
     Every rank may call this at once: one process per host prepares, its first rank where that is there, and the others
     wait for it.

@@ -1,4 +1,4 @@
-"""What a run reads rows from: a corpus that was tokenized and packed, kept on disk and memory-mapped, or synthetic rows."""
+"""Sources of rows: a tokenized and packed corpus, memory-mapped from disk, or synthetic rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a Hugging Face folder: without ranks, and without a whole model in one place."""
+"""Export of a checkpoint as a Hugging Face folder, without ranks and without holding a whole model."""
 
 from __future__ import annotations
 

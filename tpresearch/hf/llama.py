@@ -1,4 +1,4 @@
-"""What Hugging Face calls a Llama's settings and parameters, and in which order it keeps the rows of the query and key projections.
+"""Hugging Face's names of a Llama's settings and parameters, and its row order of the query and key projections.
 
 Nothing here imports torch."""
 

@@ -1,4 +1,4 @@
-"""Initial weights from a Hugging Face folder, of which each rank reads the bytes that it holds."""
+"""A weight source: initial weights from a Hugging Face folder; each rank reads only the bytes that it holds."""
 
 from __future__ import annotations
 

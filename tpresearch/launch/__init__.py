@@ -1,4 +1,4 @@
-"""From a command line to a run: compose, judge, agree on a folder, log, call main; or refuse in one line."""
+"""From a command line to a run: compose, validate, agree on a folder, log, call main; or refuse in one line."""
 
 from tpresearch.config.world import World
 from tpresearch.launch.entrypoint import Run, entrypoint

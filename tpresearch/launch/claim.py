@@ -1,4 +1,4 @@
-"""A folder belongs to one run: it is locked while it is used, and a record that nothing goes on from is set aside."""
+"""Ownership of run folders: one run locks a folder, and an earlier record that is not resumed is set aside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that started this process, how to type it again with a mistake mended, and how `resume=RUN` types it again in that
+"""The command that started this process, how to repeat it with a mistake corrected, and how `resume=RUN` repeats it in that
 run's folder.
 """
 

@@ -1,4 +1,4 @@
-"""What was to be composed, what came of it, and what could have: the keys, values and groups a message names."""
+"""The requested composition, its result and the alternatives: keys, values and groups for error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf raise while composing, said as a `ConfigError`."""
+"""Turns exceptions of Hydra and OmegaConf during composition into a `ConfigError`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Python's search for garbage, left out where there is none to find."""
+"""Pauses Python's garbage collection where there is no garbage."""
 
 from __future__ import annotations
 

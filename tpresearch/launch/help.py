@@ -1,4 +1,4 @@
-"""`--help` of a command that composes a config: its groups and their options, then each key and what the schema says of it."""
+"""`--help` of a command that composes a config: its groups and their options, then each key and its meaning from the schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stopping a run: signals set a flag, which the run looks at where it can stop; and no process outlives its parent."""
+"""Stopping a run: signals set a flag, which the run polls where it can stop; and no process outlives its parent."""
 
 from __future__ import annotations
 

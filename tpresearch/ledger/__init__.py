@@ -1,1 +1,1 @@
-"""What one optimizer step sends and holds, measured, and by closed formulas beside it."""
+"""What one optimizer step sends and holds: measured, and expected by closed formulas."""

@@ -57,7 +57,7 @@ _C10D = {
 
 
 class CommunicationLedger(TorchDispatchMode):
-    """Notes collectives while it is entered; `phase` tells it the part of the step.
+    """Records collectives while entered; `phase` names the part of the step.
 
     ledger = CommunicationLedger(mesh)
     with ledger:

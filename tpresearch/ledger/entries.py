@@ -1,4 +1,4 @@
-"""What a step sent and held, as data: the content of ledger.json. Nothing here needs torch."""
+"""What a step sent and held, as plain data: the content of ledger.json. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "temporar
 
 @dataclass(frozen=True)
 class Entry:
-    """Collectives of one kind, over one axis, in one phase of a step, on one rank."""
+    """Collectives of one kind, over one axis, in one phase of a step, on one rank, summed."""
 
     axis: str
     phase: str
@@ -68,7 +68,7 @@ def ring_bytes(collective: str, tensor_bytes: int, ranks: int) -> int:
 
 
 def entries_of(events: Iterable[Event]) -> list[Entry]:
-    """Events added up by axis, phase, issuer and collective, in that order."""
+    """Events summed by axis, phase, issuer and collective, in that order."""
     sums: dict[tuple[str, str, str, str], list[int]] = {}
     for event in events:
         entry = sums.setdefault((event.axis, event.phase, event.issuer, event.collective), [0, 0, 0])
@@ -80,7 +80,7 @@ def entries_of(events: Iterable[Event]) -> list[Entry]:
 
 @dataclass(frozen=True)
 class Expected:
-    """What closed formulas say of a step on rank 0; None where there are none."""
+    """What closed formulas expect of a step on rank 0; None where there are none."""
 
     sent: list[Entry] | None
     held: dict[str, int | None]
@@ -93,7 +93,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class StepLedger:
-    """What one step sent and held on rank 0, beside what formulas say."""
+    """What one step sent and held on rank 0, and what formulas expect."""
 
     sent: list[Entry]
     held: list[MemoryUse]

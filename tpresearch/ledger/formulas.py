@@ -1,4 +1,4 @@
-"""What one optimizer step must send, by closed formulas: the ledger's `expected`, to be equal to its `measured`.
+"""What one optimizer step must send, by closed formulas: the ledger's `expected`, which must equal `measured`.
 
 Per micro-batch of b rows of s tokens, e bytes per element, over t tensor-parallel and d data-sharding ranks:
 
@@ -87,7 +87,7 @@ def _of_tensor_plan(model: nn.Module, plan: Plan, cfg: Config, tokens: int) -> I
 
 
 def loss_chunks(plan: Plan, cfg: Config, tokens: int) -> list[int]:
-    """The tokens whose logits are there at once, of a micro-batch of `tokens`."""
+    """Number of tokens whose logits exist at once, for a micro-batch of `tokens`."""
     count = -(-tokens // cfg.train.loss_chunk) if cfg.train.loss_chunk and plan.chunked_head else 1
     return [tokens // count + (index < tokens % count) for index in range(count)]
 

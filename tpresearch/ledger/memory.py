@@ -2,8 +2,8 @@
 
 A dispatch mode notes each storage as an op makes it and as it is freed, on any device; FSDP grows and shrinks
 the storages of gathered weights by `resize_`, which is noted too. Kinds are known only in the end (a buffer turns
-out to be a gradient), so the step is noted first and replayed afterwards. An op's inner workspace is not seen:
-on CUDA the allocator's own peak stands beside.
+out to be a gradient), so the step is recorded first and replayed afterwards. An op's internal workspace is not seen:
+on CUDA the allocator's own peak is reported too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WITH_STORAGE = (Tensor, nn.Parameter, FakeTensor)
 
 
 class MemoryLedger(TorchDispatchMode):
-    """Notes what is held while it is entered; `phase` tells it the part of the step.
+    """Records what is held while entered; `phase` names the part of the step.
 
     memory = MemoryLedger(model, optimizer)
     with memory:

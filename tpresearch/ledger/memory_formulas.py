@@ -1,4 +1,4 @@
-"""What one optimizer step must hold, by closed formulas: to be held against the memory ledger.
+"""What one optimizer step must hold, by closed formulas, for comparison with the memory ledger.
 
 Elements of rank 0, over t tensor-parallel and d data-sharding ranks; e bytes per element of the computation:
 

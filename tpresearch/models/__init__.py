@@ -1,11 +1,11 @@
-"""Plain PyTorch models. Nothing here knows of devices, meshes or sharding: that is what `parallel/` is for.
+"""Plain PyTorch models, unaware of devices, meshes and sharding, which belong to `parallel/`.
 
-What the framework asks of a language model: `forward(tokens: [b, s] int64) -> logits [b, s, V]`, and weights
-that are drawn by a `reset_parameters` of the module that owns them (as torch's own layers have it). In-place calls
-such as `normal_` and `clamp_` are drawn shard by shard, anything else whole on every rank. Optional:
+Requirements on a language model: `forward(tokens: [b, s] int64) -> logits [b, s, V]`, and weights
+that are drawn by a `reset_parameters` of the module that owns them (like torch's own layers). In-place calls
+such as `normal_` and `clamp_` are drawn shard by shard, anything else in full on every rank. Optional:
 `reset_buffers()` where buffers hold computed values, `attention_flops_per_token(seq_len)` for MFU, and
-`forward(tokens, head=f)`, which returns `f(output_layer, hidden)` in the place of the logits, for a loss that
-does not want all of them at once.
+`forward(tokens, head=f)`, which returns `f(output_layer, hidden)` instead of the logits, for a loss that
+does not need all of them at once.
 
 A network on floats (data=uniform) takes `forward(x: [b, width]) -> [b, ...]`.
 """

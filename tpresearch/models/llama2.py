@@ -15,14 +15,14 @@ from tpresearch.models import Head
 
 
 def clamped_normal_(weight: Tensor, std: float) -> None:
-    """Draw from a normal clamped to +-3 std, which any part of a weight can be drawn by; a truncated one redraws."""
+    """Draw from a normal clamped to +-3 std. Any part of a weight can be drawn alone, unlike with a truncated normal, which redraws."""
     nn.init.normal_(weight, std=std)
     with torch.no_grad():
         weight.clamp_(-3 * std, 3 * std)
 
 
 class Linear(nn.Linear):
-    """A projection without bias whose weights start from a normal of a stated spread."""
+    """A projection without bias, with normal initial weights of a given std."""
 
     def __init__(self, in_features: int, out_features: int, std: float) -> None:
         self.std = std
@@ -33,14 +33,14 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table whose rows are as small as a projection's, so that the residual stream starts small."""
+    """An embedding with initial rows as small as a projection's, so that the residual stream starts small."""
 
     def reset_parameters(self) -> None:
         clamped_normal_(self.weight, 0.02)
 
 
 def rotary_table(head_dim: int, seq_len: int, theta: float) -> Tensor:
-    """cos and sin of the angle by which each position turns each pair of features (arXiv 2104.09864, eq. 34).
+    """cos and sin of the rotation angle of each position and pair of features (arXiv 2104.09864, eq. 34).
 
     Returns: [s, d/2, 2], float32.
     """
@@ -50,7 +50,7 @@ def rotary_table(head_dim: int, seq_len: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn each pair of neighbouring features by its position's angle, in at least float32.
+    """Rotate each pair of adjacent features by its position's angle, in at least float32.
 
     x: [b, s, n, d], rotary: [s, d/2, 2] -> [b, s, n, d]
     """
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         self.wo = Linear(n_heads * self.head_dim, dim, out_std)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        """x: [b, s, h], rotary: [s, d/2, 2] -> [b, s, h]. The number of heads is read off the projections' outputs."""
+        """x: [b, s, h], rotary: [s, d/2, 2] -> [b, s, h]. The number of (local) heads follows from the projections' outputs."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -124,12 +124,12 @@ class Block(nn.Module):
 
 
 class Llama2(nn.Module):
-    """The whole model, in the sizes of conf/model.
+    """Llama2, in the sizes of conf/model.
 
     Args:
-        vocab_size: V. max_seq_len: greatest s. dim: h. n_layers: blocks. n_heads: n. n_kv_heads: k, dividing n.
+        vocab_size: V. max_seq_len: maximum s. dim: h. n_layers: blocks. n_heads: n. n_kv_heads: k, dividing n.
         ffn_dim: f. norm_eps: added to the mean square. rope_theta: base of the rotary frequencies.
-        init_std: spread of the projections' initial weights; those that write to the residual stream start
+        init_std: std of the projections' initial weights; those that write to the residual stream start
             smaller by sqrt(2 n_layers), so that its size does not grow with depth (GPT-2).
         tied: whether the output layer has the embedding's weight (arXiv 1608.05859), as Llama2 itself does not.
 

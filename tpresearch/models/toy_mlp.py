@@ -1,4 +1,4 @@
-"""The tutorial's toy network, bare and between an embedding and an output layer."""
+"""The tutorial's toy network, by itself and between an embedding and an output layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tpresearch.models import Head
 
 
 class ToyMLP(nn.Module):
-    """in_proj -> ReLU -> out_proj: the pair of matmuls that Megatron splits by columns, then by rows.
+    """in_proj -> ReLU -> out_proj: the pair of matmuls that Megatron-LM shards column-wise, then row-wise.
 
     With the defaults it is the tutorial's network of 517 parameters.
     """

@@ -1,4 +1,4 @@
-"""A plan put on a model, in a fixed order: TP/SP -> activation checkpointing -> compile -> FSDP."""
+"""Apply a plan to a model, in a fixed order: TP/SP -> activation checkpointing -> compile -> FSDP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tpresearch.plan.parameters import tie, tied_parameters
 def parallelize(
     model: nn.Module, plan: Plan, parallel: ParallelConfig, mesh: DeviceMesh, dtype: Dtype
 ) -> nn.Module:
-    """Shard a meta-device model in place, and return it. Parameter names and ties stay as they were."""
+    """Shard a meta-device model in place and return it. Parameter names and ties are unchanged."""
     ties = tied_parameters(model)
     for axis in LAYER_AXES:
         styles = {name: rule.style() for name, rule in plan.rules.items() if rule.axis == axis}
@@ -58,7 +58,7 @@ def wrap_forward(
     has_rules: bool,
     backend: str | Callable[..., Any] = "inductor",
 ) -> None:
-    """Checkpoint and compile a block's forward; hooks on the block, FSDP's among them, stay outside."""
+    """Checkpoint and compile a block's forward; hooks on the block, including FSDP's, stay outside."""
     kind = parallel.activation_checkpointing
     if not parallel.compile:
         block.forward = checkpointed(block.forward, kind)
@@ -72,7 +72,7 @@ def wrap_forward(
 
 
 def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[..., Any]:
-    """The same function, which keeps for backward only what its kind of activation checkpointing says."""
+    """The function under activation checkpointing: for backward it keeps only what the given kind says."""
     if kind is Checkpointing.full:
         return functools.partial(checkpoint, forward, use_reentrant=False)
     if kind is Checkpointing.selective:
@@ -84,13 +84,13 @@ def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[.
 def compiled(
     forward: Callable[..., Any], backend: str | Callable[..., Any] = "inductor"
 ) -> Callable[..., Any]:
-    """One graph of these shapes alone: a break, or a second graph, is an error or a recompilation, and never silent."""
+    """Compile to one graph for fixed shapes: a graph break is an error and another shape a recompilation, never silent."""
     return torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
 
 
 def let_blocks_keep(parallel: ParallelConfig) -> None:
-    """Set of what compiled blocks would keep for backward the share that they may: of what is left out, least is computed
-    again (private; read in torch 2.11 to 2.14).
+    """Set the share of their activations that compiled blocks may keep for backward; the cheapest are recomputed
+    (private; read in torch 2.11 to 2.14).
     """
     is_bounded = parallel.activation_checkpointing is Checkpointing.budget
     config = torch._functorch.config
@@ -120,7 +120,7 @@ def wait_for_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def keep_expensive(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what is slow to compute again (matmuls, attention) or to send again; recompute the rest."""
+    """Keep what is slow to recompute (matmuls, attention) or to send again; recompute the rest."""
     slow = op.namespace == "_c10d_functional" or op.__name__.split(".")[0] in _SLOW_OPS
     return CheckpointPolicy.MUST_SAVE if slow else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -140,7 +140,7 @@ _SLOW_OPS = {
 
 
 def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:
-    """`fully_shard` each block, embedding and output layer, then the root, where there is anything for it to do.
+    """`fully_shard` each block, embedding and output layer, then the root, if it has anything to do.
 
     Over replicas alone it would only copy: see `replicas.py`. Gradients are summed, not averaged, over data-parallel
     ranks: the loss is divided by the global token count.
@@ -182,13 +182,13 @@ def is_wrapped(shards: int, fsdp: FsdpConfig) -> bool:
 
 
 def has_masters(shards: int, fsdp: FsdpConfig, train: TrainConfig) -> bool:
-    """Whether float32 weights stand beside a bfloat16 model. Where `fully_shard` is applied, it keeps them itself."""
+    """Whether a bfloat16 model has float32 master weights. Where `fully_shard` is applied, it keeps them itself."""
     mixed = train.dtype is Dtype.bfloat16 and train.weights is WeightDtype.float32
     return mixed and not is_wrapped(shards, fsdp)
 
 
 def reduce_dtype(fsdp: FsdpConfig, dtype: Dtype) -> torch.dtype | None:
-    """In which gradients are summed over data-parallel ranks; None for their own dtype."""
+    """The dtype in which gradients are summed over data-parallel ranks; None for their own."""
     return getattr(torch, fsdp.reduce_dtype) if dtype is Dtype.bfloat16 else None
 
 

@@ -1,4 +1,4 @@
-"""What is said of a mesh and of a sharded model in a run's log."""
+"""Descriptions of a mesh and of a sharded model for a run's log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def describe_mesh(sizes: MeshSizes, device: str) -> str:
 
 
 def describe_model(model: nn.Module) -> str:
-    """Each parameter as it is on this rank, read off the sharded model: its placements, and its local and whole shape.
+    """Each parameter of the sharded model: its placements, and its local and global shape.
 
     Llama2
       layers.{0-1}.attention.wq.weight  dp_shard: Shard(0), tp: Shard(0)  64x256 of 256x256

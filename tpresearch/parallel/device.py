@@ -1,4 +1,4 @@
-"""Which device a rank computes on, and whether it can do what is asked of it."""
+"""The device a rank computes on, and whether it supports what the config asks for."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ WITHOUT_SNAPSHOT = {"profiler": "trace", "profiler.memory": None}
 
 
 def choose_device(cfg: Config, local_rank: int, local_size: int) -> Device:
-    """CUDA where every local rank can have a device of its own, else the CPU, unless the config says.
+    """The configured device; by default CUDA if every local rank can have its own device, else the CPU.
 
-    With device=cuda and fewer devices than ranks, ranks share them: for tests of correctness on one GPU, not for speed.
+    With device=cuda and fewer devices than ranks, ranks share them: to test correctness on one GPU, not for speed.
 
     Raises:
-        ConfigError: for a device, dtype or option that this machine lacks.
+        ConfigError: for a device, dtype or option that this machine does not support.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cfg.device is DeviceKind.cuda and count == 0:
@@ -57,7 +57,7 @@ def choose_device(cfg: Config, local_rank: int, local_size: int) -> Device:
 
 
 def check_device(cfg: Config, device: Device) -> None:
-    """Refuse what the device cannot do.
+    """Refuse options that the device does not support.
 
     Raises:
         ConfigError: naming the option.
@@ -99,7 +99,7 @@ def check_device(cfg: Config, device: Device) -> None:
 
 
 def notes_on(device: Device, cfg: Config) -> list[str]:
-    """What one would like to know of how this device computes what is asked of it."""
+    """Notes on how this device computes the config: attention kernel, TF32."""
     args, notes = cfg.model.args, []
     heads, kv_heads, dim = (args.get(name) for name in ("n_heads", "n_kv_heads", "dim"))
     if isinstance(heads, int) and isinstance(dim, int):

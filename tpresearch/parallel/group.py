@@ -1,4 +1,4 @@
-"""The default process group of a job: gloo or NCCL, of one rank too; or a fake one, of one rank among many."""
+"""The default process group of a job: gloo or NCCL, also for one rank; or a fake one, as one rank of many."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HERE, ANSWER = "tpresearch/here", "tpresearch/answer"
 
 @contextmanager
 def process_group(device: Device, world: World) -> Iterator[None]:
-    """Inside it, the ranks of this job can talk to each other."""
+    """Context in which the ranks of this job can communicate."""
     where: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
     if world.size == 1 and not world.elastic:
         where |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}

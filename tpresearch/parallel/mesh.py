@@ -1,4 +1,4 @@
-"""The device mesh of a job, and sums over some of its axes."""
+"""The device mesh of a job, and sums over its axes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tpresearch.config.axes import AXES, AXIS_NAMES, DATA_AXES, MeshSizes
 
 
 def build_mesh(sizes: MeshSizes, device_type: str) -> DeviceMesh:
-    """A mesh of all axes, the size-1 ones too, so that each can be asked for by name."""
+    """A mesh of all axes, including those of size 1, so that each can be addressed by name."""
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXIS_NAMES)
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """What `fully_shard` works over: the axes that split rows, without those of one rank that only replicate."""
+    """The mesh for `fully_shard`: the axes that split rows, without replicating axes of size 1."""
     used = [a.name for a in AXES if a.splits_rows and (a.shards_state or axis_size(mesh, a.name) > 1)]
     return mesh[tuple(used)] if len(used) > 1 else mesh[used[0]]
 
 
 def data_rank(mesh: DeviceMesh) -> int:
-    """Which part of the global batch this rank reads; the same along every axis that does not split rows."""
+    """Index of the part of the global batch that this rank reads; equal along axes that do not split rows."""
     rank = 0
     for axis in DATA_AXES:
         rank = rank * axis_size(mesh, axis) + mesh.get_local_rank(axis)
@@ -40,7 +40,7 @@ def sizes_of(mesh: DeviceMesh) -> MeshSizes:
 
 
 def sum_over(mesh: DeviceMesh, values: Tensor, axes: tuple[str, ...]) -> Tensor:
-    """`values` summed, in place, over the ranks that differ along `axes`. Axes of size 1 send nothing."""
+    """Sum `values`, in place, over the ranks along `axes`. Axes of size 1 send nothing."""
     for axis in axes:
         if axis_size(mesh, axis) > 1:
             dist.all_reduce(values, group=mesh.get_group(axis))
@@ -48,7 +48,7 @@ def sum_over(mesh: DeviceMesh, values: Tensor, axes: tuple[str, ...]) -> Tensor:
 
 
 def sum_together(mesh: DeviceMesh, tensors: list[Tensor], axis: str) -> None:
-    """Sum each tensor, in place, over the ranks along one axis, all in one all-reduce for each dtype, in at least float32."""
+    """Sum tensors, in place, over the ranks along one axis, in one all-reduce per dtype, in at least float32."""
     for dtype in {t.dtype for t in tensors}:
         chosen = [t for t in tensors if t.dtype == dtype]
         wide = torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""The norm of a gradient whose parts lie on many ranks."""
+"""The global norm of sharded gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NORM_BLOCK = 1024
 
 
 def global_norm(gradients: list[Tensor], mesh: DeviceMesh) -> Tensor:
-    """The 2-norm of all gradients of the whole model, the same number on every rank.
+    """The 2-norm of all gradients of the model, the same number on every rank.
 
     Each gradient is a DTensor sharded over some axes and replicated over the others. Squares are summed
     locally by the set of axes they are sharded over, then over one axis after another, so that a part that an
@@ -64,7 +64,7 @@ def _sum_of_squares(norms: list[Tensor]) -> Tensor:
 
 
 def local_shard(tensor: Tensor) -> tuple[Tensor, frozenset[str]]:
-    """This rank's part of a tensor, and the mesh axes of more than one rank that it is sharded over."""
+    """This rank's shard of a tensor, and the mesh axes of size above 1 that it is sharded over."""
     if not isinstance(tensor, DTensor):
         return tensor, frozenset()
     names = tensor.device_mesh.mesh_dim_names or ()

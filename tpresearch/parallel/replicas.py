@@ -1,4 +1,4 @@
-"""Gradients summed over replicas while backward goes on, as data parallelism does (arXiv 2006.15704, section 3.2).
+"""Gradients summed over replicas during backward, as in DDP (arXiv 2006.15704, section 3.2).
 
 For meshes on which nothing is sharded over data: `fully_shard` over one shard copies each weight before it is used, and
 each gradient twice more than this.
@@ -23,7 +23,7 @@ from tpresearch.plan.compiler import Plan
 
 
 class Unit:
-    """Parameters whose gradients are summed in one all-reduce, begun as soon as the last of them is there.
+    """Parameters whose gradients are summed in one all-reduce, started when the last gradient is ready.
 
     Args:
         trained: those that have the gradients. dtype: in which they are summed; None for their own.
@@ -132,7 +132,7 @@ class Replicas:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Every gradient is the sum over replicas from here on."""
+        """Wait until every gradient is the sum over replicas."""
         for unit in self._units:
             unit.finish()
 

@@ -1,4 +1,4 @@
-"""Initial weights: a function of the seed, the parameter's name and the place in it, never of the mesh, the device or the plan."""
+"""Initial weights: a function of seed, parameter name and position in the tensor, independent of mesh, device and plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ cost more than their numbers do, in Python and at their edges."""
 def materialize(
     model: nn.Module, device: torch.device, source: WeightSource, buffers: torch.device | None = None
 ) -> None:
-    """Move a model off the meta device and give it its initial weights.
+    """Move a model off the meta device and set its initial weights.
 
     Args:
         device: where parameters go. buffers: where buffers go, if elsewhere: parameters may be offloaded, buffers are not.
@@ -57,11 +57,11 @@ def reset_buffers(model: nn.Module) -> None:
 
 
 def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int | None = None) -> WeightSource:
-    """Weights as the plain model would draw them, of which each rank draws the tiles that it holds a part of.
+    """A weight source: weights as the plain model would draw them; each rank draws only the tiles that overlap its shards.
 
     Args:
-        initializers: how each parameter starts, read off the plain model.
-        threads: that draw; as many as there are cores per rank of this host, unless said.
+        initializers: of each parameter, read from the plain model.
+        threads: for drawing; by default the cores per rank of this host.
     """
 
     @torch.no_grad()
@@ -89,13 +89,13 @@ def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int |
 
 
 def parameter_device(parallel: ParallelConfig, device: torch.device) -> torch.device:
-    """Where a rank keeps its parameters: its device, or the host's memory where they are offloaded."""
+    """Where a rank keeps its parameters: its device, or host memory if they are offloaded."""
     return torch.device("cpu") if parallel.fsdp.cpu_offload else device
 
 
 @torch.no_grad()
 def fill(parameter: Tensor, full: Tensor) -> None:
-    """Give a parameter its values; a sharded one takes its part, and nothing is sent."""
+    """Set a parameter's values; a sharded one takes its part, and nothing is sent."""
     for dim, index in enumerate(held(parameter)):
         if len(index) != full.shape[dim]:
             full = full.index_select(dim, index.to(full.device))
@@ -125,7 +125,7 @@ def held(parameter: Tensor) -> list[Tensor]:
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter: writing to it sets the parameter."""
+    """This rank's part of a parameter; writing to it sets the parameter."""
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
 

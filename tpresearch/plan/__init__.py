@@ -1,1 +1,1 @@
-"""The plan compiler: a model's named sharding rules, resolved and judged on a meta model. No process group in this room."""
+"""The plan compiler: a model's named sharding rules, resolved and validated on a meta model. No process group here."""

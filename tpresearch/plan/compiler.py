@@ -1,4 +1,4 @@
-"""The plan compiler: named rules against a meta-device model, judged before any rank exists.
+"""The plan compiler: named rules against a meta-device model, validated before any rank exists.
 
 It expands each rule to the modules it matches, refuses what cannot work, and says what each parameter
 becomes and what each module sends.
@@ -27,7 +27,7 @@ NOTHING_SEEN = Probe()
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done to a model: rules by module name, and the blocks that are wrapped."""
+    """A compiled plan: rules by module name, and the blocks that are wrapped."""
 
     rules: dict[str, ResolvedRule]
     """Module name -> the rule on it."""
@@ -55,7 +55,7 @@ class Plan:
         return self.split_output is not None
 
     def partial_grads(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Replicated parameters whose gradient on a rank is partial: that of its part of the sequence."""
+        """Replicated parameters with partial gradients: each rank has seen only its part of the sequence."""
         return {
             f"{name}.{key}": parameter
             for name, rule in self.rules.items()
@@ -66,7 +66,7 @@ class Plan:
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
-    """The names that a wildcard pattern matches, part by part between the dots (as parallelize_module does)."""
+    """The names that a wildcard pattern matches, component by component (as in parallelize_module)."""
     parts = pattern.split(".")
     return [
         name
@@ -85,15 +85,15 @@ def compile_plan(
     rows: int,
     seen: Probe = NOTHING_SEEN,
 ) -> Plan:
-    """Judge a plan against the model it is for.
+    """Compile a plan against its model.
 
     Args:
         model: on the meta device, whole. config: its config, plans included.
         parallel: the choice of plan. sizes: ranks along each axis. seq_len: tokens per row. rows: in a micro-batch.
-        seen: what a batch's shapes have shown of the model.
+        seen: what a forward pass over shapes has shown of the model.
 
     Raises:
-        ConfigError: rules that match nothing, overlap or cannot be read; sizes that tp does not divide.
+        ConfigError: for rules that match nothing, overlap or cannot be read, and sizes that tp does not divide.
     """
     names = [name for name, _ in model.named_modules() if name]
     blocks = _blocks(config, names)
@@ -189,7 +189,7 @@ def _check_kinds(model: nn.Module, rules: dict[str, ResolvedRule]) -> None:
 
 
 def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule]) -> None:
-    """Where tokens are sharded, a weight that no rule matches would get a partial gradient on each rank."""
+    """Refuse unmatched weights under sequence sharding: their gradient would be partial on each rank."""
     split = next((rule for rule in rules.values() if rule.splits_sequence or rule.splits_batch), None)
     if split is None:
         return
@@ -205,7 +205,7 @@ def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule])
 def _cuts(
     model: nn.Module, config: ModelConfig, rules: dict[str, ResolvedRule], seq_len: int, rows: int
 ) -> Iterator[Cut]:
-    """Every count that a rule splits, but for the vocabulary: DTensor pads that one."""
+    """Every count that a rule splits, except the vocabulary, which DTensor pads."""
     for name, rule in rules.items():
         for unit in rule.rule.units:
             if unit not in config.args:
@@ -228,7 +228,7 @@ def _cuts(
 
 
 def split_dim(fqn: str, rules: dict[str, ResolvedRule], owner: nn.Module) -> int | None:
-    """The dim of a parameter of `owner` that its rule shards, or None where it stays replicated."""
+    """The dim of a parameter of `owner` that its rule shards, or None if it stays replicated."""
     module, _, key = fqn.rpartition(".")
     rule = rules.get(module)
     dim = rule.weight_dim(owner) if rule else None
@@ -238,7 +238,7 @@ def split_dim(fqn: str, rules: dict[str, ResolvedRule], owner: nn.Module) -> int
 
 
 def local_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
-    """The shape of rank 0's part of a parameter by its rule, the larger one where a dim does not divide evenly."""
+    """Shape of rank 0's shard of a parameter under its rule; the larger one if a dim does not divide evenly."""
     module = fqn.rpartition(".")[0]
     dim = split_dim(fqn, plan.rules, model.get_submodule(module))
     size = plan.sizes[plan.rules[module].axis] if dim is not None else 1
@@ -246,6 +246,6 @@ def local_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
 
 
 def shard_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
-    """The same once the data plan has sharded dim 0 of that as well."""
+    """The same after the data plan has also sharded dim 0."""
     shape = local_shape(fqn, model, plan)
     return (-(-shape[0] // plan.sizes.shards), *shape[1:]) if shape else shape

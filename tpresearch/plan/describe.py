@@ -1,4 +1,4 @@
-"""A compiled plan as a table: what each parameter becomes on a rank, and what each module sends."""
+"""A compiled plan as a table: each parameter's placement and local shape, and what each module sends."""
 
 from __future__ import annotations
 

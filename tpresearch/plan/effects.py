@@ -1,4 +1,4 @@
-"""What each sharding rule sends over its axis: the collectives that its change of layout demands, and no others."""
+"""What each sharding rule sends over its axis: exactly the collectives that its layout changes require."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Sent:
 
 
 def rule_sends(name: str, model: nn.Module, plan: Plan) -> list[Sent]:
-    """What the rule on module `name` causes; nothing is known of a rule with a ParallelStyle of the user's own.
+    """The collectives of the rule on module `name`; none are known for a rule with a custom ParallelStyle.
 
-    The width is 0 where the rule does not tell it: of style output, and of style input around no colwise rule.
+    The width is 0 where the rule does not determine it: style output, and style input around no colwise rule.
     """
     rule, module = plan.rules[name], model.get_submodule(name)
     style, src, dst = rule.rule.style, [_kind(p) for p in rule.src], [_kind(p) for p in rule.dst]

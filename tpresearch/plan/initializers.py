@@ -1,4 +1,4 @@
-"""How each parameter starts, read off the plain model: what its module's `reset_parameters` does to it.
+"""Each parameter's initializer, read from the plain model: what its module's `reset_parameters` does to it.
 
 It is read before tensor parallelism, FSDP or a low-precision layer can replace a module's class, so that none of them
 changes the initial weights. Nothing is allocated for it.
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Elementwise:
-    """A parameter whose elements are drawn independently of each other: any tile of it can be drawn alone."""
+    """An initializer with independent elements: any tile of the parameter can be drawn alone."""
 
     calls: tuple[Call, ...]
 
@@ -50,7 +50,7 @@ class Elementwise:
 
 @dataclass(frozen=True, eq=False)
 class Whole:
-    """The parameters of a module whose `reset_parameters` does anything else: they are drawn whole, and together."""
+    """The initializer of all parameters of a module with any other `reset_parameters`: drawn in full, together."""
 
     module: nn.Module
 
@@ -67,7 +67,7 @@ Initializer = Elementwise | Whole
 
 
 def read_initializers(model: nn.Module) -> dict[str, Initializer]:
-    """How each parameter of a plain model starts, by its fully qualified name. The model may be on the meta device.
+    """The initializer of each parameter of a plain model, by FQN. The model may be on the meta device.
 
     Raises:
         ConfigError: for a module with parameters and no `reset_parameters`, or whose own leaves one of them unset; for

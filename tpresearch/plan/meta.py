@@ -1,4 +1,4 @@
-"""The model of a config on the meta device: its modules and shapes, without storage."""
+"""The model of a config on the meta device: modules and shapes, without storage."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
 
 
 def _check_parameters(model: nn.Module) -> None:
-    """Refuse what would be lost without a word: a dtype, the imaginary part, hooks on tensors that sharding replaces.
+    """Refuse what sharding would silently lose: a dtype, the imaginary part, hooks on tensors that it replaces.
 
     Raises:
         ConfigError: naming the first such parameter.

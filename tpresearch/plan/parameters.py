@@ -1,4 +1,4 @@
-"""Parameters that not every plan can shard: tied ones, scalars, and rows that two axes cut unevenly."""
+"""Parameters that not every plan can shard: tied ones, scalars, and rows that two axes split unevenly."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharde
 
 
 def _check_rows(name: str, parameter: nn.Parameter, model: nn.Module, plan: Plan) -> None:
-    """FSDP cuts a rank's rows, DTensor computes where the cuts are: both must come to the same."""
+    """FSDP splits a rank's rows, DTensor computes where the splits are: both must agree."""
     module = name.rpartition(".")[0]
     if split_dim(name, plan.rules, model.get_submodule(module)) != 0:
         return

@@ -1,4 +1,4 @@
-"""A batch sent through the meta model: whether the two are compatible, and where no gradient flows back."""
+"""A batch sent through the meta model: whether they are compatible, and where no gradient flows back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Dims(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """What one forward pass over shapes alone has shown."""
+    """What a forward pass over shapes has shown."""
 
     output: torch.Size | None = None
     """The shape of the model's output; None where the model cannot run on the meta device."""
@@ -115,7 +115,7 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     """Send `inputs`, on the meta device, through a copy of a meta model, which may count its calls.
 
     Raises:
-        ConfigError: for data that the model does not take, and an output that is no tensor.
+        ConfigError: for data that the model does not accept, and an output that is not a tensor.
     """
     model = copy.deepcopy(model)
     try:

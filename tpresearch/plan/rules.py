@@ -1,5 +1,5 @@
-"""A sharding rule: the layouts it names, held to the tensors that a batch's shapes have shown; what it does to a weight; and the
-ParallelStyle that does it.
+"""A sharding rule: its layouts, checked against the tensors of a forward pass over shapes; what it does to a weight; and its
+ParallelStyle.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Layouts = tuple[Placement | None, ...]
 
 
 class LocalSequenceParallel(ParallelStyle):
-    """Run a layer on this rank's part of the sequence, with replicated weights whose gradients are partial.
+    """Run a layer on this rank's part of the sequence, with replicated weights and partial gradients.
 
     torch's SequenceParallel makes the weights DTensors, whose gradients FSDP then sums over tp after every
     micro-batch, before it shards them. Here they stay plain, and the step sums their shards once
@@ -86,7 +86,7 @@ STYLES: dict[str, Style] = {
 
 @dataclass(frozen=True)
 class ResolvedRule:
-    """One rule with its layouts read: ready to be put on the modules it matches."""
+    """A rule with its layouts resolved, ready to be applied to the modules it matches."""
 
     name: str
     where: str
@@ -99,7 +99,7 @@ class ResolvedRule:
 
     @property
     def axis(self) -> str:
-        """The mesh axis that it acts on."""
+        """The mesh axis it acts on."""
         return self.rule.axis
 
     @property
@@ -130,7 +130,7 @@ class ResolvedRule:
 
 
 def takes_chunks(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSizes) -> bool:
-    """Whether logits can be made of a few tokens at a time: by a plain matmul, on vocabulary shards if the rule has some."""
+    """Whether logits can be computed for a few tokens at a time: by a plain matmul, on vocabulary shards if the rule has some."""
     if not isinstance(layer, nn.Linear) or layer.bias is not None:
         return False
     if type(layer).forward is not nn.Linear.forward:
@@ -143,10 +143,10 @@ def takes_chunks(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSizes) 
 
 
 def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> ResolvedRule:
-    """Read a rule's style and layouts.
+    """Resolve a rule's style and layouts.
 
     Raises:
-        ConfigError: an unknown style, layout or import path, or a rule that lacks what its style needs.
+        ConfigError: for an unknown style, layout or import path, or a rule that lacks what its style needs.
     """
     where = f"model.plans.{plan}.{name}"
     if rule.axis not in LAYER_AXES:
@@ -193,7 +193,7 @@ def _layout(where: str, text: str | None, loss_parallel: bool) -> Placement | No
 
 
 def check_layouts(rules: dict[str, ResolvedRule], seen: Probe) -> None:
-    """Refuse layouts that torch would only find wrong in the first step.
+    """Refuse layouts that torch would reject only in the first step.
 
     Args:
         rules: by module name. seen: no dims are judged of a module that the probe has not called.

@@ -1,1 +1,1 @@
-"""Which plan to pick: every legal plan, mesh, checkpointing and micro-batch for some GPUs, ranked by the simulator."""
+"""Which plan to choose: every legal plan, mesh, checkpointing mode and micro-batch for some GPUs, ranked by the simulator."""

@@ -1,4 +1,4 @@
-"""Candidates judged: by closed formulas what cannot fit, by the simulator the rest; and why each loser loses."""
+"""Ranking of candidates: closed formulas discard what cannot fit, the simulator ranks the rest and says why each is slower."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A step of the real code on fake ranks, priced: will it fit, how fast will it be, which plan to pick."""
+"""Simulation of a step of the real code on fake ranks: will it fit, how fast will it be, which plan to choose."""

@@ -1,4 +1,4 @@
-"""`python -m tpresearch.simulate world_size=512 cluster=h100_dgx model=llama2_70b mesh.tp=8`: a step, foretold."""
+"""`python -m tpresearch.simulate world_size=512 cluster=h100_dgx model=llama2_70b mesh.tp=8`: predict one training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prediction as the record of a run, so that it stands beside real ones in comparisons and sweeps, marked as one."""
+"""A prediction as the record of a run, marked as predicted, for comparisons and sweeps with real runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cluster as numbers, each with where it comes from: what prices are computed with."""
+"""A cluster as numbers, each with its source: the parameters of the cost model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tpresearch.config.schema import Dtype
 
 
 class Kind(StrEnum):
-    """Where a number comes from, the least certain first."""
+    """Kind of source of a number, the least certain first."""
 
     guessed = "guessed"
     fitted = "fitted"

@@ -1,4 +1,4 @@
-"""A deep model's step from shallow ones: block after block does the same, so what a step takes grows by the same amount."""
+"""A deep model's step, extrapolated from shallow ones: all blocks do the same, so each adds the same amount."""
 
 from __future__ import annotations
 

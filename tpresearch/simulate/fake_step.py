@@ -1,4 +1,4 @@
-"""One step of the real code as rank 0 of any number of ranks: nothing is computed, held or sent."""
+"""One step of the real code as rank 0 of any number of ranks, with nothing computed, held or sent."""
 
 from __future__ import annotations
 

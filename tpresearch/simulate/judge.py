@@ -1,4 +1,4 @@
-"""What can be refused before a step is recorded, and what recording it refuses."""
+"""Validation before a step is recorded, and what cannot be recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recorded part of a step as what a device runs: kernels with their prices, collectives with their groups."""
+"""A recorded part of a step as a device runs it: kernels with their times, collectives with their groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step is predicted to take, hold and send: the content of simulate.json."""
+"""The predicted time, memory and communication of a step: the content of simulate.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each op takes on a device: matmuls by tiles and waves, attention by length, everything else by its bytes.
+"""Time of each op on a device: matmuls by tiles and waves, attention by length, everything else by its bytes.
 
 Seconds of a kernel alone on the device. FLOPs are torch's (torch.utils.flop_counter): 2 m n k of a matmul, causal
 attention by half of its square, its backward 2.5 times its forward.
@@ -25,7 +25,7 @@ DTYPES = {2: "bfloat16", 4: "float32", 8: "float64"}
 
 
 def op_s(op: Op, cluster: Cluster) -> float:
-    """Seconds of one op that is no collective."""
+    """Seconds of one op that is not a collective."""
     if op.kind == "gemm":
         return gemm_s(op.shape, op.element, cluster)
     if op.kind == "attention":

@@ -1,4 +1,4 @@
-"""Records every op of a step: an observer that is a dispatch mode, and the communication ledger with it."""
+"""Records every op of a step: an observer with a dispatch mode, and the communication ledger."""
 
 from __future__ import annotations
 

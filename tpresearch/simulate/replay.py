@@ -1,4 +1,4 @@
-"""Kernels put on streams as FSDP2 and NCCL do: what overlaps and what is exposed comes out, and is not put in.
+"""Schedules kernels on streams as FSDP2 and NCCL do; what overlaps and what is exposed follows from the schedule.
 
 On a GPU the host launches ahead of the device; each process group has a stream of its own. Of FSDP (torch/distributed/fsdp/
 _fully_shard): a gather begins once the one before it was copied out, a copy-out waits for its gather, gradients are copied

@@ -1,4 +1,4 @@
-"""A prediction on the terminal: the range first, then memory against the card, time by kind, what was assumed."""
+"""A prediction on the terminal: step time, memory, time by kind, assumptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One job of a sweep: its config, how many ranks it needs, what it is told apart by and started with, and how it ended."""
+"""One job of a sweep: its config, number of ranks, label, command, and outcome."""
 
 from __future__ import annotations
 

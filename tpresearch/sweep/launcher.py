@@ -1,4 +1,4 @@
-"""The Hydra launcher of `-m`: plan all jobs, run those that are not done, and say what came out."""
+"""The Hydra launcher of `-m`: plan all jobs, run those that are not done, and report the results."""
 
 from __future__ import annotations
 

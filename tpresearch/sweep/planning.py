@@ -1,4 +1,4 @@
-"""All jobs of a sweep, composed and judged before the first one starts."""
+"""All jobs of a sweep, composed and validated before the first one starts."""
 
 from __future__ import annotations
 

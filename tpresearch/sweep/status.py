@@ -1,4 +1,4 @@
-"""What the running jobs of a sweep are at: a live line for each on a terminal, else a line now and then."""
+"""Progress of a sweep's running jobs: a live line for each on a terminal, otherwise an occasional line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep leaves: summary.csv, summary.md, and a table on the terminal: one row per job."""
+"""Results of a sweep: summary.csv, summary.md, and a table on the terminal, one row per job."""
 
 from __future__ import annotations
 

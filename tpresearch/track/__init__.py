@@ -1,4 +1,4 @@
-"""What a run leaves behind, seen from rank 0: its record on disk, Weights & Biases, the terminal."""
+"""Tracking of a run, on rank 0: its record on disk, Weights & Biases, the terminal."""
 
 from tpresearch.track.tracker import RunFacts, Tracker
 

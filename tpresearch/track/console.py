@@ -1,4 +1,4 @@
-"""The terminal of a run: one live line while it trains, a report when it ends, and what to type next."""
+"""Terminal output of a run: a progress line while it trains, a report when it ends, and commands to try next."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def report(
     loss: Loss = Loss.next_token,
     next_steps: NextSteps | None = None,
 ) -> None:
-    """The end of a run: what came out, where it lies, and what to type next.
+    """The report at the end of a run: results, files, and commands to try next.
 
     Args:
         next_steps: what there is to type.

@@ -1,4 +1,4 @@
-"""metrics.jsonl as it is written: a row is on disk as soon as it is logged, whatever becomes of the disk."""
+"""Writing metrics.jsonl: a row is on disk as soon as it is logged; a full disk delays rows but does not end the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """metrics.jsonl, open for appending: one object a logged step, on disk as soon as it is logged.
+    """metrics.jsonl, open for appending: one object per logged step, on disk as soon as it is logged.
 
     A resumed run appends to what is there; `read_metrics` leaves out the rows that were written after its checkpoint.
     """

@@ -1,7 +1,7 @@
-"""The metrics of a run: the one place where their names, units and meanings are declared.
+"""The metrics of a run: their names, units and meanings, declared only here.
 
-metrics.jsonl, W&B, the terminal, comparisons and dashboards all speak of a metric by its name here. To log
-one more, add a line.
+metrics.jsonl, W&B, the terminal, comparisons and dashboards use these names. To log another metric, add
+a line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The panels of a comparison, declared once: compare.html draws them, the W&B dashboard asks for them."""
+"""The panels of a comparison, declared once for compare.html and the W&B dashboard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names, figures, settings and paths as text for people: 1.2 GiB, 34.5k, 1:23. An undefined value is a dash."""
+"""Formatting of names, numbers, settings and paths: 1.2 GiB, 34.5k, 1:23. An undefined value is a dash."""
 
 from __future__ import annotations
 

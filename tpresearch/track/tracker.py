@@ -1,4 +1,4 @@
-"""One run's tracking, on rank 0: each row to the record, W&B and the terminal; the summary when it ends."""
+"""Tracking of one run, on rank 0: each row to the record, W&B and the terminal; the summary when it ends."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EXIT_CODES: dict[Status, int] = {
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run once its ranks and its data exist, and goes into its summary."""
+    """Facts about a run for its summary, known once its ranks and data exist."""
 
     world_size: int
     mesh: dict[str, int]

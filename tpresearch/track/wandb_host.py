@@ -1,4 +1,4 @@
-"""Whether W&B can be used from here: settings that it takes, a wish, a key and a host that answers."""
+"""Whether W&B can be used: valid settings, the wanted mode, an API key and a host that answers."""
 
 from __future__ import annotations
 

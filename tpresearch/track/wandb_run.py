@@ -1,7 +1,7 @@
-"""One run in Weights & Biases, of which training never waits long and never dies.
+"""One run in Weights & Biases, which never blocks training for long and never ends it.
 
 The client's `init` blocks while the host is silent, its `finish` once the host has gone away. Here every
-call is bounded and caught, and a trouble is said once, in one line. Whatever was not sent lies on disk for
+call is bounded and caught, and an error is reported once, in one line. Whatever was not sent is on disk for
 `wandb sync`; metrics.jsonl has every row in any case.
 """
 

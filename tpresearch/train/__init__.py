@@ -1,1 +1,1 @@
-"""The loop: loss, step, optimizer and schedule, evaluation, metrics. `loop.train` tells the whole story."""
+"""Training: loss, step, optimizer and schedule, evaluation, metrics. `main.train` is a run from start to end."""

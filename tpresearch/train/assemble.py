@@ -1,4 +1,4 @@
-"""A judged config made a loop: the model sharded and given its initial weights, with what it takes to train it."""
+"""From a validated config to a training loop: the sharded model with initial weights, optimizer and data."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def assemble(
     watching: Sequence[Observer] = (),
     restore: Callable[[TrainState], None] | None = None,
 ) -> Loop:
-    """The loop of this rank, before its first step. The job's meta model becomes the sharded one.
+    """The training loop of this rank, before its first step. The job's meta model becomes the sharded one.
 
     Args:
-        watching: observers beside those that the model and the config ask for.
+        watching: observers in addition to those that the model and the config require.
         restore: sets the whole state, from a checkpoint, where the run is not new.
     """
     cfg, plan = job.cfg, job.plan

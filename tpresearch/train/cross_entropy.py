@@ -1,7 +1,7 @@
-"""Output layer and cross-entropy of a few tokens at a time, so that the logits of all of them are never there at once.
+"""Output layer and cross-entropy in chunks of tokens, so that the logits of all tokens never exist at once.
 
-The gradients are made in forward, where the logits of a chunk are; backward only scales them. On vocabulary shards each
-chunk sends three all-reduces of a number per token (Megatron-LM, arXiv 1909.08053, section 3).
+The gradients are computed in forward, while a chunk's logits exist; backward only scales them. On vocabulary shards each
+chunk sends three all-reduces of one number per token (Megatron-LM, arXiv 1909.08053, section 3).
 """
 
 from __future__ import annotations

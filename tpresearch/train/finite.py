@@ -1,4 +1,4 @@
-"""Losses and gradient norms that are not finite: noted at each step, said at the next logged one."""
+"""Non-finite losses and gradient norms: recorded at each step, reported at the next logged one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of a run on one rank, one after another, and a row of metrics for each that is logged."""
+"""The training loop of one rank: steps, and a row of metrics for each logged one."""
 
 from __future__ import annotations
 

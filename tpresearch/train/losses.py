@@ -1,4 +1,4 @@
-"""What a step minimises, on whole outputs or on shards of them."""
+"""Objectives, on whole outputs or on shards of them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Phase = Callable[[str], AbstractContextManager[object]]
 
 
 class Objective(Protocol):
-    """The loss of a global batch as a sum over rows, so that ranks and micro-batches each add their part.
+    """The loss of a global batch as a sum over rows, to which ranks and micro-batches each add their part.
 
-    It calls the model itself: one that wants what precedes the head calls `model(inputs, head=...)`.
+    It calls the model itself: an objective that needs the hidden states calls `model(inputs, head=...)`.
     """
 
     def context(self) -> AbstractContextManager[object]:
@@ -121,7 +121,7 @@ class NextToken:
 
 @dataclass(frozen=True)
 class SumOfOutputs:
-    """The plain sum of all outputs, as the tutorial's scripts have it: no targets, and no least value."""
+    """The plain sum of all outputs, as in the tutorial's scripts: no targets and no minimum."""
 
     def context(self) -> AbstractContextManager[object]:
         return nullcontext()

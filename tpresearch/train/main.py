@@ -1,4 +1,4 @@
-"""Training, told from top to bottom."""
+"""A training run from start to end."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ log = logging.getLogger(__name__)
 
 
 def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
-    """Train as the config says; leave a record in the run folder. With plan_only, print the plan and stop.
+    """Train as configured and leave a record in the run folder. With plan_only, print the plan and stop.
 
     Args:
-        watching: further observers, beside those of every run.
+        watching: observers in addition to those of every run.
 
     Raises:
         ConfigError: for what only the prepared data or the run folder shows, such as a corpus too short for one batch.
@@ -152,7 +152,7 @@ def profilers_of(job: Preflight, run: Run) -> Sequence[Observer]:
 def tracking(
     job: Preflight, run: Run, corpus: AnyCorpus, plan: str, start_step: int
 ) -> AbstractContextManager[Tracker | None]:
-    """What records the run, on rank 0; nothing on the others."""
+    """The tracker, on rank 0; nothing on other ranks."""
     if run.world.rank != 0 or job.device is None:
         return nullcontext()
     if isinstance(corpus, PackedCorpus):

@@ -1,4 +1,4 @@
-"""Float32 weights beside a bfloat16 model: mixed precision (arXiv 1710.03740, section 3.1) where FSDP, which has its own,
+"""Float32 master weights for a bfloat16 model: mixed precision (arXiv 1710.03740, section 3.1) where FSDP, which has its own,
 has nothing to shard."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tpresearch.parallel.weights import local_part
 
 
 class Masters:
-    """The float32 weights that an optimizer moves; the model computes on bfloat16 copies of them.
+    """The float32 weights that the optimizer updates; the model computes with bfloat16 copies of them.
 
     A gradient is added to its master's, in float32, as soon as backward has it, and dropped: per micro-batch that moves
     10 bytes per parameter, where `fully_shard` over one rank copies 42 to 54.

@@ -1,4 +1,4 @@
-"""The tutorial's mistakes, each an observer that makes it on purpose: what goes wrong is said in `DefectsConfig`."""
+"""The tutorial's mistakes, each made deliberately by an observer; `DefectsConfig` describes them."""
 
 from __future__ import annotations
 

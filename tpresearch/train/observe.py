@@ -1,4 +1,4 @@
-"""Observers: what watches a run without the run knowing of it. Timing, ledgers, memory and mistakes are some."""
+"""Observers: they watch a run that does not name them. Timing, ledgers, memory and mistakes are observers."""
 
 from __future__ import annotations
 

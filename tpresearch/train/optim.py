@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate of each step."""
+"""The optimizer, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tpresearch.config.training import OptimizerConfig, ScheduleConfig
 
 
 class AdamW(torch.optim.AdamW):
-    """Fused AdamW, which reads from the device by what it divides gradients, and whether it leaves an update out.
+    """Fused AdamW that reads from the device what to divide gradients by, and whether to skip an update.
 
     torch.amp.GradScaler sets the same two (seen in torch 2.11 to 2.14).
     """
@@ -43,7 +43,7 @@ def divide_gradients(optimizer: torch.optim.Optimizer, gradients: list[Tensor], 
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD over sharded parameters; weight decay on matrices, and on vectors where that is asked for.
+    """AdamW or SGD over sharded parameters; weight decay on matrices, and on vectors if configured.
 
     One group for each mesh that parameters live on, since torch's fused and foreach updates take no mixture.
     """

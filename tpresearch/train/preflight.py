@@ -1,4 +1,4 @@
-"""All that can be refused before there is a folder, an allocation or a process group; what is judged is what trains."""
+"""Validation before a folder, an allocation or a process group exists; what is validated is what trains."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds: most refusals come b
 
 @dataclass(frozen=True)
 class Preflight:
-    """A config that was found able to run: its mesh, its meta model and its compiled plan."""
+    """A validated config: its mesh, its meta model and its compiled plan."""
 
     cfg: Config
     world: World
@@ -63,7 +63,7 @@ class Preflight:
 
 
 def preflight(cfg: Config, world: World, goes_on: bool = False) -> Preflight:
-    """Judge the config, the data's paths, the device, and the plan against the model; cheapest first.
+    """Validate the config, the data paths, the device, and the plan against the model; cheapest first.
 
     Args:
         goes_on: whether the run has its weights from a checkpoint of its own, and nothing is asked of `init_from`.
@@ -100,7 +100,7 @@ def _judged(cfg: Config, world: World, goes_on: bool) -> Preflight:
 
 
 def glance(cfg: Config, world: World) -> MeshSizes:
-    """What can be judged without torch: most mistakes, in a fraction of a second.
+    """Validation without torch: finds most mistakes, in a fraction of a second.
 
     Raises:
         ConfigError: for the first error.

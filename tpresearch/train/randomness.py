@@ -1,4 +1,4 @@
-"""Random operations of a model, dropout say: drawn by a function of the seed and the place in the run."""
+"""Random operations of a model, such as dropout, seeded by the position in the run."""
 
 from __future__ import annotations
 

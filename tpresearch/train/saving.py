@@ -1,4 +1,4 @@
-"""What checkpoints have to do with a run: what each says of it, whether the disk has room, and going on from one."""
+"""Checkpoints of a run: what each records, whether the disk has room, and resuming from one."""
 
 from __future__ import annotations
 

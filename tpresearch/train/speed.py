@@ -1,4 +1,4 @@
-"""How fast a run is, beside what the model costs and what the device could do."""
+"""Speed of a run: tokens per second and MFU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PEAK_FLOPS: dict[str, dict[Dtype, float]] = {
 
 @dataclass(frozen=True)
 class Speed:
-    """What a step of a run is worth: tokens, and model FLOPs against what the device can do at best."""
+    """Tokens and model FLOPs of a step, and the device's peak."""
 
     tokens_per_step: int
     world_size: int
@@ -61,7 +61,7 @@ class Speed:
 
 
 def peak_flops(device_name: str, dtype: Dtype) -> float | None:
-    """FLOP/s of one device at best, or None where it is not known: MFU is then undefined, not 0."""
+    """Peak FLOP/s of one device, or None if unknown: MFU is then undefined, not 0."""
     words = set(device_name.replace("-", " ").split())
     if words & {"MIG", "Laptop", "Ti"}:  # parts and relatives of a device that is in the table
         return None

@@ -1,4 +1,4 @@
-"""What the steps of a run change: all that a checkpoint has to hold."""
+"""The state that a run's steps change: all that a checkpoint must hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tpresearch.train.masters import Masters
 
 @dataclass
 class TrainState:
-    """A run between two of its steps. Which rows come next follows from the step: there is no loader to save."""
+    """The state of a run between two steps. The next rows follow from the step: there is no loader state to save."""
 
     step: int
     """Optimizer steps done."""

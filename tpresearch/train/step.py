@@ -30,7 +30,7 @@ from tpresearch.train.state import TrainState
 
 @dataclass(frozen=True)
 class Setup:
-    """What every step of a run works with and leaves as it is."""
+    """The fixed context of every step of a run."""
 
     cfg: Config
     plan: Plan
@@ -61,7 +61,7 @@ class Setup:
 
 
 class StepResult(NamedTuple):
-    """What a step found, on the device: reading it makes the host wait."""
+    """The result of a step, on the device: reading it makes the host wait."""
 
     loss: Tensor
     """This data-parallel rank's share of the global loss, a scalar; the shares sum to it."""
@@ -70,7 +70,7 @@ class StepResult(NamedTuple):
 
 
 def train_step(state: TrainState, batch: Batch, setup: Setup) -> StepResult:
-    """Move the weights once, by the gradient of the global batch.
+    """One optimizer step: update the weights once, by the gradient of the global batch.
 
     Args:
         batch: this data-parallel rank's rows of it.
@@ -117,7 +117,7 @@ def accumulate_gradients(state: TrainState, micro_batches: list[Batch], setup: S
 
 @torch.no_grad()
 def reduce_partial_gradients(state: TrainState, plan: Plan, mesh: DeviceMesh) -> None:
-    """Sum, once, the gradients that are still partial: those of norms under sequence parallelism.
+    """Sum partial gradients, once per step: those of norms under sequence parallelism.
 
     A rule with a ParallelStyle of the user's own may leave partial DTensors, which an optimizer would sum anew
     at each use: those too.
@@ -137,7 +137,7 @@ def reduce_partial_gradients(state: TrainState, plan: Plan, mesh: DeviceMesh) ->
 
 @torch.no_grad()  # or each `to_local` is recorded for a backward through it
 def clip_gradients(state: TrainState, mesh: DeviceMesh, greatest: float | None) -> Tensor:
-    """Have all gradients scaled by min(1, greatest / norm), without waiting for the device; None scales nothing.
+    """Scale all gradients by min(1, greatest / norm), without waiting for the device; None scales nothing.
 
     Returns: the global norm before clipping, the same scalar on every rank.
     """
@@ -150,7 +150,7 @@ def clip_gradients(state: TrainState, mesh: DeviceMesh, greatest: float | None) 
 
 
 def update(state: TrainState, norm: Tensor, setup: Setup) -> None:
-    """Move the weights, unless the norm is not finite and such an update is to be skipped.
+    """Update the weights, unless the norm is not finite and such updates are skipped.
 
     AdamW skips by itself; for another optimizer the host waits for the norm.
     """

@@ -1,4 +1,4 @@
-"""What all ranks agree on at step boundaries without waiting: to stop, and that a checkpoint is written everywhere."""
+"""Agreement of all ranks at step boundaries, without waiting: to stop, and that a checkpoint is written everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every run is watched by: the time of each phase, the peak of memory, and one step under both ledgers."""
+"""The observers of every run: time per phase, peak memory, and one step under both ledgers."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Timing(Observer):
 
 
 class PeakMemory(Observer):
-    """The most memory this rank has held: of the CUDA allocator, or the process's resident memory on a CPU."""
+    """Peak memory of this rank: of the CUDA allocator, or on a CPU the process's resident memory."""
 
     def __init__(self, device: Device) -> None:
         self._device = device

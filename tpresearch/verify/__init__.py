@@ -1,1 +1,1 @@
-"""Parity: whether a plan computes the same thing as one process."""
+"""Verification that a plan computes what a single process does."""

@@ -1,4 +1,4 @@
-"""`python -m tpresearch.verify`: each plan against one process, from the same weights on the same batches."""
+"""`python -m tpresearch.verify`: compare each plan with one process, from the same weights on the same batches."""
 
 from __future__ import annotations
 

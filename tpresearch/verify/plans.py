@@ -1,4 +1,4 @@
-"""The plans to be verified: their configs, their traces, and how far each is from one process."""
+"""The plans to verify: their configs, their traces, and their errors against one process."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def check_plan(cfg: Config) -> None:
 
 
 def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
-    """Train plainly in one process, then under each plan, and say how far they are apart."""
+    """Train in one process, then under each plan, and compare."""
     plans = on_one_device(plans)
     ranks = Ranks(PATIENCE_S)
     ranks.start()

@@ -1,4 +1,4 @@
-"""Real gloo ranks on this host, forked for each job from a server that has done what a first step costs."""
+"""Real gloo ranks on this host, forked for each job from a warm server."""
 
 from __future__ import annotations
 

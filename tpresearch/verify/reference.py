@@ -1,5 +1,5 @@
-"""What plans are held to: the same training in one process, written as in a notebook, with nothing of the framework's
-step, sharding, loss or norm in it. Only the initial weights, the batches and the learning rates are the framework's.
+"""The reference for plans: the same training in one process, written as in a notebook, without the framework's step,
+sharding, loss or norm. Only initial weights, batches and learning rates come from the framework.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What a plan computes, step by step, as whole tensors; and two such traces beside each other: the greatest error of each
-quantity, and where it is.
+"""A plan's results, step by step, as whole tensors; and the comparison of two such traces: the maximum error of each
+quantity, and where it occurs.
 """
 
 from __future__ import annotations
