@@ -64,7 +64,7 @@ class CompiledPlan:
     """A plan compiled against the model on the meta device, shown as a table in a terminal or notebook."""
 
     job: Preflight
-    """What was judged: `job.plan` by module, `job.model` on the meta device, `job.sizes` of the mesh."""
+    """The validated job: `job.plan` by module, `job.model` on the meta device, `job.sizes` of the mesh."""
 
     def __repr__(self) -> str:
         from tpresearch.plan.describe import plan_text
@@ -98,9 +98,9 @@ class Job:
 
     state: TrainState
     mesh: DeviceMesh
-    """Of all axes, those of size 1 too: `mesh["tp"]`."""
+    """The mesh of all axes, including those of size 1: `mesh["tp"]`."""
     steps: Loop | ConfigError
-    """What takes them; where the ranks are not there, what says so to whoever would."""
+    """What takes the steps; without the ranks, it raises an error that says so."""
 
     @property
     def model(self) -> nn.Module:

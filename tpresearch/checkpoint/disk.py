@@ -27,7 +27,7 @@ FOLDER, MARK = "checkpoints", "checkpoint.json"
 NAME = re.compile(r"step-(\d{8,})")
 DRAFT = re.compile(r"\.step-\d{8,}\.draft")
 FORMAT = 1
-"""Of checkpoint.json and what it stands for. A reader refuses a later one."""
+"""Version of the format of checkpoints. A reader refuses a later one."""
 
 
 class BrokenCheckpoint(Exception):
@@ -50,13 +50,13 @@ class Mark:
     step: int
     """Optimizer steps done."""
     tokens: int
-    """Trained on since the run began."""
+    """Tokens trained on since the run began."""
     loss: float | None
-    """Of its last step: train/loss."""
+    """train/loss of its last step."""
     experiment: dict[str, Any]
-    """What of the config says what is computed: see `config.compared`."""
+    """The part of the config that determines the result: see `config.compared`."""
     steps: int
-    """At which the run was to end."""
+    """The step at which the run was to end."""
     corpus_hash: str
     tokenizer_hash: str
     rows: int
@@ -64,7 +64,7 @@ class Mark:
     plan: str
     """The option of the parallel group."""
     mesh: dict[str, int]
-    """Ranks along each axis that has more than one."""
+    """Ranks along each axis with more than one."""
     world_size: int
     torch: str
     """Its version."""
@@ -226,7 +226,7 @@ def clear_drafts(run: Path) -> None:
 
 
 def cut_after(run: Path, step: int) -> list[Path]:
-    """Set aside the folders of later steps, whole or not; where they are now."""
+    """Set aside the folders of later steps, complete or not; returns their new paths."""
     later = [folder for folder in step_folders(run) if int(folder.name.removeprefix("step-")) > step]
     return [folder.rename(_free(folder)) for folder in later]
 

@@ -35,8 +35,8 @@ DESCRIBES_TENSORS = {
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }
-"""What a `.metadata` may be made of: of each module these names, and nothing that is reached through them, as a module that
-it imports would be. The same in torch 2.11 to 2.14."""
+"""What a `.metadata` may contain: these names of each module, and nothing reached through them, such as modules that
+they import. The same in torch 2.11 to 2.14."""
 
 
 def load(checkpoint: Checkpoint, into: Trained, group: dist.ProcessGroup | None) -> None:

@@ -120,7 +120,7 @@ def _step_folders(run: Path, field: str, value: object) -> list[Path]:
 
 
 def check_begun(checkpoint: Checkpoint) -> None:
-    """Refuse to go on with what `tpresearch.import_hf` has left: weights, and no run of theirs.
+    """Refuse to resume from the output of `tpresearch.import_hf`: it has weights, but no run to resume.
 
     Raises:
         ConfigError: proposing a new run from them.

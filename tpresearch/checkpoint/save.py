@@ -74,7 +74,7 @@ class Saver:
         self._in_flight: InFlight | None = None
         self._newest = -1
         self.begun = 0
-        """Checkpoints begun beside the steps."""
+        """Number of checkpoints begun in the background."""
 
     def start(self, step: int) -> None:
         """Prepare to save steps after `step`: set aside folders of later steps and remove drafts.
@@ -164,7 +164,7 @@ class Saver:
 
     @property
     def written(self) -> int:
-        """Checkpoints begun beside the steps whose files this rank has written."""
+        """Number of background checkpoints whose files this rank has written."""
         still = self._in_flight is not None and not self._in_flight.written.done()
         return self.begun - int(still)
 

@@ -15,7 +15,7 @@ from tpresearch.checkpoint.disk import BrokenCheckpoint
 Found = TypeVar("Found")
 
 SLOWEST_DISK = timedelta(hours=2)
-"""For which a rank that has written its part waits for one that has not. Of a rank that died it hears at once."""
+"""How long a rank that has written its part waits for one that has not. It learns at once of a rank that died."""
 
 
 class RankFailed(Exception):
@@ -23,7 +23,7 @@ class RankFailed(Exception):
 
 
 def own_group() -> dist.ProcessGroup | None:
-    """A gloo group of all ranks, for checkpoints alone: beside NCCL, beside the steps, and patient. None for one rank."""
+    """A gloo group of all ranks for checkpoints only, separate from NCCL and the steps, with a long timeout. None for one rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.new_group(backend="gloo", timeout=SLOWEST_DISK)

@@ -23,13 +23,13 @@ class Axis:
     customary: Callable[[int, int, int], int] | None
     """Its default size, as a function of (remaining ranks, world size, hosts); None takes the remaining ranks."""
     collectives: tuple[str, ...]
-    """What is sent along it."""
+    """The collectives along it."""
     splits_rows: bool = False
     """Ranks along it read different rows of the global batch: losses, counts and gradients are summed over it."""
     shards_state: bool = False
-    """Each rank along it keeps its part of every parameter, gradient and optimizer state."""
+    """Each rank along it keeps its shard of every parameter, gradient and optimizer state."""
     shards_layers: bool = False
-    """Rules of a sharding plan may name it: it splits what a layer computes."""
+    """Sharding rules may name it: it shards the computation of layers."""
     crosses_hosts: bool = True
     """Whether it may span hosts without a warning: its traffic is rare or overlaps with computing."""
 
@@ -63,7 +63,7 @@ TENSOR = Axis(
 )
 
 AXES = (REPLICATE, SHARD, TENSOR)
-"""Outermost first: ranks next to each other, inside a host, differ along the last."""
+"""Outermost first: adjacent ranks, inside a host, differ along the last."""
 AXIS_NAMES = tuple(axis.name for axis in AXES)
 DATA_AXES = tuple(axis.name for axis in AXES if axis.splits_rows)
 LAYER_AXES = tuple(axis.name for axis in AXES if axis.shards_layers)

@@ -11,12 +11,12 @@ from tpresearch.config.compose import plain
 from tpresearch.config.schema import ComposedConfig
 
 NOT_COMPARED = ("name", "logger", "world_size", "verify", "checkpoint", "resume", "gpus", "trace")
-"""Keys of a config that say where a run is kept, who hears of it or what another command does, not what it computes."""
+"""Keys of a config that do not determine the result: folders, loggers, and settings of other commands."""
 
 NOT_OF_DATA = ("cache_dir", "max_record_bytes")
 
 EXPERIMENT = ("data", "tokenizer", "optimizer", "schedule", "train", "init_from", "defects", "model")
-"""Keys that say what is computed, whatever the plan; the model comes last, since some of its settings follow from others."""
+"""Keys that determine the result, whatever the plan; the model comes last, since some of its settings follow from others."""
 
 NOT_THE_EXPERIMENT = (
     "steps",

@@ -18,7 +18,7 @@ from tpresearch.config.values import check_bounds
 FOLDERS = ("data.cache_dir", "logger.dir")
 """Keys of folders that may have to be made."""
 PATHS = ("data.path", "tokenizer.path", "init_from", "resume")
-"""Keys of what is there already; where nothing is, the value is no path but a name, as of a data set on the hub."""
+"""Keys of existing files; if nothing exists there, the value is not a path but a name, such as a dataset on the hub."""
 
 
 @cache

@@ -17,25 +17,25 @@ RULE_KEYS = ("match", "style", "src", "dst", "axis", "units")
 class Rule:
     """One named sharding rule of a plan: which modules, in which style, with which layouts.
 
-    Layouts are `replicate`, `shard:N`, and for what the model puts out `logits` (vocabulary-sharded) or `rows`
-    (split by rows): left so for the loss under loss_parallel, else replicated. A list gives one layout for each
-    positional input, null for one left alone.
+    Layouts are `replicate`, `shard:N`, and for the model's output `logits` (vocabulary-sharded) or `batch`
+    (split by rows): kept for the loss under loss_parallel, otherwise replicated. A list gives one layout per
+    positional input; null leaves that input unchanged.
     """
 
     match: str = ""
-    """Wildcards over module names, matched part by part between the dots; `.` is the model itself."""
+    """Wildcards over module names, matched component by component between the dots; `.` is the model itself."""
     style: str | None = None
     """colwise, rowwise, sequence, input or output."""
     src: str | list[str | None] | None = None
-    """Layout in which the input arrives (for `output`: in which the output leaves the module)."""
+    """Layout of the incoming input (for `output`: of the output as the module produces it)."""
     dst: str | list[str | None] | None = None
-    """Layout that is wanted: of the output (colwise, rowwise, output), or of the input (input)."""
+    """Desired layout: of the output (colwise, rowwise, output), or of the input (input)."""
     axis: str = "tp"
     """The mesh axis it acts on."""
     units: list[str] = field(default_factory=list)
-    """Model settings counting what a shard must not cut, such as n_heads."""
+    """Model settings that count indivisible units, such as n_heads: a shard must not cut one."""
     target: str | None = None
-    """Instead of a style: the import path of a ParallelStyle of one's own (`_target_` in YAML)."""
+    """Instead of a style: the import path of a custom ParallelStyle (`_target_` in YAML)."""
     args: dict[str, Any] = field(default_factory=dict)
     """Its arguments: every other key of the rule."""
 

@@ -7,7 +7,7 @@ import urllib.request
 from urllib.parse import urlsplit
 
 PROBE_S = 3.0
-"""Longest wait for a host to accept a connection."""
+"""Timeout for a host to accept a connection."""
 
 
 def answers(url: str) -> bool:

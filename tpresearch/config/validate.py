@@ -13,7 +13,7 @@ from tpresearch.config.schema import Config, Dtype, ProfilerName
 from tpresearch.config.values import check_bounds
 
 SHOWN_WORLD = 4
-"""Ranks for which plan_only compiles when nothing says otherwise: those of `make train`."""
+"""Default number of ranks for plan_only: that of `make train`."""
 
 
 LONGEST_NAME = 255

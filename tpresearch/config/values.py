@@ -1,4 +1,4 @@
-"""Values that config keys take: bounds beside the fields they bound, types of what the schema leaves to YAML, and classes by import path.
+"""Values of config keys: bounds, types of fields that the schema leaves to YAML, and classes by import path.
 
 OmegaConf ignores annotations such as `steps: Annotated[int, AtLeast(1)]` (2.3); `check_bounds` holds a typed config to them.
 """
@@ -159,7 +159,7 @@ class Is:
 
 POSITIVE = Within(0, open_below=True)
 SHARE = Within(0, 1)
-"""A share of something: from 0 to 1."""
+"""A fraction: from 0 to 1."""
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
@@ -199,6 +199,6 @@ def _numbers(value: Any) -> Iterator[float]:
 
 @cache
 def _declared(schema: type) -> dict[str, tuple[Any, ...]]:
-    """What is written beside each field of a schema."""
+    """The annotations of each field of a schema."""
     hints = get_type_hints(schema, include_extras=True)
     return {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}

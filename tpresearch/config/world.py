@@ -40,9 +40,9 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     elastic: bool = False
-    """Whether torchrun (or an elastic agent of our own) started this process."""
+    """Whether torchrun (or our own elastic agent) started this process."""
     here: bool = True
-    """Whether the ranks run on this machine, so that its devices are theirs."""
+    """Whether the ranks run on this machine and can use its devices."""
 
     def environment(self, port: int) -> dict[str, str]:
         """What torchrun would set for a rank of this host, whose store listens at this port."""

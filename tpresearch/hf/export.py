@@ -33,7 +33,7 @@ Read = Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
 
 
 def export(checkpoint: Checkpoint, out: Path, dtype: str | None = None) -> str:
-    """Write a checkpoint as a Hugging Face folder, which is there whole or not at all; says what was written.
+    """Write a checkpoint as a Hugging Face folder, which appears complete or not at all; returns a summary.
 
     Args:
         out: a folder that is not there. dtype: of torch's, for the weights; None for that of the checkpoint.

@@ -1,4 +1,4 @@
-"""A Hugging Face folder, here or on the hub: which of its files has which tensor, judged before any is read. Or a run of ours in its place."""
+"""A Hugging Face folder, local or on the hub: which file has which tensor, validated before any is read. Or one of our runs instead."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def _refused(named: str, why: str) -> ConfigError:
 
 
 def is_own(init_from: str) -> bool:
-    """Whether this names a checkpoint of ours, or a run that has one."""
+    """Whether this is one of our checkpoints, or a run that has one."""
     path = Path(init_from).expanduser()
     try:
         return os.path.isdir(path) and bool(NAME.fullmatch(path.resolve().name) or step_folders(path))
@@ -182,10 +182,10 @@ def is_own(init_from: str) -> bool:
 
 
 def settings_of_run(init_from: str) -> dict[str, Any]:
-    """The settings of the Llama that a run or checkpoint of ours is of.
+    """The settings of the Llama in one of our runs or checkpoints.
 
     Raises:
-        ConfigError: where no checkpoint is whole, or its model is no Llama.
+        ConfigError: if no checkpoint is complete, or its model is not a Llama.
     """
     from tpresearch.plan.meta import all_settings  # late: it imports torch
 

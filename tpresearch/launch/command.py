@@ -98,7 +98,7 @@ Objection = Callable[[Command], ConfigError | None]
 
 
 def command_to_try(error: ConfigError, world: World, objection: Objection) -> str:
-    """What to type: this process's own command line, mended until nothing speaks against it.
+    """The command to try: this process's own command line, corrected until it is valid.
 
     Where mending comes to no end, it is as much of that as can stand.
     """

@@ -58,7 +58,7 @@ Judged = TypeVar("Judged")
 
 @dataclass(frozen=True)
 class Run:
-    """What main is told about this run, besides its config."""
+    """Facts about this run for main, besides its config."""
 
     folder: Path
     """The run folder, absolute, the same on every rank, and there already."""
@@ -70,7 +70,7 @@ class Run:
     restarted: bool = False
     """Whether torchrun has started this job's ranks before; rank 0 knows."""
     command: Command = field(default_factory=lambda: Command(()))
-    """The command line that started it, or would have if it goes on from an earlier one."""
+    """The command line that started it, or would have started it if it resumes an earlier run."""
     objection: Objection = lambda command: None
     """What the program would say to another command."""
 
@@ -79,7 +79,7 @@ class Run:
 class entrypoint(Generic[Judged]):
     """Make `main(judged, run)` a Hydra program, started by `python` or by torchrun.
 
-    Whatever the user can mend (a `ConfigError`, or anything Hydra refuses) ends in one line on stderr for the
+    Errors that the user can fix (a `ConfigError`, or anything Hydra refuses) end in one line on stderr for the
     whole job and exit code 2; other exceptions are bugs and keep their traceback.
     """
 
@@ -110,7 +110,7 @@ class Program(Generic[Judged]):
     entry: entrypoint[Judged]
 
     def judged(self, cfg: Config, world: World, goes_on: bool) -> Judged:
-        """What comes of a config that is judged; a ConfigError for the first thing that cannot work."""
+        """The result of validating a config; raises a ConfigError for the first error."""
         judge_going_on = self.entry.judge_going_on or self.entry.judge
         return (judge_going_on if goes_on else self.entry.judge)(cfg, world)
 

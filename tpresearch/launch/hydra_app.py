@@ -1,4 +1,4 @@
-"""The parts of Hydra that `hydra.main` is made of, so that a config is composed once and judged before it runs.
+"""The parts of Hydra that `hydra.main` is made of, so that a config is composed once and validated before it runs.
 
 Those that are private to Hydra stay behind these functions. Checked on Hydra 1.3.8, and against the source of 1.4.0rc3.
 """

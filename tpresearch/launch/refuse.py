@@ -34,7 +34,7 @@ POLL_S = 0.02
 
 
 def refuse(error: ConfigError, world: World, objection: Objection) -> NoReturn:
-    """Print the error once per job and leave with exit code 2.
+    """Print the error once per job and exit with code 2.
 
     torchrun itself exits with 1 whatever its workers do, and reports each failure; there ranks give the same sentence.
 
@@ -53,7 +53,7 @@ def refuse(error: ConfigError, world: World, objection: Objection) -> NoReturn:
 
 
 def fail(error: RunFailed) -> NoReturn:
-    """Leave with exit code 1 after a run whose report has said what is wrong."""
+    """Exit with code 1 after a run whose report has said what is wrong."""
     _report_to_torchrun(str(error))
     sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""The run folder: one for all ranks, agreed before there is a process group, shared with no other job."""
+"""The run folder: one for all ranks, agreed upon before a process group exists, and not shared with other jobs."""
 
 from __future__ import annotations
 

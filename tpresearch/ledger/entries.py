@@ -10,7 +10,7 @@ PHASES = ("forward", "loss", "backward", "clip", "optimizer")
 """The parts of an optimizer step, in their order."""
 
 OWN_PHASES = ("loss", "clip", "optimizer")
-"""Phases in which whatever is sent is sent for that phase itself."""
+"""Phases that issue their own collectives."""
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")
 
@@ -27,9 +27,9 @@ class Entry:
     collective: str
     count: int
     tensor_bytes: int
-    """Of the whole tensors: gathered, or about to be scattered or reduced."""
+    """Bytes of the full tensors: as gathered, or before being scattered or reduced."""
     sent_bytes: int
-    """That this rank sends, by the ring algorithms."""
+    """Bytes that this rank sends, by the ring algorithms."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class MemoryUse:
     """Memory of one kind on one rank during one step."""
 
     kind: str
-    """parameters (with buffers), gradients, optimizer (its state), activations (made in forward, kept for
-    backward), or temporaries (all else: gathered weights, unreduced gradients, results soon dropped)."""
+    """parameters (with buffers), gradients, optimizer (its state), activations (created in forward, kept for
+    backward), or temporaries (all else: gathered weights, unreduced gradients, short-lived results)."""
     most_bytes: int
-    """At the moment when there was most of this kind."""
+    """Maximum of this kind over the step."""
     at_peak_bytes: int
-    """At the moment when there was most of all kinds together; these add up to the peak."""
+    """At the moment of the total's peak; these add up to the peak."""
 
 
 def ring_bytes(collective: str, tensor_bytes: int, ranks: int) -> int:

@@ -50,7 +50,7 @@ class MemoryLedger(TorchDispatchMode):
         self._forward = False
         self._made_forward: set[int] = set()
         self.allocator_peak_bytes: int | None = None
-        """The CUDA allocator's own, which also has what ops use inside."""
+        """Peak of the CUDA allocator, which includes the internal workspace of ops."""
 
     def __enter__(self) -> MemoryLedger:
         self._name("optimizer", _tensors_of(self._optimizer))
@@ -90,7 +90,7 @@ class MemoryLedger(TorchDispatchMode):
         self._forward = False
 
     def note_gradients(self) -> None:
-        """Call when gradients are whole, and before the optimizer drops them."""
+        """Call when gradients are complete, and before the optimizer drops them."""
         self._name("gradients", [p.grad for p in _trained_by(self._optimizer) if p.grad is not None])
 
     def __torch_dispatch__(

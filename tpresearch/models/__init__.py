@@ -17,4 +17,4 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 Head = Callable[[nn.Module, Tensor], Tensor]
-"""What is made of a model's output layer and its input, [b, s, h], in the place of logits."""
+"""A function of a model's output layer and its input, [b, s, h], instead of logits."""

@@ -154,7 +154,7 @@ def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh,
     offload = CPUOffloadPolicy() if fsdp.cpu_offload else OffloadPolicy()
     shard = functools.partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for name in plan.blocks:
-        # Backward begins with the last block: freed, it would be gathered again at once.
+        # Backward begins with the last block: if freed, it would be gathered again at once.
         frees = fsdp.reshard_after_forward and name != plan.blocks[-1]
         shard(model.get_submodule(name), reshard_after_forward=frees)
     for name in plan.ends:
@@ -193,7 +193,7 @@ def reduce_dtype(fsdp: FsdpConfig, dtype: Dtype) -> torch.dtype | None:
 
 
 def gathered(layer: nn.Module) -> nn.Module:
-    """The layer with whole weights, where FSDP shards them: for `as_forward`."""
+    """The layer with gathered weights, where FSDP shards them: for `as_forward`."""
     if isinstance(layer, FSDPModule):
         layer.unshard()
     return layer

@@ -22,9 +22,9 @@ class Device:
     torch: torch.device
     backend: str
     name: str
-    """As the run's record gives it: `cpu`, or the accelerator's name."""
+    """Name in the run's record: `cpu`, or the accelerator's."""
     shared: bool = False
-    """Whether ranks of this host share it."""
+    """Whether ranks of this host share the device."""
 
     @property
     def type(self) -> str:

@@ -21,7 +21,7 @@ from tpresearch.config.validate import micro_batch_size
 from tpresearch.plan.compiler import Plan, local_shape
 
 CAPABILITY = {Float8.tensorwise: (8, 9), Float8.rowwise: (9, 0)}
-"""The least compute capability that has each kind of matmul."""
+"""Minimum compute capability of each kind of matmul."""
 UNIT = 16
 """What the sizes of a float8 matmul have to be multiples of (cuBLAS, section 1.5: 16 bytes)."""
 

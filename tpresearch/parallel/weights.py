@@ -21,7 +21,7 @@ from tpresearch.plan.initializers import Elementwise, Initializer, Whole
 from tpresearch.plan.parameters import tie, tied_parameters
 
 WeightSource = Callable[[nn.Module], None]
-"""Sets every parameter of a model, sharded or not, in place: each rank sets what it holds."""
+"""A weight source sets every parameter of a model, sharded or not, in place: each rank sets what it holds."""
 
 TILE, TILE_COLUMNS = 65_536, 512
 """Elements of a tile, and of each of its rows. Larger tiles have a narrow shard draw more beyond its edges; smaller ones

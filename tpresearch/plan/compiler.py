@@ -30,24 +30,24 @@ class Plan:
     """A compiled plan: rules by module name, and the blocks that are wrapped."""
 
     rules: dict[str, ResolvedRule]
-    """Module name -> the rule on it."""
+    """Module name -> its rule."""
     blocks: list[str]
     """Module names: the units of FSDP, checkpointing and compile."""
     replicated: list[str]
-    """Parameters that the rules leave whole on every rank."""
+    """Parameters that the rules leave replicated on every rank."""
     sizes: MeshSizes
     split_output: int | None = None
-    """The dim of the model's output that reaches the loss sharded: -1 the vocabulary, 0 the batch; None if it is whole."""
+    """The sharded dim of the model's output at the loss: -1 the vocabulary, 0 the batch; None if it is not sharded."""
     seen: Probe = NOTHING_SEEN
-    """What a batch's shapes have shown of the plain model."""
+    """What a forward pass over shapes has shown of the plain model."""
     initializers: dict[str, Initializer] = field(default_factory=dict)
-    """How each parameter starts, read off the plain model: before a rule, or a narrow dtype, replaces a layer."""
+    """Initializers of the parameters, read from the plain model before a rule or a narrow dtype replaces a layer."""
     chunked_head: str | None = None
-    """The output layer, where the cross-entropy can be that of a few tokens at a time."""
+    """The output layer, if the cross-entropy can be computed for a few tokens at a time."""
     float8: list[str] = field(default_factory=list)
     """Linear layers that multiply in float8."""
     ends: list[str] = field(default_factory=list)
-    """Embeddings and the output layer, each a unit of FSDP too: gathered when it is used, and not before."""
+    """Embeddings and the output layer: each is also an FSDP unit, gathered only when used."""
 
     @property
     def loss_parallel(self) -> bool:

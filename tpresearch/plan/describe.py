@@ -28,7 +28,7 @@ class Row:
     rule: str
     placement: str
     local_shape: tuple[int, ...] | None
-    """On rank 0, which holds the larger part where a dim does not divide evenly."""
+    """On rank 0, which holds the larger part if a dim does not divide evenly."""
     collectives: str
 
 

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Placement, Shard
 
 from tpresearch.plan.compiler import Plan
 
-# What turning one layout into another sends, forward and backward (the gradient goes the other way). On the
+# What converting one layout to another sends, forward and backward (the gradient is converted back). On the
 # way into a module the gradient arrives as a partial sum, since each rank holds a part of the weight; on the
 # way out it arrives in the layout that the output was given.
 _INTO = {
@@ -33,7 +33,7 @@ class Sent:
     """forward or backward."""
     collective: str
     width: int
-    """Elements of the whole tensor: for each token where `per_token`, else in all."""
+    """Elements of the full tensor: per token if `per_token`, else in total."""
     per_token: bool = True
 
 

@@ -21,9 +21,9 @@ from tpresearch.config.errors import ConfigError
 
 RANDOM = {"normal_", "uniform_", "exponential_", "log_normal_", "cauchy_"}
 SETS = RANDOM | {"fill_", "zero_"}
-"""In-place methods that give each element a new value, whatever it was."""
+"""In-place methods that set each element regardless of its old value."""
 CHANGES = {"clamp_", "add_", "sub_", "mul_", "div_", "pow_", "abs_", "neg_", "exp_", "log_", "erfinv_"}
-"""In-place methods that change each element by itself."""
+"""In-place methods that change each element independently."""
 
 
 class Call(NamedTuple):

@@ -38,9 +38,9 @@ class Probe:
     output: torch.Size | None = None
     """The shape of the model's output; None where the model cannot run on the meta device."""
     no_input_grad: frozenset[str] = frozenset()
-    """Modules whose input depends on no parameter, so that it needs no gradient."""
+    """Modules whose input depends on no parameter and therefore needs no gradient."""
     head: str | None = None
-    """The output layer, which a model that takes `head` hands to it with what precedes the logits."""
+    """The output layer that a model passes to `head` together with the hidden states."""
     random: dict[str, torch.Size] = field(default_factory=dict)
     """Modules that draw random numbers, as dropout does, and the shape of the input that each has in a micro-batch."""
     dims: dict[str, Dims] = field(default_factory=dict)

@@ -29,7 +29,7 @@ from tpresearch.config.values import imported_class, instantiate
 from tpresearch.plan.probe import Dims, Ndims, Probe
 
 OUTPUTS = {"logits": Shard(-1), "batch": Shard(0)}
-"""Layouts of a model's output as it is left for the loss: sharded over the vocabulary, or over the batch's rows."""
+"""Layouts of a model's output that the loss can use: sharded over the vocabulary, or over the batch's rows."""
 
 Layouts = tuple[Placement | None, ...]
 
@@ -95,7 +95,7 @@ class ResolvedRule:
     src: Layouts
     dst: Layouts
     leaves_split: bool
-    """The output is the model's, and stays sharded for the loss."""
+    """The output is the model's and stays sharded for the loss."""
 
     @property
     def axis(self) -> str:

@@ -70,7 +70,7 @@ class Cluster:
     device: str
     devices_per_host: int
     hosts: int | None
-    """None where it is not said how many there are."""
+    """None if unlimited."""
     shared_cores: int | None
     """Cores that the ranks of a host share, where devices are processes of one CPU; None for devices of their own."""
     has_switch: bool
@@ -93,7 +93,7 @@ class Cluster:
 
     @property
     def is_host(self) -> bool:
-        """Whether the device is the host's own CPU: nothing runs beside anything else."""
+        """Whether the device is the host's own CPU: nothing overlaps."""
         return self.shared_cores is not None
 
     def hosts_of(self, world: int) -> int:

@@ -40,7 +40,7 @@ class Recording:
     setting: str | None
     """The model's setting that says how many blocks there are; None where only the whole model is recorded."""
     flops_per_token: float
-    """Of the whole model, with attention counted whole, as MFU has it."""
+    """Of the whole model, with full attention counted, as in MFU."""
     recorder: Recorder
     kept: Kept
     """Bytes per row that a compiled block keeps for backward, asked of a model of two blocks."""

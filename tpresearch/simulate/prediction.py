@@ -30,7 +30,7 @@ SPREAD = {
 }
 """By how much each part of a step may be off, relative: what prices missed on published rows (experiments/published)."""
 SITE = 0.07
-"""By how much a whole site may be off: its software, clocks and power."""
+"""By how much a site may differ: its software, clocks and power."""
 WIDEST = 0.10
 """Half of the widest range that is still worth printing."""
 CALM = 0.93
@@ -48,7 +48,7 @@ class Prediction:
     low_s: float
     high_s: float
     flops_per_token: float
-    """With attention counted whole, as MFU has it."""
+    """With full attention counted, as in MFU."""
     time_s: dict[str, float]
     """Busy time of the device by kind of op, what it waits for the host, and what is exposed of each axis's collectives."""
     entries: list[Entry]

@@ -1,4 +1,4 @@
-"""DTensor's first sight of an op: it runs it once on whole shapes, which is no part of a step and is neither recorded nor held."""
+"""DTensor's shape propagation: it runs a new op once on full shapes, which is not part of a step and is not recorded."""
 
 from __future__ import annotations
 

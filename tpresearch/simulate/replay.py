@@ -38,7 +38,7 @@ class Streams:
     compiled: bool = False
     """Whether blocks are: their collectives are issued by compiled code, without DTensor's dispatch."""
     in_chunks: bool = False
-    """Whether a rule's gathers and scatters are cut up, each piece beside the matmul that wants or made it (async TP)."""
+    """Whether a rule's gathers and scatters are split into pieces that overlap with the matmul that consumes or produces them (async TP)."""
     slower: float = 1.0
     """How many ranks share each core of a CPU."""
     network_s: float = 0.0

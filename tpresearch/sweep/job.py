@@ -104,7 +104,7 @@ def may_be_jobs(folder: Path) -> bool:
 
 
 def goes_on(job: Job) -> bool:
-    """Whether an earlier start of this very job has left a checkpoint, from which it will go on in its folder."""
+    """Whether an earlier start of this job has left a checkpoint, from which it will resume in its folder."""
     try:
         same = signature(read_record(job.folder / "config.yaml"), job.ranks) == job.signature
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -55,7 +55,7 @@ class Planner:
         return Path(self.master.hydra.sweep.dir)
 
     def plan(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[Job]:
-        """Compose and judge each job.
+        """Compose and validate each job.
 
         Raises:
             ConfigError: for the first job that cannot run; none has been started then.

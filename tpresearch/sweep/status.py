@@ -64,7 +64,7 @@ def line_of(job: Job, row: Row | None) -> str:
 
 
 def last_row(job: Job) -> Row | None:
-    """The last row that is whole in a job's metrics.jsonl."""
+    """The last complete row in a job's metrics.jsonl."""
     with suppress(OSError, ValueError), (job.folder / "metrics.jsonl").open("rb") as file:
         file.seek(-min(LAST_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
         *_, line, _ = [b"", *file.read().split(b"\n")]

@@ -117,7 +117,7 @@ def print_table(console: Console, folder: Path, outcomes: Sequence[Outcome]) -> 
 
 
 def _next(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """Where the sweep lies, and the commands that go on from it."""
+    """The sweep's folder, and commands to continue with it."""
     shown, wandb = path_text(folder), folder / "wandb"
     lines = {"sweep": f"{shown}/summary.md"}
     if any(outcome.status != "completed" for outcome in outcomes):

@@ -128,7 +128,7 @@ def report(
     """The report at the end of a run: results, files, and commands to try next.
 
     Args:
-        next_steps: what there is to type.
+        next_steps: commands to suggest.
         summary: as in summary.json.
         wandb_line: the run's page or the command that uploads it; None without W&B.
         unigram_entropy: nats per token of the held-out rows when only the tokens' frequencies are known.
@@ -202,7 +202,7 @@ LOOK = "plan_only=true model=llama2_7b tokenizer=bpe_32k mesh.tp=8 world_size=64
 
 @dataclass(frozen=True)
 class NextSteps:
-    """Commands to follow a run.
+    """Commands to suggest after a run.
 
     Args:
         command: the one that started it.
@@ -213,7 +213,7 @@ class NextSteps:
     objection: Objection
 
     def after(self, summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str]]:
-        """Commands, and what each is for."""
+        """Commands, each with its purpose."""
         return [
             *self._under_another_plan(summary["parallel"], summary["world_size"]),
             (
@@ -224,7 +224,7 @@ class NextSteps:
         ]
 
     def to_go_on(self, run_dir: Path) -> str:
-        """The command that goes on where the run was stopped; one that starts it again where it has no checkpoint."""
+        """The command that resumes a stopped run, or restarts it if it has no checkpoint."""
         if not any((run_dir / "checkpoints").glob("step-*")):
             return shown(self.command)
         return shown(dataclasses.replace(self.command, arguments=(f"resume={path_text(run_dir)}",)))

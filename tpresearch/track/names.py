@@ -65,7 +65,7 @@ METRICS = (
 
 NAMES = tuple(metric.name for metric in METRICS)
 X_AXIS = "train/tokens"
-"""What curves are drawn over: the same for every plan, mesh and batch, and right across a resume."""
+"""The x axis of curves: comparable between plans, meshes and batch sizes, and across a resume."""
 
 _SENT = tuple(f"{axis.name}/{collective}" for axis in AXES for collective in axis.collectives)
 PARTS: dict[str, tuple[str, ...]] = {

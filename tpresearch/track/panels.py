@@ -21,7 +21,7 @@ class Panel:
     metrics: tuple[str, ...]
     """Names of `track/names.py`, or keys of summary.json; a key that ends in `.*` stands for all keys below it."""
     reads: str
-    """How to read it, in one sentence."""
+    """How to read the panel, in one sentence."""
     log: bool = False
     whole: str | None = None
     """For parts: the figure they belong to, where it is measured separately and not their sum."""

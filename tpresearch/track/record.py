@@ -103,7 +103,7 @@ def _check_size(content: Any) -> None:
 
 
 def headline(rows: Sequence[Row], warmup_steps: int, start_step: int = 0) -> dict[str, int | float | None]:
-    """The figures that stand for a whole run: last losses, medians of `perf/*` and `time/*`, the peak of memory.
+    """The headline figures of a run: last losses, medians of `perf/*` and `time/*`, peak memory.
 
     Args:
         rows: of the run, in order.
@@ -141,14 +141,14 @@ def _median(rows: Sequence[Row], name: str) -> int | float | None:
 
 
 def _write_from(step: int, path: Path, content: str) -> None:
-    """Where a run goes on with another `config.yaml` or `plan.txt`, keep what held up to then: config.step-00000100.yaml."""
+    """When a run resumes with another `config.yaml` or `plan.txt`, keep the earlier one: config.step-00000100.yaml."""
     if step and path.exists() and path.read_text(encoding="utf-8") != content:
         path.rename(path.with_name(f"{path.stem}.step-{step:08d}{path.suffix}"))
     write_atomically(path, content)
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """summary.json, whole or not at all."""
+    """summary.json, written atomically."""
     write_atomically(folder / "summary.json", json.dumps(defined(summary), indent=2, allow_nan=False) + "\n")
 
 
@@ -185,12 +185,12 @@ def read_resumptions(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_ledger(folder: Path, ledger: Mapping[str, Any]) -> None:
-    """ledger.json: what one step sent and held, beside what formulas say."""
+    """ledger.json: what one step sent and held, and what formulas expect."""
     write_atomically(folder / "ledger.json", json.dumps(ledger, indent=2) + "\n")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """A file that is there whole or not at all."""
+    """Write a file atomically: complete or absent."""
     draft = path.with_name(f".{path.name}.draft")
     try:
         draft.unlink(missing_ok=True)  # it could be a link out of this folder

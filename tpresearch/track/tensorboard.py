@@ -1,4 +1,4 @@
-"""TensorBoard beside the record, where `logger.tensorboard` asks for it: the same rows, below the run folder."""
+"""TensorBoard, if `logger.tensorboard` is set: the same rows as the record, in the run folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_tensorboard(logger: LoggerConfig) -> None:
 
 
 class TensorboardRun:
-    """Event files in <run>/tensorboard. A run that goes on hides what an earlier start wrote after its checkpoint."""
+    """Event files in <run>/tensorboard. A resumed run hides what an earlier start wrote after its checkpoint."""
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / "tensorboard"

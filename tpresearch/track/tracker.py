@@ -74,7 +74,7 @@ class Tracker:
         total_steps: the step at which the run ends.
         start_step: the step from which this process is to set out: see `go_on_from`.
         plan: the compiled plan as it was printed, for plan.txt.
-        next_steps: what the report tells to type next.
+        next_steps: commands that the report suggests.
         console: where the progress and the report go; standard output by default.
 
     Raises:
@@ -126,7 +126,7 @@ class Tracker:
         )
 
     def go_on_from(self, step: int) -> None:
-        """Before the first row: the run goes on after this step, whatever rows of later ones it had logged."""
+        """Before the first row: continue after this step, discarding rows of later ones."""
         self._start_step = self._last_step = step
         self._metrics.cut_after(step)
         if self._wandb:

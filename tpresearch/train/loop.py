@@ -21,7 +21,7 @@ from tpresearch.train.step import Setup, StepResult, train_step
 from tpresearch.train.stopping import AgreedStop
 
 COLLECT_EVERY = 100
-"""Steps between Python's garbage collections, which would otherwise stall one rank at a time, anywhere."""
+"""Steps between Python's garbage collections, which would otherwise stall one rank at a time at arbitrary points."""
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Loop:
     stop: AgreedStop | None = None
     """Asked after each step, and between the batches of an evaluation, whether all ranks stop."""
     saver: Saver | None = None
-    """Saves the state at the steps that are due, and after the last one, be it for a signal."""
+    """Saves the state at the configured steps and after the last one, also after a signal."""
     stopped_by: Signals | None = None
-    """The signal for which they did."""
+    """The signal for which all ranks stopped."""
 
     def read(self) -> Batch:
         """This rank's rows of the next global batch, on its device."""

@@ -20,7 +20,7 @@ from tpresearch.train.state import TrainState
 log = logging.getLogger(__name__)
 
 RANKS_APART = 1_000_003
-"""Between the seeds of two ranks, so that no rank has the seed of an honest run."""
+"""Distance between the seeds of two ranks, so that no rank has the seed of a correct run."""
 
 
 def mistakes_of(cfg: Config, plan: Plan, mesh: DeviceMesh, batches: Batches) -> list[Observer]:

@@ -26,7 +26,7 @@ class Observer:
         return nullcontext()
 
     def gradients(self, state: TrainState) -> None:
-        """The gradients of the global batch are whole on each rank's shards, and not yet clipped."""
+        """The gradients of the global batch are complete on each rank's shards, and not yet clipped."""
 
     def metrics(self) -> Metrics:
         """What it adds to a logged row, of the time since the last one."""

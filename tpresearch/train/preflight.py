@@ -46,13 +46,13 @@ class Preflight:
     """On the meta device, as the user's class made it."""
     plan: Plan
     device: Device | None
-    """None where the ranks are not on this machine, or none are started."""
+    """None if the ranks are not on this machine, or none are started."""
     notes: tuple[str, ...] = ()
-    """What the config promises and does not do, and what was taken in its place: to be said."""
+    """Warnings: what the config promises but does not do, and what is used instead."""
 
     @property
     def parameters(self) -> int:
-        """Numbers in the whole model, over all ranks."""
+        """Number of parameters of the model, over all ranks."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
@@ -126,10 +126,10 @@ def glance(cfg: Config, world: World) -> MeshSizes:
 
 
 def refuse_alone(cfg: Config, ranks: int) -> NoReturn:
-    """Refuse to train as `python train.py` what is for several ranks, unless one is asked for by its numbers.
+    """Refuse `python train.py` with a plan for several ranks, unless the mesh sizes or world_size ask for one rank.
 
     Raises:
-        ConfigError: with the torchrun that has as many ranks as the mesh sizes make.
+        ConfigError: with the torchrun command for the product of the mesh sizes.
     """
     axes = " and ".join(axis.name for axis in used_axes(cfg.parallel))
     why = f"needs several ranks (along {axes}), but this is a single process"
@@ -138,7 +138,7 @@ def refuse_alone(cfg: Config, ranks: int) -> NoReturn:
 
 
 def check_first_weights(cfg: Config, model: nn.Module, starts_ranks: bool) -> None:
-    """Refuse init_from where its weights are not those of this model; what is on the hub is downloaded for ranks only.
+    """Refuse init_from if its weights do not fit this model; files on the hub are downloaded only if ranks start.
 
     Raises:
         ConfigError: naming the setting or the tensor that differs.
@@ -164,7 +164,7 @@ def check_first_weights(cfg: Config, model: nn.Module, starts_ranks: bool) -> No
 
 
 def judge_folder(job: Preflight, folder: Path, restarted: bool) -> None:
-    """Refuse a run folder with checkpoints that this config cannot go on from, before anything in it is touched.
+    """Refuse a run folder with checkpoints that this config cannot resume from, before anything in it is touched.
 
     Raises:
         ConfigError: see `checkpoints_to_go_on_from`.

@@ -66,7 +66,7 @@ def saver_of(
 
 
 def check_goes_on(found: list[Checkpoint], corpus: AnyCorpus) -> None:
-    """Refuse to go on with other rows than a run was trained on.
+    """Refuse to resume with rows other than those a run was trained on.
 
     Raises:
         ConfigError: if text, tokenizer or the number of rows differ.

@@ -35,7 +35,7 @@ class Speed:
     tokens_per_step: int
     world_size: int
     flops_per_token: float
-    """With attention counted whole."""
+    """With full attention counted."""
     causal_flops_per_token: float
     peak_flops: float | None
     """Of one device; None where it is not known."""

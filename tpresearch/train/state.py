@@ -20,12 +20,12 @@ class TrainState:
     step: int
     """Optimizer steps done."""
     model: nn.Module
-    """Sharded, with its weights."""
+    """The sharded model, with its weights."""
     optimizer: Optimizer
     masters: Masters | None = None
-    """Float32 weights, where the model computes on bfloat16 copies of them: the optimizer moves these."""
+    """Float32 master weights, if the model computes with bfloat16 copies: the optimizer updates these."""
     replicas: Replicas | None = None
-    """What sums gradients over replicas, where nothing is sharded over data."""
+    """Sums gradients over replicas, where nothing is sharded over data."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Every parameter once, by its first name, as the optimizer moves it, with its gradient."""

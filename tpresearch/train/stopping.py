@@ -12,13 +12,13 @@ from tpresearch.launch.stop import StopFlag
 
 
 class AgreedStop:
-    """A stop flag that all ranks see at the same place of their program, and beside it how much they have written.
+    """A stop flag that all ranks see at the same point of their program, and the number of checkpoints written by all.
 
     At each poll a rank starts one all-reduce of both, and reads what came of the poll before: no rank waits for a
     message, and none goes on alone. Without a process group, or alone in one, it is the flag itself.
 
     Args:
-        written: how many checkpoints this rank has written beside the steps.
+        written: how many background checkpoints this rank has written.
     """
 
     def __init__(self, flag: StopFlag, written: Callable[[], int] = lambda: 0) -> None:

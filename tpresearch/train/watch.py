@@ -21,10 +21,10 @@ from tpresearch.train.state import TrainState
 
 
 class Timing(Observer):
-    """Seconds per step and in each of its phases. On CUDA between events of the stream, without waiting for the device.
+    """Seconds per step and per phase. On CUDA between events of the stream, without waiting for the device.
 
-    Phases leave out what lies between them; collectives that a phase waits for are in it. The time of data is the
-    host's: a GPU may still be at the step before. Evaluation and pauses are left out of the step time.
+    Phases exclude what lies between them and include collectives that they wait for. The time of data is the
+    host's: a GPU may still be at the previous step. Evaluation and pauses are excluded from the step time.
     """
 
     def __init__(self, device: torch.device, speed: Speed) -> None:
@@ -105,13 +105,13 @@ class PeakMemory(Observer):
 
 
 class CountedStep(Observer):
-    """Runs one early step under both ledgers: the second of this process, since the first may send what later ones
-    do not.
+    """Runs one early step under both ledgers: the second of this process, since the first may send more than later
+    ones.
 
     Args:
-        last_step: of the run, which is counted where there is no second one.
-        compiled: whether the model's blocks are: what they hold is seen by the allocator alone, and no memory is counted.
-        report: told what was counted.
+        last_step: of the run; counted if there is no second step.
+        compiled: whether the model's blocks are compiled: only the allocator sees their memory, so it is not counted.
+        report: called with the result.
     """
 
     def __init__(

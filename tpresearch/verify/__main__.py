@@ -70,7 +70,7 @@ def main(judged: Judged, run: Run) -> None:
 
 
 def print_table(results: list[Result], path: Path) -> None:
-    """Print one row per plan and optimizer; what is out of tolerance is marked, and said in full below."""
+    """Print one row per plan and optimizer; quantities out of tolerance are marked, with details below."""
     console = Console(highlight=False)
     titles = ("plan on mesh", "with", *HEADINGS.values(), "")
     columns = (Column(title, no_wrap=True) for title in titles)
@@ -103,7 +103,7 @@ def print_table(results: list[Result], path: Path) -> None:
 
 
 def _print_integers(console: Console, results: list[Result]) -> None:
-    """What was asked for by verify.integers: each kind of matmul, and how far from bitwise equal."""
+    """The result of verify.integers: each kind of matmul and its difference."""
     chosen = [result for result in results if result.integers is not None]
     if not chosen:
         return

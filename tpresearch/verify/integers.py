@@ -33,7 +33,7 @@ GREATEST = 2
 
 @dataclass(frozen=True)
 class Exact:
-    """How far a sharded layer is from the whole one, on integers: each number must be 0."""
+    """Difference of a sharded layer from the unsharded one, on integers: each number must be 0."""
 
     layer: str
     rule: str
@@ -58,7 +58,7 @@ class SingleLayer(nn.Module):
 
 
 def exactness(world: World, cfg: Config) -> list[Exact]:
-    """Each distinct matmul of the model under its plan, against itself in one piece, on this rank."""
+    """Each distinct matmul of the model under its plan, compared with the unsharded one, on this rank."""
     job = preflight(cfg, world)
     assert job.device
     with process_group(job.device, world):
@@ -70,7 +70,7 @@ def exactness(world: World, cfg: Config) -> list[Exact]:
 
 
 def worst_of(ranks: list[list[Exact]]) -> list[Exact]:
-    """Of each layer the greatest differences on any rank."""
+    """Maximum differences of each layer over all ranks."""
     return [
         Exact(
             exact[0].layer,

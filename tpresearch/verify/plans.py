@@ -33,10 +33,10 @@ from tpresearch.verify.trace import MaxError, Trace, compare, tolerance, trace
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 900
-"""How long no rank may compute anything; one that raises or dies is seen at once."""
+"""Timeout without progress on any rank; one that raises or dies is noticed at once."""
 
 ROWS = 256
-"""Train rows that take part: enough for a few steps, few enough to hand to each rank."""
+"""Number of train rows used: enough for a few steps, few enough to pass to each rank."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Result:
     out: list[str] = field(default_factory=list)
     """Quantities that are out of tolerance."""
     note: str | None = None
-    """What the plan is named for and its mesh does not have."""
+    """Note on axes of the plan that have size 1 on its mesh."""
     integers: list[Exact] | None = None
     """The plan's matmuls on integers, if that was asked for: with the first optimizer, since none is involved."""
     error: str | None = None
@@ -64,10 +64,10 @@ class Result:
 
 
 def configs(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
-    """For each plan one config per optimizer: what was typed, with only those two choices changed.
+    """One config per plan and optimizer: the given config with only those two choices changed.
 
     Raises:
-        ConfigError: for a plan that conf/parallel has not.
+        ConfigError: for a plan that is not in conf/parallel.
     """
     known = GlobalHydra.instance().config_loader().get_group_options("parallel")
     for plan in cfg.verify.plans:
@@ -158,7 +158,7 @@ def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
 def _verified(
     ranks: Ranks, plan: str, cfg: Config, right: Trace, corpus: AnyCorpus, integers: bool
 ) -> Result:
-    """One plan under one optimizer beside the reference; its matmuls on integers too where that is wanted."""
+    """One plan and optimizer compared with the reference; its matmuls on integers too if requested."""
     sizes = validate(cfg, ranks_of(cfg))
     result = Result(plan, cfg.optimizer.name, tolerance("loss", cfg.train.dtype), dict(sizes))
     result.note = of_one_rank(sizes, cfg.parallel)

@@ -1,4 +1,4 @@
-"""A plan's results, step by step, as whole tensors; and the comparison of two such traces: the maximum error of each
+"""A plan's results, step by step, as full tensors; and the comparison of two such traces: the maximum error of each
 quantity, and where it occurs.
 """
 
@@ -39,7 +39,7 @@ class StepTrace:
     weights: Tensors
     """After the update, by parameter name."""
     between_ranks: dict[str, float]
-    """How far ranks are apart in what all should have alike: see `between_ranks`."""
+    """Maximum difference between ranks of replicated values: see `between_ranks`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Trace:
 
 
 class Gradients(Observer):
-    """Keeps the last step's whole gradients, before clipping."""
+    """Keeps the last step's full gradients, before clipping."""
 
     def __init__(self) -> None:
         self.last: Tensors = {}
@@ -114,10 +114,10 @@ def between_ranks(tensors: Tensors, device: torch.device) -> dict[str, float]:
 
 
 TOLERANCES = {Dtype.float64: 1e-10, Dtype.float32: 1e-4, Dtype.bfloat16: 1e-1}
-"""Greatest relative error that is rounding. A plan adds numbers up in another order, and AdamW divides by small ones."""
+"""Tolerance for rounding: a plan sums in another order, and AdamW divides by small numbers."""
 
 EXACT = ("initial weights", "between ranks")
-"""Quantities that must be the same to the bit."""
+"""Quantities that must match bitwise."""
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,15 @@ class MaxError:
 
     error: float
     step: int | None = None
-    """Counted from 0; None for what is before the first."""
+    """Step, counted from 0; None for quantities before the first step."""
     parameter: str | None = None
 
 
 def compare(ours: Trace, reference: Trace) -> dict[str, MaxError]:
-    """The worst of each quantity. A tensor's error is relative to its greatest value in the reference.
+    """The maximum error of each quantity. A tensor's error is relative to its maximum in the reference.
 
-    Initial weights do not depend on the order of any sum: they must be the same to the bit. So must what all
-    ranks hold alike.
+    Initial weights do not depend on the order of any sum: they must match bitwise, and so must replicated
+    values on all ranks.
     """
     steps = list(enumerate(zip(ours.steps, reference.steps, strict=True)))
     return {
