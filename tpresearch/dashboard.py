@@ -1,4 +1,4 @@
-"""`python -m tpresearch.dashboard group=...`: a W&B workspace and a report that compare the runs of a group."""
+"""`python -m tpresearch.dashboard group=...`: save a W&B workspace and a report that compare the runs of a group."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Options:
     group: str = MISSING
     """The W&B group whose runs are compared: a sweep's, or `logger.group`."""
     project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT") or LoggerConfig.project)
-    """Of the runs; by default $WANDB_PROJECT, else tpresearch."""
+    """W&B project of the runs; by default $WANDB_PROJECT, else tpresearch."""
     entity: str | None = None
-    """The team or user whose project it is; null for the account's default."""
+    """Team or user that owns the project; null for the account's default."""
     name: str | None = None
     """Name of the workspace and the report; null for `<group> by plan`."""
     report: bool = True
-    """Write a report beside the workspace."""
+    """Also write a report."""
     dry_run: bool = False
-    """Write the JSON, without asking W&B anything."""
+    """Write the JSON without contacting W&B."""
     out: str | None = None
     """Folder for the JSON; null for outputs/dashboard/<group>."""
 

@@ -1,6 +1,6 @@
 """`python -m tpresearch.export checkpoint=RUN_OR_CHECKPOINT out=FOLDER`: export a checkpoint as a folder that transformers reads.
 
-Of a Llama: its weights, config.json and tokenizer. It needs no ranks.
+For Llama models: weights, config.json and tokenizer. It needs no ranks.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class WeightDtype(StrEnum):
 @dataclass
 class Options:
     checkpoint: str = MISSING
-    """The folder of a run, for its newest checkpoint, or of a checkpoint."""
+    """The folder of a checkpoint, or of a run for its newest one."""
     out: str = MISSING
-    """A folder that is not there yet."""
+    """The folder to write; it must not exist."""
     dtype: WeightDtype | None = None
-    """Of the weights: float32, bfloat16, float16 or float64; by default that of the checkpoint, so that nothing is lost."""
+    """Dtype of the weights: float32, bfloat16, float16 or float64; by default that of the checkpoint, so that nothing is lost."""
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     out = Path(options.out).expanduser()
     if os.path.lexists(out):
         fix = {"out": f"{options.out.rstrip('/')}-2"}
-        raise ConfigError("out", out, "it is there already", "a folder that is not", fix=fix)
+        raise ConfigError("out", out, "already exists", "a folder that does not exist", fix=fix)
     checkpoint = find_checkpoint(Path(options.checkpoint), "checkpoint")
 
     from tpresearch.hf.export import export  # late: a refused command should not wait for torch

@@ -23,7 +23,7 @@ def judge(cfg: Config, world: World) -> Preflight:
     ConfigError: for a run of ours too, which is none to import.
     """
     if cfg.init_from and is_own(cfg.init_from):
-        why, legal = "it is a run of ours already", "a folder or hub id in Hugging Face's format"
+        why, legal = "it already is a tpresearch run", "a folder or hub id in Hugging Face's format"
         raise ConfigError("init_from", cfg.init_from, why, legal)
     return preflight(cfg, world)
 

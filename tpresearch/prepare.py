@@ -1,4 +1,4 @@
-"""`python -m tpresearch.prepare data=... tokenizer=...`: tokenize and pack ahead of time what a run reads."""
+"""`python -m tpresearch.prepare data=... tokenizer=...`: tokenize and pack a run's data ahead of time."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def test_theirs_to_ours_to_theirs_is_bitwise_by_two_commands(
         assert refused.refusal.startswith(f"error: resume={home}/imported: no step was taken there: ")
         assert f"init_from={home}/imported" in refused.command_to_try
     refused = start(None, "-m", "tpresearch.import_hf", "init_from=imported", "model=llama2_debug")
-    assert refused.refusal.startswith("error: init_from=imported: it is a run of ours already; ")
+    assert refused.refusal.startswith("error: init_from=imported: it already is a tpresearch run; ")
 
 
 def test_bfloat16_is_the_rounded_checkpoint(start: Start, exported: Path, home: Path) -> None:
@@ -205,9 +205,9 @@ REFUSED = [
     ("checkpoint=run", "out=: required and not given; "),
     (
         "checkpoint=run out=made/llama",
-        "out=made/llama: it is there already; a folder that is not; try: python -m tpresearch.export checkpoint=run out=made/llama-2",
+        "out=made/llama: already exists; a folder that does not exist; try: python -m tpresearch.export checkpoint=run out=made/llama-2",
     ),
-    ("checkpoint=run out=link", "out=link: it is there already; "),
+    ("checkpoint=run out=link", "out=link: already exists; "),
     ("checkpoint=run out=/dev/null/x", "out=/dev/null/x: cannot be written: Not a directory; "),
     ("checkpoint=made out=new", "checkpoint=made: it has no checkpoints/step-*; "),
     (

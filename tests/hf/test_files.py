@@ -81,7 +81,7 @@ def test_what_our_model_does_not_compute_is_refused_by_name(folder: Path, key: s
     edit(folder / "config.json", **{key: CANNOT[key]})
     said = refusal(folder)
     assert said.startswith(f"init_from={folder}: config.json has {key}=")
-    assert "which our Llama2 does not compute" in said
+    assert "which our Llama2 does not implement" in said
 
 
 def test_older_ways_to_say_the_rotary_base_are_read(folder: Path) -> None:

@@ -41,7 +41,7 @@ def test_without_a_key_it_is_offline_and_says_so_in_one_line(
     with caplog.at_level(logging.INFO), track() as tracker:
         log_steps(tracker)
     assert said(caplog) == [
-        "W&B: offline, because there is no API key; `wandb login` or WANDB_API_KEY gives one"
+        "W&B: offline, because there is no API key; set one with `wandb login` or WANDB_API_KEY"
     ]
     assert server.requests == []
     (folder,) = (run_dir / "wandb").glob("offline-run-*")

@@ -1,7 +1,7 @@
-"""`python -m tpresearch.calibrate out=FILE`: measure this machine and write a cluster file of measured numbers.
+"""`python -m tpresearch.calibrate out=FILE`: measure this machine and write a cluster file.
 
-A machine with a GPU: matmuls by shape and under load, attention, memory, AdamW and launches of the first one; links between GPUs and
-hosts are taken from base=..., a file of conf/cluster. A machine without: a thread of its CPU, and gloo between two ranks.
+With a GPU, it measures matmuls by shape and under load, attention, memory, AdamW and launches on the first one; links between GPUs
+and hosts are taken from base=..., a file of conf/cluster. Without a GPU, it measures one thread of the CPU, and gloo between two ranks.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Options:
     out: str
     """The file to write, such as conf/cluster/here.yaml."""
     rows: str | None = None
-    """Measurements to read in place of measuring: a JSON object per line, as experiments/gpu writes them."""
+    """Measurements to read instead of measuring: one JSON object per line, as written by experiments/gpu."""
     base: str = "h100_dgx"
-    """The cluster whose numbers stand for what a GPU alone does not tell: an option of conf/cluster."""
+    """The cluster that provides the numbers that a single GPU cannot: an option of conf/cluster."""
 
 
 def main() -> None:

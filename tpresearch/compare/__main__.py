@@ -48,9 +48,9 @@ class Options:
     """The run that losses are compared with: its label in the table, its plan or its folder; by default the one with
     parallel=none among those of the same seed, learning rate and data."""
     overlay: Overlay = Overlay.refuse
-    """anyway: even if corpus, tokenizer, row length, global batch, loss or seed differ."""
+    """anyway: overlay runs even if corpus, tokenizer, row length, global batch, loss or seed differ."""
     seeds: Seeds = Seeds.auto
-    """auto: where runs differ in train.seed alone, those of one experiment are one curve, with its standard deviation;
+    """auto: runs that differ only in train.seed are one curve, with its standard deviation;
     apart: each run by itself (with overlay=anyway, since seeds differ); mean: even where no experiment is repeated."""
 
 

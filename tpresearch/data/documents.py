@@ -109,7 +109,7 @@ def no_such_field(text_field: str, fields: list[str], where: str) -> ConfigError
 def too_long(where: str, data: DataConfig) -> ConfigError:
     why = f"longer than data.max_record_bytes={data.max_record_bytes}"
     fix = {"data.max_record_bytes": 16 * data.max_record_bytes}
-    return ConfigError("data.path", where, why, "shorter records, or a greater bound", fix)
+    return ConfigError("data.path", where, why, "shorter records, or a larger bound", fix)
 
 
 def unreadable(where: object, error: Exception) -> ConfigError:
@@ -120,7 +120,7 @@ def unreadable(where: object, error: Exception) -> ConfigError:
         why = f"not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
     else:
         why = f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}"
-        legal = "a file that is readable and whole"
+        legal = "a readable, complete file"
     return ConfigError("data.path", where, why, legal)
 
 

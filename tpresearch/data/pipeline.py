@@ -174,7 +174,7 @@ class _Preparation:
             texts = take_chars((train for train, _ in self._split()), self._learn_from_chars())
             tokenizer = train_bpe(told(texts), self.vocab_size)
         if tokenizer.size < self.vocab_size:
-            log.warning("the text yields only %d of %d tokens asked for", tokenizer.size, self.vocab_size)
+            log.warning("the text yields only %d of %d tokens requested", tokenizer.size, self.vocab_size)
         tokenizer.save(growing / TOKENIZER_FILE)
         return {"format": FORMAT, "corpus_hash": self.corpus.content_hash, "vocab_size": tokenizer.size}
 

@@ -22,7 +22,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "BF16", "F16")
 NOT_WEIGHTS = ".rotary_emb.inv_freq"
 """How the names end of what older versions of transformers kept beside the weights, and compute now."""
-LEGAL = "a folder or hub id of a Llama with config.json and model.safetensors, or a checkpoint of ours"
+LEGAL = "a folder or hub id of a Llama with config.json and model.safetensors, or a tpresearch checkpoint"
 LLAMA = "tpresearch.models.llama2.Llama2"
 
 
@@ -60,7 +60,7 @@ def settings_of(init_from: str | None) -> dict[str, Any]:
     """
     if not init_from:
         why = "model=hf takes its sizes from there"
-        legal = "a folder or hub id of a Llama with config.json, or a run of ours"
+        legal = "a folder or hub id of a Llama with config.json, or a tpresearch run"
         raise ConfigError("init_from", None, why, legal, fix={"init_from": "FOLDER"})
     if not is_hugging_face(init_from) and is_own(init_from):
         return settings_of_run(init_from)

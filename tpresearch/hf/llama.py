@@ -133,7 +133,7 @@ def _read(path: Path, named: str) -> dict[str, Any]:
         raise _refused(
             named,
             f"it has no {CONFIG}",
-            "a folder that transformers can read, or a run or checkpoint of ours",
+            "a folder that transformers can read, or a tpresearch run or checkpoint",
         ) from None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
@@ -172,7 +172,7 @@ def _number(config: Mapping[str, Any], key: str, named: str) -> float:
 
 
 def _unable(named: str, key: str, value: object) -> ConfigError:
-    why = f"{CONFIG} has {key}={shown(value)}, which our Llama2 does not compute"
+    why = f"{CONFIG} has {key}={shown(value)}, which our Llama2 does not implement"
     legal = "left out" if (only := ONLY.get(key)) is None else f"{shown(only)} or left out"
     return _refused(named, why, f"a Llama with {key} {legal}")
 

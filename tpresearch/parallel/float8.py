@@ -52,7 +52,7 @@ def check_float8(train: TrainConfig, device: torch.device) -> None:
         ConfigError: with what it lacks.
     """
     if train.float8 is not Float8.none and (lack := _lack(train, device)):
-        legal = "none on this device, or train.float8_emulated=true to see what it does to a loss"
+        legal = "none on this device, or train.float8_emulated=true to see its effect on the loss"
         raise ConfigError("train.float8", train.float8, lack, legal, fix={"train.float8": "none"})
 
 

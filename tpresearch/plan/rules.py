@@ -225,7 +225,7 @@ def _check_single(rule: ResolvedRule) -> None:
             legal = "one layout, such as replicate"
             raise ConfigError(f"{rule.where}.{key}", given, f"style {rule.label} has one tensor there", legal)
     if rule.rule.style == "sequence" and (not isinstance(rule.src[0], Shard) or rule.src != rule.dst):
-        why = "style sequence runs a layer on a part of its input, and leaves the output so"
+        why = "style sequence runs a layer on a part of its input, and its output has the same layout"
         legal = "src and dst the same, such as shard:1"
         raise ConfigError(rule.where, f"{rule.rule.src} -> {rule.rule.dst}", why, legal, fix=_without(rule))
 

@@ -43,7 +43,7 @@ class MetricsFile:
         """
         row = complete_row(values)
         if row["train/step"] is None:
-            raise ValueError("a row is logged without train/step, by which it is found again; add it")
+            raise ValueError("a row was logged without train/step, which identifies it; add it")
         self._write(json.dumps(row, allow_nan=False) + "\n")
         return row
 

@@ -37,13 +37,15 @@ CORRECTNESS = (
         "Between plans this is rounding error of the dtype, without a trend.",
         log=True,
     ),
-    Panel("held_out_loss", "Held-out loss", "curve", ("val/loss",), "On rows that are never trained on."),
+    Panel(
+        "held_out_loss", "Held-out loss", "curve", ("val/loss",), "Loss on rows that are never trained on."
+    ),
     Panel(
         "grad_norm",
         "Gradient norm",
         "curve",
         ("train/grad_norm",),
-        "Of the whole gradient, before clipping: the first to show a gradient that is scaled or counted twice.",
+        "Norm of the global gradient, before clipping: the first to reveal a gradient that is scaled or counted twice.",
     ),
 )
 SPEED = (
@@ -90,14 +92,14 @@ MEMORY_AND_COMMUNICATION = (
         "Peak memory",
         "bars",
         ("memory/peak_bytes",),
-        "Peak of the device of rank 0; on a CPU, of the tensors of one step.",
+        "Peak memory of rank 0's device; on a CPU, of the tensors of one step.",
     ),
     Panel(
         "memory_by_kind",
         "Peak memory by kind",
         "parts",
         ("memory/at_peak_bytes.*",),
-        "Of one step on rank 0, at the moment of its peak.",
+        "One step on rank 0, at its memory peak.",
     ),
     Panel(
         "bytes_by_axis",
@@ -111,7 +113,7 @@ MEMORY_AND_COMMUNICATION = (
         "Communication per step by axis and collective",
         "ledger",
         ("comm/bytes_per_step_by_collective.*", "comm/expected_bytes_per_step_by_collective.*"),
-        "Bytes sent by rank 0, measured on one step, beside what closed formulas expect.",
+        "Bytes sent by rank 0, measured on one step and expected by closed formulas.",
     ),
     Panel(
         "memory_against_speed",

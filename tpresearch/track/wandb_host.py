@@ -85,7 +85,7 @@ def choose_mode(wanted: WandbMode, settings: wandb.Settings) -> Mode:
         log.info("W&B: off, as WANDB_MODE asks")
         return "disabled"
     if not has_key(settings):
-        log.warning("W&B: offline, because there is no API key; `wandb login` or WANDB_API_KEY gives one")
+        log.warning("W&B: offline, because there is no API key; set one with `wandb login` or WANDB_API_KEY")
         return "offline"
     if not answers(settings.base_url):
         log.warning("W&B: offline, because %s does not answer", settings.base_url)
