@@ -1,8 +1,8 @@
 """Keeps torchrun's agent quiet when our ranks have already reported why they end.
 
 torch lets packages add rendezvous backends under the entry points `torchrun.handlers`, and asks for them as it starts;
-ours adds none of its own, but is in the agent's process by that. A refused config, which the first rank says in a line,
-and a stop by a signal, of which the run's report tells, would else be followed by tracebacks and a report of each rank;
+ours adds none, but is thereby loaded in the agent's process. A refused config, which the first rank reports in one line,
+and a stop by a signal, which the run's report states, would otherwise be followed by tracebacks and a report for each rank;
 torchrun would exit with 1. Failures keep torchrun's report. Ranks have TO_SAVE_S to save after a signal, and not torchrun's
 30 seconds, unless --shutdown-timeout says otherwise. Checked on torch 2.13, and against the source of 2.11 and 2.14.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from tpresearch import interrupt
 
 TO_SAVE_S = 120
-"""What a run is given to save and to close what it has open once it is told to stop. torch 2.11 gives 30, come what may."""
+"""Seconds for a run to save and close its files after it is told to stop. torch 2.11 always gives 30."""
 AGENT_MODULES = ("torch.distributed.run", "torchrun")
 SIGNALLED = (130, 143)
 """Exit codes of ranks that stopped for Ctrl-C and SIGTERM."""
@@ -36,7 +36,7 @@ REPEATED = (
     "Received %s death signal",
     "\n*****************************************\nSetting OMP_NUM_THREADS",
 )
-"""How log lines begin that say again what a rank has said, or what no one has asked for."""
+"""Beginnings of log lines to drop: they repeat what a rank has reported, or are noise."""
 
 
 def handler() -> Callable[[Any], Any]:

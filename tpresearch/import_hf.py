@@ -20,7 +20,7 @@ NOTHING_YET = -1
 
 def judge(cfg: Config, world: World) -> Preflight:
     """Raises:
-    ConfigError: for a run of ours too, which is none to import.
+    ConfigError: also for one of our runs, which needs no import.
     """
     if cfg.init_from and is_own(cfg.init_from):
         why, legal = "it already is a tpresearch run", "a folder or hub id in Hugging Face's format"

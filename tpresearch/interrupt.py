@@ -1,7 +1,7 @@
-"""Ctrl-C while a command starts: a line and exit code 130, where its imports would each print a traceback of their own.
+"""Ctrl-C while a command starts: one line and exit code 130, instead of a traceback from whatever is being imported.
 
-Nothing has been made by then that would have to be cleared away. A library is not concerned: in a notebook, Ctrl-C is
-what it was.
+Nothing exists by then that would need cleaning up. Imported as a library, for example in a notebook, Ctrl-C is
+unchanged.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _of_gpu(options: Options, name: str) -> dict[str, Any] | None:
-    """None where no measurements are given and there is no GPU to make them."""
+    """None if no measurements are given and there is no GPU."""
     from tpresearch.calibrate.rows import Row, of_rows, read  # late: what follows imports torch
 
     if options.rows:
@@ -117,7 +117,7 @@ def as_yaml(plain: dict[str, Any]) -> str:
 
 
 def _flow(value: Any) -> str:
-    """On one line, quoted where YAML wants it."""
+    """On one line, quoted where YAML requires it."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("...\n").strip()
 

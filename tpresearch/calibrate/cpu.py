@@ -83,7 +83,7 @@ def _at_every_length(rates: Sequence[float]) -> list[float]:
 
 
 class Rates(NamedTuple):
-    """Of the ops of a step in float32, two ranks of which share what cores share."""
+    """Rates of the ops of a float32 step, with two ranks that share the caches and memory of the cores."""
 
     flops: float
     """FLOP/s of its matmuls."""
@@ -113,7 +113,7 @@ def _rates(ops: list[tuple[Op, float]]) -> Rates:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Processor time of one call, the least of some: interruptions only add."""
+    """Processor time of one call: the minimum of several, since interruptions only add."""
     work()
     found = []
     for _ in range(REPEATS):
@@ -182,7 +182,7 @@ class Link(NamedTuple):
 
 
 def _waits(steps: Iterable[Timed], link: Link) -> float:
-    """Share of their own work that ranks wait for the slowest of them, beside what their collectives take."""
+    """Time that ranks wait for the slowest of them, as a share of their own work, besides their collectives."""
     found = []
     for step in steps:
         sent = sum(link.seconds(op.event) for op, _ in step.ops if op.event)

@@ -136,7 +136,7 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
     """Size and dtype of every tensor in it, by name.
 
     Raises:
-        BrokenCheckpoint: where `.metadata` says something else than that.
+        BrokenCheckpoint: if `.metadata` contains anything else.
     """
     metadata = _Reader(checkpoint.folder).read_metadata()
     files = {stored.relative_path for stored in metadata.storage_data.values()}
@@ -149,10 +149,10 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
 def check_alike(
     saved: Mapping[str, TensorStorageMetadata], room: Mapping[str, Tensor], any_float: bool = False
 ) -> None:
-    """DCP itself says nothing of tensors that only the checkpoint has, and casts from one dtype to another.
+    """DCP itself ignores tensors that only the checkpoint has, and silently casts between dtypes.
 
     Raises:
-        BrokenCheckpoint: naming the first tensor that is not alike in both.
+        BrokenCheckpoint: naming the first tensor that differs.
     """
     if only := saved.keys() ^ room.keys():
         name = min(only)
@@ -175,7 +175,7 @@ def _read(folder: Path, room: dict[str, Tensor], group: dist.ProcessGroup | None
 
 
 def failure_of(error: CheckpointException, alone: bool) -> str:
-    """`rank 1: No space left on device`, of what DCP raises on every rank; without the rank where that is `alone`, or all."""
+    """`rank 1: No space left on device`, from what DCP raises on every rank; without the rank if there is one, or all failed."""
     rank, (cause, _) = min(error.failures.items())
     return line_of(cause) if alone or len(error.failures) > 1 else f"rank {rank}: {line_of(cause)}"
 

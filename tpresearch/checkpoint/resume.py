@@ -50,7 +50,7 @@ def find_checkpoint(path: Path, field: str = "checkpoint") -> Checkpoint:
         field: the option that gave the path, for the message.
 
     Raises:
-        ConfigError: where there is none, or it is not whole.
+        ConfigError: if there is none, or it is not complete.
     """
     return _candidates(path, field)[0]
 
@@ -59,10 +59,10 @@ def checkpoints_to_go_on_from(cfg: Config, run: Path, restarted: bool = False) -
     """The complete checkpoints that `resume` selects for a run in this folder, newest first; none for a new run.
 
     Args:
-        restarted: whether these ranks are started again by torchrun, and go on from what they have saved themselves.
+        restarted: whether torchrun has restarted these ranks, which then resume from their own checkpoints.
 
     Raises:
-        ConfigError: where a checkpoint is asked for and there is none, where those that are there are all broken, or are
+        ConfigError: if a checkpoint is requested and there is none, or if all existing ones are broken or are
             of another experiment than this config.
     """
     resume = AUTO if restarted else cfg.resume

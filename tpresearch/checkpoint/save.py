@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class NotSaved(RunFailed):
-    """The last step of a run has no checkpoint; the message says why."""
+    """The last step of a run could not be saved; the message says why."""
 
 
 class InFlight(NamedTuple):
@@ -50,10 +50,10 @@ class Saver:
 
     Args:
         run: the run folder, on a disk that all hosts share.
-        about: what every mark of this run says.
+        about: the fields that all marks of this run share.
         group: of gloo, for this alone; None for a single process.
         beside: write in the background while training continues.
-        on_cuda: whether the state is there: it is then copied through pinned memory, which is kept.
+        on_cuda: whether the state is on CUDA: it is then copied through pinned memory, which is reused.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Saver:
         """Commit the checkpoint written in the background, once all ranks have written it. Collective.
 
         Args:
-            written: the least of all ranks' `written`.
+            written: the minimum of all ranks' `written`.
         """
         if self._in_flight and written == self.begun:
             self.finish()
@@ -243,7 +243,7 @@ class _Writer(dcp.FileSystemWriter):
 
 def check_finite(state: dict[str, Tensor]) -> None:
     """Raises:
-    BrokenCheckpoint: for the first tensor that holds NaN or infinity: from such a state nothing can go on.
+    BrokenCheckpoint: for the first tensor with NaN or infinity: no run can resume from such a state.
     """
     for name, tensor in state.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor

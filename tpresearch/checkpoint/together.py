@@ -54,7 +54,7 @@ def together(work: Callable[[], Found], group: dist.ProcessGroup | None) -> list
 
 @contextmanager
 def as_one_process(alone: bool) -> Iterator[dict[str, Any]]:
-    """What tells DCP to work without ranks, which it warns of at each call."""
+    """Makes DCP work without ranks, silencing the warning that it prints at each call."""
     with warnings.catch_warnings():
         if alone:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -62,7 +62,7 @@ def as_one_process(alone: bool) -> Iterator[dict[str, Any]]:
 
 
 def line_of(error: BaseException) -> str:
-    """What it says, on one line."""
+    """An error's message, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -18,7 +18,7 @@ Spec = dict[str, Any]
 BAR = 26
 """Pixels from one bar to the next."""
 NAME = 230
-"""Pixels of a run's name beside its bar, at most."""
+"""Maximum width of a run's name next to its bar, in pixels."""
 MARKS = 9
 """Per curve: where curves coincide, these show which ones do."""
 PICK = alt.selection_point(name="pick", fields=["run"], bind="legend")
@@ -113,7 +113,7 @@ def _line_and_marks(
 def _marked(points: pd.DataFrame, look: Look) -> pd.DataFrame:
     """The baseline first, and so below the others; `mark` is the size of a point's mark, 0 for none.
 
-    A curve has its marks at points of its own, as far as there are enough. The single point of a run has one always,
+    Curves have their marks at different points, if there are enough. The single point of a run always has one,
     later runs a smaller one on top of those of the earlier.
     """
     others = [run for run in look.present(points) if run not in look.baselines]
@@ -129,7 +129,7 @@ def _marked(points: pd.DataFrame, look: Look) -> pd.DataFrame:
 
 
 def _bars(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
-    """One bar per run with its figure at the end, or two where measured is beside expected.
+    """One bar per run with its figure at the end, or two for measured and expected.
 
     A bar may be split into parts; over seeds it has a line of one standard deviation to each side.
     """

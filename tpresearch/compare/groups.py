@@ -158,7 +158,7 @@ def sciences_of(groups: Sequence[Group], wanted: str | None = None) -> list[Scie
 def _determines_loss(group: Group) -> str:
     """What a run has in common with those whose losses should equal its own, to rounding."""
     kept = experiment(group.first.config)
-    kept.pop("defects", None)  # what a mistake does is seen beside the run without it
+    kept.pop("defects", None)  # a mistake's effect is seen by comparison with the run without it
     without = {*NUMERICS, *(["seed"] if group.over_seeds else [])}
     kept["train"] = {key: value for key, value in kept["train"].items() if key not in without}
     return json.dumps([kept, group.first.setting("corpus_hash")], sort_keys=True, default=str)

@@ -47,7 +47,7 @@ class Look:
 
     Args:
         runs: their labels, in order.
-        baselines: the labels of those that differences are taken from: broad where there are lines, and grey if it is one.
+        baselines: the labels of the baselines: drawn with broad lines, and grey if there is only one.
     """
 
     def __init__(self, runs: Sequence[str], baselines: Sequence[str]) -> None:
@@ -118,7 +118,7 @@ class Unit(NamedTuple):
 
 
 def unit_of(metric: str, values: pd.Series) -> Unit:
-    """Chosen by what the metric counts and its greatest value: MiB or GiB, ms or s, %, tokens/s."""
+    """Chosen by the metric's kind and its maximum: MiB or GiB, ms or s, %, tokens/s."""
     unit = {metric.name: metric.unit for metric in METRICS}.get(metric, "")
     greatest = values.abs().max()
     if "bytes" in metric:

@@ -105,7 +105,7 @@ class Report:
         )
 
     def markdown(self) -> str:
-        """compare.md: the tables, and what the page says besides its charts."""
+        """compare.md: the tables, and the page's text besides its charts."""
         parts = [f"**{markdown(warning)}.**\n" for warning in self.warnings]
         parts += [f"{title}:\n\n{table.markdown()}" for title, table in self.tables.items() if table.rows]
         parts += [f"{markdown(line)}\n" for line in self._lines()]

@@ -40,7 +40,7 @@ SEED = "train.seed"
 
 
 class Unreadable(Exception):
-    """A run whose record is missing or damaged; says which file, and why."""
+    """A run whose record is missing or damaged; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def find(words: Sequence[str]) -> Found:
     A run that is named itself must be readable; one found in a sweep or by a glob is left out if it is not.
 
     Raises:
-        ConfigError: for a word that names no run, a named run that cannot be read, and if no run can be read.
+        ConfigError: for an argument that names no run, a named run that cannot be read, and if no run can be read.
     """
     runs: dict[Path, Run] = {}
     left_out: dict[Path, str] = {}
@@ -109,7 +109,7 @@ def find(words: Sequence[str]) -> Found:
 
 
 def _folders(word: str) -> list[Path]:
-    """The run folders that a word names; it is a glob only if no file has that very name."""
+    """The run folders that an argument names; it is a glob only if no file has exactly that name."""
     path = Path(word).expanduser()
     if path.exists():
         paths = [path]
@@ -127,13 +127,13 @@ def _folders(word: str) -> list[Path]:
 
 
 def _nearest(path: Path) -> list[str]:
-    """The folder beside a mistyped one whose name is closest to it."""
+    """The sibling folder whose name is closest to a mistyped one."""
     beside = [each.name for each in path.parent.glob("*/")]
     return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, beside, 1)]
 
 
 def _refused(word: str, why: str, legal: str = LEGAL, instead: Sequence[str] = ()) -> ConfigError:
-    """The refusal of a word, with the same command to try without it or with `instead` in its place."""
+    """The refusal of an argument, with the same command to try without it or with `instead` in its place."""
     typed = [new for old in sys.argv[1:] for new in (instead if old == word else [old])]
     named = [word for word in typed if "=" not in word]
     return WrongCommand("run", word, why, legal, python_command(typed if named else ["outputs", *typed]))

@@ -18,7 +18,7 @@ INSTEAD: dict[Kind, str] = {
     "difference": "Not in W&B, whose expressions see one run at a time; `python -m tpresearch.compare` draws it.",
     "scaling": "W&B, whose expressions see one run at a time, shows the speed itself: level if scaling is perfect.",
 }
-"""What is said of a panel that W&B cannot draw as declared."""
+"""Notes on panels that W&B cannot draw as declared."""
 
 
 def workspace(group: str, name: str, project: str, entity: str) -> ws.Workspace:
@@ -62,7 +62,7 @@ def report(group: str, name: str, project: str, entity: str, *, lookup: bool) ->
 
 
 def chart_of(panel: Panel) -> Any:
-    """The chart of a panel; if W&B cannot draw it, a note that says what does."""
+    """The chart of a panel; if W&B cannot draw it, a note that says where to find it."""
     title = panel.title
     metrics: list[Any] = [key for name in panel.metrics for key in _logged_as(name)]
     match panel.kind:

@@ -59,7 +59,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     """A model's YAML: `name`, `_target_`, `blocks` and `plans` are ours, every other key is the class's.
 
     Raises:
-        ConfigError: for a key of ours that has not its shape, and for values that nothing could work with.
+        ConfigError: for a reserved key of the wrong form, and for unusable values.
     """
     for key in ("name", "_target_"):
         if not isinstance(raw.get(key), str):

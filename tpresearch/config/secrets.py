@@ -15,7 +15,7 @@ from tpresearch.config.errors import ConfigError
 NAMED = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)($|_)", re.IGNORECASE)
 """Names of variables and of config keys that hold credentials."""
 SHORTEST = 12
-"""Characters; a shorter value is a word that may well occur in a config."""
+"""Minimum length of a credential in characters; a shorter value may well occur in a config."""
 SHAPES = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
     "a W&B key": r"\bwandb_v\d_[A-Za-z0-9_]{20,}|\blocal-[0-9a-f]{40}\b",

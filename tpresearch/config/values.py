@@ -40,7 +40,7 @@ def check_value(key: str, value: object, hint: Any) -> None:
     """Refuse a value that is not of the type that `hint` describes, or that nothing could work with.
 
     Args:
-        hint: a type hint made of plain types, lists, dicts by name, and unions; any other says nothing.
+        hint: a type hint of plain types, lists, dicts by name, and unions; any other is ignored.
 
     Raises:
         ConfigError: naming `key`.
@@ -104,12 +104,12 @@ def imported_class(key: str, path: str, base: type[Base]) -> type[Base]:
     """The subclass of `base` that config key `key` names. (Hydra's `get_class` logs to stdout before it raises.)
 
     Raises:
-        ConfigError: for a path that cannot be imported, or is no such class.
+        ConfigError: for a path that cannot be imported or is not such a class.
     """
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # an import runs the user's own code, which may raise anything
+    except Exception as error:  # an import runs user code, which may raise anything
         why = f"cannot be imported ({error})"
         raise ConfigError(key, path, why, "the path of a class") from error
     if not (isinstance(found, type) and issubclass(found, base)):

@@ -16,8 +16,8 @@ PORTS = range(1 << 16)
 
 
 class WrongEnvironment(ConfigError):
-    """A variable that says what cannot be, such as one of a launcher's that does not fit the others; the remedy is to go
-    without all of `given`."""
+    """A variable with an impossible value, such as one of a launcher's that contradicts the others; the remedy is to
+    unset all of `given`."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ ALONE = World()
 
 @dataclass(frozen=True)
 class SlurmStep:
-    """What `srun` tells of the step that this process is a task of; one task of no job without it."""
+    """The Slurm step that this process is a task of, as set by `srun`; a single task without it."""
 
     tasks: int = 1
     """That srun started of this same command, without torchrun between them. Only a step has this number: the batch

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     Attributes:
         inputs: tokens [b, s] int64, or rows of floats [b, width] float32.
         targets: the next token of each position [b, s] int64, `IGNORED` where there is none; [b, 0] float32
-            beside floats, which have no targets.
+            with float inputs, which have no targets.
     """
 
     inputs: Tensor
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
         return [Batch(inputs, targets) for inputs, targets in pieces]
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """The batch on `device`; a GPU copies it from pinned memory while the host goes on.
+        """The batch on `device`; a GPU copies it asynchronously from pinned memory.
 
         Args:
             dtype: of inputs that are floats; None leaves them as they are.

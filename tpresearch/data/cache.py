@@ -80,7 +80,7 @@ def _let_go_first(folder: Path, check: Callable[[], None]) -> None:
 
 @contextmanager
 def _held(folder: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Hold the folder's lock. Who waits for it says so."""
+    """Hold the folder's lock; a process that waits for it logs who holds it."""
     lock = FileLock(_lock_of(folder))
     for seconds in itertools.count():
         check()
@@ -120,7 +120,7 @@ def _build(folder: Path, build: Callable[[Path], Meta]) -> Meta:
 
 
 def read_intact(folder: Path) -> Meta | None:
-    """The folder's meta.json; None where there is no such folder.
+    """The folder's meta.json; None if there is no such folder.
 
     Compares every file's size, and a CRC-32 of 64 samples of a megabyte, which is all of a file up to 64 MiB:
     under 0.1 s whatever the size of the corpus. A flipped bit between the samples of a larger file goes
@@ -187,7 +187,7 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left beside `folder`, whose lock we hold: nobody holds theirs."""
+    """Delete leftovers of killed processes next to `folder`, whose lock we hold."""
     for leftover in folder.parent.glob(".*.tmp"):
         owner = folder.with_name(leftover.name[1:].rsplit(".", 2)[0])
         try:

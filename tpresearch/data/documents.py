@@ -244,7 +244,7 @@ def _check_lines(data: DataConfig, path: Path, enough: int | None) -> None:
 
 
 def fault_in(data: DataConfig, files: list[Path]) -> ConfigError | None:
-    """What is wrong with a file that the library could not read, told by our own readers, with the line or row."""
+    """What is wrong with a file that the library could not read, found by our own readers, with the line or row."""
     for path in files:
         suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
         source = {".jsonl": DataSource.jsonl, ".ndjson": DataSource.jsonl, ".parquet": DataSource.parquet}

@@ -203,10 +203,10 @@ def download(name: str, files: Sequence[str], refused: Callable[[str], ConfigErr
     Any number of processes may ask at once: one downloads a file, the others wait for it.
 
     Args:
-        files: names or patterns of those that are wanted. refused: makes the error, of a reason.
+        files: names or patterns of the wanted files. refused: creates the error from a reason.
 
     Raises:
-        ConfigError: where there is no such name, or no network.
+        ConfigError: if there is no such name, or no network.
     """
     reached = offline_unless_reachable()
     try:
@@ -226,7 +226,7 @@ def _snapshot(name: str, files: tuple[str, ...]) -> Path:
 
 @cache
 def offline_unless_reachable() -> bool:
-    """Whether the hub can be reached. If not, its library is told to use what it has cached, once and for all:
+    """Whether the hub can be reached. If not, its library is set to use only its cache from then on:
     it would retry every file for 25 s and more.
     """
     if answers(_endpoint()):

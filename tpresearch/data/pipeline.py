@@ -209,7 +209,7 @@ def fingerprint(*parts: object) -> str:
 
 
 def take_chars(texts: Iterable[str], chars: int) -> Iterator[str]:
-    """The first texts, of so many characters in all; the last one is cut."""
+    """The first texts, with this many characters in total; the last one is truncated."""
     for text in texts:
         yield text[:chars]
         if (chars := chars - len(text)) <= 0:

@@ -36,7 +36,7 @@ class PackedCorpus:
         unigram_entropy: nats per held-out token under the train tokens' frequencies (each counted once more
             than seen): the loss of a model that knows how often each token occurs, and nothing else.
         meta: everything recorded when it was prepared, as in meta.json.
-        folder: where it lies.
+        folder: its path.
     """
 
     train: Tokens
@@ -113,7 +113,7 @@ def write_streams(
     Args:
         texts: each document's train and held-out text.
         max_tokens: stop after the document that reaches it, counting both parts; None reads everything.
-        advance: told the bytes of text done.
+        advance: called with the bytes of text done.
 
     Returns:
         For meta.json: the dtype; each part's documents, bytes and tokens; the two unigram entropies in nats.
@@ -205,7 +205,7 @@ class Synthetic:
         width: floats or tokens per row.
         vocab_size: tokens are drawn below it; None for floats in [0, 1).
         train, held_out: empty, since no rows are kept; there are none to evaluate on.
-        unigram_entropy: nats per token, and the least possible loss; None for floats.
+        unigram_entropy: nats per token, the minimum loss; None for floats.
     """
 
     source: DataSource

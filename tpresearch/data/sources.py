@@ -33,7 +33,7 @@ class Corpus:
             comparable between runs only where it is the same.
         documents: starts a pass over the corpus. Names are unique and do not depend on the folder that holds
             it.
-        size_bytes: what a whole pass reads, where that is known.
+        size_bytes: bytes read by a whole pass, if known.
     """
 
     content_hash: str

@@ -33,7 +33,7 @@ TOKENIZER_FOLDER = "tokenizer"
 LEGAL_PATH = "a tokenizer.json, a folder that holds one, or a name on the hub"
 OWN_BPE: dict[str, object] = {"tokenizer": "bpe", "tokenizer.path": None}
 LONG = re.compile(r"\S{1000}")
-"""Learning takes time as the square of a word's length: of a megabyte in base64, half an hour."""
+"""Training time grows with the square of a word's length: a megabyte of base64 would take half an hour."""
 SAMPLE = "A sample: naïve 数据 🙂\n\t0"
 
 # A tokenizer uses as many threads as there are texts to encode at once, so long texts are cut.
@@ -78,7 +78,7 @@ class Tokenizer:
         self.backend.save(str(path))
 
     def lost_chars(self, text: str) -> int:
-        """Characters of a text, blanks aside, that no token stands for, or only the unknown token."""
+        """Characters of a text, except blanks, that no token represents, or only the unknown token."""
         model = json.loads(self.backend.to_str())["model"]
         unknown = model.get("unk_id")  # Unigram's; the others name theirs
         if unknown is None:

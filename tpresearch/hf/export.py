@@ -176,7 +176,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> Iterator[Sequence[str]]:
-    """Neighbouring parameters of at most so many numbers together; a larger one alone."""
+    """Groups of consecutive parameters with at most this many numbers; a larger parameter is alone."""
     names: list[str] = []
     filled = 0
     for name, size in sizes.items():

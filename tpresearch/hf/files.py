@@ -36,10 +36,10 @@ def is_hugging_face(init_from: str) -> bool:
 
 
 def folder_of(init_from: str, files: Sequence[str] = (CONFIG,)) -> Path:
-    """The folder that `init_from` names, with these files in it if it is to be had from the hub.
+    """The folder that `init_from` names, with these files in it if it is downloaded from the hub.
 
     Raises:
-        ConfigError: for a path that is no folder, and a hub id that cannot be had.
+        ConfigError: for a path that is not a folder, and a hub id that cannot be downloaded.
     """
     path = Path(init_from).expanduser()
     if os.path.lexists(path):
@@ -52,11 +52,11 @@ def folder_of(init_from: str, files: Sequence[str] = (CONFIG,)) -> Path:
 
 
 def settings_of(init_from: str | None) -> dict[str, Any]:
-    """The settings of our model that compute what config.json of this folder or hub id describes; or of a run of ours, those
-    that it has.
+    """The settings of our model that implement the config.json of this folder or hub id; or the settings of one of our
+    runs.
 
     Raises:
-        ConfigError: where there is none, or it describes what our model cannot compute.
+        ConfigError: if there is none, or it describes what our model does not implement.
     """
     if not init_from:
         why = "model=hf takes its sizes from there"
@@ -68,10 +68,10 @@ def settings_of(init_from: str | None) -> dict[str, Any]:
 
 
 def tokenizer_of(init_from: str | None) -> str | None:
-    """Where the tokenizer of these weights is: there, or where a run of ours keeps it.
+    """Path of the tokenizer of these weights: in that folder, or where one of our runs keeps it.
 
     Raises:
-        ConfigError: for a run that has none.
+        ConfigError: for a run without one.
     """
     if init_from and not is_hugging_face(init_from) and is_own(init_from):
         return tokenizer_of_run(init_from)
@@ -202,7 +202,7 @@ def tokenizer_of_run(init_from: str) -> str:
     """The folder in which a run keeps its tokenizer.
 
     Raises:
-        ConfigError: where it has none, since its data were numbers.
+        ConfigError: if it has none, since its data were numbers.
     """
     folder = run_of(Path(init_from)) / TOKENIZER_FOLDER
     if not folder.is_dir():

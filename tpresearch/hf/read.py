@@ -23,7 +23,7 @@ from tpresearch.plan.parameters import tied_parameters
 def from_hugging_face(init_from: str, config: ModelConfig) -> WeightSource:
     """The weights of a folder or hub id that `check_weights` has found to be those of this model.
 
-    Files are mapped into memory, and a rank touches the pages of what it holds: beside its weights it needs room for its
+    Files are memory-mapped, and a rank touches only the pages of what it holds: besides its weights it needs room for its
     part of one query or key projection. Nothing is sent, and no random number is drawn.
     """
     settings = all_settings(config)
@@ -48,7 +48,7 @@ def check_weights(init_from: str, config: ModelConfig, model: nn.Module, downloa
 
     Args:
         config: the model's. model: on the meta device.
-        download: whether weights on the hub are fetched, to be judged too; else config.json alone is.
+        download: whether weights on the hub are downloaded and checked too; otherwise only config.json.
 
     Raises:
         ConfigError: for settings that differ, and tensors that are missing, superfluous or of another shape.

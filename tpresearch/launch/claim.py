@@ -27,7 +27,7 @@ LEFT = (
     "wandb",
     "checkpoints",
 )
-"""All that a run leaves in its folder, as patterns of names. What else is there is the user's, and stays where it is."""
+"""All files that a run leaves in its folder, as name patterns. Any others are the user's and stay."""
 SIGNS = (".hydra", "metrics.jsonl", "summary.json")
 """A folder with none of these was never a run's."""
 
@@ -36,7 +36,7 @@ def locked(folder: Path, patience_s: float = 0, key: str = "hydra.run.dir") -> A
     """Holds a run's folder, or a sweep's, against others until it is left, or this process ends in whatever way.
 
     Args:
-        patience_s: how long to wait for whoever has it.
+        patience_s: how long to wait for the holder.
         key: that names the folder.
 
     Raises:
@@ -81,7 +81,7 @@ def make_room(folder: Path) -> None:
 
 
 def free_name(folder: Path, between: str) -> Path:
-    """A name beside the folder's that nothing has yet: its own with a count behind it."""
+    """An unused sibling name: the folder's own with a counter."""
     first = 1 if between == EARLIER else 2
     names = (folder.with_name(f"{folder.name}{between}{nth}") for nth in itertools.count(first))
     return next(name for name in names if not name.exists())

@@ -24,7 +24,7 @@ from tpresearch.config.secrets import LEGAL, words_without_secrets
 from tpresearch.config.world import World, WrongEnvironment
 
 ROUNDS = 8
-"""Most mistakes of one command that are mended one after another."""
+"""Maximum number of mistakes of one command to correct, one after another."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Command:
         return World(0, ranks * self.hosts, 0, ranks, elastic=self.ranks is not None)
 
     def mended(self, error: ConfigError) -> Command:
-        """The same with what is wrong made right, as far as the error knows."""
+        """The command with the mistake corrected, as far as the error's fix says."""
         if isinstance(error, WrongCommand) and isinstance(error.command, Command):
             return error.command
         if isinstance(error, WrongEnvironment):
@@ -100,7 +100,7 @@ Objection = Callable[[Command], ConfigError | None]
 def command_to_try(error: ConfigError, world: World, objection: Objection) -> str:
     """The command to try: this process's own command line, corrected until it is valid.
 
-    Where mending comes to no end, it is as much of that as can stand.
+    If correcting does not converge, it is as much of the command line as is valid.
     """
     if isinstance(error, WrongCommand) and isinstance(error.command, str):
         return error.command
@@ -120,7 +120,7 @@ def command_to_try(error: ConfigError, world: World, objection: Objection) -> st
 
 
 def _what_stands(command: Command, objection: Objection) -> Command:
-    """With the overrides that nothing speaks against, found by halves: few of them are wrong, and each look composes a config."""
+    """With the valid overrides, found by bisection: few are wrong, and each check composes a config."""
     flags = tuple(word for word in command.arguments if not _is_override(word))
 
     def of(*words: str) -> Command:
@@ -140,7 +140,7 @@ def _what_stands(command: Command, objection: Objection) -> Command:
 
 
 def _started_right(command: Command, objection: Objection) -> Command:
-    """With another number of ranks, if that is all that speaks against it."""
+    """With another number of ranks, if only that is wrong."""
     error = objection(command)
     return command.mended(error) if error and error.nproc else command
 
@@ -227,7 +227,7 @@ def type_again(arguments: Namespace) -> Path | None:
     Returns: the run's folder, or None where no run is named.
 
     Raises:
-        ConfigError: where there is no such run, or another folder is asked for as well.
+        ConfigError: if there is no such run, or another folder is requested as well.
     """
     typed: dict[str, str] = {override_key(word): word.partition("=")[2] for word in arguments.overrides}
     text = typed.get("resume", AUTO)
@@ -262,7 +262,7 @@ def typed_then(run: Path) -> list[str]:
     """The overrides with which a run was last started, as Hydra keeps them.
 
     Raises:
-        ConfigError: where there is no such record.
+        ConfigError: if there is no such record.
     """
     task = _read(run / ".hydra" / "overrides.yaml")
     hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]["overrides"]["hydra"]

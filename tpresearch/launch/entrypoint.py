@@ -90,13 +90,13 @@ class entrypoint(Generic[Judged]):
     main works with."""
     judge_folder: Callable[[Judged, Path, bool], object] | None = None
     """Called with that, the run folder and whether torchrun has started this job before; raises ConfigError while nothing in
-    the folder is touched. Such a program can go on from an earlier run (`resume`)."""
+    the folder is touched. Such a program can resume an earlier run (`resume`)."""
     glance: Callable[[Config, World], object] | None = None
-    """What of the judge costs less than a second; a command that is proposed is judged by it, unless the judge has had its
-    say already."""
+    """The part of the judge that costs less than a second; it validates proposed commands, unless the judge itself has
+    already done so."""
     judge_going_on: Callable[[Config, World], Judged] | None = None
-    """Takes the place of judge where checkpoints are there to go on from, so that nothing is asked of where the initial weights
-    came from."""
+    """Replaces judge if there are checkpoints to resume from, so that the source of the initial weights is not
+    checked."""
 
     def __call__(self, main: Callable[[Judged, Run], None]) -> Program[Judged]:
         return Program(main, self)
@@ -104,7 +104,7 @@ class entrypoint(Generic[Judged]):
 
 @dataclass(frozen=True)
 class Program(Generic[Judged]):
-    """A main that is called without arguments. It is Hydra's task function too, which a sweep's launcher is told."""
+    """A main that is called without arguments. It is also Hydra's task function, which a sweep's launcher receives."""
 
     main: Callable[[Judged, Run], None]
     entry: entrypoint[Judged]
@@ -146,7 +146,7 @@ class Program(Generic[Judged]):
         return None
 
     def objection(self, command: Command) -> ConfigError | None:
-        """For what it would refuse another command; None where it would run."""
+        """The reason for which it would refuse another command; None if it would run."""
         entry, script = self.entry, inspect.getfile(self.main)
         judge = entry.glance if entry.glance and "torch" not in sys.modules else entry.judge
         return objection_to(command, script, entry.config_name, judge, entry.judge_folder is not None)
@@ -193,7 +193,7 @@ def _start(program: Program[Judged], world: World) -> None:
 
 @contextmanager
 def _typing_again(earlier: Path | None) -> Iterator[None]:
-    """A command to try that starts a new run in place of one that goes on has all that was typed for that one."""
+    """A proposed command that starts a new run instead of resuming one repeats all overrides of that one."""
     try:
         yield
     except ConfigError as error:
@@ -205,12 +205,12 @@ def _typing_again(earlier: Path | None) -> Iterator[None]:
 
 
 def _purpose(main: Callable[..., None]) -> str:
-    """What the command is for: the first line of its module."""
+    """The command's purpose: the first line of its module."""
     return (inspect.getdoc(inspect.getmodule(main)) or "").partition("\n")[0]
 
 
 def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world: World) -> None:
-    """Run jobs of their own for `-m`; exit code 1 if one of them failed."""
+    """Run the jobs of `-m`; exit code 1 if one of them failed."""
     if world.elastic:
         why = "one failing rank would hang a sweep inside torchrun"
         legal = "a sweep without torchrun, which starts one for each job"
@@ -234,7 +234,7 @@ def _arguments(world: World) -> Namespace:
     """Hydra's command line, parsed.
 
     Raises:
-        ConfigError: for flags it does not know, a sweep under torchrun, and srun in the place of torchrun.
+        ConfigError: for unknown flags, a sweep under torchrun, and srun without torchrun.
     """
     arguments, unknown = hydra_app.parse_command_line()
     if unknown:
@@ -261,7 +261,7 @@ def _srun_alone(slurm: SlurmStep) -> WrongCommand:
 
 
 def _call_main(program: Program[Judged], judged: Judged, world: World, restarted: bool = False) -> None:
-    """main, with what was judged and its run; a bug in it is in the logs, and in torchrun's report."""
+    """Call main with the validated config and its run; an exception goes to the logs and to torchrun's report."""
     settings = HydraConfig.get()
     command, overrides = Command.typed(world), list(settings.overrides.task)
     if any(override_key(word) == "resume" for word in command.arguments):

@@ -1,5 +1,5 @@
-"""Where log lines go: rank 0 to the console and `train.log`, every rank to a file of its own. And printing decides no run's fate:
-not a terminal that lacks a letter, nor one that has gone."""
+"""Routing of log lines: rank 0 to the console and `train.log`, every rank to its own file. Printing never ends a run: neither on a
+terminal that lacks a character, nor on one that has gone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def start_logging(folder: Path, world: World) -> None:
         handler.addFilter(OnceEachWarning())
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.captureWarnings(True)
-    logging.raiseExceptions = False  # a line that a full disk does not take is lost, and no more than that
+    logging.raiseExceptions = False  # on a full disk only the line is lost
     for library, level in LIBRARY_LEVELS.items():
         logging.getLogger(library).setLevel(level)
     if "TORCH_LOGS" not in os.environ:

@@ -1,4 +1,4 @@
-"""`key=value` words for the commands that compose no config: each command's options are a dataclass of its own."""
+"""`key=value` options of the commands that compose no config: each command has its own dataclass."""
 
 from __future__ import annotations
 

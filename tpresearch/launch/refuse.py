@@ -1,5 +1,5 @@
-"""How a job ends in few words: one that should not have been started in a line for all ranks, and exit code 2. And what speaks
-against a command, found out before it is proposed: it is composed and judged as if it had been typed.
+"""How a refused job ends: one line for all ranks, and exit code 2. And validation of a command before it is proposed: it is
+composed and validated as if it had been typed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def refuse(error: ConfigError, world: World, objection: Objection) -> NoReturn:
     torchrun itself exits with 1 whatever its workers do, and reports each failure; there ranks give the same sentence.
 
     Args:
-        objection: judges a command before it is proposed.
+        objection: validates a command before it is proposed.
     """
     heard = _heard_from_another()
     if heard is None:
@@ -59,7 +59,7 @@ def fail(error: RunFailed) -> NoReturn:
 
 
 def _report_to_torchrun(said: str) -> None:
-    """Tell the agent what has been said, which `tpresearch.agent` does not say again."""
+    """Tell the agent what has been reported, so that `tpresearch.agent` does not repeat it."""
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": f"refused: {said}", "timestamp": int(time.time())}
         with suppress(OSError):
@@ -67,7 +67,7 @@ def _report_to_torchrun(said: str) -> None:
 
 
 def _heard_from_another() -> str | None:
-    """What another rank says for all of them; None where that is up to this one.
+    """The report of the rank that speaks for all; None if this rank has to report.
 
     Under torchrun the first rank of the first host speaks, over all restarts; under srun the first task.
     """
@@ -100,17 +100,17 @@ def _said_on_this_host() -> Path | None:
 
 
 MOST_JOBS = 16
-"""Of a sweep that are judged."""
+"""Number of a sweep's jobs to validate."""
 
 
 def objection_to(
     command: Command, script: str, config_name: str, judge: Callable[[Config, World], object], goes_on: bool
 ) -> ConfigError | None:
-    """For what a program would refuse this command, as far as its judge can tell; None where it would run.
+    """The reason for which a program would refuse this command, as far as its judge can tell; None if it would run.
 
     Args:
         script: the file of its main.
-        goes_on: whether it can go on from an earlier run (`resume`).
+        goes_on: whether it can resume an earlier run (`resume`).
     """
     try:
         with typed_as(command):

@@ -54,7 +54,7 @@ def dated_folder(name: str) -> str:
 
 
 def may_go_on(composed: DictConfig, folder: Path) -> bool:
-    """Whether a run in this folder may find checkpoints of its own, as can be told before it is agreed on."""
+    """Whether a run in this folder may find its own checkpoints, judging before the folder is agreed upon."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return True
     with suppress(OSError):  # said later, where it matters
@@ -171,7 +171,7 @@ def _writing(key: str, folder: Path, name: str) -> Iterator[None]:
 
 
 def _claimed(wanted: Path) -> Path:
-    """A folder that was not there: `wanted`, or with -2, -3... if another job took it in the same second."""
+    """A new folder: `wanted`, or with -2, -3... if another job took it in the same second."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
     for nth in itertools.count(1):
         folder = wanted if nth == 1 else wanted.with_name(f"{wanted.name}-{nth}")
@@ -212,7 +212,7 @@ def _told(store: TCPStore) -> Path:
     """The folder that rank 0 has agreed on.
 
     Raises:
-        ConfigError: where it is refused instead, which it says for all, or has not agreed on one in time.
+        ConfigError: if rank 0 was refused, which it reports for all, or has not agreed on one in time.
     """
     from torch.distributed import DistError
 
@@ -237,7 +237,7 @@ def _key(refused: bool = False) -> str:
 
 
 def _of_slurm_job(name: str) -> Path:
-    """A folder that every rank can work out by itself, from when and as what Slurm started this job."""
+    """A folder that every rank can derive by itself from the Slurm job's id and start time."""
     slurm = SlurmStep.from_environment()
     if slurm.job is None or slurm.started is None:
         why = "the ranks cannot agree on a folder, since torchrun's store is not shared with them"
@@ -249,7 +249,7 @@ def _of_slurm_job(name: str) -> Path:
 
 
 def _words_from_env(name: str) -> list[str]:
-    """What stands between commas in an environment variable."""
+    """The comma-separated values of an environment variable."""
     return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()]
 
 

@@ -36,7 +36,7 @@ class Stopped(SystemExit):
 
 
 class StopFlag:
-    """While it is entered, SIGTERM and Ctrl-C stop nothing by themselves: they set `requested`.
+    """While entered, SIGTERM and Ctrl-C do not end the process: they set `requested`.
 
         with StopFlag() as stop:
             for document in documents:

@@ -78,8 +78,8 @@ class CommunicationLedger(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Dynamo would otherwise run each compiled function eagerly under this mode, and mark it so that it does for
-        ever after (private; seen in torch 2.11, 2.13 and 2.14)."""
+        """Dynamo would otherwise run each compiled function eagerly under this mode, and mark it to do so
+        from then on (private; seen in torch 2.11, 2.13 and 2.14)."""
         return True
 
     @contextmanager

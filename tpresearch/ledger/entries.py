@@ -120,7 +120,7 @@ class StepLedger:
         }
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json: bytes sent by mesh axis and by collective, and memory by kind, at most and at the peak.
+        """For summary.json: bytes sent by mesh axis and by collective, and memory by kind, maximum and at the peak.
 
         What formulas expect by collective is None where there are none.
         """

@@ -99,7 +99,7 @@ class MemoryLedger(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # let DTensor turn the op into local ones, which come here again
         result = func(*args, **(kwargs or {}))
-        of_fsdp = func.namespace == "fsdp"  # what it gathers weights into is no activation
+        of_fsdp = func.namespace == "fsdp"  # buffers for gathered weights are not activations
         for tensor in tree_leaves((result, args, kwargs) if of_fsdp else result):
             if type(tensor) in _WITH_STORAGE and tensor.device.type != "meta":
                 number = self._number(tensor.untyped_storage(), None)

@@ -160,7 +160,7 @@ def _attention_bytes(block: Block, element: int, device: str = "cpu") -> int:
 
 
 def _norm_bytes(h: int, element: int, device: str) -> int:
-    """What RMSNorm keeps of a token beside its output: its input and its scale, and on a CPU that input normalised,
+    """What RMSNorm keeps per token besides its output: its input and its scale, and on a CPU the normalised input,
     in at least float32."""
     wide = max(element, 4)
     return h * element + wide if device == "cuda" else 2 * h * wide + wide

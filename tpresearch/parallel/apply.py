@@ -65,7 +65,7 @@ def wrap_forward(
         return
     block.register_forward_pre_hook(wait_for_inputs, with_kwargs=True)
     if kind is Checkpointing.full and has_rules:
-        # Compiled whole, it would keep a DeviceMesh for backward, of which torch 2.13 loses count.
+        # Compiled as a whole, it would keep a DeviceMesh for backward, which torch 2.13 miscounts.
         block.forward = checkpointed(compiled(block.forward, backend), kind)
     else:
         block.forward = compiled(checkpointed(block.forward, kind), backend)

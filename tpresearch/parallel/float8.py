@@ -1,5 +1,5 @@
 """Linear layers that multiply in float8, by torchao (arXiv 2209.05433): weights, gradients and activations stay bfloat16,
-and are scaled and rounded at each matmul, by their greatest value (tensorwise) or that of each row (rowwise). Which layers do,
+and are scaled and rounded at each matmul, by their absolute maximum (tensorwise) or that of each row (rowwise). Which layers do,
 and what cannot be trained so."""
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ UNIT = 16
 def to_float8(model: nn.Module, layers: Collection[str], train: TrainConfig) -> None:
     """Have these layers of a plain model multiply in float8, each with the very parameters that it has.
 
-    Under tensor parallelism the scales are those of whole tensors: their greatest values are reduced over its ranks.
+    Under tensor parallelism the scales are those of full tensors: their maxima are reduced over the tp ranks.
     """
     if not layers:
         return
     before = logging.root.manager.disable
-    # It warns of each library of its own that this machine cannot load: none is used here.
+    # It warns of each of its libraries that this machine cannot load: none is used here.
     logging.disable(logging.WARNING)
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # late: it is optional
@@ -76,7 +76,7 @@ def float8_layers(model: nn.Module, plan: Plan, cfg: Config, sizes: MeshSizes) -
     is made of the output layer's weight in chunks.
 
     Raises:
-        ConfigError: where there are none, or where the tokens of a micro-batch are no such size.
+        ConfigError: if there are none, or if the number of tokens of a micro-batch is not such a multiple.
     """
     tokens = micro_batch_size(cfg, sizes) * cfg.data.seq_len
     if tokens % UNIT:

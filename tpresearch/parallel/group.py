@@ -50,10 +50,10 @@ def process_group(device: Device, world: World) -> Iterator[None]:
 
 
 def _share_device(world: World) -> None:
-    """Let NCCL have several ranks on one device, by calling each a host of its own; they talk through sockets then.
+    """Let NCCL run several ranks on one device, by declaring each a separate host; they then communicate over sockets.
 
     A collective takes 20 to 40 ms: ranks wait in kernels, and the device goes round among processes (H200, NCCL 2.28).
-    Gloo is no way out: its functional all-gather of CUDA tensors crashes (torch 2.11).
+    Gloo is not an alternative: its functional all-gather of CUDA tensors crashes (torch 2.11).
     """
     os.environ["NCCL_HOSTID"] = f"rank {world.rank}"
     if world.size == world.local_size:
@@ -72,10 +72,10 @@ def fresh_store(store: TCPStore, world: World) -> Store:
 
     torchrun's agent keeps one store over restarts, and its ranks begin there as if it were new (torch 2.13; pytorch issues
     135712, 167288): one that starts before another finds where that one listened before it died, and fails. The restart
-    count is no remedy, since each agent has its own.
+    count does not help, since each agent has its own.
 
-    Rank 0 names the part, and tells it to each rank that says it is here. What a rank of an earlier start said, rank 0
-    deletes; who is alive says it again until it is answered.
+    Rank 0 names the part and sends it to each rank that announces itself. Rank 0 deletes announcements of an earlier
+    start; live ranks repeat theirs until answered.
     """
     if world.rank == 0:
         name = uuid4().hex

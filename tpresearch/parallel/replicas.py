@@ -37,7 +37,7 @@ class Unit:
         self._sent: Callable[[], None] | None = None
 
     def arrived(self) -> None:
-        """One more of its gradients is there."""
+        """One more of its gradients is ready."""
         self._missing -= 1
         if not self._missing:
             self._send()

@@ -173,7 +173,7 @@ def _bands(parameter: Tensor) -> Iterator[tuple[tuple[Piece, ...], list[Piece]]]
 def _draw_band(
     parameter: Tensor, initializer: Elementwise, key: str, lead: tuple[Piece, ...], last: list[Piece]
 ) -> None:
-    """Draw the tiles of a band on the CPU, each whole and from a generator of its own, and keep what this rank holds."""
+    """Draw the tiles of a band on the CPU, each in full from its own generator, and keep what this rank holds."""
     home = local_part(parameter)[tuple(piece.of_shard for piece in lead)]
     band = home if home.device.type == "cpu" else torch.empty(home.shape, dtype=torch.float32)
     generator, buffer = torch.Generator(), torch.empty(TILE, dtype=torch.float32)

@@ -90,7 +90,7 @@ def folded(rows: Iterable[Row]) -> list[Row]:
 
 
 def _range(pattern: Row, rows: Sequence[Row]) -> Row:
-    """One row for these, with `{0-31}` in the place of the layer's number."""
+    """One row for these, with `{0-31}` instead of the layer's number."""
     layers = [int(number[0]) for row in rows if (number := LAYER.search(row.fqn))]
     return replace(pattern, fqn=pattern.fqn.replace("*", f"{{{min(layers)}-{max(layers)}}}", 1))
 

@@ -102,7 +102,7 @@ def _input_width(name: str, model: nn.Module, plan: Plan) -> int:
 def _prepared(name: str, plan: Plan) -> bool:
     """A rule on a module around this one has brought the input into its layout already.
 
-    Not one on the model itself, which speaks of the model's input: what reaches a layer is what its `src` says.
+    Except a rule on the model itself, which refers to the model's input: a layer's input is as its `src` says.
     """
     return any(
         name.startswith(outer + ".") and rule.rule.style == "input" for outer, rule in plan.rules.items()

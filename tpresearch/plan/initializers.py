@@ -97,7 +97,7 @@ def _read(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[str, Ini
     try:
         with mode, recorder:
             stand_in.reset_parameters()  # type: ignore[operator]
-    except Exception:  # it asks for values, and there are none; a mistake of its own comes up in Whole.draw
+    except Exception:  # it reads values, and there are none; its own errors surface in Whole.draw
         recorder.elementwise = False
     if not recorder.elementwise or recorder.storages != _storages(stand_in):
         return dict.fromkeys(recorder.calls, Whole(copy.deepcopy(module)))
@@ -149,7 +149,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _record(self, method: str, view: Tensor, *args: float | None) -> bool:
-        """Whether the call can be made on any part of the parameter by itself."""
+        """Whether the call can be made on any part of the parameter separately."""
         key = self._keys[id(view.untyped_storage())]
         box = _box(view, self._parameters[key])
         whole = box == tuple(slice(0, size) for size in self._parameters[key].shape)

@@ -43,7 +43,7 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
     try:
         with torch.device(device), _counted(), _Unchanged():
             model = build(**config.args)
-    except Exception as error:  # it is the user's own code, which may raise anything
+    except Exception as error:  # it is user code, which may raise anything
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         why, legal = f"{build.__name__} refuses it: {why}", "settings that it accepts"
         fix = {f"model.{key}": None for key in config.args}
@@ -105,7 +105,7 @@ def _check_settings(config: ModelConfig, build: type[nn.Module]) -> None:
 
 
 class _Unchanged(TorchFunctionMode):
-    """Leaves out what changes the values of a tensor on the meta device, which has none: a millisecond for each call."""
+    """Skips calls that change the values of a meta tensor, which has none: saves a millisecond per call."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -32,7 +32,7 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: str, fully_sharded:
 
     Args:
         parallel: the option that was chosen.
-        fully_sharded: whether `fully_shard` is applied, be it over one rank.
+        fully_sharded: whether `fully_shard` is applied, even over one rank.
 
     Raises:
         ConfigError: naming the parameter.

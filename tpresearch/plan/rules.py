@@ -196,7 +196,7 @@ def check_layouts(rules: dict[str, ResolvedRule], seen: Probe) -> None:
     """Refuse layouts that torch would reject only in the first step.
 
     Args:
-        rules: by module name. seen: no dims are judged of a module that the probe has not called.
+        rules: by module name. seen: the dims of a module that the probe has not called are not checked.
 
     Raises:
         ConfigError: naming the rule's key.

@@ -18,7 +18,7 @@ def judge(cfg: Config, world: World) -> Judged:
     """Its plan, mesh and micro-batch are what the planner chooses; all else has to be right.
 
     Raises:
-        ConfigError: as simulate does, for one plan that stands for all.
+        ConfigError: as simulate does, for one representative plan.
     """
     from tpresearch.config.choices import DataPlan
 

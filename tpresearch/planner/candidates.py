@@ -50,7 +50,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Refused:
-    """What is not even a config, and why."""
+    """A candidate that is not a valid config, and why."""
 
     words: str
     why: str

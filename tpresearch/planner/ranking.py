@@ -37,7 +37,7 @@ class Judged:
 
 @dataclass
 class Ranking:
-    """All candidates: those that fit from the fastest on, those that do not, and those that are no configs."""
+    """All candidates: those that fit, fastest first, those that do not fit, and those that are not valid configs."""
 
     fits: list[Judged] = field(default_factory=list)
     too_large: list[Judged] = field(default_factory=list)
@@ -198,7 +198,7 @@ class _Traces:
 
 
 def _chunk(cfg: Config, rows: int) -> float | None:
-    """Tokens whose logits are there at once, where the loss is made in chunks."""
+    """Number of tokens whose logits exist at once, if the loss is computed in chunks."""
     tokens, most = rows * cfg.data.seq_len, cfg.train.loss_chunk
     return tokens / chunks(tokens, most) if most else None
 

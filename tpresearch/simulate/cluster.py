@@ -72,9 +72,9 @@ class Cluster:
     hosts: int | None
     """None if unlimited."""
     shared_cores: int | None
-    """Cores that the ranks of a host share, where devices are processes of one CPU; None for devices of their own."""
+    """Cores that the ranks of a host share, if devices are processes on one CPU; None for separate devices."""
     has_switch: bool
-    """Whether a host's devices are joined by a switch; where not, each pair has links of its own, and few devices few of them."""
+    """Whether a host's devices are connected by a switch; if not, pairwise, so that a group of few devices uses few links."""
     numbers: Mapping[str, Number]
     checked: tuple[str, ...]
     """On which measurements predictions for this cluster were checked, with what error."""

@@ -56,7 +56,7 @@ class Prediction:
     communication: list[dict[str, Any]]
     """The same, with time_s and exposed_s."""
     memory_bytes: dict[str, int]
-    """By kind at the peak; `reserved` is what CUDA, NCCL and the allocator take beside."""
+    """By kind at the peak; `reserved` is what CUDA, NCCL and the allocator take in addition."""
 
     @property
     def tokens_per_step(self) -> int:

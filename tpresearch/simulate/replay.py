@@ -48,7 +48,7 @@ class Streams:
     groups: dict[str, float] = field(default_factory=dict)
     """axis -> when its last collective is done."""
     copied: set[str] = field(default_factory=set)
-    """Axes whose pieces go by copy engines, which take nothing from the kernels beside them."""
+    """Axes whose pieces use copy engines, which do not slow concurrent kernels."""
     copied_out_s: float = 0.0
     reduced_s: float = 0.0
     """When the last reduce-scatter is done."""

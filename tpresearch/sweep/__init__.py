@@ -1,1 +1,1 @@
-"""Sweeps: `python train.py -m ...` runs each job under a torchrun of its own, and ends in one table."""
+"""Sweeps: `python train.py -m ...` runs each job under its own torchrun, and ends with one table."""

@@ -122,7 +122,7 @@ def passed_on(hydra_overrides: Iterable[str]) -> list[str]:
 
 
 def wandb_group(sweep_dir: Path) -> str:
-    """The W&B group of a sweep's jobs, unless logger.group says another: its folder below outputs."""
+    """The W&B group of a sweep's jobs, unless logger.group is set: its folder below outputs."""
     return "/".join(part for part in sweep_dir.parts if part not in ("/", "outputs"))[-LONGEST:].strip()
 
 

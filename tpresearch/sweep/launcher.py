@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class TorchrunLauncher(Launcher):
-    """Starts each job of a sweep under an elastic agent of its own, with the ranks that its mesh needs.
+    """Starts each job of a sweep under its own elastic agent, with the ranks that its mesh needs.
 
     Its settings are those of `TorchrunConfig`.
 
     Args:
-        start: begins one job; a process of its own, unless a test has a job of another kind.
+        start: starts one job; as a separate process, unless a test replaces it.
     """
 
     ranks_per_node: int | None = None
@@ -169,7 +169,7 @@ class TorchrunLauncher(Launcher):
 
 
 class QuietReturn(JobReturn):
-    """A JobReturn that does not print: the table has said what failed."""
+    """A JobReturn that does not print: the table states what failed."""
 
     @property
     def return_value(self) -> object:

@@ -44,7 +44,7 @@ class Planner:
     master: DictConfig
     """The config of the sweep, with its `hydra.launcher`."""
     judge: Callable[[Config, World, bool], object]
-    """The entrypoint's own; it is told whether the job may go on from checkpoints."""
+    """The entrypoint's own; its argument says whether the job may resume from checkpoints."""
     gpu_count: int
     """GPUs of this machine that jobs may use."""
     ranks_per_node: int | None = None
@@ -143,7 +143,7 @@ class Planner:
 
 
 def _nodes(ranks: int, ranks_per_node: int | None) -> int:
-    """Hosts for so many ranks, with as many on each.
+    """Number of hosts for these ranks, with equally many on each.
 
     Raises:
         ConfigError: where that is not possible.
@@ -184,7 +184,7 @@ def _refused(error: ConfigError, number: int, overrides: list[str]) -> WrongComm
 
 
 def _sweep_to_try(error: ConfigError, overrides: list[str]) -> Command | str:
-    """What was typed without the value at fault, where that is one of several; else with the error's fix."""
+    """The typed command without the invalid value, if it is one of several; else with the error's fix."""
     if isinstance(error, WrongCommand):
         return error.command
     arguments = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""Jobs side by side, as many as the devices carry, each under an agent process of its own.
+"""Runs jobs in parallel, as many as the devices allow, each under its own agent process.
 
 An agent in a process, rather than torch's `launch_agent` in this one, can run beside another and be stopped
 as a whole: the agent handles signals in a main thread only, and blocks it.
@@ -94,7 +94,7 @@ def local_command(job: Job) -> list[str]:
 
 
 class JobProcess:
-    """A job's agent, or its only rank, in a session of its own; what it says goes to `console.log`."""
+    """A job's agent, or its only rank, in its own session; its output goes to `console.log`."""
 
     def __init__(self, job: Job, share: Share) -> None:
         set_aside(job)
@@ -137,7 +137,7 @@ def run_jobs(
     """Run each job as soon as there is a share for it. Whatever happens, none runs on after this returns.
 
     Args:
-        on_look: told over and over which jobs are running.
+        on_look: called repeatedly with the running jobs.
         received: the signals so far that end a sweep, of `ending_signals`.
 
     Raises:
@@ -208,7 +208,7 @@ def ending_signals() -> Iterator[list[int]]:
 def set_aside(job: Job) -> None:
     """Keep what an earlier, unfinished start of this job left, and out of the way of the new one's record.
 
-    A job that goes on needs its folder; only what tells how the earlier start ended is out of the way then.
+    A job that resumes needs its folder; only the record of how the earlier start ended is moved away then.
     """
     folder = job.folder
     if not folder.exists() or not any(folder.iterdir()):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 BEFORE_LIMIT_S = TO_SAVE_S + 60
 """At which a run is told to save and stop: the agent has to have ended by the time limit, or nothing is requeued."""
 MOST_LIMITS = 1000
-"""Time limits that a job may reach and go on after."""
+"""Number of time limits that a job may reach and resume after."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class NodeAgent:
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit has Slurm start again, called shortly before the time limit and before preemption: the same job,
-        which goes on from what it saves now. The ranks of other nodes stop with those of this one."""
+        which resumes from what it saves now. The ranks of other nodes stop with those of this one."""
         from submitit.helpers import DelayedSubmission
 
         for process in self.running:

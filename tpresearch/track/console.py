@@ -194,7 +194,7 @@ def _split(whole: float | None, parts: Mapping[str, float] | None) -> str:
 
 
 OTHER_PLANS = {"fsdp_tp": 4, "fsdp": 2, "tp": 2, "ddp": 2}
-"""Plans to see beside the one that ran, and of how many ranks each makes use of all that it is named for."""
+"""Plans to suggest for comparison, each with the number of ranks that uses all of its axes."""
 OF_ONE_RUN = ("resume", "hydra.run.dir", "hydra.mode", "world_size")
 """Keys that another run does not share."""
 LOOK = "plan_only=true model=llama2_7b tokenizer=bpe_32k mesh.tp=8 world_size=64"
@@ -206,7 +206,7 @@ class NextSteps:
 
     Args:
         command: the one that started it.
-        objection: judges a command before it is proposed.
+        objection: validates a command before it is proposed.
     """
 
     command: Command
@@ -238,7 +238,7 @@ class NextSteps:
             if self.objection(again) is not None:
                 continue
             yield shown(again), "the same training under another plan: the losses agree"
-            # To judge a job is to compose and plan it: not that of this run, nor the one that was judged just now.
+            # Validating a job composes and plans it: skip this run's own and the one just validated.
             as_typed = left_out <= {"hydra.run.dir"} and (plan == "none" or world == ranks)
             known = {other, plan} if as_typed else {other}
             plans = dict.fromkeys(["none", plan, other])

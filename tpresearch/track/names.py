@@ -93,7 +93,7 @@ def complete_row(values: Mapping[str, SupportsFloat | None]) -> Row:
 
 
 def finite(value: SupportsFloat | None) -> int | float | None:
-    """A figure that JSON can hold: None for NaN and infinity, which are no measurements."""
+    """A number that JSON can hold: None for NaN and infinity, which are not measurements."""
     if value is None or isinstance(value, int):
         return value
     number = float(value)

@@ -66,7 +66,7 @@ class Table:
 
 
 def markdown(text: str) -> str:
-    """Text on one line of a Markdown file, in which it is no HTML, link, code or border of a cell."""
+    """Text on one line of a Markdown file, escaped so that it is not HTML, a link, code or a cell border."""
     return re.sub(r"[\\|`]|\](?=[(\[])", r"\\\g<0>", html.escape(printable(text), quote=False))
 
 

@@ -37,7 +37,7 @@ class TensorboardRun:
         self._gave_up = False
 
     def log(self, row: Row) -> None:
-        """Every metric of the row that is defined, by its step. A trouble is said once, and ends it, not the run."""
+        """Every defined metric of the row, by its step. An error is reported once and ends TensorBoard, not the run."""
         if self._gave_up:
             return
         step = int(row["train/step"] or 0)

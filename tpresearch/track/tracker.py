@@ -185,7 +185,7 @@ class Tracker:
             log.warning("the report cannot be shown: %s", _line(problem))
 
     def _leave(self) -> None:
-        """End without a word: what was to go on is refused, and the record stays that of what has run."""
+        """End silently: resuming was refused, and the record stays as it is."""
         self._close()
         if self._wandb:
             self._wandb.finish({}, EXIT_CODES["failed"])

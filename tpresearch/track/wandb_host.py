@@ -27,7 +27,7 @@ READ_BY_US = {
     *("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_JOB_TYPE"),
     *("WANDB_TAGS", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"),
 }
-"""Variables that need no client to be judged."""
+"""Variables that can be checked without the client."""
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def _check_variables(given: Mapping[str, str]) -> None:
 
 
 def choose_mode(wanted: WandbMode, settings: wandb.Settings) -> Mode:
-    """The config's wish, else the environment's (WANDB_MODE), as far as it can work; said where it cannot."""
+    """The mode from the config, else from the environment (WANDB_MODE), as far as it can work; a warning says if it cannot."""
     if wanted is WandbMode.offline:
         return "offline"
     if wanted is WandbMode.auto and settings.mode in ("offline", "dryrun"):

@@ -67,7 +67,7 @@ class WandbRun:
         tags: Sequence[str],
         config: Mapping[str, Any],
     ) -> Self | None:
-        """Open a run, online where that is wanted and possible, else offline.
+        """Open a run, online if configured and possible, else offline.
 
         Its id is kept in `<run_dir>/wandb/id`: a run folder that has one continues that run.
 
@@ -118,7 +118,7 @@ class WandbRun:
             sent.keep(run.starting_step)
         elif not any(folders.glob(f"run-*-{run.id}")) and (rows := rows_on_disk(offline)) is not None:
             sent.keep(rows)
-        # Rows are never given W&B's own step: it drops those below a resumed one without a word.
+        # Rows never use W&B's own step: it silently drops those below a resumed one.
         run.define_metric("*", step_metric=X_AXIS)
         opened = cls(run, sent)
         if opened.url:
@@ -128,7 +128,7 @@ class WandbRun:
     def log(self, row: Row) -> None:
         """Hand over one row, unless the run has had it; None where a metric is undefined, as in metrics.jsonl.
 
-        A run that goes on from a checkpoint computes rows again that were logged before it died. They are the same, and
+        A resumed run repeats steps whose rows were logged before it died. They are the same, and
         W&B would show them twice.
         """
         if not self._sent.is_new(row):

@@ -187,7 +187,7 @@ def _greatest(logits: Tensor) -> Tensor:
 def _totals(
     logits: Tensor, greatest: Tensor | None, index: Tensor, here: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The greatest logit of each row, the sum of exponentials above it, and the target's logit above it: all [c]."""
+    """The maximum logit of each row, the sum of exponentials relative to it, and the target's logit relative to it: all [c]."""
     wide = _wide(logits)
     greatest = wide.amax(-1) if greatest is None else greatest
     above = wide.gather(-1, index[:, None])[:, 0] - greatest

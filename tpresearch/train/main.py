@@ -84,7 +84,7 @@ def train_on(
     flag: StopFlag,
     watching: Sequence[Observer],
 ) -> None:
-    """All ranks together, on data that is there, from the first of the checkpoints found that can be loaded."""
+    """Train on all ranks, on prepared data, from the first of these checkpoints that can be loaded."""
     device, world = job.device, run.world
     assert device
     with (
@@ -174,7 +174,7 @@ def tracking(
 
 @contextmanager
 def faults_told(tracker: Tracker | None, flag: StopFlag) -> Iterator[None]:
-    """Where a rank fails since another has, which had torchrun stop this one, the record says why that one did."""
+    """If a rank fails because torchrun stopped it after another failed, the record states the other's error."""
     try:
         yield
     except RuntimeError:

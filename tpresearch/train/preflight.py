@@ -66,7 +66,7 @@ def preflight(cfg: Config, world: World, goes_on: bool = False) -> Preflight:
     """Validate the config, the data paths, the device, and the plan against the model; cheapest first.
 
     Args:
-        goes_on: whether the run has its weights from a checkpoint of its own, and nothing is asked of `init_from`.
+        goes_on: whether the run takes its weights from its own checkpoint, so that `init_from` is not checked.
 
     Raises:
         ConfigError: for the first error.

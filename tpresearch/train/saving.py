@@ -93,7 +93,7 @@ def check_disk(job: Preflight, run: Run, there: int) -> None:
     """Refuse a disk without room for the checkpoints that are kept and the one that is being written.
 
     Args:
-        there: how many of them are there already.
+        there: the number of existing ones.
 
     Raises:
         ConfigError: saying how much room there is.

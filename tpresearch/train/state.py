@@ -32,7 +32,7 @@ class TrainState:
         return trained_parameters(self.model, self.masters)
 
     def weights(self) -> dict[str, Tensor]:
-        """Their values, whatever the plan alike: what a checkpoint keeps, and loads into; `weights_set` is then due."""
+        """Their values, under any plan: what a checkpoint saves, and loads into; call `weights_set` afterwards."""
         return {name: parameter.detach() for name, parameter in self.trained().items()}
 
     def weights_set(self) -> None:

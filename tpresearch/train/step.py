@@ -119,8 +119,8 @@ def accumulate_gradients(state: TrainState, micro_batches: list[Batch], setup: S
 def reduce_partial_gradients(state: TrainState, plan: Plan, mesh: DeviceMesh) -> None:
     """Sum partial gradients, once per step: those of norms under sequence parallelism.
 
-    A rule with a ParallelStyle of the user's own may leave partial DTensors, which an optimizer would sum anew
-    at each use: those too.
+    Includes partial DTensors from a rule with a custom ParallelStyle, which an optimizer would otherwise sum at
+    each use.
     """
     by_axis: dict[str, list[Tensor]] = {}
     trained = state.trained()

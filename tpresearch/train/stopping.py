@@ -31,7 +31,7 @@ class AgreedStop:
         self._maximum = dist.AllreduceOptions()
         self._maximum.reduceOp, self._maximum.asyncOp = dist.ReduceOp(dist.ReduceOp.MAX), True
         self._work: dist.Work | None = None
-        # Copied beside the stream of the steps, in which reading it would wait for the next one.
+        # Copied on a side stream: on that of the steps, reading it would wait for the next step.
         self._beside = torch.cuda.Stream() if on_cuda else None
         self._copy, self._copied = self._numbers, torch.cuda.Event() if on_cuda else None
 
@@ -53,7 +53,7 @@ class AgreedStop:
         return agreed
 
     def settle(self) -> signal.Signals | None:
-        """Wait for what the last poll started, as is due before the process group is closed; returns what came of it."""
+        """Wait for the last poll's all-reduce, required before the process group is closed; returns its result."""
         if self._work is None:
             return None
         if self._copied:

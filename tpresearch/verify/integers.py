@@ -84,7 +84,7 @@ def worst_of(ranks: list[list[Exact]]) -> list[Exact]:
 
 
 def _layers(model: nn.Module, plan: Plan) -> list[tuple[str, nn.Module, ResolvedRule | None]]:
-    """The first layer of each shape and rule. A ParallelStyle of the user's own has layouts that nothing tells."""
+    """The first layer of each shape and rule. The layouts of a custom ParallelStyle are unknown."""
     found: dict[object, tuple[str, nn.Module, ResolvedRule | None]] = {}
     for name, module in model.named_modules():
         rule = plan.rules.get(name)
@@ -177,7 +177,7 @@ def _part(whole: Tensor | None, layout: Placement | None, mesh: DeviceMesh) -> T
 
 
 def _apart(ours: Tensor | None, expected: Tensor | None) -> float:
-    """The greatest difference, 0 where all are equal; infinite where the shapes are not."""
+    """The maximum difference; 0 if all are equal, infinite if the shapes differ."""
     if ours is None or expected is None:
         return float("inf")
     local = ours.to_local() if isinstance(ours, DTensor) else ours

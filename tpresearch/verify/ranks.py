@@ -28,14 +28,14 @@ _CONTEXT.set_forkserver_preload(["tpresearch.verify.warm"])
 
 
 class RankError(Exception):
-    """A rank raised, died or hung; the message is its traceback, or says so."""
+    """A rank raised, died or hung; the message is its traceback, or states this."""
 
 
 class Ranks:
     """`run(4, f, *args)` calls `f(world, *args)` on four ranks at once and gives their results in rank order.
 
     `f` must be a module's own function. It finds the environment that torchrun would give it, and opens and
-    closes its own process group. Every job has processes of its own, which end with it.
+    closes its own process group. Every job has its own processes, which end with it.
 
     Args:
         timeout_s: how long ranks may neither answer nor compute.

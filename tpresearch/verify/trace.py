@@ -68,7 +68,7 @@ def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Devi
     Args:
         device: the one that the config chooses, unless given.
 
-    Returns: the trace as this rank sees it; `between_ranks` says whether all see the same.
+    Returns: this rank's trace; `between_ranks` tells whether all ranks agree.
     """
     job = preflight(cfg, world)
     device = device or job.device
@@ -100,7 +100,7 @@ def whole(tensors: Mapping[str, Tensor | None]) -> Tensors:
 
 
 def between_ranks(tensors: Tensors, device: torch.device) -> dict[str, float]:
-    """The greatest difference between any two ranks' copies of each tensor, relative to its greatest value."""
+    """The maximum difference between any two ranks' copies of each tensor, relative to its maximum."""
     if dist.get_world_size() == 1:
         return {}
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).to(device)
@@ -122,7 +122,7 @@ EXACT = ("initial weights", "between ranks")
 
 @dataclass(frozen=True)
 class MaxError:
-    """The greatest relative error of one quantity, over all steps and parameters."""
+    """The maximum relative error of one quantity, over all steps and parameters."""
 
     error: float
     step: int | None = None
@@ -153,7 +153,7 @@ def tolerance(quantity: str, dtype: Dtype) -> float:
 
 
 def _worst(errors: Iterable[MaxError]) -> MaxError:
-    """The greatest; NaN counts as greater than all."""
+    """The maximum; NaN counts as larger than any number."""
     return max(errors, key=lambda worst: (worst.error != worst.error, worst.error))
 
 

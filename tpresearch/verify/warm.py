@@ -38,7 +38,7 @@ PLANS = ("parallel=fsdp_tp", "parallel=ddp")
 def warm_up() -> None:
     """A step of the widest plan and of the plainest, as rank 0 of four that are not there.
 
-    To be called in a thread of its own. torch keeps what it finds out about a mesh for every equal mesh, with the groups
+    To be called in a separate thread. torch keeps what it finds out about a mesh for every equal mesh, with the groups
     of the first; and a mesh equals only those that were made in the same thread. So nothing that is kept of the fake
     groups is taken for a real group's.
     """
