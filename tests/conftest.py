@@ -18,8 +18,9 @@ from tpresearch.verify.ranks import _CONTEXT, Ranks
 pytest_plugins = ("support.launch_fixtures",)
 
 HELPERS = "parsed_once composed commands traces counted_steps checkpointed nets"
-PRELOADED = ["pytest", *(f"support.{name}" for name in HELPERS.split())]
-"""What ranks would import with the function that they run, in a tenth of a second each."""
+LATE = "wandb wandb.sdk.launch.inputs.internal requests tpresearch.compare.report tpresearch.planner.report"
+PRELOADED = ["pytest", *LATE.split(), *(f"support.{name}" for name in HELPERS.split())]
+"""What ranks would import with the function that they run, in a tenth of a second each, and commands when they need it."""
 
 gc.disable()  # until all tests are imported, which leaves nothing to collect
 

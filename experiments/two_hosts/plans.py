@@ -70,10 +70,11 @@ def train_counted(hosts: TwoHosts, trainings: list[list[str]], folder: Path) -> 
         " ".join([*overrides, f"hydra.run.dir={run}"]) for overrides, run in zip(trainings, runs, strict=True)
     ]
     hosts.torchrun([str(COUNTED_TRAIN), *lines], folder)
-    return [_measured(run) for run in runs]
+    return [measured_in(run) for run in runs]
 
 
-def _measured(run: Path) -> list[Measured]:
+def measured_in(run: Path) -> list[Measured]:
+    """Both directions of every step of a run that `counted_train.py` has left."""
     summary = json.loads((run / "summary.json").read_text())
     config = yaml.safe_load((run / "config.yaml").read_text())
     entries = [Entry(**entry) for entry in json.loads((run / "ledger.json").read_text())["measured"]]

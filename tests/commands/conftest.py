@@ -104,7 +104,7 @@ def train_py(train: Start, tmp_path: Path) -> Start:
 @pytest.fixture(scope="session")
 def run_2d(trained: Train) -> Trained:
     """The main job: tensor, sequence and data parallelism on four ranks, W&B offline."""
-    return trained(4, "parallel=fsdp_tp", cold=True)
+    return trained(4, "parallel=fsdp_tp")
 
 
 @pytest.fixture(scope="session")

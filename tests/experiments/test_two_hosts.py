@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import counted_train
 import pytest
-from hosts import HostsUnavailable, JobFailed, TwoHosts
+from hosts import ADDRESSES, HOSTS, INTERFACE, RANKS_A_HOST, HostsUnavailable, JobFailed, TwoHosts
 from inter_host import crossing_hops
-from plans import Measured, train_counted
-from support.marks import exhaustive
+from plans import Measured, measured_in, train_counted
+
+from tpresearch.config.world import World
+from tpresearch.verify.ranks import Ranks
 
 MESHES = {
     "fsdp_tp": {"dp_shard": 2, "tp": 2},
@@ -20,6 +26,7 @@ MESHES = {
     "tp": {"tp": 4},
 }
 TOLERANCE = 0.03
+CLONE_NEWNET = 0x40000000  # of <sched.h>, and in `os` from Python 3.12
 
 
 @pytest.fixture(scope="module")
@@ -31,33 +38,31 @@ def hosts() -> Iterator[TwoHosts]:
         pytest.skip(f"two hosts cannot be made here: {reason}")
 
 
-EVERY_DAY = ("fsdp_tp", "hsdp")
-
-
-@pytest.fixture(scope="module")
-def measured(
-    hosts: TwoHosts, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> dict[str, list[Measured]]:
-    """Two steps of every plan that is tested, in one job: megabytes per step, and hardly any arithmetic."""
-    cases = (getattr(item, "callspec", None) for item in request.session.items)
-    chosen = {case.params.get("parallel") for case in cases if case}
-    plans = [plan for plan in MESHES if plan in chosen]
-    small = [
+def overrides(parallel: str) -> list[str]:
+    """Two steps with megabytes to send in each, and hardly any arithmetic."""
+    return [
+        f"parallel={parallel}",
         *("model=llama2_tiny", "model.dim=128", "model.ffn_dim=384", "model.vocab_size=4096"),
         *("data=random_tokens", "data.seq_len=128", "tokenizer.vocab_size=300"),
         *("train.global_batch_size=8", "train.steps=2", "train.eval_rows=4", "logger=none", "device=cpu"),
     ]
-    trainings = [[f"parallel={parallel}", *small] for parallel in plans]
-    of_all = train_counted(hosts, trainings, tmp_path_factory.mktemp("runs"))
-    assert not hosts.processes()
-    return dict(zip(plans, of_all, strict=True))
 
 
-@pytest.mark.cli
-@pytest.mark.parametrize("parallel", [plan if plan in EVERY_DAY else exhaustive(plan) for plan in MESHES])
-def test_the_wire_counts_what_the_ledger_says(parallel: str, measured: dict[str, list[Measured]]) -> None:
-    both_ways = measured[parallel]
-    assert {(one.step, one.host) for one in both_ways} == {(step, host) for step in (1, 2) for host in "ab"}
+def train_on_its_host(world: World, namespaces: dict[str, str], typed: list[str]) -> None:
+    """What `counted_train.py` does on this rank where an agent of torchrun has started it on its host."""
+    host, local_rank = HOSTS[world.rank // RANKS_A_HOST], world.rank % RANKS_A_HOST
+    with open(f"/var/run/netns/{namespaces[host]}") as namespace:
+        assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0
+    of_rank = World(world.rank, world.size, local_rank, RANKS_A_HOST).environment(counted_train.FIRST_PORT)
+    of_host = {"MASTER_ADDR": ADDRESSES["a"], "GLOO_SOCKET_IFNAME": INTERFACE, "HOST_NAME": host}
+    no_agent = {"TORCHELASTIC_RUN_ID": "two_hosts", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    os.environ |= of_rank | of_host | no_agent
+    sys.argv[1:] = typed
+    counted_train.main()
+
+
+def check(parallel: str, both_ways: list[Measured]) -> None:
+    assert {(one.step, one.host) for one in both_ways} == {(step, host) for step in (1, 2) for host in HOSTS}
     for one in both_ways:
         assert one.mesh == MESHES[parallel]
         assert one.sent.payload_bytes == pytest.approx(one.gloo_bytes, rel=TOLERANCE), one
@@ -65,20 +70,50 @@ def test_the_wire_counts_what_the_ledger_says(parallel: str, measured: dict[str,
         assert one.gloo_bytes > 2e6, "too few bytes to tell 3 % from the messages around them"
 
 
+@pytest.mark.parametrize("parallel", ["fsdp_tp", "hsdp"])
+def test_the_wire_counts_what_the_ledger_says(
+    hosts: TwoHosts, ranks: Ranks, parallel: str, tmp_path: Path
+) -> None:
+    typed = [*overrides(parallel), f"hydra.run.dir={tmp_path / 'run'}"]
+    ranks.run(4, train_on_its_host, hosts.names, typed)
+    assert not hosts.processes()
+    check(parallel, measured_in(tmp_path / "run"))
+
+
 @pytest.mark.cli
-def test_nothing_is_left_behind(tmp_path: Path) -> None:
+@pytest.mark.exhaustive
+def test_it_does_so_where_torchruns_agents_start_the_ranks(hosts: TwoHosts, tmp_path: Path) -> None:
+    for parallel, both_ways in zip(
+        MESHES, train_counted(hosts, [overrides(parallel) for parallel in MESHES], tmp_path), strict=True
+    ):
+        check(parallel, both_ways)
+    assert not hosts.processes()
+
+
+@pytest.mark.cli
+def test_the_agents_meet_and_nothing_is_left_behind(tmp_path: Path) -> None:
     two = TwoHosts()
+    program = tmp_path / "ends_with_1.py"
+    program.write_text(
+        "import os, pathlib, sys, time\n"
+        "here = pathlib.Path(__file__).parent\n"
+        '(here / f\'{os.environ["HOST_NAME"]} {os.environ["RANK"]}\').touch()\n'
+        "while len(list(here.glob('[ab] [0-3]'))) < 4: time.sleep(0.05)\n"
+        "sys.exit(1)\n"
+    )
     try:
         with two:
             asleep = subprocess.Popen(["ip", "netns", "exec", two.names["a"], "sleep", "600"])
             with pytest.raises(JobFailed, match=r"host [ab] ended with 1\b"):
-                two.torchrun(["no_such_program.py"], tmp_path)
+                two.torchrun([str(program)], tmp_path / "logs")
             raise KeyboardInterrupt
     except HostsUnavailable as reason:
         pytest.skip(f"two hosts cannot be made here: {reason}")
     except KeyboardInterrupt:
         pass
     assert asleep.wait(timeout=600) < 0
+    ranks_of = [{path.name[-1] for path in tmp_path.glob(f"{host} ?")} for host in HOSTS]
+    assert sorted(map(sorted, ranks_of)) == [["0", "1"], ["2", "3"]]  # who comes first has the first two
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     assert not [name for name in two.names.values() if name in listed]
 
