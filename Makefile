@@ -1,5 +1,5 @@
 # `make help` lists the targets. On a machine without a GPU, PIP_ARGS can name an index of CPU-only builds of torch.
-# TORCH=2.11.0 has any of them do its work with that torch, in an environment beside the usual one.
+# TORCH=2.11.0 makes any of them use that torch, in a separate environment.
 SHELL := /bin/bash
 PYTHON ?= python3
 NPROC ?= 4
@@ -8,7 +8,7 @@ TORCH ?=
 VENV := .venv$(TORCH:%=-torch-%)
 BIN := $(VENV)/bin
 PIP_ARGS ?=
-# Of pip's hundreds of lines: what takes long to load, how far it has come, and that it installs.
+# Filters pip's output: large downloads, progress, and the installation.
 PROGRESS = function say(what) {print "  " what; fflush()} \
 	/^Collecting/ && !(++packages % 20) {say(packages " packages found")} \
 	/(Downloading|Using cached) .*\([0-9][0-9.]* (MB|GB)\)/ && !/ \([0-9]?[0-9]\.[0-9] MB\)/ \
@@ -25,20 +25,20 @@ train: setup ## set up, then train the default 2D job on NPROC=4 local ranks; AR
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) train.py $(ARGS)
 
-# Most tests keep one core busy, and none has a clock decide: WORKERS of them run side by side.
+# Most tests keep one core busy, and none depends on the clock: WORKERS of them run in parallel.
 test: CASES := -m "not exhaustive"
-test test-all: setup ## set up, then lint, types and tests; test-all has the exhaustive ones too; TORCH=2.11.0 with that one
-ifeq ($(TORCH),) # whose types differ
+test test-all: setup ## set up, then lint, types and tests; test-all adds the exhaustive ones; TORCH=2.11.0 uses that torch
+ifeq ($(TORCH),) # other versions have other types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 endif
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(CASES)
 
-setup: $(VENV)/.ready ## make .venv with the versions of constraints.txt
+setup: $(VENV)/.ready ## create .venv with the versions of constraints.txt
 
 # torch comes first and by itself, so that nothing else chooses its build. Bytecode is made afterwards, on all cores
-# and without the libraries' own tests and models, some files of which are no Python of this version.
+# and without the libraries' own tests and models, some of which are not valid in this Python version.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tpresearch needs Python 3.11 or newer")'
 	@echo "setting up $(VENV), 1 of 3: the environment"
@@ -46,16 +46,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@sed '$(TORCH:%=s/^torch==.*/torch==%/)' constraints.txt > $(VENV)/constraints.txt
 	@echo "setting up $(VENV), 2 of 3: torch, 200 MB for CPUs and gigabytes with CUDA"
 	@set -o pipefail; $(PIP) "$$(grep '^torch==' $(VENV)/constraints.txt)" | awk '$(PROGRESS)'
-	@echo "setting up $(VENV), 3 of 3: what else there is in pyproject.toml"
+	@echo "setting up $(VENV), 3 of 3: the other dependencies in pyproject.toml"
 	@set -o pipefail; $(PIP) -c $(VENV)/constraints.txt -e '.[dev]' | awk '$(PROGRESS)'
 	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|models)/' $(VENV)/lib || true
 	@touch $@
 
-lint: setup ## ruff, mending what it can
+lint: setup ## ruff, with automatic fixes
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 types: setup ## mypy
 	@$(BIN)/mypy
 
-clean: ## remove .venv, those beside it, and what was built
+clean: ## remove .venv, its variants for other torch versions, and builds
 	rm -rf .venv .venv-torch-* build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Where a study writes what it measures: below outputs/, so that measuring changes no tracked file, unless asked."""
+"""Where a study writes its results: below outputs/, so that measuring changes no tracked file, unless RECORD=1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint costs beside what the same disk does with as many bytes, in the same minute.
+"""Cost of a checkpoint, compared with what the same disk takes for as many bytes in the same minute.
 
 python experiments/checkpoint_cost/measure.py [megabytes=240] [repeats=5] [folder=/tmp]    # writes results.csv beside this file
 """

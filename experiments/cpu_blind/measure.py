@@ -1,4 +1,4 @@
-"""Predict steps on this machine before they are run, then run them: the simulator on a machine that nobody published.
+"""Predict steps on this machine before they are run, then run them: blind predictions for a machine without published measurements.
 
 python -m tpresearch.calibrate out=/tmp/here.yaml
 python experiments/cpu_blind/measure.py /tmp/here.yaml     # writes results.csv beside this file, prints the table

@@ -1,4 +1,4 @@
-"""What reading a batch costs, beside a training step: `python experiments/data_reading/measure.py`.
+"""Cost of reading a batch, compared with a training step: `python experiments/data_reading/measure.py`.
 
 Prints results.csv and writes it (record.py says where).
 """

@@ -1,4 +1,4 @@
-"""Real commands whose disk, W&B, scheduler or hosts fail them, and what a second start makes of it."""
+"""Real commands under failures of disk, W&B, scheduler or hosts, and how a second start recovers."""
 
 from __future__ import annotations
 

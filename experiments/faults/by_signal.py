@@ -1,4 +1,4 @@
-"""Real commands that are stopped, interrupted and killed, and what a second start makes of it."""
+"""Real commands that are stopped, interrupted and killed, and how a second start recovers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs real commands, and holds what they leave to one that nothing befell. What befalls them is in by_*.py."""
+"""Runs real commands and compares their results with an undisturbed run. The faults are in by_*.py."""
 
 from __future__ import annotations
 

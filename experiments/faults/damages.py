@@ -1,4 +1,4 @@
-"""What can happen to a run's folder between two starts, and what the second is to make of it."""
+"""Damage to a run's folder between two starts, and the required outcome of the second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that faults befall, started again until it is done, held to one that nothing befell."""
+"""A run under injected faults, restarted until it is done, compared with an undisturbed run."""
 
 from __future__ import annotations
 

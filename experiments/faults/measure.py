@@ -1,4 +1,4 @@
-"""Break runs in two hundred ways, start them again, and hold each to the run that nothing befell.
+"""Break runs in two hundred ways, restart them, and compare each with an undisturbed run.
 
 [RECORD=1] python experiments/faults/measure.py [forked=160] [seed=0] [at_once=2]     # root, for a small disk; results.csv
 python experiments/faults/measure.py forked=0 damages=0 only=slurm_requeues     # one command of by_signal.py, by_outage.py

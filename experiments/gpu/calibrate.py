@@ -1,4 +1,4 @@
-"""What single ops take, for the simulator: rows of {op, shape, dtype, us, flops, bytes}, the most needed first."""
+"""Times of single ops, for the simulator: rows of {op, shape, dtype, us, flops, bytes}, the most needed first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the card, the driver and torch are, and which attention a model of each dtype would get."""
+"""Card, driver and torch versions, and which attention kernel a model of each dtype gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one call of under ten minutes.
+"""All measurements that need a GPU, in one call of under ten minutes.
 
     python experiments/gpu/measure.py --out OUT [--limit 590] [--only facts,calibrate:50]     a stage, and its seconds
     python experiments/gpu/measure.py --out OUT --device cpu --tiny          the rehearsal

@@ -1,4 +1,4 @@
-"""The predictions beside what was measured, as the table of README.md.
+"""Predictions and measurements, as the table of README.md.
 
 python experiments/gpu/report.py [RESULTS.jsonl ...]        default: those recorded in results/; RECORD=1 writes README.md
 """

@@ -1,4 +1,4 @@
-"""Results as they come: a JSON object per line, written at once, so that a run cut short keeps what it had."""
+"""Results as JSON lines, written immediately, so that an interrupted run keeps what it had."""
 
 from __future__ import annotations
 

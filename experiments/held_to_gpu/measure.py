@@ -1,4 +1,4 @@
-"""Predictions held to what one GPU measured: steps, peak memory and single ops.
+"""Predictions compared with measurements on one GPU: steps, peak memory and single ops.
 
 python experiments/held_to_gpu/measure.py experiments/gpu/results/*.jsonl     # prints the tables, writes results.csv
 

@@ -1,4 +1,4 @@
-"""What one rank needs to take a Hugging Face folder as its initial weights: measured at 1B, by arithmetic at 70B.
+"""Memory that one rank needs to read initial weights from a Hugging Face folder: measured at 1B, computed at 70B.
 
     python experiments/hf_memory/measure.py
 

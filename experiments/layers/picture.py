@@ -1,4 +1,4 @@
-"""The placements of the four cases as a drawing: a colour a rank, grey where every rank has all of it."""
+"""The placements of the four cases as a drawing: one colour per rank, grey if replicated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong plans: faults that trainers have had, each as a patch of a right run, and the quantity that shows it.
+"""Wrong plans: known faults of trainers, each a patch of a correct run, and the quantity that reveals it.
 
 `python -m tpresearch.verify` must catch every one. `tests/verify/test_mutants.py` holds it to that.
 """

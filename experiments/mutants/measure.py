@@ -1,4 +1,4 @@
-"""Which quantity shows each wrong plan, and which of them a loss curve would not have shown.
+"""Which quantity reveals each wrong plan, and which plans a loss curve would not reveal.
 
 python experiments/mutants/measure.py      # writes results.csv (record.py says where); several minutes on two cores
 """

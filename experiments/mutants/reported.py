@@ -1,4 +1,4 @@
-"""Faults that trainers' own trackers told of in 2025 and 2026, as patches of a correct run.
+"""Faults from trainers' issue trackers in 2025 and 2026, as patches of a correct run.
 
 Most are from NVIDIA/Megatron-LM#7452, "Silent numerical-correctness bugs in Megatron Core parallelism composition"; each
 says what it is modelled on.

@@ -1,4 +1,4 @@
-"""Faults of a plan: what a sharding rule is wrong about."""
+"""Faults of a plan: errors in a sharding rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training loop as one writes it by hand for one model on one mesh, with nothing of the framework in it.
+"""A hand-written training loop for one model on one mesh, without the framework.
 
 Only the model class and the batches are the framework's. Each of `none`, `ddp`, `fsdp`, `tp`, `sp` and `fsdp_tp` is
 what torch's tutorials do for that plan, with the same optimizer, schedule, clipping and loss as the config.

@@ -1,4 +1,4 @@
-"""The framework's step beside a hand-written loop of the same model and plan, in one job, in turns.
+"""The framework's step against a hand-written loop with the same model and plan, alternating in one job.
 
     torchrun --nproc-per-node=4 experiments/overhead/measure.py parallel=fsdp_tp logger=none name=overhead
 

@@ -1,4 +1,4 @@
-"""From the command to the end of the first step, 4 ranks: the framework's job beside a script written by hand, in turns.
+"""From the command to the end of the first step, 4 ranks: the framework against a hand-written script, alternating.
 
     python experiments/overhead/startup.py parallel=fsdp_tp
 

@@ -1,4 +1,4 @@
-"""Our step beside those of Lightning Fabric, of transformers and accelerate, and of the tutorial's script, under every plan.
+"""Our step against Lightning Fabric, transformers with accelerate, and the tutorial's script, under every plan.
 
     outputs/peers/.venv/bin/python experiments/peers/measure.py [PLAN...]
 

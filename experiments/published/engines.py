@@ -1,4 +1,4 @@
-"""What a row's software does otherwise than ours in a step: put in the place of ours in a recorded one.
+"""Differences between a row's software and our step, substituted in a recorded step.
 
 - RMSNorm is one kernel in CUDA since torch 2.9; before, and where an engine writes it in Python, eager code runs it op by op.
 - torchtitan's per-op checkpointing always keeps attention's output.

@@ -1,4 +1,4 @@
-"""Leave one site out: each site's rows by the matmul rate that the rows of all other sites ask for.
+"""Leave one site out: each site's rows are predicted with the matmul rate fitted on all other sites.
 
 A row asks for the rate with which it would be met; a site for the median of its rows, and the others for the median of
 theirs, per generation of cards. No constant of a year or a site is used. Of what llm-foundry's rows fixed beside that rate

@@ -1,4 +1,4 @@
-"""The loss as a row's software computes it, put in the place of ours in a recorded step.
+"""The loss as a row's software computes it, substituted for ours in a recorded step.
 
 - llm-foundry's MPT takes flash-attn's cross-entropy (its default, loss_fn: fused_crossentropy), and torchtitan compiles its
   loss since February 2025 (its commits e8977b007, d1f62be73): one kernel reads the logits and one writes their gradient,

@@ -1,4 +1,4 @@
-"""Simulate published measurements, and say by how much predictions are off, by family and with the sign.
+"""Simulate published measurements and report the signed error of the predictions by family.
 
 python experiments/published/score.py ROWS.csv [MORE.csv] out=DIR     # rows in the columns of rows.csv; writes DIR/predicted.csv
 python experiments/published/score.py rows.csv unseen.csv out=DIR left_out=true     # each site by what the others say

@@ -1,4 +1,4 @@
-"""What a row's software and cards do to a cluster's numbers: few constants, none by row.
+"""Adjustments of a cluster's numbers for a row's software and cards: few constants, none per row.
 
 conf/cluster describes today's software. A row of 2023 ran other matmul and attention kernels: rates belong to a GPU and
 its software, not to the GPU's name.

@@ -1,4 +1,4 @@
-"""The tutorial's three scripts and each of their mistakes, one at a time: what it does to bytes, loss and gradients.
+"""The tutorial's three scripts and each of their mistakes, one at a time: its effect on bytes, loss and gradients.
 
     python experiments/seed/measure.py [case ...] [--tables-only]
 

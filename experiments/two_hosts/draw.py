@@ -1,4 +1,4 @@
-"""The picture: what crosses between the hosts in a step, counted beside the ledger."""
+"""The plot: bytes between the hosts in a step, counted and from the ledger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What crosses between two hosts in a step, by plan: the interfaces' counters beside the ledger.
+"""Bytes between two hosts in a step, by plan: the interfaces' counters and the ledger.
 
     python experiments/two_hosts/measure.py [--draw-only]
 

@@ -1,4 +1,4 @@
-"""Steps over a slowed link between two hosts, predicted before they are run.
+"""Steps over a rate-limited link between two hosts, predicted before they are run.
 
 python experiments/two_hosts/slowed.py CLUSTER.yaml     # of this machine, by `tpresearch.calibrate`; writes slowed.csv, prints the table
 

@@ -1,4 +1,4 @@
-"""What the kernel counts of an interface, and how many of those bytes are the program's own.
+"""An interface's byte counters, and how many of those bytes are payload.
 
 A rank reads the counters of the host that it is on, while all ranks wait.
 """

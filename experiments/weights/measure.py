@@ -1,4 +1,4 @@
-"""Processor time of drawing initial weights, beside one `normal_` over as many numbers: `python experiments/weights/measure.py`.
+"""Processor time of drawing initial weights, compared with one `normal_` over as many numbers: `python experiments/weights/measure.py`.
 
 Prints a table and writes results.csv (record.py says where). Each case runs in a process of its own, as one rank of a fake process group.
 """

@@ -1,4 +1,4 @@
-"""When does tensor parallelism pay? FSDP alone beside FSDP with TP inside a host, from 8 to 65,536 ranks, on H100 and A100.
+"""When does tensor parallelism pay? FSDP alone against FSDP with TP inside a host, from 8 to 65,536 ranks, on H100 and A100.
 
 python experiments/when_tp/measure.py     # prints the table, writes results.csv and when_tp.png beside this file
 
