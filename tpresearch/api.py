@@ -234,7 +234,7 @@ def runs(*paths: str | PathLike[str]) -> pd.DataFrame:
         paths: folders of runs or sweeps, or globs of them. Unreadable ones are skipped with a warning.
 
     Raises:
-        ConfigError: where there is no run.
+        ConfigError: if there is no run.
     """
     import pandas as pd
 
@@ -254,7 +254,7 @@ def metrics(*paths: str | PathLike[str]) -> pd.DataFrame:
         paths: as for `runs`.
 
     Raises:
-        ConfigError: where there is no run.
+        ConfigError: if there is no run.
     """
     import pandas as pd
 

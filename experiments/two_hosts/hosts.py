@@ -107,7 +107,7 @@ class TwoHosts:
         to the program by HOST_NAME, `a` or `b`.
 
         Raises:
-            JobFailed: where an agent fails, or the job has not ended after `timeout_s`.
+            JobFailed: if an agent fails, or the job has not ended after `timeout_s`.
         """
         log_folder.mkdir(parents=True, exist_ok=True)
         logs = {host: log_folder / f"agent-{host}.log" for host in HOSTS}

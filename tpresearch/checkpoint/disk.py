@@ -100,7 +100,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, judging by its mark and the sizes of its files.
 
     Raises:
-        BrokenCheckpoint: where it is not a whole one.
+        BrokenCheckpoint: if it is not complete.
     """
     named = NAME.fullmatch(folder.name)
     if not named:
@@ -135,7 +135,7 @@ def step_folders(run: Path) -> list[Path]:
     """Every folder named like a checkpoint, complete or not, by step.
 
     Raises:
-        OSError: where they cannot be listed.
+        OSError: if they cannot be listed.
     """
     try:
         folders = [path for path in (run / FOLDER).iterdir() if NAME.fullmatch(path.name)]
@@ -162,7 +162,7 @@ def mark_text(mark: Mark) -> str:
 
 def mark_from(text: str) -> Mark:
     """Raises:
-    BrokenCheckpoint: where it is none, was changed since, or is of a later format.
+    BrokenCheckpoint: if it is invalid, was changed, or is of a later format.
     """
     try:
         body = json.loads(text)

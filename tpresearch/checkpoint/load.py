@@ -70,7 +70,7 @@ def weights_from(checkpoint: Checkpoint) -> Callable[[nn.Module], None]:
     """A weight source: initial weights from a checkpoint; each rank reads what it holds, and nothing is drawn.
 
     Raises (when it is called, on every rank):
-        RankFailed: where the checkpoint is damaged.
+        RankFailed: if the checkpoint is damaged.
     """
 
     def source(model: nn.Module) -> None:
@@ -101,7 +101,7 @@ def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tens
     """Whole tensors of a checkpoint by name (`model.tok_embeddings.weight`), one at a time. Without ranks.
 
     Raises:
-        BrokenCheckpoint: where one is not in it, or cannot be read.
+        BrokenCheckpoint: if one is not in it, or cannot be read.
     """
     saved = tensors_of(read_checkpoint(folder))
     for name in names:

@@ -192,7 +192,7 @@ def restore(checkpoints: list[Checkpoint], trained: Trained, group: dist.Process
     """Load the first of these that can be loaded. Collective.
 
     Raises:
-        ConfigError: where none can.
+        ConfigError: if none can.
     """
     from tpresearch.checkpoint.load import load
     from tpresearch.checkpoint.together import RankFailed

@@ -80,7 +80,7 @@ class Saver:
         """Prepare to save steps after `step`: set aside folders of later steps and remove drafts.
 
         Raises:
-            RankFailed: where some rank does not see the folder, or nothing can be written there.
+            RankFailed: if some rank does not see the folder, or nothing can be written there.
         """
         self._newest = step
 
@@ -117,7 +117,7 @@ class Saver:
             last: whether no step follows; the checkpoint is then complete when this returns.
 
         Raises:
-            NotSaved: where it is the last and cannot be written.
+            NotSaved: if it is the last and cannot be written.
         """
         self.finish()
         if trained.step == self._newest:

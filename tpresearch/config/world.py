@@ -61,7 +61,7 @@ class World:
         """An empty variable counts as none.
 
         Raises:
-            WrongEnvironment: where another job, or a hand, has left some of what torchrun sets.
+            WrongEnvironment: if another job, or a hand, has left some of what torchrun sets.
         """
         given = {name: env[name] for name in (*PLACE, *MASTER, RUN_ID) if env.get(name)}
         elastic = RUN_ID in given

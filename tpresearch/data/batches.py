@@ -93,7 +93,7 @@ class Batches:
         """The rows of one data-parallel rank: a contiguous slice of global / dp_size rows of the global batch.
 
         Raises:
-            ValueError: where the global batch does not divide over `dp_size` ranks.
+            ValueError: if the global batch does not divide over `dp_size` ranks.
         """
         if self.global_batch_size % dp_size:
             raise ValueError(

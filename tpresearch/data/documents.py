@@ -161,7 +161,7 @@ def parquet_file(path: Path) -> ParquetFile:
     """The file, opened.
 
     Raises:
-        ConfigError: where it is none.
+        ConfigError: if it is none.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

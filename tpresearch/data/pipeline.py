@@ -261,7 +261,7 @@ def stage(what: str, total_bytes: int | None, bar: bool) -> Iterator[Callable[[i
 
     Args:
         what: the stage in a few words, such as "tokenizing".
-        total_bytes: None where it is not known how far there is to go.
+        total_bytes: None if it is not known how far there is to go.
         bar: whether to draw a progress bar, which is done only where stderr is a terminal.
     """
     from rich.console import Console

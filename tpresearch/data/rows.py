@@ -81,7 +81,7 @@ def check_enough_rows(corpus: PackedCorpus, global_batch_size: int, multiple_of:
         multiple_of: what divides a batch that is legal on this mesh, so that the one offered is.
 
     Raises:
-        ConfigError: with a batch size, or a sequence length, that the corpus does fill.
+        ConfigError: proposing a batch size or sequence length that the corpus fills.
     """
     rows, row_tokens = corpus.train.shape
     if rows >= global_batch_size:

@@ -81,7 +81,7 @@ class Llama:
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: str | None) -> Llama:
         """Raises:
-        ConfigError: where the checkpoint is not of a Llama.
+        ConfigError: if the checkpoint is not of a Llama.
         """
         config = model_config(checkpoint.mark.experiment["model"])
         saved = tensors_of(checkpoint)

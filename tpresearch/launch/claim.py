@@ -40,8 +40,8 @@ def locked(folder: Path, patience_s: float = 0, key: str = "hydra.run.dir") -> A
         key: that names the folder.
 
     Raises:
-        ConfigError: where another run or sweep has it.
-        OSError: where it cannot be held.
+        ConfigError: if another run or sweep has it.
+        OSError: if it cannot be held.
     """
     try:
         return FileLock(folder / ".lock").acquire(timeout=patience_s)

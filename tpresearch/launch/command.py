@@ -224,7 +224,7 @@ REPLACED = {"parallel": ("parallel", "mesh")}
 def type_again(arguments: Namespace) -> Path | None:
     """Where `resume` names a run, make this command line the one that started it, with what is typed now on top.
 
-    Returns: the run's folder, or None where no run is named.
+    Returns: the run's folder, or None if no run is named.
 
     Raises:
         ConfigError: if there is no such run, or another folder is requested as well.

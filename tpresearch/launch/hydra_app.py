@@ -66,7 +66,7 @@ def application(script: str, config_dir: Path, arguments: Namespace) -> Hydra:
     """Hydra over conf/, or over --config-path, with the files of --config-dir.
 
     Raises:
-        SearchPathException: where --config-dir is no folder.
+        SearchPathException: if --config-dir is no folder.
     """
     version.setbase(VERSION_BASE)
     GlobalHydra.instance().clear()
@@ -80,7 +80,7 @@ def application(script: str, config_dir: Path, arguments: Namespace) -> Hydra:
 
 
 def compose_run(app: Hydra, config_name: str, overrides: list[str]) -> DictConfig | None:
-    """The config of a single run, Hydra's own settings included; None where the config asks for a sweep.
+    """The config of a single run, Hydra's own settings included; None if the config asks for a sweep.
 
     Raises:
         HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError: for a wrong file or override.

@@ -80,7 +80,7 @@ def entries_of(events: Iterable[Event]) -> list[Entry]:
 
 @dataclass(frozen=True)
 class Expected:
-    """What closed formulas expect of a step on rank 0; None where there are none."""
+    """What closed formulas expect of a step on rank 0; None if there are none."""
 
     sent: list[Entry] | None
     held: dict[str, int | None]
@@ -122,7 +122,7 @@ class StepLedger:
     def summary(self) -> dict[str, Any]:
         """For summary.json: bytes sent by mesh axis and by collective, and memory by kind, maximum and at the peak.
 
-        What formulas expect by collective is None where there are none.
+        What formulas expect by collective is None if there are none.
         """
         formulas = self.expected.sent
         held = {

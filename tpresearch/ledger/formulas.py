@@ -37,7 +37,7 @@ Collective = tuple[str, str, str, str, int]
 
 
 def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] | None:
-    """The ledger of rank 0 for one step, or None where no formula is known.
+    """The ledger of rank 0 for one step, or None if no formula is known.
 
     There is none for frozen parameters in a block or under a rule, which may leave out more than their own gradient.
     Under a tensor plan there is none for full checkpointing, whose recomputation sends again what its early stop does

@@ -45,7 +45,7 @@ class MemoryLedger(TorchDispatchMode):
         self._live: dict[int, int] = {}
         """Address of a storage that lives -> the number we gave it."""
         self._noted: list[tuple[int, int | None]] = []
-        """(storage's number, by how many bytes it grew, None where it was freed), in the order of time."""
+        """(storage's number, by how many bytes it grew, None if it was freed), in the order of time."""
         self._kinds: dict[int, str] = {}
         self._forward = False
         self._made_forward: set[int] = set()

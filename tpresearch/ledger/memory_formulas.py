@@ -25,7 +25,7 @@ from tpresearch.plan.compiler import Plan, local_shape, shard_shape
 
 
 def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu") -> dict[str, int | None]:
-    """Bytes by kind of memory; None where no formula is known.
+    """Bytes by kind of memory; None if no formula is known.
 
     Args:
         model: on the meta device, whole. device: its type, since a CPU's RMSNorm keeps more than the fused one.

@@ -134,7 +134,7 @@ class Llama2(nn.Module):
         tied: whether the output layer has the embedding's weight (arXiv 1608.05859), as Llama2 itself does not.
 
     Raises:
-        ValueError: where the sizes do not fit each other.
+        ValueError: if the sizes do not fit each other.
     """
 
     def __init__(

@@ -175,8 +175,8 @@ def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh,
 
 
 def is_wrapped(shards: int, fsdp: FsdpConfig) -> bool:
-    """Whether `fully_shard` is applied: where it shards nothing it would only copy each weight and gradient, at each
-    micro-batch, but for offloading.
+    """Whether `fully_shard` is applied. Over one shard, and without offloading, it would only copy each weight and
+    gradient in each micro-batch.
     """
     return shards > 1 or fsdp.cpu_offload
 
@@ -202,8 +202,8 @@ def gathered(layer: nn.Module) -> nn.Module:
 def as_forward(
     layer: nn.Module, use: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
-    """`use(x)`, which reads the layer's weights without calling its forward. FSDP takes it for one: it reduces their
-    gradients as soon as x has its own.
+    """`use(x)`, which reads the layer's weights without calling its forward. FSDP treats it as a forward: it reduces
+    the weights' gradients as soon as x has its own.
     """
     if not isinstance(layer, FSDPModule):
         return use(x)
@@ -219,8 +219,8 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a forward that no backward follows has left gathered, and forget its order: the next backward would
-    prefetch by it (private; read in torch 2.11 to 2.14).
+    """Free the weights that a forward without a backward has left gathered, and forget its order, which the next backward
+    would use to prefetch (private; read in torch 2.11 to 2.14).
     """
     for module in fsdp_modules(model):
         module.reshard()

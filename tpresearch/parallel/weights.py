@@ -106,7 +106,7 @@ def held(parameter: Tensor) -> list[Tensor]:
     """Along each dim, the indices into the whole parameter of the elements that this rank holds.
 
     Raises:
-        ValueError: where FSDP over tensor parallelism cuts unevenly, and torch does not say how.
+        ValueError: if FSDP over tensor parallelism cuts unevenly, and torch does not say how.
     """
     indices = [torch.arange(size) for size in parameter.shape]
     if isinstance(parameter, DTensor):

@@ -36,7 +36,7 @@ class Probe:
     """What a forward pass over shapes has shown."""
 
     output: torch.Size | None = None
-    """The shape of the model's output; None where the model cannot run on the meta device."""
+    """The shape of the model's output; None if the model cannot run on the meta device."""
     no_input_grad: frozenset[str] = frozenset()
     """Modules whose input depends on no parameter and therefore needs no gradient."""
     head: str | None = None
@@ -149,7 +149,7 @@ def _sent(
 
 
 def _sent_to_head(model: nn.Module, inputs: Tensor) -> tuple[object, _Watch, str] | None:
-    """As `_sent`, and the output layer that the model hands to a `head` with what precedes the logits; None where it
+    """As `_sent`, and the output layer that the model hands to a `head` with what precedes the logits; None if it
     takes no such argument."""
     if "head" not in inspect.signature(model.forward).parameters:
         return None

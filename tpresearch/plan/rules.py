@@ -117,7 +117,7 @@ class ResolvedRule:
         return Shard(0) in (*self.src, *self.dst)
 
     def weight_dim(self, module: nn.Module) -> int | None:
-        """The dim of `module.weight` that is sharded, or None where the weight stays replicated."""
+        """The dim of `module.weight` that is sharded, or None if the weight stays replicated."""
         shards = STYLES[self.rule.style].shards if self.rule.style else {}
         return next((dim for kind, dim in shards.items() if isinstance(module, kind)), None)
 

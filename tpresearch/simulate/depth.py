@@ -112,7 +112,7 @@ class Recording:
 
 
 def recording(cfg: Config, sizes: MeshSizes, recorder: Recorder, kept: Kept = kept_per_row) -> Recording:
-    """Raises: ConfigError: where the model cannot be made at all."""
+    """Raises: ConfigError: if the model cannot be made at all."""
     model = meta_model(cfg.model)
     depth, setting = depth_of(cfg, model)
     flops = flops_per_token(model, cfg.data.seq_len, causal=False)

@@ -68,7 +68,7 @@ class Prediction:
 
     @property
     def mfu(self) -> float | None:
-        """None where the device has no peak to compare with."""
+        """None if the device has no peak to compare with."""
         peak = self.cluster.peak_flops(self.cfg.train.dtype)
         return self.tokens_per_second_per_device * self.flops_per_token / peak if peak else None
 

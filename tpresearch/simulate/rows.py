@@ -22,7 +22,7 @@ FEW, MORE = 2, 4
 
 
 def with_rows(few: Trace, more: Trace, rows: int) -> Trace | None:
-    """The step at `rows` rows per micro-batch, from those at `FEW` and `MORE`; None where these two run other ops.
+    """The step at `rows` rows per micro-batch, from those at `FEW` and `MORE`; None if these two run other ops.
 
     A loss in chunks has to have chunks as long at all three.
     """
@@ -47,7 +47,7 @@ def with_rows(few: Trace, more: Trace, rows: int) -> Trace | None:
 
 
 def with_block(two: Trace, three: Trace, two_more: Trace) -> Trace | None:
-    """Three blocks at `MORE` rows, from two and three blocks at `FEW`, and two at `MORE`; None where they run other ops.
+    """Three blocks at `MORE` rows, from two and three blocks at `FEW`, and two at `MORE`; None if they run other ops.
 
     The block between the first and the last grows as the one before it does.
     """
@@ -115,7 +115,7 @@ def _trace(parts: Sequence[tuple[Op, ...]], changes: Sequence[Change]) -> Trace:
 
 
 def _chunks_of(few: Sequence[Op], more: Sequence[Op]) -> slice | None:
-    """Where a part has more ops at `MORE` rows, chunks of the loss; None where it differs by others."""
+    """Where a part has more ops at `MORE` rows, chunks of the loss; None if it differs by others."""
     found = _longer([(op.phase, op.name) for op in few], [(op.phase, op.name) for op in more])
     return None if found is None or any(op.phase != "loss" for op in more[found]) else found
 
@@ -150,7 +150,7 @@ def _with_chunks(
 
 
 def _longer(short: Sequence[Hashable], long: Sequence[Hashable]) -> slice | None:
-    """What was put into a sequence to make it the other one; None where that was no single stretch."""
+    """What was put into a sequence to make it the other one; None if that was no single stretch."""
     extra = len(long) - len(short)
     same = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
     return None if extra < 0 or long[same + extra :] != short[same:] else slice(same, same + extra)

@@ -35,7 +35,7 @@ class TorchrunLauncher(Launcher):
     """
 
     ranks_per_node: int | None = None
-    """Most ranks on a host of the cluster that jobs run on; None where they run here."""
+    """Most ranks on a host of the cluster that jobs run on; None if they run here."""
 
     def __init__(self, start: StartJob | None = None, **settings: Any) -> None:
         self._settings, self._start = TorchrunConfig(**settings), start
@@ -186,7 +186,7 @@ def _alone_in(folder: Path) -> AbstractContextManager[object]:
     """Holds the sweep's folder against other sweeps, which would take this one's jobs for earlier ones.
 
     Raises:
-        ConfigError: where another sweep has it, or it cannot be held.
+        ConfigError: if another sweep has it, or it cannot be held.
     """
     from tpresearch.launch.claim import locked  # late: Hydra imports this file at the start of every command
 

@@ -48,7 +48,7 @@ class Planner:
     gpu_count: int
     """GPUs of this machine that jobs may use."""
     ranks_per_node: int | None = None
-    """Most ranks on a host of the cluster that jobs run on; None where that is this machine."""
+    """Most ranks on a host of the cluster that jobs run on; None if that is this machine."""
 
     @property
     def sweep_dir(self) -> Path:
@@ -146,7 +146,7 @@ def _nodes(ranks: int, ranks_per_node: int | None) -> int:
     """Number of hosts for these ranks, with equally many on each.
 
     Raises:
-        ConfigError: where that is not possible.
+        ConfigError: if that is not possible.
     """
     nodes = -(-ranks // ranks_per_node) if ranks_per_node else 1
     if ranks % nodes:

@@ -15,7 +15,7 @@ from tpresearch.config.axes import AXES, AXIS_NAMES
 from tpresearch.ledger.entries import MEMORY_KINDS
 
 Row = dict[str, int | float | None]
-"""One logged step: a value for every metric, None where it is undefined."""
+"""One logged step: a value for every metric, None if it is undefined."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 
 def complete_row(values: Mapping[str, SupportsFloat | None]) -> Row:
-    """Every metric in its declared order; None where a value is missing, NaN or infinite.
+    """Every metric in its declared order; None if a value is missing, NaN or infinite.
 
     Raises:
         KeyError: for a name that is not declared in this file.

@@ -72,7 +72,7 @@ class WandbRun:
         Its id is kept in `<run_dir>/wandb/id`: a run folder that has one continues that run.
 
         Returns:
-            None where W&B is switched off (WANDB_MODE=disabled), or cannot even run offline.
+            None if W&B is switched off (WANDB_MODE=disabled), or cannot even run offline.
         """
         about = {
             "project": logger.project,
@@ -126,7 +126,7 @@ class WandbRun:
         return opened
 
     def log(self, row: Row) -> None:
-        """Hand over one row, unless the run has had it; None where a metric is undefined, as in metrics.jsonl.
+        """Hand over one row, unless the run already has it; undefined metrics are None, as in metrics.jsonl.
 
         A resumed run repeats steps whose rows were logged before it died. They are the same, and
         W&B would show them twice.
@@ -233,7 +233,7 @@ def _line(error: Exception) -> str:
 
 def rows_on_disk(folders: list[Path]) -> int | None:
     """Rows of history that the client has on disk for `wandb sync` in these folders (`wandb/offline-run-*`): what it was handed
-    just before it was killed may not be there. None where this client has other files than we know.
+    just before it was killed may not be there. None if this client has other files than we know.
     """
     try:
         protobuf: Any = import_module("wandb.proto.wandb_internal_pb2")

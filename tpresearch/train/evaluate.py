@@ -21,7 +21,7 @@ from tpresearch.train.step import Setup
 def held_out_loss(
     model: nn.Module, rows: NDArray[Any], setup: Setup, stops: Callable[[], bool] = lambda: False
 ) -> float | None:
-    """Mean cross-entropy, in nats per token, over `train.eval_rows` of the held-out rows; None where there are none.
+    """Mean cross-entropy, in nats per token, over `train.eval_rows` of the held-out rows; None if there are none.
 
     Args:
         stops: asked after each batch whether all ranks stop here; the loss is None then.

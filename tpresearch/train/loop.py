@@ -52,7 +52,7 @@ class Loop:
         return train_step(self.state, batch, self.setup)
 
     def evaluate(self) -> float | None:
-        """The loss on held-out rows; None where there are none, or all ranks stop."""
+        """The loss on held-out rows; None if there are none, or all ranks stop."""
         with self.setup.observers.phase("evaluation"):
             return held_out_loss(self.state.model, self.corpus.held_out, self.setup, self.stops)
 

@@ -52,9 +52,9 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
         watching: observers in addition to those of every run.
 
     Raises:
-        ConfigError: for what only the prepared data or the run folder shows, such as a corpus too short for one batch.
+        ConfigError: for errors that only the prepared data or the run folder reveal, such as a corpus too short for one batch.
         NonfiniteError: unless train.on_nonfinite=skip.
-        NotSaved: where the last step could not be saved.
+        NotSaved: if the last step could not be saved.
         Stopped: after SIGTERM or Ctrl-C, on all ranks after the same step, which is saved.
     """
     text = plan_text(job.model, job.plan)
@@ -126,7 +126,7 @@ def train_on(
 def observers_of(
     job: Preflight, mesh: DeviceMesh, device: Device, tracker: Tracker | None
 ) -> Sequence[Observer]:
-    """What every run is watched by. Made before the model is sharded: formulas are about the plain one."""
+    """The observers of every run. Created before the model is sharded: formulas apply to the plain model."""
     cfg, plan = job.cfg, job.plan
     expected = Expected(
         expected_entries(job.model, plan, cfg), expected_bytes(job.model, plan, cfg, device.type)
@@ -184,10 +184,10 @@ def faults_told(tracker: Tracker | None, flag: StopFlag) -> Iterator[None]:
 
 
 def check_rows(corpus: AnyCorpus, job: Preflight) -> None:
-    """Refuse a corpus that has not one global batch of train rows.
+    """Refuse a corpus with fewer train rows than one global batch.
 
     Raises:
-        ConfigError: with a batch size, or a sequence length, that the corpus does fill.
+        ConfigError: proposing a batch size or sequence length that the corpus fills.
     """
     if isinstance(corpus, PackedCorpus):
         train = job.cfg.train
@@ -195,10 +195,10 @@ def check_rows(corpus: AnyCorpus, job: Preflight) -> None:
 
 
 def check_same_corpus(corpus: AnyCorpus) -> None:
-    """Each host prepares its own rows; refuse to train on rows that differ, since hosts may have other Pythons.
+    """Refuse to train if hosts prepared different rows, for example with different Python versions.
 
     Raises:
-        ConfigError: on every rank, where any two hold other text or tokens.
+        ConfigError: on every rank, if any two have different text or tokens.
     """
     mine = (corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
     found: list[Any] = [None] * dist.get_world_size()
@@ -214,7 +214,7 @@ def check_same_corpus(corpus: AnyCorpus) -> None:
 
 
 def warn_of_hosts(job: Preflight) -> None:
-    """Say which axis leaves its host though its traffic should not."""
+    """Warn of an axis that crosses hosts although its traffic should not."""
     within = 1
     for axis in reversed(AXES):
         within *= job.sizes[axis.name]

@@ -74,7 +74,7 @@ def preflight(cfg: Config, world: World, goes_on: bool = False) -> Preflight:
     try:
         return _judged(cfg, world, goes_on)
     except ConfigError as error:
-        if cfg.plan_only and error.nproc:  # which starts no ranks: another number of them is an override too
+        if cfg.plan_only and error.nproc:  # plan_only starts no ranks: their number is an override
             error.fix["world_size"], error.nproc = error.nproc, None
         raise
 

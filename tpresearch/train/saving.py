@@ -34,7 +34,7 @@ def saver_of(
     """Ready to save what follows `step`. Collective.
 
     Raises:
-        ConfigError: where the run folder is not there for every rank, or cannot be written.
+        ConfigError: if the run folder is not there for every rank, or cannot be written.
     """
     cfg, device = job.cfg, job.device
     assert device

@@ -38,7 +38,7 @@ class Speed:
     """With full attention counted."""
     causal_flops_per_token: float
     peak_flops: float | None
-    """Of one device; None where it is not known."""
+    """Of one device; None if it is not known."""
 
     @classmethod
     def of(cls, model: nn.Module, cfg: Config, device: Device, world_size: int) -> Speed:

@@ -51,7 +51,7 @@ class Setup:
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """In which floats are given to the model: that of the computation."""
+        """Dtype of float inputs to the model: that of the computation."""
         found: torch.dtype = getattr(torch, self.cfg.train.dtype)
         return found
 
@@ -73,7 +73,7 @@ def train_step(state: TrainState, batch: Batch, setup: Setup) -> StepResult:
     """One optimizer step: update the weights once, by the gradient of the global batch.
 
     Args:
-        batch: this data-parallel rank's rows of it.
+        batch: this data-parallel rank's rows of the global batch.
     """
     observers = setup.observers
     with observers.step(state):

@@ -50,7 +50,7 @@ class Ranks:
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Raises:
-        RankError: where a rank raises, dies or hangs. All are ended then.
+        RankError: if a rank raises, dies or hangs. All are ended then.
         """
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ranks: list[tuple[BaseProcess, Connection]] = []
