@@ -13,7 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-PLANS = ("ddp", "fsdp", "tp", "sp", "fsdp_tp")
+ONE_UNIT = "fsdp_one_unit"
+PLANS = ("ddp", "fsdp", ONE_UNIT, "tp", "sp", "fsdp_tp")
+"""Of ours; `fsdp_one_unit` gathers the model as one, as the tutorial's script does: parallel=fsdp model.blocks=[]."""
 RANKS, STEPS = 4, 27
 JOB = ("model=llama2_tiny", "schedule=constant", "schedule.warmup_steps=0", "optimizer.weight_decay=0")
 APART = ("unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
@@ -21,7 +23,8 @@ APART = ("unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up &
 
 def run(plan: str, *overrides: str) -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
-    words = (f"parallel={plan}", f"train.steps={STEPS}", "logger=none", "name=peers", *JOB, *overrides)
+    chosen = ("parallel=fsdp", "model.blocks=[]") if plan == ONE_UNIT else (f"parallel={plan}",)
+    words = (*chosen, f"train.steps={STEPS}", "logger=none", "name=peers", *JOB, *overrides)
     apart = APART if subprocess.run([*APART, "true"], capture_output=True).returncode == 0 else ()
     program = str(Path(__file__).with_name("turns.py"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -234,7 +234,8 @@ def report(job: Preflight, contenders: list[Contender]) -> None:
         wall = statistics.quantiles([a / b for a, b in zip(contender.wall, ours.wall, strict=True)], n=4)
         cpu = statistics.quantiles([a / b for a, b in zip(contender.cpu, ours.cpu, strict=True)], n=4)
         differences = [abs(a - b) for a, b in zip(contender.losses, ours.losses, strict=True)]
-        row = {"plan": job.cfg.parallel.name, "ranks": job.sizes.world, "model": job.cfg.model.name}
+        plan = job.cfg.parallel.name + ("" if job.cfg.model.blocks else "_one_unit")
+        row = {"plan": plan, "ranks": job.sizes.world, "model": job.cfg.model.name}
         row |= {"contender": contender.name, "version": version(contender.name)}
         row["tokens_per_second"] = round(tokens / statistics.median(contender.wall))
         for kind, (low, middle, high) in {"wall": wall, "cpu": cpu}.items():
