@@ -26,6 +26,7 @@ from tpresearch.launch import hydra_app
 from tpresearch.launch.command import Command, Objection, command_to_try, type_again
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explaining
+from tpresearch.launch.run_dir import check_folder_names
 
 EXIT_CODE = 2
 PATIENCE_S = 60
@@ -143,6 +144,7 @@ def _judge(
             with open_dict(composed):
                 composed.hydra.job.id, composed.hydra.job.num = "0", 0
             HydraConfig.instance().set_config(composed)
+            check_folder_names(composed)
             cfg = typed_config(composed)
         ranks = ranks_needed(cfg, SHOWN_WORLD)
         of_job = World(0, ranks, 0, ranks, elastic=ranks > 1)

@@ -78,8 +78,12 @@ def agreed(composed: DictConfig, world: World) -> Iterator[tuple[Path, bool]]:
         yield _agreed(composed, world, held)
 
 
-def _agreed(composed: DictConfig, world: World, held: ExitStack) -> tuple[Path, bool]:
-    given = _is_given(composed.hydra.run)
+def check_folder_names(composed: DictConfig) -> None:
+    """Refuse what names no folder for the run, or none inside of it for Hydra's record.
+
+    Raises:
+        ConfigError: naming hydra.run.dir or hydra.output_subdir.
+    """
     if not str(composed.hydra.run.dir).strip():
         raise ConfigError("hydra.run.dir", "", "names no folder", "a folder, new or empty; . for this one")
     record = OmegaConf.select(composed, "hydra.output_subdir")
@@ -87,6 +91,11 @@ def _agreed(composed: DictConfig, world: World, held: ExitStack) -> tuple[Path, 
         why = "Hydra's record of the config is kept inside the run's folder"
         legal = "the name of a folder, or null"
         raise ConfigError("hydra.output_subdir", record, why, legal)
+
+
+def _agreed(composed: DictConfig, world: World, held: ExitStack) -> tuple[Path, bool]:
+    check_folder_names(composed)
+    given = _is_given(composed.hydra.run)
     wanted = Path(composed.hydra.run.dir)
     name = str(composed.get("name") or "run")
     goes_on = composed.get("resume") != NEVER
