@@ -292,30 +292,63 @@ def test_every_cluster_states_every_number_with_its_source(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
 
+def number(value: object, kind: object = "guessed", source: object = "a test", **more: object) -> dict:
+    return {"value": value, "kind": kind, "source": source, **more}
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"numbers": {"memory_gb": None}}, "cluster.numbers.memory_gb"),
-        ({"numbers": {"memory_gb": 80}}, "cluster.numbers.memory_gb"),
-        (
-            {"numbers": {"memory_gb": {"value": -1, "kind": "guessed", "source": ""}}},
-            "cluster.numbers.memory_gb.value",
+        *(({"memory_gb": plain}, "memory_gb") for plain in (None, 80, [80], number(80, unit="GiB"))),
+        ({"nvlink": number(1)}, "nvlink"),
+        ({5: number(1)}, "5"),
+        ({"memory_gb": number(1, kind=["felt"])}, "memory_gb.kind"),
+        ({"memory_gb": number(1, source=None)}, "memory_gb.source"),
+        *(
+            ({name: number(value)}, f"{name}.value")
+            for name, values in {
+                "bandwidth_gb_s": (0, -1, float("nan"), float("inf"), True, None, "3350 GB/s", [1, 2], []),
+                "gemm_efficiency": (67, 0),
+                "compute_units": (0.5,),
+                "launch_us": (-1,),
+                "attention_tflops_forward": ([0, 1], [float("nan")], [1] * 9, [[1]], []),
+            }.items()
+            for value in values
         ),
-        (
-            {"numbers": {"memory_gb": {"value": 1, "kind": "felt", "source": ""}}},
-            "cluster.numbers.memory_gb.kind",
-        ),
-        ({"numbers": {"nvlink": {"value": 1, "kind": "guessed", "source": ""}}}, "cluster.numbers.nvlink"),
-        ({"device": None}, "cluster.device"),
-        ({"has_switch": "no"}, "cluster.has_switch"),
     ],
 )
-def test_a_cluster_that_lacks_a_number_is_refused_by_its_name(change: dict, field: str) -> None:
+def test_a_number_that_is_none_is_refused_by_its_name(change: dict, field: str) -> None:
     plain = yaml.safe_load(CLUSTERS[0].read_text())
-    plain = {**plain, **change, "numbers": {**plain["numbers"], **change.get("numbers", {})}}
+    plain["numbers"] |= change
     with pytest.raises(ConfigError) as refused:
         cluster_of(plain)
-    assert refused.value.field == field
+    assert refused.value.field == f"cluster.numbers.{field}"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("device", (None, "", ["H100"])),
+        ("devices_per_host", (0, -8, 2.5, True, "8", float("nan"))),
+        ("hosts", (0, 1.5, "two")),
+        ("shared_cores", (0, "two")),
+        ("has_switch", ("no", None)),
+        ("checked", ("by no one", 5, [1])),
+        ("numbers", (None, [], "none", [1])),
+        ("device_per_host", (8,)),
+    ],
+)
+def test_a_cluster_that_is_none_is_refused_by_its_key(name: str, values: tuple[object, ...]) -> None:
+    plain = yaml.safe_load(CLUSTERS[0].read_text())
+    for value in values:
+        with pytest.raises(ConfigError) as refused:
+            cluster_of({**plain, name: value})
+        assert refused.value.field == f"cluster.{name}"
+
+
+def test_a_matmul_in_a_dtype_without_a_rate_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^cluster.numbers.peak_tflops_float32.value=0: "):
+        gemm_s((1, 8, 8, 8), 4, cluster(peak_tflops_float32=0))
 
 
 def test_a_world_that_a_cluster_cannot_hold_is_refused() -> None:

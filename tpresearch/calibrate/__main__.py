@@ -6,6 +6,7 @@ and hosts are taken from base=..., a file of conf/cluster. Without a GPU, it mea
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -82,7 +83,6 @@ def _of_cpu(name: str) -> dict[str, Any]:
     cores, chip = len(os.sched_getaffinity(0)), _chip()
     source = f"tpresearch.calibrate on {platform.node()}, {chip}"
     return {
-        "about": f"The CPU of {platform.node()}, measured: ranks are processes of one thread on {cores} cores.",
         "name": name,
         "device": f"a core of {chip}",
         "devices_per_host": 8,
@@ -104,21 +104,29 @@ def _chip() -> str:
 
 def as_yaml(plain: dict[str, Any]) -> str:
     """A cluster's file, a number per line."""
-    lines = [f"# {plain['about']}"]
-    for key in ("name", "device", "devices_per_host", "hosts", "shared_cores", "checked"):
-        lines.append(f"{key}: {_flow(plain[key])}")
+    of_card = "links and whatever else a single card does not tell are its base's"
+    cores = plain.get("shared_cores")
+    rest = f"ranks are processes of one thread that share {cores} cores" if cores else of_card
+    lines = [f"# Measured by tpresearch.calibrate: {plain['device']}; {rest}."]
+    lines += [f"{key}: {_flow(value)}" for key, value in plain.items() if key != "numbers"]
     lines.append("numbers:")
     for key in NUMBERS:
         number = plain["numbers"][key]
         value = number["value"]
-        text = "[" + ", ".join(f"{v:.5g}" for v in value) + "]" if isinstance(value, list) else f"{value:.5g}"
-        lines.append(f"  {key}: {{value: {text}, kind: {number['kind']}, source: {_flow(number['source'])}}}")
+        rounded = [_rounded(v) for v in value] if isinstance(value, list) else _rounded(value)
+        lines.append(f"  {key}: {_flow({**number, 'value': rounded})}")
     return "\n".join(lines) + "\n"
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def _flow(value: Any) -> str:
     """On one line, quoted where YAML requires it."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
+    )
     return text.removesuffix("...\n").strip()
 
 

@@ -23,7 +23,8 @@ from tpresearch.config.world import World
 from tpresearch.ledger.entries import Event
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
-from tpresearch.simulate.prices import COPIES, LENGTHS, moved_bytes
+from tpresearch.simulate.cluster import LENGTHS
+from tpresearch.simulate.prices import COPIES, moved_bytes
 from tpresearch.simulate.trace import Op
 from tpresearch.verify.ranks import Ranks
 

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.simulate.prices import LENGTHS
+from tpresearch.simulate.cluster import LENGTHS
 
 Row = Mapping[str, Any]
 
@@ -44,9 +44,8 @@ def of_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -> dict[str
     numbers = {key: dict(number) for key, number in base["numbers"].items()}
     for key, value in found.items():
         numbers[key] = {"value": value, "kind": "measured", "source": source}
-    about = f"{card.get('card', base['device'])}, its card measured; links and the rest as {base['name']} has them."
     device = card.get("card", base["device"])
-    return {**base, "about": about, "name": name, "device": device, "checked": [], "numbers": numbers}
+    return {**base, "name": name, "device": device, "checked": [], "numbers": numbers}
 
 
 def _rates(timed: list[Row], base: Mapping[str, Any]) -> dict[str, Any]:

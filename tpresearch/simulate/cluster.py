@@ -9,6 +9,7 @@ from typing import Any
 
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.schema import Dtype
+from tpresearch.config.values import Within, check_value
 
 
 class Kind(StrEnum):
@@ -30,36 +31,76 @@ class Number:
     source: str
 
 
+ABOVE = Within(0, open_below=True)
+NONE_TOO = Within(0)
+SHARE_OF_PEAK = Within(0, 1, open_below=True)
+SHARE_OF_RATE = Within(0, 10, open_below=True)
+"""On a CPU caches make an op faster than the rate it is set beside."""
+
 NUMBERS = {
-    "memory_gb": "memory of a device, in 1e9 bytes",
-    "memory_reserved_gb": "of it, what CUDA, NCCL and the allocator take beside a job's tensors",
-    "peak_tflops_bfloat16": "dense matmul peak of a device in 1e12 FLOP/s, 0 where it has none",
-    "peak_tflops_float32": "the same in float32, without TF32",
-    "peak_tflops_float64": "the same in float64",
-    "compute_units": "units that each take one tile of a matmul at a time: SMs of a GPU",
-    "gemm_efficiency": "share of the peak that a large matmul reaches in a training step",
-    "gemm_half_depth": "length of the inner dim at which a matmul has half of its best rate",
-    "bandwidth_gb_s": "memory bandwidth of a device in 1e9 bytes/s",
-    "bandwidth_efficiency": "share of it that an elementwise kernel reaches",
-    "optimizer_efficiency": "share of it that the fused optimizer reaches",
-    "copy_efficiency": "share of it that FSDP's copies of gathered weights and of gradients reach",
-    "attention_tflops_forward": "rate of causal attention, head width 128, by length 512, 1024, ... 16384, or from 128",
-    "attention_tflops_backward": "the same for its backward",
-    "attention_narrow_heads": "factor on those rates for each halving of the head width below 128",
-    "kernel_us": "least time of a kernel on the device",
-    "launch_us": "host time per op",
-    "collective_host_us": "host time per collective of FSDP, hooks and all",
-    "tensor_host_us": "host time per collective of a sharding rule, with DTensor's dispatch of the ops around it",
-    "intra_gb_s": "bus bandwidth of a collective over all devices of a host, per device",
-    "intra_step_us": "time per step of a ring within a host",
-    "inter_gb_s": "bandwidth between hosts, per device",
-    "inter_efficiency": "share of it that a collective reaches",
-    "inter_step_us": "time per step of a ring that leaves a host",
-    "collective_us": "least time of a collective",
-    "overlap_slowdown": "share by which kernels are slower while a collective runs beside them, on a CPU on its core",
-    "scale_slowdown": "share by which a step is slower for each doubling of hosts; on a CPU, of several ranks' own work",
+    "memory_gb": (ABOVE, "memory of a device, in 1e9 bytes"),
+    "memory_reserved_gb": (NONE_TOO, "of it, what CUDA, NCCL and the allocator take beside a job's tensors"),
+    "peak_tflops_bfloat16": (NONE_TOO, "dense matmul peak of a device in 1e12 FLOP/s, 0 where it has none"),
+    "peak_tflops_float32": (NONE_TOO, "the same in float32, without TF32"),
+    "peak_tflops_float64": (NONE_TOO, "the same in float64"),
+    "compute_units": (Within(1), "units that each take one tile of a matmul at a time: SMs of a GPU"),
+    "gemm_efficiency": (SHARE_OF_PEAK, "share of the peak that a large matmul reaches in a training step"),
+    "gemm_half_depth": (NONE_TOO, "length of the inner dim at which a matmul has half of its best rate"),
+    "bandwidth_gb_s": (ABOVE, "memory bandwidth of a device in 1e9 bytes/s"),
+    "bandwidth_efficiency": (SHARE_OF_PEAK, "share of it that an elementwise kernel reaches"),
+    "optimizer_efficiency": (SHARE_OF_RATE, "share of it that the fused optimizer reaches"),
+    "copy_efficiency": (
+        SHARE_OF_RATE,
+        "share of it that FSDP's copies of gathered weights and of gradients reach",
+    ),
+    "attention_tflops_forward": (
+        ABOVE,
+        "rate of causal attention, head width 128, by length 512, 1024, ... 16384, or from 128",
+    ),
+    "attention_tflops_backward": (ABOVE, "the same for its backward"),
+    "attention_narrow_heads": (
+        SHARE_OF_PEAK,
+        "factor on those rates for each halving of the head width below 128",
+    ),
+    "kernel_us": (NONE_TOO, "least time of a kernel on the device"),
+    "launch_us": (NONE_TOO, "host time per op"),
+    "collective_host_us": (NONE_TOO, "host time per collective of FSDP, hooks and all"),
+    "tensor_host_us": (
+        NONE_TOO,
+        "host time per collective of a sharding rule, with DTensor's dispatch of the ops around it",
+    ),
+    "intra_gb_s": (ABOVE, "bus bandwidth of a collective over all devices of a host, per device"),
+    "intra_step_us": (NONE_TOO, "time per step of a ring within a host"),
+    "inter_gb_s": (ABOVE, "bandwidth between hosts, per device"),
+    "inter_efficiency": (SHARE_OF_PEAK, "share of it that a collective reaches"),
+    "inter_step_us": (NONE_TOO, "time per step of a ring that leaves a host"),
+    "collective_us": (NONE_TOO, "least time of a collective"),
+    "overlap_slowdown": (
+        NONE_TOO,
+        "share by which kernels are slower while a collective runs beside them, on a CPU on its core",
+    ),
+    "scale_slowdown": (
+        NONE_TOO,
+        "share by which a step is slower for each doubling of hosts; on a CPU, of several ranks' own work",
+    ),
 }
-"""Every number that a cluster has to state: what it means, with its unit."""
+"""Every number that a cluster has to state: what it may be, and what it means, with its unit."""
+TABLES = ("attention_tflops_forward", "attention_tflops_backward")
+"""Those that are lists, of `LENGTHS` or of the last of them."""
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+KEYS = {
+    "name": str,
+    "device": str,
+    "devices_per_host": int,
+    "hosts": int | None,
+    "shared_cores": float | None,
+    "has_switch": bool,
+    "checked": list[str],
+    "numbers": dict,
+}
+"""What else a cluster states, and as what."""
+NEEDED = ("name", "device", "devices_per_host", "numbers")
 
 
 @dataclass(frozen=True)
@@ -71,7 +112,7 @@ class Cluster:
     devices_per_host: int
     hosts: int | None
     """None if unlimited."""
-    shared_cores: int | None
+    shared_cores: float | None
     """Cores that the ranks of a host share, if devices are processes on one CPU; None for separate devices."""
     has_switch: bool
     """Whether a host's devices are connected by a switch; if not, pairwise, so that a group of few devices uses few links."""
@@ -86,7 +127,8 @@ class Cluster:
 
     def table(self, name: str) -> tuple[float, ...]:
         value = self.numbers[name].value
-        return value if isinstance(value, tuple) else (value,)
+        assert isinstance(value, tuple)
+        return value
 
     def peak_flops(self, dtype: Dtype) -> float:
         return self[f"peak_tflops_{dtype}"] * 1e12
@@ -109,36 +151,35 @@ def cluster_of(plain: Mapping[str, Any]) -> Cluster:
     """A cluster from its YAML.
 
     Raises:
-        ConfigError: for a number that is missing, has no source or kind, or is none.
+        ConfigError: for a number that is missing, has no source or kind, or is none, and for a key that is unknown.
     """
     if not plain:
         why = "prices need a cluster"
         raise ConfigError("cluster", None, why, "an option of conf/cluster, such as cluster=h100_dgx")
-    for name in ("name", "device", "devices_per_host", "numbers"):
-        if plain.get(name) is None:
-            raise ConfigError(
-                f"cluster.{name}", None, "a cluster needs it", "a value, in its conf/cluster file"
-            )
-    has_switch = plain.get("has_switch", True)
-    if not isinstance(has_switch, bool):
-        why = "whether a host's devices are joined by a switch is a yes or no"
-        raise ConfigError("cluster.has_switch", has_switch, why, "true or false")
-    given = plain["numbers"]
+    for name, value in plain.items():
+        if name not in KEYS:
+            why, legal = "a cluster has no such key", "one of " + ", ".join(nearest(str(name), KEYS))
+            raise ConfigError(f"cluster.{name}", value, why, legal)
+    for name in NEEDED:
+        if not plain.get(name):
+            why, legal = "a cluster needs it", "a value, in its conf/cluster file"
+            raise ConfigError(f"cluster.{name}", plain.get(name), why, legal)
+    stated = {"has_switch": True, **plain, "checked": plain.get("checked") or []}
+    for name, kind in KEYS.items():
+        check_value(f"cluster.{name}", stated.get(name), kind)
+        if name in ("devices_per_host", "hosts", "shared_cores") and stated.get(name) is not None:
+            least = Within(0, open_below=True) if name == "shared_cores" else Within(1)
+            if stated[name] not in least:
+                raise ConfigError(f"cluster.{name}", stated[name], "out of bounds", str(least))
+    given = stated.pop("numbers")
     for name in given:
         if name not in NUMBERS:
-            why, legal = "no such number", "one of " + ", ".join(nearest(name, NUMBERS))
+            why, legal = "no such number", "one of " + ", ".join(nearest(str(name), NUMBERS))
             raise ConfigError(f"cluster.numbers.{name}", given[name], why, legal)
-    numbers = {name: _number(name, given.get(name), about) for name, about in NUMBERS.items()}
-    return Cluster(
-        name=str(plain["name"]),
-        device=str(plain["device"]),
-        devices_per_host=int(plain["devices_per_host"]),
-        hosts=plain.get("hosts"),
-        shared_cores=plain.get("shared_cores"),
-        has_switch=has_switch,
-        numbers=numbers,
-        checked=tuple(plain.get("checked") or ()),
-    )
+    numbers = {name: _number(name, given.get(name)) for name in NUMBERS}
+    checked = tuple(stated.pop("checked"))
+    optional = {"hosts": None, "shared_cores": None}
+    return Cluster(**{**optional, **stated}, numbers=numbers, checked=checked)
 
 
 def check_world(cluster: Cluster, world: int) -> None:
@@ -160,17 +201,22 @@ def check_world(cluster: Cluster, world: int) -> None:
         raise ConfigError("world_size", world, why, f"a multiple of {per_host}", fix={"world_size": below})
 
 
-def _number(name: str, plain: Any, about: str) -> Number:
+def _number(name: str, plain: Any) -> Number:
+    bound, about = NUMBERS[name]
     key, legal = f"cluster.numbers.{name}", "{value: ..., kind: " + "|".join(Kind) + ", source: ...}"
     if plain is None:
         raise ConfigError(key, None, f"not stated: {about}", legal)
-    if not isinstance(plain, Mapping) or not {"value", "kind", "source"} <= plain.keys():
-        raise ConfigError(key, plain, f"has no value, kind and source: {about}", legal)
+    if not isinstance(plain, Mapping) or plain.keys() != {"value", "kind", "source"}:
+        raise ConfigError(key, plain, f"has not just a value, a kind and a source: {about}", legal)
     if plain["kind"] not in list(Kind):
         raise ConfigError(f"{key}.kind", plain["kind"], "no such kind of number", " ".join(Kind))
+    if not isinstance(plain["source"], str) or not plain["source"]:
+        raise ConfigError(f"{key}.source", plain["source"], "it says nothing", "where the number comes from")
     value = plain["value"]
-    values = value if isinstance(value, list) else [value]
-    if not values or any(isinstance(v, bool) or not isinstance(v, int | float) or v < 0 for v in values):
-        raise ConfigError(f"{key}.value", value, f"not a number of 0 or more: {about}", "a number")
-    found = tuple(map(float, values)) if isinstance(value, list) else float(value)
-    return Number(found, Kind(plain["kind"]), str(plain["source"]))
+    values = value if isinstance(value, list) and name in TABLES else [value]
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v in bound]
+    if len(numbers) != len(values) or not 1 <= len(values) <= len(LENGTHS):
+        legal = f"{bound}, or a list of up to {len(LENGTHS)}" if name in TABLES else str(bound)
+        raise ConfigError(f"{key}.value", value, f"not such a number: {about}", legal)
+    found = tuple(map(float, numbers)) if name in TABLES else float(numbers[0])
+    return Number(found, Kind(plain["kind"]), plain["source"])

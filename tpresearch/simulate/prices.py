@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tpresearch.simulate.cluster import Cluster
+from tpresearch.config.errors import ConfigError
+from tpresearch.simulate.cluster import LENGTHS, Cluster
 from tpresearch.simulate.trace import Op
 
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 1.06), (128, 64, 1.25), (64, 64, 1.6))
@@ -17,8 +18,6 @@ TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 1.06), (128, 64, 1.25), (6
 shapes; the factors are those of CUTLASS's profiler, rounded)."""
 SPLIT_DEPTH = 2048
 """Inner dim from which a matmul of few tiles is split along it, so that all units work (split-K)."""
-LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-"""Of a cluster's attention tables, which may begin later."""
 COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat", "_foreach_copy_")
 """FSDP's own, which nothing is fused with."""
 DTYPES = {2: "bfloat16", 4: "float32", 8: "float64"}
@@ -49,8 +48,8 @@ def gemm_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float:
         if tiles < units and k >= SPLIT_DEPTH:
             waves = min(waves, 1.15 * tiles)
         work = min(work, waves * rows * columns * longer)
-    rate = cluster[f"peak_tflops_{DTYPES.get(element, 'float32')}"] * 1e12 * cluster["gemm_efficiency"]
-    computing = 2.0 * work * (k + cluster["gemm_half_depth"]) / rate if rate else math.inf
+    rate = _peak(element, cluster) * 1e12 * cluster["gemm_efficiency"]
+    computing = 2.0 * work * (k + cluster["gemm_half_depth"]) / rate
     moving = products * (m * k + k * n + m * n) * element / _bandwidth(cluster)
     return max(computing, moving) + cluster["kernel_us"] * 1e-6
 
@@ -63,7 +62,7 @@ def attention_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float
     if width < 128:
         rate *= cluster["attention_narrow_heads"] ** math.log2(128 / width)
     if element > 2 and (narrow := cluster["peak_tflops_bfloat16"]):  # on matmul units of the wider type
-        rate *= cluster[f"peak_tflops_{DTYPES[element]}"] / narrow
+        rate *= _peak(element, cluster) / narrow
     blocks = rows * heads * math.ceil(length / 128)
     busy = min(1.0, blocks / (cluster["compute_units"] * (1 if backward else 2)))
     return flops / (rate * max(busy, 0.1)) + cluster["kernel_us"] * 1e-6
@@ -112,6 +111,15 @@ def fused_bytes(ops: Sequence[Op], last_read: dict[int, int], end: int) -> int:
         made |= dict(op.writes)
     kept = (size for number, size in made.items() if last_read.get(number, end + 1) > end)
     return sum(read.values()) + sum(kept)
+
+
+def _peak(element: int, cluster: Cluster) -> float:
+    """Raises: ConfigError: where the cluster has none."""
+    name = f"peak_tflops_{DTYPES.get(element, 'float32')}"
+    if not cluster[name]:
+        why = "the step multiplies matrices of that dtype"
+        raise ConfigError(f"cluster.numbers.{name}.value", 0, why, "a number above 0")
+    return cluster[name]
 
 
 def _bandwidth(cluster: Cluster) -> float:
