@@ -181,7 +181,7 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
 def _to_look_at(cfg: Config, ranks: int) -> Job:
     from tpresearch.parallel.apply import parallelize
     from tpresearch.parallel.mesh import build_mesh
-    from tpresearch.simulate.fake_step import FAKE
+    from tpresearch.simulate.fake_ranks import FAKE
     from tpresearch.train.assemble import first_state
 
     job = compile_plan(cfg, ranks).job

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -56,8 +55,23 @@ def test_a_calibrated_file_is_read_as_it_was_written() -> None:
     assert {**plain, "numbers": None} == {**again, "numbers": None}
 
 
-def test_rows_that_measure_nothing_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"stage": "facts"}) + "\n")
-    for path in (tmp_path / "rows.jsonl", tmp_path / "none.jsonl"):
-        with pytest.raises(ConfigError, match=r"^rows="):
-            read(path)
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "no JSON",
+        "[1, 2]",
+        '{"us": 5}',
+        '{"us": "fast", "op": "copy", "shape": [1], "flops": 0, "bytes": 1}',
+        '{"us": NaN, "op": "copy", "shape": [1], "flops": 0, "bytes": 1}',
+        '{"us": 5, "op": "copy"}',
+        '{"stage": "facts"}',
+        '{"us": 5, "op": "attention forward", "shape": [1], "flops": 1, "bytes": 0}',
+    ],
+)
+def test_rows_that_measure_nothing_are_refused(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "rows.jsonl"
+    if text is not None:
+        path.write_text(text + "\n")
+    with pytest.raises(ConfigError, match=r"^rows="):
+        of_rows(read(path), BASE, "mine")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.composed import config
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
@@ -14,6 +15,7 @@ from tpresearch.ledger.entries import Event
 from tpresearch.simulate.cluster import NUMBERS, Cluster, Kind, Number, check_world, cluster_of
 from tpresearch.simulate.kernels import Kernel, kernels
 from tpresearch.simulate.network import Route, collective_s, route
+from tpresearch.simulate.prediction import Prediction, rows_that_fit
 from tpresearch.simulate.prices import attention_s, bytes_s, gemm_s, op_s
 from tpresearch.simulate.replay import replay
 from tpresearch.simulate.trace import Op
@@ -358,3 +360,13 @@ def test_a_world_that_a_cluster_cannot_hold_is_refused() -> None:
         check_world(cluster(), 12)
     with pytest.raises(ConfigError, match=r"^cluster=null"):
         cluster_of({})
+
+
+@pytest.mark.parametrize(("memory_gb", "rows"), [(100, 12), (10, 8), (7, 4), (2, 0)])
+def test_rows_that_fit_divide_a_rank_s_share(memory_gb: float, rows: int) -> None:
+    """2 GB that stay and 1 per row of 12, of a share of 24 rows."""
+    cfg = config("model=llama2_debug", "train.global_batch_size=48", "train.micro_batch_size=12")
+    held = {"parameters": 2 * 10**9, "activations": 10**10, "other": 2 * 10**9}
+    here, sizes = cluster(memory_gb=memory_gb), MeshSizes(dp_shard=2)
+    found = Prediction(here, sizes, cfg, 1.0, 0.9, 1.1, 1.0, {}, [], [], held)
+    assert rows_that_fit(found) == rows

@@ -18,7 +18,7 @@ import yaml
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.options import command, read_options
-from tpresearch.simulate.cluster import NUMBERS
+from tpresearch.simulate.cluster import NUMBERS, cluster_of
 
 
 @dataclass
@@ -38,6 +38,7 @@ def main() -> None:
         why, legal = "not a .yaml file in a folder that exists", "such as conf/cluster/here.yaml"
         raise ConfigError("out", options.out, why, legal, {"out": "conf/cluster/here.yaml"})
     plain = _of_gpu(options, path.stem) or _of_cpu(path.stem)
+    cluster_of(plain)  # what no command would take is not written
     path.write_text(as_yaml(plain))
     for name, number in plain["numbers"].items():
         if number["kind"] == "measured":
@@ -71,6 +72,8 @@ def _base(option: str) -> dict[str, Any]:
         legal = "one of " + " ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise ConfigError("base", option, "no such cluster", legal, {})
     found: dict[str, Any] = yaml.safe_load(path.read_text())
+    if cluster_of(found).is_host:
+        raise ConfigError("base", option, "a CPU tells nothing of a GPU's host", "a cluster of GPUs", {})
     return found
 
 

@@ -7,6 +7,7 @@ links, stays as the base cluster has it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -18,26 +19,42 @@ from tpresearch.simulate.cluster import LENGTHS
 Row = Mapping[str, Any]
 
 
+LEGAL = "a JSON object per line, with op, shape, us, flops and bytes"
+
+
 def read(path: Path) -> list[Row]:
-    """Raises: ConfigError: for a file that is not there, or that has no row with `op` and `us`."""
-    if not path.is_file():
-        raise ConfigError(
-            "rows", str(path), "no such file", "a JSON object per line, with op, shape and us", {}
-        )
-    rows = [row for line in path.read_text().splitlines() if line.strip() for row in [json.loads(line)]]
-    if not any("us" in row for row in rows):
-        raise ConfigError(
-            "rows", str(path), "it has no measured op", "rows with op, shape, us, flops and bytes", {}
-        )
+    """Raises: ConfigError: for a file that is not there or not of such lines, or that measures no op."""
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError("rows", str(path), f"cannot be read ({error})", LEGAL, {}) from error
+    for row in rows:
+        if not isinstance(row, dict) or ("us" in row and not _is_measured(row)):
+            raise ConfigError("rows", str(path), f"not a measured op: {json.dumps(row)}", LEGAL, {})
     return rows
 
 
+def _is_measured(row: Row) -> bool:
+    shape, op = row.get("shape"), row.get("op")
+    counts = [row["us"], row.get("flops"), row.get("bytes"), *(shape if isinstance(shape, list) else [None])]
+    return isinstance(op, str) and all(
+        isinstance(count, int | float) and 0 <= count < math.inf for count in counts
+    )
+
+
 def of_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A cluster's content: the base's, with what these rows measure of the card."""
+    """A cluster's content: the base's, with what these rows measure of the card.
+
+    Raises:
+        ConfigError: where they measure nothing of it.
+    """
     rows = list(rows)
     timed = [row for row in rows if "us" in row and row["us"] > 0]
     card = next((row for row in rows if "card" in row), {})
     found = _rates(timed, base) | _bandwidths(timed, base)
+    if not found:
+        why = "it measures neither matmuls, attention, memory nor launches"
+        raise ConfigError("rows", len(rows), why, LEGAL, {})
     if memory := card.get("memory_bytes"):
         found["memory_gb"] = memory / 1e9
     source = f"tpresearch.calibrate on {card.get('card', 'a GPU')}, torch {_first(rows, 'torch')}"
@@ -60,8 +77,8 @@ def _rates(timed: list[Row], base: Mapping[str, Any]) -> dict[str, Any]:
     for way, rates_at in by_length.items():
         table = base["numbers"][f"attention_tflops_{way}"]["value"]
         stated = dict(zip(LENGTHS[-len(table) :], table, strict=True))
-        factor = median(rate / 1e12 / stated[length] for length, rate in rates_at if length in stated)
-        found[f"attention_tflops_{way}"] = [factor * rate for rate in table]
+        if factors := [rate / 1e12 / stated[length] for length, rate in rates_at if length in stated]:
+            found[f"attention_tflops_{way}"] = [median(factors) * rate for rate in table]
     return found
 
 
@@ -69,7 +86,7 @@ def _attention(timed: list[Row]) -> dict[str, list[tuple[int, float]]]:
     """(length, FLOP/s) of the fastest kernel of each shape, forward and backward."""
     fastest: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = {}
     for row in timed:
-        if row["op"].startswith("attention") and row["shape"][3] in LENGTHS:
+        if row["op"].startswith("attention") and len(row["shape"]) > 3 and row["shape"][3] in LENGTHS:
             way = "both" if "backward" in row["op"] else "forward"
             key = way, tuple(row["shape"])
             fastest[key] = min(fastest.get(key, (float("inf"), 0.0)), (row["us"] / 1e6, row["flops"]))
@@ -77,7 +94,8 @@ def _attention(timed: list[Row]) -> dict[str, list[tuple[int, float]]]:
     for (way, shape), (seconds, flops) in fastest.items():
         if way == "forward":
             found.setdefault("forward", []).append((shape[3], flops / seconds))
-            if both := fastest.get(("both", shape)):
+            both = fastest.get(("both", shape), (0.0, 0.0))
+            if both[0] > seconds:
                 found.setdefault("backward", []).append((shape[3], (both[1] - flops) / (both[0] - seconds)))
     return found
 

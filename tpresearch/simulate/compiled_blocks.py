@@ -19,12 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Checkpointing, Config
-from tpresearch.config.world import World
 from tpresearch.parallel.apply import parallelize, wrap_forward
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import materialize
-from tpresearch.simulate.fake_step import FAKE
+from tpresearch.simulate.fake_ranks import FAKE, rank_0_of
 from tpresearch.train.preflight import planned
 
 ROWS = 2
@@ -41,8 +38,7 @@ def kept_per_row(cfg: Config, sizes: MeshSizes) -> float:
         cfg.parallel, compile=False, async_tp=False, activation_checkpointing=Checkpointing.none
     )
     model, plan = planned(cfg, sizes)
-    with process_group(FAKE, World(size=sizes.world, local_size=sizes.world)):
-        mesh = build_mesh(sizes, FAKE.type)
+    with rank_0_of(sizes) as mesh:
         model = parallelize(model, plan, eager, mesh, cfg.train.dtype)
         blocks = [model.get_submodule(name) for name in plan.blocks]
         saved = [_Saved(block, model, cfg, bool(plan.rules)) for block in blocks]

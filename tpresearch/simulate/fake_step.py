@@ -20,14 +20,11 @@ from tpresearch.config.choices import OnNonfinite
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, micro_batches
-from tpresearch.config.world import World
 from tpresearch.data.batches import Batch, meta_batch
 from tpresearch.parallel.apply import parallelize
-from tpresearch.parallel.device import Device
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.device_memory import DeviceMemory, by_moment
+from tpresearch.simulate.fake_ranks import FAKE, rank_0_of
 from tpresearch.simulate.recorder import Recorder
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.assemble import first_state
@@ -36,9 +33,6 @@ from tpresearch.train.observe import Observer, Observers
 from tpresearch.train.preflight import planned
 from tpresearch.train.state import TrainState
 from tpresearch.train.step import Setup, train_step
-
-FAKE = Device(torch.device("cpu"), "fake", "cpu")
-"""Tensors are fake ones of the CPU: a build of torch without CUDA has no autograd for others."""
 
 
 class Recording(Observer):
@@ -84,9 +78,7 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
     _forget_other_meshes(sizes)
     cfg, count = traced(cfg, sizes)
     model, plan = planned(cfg, sizes)
-    world = World(size=sizes.world, local_size=sizes.world)
-    with process_group(FAKE, world):
-        mesh = build_mesh(sizes, FAKE.type)
+    with rank_0_of(sizes) as mesh:
         model = parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialize(model, FAKE.torch, lambda _: None)

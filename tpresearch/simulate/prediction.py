@@ -157,12 +157,14 @@ def priced(
 
 
 def rows_that_fit(prediction: Prediction) -> int:
-    """Rows per micro-batch with which the step would fit, activations growing as rows do; 0 for none."""
-    held = prediction.memory_bytes
-    rows = micro_batch_size(prediction.cfg, prediction.sizes)
+    """The most rows per micro-batch that divide a rank's share of the batch and with which the step would fit, activations
+    growing as rows do; 0 for none."""
+    held, cfg, dp = prediction.memory_bytes, prediction.cfg, prediction.sizes.dp
+    rows = micro_batch_size(cfg, prediction.sizes)
     each = (held["activations"] + held["other"]) / rows
     fixed = prediction.peak_bytes - held["activations"] - held["other"]
-    return max(0, math.floor((prediction.cluster["memory_gb"] * 1e9 - fixed) / each)) if each else rows
+    spare, share = prediction.cluster["memory_gb"] * 1e9 - fixed, cfg.train.global_batch_size // dp
+    return max((n for n in range(1, rows + 1) if share % n == 0 and n * each <= spare), default=0)
 
 
 def _by_kind(seconds: Mapping[str, float]) -> dict[str, float]:
