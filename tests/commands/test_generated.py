@@ -16,8 +16,9 @@ from tpresearch.verify.ranks import Ranks
 pytestmark = pytest.mark.cli
 
 EVERY_DAY, BLOCK, BLOCKS = 12, 200, 10
-MENDED = (1066, 1090, 1091, 1170, 1180)
-"""Cases whose proposals were refused once: a prefix, an empty name, a flag, a folder of configs, an interpolation of Hydra's own."""
+MENDED = (1066, 1090, 1091, 1170, 1180, 1594)
+"""Cases whose proposals were refused once (a prefix, an empty name, a flag, a folder of configs, an interpolation of Hydra's
+own), or which ended in Hydra's traceback (a list with null)."""
 PLACE = {
     "RANK": "0",
     "LOCAL_RANK": "0",

@@ -218,7 +218,7 @@ def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world
     interrupt.begun()
     name, overrides = composition.config_name, composition.overrides
     with explaining(composition):
-        composed = app.compose_config(name, overrides, RunMode.MULTIRUN)
+        composed = hydra_app.composed(app, name, overrides, RunMode.MULTIRUN)
     try:
         with (
             explaining(composition, (HydraException, OmegaConfBaseException)),

@@ -23,6 +23,7 @@ from omegaconf.errors import (
 from tpresearch.config.errors import ConfigError, nearest, shown
 from tpresearch.launch.command import Command, WrongCommand, override_key, quoted
 from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, close, closest
+from tpresearch.launch.hydra_app import UNREADABLE
 
 TYPES = {
     "Integer": "a whole number",
@@ -63,6 +64,8 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
         return ConfigError(again[1], value, "it is chosen already", "no + before it", fix={again[1]: value})
     if message.startswith("Config group override must be a string"):
         return _not_a_name(composition)
+    if message.endswith(UNREADABLE):
+        return _unreadable_value(message.removesuffix(UNREADABLE), composition)
     cause = next((e for e in chain if isinstance(e, OmegaConfBaseException) and e.full_key), None)
     if cause is None:
         return _anything_else(message, composition)
@@ -92,6 +95,12 @@ def _unreadable(error: OverrideParseException, composition: Composition) -> Conf
     legal = f"'{key}=[a,b]' for a list, '{key}=\"text\"' for text with special characters"
     is_text = isinstance(composition.values_without(key).get(override_key(key)), str)
     return ConfigError(key, value, why, legal, fix={override_key(key): quoted(value) if is_text else None})
+
+
+def _unreadable_value(key: str, composition: Composition) -> ConfigError:
+    options = composition.groups().get(key)
+    legal = f"one of {', '.join(options)}" if options else "a value of the type that `--cfg hydra` shows"
+    return ConfigError(key, composition.typed_value(key), "Hydra does not accept this value", legal)
 
 
 def _unknown_option(error: MissingConfigException, composition: Composition) -> ConfigError:

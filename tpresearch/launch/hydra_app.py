@@ -22,17 +22,21 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobStatus, run_job
-from hydra.errors import ConfigCompositionException, SearchPathException
+from hydra.errors import ConfigCompositionException, HydraException, SearchPathException
 from hydra.main import get_args_parser
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.launch.command import override_key
 
 VERSION_BASE = "1.3"
 ONLY_SHOWN = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
 """Flags of Hydra's command line with which nothing is run, or not by us."""
+UNFORESEEN = (AssertionError, AttributeError, TypeError)
+"""What Hydra raises for a value that it did not expect."""
+UNREADABLE = " has a value that Hydra does not accept"
 
 
 def parse_command_line() -> tuple[Namespace, list[str]]:
@@ -86,7 +90,7 @@ def compose_run(app: Hydra, config_name: str, overrides: list[str]) -> DictConfi
         HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError: for a wrong file or override.
     """
     try:
-        config = app.compose_config(config_name, overrides, RunMode.RUN, with_log_configuration=True)
+        config = composed(app, config_name, overrides, RunMode.RUN)
     except ConfigCompositionException:
         # An override of several values, which a sweep may have: hydra.mode is asked for by composing without them.
         several = any(set(",(") & set(word) for word in overrides)
@@ -97,6 +101,30 @@ def compose_run(app: Hydra, config_name: str, overrides: list[str]) -> DictConfi
         return None
     config.hydra.mode = RunMode.RUN
     return config
+
+
+def composed(app: Hydra, config_name: str, overrides: list[str], mode: RunMode) -> DictConfig:
+    """The config, Hydra's own settings included.
+
+    Raises:
+        HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError: for a wrong file or override. What Hydra did not
+            foresee (such as hydra.verbose=null, or model=[null]) is a HydraException too, naming the override.
+    """
+
+    def compose(words: list[str]) -> DictConfig:
+        return app.compose_config(config_name, words, mode, with_log_configuration=True)
+
+    try:
+        return compose(overrides)
+    except UNFORESEEN as error:
+        for end, word in enumerate(overrides, 1):
+            try:
+                compose(overrides[:end])
+            except UNFORESEEN:
+                raise HydraException(f"{override_key(word)}{UNREADABLE}") from error
+            except Exception:  # for want of the later ones
+                continue
+        raise
 
 
 def run(app: Hydra, config: DictConfig, config_name: str, job: Callable[[], None]) -> None:
