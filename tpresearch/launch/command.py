@@ -124,7 +124,7 @@ def _what_stands(command: Command, objection: Objection) -> Command:
     flags = tuple(word for word in command.arguments if not _is_override(word))
 
     def of(*words: str) -> Command:
-        return _started_right(dataclasses.replace(command, arguments=(*words, *flags)), objection)
+        return _completed(dataclasses.replace(command, arguments=(*words, *flags)), objection)
 
     def kept(words: tuple[str, ...], before: tuple[str, ...] = ()) -> tuple[str, ...]:
         if not words or objection(of(*before, *words)) is None:
@@ -139,10 +139,15 @@ def _what_stands(command: Command, objection: Objection) -> Command:
     return of(*kept(tuple(filter(_is_override, command.arguments))))
 
 
-def _started_right(command: Command, objection: Objection) -> Command:
-    """With another number of ranks, if only that is wrong."""
-    error = objection(command)
-    return command.mended(error) if error and error.nproc else command
+def _completed(command: Command, objection: Objection) -> Command:
+    """With another number of ranks, and what must be overridden besides, if that is all that is wrong."""
+    for _ in range(ROUNDS):
+        error = objection(command)
+        attempt = command.mended(error) if error else command
+        if attempt == command or not set(command.arguments) <= set(attempt.arguments):
+            break
+        command = attempt
+    return command
 
 
 def _is_about(word: str, key: str) -> bool:
