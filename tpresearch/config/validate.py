@@ -167,8 +167,8 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
     if cfg.profiler.name is ProfilerName.trace and last > total_steps(cfg):
         why = f"the run ends after step {total_steps(cfg)}, and step {last} would be the last profiled"
         legal = "an earlier one from 3 on, or more train.steps"
-        fix = {"profiler.first_step": None, "train.steps": last}
-        raise ConfigError("profiler.first_step", cfg.profiler.first_step, why, legal, fix=fix)
+        more: dict[str, object] = {"profiler.first_step": None, "train.steps": last}
+        raise ConfigError("profiler.first_step", cfg.profiler.first_step, why, legal, fix=more)
     if cfg.profiler.memory and cfg.profiler.name is ProfilerName.none:
         why = "the snapshot covers the profiled steps, but profiler=none"
         raise ConfigError("profiler.memory", True, why, "profiler=memory", fix={"profiler": "memory"})
