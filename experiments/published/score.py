@@ -70,8 +70,8 @@ class Scored:
 
 
 def scored(row: Row, traces: Path | None, sites: bool = True) -> Scored:
-    """Raises: ConfigError: for a row whose config is refused, or whose step_s is no number."""
-    row.number("step_s")
+    """Raises: ConfigError: for a row whose config is refused, or whose measurement is no number."""
+    _ = row.measured_s
     parts = [predicted(row, part.overrides, traces, sites) for part in row.parts()]
     shares = [part.share for part in row.parts()]
     if len(parts) == 1 or None not in shares:
@@ -164,12 +164,17 @@ def main() -> None:
     for folder in (out, traces):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for file in files for row in read(Path(file))]
+    if not rows:
+        raise ConfigError(
+            "ROWS.csv", " ".join(files), "it has no rows", "a line of names, then a row per line", {}
+        )
     found = []
     with (out / "predicted.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         names = ["id", "predicted_step_s", "low", "high", "memory_gib", "measured_step_s", "error", "refused"]
         writer.writerow(names)
-        for row in (row for file in files for row in read(Path(file))):
+        for row in rows:
             try:
                 one = scored(row, traces, sites=not options.left_out)
             except Exception as error:  # whatever a row cannot be: the others are scored all the same

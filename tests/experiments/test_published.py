@@ -7,7 +7,7 @@ from engines import CAST, as_run
 from left_out import by_the_others
 from losses import _changed
 from row import Row
-from score import Scored
+from score import Scored, scored
 from stacks import cluster_name
 
 from tpresearch.config.errors import ConfigError
@@ -155,3 +155,9 @@ def test_a_row_of_parallelism_that_is_not_here_is_refused(name: str) -> None:
     assert Row({**SMALL, name: "1"}).parts()
     with pytest.raises(ConfigError, match=f"{name}=2"):
         Row({**SMALL, name: "2"}).parts()
+
+
+@pytest.mark.parametrize("name", ["step_s", "tok_s_gpu"])
+def test_a_row_whose_measurement_is_no_number_is_refused_before_it_is_simulated(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}=fast: "):
+        scored(Row({name: "fast", "gpu": "no card"}), None)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from support.composed import config
 
 from tpresearch.config.axes import MeshSizes
+from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
+from tpresearch.config.world import World
 from tpresearch.planner import ranking
+from tpresearch.planner.__main__ import judge
 from tpresearch.planner.candidates import Candidate, families, micro_batch_rows
-from tpresearch.planner.ranking import advice, rank
+from tpresearch.planner.ranking import Ranking, advice, rank
 from tpresearch.planner.report import as_json, draw, report
 from tpresearch.simulate.cluster import Cluster, cluster_of
 from tpresearch.simulate.depth import recording
 from tpresearch.simulate.fake_step import record
+from tpresearch.simulate.judge import Judged
 from tpresearch.simulate.prediction import priced
 from tpresearch.simulate.rows import FEW, MORE, with_block, with_rows
 from tpresearch.simulate.trace import Trace
@@ -136,3 +141,29 @@ def test_it_says_when_nothing_fits() -> None:
     assert not ranked.fits
     assert advice(ranked, 2, "llama2_debug")[0].startswith("llama2_debug does not fit on 2 devices")
     assert any("weights, gradients and optimizer state alone" in one.why for one in ranked.refused)
+
+
+def test_what_no_plan_can_do_is_refused_and_what_one_can_is_not() -> None:
+    """16 rows split over 64 GPUs where tp takes at least 4; 12 and 3 GPUs take other batches and hosts."""
+    plain = yaml.safe_load(CLUSTER.read_text())
+
+    def judged(gpus: int, rows: int) -> Judged:
+        found = config("model=llama2_small", "data.seq_len=128", f"train.global_batch_size={rows}")
+        return judge(dataclasses.replace(found, gpus=gpus, cluster=plain), World())
+
+    found = judged(64, 16)
+    assert (found.sizes.world, found.cfg.train.global_batch_size) == (64, 16)
+    for gpus, rows, field in (
+        (12, 24, "gpus=12: hosts of"),
+        (3, 16, "train.global_batch_size=16: does not split over 3"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{field}"):
+            judged(gpus, rows)
+
+
+def test_of_two_that_are_as_fast_the_one_that_holds_less_is_on_the_front() -> None:
+    slow, heavy, light = (
+        SimpleNamespace(speed=speed, prediction=SimpleNamespace(peak_bytes=peak))
+        for speed, peak in ((1.0, 5), (2.0, 9), (2.0, 7))
+    )
+    assert Ranking(fits=[heavy, light, slow]).front() == [light, slow]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 
-from tpresearch.config import Config
+from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.launch import Run, entrypoint
 from tpresearch.launch.garbage import uncollected
@@ -18,18 +19,29 @@ def judge(cfg: Config, world: World) -> Judged:
     """Its plan, mesh and micro-batch are what the planner chooses; all else has to be right.
 
     Raises:
-        ConfigError: as simulate does, for one representative plan.
+        ConfigError: as simulate does, for one representative plan; for a batch that no plan can split.
     """
     from tpresearch.config.choices import DataPlan
+    from tpresearch.planner.candidates import Candidate, families
 
     parallel = dataclasses.replace(cfg.parallel, name="fsdp", tensor=None, data=DataPlan.fsdp)
     mesh = dataclasses.replace(
         cfg.mesh, **dict.fromkeys((field.name for field in dataclasses.fields(cfg.mesh)), None)
     )
     train = dataclasses.replace(cfg.train, micro_batch_size=None)
-    return judge_simulation(
-        dataclasses.replace(cfg, parallel=parallel, mesh=mesh, train=train, world_size=cfg.gpus), world
-    )
+    cfg = dataclasses.replace(cfg, parallel=parallel, mesh=mesh, train=train, world_size=cfg.gpus)
+    # Plans with tensor parallelism split the batch over fewer ranks.
+    splits = dataclasses.replace(train, global_batch_size=math.lcm(train.global_batch_size, cfg.gpus or 1))
+    try:
+        judged = judge_simulation(dataclasses.replace(cfg, train=splits), world)
+        judged = judged._replace(cfg=dataclasses.replace(judged.cfg, train=train))
+        plans = families(judged.cfg, judged.sizes.world, judged.cluster)
+        return judged if any(isinstance(one, Candidate) for one in plans) else judge_simulation(cfg, world)
+    except ConfigError as error:
+        if error.field != "world_size":
+            raise
+        fix = {"gpus": fixed} if (fixed := error.fix.get("world_size")) else {}
+        raise ConfigError("gpus", error.value, error.why, error.legal, fix) from error
 
 
 @entrypoint("planner", judge=judge)

@@ -54,7 +54,7 @@ class Ranking:
     def front(self) -> list[Judged]:
         """Those that no other beats in both memory and speed, the fastest first."""
         found: list[Judged] = []
-        for one in self.fits:
+        for one in sorted(self.fits, key=lambda one: (-one.speed, one.prediction.peak_bytes)):
             if not found or one.prediction.peak_bytes < found[-1].prediction.peak_bytes:
                 found.append(one)
         return found

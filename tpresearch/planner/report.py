@@ -91,7 +91,7 @@ def _left_out(ranking: Ranking) -> Iterator[str]:
             card = one.prediction.cluster["memory_gb"]
             yield f"    {_gb(one):.0f} of {card:.0f} GB  {one.candidate.words}"
     if ranking.refused:
-        yield f"  {len(ranking.refused)} are not legal:"
+        yield f"  {len(ranking.refused)} were not simulated:"
         for why, count in Counter(one.why for one in ranking.refused).most_common(5):
             example = next(one.words for one in ranking.refused if one.why == why)
             yield f"    {count} x {why} ({example})"
