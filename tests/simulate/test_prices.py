@@ -154,6 +154,14 @@ def test_where_the_ranks_of_an_axis_are() -> None:
     assert route("dp_replicate", sizes, cluster()) == Route(2, 1)
 
 
+@pytest.mark.parametrize(
+    ("tp", "ranks", "per_host"), [(3, 24, 1), (3, 6, 3), (6, 24, 2), (12, 24, 4), (16, 32, 8)]
+)
+def test_the_group_that_hosts_of_eight_split_most_stands_for_all(tp: int, ranks: int, per_host: int) -> None:
+    """Of every three neighbours, some are two on one host and one on the next."""
+    assert route("tp", MeshSizes(dp_shard=ranks // tp, tp=tp), cluster()) == Route(tp, per_host)
+
+
 GATHER = Event("dp_shard", "forward", "fsdp", "all_gather", 0, 8)
 
 

@@ -42,12 +42,19 @@ class Route:
 
 
 def route(axis: str, sizes: MeshSizes, cluster: Cluster) -> Route:
-    """Where the ranks along an axis are: the last axis has neighbours, each other one strides over those after it."""
+    """Where the ranks along an axis are: the last axis has neighbours, each other one strides over those after it.
+
+    Of groups that do not fit hosts evenly, such as every three neighbours on hosts of eight, it is the one that is split
+    most, since all others wait for it.
+    """
     if axis not in sizes:
         return Route(sizes.world, min(sizes.world, cluster.devices_per_host))
     names = [a.name for a in AXES]
     stride = math.prod(sizes[name] for name in names[names.index(axis) + 1 :])
-    return Route(sizes[axis], max(1, min(sizes[axis], cluster.devices_per_host // stride)))
+    devices, span = cluster.devices_per_host, stride * sizes[axis]
+    if sizes.world > devices and span % devices and devices % span:
+        devices = math.gcd(span, devices)
+    return Route(sizes[axis], max(1, min(sizes[axis], devices // stride)))
 
 
 def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Cluster) -> float:
