@@ -17,7 +17,7 @@ def test_optuna_is_told_the_objective_of_each_trial(train, small: list[str], tmp
     typed += ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
     typed += ["hydra.sweeper.sampler.seed=1", "hydra.launcher.objective=val/loss"]
     searched = "optimizer.lr=tag(log, interval(1e-4, 1e-1))"
-    done = train(None, tmp_path, "-m", *typed, searched, cold_jobs=True)
+    done = train(None, tmp_path, "-m", *typed, searched)
     assert done.code == 0, done.out + done.err
     trials = [json.loads((tmp_path / f"sweep/{n}/summary.json").read_text()) for n in range(2)]
     losses = [trial["val/loss"] for trial in trials]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 from support import composed
@@ -85,10 +87,18 @@ def test_the_config_is_kept_resolved(run_2d: Trained, small: list[str]) -> None:
     qkv = {"match": "layers.*.attention.w[qkv]", "style": "colwise", "units": ["n_heads", "n_kv_heads"]}
     assert qkv.items() <= config["model"]["plans"]["sp"]["qkv"].items()
     assert config["train"]["steps"] == 3
-    # Of a new process, where Hydra has composed it as it does without support/parsed_once.py.
     assert config == as_dict(composed.config(*small, "parallel=fsdp_tp", small=False))
     assert "${" not in (run_2d.folder / "config.yaml").read_text()
     assert "parallel=fsdp_tp" in yaml.safe_load((run_2d.folder / ".hydra/overrides.yaml").read_text())
+
+
+def test_a_new_process_composes_what_warm_ones_do(train, small: list[str], tmp_path: Path) -> None:
+    """There Hydra finds out again what support/parsed_once.py keeps: every node, its own included, before any is resolved."""
+    words = [*small, "experiment=seed_2d", "parallel=hsdp_tp", "optimizer=sgd", "train.steps=7", "--cfg=all"]
+    warm, new = (train(None, tmp_path, *words, cold=cold) for cold in (False, True))
+    assert (warm.code, warm.out) == (0, new.out)
+    assert new.out.count("\n") > 400
+    assert "${" in new.out
 
 
 def test_the_ledger_sums_to_what_the_metrics_say(run_2d: Trained) -> None:

@@ -6,8 +6,11 @@ import csv
 from pathlib import Path
 
 import pytest
-from support.commands import Done
+from support.commands import Done, environment, execute_warm
+from support.launches import PROGRAM
 from support.trainings import Trained
+
+from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
 
@@ -17,6 +20,16 @@ def test_a_sweep_that_is_refused_leaves_nothing(train, tmp_path: Path) -> None:
     assert done.code == 2
     assert done.refusal.startswith("error: parallel=tp,tpp: there is no tpp; ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_is_a_new_process(ranks: Ranks, tmp_path: Path) -> None:
+    """In other tests, jobs that come to their end are forks of a warm one."""
+    typed = [str(PROGRAM), "-m", "name=a", "parallel=none", "hydra.sweep.dir=sweep"]
+    done = execute_warm(ranks, None, typed, tmp_path, environment(tmp_path), cold_jobs=True)
+    assert done.code == 0, done.err
+    assert "job 0 completed after " in done.out
+    said = (tmp_path / "sweep/0/console.log").read_text()
+    assert f"folder {tmp_path}/sweep/0 .hydra rank 0 of 1 ['name=a', 'parallel=none'," in said
 
 
 # With so great a learning rate the second step's loss is not a number, which stops the run.

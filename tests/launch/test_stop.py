@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from support.commands import TORCHRUN, environment, installed, on_path
 from support.launches import PROGRAM
+from support.marks import exhaustive
 from support.processes import ended, forked, marked, runs, wait_for
 from support.trainings import TINY, TRAIN
 from torch.distributed import run as torchrun
@@ -217,7 +218,7 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.cli
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, "preempted"), (signal.SIGINT, "interrupted")]
+    ("number", "status"), [exhaustive(signal.SIGTERM, "preempted"), (signal.SIGINT, "interrupted")]
 )
 def test_a_torchrun_that_is_stopped_ends_in_a_result_and_a_line(
     tmp_path: Path, number: signal.Signals, status: str

@@ -237,7 +237,7 @@ MESHES = {
     "hsdp_tp 2x2x2": (8, "parallel=hsdp_tp"),
 }
 """Ranks and overrides. The vocabulary of 263 is uneven on all of them; tp cuts wo and w2 along dim 1, within a tile."""
-MODEL = "model=llama2_debug tokenizer.vocab_size=263 model.dim=576 model.ffn_dim=1200 model.n_heads=8 model.n_kv_heads=8"
+MODEL = "model=llama2_debug tokenizer.vocab_size=263 model.dim=576 model.ffn_dim=1200 model.n_heads=8 model.n_kv_heads=8 model.n_layers=1"
 
 
 def part(full: Tensor, dim: int, parts: int, index: int) -> Tensor:

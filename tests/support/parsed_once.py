@@ -1,6 +1,6 @@
 """What Hydra finds out again for each config that it composes is kept in these processes: two fifths of what that takes.
 
-What is composed is the same: tests/commands/test_run_files.py holds it to what a process without this has composed.
+What is composed is the same: tests/commands/test_run_files.py holds it to a process without this.
 """
 
 from __future__ import annotations
