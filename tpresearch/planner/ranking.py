@@ -229,7 +229,7 @@ def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
     plain, tensor = ranking.best(tensor=False), ranking.best(tensor=True)
     if plain is None:
         return [
-            f"tensor parallelism is needed: without it {name} does not fit on {gpus} devices with this batch"
+            f"tensor parallelism is needed: no plan without it takes this batch and fits on {gpus} devices"
         ]
     if tensor is None:
         return ["tensor parallelism is not an option here: no legal plan with it fits"]
