@@ -97,8 +97,8 @@ def test_norms_keep_on_a_device_what_one_kernel_keeps() -> None:
 
 @pytest.mark.parametrize("plan", ["fsdp_tp", "hsdp"])
 def test_a_deep_model_is_told_from_shallow_ones(plan: str) -> None:
-    """Seven blocks from two and three: bytes sent are exact, and so is what is counted per kind of op."""
-    cfg = at_depth(config("model=llama2_debug", f"parallel={plan}", "train.micro_batch_size=1"), 7)
+    """Five blocks from two and three: bytes sent are exact, and so is what is counted per kind of op."""
+    cfg = at_depth(config("model=llama2_debug", f"parallel={plan}", "train.micro_batch_size=1"), 5)
     sizes = validate(cfg, 4)
     told = recording(cfg, sizes, record)
     whole = record(cfg, sizes)

@@ -175,10 +175,10 @@ def steps(world: World, cfgs: list[Config]) -> list[tuple[list[tuple[float, floa
         ("none", 1, "toy_mlp"),
         ("tp", 2, "toy_mlp"),
         ("sp", 2, "llama2_debug"),
-        ("fsdp_tp", 4, "llama2_debug"),
+        ("fsdp_tp", 4, "toy_mlp"),
         exhaustive("none", 1, "llama2_debug"),
         exhaustive("tp", 2, "llama2_debug"),
-        exhaustive("fsdp_tp", 4, "toy_mlp"),
+        exhaustive("fsdp_tp", 4, "llama2_debug"),
     ],
 )
 def test_training_and_evaluation_are_the_plain_ones(ranks: Ranks, plan: str, size: int, model: str) -> None:
