@@ -116,6 +116,13 @@ def test_all_that_is_legal_is_a_candidate() -> None:
     assert micro_batch_rows(next(one for one in found if isinstance(one, Candidate))) == [1, 2, 4]
 
 
+def test_replicas_of_many_hosts_are_candidates_where_there_are_many_more() -> None:
+    cfg = config("model=llama2_debug", "train.global_batch_size=1024")
+    found = [one for one in families(cfg, 1024, cluster()) if isinstance(one, Candidate)]
+    meshes = {(one.sizes.tp, one.sizes["dp_shard"]) for one in found if one.sizes["dp_replicate"] > 1}
+    assert {(1, 8), (1, 64), (1, 512), (2, 4), (2, 32), (2, 256)} <= meshes
+
+
 def test_candidates_are_ranked_with_reasons(tmp_path) -> None:
     cfg = config("model=llama2_debug", "train.global_batch_size=2")
     ranked = rank(cfg, 2, cluster(), workers=2)

@@ -24,6 +24,9 @@ PLANS: dict[str, tuple[TensorPlan | None, DataPlan]] = {
 }
 """Options of conf/parallel; `tp` moves the same bytes as `sp` and holds more, so that it never wins."""
 
+HOSTS = 8
+"""Times as many hosts that the next larger replica of a model has."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -60,7 +63,7 @@ def families(cfg: Config, gpus: int, cluster: Cluster) -> Iterator[Candidate | R
     """Every plan, mesh and checkpointing, each with one row per micro-batch.
 
     Tensor parallelism stays within a host, as Megatron-LM found that it should (arXiv 2104.04473, section 3.2); replicas are
-    whole hosts.
+    of one host, 8, 64 and so on.
     """
     for name, (tensor, data) in PLANS.items():
         for mesh in _meshes(name, tensor, data, gpus, cluster):
@@ -86,12 +89,15 @@ def _meshes(
         if rest or (data is DataPlan.none) != (ranks == 1):
             continue
         mesh = MeshConfig(tp=tp if tensor else None)
-        if data is DataPlan.hsdp:
-            shards = max(1, cluster.devices_per_host // tp)
-            if shards < 2 or ranks // shards < 2 or ranks % shards:
-                continue
-            mesh = dataclasses.replace(mesh, **{SHARD.name: shards, REPLICATE.name: ranks // shards})
-        yield mesh
+        if data is not DataPlan.hsdp:
+            yield mesh
+            continue
+        shards = max(1, cluster.devices_per_host // tp)
+        while 2 * shards <= ranks:
+            if shards > 1 and ranks % shards == 0:
+                sizes = {SHARD.name: shards, REPLICATE.name: ranks // shards}
+                yield dataclasses.replace(mesh, **sizes)
+            shards *= HOSTS
 
 
 def _judged(
