@@ -15,7 +15,7 @@ from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
 
-EVERY_DAY, BLOCK, BLOCKS = 12, 200, 10
+EVERY_DAY, FEW, BLOCK, BLOCKS = 8, 24, 200, 10
 MENDED = (1066, 1090, 1091, 1170, 1180, 1594, 2068)
 """Cases whose proposals were refused once (a prefix, an empty name, a flag, a folder of configs, an interpolation of Hydra's
 own), or which ended in Hydra's traceback (a list with null)."""
@@ -46,7 +46,7 @@ def left(folder: Path) -> list[Path]:
     [
         (0, EVERY_DAY),
         *((n, 1) for n in MENDED),
-        exhaustive(EVERY_DAY, EVERY_DAY),
+        exhaustive(EVERY_DAY, FEW - EVERY_DAY),
         *(exhaustive(1000 + nth * BLOCK, BLOCK) for nth in range(BLOCKS)),
     ],
 )

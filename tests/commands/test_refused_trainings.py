@@ -14,9 +14,6 @@ pytestmark = pytest.mark.cli
 # As one rank of so many, what is typed after the small config, and how the line begins.
 PLAN = "plan_only=true world_size=4"
 REFUSED = [
-    (1, "paralel=tp", "paralel=tp: no such config group or key; nearest is parallel"),
-    (1, "parallel=fsdp_tq", "parallel=fsdp_tq: no such option; one of fsdp_tp, "),
-    (1, "+train.stepz=3", "train.stepz=3: no such key; nearest is train.steps"),
     # The mesh and the world.
     (
         8,
