@@ -35,8 +35,8 @@ ROWS = {"llama2_tiny": 8, "llama2_small": 4}
 PLANS = {1: ("none",), 2: ("ddp", "fsdp", "tp", "sp"), 4: ("ddp", "fsdp", "hsdp", "tp", "sp", "fsdp_tp")}
 """By ranks: every plan that they can be arranged for."""
 CASES = [(model, plan, ranks) for model in ROWS for ranks, plans in PLANS.items() for plan in plans]
-WARM_UP, STEPS = 2, 4
-"""The first steps bring memory and libraries in; of the others the median counts."""
+STEPS = {"llama2_tiny": (5, 15), "llama2_small": (2, 4)}
+"""The first steps, which allocate memory and load libraries, and those after them, whose median counts."""
 
 
 def main() -> None:
@@ -84,11 +84,11 @@ def trained(world: World, cfg: Config) -> list[float]:
     times = []
     with process_group(job.device, world):
         loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, prepare(cfg.data, cfg.tokenizer))
-        for _ in range(WARM_UP + STEPS):
+        for _ in range(sum(STEPS[cfg.model.name])):
             before = time.perf_counter()
             loop.step()
             times.append(time.perf_counter() - before)
-    return times[WARM_UP:]
+    return times[STEPS[cfg.model.name][0] :]
 
 
 def order(found: list[tuple]) -> str:

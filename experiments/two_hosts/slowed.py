@@ -34,7 +34,7 @@ from tpresearch.simulate.prediction import predict  # noqa: E402
 RATES = {"100mbit": 100e6, "1gbit": 1e9}
 PAYLOAD = 1448 / 1514
 """Share of a frame that is not headers: the bucket counts frames."""
-STEPS = 4
+STEPS, WARM_UP = 12, 4
 COLUMNS = ("link", "parallel", "predicted_s", "measured_s", "error")
 PLANS = ("fsdp_tp", "fsdp", "hsdp", "tp")
 COMMON = (
@@ -97,11 +97,11 @@ def limit(hosts: TwoHosts, rate: str) -> None:
 
 
 def measured_s(hosts: TwoHosts, plan: str, folder: Path) -> float:
-    """The median step after the first."""
+    """The median step after the first ones, which are up to twice as slow."""
     words = [*COMMON, f"parallel={plan}", *NOT_SIMULATED, f"hydra.run.dir={folder}"]
     hosts.torchrun([str(ROOT / "train.py"), *words], folder.with_suffix(".logs"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return median(row["perf/step_time_s"] for row in rows[1:] if row.get("perf/step_time_s"))
+    return median(row["perf/step_time_s"] for row in rows[WARM_UP:] if row.get("perf/step_time_s"))
 
 
 def row(rate: str, plan: str, predicted: float, measured: float) -> dict[str, Any]:

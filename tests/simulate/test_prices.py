@@ -147,6 +147,14 @@ def test_small_messages_cost_latency_that_grows_with_the_ring() -> None:
     assert collective_s("all_gather", 10**9, Route(8, 8), slow) == pytest.approx(5e-6 + 70e-6 + 8.75e-3)
 
 
+@pytest.mark.parametrize(("ranks", "seconds"), [(2, 5e-6), (4, 15e-6)])
+def test_more_ranks_than_cores_wait_for_one_in_each_collective(ranks: int, seconds: float) -> None:
+    """Whatever is sent, and once, not at each step of a ring."""
+    here = dataclasses.replace(cluster(intra_step_us=10.0, collective_us=5.0), shared_cores=2)
+    for collective in ("all_reduce", "all_gather", "reduce_scatter"):
+        assert collective_s(collective, 0, Route(ranks, ranks), here) == pytest.approx(seconds)
+
+
 def test_where_the_ranks_of_an_axis_are() -> None:
     sizes = MeshSizes(dp_replicate=2, dp_shard=4, tp=4)
     assert route("tp", sizes, cluster()) == Route(4, 4)

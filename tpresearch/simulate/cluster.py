@@ -70,7 +70,10 @@ NUMBERS = {
         "host time per collective of a sharding rule, with DTensor's dispatch of the ops around it",
     ),
     "intra_gb_s": (ABOVE, "bus bandwidth of a collective over all devices of a host, per device"),
-    "intra_step_us": (NONE_TOO, "time per step of a ring within a host"),
+    "intra_step_us": (
+        NONE_TOO,
+        "time per step of a ring within a host; on a CPU, what a collective of more ranks than cores takes longer",
+    ),
     "inter_gb_s": (ABOVE, "bandwidth between hosts, per device"),
     "inter_efficiency": (SHARE_OF_PEAK, "share of it that a collective reaches"),
     "inter_step_us": (NONE_TOO, "time per step of a ring that leaves a host"),

@@ -70,13 +70,16 @@ def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Clus
     # gloo's reduce-scatter is an all-reduce of which each rank keeps its part (torch's ProcessGroupGloo.cpp)
     twice = ("all_reduce", "reduce_scatter") if cluster.is_host else ("all_reduce",)
     rounds = 2 if collective in twice else 1
+    moved = rounds * tensor_bytes * (n - 1) / n
+    if cluster.shared_cores is not None:  # each rank that is woken waits for a core, whatever is sent
+        waits_us = cluster["intra_step_us"] if where.per_host > cluster.shared_cores else 0.0
+        return (cluster["collective_us"] + waits_us) * 1e-6 + moved / bandwidth
     inside_step, outside_step = cluster["intra_step_us"] * 1e-6, cluster["inter_step_us"] * 1e-6
     ring = rounds * ((n - 1 - max(outside - 1, 0)) * inside_step + max(outside - 1, 0) * outside_step)
     steps = [ring]
     if collective == "all_reduce" and outside:
         inside = 2 * (where.per_host - 1) * inside_step
         steps.append(inside + 2 * math.log2(outside) * outside_step)
-    moved = rounds * tensor_bytes * (n - 1) / n
     fastest = min(
         latency * protocol.step + moved / (bandwidth * protocol.bandwidth)
         for latency in steps
