@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +13,10 @@ from support.checkpointed import Went, calls, equal, go, on_disk
 from support.composed import config
 from support.marks import exhaustive
 from support.nets import Buffered, Frozen, Tied, Unused, model
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
 
 from tpresearch.checkpoint.disk import BrokenCheckpoint, folder_of, read_checkpoint
-from tpresearch.checkpoint.load import check_first_weights_of, read_tensors, tensors_of
+from tpresearch.checkpoint.load import _OnlyTensors, check_first_weights_of, read_tensors, tensors_of
 from tpresearch.checkpoint.save import check_finite
 from tpresearch.config import Config
 from tpresearch.config.world import World
@@ -139,3 +143,25 @@ def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
         (saved.folder / ".metadata").write_bytes(calls(module, name, "1"))
         with pytest.raises(BrokenCheckpoint, match=f"has {module}.{name} in it, which is nothing of a tens"):
             tensors_of(saved)
+
+
+class _ByGetattr:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle an enum's member."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.of = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.of
+
+
+def test_an_enums_member_is_read_however_python_pickled_it() -> None:
+    def read(owner: object, name: str) -> Any:
+        return _OnlyTensors(io.BytesIO(pickle.dumps(_ByGetattr(owner, name)))).load()
+
+    assert (
+        read(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT") is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    )
+    for owner, name in ((_MEM_FORMAT_ENCODING, "mro"), (TensorStorageMetadata, "__init__")):
+        with pytest.raises(BrokenCheckpoint, match=r"builtins\.getattr of"):
+            read(owner, name)

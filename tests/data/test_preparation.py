@@ -49,7 +49,7 @@ def start_rank(path: str, cache: Path, patch: str = "") -> subprocess.Popen[str]
 
 def done(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The stages that this process went through since the log was cleared."""
-    names = {"learning": "learn", "tokenizing": "tokenize", "packing": "pack"}
+    names = {"training": "learn", "tokenizing": "tokenize", "packing": "pack"}
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith(tuple(names))]
     return [names[line.split(":")[0].split()[0]] for line in lines]
 
@@ -74,7 +74,7 @@ def test_four_ranks_at_once_prepare_once(data: DataConfig, tmp_path: Path) -> No
     said = [rank.communicate(timeout=1500) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * 4, said
     assert len({out for out, _ in said}) == 1
-    for stage in ("learning", "tokenizing", "packing"):
+    for stage in ("training", "tokenizing", "packing"):
         assert sum(stage in line for _, log in said for line in log.splitlines()) == 1
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["rows", "tokenizers", "tokens"]
 
