@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import override_key
+from tpresearch.launch.composition import COMPOSITION_ERRORS
 
 VERSION_BASE = "1.3"
 ONLY_SHOWN = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
@@ -122,7 +123,7 @@ def composed(app: Hydra, config_name: str, overrides: list[str], mode: RunMode) 
                 compose(overrides[:end])
             except UNFORESEEN:
                 raise HydraException(f"{override_key(word)}{UNREADABLE}") from error
-            except Exception:  # for want of the later ones
+            except COMPOSITION_ERRORS:  # for want of the later ones
                 continue
         raise
 
