@@ -1,7 +1,7 @@
 """A hand-written training loop for one model on one mesh, without the framework.
 
-Only the model class and the batches are the framework's. Each of `none`, `ddp`, `fsdp`, `tp`, `sp` and `fsdp_tp` is
-what torch's tutorials do for that plan, with the same optimizer, schedule, clipping and loss as the config.
+Only the model class and the batches are the framework's. Each plan is what torch's tutorials do for it, with the
+same optimizer, schedule, clipping and loss as the config.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ SP = {
 
 def bare_loop(
     plan: str,
-    dp: int,
+    replicas: int,
+    shards: int,
     tp: int,
     model_args: dict,
     weights: list[Tensor] | None,
@@ -79,13 +80,14 @@ def bare_loop(
     """
     with torch.device("meta"):
         model = Llama2(**model_args)
-    mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
-    if plan in ("tp", "sp", "fsdp_tp"):
+    mesh = init_device_mesh("cpu", (replicas, shards, tp), mesh_dim_names=("replicate", "shard", "tp"))
+    if tp > 1:
         parallelize_module(model, mesh["tp"], TP if plan == "tp" else SP)
-    if plan in ("fsdp", "fsdp_tp"):
+    if shards > 1:
+        data = mesh["replicate", "shard"] if replicas > 1 else mesh["shard"]
         for layer in model.layers:
-            fully_shard(layer, mesh=mesh["dp"])
-        fully_shard(model, mesh=mesh["dp"])
+            fully_shard(layer, mesh=data)
+        fully_shard(model, mesh=data)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
@@ -108,7 +110,7 @@ def bare_loop(
     forward = nn.parallel.DistributedDataParallel(model) if plan == "ddp" else model
     for step in range(steps):
         inputs, targets = batch(step)
-        if plan in ("tp", "sp", "fsdp_tp"):
+        if tp > 1:
             with loss_parallel():
                 loss = F.cross_entropy(forward(inputs).flatten(0, 1), targets.flatten())
                 loss.backward()

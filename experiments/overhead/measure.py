@@ -68,7 +68,8 @@ def main(job: Preflight, run: Run) -> None:
         weights = [local_shard(p.detach())[0].clone() for p in model.parameters()]
         bare = bare_loop(
             cfg.parallel.name,
-            sizes.dp,
+            sizes["dp_replicate"],
+            sizes["dp_shard"],
             sizes.tp,
             cfg.model.args,
             weights,
