@@ -42,14 +42,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported stays: no later collection goes through it."""
+    """What has been imported stays: no later collection goes through it. Whichever test is the first to fork, the server
+    is this one: modules that set another list are imported by now."""
+    _CONTEXT.set_forkserver_preload([*PRELOADED, "tpresearch.verify.warm"])
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Ranks:
-    _CONTEXT.set_forkserver_preload([*PRELOADED, "tpresearch.verify.warm"])
     ranks = Ranks()
     ranks.start()  # before a test changes the environment, which ranks have from the server
     return ranks

@@ -27,6 +27,7 @@ from tpresearch.simulate.judge import Judged
 from tpresearch.simulate.prediction import priced
 from tpresearch.simulate.rows import FEW, MORE, with_block, with_rows
 from tpresearch.simulate.trace import Trace
+from tpresearch.verify.ranks import Ranks
 
 CLUSTER = Path(__file__).parents[2] / "conf" / "cluster" / "h100_dgx.yaml"
 
@@ -123,7 +124,8 @@ def test_replicas_of_many_hosts_are_candidates_where_there_are_many_more() -> No
     assert {(1, 8), (1, 64), (1, 512), (2, 4), (2, 32), (2, 256)} <= meshes
 
 
-def test_candidates_are_ranked_with_reasons(tmp_path) -> None:
+def test_candidates_are_ranked_with_reasons(ranks: Ranks, tmp_path) -> None:
+    """Its workers are forks of the ranks' server, which is there."""
     cfg = config("model=llama2_debug", "train.global_batch_size=2")
     ranked = rank(cfg, 2, cluster(), workers=2)
     speeds = [one.speed for one in ranked.fits]
