@@ -54,7 +54,7 @@ def main(job: Preflight, run: Run) -> None:
     if run.world.rank == 0:
         write_config(run.folder, as_dict(cfg))
         if cfg.tokenizer.kind is TokenizerKind.hf:
-            keep_tokenizer(load_hf(str(cfg.tokenizer.path)), cfg.tokenizer, run.folder)
+            keep_tokenizer(load_hf(cfg.tokenizer.path), cfg.tokenizer, run.folder)
         print(f"{folder_of(run.folder, 0)}: {job.parameters:,} parameters of {cfg.init_from}")
 
 

@@ -32,14 +32,14 @@ def report(corpus: PackedCorpus) -> str:
     """What was prepared: a table of both splits, and what identifies it."""
     meta = corpus.meta
     lines = [f"{'':12}{'documents':>12}{'tokens':>16}{'rows':>12}{'bytes/token':>14}"]
-    for part in ("train", "held_out"):
+    for part, rows in {"train": corpus.train, "held_out": corpus.held_out}.items():
         counts = meta[part]
         ratio = counts["bytes"] / counts["tokens"] if counts["tokens"] else math.nan
         lines.append(
-            f"{part:12}{counts['documents']:>12,}{counts['tokens']:>16,}{counts['rows']:>12,}{ratio:>14.2f}"
+            f"{part:12}{counts['documents']:>12,}{counts['tokens']:>16,}{len(rows):>12,}{ratio:>14.2f}"
         )
     facts = {
-        "row": f"{meta['seq_len']} + 1 tokens, {meta['dtype']}, of {corpus.vocab_size:,}",
+        "row": f"{corpus.train.shape[1] - 1} + 1 tokens, {meta['dtype']}, of {corpus.vocab_size:,}",
         "entropy": f"{corpus.unigram_entropy:.3f} nats per held-out token, from token frequencies alone",
         "corpus": f"{corpus.corpus_hash} (losses compare only between equal ones)",
         "tokenizer": corpus.tokenizer_hash,

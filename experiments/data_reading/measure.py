@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from tpresearch.data.batches import Batches
-from tpresearch.data.rows import read_rows, write_rows
+from tpresearch.data.rows import read_rows
 from tpresearch.models.llama2 import Llama2
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -60,8 +60,8 @@ def step_s(rows: int, seq_len: int) -> float:
 
 def measure(folder: Path, rows: int, seq_len: int) -> dict[str, object]:
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, CORPUS_TOKENS, dtype=np.uint16)
-    write_rows(folder / f"{seq_len}-{rows}", tokens, seq_len + 1)
-    packed = read_rows(folder / f"{seq_len}-{rows}")
+    tokens.tofile(folder / f"{seq_len}-{rows}")
+    packed = read_rows(folder / f"{seq_len}-{rows}", tokens.dtype.name, seq_len + 1)
     batches = Batches(packed, rows, seed=0)
     started = time.perf_counter()
     batches.rows_of(0)

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data.pipeline import prepare
-from tpresearch.data.rows import check_enough_rows, read_rows, token_dtype, unigram_entropy, write_rows
+from tpresearch.data.rows import check_enough_rows, read_rows, token_dtype, unigram_entropy
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 def test_rows_come_back_as_they_were_and_the_rest_is_dropped(tmp_path: Path, dtype: type) -> None:
     tokens = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, 5003 * 7 + 3).astype(dtype)
-    assert write_rows(tmp_path / "train.npy", tokens, 7) == 5003
-    rows = read_rows(tmp_path / "train.npy")
+    tokens.tofile(tmp_path / "train.bin")
+    rows = read_rows(tmp_path / "train.bin", tokens.dtype.name, 7)
     assert rows.dtype == dtype
     assert rows.shape == (5003, 7)
     np.testing.assert_array_equal(rows.ravel(), tokens[: 5003 * 7])
@@ -28,8 +28,9 @@ def test_rows_come_back_as_they_were_and_the_rest_is_dropped(tmp_path: Path, dty
 
 
 def test_no_rows_are_rows_too(tmp_path: Path) -> None:
-    assert write_rows(tmp_path / "train.npy", np.arange(6, dtype=np.uint16), 7) == 0
-    assert read_rows(tmp_path / "train.npy").shape == (0, 7)
+    for tokens in ([], range(6)):
+        np.array(tokens, np.uint16).tofile(tmp_path / "train.bin")
+        assert read_rows(tmp_path / "train.bin", "uint16", 7).shape == (0, 7)
 
 
 def test_two_bytes_reach_as_far_as_they_can() -> None:

@@ -49,7 +49,7 @@ def start_rank(path: str, cache: Path, patch: str = "") -> subprocess.Popen[str]
 
 def done(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The stages that this process went through since the log was cleared."""
-    names = {"training": "learn", "tokenizing": "tokenize", "packing": "pack"}
+    names = {"training": "learn", "tokenizing": "tokenize"}
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith(tuple(names))]
     return [names[line.split(":")[0].split()[0]] for line in lines]
 
@@ -74,13 +74,13 @@ def test_four_ranks_at_once_prepare_once(data: DataConfig, tmp_path: Path) -> No
     said = [rank.communicate(timeout=1500) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * 4, said
     assert len({out for out, _ in said}) == 1
-    for stage in ("training", "tokenizing", "packing"):
+    for stage in ("training", "tokenizing"):
         assert sum(stage in line for _, log in said for line in log.splitlines()) == 1
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["rows", "tokenizers", "tokens"]
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["tokenizers", "tokens"]
 
 
 @pytest.mark.cli
-@pytest.mark.parametrize("stage", ["write_streams", "write_rows"])
+@pytest.mark.parametrize("stage", ["train_bpe", "write_streams"])
 def test_killed_midway_leaves_nothing_half_done(
     data: DataConfig, tmp_path: Path, bpe: TokenizerConfig, stage: str
 ) -> None:
@@ -97,7 +97,7 @@ pipeline.{stage} = killed"""
     assert rank.returncode == -signal.SIGKILL
     leftovers = list((tmp_path / "cache").glob("*/.*.tmp"))
     assert leftovers
-    assert not list((tmp_path / "cache/rows").glob("text-*"))
+    assert not list((tmp_path / "cache/tokens").glob("text-*"))
 
     corpus = prepare(data, bpe)
     elsewhere = prepare(
@@ -108,12 +108,12 @@ pipeline.{stage} = killed"""
 
 
 def test_leftovers_of_others_go_unless_they_are_at_work(data: DataConfig, bpe: TokenizerConfig) -> None:
-    rows = Path(data.cache_dir) / "rows"
+    tokens = Path(data.cache_dir) / "tokens"
     for name in ("text-dead", "text-alive"):
-        (rows / f".{name}.123.tmp").mkdir(parents=True)
-    with FileLock(rows / ".text-alive.lock"):
+        (tokens / f".{name}.123.tmp").mkdir(parents=True)
+    with FileLock(tokens / ".text-alive.lock"):
         prepare(data, bpe)
-        assert [path.name for path in rows.glob(".*.tmp")] == [".text-alive.123.tmp"]
+        assert [path.name for path in tokens.glob(".*.tmp")] == [".text-alive.123.tmp"]
 
 
 def test_who_waits_for_a_lock_says_so_and_can_be_stopped(
@@ -164,7 +164,7 @@ def test_the_rank_whose_progress_is_seen_goes_first(data: DataConfig, bpe: Token
     assert set(who) == {threading.main_thread().name}
 
 
-@pytest.mark.parametrize("of_another", ["meta.json", "lock", "rows"])
+@pytest.mark.parametrize("of_another", ["meta.json", "lock", "tokens"])
 def test_a_cache_of_another_user_is_refused_by_name(
     texts: Path, bpe: TokenizerConfig, of_another: str
 ) -> None:
@@ -172,17 +172,17 @@ def test_a_cache_of_another_user_is_refused_by_name(
         text, home = Path(folder) / "text.txt", Path(folder) / "cache"
         text.write_text("words of a text\n" * 100)
         data = DataConfig(DataSource.text, str(text), seq_len=16, cache_dir=str(home))
-        rows = prepare(data, bpe).folder
-        named = rows / "meta.json"
+        tokens = prepare(data, bpe).folder
+        named = tokens / "meta.json"
         if of_another != "meta.json":
-            shutil.rmtree(rows)
-            named = rows.with_name(f".{rows.name}.lock") if of_another == "lock" else home / "rows"
-        for path in (folder, home, home / "rows"):
+            shutil.rmtree(tokens)
+            named = tokens.with_name(f".{tokens.name}.lock") if of_another == "lock" else home / "tokens"
+        for path in (folder, home, home / "tokens"):
             Path(path).chmod(0o755)
-        named.chmod(0o555 if of_another == "rows" else 0)
+        named.chmod(0o555 if of_another == "tokens" else 0)
         refused_file = named
-        if of_another == "rows":
-            refused_file = rows.with_name(f".{rows.name}.lock")
+        if of_another == "tokens":
+            refused_file = tokens.with_name(f".{tokens.name}.lock")
             refused_file.unlink()
 
         def refused() -> None:
@@ -199,15 +199,15 @@ def test_a_cache_of_another_user_is_refused_by_name(
 def test_a_failed_stage_leaves_nothing(
     data: DataConfig, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(file: Path, *_: object) -> int:
-        file.touch()
+    def full(folder: Path, *_: object) -> None:
+        (folder / "train.bin").touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "write_rows", full)
+    monkeypatch.setattr(pipeline, "write_streams", full)
     with pytest.raises(ConfigError, match="no space left") as refusal:
         prepare(data, bpe)
     assert refusal.value.field == "data.cache_dir"
-    assert [path.suffix for path in (Path(data.cache_dir) / "rows").iterdir()] == [".lock"]
+    assert [path.suffix for path in (Path(data.cache_dir) / "tokens").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("documents", [30, 150])
@@ -232,7 +232,7 @@ def test_a_second_call_opens_what_is_there(
     data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = prepare(data, bpe)
-    assert done(caplog) == ["learn", "tokenize", "pack"]
+    assert done(caplog) == ["learn", "tokenize"]
     caplog.clear()
     second = prepare(data, bpe)
     assert done(caplog) == []
@@ -247,13 +247,13 @@ def test_only_what_changed_is_done_again(
     caplog.clear()
     data.seq_len = 32
     longer = prepare(data, bpe)
-    assert done(caplog) == ["pack"]
+    assert done(caplog) == []
     assert longer.tokenizer_hash == first.tokenizer_hash
     size = min(first.train.size, longer.train.size)
     np.testing.assert_array_equal(first.train.ravel()[:size], longer.train.ravel()[:size])
     caplog.clear()
     prepare(data, TokenizerConfig(vocab_size=300))
-    assert done(caplog) == ["learn", "tokenize", "pack"]
+    assert done(caplog) == ["learn", "tokenize"]
 
 
 @pytest.mark.parametrize("change", ["byte", "name", "new file", "held_out_every"])
@@ -299,10 +299,10 @@ def test_a_moved_corpus_is_the_same_corpus(data: DataConfig, texts: Path, bpe: T
     assert prepare(data, bpe).folder == before.folder
 
 
-ROWS, META = "held_out.npy", "meta.json"
+STREAM, META = "held_out.bin", "meta.json"
 DAMAGE = {
-    "truncated": (ROWS, lambda path: os.truncate(path, path.stat().st_size // 2), "bytes instead of"),
-    "a flipped bit": (ROWS, lambda path: flip_bit(path, path.stat().st_size // 2), "its checksum differs"),
+    "truncated": (STREAM, lambda path: os.truncate(path, path.stat().st_size // 2), "bytes instead of"),
+    "a flipped bit": (STREAM, lambda path: flip_bit(path, path.stat().st_size // 2), "its checksum differs"),
     "missing": ("tokenizer.json", lambda path: path.unlink(), "missing"),
     "no meta": (META, lambda path: path.unlink(), "FileNotFoundError"),
     "half a meta": (META, lambda path: os.truncate(path, 100), "JSONDecodeError"),
@@ -336,7 +336,7 @@ def test_damage_is_found_named_and_mended(
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert f"{before.folder} is damaged ({name}: " in warning
     assert why in warning
-    assert done(caplog) == ["pack"]
+    assert done(caplog) == ["tokenize"]
     np.testing.assert_array_equal(after.train, train)
     np.testing.assert_array_equal(after.held_out, held_out)
     assert after.meta == meta
@@ -349,17 +349,15 @@ def test_damage_below_is_found_when_it_is_needed(
     data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = prepare(data, bpe)
-    [tokens] = Path(data.cache_dir).glob("tokens/text-*")
+    rows = before.train.copy()
     [tokenizer] = Path(data.cache_dir).glob("tokenizers/text-*")
-    flip_bit(tokens / "train.bin", 100)
     (tokenizer / "tokenizer.json").write_text("{}")
     caplog.clear()
     assert same(prepare(data, bpe), before)
     assert done(caplog) == []
-    data.seq_len = 8
-    longer = prepare(data, bpe)
-    assert done(caplog) == ["learn", "tokenize", "pack"]
-    np.testing.assert_array_equal(longer.train.ravel()[:900], before.train.ravel()[:900])
+    flip_bit(before.folder / "train.bin", 100)
+    np.testing.assert_array_equal(prepare(data, bpe).train, rows)
+    assert done(caplog) == ["learn", "tokenize"]
 
 
 def test_the_checksum_stays_quick_and_sees_every_sample(tmp_path: Path) -> None:
@@ -390,9 +388,8 @@ def test_meta_says_what_was_prepared(data: DataConfig, texts: Path, bpe: Tokeniz
     parts = [meta["train"], meta["held_out"]]
     assert sum(part["documents"] for part in parts) == 120
     assert sum(part["bytes"] for part in parts) == sum(file.stat().st_size for file in files)
-    assert [part["rows"] for part in parts] == [len(corpus.train), len(corpus.held_out)]
     assert [part["tokens"] // 17 for part in parts] == [len(corpus.train), len(corpus.held_out)]
-    assert (meta["vocab_size"], meta["eos_id"], meta["seq_len"], meta["dtype"]) == (400, 0, 16, "uint16")
+    assert (meta["vocab_size"], meta["eos_id"], meta["dtype"]) == (400, 0, "uint16")
     assert meta["python"] == sys.version.split()[0]
     assert meta["corpus_hash"] == corpus.corpus_hash
     assert 0 < meta["unigram_entropy_nats"]["train"] < corpus.unigram_entropy < np.log(400) + 1

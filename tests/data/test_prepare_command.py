@@ -24,13 +24,13 @@ def test_it_says_what_was_prepared(texts: Path, tmp_path: Path) -> None:
         tmp_path, "data=text", f"data.path='{texts}/**/*.txt'", "tokenizer.vocab_size=400", "data.seq_len=16"
     )
     assert ran.returncode == 0, ran.stderr
-    [folder] = (tmp_path / "cache/rows").glob("text-*")
+    [folder] = (tmp_path / "cache/tokens").glob("text-*")
     meta = json.loads((folder / "meta.json").read_text())
     assert str(folder) in ran.stdout
     assert meta["corpus_hash"] in ran.stdout
     for part in ("train", "held_out"):
         counts = meta[part]
-        expected = [counts["documents"], counts["tokens"], counts["rows"]]
+        expected = [counts["documents"], counts["tokens"], counts["tokens"] // 17]
         [line] = re.findall(rf"^{part} +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+)$", ran.stdout, re.MULTILINE)
         assert [int(number.replace(",", "")) for number in line[:3]] == expected
         assert float(line[3]) == pytest.approx(counts["bytes"] / counts["tokens"], abs=0.005)

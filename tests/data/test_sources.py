@@ -100,7 +100,7 @@ def test_max_tokens_stops_at_the_end_of_the_document_that_reaches_it(
     parts = [corpus.meta["train"], corpus.meta["held_out"]]
     tokens = sum(part["tokens"] for part in parts)
     assert 2000 <= tokens < 2000 + 200
-    assert all(part["rows"] > 0 for part in parts), "a short reading still holds something out"
+    assert min(len(corpus.train), len(corpus.held_out)) > 0, "a short reading still holds something out"
     more = prepare(configure(paths[source], DataSource(source), max_tokens=4000), bpe)
     assert more.folder != corpus.folder
     assert more.corpus_hash == corpus.corpus_hash

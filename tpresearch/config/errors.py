@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+WRITABLE = "a folder that this user can write, with room on its disk"
 
 
 class ConfigError(Exception):
@@ -52,6 +55,26 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return " ".join(str(value).split())
+
+
+@contextmanager
+def writing(field: str, folder: object, fix: Mapping[str, object] | None = None) -> Iterator[None]:
+    """Refuse a folder in which what is done meanwhile cannot be written.
+
+    Raises:
+        ConfigError: for an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = f"cannot be written: {error.strerror or error}"
+        raise ConfigError(field, folder, why, WRITABLE, fix=fix) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; of one without a message, the name of its class."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:

@@ -99,7 +99,7 @@ class DataConfig:
     held_out_every: Annotated[int, AtLeast(2)] = 20
     """One document in this many, chosen by a hash of its name, is held out for evaluation."""
     cache_dir: str = "~/.cache/tpresearch"
-    """Folder of packed rows and trained tokenizers, shared by all runs on a host."""
+    """Folder of tokenized corpora and trained tokenizers, shared by all runs on a host."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from tpresearch.data.sources import local_files
 
 PEEKED_FILES = 16
 BYTES_AND_EOS = 257
+LEGAL_CACHE = "a folder in which this user may write"
 
 
 def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
@@ -25,8 +26,7 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     """
     check_bounds(data, "data.")
     if not data.cache_dir.strip():
-        why, legal = "names no folder", "a folder in which this user may write"
-        raise ConfigError("data.cache_dir", data.cache_dir, why, legal)
+        raise ConfigError("data.cache_dir", data.cache_dir, "names no folder", LEGAL_CACHE)
     if data.source.is_synthetic:
         return
     _check_streaming(data)
@@ -58,7 +58,7 @@ def _check_cache_dir(data: DataConfig) -> None:
         why = f"{nearest} is not writable"
     else:
         return
-    raise ConfigError("data.cache_dir", data.cache_dir, why, "a folder in which this user may write")
+    raise ConfigError("data.cache_dir", data.cache_dir, why, LEGAL_CACHE)
 
 
 def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
@@ -68,14 +68,10 @@ def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
             legal, fix = f"{BYTES_AND_EOS} or more", {"tokenizer.vocab_size": 4096}
             raise ConfigError("tokenizer.vocab_size", tokenizer.vocab_size, why, legal, fix)
         return
-    if not tokenizer.path:
-        legal, bpe = "a tokenizer.json, a folder that holds one, or a name on the hub", {"tokenizer": "bpe"}
-        raise ConfigError("tokenizer.path", tokenizer.path, "no tokenizer is named", legal, bpe)
     from tpresearch.data.tokenizer import load_hf  # late: the tokenizers library is slow to import
 
     size = load_hf(tokenizer.path).size
     if tokenizer.vocab_size < size:
         why, legal = f"{tokenizer.path} has {size} entries", f"{size}, or more to pad the embedding"
-        raise ConfigError(
-            "tokenizer.vocab_size", tokenizer.vocab_size, why, legal, {"tokenizer.vocab_size": size}
-        )
+        fix = {"tokenizer.vocab_size": size}
+        raise ConfigError("tokenizer.vocab_size", tokenizer.vocab_size, why, legal, fix)

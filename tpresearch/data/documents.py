@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.errors import ConfigError, first_line, nearest
 from tpresearch.config.schema import DataConfig, DataSource
 
 if TYPE_CHECKING:
@@ -122,10 +122,6 @@ def unreadable(where: object, error: Exception) -> ConfigError:
         why = f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}"
         legal = "a readable, complete file"
     return ConfigError("data.path", where, why, legal)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _json_lines(data: DataConfig, path: Path) -> Iterator[Any]:

@@ -17,17 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.network import answers
 from tpresearch.config.schema import DataConfig
-from tpresearch.data.documents import (
-    Document,
-    check_unpacked,
-    documents_of,
-    fault_in,
-    first_line,
-    no_such_field,
-)
+from tpresearch.data.documents import Document, check_unpacked, documents_of, fault_in, no_such_field
 from tpresearch.data.sources import EMBEDDED, HASH_BYTES, Corpus, hash_files
 
 log = logging.getLogger(__name__)

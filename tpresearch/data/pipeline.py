@@ -1,7 +1,7 @@
-"""Corpus -> tokenizer -> token streams -> packed rows: three folders in the cache, each built once per host.
+"""Corpus -> tokenizer -> token streams: two folders in the cache, each built once per host, and rows of `seq_len` seen in them.
 
-Each folder's name is a hash of its inputs, so that another seq_len repeats only the packing. A rank that finds
-the rows needs nothing else.
+Each folder's name is a hash of its inputs, so that another seq_len repeats nothing. A rank that finds the streams
+needs nothing else.
 """
 
 from __future__ import annotations
@@ -25,15 +25,7 @@ from tpresearch.config.world import ALONE, World
 from tpresearch.data.cache import Meta, build_once
 from tpresearch.data.documents import Document
 from tpresearch.data.hub import open_hub
-from tpresearch.data.rows import (
-    PARTS,
-    AnyCorpus,
-    PackedCorpus,
-    Synthetic,
-    read_stream,
-    write_rows,
-    write_streams,
-)
+from tpresearch.data.rows import AnyCorpus, PackedCorpus, Synthetic, write_streams
 from tpresearch.data.sources import Corpus, open_files
 from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, byte_level, load_hf, train_bpe
 
@@ -89,7 +81,7 @@ def open_corpus(data: DataConfig) -> Corpus:
 
 
 class _Preparation:
-    """The three stages for one config, each asking the one before only when it must build."""
+    """The two stages for one config; the second asks the first only when it must build."""
 
     def __init__(
         self, data: DataConfig, tokenizer: TokenizerConfig, world: World, check: Callable[[], None]
@@ -99,35 +91,22 @@ class _Preparation:
         self.vocab_size = tokenizer.vocab_size
         self.cache = Path(data.cache_dir).expanduser()
         self.corpus = open_corpus(data)
-        self.foreign = load_hf(str(tokenizer.path)) if tokenizer.kind is TokenizerKind.hf else None
+        self.foreign = load_hf(tokenizer.path) if tokenizer.kind is TokenizerKind.hf else None
 
         learned = (self.corpus.content_hash, data.held_out_every, self._learn_from_chars(), self.vocab_size)
         self.bpe_key = fingerprint("bpe", *learned)
         tokenizer_key = self.foreign.hash if self.foreign else self.bpe_key
         corpus = (self.corpus.content_hash, data.held_out_every, data.max_tokens)
         self.tokens_key = fingerprint("tokens", *corpus, tokenizer_key)
-        self.rows_key = fingerprint("rows", self.tokens_key, data.seq_len)
 
     def rows(self) -> PackedCorpus:
-        folder = self._folder("rows", self.rows_key)
-        packed = PackedCorpus.open(folder, build_once(folder, self._pack, self.check, self.leads))
+        folder, seq_len = self._folder("tokens", self.tokens_key), self.data.seq_len
+        meta = build_once(folder, self._tokenize, self.check, self.leads)
+        packed = PackedCorpus.open(folder, meta, seq_len)
         if len(packed.held_out) == 0:
-            tokens, seq_len = packed.meta["held_out"]["tokens"], self.data.seq_len
+            tokens = meta["held_out"]["tokens"]
             log.warning("the %d held-out tokens fill no row of %d: nothing to evaluate on", tokens, seq_len)
         return packed
-
-    def _pack(self, growing: Path) -> Meta:
-        folder = self._folder("tokens", self.tokens_key)
-        meta = build_once(folder, self._tokenize, self.check)
-        row_tokens = self.data.seq_len + 1
-        parts = {}
-        with stage(f"packing rows of {row_tokens} tokens", None, self.progress) as advance:
-            for part in PARTS:
-                tokens = read_stream(folder, part, meta["dtype"])
-                parts[part] = {**meta[part], "rows": write_rows(growing / f"{part}.npy", tokens, row_tokens)}
-                advance(tokens.nbytes)
-        (growing / TOKENIZER_FILE).write_bytes((folder / TOKENIZER_FILE).read_bytes())
-        return {**meta, **parts, "seq_len": self.data.seq_len}
 
     def _tokenize(self, growing: Path) -> Meta:
         tokenizer = self.foreign or self._bpe()

@@ -54,11 +54,11 @@ class PackedCorpus:
         return f"{rows} train and {len(self.held_out)} held-out rows of {row_tokens - 1} tokens"
 
     @classmethod
-    def open(cls, folder: Path, meta: Meta) -> PackedCorpus:
-        """The rows in `folder`, prepared and found intact, with its meta.json."""
+    def open(cls, folder: Path, meta: Meta, seq_len: int) -> PackedCorpus:
+        """The rows of `seq_len` + 1 tokens in `folder`, prepared and found intact, with its meta.json."""
+        rows = {part: read_rows(folder / f"{part}.bin", meta["dtype"], seq_len + 1) for part in PARTS}
         return cls(
-            train=read_rows(folder / "train.npy"),
-            held_out=read_rows(folder / "held_out.npy"),
+            **rows,
             corpus_hash=meta["corpus_hash"],
             tokenizer_hash=meta["tokenizer_hash"],
             vocab_size=meta["vocab_size"],
@@ -174,27 +174,12 @@ def unigram_entropy(train: NDArray[np.int64], held_out: NDArray[np.int64]) -> di
     }
 
 
-def read_stream(folder: Path, part: str, dtype: str) -> Tokens:
-    """The tokens [t] of a part, memory-mapped."""
-    file = folder / f"{part}.bin"
-    if file.stat().st_size == 0:  # which cannot be mapped
-        return np.empty(0, dtype)
-    return np.memmap(file, dtype, mode="r")
-
-
-# Packed rows
-
-
-def write_rows(file: Path, tokens: Tokens, row_tokens: int) -> int:
-    """Pack tokens [t] into rows [t // row_tokens, row_tokens] of a .npy file, drop the rest; returns how many rows."""
-    rows = len(tokens) // row_tokens
-    np.save(file, tokens[: rows * row_tokens].reshape(rows, row_tokens))
-    return rows
-
-
-def read_rows(file: Path) -> Tokens:
-    """The rows [n, row_tokens] of a file that `write_rows` wrote, without reading or copying them."""
-    return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+def read_rows(file: Path, dtype: str, row_tokens: int) -> Tokens:
+    """The tokens [t] of a file as rows [t // row_tokens, row_tokens], without reading or copying them; the rest is dropped."""
+    rows = file.stat().st_size // np.dtype(dtype).itemsize // row_tokens
+    if rows == 0:  # nothing cannot be mapped
+        return np.empty((0, row_tokens), dtype)
+    return np.asarray(np.memmap(file, dtype, mode="r", shape=(rows, row_tokens)))
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
-from tpresearch.data.documents import first_line
 from tpresearch.data.hub import download, looks_like_hub_id
 
 EOS = "<|endoftext|>"
@@ -31,7 +30,6 @@ FILES = (*KEPT_FILES, "config.json")
 TOKENIZER_FOLDER = "tokenizer"
 """Of a run: its tokenizer, as transformers reads it."""
 LEGAL_PATH = "a tokenizer.json, a folder that holds one, or a name on the hub"
-OWN_BPE: dict[str, object] = {"tokenizer": "bpe", "tokenizer.path": None}
 LONG = re.compile(r"\S{1000}")
 """Training time grows with the square of a word's length: a megabyte of base64 would take half an hour."""
 SAMPLE = "A sample: naïve 数据 🙂\n\t0"
@@ -132,7 +130,7 @@ def byte_level(backend: HfTokenizer) -> Tokenizer:
     return Tokenizer(backend, eos_id, PIECE_CHARS)
 
 
-def load_hf(path: str) -> Tokenizer:
+def load_hf(path: str | None) -> Tokenizer:
     """A Hugging Face tokenizer: a tokenizer.json, a folder, or a hub id. Its code is never run.
 
     The end-of-text token is the one that tokenizer_config.json names, or else one that has a common name.
@@ -146,15 +144,14 @@ def load_hf(path: str) -> Tokenizer:
     candidates = [stated] if stated else COMMON_EOS
     eos_id = next((found for eos in candidates if (found := backend.token_to_id(eos)) is not None), None)
     if eos_id is None:
-        why = "this tokenizer has no end-of-text token"
         legal = f"one whose tokenizer_config.json names its eos_token, or with one of {' '.join(COMMON_EOS)}"
-        raise ConfigError("tokenizer.path", path, why, legal, OWN_BPE)
+        raise _refused(path, "this tokenizer has no end-of-text token", legal)
     tokenizer = Tokenizer(backend, eos_id)
     try:
         tokenizer.encode([SAMPLE])
     except Exception as error:  # the library raises bare Exceptions
         why = f"this tokenizer cannot encode {SAMPLE!r}: {first_line(error)}"
-        raise ConfigError("tokenizer.path", path, why, "one that can encode any text", OWN_BPE) from None
+        raise _refused(path, why, "one that can encode any text") from None
     return tokenizer
 
 
@@ -167,14 +164,14 @@ def keep_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig, run: Path) -> 
     folder = run / TOKENIZER_FOLDER
     folder.mkdir(exist_ok=True)
     if config.kind is TokenizerKind.hf:
-        _, home = _load(str(config.path))
+        _, home = _load(config.path)
         for path in {path for pattern in KEPT_FILES for path in home.glob(pattern) if path.is_file()}:
             shutil.copyfile(path, folder / path.name)
     if not (folder / TOKENIZER_FILE).exists():
         tokenizer.save(folder / TOKENIZER_FILE)
     if not (folder / SETTINGS_FILE).exists():
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        settings["eos_token"] = tokenizer.backend.id_to_token(tokenizer.eos_id)
+        eos = tokenizer.backend.id_to_token(tokenizer.eos_id)
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
         settings["clean_up_tokenization_spaces"] = False
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -196,8 +193,6 @@ def tokenizer_size(path: str | None) -> int:
     Raises:
         ConfigError: for a path that holds no tokenizer.
     """
-    if path is None:
-        raise ConfigError("tokenizer.path", None, "no tokenizer is named", LEGAL_PATH, OWN_BPE)
     return entries(_load(path)[0])
 
 
@@ -206,23 +201,22 @@ def entries(backend: HfTokenizer) -> int:
     return max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)  # ids may have gaps
 
 
-def _load(path: str) -> tuple[HfTokenizer, Path]:
+def _load(path: str | None) -> tuple[HfTokenizer, Path]:
     """The tokenizer of a path, and the folder with its other files; those of a hub id are downloaded."""
+    if not path:
+        raise _refused(path, "no tokenizer is named")
     local = Path(path).expanduser()
     if not local.exists():
         if not looks_like_hub_id(path):
-            raise ConfigError("tokenizer.path", path, "there is no such file", LEGAL_PATH, OWN_BPE)
-        local = download(
-            path, FILES, lambda why: ConfigError("tokenizer.path", path, why, LEGAL_PATH, OWN_BPE)
-        )
+            raise _refused(path, "there is no such file")
+        local = download(path, FILES, lambda why: _refused(path, why))
     file = local / TOKENIZER_FILE if local.is_dir() else local
     try:
         backend = HfTokenizer.from_file(str(file)) if file.is_file() else _converted(path, file.parent)
     except ConfigError:
         raise
     except Exception as error:  # both libraries raise a dozen kinds, bare Exceptions among them
-        why = f"no tokenizer could be loaded: {first_line(error)}"
-        raise ConfigError("tokenizer.path", path, why, LEGAL_PATH, OWN_BPE) from None
+        raise _refused(path, f"no tokenizer could be loaded: {first_line(error)}") from None
     return backend, file.parent
 
 
@@ -232,14 +226,16 @@ def _converted(path: str, folder: Path) -> HfTokenizer:
         from transformers import AutoTokenizer
     except ImportError:
         why = "holds no tokenizer.json, and transformers, which could convert it, is not installed"
-        legal = "a tokenizer.json, or pip install 'tpresearch[hf]'"
-        raise ConfigError("tokenizer.path", path, why, legal, OWN_BPE) from None
+        raise _refused(path, why, "a tokenizer.json, or pip install 'tpresearch[hf]'") from None
     loaded: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not getattr(loaded, "is_fast", False):
-        why = "exists in Python only, too slow for a corpus"
-        raise ConfigError("tokenizer.path", path, why, LEGAL_PATH, OWN_BPE)
+        raise _refused(path, "exists in Python only, too slow for a corpus")
     backend: HfTokenizer = loaded.backend_tokenizer
     return backend
+
+
+def _refused(path: str | None, why: str, legal: str = LEGAL_PATH) -> ConfigError:
+    return ConfigError("tokenizer.path", path, why, legal, {"tokenizer": "bpe", "tokenizer.path": None})
 
 
 def _named(settings: dict[str, Any], role: str) -> str | None:
