@@ -56,8 +56,7 @@ def whole_or_why(folder: Path, verify: bool) -> Checkpoint | str:
         checkpoint = read_checkpoint(folder)
     except BrokenCheckpoint as error:
         return str(error)
-    files = checkpoint.mark.files.items() if verify else ()
-    return next((wrong for name, written in files if (wrong := damage(folder, name, written))), checkpoint)
+    return (damage(folder, checkpoint.mark.files.items()) if verify else None) or checkpoint
 
 
 def table(folders: list[Path], found: list[Checkpoint | str]) -> Table:

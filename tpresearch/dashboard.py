@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, first_line, writing
 from tpresearch.config.network import answers
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import WrongCommand
@@ -61,8 +61,7 @@ def main() -> None:
     except ConfigError:
         raise
     except Exception as error:  # whatever the client raises where a request fails
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"error: W&B did not save the dashboard: {first}", file=sys.stderr)
+        print(f"error: W&B did not save the dashboard: {first_line(error)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -73,12 +72,9 @@ def write(options: Options) -> None:
     for kind, view in _views(options, options.entity or "").items():
         path = folder / f"{kind}.json"
         content = view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
-        try:
+        with writing("out", folder, {"out": "dashboard"}):
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            why, legal = error.strerror or "cannot be written", "a folder that can be written"
-            raise ConfigError("out", folder, why, legal, fix={"out": "dashboard"}) from None
         print(f"{kind:<10} {path_text(path)}")
 
 

@@ -106,9 +106,8 @@ def unsound(folder: Path) -> list[str]:
         except BrokenCheckpoint as error:
             found.append(f"{each.name}: {error}")
             continue
-        found += [
-            wrong for name, file in checkpoint.mark.files.items() if (wrong := damage(each, name, file))
-        ]
+        if wrong := damage(each, checkpoint.mark.files.items()):
+            found.append(wrong)
     return found
 
 

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from bare import bare_loop
 
-from tpresearch.config.compose import as_dict
 from tpresearch.data.pipeline import prepare
 from tpresearch.launch import Run, entrypoint
 from tpresearch.parallel.group import process_group
@@ -64,7 +63,7 @@ def main(job: Preflight, run: Run) -> None:
         model = loop.state.model
         facts = RunFacts(run.world.size, sizes.nontrivial(), job.parameters, device.name)
         first = run.world.rank == 0
-        tracker = Tracker(cfg, as_dict(cfg), run.folder, facts, steps + 1) if first else None
+        tracker = Tracker(cfg, run.folder, facts, steps + 1) if first else None
         weights = [local_shard(p.detach())[0].clone() for p in model.parameters()]
         bare = bare_loop(
             cfg.parallel.name,

@@ -26,7 +26,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpresearch.config.compose import as_dict
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.hf.export import write_config, write_weights
@@ -185,11 +184,7 @@ def as_hugging_face(folder: Path, weights: dict[str, Tensor], settings: dict[str
 def our_steps(loop: Loop, job: Preflight, run: Run) -> Iterator[float]:
     """With a logged row per step, on disk and on the terminal, as every run has it."""
     facts = RunFacts(run.world.size, job.sizes.nontrivial(), job.parameters, job.device.name)
-    tracker = (
-        Tracker(job.cfg, as_dict(job.cfg), run.folder, facts, loop.setup.steps)
-        if run.world.rank == 0
-        else None
-    )
+    tracker = Tracker(job.cfg, run.folder, facts, loop.setup.steps) if run.world.rank == 0 else None
     for row in loop.rows():
         if tracker:
             tracker.log(row)

@@ -46,7 +46,7 @@ def test_a_committed_folder_is_whole_and_says_what_it_is_of(tmp_path: Path) -> N
     found = read_checkpoint(folder)
     assert (found.step, found.bytes, found.mark.plan, found.mark.mesh) == (7, 200, "tp", {"tp": 2})
     assert [path.name for path in folder.parent.iterdir()] == ["step-00000007"]
-    assert all(disk.damage(folder, name, file) is None for name, file in found.mark.files.items())
+    assert disk.damage(folder, found.mark.files.items()) is None
 
 
 def rewrite(folder: Path, **values: object) -> None:
@@ -103,7 +103,7 @@ def test_a_changed_byte_is_seen(tmp_path: Path) -> None:
     data = bytearray((folder / ".metadata").read_bytes())
     data[50] ^= 4
     (folder / ".metadata").write_bytes(data)
-    assert disk.damage(folder, ".metadata", file) == ".metadata is not as it was written"
+    assert disk.damage(folder, [(".metadata", file)]) == ".metadata is not as it was written"
 
 
 def test_the_newest_and_milestones_stay(tmp_path: Path) -> None:

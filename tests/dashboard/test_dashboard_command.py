@@ -91,7 +91,7 @@ def test_where_the_host_does_not_answer_it_is_refused(tmp_path: Path, closed: st
         (["dry_run=true"], "group=: required and not given; ", ["dry_run=true", "group=<group>"]),
         (
             ["group=g", "dry_run=true", "out=/dev/null"],
-            "out=/dev/null: File exists; ",
+            "out=/dev/null: cannot be written: File exists; ",
             ["group=g", "dry_run=true", "out=dashboard"],
         ),
         (["group=g", "dry_run=perhaps"], "dry_run=perhaps: ", ["group=g"]),

@@ -13,11 +13,10 @@ from support.arrivals import logged
 from support.example_run import FACTS, STEPS, example_config, train
 from support.fake_wandb import FakeWandb
 
-from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import DataPlan, ParallelConfig, TensorPlan
 from tpresearch.ledger.entries import Entry, Expected, MemoryUse, StepLedger
-from tpresearch.track import Tracker
 from tpresearch.track.record import read_metrics, read_summary
+from tpresearch.track.tracker import Tracker
 
 pytestmark = pytest.mark.cli
 WANDB = Path(sys.executable).parent / "wandb"
@@ -32,7 +31,7 @@ def sweep(tmp_path: Path) -> Path:
     for number, plan in enumerate(plans):
         cfg = dataclasses.replace(example_config(), parallel=plan)
         cfg.logger.group, cfg.logger.dir, cfg.logger.job_type = "study", str(tmp_path), "bench"
-        tracker = Tracker(cfg, as_dict(cfg), tmp_path / str(number), FACTS, STEPS)
+        tracker = Tracker(cfg, tmp_path / str(number), FACTS, STEPS)
         tracker.count(COUNT)
         train(tracker)
     return tmp_path

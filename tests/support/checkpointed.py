@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from support.composed import corpus
 from tpresearch.checkpoint.disk import read_checkpoint
-from tpresearch.checkpoint.load import read_tensors, tensors_of
-from tpresearch.checkpoint.resume import restore
+from tpresearch.checkpoint.load import read_tensors, restore, tensors_of
 from tpresearch.checkpoint.state import state_of
 from tpresearch.checkpoint.together import own_group
 from tpresearch.config import Config

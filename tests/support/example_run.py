@@ -7,10 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
-from tpresearch.config.compose import as_dict
 from tpresearch.config.model import ModelConfig, Rule
 from tpresearch.config.schema import Config, DataPlan, ParallelConfig, TensorPlan
-from tpresearch.track import RunFacts, Tracker
+from tpresearch.track.tracker import RunFacts, Tracker
 
 STEPS = 8
 FACTS = RunFacts(
@@ -71,4 +70,4 @@ def train(
 
 if __name__ == "__main__":
     cfg = example_config()
-    train(Tracker(cfg, as_dict(cfg), Path(sys.argv[1]), FACTS, STEPS))
+    train(Tracker(cfg, Path(sys.argv[1]), FACTS, STEPS))

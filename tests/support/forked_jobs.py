@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from support.commands import forked
-from tpresearch.sweep import running
+from tpresearch.sweep import launcher
 from tpresearch.sweep.job import CONSOLE_LOG, Job
 from tpresearch.sweep.running import Share, environment_of, set_aside
 from tpresearch.verify.ranks import Ranks
@@ -38,4 +38,4 @@ class ForkedJob:
         assert self._ended.done()
 
 
-running.JobProcess = ForkedJob  # type: ignore[misc, assignment]
+launcher.JobProcess = ForkedJob  # type: ignore[misc, assignment]

@@ -11,11 +11,10 @@ from rich.console import Console
 
 from tpresearch.compare.groups import Group, one_by_one
 from tpresearch.compare.runs import find
-from tpresearch.config.compose import as_dict
 from tpresearch.config.model import ModelConfig, Rule
 from tpresearch.config.schema import Config, DataPlan, ParallelConfig, TensorPlan
 from tpresearch.ledger.entries import Entry, Expected, MemoryUse, StepLedger
-from tpresearch.track import RunFacts, Tracker
+from tpresearch.track.tracker import RunFacts, Tracker
 
 TOKENS_PER_STEP = 3072
 PLANS = {
@@ -98,7 +97,7 @@ class Made:
         cfg = self.config()
         facts = RunFacts(self.ranks, self.mesh, 622_912, self.device, self.corpus_hash, 6.5)
         console = Console(file=io.StringIO(), width=120)
-        tracker = Tracker(cfg, as_dict(cfg), folder, facts, self.steps, console=console, plan="the plan")
+        tracker = Tracker(cfg, folder, facts, self.steps, console=console, plan="the plan")
         held = [MemoryUse("parameters", 2 * 2**20, 2 * 2**20), MemoryUse("activations", 9 * 2**20, 6 * 2**20)]
         expected = self.sent if self.expected is None else self.expected
         tracker.count(StepLedger(self.sent, held, None, Expected(expected, {})))

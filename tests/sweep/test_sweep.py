@@ -357,7 +357,7 @@ def test_what_is_interrupted_is_stopped_and_said(sweep: Sweep, monkeypatch: pyte
 
         run_jobs(jobs, devices, starts, *rest)
 
-    monkeypatch.setattr("tpresearch.sweep.running.run_jobs", interrupted)
+    monkeypatch.setattr(launcher, "run_jobs", interrupted)
     sweep.code = lambda job: 1
     with pytest.raises(SystemExit) as ended:
         sweep("parallel=none,tp")

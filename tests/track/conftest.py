@@ -11,9 +11,8 @@ import pytest
 from rich.console import Console
 from support.example_run import FACTS, STEPS, example_config
 
-from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config
-from tpresearch.track import Tracker
+from tpresearch.track.tracker import Tracker
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +36,6 @@ def track(cfg: Config, run_dir: Path) -> Callable[..., Tracker]:
 
     def make(**options: Any) -> Tracker:
         console = Console(file=io.StringIO(), width=120)
-        return Tracker(
-            cfg, as_dict(cfg), run_dir, FACTS, STEPS, console=console, plan="the plan\n", **options
-        )
+        return Tracker(cfg, run_dir, FACTS, STEPS, console=console, plan="the plan\n", **options)
 
     return make

@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.schema import LoggerConfig
-from tpresearch.track import Tracker
 from tpresearch.track.record import read_metrics
 from tpresearch.track.tensorboard import check_tensorboard
+from tpresearch.track.tracker import Tracker
 
 
 @pytest.fixture(autouse=True)

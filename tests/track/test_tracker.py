@@ -19,8 +19,9 @@ from support.example_run import FACTS, STEPS, log_steps, row, train
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.compose import as_dict
 from tpresearch.launch.stop import StopFlag, Stopped
-from tpresearch.track import Tracker, record
+from tpresearch.track import record
 from tpresearch.track.record import read_metrics, read_summary
+from tpresearch.track.tracker import Tracker
 
 
 @pytest.fixture(autouse=True)
@@ -117,16 +118,6 @@ def test_a_loop_says_itself_how_it_ended(track: Callable[..., Tracker], run_dir:
     assert (summary["status"], summary["error"]) == ("preempted", "stopped by SIGTERM after step 4")
 
 
-def test_the_callers_figures_go_before_those_of_the_rows(
-    track: Callable[..., Tracker], run_dir: Path
-) -> None:
-    with track() as tracker:
-        log_steps(tracker)
-        tracker.finish({"val/loss": 7.25, "train/loss": float("nan"), "parameters_active": 5})
-    summary = read_summary(run_dir)
-    assert (summary["val/loss"], summary["train/loss"], summary["parameters_active"]) == (7.25, None, 5)
-
-
 def test_a_name_of_ones_own_is_kept(track: Callable[..., Tracker], cfg: Config, run_dir: Path) -> None:
     cfg.logger.name = "the good one"
     with track():
@@ -165,7 +156,7 @@ def test_nothing_on_the_way_out_costs_the_summary(
     cfg.logger.name = "[/b]"  # which rich would take for markup
     facts = dataclasses.replace(FACTS, unigram_entropy=float("nan"))  # nothing is held out
     out = io.StringIO()
-    with Tracker(cfg, as_dict(cfg), run_dir, facts, STEPS, console=Console(file=out, width=120)) as tracker:
+    with Tracker(cfg, run_dir, facts, STEPS, console=Console(file=out, width=120)) as tracker:
         log_steps(tracker)
         shutil.rmtree(run_dir)
         monkeypatch.setattr("tpresearch.track.tracker.report", lambda *_: 1 / 0)

@@ -21,8 +21,8 @@ from support.fake_wandb import DUMMY_KEY, FakeWandb
 from tpresearch.config import Config
 from tpresearch.config.network import answers
 from tpresearch.config.schema import WandbMode
-from tpresearch.track import Tracker
 from tpresearch.track.record import read_metrics, read_summary
+from tpresearch.track.tracker import Tracker
 
 CLIENT_S = 85.0
 """Less than the 90 s that the client itself would wait for a host; these tests have it wait for 2."""

@@ -18,9 +18,9 @@ from tpresearch.config import Config
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import WandbMode
 from tpresearch.launch.stop import Stopped
-from tpresearch.track import Tracker
 from tpresearch.track.names import NAMES
 from tpresearch.track.record import read_metrics, read_summary
+from tpresearch.track.tracker import Tracker
 from tpresearch.track.wandb_run import records, rows_on_disk
 
 

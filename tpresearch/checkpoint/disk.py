@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,13 +145,14 @@ def step_folders(run: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def damage(folder: Path, name: str, written: WrittenFile) -> str | None:
-    """Read a file completely; return what is wrong with it, in one line, or None."""
-    try:
-        if checksum(folder / name) != written.crc32:
-            return f"{name} is not as it was written"
-    except OSError as error:
-        return f"{name}: {error.strerror}"
+def damage(folder: Path, files: Iterable[tuple[str, WrittenFile]]) -> str | None:
+    """Read files completely; return what is wrong with the first that is damaged, in one line, or None."""
+    for name, written in files:
+        try:
+            if checksum(folder / name) != written.crc32:
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
     return None
 
 

@@ -6,6 +6,7 @@ only descriptions of tensors, so that a checkpoint from elsewhere cannot run cod
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
@@ -21,8 +22,12 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from tpresearch.checkpoint.disk import BrokenCheckpoint, Checkpoint, damage, read_checkpoint
 from tpresearch.checkpoint.faults import point
-from tpresearch.checkpoint.state import MODEL, Trained, persistent_buffers, room_for
+from tpresearch.checkpoint.resume import find_checkpoint, run_of, unusable
+from tpresearch.checkpoint.state import MODEL, Trained, of_model, room_for
 from tpresearch.checkpoint.together import RankFailed, as_one_process, line_of, own_group, together
+from tpresearch.config.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 DESCRIBES_TENSORS = {
     "torch.distributed.checkpoint.metadata": {
@@ -67,18 +72,41 @@ def load(checkpoint: Checkpoint, into: Trained, group: dist.ProcessGroup | None)
     point("loaded")
 
 
-def weights_from(checkpoint: Checkpoint) -> Callable[[nn.Module], None]:
+def restore(checkpoints: list[Checkpoint], trained: Trained, group: dist.ProcessGroup | None) -> None:
+    """Load the first of these that can be loaded. Collective.
+
+    Raises:
+        ConfigError: if none can.
+    """
+    for checkpoint in checkpoints:
+        try:
+            return load(checkpoint, trained, group)
+        except RankFailed as error:
+            last = str(error)
+            log.warning("%s cannot be loaded: %s", checkpoint.folder, last)
+    folder = checkpoints[-1].folder
+    why = f"none of its {len(checkpoints)} complete checkpoints can be loaded; {folder.name}: {last}"
+    raise unusable("resume", run_of(folder), why)
+
+
+def weights_from(init_from: str) -> Callable[[nn.Module], None]:
     """A weight source: initial weights from a checkpoint; each rank reads what it holds, and nothing is drawn.
 
-    Raises (when it is called, on every rank):
-        RankFailed: if the checkpoint is damaged.
+    Raises:
+        ConfigError: if there is none; when it is called, on every rank, if it is damaged.
     """
+    checkpoint = find_checkpoint(Path(init_from), "init_from")
 
     def source(model: nn.Module) -> None:
         group = own_group()
-        verify(checkpoint, group)
-        room = {name: tensor.detach() for name, tensor in _of_model(model).items()}
-        _read(checkpoint.folder, room, group)
+        tensors = of_model(model, dict(model.named_parameters()))
+        room = {name: tensor.detach() for name, tensor in tensors.items()}
+        try:
+            verify(checkpoint, group)
+            _read(checkpoint.folder, room, group)
+        except RankFailed as error:
+            why = f"{checkpoint.folder.name} cannot be read: {error}"
+            raise ConfigError("init_from", init_from, why, "another checkpoint") from None
 
     return source
 
@@ -90,12 +118,7 @@ def check_first_weights_of(checkpoint: Checkpoint, model: nn.Module) -> None:
         BrokenCheckpoint: naming the first that differs.
     """
     saved = {name: about for name, about in tensors_of(checkpoint).items() if name.startswith(MODEL)}
-    check_alike(saved, _of_model(model), any_float=True)
-
-
-def _of_model(model: nn.Module) -> dict[str, Tensor]:
-    tensors = [*model.named_parameters(), *persistent_buffers(model).items()]
-    return {f"{MODEL}{name}": tensor for name, tensor in tensors}
+    check_alike(saved, of_model(model, dict(model.named_parameters())), any_float=True)
 
 
 def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -126,9 +149,8 @@ def verify(checkpoint: Checkpoint, group: dist.ProcessGroup | None = None) -> No
     files = sorted(checkpoint.mark.files.items(), key=lambda file: -file[1].bytes)
 
     def read() -> None:
-        for name, written in files[rank::size]:
-            if wrong := damage(checkpoint.folder, name, written):
-                raise BrokenCheckpoint(wrong)
+        if wrong := damage(checkpoint.folder, files[rank::size]):
+            raise BrokenCheckpoint(wrong)
 
     together(read, group)
 

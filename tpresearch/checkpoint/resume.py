@@ -24,10 +24,8 @@ from tpresearch.config.errors import ConfigError, shown
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
 
-if TYPE_CHECKING:  # they import torch, which a refusal need not wait for
+if TYPE_CHECKING:  # it imports torch, which a refusal need not wait for
     import torch.distributed as dist
-
-    from tpresearch.checkpoint.state import Trained
 
 log = logging.getLogger(__name__)
 
@@ -100,11 +98,12 @@ def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpo
             if not found:
                 log.warning("%s is not complete: %s", folder, error)
     if not found:
-        raise _unusable(field, value, why)
+        raise unusable(field, value, why)
     return found
 
 
-def _unusable(field: str, value: object, why: str) -> ConfigError:
+def unusable(field: str, value: object, why: str) -> ConfigError:
+    """The refusal of a run none of whose checkpoints can be read."""
     legal, fix = "a run that has one", {}
     if field == "resume":
         legal, fix = f"{legal}; resume=never starts over and sets these aside", {field: NEVER}
@@ -186,23 +185,3 @@ def agreed_on(checkpoints: list[Checkpoint], group: dist.ProcessGroup | None) ->
     told = [checkpoints]
     dist.broadcast_object_list(told, src=0, group=group)
     return told[0]
-
-
-def restore(checkpoints: list[Checkpoint], trained: Trained, group: dist.ProcessGroup | None) -> None:
-    """Load the first of these that can be loaded. Collective.
-
-    Raises:
-        ConfigError: if none can.
-    """
-    from tpresearch.checkpoint.load import load
-    from tpresearch.checkpoint.together import RankFailed
-
-    for checkpoint in checkpoints:
-        try:
-            return load(checkpoint, trained, group)
-        except RankFailed as error:
-            last = str(error)
-            log.warning("%s cannot be loaded: %s", checkpoint.folder, last)
-    run = run_of(checkpoints[0].folder)
-    why = f"none of its {len(checkpoints)} complete checkpoints can be loaded; {checkpoints[-1].folder.name}: {last}"
-    raise _unusable("resume", run, why)

@@ -32,7 +32,7 @@ class Trained(Protocol):
 
 def state_of(trained: Trained) -> dict[str, Tensor]:
     """The tensors themselves, not copies. What the optimizer has not made yet, as of an unused weight, is absent."""
-    return weights_of(trained) | {
+    return of_model(trained.model, trained.weights()) | {
         f"{OPTIMIZER}{name}.{key}": value
         for name, parameter in trained.trained().items()
         for key, value in trained.optimizer.state.get(parameter, {}).items()
@@ -40,16 +40,11 @@ def state_of(trained: Trained) -> dict[str, Tensor]:
     }
 
 
-def weights_of(trained: Trained) -> dict[str, Tensor]:
-    """The part of the state that is the model's."""
-    return {f"{MODEL}{name}": weight for name, weight in trained.weights().items()} | {
-        f"{MODEL}{name}": buffer for name, buffer in persistent_buffers(trained.model).items()
-    }
-
-
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+def of_model(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of the state that is the model's: these weights, and its persistent buffers."""
     buffers = dict(model.named_buffers())
-    return {name: buffers[name] for name in model.state_dict() if name in buffers}
+    kept = {name: buffers[name] for name in model.state_dict() if name in buffers}
+    return {f"{MODEL}{name}": tensor for name, tensor in {**weights, **kept}.items()}
 
 
 def room_for(trained: Trained, saved: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
@@ -64,7 +59,7 @@ def room_for(trained: Trained, saved: Mapping[str, TensorStorageMetadata]) -> di
     trained.optimizer.state.clear()
     parameters = trained.trained()
     on_device = trained.optimizer.defaults.get("fused") or trained.optimizer.defaults.get("capturable")
-    room = weights_of(trained)
+    room = of_model(trained.model, trained.weights())
     for full in saved:
         if not full.startswith(OPTIMIZER):
             continue

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from tpresearch.compare.groups import check_comparable, one_by_one, over_seeds, repeats, sciences_of
 from tpresearch.compare.runs import LEGAL, find
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, writing
 from tpresearch.launch.command import WrongCommand, python_command
 from tpresearch.launch.options import command, read_options
 from tpresearch.launch.run_dir import dated_folder
@@ -83,12 +83,8 @@ def main() -> None:
     groups = over_seeds(runs) if mean else one_by_one(runs)
     report = Report(runs, groups, sciences_of(groups, options.baseline), warnings, left_out)
     out = Path(options.out or found.sweep or dated_folder("compare")).expanduser()
-    try:
+    with writing("out", out, {"out": dated_folder("compare")}):
         report.write(out, arguments)
-    except OSError as error:
-        legal = "a folder that this user can write, with room on its disk"
-        fix = {"out": dated_folder("compare")}
-        raise ConfigError("out", out, f"cannot be written: {error.strerror}", legal, fix=fix) from None
     report.print(Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH), out)
 
 

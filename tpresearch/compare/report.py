@@ -22,7 +22,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.track.panels import SECTIONS, Panel
 from tpresearch.track.record import write_atomically
 from tpresearch.track.shown import UNDEFINED, path_text, printable
-from tpresearch.track.table import Cell, Table, figure_cells, figures_of, markdown, mean_cells
+from tpresearch.track.table import Column, Table, figure_columns, markdown, mean_columns
 
 IN_COMMON = (
     *("model.name", "corpus_hash", "tokenizer.vocab_size", "data.seq_len", "train.global_batch_size"),
@@ -133,13 +133,11 @@ class Report:
 def tables(runs: Sequence[Run], groups: Sequence[Group], sciences: Sequence[Science]) -> dict[str, Table]:
     """The runs with their figures, means over seeds if runs are drawn as one, settings that differ, and folders."""
     summaries, names = [run.summary for run in runs], labels(runs)
-    figures = figures_of(summaries)
-    titles = [figure.title for figure in figures]
-    columns: dict[str, Sequence[str | Cell]] = {"run": names, "ranks": [run.setting("ranks") for run in runs]}
+    columns: dict[str, Column] = {"run": names, "ranks": [run.setting("ranks") for run in runs]}
     devices = [run.setting("device") for run in runs]
     if len(set(devices)) > 1:
         columns["device"] = devices
-    columns |= dict(zip(titles, zip(*figure_cells(summaries, figures), strict=True), strict=True))
+    columns |= figure_columns(summaries)
     compared = [science for science in sciences if science.others]
     if compared:
         columns["max |loss difference|"] = _differences(runs, compared)
@@ -147,15 +145,12 @@ def tables(runs: Sequence[Run], groups: Sequence[Group], sciences: Sequence[Scie
         columns["status"] = [run.summary["status"] for run in runs]
     shown = {RUNS: Table.of_columns(columns)}
     if len(groups) < len(runs):
-        rows = [
-            [
-                Cell(group.label),
-                Cell(str(len(group.runs))),
-                *mean_cells([run.summary for run in group.runs], figures),
-            ]
-            for group in groups
-        ]
-        shown[SEEDS] = Table(["runs", "seeds", *titles], rows)
+        counts: dict[str, Column] = {
+            "runs": [each.label for each in groups],
+            "seeds": [str(len(each.runs)) for each in groups],
+        }
+        means = mean_columns([[run.summary for run in group.runs] for group in groups])
+        shown[SEEDS] = Table.of_columns(counts | means)
     if len(compared) > 1:
         pooled = pooled_differences(compared)
         numbers = {

@@ -19,7 +19,7 @@ from tpresearch.checkpoint.load import read_tensors, tensors_of, verify
 from tpresearch.checkpoint.resume import run_of
 from tpresearch.checkpoint.state import MODEL
 from tpresearch.checkpoint.together import RankFailed
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import WRITABLE, ConfigError
 from tpresearch.config.model import model_config
 from tpresearch.data.tokenizer import TOKENIZER_FOLDER, special_ids
 from tpresearch.hf.files import INDEX, WEIGHTS
@@ -57,8 +57,7 @@ def export(checkpoint: Checkpoint, out: Path, dtype: str | None = None) -> str:
         return f"{out}: {said}"
     except (OSError, SafetensorError) as error:  # the latter where its library cannot write a file
         why = f"cannot be written: {getattr(error, 'strerror', None) or error}"
-        legal = "a folder that this user can write, with room on its disk"
-        raise ConfigError("out", out, why, legal) from None
+        raise ConfigError("out", out, why, WRITABLE) from None
     except (BrokenCheckpoint, RankFailed) as error:
         why, legal = f"not complete: {error}", "another one of that run"
         raise ConfigError("checkpoint", checkpoint.folder, why, legal) from None

@@ -16,13 +16,14 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.model import model_config
 from tpresearch.data.hub import download, looks_like_hub_id
 from tpresearch.data.tokenizer import TOKENIZER_FOLDER
-from tpresearch.hf.llama import CONFIG, EMBEDDING, NAMES, OUTPUT, read_settings
+from tpresearch.hf.llama import CONFIG, EMBEDDING, NAMES, OUTPUT, read_settings, refused
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "BF16", "F16")
 NOT_WEIGHTS = ".rotary_emb.inv_freq"
 """How the names end of what older versions of transformers kept beside the weights, and compute now."""
-LEGAL = "a folder or hub id of a Llama with config.json and model.safetensors, or a tpresearch checkpoint"
+Stored = tuple[Path, list[int], str]
+"""A tensor: its file, its shape, and its dtype as safetensors names it."""
 LLAMA = "tpresearch.models.llama2.Llama2"
 
 
@@ -44,16 +45,16 @@ def folder_of(init_from: str, files: Sequence[str] = (CONFIG,)) -> Path:
     path = Path(init_from).expanduser()
     if os.path.lexists(path):
         if not os.path.isdir(path):
-            raise _refused(init_from, "not a folder")
+            raise refused(init_from, "not a folder")
         return path
     if not looks_like_hub_id(init_from):
-        raise _refused(init_from, "there is no such folder")
-    return download(init_from, files, lambda why: _refused(init_from, why))
+        raise refused(init_from, "there is no such folder")
+    return download(init_from, files, lambda why: refused(init_from, why))
 
 
 def settings_of(init_from: str | None) -> dict[str, Any]:
-    """The settings of our model that implement the config.json of this folder or hub id; or the settings of one of our
-    runs.
+    """The settings of our model that implement the config.json of this folder or hub id; or those of the Llama in one of
+    our runs or checkpoints.
 
     Raises:
         ConfigError: if there is none, or it describes what our model does not implement.
@@ -62,20 +63,33 @@ def settings_of(init_from: str | None) -> dict[str, Any]:
         why = "model=hf takes its sizes from there"
         legal = "a folder or hub id of a Llama with config.json, or a tpresearch run"
         raise ConfigError("init_from", None, why, legal, fix={"init_from": "FOLDER"})
-    if not is_hugging_face(init_from) and is_own(init_from):
-        return settings_of_run(init_from)
-    return read_settings(folder_of(init_from), init_from)
+    if is_hugging_face(init_from) or not is_own(init_from):
+        return read_settings(folder_of(init_from), init_from)
+    from tpresearch.plan.meta import all_settings  # late: it imports torch
+
+    model = model_config(find_checkpoint(Path(init_from), "init_from").mark.experiment["model"])
+    if model.target != LLAMA:
+        why, legal = f"its model is {model.name}, and model=hf is a Llama", f"model={model.name}"
+        raise ConfigError("init_from", init_from, why, legal, fix={"model": model.name})
+    settings = all_settings(model)
+    return {name: settings[name] for name in NAMES}
 
 
 def tokenizer_of(init_from: str | None) -> str | None:
     """Path of the tokenizer of these weights: in that folder, or where one of our runs keeps it.
 
     Raises:
-        ConfigError: for a run without one.
+        ConfigError: for a run without one, since its data were numbers.
     """
-    if init_from and not is_hugging_face(init_from) and is_own(init_from):
-        return tokenizer_of_run(init_from)
-    return init_from
+    if not init_from or is_hugging_face(init_from) or not is_own(init_from):
+        return init_from
+    folder = run_of(Path(init_from)) / TOKENIZER_FOLDER
+    if not folder.is_dir():
+        size = find_checkpoint(Path(init_from), "init_from").mark.experiment["tokenizer"]["vocab_size"]
+        fix = {"tokenizer": "bpe", "tokenizer.vocab_size": size}
+        why, legal = "it keeps no tokenizer, since its data had no text", "another tokenizer beside model=hf"
+        raise ConfigError("init_from", init_from, why, legal, fix=fix)
+    return str(folder)
 
 
 def weights_folder(init_from: str) -> Path:
@@ -86,8 +100,8 @@ def weights_folder(init_from: str) -> Path:
     return folder_of(init_from, sorted(set(_index(folder / INDEX, init_from).values())))
 
 
-def tensor_files(folder: Path, named: str) -> dict[str, Path]:
-    """The file that has each tensor, by Hugging Face's names.
+def stored_tensors(folder: Path, named: str) -> dict[str, Stored]:
+    """Each tensor of a folder, by Hugging Face's names, from the headers of its files.
 
     Args:
         named: what the user called the folder: a path or a hub id.
@@ -96,22 +110,22 @@ def tensor_files(folder: Path, named: str) -> dict[str, Path]:
         ConfigError: for files that are missing, cannot be read or are not safetensors.
     """
     if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
-        files = {name: folder / file for name, file in _index(folder / INDEX, named).items()}
-        there = {path: set(_header(path, named)) for path in sorted(set(files.values()))}
-        lost = next((name for name, path in files.items() if name not in there[path]), None)
-        if lost is not None:
-            raise _refused(named, f"{INDEX} says that {lost} is in {files[lost].name}, but it is not")
-        return files
+        files = _index(folder / INDEX, named)
+        there = {file: _header(folder / file, named) for file in sorted(set(files.values()))}
+        for name, file in files.items():
+            if name not in there[file]:
+                raise refused(named, f"{INDEX} says that {name} is in {file}, but it is not")
+        return {name: there[file][name] for name, file in files.items()}
     if not (folder / WEIGHTS).exists():
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         if pickled:
-            raise _refused(named, f"{pickled[0]} is a pickle, which may run code when it is read")
-        raise _refused(named, f"has neither {WEIGHTS} nor {INDEX}")
-    return dict.fromkeys(_header(folder / WEIGHTS, named), folder / WEIGHTS)
+            raise refused(named, f"{pickled[0]} is a pickle, which may run code when it is read")
+        raise refused(named, f"has neither {WEIGHTS} nor {INDEX}")
+    return _header(folder / WEIGHTS, named)
 
 
 def check_tensors(folder: Path, named: str, shapes: Mapping[str, Sequence[int]], tied: bool) -> None:
-    """Refuse a folder that does not hold exactly these tensors, looking at headers only.
+    """Refuse a folder that does not hold exactly these tensors.
 
     Args:
         shapes: of each parameter, by Hugging Face's names. tied: whether the output layer has the embedding's weight.
@@ -119,41 +133,39 @@ def check_tensors(folder: Path, named: str, shapes: Mapping[str, Sequence[int]],
     Raises:
         ConfigError: for the first that is missing, has another shape, is not of floats or is not in the model.
     """
-    files = tensor_files(folder, named)
-    headers = {path: _header(path, named) for path in sorted(set(files.values()))}
+    stored = stored_tensors(folder, named)
     for name, shape in shapes.items():
-        if name not in files:
-            raise _refused(named, f"no file of it has {name}")
-        found, dtype = headers[files[name]][name]
+        if name not in stored:
+            raise refused(named, f"no file of it has {name}")
+        _, found, dtype = stored[name]
         if found != list(shape):
-            raise _refused(named, f"{name} has the shape {found}, and the model's is {list(shape)}")
+            raise refused(named, f"{name} has the shape {found}, and the model's is {list(shape)}")
         if dtype not in FLOATS:
-            raise _refused(named, f"{name} is stored as {dtype}, not as one of {', '.join(FLOATS)}")
-    surplus = [name for name in files if name not in shapes and not name.endswith(NOT_WEIGHTS)]
+            raise refused(named, f"{name} is stored as {dtype}, not as one of {', '.join(FLOATS)}")
+    surplus = [name for name in stored if name not in shapes and not name.endswith(NOT_WEIGHTS)]
     if tied and OUTPUT in surplus:
         surplus.remove(OUTPUT)
-        _check_tie(files, named)
+        _check_tie(stored, named)
     if surplus:
-        raise _refused(named, f"it has {surplus[0]}, which the model does not")
+        raise refused(named, f"it has {surplus[0]}, which the model does not")
 
 
-def _check_tie(files: Mapping[str, Path], named: str) -> None:
+def _check_tie(stored: Mapping[str, Stored], named: str) -> None:
     """Some folders hold a tied weight under both names; then both must be the same."""
-    with safe_open(files[EMBEDDING], "pt") as one, safe_open(files[OUTPUT], "pt") as other:
+    with safe_open(stored[EMBEDDING][0], "pt") as one, safe_open(stored[OUTPUT][0], "pt") as other:
         if not one.get_tensor(EMBEDDING).equal(other.get_tensor(OUTPUT)):
-            raise _refused(named, f"{CONFIG} ties {OUTPUT} to {EMBEDDING}, but they differ")
+            raise refused(named, f"{CONFIG} ties {OUTPUT} to {EMBEDDING}, but they differ")
 
 
-def _header(path: Path, named: str) -> dict[str, tuple[list[int], str]]:
-    """Shape and dtype of each tensor of a file."""
+def _header(path: Path, named: str) -> dict[str, Stored]:
     try:
         path.open("rb").close()  # whose error says why, where safetensors says that there is no file
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+            return {name: (path, part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
-        raise _refused(named, f"{path.name} cannot be read: {why}") from None
+        raise refused(named, f"{path.name} cannot be read: {why}") from None
 
 
 def _index(path: Path, named: str) -> dict[str, str]:
@@ -162,14 +174,10 @@ def _index(path: Path, named: str) -> dict[str, str]:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         outside = next((file for file in files.values() if Path(file).name != file), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _refused(named, f"{INDEX} cannot be read: {type(error).__name__}: {error}") from None
+        raise refused(named, f"{INDEX} cannot be read: {type(error).__name__}: {error}") from None
     if outside is not None:
-        raise _refused(named, f"{INDEX} names {outside}, which is not a file of this folder")
+        raise refused(named, f"{INDEX} names {outside}, which is not a file of this folder")
     return dict(files)
-
-
-def _refused(named: str, why: str) -> ConfigError:
-    return ConfigError("init_from", named, why, LEGAL)
 
 
 def is_own(init_from: str) -> bool:
@@ -179,35 +187,3 @@ def is_own(init_from: str) -> bool:
         return os.path.isdir(path) and bool(NAME.fullmatch(path.resolve().name) or step_folders(path))
     except OSError:  # said by whoever reads it
         return False
-
-
-def settings_of_run(init_from: str) -> dict[str, Any]:
-    """The settings of the Llama in one of our runs or checkpoints.
-
-    Raises:
-        ConfigError: if no checkpoint is complete, or its model is not a Llama.
-    """
-    from tpresearch.plan.meta import all_settings  # late: it imports torch
-
-    mark = find_checkpoint(Path(init_from), "init_from").mark
-    model = model_config(mark.experiment["model"])
-    if model.target != LLAMA:
-        why, legal = f"its model is {model.name}, and model=hf is a Llama", f"model={model.name}"
-        raise ConfigError("init_from", init_from, why, legal, fix={"model": model.name})
-    settings = all_settings(model)
-    return {name: settings[name] for name in NAMES}
-
-
-def tokenizer_of_run(init_from: str) -> str:
-    """The folder in which a run keeps its tokenizer.
-
-    Raises:
-        ConfigError: if it has none, since its data were numbers.
-    """
-    folder = run_of(Path(init_from)) / TOKENIZER_FOLDER
-    if not folder.is_dir():
-        size = find_checkpoint(Path(init_from), "init_from").mark.experiment["tokenizer"]["vocab_size"]
-        fix = {"tokenizer": "bpe", "tokenizer.vocab_size": size}
-        why, legal = "it keeps no tokenizer, since its data had no text", "another tokenizer beside model=hf"
-        raise ConfigError("init_from", init_from, why, legal, fix=fix)
-    return str(folder)

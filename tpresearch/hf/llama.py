@@ -57,6 +57,7 @@ IN_LAYER = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
+LEGAL = "a folder or hub id of a Llama with config.json and model.safetensors, or a tpresearch checkpoint"
 LAYER = re.compile(r"layers\.(\d+)\.(.+)\.weight")
 ROTATED = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
 
@@ -80,7 +81,7 @@ def read_settings(folder: Path, named: str) -> dict[str, Any]:
     settings |= {ours: _number(config, theirs, named) for ours, theirs in NUMBERS.items()}
     settings["tied"] = config.get("tie_word_embeddings", False)
     if not isinstance(settings["tied"], bool):
-        raise _refused(named, f"{CONFIG} has tie_word_embeddings={settings['tied']}", "true or false there")
+        raise refused(named, f"{CONFIG} has tie_word_embeddings={settings['tied']}", "true or false there")
     head_dim = config.get("head_dim")
     if head_dim is not None and head_dim * settings["n_heads"] != settings["dim"]:
         raise _unable(named, "head_dim", head_dim)
@@ -130,16 +131,13 @@ def _read(path: Path, named: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise _refused(
-            named,
-            f"it has no {CONFIG}",
-            "a folder that transformers can read, or a tpresearch run or checkpoint",
-        ) from None
+        legal = "a folder that transformers can read, or a tpresearch run or checkpoint"
+        raise refused(named, f"it has no {CONFIG}", legal) from None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise _refused(named, f"{CONFIG} cannot be read: {why}", "a readable one") from None
+        raise refused(named, f"{CONFIG} cannot be read: {why}", "a readable one") from None
     if not isinstance(config, dict):
-        raise _refused(named, f"{CONFIG} is not an object", "that of a LlamaForCausalLM")
+        raise refused(named, f"{CONFIG} is not an object", "that of a LlamaForCausalLM")
     return config
 
 
@@ -160,24 +158,24 @@ def _count(config: Mapping[str, Any], key: str, named: str) -> int:
         value = config.get("num_attention_heads")
     if type(value) is not int or value < 1:
         said = f"{CONFIG} has no {key}" if value is None else f"{CONFIG} has {key}={shown(value)}"
-        raise _refused(named, said, f"a whole number in {key}")
+        raise refused(named, said, f"a whole number in {key}")
     return value
 
 
 def _number(config: Mapping[str, Any], key: str, named: str) -> float:
     value = config.get(key, LEFT_OUT[key])
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise _refused(named, f"{CONFIG} has {key}={shown(value)}", f"a number above 0 in {key}")
+        raise refused(named, f"{CONFIG} has {key}={shown(value)}", f"a number above 0 in {key}")
     return float(value)
 
 
 def _unable(named: str, key: str, value: object) -> ConfigError:
     why = f"{CONFIG} has {key}={shown(value)}, which our Llama2 does not implement"
     legal = "left out" if (only := ONLY.get(key)) is None else f"{shown(only)} or left out"
-    return _refused(named, why, f"a Llama with {key} {legal}")
+    return refused(named, why, f"a Llama with {key} {legal}")
 
 
-def _refused(named: str, why: str, legal: str) -> ConfigError:
+def refused(named: str, why: str, legal: str = LEGAL) -> ConfigError:
     return ConfigError("init_from", named, why, legal)
 
 

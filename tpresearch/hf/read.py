@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.model import ModelConfig
-from tpresearch.hf.files import check_tensors, settings_of, tensor_files, weights_folder
+from tpresearch.hf.files import check_tensors, settings_of, stored_tensors, weights_folder
 from tpresearch.hf.llama import check_settings, hugging_face_name, hugging_face_rows, is_rotated
 from tpresearch.parallel.weights import WeightSource, held, local_part, pieces
 from tpresearch.plan.meta import all_settings
@@ -31,13 +31,14 @@ def from_hugging_face(init_from: str, config: ModelConfig) -> WeightSource:
 
     @torch.no_grad()
     def source(model: nn.Module) -> None:
-        files = tensor_files(weights_folder(init_from), init_from)
+        stored = stored_tensors(weights_folder(init_from), init_from)
         with ExitStack() as opened:
-            handles = {path: opened.enter_context(safe_open(path, "pt")) for path in set(files.values())}
+            paths = {path for path, *_ in stored.values()}
+            handles = {path: opened.enter_context(safe_open(path, "pt")) for path in paths}
             for name, parameter in model.named_parameters():
                 there = hugging_face_name(name)
                 assert there
-                part = handles[files[there]].get_slice(there)
+                part = handles[stored[there][0]].get_slice(there)
                 _fill(parameter, part, head_dim if is_rotated(name) else None)
 
     return source

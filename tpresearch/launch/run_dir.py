@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import NEVER
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, writing
 from tpresearch.config.world import SlurmStep, World, agent_store
 from tpresearch.launch.claim import check_ours, locked, make_room
 
@@ -104,7 +104,7 @@ def _agreed(composed: DictConfig, world: World, held: ExitStack) -> tuple[Path, 
         """The folder of this job; `started` is the one that it had before torchrun started it again."""
         folder = started or _made("hydra.run.dir", wanted, given, name)
         check_ours(folder)
-        with _writing("hydra.run.dir", folder, name):
+        with writing("hydra.run.dir", folder, _elsewhere("hydra.run.dir", name)):
             held.enter_context(locked(folder, PATIENCE.seconds if started else 0))
             if not started and not (goes_on and step_folders(folder)):
                 make_room(folder)
@@ -165,18 +165,12 @@ def _is_given(settings: DictConfig) -> bool:
 
 
 def _made(key: str, wanted: Path, given: bool, name: str) -> Path:
-    with _writing(key, wanted, name):
+    with writing(key, wanted, _elsewhere(key, name)):
         return _usable(wanted) if given else _claimed(wanted)
 
 
-@contextmanager
-def _writing(key: str, folder: Path, name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        why = f"cannot be written: {error.strerror}"
-        legal = "a folder that this user can write, with room on its disk"
-        raise ConfigError(key, folder, why, legal, fix={key: Path(tempfile.gettempdir()) / name}) from None
+def _elsewhere(key: str, name: str) -> dict[str, object]:
+    return {key: Path(tempfile.gettempdir()) / name}
 
 
 def _claimed(wanted: Path) -> Path:

@@ -18,11 +18,14 @@ from omegaconf import DictConfig
 from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import TorchrunConfig
 from tpresearch.interrupt import INTERRUPTED
+from tpresearch.launch.claim import locked
+from tpresearch.sweep.job import Job, Outcome, goes_on, outcome_of
+from tpresearch.sweep.planning import Planner, with_folders
+from tpresearch.sweep.running import Devices, JobProcess, StartJob, await_earlier, ending_signals, run_jobs
+from tpresearch.track.shown import duration_text
 
 if TYPE_CHECKING:
     from tpresearch.launch.entrypoint import Program
-    from tpresearch.sweep.job import Job, Outcome
-    from tpresearch.sweep.running import Devices, StartJob
 
 
 class TorchrunLauncher(Launcher):
@@ -53,8 +56,6 @@ class TorchrunLauncher(Launcher):
             ConfigError: for the first job that cannot run, before any has started.
             SystemExit: after Ctrl-C, SIGTERM or SIGHUP, once all ranks have ended and the table is out.
         """
-        from tpresearch.sweep.planning import Planner, with_folders  # late: a single run has no use for them
-
         self.check()
         gpus = _visible_gpus()
         planner = Planner(self._loader, self._config, self._judge, len(gpus), self.ranks_per_node)
@@ -63,12 +64,10 @@ class TorchrunLauncher(Launcher):
             return self._run(list(with_folders(judged, self._folder)), gpus)
 
     def _run(self, jobs: list[Job], gpus: list[str]) -> Sequence[JobReturn]:
+        # Late, as all that prints: Hydra imports this file at the start of every command.
         from rich.console import Console
 
-        from tpresearch.sweep.job import goes_on, outcome_of
-        from tpresearch.sweep.running import await_earlier, ending_signals, run_jobs
         from tpresearch.sweep.status import Status
-        from tpresearch.track.shown import duration_text
 
         self._outcomes |= {job.number: outcome_of(job, None) for job in jobs}
         began: dict[int, float] = {}
@@ -118,8 +117,6 @@ class TorchrunLauncher(Launcher):
 
     def allocate(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, StartJob]:
         """Where the jobs run, and how each begins."""
-        from tpresearch.sweep.running import Devices, JobProcess
-
         return Devices(gpus, self._settings.cpu_slots), JobProcess
 
     def cancel(self) -> None:
@@ -188,8 +185,6 @@ def _alone_in(folder: Path) -> AbstractContextManager[object]:
     Raises:
         ConfigError: if another sweep has it, or it cannot be held.
     """
-    from tpresearch.launch.claim import locked  # late: Hydra imports this file at the start of every command
-
     try:
         return locked(folder, key="hydra.sweep.dir")
     except OSError as error:

@@ -15,30 +15,28 @@ from rich.text import Text
 
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import override_key, python_command
-from tpresearch.sweep.job import CONSOLE_LOG, Outcome, wandb_group
+from tpresearch.sweep.job import CONSOLE_LOG, Job, Outcome, wandb_group
 from tpresearch.track.shown import UNDEFINED, path_text
-from tpresearch.track.table import Cell, Summary, Table, comparable, figure_cells, figures_of, mean_cells
+from tpresearch.track.table import Column, Summary, Table, comparable, figure_columns, mean_columns
 
 SEED = "train.seed"
 
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:
     """One row per job: what was swept, its figures with the best of each marked, and how it ended."""
-    keys = differing(outcomes)
-    summaries = [_summary(outcome) for outcome in outcomes]
-    figures = figures_of(summaries)
-    failed = any(outcome.error for outcome in outcomes)
-    header = [*("job", *keys, "ranks"), *(figure.title for figure in figures), "status"]
-    rows = []
-    for outcome, cells in zip(outcomes, figure_cells(summaries, figures), strict=True):
-        job = outcome.job
-        swept = [job.settings.get(key, UNDEFINED) for key in keys]
-        status = f"{outcome.status} earlier" if job.completed else outcome.status
-        error = [outcome.error or ""] if failed else []
-        rows.append(
-            [*map(Cell, (str(job.number), *swept, str(job.ranks))), *cells, *map(Cell, (status, *error))]
-        )
-    return Table([*header, "error"] if failed else header, rows)
+    columns = _swept([outcome.job for outcome in outcomes], ["job", *differing(outcomes)])
+    columns |= figure_columns([_summary(outcome) for outcome in outcomes])
+    columns["status"] = [f"{each.status} earlier" if each.job.completed else each.status for each in outcomes]
+    if any(outcome.error for outcome in outcomes):
+        columns["error"] = [outcome.error or "" for outcome in outcomes]
+    return Table.of_columns(columns)
+
+
+def _swept(jobs: Sequence[Job], keys: Sequence[str]) -> dict[str, Column]:
+    """Columns of what was swept, and of the ranks; `job` is for the job's number."""
+    settings = [{"job": str(job.number), **job.settings} for job in jobs]
+    columns: dict[str, Column] = {key: [each.get(key, UNDEFINED) for each in settings] for key in keys}
+    return columns | {"ranks": [str(job.ranks) for job in jobs]}
 
 
 def _summary(outcome: Outcome) -> Summary:
@@ -65,14 +63,10 @@ def over_seeds(outcomes: Sequence[Outcome]) -> Table | None:
     if not groups:
         return None
     keys = [key for key in differing(outcomes) if key != SEED]
-    figures = figures_of([_summary(outcome) for outcome in outcomes])
-    rows = []
-    for each in groups.values():
-        first = each[0].job
-        swept = [first.settings.get(key, UNDEFINED) for key in keys]
-        means = mean_cells([_summary(outcome) for outcome in each], figures)
-        rows.append([*map(Cell, (*swept, str(first.ranks), str(len(each)))), *means])
-    return Table([*keys, "ranks", "seeds", *(figure.title for figure in figures)], rows)
+    columns = _swept([each[0].job for each in groups.values()], keys)
+    columns["seeds"] = [str(len(each)) for each in groups.values()]
+    columns |= mean_columns([[_summary(outcome) for outcome in each] for each in groups.values()])
+    return Table.of_columns(columns)
 
 
 def write_files(folder: Path, outcomes: Sequence[Outcome]) -> None:

@@ -7,6 +7,7 @@ import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress
 from statistics import mean, stdev
 from typing import Any
 
@@ -34,13 +35,16 @@ class Cell:
     best: bool = False
 
 
+Column = Sequence[str | Cell]
+
+
 @dataclass(frozen=True)
 class Table:
     header: list[str]
     rows: list[list[Cell]]
 
     @classmethod
-    def of_columns(cls, columns: Mapping[str, Sequence[str | Cell]]) -> Table:
+    def of_columns(cls, columns: Mapping[str, Column]) -> Table:
         """The table with these columns, all of one length."""
         rows = zip(*columns.values(), strict=True)
         cells = [[each if isinstance(each, Cell) else Cell(each) for each in row] for row in rows]
@@ -101,39 +105,30 @@ def comparable(summary: dict[str, Any]) -> dict[str, Any]:
     return {**summary, "memory/peak_bytes": sum(held.values()) if isinstance(held, dict) else None}
 
 
-def figures_of(summaries: Sequence[Summary]) -> list[Figure]:
-    """The figures that any of the runs has."""
+def figure_columns(summaries: Sequence[Summary]) -> dict[str, Column]:
+    """The figures that any of the runs has, by their titles, one cell per run."""
+    return {figure.title: _cells(summaries, figure) for figure in _figures_of(summaries)}
+
+
+def mean_columns(groups: Sequence[Sequence[Summary]]) -> dict[str, Column]:
+    """The same with one cell per group of runs that differ only in their seed: mean and standard deviation."""
+    figures = _figures_of(list(chain(*groups)))
+    return {figure.title: [Cell(_mean(group, figure)) for group in groups] for figure in figures}
+
+
+def _figures_of(summaries: Sequence[Summary]) -> list[Figure]:
     return [figure for figure in FIGURES if any(each.get(figure.key) is not None for each in summaries)]
 
 
-def figure_cells(summaries: Sequence[Summary], figures: Sequence[Figure]) -> list[list[Cell]]:
-    """One row per run; the best of each figure is marked where the texts of completed runs differ."""
-    best = {figure.key: _best(summaries, figure) for figure in figures}
+def _cells(summaries: Sequence[Summary], figure: Figure) -> list[Cell]:
+    """The best is marked where the texts of completed runs differ."""
+    completed = [each.get("status") == "completed" for each in summaries]
+    values = [value for each in compress(summaries, completed) if (value := each.get(figure.key)) is not None]
+    best = figure.text(figure.best(values)) if len(set(map(figure.text, values))) > 1 else None
     return [
-        [Cell(_text(each, figure), _is_best(each, figure, best[figure.key])) for figure in figures]
-        for each in summaries
+        Cell(_text(each, figure), counts and figure.text(each.get(figure.key)) == best)
+        for each, counts in zip(summaries, completed, strict=True)
     ]
-
-
-def mean_cells(summaries: Sequence[Summary], figures: Sequence[Figure]) -> list[Cell]:
-    """Mean and standard deviation of each figure over runs that differ only in their seed."""
-    return [Cell(_mean([each.get(figure.key) for each in summaries], figure)) for figure in figures]
-
-
-def _mean(values: Sequence[float | None], figure: Figure) -> str:
-    defined = [value for value in values if value is not None]
-    if not defined:
-        return UNDEFINED
-    middle = figure.text(mean(defined))
-    return f"{middle} ± {figure.text(stdev(defined))}" if len(defined) > 1 else middle
-
-
-def _is_best(summary: Summary, figure: Figure, best: str | None) -> bool:
-    return _counts(summary, figure) and figure.text(summary[figure.key]) == best
-
-
-def _counts(summary: Summary, figure: Figure) -> bool:
-    return summary.get("status") == "completed" and summary.get(figure.key) is not None
 
 
 def _text(summary: Summary, figure: Figure) -> str:
@@ -144,6 +139,9 @@ def _text(summary: Summary, figure: Figure) -> str:
     return text
 
 
-def _best(summaries: Sequence[Summary], figure: Figure) -> str | None:
-    values = [each[figure.key] for each in summaries if _counts(each, figure)]
-    return figure.text(figure.best(values)) if len({figure.text(value) for value in values}) > 1 else None
+def _mean(summaries: Sequence[Summary], figure: Figure) -> str:
+    values = [value for each in summaries if (value := each.get(figure.key)) is not None]
+    if not values:
+        return UNDEFINED
+    middle = figure.text(mean(values))
+    return f"{middle} ± {figure.text(stdev(values))}" if len(values) > 1 else middle

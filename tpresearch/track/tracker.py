@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 from rich.console import Console
 
 from tpresearch.config import Config, ConfigError
+from tpresearch.config.compose import as_dict
+from tpresearch.config.errors import first_line
 from tpresearch.config.secrets import refuse_secrets
 from tpresearch.launch.stop import Stopped
 from tpresearch.track import record
@@ -60,7 +62,7 @@ class RunFacts:
 class Tracker:
     """Tracks a run from its first row to its summary. For rank 0 alone.
 
-        with Tracker(cfg, as_dict(cfg), run_dir, facts, total_steps) as tracker:
+        with Tracker(cfg, run_dir, facts, total_steps) as tracker:
             ...
             tracker.log({"train/step": 1, "train/tokens": 3072, "train/loss": 8.31, ...})
 
@@ -69,7 +71,6 @@ class Tracker:
     start, and neither a full disk, nor a folder that is gone, nor a report that cannot be printed costs the summary.
 
     Args:
-        config: the resolved config as plain data, written to config.yaml and given to W&B whole.
         run_dir: the run's folder. One that has been tracked before is continued, in W&B too.
         total_steps: the step at which the run ends.
         start_step: the step from which this process is to set out: see `go_on_from`.
@@ -84,7 +85,6 @@ class Tracker:
     def __init__(
         self,
         cfg: Config,
-        config: Mapping[str, Any],
         run_dir: Path,
         facts: RunFacts,
         total_steps: int,
@@ -94,6 +94,7 @@ class Tracker:
         next_steps: NextSteps | None = None,
         console: Console | None = None,
     ) -> None:
+        config = as_dict(cfg)
         refuse_secrets(config)
         self.name = cfg.logger.name or run_name(cfg.model.name, cfg.parallel, facts.mesh, cfg.train)
         self._cfg, self._run_dir, self._facts, self._start_step = cfg, run_dir, facts, start_step
@@ -158,29 +159,26 @@ class Tracker:
         except OSError as problem:
             log.warning("ledger.json cannot be written: %s", problem.strerror)
 
-    def finish(
-        self, summary: Mapping[str, Any] | None = None, status: Status = "completed", error: str | None = None
-    ) -> None:
+    def finish(self, status: Status = "completed", error: str | None = None) -> None:
         """Write summary.json, close W&B and print the report. Only the first call counts.
 
         Args:
-            summary: figures of the caller's own, which go before those drawn from the rows.
             error: why the run did not complete, in one line.
         """
         if self._ended:
             return
         self._close()
-        whole = self._summary(status, error) | dict(summary or {})
+        summary = self._summary(status, error)
         try:
-            record.write_summary(self._run_dir, whole)
+            record.write_summary(self._run_dir, summary)
         except OSError as problem:
-            said = json.dumps(record.defined(whole))
+            said = json.dumps(summary)
             log.error("summary.json cannot be written (%s); it is %s", problem.strerror, said)
         finally:
             if self._wandb:
-                self._wandb.finish(whole, EXIT_CODES[status], preempted=status == "preempted")
+                self._wandb.finish(summary, EXIT_CODES[status], preempted=status == "preempted")
         try:
-            self._report(self._console, whole, self._next_steps)
+            self._report(self._console, summary, self._next_steps)
         except Exception as problem:
             log.warning("the report cannot be shown: %s", _line(problem))
 
@@ -242,7 +240,7 @@ class Tracker:
         elif isinstance(error, ConfigError) and self._start_step and self._last_row is None:
             self._leave()
         else:
-            self.finish(status=_status(error), error=_line(error))
+            self.finish(_status(error), _line(error))
 
 
 def _status(error: BaseException) -> Status:
@@ -253,7 +251,5 @@ def _status(error: BaseException) -> Status:
 
 def _line(error: BaseException) -> str:
     """`ValueError: what it says`, on one line."""
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, Stopped):
-        return str(error)
-    return f"{type(error).__name__}: {first.strip()}" if first else type(error).__name__
+    kind, first = type(error).__name__, first_line(error)
+    return first if isinstance(error, Stopped) or first == kind else f"{kind}: {first}"

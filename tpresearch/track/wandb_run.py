@@ -11,12 +11,13 @@ import logging
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
+from tpresearch.config.errors import first_line
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.track.names import X_AXIS, Row
 from tpresearch.track.shown import path_text
@@ -87,14 +88,14 @@ class WandbRun:
         try:
             mode = choose_mode(logger.mode, set_up())
         except Exception as error:
-            log.warning("W&B: off, because the client does not start: %s", _line(error))
+            log.warning("W&B: off, because the client does not start: %s", first_line(error))
             return None
         attempts: tuple[Mode, ...] = () if mode == "disabled" else (mode, "offline")
         for attempt in dict.fromkeys(attempts):
             try:
                 return cls._open(attempt, run_dir / "wandb" / "id", about)
             except Exception as error:
-                log.warning("W&B: could not start in %s mode: %s", attempt, _line(error))
+                log.warning("W&B: could not start in %s mode: %s", attempt, first_line(error))
                 _tear_down()  # or the id counts as in use at the next attempt
         return None
 
@@ -110,7 +111,9 @@ class WandbRun:
         known_as = kept_id.read_text().strip()
         run = wandb.init(mode=mode, id=known_as, resume="allow", **about)
         kept_id.write_text(f"{run.id}\n")  # under `wandb agent` the sweep has chosen another
-        sent = SentRows(kept_id.with_name("sent"), None if run.id == known_as else 0)
+        sent = SentRows(kept_id.with_name("sent"))
+        if run.id != known_as:
+            sent.keep(0)
         # What the server has, or the disk: rows may have been lost with a killed client.
         folders = Path(about["dir"]) / "wandb"
         offline = list(folders.glob(f"offline-run-*-{run.id}"))
@@ -133,10 +136,8 @@ class WandbRun:
         """
         if not self._sent.is_new(row):
             return
-        try:
+        with self._noting():
             self._run.log(dict(row))
-        except Exception as error:
-            self._note(error)
 
     def catch_up(self, rows: Sequence[Row]) -> None:
         """Hand over what of these rows has not arrived before."""
@@ -145,16 +146,12 @@ class WandbRun:
 
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
         """Set the summary's figures and close the run, in at most `finish_timeout` seconds."""
-        try:
+        with self._noting():
             self._run.summary.update(dict(summary))
             if preempted:
                 self._run.mark_preempting()
-        except Exception as error:
-            self._note(error)
-        try:
+        with self._noting():
             self._run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._note(error)
         _tear_down(exit_code)
 
     def where(self) -> str:
@@ -163,10 +160,15 @@ class WandbRun:
             return self.url
         return f"wandb sync {'--include-online ' if self.url else ''}{path_text(self.folder)}"
 
-    def _note(self, error: Exception) -> None:
-        if self._trouble is None:
-            self._trouble = _line(error)
-            log.warning("W&B: %s; metrics.jsonl has every row", self._trouble)
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Catches whatever the client raises, and reports the first of it."""
+        try:
+            yield
+        except Exception as error:
+            if self._trouble is None:
+                self._trouble = first_line(error)
+                log.warning("W&B: %s; metrics.jsonl has every row", self._trouble)
 
 
 class SentRows:
@@ -174,17 +176,11 @@ class SentRows:
 
     A step is written before its row is handed over. Where the server, or the client's own files, can be asked how many
     rows there are, those that got lost on the way are handed over again.
-
-    Args:
-        kept: how many of the steps in the file count; None for all.
     """
 
-    def __init__(self, path: Path, kept: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        lines = path.read_text().split() if path.exists() else []
-        self._steps = [int(line) for line in lines]
-        if kept is not None:
-            self.keep(kept)
+        self._steps = [int(line) for line in path.read_text().split()] if path.exists() else []
 
     def keep(self, count: int) -> None:
         """Forget what was handed over after the first `count` rows."""
@@ -225,10 +221,6 @@ def _tear_down(exit_code: int = 0) -> None:
 
     with suppress(Exception):
         wandb.teardown(exit_code=exit_code)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def rows_on_disk(folders: list[Path]) -> int | None:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.checkpoint.load import weights_from
-from tpresearch.checkpoint.resume import find_checkpoint
-from tpresearch.checkpoint.together import RankFailed
-from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.data.batches import batches_of
 from tpresearch.data.rows import AnyCorpus
@@ -81,20 +77,7 @@ def weight_source(cfg: Config, initializers: Mapping[str, Initializer]) -> Weigh
         return from_seed(initializers, cfg.train.seed)
     if is_hugging_face(cfg.init_from):
         return from_hugging_face(cfg.init_from, cfg.model)
-    return _from_checkpoint(cfg.init_from)
-
-
-def _from_checkpoint(init_from: str) -> WeightSource:
-    checkpoint = find_checkpoint(Path(init_from), "init_from")
-
-    def source(model: nn.Module) -> None:
-        try:
-            weights_from(checkpoint)(model)
-        except RankFailed as error:
-            why = f"{checkpoint.folder.name} cannot be read: {error}"
-            raise ConfigError("init_from", init_from, why, "another checkpoint") from None
-
-    return source
+    return weights_from(cfg.init_from)
 
 
 def _left_unset(model: nn.Module) -> None:

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.checkpoint.disk import Checkpoint
-from tpresearch.checkpoint.resume import agreed_on, checkpoints_to_go_on_from, restore
+from tpresearch.checkpoint.load import restore
+from tpresearch.checkpoint.resume import agreed_on, check_corpus, checkpoints_to_go_on_from
 from tpresearch.checkpoint.together import own_group
 from tpresearch.config.axes import AXES
-from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ProfilerName
 from tpresearch.config.validate import total_steps
@@ -37,7 +37,7 @@ from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import Preflight
 from tpresearch.train.profile import Trace
-from tpresearch.train.saving import check_disk, check_goes_on, is_complete, saver_of, say_where_it_goes_on
+from tpresearch.train.saving import check_disk, is_complete, saver_of, say_where_it_goes_on
 from tpresearch.train.speed import Speed
 from tpresearch.train.stopping import AgreedStop
 from tpresearch.train.watch import CountedStep, PeakMemory, Timing
@@ -66,7 +66,8 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
         corpus = prepare(job.cfg.data, job.cfg.tokenizer, run.world, flag.check)
         check_rows(corpus, job)
         found = checkpoints_to_go_on_from(job.cfg, run.folder, run.restarted)
-        check_goes_on(found, corpus)
+        for checkpoint in found:
+            check_corpus(checkpoint.mark, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
         if is_complete(found, job, run):
             return
         check_disk(job, run, len(found))
@@ -165,11 +166,8 @@ def tracking(
         corpus.corpus_hash,
         corpus.unigram_entropy,
     )
-    steps, config = total_steps(job.cfg), as_dict(job.cfg)
-    after = NextSteps(run.command, run.objection)
-    return Tracker(
-        job.cfg, config, run.folder, facts, steps, start_step=start_step, plan=plan, next_steps=after
-    )
+    steps, after = total_steps(job.cfg), NextSteps(run.command, run.objection)
+    return Tracker(job.cfg, run.folder, facts, steps, start_step=start_step, plan=plan, next_steps=after)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from tpresearch.checkpoint.disk import FOLDER, Checkpoint, Mark
-from tpresearch.checkpoint.resume import check_corpus
 from tpresearch.checkpoint.save import Saver
 from tpresearch.checkpoint.together import RankFailed
 from tpresearch.config.choices import OptimizerName
@@ -63,16 +62,6 @@ def saver_of(
         legal = "a folder on a disk that all hosts share, and that this user can write"
         raise ConfigError("hydra.run.dir", run.folder, str(error), legal) from None
     return saver
-
-
-def check_goes_on(found: list[Checkpoint], corpus: AnyCorpus) -> None:
-    """Refuse to resume with rows other than those a run was trained on.
-
-    Raises:
-        ConfigError: if text, tokenizer or the number of rows differ.
-    """
-    for checkpoint in found:
-        check_corpus(checkpoint.mark, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
 
 
 def is_complete(found: list[Checkpoint], job: Preflight, run: Run) -> bool:
