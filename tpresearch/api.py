@@ -51,7 +51,7 @@ def load(*overrides: str, config_name: str = "train") -> Config:
     """
     register_schema()
     register_resolvers()
-    composition = Composition(conf_dir(), config_name, list(overrides))
+    composition = Composition(config_name, list(overrides))
     try:
         with explaining(composition), initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return typed_config(compose(config_name, composition.overrides))

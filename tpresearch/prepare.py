@@ -12,7 +12,7 @@ from tpresearch.launch import Run, World, entrypoint
 
 
 def judge(cfg: Config, world: World) -> Config:
-    if cfg.data.source.is_synthetic:
+    if cfg.data.is_synthetic:
         why = "synthetic rows are generated as they are read"
         legal = "a source of text to prepare"
         raise ConfigError("data.source", cfg.data.source, why, legal, fix={"data": "pystdlib"})

@@ -158,7 +158,7 @@ def _train(world: World, overrides: list[str], folder: Path) -> int:
     try:
         job = preflight(config(*overrides), world)
         judge_folder(job, folder, False)
-        main.train(job, Run(folder, world, [], {}), [Breaks()])
+        main.train(job, Run(folder, world), [Breaks()])
     except Stopped as stopped:
         return int(stopped.code or 0)
     except ConfigError as error:

@@ -21,9 +21,9 @@ from tpresearch.config.schema import DefectsConfig
 from tpresearch.data.batches import Batch, Batches
 from tpresearch.parallel import apply, weights
 from tpresearch.plan.compiler import Plan
-from tpresearch.train import assemble, evaluate, loop, mistakes, step
+from tpresearch.train import assemble, loop, mistakes, step
 from tpresearch.train.cross_entropy import VocabularyShard
-from tpresearch.train.losses import NextToken
+from tpresearch.train.losses import AllAtOnce, InChunks
 from tpresearch.train.step import Setup, TrainState
 
 Patched = AbstractContextManager[Any]
@@ -97,8 +97,8 @@ def counting(tokens: Callable[[list[Batch], int], float]) -> Patched:
 
     def accumulate(state: TrainState, micro_batches: list[Batch], setup: Setup) -> Tensor:
         objective = setup.objective
-        assert isinstance(objective, NextToken)
-        miscounted = replace(objective, tokens=tokens(micro_batches, objective.tokens))  # type: ignore[arg-type]
+        assert isinstance(objective, AllAtOnce | InChunks)
+        miscounted = replace(objective, scale=1 / tokens(micro_batches, setup.tokens_per_step))
         return right(state, micro_batches, replace(setup, objective=miscounted))
 
     return patch.object(step, "accumulate_gradients", accumulate)
@@ -251,4 +251,4 @@ def one_rank_skips_an_update() -> Patched:
 
 def evaluated_on_own_rows() -> Patched:
     """The held-out loss of this rank's rows, logged as that of all."""
-    return patch.object(evaluate, "sum_over", lambda mesh, values, axes: values)
+    return patch.object(loop, "sum_over", lambda mesh, values, axes: values)

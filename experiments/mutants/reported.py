@@ -149,7 +149,7 @@ def divided_for_the_log_only() -> Patched:
     def accumulate(state: TrainState, micro_batches: list[Batch], setup: Setup) -> Tensor:
         share = right(state, micro_batches, setup)
         for parameter in state.model.parameters():
-            parameter.grad.mul_(setup.objective.tokens)  # type: ignore[attr-defined]
+            parameter.grad.mul_(setup.tokens_per_step)
         return share
 
     return patch.object(step, "accumulate_gradients", accumulate)

@@ -33,7 +33,7 @@ TALLEST = 4.8
 def ranks_by_part(job: Preflight, fqn: str) -> dict[tuple[float, float, float, float], list[int]]:
     """(first row, first column, height, width) of a part, as shares of the parameter -> the ranks that hold it."""
     parameter = job.model.get_parameter(fqn)
-    dim = split_dim(fqn, job.plan.rules, job.model.get_submodule(fqn.rpartition(".")[0]))
+    dim = split_dim(fqn, job.model, job.plan.rules)
     found: dict[tuple[float, float, float, float], list[int]] = {}
     sizes = job.sizes.values()
     for rank, place in enumerate(itertools.product(*map(range, sizes))):

@@ -36,7 +36,7 @@ ON_A_GPU = {"perf/mfu"}
 def train_online(world: World, cfg: Config, folder: Path, env: dict[str, str]) -> None:
     """A whole training of a rank, as `train.py` has it; rank 0 tells W&B."""
     with patch.dict(os.environ, env):
-        train(preflight(cfg, world), Run(folder, world, [], {}))
+        train(preflight(cfg, world), Run(folder, world))
 
 
 @pytest.fixture(scope="module")

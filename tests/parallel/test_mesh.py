@@ -10,10 +10,10 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.parallel.apply import parallelize
-from tpresearch.parallel.describe import describe_mesh, describe_model
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
+from tpresearch.plan.describe import describe_mesh, describe_model
 from tpresearch.train.preflight import planned
 from tpresearch.verify.ranks import Ranks
 

@@ -98,7 +98,7 @@ def test_tp_alone_needs_no_divisible_sequence() -> None:
     compiled("model=llama2_debug", "parallel=tp", "data.seq_len=17")
 
 
-def facts_of_rank_zero(cfg: Config, world: World) -> dict[str, tuple[str, tuple[int, ...]]]:
+def facts_of_rank_zero(cfg: Config, world: World) -> dict[str, tuple[str, str]]:
     """What really became of each parameter: its placements over axes of several ranks, its local shape."""
     model, plan = planned(cfg, sizes := validate(cfg, world.size))
     with process_group(FAKE, world):
@@ -106,7 +106,7 @@ def facts_of_rank_zero(cfg: Config, world: World) -> dict[str, tuple[str, tuple[
         found = {}
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
-                found[name] = ("replicated", tuple(parameter.shape))
+                found[name] = ("replicated", "x".join(map(str, parameter.shape)))
                 continue
             names = parameter.device_mesh.mesh_dim_names or ()
             over = [
@@ -114,7 +114,7 @@ def facts_of_rank_zero(cfg: Config, world: World) -> dict[str, tuple[str, tuple[
                 for axis, placement in zip(names, parameter.placements, strict=True)
                 if sizes.nontrivial().get(axis) and not placement.is_replicate()
             ]
-            found[name] = (", ".join(over) or "replicated", tuple(parameter.to_local().shape))
+            found[name] = (", ".join(over) or "replicated", "x".join(map(str, parameter.to_local().shape)))
         return found
 
 

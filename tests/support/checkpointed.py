@@ -64,7 +64,7 @@ def go(
         loop = assemble(job, mesh, job.device, corpus(), (), restoring)
         if start:
             went.restored = whole(loop.state)
-        saver = saver_of(job, Run(run, world, [], {}), corpus(), loop.state.step, group) if run else None
+        saver = saver_of(job, Run(run, world), corpus(), loop.state.step, group) if run else None
         for _ in range(steps):
             share, norm = loop.step()
             went.losses.append(sum_over(mesh, share, DATA_AXES).item())

@@ -40,8 +40,9 @@ def main(cfg: Config, run: Run) -> None:
     if cfg.name == "sleeps":
         (run.folder / "asleep").touch()
         time.sleep(600)
-    record = HydraConfig.get().output_subdir
-    told = f"{record} rank {run.world.rank} of {run.world.size} {run.overrides} {run.choices['model']}"
+    hydra = HydraConfig.get()
+    typed, model = list(hydra.overrides.task), hydra.runtime.choices.model
+    told = f"{hydra.output_subdir} rank {run.world.rank} of {run.world.size} {typed} {model}"
     print(f"folder {run.folder} {told}\n", end="")  # in one write, which no other rank can cut in two
 
 

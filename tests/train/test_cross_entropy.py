@@ -24,7 +24,7 @@ from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.assemble import assemble
 from tpresearch.train.cross_entropy import linear_cross_entropy
-from tpresearch.train.losses import AllAtOnce, InChunks, NextToken, summed_cross_entropy
+from tpresearch.train.losses import AllAtOnce, InChunks, summed_cross_entropy
 from tpresearch.train.preflight import preflight
 from tpresearch.verify.ranks import Ranks
 
@@ -159,13 +159,11 @@ def steps(world: World, cfgs: list[Config]) -> list[tuple[list[tuple[float, floa
         for job in jobs:
             loop = assemble(job, build_mesh(job.sizes, "cpu"), device, corpus())
             objective = loop.setup.objective
-            assert isinstance(objective, NextToken)
-            if isinstance(objective.loss, InChunks) and job is jobs[-1]:
-                to_be_fused = replace(objective, loss=replace(objective.loss, compile=True))
-                loop.setup = replace(loop.setup, objective=to_be_fused)
+            if isinstance(objective, InChunks) and job is jobs[-1]:
+                loop.setup = replace(loop.setup, objective=replace(objective, compile=True))
                 torch.compiler.set_stance("force_eager")
             pairs = [(loss.item(), norm.item()) for loss, norm in (loop.step() for _ in range(3))]
-            found.append((pairs, loop.evaluate(), type(loop.setup.objective.loss)))
+            found.append((pairs, loop.evaluate(), type(loop.setup.objective)))
     return found
 
 

@@ -107,7 +107,7 @@ def train_until(
     pretended = {"prepare": lambda *_, **__: corpus, "check_same_corpus": lambda _: None, "StopFlag": Flag}
     try:
         with patch.multiple(main, **pretended), patch.object(PackedCorpus, "keep_tokenizer"):
-            main.train(preflight(cfg, world), Run(folder, world, [], {}), [Signalling()])
+            main.train(preflight(cfg, world), Run(folder, world), [Signalling()])
     except Stopped as stopped:
         return str(stopped), int(stopped.code or 0)
     return "completed", 0

@@ -17,7 +17,6 @@ JUDGED = {
     "tpresearch.train.step",
     "tpresearch.train.losses",
     "tpresearch.train.loop",
-    "tpresearch.train.evaluate",
     "tpresearch.parallel.apply",
     "tpresearch.parallel.norm",
     "tpresearch.parallel.mesh",

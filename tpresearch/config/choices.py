@@ -12,6 +12,7 @@ WeightDtype = StrEnum("WeightDtype", "float32 bfloat16")
 Float8 = StrEnum("Float8", "none tensorwise rowwise")
 ProfilerName = StrEnum("ProfilerName", "none trace")
 SlurmCluster = StrEnum("SlurmCluster", "slurm local")
+DataSource = StrEnum("DataSource", "pystdlib pysource text jsonl parquet hf uniform random_tokens")
 TokenizerKind = StrEnum("TokenizerKind", "bpe hf")
 OptimizerName = StrEnum("OptimizerName", "adamw sgd")
 ScheduleName = StrEnum("ScheduleName", "constant cosine wsd")
@@ -19,19 +20,3 @@ Loss = StrEnum("Loss", "next_token sum")
 OnNonfinite = StrEnum("OnNonfinite", "stop skip")
 WandbMode = StrEnum("WandbMode", "auto online offline")
 DeviceKind = StrEnum("DeviceKind", "auto cpu cuda")
-
-
-class DataSource(StrEnum):
-    pystdlib = "pystdlib"
-    pysource = "pysource"
-    text = "text"
-    jsonl = "jsonl"
-    parquet = "parquet"
-    hf = "hf"
-    uniform = "uniform"
-    random_tokens = "random_tokens"
-
-    @property
-    def is_synthetic(self) -> bool:
-        """Rows are drawn as they are read: no files, no tokenizer, nothing to prepare, nothing held out."""
-        return self in (DataSource.uniform, DataSource.random_tokens)

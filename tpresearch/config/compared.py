@@ -43,14 +43,18 @@ def _over(defaults: Any, values: Any) -> Any:
 
 def compared(config: Mapping[str, Any], without_seed: bool = False) -> dict[str, Any]:
     """The resolved config without names, paths and loggers."""
-    kept = {key: value for key, value in config.items() if key not in NOT_COMPARED}
+    kept = _without(config, NOT_COMPARED)
     if cluster := kept.pop("cluster", None):  # of a simulated run: told apart by its name and its numbers
         digest = hashlib.sha1(repr(cluster).encode()).hexdigest()
         kept["cluster"] = f"{cluster.get('name')} {digest[:6]}"
-    kept["data"] = {key: value for key, value in kept.get("data", {}).items() if key not in NOT_OF_DATA}
+    kept["data"] = _without(kept.get("data", {}), NOT_OF_DATA)
     if without_seed:
-        kept["train"] = {key: value for key, value in kept["train"].items() if key != "seed"}
+        kept["train"] = _without(kept["train"], ("seed",))
     return kept
+
+
+def _without(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
 
 
 def experiment(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,9 +64,6 @@ def experiment(config: Mapping[str, Any]) -> dict[str, Any]:
     is evaluated, and the budget, which may grow.
     """
     kept = compared(config)
-    without = {"model": ("plans", "blocks"), "train": NOT_THE_EXPERIMENT}
-    return {key: _leaving_out(kept[key], without.get(key, ())) for key in EXPERIMENT}
-
-
-def _leaving_out(value: Any, keys: tuple[str, ...]) -> Any:
-    return {name: each for name, each in value.items() if name not in keys} if keys else value
+    kept["model"] = _without(kept["model"], ("plans", "blocks"))
+    kept["train"] = _without(kept["train"], NOT_THE_EXPERIMENT)
+    return {key: kept[key] for key in EXPERIMENT}

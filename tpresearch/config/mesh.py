@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tpresearch.config.axes import AXES, AXES_OF_DATA_PLAN, AXIS_NAMES, TENSOR, Axis, MeshSizes
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.schema import Config, DataPlan, MeshConfig, ParallelConfig
 
 
@@ -34,14 +34,12 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
     for axis in AXES:
         size = given[axis.name]
         if size is not None and size != -1 and size < 1:
-            why, legal = (
-                "not a number of ranks",
-                "1 or more, -1 for the remaining ranks, null for the plan's default",
-            )
-            raise ConfigError(f"mesh.{axis.name}", size, why, legal)
+            legal = "1 or more, -1 for the remaining ranks, null for the plan's default"
+            raise ConfigError(f"mesh.{axis.name}", size, "not a number of ranks", legal)
         if axis not in used and size is not None and size > 1:
             why = f"parallel={parallel.name} does not shard over this axis"
-            legal = f"it uses {_listed(used)}; plans with {axis.name}: {axis.options}"
+            listed = " and ".join(f"mesh.{one.name}" for one in used) or "no axis"
+            legal = f"it uses {listed}; plans with {axis.name}: {axis.options}"
             raise ConfigError(f"mesh.{axis.name}", size, why, legal)
     sizes = _complete(given, used, world, hosts)
     if sizes.world != world:
@@ -91,7 +89,9 @@ def _refuse_product(
 ) -> None:
     if not used:
         why = f"runs on a single process, but the world size is {world}"
-        legal = f"1 rank, or a plan for several ranks: {' '.join(_all_options())}"
+        options = {option for axis in AXES for option in axis.options.split()}
+        ordered = sorted(options, key=lambda option: (len(option), option))  # those of one axis first
+        legal = f"1 rank, or a plan for several ranks: {' '.join(ordered)}"
         raise ConfigError("parallel", parallel.name, why, legal, fix={"parallel": "fsdp"})
     name = [axis.name for axis in used if given[axis.name] not in (None, -1)][-1]
     others = sizes.world // sizes[name]
@@ -107,15 +107,6 @@ def _refuse_product(
         legal = f"{sizes.world} ranks"
     why = f"{product} is {sizes.world} ranks, but the world size is {world}"
     raise ConfigError(f"mesh.{name}", sizes[name], why, legal, fix=fix, nproc=None if fix else sizes.world)
-
-
-def _listed(axes: tuple[Axis, ...]) -> str:
-    return " and ".join(f"mesh.{axis.name}" for axis in axes) or "no axis"
-
-
-def _all_options() -> list[str]:
-    """Each option that uses an axis, those of one axis first."""
-    return sorted({option for axis in AXES for option in axis.options.split()}, key=lambda o: (len(o), o))
 
 
 SEQUENCE_DIM = 1
@@ -138,14 +129,24 @@ def check_declared(cfg: Config, sizes: MeshSizes) -> None:
     Raises:
         ConfigError: for the first that does not divide.
     """
-    check_divisible(cfg.parallel, sizes, list(_declared(cfg)))
+    check_divisible(cfg.parallel, sizes, list(declared_cuts(cfg)))
 
 
-def _declared(cfg: Config) -> Iterator[Cut]:
-    rules = cfg.model.plans.get(cfg.parallel.tensor or "", {})
-    for name, rule in rules.items():
+def declared_cuts(cfg: Config) -> Iterator[Cut]:
+    """What the plan's rules name that they split.
+
+    Raises:
+        ConfigError: for a unit that is no setting of the model.
+    """
+    plan, args = cfg.parallel.tensor or "", cfg.model.args
+    for name, rule in cfg.model.plans.get(plan, {}).items():
         for unit in rule.units:
-            count = cfg.model.args.get(unit)
+            if unit not in args:
+                counts = [key for key, value in args.items() if isinstance(value, int)]
+                legal = "one of " + ", ".join(nearest(unit, counts))
+                where = f"model.plans.{plan}.{name}.units"
+                raise ConfigError(where, unit, "no such model setting", legal)
+            count = args[unit]
             if isinstance(count, int) and count > 0:
                 yield Cut(rule.axis, f"model.{unit}", count, f"rule {name} splits it")
         layouts = [
@@ -170,10 +171,7 @@ def check_divisible(parallel: ParallelConfig, sizes: MeshSizes, cuts: Sequence[C
     below = max(t for t in divide if t <= size)
     others = {f"mesh.{axis.name}": None for axis in AXES if axis.name != wrong.axis}
     why = f"does not divide {wrong.what}={wrong.count} ({wrong.why})"
-    legal = f"legal for this model: {_few(divide)}"
+    few = divide if len(divide) <= 8 else [*divide[:8], "..."]
+    legal = f"legal for this model: {' '.join(map(str, few))}"
     fix = {key: below} if alone else {key: fits[-1], **others}
     raise ConfigError(key, size, why, legal, fix, nproc=below if alone else None)
-
-
-def _few(numbers: list[int]) -> str:
-    return " ".join(map(str, numbers if len(numbers) <= 8 else [*numbers[:8], "..."]))

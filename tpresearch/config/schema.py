@@ -101,6 +101,11 @@ class DataConfig:
     cache_dir: str = "~/.cache/tpresearch"
     """Folder of tokenized corpora and trained tokenizers, shared by all runs on a host."""
 
+    @property
+    def is_synthetic(self) -> bool:
+        """Rows are drawn as they are read: no files, no tokenizer, nothing to prepare, nothing held out."""
+        return self.source in (DataSource.uniform, DataSource.random_tokens)
+
 
 @dataclass
 class TokenizerConfig:

@@ -9,7 +9,7 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Checkpointing, Float8, WeightDtype
 from tpresearch.config.errors import ConfigError, shown
 from tpresearch.config.mesh import resolve_mesh, used_axes
-from tpresearch.config.schema import Config, Dtype, ProfilerName
+from tpresearch.config.schema import Config, Dtype, ParallelConfig, ProfilerName
 from tpresearch.config.values import check_bounds
 
 SHOWN_WORLD = 4
@@ -81,12 +81,29 @@ def micro_batches(cfg: Config, sizes: MeshSizes) -> int:
     return cfg.train.global_batch_size // sizes.dp // micro_batch_size(cfg, sizes)
 
 
+def tokens_per_step(cfg: Config) -> int:
+    return cfg.train.global_batch_size * cfg.data.seq_len
+
+
 def total_steps(cfg: Config) -> int:
     """Optimizer steps of the run, from whichever budget is given."""
     if cfg.train.steps is not None:
         return cfg.train.steps
     assert cfg.train.tokens is not None
-    return -(-cfg.train.tokens // (cfg.train.global_batch_size * cfg.data.seq_len))
+    return -(-cfg.train.tokens // tokens_per_step(cfg))
+
+
+def is_wrapped(parallel: ParallelConfig, sizes: MeshSizes) -> bool:
+    """Whether `fully_shard` is applied. Over one shard, and without offloading, it would only copy each weight and
+    gradient in each micro-batch.
+    """
+    return sizes.shards > 1 or parallel.fsdp.cpu_offload
+
+
+def has_masters(cfg: Config, sizes: MeshSizes) -> bool:
+    """Whether a bfloat16 model has float32 master weights. Where `fully_shard` is applied, it keeps them itself."""
+    mixed = cfg.train.dtype is Dtype.bfloat16 and cfg.train.weights is WeightDtype.float32
+    return mixed and not is_wrapped(cfg.parallel, sizes)
 
 
 def _check_name(cfg: Config) -> None:

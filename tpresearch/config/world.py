@@ -122,11 +122,11 @@ class SlurmStep:
         return cls(**numbers, job=env.get("SLURM_JOB_ID") or None, step=env.get("SLURM_STEP_ID") or "0")
 
 
-def agent_store(env: Mapping[str, str] = os.environ) -> tuple[str, int] | None:
+def agent_store() -> tuple[str, int] | None:
     """Address and port of the store of torchrun's agent, where it shares it with the ranks."""
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _whole(given: Mapping[str, str], name: str) -> int:

@@ -27,7 +27,7 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     check_bounds(data, "data.")
     if not data.cache_dir.strip():
         raise ConfigError("data.cache_dir", data.cache_dir, "names no folder", LEGAL_CACHE)
-    if data.source.is_synthetic:
+    if data.is_synthetic:
         return
     _check_streaming(data)
     _check_cache_dir(data)

@@ -66,7 +66,7 @@ def prepare(
         ConfigError: for text that cannot be read after all (a bad line, a hub that went away) or does not
             exist.
     """
-    if data.source.is_synthetic:
+    if data.is_synthetic:
         return Synthetic.of(data, tokenizer)
     return _Preparation(data, tokenizer, world, check).rows()
 

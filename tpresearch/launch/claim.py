@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -46,10 +47,8 @@ def locked(folder: Path, patience_s: float = 0, key: str = "hydra.run.dir") -> A
     try:
         return FileLock(folder / ".lock").acquire(timeout=patience_s)
     except Timeout:
-        why, legal = (
-            f"another {key.split('.')[1]} is using this folder",
-            "wait for its end, or use another folder",
-        )
+        why = f"another {key.split('.')[1]} is using this folder"
+        legal = "wait for its end, or use another folder"
         raise ConfigError(key, folder, why, legal, fix={key: free_name(folder, "-")}) from None
     except NotImplementedError:  # a file system without locks: nothing can be held there
         return nullcontext()
@@ -84,4 +83,4 @@ def free_name(folder: Path, between: str) -> Path:
     """An unused sibling name: the folder's own with a counter."""
     first = 1 if between == EARLIER else 2
     names = (folder.with_name(f"{folder.name}{between}{nth}") for nth in itertools.count(first))
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))

@@ -31,7 +31,7 @@ ROUNDS = 8
 class Command:
     """A command line of this program."""
 
-    arguments: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
     ranks: int | None = None
     """Per host, under torchrun; None for `python`."""
     hosts: int = 1

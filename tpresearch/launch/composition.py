@@ -43,18 +43,15 @@ def conf_dir() -> Path:
 
 @dataclass(frozen=True)
 class Composition:
-    config_dir: Path
     config_name: str
     overrides: list[str]
     extra_dir: str | None = None
     """A further folder of config files (`--config-dir`)."""
 
     @classmethod
-    def of(cls, arguments: Namespace, config_dir: Path, config_name: str) -> Composition:
+    def of(cls, arguments: Namespace, config_name: str) -> Composition:
         """The one that Hydra's command line asks for."""
-        return cls(
-            config_dir, arguments.config_name or config_name, arguments.overrides, arguments.config_dir
-        )
+        return cls(arguments.config_name or config_name, arguments.overrides, arguments.config_dir)
 
     def override_of(self, key: str) -> str | None:
         """The override that sets this key, as it was typed; the last one counts."""
@@ -81,7 +78,7 @@ class Composition:
     def values_without(self, key: str) -> dict[str, Any]:
         """Each key there is and its value, had `key` not been overridden (or nothing had, if that fails)."""
         others = [typed for typed in self.overrides if override_key(typed) != key]
-        with initialize_config_dir(str(self.config_dir), version_base="1.3"):
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             try:
                 composed = compose(self.config_name, self._searching(others), return_hydra_config=True)
             except COMPOSITION_ERRORS:
@@ -94,7 +91,7 @@ class Composition:
 
     def groups(self) -> dict[str, list[str]]:
         """Each config group and its options."""
-        with initialize_config_dir(str(self.config_dir), version_base="1.3"):
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
             names = [name for name in loader.list_groups("") if name != "hydra"]
             return {name: loader.get_group_options(name, overrides=self._searching([])) for name in names}

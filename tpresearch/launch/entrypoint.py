@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
@@ -39,7 +39,7 @@ from tpresearch.launch.command import (
     type_again,
     typed_then,
 )
-from tpresearch.launch.composition import Composition, conf_dir, typed_config
+from tpresearch.launch.composition import Composition, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.garbage import uncollected
 from tpresearch.launch.help import help_text
@@ -63,26 +63,24 @@ class Run:
     folder: Path
     """The run folder, absolute, the same on every rank, and there already."""
     world: World
-    overrides: list[str]
-    """What was typed, without Hydra's own settings: `["parallel=tp", "train.steps=10"]`."""
-    choices: dict[str, str]
-    """The option chosen in each config group: `{"model": "llama2_tiny", "parallel": "tp", ...}`."""
     restarted: bool = False
     """Whether torchrun has started this job's ranks before; rank 0 knows."""
-    command: Command = field(default_factory=lambda: Command(()))
+    command: Command = field(default_factory=Command)
     """The command line that started it, or would have started it if it resumes an earlier run."""
     objection: Objection = lambda command: None
     """What the program would say to another command."""
 
 
 @dataclass(frozen=True)
-class entrypoint(Generic[Judged]):
-    """Make `main(judged, run)` a Hydra program, started by `python` or by torchrun.
+class Program(Generic[Judged]):
+    """`main(judged, run)` as a command, called without arguments. It is also Hydra's task function, which a sweep's launcher
+    receives.
 
     Errors that the user can fix (a `ConfigError`, or anything Hydra refuses) end in one line on stderr for the
     whole job and exit code 2; other exceptions are bugs and keep their traceback.
     """
 
+    main: Callable[[Judged, Run], None]
     config_name: str
     """The file of conf/ to compose."""
     judge: Callable[[Config, World], Judged]
@@ -98,21 +96,10 @@ class entrypoint(Generic[Judged]):
     """Replaces judge if there are checkpoints to resume from, so that the source of the initial weights is not
     checked."""
 
-    def __call__(self, main: Callable[[Judged, Run], None]) -> Program[Judged]:
-        return Program(main, self)
-
-
-@dataclass(frozen=True)
-class Program(Generic[Judged]):
-    """A main that is called without arguments. It is also Hydra's task function, which a sweep's launcher receives."""
-
-    main: Callable[[Judged, Run], None]
-    entry: entrypoint[Judged]
-
     def judged(self, cfg: Config, world: World, goes_on: bool) -> Judged:
         """The result of validating a config; raises a ConfigError for the first error."""
-        judge_going_on = self.entry.judge_going_on or self.entry.judge
-        return (judge_going_on if goes_on else self.entry.judge)(cfg, world)
+        judge = self.judge_going_on if goes_on and self.judge_going_on else self.judge
+        return judge(cfg, world)
 
     def __call__(self, composed: DictConfig | None = None) -> None:
         """The whole command; or, for a launcher that runs jobs in this process, one that Hydra has composed."""
@@ -147,27 +134,33 @@ class Program(Generic[Judged]):
 
     def objection(self, command: Command) -> ConfigError | None:
         """The reason for which it would refuse another command; None if it would run."""
-        entry, script = self.entry, inspect.getfile(self.main)
-        judge = entry.glance if entry.glance and "torch" not in sys.modules else entry.judge
-        return objection_to(command, script, entry.config_name, judge, entry.judge_folder is not None)
+        judge = self.glance if self.glance and "torch" not in sys.modules else self.judge
+        script, goes_on = inspect.getfile(self.main), self.judge_folder is not None
+        return objection_to(command, script, self.config_name, judge, goes_on)
+
+
+def entrypoint(
+    config_name: str, judge: Callable[[Config, World], Judged], **judges: Any
+) -> Callable[[Callable[[Judged, Run], None]], Program[Judged]]:
+    """Decorates a main as a `Program` of these settings."""
+    return lambda main: Program(main, config_name, judge, **judges)
 
 
 def _start(program: Program[Judged], world: World) -> None:
-    config_dir = conf_dir()
     arguments = _arguments(world)
-    earlier = type_again(arguments) if program.entry.judge_folder else None
-    composition = Composition.of(arguments, config_dir, program.entry.config_name)
+    earlier = type_again(arguments) if program.judge_folder else None
+    composition = Composition.of(arguments, program.config_name)
     if hydra_app.only_shows(arguments):
         if world.rank == 0 and arguments.help:
-            print(help_text(composition, _purpose(program.main)))
+            print(help_text(composition, program.main))
         elif world.rank == 0:
             with explaining(composition):
-                hydra_app.show(program.main, config_dir, program.entry.config_name)
+                hydra_app.show(program.main, program.config_name)
         return None
     composition.refuse_unset()
     name, overrides = composition.config_name, composition.overrides
     with explaining(composition):
-        app = hydra_app.application(inspect.getfile(program.main), config_dir, arguments)
+        app = hydra_app.application(inspect.getfile(program.main), arguments)
         sweeps = arguments.multirun or "hydra.mode=MULTIRUN" in overrides
         config = None if sweeps else hydra_app.compose_run(app, name, overrides)
     if config is None:
@@ -184,9 +177,9 @@ def _start(program: Program[Judged], world: World) -> None:
             folder, restarted = held.enter_context(agreed(config, world))
         with read_write(config.hydra.run):
             config.hydra.run.dir = str(folder)
-        if program.entry.judge_folder:
+        if program.judge_folder:
             with _typing_again(earlier):
-                program.entry.judge_folder(judged, folder, restarted)
+                program.judge_folder(judged, folder, restarted)
         hydra_app.run(app, config, name, lambda: _call_main(program, judged, world, restarted))
     return None
 
@@ -202,11 +195,6 @@ def _typing_again(earlier: Path | None) -> Iterator[None]:
             now = {override_key(word) for word in sys.argv[1:]}
             error.fix = {key: value for key, value in then.items() if key not in now} | error.fix
         raise
-
-
-def _purpose(main: Callable[..., None]) -> str:
-    """The command's purpose: the first line of its module."""
-    return (inspect.getdoc(inspect.getmodule(main)) or "").partition("\n")[0]
 
 
 def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world: World) -> None:
@@ -262,19 +250,10 @@ def _srun_alone(slurm: SlurmStep) -> WrongCommand:
 
 def _call_main(program: Program[Judged], judged: Judged, world: World, restarted: bool = False) -> None:
     """Call main with the validated config and its run; an exception goes to the logs and to torchrun's report."""
-    settings = HydraConfig.get()
-    command, overrides = Command.typed(world), list(settings.overrides.task)
+    settings, command = HydraConfig.get(), Command.typed(world)
     if any(override_key(word) == "resume" for word in command.arguments):
-        command = dataclasses.replace(command, arguments=tuple(overrides))
-    run = Run(
-        folder=Path(settings.runtime.output_dir),
-        world=world,
-        overrides=overrides,
-        choices={g: option for g, option in settings.runtime.choices.items() if not g.startswith("hydra/")},
-        restarted=restarted,
-        command=command,
-        objection=program.objection,
-    )
+        command = dataclasses.replace(command, arguments=tuple(settings.overrides.task))
+    run = Run(Path(settings.runtime.output_dir), world, restarted, command, program.objection)
     with uncollected():
         start_logging(run.folder, world)
     main = program.main

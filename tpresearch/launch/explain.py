@@ -22,7 +22,7 @@ from omegaconf.errors import (
 
 from tpresearch.config.errors import ConfigError, nearest, shown
 from tpresearch.launch.command import Command, WrongCommand, override_key, quoted
-from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, close, closest
+from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, close, closest, conf_dir
 from tpresearch.launch.hydra_app import UNREADABLE
 
 TYPES = {
@@ -84,13 +84,13 @@ def _unknown_key(key: str, value: object, composition: Composition) -> ConfigErr
     while branch and branch not in known:
         branch = branch.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == branch] or [branch]
-    return ConfigError(key, value, why, f"there are {', '.join(sorted(siblings))}", fix={key: None})
+    return ConfigError(key, value, why, f"there are {', '.join(sorted(siblings))}")
 
 
 def _unreadable(error: OverrideParseException, composition: Composition) -> ConfigError:
     key, equals, value = error.override.partition("=")
     if not equals:
-        return ConfigError(key, "", "an override needs a value", f"{key}=VALUE", fix={key: None})
+        return ConfigError(key, "", "an override needs a value", f"{key}=VALUE")
     why = f"cannot be read ({_first_line(error.message)})" if "(" not in error.message else "cannot be read"
     legal = f"'{key}=[a,b]' for a list, '{key}=\"text\"' for text with special characters"
     is_text = isinstance(composition.values_without(key).get(override_key(key)), str)
@@ -106,7 +106,7 @@ def _unreadable_value(key: str, composition: Composition) -> ConfigError:
 def _unknown_option(error: MissingConfigException, composition: Composition) -> ConfigError:
     group, _, option = (error.missing_cfg_file or composition.config_name).rpartition("/")
     if not group:
-        there = ", ".join(sorted(path.stem for path in composition.config_dir.glob("*.yaml")))
+        there = ", ".join(sorted(path.stem for path in conf_dir().glob("*.yaml")))
         drop = dict.fromkeys(["--config-name", "-cn", option])
         return ConfigError("--config-name", option, "no such config", f"one of {there}", fix=drop)
     options = [name for name in error.options or () if not name.endswith("_schema")]
@@ -117,7 +117,7 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
         files = [typed for typed in composition.overrides if override_key(typed) in groups]
         why += f", asked for by {' or '.join(files) or composition.config_name}"
     if not options:
-        return ConfigError(group, value or option, why, f"conf/{group}/ has none yet", fix={group: None})
+        return ConfigError(group, value or option, why, f"conf/{group}/ has none yet")
     legal = f"one of {', '.join(nearest(option, options))}"
     return ConfigError(group, value or option, why, legal, fix={group: closest(option, options)})
 
@@ -129,16 +129,16 @@ def _not_a_name(composition: Composition) -> ConfigError:
         key, _, value = typed.partition("=")
         if key in groups and (value == "null" or not re.match("[A-Za-z_]", value)):
             legal = f"one of {', '.join(groups[key])}"
-            return ConfigError(key, value, "a config group takes an option's name", legal, fix={key: None})
+            return ConfigError(key, value, "a config group takes an option's name", legal)
     wrong = next((typed for typed in composition.overrides if not override_key(typed)), "=")
-    return ConfigError("", wrong.partition("=")[2], "an override needs a key", "key=value", fix={"": None})
+    return ConfigError("", wrong.partition("=")[2], "an override needs a key", "key=value")
 
 
 def _broken_file(error: yaml.MarkedYAMLError, composition: Composition) -> ConfigError:
     mark = error.problem_mark
     where = f"line {mark.line + 1}, column {mark.column + 1} of {mark.name}" if mark else "a config file"
     key, value = _chosen_file(mark.name if mark else "", composition)
-    return ConfigError(key, value, f"not YAML at {where}: {error.problem}", "a YAML file", fix={key: None})
+    return ConfigError(key, value, f"not YAML at {where}: {error.problem}", "a YAML file")
 
 
 def _chosen_file(path: str, composition: Composition) -> tuple[str, str]:
@@ -158,7 +158,7 @@ def _wrong_in_file(file: str, error: OmegaConfBaseException, composition: Compos
     else:
         reason, legal = _reason(_first_line(str(error)))
         why = f": {reason}"
-    return ConfigError(field, value, f"{file}.yaml sets {error.full_key}{why}", legal, {field: None})
+    return ConfigError(field, value, f"{file}.yaml sets {error.full_key}{why}", legal)
 
 
 def _sweep(key: str, value: str) -> ConfigError:
@@ -183,16 +183,14 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
         if missing := re.match(r"Interpolation key '(.*)' not found", message):
             best = closest(missing[1], others)
             legal = f"nearest is ${{{best}}}" if best else "a key that `--cfg job` shows"
-            return ConfigError(key, written, f"{missing[1]} does not exist", legal, fix={key: None})
+            return ConfigError(key, written, f"{missing[1]} does not exist", legal)
         why = message.replace("raised while resolving interpolation", "while resolving it")
-        return ConfigError(key, written, why, "an interpolation that resolves", fix={key: None})
+        return ConfigError(key, written, why, "an interpolation that resolves")
     if isinstance(default, DictConfig):
         legal = f"its keys one by one: {', '.join(f'{key}.{name!s}' for name in default)}"
-        return ConfigError(key, typed, "a group of keys, not a value", legal, fix={key: None})
+        return ConfigError(key, typed, "a group of keys, not a value", legal)
     if "does not support deletion" in message:
-        return ConfigError(
-            key, "~", "a key cannot be deleted", f"a value, such as {shown(default)}", {key: None}
-        )
+        return ConfigError(key, "~", "a key cannot be deleted", f"a value, such as {shown(default)}")
     why, legal = _reason(message)
     if key != full_key:
         why, legal = f"{shown(error.value)} is of the wrong type", "a list"
@@ -224,7 +222,7 @@ def _anything_else(message: str, composition: Composition) -> ConfigError:
         key, equals, value = typed.lstrip("+~").partition("=")
         if key and key in message:
             legal = "a key or an option that `--info` shows"
-            return ConfigError(key, value if equals else "~", _first_line(message), legal, fix={key: None})
+            return ConfigError(key, value if equals else "~", _first_line(message), legal)
     return ConfigError("--config-name", composition.config_name, _first_line(message), "see `--info`")
 
 

@@ -8,7 +8,7 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from functools import cache
 from types import ModuleType
@@ -21,12 +21,12 @@ from tpresearch.launch.composition import Composition
 WIDTH, COLUMN = 140, 44
 
 
-def help_text(composition: Composition, purpose: str) -> str:
-    """About a page."""
+def help_text(composition: Composition, main: Callable[..., None]) -> str:
+    """About a page, headed by the first line of the module of `main`."""
     values, groups = composition.values_without(""), composition.groups()
     program = " ".join(program_words())
     lines = [
-        purpose,
+        (inspect.getdoc(inspect.getmodule(main)) or "").partition("\n")[0],
         "",
         f"python {program} [GROUP=OPTION ...] [KEY=VALUE ...]      -m: a sweep over a,b,c   --cfg job: print the composed config",
         "",

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import override_key
-from tpresearch.launch.composition import COMPOSITION_ERRORS
+from tpresearch.launch.composition import COMPOSITION_ERRORS, conf_dir
 
 VERSION_BASE = "1.3"
 ONLY_SHOWN = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
@@ -61,13 +61,13 @@ def only_shows(arguments: Namespace) -> bool:
     return any(getattr(arguments, flag) for flag in ONLY_SHOWN) or (arguments.run and arguments.multirun)
 
 
-def show(task: Callable[..., object], config_dir: Path, config_name: str) -> None:
+def show(task: Callable[..., object], config_name: str) -> None:
     """`hydra.main` itself, for --cfg, --info, --help and their like."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else it prints errors itself, over many lines, and exits with 1
-    hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)(task)()
+    hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config_name)(task)()
 
 
-def application(script: str, config_dir: Path, arguments: Namespace) -> Hydra:
+def application(script: str, arguments: Namespace) -> Hydra:
     """Hydra over conf/, or over --config-path, with the files of --config-dir.
 
     Raises:
@@ -75,7 +75,7 @@ def application(script: str, config_dir: Path, arguments: Namespace) -> Hydra:
     """
     version.setbase(VERSION_BASE)
     GlobalHydra.instance().clear()
-    path = create_automatic_config_search_path(script, None, arguments.config_path or str(config_dir))
+    path = create_automatic_config_search_path(script, None, arguments.config_path or str(conf_dir()))
     if arguments.config_dir is not None:
         added = Path(arguments.config_dir).absolute()
         if not added.is_dir():

@@ -59,12 +59,8 @@ def _route_torch_logs() -> None:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.split(".")[0] == "torch" and name != "torch.__trace" and isinstance(logger, logging.Logger):
             logger.handlers.clear()
-            logger.propagate = logger.propagate or not _is_artifact(name)
-
-
-def _is_artifact(name: str) -> bool:
-    """Whether this logger is one of torch's that speak only when asked for, such as `...__annotation`."""
-    return name.rpartition(".")[2].startswith("__")
+            speaks_unasked = not name.rpartition(".")[2].startswith("__")  # unlike such as `...__annotation`
+            logger.propagate = logger.propagate or speaks_unasked
 
 
 def _file(path: Path) -> logging.Handler:

@@ -24,7 +24,7 @@ from tpresearch.config.validate import SHOWN_WORLD, ranks_needed
 from tpresearch.config.world import World
 from tpresearch.launch import hydra_app
 from tpresearch.launch.command import Command, Objection, command_to_try, type_again
-from tpresearch.launch.composition import Composition, conf_dir, typed_config
+from tpresearch.launch.composition import Composition, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.run_dir import check_folder_names
 
@@ -132,9 +132,9 @@ def _judge(
         raise ConfigError("flags", " ".join(unknown), "not understood", "key=value", fix=drop)
     if goes_on:
         type_again(arguments)
-    composition = Composition.of(arguments, conf_dir(), config_name)
+    composition = Composition.of(arguments, config_name)
     with explaining(composition):
-        app = hydra_app.application(script, composition.config_dir, arguments)
+        app = hydra_app.application(script, arguments)
         jobs = _jobs(composition.overrides) if arguments.multirun else iter([composition.overrides])
     for overrides in jobs:
         with explaining(composition):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 import sys
@@ -21,7 +20,7 @@ from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import NEVER
 from tpresearch.config.errors import ConfigError, writing
 from tpresearch.config.world import SlurmStep, World, agent_store
-from tpresearch.launch.claim import check_ours, locked, make_room
+from tpresearch.launch.claim import check_ours, free_name, locked, make_room
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -48,9 +47,9 @@ def register_resolvers() -> None:
     new("tokenizer_of", _tokenizer_of)
 
 
-def dated_folder(name: str) -> str:
-    """`outputs/<name>/<YYYY-MM-DD>/<HH-MM-SS>`, now. What the job uses in the end is settled by `agree`."""
-    return f"outputs/{name}/{datetime.now():%Y-%m-%d/%H-%M-%S}"
+def dated_folder(name: str, at: datetime | None = None) -> str:
+    """`outputs/<name>/<YYYY-MM-DD>/<HH-MM-SS>`, now. What the job uses in the end is settled by `agreed`."""
+    return f"outputs/{name}/{at or datetime.now():%Y-%m-%d/%H-%M-%S}"
 
 
 def may_go_on(composed: DictConfig, folder: Path) -> bool:
@@ -74,8 +73,34 @@ def agreed(composed: DictConfig, world: World) -> Iterator[tuple[Path, bool]]:
     Raises:
         ConfigError: when the folder cannot be written, another run has it, or the ranks have no way to agree.
     """
+    check_folder_names(composed)
+    given = _is_given(composed.hydra.run)
+    wanted = Path(composed.hydra.run.dir)
+    name = str(composed.get("name") or "run")
+    goes_on = composed.get("resume") != NEVER
+
+    def claim(held: ExitStack, started: Path | None = None) -> Path:
+        """The folder of this job; `started` is the one that it had before torchrun started it again."""
+        folder = started or _made("hydra.run.dir", wanted, given, name)
+        check_ours(folder)
+        with writing("hydra.run.dir", folder, _elsewhere("hydra.run.dir", name)):
+            held.enter_context(locked(folder, PATIENCE.seconds if started else 0))
+            if not started and not (goes_on and step_folders(folder)):
+                make_room(folder)
+        return folder
+
     with ExitStack() as held:
-        yield _agreed(composed, world, held)
+        started = None
+        if (store := _agent_store()) is not None:
+            if world.rank == 0:
+                started = Path(store.get(_key()).decode()) if store.check([_key()]) else None
+                store.set(_key(), str(claim(held, started)))
+            folder = _told(store)
+        else:
+            if world.size > 1 and not given:
+                wanted, given = _of_slurm_job(name), True
+            folder = claim(held) if world.rank == 0 else _made("hydra.run.dir", wanted, given, name)
+        yield folder, started is not None
 
 
 def check_folder_names(composed: DictConfig) -> None:
@@ -91,35 +116,6 @@ def check_folder_names(composed: DictConfig) -> None:
         why = "Hydra's record of the config is kept inside the run's folder"
         legal = "the name of a folder, or null"
         raise ConfigError("hydra.output_subdir", record, why, legal)
-
-
-def _agreed(composed: DictConfig, world: World, held: ExitStack) -> tuple[Path, bool]:
-    check_folder_names(composed)
-    given = _is_given(composed.hydra.run)
-    wanted = Path(composed.hydra.run.dir)
-    name = str(composed.get("name") or "run")
-    goes_on = composed.get("resume") != NEVER
-
-    def claim(started: Path | None) -> Path:
-        """The folder of this job; `started` is the one that it had before torchrun started it again."""
-        folder = started or _made("hydra.run.dir", wanted, given, name)
-        check_ours(folder)
-        with writing("hydra.run.dir", folder, _elsewhere("hydra.run.dir", name)):
-            held.enter_context(locked(folder, PATIENCE.seconds if started else 0))
-            if not started and not (goes_on and step_folders(folder)):
-                make_room(folder)
-        return folder
-
-    if (store := _agent_store()) is not None:
-        if world.rank:
-            return _told(store), False
-        key = _key()
-        started = Path(store.get(key).decode()) if store.check([key]) else None
-        store.set(key, str(claim(started)))
-        return Path(store.get(key).decode()), started is not None
-    if world.size > 1 and not given:
-        wanted, given = _of_slurm_job(name), True
-    return (claim(None) if world.rank == 0 else _made("hydra.run.dir", wanted, given, name)), False
 
 
 @contextmanager
@@ -176,14 +172,11 @@ def _elsewhere(key: str, name: str) -> dict[str, object]:
 def _claimed(wanted: Path) -> Path:
     """A new folder: `wanted`, or with -2, -3... if another job took it in the same second."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
-    for nth in itertools.count(1):
-        folder = wanted if nth == 1 else wanted.with_name(f"{wanted.name}-{nth}")
-        try:
+    while True:
+        folder = free_name(wanted, "-") if os.path.lexists(wanted) else wanted
+        with suppress(FileExistsError):
             folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError("count() does not end")
+            return folder
 
 
 def _usable(folder: Path) -> Path:
@@ -245,10 +238,8 @@ def _of_slurm_job(name: str) -> Path:
     if slurm.job is None or slurm.started is None:
         why = "the ranks cannot agree on a folder, since torchrun's store is not shared with them"
         legal = "the same folder typed for all ranks, or torchrun without TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-        fix = {"hydra.run.dir": f"outputs/{name}/{datetime.now():%Y-%m-%d/%H-%M-%S}"}
-        raise ConfigError("hydra.run.dir", None, why, legal, fix=fix)
-    at = datetime.fromtimestamp(slurm.started)
-    return Path(f"outputs/{name}/{at:%Y-%m-%d/%H-%M-%S}-{slurm.job}.{slurm.step}")
+        raise ConfigError("hydra.run.dir", None, why, legal, fix={"hydra.run.dir": dated_folder(name)})
+    return Path(f"{dated_folder(name, datetime.fromtimestamp(slurm.started))}-{slurm.job}.{slurm.step}")
 
 
 def _words_from_env(name: str) -> list[str]:

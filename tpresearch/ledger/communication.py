@@ -7,6 +7,7 @@ sees the collectives that inductor's code issues.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,27 +23,22 @@ from torch.utils._pytree import tree_leaves
 from tpresearch.config.axes import LAYER_AXES
 from tpresearch.ledger.entries import OWN_PHASES, Event
 
-# op name -> (collective, which of its tensors holds the whole: the input or the output)
+# op name, without what marks a variant -> collective; a gather's result is the whole tensor, of any other its input
 _FUNCTIONAL = {
-    "all_gather_into_tensor": ("all_gather", "output"),
-    "all_gather_into_tensor_out": ("all_gather", "output"),
-    "all_gather_into_tensor_coalesced": ("all_gather", "output"),
-    "reduce_scatter_tensor_coalesced": ("reduce_scatter", "input"),
-    "all_reduce_coalesced": ("all_reduce", "input"),
-    "all_reduce_coalesced_": ("all_reduce", "input"),
-    "reduce_scatter_tensor": ("reduce_scatter", "input"),
-    "all_reduce": ("all_reduce", "input"),
-    "all_reduce_": ("all_reduce", "input"),
-    "all_to_all_single": ("all_to_all", "input"),
-    "broadcast": ("broadcast", "input"),
-    "broadcast_": ("broadcast", "input"),
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_reduce": "all_reduce",
+    "all_to_all_single": "all_to_all",
+    "broadcast": "broadcast",
 }
-# Async TP's matmuls, which move what they multiply -> (collective, which of their tensors is a rank's part of the whole)
+_VARIANT = re.compile(r"(_coalesced|_out)?_?$")
+# Async TP's matmuls, which move what they multiply -> collective; a gather's input is a rank's part of the whole tensor, and
+# a scatter's result is
 _FUSED = {
-    "fused_all_gather_matmul": ("all_gather", "input"),
-    "fused_all_gather_scaled_matmul": ("all_gather", "input"),
-    "fused_matmul_reduce_scatter": ("reduce_scatter", "output"),
-    "fused_scaled_matmul_reduce_scatter": ("reduce_scatter", "output"),
+    "fused_all_gather_matmul": "all_gather",
+    "fused_all_gather_scaled_matmul": "all_gather",
+    "fused_matmul_reduce_scatter": "reduce_scatter",
+    "fused_scaled_matmul_reduce_scatter": "reduce_scatter",
 }
 # c10d op name -> (collective, position of the argument that holds the whole)
 _C10D = {
@@ -99,30 +95,25 @@ class CommunicationLedger(TorchDispatchMode):
         if func.namespace not in ("_c10d_functional", "c10d", "symm_mem"):
             return result
         name = func._schema.name.split("::")[-1]
-        if func.namespace == "_c10d_functional" and name in _FUNCTIONAL:
-            collective, whole = _FUNCTIONAL[name]
-            self._note(collective, args[0] if whole == "input" else result, str(args[-1]), "dtensor")
-        elif func.namespace == "c10d" and name in _C10D:
+        if func.namespace == "c10d" and name in _C10D:
             collective, position = _C10D[name]
             self._note(collective, args[position], _group_of(args), "fsdp")
-        elif func.namespace == "symm_mem" and name in _FUSED:
-            collective, part = _FUSED[name]
+        elif func.namespace == "symm_mem" and (fused := _FUSED.get(name)):
             group = [argument.name for argument in func._schema.arguments].index("group_name")
-            self._note(
-                collective, args[0] if part == "input" else result, str(args[group]), "dtensor", parts=True
-            )
+            part = args[0] if fused == "all_gather" else result
+            self._note(fused, part, str(args[group]), "dtensor", parts=True)
+        elif func.namespace == "_c10d_functional" and (plain := _FUNCTIONAL.get(_VARIANT.sub("", name))):
+            self._note(plain, result if plain == "all_gather" else args[0], str(args[-1]), "dtensor")
         return result
 
     def _note(self, collective: str, tensors: Any, group: str, issuer: str, parts: bool = False) -> None:
         """Args: tensors: the whole ones, or a rank's `parts` of them."""
         axis, ranks = self._groups.get(group, ("world", dist.get_world_size()))
-        tensor_bytes = sum(
-            t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, Tensor)
-        )
-        if parts:
-            tensor_bytes *= ranks
         if ranks == 1:
             return
+        tensor_bytes = sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, Tensor))
+        if parts:
+            tensor_bytes *= ranks
         if self._phase in OWN_PHASES:
             issuer = self._phase
         elif issuer == "fsdp" and axis in LAYER_AXES:

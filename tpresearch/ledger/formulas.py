@@ -27,7 +27,7 @@ from tpresearch.config.choices import Loss
 from tpresearch.config.schema import Checkpointing, Config, Dtype
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.ledger.entries import Entry, Event, entries_of
-from tpresearch.plan.compiler import Plan, shard_shape
+from tpresearch.plan.compiler import Plan, shard_shape, unit_of
 from tpresearch.plan.effects import rule_sends
 
 ELEMENT_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2}
@@ -53,7 +53,7 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
     if any(rule.rule.target for rule in plan.rules.values()):
         return None
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if any(name.rpartition(".")[0] in plan.rules or _block_of(name, plan) for name in frozen):
+    if any(name.rpartition(".")[0] in plan.rules or unit_of(name, plan.blocks) for name in frozen):
         return None
     if any(sent.width == 0 for name in plan.rules for sent in rule_sends(name, model, plan)):
         return None
@@ -104,40 +104,23 @@ def _of_data_plan(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iter
     weight = gradient = ELEMENT_BYTES[cfg.train.dtype]
     if cfg.train.dtype is Dtype.bfloat16:
         gradient = ELEMENT_BYTES[cfg.parallel.fsdp.reduce_dtype]
-    for group, is_block, is_last in _groups(model, plan):
-        padded = sum(_padded(name, plan, model) for name in group)
-        trained = sum(_padded(name, plan, model) for name in group if model.get_parameter(name).requires_grad)
-        yield SHARD.name, "forward", "fsdp", "all_gather", padded * weight
-        if is_block and not is_last and cfg.parallel.fsdp.reshard_after_forward:
-            yield SHARD.name, "backward", "fsdp", "all_gather", padded * weight
+    units: dict[
+        str | None, list[int]
+    ] = {}  # gathered together: elements of all, and of those that are trained
+    for name, parameter in model.named_parameters():
+        # Of its part by its rule, the first dim filled up so that it divides over the data shards.
+        padded = plan.sizes.shards * math.prod(shard_shape(name, model, plan))
+        unit = units.setdefault(unit_of(name, (*plan.blocks, *plan.ends)), [0, 0])
+        unit[0] += padded
+        unit[1] += padded * parameter.requires_grad
+    for name_of_unit, (gathered, trained) in units.items():
+        yield SHARD.name, "forward", "fsdp", "all_gather", gathered * weight
+        if name_of_unit in plan.blocks[:-1] and cfg.parallel.fsdp.reshard_after_forward:
+            yield SHARD.name, "backward", "fsdp", "all_gather", gathered * weight
         if trained:
             yield SHARD.name, "backward", "fsdp", "reduce_scatter", trained * gradient
         if trained and last:
             yield REPLICATE.name, "backward", "fsdp", "all_reduce", trained // plan.sizes.shards * gradient
-
-
-def _groups(model: nn.Module, plan: Plan) -> Iterator[tuple[list[str], bool, bool]]:
-    """The parameters that FSDP gathers together, those of each block, of each end, and all others; whether they are a
-    block's, and the last one's."""
-    others = [name for name, _ in model.named_parameters()]
-    for block in plan.blocks:
-        mine = [name for name in others if name.startswith(block + ".")]
-        others = [name for name in others if not name.startswith(block + ".")]
-        yield mine, True, block == plan.blocks[-1]
-    for end in plan.ends:
-        yield [name for name in others if name.startswith(end + ".")], False, False
-        others = [name for name in others if not name.startswith(end + ".")]
-    if others:
-        yield others, False, False
-
-
-def _block_of(name: str, plan: Plan) -> str | None:
-    return next((block for block in plan.blocks if name.startswith(f"{block}.")), None)
-
-
-def _padded(name: str, plan: Plan, model: nn.Module) -> int:
-    """Elements of a parameter's part by its rule, its first dim filled up so that it divides over the data shards."""
-    return plan.sizes.shards * math.prod(shard_shape(name, model, plan))
 
 
 def _of_clipping(plan: Plan, cfg: Config) -> Iterator[Collective]:

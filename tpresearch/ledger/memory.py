@@ -53,7 +53,8 @@ class MemoryLedger(TorchDispatchMode):
         """Peak of the CUDA allocator, which includes the internal workspace of ops."""
 
     def __enter__(self) -> MemoryLedger:
-        self._name("optimizer", _tensors_of(self._optimizer))
+        # Where what it moves are not the model's parameters, they are float32 masters of them.
+        self._name("optimizer", [*_state_of(self._optimizer), *_trained_by(self._optimizer)])
         self._name("parameters", [*self._model.parameters(), *self._model.buffers()])
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
@@ -143,11 +144,6 @@ class MemoryLedger(TorchDispatchMode):
             if (total := sum(now.values())) > peak:
                 peak, at_peak = total, dict(now)
         return [MemoryUse(kind, most[kind], at_peak[kind]) for kind in MEMORY_KINDS]
-
-
-def _tensors_of(optimizer: Optimizer) -> list[Tensor]:
-    """Its state, and what it moves: where those are not the model's parameters, they are float32 masters of them."""
-    return [*_state_of(optimizer), *_trained_by(optimizer)]
 
 
 def _state_of(optimizer: Optimizer) -> list[Tensor]:

@@ -15,9 +15,9 @@ import math
 
 from torch import nn
 
-from tpresearch.config.choices import Loss, OptimizerName, WeightDtype
+from tpresearch.config.choices import Loss, OptimizerName
 from tpresearch.config.schema import Checkpointing, Config, Dtype
-from tpresearch.config.validate import micro_batch_size, micro_batches
+from tpresearch.config.validate import has_masters, is_wrapped, micro_batch_size, micro_batches
 from tpresearch.ledger.formulas import ELEMENT_BYTES
 from tpresearch.models.llama2 import Block, Llama2
 from tpresearch.models.toy_mlp import ToyLM
@@ -31,7 +31,7 @@ def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu
         model: on the meta device, whole. device: its type, since a CPU's RMSNorm keeps more than the fused one.
     """
     weight = ELEMENT_BYTES[cfg.train.weight_dtype]
-    masters = _has_masters(plan, cfg)
+    masters = has_masters(cfg, plan.sizes)
     shards = {name: math.prod(shard_shape(name, model, plan)) for name, _ in model.named_parameters()}
     trained = [shards[name] for name, p in model.named_parameters() if p.requires_grad]
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
@@ -43,16 +43,6 @@ def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu
         "activations": _activation_bytes(model, plan, cfg, device),
         "temporaries": None,
     }
-
-
-def _has_masters(plan: Plan, cfg: Config) -> bool:
-    """A bfloat16 model that FSDP does not wrap, whose float32 weights the optimizer has."""
-    mixed = cfg.train.dtype is Dtype.bfloat16 and cfg.train.weights is WeightDtype.float32
-    return mixed and not _is_wrapped(plan, cfg)
-
-
-def _is_wrapped(plan: Plan, cfg: Config) -> bool:
-    return plan.sizes.shards > 1 or cfg.parallel.fsdp.cpu_offload
 
 
 def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:
@@ -95,16 +85,16 @@ def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, elemen
     summed_there = "output" in plan.ends and (
         cfg.train.dtype is not Dtype.bfloat16 or cfg.parallel.fsdp.reduce_dtype is Dtype.bfloat16
     )
-    stays = not _is_wrapped(plan, cfg) and (plan.sizes.dp == 1 or summed_there)
+    wrapped, masters = is_wrapped(cfg.parallel, plan.sizes), has_masters(cfg, plan.sizes)
+    stays = not wrapped and (plan.sizes.dp == 1 or summed_there)
     accumulates = micro_batches(cfg, plan.sizes) > 1
-    has_masters = _has_masters(plan, cfg)
-    if not weight.requires_grad or (stays and not has_masters and not accumulates):
+    if not weight.requires_grad or (stays and not masters and not accumulates):
         return 0
     made = math.prod(local_shape("output.weight", model, plan)) * element
     # Added to by the next micro-batch, and no gradient in the end, where the sum over replicas takes its place. (Of a tied
     # weight the sum with the embedding's is that.)
     uses = sum(parameter is weight for _, parameter in model.named_parameters(remove_duplicate=False))
-    is_replaced = accumulates and uses == 1 and not (stays or has_masters or _is_wrapped(plan, cfg))
+    is_replaced = accumulates and uses == 1 and not (stays or masters or wrapped)
     return 2 * made if is_replaced else made
 
 
@@ -151,7 +141,7 @@ def _of_compiled(block: Block, h: int, element: int, mode: Checkpointing, rows: 
     )
 
 
-def _attention_bytes(block: Block, element: int, device: str = "cpu") -> int:
+def _attention_bytes(block: Block, element: int, device: str) -> int:
     """Bytes per token that attention keeps: queries, keys, values, its result, and a log-sum-exp for each head."""
     a = block.attention
     heads = a.wq.out_features // a.head_dim

@@ -24,9 +24,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tpresearch.config.axes import LAYER_AXES, TENSOR
-from tpresearch.config.choices import WeightDtype
 from tpresearch.config.schema import Checkpointing, Dtype, FsdpConfig, ParallelConfig
-from tpresearch.config.training import TrainConfig
+from tpresearch.config.validate import is_wrapped
 from tpresearch.parallel.mesh import data_mesh
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.parameters import tie, tied_parameters
@@ -48,7 +47,8 @@ def parallelize(
         wrap_forward(model.get_submodule(name), parallel, bool(plan.rules))
     if parallel.async_tp:
         enable_async_tp(mesh[TENSOR.name])
-    shard_data(model, plan, parallel.fsdp, data_mesh(mesh), dtype)
+    if is_wrapped(parallel, plan.sizes):
+        shard_data(model, plan, parallel.fsdp, data_mesh(mesh), dtype)
     return model
 
 
@@ -140,13 +140,10 @@ _SLOW_OPS = {
 
 
 def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:
-    """`fully_shard` each block, embedding and output layer, then the root, if it has anything to do.
+    """`fully_shard` each block, embedding and output layer, then the root.
 
-    Over replicas alone it would only copy: see `replicas.py`. Gradients are summed, not averaged, over data-parallel
-    ranks: the loss is divided by the global token count.
+    Gradients are summed, not averaged, over data-parallel ranks: the loss is divided by the global token count.
     """
-    if not is_wrapped(plan.sizes.shards, fsdp):
-        return
     precision = MixedPrecisionPolicy()
     if dtype is Dtype.bfloat16:
         # Inputs are left as they are: token ids, and a rotary table that bfloat16 would blunt.
@@ -172,19 +169,6 @@ def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh,
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-
-
-def is_wrapped(shards: int, fsdp: FsdpConfig) -> bool:
-    """Whether `fully_shard` is applied. Over one shard, and without offloading, it would only copy each weight and
-    gradient in each micro-batch.
-    """
-    return shards > 1 or fsdp.cpu_offload
-
-
-def has_masters(shards: int, fsdp: FsdpConfig, train: TrainConfig) -> bool:
-    """Whether a bfloat16 model has float32 master weights. Where `fully_shard` is applied, it keeps them itself."""
-    mixed = train.dtype is Dtype.bfloat16 and train.weights is WeightDtype.float32
-    return mixed and not is_wrapped(shards, fsdp)
 
 
 def reduce_dtype(fsdp: FsdpConfig, dtype: Dtype) -> torch.dtype | None:

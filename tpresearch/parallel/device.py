@@ -31,9 +31,6 @@ class Device:
         return self.torch.type
 
 
-WITHOUT_SNAPSHOT = {"profiler": "trace", "profiler.memory": None}
-
-
 def choose_device(cfg: Config, local_rank: int, local_size: int) -> Device:
     """The configured device; by default CUDA if every local rank can have its own device, else the CPU.
 
@@ -62,38 +59,19 @@ def check_device(cfg: Config, device: Device) -> None:
     Raises:
         ConfigError: naming the option.
     """
-    on_cuda = device.type == "cuda"
-    if (
-        cfg.train.dtype is Dtype.bfloat16
-        and on_cuda
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise ConfigError(
-            "train.dtype",
-            "bfloat16",
-            f"{device.name} does not support bfloat16",
-            "float32",
-            fix={"train.dtype": "float32"},
-        )
-    if cfg.parallel.async_tp and not on_cuda:
-        raise ConfigError(
-            "parallel.async_tp",
-            True,
-            "async TP needs CUDA devices with peer access, and this is a CPU",
-            "false on this device",
-        )
-    if cfg.parallel.async_tp and device.shared:
-        raise ConfigError("parallel.async_tp", True, "ranks share a device here", "one device per rank")
-    if cfg.parallel.async_tp and (pair := _without_peer_access()):
-        why = f"GPU {pair[0]} cannot read the memory of GPU {pair[1]}, as symmetric memory asks"
-        raise ConfigError("parallel.async_tp", True, why, "false on this machine")
+    on_cuda, narrow = device.type == "cuda", cfg.train.dtype is Dtype.bfloat16
+    if narrow and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        why, fix = f"{device.name} does not support bfloat16", {"train.dtype": "float32"}
+        raise ConfigError("train.dtype", "bfloat16", why, "float32", fix=fix)
+    if cfg.parallel.async_tp and (lacks := _async_tp_lack(device)):
+        raise ConfigError("parallel.async_tp", True, *lacks)
     if cfg.parallel.fsdp.cpu_offload and not on_cuda:
-        raise ConfigError(
-            "parallel.fsdp.cpu_offload", True, "CPU offload needs a CUDA device", "false on this device"
-        )
+        why, legal = "CPU offload needs a CUDA device", "false on this device"
+        raise ConfigError("parallel.fsdp.cpu_offload", True, why, legal)
     if cfg.profiler.memory and not on_cuda:
         why, legal = "a snapshot is of the CUDA allocator, and this is a CPU", "profiler=trace on this device"
-        raise ConfigError("profiler.memory", True, why, legal, fix=WITHOUT_SNAPSHOT)
+        without: dict[str, object] = {"profiler": "trace", "profiler.memory": None}
+        raise ConfigError("profiler.memory", True, why, legal, fix=without)
     if cfg.parallel.compile and (lack := _compiler_lack(on_cuda)):
         raise ConfigError("parallel.compile", True, lack, "false on this machine")
 
@@ -129,9 +107,17 @@ def attention_backend(
     return names[choice].removesuffix("_ATTENTION").lower()
 
 
-def _without_peer_access() -> tuple[int, int] | None:
-    pairs = itertools.permutations(range(torch.cuda.device_count()), 2)
-    return next((pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)), None)
+def _async_tp_lack(device: Device) -> tuple[str, str] | None:
+    """What async TP would miss here, and what would be legal; or None."""
+    if device.type != "cuda":
+        return "async TP needs CUDA devices with peer access, and this is a CPU", "false on this device"
+    if device.shared:
+        return "ranks share a device here", "one device per rank"
+    for a, b in itertools.permutations(range(torch.cuda.device_count()), 2):
+        if not torch.cuda.can_device_access_peer(a, b):
+            why = f"GPU {a} cannot read the memory of GPU {b}, as symmetric memory asks"
+            return why, "false on this machine"
+    return None
 
 
 def _compiler_lack(on_cuda: bool) -> str | None:

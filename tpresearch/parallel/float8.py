@@ -18,7 +18,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.training import TrainConfig
 from tpresearch.config.validate import micro_batch_size
-from tpresearch.plan.compiler import Plan, local_shape
+from tpresearch.plan.compiler import Plan, local_shape, unit_of
 
 CAPABILITY = {Float8.tensorwise: (8, 9), Float8.rowwise: (9, 0)}
 """Minimum compute capability of each kind of matmul."""
@@ -86,7 +86,7 @@ def float8_layers(model: nn.Module, plan: Plan, cfg: Config, sizes: MeshSizes) -
     found = [
         name
         for name, module in model.named_modules()
-        if any(name.startswith(f"{block}.") for block in plan.blocks)
+        if unit_of(name, plan.blocks)
         and isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and name != plan.seen.head

@@ -28,12 +28,13 @@ def process_group(device: Device, world: World) -> Iterator[None]:
     """Context in which the ranks of this job can communicate."""
     where: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
     if world.size == 1 and not world.elastic:
-        where |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        where["store"] = dist.HashStore()
     elif device.backend == "fake":
-        where |= {"store": _fake_store(), "rank": world.rank, "world_size": world.size}
+        where["store"] = _fake_store()
     elif (agent := agent_store()) is not None:
-        store = TCPStore(*agent, is_master=False, timeout=PATIENCE)
-        where |= {"store": fresh_store(store, world), "rank": world.rank, "world_size": world.size}
+        where["store"] = fresh_store(TCPStore(*agent, is_master=False, timeout=PATIENCE), world)
+    if "store" in where:
+        where |= {"rank": world.rank, "world_size": world.size}
     if device.shared:
         _share_device(world)
     if device.type == "cuda":

@@ -35,10 +35,6 @@ def axis_size(mesh: DeviceMesh, axis: str) -> int:
     return mesh.size(mesh.mesh_dim_names.index(axis))
 
 
-def sizes_of(mesh: DeviceMesh) -> MeshSizes:
-    return MeshSizes(**{axis: axis_size(mesh, axis) for axis in AXIS_NAMES})
-
-
 def sum_over(mesh: DeviceMesh, values: Tensor, axes: tuple[str, ...]) -> Tensor:
     """Sum `values`, in place, over the ranks along `axes`. Axes of size 1 send nothing."""
     for axis in axes:

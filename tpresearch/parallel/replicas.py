@@ -7,7 +7,7 @@ each gradient twice more than this.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpresearch.config.axes import REPLICATE
-from tpresearch.config.schema import Dtype, FsdpConfig
-from tpresearch.parallel.apply import is_wrapped, reduce_dtype
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import is_wrapped
+from tpresearch.parallel.apply import reduce_dtype
 from tpresearch.parallel.weights import local_part
-from tpresearch.plan.compiler import Plan
+from tpresearch.plan.compiler import Plan, unit_of
 
 
 class Unit:
@@ -107,18 +108,16 @@ class Replicas:
         self,
         model: nn.Module,
         trained: Mapping[str, nn.Parameter],
-        units: Iterable[str],
+        units: Sequence[str],
         group: dist.ProcessGroup,
         dtype: torch.dtype | None,
     ) -> None:
         self.due = True
         """Whether the next backward is the last one before the sum."""
-        prefixes = [f"{unit}." for unit in units]
-        members: dict[str, list[tuple[nn.Parameter, nn.Parameter]]] = {}
+        members: dict[str | None, list[tuple[nn.Parameter, nn.Parameter]]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                within = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-                members.setdefault(within, []).append((parameter, trained[name]))
+                members.setdefault(unit_of(name, units), []).append((parameter, trained[name]))
         self._units = []
         for pairs in members.values():
             unit = Unit([having for _, having in pairs], group, dtype)
@@ -138,12 +137,7 @@ class Replicas:
 
 
 def replicas_of(
-    model: nn.Module,
-    trained: Mapping[str, nn.Parameter],
-    plan: Plan,
-    fsdp: FsdpConfig,
-    dtype: Dtype,
-    mesh: DeviceMesh,
+    model: nn.Module, trained: Mapping[str, nn.Parameter], plan: Plan, cfg: Config, mesh: DeviceMesh
 ) -> Replicas | None:
     """What sums the gradients of a model that has its weights, a block, an embedding or an output layer at a time; None
     where there are no replicas, or `fully_shard` sums.
@@ -151,7 +145,7 @@ def replicas_of(
     Args:
         trained: see `Replicas`.
     """
-    if plan.sizes.dp == 1 or is_wrapped(plan.sizes.shards, fsdp):
+    if plan.sizes.dp == 1 or is_wrapped(cfg.parallel, plan.sizes):
         return None
     units, group = (*plan.blocks, *plan.ends), mesh.get_group(REPLICATE.name)
-    return Replicas(model, trained, units, group, reduce_dtype(fsdp, dtype))
+    return Replicas(model, trained, units, group, reduce_dtype(cfg.parallel.fsdp, cfg.train.dtype))

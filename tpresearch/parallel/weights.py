@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from tpresearch.config.schema import ParallelConfig
 from tpresearch.config.world import World
 from tpresearch.plan.initializers import Elementwise, Initializer, Whole
 from tpresearch.plan.parameters import tie, tied_parameters
@@ -42,17 +41,10 @@ def materialize(
     if buffers is not None and buffers != device:
         for module in model.modules():
             for key, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(
-                    key, buffer.to(buffers), persistent=key not in module._non_persistent_buffers_set
-                )
+                module._buffers[key] = buffer.to(buffers)
     source(model)
-    reset_buffers(model)
-
-
-def reset_buffers(model: nn.Module) -> None:
-    """Fill every buffer again: `to_empty` left them unset."""
     for module in model.modules():
-        if hasattr(module, "reset_buffers"):
+        if hasattr(module, "reset_buffers"):  # `to_empty` left them unset
             module.reset_buffers()  # type: ignore[operator]
 
 
@@ -78,7 +70,7 @@ def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int |
                     name = f"{prefix}.{key}" if prefix else key
                     initializer = initializers[name]
                     if isinstance(initializer, Whole):
-                        fill(parameter, whole(initializer, _hash(f"{seed}:{prefix}"))[key])
+                        fill(parameter, whole(initializer, seed_of(f"{seed}:{prefix}"))[key])
                     else:
                         draw_band = functools.partial(_draw_band, parameter, initializer, f"{seed}:{name}")
                         bands += [pool.submit(draw_band, *band) for band in _bands(parameter)]
@@ -86,11 +78,6 @@ def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int |
                 band.result()
 
     return source
-
-
-def parameter_device(parallel: ParallelConfig, device: torch.device) -> torch.device:
-    """Where a rank keeps its parameters: its device, or host memory if they are offloaded."""
-    return torch.device("cpu") if parallel.fsdp.cpu_offload else device
 
 
 @torch.no_grad()
@@ -184,14 +171,14 @@ def _draw_band(
     for piece in last:
         columns = min(sides[-1], parameter.shape[-1] - piece.corner)
         tile = buffer[: math.prod(rows) * columns].view(*rows, columns)
-        generator.manual_seed(_hash(f"{key}:{[*corner, piece.corner]}"))
+        generator.manual_seed(seed_of(f"{key}:{[*corner, piece.corner]}"))
         initializer.draw(tile, [*corner, piece.corner], generator)
         band[..., piece.of_shard] = tile[(*of_tile, piece.of_tile)]
     if band is not home:
         home.copy_(band)
 
 
-def _hash(text: str) -> int:
+def seed_of(text: str) -> int:
     """A seed for torch's generator, whose CPU one takes the lower 32 bits of it."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 

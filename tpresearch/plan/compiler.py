@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.mesh import Cut, check_divisible
+from tpresearch.config.mesh import Cut, check_divisible, declared_cuts
 from tpresearch.config.model import ModelConfig
-from tpresearch.config.schema import ParallelConfig
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import micro_batch_size
 from tpresearch.plan.initializers import Initializer, read_initializers
 from tpresearch.plan.probe import Probe
 from tpresearch.plan.rules import ResolvedRule, check_layouts, resolve_rule, takes_chunks
@@ -76,25 +77,17 @@ def matching(pattern: str, names: list[str]) -> list[str]:
     ]
 
 
-def compile_plan(
-    model: nn.Module,
-    config: ModelConfig,
-    parallel: ParallelConfig,
-    sizes: MeshSizes,
-    seq_len: int,
-    rows: int,
-    seen: Probe = NOTHING_SEEN,
-) -> Plan:
-    """Compile a plan against its model.
+def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, seen: Probe) -> Plan:
+    """Compile the configured plan against its model.
 
     Args:
-        model: on the meta device, whole. config: its config, plans included.
-        parallel: the choice of plan. sizes: ranks along each axis. seq_len: tokens per row. rows: in a micro-batch.
+        model: on the meta device, whole. sizes: ranks along each axis.
         seen: what a forward pass over shapes has shown of the model.
 
     Raises:
         ConfigError: for rules that match nothing, overlap or cannot be read, and sizes that tp does not divide.
     """
+    config, parallel = cfg.model, cfg.parallel
     names = [name for name, _ in model.named_modules() if name]
     blocks = _blocks(config, names)
     rules: dict[str, ResolvedRule] = {}
@@ -110,13 +103,9 @@ def compile_plan(
         rules = _expand(compiled, names)
         _check_kinds(model, rules)
         check_layouts(rules, seen)
-        check_divisible(parallel, sizes, list(_cuts(model, config, rules, seq_len, rows)))
+        check_divisible(parallel, sizes, [*declared_cuts(cfg), *_cuts(model, cfg, sizes, rules)])
         _check_sequence(model, parallel.tensor, rules)
-    replicated = [
-        name
-        for name, _ in model.named_parameters()
-        if split_dim(name, rules, model.get_submodule(name.rpartition(".")[0])) is None
-    ]
+    replicated = [name for name, _ in model.named_parameters() if split_dim(name, model, rules) is None]
     active = {name: rule for name, rule in rules.items() if sizes[rule.axis] > 1}
     head = seen.head
     if head and not takes_chunks(model.get_submodule(head), active.get(head), sizes):
@@ -155,7 +144,7 @@ def _ends(model: nn.Module, blocks: list[str], seen: Probe) -> list[str]:
         and (name == seen.head or type(module).forward is nn.Embedding.forward)
         and name in seen.dims
         and name not in seen.read_elsewhere
-        and not any(f"{name}.".startswith(f"{block}.") for block in blocks)
+        and unit_of(f"{name}.", blocks) is None
         and all(uses[id(p)] == 1 for p in module.parameters())
     ]
 
@@ -202,19 +191,9 @@ def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule])
             raise ConfigError(f"model.plans.{plan}", plan, why, legal)
 
 
-def _cuts(
-    model: nn.Module, config: ModelConfig, rules: dict[str, ResolvedRule], seq_len: int, rows: int
-) -> Iterator[Cut]:
-    """Every count that a rule splits, except the vocabulary, which DTensor pads."""
+def _cuts(model: nn.Module, cfg: Config, sizes: MeshSizes, rules: dict[str, ResolvedRule]) -> Iterator[Cut]:
+    """Every other count that a rule splits, except the vocabulary, which DTensor pads."""
     for name, rule in rules.items():
-        for unit in rule.rule.units:
-            if unit not in config.args:
-                counts = [key for key, value in config.args.items() if isinstance(value, int)]
-                legal = "one of " + ", ".join(nearest(unit, counts))
-                raise ConfigError(f"{rule.where}.units", unit, "no such model setting", legal)
-            if config.args[unit] is not None:
-                count = int(config.args[unit])
-                yield Cut(rule.axis, f"model.{unit}", count, f"rule {rule.name} splits it")
         module = model.get_submodule(name)
         dim = rule.weight_dim(module)
         is_vocabulary = rule.rule.dst == "logits" or (isinstance(module, nn.Embedding) and dim == 0)
@@ -222,16 +201,22 @@ def _cuts(
             what, count = f"{name}.weight.shape[{dim}]", module.get_parameter("weight").shape[dim]
             yield Cut(rule.axis, what, count, f"rule {rule.name} splits it {rule.label}")
         if rule.splits_sequence:
-            yield Cut(rule.axis, "data.seq_len", seq_len, f"rule {rule.name} splits the sequence")
+            yield Cut(rule.axis, "data.seq_len", cfg.data.seq_len, f"rule {rule.name} splits the sequence")
         if rule.splits_batch:
+            rows = micro_batch_size(cfg, sizes)
             yield Cut(rule.axis, "train.micro_batch_size", rows, f"rule {rule.name} splits its rows")
 
 
-def split_dim(fqn: str, rules: dict[str, ResolvedRule], owner: nn.Module) -> int | None:
-    """The dim of a parameter of `owner` that its rule shards, or None if it stays replicated."""
+def unit_of(name: str, units: Iterable[str]) -> str | None:
+    """The module among `units` that a parameter or module belongs to, or None."""
+    return next((unit for unit in units if name.startswith(f"{unit}.")), None)
+
+
+def split_dim(fqn: str, model: nn.Module, rules: dict[str, ResolvedRule]) -> int | None:
+    """The dim of a parameter that its module's rule shards, or None if it stays replicated."""
     module, _, key = fqn.rpartition(".")
     rule = rules.get(module)
-    dim = rule.weight_dim(owner) if rule else None
+    dim = rule.weight_dim(model.get_submodule(module)) if rule else None
     if dim is None or rule is None or key == "weight":
         return dim
     return 0 if rule.rule.style == "colwise" else None
@@ -239,9 +224,8 @@ def split_dim(fqn: str, rules: dict[str, ResolvedRule], owner: nn.Module) -> int
 
 def local_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
     """Shape of rank 0's shard of a parameter under its rule; the larger one if a dim does not divide evenly."""
-    module = fqn.rpartition(".")[0]
-    dim = split_dim(fqn, plan.rules, model.get_submodule(module))
-    size = plan.sizes[plan.rules[module].axis] if dim is not None else 1
+    dim = split_dim(fqn, model, plan.rules)
+    size = plan.sizes[plan.rules[fqn.rpartition(".")[0]].axis] if dim is not None else 1
     return tuple(-(-n // size) if i == dim else n for i, n in enumerate(model.get_parameter(fqn).shape))
 
 

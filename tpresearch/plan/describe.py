@@ -1,17 +1,20 @@
-"""A compiled plan as a table: each parameter's placement and local shape, and what each module sends."""
+"""A compiled plan as a table: each parameter's placement and local shape, and what each module sends. And the mesh and the
+sharded model, for a run's log.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from html import escape
+from typing import NamedTuple
 
+import torch
 from torch import nn
-from torch.distributed.tensor import Placement, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from tpresearch.config.axes import AXES, SHARD
+from tpresearch.config.axes import AXES, AXIS_NAMES, SHARD, MeshSizes
 from tpresearch.plan.compiler import Plan, shard_shape, split_dim
 from tpresearch.plan.effects import rule_sends
 from tpresearch.plan.rules import ResolvedRule
@@ -20,16 +23,15 @@ LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 """The number of a layer in a name."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A line of the table: a parameter, or a module whose rule only moves activations."""
 
     fqn: str
-    rule: str
-    placement: str
-    local_shape: tuple[int, ...] | None
+    rule: str = ""
+    placement: str = ""
+    local_shape: str = ""
     """On rank 0, which holds the larger part if a dim does not divide evenly."""
-    collectives: str
+    collectives: str = ""
 
 
 def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
@@ -40,17 +42,18 @@ def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
         own = dict(module.named_parameters(recurse=False))
         named, sends = (f"{rule.name} ({rule.label})", _sends(name, model, plan)) if rule else ("", "")
         if rule and not own:
-            rows.append(Row(name or ".", named, _arrow(rule), None, sends))
+            rows.append(Row(name or ".", named, _arrow(rule), "", sends))
         for index, (key, parameter) in enumerate(own.items()):
             fqn = f"{name}.{key}" if name else key
-            dim, placements = split_dim(fqn, plan.rules, module), []
+            dim, placements = split_dim(fqn, model, plan.rules), []
             if plan.sizes.shards > 1 and parameter.dim():
                 placements.append(f"{SHARD.name}: Shard(0)")
             if rule and dim is not None:
                 placements.append(f"{rule.axis}: Shard({dim})")
             elif rule and rule.rule.target:
                 placements.append(f"{rule.axis}: by {rule.label}")
-            placement, shape = ", ".join(placements) or "replicated", shard_shape(fqn, model, plan)
+            placement = ", ".join(placements) or "replicated"
+            shape = _size(shard_shape(fqn, model, plan)) or "1"
             rows.append(Row(fqn, named, placement, shape, sends if index == 0 else ""))
     return rows
 
@@ -85,27 +88,25 @@ def folded(rows: Iterable[Row]) -> list[Row]:
     """Rows that differ only in a layer's number, as one row that names the range."""
     groups: dict[Row, list[Row]] = {}
     for row in rows:
-        groups.setdefault(replace(row, fqn=LAYER.sub("*", row.fqn, count=1)), []).append(row)
+        groups.setdefault(row._replace(fqn=LAYER.sub("*", row.fqn, count=1)), []).append(row)
     return [alike[0] if len(alike) == 1 else _range(pattern, alike) for pattern, alike in groups.items()]
 
 
 def _range(pattern: Row, rows: Sequence[Row]) -> Row:
     """One row for these, with `{0-31}` instead of the layer's number."""
     layers = [int(number[0]) for row in rows if (number := LAYER.search(row.fqn))]
-    return replace(pattern, fqn=pattern.fqn.replace("*", f"{{{min(layers)}-{max(layers)}}}", 1))
+    return pattern._replace(fqn=pattern.fqn.replace("*", f"{{{min(layers)}-{max(layers)}}}", 1))
 
 
-def plan_table(model: nn.Module, plan: Plan) -> list[tuple[str, ...]]:
-    """The table's header, then its rows as text: FQN, rule, placement, local shape, collectives."""
+def plan_table(model: nn.Module, plan: Plan) -> list[Row]:
+    """The table's header, then its rows."""
     axes = " ".join(_tensor_axes(plan))
     over = f"collectives over {axes}" if axes else "collectives"
-    rows = folded(plan_rows(model, plan))
-    cells = [(row.fqn, row.rule, row.placement, _shape(row.local_shape), row.collectives) for row in rows]
-    return [("FQN", "rule", "placement", "local shape", over), *cells]
+    return [Row("FQN", "rule", "placement", "local shape", over), *folded(plan_rows(model, plan))]
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "" if shape is None else "x".join(map(str, shape)) or "1"
+def _size(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
@@ -150,7 +151,7 @@ def plan_html(model: nn.Module, plan: Plan) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(row.fqn for row in folded(Row(name or ".", "", "", None, "") for name in names))
+    return ", ".join(row.fqn for row in folded(Row(name or ".") for name in names))
 
 
 def _tensor_axes(plan: Plan) -> list[str]:
@@ -179,3 +180,42 @@ def _data_lines(plan: Plan) -> list[str]:
             )
         lines.append(f"over {axis.name}={plan.sizes[axis.name]}, {units}: {what}")
     return lines
+
+
+def describe_mesh(sizes: MeshSizes, device: str) -> str:
+    """The mesh of the axes that have more than one rank, as torch prints one with its ranks written out."""
+    shown = sizes.nontrivial() or {AXIS_NAMES[-1]: 1}
+    ranks = torch.arange(sizes.world).view(*shown.values()).tolist()
+    return f"DeviceMesh('{device}', {ranks}, mesh_dim_names={tuple(shown)})"
+
+
+def describe_model(model: nn.Module) -> str:
+    """Each parameter of the sharded model: its placements, and its local and global shape.
+
+    Llama2
+      layers.{0-1}.attention.wq.weight  dp_shard: Shard(0), tp: Shard(0)  64x256 of 256x256
+    """
+    rows = []
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        here, whole = (_size(tensor.shape) or "scalar" for tensor in (local, parameter))
+        shape = here if here == whole else f"{here} of {whole}"
+        rows.append(Row(name, placement=_placements(parameter), local_shape=shape))
+    rows = folded(rows)
+    names, places = (max(len(row[column]) for row in rows) for column in (0, 2))
+    lines = [f"  {row.fqn:<{names}}  {row.placement:<{places}}  {row.local_shape}" for row in rows]
+    return "\n".join([type(model).__name__.removeprefix("FSDP"), *lines])
+
+
+def _placements(parameter: torch.Tensor) -> str:
+    """Over the axes of several ranks on which it is not the same."""
+    if not isinstance(parameter, DTensor):
+        return "replicated"
+    mesh = parameter.device_mesh
+    over = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
+    found = [
+        f"{name}: Shard({getattr(placement, 'dim', '?')})"
+        for name, size, placement in over
+        if size > 1 and not isinstance(placement, Replicate)
+    ]
+    return ", ".join(found) or "replicated"

@@ -54,9 +54,10 @@ def rule_sends(name: str, model: nn.Module, plan: Plan) -> list[Sent]:
         return [Sent("backward", "all_reduce", p.numel(), per_token=False) for p in own]
     if style == "colwise":
         into = [] if _prepared(name, plan) else _moved(_INTO, [(src[0], "replicate")], _widths(module)[0])
-        return _needed(into, name, plan) + _moved(
-            _OUT_OF, [("shard", dst[0])], _even(_widths(module)[1], plan.sizes[rule.axis])
-        )
+        # A gather of uneven parts moves each filled up to the largest.
+        width, ranks = _widths(module)[1], plan.sizes[rule.axis]
+        out = _moved(_OUT_OF, [("shard", dst[0])], -(-width // ranks) * ranks)
+        return _needed(into, name, plan) + out
     if style == "rowwise":
         looks_up = isinstance(module, nn.Embedding)
         into = [] if looks_up else _moved(_INTO, [(src[0], "shard")], _widths(module)[0])
@@ -84,11 +85,6 @@ def _widths(module: nn.Module) -> tuple[int, int]:
         return 1, module.embedding_dim
     assert isinstance(module, nn.Linear)
     return module.in_features, module.out_features
-
-
-def _even(width: int, ranks: int) -> int:
-    """What a gather of uneven parts moves: each is filled up to the largest."""
-    return -(-width // ranks) * ranks
 
 
 def _input_width(name: str, model: nn.Module, plan: Plan) -> int:

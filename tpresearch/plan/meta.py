@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.model import ModelConfig
@@ -115,20 +114,15 @@ class _Unchanged(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _counted() -> Iterator[None]:
-    """Stop the making of a model that has more modules than could ever be planned."""
+def _counted() -> RemovableHandle:
+    """While entered, it stops the making of a model that has more modules than could ever be planned."""
     made = itertools.count(1)
 
     def count(*_: object) -> None:
         if next(made) > MOST_MODULES:
             raise ValueError(f"it has more than {MOST_MODULES:,} modules")
 
-    hook = register_module_module_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return register_module_module_registration_hook(count)
 
 
 def all_settings(config: ModelConfig) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from torch.distributed.tensor.placement_types import Placement
 
 from tpresearch.config.axes import SHARD
 from tpresearch.config.errors import ConfigError
-from tpresearch.plan.compiler import Plan, split_dim
+from tpresearch.config.schema import ParallelConfig
+from tpresearch.config.validate import is_wrapped
+from tpresearch.plan.compiler import Plan, split_dim, unit_of
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
@@ -28,16 +30,13 @@ def tie(model: nn.Module, ties: dict[str, str]) -> None:
         setattr(model.get_submodule(module), key, model.get_parameter(owner))
 
 
-def check_parameters(model: nn.Module, plan: Plan, parallel: str, fully_sharded: bool) -> None:
+def check_parameters(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> None:
     """Refuse what this plan cannot do to the parameters of a meta model.
-
-    Args:
-        parallel: the option that was chosen.
-        fully_sharded: whether `fully_shard` is applied, even over one rank.
 
     Raises:
         ConfigError: naming the parameter.
     """
+    fully_sharded = is_wrapped(parallel, plan.sizes)
     if not any(p.requires_grad for p in model.parameters()):
         why, legal = "none of its parameters requires a gradient", "at least one that does"
         raise ConfigError("model", type(model).__name__, why, legal)
@@ -46,7 +45,8 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: str, fully_sharded:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0 and fully_sharded:
             legal = "a parameter of shape [1], or parallel=none, ddp, tp or sp"
-            raise ConfigError("parallel", parallel, f"{name} is a scalar, which FSDP does not shard", legal)
+            why = f"{name} is a scalar, which FSDP does not shard"
+            raise ConfigError("parallel", parallel.name, why, legal)
         if plan.sizes.shards > 1:
             _check_rows(name, parameter, model, plan)
 
@@ -54,10 +54,9 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: str, fully_sharded:
 def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharded: bool) -> None:
     cuts, groups = [], []
     for one in (owner, name):
-        module = one.rpartition(".")[0]
-        rule = plan.rules.get(module)
-        cuts.append((rule.axis if rule else None, split_dim(one, plan.rules, model.get_submodule(module))))
-        groups.append(next((block for block in plan.blocks if one.startswith(f"{block}.")), ""))
+        rule = plan.rules.get(one.rpartition(".")[0])
+        cuts.append((rule.axis if rule else None, split_dim(one, model, plan.rules)))
+        groups.append(unit_of(one, plan.blocks))
     if cuts[0] != cuts[1]:
         shown = " and ".join("whole" if dim is None else f"on dim {dim}" for _, dim in cuts)
         why = f"it is tied to {name}, and their sharding rules keep them {shown}"
@@ -73,23 +72,20 @@ def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharde
 
 def _check_rows(name: str, parameter: nn.Parameter, model: nn.Module, plan: Plan) -> None:
     """FSDP splits a rank's rows, DTensor computes where the splits are: both must agree."""
-    module = name.rpartition(".")[0]
-    if split_dim(name, plan.rules, model.get_submodule(module)) != 0:
+    if split_dim(name, model, plan.rules) != 0:
         return
-    ways, shards, rows = plan.sizes[plan.rules[module].axis], plan.sizes.shards, parameter.shape[0]
+    ways = plan.sizes[plan.rules[name.rpartition(".")[0]].axis]
+    shards, rows = plan.sizes.shards, parameter.shape[0]
     if not _cut_alike(rows, ways, shards):
         fits = next(n for n in itertools.count(rows + 1) if _cut_alike(n, ways, shards))
         why = (
             f"it does not cut the {rows} rows of {name} evenly after the {ways} ranks of the plan's rule have"
         )
         legal = f"{fits} rows, such as model.vocab_size={fits}, or another mesh"
-        fix = {"model.vocab_size": fits} if rows == _vocabulary(model) else None
+        embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+        is_vocabulary = embedding is not None and embedding.num_embeddings == rows
+        fix = {"model.vocab_size": fits} if is_vocabulary else None
         raise ConfigError(f"mesh.{SHARD.name}", shards, why, legal, fix=fix)
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    found = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
-    return next(found, None)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -67,16 +67,12 @@ class _Watch(TorchDispatchMode):
 
     @contextmanager
     def over(self, model: nn.Module) -> Iterator[None]:
-        hooks = []
-        for name, module in model.named_modules():
-            hooks.append(module.register_forward_pre_hook(partial(self._enter, name)))
-            hooks.append(module.register_forward_hook(partial(self._leave, name)))
-        try:
-            with self:
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as stack:
+            for name, module in model.named_modules():
+                stack.enter_context(module.register_forward_pre_hook(partial(self._enter, name)))
+                stack.enter_context(module.register_forward_hook(partial(self._leave, name)))
+            stack.enter_context(self)
+            yield
 
     def _enter(self, name: str, module: nn.Module, args: tuple[object, ...]) -> None:
         self._layers_called += any(True for _ in module.parameters(recurse=False))
@@ -90,12 +86,14 @@ class _Watch(TorchDispatchMode):
         outputs = output if isinstance(output, tuple) else (output,)
         self._came[name] = _dims(args), _dims(outputs), self._layers_called
 
-    def dims(self) -> dict[str, Dims]:
-        """Of each module's tensors, once the model has returned."""
-        return {
+    def found(self, output: Tensor, head: str | None) -> Probe:
+        """All of it, once the model has returned."""
+        dims = {
             name: Dims(inputs, outputs, called == self._layers_called)
             for name, (inputs, outputs, called) in self._came.items()
         }
+        no_gradient, read = frozenset(self.no_input_grad), frozenset(self.read_elsewhere)
+        return Probe(output.shape, no_gradient, head, self.random, dims, read)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,14 +128,7 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
         why = f"its output is a {type(output).__name__}"
         legal = "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum"
         raise ConfigError("model", cfg.model.name, why, legal)
-    return Probe(
-        output.shape,
-        frozenset(watch.no_input_grad),
-        head,
-        watch.random,
-        watch.dims(),
-        frozenset(watch.read_elsewhere),
-    )
+    return watch.found(output, head)
 
 
 def _sent(

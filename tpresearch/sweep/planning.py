@@ -18,7 +18,7 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import SHOWN_WORLD, ranks_needed, total_steps
 from tpresearch.config.world import World
 from tpresearch.launch.command import Command, WrongCommand, mended, override, override_key, program_words
-from tpresearch.launch.composition import Composition, conf_dir, typed_config
+from tpresearch.launch.composition import Composition, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
 from tpresearch.launch.refuse import typed_as
@@ -80,7 +80,7 @@ class Planner:
         typed = [*self.master.hydra.overrides.hydra, *overrides]
         config_dir, config_name = parse_command_line()[0].config_dir, str(self.master.hydra.job.config_name)
         try:
-            with explaining(Composition(conf_dir(), config_name, typed, config_dir)):
+            with explaining(Composition(config_name, typed, config_dir)):
                 composed = self.loader.load_sweep_config(self.master, overrides)
                 with open_dict(composed):
                     composed.hydra.job.id, composed.hydra.job.num = str(number), number

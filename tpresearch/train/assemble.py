@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.checkpoint.load import weights_from
 from tpresearch.config.schema import Config
+from tpresearch.config.validate import has_masters
 from tpresearch.data.batches import batches_of
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.hf.files import is_hugging_face
 from tpresearch.hf.read import from_hugging_face
-from tpresearch.parallel.apply import has_masters, parallelize
+from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.replicas import replicas_of
-from tpresearch.parallel.weights import WeightSource, from_seed, materialize, parameter_device
+from tpresearch.parallel.weights import WeightSource, from_seed, materialize
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.initializers import Initializer
 from tpresearch.train.loop import Loop
 from tpresearch.train.losses import objective_of
-from tpresearch.train.masters import Masters
 from tpresearch.train.mistakes import mistakes_of
 from tpresearch.train.observe import Observer, Observers
 from tpresearch.train.optim import build_optimizer
 from tpresearch.train.preflight import Preflight
 from tpresearch.train.randomness import SeededRandomness
-from tpresearch.train.state import TrainState, trained_parameters
+from tpresearch.train.state import Masters, TrainState, trained_parameters
 from tpresearch.train.step import Setup
 
 
@@ -49,8 +50,8 @@ def assemble(
     cfg, plan = job.cfg, job.plan
     to_float8(job.model, plan.float8, cfg.train)
     model = parallelize(job.model, plan, cfg.parallel, mesh, cfg.train.dtype)
-    home = parameter_device(cfg.parallel, device.torch)
-    source = _left_unset if restore else weight_source(cfg, plan.initializers)
+    home = torch.device("cpu") if cfg.parallel.fsdp.cpu_offload else device.torch
+    source = weight_source(cfg, plan.initializers) if restore is None else lambda _: None
     materialize(model, home, source, buffers=device.torch)
     batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
     chance = [SeededRandomness(cfg.train.seed, mesh, plan.seen.random)] if plan.seen.random else []
@@ -65,9 +66,9 @@ def assemble(
 
 def first_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> TrainState:
     """A model that has its initial weights, with the optimizer that moves them."""
-    masters = Masters(model) if has_masters(plan.sizes.shards, cfg.parallel.fsdp, cfg.train) else None
+    masters = Masters(model) if has_masters(cfg, plan.sizes) else None
     trained = trained_parameters(model, masters)
-    replicas = replicas_of(model, trained, plan, cfg.parallel.fsdp, cfg.train.dtype, mesh)
+    replicas = replicas_of(model, trained, plan, cfg, mesh)
     return TrainState(0, model, build_optimizer(trained.values(), cfg.optimizer), masters, replicas)
 
 
@@ -78,7 +79,3 @@ def weight_source(cfg: Config, initializers: Mapping[str, Initializer]) -> Weigh
     if is_hugging_face(cfg.init_from):
         return from_hugging_face(cfg.init_from, cfg.model)
     return weights_from(cfg.init_from)
-
-
-def _left_unset(model: nn.Module) -> None:
-    """The source of weights that are about to be restored."""

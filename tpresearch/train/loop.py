@@ -1,19 +1,24 @@
-"""The training loop of one rank: steps, and a row of metrics for each logged one."""
+"""The training loop of one rank: steps, a row of metrics for each logged one, and the loss on held-out rows."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from signal import Signals
 
+import torch
+
 from tpresearch.checkpoint.save import Saver
+from tpresearch.config.axes import DATA_AXES
 from tpresearch.config.choices import OnNonfinite
-from tpresearch.data.batches import Batch, Batches
+from tpresearch.data.batches import IGNORED, Batch, Batches, eval_batches
 from tpresearch.data.rows import AnyCorpus
-from tpresearch.parallel.mesh import data_rank
-from tpresearch.train.evaluate import held_out_loss
+from tpresearch.parallel.apply import reshard
+from tpresearch.parallel.mesh import data_rank, sum_over
 from tpresearch.train.finite import FiniteCheck
+from tpresearch.train.losses import token_loss_of
 from tpresearch.train.observe import Metrics
 from tpresearch.train.optim import learning_rate
 from tpresearch.train.state import TrainState
@@ -52,9 +57,30 @@ class Loop:
         return train_step(self.state, batch, self.setup)
 
     def evaluate(self) -> float | None:
-        """The loss on held-out rows; None if there are none, or all ranks stop."""
+        """The loss on held-out rows, the same rows and the same number for every plan: the mean cross-entropy, in nats per
+        token, over `train.eval_rows` of them; None if there are none, or all ranks stop."""
         with self.setup.observers.phase("evaluation"):
-            return held_out_loss(self.state.model, self.corpus.held_out, self.setup, self.stops)
+            return self._held_out_loss()
+
+    def _held_out_loss(self) -> float | None:
+        setup, model, stopped = self.setup, self.state.model, False
+        mesh, device, count = setup.mesh, setup.device.torch, setup.cfg.train.eval_rows
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        token_loss = token_loss_of(setup.cfg, setup.plan)
+        eagerly = torch.compiler.set_stance  # else each block is compiled once more, without gradients
+        model.eval()
+        with eagerly("force_eager"), torch.no_grad(), token_loss.context():
+            shares = setup.micro_rows, data_rank(mesh), setup.plan.sizes.dp
+            for batch in eval_batches(self.corpus.held_out, count, *shares):
+                here = batch.to(device)
+                sums[0] += token_loss(model, here, lambda _: nullcontext())
+                sums[1] += (here.targets != IGNORED).sum()
+                if stopped := self.stops():
+                    break
+        model.train()
+        reshard(model)
+        total, tokens = sum_over(mesh, sums, DATA_AXES).tolist()
+        return total / tokens if tokens and not stopped else None
 
     def stops(self) -> bool:
         """Whether all ranks stop here; collective."""

@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from tpresearch.config.choices import Loss
 from tpresearch.config.schema import Config
+from tpresearch.config.validate import tokens_per_step
 from tpresearch.data.batches import IGNORED, Batch
 from tpresearch.parallel.apply import as_forward, gathered
 from tpresearch.plan.compiler import Plan
@@ -35,25 +36,15 @@ class Objective(Protocol):
         ...
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
-        """What these rows add to the loss: a plain scalar, the same on every rank that has the same rows."""
-        ...
-
-
-class TokenLoss(Protocol):
-    """The cross-entropy of each token after those before it, in nats, summed over tokens, times `scale`."""
-
-    def context(self) -> AbstractContextManager[object]:
-        """To be entered around forward and backward."""
-        ...
-
-    def __call__(self, model: nn.Module, batch: Batch, phase: Phase, scale: float = 1.0) -> Tensor:
-        """Returns: a plain scalar in at least float32, the same on every tp rank."""
+        """What these rows add to the loss: a plain scalar in at least float32, the same on every rank that has the
+        same rows."""
         ...
 
 
 @dataclass(frozen=True)
 class InChunks:
-    """Of a chunk of tokens at a time: the logits of all are never there at once.
+    """The cross-entropy of each token after those before it, in nats, summed over tokens, times `scale`: of a chunk of
+    tokens at a time, so that the logits of all are never there at once.
 
     Attributes:
         head: the name of the model's output layer. chunk: tokens at a time.
@@ -61,15 +52,16 @@ class InChunks:
         compile: fuse what is done to logits.
     """
 
+    scale: float
     head: str
     chunk: int
     layout: Placement | None
-    compile: bool = False
+    compile: bool
 
     def context(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def __call__(self, model: nn.Module, batch: Batch, phase: Phase, scale: float = 1.0) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
         with phase("forward"):
             hidden = model(batch.inputs, head=lambda _, hidden: hidden)
             layer = gathered(model.get_submodule(self.head))
@@ -77,46 +69,30 @@ class InChunks:
             if self.layout and isinstance(weight, DTensor):
                 hidden = whole_tokens(hidden, weight, self.layout)
         with phase("loss"):
-            given = weight, batch.targets, self.chunk, scale, self.compile
+            given = weight, batch.targets, self.chunk, self.scale, self.compile
             return as_forward(layer, lambda hidden: linear_cross_entropy(hidden, *given), hidden)
 
 
 @dataclass(frozen=True)
 class AllAtOnce:
-    """Of all logits of a micro-batch.
+    """The same of all logits of a micro-batch.
 
     Attributes:
-        split: they come as a DTensor, sharded over the vocabulary.
+        split: they come as a DTensor, sharded over the vocabulary; forward and backward of the cross-entropy then work
+            on vocabulary shards (Megatron-LM, arXiv 1909.08053, section 3).
     """
 
+    scale: float
     split: bool
 
     def context(self) -> AbstractContextManager[object]:
-        return loss_context(self.split)
+        return loss_parallel() if self.split else nullcontext()
 
-    def __call__(self, model: nn.Module, batch: Batch, phase: Phase, scale: float = 1.0) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
         with phase("forward"):
             logits = model(batch.inputs)
         with phase("loss"):
-            return summed_cross_entropy(logits, batch.targets) * scale
-
-
-@dataclass(frozen=True)
-class NextToken:
-    """The mean cross-entropy of each token after those before it.
-
-    Attributes:
-        tokens: valid targets in the whole global batch, over all ranks and micro-batches.
-    """
-
-    tokens: int
-    loss: TokenLoss
-
-    def context(self) -> AbstractContextManager[object]:
-        return self.loss.context()
-
-    def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
-        return self.loss(model, batch, phase, 1 / self.tokens)
+            return summed_cross_entropy(logits, batch.targets) * self.scale
 
 
 @dataclass(frozen=True)
@@ -134,23 +110,19 @@ class SumOfOutputs:
 
 
 def objective_of(cfg: Config, plan: Plan) -> Objective:
+    """The configured one; of tokens the mean over the whole global batch, over all ranks and micro-batches."""
     if cfg.train.loss is Loss.sum:
         return SumOfOutputs()
-    return NextToken(cfg.train.global_batch_size * cfg.data.seq_len, token_loss_of(cfg, plan))
+    return token_loss_of(cfg, plan, 1 / tokens_per_step(cfg))
 
 
-def token_loss_of(cfg: Config, plan: Plan) -> TokenLoss:
+def token_loss_of(cfg: Config, plan: Plan, scale: float = 1.0) -> Objective:
     """In chunks where train.loss_chunk asks for them, and the model's output layer is one whose rule allows it."""
     if cfg.train.loss_chunk is None or not plan.chunked_head:
-        return AllAtOnce(plan.loss_parallel)
+        return AllAtOnce(scale, plan.loss_parallel)
     rule = plan.rules.get(plan.chunked_head)
     layout = rule.src[0] if rule else None
-    return InChunks(plan.chunked_head, cfg.train.loss_chunk, layout, cfg.parallel.compile)
-
-
-def loss_context(vocab_parallel: bool) -> AbstractContextManager[object]:
-    """Inside it, forward and backward of the cross-entropy work on vocabulary shards (Megatron-LM, section 3)."""
-    return loss_parallel() if vocab_parallel else nullcontext()
+    return InChunks(scale, plan.chunked_head, cfg.train.loss_chunk, layout, cfg.parallel.compile)
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -26,11 +26,10 @@ from tpresearch.launch.stop import StopFlag, Stopped, fault_of_another_rank
 from tpresearch.ledger.entries import Expected
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_bytes
-from tpresearch.parallel.describe import describe_mesh, describe_model
 from tpresearch.parallel.device import Device, notes_on
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.plan.describe import plan_text
+from tpresearch.plan.describe import describe_mesh, describe_model, plan_text
 from tpresearch.track.console import NextSteps
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.assemble import assemble
@@ -99,11 +98,9 @@ def train_on(
         for note in job.notes:
             log.warning(note)
         warn_of_hosts(job)
-        observers, parameters = (
-            [*observers_of(job, mesh, device, tracker), *profilers_of(job, run)],
-            job.parameters,
-        )
-        group = own_group()
+        # Before the model is sharded.
+        observers = [*observers_of(job, mesh, device, tracker), *profilers_of(job, run)]
+        parameters, group = job.parameters, own_group()
         found = agreed_on(found, group)
         restoring = partial(restore, found, group=group) if found else None
         loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
@@ -203,12 +200,10 @@ def check_same_corpus(corpus: AnyCorpus) -> None:
     dist.all_gather_object(found, mine)
     other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
     if other is not None:
-        raise ConfigError(
-            "data.source",
-            corpus.meta.get("source", "this corpus"),
-            f"ranks 0 and {other} prepared different rows from it",
-            "the same files and the same Python on every host, or a data.cache_dir that they share",
-        )
+        source = corpus.meta.get("source", "this corpus")
+        why = f"ranks 0 and {other} prepared different rows from it"
+        legal = "the same files and the same Python on every host, or a data.cache_dir that they share"
+        raise ConfigError("data.source", source, why, legal)
 
 
 def warn_of_hosts(job: Preflight) -> None:

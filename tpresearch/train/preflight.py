@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tpresearch.checkpoint.resume import checkpoints_to_go_on_from, find_checkpoint
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.choices import Float8
+from tpresearch.config.choices import Float8, Loss
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.mesh import check_declared, of_one_rank, used_axes
@@ -157,10 +157,9 @@ def check_first_weights(cfg: Config, model: nn.Module, starts_ranks: bool) -> No
     try:
         check_first_weights_of(find_checkpoint(Path(cfg.init_from), "init_from"), model)
     except BrokenCheckpoint as error:
+        why = f"its weights are not this model's: {error}"
         legal = "a run or checkpoint of this model, or a Hugging Face folder"
-        raise ConfigError(
-            "init_from", cfg.init_from, f"its weights are not this model's: {error}", legal
-        ) from None
+        raise ConfigError("init_from", cfg.init_from, why, legal) from None
 
 
 def judge_folder(job: Preflight, folder: Path, restarted: bool) -> None:
@@ -182,7 +181,6 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     import torch  # late, and so are those that import it
 
     from tpresearch.data.batches import meta_batch
-    from tpresearch.parallel.apply import is_wrapped
     from tpresearch.parallel.float8 import float8_layers
     from tpresearch.plan.compiler import compile_plan
     from tpresearch.plan.meta import meta_model, weight_dtype
@@ -191,13 +189,12 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
 
     dtype = weight_dtype(cfg.train)
     model = meta_model(cfg.model, dtype)
-    rows = micro_batch_size(cfg, sizes)
-    batch = meta_batch(cfg.data, rows).to(torch.device("meta"), dtype)
+    batch = meta_batch(cfg.data, micro_batch_size(cfg, sizes)).to(torch.device("meta"), dtype)
     check_loss(None, batch.targets, cfg)
     seen = probe(model, batch.inputs, cfg)
     check_loss(seen.output, batch.targets, cfg)
-    plan = compile_plan(model, cfg.model, cfg.parallel, sizes, cfg.data.seq_len, rows, seen)
-    check_parameters(model, plan, cfg.parallel.name, is_wrapped(sizes.shards, cfg.parallel.fsdp))
+    plan = compile_plan(model, cfg, sizes, seen)
+    check_parameters(model, plan, cfg.parallel)
     check_split_output(plan, cfg)
     if cfg.train.float8 is not Float8.none:
         plan = dataclasses.replace(plan, float8=float8_layers(model, plan, cfg, sizes))
@@ -210,14 +207,7 @@ def check_split_output(plan: Plan, cfg: Config) -> None:
     Raises:
         ConfigError: naming the rule.
     """
-    from tpresearch.config.choices import Loss
-
     if plan.split_output == 0 and cfg.train.loss is Loss.next_token:
-        rule = next(rule for rule in plan.rules.values() if rule.leaves_split)
-        raise ConfigError(
-            f"{rule.where}.dst",
-            "batch",
-            "the cross-entropy is computed on whole rows of logits or on vocabulary shards",
-            "logits, or train.loss=sum",
-            fix={f"{rule.where}.dst": "logits"},
-        )
+        key = next(f"{rule.where}.dst" for rule in plan.rules.values() if rule.leaves_split)
+        why = "the cross-entropy is computed on whole rows of logits or on vocabulary shards"
+        raise ConfigError(key, "batch", why, "logits, or train.loss=sum", fix={key: "logits"})

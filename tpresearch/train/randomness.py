@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from tpresearch.config.axes import LAYER_AXES
 from tpresearch.parallel.mesh import data_rank
+from tpresearch.parallel.weights import seed_of
 from tpresearch.train.observe import Observer
 from tpresearch.train.state import TrainState
 
@@ -75,5 +75,4 @@ class _RandomOnShards:
 
 
 def _reseed(*place: int) -> None:
-    digest = hashlib.sha256(repr(place).encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little"))
+    torch.manual_seed(seed_of(repr(place)))

@@ -15,7 +15,6 @@ from tpresearch.config.choices import OptimizerName
 from tpresearch.config.compared import experiment
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.launch import Run
@@ -111,7 +110,8 @@ def say_where_it_goes_on(found: list[Checkpoint], step: int, job: Preflight) -> 
     mark, cfg, steps = checkpoint.mark, job.cfg, total_steps(job.cfg)
     log.info("resumes from step %d of %d: %s", step, steps, checkpoint.folder)
     if steps != mark.steps and step < steps:
-        before, now = (_rate(cfg, step, total) for total in (mark.steps, steps))
+        totals, (peak, schedule) = (mark.steps, steps), (cfg.optimizer.lr, cfg.schedule)
+        before, now = (learning_rate(step, total, peak, schedule) for total in totals)
         log.warning(
             "the budget has grown from %d to %d steps: the learning rate of the next step is %.3g instead of %.3g",
             mark.steps,
@@ -119,7 +119,3 @@ def say_where_it_goes_on(found: list[Checkpoint], step: int, job: Preflight) -> 
             now,
             before,
         )
-
-
-def _rate(cfg: Config, step: int, total: int) -> float:
-    return learning_rate(step, total, cfg.optimizer.lr, cfg.schedule)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tpresearch.config.schema import Config, Dtype
+from tpresearch.config.validate import tokens_per_step
 from tpresearch.parallel.device import Device
 
 _TERA = 1e12
@@ -45,7 +46,7 @@ class Speed:
         """Args: model: plain, before it is sharded."""
         whole, causal = (flops_per_token(model, cfg.data.seq_len, causal) for causal in (False, True))
         peak = peak_flops(device.name, cfg.train.dtype)
-        return cls(cfg.train.global_batch_size * cfg.data.seq_len, world_size, whole, causal, peak)
+        return cls(tokens_per_step(cfg), world_size, whole, causal, peak)
 
     def metrics(self, step_time_s: float) -> dict[str, float | int | None]:
         """The perf/* of a row whose steps took this long each."""

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tpresearch.config.choices import OnNonfinite
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import micro_batch_size, total_steps
+from tpresearch.config.validate import micro_batch_size, tokens_per_step, total_steps
 from tpresearch.data.batches import Batch
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.mesh import sum_together
@@ -57,7 +57,7 @@ class Setup:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.cfg.train.global_batch_size * self.cfg.data.seq_len
+        return tokens_per_step(self.cfg)
 
 
 class StepResult(NamedTuple):

@@ -7,6 +7,7 @@ integer weights, inputs and upstream gradients, and compared with the same layer
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from tpresearch.config.axes import TENSOR
+from tpresearch.config.axes import TENSOR, MeshSizes
 from tpresearch.config.schema import Config, Dtype
+from tpresearch.config.validate import has_masters
 from tpresearch.config.world import World
-from tpresearch.parallel.apply import has_masters, parallelize
+from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import axis_size, build_mesh, data_rank, sizes_of
+from tpresearch.parallel.mesh import build_mesh, data_rank
 from tpresearch.parallel.replicas import replicas_of
 from tpresearch.parallel.weights import fill
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.meta import weight_dtype
 from tpresearch.plan.rules import ResolvedRule
 from tpresearch.train.preflight import preflight
+from tpresearch.verify.trace import whole
 
 GREATEST = 2
 """Integers from -2 to 2: their sums stay small enough to be exact even in bfloat16."""
@@ -104,28 +107,29 @@ def _compare(
     device: torch.device,
 ) -> Exact:
     dtype = torch.bfloat16 if cfg.train.dtype is Dtype.bfloat16 else weight_dtype(cfg.train)
-    x, upstream = _operands(layer, mesh)
-    whole = copy.deepcopy(layer).to_empty(device="cpu").double()
-    for parameter in whole.parameters():
+    x, upstream = _operands(layer, plan.sizes)
+    unsharded = copy.deepcopy(layer).to_empty(device="cpu").double()
+    for parameter in unsharded.parameters():
         parameter.data = _integers(*parameter.shape)
-    expected = whole(x)
+    expected = unsharded(x)
     expected.backward(upstream)
 
     alone = SingleLayer(layer)
     rules = {"layer": rule} if rule else {}
     plan = Plan(rules, ["layer"], [], plan.sizes)
     parallelize(alone, plan, cfg.parallel, mesh, cfg.train.dtype).to_empty(device=device)
-    if has_masters(plan.sizes.shards, cfg.parallel.fsdp, cfg.train):
+    if has_masters(cfg, plan.sizes):
         alone.bfloat16()  # as the copies that the model computes with
     parameters = dict(alone.named_parameters())
     for key, parameter in parameters.items():
-        fill(parameter, whole.get_parameter(key.removeprefix("layer.")).detach())
-    replicas = replicas_of(alone, parameters, plan, cfg.parallel.fsdp, cfg.train.dtype, mesh)
+        fill(parameter, unsharded.get_parameter(key.removeprefix("layer.")).detach())
+    replicas = replicas_of(alone, parameters, plan, cfg, mesh)
     src, dst = (rule.src[0], rule.dst[0]) if rule else (Replicate(), Replicate())
-    part = _part(x.detach(), src, mesh).to(device)
+    part_of = functools.partial(_part, mesh, plan.sizes)
+    part = part_of(src, x.detach()).to(device)
     part = part.to(dtype).requires_grad_() if x.requires_grad else part
     output = alone(part)
-    own = _part(upstream, dst, mesh).to(device, output.dtype)
+    own = part_of(dst, upstream).to(device, output.dtype)
     if isinstance(output, DTensor):
         own = DTensor.from_local(
             own, output.device_mesh, output.placements, shape=output.shape, stride=output.stride()
@@ -133,24 +137,19 @@ def _compare(
     output.backward(own)
     if replicas:
         replicas.finish()
-    gradients = {key.removeprefix("layer."): p.grad for key, p in alone.named_parameters()}
+    gradients = whole({key.removeprefix("layer."): p.grad for key, p in alone.named_parameters()})
     return Exact(
         name,
         f"{rule.name} ({rule.label})" if rule else "",
-        _apart(output, _part(expected, dst, mesh)),
-        _apart(part.grad, _part(x.grad, src, mesh)) if x.grad is not None else 0.0,
-        max(_apart(_whole_of(gradients[key]), p.grad) for key, p in whole.named_parameters()),
+        _apart(output, part_of(dst, expected)),
+        _apart(part.grad, part_of(src, x.grad)) if x.grad is not None else 0.0,
+        max(_apart(gradients.get(key), p.grad) for key, p in unsharded.named_parameters()),
     )
 
 
-def _whole_of(gradient: Tensor | None) -> Tensor | None:
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-
-
-def _operands(layer: nn.Module, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+def _operands(layer: nn.Module, sizes: MeshSizes) -> tuple[Tensor, Tensor]:
     """x and the gradient of the output, of the global batch: the same on every rank. float64, or int64 token ids."""
-    tp = axis_size(mesh, TENSOR.name)
-    rows, tokens = mesh.size(), 4 * tp
+    rows, tokens = sizes.world, 4 * sizes.tp
     if isinstance(layer, nn.Embedding):
         ids = torch.arange(rows * tokens).mul(7919).remainder(layer.num_embeddings)
         return ids.view(rows, tokens), _integers(rows, tokens, layer.embedding_dim)
@@ -165,14 +164,12 @@ def _integers(*shape: int) -> Tensor:
     return torch.randint(-GREATEST, GREATEST + 1, shape, generator=drawn).double()
 
 
-def _part(whole: Tensor | None, layout: Placement | None, mesh: DeviceMesh) -> Tensor:
+def _part(mesh: DeviceMesh, sizes: MeshSizes, layout: Placement | None, tensor: Tensor) -> Tensor:
     """What this rank has of a tensor of the global batch: its rows, and of those its part over tp."""
-    assert whole is not None
-    rows = whole.chunk(sizes_of(mesh).dp)[data_rank(mesh)]
+    rows = tensor.chunk(sizes.dp)[data_rank(mesh)]
     if not isinstance(layout, Shard):
         return rows
-    parts = rows.chunk(axis_size(mesh, TENSOR.name), layout.dim)
-    own = mesh.get_local_rank(TENSOR.name)
+    parts, own = rows.chunk(sizes.tp, layout.dim), mesh.get_local_rank(TENSOR.name)
     return parts[own] if own < len(parts) else rows.narrow(layout.dim, 0, 0)
 
 

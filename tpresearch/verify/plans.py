@@ -11,12 +11,10 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import open_dict
 from rich.progress import track
 
 from tpresearch.config import Config
 from tpresearch.config.choices import DeviceKind, Float8
-from tpresearch.config.compose import typed
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.mesh import of_one_rank, used_axes
 from tpresearch.config.validate import validate
@@ -24,6 +22,7 @@ from tpresearch.config.world import World
 from tpresearch.data.check import check_data
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, Synthetic
+from tpresearch.launch.composition import typed_config
 from tpresearch.train.preflight import planned
 from tpresearch.verify.integers import Exact, exactness, worst_of
 from tpresearch.verify.ranks import RankError, Ranks
@@ -85,10 +84,9 @@ def configs(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
 
 def _composed(*overrides: str) -> Config:
     loader = GlobalHydra.instance().config_loader()
-    composed = loader.load_configuration("verify", list(overrides), run_mode=RunMode.RUN)
-    with open_dict(composed):
-        del composed["hydra"]
-    return _in_two_parts(typed(composed))
+    return _in_two_parts(
+        typed_config(loader.load_configuration("verify", list(overrides), run_mode=RunMode.RUN))
+    )
 
 
 def _in_two_parts(cfg: Config) -> Config:
