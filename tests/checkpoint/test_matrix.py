@@ -1,4 +1,4 @@
-"""Every plan goes on from what every plan saved: restored to the bit, and three steps later where no run was stopped.
+"""Every plan goes on from what every plan saved: restored to the bit, and two steps later where no run was stopped.
 
 Every day each plan saves once and loads once, in a chain per model that goes on from link to link; the whole matrix,
 64 pairs for each model and optimizer, is exhaustive.
@@ -19,8 +19,8 @@ from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.verify.ranks import Ranks
 
-STEPS = 3
-"""Before a checkpoint, and after it."""
+STEPS = 2
+"""Before a checkpoint, and after it: the second is from moments that went on."""
 CELLS = {
     "none": (1, []),
     "ddp": (2, []),

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
 
+from support import processes
+from tpresearch.agent import handler
 from tpresearch.config.world import World
 from tpresearch.verify.ranks import RankError, Ranks
 
@@ -142,16 +144,12 @@ def _as_main(
     Raises:
         SystemExit: from one rank of several that does not end with 0, which ends the others, as torchrun does.
     """
-    for path, number in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     of_rank = {key: value for key, value in os.environ.items() if key.startswith(NOT_OURS) and errors}
     if errors:
         error_file = errors / "attempt_0" / str(world.rank) / "error.json"
         error_file.parent.mkdir(parents=True)
         of_rank |= {"TORCHELASTIC_RUN_ID": "warm", "TORCHELASTIC_ERROR_FILE": str(error_file)}
-    os.environ.clear()
-    os.environ.update(of_rank | env)
-    os.chdir(cwd)
+    _become(cwd, of_rank | env, out, err)
     _fork_from(server)
     if "-m" in program[1:] and not cold_jobs:
         from support import forked_jobs  # noqa: F401  late: it imports the launcher of sweeps
@@ -165,6 +163,14 @@ def _as_main(
     if code and world.size > 1:
         sys.exit(code)
     return code, time.process_time() - began
+
+
+def _become(cwd: Path, env: dict[str, str], out: str, err: str) -> None:
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
 
 
 def _server() -> dict[str, object]:
@@ -197,6 +203,34 @@ def _run(program: list[str]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def execute_agent(ranks: Ranks, words: Sequence[str], cwd: Path, env: dict[str, str]) -> Done:
+    """`torchrun WORDS`, its agent in such a fork, and its ranks in processes of their own."""
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        (code,) = ranks.run(1, _as_agent, list(words), cwd, env, out.name, err.name)
+        return Done(code, out.read(), err.read(), 0.0)
+
+
+def _as_agent(world: World, words: list[str], cwd: Path, env: dict[str, str], out: str, err: str) -> int:
+    """The exit code of an agent, which may end in the midst of all: it is a fork of this process.
+
+    torch has asked for its entry points in the server, so that ours is called here.
+    """
+
+    def agent() -> None:
+        from torch.distributed.run import main  # late: with torch, which few of those who import this need
+
+        _become(cwd, env, out, err)
+        sys.argv = ["torchrun", *words]
+        handler()
+        try:
+            main()
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+            sys.exit(1)
+
+    return processes.ended(processes.forked(agent))
 
 
 def _children_s() -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import TORCHRUN, Done, environment, execute, execute_warm, installed, on_path
+from support.commands import Done, environment, execute, execute_agent, execute_warm, on_path
 from support.launches import PROGRAM, Command
 from tpresearch.verify.ranks import Ranks
 
@@ -44,13 +44,14 @@ def python_module(tmp_path: Path) -> Command:
 
 
 @pytest.fixture
-def torchrun(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
+def torchrun(ranks: Ranks, tmp_path: Path) -> Command:
     """`torchrun --nproc-per-node=RANKS program.py ARGUMENTS`"""
 
-    def run(ranks: int, *arguments: str, restarts: int = 0, **env: str) -> Done:
-        env |= installed(tmp_path_factory.mktemp("installed"))
-        agent = [str(TORCHRUN), "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
-        return execute([*agent, str(PROGRAM), *arguments], tmp_path, environment(tmp_path, **env))
+    def run(size: int, *arguments: str, restarts: int = 0, **env: str) -> Done:
+        options = ["--standalone", f"--nproc-per-node={size}", f"--max-restarts={restarts}"]
+        return execute_agent(
+            ranks, [*options, str(PROGRAM), *arguments], tmp_path, environment(tmp_path, **env)
+        )
 
     return run
 

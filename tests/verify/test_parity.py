@@ -1,7 +1,7 @@
 """Law 1: in float64 every plan on every mesh computes what one process does, to 1e-10 relative.
 
-Three steps of SGD and of AdamW, with clipping that bites and accumulation, against one process that takes the
-batch whole: initial weights (bitwise), loss, gradient norm, every gradient, every updated weight, held-out loss.
+Two steps of SGD and of AdamW, with clipping that bites and accumulation, against one process that takes the
+batch whole (more of them: tests/checkpoint/test_matrix.py): initial weights (bitwise), loss, gradient norm, every gradient, every updated weight, held-out loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
 from tpresearch.verify.trace import Trace, trace
 
-STEPS = 3
+STEPS = 2
+"""The second is from weights and moments that the first has left."""
 OPTIMIZERS = {"sgd": ["optimizer=sgd", "optimizer.momentum=0.9"], "adamw": ["optimizer=adamw"]}
 COMMON = [
     "train.dtype=float64",
@@ -60,8 +61,8 @@ def everyday(plan: str, size: int, model: str, optimizer: str) -> bool:
     """Every pair of two choices is among these, and every plan with the larger model on four ranks."""
     nth, second = PLANS.index(plan), SIZES.index(size)
     takes_adamw = bool(nth // 2 % 2) != bool(second)
-    paired = MODELS[(nth + second) % 2] == model
-    return (paired or (size, model) == (4, "llama2_debug")) and takes_adamw == (optimizer == "adamw")
+    paired = MODELS[second] == model or plan == "ddp"  # which also has sizes and models crossed
+    return paired and takes_adamw == (optimizer == "adamw")
 
 
 PRODUCT = list(itertools.product(PLANS, SIZES, MODELS, OPTIMIZERS))
@@ -98,7 +99,7 @@ def test_a_plan_computes_what_one_process_does(
         (4, ["parallel=fsdp_tp", "parallel.loss_parallel=false", "parallel.activation_checkpointing=full"]),
         (4, ["parallel=fsdp_tp", "model.vocab_size=263", "parallel.activation_checkpointing=selective"]),
         (4, ["parallel=fsdp", "parallel.fsdp.reshard_after_forward=false"]),
-        (4, ["parallel=tp", "parallel.loss_parallel=false", "model.vocab_size=263"]),
+        (2, ["parallel=tp", "parallel.loss_parallel=false", "model.vocab_size=263"]),
         (2, ["parallel=tp", "parallel.activation_checkpointing=selective"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
@@ -113,17 +114,17 @@ def test_sizes_and_options_change_nothing(ranks: Ranks, size: int, overrides: li
     ("dtype", "weights", "tolerance", "plan"),
     [
         ("float32", "float32", 1e-4, "fsdp"),
-        ("float32", "float32", 1e-4, "fsdp_tp"),
-        exhaustive("float32", "float32", 1e-4, "sp"),
+        exhaustive("float32", "float32", 1e-4, "fsdp_tp"),
+        ("float32", "float32", 1e-4, "sp"),
         ("bfloat16", "float32", 0.1, "none"),
-        ("bfloat16", "float32", 0.1, "sp"),
+        exhaustive("bfloat16", "float32", 0.1, "sp"),
         ("bfloat16", "float32", 0.1, "fsdp_tp"),
         exhaustive("bfloat16", "float32", 0.1, "tp"),
         exhaustive("bfloat16", "float32", 0.1, "fsdp"),
         ("bfloat16", "bfloat16", 0.1, "sp"),
-        ("bfloat16", "bfloat16", 0.1, "fsdp_tp"),
+        exhaustive("bfloat16", "bfloat16", 0.1, "fsdp_tp"),
         exhaustive("bfloat16", "bfloat16", 0.1, "none"),
-        exhaustive("bfloat16", "bfloat16", 0.1, "fsdp"),
+        ("bfloat16", "bfloat16", 0.1, "fsdp"),
     ],
 )
 def test_below_float64_plans_agree_to_rounding(

@@ -27,7 +27,7 @@ from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
 from tpresearch.verify.trace import Trace, compare, tolerance, trace
 
-STEPS = 3
+STEPS = 2
 NARROW = ("model.dim=32", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=64", "data.seq_len=16")
 NARROW += ("tokenizer.vocab_size=263",)  # which 2 and 4 do not divide
 
@@ -138,11 +138,11 @@ def test_kept_gradients_are_right_for_one_step_and_wrong_from_the_second(ranks: 
     ours, same = on_ranks(ranks, 4, "seed_2d", "defects.keep_gradients=true")
     right = one_process("seed_2d")
     assert same
-    assert {"grad norm", "gradients", "weights"} < out_of_tolerance(ours, right)
+    assert {"grad norm", "gradients", "weights"} <= out_of_tolerance(ours, right)
     first, second = ours.steps[:2]
     for name, gradient in right.steps[0].gradients.items():
         torch.testing.assert_close(first.gradients[name], gradient, rtol=0, atol=1e-10)
-    assert compare(ours, right)["gradients"].step in (1, 2)
+    assert compare(ours, right)["gradients"].step == 1
     assert second.loss == pytest.approx(right.steps[1].loss, rel=1e-10)  # it shows in the weights that follow
 
 
