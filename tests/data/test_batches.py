@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data.batches import IGNORED, Batches, batches_of, eval_batches, meta_batch
+from tpresearch.data.batches import IGNORED, Batches, eval_batches, meta_batch
 from tpresearch.data.pipeline import prepare
 
 
@@ -125,7 +125,7 @@ def test_the_meta_batch_is_the_shape_of_a_batch(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.txt").write_text("some text " * 100)
     data = DataConfig(DataSource(source), path, seq_len=6, width=5, cache_dir="cache")
-    real = batches_of(prepare(data, TokenizerConfig(vocab_size=257)), 3, 0).batch(0)
+    real = Batches(prepare(data, TokenizerConfig(vocab_size=257)), 3, 0).batch(0)
     for part, meta in zip(real, meta_batch(data, 3), strict=True):
         assert meta.is_meta
         assert (meta.shape, meta.dtype) == (part.shape, part.dtype)

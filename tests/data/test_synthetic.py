@@ -9,7 +9,7 @@ import torch
 from support.composed import config
 
 from tpresearch.config.schema import DataSource
-from tpresearch.data.batches import batches_of
+from tpresearch.data.batches import Batches
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import Synthetic
 
@@ -22,33 +22,33 @@ BOTH = pytest.mark.parametrize("source", [NUMBERS, TOKENS], ids=["uniform", "ran
 @pytest.mark.parametrize("dp_size", [2, 3, 6])
 def test_ranks_read_the_slices_of_one_global_batch(source: Synthetic, dp_size: int) -> None:
     for step in (0, 5):
-        whole = batches_of(source, 12, seed=3).batch(step)
-        slices = [batches_of(source, 12, seed=3).batch(step, rank, dp_size) for rank in range(dp_size)]
+        whole = Batches(source, 12, seed=3).batch(step)
+        slices = [Batches(source, 12, seed=3).batch(step, rank, dp_size) for rank in range(dp_size)]
         for parts, part in zip(zip(*slices, strict=True), whole, strict=True):
             assert torch.equal(torch.cat(parts), part)
     with pytest.raises(ValueError, match="cannot be cut into 5"):
-        batches_of(source, 12, seed=3).batch(0, 0, 5)
+        Batches(source, 12, seed=3).batch(0, 0, 5)
 
 
 @BOTH
 def test_a_larger_batch_begins_with_the_rows_of_a_smaller_one(source: Synthetic) -> None:
-    larger, smaller = batches_of(source, 12, 3).batch(4), batches_of(source, 8, 3).batch(4)
+    larger, smaller = Batches(source, 12, 3).batch(4), Batches(source, 8, 3).batch(4)
     assert torch.equal(larger.inputs[:8], smaller.inputs)
 
 
 @BOTH
 def test_no_two_rows_are_the_same_over_steps_and_seeds(source: Synthetic) -> None:
-    rows = [batches_of(source, 8, seed).batch(step).inputs for seed in range(4) for step in range(8)]
+    rows = [Batches(source, 8, seed).batch(step).inputs for seed in range(4) for step in range(8)]
     assert len(torch.cat(rows).unique(dim=0)) == 4 * 8 * 8
 
 
 def test_numbers_are_uniform_and_tokens_fill_the_vocabulary() -> None:
-    numbers, none = batches_of(NUMBERS, 2000, 0).batch(0)
+    numbers, none = Batches(NUMBERS, 2000, 0).batch(0)
     assert none.shape == (2000, 0)
     assert (numbers.shape, numbers.dtype) == ((2000, 10), torch.float32)
     assert 0 <= numbers.min() < 1e-3 < 0.999 < numbers.max() < 1
     assert numbers.mean().item() == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / 20_000))
-    tokens, targets = batches_of(TOKENS, 500, 0).batch(0)
+    tokens, targets = Batches(TOKENS, 500, 0).batch(0)
     assert (tokens.shape, tokens.dtype) == ((500, 16), torch.int64)
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
     assert tokens.unique().tolist() == list(range(300))

@@ -17,7 +17,7 @@ from support.trainings import TINY, TRAIN
 
 from tpresearch.checkpoint.disk import whole_checkpoints
 from tpresearch.checkpoint.load import read_tensors
-from tpresearch.data.batches import batches_of
+from tpresearch.data.batches import Batches
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import PackedCorpus
 from tpresearch.hf.files import settings_of
@@ -118,7 +118,7 @@ def test_a_run_from_it_starts_at_hugging_faces_loss(start: Start, exported: Path
     assert cfg.tokenizer.path == str(exported)
     corpus = prepare(cfg.data, cfg.tokenizer)
     assert isinstance(corpus, PackedCorpus)
-    batch = batches_of(corpus, 8, cfg.train.seed).batch(0)
+    batch = Batches(corpus, 8, cfg.train.seed).batch(0)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
     with torch.no_grad():
         logits = theirs(batch.inputs).logits

@@ -16,9 +16,10 @@ from support.processes import wait_for
 from support.sweeps import Sweep
 
 from tpresearch.config import ConfigError
+from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import ranks_needed
 from tpresearch.sweep import launcher
-from tpresearch.sweep.job import CONSOLE_LOG, as_written, signature
+from tpresearch.sweep.job import CONSOLE_LOG, signature
 from tpresearch.sweep.running import (
     MARK,
     ending_signals,
@@ -316,9 +317,9 @@ def test_under_nohup_a_sweep_outlives_its_terminal() -> None:
 
 
 def test_a_signature_is_of_what_is_computed() -> None:
-    one = as_written(composed.config("parallel=tp"))
-    same = as_written(composed.config("parallel=tp", "name=x", "logger=wandb", "data.cache_dir=/y"))
-    other = as_written(composed.config("parallel=tp", "train.seed=1"))
+    one = as_dict(composed.config("parallel=tp"))
+    same = as_dict(composed.config("parallel=tp", "name=x", "logger=wandb", "data.cache_dir=/y"))
+    other = as_dict(composed.config("parallel=tp", "train.seed=1"))
     assert signature(one, 2) == signature(same, 2) != signature(one, 4)
     assert signature(one, 2) != signature(other, 2)
     assert signature(one, 2, without_seed=True) == signature(other, 2, without_seed=True)

@@ -146,7 +146,7 @@ def test_the_report_tells_results_place_and_what_to_type_next(
     monkeypatch.chdir(tmp_path)
     rows = [complete_row(row(step)) for step in range(1, 9)]
     summary = {"run_name": "m/tp2", "status": "completed", "steps": 8, "tokens": 24_576, "world_size": 2}
-    summary["parallel"] = "tp"
+    summary |= {"parallel": "tp", "unigram_entropy": 6.71}
     summary |= headline(rows, warmup_steps=5)
     out = io.StringIO()
     typed = Command(("model=mine", "parallel=tp", "train.steps=3", "hydra.run.dir=outputs/r"), ranks=2)
@@ -154,7 +154,7 @@ def test_the_report_tells_results_place_and_what_to_type_next(
         typed, lambda command: REFUSED if "parallel=fsdp_tp" in command.arguments else None
     )
     wandb = "wandb sync outputs/r/wandb/x"
-    report(Console(file=out, width=120), summary, tmp_path / "outputs/r", wandb, 6.71, next_steps=next_steps)
+    report(Console(file=out, width=120), summary, tmp_path / "outputs/r", wandb, next_steps=next_steps)
     text = out.getvalue()
     for part in (
         "m/tp2: completed",

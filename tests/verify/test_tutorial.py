@@ -15,7 +15,7 @@ from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
-from tpresearch.data.batches import batches_of
+from tpresearch.data.batches import Batches
 from tpresearch.data.pipeline import prepare
 from tpresearch.ledger.entries import Entry
 from tpresearch.ledger.formulas import expected_entries
@@ -171,7 +171,7 @@ def test_kept_gradients_are_the_sum_of_all_so_far() -> None:
 
 def test_overlapping_batches_are_read_twice_and_change_the_loss(ranks: Ranks) -> None:
     cfg = experiment("seed_2d", "defects.overlapping_batches=true")
-    rows, honest = (batches_of(prepare(cfg.data, cfg.tokenizer), 16, 0) for _ in range(2))
+    rows, honest = (Batches(prepare(cfg.data, cfg.tokenizer), 16, 0) for _ in range(2))
     OverlappingBatches(rows).start(TrainState(0, torch.nn.Identity(), torch.optim.SGD([torch.zeros(1)])))
     for step in range(3):
         assert torch.equal(rows.batch(step, 1, 2).inputs, rows.batch(step + 1, 0, 2).inputs)

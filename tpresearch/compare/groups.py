@@ -177,18 +177,17 @@ def _best_baseline(groups: Sequence[Group]) -> Group:
 
 
 def _called(groups: Sequence[Group], wanted: str) -> Group:
+    def is_called(run: Run) -> bool:
+        names = (run.summary["parallel"], run.summary.get("run_name"), run.folder.name)
+        return wanted in names or Path(wanted).expanduser().resolve() == run.folder.resolve()
+
     exact = [group for group in groups if group.label == wanted]
-    found = exact or [group for group in groups if any(_is_called(run, wanted) for run in group.runs)]
+    found = exact or [group for group in groups if any(map(is_called, group.runs))]
     if len(found) == 1:
         return found[0]
     names = [group.label for group in found] or nearest(wanted, [group.label for group in groups])
     why = f"{len(found)} runs have this name" if found else "no run has this name"
     raise ConfigError("baseline", wanted, why, f"one of: {', '.join(names)}", fix={"baseline": names[0]})
-
-
-def _is_called(run: Run, name: str) -> bool:
-    names = (run.summary["parallel"], run.summary.get("run_name"), run.folder.name)
-    return name in names or Path(name).expanduser().resolve() == run.folder.resolve()
 
 
 def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> list[str]:

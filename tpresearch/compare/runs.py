@@ -152,16 +152,13 @@ def run_folders(path: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not _is_skipped(name))
+        kept = (name for name in folders if name != "wandb" and not name.startswith("."))
+        folders[:] = sorted(name for name in kept if EARLIER not in name)
         if not set(RECORD).isdisjoint(files):
             found.append(Path(where))
     return sorted(
         found, key=lambda each: [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in each.parts]
     )
-
-
-def _is_skipped(part: str) -> bool:
-    return part == "wandb" or part.startswith(".") or EARLIER in part
 
 
 def read(folder: Path) -> Run:

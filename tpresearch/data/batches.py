@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tpresearch.config.schema import DataConfig, DataSource
-from tpresearch.data.rows import AnyCorpus, Synthetic
+from tpresearch.data.rows import AnyCorpus, PackedCorpus, Synthetic
 
 IGNORED = -100
 """A target that counts for nothing, such as those of rows that only fill up a batch."""
@@ -70,7 +70,7 @@ class Batches:
     source, row i of step k is drawn by (seed, k, i).
 
     Args:
-        rows: packed rows [n, s + 1], any integer dtype, or a synthetic source.
+        source: a corpus, or packed rows [n, s + 1] of any integer dtype.
         global_batch_size: rows per optimizer step, over all ranks and accumulation.
         seed: chooses the order, or what is drawn.
         repeat: repeat the first N batches; None for all.
@@ -78,11 +78,12 @@ class Batches:
 
     def __init__(
         self,
-        rows: NDArray[np.integer] | Synthetic,
+        source: AnyCorpus | NDArray[np.integer],
         global_batch_size: int,
         seed: int,
         repeat: int | None = None,
     ) -> None:
+        rows = source.train if isinstance(source, PackedCorpus) else source
         count = None if isinstance(rows, Synthetic) else len(rows)
         if count == 0 or global_batch_size < 1:
             raise ValueError(f"no batches of {global_batch_size} rows can be read from {count} rows")
@@ -121,12 +122,6 @@ class Batches:
         if epoch != self._epoch:  # drawing it takes some 35 ms per million rows: kept for the epoch
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(count)
         return self._order
-
-
-def batches_of(corpus: AnyCorpus, global_batch_size: int, seed: int, repeat: int | None = None) -> Batches:
-    """The global batches of a corpus, packed or synthetic."""
-    rows = corpus if isinstance(corpus, Synthetic) else corpus.train
-    return Batches(rows, global_batch_size, seed, repeat)
 
 
 def eval_batches(

@@ -62,10 +62,8 @@ def build_once(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             why, legal = "no space left", "a disk with room"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            why, legal = (
-                f"{error.filename} may not be used by user {os.getuid()}",
-                "a folder that this user can write",
-            )
+            why = f"{error.filename} may not be used by user {os.getuid()}"
+            legal = "a folder that this user can write"
         else:
             raise
         raise ConfigError("data.cache_dir", folder.parent.parent, why, legal) from error

@@ -75,18 +75,18 @@ def check_hub(data: DataConfig) -> None:
         ConfigError: naming the field at fault.
     """
     if not isinstance(data.path, str) or not data.path:
-        raise ConfigError("data.path", data.path, "no dataset is named", LEGAL, EMBEDDED)
+        raise _refused(data.path, "no dataset is named")
     if Path(data.path).expanduser().is_file():
         legal = f"{LEGAL}; for files, data=jsonl, parquet or text"
         raise ConfigError("data.path", data.path, "is a file", legal)
     folder = _local(data)
     if folder is None and not looks_like_hub_id(data.path):
-        raise ConfigError("data.path", data.path, "there is no such folder", LEGAL, EMBEDDED)
+        raise _refused(data.path, "there is no such folder")
     if folder is not None:
         check_unpacked(data, [path for _, path in _visible(folder)], first_only=True)
     if folder is not None or data.streaming:
         if next(_documents(data), None) is None:
-            raise ConfigError("data.path", data.path, "has no text in it", LEGAL, EMBEDDED)
+            raise _refused(data.path, "has no text in it")
         return
     # What is downloaded whole is not fetched for a check: the hub says what fields it has.
     features = _builder(data).info.features
@@ -173,7 +173,11 @@ def _refusal(data: DataConfig, error: BaseException) -> ConfigError:
         return ConfigError("data.name", data.name, said, "a configuration of that data set")
     if _local(data) is None and not offline_unless_reachable():
         said = f"{_endpoint()} cannot be reached, and neither a local folder nor the datasets cache has it"
-    return ConfigError("data.path", where, said, LEGAL, EMBEDDED)
+    return _refused(where, said)
+
+
+def _refused(where: object, why: str) -> ConfigError:
+    return ConfigError("data.path", where, why, LEGAL, EMBEDDED)
 
 
 def _where_it_fails(data: DataConfig, folder: Path) -> str:

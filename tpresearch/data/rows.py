@@ -56,17 +56,12 @@ class PackedCorpus:
     @classmethod
     def open(cls, folder: Path, meta: Meta, seq_len: int) -> PackedCorpus:
         """The rows of `seq_len` + 1 tokens in `folder`, prepared and found intact, with its meta.json."""
-        rows = {part: read_rows(folder / f"{part}.bin", meta["dtype"], seq_len + 1) for part in PARTS}
-        return cls(
-            **rows,
-            corpus_hash=meta["corpus_hash"],
-            tokenizer_hash=meta["tokenizer_hash"],
-            vocab_size=meta["vocab_size"],
-            eos_id=meta["eos_id"],
-            unigram_entropy=meta["unigram_entropy_nats"]["held_out"] or math.nan,
-            meta=meta,
-            folder=folder,
-        )
+        facts: dict[str, Any] = {
+            part: read_rows(folder / f"{part}.bin", meta["dtype"], seq_len + 1) for part in PARTS
+        }
+        facts |= {key: meta[key] for key in ("corpus_hash", "tokenizer_hash", "vocab_size", "eos_id")}
+        entropy = meta["unigram_entropy_nats"]["held_out"] or math.nan
+        return cls(**facts, unigram_entropy=entropy, meta=meta, folder=folder)
 
     def keep_tokenizer(self, config: TokenizerConfig, run: Path) -> None:
         """Leave the tokenizer in a run's folder: see `tokenizer.keep_tokenizer`."""

@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from omegaconf import DictConfig
 
 from tpresearch.config.compared import compared, with_defaults
-from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import Config, DeviceKind
 from tpresearch.launch.command import override_key
 from tpresearch.track.record import read_record
@@ -74,12 +72,6 @@ def signature(config: dict[str, Any], ranks: int, without_seed: bool = False) ->
     """A hash of what a run computes: its resolved config and its ranks, without names, paths and loggers."""
     text = json.dumps([compared(with_defaults(config), without_seed), ranks], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def as_written(cfg: Config) -> dict[str, Any]:
-    """The config as it is read back from a run's config.yaml."""
-    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(as_dict(cfg)))
-    return plain
 
 
 def completed_runs(sweep_dir: Path) -> dict[str, Path]:

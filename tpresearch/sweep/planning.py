@@ -13,6 +13,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
+from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import SHOWN_WORLD, ranks_needed, total_steps
@@ -23,16 +24,7 @@ from tpresearch.launch.explain import explaining
 from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
 from tpresearch.launch.refuse import typed_as
 from tpresearch.launch.run_dir import may_go_on
-from tpresearch.sweep.job import (
-    Job,
-    as_written,
-    completed_runs,
-    may_be_jobs,
-    passed_on,
-    signature,
-    slots_of,
-    wandb_group,
-)
+from tpresearch.sweep.job import Job, completed_runs, may_be_jobs, passed_on, signature, slots_of, wandb_group
 from tpresearch.track.wandb_host import LONGEST_TAG
 
 
@@ -107,8 +99,8 @@ class Planner:
             ranks=ranks,
             slots=slots,
             gpus=gpus,
-            signature=signature(as_written(cfg), ranks),
-            group=signature(as_written(cfg), ranks, without_seed=True),
+            signature=signature(as_dict(cfg), ranks),
+            group=signature(as_dict(cfg), ranks, without_seed=True),
             arguments=[
                 *program_words(),
                 *overrides,

@@ -121,7 +121,6 @@ def report(
     summary: Mapping[str, Any],
     run_dir: Path,
     wandb_line: str | None,
-    unigram_entropy: float | None = None,
     loss: Loss = Loss.next_token,
     next_steps: NextSteps | None = None,
 ) -> None:
@@ -131,12 +130,11 @@ def report(
         next_steps: commands to suggest.
         summary: as in summary.json.
         wandb_line: the run's page or the command that uploads it; None without W&B.
-        unigram_entropy: nats per token of the held-out rows when only the tokens' frequencies are known.
         loss: what was minimised.
     """
     title = Text(f"{summary['run_name']}: {summary['status']}")
     table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in _results(summary, unigram_entropy, loss):
+    for name, value in _results(summary, loss):
         table.add_row(name, Text(value))
     console.print()
     console.print(table)
@@ -162,9 +160,13 @@ def _lines(
         yield from (Text(f"  {command}  # {why}") for command, why in next_steps.after(summary, run_dir))
 
 
-def _results(summary: Mapping[str, Any], unigram_entropy: float | None, loss: Loss) -> list[tuple[str, str]]:
-    tokens, ranks = count_text(summary["tokens"]), summary["world_size"]
-    beside = "" if unigram_entropy is None else f" (unigram entropy {loss_text(unigram_entropy)})"
+def _results(summary: Mapping[str, Any], loss: Loss) -> list[tuple[str, str]]:
+    tokens, ranks, entropy = (
+        count_text(summary["tokens"]),
+        summary["world_size"],
+        summary.get("unigram_entropy"),
+    )
+    beside = "" if entropy is None else f" (unigram entropy {loss_text(entropy)})"
     speed, mfu = summary["perf/tokens_per_second"], summary["perf/mfu"]
     peak = (
         "" if summary.get("float8", "none") == "none" else ", relative to the bfloat16 peak though in float8"
@@ -175,7 +177,7 @@ def _results(summary: Mapping[str, Any], unigram_entropy: float | None, loss: Lo
         ("final loss", loss_text(summary["train/loss"]) + (NO_MINIMUM if loss is Loss.sum else "")),
         ("held-out loss", loss_text(summary["val/loss"]) + beside),
         ("speed", too_short if speed is None else f"{count_text(speed)} tok/s"),
-        ("MFU", f"{share_text(mfu)} (6N + 12Lhs{peak})"),
+        ("MFU", "" if mfu is None else f"{share_text(mfu)} (6N + 12Lhs{peak})"),
         ("peak memory", bytes_text(summary["memory/peak_bytes"])),
         (
             "communication per step (rank 0)",
@@ -183,8 +185,7 @@ def _results(summary: Mapping[str, Any], unigram_entropy: float | None, loss: Lo
         ),
         ("memory by kind (rank 0)", _split(None, summary.get("memory/held_bytes"))),
     ]
-    undefined = {"MFU": mfu is None, "memory by kind (rank 0)": "memory/held_bytes" not in summary}
-    return [row for row in rows if not undefined.get(row[0])]
+    return [(name, text) for name, text in rows if text]
 
 
 def _split(whole: float | None, parts: Mapping[str, float] | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,22 +33,19 @@ def read_metrics(folder: Path) -> list[Row]:
     """
     path = folder / "metrics.jsonl"
     rows: list[Row] = []
-    for line in _lines(path) if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):  # the process was killed while it wrote this one
-            continue
-        step = row["train/step"]
-        while rows and rows[-1]["train/step"] >= step:
-            rows.pop()
-        rows.append(row)
-    return rows
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file, in pieces where they are longer than any row."""
+    if not path.is_file():
+        return rows
     with path.open(encoding="utf-8") as file:
-        yield from iter(partial(file.readline, MOST_BYTES), "")
+        for line in iter(partial(file.readline, MOST_BYTES), ""):  # in pieces if longer than any row
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):  # the process was killed while it wrote this one
+                continue
+            step = row["train/step"]
+            while rows and rows[-1]["train/step"] >= step:
+                rows.pop()
+            rows.append(row)
+    return rows
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -114,12 +111,13 @@ def headline(rows: Sequence[Row], warmup_steps: int, start_step: int = 0) -> dic
     mine = [row for row in rows if step_of(row) > start_step] or rows
     covered_from = [start_step, *map(step_of, mine)]
     warm = [row for row, since in zip(mine, covered_from, strict=False) if since >= start_step + warmup_steps]
+    timed = {name: _defined(warm, name) for name in NAMES if name.startswith(("perf/", "time/"))}
     return {
         "train/loss": rows[-1]["train/loss"] if rows else None,
-        "val/loss": _last(rows, "val/loss"),
-        **{name: _median(warm, name) for name in NAMES if name.startswith(("perf/", "time/"))},
+        "val/loss": next(reversed(_defined(rows, "val/loss")), None),
+        **{name: median(values) if values else None for name, values in timed.items()},
         "memory/peak_bytes": max(_defined(mine, "memory/peak_bytes"), default=None),
-        "comm/bytes_per_step": _last(mine, "comm/bytes_per_step"),
+        "comm/bytes_per_step": next(reversed(_defined(mine, "comm/bytes_per_step")), None),
     }
 
 
@@ -129,15 +127,6 @@ def step_of(row: Row) -> int:
 
 def _defined(rows: Sequence[Row], name: str) -> list[int | float]:
     return [value for row in rows if (value := row.get(name)) is not None]
-
-
-def _last(rows: Sequence[Row], name: str) -> int | float | None:
-    return next(reversed(_defined(rows, name)), None)
-
-
-def _median(rows: Sequence[Row], name: str) -> int | float | None:
-    values = _defined(rows, name)
-    return median(values) if values else None
 
 
 def _write_from(step: int, path: Path, content: str) -> None:

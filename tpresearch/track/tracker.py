@@ -8,7 +8,7 @@ import logging
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 
@@ -44,7 +44,7 @@ EXIT_CODES: dict[Status, int] = {
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Facts about a run for its summary, known once its ranks and data exist."""
+    """Facts about a run that go into its summary, known once its ranks and data exist."""
 
     world_size: int
     mesh: dict[str, int]
@@ -198,11 +198,10 @@ class Tracker:
 
     def _report(self, console: Console, summary: Mapping[str, Any], next_steps: NextSteps | None) -> None:
         where = self._wandb.where() if self._wandb else None
-        entropy, loss = self._facts.unigram_entropy, self._cfg.train.loss
-        report(console, summary, self._run_dir, where, entropy, loss, next_steps)
+        report(console, summary, self._run_dir, where, self._cfg.train.loss, next_steps)
 
     def _summary(self, status: Status, error: str | None) -> dict[str, Any]:
-        cfg, facts = self._cfg, self._facts
+        cfg = self._cfg
         logged = record.read_metrics(self._run_dir)
         if self._last_row and (not logged or record.step_of(logged[-1]) < record.step_of(self._last_row)):
             logged.append(self._last_row)  # for which the disk had no room
@@ -213,17 +212,12 @@ class Tracker:
             "run_name": self.name,
             "steps": self._last_step,
             "tokens": rows[-1]["train/tokens"] if rows else 0,
-            "world_size": facts.world_size,
-            "mesh": facts.mesh,
             "model": cfg.model.name,
             "parallel": cfg.parallel.name,
-            "parameters": facts.parameters,
-            "corpus_hash": facts.corpus_hash,
-            "device": facts.device,
+            **asdict(self._facts),
             "dtype": str(cfg.train.dtype),
             "weights": str(cfg.train.weight_dtype),
             "float8": str(cfg.train.float8),
-            "unigram_entropy": facts.unigram_entropy,
             **record.headline(rows, cfg.train.warmup_log_steps, self._start_step),
             **(self._count.summary() if self._count else {}),
             **({"resumed": resumed} if (resumed := record.read_resumptions(self._run_dir)) else {}),

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpresearch.checkpoint.load import weights_from
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import has_masters
-from tpresearch.data.batches import batches_of
+from tpresearch.data.batches import Batches
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.hf.files import is_hugging_face
 from tpresearch.hf.read import from_hugging_face
@@ -53,7 +53,7 @@ def assemble(
     home = torch.device("cpu") if cfg.parallel.fsdp.cpu_offload else device.torch
     source = weight_source(cfg, plan.initializers) if restore is None else lambda _: None
     materialize(model, home, source, buffers=device.torch)
-    batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
+    batches = Batches(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
     chance = [SeededRandomness(cfg.train.seed, mesh, plan.seen.random)] if plan.seen.random else []
     observers = Observers([*chance, *mistakes_of(cfg, plan, mesh, batches), *watching])
     state = first_state(model, cfg, plan, mesh)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tpresearch.config.choices import Loss, OptimizerName
 from tpresearch.config.schema import Config, Dtype
 from tpresearch.config.validate import total_steps
-from tpresearch.data.batches import Batch, batches_of, eval_batches
+from tpresearch.data.batches import Batch, Batches, eval_batches
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.plan.initializers import read_initializers
 from tpresearch.plan.meta import plain_model, weight_dtype
@@ -25,7 +25,7 @@ def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> Trace:
     model = plain_model(cfg.model, weight_dtype(cfg.train))
     weight_source(cfg, read_initializers(model))(model)
     optimizer = _optimizer(model, cfg)
-    batches = batches_of(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
+    batches = Batches(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
     initial, taken = _copies(dict(model.named_parameters())), []
     for step in range(steps):
         loss = _loss(model, batches.batch(step), cfg)
