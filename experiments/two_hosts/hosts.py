@@ -1,7 +1,7 @@
 """Two hosts on one machine: two network namespaces joined by a veth pair, and a torchrun agent in each.
 
 Each namespace has a loopback, one interface and nothing else: whatever its processes send to the other host
-passes that interface, whose counters the kernel keeps (`wire.py`).
+passes that interface, whose counters the kernel keeps (`wire.py`). Each host has half of the machine's cores for itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 HOSTS = ("a", "b")
@@ -137,6 +138,7 @@ class TwoHosts:
                             stdout=log,
                             stderr=subprocess.STDOUT,
                             start_new_session=True,
+                            preexec_fn=partial(os.sched_setaffinity, 0, cores_of(host)),
                         )
                     )
             yield agents
@@ -156,6 +158,12 @@ class TwoHosts:
             f"--local-addr={ADDRESSES[host]}",
             *program,
         ]
+
+
+def cores_of(host: str) -> set[int]:
+    """A host's share of the cores; with a single core, both have it."""
+    cores = sorted(os.sched_getaffinity(0))
+    return set(cores[HOSTS.index(host) :: len(HOSTS)] or cores)
 
 
 def _environment(host: str) -> dict[str, str]:

@@ -2,16 +2,19 @@
 
 python experiments/two_hosts/slowed.py CLUSTER.yaml     # of this machine, by `tpresearch.calibrate`; writes slowed.csv, prints the table
 
-`tc` holds what each host sends to 100 Mbit/s, then 1 Gbit/s (a token bucket on the veth pair of hosts.py).
+`tc` holds what each host sends to 1 Gbit/s, then 100 Mbit/s (a token bucket on the veth pair of hosts.py). Each host has half of
+the cores (hosts.py). `others` is what the machine's cores did for other processes meanwhile, which should be next to nothing.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,11 +34,14 @@ from tpresearch.simulate.depth import Recording, recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import predict  # noqa: E402
 
-RATES = {"100mbit": 100e6, "1gbit": 1e9}
+RATES = {"1gbit": 1e9, "100mbit": 100e6}
 PAYLOAD = 1448 / 1514
 """Share of a frame that is not headers: the bucket counts frames."""
+BURST = "72kb"
+"""What passes at once after a pause, as no real link lets it: just more than the kernel hands over at once (64 KiB and headers),
+which `tc` would otherwise cut into frames, at the cost of half a core."""
 STEPS, WARM_UP = 12, 4
-COLUMNS = ("link", "parallel", "predicted_s", "measured_s", "error")
+COLUMNS = ("link", "parallel", "predicted_s", "measured_s", "error", "others")
 PLANS = ("fsdp_tp", "fsdp", "hsdp", "tp")
 COMMON = (
     "model=llama2_tiny",
@@ -60,8 +66,9 @@ def main() -> None:
             writer.writeheader()
             for rate, plan in cases:
                 limit(hosts, rate)
-                measured = measured_s(hosts, plan, Path(folder) / f"{plan}-{rate}")
-                found = row(rate, plan, predicted[rate, plan], measured)
+                with Meanwhile() as meanwhile:
+                    measured = measured_s(hosts, plan, Path(folder) / f"{plan}-{rate}")
+                found = row(rate, plan, predicted[rate, plan], measured, meanwhile.others)
                 writer.writerow(found)
                 file.flush()
                 print(" ".join(f"{value:>10}" for value in found.values()), flush=True)
@@ -89,7 +96,7 @@ def recorded_step(plan: str) -> Recording:
 def limit(hosts: TwoHosts, rate: str) -> None:
     """Both ways."""
     for name in hosts.names.values():
-        bucket = ("tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
+        bucket = ("tbf", "rate", rate, "burst", BURST, "latency", "400ms")
         words = ("tc", "-n", name, "qdisc", "replace", "dev", INTERFACE, "root", *bucket)
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
@@ -104,8 +111,28 @@ def measured_s(hosts: TwoHosts, plan: str, folder: Path) -> float:
     return median(row["perf/step_time_s"] for row in rows[WARM_UP:] if row.get("perf/step_time_s"))
 
 
-def row(rate: str, plan: str, predicted: float, measured: float) -> dict[str, Any]:
-    values = (rate, plan, round(predicted, 3), round(measured, 3), f"{predicted / measured - 1:+.3f}")
+class Meanwhile:
+    """Share of the cores' time, within `with`, that went to processes which are not ours."""
+
+    def __enter__(self) -> Meanwhile:
+        self._before = self._now()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        whole, others = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        self.others = others / whole
+
+    def _now(self) -> tuple[float, float]:
+        """(all, of others) in seconds. The kernel's work for packets is ours."""
+        words = Path("/proc/stat").read_text().split()[1:9]
+        user, nice, system, *_, stolen = ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in words]
+        ours = getrusage(RUSAGE_CHILDREN)
+        return sum(ticks), user + nice + system + stolen - ours.ru_utime - ours.ru_stime
+
+
+def row(rate: str, plan: str, predicted: float, measured: float, others: float) -> dict[str, Any]:
+    error = f"{predicted / measured - 1:+.3f}"
+    values = (rate, plan, round(predicted, 3), round(measured, 3), error, round(others, 2))
     return dict(zip(COLUMNS, values, strict=True))
 
 

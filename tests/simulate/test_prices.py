@@ -14,7 +14,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.ledger.entries import Event
 from tpresearch.simulate.cluster import NUMBERS, Cluster, Kind, Number, check_world, cluster_of
 from tpresearch.simulate.kernels import Kernel, kernels
-from tpresearch.simulate.network import Route, collective_s, route
+from tpresearch.simulate.network import Route, collective_s, network_s, route
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
 from tpresearch.simulate.prices import attention_s, bytes_s, gemm_s, op_s
 from tpresearch.simulate.replay import replay
@@ -91,7 +91,7 @@ def test_on_a_cpu_a_norm_is_many_ops_and_ranks_wait_for_the_slowest() -> None:
     assert alone == pytest.approx(3 * 2 / 500)
     assert replay([found, []], 1, here, 2)["step"] == pytest.approx(alone * 1.1)
     assert replay([found, []], 1, here, 4)["step"] == pytest.approx(alone * 2 * 1.1)
-    sent = found[0]._replace(between_hosts=True)  # a network takes what it takes
+    sent = found[0]._replace(network_s=found[0].seconds)  # a network takes what it takes
     assert replay([[sent], []], 1, here, 4)["step"] == pytest.approx(2 / 500)
 
 
@@ -147,12 +147,23 @@ def test_small_messages_cost_latency_that_grows_with_the_ring() -> None:
     assert collective_s("all_gather", 10**9, Route(8, 8), slow) == pytest.approx(5e-6 + 70e-6 + 8.75e-3)
 
 
-@pytest.mark.parametrize(("ranks", "seconds"), [(2, 5e-6), (4, 15e-6)])
-def test_more_ranks_than_cores_wait_for_one_in_each_collective(ranks: int, seconds: float) -> None:
-    """Whatever is sent, and once, not at each step of a ring."""
-    here = dataclasses.replace(cluster(intra_step_us=10.0, collective_us=5.0), shared_cores=2)
-    for collective in ("all_reduce", "all_gather", "reduce_scatter"):
-        assert collective_s(collective, 0, Route(ranks, ranks), here) == pytest.approx(seconds)
+@pytest.mark.parametrize(("ranks", "steps"), [(2, 1), (4, 3)])
+def test_each_step_of_gloos_ring_takes_time_and_its_reduce_scatter_is_an_all_reduce(
+    ranks: int, steps: int
+) -> None:
+    here = dataclasses.replace(cluster(intra_step_us=10.0, inter_step_us=1e3), shared_cores=2)
+    for collective, passes in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 2)):
+        for where in (Route(ranks, ranks), Route(ranks, 1)):
+            assert collective_s(collective, 0, where, here) == pytest.approx(passes * steps * 10e-6)
+
+
+def test_of_a_collective_between_hosts_its_bytes_are_the_networks_time() -> None:
+    here = dataclasses.replace(cluster(intra_step_us=10.0), shared_cores=2)
+    where = Route(4, 2)
+    assert network_s("all_gather", 10**9, where, here) == pytest.approx(3 / 4 * 1e9 / 10e9)
+    assert network_s("all_gather", 10**9, Route(4, 4), here) == 0
+    steps = collective_s("all_gather", 10**9, where, here) - network_s("all_gather", 10**9, where, here)
+    assert steps == pytest.approx(30e-6)
 
 
 def test_where_the_ranks_of_an_axis_are() -> None:
@@ -198,12 +209,12 @@ def test_a_gather_overlaps_with_the_block_before_it(gathering: float, step: floa
     assert found["exposed/dp_shard/forward/fsdp/all_gather"] == pytest.approx(exposed)
 
 
-@pytest.mark.parametrize(("between_hosts", "step"), [(False, 4.0), (True, 3.0)])
+@pytest.mark.parametrize(("network_s", "step"), [(0.0, 4.0), (0.5, 3.5), (1.0, 3.0)])
 def test_ranks_that_share_a_core_slow_down_what_it_does_but_not_the_network(
-    between_hosts: bool, step: float
+    network_s: float, step: float
 ) -> None:
     event = Event("tp", "forward", "dtensor", "all_gather", 0, 2)
-    sent = Kernel("collective", "all_gather", 1.0, op("collective", event=event), between_hosts)
+    sent = Kernel("collective", "all_gather", 1.0, op("collective", event=event), network_s)
     shared = dataclasses.replace(cluster(overlap_slowdown=1.0), shared_cores=4)
     assert replay([[sent, work(1.0)], []], 1, shared, 8)["step"] == pytest.approx(step)
 

@@ -24,6 +24,7 @@ from tpresearch.ledger.entries import Event
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.simulate.cluster import LENGTHS
+from tpresearch.simulate.network import rounds
 from tpresearch.simulate.prices import COPIES, moved_bytes
 from tpresearch.simulate.trace import Op
 from tpresearch.verify.ranks import Ranks
@@ -31,9 +32,6 @@ from tpresearch.verify.ranks import Ranks
 REPEATS = 5
 MEASURED = LENGTHS[:5]
 """Of attention; longer ones are taken to run as the last."""
-HALF = 0.5
-"""Of what a collective of more ranks than cores takes longer, with nothing beside it, a step loses: for the rest of the wait
-for a core other ranks compute (chosen on experiments/cpu_blind, where 0 makes tp 25 % too fast and 1 makes sp 27 % too slow)."""
 LITTLE = 1 << 18
 """Bytes that an op moves up to which its time is that of any op."""
 
@@ -53,7 +51,7 @@ def measured() -> dict[str, Any]:
     forward, backward = zip(*(_attention_flops(length, 128) for length in MEASURED), strict=True)
     narrow = _attention_flops(MEASURED[1], 16)[1] / backward[1]
     cores = len(os.sched_getaffinity(0))
-    gloo, crowd = (Ranks().run(ranks, _gloo)[0] for ranks in (2, max(4, 2 * cores)))
+    gloo = Ranks().run(2, _gloo)[0]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
         "memory_gb": memory / max(cores, 1),
@@ -72,11 +70,11 @@ def measured() -> dict[str, Any]:
         "kernel_us": 0.0,
         **_host_times(steps),
         "intra_gb_s": gloo.bytes_s / 1e9,
-        "intra_step_us": HALF * max(0.0, crowd.least_s - gloo.least_s) * 1e6,
+        "intra_step_us": gloo.step_s * 1e6,
         "inter_gb_s": gloo.bytes_s / 1e9,
         "inter_efficiency": 1.0,
         "inter_step_us": 0.0,
-        "collective_us": gloo.least_s * 1e6,
+        "collective_us": 0.0,
         "overlap_slowdown": gloo.busy,
         "scale_slowdown": _waits(steps.values(), gloo),
     }
@@ -171,18 +169,17 @@ def _host_times(steps: dict[str, Timed]) -> dict[str, float]:
 
 
 class Link(NamedTuple):
-    """Between ranks."""
+    """Between two ranks."""
 
     bytes_s: float
     """Bus bandwidth of large collectives."""
-    least_s: float
-    """A collective that sends next to nothing."""
+    step_s: float
+    """A step of a ring that sends next to nothing."""
     busy: float
     """Share of its core that a rank uses in a large one."""
 
     def seconds(self, event: Event) -> float:
-        rounds = 1 if event.collective == "all_gather" else 2  # a reduce-scatter of gloo's is an all-reduce
-        return self.least_s + rounds * event.tensor_bytes / 2 / self.bytes_s
+        return rounds(event.collective, by_gloo=True) * (self.step_s + event.tensor_bytes / 2 / self.bytes_s)
 
 
 def _waits(steps: Iterable[Timed], link: Link) -> float:
@@ -225,5 +222,6 @@ def _gloo(world: World) -> Link:
     with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
         least = sum(seconds(one, SMALL)[0] for one in collectives)
         walls, processor = zip(*(seconds(one, LARGE) for one in collectives), strict=True)
-    moved = (2 + 1 + 2) * LARGE * 4 * (world.size - 1) / world.size
-    return Link(moved / (sum(walls) - least), least / 3, min(1.0, sum(processor) / sum(walls)))
+    steps = sum(rounds(one.__name__, by_gloo=True) for one in collectives)  # of two ranks: one in each round
+    moved = steps * LARGE * 4 / 2
+    return Link(moved / (sum(walls) - least), least / steps, min(1.0, sum(processor) / sum(walls)))

@@ -72,7 +72,7 @@ NUMBERS = {
     "intra_gb_s": (ABOVE, "bus bandwidth of a collective over all devices of a host, per device"),
     "intra_step_us": (
         NONE_TOO,
-        "time per step of a ring within a host; on a CPU, what a collective of more ranks than cores takes longer",
+        "time per step of a ring within a host; on a CPU, of a core, also where the ring leaves the host",
     ),
     "inter_gb_s": (ABOVE, "bandwidth between hosts, per device"),
     "inter_efficiency": (SHARE_OF_PEAK, "share of it that a collective reaches"),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.simulate.cluster import Cluster
-from tpresearch.simulate.network import collective_s, route
+from tpresearch.simulate.network import collective_s, network_s, route
 from tpresearch.simulate.prices import COPIES, bytes_s, fused_bytes, op_s
 from tpresearch.simulate.trace import Op
 
@@ -21,8 +21,8 @@ class Kernel(NamedTuple):
     seconds: float
     op: Op
     """The op that it is, or the last of those that are fused in it."""
-    between_hosts: bool = False
-    """Whether it is a network that takes this long, which ranks on shared cores do not slow down."""
+    network_s: float = 0.0
+    """Of ranks on CPUs, how long of it the network takes, which their sharing of cores does not slow down."""
 
 
 def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: bool) -> list[Kernel]:
@@ -63,9 +63,9 @@ def _alone(op: Op, cluster: Cluster, sizes: MeshSizes) -> Kernel:
     if op.kind == "collective":
         assert op.event
         event = op.event
-        where = route(event.axis, sizes, cluster)
-        seconds = collective_s(event.collective, event.tensor_bytes, where, cluster)
-        return Kernel("collective", event.collective, seconds, op, where.hosts > 1)
+        what = event.collective, event.tensor_bytes, route(event.axis, sizes, cluster), cluster
+        on_network_s = network_s(*what) if cluster.is_host else 0.0
+        return Kernel("collective", event.collective, collective_s(*what), op, on_network_s)
     if op.kind == "wait":
         return Kernel("wait", op.name, 0.0, op)
     kind = "copy" if op.name in COPIES else "elementwise" if op.kind == "other" else op.kind

@@ -63,19 +63,12 @@ def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Clus
     if n <= 1:
         return 0.0
     outside = where.hosts if where.hosts > 1 else 0
-    bandwidth = _inside(where, cluster)
-    if outside:  # each rank of a host has a link of its own, and rings are laid through all of them
-        links = where.per_host * cluster["inter_gb_s"] * cluster["inter_efficiency"] * 1e9
-        bandwidth = min(bandwidth, links) if where.per_host > 1 else links
-    # gloo's reduce-scatter is an all-reduce of which each rank keeps its part (torch's ProcessGroupGloo.cpp)
-    twice = ("all_reduce", "reduce_scatter") if cluster.is_host else ("all_reduce",)
-    rounds = 2 if collective in twice else 1
-    moved = rounds * tensor_bytes * (n - 1) / n
-    if cluster.shared_cores is not None:  # each rank that is woken waits for a core, whatever is sent
-        waits_us = cluster["intra_step_us"] if where.per_host > cluster.shared_cores else 0.0
-        return (cluster["collective_us"] + waits_us) * 1e-6 + moved / bandwidth
+    bandwidth, passes = _bandwidth(where, cluster), rounds(collective, cluster.is_host)
+    moved = passes * tensor_bytes * (n - 1) / n
     inside_step, outside_step = cluster["intra_step_us"] * 1e-6, cluster["inter_step_us"] * 1e-6
-    ring = rounds * ((n - 1 - max(outside - 1, 0)) * inside_step + max(outside - 1, 0) * outside_step)
+    if cluster.is_host:  # gloo has the ring alone, each step of which wakes the threads of its ranks
+        return cluster["collective_us"] * 1e-6 + passes * (n - 1) * inside_step + moved / bandwidth
+    ring = passes * ((n - 1 - max(outside - 1, 0)) * inside_step + max(outside - 1, 0) * outside_step)
     steps = [ring]
     if collective == "all_reduce" and outside:
         inside = 2 * (where.per_host - 1) * inside_step
@@ -86,6 +79,29 @@ def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Clus
         for protocol in PROTOCOLS
     )
     return cluster["collective_us"] * 1e-6 + fastest
+
+
+def network_s(collective: str, tensor_bytes: int, where: Route, cluster: Cluster) -> float:
+    """Of these seconds, those in which the bytes are on the links between hosts."""
+    if where.hosts == 1:
+        return 0.0
+    moved = rounds(collective, cluster.is_host) * tensor_bytes * (where.ranks - 1) / where.ranks
+    return moved / _bandwidth(where, cluster)
+
+
+def rounds(collective: str, by_gloo: bool) -> int:
+    """How often a ring passes the tensor. gloo's reduce-scatter is an all-reduce of which each rank keeps its part (torch's
+    ProcessGroupGloo.cpp)."""
+    return 2 if collective == "all_reduce" or (by_gloo and collective == "reduce_scatter") else 1
+
+
+def _bandwidth(where: Route, cluster: Cluster) -> float:
+    """Bytes per second of a ring: each rank of a host has a link of its own, and rings are laid through all of them."""
+    inside = _inside(where, cluster)
+    if where.hosts == 1:
+        return inside
+    links = where.per_host * cluster["inter_gb_s"] * cluster["inter_efficiency"] * 1e9
+    return min(inside, links) if where.per_host > 1 else links
 
 
 def _inside(where: Route, cluster: Cluster) -> float:

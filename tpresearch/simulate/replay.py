@@ -85,8 +85,8 @@ class Streams:
         slower = self.slower
         if event:  # what a collective leaves of its core other ranks take
             slower = max(1.0, slower * self.cluster["overlap_slowdown"])
-        seconds = kernel.seconds * (1.0 if kernel.between_hosts else slower)
-        self.network_s += kernel.seconds * kernel.between_hosts
+        seconds = (kernel.seconds - kernel.network_s) * slower + kernel.network_s
+        self.network_s += kernel.network_s
         seconds += host * (kernel.kind != "wait") * self.slower
         self._note(kernel, "cpu", self.device_s, seconds)
         if event:
