@@ -12,13 +12,12 @@ from tpresearch.simulate.judge import Judged, judge
 @entrypoint("simulate", judge=judge)
 def main(judged: Judged, run: Run) -> None:
     with uncollected():  # late: they import torch
-        from tpresearch.simulate.as_run import write_run
+        from tpresearch.simulate.as_run import write_run, write_trace
         from tpresearch.simulate.depth import recording
         from tpresearch.simulate.fake_step import record
         from tpresearch.simulate.prediction import predict, priced
         from tpresearch.simulate.replay import Span
         from tpresearch.simulate.report import report
-        from tpresearch.simulate.timeline import write_trace
 
     cfg, cluster, sizes = judged
     recorded = recording(cfg, sizes, record)

@@ -1,13 +1,16 @@
-"""A prediction as the record of a run, marked as predicted, for comparisons and sweeps with real runs."""
+"""What a prediction leaves in its folder: the record of a run, marked as predicted, for comparisons and sweeps with real runs; a Chrome trace."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tpresearch.config.compose import as_dict
 from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.simulate.prediction import Prediction
+from tpresearch.simulate.replay import Span
 from tpresearch.track import record
 from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.shown import run_name
@@ -47,3 +50,24 @@ def write_run(prediction: Prediction, folder: Path) -> None:
     rows.close()
     record.write_ledger(folder, ledger.as_json())
     record.write_summary(folder, summary)
+
+
+def write_trace(spans: Sequence[Span], path: Path) -> None:
+    """Events of the trace format's "X" kind (chrome://tracing, Perfetto), a row per stream, times in microseconds."""
+    streams = list(dict.fromkeys(span.stream for span in spans))
+    names = [
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": stream}}
+        for tid, stream in enumerate(streams)
+    ]
+    events = [
+        {
+            "ph": "X",
+            "name": span.name,
+            "pid": 0,
+            "tid": streams.index(span.stream),
+            "ts": span.start_s * 1e6,
+            "dur": span.seconds * 1e6,
+        }
+        for span in spans
+    ]
+    path.write_text(json.dumps({"traceEvents": [*names, *events]}))

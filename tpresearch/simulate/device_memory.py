@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from tpresearch.ledger.entries import MEMORY_KINDS
 from tpresearch.ledger.memory import MemoryLedger
-from tpresearch.simulate.propagation import propagating
 from tpresearch.simulate.trace import Change
+
+propagating: list[None] = []
+"""Not empty while DTensor runs an op on shapes of whole tensors, to learn what comes of it: no part of a step, not recorded."""
 
 
 class DeviceMemory(MemoryLedger):
@@ -123,3 +125,27 @@ def fullest(by_moment: Mapping[str, float], micro_batches: int | None = None) ->
             continue
         moments.setdefault(moment, {})[kind] = size
     return max(moments.values(), key=lambda held: sum(held.values()))
+
+
+@contextmanager
+def propagation_noted() -> Iterator[None]:
+    """Within it, `propagating` says so.
+
+    (`ShardingPropagator._propagate_tensor_meta_non_cached`: private, torch 2.11 to 2.14.)
+    """
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    original = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        propagating.append(None)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            propagating.pop()
+
+    setattr(ShardingPropagator, original.__name__, noted)
+    try:
+        yield
+    finally:
+        setattr(ShardingPropagator, original.__name__, original)

@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from tpresearch.ledger.communication import CommunicationLedger
-from tpresearch.simulate.device_memory import DeviceMemory
-from tpresearch.simulate.propagation import propagating, propagation_noted
+from tpresearch.simulate.device_memory import DeviceMemory, propagating, propagation_noted
 from tpresearch.simulate.trace import Op, Touched
 
 ONE_KERNEL = (nn.RMSNorm,)
