@@ -16,8 +16,8 @@ def a_trace() -> Trace:
         "a": torch.tensor([1.0, -2.0], dtype=torch.float64),
         "b": torch.tensor([4.0], dtype=torch.float64),
     }
-    step = StepTrace(2.5, 3.0, dict(tensors), dict(tensors), {"loss": 0.0})
-    return Trace(dict(tensors), [step, step], 2.0, {})
+    step = StepTrace(2.5, 3.0, dict(tensors), dict(tensors))
+    return Trace(dict(tensors), [step, step], 2.0)
 
 
 def test_equal_traces_have_no_error() -> None:

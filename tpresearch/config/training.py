@@ -37,6 +37,11 @@ class OptimizerConfig:
     momentum: Annotated[float, SHARE] = 0.0
     """Momentum (SGD)."""
 
+    @property
+    def moments(self) -> int:
+        """Moments that it keeps of each gradient."""
+        return 2 if self.name is OptimizerName.adamw else int(self.momentum > 0)
+
 
 @dataclass
 class ScheduleConfig:

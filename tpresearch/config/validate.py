@@ -1,4 +1,4 @@
-"""Validation of the config alone: no torch, no files, no ranks."""
+"""Validation of the config alone, and the numbers that follow from it: no torch, no files, no ranks."""
 
 from __future__ import annotations
 

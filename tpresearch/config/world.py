@@ -79,9 +79,8 @@ class World:
             if value > most:
                 raise WrongEnvironment(name, value, f"there are ranks 0 to {most}", given)
         if size % local_size:
-            raise WrongEnvironment(
-                "LOCAL_WORLD_SIZE", local_size, f"does not divide WORLD_SIZE={size}", given
-            )
+            why = f"does not divide WORLD_SIZE={size}"
+            raise WrongEnvironment("LOCAL_WORLD_SIZE", local_size, why, given)
         return cls(rank, size, local_rank, local_size, elastic)
 
     @property

@@ -46,9 +46,8 @@ def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu
 
 
 def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:
-    if cfg.optimizer.name is OptimizerName.sgd:
-        return weights if cfg.optimizer.momentum else 0
-    return 2 * weights + 4 * parameters  # and a count of steps for each
+    counts = 4 * parameters if cfg.optimizer.name is OptimizerName.adamw else 0  # of steps, one for each
+    return cfg.optimizer.moments * weights + counts
 
 
 def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) -> int | None:
@@ -108,37 +107,22 @@ def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str
     if device == "cuda" and element == 8:
         return None  # attention in float64 is torch's plain one there, which keeps s x s probabilities
     norm = _norm_bytes(h, element, device) * residual + h * element  # its output is gathered for the matmuls
-    mode = cfg.parallel.activation_checkpointing
-    if cfg.parallel.compile:
-        if t > 1:
-            return None
-        each: float = _of_compiled(block, h, element, mode, micro_batch_size(cfg, plan.sizes), device)
-    elif mode is Checkpointing.full:
+    attention, f = _attention_bytes(block, element, device), block.feed_forward.w1.out_features
+    mode, compiled = cfg.parallel.activation_checkpointing, cfg.parallel.compile
+    if t > 1 and (compiled or mode is Checkpointing.selective):
+        return None  # what collectives bring is kept too, by rules that the plan's words do not tell
+    # A compiled block keeps what the min-cut partitioner chooses: what is fused is computed again.
+    if mode is Checkpointing.full:
         each = h * element * residual
     elif mode is Checkpointing.selective:
-        if t > 1:
-            return None  # what collectives bring is kept too, by rules that the plan's words do not tell
-        each = (
-            _attention_bytes(block, element, device)
-            + (3 * h + 2 * block.feed_forward.w1.out_features) * element
-        )
+        each = attention + ((2 if compiled else 3) * h + 2 * f) * element
+    elif compiled:
+        # The sines of each position are kept once for all rows.
+        turning = 4 * block.attention.head_dim / micro_batch_size(cfg, plan.sizes)
+        each = attention + (4 * h + 3 * f) * element + 2 * max(element, 4) + turning
     else:
-        split = _attention_bytes(block, element, device) + 4 * block.feed_forward.w1.out_features * element
-        each = 2 * norm + split / t
+        each = 2 * norm + (attention + 4 * f * element) / t
     return model.n_layers * each + norm
-
-
-def _of_compiled(block: Block, h: int, element: int, mode: Checkpointing, rows: int, device: str) -> float:
-    """Bytes per token that a compiled block keeps, as the min-cut partitioner chooses: what is fused is computed again."""
-    f = block.feed_forward.w1.out_features
-    if mode is Checkpointing.full:
-        return h * element
-    if mode is Checkpointing.selective:
-        return _attention_bytes(block, element, device) + (2 * h + 2 * f) * element
-    turning = 4 * block.attention.head_dim / rows  # the sines of each position, once for all rows
-    return (
-        _attention_bytes(block, element, device) + (4 * h + 3 * f) * element + 2 * max(element, 4) + turning
-    )
 
 
 def _attention_bytes(block: Block, element: int, device: str) -> int:

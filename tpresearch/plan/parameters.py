@@ -78,9 +78,8 @@ def _check_rows(name: str, parameter: nn.Parameter, model: nn.Module, plan: Plan
     shards, rows = plan.sizes.shards, parameter.shape[0]
     if not _cut_alike(rows, ways, shards):
         fits = next(n for n in itertools.count(rows + 1) if _cut_alike(n, ways, shards))
-        why = (
-            f"it does not cut the {rows} rows of {name} evenly after the {ways} ranks of the plan's rule have"
-        )
+        cut = f"the {rows} rows of {name}"
+        why = f"it does not cut {cut} evenly after the {ways} ranks of the plan's rule have"
         legal = f"{fits} rows, such as model.vocab_size={fits}, or another mesh"
         embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
         is_vocabulary = embedding is not None and embedding.num_embeddings == rows

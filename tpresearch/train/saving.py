@@ -11,7 +11,6 @@ import torch.distributed as dist
 from tpresearch.checkpoint.disk import FOLDER, Checkpoint, Mark
 from tpresearch.checkpoint.save import Saver
 from tpresearch.checkpoint.together import RankFailed
-from tpresearch.config.choices import OptimizerName
 from tpresearch.config.compared import experiment
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
@@ -98,10 +97,8 @@ def check_disk(job: Preflight, run: Run, there: int) -> None:
 
 def checkpoint_bytes(job: Preflight) -> int:
     """The size of one: weights in float32 or wider, and as many moments as the optimizer has."""
-    optimizer = job.cfg.optimizer
-    moments = 2 if optimizer.name is OptimizerName.adamw else int(optimizer.momentum > 0)
     sizes = (p.numel() * max(p.element_size(), 4) for p in job.model.parameters())
-    return (1 + moments) * sum(sizes)
+    return (1 + job.cfg.optimizer.moments) * sum(sizes)
 
 
 def say_where_it_goes_on(found: list[Checkpoint], step: int, job: Preflight) -> None:
@@ -112,10 +109,5 @@ def say_where_it_goes_on(found: list[Checkpoint], step: int, job: Preflight) -> 
     if steps != mark.steps and step < steps:
         totals, (peak, schedule) = (mark.steps, steps), (cfg.optimizer.lr, cfg.schedule)
         before, now = (learning_rate(step, total, peak, schedule) for total in totals)
-        log.warning(
-            "the budget has grown from %d to %d steps: the learning rate of the next step is %.3g instead of %.3g",
-            mark.steps,
-            steps,
-            now,
-            before,
-        )
+        rates = f"the learning rate of the next step is {now:.3g} instead of {before:.3g}"
+        log.warning("the budget has grown from %d to %d steps: %s", mark.steps, steps, rates)

@@ -39,8 +39,8 @@ def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> Trace:
         optimizer.step()
         optimizer.zero_grad()
         weights = _copies(dict(model.named_parameters()))
-        taken.append(StepTrace(loss.item(), norm.item(), gradients, weights, {}))
-    return Trace(initial, taken, _held_out(model, corpus, cfg), {})
+        taken.append(StepTrace(loss.item(), norm.item(), gradients, weights))
+    return Trace(initial, taken, _held_out(model, corpus, cfg))
 
 
 def _loss(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:

@@ -5,7 +5,7 @@ quantity, and where it occurs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,16 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class MaxError:
+    """The maximum relative error of one quantity, over all steps and parameters."""
+
+    error: float
+    step: int | None = None
+    """Step, counted from 0; None for quantities before the first step."""
+    parameter: str | None = None
+
+
+@dataclass(frozen=True)
 class StepTrace:
     """One optimizer step: global values and whole tensors, in float64 on the CPU."""
 
@@ -38,8 +48,6 @@ class StepTrace:
     """Before clipping, by parameter name."""
     weights: Tensors
     """After the update, by parameter name."""
-    between_ranks: dict[str, float]
-    """Maximum difference between ranks of replicated values: see `between_ranks`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class Trace:
     steps: list[StepTrace]
     held_out: float | None
     """The loss on held-out rows after the last step."""
-    initial_between_ranks: dict[str, float]
+    apart: list[MaxError] = field(default_factory=list)
+    """How far ranks are from each other: see `between_ranks`."""
 
 
 class Gradients(Observer):
@@ -68,7 +77,7 @@ def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Devi
     Args:
         device: the one that the config chooses, unless given.
 
-    Returns: this rank's trace; `between_ranks` tells whether all ranks agree.
+    Returns: this rank's trace; `apart` tells whether all ranks agree.
     """
     job = preflight(cfg, world)
     device = device or job.device
@@ -77,15 +86,15 @@ def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Devi
         mesh, seen = build_mesh(job.sizes, device.type), Gradients()
         loop = assemble(job, mesh, device, corpus, [seen])
         initial, taken = whole(loop.state.weights()), []
-        apart = between_ranks(initial, device.torch)
-        for _ in range(steps):
+        apart = between_ranks(None, initial, device.torch)
+        for step in range(steps):
             share, norm = loop.step()
             loss = sum_over(mesh, share, DATA_AXES)
             updated = whole(loop.state.weights())
             alike = {"loss": loss.cpu().double(), "grad norm": norm.cpu().double()}
             alike |= {f"gradient of {name}": gradient for name, gradient in seen.last.items()} | updated
-            between = between_ranks(alike, device.torch)
-            taken.append(StepTrace(loss.item(), norm.item(), seen.last, updated, between))
+            apart += between_ranks(step, alike, device.torch)
+            taken.append(StepTrace(loss.item(), norm.item(), seen.last, updated))
         return Trace(initial, taken, loop.evaluate(), apart)
 
 
@@ -99,10 +108,10 @@ def whole(tensors: Mapping[str, Tensor | None]) -> Tensors:
     return gathered
 
 
-def between_ranks(tensors: Tensors, device: torch.device) -> dict[str, float]:
+def between_ranks(step: int | None, tensors: Tensors, device: torch.device) -> list[MaxError]:
     """The maximum difference between any two ranks' copies of each tensor, relative to its maximum."""
     if dist.get_world_size() == 1:
-        return {}
+        return []
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).to(device)
     least, most = flat.clone(), flat.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -110,7 +119,7 @@ def between_ranks(tensors: Tensors, device: torch.device) -> dict[str, float]:
     sizes = [tensor.numel() for tensor in tensors.values()]
     apart = zip((most - least).split(sizes), most.abs().split(sizes), strict=True)
     scaled = (a.max().item() / (s.max().item() or 1.0) for a, s in apart)
-    return dict(zip(tensors, scaled, strict=True))
+    return [MaxError(error, step, name) for name, error in zip(tensors, scaled, strict=True)]
 
 
 TOLERANCES = {Dtype.float64: 1e-10, Dtype.float32: 1e-4, Dtype.bfloat16: 1e-1}
@@ -118,16 +127,6 @@ TOLERANCES = {Dtype.float64: 1e-10, Dtype.float32: 1e-4, Dtype.bfloat16: 1e-1}
 
 EXACT = ("initial weights", "between ranks")
 """Quantities that must match bitwise."""
-
-
-@dataclass(frozen=True)
-class MaxError:
-    """The maximum relative error of one quantity, over all steps and parameters."""
-
-    error: float
-    step: int | None = None
-    """Step, counted from 0; None for quantities before the first step."""
-    parameter: str | None = None
 
 
 def compare(ours: Trace, reference: Trace) -> dict[str, MaxError]:
@@ -143,7 +142,7 @@ def compare(ours: Trace, reference: Trace) -> dict[str, MaxError]:
         "grad norm": _worst(MaxError(_relative(a.grad_norm, b.grad_norm), k) for k, (a, b) in steps),
         "gradients": _worst(w for k, (a, b) in steps for w in _tensors(k, a.gradients, b.gradients)),
         "weights": _worst(w for k, (a, b) in steps for w in _tensors(k, a.weights, b.weights)),
-        "between ranks": _worst(_apart(ours)),
+        "between ranks": _worst(ours.apart or [MaxError(0.0)]),
         "held-out loss": MaxError(_relative(ours.held_out or 0.0, reference.held_out or 0.0)),
     }
 
@@ -155,16 +154,6 @@ def tolerance(quantity: str, dtype: Dtype) -> float:
 def _worst(errors: Iterable[MaxError]) -> MaxError:
     """The maximum; NaN counts as larger than any number."""
     return max(errors, key=lambda worst: (worst.error != worst.error, worst.error))
-
-
-def _apart(trace: Trace) -> list[MaxError]:
-    found = [MaxError(error, None, name) for name, error in trace.initial_between_ranks.items()]
-    found += [
-        MaxError(error, k, name)
-        for k, step in enumerate(trace.steps)
-        for name, error in step.between_ranks.items()
-    ]
-    return found or [MaxError(0.0)]
 
 
 def _relative(ours: float, reference: float) -> float:
