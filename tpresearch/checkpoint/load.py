@@ -17,14 +17,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from tpresearch.checkpoint.disk import BrokenCheckpoint, Checkpoint, damage, read_checkpoint
 from tpresearch.checkpoint.faults import point
 from tpresearch.checkpoint.resume import find_checkpoint, run_of, unusable
 from tpresearch.checkpoint.state import MODEL, Trained, of_model, room_for
-from tpresearch.checkpoint.together import RankFailed, as_one_process, line_of, own_group, together
+from tpresearch.checkpoint.together import RankFailed, dcp_among, own_group, together
 from tpresearch.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -189,18 +188,8 @@ def check_alike(
 
 
 def _read(folder: Path, room: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    reader = _Reader(folder)
-    try:
-        with as_one_process(group is None) as how:
-            dcp.load(room, storage_reader=reader, process_group=group, **how)
-    except CheckpointException as error:
-        raise RankFailed(failure_of(error, alone=group is None)) from None
-
-
-def failure_of(error: CheckpointException, alone: bool) -> str:
-    """`rank 1: No space left on device`, from what DCP raises on every rank; without the rank if there is one, or all failed."""
-    rank, (cause, _) = min(error.failures.items())
-    return line_of(cause) if alone or len(error.failures) > 1 else f"rank {rank}: {line_of(cause)}"
+    with dcp_among(group) as how:
+        dcp.load(room, storage_reader=_Reader(folder), **how)
 
 
 class _Reader(dcp.FileSystemReader):

@@ -14,16 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 from tpresearch.checkpoint import disk
 from tpresearch.checkpoint.disk import BrokenCheckpoint, Mark, WrittenFile, draft_of, folder_of
 from tpresearch.checkpoint.faults import point
-from tpresearch.checkpoint.load import failure_of
 from tpresearch.checkpoint.state import Trained, state_of
-from tpresearch.checkpoint.together import RankFailed, as_one_process, together
+from tpresearch.checkpoint.together import RankFailed, dcp_among, together
 from tpresearch.config.errors import RunFailed
 from tpresearch.config.schema import CheckpointConfig
 
@@ -126,7 +124,7 @@ class Saver:
         mark = dataclasses.replace(self._about, step=trained.step, tokens=tokens, loss=loss)
         try:
             self._write(state_of(trained), mark, beside=self._beside and not last)
-        except (RankFailed, CheckpointException) as error:
+        except RankFailed as error:
             self._give_up(mark, error, last)
 
     def _write(self, state: dict[str, Tensor], mark: Mark, beside: bool) -> None:
@@ -149,8 +147,8 @@ class Saver:
     def _put(self, state: dict[str, Tensor], draft: Path) -> None:
         """Write this rank's part of the files. Collective, in whatever thread."""
         together(lambda: check_finite(state), self._group)
-        with as_one_process(self._group is None) as how:
-            dcp.save(state, storage_writer=_Writer(draft), process_group=self._group, **how)
+        with dcp_among(self._group) as how:
+            dcp.save(state, storage_writer=_Writer(draft), **how)
 
     def _copied(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state in host memory, which is kept for the next time: on CUDA it is pinned, and else touched but once."""
@@ -186,7 +184,7 @@ class Saver:
         try:
             written.result()
             self._commit(mark, began)
-        except (RankFailed, CheckpointException) as error:
+        except RankFailed as error:
             self._give_up(mark, error)
 
     def _commit(self, mark: Mark, began: float) -> None:
@@ -213,10 +211,7 @@ class Saver:
         size = sum(file.bytes for file in files.values())
         log.info("checkpoint: step %d, %.1f MiB in %.1f s", mark.step, size / 2**20, time.monotonic() - began)
 
-    def _give_up(self, mark: Mark, error: RankFailed | CheckpointException, last: bool = False) -> None:
-        why = str(error)
-        if isinstance(error, CheckpointException):
-            why = failure_of(error, alone=self._group is None)
+    def _give_up(self, mark: Mark, why: RankFailed, last: bool = False) -> None:
         if self._rank == 0:
             disk.clear_drafts(self._run)
         if last:

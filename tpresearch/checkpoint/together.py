@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tpresearch.checkpoint.disk import BrokenCheckpoint
 
@@ -53,12 +54,21 @@ def together(work: Callable[[], Found], group: dist.ProcessGroup | None) -> list
 
 
 @contextmanager
-def as_one_process(alone: bool) -> Iterator[dict[str, Any]]:
-    """Makes DCP work without ranks, silencing the warning that it prints at each call."""
+def dcp_among(group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
+    """Arguments for a save or load by DCP on these ranks, or without ranks: then silencing the warning of each call.
+
+    Raises:
+        RankFailed: for what DCP raises on every rank; it names the rank if there are several and not all failed.
+    """
     with warnings.catch_warnings():
-        if alone:
+        if group is None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield {"no_dist": alone}
+        try:
+            yield {"process_group": group, "no_dist": group is None}
+        except CheckpointException as error:
+            rank, (cause, _) = min(error.failures.items())
+            one_of_several = group is not None and len(error.failures) == 1
+            raise RankFailed(f"rank {rank}: {line_of(cause)}" if one_of_several else line_of(cause)) from None
 
 
 def line_of(error: BaseException) -> str:
