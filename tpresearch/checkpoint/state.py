@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tpresearch.checkpoint.disk import BrokenCheckpoint
+
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 
@@ -54,7 +56,7 @@ def room_for(trained: Trained, saved: Mapping[str, TensorStorageMetadata]) -> di
     tensor, on the parameter's device where torch's update is fused or capturable; all else has its parameter's form.
 
     Raises:
-        KeyError: for the state of a parameter that is not there.
+        BrokenCheckpoint: for the state of a parameter that is not there.
     """
     trained.optimizer.state.clear()
     parameters = trained.trained()
@@ -64,6 +66,8 @@ def room_for(trained: Trained, saved: Mapping[str, TensorStorageMetadata]) -> di
         if not full.startswith(OPTIMIZER):
             continue
         name, _, key = full.removeprefix(OPTIMIZER).rpartition(".")
+        if name not in parameters:
+            raise BrokenCheckpoint(f"it has optimizer state of {name}, which this model lacks")
         parameter = parameters[name]
         if saved[full].size == parameter.shape and key != "step":
             made = torch.zeros_like(parameter.detach(), dtype=saved[full].properties.dtype)

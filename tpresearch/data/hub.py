@@ -44,7 +44,13 @@ def open_hub(data: DataConfig) -> Corpus:
         ConfigError: for a data set that does not exist, or a hub that cannot be reached.
     """
     if (folder := _local(data)) is None:
-        return Corpus(_hub_hash(data), lambda: _documents(data), None)
+        # Once downloaded, the library names its folder by the revision, and finds it again without a network.
+        revision = "/".join(
+            Path(_builder(data).cache_dir).parts[-4:]
+        )  # data set, configuration, version, commit
+        arguments = f"{data.path}:{data.name}:{data.split}:{data.text_field}"
+        content = hashlib.blake2b(f"hf:{revision}:{arguments}".encode(), digest_size=HASH_BYTES).hexdigest()
+        return Corpus(content, lambda: _documents(data), None)
     visible = _visible(folder)
     salt = f"hf:{data.name}:{data.split}:{data.text_field}"
     content = hash_files(visible, salt, Path(data.cache_dir).expanduser())
@@ -118,14 +124,6 @@ def _records(data: DataConfig) -> Iterator[dict[str, Any]]:
         yield from found
     except Exception as error:  # a dozen kinds, by format and by what the network did
         raise _refusal(data, error) from error
-
-
-def _hub_hash(data: DataConfig) -> str:
-    builder = _builder(data)
-    # Once downloaded, the library names its folder by the revision, and finds it again without a network.
-    revision = "/".join(Path(builder.cache_dir).parts[-4:])  # data set, configuration, version, commit
-    arguments = f"{data.path}:{data.name}:{data.split}:{data.text_field}"
-    return hashlib.blake2b(f"hf:{revision}:{arguments}".encode(), digest_size=HASH_BYTES).hexdigest()
 
 
 def _builder(data: DataConfig) -> Any:
