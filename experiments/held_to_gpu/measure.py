@@ -48,18 +48,19 @@ def main() -> None:
             option for card, option in CARDS.items() if any(card in row.get("card", "") for row in rows)
         )
         plain = yaml.safe_load((HERE.parents[1] / f"conf/cluster/{option}.yaml").read_text())
-        clusters = [cluster_of(plain), cluster_of(of_rows(rows, plain, "calibrated"))]
+        cluster = cluster_of(plain)
+        alone = [row for row in rows if "us" in row]
+        measures_all = any(row["op"].startswith("matmul") for row in alone)
+        calibrated = cluster_of(of_rows(rows, plain, "calibrated")) if measures_all else None
         print(
             f"\n{Path(name).name}: steps and peaks, on {option} and as calibrated by this file's single ops"
         )
         for row in (row for row in rows if "step_s" in row):
-            if "float8" in row["id"]:
-                print(f"  {row['id']:28}is not simulated: float8 matmuls have no price")
-                continue
-            found.append(held(Path(name).name, row, clusters))
+            found.append(held(Path(name).name, row, cluster, calibrated))
             print(text(found[-1]), flush=True)
-        print("\n  single ops, predicted beside measured, microseconds")
-        for line in single_ops(rows, clusters[0]):
+        if alone:
+            print("\n  single ops, predicted beside measured, microseconds")
+        for line in single_ops(alone, cluster):
             print(f"  {line}")
     with (HERE / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(found[0]))
@@ -67,10 +68,11 @@ def main() -> None:
         writer.writerows(found)
 
 
-def held(source: str, row: Row, clusters: list[Cluster]) -> dict[str, Any]:
-    """One training: measured, and predicted on each cluster."""
-    stated, calibrated = predictions(row, clusters)
+def held(source: str, row: Row, cluster: Cluster, calibrated: Cluster | None) -> dict[str, Any]:
+    """One training: measured, and predicted on a cluster of conf/cluster and on one calibrated by single ops, if any."""
+    stated, *by_ops = predictions(row, [cluster, calibrated] if calibrated else [cluster])
     peak = stated.peak_bytes - stated.memory_bytes["reserved"]
+    seconds = by_ops[0].step_time_s if by_ops else None
     return {
         "file": source,
         "setting": row["id"],
@@ -79,8 +81,8 @@ def held(source: str, row: Row, clusters: list[Cluster]) -> dict[str, Any]:
         "low_s": round(stated.low_s, 4),
         "high_s": round(stated.high_s, 4),
         "error": round(stated.step_time_s / row["step_s"] - 1, 4),
-        "calibrated_s": round(calibrated.step_time_s, 4),
-        "calibrated_error": round(calibrated.step_time_s / row["step_s"] - 1, 4),
+        "calibrated_s": seconds and round(seconds, 4),
+        "calibrated_error": seconds and round(seconds / row["step_s"] - 1, 4),
         "measured_peak_gb": round(row["peak_bytes"] / 1e9, 2),
         "predicted_peak_gb": round(peak / 1e9, 2),
         "peak_error": round(peak / row["peak_bytes"] - 1, 4),
@@ -94,6 +96,7 @@ def predictions(row: Row, clusters: list[Cluster]) -> list[Prediction]:
         *MODELS[row["id"].split()[0]],
         f"train.weights={given['weights']}",
         f"train.loss_chunk={given['loss_chunk'] or 'null'}",
+        f"train.float8={'tensorwise' if 'float8' in row['id'] else 'none'}",
         f"train.micro_batch_size={given['micro_batch_size']}",
         f"parallel.activation_checkpointing={given['activation_checkpointing']}",
         f"parallel.compile={str(given['compile']).lower()}",
@@ -104,16 +107,17 @@ def predictions(row: Row, clusters: list[Cluster]) -> list[Prediction]:
 
 
 def text(one: dict[str, Any]) -> str:
+    seconds = one["calibrated_s"]
+    calibrated = f"calibrated {seconds:.3f} ({one['calibrated_error']:+.1%})" if seconds else ""
     return (
-        f"  {one['setting']:28}measured {one['measured_s']:.3f} s   predicted {one['predicted_s']:.3f} ({one['error']:+.1%}), "
-        f"calibrated {one['calibrated_s']:.3f} ({one['calibrated_error']:+.1%})   "
-        f"peak {one['measured_peak_gb']:.2f} GB, predicted {one['predicted_peak_gb']:.2f} ({one['peak_error']:+.1%})"
+        f"  {one['setting']:28}measured {one['measured_s']:.3f} s   predicted {one['predicted_s']:.3f} ({one['error']:+.1%})   "
+        f"{calibrated:28}peak {one['measured_peak_gb']:.2f} GB, predicted {one['predicted_peak_gb']:.2f} ({one['peak_error']:+.1%})"
     )
 
 
 def single_ops(rows: list[Row], cluster: Cluster) -> Iterator[str]:
     for row in rows:
-        if "us" in row and (seconds := price(row, cluster)):
+        if seconds := price(row, cluster):
             shape = " x ".join(map(str, row["shape"]))
             yield f"{row['op']:46}{shape:26}{seconds * 1e6:>10.0f}{row['us']:>10.0f}{seconds * 1e6 / row['us'] - 1:>+8.0%}"
 

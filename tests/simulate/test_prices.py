@@ -112,6 +112,25 @@ def test_a_matmul_takes_whole_waves_of_tiles() -> None:
     assert gemm_s((1, 2560, 1280, 4096), 4, cluster()) == pytest.approx(10 * one_wave)
 
 
+def test_a_matmul_in_float8_has_a_peak_of_its_own_and_writes_bfloat16() -> None:
+    fast = cluster(peak_tflops_float8=200)
+    shape = (1, 2560, 1280, 4096)
+    assert gemm_s(shape, 2, fast) / gemm_s(shape, 1, fast) == pytest.approx(1.85)
+    thin = cluster(peak_tflops_float8=1e5)
+    assert gemm_s((1, 4096, 4096, 1), 1, thin) == pytest.approx((2 * 4096 + 2 * 4096**2) / 500e9)
+    with pytest.raises(ConfigError, match=r"^cluster.numbers.peak_tflops_float8.value=0"):
+        gemm_s(shape, 1, cluster())
+
+
+def test_a_cluster_without_matmuls_in_float8_need_not_say_so() -> None:
+    plain = yaml.safe_load(CLUSTERS[0].read_text())
+    del plain["numbers"]["peak_tflops_float8"]
+    assert cluster_of(plain)["peak_tflops_float8"] == 0.0
+    plain["numbers"]["peak_tflops_float8"] = 0
+    with pytest.raises(ConfigError, match=r"^cluster.numbers.peak_tflops_float8=0"):
+        cluster_of(plain)
+
+
 def test_a_thin_matmul_is_bound_by_its_bytes() -> None:
     moved = (8192 * 8192 + 2 * 8192) * 2
     assert gemm_s((1, 1, 8192, 8192), 2, cluster(peak_tflops_bfloat16=1e5)) == pytest.approx(moved / 500e9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import pytest
 from support.composed import config
@@ -18,7 +19,8 @@ from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.depth import depth_of, recording
 from tpresearch.simulate.device_memory import fullest
 from tpresearch.simulate.fake_step import record
-from tpresearch.simulate.trace import Trace, load, save
+from tpresearch.simulate.kernels import _cast_once
+from tpresearch.simulate.trace import Op, Trace, load, save
 from tpresearch.train.preflight import planned
 
 
@@ -149,3 +151,34 @@ def test_a_model_that_asks_for_values_is_refused_by_the_op() -> None:
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, target=f"{__name__}.Asking"))
     with pytest.raises(ConfigError, match=r"^model=llama2_debug: aten\._local_scalar_dense"):
         recorded(cfg, 1)
+
+
+@pytest.mark.parametrize("plan", [("none", 1), ("fsdp_tp", 8, "mesh.tp=2")])
+def test_linear_layers_in_float8_are_recorded_as_they_run_and_casts_once_where_compiled(
+    plan: tuple[str, int, str],
+) -> None:
+    """Of 14 linear layers in two blocks, forward and the gradients of input and weight, each with both factors cast. Of 7
+    linear layers of a block, 3, 1, 2 and 1 have the same input."""
+    name, world, *mesh = plan
+    words = (
+        "train.dtype=bfloat16",
+        "train.float8=tensorwise",
+        "train.global_batch_size=4",
+        "data.seq_len=64",
+    )
+    trace = recorded(config("model=llama2_debug", f"parallel={name}", *words, *mesh), world)
+    part = trace.micro_batches[0]
+    matmuls = [op for op in part if op.name == "_scaled_mm"]
+    assert {(op.kind, op.element) for op in matmuls} == {("gemm", 1)}
+    assert [sum(op.phase == phase for op in matmuls) for phase in ("forward", "backward")] == [14, 28]
+    assert not any(op.name == "mm" for op in part if op.phase != "loss")
+
+    def scales(ops: Sequence[Op], phase: str) -> int:
+        return sum(op.name == "abs" for op in ops if op.phase == phase)
+
+    once = _cast_once(part)
+    assert (scales(part, "forward"), scales(once, "forward")) == (28, 22)
+    assert scales(part, "backward") == 56
+    assert scales(once, "backward") == 14  # of output gradients: those of inputs and weights are known
+    made = {number for op in once for number, _ in op.writes} | {n for op in part for n, _ in op.reads}
+    assert all(number in made for op in once for number, _ in op.reads)

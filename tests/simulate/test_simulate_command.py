@@ -59,7 +59,14 @@ def test_a_step_is_foretold(simulate) -> None:
             "error: train.dtype=float64: ",
         ),
         (("parallel.fsdp.cpu_offload=true",), "error: parallel.fsdp.cpu_offload=true: "),
-        (("train.dtype=bfloat16", "train.float8=rowwise"), "error: train.float8=rowwise: "),
+        (
+            ("cluster=a100_80", "train.dtype=bfloat16", "train.float8=rowwise"),
+            "error: train.float8=rowwise: cluster a100_80 states no peak_tflops_float8",
+        ),
+        (
+            ("train.dtype=bfloat16", "train.float8=rowwise", "train.float8_emulated=true"),
+            "error: train.float8=rowwise: its emulation is not simulated",
+        ),
     ],
 )
 def test_what_cannot_be_simulated_is_refused_in_one_line(

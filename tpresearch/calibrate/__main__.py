@@ -113,7 +113,7 @@ def as_yaml(plain: dict[str, Any]) -> str:
     lines = [f"# Measured by tpresearch.calibrate: {plain['device']}; {rest}."]
     lines += [f"{key}: {_flow(value)}" for key, value in plain.items() if key != "numbers"]
     lines.append("numbers:")
-    for key in NUMBERS:
+    for key in [name for name in NUMBERS if name in plain["numbers"]]:
         number = plain["numbers"][key]
         value = number["value"]
         rounded = [_rounded(v) for v in value] if isinstance(value, list) else _rounded(value)

@@ -43,6 +43,7 @@ NUMBERS = {
     "peak_tflops_bfloat16": (NONE_TOO, "dense matmul peak of a device in 1e12 FLOP/s, 0 where it has none"),
     "peak_tflops_float32": (NONE_TOO, "the same in float32, without TF32"),
     "peak_tflops_float64": (NONE_TOO, "the same in float64"),
+    "peak_tflops_float8": (NONE_TOO, "the same in float8, 0 where it has none"),
     "compute_units": (Within(1), "units that each take one tile of a matmul at a time: SMs of a GPU"),
     "gemm_efficiency": (SHARE_OF_PEAK, "share of the peak that a large matmul reaches in a training step"),
     "gemm_half_depth": (NONE_TOO, "length of the inner dim at which a matmul has half of its best rate"),
@@ -88,6 +89,8 @@ NUMBERS = {
     ),
 }
 """Every number that a cluster has to state: what it may be, and what it means, with its unit."""
+UNSTATED = {"peak_tflops_float8": Number(0.0, Kind.guessed, "not stated: no matmuls in float8")}
+"""Those that it need not state, as they are then."""
 TABLES = ("attention_tflops_forward", "attention_tflops_backward")
 """Those that are lists, of `LENGTHS` or of the last of them."""
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -179,7 +182,10 @@ def cluster_of(plain: Mapping[str, Any]) -> Cluster:
         if name not in NUMBERS:
             why, legal = "no such number", "one of " + ", ".join(nearest(str(name), NUMBERS))
             raise ConfigError(f"cluster.numbers.{name}", given[name], why, legal)
-    numbers = {name: _number(name, given.get(name)) for name in NUMBERS}
+    numbers = {
+        name: UNSTATED[name] if name in UNSTATED and name not in given else _number(name, given.get(name))
+        for name in NUMBERS
+    }
     checked = tuple(stated.pop("checked"))
     optional = {"hosts": None, "shared_cores": None}
     return Cluster(**{**optional, **stated}, numbers=numbers, checked=checked)

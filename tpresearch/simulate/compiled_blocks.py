@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Checkpointing, Config
 from tpresearch.parallel.apply import parallelize, wrap_forward
+from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.fake_ranks import FAKE, rank_0_of
 from tpresearch.train.preflight import planned
@@ -38,6 +39,7 @@ def kept_per_row(cfg: Config, sizes: MeshSizes) -> float:
         cfg.parallel, compile=False, async_tp=False, activation_checkpointing=Checkpointing.none
     )
     model, plan = planned(cfg, sizes)
+    to_float8(model, plan.float8, cfg.train)
     with rank_0_of(sizes) as mesh:
         model = parallelize(model, plan, eager, mesh, cfg.train.dtype)
         blocks = [model.get_submodule(name) for name in plan.blocks]

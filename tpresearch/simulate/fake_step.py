@@ -22,6 +22,7 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.data.batches import Batch, meta_batch
 from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.device_memory import DeviceMemory, by_moment
 from tpresearch.simulate.fake_ranks import FAKE, rank_0_of
@@ -78,6 +79,7 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
     _forget_other_meshes(sizes)
     cfg, count = traced(cfg, sizes)
     model, plan = planned(cfg, sizes)
+    to_float8(model, plan.float8, cfg.train)
     with rank_0_of(sizes) as mesh:
         model = parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
         with FakeTensorMode(allow_non_fake_inputs=True):

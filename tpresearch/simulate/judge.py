@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from typing import NamedTuple
 
 from tpresearch.config import Config, ConfigError
@@ -38,9 +39,8 @@ def judge(cfg: Config, world: World) -> Judged:
     if cfg.parallel.fsdp.cpu_offload:
         why = "transfers to the host's memory are not simulated"
         raise ConfigError("parallel.fsdp.cpu_offload", True, why, "false")
-    if cfg.train.float8 is not Float8.none:
-        why = "float8 matmuls, and the scaling around them, have no price"
-        raise ConfigError("train.float8", cfg.train.float8, why, "none", fix={"train.float8": "none"})
+    if cfg.train.float8 is not Float8.none and (lack := _float8_lack(cfg, cluster)):
+        raise ConfigError("train.float8", cfg.train.float8, lack, "none", fix={"train.float8": "none"})
     if cfg.parallel.activation_checkpointing is Checkpointing.budget:
         why = "what a compiler chooses to recompute is not simulated"
         raise ConfigError("parallel.activation_checkpointing", "budget", why, "none, selective or full")
@@ -48,6 +48,18 @@ def judge(cfg: Config, world: World) -> Judged:
         why = f"cluster {cluster.name} states no rate for it"
         raise ConfigError("train.dtype", cfg.train.dtype, why, "a dtype with a peak_tflops above 0")
     return Judged(cfg, cluster, sizes)
+
+
+def _float8_lack(cfg: Config, cluster: Cluster) -> str | None:
+    if cfg.train.float8_emulated:
+        return "its emulation is not simulated"
+    if not cluster["peak_tflops_float8"]:
+        return f"cluster {cluster.name} states no peak_tflops_float8 above 0"
+    return (
+        None
+        if importlib.util.find_spec("torchao")
+        else "torchao is not installed: pip install 'tpresearch[float8]'"
+    )
 
 
 def _ranks(cfg: Config, cluster: Cluster) -> int:

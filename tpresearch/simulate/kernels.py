@@ -9,7 +9,12 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.network import collective_s, network_s, route
 from tpresearch.simulate.prices import COPIES, bytes_s, fused_bytes, op_s
-from tpresearch.simulate.trace import Op
+from tpresearch.simulate.trace import Op, Touched
+
+_OF_A_CAST = frozenset(["abs", "max", "amax", "_to_copy", "clamp", "reciprocal", "mul", "contiguous"])
+"""Ops of torchao's cast to float8."""
+SCALE_BYTES = 8
+"""At most, of a tensor's scale."""
 
 
 class Kernel(NamedTuple):
@@ -31,6 +36,8 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
     Compiled blocks run their elementwise ops in one kernel between two matmuls; the loss and what comes before the first
     matmul of backward lie outside of blocks. A norm that CUDA runs as one kernel is one in eager code too, and on a CPU many.
     """
+    if compiled:
+        ops = _cast_once(ops)
     last_read = {number: place for place, op in enumerate(ops) for number, _ in op.reads}
     found: list[Kernel] = []
     run: list[Op] = []
@@ -49,6 +56,8 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
             flush(place - 1)
         if joins:
             run.append(op)
+            if fuses and _reduces_to_one(op):
+                flush(place)  # what is computed with a tensor's maximum waits for all of the tensor
         else:
             found.append(_alone(op, cluster, sizes))
         if op.kind == "gemm":
@@ -57,6 +66,46 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
             fuses = op.phase == "forward"
     flush(len(ops))
     return found
+
+
+def _reduces_to_one(op: Op) -> bool:
+    return op.name in ("max", "amax") and sum(size for _, size in op.writes) <= op.element
+
+
+def _cast_once(ops: Sequence[Op]) -> list[Op]:
+    """A part of a compiled step in which no tensor is cast to float8 twice in a phase, and no scale is computed twice.
+
+    Each layer's code casts its own factors, again in backward. A compiler computes equal expressions once, and keeps what
+    is small for backward. A cast starts from its tensor's absolute values.
+    """
+    found: list[Op] = []
+    same: dict[int, int] = {}
+    """Of each storage that is not made, the one that holds the same."""
+    cast: set[int] = set()
+    """Storages that are cast, and those that casts make."""
+    seen: dict[tuple[object, ...], Touched] = {}
+    for op in ops:
+        reads = tuple((same.get(number, number), size) for number, size in op.reads)
+        numbers = {number for number, _ in reads}
+        if op.phase in ("forward", "backward") and (
+            op.name == "abs" or (op.name in _OF_A_CAST and numbers <= cast)
+        ):
+            of_scale = op.name == "abs" or sum(size for _, size in op.writes) <= SCALE_BYTES
+            key = (
+                not of_scale and op.phase,
+                op.name,
+                op.element,
+                reads,
+                tuple(size for _, size in op.writes),
+            )
+            cast |= numbers | {number for number, _ in op.writes}
+            if earlier := seen.get(key):
+                same |= {ours: theirs for (ours, _), (theirs, _) in zip(op.writes, earlier, strict=True)}
+                continue
+            seen[key] = op.writes
+        found.append(op._replace(reads=reads))
+    read = {number for op in found for number, _ in op.reads}
+    return [op for op in found if op.name != "abs" or op.writes[0][0] in read]
 
 
 def _alone(op: Op, cluster: Cluster, sizes: MeshSizes) -> Kernel:

@@ -28,7 +28,7 @@ _ALLOCATIONS = """
     empty new_empty empty_strided empty_like new_empty_strided set_ resize_ record_stream promote_types
     _local_scalar_dense"""
 _RUNS_NOTHING = frozenset([*_VIEWS.split(), *_ALLOCATIONS.split()])
-_GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+_GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_scaled_mm": 0}
 """Op -> position of the first factor among its arguments."""
 _NAMESPACES = ("aten", "c10d", "_c10d_functional", "fsdp")
 
@@ -122,6 +122,8 @@ class Recorder(CommunicationLedger):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a tensor around others, as in float8, whose ops on these come here again
         sent = len(self.events)
         result = super().__torch_dispatch__(func, types, args, kwargs)
         name = func._schema.name.split("::")[-1]
