@@ -5,7 +5,6 @@ from __future__ import annotations
 import runpy
 import sys
 from importlib.metadata import version
-from importlib.util import find_spec
 
 from tpresearch import interrupt
 from tpresearch.config.errors import nearest
@@ -25,7 +24,8 @@ COMMANDS = {
     "import_hf": "write a Hugging Face model as a checkpoint",
     "dashboard": "save a W&B workspace that compares the runs of a group",
 }
-"""Each is a module of this name in the package; one that is not there is not listed."""
+"""Each is a module of this name in the package."""
+HELP = "Each command has --help and also runs as `python -m tpresearch.COMMAND`."
 
 
 def main() -> None:
@@ -34,24 +34,19 @@ def main() -> None:
 
 
 def _dispatch() -> None:
-    there = {name: what for name, what in COMMANDS.items() if find_spec(f"tpresearch.{name}")}
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(_usage(there))
+        listed = "\n".join(f"  {name:<12}  {what}" for name, what in COMMANDS.items())
+        print(f"tpresearch COMMAND [key=value ...]\n\n{listed}\n\n{HELP}")
     elif name == "--version":
         print(version("tpresearch"))
-    elif name in there:
+    elif name in COMMANDS:
         sys.argv[1:] = arguments
         interrupt.starting()
         runpy.run_module(f"tpresearch.{name}", run_name="__main__", alter_sys=True)
     else:
-        legal, (best, *_) = f"one of {' '.join(there)}", nearest(name, there)
+        legal, (best, *_) = f"one of {' '.join(COMMANDS)}", nearest(name, COMMANDS)
         raise WrongCommand("command", name, "no such command", legal, f"tpresearch {best} --help")
-
-
-def _usage(there: dict[str, str]) -> str:
-    listed = "\n".join(f"  {name:<12}  {what}" for name, what in there.items())
-    return f"tpresearch COMMAND [key=value ...]\n\n{listed}\n\nEach command has --help and also runs as `python -m tpresearch.COMMAND`."
 
 
 if __name__ == "__main__":

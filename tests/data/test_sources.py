@@ -15,14 +15,14 @@ from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
 from tpresearch.data import sources
 from tpresearch.data.documents import read_file
-from tpresearch.data.pipeline import open_corpus, prepare
-from tpresearch.data.sources import hash_files
+from tpresearch.data.pipeline import prepare
+from tpresearch.data.sources import hash_files, open_files
 
 TEXTS = [f"document {index}: " + f"words{index} " * 30 for index in range(250)]
 
 
 def names_and_texts(data: DataConfig) -> list[tuple[str, str]]:
-    return [tuple(document) for document in open_corpus(data).documents()]
+    return [tuple(document) for document in open_files(data).documents()]
 
 
 def write_jsonl(path: Path, texts: list[str | None], field: str = "text") -> None:
@@ -107,13 +107,13 @@ def test_max_tokens_stops_at_the_end_of_the_document_that_reaches_it(
 
 
 def test_this_python_s_source_is_a_corpus_of_its_own(configure) -> None:
-    stdlib = open_corpus(configure(source=DataSource.pystdlib))
+    stdlib = open_files(configure(source=DataSource.pystdlib))
     names = [document.name for document in stdlib.documents()]
     assert names == sorted(names)
     assert {"json/decoder.py", "ast.py"} <= set(names)
     skipped = {"test", "tests", "idle_test", "lib2to3", "site-packages"}
     assert not [name for name in names if skipped & set(name.split("/")[:-1])]
-    both = open_corpus(configure(source=DataSource.pysource))
+    both = open_files(configure(source=DataSource.pysource))
     assert both.content_hash != stdlib.content_hash
     assert both.size_bytes > 3 * stdlib.size_bytes
     assert {"torch/nn/functional.py", "ast.py"} <= {document.name for document in both.documents()}
@@ -123,7 +123,7 @@ def test_the_hash_is_over_names_contents_and_field_but_not_the_split(tmp_path: P
     write_jsonl(tmp_path / "data.jsonl", TEXTS[:3])
 
     def content(**settings: object) -> str:
-        return open_corpus(configure(str(tmp_path / "data.jsonl"), DataSource.jsonl, **settings)).content_hash
+        return open_files(configure(str(tmp_path / "data.jsonl"), DataSource.jsonl, **settings)).content_hash
 
     before = content()
     assert content(seq_len=99, held_out_every=7, max_tokens=5) == before
@@ -173,7 +173,7 @@ def read_until_refused(data: DataConfig) -> tuple[int, ConfigError]:
     """How many documents come before the refusal, which is one line."""
     read = []
     with pytest.raises(ConfigError) as refusal:
-        read.extend(open_corpus(data).documents())
+        read.extend(open_files(data).documents())
     assert "\n" not in str(refusal.value)
     assert refusal.value.field == "data.path"
     return len(read), refusal.value

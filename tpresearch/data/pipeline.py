@@ -26,7 +26,7 @@ from tpresearch.data.cache import Meta, build_once
 from tpresearch.data.documents import Document
 from tpresearch.data.hub import open_hub
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, Synthetic, write_streams
-from tpresearch.data.sources import Corpus, open_files
+from tpresearch.data.sources import open_files
 from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, byte_level, load_hf, train_bpe
 
 log = logging.getLogger(__name__)
@@ -71,15 +71,6 @@ def prepare(
     return _Preparation(data, tokenizer, world, check).rows()
 
 
-def open_corpus(data: DataConfig) -> Corpus:
-    """The text corpus that `data` names, hashed and not yet parsed.
-
-    Raises:
-        ConfigError: for a path that names nothing, or a hub that cannot be reached.
-    """
-    return open_hub(data) if data.source is DataSource.hf else open_files(data)
-
-
 class _Preparation:
     """The two stages for one config; the second asks the first only when it must build."""
 
@@ -90,7 +81,7 @@ class _Preparation:
         self.progress, self.leads = world.rank == 0, world.local_rank == 0
         self.vocab_size = tokenizer.vocab_size
         self.cache = Path(data.cache_dir).expanduser()
-        self.corpus = open_corpus(data)
+        self.corpus = open_hub(data) if data.source is DataSource.hf else open_files(data)
         self.foreign = load_hf(tokenizer.path) if tokenizer.kind is TokenizerKind.hf else None
 
         learned = (self.corpus.content_hash, data.held_out_every, self._learn_from_chars(), self.vocab_size)
