@@ -131,7 +131,8 @@ class Tracker:
         self._start_step = self._last_step = step
         self._metrics.cut_after(step)
         if self._wandb:
-            self._wandb.catch_up(record.read_metrics(self._run_dir))
+            for row in record.read_metrics(self._run_dir):
+                self._wandb.log(row)
         if step == 0:
             return
         resumption = {"step": step, "world_size": self._facts.world_size, "mesh": self._facts.mesh}

@@ -139,11 +139,6 @@ class WandbRun:
         with self._noting():
             self._run.log(dict(row))
 
-    def catch_up(self, rows: Sequence[Row]) -> None:
-        """Hand over what of these rows has not arrived before."""
-        for row in rows:
-            self.log(row)
-
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
         """Set the summary's figures and close the run, in at most `finish_timeout` seconds."""
         with self._noting():
