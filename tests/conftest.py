@@ -22,6 +22,9 @@ LATE = "wandb wandb.sdk.launch.inputs.internal requests tpresearch.compare.repor
 PRELOADED = ["pytest", *LATE.split(), *(f"support.{name}" for name in HELPERS.split())]
 """What ranks would import with the function that they run, in a tenth of a second each, and commands when they need it."""
 
+# Vectors of a CPU are torch's, and cost the C++ compiler a second per kernel.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
 gc.disable()  # until all tests are imported, which leaves nothing to collect
 
 # A shell starts jobs in the background with Ctrl-C ignored, which tests of Ctrl-C would inherit.

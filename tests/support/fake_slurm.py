@@ -1,7 +1,7 @@
 """A Slurm of this machine alone, for tests: sbatch, srun, sacct, scancel and scontrol requeue as far as submitit uses them.
 
-Linked into a folder on PATH under each of these names. Jobs start at once; their nodes are all `localhost`. In the
-folder FAKE_SLURM it keeps `<id>.sh` (the script as submitted), `<id>[_<task>].state`, and the processes of each step's
+Linked into a folder on PATH under each of these names. Jobs start at once; their nodes are all `localhost`, and that
+of the array task FAKE_SLURM_LOST fails. In the folder FAKE_SLURM it keeps `<id>.sh` (the script as submitted), `<id>[_<task>].state`, and the processes of each step's
 nodes in `<id>[_<task>].nodes`.
 """
 
@@ -47,6 +47,9 @@ def sbatch(script: str) -> None:
     for task in tasks:
         of_task = {"SLURM_ARRAY_JOB_ID": str(number), "SLURM_ARRAY_TASK_ID": task} if task else {}
         state = folder / f"{number}{f'_{task}' if task else ''}.state"
+        if task and task == os.environ.get("FAKE_SLURM_LOST"):
+            state.write_text("NODE_FAIL")
+            continue
         state.write_text("RUNNING")
         again = state.with_suffix(".requeue")
         once = f"bash {folder}/{number}.sh && echo COMPLETED > {state} || echo FAILED > {state}"
