@@ -114,6 +114,7 @@ def cheap(words: list[str], cache: Path) -> list[str]:
     data = [] if any(word.startswith("data=") for word in words) else ["data=text", "data.path=texts/*.txt"]
     ours = {word.partition("=")[0] for word in TINY_RUN}
     kept = [word for word in words if word.partition("=")[0] not in ours]
+    kept += ["verify.optimizers=[sgd]", "verify.steps=1"] if "tpresearch.verify" in words else []
     sizes_given = {"model=skip", "model=hf", "model=toy_mlp"}.intersection(words)
     model = [] if sizes_given or "train.py" not in words else TINY_MODEL
     if "-m" in words and words[0] == "python":

@@ -78,6 +78,12 @@ PROPOSED = [
         ONE,
         "parallel=none",
     ),
+    (
+        "parallel=none hydra.output_subdir=''",
+        "hydra.output_subdir=: Hydra's record of the config is kept inside the run's folder; the name of a",
+        ONE,
+        "parallel=none",
+    ),
     ("parallel=none model@here=toy_mlp", "Could not override 'model@here'", ONE, "parallel=none"),
 ]
 

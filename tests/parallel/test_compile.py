@@ -31,10 +31,11 @@ from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import preflight
 from tpresearch.train.watch import CountedStep
 
-LAYERS = 12
-"""More than dynamo's limit of recompilations, past which it would give up."""
-STEPS = 15
-"""More than that limit too, with an evaluation before the last two."""
+LIMIT = 3
+"""Of recompilations, past which dynamo would give up."""
+LAYERS = 5
+STEPS = 7
+"""Both are more than that limit, with an evaluation before the last two steps."""
 KINDS = ("none", "selective", "full", "budget")
 EVERY_DAY = {("none", "selective"), ("sp", "full"), ("tp", "budget")}
 CASES = [
@@ -72,6 +73,7 @@ class Compiler:
 
 
 @pytest.mark.parametrize(("plan", "world", "kind"), CASES)
+@torch._dynamo.config.patch(recompile_limit=LIMIT)
 def test_each_step_runs_compiled_code(
     plan: str, world: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,10 +117,11 @@ def test_each_step_runs_compiled_code(
         assert counting.counted.sent == formulas.sent
 
 
-def kept(cfg: Config) -> int:
+@functools.cache
+def kept(kind: str, *more: str) -> int:
     """Bytes per token of a row that one compiled block keeps for backward, as inductor's partitioner has it."""
-    here = World()
-    job = preflight(cfg, here)
+    cfg = compiled(kind, *more)
+    job = preflight(cfg, World())
     block = job.model.get_submodule(job.plan.blocks[0]).to_empty(device="cpu")
     torch._dynamo.reset()
     let_blocks_keep(cfg.parallel)
@@ -165,13 +168,13 @@ def test_compiled_blocks_keep_what_the_formula_says(kind: str) -> None:
     one, two = expected
     assert one
     assert two
-    assert kept(compiled(kind)) == (two - one) / SEQ_LEN
+    assert kept(kind) == (two - one) / SEQ_LEN
 
 
 def test_a_budget_bounds_what_compiled_blocks_keep() -> None:
     """At 0.9 about what selective checkpointing keeps, redoing norms and SwiGLU alone; at 0 the block's input."""
-    whole, selective = kept(compiled("none")), kept(compiled("selective"))
-    shares = {b: kept(compiled("budget", f"parallel.activation_budget={b}")) for b in (0, 0.5, 0.9, 1)}
+    whole, selective = kept("none"), kept("selective")
+    shares = {b: kept("budget", f"parallel.activation_budget={b}") for b in (0, 0.5, 0.9, 1)}
     assert shares[1] == whole
     assert shares[0] == 64 * 2
     assert shares[0] < shares[0.5] < 0.6 * whole < shares[0.9] <= 0.9 * whole

@@ -120,7 +120,9 @@ def test_rows_of_numbers_go_through_bfloat16(ranks: Ranks, plan: str) -> None:
 # The mistakes.
 
 
-@pytest.mark.parametrize(("name", "size"), [("seed_tp", 2), ("seed_sp", 4), ("seed_2d", 4)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("seed_tp", 2), exhaustive("seed_sp", 4), exhaustive("seed_2d", 4)]
+)
 def test_weights_of_each_rank_are_other_weights(ranks: Ranks, name: str, size: int) -> None:
     ours, same = traced(ranks, size, job, experiment(name, "defects.weights_per_rank=true"))
     # Each shard is in one place, and what is whole on several starts from a constant or from one rank.
