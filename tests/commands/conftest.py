@@ -117,9 +117,3 @@ def wandb_server() -> Iterator[FakeWandb]:
 def run_fsdp(trained: Train, wandb_server: FakeWandb) -> Trained:
     """Two ranks, a budget of 600 tokens (5 steps of 128), W&B online."""
     return trained(2, *ROWS, "logger.group=study", "logger.tags=[mine]", "name=train", **wandb_server.env())
-
-
-@pytest.fixture(scope="session")
-def run_tp(trained: Train) -> Trained:
-    """Two ranks of tensor parallelism, without W&B."""
-    return trained(2, "parallel=tp", "logger=none")

@@ -13,11 +13,6 @@ COMPILED = ("parallel.compile=true", "train.eval_rows=0", "logger=none")
 ONE_THREAD = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
-@pytest.fixture(scope="session")
-def compiled_fsdp(trained) -> Trained:
-    return trained(2, *ROWS, *COMPILED, **ONE_THREAD)
-
-
 def check_same(compiled: Trained, eager: Trained) -> None:
     for name in ("train/loss", "train/grad_norm"):
         assert compiled.column(name) == pytest.approx(eager.column(name), rel=1e-5, abs=0), name
@@ -33,8 +28,8 @@ def test_compiled_tensor_parallelism_is_the_eager_one(trained, model: str) -> No
 
 
 @pytest.mark.exhaustive
-def test_compiled_fsdp_is_the_eager_one(compiled_fsdp: Trained, run_fsdp: Trained) -> None:
-    check_same(compiled_fsdp, run_fsdp)
+def test_compiled_fsdp_is_the_eager_one(trained, run_fsdp: Trained) -> None:
+    check_same(trained(2, *ROWS, *COMPILED, **ONE_THREAD), run_fsdp)
 
 
 def test_bfloat16_runs_near_float32_under_the_2d_plan(trained, run_2d: Trained) -> None:

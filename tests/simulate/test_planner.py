@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from support.composed import config
+from support.marks import exhaustive
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
@@ -64,7 +65,7 @@ def test_rows_per_micro_batch_follow_from_two_and_four(plan: str, rows: int, chu
     equal(with_rows(few, more, rows), real, at_rows(cfg, rows, 64), sizes)
 
 
-@pytest.mark.parametrize(("plan", "kind"), [("fsdp_tp", "selective"), ("hsdp", "none")])
+@pytest.mark.parametrize(("plan", "kind"), [("fsdp_tp", "selective"), exhaustive("hsdp", "none")])
 def test_a_third_block_at_more_rows_follows_from_three_recorded_steps(plan: str, kind: str) -> None:
     """FSDP's gathers, TP's collectives and the loss's chunks among them; and from that one, steps with yet more rows."""
     words = (f"parallel={plan}", f"parallel.activation_checkpointing={kind}")

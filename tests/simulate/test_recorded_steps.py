@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 from support.composed import config
 from support.counted_steps import PLANS, counted_step
+from support.marks import exhaustive
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
@@ -97,7 +98,7 @@ def test_norms_keep_on_a_device_what_one_kernel_keeps() -> None:
     assert on_cpu - simulated >= norms * tokens * width * 4
 
 
-@pytest.mark.parametrize("plan", ["fsdp_tp", "hsdp"])
+@pytest.mark.parametrize("plan", ["fsdp_tp", exhaustive("hsdp")])
 def test_a_deep_model_is_told_from_shallow_ones(plan: str) -> None:
     """Five blocks from two and three: bytes sent are exact, and so is what is counted per kind of op."""
     cfg = at_depth(config("model=llama2_debug", f"parallel={plan}", "train.micro_batch_size=1"), 5)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from support import composed
 from support.processes import wait_for
@@ -323,6 +324,18 @@ def test_a_signature_is_of_what_is_computed() -> None:
     assert signature(one, 2) == signature(same, 2) != signature(one, 4)
     assert signature(one, 2) != signature(other, 2)
     assert signature(one, 2, without_seed=True) == signature(other, 2, without_seed=True)
+
+
+def test_the_gpus_of_a_sweep_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert launcher._visible_gpus() == ["4", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert launcher._visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setitem(sys.modules, "torch", None)  # to import it would raise
+    assert launcher._visible_gpus() == []
 
 
 def test_jobs_run_side_by_side_on_gpus_of_their_own(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import altair as alt
@@ -47,8 +48,9 @@ def png(spec: Spec, panel: Panel, notes: Sequence[str]) -> bytes:
     return vl_convert.vegalite_to_png(text, vl_version=VEGA_LITE, scale=2, allowed_base_urls=[])
 
 
+@cache
 def javascript() -> str:
-    """Vega, Vega-Lite and Vega-Embed, for a page that must not ask the network for them."""
+    """Vega, Vega-Lite and Vega-Embed, for a page that must not ask the network for them. Bundling takes two seconds."""
     return vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]
 
 

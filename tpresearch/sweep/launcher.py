@@ -194,8 +194,11 @@ def _alone_in(folder: Path) -> AbstractContextManager[object]:
 
 def _visible_gpus() -> list[str]:
     """The GPUs that this sweep may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "":
+        return []
+    import torch  # late: it takes seconds
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    named = [name for name in (visible or "").split(",") if name]
     return named[:count] if named else [str(index) for index in range(count)]
