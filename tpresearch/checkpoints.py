@@ -15,7 +15,7 @@ from tpresearch.checkpoint.disk import BrokenCheckpoint, Checkpoint, damage, rea
 from tpresearch.checkpoint.resume import run_of
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import WrongCommand, python_command
-from tpresearch.launch.options import command, read_options
+from tpresearch.launch.options import command, words_and_options
 from tpresearch.track.shown import UNDEFINED, bytes_text, count_text, loss_text, path_text
 from tpresearch.track.table import Cell, Table
 
@@ -28,12 +28,11 @@ class Options:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    named = [word for word in arguments if not word.startswith("verify")]
-    options = read_options(Options, [word for word in arguments if word not in named])
+    named, options = words_and_options(Options, arguments)
     if len(named) != 1:
-        legal = "one run, or one of its checkpoints"
-        why = "not one folder"
-        raise WrongCommand("run", " ".join(named), why, legal, python_command(["RUN", *arguments]))
+        why, legal = "not one folder", "one run, or one of its checkpoints"
+        again = python_command(["RUN", *(word for word in arguments if word not in named)])
+        raise WrongCommand("run", " ".join(named), why, legal, again)
     run = run_of(Path(named[0]))
     try:
         folders = step_folders(run)

@@ -11,11 +11,13 @@ import pytest
 import yaml
 from support.made_runs import Made
 
-from tpresearch.compare.__main__ import Overlay, Seeds, main, parse
+from tpresearch import checkpoints
+from tpresearch.compare.__main__ import Options, Overlay, Seeds, main
 from tpresearch.compare.groups import check_comparable, labels, one_by_one, over_seeds, sciences_of
 from tpresearch.compare.runs import find
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER
+from tpresearch.launch.options import words_and_options
 
 ROOT = Path(__file__).parents[2]
 
@@ -300,15 +302,19 @@ def test_an_unknown_baseline_and_one_that_several_have(tmp_path: Path) -> None:
 def test_options_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=1").mkdir()
-    words, options = parse(["a/lr=3", "baseline=tp · lr=1e-3", "lr=1", "lr=*", "seeds=mean"])
+    words, options = words_and_options(
+        Options, ["a/lr=3", "baseline=tp · lr=1e-3", "lr=1", "lr=*", "seeds=mean"]
+    )
     assert words == ["a/lr=3", "lr=1", "lr=*"]
     assert (options.baseline, options.seeds, options.overlay) == ("tp · lr=1e-3", Seeds.mean, Overlay.refuse)
     for text in ("1e-3", "[a", "*x", "${x}", "\\${x}", "a: b: c"):
-        assert parse([f"baseline={text}"])[1].baseline == text
+        assert words_and_options(Options, [f"baseline={text}"])[1].baseline == text
     with pytest.raises(ConfigError, match="basline=tp: unknown option"):
-        parse(["basline=tp"])
+        words_and_options(Options, ["basline=tp"])
     with pytest.raises(ConfigError, match="overlay=maybe"):
-        parse(["overlay=maybe"])
+        words_and_options(Options, ["overlay=maybe"])
+    words, verifying = words_and_options(checkpoints.Options, ["verify_run", "verify=true"])
+    assert (words, verifying.verify) == (["verify_run"], True)
 
 
 def test_a_mean_over_seeds_takes_completed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,8 @@ Prints a table of these runs and writes compare.html, compare.md and compare/*.p
 
 from __future__ import annotations
 
-import dataclasses
-import glob
 import importlib.util
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +17,7 @@ from tpresearch.compare.groups import check_comparable, one_by_one, over_seeds, 
 from tpresearch.compare.runs import LEGAL, find
 from tpresearch.config.errors import ConfigError, writing
 from tpresearch.launch.command import WrongCommand, python_command
-from tpresearch.launch.options import command, read_options
+from tpresearch.launch.options import command, words_and_options
 from tpresearch.launch.run_dir import dated_folder
 from tpresearch.track.shown import path_text
 
@@ -56,7 +53,7 @@ class Options:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    words, options = parse(arguments)
+    words, options = words_and_options(Options, arguments)
     missing = [name for name in DRAWS_WITH if importlib.util.find_spec(name) is None]
     if missing:
         install = "pip install 'tpresearch[plots]'"
@@ -86,24 +83,6 @@ def main() -> None:
     with writing("out", out, {"out": dated_folder("compare")}):
         report.write(out, arguments)
     report.print(Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH), out)
-
-
-def parse(words: Sequence[str]) -> tuple[list[str], Options]:
-    """The words that name runs, and the options.
-
-    Raises:
-        ConfigError: for an unknown option, or a value it does not take.
-    """
-    options = [word for word in words if _is_option(word)]
-    return [word for word in words if word not in options], read_options(Options, options)
-
-
-def _is_option(word: str) -> bool:
-    """Whether it is `key=value` and not a path, which may hold `=` too, as the folders of some sweepers do."""
-    key, equals, _ = word.partition("=")
-    if not equals or key in {field.name for field in dataclasses.fields(Options)}:
-        return bool(equals)
-    return key.isidentifier() and not Path(word).exists() and not glob.has_magic(word)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch import interrupt
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.world import World
 from tpresearch.launch.command import refuse_typed_secrets
 from tpresearch.launch.logs import print_without_fail
@@ -43,11 +45,30 @@ def read_options(kind: type[Options], words: Sequence[str]) -> Options:
         try:
             options[key] = None if value == "null" else INTERPOLATION.sub(r"\1\1\\${", value)
         except OmegaConfBaseException as error:
-            why = str(error).splitlines()[0]
-            raise ConfigError(key, value, why, "a value of that type", fix={key: None}) from None
+            raise ConfigError(
+                key, value, first_line(error), "a value of that type", fix={key: None}
+            ) from None
     for key in sorted(OmegaConf.missing_keys(options)):
         raise ConfigError(key, "", "required and not given", f"{key}=VALUE", fix={key: f"<{key}>"})
     return cast(Options, OmegaConf.to_object(options))
+
+
+def words_and_options(kind: type[Options], words: Sequence[str]) -> tuple[list[str], Options]:
+    """The words that name files, and the options.
+
+    An option is `key=value` and not a path, which may hold `=` too, as the folders of some sweepers do.
+
+    Raises:
+        ConfigError: as `read_options`.
+    """
+    names = set(map(str, OmegaConf.structured(kind)))
+
+    def is_option(word: str) -> bool:
+        key, equals, _ = word.partition("=")
+        is_path = not key.isidentifier() or Path(word).exists() or glob.has_magic(word)
+        return bool(equals) and (key in names or not is_path)
+
+    return [word for word in words if not is_option(word)], read_options(kind, list(filter(is_option, words)))
 
 
 def command(main: Callable[[], None], options: type | None = None) -> None:
