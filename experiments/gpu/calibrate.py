@@ -134,9 +134,12 @@ def attention(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
                         q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
                     )
 
-            def both(forward: Callable[..., Tensor] = forward) -> None:
+            def both(
+                forward: Callable[..., Tensor] = forward, given: tuple[Tensor, ...] = (q, key, value)
+            ) -> None:
                 out = forward()
-                out.backward(out)
+                # Not `backward`, which would add each call's gradients to the last one's
+                torch.autograd.grad(out, given, out)
 
             flops, moved = 2.0 * b * n * s * s * d, 2.0 * b * s * d * (2 * n + 2 * k)
             shape = (b, n, k, s, d)

@@ -27,12 +27,13 @@ def main() -> None:
         free_disk_bytes=shutil.disk_usage(stage.out).free,
     )
     if stage.on_cuda:
-        said = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"], capture_output=True, text=True
+        command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+        said = (
+            subprocess.run(command, capture_output=True, text=True).stdout if shutil.which(command[0]) else ""
         )
         stage.add(
             card=torch.cuda.get_device_name(),
-            nvidia_smi=said.stdout.strip(),
+            nvidia_smi=said.strip(),
             capability=list(torch.cuda.get_device_capability()),
             cudnn=torch.backends.cudnn.version(),
             nccl=list(torch.cuda.nccl.version()),

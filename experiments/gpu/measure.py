@@ -39,7 +39,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "calibrate": (65, [str(HERE / "calibrate.py")]),
     "training-8b": (260, [str(HERE / "training.py"), "8b"]),
     "correctness": (
-        110,
+        200,
         [
             *("-m", "pytest", "-q", "-m", "gpu", "-p", "outcomes", "-p", "no:cacheprovider", "--tb=short"),
             f"--rootdir={ROOT}",

@@ -16,12 +16,14 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
+from torch.torch_version import TorchVersion
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.parallel import device
 from tpresearch.parallel.apply import checkpointed, let_blocks_keep
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
@@ -183,3 +185,30 @@ def test_a_budget_bounds_what_compiled_blocks_keep() -> None:
         preflight(compiled("budget", "parallel.compile=false"), World())
     with pytest.raises(ConfigError, match="what a compiler chooses to recompute is not simulated"):
         judge(compiled("budget", "+cluster=h100_dgx"), World())
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "kv_heads", "refused"),
+    [("2.11.0", 4, True), ("2.11.0", 8, False), ("2.13.0", 4, False)],
+)
+def test_a_budget_is_refused_where_torch_cannot_count_attention_of_grouped_heads(
+    monkeypatch: pytest.MonkeyPatch, torch_version: str, kv_heads: int, refused: bool
+) -> None:
+    """On CUDA alone: a CPU's attention is none of the ops that its partitioner counts."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(torch_version))
+    monkeypatch.setattr(device, "_compiler_lack", lambda on_cuda: None)
+    words = (
+        "parallel.compile=true",
+        "parallel.activation_checkpointing=budget",
+        f"model.n_kv_heads={kv_heads}",
+    )
+    cfg = config("model=llama2_debug", "parallel=none", *words)
+    for kind in ("cuda", "cpu"):
+        card = device.Device(torch.device(kind), "nccl", kind)
+        if refused and kind == "cuda":
+            with pytest.raises(
+                ConfigError, match=r"^parallel.activation_checkpointing=budget: torch below 2.13"
+            ):
+                device.check_device(cfg, card)
+        else:
+            device.check_device(cfg, card)

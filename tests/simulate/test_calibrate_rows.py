@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tpresearch.calibrate.__main__ import as_yaml
+from tpresearch.calibrate.__main__ import _base, as_yaml
 from tpresearch.calibrate.rows import of_rows, read
 from tpresearch.config.errors import ConfigError
 from tpresearch.simulate.cluster import cluster_of
@@ -75,3 +75,27 @@ def test_rows_that_measure_nothing_are_refused(tmp_path: Path, text: str | None)
         path.write_text(text + "\n")
     with pytest.raises(ConfigError, match=r"^rows="):
         of_rows(read(path), BASE, "mine")
+
+
+@pytest.mark.parametrize(
+    ("card", "gib", "name"),
+    [
+        ("NVIDIA H200", 139.8, "h200_dgx"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100_dgx"),
+        ("NVIDIA H100", 94.5, "h100_500w"),
+        ("NVIDIA H100 PCIe", 79.1, "h100_pcie"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100_40"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100_80"),
+        ("NVIDIA L40S", 44.4, "l40s"),
+    ],
+)
+def test_links_and_hosts_are_those_of_a_cluster_with_such_gpus(card: str, gib: float, name: str) -> None:
+    assert _base(None, card, round(gib * 2**30))["name"] == name
+
+
+def test_a_card_that_no_cluster_has_needs_a_base() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^base=null: no cluster of conf/cluster has such GPUs \(NVIDIA T4\)"
+    ):
+        _base(None, "NVIDIA T4", 16 * 10**9)
+    assert _base("a100_40", "NVIDIA T4", 0)["name"] == "a100_40"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ class Options:
     """The file to write, such as conf/cluster/here.yaml."""
     rows: str | None = None
     """Measurements to read instead of measuring: one JSON object per line, as written by experiments/gpu."""
-    base: str = "h100_dgx"
-    """The cluster that provides the numbers that a single GPU cannot: an option of conf/cluster."""
+    base: str | None = None
+    """The cluster that provides the numbers that a single GPU cannot, an option of conf/cluster: by default one of such GPUs."""
 
 
 def main() -> None:
@@ -38,7 +39,15 @@ def main() -> None:
         why, legal = "not a .yaml file in a folder that exists", "such as conf/cluster/here.yaml"
         raise ConfigError("out", options.out, why, legal, {"out": "conf/cluster/here.yaml"})
     plain = _of_gpu(options, path.stem) or _of_cpu(path.stem)
-    cluster_of(plain)  # what no command would take is not written
+    try:
+        cluster_of(plain)  # what no command would take is not written
+    except ConfigError as error:
+        if options.base is None:
+            raise
+        why = (
+            f"with its numbers, {error.field} would be {error.value}: it has other GPUs than the one measured"
+        )
+        raise ConfigError("base", options.base, why, "a cluster of such GPUs", {}) from error
     path.write_text(as_yaml(plain))
     for name, number in plain["numbers"].items():
         if number["kind"] == "measured":
@@ -53,28 +62,60 @@ def _of_gpu(options: Options, name: str) -> dict[str, Any] | None:
 
     if options.rows:
         rows = read(Path(options.rows))
-    else:
-        import torch
+        card: Row = next((row for row in rows if "card" in row), {})
+        return of_rows(rows, _base(options.base, card.get("card", ""), card.get("memory_bytes", 0)), name)
+    import torch
 
-        if not torch.cuda.is_available():
-            return None
-        from tpresearch.calibrate.cuda import measured
+    if not torch.cuda.is_available():
+        return None
+    from tpresearch.calibrate.cuda import measured
 
-        rows = list[Row](measured())
-    return of_rows(rows, _base(options.base), name)
+    chip = torch.cuda.get_device_properties(0)
+    base = _base(options.base, chip.name, chip.total_memory)  # before anything is measured
+    return of_rows(list[Row](measured()), base, name)
 
 
-def _base(option: str) -> dict[str, Any]:
+def _base(option: str | None, card: str, memory_bytes: int) -> dict[str, Any]:
+    """The cluster that was asked for, or else the one whose devices have this chip and the nearest memory.
+
+    Raises:
+        ConfigError: if there is none, or if its device is a CPU.
+    """
     from tpresearch.launch.composition import conf_dir
 
-    path = conf_dir() / "cluster" / f"{option}.yaml"
-    if not path.is_file():
-        legal = "one of " + " ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise ConfigError("base", option, "no such cluster", legal, {})
+    folder = conf_dir() / "cluster"
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    if option is None:
+        option = _with_such_gpus(
+            {name: yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in names},
+            card,
+            memory_bytes,
+        )
+    path = folder / f"{option}.yaml"
+    if option not in names:
+        why = (
+            "no such cluster" if option else f"no cluster of conf/cluster has such GPUs ({card or 'unnamed'})"
+        )
+        raise ConfigError("base", option, why, "one of " + " ".join(names), {})
     found: dict[str, Any] = yaml.safe_load(path.read_text())
     if cluster_of(found).is_host:
         raise ConfigError("base", option, "a CPU tells nothing of a GPU's host", "a cluster of GPUs", {})
     return found
+
+
+def _with_such_gpus(clusters: dict[str, dict[str, Any]], card: str, memory_bytes: int) -> str | None:
+    """Name of the cluster, by the chip in the card's name ("NVIDIA H100 80GB HBM3")."""
+
+    def distance(name: str) -> tuple[bool, float]:
+        device, numbers = clusters[name]["device"], clusters[name]["numbers"]
+        return ("PCIe" in device) != ("PCIe" in card), abs(numbers["memory_gb"]["value"] - memory_bytes / 1e9)
+
+    words = re.split("[ -]", card)
+    return min(
+        (name for name in clusters if clusters[name]["device"].split()[1] in words),
+        key=distance,
+        default=None,
+    )
 
 
 def _of_cpu(name: str) -> dict[str, Any]:

@@ -52,9 +52,10 @@ def _attention(device: str) -> Iterator[Case]:
         def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        def both(forward: Callable[[], Tensor] = forward) -> None:
+        def both(forward: Callable[[], Tensor] = forward, given: tuple[Tensor, ...] = (q, k, v)) -> None:
             out = forward()
-            out.backward(out)
+            # Not `backward`, which would add each call's gradients to the last one's
+            torch.autograd.grad(out, given, out)
 
         flops, shape = 2.0 * rows * 32 * length * length * 128, (rows, 32, 32, length, 128)
         yield "attention forward", shape, flops, 0.0, forward

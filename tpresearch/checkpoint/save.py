@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,7 +69,9 @@ class Saver:
         self._beside, self._on_cuda = beside, on_cuda
         self._stager = BlockingAsyncStager()
         self._copy: dict[str, Tensor] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # A thread begins on the first GPU, where DCP's writer, which waits for a stream, would make each rank a context.
+        begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if on_cuda else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", begin)
         self._in_flight: InFlight | None = None
         self._newest = -1
         self.begun = 0

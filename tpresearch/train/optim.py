@@ -28,7 +28,8 @@ class AdamW(torch.optim.AdamW):
 def divide_gradients(optimizer: torch.optim.Optimizer, gradients: list[Tensor], divisor: Tensor) -> None:
     """Divide all gradients by a scalar: in the update itself where that can, without a pass over them, or in place."""
     if isinstance(optimizer, AdamW) and divisor.dtype is torch.float32:
-        optimizer.grad_scale = divisor
+        # Where parameters are offloaded, torch would begin to copy it to the CPU and read it there without waiting.
+        optimizer.grad_scale = divisor.to(gradients[0].device)
         return
     by_dtype: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:

@@ -157,7 +157,8 @@ def update(state: TrainState, norm: Tensor, setup: Setup) -> None:
     cfg, optimizer = setup.cfg, state.optimizer
     skips = cfg.train.on_nonfinite is OnNonfinite.skip
     if skips and isinstance(optimizer, AdamW):
-        optimizer.found_inf = (~norm.isfinite()).float()
+        home = optimizer.param_groups[0]["params"][0].device  # as in `divide_gradients`
+        optimizer.found_inf = (~norm.isfinite()).float().to(home)
     if not skips or isinstance(optimizer, AdamW) or math.isfinite(norm.item()):
         set_learning_rate(optimizer, learning_rate(state.step, setup.steps, cfg.optimizer.lr, cfg.schedule))
         optimizer.step()

@@ -41,8 +41,9 @@ class AgreedStop:
             self.written = self._written()
             return self._flag.requested
         agreed = self.settle()
-        self._numbers[0] = self._flag.requested or 0
-        self._numbers[1] = -self._written()
+        # Not `numbers[0] = ...`, which copies from the host, and waits for all that the device has to do.
+        self._numbers[0].fill_(self._flag.requested or 0)
+        self._numbers[1].fill_(-self._written())
         # Half the time of dist.all_reduce.
         self._work = self._group.allreduce([self._numbers], self._maximum)
         if self._beside and self._copied:

@@ -117,7 +117,8 @@ def _compare(
     alone = SingleLayer(layer)
     rules = {"layer": rule} if rule else {}
     plan = Plan(rules, ["layer"], [], plan.sizes)
-    parallelize(alone, plan, cfg.parallel, mesh, cfg.train.dtype).to_empty(device=device)
+    home = torch.device("cpu") if cfg.parallel.fsdp.cpu_offload else device
+    parallelize(alone, plan, cfg.parallel, mesh, cfg.train.dtype).to_empty(device=home)
     if has_masters(cfg, plan.sizes):
         alone.bfloat16()  # as the copies that the model computes with
     parameters = dict(alone.named_parameters())

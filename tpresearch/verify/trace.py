@@ -103,8 +103,11 @@ def whole(tensors: Mapping[str, Tensor | None]) -> Tensors:
     gathered = {}
     for name, tensor in tensors.items():
         if tensor is not None:
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            gathered[name] = full.detach().to("cpu", torch.float64, copy=True)
+            if isinstance(tensor, DTensor):  # NCCL gathers nothing that is offloaded to the CPU
+                there = tensor.to(tensor.device_mesh.device_type)
+                assert isinstance(there, DTensor)
+                tensor = there.full_tensor()
+            gathered[name] = tensor.detach().to("cpu", torch.float64, copy=True)
     return gathered
 
 
