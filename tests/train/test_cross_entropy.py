@@ -148,7 +148,7 @@ def test_a_vocabulary_of_128k_takes_a_fraction_of_the_memory() -> None:
 
 
 def steps(world: World, cfgs: list[Config]) -> list[tuple[list[tuple[float, float]], float | None, type]]:
-    """Of each config: (share of the loss, gradient norm) of three steps, the held-out loss, and the kind of loss.
+    """Of each config: (share of the loss, gradient norm) of two steps, the held-out loss, and the kind of loss.
 
     The last one's is computed as it would be compiled, where it is in chunks.
     """
@@ -162,7 +162,7 @@ def steps(world: World, cfgs: list[Config]) -> list[tuple[list[tuple[float, floa
             if isinstance(objective, InChunks) and job is jobs[-1]:
                 loop.setup = replace(loop.setup, objective=replace(objective, compile=True))
                 torch.compiler.set_stance("force_eager")
-            pairs = [(loss.item(), norm.item()) for loss, norm in (loop.step() for _ in range(3))]
+            pairs = [(loss.item(), norm.item()) for loss, norm in (loop.step() for _ in range(2))]
             found.append((pairs, loop.evaluate(), type(loop.setup.objective)))
     return found
 
