@@ -7,7 +7,6 @@ python experiments/published/score.py rows.csv unseen.csv out=DIR left_out=true 
 from __future__ import annotations
 
 import csv
-import hashlib
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -33,8 +32,7 @@ from tpresearch.simulate.cluster import cluster_of  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import CALM, Prediction, predict  # noqa: E402
-from tpresearch.simulate.trace import Trace, save  # noqa: E402
-from tpresearch.simulate.trace import load as load_trace  # noqa: E402
+from tpresearch.simulate.trace import Trace  # noqa: E402
 
 GIB = 2**30
 
@@ -42,8 +40,6 @@ GIB = 2**30
 @dataclass
 class Options:
     out: str
-    traces: str | None = None
-    """A folder that keeps recorded steps, so that scoring again only prices."""
     left_out: bool = False
     """Whether each site is predicted without what was fitted on it; see `left_out`. (predicted.csv has the steps before.)"""
 
@@ -69,10 +65,10 @@ class Scored:
         return bool(self.row.measured_s) and self.low_s <= (self.row.measured_s or 0) <= self.high_s
 
 
-def scored(row: Row, traces: Path | None, sites: bool = True) -> Scored:
+def scored(row: Row, sites: bool = True) -> Scored:
     """Raises: ConfigError: for a row whose config is refused, or whose measurement is no number."""
     _ = row.measured_s
-    parts = [predicted(row, part.overrides, traces, sites) for part in row.parts()]
+    parts = [predicted(row, part.overrides, sites) for part in row.parts()]
     shares = [part.share for part in row.parts()]
     if len(parts) == 1 or None not in shares:
         weights = [share or 0.0 for share in shares]
@@ -93,21 +89,15 @@ def scored(row: Row, traces: Path | None, sites: bool = True) -> Scored:
     )
 
 
-def predicted(row: Row, overrides: Sequence[str], traces: Path | None, sites: bool) -> Prediction:
+def predicted(row: Row, overrides: Sequence[str], sites: bool) -> Prediction:
     cluster = cluster_of(cluster_of_row(row, sites))
     cfg = composed(overrides)
     sizes = validate(cfg, row.world, cluster.hosts_of(row.world))
-    key = hashlib.sha1(repr((overrides, row.world)).encode()).hexdigest()[:16]
 
-    def stored(cfg: Config, sizes: MeshSizes) -> Trace:
-        if traces is None:
-            return as_run(row, record(cfg, sizes))
-        path = traces / f"{key}-{cfg.model.args['n_layers']}.gz"
-        if not path.exists():
-            save(record(cfg, sizes), path)
-        return as_run(row, load_trace(path))
+    def recorded(cfg: Config, sizes: MeshSizes) -> Trace:
+        return as_run(row, record(cfg, sizes))
 
-    return predict(recording(cfg, sizes, stored), cluster, check=False)
+    return predict(recording(cfg, sizes, recorded), cluster, check=False)
 
 
 def composed(overrides: Sequence[str]) -> Config:
@@ -160,10 +150,8 @@ def main() -> None:
         raise ConfigError(
             "ROWS.csv", " ".join(files), why, "a CSV in the columns of experiments/published/rows.csv", {}
         )
-    out, traces = Path(options.out), Path(options.traces) if options.traces else None
-    for folder in (out, traces):
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
     rows = [row for file in files for row in read(Path(file))]
     if not rows:
         raise ConfigError(
@@ -176,7 +164,7 @@ def main() -> None:
         writer.writerow(names)
         for row in rows:
             try:
-                one = scored(row, traces, sites=not options.left_out)
+                one = scored(row, sites=not options.left_out)
             except Exception as error:  # whatever a row cannot be: the others are scored all the same
                 why = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
                 print(f"{row['id']}: {why}", file=sys.stderr)

@@ -31,7 +31,7 @@ def main() -> None:
         groups = [(ranks, dist.new_group(ranks)) for ranks in members]
         group = next(group for ranks, group in groups if dist.get_rank() in ranks)
         size = len(members[0])
-        for collective, call in calls(size, group).items():
+        for collective, call in calls(size, group, TENSOR_BYTES).items():
             call()  # the first one may connect
             before = settled()
             call()
@@ -57,10 +57,10 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def calls(ranks: int, group: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
-    """Each collective on a whole tensor of `TENSOR_BYTES`, as FSDP and DTensor call them."""
-    whole = torch.ones(TENSOR_BYTES // 4)
-    part = torch.ones(TENSOR_BYTES // 4 // ranks)
+def calls(ranks: int, group: dist.ProcessGroup, tensor_bytes: int) -> dict[str, Callable[[], object]]:
+    """Each collective on a whole tensor of this size, as FSDP and DTensor call them."""
+    whole = torch.ones(tensor_bytes // 4)
+    part = torch.ones(tensor_bytes // 4 // ranks)
 
     def all_gather() -> None:
         dist.all_gather_into_tensor(whole, part, group=group)

@@ -23,6 +23,9 @@ ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 INTERFACE = "eth0"
 """The same name in both: it is the only one beside `lo`."""
 RANKS_A_HOST = 2
+CONGESTION = "reno"
+"""It sends what the window allows. Some machines' default, BBR, paces by an estimate of the bandwidth, which messages of a few
+KB keep too low for many steps."""
 ENDPOINT = f"{ADDRESSES['a']}:29400"
 """Where the agents meet. Nothing else listens in these namespaces, so a fixed port is free."""
 OF_OTHER_JOBS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_", "TORCHELASTIC_", "SLURM_", "HYDRA_")
@@ -75,7 +78,8 @@ class TwoHosts:
             _ip("-n", name, "addr", "add", f"{ADDRESSES[host]}/24", "dev", INTERFACE)
             for interface in ("lo", INTERFACE):
                 _ip("-n", name, "link", "set", interface, "up")
-            _ip("netns", "exec", name, "true")  # it mounts /sys, which may be forbidden where all else is not
+            # It mounts /sys, which may be forbidden where all else is not.
+            _ip("netns", "exec", name, "sysctl", "-qw", f"net.ipv4.tcp_congestion_control={CONGESTION}")
 
     def close(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):

@@ -1,9 +1,10 @@
 """Steps over a rate-limited link between two hosts, predicted before they are run.
 
-python experiments/two_hosts/slowed.py CLUSTER.yaml     # of this machine, by `tpresearch.calibrate`; writes slowed.csv, prints the table
+python experiments/two_hosts/slowed.py CLUSTER.yaml          # of this machine, by `tpresearch.calibrate`; writes slowed.csv
+python experiments/two_hosts/slowed.py CLUSTER.yaml 1gbit/tp # these rows of it again
 
 `tc` holds what each host sends to 1 Gbit/s, then 100 Mbit/s (a token bucket on the veth pair of hosts.py). Each host has half of
-the cores (hosts.py). `others` is what the machine's cores did for other processes meanwhile, which should be next to nothing.
+the cores (hosts.py). `alone` is how many steps count: those during which the machine did next to nothing for other processes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, getrusage
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,8 +40,10 @@ PAYLOAD = 1448 / 1514
 BURST = "72kb"
 """What passes at once after a pause, as no real link lets it: just more than the kernel hands over at once (64 KiB and headers),
 which `tc` would otherwise cut into frames, at the cost of half a core."""
-STEPS, WARM_UP = 12, 4
-COLUMNS = ("link", "parallel", "predicted_s", "measured_s", "error", "others")
+STEPS, WARM_UP = 16, 4
+OTHERS = 0.05
+"""Share of the cores' time that other processes may take of a step that counts."""
+COLUMNS = ("link", "parallel", "predicted_s", "measured_s", "error", "alone")
 PLANS = ("fsdp_tp", "fsdp", "hsdp", "tp")
 COMMON = (
     "model=llama2_tiny",
@@ -55,22 +57,24 @@ NOT_SIMULATED = (f"train.steps={STEPS}", "train.eval_rows=0", "train.log_every=1
 
 def main() -> None:
     plain = yaml.safe_load(Path(sys.argv[1]).read_text())
-    cases = [(rate, plan) for rate in RATES for plan in PLANS]
-    recorded = {plan: recorded_step(plan) for plan in PLANS}
+    path, wanted = HERE / "slowed.csv", sys.argv[2:]
+    rows = {f"{row['link']}/{row['parallel']}": row for row in csv.DictReader(path.open())} if wanted else {}
+    cases = [(rate, plan) for rate in RATES for plan in PLANS if not wanted or f"{rate}/{plan}" in wanted]
+    recorded = {plan: recorded_step(plan) for _, plan in cases}
     predicted = {
         (rate, plan): predict(recorded[plan], slowed(plain, RATES[rate])).step_time_s for rate, plan in cases
     }
     try:
-        with TwoHosts() as hosts, TemporaryDirectory() as folder, (HERE / "slowed.csv").open("w") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
+        with TwoHosts() as hosts, TemporaryDirectory() as folder:
             for rate, plan in cases:
                 limit(hosts, rate)
-                with Meanwhile() as meanwhile:
-                    measured = measured_s(hosts, plan, Path(folder) / f"{plan}-{rate}")
-                found = row(rate, plan, predicted[rate, plan], measured, meanwhile.others)
-                writer.writerow(found)
-                file.flush()
+                measured, alone = measured_s(hosts, plan, Path(folder) / f"{plan}-{rate}")
+                found = row(rate, plan, predicted[rate, plan], measured, alone)
+                rows[f"{rate}/{plan}"] = found
+                with path.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS)
+                    writer.writeheader()
+                    writer.writerows(rows.values())
                 print(" ".join(f"{value:>10}" for value in found.values()), flush=True)
     except HostsUnavailable as reason:
         sys.exit(f"two hosts cannot be made here: {reason}")
@@ -103,36 +107,28 @@ def limit(hosts: TwoHosts, rate: str) -> None:
             raise HostsUnavailable(f"`{' '.join(words)}` failed: {done.stderr.strip()}")
 
 
-def measured_s(hosts: TwoHosts, plan: str, folder: Path) -> float:
-    """The median step after the first ones, which are up to twice as slow."""
+def measured_s(hosts: TwoHosts, plan: str, folder: Path) -> tuple[float, int]:
+    """The median of the steps that had the machine to themselves, and how many those were; without any, of all. The first
+    ones, up to twice as slow, do not count."""
     words = [*COMMON, f"parallel={plan}", *NOT_SIMULATED, f"hydra.run.dir={folder}"]
-    hosts.torchrun([str(ROOT / "train.py"), *words], folder.with_suffix(".logs"))
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return median(row["perf/step_time_s"] for row in rows[WARM_UP:] if row.get("perf/step_time_s"))
+    hosts.torchrun([str(HERE / "clocked_train.py"), *words], folder.with_suffix(".logs"))
+    clocks = [
+        [json.loads(line) for line in (folder / f"clock-{rank}.jsonl").read_text().splitlines()]
+        for rank in range(len(HOSTS) * RANKS_A_HOST)
+    ]
+    steps, alone = [], []
+    for ranks in list(zip(*clocks, strict=True))[WARM_UP:]:
+        first, cores = ranks[0], len(os.sched_getaffinity(0))
+        others_s = first["every_s"] - sum(rank["mine_s"] for rank in ranks)
+        steps.append(first["wall_s"])
+        if others_s < OTHERS * cores * first["wall_s"]:
+            alone.append(first["wall_s"])
+    return median(alone or steps), len(alone)
 
 
-class Meanwhile:
-    """Share of the cores' time, within `with`, that went to processes which are not ours."""
-
-    def __enter__(self) -> Meanwhile:
-        self._before = self._now()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        whole, others = (now - before for now, before in zip(self._now(), self._before, strict=True))
-        self.others = others / whole
-
-    def _now(self) -> tuple[float, float]:
-        """(all, of others) in seconds. The kernel's work for packets is ours."""
-        words = Path("/proc/stat").read_text().split()[1:9]
-        user, nice, system, *_, stolen = ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in words]
-        ours = getrusage(RUSAGE_CHILDREN)
-        return sum(ticks), user + nice + system + stolen - ours.ru_utime - ours.ru_stime
-
-
-def row(rate: str, plan: str, predicted: float, measured: float, others: float) -> dict[str, Any]:
+def row(rate: str, plan: str, predicted: float, measured: float, alone: int) -> dict[str, Any]:
     error = f"{predicted / measured - 1:+.3f}"
-    values = (rate, plan, round(predicted, 3), round(measured, 3), error, round(others, 2))
+    values = (rate, plan, round(predicted, 3), round(measured, 3), error, alone)
     return dict(zip(COLUMNS, values, strict=True))
 
 

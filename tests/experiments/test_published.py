@@ -160,4 +160,4 @@ def test_a_row_of_parallelism_that_is_not_here_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["step_s", "tok_s_gpu"])
 def test_a_row_whose_measurement_is_no_number_is_refused_before_it_is_simulated(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}=fast: "):
-        scored(Row({name: "fast", "gpu": "no card"}), None)
+        scored(Row({name: "fast", "gpu": "no card"}))

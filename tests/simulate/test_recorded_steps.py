@@ -21,7 +21,7 @@ from tpresearch.simulate.depth import depth_of, recording
 from tpresearch.simulate.device_memory import fullest
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.kernels import _cast_once
-from tpresearch.simulate.trace import Op, Trace, load, save
+from tpresearch.simulate.trace import Op, Trace
 from tpresearch.train.preflight import planned
 
 
@@ -132,12 +132,6 @@ def test_the_setting_of_depth_is_found() -> None:
         (config("model=toy_mlp"), (1, None)),
     ):
         assert depth_of(cfg, meta_model(cfg.model)) == found
-
-
-def test_a_trace_is_read_back_as_it_was(tmp_path) -> None:
-    trace = recorded(config("model=llama2_debug", "parallel=hsdp_tp"), 8)
-    save(trace, tmp_path / "trace.gz")
-    assert load(tmp_path / "trace.gz") == trace
 
 
 class Asking(Llama2):

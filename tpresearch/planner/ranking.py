@@ -187,7 +187,7 @@ class _Traces:
         return told or self._at(depth, MORE)
 
     def _at(self, depth: int, rows: int) -> Trace:
-        """In two micro-batches at least, whatever the global batch says: `Trace.parts` takes what is needed."""
+        """In two micro-batches at least, whatever the global batch says: `Trace.ops` takes what is needed."""
         if (depth, rows) not in self._recorded:
             cfg, sizes = self._family.cfg, self._family.sizes
             shallow = replace(self._known, cfg=cfg).at(depth) if self._known.setting else cfg

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tpresearch.ledger.entries import Entry, Event, entries_of
 
@@ -60,7 +56,7 @@ class Trace:
     memory: dict[str, int]
     """Bytes by "moment/kind", each moment of the step where it holds most; see `device_memory`."""
     changes: tuple[Change, ...] = field(default=(), compare=False, repr=False)
-    """What `memory` sums up; not kept on disk."""
+    """What `memory` sums up."""
 
     @property
     def recorded(self) -> tuple[tuple[Op, ...], ...]:
@@ -69,52 +65,11 @@ class Trace:
 
     def ops(self, micro_batches: int) -> list[Op]:
         """The whole step with this many micro-batches: all but the first and the last are like the one before the last."""
-        return [op for part in self.parts(micro_batches) for op in part]
-
-    def parts(self, micro_batches: int) -> list[tuple[Op, ...]]:
         recorded = self.micro_batches
-        if micro_batches <= len(recorded):
-            return [*recorded[: micro_batches - 1], recorded[-1], self.end]
-        between = recorded[len(recorded) // 2]
-        return [recorded[0], *[between] * (micro_batches - 2), recorded[-1], self.end]
+        between = [recorded[len(recorded) // 2]] * (micro_batches - len(recorded))
+        first = recorded[: min(micro_batches, len(recorded)) - 1]
+        return [op for part in (*first, *between, recorded[-1], self.end) for op in part]
 
     def entries(self, micro_batches: int) -> list[Entry]:
         """The communication ledger of the whole step."""
         return entries_of(op.event for op in self.ops(micro_batches) if op.event)
-
-
-def save(trace: Trace, path: Path) -> None:
-    """Write a trace as compressed JSON."""
-    plain = {"micro_batches": trace.micro_batches, "end": trace.end, "memory": trace.memory}
-    text = json.dumps(plain, default=lambda event: [getattr(event, name) for name in _EVENT])
-    path.write_bytes(gzip.compress(text.encode(), 1))
-
-
-def load(path: Path) -> Trace:
-    plain = json.loads(gzip.decompress(path.read_bytes()))
-    parts = tuple(_ops(part) for part in plain["micro_batches"])
-    return Trace(parts, _ops(plain["end"]), plain["memory"])
-
-
-_EVENT = ("axis", "phase", "issuer", "collective", "tensor_bytes", "ranks")
-
-
-def _ops(plain: Sequence[list[Any]]) -> tuple[Op, ...]:
-    return tuple(
-        Op(
-            phase,
-            kind,
-            name,
-            _pairs(reads),
-            _pairs(writes),
-            element,
-            tuple(shape),
-            event and Event(*event),
-            fused,
-        )
-        for phase, kind, name, reads, writes, element, shape, event, fused in plain
-    )
-
-
-def _pairs(plain: list[list[int]]) -> Touched:
-    return tuple((number, size) for number, size in plain)
