@@ -24,8 +24,8 @@ INTERFACE = "eth0"
 """The same name in both: it is the only one beside `lo`."""
 RANKS_A_HOST = 2
 CONGESTION = "reno"
-"""It sends what the window allows. Some machines' default, BBR, paces by an estimate of the bandwidth, which messages of a few
-KB keep too low for many steps."""
+"""It sends what the window allows. BBR, the default of some machines, paces by the bandwidth that it has seen, and with messages
+of a few KB that is little for many steps."""
 ENDPOINT = f"{ADDRESSES['a']}:29400"
 """Where the agents meet. Nothing else listens in these namespaces, so a fixed port is free."""
 OF_OTHER_JOBS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_", "TORCHELASTIC_", "SLURM_", "HYDRA_")
