@@ -93,21 +93,26 @@ def test_a_plan_computes_what_one_process_does(
     ("size", "overrides"),
     [
         (3, ["parallel=fsdp", "train.global_batch_size=12"]),
-        (8, ["parallel=hsdp_tp"]),
+        (8, ["parallel=hsdp_tp", "model=toy_mlp"]),
+        exhaustive(8, ["parallel=hsdp_tp"]),
         exhaustive(8, ["parallel=fsdp_tp", "mesh.tp=4"]),
         exhaustive(8, ["parallel=hsdp", "mesh.dp_shard=4"]),
-        (4, ["parallel=fsdp_tp", "parallel.loss_parallel=false", "parallel.activation_checkpointing=full"]),
+        exhaustive(
+            4, ["parallel=fsdp_tp", "parallel.loss_parallel=false", "parallel.activation_checkpointing=full"]
+        ),
         (4, ["parallel=fsdp_tp", "model.vocab_size=263", "parallel.activation_checkpointing=selective"]),
-        (4, ["parallel=fsdp", "parallel.fsdp.reshard_after_forward=false"]),
+        (2, ["parallel=fsdp", "parallel.activation_checkpointing=full"]),
+        (2, ["parallel=fsdp", "parallel.fsdp.reshard_after_forward=false"]),
         (2, ["parallel=tp", "parallel.loss_parallel=false", "model.vocab_size=263"]),
-        (2, ["parallel=tp", "parallel.activation_checkpointing=selective"]),
+        exhaustive(2, ["parallel=tp", "parallel.activation_checkpointing=selective"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_sizes_and_options_change_nothing(ranks: Ranks, size: int, overrides: list[str]) -> None:
-    cfg = config("model=llama2_debug", *OPTIMIZERS["adamw"], *COMMON, *overrides)
+    model = "toy_mlp" if "model=toy_mlp" in overrides else "llama2_debug"
+    cfg = config(f"model={model}", *OPTIMIZERS["adamw"], *COMMON, *overrides)
     science = tuple(o for o in overrides if o.startswith(("model.", "train.")))
-    agree(run_on(ranks, size, cfg), one_process("llama2_debug", "adamw", *science))
+    agree(run_on(ranks, size, cfg), one_process(model, "adamw", *science))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +153,7 @@ def test_seeds_give_different_weights_and_the_same_seed_the_same() -> None:
 
 
 TIED = {"toy": twisted(Tied), "llama": ["model=llama2_debug", "model.tied=true"]}
-TIED_PLANS = [("none", 1), ("ddp", 2), ("fsdp", 2), ("tp", 2), ("fsdp_tp", 4), ("sp", 2)]
+TIED_PLANS = [("none", 1), ("ddp", 2), ("fsdp", 2), ("fsdp_tp", 4), ("tp", 2), ("sp", 2)]
 
 
 @pytest.mark.parametrize(
