@@ -228,10 +228,8 @@ def test_interleaved_shards_are_cut_into_runs() -> None:
 
 MESHES = {
     "tp": (4, "parallel=tp"),
-    "sp": (4, "parallel=sp"),
     "fsdp": (4, "parallel=fsdp"),
     "hsdp": (4, "parallel=hsdp"),
-    "fsdp_tp 2x2": (4, "parallel=fsdp_tp mesh.tp=2"),
     "fsdp_tp 4x2": (8, "parallel=fsdp_tp mesh.tp=2"),
     "fsdp_tp 2x4": (8, "parallel=fsdp_tp mesh.tp=4"),
     "hsdp_tp 2x2x2": (8, "parallel=hsdp_tp"),
