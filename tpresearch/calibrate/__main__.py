@@ -1,7 +1,7 @@
 """`python -m tpresearch.calibrate out=FILE`: measure this machine and write a cluster file.
 
 With a GPU, it measures matmuls by shape and under load, attention, memory, AdamW and launches on the first one; links between GPUs
-and hosts are taken from base=..., a file of conf/cluster. Without a GPU, it measures one thread of the CPU, and gloo between two ranks.
+and hosts are taken from base=..., a file of conf/cluster. Without a GPU, it measures one thread of the CPU, and gloo between ranks.
 """
 
 from __future__ import annotations
