@@ -69,6 +69,13 @@ def test_meshes_of_which_a_part_is_equal_are_recorded_one_after_another() -> Non
         equal_to_formulas(config("parallel=hsdp_tp", *sizes, "train.global_batch_size=32"), 16)
 
 
+def test_an_equal_mesh_with_groups_of_its_own_finds_none_of_a_recorded_one() -> None:
+    """Recording makes rank 0's groups alone, whose names then are those of other axes."""
+    words = ("model=toy_mlp", "parallel=hsdp_tp", "train.seed=5")
+    equal_to_formulas(cfg := config(*words), 4)
+    assert counted_step(4, *words).sent == expected_entries(*planned(cfg, validate(cfg, 4)), cfg)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("plan", [("fsdp_tp", "mesh.tp=8"), ("hsdp_tp", "mesh.tp=8"), ("fsdp",)])
 def test_llama2_70b_on_65536_ranks_in_20_seconds_of_processor_time(plan: tuple[str, ...]) -> None:

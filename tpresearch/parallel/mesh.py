@@ -6,13 +6,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from tpresearch.config.axes import AXES, AXIS_NAMES, DATA_AXES, MeshSizes
 
 
 def build_mesh(sizes: MeshSizes, device_type: str) -> DeviceMesh:
     """A mesh of all axes, including those of size 1, so that each can be addressed by name."""
-    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXIS_NAMES)
+    mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXIS_NAMES)
+    _forget_other_meshes(mesh)
+    return mesh
+
+
+_built: list[object] = []
+"""What tells the last mesh of this process from others."""
+
+
+def _forget_other_meshes(mesh: DeviceMesh) -> None:
+    """DTensor keeps what it once propagated, with the mesh: an equal part of another mesh would find process groups there
+    that are no more, or those of other ranks under the same names (private; torch 2.11 to 2.14)."""
+    names = [mesh.get_group(axis).group_name for axis in AXIS_NAMES]
+    this = (mesh.shape, dist.get_backend(), names)
+    if _built and _built[0] != this:
+        _clear_sharding_prop_cache()
+    _built[:] = [this]
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from tpresearch.config.axes import REPLICATE, MeshSizes
 from tpresearch.config.choices import OnNonfinite
@@ -76,7 +75,6 @@ def record(cfg: Config, sizes: MeshSizes) -> Trace:
 
 
 def _record(cfg: Config, sizes: MeshSizes) -> Trace:
-    _forget_other_meshes(sizes)
     cfg, count = traced(cfg, sizes)
     model, plan = planned(cfg, sizes)
     to_float8(model, plan.float8, cfg.train)
@@ -95,18 +93,6 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
     parts = tuple(tuple(part) for part in recorder.micro_batches)
     changes = memory.changes()
     return Trace(parts, tuple(recorder.end), by_moment(changes), changes)
-
-
-_recorded_on: list[MeshSizes] = []
-"""The mesh of the last step that was recorded in this process."""
-
-
-def _forget_other_meshes(sizes: MeshSizes) -> None:
-    """DTensor keeps what it once propagated, with the mesh: an equal part of another mesh would find process groups there
-    that are no more (private; torch 2.11 and 2.13)."""
-    if _recorded_on and _recorded_on[0] != sizes:
-        _clear_sharding_prop_cache()
-    _recorded_on[:] = [sizes]
 
 
 def _make_moments(state: TrainState) -> None:
