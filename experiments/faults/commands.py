@@ -90,9 +90,9 @@ class Commands:
         return self._start([str(TORCHRUN), *agent, f"--nproc-per-node={ranks}"], cwd, list(more), how)
 
     def _start(self, starter: list[str], cwd: Path, more: list[str], how: dict[str, Any]) -> Started:
-        goes_on = any(word.startswith("resume=run") for word in more)
-        job = [] if goes_on else [*JOB, f"hydra.run.dir={cwd}/run"]
-        logger = [] if any(word.startswith("logger") for word in more) or goes_on else ["logger=none"]
+        resumes = any(word.startswith("resume=run") for word in more)
+        job = [] if resumes else [*JOB, f"hydra.run.dir={cwd}/run"]
+        logger = [] if any(word.startswith("logger") for word in more) or resumes else ["logger=none"]
         return self._started([*starter, str(ROOT / "train.py"), *job, *logger, *more], cwd, how)
 
     def _started(self, words: list[str], cwd: Path, how: dict[str, Any]) -> Started:

@@ -42,9 +42,9 @@ def ours() -> None:
     from tpresearch.launch import Run, entrypoint
     from tpresearch.train.preflight import Preflight, glance, judge_folder, preflight
 
-    going_on = partial(preflight, goes_on=True)
+    resuming = partial(preflight, resumes=True)
 
-    @entrypoint("train", preflight, judge_folder=judge_folder, glance=glance, judge_going_on=going_on)
+    @entrypoint("train", preflight, judge_folder=judge_folder, glance=glance, judge_resumed=resuming)
     def main(job: Preflight, run: Run) -> None:
         from tpresearch.train.main import train
         from tpresearch.train.observe import Observer
