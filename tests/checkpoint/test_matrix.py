@@ -68,7 +68,7 @@ CHAINS = [
 
 
 @pytest.mark.parametrize(("model", "optimizer", "plans"), CHAINS)
-def test_each_plan_goes_on_from_another(
+def test_each_plan_resumes_from_another(
     ranks: Ranks, tmp_path: Path, model: str, optimizer: str, plans: list[str]
 ) -> None:
     total, whole_run, start = len(plans) * STEPS, None, None
@@ -83,7 +83,7 @@ def test_each_plan_goes_on_from_another(
     assert apart(went.state, whole_run.state) < 1e-10
 
 
-def test_the_same_plan_goes_on_to_the_bit(ranks: Ranks, tmp_path: Path) -> None:
+def test_the_same_plan_resumes_bitwise(ranks: Ranks, tmp_path: Path) -> None:
     size, cfg = cell("fsdp", "llama2_debug", "adamw")
     never_stopped = ranks.run(size, go, cfg, 2 * STEPS, None, tmp_path, (STEPS,))[0]
     went = ranks.run(size, go, cfg, STEPS, folder_of(tmp_path, STEPS))[0]

@@ -18,7 +18,7 @@ from tpresearch.checkpoint.disk import Checkpoint, folder_of
 from tpresearch.checkpoint.resume import (
     check_corpus,
     check_experiment,
-    checkpoints_to_go_on_from,
+    checkpoints_to_resume,
     find_checkpoint,
     run_of,
 )
@@ -165,18 +165,18 @@ def test_a_folder_without_permission_is_refused_in_one_line() -> None:
 def test_auto_never_and_a_restart(tmp_path: Path) -> None:
     started = config(*STARTED)
     never = config(*STARTED, "resume=never")
-    assert checkpoints_to_go_on_from(started, tmp_path) == []
+    assert checkpoints_to_resume(started, tmp_path) == []
     mark = of(started).mark
     for step in (3, 12):
         folder = save(tmp_path, step)
         files = disk.read_checkpoint(folder).mark.files
         (folder / disk.MARK).write_text(disk.mark_text(dataclasses.replace(mark, step=step, files=files)))
-    assert [c.step for c in checkpoints_to_go_on_from(started, tmp_path)] == [12, 3]
-    assert checkpoints_to_go_on_from(never, tmp_path) == []
-    assert [c.step for c in checkpoints_to_go_on_from(never, tmp_path, restarted=True)] == [12, 3]
+    assert [c.step for c in checkpoints_to_resume(started, tmp_path)] == [12, 3]
+    assert checkpoints_to_resume(never, tmp_path) == []
+    assert [c.step for c in checkpoints_to_resume(never, tmp_path, restarted=True)] == [12, 3]
     older = config(*STARTED, f"resume={folder_of(tmp_path, 3)}")
-    assert [c.step for c in checkpoints_to_go_on_from(older, tmp_path)] == [3]
-    assert [c.step for c in checkpoints_to_go_on_from(older, tmp_path, restarted=True)] == [12, 3]
+    assert [c.step for c in checkpoints_to_resume(older, tmp_path)] == [3]
+    assert [c.step for c in checkpoints_to_resume(older, tmp_path, restarted=True)] == [12, 3]
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
     assert (arguments.config_name, arguments.config_dir) == ("train", "/mine")
 
 
-def test_a_run_goes_on_in_its_own_folder(run: Path) -> None:
+def test_a_run_resumes_in_its_own_folder(run: Path) -> None:
     for overrides in (["train.steps=3"], ["resume=auto", "hydra.run.dir=x"], ["resume=never"]):
         arguments = Namespace(multirun=False, overrides=list(overrides), config_name=None, config_dir=None)
         assert type_again(arguments) is None

@@ -42,7 +42,7 @@ def alone(cfg: Config, steps: int, start: Path | None = None, run: Path | None =
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_goes_on_to_the_bit(tmp_path: Path, kind: str) -> None:
+def test_it_resumes_bitwise(tmp_path: Path, kind: str) -> None:
     cfg = config("parallel=none", *KINDS[kind])
     never_stopped = alone(cfg, 4, run=tmp_path, at=2)
     went = alone(cfg, 2, start=folder_of(tmp_path, 2))

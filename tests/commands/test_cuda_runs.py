@@ -68,7 +68,7 @@ def test_compiled_steps_are_the_eager_ones_and_are_timed_and_weighed(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_killed_run_goes_on_to_the_bit_from_checkpoints_written_beside_its_steps(
+def test_a_killed_run_resumes_bitwise_from_checkpoints_written_beside_its_steps(
     small: list[str], home: Path, tmp_path: Path, dtype: str
 ) -> None:
     settings = (f"train.dtype={dtype}", "train.steps=400", "checkpoint.every=5", "train.eval_rows=0")

@@ -59,7 +59,7 @@ def runs_of(clone: Path) -> set[Path]:
     return set(clone.glob("outputs/train/*/*/metrics.jsonl"))
 
 
-def test_from_a_clone_to_a_run_that_goes_on(
+def test_from_a_clone_to_a_run_that_resumes(
     clone: Path, env: dict[str, str], typed: Callable[[str], Done]
 ) -> None:
     blocks = re.findall(r"^```bash\n(.*?)^```", (clone / "README.md").read_text(), re.DOTALL | re.MULTILINE)
@@ -95,8 +95,8 @@ def test_from_a_clone_to_a_run_that_goes_on(
         out, err = run.communicate()
     assert run.returncode == 130, err
     assert "Traceback" not in err
-    stopped, _, goes_on = out.partition("stopped by SIGINT after step ")[2].partition("; to resume: ")
-    ended = typed(goes_on.splitlines()[0])
+    stopped, _, resumes = out.partition("stopped by SIGINT after step ")[2].partition("; to resume: ")
+    ended = typed(resumes.splitlines()[0])
     assert f"step {stopped}" in ended.err
     assert "100 (" in ended.out
     assert "completed" in ended.out

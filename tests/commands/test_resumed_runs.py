@@ -29,7 +29,7 @@ def files(run: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_goes_on_under_another_plan_and_another_experiment_is_refused(
+def test_a_run_resumes_under_another_plan_and_another_experiment_is_refused(
     train: Start, tmp_path: Path
 ) -> None:
     run = tmp_path / "mine"

@@ -192,7 +192,7 @@ def test_what_an_earlier_start_left_is_kept_beside_the_new_one(sweep: Sweep) -> 
     assert {path.name for path in sweep.folder.glob("0*")} == {"0.earlier-1", "0.earlier-2"}
 
 
-def test_a_job_with_a_checkpoint_goes_on_where_it_is(
+def test_a_job_with_a_checkpoint_resumes_where_it_is(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def left() -> set[str]:

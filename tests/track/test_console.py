@@ -202,7 +202,7 @@ def test_the_report_says_why_a_sum_of_outputs_falls_without_end(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("checkpoint", "typed"), [(True, "resume=r"), (False, "model=mine")])
-def test_a_stopped_run_ends_in_the_command_that_goes_on(
+def test_a_stopped_run_ends_in_the_command_that_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: bool, typed: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

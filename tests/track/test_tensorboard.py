@@ -36,12 +36,12 @@ def test_every_row_is_in_the_event_files(track: Callable[..., Tracker], run_dir:
     assert "perf/mfu" not in events.Tags()["scalars"]  # undefined on a CPU
 
 
-def test_a_run_that_goes_on_shows_each_step_once(track: Callable[..., Tracker], run_dir: Path) -> None:
+def test_a_run_that_resumes_shows_each_step_once(track: Callable[..., Tracker], run_dir: Path) -> None:
     first = track()
     log_steps(first, last=6)
     first.finish(status="preempted")
     second = track()
-    second.go_on_from(4)
+    second.resume_from(4)
     log_steps(second, first=5)
     second.finish()
     assert [step for step, _ in curve(run_dir, "train/loss")] == list(range(1, STEPS + 1))

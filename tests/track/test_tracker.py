@@ -198,7 +198,7 @@ def test_what_cannot_be_written_at_the_end_is_found_at_the_start(
         track()
 
 
-def test_a_run_that_may_not_go_on_keeps_its_record(
+def test_a_run_that_may_not_resume_keeps_its_record(
     track: Callable[..., Tracker], run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(track())

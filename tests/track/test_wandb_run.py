@@ -109,14 +109,14 @@ def test_auto_does_what_the_environment_asks(
     assert len(list((run_dir / "wandb").glob("offline-run-*"))) == folders
 
 
-def test_a_run_that_goes_on_continues_its_own_with_each_row_once(
+def test_a_run_that_resumes_continues_its_own_with_each_row_once(
     track: Callable[..., Tracker], server: FakeWandb, run_dir: Path
 ) -> None:
     with pytest.raises(RuntimeError):
         train(track(), last=5, ending=RuntimeError("lost a node"))
     assert only_run(server).exit_code == 1
     resumed = track(start_step=4)  # the checkpoint was of step 4, so step 5 is taken again
-    resumed.go_on_from(4)
+    resumed.resume_from(4)
     train(resumed, first=5)
     arrived = only_run(server)
     assert [r["train/step"] for r in logged(arrived)] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -127,7 +127,7 @@ def test_a_run_that_goes_on_continues_its_own_with_each_row_once(
     assert len(read_metrics(run_dir)) == STEPS
 
 
-def test_rows_that_did_not_arrive_before_a_client_was_killed_arrive_when_the_run_goes_on(
+def test_rows_that_did_not_arrive_before_a_client_was_killed_arrive_when_the_run_resumes(
     track: Callable[..., Tracker], server: FakeWandb, run_dir: Path
 ) -> None:
     train(track(), last=6)
@@ -136,12 +136,12 @@ def test_rows_that_did_not_arrive_before_a_client_was_killed_arrive_when_the_run
         del arrived.rows[key]
     arrived.summary["_step"] = 3
     resumed = track(start_step=6)
-    resumed.go_on_from(6)
+    resumed.resume_from(6)
     train(resumed, first=7)
     assert [r["train/step"] for r in logged(only_run(server))] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_rows_that_were_not_on_disk_before_an_offline_client_was_killed_are_when_the_run_goes_on(
+def test_rows_that_were_not_on_disk_before_an_offline_client_was_killed_are_when_the_run_resumes(
     track: Callable[..., Tracker], server: FakeWandb, cfg: Config, run_dir: Path
 ) -> None:
     cfg.logger.mode = WandbMode.offline
@@ -155,7 +155,7 @@ def test_rows_that_were_not_on_disk_before_an_offline_client_was_killed_are_when
     os.truncate(path, path.read_bytes().rfind(whole) + len(whole))  # W&B syncs nothing after half a record
     assert rows_on_disk([folder]) == 5
     resumed = track(start_step=6)
-    resumed.go_on_from(6)
+    resumed.resume_from(6)
     train(resumed, first=7)
     sync(server, *sorted((run_dir / "wandb").glob("offline-run-*")))
     assert [r["train/step"] for r in logged(only_run(server))] == [1, 2, 3, 4, 5, 6, 7, 8]

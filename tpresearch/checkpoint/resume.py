@@ -53,7 +53,7 @@ def find_checkpoint(path: Path, field: str = "checkpoint") -> Checkpoint:
     return _candidates(path, field)[0]
 
 
-def checkpoints_to_go_on_from(cfg: Config, run: Path, restarted: bool = False) -> list[Checkpoint]:
+def checkpoints_to_resume(cfg: Config, run: Path, restarted: bool = False) -> list[Checkpoint]:
     """The complete checkpoints that `resume` selects for a run in this folder, newest first; none for a new run.
 
     Args:

@@ -45,7 +45,7 @@ from tpresearch.launch.garbage import uncollected
 from tpresearch.launch.help import help_text
 from tpresearch.launch.logs import IN_FILES_ONLY, print_without_fail, start_logging
 from tpresearch.launch.refuse import fail, objection_to, refuse
-from tpresearch.launch.run_dir import agreed, may_go_on, register_resolvers, sweep_folder, tell_other_hosts
+from tpresearch.launch.run_dir import agreed, may_resume, register_resolvers, sweep_folder, tell_other_hosts
 from tpresearch.launch.stop import end_with_parent
 
 log = logging.getLogger(__name__)
@@ -92,20 +92,20 @@ class Program(Generic[Judged]):
     glance: Callable[[Config, World], object] | None = None
     """The part of the judge that costs less than a second; it validates proposed commands, unless the judge itself has
     already done so."""
-    judge_going_on: Callable[[Config, World], Judged] | None = None
+    judge_resumed: Callable[[Config, World], Judged] | None = None
     """Replaces judge if there are checkpoints to resume from, so that the source of the initial weights is not
     checked."""
 
-    def judged(self, cfg: Config, world: World, goes_on: bool) -> Judged:
+    def judged(self, cfg: Config, world: World, resumes: bool) -> Judged:
         """The result of validating a config; raises a ConfigError for the first error."""
-        judge = self.judge_going_on if goes_on and self.judge_going_on else self.judge
+        judge = self.judge_resumed if resumes and self.judge_resumed else self.judge
         return judge(cfg, world)
 
     def __call__(self, composed: DictConfig | None = None) -> None:
         """The whole command; or, for a launcher that runs jobs in this process, one that Hydra has composed."""
         if composed is not None:
             world = World.from_environment()
-            return _call_main(self, self.judged(typed_config(composed), world, goes_on=False), world)
+            return _call_main(self, self.judged(typed_config(composed), world, resumes=False), world)
         print_without_fail()
         register_schema()  # before anything is refused: what is proposed is composed
         register_resolvers()
@@ -135,8 +135,8 @@ class Program(Generic[Judged]):
     def objection(self, command: Command) -> ConfigError | None:
         """The reason for which it would refuse another command; None if it would run."""
         judge = self.glance if self.glance and "torch" not in sys.modules else self.judge
-        script, goes_on = inspect.getfile(self.main), self.judge_folder is not None
-        return objection_to(command, script, self.config_name, judge, goes_on)
+        script, resumes = inspect.getfile(self.main), self.judge_folder is not None
+        return objection_to(command, script, self.config_name, judge, resumes)
 
 
 def entrypoint(
@@ -170,7 +170,7 @@ def _start(program: Program[Judged], world: World) -> None:
         cfg = typed_config(config)
     refuse_secrets(OmegaConf.to_container(config.hydra.job, resolve=False))
     with uncollected():  # most judges import torch
-        judged = program.judged(cfg, world, may_go_on(config, Path(config.hydra.run.dir)))
+        judged = program.judged(cfg, world, may_resume(config, Path(config.hydra.run.dir)))
     interrupt.begun()
     with ExitStack() as held:
         with explaining(composition):

@@ -105,17 +105,17 @@ MOST_JOBS = 16
 
 
 def objection_to(
-    command: Command, script: str, config_name: str, judge: Callable[[Config, World], object], goes_on: bool
+    command: Command, script: str, config_name: str, judge: Callable[[Config, World], object], resumes: bool
 ) -> ConfigError | None:
     """The reason for which a program would refuse this command, as far as its judge can tell; None if it would run.
 
     Args:
         script: the file of its main.
-        goes_on: whether it can resume an earlier run (`resume`).
+        resumes: whether it can resume an earlier run (`resume`).
     """
     try:
         with typed_as(command):
-            _judge(command, script, config_name, judge, goes_on)
+            _judge(command, script, config_name, judge, resumes)
     except ConfigError as error:
         return error
     except (Exception, SystemExit) as error:
@@ -124,13 +124,13 @@ def objection_to(
 
 
 def _judge(
-    command: Command, script: str, config_name: str, judge: Callable[[Config, World], object], goes_on: bool
+    command: Command, script: str, config_name: str, judge: Callable[[Config, World], object], resumes: bool
 ) -> None:
     arguments, unknown = hydra_app.parse_command_line()
     if unknown:
         drop = dict.fromkeys(unknown)
         raise ConfigError("flags", " ".join(unknown), "not understood", "key=value", fix=drop)
-    if goes_on:
+    if resumes:
         type_again(arguments)
     composition = Composition.of(arguments, config_name)
     with explaining(composition):

@@ -52,7 +52,7 @@ def dated_folder(name: str, at: datetime | None = None) -> str:
     return f"outputs/{name}/{at or datetime.now():%Y-%m-%d/%H-%M-%S}"
 
 
-def may_go_on(composed: DictConfig, folder: Path) -> bool:
+def may_resume(composed: DictConfig, folder: Path) -> bool:
     """Whether a run in this folder may find its own checkpoints, judging before the folder is agreed upon."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return True
@@ -77,7 +77,7 @@ def agreed(composed: DictConfig, world: World) -> Iterator[tuple[Path, bool]]:
     given = _is_given(composed.hydra.run)
     wanted = Path(composed.hydra.run.dir)
     name = str(composed.get("name") or "run")
-    goes_on = composed.get("resume") != NEVER
+    resumes = composed.get("resume") != NEVER
 
     def claim(held: ExitStack, started: Path | None = None) -> Path:
         """The folder of this job; `started` is the one that it had before torchrun started it again."""
@@ -85,7 +85,7 @@ def agreed(composed: DictConfig, world: World) -> Iterator[tuple[Path, bool]]:
         check_ours(folder)
         with writing("hydra.run.dir", folder, _elsewhere("hydra.run.dir", name)):
             held.enter_context(locked(folder, PATIENCE.seconds if started else 0))
-            if not started and not (goes_on and step_folders(folder)):
+            if not started and not (resumes and step_folders(folder)):
                 make_room(folder)
         return folder
 

@@ -95,7 +95,7 @@ def may_be_jobs(folder: Path) -> bool:
     return folder.is_dir() and (ours or not any(folder.iterdir()))
 
 
-def goes_on(job: Job) -> bool:
+def resumes(job: Job) -> bool:
     """Whether an earlier start of this job has left a checkpoint, from which it will resume in its folder."""
     try:
         same = signature(read_record(job.folder / "config.yaml"), job.ranks) == job.signature

@@ -19,7 +19,7 @@ from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import TorchrunConfig
 from tpresearch.interrupt import INTERRUPTED
 from tpresearch.launch.claim import locked
-from tpresearch.sweep.job import Job, Outcome, goes_on, outcome_of
+from tpresearch.sweep.job import Job, Outcome, outcome_of, resumes
 from tpresearch.sweep.planning import Planner, with_folders
 from tpresearch.sweep.running import Devices, JobProcess, StartJob, await_earlier, ending_signals, run_jobs
 from tpresearch.track.shown import duration_text
@@ -75,7 +75,7 @@ class TorchrunLauncher(Launcher):
         def on_start(job: Job) -> None:
             began[job.number] = time.monotonic()
             ranks = f"{job.ranks} rank{'s' if job.ranks > 1 else ''}"
-            begins = "resumes" if goes_on(job) else "starts"
+            begins = "resumes" if resumes(job) else "starts"
             said = [
                 f"job {job.number} {begins} on {ranks}: {' '.join(job.overrides)}",
                 str(job.folder),

@@ -23,7 +23,7 @@ from tpresearch.launch.composition import Composition, typed_config
 from tpresearch.launch.explain import explaining
 from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
 from tpresearch.launch.refuse import typed_as
-from tpresearch.launch.run_dir import may_go_on
+from tpresearch.launch.run_dir import may_resume
 from tpresearch.sweep.job import Job, completed_runs, may_be_jobs, passed_on, signature, slots_of, wandb_group
 from tpresearch.track.wandb_host import LONGEST_TAG
 
@@ -86,7 +86,7 @@ class Planner:
             here = self.ranks_per_node is None
             world = World(0, ranks, 0, ranks // nodes, elastic=ranks > 1, here=here)
             with typed_as(Command(tuple(overrides))):
-                judged = self.judge(cfg, world, may_go_on(composed, folder))
+                judged = self.judge(cfg, world, may_resume(composed, folder))
         except ConfigError as error:
             raise _refused(error, number, overrides) from None
         wanted = settings.slots or ranks

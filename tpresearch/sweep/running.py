@@ -23,7 +23,7 @@ from tpresearch.agent import TO_SAVE_S
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER, free_name, locked
 from tpresearch.launch.stop import end_with_parent
-from tpresearch.sweep.job import CONSOLE_LOG, STOPPED, Job, goes_on
+from tpresearch.sweep.job import CONSOLE_LOG, STOPPED, Job, resumes
 
 POLL_S = 0.1
 GRACE_S = TO_SAVE_S + 30
@@ -213,7 +213,7 @@ def set_aside(job: Job) -> None:
     folder = job.folder
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if goes_on(job):
+    if resumes(job):
         for path in (folder / CONSOLE_LOG, folder / "summary.json"):
             with suppress(FileNotFoundError):
                 path.rename(path.with_stem(f"{path.stem}{EARLIER}1"))

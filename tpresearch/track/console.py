@@ -147,7 +147,7 @@ def _lines(
 ) -> Iterator[Text]:
     if summary["status"] in STOPPED and next_steps:
         yield Text(
-            f"{summary['error']} after step {summary['steps']}; to resume: {next_steps.to_go_on(run_dir)}"
+            f"{summary['error']} after step {summary['steps']}; to resume: {next_steps.to_resume(run_dir)}"
         )
     elif summary.get("error"):
         yield Text(f"error  {summary['error']}", style="red")
@@ -224,7 +224,7 @@ class NextSteps:
             (f"cat {path_text(run_dir)}/plan.txt", "what each rank holds and sends"),
         ]
 
-    def to_go_on(self, run_dir: Path) -> str:
+    def to_resume(self, run_dir: Path) -> str:
         """The command that resumes a stopped run, or restarts it if it has no checkpoint."""
         if not any((run_dir / "checkpoints").glob("step-*")):
             return shown(self.command)

@@ -73,7 +73,7 @@ class Tracker:
     Args:
         run_dir: the run's folder. One that has been tracked before is continued, in W&B too.
         total_steps: the step at which the run ends.
-        start_step: the step from which this process is to set out: see `go_on_from`.
+        start_step: the step from which this process is to set out: see `resume_from`.
         plan: the compiled plan as it was printed, for plan.txt.
         next_steps: commands that the report suggests.
         console: where the progress and the report go; standard output by default.
@@ -126,7 +126,7 @@ class Tracker:
             config=config,
         )
 
-    def go_on_from(self, step: int) -> None:
+    def resume_from(self, step: int) -> None:
         """Before the first row: continue after this step, discarding rows of later ones."""
         self._start_step = self._last_step = step
         self._metrics.cut_after(step)

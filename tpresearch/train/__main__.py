@@ -13,7 +13,7 @@ from tpresearch.train.preflight import Preflight, glance, judge_folder, prefligh
     judge=preflight,
     judge_folder=judge_folder,
     glance=glance,
-    judge_going_on=partial(preflight, goes_on=True),
+    judge_resumed=partial(preflight, resumes=True),
 )
 def main(judged: Preflight, run: Run) -> None:
     from tpresearch.train.main import train  # late: a refused config should not wait for all of torch

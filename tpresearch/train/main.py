@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.checkpoint.disk import Checkpoint
 from tpresearch.checkpoint.load import restore
-from tpresearch.checkpoint.resume import agreed_on, check_corpus, checkpoints_to_go_on_from
+from tpresearch.checkpoint.resume import agreed_on, check_corpus, checkpoints_to_resume
 from tpresearch.checkpoint.together import own_group
 from tpresearch.config.axes import AXES
 from tpresearch.config.errors import ConfigError
@@ -36,7 +36,7 @@ from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import Preflight
 from tpresearch.train.profile import Trace
-from tpresearch.train.saving import check_disk, is_complete, saver_of, say_where_it_goes_on
+from tpresearch.train.saving import check_disk, is_complete, saver_of, say_how_to_resume
 from tpresearch.train.speed import Speed
 from tpresearch.train.stopping import AgreedStop
 from tpresearch.train.watch import CountedStep, PeakMemory, Timing
@@ -64,7 +64,7 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
     with StopFlag() as flag:
         corpus = prepare(job.cfg.data, job.cfg.tokenizer, run.world, flag.check)
         check_rows(corpus, job)
-        found = checkpoints_to_go_on_from(job.cfg, run.folder, run.restarted)
+        found = checkpoints_to_resume(job.cfg, run.folder, run.restarted)
         for checkpoint in found:
             check_corpus(checkpoint.mark, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
         if is_complete(found, job, run):
@@ -111,9 +111,9 @@ def train_on(
             log.info(note)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", shown)
         if loop.state.step:
-            say_where_it_goes_on(found, loop.state.step, job)
+            say_how_to_resume(found, loop.state.step, job)
         if tracker:
-            tracker.go_on_from(loop.state.step)
+            tracker.resume_from(loop.state.step)
         for row in loop.rows():
             if tracker:
                 tracker.log(row)

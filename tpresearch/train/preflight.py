@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from tpresearch.checkpoint.resume import checkpoints_to_go_on_from, find_checkpoint
+from tpresearch.checkpoint.resume import checkpoints_to_resume, find_checkpoint
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Float8, Loss
 from tpresearch.config.compose import as_dict
@@ -62,24 +62,24 @@ class Preflight:
         return "\n".join([f"{about} world_size={self.sizes.world}: {self.sizes.nontrivial()}", *self.notes])
 
 
-def preflight(cfg: Config, world: World, goes_on: bool = False) -> Preflight:
+def preflight(cfg: Config, world: World, resumes: bool = False) -> Preflight:
     """Validate the config, the data paths, the device, and the plan against the model; cheapest first.
 
     Args:
-        goes_on: whether the run takes its weights from its own checkpoint, so that `init_from` is not checked.
+        resumes: whether the run takes its weights from its own checkpoint, so that `init_from` is not checked.
 
     Raises:
         ConfigError: for the first error.
     """
     try:
-        return _judged(cfg, world, goes_on)
+        return _judged(cfg, world, resumes)
     except ConfigError as error:
         if cfg.plan_only and error.nproc:  # plan_only starts no ranks: their number is an override
             error.fix["world_size"], error.nproc = error.nproc, None
         raise
 
 
-def _judged(cfg: Config, world: World, goes_on: bool) -> Preflight:
+def _judged(cfg: Config, world: World, resumes: bool) -> Preflight:
     sizes = glance(cfg, world)
     from tpresearch.parallel.device import choose_device  # late: they import torch
     from tpresearch.parallel.float8 import check_float8
@@ -94,7 +94,7 @@ def _judged(cfg: Config, world: World, goes_on: bool) -> Preflight:
         if (rows := cfg.train.global_batch_size) != asked:
             notes.append(f"train.global_batch_size={asked} does not fit this mesh: shown for {rows}")
     model, plan = planned(cfg, sizes)
-    if not goes_on:
+    if not resumes:
         check_first_weights(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
 
@@ -166,10 +166,10 @@ def judge_folder(job: Preflight, folder: Path, restarted: bool) -> None:
     """Refuse a run folder with checkpoints that this config cannot resume from, before anything in it is touched.
 
     Raises:
-        ConfigError: see `checkpoints_to_go_on_from`.
+        ConfigError: see `checkpoints_to_resume`.
     """
     if job.device is not None:
-        checkpoints_to_go_on_from(job.cfg, folder, restarted)
+        checkpoints_to_resume(job.cfg, folder, restarted)
 
 
 def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:

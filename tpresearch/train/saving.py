@@ -101,7 +101,7 @@ def checkpoint_bytes(job: Preflight) -> int:
     return (1 + job.cfg.optimizer.moments) * sum(sizes)
 
 
-def say_where_it_goes_on(found: list[Checkpoint], step: int, job: Preflight) -> None:
+def say_how_to_resume(found: list[Checkpoint], step: int, job: Preflight) -> None:
     """A line in the log; and where the budget has grown, what that does to the learning rate."""
     checkpoint = next(c for c in found if c.step == step)
     mark, cfg, steps = checkpoint.mark, job.cfg, total_steps(job.cfg)
