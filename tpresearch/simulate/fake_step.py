@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -80,7 +81,9 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
     to_float8(model, plan.float8, cfg.train)
     with rank_0_of(sizes) as mesh:
         model = parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+            # Of fake tensors alone: a linear layer's output is a view there.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             materialize(model, FAKE.torch, lambda _: None)
             state = first_state(model, cfg, plan, mesh)
             setup = Setup(cfg, plan, mesh, FAKE, objective_of(cfg, plan), Observers())
