@@ -126,6 +126,7 @@ def test_a_cluster_without_matmuls_in_float8_need_not_say_so() -> None:
     plain = yaml.safe_load(CLUSTERS[0].read_text())
     del plain["numbers"]["peak_tflops_float8"]
     assert cluster_of(plain)["peak_tflops_float8"] == 0.0
+    assert "peak_tflops_float8" not in dict(cluster_of(plain).assumptions())
     plain["numbers"]["peak_tflops_float8"] = 0
     with pytest.raises(ConfigError, match=r"^cluster.numbers.peak_tflops_float8=0"):
         cluster_of(plain)

@@ -44,9 +44,7 @@ def main() -> None:
     except ConfigError as error:
         if options.base is None:
             raise
-        why = (
-            f"with its numbers, {error.field} would be {error.value}: it has other GPUs than the one measured"
-        )
+        why = f"it has other GPUs than the one measured: {error.field} would be {error.value}"
         raise ConfigError("base", options.base, why, "a cluster of such GPUs", {}) from error
     path.write_text(as_yaml(plain))
     for name, number in plain["numbers"].items():
@@ -86,16 +84,12 @@ def _base(option: str | None, card: str, memory_bytes: int) -> dict[str, Any]:
     folder = conf_dir() / "cluster"
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     if option is None:
-        option = _with_such_gpus(
-            {name: yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in names},
-            card,
-            memory_bytes,
-        )
+        known = {name: yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in names}
+        option = _with_such_gpus(known, card, memory_bytes)
     path = folder / f"{option}.yaml"
     if option not in names:
-        why = (
-            "no such cluster" if option else f"no cluster of conf/cluster has such GPUs ({card or 'unnamed'})"
-        )
+        unknown = f"no cluster of conf/cluster has such GPUs ({card or 'unnamed'})"
+        why = "no such cluster" if option else unknown
         raise ConfigError("base", option, why, "one of " + " ".join(names), {})
     found: dict[str, Any] = yaml.safe_load(path.read_text())
     if cluster_of(found).is_host:
@@ -111,11 +105,8 @@ def _with_such_gpus(clusters: dict[str, dict[str, Any]], card: str, memory_bytes
         return ("PCIe" in device) != ("PCIe" in card), abs(numbers["memory_gb"]["value"] - memory_bytes / 1e9)
 
     words = re.split("[ -]", card)
-    return min(
-        (name for name in clusters if clusters[name]["device"].split()[1] in words),
-        key=distance,
-        default=None,
-    )
+    alike = [name for name in clusters if clusters[name]["device"].split()[1] in words]
+    return min(alike, key=distance, default=None)
 
 
 def _of_cpu(name: str) -> dict[str, Any]:

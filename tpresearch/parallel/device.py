@@ -77,7 +77,12 @@ def check_device(cfg: Config, device: Device) -> None:
         raise ConfigError("parallel.compile", True, lack, "false on this machine")
     heads, kv_heads = (cfg.model.args.get(name) for name in ("n_heads", "n_kv_heads"))
     mode = cfg.parallel.activation_checkpointing
-    if mode is Checkpointing.budget and on_cuda and heads != kv_heads and torch.__version__ < "2.13":
+    if (
+        mode is Checkpointing.budget
+        and on_cuda
+        and kv_heads not in (None, heads)
+        and torch.__version__ < "2.13"
+    ):
         why = "torch below 2.13 cannot count the FLOPs of attention whose heads share keys (n_kv_heads)"
         fix = {"parallel.activation_checkpointing": "selective"}
         raise ConfigError("parallel.activation_checkpointing", mode, why, "none, selective or full", fix=fix)

@@ -148,9 +148,10 @@ class Cluster:
         return -(-world // self.devices_per_host)
 
     def assumptions(self) -> Iterator[tuple[str, Number]]:
-        """Its numbers, the least certain first."""
+        """The numbers that it states, the least certain first."""
         order = list(Kind)
-        yield from sorted(self.numbers.items(), key=lambda item: order.index(item[1].kind))
+        stated = [(name, number) for name, number in self.numbers.items() if number is not UNSTATED.get(name)]
+        yield from sorted(stated, key=lambda item: order.index(item[1].kind))
 
 
 def cluster_of(plain: Mapping[str, Any]) -> Cluster:

@@ -55,11 +55,9 @@ def _float8_lack(cfg: Config, cluster: Cluster) -> str | None:
         return "its emulation is not simulated"
     if not cluster["peak_tflops_float8"]:
         return f"cluster {cluster.name} states no peak_tflops_float8 above 0"
-    return (
-        None
-        if importlib.util.find_spec("torchao")
-        else "torchao is not installed: pip install 'tpresearch[float8]'"
-    )
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed: pip install 'tpresearch[float8]'"
+    return None
 
 
 def _ranks(cfg: Config, cluster: Cluster) -> int:

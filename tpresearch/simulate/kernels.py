@@ -36,7 +36,7 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
     Compiled blocks run their elementwise ops in one kernel between two matmuls; the loss and what comes before the first
     matmul of backward lie outside of blocks. A norm that CUDA runs as one kernel is one in eager code too, and on a CPU many.
     """
-    if compiled:
+    if compiled and any(op.kind == "gemm" and op.element == 1 for op in ops):
         ops = _cast_once(ops)
     last_read = {number: place for place, op in enumerate(ops) for number, _ in op.reads}
     found: list[Kernel] = []
