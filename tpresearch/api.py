@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import AXIS_NAMES, DATA_AXES
 from tpresearch.config.compose import register_schema
-from tpresearch.config.validate import SHOWN_WORLD, ranks_needed
+from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed
 from tpresearch.config.values import check_bounds
 from tpresearch.config.world import World
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
@@ -166,7 +166,7 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     world, cfg = World.from_environment(), dataclasses.replace(cfg, plan_only=False)
     check_bounds(cfg)
     alone = world.size == 1 and not world.elastic
-    if alone and (ranks := world_size or ranks_needed(cfg, SHOWN_WORLD)) > 1:
+    if alone and (ranks := world_size or ranks_needed(cfg, DEFAULT_PLAN_RANKS)) > 1:
         return _to_look_at(cfg, ranks)
     job = preflight(cfg, world)
     assert job.device

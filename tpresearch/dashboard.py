@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from tpresearch.config.errors import ConfigError, first_line, writing
-from tpresearch.config.network import answers
+from tpresearch.config.errors import ConfigError, first_line, refuse_unwritable
+from tpresearch.config.network import is_reachable
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import WrongCommand
 from tpresearch.launch.options import command, read_options
@@ -72,7 +72,7 @@ def write(options: Options) -> None:
     for kind, view in _views(options, options.entity or "").items():
         path = folder / f"{kind}.json"
         content = view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
-        with writing("out", folder, {"out": "dashboard"}):
+        with refuse_unwritable("out", folder, {"out": "dashboard"}):
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         print(f"{kind:<10} {path_text(path)}")
@@ -110,7 +110,7 @@ def _views(options: Options, entity: str) -> dict[str, Any]:
 def _require_host(settings: wandb.Settings) -> None:
     if not has_key(settings):
         why, legal = "there is no W&B API key", "a key by `wandb login` or WANDB_API_KEY, or a dry run"
-    elif not answers(settings.base_url):
+    elif not is_reachable(settings.base_url):
         why, legal = f"{settings.base_url} does not answer", "a host that does (WANDB_BASE_URL), or a dry run"
     else:
         return

@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tpresearch.config.compose import register_schema, typed
+from tpresearch.config.compose import register_schema, to_config
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.hf.export import write_config, write_weights
@@ -52,7 +52,7 @@ def config(model: str, plan: str) -> Config:
     register_resolvers()
     typed_words = [f"model={model}", "tokenizer=bpe_32k", "data=random_tokens", "data.seq_len=16"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return typed(
+        return to_config(
             compose("train", [*typed_words, "train.global_batch_size=64", *f"parallel={plan}".split()])
         )
 

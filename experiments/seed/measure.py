@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from tpresearch.config import Config
-from tpresearch.config.compose import register_schema, typed
+from tpresearch.config.compose import register_schema, to_config
 from tpresearch.config.schema import Dtype
 from tpresearch.config.validate import validate
 from tpresearch.data.pipeline import prepare
@@ -119,7 +119,7 @@ def composed(name: str, words: list[str]) -> Config:
     GlobalHydra.instance().clear()
     overrides = [word for word in words if "=" in word and not word.startswith(("-", "hydra."))]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return typed(compose(name, overrides=overrides))
+        return to_config(compose(name, overrides=overrides))
 
 
 def verified(case: Case, ranks: Ranks) -> dict[str, MaxError]:

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from inter_host import crossing_hops, gloo_bytes_each_way, ring_bytes_each_way
 
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.compose import register_schema, typed
+from tpresearch.config.compose import register_schema, to_config
 from tpresearch.config.validate import validate
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
@@ -34,7 +34,7 @@ def entries_of_step(overrides: list[str], ranks_a_host: int) -> tuple[list[Entry
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = typed(compose("train", overrides=[*overrides, "logger=none"]))
+        cfg = to_config(compose("train", overrides=[*overrides, "logger=none"]))
     sizes = validate(cfg, 2 * ranks_a_host, hosts=2)
     entries = expected_entries(*planned(cfg, sizes), cfg)
     assert entries is not None, f"no formula for {overrides}"

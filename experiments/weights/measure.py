@@ -23,7 +23,7 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tpresearch.config.compose import register_schema, typed
+from tpresearch.config.compose import register_schema, to_config
 from tpresearch.config.validate import validate
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
@@ -66,7 +66,7 @@ def measure(overrides: str, ranks: int, rank: int) -> dict[str, object]:
     register_schema()
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = typed(compose("train", overrides=[*MODEL, *overrides.split()]))
+        cfg = to_config(compose("train", overrides=[*MODEL, *overrides.split()]))
     sizes, cpu = validate(cfg, ranks), torch.device("cpu")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     mesh = build_mesh(sizes, "cpu")

@@ -23,7 +23,7 @@ from tpresearch.checkpoint.resume import (
     run_of,
 )
 from tpresearch.config import Config, ConfigError
-from tpresearch.config.compared import experiment
+from tpresearch.config.comparable import experiment_config
 from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import total_steps
 from tpresearch.launch.command import type_again
@@ -32,7 +32,7 @@ STARTED = ("model=llama2_debug", "parallel=tp", "train.steps=50")
 
 
 def of(cfg: Config) -> Checkpoint:
-    mark = dataclasses.replace(ABOUT, experiment=experiment(as_dict(cfg)), steps=total_steps(cfg))
+    mark = dataclasses.replace(ABOUT, experiment=experiment_config(as_dict(cfg)), steps=total_steps(cfg))
     return Checkpoint(Path("run/checkpoints/step-00000007"), mark)
 
 

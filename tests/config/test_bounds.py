@@ -11,11 +11,11 @@ from support.composed import config
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import ComposedConfig
-from tpresearch.config.values import Within, _declared, check_bounds
+from tpresearch.config.values import Within, _annotations, check_bounds
 
 
 def bounded(kind: type = ComposedConfig, prefix: str = "") -> Iterator[tuple[str, Within]]:
-    for name, declares in _declared(kind).items():
+    for name, declares in _annotations(kind).items():
         yield from ((f"{prefix}{name}", bound) for bound in declares if isinstance(bound, Within))
     for field in dataclasses.fields(kind):
         default = field.default_factory() if callable(field.default_factory) else None

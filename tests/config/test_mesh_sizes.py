@@ -6,7 +6,7 @@ import pytest
 from support.composed import config
 
 from tpresearch.config import ConfigError
-from tpresearch.config.mesh import of_one_rank
+from tpresearch.config.mesh import warning_of_unused_axes
 from tpresearch.config.validate import planned_world, total_steps, validate, with_batch_that_fits
 
 
@@ -140,7 +140,7 @@ def test_an_axis_of_one_rank_that_the_plan_is_named_for_is_said(
     overrides: list[str], world: int, says: str | None
 ) -> None:
     cfg = config(*overrides)
-    said = of_one_rank(validate(cfg, world), cfg.parallel)
+    said = warning_of_unused_axes(validate(cfg, world), cfg.parallel)
     assert said is None if says is None else said is not None and says in said
 
 

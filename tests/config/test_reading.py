@@ -7,7 +7,7 @@ from support.composed import config
 
 from tpresearch.config import ConfigError
 from tpresearch.config.validate import validate
-from tpresearch.config.values import described
+from tpresearch.config.values import describe_type
 from tpresearch.train.preflight import planned
 
 SP = "model.plans.sp"
@@ -80,8 +80,8 @@ def test_text_is_what_a_file_system_and_a_record_take(name: str) -> None:
 
 
 def test_hints_are_said_in_words() -> None:
-    assert described(str | list[str | None] | None) == "text or a list of text or null or null"
-    assert described(dict[str, int]) == "a dict, each of its values a whole number"
+    assert describe_type(str | list[str | None] | None) == "text or a list of text or null or null"
+    assert describe_type(dict[str, int]) == "a dict, each of its values a whole number"
 
 
 def test_what_is_right_stays_right() -> None:

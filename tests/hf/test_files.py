@@ -355,7 +355,7 @@ def test_a_hub_that_is_gone_is_one_line_unless_it_was_downloaded(
     hub: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check("owner/llama")
-    monkeypatch.setattr(hub_room, "answers", lambda url: False)
+    monkeypatch.setattr(hub_room, "is_reachable", lambda url: False)
     forget()
     hub.clear()
     check("owner/llama")

@@ -10,7 +10,7 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from tpresearch.config.compose import register_schema, typed
+from tpresearch.config.compose import register_schema, to_config
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.data.rows import PackedCorpus
@@ -33,7 +33,7 @@ def config(*overrides: str, small: bool = True) -> Config:
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return typed(compose("train", overrides=[*(SMALL if small else ()), *overrides]))
+        return to_config(compose("train", overrides=[*(SMALL if small else ()), *overrides]))
 
 
 def corpus(rows: int = 64, seq_len: int = SEQ_LEN, vocab: int = VOCAB) -> PackedCorpus:

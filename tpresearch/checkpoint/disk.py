@@ -55,7 +55,7 @@ class Mark:
     loss: float | None
     """train/loss of its last step."""
     experiment: dict[str, Any]
-    """The part of the config that determines the result: see `config.compared`."""
+    """The part of the config that determines the result: see `config.comparable`."""
     steps: int
     """The step at which the run was to end."""
     corpus_hash: str

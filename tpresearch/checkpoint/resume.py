@@ -18,9 +18,9 @@ from tpresearch.checkpoint.disk import (
     read_checkpoint,
     step_folders,
 )
-from tpresearch.config.compared import experiment, with_defaults
+from tpresearch.config.comparable import experiment_config, with_defaults
 from tpresearch.config.compose import as_dict
-from tpresearch.config.errors import ConfigError, shown
+from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
 
@@ -140,9 +140,11 @@ def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
     mark = checkpoint.mark
     fix = {"init_from": checkpoint.folder, "resume": None, "hydra.run.dir": None}
     legal = "the same, or a new run from these weights"
-    if different := first_difference(experiment(with_defaults(mark.experiment)), experiment(as_dict(cfg))):
+    if different := first_difference(
+        experiment_config(with_defaults(mark.experiment)), experiment_config(as_dict(cfg))
+    ):
         key, before, now = different
-        raise ConfigError(key, now, f"this run was started with {shown(before)}", legal, fix=fix)
+        raise ConfigError(key, now, f"this run was started with {format_value(before)}", legal, fix=fix)
     if cfg.defects.keep_gradients:
         why = "its gradients accumulated since the first step are not in any checkpoint"
         raise ConfigError("defects.keep_gradients", True, why, "resume=never", fix={"resume": NEVER})

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tpresearch.compare.groups import check_comparable, one_by_one, over_seeds, repeats, sciences_of
 from tpresearch.compare.runs import LEGAL, find
-from tpresearch.config.errors import ConfigError, writing
+from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.launch.command import WrongCommand, python_command
 from tpresearch.launch.options import command, words_and_options
 from tpresearch.launch.run_dir import dated_folder
@@ -80,7 +80,7 @@ def main() -> None:
     groups = over_seeds(runs) if mean else one_by_one(runs)
     report = Report(runs, groups, sciences_of(groups, options.baseline), warnings, left_out)
     out = Path(options.out or found.sweep or dated_folder("compare")).expanduser()
-    with writing("out", out, {"out": dated_folder("compare")}):
+    with refuse_unwritable("out", out, {"out": dated_folder("compare")}):
         report.write(out, arguments)
     report.print(Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH), out)
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from tpresearch.compare.runs import SEED, Run
 from tpresearch.config.axes import AXIS_NAMES
-from tpresearch.config.compared import experiment
+from tpresearch.config.comparable import experiment_config
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.track.shown import UNDEFINED, printable
 
@@ -157,7 +157,7 @@ def sciences_of(groups: Sequence[Group], wanted: str | None = None) -> list[Scie
 
 def _determines_loss(group: Group) -> str:
     """What a run has in common with those whose losses should equal its own, to rounding."""
-    kept = experiment(group.first.config)
+    kept = experiment_config(group.first.config)
     kept.pop("defects", None)  # a mistake's effect is seen by comparison with the run without it
     without = {*NUMERICS, *(["seed"] if group.over_seeds else [])}
     kept["train"] = {key: value for key, value in kept["train"].items() if key not in without}

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from tpresearch.config.compared import compared, with_defaults
+from tpresearch.config.comparable import comparable_config, with_defaults
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER
 from tpresearch.launch.command import WrongCommand, python_command
@@ -61,7 +61,7 @@ class Run:
     def settings(self) -> dict[str, str]:
         """The compared config by dotted key, as text; ranks, mesh, device and corpus are those that it ran on."""
         ran_on = {key: self.summary.get(key) for key in ("mesh", "device", "corpus_hash")}
-        nested = {"ranks": self.summary["world_size"], **compared(self.config), **ran_on}
+        nested = {"ranks": self.summary["world_size"], **comparable_config(self.config), **ran_on}
         (flat,) = pd.json_normalize(nested).to_dict("records")
         return {key: setting_text(value) for key, value in flat.items()}
 

@@ -20,7 +20,7 @@ class Axis:
     name: str
     options: str
     """The options of conf/parallel that use it."""
-    customary: Callable[[int, int, int], int] | None
+    default_size: Callable[[int, int, int], int] | None
     """Its default size, as a function of (remaining ranks, world size, hosts); None takes the remaining ranks."""
     collectives: tuple[str, ...]
     """The collectives along it."""
@@ -34,17 +34,17 @@ class Axis:
     """Whether it may span hosts without a warning: its traffic is rare or overlaps with computing."""
 
 
-def _replicas(left: int, world: int, hosts: int) -> int:
+def _one_replica_per_host(left: int, world: int, hosts: int) -> int:
     """One replica per host, and few on a single host."""
     return hosts if 1 < hosts < left else next((f for f in range(2, left + 1) if left % f == 0), 1)
 
 
-def _host_or_two(left: int, world: int, hosts: int) -> int:
-    """The ranks of a host; the tutorial's 2 on a single one."""
+def _ranks_of_a_host(left: int, world: int, hosts: int) -> int:
+    """The ranks per host; the tutorial's 2 on a single host."""
     return world // hosts if hosts > 1 else (2 if left % 2 == 0 else 1)
 
 
-REPLICATE = Axis("dp_replicate", "ddp hsdp hsdp_tp", _replicas, ("all_reduce",), splits_rows=True)
+REPLICATE = Axis("dp_replicate", "ddp hsdp hsdp_tp", _one_replica_per_host, ("all_reduce",), splits_rows=True)
 SHARD = Axis(
     "dp_shard",
     "fsdp hsdp fsdp_tp hsdp_tp",
@@ -56,7 +56,7 @@ SHARD = Axis(
 TENSOR = Axis(
     "tp",
     "tp sp fsdp_tp hsdp_tp",
-    _host_or_two,
+    _ranks_of_a_host,
     ("all_gather", "reduce_scatter", "all_reduce"),
     shards_layers=True,
     crosses_hosts=False,

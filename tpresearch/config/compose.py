@@ -30,7 +30,7 @@ def register_schema() -> None:
         ConfigStore.instance().store(name=name, node=schema, group="hydra/launcher")
 
 
-def typed(composed: DictConfig) -> Config:
+def to_config(composed: DictConfig) -> Config:
     """A composed config as dataclasses, with interpolations resolved.
 
     Raises:
@@ -47,15 +47,15 @@ def typed(composed: DictConfig) -> Config:
 def as_dict(cfg: Config) -> dict[str, Any]:
     """The resolved config as plain data, in the shape of the YAML files: what a run folder and W&B keep."""
     values = dataclasses.asdict(cfg) | {"model": model_as_dict(cfg.model)}
-    return {key: plain(value) for key, value in values.items()}
+    return {key: to_plain(value) for key, value in values.items()}
 
 
-def plain(value: Any) -> Any:
-    """Of enums their names, in dicts and lists too."""
+def to_plain(value: Any) -> Any:
+    """The value with enums replaced by their names, in dicts and lists too."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [plain(item) for item in value]
+        return [to_plain(item) for item in value]
     return str(value) if isinstance(value, str) else value  # an enum becomes its name
 
 
@@ -64,12 +64,12 @@ def resolve_paths(cfg: Config) -> None:
     for key in (*FOLDERS, *PATHS):
         branch, _, name = key.rpartition(".")
         owner = getattr(cfg, branch) if branch else cfg
-        setattr(owner, name, _resolved(getattr(owner, name), always=key in FOLDERS))
+        setattr(owner, name, _absolute(getattr(owner, name), always=key in FOLDERS))
 
 
-def _resolved(value: Any, always: bool) -> Any:
+def _absolute(value: Any, always: bool) -> Any:
     if isinstance(value, list):
-        return [_resolved(item, always) for item in value]
+        return [_absolute(item, always) for item in value]
     if not isinstance(value, str) or not value.strip():
         return value
     path = Path(value).expanduser()

@@ -37,7 +37,9 @@ class ConfigError(Exception):
         self.field, self.value, self.why, self.legal = field, value, why, legal
         self.fix: dict[str, object] = {field: None} if fix is None else dict(fix)
         self.nproc = nproc
-        super().__init__(" ".join(f"{field}={shown(value)}: {why}; {legal}".split()))  # always one line
+        super().__init__(
+            " ".join(f"{field}={format_value(value)}: {why}; {legal}".split())
+        )  # always one line
 
 
 class RunFailed(Exception):
@@ -48,7 +50,7 @@ class JobFailed(Exception):
     """A job of a sweep has failed; the sweep's table says why."""
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A value as it would be typed on the command line, on one line."""
     if value is None:
         return "null"
@@ -58,7 +60,7 @@ def shown(value: object) -> str:
 
 
 @contextmanager
-def writing(field: str, folder: object, fix: Mapping[str, object] | None = None) -> Iterator[None]:
+def refuse_unwritable(field: str, folder: object, fix: Mapping[str, object] | None = None) -> Iterator[None]:
     """Refuse a folder in which what is done meanwhile cannot be written.
 
     Raises:

@@ -47,7 +47,7 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
     return sizes
 
 
-def of_one_rank(sizes: MeshSizes, parallel: ParallelConfig) -> str | None:
+def warning_of_unused_axes(sizes: MeshSizes, parallel: ParallelConfig) -> str | None:
     """The warning for a plan with axes of size 1: it does not do what its name promises."""
     used = used_axes(parallel)
     missing = [axis.name for axis in used if sizes[axis.name] == 1]
@@ -68,12 +68,12 @@ def _complete(given: dict[str, int | None], used: tuple[Axis, ...], world: int, 
     for size in sizes.values():
         left = max(left // size, 1) if size and size > 0 else left
     unset = sorted(
-        (axis for axis in reversed(used) if sizes[axis.name] is None), key=lambda a: not a.customary
+        (axis for axis in reversed(used) if sizes[axis.name] is None), key=lambda a: not a.default_size
     )
     takes_rest = next((name for name, size in sizes.items() if size == -1), unset[-1].name if unset else None)
     for axis in unset:
         if axis.name != takes_rest:
-            size = sizes[axis.name] = axis.customary(left, world, hosts) if axis.customary else 1
+            size = sizes[axis.name] = axis.default_size(left, world, hosts) if axis.default_size else 1
             left = max(left // size, 1)
     if takes_rest:
         sizes[takes_rest] = left
@@ -114,7 +114,7 @@ SEQUENCE_DIM = 1
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardedCount:
     """A count that must be divisible by the size of an axis."""
 
     axis: str
@@ -123,20 +123,20 @@ class Cut:
     why: str
 
 
-def check_declared(cfg: Config, sizes: MeshSizes) -> None:
+def check_declared_counts(cfg: Config, sizes: MeshSizes) -> None:
     """Check the sizes against the units and layouts of the plan's rules; the compiler also checks every weight.
 
     Raises:
         ConfigError: for the first that does not divide.
     """
-    check_divisible(cfg.parallel, sizes, list(declared_cuts(cfg)))
+    check_divisible(cfg.parallel, sizes, list(declared_counts(cfg)))
 
 
-def declared_cuts(cfg: Config) -> Iterator[Cut]:
-    """What the plan's rules name that they split.
+def declared_counts(cfg: Config) -> Iterator[ShardedCount]:
+    """The counts that the plan's rules declare to split.
 
     Raises:
-        ConfigError: for a unit that is no setting of the model.
+        ConfigError: for a unit that is not a setting of the model.
     """
     plan, args = cfg.parallel.tensor or "", cfg.model.args
     for name, rule in cfg.model.plans.get(plan, {}).items():
@@ -148,23 +148,25 @@ def declared_cuts(cfg: Config) -> Iterator[Cut]:
                 raise ConfigError(where, unit, "no such model setting", legal)
             count = args[unit]
             if isinstance(count, int) and count > 0:
-                yield Cut(rule.axis, f"model.{unit}", count, f"rule {name} splits it")
+                yield ShardedCount(rule.axis, f"model.{unit}", count, f"rule {name} splits it")
         layouts = [
             layout for side in (rule.src, rule.dst) for layout in (side if isinstance(side, list) else [side])
         ]
         if f"shard:{SEQUENCE_DIM}" in layouts:
-            yield Cut(rule.axis, "data.seq_len", cfg.data.seq_len, f"rule {name} splits the sequence")
+            yield ShardedCount(
+                rule.axis, "data.seq_len", cfg.data.seq_len, f"rule {name} splits the sequence"
+            )
 
 
-def check_divisible(parallel: ParallelConfig, sizes: MeshSizes, cuts: Sequence[Cut]) -> None:
+def check_divisible(parallel: ParallelConfig, sizes: MeshSizes, counts: Sequence[ShardedCount]) -> None:
     """Raises:
     ConfigError: for the first count that its axis does not divide, with the sizes that all of them allow.
     """
-    wrong = next((cut for cut in cuts if cut.count % sizes.get(cut.axis, 1)), None)
+    wrong = next((one for one in counts if one.count % sizes.get(one.axis, 1)), None)
     if wrong is None:
         return
     size, key = sizes[wrong.axis], f"mesh.{wrong.axis}"
-    common = math.gcd(*(cut.count for cut in cuts if cut.axis == wrong.axis))
+    common = math.gcd(*(one.count for one in counts if one.axis == wrong.axis))
     divide = [t for t in range(1, common + 1) if common % t == 0]
     fits = [t for t in divide if sizes.world % t == 0]
     alone = parallel.data is DataPlan.none

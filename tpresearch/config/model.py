@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.values import check_sane, check_value
+from tpresearch.config.values import check_usable, check_value
 
 MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
 RULE_KEYS = ("match", "style", "src", "dst", "axis", "units")
@@ -65,7 +65,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
         if not isinstance(raw.get(key), str):
             why, legal = "a model needs it", "a string, in its conf/model file"
             raise ConfigError(f"model.{key}", raw.get(key), why, legal)
-    check_sane("model", {key: value for key, value in raw.items() if key != "plans"})
+    check_usable("model", {key: value for key, value in raw.items() if key != "plans"})
     blocks, raw_plans = raw.get("blocks") or [], raw.get("plans") or {}
     check_value("model.blocks", blocks, list[str])
     check_value("model.plans", raw_plans, dict[str, Any])
@@ -93,14 +93,14 @@ def _rule(where: str, raw: Any) -> Rule:
     for key, value in ours.items():
         check_value(f"{where}.{key}", value, hints[key])
     check_value(f"{where}._target_", raw.get("_target_"), hints["target"])
-    check_sane(where, rest)
+    check_usable(where, rest)
     return Rule(**ours, target=raw.get("_target_"), args=rest)
 
 
 def model_as_dict(model: ModelConfig) -> dict[str, Any]:
     """The same as plain data, in the shape of the YAML files."""
     plans = {
-        plan: {name: _plain_rule(dataclasses.asdict(rule)) for name, rule in rules.items()}
+        plan: {name: _rule_as_dict(dataclasses.asdict(rule)) for name, rule in rules.items()}
         for plan, rules in model.plans.items()
     }
     return {
@@ -112,6 +112,6 @@ def model_as_dict(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _plain_rule(rule: dict[str, Any]) -> dict[str, Any]:
+def _rule_as_dict(rule: dict[str, Any]) -> dict[str, Any]:
     shown = {key: rule[key] for key in RULE_KEYS if rule[key]}
     return {**shown, **({"_target_": rule["target"], **rule["args"]} if rule["target"] else {})}

@@ -6,11 +6,11 @@ import socket
 import urllib.request
 from urllib.parse import urlsplit
 
-PROBE_S = 3.0
+TIMEOUT_S = 3.0
 """Timeout for a host to accept a connection."""
 
 
-def answers(url: str) -> bool:
+def is_reachable(url: str) -> bool:
     """Whether something accepts a TCP connection at the URL's host, or at the proxy that leads there."""
     target = urlsplit(url)
     proxy = urllib.request.getproxies().get(target.scheme)
@@ -18,7 +18,7 @@ def answers(url: str) -> bool:
         target = urlsplit(proxy)
     port = target.port or (443 if target.scheme == "https" else 80)
     try:
-        socket.create_connection((target.hostname or "", port), PROBE_S).close()
+        socket.create_connection((target.hostname or "", port), TIMEOUT_S).close()
     except OSError:
         return False
     return True

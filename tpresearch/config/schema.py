@@ -26,10 +26,10 @@ from tpresearch.config.choices import (
 )
 from tpresearch.config.model import ModelConfig
 from tpresearch.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
-from tpresearch.config.values import SHARE, AtLeast, Is, Within
+from tpresearch.config.values import FRACTION, AtLeast, OfType, Within
 
-LENGTH = AtLeast(1, 10**8)
-MOST_RANKS = 10**6
+LENGTH_BOUND = AtLeast(1, 10**8)
+MAX_RANKS = 10**6
 
 
 @dataclass
@@ -58,7 +58,7 @@ class ParallelConfig:
     activation_checkpointing: Checkpointing = Checkpointing.none
     """Recompute in backward: nothing, all but the matmuls and attention, each whole block, or whatever is cheapest until the
     rest fits activation_budget (compile only)."""
-    activation_budget: Annotated[float, SHARE] = 0.9
+    activation_budget: Annotated[float, FRACTION] = 0.9
     """Approximate share of its activations that a compiled block may keep for backward, with activation_checkpointing=budget."""
     compile: bool = False
     """torch.compile each block."""
@@ -68,15 +68,15 @@ class ParallelConfig:
 class MeshConfig:
     """Ranks along each axis; null lets the parallel plan choose, -1 takes the remaining ranks."""
 
-    dp_replicate: Annotated[int | None, Within(-1, MOST_RANKS)] = None
-    dp_shard: Annotated[int | None, Within(-1, MOST_RANKS)] = None
-    tp: Annotated[int | None, Within(-1, MOST_RANKS)] = None
+    dp_replicate: Annotated[int | None, Within(-1, MAX_RANKS)] = None
+    dp_shard: Annotated[int | None, Within(-1, MAX_RANKS)] = None
+    tp: Annotated[int | None, Within(-1, MAX_RANKS)] = None
 
 
 @dataclass
 class DataConfig:
     source: DataSource = DataSource.pystdlib
-    path: Annotated[Any, Is(str | list[str] | None)] = None
+    path: Annotated[Any, OfType(str | list[str] | None)] = None
     """Local path, glob or a list of them (text, jsonl, parquet); hub id or local folder (hf)."""
     name: str | None = None
     """The dataset's configuration name (hf)."""
@@ -90,9 +90,9 @@ class DataConfig:
     """Stop reading after about this many tokens; required when streaming."""
     max_record_bytes: Annotated[int, AtLeast(1)] = 64 << 20
     """Refuse a longer line, row or Parquet row group: a small compressed file can unpack to more than the memory."""
-    seq_len: Annotated[int, LENGTH] = 128
+    seq_len: Annotated[int, LENGTH_BOUND] = 128
     """Tokens per row that the model sees; rows are stored with one more, for the last target. 1 for rows of numbers."""
-    width: Annotated[int | None, LENGTH] = None
+    width: Annotated[int | None, LENGTH_BOUND] = None
     """Numbers per row (uniform); tokens are drawn below tokenizer.vocab_size (random_tokens)."""
     repeat_batches: Annotated[int | None, AtLeast(1)] = None
     """Repeat the first N global batches, such as 1 to overfit a single one; null reads all."""
@@ -235,7 +235,7 @@ class ComposedConfig:
     """auto: CUDA if every local rank can have its own device, else the CPU."""
     plan_only: bool = False
     """Compile the plan on a meta model, print it, and stop."""
-    world_size: Annotated[int | None, AtLeast(1, MOST_RANKS)] = None
+    world_size: Annotated[int | None, AtLeast(1, MAX_RANKS)] = None
     """Number of ranks for plan_only, and for a job of a sweep if its mesh leaves that open."""
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from tpresearch.config.errors import ConfigError
 
-NAMED = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)($|_)", re.IGNORECASE)
+CREDENTIAL_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)($|_)", re.IGNORECASE)
 """Names of variables and of config keys that hold credentials."""
-SHORTEST = 12
+MIN_LENGTH = 12
 """Minimum length of a credential in characters; a shorter value may well occur in a config."""
-SHAPES = {
+CREDENTIAL_PATTERNS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
     "a W&B key": r"\bwandb_v\d_[A-Za-z0-9_]{20,}|\blocal-[0-9a-f]{40}\b",
     "a GitHub token": r"\b(gh[pousr]_|github_pat_)[A-Za-z0-9_]{20,}",
@@ -34,49 +34,50 @@ def refuse_secrets(config: Any) -> None:
     Raises:
         ConfigError: naming the key and what it holds, never the value.
     """
-    known = dict(_known())
+    known = dict(_known_credentials())
     for key, text in _leaves(config):
-        if what := _secret(key, text, known):
+        if what := _find_credential(key, text, known):
             raise ConfigError(key, "...", f"holds {what}, which would be written to the run's record", LEGAL)
 
 
 def words_without_secrets(words: list[str]) -> tuple[list[str], dict[str, str]]:
     """The words of a command line that hold none; of the others the keys, and what each holds."""
-    known = dict(_known())
+    known = dict(_known_credentials())
     kept, found = [], {}
     for word in words:
         key = word.partition("=")[0].lstrip("+~")
-        if what := _secret(key, word, known):
-            found["..." if _secret("", key, known) else key] = what
+        if what := _find_credential(key, word, known):
+            found["..." if _find_credential("", key, known) else key] = what
         else:
             kept.append(word)
     return kept, found
 
 
-def _secret(key: str, text: str, known: Mapping[str, str]) -> str | None:
+def _find_credential(key: str, text: str, known: Mapping[str, str]) -> str | None:
     value = text.rpartition("=")[2].strip("'\"")
-    of_key = NAMED.search(key.rpartition(".")[2]) and len(value) >= SHORTEST and "${" not in value
+    of_key = CREDENTIAL_NAME.search(key.rpartition(".")[2]) and len(value) >= MIN_LENGTH and "${" not in value
     of_known = next((what for value, what in known.items() if value in text), None)
     shape = next(
-        (f"what looks like {what}" for what, shape in SHAPES.items() if re.search(shape, text)), None
+        (f"what looks like {what}" for what, shape in CREDENTIAL_PATTERNS.items() if re.search(shape, text)),
+        None,
     )
     return of_known or shape or ("what its name says is a credential" if of_key else None)
 
 
-def _known() -> Iterator[tuple[str, str]]:
+def _known_credentials() -> Iterator[tuple[str, str]]:
     """Each credential that can be found from here, and what it is."""
     for name, value in os.environ.items():
-        if NAMED.search(name) and len(value) >= SHORTEST:
+        if CREDENTIAL_NAME.search(name) and len(value) >= MIN_LENGTH:
             yield value, f"the value of ${name}"
     with suppress(OSError, netrc.NetrcParseError):
         accounts = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser())
         for host, (_, _, password) in accounts.hosts.items():
-            if password and len(password) >= SHORTEST:
+            if password and len(password) >= MIN_LENGTH:
                 yield password, f"the password of {host} in the netrc file"
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     with suppress(OSError, UnicodeDecodeError):
         token = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").read_text(encoding="utf-8").strip()
-        if len(token) >= SHORTEST:
+        if len(token) >= MIN_LENGTH:
             yield token, "the Hugging Face token of this user"
 
 

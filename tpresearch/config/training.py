@@ -14,9 +14,9 @@ from tpresearch.config.choices import (
     ScheduleName,
     WeightDtype,
 )
-from tpresearch.config.values import POSITIVE, SHARE, AtLeast, Within
+from tpresearch.config.values import FRACTION, POSITIVE, AtLeast, Within
 
-ROWS = AtLeast(1, 10**7)
+ROWS_BOUND = AtLeast(1, 10**7)
 
 
 @dataclass
@@ -34,7 +34,7 @@ class OptimizerConfig:
     """Of matrices: decoupled, times the learning rate (AdamW), or added to the gradient (SGD)."""
     decay_vectors: bool = False
     """Apply weight decay to biases and norm weights too, as torch's AdamW does by default."""
-    momentum: Annotated[float, SHARE] = 0.0
+    momentum: Annotated[float, FRACTION] = 0.0
     """Momentum (SGD)."""
 
     @property
@@ -48,9 +48,9 @@ class ScheduleConfig:
     name: ScheduleName = ScheduleName.cosine
     warmup_steps: Annotated[int, AtLeast(0)] = 10
     """Steps over which the learning rate rises linearly from 0."""
-    min_lr_ratio: Annotated[float, SHARE] = 0.1
+    min_lr_ratio: Annotated[float, FRACTION] = 0.1
     """Learning rate at the end, as a fraction of optimizer.lr."""
-    decay_ratio: Annotated[float, SHARE] = 0.2
+    decay_ratio: Annotated[float, FRACTION] = 0.2
     """Share of all steps, at the end, over which wsd decays."""
 
 
@@ -60,9 +60,9 @@ class TrainConfig:
     """Optimizer steps; null where train.tokens is the budget."""
     tokens: Annotated[int | None, AtLeast(1)] = None
     """Tokens to train on, rounded up to whole steps; null where train.steps is the budget."""
-    global_batch_size: Annotated[int, ROWS] = 24
+    global_batch_size: Annotated[int, ROWS_BOUND] = 24
     """Rows per optimizer step, over all ranks and accumulation steps: it defines the experiment, whatever the plan."""
-    micro_batch_size: Annotated[int | None, ROWS] = None
+    micro_batch_size: Annotated[int | None, ROWS_BOUND] = None
     """Rows per data-parallel rank and forward pass; null for all of the rank's rows at once."""
     loss: Loss = Loss.next_token
     """Objective: next_token (mean cross-entropy), or sum (of all outputs, without targets or minimum), logged as train/loss."""

@@ -7,16 +7,16 @@ import math
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Checkpointing, Float8, WeightDtype
-from tpresearch.config.errors import ConfigError, shown
+from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.mesh import resolve_mesh, used_axes
 from tpresearch.config.schema import Config, Dtype, ParallelConfig, ProfilerName
 from tpresearch.config.values import check_bounds
 
-SHOWN_WORLD = 4
+DEFAULT_PLAN_RANKS = 4
 """Default number of ranks for plan_only: that of `make train`."""
 
 
-LONGEST_NAME = 255
+MAX_NAME_BYTES = 255
 """Bytes, on most file systems."""
 
 
@@ -56,7 +56,7 @@ def planned_world(cfg: Config) -> int:
     given = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
     if any(given):
         return math.prod(size for size in given if size and size > 0)
-    return SHOWN_WORLD if given else 1
+    return DEFAULT_PLAN_RANKS if given else 1
 
 
 def ranks_needed(cfg: Config, open_ranks: int) -> int:
@@ -93,31 +93,31 @@ def total_steps(cfg: Config) -> int:
     return -(-cfg.train.tokens // tokens_per_step(cfg))
 
 
-def is_wrapped(parallel: ParallelConfig, sizes: MeshSizes) -> bool:
+def uses_fully_shard(parallel: ParallelConfig, sizes: MeshSizes) -> bool:
     """Whether `fully_shard` is applied. Over one shard, and without offloading, it would only copy each weight and
     gradient in each micro-batch.
     """
     return sizes.shards > 1 or parallel.fsdp.cpu_offload
 
 
-def has_masters(cfg: Config, sizes: MeshSizes) -> bool:
+def has_master_weights(cfg: Config, sizes: MeshSizes) -> bool:
     """Whether a bfloat16 model has float32 master weights. Where `fully_shard` is applied, it keeps them itself."""
     mixed = cfg.train.dtype is Dtype.bfloat16 and cfg.train.weights is WeightDtype.float32
-    return mixed and not is_wrapped(cfg.parallel, sizes)
+    return mixed and not uses_fully_shard(cfg.parallel, sizes)
 
 
 def _check_name(cfg: Config) -> None:
-    """The folder below outputs/ that a run's is in is below outputs/, and one that a file system can have."""
+    """The run's folder must be below outputs/ and have a name that a file system allows."""
     parts = cfg.name.split("/")
     if any(part in ("", ".", "..") for part in parts):
         why = "a folder below outputs/ is named by it"
-    elif max(len(part.encode(errors="surrogateescape")) for part in parts) > LONGEST_NAME:
-        why = f"longer than the {LONGEST_NAME} bytes that a folder's name may have"
+    elif max(len(part.encode(errors="surrogateescape")) for part in parts) > MAX_NAME_BYTES:
+        why = f"longer than the {MAX_NAME_BYTES} bytes that a folder's name may have"
     elif not cfg.name.isprintable():
         why = "has characters in it that cannot be shown"
     else:
         return
-    raise ConfigError("name", cfg.name[:LONGEST_NAME], why, "a word such as train, or words with / between")
+    raise ConfigError("name", cfg.name[:MAX_NAME_BYTES], why, "a word such as train, or words with / between")
 
 
 def _check_betas(cfg: Config) -> None:
@@ -161,7 +161,7 @@ def _check_checkpoints(cfg: Config) -> None:
         raise ConfigError("checkpoint.background", background, "no such choice", "true, false or auto")
     every, for_ever = cfg.checkpoint.every, cfg.checkpoint.keep_every
     if for_ever is not None and (every is None or for_ever % every):
-        why = f"with checkpoint.every={shown(every)} not every one of these steps has a checkpoint"
+        why = f"with checkpoint.every={format_value(every)} not every one of these steps has a checkpoint"
         legal = f"a multiple of {every}" if every else "null, or a checkpoint.every that divides it"
         fix = {"checkpoint.keep_every": -(-for_ever // every) * every if every else None}
         raise ConfigError("checkpoint.keep_every", for_ever, why, legal, fix=fix)

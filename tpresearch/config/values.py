@@ -17,14 +17,14 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tpresearch.config.errors import ConfigError
 
-GREATEST = 10**15
-"""No count, length or size is greater: a mistyped one would overflow, or never end."""
-LONGEST = 4096
-"""Characters of a text, which is a name or a path."""
+MAX_NUMBER = 10**15
+"""Maximum of any count, length or size: a mistyped one would overflow, or never end."""
+MAX_TEXT_CHARS = 4096
+"""Maximum length of a text, which is a name or a path."""
 UNPRINTABLE = ("Cc", "Cs")
-"""Unicode categories: control characters, and bytes that were no UTF-8."""
+"""Unicode categories: control characters, and bytes that were not UTF-8."""
 
-NAMES: dict[Any, str] = {
+TYPE_NAMES: dict[Any, str] = {
     str: "text",
     bool: "true or false",
     int: "a whole number",
@@ -45,12 +45,12 @@ def check_value(key: str, value: object, hint: Any) -> None:
     Raises:
         ConfigError: naming `key`.
     """
-    if not _fits(value, hint):
-        raise ConfigError(key, value, "of the wrong type", described(hint))
-    check_sane(key, value)
+    if not _has_type(value, hint):
+        raise ConfigError(key, value, "of the wrong type", describe_type(hint))
+    check_usable(key, value)
 
 
-def check_sane(key: str, value: object) -> None:
+def check_usable(key: str, value: object) -> None:
     """Refuse numbers that are not finite or beyond use, and text that no file system and no record would take.
 
     Raises:
@@ -58,46 +58,50 @@ def check_sane(key: str, value: object) -> None:
     """
     if isinstance(value, dict):
         for name, item in value.items():
-            check_sane(f"{key}.{name}", name)
-            check_sane(f"{key}.{name}", item)
+            check_usable(f"{key}.{name}", name)
+            check_usable(f"{key}.{name}", item)
     elif isinstance(value, list):
         for item in value:
-            check_sane(key, item)
+            check_usable(key, item)
     elif isinstance(value, str):
-        if len(value) > LONGEST:
-            raise ConfigError(key, f"{value[:20]}...", f"{len(value)} characters", f"at most {LONGEST}")
+        if len(value) > MAX_TEXT_CHARS:
+            raise ConfigError(
+                key, f"{value[:20]}...", f"{len(value)} characters", f"at most {MAX_TEXT_CHARS}"
+            )
         if any(unicodedata.category(char) in UNPRINTABLE for char in value):
             raise ConfigError(key, ascii(value), "it has control characters", "text on one line")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, value, "not a finite number", "a finite number")
-    elif isinstance(value, int) and abs(value) > GREATEST:
-        raise ConfigError(key, value, "out of bounds", f"a whole number up to {GREATEST:g}")
+    elif isinstance(value, int) and abs(value) > MAX_NUMBER:
+        raise ConfigError(key, value, "out of bounds", f"a whole number up to {MAX_NUMBER:g}")
 
 
-def described(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """A type hint in words: "a list of text", "a whole number or null"."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
-        return " or ".join(described(one) for one in inner)
+        return " or ".join(describe_type(one) for one in inner)
     if kind is list and inner:
-        return f"a list of {described(inner[0])}"
+        return f"a list of {describe_type(inner[0])}"
     if kind is dict and inner:
-        return f"a dict, each of its values {described(inner[1])}"
-    return NAMES.get(kind, "a value")
+        return f"a dict, each of its values {describe_type(inner[1])}"
+    return TYPE_NAMES.get(kind, "a value")
 
 
-def _fits(value: object, hint: Any) -> bool:
+def _has_type(value: object, hint: Any) -> bool:
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(_has_type(value, one) for one in inner)
     if kind is list:
-        return isinstance(value, list) and all(_fits(item, one) for item in value for one in inner)
+        return isinstance(value, list) and all(_has_type(item, one) for item in value for one in inner)
     if kind is dict:
         names, values = inner or (Any, Any)
-        return isinstance(value, dict) and all(_fits(k, names) and _fits(v, values) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            _has_type(k, names) and _has_type(v, values) for k, v in value.items()
+        )
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return kind not in NAMES or isinstance(value, kind)
+    return kind not in TYPE_NAMES or isinstance(value, kind)
 
 
 def imported_class(key: str, path: str, base: type[Base]) -> type[Base]:
@@ -141,24 +145,24 @@ class Within:
 
     def __str__(self) -> str:
         low = f"{'a number above' if self.open_below else ''} {self.least:g}".strip()
-        if self.most in (GREATEST, math.inf):
+        if self.most in (MAX_NUMBER, math.inf):
             return low if self.open_below else f"{low} or more"
         return f"a number {'above' if self.open_below else 'from'} {self.least:g} to {'below ' * self.open_above}{self.most:g}"
 
 
-def AtLeast(least: int, most: int = GREATEST) -> Within:
+def AtLeast(least: int, most: int = MAX_NUMBER) -> Within:
     return Within(least, most)
 
 
 @dataclass(frozen=True)
-class Is:
+class OfType:
     """The type of a field that is `Any` to OmegaConf, which takes no union of lists."""
 
     hint: Any
 
 
 POSITIVE = Within(0, open_below=True)
-SHARE = Within(0, 1)
+FRACTION = Within(0, 1)
 """A fraction: from 0 to 1."""
 
 
@@ -168,7 +172,7 @@ def check_bounds(config: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: for the first, in the order of the schema.
     """
-    declared = _declared(config.__class__)
+    declared = _annotations(config.__class__)
     for field in dataclasses.fields(config):
         value, key, declares = getattr(config, field.name), f"{prefix}{field.name}", declared[field.name]
         if dataclasses.is_dataclass(value):
@@ -177,17 +181,17 @@ def check_bounds(config: Any, prefix: str = "") -> None:
         for number in _numbers(value):
             _check_number(key, value, number, next((d for d in declares if isinstance(d, Within)), None))
         for declaration in declares:
-            if isinstance(declaration, Is):
+            if isinstance(declaration, OfType):
                 check_value(key, value, declaration.hint)
         if not isinstance(value, dict):  # a model, which its class reads
-            check_sane(key, value)
+            check_usable(key, value)
 
 
 def _check_number(key: str, value: Any, number: float, bound: Within | None) -> None:
     if not math.isfinite(number):
         raise ConfigError(key, value, "not a finite number", str(bound or "a finite number"))
     if bound and number not in bound:
-        above = f"above {GREATEST:g}" if number > bound.most >= GREATEST else "out of bounds"
+        above = f"above {MAX_NUMBER:g}" if number > bound.most >= MAX_NUMBER else "out of bounds"
         raise ConfigError(key, value, "too small" if number < bound.least else above, str(bound))
 
 
@@ -198,7 +202,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 @cache
-def _declared(schema: type) -> dict[str, tuple[Any, ...]]:
+def _annotations(schema: type) -> dict[str, tuple[Any, ...]]:
     """The annotations of each field of a schema."""
     hints = get_type_hints(schema, include_extras=True)
     return {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}

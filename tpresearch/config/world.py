@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from tpresearch.config.errors import ConfigError
 
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-MASTER = ("MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MASTER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 RUN_ID = "TORCHELASTIC_RUN_ID"
-"""Which torchrun sets for each rank."""
+"""Set by torchrun for each rank."""
 PORTS = range(1 << 16)
 
 
@@ -61,19 +61,19 @@ class World:
         """An empty variable counts as none.
 
         Raises:
-            WrongEnvironment: if another job, or a hand, has left some of what torchrun sets.
+            WrongEnvironment: if some of torchrun's variables are set, by another job or by hand, and others are not.
         """
-        given = {name: env[name] for name in (*PLACE, *MASTER, RUN_ID) if env.get(name)}
+        given = {name: env[name] for name in (*RANK_VARIABLES, *MASTER_VARIABLES, RUN_ID) if env.get(name)}
         elastic = RUN_ID in given
         if not elastic and (given.get("RANK", "0"), given.get("WORLD_SIZE", "1")) == ("0", "1"):
             return cls()
-        rank, size, local_rank, local_size = (_whole(given, name) for name in PLACE)
+        rank, size, local_rank, local_size = (_integer(given, name) for name in RANK_VARIABLES)
         for name, value in (("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", local_size)):
             if value < 1:
                 raise WrongEnvironment(name, value, "a group has at least one rank", given)
         if size > 1:
-            _text(given, "MASTER_ADDR")
-            if (port := _whole(given, "MASTER_PORT")) not in PORTS:
+            _required(given, "MASTER_ADDR")
+            if (port := _integer(given, "MASTER_PORT")) not in PORTS:
                 raise WrongEnvironment("MASTER_PORT", port, f"no port is above {PORTS[-1]}", given)
         for name, value, most in (("RANK", rank, size - 1), ("LOCAL_RANK", local_rank, local_size - 1)):
             if value > most:
@@ -88,7 +88,7 @@ class World:
         return self.size // self.local_size
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,13 @@ class SlurmStep:
     """The Slurm step that this process is a task of, as set by `srun`; a single task without it."""
 
     tasks: int = 1
-    """That srun started of this same command, without torchrun between them. Only a step has this number: the batch
+    """Tasks of this same command that srun started, without torchrun in between. Only a step has this number: the batch
     script itself and an `salloc` shell count as one task."""
     task: int = 0
     nodes: int = 1
     job: str | None = None
     started: int | None = None
-    """When the job was, in seconds since 1970."""
+    """When the job started, in seconds since 1970."""
     step: str = "0"
 
     @classmethod
@@ -110,12 +110,12 @@ class SlurmStep:
         """An empty variable counts as none.
 
         Raises:
-            WrongEnvironment: for a number that is none.
+            WrongEnvironment: for a variable that is not a number.
         """
         names = {"tasks": "SLURM_STEP_NUM_TASKS", "task": "SLURM_PROCID", "nodes": "SLURM_STEP_NUM_NODES"}
         names["started"] = "SLURM_JOB_START_TIME"
         given = {name: env[name] for name in names.values() if env.get(name)}
-        numbers = {field: _whole(given, name) for field, name in names.items() if name in given}
+        numbers = {field: _integer(given, name) for field, name in names.items() if name in given}
         if env.get("WORLD_SIZE"):
             numbers.pop("tasks", None)
         return cls(**numbers, job=env.get("SLURM_JOB_ID") or None, step=env.get("SLURM_STEP_ID") or "0")
@@ -128,14 +128,14 @@ def agent_store() -> tuple[str, int] | None:
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
-def _whole(given: Mapping[str, str], name: str) -> int:
-    text = _text(given, name)
+def _integer(given: Mapping[str, str], name: str) -> int:
+    text = _required(given, name)
     if not (text.isascii() and text.isdigit()):
         raise WrongEnvironment(name, text, "not a whole number", given)
     return int(text)
 
 
-def _text(given: Mapping[str, str], name: str) -> str:
+def _required(given: Mapping[str, str], name: str) -> str:
     if name not in given:
         other, value = next(iter(given.items()))
         raise WrongEnvironment(other, value, f"{name} is not set beside it", given)

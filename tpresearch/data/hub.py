@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tpresearch.config.errors import ConfigError, first_line
-from tpresearch.config.network import answers
+from tpresearch.config.network import is_reachable
 from tpresearch.config.schema import DataConfig
 from tpresearch.data.documents import Document, check_unpacked, documents_of, fault_in, no_such_field
 from tpresearch.data.sources import EMBEDDED, HASH_BYTES, Corpus, hash_files
@@ -224,7 +224,7 @@ def offline_unless_reachable() -> bool:
     """Whether the hub can be reached. If not, its library is set to use only its cache from then on:
     it would retry every file for 25 s and more.
     """
-    if answers(_endpoint()):
+    if is_reachable(_endpoint()):
         return True
     log.debug("%s cannot be reached: using cached files only", _endpoint())
     # They read the variable once, when imported, which may have happened.

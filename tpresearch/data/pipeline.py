@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
-from tpresearch.config.world import ALONE, World
+from tpresearch.config.world import SINGLE_PROCESS, World
 from tpresearch.data.cache import Meta, build_once
 from tpresearch.data.documents import Document
 from tpresearch.data.hub import open_hub
@@ -50,7 +50,7 @@ DOCUMENTS_PER_HELD_OUT = 5
 def prepare(
     data: DataConfig,
     tokenizer: TokenizerConfig,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     check: Callable[[], None] = lambda: None,
 ) -> AnyCorpus:
     """The corpus of a config: packed rows, prepared if they are not yet cached, or synthetic ones.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpresearch.config.errors import ConfigError, shown
+from tpresearch.config.errors import ConfigError, format_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,8 +103,8 @@ def check_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], named: st
             legal = "model=hf, or a llama2_* of the same sizes"
             raise ConfigError("init_from", named, why, legal, fix={"init_from": named, "model": "hf"})
         if key not in NOT_COMPARED and ours[key] != value:
-            why = f"{CONFIG} of {named} has {NAMES[key]}={shown(value)}"
-            legal = f"{shown(value)}, or model=hf, which takes its settings from there"
+            why = f"{CONFIG} of {named} has {NAMES[key]}={format_value(value)}"
+            legal = f"{format_value(value)}, or model=hf, which takes its settings from there"
             fix = {"model": "hf", f"model.{key}": None}
             raise ConfigError(f"model.{key}", ours[key], why, legal, fix=fix)
 
@@ -157,7 +157,7 @@ def _count(config: Mapping[str, Any], key: str, named: str) -> int:
     if value is None and key == "num_key_value_heads":
         value = config.get("num_attention_heads")
     if type(value) is not int or value < 1:
-        said = f"{CONFIG} has no {key}" if value is None else f"{CONFIG} has {key}={shown(value)}"
+        said = f"{CONFIG} has no {key}" if value is None else f"{CONFIG} has {key}={format_value(value)}"
         raise refused(named, said, f"a whole number in {key}")
     return value
 
@@ -165,13 +165,13 @@ def _count(config: Mapping[str, Any], key: str, named: str) -> int:
 def _number(config: Mapping[str, Any], key: str, named: str) -> float:
     value = config.get(key, LEFT_OUT[key])
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise refused(named, f"{CONFIG} has {key}={shown(value)}", f"a number above 0 in {key}")
+        raise refused(named, f"{CONFIG} has {key}={format_value(value)}", f"a number above 0 in {key}")
     return float(value)
 
 
 def _unable(named: str, key: str, value: object) -> ConfigError:
-    why = f"{CONFIG} has {key}={shown(value)}, which our Llama2 does not implement"
-    legal = "left out" if (only := ONLY.get(key)) is None else f"{shown(only)} or left out"
+    why = f"{CONFIG} has {key}={format_value(value)}, which our Llama2 does not implement"
+    legal = "left out" if (only := ONLY.get(key)) is None else f"{format_value(only)} or left out"
     return refused(named, why, f"a Llama with {key} {legal}")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from tpresearch.checkpoint.resume import AUTO, NEVER, check_begun, find_checkpoint, run_of
-from tpresearch.config.errors import ConfigError, shown
+from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.secrets import LEGAL, words_without_secrets
 from tpresearch.config.world import World, WrongEnvironment
 
@@ -185,8 +185,8 @@ def mended(arguments: Sequence[str], fix: Mapping[str, object]) -> list[str]:
         if key not in fix:
             kept.append(argument)
         elif (value := left.pop(key, None)) is not None:
-            kept.append(f"{key}={shown(value)}")
-    new = [f"{key}={shown(value)}" for key, value in left.items() if value is not None]
+            kept.append(f"{key}={format_value(value)}")
+    new = [f"{key}={format_value(value)}" for key, value in left.items() if value is not None]
     # Beside the other overrides, for flags have to follow all of them.
     behind = 1 + max((at for at, word in enumerate(kept) if _is_override(word)), default=-1)
     return [*kept[:behind], *new, *kept[behind:]]

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from tpresearch.config.compose import resolve_paths, typed
+from tpresearch.config.compose import resolve_paths, to_config
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.launch.command import is_within, override_key
@@ -114,7 +114,7 @@ def typed_config(config: DictConfig) -> Config:
     with read_write(composed), open_dict(composed):
         hydra = composed.pop("hydra", None)
     _refuse_unknown_fields(composed)
-    cfg = typed(composed)
+    cfg = to_config(composed)
     if hydra is not None:
         _check_plan_name(cfg, hydra.runtime.choices.get("parallel"))
         if hydra.job.chdir:

@@ -20,7 +20,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from tpresearch.config.errors import ConfigError, nearest, shown
+from tpresearch.config.errors import ConfigError, format_value, nearest
 from tpresearch.launch.command import Command, WrongCommand, override_key, quoted
 from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, close, closest, conf_dir
 from tpresearch.launch.hydra_app import UNREADABLE
@@ -190,14 +190,14 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
         legal = f"its keys one by one: {', '.join(f'{key}.{name!s}' for name in default)}"
         return ConfigError(key, typed, "a group of keys, not a value", legal)
     if "does not support deletion" in message:
-        return ConfigError(key, "~", "a key cannot be deleted", f"a value, such as {shown(default)}")
+        return ConfigError(key, "~", "a key cannot be deleted", f"a value, such as {format_value(default)}")
     why, legal = _reason(message)
     if key != full_key:
-        why, legal = f"{shown(error.value)} is of the wrong type", "a list"
+        why, legal = f"{format_value(error.value)} is of the wrong type", "a list"
     if "${" in str(default):  # what would be looked up is no example
         default = None
     if default not in (None, "???") and not legal.startswith("one of"):
-        legal += f", such as {shown(default)}"
+        legal += f", such as {format_value(default)}"
     return ConfigError(key, error.value if typed is None else typed, why, legal, fix={key: default})
 
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from functools import cache
 from types import ModuleType
 
-from tpresearch.config.errors import shown
+from tpresearch.config.errors import format_value
 from tpresearch.config.schema import ComposedConfig
 from tpresearch.launch.command import program_words
 from tpresearch.launch.composition import Composition
@@ -90,7 +90,7 @@ def _texts(module: ModuleType) -> dict[str, str]:
 
 def _short(value: object) -> str:
     """As it would be typed; a variable of the environment by its name."""
-    text = f"[{','.join(map(str, value))}]" if isinstance(value, list) else shown(value)
+    text = f"[{','.join(map(str, value))}]" if isinstance(value, list) else format_value(value)
     text = re.sub(r"\$\{(?:words_)?from_env:(\w+).*\}", r"$\1", text)
     return text if len(text) < 24 else f"{text[:20]}..."
 

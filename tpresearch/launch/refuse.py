@@ -20,7 +20,7 @@ from omegaconf import open_dict
 
 from tpresearch.config.errors import ConfigError, RunFailed
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import SHOWN_WORLD, ranks_needed
+from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed
 from tpresearch.config.world import World
 from tpresearch.launch import hydra_app
 from tpresearch.launch.command import Command, Objection, command_to_try, type_again
@@ -146,7 +146,7 @@ def _judge(
             HydraConfig.instance().set_config(composed)
             check_folder_names(composed)
             cfg = typed_config(composed)
-        ranks = ranks_needed(cfg, SHOWN_WORLD)
+        ranks = ranks_needed(cfg, DEFAULT_PLAN_RANKS)
         of_job = World(0, ranks, 0, ranks, elastic=ranks > 1)
         judge(cfg, of_job if arguments.multirun else command.world)
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import NEVER
-from tpresearch.config.errors import ConfigError, writing
+from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.config.world import SlurmStep, World, agent_store
 from tpresearch.launch.claim import check_ours, free_name, locked, make_room
 
@@ -83,7 +83,7 @@ def agreed(composed: DictConfig, world: World) -> Iterator[tuple[Path, bool]]:
         """The folder of this job; `started` is the one that it had before torchrun started it again."""
         folder = started or _made("hydra.run.dir", wanted, given, name)
         check_ours(folder)
-        with writing("hydra.run.dir", folder, _elsewhere("hydra.run.dir", name)):
+        with refuse_unwritable("hydra.run.dir", folder, _elsewhere("hydra.run.dir", name)):
             held.enter_context(locked(folder, PATIENCE.seconds if started else 0))
             if not started and not (resumes and step_folders(folder)):
                 make_room(folder)
@@ -161,7 +161,7 @@ def _is_given(settings: DictConfig) -> bool:
 
 
 def _made(key: str, wanted: Path, given: bool, name: str) -> Path:
-    with writing(key, wanted, _elsewhere(key, name)):
+    with refuse_unwritable(key, wanted, _elsewhere(key, name)):
         return _usable(wanted) if given else _claimed(wanted)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from tpresearch.config.choices import Loss, OptimizerName
 from tpresearch.config.schema import Checkpointing, Config, Dtype
-from tpresearch.config.validate import has_masters, is_wrapped, micro_batch_size, micro_batches
+from tpresearch.config.validate import has_master_weights, micro_batch_size, micro_batches, uses_fully_shard
 from tpresearch.ledger.formulas import ELEMENT_BYTES
 from tpresearch.models.llama2 import Block, Llama2
 from tpresearch.models.toy_mlp import ToyLM
@@ -31,7 +31,7 @@ def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu
         model: on the meta device, whole. device: its type, since a CPU's RMSNorm keeps more than the fused one.
     """
     weight = ELEMENT_BYTES[cfg.train.weight_dtype]
-    masters = has_masters(cfg, plan.sizes)
+    masters = has_master_weights(cfg, plan.sizes)
     shards = {name: math.prod(shard_shape(name, model, plan)) for name, _ in model.named_parameters()}
     trained = [shards[name] for name, p in model.named_parameters() if p.requires_grad]
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
@@ -84,7 +84,7 @@ def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, elemen
     summed_there = "output" in plan.ends and (
         cfg.train.dtype is not Dtype.bfloat16 or cfg.parallel.fsdp.reduce_dtype is Dtype.bfloat16
     )
-    wrapped, masters = is_wrapped(cfg.parallel, plan.sizes), has_masters(cfg, plan.sizes)
+    wrapped, masters = uses_fully_shard(cfg.parallel, plan.sizes), has_master_weights(cfg, plan.sizes)
     stays = not wrapped and (plan.sizes.dp == 1 or summed_there)
     accumulates = micro_batches(cfg, plan.sizes) > 1
     if not weight.requires_grad or (stays and not masters and not accumulates):

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tpresearch.config.axes import LAYER_AXES, TENSOR
 from tpresearch.config.schema import Checkpointing, Dtype, FsdpConfig, ParallelConfig
-from tpresearch.config.validate import is_wrapped
+from tpresearch.config.validate import uses_fully_shard
 from tpresearch.parallel.mesh import data_mesh
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.parameters import tie, tied_parameters
@@ -47,7 +47,7 @@ def parallelize(
         wrap_forward(model.get_submodule(name), parallel, bool(plan.rules))
     if parallel.async_tp:
         enable_async_tp(mesh[TENSOR.name])
-    if is_wrapped(parallel, plan.sizes):
+    if uses_fully_shard(parallel, plan.sizes):
         shard_data(model, plan, parallel.fsdp, data_mesh(mesh), dtype)
     return model
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from tpresearch.config.axes import REPLICATE
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import is_wrapped
+from tpresearch.config.validate import uses_fully_shard
 from tpresearch.parallel.apply import reduce_dtype
 from tpresearch.parallel.weights import local_part
 from tpresearch.plan.compiler import Plan, unit_of
@@ -145,7 +145,7 @@ def replicas_of(
     Args:
         trained: see `Replicas`.
     """
-    if plan.sizes.dp == 1 or is_wrapped(cfg.parallel, plan.sizes):
+    if plan.sizes.dp == 1 or uses_fully_shard(cfg.parallel, plan.sizes):
         return None
     units, group = (*plan.blocks, *plan.ends), mesh.get_group(REPLICATE.name)
     return Replicas(model, trained, units, group, reduce_dtype(cfg.parallel.fsdp, cfg.train.dtype))

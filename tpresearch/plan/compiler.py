@@ -15,7 +15,7 @@ from torch import nn
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.mesh import Cut, check_divisible, declared_cuts
+from tpresearch.config.mesh import ShardedCount, check_divisible, declared_counts
 from tpresearch.config.model import ModelConfig
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size
@@ -103,7 +103,7 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, seen: Probe) -
         rules = _expand(compiled, names)
         _check_kinds(model, rules)
         check_layouts(rules, seen)
-        check_divisible(parallel, sizes, [*declared_cuts(cfg), *_cuts(model, cfg, sizes, rules)])
+        check_divisible(parallel, sizes, [*declared_counts(cfg), *_cuts(model, cfg, sizes, rules)])
         _check_sequence(model, parallel.tensor, rules)
     replicated = [name for name, _ in model.named_parameters() if split_dim(name, model, rules) is None]
     active = {name: rule for name, rule in rules.items() if sizes[rule.axis] > 1}
@@ -191,7 +191,9 @@ def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule])
             raise ConfigError(f"model.plans.{plan}", plan, why, legal)
 
 
-def _cuts(model: nn.Module, cfg: Config, sizes: MeshSizes, rules: dict[str, ResolvedRule]) -> Iterator[Cut]:
+def _cuts(
+    model: nn.Module, cfg: Config, sizes: MeshSizes, rules: dict[str, ResolvedRule]
+) -> Iterator[ShardedCount]:
     """Every other count that a rule splits, except the vocabulary, which DTensor pads."""
     for name, rule in rules.items():
         module = model.get_submodule(name)
@@ -199,12 +201,14 @@ def _cuts(model: nn.Module, cfg: Config, sizes: MeshSizes, rules: dict[str, Reso
         is_vocabulary = rule.rule.dst == "logits" or (isinstance(module, nn.Embedding) and dim == 0)
         if dim is not None and not is_vocabulary:
             what, count = f"{name}.weight.shape[{dim}]", module.get_parameter("weight").shape[dim]
-            yield Cut(rule.axis, what, count, f"rule {rule.name} splits it {rule.label}")
+            yield ShardedCount(rule.axis, what, count, f"rule {rule.name} splits it {rule.label}")
         if rule.splits_sequence:
-            yield Cut(rule.axis, "data.seq_len", cfg.data.seq_len, f"rule {rule.name} splits the sequence")
+            yield ShardedCount(
+                rule.axis, "data.seq_len", cfg.data.seq_len, f"rule {rule.name} splits the sequence"
+            )
         if rule.splits_batch:
             rows = micro_batch_size(cfg, sizes)
-            yield Cut(rule.axis, "train.micro_batch_size", rows, f"rule {rule.name} splits its rows")
+            yield ShardedCount(rule.axis, "train.micro_batch_size", rows, f"rule {rule.name} splits its rows")
 
 
 def unit_of(name: str, units: Iterable[str]) -> str | None:

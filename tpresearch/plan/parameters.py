@@ -12,7 +12,7 @@ from torch.distributed.tensor.placement_types import Placement
 from tpresearch.config.axes import SHARD
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ParallelConfig
-from tpresearch.config.validate import is_wrapped
+from tpresearch.config.validate import uses_fully_shard
 from tpresearch.plan.compiler import Plan, split_dim, unit_of
 
 
@@ -36,7 +36,7 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> 
     Raises:
         ConfigError: naming the parameter.
     """
-    fully_sharded = is_wrapped(parallel, plan.sizes)
+    fully_sharded = uses_fully_shard(parallel, plan.sizes)
     if not any(p.requires_grad for p in model.parameters()):
         why, legal = "none of its parameters requires a gradient", "at least one that does"
         raise ConfigError("model", type(model).__name__, why, legal)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig
 
-from tpresearch.config.compared import compared, with_defaults
+from tpresearch.config.comparable import comparable_config, with_defaults
 from tpresearch.config.schema import Config, DeviceKind
 from tpresearch.launch.command import override_key
 from tpresearch.track.record import read_record
@@ -70,7 +70,9 @@ def slots_of(cfg: Config, wanted: int, gpu_count: int) -> tuple[int, bool]:
 
 def signature(config: dict[str, Any], ranks: int, without_seed: bool = False) -> str:
     """A hash of what a run computes: its resolved config and its ranks, without names, paths and loggers."""
-    text = json.dumps([compared(with_defaults(config), without_seed), ranks], sort_keys=True, default=str)
+    text = json.dumps(
+        [comparable_config(with_defaults(config), without_seed), ranks], sort_keys=True, default=str
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

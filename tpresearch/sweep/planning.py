@@ -16,7 +16,7 @@ from omegaconf import DictConfig, open_dict
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import SHOWN_WORLD, ranks_needed, total_steps
+from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed, total_steps
 from tpresearch.config.world import World
 from tpresearch.launch.command import Command, WrongCommand, mended, override, override_key, program_words
 from tpresearch.launch.composition import Composition, typed_config
@@ -80,7 +80,7 @@ class Planner:
                 cfg = typed_config(composed)
                 folder = self._folder(composed.hydra.sweep.subdir)
                 settings = composed.hydra.launcher
-            open_ranks = settings.nproc or self.ranks_per_node or self.gpu_count or SHOWN_WORLD
+            open_ranks = settings.nproc or self.ranks_per_node or self.gpu_count or DEFAULT_PLAN_RANKS
             ranks = ranks_needed(cfg, open_ranks)
             nodes = _nodes(ranks, self.ranks_per_node)
             here = self.ranks_per_node is None

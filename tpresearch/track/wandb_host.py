@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.network import answers
+from tpresearch.config.network import is_reachable
 from tpresearch.config.schema import LoggerConfig, WandbMode
 from tpresearch.config.world import WrongEnvironment
 
@@ -87,7 +87,7 @@ def choose_mode(wanted: WandbMode, settings: wandb.Settings) -> Mode:
     if not has_key(settings):
         log.warning("W&B: offline, because there is no API key; set one with `wandb login` or WANDB_API_KEY")
         return "offline"
-    if not answers(settings.base_url):
+    if not is_reachable(settings.base_url):
         log.warning("W&B: offline, because %s does not answer", settings.base_url)
         return "offline"
     return "online"

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.checkpoint.load import weights_from
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import has_masters
+from tpresearch.config.validate import has_master_weights
 from tpresearch.data.batches import Batches
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.hf.files import is_hugging_face
@@ -66,7 +66,7 @@ def assemble(
 
 def first_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> TrainState:
     """A model that has its initial weights, with the optimizer that moves them."""
-    masters = Masters(model) if has_masters(cfg, plan.sizes) else None
+    masters = Masters(model) if has_master_weights(cfg, plan.sizes) else None
     trained = trained_parameters(model, masters)
     replicas = replicas_of(model, trained, plan, cfg, mesh)
     return TrainState(0, model, build_optimizer(trained.values(), cfg.optimizer), masters, replicas)

@@ -12,11 +12,11 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Float8, Loss
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.mesh import check_declared, of_one_rank, used_axes
+from tpresearch.config.mesh import check_declared_counts, used_axes, warning_of_unused_axes
 from tpresearch.config.schema import Config
 from tpresearch.config.secrets import refuse_secrets
 from tpresearch.config.validate import (
-    SHOWN_WORLD,
+    DEFAULT_PLAN_RANKS,
     micro_batch_size,
     ranks_needed,
     validate,
@@ -88,7 +88,7 @@ def _judged(cfg: Config, world: World, resumes: bool) -> Preflight:
     device = choose_device(cfg, world.local_rank, world.local_size) if starts_ranks else None
     if device:
         check_float8(cfg.train, device.torch)
-    notes = [note for note in (of_one_rank(sizes, cfg.parallel),) if note]
+    notes = [note for note in (warning_of_unused_axes(sizes, cfg.parallel),) if note]
     if cfg.plan_only:
         asked, cfg = cfg.train.global_batch_size, with_batch_that_fits(cfg, sizes)
         if (rows := cfg.train.global_batch_size) != asked:
@@ -111,11 +111,11 @@ def glance(cfg: Config, world: World) -> MeshSizes:
         check_settings(cfg.logger)
     check_tensorboard(cfg.logger)
     alone = world.size == 1 and not world.elastic
-    ranks = ranks_needed(cfg, SHOWN_WORLD) if alone else world.size
+    ranks = ranks_needed(cfg, DEFAULT_PLAN_RANKS) if alone else world.size
     sizes = validate(cfg, ranks, world.hosts)
     check_data(cfg.data, cfg.tokenizer)
     try:
-        check_declared(cfg, sizes)
+        check_declared_counts(cfg, sizes)
     except ConfigError as error:
         if ranks > world.size and error.nproc:  # no one has typed so many: as many as fit
             refuse_alone(cfg, error.nproc)

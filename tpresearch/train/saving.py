@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tpresearch.checkpoint.disk import FOLDER, Checkpoint, Mark
 from tpresearch.checkpoint.save import Saver
 from tpresearch.checkpoint.together import RankFailed
-from tpresearch.config.compared import experiment
+from tpresearch.config.comparable import experiment_config
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.validate import total_steps
@@ -39,7 +39,7 @@ def saver_of(
         step=step,
         tokens=0,
         loss=None,
-        experiment=experiment(as_dict(cfg)),
+        experiment=experiment_config(as_dict(cfg)),
         steps=total_steps(cfg),
         corpus_hash=corpus.corpus_hash,
         tokenizer_hash=corpus.tokenizer_hash,

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tpresearch.config.axes import TENSOR, MeshSizes
 from tpresearch.config.schema import Config, Dtype
-from tpresearch.config.validate import has_masters
+from tpresearch.config.validate import has_master_weights
 from tpresearch.config.world import World
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.group import process_group
@@ -119,7 +119,7 @@ def _compare(
     plan = Plan(rules, ["layer"], [], plan.sizes)
     home = torch.device("cpu") if cfg.parallel.fsdp.cpu_offload else device
     parallelize(alone, plan, cfg.parallel, mesh, cfg.train.dtype).to_empty(device=home)
-    if has_masters(cfg, plan.sizes):
+    if has_master_weights(cfg, plan.sizes):
         alone.bfloat16()  # as the copies that the model computes with
     parameters = dict(alone.named_parameters())
     for key, parameter in parameters.items():

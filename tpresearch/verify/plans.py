@@ -16,7 +16,7 @@ from rich.progress import track
 from tpresearch.config import Config
 from tpresearch.config.choices import DeviceKind, Float8
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.config.mesh import of_one_rank, used_axes
+from tpresearch.config.mesh import used_axes, warning_of_unused_axes
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.data.check import check_data
@@ -159,7 +159,7 @@ def _verified(
     """One plan and optimizer compared with the reference; its matmuls on integers too if requested."""
     sizes = validate(cfg, ranks_of(cfg))
     result = Result(plan, cfg.optimizer.name, tolerance("loss", cfg.train.dtype), dict(sizes))
-    result.note = of_one_rank(sizes, cfg.parallel)
+    result.note = warning_of_unused_axes(sizes, cfg.parallel)
     try:
         ours = ranks.run(ranks_of(cfg), trace_of, cfg, corpus)[0]
         if integers:

@@ -16,7 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tpresearch.config.compose import register_schema, typed
+from tpresearch.config.compose import register_schema, to_config
 from tpresearch.config.world import World
 from tpresearch.data.pipeline import prepare
 from tpresearch.launch.composition import conf_dir
@@ -47,7 +47,7 @@ def warm_up() -> None:
     fake = Device(torch.device("cpu"), "fake", "cpu")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for plan in PLANS:
-            cfg = typed(compose("train", overrides=[*SMALL, plan]))
+            cfg = to_config(compose("train", overrides=[*SMALL, plan]))
             trace(cfg, prepare(cfg.data, cfg.tokenizer), World(size=4, local_size=4), 1, fake)
 
 

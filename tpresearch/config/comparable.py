@@ -7,18 +7,18 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from tpresearch.config.compose import plain
+from tpresearch.config.compose import to_plain
 from tpresearch.config.schema import ComposedConfig
 
 NOT_COMPARED = ("name", "logger", "world_size", "verify", "checkpoint", "resume", "gpus", "trace")
 """Keys of a config that do not determine the result: folders, loggers, and settings of other commands."""
 
-NOT_OF_DATA = ("cache_dir", "max_record_bytes")
+DATA_NOT_COMPARED = ("cache_dir", "max_record_bytes")
 
-EXPERIMENT = ("data", "tokenizer", "optimizer", "schedule", "train", "init_from", "defects", "model")
+EXPERIMENT_KEYS = ("data", "tokenizer", "optimizer", "schedule", "train", "init_from", "defects", "model")
 """Keys that determine the result, whatever the plan; the model comes last, since some of its settings follow from others."""
 
-NOT_THE_EXPERIMENT = (
+MAY_CHANGE_ON_RESUME = (
     "steps",
     "tokens",
     "micro_batch_size",
@@ -33,21 +33,21 @@ NOT_THE_EXPERIMENT = (
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded config with the defaults of those keys that its run is too old to have."""
-    defaults = plain(dataclasses.asdict(ComposedConfig()))
-    return {key: _over(defaults.get(key), value) for key, value in (defaults | dict(config)).items()}
+    defaults = to_plain(dataclasses.asdict(ComposedConfig()))
+    return {key: _merged(defaults.get(key), value) for key, value in (defaults | dict(config)).items()}
 
 
-def _over(defaults: Any, values: Any) -> Any:
+def _merged(defaults: Any, values: Any) -> Any:
     return {**defaults, **values} if isinstance(defaults, dict) and isinstance(values, dict) else values
 
 
-def compared(config: Mapping[str, Any], without_seed: bool = False) -> dict[str, Any]:
+def comparable_config(config: Mapping[str, Any], without_seed: bool = False) -> dict[str, Any]:
     """The resolved config without names, paths and loggers."""
     kept = _without(config, NOT_COMPARED)
     if cluster := kept.pop("cluster", None):  # of a simulated run: told apart by its name and its numbers
         digest = hashlib.sha1(repr(cluster).encode()).hexdigest()
         kept["cluster"] = f"{cluster.get('name')} {digest[:6]}"
-    kept["data"] = _without(kept.get("data", {}), NOT_OF_DATA)
+    kept["data"] = _without(kept.get("data", {}), DATA_NOT_COMPARED)
     if without_seed:
         kept["train"] = _without(kept["train"], ("seed",))
     return kept
@@ -57,13 +57,13 @@ def _without(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]
     return {key: value for key, value in config.items() if key not in keys}
 
 
-def experiment(config: Mapping[str, Any]) -> dict[str, Any]:
+def experiment_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The subset of the config that a resumed run must share with the run that wrote the checkpoint.
 
     Left out is what changes speed and memory alone (plan, mesh, micro-batch, device), what is logged and how often it
     is evaluated, and the budget, which may grow.
     """
-    kept = compared(config)
+    kept = comparable_config(config)
     kept["model"] = _without(kept["model"], ("plans", "blocks"))
-    kept["train"] = _without(kept["train"], NOT_THE_EXPERIMENT)
-    return {key: kept[key] for key in EXPERIMENT}
+    kept["train"] = _without(kept["train"], MAY_CHANGE_ON_RESUME)
+    return {key: kept[key] for key in EXPERIMENT_KEYS}
