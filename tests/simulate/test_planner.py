@@ -118,6 +118,23 @@ def test_all_that_is_legal_is_a_candidate() -> None:
     assert micro_batch_rows(next(one for one in found if isinstance(one, Candidate))) == [1, 2, 4]
 
 
+def test_micro_batches_and_tp_of_other_sizes_than_powers_of_two() -> None:
+    """60 rows per rank, of which 5 are hardly another size than 4; hosts of 6 devices, 12 heads."""
+    cfg = config(
+        "model=llama2_debug",
+        "model.n_heads=12",
+        "model.n_kv_heads=12",
+        "model.dim=48",
+        "data.seq_len=48",
+        "train.global_batch_size=720",
+    )
+    hosts_of_six = dataclasses.replace(cluster(), devices_per_host=6)
+    found = [one for one in families(cfg, 12, hosts_of_six) if isinstance(one, Candidate)]
+    assert {one.sizes.tp for one in found} == {1, 2, 3, 6}
+    plain = next(one for one in found if one.cfg.parallel.name == "fsdp")
+    assert micro_batch_rows(plain) == [1, 2, 3, 4, 6, 10, 15, 20, 30, 60]
+
+
 def test_replicas_of_many_hosts_are_candidates_where_there_are_many_more() -> None:
     cfg = config("model=llama2_debug", "train.global_batch_size=1024")
     found = [one for one in families(cfg, 1024, cluster()) if isinstance(one, Candidate)]
@@ -154,7 +171,7 @@ def test_it_says_when_nothing_fits() -> None:
 
 
 def test_what_no_plan_can_do_is_refused_and_what_one_can_is_not() -> None:
-    """16 rows split over 64 GPUs where tp takes at least 4; 12 and 3 GPUs take other batches and hosts."""
+    """16 rows split over 64 GPUs where tp takes at least 4; 12 and 24 GPUs take other hosts and batches."""
     plain = yaml.safe_load(CLUSTER.read_text())
 
     def judged(gpus: int, rows: int) -> Judged:
@@ -165,10 +182,19 @@ def test_what_no_plan_can_do_is_refused_and_what_one_can_is_not() -> None:
     assert (found.sizes.world, found.cfg.train.global_batch_size) == (64, 16)
     for gpus, rows, field in (
         (12, 24, "gpus=12: hosts of"),
-        (3, 16, "train.global_batch_size=16: does not split over 3"),
+        (24, 16, "train.global_batch_size=16: does not split over 24"),
     ):
         with pytest.raises(ConfigError, match=f"^{field}"):
             judged(gpus, rows)
+
+
+def test_that_no_plan_is_valid_is_not_called_a_lack_of_memory() -> None:
+    """Three ranks: 16 rows do not split over them, nor do 4 heads."""
+    ranked = rank(config("model=llama2_debug", "train.global_batch_size=16"), 3, cluster())
+    assert list(advice(ranked, 3, "llama2_debug")) == [
+        "no plan is valid for llama2_debug on 3 devices; the most common reason: "
+        "train.global_batch_size=16: does not split over 3 data-parallel ranks"
+    ]
 
 
 def test_of_two_that_are_as_fast_the_one_that_holds_less_is_on_the_front() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,10 +54,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Refused:
-    """A candidate that is not a valid config, and why."""
+    """A candidate that is not simulated, and why: not a valid config, or certain not to fit."""
 
     words: str
     why: str
+    is_valid: bool = False
 
 
 def families(cfg: Config, gpus: int, cluster: Cluster) -> Iterator[Candidate | Refused]:
@@ -75,18 +77,28 @@ def families(cfg: Config, gpus: int, cluster: Cluster) -> Iterator[Candidate | R
 
 
 def micro_batch_rows(candidate: Candidate) -> list[int]:
-    """Powers of two that divide a rank's share of the global batch."""
-    share = candidate.cfg.train.global_batch_size // candidate.sizes.dp
-    return [rows for rows in (1, 2, 4, 8, 16, 32) if share % rows == 0]
+    """Divisors of a rank's share of the global batch, each at least a third larger than the one before: between two that are
+    closer, speed hardly differs.
+    """
+    found = [1]
+    for rows in _divisors(candidate.cfg.train.global_batch_size // candidate.sizes.dp):
+        if 3 * rows >= 4 * found[-1] and rows > 1:
+            found.append(rows)
+    return found
+
+
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def _meshes(
     name: str, tensor: TensorPlan | None, data: DataPlan, gpus: int, cluster: Cluster
 ) -> Iterator[MeshConfig]:
-    widths = [2**i for i in range(1, 10) if 2**i <= min(gpus, cluster.devices_per_host)] if tensor else [1]
-    for tp in widths:
-        ranks, rest = divmod(gpus, tp)
-        if rest or (data is DataPlan.none) != (ranks == 1):
+    host = min(gpus, cluster.devices_per_host)
+    for tp in _divisors(host)[1:] if tensor else [1]:
+        ranks = gpus // tp
+        if (data is DataPlan.none) != (ranks == 1):
             continue
         mesh = MeshConfig(tp=tp if tensor else None)
         if data is not DataPlan.hsdp:

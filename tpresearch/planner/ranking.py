@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -99,7 +100,7 @@ def _too_large(family: Candidate, held: int | ConfigError, cluster: Cluster) -> 
     why = (
         f"weights, gradients and optimizer state alone are {held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"
     )
-    return Refused(family.words, why)
+    return Refused(family.words, why, is_valid=True)
 
 
 def _all(
@@ -220,6 +221,9 @@ def _words(name: str) -> str:
 
 def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
     """What a reader asks first: does it fit, which plan, and does tensor parallelism pay."""
+    if not (ranking.fits or ranking.too_large or any(one.is_valid for one in ranking.refused)):
+        why, _ = Counter(one.why for one in ranking.refused).most_common(1)[0]
+        return [f"no plan is valid for {name} on {gpus} devices; the most common reason: {why}"]
     if not ranking.fits:
         least = ranking.too_large[0].prediction if ranking.too_large else None
         held = (
