@@ -43,7 +43,7 @@ def as_run(row: Row, trace: Trace) -> Trace:
     if row.is_float8:
         vocab = row.count("vocab")
         trace = _with_float8(trace, (vocab, vocab // row.count("tp", 1)), engine == "torchtitan")
-    if engine == "kempnerforge" and row.count("ga", 1) > 1:
+    if engine == "kempnerforge" and row.batch[1] > 1:
         trace = _reduced_once(trace)
     return trace
 

@@ -1,19 +1,23 @@
-"""Published measurements as configs: each row of the CSV is a set of overrides, a world and a cluster."""
+"""A published measurement: a line of a CSV in the columns of rows.csv, with its cells as numbers."""
 
 from __future__ import annotations
 
 import csv
+import io
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import MOST_RANKS
 
-NUMBER = re.compile(r"[~≈]?\s*([0-9][0-9, _]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/ ]*)")
-"""A number, perhaps with separators and a unit behind it: 80GB, 1,914, 400 Gbps."""
+NUMBER = re.compile(r"[~≈]?\s*(\d{1,3}(?:[, _]\d{3})+|\d+)((?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z/]*)")
+"""A number, perhaps with separators of thousands and a unit behind it: 80GB, 1,914, 400 Gbps."""
 UNITS = {
     "ms": 1e-3,
     "us": 1e-6,
+    "min": 60,
     "k": 1024,
     "K": 1024,
     "GB/s": 8,
@@ -23,37 +27,10 @@ UNITS = {
     "Tb/s": 1000,
 }
 """What is not in the column's own unit: seconds, tokens, Gbit/s."""
+NOT_STATED = ("na", "n/a", "nan", "none", "null", "unknown", "-", "?")
 GPUS = ("A100", "H100", "H200", "B200", "L40S")
 YES = ("1", "true", "yes")
 FLOAT8 = re.compile("fp8|float8")
-ABSENT = {"pp": "pipeline", "cp": "context", "ep": "expert"}
-CHECKPOINTING = {
-    **dict.fromkeys(("", "0", "no", "false", "off"), "none"),
-    **dict.fromkeys(("1", "yes", "true", "on"), "full"),
-    "op": "selective_op",
-    "layer": "selective_layer",
-}
-CHECKPOINTED = {
-    ("fms-fsdp", "A100", "llama2-13b", True): 0.39,
-    ("fms-fsdp", "A100", "codellama-34b", True): 1.0,
-    ("fms-fsdp", "A100", "llama2-70b", True): 1.0,
-    ("fms-fsdp", "H100", "llama2-13b", True): 0.21,
-    ("fms-fsdp", "H100", "codellama-34b", True): 0.87,
-    ("fms-fsdp", "H100", "llama2-70b", True): 0.71,
-    ("fms-fsdp", "A100", "llama2-13b", False): 0.47,
-    ("fms-fsdp", "H100", "llama2-13b", False): 0.43,
-}
-"""Share of blocks that ran forward twice: 3 (HFU / MFU - 1), from the table of both in fms-fsdp's README (compiled) and in
-PyTorch's blog of March 2024."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One config that stands for a share of a row's blocks: a row that checkpoints every second block has two."""
-
-    overrides: tuple[str, ...]
-    share: float | None
-    """None: the smallest share of the last part with which the step fits the card."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +41,18 @@ class Row:
 
     def __getitem__(self, name: str) -> str:
         """What a column states; empty where it states nothing or is not there."""
-        return (self.values.get(name) or "").strip()
+        value = (self.values.get(name) or "").strip()
+        return "" if value.lower() in NOT_STATED and name not in ("ac", "pos") else value
 
     def number(self, name: str, default: float = 0) -> float:
         """Raises: ConfigError: for what is no number."""
-        if not self[name] or self[name].lower() in ("na", "n/a", "nan", "none", "-", "?"):
+        if not self[name]:
             return default
         found = NUMBER.fullmatch(self[name])
-        if not found:
-            raise ConfigError(name, self[name], "not a number", "a number", {})
-        return float(re.sub("[, _]", "", found[1])) * self._unit(name, found[2].strip())
+        value = float(re.sub("[, _]", "", found[1]) + found[2]) if found else math.inf
+        if found is None or math.isinf(value):
+            raise ConfigError(name, self[name], "not a number", "a number of 0 or more", {})
+        return value * self._unit(name, found[3])
 
     @staticmethod
     def _unit(name: str, unit: str) -> float:
@@ -82,8 +61,9 @@ class Row:
     def count(self, name: str, default: int | None = None) -> int:
         """Raises: ConfigError: for what is no whole number of 1 or more; for an empty cell without a default."""
         value = self.number(name, default or 0)
-        if value < 1 or value != int(value):
-            raise ConfigError(name, self[name] or None, "a row needs it", "a whole number of 1 or more", {})
+        if not 1 <= value <= MOST_RANKS or value != int(value):
+            why = "a row needs it" if not self[name] else "out of bounds, or no whole number"
+            raise ConfigError(name, self[name] or None, why, f"a whole number from 1 to {MOST_RANKS:,}", {})
         return int(value)
 
     def says(self, name: str) -> bool:
@@ -92,7 +72,7 @@ class Row:
     @property
     def engine(self) -> str:
         """torchtitan of torchtitan/fsdp2."""
-        return self["engine"].partition("/")[0].lower()
+        return self["engine"].partition("/")[0].strip().lower()
 
     @property
     def gpu(self) -> str:
@@ -109,95 +89,61 @@ class Row:
         return self.count("gpus")
 
     @property
+    def tp(self) -> int:
+        return self.count("tp", 1)
+
+    @property
+    def replicas(self) -> int:
+        return self.count("dp_replicate", 1)
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which weights are sharded: those that are left, where it is not stated.
+
+        Raises:
+            ConfigError: if the row's parallel sizes do not make its world.
+        """
+        shards = self.count("dp_shard", max(1, self.world // (self.tp * self.replicas)))
+        product = self.replicas * shards * self.tp
+        if product != self.world:
+            why = f"dp_replicate={self.replicas} x dp_shard={shards} x tp={self.tp} is {product}"
+            raise ConfigError("gpus", self["gpus"], why, str(product), {})
+        return shards
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Rows per micro-batch of a rank, and micro-batches; what is not stated follows from gbs.
+
+        Raises:
+            ConfigError: if gbs is another one than these make.
+        """
+        ranks = self.replicas * self.shards
+        rows = self.count("gbs", ranks * self.count("mb", 1) * self.count("ga", 1))
+        micro = self.count("mb", max(1, rows // (ranks * self.count("ga", 1))))
+        batches = self.count("ga", max(1, rows // (ranks * micro)))
+        if rows != ranks * micro * batches:
+            why = f"mb={micro} x ga={batches} x {ranks} data-parallel ranks is {ranks * micro * batches}"
+            raise ConfigError("gbs", self["gbs"], why, "the rows of a step", {})
+        return micro, batches
+
+    @property
     def measured_s(self) -> float | None:
         """From the tokens per second where no step is stated."""
-        rate = self.number("tok_s_gpu")
-        if self["step_s"] or not rate:
-            return self.number("step_s") or None
-        tp, replicas = self.count("tp", 1), self.count("dp_replicate", 1)
-        ranks = replicas * self.count("dp_shard", max(1, self.world // (tp * replicas)))
-        tokens = self.count("mb", 1) * self.count("ga", 1) * ranks * self.count("seq")
-        return tokens / (rate * self.world)
-
-    def parts(self) -> list[Part]:
-        """The configs that stand for it."""
-        for name in ABSENT:
-            if self.number(name) > 1:
-                raise ConfigError(name, self[name], f"there is no {ABSENT[name]} parallelism here", "1", {})
-        stated = re.sub("[ -]+", "_", self["ac"].lower())
-        mode = CHECKPOINTING.get(stated, stated)
-        if mode == "selective_layer":  # every second block whole
-            return [self._part("none", 0.5), self._part("full", 0.5)]
-        if mode == "selective_block":  # a share of the blocks, which the source states only through its HFU
-            share = CHECKPOINTED.get((self.engine, self.gpu, self["model"], self.says("compile")))
-            return [self._part("none", share and 1 - share), self._part("full", share)]
-        if mode == "selective_op":  # ours keeps every matmul, torchtitan's every second
-            return [self._part("selective", 0.5), self._part("full", 0.5)]
-        return [self._part(mode, 1.0)]
-
-    def _part(self, checkpointing: str, share: float | None) -> Part:
-        return Part((*self._overrides(), f"parallel.activation_checkpointing={checkpointing}"), share)
-
-    def _overrides(self) -> list[str]:
-        mpt = self["arch"] in ("mpt", "gpt") or (self["arch"] != "llama" and self["ffn_kind"] == "gelu")
-        tp, replicas = self.count("tp", 1), self.count("dp_replicate", 1)
-        shards = self.count("dp_shard", max(1, self.world // (tp * replicas)))
-        dim, heads, micro = self.count("dim"), self.count("heads"), self.count("mb", 1)
-        ffn = self.count("ffn", 4 * dim if mpt else None)
-        found = [
-            f"model={'mpt' if mpt else 'llama2_7b'}",
-            f"model.name={re.sub('[^A-Za-z0-9_.-]', '-', self['model']) or 'model'}",
-            f"model.dim={dim}",
-            f"model.n_layers={self.count('layers')}",
-            f"model.n_heads={heads}",
-            f"model.ffn_dim={ffn}",
-            f"tokenizer.vocab_size={self.count('vocab')}",
-            f"data.seq_len={self.count('seq')}",
-            f"parallel={_plan(tp, replicas, shards, self.says('sp'))}",
-            f"train.global_batch_size={micro * replicas * shards * self.count('ga', 1)}",
-            f"train.micro_batch_size={micro}",
-            f"train.dtype={_dtype(self['compute_dtype'])}",
-            f"parallel.compile={str(self.says('compile')).lower()}",
-        ]
-        if not mpt:
-            found += [f"model.n_kv_heads={self.count('kv_heads', heads)}"]
-            found += [f"model.tied={str(self.says('tied')).lower()}"]
-        if tp > 1:
-            found += [f"mesh.tp={tp}"]
-        if replicas > 1 and shards > 1:
-            found += [f"mesh.dp_replicate={replicas}", f"mesh.dp_shard={shards}"]
-        if shards > 1 and self["reshard"] == "0":
-            found += ["parallel.fsdp.reshard_after_forward=false"]
-        if self["reduce_dtype"] == "bf16" and self.engine != "kempnerforge":  # whose policy says float32
-            found += ["parallel.fsdp.reduce_dtype=bfloat16"]
-        if self["params_dtype"] == "bf16":
-            found += ["train.weights=bfloat16"]
-        if self.says("async_tp"):
-            found += ["parallel.async_tp=true"]
-        if tp > 1 and "no loss-parallel" in self["notes"]:
-            found += ["parallel.loss_parallel=false"]
-        return found
-
-
-def _plan(tp: int, replicas: int, shards: int, sequence: bool) -> str:
-    data = "hsdp" if replicas > 1 and shards > 1 else "fsdp" if shards > 1 else "ddp" if replicas > 1 else ""
-    if tp == 1:
-        return data or "none"
-    if data == "ddp":
-        return "hsdp_tp"
-    return f"{data}_tp" if data else "sp" if sequence else "tp"
-
-
-def _dtype(short: str) -> str:
-    """float8 is bfloat16 with faster matmuls; see `engines`."""
-    if not short or re.search("bf16|bfloat16|fp16|float16|fp8|float8", short.lower()):
-        return "bfloat16"
-    return {"fp32": "float32"}.get(short.lower(), short)
+        step, rate = self.number("step_s"), self.number("tok_s_gpu")
+        if step or not rate:
+            return step or None
+        return math.prod(self.batch) * self.replicas * self.shards * self.count("seq") / (rate * self.world)
 
 
 def read(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        return [
-            Row({k: v for k, v in values.items() if k and isinstance(v, str)})
-            for values in csv.DictReader(file)
-        ]
+    """The rows of a CSV, by whichever of comma, semicolon and tab its first line is separated. One without an id is
+    called by its number."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    heading = text.partition("\n")[0]
+    separator = max(",;\t", key=heading.count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    names = [name.strip().lower() for name in next(lines, [])]
+    rows = [dict(zip(names, line, strict=False)) for line in lines if any(cell.strip() for cell in line)]
+    return [
+        Row({**row, "id": row.get("id", "").strip() or f"row {count}"}) for count, row in enumerate(rows, 1)
+    ]

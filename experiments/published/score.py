@@ -17,6 +17,7 @@ from statistics import mean
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+from configs import parts  # noqa: E402
 from engines import as_run  # noqa: E402
 from left_out import by_the_others  # noqa: E402
 from row import Row, read  # noqa: E402
@@ -68,12 +69,11 @@ class Scored:
 def scored(row: Row, sites: bool = True) -> Scored:
     """Raises: ConfigError: for a row whose config is refused, or whose measurement is no number."""
     _ = row.measured_s
-    parts = [predicted(row, part.overrides, sites) for part in row.parts()]
-    shares = [part.share for part in row.parts()]
-    if len(parts) == 1 or None not in shares:
-        weights = [share or 0.0 for share in shares]
-    else:
-        last = _share_that_fits(*parts)
+    stated = parts(row)
+    found = [predicted(row, part.overrides, sites) for part in stated]
+    weights = [part.share or 0.0 for part in stated]
+    if any(part.share is None for part in stated):
+        last = _share_that_fits(*found)
         weights = [1 - last, last]
 
     def blended(values: Sequence[float]) -> float:
@@ -81,11 +81,11 @@ def scored(row: Row, sites: bool = True) -> Scored:
 
     return Scored(
         row,
-        blended([p.step_time_s for p in parts]),
-        blended([p.low_s for p in parts]),
-        blended([p.high_s for p in parts]),
-        blended([(p.peak_bytes - p.memory_bytes["reserved"]) / GIB for p in parts]),
-        blended([p.time_s.get("gemm", 0.0) for p in parts]),
+        blended([p.step_time_s for p in found]),
+        blended([p.low_s for p in found]),
+        blended([p.high_s for p in found]),
+        blended([(p.peak_bytes - p.memory_bytes["reserved"]) / GIB for p in found]),
+        blended([p.time_s.get("gemm", 0.0) for p in found]),
     )
 
 

@@ -90,16 +90,18 @@ def _matmul_rate(row: Row, cluster: str) -> float | None:
 
 def cluster_name(row: Row) -> str:
     """The option of conf/cluster for a row's cards."""
-    gpu, note, memory = row.gpu, f"{row['gpu_note']} {row['gpu']}".lower(), row.number("gpu_mem_gb")
+    gpu, note = row.gpu, f"{row['gpu_note']} {row['gpu']}".lower()
+    named = re.search(r"(\d+) ?gi?b", note)
+    memory = row.number("gpu_mem_gb", float(named[1]) if named else 0)
     if gpu not in OPTIONS:
         raise ConfigError(
             "gpu", row["gpu"] or None, "no cluster file describes it", "one of " + " ".join(OPTIONS), {}
         )
-    if gpu == "A100" and 0 < memory <= 40:
-        return "a100_40"
     if "nvl" in re.findall("[a-z]+", note) or (gpu != "H100" and "pcie" in note):
         why = "no cluster file describes this kind of card, with its lower power"
         raise ConfigError("gpu", f"{row['gpu']} {row['gpu_note']}".strip(), why, "SXM, or H100 PCIe", {})
+    if gpu == "A100" and 0 < memory <= 40:
+        return "a100_40"
     if gpu == "H100" and "pcie" in note:
         return "h100_pcie"
     if gpu == "H100" and ("500" in note or "hbm2e" in note or memory > 90):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from configs import is_gpt, parts
 from engines import CAST, as_run
 from left_out import by_the_others
 from losses import _changed
-from row import Row
+from row import Row, read
 from score import Scored, scored
 from stacks import cluster_name
 
@@ -46,7 +49,7 @@ def test_a_fused_loss_reads_and_writes_narrow_logits_wherever_it_stands(before: 
     ]
 
 
-LLAMA = {"vocab": "64", "tp": "1", "ga": "2", "compute_dtype": "bf16"}
+LLAMA = {"vocab": "64", "gpus": "4", "ga": "2", "compute_dtype": "bf16"}
 REDUCE = Event("dp_shard", "backward", "fsdp", "reduce_scatter", 400, 4)
 
 
@@ -141,23 +144,81 @@ def test_a_card_of_another_kind_is_refused(gpu: str) -> None:
         cluster_name(Row({**SMALL, "gpu": gpu}))
 
 
+def test_memory_is_read_off_a_longer_name_too() -> None:
+    assert cluster_name(Row({**SMALL, "gpu": "A100-SXM4-40GB"})) == "a100_40"
+
+
 def test_cells_are_read_with_their_units() -> None:
     row = Row({**SMALL, "step_s": "1,200 ms", "internode_gbps_per_gpu": "50 GB/s", "ac": "selective op"})
     assert (row.count("seq"), row.world, row.measured_s) == (2048, 1024, pytest.approx(1.2))
     assert row.number("internode_gbps_per_gpu") == 400
-    assert len(row.parts()) == 2
+    assert len(parts(row)) == 2
     told = Row({**SMALL, "tok_s_gpu": "2.048k", "mb": "3", "ga": "2"})
     assert told.measured_s == pytest.approx(6.0)
 
 
 @pytest.mark.parametrize("name", ["pp", "cp", "ep"])
 def test_a_row_of_parallelism_that_is_not_here_is_refused(name: str) -> None:
-    assert Row({**SMALL, name: "1"}).parts()
+    assert parts(Row({**SMALL, name: "1"}))
     with pytest.raises(ConfigError, match=f"{name}=2"):
-        Row({**SMALL, name: "2"}).parts()
+        parts(Row({**SMALL, name: "2"}))
 
 
 @pytest.mark.parametrize("name", ["step_s", "tok_s_gpu"])
 def test_a_row_whose_measurement_is_no_number_is_refused_before_it_is_simulated(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}=fast: "):
         scored(Row({name: "fast", "gpu": "no card"}))
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        {"gbs": "100", "mb": "1", "ga": "1"},
+        {"dp_shard": "512"},
+        {"tp": "3"},
+        {"layers": ""},
+        {"layers": "-2"},
+        {"layers": "1e999"},
+        {"gpus": "1e12"},
+        {"dim": "47,73"},
+        {"arch": "mixtral"},
+        {"model": "mamba-2.8b"},
+        {"arch": "unheard of"},
+        {"experts": "8"},
+    ],
+)
+def test_a_row_that_contradicts_itself_or_cannot_be_read_is_refused(cells: dict[str, str]) -> None:
+    row = {**SMALL, "arch": "llama"}
+    assert parts(Row(row))
+    with pytest.raises(ConfigError):
+        parts(Row(row | cells))
+
+
+def test_what_a_row_leaves_open_of_its_batch_follows_from_the_rest() -> None:
+    told = Row({**SMALL, "gpus": "16", "gbs": "96", "mb": "2"})
+    assert told.batch == (2, 3)
+    assert Row({**SMALL, "gpus": "16", "tp": "4", "gbs": "96", "ga": "4"}).batch == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("cells", "gpt"),
+    [
+        ({"arch": "llama", "ffn_kind": "swiglu"}, False),
+        ({"arch": "gpt-neox", "ffn_kind": ""}, True),
+        ({"model": "Mistral-7B"}, False),
+        ({"arch": "other", "ffn_kind": "gelu"}, True),
+        ({}, False),
+    ],
+)
+def test_a_family_is_found_by_its_feed_forward_or_its_name(cells: dict[str, str], gpt: bool) -> None:
+    assert is_gpt(Row(cells)) is gpt
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_rows_are_read_whatever_separates_them(tmp_path: Path, separator: str) -> None:
+    lines = [["ID", " gpus", "notes"], ["A", "8", '"two\nlines"'], ["", "16"], [""]]
+    text = "\ufeff" + "\r\n".join(separator.join(line) for line in lines)
+    (tmp_path / "rows.csv").write_text(text, newline="", encoding="utf-8")
+    first, second = read(tmp_path / "rows.csv")
+    assert (first["id"], first.world, first["notes"]) == ("A", 8, "two\nlines")
+    assert (second["id"], second.world, second["notes"]) == ("row 2", 16, "")
