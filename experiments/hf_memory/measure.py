@@ -36,8 +36,8 @@ from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import local_part, materialize
-from tpresearch.plan.compiler import shard_shape
-from tpresearch.plan.meta import all_settings, meta_model
+from tpresearch.plan.compiler import fsdp_local_shape
+from tpresearch.plan.meta import meta_model, settings_with_defaults
 from tpresearch.train.preflight import planned
 
 CELLS = [(1, "none"), (8, "fsdp"), (4, "tp"), (4, "sp"), (8, "fsdp_tp mesh.tp=4"), (8, "hsdp_tp mesh.tp=4")]
@@ -60,7 +60,9 @@ def config(model: str, plan: str) -> Config:
 def by_arithmetic(cfg: Config, ranks: int) -> tuple[int, int]:
     """Bytes of a rank's float32 weights, and of the room for its largest part of a query or key projection."""
     model, plan = planned(cfg, validate(cfg, ranks))
-    held = {name: torch.Size(shard_shape(name, model, plan)).numel() for name, _ in model.named_parameters()}
+    held = {
+        name: torch.Size(fsdp_local_shape(name, model, plan)).numel() for name, _ in model.named_parameters()
+    }
     return 4 * sum(held.values()), 4 * max(size for name, size in held.items() if is_rotated(name))
 
 
@@ -75,7 +77,7 @@ def write_folder(folder: Path, model: str) -> None:
             numbers = shapes[name].numel()
             yield name, noise.repeat(-(-numbers // len(noise)))[:numbers].view(shapes[name])
 
-    settings = all_settings(cfg.model)
+    settings = settings_with_defaults(cfg.model)
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     head_dim = settings["dim"] // settings["n_heads"]
     write_weights(folder, sizes, read, head_dim, torch.bfloat16, FILE_BYTES)

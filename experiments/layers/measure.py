@@ -24,7 +24,7 @@ from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.parallel.weights import fill
+from tpresearch.parallel.weights import set_parameter
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.rules import resolve_rule
 from tpresearch.verify.ranks import Ranks
@@ -110,7 +110,7 @@ def see(world: World, case: Case) -> Seen:
         mesh = build_mesh(sizes, "cpu")
         parallelize(model, plan, parallel, mesh, Dtype.float32)
         for parameter, full in zip(model.parameters(), whole.parameters(), strict=True):
-            fill(parameter, full.detach())
+            set_parameter(parameter, full.detach())
         *_, last = rules.values()
         arrives, leaves = rules["b"].src[0], last.dst[0]
         own = part(x, arrives, world).clone().requires_grad_()

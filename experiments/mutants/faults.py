@@ -52,7 +52,7 @@ def weights_of_each_tp_rank() -> Patched:
 
 def shards_swapped() -> Patched:
     """Ranks hold the shards of each matrix in another order."""
-    right = weights.held
+    right = weights.held_indices
 
     def swapped(parameter: Tensor) -> list[Tensor]:
         rows, *others = right(parameter)
@@ -60,7 +60,7 @@ def shards_swapped() -> Patched:
             rows = (rows + parameter.shape[0] // 2) % parameter.shape[0]
         return [rows, *others]
 
-    return patch.object(weights, "held", swapped)
+    return patch.object(weights, "held_indices", swapped)
 
 
 # What a rank reads

@@ -45,7 +45,7 @@ def sync_is_a_no_op() -> Iterator[None]:
     #1685; over a group of one rank: ByteDance-Seed/VeOmni#1059)."""
     of_fsdp, own = (
         "torch.distributed.fsdp._fully_shard._fsdp_collectives.dist",
-        "tpresearch.parallel.replicas.dist",
+        "tpresearch.parallel.reducer.dist",
     )
     with patch(of_fsdp, WithoutSync()), patch(own, WithoutSync()):
         yield
@@ -59,18 +59,18 @@ def sum_is_thrown_away() -> Patched:
         for tensor in tensors:
             dist.all_reduce(tensor.clone(), group=mesh.get_group(axis))
 
-    return patch.object(step, "sum_together", of_copies)
+    return patch.object(step, "sum_coalesced", of_copies)
 
 
 def sum_is_made_twice() -> Patched:
     """Norms' gradients are summed over tp by the layer and by the trainer again (inclusionAI/AReno#496)."""
-    right = step.sum_together
+    right = step.sum_coalesced
 
     def twice(mesh: DeviceMesh, tensors: list[Tensor], axis: str) -> None:
         right(mesh, tensors, axis)
         right(mesh, tensors, axis)
 
-    return patch.object(step, "sum_together", twice)
+    return patch.object(step, "sum_coalesced", twice)
 
 
 def replicas_counted_in_the_norm() -> Patched:

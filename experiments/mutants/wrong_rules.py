@@ -86,13 +86,13 @@ def without_rules(*names: str) -> Patches:
     """The plan as if these rules had been forgotten, and the check for it too."""
 
     def patches() -> AbstractContextManager[Any]:
-        right = planning._expand
+        right = planning._expand_rules
 
         def expand(compiled: list[ResolvedRule], modules: list[str]) -> dict[str, ResolvedRule]:
             return right([rule for rule in compiled if rule.name not in names], modules)
 
         stack = ExitStack()
-        stack.enter_context(patch.object(planning, "_expand", expand))
+        stack.enter_context(patch.object(planning, "_expand_rules", expand))
         stack.enter_context(patch.object(planning, "_check_sequence", lambda *a: None))
         return stack
 
@@ -103,7 +103,7 @@ def with_rule(name: str, style: str | None = None, **layouts: tuple[Placement | 
     """The compiled plan with one rule's fields changed."""
 
     def patches() -> AbstractContextManager[Any]:
-        right = planning._expand
+        right = planning._expand_rules
 
         def expand(compiled: list[ResolvedRule], modules: list[str]) -> dict[str, ResolvedRule]:
             changed = [
@@ -114,6 +114,6 @@ def with_rule(name: str, style: str | None = None, **layouts: tuple[Placement | 
             ]
             return right(changed, modules)
 
-        return patch.object(planning, "_expand", expand)
+        return patch.object(planning, "_expand_rules", expand)
 
     return patches

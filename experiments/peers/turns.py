@@ -32,7 +32,7 @@ from tpresearch.hf.export import write_config, write_weights
 from tpresearch.launch import Run, entrypoint
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, data_rank
-from tpresearch.plan.meta import all_settings, plain_model
+from tpresearch.plan.meta import plain_model, settings_with_defaults
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.assemble import assemble, weight_source
 from tpresearch.train.loop import Loop
@@ -154,7 +154,7 @@ def makers(
             yield name, partial(train, *given, cfg.model.args, weights, *taught)
     if cfg.parallel.name in PLANS["transformers"] and (train := train_of("transformers")):
         if run.world.rank == 0:
-            as_hugging_face(Path(folder[0]), weights, all_settings(cfg.model))
+            as_hugging_face(Path(folder[0]), weights, settings_with_defaults(cfg.model))
         dist.barrier()
         yield "transformers", partial(train, *given, Path(folder[0]), *taught)
 

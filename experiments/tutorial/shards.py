@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 
 import tpresearch
 from tpresearch.config.axes import SHARD, TENSOR
-from tpresearch.plan.compiler import split_dim
+from tpresearch.plan.compiler import sharded_dim
 from tpresearch.train.preflight import Preflight
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ TALLEST = 4.8
 def ranks_by_part(job: Preflight, fqn: str) -> dict[tuple[float, float, float, float], list[int]]:
     """(first row, first column, height, width) of a part, as shares of the parameter -> the ranks that hold it."""
     parameter = job.model.get_parameter(fqn)
-    dim = split_dim(fqn, job.model, job.plan.rules)
+    dim = sharded_dim(fqn, job.model, job.plan.rules)
     found: dict[tuple[float, float, float, float], list[int]] = {}
     sizes = job.sizes.values()
     for rank, place in enumerate(itertools.product(*map(range, sizes))):

@@ -17,7 +17,7 @@ from tpresearch.config.world import World
 from tpresearch.hf.read import from_hugging_face
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.parallel.weights import held, local_part, materialize
+from tpresearch.parallel.weights import held_indices, local_part, materialize
 from tpresearch.train.preflight import planned
 from tpresearch.verify.ranks import Ranks
 
@@ -93,7 +93,7 @@ def shards(
             differ, own = [], 0
             for name, parameter in model.named_parameters():
                 expected = whole[name].detach()
-                for dim, index in enumerate(held(parameter)):
+                for dim, index in enumerate(held_indices(parameter)):
                     expected = expected.index_select(dim, index)
                 own += expected.numel()
                 if not torch.equal(local_part(parameter), expected):

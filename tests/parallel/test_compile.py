@@ -24,7 +24,7 @@ from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_bytes
 from tpresearch.parallel import device
-from tpresearch.parallel.apply import checkpointed, let_blocks_keep
+from tpresearch.parallel.apply import checkpointed, set_activation_budget
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.simulate.judge import judge
@@ -49,7 +49,7 @@ class Compiler:
     """A backend that counts: graphs it was given, and calls into the code that it made of them."""
 
     def __init__(self) -> None:
-        self.seen: Counter[str] = Counter()
+        self.probe: Counter[str] = Counter()
         self.backend = aot_autograd(
             fw_compiler=self._made("forward"),
             bw_compiler=self._made("backward"),
@@ -58,10 +58,10 @@ class Compiler:
 
     def _made(self, direction: str) -> Any:
         def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
-            self.seen[f"{direction} graphs"] += 1
+            self.probe[f"{direction} graphs"] += 1
 
             def run(*args: Any) -> Any:
-                self.seen[f"{direction} calls"] += 1
+                self.probe[f"{direction} calls"] += 1
                 return graph(*args)
 
             return make_boxed_func(run)
@@ -69,7 +69,7 @@ class Compiler:
         return compiler
 
     def since(self, before: Counter[str]) -> dict[str, int]:
-        return dict(self.seen - before)
+        return dict(self.probe - before)
 
 
 @pytest.mark.parametrize(("plan", "world", "kind", "layers", "steps", "limit"), CASES)
@@ -97,7 +97,7 @@ def test_each_step_runs_compiled_code(
         counting = CountedStep(mesh, formulas, steps, compiled=True)
         loop = assemble(job, mesh, FAKE, corpus(), [counting])
         for step in range(1, steps + 1):
-            before, loss_before = compiler.seen.copy(), loss_compiler.seen.copy()
+            before, loss_before = compiler.probe.copy(), loss_compiler.probe.copy()
             loop.step()
             found[step], of_loss[step] = compiler.since(before), loss_compiler.since(loss_before)
             if step == steps - 2:
@@ -123,7 +123,7 @@ def kept(kind: str, *more: str) -> int:
     job = preflight(cfg, World())
     block = job.model.get_submodule(job.plan.blocks[0]).to_empty(device="cpu")
     torch._dynamo.reset()
-    let_blocks_keep(cfg.parallel)
+    set_activation_budget(cfg.parallel)
     compiler = aot_autograd(
         fw_compiler=lambda graph, _: graph,
         partition_fn=min_cut_rematerialization_partition,

@@ -68,7 +68,7 @@ def test_embedding_and_output_are_gathered_where_they_are_used(chunk: str) -> No
         "train.eval_rows=11",
     )
     job = preflight(cfg, World(size=4, local_size=4))
-    assert job.plan.ends == [EMBEDDING, OUTPUT]
+    assert job.plan.end_layers == [EMBEDDING, OUTPUT]
     with process_group(FAKE, job.world):
         mesh = build_mesh(job.sizes, "cpu")
         loop = assemble(job, mesh, FAKE, corpus())
@@ -89,4 +89,4 @@ def test_embedding_and_output_are_gathered_where_they_are_used(chunk: str) -> No
 def test_what_is_tied_stays_together() -> None:
     for overrides in (["model.tied=true"], ["model.blocks=[]"]):
         cfg = config("model=llama2_debug", "parallel=fsdp", *overrides)
-        assert preflight(cfg, World(size=4, local_size=4)).plan.ends == []
+        assert preflight(cfg, World(size=4, local_size=4)).plan.end_layers == []

@@ -16,7 +16,7 @@ from tpresearch.ledger.communication import CommunicationLedger
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.parallel.replicas import Replicas
+from tpresearch.parallel.reducer import GradientReducer
 from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import preflight
 from tpresearch.verify.ranks import Ranks
@@ -69,10 +69,10 @@ def sums_of(world: World, dtype: torch.dtype | None) -> list[dict[str, Tensor | 
     with process_group(CPU, world):
         torch.manual_seed(0)
         net = Net()
-        replicas = Replicas(net, dict(net.named_parameters()), ["a", "b"], dist.group.WORLD, dtype)
+        replicas = GradientReducer(net, dict(net.named_parameters()), ["a", "b"], dist.group.WORLD, dtype)
         x = torch.full((2, 3), float(world.rank + 1))
         for due in (False, True):
-            replicas.due = due
+            replicas.is_last_backward = due
             (net.b(net.a(x)) * net.c).sum().backward()
         replicas.finish()
         found.append({name: p.grad for name, p in net.named_parameters()})

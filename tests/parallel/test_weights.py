@@ -20,8 +20,16 @@ from tpresearch.config.world import World
 from tpresearch.models.llama2 import Llama2
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.parallel.weights import TILE, TILE_COLUMNS, from_seed, held, materialize, pieces, tile_shape
-from tpresearch.plan.initializers import Elementwise, Whole, read_initializers
+from tpresearch.parallel.weights import (
+    TILE,
+    TILE_COLUMNS,
+    from_seed,
+    held_indices,
+    materialize,
+    tile_shape,
+    tile_slices,
+)
+from tpresearch.plan.initializers import ElementwiseInitializer, ModuleInitializer, read_initializers
 from tpresearch.plan.meta import meta_model
 from tpresearch.train.preflight import planned
 from tpresearch.verify.ranks import Ranks
@@ -130,14 +138,14 @@ class Own(nn.Module):
 
 def test_in_place_calls_are_drawn_by_tiles() -> None:
     model = Own(lambda own: (nn.init.xavier_uniform_(own.a), own.a.data.mul_(2.0).add_(1.0)))
-    assert all(isinstance(start, Elementwise) for start in read_initializers(model).values())
+    assert all(isinstance(start, ElementwiseInitializer) for start in read_initializers(model).values())
     a, bound = drawn(model)["a"], 2 * math.sqrt(6 / 900)
     assert 1 - bound <= a.min() < 1 - 0.999 * bound
     assert 1 + 0.999 * bound < a.max() <= 1 + bound
     boxes = Own(
         lambda own: (own.a.data.normal_(), own.a.data[150:, 600:].fill_(7.0), own.b.data[1].fill_(5.0))
     )
-    assert all(isinstance(start, Elementwise) for start in read_initializers(boxes).values())
+    assert all(isinstance(start, ElementwiseInitializer) for start in read_initializers(boxes).values())
     weights = drawn(boxes)
     assert int((weights["a"] == 7.0).sum()) == 50 * 100 == int((weights["a"][150:, 600:] == 7.0).sum())
     assert [plane.unique().tolist() for plane in weights["b"]] == [[0.0], [5.0], [0.0]]
@@ -161,7 +169,7 @@ WHOLE: dict[str, Callable[[Own], object]] = {
 def test_any_other_reset_parameters_is_run_as_it_is(how: str) -> None:
     model = Own(WHOLE[how])
     if how != "truncated":  # by the inverse of its distribution until torch 2.11, which is elementwise
-        assert all(isinstance(start, Whole) for start in read_initializers(model).values())
+        assert all(isinstance(start, ModuleInitializer) for start in read_initializers(model).values())
     state = torch.get_rng_state()
     weights, again, other = drawn(model), drawn(Own(WHOLE[how])), drawn(Own(WHOLE[how]), seed=1)
     assert torch.equal(state, torch.get_rng_state())
@@ -211,15 +219,15 @@ def test_tiles_cover_a_tensor_once(shape: tuple[int, ...]) -> None:
     assert len(shape) < 2 or sides[-1] <= TILE_COLUMNS
     covered = torch.zeros(shape)
     for dim, side in enumerate(sides):
-        for piece in pieces(torch.arange(shape[dim]), side):
-            assert piece.corner % side == 0
-            covered.narrow(dim, piece.of_shard.start, piece.of_shard.stop - piece.of_shard.start).add_(1)
+        for piece in tile_slices(torch.arange(shape[dim]), side):
+            assert piece.tile_start % side == 0
+            covered.narrow(dim, piece.in_shard.start, piece.in_shard.stop - piece.in_shard.start).add_(1)
     assert torch.equal(covered, torch.full(shape, float(len(shape))))
 
 
 def test_interleaved_shards_are_cut_into_runs() -> None:
-    found = pieces(torch.tensor([6, 7, 8, 9, 2, 3]), 8)
-    assert [(p.corner, p.of_tile, p.of_shard) for p in found] == [
+    found = tile_slices(torch.tensor([6, 7, 8, 9, 2, 3]), 8)
+    assert [(p.tile_start, p.in_tile, p.in_shard) for p in found] == [
         (0, slice(6, 8), slice(0, 2)),
         (8, slice(0, 2), slice(2, 4)),
         (0, slice(2, 4), slice(4, 6)),
@@ -271,7 +279,7 @@ def differing(world: World, meshes: dict[str, tuple[int, str]]) -> dict[str, lis
                         expected = part(expected, 0, sizes["dp_shard"], shard)
                 if not torch.equal(local, expected):
                     found[case].append(name)
-                assert sum(len(index) for index in held(parameter)) == sum(expected.shape)
+                assert sum(len(index) for index in held_indices(parameter)) == sum(expected.shape)
         finally:
             dist.destroy_process_group()
     return found
@@ -287,4 +295,4 @@ def test_reading_allocates_nothing_of_70b() -> None:
     model = meta_model(config("model=llama2_70b", "tokenizer=bpe_32k", small=False).model)
     initializers = read_initializers(model)
     assert set(initializers) == {name for name, _ in model.named_parameters()}
-    assert all(isinstance(start, Elementwise) for start in initializers.values())
+    assert all(isinstance(start, ElementwiseInitializer) for start in initializers.values())

@@ -14,8 +14,8 @@ from tpresearch.config.world import World
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.plan.compiler import matching
-from tpresearch.plan.describe import folded, plan_rows, plan_text
+from tpresearch.plan.compiler import matching_names
+from tpresearch.plan.describe import fold_layers, plan_rows, plan_text
 from tpresearch.train.preflight import planned
 
 
@@ -32,9 +32,9 @@ def refused(*overrides: str, world: int = 4) -> ConfigError:
 
 def test_wildcards_match_part_by_part() -> None:
     names = ["layers.0.attention.wq", "layers.1.attention.wq", "layers.0.attention.wo", "layers.0.wq"]
-    assert matching("layers.*.attention.wq", names) == names[:2]
-    assert matching("layers.*.attention.w[qo]", names) == names[:3]
-    assert matching("layers.*", names) == []
+    assert matching_names("layers.*.attention.wq", names) == names[:2]
+    assert matching_names("layers.*.attention.w[qo]", names) == names[:3]
+    assert matching_names("layers.*", names) == []
 
 
 def test_a_rule_that_matches_nothing_is_refused_with_near_names() -> None:
@@ -133,7 +133,7 @@ def test_layers_fold_into_one_row_and_nothing_is_lost() -> None:
     model, plan = compiled("model=llama2_7b", "tokenizer.vocab_size=32000", "mesh.tp=8", world=8)
     rows = plan_rows(model, plan)
     assert len([row for row in rows if row.local_shape]) == len(list(model.parameters())) == 32 * 9 + 3
-    assert len(folded(rows)) == 14
+    assert len(fold_layers(rows)) == 14
     assert "parameters: 6,738,415,616" in plan_text(model, plan)
 
 

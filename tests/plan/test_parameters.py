@@ -12,7 +12,7 @@ from torch import nn
 
 from tpresearch.config import ConfigError
 from tpresearch.config.validate import validate
-from tpresearch.plan.parameters import _cut_alike, tied_parameters
+from tpresearch.plan.parameters import _same_shards, tied_parameters
 from tpresearch.train.preflight import planned
 
 
@@ -99,7 +99,7 @@ def test_a_model_without_anything_to_train_is_refused() -> None:
     [(50257, 4, 2, False), (4093, 3, 2, False), (13, 3, 2, False), (50257, 2, 4, True), (32000, 3, 2, True)],
 )
 def test_rows_that_two_axes_cut_unevenly_are_known(rows: int, shards: int, ways: int, alike: bool) -> None:
-    assert _cut_alike(rows, ways, shards) == alike
+    assert _same_shards(rows, ways, shards) == alike
 
 
 def test_uneven_rows_are_refused_with_the_next_vocabulary_that_fits() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tpresearch.config import ConfigError
 from tpresearch.config.validate import validate
-from tpresearch.plan.probe import probe
+from tpresearch.plan.probe import probe_model
 from tpresearch.train.preflight import planned
 
 NETS = """
@@ -95,9 +95,9 @@ def test_a_model_that_cannot_run_without_data_is_left_alone(nets: None) -> None:
 
 def test_modules_that_see_the_batch_first_need_no_gradient_of_it() -> None:
     net = planned(config(*NET), validate(config(*NET), 1))[1]
-    assert net.seen.no_input_grad == {"", "in_proj"}
+    assert net.probe.no_input_grad == {"", "in_proj"}
     cfg = config("model=toy_mlp", "parallel=none")
-    assert planned(cfg, validate(cfg, 1))[1].seen.no_input_grad == {"", "embed"}
+    assert planned(cfg, validate(cfg, 1))[1].probe.no_input_grad == {"", "embed"}
 
 
 def test_it_leaves_the_model_as_it_was() -> None:
@@ -113,7 +113,7 @@ def test_it_leaves_the_model_as_it_was() -> None:
             return self.layer(x)
 
     net = Net()
-    assert probe(net, torch.empty(2, 4, device="meta"), config()).output == (2, 4)
+    assert probe_model(net, torch.empty(2, 4, device="meta"), config()).output == (2, 4)
     assert net.calls == 0
     assert not net._forward_pre_hooks
     assert not net.layer._forward_pre_hooks

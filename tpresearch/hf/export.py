@@ -24,7 +24,7 @@ from tpresearch.config.model import model_config
 from tpresearch.data.tokenizer import TOKENIZER_FOLDER, special_ids
 from tpresearch.hf.files import INDEX, WEIGHTS
 from tpresearch.hf.llama import CONFIG, NAMES, config_json, hugging_face_name, hugging_face_rows, is_rotated
-from tpresearch.plan.meta import all_settings, meta_model
+from tpresearch.plan.meta import meta_model, settings_with_defaults
 
 SHARD_BYTES = 4 * 10**9
 """Of a file of weights, and so about the memory that writing takes."""
@@ -85,7 +85,7 @@ class Llama:
         config = model_config(checkpoint.mark.experiment["model"])
         saved = tensors_of(checkpoint)
         model = meta_model(config)
-        settings = all_settings(config)
+        settings = settings_with_defaults(config)
         strange = [name for name, _ in model.named_parameters() if hugging_face_name(name) is None]
         if strange or not settings.keys() >= NAMES.keys():
             why = f"its model is {config.name}, for which Hugging Face has no class"

@@ -65,13 +65,13 @@ def settings_of(init_from: str | None) -> dict[str, Any]:
         raise ConfigError("init_from", None, why, legal, fix={"init_from": "FOLDER"})
     if is_hugging_face(init_from) or not is_own(init_from):
         return read_settings(folder_of(init_from), init_from)
-    from tpresearch.plan.meta import all_settings  # late: it imports torch
+    from tpresearch.plan.meta import settings_with_defaults  # late: it imports torch
 
     model = model_config(find_checkpoint(Path(init_from), "init_from").mark.experiment["model"])
     if model.target != LLAMA:
         why, legal = f"its model is {model.name}, and model=hf is a Llama", f"model={model.name}"
         raise ConfigError("init_from", init_from, why, legal, fix={"model": model.name})
-    settings = all_settings(model)
+    settings = settings_with_defaults(model)
     return {name: settings[name] for name in NAMES}
 
 

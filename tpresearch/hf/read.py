@@ -15,8 +15,8 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.model import ModelConfig
 from tpresearch.hf.files import check_tensors, settings_of, stored_tensors, weights_folder
 from tpresearch.hf.llama import check_settings, hugging_face_name, hugging_face_rows, is_rotated
-from tpresearch.parallel.weights import WeightSource, held, local_part, pieces
-from tpresearch.plan.meta import all_settings
+from tpresearch.parallel.weights import WeightSource, held_indices, local_part, tile_slices
+from tpresearch.plan.meta import settings_with_defaults
 from tpresearch.plan.parameters import tied_parameters
 
 
@@ -26,7 +26,7 @@ def from_hugging_face(init_from: str, config: ModelConfig) -> WeightSource:
     Files are memory-mapped, and a rank touches only the pages of what it holds: besides its weights it needs room for its
     part of one query or key projection. Nothing is sent, and no random number is drawn.
     """
-    settings = all_settings(config)
+    settings = settings_with_defaults(config)
     head_dim = settings["dim"] // settings["n_heads"]
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ def check_weights(init_from: str, config: ModelConfig, model: nn.Module, downloa
     Raises:
         ConfigError: for settings that differ, and tensors that are missing, superfluous or of another shape.
     """
-    check_settings(settings_of(init_from), all_settings(config), init_from)
+    check_settings(settings_of(init_from), settings_with_defaults(config), init_from)
     if not download and not Path(init_from).expanduser().exists():
         return
     shapes = {}
@@ -72,16 +72,16 @@ def _fill(parameter: Tensor, part: Any, head_dim: int | None) -> None:
     Args:
         part: of the whole tensor in its file, as safetensors slices it. head_dim: where rows are in another order there.
     """
-    indices, local = held(parameter), local_part(parameter)
+    indices, local = held_indices(parameter), local_part(parameter)
     order = None
     if head_dim:
         rows = hugging_face_rows(indices[0], head_dim)
         order = rows.argsort()
         indices[0] = rows[order]
-    runs = [pieces(index, size) for index, size in zip(indices, parameter.shape, strict=True)]
+    runs = [tile_slices(index, size) for index, size in zip(indices, parameter.shape, strict=True)]
     for box in itertools.product(*runs):
-        block = part[tuple(run.of_tile for run in box)]
-        home: tuple[Any, ...] = tuple(run.of_shard for run in box)
+        block = part[tuple(run.in_tile for run in box)]
+        home: tuple[Any, ...] = tuple(run.in_shard for run in box)
         if order is None:
             local[home].copy_(block)  # from the mapped file to where it stays
         else:

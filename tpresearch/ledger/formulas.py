@@ -4,7 +4,7 @@ Per micro-batch of b rows of s tokens, e bytes per element, over t tensor-parall
 
 - TP: an all-reduce of b s h after attention and after the feed-forward, and one each way back
   (Megatron-LM, arXiv 1909.08053, section 3); with sequence parallelism each is a reduce-scatter and an
-  all-gather (arXiv 2205.05198, section 4.2). `plan/effects.py` has them rule by rule.
+  all-gather (arXiv 2205.05198, section 4.2). `plan/collectives.py` has them rule by rule.
 - The vocabulary-parallel loss: three all-reduces of b s numbers (arXiv 1909.08053, section 3), of c at a time in
   chunks of c tokens; the sum of outputs
   that are split: one all-reduce of one number.
@@ -27,8 +27,8 @@ from tpresearch.config.choices import Loss
 from tpresearch.config.schema import Checkpointing, Config, Dtype
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.ledger.entries import Entry, Event, entries_of
-from tpresearch.plan.compiler import Plan, shard_shape, unit_of
-from tpresearch.plan.effects import rule_sends
+from tpresearch.plan.collectives import rule_collectives
+from tpresearch.plan.compiler import Plan, fsdp_local_shape, unit_of
 
 ELEMENT_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2}
 
@@ -55,7 +55,7 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     if any(name.rpartition(".")[0] in plan.rules or unit_of(name, plan.blocks) for name in frozen):
         return None
-    if any(sent.width == 0 for name in plan.rules for sent in rule_sends(name, model, plan)):
+    if any(sent.width == 0 for name in plan.rules for sent in rule_collectives(name, model, plan)):
         return None
     sizes = plan.sizes.nontrivial()
     collectives = (found for found in _collectives(model, plan, cfg) if found[0] in sizes)
@@ -74,10 +74,10 @@ def _collectives(model: nn.Module, plan: Plan, cfg: Config) -> Iterator[Collecti
 def _of_tensor_plan(model: nn.Module, plan: Plan, cfg: Config, tokens: int) -> Iterator[Collective]:
     element = ELEMENT_BYTES[cfg.train.dtype]
     for name, rule in plan.rules.items():
-        for sent in rule_sends(name, model, plan):
+        for sent in rule_collectives(name, model, plan):
             if sent.per_token:
                 yield rule.axis, sent.phase, "dtensor", sent.collective, sent.width * element * tokens
-    split = next((rule.axis for rule in plan.rules.values() if rule.leaves_split), None)
+    split = next((rule.axis for rule in plan.rules.values() if rule.output_stays_sharded), None)
     if split and cfg.train.loss is Loss.sum:
         yield split, "loss", "loss", "all_reduce", max(element, 4)
     elif split:
@@ -96,7 +96,7 @@ def _of_partial_gradients(model: nn.Module, plan: Plan, cfg: Config) -> Iterator
     partial = plan.partial_grads(model)
     if partial:
         axis = plan.rules[next(iter(partial)).rpartition(".")[0]].axis
-        local = sum(math.prod(shard_shape(name, model, plan)) for name in partial)
+        local = sum(math.prod(fsdp_local_shape(name, model, plan)) for name in partial)
         yield axis, "backward", "step", "all_reduce", local * max(ELEMENT_BYTES[cfg.train.dtype], 4)
 
 
@@ -109,8 +109,8 @@ def _of_data_plan(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iter
     ] = {}  # gathered together: elements of all, and of those that are trained
     for name, parameter in model.named_parameters():
         # Of its part by its rule, the first dim filled up so that it divides over the data shards.
-        padded = plan.sizes.shards * math.prod(shard_shape(name, model, plan))
-        unit = units.setdefault(unit_of(name, (*plan.blocks, *plan.ends)), [0, 0])
+        padded = plan.sizes.shards * math.prod(fsdp_local_shape(name, model, plan))
+        unit = units.setdefault(unit_of(name, (*plan.blocks, *plan.end_layers)), [0, 0])
         unit[0] += padded
         unit[1] += padded * parameter.requires_grad
     for name_of_unit, (gathered, trained) in units.items():

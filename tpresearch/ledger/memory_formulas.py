@@ -21,7 +21,7 @@ from tpresearch.config.validate import has_master_weights, micro_batch_size, mic
 from tpresearch.ledger.formulas import ELEMENT_BYTES
 from tpresearch.models.llama2 import Block, Llama2
 from tpresearch.models.toy_mlp import ToyLM
-from tpresearch.plan.compiler import Plan, local_shape, shard_shape
+from tpresearch.plan.compiler import Plan, fsdp_local_shape, tp_local_shape
 
 
 def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu") -> dict[str, int | None]:
@@ -32,7 +32,7 @@ def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu
     """
     weight = ELEMENT_BYTES[cfg.train.weight_dtype]
     masters = has_master_weights(cfg, plan.sizes)
-    shards = {name: math.prod(shard_shape(name, model, plan)) for name, _ in model.named_parameters()}
+    shards = {name: math.prod(fsdp_local_shape(name, model, plan)) for name, _ in model.named_parameters()}
     trained = [shards[name] for name, p in model.named_parameters() if p.requires_grad]
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     return {
@@ -81,7 +81,7 @@ def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, elemen
     """Of the output layer's gradient, made with the loss, where it does not become the parameter's own as it is."""
     weight = model.output.weight
     # Over replicas a unit of one parameter is summed where its gradient is, unless in another dtype.
-    summed_there = "output" in plan.ends and (
+    summed_there = "output" in plan.end_layers and (
         cfg.train.dtype is not Dtype.bfloat16 or cfg.parallel.fsdp.reduce_dtype is Dtype.bfloat16
     )
     wrapped, masters = uses_fully_shard(cfg.parallel, plan.sizes), has_master_weights(cfg, plan.sizes)
@@ -89,7 +89,7 @@ def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, elemen
     accumulates = micro_batches(cfg, plan.sizes) > 1
     if not weight.requires_grad or (stays and not masters and not accumulates):
         return 0
-    made = math.prod(local_shape("output.weight", model, plan)) * element
+    made = math.prod(tp_local_shape("output.weight", model, plan)) * element
     # Added to by the next micro-batch, and no gradient in the end, where the sum over replicas takes its place. (Of a tied
     # weight the sum with the embedding's is that.)
     uses = sum(parameter is weight for _, parameter in model.named_parameters(remove_duplicate=False))

@@ -42,13 +42,13 @@ def parallelize(
             parallelize_module(model, mesh[axis], styles, src_data_rank=None)
     tie(model, ties)
     if parallel.compile:
-        let_blocks_keep(parallel)
+        set_activation_budget(parallel)
     for name in plan.blocks:
         wrap_forward(model.get_submodule(name), parallel, bool(plan.rules))
     if parallel.async_tp:
         enable_async_tp(mesh[TENSOR.name])
     if uses_fully_shard(parallel, plan.sizes):
-        shard_data(model, plan, parallel.fsdp, data_mesh(mesh), dtype)
+        apply_fsdp(model, plan, parallel.fsdp, data_mesh(mesh), dtype)
     return model
 
 
@@ -76,7 +76,7 @@ def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[.
     if kind is Checkpointing.full:
         return functools.partial(checkpoint, forward, use_reentrant=False)
     if kind is Checkpointing.selective:
-        context = functools.partial(create_selective_checkpoint_contexts, keep_expensive)
+        context = functools.partial(create_selective_checkpoint_contexts, save_expensive_ops)
         return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=context)
     return forward
 
@@ -88,7 +88,7 @@ def compiled(
     return torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
 
 
-def let_blocks_keep(parallel: ParallelConfig) -> None:
+def set_activation_budget(parallel: ParallelConfig) -> None:
     """Set the share of their activations that compiled blocks may keep for backward; the cheapest are recomputed
     (private; read in torch 2.11 to 2.14).
     """
@@ -99,12 +99,12 @@ def let_blocks_keep(parallel: ParallelConfig) -> None:
         config.unsafe_treat_script_objects_as_zero_size = is_bounded  # a mesh is one, and holds no tensors
 
 
-class Arrived(torch.autograd.Function):
-    """A tensor that a collective is still bringing, once it is there; its gradient is a plain tensor."""
+class WaitForCollective(torch.autograd.Function):
+    """Waits for a tensor that a collective is still producing; its gradient is a plain tensor."""
 
     @staticmethod
-    def forward(ctx: Any, coming: Any) -> torch.Tensor:
-        return coming.wait()
+    def forward(ctx: Any, pending: Any) -> torch.Tensor:
+        return pending.wait()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -112,14 +112,14 @@ class Arrived(torch.autograd.Function):
 
 
 def wait_for_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What comes from outside of a compiled block, such as the embedding's sum over tp, as plain tensors.
+    """The inputs of a compiled block, such as the embedding's sum over tp, as plain tensors.
 
     A compiled function given an AsyncCollectiveTensor loses in backward that its gradient is a DTensor (torch 2.13).
     """
-    return tree_map_only(AsyncCollectiveTensor, Arrived.apply, (args, kwargs))
+    return tree_map_only(AsyncCollectiveTensor, WaitForCollective.apply, (args, kwargs))
 
 
-def keep_expensive(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def save_expensive_ops(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep what is slow to recompute (matmuls, attention) or to send again; recompute the rest."""
     slow = op.namespace == "_c10d_functional" or op.__name__.split(".")[0] in _SLOW_OPS
     return CheckpointPolicy.MUST_SAVE if slow else CheckpointPolicy.PREFER_RECOMPUTE
@@ -139,7 +139,7 @@ _SLOW_OPS = {
 }
 
 
-def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:
+def apply_fsdp(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:
     """`fully_shard` each block, embedding and output layer, then the root.
 
     Gradients are summed, not averaged, over data-parallel ranks: the loss is divided by the global token count.
@@ -154,7 +154,7 @@ def shard_data(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh,
         # Backward begins with the last block: if freed, it would be gathered again at once.
         frees = fsdp.reshard_after_forward and name != plan.blocks[-1]
         shard(model.get_submodule(name), reshard_after_forward=frees)
-    for name in plan.ends:
+    for name in plan.end_layers:
         layer = model.get_submodule(name)
         is_embedding = isinstance(layer, nn.Embedding)  # whose backward reads indices, and no weight
         end = shard(layer, reshard_after_forward=is_embedding)
@@ -176,14 +176,14 @@ def reduce_dtype(fsdp: FsdpConfig, dtype: Dtype) -> torch.dtype | None:
     return getattr(torch, fsdp.reduce_dtype) if dtype is Dtype.bfloat16 else None
 
 
-def gathered(layer: nn.Module) -> nn.Module:
-    """The layer with gathered weights, where FSDP shards them: for `as_forward`."""
+def unshard(layer: nn.Module) -> nn.Module:
+    """The layer with gathered weights, where FSDP shards them: for `run_as_forward`."""
     if isinstance(layer, FSDPModule):
         layer.unshard()
     return layer
 
 
-def as_forward(
+def run_as_forward(
     layer: nn.Module, use: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
     """`use(x)`, which reads the layer's weights without calling its forward. FSDP treats it as a forward: it reduces
@@ -203,7 +203,7 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the weights that a forward without a backward has left gathered, and forget its order, which the next backward
+    """Free the weights that a forward without a backward has left gathered, and clear its order, which the next backward
     would use to prefetch (private; read in torch 2.11 to 2.14).
     """
     for module in fsdp_modules(model):

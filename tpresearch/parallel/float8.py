@@ -18,16 +18,16 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.training import TrainConfig
 from tpresearch.config.validate import micro_batch_size
-from tpresearch.plan.compiler import Plan, local_shape, unit_of
+from tpresearch.plan.compiler import Plan, tp_local_shape, unit_of
 
-CAPABILITY = {Float8.tensorwise: (8, 9), Float8.rowwise: (9, 0)}
+MIN_CAPABILITY = {Float8.tensorwise: (8, 9), Float8.rowwise: (9, 0)}
 """Minimum compute capability of each kind of matmul."""
-UNIT = 16
-"""What the sizes of a float8 matmul have to be multiples of (cuBLAS, section 1.5: 16 bytes)."""
+SIZE_MULTIPLE = 16
+"""The sizes of a float8 matmul must be multiples of this (cuBLAS, section 1.5: 16 bytes)."""
 
 
 def to_float8(model: nn.Module, layers: Collection[str], train: TrainConfig) -> None:
-    """Have these layers of a plain model multiply in float8, each with the very parameters that it has.
+    """Make these layers of a plain model multiply in float8; each keeps its parameters.
 
     Under tensor parallelism the scales are those of full tensors: their maxima are reduced over the tp ranks.
     """
@@ -51,19 +51,19 @@ def check_float8(train: TrainConfig, device: torch.device) -> None:
     Raises:
         ConfigError: with what it lacks.
     """
-    if train.float8 is not Float8.none and (lack := _lack(train, device)):
+    if train.float8 is not Float8.none and (lack := _missing_support(train, device)):
         legal = "none on this device, or train.float8_emulated=true to see its effect on the loss"
         raise ConfigError("train.float8", train.float8, lack, legal, fix={"train.float8": "none"})
 
 
-def _lack(train: TrainConfig, device: torch.device) -> str | None:
+def _missing_support(train: TrainConfig, device: torch.device) -> str | None:
     if importlib.util.find_spec("torchao") is None:
         return "torchao is not installed: pip install 'tpresearch[float8]'"
     if train.float8_emulated:
         return None
     if device.type != "cuda":
         return "a CPU has no float8 matmuls"
-    needed = CAPABILITY[train.float8]
+    needed = MIN_CAPABILITY[train.float8]
     if (has := torch.cuda.get_device_capability(device)) < needed:
         return f"it needs a GPU of compute capability {needed[0]}.{needed[1]}, and this one has {has[0]}.{has[1]}"
     return None
@@ -79,9 +79,9 @@ def float8_layers(model: nn.Module, plan: Plan, cfg: Config, sizes: MeshSizes) -
         ConfigError: if there are none, or if the number of tokens of a micro-batch is not such a multiple.
     """
     tokens = micro_batch_size(cfg, sizes) * cfg.data.seq_len
-    if tokens % UNIT:
-        why = f"float8 takes a multiple of {UNIT} tokens at a time, and a micro-batch has {tokens}"
-        legal = f"train.micro_batch_size x data.seq_len a multiple of {UNIT}, or train.float8=none"
+    if tokens % SIZE_MULTIPLE:
+        why = f"float8 takes a multiple of {SIZE_MULTIPLE} tokens at a time, and a micro-batch has {tokens}"
+        legal = f"train.micro_batch_size x data.seq_len a multiple of {SIZE_MULTIPLE}, or train.float8=none"
         raise ConfigError("train.float8", cfg.train.float8, why, legal)
     found = [
         name
@@ -89,11 +89,13 @@ def float8_layers(model: nn.Module, plan: Plan, cfg: Config, sizes: MeshSizes) -
         if unit_of(name, plan.blocks)
         and isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
-        and name != plan.seen.head
-        and not any(size % UNIT for size in local_shape(f"{name}.weight", model, plan))
+        and name != plan.probe.head
+        and not any(size % SIZE_MULTIPLE for size in tp_local_shape(f"{name}.weight", model, plan))
     ]
     if not found:
-        why = f"no linear layer in a block of {cfg.model.name} has sizes on a rank that {UNIT} divides"
+        why = (
+            f"no linear layer in a block of {cfg.model.name} has sizes on a rank that {SIZE_MULTIPLE} divides"
+        )
         legal = "a wider model, fewer tp ranks, or none"
         raise ConfigError("train.float8", cfg.train.float8, why, legal, fix={"train.float8": "none"})
     return found

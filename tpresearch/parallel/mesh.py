@@ -14,22 +14,22 @@ from tpresearch.config.axes import AXES, AXIS_NAMES, DATA_AXES, MeshSizes
 def build_mesh(sizes: MeshSizes, device_type: str) -> DeviceMesh:
     """A mesh of all axes, including those of size 1, so that each can be addressed by name."""
     mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXIS_NAMES)
-    _forget_other_meshes(mesh)
+    _clear_cache_of_other_meshes(mesh)
     return mesh
 
 
-_built: list[object] = []
-"""What tells the last mesh of this process from others."""
+_last_mesh: list[object] = []
+"""Identifies the last mesh of this process: shape, backend and group names."""
 
 
-def _forget_other_meshes(mesh: DeviceMesh) -> None:
-    """DTensor keeps what it once propagated, with the mesh: an equal part of another mesh would find process groups there
-    that are no more, or those of other ranks under the same names (private; torch 2.11 to 2.14)."""
+def _clear_cache_of_other_meshes(mesh: DeviceMesh) -> None:
+    """Clear DTensor's cache of sharding propagation, which holds meshes: an equal submesh of another mesh would find
+    process groups that no longer exist, or those of other ranks under the same names (private; torch 2.11 to 2.14)."""
     names = [mesh.get_group(axis).group_name for axis in AXIS_NAMES]
     this = (mesh.shape, dist.get_backend(), names)
-    if _built and _built[0] != this:
+    if _last_mesh and _last_mesh[0] != this:
         _clear_sharding_prop_cache()
-    _built[:] = [this]
+    _last_mesh[:] = [this]
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -60,7 +60,7 @@ def sum_over(mesh: DeviceMesh, values: Tensor, axes: tuple[str, ...]) -> Tensor:
     return values
 
 
-def sum_together(mesh: DeviceMesh, tensors: list[Tensor], axis: str) -> None:
+def sum_coalesced(mesh: DeviceMesh, tensors: list[Tensor], axis: str) -> None:
     """Sum tensors, in place, over the ranks along one axis, in one all-reduce per dtype, in at least float32."""
     for dtype in {t.dtype for t in tensors}:
         chosen = [t for t in tensors if t.dtype == dtype]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from tpresearch.config.world import World
-from tpresearch.plan.initializers import Elementwise, Initializer, Whole
+from tpresearch.plan.initializers import ElementwiseInitializer, Initializer, ModuleInitializer
 from tpresearch.plan.parameters import tie, tied_parameters
 
 WeightSource = Callable[[nn.Module], None]
@@ -58,7 +58,7 @@ def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int |
 
     @torch.no_grad()
     def source(model: nn.Module) -> None:
-        whole = functools.lru_cache(maxsize=1)(Whole.draw)
+        whole = functools.lru_cache(maxsize=1)(ModuleInitializer.draw)
         bands: list[Future[None]] = []
         drawn: set[int] = set()
         with ThreadPoolExecutor(threads or _cores_per_rank()) as pool:
@@ -69,11 +69,11 @@ def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int |
                     drawn.add(id(parameter))
                     name = f"{prefix}.{key}" if prefix else key
                     initializer = initializers[name]
-                    if isinstance(initializer, Whole):
-                        fill(parameter, whole(initializer, seed_of(f"{seed}:{prefix}"))[key])
+                    if isinstance(initializer, ModuleInitializer):
+                        set_parameter(parameter, whole(initializer, seed_of(f"{seed}:{prefix}"))[key])
                     else:
                         draw_band = functools.partial(_draw_band, parameter, initializer, f"{seed}:{name}")
-                        bands += [pool.submit(draw_band, *band) for band in _bands(parameter)]
+                        bands += [pool.submit(draw_band, *band) for band in _tile_bands(parameter)]
             for band in bands:
                 band.result()
 
@@ -81,15 +81,15 @@ def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int |
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, full: Tensor) -> None:
-    """Set a parameter's values; a sharded one takes its part, and nothing is sent."""
-    for dim, index in enumerate(held(parameter)):
+def set_parameter(parameter: Tensor, full: Tensor) -> None:
+    """Set a parameter's values from the full tensor; a sharded one takes its part, and nothing is sent."""
+    for dim, index in enumerate(held_indices(parameter)):
         if len(index) != full.shape[dim]:
             full = full.index_select(dim, index.to(full.device))
     local_part(parameter).copy_(full)
 
 
-def held(parameter: Tensor) -> list[Tensor]:
+def held_indices(parameter: Tensor) -> list[Tensor]:
     """Along each dim, the indices into the whole parameter of the elements that this rank holds.
 
     Raises:
@@ -98,7 +98,7 @@ def held(parameter: Tensor) -> list[Tensor]:
     indices = [torch.arange(size) for size in parameter.shape]
     if isinstance(parameter, DTensor):
         for dim, index in enumerate(indices):
-            # Torch cuts the indices as it cut the parameter, be the shards uneven or strided.
+            # Torch splits the indices as it split the parameter, even if shards are uneven or strided.
             cuts = [p if getattr(p, "dim", None) == dim else Replicate() for p in parameter.placements]
             line = index.view([-1 if other == dim else 1 for other in range(parameter.dim())])
             shard = distribute_tensor(line, parameter.device_mesh, cuts, src_data_rank=None)
@@ -116,25 +116,25 @@ def local_part(parameter: Tensor) -> Tensor:
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
 
-class Piece(NamedTuple):
-    """What a rank holds of a tile, along one dim."""
+class TileSlice(NamedTuple):
+    """The part of a tile that a rank holds, along one dim."""
 
-    corner: int
+    tile_start: int
     """Where the tile begins in the parameter."""
-    of_tile: slice
-    of_shard: slice
+    in_tile: slice
+    in_shard: slice
 
 
-def pieces(index: Tensor, side: int) -> list[Piece]:
-    """The indices that a rank holds along a dim, cut into runs of neighbours within a tile."""
+def tile_slices(index: Tensor, side: int) -> list[TileSlice]:
+    """The indices that a rank holds along a dim, cut into runs of consecutive ones within a tile."""
     begins = (index[1:] != index[:-1] + 1) | (index[1:] % side == 0)
     bounds = [0, *(begins.nonzero().flatten() + 1).tolist(), len(index)]
     found = []
     for start, stop in itertools.pairwise(bounds):
         if start < stop:
             offset = int(index[start]) % side
-            corner = int(index[start]) - offset
-            found.append(Piece(corner, slice(offset, offset + stop - start), slice(start, stop)))
+            tile_start = int(index[start]) - offset
+            found.append(TileSlice(tile_start, slice(offset, offset + stop - start), slice(start, stop)))
     return found
 
 
@@ -149,31 +149,37 @@ def tile_shape(shape: Sequence[int]) -> list[int]:
     return tile
 
 
-def _bands(parameter: Tensor) -> Iterator[tuple[tuple[Piece, ...], list[Piece]]]:
-    """What a rank holds, in bands of tiles side by side: of a band, its place along all dims but the last, and its pieces."""
+def _tile_bands(parameter: Tensor) -> Iterator[tuple[tuple[TileSlice, ...], list[TileSlice]]]:
+    """What a rank holds, in bands of tiles side by side: per band, its slices along all dims but the last, and those along the last."""
     sides = tile_shape(parameter.shape)
-    *leading, last = (pieces(index, side) for index, side in zip(held(parameter), sides, strict=True))
+    *leading, last = (
+        tile_slices(index, side) for index, side in zip(held_indices(parameter), sides, strict=True)
+    )
     return ((lead, last) for lead in itertools.product(*leading))
 
 
 @torch.no_grad()
 def _draw_band(
-    parameter: Tensor, initializer: Elementwise, key: str, lead: tuple[Piece, ...], last: list[Piece]
+    parameter: Tensor,
+    initializer: ElementwiseInitializer,
+    key: str,
+    lead: tuple[TileSlice, ...],
+    last: list[TileSlice],
 ) -> None:
     """Draw the tiles of a band on the CPU, each in full from its own generator, and keep what this rank holds."""
-    home = local_part(parameter)[tuple(piece.of_shard for piece in lead)]
+    home = local_part(parameter)[tuple(piece.in_shard for piece in lead)]
     band = home if home.device.type == "cpu" else torch.empty(home.shape, dtype=torch.float32)
     generator, buffer = torch.Generator(), torch.empty(TILE, dtype=torch.float32)
-    corner = [piece.corner for piece in lead]
+    start = [piece.tile_start for piece in lead]
     sides = tile_shape(parameter.shape)
-    rows = [min(side, size - at) for side, size, at in zip(sides, parameter.shape, corner, strict=False)]
-    of_tile = tuple(piece.of_tile for piece in lead)
+    rows = [min(side, size - at) for side, size, at in zip(sides, parameter.shape, start, strict=False)]
+    of_tile = tuple(piece.in_tile for piece in lead)
     for piece in last:
-        columns = min(sides[-1], parameter.shape[-1] - piece.corner)
+        columns = min(sides[-1], parameter.shape[-1] - piece.tile_start)
         tile = buffer[: math.prod(rows) * columns].view(*rows, columns)
-        generator.manual_seed(seed_of(f"{key}:{[*corner, piece.corner]}"))
-        initializer.draw(tile, [*corner, piece.corner], generator)
-        band[..., piece.of_shard] = tile[(*of_tile, piece.of_tile)]
+        generator.manual_seed(seed_of(f"{key}:{[*start, piece.tile_start]}"))
+        initializer.draw(tile, [*start, piece.tile_start], generator)
+        band[..., piece.in_shard] = tile[(*of_tile, piece.in_tile)]
     if band is not home:
         home.copy_(band)
 

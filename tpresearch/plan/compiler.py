@@ -21,9 +21,9 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size
 from tpresearch.plan.initializers import Initializer, read_initializers
 from tpresearch.plan.probe import Probe
-from tpresearch.plan.rules import ResolvedRule, check_layouts, resolve_rule, takes_chunks
+from tpresearch.plan.rules import ResolvedRule, can_chunk_logits, check_layouts, resolve_rule
 
-NOTHING_SEEN = Probe()
+EMPTY_PROBE = Probe()
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,23 @@ class Plan:
     replicated: list[str]
     """Parameters that the rules leave replicated on every rank."""
     sizes: MeshSizes
-    split_output: int | None = None
+    output_shard_dim: int | None = None
     """The sharded dim of the model's output at the loss: -1 the vocabulary, 0 the batch; None if it is not sharded."""
-    seen: Probe = NOTHING_SEEN
-    """What a forward pass over shapes has shown of the plain model."""
+    probe: Probe = EMPTY_PROBE
+    """What a forward pass over shapes shows about the plain model."""
     initializers: dict[str, Initializer] = field(default_factory=dict)
     """Initializers of the parameters, read from the plain model before a rule or a narrow dtype replaces a layer."""
     chunked_head: str | None = None
     """The output layer, if the cross-entropy can be computed for a few tokens at a time."""
     float8: list[str] = field(default_factory=list)
     """Linear layers that multiply in float8."""
-    ends: list[str] = field(default_factory=list)
+    end_layers: list[str] = field(default_factory=list)
     """Embeddings and the output layer: each is also an FSDP unit, gathered only when used."""
 
     @property
     def loss_parallel(self) -> bool:
         """The model's output reaches the loss sharded."""
-        return self.split_output is not None
+        return self.output_shard_dim is not None
 
     def partial_grads(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Replicated parameters with partial gradients: each rank has seen only its part of the sequence."""
@@ -66,7 +66,7 @@ class Plan:
         }
 
 
-def matching(pattern: str, names: list[str]) -> list[str]:
+def matching_names(pattern: str, names: list[str]) -> list[str]:
     """The names that a wildcard pattern matches, component by component (as in parallelize_module)."""
     parts = pattern.split(".")
     return [
@@ -77,12 +77,12 @@ def matching(pattern: str, names: list[str]) -> list[str]:
     ]
 
 
-def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, seen: Probe) -> Plan:
+def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) -> Plan:
     """Compile the configured plan against its model.
 
     Args:
         model: on the meta device, whole. sizes: ranks along each axis.
-        seen: what a forward pass over shapes has shown of the model.
+        probe: what a forward pass over shapes shows about the model.
 
     Raises:
         ConfigError: for rules that match nothing, overlap or cannot be read, and sizes that tp does not divide.
@@ -100,25 +100,25 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, seen: Probe) -
             resolve_rule(parallel.tensor, name, rule, parallel.loss_parallel)
             for name, rule in config.plans[parallel.tensor].items()
         ]
-        rules = _expand(compiled, names)
-        _check_kinds(model, rules)
-        check_layouts(rules, seen)
-        check_divisible(parallel, sizes, [*declared_counts(cfg), *_cuts(model, cfg, sizes, rules)])
+        rules = _expand_rules(compiled, names)
+        _check_module_types(model, rules)
+        check_layouts(rules, probe)
+        check_divisible(parallel, sizes, [*declared_counts(cfg), *_sharded_counts(model, cfg, sizes, rules)])
         _check_sequence(model, parallel.tensor, rules)
-    replicated = [name for name, _ in model.named_parameters() if split_dim(name, model, rules) is None]
+    replicated = [name for name, _ in model.named_parameters() if sharded_dim(name, model, rules) is None]
     active = {name: rule for name, rule in rules.items() if sizes[rule.axis] > 1}
-    head = seen.head
-    if head and not takes_chunks(model.get_submodule(head), active.get(head), sizes):
+    head = probe.head
+    if head and not can_chunk_logits(model.get_submodule(head), active.get(head), sizes):
         head = None
-    split = next((rule.dst[0].dim for rule in active.values() if rule.leaves_split), None)  # type: ignore[union-attr]
-    initializers, ends = read_initializers(model), _ends(model, blocks, seen)
-    return Plan(active, blocks, replicated, sizes, split, seen, initializers, head, ends=ends)
+    split = next((rule.dst[0].dim for rule in active.values() if rule.output_stays_sharded), None)  # type: ignore[union-attr]
+    initializers, end_layers = read_initializers(model), _end_layers(model, blocks, probe)
+    return Plan(active, blocks, replicated, sizes, split, probe, initializers, head, end_layers=end_layers)
 
 
 def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
     found = []
     for pattern in config.blocks:
-        matched = matching(pattern, names)
+        matched = matching_names(pattern, names)
         if not matched:
             why, legal = "matches no module", "such as " + ", ".join(nearest(pattern, names))
             raise ConfigError("model.blocks", pattern, why, legal)
@@ -131,9 +131,9 @@ def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
     return found
 
 
-def _ends(model: nn.Module, blocks: list[str], seen: Probe) -> list[str]:
-    """Outside of the blocks, where there are some. What is tied to another stays with that one, in the rest; so does what
-    others read, or may read where nothing could be seen: it would be gathered for its own forward alone. An embedding
+def _end_layers(model: nn.Module, blocks: list[str], probe: Probe) -> list[str]:
+    """Embeddings and the output layer outside of the blocks, if there are blocks. A tied layer stays in the root unit; so does one that
+    others read, or may read where the probe could not run: it would be gathered for its own forward alone. An embedding
     with a forward of its own may read its weight in backward too.
     """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -141,48 +141,48 @@ def _ends(model: nn.Module, blocks: list[str], seen: Probe) -> list[str]:
         name
         for name, module in model.named_modules()
         if blocks
-        and (name == seen.head or type(module).forward is nn.Embedding.forward)
-        and name in seen.dims
-        and name not in seen.read_elsewhere
+        and (name == probe.head or type(module).forward is nn.Embedding.forward)
+        and name in probe.dims
+        and name not in probe.read_outside_forward
         and unit_of(f"{name}.", blocks) is None
         and all(uses[id(p)] == 1 for p in module.parameters())
     ]
 
 
-def _expand(compiled: list[ResolvedRule], names: list[str]) -> dict[str, ResolvedRule]:
+def _expand_rules(compiled: list[ResolvedRule], names: list[str]) -> dict[str, ResolvedRule]:
     found: dict[str, ResolvedRule] = {}
     for rule in compiled:
-        matched = [""] if rule.rule.match == "." else matching(rule.rule.match, names)
+        matched = [""] if rule.rule.match == "." else matching_names(rule.rule.match, names)
         if not matched:
             why, legal = "matches no module", "such as " + ", ".join(nearest(rule.rule.match, names))
-            raise ConfigError(f"{rule.where}.match", rule.rule.match, why, legal)
+            raise ConfigError(f"{rule.config_key}.match", rule.rule.match, why, legal)
         for name in matched:
             if name in found:
                 why = f"module {name or '.'} has the rule {found[name].name} already"
                 legal = f"one rule per module: narrow {found[name].name} or {rule.name}"
-                fix = {f"{rule.where}.match": None, f"{found[name].where}.match": None}
-                raise ConfigError(f"{rule.where}.match", rule.rule.match, why, legal, fix=fix)
+                fix = {f"{rule.config_key}.match": None, f"{found[name].config_key}.match": None}
+                raise ConfigError(f"{rule.config_key}.match", rule.rule.match, why, legal, fix=fix)
             found[name] = rule
     order = ["", *names]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
 
-def _check_kinds(model: nn.Module, rules: dict[str, ResolvedRule]) -> None:
+def _check_module_types(model: nn.Module, rules: dict[str, ResolvedRule]) -> None:
     for name, rule in rules.items():
         module = model.get_submodule(name)
         if rule.rule.style in ("colwise", "rowwise") and rule.weight_dim(module) is None:
             why = f"module {name} is a {type(module).__name__}"
             legal = "colwise and rowwise split nn.Linear and nn.Embedding; sequence, input and output fit any module"
-            fix = {f"{rule.where}.style": None, f"{rule.where}.match": None}
-            raise ConfigError(f"{rule.where}.style", rule.rule.style, why, legal, fix=fix)
+            fix = {f"{rule.config_key}.style": None, f"{rule.config_key}.match": None}
+            raise ConfigError(f"{rule.config_key}.style", rule.rule.style, why, legal, fix=fix)
 
 
 def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule]) -> None:
     """Refuse unmatched weights under sequence sharding: their gradient would be partial on each rank."""
-    split = next((rule for rule in rules.values() if rule.splits_sequence or rule.splits_batch), None)
+    split = next((rule for rule in rules.values() if rule.shards_sequence or rule.shards_batch), None)
     if split is None:
         return
-    tokens = "a sharded sequence" if split.splits_sequence else "a sharded batch"
+    tokens = "a sharded sequence" if split.shards_sequence else "a sharded batch"
     for name, _ in model.named_parameters():
         module = name.rpartition(".")[0]
         if module not in rules:
@@ -191,10 +191,10 @@ def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule])
             raise ConfigError(f"model.plans.{plan}", plan, why, legal)
 
 
-def _cuts(
+def _sharded_counts(
     model: nn.Module, cfg: Config, sizes: MeshSizes, rules: dict[str, ResolvedRule]
 ) -> Iterator[ShardedCount]:
-    """Every other count that a rule splits, except the vocabulary, which DTensor pads."""
+    """Every other count that a rule shards, except the vocabulary, which DTensor pads."""
     for name, rule in rules.items():
         module = model.get_submodule(name)
         dim = rule.weight_dim(module)
@@ -202,11 +202,11 @@ def _cuts(
         if dim is not None and not is_vocabulary:
             what, count = f"{name}.weight.shape[{dim}]", module.get_parameter("weight").shape[dim]
             yield ShardedCount(rule.axis, what, count, f"rule {rule.name} splits it {rule.label}")
-        if rule.splits_sequence:
+        if rule.shards_sequence:
             yield ShardedCount(
                 rule.axis, "data.seq_len", cfg.data.seq_len, f"rule {rule.name} splits the sequence"
             )
-        if rule.splits_batch:
+        if rule.shards_batch:
             rows = micro_batch_size(cfg, sizes)
             yield ShardedCount(rule.axis, "train.micro_batch_size", rows, f"rule {rule.name} splits its rows")
 
@@ -216,7 +216,7 @@ def unit_of(name: str, units: Iterable[str]) -> str | None:
     return next((unit for unit in units if name.startswith(f"{unit}.")), None)
 
 
-def split_dim(fqn: str, model: nn.Module, rules: dict[str, ResolvedRule]) -> int | None:
+def sharded_dim(fqn: str, model: nn.Module, rules: dict[str, ResolvedRule]) -> int | None:
     """The dim of a parameter that its module's rule shards, or None if it stays replicated."""
     module, _, key = fqn.rpartition(".")
     rule = rules.get(module)
@@ -226,14 +226,14 @@ def split_dim(fqn: str, model: nn.Module, rules: dict[str, ResolvedRule]) -> int
     return 0 if rule.rule.style == "colwise" else None
 
 
-def local_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
-    """Shape of rank 0's shard of a parameter under its rule; the larger one if a dim does not divide evenly."""
-    dim = split_dim(fqn, model, plan.rules)
+def tp_local_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
+    """Shape of rank 0's shard of a parameter under its rule, before FSDP; the larger one if a dim does not divide evenly."""
+    dim = sharded_dim(fqn, model, plan.rules)
     size = plan.sizes[plan.rules[fqn.rpartition(".")[0]].axis] if dim is not None else 1
     return tuple(-(-n // size) if i == dim else n for i, n in enumerate(model.get_parameter(fqn).shape))
 
 
-def shard_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
+def fsdp_local_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
     """The same after the data plan has also sharded dim 0."""
-    shape = local_shape(fqn, model, plan)
+    shape = tp_local_shape(fqn, model, plan)
     return (-(-shape[0] // plan.sizes.shards), *shape[1:]) if shape else shape

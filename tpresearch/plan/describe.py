@@ -15,15 +15,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tpresearch.config.axes import AXES, AXIS_NAMES, SHARD, MeshSizes
-from tpresearch.plan.compiler import Plan, shard_shape, split_dim
-from tpresearch.plan.effects import rule_sends
+from tpresearch.plan.collectives import rule_collectives
+from tpresearch.plan.compiler import Plan, fsdp_local_shape, sharded_dim
 from tpresearch.plan.rules import ResolvedRule
 
-LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 """The number of a layer in a name."""
 
 
-class Row(NamedTuple):
+class PlanRow(NamedTuple):
     """A line of the table: a parameter, or a module whose rule only moves activations."""
 
     fqn: str
@@ -34,18 +34,20 @@ class Row(NamedTuple):
     collectives: str = ""
 
 
-def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
+def plan_rows(model: nn.Module, plan: Plan) -> list[PlanRow]:
     """One row per parameter and one per module that only moves activations, in the model's order."""
     rows = []
     for name, module in model.named_modules():
         rule = plan.rules.get(name)
         own = dict(module.named_parameters(recurse=False))
-        named, sends = (f"{rule.name} ({rule.label})", _sends(name, model, plan)) if rule else ("", "")
+        named, sends = (
+            (f"{rule.name} ({rule.label})", _format_collectives(name, model, plan)) if rule else ("", "")
+        )
         if rule and not own:
-            rows.append(Row(name or ".", named, _arrow(rule), "", sends))
+            rows.append(PlanRow(name or ".", named, _format_conversions(rule), "", sends))
         for index, (key, parameter) in enumerate(own.items()):
             fqn = f"{name}.{key}" if name else key
-            dim, placements = split_dim(fqn, model, plan.rules), []
+            dim, placements = sharded_dim(fqn, model, plan.rules), []
             if plan.sizes.shards > 1 and parameter.dim():
                 placements.append(f"{SHARD.name}: Shard(0)")
             if rule and dim is not None:
@@ -53,25 +55,27 @@ def plan_rows(model: nn.Module, plan: Plan) -> list[Row]:
             elif rule and rule.rule.target:
                 placements.append(f"{rule.axis}: by {rule.label}")
             placement = ", ".join(placements) or "replicated"
-            shape = _size(shard_shape(fqn, model, plan)) or "1"
-            rows.append(Row(fqn, named, placement, shape, sends if index == 0 else ""))
+            shape = _format_shape(fsdp_local_shape(fqn, model, plan)) or "1"
+            rows.append(PlanRow(fqn, named, placement, shape, sends if index == 0 else ""))
     return rows
 
 
-def _arrow(rule: ResolvedRule) -> str:
+def _format_conversions(rule: ResolvedRule) -> str:
     moves = zip(rule.src, rule.dst, strict=False)
-    return ", ".join(f"{_short(src)} -> {_short(dst)}" for src, dst in moves if src is not None)
+    return ", ".join(
+        f"{_format_layout(src)} -> {_format_layout(dst)}" for src, dst in moves if src is not None
+    )
 
 
-def _short(layout: Placement | None) -> str:
+def _format_layout(layout: Placement | None) -> str:
     if layout is None:
-        return "as it is"
+        return "unchanged"
     return f"shard:{layout.dim}" if isinstance(layout, Shard) else "replicate"
 
 
-def _sends(name: str, model: nn.Module, plan: Plan) -> str:
+def _format_collectives(name: str, model: nn.Module, plan: Plan) -> str:
     """The collectives that a rule causes over its axis, forward and backward."""
-    sent = rule_sends(name, model, plan)
+    sent = rule_collectives(name, model, plan)
     parts = []
     for phase in ("forward", "backward"):
         names = [
@@ -84,28 +88,28 @@ def _sends(name: str, model: nn.Module, plan: Plan) -> str:
     return "; ".join(parts)
 
 
-def folded(rows: Iterable[Row]) -> list[Row]:
-    """Rows that differ only in a layer's number, as one row that names the range."""
-    groups: dict[Row, list[Row]] = {}
+def fold_layers(rows: Iterable[PlanRow]) -> list[PlanRow]:
+    """Rows that differ only in a layer's number, folded into one that names the range."""
+    groups: dict[PlanRow, list[PlanRow]] = {}
     for row in rows:
-        groups.setdefault(row._replace(fqn=LAYER.sub("*", row.fqn, count=1)), []).append(row)
-    return [alike[0] if len(alike) == 1 else _range(pattern, alike) for pattern, alike in groups.items()]
+        groups.setdefault(row._replace(fqn=LAYER_NUMBER.sub("*", row.fqn, count=1)), []).append(row)
+    return [alike[0] if len(alike) == 1 else _fold(pattern, alike) for pattern, alike in groups.items()]
 
 
-def _range(pattern: Row, rows: Sequence[Row]) -> Row:
-    """One row for these, with `{0-31}` instead of the layer's number."""
-    layers = [int(number[0]) for row in rows if (number := LAYER.search(row.fqn))]
+def _fold(pattern: PlanRow, rows: Sequence[PlanRow]) -> PlanRow:
+    """One row for all of them, with `{0-31}` instead of the layer's number."""
+    layers = [int(number[0]) for row in rows if (number := LAYER_NUMBER.search(row.fqn))]
     return pattern._replace(fqn=pattern.fqn.replace("*", f"{{{min(layers)}-{max(layers)}}}", 1))
 
 
-def plan_table(model: nn.Module, plan: Plan) -> list[Row]:
+def plan_table(model: nn.Module, plan: Plan) -> list[PlanRow]:
     """The table's header, then its rows."""
     axes = " ".join(_tensor_axes(plan))
     over = f"collectives over {axes}" if axes else "collectives"
-    return [Row("FQN", "rule", "placement", "local shape", over), *folded(plan_rows(model, plan))]
+    return [PlanRow("FQN", "rule", "placement", "local shape", over), *fold_layers(plan_rows(model, plan))]
 
 
-def _size(shape: Iterable[int]) -> str:
+def _format_shape(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))
 
 
@@ -114,16 +118,16 @@ def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
     notes = [f"parameters: {sum(p.numel() for p in model.parameters()):,}"]
     if plan.rules:
         count = sum(model.get_parameter(name).numel() for name in plan.replicated)
-        listed = _listed(plan.replicated) or "none"
+        listed = _join_names(plan.replicated) or "none"
         notes.append(f"replicated on every {' '.join(_tensor_axes(plan))} rank: {count:,} ({listed})")
-        where = {-1: "vocabulary shards", 0: "each rank's rows", None: "whole outputs"}[plan.split_output]
+        where = {-1: "vocabulary shards", 0: "each rank's rows", None: "whole outputs"}[plan.output_shard_dim]
         notes.append(f"loss: on {where}")
     if plan.float8:
         notes.append(
-            f"matmuls in float8: {_listed(plan.float8)}{'; tp ranks agree on scales' if plan.rules else ''}"
+            f"matmuls in float8: {_join_names(plan.float8)}{'; tp ranks agree on scales' if plan.rules else ''}"
         )
-    notes += _data_lines(plan)
-    return [*notes, random_text(plan)] if plan.seen.random else notes
+    notes += _data_axis_notes(plan)
+    return [*notes, random_note(plan)] if plan.probe.random_modules else notes
 
 
 def plan_text(model: nn.Module, plan: Plan) -> str:
@@ -150,27 +154,29 @@ def plan_html(model: nn.Module, plan: Plan) -> str:
     return f"<table>\n{body}</table>\n<ul>\n{notes}</ul>\n"
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(row.fqn for row in folded(Row(name or ".") for name in names))
+def _join_names(names: Iterable[str]) -> str:
+    return ", ".join(row.fqn for row in fold_layers(PlanRow(name or ".") for name in names))
 
 
 def _tensor_axes(plan: Plan) -> list[str]:
     return [axis.name for axis in AXES if axis.shards_layers and plan.sizes[axis.name] > 1]
 
 
-def random_text(plan: Plan) -> str:
+def random_note(plan: Plan) -> str:
     """The note on a model that draws random numbers."""
     return (
-        f"random numbers: {_listed(plan.seen.random)} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats "
+        f"random numbers: {_join_names(plan.probe.random_modules)} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats "
         "bitwise and replicas agree, but plans differ in what they draw: equality with one process is not claimed"
     )
 
 
-def _data_lines(plan: Plan) -> list[str]:
+def _data_axis_notes(plan: Plan) -> list[str]:
     lines, count = [], len(plan.blocks)
     units = "the whole model as one unit"
     if count:
-        units = f"per unit (each of {', '.join([f'{count} blocks', *plan.ends])}, the rest of the model)"
+        units = (
+            f"per unit (each of {', '.join([f'{count} blocks', *plan.end_layers])}, the rest of the model)"
+        )
     for axis in reversed([axis for axis in AXES if axis.splits_rows and plan.sizes[axis.name] > 1]):
         what = "gradients all-reduced, once per step"
         if axis.shards_state:
@@ -198,17 +204,17 @@ def describe_model(model: nn.Module) -> str:
     rows = []
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        here, whole = (_size(tensor.shape) or "scalar" for tensor in (local, parameter))
+        here, whole = (_format_shape(tensor.shape) or "scalar" for tensor in (local, parameter))
         shape = here if here == whole else f"{here} of {whole}"
-        rows.append(Row(name, placement=_placements(parameter), local_shape=shape))
-    rows = folded(rows)
+        rows.append(PlanRow(name, placement=_placements(parameter), local_shape=shape))
+    rows = fold_layers(rows)
     names, places = (max(len(row[column]) for row in rows) for column in (0, 2))
     lines = [f"  {row.fqn:<{names}}  {row.placement:<{places}}  {row.local_shape}" for row in rows]
     return "\n".join([type(model).__name__.removeprefix("FSDP"), *lines])
 
 
 def _placements(parameter: torch.Tensor) -> str:
-    """Over the axes of several ranks on which it is not the same."""
+    """A parameter's placements over the axes with several ranks, where it is sharded."""
     if not isinstance(parameter, DTensor):
         return "replicated"
     mesh = parameter.device_mesh

@@ -19,10 +19,22 @@ from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.errors import ConfigError
 
-RANDOM = {"normal_", "uniform_", "exponential_", "log_normal_", "cauchy_"}
-SETS = RANDOM | {"fill_", "zero_"}
+RANDOM_METHODS = {"normal_", "uniform_", "exponential_", "log_normal_", "cauchy_"}
+SETTING_METHODS = RANDOM_METHODS | {"fill_", "zero_"}
 """In-place methods that set each element regardless of its old value."""
-CHANGES = {"clamp_", "add_", "sub_", "mul_", "div_", "pow_", "abs_", "neg_", "exp_", "log_", "erfinv_"}
+CHANGING_METHODS = {
+    "clamp_",
+    "add_",
+    "sub_",
+    "mul_",
+    "div_",
+    "pow_",
+    "abs_",
+    "neg_",
+    "exp_",
+    "log_",
+    "erfinv_",
+}
 """In-place methods that change each element independently."""
 
 
@@ -35,21 +47,21 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Elementwise:
+class ElementwiseInitializer:
     """An initializer with independent elements: any tile of the parameter can be drawn alone."""
 
     calls: tuple[Call, ...]
 
-    def draw(self, tile: Tensor, corner: Sequence[int], generator: torch.Generator) -> None:
-        """Draw, in place, the tile whose first element is at `corner` in the parameter."""
+    def draw(self, tile: Tensor, start: Sequence[int], generator: torch.Generator) -> None:
+        """Draw, in place, the tile whose first element is at `start` in the parameter."""
         for method, args, box in self.calls:
-            part = tile if box is None else tile[_overlap(box, corner)]
-            random = {"generator": generator} if method in RANDOM else {}
+            part = tile if box is None else tile[_overlap(box, start)]
+            random = {"generator": generator} if method in RANDOM_METHODS else {}
             getattr(part, method)(*args, **random)
 
 
 @dataclass(frozen=True, eq=False)
-class Whole:
+class ModuleInitializer:
     """The initializer of all parameters of a module with any other `reset_parameters`: drawn in full, together."""
 
     module: nn.Module
@@ -63,7 +75,7 @@ class Whole:
         return {key: parameter.detach() for key, parameter in module.named_parameters(recurse=False)}
 
 
-Initializer = Elementwise | Whole
+Initializer = ElementwiseInitializer | ModuleInitializer
 
 
 def read_initializers(model: nn.Module) -> dict[str, Initializer]:
@@ -76,18 +88,18 @@ def read_initializers(model: nn.Module) -> dict[str, Initializer]:
     for prefix, module in model.named_modules():
         if not hasattr(module, "reset_buffers") and any(True for _ in module.buffers(recurse=False)):
             why, legal = "it has buffers and no reset_buffers", "write one that fills them"
-            raise ConfigError("model", _named(prefix, module), why, legal)
+            raise ConfigError("model", _describe_module(prefix, module), why, legal)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return {
         f"{prefix}.{key}" if prefix else key: initializer
         for prefix, module in model.named_modules()
         if any(True for _ in module.parameters(recurse=False))
-        for key, initializer in _read(module, prefix, mode).items()
+        for key, initializer in _read_module(module, prefix, mode).items()
     }
 
 
-def _read(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[str, Initializer]:
-    name = _named(prefix, module)
+def _read_module(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[str, Initializer]:
+    name = _describe_module(prefix, module)
     if not hasattr(module, "reset_parameters"):
         why, legal = "it has parameters and no reset_parameters", "write one that sets each of them"
         raise ConfigError("model", name, why, legal)
@@ -100,14 +112,14 @@ def _read(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[str, Ini
     except Exception:  # it reads values, and there are none; its own errors surface in Whole.draw
         recorder.elementwise = False
     if not recorder.elementwise or recorder.storages != _storages(stand_in):
-        return dict.fromkeys(recorder.calls, Whole(copy.deepcopy(module)))
+        return dict.fromkeys(recorder.calls, ModuleInitializer(copy.deepcopy(module)))
     for key, calls in recorder.calls.items():
         if not calls:
             raise ConfigError("model", name, f"its reset_parameters leaves {key} unset", "set it there")
-    return {key: Elementwise(tuple(calls)) for key, calls in recorder.calls.items()}
+    return {key: ElementwiseInitializer(tuple(calls)) for key, calls in recorder.calls.items()}
 
 
-def _named(prefix: str, module: nn.Module) -> str:
+def _describe_module(prefix: str, module: nn.Module) -> str:
     return f"{prefix} ({type(module).__name__})" if prefix else type(module).__name__
 
 
@@ -127,7 +139,7 @@ def _storages(module: nn.Module) -> dict[str, torch.UntypedStorage]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Records the in-place calls on a module's parameters, and whether they are all that is done with its values."""
+    """Records the in-place calls on a module's parameters, and whether nothing else is done with their values."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -153,14 +165,18 @@ class _Recorder(TorchDispatchMode):
         key = self._keys[id(view.untyped_storage())]
         box = _box(view, self._parameters[key])
         whole = box == tuple(slice(0, size) for size in self._parameters[key].shape)
-        if not box or method not in SETS | CHANGES or not (self.calls[key] or (whole and method in SETS)):
+        if (
+            not box
+            or method not in SETTING_METHODS | CHANGING_METHODS
+            or not (self.calls[key] or (whole and method in SETTING_METHODS))
+        ):
             return False
         self.calls[key].append(Call(method, args, None if whole else box))
         return True
 
 
 def _box(view: Tensor, whole: Tensor) -> tuple[slice, ...]:
-    """The box of a contiguous tensor that a view of it shows; () where it shows none, or turned or merged dims."""
+    """The box of a contiguous tensor that a view covers; () if it covers none, or has permuted or merged dims."""
     dims = [(size, stride) for size, stride in zip(view.shape, view.stride(), strict=True) if size != 1]
     box, offset = [], int(view.storage_offset())
     for size, stride in zip(whole.shape, whole.stride(), strict=True):
@@ -170,9 +186,9 @@ def _box(view: Tensor, whole: Tensor) -> tuple[slice, ...]:
     return () if dims else tuple(box)
 
 
-def _overlap(box: tuple[slice, ...], corner: Sequence[int]) -> tuple[slice, ...]:
-    """The box as seen from a tile that begins at `corner`."""
+def _overlap(box: tuple[slice, ...], start: Sequence[int]) -> tuple[slice, ...]:
+    """The box in the coordinates of a tile that begins at `start`."""
     return tuple(
         slice(max(part.start - first, 0), max(part.stop - first, 0))
-        for part, first in zip(box, corner, strict=True)
+        for part, first in zip(box, start, strict=True)
     )

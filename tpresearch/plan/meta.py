@@ -18,10 +18,10 @@ from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.model import ModelConfig
 from tpresearch.config.training import TrainConfig
 from tpresearch.config.values import check_value, imported_class
-from tpresearch.plan.initializers import CHANGES
+from tpresearch.plan.initializers import CHANGING_METHODS
 
-MOST_MODULES = 3_000
-"""A Llama2 of 230 layers, of which the deepest have 126; a mistyped depth would keep Python busy for hours."""
+MAX_MODULES = 3_000
+"""That of a Llama2 with 230 layers; the deepest published has 126. A mistyped depth would keep Python busy for hours."""
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -40,7 +40,7 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
     build = imported_class("model._target_", config.target, nn.Module)
     _check_settings(config, build)
     try:
-        with torch.device(device), _counted(), _Unchanged():
+        with torch.device(device), _module_limit(), _SkipValueChanges():
             model = build(**config.args)
     except Exception as error:  # it is user code, which may raise anything
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -59,7 +59,7 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
 
 
 def _check_parameters(model: nn.Module) -> None:
-    """Refuse what sharding would silently lose: a dtype, the imaginary part, hooks on tensors that it replaces.
+    """Refuse what sharding would silently lose: mixed dtypes, imaginary parts, hooks on tensors that it replaces.
 
     Raises:
         ConfigError: naming the first such parameter.
@@ -103,36 +103,36 @@ def _check_settings(config: ModelConfig, build: type[nn.Module]) -> None:
         check_value(f"model.{key}", value, hints.get(key, Any))
 
 
-class _Unchanged(TorchFunctionMode):
+class _SkipValueChanges(TorchFunctionMode):
     """Skips calls that change the values of a meta tensor, which has none: saves a millisecond per call."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", None) in CHANGES and args and args[0].is_meta:
+        if getattr(func, "__name__", None) in CHANGING_METHODS and args and args[0].is_meta:
             return args[0]
         return func(*args, **(kwargs or {}))
 
 
-def _counted() -> RemovableHandle:
-    """While entered, it stops the making of a model that has more modules than could ever be planned."""
+def _module_limit() -> RemovableHandle:
+    """A hook that, while entered, refuses to build a model with more than MAX_MODULES modules."""
     made = itertools.count(1)
 
     def count(*_: object) -> None:
-        if next(made) > MOST_MODULES:
-            raise ValueError(f"it has more than {MOST_MODULES:,} modules")
+        if next(made) > MAX_MODULES:
+            raise ValueError(f"it has more than {MAX_MODULES:,} modules")
 
     return register_module_module_registration_hook(count)
 
 
-def all_settings(config: ModelConfig) -> dict[str, Any]:
-    """A model's settings, those included that its config leaves to the class."""
+def settings_with_defaults(config: ModelConfig) -> dict[str, Any]:
+    """A model's settings, including the defaults of its class."""
     accepted = inspect.signature(imported_class("model._target_", config.target, nn.Module)).parameters
     defaults = {name: p.default for name, p in accepted.items() if p.default is not inspect.Parameter.empty}
     return {**defaults, **config.args}
 
 
 def weight_dtype(train: TrainConfig) -> torch.dtype:
-    """In which weights are kept and trained. A dtype of bfloat16 is of computing alone, unless train.weights is too."""
+    """The dtype in which weights are kept and trained: train.dtype=bfloat16 is that of the computation alone, unless train.weights is too."""
     found: torch.dtype = getattr(torch, train.weight_dtype)
     return found

@@ -13,18 +13,18 @@ from tpresearch.config.axes import SHARD
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ParallelConfig
 from tpresearch.config.validate import uses_fully_shard
-from tpresearch.plan.compiler import Plan, split_dim, unit_of
+from tpresearch.plan.compiler import Plan, sharded_dim, unit_of
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are another one too -> that one's name, the first in the model's order."""
+    """Name of each parameter that is tied to an earlier one -> the earlier one's name, in the model's order."""
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
 
 
 def tie(model: nn.Module, ties: dict[str, str]) -> None:
-    """Make one parameter of each pair again, after both were replaced: by `to_empty`, or by a sharding rule."""
+    """Tie each pair again, after both were replaced: by `to_empty`, or by a sharding rule."""
     for name, owner in ties.items():
         module, _, key = name.rpartition(".")
         setattr(model.get_submodule(module), key, model.get_parameter(owner))
@@ -55,7 +55,7 @@ def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharde
     cuts, groups = [], []
     for one in (owner, name):
         rule = plan.rules.get(one.rpartition(".")[0])
-        cuts.append((rule.axis if rule else None, split_dim(one, model, plan.rules)))
+        cuts.append((rule.axis if rule else None, sharded_dim(one, model, plan.rules)))
         groups.append(unit_of(one, plan.blocks))
     if cuts[0] != cuts[1]:
         shown = " and ".join("whole" if dim is None else f"on dim {dim}" for _, dim in cuts)
@@ -72,12 +72,12 @@ def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharde
 
 def _check_rows(name: str, parameter: nn.Parameter, model: nn.Module, plan: Plan) -> None:
     """FSDP splits a rank's rows, DTensor computes where the splits are: both must agree."""
-    if split_dim(name, model, plan.rules) != 0:
+    if sharded_dim(name, model, plan.rules) != 0:
         return
     ways = plan.sizes[plan.rules[name.rpartition(".")[0]].axis]
     shards, rows = plan.sizes.shards, parameter.shape[0]
-    if not _cut_alike(rows, ways, shards):
-        fits = next(n for n in itertools.count(rows + 1) if _cut_alike(n, ways, shards))
+    if not _same_shards(rows, ways, shards):
+        fits = next(n for n in itertools.count(rows + 1) if _same_shards(n, ways, shards))
         cut = f"the {rows} rows of {name}"
         why = f"it does not cut {cut} evenly after the {ways} ranks of the plan's rule have"
         legal = f"{fits} rows, such as model.vocab_size={fits}, or another mesh"
@@ -88,12 +88,12 @@ def _check_rows(name: str, parameter: nn.Parameter, model: nn.Module, plan: Plan
 
 
 @functools.cache
-def _cut_alike(rows: int, ways: int, shards: int) -> bool:
-    """Of the shards, the first have all rows of a way's part: where both give them the same, the others are empty in both."""
+def _same_shards(rows: int, ways: int, shards: int) -> bool:
+    """Whether FSDP and DTensor put the same rows on each rank. Only the first shards are compared: the others are empty in both."""
     if rows % ways == 0:
         return True
     return all(
-        _held(rows, ways, way, shards, shard) == _said(rows, ways, way, shards, shard)
+        _fsdp_rows(rows, ways, way, shards, shard) == _dtensor_rows(rows, ways, way, shards, shard)
         for way in range(ways)
         for shard in range(min(shards, -(-rows // ways)))
     )
@@ -106,15 +106,15 @@ def _chunk(count: int, parts: int, part: int) -> tuple[int, int]:
     return first, min(size, count - first)
 
 
-def _held(rows: int, ways: int, way: int, shards: int, shard: int) -> tuple[int, int]:
-    """The rows that are on a rank: of the part that its rule gives it, the part that FSDP does."""
+def _fsdp_rows(rows: int, ways: int, way: int, shards: int, shard: int) -> tuple[int, int]:
+    """The rows that a rank holds: FSDP's shard of its rule's shard, as (first, number)."""
     first, count = _chunk(rows, ways, way)
     inner, held = _chunk(count, shards, shard)
     return (first + inner if held else 0, held)
 
 
-def _said(rows: int, ways: int, way: int, shards: int, shard: int) -> tuple[int, int]:
-    """What DTensor makes of the same placements (private; read in torch 2.11 and 2.13)."""
+def _dtensor_rows(rows: int, ways: int, way: int, shards: int, shard: int) -> tuple[int, int]:
+    """The rows that DTensor computes from the same placements (private; read in torch 2.11 and 2.13)."""
     from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
     from torch.distributed.tensor.placement_types import _StridedShard
 

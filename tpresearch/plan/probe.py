@@ -1,4 +1,4 @@
-"""A batch sent through the meta model: whether they are compatible, and where no gradient flows back."""
+"""A forward pass of a batch over the meta model: whether they are compatible, and where no gradient flows back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Ndims = tuple[int | None, ...]
 
 
 class Dims(NamedTuple):
-    """How many dims each tensor has that went into a module, by position, and came out of it; None for no tensor."""
+    """Number of dims of each input and output of a module, by position; None for what is not a tensor."""
 
     inputs: Ndims
     outputs: Ndims
@@ -33,7 +33,7 @@ class Dims(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """What a forward pass over shapes has shown."""
+    """What a forward pass over shapes shows about a model."""
 
     output: torch.Size | None = None
     """The shape of the model's output; None if the model cannot run on the meta device."""
@@ -41,75 +41,75 @@ class Probe:
     """Modules whose input depends on no parameter and therefore needs no gradient."""
     head: str | None = None
     """The output layer that a model passes to `head` together with the hidden states."""
-    random: dict[str, torch.Size] = field(default_factory=dict)
+    random_modules: dict[str, torch.Size] = field(default_factory=dict)
     """Modules that draw random numbers, as dropout does, and the shape of the input that each has in a micro-batch."""
     dims: dict[str, Dims] = field(default_factory=dict)
-    """By module name, of those that were called."""
-    read_elsewhere: frozenset[str] = frozenset()
+    """By module name, for modules that were called."""
+    read_outside_forward: frozenset[str] = frozenset()
     """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`."""
 
 
-class _Watch(TorchDispatchMode):
-    """Notes by module, while a model runs, which inputs need no gradient, who draws random numbers and who reads whose
-    parameters."""
+class _ProbeMode(TorchDispatchMode):
+    """Records, while a model runs, which inputs need no gradient, which modules draw random numbers, and which read the
+    parameters of others."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._owners = {
             id(p): name for name, module in model.named_modules() for p in module.parameters(recurse=False)
         }
-        self.read_elsewhere: set[str] = set()
+        self.read_outside_forward: set[str] = set()
         self._running: list[tuple[str, torch.Size]] = []
         self.no_input_grad: set[str] = set()
-        self.random: dict[str, torch.Size] = {}
+        self.random_modules: dict[str, torch.Size] = {}
         self._layers_called = 0
-        self._came: dict[str, tuple[Ndims, Ndims, int]] = {}
+        self._dims: dict[str, tuple[Ndims, Ndims, int]] = {}
 
     @contextmanager
-    def over(self, model: nn.Module) -> Iterator[None]:
+    def attached(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             for name, module in model.named_modules():
-                stack.enter_context(module.register_forward_pre_hook(partial(self._enter, name)))
-                stack.enter_context(module.register_forward_hook(partial(self._leave, name)))
+                stack.enter_context(module.register_forward_pre_hook(partial(self._before_forward, name)))
+                stack.enter_context(module.register_forward_hook(partial(self._after_forward, name)))
             stack.enter_context(self)
             yield
 
-    def _enter(self, name: str, module: nn.Module, args: tuple[object, ...]) -> None:
+    def _before_forward(self, name: str, module: nn.Module, args: tuple[object, ...]) -> None:
         self._layers_called += any(True for _ in module.parameters(recurse=False))
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         self._running.append((name, tensors[0].shape if tensors else torch.Size()))
         if not any(tensor.requires_grad for tensor in tensors):
             self.no_input_grad.add(name)
 
-    def _leave(self, name: str, _: nn.Module, args: tuple[object, ...], output: object) -> None:
+    def _after_forward(self, name: str, _: nn.Module, args: tuple[object, ...], output: object) -> None:
         self._running.pop()
         outputs = output if isinstance(output, tuple) else (output,)
-        self._came[name] = _dims(args), _dims(outputs), self._layers_called
+        self._dims[name] = _count_dims(args), _count_dims(outputs), self._layers_called
 
-    def found(self, output: Tensor, head: str | None) -> Probe:
-        """All of it, once the model has returned."""
+    def result(self, output: Tensor, head: str | None) -> Probe:
+        """What was recorded, once the model has returned."""
         dims = {
             name: Dims(inputs, outputs, called == self._layers_called)
-            for name, (inputs, outputs, called) in self._came.items()
+            for name, (inputs, outputs, called) in self._dims.items()
         }
-        no_gradient, read = frozenset(self.no_input_grad), frozenset(self.read_elsewhere)
-        return Probe(output.shape, no_gradient, head, self.random, dims, read)
+        no_gradient, read = frozenset(self.no_input_grad), frozenset(self.read_outside_forward)
+        return Probe(output.shape, no_gradient, head, self.random_modules, dims, read)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags and self._running:
             name, shape = self._running[-1]
-            self.random[name] = shape
+            self.random_modules[name] = shape
         reader = self._running[-1][0] if self._running else None
         if func is torch.ops.aten.embedding.default and args[1].is_floating_point():
             raise TypeError("an embedding takes token ids")  # torch 2.11 asks for none on the meta device
         owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}
-        self.read_elsewhere |= {owner for owner in owners if owner is not None and owner != reader}
+        self.read_outside_forward |= {owner for owner in owners if owner is not None and owner != reader}
         return func(*args, **(kwargs or {}))
 
 
-def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
+def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     """Send `inputs`, on the meta device, through a copy of a meta model, which may count its calls.
 
     Raises:
@@ -117,7 +117,7 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     """
     model = copy.deepcopy(model)
     try:
-        output, watch, head = _sent_to_head(model, inputs) or (*_sent(model, inputs), None)
+        output, watch, head = _run_with_head(model, inputs) or (*_run(model, inputs), None)
     except NotImplementedError:  # an op that has no meaning without data
         return Probe()
     except Exception as error:
@@ -128,19 +128,19 @@ def probe(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
         why = f"its output is a {type(output).__name__}"
         legal = "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum"
         raise ConfigError("model", cfg.model.name, why, legal)
-    return watch.found(output, head)
+    return watch.result(output, head)
 
 
-def _sent(
+def _run(
     model: nn.Module, inputs: Tensor, **head: Callable[[nn.Module, Tensor], Tensor]
-) -> tuple[object, _Watch]:
-    watch = _Watch(model)
-    with torch.device("meta"), watch.over(model):
+) -> tuple[object, _ProbeMode]:
+    watch = _ProbeMode(model)
+    with torch.device("meta"), watch.attached(model):
         return model(inputs, **head), watch
 
 
-def _sent_to_head(model: nn.Module, inputs: Tensor) -> tuple[object, _Watch, str] | None:
-    """As `_sent`, and the output layer that the model hands to a `head` with what precedes the logits; None if it
+def _run_with_head(model: nn.Module, inputs: Tensor) -> tuple[object, _ProbeMode, str] | None:
+    """As `_run`, and the output layer that the model passes to a `head` with the hidden states; None if it
     takes no such argument."""
     if "head" not in inspect.signature(model.forward).parameters:
         return None
@@ -152,8 +152,8 @@ def _sent_to_head(model: nn.Module, inputs: Tensor) -> tuple[object, _Watch, str
         return logits
 
     try:
-        output, watch = _sent(model, inputs, head=head)
-    except Exception:  # it means something else by the word
+        output, watch = _run(model, inputs, head=head)
+    except Exception:  # its argument `head` means something else
         return None
     name = next((name for name, module in model.named_modules() if given and module is given[0]), None)
     return name and (output, watch, name)
@@ -171,19 +171,19 @@ def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
         why, legal = f"data.source={cfg.data.source} has no targets", "sum"
         raise ConfigError("train.loss", cfg.train.loss, why, legal, fix={"train.loss": "sum"})
     if output is not None and (output[:-1] != targets.shape or output[-1] < cfg.tokenizer.vocab_size):
-        why = f"its output has shape {_shape(output)} for targets {_shape(targets.shape)}"
+        why = f"its output has shape {_format_shape(output)} for targets {_format_shape(targets.shape)}"
         legal = f"logits [b, s, V] with V at least tokenizer.vocab_size={cfg.tokenizer.vocab_size}"
         raise ConfigError("model", cfg.model.name, why, legal)
 
 
-def _dims(values: tuple[object, ...]) -> Ndims:
+def _count_dims(values: tuple[object, ...]) -> Ndims:
     return tuple(value.dim() if isinstance(value, Tensor) else None for value in values)
 
 
 def _incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
     kind = "numbers" if inputs.is_floating_point() else "token ids"
     other = {"data": "random_tokens"} if kind == "numbers" else {"data": "uniform", "train.loss": "sum"}
-    why = f"model {cfg.model.name} does not take {kind} {_shape(inputs.shape)}: {_line(error)}"
+    why = f"model {cfg.model.name} does not take {kind} {_format_shape(inputs.shape)}: {_one_line(error)}"
     legal = " ".join(f"{key}={value}" for key, value in other.items()) + ", or a model for these data"
     if kind == "numbers" and ("cannot be multiplied" in str(error) or "reduction dim" in str(error)):
         legal = "the input width of its first layer; by default it follows model.dim"
@@ -191,9 +191,9 @@ def _incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
     return ConfigError("data.source", cfg.data.source, why, legal, fix=dict(other))
 
 
-def _shape(shape: torch.Size) -> str:
+def _format_shape(shape: torch.Size) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__

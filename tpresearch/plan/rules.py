@@ -28,7 +28,7 @@ from tpresearch.config.model import Rule
 from tpresearch.config.values import imported_class, instantiate
 from tpresearch.plan.probe import Dims, Ndims, Probe
 
-OUTPUTS = {"logits": Shard(-1), "batch": Shard(0)}
+OUTPUT_LAYOUTS = {"logits": Shard(-1), "batch": Shard(0)}
 """Layouts of a model's output that the loss can use: sharded over the vocabulary, or over the batch's rows."""
 
 Layouts = tuple[Placement | None, ...]
@@ -47,10 +47,10 @@ class LocalSequenceParallel(ParallelStyle):
         self.dim = dim
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.register_forward_pre_hook(self._own_part)
+        module.register_forward_pre_hook(self._local_part)
         return module
 
-    def _own_part(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _local_part(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tree_map_only(DTensor, lambda x: x.redistribute(placements=[Shard(self.dim)]).to_local(), args)
 
 
@@ -59,23 +59,23 @@ class Style:
     """What one of the five styles of a rule means."""
 
     build: Callable[[Any, Any, bool], ParallelStyle]
-    """(src, dst, whether the output is handed on as a plain tensor) -> torch's style."""
+    """(src, dst, whether the output becomes a plain local tensor) -> torch's style."""
     default_src: Placement | None = None
     default_dst: Placement | None = None
-    shards: dict[type[nn.Module], int] = field(default_factory=dict)
+    weight_dims: dict[type[nn.Module], int] = field(default_factory=dict)
     """The dim of a weight that is split, for each kind of layer that the style can split."""
 
 
-def _split(style: type[ColwiseParallel | RowwiseParallel]) -> Callable[[Any, Any, bool], ParallelStyle]:
+def _split_style(style: type[ColwiseParallel | RowwiseParallel]) -> Callable[[Any, Any, bool], ParallelStyle]:
     return lambda src, dst, local: style(input_layouts=src[0], output_layouts=dst[0], use_local_output=local)
 
 
 # Weights are [out, in]: splitting the columns of the tutorial's B in A = XB is splitting dim 0 here.
-COLUMNS, ROWS = {nn.Linear: 0, nn.Embedding: 1}, {nn.Linear: 1, nn.Embedding: 0}
+COLWISE_DIMS, ROWWISE_DIMS = {nn.Linear: 0, nn.Embedding: 1}, {nn.Linear: 1, nn.Embedding: 0}
 SEQUENCE = Shard(SEQUENCE_DIM)
 STYLES: dict[str, Style] = {
-    "colwise": Style(_split(ColwiseParallel), Replicate(), Shard(-1), COLUMNS),
-    "rowwise": Style(_split(RowwiseParallel), Shard(-1), Replicate(), ROWS),
+    "colwise": Style(_split_style(ColwiseParallel), Replicate(), Shard(-1), COLWISE_DIMS),
+    "rowwise": Style(_split_style(RowwiseParallel), Shard(-1), Replicate(), ROWWISE_DIMS),
     "sequence": Style(lambda src, dst, local: LocalSequenceParallel(src[0].dim), SEQUENCE, SEQUENCE),
     "input": Style(lambda src, dst, local: PrepareModuleInput(input_layouts=src, desired_input_layouts=dst)),
     "output": Style(
@@ -89,12 +89,12 @@ class ResolvedRule:
     """A rule with its layouts resolved, ready to be applied to the modules it matches."""
 
     name: str
-    where: str
+    config_key: str
     """Its config key, for messages: model.plans.<plan>.<name>."""
     rule: Rule
     src: Layouts
     dst: Layouts
-    leaves_split: bool
+    output_stays_sharded: bool
     """The output is the model's and stays sharded for the loss."""
 
     @property
@@ -107,18 +107,18 @@ class ResolvedRule:
         return self.rule.style or str(self.rule.target).rsplit(".", 1)[-1]
 
     @property
-    def splits_sequence(self) -> bool:
+    def shards_sequence(self) -> bool:
         """An activation is split along the sequence on its way in or out."""
         return Shard(SEQUENCE_DIM) in (*self.src, *self.dst)
 
     @property
-    def splits_batch(self) -> bool:
+    def shards_batch(self) -> bool:
         """An activation is split by the batch's rows on its way in or out."""
         return Shard(0) in (*self.src, *self.dst)
 
     def weight_dim(self, module: nn.Module) -> int | None:
         """The dim of `module.weight` that is sharded, or None if the weight stays replicated."""
-        shards = STYLES[self.rule.style].shards if self.rule.style else {}
+        shards = STYLES[self.rule.style].weight_dims if self.rule.style else {}
         return next((dim for kind, dim in shards.items() if isinstance(module, kind)), None)
 
     def style(self) -> ParallelStyle:
@@ -126,10 +126,10 @@ class ResolvedRule:
         if self.rule.target:
             return instantiate({"_target_": self.rule.target, **self.rule.args})
         assert self.rule.style
-        return STYLES[self.rule.style].build(self.src, self.dst, not self.leaves_split)
+        return STYLES[self.rule.style].build(self.src, self.dst, not self.output_stays_sharded)
 
 
-def takes_chunks(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSizes) -> bool:
+def can_chunk_logits(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSizes) -> bool:
     """Whether logits can be computed for a few tokens at a time: by a plain matmul, on vocabulary shards if the rule has some."""
     if not isinstance(layer, nn.Linear) or layer.bias is not None:
         return False
@@ -139,7 +139,12 @@ def takes_chunks(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSizes) 
         return True
     ranks = sizes[rule.axis]
     none_is_empty = -(-layer.out_features // ranks) * (ranks - 1) < layer.out_features
-    return rule.rule.style == "colwise" and rule.leaves_split and rule.dst[0] == Shard(-1) and none_is_empty
+    return (
+        rule.rule.style == "colwise"
+        and rule.output_stays_sharded
+        and rule.dst[0] == Shard(-1)
+        and none_is_empty
+    )
 
 
 def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> ResolvedRule:
@@ -167,7 +172,7 @@ def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Resol
         legal = "src and dst lists of one length, null for a tensor left alone"
         fix = {f"{where}.src": None, f"{where}.dst": None}
         raise ConfigError(where, f"{rule.src} -> {rule.dst}", why, legal, fix=fix)
-    return ResolvedRule(name, where, rule, src, dst, str(rule.dst) in OUTPUTS and loss_parallel)
+    return ResolvedRule(name, where, rule, src, dst, str(rule.dst) in OUTPUT_LAYOUTS and loss_parallel)
 
 
 def _layouts(
@@ -183,8 +188,8 @@ def _layouts(
 def _layout(where: str, text: str | None, loss_parallel: bool) -> Placement | None:
     if text is None:
         return None
-    if text in OUTPUTS:
-        return OUTPUTS[text] if loss_parallel else Replicate()
+    if text in OUTPUT_LAYOUTS:
+        return OUTPUT_LAYOUTS[text] if loss_parallel else Replicate()
     if text == "replicate":
         return Replicate()
     if match := re.fullmatch(r"shard:(-?\d{1,2})", text, re.ASCII):
@@ -192,11 +197,11 @@ def _layout(where: str, text: str | None, loss_parallel: bool) -> Placement | No
     raise ConfigError(where, text, "no such layout", "replicate, shard:N, logits, batch or null")
 
 
-def check_layouts(rules: dict[str, ResolvedRule], seen: Probe) -> None:
+def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
     """Refuse layouts that torch would reject only in the first step.
 
     Args:
-        rules: by module name. seen: the dims of a module that the probe has not called are not checked.
+        rules: by module name. probe: the dims of a module that it has not called are not checked.
 
     Raises:
         ConfigError: naming the rule's key.
@@ -204,42 +209,46 @@ def check_layouts(rules: dict[str, ResolvedRule], seen: Probe) -> None:
     for name, rule in rules.items():
         if rule.rule.target:
             continue
-        dims = seen.dims.get(name)
+        dims = probe.dims.get(name)
         if rule.rule.style in ("input", "output"):
             if dims is not None:
-                _check_moved(name or "the model", rule, dims)
+                _check_converted_layouts(name or "the model", rule, dims)
         else:
-            _check_single(rule)
+            _check_layer_layouts(rule)
             if dims is not None:
-                _check_dims(f"{rule.where}.src", f"input of {name}", rule.src, dims.inputs)
-                _check_dims(f"{rule.where}.dst", f"output of {name}", rule.dst, dims.outputs)
-        if rule.leaves_split and dims is not None and not dims.is_last:
+                _check_dims(f"{rule.config_key}.src", f"input of {name}", rule.src, dims.inputs)
+                _check_dims(f"{rule.config_key}.dst", f"output of {name}", rule.dst, dims.outputs)
+        if rule.output_stays_sharded and dims is not None and not dims.is_last:
             why = f"other layers follow {name}, whose output is therefore not what the loss is computed on"
-            raise ConfigError(f"{rule.where}.dst", rule.rule.dst, why, "replicate, or shard:N")
+            raise ConfigError(f"{rule.config_key}.dst", rule.rule.dst, why, "replicate, or shard:N")
 
 
-def _check_single(rule: ResolvedRule) -> None:
-    """A layer has one input and one output; on its part of a sequence it leaves them as they are."""
+def _check_layer_layouts(rule: ResolvedRule) -> None:
+    """A layer has one input and one output; under style sequence both have the same layout."""
     for key, layouts, given in (("src", rule.src, rule.rule.src), ("dst", rule.dst, rule.rule.dst)):
         if len(layouts) != 1 or layouts[0] is None:
             legal = "one layout, such as replicate"
-            raise ConfigError(f"{rule.where}.{key}", given, f"style {rule.label} has one tensor there", legal)
+            raise ConfigError(
+                f"{rule.config_key}.{key}", given, f"style {rule.label} has one tensor there", legal
+            )
     if rule.rule.style == "sequence" and (not isinstance(rule.src[0], Shard) or rule.src != rule.dst):
         why = "style sequence runs a layer on a part of its input, and its output has the same layout"
         legal = "src and dst the same, such as shard:1"
-        raise ConfigError(rule.where, f"{rule.rule.src} -> {rule.rule.dst}", why, legal, fix=_without(rule))
+        raise ConfigError(
+            rule.config_key, f"{rule.rule.src} -> {rule.rule.dst}", why, legal, fix=_overrides_to_drop(rule)
+        )
 
 
-def _check_moved(name: str, rule: ResolvedRule, dims: Dims) -> None:
-    """Rules that only move tensors have a layout for each."""
+def _check_converted_layouts(name: str, rule: ResolvedRule, dims: Dims) -> None:
+    """A rule that only converts layouts has one layout per tensor."""
     what = str(rule.rule.style)
     tensors = dims.inputs if what == "input" else dims.outputs
     if len(rule.src) != len(tensors):
         why = f"{len(rule.src)} layouts, and {name} has {len(tensors)} {what}s"
         legal = f"src and dst lists of {len(tensors)}, null for a tensor left alone"
-        raise ConfigError(f"{rule.where}.src", rule.rule.src, why, legal, _without(rule))
-    _check_dims(f"{rule.where}.src", f"{what} of {name}", rule.src, tensors)
-    _check_dims(f"{rule.where}.dst", f"{what} of {name}", rule.dst, tensors)
+        raise ConfigError(f"{rule.config_key}.src", rule.rule.src, why, legal, _overrides_to_drop(rule))
+    _check_dims(f"{rule.config_key}.src", f"{what} of {name}", rule.src, tensors)
+    _check_dims(f"{rule.config_key}.dst", f"{what} of {name}", rule.dst, tensors)
 
 
 def _check_dims(key: str, what: str, layouts: Layouts, dims: Ndims) -> None:
@@ -250,5 +259,5 @@ def _check_dims(key: str, what: str, layouts: Layouts, dims: Ndims) -> None:
             raise ConfigError(key, f"shard:{layout.dim}", f"the {what} {had}", legal)
 
 
-def _without(rule: ResolvedRule) -> dict[str, object]:
-    return {f"{rule.where}.{key}": None for key in ("src", "dst", "style")}
+def _overrides_to_drop(rule: ResolvedRule) -> dict[str, object]:
+    return {f"{rule.config_key}.{key}": None for key in ("src", "dst", "style")}

@@ -13,7 +13,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Checkpointing, Config
 from tpresearch.config.validate import micro_batch_size
 from tpresearch.ledger.entries import Entry
-from tpresearch.plan.compiler import matching
+from tpresearch.plan.compiler import matching_names
 from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.compiled_blocks import kept_per_row, with_compiled_blocks
 from tpresearch.simulate.trace import Trace
@@ -143,7 +143,7 @@ def depth_of(cfg: Config, model: nn.Module) -> tuple[int, str | None]:
 
 def _blocks(patterns: list[str], model: nn.Module) -> int:
     names = [name for name, _ in model.named_modules()]
-    return len({name for pattern in patterns for name in matching(pattern, names)})
+    return len({name for pattern in patterns for name in matching_names(pattern, names)})
 
 
 def _line(two: Mapping[str, float], three: Mapping[str, float], name: str, depth: int) -> float:

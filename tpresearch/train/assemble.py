@@ -18,7 +18,7 @@ from tpresearch.hf.read import from_hugging_face
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.float8 import to_float8
-from tpresearch.parallel.replicas import replicas_of
+from tpresearch.parallel.reducer import build_reducer
 from tpresearch.parallel.weights import WeightSource, from_seed, materialize
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.initializers import Initializer
@@ -54,7 +54,11 @@ def assemble(
     source = weight_source(cfg, plan.initializers) if restore is None else lambda _: None
     materialize(model, home, source, buffers=device.torch)
     batches = Batches(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
-    chance = [SeededRandomness(cfg.train.seed, mesh, plan.seen.random)] if plan.seen.random else []
+    chance = (
+        [SeededRandomness(cfg.train.seed, mesh, plan.probe.random_modules)]
+        if plan.probe.random_modules
+        else []
+    )
     observers = Observers([*chance, *mistakes_of(cfg, plan, mesh, batches), *watching])
     state = first_state(model, cfg, plan, mesh)
     if restore:
@@ -68,8 +72,8 @@ def first_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> 
     """A model that has its initial weights, with the optimizer that moves them."""
     masters = Masters(model) if has_master_weights(cfg, plan.sizes) else None
     trained = trained_parameters(model, masters)
-    replicas = replicas_of(model, trained, plan, cfg, mesh)
-    return TrainState(0, model, build_optimizer(trained.values(), cfg.optimizer), masters, replicas)
+    reducer = build_reducer(model, trained, plan, cfg, mesh)
+    return TrainState(0, model, build_optimizer(trained.values(), cfg.optimizer), masters, reducer)
 
 
 def weight_source(cfg: Config, initializers: Mapping[str, Initializer]) -> WeightSource:

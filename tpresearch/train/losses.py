@@ -17,7 +17,7 @@ from tpresearch.config.choices import Loss
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import tokens_per_step
 from tpresearch.data.batches import IGNORED, Batch
-from tpresearch.parallel.apply import as_forward, gathered
+from tpresearch.parallel.apply import run_as_forward, unshard
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.cross_entropy import linear_cross_entropy, whole_tokens
 
@@ -64,13 +64,13 @@ class InChunks:
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
         with phase("forward"):
             hidden = model(batch.inputs, head=lambda _, hidden: hidden)
-            layer = gathered(model.get_submodule(self.head))
+            layer = unshard(model.get_submodule(self.head))
             weight = layer.get_parameter("weight")
             if self.layout and isinstance(weight, DTensor):
                 hidden = whole_tokens(hidden, weight, self.layout)
         with phase("loss"):
             given = weight, batch.targets, self.chunk, self.scale, self.compile
-            return as_forward(layer, lambda hidden: linear_cross_entropy(hidden, *given), hidden)
+            return run_as_forward(layer, lambda hidden: linear_cross_entropy(hidden, *given), hidden)
 
 
 @dataclass(frozen=True)

@@ -185,15 +185,15 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     from tpresearch.plan.compiler import compile_plan
     from tpresearch.plan.meta import meta_model, weight_dtype
     from tpresearch.plan.parameters import check_parameters
-    from tpresearch.plan.probe import check_loss, probe
+    from tpresearch.plan.probe import check_loss, probe_model
 
     dtype = weight_dtype(cfg.train)
     model = meta_model(cfg.model, dtype)
     batch = meta_batch(cfg.data, micro_batch_size(cfg, sizes)).to(torch.device("meta"), dtype)
     check_loss(None, batch.targets, cfg)
-    seen = probe(model, batch.inputs, cfg)
-    check_loss(seen.output, batch.targets, cfg)
-    plan = compile_plan(model, cfg, sizes, seen)
+    probe = probe_model(model, batch.inputs, cfg)
+    check_loss(probe.output, batch.targets, cfg)
+    plan = compile_plan(model, cfg, sizes, probe)
     check_parameters(model, plan, cfg.parallel)
     check_split_output(plan, cfg)
     if cfg.train.float8 is not Float8.none:
@@ -207,7 +207,7 @@ def check_split_output(plan: Plan, cfg: Config) -> None:
     Raises:
         ConfigError: naming the rule.
     """
-    if plan.split_output == 0 and cfg.train.loss is Loss.next_token:
-        key = next(f"{rule.where}.dst" for rule in plan.rules.values() if rule.leaves_split)
+    if plan.output_shard_dim == 0 and cfg.train.loss is Loss.next_token:
+        key = next(f"{rule.config_key}.dst" for rule in plan.rules.values() if rule.output_stays_sharded)
         why = "the cross-entropy is computed on whole rows of logits or on vocabulary shards"
         raise ConfigError(key, "batch", why, "logits, or train.loss=sum", fix={key: "logits"})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tpresearch.parallel.replicas import Replicas
+from tpresearch.parallel.reducer import GradientReducer
 from tpresearch.parallel.weights import WeightSource, local_part
 
 
@@ -89,7 +89,7 @@ class TrainState:
     optimizer: Optimizer
     masters: Masters | None = None
     """Float32 master weights, if the model computes with bfloat16 copies: the optimizer updates these."""
-    replicas: Replicas | None = None
+    reducer: GradientReducer | None = None
     """Sums gradients over replicas, where nothing is sharded over data."""
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -17,9 +17,9 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, tokens_per_step, total_steps
 from tpresearch.data.batches import Batch
 from tpresearch.parallel.device import Device
-from tpresearch.parallel.mesh import sum_together
+from tpresearch.parallel.mesh import sum_coalesced
 from tpresearch.parallel.norm import global_norm
-from tpresearch.parallel.replicas import like_weight
+from tpresearch.parallel.reducer import match_placements
 from tpresearch.parallel.weights import local_part
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.losses import Objective
@@ -102,16 +102,16 @@ def accumulate_gradients(state: TrainState, micro_batches: list[Batch], setup: S
         last = index == len(micro_batches) - 1
         if isinstance(model, FSDPModule):
             model.set_requires_all_reduce(last)
-        elif state.replicas:
-            state.replicas.due = last
+        elif state.reducer:
+            state.reducer.is_last_backward = last
         with objective.context():
             loss = objective(model, rows, phase)
             with phase("backward"):
                 loss.backward()
         share += loss.detach()
-    if state.replicas:
+    if state.reducer:
         with phase("backward"):
-            state.replicas.finish()
+            state.reducer.finish()
     return share
 
 
@@ -129,10 +129,10 @@ def reduce_partial_gradients(state: TrainState, plan: Plan, mesh: DeviceMesh) ->
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             by_axis.setdefault(plan.rules[name.rpartition(".")[0]].axis, []).append(local)
     for axis, gradients in by_axis.items():
-        sum_together(mesh, gradients, axis)
+        sum_coalesced(mesh, gradients, axis)
     for parameter in trained.values():
         if parameter.grad is not None:
-            parameter.grad = like_weight(parameter.grad, parameter)
+            parameter.grad = match_placements(parameter.grad, parameter)
 
 
 @torch.no_grad()  # or each `to_local` is recorded for a backward through it

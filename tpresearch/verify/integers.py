@@ -22,8 +22,8 @@ from tpresearch.config.world import World
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, data_rank
-from tpresearch.parallel.replicas import replicas_of
-from tpresearch.parallel.weights import fill
+from tpresearch.parallel.reducer import build_reducer
+from tpresearch.parallel.weights import set_parameter
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.meta import weight_dtype
 from tpresearch.plan.rules import ResolvedRule
@@ -123,8 +123,8 @@ def _compare(
         alone.bfloat16()  # as the copies that the model computes with
     parameters = dict(alone.named_parameters())
     for key, parameter in parameters.items():
-        fill(parameter, unsharded.get_parameter(key.removeprefix("layer.")).detach())
-    replicas = replicas_of(alone, parameters, plan, cfg, mesh)
+        set_parameter(parameter, unsharded.get_parameter(key.removeprefix("layer.")).detach())
+    reducer = build_reducer(alone, parameters, plan, cfg, mesh)
     src, dst = (rule.src[0], rule.dst[0]) if rule else (Replicate(), Replicate())
     part_of = functools.partial(_part, mesh, plan.sizes)
     part = part_of(src, x.detach()).to(device)
@@ -136,8 +136,8 @@ def _compare(
             own, output.device_mesh, output.placements, shape=output.shape, stride=output.stride()
         )
     output.backward(own)
-    if replicas:
-        replicas.finish()
+    if reducer:
+        reducer.finish()
     gradients = whole({key.removeprefix("layer."): p.grad for key, p in alone.named_parameters()})
     return Exact(
         name,

@@ -23,33 +23,36 @@ from tpresearch.parallel.weights import local_part
 from tpresearch.plan.compiler import Plan, unit_of
 
 
-class Unit:
-    """Parameters whose gradients are summed in one all-reduce, started when the last gradient is ready.
+class GradientBucket:
+    """A bucket of gradients that are summed in one all-reduce, started when the last one is ready.
 
     Args:
-        trained: those that have the gradients. dtype: in which they are summed; None for their own.
+        trained: the parameters that have the gradients. dtype: in which they are summed; None for their own.
     """
 
     def __init__(
         self, trained: list[nn.Parameter], group: dist.ProcessGroup, dtype: torch.dtype | None
     ) -> None:
         self._trained, self._group, self._dtype = trained, group, dtype
-        self._missing = len(trained)
-        self._sent: Callable[[], None] | None = None
+        self._pending = len(trained)
+        self._receive: Callable[[], None] | None = None
 
-    def arrived(self) -> None:
+    def mark_ready(self) -> None:
         """One more of its gradients is ready."""
-        self._missing -= 1
-        if not self._missing:
-            self._send()
+        self._pending -= 1
+        if not self._pending:
+            self._start_all_reduce()
 
-    def _send(self) -> None:
-        """Let go of the gradients: they become parts of the one tensor that is summed."""
-        having = [(p, like_weight(p.grad, p)) for p in self._trained if p.grad is not None]
+    def _start_all_reduce(self) -> None:
+        """Move the gradients into the one tensor that is summed."""
+        having = [(p, match_placements(p.grad, p)) for p in self._trained if p.grad is not None]
         if not having:
             return
         parts = [local_part(gradient).flatten() for _, gradient in having]
-        sizes, forms = [part.numel() for part in parts], [(p, _form(gradient)) for p, gradient in having]
+        sizes, builders = (
+            [part.numel() for part in parts],
+            [(p, _rebuild_like(gradient)) for p, gradient in having],
+        )
         flat = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype or parts[0].dtype)
         for parameter, _ in having:
             parameter.grad = None
@@ -58,22 +61,22 @@ class Unit:
         def receive() -> None:
             assert work is not None
             work.wait()
-            for (parameter, form), part in zip(forms, flat.split(sizes), strict=True):
-                parameter.grad = form(part)
+            for (parameter, build), part in zip(builders, flat.split(sizes), strict=True):
+                parameter.grad = build(part)
 
-        self._sent = receive
+        self._receive = receive
 
     def finish(self) -> None:
-        """Wait for the sum; of those that are there, where some have no part in the loss."""
-        if self._missing:
-            self._send()
-        if self._sent:
-            self._sent()
-        self._missing, self._sent = len(self._trained), None
+        """Wait for the sum: of those gradients that exist, where some parameters have no part in the loss."""
+        if self._pending:
+            self._start_all_reduce()
+        if self._receive:
+            self._receive()
+        self._pending, self._receive = len(self._trained), None
 
 
-def like_weight(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient cut as its parameter is: rules leave some partial over their axis, or replicated."""
+def match_placements(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient with its parameter's placements: rules leave some partial over their axis, or replicated."""
     if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
         return gradient
     if gradient.placements == parameter.placements:
@@ -81,27 +84,27 @@ def like_weight(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient.redistribute(placements=parameter.placements)
 
 
-def _form(gradient: Tensor) -> Callable[[Tensor], Tensor]:
-    """What makes a gradient like this one from its elements on this rank."""
+def _rebuild_like(gradient: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that rebuilds a gradient like this one from its elements on this rank."""
     dtype, shape = gradient.dtype, gradient.shape
     if not isinstance(gradient, DTensor):
         return lambda part: part.view(shape).to(dtype)
     local, stride = local_part(gradient).shape, gradient.stride()
     mesh, placements = gradient.device_mesh, gradient.placements
 
-    def form(part: Tensor) -> Tensor:
+    def build(part: Tensor) -> Tensor:
         own = part.view(local).to(dtype)
         return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
 
-    return form
+    return build
 
 
-class Replicas:
-    """All units of a model.
+class GradientReducer:
+    """Sums all gradients of a model over its replicas, a bucket at a time.
 
     Args:
         trained: by the name of each of the model's parameters, the one that has its gradient: its master, or itself.
-        units: names of the modules that are a unit each; all other parameters are one more.
+        units: names of the modules that are a bucket each; all other parameters are one more.
     """
 
     def __init__(
@@ -112,40 +115,40 @@ class Replicas:
         group: dist.ProcessGroup,
         dtype: torch.dtype | None,
     ) -> None:
-        self.due = True
+        self.is_last_backward = True
         """Whether the next backward is the last one before the sum."""
         members: dict[str | None, list[tuple[nn.Parameter, nn.Parameter]]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 members.setdefault(unit_of(name, units), []).append((parameter, trained[name]))
-        self._units = []
+        self._buckets = []
         for pairs in members.values():
-            unit = Unit([having for _, having in pairs], group, dtype)
-            self._units.append(unit)
+            bucket = GradientBucket([having for _, having in pairs], group, dtype)
+            self._buckets.append(bucket)
             for parameter, _ in pairs:  # after the hook of Masters, if there is one
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, unit))
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket))
 
-    def _arrived(self, unit: Unit, _: Tensor) -> None:
-        if self.due:
-            unit.arrived()
+    def _on_gradient(self, bucket: GradientBucket, _: Tensor) -> None:
+        if self.is_last_backward:
+            bucket.mark_ready()
 
     @torch.no_grad()
     def finish(self) -> None:
         """Wait until every gradient is the sum over replicas."""
-        for unit in self._units:
-            unit.finish()
+        for bucket in self._buckets:
+            bucket.finish()
 
 
-def replicas_of(
+def build_reducer(
     model: nn.Module, trained: Mapping[str, nn.Parameter], plan: Plan, cfg: Config, mesh: DeviceMesh
-) -> Replicas | None:
-    """What sums the gradients of a model that has its weights, a block, an embedding or an output layer at a time; None
-    where there are no replicas, or `fully_shard` sums.
+) -> GradientReducer | None:
+    """The reducer of a model that has its weights, with a bucket per block, embedding and output layer; None where there
+    are no replicas, or `fully_shard` sums.
 
     Args:
-        trained: see `Replicas`.
+        trained: see `GradientReducer`.
     """
     if plan.sizes.dp == 1 or uses_fully_shard(cfg.parallel, plan.sizes):
         return None
-    units, group = (*plan.blocks, *plan.ends), mesh.get_group(REPLICATE.name)
-    return Replicas(model, trained, units, group, reduce_dtype(cfg.parallel.fsdp, cfg.train.dtype))
+    units, group = (*plan.blocks, *plan.end_layers), mesh.get_group(REPLICATE.name)
+    return GradientReducer(model, trained, units, group, reduce_dtype(cfg.parallel.fsdp, cfg.train.dtype))

@@ -12,12 +12,12 @@ from tpresearch.plan.compiler import Plan
 # What converting one layout to another sends, forward and backward (the gradient is converted back). On the
 # way into a module the gradient arrives as a partial sum, since each rank holds a part of the weight; on the
 # way out it arrives in the layout that the output was given.
-_INTO = {
+_INPUT_COLLECTIVES = {
     ("shard", "replicate"): ("all_gather", "reduce_scatter"),
     ("replicate", "replicate"): ("", "all_reduce"),
     ("replicate", "shard"): ("", "all_gather"),
 }
-_OUT_OF = {
+_OUTPUT_COLLECTIVES = {
     ("partial", "replicate"): ("all_reduce", ""),
     ("partial", "shard"): ("reduce_scatter", "all_gather"),
     ("shard", "replicate"): ("all_gather", ""),
@@ -26,7 +26,7 @@ _OUT_OF = {
 
 
 @dataclass(frozen=True)
-class Sent:
+class RuleCollective:
     """One collective of a micro-batch, over the rule's axis."""
 
     phase: str
@@ -37,50 +37,66 @@ class Sent:
     per_token: bool = True
 
 
-def rule_sends(name: str, model: nn.Module, plan: Plan) -> list[Sent]:
+def rule_collectives(name: str, model: nn.Module, plan: Plan) -> list[RuleCollective]:
     """The collectives of the rule on module `name`; none are known for a rule with a custom ParallelStyle.
 
     The width is 0 where the rule does not determine it: style output, and style input around no colwise rule.
     """
     rule, module = plan.rules[name], model.get_submodule(name)
-    style, src, dst = rule.rule.style, [_kind(p) for p in rule.src], [_kind(p) for p in rule.dst]
+    style, src, dst = (
+        rule.rule.style,
+        [_layout_name(p) for p in rule.src],
+        [_layout_name(p) for p in rule.dst],
+    )
     if style == "input":
         moves = list(zip(src, dst, strict=True))
-        return _needed(_moved(_INTO, moves, _input_width(name, model, plan)), name, plan)
+        return _without_unneeded_gradients(
+            _conversions(_INPUT_COLLECTIVES, moves, _input_width(name, model, plan)), name, plan
+        )
     if style == "output":
-        return _moved(_OUT_OF, list(zip(src, dst, strict=True)), 0)
+        return _conversions(_OUTPUT_COLLECTIVES, list(zip(src, dst, strict=True)), 0)
     if style == "sequence":
         own = module.parameters(recurse=False)
-        return [Sent("backward", "all_reduce", p.numel(), per_token=False) for p in own]
+        return [RuleCollective("backward", "all_reduce", p.numel(), per_token=False) for p in own]
     if style == "colwise":
-        into = [] if _prepared(name, plan) else _moved(_INTO, [(src[0], "replicate")], _widths(module)[0])
+        into = (
+            []
+            if _is_prepared_outside(name, plan)
+            else _conversions(_INPUT_COLLECTIVES, [(src[0], "replicate")], _feature_widths(module)[0])
+        )
         # A gather of uneven parts moves each filled up to the largest.
-        width, ranks = _widths(module)[1], plan.sizes[rule.axis]
-        out = _moved(_OUT_OF, [("shard", dst[0])], -(-width // ranks) * ranks)
-        return _needed(into, name, plan) + out
+        width, ranks = _feature_widths(module)[1], plan.sizes[rule.axis]
+        out = _conversions(_OUTPUT_COLLECTIVES, [("shard", dst[0])], -(-width // ranks) * ranks)
+        return _without_unneeded_gradients(into, name, plan) + out
     if style == "rowwise":
         looks_up = isinstance(module, nn.Embedding)
-        into = [] if looks_up else _moved(_INTO, [(src[0], "shard")], _widths(module)[0])
-        into = _needed(into, name, plan)
+        into = (
+            []
+            if looks_up
+            else _conversions(_INPUT_COLLECTIVES, [(src[0], "shard")], _feature_widths(module)[0])
+        )
+        into = _without_unneeded_gradients(into, name, plan)
         # A bias is added before the sum, so that its gradient, like the output's, is whole on every rank.
-        return into + _moved(_OUT_OF, [("partial", dst[0])], _widths(module)[1])
+        return into + _conversions(_OUTPUT_COLLECTIVES, [("partial", dst[0])], _feature_widths(module)[1])
     return []
 
 
-def _moved(
+def _conversions(
     table: dict[tuple[str, str], tuple[str, str]], moves: list[tuple[str, str]], width: int
-) -> list[Sent]:
+) -> list[RuleCollective]:
     pairs = [zip(("forward", "backward"), table.get(move, ("", "")), strict=True) for move in moves]
-    return [Sent(phase, collective, width) for pair in pairs for phase, collective in pair if collective]
+    return [
+        RuleCollective(phase, collective, width) for pair in pairs for phase, collective in pair if collective
+    ]
 
 
-def _needed(into: list[Sent], name: str, plan: Plan) -> list[Sent]:
-    """Without what brings a gradient back to an input that needs none."""
-    return [sent for sent in into if sent.phase == "forward" or name not in plan.seen.no_input_grad]
+def _without_unneeded_gradients(into: list[RuleCollective], name: str, plan: Plan) -> list[RuleCollective]:
+    """Drop the backward collectives of an input that needs no gradient."""
+    return [sent for sent in into if sent.phase == "forward" or name not in plan.probe.no_input_grad]
 
 
-def _widths(module: nn.Module) -> tuple[int, int]:
-    """Features of a token as it enters and leaves."""
+def _feature_widths(module: nn.Module) -> tuple[int, int]:
+    """Features per token of the input and the output."""
     if isinstance(module, nn.Embedding):
         return 1, module.embedding_dim
     assert isinstance(module, nn.Linear)
@@ -88,15 +104,15 @@ def _widths(module: nn.Module) -> tuple[int, int]:
 
 
 def _input_width(name: str, model: nn.Module, plan: Plan) -> int:
-    """The width of what enters a module, read off the first layer under it that the plan splits by columns."""
+    """The width of a module's input, from the first colwise layer inside it."""
     under = f"{name}." if name else ""
     inner = (n for n, rule in plan.rules.items() if n.startswith(under) and rule.rule.style == "colwise")
     first = next(inner, None)
-    return _widths(model.get_submodule(first))[0] if first else 0
+    return _feature_widths(model.get_submodule(first))[0] if first else 0
 
 
-def _prepared(name: str, plan: Plan) -> bool:
-    """A rule on a module around this one has brought the input into its layout already.
+def _is_prepared_outside(name: str, plan: Plan) -> bool:
+    """Whether a rule on an enclosing module has already converted the input.
 
     Except a rule on the model itself, which refers to the model's input: a layer's input is as its `src` says.
     """
@@ -105,7 +121,7 @@ def _prepared(name: str, plan: Plan) -> bool:
     )
 
 
-def _kind(layout: Placement | None) -> str:
+def _layout_name(layout: Placement | None) -> str:
     if layout is None:
-        return "alone"
+        return "unchanged"
     return "shard" if isinstance(layout, Shard) else "replicate"
