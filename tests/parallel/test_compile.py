@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +17,18 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes import post_grad
+from torch.distributed import _symmetric_memory as symmetric
 from torch.torch_version import TorchVersion
 
 from tpresearch.config import Config, ConfigError
+from tpresearch.config.axes import MeshSizes
 from tpresearch.config.world import World
 from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_bytes
 from tpresearch.parallel import device
-from tpresearch.parallel.apply import checkpointed, set_activation_budget
+from tpresearch.parallel.apply import checkpointed, enable_async_tp, set_activation_budget
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.simulate.judge import judge
@@ -32,6 +36,7 @@ from tpresearch.train import cross_entropy
 from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import preflight
 from tpresearch.train.watch import CountedStep
+from tpresearch.verify.ranks import Ranks
 
 WHOLE, SHORT = (12, 31, 8), (5, 7, 3)
 """Layers, steps, and recompilations past which dynamo gives up (8 unless said): fewer of all show the same every day. An
@@ -208,3 +213,60 @@ def test_a_budget_is_refused_where_torch_cannot_count_attention_of_grouped_heads
                 device.check_device(cfg, card)
         else:
             device.check_device(cfg, card)
+
+
+def test_a_group_is_announced_for_async_tp_without_a_warning() -> None:
+    """As inductor's pass still requires, while torch deprecates it for other users (torch 2.11 to 2.14)."""
+    with process_group(FAKE, World(size=2, local_size=2)), warnings.catch_warnings():
+        mesh = build_mesh(MeshSizes(tp=2), "cpu")["tp"]
+        warnings.simplefilter("error")
+        enable_async_tp(mesh)
+        assert symmetric.is_symm_mem_enabled_for_group(mesh.get_group().group_name)
+
+
+def losses_of(world: World, cfg: Config) -> tuple[list[float], Counter[str], bool]:
+    """Of three steps; collectives by the name of their op in compiled code; and whether the ledger equals the formulas.
+
+    Inductor's pass rewrites a CPU's matmuls too where it finds NCCL, and torch has a plain version of what it calls.
+    """
+    named: Counter[str] = Counter()
+
+    def noted(graph: torch.fx.Graph, pass_: Callable[..., None] = post_grad.micro_pipeline_tp_pass) -> None:
+        pass_(graph)
+        ops = (node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+        named.update(op._opname for op in ops if op.namespace in ("symm_mem", "_c10d_functional"))
+
+    plain = torch.library.Library("symm_mem", "IMPL")
+    for op in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
+        plain.impl(op, getattr(symmetric, f"_{op}_fallback"), "CPU")
+    with pytest.MonkeyPatch.context() as patch, symmetric._test_mode():
+        patch.setattr(device, "_async_tp_lack", lambda device: None)
+        patch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+        patch.setattr(post_grad, "micro_pipeline_tp_pass", noted)
+        patch.setattr(torch._inductor.config, "force_disable_caches", True)
+        job = preflight(cfg, world)
+        formulas = Expected(expected_entries(job.model, job.plan, cfg), {})
+        assert job.device
+        with process_group(job.device, world):
+            mesh = build_mesh(job.sizes, "cpu")
+            counting = CountedStep(mesh, formulas, 3, compiled=True)
+            loop = assemble(job, mesh, job.device, corpus(), [counting])
+            losses = [loop.step().loss.item() for _ in range(3)]
+    assert counting.counted
+    return losses, named, counting.counted.sent == formulas.sent
+
+
+@pytest.mark.exhaustive
+def test_async_tp_trains_the_same_and_is_counted_right(
+    ranks: Ranks, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("model=llama2_debug", "parallel=sp")
+    plain = ranks.run(2, losses_of, config(*settings))
+    found = ranks.run(2, losses_of, config(*settings, "parallel.compile=true", "parallel.async_tp=true"))
+    for (losses, _, _), (overlapped, named, is_as_formula) in zip(plain, found, strict=True):
+        assert overlapped == pytest.approx(losses, rel=1e-5)
+        # Of attention and SwiGLU, in forward and backward. What is a sum of several matmuls is not rewritten.
+        assert named["fused_all_gather_matmul"] == 4
+        assert named["fused_matmul_reduce_scatter"] == named["reduce_scatter_tensor"] == 2
+        assert is_as_formula
+    assert "no matching" not in capfd.readouterr().err  # of graphs that send nothing, such as the loss's

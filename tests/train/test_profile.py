@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from tpresearch.config.world import World
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.assemble import assemble
+from tpresearch.train.main import observers_of
+from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import preflight
 from tpresearch.train.profile import Trace, kind_of
 from tpresearch.verify.ranks import Ranks
@@ -66,6 +70,37 @@ def test_each_rank_writes_the_steps_asked_for(ranks: Ranks, tmp_path: Path) -> N
         found = json.loads((tmp_path / f"kernels-rank{rank}.json").read_text())
         assert {"matmul", "attention", "collective", "optimizer", "pointwise"} <= found["classes"].keys()
         assert all(row["ms"] > 0 for row in found["classes"].values())
+
+
+def test_what_the_profiler_takes_is_in_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that one second of each step, and an hour of the profiler's, move."""
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def hours(self: Trace, *_: object) -> None:
+        nonlocal now
+        now += 3600
+
+    class Work(Observer):
+        def phase(self, name: str) -> AbstractContextManager[object]:
+            nonlocal now
+            now += name == "forward"
+            return nullcontext()
+
+    monkeypatch.setattr(Trace, "_start", lambda self: (hours(self), setattr(self, "_profile", self)))
+    monkeypatch.setattr(Trace, "_stop", lambda self, _: (hours(self), setattr(self, "_profile", None)))
+    monkeypatch.setattr("tpresearch.train.profile.record_function", lambda name: nullcontext())
+    settings = ("profiler=trace", "profiler.first_step=3", "train.steps=6", "train.eval_rows=0")
+    job = preflight(config("model=toy_mlp", "parallel=none", "train.log_every=2", *settings), World())
+    assert job.device
+    with process_group(job.device, World()):
+        mesh = build_mesh(job.sizes, "cpu")
+        watching = [*observers_of(job, mesh, job.device, None), Trace(job.cfg.profiler, tmp_path, 0, False)]
+        loop = assemble(job, mesh, job.device, corpus(), [*watching, Work()])
+        rows = list(loop.rows())
+    assert now == 6 + 2 * 3600
+    assert [row.get("perf/step_time_s") for row in rows] == [1.0, None, 1.0]
+    assert [row.get("time/forward_s") for row in rows] == [1.0, None, 1.0]
 
 
 def test_steps_that_the_run_has_not_are_refused() -> None:

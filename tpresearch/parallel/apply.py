@@ -59,16 +59,18 @@ def wrap_forward(
     backend: str | Callable[..., Any] = "inductor",
 ) -> None:
     """Checkpoint and compile a block's forward; hooks on the block, including FSDP's, stay outside."""
-    kind = parallel.activation_checkpointing
+    kind, compile = parallel.activation_checkpointing, functools.partial(compiled, backend=backend)
+    if parallel.async_tp:
+        compile = functools.partial(compile, options=ASYNC_TP)
     if not parallel.compile:
         block.forward = checkpointed(block.forward, kind)
         return
     block.register_forward_pre_hook(wait_for_inputs, with_kwargs=True)
     if kind is Checkpointing.full and has_rules:
         # Compiled as a whole, it would keep a DeviceMesh for backward, which torch 2.13 miscounts.
-        block.forward = checkpointed(compiled(block.forward, backend), kind)
+        block.forward = checkpointed(compile(block.forward), kind)
     else:
-        block.forward = compiled(checkpointed(block.forward, kind), backend)
+        block.forward = compile(checkpointed(block.forward, kind))
 
 
 def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[..., Any]:
@@ -81,11 +83,13 @@ def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[.
     return forward
 
 
-def compiled(
-    forward: Callable[..., Any], backend: str | Callable[..., Any] = "inductor"
-) -> Callable[..., Any]:
+ASYNC_TP = {"_micro_pipeline_tp": True}
+"""Inductor's option for a graph whose matmuls are to overlap with their collectives (private; read in torch 2.11 to 2.14)."""
+
+
+def compiled(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Compile to one graph for fixed shapes: a graph break is an error and another shape a recompilation, never silent."""
-    return torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
+    return torch.compile(forward, fullgraph=True, dynamic=False, **options)
 
 
 def set_activation_budget(parallel: ParallelConfig) -> None:
@@ -212,8 +216,11 @@ def reshard(model: nn.Module) -> None:
 
 
 def enable_async_tp(tp_mesh: DeviceMesh) -> None:
-    """Let inductor overlap tensor-parallel matmuls with their collectives (private; read in torch 2.11 and 2.13)."""
+    """Announce a group to inductor's pass for async TP, which leaves the matmuls of others alone (private; read in torch
+    2.11 to 2.14, which deprecate this where symmetric memory is allocated by hand, and still require it here).
+    """
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
-    torch._inductor.config._micro_pipeline_tp = True
-    enable_symm_mem_for_group(tp_mesh.get_group().group_name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(tp_mesh.get_group().group_name)

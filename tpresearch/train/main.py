@@ -35,7 +35,7 @@ from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import Preflight
-from tpresearch.train.profile import Trace
+from tpresearch.train.profile import Trace, profiled_steps
 from tpresearch.train.saving import check_disk, is_complete, saver_of, say_how_to_resume
 from tpresearch.train.speed import Speed
 from tpresearch.train.stopping import AgreedStop
@@ -131,8 +131,9 @@ def observers_of(
     )
     report = tracker.count if tracker else None
     counted = CountedStep(mesh, expected, total_steps(cfg) - 1, cfg.parallel.compile, report)
+    profiled = range(0) if cfg.profiler.name is ProfilerName.none else profiled_steps(cfg.profiler)
     return [
-        Timing(device.torch, Speed.of(job.model, cfg, device, job.sizes.world)),
+        Timing(device.torch, Speed.of(job.model, cfg, device, job.sizes.world), profiled),
         PeakMemory(device),
         counted,
     ]

@@ -30,7 +30,7 @@ CLASSES = {
 
 
 class Trace(Observer):
-    """Profiles `profiler.steps` steps of this process from `profiler.first_step` on, and writes:
+    """Profiles the `profiled_steps` of this process, and writes:
 
     trace-rank<r>.json.gz     for chrome://tracing or ui.perfetto.dev, with the phases of each step marked
     kernels-rank<r>.json      milliseconds per step and calls by class of kernel, and of the slowest kernels
@@ -51,7 +51,7 @@ class Trace(Observer):
         if self._steps == self._config.first_step:
             self._start()
         yield
-        if self._profile and self._steps == self._config.first_step + self._config.steps - 1:
+        if self._profile and self._steps == profiled_steps(self._config)[-1]:
             self._stop(self._profile)
 
     @contextmanager
@@ -84,6 +84,11 @@ class Trace(Observer):
             torch.cuda.memory._record_memory_history(enabled=None)
         classes = ", ".join(f"{name} {row['ms']:.1f}" for name, row in found["classes"].items())
         log.info("profile of %d steps in %s: ms per step: %s", self._config.steps, where, classes)
+
+
+def profiled_steps(config: ProfilerConfig) -> range:
+    """Steps of a process, counted from 1."""
+    return range(config.first_step, config.first_step + config.steps)
 
 
 def kind_of(kernel: str) -> str:

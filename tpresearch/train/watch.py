@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -25,10 +26,15 @@ class Timing(Observer):
 
     Phases exclude what lies between them and include collectives that they wait for. The time of data is the
     host's: a GPU may still be at the previous step. Evaluation and pauses are excluded from the step time.
+
+    Args:
+        left_out: steps of this process, counted from 1, that are in no row's times: those that a profiler slows down. A
+            row of such steps alone has none.
     """
 
-    def __init__(self, device: torch.device, speed: Speed) -> None:
-        self._on_cuda, self._speed = device.type == "cuda", speed
+    def __init__(self, device: torch.device, speed: Speed, left_out: range = range(0)) -> None:
+        self._on_cuda, self._speed, self._left_out = device.type == "cuda", speed, left_out
+        self._taken, self._left_at = 0, math.inf
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._free: list[torch.cuda.Event] = []
         self._begin()
@@ -44,12 +50,24 @@ class Timing(Observer):
     @contextmanager
     def step(self, state: TrainState) -> Iterator[None]:
         yield
-        self._steps += 1
+        self._taken += 1
+        if self._left_at < math.inf:  # here the others have ended the step too, and written what they write
+            self._seconds["pause"] += time.perf_counter() - self._left_at
+            self._left_at = math.inf
+        else:
+            self._steps += 1
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         if self._rests and name == "data":
             self._begin()
+        if name == "data" and self._taken + 1 in self._left_out:
+            if self._on_cuda:
+                torch.cuda.synchronize()  # the steps before it end in their own time
+            self._left_at = time.perf_counter()
+        if self._left_at < math.inf:
+            yield
+            return
         if self._on_cuda and name in PHASES:
             start, end = self._event(), self._event()
             start.record()
@@ -80,10 +98,11 @@ class Timing(Observer):
         between = self._seconds["evaluation"] + self._seconds["pause"]
         elapsed = time.perf_counter() - self._began - between
         self._read(wait=True)
-        steps = max(self._steps, 1)
-        found: Metrics = {f"time/{name}_s": self._seconds[name] / steps for name in ("data", *PHASES)}
         self._rests = True
-        return {**self._speed.metrics(elapsed / steps), **found}
+        if not self._steps:
+            return {}
+        found: Metrics = {f"time/{name}_s": self._seconds[name] / self._steps for name in ("data", *PHASES)}
+        return {**self._speed.metrics(elapsed / self._steps), **found}
 
 
 class PeakMemory(Observer):
