@@ -20,7 +20,7 @@ from tpresearch.planner import ranking
 from tpresearch.planner.__main__ import judge
 from tpresearch.planner.candidates import Candidate, families, micro_batch_rows
 from tpresearch.planner.ranking import Ranking, advice, rank
-from tpresearch.planner.report import as_json, draw, report
+from tpresearch.planner.report import EXPERIMENT, as_json, draw, report, training_command
 from tpresearch.simulate.cluster import Cluster, cluster_of
 from tpresearch.simulate.depth import recording
 from tpresearch.simulate.fake_step import record
@@ -155,11 +155,41 @@ def test_candidates_are_ranked_with_reasons(ranks: Ranks, tmp_path) -> None:
     front = [one for one in plain["fits"] if one["on_front"]]
     peaks = [one["memory_bytes"]["peak"] for one in front]
     assert peaks == sorted(peaks, reverse=True)
-    text = report(ranked, "llama2_debug", 2, "h100_dgx")
+    best = ranked.fits[0].candidate
+    text = report(ranked, "llama2_debug", 2, "h100_dgx", training_command(best, [], cluster()))
     assert "tensor parallelism" in text
-    assert front[0]["plan"] in text
+    assert f"--nproc-per-node=2 train.py experiment=pretraining {best.words}" in text
     draw(ranked, "title", tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 10_000
+
+
+def test_the_command_of_the_best_one_is_whole_and_valid() -> None:
+    """What was typed and is not the planner's to choose, what it composes besides, and what it chose."""
+    cfg = config("model=llama2_debug", "train.global_batch_size=64")
+    best = next(one for one in families(cfg, 16, cluster()) if isinstance(one, Candidate))
+    typed = ["gpus=16", "model=llama2_debug", "train.global_batch_size=64", "data.seq_len=64"]
+    typed += [
+        "parallel.activation_checkpointing=full",
+        "parallel.compile=true",
+        "cluster.numbers.memory_gb.value=1",
+    ]
+    command = training_command(best, typed, cluster())
+    assert (command.hosts, command.ranks) == (2, 8)
+    assert list(command.arguments[:5]) == [f"experiment={EXPERIMENT}", *typed[1:4], "parallel.compile=true"]
+    assert " ".join(command.arguments[5:]) == best.words
+    assert validate(config(*command.arguments), 16, command.hosts) == best.sizes
+    composed = yaml.safe_load((CLUSTER.parents[1] / "planner.yaml").read_text())["defaults"]
+    assert {"experiment": EXPERIMENT} in composed
+
+
+def test_rules_without_sequence_parallelism_are_used_where_there_are_no_others() -> None:
+    cfg = config("model=llama2_debug", "data.seq_len=127", "train.global_batch_size=64")
+    found = [one for one in families(cfg, 4, cluster()) if isinstance(one, Candidate)]
+    words = {one.words.partition(" parallel.activation")[0] for one in found if one.sizes.tp > 1}
+    assert words == {
+        "parallel=tp mesh.tp=4",
+        "parallel=fsdp_tp mesh.dp_shard=2 mesh.tp=2 parallel.tensor=tp",
+    }, words
 
 
 def test_it_says_when_nothing_fits() -> None:

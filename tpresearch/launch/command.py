@@ -37,6 +37,8 @@ class Command:
     hosts: int = 1
     unset: tuple[str, ...] = ()
     """Variables of the environment that it goes without."""
+    program: tuple[str, ...] = ()
+    """Another program than this process's own."""
 
     @classmethod
     def typed(cls, world: World) -> Command:
@@ -69,7 +71,14 @@ class Command:
         unset = [word for name in self.unset for word in ("-u", name)]
         hosts = [f"--nnodes={self.hosts}"] if self.hosts > 1 else []
         starter = ["python"] if self.ranks is None else ["torchrun", *hosts, f"--nproc-per-node={self.ranks}"]
-        return shlex.join([*(["env", *unset] if unset else []), *starter, *program_words(), *self.arguments])
+        return shlex.join(
+            [
+                *(["env", *unset] if unset else []),
+                *starter,
+                *(self.program or program_words()),
+                *self.arguments,
+            ]
+        )
 
 
 class WrongCommand(ConfigError):

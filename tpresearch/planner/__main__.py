@@ -48,12 +48,14 @@ def judge(cfg: Config, world: World) -> Judged:
 def main(judged: Judged, run: Run) -> None:
     with uncollected():  # late: they import torch
         from tpresearch.planner.ranking import rank
-        from tpresearch.planner.report import as_json, draw, report
+        from tpresearch.planner.report import as_json, draw, report, training_command
 
     cfg, cluster, sizes = judged
     ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))
     (run.folder / "planner.json").write_text(json.dumps(as_json(ranking), indent=2) + "\n")
-    print(report(ranking, cfg.model.name, sizes.world, cluster.name))
+    best = ranking.fits[0].candidate if ranking.fits else None
+    command = training_command(best, run.command.arguments, cluster) if best else None
+    print(report(ranking, cfg.model.name, sizes.world, cluster.name, command))
     print(f"\n  {run.folder / 'planner.json'}")
     if ranking.fits:
         title = f"{cfg.model.name} on {sizes.world:,} devices of {cluster.name}"

@@ -23,7 +23,7 @@ PLANS: dict[str, tuple[TensorPlan | None, DataPlan]] = {
     "fsdp_tp": (TensorPlan.sp, DataPlan.fsdp),
     "hsdp_tp": (TensorPlan.sp, DataPlan.hsdp),
 }
-"""Options of conf/parallel; `tp` moves the same bytes as `sp` and holds more, so that it never wins."""
+"""Options of conf/parallel. `tp` moves the same bytes as `sp` and holds more, so it is tried only where `sp` cannot be used."""
 
 HOSTS = 8
 """Times as many hosts that the next larger replica of a model has."""
@@ -41,6 +41,8 @@ class Candidate:
         """What to type for it."""
         parallel, train = self.cfg.parallel, self.cfg.train
         mesh = [f"mesh.{axis}={size}" for axis, size in self.sizes.nontrivial().items()]
+        if parallel.name in PLANS and parallel.tensor is not PLANS[parallel.name][0]:
+            mesh.append(f"parallel.tensor={parallel.tensor}")
         checkpointing = f"parallel.activation_checkpointing={parallel.activation_checkpointing}"
         micro = f"train.micro_batch_size={train.micro_batch_size}"
         return " ".join([f"parallel={parallel.name}", *mesh, checkpointing, micro])
@@ -71,9 +73,21 @@ def families(cfg: Config, gpus: int, cluster: Cluster) -> Iterator[Candidate | R
         for mesh in _meshes(name, tensor, data, gpus, cluster):
             for checkpointing in (Checkpointing.none, Checkpointing.selective, Checkpointing.full):
                 parallel = dataclasses.replace(
-                    cfg.parallel, name=name, tensor=tensor, data=data, activation_checkpointing=checkpointing
+                    cfg.parallel,
+                    name=name,
+                    tensor=tensor and _tensor_plan(cfg, mesh),
+                    data=data,
+                    activation_checkpointing=checkpointing,
                 )
+                if parallel.tensor is TensorPlan.tp and name == "sp":
+                    parallel.name = "tp"
                 yield _judged(cfg, parallel, mesh, gpus, cluster)
+
+
+def _tensor_plan(cfg: Config, mesh: MeshConfig) -> TensorPlan:
+    """`tp` where the model has no rules for `sp`, or the sequence cannot be sharded evenly."""
+    is_sharded = TensorPlan.sp in cfg.model.plans and cfg.data.seq_len % (mesh.tp or 1) == 0
+    return TensorPlan.sp if is_sharded else TensorPlan.tp
 
 
 def micro_batch_rows(candidate: Candidate) -> list[int]:

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpresearch.launch.command import Command, is_within, override_key
+from tpresearch.planner.candidates import Candidate
 from tpresearch.planner.ranking import Judged, Ranking, advice, why_slower
+from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.prediction import Prediction
 from tpresearch.simulate.report import step_text
 from tpresearch.track.shown import count_text, share_text
 
 SHOWN = 12
+EXPERIMENT = "pretraining"
+"""What conf/planner.yaml composes if nothing else is typed."""
+CHOSEN = ("gpus", "world_size", "cluster", "mesh", "train.micro_batch_size", "hydra")
+CHOSEN_OF_PLAN = ("parallel", "parallel.tensor", "parallel.data", "parallel.activation_checkpointing")
+"""Keys that the planner chooses, or that are its own."""
 
 
-def report(ranking: Ranking, name: str, gpus: int, cluster: str) -> str:
+def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Command | None) -> str:
+    """As text.
+
+    Args:
+        command: that trains as the best candidate does.
+    """
     lines = [
         f"PREDICTED, not measured: {ranking.count} ways to train {name} on {gpus:,} devices of {cluster}",
         "",
@@ -26,9 +39,30 @@ def report(ranking: Ranking, name: str, gpus: int, cluster: str) -> str:
         lines += [_line(place, one, ranking) for place, one in enumerate(ranking.fits[:SHOWN], 1)]
         if len(ranking.fits) > SHOWN:
             lines.append(f"  ... and {len(ranking.fits) - SHOWN} more that fit, in planner.json")
-        lines += ["", f"  to train it: torchrun ... train.py {ranking.fits[0].candidate.words}"]
+        lines += ["", f"  to train it: {command}"]
     lines += ["", *_left_out(ranking)]
     return "\n".join(lines)
+
+
+def training_command(best: Candidate, typed: Sequence[str], cluster: Cluster) -> Command:
+    """What trains as a candidate does, on hosts of the cluster's size.
+
+    Args:
+        typed: overrides of the planner's command.
+    """
+    kept = [
+        word
+        for word in typed
+        if (key := override_key(word)) not in CHOSEN_OF_PLAN
+        and not any(is_within(key, branch) for branch in CHOSEN)
+    ]
+    if not any(override_key(word) == "experiment" for word in kept):
+        kept = [f"experiment={EXPERIMENT}", *kept]
+    world = best.sizes.world
+    hosts = cluster.hosts_of(world)
+    program = ("train.py",) if Path("train.py").is_file() else ("-m", "tpresearch.train")
+    ranks = world // hosts if world > 1 else None
+    return Command((*kept, *best.words.split()), ranks, hosts, program=program)
 
 
 def as_json(ranking: Ranking) -> dict[str, Any]:
