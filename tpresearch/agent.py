@@ -4,7 +4,7 @@ torch lets packages add rendezvous backends under the entry points `torchrun.han
 ours adds none, but is thereby loaded in the agent's process. A refused config, which the first rank reports in one line,
 and a stop by a signal, which the run's report states, would otherwise be followed by tracebacks and a report for each rank;
 torchrun would exit with 1. Failures keep torchrun's report. Ranks have TO_SAVE_S to save after a signal, and not torchrun's
-30 seconds, unless --shutdown-timeout says otherwise. Checked on torch 2.13, and against the source of 2.11 and 2.14.
+30 seconds, unless --shutdown-timeout says otherwise. They are told of --virtual-local-rank, which torchrun does not pass on. Checked on torch 2.13, and against the source of 2.11 and 2.14.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ def handler() -> Callable[[Any], Any]:
             logging.getLogger(f"torch.distributed.{name}").addFilter(_is_news)
         sys.excepthook = _end
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(TO_SAVE_S))
+        if any(word.startswith("--virtual") for word in sys.argv[1:]):  # which may be abbreviated
+            from tpresearch.config.world import (
+                OWN_DEVICE,  # late: every torchrun on this machine loads this module
+            )
+
+            os.environ[OWN_DEVICE] = "1"
     return _c10d
 
 

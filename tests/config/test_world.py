@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tpresearch.config.world import SlurmStep, World, WrongEnvironment
+from tpresearch.config.world import OWN_DEVICE, SlurmStep, World, WrongEnvironment
 
 TORCHRUN = {
     "RANK": "5",
@@ -21,6 +21,18 @@ def test_a_rank_reads_its_place_from_torchruns_environment() -> None:
     world = World.from_environment(TORCHRUN)
     assert world == World(rank=5, size=8, local_rank=1, local_size=4, elastic=True)
     assert world.hosts == 2
+
+
+def test_a_rank_that_sees_its_gpu_alone_keeps_its_place_on_the_host() -> None:
+    """torchrun --virtual-local-rank sets LOCAL_RANK=0 on each rank, and CUDA_VISIBLE_DEVICES to a GPU."""
+    virtual = TORCHRUN | {"LOCAL_RANK": "0"}
+    world = World.from_environment(virtual | {OWN_DEVICE: "1"})
+    assert world == World(rank=5, size=8, local_rank=1, local_size=4, elastic=True, own_device=True)
+    first = virtual | {"RANK": "4", OWN_DEVICE: "1"}
+    assert World.from_environment(first).own_device
+    assert not World.from_environment(TORCHRUN | {OWN_DEVICE: "0"}).own_device
+    with pytest.raises(WrongEnvironment, match="LOCAL_RANK=0: rank 5 is not the first on its host"):
+        World.from_environment(virtual)
 
 
 @pytest.mark.parametrize(

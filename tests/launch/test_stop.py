@@ -22,6 +22,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import LaunchConfig
 
 from tpresearch import agent, interrupt
+from tpresearch.config.world import OWN_DEVICE
 from tpresearch.launch import stop
 from tpresearch.launch.stop import StopFlag, Stopped, end_with_parent, fault_of_another_rank
 
@@ -98,6 +99,24 @@ def test_the_fault_of_another_rank_is_found_where_torchrun_keeps_it(
     assert fault_of_another_rank() is None
     (tmp_path / "1" / "error.json").write_text('{"message": {"message": "ValueError: no luck\\nand more"}}')
     assert fault_of_another_rank() == "rank 1: ValueError: no luck"
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"), [(["--virtual-local-rank"], "1"), (["--virtual_loc"], "1"), (["--standalone"], None)]
+)
+def test_ranks_are_told_that_each_sees_its_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, typed: list[str], told: str | None
+) -> None:
+    monkeypatch.setenv(OWN_DEVICE, "")  # so that it is put back afterwards
+    monkeypatch.delenv(OWN_DEVICE)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(agent, "LOGGERS", ())
+    monkeypatch.setattr(sys, "argv", ["/bin/torchrun", *typed, str(TRAIN)])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    agent.handler()
+    assert os.environ.get(OWN_DEVICE) == told
 
 
 @pytest.mark.skipif(

@@ -12,6 +12,8 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MASTER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 RUN_ID = "TORCHELASTIC_RUN_ID"
 """Set by torchrun for each rank."""
+OWN_DEVICE = "PET_VIRTUAL_LOCAL_RANK"
+"""torchrun's variable for its option --virtual-local-rank; `tpresearch.agent` sets it for the ranks where the option is typed."""
 PORTS = range(1 << 16)
 
 
@@ -41,6 +43,8 @@ class World:
     local_size: int = 1
     elastic: bool = False
     """Whether torchrun (or our own elastic agent) started this process."""
+    own_device: bool = False
+    """Whether each rank sees only a GPU of its own, as number 0 (torchrun --virtual-local-rank)."""
     here: bool = True
     """Whether the ranks run on this machine and can use its devices."""
 
@@ -81,7 +85,13 @@ class World:
         if size % local_size:
             why = f"does not divide WORLD_SIZE={size}"
             raise WrongEnvironment("LOCAL_WORLD_SIZE", local_size, why, given)
-        return cls(rank, size, local_rank, local_size, elastic)
+        own_device = elastic and env.get(OWN_DEVICE, "0") not in ("", "0")
+        if own_device:
+            local_rank = rank % local_size  # torchrun says 0 on each
+        elif elastic and local_rank == 0 != rank % local_size:
+            why = f"rank {rank} is not the first on its host; --virtual-local-rank is known where tpresearch is installed"
+            raise WrongEnvironment("LOCAL_RANK", 0, why, given, "torchrun without --virtual-local-rank")
+        return cls(rank, size, local_rank, local_size, elastic, own_device)
 
     @property
     def hosts(self) -> int:

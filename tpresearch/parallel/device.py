@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend
 from tpresearch.config.choices import Checkpointing
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config, DeviceKind, Dtype
+from tpresearch.config.world import World
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class Device:
     """Name in the run's record: `cpu`, or the accelerator's."""
     shared: bool = False
     """Whether ranks of this host share the device."""
+    is_alone: bool = False
+    """Whether this rank sees no other's device (`World.own_device`)."""
 
     @property
     def type(self) -> str:
         return self.torch.type
 
 
-def choose_device(cfg: Config, local_rank: int, local_size: int) -> Device:
+def choose_device(cfg: Config, world: World) -> Device:
     """The configured device; by default CUDA if every local rank can have its own device, else the CPU.
 
     With device=cuda and fewer devices than ranks, ranks share them: to test correctness on one GPU, not for speed.
@@ -43,11 +46,12 @@ def choose_device(cfg: Config, local_rank: int, local_size: int) -> Device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cfg.device is DeviceKind.cuda and count == 0:
         raise ConfigError("device", "cuda", "torch sees no CUDA device", "cpu or auto", fix={"device": "cpu"})
-    wants_cuda = cfg.device is DeviceKind.cuda or (cfg.device is DeviceKind.auto and count >= local_size)
+    ranks, place = (1, 0) if world.own_device else (world.local_size, world.local_rank)
+    wants_cuda = cfg.device is DeviceKind.cuda or (cfg.device is DeviceKind.auto and count >= ranks)
     if wants_cuda and count:
-        index = local_rank % count
+        index = place % count
         name = torch.cuda.get_device_name(index)
-        device = Device(torch.device("cuda", index), "nccl", name, shared=count < local_size)
+        device = Device(torch.device("cuda", index), "nccl", name, count < ranks, world.own_device)
     else:
         device = Device(torch.device("cpu"), "gloo", "cpu")
     check_device(cfg, device)
@@ -125,6 +129,9 @@ def _async_tp_lack(device: Device) -> tuple[str, str] | None:
         return "async TP needs CUDA devices with peer access, and this is a CPU", "false on this device"
     if device.shared:
         return "ranks share a device here", "one device per rank"
+    if device.is_alone:
+        why = "symmetric memory tells ranks by the number of their device, and each sees its own as 0"
+        return why, "torchrun without --virtual-local-rank"
     for a, b in itertools.permutations(range(torch.cuda.device_count()), 2):
         if not torch.cuda.can_device_access_peer(a, b):
             why = f"GPU {a} cannot read the memory of GPU {b}, as symmetric memory asks"

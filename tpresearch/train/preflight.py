@@ -85,7 +85,7 @@ def _judged(cfg: Config, world: World, resumes: bool) -> Preflight:
     from tpresearch.parallel.float8 import check_float8
 
     starts_ranks = not cfg.plan_only and world.here
-    device = choose_device(cfg, world.local_rank, world.local_size) if starts_ranks else None
+    device = choose_device(cfg, world) if starts_ranks else None
     if device:
         check_float8(cfg.train, device.torch)
     notes = [note for note in (warning_of_unused_axes(sizes, cfg.parallel),) if note]
