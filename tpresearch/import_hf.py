@@ -10,7 +10,7 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config, TokenizerKind
 from tpresearch.config.world import World
-from tpresearch.hf.files import is_own
+from tpresearch.hf.files import is_own_run
 from tpresearch.launch import Run, entrypoint
 from tpresearch.train.preflight import Preflight, preflight
 
@@ -22,7 +22,7 @@ def judge(cfg: Config, world: World) -> Preflight:
     """Raises:
     ConfigError: also for one of our runs, which needs no import.
     """
-    if cfg.init_from and is_own(cfg.init_from):
+    if cfg.init_from and is_own_run(cfg.init_from):
         why, legal = "it already is a tpresearch run", "a folder or hub id in Hugging Face's format"
         raise ConfigError("init_from", cfg.init_from, why, legal)
     return preflight(cfg, world)
@@ -35,7 +35,7 @@ def main(job: Preflight, run: Run) -> None:
     from tpresearch.checkpoint.save import NotSaved
     from tpresearch.checkpoint.together import own_group
     from tpresearch.data.pipeline import prepare
-    from tpresearch.data.tokenizer import keep_tokenizer, load_hf
+    from tpresearch.data.tokenizer import load_hf, save_tokenizer
     from tpresearch.parallel.group import process_group
     from tpresearch.parallel.mesh import build_mesh
     from tpresearch.track.record import write_config
@@ -54,7 +54,7 @@ def main(job: Preflight, run: Run) -> None:
     if run.world.rank == 0:
         write_config(run.folder, as_dict(cfg))
         if cfg.tokenizer.kind is TokenizerKind.hf:
-            keep_tokenizer(load_hf(cfg.tokenizer.path), cfg.tokenizer, run.folder)
+            save_tokenizer(load_hf(cfg.tokenizer.path), cfg.tokenizer, run.folder)
         print(f"{folder_of(run.folder, 0)}: {job.parameters:,} parameters of {cfg.init_from}")
 
 

@@ -64,7 +64,7 @@ def measure(folder: Path, rows: int, seq_len: int) -> dict[str, object]:
     packed = read_rows(folder / f"{seq_len}-{rows}", tokens.dtype.name, seq_len + 1)
     batches = Batches(packed, rows, seed=0)
     started = time.perf_counter()
-    batches.rows_of(0)
+    batches.row_indices(0)
     permutation_s = time.perf_counter() - started
     read_s = median_s(batches.batch, repeats=500)
     result: dict[str, object] = {

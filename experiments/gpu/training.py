@@ -22,7 +22,7 @@ import tpresearch
 from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.data.pipeline import prepare
-from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.parallel.apply import wrap_forward
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
@@ -183,7 +183,7 @@ def expected(cfg: Config, stage: Stage) -> dict[str, int | None]:
     """Bytes by kind, by the formulas; those of activations are of eager blocks."""
     job = preflight(cfg, World())
     model, plan = planned(cfg, job.sizes)
-    return expected_bytes(model, plan, cfg, stage.device.type)
+    return expected_memory(model, plan, cfg, stage.device.type)
 
 
 def steps(loop: Loop, cfg: Config, stage: Stage) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from tpresearch.config.compose import register_schema, to_config
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.hf.export import write_config, write_weights
-from tpresearch.hf.llama import is_rotated
+from tpresearch.hf.llama import has_rotary_rows
 from tpresearch.hf.read import check_weights, from_hugging_face
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
@@ -63,7 +63,7 @@ def by_arithmetic(cfg: Config, ranks: int) -> tuple[int, int]:
     held = {
         name: torch.Size(fsdp_local_shape(name, model, plan)).numel() for name, _ in model.named_parameters()
     }
-    return 4 * sum(held.values()), 4 * max(size for name, size in held.items() if is_rotated(name))
+    return 4 * sum(held.values()), 4 * max(size for name, size in held.items() if has_rotary_rows(name))
 
 
 def write_folder(folder: Path, model: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import MOST_RANKS
+from tpresearch.config.schema import MAX_RANKS
 
 NUMBER = re.compile(r"[~≈]?\s*(\d{1,3}(?:[, _]\d{3})+|\d+)((?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z/]*)")
 """A number, perhaps with separators of thousands and a unit behind it: 80GB, 1,914, 400 Gbps."""
@@ -61,9 +61,9 @@ class Row:
     def count(self, name: str, default: int | None = None) -> int:
         """Raises: ConfigError: for what is no whole number of 1 or more; for an empty cell without a default."""
         value = self.number(name, default or 0)
-        if not 1 <= value <= MOST_RANKS or value != int(value):
+        if not 1 <= value <= MAX_RANKS or value != int(value):
             why = "a row needs it" if not self[name] else "out of bounds, or no whole number"
-            raise ConfigError(name, self[name] or None, why, f"a whole number from 1 to {MOST_RANKS:,}", {})
+            raise ConfigError(name, self[name] or None, why, f"a whole number from 1 to {MAX_RANKS:,}", {})
         return int(value)
 
     def says(self, name: str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data.batches import IGNORED, Batches, eval_batches, meta_batch
+from tpresearch.data.batches import IGNORE_INDEX, Batches, eval_batches, meta_batch
 from tpresearch.data.pipeline import prepare
 
 
@@ -24,7 +24,7 @@ def test_the_order_is_the_one_that_is_documented(rows: np.ndarray) -> None:
     epochs = [np.random.default_rng([7, epoch]).permutation(100) for epoch in range(3)]
     order = np.concatenate(epochs)
     for step in (0, 3, 4, 5, 9, 2):  # step 4 spans the end of epoch 0; going back must change nothing
-        np.testing.assert_array_equal(batches.rows_of(step), order[24 * step : 24 * (step + 1)])
+        np.testing.assert_array_equal(batches.row_indices(step), order[24 * step : 24 * (step + 1)])
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
@@ -36,14 +36,14 @@ def test_every_dp_degree_reads_the_same_global_batch(rows: np.ndarray, dp_size: 
         for parts, part in zip(zip(*slices, strict=True), whole, strict=True):
             assert torch.equal(torch.cat(parts), part)
             assert part.dtype == torch.int64
-        taken = Batches(rows, 24, seed=1).rows_of(step)
+        taken = Batches(rows, 24, seed=1).row_indices(step)
         assert whole.inputs.tolist() == rows[taken, :-1].tolist()
         assert whole.targets.tolist() == rows[taken, 1:].tolist()
 
 
 def test_every_row_is_read_once_an_epoch_and_each_epoch_in_an_order_of_its_own(rows: np.ndarray) -> None:
     batches = Batches(rows, 24, seed=0)
-    read = np.concatenate([batches.rows_of(step) for step in range(25)])  # 600 rows: exactly six epochs
+    read = np.concatenate([batches.row_indices(step) for step in range(25)])  # 600 rows: exactly six epochs
     epochs = read.reshape(6, 100)
     for epoch in epochs:
         assert sorted(epoch) == list(range(100))
@@ -51,11 +51,13 @@ def test_every_row_is_read_once_an_epoch_and_each_epoch_in_an_order_of_its_own(r
 
 
 def test_another_seed_is_another_order(rows: np.ndarray) -> None:
-    assert Batches(rows, 24, seed=0).rows_of(0).tolist() != Batches(rows, 24, seed=1).rows_of(0).tolist()
+    assert (
+        Batches(rows, 24, seed=0).row_indices(0).tolist() != Batches(rows, 24, seed=1).row_indices(0).tolist()
+    )
 
 
 def test_a_batch_larger_than_the_corpus_takes_several_epochs(rows: np.ndarray) -> None:
-    counts = np.bincount(Batches(rows, 250, seed=0).rows_of(0), minlength=100)
+    counts = np.bincount(Batches(rows, 250, seed=0).row_indices(0), minlength=100)
     assert counts.sum() == 250
     assert set(counts) == {2, 3}
 
@@ -95,8 +97,8 @@ def test_every_evaluation_reads_the_same_rows_whatever_the_mesh(
     assert {part.shape for batch in batches for part in batch} == {(batch_size, 4)}
     counted = []
     for inputs, targets in batches:
-        counts = (targets != IGNORED).all(1)
-        assert (targets[~counts] == IGNORED).all(), "a row that fills up a batch counts in part"
+        counts = (targets != IGNORE_INDEX).all(1)
+        assert (targets[~counts] == IGNORE_INDEX).all(), "a row that fills up a batch counts in part"
         assert ((inputs < 100).sum(1) == 1).all(), "ignoring targets changed the inputs"
         assert torch.equal(targets[counts], inputs[counts] + 1000)
         counted += inputs[counts, 0].tolist()

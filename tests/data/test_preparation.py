@@ -119,7 +119,7 @@ def test_leftovers_of_others_go_unless_they_are_at_work(data: DataConfig, bpe: T
 def test_who_waits_for_a_lock_says_so_and_can_be_stopped(
     data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "TELL_AFTER_S", 0)
+    monkeypatch.setattr(cache, "LOG_WAIT_AFTER_S", 0)
     folder = prepare(data, bpe).folder
     shutil.rmtree(folder)
     folder.with_name(f".{folder.name}.4711.tmp").mkdir()

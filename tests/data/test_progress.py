@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tpresearch.data.pipeline import stage
+from tpresearch.data.pipeline import log_stage
 
 
 class Terminal(io.StringIO):
@@ -25,7 +25,7 @@ def test_a_bar_is_drawn_on_a_terminal_that_asked(
     stderr = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("TERM", "xterm")
-    with caplog.at_level(logging.INFO), stage("tokenizing", 4_000_000, bar) as advance:
+    with caplog.at_level(logging.INFO), log_stage("tokenizing", 4_000_000, bar) as advance:
         advance(1_500_000)
         advance(2_500_000)
     assert ("tokenizing" in stderr.getvalue()) == drawn

@@ -136,7 +136,7 @@ def test_the_hash_of_a_large_corpus_is_remembered(tmp_path: Path, monkeypatch: p
     file = tmp_path / "large.txt"
     file.write_text("one")
     plain = hash_files([("large.txt", file)], "text")
-    monkeypatch.setattr(sources, "REMEMBER_ABOVE_BYTES", 0)
+    monkeypatch.setattr(sources, "CACHE_HASH_ABOVE_BYTES", 0)
     assert hash_files([("large.txt", file)], "text", tmp_path / "cache") == plain
     with monkeypatch.context() as patched:
         patched.setattr(sources, "_hash_contents", lambda *_: pytest.fail("read the files again"))

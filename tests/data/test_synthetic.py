@@ -11,16 +11,16 @@ from support.composed import config
 from tpresearch.config.schema import DataSource
 from tpresearch.data.batches import Batches
 from tpresearch.data.pipeline import prepare
-from tpresearch.data.rows import Synthetic
+from tpresearch.data.rows import SyntheticCorpus
 
-NUMBERS = Synthetic(DataSource.uniform, 10, None)
-TOKENS = Synthetic(DataSource.random_tokens, 17, 300)
+NUMBERS = SyntheticCorpus(DataSource.uniform, 10, None)
+TOKENS = SyntheticCorpus(DataSource.random_tokens, 17, 300)
 BOTH = pytest.mark.parametrize("source", [NUMBERS, TOKENS], ids=["uniform", "random_tokens"])
 
 
 @BOTH
 @pytest.mark.parametrize("dp_size", [2, 3, 6])
-def test_ranks_read_the_slices_of_one_global_batch(source: Synthetic, dp_size: int) -> None:
+def test_ranks_read_the_slices_of_one_global_batch(source: SyntheticCorpus, dp_size: int) -> None:
     for step in (0, 5):
         whole = Batches(source, 12, seed=3).batch(step)
         slices = [Batches(source, 12, seed=3).batch(step, rank, dp_size) for rank in range(dp_size)]
@@ -31,13 +31,13 @@ def test_ranks_read_the_slices_of_one_global_batch(source: Synthetic, dp_size: i
 
 
 @BOTH
-def test_a_larger_batch_begins_with_the_rows_of_a_smaller_one(source: Synthetic) -> None:
+def test_a_larger_batch_begins_with_the_rows_of_a_smaller_one(source: SyntheticCorpus) -> None:
     larger, smaller = Batches(source, 12, 3).batch(4), Batches(source, 8, 3).batch(4)
     assert torch.equal(larger.inputs[:8], smaller.inputs)
 
 
 @BOTH
-def test_no_two_rows_are_the_same_over_steps_and_seeds(source: Synthetic) -> None:
+def test_no_two_rows_are_the_same_over_steps_and_seeds(source: SyntheticCorpus) -> None:
     rows = [Batches(source, 8, seed).batch(step).inputs for seed in range(4) for step in range(8)]
     assert len(torch.cat(rows).unique(dim=0)) == 4 * 8 * 8
 
@@ -56,9 +56,9 @@ def test_numbers_are_uniform_and_tokens_fill_the_vocabulary() -> None:
 
 def test_the_config_says_how_wide_and_over_which_vocabulary() -> None:
     numbers = config("model=toy_net", "data=uniform", "model.dim=6", small=False)
-    assert prepare(numbers.data, numbers.tokenizer) == Synthetic(DataSource.uniform, 6, None)
+    assert prepare(numbers.data, numbers.tokenizer) == SyntheticCorpus(DataSource.uniform, 6, None)
     tokens = config("data=random_tokens", "tokenizer=bpe_32k", "data.seq_len=256", small=False)
     source = prepare(tokens.data, tokens.tokenizer)
-    assert source == Synthetic(DataSource.random_tokens, 257, 32000)
+    assert source == SyntheticCorpus(DataSource.random_tokens, 257, 32000)
     assert source.unigram_entropy == pytest.approx(math.log(32000))
     assert len(source.held_out) == 0

@@ -16,7 +16,15 @@ from tokenizers import models, pre_tokenizers, processors
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data.pipeline import prepare
-from tpresearch.data.tokenizer import SOON, Tokenizer, cut, load_hf, special_ids, tokenizer_size, train_bpe
+from tpresearch.data.tokenizer import (
+    MAX_CUT_PIECES,
+    Tokenizer,
+    cut_text,
+    load_hf,
+    special_ids,
+    tokenizer_size,
+    train_bpe,
+)
 
 HARD = (
     "x = 'naïve'\r\n\tif  y:\n\n\n    pass # 数据🙂!!\n"
@@ -63,7 +71,7 @@ def test_cutting_a_text_changes_none_of_its_tokens() -> None:
     text = HARD * 50
     tokenizer = train_bpe([text], 400)
     for piece_chars in (7, 64, 999):
-        pieces = cut(text, piece_chars)
+        pieces = cut_text(text, piece_chars)
         assert len(pieces) > 3
         assert "".join(pieces) == text
         tokenizer.piece_chars = piece_chars
@@ -196,7 +204,7 @@ def test_a_run_keeps_its_tokenizer_as_transformers_reads_it(
 ) -> None:
     transformers = pytest.importorskip("transformers", reason="the reader comes with the hf extra")
     corpus = prepare(configure(str(texts / "part0/*.txt")), bpe)
-    corpus.keep_tokenizer(bpe, tmp_path)
+    corpus.save_tokenizer(bpe, tmp_path)
     text = HARD.replace("<|endoftext|>", "")  # written in a text, theirs is the token and ours is text
     kept = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     [ids] = load_hf(str(corpus.folder)).encode([text])
@@ -211,7 +219,7 @@ def test_of_a_foreign_tokenizer_a_run_keeps_every_file(texts: Path, configure, t
     path = wordlevel(tmp_path / "foreign", words, bos_token={"content": "<s>"}, eos_token="<end>", more=1)
     (path / "chat_template.jinja").write_text("{{ messages }}")
     foreign = TokenizerConfig(kind=TokenizerKind.hf, vocab_size=4, path=str(path))
-    prepare(configure(str(texts / "part0/*.txt")), foreign).keep_tokenizer(foreign, tmp_path)
+    prepare(configure(str(texts / "part0/*.txt")), foreign).save_tokenizer(foreign, tmp_path)
     kept = tmp_path / "tokenizer"
     assert {file.name: file.read_bytes() for file in kept.iterdir()} == {
         file.name: file.read_bytes() for file in path.iterdir()
@@ -224,6 +232,6 @@ def test_a_word_of_a_megabyte_costs_what_as_much_text_does() -> None:
     rng = random.Random(0)
     blob = "".join(rng.choices("abcdefghijklmnop", k=1 << 20))
     tokenizer = train_bpe(["some words of a text"] * 9 + [blob], 300)
-    assert max(map(len, cut(blob, 1 << 16))) == (1 + SOON) << 16
+    assert max(map(len, cut_text(blob, 1 << 16))) == (1 + MAX_CUT_PIECES) << 16
     (ids,) = tokenizer.encode([blob])
     assert tokenizer.decode(ids) == blob

@@ -26,7 +26,7 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.world import World
 from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
-from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.parallel import device
 from tpresearch.parallel.apply import checkpointed, enable_async_tp, set_activation_budget
 from tpresearch.parallel.group import process_group
@@ -168,7 +168,7 @@ def test_compiled_blocks_keep_what_the_formula_says(kind: str) -> None:
     expected = []
     for layers in (1, 2):
         job = preflight(compiled(kind, f"model.n_layers={layers}"), World())
-        expected.append(expected_bytes(job.model, job.plan, job.cfg)["activations"])
+        expected.append(expected_memory(job.model, job.plan, job.cfg)["activations"])
     one, two = expected
     assert one
     assert two

@@ -15,7 +15,7 @@ from tpresearch.config.world import World
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
-from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
@@ -71,7 +71,7 @@ def count(
     assert device
     formulas = (
         expected_entries(job.model, job.plan, cfg),
-        expected_bytes(job.model, job.plan, cfg, device.type),
+        expected_memory(job.model, job.plan, cfg, device.type),
     )
     with process_group(device, world):
         mesh = build_mesh(job.sizes, device.type)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpresearch.config import Config
 from tpresearch.config.world import World
-from tpresearch.data.batches import IGNORED
+from tpresearch.data.batches import IGNORE_INDEX
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.assemble import assemble
@@ -38,7 +38,7 @@ def drawn(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.randn(4, TOKENS // 4, WIDTH, dtype=dtype)
     weight = torch.randn(VOCABULARY, WIDTH, dtype=dtype).mul_(0.1)
     targets = torch.randint(VOCABULARY, (4, TOKENS // 4))
-    targets[0, 3:9] = IGNORED
+    targets[0, 3:9] = IGNORE_INDEX
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 

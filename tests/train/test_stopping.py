@@ -106,7 +106,7 @@ def train_until(
 
     pretended = {"prepare": lambda *_, **__: corpus, "check_same_corpus": lambda _: None, "StopFlag": Flag}
     try:
-        with patch.multiple(main, **pretended), patch.object(PackedCorpus, "keep_tokenizer"):
+        with patch.multiple(main, **pretended), patch.object(PackedCorpus, "save_tokenizer"):
             main.train(preflight(cfg, world), Run(folder, world), [Signalling()])
     except Stopped as stopped:
         return str(stopped), int(stopped.code or 0)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tpresearch.config.schema import DataConfig, DataSource
-from tpresearch.data.rows import AnyCorpus, PackedCorpus, Synthetic
+from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus
 
-IGNORED = -100
-"""A target that counts for nothing, such as those of rows that only fill up a batch."""
+IGNORE_INDEX = -100
+"""A target that the loss ignores, such as those of rows that only pad a batch."""
 
 
 class Batch(NamedTuple):
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: tokens [b, s] int64, or rows of floats [b, width] float32.
-        targets: the next token of each position [b, s] int64, `IGNORED` where there is none; [b, 0] float32
+        targets: the next token of each position [b, s] int64, `IGNORE_INDEX` where there is none; [b, 0] float32
             with float inputs, which have no targets.
     """
 
@@ -84,7 +84,7 @@ class Batches:
         repeat: int | None = None,
     ) -> None:
         rows = source.train if isinstance(source, PackedCorpus) else source
-        count = None if isinstance(rows, Synthetic) else len(rows)
+        count = None if isinstance(rows, SyntheticCorpus) else len(rows)
         if count == 0 or global_batch_size < 1:
             raise ValueError(f"no batches of {global_batch_size} rows can be read from {count} rows")
         self.rows, self.global_batch_size, self.seed, self.repeat = rows, global_batch_size, seed, repeat
@@ -103,13 +103,13 @@ class Batches:
         share = self.global_batch_size // dp_size
         mine = range(dp_rank * share, (dp_rank + 1) * share)
         step = step % self.repeat if self.repeat else step
-        if isinstance(self.rows, Synthetic):
+        if isinstance(self.rows, SyntheticCorpus):
             return Batch.of(torch.from_numpy(self.rows.rows(self.seed, step, mine)))
-        return gather(self.rows, self.rows_of(step)[mine.start : mine.stop])
+        return read_batch(self.rows, self.row_indices(step)[mine.start : mine.stop])
 
-    def rows_of(self, step: int) -> NDArray[np.int64]:
+    def row_indices(self, step: int) -> NDArray[np.int64]:
         """Indices [global_batch_size] of the packed rows of global batch `step`, in order."""
-        assert not isinstance(self.rows, Synthetic)
+        assert not isinstance(self.rows, SyntheticCorpus)
         position, end = step * self.global_batch_size, (step + 1) * self.global_batch_size
         taken = []
         while position < end:
@@ -130,7 +130,7 @@ def eval_batches(
     """The same `count` rows at every evaluation, evenly spaced over `rows`; all of them, if there are fewer.
 
     Every rank gets equally many batches of equal shape, since a forward may be collective. Where the count
-    does not divide, the last batches are filled up with rows whose targets are all `IGNORED`.
+    does not divide, the last batches are padded with rows whose targets are all `IGNORE_INDEX`.
 
     Args:
         rows: held-out rows [n, s + 1].
@@ -144,11 +144,11 @@ def eval_batches(
     chosen = np.arange(count) * len(rows) // max(count, 1)
     for start in range(0, count, batch_size * dp_size):
         mine = chosen[start + dp_rank * batch_size : start + (dp_rank + 1) * batch_size]
-        batch = gather(rows, np.concatenate([mine, np.full(batch_size - len(mine), chosen[0])]))
-        batch.targets[len(mine) :] = IGNORED
+        batch = read_batch(rows, np.concatenate([mine, np.full(batch_size - len(mine), chosen[0])]))
+        batch.targets[len(mine) :] = IGNORE_INDEX
         yield batch
 
 
-def gather(rows: NDArray[np.integer], indices: NDArray[np.int64]) -> Batch:
+def read_batch(rows: NDArray[np.integer], indices: NDArray[np.int64]) -> Batch:
     """The rows of these indices [b], copied out of the memory map."""
     return Batch.of(torch.from_numpy(rows[indices].astype(np.int64)))

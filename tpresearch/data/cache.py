@@ -22,41 +22,43 @@ from tpresearch.config.errors import ConfigError
 log = logging.getLogger(__name__)
 
 Meta = dict[str, Any]
-META = "meta.json"
-TELL_AFTER_S = 4
-"""How long a lock is waited for in silence."""
+META_FILE = "meta.json"
+LOG_WAIT_AFTER_S = 4
+"""Seconds to wait for a lock before logging it."""
 HEAD_START_S, POLL_S = 5, 0.1
-"""How long the leading process has to come, where processes start together."""
+"""How long others wait for the leading process to start, where processes start together."""
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 
 
-class Damaged(Exception):
+class DamagedCache(Exception):
     """A cached folder whose content has changed; the message names the file."""
 
 
 def build_once(
-    folder: Path, build: Callable[[Path], Meta], check: Callable[[], None] = lambda: None, leads: bool = True
+    folder: Path,
+    build: Callable[[Path], Meta],
+    check: Callable[[], None] = lambda: None,
+    is_leader: bool = True,
 ) -> Meta:
     """The meta.json of `folder`, which `build` fills where it is missing or damaged.
 
     May be called by any number of processes at once: one builds, under a file lock, and the others wait.
-    `build` writes into a folder of another name, that is renamed when it is complete, and returns what
-    meta.json should say.
+    `build` writes into a draft folder, which is renamed when it is complete, and returns the content of meta.json.
 
     Args:
         check: called while another process is waited for; what it raises ends the wait.
-        leads: whether this is the one whose progress is seen; others let it go first, if it comes soon.
+        is_leader: whether this process shows progress; the others let it build, if it starts soon.
 
     Raises:
         ConfigError: naming data.cache_dir, where the disk is full or the files are another user's.
     """
     try:
-        if (meta := _usable(folder)) is None:
+        if (meta := _read_usable(folder)) is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            if not leads:
-                _let_go_first(folder, check)
-            with _held(folder, check):
-                meta = _usable(folder, remove_damaged=True) or _build(folder, build)
+            if not is_leader:
+                _wait_for_leader(folder, check)
+            with _locked(folder, check):
+                meta = _read_usable(folder, remove_damaged=True) or _build(folder, build)
         return meta
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -69,23 +71,23 @@ def build_once(
         raise ConfigError("data.cache_dir", folder.parent.parent, why, legal) from error
 
 
-def _let_go_first(folder: Path, check: Callable[[], None]) -> None:
+def _wait_for_leader(folder: Path, check: Callable[[], None]) -> None:
     until = time.monotonic() + HEAD_START_S
-    while not _lock_of(folder).exists() and not folder.exists() and time.monotonic() < until:
+    while not _lock_path(folder).exists() and not folder.exists() and time.monotonic() < until:
         check()
         time.sleep(POLL_S)
 
 
 @contextmanager
-def _held(folder: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Hold the folder's lock; a process that waits for it logs who holds it."""
-    lock = FileLock(_lock_of(folder))
+def _locked(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Hold the folder's lock; a process that waits for it logs which one holds it."""
+    lock = FileLock(_lock_path(folder))
     for seconds in itertools.count():
         check()
         try:
             held = lock.acquire(timeout=1)
         except Timeout:
-            if seconds == TELL_AFTER_S:
+            if seconds == LOG_WAIT_AFTER_S:
                 builders = [path.name.split(".")[-2] for path in folder.parent.glob(f".{folder.name}.*.tmp")]
                 who = f"process {builders[0]}" if len(builders) == 1 else "another process"
                 log.info("waiting for %s, which %s holds: it prepares the same data", lock.lock_file, who)
@@ -95,10 +97,10 @@ def _held(folder: Path, check: Callable[[], None]) -> Iterator[None]:
         return
 
 
-def _usable(folder: Path, remove_damaged: bool = False) -> Meta | None:
+def _read_usable(folder: Path, remove_damaged: bool = False) -> Meta | None:
     try:
         return read_intact(folder)
-    except Damaged as damage:
+    except DamagedCache as damage:
         if remove_damaged:
             log.warning("%s is damaged (%s): building it again", folder, damage)
             shutil.rmtree(folder)
@@ -107,22 +109,22 @@ def _usable(folder: Path, remove_damaged: bool = False) -> Meta | None:
 
 def _build(folder: Path, build: Callable[[Path], Meta]) -> Meta:
     _remove_leftovers(folder)
-    growing = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    growing.mkdir()
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    draft.mkdir()
     try:
-        meta = _seal(growing, build(growing))
-        growing.rename(folder)
+        meta = _write_meta(draft, build(draft))
+        draft.rename(folder)
         return meta
     finally:
-        shutil.rmtree(growing, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def read_intact(folder: Path) -> Meta | None:
     """The folder's meta.json; None if there is no such folder.
 
     Compares every file's size, and a CRC-32 of 64 samples of a megabyte, which is all of a file up to 64 MiB:
-    under 0.1 s whatever the size of the corpus. A flipped bit between the samples of a larger file goes
-    unseen.
+    under 0.1 s whatever the size of the corpus. A flipped bit between the samples of a larger file is not
+    detected.
 
     Raises:
         Damaged: naming the first file that is missing or differs.
@@ -130,23 +132,23 @@ def read_intact(folder: Path) -> Meta | None:
     if not folder.is_dir():
         return None
     try:
-        meta: Meta = json.loads((folder / META).read_bytes())
+        meta: Meta = json.loads((folder / META_FILE).read_bytes())
         sealed = meta.pop("checksum")
         files = meta["files"]
     except PermissionError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{META}: {type(error).__name__}: {error}") from None
+        raise DamagedCache(f"{META_FILE}: {type(error).__name__}: {error}") from None
     if sealed != _crc_of_meta(meta):
-        raise Damaged(f"{META}: its checksum differs")
+        raise DamagedCache(f"{META_FILE}: its checksum differs")
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            raise Damaged(f"{name}: missing")
+            raise DamagedCache(f"{name}: missing")
         if (size := path.stat().st_size) != expected["bytes"]:
-            raise Damaged(f"{name}: {size} bytes instead of {expected['bytes']}")
+            raise DamagedCache(f"{name}: {size} bytes instead of {expected['bytes']}")
         if checksum(path) != expected["crc32"]:
-            raise Damaged(f"{name}: its checksum differs")
+            raise DamagedCache(f"{name}: its checksum differs")
     return meta
 
 
@@ -163,7 +165,7 @@ def checksum(path: Path) -> int:
     return crc
 
 
-def _seal(folder: Path, meta: Meta) -> Meta:
+def _write_meta(folder: Path, meta: Meta) -> Meta:
     """Write meta.json: what was built, the size and checksum of each file, and its own checksum."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {
@@ -172,7 +174,7 @@ def _seal(folder: Path, meta: Meta) -> Meta:
     }
     meta = {**meta, "files": sizes}
     sealed = json.dumps({**meta, "checksum": _crc_of_meta(meta)}, indent=2)
-    (folder / META).write_text(sealed + "\n")
+    (folder / META_FILE).write_text(sealed + "\n")
     return meta
 
 
@@ -180,7 +182,7 @@ def _crc_of_meta(meta: Meta) -> int:
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
-def _lock_of(folder: Path) -> Path:
+def _lock_path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
@@ -189,7 +191,7 @@ def _remove_leftovers(folder: Path) -> None:
     for leftover in folder.parent.glob(".*.tmp"):
         owner = folder.with_name(leftover.name[1:].rsplit(".", 2)[0])
         try:
-            with nullcontext() if owner == folder else FileLock(_lock_of(owner), timeout=0):
+            with nullcontext() if owner == folder else FileLock(_lock_path(owner), timeout=0):
                 shutil.rmtree(leftover, ignore_errors=True)
         except Timeout:
             continue  # still being built

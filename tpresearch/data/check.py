@@ -13,8 +13,8 @@ from tpresearch.data.documents import read_file
 from tpresearch.data.hub import check_hub
 from tpresearch.data.sources import local_files
 
-PEEKED_FILES = 16
-BYTES_AND_EOS = 257
+CHECKED_FILES = 16
+MIN_VOCAB_SIZE = 257
 LEGAL_CACHE = "a folder in which this user may write"
 
 
@@ -35,7 +35,9 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     if data.source is DataSource.hf:
         check_hub(data)
         return
-    for name, file in islice((found for found in local_files(data) if found[1].stat().st_size), PEEKED_FILES):
+    for name, file in islice(
+        (found for found in local_files(data) if found[1].stat().st_size), CHECKED_FILES
+    ):
         next(read_file(data, name, file), None)
 
 
@@ -63,9 +65,9 @@ def _check_cache_dir(data: DataConfig) -> None:
 
 def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
     if tokenizer.kind is TokenizerKind.bpe:
-        if tokenizer.vocab_size < BYTES_AND_EOS:
+        if tokenizer.vocab_size < MIN_VOCAB_SIZE:
             why = "a byte-level vocabulary has the 256 bytes and the end of text"
-            legal, fix = f"{BYTES_AND_EOS} or more", {"tokenizer.vocab_size": 4096}
+            legal, fix = f"{MIN_VOCAB_SIZE} or more", {"tokenizer.vocab_size": 4096}
             raise ConfigError("tokenizer.vocab_size", tokenizer.vocab_size, why, legal, fix)
         return
     from tpresearch.data.tokenizer import load_hf  # late: the tokenizers library is slow to import

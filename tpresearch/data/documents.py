@@ -1,8 +1,8 @@
-"""The documents of a file: text, JSON lines, Parquet; an error names the file, and the line or row. And what a local folder of
-data=hf may unpack to, held to data.max_record_bytes before the `datasets` library reads it.
+"""The documents of a file: text, JSON lines, Parquet; an error names the file, and the line or row. Also checks
+what a local folder of data=hf unpacks to against data.max_record_bytes, before the `datasets` library reads it.
 
 That library also reads these formats, but its errors do not say in which file, it reads a line, a row group or a compressed
-list whole, whatever comes out of it, takes a missing field for an empty one and a date for no text, turns CRLF into LF, and
+list whole, whatever its unpacked size, takes a missing field for an empty one and a date for no text, turns CRLF into LF, and
 needs 2 (Parquet) to 3 times (JSON lines) the processor time.
 """
 
@@ -25,10 +25,10 @@ from tpresearch.config.schema import DataConfig, DataSource
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-ROWS_AT_ONCE = 64
-"""Of Parquet: repeated text takes little room in a file, and all of it in memory."""
-MOST_PACKED = 100
-"""Times that text may be smaller in Parquet: none that anyone has written is."""
+PARQUET_BATCH_ROWS = 64
+"""Rows of Parquet read at once: repeated text takes little room in a file, but all of it in memory."""
+MAX_COMPRESSION_RATIO = 100
+"""Maximum ratio of unpacked to packed bytes: real text stays far below it."""
 
 
 class Document(NamedTuple):
@@ -61,7 +61,7 @@ def documents_of(records: Iterable[Any], text_field: str, prefix: str, where: st
     """The text of each record, named `<prefix><index>`, index from 0; records without text are left out.
 
     Args:
-        records: dicts, where all is well.
+        records: dicts, unless a record is wrong.
         where: names record i in errors, as `<where> i`, from 1.
 
     Raises:
@@ -81,7 +81,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
         kind = type(record).__name__
         raise ConfigError("data.path", where, f"a JSON {kind}", "one JSON object per line")
     if text_field not in record:
-        raise no_such_field(text_field, list(record), where)
+        raise missing_field(text_field, list(record), where)
     text = record[text_field]
     if text is None:
         return ""
@@ -98,7 +98,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
     return text
 
 
-def no_such_field(text_field: str, fields: list[str], where: str) -> ConfigError:
+def missing_field(text_field: str, fields: list[str], where: str) -> ConfigError:
     """The refusal of a record that lacks the text field, with the nearest one it has as the remedy."""
     near = nearest(text_field, fields)
     fix = {"data.text_field": near[0]} if near else {}
@@ -106,7 +106,7 @@ def no_such_field(text_field: str, fields: list[str], where: str) -> ConfigError
     return ConfigError("data.text_field", text_field, f"no such field in {where}", legal, fix)
 
 
-def too_long(where: str, data: DataConfig) -> ConfigError:
+def record_too_long(where: str, data: DataConfig) -> ConfigError:
     why = f"longer than data.max_record_bytes={data.max_record_bytes}"
     fix = {"data.max_record_bytes": 16 * data.max_record_bytes}
     return ConfigError("data.path", where, why, "shorter records, or a larger bound", fix)
@@ -131,7 +131,7 @@ def _json_lines(data: DataConfig, path: Path) -> Iterator[Any]:
             if not (line := lines.readline(data.max_record_bytes + 1)):
                 return
             if len(line) > data.max_record_bytes:
-                raise too_long(f"{path}, line {number}", data)
+                raise record_too_long(f"{path}, line {number}", data)
             yield {data.text_field: None} if line.isspace() else json.loads(line)
 
 
@@ -141,7 +141,7 @@ def _parquet_rows(data: DataConfig, path: Path) -> Iterator[dict[str, str | None
     text_field = data.text_field
     with parquet_file(path) as file:
         if text_field not in file.schema_arrow.names:
-            raise no_such_field(text_field, file.schema_arrow.names, str(path))
+            raise missing_field(text_field, file.schema_arrow.names, str(path))
         kind = file.schema_arrow.field(text_field).type
         values = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(values) or pa.types.is_large_string(values)):
@@ -149,7 +149,7 @@ def _parquet_rows(data: DataConfig, path: Path) -> Iterator[dict[str, str | None
             raise ConfigError("data.text_field", text_field, why, "a column of strings")
         for number in range(file.num_row_groups):
             check_row_group(data, path, file, number, text_field)
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[number], columns=[text_field]):
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[number], columns=[text_field]):
                 yield from batch.to_pylist()
 
 
@@ -157,7 +157,7 @@ def parquet_file(path: Path) -> ParquetFile:
     """The file, opened.
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if it is not Parquet.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -172,52 +172,52 @@ def parquet_file(path: Path) -> ParquetFile:
 def check_row_group(
     data: DataConfig, path: Path, file: ParquetFile, number: int, column: str | None = None
 ) -> None:
-    """Refuse one that unpacks to more than anyone has packed.
+    """Refuse a row group whose unpacked size is not plausible for text.
 
     Args:
-        column: the one that is read; None where all are.
+        column: the one that is read; None for all.
 
     Raises:
         ConfigError: naming the file and the row group.
     """
     group = file.metadata.row_group(number)
     for each in (group.column(index) for index in range(group.num_columns)):
-        usual = max(data.max_record_bytes, MOST_PACKED * each.total_compressed_size)
+        usual = max(data.max_record_bytes, MAX_COMPRESSION_RATIO * each.total_compressed_size)
         if column in (None, each.path_in_schema) and each.total_uncompressed_size > usual:
-            raise too_long(f"{path}, row group {number}", data)
+            raise record_too_long(f"{path}, row group {number}", data)
 
 
-LINES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text")
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
-FIRST = 16 << 20
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+FIRST_RECORD_BYTES = 16 << 20
 """Bytes of a file that the library reads for its first record, and that a check of the first record looks at."""
-DEEP = 500
-"""Brackets in a line, above which it may be nested more deeply than can be read."""
-AT_FAULT = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError)
+MAX_BRACKETS = 500
+"""Brackets in a line above which it may be nested too deeply to be read."""
+READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError)
 
 
-def check_unpacked(data: DataConfig, files: list[Path], first_only: bool) -> None:
+def check_unpacked_sizes(data: DataConfig, files: list[Path], first_only: bool) -> None:
     """Refuse a record that unpacks to more than data.max_record_bytes.
 
     Args:
-        files: of the folder; others than text and Parquet are left to the library.
-        first_only: look at what is read for the first record, of the first file.
+        files: of the folder; files other than text and Parquet are left to the library.
+        first_only: check only what is read for the first record of the first file.
 
     Raises:
         ConfigError: naming the file and the line or row group.
     """
     for path in files[: 1 if first_only else None]:
-        suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
+        suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED_SUFFIXES]
         if suffixes[-1:] == [".parquet"]:
             with closing(parquet_file(path)) as file:
                 for number in range(1 if first_only else file.num_row_groups):
                     check_row_group(data, path, file, number)
-        elif suffixes and suffixes[-1] in LINES:
-            _check_lines(data, path, data.max_record_bytes + FIRST if first_only else None)
+        elif suffixes and suffixes[-1] in TEXT_SUFFIXES:
+            _check_lines(data, path, data.max_record_bytes + FIRST_RECORD_BYTES if first_only else None)
 
 
 def _check_lines(data: DataConfig, path: Path, enough: int | None) -> None:
-    """A list in JSON is one record, which may be as large as its file, or as any that someone has packed."""
+    """Check each line of a text file. A JSON list is one record, which may be as large as its file unpacks to."""
     import fsspec
 
     number, seen, most = 0, 0, data.max_record_bytes
@@ -226,23 +226,23 @@ def _check_lines(data: DataConfig, path: Path, enough: int | None) -> None:
             for number in count(1):
                 line = file.readline(most + 1)
                 if number == 1 and line.lstrip().startswith(b"["):
-                    most = max(most, MOST_PACKED * path.stat().st_size)
-                    line += file.read(most + 1 - len(line)) if path.suffix in PACKED else b""
+                    most = max(most, MAX_COMPRESSION_RATIO * path.stat().st_size)
+                    line += file.read(most + 1 - len(line)) if path.suffix in COMPRESSED_SUFFIXES else b""
                 if len(line) > most:
-                    raise too_long(f"{path}, line {number}", data)
-                if line.count(b"[") + line.count(b"{") > DEEP and ".json" in path.name:
+                    raise record_too_long(f"{path}, line {number}", data)
+                if line.count(b"[") + line.count(b"{") > MAX_BRACKETS and ".json" in path.name:
                     json.loads(line)  # where it is nested too deeply, the library's reader ends the process
                 seen += len(line)
                 if not line or (enough and seen > enough):
                     return
-    except AT_FAULT as error:
+    except READ_ERRORS as error:
         raise unreadable(f"{path}, line {number}", error) from None
 
 
-def fault_in(data: DataConfig, files: list[Path]) -> ConfigError | None:
-    """What is wrong with a file that the library could not read, found by our own readers, with the line or row."""
+def find_unreadable(data: DataConfig, files: list[Path]) -> ConfigError | None:
+    """The first error that our own readers find in files that the library could not read, with its line or row."""
     for path in files:
-        suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
+        suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED_SUFFIXES]
         source = {".jsonl": DataSource.jsonl, ".ndjson": DataSource.jsonl, ".parquet": DataSource.parquet}
         if suffixes and (own := source.get(suffixes[-1])) and path.suffix in (suffixes[-1], ".gz"):
             try:

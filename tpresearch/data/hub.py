@@ -20,8 +20,14 @@ from typing import Any
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.network import is_reachable
 from tpresearch.config.schema import DataConfig
-from tpresearch.data.documents import Document, check_unpacked, documents_of, fault_in, no_such_field
-from tpresearch.data.sources import EMBEDDED, HASH_BYTES, Corpus, hash_files
+from tpresearch.data.documents import (
+    Document,
+    check_unpacked_sizes,
+    documents_of,
+    find_unreadable,
+    missing_field,
+)
+from tpresearch.data.sources import EMBEDDED_DATA, HASH_BYTES, Corpus, hash_files
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +49,7 @@ def open_hub(data: DataConfig) -> Corpus:
     Raises:
         ConfigError: for a data set that does not exist, or a hub that cannot be reached.
     """
-    if (folder := _local(data)) is None:
+    if (folder := _local_folder(data)) is None:
         # Once downloaded, the library names its folder by the revision, and finds it again without a network.
         revision = "/".join(
             Path(_builder(data).cache_dir).parts[-4:]
@@ -51,13 +57,13 @@ def open_hub(data: DataConfig) -> Corpus:
         arguments = f"{data.path}:{data.name}:{data.split}:{data.text_field}"
         content = hashlib.blake2b(f"hf:{revision}:{arguments}".encode(), digest_size=HASH_BYTES).hexdigest()
         return Corpus(content, lambda: _documents(data), None)
-    visible = _visible(folder)
+    visible = _visible_files(folder)
     salt = f"hf:{data.name}:{data.split}:{data.text_field}"
     content = hash_files(visible, salt, Path(data.cache_dir).expanduser())
 
     @cache
     def check() -> None:
-        check_unpacked(data, [path for _, path in visible], first_only=False)
+        check_unpacked_sizes(data, [path for _, path in visible], first_only=False)
 
     def documents() -> Iterator[Document]:
         check()
@@ -66,7 +72,7 @@ def open_hub(data: DataConfig) -> Corpus:
     return Corpus(content, documents, sum(path.stat().st_size for _, path in visible))
 
 
-def _visible(folder: Path) -> list[tuple[str, Path]]:
+def _visible_files(folder: Path) -> list[tuple[str, Path]]:
     """Name and path of each file in a folder that is not hidden, sorted."""
     paths = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
     return sorted(
@@ -81,26 +87,26 @@ def check_hub(data: DataConfig) -> None:
         ConfigError: naming the field at fault.
     """
     if not isinstance(data.path, str) or not data.path:
-        raise _refused(data.path, "no dataset is named")
+        raise _path_error(data.path, "no dataset is named")
     if Path(data.path).expanduser().is_file():
         legal = f"{LEGAL}; for files, data=jsonl, parquet or text"
         raise ConfigError("data.path", data.path, "is a file", legal)
-    folder = _local(data)
+    folder = _local_folder(data)
     if folder is None and not looks_like_hub_id(data.path):
-        raise _refused(data.path, "there is no such folder")
+        raise _path_error(data.path, "there is no such folder")
     if folder is not None:
-        check_unpacked(data, [path for _, path in _visible(folder)], first_only=True)
+        check_unpacked_sizes(data, [path for _, path in _visible_files(folder)], first_only=True)
     if folder is not None or data.streaming:
         if next(_documents(data), None) is None:
-            raise _refused(data.path, "has no text in it")
+            raise _path_error(data.path, "has no text in it")
         return
-    # What is downloaded whole is not fetched for a check: the hub says what fields it has.
+    # A dataset that will be downloaded whole is not fetched for this check: the hub lists its fields.
     features = _builder(data).info.features
     if features is not None and data.text_field not in features:
-        raise no_such_field(data.text_field, list(features), data.path)
+        raise missing_field(data.text_field, list(features), data.path)
 
 
-def _local(data: DataConfig) -> Path | None:
+def _local_folder(data: DataConfig) -> Path | None:
     folder = Path(str(data.path)).expanduser()
     return folder if folder.is_dir() else None
 
@@ -111,7 +117,7 @@ def _documents(data: DataConfig) -> Iterator[Document]:
 
 def _records(data: DataConfig) -> Iterator[dict[str, Any]]:
     datasets = _library(data)
-    folder = _local(data)
+    folder = _local_folder(data)
     source = str(folder or data.path)
     try:
         if folder and (folder / "state.json").is_file():
@@ -123,7 +129,7 @@ def _records(data: DataConfig) -> Iterator[dict[str, Any]]:
             found = datasets.load_dataset(source, data.name, split=data.split, streaming=in_place)
         yield from found
     except Exception as error:  # a dozen kinds, by format and by what the network did
-        raise _refusal(data, error) from error
+        raise _load_error(data, error) from error
 
 
 def _builder(data: DataConfig) -> Any:
@@ -131,12 +137,12 @@ def _builder(data: DataConfig) -> Any:
     try:
         return datasets.load_dataset_builder(str(data.path), data.name)
     except Exception as error:
-        raise _refusal(data, error) from error
+        raise _load_error(data, error) from error
 
 
 def _library(data: DataConfig) -> Any:
     """The `datasets` library, offline where it should be, and quiet about errors that we report ourselves."""
-    if _local(data) is None:
+    if _local_folder(data) is None:
         offline_unless_reachable()
     import datasets  # takes a second
 
@@ -146,7 +152,7 @@ def _library(data: DataConfig) -> Any:
     return datasets
 
 
-def _refusal(data: DataConfig, error: BaseException) -> ConfigError:
+def _load_error(data: DataConfig, error: BaseException) -> ConfigError:
     from datasets.exceptions import DatasetGenerationError
     from datasets.table import CastError
 
@@ -159,28 +165,28 @@ def _refusal(data: DataConfig, error: BaseException) -> ConfigError:
         why = f"its data files differ in columns: some have {some}, the first has {first}"
         legal = "files with the same columns, or data=jsonl or parquet, which read only data.text_field"
         return ConfigError("data.path", data.path, why, legal)
-    folder = _local(data)
-    if folder and (fault := fault_in(data, [path for _, path in _visible(folder)])):
+    folder = _local_folder(data)
+    if folder and (fault := find_unreadable(data, [path for _, path in _visible_files(folder)])):
         return fault
-    where = str(data.path) if folder is None else _where_it_fails(data, folder)
+    where = str(data.path) if folder is None else _first_unreadable_file(data, folder)
     nothing = isinstance(error, StopIteration) or "BatchSize must be greater than 0" in str(error)
     said = "has no text in it" if nothing else first_line(error)
     if said.startswith(("Bad split", "Unknown split")):
         return ConfigError("data.split", data.split, said, "a split of that data set")
     if "config" in said.lower() and isinstance(error, ValueError):
         return ConfigError("data.name", data.name, said, "a configuration of that data set")
-    if _local(data) is None and not offline_unless_reachable():
+    if _local_folder(data) is None and not offline_unless_reachable():
         said = f"{_endpoint()} cannot be reached, and neither a local folder nor the datasets cache has it"
-    return _refused(where, said)
+    return _path_error(where, said)
 
 
-def _refused(where: object, why: str) -> ConfigError:
-    return ConfigError("data.path", where, why, LEGAL, EMBEDDED)
+def _path_error(where: object, why: str) -> ConfigError:
+    return ConfigError("data.path", where, why, LEGAL, EMBEDDED_DATA)
 
 
-def _where_it_fails(data: DataConfig, folder: Path) -> str:
-    """The first file that the library cannot read by itself; the folder, where it can."""
-    for name, path in _visible(folder):
+def _first_unreadable_file(data: DataConfig, folder: Path) -> str:
+    """The first file that the library cannot read alone; the folder if there is none."""
+    for name, path in _visible_files(folder):
         if path.suffix not in (".md", ".yaml"):
             try:
                 for _ in _library(data).load_dataset(

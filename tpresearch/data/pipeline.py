@@ -1,4 +1,4 @@
-"""Corpus -> tokenizer -> token streams: two folders in the cache, each built once per host, and rows of `seq_len` seen in them.
+"""Corpus -> tokenizer -> token streams: two folders in the cache, each built once per host, viewed as rows of `seq_len`.
 
 Each folder's name is a hash of its inputs, so that another seq_len repeats nothing. A rank that finds the streams
 needs nothing else.
@@ -25,23 +25,23 @@ from tpresearch.config.world import SINGLE_PROCESS, World
 from tpresearch.data.cache import Meta, build_once
 from tpresearch.data.documents import Document
 from tpresearch.data.hub import open_hub
-from tpresearch.data.rows import AnyCorpus, PackedCorpus, Synthetic, write_streams
+from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, write_streams
 from tpresearch.data.sources import open_files
 from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, byte_level, load_hf, train_bpe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT_VERSION = 3
 """Part of every folder's name: raise it when what is written changes."""
 
-LEARN_FROM_CHARS = 128 << 20
-"""A BPE learns from no more text than this: more changes few merges, and costs memory."""
+BPE_TRAIN_CHARS = 128 << 20
+"""Maximum text to train a BPE on: more changes few merges, and costs memory."""
 
 SAMPLE_CHARS = 1 << 20
-"""How much text a foreign tokenizer is tried on, to see whether it loses some."""
+"""How much text a Hugging Face tokenizer is tried on, to see whether it loses some."""
 
 CHARS_PER_TOKEN = 4
-"""About what a BPE of 4,096 to 32,000 entries makes of English and code."""
+"""Approximately, for a BPE of 4,096 to 32,000 entries on English and code."""
 
 DOCUMENTS_PER_HELD_OUT = 5
 """With fewer than this many times `held_out_every` documents, too few names may fall on the held-out side."""
@@ -55,7 +55,7 @@ def prepare(
 ) -> AnyCorpus:
     """The corpus of a config: packed rows, prepared if they are not yet cached, or synthetic ones.
 
-    Every rank may call this at once: one process per host prepares, its first rank where that is there, and the others
+    Every rank may call this at once: one process per host prepares, its first rank if that is running, and the others
     wait for it.
 
     Args:
@@ -67,50 +67,50 @@ def prepare(
             exist.
     """
     if data.is_synthetic:
-        return Synthetic.of(data, tokenizer)
-    return _Preparation(data, tokenizer, world, check).rows()
+        return SyntheticCorpus.of(data, tokenizer)
+    return _Pipeline(data, tokenizer, world, check).rows()
 
 
-class _Preparation:
+class _Pipeline:
     """The two stages for one config; the second asks the first only when it must build."""
 
     def __init__(
         self, data: DataConfig, tokenizer: TokenizerConfig, world: World, check: Callable[[], None]
     ) -> None:
         self.data, self.check = data, check
-        self.progress, self.leads = world.rank == 0, world.local_rank == 0
+        self.progress, self.is_leader = world.rank == 0, world.local_rank == 0
         self.vocab_size = tokenizer.vocab_size
         self.cache = Path(data.cache_dir).expanduser()
         self.corpus = open_hub(data) if data.source is DataSource.hf else open_files(data)
-        self.foreign = load_hf(tokenizer.path) if tokenizer.kind is TokenizerKind.hf else None
+        self.hf_tokenizer = load_hf(tokenizer.path) if tokenizer.kind is TokenizerKind.hf else None
 
-        learned = (self.corpus.content_hash, data.held_out_every, self._learn_from_chars(), self.vocab_size)
+        learned = (self.corpus.content_hash, data.held_out_every, self._bpe_train_chars(), self.vocab_size)
         self.bpe_key = fingerprint("bpe", *learned)
-        tokenizer_key = self.foreign.hash if self.foreign else self.bpe_key
+        tokenizer_key = self.hf_tokenizer.hash if self.hf_tokenizer else self.bpe_key
         corpus = (self.corpus.content_hash, data.held_out_every, data.max_tokens)
         self.tokens_key = fingerprint("tokens", *corpus, tokenizer_key)
 
     def rows(self) -> PackedCorpus:
         folder, seq_len = self._folder("tokens", self.tokens_key), self.data.seq_len
-        meta = build_once(folder, self._tokenize, self.check, self.leads)
+        meta = build_once(folder, self._tokenize, self.check, self.is_leader)
         packed = PackedCorpus.open(folder, meta, seq_len)
         if len(packed.held_out) == 0:
             tokens = meta["held_out"]["tokens"]
             log.warning("the %d held-out tokens fill no row of %d: nothing to evaluate on", tokens, seq_len)
         return packed
 
-    def _tokenize(self, growing: Path) -> Meta:
-        tokenizer = self.foreign or self._bpe()
-        if self.foreign:
-            self._warn_of_lost_text(self.foreign)
-        with stage("tokenizing", self._total_bytes(), self.progress) as advance:
-            counts = write_streams(growing, self._split(), tokenizer, self.data.max_tokens, advance)
+    def _tokenize(self, draft: Path) -> Meta:
+        tokenizer = self.hf_tokenizer or self._bpe()
+        if self.hf_tokenizer:
+            self._warn_of_lost_text(self.hf_tokenizer)
+        with log_stage("tokenizing", self._total_bytes(), self.progress) as advance:
+            counts = write_streams(draft, self._split(), tokenizer, self.data.max_tokens, advance)
         if counts["train"]["tokens"] == 0:
             legal = "files or records with text in them"
             raise ConfigError("data.path", self.data.path, "no text in it", legal)
-        tokenizer.save(growing / TOKENIZER_FILE)
+        tokenizer.save(draft / TOKENIZER_FILE)
         return {
-            "format": FORMAT,
+            "format": FORMAT_VERSION,
             "source": str(self.data.source),
             "corpus_hash": self.corpus.content_hash,
             "held_out_every": self.data.held_out_every,
@@ -123,7 +123,7 @@ class _Preparation:
 
     def _warn_of_lost_text(self, tokenizer: Tokenizer) -> None:
         documents = (document.text for document in self.corpus.documents())
-        sample = "\n".join(take_chars(documents, min(SAMPLE_CHARS, self._asked_chars() or SAMPLE_CHARS)))
+        sample = "\n".join(take_chars(documents, min(SAMPLE_CHARS, self._max_chars() or SAMPLE_CHARS)))
         if lost := tokenizer.lost_chars(sample):
             share = f"{lost:,} of the first {len(sample):,} characters ({100 * lost / len(sample):.2g} %)"
             log.warning("this tokenizer loses text that it has no tokens for: %s", share)
@@ -133,40 +133,44 @@ class _Preparation:
         build_once(folder, self._train_bpe, self.check)
         return byte_level(HfTokenizer.from_file(str(folder / TOKENIZER_FILE)))
 
-    def _train_bpe(self, growing: Path) -> Meta:
-        def told(texts: Iterable[str]) -> Iterator[str]:
+    def _train_bpe(self, draft: Path) -> Meta:
+        def counted(texts: Iterable[str]) -> Iterator[str]:
             for text in texts:
                 advance(len(text))
                 yield text
 
         what = f"training a BPE of {self.vocab_size:,} entries"
-        with stage(what, self._total_bytes(), self.progress) as advance:
-            texts = take_chars((train for train, _ in self._split()), self._learn_from_chars())
-            tokenizer = train_bpe(told(texts), self.vocab_size)
+        with log_stage(what, self._total_bytes(), self.progress) as advance:
+            texts = take_chars((train for train, _ in self._split()), self._bpe_train_chars())
+            tokenizer = train_bpe(counted(texts), self.vocab_size)
         if tokenizer.size < self.vocab_size:
             log.warning("the text yields only %d of %d tokens requested", tokenizer.size, self.vocab_size)
-        tokenizer.save(growing / TOKENIZER_FILE)
-        return {"format": FORMAT, "corpus_hash": self.corpus.content_hash, "vocab_size": tokenizer.size}
+        tokenizer.save(draft / TOKENIZER_FILE)
+        return {
+            "format": FORMAT_VERSION,
+            "corpus_hash": self.corpus.content_hash,
+            "vocab_size": tokenizer.size,
+        }
 
     def _split(self) -> Iterator[tuple[str, str]]:
         """Each document as (train text, held-out text), in order."""
         every = self.data.held_out_every
-        whole = holds_out_whole(self.corpus.documents(), every, self._asked_chars())
+        whole = holds_out_documents(self.corpus.documents(), every, self._max_chars())
         for document in self.corpus.documents():
             self.check()
-            yield split(document, every, whole)
+            yield split_document(document, every, whole)
 
-    def _learn_from_chars(self) -> int:
-        """No more text than will be read anyway, so that streaming fetches little twice."""
-        return min(LEARN_FROM_CHARS, self._asked_chars() or LEARN_FROM_CHARS)
+    def _bpe_train_chars(self) -> int:
+        """Text to train the BPE on: no more than will be read anyway, so that streaming fetches little twice."""
+        return min(BPE_TRAIN_CHARS, self._max_chars() or BPE_TRAIN_CHARS)
 
-    def _asked_chars(self) -> int | None:
-        """About the text that makes data.max_tokens."""
+    def _max_chars(self) -> int | None:
+        """Approximate text of data.max_tokens."""
         return self.data.max_tokens and self.data.max_tokens * CHARS_PER_TOKEN
 
     def _total_bytes(self) -> int | None:
-        """About what a pass reads, for a progress bar."""
-        limits = [self.corpus.size_bytes, self._asked_chars()]
+        """Approximate size of a pass, for a progress bar."""
+        limits = [self.corpus.size_bytes, self._max_chars()]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _folder(self, kind: str, key: str) -> Path:
@@ -175,7 +179,7 @@ class _Preparation:
 
 def fingerprint(*parts: object) -> str:
     """16 hex digits over what a folder is made from, and the version of its format."""
-    return hashlib.blake2b(json.dumps([FORMAT, *parts]).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps([FORMAT_VERSION, *parts]).encode(), digest_size=8).hexdigest()
 
 
 def take_chars(texts: Iterable[str], chars: int) -> Iterator[str]:
@@ -193,7 +197,7 @@ def is_held_out(name: str, every: int) -> bool:
     return int(hashlib.sha1(name.encode()).hexdigest(), 16) % every == 0
 
 
-def holds_out_whole(documents: Iterable[Document], every: int, chars: int | None = None) -> bool:
+def holds_out_documents(documents: Iterable[Document], every: int, chars: int | None = None) -> bool:
     """Whether a corpus has enough documents to hold out whole ones.
 
     Judged by its first `5 * every` documents or first `chars` of text. There are too few where these are fewer
@@ -208,7 +212,7 @@ def holds_out_whole(documents: Iterable[Document], every: int, chars: int | None
     return len(held_out) == enough and 0 < sum(held_out) < enough
 
 
-def split(document: Document, every: int, whole: bool) -> tuple[str, str]:
+def split_document(document: Document, every: int, whole: bool) -> tuple[str, str]:
     """A document's train text and held-out text.
 
     Args:
@@ -226,7 +230,7 @@ def split(document: Document, every: int, whole: bool) -> tuple[str, str]:
 
 
 @contextmanager
-def stage(what: str, total_bytes: int | None, bar: bool) -> Iterator[Callable[[int], None]]:
+def log_stage(what: str, total_bytes: int | None, bar: bool) -> Iterator[Callable[[int], None]]:
     """Log a stage and how long it took; yields a function that takes the bytes done since it was last called.
 
     Args:

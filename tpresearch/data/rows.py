@@ -15,10 +15,10 @@ from tokenizers import Tokenizer as HfTokenizer
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
 from tpresearch.data.cache import Meta
-from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, keep_tokenizer
+from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, save_tokenizer
 
-PARTS = ("train", "held_out")
-BATCH_CHARS = 8 << 20
+SPLITS = ("train", "held_out")
+ENCODE_CHARS = 8 << 20
 
 Tokens = NDArray[np.unsignedinteger[Any]]
 
@@ -29,12 +29,12 @@ class PackedCorpus:
 
     Attributes:
         train, held_out: [n, seq_len + 1], uint16 where the vocabulary fits, else uint32; read-only.
-        corpus_hash: over what the text was; losses compare only between equal hashes.
+        corpus_hash: over the text; losses are comparable only between equal hashes.
         tokenizer_hash: over the tokenizer, which is tokenizer.json in `folder`.
         vocab_size: entries of the tokenizer; every token is below it.
         eos_id: the token that ends each document.
         unigram_entropy: nats per held-out token under the train tokens' frequencies (each counted once more
-            than seen): the loss of a model that knows how often each token occurs, and nothing else.
+            than seen): the loss of a model that knows only how often each token occurs.
         meta: everything recorded when it was prepared, as in meta.json.
         folder: its path.
     """
@@ -57,23 +57,23 @@ class PackedCorpus:
     def open(cls, folder: Path, meta: Meta, seq_len: int) -> PackedCorpus:
         """The rows of `seq_len` + 1 tokens in `folder`, prepared and found intact, with its meta.json."""
         facts: dict[str, Any] = {
-            part: read_rows(folder / f"{part}.bin", meta["dtype"], seq_len + 1) for part in PARTS
+            split: read_rows(folder / f"{split}.bin", meta["dtype"], seq_len + 1) for split in SPLITS
         }
         facts |= {key: meta[key] for key in ("corpus_hash", "tokenizer_hash", "vocab_size", "eos_id")}
         entropy = meta["unigram_entropy_nats"]["held_out"] or math.nan
         return cls(**facts, unigram_entropy=entropy, meta=meta, folder=folder)
 
-    def keep_tokenizer(self, config: TokenizerConfig, run: Path) -> None:
-        """Leave the tokenizer in a run's folder: see `tokenizer.keep_tokenizer`."""
+    def save_tokenizer(self, config: TokenizerConfig, run: Path) -> None:
+        """Save the tokenizer in a run's folder: see `tokenizer.save_tokenizer`."""
         backend = HfTokenizer.from_file(str(self.folder / TOKENIZER_FILE))
-        keep_tokenizer(Tokenizer(backend, self.eos_id), config, run)
+        save_tokenizer(Tokenizer(backend, self.eos_id), config, run)
 
 
 def check_enough_rows(corpus: PackedCorpus, global_batch_size: int, multiple_of: int = 1) -> None:
     """Refuse a corpus whose train rows do not fill one global batch.
 
     Args:
-        multiple_of: what divides a batch that is legal on this mesh, so that the one offered is.
+        multiple_of: divides every batch size that is legal on this mesh, so that the proposed one is legal.
 
     Raises:
         ConfigError: proposing a batch size or sequence length that the corpus fills.
@@ -107,38 +107,40 @@ def write_streams(
 
     Args:
         texts: each document's train and held-out text.
-        max_tokens: stop after the document that reaches it, counting both parts; None reads everything.
+        max_tokens: stop after the document that reaches it, counting both splits; None reads everything.
         advance: called with the bytes of text done.
 
     Returns:
-        For meta.json: the dtype; each part's documents, bytes and tokens; the two unigram entropies in nats.
+        For meta.json: the dtype; each split's documents, bytes and tokens; the two unigram entropies in nats.
     """
     dtype = token_dtype(tokenizer.size)
-    counts = {part: {"documents": 0, "bytes": 0, "tokens": 0} for part in PARTS}
-    unigrams = {part: np.zeros(tokenizer.size, np.int64) for part in PARTS}
+    counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
+    unigrams = {split: np.zeros(tokenizer.size, np.int64) for split in SPLITS}
     with (folder / "train.bin").open("wb") as train, (folder / "held_out.bin").open("wb") as held_out:
         files = {"train": train, "held_out": held_out}
-        for part, text, encoded in _encoded(texts, tokenizer):
+        for split, text, encoded in _encode_in_batches(texts, tokenizer):
             ids = np.append(encoded, tokenizer.eos_id).astype(dtype)
-            files[part].write(ids.tobytes())
+            files[split].write(ids.tobytes())
             size = len(text.encode())
             for key, value in (("documents", 1), ("bytes", size), ("tokens", len(ids))):
-                counts[part][key] += value
-            unigrams[part] += np.bincount(ids, minlength=tokenizer.size)
+                counts[split][key] += value
+            unigrams[split] += np.bincount(ids, minlength=tokenizer.size)
             advance(size)
             if max_tokens is not None and sum(count["tokens"] for count in counts.values()) >= max_tokens:
                 break
     return {"dtype": dtype.name, **counts, "unigram_entropy_nats": unigram_entropy(**unigrams)}
 
 
-def _encoded(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, str, Tokens]]:
-    """(part, text, ids) of every text that is not empty, encoded many at a time."""
+def _encode_in_batches(
+    texts: Iterable[tuple[str, str]], tokenizer: Tokenizer
+) -> Iterator[tuple[str, str, Tokens]]:
+    """(split, text, ids) of every text that is not empty, encoded many at a time."""
     waiting: list[tuple[str, str]] = []
     chars = 0
     for both in texts:
-        waiting += [(part, text) for part, text in zip(PARTS, both, strict=True) if text]
+        waiting += [(split, text) for split, text in zip(SPLITS, both, strict=True) if text]
         chars += sum(map(len, both))
-        if chars >= BATCH_CHARS:
+        if chars >= ENCODE_CHARS:
             yield from _encode(waiting, tokenizer)
             waiting, chars = [], 0
     yield from _encode(waiting, tokenizer)
@@ -146,7 +148,7 @@ def _encoded(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator
 
 def _encode(waiting: list[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, str, Tokens]]:
     ids = tokenizer.encode([text for _, text in waiting])
-    return ((part, text, tokens) for (part, text), tokens in zip(waiting, ids, strict=True))
+    return ((split, text, tokens) for (split, text), tokens in zip(waiting, ids, strict=True))
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
@@ -178,7 +180,7 @@ def read_rows(file: Path, dtype: str, row_tokens: int) -> Tokens:
 
 
 @dataclass(frozen=True)
-class Synthetic:
+class SyntheticCorpus:
     """An endless source without a file or a cache, for benchmarks and for networks that take floats.
 
     Attributes:
@@ -196,7 +198,7 @@ class Synthetic:
     train = held_out = np.empty((0, 0), np.uint16)
 
     @classmethod
-    def of(cls, data: DataConfig, tokenizer: TokenizerConfig) -> Synthetic:
+    def of(cls, data: DataConfig, tokenizer: TokenizerConfig) -> SyntheticCorpus:
         if data.source is DataSource.uniform:
             assert data.width
             return cls(data.source, data.width, None)
@@ -228,4 +230,4 @@ class Synthetic:
         return generator.integers(self.vocab_size, size=self.width)
 
 
-AnyCorpus = PackedCorpus | Synthetic
+AnyCorpus = PackedCorpus | SyntheticCorpus

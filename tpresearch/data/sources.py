@@ -17,11 +17,11 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource
 from tpresearch.data.documents import Document, read_file
 
-# Which of these exist depends on who built this Python; without them the corpus depends on it less.
+# Which of these exist depends on how this Python was built; without them the corpus depends on it less.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"}
-EMBEDDED: dict[str, object] = {"data": "pystdlib", "data.path": None}
+EMBEDDED_DATA: dict[str, object] = {"data": "pystdlib", "data.path": None}
 HASH_BYTES = 8
-REMEMBER_ABOVE_BYTES = 1 << 30
+CACHE_HASH_ABOVE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def local_files(data: DataConfig) -> list[tuple[str, Path]]:
         ConfigError: for a path that names nothing, or files that are all empty.
     """
     if data.source not in (DataSource.pystdlib, DataSource.pysource):
-        return named(expand(data.path))
+        return relative_names(expand_paths(data.path))
     library = Path(sysconfig.get_paths()["stdlib"])
     files = _python_files(library, library)
     if not files:
@@ -94,7 +94,7 @@ def _python_files(folder: Path, root: Path) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
-def expand(path: Any) -> list[Path]:
+def expand_paths(path: Any) -> list[Path]:
     """The files that `data.path` names (a file, a glob with `**` or not, or a list of them), sorted.
 
     Raises:
@@ -103,7 +103,7 @@ def expand(path: Any) -> list[Path]:
     legal = "a file, a glob such as 'texts/**/*.txt', or a list of them"
     patterns = path if isinstance(path, list | tuple) else [path]
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ConfigError("data.path", path, "no file is named", legal, EMBEDDED)
+        raise ConfigError("data.path", path, "no file is named", legal, EMBEDDED_DATA)
     files: set[Path] = set()
     for pattern in patterns:
         local = os.path.expanduser(pattern)
@@ -115,7 +115,7 @@ def expand(path: Any) -> list[Path]:
         found = {Path(match) for match in matches if not os.path.isdir(match)}
         if not found:
             why = "matches no file" if glob.has_magic(local) else "there is no such file"
-            raise ConfigError("data.path", pattern, f"{why} (seen from {os.getcwd()})", legal, EMBEDDED)
+            raise ConfigError("data.path", pattern, f"{why} (seen from {os.getcwd()})", legal, EMBEDDED_DATA)
         files |= found
     for file in files:
         if not os.access(file, os.R_OK):
@@ -123,11 +123,11 @@ def expand(path: Any) -> list[Path]:
             raise ConfigError("data.path", file, "is not readable", legal)
     if not any(file.stat().st_size for file in files):
         many = "is empty" if len(files) == 1 else f"all {len(files)} files are empty"
-        raise ConfigError("data.path", path, many, "files with text in them", EMBEDDED)
+        raise ConfigError("data.path", path, many, "files with text in them", EMBEDDED_DATA)
     return sorted(files)
 
 
-def named(files: list[Path]) -> list[tuple[str, Path]]:
+def relative_names(files: list[Path]) -> list[tuple[str, Path]]:
     """Each file by its path below the folder that holds them all: moving that folder renames nothing."""
     absolute = [Path(os.path.abspath(file)) for file in files]
     root = os.path.commonpath([file.parent for file in absolute])
@@ -141,7 +141,7 @@ def hash_files(files: list[tuple[str, Path]], salt: str, cache_dir: Path | None 
     (path, inode, size, time of change), since every rank of every run asks again.
     """
     stats = [(name, path, path.stat()) for name, path in files]
-    if cache_dir is None or sum(stat.st_size for *_, stat in stats) < REMEMBER_ABOVE_BYTES:
+    if cache_dir is None or sum(stat.st_size for *_, stat in stats) < CACHE_HASH_ABOVE_BYTES:
         return _hash_contents(files, salt)
     seen = hashlib.blake2b(salt.encode(), digest_size=HASH_BYTES)
     for name, path, stat in stats:

@@ -25,23 +25,23 @@ COMMON_EOS = ("</s>", EOS, "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 KEPT_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*")
 """Files of a folder that a tokenizer may need."""
-FILES = (*KEPT_FILES, "config.json")
-"""Files of a hub repository to the same end: older formats say in config.json what they are."""
+HUB_FILES = (*KEPT_FILES, "config.json")
+"""Files of a hub repository that a tokenizer may need: older formats name their kind in config.json."""
 TOKENIZER_FOLDER = "tokenizer"
-"""Of a run: its tokenizer, as transformers reads it."""
+"""Folder of a run with its tokenizer, as transformers reads it."""
 LEGAL_PATH = "a tokenizer.json, a folder that holds one, or a name on the hub"
-LONG = re.compile(r"\S{1000}")
+LONG_WORD = re.compile(r"\S{1000}")
 """Training time grows with the square of a word's length: a megabyte of base64 would take half an hour."""
 SAMPLE = "A sample: naïve 数据 🙂\n\t0"
 
 # A tokenizer uses as many threads as there are texts to encode at once, so long texts are cut.
 # Before an ASCII blank that follows something else, no byte-level BPE word can span the cut: the ids stay the same.
-CUT = re.compile(r"(?<=\S)(?=[ \t\r\n])")
+CUT_POINT = re.compile(r"(?<=\S)(?=[ \t\r\n])")
 PIECE_CHARS = 1 << 16
 # Other tokenizers may mark the start of a text; there only what would not fit in memory is cut.
-FOREIGN_PIECE_CHARS = 1 << 22
-SOON = 4
-"""Pieces' lengths within which a blank has to come: what is cut without one is no word."""
+HF_PIECE_CHARS = 1 << 22
+MAX_CUT_PIECES = 4
+"""A text without a blank for this many pieces is cut anyway: it has no words."""
 
 
 class Tokenizer:
@@ -53,18 +53,18 @@ class Tokenizer:
         hash: 16 hex digits over the whole tokenizer.
     """
 
-    def __init__(self, backend: HfTokenizer, eos_id: int, piece_chars: int = FOREIGN_PIECE_CHARS) -> None:
+    def __init__(self, backend: HfTokenizer, eos_id: int, piece_chars: int = HF_PIECE_CHARS) -> None:
         # Files often carry the truncation and padding of the model they were made for; documents stay whole.
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # "</s>" written in a document is text, not its end
         self.backend, self.eos_id, self.piece_chars = backend, eos_id, piece_chars
-        self.size = entries(backend)
+        self.size = vocabulary_size(backend)
         self.hash = hashlib.blake2b(f"{eos_id}\0{backend.to_str()}".encode(), digest_size=8).hexdigest()
 
     def encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         """The ids of each text, without special tokens."""
-        pieces = [cut(text, self.piece_chars) for text in texts]
+        pieces = [cut_text(text, self.piece_chars) for text in texts]
         flat = self.backend.encode_batch_fast([p for some in pieces for p in some], add_special_tokens=False)
         ids = iter(np.array(encoding.ids, dtype=np.uint32) for encoding in flat)
         return [np.concatenate([next(ids) for _ in some]) for some in pieces]
@@ -88,20 +88,20 @@ class Tokenizer:
         return sum(not char.isspace() for char, there in zip(text, kept, strict=True) if not there)
 
 
-def cut(text: str, piece_chars: int) -> list[str]:
+def cut_text(text: str, piece_chars: int) -> list[str]:
     """The text in pieces of about `piece_chars` characters, each ending before a blank, if one comes soon."""
     edges = [0]
     while (start := edges[-1] + piece_chars) < len(text):
-        blank = CUT.search(text, start, start + SOON * piece_chars)
-        if blank is None and start + SOON * piece_chars >= len(text):
+        blank = CUT_POINT.search(text, start, start + MAX_CUT_PIECES * piece_chars)
+        if blank is None and start + MAX_CUT_PIECES * piece_chars >= len(text):
             break
-        edges.append(blank.start() if blank else start + SOON * piece_chars)
+        edges.append(blank.start() if blank else start + MAX_CUT_PIECES * piece_chars)
     return [text[a:b] for a, b in pairwise([*edges, len(text)])]
 
 
 def without_long_words(text: str) -> Iterator[str]:
     start = 0
-    for word in LONG.finditer(text):
+    for word in LONG_WORD.finditer(text):
         yield text[start : word.end()]
         start = word.end()
     yield text[start:]
@@ -118,7 +118,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for text in texts for piece in cut(text, PIECE_CHARS))
+    pieces = (piece for text in texts for piece in cut_text(text, PIECE_CHARS))
     backend.train_from_iterator((words for piece in pieces for words in without_long_words(piece)), trainer)
     return byte_level(backend)
 
@@ -140,26 +140,26 @@ def load_hf(path: str | None) -> Tokenizer:
             fails on a sample of text.
     """
     backend, folder = _load(path)
-    stated = _named(_settings(folder), "eos_token")
+    stated = _special_token(_settings(folder), "eos_token")
     candidates = [stated] if stated else COMMON_EOS
     eos_id = next((found for eos in candidates if (found := backend.token_to_id(eos)) is not None), None)
     if eos_id is None:
         legal = f"one whose tokenizer_config.json names its eos_token, or with one of {' '.join(COMMON_EOS)}"
-        raise _refused(path, "this tokenizer has no end-of-text token", legal)
+        raise _path_error(path, "this tokenizer has no end-of-text token", legal)
     tokenizer = Tokenizer(backend, eos_id)
     try:
         tokenizer.encode([SAMPLE])
     except Exception as error:  # the library raises bare Exceptions
         why = f"this tokenizer cannot encode {SAMPLE!r}: {first_line(error)}"
-        raise _refused(path, why, "one that can encode any text") from None
+        raise _path_error(path, why, "one that can encode any text") from None
     return tokenizer
 
 
-def keep_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig, run: Path) -> None:
-    """Leave the tokenizer in a run's folder as transformers reads it: `AutoTokenizer.from_pretrained(RUN/tokenizer)`.
+def save_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig, run: Path) -> None:
+    """Save the tokenizer in a run's folder as transformers reads it: `AutoTokenizer.from_pretrained(RUN/tokenizer)`.
 
     Args:
-        config: that it was made from. A Hugging Face tokenizer's other files are copied from the path that it names.
+        config: of the tokenizer. A Hugging Face tokenizer's other files are copied from the path that it names.
     """
     folder = run / TOKENIZER_FOLDER
     folder.mkdir(exist_ok=True)
@@ -183,7 +183,7 @@ def special_ids(folder: Path) -> tuple[int | None, int | None]:
         ConfigError: as `load_hf`.
     """
     tokenizer = load_hf(str(folder))
-    bos = _named(_settings(folder), "bos_token")
+    bos = _special_token(_settings(folder), "bos_token")
     return tokenizer.backend.token_to_id(bos) if bos else None, tokenizer.eos_id
 
 
@@ -193,10 +193,10 @@ def tokenizer_size(path: str | None) -> int:
     Raises:
         ConfigError: for a path that holds no tokenizer.
     """
-    return entries(_load(path)[0])
+    return vocabulary_size(_load(path)[0])
 
 
-def entries(backend: HfTokenizer) -> int:
+def vocabulary_size(backend: HfTokenizer) -> int:
     vocabulary = backend.get_vocab(with_added_tokens=True)
     return max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)  # ids may have gaps
 
@@ -204,19 +204,19 @@ def entries(backend: HfTokenizer) -> int:
 def _load(path: str | None) -> tuple[HfTokenizer, Path]:
     """The tokenizer of a path, and the folder with its other files; those of a hub id are downloaded."""
     if not path:
-        raise _refused(path, "no tokenizer is named")
+        raise _path_error(path, "no tokenizer is named")
     local = Path(path).expanduser()
     if not local.exists():
         if not looks_like_hub_id(path):
-            raise _refused(path, "there is no such file")
-        local = download(path, FILES, lambda why: _refused(path, why))
+            raise _path_error(path, "there is no such file")
+        local = download(path, HUB_FILES, lambda why: _path_error(path, why))
     file = local / TOKENIZER_FILE if local.is_dir() else local
     try:
         backend = HfTokenizer.from_file(str(file)) if file.is_file() else _converted(path, file.parent)
     except ConfigError:
         raise
     except Exception as error:  # both libraries raise a dozen kinds, bare Exceptions among them
-        raise _refused(path, f"no tokenizer could be loaded: {first_line(error)}") from None
+        raise _path_error(path, f"no tokenizer could be loaded: {first_line(error)}") from None
     return backend, file.parent
 
 
@@ -226,19 +226,19 @@ def _converted(path: str, folder: Path) -> HfTokenizer:
         from transformers import AutoTokenizer
     except ImportError:
         why = "holds no tokenizer.json, and transformers, which could convert it, is not installed"
-        raise _refused(path, why, "a tokenizer.json, or pip install 'tpresearch[hf]'") from None
+        raise _path_error(path, why, "a tokenizer.json, or pip install 'tpresearch[hf]'") from None
     loaded: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not getattr(loaded, "is_fast", False):
-        raise _refused(path, "exists in Python only, too slow for a corpus")
+        raise _path_error(path, "exists in Python only, too slow for a corpus")
     backend: HfTokenizer = loaded.backend_tokenizer
     return backend
 
 
-def _refused(path: str | None, why: str, legal: str = LEGAL_PATH) -> ConfigError:
+def _path_error(path: str | None, why: str, legal: str = LEGAL_PATH) -> ConfigError:
     return ConfigError("tokenizer.path", path, why, legal, {"tokenizer": "bpe", "tokenizer.path": None})
 
 
-def _named(settings: dict[str, Any], role: str) -> str | None:
+def _special_token(settings: dict[str, Any], role: str) -> str | None:
     """The token that has this role: written as its text, or as an object with its text in `content`."""
     token = settings.get(role)
     found = token.get("content") if isinstance(token, dict) else token

@@ -23,12 +23,19 @@ from tpresearch.config.errors import WRITABLE, ConfigError
 from tpresearch.config.model import model_config
 from tpresearch.data.tokenizer import TOKENIZER_FOLDER, special_ids
 from tpresearch.hf.files import INDEX, WEIGHTS
-from tpresearch.hf.llama import CONFIG, NAMES, config_json, hugging_face_name, hugging_face_rows, is_rotated
+from tpresearch.hf.llama import (
+    CONFIG,
+    SETTING_NAMES,
+    config_json,
+    has_rotary_rows,
+    hugging_face_name,
+    hugging_face_rows,
+)
 from tpresearch.plan.meta import meta_model, settings_with_defaults
 
 SHARD_BYTES = 4 * 10**9
-"""Of a file of weights, and so about the memory that writing takes."""
-Read = Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
+"""Maximum size of a file of weights, and so about the memory that writing takes."""
+ReadParameters = Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
 """Whole parameters by name, one at a time."""
 
 
@@ -36,25 +43,25 @@ def export(checkpoint: Checkpoint, out: Path, dtype: str | None = None) -> str:
     """Write a checkpoint as a Hugging Face folder, which appears complete or not at all; returns a summary.
 
     Args:
-        out: a folder that is not there. dtype: of torch's, for the weights; None for that of the checkpoint.
+        out: a folder that does not exist. dtype: torch's name of one, for the weights; None for that of the checkpoint.
 
     Raises:
-        ConfigError: for a checkpoint of another model or that is damaged, an `out` that cannot be written, and weights
+        ConfigError: for a checkpoint of another model or a damaged one, an `out` that cannot be written, and weights
             that `dtype` cannot hold.
     """
     draft = out.with_name(f".{out.name}.draft")
     try:
-        llama = Llama.of(checkpoint, dtype)
+        llama = LlamaExport.of(checkpoint, dtype)
         _check_disk(out, llama.bytes)
         verify(checkpoint)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        said = _write(llama, draft)
+        summary = _write_files(llama, draft)
         for path in (*draft.iterdir(), draft):
             sync(path)
         draft.rename(out)
         sync(out.parent)
-        return f"{out}: {said}"
+        return f"{out}: {summary}"
     except (OSError, SafetensorError) as error:  # the latter where its library cannot write a file
         why = f"cannot be written: {getattr(error, 'strerror', None) or error}"
         raise ConfigError("out", out, why, WRITABLE) from None
@@ -66,8 +73,8 @@ def export(checkpoint: Checkpoint, out: Path, dtype: str | None = None) -> str:
 
 
 @dataclass(frozen=True)
-class Llama:
-    """What a checkpoint has to be written."""
+class LlamaExport:
+    """A Llama checkpoint to be written as a Hugging Face folder."""
 
     checkpoint: Checkpoint
     settings: dict[str, Any]
@@ -78,7 +85,7 @@ class Llama:
     """In which it is written."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, dtype: str | None) -> Llama:
+    def of(cls, checkpoint: Checkpoint, dtype: str | None) -> LlamaExport:
         """Raises:
         ConfigError: if the checkpoint is not of a Llama.
         """
@@ -86,8 +93,8 @@ class Llama:
         saved = tensors_of(checkpoint)
         model = meta_model(config)
         settings = settings_with_defaults(config)
-        strange = [name for name, _ in model.named_parameters() if hugging_face_name(name) is None]
-        if strange or not settings.keys() >= NAMES.keys():
+        unknown = [name for name, _ in model.named_parameters() if hugging_face_name(name) is None]
+        if unknown or not settings.keys() >= SETTING_NAMES.keys():
             why = f"its model is {config.name}, for which Hugging Face has no class"
             raise ConfigError("checkpoint", checkpoint.folder, why, "one of a llama2_* model, or of model=hf")
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -106,8 +113,8 @@ class Llama:
             yield name.removeprefix(MODEL), tensor
 
 
-def _write(llama: Llama, draft: Path) -> str:
-    """Weights, tokenizer and, last, config.json; in a few words what they are."""
+def _write_files(llama: LlamaExport, draft: Path) -> str:
+    """Write weights, tokenizer and, last, config.json; returns a summary in a few words."""
     head_dim = llama.settings["dim"] // llama.settings["n_heads"]
     write_weights(draft, llama.sizes, llama.read, head_dim, llama.dtype)
     kept = run_of(llama.checkpoint.folder) / TOKENIZER_FOLDER
@@ -132,7 +139,7 @@ def _check_disk(out: Path, needed: int) -> None:
 def write_weights(
     folder: Path,
     sizes: Mapping[str, int],
-    read: Read,
+    read: ReadParameters,
     head_dim: int,
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
@@ -189,7 +196,7 @@ def _shards(sizes: Mapping[str, int], most: int) -> Iterator[Sequence[str]]:
 
 def _converted(name: str, tensor: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
     """A parameter in the order of rows and the dtype that it is written in."""
-    if is_rotated(name):
+    if has_rotary_rows(name):
         rows = hugging_face_rows(torch.arange(len(tensor)), head_dim)
         tensor = torch.empty_like(tensor).index_copy_(0, rows, tensor)
     narrow = tensor.to(dtype)

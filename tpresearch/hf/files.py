@@ -16,15 +16,15 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.model import model_config
 from tpresearch.data.hub import download, looks_like_hub_id
 from tpresearch.data.tokenizer import TOKENIZER_FOLDER
-from tpresearch.hf.llama import CONFIG, EMBEDDING, NAMES, OUTPUT, read_settings, refused
+from tpresearch.hf.llama import CONFIG, EMBEDDING, OUTPUT, SETTING_NAMES, folder_error, read_settings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = ("F64", "F32", "BF16", "F16")
-NOT_WEIGHTS = ".rotary_emb.inv_freq"
-"""How the names end of what older versions of transformers kept beside the weights, and compute now."""
-Stored = tuple[Path, list[int], str]
+FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
+IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+"""End of the names of tensors that older versions of transformers saved with the weights, and compute now."""
+StoredTensor = tuple[Path, list[int], str]
 """A tensor: its file, its shape, and its dtype as safetensors names it."""
-LLAMA = "tpresearch.models.llama2.Llama2"
+LLAMA_CLASS = "tpresearch.models.llama2.Llama2"
 
 
 def is_hugging_face(init_from: str) -> bool:
@@ -45,11 +45,11 @@ def folder_of(init_from: str, files: Sequence[str] = (CONFIG,)) -> Path:
     path = Path(init_from).expanduser()
     if os.path.lexists(path):
         if not os.path.isdir(path):
-            raise refused(init_from, "not a folder")
+            raise folder_error(init_from, "not a folder")
         return path
     if not looks_like_hub_id(init_from):
-        raise refused(init_from, "there is no such folder")
-    return download(init_from, files, lambda why: refused(init_from, why))
+        raise folder_error(init_from, "there is no such folder")
+    return download(init_from, files, lambda why: folder_error(init_from, why))
 
 
 def settings_of(init_from: str | None) -> dict[str, Any]:
@@ -63,16 +63,16 @@ def settings_of(init_from: str | None) -> dict[str, Any]:
         why = "model=hf takes its sizes from there"
         legal = "a folder or hub id of a Llama with config.json, or a tpresearch run"
         raise ConfigError("init_from", None, why, legal, fix={"init_from": "FOLDER"})
-    if is_hugging_face(init_from) or not is_own(init_from):
+    if is_hugging_face(init_from) or not is_own_run(init_from):
         return read_settings(folder_of(init_from), init_from)
     from tpresearch.plan.meta import settings_with_defaults  # late: it imports torch
 
     model = model_config(find_checkpoint(Path(init_from), "init_from").mark.experiment["model"])
-    if model.target != LLAMA:
+    if model.target != LLAMA_CLASS:
         why, legal = f"its model is {model.name}, and model=hf is a Llama", f"model={model.name}"
         raise ConfigError("init_from", init_from, why, legal, fix={"model": model.name})
     settings = settings_with_defaults(model)
-    return {name: settings[name] for name in NAMES}
+    return {name: settings[name] for name in SETTING_NAMES}
 
 
 def tokenizer_of(init_from: str | None) -> str | None:
@@ -81,7 +81,7 @@ def tokenizer_of(init_from: str | None) -> str | None:
     Raises:
         ConfigError: for a run without one, since its data were numbers.
     """
-    if not init_from or is_hugging_face(init_from) or not is_own(init_from):
+    if not init_from or is_hugging_face(init_from) or not is_own_run(init_from):
         return init_from
     folder = run_of(Path(init_from)) / TOKENIZER_FOLDER
     if not folder.is_dir():
@@ -100,7 +100,7 @@ def weights_folder(init_from: str) -> Path:
     return folder_of(init_from, sorted(set(_index(folder / INDEX, init_from).values())))
 
 
-def stored_tensors(folder: Path, named: str) -> dict[str, Stored]:
+def stored_tensors(folder: Path, named: str) -> dict[str, StoredTensor]:
     """Each tensor of a folder, by Hugging Face's names, from the headers of its files.
 
     Args:
@@ -114,13 +114,13 @@ def stored_tensors(folder: Path, named: str) -> dict[str, Stored]:
         there = {file: _header(folder / file, named) for file in sorted(set(files.values()))}
         for name, file in files.items():
             if name not in there[file]:
-                raise refused(named, f"{INDEX} says that {name} is in {file}, but it is not")
+                raise folder_error(named, f"{INDEX} says that {name} is in {file}, but it is not")
         return {name: there[file][name] for name, file in files.items()}
     if not (folder / WEIGHTS).exists():
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         if pickled:
-            raise refused(named, f"{pickled[0]} is a pickle, which may run code when it is read")
-        raise refused(named, f"has neither {WEIGHTS} nor {INDEX}")
+            raise folder_error(named, f"{pickled[0]} is a pickle, which may run code when it is read")
+        raise folder_error(named, f"has neither {WEIGHTS} nor {INDEX}")
     return _header(folder / WEIGHTS, named)
 
 
@@ -136,28 +136,28 @@ def check_tensors(folder: Path, named: str, shapes: Mapping[str, Sequence[int]],
     stored = stored_tensors(folder, named)
     for name, shape in shapes.items():
         if name not in stored:
-            raise refused(named, f"no file of it has {name}")
+            raise folder_error(named, f"no file of it has {name}")
         _, found, dtype = stored[name]
         if found != list(shape):
-            raise refused(named, f"{name} has the shape {found}, and the model's is {list(shape)}")
-        if dtype not in FLOATS:
-            raise refused(named, f"{name} is stored as {dtype}, not as one of {', '.join(FLOATS)}")
-    surplus = [name for name in stored if name not in shapes and not name.endswith(NOT_WEIGHTS)]
+            raise folder_error(named, f"{name} has the shape {found}, and the model's is {list(shape)}")
+        if dtype not in FLOAT_DTYPES:
+            raise folder_error(named, f"{name} is stored as {dtype}, not as one of {', '.join(FLOAT_DTYPES)}")
+    surplus = [name for name in stored if name not in shapes and not name.endswith(IGNORED_SUFFIX)]
     if tied and OUTPUT in surplus:
         surplus.remove(OUTPUT)
         _check_tie(stored, named)
     if surplus:
-        raise refused(named, f"it has {surplus[0]}, which the model does not")
+        raise folder_error(named, f"it has {surplus[0]}, which the model does not")
 
 
-def _check_tie(stored: Mapping[str, Stored], named: str) -> None:
+def _check_tie(stored: Mapping[str, StoredTensor], named: str) -> None:
     """Some folders hold a tied weight under both names; then both must be the same."""
     with safe_open(stored[EMBEDDING][0], "pt") as one, safe_open(stored[OUTPUT][0], "pt") as other:
         if not one.get_tensor(EMBEDDING).equal(other.get_tensor(OUTPUT)):
-            raise refused(named, f"{CONFIG} ties {OUTPUT} to {EMBEDDING}, but they differ")
+            raise folder_error(named, f"{CONFIG} ties {OUTPUT} to {EMBEDDING}, but they differ")
 
 
-def _header(path: Path, named: str) -> dict[str, Stored]:
+def _header(path: Path, named: str) -> dict[str, StoredTensor]:
     try:
         path.open("rb").close()  # whose error says why, where safetensors says that there is no file
         with safe_open(path, "pt") as file:
@@ -165,7 +165,7 @@ def _header(path: Path, named: str) -> dict[str, Stored]:
             return {name: (path, part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
-        raise refused(named, f"{path.name} cannot be read: {why}") from None
+        raise folder_error(named, f"{path.name} cannot be read: {why}") from None
 
 
 def _index(path: Path, named: str) -> dict[str, str]:
@@ -174,13 +174,13 @@ def _index(path: Path, named: str) -> dict[str, str]:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         outside = next((file for file in files.values() if Path(file).name != file), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise refused(named, f"{INDEX} cannot be read: {type(error).__name__}: {error}") from None
+        raise folder_error(named, f"{INDEX} cannot be read: {type(error).__name__}: {error}") from None
     if outside is not None:
-        raise refused(named, f"{INDEX} names {outside}, which is not a file of this folder")
+        raise folder_error(named, f"{INDEX} names {outside}, which is not a file of this folder")
     return dict(files)
 
 
-def is_own(init_from: str) -> bool:
+def is_own_run(init_from: str) -> bool:
     """Whether this is one of our checkpoints, or a run that has one."""
     path = Path(init_from).expanduser()
     try:

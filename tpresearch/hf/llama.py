@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG = "config.json"
-SIZES = {
+SIZE_SETTINGS = {
     "vocab_size": "vocab_size",
     "max_seq_len": "max_position_embeddings",
     "dim": "hidden_size",
@@ -26,12 +26,12 @@ SIZES = {
     "ffn_dim": "intermediate_size",
 }
 """Our settings that are counts, and what config.json calls them."""
-NUMBERS = {"norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "init_std": "initializer_range"}
-NAMES = {**SIZES, **NUMBERS, "tied": "tie_word_embeddings"}
-LEFT_OUT = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-LEFT_OUT |= {"initializer_range": 0.02}
-"""What transformers takes where config.json does not say (LlamaConfig, 4.0 to 5.23)."""
-ONLY = {
+FLOAT_SETTINGS = {"norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "init_std": "initializer_range"}
+SETTING_NAMES = {**SIZE_SETTINGS, **FLOAT_SETTINGS, "tied": "tie_word_embeddings"}
+CONFIG_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+CONFIG_DEFAULTS |= {"initializer_range": 0.02}
+"""Defaults of transformers for keys that config.json does not have (LlamaConfig, 4.0 to 5.23)."""
+REQUIRED_VALUES = {
     "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
@@ -41,12 +41,16 @@ ONLY = {
     "sliding_window": None,
     "quantization_config": None,
 }
-"""What config.json may say where our model has no setting for it: this, or nothing."""
-NOT_COMPARED = ("max_seq_len", "init_std")
-"""Settings that do not change what given weights compute of a row."""
+"""Keys of config.json for which our model has no setting: they must have this value, or be absent."""
+IRRELEVANT_TO_WEIGHTS = ("max_seq_len", "init_std")
+"""Settings that do not change what given weights compute from a row."""
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-OUTSIDE = {"tok_embeddings.weight": EMBEDDING, "norm.weight": "model.norm.weight", "output.weight": OUTPUT}
-IN_LAYER = {
+MODEL_NAMES = {
+    "tok_embeddings.weight": EMBEDDING,
+    "norm.weight": "model.norm.weight",
+    "output.weight": OUTPUT,
+}
+LAYER_NAMES = {
     "attention_norm": "input_layernorm",
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -58,8 +62,8 @@ IN_LAYER = {
     "feed_forward.w3": "mlp.up_proj",
 }
 LEGAL = "a folder or hub id of a Llama with config.json and model.safetensors, or a tpresearch checkpoint"
-LAYER = re.compile(r"layers\.(\d+)\.(.+)\.weight")
-ROTATED = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
+LAYER_PARAMETER = re.compile(r"layers\.(\d+)\.(.+)\.weight")
+ROTARY_PARAMETER = re.compile(r"layers\.\d+\.attention\.w[qk]\.weight")
 
 
 def read_settings(folder: Path, named: str) -> dict[str, Any]:
@@ -71,20 +75,22 @@ def read_settings(folder: Path, named: str) -> dict[str, Any]:
     Raises:
         ConfigError: for what our model cannot compute, by its name in config.json.
     """
-    config = _read(folder / CONFIG, named)
+    config = _read_config(folder / CONFIG, named)
     config |= _rope(config, named)
-    for key, legal in ONLY.items():
+    for key, legal in REQUIRED_VALUES.items():
         value = config.get(key, None if key == "model_type" else legal)
         if value != legal and (value is not None or key == "model_type"):
-            raise _unable(named, key, value)
-    settings: dict[str, Any] = {ours: _count(config, theirs, named) for ours, theirs in SIZES.items()}
-    settings |= {ours: _number(config, theirs, named) for ours, theirs in NUMBERS.items()}
+            raise _not_implemented(named, key, value)
+    settings: dict[str, Any] = {ours: _count(config, theirs, named) for ours, theirs in SIZE_SETTINGS.items()}
+    settings |= {ours: _number(config, theirs, named) for ours, theirs in FLOAT_SETTINGS.items()}
     settings["tied"] = config.get("tie_word_embeddings", False)
     if not isinstance(settings["tied"], bool):
-        raise refused(named, f"{CONFIG} has tie_word_embeddings={settings['tied']}", "true or false there")
+        raise folder_error(
+            named, f"{CONFIG} has tie_word_embeddings={settings['tied']}", "true or false there"
+        )
     head_dim = config.get("head_dim")
     if head_dim is not None and head_dim * settings["n_heads"] != settings["dim"]:
-        raise _unable(named, "head_dim", head_dim)
+        raise _not_implemented(named, "head_dim", head_dim)
     return settings
 
 
@@ -92,7 +98,7 @@ def check_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], named: st
     """Refuse weights for a model that computes something else with them.
 
     Args:
-        theirs: what `read_settings` found in the folder. ours: the model's, those included that its class sets.
+        theirs: what `read_settings` found in the folder. ours: the model's, including the defaults of its class.
 
     Raises:
         ConfigError: for the first setting that differs.
@@ -102,24 +108,24 @@ def check_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], named: st
             why = f"it holds a Llama, but this model has no setting {key}"
             legal = "model=hf, or a llama2_* of the same sizes"
             raise ConfigError("init_from", named, why, legal, fix={"init_from": named, "model": "hf"})
-        if key not in NOT_COMPARED and ours[key] != value:
-            why = f"{CONFIG} of {named} has {NAMES[key]}={format_value(value)}"
+        if key not in IRRELEVANT_TO_WEIGHTS and ours[key] != value:
+            why = f"{CONFIG} of {named} has {SETTING_NAMES[key]}={format_value(value)}"
             legal = f"{format_value(value)}, or model=hf, which takes its settings from there"
             fix = {"model": "hf", f"model.{key}": None}
             raise ConfigError(f"model.{key}", ours[key], why, legal, fix=fix)
 
 
 def config_json(settings: Mapping[str, Any], dtype: str, bos: int | None, eos: int | None) -> dict[str, Any]:
-    """What config.json has to say of a model with these settings.
+    """The content of config.json for a model with these settings.
 
     Args:
         bos, eos: token ids. Both are always stated: left out, transformers would take 1 and 2.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
-        **{key: ONLY[key] for key in ("model_type", "hidden_act", "attention_bias", "mlp_bias")},
-        **{theirs: settings[ours] for ours, theirs in SIZES.items()},
-        **{theirs: float(settings[ours]) for ours, theirs in NUMBERS.items()},
+        **{key: REQUIRED_VALUES[key] for key in ("model_type", "hidden_act", "attention_bias", "mlp_bias")},
+        **{theirs: settings[ours] for ours, theirs in SIZE_SETTINGS.items()},
+        **{theirs: float(settings[ours]) for ours, theirs in FLOAT_SETTINGS.items()},
         "tie_word_embeddings": settings["tied"],
         "bos_token_id": bos,
         "eos_token_id": eos,
@@ -127,17 +133,17 @@ def config_json(settings: Mapping[str, Any], dtype: str, bos: int | None, eos: i
     }
 
 
-def _read(path: Path, named: str) -> dict[str, Any]:
+def _read_config(path: Path, named: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         legal = "a folder that transformers can read, or a tpresearch run or checkpoint"
-        raise refused(named, f"it has no {CONFIG}", legal) from None
+        raise folder_error(named, f"it has no {CONFIG}", legal) from None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise refused(named, f"{CONFIG} cannot be read: {why}", "a readable one") from None
+        raise folder_error(named, f"{CONFIG} cannot be read: {why}", "a readable one") from None
     if not isinstance(config, dict):
-        raise refused(named, f"{CONFIG} is not an object", "that of a LlamaForCausalLM")
+        raise folder_error(named, f"{CONFIG} is not an object", "that of a LlamaForCausalLM")
     return config
 
 
@@ -147,48 +153,48 @@ def _rope(config: Mapping[str, Any], named: str) -> dict[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):
         found = config.get(key) or {}
         if not isinstance(found, dict) or found.get("rope_type", found.get("type", "default")) != "default":
-            raise _unable(named, key, found)
+            raise _not_implemented(named, key, found)
         rope |= {name: found[name] for name in ("rope_theta", "partial_rotary_factor") if name in found}
     return rope
 
 
 def _count(config: Mapping[str, Any], key: str, named: str) -> int:
-    value = config.get(key, LEFT_OUT.get(key))
+    value = config.get(key, CONFIG_DEFAULTS.get(key))
     if value is None and key == "num_key_value_heads":
         value = config.get("num_attention_heads")
     if type(value) is not int or value < 1:
         said = f"{CONFIG} has no {key}" if value is None else f"{CONFIG} has {key}={format_value(value)}"
-        raise refused(named, said, f"a whole number in {key}")
+        raise folder_error(named, said, f"a whole number in {key}")
     return value
 
 
 def _number(config: Mapping[str, Any], key: str, named: str) -> float:
-    value = config.get(key, LEFT_OUT[key])
+    value = config.get(key, CONFIG_DEFAULTS[key])
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise refused(named, f"{CONFIG} has {key}={format_value(value)}", f"a number above 0 in {key}")
+        raise folder_error(named, f"{CONFIG} has {key}={format_value(value)}", f"a number above 0 in {key}")
     return float(value)
 
 
-def _unable(named: str, key: str, value: object) -> ConfigError:
+def _not_implemented(named: str, key: str, value: object) -> ConfigError:
     why = f"{CONFIG} has {key}={format_value(value)}, which our Llama2 does not implement"
-    legal = "left out" if (only := ONLY.get(key)) is None else f"{format_value(only)} or left out"
-    return refused(named, why, f"a Llama with {key} {legal}")
+    legal = "left out" if (only := REQUIRED_VALUES.get(key)) is None else f"{format_value(only)} or left out"
+    return folder_error(named, why, f"a Llama with {key} {legal}")
 
 
-def refused(named: str, why: str, legal: str = LEGAL) -> ConfigError:
+def folder_error(named: str, why: str, legal: str = LEGAL) -> ConfigError:
     return ConfigError("init_from", named, why, legal)
 
 
 def hugging_face_name(parameter: str) -> str | None:
     """`model.layers.0.mlp.gate_proj.weight` for `layers.0.feed_forward.w1.weight`; None for what a Llama does not have."""
-    if (inside := LAYER.fullmatch(parameter)) and inside[2] in IN_LAYER:
-        return f"model.layers.{inside[1]}.{IN_LAYER[inside[2]]}.weight"
-    return OUTSIDE.get(parameter)
+    if (inside := LAYER_PARAMETER.fullmatch(parameter)) and inside[2] in LAYER_NAMES:
+        return f"model.layers.{inside[1]}.{LAYER_NAMES[inside[2]]}.weight"
+    return MODEL_NAMES.get(parameter)
 
 
-def is_rotated(parameter: str) -> bool:
-    """Whether rotary positions turn what this parameter computes, so that Hugging Face has its rows in another order."""
-    return ROTATED.fullmatch(parameter) is not None
+def has_rotary_rows(parameter: str) -> bool:
+    """Whether rotary positions rotate this parameter's output, so that Hugging Face has its rows in another order."""
+    return ROTARY_PARAMETER.fullmatch(parameter) is not None
 
 
 def hugging_face_rows(rows: Tensor, head_dim: int) -> Tensor:

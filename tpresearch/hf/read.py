@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.model import ModelConfig
 from tpresearch.hf.files import check_tensors, settings_of, stored_tensors, weights_folder
-from tpresearch.hf.llama import check_settings, hugging_face_name, hugging_face_rows, is_rotated
+from tpresearch.hf.llama import check_settings, has_rotary_rows, hugging_face_name, hugging_face_rows
 from tpresearch.parallel.weights import WeightSource, held_indices, local_part, tile_slices
 from tpresearch.plan.meta import settings_with_defaults
 from tpresearch.plan.parameters import tied_parameters
@@ -39,7 +39,7 @@ def from_hugging_face(init_from: str, config: ModelConfig) -> WeightSource:
                 there = hugging_face_name(name)
                 assert there
                 part = handles[stored[there][0]].get_slice(there)
-                _fill(parameter, part, head_dim if is_rotated(name) else None)
+                _load_parameter(parameter, part, head_dim if has_rotary_rows(name) else None)
 
     return source
 
@@ -66,7 +66,7 @@ def check_weights(init_from: str, config: ModelConfig, model: nn.Module, downloa
     check_tensors(weights_folder(init_from), init_from, shapes, bool(tied_parameters(model)))
 
 
-def _fill(parameter: Tensor, part: Any, head_dim: int | None) -> None:
+def _load_parameter(parameter: Tensor, part: Any, head_dim: int | None) -> None:
     """Set what this rank holds of a parameter.
 
     Args:

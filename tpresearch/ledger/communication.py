@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.axes import LAYER_AXES
-from tpresearch.ledger.entries import OWN_PHASES, Event
+from tpresearch.ledger.entries import ISSUING_PHASES, Event
 
-# op name, without what marks a variant -> collective; a gather's result is the whole tensor, of any other its input
+# op name, without a variant's suffix -> collective; the full tensor is a gather's result, and any other's input
 _FUNCTIONAL = {
     "all_gather_into_tensor": "all_gather",
     "reduce_scatter_tensor": "reduce_scatter",
@@ -31,10 +31,9 @@ _FUNCTIONAL = {
     "all_to_all_single": "all_to_all",
     "broadcast": "broadcast",
 }
-_VARIANT = re.compile(r"(_coalesced|_out)?_?$")
-# Async TP's matmuls, which move what they multiply -> collective; a gather's input is a rank's part of the whole tensor, and
-# a scatter's result is
-_FUSED = {
+_VARIANT_SUFFIX = re.compile(r"(_coalesced|_out)?_?$")
+# Async TP's fused matmuls -> collective; a gather's input, and a scatter's result, is a rank's part of the full tensor
+_FUSED_MATMULS = {
     "fused_all_gather_matmul": "all_gather",
     "fused_all_gather_scaled_matmul": "all_gather",
     "fused_matmul_reduce_scatter": "reduce_scatter",
@@ -97,24 +96,26 @@ class CommunicationLedger(TorchDispatchMode):
         name = func._schema.name.split("::")[-1]
         if func.namespace == "c10d" and name in _C10D:
             collective, position = _C10D[name]
-            self._note(collective, args[position], _group_of(args), "fsdp")
-        elif func.namespace == "symm_mem" and (fused := _FUSED.get(name)):
+            self._add_event(collective, args[position], _group_of(args), "fsdp")
+        elif func.namespace == "symm_mem" and (fused := _FUSED_MATMULS.get(name)):
             group = [argument.name for argument in func._schema.arguments].index("group_name")
             part = args[0] if fused == "all_gather" else result
-            self._note(fused, part, str(args[group]), "dtensor", parts=True)
-        elif func.namespace == "_c10d_functional" and (plain := _FUNCTIONAL.get(_VARIANT.sub("", name))):
-            self._note(plain, result if plain == "all_gather" else args[0], str(args[-1]), "dtensor")
+            self._add_event(fused, part, str(args[group]), "dtensor", parts=True)
+        elif func.namespace == "_c10d_functional" and (
+            plain := _FUNCTIONAL.get(_VARIANT_SUFFIX.sub("", name))
+        ):
+            self._add_event(plain, result if plain == "all_gather" else args[0], str(args[-1]), "dtensor")
         return result
 
-    def _note(self, collective: str, tensors: Any, group: str, issuer: str, parts: bool = False) -> None:
-        """Args: tensors: the whole ones, or a rank's `parts` of them."""
+    def _add_event(self, collective: str, tensors: Any, group: str, issuer: str, parts: bool = False) -> None:
+        """Args: tensors: the full tensors, or a rank's `parts` of them."""
         axis, ranks = self._groups.get(group, ("world", dist.get_world_size()))
         if ranks == 1:
             return
         tensor_bytes = sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, Tensor))
         if parts:
             tensor_bytes *= ranks
-        if self._phase in OWN_PHASES:
+        if self._phase in ISSUING_PHASES:
             issuer = self._phase
         elif issuer == "fsdp" and axis in LAYER_AXES:
             issuer = "step"

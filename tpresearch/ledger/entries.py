@@ -9,7 +9,7 @@ from typing import Any
 PHASES = ("forward", "loss", "backward", "clip", "optimizer")
 """The parts of an optimizer step, in their order."""
 
-OWN_PHASES = ("loss", "clip", "optimizer")
+ISSUING_PHASES = ("loss", "clip", "optimizer")
 """Phases that issue their own collectives."""
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")
@@ -86,8 +86,8 @@ class Expected:
     held: dict[str, int | None]
     """Bytes by kind of memory."""
 
-    def of_unused(self) -> Expected:
-        """Where a parameter has no part in the loss: the model does not say which, and no formula knows."""
+    def for_unused_parameters(self) -> Expected:
+        """Without formulas, where a parameter has no part in the loss: which one cannot be known in advance."""
         return Expected(None, {kind: self.held[kind] if kind == "parameters" else None for kind in self.held})
 
 
@@ -130,16 +130,16 @@ class StepLedger:
             "memory/at_peak_bytes": {use.kind: use.at_peak_bytes for use in self.held},
         }
         return {
-            "comm/bytes_per_step_by_axis": _sums(self.sent, lambda entry: entry.axis),
-            "comm/bytes_per_step_by_collective": _sums(self.sent, _axis_and_collective),
+            "comm/bytes_per_step_by_axis": _sum_bytes(self.sent, lambda entry: entry.axis),
+            "comm/bytes_per_step_by_collective": _sum_bytes(self.sent, _axis_and_collective),
             "comm/expected_bytes_per_step_by_collective": None
             if formulas is None
-            else _sums(formulas, _axis_and_collective),
+            else _sum_bytes(formulas, _axis_and_collective),
             **(held if self.held else {}),
         }
 
 
-def _sums(entries: Iterable[Entry], part: Callable[[Entry], str]) -> dict[str, int]:
+def _sum_bytes(entries: Iterable[Entry], part: Callable[[Entry], str]) -> dict[str, int]:
     """Bytes sent in each part."""
     sums: dict[str, int] = {}
     for entry in entries:

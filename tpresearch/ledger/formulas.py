@@ -42,7 +42,7 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
     There is none for frozen parameters in a block or under a rule, which may leave out more than their own gradient.
     Under a tensor plan there is none for full checkpointing, whose recomputation sends again what its early stop does
     not cut off, nor for a budget, for float8, whose scales are agreed on, for a rule with a ParallelStyle of the user's
-    own, and where a rule does not tell the width of what it moves.
+    own, and where a rule does not determine the width of what it sends.
 
     Args:
         model: on the meta device, whole.
@@ -65,13 +65,13 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
 def _collectives(model: nn.Module, plan: Plan, cfg: Config) -> Iterator[Collective]:
     rows, count = micro_batch_size(cfg, plan.sizes), micro_batches(cfg, plan.sizes)
     for index in range(count):
-        yield from _of_tensor_plan(model, plan, cfg, rows * cfg.data.seq_len)
-        yield from _of_data_plan(model, plan, cfg, last=index == count - 1)
-    yield from _of_partial_gradients(model, plan, cfg)
-    yield from _of_clipping(plan, cfg)
+        yield from _tensor_plan_collectives(model, plan, cfg, rows * cfg.data.seq_len)
+        yield from _data_plan_collectives(model, plan, cfg, last=index == count - 1)
+    yield from _partial_gradient_collectives(model, plan, cfg)
+    yield from _clipping_collectives(plan, cfg)
 
 
-def _of_tensor_plan(model: nn.Module, plan: Plan, cfg: Config, tokens: int) -> Iterator[Collective]:
+def _tensor_plan_collectives(model: nn.Module, plan: Plan, cfg: Config, tokens: int) -> Iterator[Collective]:
     element = ELEMENT_BYTES[cfg.train.dtype]
     for name, rule in plan.rules.items():
         for sent in rule_collectives(name, model, plan):
@@ -92,7 +92,7 @@ def loss_chunks(plan: Plan, cfg: Config, tokens: int) -> list[int]:
     return [tokens // count + (index < tokens % count) for index in range(count)]
 
 
-def _of_partial_gradients(model: nn.Module, plan: Plan, cfg: Config) -> Iterator[Collective]:
+def _partial_gradient_collectives(model: nn.Module, plan: Plan, cfg: Config) -> Iterator[Collective]:
     partial = plan.partial_grads(model)
     if partial:
         axis = plan.rules[next(iter(partial)).rpartition(".")[0]].axis
@@ -100,7 +100,7 @@ def _of_partial_gradients(model: nn.Module, plan: Plan, cfg: Config) -> Iterator
         yield axis, "backward", "step", "all_reduce", local * max(ELEMENT_BYTES[cfg.train.dtype], 4)
 
 
-def _of_data_plan(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iterator[Collective]:
+def _data_plan_collectives(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iterator[Collective]:
     weight = gradient = ELEMENT_BYTES[cfg.train.dtype]
     if cfg.train.dtype is Dtype.bfloat16:
         gradient = ELEMENT_BYTES[cfg.parallel.fsdp.reduce_dtype]
@@ -123,7 +123,7 @@ def _of_data_plan(model: nn.Module, plan: Plan, cfg: Config, last: bool) -> Iter
             yield REPLICATE.name, "backward", "fsdp", "all_reduce", trained // plan.sizes.shards * gradient
 
 
-def _of_clipping(plan: Plan, cfg: Config) -> Iterator[Collective]:
+def _clipping_collectives(plan: Plan, cfg: Config) -> Iterator[Collective]:
     number = 8 if cfg.train.dtype is Dtype.float64 else 4
     yield SHARD.name, "clip", "clip", "all_reduce", number
     for axis in dict.fromkeys(rule.axis for rule in plan.rules.values()):

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpresearch.ledger.entries import MEMORY_KINDS, MemoryUse
 
-_WITH_STORAGE = (Tensor, nn.Parameter, FakeTensor)
+_TENSOR_TYPES = (Tensor, nn.Parameter, FakeTensor)
 """Other subclasses, such as DTensor, wrap a tensor that comes here by itself. (FakeTensor: private, torch 2.13.)"""
 
 
@@ -41,21 +41,21 @@ class MemoryLedger(TorchDispatchMode):
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__()
         self._model, self._optimizer = model, optimizer
-        self._next = 0
+        self._next_id = 0
         self._live: dict[int, int] = {}
-        """Address of a storage that lives -> the number we gave it."""
-        self._noted: list[tuple[int, int | None]] = []
-        """(storage's number, by how many bytes it grew, None if it was freed), in the order of time."""
+        """Address of a live storage -> the id we gave it."""
+        self._changes: list[tuple[int, int | None]] = []
+        """(id of a storage, bytes by which it grew, None if it was freed), in order of time."""
         self._kinds: dict[int, str] = {}
         self._forward = False
-        self._made_forward: set[int] = set()
+        self._from_forward: set[int] = set()
         self.allocator_peak_bytes: int | None = None
         """Peak of the CUDA allocator, which includes the internal workspace of ops."""
 
     def __enter__(self) -> MemoryLedger:
         # Where what it moves are not the model's parameters, they are float32 masters of them.
-        self._name("optimizer", [*_state_of(self._optimizer), *_trained_by(self._optimizer)])
-        self._name("parameters", [*self._model.parameters(), *self._model.buffers()])
+        self._set_kind("optimizer", [*_state_of(self._optimizer), *_trained_by(self._optimizer)])
+        self._set_kind("parameters", [*self._model.parameters(), *self._model.buffers()])
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
         self._resize, ledger = torch.UntypedStorage.resize_, self
@@ -63,8 +63,8 @@ class MemoryLedger(TorchDispatchMode):
         def resize_and_note(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             before = storage.nbytes()
             result = ledger._resize(storage, size)
-            number = ledger._number(storage, before)
-            ledger._noted.append((number, size - before))
+            number = ledger._storage_id(storage, before)
+            ledger._changes.append((number, size - before))
             ledger._kinds.setdefault(number, "temporaries")
             return result
 
@@ -75,24 +75,24 @@ class MemoryLedger(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        self._name("optimizer", _state_of(self._optimizer))
+        self._set_kind("optimizer", _state_of(self._optimizer))
         if torch.cuda.is_initialized():
             self.allocator_peak_bytes = torch.cuda.max_memory_allocated()
 
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:
-        """What forward and loss made and is still there when backward begins are activations."""
+        """What forward and loss created and is still alive when backward begins are activations."""
         if phase == "backward":
-            alive = set(self._live.values()) & self._made_forward
+            alive = set(self._live.values()) & self._from_forward
             self._kinds |= dict.fromkeys(alive - self._kinds.keys(), "activations")
-            self._made_forward.clear()
+            self._from_forward.clear()
         self._forward = phase in ("forward", "loss")
         yield
         self._forward = False
 
     def note_gradients(self) -> None:
         """Call when gradients are complete, and before the optimizer drops them."""
-        self._name("gradients", [p.grad for p in _trained_by(self._optimizer) if p.grad is not None])
+        self._set_kind("gradients", [p.grad for p in _trained_by(self._optimizer) if p.grad is not None])
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -102,39 +102,39 @@ class MemoryLedger(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         of_fsdp = func.namespace == "fsdp"  # buffers for gathered weights are not activations
         for tensor in tree_leaves((result, args, kwargs) if of_fsdp else result):
-            if type(tensor) in _WITH_STORAGE and tensor.device.type != "meta":
-                number = self._number(tensor.untyped_storage(), None)
+            if type(tensor) in _TENSOR_TYPES and tensor.device.type != "meta":
+                number = self._storage_id(tensor.untyped_storage(), None)
                 if of_fsdp:
                     self._kinds.setdefault(number, "temporaries")
                 if self._forward:
-                    self._made_forward.add(number)
+                    self._from_forward.add(number)
         return result
 
-    def _name(self, kind: str, tensors: Iterable[Tensor]) -> None:
+    def _set_kind(self, kind: str, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            self._kinds[self._number(local.untyped_storage(), None)] = kind
+            self._kinds[self._storage_id(local.untyped_storage(), None)] = kind
 
-    def _number(self, storage: torch.UntypedStorage, nbytes: int | None) -> int:
-        """The storage's number, a new one where it is not known; it then counts from now on until it is freed."""
+    def _storage_id(self, storage: torch.UntypedStorage, nbytes: int | None) -> int:
+        """The storage's id; a new storage gets one, and counts from now on until it is freed."""
         address = storage._cdata
         if address not in self._live:
-            number, self._next = self._next, self._next + 1
+            number, self._next_id = self._next_id, self._next_id + 1
             self._live[address] = number
-            self._noted.append((number, storage.nbytes() if nbytes is None else nbytes))
+            self._changes.append((number, storage.nbytes() if nbytes is None else nbytes))
             weakref.finalize(storage, self._freed, address, number).atexit = False
         return self._live[address]
 
     def _freed(self, address: int, number: int) -> None:
         del self._live[address]
-        self._noted.append((number, None))
+        self._changes.append((number, None))
 
     def held(self) -> list[MemoryUse]:
-        """What was noted, replayed with the kinds that storages turned out to have."""
+        """The recorded changes, replayed with the kinds that storages turned out to have."""
         now, most, at_peak = (dict.fromkeys(MEMORY_KINDS, 0) for _ in range(3))
         sizes: dict[int, int] = {}
         peak = 0
-        for number, grown in self._noted:
+        for number, grown in self._changes:
             kind = self._kinds.get(number, "temporaries")
             if grown is None:
                 grown = -sizes[number]

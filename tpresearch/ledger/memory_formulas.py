@@ -24,7 +24,7 @@ from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.plan.compiler import Plan, fsdp_local_shape, tp_local_shape
 
 
-def expected_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu") -> dict[str, int | None]:
+def expected_memory(model: nn.Module, plan: Plan, cfg: Config, device: str = "cpu") -> dict[str, int | None]:
     """Bytes by kind of memory; None if no formula is known.
 
     Args:
@@ -51,14 +51,14 @@ def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:
 
 
 def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) -> int | None:
-    """Of one micro-batch, which is gone before the next begins."""
+    """Bytes of one micro-batch, which are freed before the next begins."""
     if plan.float8 or cfg.parallel.activation_checkpointing is Checkpointing.budget:
         return None
     tokens, element = micro_batch_size(cfg, plan.sizes) * cfg.data.seq_len, ELEMENT_BYTES[cfg.train.dtype]
     if isinstance(model, Llama2):
-        kept = _of_llama2(model, plan, cfg, element, device)
+        kept = _llama2_activation_bytes(model, plan, cfg, element, device)
     elif isinstance(model, ToyLM):
-        kept = _of_toy(model, plan, element)
+        kept = _toy_activation_bytes(model, plan, element)
     else:
         return None
     if kept is None:
@@ -78,7 +78,7 @@ def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) ->
 
 
 def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, element: int) -> int:
-    """Of the output layer's gradient, made with the loss, where it does not become the parameter's own as it is."""
+    """Bytes of the output layer's gradient, made with the loss, where it does not directly become the parameter's own."""
     weight = model.output.weight
     # Over replicas a unit of one parameter is summed where its gradient is, unless in another dtype.
     summed_there = "output" in plan.end_layers and (
@@ -97,8 +97,10 @@ def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, elemen
     return 2 * made if is_replaced else made
 
 
-def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str) -> float | None:
-    """Bytes per token, but for the logits: each block's, and the last norm's."""
+def _llama2_activation_bytes(
+    model: Llama2, plan: Plan, cfg: Config, element: int, device: str
+) -> float | None:
+    """Bytes per token of each block and the last norm, without the logits."""
     t = plan.sizes.tp if plan.rules else 1
     # Sequence parallelism splits what lies between matmuls.
     residual = 1 / t if plan.partial_grads(model) else 1.0
@@ -110,7 +112,7 @@ def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str
     attention, f = _attention_bytes(block, element, device), block.feed_forward.w1.out_features
     mode, compiled = cfg.parallel.activation_checkpointing, cfg.parallel.compile
     if t > 1 and (compiled or mode is Checkpointing.selective):
-        return None  # what collectives bring is kept too, by rules that the plan's words do not tell
+        return None  # results of collectives are kept too, by rules that cannot be read from the plan
     # A compiled block keeps what the min-cut partitioner chooses: what is fused is computed again.
     if mode is Checkpointing.full:
         each = h * element * residual
@@ -118,8 +120,8 @@ def _of_llama2(model: Llama2, plan: Plan, cfg: Config, element: int, device: str
         each = attention + ((2 if compiled else 3) * h + 2 * f) * element
     elif compiled:
         # The sines of each position are kept once for all rows.
-        turning = 4 * block.attention.head_dim / micro_batch_size(cfg, plan.sizes)
-        each = attention + (4 * h + 3 * f) * element + 2 * max(element, 4) + turning
+        rotary = 4 * block.attention.head_dim / micro_batch_size(cfg, plan.sizes)
+        each = attention + (4 * h + 3 * f) * element + 2 * max(element, 4) + rotary
     else:
         each = 2 * norm + (attention + 4 * f * element) / t
     return model.n_layers * each + norm
@@ -140,8 +142,8 @@ def _norm_bytes(h: int, element: int, device: str) -> int:
     return h * element + wide if device == "cuda" else 2 * h * wide + wide
 
 
-def _of_toy(model: ToyLM, plan: Plan, element: int) -> float:
-    """Bytes per token: what enters the three matmuls (ReLU keeps its output, which is the second's input)."""
+def _toy_activation_bytes(model: ToyLM, plan: Plan, element: int) -> float:
+    """Bytes per token: the inputs of the three matmuls (ReLU keeps its output, which is the second's input)."""
     t = plan.sizes.tp if plan.rules else 1
     hidden = model.mlp.in_proj.out_features / t
     return (model.embed.embedding_dim + hidden + model.output.in_features) * element

@@ -12,7 +12,7 @@ from tpresearch.config import Config
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.validate import micro_batches
-from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.planner.candidates import Candidate, Refused, families, micro_batch_rows
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.depth import RECORDED, Recording, recording
@@ -152,7 +152,7 @@ def _held_at_least(candidate: Candidate, known: Recording) -> int | ConfigError:
 
 def _held(cfg: Config, sizes: MeshSizes) -> int:
     model, plan = planned(cfg, sizes)
-    kinds = expected_bytes(model, plan, cfg)
+    kinds = expected_memory(model, plan, cfg)
     return sum(kinds[kind] or 0 for kind in ("parameters", "gradients", "optimizer"))
 
 

@@ -34,10 +34,10 @@ class DeviceMemory(MemoryLedger):
         self._phases = 0
 
     def leave_out(self, tensor: Tensor) -> None:
-        self._left_out.add(self._number(tensor.untyped_storage(), None))
+        self._left_out.add(self._storage_id(tensor.untyped_storage(), None))
 
     def keep(self, tensor: Tensor) -> None:
-        self._left_out.discard(self._number(tensor.untyped_storage(), None))
+        self._left_out.discard(self._storage_id(tensor.untyped_storage(), None))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -52,7 +52,7 @@ class DeviceMemory(MemoryLedger):
     def mark(self, moment: str) -> None:
         """A moment of the phase begins here, and lasts to the next; one without a name is between others."""
         named = f"{self._phases} {moment}" if moment else f"{BETWEEN} {len(self._marks) + 1}"
-        self._marks.append((len(self._noted), named))
+        self._marks.append((len(self._changes), named))
 
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:
@@ -69,10 +69,10 @@ class DeviceMemory(MemoryLedger):
         place = 0
         moments = [f"{BETWEEN} 0", *(moment for _, moment in self._marks)]
         for moment, end in zip(
-            moments, [*(start for start, _ in self._marks), len(self._noted)], strict=True
+            moments, [*(start for start, _ in self._marks), len(self._changes)], strict=True
         ):
             within: list[Change] = []
-            for number, grown in self._noted[place:end]:
+            for number, grown in self._changes[place:end]:
                 grown = -sizes[number] if grown is None else grown
                 sizes[number] = sizes.get(number, 0) + grown
                 kind = self._kinds.get(number, "temporaries")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
-from tpresearch.data.batches import IGNORED
+from tpresearch.data.batches import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def linear_cross_entropy(
     In bfloat16 the weight's gradient is rounded once per chunk, as matmuls into it are.
 
     Args:
-        hidden: [b, s, h], plain. weight: [V, h], plain or a DTensor sharded over V. targets: [b, s] int64, `IGNORED` where
+        hidden: [b, s, h], plain. weight: [V, h], plain or a DTensor sharded over V. targets: [b, s] int64, `IGNORE_INDEX` where
             there is none. chunk: tokens whose logits are there at once. compile: fuse what is done to the logits of a
             chunk, which are then read twice and written once, and never there in float32.
 
@@ -165,7 +165,7 @@ def _compiled_consume(
 
 def _places(targets: Tensor, width: int, shard: VocabularyShard | None) -> tuple[Tensor, Tensor, Tensor]:
     """Which targets count, [c]; which of them are columns here, [c]; and which columns, [c, 1]."""
-    valid, index = targets != IGNORED, targets - (shard.first if shard else 0)
+    valid, index = targets != IGNORE_INDEX, targets - (shard.first if shard else 0)
     here = valid & (index >= 0) & (index < width)
     return valid, here, index.clamp(0, width - 1)[:, None]
 

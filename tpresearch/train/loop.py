@@ -13,7 +13,7 @@ import torch
 from tpresearch.checkpoint.save import Saver
 from tpresearch.config.axes import DATA_AXES
 from tpresearch.config.choices import OnNonfinite
-from tpresearch.data.batches import IGNORED, Batch, Batches, eval_batches
+from tpresearch.data.batches import IGNORE_INDEX, Batch, Batches, eval_batches
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.parallel.apply import reshard
 from tpresearch.parallel.mesh import data_rank, sum_over
@@ -74,7 +74,7 @@ class Loop:
             for batch in eval_batches(self.corpus.held_out, count, *shares):
                 here = batch.to(device)
                 sums[0] += token_loss(model, here, lambda _: nullcontext())
-                sums[1] += (here.targets != IGNORED).sum()
+                sums[1] += (here.targets != IGNORE_INDEX).sum()
                 if stopped := self.stops():
                     break
         model.train()

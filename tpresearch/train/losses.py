@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from tpresearch.config.choices import Loss
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import tokens_per_step
-from tpresearch.data.batches import IGNORED, Batch
+from tpresearch.data.batches import IGNORE_INDEX, Batch
 from tpresearch.parallel.apply import run_as_forward, unshard
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.cross_entropy import linear_cross_entropy, whole_tokens
@@ -128,11 +128,11 @@ def token_loss_of(cfg: Config, plan: Plan, scale: float = 1.0) -> Objective:
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The loss summed over tokens, in nats and at least float32; sharded logits send 3 all-reduces of b*s numbers.
 
-    logits: [b, s, V], plain or a DTensor sharded over V. targets: [b, s] int64, `IGNORED` where there is none.
+    logits: [b, s, V], plain or a DTensor sharded over V. targets: [b, s] int64, `IGNORE_INDEX` where there is none.
     Returns: a plain scalar, the same on every tp rank.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return loss.to_local() if isinstance(loss, DTensor) else loss
 
 

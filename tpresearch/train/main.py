@@ -25,7 +25,7 @@ from tpresearch.launch import Run
 from tpresearch.launch.stop import StopFlag, Stopped, fault_of_another_rank
 from tpresearch.ledger.entries import Expected
 from tpresearch.ledger.formulas import expected_entries
-from tpresearch.ledger.memory_formulas import expected_bytes
+from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.parallel.device import Device, notes_on
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
@@ -127,7 +127,7 @@ def observers_of(
     """The observers of every run. Created before the model is sharded: formulas apply to the plain model."""
     cfg, plan = job.cfg, job.plan
     expected = Expected(
-        expected_entries(job.model, plan, cfg), expected_bytes(job.model, plan, cfg, device.type)
+        expected_entries(job.model, plan, cfg), expected_memory(job.model, plan, cfg, device.type)
     )
     report = tracker.count if tracker else None
     counted = CountedStep(mesh, expected, total_steps(cfg) - 1, cfg.parallel.compile, report)
@@ -155,7 +155,7 @@ def tracking(
     if run.world.rank != 0 or job.device is None:
         return nullcontext()
     if isinstance(corpus, PackedCorpus):
-        corpus.keep_tokenizer(job.cfg.tokenizer, run.folder)
+        corpus.save_tokenizer(job.cfg.tokenizer, run.folder)
     facts = RunFacts(
         run.world.size,
         job.sizes.nontrivial(),

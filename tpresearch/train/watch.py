@@ -161,7 +161,7 @@ class CountedStep(Observer):
             yield
         self._sent = self._held = None
         use, peak = (held.held(), held.allocator_peak_bytes) if held else ([], None)
-        expected = self._expected if self._all_used else self._expected.of_unused()
+        expected = self._expected if self._all_used else self._expected.for_unused_parameters()
         self.counted = StepLedger(entries_of(sent.events), use, peak, expected)
         if self._report:
             self._report(self.counted)

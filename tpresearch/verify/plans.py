@@ -21,7 +21,7 @@ from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.data.check import check_data
 from tpresearch.data.pipeline import prepare
-from tpresearch.data.rows import AnyCorpus, Synthetic
+from tpresearch.data.rows import AnyCorpus, SyntheticCorpus
 from tpresearch.launch.composition import typed_config
 from tpresearch.train.preflight import planned
 from tpresearch.verify.integers import Exact, exactness, worst_of
@@ -180,7 +180,7 @@ def trace_of(world: World, cfg: Config, corpus: AnyCorpus) -> Trace | None:
 
 
 def _few_rows(corpus: AnyCorpus) -> AnyCorpus:
-    if isinstance(corpus, Synthetic):
+    if isinstance(corpus, SyntheticCorpus):
         return corpus
     return dataclasses.replace(
         corpus, train=corpus.train[:ROWS].copy(), held_out=corpus.held_out[:ROWS].copy()
