@@ -15,6 +15,7 @@ CHECKPOINTING = {
     **dict.fromkeys(("1", "yes", "true", "on"), "full"),
     "op": "selective_op",
     "layer": "selective_layer",
+    "selective_attention": "none",  # whose backward computes it again anyway
 }
 CHECKPOINTED = {
     ("fms-fsdp", "A100", "llama2-13b", True): 0.39,
