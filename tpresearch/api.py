@@ -263,9 +263,9 @@ def metrics(*paths: str | PathLike[str]) -> pd.DataFrame:
 
 
 def _found(paths: tuple[str | PathLike[str], ...]) -> list[Run]:
-    from tpresearch.compare.runs import find
+    from tpresearch.compare.runs import find_runs
 
-    found = find([fspath(path) for path in paths or ("outputs",)])
+    found = find_runs([fspath(path) for path in paths or ("outputs",)])
     for sentence in found.left_out:
         log.warning("left out: %s", sentence)
     return found.runs

@@ -16,8 +16,8 @@ from tpresearch.checkpoint.resume import run_of
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import WrongCommand, python_command
 from tpresearch.launch.options import command, words_and_options
-from tpresearch.track.shown import UNDEFINED, bytes_text, count_text, loss_text, path_text
 from tpresearch.track.table import Cell, Table
+from tpresearch.track.text import UNDEFINED, bytes_text, count_text, loss_text, path_text
 
 
 @dataclass

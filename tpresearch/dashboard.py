@@ -18,7 +18,7 @@ from tpresearch.config.network import is_reachable
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import WrongCommand
 from tpresearch.launch.options import command, read_options
-from tpresearch.track.shown import path_text
+from tpresearch.track.text import path_text
 from tpresearch.track.wandb_host import has_key
 from tpresearch.track.wandb_run import set_up
 

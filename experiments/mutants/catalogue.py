@@ -23,7 +23,7 @@ from torch.distributed.tensor import Shard
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.data.rows import PackedCorpus
-from tpresearch.verify.trace import Trace, trace
+from tpresearch.verify.trace import RunTrace, trace_run
 
 BOTH = ("toy_mlp", "llama2_debug")
 
@@ -93,12 +93,12 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def run(world: World, name: str, cfg: Config, corpus: PackedCorpus, steps: int) -> Trace | str | None:
+def run(world: World, name: str, cfg: Config, corpus: PackedCorpus, steps: int) -> RunTrace | str | None:
     """The trace of a mutant, or why it did not run; returned by rank 0 alone."""
     mutant = next(mutant for mutant in MUTANTS if mutant.name == name)
     try:
         with mutant.patches():
-            found: Trace | str = trace(cfg, corpus, world, steps)
+            found: RunTrace | str = trace_run(cfg, corpus, world, steps)
     except (
         ConfigError,
         RuntimeError,

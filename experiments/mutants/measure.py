@@ -28,7 +28,7 @@ from tpresearch.config.schema import Dtype  # noqa: E402
 from tpresearch.data.rows import PackedCorpus  # noqa: E402
 from tpresearch.verify.ranks import Ranks  # noqa: E402
 from tpresearch.verify.reference import reference  # noqa: E402
-from tpresearch.verify.trace import Trace, compare, tolerance  # noqa: E402
+from tpresearch.verify.trace import RunTrace, compare, tolerance  # noqa: E402
 
 STEPS = 12
 SETTINGS = (
@@ -70,18 +70,18 @@ def easy() -> PackedCorpus:
     return dataclasses.replace(random, train=rows(*random.train.shape), held_out=rows(*random.held_out.shape))
 
 
-def descent(trace: Trace) -> float:
+def descent(trace: RunTrace) -> float:
     return trace.steps[0].loss - trace.steps[-1].loss
 
 
-def row_of(mutant: Mutant, model: str, ranks: Ranks, right: Trace) -> dict[str, object]:
+def row_of(mutant: Mutant, model: str, ranks: Ranks, right: RunTrace) -> dict[str, object]:
     """One run under AdamW, as most are trained: the first quantity that is out, and how far the loss strays."""
     cfg = in_two_parts(config(f"model={model}", f"parallel={mutant.plan}", *SETTINGS), mutant.ranks)
     found = ranks.run(mutant.ranks, run, mutant.name, cfg, easy(), STEPS)[0]
     where = {"model": model, "fault": mutant.name, "plan": mutant.plan, "ranks": mutant.ranks}
     if isinstance(found, str):
         return where | {"quantity_out": f"did not run: {found}", "a_loss_curve_shows_it": True}
-    assert isinstance(found, Trace)
+    assert isinstance(found, RunTrace)
     worst = compare(found, right)
     out = {q: w for q, w in worst.items() if not w.error <= tolerance(q, Dtype.float64)}
     strays = max(abs(a.loss - b.loss) for a, b in zip(found.steps, right.steps, strict=True)) / descent(right)

@@ -33,9 +33,9 @@ from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.track.record import read_metrics, read_summary
-from tpresearch.track.shown import bytes_text
+from tpresearch.track.text import bytes_text
 from tpresearch.train.preflight import planned
-from tpresearch.verify.plans import trace_of
+from tpresearch.verify.plans import trace_on_rank_0
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
 from tpresearch.verify.trace import MaxError, compare, tolerance
@@ -129,7 +129,7 @@ def verified(case: Case, ranks: Ranks) -> dict[str, MaxError]:
     cfg = composed("verify", [*words, f"parallel={plan}"])
     corpus = prepare(cfg.data, cfg.tokenizer)
     right = reference(cfg, corpus, cfg.verify.steps)
-    return compare(ranks.run(4, trace_of, cfg, corpus)[0], right)
+    return compare(ranks.run(4, trace_on_rank_0, cfg, corpus)[0], right)
 
 
 def sent_by_the_script(case: Case) -> int:

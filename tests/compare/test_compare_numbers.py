@@ -11,33 +11,33 @@ import pytest
 from rich.console import Console
 from support.made_runs import TOKENS_PER_STEP, Made, entry, falling, groups_of
 
-from tpresearch.compare.charts import spec_of
-from tpresearch.compare.groups import Group, Science, one_by_one, over_seeds, sciences_of
-from tpresearch.compare.look import Look
-from tpresearch.compare.numbers import (
+from tpresearch.compare.charts import chart_spec
+from tpresearch.compare.groups import Comparison, Group, comparisons_of, group_each_run, group_over_seeds
+from tpresearch.compare.panel_data import (
     MAX_DOTS,
-    Numbers,
+    PanelData,
     bars,
     curves,
     differences,
     ledger,
     max_differences,
-    numbers,
+    panel_data,
     pareto,
     parts,
     pooled_differences,
 )
 from tpresearch.compare.report import DIFFERENCES, ROUNDING, RUNS, SEEDS, Report, tables
-from tpresearch.compare.runs import find
+from tpresearch.compare.runs import find_runs
+from tpresearch.compare.style import ChartStyle
 from tpresearch.track.panels import SECTIONS
-from tpresearch.track.table import Table, comparable
+from tpresearch.track.table import Table, with_comparable_memory
 
 PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
 LOSS = "train/loss"
 LEGEND = "One dot per logged step; the line is the running maximum."
 
 
-def rows(found: Numbers, *columns: str) -> list[tuple[Any, ...]]:
+def rows(found: PanelData, *columns: str) -> list[tuple[Any, ...]]:
     """These columns of the points; tokens in steps."""
     points = (
         found.points.assign(steps=found.points["tokens"] // TOKENS_PER_STEP)
@@ -48,7 +48,7 @@ def rows(found: Numbers, *columns: str) -> list[tuple[Any, ...]]:
 
 
 def tables_of(groups: list[Group], baseline: Group) -> dict[str, Table]:
-    return tables([group.first for group in groups], groups, [Science(groups, baseline)])
+    return tables([group.first for group in groups], groups, [Comparison(groups, baseline)])
 
 
 def column(table: Table, name: str) -> list[str]:
@@ -70,7 +70,7 @@ def test_curves_are_over_tokens(tmp_path: Path) -> None:
 
 def test_the_difference_is_taken_at_the_same_tokens(tmp_path: Path) -> None:
     groups = groups_of(tmp_path, Made(steps=4), Made("tp", {"tp": 2}, steps=6, loss=nudged))
-    found = differences([Science(groups, groups[0])], LOSS)
+    found = differences([Comparison(groups, groups[0])], LOSS)
     floor = 0.0625 / 3
     assert rows(found, "run", "steps", "value", "so_far", "exact") == [
         ("tp", 1, 0.0625, 0.0625, "6.25e-02"),
@@ -82,23 +82,23 @@ def test_the_difference_is_taken_at_the_same_tokens(tmp_path: Path) -> None:
         LEGEND,
         "Dots at the bottom are differences of exactly 0, which a log axis cannot show.",
     ]
-    assert max_differences([Science(groups, groups[0])]) == {groups[1].first.folder: 0.5}
+    assert max_differences([Comparison(groups, groups[0])]) == {groups[1].first.folder: 0.5}
 
 
 def test_runs_that_log_at_other_steps_meet_where_both_have_a_row(tmp_path: Path) -> None:
     every_third = Made("tp", {"tp": 2}, log_every=3, loss=lambda step: falling(step) + step)
     never = Made("fsdp", {"dp_shard": 2}, log_every=13, steps=13)
     groups = groups_of(tmp_path, Made(log_every=2), every_third, never)
-    found = differences([Science(groups, groups[0])], LOSS)
+    found = differences([Comparison(groups, groups[0])], LOSS)
     assert rows(found, "run", "steps", "value") == [("tp", 6, 6), ("tp", 12, 12)]
     assert found.notes == [LEGEND, "fsdp has no rows at the tokens of none."]
 
 
 def test_no_difference_at_all_is_said_and_not_drawn(tmp_path: Path) -> None:
     groups = groups_of(tmp_path, Made(), Made("tp", {"tp": 2}))
-    found = differences([Science(groups, groups[0])], LOSS)
+    found = differences([Comparison(groups, groups[0])], LOSS)
     assert (len(found.points), found.notes) == (0, ["Every loss equals the baseline's in all digits."])
-    assert differences([Science(groups[:1], groups[0])], LOSS).points.empty
+    assert differences([Comparison(groups[:1], groups[0])], LOSS).points.empty
 
 
 def test_of_many_rows_the_greatest_difference_is_drawn(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_of_many_rows_the_greatest_difference_is_drawn(tmp_path: Path) -> None:
         "tp", {"tp": 2}, steps=steps, loss=lambda step: falling(step) + (0.5 if step == 303 else 0.125)
     )
     groups = groups_of(tmp_path, Made(steps=steps), off)
-    found = differences([Science(groups, groups[0])], LOSS)
+    found = differences([Comparison(groups, groups[0])], LOSS)
     assert len(found.points) == 167
     assert [steps for steps, value in rows(found, "steps", "value") if value == 0.5] == [303]
     assert found.notes == [LEGEND, "The maximum of every 3 of 501 rows is drawn."]
@@ -128,7 +128,7 @@ def test_over_seeds_mean_and_standard_deviation(tmp_path: Path) -> None:
                 return 4.0 + seed + off
 
             Made(plan, mesh, seed, steps=6, loss=loss, speed=100.0 + seed).write(tmp_path / f"{plan}{seed}")
-    one, two = over_seeds(find([str(tmp_path)]).runs)
+    one, two = group_over_seeds(find_runs([str(tmp_path)]).runs)
     assert (one.label, two.label, len(one.runs), len(two.runs)) == ("none", "tp", 3, 3)
     found = curves([one], LOSS)
     assert found.notes == ["The band is one standard deviation over seeds."]
@@ -136,10 +136,10 @@ def test_over_seeds_mean_and_standard_deviation(tmp_path: Path) -> None:
     speed = bars([one], "perf/tokens_per_second_per_device")
     assert rows(speed, "run", "value", "low", "high") == [("none", 101.0, 100.0, 102.0)]
     # each seed is compared with the baseline's run from the same seed, so that seeds do not show
-    found = differences([Science([one, two], one)], LOSS)
+    found = differences([Comparison([one, two], one)], LOSS)
     assert [value for (value,) in rows(found, "value")] == pytest.approx([0.25 / 3] * 6)
-    assert list(max_differences([Science([one, two], one)]).values()) == [0, 0, 0.25]
-    seeds = tables([*one.runs, *two.runs], [one, two], sciences_of([one, two]))[SEEDS]
+    assert list(max_differences([Comparison([one, two], one)]).values()) == [0, 0, 0.25]
+    seeds = tables([*one.runs, *two.runs], [one, two], comparisons_of([one, two]))[SEEDS]
     assert (column(seeds, "runs"), column(seeds, "seeds")) == (["none", "tp"], ["3", "3"])
     assert column(seeds, "tok/s/device") == ["101 ± 1", "101 ± 1"]
 
@@ -164,7 +164,7 @@ def test_parts_of_a_step_and_of_memory(tmp_path: Path) -> None:
     groups = groups_of(tmp_path, Made("fsdp_tp", {"dp_shard": 2, "tp": 2}, sent=sent))
 
     def shown(name: str) -> dict[str, float]:
-        return dict(rows(numbers(PANELS[name], groups, []), "part", "value"))
+        return dict(rows(panel_data(PANELS[name], groups, []), "part", "value"))
 
     assert shown("step_time") == pytest.approx(
         {"data": 0.1, "forward": 0.2, "loss": 0.3, "backward": 0.4, "clip": 0.5, "optimizer": 0.6}
@@ -181,24 +181,24 @@ def test_on_a_cpu_the_memory_is_that_of_tensors(tmp_path: Path) -> None:
     table = tables_of(groups, groups[0])[RUNS]
     assert column(table, "peak memory") == ["8.0 MiB", "1.0 GiB"]
     uncounted = groups[0].first.summary | {"memory/at_peak_bytes": None, "memory/peak_bytes": 2**30}
-    assert comparable(uncounted)["memory/peak_bytes"] is None
-    assert comparable({"status": "failed"}) == {"status": "failed"}
+    assert with_comparable_memory(uncounted)["memory/peak_bytes"] is None
+    assert with_comparable_memory({"status": "failed"}) == {"status": "failed"}
 
 
 def test_at_the_end_of_a_steps_phases_stands_what_the_step_took(tmp_path: Path) -> None:
     groups = groups_of(tmp_path, Made(speed=3072.0), Made("tp", {"tp": 2}, speed=768.0))
 
-    def ends(name: str, found: Numbers) -> list[dict[str, Any]]:
+    def ends(name: str, found: PanelData) -> list[dict[str, Any]]:
         """The rows of the chart's text marks."""
-        spec = spec_of(PANELS[name], found.points, Look(["none", "tp"], ["none"]))
+        spec = chart_spec(PANELS[name], found.points, ChartStyle(["none", "tp"], ["none"]))
         return spec["datasets"][spec["layer"][-1]["data"]["name"]]
 
-    phases = numbers(PANELS["step_time"], groups, [])
+    phases = panel_data(PANELS["step_time"], groups, [])
     assert set(rows(phases, "run", "whole")) == {("none", 1.0), ("tp", 2.0)}
     assert phases.notes == ["The figure at the end is the median step time, not the sum of the phases."]
     shown = [(end["run"], end["text"], end["value"]) for end in ends("step_time", phases)]
     assert shown == [("none", "1 s per step", pytest.approx(2.1)), ("tp", "2 s per step", pytest.approx(2.1))]
-    memory = numbers(PANELS["memory_by_kind"], groups, [])
+    memory = panel_data(PANELS["memory_by_kind"], groups, [])
     assert [end["text"] for end in ends("memory_by_kind", memory)] == ["8.0 MiB", "8.0 MiB"]
 
 
@@ -261,12 +261,12 @@ def test_among_equal_figures_none_is_best(tmp_path: Path) -> None:
 def test_the_baseline_is_the_run_with_no_plan_or_the_one_that_is_asked_for(tmp_path: Path) -> None:
     alone = Made("fsdp", {"dp_shard": 1})
     groups = groups_of(tmp_path, Made("tp", {"tp": 4}), Made("tp", {"tp": 2}), alone, Made())
-    assert sciences_of(groups)[0].baseline.label == "none · 1 rank"
-    assert sciences_of(groups[:2])[0].baseline.label == "tp · 2 ranks"
-    assert sciences_of(groups, "none")[0].baseline is groups[3]
-    assert sciences_of(groups, "tp · 4 ranks")[0].baseline is groups[0]
-    assert sciences_of(groups, str(tmp_path / "1"))[0].baseline is groups[1]
-    assert sciences_of(groups, "0")[0].baseline is groups[0]
+    assert comparisons_of(groups)[0].baseline.label == "none · 1 rank"
+    assert comparisons_of(groups[:2])[0].baseline.label == "tp · 2 ranks"
+    assert comparisons_of(groups, "none")[0].baseline is groups[3]
+    assert comparisons_of(groups, "tp · 4 ranks")[0].baseline is groups[0]
+    assert comparisons_of(groups, str(tmp_path / "1"))[0].baseline is groups[1]
+    assert comparisons_of(groups, "0")[0].baseline is groups[0]
 
 
 def test_runs_of_several_devices_say_so_whatever_they_are_called(tmp_path: Path) -> None:
@@ -289,31 +289,31 @@ def test_a_run_from_a_seed_that_the_baseline_lacks_is_compared_with_none_of_its_
 
             run = Made("tp" if plan == "sp" else plan, mesh, seed, steps=3, loss=loss)
             run.write(tmp_path / f"{plan}{seed}")
-    runs = find([str(tmp_path)]).runs
-    one, four, two = over_seeds(runs)
+    runs = find_runs([str(tmp_path)]).runs
+    one, four, two = group_over_seeds(runs)
     assert ([len(each.runs) for each in (one, two, four)], two.label) == ([2, 3, 1], "tp · 2 ranks")
-    found = differences([Science([one, four, two], one)], LOSS)
+    found = differences([Comparison([one, four, two], one)], LOSS)
     assert set(rows(found, "run", "value")) == {("tp · 2 ranks", 0.25)}
     left_out = [
         "The difference of tp · 4 ranks leaves out train.seed=4, which the baseline has no run of.",
         "The difference of tp · 2 ranks leaves out train.seed=2, 3, which the baseline has no run of.",
     ]
     assert found.notes == [LEGEND, *left_out]
-    assert max_differences([Science([one, four, two], one)]) == {two.first.folder: 0.25}
-    report = Report(runs, [one, four, two], [Science([one, four, two], one)], [], [])
+    assert max_differences([Comparison([one, four, two], one)]) == {two.first.folder: 0.25}
+    report = Report(runs, [one, four, two], [Comparison([one, four, two], one)], [], [])
     out = io.StringIO()
     report.print(Console(file=out, width=250), tmp_path)
     for line in left_out:
         assert line in out.getvalue()
         assert line in report.markdown()
-    alone = differences([Science([one, four], one)], LOSS)
+    alone = differences([Comparison([one, four], one)], LOSS)
     assert (len(alone.points), alone.notes) == (
         0,
         ["No run has rows at the baseline's token counts.", left_out[0]],
     )
     # for single runs, overlaid though seeds differ, the difference is what was asked for
-    apart = one_by_one(runs)
-    assert max_differences([Science(apart, apart[0])])[two.runs[1].folder] == 2.25
+    apart = group_each_run(runs)
+    assert max_differences([Comparison(apart, apart[0])])[two.runs[1].folder] == 2.25
 
 
 def test_in_a_sweep_of_plans_and_learning_rates_each_is_compared_with_its_own(tmp_path: Path) -> None:
@@ -327,20 +327,20 @@ def test_in_a_sweep_of_plans_and_learning_rates_each_is_compared_with_its_own(tm
             made.append(Made(lr=lr, seed=seed, steps=4, loss=off))
             made.append(Made("tp", {"tp": 2}, lr=lr, seed=seed, steps=4, loss=partial(off, by=lr / 64)))
     groups = groups_of(tmp_path, *made)
-    sciences = sciences_of(groups)
-    assert [science.baseline for science in sciences] == groups[::2]
-    assert [science.others for science in sciences] == [[tp] for tp in groups[1::2]]
-    most = max_differences(sciences)
+    comparisons = comparisons_of(groups)
+    assert [comparison.baseline for comparison in comparisons] == groups[::2]
+    assert [comparison.others for comparison in comparisons] == [[tp] for tp in groups[1::2]]
+    most = max_differences(comparisons)
     expected = [made[i].lr / 16 for i in (1, 3, 5, 7)]
     assert list(most.values()) == pytest.approx(expected, rel=1e-9)
-    (pooled,) = pooled_differences(sciences).to_dict("records")
+    (pooled,) = pooled_differences(comparisons).to_dict("records")
     squares = [(run.lr / 64 * step) ** 2 for run in made[1::2] for step in range(1, 5)]
     wanted = {"plan": "tp", "ranks": 2, "runs": 4, "most": 2e-3 / 16, "rms": (sum(squares) / 16) ** 0.5}
     assert pooled.pop("plan") == wanted.pop("plan")
     assert pooled == pytest.approx(wanted, rel=1e-9)
-    drawn = differences(sciences, LOSS)
+    drawn = differences(comparisons, LOSS)
     assert set(drawn.points["run"]) == {tp.label for tp in groups[1::2]}
-    shown = tables([group.first for group in groups], groups, sciences)
+    shown = tables([group.first for group in groups], groups, comparisons)
     assert column(shown[RUNS], "max |loss difference|")[:2] == [
         "baseline",
         f"{most[groups[1].first.folder]:.1e}",
@@ -348,19 +348,22 @@ def test_in_a_sweep_of_plans_and_learning_rates_each_is_compared_with_its_own(tm
     assert [[cell.text for cell in row] for row in shown[ROUNDING].rows] == [
         ["tp", "2", "4", f"{max(most.values()):.1e}", f"{pooled['rms']:.1e}"]
     ]
-    means = sciences_of(over_seeds([group.first for group in groups]))
-    assert [(len(science.groups), len(science.baseline.runs)) for science in means] == [(2, 2), (2, 2)]
+    means = comparisons_of(group_over_seeds([group.first for group in groups]))
+    assert [(len(comparison.groups), len(comparison.baseline.runs)) for comparison in means] == [
+        (2, 2),
+        (2, 2),
+    ]
     assert max_differences(means) == pytest.approx(most)
-    asked = sciences_of(groups, groups[0].label)
-    assert [science.baseline for science in asked] == groups[:1]
+    asked = comparisons_of(groups, groups[0].label)
+    assert [comparison.baseline for comparison in asked] == groups[:1]
     assert max_differences(asked)[groups[4].first.folder] == pytest.approx(1.0)
 
 
 def test_a_learning_rate_alone_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
     groups = groups_of(tmp_path, Made(), Made(lr=1e-3), Made(lr=2e-3))
-    sciences = sciences_of(groups)
-    assert differences(sciences, LOSS).notes == ["Each run is an experiment of its own."]
-    shown = tables([group.first for group in groups], groups, sciences)
+    comparisons = comparisons_of(groups)
+    assert differences(comparisons, LOSS).notes == ["Each run is an experiment of its own."]
+    shown = tables([group.first for group in groups], groups, comparisons)
     assert "max |loss difference|" not in shown[RUNS].header
     assert ROUNDING not in shown
 
@@ -369,19 +372,19 @@ def test_another_dtype_or_a_mistake_is_seen_beside_the_same_science(tmp_path: Pa
     groups = groups_of(tmp_path, Made(), Made("tp", {"tp": 2}), Made("fsdp", {"dp_shard": 2}))
     groups[1].first.config["train"]["dtype"] = "bfloat16"
     groups[2].first.config["defects"]["keep_gradients"] = True
-    assert [len(science.groups) for science in sciences_of(groups)] == [3]
+    assert [len(comparison.groups) for comparison in comparisons_of(groups)] == [3]
 
 
 def test_a_run_that_failed_before_any_row_is_named_and_is_no_baseline(tmp_path: Path) -> None:
     early = Made(steps=0, error=ValueError("boom"))
     groups = groups_of(tmp_path, early, Made("tp", {"tp": 2}), Made("fsdp", {"dp_shard": 2}, loss=nudged))
     assert [group.label for group in groups] == ["none (failed)", "tp", "fsdp"]
-    baseline = sciences_of(groups)[0].baseline
+    baseline = comparisons_of(groups)[0].baseline
     assert baseline is groups[1]
     assert curves(groups, LOSS).notes == ["Ended before the first row: none (failed)."]
     assert set(rows(curves(groups, LOSS), "run")) == {("tp",), ("fsdp",)}
     assert column(tables_of(groups, baseline)[RUNS], "max |loss difference|") == ["–", "baseline", "5.0e-01"]
-    assert differences([Science(groups, groups[0])], LOSS).notes == [
+    assert differences([Comparison(groups, groups[0])], LOSS).notes == [
         "none (failed) has no rows to compare with."
     ]
-    assert sciences_of(groups[:1])[0].baseline is groups[0]
+    assert comparisons_of(groups[:1])[0].baseline is groups[0]

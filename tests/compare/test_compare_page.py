@@ -17,9 +17,9 @@ from PIL import Image
 from rich.console import Console
 from support.made_runs import Made, entry, falling
 
-from tpresearch.compare.groups import one_by_one, sciences_of
+from tpresearch.compare.groups import comparisons_of, group_each_run
 from tpresearch.compare.report import Report
-from tpresearch.compare.runs import find
+from tpresearch.compare.runs import find_runs
 from tpresearch.config.errors import ConfigError
 from tpresearch.track.panels import SECTIONS
 
@@ -82,11 +82,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = yaml.safe_load((folder / "sweep" / "0" / "config.yaml").read_text())
     config["model"] |= {HOSTILE_KEY: r"a\|b `c` ![x](http://beacon)"}
     (folder / "sweep" / "0" / "config.yaml").write_text(yaml.safe_dump(config))
-    found = find([str(folder / "sweep")])
-    groups = one_by_one(found.runs)
+    found = find_runs([str(folder / "sweep")])
+    groups = group_each_run(found.runs)
     left_out = [f"{folder}/sweep/9: <script>alert(6)</script>\x1b]0;title\x07"]
-    sciences = sciences_of(groups)
-    report = Report(found.runs, groups, sciences, ["corpus_hash differs: <u>\x9b2J"], left_out)
+    comparisons = comparisons_of(groups)
+    report = Report(found.runs, groups, comparisons, ["corpus_hash differs: <u>\x9b2J"], left_out)
     report.write(folder, ["sweep", "<s>"])
     with (folder / "terminal.txt").open("w") as file:
         report.print(Console(file=file, width=250), folder)
@@ -134,7 +134,7 @@ def test_it_draws_with_no_error_and_asks_for_nothing_but_itself(seen: Seen, made
 def test_each_panel_has_its_marks(seen: Seen, name: str) -> None:
     figure = seen.page.locator(f"figure#{name}")
     assert figure.locator("h3").inner_text() == PANELS[name].title
-    assert figure.locator("p").inner_text().startswith(PANELS[name].reads)
+    assert figure.locator("p").inner_text().startswith(PANELS[name].description)
     kind = {"curve": "line", "difference": "line", "pareto": "symbol", "scaling": "symbol"}.get(
         PANELS[name].kind, "rect"
     )
@@ -258,9 +258,9 @@ def test_each_png_is_a_picture(made: Path, name: str) -> None:
 
 def test_no_link_leads_out_of_the_folder(tmp_path: Path) -> None:
     Made(steps=2).write(tmp_path / "run")
-    runs = find([str(tmp_path / "run")]).runs
-    groups = one_by_one(runs)
-    report = Report(runs, groups, sciences_of(groups), [], [])
+    runs = find_runs([str(tmp_path / "run")]).runs
+    groups = group_each_run(runs)
+    report = Report(runs, groups, comparisons_of(groups), [], [])
     for folder in ("elsewhere", "out", "other"):
         (tmp_path / folder).mkdir()
     for name in ("loss.png", "mfu.png", "mine.md"):
@@ -279,12 +279,12 @@ def test_no_link_leads_out_of_the_folder(tmp_path: Path) -> None:
 
 def test_a_panel_without_data_is_said_and_its_old_png_goes(tmp_path: Path) -> None:
     Made(steps=2).write(tmp_path / "run")
-    runs = find([str(tmp_path / "run")]).runs
-    groups = one_by_one(runs)
+    runs = find_runs([str(tmp_path / "run")]).runs
+    groups = group_each_run(runs)
     old = tmp_path / "compare" / "mfu.png"
     old.parent.mkdir()
     old.write_bytes(b"old")
-    Report(runs, groups, sciences_of(groups), [], []).write(tmp_path, [])
+    Report(runs, groups, comparisons_of(groups), [], []).write(tmp_path, [])
     assert not old.exists()
     html = (tmp_path / "compare.html").read_text()
     missing = dict(re.findall(r'<p class="quiet missing"><b>(.*?)</b> is left out\. (.*?)</p>', html))

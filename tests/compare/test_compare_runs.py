@@ -13,8 +13,14 @@ from support.made_runs import Made
 
 from tpresearch import checkpoints
 from tpresearch.compare.__main__ import Options, Overlay, Seeds, main
-from tpresearch.compare.groups import check_comparable, labels, one_by_one, over_seeds, sciences_of
-from tpresearch.compare.runs import find
+from tpresearch.compare.groups import (
+    check_comparable,
+    comparisons_of,
+    group_each_run,
+    group_over_seeds,
+    labels,
+)
+from tpresearch.compare.runs import find_runs
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER
 from tpresearch.launch.options import words_and_options
@@ -23,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def named(*words: str) -> list[str]:
-    runs = find(list(words)).runs
+    runs = find_runs(list(words)).runs
     return labels(runs)
 
 
@@ -32,14 +38,14 @@ def test_a_record_of_an_earlier_version_has_the_defaults_of_what_it_lacks(tmp_pa
     config = yaml.safe_load((old / "config.yaml").read_text())
     del config["init_from"], config["defects"], config["optimizer"]["decay_vectors"]
     (old / "config.yaml").write_text(yaml.safe_dump(config))
-    runs = find([str(new), str(old)]).runs
-    assert [len(science.groups) for science in sciences_of(one_by_one(runs))] == [2]
+    runs = find_runs([str(new), str(old)]).runs
+    assert [len(comparison.groups) for comparison in comparisons_of(group_each_run(runs))] == [2]
     assert runs[1].config["optimizer"]["decay_vectors"] is False
 
 
 def test_the_runs_kept_in_experiments_are_one_science() -> None:
-    runs = find([str(ROOT / "experiments/plans/runs")]).runs
-    assert [len(science.groups) for science in sciences_of(one_by_one(runs))] == [8]
+    runs = find_runs([str(ROOT / "experiments/plans/runs")]).runs
+    assert [len(comparison.groups) for comparison in comparisons_of(group_each_run(runs))] == [8]
 
 
 @pytest.fixture
@@ -51,14 +57,14 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_runs_sweeps_and_globs(sweep: Path) -> None:
-    found = find([str(sweep)])
+    found = find_runs([str(sweep)])
     assert [run.folder.name for run in found.runs] == [str(number) for number in range(11)]
     assert found.sweep == sweep
-    some = find([str(sweep / "3"), str(sweep / "1*"), str(sweep / "3")])
+    some = find_runs([str(sweep / "3"), str(sweep / "1*"), str(sweep / "3")])
     assert [run.folder.name for run in some.runs] == ["3", "1", "10"]
     assert some.sweep is None
-    assert find([str(sweep / "3")]).sweep is None
-    assert len(find([str(sweep.parent / "**")]).runs) == 11
+    assert find_runs([str(sweep / "3")]).sweep is None
+    assert len(find_runs([str(sweep.parent / "**")]).runs) == 11
 
 
 def test_runs_behind_links_are_found_once(sweep: Path) -> None:
@@ -72,18 +78,18 @@ def test_runs_behind_links_are_found_once(sweep: Path) -> None:
         "e": sweep.parent,
     }.items():
         (links / name).symlink_to(to)
-    found = find([str(links)]).runs
+    found = find_runs([str(links)]).runs
     assert [run.folder.resolve() for run in found] == [
         sweep / name for name in ("3", "0", "1", "2", *map(str, range(4, 11)))
     ]
-    assert [run.folder.name for run in find([str(links / "a"), str(links / "b")]).runs] == ["a"]
+    assert [run.folder.name for run in find_runs([str(links / "a"), str(links / "b")]).runs] == ["a"]
 
 
 def test_what_a_sweep_has_set_aside_is_found_by_its_name_alone(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found(*words: str | Path) -> list[str]:
-        return [run.folder.name for run in find([str(word) for word in words]).runs]
+        return [run.folder.name for run in find_runs([str(word) for word in words]).runs]
 
     for nth in (1, 2):  # twice started anew, as a sweep does
         (sweep / "3").rename(sweep / f"3{EARLIER}{nth}")
@@ -99,7 +105,7 @@ def test_what_a_sweep_has_set_aside_is_found_by_its_name_alone(
     assert found("3*") == ["3"]
     (sweep / "3").rename(sweep / "gone")
     with pytest.raises(ConfigError, match="no run in it"):
-        find(["3*"])
+        find_runs(["3*"])
 
 
 def test_names_are_what_tells_runs_apart(tmp_path: Path) -> None:
@@ -121,12 +127,12 @@ def test_names_are_what_tells_runs_apart(tmp_path: Path) -> None:
 def test_the_device_is_the_one_that_was_computed_on(tmp_path: Path) -> None:
     Made(steps=2).write(tmp_path / "a")
     Made("tp", {"tp": 2}, device="NVIDIA H200", steps=2).write(tmp_path / "b")
-    first, second = find([str(tmp_path)]).runs
+    first, second = find_runs([str(tmp_path)]).runs
     assert (first.config["device"], second.config["device"]) == ("auto", "auto")
     assert (first.settings["device"], second.settings["device"]) == ("cpu", "NVIDIA H200")
     assert named(str(tmp_path)) == ["none · cpu", "tp · NVIDIA H200"]
     Made(device="NVIDIA H200", seed=1, steps=2).write(tmp_path / "c")
-    groups = over_seeds(find([str(tmp_path)]).runs)
+    groups = group_over_seeds(find_runs([str(tmp_path)]).runs)
     assert [len(group.runs) for group in groups] == [1, 1, 1]  # no mean over a CPU and a GPU
 
 
@@ -188,13 +194,13 @@ def test_a_broken_record_is_said_in_one_sentence(
         (broken / file).unlink()
     else:
         (broken / file).write_text(content)
-    found = find([str(sweep)])
+    found = find_runs([str(sweep)])
     assert len(found.runs) == 10
     (line,) = found.left_out
     assert says in line
     assert "\n" not in line
     with pytest.raises(ConfigError) as refused:
-        find([str(broken), str(sweep)])
+        find_runs([str(broken), str(sweep)])
     assert says in str(refused.value)
     assert str(refused.value).startswith(f"run={broken}: ")
 
@@ -203,7 +209,7 @@ def test_a_broken_record_is_said_in_one_sentence(
 def test_a_figure_is_a_number(sweep: Path, figure: str) -> None:
     path = sweep / "4" / "summary.json"
     path.write_text(path.read_text().replace('"train/loss": 7', f'"train/loss": {figure}, "x": 7'))
-    (line,) = find([str(sweep)]).left_out
+    (line,) = find_runs([str(sweep)]).left_out
     assert "summary.json is not a valid run summary: train/loss is " in line
     assert len(line) < 250
 
@@ -211,7 +217,7 @@ def test_a_figure_is_a_number(sweep: Path, figure: str) -> None:
 def test_a_record_that_is_no_file_is_not_waited_for(sweep: Path) -> None:
     (sweep / "4" / "summary.json").unlink()
     os.mkfifo(sweep / "4" / "summary.json")
-    assert "summary.json cannot be read: not a file" in find([str(sweep)]).left_out[0]
+    assert "summary.json cannot be read: not a file" in find_runs([str(sweep)]).left_out[0]
 
 
 def test_a_job_that_left_no_record_is_named(sweep: Path) -> None:
@@ -221,7 +227,7 @@ def test_a_job_that_left_no_record_is_named(sweep: Path) -> None:
     (sweep / "3" / ".hydra" / "config.yaml").write_text("{}")
     (sweep / "3" / "wandb" / "run").mkdir(parents=True)
     (sweep / "3" / "wandb" / "run" / "config.yaml").write_text("{}")
-    found = find([str(sweep)])
+    found = find_runs([str(sweep)])
     assert [line.partition(":")[0] for line in found.left_out] == [str(sweep / "11")]
 
 
@@ -239,7 +245,7 @@ def test_words_that_name_no_run(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError) as refused:
-        find([word])
+        find_runs([word])
     assert says in str(refused.value)
 
 
@@ -248,7 +254,7 @@ def refusal(
 ) -> ConfigError | list[str]:
     for index, run in enumerate(runs):
         run.write(tmp_path / str(index))
-    found = find([str(tmp_path)]).runs
+    found = find_runs([str(tmp_path)]).runs
     try:
         return check_comparable(found, anyway=anyway, any_seed=any_seed)
     except ConfigError as error:
@@ -289,14 +295,14 @@ def test_what_else_differs_is_said_too_and_seeds_alone_may(tmp_path: Path) -> No
 def test_an_unknown_baseline_and_one_that_several_have(tmp_path: Path) -> None:
     for index, run in enumerate([Made(), Made("fsdp", {"dp_shard": 2}), Made("fsdp", {"dp_shard": 4})]):
         run.write(tmp_path / f"job{index}")
-    runs = find([str(tmp_path)]).runs
-    groups = one_by_one(runs)
+    runs = find_runs([str(tmp_path)]).runs
+    groups = group_each_run(runs)
     with pytest.raises(ConfigError, match="baseline=fsd: no run has this name; one of: fsdp · 2 ranks"):
-        sciences_of(groups, "fsd")
+        comparisons_of(groups, "fsd")
     with pytest.raises(
         ConfigError, match="baseline=fsdp: 2 runs have this name; one of: fsdp · 2 ranks, fsdp · 4"
     ):
-        sciences_of(groups, "fsdp")
+        comparisons_of(groups, "fsdp")
 
 
 def test_options_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from support.made_runs import Made, groups_of
 
-from tpresearch.compare.groups import Group, over_seeds
-from tpresearch.compare.numbers import scaling
-from tpresearch.compare.runs import find
+from tpresearch.compare.groups import Group, group_over_seeds
+from tpresearch.compare.panel_data import scaling
+from tpresearch.compare.runs import find_runs
 
 
 def test_scaling_is_speed_per_device_over_that_on_the_fewest_ranks(tmp_path: Path) -> None:
@@ -61,5 +61,5 @@ def test_repetitions_are_points_of_one_line(tmp_path: Path) -> None:
     runs = [Made("tp", {"tp": tp}, seed=seed, speed=100.0 / tp) for seed in (0, 1) for tp in (2, 4)]
     lines = lines_of(groups_of(tmp_path, *runs, runs[0]))
     assert list(lines.values()) == [[(2, 1.0), (2, 1.0), (4, 0.5)], [(2, 1.0), (4, 0.5)]]
-    mean = over_seeds(find([str(tmp_path)]).runs)
+    mean = group_over_seeds(find_runs([str(tmp_path)]).runs)
     assert list(lines_of(mean).values()) == [[(2, 1.0), (4, 0.5)]]

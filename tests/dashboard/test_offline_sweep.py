@@ -32,7 +32,7 @@ def sweep(tmp_path: Path) -> Path:
         cfg = dataclasses.replace(example_config(), parallel=plan)
         cfg.logger.group, cfg.logger.dir, cfg.logger.job_type = "study", str(tmp_path), "bench"
         tracker = Tracker(cfg, tmp_path / str(number), FACTS, STEPS)
-        tracker.count(COUNT)
+        tracker.record_ledger(COUNT)
         train(tracker)
     return tmp_path
 

@@ -75,7 +75,7 @@ def test_the_report_has_the_same_charts_and_what_one_reads_from_them(
         assert heading["children"] == [{"text": title}]
         lines = [item["children"][0]["children"][0]["text"] for item in said["children"]]
         for panel, line in zip(panels, lines, strict=True):
-            assert line.startswith(f"{panel.title}: {panel.reads}")
+            assert line.startswith(f"{panel.title}: {panel.description}")
         (runs,) = grid["metadata"]["runSets"]
         assert (of_group(runs), runs["grouping"]) == ("study", BY_PLAN)
         assert runs["project"] == {"name": "tpresearch", "entityName": ENTITY, "id": "p"}

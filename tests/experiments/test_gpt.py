@@ -12,7 +12,7 @@ from support.traces import CLIP, PLANS, agree
 from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.verify.ranks import Ranks
-from tpresearch.verify.trace import Trace, trace
+from tpresearch.verify.trace import RunTrace, trace_run
 
 CONF = Path(__file__).parents[2] / "experiments" / "published" / "conf"
 
@@ -28,8 +28,8 @@ def gpt(*overrides: str) -> Config:
     return config(f"hydra.searchpath=[file://{CONF}]", "model=gpt", *sizes, *steps, *overrides)
 
 
-def job(world: World, cfg: Config) -> Trace | None:
-    result = trace(cfg, corpus(), world, 2)
+def job(world: World, cfg: Config) -> RunTrace | None:
+    result = trace_run(cfg, corpus(), world, 2)
     return result if world.rank == 0 else None
 
 
@@ -40,6 +40,6 @@ EVERY_DAY = ("tp", "fsdp_tp")
 @pytest.mark.parametrize("plan", [plan if plan in EVERY_DAY else exhaustive(plan) for plan in PLANS])
 @pytest.mark.parametrize("shape", [(), exhaustive(ROTARY)], ids=["learned positions", "rotary, shared heads"])
 def test_each_plan_computes_what_one_process_does(ranks: Ranks, plan: str, shape: tuple[str, ...]) -> None:
-    alone = trace(gpt("parallel=none", *shape), corpus(), World(), 2)
+    alone = trace_run(gpt("parallel=none", *shape), corpus(), World(), 2)
     size = 2 if plan in ("tp", "sp") else 4
     agree(ranks.run(size, job, gpt(f"parallel={plan}", *shape))[0], alone)

@@ -25,7 +25,7 @@ from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import preflight
 from tpresearch.verify.plans import check_plan
 from tpresearch.verify.ranks import Ranks
-from tpresearch.verify.trace import trace
+from tpresearch.verify.trace import trace_run
 
 BFLOAT16 = ("model=llama2_debug", "train.dtype=bfloat16", "optimizer=sgd")
 STEPS = 2
@@ -78,7 +78,7 @@ def test_the_plan_names_the_layers() -> None:
 
 
 def losses(world: World, cfg: Config) -> list[float]:
-    return [step.loss for step in trace(cfg, corpus(), world, STEPS).steps]
+    return [step.loss for step in trace_run(cfg, corpus(), world, STEPS).steps]
 
 
 @cache

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tpresearch.compare.groups import Group, one_by_one
-from tpresearch.compare.runs import find
+from tpresearch.compare.groups import Group, group_each_run
+from tpresearch.compare.runs import find_runs
 from tpresearch.config.model import ModelConfig, Rule
 from tpresearch.config.schema import Config, DataPlan, ParallelConfig, TensorPlan
 from tpresearch.ledger.entries import Entry, Expected, MemoryUse, StepLedger
@@ -100,7 +100,7 @@ class Made:
         tracker = Tracker(cfg, folder, facts, self.steps, console=console, plan="the plan")
         held = [MemoryUse("parameters", 2 * 2**20, 2 * 2**20), MemoryUse("activations", 9 * 2**20, 6 * 2**20)]
         expected = self.sent if self.expected is None else self.expected
-        tracker.count(StepLedger(self.sent, held, None, Expected(expected, {})))
+        tracker.record_ledger(StepLedger(self.sent, held, None, Expected(expected, {})))
         for step in range(self.log_every, self.steps + 1, self.log_every):
             tracker.log(self.row(step))
         if self.error is None:
@@ -113,5 +113,5 @@ class Made:
 def groups_of(folder: Path, *runs: Made) -> list[Group]:
     for index, run in enumerate(runs):
         run.write(folder / str(index))
-    found = find([str(folder)]).runs
-    return one_by_one(found)
+    found = find_runs([str(folder)]).runs
+    return group_each_run(found)

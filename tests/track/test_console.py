@@ -15,8 +15,8 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import Command, program_words
 from tpresearch.track.console import NextSteps, ProgressLine, report
 from tpresearch.track.names import complete_row
-from tpresearch.track.record import headline
-from tpresearch.track.shown import bytes_text, count_text, duration_text, loss_text, path_text, share_text
+from tpresearch.track.record import summary_figures
+from tpresearch.track.text import bytes_text, count_text, duration_text, loss_text, path_text, share_text
 
 REFUSED = ConfigError("parallel", "fsdp_tp", "it is not for this model", "another")
 
@@ -147,7 +147,7 @@ def test_the_report_tells_results_place_and_what_to_type_next(
     rows = [complete_row(row(step)) for step in range(1, 9)]
     summary = {"run_name": "m/tp2", "status": "completed", "steps": 8, "tokens": 24_576, "world_size": 2}
     summary |= {"parallel": "tp", "unigram_entropy": 6.71}
-    summary |= headline(rows, warmup_steps=5)
+    summary |= summary_figures(rows, warmup_steps=5)
     out = io.StringIO()
     typed = Command(("model=mine", "parallel=tp", "train.steps=3", "hydra.run.dir=outputs/r"), ranks=2)
     next_steps = NextSteps(
@@ -182,7 +182,7 @@ def test_the_report_of_a_failed_run_says_why_and_suggests_nothing(tmp_path: Path
         "tokens": 0,
     }
     out = io.StringIO()
-    report(Console(file=out, width=120), summary | {"world_size": 1} | headline([], 5), tmp_path, None)
+    report(Console(file=out, width=120), summary | {"world_size": 1} | summary_figures([], 5), tmp_path, None)
     assert "error  ValueError: no [luck]" in out.getvalue()
     assert "next" not in out.getvalue()
     assert "W&B" not in out.getvalue()
@@ -190,7 +190,7 @@ def test_the_report_of_a_failed_run_says_why_and_suggests_nothing(tmp_path: Path
 
 def test_the_report_says_why_a_sum_of_outputs_falls_without_end(tmp_path: Path) -> None:
     summary = {"run_name": "toy_net/tp4", "status": "completed", "steps": 8, "tokens": 200, "world_size": 4}
-    summary |= {"parallel": "tp"} | headline([complete_row(row(8) | {"train/loss": -17430.2})], 5)
+    summary |= {"parallel": "tp"} | summary_figures([complete_row(row(8) | {"train/loss": -17430.2})], 5)
     texts = {}
     for loss in Loss:
         out = io.StringIO()
@@ -209,7 +209,7 @@ def test_a_stopped_run_ends_in_the_command_that_resumes(
     if checkpoint:
         (tmp_path / "r" / "checkpoints" / "step-00000004").mkdir(parents=True)
     summary = {"run_name": "m/tp2", "status": "interrupted", "error": "stopped by SIGINT", "steps": 4}
-    summary |= {"world_size": 2, "tokens": 9, "parallel": "tp"} | headline([], 5)
+    summary |= {"world_size": 2, "tokens": 9, "parallel": "tp"} | summary_figures([], 5)
     out = io.StringIO()
     next_steps = NextSteps(Command(("model=mine",), ranks=2), lambda _: None)
     report(Console(file=out, width=120), summary, tmp_path / "r", None, next_steps=next_steps)

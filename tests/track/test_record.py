@@ -12,7 +12,7 @@ from support.example_run import row
 
 from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import METRICS, NAMES, complete_row
-from tpresearch.track.record import headline, read_metrics, write_summary
+from tpresearch.track.record import read_metrics, summary_figures, write_summary
 
 PROMISED = {
     "train/step",
@@ -79,27 +79,27 @@ def test_a_resumed_run_appends_and_the_later_row_of_a_step_counts(tmp_path: Path
 
 def test_medians_leave_out_every_row_that_covers_a_warm_up_step() -> None:
     rows = [complete_row(row(step)) for step in range(1, 9)]
-    figures = headline(rows, warmup_steps=5)
+    figures = summary_figures(rows, warmup_steps=5)
     assert figures["perf/tokens_per_second"] == 6007.0  # of steps 6, 7 and 8
     assert figures["perf/step_time_s"] == pytest.approx(0.57)
     assert figures["perf/mfu"] is None
     assert figures["train/loss"] == 7.75
     assert figures["memory/peak_bytes"] == 1_000_008
     every_fourth = [rows[3], rows[7]]  # step 8 stands for steps 5 to 8, and 5 is of the warm-up
-    assert headline(every_fourth, warmup_steps=5)["perf/tokens_per_second"] is None
-    assert headline(every_fourth, warmup_steps=4)["perf/tokens_per_second"] == 6008.0
+    assert summary_figures(every_fourth, warmup_steps=5)["perf/tokens_per_second"] is None
+    assert summary_figures(every_fourth, warmup_steps=4)["perf/tokens_per_second"] == 6008.0
 
 
 def test_a_resumed_run_tells_its_own_speed_and_the_last_evaluation_there_was() -> None:
     rows = [complete_row(row(step, **{"memory/peak_bytes": 900 // step})) for step in range(1, 7)]
-    figures = headline(rows, warmup_steps=1, start_step=4)
+    figures = summary_figures(rows, warmup_steps=1, start_step=4)
     assert figures["memory/peak_bytes"] == 180  # of step 5
     assert figures["perf/tokens_per_second"] == 6006.0  # of step 6: step 5 warmed up this process
     assert figures["val/loss"] == 7.5  # of step 4
 
 
 def test_a_run_without_rows_has_no_figures() -> None:
-    assert set(headline([], warmup_steps=5).values()) == {None}
+    assert set(summary_figures([], warmup_steps=5).values()) == {None}
 
 
 def test_a_summary_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

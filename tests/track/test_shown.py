@@ -5,7 +5,7 @@ import pytest
 from tpresearch.config.choices import Dtype, Float8, WeightDtype
 from tpresearch.config.schema import DataPlan, ParallelConfig, TensorPlan
 from tpresearch.config.training import TrainConfig
-from tpresearch.track.shown import run_name
+from tpresearch.track.text import run_name
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_without_a_key_it_is_offline_and_says_so_in_one_line(
     assert server.requests == []
     (folder,) = (run_dir / "wandb").glob("offline-run-*")
     assert tracker._wandb is not None
-    assert tracker._wandb.where() == f"wandb sync {folder}"
+    assert tracker._wandb.page_or_sync_command() == f"wandb sync {folder}"
     sync(server, folder)
     assert logged(only_run(server)) == read_metrics(run_dir)
     assert only_run(server).display_name == "llama2_tiny/fsdp2-tp2"
@@ -141,7 +141,7 @@ def test_a_host_that_goes_away_costs_finish_timeout_and_loses_nothing(
     assert read_summary(run_dir)["status"] == "completed"
     (folder,) = (run_dir / "wandb").glob("run-*")
     assert tracker._wandb is not None
-    assert tracker._wandb.where() == f"wandb sync --include-online {folder}"
+    assert tracker._wandb.page_or_sync_command() == f"wandb sync --include-online {folder}"
     with FakeWandb() as back:
         sync(back, folder)
         assert logged(only_run(back)) == read_metrics(run_dir)

@@ -21,7 +21,7 @@ from tpresearch.launch.stop import Stopped
 from tpresearch.track.names import NAMES
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.tracker import Tracker
-from tpresearch.track.wandb_run import records, rows_on_disk
+from tpresearch.track.wandb_run import read_records, rows_on_disk
 
 
 def test_what_arrives_is_what_the_record_holds(
@@ -50,7 +50,7 @@ def test_what_arrives_is_what_the_record_holds(
     assert arrived.console == []
     assert not {name for name in arrived.files if name.endswith((".py", ".patch", ".diff"))}
     assert tracker._wandb is not None
-    assert tracker._wandb.where() == f"{server.url}/{ENTITY}/tpresearch/runs/{arrived.name}"
+    assert tracker._wandb.page_or_sync_command() == f"{server.url}/{ENTITY}/tpresearch/runs/{arrived.name}"
     assert capsys.readouterr() == ("said by the loop\n", "")  # the client says nothing on its own
 
 
@@ -151,7 +151,7 @@ def test_rows_that_were_not_on_disk_before_an_offline_client_was_killed_are_when
     assert rows_on_disk([folder]) == 6
     while rows_on_disk([folder]) == 6:  # as if it had been killed before
         os.truncate(path, path.stat().st_size - 1)
-    *_, whole = records(path.read_bytes())
+    *_, whole = read_records(path.read_bytes())
     os.truncate(path, path.read_bytes().rfind(whole) + len(whole))  # W&B syncs nothing after half a record
     assert rows_on_disk([folder]) == 5
     resumed = track(start_step=6)

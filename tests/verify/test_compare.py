@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from tpresearch.config.schema import Dtype
-from tpresearch.verify.trace import StepTrace, Trace, compare, tolerance
+from tpresearch.verify.trace import RunTrace, StepTrace, compare, tolerance
 
 
-def a_trace() -> Trace:
+def a_trace() -> RunTrace:
     tensors = {
         "a": torch.tensor([1.0, -2.0], dtype=torch.float64),
         "b": torch.tensor([4.0], dtype=torch.float64),
     }
     step = StepTrace(2.5, 3.0, dict(tensors), dict(tensors))
-    return Trace(dict(tensors), [step, step], 2.0)
+    return RunTrace(dict(tensors), [step, step], 2.0)
 
 
 def test_equal_traces_have_no_error() -> None:

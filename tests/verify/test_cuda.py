@@ -17,7 +17,7 @@ from tpresearch.config.world import World
 from tpresearch.parallel.device import Device
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import Trace, compare, tolerance, trace
+from tpresearch.verify.trace import RunTrace, compare, tolerance, trace_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,12 +27,12 @@ pytestmark = [
 SETTINGS = ("train.clip_grad_norm=0.2", "schedule.warmup_steps=1", "train.eval_rows=11", "optimizer=sgd")
 
 
-def traced(world: World, cfg: Config) -> Trace | None:
-    found = trace(cfg, corpus(), world, 3)
+def traced(world: World, cfg: Config) -> RunTrace | None:
+    found = trace_run(cfg, corpus(), world, 3)
     return found if world.rank == 0 else None
 
 
-def agree(ours: Trace, plan: str, model: str, dtype: Dtype) -> None:
+def agree(ours: RunTrace, plan: str, model: str, dtype: Dtype) -> None:
     alone = config(f"model={model}", "parallel=none", "device=cpu", *SETTINGS, f"train.dtype={dtype}")
     found = compare(ours, reference(alone, corpus(), 3))
     out = {q: worst for q, worst in found.items() if not worst.error <= tolerance(q, dtype)}

@@ -17,7 +17,7 @@ from support.composed import config, corpus
 from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.verify.ranks import RankError, Ranks
-from tpresearch.verify.trace import trace
+from tpresearch.verify.trace import trace_run
 
 
 def rank(world: World) -> tuple[int, int]:
@@ -85,7 +85,7 @@ def test_ranks_that_compute_have_not_hung() -> None:
 def threads_after_a_step(world: World, cfg: Config) -> tuple[float, int, int]:
     """Processor time and threads of a fresh rank; the time of a short job."""
     before = time.process_time(), len(os.listdir("/proc/self/task"))
-    trace(cfg, corpus(), world, 1)
+    trace_run(cfg, corpus(), world, 1)
     return time.process_time() - before[0], before[1], torch.get_num_threads()
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel
 from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.plan.rules import ResolvedRule
-from tpresearch.verify.integers import Exact, exactness, worst_of
+from tpresearch.verify.integers import IntegerResult, check_matmuls, max_over_ranks
 from tpresearch.verify.ranks import Ranks
 
 PLANS = [
@@ -40,18 +40,18 @@ PLANS = [
     ids=lambda v: " ".join(v) if isinstance(v, list) else v,
 )
 def test_every_matmul_is_bitwise_equal(ranks: Ranks, size: int, overrides: list[str], model: str) -> None:
-    found = worst_of(ranks.run(size, exactness, config(f"model={model}", *overrides)))
+    found = max_over_ranks(ranks.run(size, check_matmuls, config(f"model={model}", *overrides)))
     assert {"toy_mlp": 4, "llama2_debug": 6}[model] <= len(found)
     assert [exact for exact in found if not exact.passed] == []
 
 
 def test_rows_of_each_rank_s_own_are_bitwise_equal_too(ranks: Ranks) -> None:
-    found = worst_of(ranks.run(4, exactness, config("experiment=seed_sp", small=False)))
+    found = max_over_ranks(ranks.run(4, check_matmuls, config("experiment=seed_sp", small=False)))
     assert [exact.rule for exact in found] == ["in_proj (colwise)", "out_proj (rowwise)"]
     assert all(exact.passed for exact in found)
 
 
-def unsummed(world: World, cfg: Config) -> list[Exact]:
+def unsummed(world: World, cfg: Config) -> list[IntegerResult]:
     """The row-wise layers hand on their part of the sum as if it were the sum."""
     style = ResolvedRule.style
 
@@ -61,13 +61,13 @@ def unsummed(world: World, cfg: Config) -> list[Exact]:
 
     ResolvedRule.style = broken  # type: ignore[method-assign, assignment]
     try:
-        return exactness(world, cfg)
+        return check_matmuls(world, cfg)
     finally:
         ResolvedRule.style = style  # type: ignore[method-assign]
 
 
 def test_a_sum_that_is_left_out_is_seen(ranks: Ranks) -> None:
-    found = worst_of(ranks.run(2, unsummed, config("model=toy_mlp", "parallel=tp")))
+    found = max_over_ranks(ranks.run(2, unsummed, config("model=toy_mlp", "parallel=tp")))
     assert [exact.layer for exact in found if not exact.passed] == ["mlp.out_proj"]
     wrong = next(exact for exact in found if not exact.passed)
     assert wrong.output >= 1  # integers differ by integers

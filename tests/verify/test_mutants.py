@@ -15,7 +15,7 @@ from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import Trace, compare, tolerance
+from tpresearch.verify.trace import RunTrace, compare, tolerance
 
 STEPS = 2
 SETTINGS = ("optimizer=sgd", "train.dtype=float64", "train.clip_grad_norm=0.2", "train.eval_rows=11")
@@ -34,7 +34,7 @@ def wrong(mutant: Mutant, model: str) -> Config:
 
 
 @cache
-def right(model: str) -> Trace:
+def right(model: str) -> RunTrace:
     return reference(config(f"model={model}", "parallel=none", *SETTINGS), corpus(), STEPS)
 
 

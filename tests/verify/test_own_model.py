@@ -15,7 +15,7 @@ from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.train.preflight import planned
 from tpresearch.verify.ranks import Ranks
-from tpresearch.verify.trace import Trace, trace
+from tpresearch.verify.trace import RunTrace, trace_run
 
 MODULE = '''
 """A gated network with layer norms, one style of its own, biases and a buffer: nothing that the package ships."""
@@ -119,10 +119,10 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job(world: World, cfg: Config, path: str) -> Trace | None:
+def job(world: World, cfg: Config, path: str) -> RunTrace | None:
     if path not in sys.path:
         sys.path.insert(0, path)
-    result = trace(cfg, corpus(), world, 3)
+    result = trace_run(cfg, corpus(), world, 3)
     return result if world.rank == 0 else None
 
 

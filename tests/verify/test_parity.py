@@ -22,7 +22,7 @@ from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import Trace, trace
+from tpresearch.verify.trace import RunTrace, trace_run
 
 STEPS = 2
 """The second is from weights and moments that the first has left."""
@@ -35,11 +35,11 @@ COMMON = [
 ]
 
 
-def job(world: World, cfg: Config) -> tuple[str, Trace | None]:
-    return digested(trace(cfg, corpus(), world, STEPS), world.rank)
+def job(world: World, cfg: Config) -> tuple[str, RunTrace | None]:
+    return digested(trace_run(cfg, corpus(), world, STEPS), world.rank)
 
 
-def run_on(ranks: Ranks, size: int, cfg: Config) -> Trace:
+def run_on(ranks: Ranks, size: int, cfg: Config) -> RunTrace:
     """The trace of a job, once it is seen that all ranks have the same one."""
     found, same = traced(ranks, size, job, cfg)
     assert same, "ranks have drifted apart"
@@ -47,7 +47,7 @@ def run_on(ranks: Ranks, size: int, cfg: Config) -> Trace:
 
 
 @cache
-def one_process(model: str, optimizer: str, *extra: str) -> Trace:
+def one_process(model: str, optimizer: str, *extra: str) -> RunTrace:
     """The whole batch at once, as in a notebook."""
     cfg = config(f"model={model}", "parallel=none", *OPTIMIZERS[optimizer], *COMMON, *extra)
     return reference(cfg, corpus(), STEPS)
@@ -145,7 +145,9 @@ def test_below_float64_plans_agree_to_rounding(
 
 def test_seeds_give_different_weights_and_the_same_seed_the_same() -> None:
     first, again, other = (
-        trace(config("model=toy_mlp", "parallel=none", f"train.seed={seed}"), corpus(), World(), 0).initial
+        trace_run(
+            config("model=toy_mlp", "parallel=none", f"train.seed={seed}"), corpus(), World(), 0
+        ).initial
         for seed in (0, 0, 1)
     )
     assert all(torch.equal(first[name], again[name]) for name in first)

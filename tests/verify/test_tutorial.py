@@ -25,7 +25,7 @@ from tpresearch.train.preflight import planned
 from tpresearch.train.state import TrainState
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import Trace, compare, tolerance, trace
+from tpresearch.verify.trace import RunTrace, compare, tolerance, trace_run
 
 STEPS = 2
 NARROW = ("model.dim=32", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=64", "data.seq_len=16")
@@ -38,12 +38,12 @@ def experiment(name: str, *overrides: str, whole: bool = False) -> Config:
     return config(f"experiment={name}", "train.dtype=float64", *narrow, *overrides, small=False)
 
 
-def job(world: World, cfg: Config) -> tuple[str, Trace | None]:
-    return digested(trace(cfg, prepare(cfg.data, cfg.tokenizer), world, STEPS), world.rank)
+def job(world: World, cfg: Config) -> tuple[str, RunTrace | None]:
+    return digested(trace_run(cfg, prepare(cfg.data, cfg.tokenizer), world, STEPS), world.rank)
 
 
 @cache
-def one_process(name: str, *overrides: str) -> Trace:
+def one_process(name: str, *overrides: str) -> RunTrace:
     cfg = experiment(name, *overrides)
     found = reference(cfg, prepare(cfg.data, cfg.tokenizer), STEPS)
     assert all(
@@ -53,12 +53,12 @@ def one_process(name: str, *overrides: str) -> Trace:
 
 
 @cache
-def on_ranks(ranks: Ranks, size: int, name: str, *overrides: str) -> tuple[Trace, bool]:
+def on_ranks(ranks: Ranks, size: int, name: str, *overrides: str) -> tuple[RunTrace, bool]:
     """Rank 0's trace, and whether all ranks have the same one."""
     return traced(ranks, size, job, experiment(name, *overrides))
 
 
-def out_of_tolerance(ours: Trace, theirs: Trace, dtype: Dtype = Dtype.float64) -> set[str]:
+def out_of_tolerance(ours: RunTrace, theirs: RunTrace, dtype: Dtype = Dtype.float64) -> set[str]:
     return {
         name for name, worst in compare(ours, theirs).items() if not worst.error <= tolerance(name, dtype)
     }

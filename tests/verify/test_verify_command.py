@@ -13,7 +13,7 @@ from support.composed import config
 from support.marks import exhaustive
 
 from tpresearch.config.choices import DeviceKind
-from tpresearch.verify.plans import on_one_device
+from tpresearch.verify.plans import with_device_chosen
 from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
@@ -107,7 +107,7 @@ def test_plans_of_one_and_of_four_ranks_are_on_one_kind_of_device(monkeypatch: p
     plans = {plan: [config(f"parallel={plan}"), config(f"parallel={plan}")] for plan in ("none", "fsdp_tp")}
     for gpus, kind in ((0, "cpu"), (1, "cpu"), (4, "cuda")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        assert {c.device for cfgs in on_one_device(plans).values() for c in cfgs} == {DeviceKind(kind)}
+        assert {c.device for cfgs in with_device_chosen(plans).values() for c in cfgs} == {DeviceKind(kind)}
     asked = {plan: [config(f"parallel={plan}", "device=cuda")] for plan in plans}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert on_one_device(asked) == asked
+    assert with_device_chosen(asked) == asked

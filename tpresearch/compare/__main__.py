@@ -13,15 +13,21 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tpresearch.compare.groups import check_comparable, one_by_one, over_seeds, repeats, sciences_of
-from tpresearch.compare.runs import LEGAL, find
+from tpresearch.compare.groups import (
+    check_comparable,
+    comparisons_of,
+    group_each_run,
+    group_over_seeds,
+    has_repeats,
+)
+from tpresearch.compare.runs import LEGAL, find_runs
 from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.launch.command import WrongCommand, python_command
 from tpresearch.launch.options import command, words_and_options
 from tpresearch.launch.run_dir import dated_folder
-from tpresearch.track.shown import path_text
+from tpresearch.track.text import path_text
 
-DRAWS_WITH = ("altair", "jinja2", "vl_convert")
+PLOT_PACKAGES = ("altair", "jinja2", "vl_convert")
 WIDTH = 200
 """Of the tables if the output is not a terminal."""
 
@@ -54,7 +60,7 @@ class Options:
 def main() -> None:
     arguments = sys.argv[1:]
     words, options = words_and_options(Options, arguments)
-    missing = [name for name in DRAWS_WITH if importlib.util.find_spec(name) is None]
+    missing = [name for name in PLOT_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         install = "pip install 'tpresearch[plots]'"
         raise WrongCommand("plots", " ".join(missing), "not installed", "the extra `plots`", install)
@@ -63,10 +69,10 @@ def main() -> None:
 
     if not words:
         raise WrongCommand("runs", "", "none given", LEGAL, python_command(["outputs/train", *arguments]))
-    found = find(words)
+    found = find_runs(words)
     runs, left_out = found.runs, found.left_out
     asks = options.seeds is Seeds.auto and options.overlay is Overlay.refuse
-    if mean := options.seeds is Seeds.mean or (asks and repeats(runs)):
+    if mean := options.seeds is Seeds.mean or (asks and has_repeats(runs)):
         runs = [run for run in found.runs if run.completed]
         left_out += [
             f"{path_text(run.folder)}: {run.summary['status']}, and a mean over seeds takes completed runs only"
@@ -77,8 +83,8 @@ def main() -> None:
             legal = "apart, or runs that completed"
             raise ConfigError("seeds", "mean", "no run completed", legal, fix={"seeds": None})
     warnings = check_comparable(runs, anyway=options.overlay is Overlay.anyway, any_seed=mean)
-    groups = over_seeds(runs) if mean else one_by_one(runs)
-    report = Report(runs, groups, sciences_of(groups, options.baseline), warnings, left_out)
+    groups = group_over_seeds(runs) if mean else group_each_run(runs)
+    report = Report(runs, groups, comparisons_of(groups, options.baseline), warnings, left_out)
     out = Path(options.out or found.sweep or dated_folder("compare")).expanduser()
     with refuse_unwritable("out", out, {"out": dated_folder("compare")}):
         report.write(out, arguments)

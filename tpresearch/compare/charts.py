@@ -12,15 +12,23 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
-from tpresearch.compare.look import CONFIG, HEIGHT, WIDTH, Look, in_order, part_colour, unit_of
+from tpresearch.compare.style import (
+    CHART_CONFIG,
+    HEIGHT,
+    WIDTH,
+    ChartStyle,
+    order_parts,
+    part_colour,
+    unit_of,
+)
 from tpresearch.track.panels import Kind, Panel
 
 Spec = dict[str, Any]
-BAR = 26
+BAR_HEIGHT = 26
 """Pixels from one bar to the next."""
-NAME = 230
+MAX_NAME_WIDTH = 230
 """Maximum width of a run's name next to its bar, in pixels."""
-MARKS = 9
+MARKS_PER_CURVE = 9
 """Per curve: where curves coincide, these show which ones do."""
 PICK = alt.selection_point(name="pick", fields=["run"], bind="legend")
 ZOOM = alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.shiftKey]")
@@ -29,21 +37,21 @@ VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 DASHED: dict[str, Any] = {"color": "#aaaaaa", "strokeDash": [4, 3]}
 
 
-def spec_of(panel: Panel, points: pd.DataFrame, look: Look) -> Spec:
+def chart_spec(panel: Panel, points: pd.DataFrame, style: ChartStyle) -> Spec:
     """The Vega-Lite specification of a panel's chart, with its data in it.
 
     Args:
-        points: as `numbers` gives them for the panel.
+        points: as `panel_data` returns them for the panel.
     """
-    drawn = DRAW[panel.kind](panel, points, look)
+    drawn = DRAW_BY_KIND[panel.kind](panel, points, style)
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     with alt.data_transformers.disable_max_rows():
-        return drawn.properties(autosize=fit).configure(**CONFIG).to_dict()
+        return drawn.properties(autosize=fit).configure(**CHART_CONFIG).to_dict()
 
 
 def png(spec: Spec, panel: Panel, notes: Sequence[str]) -> bytes:
     """The chart with its title and how to read it, since a PNG is passed on without its page."""
-    title = {"text": panel.title, "subtitle": [panel.reads, *notes]}
+    title = {"text": panel.title, "subtitle": [panel.description, *notes]}
     text = json.dumps({**spec, "title": title})
     return vl_convert.vegalite_to_png(text, vl_version=VEGA_LITE, scale=2, allowed_base_urls=[])
 
@@ -58,11 +66,11 @@ def _layered(*layers: alt.Chart, height: int = HEIGHT) -> alt.LayerChart:
     return alt.LayerChart(layer=list(layers), width=WIDTH, height=height)
 
 
-def _curves(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
+def _curves(panel: Panel, points: pd.DataFrame, style: ChartStyle) -> alt.LayerChart:
     """Lines over tokens. A click in the legend highlights one run; dragging pans, shift and wheel zoom."""
-    base = _over_tokens(points, look, alt.Tooltip("value:Q", title=panel.title))
-    title = unit_of(panel.metrics[0], points["value"]).titled(panel.title)
-    curves = _line_and_marks(base, alt.Y("value:Q").title(title).scale(zero=False), points, look)
+    base = _over_tokens(points, style, alt.Tooltip("value:Q", title=panel.title))
+    title = unit_of(panel.metrics[0], points["value"]).axis_title(panel.title)
+    curves = _line_and_marks(base, alt.Y("value:Q").title(title).scale(zero=False), points, style)
     if "low" not in points:
         return _layered(*curves)
     low = alt.Y("low:Q").title(title).scale(zero=False)
@@ -71,24 +79,24 @@ def _curves(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
     return _layered(band.encode(y=low, y2="high:Q", opacity=faint), *curves)
 
 
-def _differences(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
+def _differences(panel: Panel, points: pd.DataFrame, style: ChartStyle) -> alt.LayerChart:
     """Each difference as a dot, the running maximum as a line: between two plans the dots are rounding noise."""
 
     def y(field: str) -> alt.Y:
-        axis = alt.Axis(title=f"|loss − loss of {look.baseline}|", format=".0e", tickCount=5)
+        axis = alt.Axis(title=f"|loss − loss of {style.baseline}|", format=".0e", tickCount=5)
         return alt.Y(field, axis=axis).scale(type="log", nice=False, padding=8)
 
-    base = _over_tokens(points, look, alt.Tooltip("exact:N", title=panel.title))
+    base = _over_tokens(points, style, alt.Tooltip("exact:N", title=panel.title))
     dots = base.mark_point(filled=True, size=14, clip=True).encode(
         y=y("value:Q"), opacity=alt.condition(PICK, alt.value(0.45), alt.value(0.05))
     )
-    return _layered(dots, *_line_and_marks(base, y("so_far:Q"), points, look, "step-after"))
+    return _layered(dots, *_line_and_marks(base, y("so_far:Q"), points, style, "step-after"))
 
 
-def _over_tokens(points: pd.DataFrame, look: Look, value: alt.Tooltip) -> alt.Chart:
-    return alt.Chart(_marked(points, look)).encode(
+def _over_tokens(points: pd.DataFrame, style: ChartStyle, value: alt.Tooltip) -> alt.Chart:
+    return alt.Chart(_with_marks(points, style)).encode(
         x=alt.X("tokens:Q").scale(nice=False, padding=8).axis(format="~s", grid=False),
-        color=look.colour(points),
+        color=style.colour(points),
         tooltip=[alt.Tooltip("run:N"), alt.Tooltip("tokens:Q", format=","), value],
     )
 
@@ -97,7 +105,7 @@ def _line_and_marks(
     base: alt.Chart,
     y: alt.Y,
     points: pd.DataFrame,
-    look: Look,
+    style: ChartStyle,
     interpolate: Literal["linear", "step-after"] = "linear",
 ) -> tuple[alt.Chart, alt.Chart]:
     broad = alt.condition("datum.baseline", alt.value(6), alt.value(1.5))
@@ -105,32 +113,32 @@ def _line_and_marks(
     mark = base.transform_filter("datum.mark > 0").mark_point(
         filled=True, stroke="white", strokeWidth=0.7, clip=True
     )
-    size, shape = alt.Size("mark:Q", scale=None), look.shape(points, lines=True)
+    size, shape = alt.Size("mark:Q", scale=None), style.shape(points, lines=True)
     return (
         line.encode(y=y, strokeWidth=broad, opacity=PICKED),
         mark.encode(y=y, size=size, shape=shape, opacity=PICKED).add_params(PICK, ZOOM),
     )
 
 
-def _marked(points: pd.DataFrame, look: Look) -> pd.DataFrame:
+def _with_marks(points: pd.DataFrame, style: ChartStyle) -> pd.DataFrame:
     """The baseline first, and so below the others; `mark` is the size of a point's mark, 0 for none.
 
     Curves have their marks at different points, if there are enough. The single point of a run always has one,
     later runs a smaller one on top of those of the earlier.
     """
-    others = [run for run in look.present(points) if run not in look.baselines]
+    others = [run for run in style.present(points) if run not in style.baselines]
     place = points["run"].map({run: index for index, run in enumerate(others)})
     by_run = points.groupby("run")["run"]
     nth, rows = by_run.cumcount(), by_run.transform("size")
-    stride = (rows // MARKS).clip(lower=max(1, min(len(others), MARKS))).clip(upper=rows)
+    stride = (rows // MARKS_PER_CURVE).clip(lower=max(1, min(len(others), MARKS_PER_CURVE))).clip(upper=rows)
     nested = (45 * 1.6 ** (len(others) - 1 - place)).clip(upper=600)
     mark = np.where(rows == 1, nested, np.where(nth % stride == place * stride // max(len(others), 1), 52, 0))
-    baseline = points["run"].isin(look.baselines)
+    baseline = points["run"].isin(style.baselines)
     marked = points.assign(baseline=baseline, mark=np.where(baseline, 0, mark))
     return marked.sort_values("baseline", ascending=False, kind="stable")
 
 
-def _bars(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
+def _bars(panel: Panel, points: pd.DataFrame, style: ChartStyle) -> alt.LayerChart:
     """One bar per run with its figure at the end, or two for measured and expected.
 
     A bar may be split into parts; over seeds it has a line of one standard deviation to each side.
@@ -145,20 +153,20 @@ def _bars(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
     lengths = {key: points[key] / unit.size for key in ("value", "low", "high") if key in points}
     points = points.assign(text=points["value"].map(unit.text), **lengths)
 
-    names = alt.Axis(title=None, labelLimit=NAME, ticks=False, domain=False, labelPadding=6)
+    names = alt.Axis(title=None, labelLimit=MAX_NAME_WIDTH, ticks=False, domain=False, labelPadding=6)
     scale = alt.Scale(domain=[0, (1.4 if "side" in ends else 1.2) * (ends["value"].max() or 1)], nice=False)
     axis = alt.Axis(title=unit.name, format=",~r", tickCount=5, labelOverlap=True)
     where: dict[str, Any] = {
         "x": alt.X("value:Q", scale=scale, axis=axis),
-        "y": alt.Y("run:N", sort=look.present(points), axis=names).scale(
+        "y": alt.Y("run:N", sort=style.present(points), axis=names).scale(
             paddingInner=0.36, paddingOuter=0.18
         ),
     }
-    how: dict[str, Any] = {"color": look.colour(points, legend=False)}
+    how: dict[str, Any] = {"color": style.colour(points, legend=False)}
     if "part" in points:
-        parts = in_order(points["part"])
+        parts = order_parts(points["part"])
         points["order"] = points["part"].map(parts.index)
-        beside_names = WIDTH - min(NAME, 7 * points["run"].str.len().max()) - 20
+        beside_names = WIDTH - min(MAX_NAME_WIDTH, 7 * points["run"].str.len().max()) - 20
         how = {"color": part_colour(parts, beside_names), "order": alt.Order("order:Q")}
     if "side" in points:
         where["yOffset"] = alt.YOffset("side:N").sort(["measured", "expected"]).scale(paddingInner=0.1)
@@ -170,10 +178,10 @@ def _bars(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
         low = alt.X("low:Q", scale=scale, axis=axis)
         layers.append(spread.mark_rule(strokeWidth=1.5).encode(x=low, x2="high:Q", y=where["y"]))
     text = alt.Chart(ends).mark_text(align="left", dx=5, fontSize=11, color="#333333")
-    return _layered(*layers, text.encode(**where, text="text:N"), height=BAR * len(ends))
+    return _layered(*layers, text.encode(**where, text="text:N"), height=BAR_HEIGHT * len(ends))
 
 
-def _pareto(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
+def _pareto(panel: Panel, points: pd.DataFrame, style: ChartStyle) -> alt.LayerChart:
     """Memory over speed, one point per run, and a line through those that no other beats in both."""
     memory, speed = (unit_of(panel.metrics[i], points[key]) for i, key in enumerate(("memory", "speed")))
     points = points.assign(
@@ -183,15 +191,15 @@ def _pareto(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
     )
     around = alt.Scale(zero=False, nice=False, padding=30)
     x = alt.X("speed:Q", scale=around).axis(title="tokens/s/device", format="~s")
-    y = alt.Y("memory:Q", scale=around).axis(title=memory.titled("peak memory"), format=",~r")
+    y = alt.Y("memory:Q", scale=around).axis(title=memory.axis_title("peak memory"), format=",~r")
     base = alt.Chart(points).encode(x=x, y=y)
     front = base.transform_filter("datum.front").mark_line(interpolate="step-before", **DASHED)
     texts = {"memory_text": "peak memory", "speed_text": "tokens/s/device"}
     tooltips = [alt.Tooltip(f"{field}:N", title=title) for field, title in texts.items()]
-    return _layered(front.encode(order="speed:Q"), _dots(base, points, look, tooltips))
+    return _layered(front.encode(order="speed:Q"), _dots(base, points, style, tooltips))
 
 
-def _scaling(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
+def _scaling(panel: Panel, points: pd.DataFrame, style: ChartStyle) -> alt.LayerChart:
     """Speed per device over ranks, as a share of that on the fewest: one line per plan, one point per run."""
     ranks = sorted(set(points["ranks"]))
     share = alt.Axis(title="tokens/s/device, relative to the fewest ranks", format=".0%")
@@ -204,16 +212,16 @@ def _scaling(panel: Panel, points: pd.DataFrame, look: Look) -> alt.LayerChart:
     ideal = alt.Chart(pd.DataFrame({"share": [1]})).mark_rule(**DASHED).encode(y="share:Q")
     line = base.mark_line(color="#aaaaaa").encode(detail="line:N")
     tooltips = [alt.Tooltip("ranks:Q"), alt.Tooltip("share:Q", format=".1%")]
-    return _layered(ideal, line, _dots(base, points, look, tooltips))
+    return _layered(ideal, line, _dots(base, points, style, tooltips))
 
 
-def _dots(base: alt.Chart, points: pd.DataFrame, look: Look, tooltips: list[alt.Tooltip]) -> alt.Chart:
+def _dots(base: alt.Chart, points: pd.DataFrame, style: ChartStyle, tooltips: list[alt.Tooltip]) -> alt.Chart:
     return base.mark_point(filled=True, size=120, opacity=1).encode(
-        color=look.colour(points), shape=look.shape(points), tooltip=[alt.Tooltip("run:N"), *tooltips]
+        color=style.colour(points), shape=style.shape(points), tooltip=[alt.Tooltip("run:N"), *tooltips]
     )
 
 
-DRAW: dict[Kind, Callable[[Panel, pd.DataFrame, Look], alt.LayerChart]] = {
+DRAW_BY_KIND: dict[Kind, Callable[[Panel, pd.DataFrame, ChartStyle], alt.LayerChart]] = {
     "curve": _curves,
     "difference": _differences,
     "bars": _bars,

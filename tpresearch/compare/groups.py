@@ -13,16 +13,22 @@ from tpresearch.compare.runs import SEED, Run
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.config.comparable import experiment_config
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.track.shown import UNDEFINED, printable
+from tpresearch.track.text import UNDEFINED, printable
 
-SAME = (
+MUST_MATCH = (
     *("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.path", "data.seq_len", "train.global_batch_size"),
     *("train.loss", SEED, "corpus_hash"),
 )
-"""In these, runs must agree for their losses to be the same quantity; causes before the hash that follows from them."""
-FIRST = ("model.name", "parallel.name", "ranks", *(f"mesh.{axis}" for axis in reversed(AXIS_NAMES)), "device")
+"""Settings in which runs must agree for their losses to be the same quantity; causes before the hash that follows from them."""
+FIRST_COLUMNS = (
+    "model.name",
+    "parallel.name",
+    "ranks",
+    *(f"mesh.{axis}" for axis in reversed(AXIS_NAMES)),
+    "device",
+)
 NUMERICS = ("dtype", "weights", "float8", "loss_chunk")
-"""Keys of train that change the rounding of a loss, which is to be seen."""
+"""Keys of train that change only the rounding of a loss, which a comparison shows."""
 BY_VALUE = ("model.name", "parallel.name", "device")
 """Settings whose value is clear without their name."""
 
@@ -30,8 +36,8 @@ BY_VALUE = ("model.name", "parallel.name", "device")
 def settings_frame(runs: Sequence[Run]) -> pd.DataFrame:
     """One row per run, one column per setting, as text: FIRST ones first, those that some run lacks last."""
     frame = pd.DataFrame([run.settings for run in runs])
-    lacking = set(frame.columns[frame.isna().any()]) - set(FIRST)
-    keys = [*FIRST, *frame.columns.difference(FIRST, sort=False)]
+    lacking = set(frame.columns[frame.isna().any()]) - set(FIRST_COLUMNS)
+    keys = [*FIRST_COLUMNS, *frame.columns.difference(FIRST_COLUMNS, sort=False)]
     keys.sort(key=lambda key: (key == SEED, key in lacking))
     return frame.fillna(UNDEFINED).reindex(columns=keys, fill_value=UNDEFINED)
 
@@ -42,8 +48,8 @@ def differing(runs: Sequence[Run]) -> pd.DataFrame:
     return frame.loc[:, frame.nunique() > 1]
 
 
-def telling(runs: Sequence[Run]) -> list[str]:
-    """The differing settings that tell apart what those before them do not.
+def distinguishing(runs: Sequence[Run]) -> list[str]:
+    """The differing settings that distinguish runs which those before them do not.
 
     For a sweep over plans that is `parallel.name`: what else the plans set follows from it. The device is always among
     them if it differs, so that no chart mixes a GPU and a CPU without saying so.
@@ -58,12 +64,12 @@ def telling(runs: Sequence[Run]) -> list[str]:
 
 
 def labels(runs: Sequence[Run], *, seeds: bool = True) -> list[str]:
-    """A unique label per run: the user's names, else what is `telling`, else run names; with its folder if needed.
+    """A unique label per run: the user's names, else what is `distinguishing`, else run names; with its folder if needed.
 
     Args:
         seeds: whether the seed may be part of a label.
     """
-    keys = [key for key in telling(runs) if seeds or key != SEED]
+    keys = [key for key in distinguishing(runs) if seeds or key != SEED]
     given = [(run.config.get("logger") or {}).get("name") for run in runs]
     if all(given) and len(set(given)) == len(runs):
         names = [printable(name) for name in given]
@@ -105,12 +111,12 @@ class Group:
         return self.runs[0]
 
 
-def one_by_one(runs: Sequence[Run]) -> list[Group]:
+def group_each_run(runs: Sequence[Run]) -> list[Group]:
     """One group per run."""
     return [Group(name, [run]) for run, name in zip(runs, labels(runs), strict=True)]
 
 
-def over_seeds(runs: Sequence[Run]) -> list[Group]:
+def group_over_seeds(runs: Sequence[Run]) -> list[Group]:
     """One group per experiment: its runs differ in train.seed alone."""
     repeated: dict[tuple[str, ...], list[Run]] = {}
     settings = settings_frame(runs).drop(columns=SEED, errors="ignore")
@@ -120,14 +126,14 @@ def over_seeds(runs: Sequence[Run]) -> list[Group]:
     return [Group(name, group, over_seeds=True) for name, group in zip(names, repeated.values(), strict=True)]
 
 
-def repeats(runs: Sequence[Run]) -> bool:
+def has_repeats(runs: Sequence[Run]) -> bool:
     """Whether an experiment was completed with several seeds."""
     completed = [run for run in runs if run.completed]
-    return any(len({run.setting(SEED) for run in group.runs}) > 1 for group in over_seeds(completed))
+    return any(len({run.setting(SEED) for run in group.runs}) > 1 for group in group_over_seeds(completed))
 
 
 @dataclass(frozen=True)
-class Science:
+class Comparison:
     """Groups of one experiment, and the one that the losses of the others are compared with."""
 
     groups: list[Group]
@@ -138,8 +144,8 @@ class Science:
         return [group for group in self.groups if group is not self.baseline]
 
 
-def sciences_of(groups: Sequence[Group], wanted: str | None = None) -> list[Science]:
-    """Groups by what determines the loss: in a sweep of plans and learning rates, a science for each learning rate.
+def comparisons_of(groups: Sequence[Group], wanted: str | None = None) -> list[Comparison]:
+    """Groups by what determines the loss: a sweep of plans and learning rates has one comparison per learning rate.
 
     Args:
         wanted: the baseline of all groups, whatever they compute.
@@ -148,15 +154,15 @@ def sciences_of(groups: Sequence[Group], wanted: str | None = None) -> list[Scie
         ConfigError: if no group or several groups have that name.
     """
     if wanted is not None:
-        return [Science(list(groups), _called(groups, wanted))]
+        return [Comparison(list(groups), _find_baseline(groups, wanted))]
     alike: dict[str, list[Group]] = {}
     for group in groups:
         alike.setdefault(_determines_loss(group), []).append(group)
-    return [Science(each, _best_baseline(each)) for each in alike.values()]
+    return [Comparison(each, _best_baseline(each)) for each in alike.values()]
 
 
 def _determines_loss(group: Group) -> str:
-    """What a run has in common with those whose losses should equal its own, to rounding."""
+    """A key that is equal for runs whose losses should be equal, to rounding."""
     kept = experiment_config(group.first.config)
     kept.pop("defects", None)  # a mistake's effect is seen by comparison with the run without it
     without = {*NUMERICS, *(["seed"] if group.over_seeds else [])}
@@ -176,7 +182,7 @@ def _best_baseline(groups: Sequence[Group]) -> Group:
     )
 
 
-def _called(groups: Sequence[Group], wanted: str) -> Group:
+def _find_baseline(groups: Sequence[Group], wanted: str) -> Group:
     def is_called(run: Run) -> bool:
         names = (run.summary["parallel"], run.summary.get("run_name"), run.folder.name)
         return wanted in names or Path(wanted).expanduser().resolve() == run.folder.resolve()
@@ -191,17 +197,19 @@ def _called(groups: Sequence[Group], wanted: str) -> Group:
 
 
 def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> list[str]:
-    """One sentence per field of SAME in which runs differ, if they are to be overlaid anyway.
+    """One sentence per field of MUST_MATCH in which runs differ, if they are overlaid anyway.
 
     Raises:
         ConfigError: names the first such field and its runs, unless `anyway`; `any_seed` lets seeds differ.
     """
     labelled = settings_frame(runs).assign(label=labels(runs))
-    by_value = {key: labelled.groupby(key, sort=False)["label"].agg(list) for key in SAME if key in labelled}
+    by_value = {
+        key: labelled.groupby(key, sort=False)["label"].agg(list) for key in MUST_MATCH if key in labelled
+    }
     unlike = {key: some for key, some in by_value.items() if len(some) > 1 and not (any_seed and key == SEED)}
     if anyway:
         return [
-            f"{key} differs: {', '.join(f'{value} ({_named(some)})' for value, some in by_value.items())}"
+            f"{key} differs: {', '.join(f'{value} ({_join_names(some)})' for value, some in by_value.items())}"
             for key, by_value in unlike.items()
         ]
     if not unlike:
@@ -210,12 +218,12 @@ def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> li
     (value, some), (other, odd), *_ = unlike[key].items()
     also = f" (they also differ in {', '.join(list(unlike)[1:])})" if len(unlike) > 1 else ""
     means = "; seeds=mean for their mean and spread" if key == SEED else ""
-    why = f"in {_named(odd)}, but {value} in {_named(some)}: their losses are not comparable{also}"
+    why = f"in {_join_names(odd)}, but {value} in {_join_names(some)}: their losses are not comparable{also}"
     legal = f"the same corpus, tokenizer, row length, global batch, loss and seed, or overlay=anyway{means}"
     fix = {"seeds": "mean"} if list(unlike) == [SEED] else {"overlay": "anyway"}
     raise ConfigError(key, other, why, legal, fix=fix)
 
 
-def _named(names: Sequence[str], most: int = 3) -> str:
+def _join_names(names: Sequence[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

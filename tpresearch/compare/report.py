@@ -13,18 +13,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.text import Text
 
-from tpresearch.compare.charts import Spec, javascript, png, spec_of
-from tpresearch.compare.groups import Group, Science, differing, labels, settings_frame
-from tpresearch.compare.look import Look
-from tpresearch.compare.numbers import max_differences, numbers, pooled_differences, unpaired
+from tpresearch.compare.charts import Spec, chart_spec, javascript, png
+from tpresearch.compare.groups import Comparison, Group, differing, labels, settings_frame
+from tpresearch.compare.panel_data import max_differences, panel_data, pooled_differences, unpaired
 from tpresearch.compare.runs import Run
+from tpresearch.compare.style import ChartStyle
 from tpresearch.config.errors import ConfigError
 from tpresearch.track.panels import SECTIONS, Panel
 from tpresearch.track.record import write_atomically
-from tpresearch.track.shown import UNDEFINED, path_text, printable
 from tpresearch.track.table import Column, Table, figure_columns, markdown, mean_columns
+from tpresearch.track.text import UNDEFINED, path_text, printable
 
-IN_COMMON = (
+COMMON_SETTINGS = (
     *("model.name", "corpus_hash", "tokenizer.vocab_size", "data.seq_len", "train.global_batch_size"),
     *("train.seed", "train.dtype", "train.weights", "train.float8", "device"),
 )
@@ -42,38 +42,38 @@ class Report:
     runs: Sequence[Run]
     groups: Sequence[Group]
     """What is drawn as one curve: single runs, or the repetitions of each over seeds."""
-    sciences: Sequence[Science]
+    comparisons: Sequence[Comparison]
     warnings: Sequence[str]
-    """In what the runs differ and should not."""
+    """Settings in which the runs differ but should not."""
     left_out: Sequence[str]
     """One sentence per run that could not be read."""
 
     def __post_init__(self) -> None:
         self.warnings = [f"Overlaid although {warning}" for warning in self.warnings]
-        self.notes = unpaired(self.sciences)
-        self.tables = tables(self.runs, self.groups, self.sciences)
+        self.notes = unpaired(self.comparisons)
+        self.tables = tables(self.runs, self.groups, self.comparisons)
 
     def write(self, out: Path, arguments: Sequence[str]) -> None:
         """Write compare/*.png, compare.md and last compare.html, each whole or not at all.
 
         Raises:
             OSError: when the folder cannot be written.
-            ConfigError: when its folder of PNGs is a link, behind which another's files would be written over.
+            ConfigError: when its folder of PNGs is a link, behind which files of others would be overwritten.
         """
         pngs = out / "compare"
         pngs.mkdir(parents=True, exist_ok=True)
         if pngs.is_symlink():
             raise ConfigError("out", out, f"compare in it is a link to {pngs.resolve()}", "another folder")
-        look = Look(
+        style = ChartStyle(
             [group.label for group in self.groups],
-            [each.baseline.label for each in self.sciences if each.others],
+            [each.baseline.label for each in self.comparisons if each.others],
         )
         sections: dict[str, list[tuple[Panel, list[str], Spec]]] = {}
         for title, panels in SECTIONS.items():
             sections[title] = []
             for panel in panels:
-                found, path = numbers(panel, self.groups, self.sciences), pngs / f"{panel.name}.png"
-                spec = spec_of(panel, found.points, look) if len(found.points) else {}
+                found, path = panel_data(panel, self.groups, self.comparisons), pngs / f"{panel.name}.png"
+                spec = chart_spec(panel, found.points, style) if len(found.points) else {}
                 sections[title].append((panel, found.notes, spec))
                 if spec:
                     write_atomically(path, png(spec, panel, found.notes))
@@ -81,25 +81,25 @@ class Report:
                     path.unlink(missing_ok=True)  # of an earlier comparison
         write_atomically(out / "compare.md", self.markdown())
         command = shlex.join(["python", "-m", "tpresearch.compare", *arguments])
-        write_atomically(out / "compare.html", self._page(sections, look, command))
+        write_atomically(out / "compare.html", self._page(sections, style, command))
 
     def _page(
-        self, sections: dict[str, list[tuple[Panel, list[str], Spec]]], look: Look, command: str
+        self, sections: dict[str, list[tuple[Panel, list[str], Spec]]], style: ChartStyle, command: str
     ) -> str:
         """compare.html: one file that needs no network. All text in it is escaped, and no script runs but its own."""
         files = FileSystemLoader(Path(__file__).parent)
         jinja = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-        settings = settings_frame(self.runs).reindex(columns=IN_COMMON, fill_value=UNDEFINED)
+        settings = settings_frame(self.runs).reindex(columns=COMMON_SETTINGS, fill_value=UNDEFINED)
         names = dict(zip([run.folder for run in self.runs], labels(self.runs), strict=True))
-        colours = {names[run.folder]: look.colours[each.label] for each in self.groups for run in each.runs}
+        colours = {names[run.folder]: style.colours[each.label] for each in self.groups for run in each.runs}
         return jinja.get_template("page.html").render(
             report=self,
             models=", ".join(dict.fromkeys(run.summary["model"] for run in self.runs)),
-            facts={key: settings[key][0] for key in IN_COMMON if settings[key].nunique() == 1},
+            facts={key: settings[key][0] for key in COMMON_SETTINGS if settings[key].nunique() == 1},
             sections=sections,
             library=javascript(),
             nonce=secrets.token_urlsafe(),
-            colours=look.colours | colours,
+            colours=style.colours | colours,
             when=f"{datetime.now():%Y-%m-%d %H:%M}",
             command=command,
         )
@@ -130,7 +130,9 @@ class Report:
         return [*self.notes, *(f"Left out: {line}" for line in self.left_out)]
 
 
-def tables(runs: Sequence[Run], groups: Sequence[Group], sciences: Sequence[Science]) -> dict[str, Table]:
+def tables(
+    runs: Sequence[Run], groups: Sequence[Group], comparisons: Sequence[Comparison]
+) -> dict[str, Table]:
     """The runs with their figures, means over seeds if runs are drawn as one, settings that differ, and folders."""
     summaries, names = [run.summary for run in runs], labels(runs)
     columns: dict[str, Column] = {"run": names, "ranks": [run.setting("ranks") for run in runs]}
@@ -138,7 +140,7 @@ def tables(runs: Sequence[Run], groups: Sequence[Group], sciences: Sequence[Scie
     if len(set(devices)) > 1:
         columns["device"] = devices
     columns |= figure_columns(summaries)
-    compared = [science for science in sciences if science.others]
+    compared = [comparison for comparison in comparisons if comparison.others]
     if compared:
         columns["max |loss difference|"] = _differences(runs, compared)
     if not all(run.completed for run in runs):
@@ -166,7 +168,9 @@ def tables(runs: Sequence[Run], groups: Sequence[Group], sciences: Sequence[Scie
     return shown
 
 
-def _differences(runs: Sequence[Run], sciences: Sequence[Science]) -> list[str]:
-    texts = {folder: f"{value:.1e}" if value else "0" for folder, value in max_differences(sciences).items()}
-    texts |= {run.folder: "baseline" for science in sciences for run in science.baseline.runs}
+def _differences(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[str]:
+    texts = {
+        folder: f"{value:.1e}" if value else "0" for folder, value in max_differences(comparisons).items()
+    }
+    texts |= {run.folder: "baseline" for comparison in comparisons for run in comparison.baseline.runs}
     return [texts.get(run.folder, UNDEFINED) for run in runs]

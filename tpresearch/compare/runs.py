@@ -20,26 +20,33 @@ from tpresearch.config.comparable import comparable_config, with_defaults
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER
 from tpresearch.launch.command import WrongCommand, python_command
-from tpresearch.track.names import PARTS, Row, finite
+from tpresearch.track.names import SUMMARY_PARTS, Row, finite_or_none
 from tpresearch.track.record import read_metrics, read_record
-from tpresearch.track.shown import UNDEFINED, path_text, setting_text
-from tpresearch.track.table import comparable
+from tpresearch.track.table import with_comparable_memory
+from tpresearch.track.text import UNDEFINED, path_text, setting_text
 
-RECORD = ("config.yaml", "summary.json", "metrics.jsonl", "console.log")
+RECORD_FILES = ("config.yaml", "summary.json", "metrics.jsonl", "console.log")
 """A folder with any of these is a run's; a sweep's job that failed early has only the last."""
-SUMMARY = {"status": str, "world_size": int, "mesh": dict, "model": str, "parallel": str}
-CONFIG = {"train": dict, "data": dict, "tokenizer": dict}
+SUMMARY_TYPES = {"status": str, "world_size": int, "mesh": dict, "model": str, "parallel": str}
+CONFIG_TYPES = {"train": dict, "data": dict, "tokenizer": dict}
 """What summary.json and config.yaml must have for a comparison."""
-MAY_HAVE = {"error": str, "run_name": str, "device": str, "logger": dict, "measured": list, "expected": list}
-ENTRY = {"axis": str, "collective": str, "sent_bytes": int}
+OPTIONAL_TYPES = {
+    "error": str,
+    "run_name": str,
+    "device": str,
+    "logger": dict,
+    "measured": list,
+    "expected": list,
+}
+LEDGER_ENTRY_TYPES = {"axis": str, "collective": str, "sent_bytes": int}
 """What entries of ledger.json must have."""
-MOST = 1e300
-"""Above any figure; NaN is not below it."""
+MAX_FIGURE = 1e300
+"""Larger than any figure; comparison with it also excludes NaN."""
 LEGAL = "folders of runs or sweeps, or globs of them"
 SEED = "train.seed"
 
 
-class Unreadable(Exception):
+class UnreadableRun(Exception):
     """A run whose record is missing or damaged; the message names the file and the reason."""
 
 
@@ -59,7 +66,7 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """The compared config by dotted key, as text; ranks, mesh, device and corpus are those that it ran on."""
+        """The comparable config by dotted key, as text; ranks, mesh, device and corpus are those of the run."""
         ran_on = {key: self.summary.get(key) for key in ("mesh", "device", "corpus_hash")}
         nested = {"ranks": self.summary["world_size"], **comparable_config(self.config), **ran_on}
         (flat,) = pd.json_normalize(nested).to_dict("records")
@@ -71,7 +78,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundRuns:
     runs: list[Run]
     left_out: list[str]
     """One sentence per run that could not be read."""
@@ -79,10 +86,10 @@ class Found:
     """The sweep's folder, where a single sweep was named."""
 
 
-def find(words: Sequence[str]) -> Found:
+def find_runs(words: Sequence[str]) -> FoundRuns:
     """The runs that these words name, in order, each once.
 
-    A run that is named itself must be readable; one found in a sweep or by a glob is left out if it is not.
+    A run that is named directly must be readable; one found in a sweep or by a glob is left out if it is not.
 
     Raises:
         ConfigError: for an argument that names no run, a named run that cannot be read, and if no run can be read.
@@ -94,18 +101,18 @@ def find(words: Sequence[str]) -> Found:
         for folder in folders:
             where = folder.resolve()
             try:
-                runs[where] = runs.get(where) or read(folder)
-            except Unreadable as problem:
+                runs[where] = runs.get(where) or read_run(folder)
+            except UnreadableRun as problem:
                 if folders == [Path(word).expanduser()]:
-                    raise _refused(word, str(problem), "runs that have ended") from None
+                    raise _argument_error(word, str(problem), "runs that have ended") from None
                 left_out[where] = f"{path_text(folder)}: {problem}"
     if not runs:
-        raise _refused(
+        raise _argument_error(
             " ".join(words), f"no readable run: {next(iter(left_out.values()))}", "runs that have ended"
         )
     path = Path(words[0]).expanduser()
     is_sweep = len(words) == 1 and path.is_dir() and path.resolve() not in runs
-    return Found(list(runs.values()), list(left_out.values()), path if is_sweep else None)
+    return FoundRuns(list(runs.values()), list(left_out.values()), path if is_sweep else None)
 
 
 def _folders(word: str) -> list[Path]:
@@ -116,23 +123,23 @@ def _folders(word: str) -> list[Path]:
     elif glob.has_magic(word):
         paths = sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not paths:
-            raise _refused(word, "this glob matches nothing")
+            raise _argument_error(word, "this glob matches nothing")
         paths = [each for each in paths if EARLIER in word or EARLIER not in str(each)]
     else:
-        raise _refused(word, "no such folder", instead=_nearest(path))
+        raise _argument_error(word, "no such folder", instead=_closest_sibling(path))
     folders = [folder for each in paths for folder in run_folders(each)]
     if not folders:
-        raise _refused(word, "no run in it")
+        raise _argument_error(word, "no run in it")
     return folders
 
 
-def _nearest(path: Path) -> list[str]:
+def _closest_sibling(path: Path) -> list[str]:
     """The sibling folder whose name is closest to a mistyped one."""
     beside = [each.name for each in path.parent.glob("*/")]
     return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, beside, 1)]
 
 
-def _refused(word: str, why: str, legal: str = LEGAL, instead: Sequence[str] = ()) -> ConfigError:
+def _argument_error(word: str, why: str, legal: str = LEGAL, instead: Sequence[str] = ()) -> ConfigError:
     """The refusal of an argument, with the same command to try without it or with `instead` in its place."""
     typed = [new for old in sys.argv[1:] for new in (instead if old == word else [old])]
     named = [word for word in typed if "=" not in word]
@@ -144,7 +151,7 @@ def run_folders(path: Path) -> list[Path]:
 
     Skipped below it: what Hydra and W&B keep under the same file names, and a sweep's earlier attempts at a job.
     """
-    if any((path / name).is_file() for name in RECORD):
+    if any((path / name).is_file() for name in RECORD_FILES):
         return [path]
     found, seen = [], set()
     for where, folders, files in os.walk(path, followlinks=True):
@@ -154,60 +161,62 @@ def run_folders(path: Path) -> list[Path]:
         seen.add(real)
         kept = (name for name in folders if name != "wandb" and not name.startswith("."))
         folders[:] = sorted(name for name in kept if EARLIER not in name)
-        if not set(RECORD).isdisjoint(files):
+        if not set(RECORD_FILES).isdisjoint(files):
             found.append(Path(where))
     return sorted(
         found, key=lambda each: [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in each.parts]
     )
 
 
-def read(folder: Path) -> Run:
+def read_run(folder: Path) -> Run:
     """A run from its record.
 
     Raises:
         Unreadable: for a run that has not ended, and for a file that no run writes.
     """
-    summary = _loaded(folder / "summary.json", SUMMARY)
-    config = with_defaults(_loaded(folder / "config.yaml", CONFIG))
-    ledger = _loaded(folder / "ledger.json", {}) if (folder / "ledger.json").exists() else {}
+    summary = _load(folder / "summary.json", SUMMARY_TYPES)
+    config = with_defaults(_load(folder / "config.yaml", CONFIG_TYPES))
+    ledger = _load(folder / "ledger.json", {}) if (folder / "ledger.json").exists() else {}
     for key, value in summary.items():
-        parts = value.values() if key in PARTS and isinstance(value, dict) else [value]
+        parts = value.values() if key in SUMMARY_PARTS and isinstance(value, dict) else [value]
         if ("/" in key or key == "wall_time_s") and not all(map(_is_figure, parts)):
-            raise Unreadable(f"summary.json is not a valid run summary: {key} is {short(value)}")
+            raise UnreadableRun(f"summary.json is not a valid run summary: {key} is {short(value)}")
     for entry in chain.from_iterable(ledger.get(side) or () for side in ("measured", "expected")):
-        fits = isinstance(entry, dict) and all(isinstance(entry.get(k), kind) for k, kind in ENTRY.items())
+        fits = isinstance(entry, dict) and all(
+            isinstance(entry.get(k), kind) for k, kind in LEDGER_ENTRY_TYPES.items()
+        )
         if not fits:
-            raise Unreadable(f"ledger.json is not a valid run ledger: it has the entry {short(entry)}")
+            raise UnreadableRun(f"ledger.json is not a valid run ledger: it has the entry {short(entry)}")
     try:
-        rows = [{name: finite(value) for name, value in row.items()} for row in read_metrics(folder)]
+        rows = [{name: finite_or_none(value) for name, value in row.items()} for row in read_metrics(folder)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise Unreadable(f"metrics.jsonl cannot be read: {why}") from None
+        raise UnreadableRun(f"metrics.jsonl cannot be read: {why}") from None
     for row in rows:
         if not all(map(_is_figure, row.values())):
-            raise Unreadable(f"metrics.jsonl cannot be read: it has the row {short(row)}")
+            raise UnreadableRun(f"metrics.jsonl cannot be read: it has the row {short(row)}")
     if not rows and summary["status"] == "completed":
-        raise Unreadable("metrics.jsonl has no rows, though the run completed")
-    return Run(folder, config, comparable(summary), rows, ledger)
+        raise UnreadableRun("metrics.jsonl has no rows, though the run completed")
+    return Run(folder, config, with_comparable_memory(summary), rows, ledger)
 
 
-def _loaded(path: Path, needed: Mapping[str, type]) -> dict[str, Any]:
+def _load(path: Path, needed: Mapping[str, type]) -> dict[str, Any]:
     try:
         content = read_record(path)
     except FileNotFoundError:
         why = " (still running, refused, or killed)" if path.name == "summary.json" else ""
-        raise Unreadable(f"{path.name} is missing{why}") from None
+        raise UnreadableRun(f"{path.name} is missing{why}") from None
     except (OSError, ValueError) as error:
-        raise Unreadable(f"{path.name} cannot be read: {error}") from None
+        raise UnreadableRun(f"{path.name} cannot be read: {error}") from None
     wrong = f"{path.name} is not a valid run {path.stem}"
     if not isinstance(content, dict):
-        raise Unreadable(f"{wrong}: it is a {type(content).__name__}")
-    optional = {key: kind for key, kind in MAY_HAVE.items() if content.get(key) is not None}
+        raise UnreadableRun(f"{wrong}: it is a {type(content).__name__}")
+    optional = {key: kind for key, kind in OPTIONAL_TYPES.items() if content.get(key) is not None}
     for key, kind in {**needed, **optional}.items():
         if not isinstance(content.get(key), kind):
-            raise Unreadable(f"{wrong}: {key} is {short(content[key]) if key in content else 'missing'}")
+            raise UnreadableRun(f"{wrong}: {key} is {short(content[key]) if key in content else 'missing'}")
     return content
 
 
 def _is_figure(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and abs(value) < MOST)
+    return value is None or (isinstance(value, int | float) and abs(value) < MAX_FIGURE)

@@ -7,14 +7,14 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from tpresearch.track.names import PARTS, X_AXIS
+from tpresearch.track.names import SUMMARY_PARTS, X_AXIS
 from tpresearch.track.panels import SECTIONS, Kind, Panel
 
 PLAN = "parallel.name"
 """Key of a run's config."""
 COLUMNS, WIDTH, HEIGHT = 3, 8, 6
 """Charts per row, and a chart's size on a report's grid of 24."""
-INSTEAD: dict[Kind, str] = {
+PANEL_NOTES: dict[Kind, str] = {
     "difference": "Not in W&B, whose expressions see one run at a time; `python -m tpresearch.compare` draws it.",
     "scaling": "W&B, whose expressions see one run at a time, shows the speed itself: level if scaling is perfect.",
 }
@@ -33,7 +33,7 @@ def workspace(group: str, name: str, project: str, entity: str) -> ws.Workspace:
         name=name,
         sections=sections,
         settings=ws.WorkspaceSettings(x_axis=X_AXIS),
-        runset_settings=ws.RunsetSettings(filters=_of_group(group), groupby=[ws.Config(PLAN)]),
+        runset_settings=ws.RunsetSettings(filters=_group_filter(group), groupby=[ws.Config(PLAN)]),
     )
 
 
@@ -46,13 +46,14 @@ def report(group: str, name: str, project: str, entity: str, *, lookup: bool) ->
     blocks: list[Any] = []
     where: dict[str, Any] = {"entity": entity, "project": project} if lookup else {}
     for title, panels in SECTIONS.items():
-        runs = wr.Runset(**where, name=group, filters=_of_group(group), groupby=[f"config.{PLAN}"])
+        runs = wr.Runset(**where, name=group, filters=_group_filter(group), groupby=[f"config.{PLAN}"])
         charts = list(map(chart_of, panels))
         for index, chart in enumerate(charts):
             row, column = divmod(index, COLUMNS)
             chart.layout = wr.Layout(x=WIDTH * column, y=HEIGHT * row, w=WIDTH, h=HEIGHT)
         lines: list[Any] = [
-            f"{panel.title}: {panel.reads} {INSTEAD.get(panel.kind, '')}".strip() for panel in panels
+            f"{panel.title}: {panel.description} {PANEL_NOTES.get(panel.kind, '')}".strip()
+            for panel in panels
         ]
         blocks += [wr.H1(title), wr.UnorderedList(lines), wr.PanelGrid(runsets=[runs], panels=charts)]
     about = f"The runs of group {group}, by plan."
@@ -64,10 +65,10 @@ def report(group: str, name: str, project: str, entity: str, *, lookup: bool) ->
 def chart_of(panel: Panel) -> Any:
     """The chart of a panel; if W&B cannot draw it, a note that says where to find it."""
     title = panel.title
-    metrics: list[Any] = [key for name in panel.metrics for key in _logged_as(name)]
+    metrics: list[Any] = [key for name in panel.metrics for key in _wandb_keys(name)]
     match panel.kind:
         case "curve":
-            return wr.LinePlot(title=title, x=X_AXIS, y=metrics, log_y=panel.log or None)
+            return wr.LinePlot(title=title, x=X_AXIS, y=metrics, log_y=panel.log_scale or None)
         case "bars" | "parts" | "ledger":
             return wr.BarPlot(title=title, metrics=metrics)
         case "pareto":
@@ -75,17 +76,17 @@ def chart_of(panel: Panel) -> Any:
         case "scaling":
             title, x, y = "Tokens per second per device over ranks", "world_size", metrics[0]
         case "difference":
-            return wr.MarkdownPanel(markdown=f"**{title}**\n\n{INSTEAD['difference']}")
+            return wr.MarkdownPanel(markdown=f"**{title}**\n\n{PANEL_NOTES['difference']}")
     return wr.ScatterPlot(title=title, x=wr.SummaryMetric(x), y=wr.SummaryMetric(y))
 
 
-def _logged_as(name: str) -> list[str]:
+def _wandb_keys(name: str) -> list[str]:
     """A panel's metric by the keys that W&B has: it flattens a nested summary, as in `memory/held_bytes.gradients`."""
     figure, wild, _ = name.partition(".*")
-    return [f"{figure}.{part}" for part in PARTS[figure]] if wild else [name]
+    return [f"{figure}.{part}" for part in SUMMARY_PARTS[figure]] if wild else [name]
 
 
-def _of_group(group: str) -> str:
+def _group_filter(group: str) -> str:
     """The filter for the group's runs.
 
     The client (0.4.13) parses it again as source code, and rewrites `=` and `<` even inside a quoted name: so all but

@@ -13,7 +13,7 @@ from tpresearch.planner.ranking import Judged, Ranking, advice, why_slower
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.prediction import Prediction
 from tpresearch.simulate.report import step_text
-from tpresearch.track.shown import count_text, share_text
+from tpresearch.track.text import count_text, share_text
 
 SHOWN = 12
 EXPERIMENT = "pretraining"

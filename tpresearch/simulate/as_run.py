@@ -13,7 +13,7 @@ from tpresearch.simulate.prediction import Prediction
 from tpresearch.simulate.replay import Span
 from tpresearch.track import record
 from tpresearch.track.metrics_file import MetricsFile
-from tpresearch.track.shown import run_name
+from tpresearch.track.text import run_name
 
 
 def write_run(prediction: Prediction, folder: Path) -> None:

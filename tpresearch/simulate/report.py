@@ -8,7 +8,7 @@ from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.simulate.cluster import Kind
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
-from tpresearch.track.shown import count_text, share_text
+from tpresearch.track.text import count_text, share_text
 
 BAR = 32
 SHOWN_ASSUMPTIONS = 6

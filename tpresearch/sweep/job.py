@@ -18,7 +18,7 @@ from tpresearch.config.comparable import comparable_config, with_defaults
 from tpresearch.config.schema import Config, DeviceKind
 from tpresearch.launch.command import override_key
 from tpresearch.track.record import read_record
-from tpresearch.track.wandb_host import LONGEST
+from tpresearch.track.wandb_host import MAX_NAME_CHARS
 
 CONSOLE_LOG = "console.log"
 """In a job's folder: all that its processes say."""
@@ -117,7 +117,9 @@ def passed_on(hydra_overrides: Iterable[str]) -> list[str]:
 
 def wandb_group(sweep_dir: Path) -> str:
     """The W&B group of a sweep's jobs, unless logger.group is set: its folder below outputs."""
-    return "/".join(part for part in sweep_dir.parts if part not in ("/", "outputs"))[-LONGEST:].strip()
+    return "/".join(part for part in sweep_dir.parts if part not in ("/", "outputs"))[
+        -MAX_NAME_CHARS:
+    ].strip()
 
 
 Status = Literal["completed", "failed", "preempted", "not started"]

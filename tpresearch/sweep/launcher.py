@@ -22,7 +22,7 @@ from tpresearch.launch.claim import locked
 from tpresearch.sweep.job import Job, Outcome, outcome_of, resumes
 from tpresearch.sweep.planning import Planner, with_folders
 from tpresearch.sweep.running import Devices, JobProcess, StartJob, await_earlier, ending_signals, run_jobs
-from tpresearch.track.shown import duration_text
+from tpresearch.track.text import duration_text
 
 if TYPE_CHECKING:
     from tpresearch.launch.entrypoint import Program

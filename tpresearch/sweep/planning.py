@@ -25,7 +25,7 @@ from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
 from tpresearch.launch.refuse import typed_as
 from tpresearch.launch.run_dir import may_resume
 from tpresearch.sweep.job import Job, completed_runs, may_be_jobs, passed_on, signature, slots_of, wandb_group
-from tpresearch.track.wandb_host import LONGEST_TAG
+from tpresearch.track.wandb_host import MAX_TAG_CHARS
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ class Planner:
         if not cfg.logger.wandb:
             return []
         tags = [
-            word for word in own if len(word) <= LONGEST_TAG and not word.startswith(("model=", "parallel="))
+            word
+            for word in own
+            if len(word) <= MAX_TAG_CHARS and not word.startswith(("model=", "parallel="))
         ]
         return [
             *([override("logger.tags", [*cfg.logger.tags, *tags])] if tags else []),

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from tpresearch.sweep.job import Job
-from tpresearch.track.console import figures
+from tpresearch.track.console import format_row
 from tpresearch.track.names import Row
 
 INTERVAL_S, PLAIN_INTERVAL_S = 1.0, 60.0
@@ -60,7 +60,7 @@ def line_of(job: Job, row: Row | None) -> str:
         return f"job {job.number}  before its first step"
     step, per_step = int(row["train/step"] or 0), row["perf/step_time_s"]
     left_s = (job.steps - step) * per_step if per_step else None
-    return f"job {job.number}  step {step}/{job.steps}  {figures(row, row['val/loss'], left_s)}"
+    return f"job {job.number}  step {step}/{job.steps}  {format_row(row, row['val/loss'], left_s)}"
 
 
 def last_row(job: Job) -> Row | None:

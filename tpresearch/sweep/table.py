@@ -16,8 +16,15 @@ from rich.text import Text
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import override_key, python_command
 from tpresearch.sweep.job import CONSOLE_LOG, Job, Outcome, wandb_group
-from tpresearch.track.shown import UNDEFINED, path_text
-from tpresearch.track.table import Column, Summary, Table, comparable, figure_columns, mean_columns
+from tpresearch.track.table import (
+    Column,
+    Summary,
+    Table,
+    figure_columns,
+    mean_columns,
+    with_comparable_memory,
+)
+from tpresearch.track.text import UNDEFINED, path_text
 
 SEED = "train.seed"
 
@@ -41,7 +48,11 @@ def _swept(jobs: Sequence[Job], keys: Sequence[str]) -> dict[str, Column]:
 
 def _summary(outcome: Outcome) -> Summary:
     """What the job left, and for one that left nothing at least how long it took."""
-    return {"wall_time_s": outcome.seconds, **comparable(outcome.summary), "status": outcome.status}
+    return {
+        "wall_time_s": outcome.seconds,
+        **with_comparable_memory(outcome.summary),
+        "status": outcome.status,
+    }
 
 
 def differing(outcomes: Sequence[Outcome]) -> list[str]:

@@ -18,7 +18,7 @@ from rich.text import Text
 from tpresearch.config.choices import Loss
 from tpresearch.launch.command import Command, Objection, mended, override_key
 from tpresearch.track.names import Row
-from tpresearch.track.shown import (
+from tpresearch.track.text import (
     UNDEFINED,
     bytes_text,
     count_text,
@@ -29,7 +29,7 @@ from tpresearch.track.shown import (
 )
 
 PLAIN_INTERVAL_S = 2.0
-"""Between two lines where the output is not a terminal."""
+"""Seconds between two lines where the output is not a terminal."""
 
 
 class ProgressLine:
@@ -37,7 +37,7 @@ class ProgressLine:
 
     Args:
         total_steps: the step at which the run ends.
-        start_step: the step from which it sets out.
+        start_step: the step from which the run starts or resumes.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ProgressLine:
         self._console, self._total, self._clock = console, total_steps, clock
         self._first: tuple[int, float] | None = None
         self._val_loss: float | None = None
-        self._printed_at, self._waiting = -PLAIN_INTERVAL_S, ""
+        self._printed_at, self._pending = -PLAIN_INTERVAL_S, ""
         self._live: Progress | None = None
         if console.is_terminal:
             columns = (
@@ -67,23 +67,23 @@ class ProgressLine:
         step, now = int(row["train/step"] or 0), self._clock()
         if row["val/loss"] is not None:
             self._val_loss = row["val/loss"]
-        text = figures(row, self._val_loss, self._left_s(step, now))
+        text = format_row(row, self._val_loss, self._left_s(step, now))
         counter = f"step {step:>{len(str(self._total))}}/{self._total}"
         if self._live:
             self._live.update(self._task, description=counter, completed=step, figures=text)
         elif now - self._printed_at >= PLAIN_INTERVAL_S or step == self._total:
             self._print(f"{counter}  {text}")
-            self._printed_at, self._waiting = now, ""
+            self._printed_at, self._pending = now, ""
         else:
-            self._waiting = f"{counter}  {text}"
+            self._pending = f"{counter}  {text}"
 
     def stop(self) -> None:
         """End the line, with the last row on it. May be called again."""
         if self._live:
             self._live.stop()
-        elif self._waiting:
-            self._print(self._waiting)
-            self._waiting = ""
+        elif self._pending:
+            self._print(self._pending)
+            self._pending = ""
 
     def _left_s(self, step: int, now: float) -> float | None:
         # Counted from the first row on: the step before it paid for start-up and compilation.
@@ -98,8 +98,8 @@ class ProgressLine:
         self._console.print(Text(line), soft_wrap=True)
 
 
-def figures(row: Row, val_loss: float | None, left_s: float | None) -> str:
-    """`loss 6.123  val 6.482  34.5k tok/s  1.2 GiB  1:23 left`, without what is undefined."""
+def format_row(row: Row, val_loss: float | None, left_s: float | None) -> str:
+    """A row as `loss 6.123  val 6.482  34.5k tok/s  1.2 GiB  1:23 left`, without what is undefined."""
     parts = [f"loss {loss_text(row['train/loss'])}"]
     if val_loss is not None:
         parts.append(f"val {loss_text(val_loss)}")
@@ -112,8 +112,8 @@ def figures(row: Row, val_loss: float | None, left_s: float | None) -> str:
     return "  ".join(parts)
 
 
-STOPPED = ("preempted", "interrupted")
-NO_MINIMUM = " (train.loss=sum: the sum of all outputs, which has no targets and no minimum, so it decreases without bound)"
+STOPPED_STATUSES = ("preempted", "interrupted")
+NO_MINIMUM_NOTE = " (train.loss=sum: the sum of all outputs, which has no targets and no minimum, so it decreases without bound)"
 
 
 def report(
@@ -145,13 +145,13 @@ def report(
 def _lines(
     summary: Mapping[str, Any], run_dir: Path, wandb_line: str | None, next_steps: NextSteps | None
 ) -> Iterator[Text]:
-    if summary["status"] in STOPPED and next_steps:
+    if summary["status"] in STOPPED_STATUSES and next_steps:
         yield Text(
             f"{summary['error']} after step {summary['steps']}; to resume: {next_steps.to_resume(run_dir)}"
         )
     elif summary.get("error"):
         yield Text(f"error  {summary['error']}", style="red")
-    if summary["status"] not in STOPPED or not next_steps:
+    if summary["status"] not in STOPPED_STATUSES or not next_steps:
         yield Text(f"run    {path_text(run_dir)}")
     if wandb_line:
         yield Text(f"W&B    {wandb_line}")
@@ -174,31 +174,31 @@ def _results(summary: Mapping[str, Any], loss: Loss) -> list[tuple[str, str]]:
     too_short = f"{UNDEFINED} (no step after train.warmup_log_steps)"
     rows = [
         ("steps", f"{summary['steps']} ({tokens} tokens, {ranks} rank{'s' if ranks > 1 else ''})"),
-        ("final loss", loss_text(summary["train/loss"]) + (NO_MINIMUM if loss is Loss.sum else "")),
+        ("final loss", loss_text(summary["train/loss"]) + (NO_MINIMUM_NOTE if loss is Loss.sum else "")),
         ("held-out loss", loss_text(summary["val/loss"]) + beside),
         ("speed", too_short if speed is None else f"{count_text(speed)} tok/s"),
         ("MFU", "" if mfu is None else f"{share_text(mfu)} (6N + 12Lhs{peak})"),
         ("peak memory", bytes_text(summary["memory/peak_bytes"])),
         (
             "communication per step (rank 0)",
-            _split(summary["comm/bytes_per_step"], summary.get("comm/bytes_per_step_by_axis")),
+            _total_and_parts(summary["comm/bytes_per_step"], summary.get("comm/bytes_per_step_by_axis")),
         ),
-        ("memory by kind (rank 0)", _split(None, summary.get("memory/held_bytes"))),
+        ("memory by kind (rank 0)", _total_and_parts(None, summary.get("memory/held_bytes"))),
     ]
     return [(name, text) for name, text in rows if text]
 
 
-def _split(whole: float | None, parts: Mapping[str, float] | None) -> str:
+def _total_and_parts(total: float | None, parts: Mapping[str, float] | None) -> str:
     """`23.9 MiB: dp_shard 11.8 MiB, tp 12.1 MiB`"""
-    said = ", ".join(f"{name} {bytes_text(value)}" for name, value in (parts or {}).items())
-    return said if whole is None else bytes_text(whole) + (f": {said}" if said else "")
+    listed = ", ".join(f"{name} {bytes_text(value)}" for name, value in (parts or {}).items())
+    return listed if total is None else bytes_text(total) + (f": {listed}" if listed else "")
 
 
 OTHER_PLANS = {"fsdp_tp": 4, "fsdp": 2, "tp": 2, "ddp": 2}
 """Plans to suggest for comparison, each with the number of ranks that uses all of its axes."""
-OF_ONE_RUN = ("resume", "hydra.run.dir", "hydra.mode", "world_size")
-"""Keys that another run does not share."""
-LOOK = "plan_only=true model=llama2_7b tokenizer=bpe_32k mesh.tp=8 world_size=64"
+RUN_ONLY_KEYS = ("resume", "hydra.run.dir", "hydra.mode", "world_size")
+"""Keys that a command for another run leaves out."""
+LARGE_PLAN = "plan_only=true model=llama2_7b tokenizer=bpe_32k mesh.tp=8 world_size=64"
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,13 @@ class NextSteps:
     def after(self, summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str]]:
         """Commands, each with its purpose."""
         return [
-            *self._under_another_plan(summary["parallel"], summary["world_size"]),
+            *self._other_plan_commands(summary["parallel"], summary["world_size"]),
             (
-                shown(dataclasses.replace(self.command, arguments=tuple(LOOK.split()), ranks=None, hosts=1)),
+                format_command(
+                    dataclasses.replace(
+                        self.command, arguments=tuple(LARGE_PLAN.split()), ranks=None, hosts=1
+                    )
+                ),
                 "how 64 ranks would shard 7B, compiled on this machine",
             ),
             (f"cat {path_text(run_dir)}/plan.txt", "what each rank holds and sends"),
@@ -227,10 +231,10 @@ class NextSteps:
     def to_resume(self, run_dir: Path) -> str:
         """The command that resumes a stopped run, or restarts it if it has no checkpoint."""
         if not any((run_dir / "checkpoints").glob("step-*")):
-            return shown(self.command)
-        return shown(dataclasses.replace(self.command, arguments=(f"resume={path_text(run_dir)}",)))
+            return format_command(self.command)
+        return format_command(dataclasses.replace(self.command, arguments=(f"resume={path_text(run_dir)}",)))
 
-    def _under_another_plan(self, plan: str, world: int) -> Iterator[tuple[str, str]]:
+    def _other_plan_commands(self, plan: str, world: int) -> Iterator[tuple[str, str]]:
         left_out = {override_key(word) for word in self.command.arguments if _is_left_out(word)}
         typed = [word for word in self.command.arguments if not _is_left_out(word)]
         ranks, hosts = max(world, 2), self.command.hosts
@@ -238,7 +242,7 @@ class NextSteps:
             again = Command(tuple(mended(typed, {"parallel": other})), ranks // hosts, hosts)
             if self.objection(again) is not None:
                 continue
-            yield shown(again), "the same training under another plan: the losses agree"
+            yield format_command(again), "the same training under another plan: the losses agree"
             # Validating a job composes and plans it: skip this run's own and the one just validated.
             as_typed = left_out <= {"hydra.run.dir"} and (plan == "none" or world == ranks)
             known = {other, plan} if as_typed else {other}
@@ -246,7 +250,7 @@ class NextSteps:
             unknown = [each for each in plans if each not in known]
             if hosts == 1 and (not unknown or self.objection(_sweep(typed, unknown, ranks)) is None):
                 why = "both plans in one table, and the command that plots them"
-                yield shown(_sweep(typed, plans, ranks)), why
+                yield format_command(_sweep(typed, plans, ranks)), why
             return
 
 
@@ -256,10 +260,10 @@ def _sweep(typed: list[str], plans: Iterable[str], ranks: int) -> Command:
 
 def _is_left_out(word: str) -> bool:
     key = override_key(word)
-    return key in OF_ONE_RUN or key.startswith("mesh") or word in ("-m", "--multirun")
+    return key in RUN_ONLY_KEYS or key.startswith("mesh") or word in ("-m", "--multirun")
 
 
-def shown(command: Command) -> str:
+def format_command(command: Command) -> str:
     """A command as it is typed from here: with `.venv/bin/torchrun`, or the bare name."""
     starter, _, rest = str(command).partition(" ")
     path = Path(sys.executable).with_name(starter)

@@ -24,9 +24,9 @@ class MetricsFile:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"
-        torn = _is_torn(self._path)
+        torn = _ends_mid_line(self._path)
         self._file = self._open()
-        self._waiting = bytearray()
+        self._pending = bytearray()
         self._problem: str | None = None
         if torn:
             self._write("\n")
@@ -35,11 +35,11 @@ class MetricsFile:
         return FileIO(self._path, "a+")
 
     def append(self, values: Mapping[str, SupportsFloat | None]) -> Row:
-        """Write one row and give it back complete.
+        """Write one row and return it complete.
 
         Raises:
             KeyError: for a metric that is not declared.
-            ValueError: for a row that does not say its step.
+            ValueError: for a row without its step.
         """
         row = complete_row(values)
         if row["train/step"] is None:
@@ -48,24 +48,24 @@ class MetricsFile:
         return row
 
     def _write(self, line: str) -> None:
-        """Now, or with a later row where the disk is full."""
-        self._waiting += line.encode()
+        """Write the line now, or with a later row where the disk is full."""
+        self._pending += line.encode()
         try:
-            while self._waiting:
-                del self._waiting[: self._file.write(self._waiting)]
+            while self._pending:
+                del self._pending[: self._file.write(self._pending)]
         except OSError as problem:
             if self._problem is None:
                 log.warning("metrics.jsonl cannot be written (%s): rows wait for room", problem.strerror)
             self._problem = problem.strerror
 
-    def cut_after(self, step: int) -> None:
-        """Go on after this step: rows of later ones are set aside in metrics.cut.jsonl, so that steps strictly rise."""
+    def truncate_after(self, step: int) -> None:
+        """Continue after this step: rows of later ones are moved to metrics.cut.jsonl, so that steps strictly increase."""
         self._file.close()
-        cut_rows(self._path.parent, step)
+        truncate_rows(self._path.parent, step)
         self._file = self._open()
 
     def close(self) -> str | None:
-        """End the file. Where it has been removed meanwhile, its rows are written once more.
+        """Close the file. If it was removed during the run, its rows are written once more.
 
         Returns: why rows are missing, if any are.
         """
@@ -79,10 +79,10 @@ class MetricsFile:
             self._file.close()
         except OSError as problem:
             return problem.strerror
-        return self._problem if self._waiting else None
+        return self._problem if self._pending else None
 
 
-def _is_torn(path: Path) -> bool:
+def _ends_mid_line(path: Path) -> bool:
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:
@@ -90,7 +90,7 @@ def _is_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def cut_rows(folder: Path, step: int) -> None:
+def truncate_rows(folder: Path, step: int) -> None:
     """Leave rows 1..step in metrics.jsonl, once each, and append what else is there to metrics.cut.jsonl."""
     path = folder / "metrics.jsonl"
     kept: list[str] = []
@@ -112,7 +112,7 @@ def cut_rows(folder: Path, step: int) -> None:
 
 
 def _step_of(line: str) -> int | None:
-    """The step of a row; None of one that was half written."""
+    """The step of a row; None if it was half written."""
     try:
         return int(json.loads(line)["train/step"])
     except (ValueError, TypeError, KeyError):

@@ -68,7 +68,7 @@ X_AXIS = "train/tokens"
 """The x axis of curves: comparable between plans, meshes and batch sizes, and across a resume."""
 
 _SENT = tuple(f"{axis.name}/{collective}" for axis in AXES for collective in axis.collectives)
-PARTS: dict[str, tuple[str, ...]] = {
+SUMMARY_PARTS: dict[str, tuple[str, ...]] = {
     "memory/held_bytes": MEMORY_KINDS,
     "memory/at_peak_bytes": MEMORY_KINDS,
     "comm/bytes_per_step_by_axis": AXIS_NAMES,
@@ -89,10 +89,10 @@ def complete_row(values: Mapping[str, SupportsFloat | None]) -> Row:
             raise KeyError(
                 f"{name} is logged but not declared; add it to METRICS in tpresearch/track/names.py"
             )
-    return {name: finite(values.get(name)) for name in NAMES}
+    return {name: finite_or_none(values.get(name)) for name in NAMES}
 
 
-def finite(value: SupportsFloat | None) -> int | float | None:
+def finite_or_none(value: SupportsFloat | None) -> int | float | None:
     """A number that JSON can hold: None for NaN and infinity, which are not measurements."""
     if value is None or isinstance(value, int):
         return value

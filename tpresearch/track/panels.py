@@ -20,10 +20,10 @@ class Panel:
     kind: Kind
     metrics: tuple[str, ...]
     """Names of `track/names.py`, or keys of summary.json; a key that ends in `.*` stands for all keys below it."""
-    reads: str
+    description: str
     """How to read the panel, in one sentence."""
-    log: bool = False
-    whole: str | None = None
+    log_scale: bool = False
+    total: str | None = None
     """For parts: the figure they belong to, where it is measured separately and not their sum."""
 
 
@@ -35,7 +35,7 @@ CORRECTNESS = (
         "difference",
         ("train/loss",),
         "Between plans this is rounding error of the dtype, without a trend.",
-        log=True,
+        log_scale=True,
     ),
     Panel(
         "held_out_loss", "Held-out loss", "curve", ("val/loss",), "Loss on rows that are never trained on."
@@ -76,7 +76,7 @@ SPEED = (
             "time/optimizer_s",
         ),
         "Medians on rank 0, including collectives that a phase waits for; on a GPU, data overlaps with the previous step.",
-        whole="perf/step_time_s",
+        total="perf/step_time_s",
     ),
     Panel(
         "scaling",

@@ -16,27 +16,27 @@ from typing import Any
 
 import yaml
 
-from tpresearch.track.names import NAMES, Row, finite
-from tpresearch.track.shown import bytes_text
+from tpresearch.track.names import NAMES, Row, finite_or_none
+from tpresearch.track.text import bytes_text
 
-MOST_BYTES, MOST_VALUES, DEEPEST = 4 << 20, 100_000, 50
-"""Of a file of a run that is read whole: far more than any run writes."""
-TOO_DEEP = f"nested more than {DEEPEST} deep"
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 4 << 20, 100_000, 50
+"""Limits of a file of a run that is read whole: far more than any run writes."""
+TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_metrics(folder: Path) -> list[Row]:
     """The rows of a run by step, without any that was half written.
 
-    A row takes the place of all before it that are not of earlier steps: where a run went on from a checkpoint, what it
-    had logged after that is none of its steps.
+    A row replaces all before it that are not of earlier steps: where a run resumed from a checkpoint, rows that it
+    had logged after that checkpoint do not count.
     """
     path = folder / "metrics.jsonl"
     rows: list[Row] = []
     if not path.is_file():
         return rows
     with path.open(encoding="utf-8") as file:
-        for line in iter(partial(file.readline, MOST_BYTES), ""):  # in pieces if longer than any row
+        for line in iter(partial(file.readline, MAX_BYTES), ""):  # in pieces if longer than any row
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, RecursionError):  # the process was killed while it wrote this one
@@ -52,25 +52,25 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """summary.json of a run.
 
     Raises:
-        FileNotFoundError: when the run has not ended, or was killed with no time to say so.
+        FileNotFoundError: when the run has not ended, or was killed before it could write it.
     """
     summary: dict[str, Any] = read_record(folder / "summary.json")
     return summary
 
 
 def read_record(path: Path) -> Any:
-    """The content of a run's JSON or YAML file. It may be damaged, or no run's at all.
+    """The content of a run's JSON or YAML file, which may be damaged, or not a run's.
 
     Raises:
         OSError: as opening a file does.
-        ValueError: for what cannot be read, or is larger or deeper than any run writes it.
+        ValueError: for what cannot be read, or is larger or deeper than what any run writes.
     """
     if path.exists() and not path.is_file():
         raise ValueError("not a file")
     with path.open("rb") as file:
-        text = file.read(MOST_BYTES + 1)
-    if len(text) > MOST_BYTES:
-        raise ValueError(f"larger than {bytes_text(MOST_BYTES)}")
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"larger than {bytes_text(MAX_BYTES)}")
     try:
         content = json.loads(text) if path.suffix == ".json" else yaml.load(text, YAML_LOADER)
     except RecursionError:
@@ -83,8 +83,8 @@ def read_record(path: Path) -> Any:
 
 def _check_size(content: Any) -> None:
     """Count values as often as they would be printed: in YAML, ten lines of aliases make a billion of them."""
-    level, left = [content], MOST_VALUES
-    for _ in range(DEEPEST):
+    level, left = [content], MAX_VALUES
+    for _ in range(MAX_DEPTH):
         inside = (
             child
             for node in level
@@ -95,18 +95,20 @@ def _check_size(content: Any) -> None:
         if not level:
             return
         if (left := left - len(level)) < 0:
-            raise ValueError(f"more than {MOST_VALUES:,} values")
+            raise ValueError(f"more than {MAX_VALUES:,} values")
     raise ValueError(TOO_DEEP)
 
 
-def headline(rows: Sequence[Row], warmup_steps: int, start_step: int = 0) -> dict[str, int | float | None]:
+def summary_figures(
+    rows: Sequence[Row], warmup_steps: int, start_step: int = 0
+) -> dict[str, int | float | None]:
     """The headline figures of a run: last losses, medians of `perf/*` and `time/*`, peak memory.
 
     Args:
         rows: of the run, in order.
         warmup_steps: rows that cover any of the first `warmup_steps` steps are left out of the medians.
-        start_step: where the process began that ends the run. Only its rows tell of speed and memory, since
-            an earlier one may have run on another mesh.
+        start_step: where the last process of the run started. Only its rows count for speed and memory, since
+            an earlier process may have run on another mesh.
     """
     mine = [row for row in rows if step_of(row) > start_step] or rows
     covered_from = [start_step, *map(step_of, mine)]
@@ -129,7 +131,7 @@ def _defined(rows: Sequence[Row], name: str) -> list[int | float]:
     return [value for row in rows if (value := row.get(name)) is not None]
 
 
-def _write_from(step: int, path: Path, content: str) -> None:
+def _write_keeping_earlier(step: int, path: Path, content: str) -> None:
     """When a run resumes with another `config.yaml` or `plan.txt`, keep the earlier one: config.step-00000100.yaml."""
     if step and path.exists() and path.read_text(encoding="utf-8") != content:
         path.rename(path.with_name(f"{path.stem}.step-{step:08d}{path.suffix}"))
@@ -138,31 +140,33 @@ def _write_from(step: int, path: Path, content: str) -> None:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """summary.json, written atomically."""
-    write_atomically(folder / "summary.json", json.dumps(defined(summary), indent=2, allow_nan=False) + "\n")
+    write_atomically(
+        folder / "summary.json", json.dumps(without_nonfinite(summary), indent=2, allow_nan=False) + "\n"
+    )
 
 
-def defined(value: Any) -> Any:
+def without_nonfinite(value: Any) -> Any:
     """Plain data with null for each number that is not finite."""
     if isinstance(value, Mapping):
-        return {key: defined(item) for key, item in value.items()}
+        return {key: without_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [defined(item) for item in value]
-    return finite(value) if isinstance(value, float) else value
+        return [without_nonfinite(item) for item in value]
+    return finite_or_none(value) if isinstance(value, float) else value
 
 
 def write_config(folder: Path, config: Mapping[str, Any], step: int = 0) -> None:
     """config.yaml: the resolved config, as plain data, from `step` on."""
     content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    _write_from(step, folder / "config.yaml", content)
+    _write_keeping_earlier(step, folder / "config.yaml", content)
 
 
 def write_plan(folder: Path, plan: str, step: int = 0) -> None:
     """plan.txt: the compiled plan as it was printed, from `step` on."""
-    _write_from(step, folder / "plan.txt", plan.rstrip("\n") + "\n")
+    _write_keeping_earlier(step, folder / "plan.txt", plan.rstrip("\n") + "\n")
 
 
-def note_resumption(folder: Path, entry: Mapping[str, Any]) -> None:
-    """resumed.json: where a run went on, with how many ranks along which axes, once for each time."""
+def record_resumption(folder: Path, entry: Mapping[str, Any]) -> None:
+    """resumed.json: one entry per resumption, with the step, the ranks and the mesh."""
     content = json.dumps([*read_resumptions(folder), dict(entry)], indent=2) + "\n"
     write_atomically(folder / "resumed.json", content)
 

@@ -1,5 +1,5 @@
 """Tables of runs, for a terminal and for a Markdown file, and the figures of summary.json in them: their order, their text, and
-which value is best. Text is data in both: neither interprets any of it."""
+which value is best. Text is escaped in both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from tpresearch.track.shown import (
+from tpresearch.track.text import (
     UNDEFINED,
     bytes_text,
     count_text,
@@ -24,7 +24,7 @@ from tpresearch.track.shown import (
     share_text,
 )
 
-BY_AXIS = "comm/bytes_per_step_by_axis"
+BYTES_BY_AXIS = "comm/bytes_per_step_by_axis"
 Summary = Mapping[str, Any]
 """The content of a run's summary.json; empty for a run without one."""
 
@@ -95,9 +95,9 @@ FIGURES = (
 )
 
 
-def comparable(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary with the peak of tensors as its peak of memory, where that is the resident size of the process: on a
-    CPU most of it is the interpreter and torch.
+def with_comparable_memory(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary with the tensors' peak as its peak memory, where the recorded peak is the process's resident size: on a
+    CPU most of that is the interpreter and torch.
     """
     if summary.get("device") != "cpu":
         return summary
@@ -121,7 +121,7 @@ def _figures_of(summaries: Sequence[Summary]) -> list[Figure]:
 
 
 def _cells(summaries: Sequence[Summary], figure: Figure) -> list[Cell]:
-    """The best is marked where the texts of completed runs differ."""
+    """One cell per run; the best is marked where the texts of completed runs differ."""
     completed = [each.get("status") == "completed" for each in summaries]
     values = [value for each in compress(summaries, completed) if (value := each.get(figure.key)) is not None]
     best = figure.text(figure.best(values)) if len(set(map(figure.text, values))) > 1 else None
@@ -134,7 +134,7 @@ def _cells(summaries: Sequence[Summary], figure: Figure) -> list[Cell]:
 def _text(summary: Summary, figure: Figure) -> str:
     value = summary.get(figure.key)
     text = figure.text(value)
-    if figure.key == "comm/bytes_per_step" and value and (parts := summary.get(BY_AXIS)):
+    if figure.key == "comm/bytes_per_step" and value and (parts := summary.get(BYTES_BY_AXIS)):
         text += f" ({', '.join(f'{axis} {bytes_text(sent)}' for axis, sent in parts.items())})"
     return text
 

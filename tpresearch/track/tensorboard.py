@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def check_tensorboard(logger: LoggerConfig) -> None:
-    """Refuse what is not installed.
+    """Refuse logger.tensorboard if TensorBoard is not installed.
 
     Raises:
         ConfigError: with what to install.
@@ -34,11 +34,11 @@ class TensorboardRun:
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / "tensorboard"
         self._writer: SummaryWriter | None = None
-        self._gave_up = False
+        self._failed = False
 
     def log(self, row: Row) -> None:
         """Every defined metric of the row, by its step. An error is reported once and ends TensorBoard, not the run."""
-        if self._gave_up:
+        if self._failed:
             return
         step = int(row["train/step"] or 0)
         try:
@@ -51,10 +51,10 @@ class TensorboardRun:
                     self._writer.add_scalar(name, value, step)
         except Exception as error:
             log.warning("TensorBoard stops at step %d, the record continues: %s", step, error)
-            self._gave_up = True
+            self._failed = True
 
     def close(self) -> None:
-        if self._writer is not None and not self._gave_up:
+        if self._writer is not None and not self._failed:
             try:
                 self._writer.close()
             except Exception as error:

@@ -23,9 +23,9 @@ from tpresearch.track import record
 from tpresearch.track.console import NextSteps, ProgressLine, report
 from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import Row
-from tpresearch.track.shown import run_name
 from tpresearch.track.tensorboard import TensorboardRun
-from tpresearch.track.wandb_host import LONGEST, LONGEST_TAG
+from tpresearch.track.text import run_name
+from tpresearch.track.wandb_host import MAX_NAME_CHARS, MAX_TAG_CHARS
 from tpresearch.track.wandb_run import WandbRun
 
 if TYPE_CHECKING:  # it imports torch, which nothing else here needs
@@ -54,7 +54,7 @@ class RunFacts:
     device: str
     """`cpu`, or the accelerator's name."""
     corpus_hash: str | None = None
-    """Losses are never compared across different ones."""
+    """Losses are never compared between different hashes."""
     unigram_entropy: float | None = None
     """Nats per token of the held-out rows, when only the tokens' frequencies are known."""
 
@@ -67,13 +67,13 @@ class Tracker:
             tracker.log({"train/step": 1, "train/tokens": 3072, "train/loss": 8.31, ...})
 
     The block's end completes the run; an exception in it makes it failed, Ctrl-C interrupted, another signal
-    preempted, and goes on its way. `finish` says otherwise before that. What is written at the end is tried at the
-    start, and neither a full disk, nor a folder that is gone, nor a report that cannot be printed costs the summary.
+    preempted, and propagates. Call `finish` before that to set another status. What is written at the end is tried at the
+    start, and the summary survives a full disk, a removed folder and a report that cannot be printed.
 
     Args:
         run_dir: the run's folder. One that has been tracked before is continued, in W&B too.
         total_steps: the step at which the run ends.
-        start_step: the step from which this process is to set out: see `resume_from`.
+        start_step: the step from which this process starts: see `resume_from`.
         plan: the compiled plan as it was printed, for plan.txt.
         next_steps: commands that the report suggests.
         console: where the progress and the report go; standard output by default.
@@ -102,7 +102,7 @@ class Tracker:
         self._began, self._last_step = time.monotonic(), start_step
         self._ended, self._next_steps = False, next_steps
         self._last_row: Row | None = None
-        self._count: StepLedger | None = None
+        self._step_ledger: StepLedger | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
         record.write_config(run_dir, config, start_step)
         if plan is not None:
@@ -116,12 +116,12 @@ class Tracker:
     def _start_wandb(self, config: Mapping[str, Any]) -> WandbRun | None:
         cfg = self._cfg
         about = (cfg.parallel.name, cfg.model.name, self._facts.device, str(cfg.train.dtype))
-        tags = [*(each[:LONGEST_TAG] for each in about if each), *cfg.logger.tags]
+        tags = [*(each[:MAX_TAG_CHARS] for each in about if each), *cfg.logger.tags]
         return WandbRun.start(
             cfg.logger,
             self._run_dir,
-            name=self.name[:LONGEST],
-            group=cfg.logger.group or cfg.name[:LONGEST],
+            name=self.name[:MAX_NAME_CHARS],
+            group=cfg.logger.group or cfg.name[:MAX_NAME_CHARS],
             tags=list(dict.fromkeys(tags)),
             config=config,
         )
@@ -129,17 +129,17 @@ class Tracker:
     def resume_from(self, step: int) -> None:
         """Before the first row: continue after this step, discarding rows of later ones."""
         self._start_step = self._last_step = step
-        self._metrics.cut_after(step)
+        self._metrics.truncate_after(step)
         if self._wandb:
             for row in record.read_metrics(self._run_dir):
                 self._wandb.log(row)
         if step == 0:
             return
         resumption = {"step": step, "world_size": self._facts.world_size, "mesh": self._facts.mesh}
-        record.note_resumption(self._run_dir, resumption)
+        record.record_resumption(self._run_dir, resumption)
 
     def log(self, values: Mapping[str, SupportsFloat | None]) -> None:
-        """Record one step. Metrics that are left out are undefined there, and so are NaN and infinity.
+        """Record one step. Metrics that are left out, and NaN and infinity, are undefined.
 
         Raises:
             KeyError: for a metric that `names.py` does not declare.
@@ -152,9 +152,9 @@ class Tracker:
             self._tensorboard.log(row)
         self._progress.show(row)
 
-    def count(self, step: StepLedger) -> None:
+    def record_ledger(self, step: StepLedger) -> None:
         """Record what one step sent and held: ledger.json, and its sums in the summary."""
-        self._count = step
+        self._step_ledger = step
         try:
             record.write_ledger(self._run_dir, step.as_json())
         except OSError as problem:
@@ -181,10 +181,10 @@ class Tracker:
         try:
             self._report(self._console, summary, self._next_steps)
         except Exception as problem:
-            log.warning("the report cannot be shown: %s", _line(problem))
+            log.warning("the report cannot be shown: %s", _error_line(problem))
 
-    def _leave(self) -> None:
-        """End silently: resuming was refused, and the record stays as it is."""
+    def _end_silently(self) -> None:
+        """Close without a summary: resuming was refused, and the record stays unchanged."""
         self._close()
         if self._wandb:
             self._wandb.finish({}, EXIT_CODES["failed"])
@@ -198,7 +198,7 @@ class Tracker:
             self._tensorboard.close()
 
     def _report(self, console: Console, summary: Mapping[str, Any], next_steps: NextSteps | None) -> None:
-        where = self._wandb.where() if self._wandb else None
+        where = self._wandb.page_or_sync_command() if self._wandb else None
         report(console, summary, self._run_dir, where, self._cfg.train.loss, next_steps)
 
     def _summary(self, status: Status, error: str | None) -> dict[str, Any]:
@@ -219,12 +219,12 @@ class Tracker:
             "dtype": str(cfg.train.dtype),
             "weights": str(cfg.train.weight_dtype),
             "float8": str(cfg.train.float8),
-            **record.headline(rows, cfg.train.warmup_log_steps, self._start_step),
-            **(self._count.summary() if self._count else {}),
+            **record.summary_figures(rows, cfg.train.warmup_log_steps, self._start_step),
+            **(self._step_ledger.summary() if self._step_ledger else {}),
             **({"resumed": resumed} if (resumed := record.read_resumptions(self._run_dir)) else {}),
             "wall_time_s": time.monotonic() - self._began,
         }
-        return record.defined(summary)
+        return record.without_nonfinite(summary)
 
     def __enter__(self) -> Self:
         return self
@@ -233,9 +233,9 @@ class Tracker:
         if error is None:
             self.finish()
         elif isinstance(error, ConfigError) and self._start_step and self._last_row is None:
-            self._leave()
+            self._end_silently()
         else:
-            self.finish(_status(error), _line(error))
+            self.finish(_status(error), _error_line(error))
 
 
 def _status(error: BaseException) -> Status:
@@ -244,7 +244,7 @@ def _status(error: BaseException) -> Status:
     return "preempted" if isinstance(error, Stopped) else "failed"
 
 
-def _line(error: BaseException) -> str:
-    """`ValueError: what it says`, on one line."""
+def _error_line(error: BaseException) -> str:
+    """`ValueError: its message`, on one line."""
     kind, first = type(error).__name__, first_line(error)
     return first if isinstance(error, Stopped) or first == kind else f"{kind}: {first}"

@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 Mode = Literal["online", "offline", "disabled"]
 
-LONGEST, LONGEST_TAG = 128, 64
+MAX_NAME_CHARS, MAX_TAG_CHARS = 128, 64
 """Characters of a name and of a tag, by W&B's own rules; a project or a run's id has none of RESERVED."""
 RESERVED = set("/\\#?%:")
-READ_BY_US = {
+KNOWN_VARIABLES = {
     *("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_JOB_TYPE"),
     *("WANDB_TAGS", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"),
 }
-"""Variables that can be checked without the client."""
+"""Variables that are checked without the client."""
 
 log = logging.getLogger(__name__)
 
 
 def check_settings(logger: LoggerConfig, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse what W&B would: it takes a run with such a setting neither online nor offline.
+    """Refuse settings that W&B would refuse, online and offline.
 
     Raises:
         ConfigError: naming the setting, or the variable that it comes from.
@@ -45,23 +45,26 @@ def check_settings(logger: LoggerConfig, environment: Mapping[str, str] = os.env
         reserved = (
             "" if field in ("logger.group", "logger.name", "logger.job_type") else RESERVED & set(value)
         )
-        if reserved or not value.strip() or value != value.strip() or len(value) > LONGEST:
-            legal = f"at most {LONGEST} characters, and none of {' '.join(sorted(RESERVED))}"
+        if reserved or not value.strip() or value != value.strip() or len(value) > MAX_NAME_CHARS:
+            legal = f"at most {MAX_NAME_CHARS} characters, and none of {' '.join(sorted(RESERVED))}"
             why = f"has {' '.join(sorted(reserved))} in it" if reserved else "not a valid W&B name"
             if field == "WANDB_RUN_ID":
                 raise WrongEnvironment(field, value, why, [field], legal)
             fix = {"logger.project": LoggerConfig.project, "logger.entity": "null", "logger.name": "null"}
             raise ConfigError(field, value, why, legal, {field: fix[field]} if field in fix else None)
     for tag in logger.tags:
-        if not 0 < len(tag) <= LONGEST_TAG:
-            why, legal = f"W&B does not accept a tag of {len(tag)} characters", f"tags of 1 to {LONGEST_TAG}"
+        if not 0 < len(tag) <= MAX_TAG_CHARS:
+            why, legal = (
+                f"W&B does not accept a tag of {len(tag)} characters",
+                f"tags of 1 to {MAX_TAG_CHARS}",
+            )
             raise ConfigError("logger.tags", tag, why, legal, fix={"logger.tags": "[]"})
     _check_variables({name: value for name, value in environment.items() if name.startswith("WANDB_")})
 
 
 def _check_variables(given: Mapping[str, str]) -> None:
-    """Refuse a variable that the client would: it would take the run nowhere, and say so in a warning."""
-    if not {*given} - READ_BY_US:
+    """Refuse a variable that the client would refuse: it would log nothing, with only a warning."""
+    if not {*given} - KNOWN_VARIABLES:
         return
     import wandb  # late: it takes a second
 

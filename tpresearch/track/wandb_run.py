@@ -20,7 +20,7 @@ from uuid import uuid4
 from tpresearch.config.errors import first_line
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.track.names import X_AXIS, Row
-from tpresearch.track.shown import path_text
+from tpresearch.track.text import path_text
 from tpresearch.track.wandb_host import Mode, choose_mode
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ SETTINGS: dict[str, Any] = {
     "save_code": False,
     "silent": True,
 }
-"""Ours, unless the environment has its own (WANDB_INIT_TIMEOUT, WANDB_CONSOLE, WANDB_SAVE_CODE and so on)."""
-BLOCK, HEADER = 1 << 15, 7
-PART = struct.Struct("<IHB")
-"""Of each part: checksum, length, kind."""
-WHOLE, LAST = 1, 4
+"""Our settings, unless the environment has its own (WANDB_INIT_TIMEOUT, WANDB_CONSOLE, WANDB_SAVE_CODE and so on)."""
+BLOCK_BYTES, FILE_HEADER_BYTES = 1 << 15, 7
+PART_HEADER = struct.Struct("<IHB")
+"""Header of each part: checksum, length, kind."""
+FULL, LAST = 1, 4
 """Kinds of a part that end a record."""
 
 
@@ -51,7 +51,7 @@ class WandbRun:
 
     def __init__(self, run: wandb.Run, sent: SentRows) -> None:
         self._run, self._sent = run, sent
-        self._trouble: str | None = None
+        self._first_error: str | None = None
         self.id: str = run.id
         self.url: str | None = run.url
         """The run's page; None offline."""
@@ -113,14 +113,14 @@ class WandbRun:
         kept_id.write_text(f"{run.id}\n")  # under `wandb agent` the sweep has chosen another
         sent = SentRows(kept_id.with_name("sent"))
         if run.id != known_as:
-            sent.keep(0)
+            sent.truncate(0)
         # What the server has, or the disk: rows may have been lost with a killed client.
         folders = Path(about["dir"]) / "wandb"
         offline = list(folders.glob(f"offline-run-*-{run.id}"))
         if mode == "online" and not offline:
-            sent.keep(run.starting_step)
+            sent.truncate(run.starting_step)
         elif not any(folders.glob(f"run-*-{run.id}")) and (rows := rows_on_disk(offline)) is not None:
-            sent.keep(rows)
+            sent.truncate(rows)
         # Rows never use W&B's own step: it silently drops those below a resumed one.
         run.define_metric("*", step_metric=X_AXIS)
         opened = cls(run, sent)
@@ -129,63 +129,63 @@ class WandbRun:
         return opened
 
     def log(self, row: Row) -> None:
-        """Hand over one row, unless the run already has it; undefined metrics are None, as in metrics.jsonl.
+        """Log one row, unless the run already has it; undefined metrics are None, as in metrics.jsonl.
 
         A resumed run repeats steps whose rows were logged before it died. They are the same, and
         W&B would show them twice.
         """
         if not self._sent.is_new(row):
             return
-        with self._noting():
+        with self._catching_errors():
             self._run.log(dict(row))
 
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
         """Set the summary's figures and close the run, in at most `finish_timeout` seconds."""
-        with self._noting():
+        with self._catching_errors():
             self._run.summary.update(dict(summary))
             if preempted:
                 self._run.mark_preempting()
-        with self._noting():
+        with self._catching_errors():
             self._run.finish(exit_code=exit_code)
         _tear_down(exit_code)
 
-    def where(self) -> str:
-        """Where to look: the run's page, or the command that uploads it."""
-        if self.url and not self._trouble:
+    def page_or_sync_command(self) -> str:
+        """The run's page, or the command that uploads it."""
+        if self.url and not self._first_error:
             return self.url
         return f"wandb sync {'--include-online ' if self.url else ''}{path_text(self.folder)}"
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _catching_errors(self) -> Iterator[None]:
         """Catches whatever the client raises, and reports the first of it."""
         try:
             yield
         except Exception as error:
-            if self._trouble is None:
-                self._trouble = first_line(error)
-                log.warning("W&B: %s; metrics.jsonl has every row", self._trouble)
+            if self._first_error is None:
+                self._first_error = first_line(error)
+                log.warning("W&B: %s; metrics.jsonl has every row", self._first_error)
 
 
 class SentRows:
-    """The steps of the rows that W&B was handed, in a file that outlives the process: each row is to arrive once.
+    """The steps of the rows that were logged to W&B, in a file that outlives the process: each row must arrive once.
 
-    A step is written before its row is handed over. Where the server, or the client's own files, can be asked how many
-    rows there are, those that got lost on the way are handed over again.
+    A step is written before its row is logged. Where the server, or the client's own files, tell how many rows there
+    are, those that were lost on the way are logged again.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._steps = [int(line) for line in path.read_text().split()] if path.exists() else []
 
-    def keep(self, count: int) -> None:
-        """Forget what was handed over after the first `count` rows."""
+    def truncate(self, count: int) -> None:
+        """Forget the rows after the first `count`."""
         if count >= len(self._steps):
             return
         self._steps = self._steps[:count]
         self._path.write_text("".join(f"{step}\n" for step in self._steps))
 
     def is_new(self, row: Row) -> bool:
-        """Whether this row is of a later step than all before it; if so, it counts as handed over from now on."""
+        """Whether this row is of a later step than all before it; if so, it counts as logged from now on."""
         step = int(row["train/step"] or 0)
         if self._steps and step <= self._steps[-1]:
             return False
@@ -196,7 +196,7 @@ class SentRows:
 
 
 def set_up() -> wandb.Settings:
-    """Make the client's settings ours as far as its version knows them; what they have come to be."""
+    """Apply our settings, as far as the client's version knows them; returns the result."""
     # The client's reports of its own errors hold up the interpreter's exit for 20 s where the host is silent.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
@@ -219,38 +219,38 @@ def _tear_down(exit_code: int = 0) -> None:
 
 
 def rows_on_disk(folders: list[Path]) -> int | None:
-    """Rows of history that the client has on disk for `wandb sync` in these folders (`wandb/offline-run-*`): what it was handed
-    just before it was killed may not be there. None if this client has other files than we know.
+    """Rows of history that the client has on disk for `wandb sync` in these folders (`wandb/offline-run-*`): rows logged
+    just before it was killed may be missing. None if this version of the client writes other files.
     """
     try:
         protobuf: Any = import_module("wandb.proto.wandb_internal_pb2")
         files = sorted(path for folder in folders for path in folder.glob("run-*.wandb"))
         kinds = (
-            protobuf.Record.FromString(record) for path in files for record in records(path.read_bytes())
+            protobuf.Record.FromString(record) for path in files for record in read_records(path.read_bytes())
         )
         return sum(record.WhichOneof("record_type") == "history" for record in kinds)
     except Exception:
         return None
 
 
-def records(log: bytes) -> Iterator[bytes]:
-    """Each record that was written whole to a file of the client.
+def read_records(log: bytes) -> Iterator[bytes]:
+    """Each complete record in a file of the client.
 
     LevelDB's log format (github.com/google/leveldb, doc/log_format.md) behind a header of 7 bytes: records of protobuf, in
     parts that never cross a block. Checked on wandb 0.31.
     """
-    at, parts = HEADER, b""
+    at, parts = FILE_HEADER_BYTES, b""
     while True:
-        if BLOCK - at % BLOCK < PART.size:  # too little of this block for another
-            at += BLOCK - at % BLOCK
-        if at + PART.size > len(log):
+        if BLOCK_BYTES - at % BLOCK_BYTES < PART_HEADER.size:  # too little of this block for another
+            at += BLOCK_BYTES - at % BLOCK_BYTES
+        if at + PART_HEADER.size > len(log):
             return
-        _, length, kind = PART.unpack_from(log, at)
-        at += PART.size
+        _, length, kind = PART_HEADER.unpack_from(log, at)
+        at += PART_HEADER.size
         if at + length > len(log):
             return
         parts += log[at : at + length]
         at += length
-        if kind in (WHOLE, LAST):
+        if kind in (FULL, LAST):
             yield parts
             parts = b""

@@ -129,7 +129,7 @@ def observers_of(
     expected = Expected(
         expected_entries(job.model, plan, cfg), expected_memory(job.model, plan, cfg, device.type)
     )
-    report = tracker.count if tracker else None
+    report = tracker.record_ledger if tracker else None
     counted = CountedStep(mesh, expected, total_steps(cfg) - 1, cfg.parallel.compile, report)
     profiled = range(0) if cfg.profiler.name is ProfilerName.none else profiled_steps(cfg.profiler)
     return [

@@ -18,7 +18,7 @@ from tpresearch.config.validate import total_steps
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.launch import Run
 from tpresearch.track.record import read_summary
-from tpresearch.track.shown import bytes_text
+from tpresearch.track.text import bytes_text
 from tpresearch.train.optim import learning_rate
 from tpresearch.train.preflight import Preflight
 

@@ -40,9 +40,9 @@ def judge(cfg: Config, world: World) -> Judged:
     if world.size > 1:
         why, legal = "it starts its own ranks", "a start by python, without torchrun"
         raise ConfigError("WORLD_SIZE", world.size, why, legal)
-    from tpresearch.verify.plans import check_plan, configs
+    from tpresearch.verify.plans import check_plan, configs_by_plan
 
-    plans = configs(cfg, sys.argv[1:])
+    plans = configs_by_plan(cfg, sys.argv[1:])
     for cfgs in plans.values():
         check_plan(cfgs[0])
     return Judged(cfg, plans)

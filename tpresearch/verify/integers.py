@@ -1,7 +1,7 @@
 """Sharded matmuls on integers: sums of integers do not depend on their order, so every result must match bitwise.
 
-Each kind of layer of the model that multiplies is put under its own rule and the whole data plan, alone, with
-integer weights, inputs and upstream gradients, and compared with the same layer in one piece.
+Each kind of layer that multiplies is sharded alone, by its own rule and the data plan, with integer weights, inputs and
+upstream gradients, and compared with the unsharded layer.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from tpresearch.plan.compiler import Plan
 from tpresearch.plan.meta import weight_dtype
 from tpresearch.plan.rules import ResolvedRule
 from tpresearch.train.preflight import preflight
-from tpresearch.verify.trace import whole
+from tpresearch.verify.trace import full_tensors
 
-GREATEST = 2
+MAX_INTEGER = 2
 """Integers from -2 to 2: their sums stay small enough to be exact even in bfloat16."""
 
 
 @dataclass(frozen=True)
-class Exact:
+class IntegerResult:
     """Difference of a sharded layer from the unsharded one, on integers: each number must be 0."""
 
     layer: str
@@ -60,7 +60,7 @@ class SingleLayer(nn.Module):
         return self.layer(x)
 
 
-def exactness(world: World, cfg: Config) -> list[Exact]:
+def check_matmuls(world: World, cfg: Config) -> list[IntegerResult]:
     """Each distinct matmul of the model under its plan, compared with the unsharded one, on this rank."""
     job = preflight(cfg, world)
     assert job.device
@@ -72,10 +72,10 @@ def exactness(world: World, cfg: Config) -> list[Exact]:
         ]
 
 
-def worst_of(ranks: list[list[Exact]]) -> list[Exact]:
+def max_over_ranks(ranks: list[list[IntegerResult]]) -> list[IntegerResult]:
     """Maximum differences of each layer over all ranks."""
     return [
-        Exact(
+        IntegerResult(
             exact[0].layer,
             exact[0].rule,
             max(e.output for e in exact),
@@ -105,7 +105,7 @@ def _compare(
     cfg: Config,
     mesh: DeviceMesh,
     device: torch.device,
-) -> Exact:
+) -> IntegerResult:
     dtype = torch.bfloat16 if cfg.train.dtype is Dtype.bfloat16 else weight_dtype(cfg.train)
     x, upstream = _operands(layer, plan.sizes)
     unsharded = copy.deepcopy(layer).to_empty(device="cpu").double()
@@ -126,7 +126,7 @@ def _compare(
         set_parameter(parameter, unsharded.get_parameter(key.removeprefix("layer.")).detach())
     reducer = build_reducer(alone, parameters, plan, cfg, mesh)
     src, dst = (rule.src[0], rule.dst[0]) if rule else (Replicate(), Replicate())
-    part_of = functools.partial(_part, mesh, plan.sizes)
+    part_of = functools.partial(_local_part, mesh, plan.sizes)
     part = part_of(src, x.detach()).to(device)
     part = part.to(dtype).requires_grad_() if x.requires_grad else part
     output = alone(part)
@@ -138,13 +138,13 @@ def _compare(
     output.backward(own)
     if reducer:
         reducer.finish()
-    gradients = whole({key.removeprefix("layer."): p.grad for key, p in alone.named_parameters()})
-    return Exact(
+    gradients = full_tensors({key.removeprefix("layer."): p.grad for key, p in alone.named_parameters()})
+    return IntegerResult(
         name,
         f"{rule.name} ({rule.label})" if rule else "",
-        _apart(output, part_of(dst, expected)),
-        _apart(part.grad, part_of(src, x.grad)) if x.grad is not None else 0.0,
-        max(_apart(gradients.get(key), p.grad) for key, p in unsharded.named_parameters()),
+        _max_difference(output, part_of(dst, expected)),
+        _max_difference(part.grad, part_of(src, x.grad)) if x.grad is not None else 0.0,
+        max(_max_difference(gradients.get(key), p.grad) for key, p in unsharded.named_parameters()),
     )
 
 
@@ -160,13 +160,13 @@ def _operands(layer: nn.Module, sizes: MeshSizes) -> tuple[Tensor, Tensor]:
 
 
 def _integers(*shape: int) -> Tensor:
-    """Integers from -GREATEST to GREATEST in no order, the same wherever they are drawn."""
+    """Integers from -GREATEST to GREATEST in a pseudo-random order that is the same on every rank."""
     drawn = torch.Generator().manual_seed(sum(shape))
-    return torch.randint(-GREATEST, GREATEST + 1, shape, generator=drawn).double()
+    return torch.randint(-MAX_INTEGER, MAX_INTEGER + 1, shape, generator=drawn).double()
 
 
-def _part(mesh: DeviceMesh, sizes: MeshSizes, layout: Placement | None, tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor of the global batch: its rows, and of those its part over tp."""
+def _local_part(mesh: DeviceMesh, sizes: MeshSizes, layout: Placement | None, tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor of the global batch: its rows, and of those its shard over tp."""
     rows = tensor.chunk(sizes.dp)[data_rank(mesh)]
     if not isinstance(layout, Shard):
         return rows
@@ -174,7 +174,7 @@ def _part(mesh: DeviceMesh, sizes: MeshSizes, layout: Placement | None, tensor: 
     return parts[own] if own < len(parts) else rows.narrow(layout.dim, 0, 0)
 
 
-def _apart(ours: Tensor | None, expected: Tensor | None) -> float:
+def _max_difference(ours: Tensor | None, expected: Tensor | None) -> float:
     """The maximum difference; 0 if all are equal, infinite if the shapes differ."""
     if ours is None or expected is None:
         return float("inf")

@@ -24,17 +24,17 @@ from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, SyntheticCorpus
 from tpresearch.launch.composition import typed_config
 from tpresearch.train.preflight import planned
-from tpresearch.verify.integers import Exact, exactness, worst_of
+from tpresearch.verify.integers import IntegerResult, check_matmuls, max_over_ranks
 from tpresearch.verify.ranks import RankError, Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import MaxError, Trace, compare, tolerance, trace
+from tpresearch.verify.trace import MaxError, RunTrace, compare, tolerance, trace_run
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 900
+TIMEOUT_S = 900
 """Timeout without progress on any rank; one that raises or dies is noticed at once."""
 
-ROWS = 256
+TRAIN_ROWS = 256
 """Number of train rows used: enough for a few steps, few enough to pass to each rank."""
 
 
@@ -52,7 +52,7 @@ class Result:
     """Quantities that are out of tolerance."""
     note: str | None = None
     """Note on axes of the plan that have size 1 on its mesh."""
-    integers: list[Exact] | None = None
+    integers: list[IntegerResult] | None = None
     """The plan's matmuls on integers, if that was asked for: with the first optimizer, since none is involved."""
     error: str | None = None
     """Why it did not run, if it did not."""
@@ -62,7 +62,7 @@ class Result:
         return not self.out and self.error is None and all(exact.passed for exact in self.integers or ())
 
 
-def configs(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
+def configs_by_plan(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
     """One config per plan and optimizer: the given config with only those two choices changed.
 
     Raises:
@@ -77,20 +77,20 @@ def configs(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     mine = [w for w in words if parser.parse_override(w).key_or_group not in ("parallel", "optimizer")]
     return {
-        plan: [_composed(*mine, f"parallel={plan}", f"optimizer={name}") for name in cfg.verify.optimizers]
+        plan: [_compose(*mine, f"parallel={plan}", f"optimizer={name}") for name in cfg.verify.optimizers]
         for plan in cfg.verify.plans
     }
 
 
-def _composed(*overrides: str) -> Config:
+def _compose(*overrides: str) -> Config:
     loader = GlobalHydra.instance().config_loader()
-    return _in_two_parts(
+    return _with_two_micro_batches(
         typed_config(loader.load_configuration("verify", list(overrides), run_mode=RunMode.RUN))
     )
 
 
-def _in_two_parts(cfg: Config) -> Config:
-    """Two micro-batches per rank where train.micro_batch_size is left open, so that accumulation is in the proof."""
+def _with_two_micro_batches(cfg: Config) -> Config:
+    """The config with two micro-batches per rank where train.micro_batch_size is left open, so that accumulation is verified too."""
     if cfg.train.micro_batch_size is not None:
         return cfg
     half, odd = divmod(cfg.train.global_batch_size // validate(cfg, ranks_of(cfg)).dp, 2)
@@ -100,16 +100,16 @@ def _in_two_parts(cfg: Config) -> Config:
 
 
 def ranks_of(cfg: Config) -> int:
-    """verify.world_size, or as many ranks as give each axis of the plan two, where its mesh leaves that open."""
+    """verify.world_size, or more if the plan needs them to give two ranks to each axis that its mesh leaves open."""
     sizes = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
     if not sizes:
         return 1
     return max(cfg.verify.world_size, math.prod(2 if size in (None, -1) else size for size in sizes))
 
 
-def on_one_device(plans: dict[str, list[Config]]) -> dict[str, list[Config]]:
-    """The same with device=auto resolved once, by the plan of most ranks: else one process would take the only GPU, and
-    four ranks the CPU.
+def with_device_chosen(plans: dict[str, list[Config]]) -> dict[str, list[Config]]:
+    """The plans with device=auto resolved once, by the plan with most ranks: otherwise one process would take the only GPU,
+    and four ranks the CPU.
     """
     most = max(ranks_of(cfgs[0]) for cfgs in plans.values())
     kind = DeviceKind.cuda if torch.cuda.device_count() >= most else DeviceKind.cpu
@@ -139,31 +139,31 @@ def check_plan(cfg: Config) -> None:
 
 def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
     """Train in one process, then under each plan, and compare."""
-    plans = on_one_device(plans)
-    ranks = Ranks(PATIENCE_S)
+    plans = with_device_chosen(plans)
+    ranks = Ranks(TIMEOUT_S)
     ranks.start()
-    corpus = _few_rows(prepare(cfg.data, cfg.tokenizer))
+    corpus = _with_few_rows(prepare(cfg.data, cfg.tokenizer))
     first = next(iter(plans.values()))
     references = [reference(c, corpus, cfg.verify.steps) for c in first]
     jobs = [(plan, *pair) for plan, cfgs in plans.items() for pair in zip(cfgs, references, strict=True)]
     results: list[Result] = []
     for plan, c, right in track(jobs, description="verifying", transient=True):
         integers = c.verify.integers and c is plans[plan][0]
-        results.append(_verified(ranks, plan, c, right, corpus, integers))
+        results.append(_verify_plan(ranks, plan, c, right, corpus, integers))
     return results
 
 
-def _verified(
-    ranks: Ranks, plan: str, cfg: Config, right: Trace, corpus: AnyCorpus, integers: bool
+def _verify_plan(
+    ranks: Ranks, plan: str, cfg: Config, right: RunTrace, corpus: AnyCorpus, integers: bool
 ) -> Result:
     """One plan and optimizer compared with the reference; its matmuls on integers too if requested."""
     sizes = validate(cfg, ranks_of(cfg))
     result = Result(plan, cfg.optimizer.name, tolerance("loss", cfg.train.dtype), dict(sizes))
     result.note = warning_of_unused_axes(sizes, cfg.parallel)
     try:
-        ours = ranks.run(ranks_of(cfg), trace_of, cfg, corpus)[0]
+        ours = ranks.run(ranks_of(cfg), trace_on_rank_0, cfg, corpus)[0]
         if integers:
-            result.integers = worst_of(ranks.run(ranks_of(cfg), exactness, cfg))
+            result.integers = max_over_ranks(ranks.run(ranks_of(cfg), check_matmuls, cfg))
     except RankError as error:
         result.error = str(error).strip().splitlines()[-1]
         log.error("%s: %s", plan, error)
@@ -173,15 +173,15 @@ def _verified(
     return result
 
 
-def trace_of(world: World, cfg: Config, corpus: AnyCorpus) -> Trace | None:
+def trace_on_rank_0(world: World, cfg: Config, corpus: AnyCorpus) -> RunTrace | None:
     """The trace from rank 0 alone, since all ranks have the same, and it is large to send."""
-    found = trace(cfg, corpus, world, cfg.verify.steps)
+    found = trace_run(cfg, corpus, world, cfg.verify.steps)
     return found if world.rank == 0 else None
 
 
-def _few_rows(corpus: AnyCorpus) -> AnyCorpus:
+def _with_few_rows(corpus: AnyCorpus) -> AnyCorpus:
     if isinstance(corpus, SyntheticCorpus):
         return corpus
     return dataclasses.replace(
-        corpus, train=corpus.train[:ROWS].copy(), held_out=corpus.held_out[:ROWS].copy()
+        corpus, train=corpus.train[:TRAIN_ROWS].copy(), held_out=corpus.held_out[:TRAIN_ROWS].copy()
     )

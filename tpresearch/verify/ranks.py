@@ -21,7 +21,7 @@ from tpresearch.config.world import World
 
 TIMEOUT_S = 300
 IDLE_S = 0.1
-"""Processor time in which a rank that is stuck may still poll, over the whole of a timeout."""
+"""Processor time that a stuck rank may still spend polling during a whole timeout."""
 
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tpresearch.verify.warm"])
@@ -32,20 +32,20 @@ class RankError(Exception):
 
 
 class Ranks:
-    """`run(4, f, *args)` calls `f(world, *args)` on four ranks at once and gives their results in rank order.
+    """`run(4, f, *args)` calls `f(world, *args)` on four ranks at once and returns their results in rank order.
 
-    `f` must be a module's own function. It finds the environment that torchrun would give it, and opens and
+    `f` must be a module-level function. It finds the environment that torchrun would give it, and opens and
     closes its own process group. Every job has its own processes, which end with it.
 
     Args:
-        timeout_s: how long ranks may neither answer nor compute.
+        timeout_s: how long ranks may neither return nor compute.
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
 
     def start(self) -> None:
-        """Have the server import torch while the caller does something else."""
+        """Start the server, which imports torch while the caller does something else."""
         forkserver.ensure_running()
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -95,7 +95,7 @@ def _result(rank: int, connections: list[Connection]) -> Any:
 
 
 def _processor_s(process: BaseProcess) -> float:
-    """What its main thread has computed: gloo's threads poll for ever. 0 where there is no /proc."""
+    """Processor time of its main thread (gloo's threads poll for ever); 0 where there is no /proc."""
     try:
         fields = Path(f"/proc/{process.pid}/task/{process.pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -107,13 +107,13 @@ def _fork(
     world: World, port: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> tuple[BaseProcess, Connection]:
     ours, theirs = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=_serve, args=(theirs, world, port, function, args))
+    process = _CONTEXT.Process(target=_run_rank, args=(theirs, world, port, function, args))
     process.start()
-    theirs.close()  # else its end is not seen when the process dies
+    theirs.close()  # otherwise the end of the pipe is not noticed when the process dies
     return process, ours
 
 
-def _serve(
+def _run_rank(
     connection: Connection, world: World, port: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends all ranks

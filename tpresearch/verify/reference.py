@@ -17,10 +17,10 @@ from tpresearch.plan.initializers import read_initializers
 from tpresearch.plan.meta import plain_model, weight_dtype
 from tpresearch.train.assemble import weight_source
 from tpresearch.train.optim import learning_rate
-from tpresearch.verify.trace import StepTrace, Tensors, Trace
+from tpresearch.verify.trace import RunTrace, StepTrace, Tensors
 
 
-def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> Trace:
+def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> RunTrace:
     """A few steps on the whole global batch at once, on the CPU."""
     model = plain_model(cfg.model, weight_dtype(cfg.train))
     weight_source(cfg, read_initializers(model))(model)
@@ -40,7 +40,7 @@ def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> Trace:
         optimizer.zero_grad()
         weights = _copies(dict(model.named_parameters()))
         taken.append(StepTrace(loss.item(), norm.item(), gradients, weights))
-    return Trace(initial, taken, _held_out(model, corpus, cfg))
+    return RunTrace(initial, taken, _held_out(model, corpus, cfg))
 
 
 def _loss(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
@@ -48,7 +48,7 @@ def _loss(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
     if inputs.is_floating_point():
         inputs = inputs.to(getattr(torch, cfg.train.dtype))
     weights: dict[str, Tensor] = dict(model.named_parameters())
-    if cfg.train.dtype is Dtype.bfloat16:  # those that are trained stay as they are
+    if cfg.train.dtype is Dtype.bfloat16:  # the trained float32 weights are unchanged
         weights = {name: weight.bfloat16() for name, weight in weights.items()}
     output = torch.func.functional_call(model, weights, inputs)
     wide = output.to(torch.promote_types(output.dtype, torch.float32))

@@ -51,55 +51,57 @@ class StepTrace:
 
 
 @dataclass(frozen=True)
-class Trace:
+class RunTrace:
     initial: Tensors
     """The weights before the first step."""
     steps: list[StepTrace]
     held_out: float | None
     """The loss on held-out rows after the last step."""
-    apart: list[MaxError] = field(default_factory=list)
-    """How far ranks are from each other: see `between_ranks`."""
+    rank_differences: list[MaxError] = field(default_factory=list)
+    """Maximum differences between ranks: see `differences_between_ranks`."""
 
 
-class Gradients(Observer):
+class GradientCapture(Observer):
     """Keeps the last step's full gradients, before clipping."""
 
     def __init__(self) -> None:
         self.last: Tensors = {}
 
     def gradients(self, state: TrainState) -> None:
-        self.last = whole({name: p.grad for name, p in state.trained().items()})
+        self.last = full_tensors({name: p.grad for name, p in state.trained().items()})
 
 
-def trace(cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Device | None = None) -> Trace:
-    """Train for a few steps on this rank of a job, through the code that every run goes through.
+def trace_run(
+    cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Device | None = None
+) -> RunTrace:
+    """Train for a few steps on this rank of a job, through the same code as every run.
 
     Args:
         device: the one that the config chooses, unless given.
 
-    Returns: this rank's trace; `apart` tells whether all ranks agree.
+    Returns: this rank's trace; `rank_differences` tells whether all ranks agree.
     """
     job = preflight(cfg, world)
     device = device or job.device
     assert device
     with process_group(device, world):
-        mesh, seen = build_mesh(job.sizes, device.type), Gradients()
-        loop = assemble(job, mesh, device, corpus, [seen])
-        initial, taken = whole(loop.state.weights()), []
-        apart = between_ranks(None, initial, device.torch)
+        mesh, capture = build_mesh(job.sizes, device.type), GradientCapture()
+        loop = assemble(job, mesh, device, corpus, [capture])
+        initial, taken = full_tensors(loop.state.weights()), []
+        differences = differences_between_ranks(None, initial, device.torch)
         for step in range(steps):
             share, norm = loop.step()
             loss = sum_over(mesh, share, DATA_AXES)
-            updated = whole(loop.state.weights())
+            updated = full_tensors(loop.state.weights())
             alike = {"loss": loss.cpu().double(), "grad norm": norm.cpu().double()}
-            alike |= {f"gradient of {name}": gradient for name, gradient in seen.last.items()} | updated
-            apart += between_ranks(step, alike, device.torch)
-            taken.append(StepTrace(loss.item(), norm.item(), seen.last, updated))
-        return Trace(initial, taken, loop.evaluate(), apart)
+            alike |= {f"gradient of {name}": gradient for name, gradient in capture.last.items()} | updated
+            differences += differences_between_ranks(step, alike, device.torch)
+            taken.append(StepTrace(loss.item(), norm.item(), capture.last, updated))
+        return RunTrace(initial, taken, loop.evaluate(), differences)
 
 
-def whole(tensors: Mapping[str, Tensor | None]) -> Tensors:
-    """Every tensor gathered from all ranks that hold a part of it."""
+def full_tensors(tensors: Mapping[str, Tensor | None]) -> Tensors:
+    """Every tensor gathered from all ranks that hold a shard of it, in float64 on the CPU."""
     gathered = {}
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -111,7 +113,7 @@ def whole(tensors: Mapping[str, Tensor | None]) -> Tensors:
     return gathered
 
 
-def between_ranks(step: int | None, tensors: Tensors, device: torch.device) -> list[MaxError]:
+def differences_between_ranks(step: int | None, tensors: Tensors, device: torch.device) -> list[MaxError]:
     """The maximum difference between any two ranks' copies of each tensor, relative to its maximum."""
     if dist.get_world_size() == 1:
         return []
@@ -120,8 +122,8 @@ def between_ranks(step: int | None, tensors: Tensors, device: torch.device) -> l
     dist.all_reduce(least, dist.ReduceOp.MIN)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     sizes = [tensor.numel() for tensor in tensors.values()]
-    apart = zip((most - least).split(sizes), most.abs().split(sizes), strict=True)
-    scaled = (a.max().item() / (s.max().item() or 1.0) for a, s in apart)
+    differences = zip((most - least).split(sizes), most.abs().split(sizes), strict=True)
+    scaled = (a.max().item() / (s.max().item() or 1.0) for a, s in differences)
     return [MaxError(error, step, name) for name, error in zip(tensors, scaled, strict=True)]
 
 
@@ -132,7 +134,7 @@ EXACT = ("initial weights", "between ranks")
 """Quantities that must match bitwise."""
 
 
-def compare(ours: Trace, reference: Trace) -> dict[str, MaxError]:
+def compare(ours: RunTrace, reference: RunTrace) -> dict[str, MaxError]:
     """The maximum error of each quantity. A tensor's error is relative to its maximum in the reference.
 
     Initial weights do not depend on the order of any sum: they must match bitwise, and so must replicated
@@ -140,13 +142,17 @@ def compare(ours: Trace, reference: Trace) -> dict[str, MaxError]:
     """
     steps = list(enumerate(zip(ours.steps, reference.steps, strict=True)))
     return {
-        "initial weights": _worst(_tensors(None, ours.initial, reference.initial)),
-        "loss": _worst(MaxError(_relative(a.loss, b.loss), k) for k, (a, b) in steps),
-        "grad norm": _worst(MaxError(_relative(a.grad_norm, b.grad_norm), k) for k, (a, b) in steps),
-        "gradients": _worst(w for k, (a, b) in steps for w in _tensors(k, a.gradients, b.gradients)),
-        "weights": _worst(w for k, (a, b) in steps for w in _tensors(k, a.weights, b.weights)),
-        "between ranks": _worst(ours.apart or [MaxError(0.0)]),
-        "held-out loss": MaxError(_relative(ours.held_out or 0.0, reference.held_out or 0.0)),
+        "initial weights": _max_error(_tensor_errors(None, ours.initial, reference.initial)),
+        "loss": _max_error(MaxError(_relative_error(a.loss, b.loss), k) for k, (a, b) in steps),
+        "grad norm": _max_error(
+            MaxError(_relative_error(a.grad_norm, b.grad_norm), k) for k, (a, b) in steps
+        ),
+        "gradients": _max_error(
+            w for k, (a, b) in steps for w in _tensor_errors(k, a.gradients, b.gradients)
+        ),
+        "weights": _max_error(w for k, (a, b) in steps for w in _tensor_errors(k, a.weights, b.weights)),
+        "between ranks": _max_error(ours.rank_differences or [MaxError(0.0)]),
+        "held-out loss": MaxError(_relative_error(ours.held_out or 0.0, reference.held_out or 0.0)),
     }
 
 
@@ -154,16 +160,16 @@ def tolerance(quantity: str, dtype: Dtype) -> float:
     return 0.0 if quantity in EXACT else TOLERANCES[dtype]
 
 
-def _worst(errors: Iterable[MaxError]) -> MaxError:
+def _max_error(errors: Iterable[MaxError]) -> MaxError:
     """The maximum; NaN counts as larger than any number."""
     return max(errors, key=lambda worst: (worst.error != worst.error, worst.error))
 
 
-def _relative(ours: float, reference: float) -> float:
+def _relative_error(ours: float, reference: float) -> float:
     return abs(ours - reference) / abs(reference) if reference else abs(ours)
 
 
-def _tensors(step: int | None, ours: Tensors, reference: Tensors) -> list[MaxError]:
+def _tensor_errors(step: int | None, ours: Tensors, reference: Tensors) -> list[MaxError]:
     if ours.keys() != reference.keys():
         missing = next(iter(ours.keys() ^ reference.keys()))
         return [MaxError(float("inf"), step, missing)]

@@ -1,4 +1,4 @@
-"""Imported once, by the server that ranks are forked from: it pays for what each job would pay for again.
+"""Imported once, by the server that ranks are forked from, so that no job repeats this work.
 
 Of a job of four steps on four small ranks the imports, the first plan on the meta device and the first step's
 dispatch take 1.8 of 2.2 seconds of processor time per rank. No process group is left, and no thread.
@@ -22,7 +22,7 @@ from tpresearch.data.pipeline import prepare
 from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.parallel.device import Device
-from tpresearch.verify.trace import trace
+from tpresearch.verify.trace import trace_run
 
 SMALL = (
     "model=llama2_debug",
@@ -36,11 +36,10 @@ PLANS = ("parallel=fsdp_tp", "parallel=ddp")
 
 
 def warm_up() -> None:
-    """A step of the widest plan and of the plainest, as rank 0 of four that are not there.
+    """Run a step of the largest plan and of the simplest, as rank 0 of four fake ranks.
 
-    To be called in a separate thread. torch keeps what it finds out about a mesh for every equal mesh, with the groups
-    of the first; and a mesh equals only those that were made in the same thread. So nothing that is kept of the fake
-    groups is taken for a real group's.
+    Call it in a separate thread: torch caches by mesh, with the groups of the first of equal meshes, and a mesh equals
+    only those that were made in the same thread. So nothing cached for the fake groups is used for real ones.
     """
     register_schema()
     register_resolvers()
@@ -48,10 +47,10 @@ def warm_up() -> None:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for plan in PLANS:
             cfg = to_config(compose("train", overrides=[*SMALL, plan]))
-            trace(cfg, prepare(cfg.data, cfg.tokenizer), World(size=4, local_size=4), 1, fake)
+            trace_run(cfg, prepare(cfg.data, cfg.tokenizer), World(size=4, local_size=4), 1, fake)
 
 
-# Else torch asks the driver whether there is a GPU, and no fork of this process could use one.
+# Otherwise torch asks the driver whether there is a GPU, and no fork of this process could use one.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 torch.set_num_threads(1)  # whose pools of threads a fork would not have
 warnings.filterwarnings("ignore")
@@ -63,4 +62,4 @@ if not torch.backends.cuda.is_built():  # where backward starts threads for GPUs
     thread.start()
     thread.join()
 gc.collect()
-gc.freeze()  # so that no rank copies these pages to count references in them
+gc.freeze()  # so that reference counts do not make each rank copy these pages

@@ -10,7 +10,7 @@ import pandas as pd
 
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.track.names import METRICS
-from tpresearch.track.shown import bytes_text, count_text, share_text
+from tpresearch.track.text import bytes_text, count_text, share_text
 
 WIDTH, HEIGHT = 600, 280
 """Of a chart with its axes and labels, in pixels."""
@@ -19,14 +19,24 @@ GREY = "#9a9a9a"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
 # Paul Tol's light scheme, for the parts of a figure: none of them is a run's.
-PARTS = ("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#44bb99", "#99ddff", "#bbcc33", "#aaaa00", "#dddddd")
+PART_COLOURS = (
+    "#77aadd",
+    "#ee8866",
+    "#eedd88",
+    "#ffaabb",
+    "#44bb99",
+    "#99ddff",
+    "#bbcc33",
+    "#aaaa00",
+    "#dddddd",
+)
 # A hue per mesh axis, in shades for the collectives over it.
-HUES = (
+AXIS_COLOURS = (
     ("#9a8bc2", "#c3b8de", "#6f5c9f", "#e0d9ef"),
     ("#4f8fc4", "#9cc3e4", "#2b6393", "#cfe2f2"),
     ("#e0a03c", "#f2cd8b", "#a96f14", "#f8e6c6"),
 )
-CONFIG: dict[str, Any] = {
+CHART_CONFIG: dict[str, Any] = {
     "font": "sans-serif",
     "background": "white",
     "view": {"stroke": None},
@@ -42,7 +52,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-class Look:
+class ChartStyle:
     """The colours and shapes of one set of runs.
 
     Args:
@@ -61,7 +71,7 @@ class Look:
 
     @property
     def baseline(self) -> str:
-        """As an axis is titled."""
+        """The baseline's name in the title of an axis."""
         return self.baselines[0] if len(self.baselines) == 1 else "its baseline"
 
     def present(self, points: pd.DataFrame) -> list[str]:
@@ -82,18 +92,20 @@ class Look:
 
 def part_colour(names: Sequence[str], width: int) -> alt.Color:
     """The colours of a figure's parts, those of a mesh axis in its hue; the legend is `width` pixels wide."""
-    hues = dict(zip(AXIS_NAMES, HUES, strict=False))
+    hues = dict(zip(AXIS_NAMES, AXIS_COLOURS, strict=False))
     colours = []
     for index, name in enumerate(names):
         axis = name.split()[0]
         of_axis = [other for other in names if other.split()[0] == axis]
         shades = hues.get(axis)
-        colours.append(shades[of_axis.index(name) % len(shades)] if shades else PARTS[index % len(PARTS)])
+        colours.append(
+            shades[of_axis.index(name) % len(shades)] if shades else PART_COLOURS[index % len(PART_COLOURS)]
+        )
     scale = alt.Scale(domain=list(names), range=colours)
     return alt.Color("part:N", scale=scale, legend=legend_of(names, width))
 
 
-def in_order(names: Iterable[str]) -> list[str]:
+def order_parts(names: Iterable[str]) -> list[str]:
     """Parts in the order they came, those of mesh axes by axis, the outermost first."""
     return sorted(
         dict.fromkeys(names), key=lambda name: [*AXIS_NAMES, name.split()[0]].index(name.split()[0])
@@ -106,29 +118,29 @@ def legend_of(names: Sequence[str], width: int = WIDTH - 40) -> alt.Legend:
     return alt.Legend(title=None, orient="bottom", symbolOpacity=1, columns=max(1, min(8, columns)))
 
 
-class Unit(NamedTuple):
-    """The unit in which a metric is drawn: its name, by what a value is divided for the axis, and a value as text."""
+class DisplayUnit(NamedTuple):
+    """The unit in which a metric is drawn: its name, its size (values are divided by it), and a value as text."""
 
     name: str
     size: float
     text: Callable[[float], str]
 
-    def titled(self, what: str) -> str:
+    def axis_title(self, what: str) -> str:
         return f"{what} ({self.name})" if self.name else what
 
 
-def unit_of(metric: str, values: pd.Series) -> Unit:
+def unit_of(metric: str, values: pd.Series) -> DisplayUnit:
     """Chosen by the metric's kind and its maximum: MiB or GiB, ms or s, %, tokens/s."""
     unit = {metric.name: metric.unit for metric in METRICS}.get(metric, "")
     greatest = values.abs().max()
     if "bytes" in metric:
         name = bytes_text(greatest).split()[1]
-        return Unit(name, 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(name), bytes_text)
+        return DisplayUnit(name, 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(name), bytes_text)
     if metric.startswith("perf/mfu"):
-        return Unit("%", 0.01, share_text)
+        return DisplayUnit("%", 0.01, share_text)
     if unit == "tokens/s":
-        return Unit(unit, 1, count_text)
+        return DisplayUnit(unit, 1, count_text)
     if unit == "s":
         size, name = (1e-3, "ms") if greatest < 1 else (1.0, "s")
-        return Unit(name, size, lambda seconds: f"{seconds / size:.3g} {name}")
-    return Unit(unit, 1, lambda value: f"{value:.6g}")
+        return DisplayUnit(name, size, lambda seconds: f"{seconds / size:.3g} {name}")
+    return DisplayUnit(unit, 1, lambda value: f"{value:.6g}")

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from tpresearch.compare.groups import Group, Science, settings_frame
+from tpresearch.compare.groups import Comparison, Group, settings_frame
 from tpresearch.compare.runs import SEED, Run
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.track.names import X_AXIS
 from tpresearch.track.panels import Panel
-from tpresearch.track.shown import UNDEFINED
+from tpresearch.track.text import UNDEFINED
 
 LOSS = "train/loss"
 MAX_POINTS = 1000
@@ -28,23 +28,23 @@ MAX_DOTS = 250
 
 
 @dataclass(frozen=True)
-class Numbers:
+class PanelData:
     points: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Empty if there is nothing to draw; then `notes` says why."""
     notes: list[str] = field(default_factory=list)
 
 
-def numbers(panel: Panel, groups: Sequence[Group], sciences: Sequence[Science]) -> Numbers:
-    """What the panel shows of these runs."""
+def panel_data(panel: Panel, groups: Sequence[Group], comparisons: Sequence[Comparison]) -> PanelData:
+    """The data that the panel shows for these runs."""
     match panel.kind:
         case "curve":
             return curves(groups, panel.metrics[0])
         case "difference":
-            return differences(sciences, panel.metrics[0])
+            return differences(comparisons, panel.metrics[0])
         case "bars":
             return bars(groups, panel.metrics[0])
         case "parts":
-            return parts(groups, panel.metrics, panel.whole)
+            return parts(groups, panel.metrics, panel.total)
         case "pareto":
             return pareto(groups, *panel.metrics)
         case "scaling":
@@ -53,47 +53,53 @@ def numbers(panel: Panel, groups: Sequence[Group], sciences: Sequence[Science]) 
             return ledger(groups)
 
 
-def curves(groups: Sequence[Group], metric: str) -> Numbers:
+def curves(groups: Sequence[Group], metric: str) -> PanelData:
     """`run`, `tokens`, `value`; over seeds their mean, and `low`, `high` one standard deviation from it."""
     points = _mean(_history(groups, metric), {group.label: len(group.runs) for group in groups})
     if points.empty:
-        return Numbers(notes=[f"No run has {metric}."])
+        return PanelData(notes=[f"No run has {metric}."])
     buckets, notes = _buckets(points, MAX_POINTS, "last")
     points = points.groupby(buckets, sort=False).tail(1)
     if "low" in points:
         notes.append("The band is one standard deviation over seeds.")
     early = [group.label for group in groups if not any(run.rows for run in group.runs)]
     notes += [f"Ended before the first row: {', '.join(early)}."] if early else []
-    return Numbers(points, notes)
+    return PanelData(points, notes)
 
 
-def differences(sciences: Sequence[Science], metric: str) -> Numbers:
+def differences(comparisons: Sequence[Comparison], metric: str) -> PanelData:
     """`run`, `tokens`, `value` = |metric - the baseline's| at the same tokens, `so_far` its running maximum.
 
     A difference of 0 is given the value of a floor below all others; `exact` is the difference as text.
     """
-    compared = [science for science in sciences if science.others]
+    compared = [comparison for comparison in comparisons if comparison.others]
     if not compared:
-        one = len(sciences) == 1
-        return Numbers(notes=["There is only one run." if one else "Each run is an experiment of its own."])
-    lacking = [science.baseline for science in compared if not any(run.rows for run in science.baseline.runs)]
+        one = len(comparisons) == 1
+        return PanelData(notes=["There is only one run." if one else "Each run is an experiment of its own."])
+    lacking = [
+        comparison.baseline
+        for comparison in compared
+        if not any(run.rows for run in comparison.baseline.runs)
+    ]
     if len(lacking) == len(compared):
-        return Numbers(notes=[f"{each.label} has no rows to compare with." for each in lacking])
+        return PanelData(notes=[f"{each.label} has no rows to compare with." for each in lacking])
     notes = unpaired(compared)
     sizes = {
-        each.label: len(_paired(each, science.baseline)) for science in compared for each in science.others
+        each.label: len(_paired(each, comparison.baseline))
+        for comparison in compared
+        for each in comparison.others
     }
-    points = _mean(_gaps(compared, metric), sizes)
+    points = _mean(_loss_differences(compared, metric), sizes)
     if points.empty:
-        return Numbers(notes=["No run has rows at the baseline's token counts.", *notes])
+        return PanelData(notes=["No run has rows at the baseline's token counts.", *notes])
     notes += [
-        f"{group.label} has no rows at the tokens of {science.baseline.label}."
-        for science in compared
-        for group in science.others
-        if _paired(group, science.baseline) and group.label not in set(points["run"])
+        f"{group.label} has no rows at the tokens of {comparison.baseline.label}."
+        for comparison in compared
+        for group in comparison.others
+        if _paired(group, comparison.baseline) and group.label not in set(points["run"])
     ]
     if not points["value"].any():
-        return Numbers(notes=["Every loss equals the baseline's in all digits.", *notes])
+        return PanelData(notes=["Every loss equals the baseline's in all digits.", *notes])
     buckets, thinned = _buckets(points, MAX_DOTS, "maximum")
     points = points.loc[points.groupby(buckets, sort=False)["value"].idxmax()]
     floor = points["value"].where(points["value"] > 0).min() / 3
@@ -102,23 +108,25 @@ def differences(sciences: Sequence[Science], metric: str) -> Numbers:
     points["so_far"] = points.groupby("run")["value"].cummax()
     if (points["exact"] == "0").any():
         notes.append("Dots at the bottom are differences of exactly 0, which a log axis cannot show.")
-    return Numbers(points, ["One dot per logged step; the line is the running maximum.", *notes, *thinned])
+    return PanelData(points, ["One dot per logged step; the line is the running maximum.", *notes, *thinned])
 
 
-def max_differences(sciences: Sequence[Science]) -> dict[Path, float]:
+def max_differences(comparisons: Sequence[Comparison]) -> dict[Path, float]:
     """The maximum difference in train/loss of each run from the baseline over all its rows, by folder; none for the baseline's own."""
-    return _gaps(sciences, LOSS).groupby("folder", sort=False)["value"].max().to_dict()
+    return _loss_differences(comparisons, LOSS).groupby("folder", sort=False)["value"].max().to_dict()
 
 
-def pooled_differences(sciences: Sequence[Science]) -> pd.DataFrame:
-    """Of each plan over all sciences: `plan`, `ranks`, `runs`, `most`, and `rms`, the root of the mean square."""
+def pooled_differences(comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """Per plan over all comparisons: `plan`, `ranks`, `runs`, `most`, and `rms`, the root of the mean square."""
     plans = [
         (run.folder, run.summary["parallel"], run.summary["world_size"])
-        for science in sciences
-        for group in science.others
+        for comparison in comparisons
+        for group in comparison.others
         for run in group.runs
     ]
-    gaps = _gaps(sciences, LOSS).merge(pd.DataFrame(plans, columns=["folder", "plan", "ranks"]), on="folder")
+    gaps = _loss_differences(comparisons, LOSS).merge(
+        pd.DataFrame(plans, columns=["folder", "plan", "ranks"]), on="folder"
+    )
     gaps["square"] = gaps["value"] ** 2
     pooled = gaps.groupby(["plan", "ranks"], sort=False).agg(
         runs=("folder", "nunique"), most=("value", "max"), rms=("square", "mean")
@@ -126,61 +134,61 @@ def pooled_differences(sciences: Sequence[Science]) -> pd.DataFrame:
     return pooled.assign(rms=pooled["rms"] ** 0.5).reset_index()
 
 
-def unpaired(sciences: Sequence[Science]) -> list[str]:
+def unpaired(comparisons: Sequence[Comparison]) -> list[str]:
     """One sentence per group with runs from seeds that the baseline lacks, which differences leave out."""
     sentences = []
-    for science in sciences:
-        for group in science.others:
-            paired = _paired(group, science.baseline)
+    for comparison in comparisons:
+        for group in comparison.others:
+            paired = _paired(group, comparison.baseline)
             if seeds := list(dict.fromkeys(run.setting(SEED) for run in group.runs if run not in paired)):
                 left_out = f"leaves out {SEED}={', '.join(seeds)}, which the baseline has no run of"
                 sentences.append(f"The difference of {group.label} {left_out}.")
     return sentences
 
 
-def bars(groups: Sequence[Group], key: str) -> Numbers:
+def bars(groups: Sequence[Group], key: str) -> PanelData:
     """`run`, `value`; over seeds `low` and `high` one standard deviation from it."""
-    points = _spread(_figures(groups, [key]).rename(columns={key: "value"}), ["run"])
-    return Numbers(points) if len(points) else Numbers(notes=[_undefined(key)])
+    points = _mean_and_std(_summary_figures(groups, [key]).rename(columns={key: "value"}), ["run"])
+    return PanelData(points) if len(points) else PanelData(notes=[_undefined(key)])
 
 
-def parts(groups: Sequence[Group], keys: Sequence[str], whole: str | None = None) -> Numbers:
+def parts(groups: Sequence[Group], keys: Sequence[str], whole: str | None = None) -> PanelData:
     """`run`, `part`, `value`, and `whole` where that key is given; a key that ends in `.*` stands for all below it."""
-    figures = _figures(groups, [*keys, *([whole] if whole else [])])
+    figures = _summary_figures(groups, [*keys, *([whole] if whole else [])])
     means = figures.groupby("run", sort=False).mean()
     ends = means.pop(whole) if whole else None
     points = means.melt(var_name="part", ignore_index=False).dropna().reset_index()
     if not points["value"].any():
-        return Numbers(notes=[_undefined(", ".join(keys))])
+        return PanelData(notes=[_undefined(", ".join(keys))])
     # `time/data_s` -> data; `memory/at_peak_bytes.gradients` -> gradients
     points["part"] = [
         key.partition("." if "." in key else "/")[2].removesuffix("_s") for key in points["part"]
     ]
     if ends is None:
-        return Numbers(points)
+        return PanelData(points)
     points["whole"] = points["run"].map(ends)
-    return Numbers(points, ["The figure at the end is the median step time, not the sum of the phases."])
+    return PanelData(points, ["The figure at the end is the median step time, not the sum of the phases."])
 
 
-def pareto(groups: Sequence[Group], memory: str, speed: str) -> Numbers:
+def pareto(groups: Sequence[Group], memory: str, speed: str) -> PanelData:
     """`run`, `memory`, `speed`, `front`: whether no run with as little memory is as fast."""
-    means = _figures(groups, [memory, speed]).groupby("run", sort=False).mean().dropna()
+    means = _summary_figures(groups, [memory, speed]).groupby("run", sort=False).mean().dropna()
     points = means.set_axis(["memory", "speed"], axis="columns").reset_index()
     if len(points) < 2:
-        return Numbers(notes=["Fewer than two runs have both figures."])
+        return PanelData(notes=["Fewer than two runs have both figures."])
     fastest = points.sort_values(["memory", "speed"], ascending=[True, False])["speed"]
-    return Numbers(points.assign(front=fastest > fastest.cummax().shift(fill_value=-math.inf)))
+    return PanelData(points.assign(front=fastest > fastest.cummax().shift(fill_value=-math.inf)))
 
 
-def scaling(groups: Sequence[Group], speed: str) -> Numbers:
+def scaling(groups: Sequence[Group], speed: str) -> PanelData:
     """`run`, `line` (its first run), `ranks`, `share`: speed per device over that on the line's fewest ranks.
 
     Along a line one mesh axis grows. A run that could be in several is in that of the outermost axis.
     """
-    none = Numbers(notes=["No two runs differ only in the size of one mesh axis."])
+    none = PanelData(notes=["No two runs differ only in the size of one mesh axis."])
     if not groups:
         return none
-    speeds = _figures(groups, [speed]).groupby("run", sort=False)[speed].mean()
+    speeds = _summary_figures(groups, [speed]).groupby("run", sort=False)[speed].mean()
     axes = [f"mesh.{axis}" for axis in AXIS_NAMES]
     left = settings_frame([group.first for group in groups])
     left[axes] = left[axes].replace(UNDEFINED, "1")
@@ -196,10 +204,10 @@ def scaling(groups: Sequence[Group], speed: str) -> Numbers:
         lines.append(on_line.assign(line=first["run"], share=on_line["speed"] / first["speed"]))
         left = left.drop(on_line.index)
     points = pd.concat(lines)
-    return none if points.empty else Numbers(points[["run", "line", "ranks", "share"]])
+    return none if points.empty else PanelData(points[["run", "line", "ranks", "share"]])
 
 
-def ledger(groups: Sequence[Group]) -> Numbers:
+def ledger(groups: Sequence[Group]) -> PanelData:
     """`run`, `side` (measured or expected), `part` (axis and collective), `value` in bytes."""
     measured = {group.label: group.first.ledger for group in groups if group.first.ledger.get("measured")}
     entries = [
@@ -211,7 +219,7 @@ def ledger(groups: Sequence[Group]) -> Numbers:
     points = pd.DataFrame(entries, columns=["run", "side", "part", "value"])
     points = points.groupby(["run", "side", "part"], as_index=False)["value"].sum()
     if not points["value"].any():
-        return Numbers(
+        return PanelData(
             notes=["No run communicates: each is a single process, or ended before a step was counted."]
         )
     sides = points.pivot(index=["run", "part"], columns="side", values="value").fillna(0)
@@ -222,7 +230,7 @@ def ledger(groups: Sequence[Group]) -> Numbers:
     notes = [f"Measured equals expected to the byte in {len(claimed) - len(unlike)} of {len(claimed)} runs."]
     notes += [f"They differ in {', '.join(unlike)}."] if unlike else []
     notes += [f"There is no formula for {', '.join(unclaimed)}."] if unclaimed else []
-    return Numbers(points, notes)
+    return PanelData(points, notes)
 
 
 def _history(groups: Sequence[Group], metric: str) -> pd.DataFrame:
@@ -237,19 +245,19 @@ def _history(groups: Sequence[Group], metric: str) -> pd.DataFrame:
     return frame.astype({"tokens": float, "value": float})
 
 
-def _gaps(sciences: Sequence[Science], metric: str) -> pd.DataFrame:
+def _loss_differences(comparisons: Sequence[Comparison], metric: str) -> pd.DataFrame:
     """|metric - the baseline's| for each run and number of tokens; over seeds, from the baseline's run of the same seed."""
     found = []
-    for science in sciences:
-        on = ["seed", "tokens"] if science.baseline.over_seeds else ["tokens"]
-        base = _history([science.baseline], metric).drop_duplicates(on)[[*on, "value"]]
-        found.append(_history(science.others, metric).merge(base, on=on))
+    for comparison in comparisons:
+        on = ["seed", "tokens"] if comparison.baseline.over_seeds else ["tokens"]
+        base = _history([comparison.baseline], metric).drop_duplicates(on)[[*on, "value"]]
+        found.append(_history(comparison.others, metric).merge(base, on=on))
     pairs = pd.concat(found)
     return pairs.assign(value=(pairs.pop("value_x") - pairs.pop("value_y")).abs())
 
 
 def _paired(group: Group, baseline: Group) -> list[Run]:
-    """The runs that have one of the baseline to be compared with: over seeds, of the same seed."""
+    """The runs that can be compared with a run of the baseline: over seeds, one of the same seed."""
     seeds = {run.setting(SEED) for run in baseline.runs}
     return [run for run in group.runs if not baseline.over_seeds or run.setting(SEED) in seeds]
 
@@ -257,10 +265,10 @@ def _paired(group: Group, baseline: Group) -> list[Run]:
 def _mean(history: pd.DataFrame, sizes: Mapping[str, int]) -> pd.DataFrame:
     """The mean over each group's runs, at the tokens that all of them (`sizes`) have."""
     count = history.groupby(["run", "tokens"])["value"].transform("size")
-    return _spread(history[count == history["run"].map(sizes)], ["run", "tokens"])
+    return _mean_and_std(history[count == history["run"].map(sizes)], ["run", "tokens"])
 
 
-def _spread(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def _mean_and_std(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """`value` averaged by `keys`; `low` and `high` are one standard deviation from it, where there are several."""
     points = frame.groupby(keys, sort=False)["value"].agg(["mean", "std"]).reset_index()
     points = points.rename(columns={"mean": "value"}).dropna(subset="value")
@@ -279,7 +287,7 @@ def _buckets(points: pd.DataFrame, most: int, drawn: str) -> tuple[list[pd.Serie
     return [points["run"], nth // size], notes
 
 
-def _figures(groups: Sequence[Group], keys: Sequence[str]) -> pd.DataFrame:
+def _summary_figures(groups: Sequence[Group], keys: Sequence[str]) -> pd.DataFrame:
     """One row per run with these keys of its summary; in place of a key that ends in `.*` all below it."""
     summaries = pd.json_normalize([run.summary for group in groups for run in group.runs])
     found: list[str] = []
