@@ -76,11 +76,8 @@ def differences(comparisons: Sequence[Comparison], metric: str) -> PanelData:
     if not compared:
         one = len(comparisons) == 1
         return PanelData(notes=["There is only one run." if one else "Each run is an experiment of its own."])
-    lacking = [
-        comparison.baseline
-        for comparison in compared
-        if not any(run.rows for run in comparison.baseline.runs)
-    ]
+    baselines = [comparison.baseline for comparison in compared]
+    lacking = [baseline for baseline in baselines if not any(run.rows for run in baseline.runs)]
     if len(lacking) == len(compared):
         return PanelData(notes=[f"{each.label} has no rows to compare with." for each in lacking])
     notes = unpaired(compared)
@@ -124,11 +121,10 @@ def pooled_differences(comparisons: Sequence[Comparison]) -> pd.DataFrame:
         for group in comparison.others
         for run in group.runs
     ]
-    gaps = _loss_differences(comparisons, LOSS).merge(
-        pd.DataFrame(plans, columns=["folder", "plan", "ranks"]), on="folder"
-    )
-    gaps["square"] = gaps["value"] ** 2
-    pooled = gaps.groupby(["plan", "ranks"], sort=False).agg(
+    by_folder = pd.DataFrame(plans, columns=["folder", "plan", "ranks"])
+    rows = _loss_differences(comparisons, LOSS).merge(by_folder, on="folder")
+    rows["square"] = rows["value"] ** 2
+    pooled = rows.groupby(["plan", "ranks"], sort=False).agg(
         runs=("folder", "nunique"), most=("value", "max"), rms=("square", "mean")
     )
     return pooled.assign(rms=pooled["rms"] ** 0.5).reset_index()
@@ -148,7 +144,7 @@ def unpaired(comparisons: Sequence[Comparison]) -> list[str]:
 
 def bars(groups: Sequence[Group], key: str) -> PanelData:
     """`run`, `value`; over seeds `low` and `high` one standard deviation from it."""
-    points = _mean_and_std(_summary_figures(groups, [key]).rename(columns={key: "value"}), ["run"])
+    points = _mean_std(_summary_figures(groups, [key]).rename(columns={key: "value"}), ["run"])
     return PanelData(points) if len(points) else PanelData(notes=[_undefined(key)])
 
 
@@ -161,9 +157,8 @@ def parts(groups: Sequence[Group], keys: Sequence[str], whole: str | None = None
     if not points["value"].any():
         return PanelData(notes=[_undefined(", ".join(keys))])
     # `time/data_s` -> data; `memory/at_peak_bytes.gradients` -> gradients
-    points["part"] = [
-        key.partition("." if "." in key else "/")[2].removesuffix("_s") for key in points["part"]
-    ]
+    names = points["part"]
+    points["part"] = [key.partition("." if "." in key else "/")[2].removesuffix("_s") for key in names]
     if ends is None:
         return PanelData(points)
     points["whole"] = points["run"].map(ends)
@@ -265,10 +260,10 @@ def _paired(group: Group, baseline: Group) -> list[Run]:
 def _mean(history: pd.DataFrame, sizes: Mapping[str, int]) -> pd.DataFrame:
     """The mean over each group's runs, at the tokens that all of them (`sizes`) have."""
     count = history.groupby(["run", "tokens"])["value"].transform("size")
-    return _mean_and_std(history[count == history["run"].map(sizes)], ["run", "tokens"])
+    return _mean_std(history[count == history["run"].map(sizes)], ["run", "tokens"])
 
 
-def _mean_and_std(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def _mean_std(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """`value` averaged by `keys`; `low` and `high` are one standard deviation from it, where there are several."""
     points = frame.groupby(keys, sort=False)["value"].agg(["mean", "std"]).reset_index()
     points = points.rename(columns={"mean": "value"}).dropna(subset="value")
