@@ -37,6 +37,27 @@ class Dropped(ToyLM):
         return self.output(self.mlp(self.drop(self.embed(tokens))))
 
 
+class Thinned(ToyLM):
+    """Dropout within the block, on what tensor-parallel ranks have a shard of, and on what they have whole."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        out_proj = self.mlp.out_proj
+        self.mlp.relu = nn.Dropout(0.5)
+        self.mlp.out_proj = nn.Sequential(out_proj, nn.Dropout(0.25))
+
+
+class ThinnedByHand(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.mlp.relu = HandMadeDropout()
+
+
+class HandMadeDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training)
+
+
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.composed import config, corpus
-from support.nets import Dropped, model
-from torch import Tensor
+from support.counted_steps import FAKE
+from support.marks import exhaustive
+from support.nets import Dropped, Thinned, ThinnedByHand, model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
-from tpresearch.config import Config
+from tpresearch.config import Config, ConfigError
+from tpresearch.config.axes import MeshSizes
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import plan_text
+from tpresearch.train import cross_entropy, randomness
 from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import planned, preflight
+from tpresearch.train.randomness import _dropout_on_shards, kept_elements
 from tpresearch.verify.ranks import Ranks
 
 
@@ -25,7 +34,8 @@ def dropped(world: World, cfg: Config) -> tuple[list[float], list[Tensor]]:
     assert job.device
     with process_group(job.device, world):
         loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
-        loop.state.model.drop.register_forward_hook(lambda _, args, out: masks.append(out.detach() == 0))
+        if hasattr(loop.state.model, "drop"):
+            loop.state.model.drop.register_forward_hook(lambda _, args, out: masks.append(out.detach() == 0))
         numbers = [number.item() for _ in range(2) for number in loop.step()]
     return numbers, masks
 
@@ -52,6 +62,81 @@ def test_what_is_recomputed_drops_the_same(ranks: Ranks) -> None:
     plain = ranks.run(2, dropped, config(*settings))
     again = ranks.run(2, dropped, config(*settings, "parallel.activation_checkpointing=full"))
     assert [numbers for numbers, _ in plain] == [pytest.approx(numbers, rel=1e-12) for numbers, _ in again]
+
+
+def thinned(world: World, cfg: Config) -> tuple[list[float], list[str]]:
+    """Loss and norm of two compiled steps, and what its dropout on shards was seeded by."""
+    seeds = []
+
+    def noted(text: str, seed: Callable[[str], int] = randomness.seed_of) -> int:
+        if "mlp.relu" in text:
+            seeds.append(text)
+        return seed(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        patch.setattr(cross_entropy, "_fused", lambda function: function)
+        patch.setattr(randomness, "seed_of", noted)
+        return dropped(world, cfg)[0], seeds
+
+
+@pytest.mark.parametrize("plan", [exhaustive("tp"), "sp"])
+def test_compiled_shards_draw_their_own_and_recompute_the_same(ranks: Ranks, plan: str) -> None:
+    rules = f"model.plans.{plan}.out_proj.match=mlp.out_proj.0"
+    settings = (*model(Thinned), f"parallel={plan}", rules, "train.dtype=float64", "parallel.compile=true")
+    plain = ranks.run(2, thinned, config(*settings, "train.micro_batch_size=4"))
+    (numbers, mine), (same, theirs) = plain
+    assert numbers == same
+    assert len({*mine, *theirs}) == len(mine) + len(theirs) == 2 * 4  # micro-batches
+    full = (*settings, "train.micro_batch_size=4", "parallel.activation_checkpointing=full")
+    again = ranks.run(2, thinned, config(*full))
+    assert [found for found, _ in again] == [pytest.approx(numbers, rel=1e-12)] * 2
+    assert again[0][1] == [seed for seed in mine for _ in range(2)]
+
+
+def test_the_elements_kept_follow_from_the_seed_and_the_place() -> None:
+    x, seed = torch.randn(64, 1000), torch.tensor(7)
+    kept = kept_elements(x, 0.75, seed, "drop (0,)")
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert torch.equal(kept, kept_elements(x, 0.75, seed, "drop (0,)"))
+    for other in ((torch.tensor(8), "drop (0,)"), (seed, "drop (1,)")):
+        assert 0.3 < (kept != kept_elements(x, 0.75, *other)).float().mean() < 0.45
+
+
+def test_compiled_dropout_scales_what_it_keeps_and_its_gradient() -> None:
+    drop, seed = nn.Dropout(0.5), torch.tensor(1)
+    forward = torch.compile(_dropout_on_shards(drop, torch.Size([8, 8]), seed, ""), backend="aot_eager")
+    x = torch.ones(4, 8, requires_grad=True)
+    out = forward(x)
+    out.sum().backward()
+    assert set(out.flatten().tolist()) == {0.0, 2.0}
+    assert torch.equal(x.grad, out)
+    drop.p = 1.0
+    assert not forward(x).any()
+    assert torch.equal(
+        forward(torch.ones(8, 8)) != 0, torch.zeros(8, 8, dtype=torch.bool)
+    )  # torch's own, whole
+    drop.eval()
+    assert torch.equal(forward(x), x)
+
+
+def test_a_dtensor_stays_one() -> None:
+    drop, seed = nn.Dropout(0.5), torch.tensor(1)
+    with process_group(FAKE, World(size=2, local_size=2)):
+        mesh = build_mesh(MeshSizes(tp=2), "cpu")["tp"]
+        x = DTensor.from_local(torch.ones(4, 8, requires_grad=True), mesh, [Shard(0)])
+        out = _dropout_on_shards(drop, x.shape, seed, "")(x)
+        assert (out.shape, out.placements) == (x.shape, x.placements)
+        assert set(out.to_local().flatten().tolist()) == {0.0, 2.0}
+
+
+def test_what_compiled_ranks_cannot_draw_apart_is_refused() -> None:
+    settings = (*model(ThinnedByHand), "parallel.compile=true")
+    with pytest.raises(
+        ConfigError, match=r"^parallel.compile=true: mlp.relu draws random numbers in a block"
+    ):
+        planned(cfg := config(*settings, "parallel=tp"), validate(cfg, 2))
+    planned(cfg := config(*settings, "parallel=fsdp"), validate(cfg, 2))
 
 
 def test_the_plan_says_that_equality_is_not_claimed() -> None:

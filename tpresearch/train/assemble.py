@@ -54,11 +54,8 @@ def assemble(
     source = weight_source(cfg, plan.initializers) if restore is None else lambda _: None
     materialize(model, home, source, buffers=device.torch)
     batches = Batches(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
-    chance = (
-        [SeededRandomness(cfg.train.seed, mesh, plan.probe.random_modules)]
-        if plan.probe.random_modules
-        else []
-    )
+    draws = plan.probe.random_modules
+    chance = [SeededRandomness(cfg.train.seed, mesh, plan, cfg.parallel.compile)] if draws else []
     observers = Observers([*chance, *mistakes_of(cfg, plan, mesh, batches), *watching])
     state = first_state(model, cfg, plan, mesh)
     if restore:

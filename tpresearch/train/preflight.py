@@ -186,6 +186,7 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     from tpresearch.plan.meta import meta_model, weight_dtype
     from tpresearch.plan.parameters import check_parameters
     from tpresearch.plan.probe import check_loss, probe_model
+    from tpresearch.train.randomness import check_randomness
 
     dtype = weight_dtype(cfg.train)
     model = meta_model(cfg.model, dtype)
@@ -195,6 +196,7 @@ def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     check_loss(probe.output, batch.targets, cfg)
     plan = compile_plan(model, cfg, sizes, probe)
     check_parameters(model, plan, cfg.parallel)
+    check_randomness(model, plan, cfg.parallel)
     check_split_output(plan, cfg)
     if cfg.train.float8 is not Float8.none:
         plan = dataclasses.replace(plan, float8=float8_layers(model, plan, cfg, sizes))
