@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from support.commands import ROOT, Done, environment, execute_warm
+
+from tpresearch.compare.groups import check_comparable, comparisons_of, labels, one_by_one
+from tpresearch.compare.runs import find
 
 pytestmark = pytest.mark.cli
 
@@ -42,6 +46,25 @@ def test_a_step_is_foretold(simulate) -> None:
     assert found["tokens_per_second_per_device"] == pytest.approx(tokens)
     events = json.loads((path.parent / "trace.json").read_text())["traceEvents"]
     assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"device", "dp_shard", "tp"}
+    compared_with_a_real_run(path.parent, memory["peak"] - memory["reserved"])
+
+
+def compared_with_a_real_run(folder: Path, allocated: int) -> None:
+    """The prediction, marked as such, beside a run of the same config that has a loss, and beside no other."""
+    real = folder.with_name("real")
+    shutil.copytree(folder, real)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary.pop("predicted") is True
+    assert summary["memory/peak_bytes"] == allocated
+    (real / "summary.json").write_text(json.dumps(summary | {"device": "H100", "corpus_hash": "c0ffee"}))
+    (row,) = map(json.loads, (real / "metrics.jsonl").read_text().splitlines())
+    (real / "metrics.jsonl").write_text(json.dumps(row | {"train/loss": 5.0}) + "\n")
+    runs = find([str(folder), str(real)]).runs
+    assert check_comparable(runs, anyway=False, any_seed=False) == []
+    assert labels(runs) == ["h100_dgx (predicted)", "H100"]
+    assert labels(runs[:1]) == ["llama2_debug/fsdp16-tp4 (predicted)"]
+    (comparison,) = comparisons_of(one_by_one(runs))
+    assert [run.folder for run in comparison.baseline.runs] == [real]
 
 
 @pytest.mark.parametrize(

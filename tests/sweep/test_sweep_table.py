@@ -28,6 +28,13 @@ def job(
     return Job(number, words, mine, 2, 2, False, overrides, group, [], OmegaConf.create())
 
 
+def test_a_prediction_says_so_and_for_how_many_ranks(tmp_path: Path) -> None:
+    """Its job is one process."""
+    figures = {"predicted": True, "world_size": 64, "perf/tokens_per_second_per_device": 900.0}
+    (row,) = table_of([outcome_of(job(tmp_path, 0, "parallel=tp", figures), 0, 3.0)]).rows
+    assert [cell.text for cell in row] == ["0", "tp", "64", "900", "0:03", "predicted"]
+
+
 def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:
     by_axis = {"tp": 2048}
     faster = {"train/loss": 6.0, "perf/tokens_per_second_per_device": 900.0, "wall_time_s": 61.0}

@@ -78,6 +78,10 @@ def labels(runs: Sequence[Run], *, seeds: bool = True) -> list[str]:
     else:
         names = [printable(run.summary.get("run_name") or run.summary["parallel"]) for run in runs]
     names = [
+        f"{name} (predicted)" if run.is_predicted and "(predicted)" not in name else name
+        for name, run in zip(names, runs, strict=True)
+    ]
+    names = [
         name if run.completed else f"{name} ({printable(run.summary['status'])})"
         for name, run in zip(names, runs, strict=True)
     ]
@@ -156,7 +160,7 @@ def comparisons_of(groups: Sequence[Group], wanted: str | None = None) -> list[C
     if wanted is not None:
         return [Comparison(list(groups), _find_baseline(groups, wanted))]
     alike: dict[str, list[Group]] = {}
-    for group in groups:
+    for group in [group for group in groups if not group.first.is_predicted] or groups:
         alike.setdefault(_determines_loss(group), []).append(group)
     return [Comparison(each, _best_baseline(each)) for each in alike.values()]
 
@@ -206,6 +210,9 @@ def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> li
     by_value = {
         key: labelled.groupby(key, sort=False)["label"].agg(list) for key in MUST_MATCH if key in labelled
     }
+    if "corpus_hash" in by_value:  # a predicted step has read no corpus
+        read = labelled[[not run.is_predicted for run in runs]]
+        by_value["corpus_hash"] = read.groupby("corpus_hash", sort=False)["label"].agg(list)
     unlike = {key: some for key, some in by_value.items() if len(some) > 1 and not (any_seed and key == SEED)}
     if anyway:
         return [

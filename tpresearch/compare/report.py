@@ -172,5 +172,6 @@ def _differences(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list
     texts = {
         folder: f"{value:.1e}" if value else "0" for folder, value in max_differences(comparisons).items()
     }
-    texts |= {run.folder: "baseline" for comparison in comparisons for run in comparison.baseline.runs}
+    baselines = [run for one in comparisons for run in one.baseline.runs if not run.is_predicted]
+    texts |= {run.folder: "baseline" for run in baselines}
     return [texts.get(run.folder, UNDEFINED) for run in runs]

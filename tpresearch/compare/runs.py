@@ -64,6 +64,11 @@ class Run:
     def completed(self) -> bool:
         return self.summary["status"] == "completed"
 
+    @property
+    def is_predicted(self) -> bool:
+        """Whether it is a simulated step: speed, memory and communication without losses."""
+        return bool(self.summary.get("predicted"))
+
     @cached_property
     def settings(self) -> dict[str, str]:
         """The comparable config by dotted key, as text; ranks, mesh, device and corpus are those of the run."""

@@ -49,15 +49,17 @@ def main(judged: Judged, run: Run) -> None:
     with uncollected():  # late: they import torch
         from tpresearch.planner.ranking import rank
         from tpresearch.planner.report import as_json, draw, report, training_command
+        from tpresearch.simulate.as_run import write_run
 
     cfg, cluster, sizes = judged
     ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))
     (run.folder / "planner.json").write_text(json.dumps(as_json(ranking), indent=2) + "\n")
-    best = ranking.fits[0].candidate if ranking.fits else None
-    command = training_command(best, run.command.arguments, cluster) if best else None
+    best = ranking.fits[0] if ranking.fits else None
+    command = training_command(best.candidate, run.command.arguments, cluster) if best else None
     print(report(ranking, cfg.model.name, sizes.world, cluster.name, command))
     print(f"\n  {run.folder / 'planner.json'}")
-    if ranking.fits:
+    if best:
+        write_run(best.prediction, run.folder)
         title = f"{cfg.model.name} on {sizes.world:,} devices of {cluster.name}"
         draw(ranking, title, run.folder / "planner.png")
         print(f"  {run.folder / 'planner.png'}")

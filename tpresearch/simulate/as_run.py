@@ -25,7 +25,7 @@ def write_run(prediction: Prediction, folder: Path) -> None:
         "perf/tokens_per_second": prediction.tokens_per_second_per_device * sizes.world,
         "perf/tokens_per_second_per_device": prediction.tokens_per_second_per_device,
         "perf/mfu": prediction.mfu,
-        "memory/peak_bytes": prediction.peak_bytes,
+        "memory/peak_bytes": prediction.allocated_bytes,
         "comm/bytes_per_step": ledger.sent_bytes,
     }
     summary: dict[str, Any] = {

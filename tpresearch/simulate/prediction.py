@@ -77,6 +77,11 @@ class Prediction:
         return sum(self.memory_bytes.values())
 
     @property
+    def allocated_bytes(self) -> int:
+        """The peak of tensors, as a run measures it: on a GPU that of the allocator."""
+        return self.peak_bytes - self.memory_bytes["reserved"]
+
+    @property
     def spare_bytes(self) -> float:
         return self.cluster["memory_gb"] * 1e9 - self.peak_bytes
 

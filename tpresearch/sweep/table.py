@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import override_key, python_command
-from tpresearch.sweep.job import CONSOLE_LOG, Job, Outcome, wandb_group
+from tpresearch.sweep.job import CONSOLE_LOG, Outcome, wandb_group
 from tpresearch.track.table import (
     Column,
     Summary,
@@ -31,19 +31,26 @@ SEED = "train.seed"
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:
     """One row per job: what was swept, its figures with the best of each marked, and how it ended."""
-    columns = _swept([outcome.job for outcome in outcomes], ["job", *differing(outcomes)])
+    columns = _swept(outcomes, ["job", *differing(outcomes)])
     columns |= figure_columns([_summary(outcome) for outcome in outcomes])
-    columns["status"] = [f"{each.status} earlier" if each.job.completed else each.status for each in outcomes]
+    columns["status"] = [_status(outcome) for outcome in outcomes]
     if any(outcome.error for outcome in outcomes):
         columns["error"] = [outcome.error or "" for outcome in outcomes]
     return Table.of_columns(columns)
 
 
-def _swept(jobs: Sequence[Job], keys: Sequence[str]) -> dict[str, Column]:
-    """Columns of what was swept, and of the ranks; `job` is for the job's number."""
-    settings = [{"job": str(job.number), **job.settings} for job in jobs]
+def _status(outcome: Outcome) -> str:
+    is_predicted = outcome.status == "completed" and outcome.summary.get("predicted")
+    status = "predicted" if is_predicted else outcome.status
+    return f"{status} earlier" if outcome.job.completed else status
+
+
+def _swept(outcomes: Sequence[Outcome], keys: Sequence[str]) -> dict[str, Column]:
+    """Columns of what was swept, and of the ranks, predicted ones included; `job` is for the job's number."""
+    settings = [{"job": str(each.job.number), **each.job.settings} for each in outcomes]
+    ranks = [str(each.summary.get("world_size", each.job.ranks)) for each in outcomes]
     columns: dict[str, Column] = {key: [each.get(key, UNDEFINED) for each in settings] for key in keys}
-    return columns | {"ranks": [str(job.ranks) for job in jobs]}
+    return columns | {"ranks": ranks}
 
 
 def _summary(outcome: Outcome) -> Summary:
@@ -74,7 +81,7 @@ def over_seeds(outcomes: Sequence[Outcome]) -> Table | None:
     if not groups:
         return None
     keys = [key for key in differing(outcomes) if key != SEED]
-    columns = _swept([each[0].job for each in groups.values()], keys)
+    columns = _swept([each[0] for each in groups.values()], keys)
     columns["seeds"] = [str(len(each)) for each in groups.values()]
     columns |= mean_columns([[_summary(outcome) for outcome in each] for each in groups.values()])
     return Table.of_columns(columns)
