@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.commands import ROOT, Done, environment, execute_warm
 
-from tpresearch.compare.groups import check_comparable, comparisons_of, labels, one_by_one
+from tpresearch.compare.groups import check_comparable, comparisons_of, group_each_run, labels
 from tpresearch.compare.runs import find
 
 pytestmark = pytest.mark.cli
@@ -63,7 +63,7 @@ def compared_with_a_real_run(folder: Path, allocated: int) -> None:
     assert check_comparable(runs, anyway=False, any_seed=False) == []
     assert labels(runs) == ["h100_dgx (predicted)", "H100"]
     assert labels(runs[:1]) == ["llama2_debug/fsdp16-tp4 (predicted)"]
-    (comparison,) = comparisons_of(one_by_one(runs))
+    (comparison,) = comparisons_of(group_each_run(runs))
     assert [run.folder for run in comparison.baseline.runs] == [real]
 
 
