@@ -10,7 +10,7 @@ import pytest
 from support.commands import ROOT, Done, environment, execute_warm
 
 from tpresearch.compare.groups import check_comparable, comparisons_of, group_each_run, labels
-from tpresearch.compare.runs import find
+from tpresearch.compare.runs import find_runs
 
 pytestmark = pytest.mark.cli
 
@@ -59,7 +59,7 @@ def compared_with_a_real_run(folder: Path, allocated: int) -> None:
     (real / "summary.json").write_text(json.dumps(summary | {"device": "H100", "corpus_hash": "c0ffee"}))
     (row,) = map(json.loads, (real / "metrics.jsonl").read_text().splitlines())
     (real / "metrics.jsonl").write_text(json.dumps(row | {"train/loss": 5.0}) + "\n")
-    runs = find([str(folder), str(real)]).runs
+    runs = find_runs([str(folder), str(real)]).runs
     assert check_comparable(runs, anyway=False, any_seed=False) == []
     assert labels(runs) == ["h100_dgx (predicted)", "H100"]
     assert labels(runs[:1]) == ["llama2_debug/fsdp16-tp4 (predicted)"]
