@@ -23,6 +23,9 @@ from tpresearch.simulate.trace import Trace
 from tpresearch.train.cross_entropy import chunks
 from tpresearch.train.preflight import planned
 
+DOUBLINGS = 10
+"""How often the number of devices is doubled in search of one that holds a model."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -43,6 +46,8 @@ class Ranking:
     fits: list[Judged] = field(default_factory=list)
     too_large: list[Judged] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+    enough: int | None = None
+    """If none fits: devices that would hold at least the model's state."""
 
     @property
     def count(self) -> int:
@@ -73,22 +78,47 @@ def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
     if not legal:
         return ranking
     known = recording(legal[0].cfg, legal[0].sizes, record)
-    possible: list[Candidate] = []
-    held: dict[tuple[object, ...], int | ConfigError] = {}
-    for family in legal:
-        plan = family.cfg.parallel.name, *family.sizes.nontrivial().items()
-        if plan not in held:  # whatever is checkpointed
-            held[plan] = _held_at_least(family, known)
-        if refused := _too_large(family, held[plan], cluster):
-            ranking.refused.append(refused)
-        else:
-            possible.append(family)
+    possible, refused = _possible(legal, known, cluster)
+    ranking.refused += refused
     for found in _all(partial(_at_all_rows, known=known, cluster=cluster), possible, workers):
         for one in found:
             (ranking.fits if one.prediction.fits else ranking.too_large).append(one)
     ranking.fits.sort(key=lambda one: -one.speed)
     ranking.too_large.sort(key=lambda one: one.prediction.peak_bytes)
+    if not ranking.fits:
+        ranking.enough = _enough(cfg, gpus, cluster, known)
     return ranking
+
+
+def _possible(
+    legal: Sequence[Candidate], known: Recording, cluster: Cluster
+) -> tuple[list[Candidate], list[Refused]]:
+    """Those whose state fits, and the others."""
+    possible: list[Candidate] = []
+    refused: list[Refused] = []
+    held: dict[tuple[object, ...], int | ConfigError] = {}
+    for family in legal:
+        plan = family.cfg.parallel.name, *family.sizes.nontrivial().items()
+        if plan not in held:  # whatever is checkpointed
+            held[plan] = _held_at_least(family, known)
+        if too_large := _too_large(family, held[plan], cluster):
+            refused.append(too_large)
+        else:
+            possible.append(family)
+    return possible, refused
+
+
+def _enough(cfg: Config, gpus: int, cluster: Cluster, known: Recording) -> int | None:
+    """The least number of devices, of the double, the fourfold and so on, that hold the model's state in some plan."""
+    for devices in (gpus * 2**i for i in range(1, DOUBLINGS + 1)):
+        try:
+            cluster.hosts_of(devices)
+        except ConfigError:
+            continue
+        legal = [one for one in families(cfg, devices, cluster) if isinstance(one, Candidate)]
+        if _possible(legal, known, cluster)[0]:
+            return devices
+    return None
 
 
 def _too_large(family: Candidate, held: int | ConfigError, cluster: Cluster) -> Refused | None:
@@ -219,21 +249,26 @@ def _words(name: str) -> str:
     return {"gemm": "matmuls", "copy": "FSDP's copies", "elementwise": "elementwise ops"}.get(name, name)
 
 
+def _devices(number: int) -> str:
+    return f"{number:,} device{'s' if number > 1 else ''}"
+
+
 def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
     """What a reader asks first: does it fit, which plan, and does tensor parallelism pay."""
     if not (ranking.fits or ranking.too_large or any(one.is_valid for one in ranking.refused)):
         why, _ = Counter(one.why for one in ranking.refused).most_common(1)[0]
-        return [f"no plan is valid for {name} on {gpus} devices; the most common reason: {why}"]
+        return [f"no plan is valid for {name} on {_devices(gpus)}; the most common reason: {why}"]
     if not ranking.fits:
         least = ranking.too_large[0].prediction if ranking.too_large else None
         held = (
             f": the least that any plan holds is {least.peak_bytes / 1e9:.0f} GB per device" if least else ""
         )
-        return [f"{name} does not fit on {gpus} devices{held}"]
+        enough = f"; {ranking.enough:,} would hold its state" if ranking.enough else ""
+        return [f"{name} does not fit on {_devices(gpus)}{held}{enough}"]
     plain, tensor = ranking.best(tensor=False), ranking.best(tensor=True)
     if plain is None:
         return [
-            f"tensor parallelism is needed: no plan without it takes this batch and fits on {gpus} devices"
+            f"tensor parallelism is needed: no plan without it takes this batch and fits on {_devices(gpus)}"
         ]
     if tensor is None:
         return ["tensor parallelism is not an option here: no legal plan with it fits"]

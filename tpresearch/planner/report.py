@@ -30,7 +30,7 @@ def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Comman
         command: that trains as the best candidate does.
     """
     lines = [
-        f"PREDICTED, not measured: {ranking.count} ways to train {name} on {gpus:,} devices of {cluster}",
+        f"PREDICTED, not measured: {ranking.count} ways to train {name} on {gpus:,} device{'s' if gpus > 1 else ''} of {cluster}",
         "",
     ]
     lines += [f"  {line}" for line in advice(ranking, gpus, name)]

@@ -58,7 +58,7 @@ def _headline(prediction: Prediction) -> Iterator[str]:
     yield f"PREDICTED, not measured: {cfg.model.name}, parallel={cfg.parallel.name}, {mesh}, on {cluster.name} ({cluster.device})"
     count = micro_batches(cfg, sizes)
     yield (
-        f"  {sizes.world:,} ranks on {hosts:,} host{'s' if hosts > 1 else ''}; per rank and step {count} x "
+        f"  {sizes.world:,} rank{'s' if sizes.world > 1 else ''} on {hosts:,} host{'s' if hosts > 1 else ''}; per rank and step {count} x "
         f"{micro_batch_size(cfg, sizes)} rows of {cfg.data.seq_len:,} tokens in {cfg.train.dtype}"
     )
     yield f"  {'step time':22}{step_text(prediction)}"
