@@ -249,7 +249,7 @@ class NextSteps:
             plans = dict.fromkeys(["none", plan, other])
             unknown = [each for each in plans if each not in known]
             if hosts == 1 and (not unknown or self.objection(_sweep(typed, unknown, ranks)) is None):
-                why = "both plans in one table, and the command that plots them"
+                why = "these plans in one table, and the command that plots them"
                 yield format_command(_sweep(typed, plans, ranks)), why
             return
 
