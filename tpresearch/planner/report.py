@@ -40,7 +40,8 @@ def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Comman
         if len(ranking.fits) > SHOWN:
             lines.append(f"  ... and {len(ranking.fits) - SHOWN} more that fit, in planner.json")
         lines += ["", f"  to train it: {command}"]
-    lines += ["", *_left_out(ranking)]
+    if left_out := list(_left_out(ranking)):
+        lines += ["", *left_out]
     return "\n".join(lines)
 
 
@@ -109,7 +110,7 @@ def draw(ranking: Ranking, title: str, path: Path) -> None:
 
 def _line(place: int, one: Judged, ranking: Ranking) -> str:
     prediction = one.prediction
-    about = f"{count_text(one.speed):>13}{share_text(prediction.mfu):>7}{_gb(one):>6.0f} GB"
+    about = f"{count_text(one.speed):>13}{share_text(prediction.mfu):>7}{_gb(one):>6.1f} GB"
     why = "" if place == 1 else f"   ({_why(one, ranking)})"
     return f"  {place:>2} {about}  {step_text(prediction):26}{one.candidate.words}{why}"
 
@@ -123,7 +124,7 @@ def _left_out(ranking: Ranking) -> Iterator[str]:
         yield f"  {len(ranking.too_large)} need more memory than a device has; the smallest:"
         for one in ranking.too_large[:3]:
             card = one.prediction.cluster["memory_gb"]
-            yield f"    {_gb(one):.0f} of {card:.0f} GB  {one.candidate.words}"
+            yield f"    {_gb(one):.1f} of {card:.0f} GB  {one.candidate.words}"
     if ranking.refused:
         yield f"  {len(ranking.refused)} were not simulated:"
         for why, count in Counter(one.why for one in ranking.refused).most_common(5):
