@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +95,36 @@ def draw(ranking: Ranking, title: str, path: Path) -> None:
         )
     front = ranking.front()
     axes.plot(
-        [_gb(one) for one in front], [one.speed for one in front], color="black", linewidth=1, label="front"
+        [_gb(one) for one in front],
+        [one.speed for one in front],
+        color="black",
+        linewidth=1,
+        label="no other is better in both",
     )
-    for one in front:
-        tp, plan = one.candidate.sizes.tp, one.candidate.cfg.parallel
-        text = f"{plan.name}{f' tp={tp}' if tp > 1 else ''} {plan.activation_checkpointing}"
-        axes.annotate(text, (_gb(one), one.speed), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.set_xlim(left - (right - left) / 4, right)
+    free, line = bottom, (top - bottom) / 40
+    for plan, same in groupby(
+        reversed(front), key=_plan_text
+    ):  # up and to the left of the front there is nothing
+        ones = list(same)
+        rows = dict.fromkeys(str(one.candidate.cfg.train.micro_batch_size) for one in (ones[0], ones[-1]))
+        at = max(ones[-1].speed, free)
+        axes.text(
+            _gb(ones[-1]), at, f"{plan}, {' to '.join(rows)} rows  ", ha="right", va="bottom", fontsize=7
+        )
+        free = at + line
     axes.set_xlabel("memory at the peak, GB per device")
-    axes.set_ylabel("tokens/s per device, predicted")
-    axes.set_title(title)
-    axes.legend()
+    axes.set_ylabel("tokens/s per device")
+    axes.set_title(f"{title}, predicted")
+    axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def _plan_text(one: Judged) -> str:
+    tp, plan = one.candidate.sizes.tp, one.candidate.cfg.parallel
+    return f"{plan.name}{f' tp={tp}' if tp > 1 else ''} {plan.activation_checkpointing}"
 
 
 def _line(place: int, one: Judged, ranking: Ranking) -> str:
