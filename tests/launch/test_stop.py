@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,13 @@ def test_a_signal_is_noted_and_stops_what_checks(number: signal.Signals) -> None
             flag.check()
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_calls_what_asked_for_it_while_the_main_thread_is_stuck(flag: StopFlag) -> None:
+    called = threading.Event()
+    with flag.calling(called.set):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert called.wait(60)
 
 
 def test_what_is_ignored_already_stays_so() -> None:

@@ -1,16 +1,22 @@
-"""Ranks that torchrun starts again find nothing of their last start in the store that its agent keeps."""
+"""Ranks that torchrun starts again find nothing of their last start in the store that its agent keeps; and the end of a
+failed process, over gloo in the place of NCCL."""
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from tpresearch.config.world import World
-from tpresearch.parallel.group import HERE, fresh_store
+from tpresearch.parallel import group
+from tpresearch.parallel.device import Device
+from tpresearch.parallel.group import HERE, fresh_store, process_group
 
 SIZE = 3
 
@@ -36,3 +42,34 @@ def test_each_start_has_a_store_of_its_own(late: int) -> None:
     assert len(set(first)) == len(set(again)) == 1, "not all ranks have met"
     assert first[0].startswith(b"first")
     assert again[0].startswith(b"second")
+
+
+@pytest.fixture
+def as_nccl(monkeypatch: pytest.MonkeyPatch) -> Device:
+    init = dist.init_process_group
+    monkeypatch.setattr(dist, "init_process_group", lambda _, device_id, **options: init("gloo", **options))
+    return Device(torch.device("cpu"), "nccl", "cpu")
+
+
+def test_a_failed_process_aborts_its_nccl_groups(as_nccl: Device) -> None:
+    """Else C++ warns as it ends; and their orderly end would wait for ranks that wait for this one."""
+    with pytest.raises(ValueError, match="no luck"), process_group(as_nccl, World()):
+        raise ValueError("no luck")
+    assert not dist.is_initialized()
+    with process_group(as_nccl, World()):
+        assert dist.is_initialized()
+    assert not dist.is_initialized()
+
+
+def test_an_abort_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch, as_nccl: Device) -> None:
+    ends, abort = threading.Event(), dist.distributed_c10d._abort_process_group
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: (ends.wait(), abort()))
+    monkeypatch.setattr(group, "ABORT_S", 0.01)
+    with pytest.raises(ValueError, match="no luck"), process_group(as_nccl, World()):
+        raise ValueError("no luck")
+    assert dist.is_initialized()
+    ends.set()
+    for thread in threading.enumerate():
+        if thread.name == "abort":
+            thread.join()
+    assert not dist.is_initialized()

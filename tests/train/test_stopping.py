@@ -139,3 +139,39 @@ def test_ranks_stop_after_the_same_step_and_say_so(
     assert last_row.items() <= rows[-1].items()
     assert rows[-1]["train/loss"] > 0
     assert [found.step for found in whole_checkpoints(tmp_path)] == [summary["steps"]]
+
+
+class Record:
+    def __init__(self) -> None:
+        self.ended: dict[str, str] = {}
+
+    def finish(self, **how: str) -> None:
+        self.ended = how
+
+
+@pytest.mark.parametrize("fault", [None, "rank 1: ValueError: no luck"])
+def test_a_rank_that_another_takes_along_records_that_ones_error_and_says_no_more(
+    monkeypatch: pytest.MonkeyPatch, fault: str | None
+) -> None:
+    monkeypatch.setattr(main, "fault_of_another_rank", lambda: fault)
+    record, flag = Record(), StopFlag()
+    flag.requested = signal.SIGTERM
+    ends = pytest.raises(SystemExit if fault else dist.DistError)
+    with ends as raised, main.faults_told(record, flag):  # type: ignore[arg-type]
+        raise dist.DistError("Connection closed by peer")
+    assert record.ended == ({"status": "failed", "error": fault} if fault else {})
+    assert not fault or raised.value.code == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "fault", "aborts"), [("nccl", "x", 1), ("nccl", None, 0), ("gloo", "x", 0)]
+)
+def test_a_rank_does_not_wait_on_a_gpu_for_one_that_failed(
+    monkeypatch: pytest.MonkeyPatch, backend: str, fault: str | None, aborts: int
+) -> None:
+    """Preempted, with all ranks there, it does: they stop together."""
+    aborted: list[int] = []
+    monkeypatch.setattr(main, "fault_of_another_rank", lambda: fault)
+    monkeypatch.setattr(main, "abort_group", lambda: aborted.append(1))
+    main.leave_failed_ranks(Device(torch.device("cpu"), backend, "cpu"))
+    assert len(aborted) == aborts

@@ -10,7 +10,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -53,6 +54,7 @@ class StopFlag:
         self.requested: signal.Signals | None = None
         """The first of these signals that arrived."""
         self._interrupted_at: float | None = None
+        self._calls: list[Callable[[], object]] = []
 
     def check(self) -> None:
         """Stop here, if that was asked for. Between ranks that wait for each other, use `AgreedStop`.
@@ -62,6 +64,15 @@ class StopFlag:
         """
         if self.requested is not None:
             raise Stopped(self.requested)
+
+    @contextmanager
+    def calling(self, call: Callable[[], object]) -> Iterator[None]:
+        """Context in which each signal also calls this, from the thread that hears it."""
+        self._calls.append(call)
+        try:
+            yield
+        finally:
+            self._calls.remove(call)
 
     def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()
@@ -88,6 +99,8 @@ class StopFlag:
 
     def _note(self, number: signal.Signals, now: float) -> None:
         self.requested = self.requested or number
+        for call in self._calls:
+            call()
         if number is not signal.SIGINT:
             return
         if self._interrupted_at is None:

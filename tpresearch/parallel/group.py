@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -18,6 +19,7 @@ from tpresearch.config.world import World, agent_store
 from tpresearch.parallel.device import Device
 
 PATIENCE = timedelta(minutes=10)
+ABORT_S = 10
 ASKS_AGAIN_S = 0.05
 """Slept, and not waited for at the store, whose client writes a warning for each wait that ends without an answer."""
 HERE, ANSWER = "tpresearch/here", "tpresearch/answer"
@@ -43,11 +45,30 @@ def process_group(device: Device, world: World) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # NCCL's end waits for ranks that may be waiting for this one: let it exit.
-        if device.backend != "nccl":
+        # NCCL's orderly end waits for ranks that may be waiting for this one.
+        if device.backend == "nccl":
+            abort_group()
+        else:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def abort_group() -> None:
+    """End all groups of this process at once; kernels that wait for another rank return, with no meaningful result.
+
+    Without it, C++ warns at the end of a failed process. (torch's own advice there, though private; run on torch 2.11 and
+    2.14. It aborts NCCL, which may be stuck itself: after ABORT_S the process may end without it.)
+    """
+
+    def abort() -> None:
+        with suppress(Exception):
+            dist.distributed_c10d._abort_process_group()
+
+    if dist.is_initialized():
+        thread = threading.Thread(target=abort, name="abort", daemon=True)
+        thread.start()
+        thread.join(ABORT_S)
 
 
 def _share_device(world: World) -> None:

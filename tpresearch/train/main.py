@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -27,7 +28,7 @@ from tpresearch.ledger.entries import Expected
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.parallel.device import Device, notes_on
-from tpresearch.parallel.group import process_group
+from tpresearch.parallel.group import abort_group, process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import describe_mesh, describe_model, plan_text
 from tpresearch.track.console import NextSteps
@@ -91,6 +92,7 @@ def train_on(
         tracking(job, run, corpus, plan, found[0].step if found else 0) as tracker,
         faults_told(tracker, flag),
         process_group(device, world),
+        flag.calling(partial(leave_failed_ranks, device)),
     ):
         check_same_corpus(corpus)
         mesh = build_mesh(job.sizes, device.type)
@@ -115,6 +117,8 @@ def train_on(
         if tracker:
             tracker.resume_from(loop.state.step)
         for row in loop.rows():
+            if not dist.is_initialized():
+                raise RuntimeError("another rank failed, and this one no longer waits for it")
             if tracker:
                 tracker.log(row)
         if loop.stopped_by:
@@ -170,13 +174,21 @@ def tracking(
 
 @contextmanager
 def faults_told(tracker: Tracker | None, flag: StopFlag) -> Iterator[None]:
-    """If a rank fails because torchrun stopped it after another failed, the record states the other's error."""
+    """If a rank fails because torchrun stopped it after another failed, the record states the other's error, and torchrun
+    reports it: this rank's own says no more."""
     try:
         yield
-    except RuntimeError:
+    except Exception:
         if tracker and flag.requested and (fault := fault_of_another_rank()):
             tracker.finish(status="failed", error=fault)
+            sys.exit(1)
         raise
+
+
+def leave_failed_ranks(device: Device) -> None:
+    """Where torchrun stops this rank because another failed: on a GPU, the next collective would wait for that one for ever."""
+    if device.backend == "nccl" and fault_of_another_rank():
+        abort_group()
 
 
 def check_rows(corpus: AnyCorpus, job: Preflight) -> None:
