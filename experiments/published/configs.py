@@ -36,6 +36,9 @@ OF_GPT = re.compile("mpt|gpt|\bopt\b|bloom|falcon|pythia|neox|starcoder|megatron
 OF_LLAMA = re.compile("llama|mistral|qwen|\byi\b|olmo|gemma|internlm|baichuan|deepseek|smollm|granite|phi-?3")
 OTHER = re.compile(r"moe|mixtral|mixture|mamba|rwkv|bert|\bt5\b|\bvit\b|switch")
 """Families by their names; other ones have layers that are not here."""
+HAND_FUSED = ("megatron", "megatron-lm", "nemo", "llm.c", "flash-attention")
+ALL_FUSED = re.compile(r"fused [^;.]*(swiglu|gelu|dense)", re.IGNORECASE)
+"""Software, and words of a row, whose elementwise ops are written as few kernels by hand: priced as compiled ones are."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,14 @@ def is_gpt(row: Row) -> bool:
     return bool(OF_GPT.search(names))
 
 
+def is_hand_fused(row: Row) -> bool:
+    return row.engine in HAND_FUSED or bool(ALL_FUSED.search(row["notes"]))
+
+
 def _overrides(row: Row) -> list[str]:
     tp, replicas, shards = row.tp, row.replicas, row.shards
     (micro, batches), dim, heads, gpt = row.batch, row.count("dim"), row.count("heads"), is_gpt(row)
+    compiled = row.says("compile") or is_hand_fused(row)
     found = [
         f"model={'gpt' if gpt else 'llama2_7b'}",
         f"model.name={re.sub('[^A-Za-z0-9_.-]', '-', row['model']) or 'model'}",
@@ -108,7 +116,7 @@ def _overrides(row: Row) -> list[str]:
         f"train.global_batch_size={micro * batches * replicas * shards}",
         f"train.micro_batch_size={micro}",
         f"train.dtype={_dtype(row['compute_dtype'])}",
-        f"parallel.compile={str(row.says('compile')).lower()}",
+        f"parallel.compile={str(compiled).lower()}",
     ]
     if gpt:
         found += _positions(row["pos"].lower())

@@ -1,6 +1,7 @@
 """Differences between a row's software and our step, substituted in a recorded step.
 
 - RMSNorm is one kernel in CUDA since torch 2.9; before, and where an engine writes it in Python, eager code runs it op by op.
+- Attention that is no flash kernel writes the square of scores, and reads it again for softmax, dropout and values.
 - torchtitan's per-op checkpointing always keeps attention's output.
 - KempnerForge adds up gradients unsharded, in float32, and reduces them once per step.
 - float8: the blocks' matmuls are faster, and their factors are read and written once more; torchtitan gathers in float8.
@@ -8,10 +9,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from configs import is_gpt, is_hand_fused
 from losses import with_loss_of
 
 from tpresearch.simulate.prices import FLOAT8_EFFICIENCY
@@ -26,23 +29,33 @@ CAST = 4
 """Bytes per element that a cast to float8 moves: read, written, written again transposed (cuBLAS takes one layout)."""
 BACKWARD = 2
 """Place of the first backward among a step's phases."""
+BY_NORMS = 2
+"""The same where norms and activations write float8 themselves, as Transformer Engine's do."""
 ROTATION = ("flip", "neg", "cat", "add", "mul")
-SEPARATE_NORMS = ("torchtitan", "fms-fsdp", "kempnerforge")
+ONE_KERNEL_NORMS = ("internevo", "nanotron", "gpt-neox")
+ONE_KERNEL_NORM = re.compile(r"(?<!no )(fused|triton|apex) \w*norm", re.IGNORECASE)
+UNFUSED_ATTENTION = re.compile("unfused|eager|math|naive|native|softmax|standard|no.?flash", re.IGNORECASE)
+FLASH_SINCE = 2023
+"""The first year in which most software had flash attention (arXiv 2205.14135)."""
 
 
 def as_run(row: Row, trace: Trace) -> Trace:
     """The recorded step as the row's engine runs it."""
     trace = with_loss_of(row, trace)
-    engine, compiled = row.engine, row.says("compile")
-    if engine in SEPARATE_NORMS and not compiled:
+    engine = row.engine
+    if not (row.says("compile") or is_hand_fused(row) or is_gpt(row)):
         if engine != "fms-fsdp" and row["compute_dtype"] != "fp32":
             trace = _each(trace, _as_complex_rotations)
-        trace = _each(trace, lambda op: [op._replace(fused=-1)])
+        if engine not in ONE_KERNEL_NORMS and not ONE_KERNEL_NORM.search(row["notes"]):
+            trace = _each(trace, lambda op: [op._replace(fused=-1)])
+    if UNFUSED_ATTENTION.search(row["attn"]) or (not row["attn"] and (row.year or FLASH_SINCE) < FLASH_SINCE):
+        trace = _each(trace, _unfused_attention)
     if engine == "torchtitan" and row["ac"] == "selective_op":
         trace = _each(trace, lambda op: [] if _is_attention_again(op) else [op])
     if row.is_float8:
         vocab = row.count("vocab")
-        trace = _with_float8(trace, (vocab, vocab // row.count("tp", 1)), engine == "torchtitan")
+        cast = BY_NORMS if engine in ("nemo", "megatron") else CAST
+        trace = _with_float8(trace, (vocab, vocab // row.tp), engine == "torchtitan", cast)
     if engine == "kempnerforge" and row.batch[1] > 1:
         trace = _reduced_once(trace)
     return trace
@@ -66,16 +79,47 @@ def _as_complex_rotations(op: Op) -> list[Op]:
     return [op._replace(reads=half[0], writes=half[1])]
 
 
+def _unfused_attention(op: Op) -> list[Op]:
+    """Attention as matmuls, a softmax and a dropout on the whole square of each head, forward or backward."""
+    if op.kind != "attention":
+        return [op]
+    rows, heads, _, length, keys, width, backward, _ = op.shape
+    square, mask = rows * heads * length * keys * op.element, rows * heads * length * keys
+
+    def product(m: int, n: int, k: int) -> Op:
+        return op._replace(kind="gemm", name="bmm", shape=(rows * heads, m, n, k), reads=(), writes=())
+
+    def pointwise(name: str, read: int, written: int) -> Op:
+        return op._replace(kind="other", name=name, shape=(), reads=((-1, read),), writes=((-2, written),))
+
+    if not backward:
+        return [
+            product(length, keys, width),
+            pointwise("softmax", square, square),
+            pointwise("dropout", square, square + mask),
+            product(length, width, keys),
+        ]
+    return [
+        product(keys, width, length),
+        product(length, keys, width),
+        pointwise("dropout_backward", square + mask, square),
+        pointwise("softmax_backward", 2 * square, square),
+        product(length, width, keys),
+        product(keys, width, length),
+    ]
+
+
 def _is_attention_again(op: Op) -> bool:
     """A forward within backward."""
     return op.kind == "attention" and op.phase == "backward" and not op.shape[6]
 
 
-def _with_float8(trace: Trace, vocab: tuple[int, int], gathered: bool) -> Trace:
+def _with_float8(trace: Trace, vocab: tuple[int, int], gathered: bool, cast_bytes: int = CAST) -> Trace:
     """Matmuls of the blocks that take as long as ones of a shorter inner dim, and a cast of each factor that is no weight.
 
     Args:
         vocab: sizes of a dim that only the output layer has. gathered: whether tensors are sent in float8.
+        cast_bytes: that a cast moves per element.
     """
     parts = []
     for part in trace.micro_batches:
@@ -89,7 +133,7 @@ def _with_float8(trace: Trace, vocab: tuple[int, int], gathered: bool) -> Trace:
                 for number, size in op.reads:
                     if number not in weights and (op.phase, number) not in cast:
                         cast.add((op.phase, number))
-                        moved = ((-2 - number, size * CAST // 2),)
+                        moved = ((-2 - number, size * cast_bytes // 2),)
                         found.append(
                             op._replace(kind="other", name="to_float8", shape=(), reads=moved, writes=())
                         )

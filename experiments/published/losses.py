@@ -6,6 +6,7 @@
 - Composer then computes two metrics of each micro-batch (cross-entropy and perplexity, train_metrics), each by torch's own
   kernels on a copy in float32, once backward has freed its activations.
 - KempnerForge and fms-fsdp call F.cross_entropy on logits in bfloat16: torch's kernels, without the copy.
+- So do llm.c, flash-attention's training code, and software that compiles a whole model.
 - Ours, as recorded with train.loss_chunk=null, and torchtitan's eager one copy the logits to float32.
 
 What a row's software was when is read off the name of its source.
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from row import Row
 
 LOSS_COMPILED = re.compile(r"20(2[5-9]|3)")
+BLOCKS_COMPILED = ("torchtitan",)
+"""Software that compiles block by block; what else compiles, compiles the loss with the model."""
+FUSED = re.compile(r"llm\.c|flash-attention|fused [^;.]*(cross-entropy|classifier)", re.IGNORECASE)
 CASTS = ("_to_copy",)
 SOFTMAX = ("_log_softmax", "nll_loss_forward", "nll_loss_backward", "_log_softmax_backward_data")
 
@@ -35,6 +39,8 @@ def with_loss_of(row: Row, trace: Trace) -> Trace:
         return _changed(trace, fused=True)
     if engine in ("kempnerforge", "fms-fsdp"):
         return _changed(trace, fused=False)
+    if (compiled and engine not in BLOCKS_COMPILED) or FUSED.search(f"{engine} {row['notes']}"):
+        return _changed(trace, fused=True)
     return trace
 
 

@@ -31,6 +31,8 @@ NOT_STATED = ("na", "n/a", "nan", "none", "null", "unknown", "-", "?")
 GPUS = ("A100", "H100", "H200", "B200", "L40S")
 YES = ("1", "true", "yes")
 FLOAT8 = re.compile("fp8|float8")
+YEAR = re.compile(r"\b20(2\d)\b|arxiv\W*(2\d)(?:0[1-9]|1[0-2])\.\d", re.IGNORECASE)
+"""Of a date, or of a paper's number."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ class Row:
         return bool(FLOAT8.search(self["compute_dtype"].lower()))
 
     @property
+    def year(self) -> int | None:
+        """The latest that its source or its notes name."""
+        found = YEAR.findall(f"{self['source_file']} {self['notes']}")
+        return max((2000 + int(date or paper) for date, paper in found), default=None)
+
+    @property
     def world(self) -> int:
         return self.count("gpus")
 
@@ -137,12 +145,21 @@ class Row:
 
 def read(path: Path) -> list[Row]:
     """The rows of a CSV, by whichever of comma, semicolon and tab its first line is separated. One without an id is
-    called by its number."""
+    called by its number.
+
+    Raises:
+        ConfigError: for what is no CSV.
+    """
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     heading = text.partition("\n")[0]
     separator = max(",;\t", key=heading.count)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    names = [name.strip().lower() for name in next(lines, [])]
+    try:
+        names, *lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    except (csv.Error, ValueError) as error:
+        raise ConfigError(
+            "ROWS.csv", path, f"not a CSV: {error}", "a line of names, then a row per line", {}
+        ) from None
+    names = [name.strip().lower() for name in names]
     rows = [dict(zip(names, line, strict=False)) for line in lines if any(cell.strip() for cell in line)]
     return [
         Row({**row, "id": row.get("id", "").strip() or f"row {count}"}) for count, row in enumerate(rows, 1)

@@ -176,7 +176,12 @@ def main() -> None:
                 [row["id"], *numbers, row["step_s"], "" if one.error is None else f"{one.error:.4f}", ""]
             )
             file.flush()
-    print(table(by_the_others(found) if options.left_out else found))
+    if found:
+        print(table(by_the_others(found) if options.left_out else found))
+    if len(found) < len(rows):
+        print(
+            f"\n{len(rows) - len(found)} of {len(rows)} rows could not be simulated: see above, and {out / 'predicted.csv'}"
+        )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ FLASH_1 = 0.57
 HOPPER_2024 = 0.62
 """Share of its peak that a large matmul reached on an H100 of 700 W until 2024 (fitted on llm-foundry's rows of 2023)."""
 OLDER = ("composer", "fms-fsdp", "torchtitan")
+NEWER = ("nemo", "megatron", "pax", "maxtext")
+"""Software with its own or NVIDIA's newest matmuls; what is neither is older by its year, or between the two where none is
+stated."""
 AT_500_W = 0.87
 """Of the rates at 700 W: between the cube root and the root of the power, as clocks go."""
 UNKNOWN = {"h100_dgx": 0.67, "h200_dgx": 0.67, "h100_500w": 0.67 * AT_500_W}
@@ -41,6 +44,17 @@ in 350 us, scatters in 394 us; A100: its links are two thirds of that.)"""
 KEMPNER_BETWEEN_GB_S = 25.0
 """Per GPU between KempnerForge's hosts, by the same profile (benchmarks/profiling/13b_24gpu_profiling.md): its FSDP reduces
 272 MB in 14.4 ms."""
+CLOUDS = {
+    r"\bp4de?\b": 50.0,
+    r"\bp5e?n?\b": 400.0,
+    r"\ba2-(high|mega|ultra)": 12.5,
+    r"\ba3-?high": 100.0,
+    r"\ba3-?mega": 200.0,
+    r"\ba3-?ultra": 400.0,
+    r"\bnd\w*a100|\bselene\b": 200.0,
+    r"\bnd\w*h[12]00": 400.0,
+}
+"""Gbit/s per GPU between hosts of a cloud's machine type or of a named computer, for rows that do not state it."""
 OPTIONS = {"A100": "a100_80", "H100": "h100_dgx", "H200": "h200_dgx", "B200": "b200", "L40S": "l40s"}
 
 
@@ -57,8 +71,9 @@ def cluster_of_row(row: Row, sites: bool = True) -> dict[str, Any]:
     numbers = {name: dict(number) for name, number in plain["numbers"].items()}
     changed: dict[str, Any] = {}
     gpu, engine = row.gpu, row.engine
-    if row["attn"] != "cudnn" and gpu in ("A100", "H100", "H200"):
-        slower = FLASH_1 if engine == "composer" else AT_500_W if plain["name"] == "h100_500w" else 1.0
+    if row["attn"] not in ("cudnn", "fa3") and gpu in ("A100", "H100", "H200"):
+        is_first = engine == "composer" or row["attn"] == "fa1"
+        slower = FLASH_1 if is_first else AT_500_W if plain["name"] == "h100_500w" else 1.0
         forward, backward = (
             [rate * slower for rate in table] for table in FLASH_2[gpu.replace("H200", "H100")]
         )
@@ -67,7 +82,7 @@ def cluster_of_row(row: Row, sites: bool = True) -> dict[str, Any]:
     if rate:
         changed["gemm_efficiency"] = rate
     per_host = row.count("gpus_per_node", 8)
-    if between := row.number("internode_gbps_per_gpu"):
+    if between := row.number("internode_gbps_per_gpu") or _of_the_cloud(row):
         changed["inter_gb_s"] = between / 8
     joined = per_host != 4
     if not joined and gpu in FOUR_CARDS_GB_S:
@@ -79,13 +94,26 @@ def cluster_of_row(row: Row, sites: bool = True) -> dict[str, Any]:
     return {**plain, "numbers": numbers, "devices_per_host": per_host, "has_switch": joined}
 
 
+def _of_the_cloud(row: Row) -> float | None:
+    words = f"{row['gpu_note']} {row['notes']} {row['source_file']}".lower()
+    return next((rate for name, rate in CLOUDS.items() if re.search(name, words)), None)
+
+
 def _matmul_rate(row: Row, cluster: str) -> float | None:
     """By year and site; None for today's, as conf/cluster has it."""
     if row.engine == "kempnerforge":
         return KEMPNER
     if row.engine == "fms-fsdp" and row.gpu == "A100":
         return IBM_A100
-    return HOPPER_2024 if cluster == "h100_dgx" and row.engine in OLDER else None
+    if cluster != "h100_dgx":
+        return None
+    if row.engine in OLDER:
+        return HOPPER_2024
+    if row.engine in NEWER:
+        return None
+    if row.year is None:
+        return (HOPPER_2024 + UNKNOWN[cluster]) / 2
+    return HOPPER_2024 if row.year <= 2024 else None
 
 
 def cluster_name(row: Row) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 
 import pytest
-from configs import is_gpt, parts
 from engines import CAST, as_run
 from left_out import by_the_others
 from losses import _changed
-from row import Row, read
-from score import Scored, scored
-from stacks import cluster_name
+from row import Row
+from score import Scored
 
-from tpresearch.config.errors import ConfigError
 from tpresearch.ledger.entries import Event
 from tpresearch.simulate.trace import Op, Trace
 
@@ -93,11 +90,59 @@ def test_float8_casts_each_factor_once_and_leaves_the_output_layer() -> None:
     assert told[4].shape[3] == 1000
 
 
-def test_norms_of_an_older_stack_are_many_kernels_in_eager_code_alone() -> None:
+@pytest.mark.parametrize(
+    ("cells", "fused"),
+    [
+        ({"engine": "torchtitan/fsdp2"}, -1),
+        ({"engine": "torchtitan/fsdp2", "compile": "1"}, 0),
+        ({"engine": "never heard of"}, -1),
+        ({"engine": "never heard of", "notes": "fused RMSNorm kernel"}, 0),
+        ({"engine": "never heard of", "notes": "no fused RMSNorm"}, -1),
+        ({"engine": "nanotron/zero1"}, 0),
+        ({"engine": "nemo/megatron"}, 0),
+        ({"engine": "never heard of", "ffn_kind": "gelu"}, 0),  # a LayerNorm always was one kernel
+    ],
+)
+def test_norms_are_many_kernels_in_eager_code_alone(cells: dict[str, str], fused: int) -> None:
     norm = op("forward", "mul", 4, 4)._replace(fused=0)
-    eager = Row({**LLAMA, "engine": "torchtitan/fsdp2", "compile": "0"})
-    compiled = Row({**eager.values, "compile": "1"})
-    assert [as_run(row, step(norm)).micro_batches[0][0].fused for row in (eager, compiled)] == [-1, 0]
+    assert as_run(Row({**LLAMA, **cells}), step(norm)).micro_batches[0][0].fused == fused
+
+
+def test_attention_that_is_no_flash_kernel_moves_the_square_of_scores() -> None:
+    shape = (2, 3, 3, 512, 512, 64)
+    forward, backward = (
+        op(phase, "sdpa", 1, 1, "attention")._replace(shape=(*shape, flag, 1), element=2)
+        for flag, phase in enumerate(("forward", "backward"))
+    )
+    row = Row({**LLAMA, "engine": "megatron/ddp", "ffn_kind": "gelu", "attn": "unfused"})
+    told = as_run(row, step(forward, backward)).micro_batches[0]
+    square = 6 * 512 * 512
+    read_and_written = (
+        (2 + 2) + (2 + 2 + 1) + (2 + 1 + 2) + (4 + 2)
+    )  # softmax, dropout with its mask, and their backward
+    assert sum(o.bytes_moved for o in told if o.kind == "other") == square * read_and_written
+    flops = [2 * math.prod(o.shape) for o in told if o.kind == "gemm"]
+    assert flops == [2 * square * 64] * 6
+    assert as_run(Row({**row.values, "attn": "fa2"}), step(forward)).micro_batches[0] == (forward,)
+    before_flash = Row({**row.values, "attn": "", "source_file": "arXiv 2104.04473, table 1"})
+    assert len(as_run(before_flash, step(forward)).micro_batches[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("cells", "loss"),
+    [
+        ({"engine": "never heard of"}, "_log_softmax"),
+        ({"engine": "never heard of", "compile": "1"}, "cross_entropy"),
+        ({"engine": "llm.c"}, "cross_entropy"),
+        ({"engine": "lightning", "notes": "fused RMSNorm, SwiGLU and cross-entropy"}, "cross_entropy"),
+        ({"engine": "torchtitan/fsdp2", "compile": "1", "source_file": "2024-10"}, "_log_softmax"),
+    ],
+)
+def test_the_loss_is_fused_where_the_whole_model_is_compiled_or_it_is_written_so(
+    cells: dict[str, str], loss: str
+) -> None:
+    told = as_run(Row({**LLAMA, **cells}), Trace((recorded(1),), (), {})).micro_batches[0]
+    assert loss in [o.name for o in told]
 
 
 def test_a_site_that_is_left_out_is_predicted_with_the_rate_of_the_others() -> None:
@@ -110,115 +155,3 @@ def test_a_site_that_is_left_out_is_predicted_with_the_rate_of_the_others() -> N
     assert told[2].step_s == pytest.approx(3.0)
     assert (told[2].low_s, told[2].high_s) == pytest.approx((2.7, 3.3))
     assert told[0].step_s == pytest.approx(4 - 2 + 2 / 1.5)  # one says twice, one says no faster
-
-
-SMALL = {
-    "dim": "8",
-    "heads": "2",
-    "layers": "2",
-    "ffn": "16",
-    "vocab": "64",
-    "seq": "2k",
-    "gpus": "1,024",
-    "gpu": "H100",
-}
-
-
-@pytest.mark.parametrize(
-    ("cells", "name"),
-    [
-        ({"gpu": "NVIDIA H100-SXM5-80GB"}, "h100_dgx"),
-        ({"gpu_note": "SXM5 HBM2e 500 W"}, "h100_500w"),
-        ({"gpu": "h100_80gb"}, "h100_dgx"),
-        ({"gpu": "H100 PCIe"}, "h100_pcie"),
-        ({"gpu": "8xA100", "gpu_mem_gb": "40 GB"}, "a100_40"),
-    ],
-)
-def test_a_card_is_found_in_a_longer_name(cells: dict[str, str], name: str) -> None:
-    assert cluster_name(Row({**SMALL, **cells})) == name
-
-
-@pytest.mark.parametrize("gpu", ["GH200", "GB200", "MI300X", "H100 NVL", "A100-PCIE-40GB", "H800", ""])
-def test_a_card_of_another_kind_is_refused(gpu: str) -> None:
-    with pytest.raises(ConfigError, match="gpu"):
-        cluster_name(Row({**SMALL, "gpu": gpu}))
-
-
-def test_memory_is_read_off_a_longer_name_too() -> None:
-    assert cluster_name(Row({**SMALL, "gpu": "A100-SXM4-40GB"})) == "a100_40"
-
-
-def test_cells_are_read_with_their_units() -> None:
-    row = Row({**SMALL, "step_s": "1,200 ms", "internode_gbps_per_gpu": "50 GB/s", "ac": "selective op"})
-    assert (row.count("seq"), row.world, row.measured_s) == (2048, 1024, pytest.approx(1.2))
-    assert row.number("internode_gbps_per_gpu") == 400
-    assert len(parts(row)) == 2
-    told = Row({**SMALL, "tok_s_gpu": "2.048k", "mb": "3", "ga": "2"})
-    assert told.measured_s == pytest.approx(6.0)
-
-
-@pytest.mark.parametrize("name", ["pp", "cp", "ep"])
-def test_a_row_of_parallelism_that_is_not_here_is_refused(name: str) -> None:
-    assert parts(Row({**SMALL, name: "1"}))
-    with pytest.raises(ConfigError, match=f"{name}=2"):
-        parts(Row({**SMALL, name: "2"}))
-
-
-@pytest.mark.parametrize("name", ["step_s", "tok_s_gpu"])
-def test_a_row_whose_measurement_is_no_number_is_refused_before_it_is_simulated(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}=fast: "):
-        scored(Row({name: "fast", "gpu": "no card"}))
-
-
-@pytest.mark.parametrize(
-    "cells",
-    [
-        {"gbs": "100", "mb": "1", "ga": "1"},
-        {"dp_shard": "512"},
-        {"tp": "3"},
-        {"layers": ""},
-        {"layers": "-2"},
-        {"layers": "1e999"},
-        {"gpus": "1e12"},
-        {"dim": "47,73"},
-        {"arch": "mixtral"},
-        {"model": "mamba-2.8b"},
-        {"arch": "unheard of"},
-        {"experts": "8"},
-    ],
-)
-def test_a_row_that_contradicts_itself_or_cannot_be_read_is_refused(cells: dict[str, str]) -> None:
-    row = {**SMALL, "arch": "llama"}
-    assert parts(Row(row))
-    with pytest.raises(ConfigError):
-        parts(Row(row | cells))
-
-
-def test_what_a_row_leaves_open_of_its_batch_follows_from_the_rest() -> None:
-    told = Row({**SMALL, "gpus": "16", "gbs": "96", "mb": "2"})
-    assert told.batch == (2, 3)
-    assert Row({**SMALL, "gpus": "16", "tp": "4", "gbs": "96", "ga": "4"}).batch == (6, 4)
-
-
-@pytest.mark.parametrize(
-    ("cells", "gpt"),
-    [
-        ({"arch": "llama", "ffn_kind": "swiglu"}, False),
-        ({"arch": "gpt-neox", "ffn_kind": ""}, True),
-        ({"model": "Mistral-7B"}, False),
-        ({"arch": "other", "ffn_kind": "gelu"}, True),
-        ({}, False),
-    ],
-)
-def test_a_family_is_found_by_its_feed_forward_or_its_name(cells: dict[str, str], gpt: bool) -> None:
-    assert is_gpt(Row(cells)) is gpt
-
-
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_rows_are_read_whatever_separates_them(tmp_path: Path, separator: str) -> None:
-    lines = [["ID", " gpus", "notes"], ["A", "8", '"two\nlines"'], ["", "16"], [""]]
-    text = "\ufeff" + "\r\n".join(separator.join(line) for line in lines)
-    (tmp_path / "rows.csv").write_text(text, newline="", encoding="utf-8")
-    first, second = read(tmp_path / "rows.csv")
-    assert (first["id"], first.world, first["notes"]) == ("A", 8, "two\nlines")
-    assert (second["id"], second.world, second["notes"]) == ("row 2", 16, "")
