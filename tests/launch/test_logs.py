@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 import torch  # noqa: F401  it gives its loggers handlers of their own, as in every run
 
 from tpresearch.launch import World
-from tpresearch.launch.logs import IN_FILES_ONLY, start_logging
+from tpresearch.launch.logs import IN_FILES_ONLY, print_without_fail, start_logging
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +78,15 @@ def test_a_rank_that_crashes_leaves_its_stack_in_its_log(tmp_path: Path) -> None
     log = (tmp_path / "ranks" / "rank-00001.log").read_text()
     assert "Segmentation fault" in log
     assert "in crashes" in log
+
+
+def test_a_handler_of_an_earlier_import_writes_to_the_new_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(raw if name == "stderr" else io.BytesIO()))
+    logger, handler = logging.getLogger("imported.before"), logging.StreamHandler()
+    monkeypatch.setattr(logger, "handlers", [handler])
+    print_without_fail()
+    logger.warning("still heard")
+    sys.stderr.flush()
+    assert raw.getvalue() == b"still heard\n"

@@ -130,3 +130,7 @@ def print_without_fail() -> None:
                 stream.detach(), encoding, "backslashreplace", line_buffering=lines, write_through=through
             )
             setattr(sys, name, unfailing)
+            for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+                for handler in getattr(logger, "handlers", ()):  # torch's, where it was imported before
+                    if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+                        handler.stream = unfailing

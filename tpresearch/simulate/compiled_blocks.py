@@ -72,7 +72,9 @@ class _Saved:
     def __init__(self, block: nn.Module, model: nn.Module, cfg: Config, has_rules: bool) -> None:
         self.bytes_by_storage: dict[int, int] = {}
         self._block, self._model = block, model
-        wrap_forward(block, cfg.parallel, has_rules, _partitioned())
+        # What overlaps is inductor's affair: this backend has no such option, and keeps the same.
+        parallel = dataclasses.replace(cfg.parallel, async_tp=False)
+        wrap_forward(block, parallel, has_rules, _partitioned())
         self._forward: Callable[..., Any] = block.forward
         block.forward = self
 
