@@ -126,3 +126,15 @@ def test_ranks_end_with_a_caller_that_is_killed(tmp_path: Path) -> None:
     assert len(processes) == 2
     while any(alive(process) for process in processes):
         time.sleep(0.1)
+
+
+def test_where_torch_is_built_for_cuda_the_server_asks_no_driver_for_a_gpu() -> None:
+    """After which no fork of it could use one. NVML, which torch could ask in its stead, is not everywhere."""
+    program = (
+        "import torch\n"
+        "torch.backends.cuda.is_built = lambda: True\n"
+        "def ask(*_): raise AssertionError('asked')\n"
+        "torch.cuda.is_available = torch.cuda.device_count = ask\n"
+        "import tpresearch.verify.warm\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ, capture_output=True)

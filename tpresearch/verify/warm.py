@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import threading
 import warnings
 
@@ -50,14 +49,14 @@ def warm_up() -> None:
             trace_run(cfg, prepare(cfg.data, cfg.tokenizer), World(size=4, local_size=4), 1, fake)
 
 
-# Otherwise torch asks the driver whether there is a GPU, and no fork of this process could use one.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 torch.set_num_threads(1)  # whose pools of threads a fork would not have
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-with FakeTensorMode():
-    pass  # in this thread first: where another one used it alone, a fork that does crashes (torch 2.11)
-if not torch.backends.cuda.is_built():  # where backward starts threads for GPUs, and forks are then refused
+# Not where torch is built for CUDA: backward would start threads for GPUs, and forks are then refused; and fake tensors ask
+# the driver whether there is one, after which no fork can use it.
+if not torch.backends.cuda.is_built():
+    with FakeTensorMode():
+        pass  # in this thread first: where another one used it alone, a fork that does crashes (torch 2.11)
     thread = threading.Thread(target=warm_up)
     thread.start()
     thread.join()
