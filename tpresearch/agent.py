@@ -3,7 +3,7 @@
 torch lets packages add rendezvous backends under the entry points `torchrun.handlers`, and asks for them as it starts;
 ours adds none, but is thereby loaded in the agent's process. A refused config, which the first rank reports in one line,
 and a stop by a signal, which the run's report states, would otherwise be followed by tracebacks and a report for each rank;
-torchrun would exit with 1. Failures keep torchrun's report. Ranks have TO_SAVE_S to save after a signal, and not torchrun's
+torchrun would exit with 1. Failures keep torchrun's report. Ranks have SAVE_TIME_S to save after a signal, and not torchrun's
 30 seconds, unless --shutdown-timeout says otherwise. They are told of --virtual-local-rank, which torchrun does not pass on. Checked on torch 2.13, and against the source of 2.11 and 2.14.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from tpresearch import interrupt
 
-TO_SAVE_S = 120
+SAVE_TIME_S = 120
 """Seconds for a run to save and close its files after it is told to stop. torch 2.11 always gives 30."""
 AGENT_MODULES = ("torch.distributed.run", "torchrun")
 SIGNALLED = (130, 143)
@@ -45,7 +45,7 @@ def handler() -> Callable[[Any], Any]:
         for name in LOGGERS:
             logging.getLogger(f"torch.distributed.{name}").addFilter(_is_news)
         sys.excepthook = _end
-        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(TO_SAVE_S))
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIME_S))
         if any(word.startswith("--virtual") for word in sys.argv[1:]):  # which may be abbreviated
             from tpresearch.config.world import (
                 OWN_DEVICE,  # late: every torchrun on this machine loads this module

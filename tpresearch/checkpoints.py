@@ -11,7 +11,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tpresearch.checkpoint.disk import BrokenCheckpoint, Checkpoint, damage, read_checkpoint, step_folders
+from tpresearch.checkpoint.disk import (
+    BrokenCheckpoint,
+    Checkpoint,
+    find_damage,
+    read_checkpoint,
+    step_folders,
+)
 from tpresearch.checkpoint.resume import run_of
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import WrongCommand, python_command
@@ -55,7 +61,7 @@ def whole_or_why(folder: Path, verify: bool) -> Checkpoint | str:
         checkpoint = read_checkpoint(folder)
     except BrokenCheckpoint as error:
         return str(error)
-    return (damage(folder, checkpoint.mark.files.items()) if verify else None) or checkpoint
+    return (find_damage(folder, checkpoint.manifest.files.items()) if verify else None) or checkpoint
 
 
 def table(folders: list[Path], found: list[Checkpoint | str]) -> Table:
@@ -65,10 +71,16 @@ def table(folders: list[Path], found: list[Checkpoint | str]) -> Table:
         if isinstance(each, str):
             cells = [step, *[UNDEFINED] * 6, f"no: {each}"]
         else:
-            mark = each.mark
-            plan = " ".join([mark.plan, *(f"{axis}={size}" for axis, size in mark.mesh.items())])
-            cells = [step, count_text(mark.tokens), loss_text(mark.loss), plan, str(mark.world_size)]
-            cells += [bytes_text(each.bytes), mark.torch, "yes"]
+            manifest = each.manifest
+            plan = " ".join([manifest.plan, *(f"{axis}={size}" for axis, size in manifest.mesh.items())])
+            cells = [
+                step,
+                count_text(manifest.tokens),
+                loss_text(manifest.loss),
+                plan,
+                str(manifest.world_size),
+            ]
+            cells += [bytes_text(each.bytes), manifest.torch, "yes"]
         rows.append(list(map(Cell, cells)))
     return Table(["step", "tokens", "loss", "plan", "ranks", "size", "torch", "complete"], rows)
 

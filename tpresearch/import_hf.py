@@ -31,9 +31,9 @@ def judge(cfg: Config, world: World) -> Preflight:
 @entrypoint("import_hf", judge=judge)
 def main(job: Preflight, run: Run) -> None:
     # Late: a refused config should not wait for all of torch.
+    from tpresearch.checkpoint.collective import checkpoint_group
     from tpresearch.checkpoint.disk import folder_of
-    from tpresearch.checkpoint.save import NotSaved
-    from tpresearch.checkpoint.together import own_group
+    from tpresearch.checkpoint.save import SaveFailed
     from tpresearch.data.pipeline import prepare
     from tpresearch.data.tokenizer import load_hf, save_tokenizer
     from tpresearch.parallel.group import process_group
@@ -48,8 +48,8 @@ def main(job: Preflight, run: Run) -> None:
     with process_group(device, run.world):
         loop = assemble(job, build_mesh(job.sizes, device.type), device, corpus)
         try:
-            saver_of(job, run, corpus, NOTHING_YET, own_group()).save(loop.state, 0, None, last=True)
-        except NotSaved as error:
+            saver_of(job, run, corpus, NOTHING_YET, checkpoint_group()).save(loop.state, 0, None, last=True)
+        except SaveFailed as error:
             raise ConfigError("hydra.run.dir", run.folder, str(error), "a disk with room") from None
     if run.world.rank == 0:
         write_config(run.folder, as_dict(cfg))

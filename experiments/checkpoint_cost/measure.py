@@ -27,7 +27,7 @@ import torch.distributed as dist  # noqa: E402
 from support.composed import config  # noqa: E402
 from torch import nn  # noqa: E402
 
-from tpresearch.checkpoint.disk import Mark, read_checkpoint, step_folders  # noqa: E402
+from tpresearch.checkpoint.disk import Manifest, read_checkpoint, step_folders  # noqa: E402
 from tpresearch.checkpoint.load import load  # noqa: E402
 from tpresearch.checkpoint.save import Saver  # noqa: E402
 from tpresearch.checkpoint.state import state_of  # noqa: E402
@@ -43,7 +43,7 @@ from tpresearch.train.stopping import AgreedStop  # noqa: E402
 from tpresearch.verify.ranks import Ranks  # noqa: E402
 
 MIB, POLLS = 2**20, 2000
-ABOUT = Mark(0, 0, None, {}, 100, "c", "t", 0, "none", {}, 1, torch.__version__)
+ABOUT = Manifest(0, 0, None, {}, 100, "c", "t", 0, "none", {}, 1, torch.__version__)
 CPU = Device(torch.device("cpu"), "gloo", "cpu")
 
 
@@ -114,7 +114,7 @@ def main() -> None:
         name: [] for name in ("save", "dd write", "restore", "dd read", "stall", "stall, processor")
     }
     saver = Saver(run, CheckpointConfig(keep=1), ABOUT, None)
-    beside = Saver(run, CheckpointConfig(keep=1), ABOUT, None, beside=True)
+    beside = Saver(run, CheckpointConfig(keep=1), ABOUT, None, background=True)
     saver.start(0)
     for _ in range(options.repeats):
         state.step += 1

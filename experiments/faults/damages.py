@@ -14,7 +14,14 @@ from faults.exam import Reference, Survived, compare, unsound
 from faults.job import CELLS, Fault, start
 from support.checkpointed import calls
 
-from tpresearch.checkpoint.disk import MARK, WrittenFile, checksum, mark_from, mark_text, step_folders
+from tpresearch.checkpoint.disk import (
+    MANIFEST_FILE,
+    WrittenFile,
+    checksum,
+    manifest_text,
+    parse_manifest,
+    step_folders,
+)
 from tpresearch.track.record import read_resumptions
 
 STOPPED_AT = 4
@@ -59,12 +66,12 @@ def truncate(path: Path) -> None:
 def other_step(run: Path) -> None:
     """The mark of step 2 in the folder of step 4."""
     two, four = step_folders(run)
-    shutil.copy(two / MARK, four / MARK)
+    shutil.copy(two / MANIFEST_FILE, four / MANIFEST_FILE)
 
 
 def change_mark(run: Path, **values: object) -> None:
-    mark = json.loads((newest(run) / MARK).read_text()) | values
-    (newest(run) / MARK).write_text(json.dumps(mark))
+    mark = json.loads((newest(run) / MANIFEST_FILE).read_text()) | values
+    (newest(run) / MANIFEST_FILE).write_text(json.dumps(mark))
 
 
 def every(run: Path, do: Callable[[Path], None]) -> None:
@@ -82,9 +89,9 @@ def leave_drafts(run: Path) -> None:
 def other_lr(run: Path) -> None:
     """A whole checkpoint of another experiment."""
     for folder in step_folders(run):
-        mark = mark_from((folder / MARK).read_text())
+        mark = parse_manifest((folder / MANIFEST_FILE).read_text())
         mark.experiment["optimizer"]["lr"] = 1.0
-        (folder / MARK).write_text(mark_text(mark))
+        (folder / MANIFEST_FILE).write_text(manifest_text(mark))
 
 
 def pickle_bomb(run: Path) -> None:
@@ -92,9 +99,9 @@ def pickle_bomb(run: Path) -> None:
     for folder in step_folders(run):
         path = folder / ".metadata"
         path.write_bytes(calls("torch.distributed.checkpoint.metadata", "os.system", f"touch {run}/exploded"))
-        mark = mark_from((folder / MARK).read_text())
+        mark = parse_manifest((folder / MANIFEST_FILE).read_text())
         files = mark.files | {".metadata": WrittenFile(path.stat().st_size, checksum(path))}
-        (folder / MARK).write_text(mark_text(dataclasses.replace(mark, files=files)))
+        (folder / MANIFEST_FILE).write_text(manifest_text(dataclasses.replace(mark, files=files)))
 
 
 def half_a_row(run: Path) -> None:
@@ -116,9 +123,9 @@ DAMAGES = (
     Damage("a page of a shard is zeros", lambda run: zero_page(shards(newest(run))[0])),
     Damage(".metadata is gone", lambda run: (newest(run) / ".metadata").unlink()),
     Damage("a bit of .metadata is flipped", lambda run: flip(newest(run) / ".metadata", 0.3)),
-    Damage("the mark is gone", lambda run: (newest(run) / MARK).unlink()),
-    Damage("the mark is empty", lambda run: (newest(run) / MARK).write_text("")),
-    Damage("the mark is cut in half", lambda run: truncate(newest(run) / MARK)),
+    Damage("the mark is gone", lambda run: (newest(run) / MANIFEST_FILE).unlink()),
+    Damage("the mark is empty", lambda run: (newest(run) / MANIFEST_FILE).write_text("")),
+    Damage("the mark is cut in half", lambda run: truncate(newest(run) / MANIFEST_FILE)),
     Damage("a figure of the mark is changed", lambda run: change_mark(run, tokens=1)),
     Damage("the mark is of another step", other_step),
     Damage("the mark is of a later format", lambda run: change_mark(run, format=9), REFUSED),

@@ -12,7 +12,13 @@ from typing import Any
 from faults.job import CELLS, IN_LOADS, IN_SAVES, IN_STEPS, KEEP, STEPS, Fault, start
 from support.checkpointed import State, apart, on_disk
 
-from tpresearch.checkpoint.disk import FOLDER, BrokenCheckpoint, damage, read_checkpoint, step_folders
+from tpresearch.checkpoint.disk import (
+    CHECKPOINTS_FOLDER,
+    BrokenCheckpoint,
+    find_damage,
+    read_checkpoint,
+    step_folders,
+)
 
 TOLERANCE = 1e-10
 COLUMNS = ("train/loss", "train/grad_norm", "train/lr")
@@ -106,7 +112,7 @@ def unsound(folder: Path) -> list[str]:
         except BrokenCheckpoint as error:
             found.append(f"{each.name}: {error}")
             continue
-        if wrong := damage(each, checkpoint.mark.files.items()):
+        if wrong := find_damage(each, checkpoint.manifest.files.items()):
             found.append(wrong)
     return found
 
@@ -129,7 +135,7 @@ def compare(folder: Path, whole: Reference, survived: Survived, keep: int = KEEP
         survived.problems.append(f"apart by {survived.apart:.1e}")
     if len(folders) > keep:
         survived.problems.append(f"{len(folders)} checkpoints are kept")
-    if drafts := list((folder / FOLDER).glob(".step-*")):
+    if drafts := list((folder / CHECKPOINTS_FOLDER).glob(".step-*")):
         survived.problems.append(f"left: {[draft.name for draft in drafts]}")
     status = json.loads((folder / "summary.json").read_text())["status"]
     if status != "completed":

@@ -80,16 +80,16 @@ class Breaks(Observer):
 
     @contextmanager
     def step(self, state: TrainState) -> Iterator[None]:
-        faults.point("step")
+        faults.fault_point("step")
         yield
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         if name == "pause":
-            faults.point("logged")
+            faults.fault_point("logged")
         yield
         if name in IN_STEPS:
-            faults.point(name)
+            faults.fault_point(name)
 
 
 def start(cell: str, folder: Path, fault: Fault | None = None, *more: str) -> list[int | str]:

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from tpresearch.api import load  # noqa: E402
-from tpresearch.calibrate.rows import Row, of_rows, read  # noqa: E402
+from tpresearch.calibrate.rows import Row, cluster_from_rows, read_rows  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
 from tpresearch.launch.options import command  # noqa: E402
 from tpresearch.simulate.cluster import Cluster, cluster_of  # noqa: E402
@@ -43,7 +43,7 @@ CARDS = {"H200": "h200_dgx", "H100": "h100_dgx"}
 def main() -> None:
     found = []
     for name in sys.argv[1:]:
-        rows = read(Path(name))
+        rows = read_rows(Path(name))
         option = next(
             option for card, option in CARDS.items() if any(card in row.get("card", "") for row in rows)
         )
@@ -51,7 +51,7 @@ def main() -> None:
         cluster = cluster_of(plain)
         alone = [row for row in rows if "us" in row]
         measures_all = any(row["op"].startswith("matmul") for row in alone)
-        calibrated = cluster_of(of_rows(rows, plain, "calibrated")) if measures_all else None
+        calibrated = cluster_of(cluster_from_rows(rows, plain, "calibrated")) if measures_all else None
         print(
             f"\n{Path(name).name}: steps and peaks, on {option} and as calibrated by this file's single ops"
         )

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tpresearch.checkpoint import disk
-from tpresearch.checkpoint.disk import BrokenCheckpoint, LaterFormat, Mark, folder_of, read_checkpoint
+from tpresearch.checkpoint.disk import BrokenCheckpoint, Manifest, NewerFormat, folder_of, read_checkpoint
 
-ABOUT = Mark(
+ABOUT = Manifest(
     step=0,
     tokens=0,
     loss=5.5,
@@ -33,10 +33,10 @@ def save(run: Path, step: int) -> Path:
     """A checkpoint of two small files, made as `Saver` makes one."""
     folder = folder_of(run, step)
     draft = disk.draft_of(folder)
-    disk.begin(draft)
+    disk.make_draft(draft)
     for name in ("__0_0.distcp", ".metadata"):
         (draft / name).write_bytes(os.urandom(100))
-    files = {path.name: disk.settled(path) for path in draft.iterdir()}
+    files = {path.name: disk.sync_and_checksum(path) for path in draft.iterdir()}
     disk.commit(folder, dataclasses.replace(ABOUT, step=step, files=files))
     return folder
 
@@ -44,20 +44,23 @@ def save(run: Path, step: int) -> Path:
 def test_a_committed_folder_is_whole_and_says_what_it_is_of(tmp_path: Path) -> None:
     folder = save(tmp_path, 7)
     found = read_checkpoint(folder)
-    assert (found.step, found.bytes, found.mark.plan, found.mark.mesh) == (7, 200, "tp", {"tp": 2})
+    assert (found.step, found.bytes, found.manifest.plan, found.manifest.mesh) == (7, 200, "tp", {"tp": 2})
     assert [path.name for path in folder.parent.iterdir()] == ["step-00000007"]
-    assert disk.damage(folder, found.mark.files.items()) is None
+    assert disk.find_damage(folder, found.manifest.files.items()) is None
 
 
 def rewrite(folder: Path, **values: object) -> None:
-    mark = json.loads((folder / disk.MARK).read_text()) | values
-    (folder / disk.MARK).write_text(json.dumps(mark))
+    mark = json.loads((folder / disk.MANIFEST_FILE).read_text()) | values
+    (folder / disk.MANIFEST_FILE).write_text(json.dumps(mark))
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no mark": (lambda f: (f / disk.MARK).unlink(), "checkpoint.json: No such file or directory"),
-    "half a mark": (lambda f: os.truncate(f / disk.MARK, 90), "checkpoint.json cannot be read"),
-    "a list for a mark": (lambda f: (f / disk.MARK).write_text("[1]"), "checkpoint.json cannot be read"),
+    "no mark": (lambda f: (f / disk.MANIFEST_FILE).unlink(), "checkpoint.json: No such file or directory"),
+    "half a mark": (lambda f: os.truncate(f / disk.MANIFEST_FILE, 90), "checkpoint.json cannot be read"),
+    "a list for a mark": (
+        lambda f: (f / disk.MANIFEST_FILE).write_text("[1]"),
+        "checkpoint.json cannot be read",
+    ),
     "another figure": (lambda f: rewrite(f, loss=1.0), "checkpoint.json is not as it was written"),
     "another key": (lambda f: rewrite(f, more=1), "checkpoint.json is not as it was written"),
     "no file": (lambda f: (f / ".metadata").unlink(), ".metadata: No such file or directory"),
@@ -67,9 +70,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def _elsewhere(folder: Path) -> None:
-    mark = read_checkpoint(folder).mark
+    mark = read_checkpoint(folder).manifest
     files = mark.files | {"../x": disk.WrittenFile(0, 0)}
-    (folder / disk.MARK).write_text(disk.mark_text(dataclasses.replace(mark, files=files)))
+    (folder / disk.MANIFEST_FILE).write_text(disk.manifest_text(dataclasses.replace(mark, files=files)))
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -79,7 +82,7 @@ def test_a_folder_that_is_not_whole_is_no_checkpoint(tmp_path: Path, how: str) -
     do(folder)
     with pytest.raises(BrokenCheckpoint, match=said):
         read_checkpoint(folder)
-    assert disk.whole_checkpoints(tmp_path) == []
+    assert disk.complete_checkpoints(tmp_path) == []
 
 
 def test_a_name_is_the_step(tmp_path: Path) -> None:
@@ -93,24 +96,24 @@ def test_a_name_is_the_step(tmp_path: Path) -> None:
 def test_a_later_format_is_told_from_damage(tmp_path: Path) -> None:
     folder = save(tmp_path, 7)
     rewrite(folder, format=2)
-    with pytest.raises(LaterFormat, match="reads up to 1"):
+    with pytest.raises(NewerFormat, match="reads up to 1"):
         read_checkpoint(folder)
 
 
 def test_a_changed_byte_is_seen(tmp_path: Path) -> None:
     folder = save(tmp_path, 7)
-    file = read_checkpoint(folder).mark.files[".metadata"]
+    file = read_checkpoint(folder).manifest.files[".metadata"]
     data = bytearray((folder / ".metadata").read_bytes())
     data[50] ^= 4
     (folder / ".metadata").write_bytes(data)
-    assert disk.damage(folder, [(".metadata", file)]) == ".metadata is not as it was written"
+    assert disk.find_damage(folder, [(".metadata", file)]) == ".metadata is not as it was written"
 
 
 def test_the_newest_and_milestones_stay(tmp_path: Path) -> None:
     for step in range(10, 70, 10):
         save(tmp_path, step)
     disk.prune(tmp_path, keep=2, keep_every=20)
-    assert [c.step for c in disk.whole_checkpoints(tmp_path)] == [20, 40, 50, 60]
+    assert [c.step for c in disk.complete_checkpoints(tmp_path)] == [20, 40, 50, 60]
     disk.prune(tmp_path, keep=1, keep_every=None)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000060"]
 
@@ -120,7 +123,7 @@ def test_a_broken_folder_does_not_count_among_those_that_are_kept(tmp_path: Path
         save(tmp_path, step)
     (folder_of(tmp_path, 4) / ".metadata").unlink()
     disk.prune(tmp_path, keep=2, keep_every=None)
-    assert [c.step for c in disk.whole_checkpoints(tmp_path)] == [2, 3]
+    assert [c.step for c in disk.complete_checkpoints(tmp_path)] == [2, 3]
 
 
 def test_later_steps_are_set_aside_and_drafts_removed(tmp_path: Path) -> None:
@@ -128,8 +131,8 @@ def test_later_steps_are_set_aside_and_drafts_removed(tmp_path: Path) -> None:
         for step in (1, 2, 3):
             if not folder_of(tmp_path, step).exists():
                 save(tmp_path, step)
-        disk.cut_after(tmp_path, 2)
-    disk.begin(disk.draft_of(folder_of(tmp_path, 9)))
+        disk.set_aside_after(tmp_path, 2)
+    disk.make_draft(disk.draft_of(folder_of(tmp_path, 9)))
     disk.clear_drafts(tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000002", "step-00000003.cut", "step-00000003.cut-2"]

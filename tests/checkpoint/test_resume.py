@@ -82,7 +82,7 @@ def test_another_experiment_is_refused_with_its_weights_offered(changed: str, sa
 
 def test_a_mark_without_a_key_that_is_newer_has_its_default() -> None:
     checkpoint = of(config(*STARTED))
-    del checkpoint.mark.experiment["train"]["weights"], checkpoint.mark.experiment["defects"]
+    del checkpoint.manifest.experiment["train"]["weights"], checkpoint.manifest.experiment["defects"]
     check_experiment(checkpoint, config(*STARTED))
     with pytest.raises(ConfigError, match=r"train\.weights=bfloat16: this run was started with float32"):
         check_experiment(checkpoint, config(*STARTED, "train.weights=bfloat16"))
@@ -135,7 +135,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, path: str,
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     (save(tmp_path / "broken", 3) / ".metadata").unlink()
     save(tmp_path / "later", 3)
-    mark = save(tmp_path / "later", 4) / disk.MARK
+    mark = save(tmp_path / "later", 4) / disk.MANIFEST_FILE
     mark.write_text(mark.read_text().replace('"format": 1', '"format": 7'))
     with pytest.raises(ConfigError) as refused:
         find_checkpoint(tmp_path / path, "resume")
@@ -166,11 +166,13 @@ def test_auto_never_and_a_restart(tmp_path: Path) -> None:
     started = config(*STARTED)
     never = config(*STARTED, "resume=never")
     assert checkpoints_to_resume(started, tmp_path) == []
-    mark = of(started).mark
+    mark = of(started).manifest
     for step in (3, 12):
         folder = save(tmp_path, step)
-        files = disk.read_checkpoint(folder).mark.files
-        (folder / disk.MARK).write_text(disk.mark_text(dataclasses.replace(mark, step=step, files=files)))
+        files = disk.read_checkpoint(folder).manifest.files
+        (folder / disk.MANIFEST_FILE).write_text(
+            disk.manifest_text(dataclasses.replace(mark, step=step, files=files))
+        )
     assert [c.step for c in checkpoints_to_resume(started, tmp_path)] == [12, 3]
     assert checkpoints_to_resume(never, tmp_path) == []
     assert [c.step for c in checkpoints_to_resume(never, tmp_path, restarted=True)] == [12, 3]

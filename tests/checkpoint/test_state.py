@@ -16,7 +16,7 @@ from support.nets import Buffered, Frozen, Tied, Unused, model
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
 
 from tpresearch.checkpoint.disk import BrokenCheckpoint, folder_of, read_checkpoint
-from tpresearch.checkpoint.load import _OnlyTensors, check_first_weights_of, read_tensors, tensors_of
+from tpresearch.checkpoint.load import _MetadataUnpickler, check_initial_weights, read_tensors, tensors_of
 from tpresearch.checkpoint.save import check_finite
 from tpresearch.config import Config
 from tpresearch.config.world import World
@@ -99,13 +99,13 @@ def test_first_weights_are_compared_by_name_and_shape(tmp_path: Path) -> None:
     cfg = config("parallel=none", "model=toy_mlp")
     alone(cfg, 1, run=tmp_path, at=1)
     saved = read_checkpoint(folder_of(tmp_path, 1))
-    check_first_weights_of(saved, meta_model(cfg.model))
+    check_initial_weights(saved, meta_model(cfg.model))
     for other, said in {
         "model.dim=32": r"model\.embed\.weight is \[260, 64\] in it and \[260, 32\] here",
         f"model._target_={Unused.__module__}.Unused": r"model\.unused\.\w+ is in this model alone",
     }.items():
         with pytest.raises(BrokenCheckpoint, match=said):
-            check_first_weights_of(saved, meta_model(config("parallel=none", "model=toy_mlp", other).model))
+            check_initial_weights(saved, meta_model(config("parallel=none", "model=toy_mlp", other).model))
 
 
 def test_weights_alone_begin_a_new_run(ranks: Ranks, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ class _ByGetattr:
 
 def test_an_enums_member_is_read_however_python_pickled_it() -> None:
     def read(owner: object, name: str) -> Any:
-        return _OnlyTensors(io.BytesIO(pickle.dumps(_ByGetattr(owner, name)))).load()
+        return _MetadataUnpickler(io.BytesIO(pickle.dumps(_ByGetattr(owner, name)))).load()
 
     assert (
         read(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT") is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT

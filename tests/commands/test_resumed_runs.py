@@ -10,7 +10,7 @@ import pytest
 from support.commands import Done
 from support.trainings import TINY, Trained
 
-from tpresearch.checkpoint.disk import whole_checkpoints
+from tpresearch.checkpoint.disk import complete_checkpoints
 
 pytestmark = pytest.mark.cli
 Start = Callable[..., Done]
@@ -35,7 +35,7 @@ def test_a_run_resumes_under_another_plan_and_another_experiment_is_refused(
     run = tmp_path / "mine"
     first = train(None, tmp_path, *TINY, "train.dtype=float64", f"hydra.run.dir={run}")
     assert first.code == 0, first.err
-    assert [found.step for found in whole_checkpoints(run)] == [2]
+    assert [found.step for found in complete_checkpoints(run)] == [2]
     before = files(run)
 
     refused = train(None, tmp_path, "resume=mine", "optimizer.lr=0.5")
@@ -56,7 +56,7 @@ def test_a_run_resumes_under_another_plan_and_another_experiment_is_refused(
     assert (summary["status"], summary["steps"], summary["parallel"]) == ("completed", 4, "fsdp")
     assert summary["resumed"] == [{"step": 2, "world_size": 2, "mesh": {"dp_shard": 2}}]
     assert summary["comm/bytes_per_step"] > 0, "the ledger is measured again"
-    assert [found.step for found in whole_checkpoints(run)] == [4]
+    assert [found.step for found in complete_checkpoints(run)] == [4]
     assert {"config.step-00000002.yaml", "plan.step-00000002.txt"} <= {path.name for path in run.iterdir()}
 
 
@@ -68,7 +68,7 @@ def test_first_weights_are_looked_for_only_where_a_run_begins(train: Start, tmp_
     shutil.rmtree(tmp_path / "first")
     assert train(None, tmp_path, *of_run, "train.steps=3").code == 0
     assert train(None, tmp_path, "resume=mine", "train.steps=4").code == 0
-    assert [found.step for found in whole_checkpoints(tmp_path / "mine")] == [3, 4]
+    assert [found.step for found in complete_checkpoints(tmp_path / "mine")] == [3, 4]
     for begins in (["hydra.run.dir=other"], ["resume=never"]):
         refused = train(None, tmp_path, *of_run, *begins)
         assert (refused.code, refused.refusal.partition(";")[0]) == (
@@ -76,7 +76,7 @@ def test_first_weights_are_looked_for_only_where_a_run_begins(train: Start, tmp_
             f"error: init_from={tmp_path}/first: there is no such folder",
         )
     assert not (tmp_path / "other").exists()
-    assert [found.step for found in whole_checkpoints(tmp_path / "mine")] == [3, 4]
+    assert [found.step for found in complete_checkpoints(tmp_path / "mine")] == [3, 4]
 
 
 def test_a_complete_run_that_is_started_again_is_left_as_it_is(train: Start, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_complete_run_that_is_started_again_is_left_as_it_is(train: Start, tmp
 
 def test_first_weights_that_are_damaged_are_refused_in_one_line(train: Start, tmp_path: Path) -> None:
     assert train(None, tmp_path, *TINY, "hydra.run.dir=first").code == 0
-    (checkpoint,) = whole_checkpoints(tmp_path / "first")
+    (checkpoint,) = complete_checkpoints(tmp_path / "first")
     (shard,) = checkpoint.folder.glob("*.distcp")
     shard.write_bytes(bytes(len(shard.read_bytes())))
     refused = train(None, tmp_path, *TINY, f"init_from={tmp_path}/first")

@@ -15,7 +15,7 @@ from support.composed import config
 from support.llamas import imported
 from support.trainings import TINY, TRAIN
 
-from tpresearch.checkpoint.disk import whole_checkpoints
+from tpresearch.checkpoint.disk import complete_checkpoints
 from tpresearch.checkpoint.load import read_tensors
 from tpresearch.data.batches import Batches
 from tpresearch.data.pipeline import prepare
@@ -92,7 +92,7 @@ def test_the_folder_is_whole_and_nothing_is_left(exported: Path) -> None:
 
 
 def test_ours_to_theirs_to_ours_is_bitwise(run: Path, exported: Path) -> None:
-    [*_, newest] = whole_checkpoints(run)
+    [*_, newest] = complete_checkpoints(run)
     again = dict(imported(exported).named_parameters())
     saved = dict(read_tensors(newest.folder, [f"model.{name}" for name in again]))
     assert all(torch.equal(saved[f"model.{name}"], weight) for name, weight in again.items())

@@ -145,7 +145,7 @@ def test_ranks_of_ours_have_two_minutes_to_save(monkeypatch: pytest.MonkeyPatch)
         return config.shutdown_timeout
 
     assert patience("--standalone", "/bin/true") == 30
-    assert patience("--standalone", str(TRAIN)) == agent.TO_SAVE_S == 120
+    assert patience("--standalone", str(TRAIN)) == agent.SAVE_TIME_S == 120
     assert patience("--standalone", "--shutdown-timeout=7", str(TRAIN)) == 7
 
 

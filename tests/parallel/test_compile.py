@@ -54,7 +54,7 @@ class Compiler:
     """A backend that counts: graphs it was given, and calls into the code that it made of them."""
 
     def __init__(self) -> None:
-        self.probe: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.backend = aot_autograd(
             fw_compiler=self._made("forward"),
             bw_compiler=self._made("backward"),
@@ -63,10 +63,10 @@ class Compiler:
 
     def _made(self, direction: str) -> Any:
         def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
-            self.probe[f"{direction} graphs"] += 1
+            self.counts[f"{direction} graphs"] += 1
 
             def run(*args: Any) -> Any:
-                self.probe[f"{direction} calls"] += 1
+                self.counts[f"{direction} calls"] += 1
                 return graph(*args)
 
             return make_boxed_func(run)
@@ -74,7 +74,7 @@ class Compiler:
         return compiler
 
     def since(self, before: Counter[str]) -> dict[str, int]:
-        return dict(self.probe - before)
+        return dict(self.counts - before)
 
 
 @pytest.mark.parametrize(("plan", "world", "kind", "layers", "steps", "limit"), CASES)
@@ -102,7 +102,7 @@ def test_each_step_runs_compiled_code(
         counting = CountedStep(mesh, formulas, steps, compiled=True)
         loop = assemble(job, mesh, FAKE, corpus(), [counting])
         for step in range(1, steps + 1):
-            before, loss_before = compiler.probe.copy(), loss_compiler.probe.copy()
+            before, loss_before = compiler.counts.copy(), loss_compiler.counts.copy()
             loop.step()
             found[step], of_loss[step] = compiler.since(before), loss_compiler.since(loss_before)
             if step == steps - 2:

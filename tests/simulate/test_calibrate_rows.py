@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tpresearch.calibrate.__main__ import _base, as_yaml
-from tpresearch.calibrate.rows import of_rows, read
+from tpresearch.calibrate.__main__ import _base_cluster, as_yaml
+from tpresearch.calibrate.rows import cluster_from_rows, read_rows
 from tpresearch.config.errors import ConfigError
 from tpresearch.simulate.cluster import cluster_of
 
@@ -33,7 +33,7 @@ ROWS = [
 
 
 def test_rows_become_the_numbers_that_they_measure() -> None:
-    found = cluster_of(of_rows(ROWS, BASE, "mine"))
+    found = cluster_of(cluster_from_rows(ROWS, BASE, "mine"))
     assert found["gemm_efficiency"] == pytest.approx(0.5)  # under load, not when cool
     assert found.table("attention_tflops_forward")[3] == pytest.approx(2000)  # by the faster kernel
     assert found.table("attention_tflops_backward")[3] == pytest.approx(1000)
@@ -48,7 +48,7 @@ def test_rows_become_the_numbers_that_they_measure() -> None:
 
 
 def test_a_calibrated_file_is_read_as_it_was_written() -> None:
-    plain = of_rows(ROWS, {**BASE, "has_switch": False}, "mine")
+    plain = cluster_from_rows(ROWS, {**BASE, "has_switch": False}, "mine")
     again = yaml.safe_load(as_yaml(plain))
     assert again["numbers"].keys() == plain["numbers"].keys()
     assert cluster_of(again)["launch_us"] == pytest.approx(7)
@@ -74,7 +74,7 @@ def test_rows_that_measure_nothing_are_refused(tmp_path: Path, text: str | None)
     if text is not None:
         path.write_text(text + "\n")
     with pytest.raises(ConfigError, match=r"^rows="):
-        of_rows(read(path), BASE, "mine")
+        cluster_from_rows(read_rows(path), BASE, "mine")
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,12 @@ def test_rows_that_measure_nothing_are_refused(tmp_path: Path, text: str | None)
     ],
 )
 def test_links_and_hosts_are_those_of_a_cluster_with_such_gpus(card: str, gib: float, name: str) -> None:
-    assert _base(None, card, round(gib * 2**30))["name"] == name
+    assert _base_cluster(None, card, round(gib * 2**30))["name"] == name
 
 
 def test_a_card_that_no_cluster_has_needs_a_base() -> None:
     with pytest.raises(
         ConfigError, match=r"^base=null: no cluster of conf/cluster has such GPUs \(NVIDIA T4\)"
     ):
-        _base(None, "NVIDIA T4", 16 * 10**9)
-    assert _base("a100_40", "NVIDIA T4", 0)["name"] == "a100_40"
+        _base_cluster(None, "NVIDIA T4", 16 * 10**9)
+    assert _base_cluster("a100_40", "NVIDIA T4", 0)["name"] == "a100_40"

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from support.commands import ROOT, environment, execute_warm
 
-from tpresearch.calibrate.steps import TINY, timed
+from tpresearch.calibrate.steps import TINY, time_steps
 from tpresearch.simulate.cluster import cluster_of
 from tpresearch.verify.ranks import Ranks
 
@@ -17,12 +17,12 @@ from tpresearch.verify.ranks import Ranks
 def test_each_op_of_a_step_has_its_time(ranks: Ranks, plan: str, issuer: str, collectives: int) -> None:
     """Three blocks: seven matmuls each, forward and twice backward, and the output's three; collectives as the ledger's
     formulas have them."""
-    found = ranks.run(2, timed, plan, TINY)[0]
+    found = ranks.run(2, time_steps, plan, TINY)[0]
     assert sum(op.kind == "gemm" for op, _ in found.ops) == 3 * (3 * 7 + 1)
     assert found.count(issuer) == collectives
     assert all(seconds > 0 for _, seconds in found.ops)
-    assert 0 < found.in_ops_s < found.wall_s
-    assert found.whole_s < found.wall_s  # it waits for the other rank
+    assert 0 < found.ops_s < found.wall_s
+    assert found.step_s < found.wall_s  # it waits for the other rank
 
 
 @pytest.mark.exhaustive

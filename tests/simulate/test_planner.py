@@ -18,7 +18,7 @@ from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.planner import ranking
 from tpresearch.planner.__main__ import judge
-from tpresearch.planner.candidates import Candidate, families, micro_batch_rows
+from tpresearch.planner.candidates import Candidate, candidate_plans, micro_batch_rows
 from tpresearch.planner.ranking import Ranking, advice, rank
 from tpresearch.planner.report import EXPERIMENT, as_json, draw, report, training_command
 from tpresearch.simulate.cluster import Cluster, cluster_of
@@ -99,14 +99,14 @@ def test_steps_that_do_something_else_at_more_rows_are_recorded(monkeypatch) -> 
         family = Candidate(at_rows(cfg, 1, 16), sizes)
         traces = ranking._Traces(family, recording(family.cfg, sizes, noted))
         asked.clear()
-        traces.of(family.at(8).cfg, sizes)
+        traces.trace(family.with_micro_batch(8).cfg, sizes)
         assert sorted(asked) == recorded
 
 
 def test_all_that_is_legal_is_a_candidate() -> None:
     cfg = config("model=llama2_debug", "train.global_batch_size=64")  # 4 heads, 2 of keys and values
-    found = list(families(cfg, 16, cluster()))
-    words = [one.words for one in found if isinstance(one, Candidate)]
+    found = list(candidate_plans(cfg, 16, cluster()))
+    words = [one.overrides for one in found if isinstance(one, Candidate)]
     assert len(words) == len(set(words))
     assert (
         "parallel=fsdp mesh.dp_shard=16 parallel.activation_checkpointing=none train.micro_batch_size=1"
@@ -129,7 +129,7 @@ def test_micro_batches_and_tp_of_other_sizes_than_powers_of_two() -> None:
         "train.global_batch_size=720",
     )
     hosts_of_six = dataclasses.replace(cluster(), devices_per_host=6)
-    found = [one for one in families(cfg, 12, hosts_of_six) if isinstance(one, Candidate)]
+    found = [one for one in candidate_plans(cfg, 12, hosts_of_six) if isinstance(one, Candidate)]
     assert {one.sizes.tp for one in found} == {1, 2, 3, 6}
     plain = next(one for one in found if one.cfg.parallel.name == "fsdp")
     assert micro_batch_rows(plain) == [1, 2, 3, 4, 6, 10, 15, 20, 30, 60]
@@ -137,7 +137,7 @@ def test_micro_batches_and_tp_of_other_sizes_than_powers_of_two() -> None:
 
 def test_replicas_of_many_hosts_are_candidates_where_there_are_many_more() -> None:
     cfg = config("model=llama2_debug", "train.global_batch_size=1024")
-    found = [one for one in families(cfg, 1024, cluster()) if isinstance(one, Candidate)]
+    found = [one for one in candidate_plans(cfg, 1024, cluster()) if isinstance(one, Candidate)]
     meshes = {(one.sizes.tp, one.sizes["dp_shard"]) for one in found if one.sizes["dp_replicate"] > 1}
     assert {(1, 8), (1, 64), (1, 512), (2, 4), (2, 32), (2, 256)} <= meshes
 
@@ -158,7 +158,7 @@ def test_candidates_are_ranked_with_reasons(ranks: Ranks, tmp_path) -> None:
     best = ranked.fits[0].candidate
     text = report(ranked, "llama2_debug", 2, "h100_dgx", training_command(best, [], cluster()))
     assert "tensor parallelism" in text
-    assert f"--nproc-per-node=2 train.py experiment=pretraining {best.words}" in text
+    assert f"--nproc-per-node=2 train.py experiment=pretraining {best.overrides}" in text
     draw(ranked, "title", tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 10_000
 
@@ -166,7 +166,7 @@ def test_candidates_are_ranked_with_reasons(ranks: Ranks, tmp_path) -> None:
 def test_the_command_of_the_best_one_is_whole_and_valid() -> None:
     """What was typed and is not the planner's to choose, what it composes besides, and what it chose."""
     cfg = config("model=llama2_debug", "train.global_batch_size=64")
-    best = next(one for one in families(cfg, 16, cluster()) if isinstance(one, Candidate))
+    best = next(one for one in candidate_plans(cfg, 16, cluster()) if isinstance(one, Candidate))
     typed = ["gpus=16", "model=llama2_debug", "train.global_batch_size=64", "data.seq_len=64"]
     typed += [
         "parallel.activation_checkpointing=full",
@@ -176,7 +176,7 @@ def test_the_command_of_the_best_one_is_whole_and_valid() -> None:
     command = training_command(best, typed, cluster())
     assert (command.hosts, command.ranks) == (2, 8)
     assert list(command.arguments[:5]) == [f"experiment={EXPERIMENT}", *typed[1:4], "parallel.compile=true"]
-    assert " ".join(command.arguments[5:]) == best.words
+    assert " ".join(command.arguments[5:]) == best.overrides
     assert validate(config(*command.arguments), 16, command.hosts) == best.sizes
     composed = yaml.safe_load((CLUSTER.parents[1] / "planner.yaml").read_text())["defaults"]
     assert {"experiment": EXPERIMENT} in composed
@@ -184,8 +184,8 @@ def test_the_command_of_the_best_one_is_whole_and_valid() -> None:
 
 def test_rules_without_sequence_parallelism_are_used_where_there_are_no_others() -> None:
     cfg = config("model=llama2_debug", "data.seq_len=127", "train.global_batch_size=64")
-    found = [one for one in families(cfg, 4, cluster()) if isinstance(one, Candidate)]
-    words = {one.words.partition(" parallel.activation")[0] for one in found if one.sizes.tp > 1}
+    found = [one for one in candidate_plans(cfg, 4, cluster()) if isinstance(one, Candidate)]
+    words = {one.overrides.partition(" parallel.activation")[0] for one in found if one.sizes.tp > 1}
     assert words == {
         "parallel=tp mesh.tp=4",
         "parallel=fsdp_tp mesh.dp_shard=2 mesh.tp=2 parallel.tensor=tp",
@@ -234,4 +234,4 @@ def test_of_two_that_are_as_fast_the_one_that_holds_less_is_on_the_front() -> No
         SimpleNamespace(speed=speed, prediction=SimpleNamespace(peak_bytes=peak))
         for speed, peak in ((1.0, 5), (2.0, 9), (2.0, 7))
     )
-    assert Ranking(fits=[heavy, light, slow]).front() == [light, slow]
+    assert Ranking(fits=[heavy, light, slow]).pareto_front() == [light, slow]

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from support.composed import corpus
+from tpresearch.checkpoint.collective import checkpoint_group
 from tpresearch.checkpoint.disk import read_checkpoint
 from tpresearch.checkpoint.load import read_tensors, restore, tensors_of
 from tpresearch.checkpoint.state import state_of
-from tpresearch.checkpoint.together import own_group
 from tpresearch.config import Config
 from tpresearch.config.axes import DATA_AXES
 from tpresearch.config.world import World
@@ -59,7 +59,7 @@ def go(
     job, went = preflight(cfg, world), Went()
     assert job.device
     with process_group(job.device, world):
-        mesh, group = build_mesh(job.sizes, job.device.type), own_group()
+        mesh, group = build_mesh(job.sizes, job.device.type), checkpoint_group()
         restoring = partial(restore, [read_checkpoint(start)], group=group) if start else None
         loop = assemble(job, mesh, job.device, corpus(), (), restoring)
         if start:

@@ -9,7 +9,7 @@ from pathlib import Path
 from support.commands import forked
 from tpresearch.sweep import launcher
 from tpresearch.sweep.job import CONSOLE_LOG, Job
-from tpresearch.sweep.running import Share, environment_of, set_aside
+from tpresearch.sweep.running import DeviceShare, job_environment, set_aside
 from tpresearch.verify.ranks import Ranks
 
 THREADS = ThreadPoolExecutor()
@@ -18,13 +18,13 @@ THREADS = ThreadPoolExecutor()
 class ForkedJob:
     """What `JobProcess` is, but that it runs to its end: a sweep that is stopped needs processes of its own."""
 
-    def __init__(self, job: Job, share: Share) -> None:
+    def __init__(self, job: Job, share: DeviceShare) -> None:
         set_aside(job)
         job.folder.mkdir(parents=True, exist_ok=True)
         log = job.folder / CONSOLE_LOG
         log.touch()
         size = job.ranks if job.ranks > 1 else None
-        env = environment_of(job.folder) | share.environment()
+        env = job_environment(job.folder) | share.environment()
         command = Ranks(), size, job.arguments, Path(os.getcwd()), env, str(log), str(log)
         self._ended: Future[tuple[int, float]] = THREADS.submit(forked, *command)
 

@@ -22,7 +22,7 @@ from tpresearch.launch.composition import conf_dir, typed_config
 from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.sweep.job import Job
 from tpresearch.sweep.launcher import TorchrunLauncher
-from tpresearch.sweep.running import Share
+from tpresearch.sweep.running import DeviceShare
 from tpresearch.train.preflight import preflight
 
 SMALL = ("model=toy_mlp", "tokenizer.vocab_size=300", "data.seq_len=16", "train.global_batch_size=8")
@@ -66,7 +66,7 @@ class Sweep:
     code: Callable[[Job], int] = lambda job: 0
     figures: Callable[[Job], dict[str, Any]] = lambda job: {"train/loss": 5.0 + job.number}
     started: list[Job] = field(default_factory=list)
-    shares: list[Share] = field(default_factory=list)
+    shares: list[DeviceShare] = field(default_factory=list)
     running: list[Pretended] = field(default_factory=list)
     most_at_once: int = 0
 
@@ -92,7 +92,7 @@ class Sweep:
             returned = launcher.launch(batch, 0)
         return [each._return_value for each in returned]
 
-    def _start(self, job: Job, share: Share) -> Pretended:
+    def _start(self, job: Job, share: DeviceShare) -> Pretended:
         self.started.append(job)
         self.shares.append(share)
         self.running = [other for other in self.running if other.looks > 0]

@@ -22,11 +22,11 @@ from tpresearch.config.validate import ranks_needed
 from tpresearch.sweep import launcher
 from tpresearch.sweep.job import CONSOLE_LOG, signature
 from tpresearch.sweep.running import (
-    MARK,
-    ending_signals,
-    environment_of,
+    JOB_VARIABLE,
+    collect_signals,
+    job_environment,
+    job_value,
     local_command,
-    mark_of,
     processes_of,
     run_jobs,
     set_aside,
@@ -97,7 +97,7 @@ def test_a_long_folder_is_no_group_that_wandb_refuses(sweep: Sweep, monkeypatch:
     sweep("parallel=none", "logger=wandb")
     (group,) = [word for word in sweep.started[0].arguments if word.startswith("logger.group=")]
     assert len(group.removeprefix("logger.group=")) == 128
-    assert "WANDB_RUN_ID" not in environment_of(sweep.folder)
+    assert "WANDB_RUN_ID" not in job_environment(sweep.folder)
     monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
     sweep("parallel=none", "logger=wandb")
     assert not any(word.startswith("logger.group=") for job in sweep.started for word in job.arguments)
@@ -223,9 +223,9 @@ def test_a_job_with_a_checkpoint_resumes_where_it_is(
 def test_a_job_of_a_killed_start_is_waited_for_and_named(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    env = {**os.environ, MARK: mark_of(sweep.folder / "0")}
+    env = {**os.environ, JOB_VARIABLE: job_value(sweep.folder / "0")}
     said: list[str] = []
-    monkeypatch.setattr(launcher.TorchrunLauncher, "_say", lambda self, line: said.append(line))
+    monkeypatch.setattr(launcher.TorchrunLauncher, "_print", lambda self, line: said.append(line))
     with subprocess.Popen([sys.executable, "-c", "input()"], env=env, stdin=subprocess.PIPE) as left:
         wait_for(lambda: processes_of(sweep.folder / "0") == [left.pid])
         monkeypatch.setattr("tpresearch.sweep.running.GRACE_S", 0)
@@ -309,7 +309,7 @@ def test_an_objective_that_no_job_has_is_a_failure_for_the_sweeper(sweep: Sweep)
 def test_under_nohup_a_sweep_outlives_its_terminal() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with ending_signals() as received:
+        with collect_signals() as received:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGINT)
         assert received == [signal.SIGINT]

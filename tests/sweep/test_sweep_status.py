@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from tpresearch.sweep.job import Job
-from tpresearch.sweep.status import PLAIN_INTERVAL_S, Status, last_row
+from tpresearch.sweep.status import PLAIN_INTERVAL_S, LiveStatus, last_row
 from tpresearch.track.names import complete_row
 
 
@@ -43,7 +43,7 @@ def test_running_jobs_are_shown_once_per_interval(tmp_path: Path, terminal: bool
     for name in ("3", "4"):
         (tmp_path / name).mkdir()
     logged(tmp_path / "3", 40)
-    with Status(console, clock=lambda: now) as status:
+    with LiveStatus(console, clock=lambda: now) as status:
         for _ in range(3):
             status.show([job(tmp_path / "3", 3), job(tmp_path / "4", 4)])
         line, seen = "job 3  step 40/100  loss 4.000  0:30 left\njob 4  before its first step", out.getvalue()
@@ -55,7 +55,7 @@ def test_running_jobs_are_shown_once_per_interval(tmp_path: Path, terminal: bool
 
 def test_what_runs_nothing_shows_nothing(tmp_path: Path) -> None:
     out, now = io.StringIO(), 0.0
-    with Status(Console(file=out), clock=lambda: now) as status:
+    with LiveStatus(Console(file=out), clock=lambda: now) as status:
         now = PLAIN_INTERVAL_S
         status.show([])
     assert out.getvalue() == ""

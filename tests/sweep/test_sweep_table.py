@@ -11,8 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from tpresearch.sweep.job import STOPPED, Job, outcome_of
-from tpresearch.sweep.table import over_seeds, print_table, table_of, write_files
+from tpresearch.sweep.job import STOPPED_CODE, Job, outcome_of
+from tpresearch.sweep.table import print_table, seed_table, table_of, write_files
 
 
 def job(
@@ -96,13 +96,13 @@ def test_seeds_are_taken_together(tmp_path: Path) -> None:
         outcome_of(job(tmp_path, number, overrides, {"train/loss": loss}), 0)
         for number, (overrides, loss) in enumerate(losses.items())
     ]
-    seeds = over_seeds(outcomes)
+    seeds = seed_table(outcomes)
     assert seeds
     assert seeds.header == ["parallel", "ranks", "seeds", "loss"]
     assert [[cell.text for cell in row] for row in seeds.rows] == [["tp", "2", "2", "5.500 ± 0.707"]]
     write_files(tmp_path, outcomes)
     assert "| tp | 2 | 2 | 5.500 ± 0.707 |" in (tmp_path / "summary.md").read_text()
-    assert over_seeds(outcomes[1:]) is None
+    assert seed_table(outcomes[1:]) is None
 
 
 REPORT = """[rank1]: ValueError: seen first on the way
@@ -153,5 +153,5 @@ def test_over_nodes_the_earliest_failure_is_the_cause(tmp_path: Path) -> None:
 
 def test_a_job_that_a_signal_ends_is_no_success(tmp_path: Path) -> None:
     assert outcome_of(job(tmp_path, 0, "a=1"), -11).error == "ended by SIGSEGV"
-    assert outcome_of(job(tmp_path, 1, "a=1"), STOPPED).status == "preempted"
+    assert outcome_of(job(tmp_path, 1, "a=1"), STOPPED_CODE).status == "preempted"
     assert outcome_of(job(tmp_path, 2, "a=1"), None).status == "not started"

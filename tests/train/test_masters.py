@@ -58,7 +58,7 @@ def assembled(cfg: Config, steps: int = 0) -> tuple[Loop, list[tuple[torch.dtype
         loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
         for _ in range(steps):
             loop.step()
-            pairs = zip(loop.state.model.parameters(), loop.state.trained().values(), strict=True)
+            pairs = zip(loop.state.model.parameters(), loop.state.trained_parameters().values(), strict=True)
             seen += [(copy.dtype, master.dtype) for copy, master in pairs]
     return loop, seen
 
@@ -81,14 +81,14 @@ def test_tied_weights_have_one_master() -> None:
     loop, _ = assembled(config("model=llama2_debug", "model.tied=true", *SETTINGS), STEPS)
     model = loop.state.model
     assert model.output.weight is model.tok_embeddings.weight
-    assert len(loop.state.trained()) == len(list(model.parameters()))
+    assert len(loop.state.trained_parameters()) == len(list(model.parameters()))
 
 
 def test_weights_set_from_outside_reach_the_copies() -> None:
     loop, _ = assembled(config("model=llama2_debug", *SETTINGS))
     for weight in loop.state.weights().values():
         weight.fill_(1 / 3)
-    loop.state.weights_set()
+    loop.state.refresh_copies()
     third = torch.tensor(1 / 3).bfloat16()
     assert all((copy == third).all() for copy in loop.state.model.parameters())
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from support import composed
 from support.processes import wait_for
 
-from tpresearch.checkpoint.disk import whole_checkpoints
+from tpresearch.checkpoint.disk import complete_checkpoints
 from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.data.rows import PackedCorpus
@@ -138,7 +138,7 @@ def test_ranks_stop_after_the_same_step_and_say_so(
     assert [row["train/step"] for row in rows] == sorted({3, summary["steps"]})
     assert last_row.items() <= rows[-1].items()
     assert rows[-1]["train/loss"] > 0
-    assert [found.step for found in whole_checkpoints(tmp_path)] == [summary["steps"]]
+    assert [found.step for found in complete_checkpoints(tmp_path)] == [summary["steps"]]
 
 
 class Record:

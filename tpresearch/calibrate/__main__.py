@@ -38,9 +38,9 @@ def main() -> None:
     if path.suffix != ".yaml" or not path.parent.is_dir():
         why, legal = "not a .yaml file in a folder that exists", "such as conf/cluster/here.yaml"
         raise ConfigError("out", options.out, why, legal, {"out": "conf/cluster/here.yaml"})
-    plain = _of_gpu(options, path.stem) or _of_cpu(path.stem)
+    plain = _gpu_cluster(options, path.stem) or _cpu_cluster(path.stem)
     try:
-        cluster_of(plain)  # what no command would take is not written
+        cluster_of(plain)  # so that an invalid file is never written
     except ConfigError as error:
         if options.base is None:
             raise
@@ -54,26 +54,32 @@ def main() -> None:
     print(f"\n  {path}: simulate with cluster={path.stem}")
 
 
-def _of_gpu(options: Options, name: str) -> dict[str, Any] | None:
+def _gpu_cluster(options: Options, name: str) -> dict[str, Any] | None:
     """None if no measurements are given and there is no GPU."""
-    from tpresearch.calibrate.rows import Row, of_rows, read  # late: what follows imports torch
+    from tpresearch.calibrate.rows import (  # late: what follows imports torch
+        Row,
+        cluster_from_rows,
+        read_rows,
+    )
 
     if options.rows:
-        rows = read(Path(options.rows))
+        rows = read_rows(Path(options.rows))
         card: Row = next((row for row in rows if "card" in row), {})
-        return of_rows(rows, _base(options.base, card.get("card", ""), card.get("memory_bytes", 0)), name)
+        return cluster_from_rows(
+            rows, _base_cluster(options.base, card.get("card", ""), card.get("memory_bytes", 0)), name
+        )
     import torch
 
     if not torch.cuda.is_available():
         return None
-    from tpresearch.calibrate.cuda import measured
+    from tpresearch.calibrate.cuda import measure_gpu
 
     chip = torch.cuda.get_device_properties(0)
-    base = _base(options.base, chip.name, chip.total_memory)  # before anything is measured
-    return of_rows(list[Row](measured()), base, name)
+    base = _base_cluster(options.base, chip.name, chip.total_memory)  # before anything is measured
+    return cluster_from_rows(list[Row](measure_gpu()), base, name)
 
 
-def _base(option: str | None, card: str, memory_bytes: int) -> dict[str, Any]:
+def _base_cluster(option: str | None, card: str, memory_bytes: int) -> dict[str, Any]:
     """The cluster that was asked for, or else the one whose devices have this chip and the nearest memory.
 
     Raises:
@@ -85,7 +91,7 @@ def _base(option: str | None, card: str, memory_bytes: int) -> dict[str, Any]:
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     if option is None:
         known = {name: yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in names}
-        option = _with_such_gpus(known, card, memory_bytes)
+        option = _closest_cluster(known, card, memory_bytes)
     path = folder / f"{option}.yaml"
     if option not in names:
         unknown = f"no cluster of conf/cluster has such GPUs ({card or 'unnamed'})"
@@ -97,7 +103,7 @@ def _base(option: str | None, card: str, memory_bytes: int) -> dict[str, Any]:
     return found
 
 
-def _with_such_gpus(clusters: dict[str, dict[str, Any]], card: str, memory_bytes: int) -> str | None:
+def _closest_cluster(clusters: dict[str, dict[str, Any]], card: str, memory_bytes: int) -> str | None:
     """Name of the cluster, by the chip in the card's name ("NVIDIA H100 80GB HBM3")."""
 
     def distance(name: str) -> tuple[bool, float]:
@@ -109,10 +115,10 @@ def _with_such_gpus(clusters: dict[str, dict[str, Any]], card: str, memory_bytes
     return min(alike, key=distance, default=None)
 
 
-def _of_cpu(name: str) -> dict[str, Any]:
+def _cpu_cluster(name: str) -> dict[str, Any]:
     import torch
 
-    from tpresearch.calibrate.cpu import measured
+    from tpresearch.calibrate.cpu import measure_cpu
 
     torch.set_num_threads(1)
     cores, chip = len(os.sched_getaffinity(0)), _chip()
@@ -125,7 +131,8 @@ def _of_cpu(name: str) -> dict[str, Any]:
         "shared_cores": cores,
         "checked": [],
         "numbers": {
-            key: {"value": value, "kind": "measured", "source": source} for key, value in measured().items()
+            key: {"value": value, "kind": "measured", "source": source}
+            for key, value in measure_cpu().items()
         },
     }
 

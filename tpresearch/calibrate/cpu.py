@@ -2,7 +2,7 @@
 
 Rates of matmuls, of what is elementwise and of the optimizer come from the ops of real steps, whose caches are as cold
 and whose memory is as fresh as in training; attention by length, copies and gloo from themselves. Processor time where
-one rank works alone, so that what else the machine does is left out; wall time of collectives.
+one rank works alone, so that other load on the machine does not count; wall time of collectives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tpresearch.calibrate.steps import FULL, TINY, Timed, timed
+from tpresearch.calibrate.steps import FULL, TINY, StepTimes, time_steps
 from tpresearch.config.world import World
 from tpresearch.ledger.entries import Event
 from tpresearch.parallel.device import Device
@@ -30,26 +30,26 @@ from tpresearch.simulate.trace import Op
 from tpresearch.verify.ranks import Ranks
 
 REPEATS = 5
-MEASURED = LENGTHS[:5]
-"""Of attention; longer ones are taken to run as the last."""
-LITTLE = 1 << 18
-"""Bytes that an op moves up to which its time is that of any op."""
+MEASURED_LENGTHS = LENGTHS[:5]
+"""Lengths at which attention is measured; longer ones are assumed to run at the last one's rate."""
+SMALL_OP_BYTES = 1 << 18
+"""An op that moves no more bytes than this takes as long as any small op."""
 
 
-def measured() -> dict[str, Any]:
+def measure_cpu() -> dict[str, Any]:
     """Every number of a cluster, for one thread of this CPU."""
-    steps: dict[str, Timed] = {}
+    steps: dict[str, StepTimes] = {}
     for plan in ("fsdp", "tp", "sp"):
         print(f"  steps of two ranks, parallel={plan}", flush=True)
-        steps[plan] = Ranks().run(2, timed, plan, FULL)[0]
+        steps[plan] = Ranks().run(2, time_steps, plan, FULL)[0]
     print("  matmuls, attention and gloo by themselves", flush=True)
     step = _rates(steps["fsdp"].ops)
     alone = {dtype: _matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
     flops = {dtype: rate / alone[torch.float32] * step.flops for dtype, rate in alone.items()}
     # Tables are for bfloat16, and others follow their matmuls: what is measured is float32.
     of_table = flops[torch.bfloat16] / flops[torch.float32] / 1e12
-    forward, backward = zip(*(_attention_flops(length, 128) for length in MEASURED), strict=True)
-    narrow = _attention_flops(MEASURED[1], 16)[1] / backward[1]
+    forward, backward = zip(*(_attention_flops(length, 128) for length in MEASURED_LENGTHS), strict=True)
+    narrow = _attention_flops(MEASURED_LENGTHS[1], 16)[1] / backward[1]
     cores = len(os.sched_getaffinity(0))
     # No core is idle among so many, as in a training step; how fast idle ones wake up for two varies threefold.
     ranks = max(4, 2 * cores)
@@ -66,8 +66,8 @@ def measured() -> dict[str, Any]:
         "bandwidth_efficiency": 1.0,
         "optimizer_efficiency": step.optimizer / step.elementwise,
         "copy_efficiency": step.copies / step.elementwise,
-        "attention_tflops_forward": [rate * of_table for rate in _at_every_length(forward)],
-        "attention_tflops_backward": [rate * of_table for rate in _at_every_length(backward)],
+        "attention_tflops_forward": [rate * of_table for rate in _extend_to_lengths(forward)],
+        "attention_tflops_backward": [rate * of_table for rate in _extend_to_lengths(backward)],
         "attention_narrow_heads": narrow ** (1 / 3),  # from 128 to 16 are three halvings
         "kernel_us": 0.0,
         **_host_times(steps),
@@ -77,12 +77,12 @@ def measured() -> dict[str, Any]:
         "inter_efficiency": 1.0,
         "inter_step_us": 0.0,
         "collective_us": 0.0,
-        "overlap_slowdown": gloo.busy,
-        "scale_slowdown": _waits(steps.values(), gloo),
+        "overlap_slowdown": gloo.core_share,
+        "scale_slowdown": _wait_share(steps.values(), gloo),
     }
 
 
-def _at_every_length(rates: Sequence[float]) -> list[float]:
+def _extend_to_lengths(rates: Sequence[float]) -> list[float]:
     return [*rates, *[rates[-1]] * (len(LENGTHS) - len(rates))]
 
 
@@ -94,7 +94,7 @@ class Rates(NamedTuple):
     elementwise: float
     """Bytes/s of its ops on activations, as prices count them."""
     copies: float
-    """Of FSDP's copies, into memory that is new each time."""
+    """Bytes/s of FSDP's copies, into newly allocated memory."""
     optimizer: float
 
 
@@ -107,7 +107,7 @@ def _rates(ops: list[tuple[Op, float]]) -> Rates:
     def of_kind(kind: str) -> list[tuple[Op, float]]:
         return [(op, taken) for op, taken in ops if op.kind == kind]
 
-    others = [(op, taken) for op, taken in of_kind("other") if moved_bytes(op) > LITTLE]
+    others = [(op, taken) for op, taken in of_kind("other") if moved_bytes(op) > SMALL_OP_BYTES]
     return Rates(
         rate(of_kind("gemm"), lambda op: 2.0 * math.prod(op.shape)),
         rate([one for one in others if one[0].name not in COPIES], moved_bytes),
@@ -154,10 +154,10 @@ def _attention_flops(length: int, width: int) -> tuple[float, float]:
     return flops / forward, 2.5 * flops / max(both - forward, 1e-9)
 
 
-def _host_times(steps: dict[str, Timed]) -> dict[str, float]:
+def _host_times(steps: dict[str, StepTimes]) -> dict[str, float]:
     """Per op, per collective of FSDP, and per collective of a sharding rule with DTensor's dispatch around it."""
-    tiny = Ranks().run(1, timed, "none", TINY)[0]
-    launch = tiny.whole_s / len(tiny.ops)
+    tiny = Ranks().run(1, time_steps, "none", TINY)[0]
+    launch = tiny.step_s / len(tiny.ops)
 
     def per_collective(issuer: str, *plans: str) -> float:
         more = sum(max(0.0, steps[plan].host_s - len(steps[plan].ops) * launch) for plan in plans)
@@ -171,27 +171,27 @@ def _host_times(steps: dict[str, Timed]) -> dict[str, float]:
 
 
 class Link(NamedTuple):
-    """Between ranks."""
+    """A link between ranks."""
 
     bytes_s: float
     """Bus bandwidth of large collectives."""
     step_s: float
-    """A step of a ring that sends next to nothing."""
-    busy: float
+    """Time of a ring step that sends almost nothing."""
+    core_share: float
     """Share of its core that a rank uses in a large one."""
 
     def seconds(self, event: Event) -> float:
-        """Of two ranks: one step in each round."""
+        """Time of a collective of two ranks: one step per round."""
         return rounds(event.collective, by_gloo=True) * (self.step_s + event.tensor_bytes / 2 / self.bytes_s)
 
 
-def _waits(steps: Iterable[Timed], link: Link) -> float:
-    """Time that ranks wait for the slowest of them, as a share of their own work, besides their collectives."""
+def _wait_share(steps: Iterable[StepTimes], link: Link) -> float:
+    """Time that ranks wait for the slowest one, as a share of their own work, apart from their collectives."""
     found = []
     for step in steps:
         sent = sum(link.seconds(op.event) for op, _ in step.ops if op.event)
         sent -= sum(seconds for op, seconds in step.ops if op.event)  # which the main thread itself works on
-        found.append((step.wall_s - sent) / step.whole_s - 1)
+        found.append((step.wall_s - sent) / step.step_s - 1)
     return max(0.0, median(found))
 
 
@@ -200,7 +200,7 @@ SMALL, LARGE = 1 << 10, 1 << 20
 
 
 def _gloo(world: World) -> Link:
-    """Wall time, the median of many, with nothing beside them."""
+    """Measure gloo's collectives: the median wall time of many, with nothing running beside them."""
     torch.set_num_threads(1)
 
     def all_reduce(count: int) -> None:

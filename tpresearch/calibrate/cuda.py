@@ -1,4 +1,4 @@
-"""Measurements of single ops on this machine's first GPU, as `rows` reads them: a minute of work."""
+"""Measurements of single ops on this machine's first GPU, in the format that `rows` reads; they take a minute."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TOKENS, WIDTH, HIDDEN = 8192, 4096, 14336
-"""Of the matmuls: a large micro-batch of an 8B model."""
+"""Sizes of the matmuls: a large micro-batch of an 8B model."""
 PARAMETERS = 200_000_000
-"""Of the AdamW."""
-LOADED_S = 5.0
-"""How long one matmul runs until power has set the clock."""
+"""Number of parameters that AdamW updates."""
+LOAD_S = 5.0
+"""How long a matmul runs until the power limit has set the clock."""
 REPEATS = 20
 
 
-def measured(device: str = "cuda") -> list[dict[str, Any]]:
+def measure_gpu(device: str = "cuda") -> list[dict[str, Any]]:
     """Rows of {op, shape, us, flops, bytes}, and one that names the card."""
     rows = [_card(device)]
     for op, shape, flops, moved, call in (*_matmuls(device), *_attention(device), *_memory(device)):
@@ -86,7 +86,7 @@ def _memory(device: str) -> Iterator[Case]:
 def _sustained(device: str) -> dict[str, Any]:
     a, b = (_random(8192, 8192, device=device) for _ in range(2))
     began = time.monotonic()
-    while time.monotonic() - began < LOADED_S:
+    while time.monotonic() - began < LOAD_S:
         us = _us(lambda: a @ b)
     return {"op": "matmul sustained", "shape": (8192,) * 3, "us": us, "flops": 2.0 * 8192**3, "bytes": 0.0}
 

@@ -1,7 +1,7 @@
 """Measurements of single ops on a GPU as a cluster's numbers.
 
-A row is {op, shape, us, flops, bytes}: microseconds of one call, and what it computes and moves. What no row tells, such as
-links, stays as the base cluster has it.
+A row is {op, shape, us, flops, bytes}: microseconds of one call, and what it computes and moves. Numbers that no row
+determines, such as those of links, are the base cluster's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 LEGAL = "a JSON object per line, with op, shape, us, flops and bytes"
 
 
-def read(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     """Raises: ConfigError: for a file that is not there or not of such lines, or that measures no op."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -42,11 +42,11 @@ def _is_measured(row: Row) -> bool:
     )
 
 
-def of_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A cluster's content: the base's, with what these rows measure of the card.
+def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A cluster file's content: the base's, with what these rows measure on the card.
 
     Raises:
-        ConfigError: where they measure nothing of it.
+        ConfigError: if they measure nothing on it.
     """
     rows = list(rows)
     timed = [row for row in rows if "us" in row and row["us"] > 0]
@@ -66,7 +66,7 @@ def of_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -> dict[str
 
 
 def _rates(timed: list[Row], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Matmuls under load where a row says so, for a step is that too; attention's table keeps the base's shape over lengths."""
+    """Rates of matmuls, under load if there is such a row, as in a step; attention's table keeps the base's shape over lengths."""
     found: dict[str, Any] = {}
     peak = base["numbers"]["peak_tflops_bfloat16"]["value"] * 1e12
     matmuls = [row for row in timed if row["op"].startswith("matmul") and row["op"] != "matmul sustained"]

@@ -36,7 +36,7 @@ LLAMA = (
     "model.n_layers=3",
     "tokenizer.vocab_size=4096",
 )
-"""14 M parameters: as wide as what one trains on a CPU, and more than its caches hold."""
+"""14 M parameters: as wide as models that are trained on a CPU, and more than its caches hold."""
 FULL = ("data.seq_len=256", "train.global_batch_size=4")
 """A step of a second, with caches as cold as in training."""
 TINY = (
@@ -46,12 +46,12 @@ TINY = (
     "model.ffn_dim=64",
     "tokenizer.vocab_size=260",
 )
-"""A step whose ops do next to nothing."""
+"""A step whose ops do almost nothing."""
 WARM_UP, STEPS = 3, 8
 
 
-class Clock(TorchDispatchMode):
-    """How long the last op took. Entered outside of the mode that records it, so that it times nothing else."""
+class OpClock(TorchDispatchMode):
+    """Times the last op. Entered outside of the mode that records it, so that it times nothing else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,9 +69,9 @@ class Clock(TorchDispatchMode):
 
 
 class TimedRecorder(Recorder):
-    """Notes with each op how long it took."""
+    """Records with each op how long it took."""
 
-    def __init__(self, mesh: DeviceMesh, state: TrainState, blocks: list[str], clock: Clock) -> None:
+    def __init__(self, mesh: DeviceMesh, state: TrainState, blocks: list[str], clock: OpClock) -> None:
         super().__init__(mesh, state.model, blocks, DeviceMemory(state.model, state.optimizer))
         self._clock = clock
         self.timed: list[tuple[Op, float]] = []
@@ -88,8 +88,8 @@ class TimedSteps(Observer):
 
     def __init__(self, mesh: DeviceMesh, blocks: list[str]) -> None:
         self._mesh, self._blocks = mesh, blocks
-        self._clock = Clock()
-        self.is_on = False
+        self._clock = OpClock()
+        self.enabled = False
         self.taken: list[list[tuple[Op, float]]] = []
 
     def start(self, state: TrainState) -> None:
@@ -97,7 +97,7 @@ class TimedSteps(Observer):
 
     @contextmanager
     def step(self, state: TrainState) -> Iterator[None]:
-        if not self.is_on:
+        if not self.enabled:
             yield
             return
         self._recorder.timed = []
@@ -111,33 +111,33 @@ class TimedSteps(Observer):
             yield
 
 
-class Timed(NamedTuple):
-    """Steps of `LLAMA` on this rank: with their ops timed and without, taking turns."""
+class StepTimes(NamedTuple):
+    """Steps of `LLAMA` on this rank, alternately with and without timing their ops."""
 
     ops: list[tuple[Op, float]]
-    """With the least time of each; collectives are only begun in it."""
-    whole_s: float
-    """Of a step whose ops are not timed, the median of some."""
+    """Each with its minimum time; for a collective, that of starting it."""
+    step_s: float
+    """Processor time of a step whose ops are not timed: a median."""
     wall_s: float
-    """The same with what it waits for."""
-    in_ops_s: float
-    """Of one whose ops are, the median of their sums."""
+    """Wall time of such a step."""
+    ops_s: float
+    """Total time of the ops of a step: a median."""
 
     @property
     def host_s(self) -> float:
-        """What no op takes: Python, autograd and dispatch."""
-        return max(0.0, self.whole_s - self.in_ops_s)
+        """Time outside of ops: Python, autograd and dispatch."""
+        return max(0.0, self.step_s - self.ops_s)
 
     def count(self, issuer: str) -> int:
         """Collectives by one issuer."""
         return sum(op.event is not None and op.event.issuer == issuer for op, _ in self.ops)
 
 
-def timed(world: World, plan: str, tokens: tuple[str, ...]) -> Timed:
+def time_steps(world: World, plan: str, tokens: tuple[str, ...]) -> StepTimes:
     """Train `LLAMA` under a plan for some steps, as one rank of a job on gloo.
 
     Args:
-        tokens: how many of them a step has, as overrides: `FULL` or `TINY`.
+        tokens: overrides that set the size of a step: `FULL` or `TINY`.
     """
     torch.set_num_threads(1)
     cfg = load(*LLAMA, *COMMON, *tokens, f"parallel={plan}")
@@ -148,11 +148,11 @@ def timed(world: World, plan: str, tokens: tuple[str, ...]) -> Timed:
         mesh = build_mesh(job.sizes, "cpu")
         watching = TimedSteps(mesh, job.plan.blocks)
         loop = assemble(job, mesh, job.device, prepare(cfg.data, cfg.tokenizer), [watching])
-        for watching.is_on in [False] * WARM_UP + [False, True] * STEPS:
+        for watching.enabled in [False] * WARM_UP + [False, True] * STEPS:
             before, wall = time.thread_time(), time.perf_counter()
             loop.step()
             found.append(time.thread_time() - before)
             walls.append(time.perf_counter() - wall)
     ops = [(same[0][0], min(seconds for _, seconds in same)) for same in zip(*watching.taken, strict=True)]
     in_ops = median(sum(seconds for _, seconds in step) for step in watching.taken)
-    return Timed(ops, median(found[WARM_UP::2]), median(walls[WARM_UP::2]), in_ops)
+    return StepTimes(ops, median(found[WARM_UP::2]), median(walls[WARM_UP::2]), in_ops)

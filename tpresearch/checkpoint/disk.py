@@ -4,7 +4,7 @@
     checkpoints/step-00000100/           once every file is on disk, with checkpoint.json, which describes them
     checkpoints/step-00000100.cut/       set aside, since the run resumed from an earlier step
 
-A rename within a folder is atomic, and what was synced before it survives a crash: this makes a checkpoint "whole" (complete).
+A rename within a folder is atomic, and what was synced before it survives a crash: this is why a checkpoint is complete or absent.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tpresearch.checkpoint.faults import point
+from tpresearch.checkpoint.faults import fault_point
 
-FOLDER, MARK = "checkpoints", "checkpoint.json"
-NAME = re.compile(r"step-(\d{8,})")
-DRAFT = re.compile(r"\.step-\d{8,}\.draft")
-FORMAT = 1
+CHECKPOINTS_FOLDER, MANIFEST_FILE = "checkpoints", "checkpoint.json"
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+DRAFT_FOLDER = re.compile(r"\.step-\d{8,}\.draft")
+FORMAT_VERSION = 1
 """Version of the format of checkpoints. A reader refuses a later one."""
 
 
@@ -35,7 +35,7 @@ class BrokenCheckpoint(Exception):
     """A folder is not a complete checkpoint; the message says why, in one line."""
 
 
-class LaterFormat(BrokenCheckpoint):
+class NewerFormat(BrokenCheckpoint):
     """Written by a newer version of this package: it may be complete."""
 
 
@@ -45,7 +45,7 @@ class WrittenFile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Mark:
+class Manifest:
     """checkpoint.json: the description of a checkpoint, written last."""
 
     step: int
@@ -61,7 +61,7 @@ class Mark:
     corpus_hash: str
     tokenizer_hash: str
     rows: int
-    """Of the train split."""
+    """Rows of the train split."""
     plan: str
     """The option of the parallel group."""
     mesh: dict[str, int]
@@ -70,27 +70,27 @@ class Mark:
     torch: str
     """Its version."""
     files: dict[str, WrittenFile] = dataclasses.field(default_factory=dict)
-    format: int = FORMAT
+    format: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its mark (checkpoint.json), and files of the stated sizes. `damage` checks their contents."""
+    """A complete checkpoint: its manifest (checkpoint.json), and files of the stated sizes. `find_damage` checks their contents."""
 
     folder: Path
-    mark: Mark
+    manifest: Manifest
 
     @property
     def step(self) -> int:
-        return self.mark.step
+        return self.manifest.step
 
     @property
     def bytes(self) -> int:
-        return sum(file.bytes for file in self.mark.files.values())
+        return sum(file.bytes for file in self.manifest.files.values())
 
 
 def folder_of(run: Path, step: int) -> Path:
-    return run / FOLDER / f"step-{step:08d}"
+    return run / CHECKPOINTS_FOLDER / f"step-{step:08d}"
 
 
 def draft_of(folder: Path) -> Path:
@@ -98,30 +98,30 @@ def draft_of(folder: Path) -> Path:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder, judging by its mark and the sizes of its files.
+    """The checkpoint in a folder, judging by its manifest and the sizes of its files.
 
     Raises:
         BrokenCheckpoint: if it is not complete.
     """
-    named = NAME.fullmatch(folder.name)
+    named = STEP_FOLDER.fullmatch(folder.name)
     if not named:
         raise BrokenCheckpoint("its folder is not called step-<number>")
     try:
-        mark = mark_from((folder / MARK).read_text(encoding="utf-8"))
-        if mark.step != int(named[1]):
-            raise BrokenCheckpoint(f"its {MARK} is of step {mark.step}")
-        for name, written in mark.files.items():
+        manifest = parse_manifest((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        if manifest.step != int(named[1]):
+            raise BrokenCheckpoint(f"its {MANIFEST_FILE} is of step {manifest.step}")
+        for name, written in manifest.files.items():
             if Path(name).name != name:
-                raise BrokenCheckpoint(f"its {MARK} names {name}")
+                raise BrokenCheckpoint(f"its {MANIFEST_FILE} names {name}")
             size = (folder / name).stat().st_size
             if size != written.bytes:
                 raise BrokenCheckpoint(f"{name} has {size:,} bytes of {written.bytes:,}")
     except OSError as error:
         raise BrokenCheckpoint(f"{Path(error.filename).name}: {error.strerror}") from None
-    return Checkpoint(folder, mark)
+    return Checkpoint(folder, manifest)
 
 
-def whole_checkpoints(run: Path) -> list[Checkpoint]:
+def complete_checkpoints(run: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
     found = []
     for folder in step_folders(run):
@@ -139,13 +139,13 @@ def step_folders(run: Path) -> list[Path]:
         OSError: if they cannot be listed.
     """
     try:
-        folders = [path for path in (run / FOLDER).iterdir() if NAME.fullmatch(path.name)]
+        folders = [path for path in (run / CHECKPOINTS_FOLDER).iterdir() if STEP_FOLDER.fullmatch(path.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def damage(folder: Path, files: Iterable[tuple[str, WrittenFile]]) -> str | None:
+def find_damage(folder: Path, files: Iterable[tuple[str, WrittenFile]]) -> str | None:
     """Read files completely; return what is wrong with the first that is damaged, in one line, or None."""
     for name, written in files:
         try:
@@ -156,39 +156,43 @@ def damage(folder: Path, files: Iterable[tuple[str, WrittenFile]]) -> str | None
     return None
 
 
-def mark_text(mark: Mark) -> str:
-    """JSON with a checksum of itself."""
-    body = dataclasses.asdict(mark) | {"files": {name: list(file) for name, file in mark.files.items()}}
+def manifest_text(manifest: Manifest) -> str:
+    """checkpoint.json, with a checksum of itself."""
+    body = dataclasses.asdict(manifest) | {
+        "files": {name: list(file) for name, file in manifest.files.items()}
+    }
     return json.dumps({"crc32": _crc_of(body), **body}, indent=1) + "\n"
 
 
-def mark_from(text: str) -> Mark:
+def parse_manifest(text: str) -> Manifest:
     """Raises:
     BrokenCheckpoint: if it is invalid, was changed, or is of a later format.
     """
     try:
         body = json.loads(text)
-        if body["format"] > FORMAT:
-            raise LaterFormat(f"its format is {body['format']}, and this version reads up to {FORMAT}")
+        if body["format"] > FORMAT_VERSION:
+            raise NewerFormat(
+                f"its format is {body['format']}, and this version reads up to {FORMAT_VERSION}"
+            )
         if body.pop("crc32") != _crc_of(body):
-            raise BrokenCheckpoint(f"{MARK} is not as it was written")
+            raise BrokenCheckpoint(f"{MANIFEST_FILE} is not as it was written")
         files = {name: WrittenFile(*file) for name, file in body.pop("files").items()}
-        return Mark(**body, files=files)
+        return Manifest(**body, files=files)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise BrokenCheckpoint(f"{MARK} cannot be read") from None
+        raise BrokenCheckpoint(f"{MANIFEST_FILE} cannot be read") from None
 
 
 def _crc_of(body: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def begin(draft: Path) -> None:
-    """Make an empty draft."""
+def make_draft(draft: Path) -> None:
+    """Make an empty draft folder."""
     _remove(draft)
     draft.mkdir(parents=True)
 
 
-def settled(path: Path) -> WrittenFile:
+def sync_and_checksum(path: Path) -> WrittenFile:
     """Sync a written file; returns its size and checksum, which is computed while the disk works."""
     with ThreadPoolExecutor(1) as beside:
         syncing = beside.submit(sync, path)
@@ -197,43 +201,43 @@ def settled(path: Path) -> WrittenFile:
     return found
 
 
-def commit(folder: Path, mark: Mark) -> None:
+def commit(folder: Path, manifest: Manifest) -> None:
     """Turn the draft, whose files are synced, into the checkpoint."""
     draft = draft_of(folder)
-    with (draft / MARK).open("w", encoding="utf-8") as file:
-        file.write(mark_text(mark))
-    sync(draft / MARK)
+    with (draft / MANIFEST_FILE).open("w", encoding="utf-8") as file:
+        file.write(manifest_text(manifest))
+    sync(draft / MANIFEST_FILE)
     sync(draft)
-    point("marked")
+    fault_point("marked")
     draft.rename(folder)
-    point("renamed")
+    fault_point("renamed")
     sync(folder.parent)
 
 
 def prune(run: Path, keep: int, keep_every: int | None) -> None:
     """Delete complete checkpoints, except the newest `keep` and those of steps to keep permanently."""
-    for old in whole_checkpoints(run)[:-keep]:
+    for old in complete_checkpoints(run)[:-keep]:
         if keep_every is None or old.step % keep_every:
-            gone = draft_of(old.folder)
-            old.folder.rename(gone)  # so that no half of it is ever taken for a whole one
-            point("pruning")
-            _remove(gone)
+            draft = draft_of(old.folder)
+            old.folder.rename(draft)  # so that a half-deleted one is never taken for a complete one
+            fault_point("pruning")
+            _remove(draft)
 
 
 def clear_drafts(run: Path) -> None:
     """Remove the leftovers of processes that died while writing or deleting."""
-    for draft in (run / FOLDER).glob(".step-*.draft"):
-        if DRAFT.fullmatch(draft.name):
+    for draft in (run / CHECKPOINTS_FOLDER).glob(".step-*.draft"):
+        if DRAFT_FOLDER.fullmatch(draft.name):
             _remove(draft)
 
 
-def cut_after(run: Path, step: int) -> list[Path]:
+def set_aside_after(run: Path, step: int) -> list[Path]:
     """Set aside the folders of later steps, complete or not; returns their new paths."""
     later = [folder for folder in step_folders(run) if int(folder.name.removeprefix("step-")) > step]
-    return [folder.rename(_free(folder)) for folder in later]
+    return [folder.rename(_free_name(folder)) for folder in later]
 
 
-def _free(folder: Path) -> Path:
+def _free_name(folder: Path) -> Path:
     names = itertools.chain(["cut"], (f"cut-{nth}" for nth in itertools.count(2)))
     return next(
         path for name in names if not os.path.lexists(path := folder.with_name(f"{folder.name}.{name}"))
@@ -256,7 +260,7 @@ def checksum(path: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Sync a file, or the names in a folder, to disk."""
+    """Sync a file, or the entries of a folder, to disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -19,16 +19,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from tpresearch.checkpoint.disk import BrokenCheckpoint, Checkpoint, damage, read_checkpoint
-from tpresearch.checkpoint.faults import point
-from tpresearch.checkpoint.resume import find_checkpoint, run_of, unusable
-from tpresearch.checkpoint.state import MODEL, Trained, of_model, room_for
-from tpresearch.checkpoint.together import RankFailed, dcp_among, own_group, together
+from tpresearch.checkpoint.collective import RankFailed, checkpoint_group, dcp_arguments, on_all_ranks
+from tpresearch.checkpoint.disk import BrokenCheckpoint, Checkpoint, find_damage, read_checkpoint
+from tpresearch.checkpoint.faults import fault_point
+from tpresearch.checkpoint.resume import find_checkpoint, run_of, unusable_error
+from tpresearch.checkpoint.state import MODEL, CheckpointedState, make_destination, model_state
 from tpresearch.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-DESCRIBES_TENSORS = {
+ALLOWED_GLOBALS = {
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata"),
         *("TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
@@ -40,33 +40,34 @@ DESCRIBES_TENSORS = {
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }
-"""What a `.metadata` may contain: these names of each module, and nothing reached through them, such as modules that
-they import. The same in torch 2.11 to 2.14."""
+"""Globals that a `.metadata` may refer to, by module; nothing is reached through them, such as modules that they import. The same in torch 2.11 to 2.14."""
 
 
-def load(checkpoint: Checkpoint, into: Trained, group: dist.ProcessGroup | None) -> None:
+def load(checkpoint: Checkpoint, into: CheckpointedState, group: dist.ProcessGroup | None) -> None:
     """Verify a checkpoint, then read what each rank holds. Collective.
 
     Raises:
         RankFailed: if it is damaged or of another model; `into` may then be partly overwritten.
     """
     verify(checkpoint, group)
-    point("verified")
-    room: dict[str, Tensor] = {}
+    fault_point("verified")
+    destination: dict[str, Tensor] = {}
 
     def prepare() -> None:
         saved = tensors_of(checkpoint)
-        room.update(room_for(into, saved))
-        check_alike(saved, room)
+        destination.update(make_destination(into, saved))
+        check_tensors_match(saved, destination)
 
-    together(prepare, group)
-    _read(checkpoint.folder, room, group)
-    into.weights_set()
+    on_all_ranks(prepare, group)
+    _read(checkpoint.folder, destination, group)
+    into.refresh_copies()
     into.step = checkpoint.step
-    point("loaded")
+    fault_point("loaded")
 
 
-def restore(checkpoints: list[Checkpoint], trained: Trained, group: dist.ProcessGroup | None) -> None:
+def restore(
+    checkpoints: list[Checkpoint], trained: CheckpointedState, group: dist.ProcessGroup | None
+) -> None:
     """Load the first of these that can be loaded. Collective.
 
     Raises:
@@ -80,24 +81,24 @@ def restore(checkpoints: list[Checkpoint], trained: Trained, group: dist.Process
             log.warning("%s cannot be loaded: %s", checkpoint.folder, last)
     folder = checkpoints[-1].folder
     why = f"none of its {len(checkpoints)} complete checkpoints can be loaded; {folder.name}: {last}"
-    raise unusable("resume", run_of(folder), why)
+    raise unusable_error("resume", run_of(folder), why)
 
 
-def weights_from(init_from: str) -> Callable[[nn.Module], None]:
+def from_checkpoint(init_from: str) -> Callable[[nn.Module], None]:
     """A weight source: initial weights from a checkpoint; each rank reads what it holds, and nothing is drawn.
 
     Raises:
-        ConfigError: if there is none; when it is called, on every rank, if it is damaged.
+        ConfigError: if there is none; on every rank, when the source is called, if it is damaged.
     """
     checkpoint = find_checkpoint(Path(init_from), "init_from")
 
     def source(model: nn.Module) -> None:
-        group = own_group()
-        tensors = of_model(model, dict(model.named_parameters()))
-        room = {name: tensor.detach() for name, tensor in tensors.items()}
+        group = checkpoint_group()
+        tensors = model_state(model, dict(model.named_parameters()))
+        destination = {name: tensor.detach() for name, tensor in tensors.items()}
         try:
             verify(checkpoint, group)
-            _read(checkpoint.folder, room, group)
+            _read(checkpoint.folder, destination, group)
         except RankFailed as error:
             why = f"{checkpoint.folder.name} cannot be read: {error}"
             raise ConfigError("init_from", init_from, why, "another checkpoint") from None
@@ -105,14 +106,14 @@ def weights_from(init_from: str) -> Callable[[nn.Module], None]:
     return source
 
 
-def check_first_weights_of(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Compare the names and shapes of a model's weights, on whatever device, with those of a checkpoint.
+def check_initial_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Compare the names and shapes of a model's weights, on any device, with those of a checkpoint.
 
     Raises:
         BrokenCheckpoint: naming the first that differs.
     """
     saved = {name: about for name, about in tensors_of(checkpoint).items() if name.startswith(MODEL)}
-    check_alike(saved, of_model(model, dict(model.named_parameters())), any_float=True)
+    check_tensors_match(saved, model_state(model, dict(model.named_parameters())), any_float=True)
 
 
 def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -140,13 +141,13 @@ def verify(checkpoint: Checkpoint, group: dist.ProcessGroup | None = None) -> No
         RankFailed: for the first file that has changed.
     """
     rank, size = (group.rank(), group.size()) if group else (0, 1)
-    files = sorted(checkpoint.mark.files.items(), key=lambda file: -file[1].bytes)
+    files = sorted(checkpoint.manifest.files.items(), key=lambda file: -file[1].bytes)
 
     def read() -> None:
-        if wrong := damage(checkpoint.folder, files[rank::size]):
+        if wrong := find_damage(checkpoint.folder, files[rank::size]):
             raise BrokenCheckpoint(wrong)
 
-    together(read, group)
+    on_all_ranks(read, group)
 
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
@@ -157,24 +158,24 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
     """
     metadata = _Reader(checkpoint.folder).read_metadata()
     files = {stored.relative_path for stored in metadata.storage_data.values()}
-    if strange := files - checkpoint.mark.files.keys():
-        raise BrokenCheckpoint(f".metadata names {min(strange)}, which is not a file of this checkpoint")
+    if unknown := files - checkpoint.manifest.files.keys():
+        raise BrokenCheckpoint(f".metadata names {min(unknown)}, which is not a file of this checkpoint")
     found = metadata.state_dict_metadata
     return {name: about for name, about in found.items() if isinstance(about, TensorStorageMetadata)}
 
 
-def check_alike(
-    saved: Mapping[str, TensorStorageMetadata], room: Mapping[str, Tensor], any_float: bool = False
+def check_tensors_match(
+    saved: Mapping[str, TensorStorageMetadata], destination: Mapping[str, Tensor], any_float: bool = False
 ) -> None:
-    """DCP itself ignores tensors that only the checkpoint has, and silently casts between dtypes.
+    """Refuse a checkpoint whose tensors differ: DCP ignores tensors that only the checkpoint has, and silently casts dtypes.
 
     Raises:
         BrokenCheckpoint: naming the first tensor that differs.
     """
-    if only := saved.keys() ^ room.keys():
+    if only := saved.keys() ^ destination.keys():
         name = min(only)
         raise BrokenCheckpoint(f"{name} is in {'it' if name in saved else 'this model'} alone")
-    for name, tensor in room.items():
+    for name, tensor in destination.items():
         if saved[name].size != tensor.shape:
             raise BrokenCheckpoint(f"{name} is {list(saved[name].size)} in it and {list(tensor.shape)} here")
         there, here = saved[name].properties.dtype, tensor.dtype
@@ -182,17 +183,17 @@ def check_alike(
             raise BrokenCheckpoint(f"{name} is {there} in it and {here} here")
 
 
-def _read(folder: Path, room: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    with dcp_among(group) as how:
-        dcp.load(room, storage_reader=_Reader(folder), **how)
+def _read(folder: Path, destination: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    with dcp_arguments(group) as how:
+        dcp.load(destination, storage_reader=_Reader(folder), **how)
 
 
 class _Reader(dcp.FileSystemReader):
-    """DCP's, which unpickles no more than it has to. Checked on torch 2.13."""
+    """DCP's reader, with a restricted unpickler. Checked on torch 2.13."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
-            found = _OnlyTensors(file).load()
+            found = _MetadataUnpickler(file).load()
         if not isinstance(found, Metadata):
             raise BrokenCheckpoint(".metadata describes no tensors")
         if found.storage_meta is None:
@@ -201,8 +202,8 @@ class _Reader(dcp.FileSystemReader):
         return found
 
 
-def _member(kind: Any, name: str) -> Enum:
-    """An enum's member, as Python 3.11.0 to 3.11.3 pickle it: by getattr, which of anything else would run code."""
+def _enum_member(kind: Any, name: str) -> Enum:
+    """An enum's member, as Python 3.11.0 to 3.11.3 pickle it: by getattr, which would run code on anything else."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
         raise BrokenCheckpoint(
             f".metadata has builtins.getattr of {name} in it, which is nothing of a tensor's"
@@ -210,10 +211,10 @@ def _member(kind: Any, name: str) -> Enum:
     return kind[name]
 
 
-class _OnlyTensors(pickle.Unpickler):
+class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
-            return _member
-        if name not in DESCRIBES_TENSORS.get(module, ()):
+            return _enum_member
+        if name not in ALLOWED_GLOBALS.get(module, ()):
             raise BrokenCheckpoint(f".metadata has {module}.{name} in it, which is nothing of a tensor's")
         return super().find_class(module, name)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpresearch.checkpoint.disk import (
-    FOLDER,
-    NAME,
+    CHECKPOINTS_FOLDER,
+    STEP_FOLDER,
     BrokenCheckpoint,
     Checkpoint,
-    LaterFormat,
-    Mark,
+    Manifest,
+    NewerFormat,
     read_checkpoint,
     step_folders,
 )
@@ -35,10 +35,10 @@ AUTO, NEVER = "auto", "never"
 def run_of(path: Path) -> Path:
     """The run folder of a path to a run or to one of its checkpoints."""
     path = Path(os.path.abspath(path.expanduser()))
-    if NAME.fullmatch(path.name):
+    if STEP_FOLDER.fullmatch(path.name):
         return path.parents[1].resolve()  # its checkpoints may be linked to from there
     resolved = path.resolve()
-    return resolved.parent.parent if NAME.fullmatch(resolved.name) else resolved
+    return resolved.parent.parent if STEP_FOLDER.fullmatch(resolved.name) else resolved
 
 
 def find_checkpoint(path: Path, field: str = "checkpoint") -> Checkpoint:
@@ -68,7 +68,7 @@ def checkpoints_to_resume(cfg: Config, run: Path, restarted: bool = False) -> li
         return []
     found = _candidates(run if resume == AUTO else Path(resume), "resume", shown_as=resume)
     for checkpoint in found:
-        check_begun(checkpoint)
+        check_started(checkpoint)
         check_experiment(checkpoint, cfg)
     return found
 
@@ -76,7 +76,7 @@ def checkpoints_to_resume(cfg: Config, run: Path, restarted: bool = False) -> li
 def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpoint]:
     value = shown_as or path
     resolved = path.expanduser().resolve()
-    if NAME.fullmatch(resolved.name):
+    if STEP_FOLDER.fullmatch(resolved.name):
         try:
             return [read_checkpoint(resolved)]
         except BrokenCheckpoint as error:
@@ -84,13 +84,13 @@ def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpo
             raise ConfigError(field, value, why, legal) from None
     folders = _step_folders(resolved, field, value)
     if not folders:
-        why = "there is no such folder" if not resolved.exists() else f"it has no {FOLDER}/step-*"
+        why = "there is no such folder" if not resolved.exists() else f"it has no {CHECKPOINTS_FOLDER}/step-*"
         raise ConfigError(field, value, why, "the folder of a run that has a checkpoint, or of a checkpoint")
     found = []
     for folder in folders[::-1]:
         try:
             found.append(read_checkpoint(folder))
-        except LaterFormat as error:
+        except NewerFormat as error:
             why, legal = f"{folder.name}: {error}", "a newer tpresearch, or another run"
             raise ConfigError(field, value, why, legal) from None
         except BrokenCheckpoint as error:
@@ -98,11 +98,11 @@ def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpo
             if not found:
                 log.warning("%s is not complete: %s", folder, error)
     if not found:
-        raise unusable(field, value, why)
+        raise unusable_error(field, value, why)
     return found
 
 
-def unusable(field: str, value: object, why: str) -> ConfigError:
+def unusable_error(field: str, value: object, why: str) -> ConfigError:
     """The refusal of a run none of whose checkpoints can be read."""
     legal, fix = "a run that has one", {}
     if field == "resume":
@@ -118,7 +118,7 @@ def _step_folders(run: Path, field: str, value: object) -> list[Path]:
         raise ConfigError(field, value, f"{error.filename}: {error.strerror}", legal) from None
 
 
-def check_begun(checkpoint: Checkpoint) -> None:
+def check_started(checkpoint: Checkpoint) -> None:
     """Refuse to resume from the output of `tpresearch.import_hf`: it has weights, but no run to resume.
 
     Raises:
@@ -137,20 +137,20 @@ def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
     Raises:
         ConfigError: for the first key that differs.
     """
-    mark = checkpoint.mark
+    manifest = checkpoint.manifest
     fix = {"init_from": checkpoint.folder, "resume": None, "hydra.run.dir": None}
     legal = "the same, or a new run from these weights"
     if different := first_difference(
-        experiment_config(with_defaults(mark.experiment)), experiment_config(as_dict(cfg))
+        experiment_config(with_defaults(manifest.experiment)), experiment_config(as_dict(cfg))
     ):
         key, before, now = different
         raise ConfigError(key, now, f"this run was started with {format_value(before)}", legal, fix=fix)
     if cfg.defects.keep_gradients:
         why = "its gradients accumulated since the first step are not in any checkpoint"
         raise ConfigError("defects.keep_gradients", True, why, "resume=never", fix={"resume": NEVER})
-    if (steps := total_steps(cfg)) < mark.steps:
+    if (steps := total_steps(cfg)) < manifest.steps:
         key, value = ("train.steps", steps) if cfg.train.steps else ("train.tokens", cfg.train.tokens)
-        why = f"this run ends at step {mark.steps}, on which its learning rates depend"
+        why = f"this run ends at step {manifest.steps}, on which its learning rates depend"
         raise ConfigError(key, value, why, "as many steps or more, or a new run from these weights", fix=fix)
 
 
@@ -165,25 +165,25 @@ def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, An
     return None
 
 
-def check_corpus(mark: Mark, corpus_hash: str, tokenizer_hash: str, rows: int) -> None:
+def check_corpus(manifest: Manifest, corpus_hash: str, tokenizer_hash: str, rows: int) -> None:
     """Refuse to resume with rows other than those the run was trained on.
 
     Raises:
         ConfigError: if text, tokenizer or the number of rows differ.
     """
-    if (mark.corpus_hash, mark.tokenizer_hash, mark.rows) != (corpus_hash, tokenizer_hash, rows):
-        what = "the tokenizer" if mark.tokenizer_hash != tokenizer_hash else "the text"
-        why = f"{what} is not what this run was trained on: {mark.rows:,} rows then, {rows:,} now"
+    if (manifest.corpus_hash, manifest.tokenizer_hash, manifest.rows) != (corpus_hash, tokenizer_hash, rows):
+        what = "the tokenizer" if manifest.tokenizer_hash != tokenizer_hash else "the text"
+        why = f"{what} is not what this run was trained on: {manifest.rows:,} rows then, {rows:,} now"
         legal = "the same files, tokenizer and Python; resume=never"
         raise ConfigError("data.source", corpus_hash, why, legal)
 
 
-def agreed_on(checkpoints: list[Checkpoint], group: dist.ProcessGroup | None) -> list[Checkpoint]:
-    """What rank 0 has found, broadcast to all ranks: a shared disk may show the others an older state."""
+def broadcast_from_rank_0(checkpoints: list[Checkpoint], group: dist.ProcessGroup | None) -> list[Checkpoint]:
+    """The checkpoints that rank 0 has found, broadcast to all ranks: a shared disk may show the others an older state."""
     if group is None:
         return checkpoints
     import torch.distributed as dist
 
-    told = [checkpoints]
-    dist.broadcast_object_list(told, src=0, group=group)
-    return told[0]
+    shared = [checkpoints]
+    dist.broadcast_object_list(shared, src=0, group=group)
+    return shared[0]

@@ -20,48 +20,50 @@ from tpresearch.checkpoint.disk import BrokenCheckpoint
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 
-class Trained(Protocol):
+class CheckpointedState(Protocol):
     """A `TrainState`, as far as checkpoints are concerned."""
 
     step: int
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
-    def trained(self) -> dict[str, nn.Parameter]: ...
+    def trained_parameters(self) -> dict[str, nn.Parameter]: ...
     def weights(self) -> dict[str, Tensor]: ...
-    def weights_set(self) -> None: ...
+    def refresh_copies(self) -> None: ...
 
 
-def state_of(trained: Trained) -> dict[str, Tensor]:
-    """The tensors themselves, not copies. What the optimizer has not made yet, as of an unused weight, is absent."""
-    return of_model(trained.model, trained.weights()) | {
+def state_of(trained: CheckpointedState) -> dict[str, Tensor]:
+    """The state of a run: the tensors themselves, not copies. Optimizer state that does not exist yet, as of an unused weight, is absent."""
+    return model_state(trained.model, trained.weights()) | {
         f"{OPTIMIZER}{name}.{key}": value
-        for name, parameter in trained.trained().items()
+        for name, parameter in trained.trained_parameters().items()
         for key, value in trained.optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def of_model(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of the state that is the model's: these weights, and its persistent buffers."""
+def model_state(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's part of the state: these weights, and its persistent buffers."""
     buffers = dict(model.named_buffers())
     kept = {name: buffers[name] for name in model.state_dict() if name in buffers}
     return {f"{MODEL}{name}": tensor for name, tensor in {**weights, **kept}.items()}
 
 
-def room_for(trained: Trained, saved: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
-    """The state with room for each tensor that was saved, to be read into.
+def make_destination(
+    trained: CheckpointedState, saved: Mapping[str, TensorStorageMetadata]
+) -> dict[str, Tensor]:
+    """The tensors to read a checkpoint into: one for each tensor that was saved.
 
-    It is made from what was saved, so that what was absent stays so. A scalar of the optimizer's (`step`) is a plain
-    tensor, on the parameter's device where torch's update is fused or capturable; all else has its parameter's form.
+    They follow what was saved, so that what was absent stays absent. A scalar of the optimizer's (`step`) is a plain
+    tensor, on the parameter's device where torch's update is fused or capturable; all others are like their parameter.
 
     Raises:
         BrokenCheckpoint: for the state of a parameter that is not there.
     """
     trained.optimizer.state.clear()
-    parameters = trained.trained()
+    parameters = trained.trained_parameters()
     on_device = trained.optimizer.defaults.get("fused") or trained.optimizer.defaults.get("capturable")
-    room = of_model(trained.model, trained.weights())
+    destination = model_state(trained.model, trained.weights())
     for full in saved:
         if not full.startswith(OPTIMIZER):
             continue
@@ -75,5 +77,5 @@ def room_for(trained: Trained, saved: Mapping[str, TensorStorageMetadata]) -> di
             device = parameter.device if on_device else "cpu"
             made = torch.zeros(saved[full].size, dtype=saved[full].properties.dtype, device=device)
         trained.optimizer.state[parameter][key] = made
-        room[full] = made
-    return room
+        destination[full] = made
+    return destination

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tpresearch.checkpoint.collective import RankFailed
 from tpresearch.checkpoint.disk import BrokenCheckpoint, Checkpoint, sync
 from tpresearch.checkpoint.load import read_tensors, tensors_of, verify
 from tpresearch.checkpoint.resume import run_of
 from tpresearch.checkpoint.state import MODEL
-from tpresearch.checkpoint.together import RankFailed
 from tpresearch.config.errors import WRITABLE, ConfigError
 from tpresearch.config.model import model_config
 from tpresearch.data.tokenizer import TOKENIZER_FOLDER, special_ids
@@ -89,7 +89,7 @@ class LlamaExport:
         """Raises:
         ConfigError: if the checkpoint is not of a Llama.
         """
-        config = model_config(checkpoint.mark.experiment["model"])
+        config = model_config(checkpoint.manifest.experiment["model"])
         saved = tensors_of(checkpoint)
         model = meta_model(config)
         settings = settings_with_defaults(config)

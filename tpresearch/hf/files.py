@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from tpresearch.checkpoint.disk import NAME, step_folders
+from tpresearch.checkpoint.disk import STEP_FOLDER, step_folders
 from tpresearch.checkpoint.resume import find_checkpoint, run_of
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.model import model_config
@@ -67,7 +67,7 @@ def settings_of(init_from: str | None) -> dict[str, Any]:
         return read_settings(folder_of(init_from), init_from)
     from tpresearch.plan.meta import settings_with_defaults  # late: it imports torch
 
-    model = model_config(find_checkpoint(Path(init_from), "init_from").mark.experiment["model"])
+    model = model_config(find_checkpoint(Path(init_from), "init_from").manifest.experiment["model"])
     if model.target != LLAMA_CLASS:
         why, legal = f"its model is {model.name}, and model=hf is a Llama", f"model={model.name}"
         raise ConfigError("init_from", init_from, why, legal, fix={"model": model.name})
@@ -85,7 +85,7 @@ def tokenizer_of(init_from: str | None) -> str | None:
         return init_from
     folder = run_of(Path(init_from)) / TOKENIZER_FOLDER
     if not folder.is_dir():
-        size = find_checkpoint(Path(init_from), "init_from").mark.experiment["tokenizer"]["vocab_size"]
+        size = find_checkpoint(Path(init_from), "init_from").manifest.experiment["tokenizer"]["vocab_size"]
         fix = {"tokenizer": "bpe", "tokenizer.vocab_size": size}
         why, legal = "it keeps no tokenizer, since its data had no text", "another tokenizer beside model=hf"
         raise ConfigError("init_from", init_from, why, legal, fix=fix)
@@ -184,6 +184,6 @@ def is_own_run(init_from: str) -> bool:
     """Whether this is one of our checkpoints, or a run that has one."""
     path = Path(init_from).expanduser()
     try:
-        return os.path.isdir(path) and bool(NAME.fullmatch(path.resolve().name) or step_folders(path))
+        return os.path.isdir(path) and bool(STEP_FOLDER.fullmatch(path.resolve().name) or step_folders(path))
     except OSError:  # said by whoever reads it
         return False

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from tpresearch.checkpoint.resume import AUTO, NEVER, check_begun, find_checkpoint, run_of
+from tpresearch.checkpoint.resume import AUTO, NEVER, check_started, find_checkpoint, run_of
 from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.secrets import LEGAL, words_without_secrets
 from tpresearch.config.world import World, WrongEnvironment
@@ -253,7 +253,7 @@ def type_again(arguments: Namespace) -> Path | None:
         why = "the jobs of a sweep have folders of their own"
         legal = "init_from, for new runs from its weights"
         raise ConfigError("resume", named, why, legal, fix={"resume": None, "init_from": named})
-    check_begun(find_checkpoint(Path(named), "resume"))
+    check_started(find_checkpoint(Path(named), "resume"))
     run = run_of(Path(named))
     asked = typed.get("hydra.run.dir")
     if asked is not None and Path(str(yaml.safe_load(asked))).resolve() != run:

@@ -91,14 +91,14 @@ class OnceEachWarning(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.probe: set[str] = set()
+        self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING or record.name.startswith("tpresearch"):
             return True
         message = record.getMessage()
-        new = message not in self.probe
-        self.probe.add(message)
+        new = message not in self._seen
+        self._seen.add(message)
         return new
 
 

@@ -22,7 +22,7 @@ def judge(cfg: Config, world: World) -> Judged:
         ConfigError: as simulate does, for one representative plan; for a batch that no plan can split.
     """
     from tpresearch.config.choices import DataPlan
-    from tpresearch.planner.candidates import Candidate, families
+    from tpresearch.planner.candidates import Candidate, candidate_plans
 
     parallel = dataclasses.replace(cfg.parallel, name="fsdp", tensor=None, data=DataPlan.fsdp)
     mesh = dataclasses.replace(
@@ -35,7 +35,7 @@ def judge(cfg: Config, world: World) -> Judged:
     try:
         judged = judge_simulation(dataclasses.replace(cfg, train=splits), world)
         judged = judged._replace(cfg=dataclasses.replace(judged.cfg, train=train))
-        plans = families(judged.cfg, judged.sizes.world, judged.cluster)
+        plans = candidate_plans(judged.cfg, judged.sizes.world, judged.cluster)
         return judged if any(isinstance(one, Candidate) for one in plans) else judge_simulation(cfg, world)
     except ConfigError as error:
         if error.field != "world_size":

@@ -25,8 +25,8 @@ PLANS: dict[str, tuple[TensorPlan | None, DataPlan]] = {
 }
 """Options of conf/parallel. `tp` moves the same bytes as `sp` and holds more, so it is tried only where `sp` cannot be used."""
 
-HOSTS = 8
-"""Times as many hosts that the next larger replica of a model has."""
+REPLICA_GROWTH = 8
+"""Each next larger replica of a model has this many times more hosts."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Candidate:
     sizes: MeshSizes
 
     @property
-    def words(self) -> str:
-        """What to type for it."""
+    def overrides(self) -> str:
+        """The overrides that select it on the command line."""
         parallel, train = self.cfg.parallel, self.cfg.train
         mesh = [f"mesh.{axis}={size}" for axis, size in self.sizes.nontrivial().items()]
         if parallel.name in PLANS and parallel.tensor is not PLANS[parallel.name][0]:
@@ -47,7 +47,7 @@ class Candidate:
         micro = f"train.micro_batch_size={train.micro_batch_size}"
         return " ".join([f"parallel={parallel.name}", *mesh, checkpointing, micro])
 
-    def at(self, rows: int) -> Candidate:
+    def with_micro_batch(self, rows: int) -> Candidate:
         return Candidate(
             dataclasses.replace(self.cfg, train=dataclasses.replace(self.cfg.train, micro_batch_size=rows)),
             self.sizes,
@@ -55,15 +55,15 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Refused:
+class Rejected:
     """A candidate that is not simulated, and why: not a valid config, or certain not to fit."""
 
-    words: str
+    overrides: str
     why: str
     is_valid: bool = False
 
 
-def families(cfg: Config, gpus: int, cluster: Cluster) -> Iterator[Candidate | Refused]:
+def candidate_plans(cfg: Config, gpus: int, cluster: Cluster) -> Iterator[Candidate | Rejected]:
     """Every plan, mesh and checkpointing, each with one row per micro-batch.
 
     Tensor parallelism stays within a host, as Megatron-LM found that it should (arXiv 2104.04473, section 3.2); replicas are
@@ -81,7 +81,7 @@ def families(cfg: Config, gpus: int, cluster: Cluster) -> Iterator[Candidate | R
                 )
                 if parallel.tensor is TensorPlan.tp and name == "sp":
                     parallel.name = "tp"
-                yield _judged(cfg, parallel, mesh, gpus, cluster)
+                yield _validated(cfg, parallel, mesh, gpus, cluster)
 
 
 def _tensor_plan(cfg: Config, mesh: MeshConfig) -> TensorPlan:
@@ -91,8 +91,8 @@ def _tensor_plan(cfg: Config, mesh: MeshConfig) -> TensorPlan:
 
 
 def micro_batch_rows(candidate: Candidate) -> list[int]:
-    """Divisors of a rank's share of the global batch, each at least a third larger than the one before: between two that are
-    closer, speed hardly differs.
+    """Divisors of a rank's share of the global batch, each at least a third larger than the one before, since speed hardly
+    differs between closer ones.
     """
     found = [1]
     for rows in _divisors(candidate.cfg.train.global_batch_size // candidate.sizes.dp):
@@ -123,17 +123,17 @@ def _meshes(
             if shards > 1 and ranks % shards == 0:
                 sizes = {SHARD.name: shards, REPLICATE.name: ranks // shards}
                 yield dataclasses.replace(mesh, **sizes)
-            shards *= HOSTS
+            shards *= REPLICA_GROWTH
 
 
-def _judged(
+def _validated(
     cfg: Config, parallel: ParallelConfig, mesh: MeshConfig, gpus: int, cluster: Cluster
-) -> Candidate | Refused:
+) -> Candidate | Rejected:
     train = dataclasses.replace(cfg.train, micro_batch_size=1)
     found = dataclasses.replace(cfg, parallel=parallel, mesh=mesh, train=train)
     try:
         return Candidate(found, validate(found, gpus, cluster.hosts_of(gpus)))
     except ConfigError as error:
         size = "" if mesh.tp is None else f" mesh.tp={mesh.tp}"
-        words = f"parallel={parallel.name}{size} parallel.activation_checkpointing={parallel.activation_checkpointing}"
-        return Refused(words, f"{error.field}={error.value}: {error.why}")
+        overrides = f"parallel={parallel.name}{size} parallel.activation_checkpointing={parallel.activation_checkpointing}"
+        return Rejected(overrides, f"{error.field}={error.value}: {error.why}")

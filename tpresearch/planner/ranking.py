@@ -13,7 +13,7 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.validate import micro_batches
 from tpresearch.ledger.memory_formulas import expected_memory
-from tpresearch.planner.candidates import Candidate, Refused, families, micro_batch_rows
+from tpresearch.planner.candidates import Candidate, Rejected, candidate_plans, micro_batch_rows
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.depth import RECORDED, Recording, recording
 from tpresearch.simulate.fake_step import record
@@ -28,7 +28,7 @@ DOUBLINGS = 10
 
 
 @dataclass(frozen=True)
-class Judged:
+class RankedCandidate:
     """One candidate with its prediction."""
 
     candidate: Candidate
@@ -43,9 +43,9 @@ class Judged:
 class Ranking:
     """All candidates: those that fit, fastest first, those that do not fit, and those that are not valid configs."""
 
-    fits: list[Judged] = field(default_factory=list)
-    too_large: list[Judged] = field(default_factory=list)
-    refused: list[Refused] = field(default_factory=list)
+    fits: list[RankedCandidate] = field(default_factory=list)
+    too_large: list[RankedCandidate] = field(default_factory=list)
+    refused: list[Rejected] = field(default_factory=list)
     enough: int | None = None
     """If none fits: devices that would hold at least the model's state."""
 
@@ -53,13 +53,13 @@ class Ranking:
     def count(self) -> int:
         return len(self.fits) + len(self.too_large) + len(self.refused)
 
-    def best(self, tensor: bool) -> Judged | None:
+    def best(self, tensor: bool) -> RankedCandidate | None:
         """The fastest with tensor parallelism, or without."""
         return next((one for one in self.fits if (one.candidate.sizes.tp > 1) == tensor), None)
 
-    def front(self) -> list[Judged]:
-        """Those that no other beats in both memory and speed, the fastest first."""
-        found: list[Judged] = []
+    def pareto_front(self) -> list[RankedCandidate]:
+        """The Pareto front: candidates that no other beats in both memory and speed, the fastest first."""
+        found: list[RankedCandidate] = []
         for one in sorted(self.fits, key=lambda one: (-one.speed, one.prediction.peak_bytes)):
             if not found or one.prediction.peak_bytes < found[-1].prediction.peak_bytes:
                 found.append(one)
@@ -67,20 +67,22 @@ class Ranking:
 
 
 def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
-    """Judge every candidate.
+    """Predict every candidate.
 
     Args:
         workers: processes that share the plans.
     """
-    every = list(families(cfg, gpus, cluster))
-    ranking = Ranking(refused=[one for one in every if isinstance(one, Refused)])
+    every = list(candidate_plans(cfg, gpus, cluster))
+    ranking = Ranking(refused=[one for one in every if isinstance(one, Rejected)])
     legal = [one for one in every if isinstance(one, Candidate)]
     if not legal:
         return ranking
     known = recording(legal[0].cfg, legal[0].sizes, record)
     possible, refused = _possible(legal, known, cluster)
     ranking.refused += refused
-    for found in _all(partial(_at_all_rows, known=known, cluster=cluster), possible, workers):
+    for found in _predict_all(
+        partial(_predict_each_micro_batch, known=known, cluster=cluster), possible, workers
+    ):
         for one in found:
             (ranking.fits if one.prediction.fits else ranking.too_large).append(one)
     ranking.fits.sort(key=lambda one: -one.speed)
@@ -92,15 +94,15 @@ def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
 
 def _possible(
     legal: Sequence[Candidate], known: Recording, cluster: Cluster
-) -> tuple[list[Candidate], list[Refused]]:
+) -> tuple[list[Candidate], list[Rejected]]:
     """Those whose state fits, and the others."""
     possible: list[Candidate] = []
-    refused: list[Refused] = []
+    refused: list[Rejected] = []
     held: dict[tuple[object, ...], int | ConfigError] = {}
     for family in legal:
         plan = family.cfg.parallel.name, *family.sizes.nontrivial().items()
         if plan not in held:  # whatever is checkpointed
-            held[plan] = _held_at_least(family, known)
+            held[plan] = _minimum_memory(family, known)
         if too_large := _too_large(family, held[plan], cluster):
             refused.append(too_large)
         else:
@@ -115,114 +117,118 @@ def _enough(cfg: Config, gpus: int, cluster: Cluster, known: Recording) -> int |
             cluster.hosts_of(devices)
         except ConfigError:
             continue
-        legal = [one for one in families(cfg, devices, cluster) if isinstance(one, Candidate)]
+        legal = [one for one in candidate_plans(cfg, devices, cluster) if isinstance(one, Candidate)]
         if _possible(legal, known, cluster)[0]:
             return devices
     return None
 
 
-def _too_large(family: Candidate, held: int | ConfigError, cluster: Cluster) -> Refused | None:
+def _too_large(family: Candidate, held: int | ConfigError, cluster: Cluster) -> Rejected | None:
     """Why it need not be simulated."""
     if isinstance(held, ConfigError):
-        return Refused(family.words, f"{held.field}={held.value}: {held.why}")
+        return Rejected(family.overrides, f"{held.field}={held.value}: {held.why}")
     if held <= cluster["memory_gb"] * 1e9:
         return None
     why = (
         f"weights, gradients and optimizer state alone are {held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"
     )
-    return Refused(family.words, why, is_valid=True)
+    return Rejected(family.overrides, why, is_valid=True)
 
 
-def _all(
-    judge: Callable[[Candidate], list[Judged]], possible: Sequence[Candidate], workers: int
-) -> list[list[Judged]]:
-    """In their order. Workers are forked from a process that has torch and ran nothing with it."""
+def _predict_all(
+    predict_one: Callable[[Candidate], list[RankedCandidate]], possible: Sequence[Candidate], workers: int
+) -> list[list[RankedCandidate]]:
+    """The predictions, in the order of the candidates. Workers are forked from a process that has only imported torch."""
     if workers == 1:
-        return [judge(family) for family in possible]
+        return [predict_one(family) for family in possible]
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with context.Pool(max(1, min(workers, len(possible)))) as pool:
-        return pool.map(judge, possible, chunksize=1)
+        return pool.map(predict_one, possible, chunksize=1)
 
 
-def _at_all_rows(family: Candidate, known: Recording, cluster: Cluster) -> list[Judged]:
-    """From two rows per micro-batch up to the first that does not fit; a single one, which is no faster, where two do not."""
+def _predict_each_micro_batch(family: Candidate, known: Recording, cluster: Cluster) -> list[RankedCandidate]:
+    """Predictions from two rows per micro-batch up to the first that does not fit; one row, which is no faster, only if two do not fit."""
     traces = _Traces(family, known)
     single, *more = micro_batch_rows(family)
-    found: list[Judged] = []
+    found: list[RankedCandidate] = []
     for rows in more:
-        found.append(_judged(family.at(rows), known, traces, cluster))
+        found.append(_predict(family.with_micro_batch(rows), known, traces, cluster))
         if not found[-1].prediction.fits:
             break
     if not found or not found[0].prediction.fits:
-        found.append(_judged(family.at(single), known, traces, cluster))
+        found.append(_predict(family.with_micro_batch(single), known, traces, cluster))
     return found
 
 
-def _judged(candidate: Candidate, known: Recording, traces: _Traces, cluster: Cluster) -> Judged:
-    told = replace(
-        known, cfg=candidate.cfg, sizes=candidate.sizes, recorder=traces.of, kept=traces.kept, traces={}
+def _predict(candidate: Candidate, known: Recording, traces: _Traces, cluster: Cluster) -> RankedCandidate:
+    adapted = replace(
+        known, cfg=candidate.cfg, sizes=candidate.sizes, recorder=traces.trace, kept=traces.kept, traces={}
     )
-    return Judged(candidate, predict(told, cluster, check=False))
+    return RankedCandidate(candidate, predict(adapted, cluster, check=False))
 
 
-def _held_at_least(candidate: Candidate, known: Recording) -> int | ConfigError:
-    """Bytes that a rank holds all the time, exactly, with no step recorded: each block of a deep model holds the same. Or why
-    it cannot be.
+def _minimum_memory(candidate: Candidate, known: Recording) -> int | ConfigError:
+    """Bytes of weights, gradients and optimizer state per rank, exact and without recording a step, since all blocks are alike;
+    or why the candidate is not valid.
     """
     shallow = replace(known, cfg=candidate.cfg)
     try:
         if known.is_short:
-            return _held(candidate.cfg, candidate.sizes)
-        two, three = (_held(shallow.at(depth), candidate.sizes) for depth in RECORDED)
+            return _state_bytes(candidate.cfg, candidate.sizes)
+        two, three = (_state_bytes(shallow.at(depth), candidate.sizes) for depth in RECORDED)
     except ConfigError as error:
         return error
     return two + (known.depth - RECORDED[0]) * (three - two)
 
 
-def _held(cfg: Config, sizes: MeshSizes) -> int:
+def _state_bytes(cfg: Config, sizes: MeshSizes) -> int:
     model, plan = planned(cfg, sizes)
     kinds = expected_memory(model, plan, cfg)
     return sum(kinds[kind] or 0 for kind in ("parameters", "gradients", "optimizer"))
 
 
 class _Traces:
-    """Recorded steps of a plan on a mesh, at few blocks and few rows per micro-batch; more of both follow from them."""
+    """Recorded steps of a plan on a mesh, at few blocks and few rows per micro-batch; larger ones are extrapolated."""
 
     def __init__(self, family: Candidate, known: Recording) -> None:
         self._family, self._known = family, known
         self._recorded: dict[tuple[int, int], Trace] = {}
         self._kept: float | None = None
 
-    def of(self, cfg: Config, sizes: MeshSizes) -> Trace:
+    def trace(self, cfg: Config, sizes: MeshSizes) -> Trace:
         rows, depth = cfg.train.micro_batch_size or 1, cfg.model.args.get(self._known.setting or "", 0)
         if rows < MORE:
-            return self._at(depth, rows)
+            return self._recorded_at(depth, rows)
         if rows == MORE:
-            return self._more(depth)
+            return self._trace_at_more(depth)
         lengths = {_chunk(cfg, rows) for rows in (FEW, MORE, rows)}
-        told = with_rows(self._at(depth, FEW), self._more(depth), rows) if len(lengths) == 1 else None
-        return told or record(cfg, sizes)
+        if len(lengths) > 1:
+            return record(cfg, sizes)
+        extrapolated = with_rows(self._recorded_at(depth, FEW), self._trace_at_more(depth), rows)
+        return extrapolated or record(cfg, sizes)
 
     def kept(self, cfg: Config, sizes: MeshSizes) -> float:
-        """The same per row, whatever the rows."""
+        """Independent of the number of rows."""
         self._kept = self._known.kept(cfg, sizes) if self._kept is None else self._kept
         return self._kept
 
-    def _more(self, depth: int) -> Trace:
-        """At `MORE` rows; three blocks follow from two, where those are not the whole model."""
+    def _trace_at_more(self, depth: int) -> Trace:
+        """The trace at `MORE` rows; for three blocks it is extrapolated from two, unless these are the whole model."""
         two, three = RECORDED
-        told = None
+        extrapolated = None
         if depth == three and not self._known.is_short:
-            told = with_block(self._at(two, FEW), self._at(three, FEW), self._at(two, MORE))
-        return told or self._at(depth, MORE)
+            extrapolated = with_block(
+                self._recorded_at(two, FEW), self._recorded_at(three, FEW), self._recorded_at(two, MORE)
+            )
+        return extrapolated or self._recorded_at(depth, MORE)
 
-    def _at(self, depth: int, rows: int) -> Trace:
-        """In two micro-batches at least, whatever the global batch says: `Trace.ops` takes what is needed."""
+    def _recorded_at(self, depth: int, rows: int) -> Trace:
+        """The recorded trace, of at least two micro-batches: `Trace.ops` takes as many as needed."""
         if (depth, rows) not in self._recorded:
             cfg, sizes = self._family.cfg, self._family.sizes
             shallow = replace(self._known, cfg=cfg).at(depth) if self._known.setting else cfg
-            candidate = Candidate(shallow, sizes).at(rows)
+            candidate = Candidate(shallow, sizes).with_micro_batch(rows)
             candidate.cfg.train.global_batch_size = max(2, micro_batches(cfg, sizes)) * rows * sizes.dp
             self._recorded[depth, rows] = record(candidate.cfg, sizes)
         return self._recorded[depth, rows]
@@ -234,16 +240,18 @@ def _chunk(cfg: Config, rows: int) -> float | None:
     return tokens / chunks(tokens, most) if most else None
 
 
-def why_slower(one: Judged, best: Judged) -> str:
-    """Where a step spends more than the best one's, which has the same global batch; as shares of that one."""
+def why_slower(one: RankedCandidate, best: RankedCandidate) -> str:
+    """Where a step spends more time than the best candidate's, as shares of the latter; the global batch is the same."""
     mine, its = one.prediction.time_s, best.prediction.time_s
     step = best.prediction.step_time_s
     parts = {name: (mine.get(name, 0.0) - its.get(name, 0.0)) / step for name in {*mine, *its}}
     worst = [name for name, share in sorted(parts.items(), key=lambda item: -item[1])[:2] if share > 0.01]
-    return ", ".join(f"{_words(name)} +{parts[name]:.0%}" for name in worst) or "as fast, within a percent"
+    return (
+        ", ".join(f"{_format_part(name)} +{parts[name]:.0%}" for name in worst) or "as fast, within a percent"
+    )
 
 
-def _words(name: str) -> str:
+def _format_part(name: str) -> str:
     if name.startswith("exposed "):
         return f"waits for {name.removeprefix('exposed ')}"
     return {"gemm": "matmuls", "copy": "FSDP's copies", "elementwise": "elementwise ops"}.get(name, name)
@@ -254,7 +262,7 @@ def _devices(number: int) -> str:
 
 
 def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
-    """What a reader asks first: does it fit, which plan, and does tensor parallelism pay."""
+    """Answers to the first questions: does it fit, and does tensor parallelism pay."""
     if not (ranking.fits or ranking.too_large or any(one.is_valid for one in ranking.refused)):
         why, _ = Counter(one.why for one in ranking.refused).most_common(1)[0]
         return [f"no plan is valid for {name} on {_devices(gpus)}; the most common reason: {why}"]
@@ -275,7 +283,7 @@ def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
     gain = tensor.speed / plain.speed - 1
     if gain > 0.02:
         return [
-            f"tensor parallelism pays: {gain:+.1%} over the best plan without it ({plain.candidate.words})"
+            f"tensor parallelism pays: {gain:+.1%} over the best plan without it ({plain.candidate.overrides})"
         ]
     if gain < -0.02:
         return [f"do not use tensor parallelism here: the best plan with it is {-gain:.1%} slower"]

@@ -10,25 +10,25 @@ from typing import Any
 
 from tpresearch.launch.command import Command, is_within, override_key
 from tpresearch.planner.candidates import Candidate
-from tpresearch.planner.ranking import Judged, Ranking, advice, why_slower
+from tpresearch.planner.ranking import RankedCandidate, Ranking, advice, why_slower
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.prediction import Prediction
 from tpresearch.simulate.report import step_text
 from tpresearch.track.text import count_text, share_text
 
-SHOWN = 12
+MAX_SHOWN = 12
 EXPERIMENT = "pretraining"
-"""What conf/planner.yaml composes if nothing else is typed."""
-CHOSEN = ("gpus", "world_size", "cluster", "mesh", "train.micro_batch_size", "hydra")
-CHOSEN_OF_PLAN = ("parallel", "parallel.tensor", "parallel.data", "parallel.activation_checkpointing")
-"""Keys that the planner chooses, or that are its own."""
+"""The experiment that conf/planner.yaml composes by default."""
+PLANNER_KEYS = ("gpus", "world_size", "cluster", "mesh", "train.micro_batch_size", "hydra")
+PLAN_KEYS = ("parallel", "parallel.tensor", "parallel.data", "parallel.activation_checkpointing")
+"""Keys that the planner chooses or that only it reads."""
 
 
 def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Command | None) -> str:
     """As text.
 
     Args:
-        command: that trains as the best candidate does.
+        command: the one that trains the best candidate.
     """
     lines = [
         f"PREDICTED, not measured: {ranking.count} ways to train {name} on {gpus:,} device{'s' if gpus > 1 else ''} of {cluster}",
@@ -37,9 +37,9 @@ def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Comman
     lines += [f"  {line}" for line in advice(ranking, gpus, name)]
     if ranking.fits:
         lines += ["", f"  {'':>3}{'tok/s/device':>13}{'MFU':>7}{'memory':>9}  {'step time':26}plan"]
-        lines += [_line(place, one, ranking) for place, one in enumerate(ranking.fits[:SHOWN], 1)]
-        if len(ranking.fits) > SHOWN:
-            lines.append(f"  ... and {len(ranking.fits) - SHOWN} more that fit, in planner.json")
+        lines += [_table_row(place, one, ranking) for place, one in enumerate(ranking.fits[:MAX_SHOWN], 1)]
+        if len(ranking.fits) > MAX_SHOWN:
+            lines.append(f"  ... and {len(ranking.fits) - MAX_SHOWN} more that fit, in planner.json")
         lines += ["", f"  to train it: {command}"]
     if left_out := list(_left_out(ranking)):
         lines += ["", *left_out]
@@ -47,7 +47,7 @@ def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Comman
 
 
 def training_command(best: Candidate, typed: Sequence[str], cluster: Cluster) -> Command:
-    """What trains as a candidate does, on hosts of the cluster's size.
+    """The command that trains a candidate, on hosts of the cluster's size.
 
     Args:
         typed: overrides of the planner's command.
@@ -55,8 +55,8 @@ def training_command(best: Candidate, typed: Sequence[str], cluster: Cluster) ->
     kept = [
         word
         for word in typed
-        if (key := override_key(word)) not in CHOSEN_OF_PLAN
-        and not any(is_within(key, branch) for branch in CHOSEN)
+        if (key := override_key(word)) not in PLAN_KEYS
+        and not any(is_within(key, branch) for branch in PLANNER_KEYS)
     ]
     if not any(override_key(word) == "experiment" for word in kept):
         kept = [f"experiment={EXPERIMENT}", *kept]
@@ -64,18 +64,19 @@ def training_command(best: Candidate, typed: Sequence[str], cluster: Cluster) ->
     hosts = cluster.hosts_of(world)
     program = ("train.py",) if Path("train.py").is_file() else ("-m", "tpresearch.train")
     ranks = world // hosts if world > 1 else None
-    return Command((*kept, *best.words.split()), ranks, hosts, program=program)
+    return Command((*kept, *best.overrides.split()), ranks, hosts, program=program)
 
 
 def as_json(ranking: Ranking) -> dict[str, Any]:
-    front = {id(one) for one in ranking.front()}
+    front = {id(one) for one in ranking.pareto_front()}
     return {
         "predicted": True,
         "fits": [
-            {**_plain(one), "on_front": id(one) in front, "why": _why(one, ranking)} for one in ranking.fits
+            {**_candidate_json(one), "on_front": id(one) in front, "why": _why_slower(one, ranking)}
+            for one in ranking.fits
         ],
-        "too_large": [_plain(one) for one in ranking.too_large],
-        "refused": [{"plan": one.words, "why": one.why} for one in ranking.refused],
+        "too_large": [_candidate_json(one) for one in ranking.too_large],
+        "refused": [{"plan": one.overrides, "why": one.why} for one in ranking.refused],
     }
 
 
@@ -91,11 +92,15 @@ def draw(ranking: Ranking, title: str, path: Path) -> None:
     ):
         mine = [one for one in ranking.fits if (one.candidate.sizes.tp > 1) == tensor]
         axes.scatter(
-            [_gb(one) for one in mine], [one.speed for one in mine], marker=marker, label=label, alpha=0.7
+            [_peak_gb(one) for one in mine],
+            [one.speed for one in mine],
+            marker=marker,
+            label=label,
+            alpha=0.7,
         )
-    front = ranking.front()
+    front = ranking.pareto_front()
     axes.plot(
-        [_gb(one) for one in front],
+        [_peak_gb(one) for one in front],
         [one.speed for one in front],
         color="black",
         linewidth=1,
@@ -111,7 +116,7 @@ def draw(ranking: Ranking, title: str, path: Path) -> None:
         rows = dict.fromkeys(str(one.candidate.cfg.train.micro_batch_size) for one in (ones[0], ones[-1]))
         at = max(ones[-1].speed, free)
         axes.text(
-            _gb(ones[-1]), at, f"{plan}, {' to '.join(rows)} rows  ", ha="right", va="bottom", fontsize=7
+            _peak_gb(ones[-1]), at, f"{plan}, {' to '.join(rows)} rows  ", ha="right", va="bottom", fontsize=7
         )
         free = at + line
     axes.set_xlabel("memory at the peak, GB per device")
@@ -122,19 +127,19 @@ def draw(ranking: Ranking, title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _plan_text(one: Judged) -> str:
+def _plan_text(one: RankedCandidate) -> str:
     tp, plan = one.candidate.sizes.tp, one.candidate.cfg.parallel
     return f"{plan.name}{f' tp={tp}' if tp > 1 else ''} {plan.activation_checkpointing}"
 
 
-def _line(place: int, one: Judged, ranking: Ranking) -> str:
+def _table_row(place: int, one: RankedCandidate, ranking: Ranking) -> str:
     prediction = one.prediction
-    about = f"{count_text(one.speed):>13}{share_text(prediction.mfu):>7}{_gb(one):>6.1f} GB"
-    why = "" if place == 1 else f"   ({_why(one, ranking)})"
-    return f"  {place:>2} {about}  {step_text(prediction):26}{one.candidate.words}{why}"
+    about = f"{count_text(one.speed):>13}{share_text(prediction.mfu):>7}{_peak_gb(one):>6.1f} GB"
+    why = "" if place == 1 else f"   ({_why_slower(one, ranking)})"
+    return f"  {place:>2} {about}  {step_text(prediction):26}{one.candidate.overrides}{why}"
 
 
-def _why(one: Judged, ranking: Ranking) -> str:
+def _why_slower(one: RankedCandidate, ranking: Ranking) -> str:
     return "" if one is ranking.fits[0] else why_slower(one, ranking.fits[0])
 
 
@@ -143,18 +148,18 @@ def _left_out(ranking: Ranking) -> Iterator[str]:
         yield f"  {len(ranking.too_large)} need more memory than a device has; the smallest:"
         for one in ranking.too_large[:3]:
             card = one.prediction.cluster["memory_gb"]
-            yield f"    {_gb(one):.1f} of {card:.0f} GB  {one.candidate.words}"
+            yield f"    {_peak_gb(one):.1f} of {card:.0f} GB  {one.candidate.overrides}"
     if ranking.refused:
         yield f"  {len(ranking.refused)} were not simulated:"
         for why, count in Counter(one.why for one in ranking.refused).most_common(5):
-            example = next(one.words for one in ranking.refused if one.why == why)
+            example = next(one.overrides for one in ranking.refused if one.why == why)
             yield f"    {count} x {why} ({example})"
 
 
-def _plain(one: Judged) -> dict[str, Any]:
+def _candidate_json(one: RankedCandidate) -> dict[str, Any]:
     found: Prediction = one.prediction
     return {
-        "plan": one.candidate.words,
+        "plan": one.candidate.overrides,
         "mesh": one.candidate.sizes.nontrivial(),
         "step_time_s": found.step_time_s,
         "step_time_range_s": [found.low_s, found.high_s],
@@ -165,5 +170,5 @@ def _plain(one: Judged) -> dict[str, Any]:
     }
 
 
-def _gb(one: Judged) -> float:
+def _peak_gb(one: RankedCandidate) -> float:
     return one.prediction.peak_bytes / 1e9

@@ -100,7 +100,7 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
 
 def _make_moments(state: TrainState) -> None:
     """The optimizer's state, which its first step makes."""
-    trained = [p for p in state.trained().values() if p.requires_grad]
+    trained = [p for p in state.trained_parameters().values() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()

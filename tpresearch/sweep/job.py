@@ -21,11 +21,11 @@ from tpresearch.track.record import read_record
 from tpresearch.track.wandb_host import MAX_NAME_CHARS
 
 CONSOLE_LOG = "console.log"
-"""In a job's folder: all that its processes say."""
-STOPPED = -signal.SIGTERM
+"""In a job's folder: the output of all its processes."""
+STOPPED_CODE = -signal.SIGTERM
 """The exit code of a job that was ended by the sweep."""
-OF_THE_SWEEP = ("hydra.mode", "hydra.run.", "hydra.sweep.", "hydra.launcher", "hydra.sweeper")
-"""Hydra's settings that the sweep has read, and its jobs have no use for."""
+SWEEP_SETTINGS = ("hydra.mode", "hydra.run.", "hydra.sweep.", "hydra.launcher", "hydra.sweeper")
+"""Hydra's settings for the sweep itself, which its jobs must not repeat."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Job:
     """Whether its slots are GPUs."""
     signature: str
     group: str
-    """The signature without the seed: jobs that have it in common are repetitions of one experiment."""
+    """The signature without the seed: jobs that share it are repetitions of one experiment."""
     arguments: list[str]
     """The program and its overrides, as they follow `python` or torchrun."""
     composed: DictConfig
@@ -50,7 +50,7 @@ class Job:
     steps: int = 0
     """Optimizer steps that it will do."""
     notes: tuple[str, ...] = ()
-    """What its config promises and does not do."""
+    """Warnings about its config, such as unused axes."""
     completed: bool = False
     """Whether an earlier start of the sweep has completed it, in `folder`."""
 
@@ -61,7 +61,7 @@ class Job:
 
 
 def slots_of(cfg: Config, wanted: int, gpu_count: int) -> tuple[int, bool]:
-    """How many slots a job takes, and whether they are GPUs: as its ranks will choose their device."""
+    """How many slots a job takes, and whether they are GPUs; its ranks will choose their device in the same way."""
     if cfg.device is DeviceKind.cuda:
         return min(wanted, gpu_count), True
     on_gpus = cfg.device is DeviceKind.auto and 0 < wanted <= gpu_count
@@ -89,15 +89,15 @@ def completed_runs(sweep_dir: Path) -> dict[str, Path]:
     return found
 
 
-def may_be_jobs(folder: Path) -> bool:
-    """Whether a job may have this folder: an earlier start of one has left it, or it is not there, or empty."""
+def is_usable_folder(folder: Path) -> bool:
+    """Whether a job may use this folder: it is left from an earlier start of a job, or does not exist, or is empty."""
     if not os.path.lexists(folder):
         return True
     ours = any(folder.glob("console*.log")) or (folder / ".hydra").is_dir()
     return folder.is_dir() and (ours or not any(folder.iterdir()))
 
 
-def resumes(job: Job) -> bool:
+def will_resume(job: Job) -> bool:
     """Whether an earlier start of this job has left a checkpoint, from which it will resume in its folder."""
     try:
         same = signature(read_record(job.folder / "config.yaml"), job.ranks) == job.signature
@@ -106,12 +106,12 @@ def resumes(job: Job) -> bool:
     return same and any(job.folder.glob("checkpoints/step-*/checkpoint.json"))
 
 
-def passed_on(hydra_overrides: Iterable[str]) -> list[str]:
-    """Those of Hydra's settings that a job needs as the sweep did, such as hydra.searchpath."""
+def inherited_overrides(hydra_overrides: Iterable[str]) -> list[str]:
+    """Hydra's settings that a job needs too, such as hydra.searchpath."""
     return [
         typed
         for typed in hydra_overrides
-        if not override_key(typed).replace("/", ".").startswith(OF_THE_SWEEP)
+        if not override_key(typed).replace("/", ".").startswith(SWEEP_SETTINGS)
     ]
 
 
@@ -123,10 +123,10 @@ def wandb_group(sweep_dir: Path) -> str:
 
 
 Status = Literal["completed", "failed", "preempted", "not started"]
-EXCEPTION = re.compile(
+EXCEPTION_LINE = re.compile(
     r"^\s*(?:\[rank\d+\]:\s*)?(?:\w+\.)*(\w*(?:Error|Exception|Failure)\b(?::.*)?)$", re.MULTILINE
 )
-"""The last line of a traceback, from the exception's own name on."""
+"""The last line of a traceback, starting with the exception's name."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ class Outcome:
     seconds: float | None = None
     error: str | None = None
     summary: dict[str, Any] = field(default_factory=dict)
-    """What the job's summary.json holds; empty where it left none."""
+    """The job's summary.json; empty if it left none."""
     log: Path | None = None
-    """Where more is said of a failure."""
+    """The log with the details of a failure."""
 
 
 def outcome_of(job: Job, code: int | None, seconds: float | None = None) -> Outcome:
-    """Read what the job left. `code` is its exit code, None for one that was not started now."""
+    """The outcome of a job, from its files. `code` is its exit code, None for one that was not started now."""
     if code is None and not job.completed:
         return Outcome(job, "not started")
     summary = _summary(job)
@@ -150,9 +150,9 @@ def outcome_of(job: Job, code: int | None, seconds: float | None = None) -> Outc
         return Outcome(job, "completed", summary=summary)
     if code == 0:
         return Outcome(job, "completed", seconds, None, summary)
-    if summary.get("status") in ("preempted", "interrupted") or code == STOPPED:
+    if summary.get("status") in ("preempted", "interrupted") or code == STOPPED_CODE:
         return Outcome(job, "preempted", seconds, summary.get("error", "stopped"), summary)
-    error, log = _error(job, code, summary)
+    error, log = _find_cause(job, code, summary)
     return Outcome(job, "failed", seconds, error, summary, log)
 
 
@@ -164,21 +164,21 @@ def _summary(job: Job) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
-def _error(job: Job, code: int, summary: dict[str, Any]) -> tuple[str, Path]:
-    """The first cause, and the log that has it: as refused, as torchrun tells the first failure, as rank 0 saw it,
-    as it was last said.
+def _find_cause(job: Job, code: int, summary: dict[str, Any]) -> tuple[str, Path]:
+    """The first cause, and the log that has it: the refusal, the first failure that torchrun reports, the error of rank 0's
+    summary, or the last exception in a log.
 
-    Over several nodes each agent tells of its own ranks, in a log of its own; the earliest of these failures is the cause.
+    Over several nodes each agent reports its own ranks, in its own log; the earliest of these failures is the cause.
     """
     main = job.folder / CONSOLE_LOG
     logs = {path: _read(path) for path in (main, *sorted(job.folder.glob("console-node*.log")))}
-    for path, said in logs.items():
-        if refused := re.findall(r"^error: (.*)$", said, re.MULTILINE):
+    for path, text in logs.items():
+        if refused := re.findall(r"^error: (.*)$", text, re.MULTILINE):
             return str(refused[0]), path
     causes = []
-    for path, said in logs.items():
-        _, _, root_cause = said.partition("Root Cause (first observed failure)")
-        if named := EXCEPTION.findall(root_cause) or re.findall(r"traceback : (Signal .*)", root_cause):
+    for path, text in logs.items():
+        _, _, root_cause = text.partition("Root Cause (first observed failure)")
+        if named := EXCEPTION_LINE.findall(root_cause) or re.findall(r"traceback : (Signal .*)", root_cause):
             when = re.search(r"time +: (\S+)", root_cause)
             causes.append((when[1] if when else "", str(named[-1]).strip(), path))
     if causes:
@@ -186,8 +186,8 @@ def _error(job: Job, code: int, summary: dict[str, Any]) -> tuple[str, Path]:
         return cause, path
     if summary.get("error"):
         return str(summary["error"]), main
-    for path, said in logs.items():
-        if named := EXCEPTION.findall(said):
+    for path, text in logs.items():
+        if named := EXCEPTION_LINE.findall(text):
             return str(named[-1]).strip(), path
     return (f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"), main
 

@@ -19,9 +19,16 @@ from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import TorchrunConfig
 from tpresearch.interrupt import INTERRUPTED
 from tpresearch.launch.claim import locked
-from tpresearch.sweep.job import Job, Outcome, outcome_of, resumes
-from tpresearch.sweep.planning import Planner, with_folders
-from tpresearch.sweep.running import Devices, JobProcess, StartJob, await_earlier, ending_signals, run_jobs
+from tpresearch.sweep.job import Job, Outcome, outcome_of, will_resume
+from tpresearch.sweep.planning import JobPlanner, assign_folders
+from tpresearch.sweep.running import (
+    Devices,
+    JobProcess,
+    StartJob,
+    collect_signals,
+    run_jobs,
+    wait_for_earlier_job,
+)
 from tpresearch.track.text import duration_text
 
 if TYPE_CHECKING:
@@ -38,7 +45,7 @@ class TorchrunLauncher(Launcher):
     """
 
     ranks_per_node: int | None = None
-    """Most ranks on a host of the cluster that jobs run on; None if they run here."""
+    """Maximum ranks per host of the cluster that jobs run on; None if they run here."""
 
     def __init__(self, start: StartJob | None = None, **settings: Any) -> None:
         self._settings, self._start = TorchrunConfig(**settings), start
@@ -50,24 +57,24 @@ class TorchrunLauncher(Launcher):
         self._folder = Path(config.hydra.sweep.dir)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run a batch of jobs; a sweeper that draws the next ones from these results asks again.
+        """Run a batch of jobs; a sweeper that chooses the next ones from these results calls it again.
 
         Raises:
             ConfigError: for the first job that cannot run, before any has started.
-            SystemExit: after Ctrl-C, SIGTERM or SIGHUP, once all ranks have ended and the table is out.
+            SystemExit: after Ctrl-C, SIGTERM or SIGHUP, once all ranks have ended and the table is printed.
         """
         self.check()
         gpus = _visible_gpus()
-        planner = Planner(self._loader, self._config, self._judge, len(gpus), self.ranks_per_node)
+        planner = JobPlanner(self._loader, self._config, self._judge, len(gpus), self.ranks_per_node)
         judged = planner.plan(job_overrides, initial_job_idx)
-        with _alone_in(self._folder):
-            return self._run(list(with_folders(judged, self._folder)), gpus)
+        with _lock_sweep(self._folder):
+            return self._run(list(assign_folders(judged, self._folder)), gpus)
 
     def _run(self, jobs: list[Job], gpus: list[str]) -> Sequence[JobReturn]:
-        # Late, as all that prints: Hydra imports this file at the start of every command.
+        # Late, like everything that prints: Hydra imports this file at the start of every command.
         from rich.console import Console
 
-        from tpresearch.sweep.status import Status
+        from tpresearch.sweep.status import LiveStatus
 
         self._outcomes |= {job.number: outcome_of(job, None) for job in jobs}
         began: dict[int, float] = {}
@@ -75,13 +82,13 @@ class TorchrunLauncher(Launcher):
         def on_start(job: Job) -> None:
             began[job.number] = time.monotonic()
             ranks = f"{job.ranks} rank{'s' if job.ranks > 1 else ''}"
-            begins = "resumes" if resumes(job) else "starts"
-            said = [
+            begins = "resumes" if will_resume(job) else "starts"
+            lines = [
                 f"job {job.number} {begins} on {ranks}: {' '.join(job.overrides)}",
                 str(job.folder),
                 *job.notes,
             ]
-            self._say("\n  ".join(said))
+            self._print("\n  ".join(lines))
 
         def on_end(job: Job, code: int) -> None:
             seconds = time.monotonic() - began[job.number]
@@ -89,15 +96,15 @@ class TorchrunLauncher(Launcher):
             why = f": {outcome.error}" if outcome.error else ""
             trained = outcome.summary.get("wall_time_s")
             of_it = f", {duration_text(trained)} of it training" if isinstance(trained, int | float) else ""
-            self._say(f"job {job.number} {outcome.status} after {duration_text(seconds)}{of_it}{why}")
+            self._print(f"job {job.number} {outcome.status} after {duration_text(seconds)}{of_it}{why}")
 
         for job in jobs:
             if job.completed:
-                self._say(f"job {job.number} was completed earlier: {job.folder}")
+                self._print(f"job {job.number} was completed earlier: {job.folder}")
         todo = [job for job in jobs if not job.completed]
         for job in todo:
-            await_earlier(job.folder, self._say)
-        with ending_signals() as received, Status(Console(highlight=False)) as status:
+            wait_for_earlier_job(job.folder, self._print)
+        with collect_signals() as received, LiveStatus(Console(highlight=False)) as status:
             try:
                 devices, start = self.allocate(todo, gpus)
                 start = self._start or start
@@ -110,19 +117,19 @@ class TorchrunLauncher(Launcher):
         self._report()
         if received:
             sys.exit(INTERRUPTED)
-        return [self._returned(self._outcomes[job.number]) for job in jobs]
+        return [self._job_return(self._outcomes[job.number]) for job in jobs]
 
     def check(self) -> None:
-        """Raises ConfigError where this machine cannot start jobs in this way."""
+        """Raises ConfigError if this machine cannot start jobs in this way."""
 
     def allocate(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, StartJob]:
-        """Where the jobs run, and how each begins."""
+        """The devices that jobs run on, and how to start a job."""
         return Devices(gpus, self._settings.cpu_slots), JobProcess
 
     def cancel(self) -> None:
-        """End what `allocate` began and no one is waiting for."""
+        """End what `allocate` started and nothing waits for."""
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         with suppress(OSError):  # the terminal may be gone
             print(line, flush=True)
 
@@ -135,12 +142,12 @@ class TorchrunLauncher(Launcher):
         try:
             write_files(self._folder, outcomes)
         except OSError as error:  # a full disk, say: the terminal has the table all the same
-            self._say(f"summary.csv and summary.md could not be written: {error}")
+            self._print(f"summary.csv and summary.md could not be written: {error}")
         width = None if sys.stdout.isatty() else 220
         with suppress(OSError):
             print_table(Console(highlight=False, width=width), self._folder, outcomes)
 
-    def _returned(self, outcome: Outcome) -> JobReturn:
+    def _job_return(self, outcome: Outcome) -> JobReturn:
         job = outcome.job
         returned = QuietReturn(
             overrides=job.overrides,
@@ -157,7 +164,7 @@ class TorchrunLauncher(Launcher):
             error = (
                 f"job {job.number}: its summary.json has no number for hydra.launcher.objective={objective}"
             )
-            self._say(error)
+            self._print(error)
         else:
             returned.status, returned._return_value = JobStatus.COMPLETED, value
             return returned
@@ -179,8 +186,8 @@ class QuietReturn(JobReturn):
         self._return_value = value
 
 
-def _alone_in(folder: Path) -> AbstractContextManager[object]:
-    """Holds the sweep's folder against other sweeps, which would take this one's jobs for earlier ones.
+def _lock_sweep(folder: Path) -> AbstractContextManager[object]:
+    """Locks the sweep's folder against other sweeps, which would mistake this one's jobs for earlier ones.
 
     Raises:
         ConfigError: if another sweep has it, or it cannot be held.

@@ -24,13 +24,21 @@ from tpresearch.launch.explain import explaining
 from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
 from tpresearch.launch.refuse import typed_as
 from tpresearch.launch.run_dir import may_resume
-from tpresearch.sweep.job import Job, completed_runs, may_be_jobs, passed_on, signature, slots_of, wandb_group
+from tpresearch.sweep.job import (
+    Job,
+    completed_runs,
+    inherited_overrides,
+    is_usable_folder,
+    signature,
+    slots_of,
+    wandb_group,
+)
 from tpresearch.track.wandb_host import MAX_TAG_CHARS
 
 
 @dataclass(frozen=True)
-class Planner:
-    """From the overrides of jobs to jobs: where each runs, on how many ranks, and as which command."""
+class JobPlanner:
+    """Turns the overrides of jobs into jobs: folder, number of ranks, and command."""
 
     loader: ConfigLoader
     master: DictConfig
@@ -40,7 +48,7 @@ class Planner:
     gpu_count: int
     """GPUs of this machine that jobs may use."""
     ranks_per_node: int | None = None
-    """Most ranks on a host of the cluster that jobs run on; None if that is this machine."""
+    """Maximum ranks per host of the cluster that jobs run on; None for this machine."""
 
     @property
     def sweep_dir(self) -> Path:
@@ -88,10 +96,10 @@ class Planner:
             with typed_as(Command(tuple(overrides))):
                 judged = self.judge(cfg, world, may_resume(composed, folder))
         except ConfigError as error:
-            raise _refused(error, number, overrides) from None
+            raise _job_error(error, number, overrides) from None
         wanted = settings.slots or ranks
         slots, gpus = slots_of(cfg, wanted, self.gpu_count) if here else (wanted, False)
-        for_wandb = self._for_wandb(cfg, [word for word in overrides if word not in in_all])
+        for_wandb = self._wandb_overrides(cfg, [word for word in overrides if word not in in_all])
         return Job(
             number=number,
             overrides=overrides,
@@ -105,7 +113,7 @@ class Planner:
                 *program_words(),
                 *overrides,
                 *for_wandb,
-                *passed_on(self.master.hydra.overrides.hydra),
+                *inherited_overrides(self.master.hydra.overrides.hydra),
             ],
             composed=composed,
             nodes=nodes,
@@ -120,8 +128,8 @@ class Planner:
             raise ConfigError("hydra.sweep.subdir", subdir, why, legal)
         return folder
 
-    def _for_wandb(self, cfg: Config, own: Sequence[str]) -> list[str]:
-        """One group for the sweep, one wandb/ folder to sync, and what is the job's own among its tags."""
+    def _wandb_overrides(self, cfg: Config, own: Sequence[str]) -> list[str]:
+        """W&B overrides of a job: one group and one wandb/ folder for the sweep, and the job's own overrides as tags."""
         if not cfg.logger.wandb:
             return []
         tags = [
@@ -151,9 +159,9 @@ def _nodes(ranks: int, ranks_per_node: int | None) -> int:
     return nodes
 
 
-def with_folders(jobs: Sequence[Job], sweep_dir: Path) -> Iterator[Job]:
-    """Each job in its folder: that of its completed run, else its own, in which is no completed run, and nothing that
-    is not a job's.
+def assign_folders(jobs: Sequence[Job], sweep_dir: Path) -> Iterator[Job]:
+    """Each job with its folder: that of its completed run, otherwise one of its own that has no completed run, and nothing
+    that is not a job's.
     """
     completed = completed_runs(sweep_dir)
     taken = set(completed.values())
@@ -165,13 +173,13 @@ def with_folders(jobs: Sequence[Job], sweep_dir: Path) -> Iterator[Job]:
             job.folder if nth == 1 else job.folder.with_name(f"{job.folder.name}-{nth}")
             for nth in itertools.count(1)
         )
-        folder = next(name for name in names if name not in taken and may_be_jobs(name))
+        folder = next(name for name in names if name not in taken and is_usable_folder(name))
         taken.add(folder)
         own = [override("hydra.run.dir", folder), "hydra.mode=RUN", *flags_for_job()]
         yield dataclasses.replace(job, folder=folder, arguments=[*job.arguments, *own])
 
 
-def _refused(error: ConfigError, number: int, overrides: list[str]) -> WrongCommand:
+def _job_error(error: ConfigError, number: int, overrides: list[str]) -> WrongCommand:
     """The error with the job that has it, and the sweep to type instead."""
     why = f"{error.why}, in job {number} of the sweep ({' '.join(overrides)})"
     return WrongCommand(error.field, error.value, why, error.legal, _sweep_to_try(error, overrides))

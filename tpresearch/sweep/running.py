@@ -19,21 +19,21 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from tpresearch.agent import TO_SAVE_S
+from tpresearch.agent import SAVE_TIME_S
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER, free_name, locked
 from tpresearch.launch.stop import end_with_parent
-from tpresearch.sweep.job import CONSOLE_LOG, STOPPED, Job, resumes
+from tpresearch.sweep.job import CONSOLE_LOG, STOPPED_CODE, Job, will_resume
 
 POLL_S = 0.1
-GRACE_S = TO_SAVE_S + 30
-"""For a stopped job; torchrun kills its ranks before that, where they do not end."""
-MARK = "TPRESEARCH_SWEEP_JOB"
-"""In the environment of all processes of a job, with its folder: ranks are in sessions of their own, in no group of
-their agent's."""
+GRACE_S = SAVE_TIME_S + 30
+"""Time for a stopped job to end; torchrun kills its ranks before that, if they do not."""
+JOB_VARIABLE = "TPRESEARCH_SWEEP_JOB"
+"""Environment variable of all processes of a job, with its folder: ranks are in sessions of their own, not in their
+agent's process group."""
 
 
-class Running(Protocol):
+class RunningJob(Protocol):
     """A job that has been started."""
 
     def poll(self) -> int | None: ...
@@ -44,41 +44,41 @@ class Running(Protocol):
         """End what is left of it."""
 
 
-StartJob = Callable[[Job, "Share"], Running]
+StartJob = Callable[[Job, "DeviceShare"], RunningJob]
 """Begins one job on its share of this machine."""
 
 
 @dataclass
 class Devices:
-    """What jobs can run on: GPUs by the names they have in CUDA_VISIBLE_DEVICES, and slots for ranks on CPUs."""
+    """The devices that jobs can run on: GPUs by their names in CUDA_VISIBLE_DEVICES, and slots for ranks on CPUs."""
 
     gpus: list[str]
     cpu_slots: int | None = None
-    """None: one job after another."""
+    """None runs one job after another."""
     _cpu_taken: int = field(default=0, init=False)
 
-    def take(self, job: Job) -> Share | None:
-        """A share for this job, or None while others have too much."""
+    def acquire(self, job: Job) -> DeviceShare | None:
+        """A share for this job, or None while others take too much."""
         if job.gpus:
             if job.slots > len(self.gpus):
                 return None
-            share = Share(self.gpus[: job.slots], 0)
+            share = DeviceShare(self.gpus[: job.slots], 0)
             self.gpus = self.gpus[job.slots :]
             return share
-        whole = self.cpu_slots or 1
-        wanted = whole if self.cpu_slots is None else min(job.slots, whole)
-        if self._cpu_taken + wanted > whole:
+        total = self.cpu_slots or 1
+        wanted = total if self.cpu_slots is None else min(job.slots, total)
+        if self._cpu_taken + wanted > total:
             return None
         self._cpu_taken += wanted
-        return Share([], wanted)
+        return DeviceShare([], wanted)
 
-    def give_back(self, share: Share) -> None:
+    def release(self, share: DeviceShare) -> None:
         self.gpus = sorted(self.gpus + share.gpus, key=lambda name: (len(name), name))
         self._cpu_taken -= share.cpu_slots
 
 
 @dataclass(frozen=True)
-class Share:
+class DeviceShare:
     gpus: list[str]
     cpu_slots: int
 
@@ -96,14 +96,14 @@ def local_command(job: Job) -> list[str]:
 class JobProcess:
     """A job's agent, or its only rank, in its own session; its output goes to `console.log`."""
 
-    def __init__(self, job: Job, share: Share) -> None:
+    def __init__(self, job: Job, share: DeviceShare) -> None:
         set_aside(job)
         job.folder.mkdir(parents=True, exist_ok=True)
         self._folder = job.folder
         with (job.folder / CONSOLE_LOG).open("w") as log:
             self._process = subprocess.Popen(
                 local_command(job),
-                env=environment_of(job.folder) | share.environment(),
+                env=job_environment(job.folder) | share.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -132,23 +132,23 @@ def run_jobs(
     on_end: Callable[[Job, int], None],
     fail_fast: bool,
     received: Sequence[int],
-    on_look: Callable[[Sequence[Job]], None] = lambda running: None,
+    on_poll: Callable[[Sequence[Job]], None] = lambda running: None,
 ) -> None:
-    """Run each job as soon as there is a share for it. Whatever happens, none runs on after this returns.
+    """Run each job as soon as there is a share for it. No job is still running when this returns.
 
     Args:
         on_look: called repeatedly with the running jobs.
-        received: the signals so far that end a sweep, of `ending_signals`.
+        received: the signals so far that end a sweep, from `collect_signals`.
 
     Raises:
         KeyboardInterrupt: after such a signal, once all ranks have ended.
     """
     waiting = list(jobs)
-    running: dict[int, tuple[Job, Share, Running]] = {}
+    running: dict[int, tuple[Job, DeviceShare, RunningJob]] = {}
     try:
         while waiting or running:
             for job in list(waiting):
-                if received or (share := devices.take(job)) is None:
+                if received or (share := devices.acquire(job)) is None:
                     continue
                 waiting.remove(job)
                 on_start(job)
@@ -158,21 +158,21 @@ def run_jobs(
                     continue
                 process.kill()
                 del running[number]
-                devices.give_back(share)
+                devices.release(share)
                 on_end(job, code)
                 if code and fail_fast:
                     return
             if received:
                 raise KeyboardInterrupt
-            on_look([job for job, _, _ in running.values()])
+            on_poll([job for job, _, _ in running.values()])
             time.sleep(POLL_S)
     finally:
-        _stop([process for _, _, process in running.values()], received)
+        _stop_jobs([process for _, _, process in running.values()], received)
         for job, _, process in running.values():
-            on_end(job, 0 if process.poll() == 0 else STOPPED)
+            on_end(job, 0 if process.poll() == 0 else STOPPED_CODE)
 
 
-def _stop(running: Sequence[Running], received: Sequence[int]) -> None:
+def _stop_jobs(running: Sequence[RunningJob], received: Sequence[int]) -> None:
     """End these jobs: asked first, and killed after GRACE_S, or at a further Ctrl-C."""
     for process in running:
         process.terminate()
@@ -186,10 +186,10 @@ def _stop(running: Sequence[Running], received: Sequence[int]) -> None:
 
 
 @contextmanager
-def ending_signals() -> Iterator[list[int]]:
-    """Collects the signals that end a sweep, so that none falls between a job's start and our knowing of it.
+def collect_signals() -> Iterator[list[int]]:
+    """Collects the signals that end a sweep, so that none arrives between a job's start and its registration.
 
-    Those that are ignored already stay so: under `nohup` a sweep outlives its terminal.
+    Signals that are ignored already stay ignored: under `nohup` a sweep outlives its terminal.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -206,14 +206,14 @@ def ending_signals() -> Iterator[list[int]]:
 
 
 def set_aside(job: Job) -> None:
-    """Keep what an earlier, unfinished start of this job left, and out of the way of the new one's record.
+    """Set aside what an earlier, unfinished start of this job left, so that the new record does not mix with it.
 
     A job that resumes needs its folder; only the record of how the earlier start ended is moved away then.
     """
     folder = job.folder
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if resumes(job):
+    if will_resume(job):
         for path in (folder / CONSOLE_LOG, folder / "summary.json"):
             with suppress(FileNotFoundError):
                 path.rename(path.with_stem(f"{path.stem}{EARLIER}1"))
@@ -221,20 +221,20 @@ def set_aside(job: Job) -> None:
     folder.rename(free_name(folder, EARLIER))
 
 
-def environment_of(folder: Path) -> dict[str, str]:
-    """This process's, for the job in that folder; a W&B run that it may be is none of the job's."""
+def job_environment(folder: Path) -> dict[str, str]:
+    """The environment of the job in this folder: this process's, without its own W&B run id."""
     own = {key: value for key, value in os.environ.items() if key != "WANDB_RUN_ID"}
-    return {**own, MARK: mark_of(folder)}
+    return {**own, JOB_VARIABLE: job_value(folder)}
 
 
-def mark_of(folder: Path) -> str:
-    """What the processes of the job in this folder have in their environment."""
+def job_value(folder: Path) -> str:
+    """The value of JOB_VARIABLE for the job in this folder."""
     return str(folder.resolve())
 
 
 def processes_of(folder: Path) -> list[int]:
-    """The ids of the processes that the job in this folder has on this machine; none where there is no /proc."""
-    found, mark = [], f"{MARK}={mark_of(folder)}".encode()
+    """Ids of the processes on this machine of the job in this folder; none where there is no /proc."""
+    found, mark = [], f"{JOB_VARIABLE}={job_value(folder)}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # it has ended, or is another user's
             if mark in path.read_bytes().split(b"\0"):
@@ -243,17 +243,17 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def kill_processes(folder: Path) -> None:
-    """End what is left of a job on this machine, wherever it is."""
+    """Kill all processes of a job on this machine."""
     for pid in processes_of(folder):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def await_earlier(folder: Path, say: Callable[[str], None]) -> None:
-    """Wait for the job that an earlier start of the sweep has in this folder: if that was killed, it is ending.
+def wait_for_earlier_job(folder: Path, say: Callable[[str], None]) -> None:
+    """Wait for the job that an earlier start of the sweep left running in this folder: if that start was killed, it is ending.
 
     Raises:
-        ConfigError: if it does not end, or where a run that is no job of a sweep uses the folder.
+        ConfigError: if it does not end, or if a run that is not a job of a sweep uses the folder.
     """
     if left := processes_of(folder):
         runs = f"a job of an earlier launch is still running in {folder}, as process {left[0]}"

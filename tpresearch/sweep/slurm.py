@@ -19,21 +19,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpresearch.agent import TO_SAVE_S
+from tpresearch.agent import SAVE_TIME_S
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import SlurmConfig
 from tpresearch.launch.stop import end_with_parent
-from tpresearch.sweep.job import CONSOLE_LOG, STOPPED, Job
+from tpresearch.sweep.job import CONSOLE_LOG, STOPPED_CODE, Job
 from tpresearch.sweep.launcher import TorchrunLauncher
-from tpresearch.sweep.running import Devices, StartJob, environment_of, kill_processes, set_aside
+from tpresearch.sweep.running import Devices, StartJob, job_environment, kill_processes, set_aside
 
 if TYPE_CHECKING:
     import submitit
     from submitit.helpers import DelayedSubmission
 
-BEFORE_LIMIT_S = TO_SAVE_S + 60
-"""At which a run is told to save and stop: the agent has to have ended by the time limit, or nothing is requeued."""
-MOST_LIMITS = 1000
+SIGNAL_BEFORE_LIMIT_S = SAVE_TIME_S + 60
+"""Seconds before the time limit at which a run is told to save and stop: the agent must end in time, or nothing is requeued."""
+MAX_TIMEOUTS = 1000
 """Number of time limits that a job may reach and resume after."""
 
 
@@ -45,22 +45,22 @@ class NodeAgent:
     ranks_per_node: int
     folder: Path
     threads: int = 1
-    """Of a rank, unless OMP_NUM_THREADS says otherwise."""
+    """Threads per rank, unless OMP_NUM_THREADS is set."""
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    """The agent, while there is one."""
+    """The running agent, if there is one."""
 
     def __call__(self) -> int:
         from submitit import JobEnvironment
 
         node = JobEnvironment()
-        # That of a start before a requeue, where another node was signalled first and has ended this one.
+        # Left by the start before a requeue, if another node was signalled first and ended this one.
         node.paths.result_pickle.unlink(missing_ok=True)
         log_name = CONSOLE_LOG if node.node == 0 else f"console-node{node.node}.log"
         command = [sys.executable, *self._agent(node), *self.arguments]
-        with (self.folder / log_name).open("a") as log, _ignoring(signal.SIGUSR2):
+        with (self.folder / log_name).open("a") as log, _signal_ignored(signal.SIGUSR2):
             process = subprocess.Popen(
                 command,
-                env={"OMP_NUM_THREADS": str(self.threads), **environment_of(self.folder)},
+                env={"OMP_NUM_THREADS": str(self.threads), **job_environment(self.folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -76,7 +76,7 @@ class NodeAgent:
             process.wait()
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit has Slurm start again, called shortly before the time limit and before preemption: the same job,
+        """Called by submitit shortly before the time limit and before preemption; returns what Slurm requeues: the same job,
         which resumes from what it saves now. The ranks of other nodes stop with those of this one."""
         from submitit.helpers import DelayedSubmission
 
@@ -96,8 +96,8 @@ class NodeAgent:
 
 
 @contextmanager
-def _ignoring(number: signal.Signals) -> Iterator[None]:
-    """What is started meanwhile ignores the signal: Slurm sends submitit's to all processes of a step."""
+def _signal_ignored(number: signal.Signals) -> Iterator[None]:
+    """Processes started inside ignore the signal: Slurm sends submitit's to all processes of a step."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         yield
@@ -105,8 +105,8 @@ def _ignoring(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, before)
 
 
-class Submitted:
-    """A job that Slurm has."""
+class SlurmJob:
+    """A job that was submitted to Slurm."""
 
     def __init__(self, job: Job, handle: submitit.Job[int]) -> None:
         self._job, self._handle = job, handle
@@ -114,10 +114,10 @@ class Submitted:
 
     def poll(self) -> int | None:
         if self._code is None and self._handle.done():
-            self._code = self._ended()
+            self._code = self._exit_code()
         return self._code
 
-    def _ended(self) -> int:
+    def _exit_code(self) -> int:
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
         try:
@@ -134,7 +134,7 @@ class Submitted:
     def kill(self) -> None:
         """Slurm has ended or will end it by itself; its local stand-in may leave ranks behind."""
         if self._code is None:
-            self._code = STOPPED
+            self._code = STOPPED_CODE
         kill_processes(self._job.folder)
 
 
@@ -144,7 +144,7 @@ class SlurmLauncher(TorchrunLauncher):
     def __init__(self, start: StartJob | None = None, **settings: Any) -> None:
         self.settings = SlurmConfig(**settings)
         super().__init__(start, fail_fast=self.settings.fail_fast, objective=self.settings.objective)
-        self.submitted: dict[int, Submitted] = {}
+        self.submitted: dict[int, SlurmJob] = {}
         self.ranks_per_node = self.settings.ranks_per_node
 
     def check(self) -> None:
@@ -159,7 +159,7 @@ class SlurmLauncher(TorchrunLauncher):
             raise ConfigError("hydra/launcher", "slurm", why, legal, fix={"hydra/launcher": None})
 
     def allocate(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, StartJob]:
-        """All at once: Slurm has the queue."""
+        """Submit all jobs at once: Slurm has the queue."""
         self.submitted = {}
         submit(jobs, self.settings, self._folder / "slurm", self.submitted)
         return Devices([], sum(job.slots for job in jobs)), lambda job, share: self.submitted[job.number]
@@ -171,11 +171,11 @@ class SlurmLauncher(TorchrunLauncher):
                 job.kill()
 
 
-def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: dict[int, Submitted]) -> None:
-    """Hand all jobs to Slurm, those of one shape together as an array.
+def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: dict[int, SlurmJob]) -> None:
+    """Submit all jobs to Slurm, those of one shape together as an array.
 
     Args:
-        submitted: gets each by the job's number, as soon as Slurm has it.
+        submitted: filled with each job by its number, as soon as Slurm has it.
 
     Raises:
         ConfigError: when Slurm refuses a shape.
@@ -187,12 +187,12 @@ def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: 
     for job in jobs:
         set_aside(job)
         job.folder.mkdir(parents=True, exist_ok=True)
-        shapes.setdefault(shape(job), []).append(job)
+        shapes.setdefault(resource_shape(job), []).append(job)
     for (nodes, ranks, slots), alike in shapes.items():
         executor = submitit.AutoExecutor(
-            folder / "%j", cluster=str(settings.cluster), slurm_max_num_timeout=MOST_LIMITS
+            folder / "%j", cluster=str(settings.cluster), slurm_max_num_timeout=MAX_TIMEOUTS
         )
-        executor.update_parameters(**parameters(settings, nodes, slots))
+        executor.update_parameters(**submitit_parameters(settings, nodes, slots))
         threads = max(1, settings.cpus_per_slot * slots // ranks)
         agents = [NodeAgent(job.arguments, ranks, job.folder.absolute(), threads) for job in alike]
         try:
@@ -203,16 +203,16 @@ def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: 
             legal = "what this cluster takes; the options are in conf/hydra/launcher/slurm.yaml"
             raise ConfigError("hydra/launcher", "slurm", why, legal) from None
         for job, handle in zip(alike, handles, strict=True):
-            submitted[job.number] = Submitted(job, handle)
+            submitted[job.number] = SlurmJob(job, handle)
 
 
-def shape(job: Job) -> tuple[int, int, int]:
-    """Nodes, ranks on each, and GPUs (or CPU slots) on each."""
+def resource_shape(job: Job) -> tuple[int, int, int]:
+    """Nodes, ranks per node, and GPUs (or CPU slots) per node."""
     return job.nodes, job.ranks // job.nodes, math.ceil(job.slots / job.nodes)
 
 
-def parameters(settings: SlurmConfig, nodes: int, slots: int) -> dict[str, Any]:
-    """What submitit is asked for a job of this shape."""
+def submitit_parameters(settings: SlurmConfig, nodes: int, slots: int) -> dict[str, Any]:
+    """submitit's parameters for a job of this shape."""
     cpus = settings.cpus_per_slot * slots
     return {
         "name": settings.job_name,
@@ -224,7 +224,7 @@ def parameters(settings: SlurmConfig, nodes: int, slots: int) -> dict[str, Any]:
         "gpus_per_node": slots if settings.gpus else None,
         "mem_gb": settings.mem_gb,
         "stderr_to_stdout": True,
-        "slurm_signal_delay_s": BEFORE_LIMIT_S,
+        "slurm_signal_delay_s": SIGNAL_BEFORE_LIMIT_S,
         **{f"slurm_{key}": getattr(settings, key) for key in ("partition", "account", "qos", "constraint")},
         "slurm_array_parallelism": settings.jobs_at_once,
         "slurm_setup": list(settings.setup) or None,

@@ -18,12 +18,12 @@ from tpresearch.track.console import format_row
 from tpresearch.track.names import Row
 
 INTERVAL_S, PLAIN_INTERVAL_S = 1.0, 60.0
-"""Between two looks, on a terminal and where the output is none."""
-LAST_BYTES = 8192
-"""Of metrics.jsonl: more than two rows."""
+"""Seconds between two updates, on a terminal and elsewhere."""
+TAIL_BYTES = 8192
+"""Bytes read from the end of metrics.jsonl: more than two rows."""
 
 
-class Status:
+class LiveStatus:
     """Shows running jobs while it is entered."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,18 +43,18 @@ class Status:
             self._live.stop()
 
     def show(self, running: Sequence[Job]) -> None:
-        """May be called at any time: it looks once per interval."""
+        """Update the display, at most once per interval."""
         if self._clock() < self._next:
             return
         self._next = self._clock() + (INTERVAL_S if self._live else PLAIN_INTERVAL_S)
-        text = Text("\n".join(line_of(job, last_row(job)) for job in running))
+        text = Text("\n".join(status_line(job, last_row(job)) for job in running))
         if self._live:
             self._live.update(text, refresh=True)
         elif running:
             self._console.print(text, soft_wrap=True)
 
 
-def line_of(job: Job, row: Row | None) -> str:
+def status_line(job: Job, row: Row | None) -> str:
     """`job 3  step 120/1000  loss 6.123  34.5k tok/s  1.2 GiB  1:23 left`"""
     if row is None:
         return f"job {job.number}  before its first step"
@@ -66,7 +66,7 @@ def line_of(job: Job, row: Row | None) -> str:
 def last_row(job: Job) -> Row | None:
     """The last complete row in a job's metrics.jsonl."""
     with suppress(OSError, ValueError), (job.folder / "metrics.jsonl").open("rb") as file:
-        file.seek(-min(LAST_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        file.seek(-min(TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
         *_, line, _ = [b"", *file.read().split(b"\n")]
         row: Row = json.loads(line)
         return row

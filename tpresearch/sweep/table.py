@@ -54,7 +54,7 @@ def _swept(outcomes: Sequence[Outcome], keys: Sequence[str]) -> dict[str, Column
 
 
 def _summary(outcome: Outcome) -> Summary:
-    """What the job left, and for one that left nothing at least how long it took."""
+    """The job's summary, and for one that left none at least how long it took."""
     return {
         "wall_time_s": outcome.seconds,
         **with_comparable_memory(outcome.summary),
@@ -69,7 +69,7 @@ def differing(outcomes: Sequence[Outcome]) -> list[str]:
     return [key for key in keys if len(outcomes) == 1 or len({each.get(key) for each in settings}) > 1]
 
 
-def over_seeds(outcomes: Sequence[Outcome]) -> Table | None:
+def seed_table(outcomes: Sequence[Outcome]) -> Table | None:
     """Mean and standard deviation over the completed jobs that differ in train.seed alone, if there are any."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -89,7 +89,7 @@ def over_seeds(outcomes: Sequence[Outcome]) -> Table | None:
 
 def write_files(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """summary.csv: overrides, then all that the summaries hold, then the folder. summary.md: the table."""
-    records = [_record(outcome) for outcome in outcomes]
+    records = [_csv_row(outcome) for outcome in outcomes]
     last = ("error", "folder")
     columns = list(dict.fromkeys(key for record in records for key in record if key not in last))
     with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
@@ -97,12 +97,12 @@ def write_files(folder: Path, outcomes: Sequence[Outcome]) -> None:
         writer.writeheader()
         writer.writerows(records)
     text = table_of(outcomes).markdown()
-    if seeds := over_seeds(outcomes):
+    if seeds := seed_table(outcomes):
         text += f"\nOver `{SEED}`, mean ± standard deviation:\n\n{seeds.markdown()}"
     (folder / "summary.md").write_text(text, encoding="utf-8")
 
 
-def _record(outcome: Outcome) -> dict[str, Any]:
+def _csv_row(outcome: Outcome) -> dict[str, Any]:
     """A row of summary.csv; overrides come first, and what is nested is flat: `mesh/tp`."""
     record: dict[str, Any] = dict(outcome.job.settings)
     own = {"status": outcome.status, "error": outcome.error or "", "seconds": outcome.seconds}
@@ -114,9 +114,9 @@ def _record(outcome: Outcome) -> dict[str, Any]:
 
 
 def print_table(console: Console, folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """The sweep on the terminal: the table, what is the same in all jobs, and where everything lies."""
+    """Print the sweep on the terminal: the tables, the failures, and commands to continue with."""
     console.print(table_of(outcomes).rich())
-    if seeds := over_seeds(outcomes):
+    if seeds := seed_table(outcomes):
         console.print(seeds.rich(title=f"over {SEED}: mean ± standard deviation"))
     for outcome in outcomes:
         if outcome.status == "failed":
@@ -124,11 +124,11 @@ def print_table(console: Console, folder: Path, outcomes: Sequence[Outcome]) -> 
             console.print(
                 Text(f"job {outcome.job.number} failed: {outcome.error}\n  {where}"), soft_wrap=True
             )
-    for what, command in _next(folder, outcomes).items():
+    for what, command in _next_commands(folder, outcomes).items():
         console.print(Text(f"{what:<10} {command}"), soft_wrap=True)
 
 
-def _next(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, str]:
+def _next_commands(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, str]:
     """The sweep's folder, and commands to continue with it."""
     shown, wandb = path_text(folder), folder / "wandb"
     lines = {"sweep": f"{shown}/summary.md"}

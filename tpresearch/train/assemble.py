@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpresearch.checkpoint.load import weights_from
+from tpresearch.checkpoint.load import from_checkpoint
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import has_master_weights
 from tpresearch.data.batches import Batches
@@ -79,4 +79,4 @@ def weight_source(cfg: Config, initializers: Mapping[str, Initializer]) -> Weigh
         return from_seed(initializers, cfg.train.seed)
     if is_hugging_face(cfg.init_from):
         return from_hugging_face(cfg.init_from, cfg.model)
-    return weights_from(cfg.init_from)
+    return from_checkpoint(cfg.init_from)

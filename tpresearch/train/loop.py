@@ -87,7 +87,7 @@ class Loop:
         if self.stop and self.stopped_by is None:
             self.stopped_by = self.stop.poll()
             if self.saver:
-                self.saver.settle(self.stop.written)
+                self.saver.commit_written(self.stop.written)
         return self.stopped_by is not None
 
     def rows(self) -> Iterator[Metrics]:
@@ -109,7 +109,7 @@ class Loop:
             stops, last = self.stops(), state.step == setup.steps
             due = last or (train.eval_every is not None and state.step % train.eval_every == 0)
             evaluates = due and not stops
-            saves = self.saver is not None and (stops or last or self.saver.due(state.step))
+            saves = self.saver is not None and (stops or last or self.saver.is_due(state.step))
             loss = None
             if evaluates or saves or stops or state.step % train.log_every == 0:
                 row = self._row(result, finite)

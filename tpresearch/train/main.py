@@ -12,10 +12,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpresearch.checkpoint.collective import checkpoint_group
 from tpresearch.checkpoint.disk import Checkpoint
 from tpresearch.checkpoint.load import restore
-from tpresearch.checkpoint.resume import agreed_on, check_corpus, checkpoints_to_resume
-from tpresearch.checkpoint.together import own_group
+from tpresearch.checkpoint.resume import broadcast_from_rank_0, check_corpus, checkpoints_to_resume
 from tpresearch.config.axes import AXES
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ProfilerName
@@ -67,7 +67,7 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
         check_rows(corpus, job)
         found = checkpoints_to_resume(job.cfg, run.folder, run.restarted)
         for checkpoint in found:
-            check_corpus(checkpoint.mark, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
+            check_corpus(checkpoint.manifest, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
         if is_complete(found, job, run):
             return
         check_disk(job, run, len(found))
@@ -102,8 +102,8 @@ def train_on(
         warn_of_hosts(job)
         # Before the model is sharded.
         observers = [*observers_of(job, mesh, device, tracker), *profilers_of(job, run)]
-        parameters, group = job.parameters, own_group()
-        found = agreed_on(found, group)
+        parameters, group = job.parameters, checkpoint_group()
+        found = broadcast_from_rank_0(found, group)
         restoring = partial(restore, found, group=group) if found else None
         loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
         loop.saver = saver_of(job, run, corpus, loop.state.step, group)

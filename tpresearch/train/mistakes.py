@@ -47,7 +47,7 @@ class KeptGradients(Observer):
 
     @torch.no_grad()
     def gradients(self, state: TrainState) -> None:
-        trained = state.trained().values()
+        trained = state.trained_parameters().values()
         for parameter, kept in zip(trained, self._kept, strict=False):
             if parameter.grad is not None and kept is not None:
                 parameter.grad += kept

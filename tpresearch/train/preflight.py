@@ -152,10 +152,10 @@ def check_first_weights(cfg: Config, model: nn.Module, starts_ranks: bool) -> No
         check_weights(cfg.init_from, cfg.model, model, download=starts_ranks)
         return
     from tpresearch.checkpoint.disk import BrokenCheckpoint
-    from tpresearch.checkpoint.load import check_first_weights_of
+    from tpresearch.checkpoint.load import check_initial_weights
 
     try:
-        check_first_weights_of(find_checkpoint(Path(cfg.init_from), "init_from"), model)
+        check_initial_weights(find_checkpoint(Path(cfg.init_from), "init_from"), model)
     except BrokenCheckpoint as error:
         why = f"its weights are not this model's: {error}"
         legal = "a run or checkpoint of this model, or a Hugging Face folder"

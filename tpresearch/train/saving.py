@@ -8,9 +8,9 @@ import shutil
 import torch
 import torch.distributed as dist
 
-from tpresearch.checkpoint.disk import FOLDER, Checkpoint, Mark
+from tpresearch.checkpoint.collective import RankFailed
+from tpresearch.checkpoint.disk import CHECKPOINTS_FOLDER, Checkpoint, Manifest
 from tpresearch.checkpoint.save import Saver
-from tpresearch.checkpoint.together import RankFailed
 from tpresearch.config.comparable import experiment_config
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
@@ -35,7 +35,7 @@ def saver_of(
     """
     cfg, device = job.cfg, job.device
     assert device
-    about = Mark(
+    about = Manifest(
         step=step,
         tokens=0,
         loss=None,
@@ -86,7 +86,7 @@ def check_disk(job: Preflight, run: Run, there: int) -> None:
         ConfigError: saying how much room there is.
     """
     wanted = max(job.cfg.checkpoint.keep + 1 - there, 1)
-    home = run.folder / FOLDER  # which may be a link to another disk
+    home = run.folder / CHECKPOINTS_FOLDER  # which may be a link to another disk
     each, free = checkpoint_bytes(job), shutil.disk_usage(home if home.is_dir() else run.folder).free
     if free < wanted * each:
         many = f"{wanted} checkpoints take" if wanted > 1 else "a checkpoint takes"
@@ -104,10 +104,10 @@ def checkpoint_bytes(job: Preflight) -> int:
 def say_how_to_resume(found: list[Checkpoint], step: int, job: Preflight) -> None:
     """A line in the log; and where the budget has grown, what that does to the learning rate."""
     checkpoint = next(c for c in found if c.step == step)
-    mark, cfg, steps = checkpoint.mark, job.cfg, total_steps(job.cfg)
+    manifest, cfg, steps = checkpoint.manifest, job.cfg, total_steps(job.cfg)
     log.info("resumes from step %d of %d: %s", step, steps, checkpoint.folder)
-    if steps != mark.steps and step < steps:
-        totals, (peak, schedule) = (mark.steps, steps), (cfg.optimizer.lr, cfg.schedule)
+    if steps != manifest.steps and step < steps:
+        totals, (peak, schedule) = (manifest.steps, steps), (cfg.optimizer.lr, cfg.schedule)
         before, now = (learning_rate(step, total, peak, schedule) for total in totals)
         rates = f"the learning rate of the next step is {now:.3g} instead of {before:.3g}"
-        log.warning("the budget has grown from %d to %d steps: %s", mark.steps, steps, rates)
+        log.warning("the budget has grown from %d to %d steps: %s", manifest.steps, steps, rates)

@@ -92,16 +92,16 @@ class TrainState:
     reducer: GradientReducer | None = None
     """Sums gradients over replicas, where nothing is sharded over data."""
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter once, by its first name, as the optimizer moves it, with its gradient."""
         return trained_parameters(self.model, self.masters)
 
     def weights(self) -> dict[str, Tensor]:
-        """Their values, under any plan: what a checkpoint saves, and loads into; call `weights_set` afterwards."""
-        return {name: parameter.detach() for name, parameter in self.trained().items()}
+        """Their values, under any plan: what a checkpoint saves, and loads into; call `refresh_copies` afterwards."""
+        return {name: parameter.detach() for name, parameter in self.trained_parameters().items()}
 
-    def weights_set(self) -> None:
-        """Have the model compute with what `weights` have become."""
+    def refresh_copies(self) -> None:
+        """Update the model's bfloat16 copies, after `weights` have changed."""
         if self.masters:
             self.masters.hand_down()
 

@@ -123,7 +123,7 @@ def reduce_partial_gradients(state: TrainState, plan: Plan, mesh: DeviceMesh) ->
     each use.
     """
     by_axis: dict[str, list[Tensor]] = {}
-    trained = state.trained()
+    trained = state.trained_parameters()
     for name in plan.partial_grads(state.model):
         if (gradient := trained[name].grad) is not None:
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
@@ -141,7 +141,7 @@ def clip_gradients(state: TrainState, mesh: DeviceMesh, greatest: float | None) 
 
     Returns: the global norm before clipping, the same scalar on every rank.
     """
-    gradients = [p.grad for p in state.trained().values() if p.grad is not None]
+    gradients = [p.grad for p in state.trained_parameters().values() if p.grad is not None]
     norm = global_norm(gradients, mesh)
     if greatest is not None:
         divisor = ((norm + 1e-6) / greatest).clamp(min=1.0)
@@ -162,5 +162,5 @@ def update(state: TrainState, norm: Tensor, setup: Setup) -> None:
     if not skips or isinstance(optimizer, AdamW) or math.isfinite(norm.item()):
         set_learning_rate(optimizer, learning_rate(state.step, setup.steps, cfg.optimizer.lr, cfg.schedule))
         optimizer.step()
-        state.weights_set()
+        state.refresh_copies()
     optimizer.zero_grad()

@@ -176,7 +176,7 @@ class CountedStep(Observer):
 
     def gradients(self, state: TrainState) -> None:
         if self._sent:
-            wanted = (p for p in state.trained().values() if p.requires_grad)
+            wanted = (p for p in state.trained_parameters().values() if p.requires_grad)
             self._all_used = all(parameter.grad is not None for parameter in wanted)
         if self._held:
             self._held.note_gradients()

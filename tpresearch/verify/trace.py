@@ -68,7 +68,7 @@ class GradientCapture(Observer):
         self.last: Tensors = {}
 
     def gradients(self, state: TrainState) -> None:
-        self.last = full_tensors({name: p.grad for name, p in state.trained().items()})
+        self.last = full_tensors({name: p.grad for name, p in state.trained_parameters().items()})
 
 
 def trace_run(

@@ -1,4 +1,4 @@
-"""Steps that all ranks do together and that may fail on one: all learn of it, and none waits for another."""
+"""Steps that all ranks do together and that may fail on one: every rank then raises, and none waits in vain."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from tpresearch.checkpoint.disk import BrokenCheckpoint
 
 Found = TypeVar("Found")
 
-SLOWEST_DISK = timedelta(hours=2)
-"""How long a rank that has written its part waits for one that has not. It learns at once of a rank that died."""
+TIMEOUT = timedelta(hours=2)
+"""How long a rank that has written its part waits for one that has not. The death of a rank is noticed at once."""
 
 
 class RankFailed(Exception):
     """A rank could not do its part; the message says which and why, in one line. Raised on every rank."""
 
 
-def own_group() -> dist.ProcessGroup | None:
+def checkpoint_group() -> dist.ProcessGroup | None:
     """A gloo group of all ranks for checkpoints only, separate from NCCL and the steps, with a long timeout. None for one rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    return dist.new_group(backend="gloo", timeout=SLOWEST_DISK)
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
-def together(work: Callable[[], Found], group: dist.ProcessGroup | None) -> list[Found]:
+def on_all_ranks(work: Callable[[], Found], group: dist.ProcessGroup | None) -> list[Found]:
     """`work()` of every rank, by rank. Collective.
 
     Raises:
-        RankFailed: on every rank, where the disk or what is on it keeps one of them from it. A bug is raised as it is,
-            which ends the other ranks too.
+        RankFailed: on every rank, if an OSError or a broken checkpoint stops one of them. Other exceptions propagate, which
+            ends the other ranks too.
     """
     mine: tuple[Any, str | None]
     try:
         mine = work(), None
     except (OSError, BrokenCheckpoint) as error:
-        mine = None, line_of(error)
+        mine = None, error_line(error)
     if group is None:
-        told = [mine]
+        results = [mine]
     else:
-        told = [mine] * group.size()
-        dist.all_gather_object(told, mine, group=group)
-    for rank, (_, problem) in enumerate(told):
+        results = [mine] * group.size()
+        dist.all_gather_object(results, mine, group=group)
+    for rank, (_, problem) in enumerate(results):
         if problem is not None:
-            raise RankFailed(problem if len(told) == 1 else f"rank {rank}: {problem}")
-    return [found for found, _ in told]  # type: ignore[misc]
+            raise RankFailed(problem if len(results) == 1 else f"rank {rank}: {problem}")
+    return [found for found, _ in results]  # type: ignore[misc]
 
 
 @contextmanager
-def dcp_among(group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
+def dcp_arguments(group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
     """Arguments for a save or load by DCP on these ranks, or without ranks: then silencing the warning of each call.
 
     Raises:
@@ -68,10 +68,12 @@ def dcp_among(group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
         except CheckpointException as error:
             rank, (cause, _) = min(error.failures.items())
             one_of_several = group is not None and len(error.failures) == 1
-            raise RankFailed(f"rank {rank}: {line_of(cause)}" if one_of_several else line_of(cause)) from None
+            raise RankFailed(
+                f"rank {rank}: {error_line(cause)}" if one_of_several else error_line(cause)
+            ) from None
 
 
-def line_of(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An error's message, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
