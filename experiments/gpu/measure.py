@@ -34,7 +34,7 @@ SMOKE = (
     *("train.steps=4", "train.eval_rows=0", "logger=none", "data.seq_len=128", "train.global_batch_size=8"),
 )
 STAGES: dict[str, tuple[float, list[str]]] = {
-    "facts": (20, [str(HERE / "facts.py")]),
+    "facts": (60, [str(HERE / "facts.py")]),
     "smoke": (60, [str(ROOT / "train.py"), *SMOKE]),
     "calibrate": (65, [str(HERE / "calibrate.py")]),
     "training-8b": (260, [str(HERE / "training.py"), "8b"]),
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--only", type=lambda words: words.split(","), default=list(STAGES))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     until = time.monotonic() + given.limit
     for asked in given.only:
         name, _, seconds = asked.partition(":")
@@ -111,9 +112,11 @@ def run(name: str, command: list[str], limit: float, out: Path) -> None:
             code = process.wait(limit)
             status = "done" if code == 0 else f"exit {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             status = "out of time"
+        finally:  # also where this process is told to end: the stage would go on, and hold the card
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     seconds = round(time.monotonic() - began, 1)
     last = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()[-1:]
     append(out, stage=name, status=status, seconds=seconds, last_line=(last or [""])[0][:300])

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from gpu import report
 from support.commands import ROOT
+from support.processes import runs, wait_for
 
 MEASURE = ROOT / "experiments" / "gpu" / "measure.py"
 
@@ -37,8 +39,49 @@ def test_it_runs_on_a_cpu_with_tiny_sizes(tmp_path: Path) -> None:
         assert len(row["losses"]) == 3
         assert row["losses"] == trained[0]["losses"] or row is not trained[0]
         assert row["overrides"]["weights"] == "bfloat16"
-    (profiled,) = [row for row in rows if row.get("event") == "profile"]
-    assert {"matmul", "pointwise"} <= profiled["classes"].keys()
+    for row in trained:
+        of_id = [step["seconds"] for step in rows if step.get("event") == "step" and step["id"] == row["id"]]
+        assert of_id[-2:] == row["steps_s"]
+    profiled = [row for row in rows if row.get("event") == "profile"]
+    assert profiled[0]["id"] == "8b none mb4"
+    assert {"matmul", "pointwise"} <= profiled[0]["classes"].keys()
+
+
+@pytest.mark.exhaustive
+def test_a_setting_that_fails_leaves_the_next_their_turn(tmp_path: Path) -> None:
+    program = (
+        "import sys, training\n"
+        "steps = training.steps\n"
+        "def failing(loop, name, cfg, stage):\n"
+        "    if name == '7b none mb4': raise ValueError('no luck')\n"
+        "    return steps(loop, name, cfg, stage)\n"
+        "training.steps = failing\n"
+        "training.main()\n"
+    )
+    command = [sys.executable, "-c", program, "7b", "--out", str(tmp_path), "--device", "cpu", "--tiny"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(MEASURE.parent)])}
+    subprocess.run([*command, "--limit", "60"], check=True, capture_output=True, env=env)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    (failed,) = [row for row in rows if "error" in row]
+    assert (failed["id"], failed["error"], failed["said"]) == ("7b none mb4", "ValueError", "no luck")
+    assert [row["id"] for row in rows if "step_s" in row] == ["7b selective mb4"]
+
+
+def test_a_call_that_is_told_to_end_ends_its_stage(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib, measure\n"
+        "sleeps = ['-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)']\n"
+        "measure.STAGES['facts'] = (600, sleeps)\n"
+        "sys.argv[1:] = ['--out', sys.argv[1], '--only', 'facts']\n"
+        "measure.main()\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(MEASURE.parent)}
+    call = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=env)
+    said = tmp_path / "facts.log"
+    wait_for(lambda: said.exists() and said.read_text().endswith("\n"))
+    call.terminate()
+    assert call.wait() == 143
+    assert not runs(int(said.read_text()))
 
 
 def test_a_stage_that_hangs_is_ended_and_those_after_it_run(tmp_path: Path) -> None:
