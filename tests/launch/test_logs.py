@@ -51,8 +51,9 @@ def test_the_console_is_short_and_leaves_out_what_is_for_files(
     log.info("mesh ready")
     log.warning("slow disk")
     log.error("a long traceback", extra=IN_FILES_ONLY)
+    logging.getLogger("torch._dynamo").warning("\nIn-place ops\nare not for this.\n")
     lines = [line[9:] for line in capsys.readouterr().err.splitlines()]  # without the time
-    assert lines == ["mesh ready", "slow disk [warning]"]
+    assert lines == ["mesh ready", "slow disk [warning]", "In-place ops are not for this. [warning]"]
     assert "ERROR tpresearch.train: a long traceback" in (tmp_path / "train.log").read_text()
 
 

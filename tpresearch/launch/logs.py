@@ -77,12 +77,15 @@ def _console() -> logging.Handler:
 
 
 class ShortFormat(logging.Formatter):
-    """Names the level from WARNING upwards; the line of source of a Python warning is left to the files."""
+    """Names the level from WARNING upwards; a library's warning is a line, a Python one's without its line of source, which is
+    left to the files."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)
         if record.name == "py.warnings":
             line = line.splitlines()[0]
+        elif record.levelno >= logging.WARNING and not record.name.startswith("tpresearch"):
+            line = " ".join(line.split())
         return line if record.levelno < logging.WARNING else f"{line} [{record.levelname.lower()}]"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -66,8 +67,13 @@ class Trace(Observer):
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._config.memory and self._on_cuda:
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+        os.environ.setdefault(
+            "KINETO_LOG_LEVEL", "6"
+        )  # else it writes lines of its own on each rank (torch 2.13)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_cuda else [])]
-        self._profile = profile(activities=activities)
+        self._profile = profile(
+            activities=activities, acc_events=True
+        )  # or torch 2.11 warns, of further cycles
         self._profile.start()
 
     def _stop(self, profiled: profile) -> None:
@@ -84,6 +90,8 @@ class Trace(Observer):
             torch.cuda.memory._record_memory_history(enabled=None)
         classes = ", ".join(f"{name} {row['ms']:.1f}" for name, row in found["classes"].items())
         log.info("profile of %d steps in %s: ms per step: %s", self._config.steps, where, classes)
+        if not classes:
+            log.warning("the profile has no kernels: CUPTI, from which torch has them, cannot be used here")
 
 
 def profiled_steps(config: ProfilerConfig) -> range:
