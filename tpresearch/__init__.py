@@ -17,7 +17,7 @@ from tpresearch import interrupt
 if TYPE_CHECKING:
     from tpresearch.api import build, compile_plan, load, metrics, runs
 
-interrupt.starting()
+interrupt.exit_on_interrupt()
 
 __all__ = ["build", "compile_plan", "load", "metrics", "runs"]
 

@@ -42,7 +42,7 @@ def _dispatch() -> None:
         print(version("tpresearch"))
     elif name in COMMANDS:
         sys.argv[1:] = arguments
-        interrupt.starting()
+        interrupt.exit_on_interrupt()
         runpy.run_module(f"tpresearch.{name}", run_name="__main__", alter_sys=True)
     else:
         legal, (best, *_) = f"one of {' '.join(COMMANDS)}", nearest(name, COMMANDS)

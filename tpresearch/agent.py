@@ -97,7 +97,7 @@ def _exit_code(error: BaseException) -> int | None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if isinstance(error, KeyboardInterrupt):  # before there were ranks
-        interrupt.say()
+        interrupt.print_stopped()
         return interrupt.INTERRUPTED
     if isinstance(error, SignalException):
         return 128 + int(error.sigval)

@@ -20,9 +20,9 @@ from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed
 from tpresearch.config.values import check_bounds
 from tpresearch.config.world import World
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
-from tpresearch.launch.explain import explaining
+from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.run_dir import register_resolvers
-from tpresearch.train.preflight import Preflight, preflight, refuse_alone
+from tpresearch.train.preflight import Preflight, preflight, refuse_single_process
 
 if TYPE_CHECKING:  # torch and pandas take seconds, and a config needs neither
     import pandas as pd
@@ -53,7 +53,7 @@ def load(*overrides: str, config_name: str = "train") -> Config:
     register_resolvers()
     composition = Composition(config_name, list(overrides))
     try:
-        with explaining(composition), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with explain_errors(composition), initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return typed_config(compose(config_name, composition.overrides))
     except ConfigError as error:
         raise error from None  # its sentence says what Hydra's traceback does
@@ -182,7 +182,7 @@ def _to_look_at(cfg: Config, ranks: int) -> Job:
     from tpresearch.parallel.apply import parallelize
     from tpresearch.parallel.mesh import build_mesh
     from tpresearch.simulate.fake_ranks import FAKE
-    from tpresearch.train.assemble import first_state
+    from tpresearch.train.assemble import build_state
 
     job = compile_plan(cfg, ranks).job
     _join(FAKE, World(size=ranks, local_size=ranks), cfg)
@@ -194,7 +194,7 @@ def _to_look_at(cfg: Config, ranks: int) -> Job:
     why = f"this process holds what rank 0 of {ranks} would hold, for inspection only"
     legal = f"to compute with it, torchrun --nproc-per-node={ranks} {script}; or parallel=none"
     missing = ConfigError("parallel", cfg.parallel.name, why, legal, fix={}, nproc=ranks)
-    return Job(first_state(model, cfg, job.plan, mesh), mesh, missing)
+    return Job(build_state(model, cfg, job.plan, mesh), mesh, missing)
 
 
 _groups: dict[tuple[str, int], AbstractContextManager[None]] = {}
@@ -211,7 +211,7 @@ def _join(device: Device, world: World, cfg: Config) -> None:
         if key in _groups or (not _groups and device.backend != "fake"):
             return
         if not _groups:
-            refuse_alone(cfg, world.size)
+            refuse_single_process(cfg, world.size)
         _leave()
     group = process_group(device, world)
     group.__enter__()

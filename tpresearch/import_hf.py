@@ -15,10 +15,10 @@ from tpresearch.launch import Run, entrypoint
 from tpresearch.train.preflight import Preflight, preflight
 
 NOTHING_YET = -1
-"""The step after which a run is saved that has none at all."""
+"""The last step of a run without steps, so that step 0 is saved."""
 
 
-def judge(cfg: Config, world: World) -> Preflight:
+def preflight_import(cfg: Config, world: World) -> Preflight:
     """Raises:
     ConfigError: also for one of our runs, which needs no import.
     """
@@ -28,7 +28,7 @@ def judge(cfg: Config, world: World) -> Preflight:
     return preflight(cfg, world)
 
 
-@entrypoint("import_hf", judge=judge)
+@entrypoint("import_hf", preflight=preflight_import)
 def main(job: Preflight, run: Run) -> None:
     # Late: a refused config should not wait for all of torch.
     from tpresearch.checkpoint.collective import checkpoint_group
@@ -40,7 +40,7 @@ def main(job: Preflight, run: Run) -> None:
     from tpresearch.parallel.mesh import build_mesh
     from tpresearch.track.record import write_config
     from tpresearch.train.assemble import assemble
-    from tpresearch.train.saving import saver_of
+    from tpresearch.train.saving import build_saver
 
     cfg, device = job.cfg, job.device
     assert device
@@ -48,7 +48,9 @@ def main(job: Preflight, run: Run) -> None:
     with process_group(device, run.world):
         loop = assemble(job, build_mesh(job.sizes, device.type), device, corpus)
         try:
-            saver_of(job, run, corpus, NOTHING_YET, checkpoint_group()).save(loop.state, 0, None, last=True)
+            build_saver(job, run, corpus, NOTHING_YET, checkpoint_group()).save(
+                loop.state, 0, None, last=True
+            )
         except SaveFailed as error:
             raise ConfigError("hydra.run.dir", run.folder, str(error), "a disk with room") from None
     if run.world.rank == 0:

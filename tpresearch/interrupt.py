@@ -15,8 +15,8 @@ INTERRUPTED = 128 + signal.SIGINT
 """The exit code after Ctrl-C."""
 
 
-def starting() -> None:
-    """Let Ctrl-C end this process at once, if it is a command of ours: train.py, `python -m tpresearch.*` (which has `-m`
+def exit_on_interrupt() -> None:
+    """Make Ctrl-C end this process at once, if it is a command of ours: train.py, `python -m tpresearch.*` (which has `-m`
     for its name while the package is imported) or the console script."""
     name = sys.argv[0] if sys.argv else ""
     ours = Path(__file__).parents[1] / "train.py"
@@ -25,18 +25,18 @@ def starting() -> None:
         signal.signal(signal.SIGINT, _end)
 
 
-def begun() -> None:
-    """From here on Ctrl-C is a KeyboardInterrupt again: there is something to clear away."""
+def restore_interrupt() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt again, since there is something to clean up."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def say() -> None:
-    """One line per job."""
+def print_stopped() -> None:
+    """Print one line per job."""
     if os.environ.get("RANK") in (None, "", "0"):
         print("stopped by SIGINT", file=sys.stderr, flush=True)
 
 
 def _end(number: int, frame: object) -> None:
-    say()
+    print_stopped()
     os._exit(INTERRUPTED)

@@ -11,7 +11,7 @@ from tpresearch.data.rows import PackedCorpus
 from tpresearch.launch import Run, World, entrypoint
 
 
-def judge(cfg: Config, world: World) -> Config:
+def preflight(cfg: Config, world: World) -> Config:
     if cfg.data.is_synthetic:
         why = "synthetic rows are generated as they are read"
         legal = "a source of text to prepare"
@@ -20,7 +20,7 @@ def judge(cfg: Config, world: World) -> Config:
     return cfg
 
 
-@entrypoint("train", judge=judge)
+@entrypoint("train", preflight=preflight)
 def main(cfg: Config, run: Run) -> None:
     corpus = prepare(cfg.data, cfg.tokenizer, run.world)
     assert isinstance(corpus, PackedCorpus)

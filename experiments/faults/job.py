@@ -26,7 +26,7 @@ from tpresearch.launch import Run
 from tpresearch.launch.stop import Stopped
 from tpresearch.train import main
 from tpresearch.train.observe import Observer
-from tpresearch.train.preflight import judge_folder, preflight
+from tpresearch.train.preflight import check_folder, preflight
 from tpresearch.train.state import TrainState
 
 STEPS, EVERY, KEEP = 6, 2, 2
@@ -157,7 +157,7 @@ def _rank(world: World, port: int, overrides: list[str], folder: Path, fault: Fa
 def _train(world: World, overrides: list[str], folder: Path) -> int:
     try:
         job = preflight(config(*overrides), world)
-        judge_folder(job, folder, False)
+        check_folder(job, folder, False)
         main.train(job, Run(folder, world), [Breaks()])
     except Stopped as stopped:
         return int(stopped.code or 0)

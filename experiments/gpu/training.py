@@ -27,10 +27,10 @@ from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.assemble import assemble
 from tpresearch.train.loop import Loop
-from tpresearch.train.losses import objective_of
+from tpresearch.train.losses import build_objective
 from tpresearch.train.observe import Observers
 from tpresearch.train.preflight import preflight
-from tpresearch.train.profile import Trace
+from tpresearch.train.profile import Profiler
 from tpresearch.train.speed import Speed
 from tpresearch.train.state import TrainState
 
@@ -225,7 +225,7 @@ def prepare_for(loop: Loop, cfg: Config) -> None:
         block._forward_pre_hooks.clear()
         wrap_forward(block, cfg.parallel, bool(setup.plan.rules))
     loop.setup = dataclasses.replace(
-        setup, cfg=cfg, objective=objective_of(cfg, setup.plan), observers=Observers()
+        setup, cfg=cfg, objective=build_objective(cfg, setup.plan), observers=Observers()
     )
 
 
@@ -239,7 +239,7 @@ def profile(loop: Loop, cfg: Config, stage: Stage, name: str) -> None:
     """Two more steps of the setting that the loop is in."""
     cfg.profiler.first_step, cfg.profiler.steps = 1, 2
     with TemporaryDirectory() as folder:
-        observers = Observers([Trace(cfg.profiler, Path(folder), 0, stage.on_cuda)])
+        observers = Observers([Profiler(cfg.profiler, Path(folder), 0, stage.on_cuda)])
         loop.setup = dataclasses.replace(loop.setup, observers=observers)
         for _ in range(2):
             loop.step()

@@ -38,7 +38,7 @@ from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import local_part, materialize
 from tpresearch.plan.compiler import fsdp_local_shape
 from tpresearch.plan.meta import meta_model, settings_with_defaults
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 
 CELLS = [(1, "none"), (8, "fsdp"), (4, "tp"), (4, "sp"), (8, "fsdp_tp mesh.tp=4"), (8, "hsdp_tp mesh.tp=4")]
 LARGE = [(8, "fsdp_tp mesh.tp=8"), (16, "fsdp_tp mesh.tp=8"), (64, "fsdp_tp mesh.tp=8"), (64, "fsdp")]
@@ -59,7 +59,7 @@ def config(model: str, plan: str) -> Config:
 
 def by_arithmetic(cfg: Config, ranks: int) -> tuple[int, int]:
     """Bytes of a rank's float32 weights, and of the room for its largest part of a query or key projection."""
-    model, plan = planned(cfg, validate(cfg, ranks))
+    model, plan = plan_model(cfg, validate(cfg, ranks))
     held = {
         name: torch.Size(fsdp_local_shape(name, model, plan)).numel() for name, _ in model.named_parameters()
     }
@@ -116,7 +116,7 @@ def one_rank(folder: str, ranks: int, plan: str) -> None:
     """Print what rank 0 of a cell measures: its bytes, the peaks and the seconds."""
     cfg = config("llama2_1b", plan)
     sizes = validate(cfg, ranks)
-    model, _plan = planned(cfg, sizes)
+    model, _plan = plan_model(cfg, sizes)
     check_weights(folder, cfg.model, model)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     parallelize(model, _plan, cfg.parallel, build_mesh(sizes, "cpu"), cfg.train.dtype)

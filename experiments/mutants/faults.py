@@ -1,6 +1,6 @@
 """Faults of a step: what a rank draws, reads, sums, clips and updates.
 
-Three are the tutorial's own mistakes, which `defects.*` of any run makes too (`tpresearch/train/mistakes.py`).
+Three are the tutorial's own mistakes, which `defects.*` of any run makes too (`tpresearch/train/defects.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from tpresearch.config.schema import DefectsConfig
 from tpresearch.data.batches import Batch, Batches
 from tpresearch.parallel import apply, weights
 from tpresearch.plan.compiler import Plan
-from tpresearch.train import assemble, loop, mistakes, step
+from tpresearch.train import assemble, loop, step
+from tpresearch.train import defects as train_defects
 from tpresearch.train.cross_entropy import VocabularyShard
-from tpresearch.train.losses import AllAtOnce, InChunks
+from tpresearch.train.losses import ChunkedCrossEntropy, FullCrossEntropy
 from tpresearch.train.step import Setup, TrainState
 
 Patched = AbstractContextManager[Any]
@@ -33,9 +34,9 @@ def mistake(**defects: bool) -> Callable[[], Patched]:
     """One of the tutorial's mistakes, in a run whose config does not ask for it."""
 
     def made(cfg: Any, *rest: Any) -> Any:
-        return mistakes.mistakes_of(replace(cfg, defects=DefectsConfig(**defects)), *rest)
+        return train_defects.build_defects(replace(cfg, defects=DefectsConfig(**defects)), *rest)
 
-    return lambda: patch.object(assemble, "mistakes_of", made)
+    return lambda: patch.object(assemble, "build_defects", made)
 
 
 # Weights and shards
@@ -97,7 +98,7 @@ def counting(tokens: Callable[[list[Batch], int], float]) -> Patched:
 
     def accumulate(state: TrainState, micro_batches: list[Batch], setup: Setup) -> Tensor:
         objective = setup.objective
-        assert isinstance(objective, AllAtOnce | InChunks)
+        assert isinstance(objective, FullCrossEntropy | ChunkedCrossEntropy)
         miscounted = replace(objective, scale=1 / tokens(micro_batches, setup.tokens_per_step))
         return right(state, micro_batches, replace(setup, objective=miscounted))
 
@@ -116,7 +117,7 @@ def softmax_over_own_shard() -> Patched:
     """Vocabulary-parallel loss without its all-reduces: each rank normalises over the entries that it holds."""
 
     stack = ExitStack()
-    for method in ("greatest", "total"):
+    for method in ("all_reduce_max", "all_reduce_sum"):
         stack.enter_context(patch.object(VocabularyShard, method, lambda self, values: values))
     return stack
 

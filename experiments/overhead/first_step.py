@@ -40,11 +40,13 @@ def by_hand(plan: str, dp: int, tp: int, rows: int, seq_len: int, model: dict) -
 
 def ours() -> None:
     from tpresearch.launch import Run, entrypoint
-    from tpresearch.train.preflight import Preflight, glance, judge_folder, preflight
+    from tpresearch.train.preflight import Preflight, check_folder, preflight, quick_check
 
     resuming = partial(preflight, resumes=True)
 
-    @entrypoint("train", preflight, judge_folder=judge_folder, glance=glance, judge_resumed=resuming)
+    @entrypoint(
+        "train", preflight, check_folder=check_folder, quick_check=quick_check, preflight_resumed=resuming
+    )
     def main(job: Preflight, run: Run) -> None:
         from tpresearch.train.main import train
         from tpresearch.train.observe import Observer

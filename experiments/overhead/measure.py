@@ -31,7 +31,7 @@ from tpresearch.parallel.norm import local_shard
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.assemble import assemble
 from tpresearch.train.loop import Loop
-from tpresearch.train.main import observers_of
+from tpresearch.train.main import build_observers
 from tpresearch.train.preflight import Preflight, preflight
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -45,7 +45,7 @@ ROUNDS = 12
 """Pairs of blocks: ours first in the even ones, last in the odd ones."""
 
 
-@entrypoint("train", judge=preflight)
+@entrypoint("train", preflight=preflight)
 def main(job: Preflight, run: Run) -> None:
     cfg = job.cfg
     steps = WARM_UP + ROUNDS * BLOCK
@@ -58,7 +58,7 @@ def main(job: Preflight, run: Run) -> None:
     corpus = prepare(cfg.data, cfg.tokenizer, run.world)
     with process_group(device, run.world):
         mesh = build_mesh(sizes, device.type)
-        observers = observers_of(job, mesh, device, None)
+        observers = build_observers(job, mesh, device, None)
         loop = assemble(job, mesh, device, corpus, observers)
         model = loop.state.model
         facts = RunFacts(run.world.size, sizes.nontrivial(), job.parameters, device.name)

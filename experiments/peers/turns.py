@@ -36,7 +36,7 @@ from tpresearch.plan.meta import plain_model, settings_with_defaults
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.assemble import assemble, weight_source
 from tpresearch.train.loop import Loop
-from tpresearch.train.main import observers_of
+from tpresearch.train.main import build_observers
 from tpresearch.train.preflight import Preflight, preflight
 
 HERE = Path(__file__).parent
@@ -98,7 +98,7 @@ def loopback_bytes() -> int:
     return int(line.partition(":")[2].split()[8])
 
 
-@entrypoint("train", judge=preflight)
+@entrypoint("train", preflight=preflight)
 def main(job: Preflight, run: Run) -> None:
     cfg, sizes, device = job.cfg, job.sizes, job.device
     assert device
@@ -142,7 +142,7 @@ def makers(
 
     def ours() -> Iterator[float]:
         nonlocal loop
-        observers = observers_of(job, mesh, job.device, None)
+        observers = build_observers(job, mesh, job.device, None)
         loop = assemble(job, mesh, job.device, corpus, observers)
         return our_steps(loop, job, run)
 

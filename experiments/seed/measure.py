@@ -34,7 +34,7 @@ from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.text import bytes_text
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 from tpresearch.verify.plans import trace_on_rank_0
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
@@ -136,7 +136,7 @@ def sent_by_the_script(case: Case) -> int:
     """Bytes that rank 0 sends in a step at the script's own sizes, by the formulas that the measured ones equal."""
     words = [word for word in case.train(Path()) if word not in SHORTER]
     cfg = composed("train", words)
-    entries = expected_entries(*planned(cfg, validate(cfg, 4)), cfg)
+    entries = expected_entries(*plan_model(cfg, validate(cfg, 4)), cfg)
     assert entries is not None
     return sum(entry.sent_bytes for entry in entries)
 

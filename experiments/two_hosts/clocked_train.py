@@ -19,7 +19,7 @@ from tpresearch.train.preflight import Preflight, preflight
 from tpresearch.train.state import TrainState
 
 
-@entrypoint("train", judge=preflight)
+@entrypoint("train", preflight=preflight)
 def main(job: Preflight, run: Run) -> None:
     train(job, run, [Clock(run)])
 

@@ -27,7 +27,7 @@ from tpresearch.train.state import TrainState
 FIRST_PORT = 29500
 
 
-@entrypoint("train", judge=preflight)
+@entrypoint("train", preflight=preflight)
 def main(job: Preflight, run: Run) -> None:
     train(job, run, [Wire(run)])
 

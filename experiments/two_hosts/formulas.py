@@ -19,7 +19,7 @@ from tpresearch.launch.composition import conf_dir
 from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.ledger.entries import Entry
 from tpresearch.ledger.formulas import expected_entries
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 
 LINKS = {"100 Gb/s": 100e9 / 8, "3.2 Tb/s": 3.2e12 / 8}
 """Of a whole host, each way, in bytes a second: one Ethernet card, or eight of 400 Gb/s."""
@@ -36,7 +36,7 @@ def entries_of_step(overrides: list[str], ranks_a_host: int) -> tuple[list[Entry
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = to_config(compose("train", overrides=[*overrides, "logger=none"]))
     sizes = validate(cfg, 2 * ranks_a_host, hosts=2)
-    entries = expected_entries(*planned(cfg, sizes), cfg)
+    entries = expected_entries(*plan_model(cfg, sizes), cfg)
     assert entries is not None, f"no formula for {overrides}"
     return entries, sizes
 

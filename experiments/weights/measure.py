@@ -31,7 +31,7 @@ from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import from_seed, materialize
 from tpresearch.plan.initializers import read_initializers
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 
 sys.path.append(str(Path(__file__).parents[1]))
 from record import place
@@ -72,7 +72,7 @@ def measure(overrides: str, ranks: int, rank: int) -> dict[str, object]:
     mesh = build_mesh(sizes, "cpu")
     drawn, one_normal = [], []
     for repeat in range(REPEATS):
-        model, plan = planned(cfg, sizes)
+        model, plan = plan_model(cfg, sizes)
         numbers = sum(p.numel() for p in model.parameters())
         source = from_seed(read_initializers(model), seed=repeat)
         parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)

@@ -26,7 +26,7 @@ from tpresearch.config import Config, ConfigError
 from tpresearch.config.comparable import experiment_config
 from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import total_steps
-from tpresearch.launch.command import type_again
+from tpresearch.launch.command import repeat_command_of_run
 
 STARTED = ("model=llama2_debug", "parallel=tp", "train.steps=50")
 
@@ -214,7 +214,7 @@ def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
     arguments = Namespace(
         multirun=False, overrides=[f"resume={named}", *typed], config_name=None, config_dir=None
     )
-    assert type_again(arguments) == run
+    assert repeat_command_of_run(arguments) == run
     now = [f"resume={named}", *typed, f"hydra.run.dir={run}"]
     assert arguments.overrides == ["hydra.searchpath=[file:///own]", *kept, *now]
     assert (arguments.config_name, arguments.config_dir) == ("train", "/mine")
@@ -223,23 +223,23 @@ def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
 def test_a_run_resumes_in_its_own_folder(run: Path) -> None:
     for overrides in (["train.steps=3"], ["resume=auto", "hydra.run.dir=x"], ["resume=never"]):
         arguments = Namespace(multirun=False, overrides=list(overrides), config_name=None, config_dir=None)
-        assert type_again(arguments) is None
+        assert repeat_command_of_run(arguments) is None
         assert arguments.overrides == overrides
     arguments = Namespace(
         multirun=False, overrides=[f"resume={run}", "hydra.run.dir=x"], config_name=None, config_dir=None
     )
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir=x: resume=.* continues in that run's own folder"):
-        type_again(arguments)
+        repeat_command_of_run(arguments)
     arguments = Namespace(multirun=True, overrides=[f"resume={run}"], config_name=None, config_dir=None)
     with pytest.raises(ConfigError, match="the jobs of a sweep have folders of their own"):
-        type_again(arguments)
+        repeat_command_of_run(arguments)
     typed = [f"resume={run}", "plan_only=true"]
     arguments = Namespace(multirun=False, overrides=typed, config_name=None, config_dir=None)
-    assert type_again(arguments) == run
+    assert repeat_command_of_run(arguments) == run
     assert not any(word.startswith("hydra.run.dir") for word in arguments.overrides), (
         "only looking leaves it alone"
     )
     (run / ".hydra" / "overrides.yaml").unlink()
     arguments = Namespace(multirun=False, overrides=[f"resume={run}"], config_name=None, config_dir=None)
-    with pytest.raises(ConfigError, match="what was typed for it cannot be read: No such file"):
-        type_again(arguments)
+    with pytest.raises(ConfigError, match="its overrides cannot be read: No such file"):
+        repeat_command_of_run(arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.trainings import TINY
 
-from tpresearch.launch.claim import locked
+from tpresearch.launch.claim import lock_folder
 
 pytestmark = pytest.mark.cli
 
@@ -35,7 +35,7 @@ def test_a_second_run_into_a_folder_has_a_record_of_its_own(train_py, tmp_path: 
 
 def test_a_folder_that_is_in_use_is_refused_with_one_that_is_free(train_py, tmp_path: Path) -> None:
     (tmp_path / "cwd" / "D").mkdir(parents=True)
-    with locked(tmp_path / "cwd" / "D"):
+    with lock_folder(tmp_path / "cwd" / "D"):
         done = train_py(*TINY, "hydra.run.dir=D")
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
     assert done.err.startswith(

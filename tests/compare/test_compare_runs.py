@@ -22,7 +22,7 @@ from tpresearch.compare.groups import (
 )
 from tpresearch.compare.runs import find_runs
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.claim import EARLIER
+from tpresearch.launch.claim import EARLIER_SUFFIX
 from tpresearch.launch.options import words_and_options
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ def test_what_a_sweep_has_set_aside_is_found_by_its_name_alone(
         return [run.folder.name for run in find_runs([str(word) for word in words]).runs]
 
     for nth in (1, 2):  # twice started anew, as a sweep does
-        (sweep / "3").rename(sweep / f"3{EARLIER}{nth}")
+        (sweep / "3").rename(sweep / f"3{EARLIER_SUFFIX}{nth}")
         Made("tp", {"tp": 2}, lr=0.004, steps=2).write(sweep / "3")
     assert (sweep / "3.earlier-2" / "summary.json").is_file()
     every = [str(number) for number in range(11)]

@@ -8,7 +8,7 @@ from support.composed import config
 from tpresearch.config import ConfigError
 from tpresearch.config.validate import validate
 from tpresearch.config.values import describe_type
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 
 SP = "model.plans.sp"
 WRONG = [
@@ -58,7 +58,7 @@ WRONG = [
 
 def judged(*overrides: str) -> None:
     cfg = config(*overrides)
-    planned(cfg, validate(cfg, 2))
+    plan_model(cfg, validate(cfg, 2))
 
 
 @pytest.mark.parametrize(("typed", "field", "legal"), WRONG, ids=[row[0] for row in WRONG])

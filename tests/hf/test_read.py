@@ -18,7 +18,7 @@ from tpresearch.hf.read import from_hugging_face
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import held_indices, local_part, materialize
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 from tpresearch.verify.ranks import Ranks
 
 transformers = pytest.importorskip("transformers", reason="the reference comes with the hf extra")
@@ -85,7 +85,7 @@ def shards(
     for case, (size, cfg) in configs.items():
         if world.rank >= size:
             continue
-        model, plan = planned(cfg, sizes := validate(cfg, size))
+        model, plan = plan_model(cfg, sizes := validate(cfg, size))
         dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=size)
         try:
             parallelize(model, plan, cfg.parallel, build_mesh(sizes, "cpu"), cfg.train.dtype)

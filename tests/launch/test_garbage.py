@@ -2,14 +2,14 @@
 
 import gc
 
-from tpresearch.launch.garbage import uncollected
+from tpresearch.launch.garbage import gc_paused
 
 
 def test_what_is_imported_is_never_looked_through() -> None:
     before = gc.get_freeze_count()
     try:
-        with uncollected():
-            with uncollected():
+        with gc_paused():
+            with gc_paused():
                 pass
             assert not gc.isenabled()
         assert gc.isenabled()

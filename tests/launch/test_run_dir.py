@@ -39,7 +39,7 @@ def composed(folder: str) -> DictConfig:
 
 def agree(folder: str = "${run_dir:${name}}", world: World = World()) -> str:  # noqa: B008
     """The folder of a run that is over at once."""
-    with run_dir.agreed(composed(folder), world) as (agreed, _):
+    with run_dir.agree_on_folder(composed(folder), world) as (agreed, _):
         return str(agreed)
 
 
@@ -122,7 +122,7 @@ def test_a_folder_with_a_checkpoint_is_gone_on_with_unless_the_config_says_never
     assert {*there(tmp_path)} == {"mine"}
     never = composed("mine")
     never.resume = "never"
-    with run_dir.agreed(never, World()):
+    with run_dir.agree_on_folder(never, World()):
         assert there(tmp_path / "mine") == {".lock", "notes.txt"}
     assert (tmp_path / "mine.earlier-1" / "checkpoints" / "step-00000003").is_dir()
 
@@ -137,7 +137,7 @@ def test_files_that_no_run_has_left_are_not_written_over(tmp_path: Path) -> None
 
 def test_a_folder_is_locked_while_a_run_uses_it(tmp_path: Path) -> None:
     (tmp_path / "mine-2").mkdir()
-    with run_dir.agreed(composed("mine"), World()):
+    with run_dir.agree_on_folder(composed("mine"), World()):
         with pytest.raises(ConfigError, match="another run is using this folder") as refused:
             agree("mine")
         assert refused.value.fix == {"hydra.run.dir": Path("mine-3")}
@@ -182,15 +182,15 @@ def test_ranks_of_other_hosts_hear_that_rank_0_is_refused(monkeypatch: pytest.Mo
     rank_0, elsewhere = World(0, 4, 0, 2, elastic=True), World(2, 4, 0, 2, elastic=True)
     with ThreadPoolExecutor(1) as beside:
         waits = beside.submit(agree, "mine", elsewhere)
-        run_dir.tell_other_hosts(elsewhere)  # who waits for no one
-        run_dir.tell_other_hosts(World(0, 2, 0, 2, elastic=True))  # whose torchrun ends all of them
-        time.sleep(3 * run_dir.ASKS_AGAIN_S)
+        run_dir.report_refusal_to_hosts(elsewhere)  # who waits for no one
+        run_dir.report_refusal_to_hosts(World(0, 2, 0, 2, elastic=True))  # whose torchrun ends all of them
+        time.sleep(3 * run_dir.POLL_S)
         assert not waits.done()
-        run_dir.tell_other_hosts(rank_0)
+        run_dir.report_refusal_to_hosts(rank_0)
         with pytest.raises(ConfigError, match="rank 0 was refused"):
             waits.result()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the refusal was of the first start
-    monkeypatch.setattr(run_dir, "PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr(run_dir, "TIMEOUT", timedelta(seconds=1))
     with pytest.raises(ConfigError, match="rank 0 did not agree on a folder within 1 s"):
         agree("mine", elsewhere)
     assert agree("mine", rank_0) == "mine"

@@ -93,8 +93,8 @@ def test_torchrun_passing_a_ctrl_c_on_is_no_second_one(
     monkeypatch.setattr(stop.os, "_exit", ends.append)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     for arrives in (0.0, 0.9, 1.1):
-        flag._note(signal.SIGTERM, arrives)
-        flag._note(signal.SIGINT, arrives)
+        flag._record(signal.SIGTERM, arrives)
+        flag._record(signal.SIGINT, arrives)
         assert ends == ([] if arrives < 1 else [130])
 
 
@@ -220,9 +220,9 @@ def test_ctrl_c_is_left_alone_in_a_program_that_is_none_of_ours(monkeypatch: pyt
     try:
         for name, ours in (("-m", True), (str(TRAIN), True), ("mine/train.py", False), ("ipykernel", False)):
             monkeypatch.setattr(sys, "argv", [name])
-            interrupt.starting()
+            interrupt.exit_on_interrupt()
             assert (signal.getsignal(signal.SIGINT) is not signal.default_int_handler) == ours
-            interrupt.begun()
+            interrupt.restore_interrupt()
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)

@@ -14,7 +14,7 @@ from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import describe_mesh, describe_model
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 from tpresearch.verify.ranks import Ranks
 
 FAKE = Device(torch.device("cpu"), "fake", "cpu")
@@ -29,7 +29,7 @@ def test_the_printed_mesh_has_the_axes_of_the_command_line() -> None:
 
 
 def described(world: World, cfg: Config, size: int) -> str:
-    model, plan = planned(cfg, sizes := validate(cfg, size))
+    model, plan = plan_model(cfg, sizes := validate(cfg, size))
     with process_group(FAKE, World(size=size, local_size=size)):
         parallelize(model, plan, cfg.parallel, build_mesh(sizes, "cpu"), cfg.train.dtype)
         return describe_model(model)

@@ -31,7 +31,7 @@ from tpresearch.parallel.weights import (
 )
 from tpresearch.plan.initializers import ElementwiseInitializer, ModuleInitializer, read_initializers
 from tpresearch.plan.meta import meta_model
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 from tpresearch.verify.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -259,7 +259,7 @@ def differing(world: World, meshes: dict[str, tuple[int, str]]) -> dict[str, lis
             continue
         cfg = config(*MODEL.split(), *overrides.split())
         sizes = validate(cfg, size)
-        model, plan = planned(cfg, sizes)
+        model, plan = plan_model(cfg, sizes)
         initializers = read_initializers(model)
         dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=size)
         try:

@@ -16,12 +16,12 @@ from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.compiler import matching_names
 from tpresearch.plan.describe import fold_layers, plan_rows, plan_text
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 
 
 def compiled(*overrides: str, world: int = 4):
     cfg = config(*overrides)
-    return planned(cfg, validate(cfg, world))
+    return plan_model(cfg, validate(cfg, world))
 
 
 def refused(*overrides: str, world: int = 4) -> ConfigError:
@@ -100,7 +100,7 @@ def test_tp_alone_needs_no_divisible_sequence() -> None:
 
 def facts_of_rank_zero(cfg: Config, world: World) -> dict[str, tuple[str, str]]:
     """What really became of each parameter: its placements over axes of several ranks, its local shape."""
-    model, plan = planned(cfg, sizes := validate(cfg, world.size))
+    model, plan = plan_model(cfg, sizes := validate(cfg, world.size))
     with process_group(FAKE, world):
         parallelize(model, plan, cfg.parallel, build_mesh(sizes, "cpu"), cfg.train.dtype)
         found = {}

@@ -13,19 +13,19 @@ from torch import nn
 from tpresearch.config import ConfigError
 from tpresearch.config.validate import validate
 from tpresearch.plan.parameters import _same_shards, tied_parameters
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 
 
 def refused(*overrides: str, world: int = 2) -> ConfigError:
     cfg = config(*overrides)
     with pytest.raises(ConfigError) as caught:
-        planned(cfg, validate(cfg, world))
+        plan_model(cfg, validate(cfg, world))
     return caught.value
 
 
 def test_ties_are_found_and_counted_once() -> None:
     cfg = config(*model(Tied), "parallel=none")
-    meta, _ = planned(cfg, validate(cfg, 1))
+    meta, _ = plan_model(cfg, validate(cfg, 1))
     assert tied_parameters(meta) == {"output.weight": "embed.weight"}
     dim, hidden = cfg.model.args["dim"], cfg.model.args["hidden_dim"]
     assert sum(p.numel() for p in meta.parameters()) == 260 * dim + 2 * dim * hidden + hidden + dim
@@ -51,7 +51,7 @@ def test_what_would_be_lost_without_a_word_is_refused(kind: type[nn.Module], why
 )
 def test_whole_numbers_and_flags_stay_what_they_are(words: list[str]) -> None:
     cfg = config(*model(Counting), *words)
-    meta, _ = planned(cfg, validate(cfg, 1))
+    meta, _ = plan_model(cfg, validate(cfg, 1))
     assert (meta.counts.offsets.dtype, meta.counts.flags.dtype) == (torch.long, torch.bool)
 
 
@@ -107,7 +107,7 @@ def test_uneven_rows_are_refused_with_the_next_vocabulary_that_fits() -> None:
     assert "50257 rows of tok_embeddings.weight" in error.why
     assert error.fix == {"model.vocab_size": 50258}
     cfg = config("model=llama2_debug", "parallel=fsdp_tp", "mesh.tp=2", "model.vocab_size=50258")
-    planned(cfg, validate(cfg, 8))
+    plan_model(cfg, validate(cfg, 8))
 
 
 @pytest.mark.parametrize(

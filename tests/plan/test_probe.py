@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tpresearch.config import ConfigError
 from tpresearch.config.validate import validate
 from tpresearch.plan.probe import probe_model
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 
 NETS = """
 import torch
@@ -48,7 +48,7 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def refused(*overrides: str) -> ConfigError:
     cfg = config(*overrides)
     with pytest.raises(ConfigError) as caught:
-        planned(cfg, validate(cfg, 1))
+        plan_model(cfg, validate(cfg, 1))
     return caught.value
 
 
@@ -90,14 +90,14 @@ def test_a_model_that_cannot_run_without_data_is_left_alone(nets: None) -> None:
         "model.blocks=[]",
         "model._target_=probed_nets.Asks",
     )
-    planned(cfg, validate(cfg, 1))
+    plan_model(cfg, validate(cfg, 1))
 
 
 def test_modules_that_see_the_batch_first_need_no_gradient_of_it() -> None:
-    net = planned(config(*NET), validate(config(*NET), 1))[1]
+    net = plan_model(config(*NET), validate(config(*NET), 1))[1]
     assert net.probe.no_input_grad == {"", "in_proj"}
     cfg = config("model=toy_mlp", "parallel=none")
-    assert planned(cfg, validate(cfg, 1))[1].probe.no_input_grad == {"", "embed"}
+    assert plan_model(cfg, validate(cfg, 1))[1].probe.no_input_grad == {"", "embed"}
 
 
 def test_it_leaves_the_model_as_it_was() -> None:

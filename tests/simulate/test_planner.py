@@ -17,15 +17,15 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.planner import ranking
-from tpresearch.planner.__main__ import judge
+from tpresearch.planner.__main__ import preflight_planner
 from tpresearch.planner.candidates import Candidate, candidate_plans, micro_batch_rows
 from tpresearch.planner.ranking import Ranking, advice, rank
 from tpresearch.planner.report import EXPERIMENT, as_json, draw, report, training_command
 from tpresearch.simulate.cluster import Cluster, cluster_of
 from tpresearch.simulate.depth import recording
 from tpresearch.simulate.fake_step import record
-from tpresearch.simulate.judge import Judged
 from tpresearch.simulate.prediction import priced
+from tpresearch.simulate.preflight import SimulationPreflight
 from tpresearch.simulate.rows import FEW, MORE, with_block, with_rows
 from tpresearch.simulate.trace import Trace
 from tpresearch.verify.ranks import Ranks
@@ -206,9 +206,9 @@ def test_what_no_plan_can_do_is_refused_and_what_one_can_is_not() -> None:
     """16 rows split over 64 GPUs where tp takes at least 4; 12 and 24 GPUs take other hosts and batches."""
     plain = yaml.safe_load(CLUSTER.read_text())
 
-    def judged(gpus: int, rows: int) -> Judged:
+    def judged(gpus: int, rows: int) -> SimulationPreflight:
         found = config("model=llama2_small", "data.seq_len=128", f"train.global_batch_size={rows}")
-        return judge(dataclasses.replace(found, gpus=gpus, cluster=plain), World())
+        return preflight_planner(dataclasses.replace(found, gpus=gpus, cluster=plain), World())
 
     found = judged(64, 16)
     assert (found.sizes.world, found.cfg.train.global_batch_size) == (64, 16)

@@ -22,7 +22,7 @@ from tpresearch.simulate.device_memory import fullest
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.kernels import _cast_once
 from tpresearch.simulate.trace import Op, Trace
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 
 
 def at_depth(cfg: Config, depth: int) -> Config:
@@ -36,7 +36,7 @@ def recorded(cfg: Config, world: int) -> Trace:
 
 def equal_to_formulas(cfg: Config, world: int) -> None:
     sizes = validate(cfg, world)
-    expected = expected_entries(*planned(cfg, sizes), cfg)
+    expected = expected_entries(*plan_model(cfg, sizes), cfg)
     assert expected
     assert recording(cfg, sizes, record).entries(micro_batches(cfg, sizes)) == expected
 
@@ -73,7 +73,7 @@ def test_an_equal_mesh_with_groups_of_its_own_finds_none_of_a_recorded_one() -> 
     """Recording makes rank 0's groups alone, whose names then are those of other axes."""
     words = ("model=toy_mlp", "parallel=hsdp_tp", "train.seed=5")
     equal_to_formulas(cfg := config(*words), 4)
-    assert counted_step(4, *words).sent == expected_entries(*planned(cfg, validate(cfg, 4)), cfg)
+    assert counted_step(4, *words).sent == expected_entries(*plan_model(cfg, validate(cfg, 4)), cfg)
 
 
 @pytest.mark.exhaustive

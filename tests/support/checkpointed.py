@@ -25,7 +25,7 @@ from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, sum_over
 from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import preflight
-from tpresearch.train.saving import saver_of
+from tpresearch.train.saving import build_saver
 from tpresearch.train.state import TrainState
 
 State = dict[str, Tensor]
@@ -64,7 +64,7 @@ def go(
         loop = assemble(job, mesh, job.device, corpus(), (), restoring)
         if start:
             went.restored = whole(loop.state)
-        saver = saver_of(job, Run(run, world), corpus(), loop.state.step, group) if run else None
+        saver = build_saver(job, Run(run, world), corpus(), loop.state.step, group) if run else None
         for _ in range(steps):
             share, norm = loop.step()
             went.losses.append(sum_over(mesh, share, DATA_AXES).item())

@@ -17,7 +17,7 @@ RANK = int(os.environ.get("RANK", 0))
 time.sleep(float(os.environ.get("JITTER_S", 0)) * RANK)
 
 
-def judge(cfg: Config, world: World) -> Config:
+def preflight(cfg: Config, world: World) -> Config:
     if cfg.name == "too_few_ranks" and world.size == 1:
         raise ConfigError("mesh.tp", 2, f"cannot divide {world.size}", "1, or 2 ranks", nproc=2)
     if cfg.name == "bug_in_judge":
@@ -25,7 +25,7 @@ def judge(cfg: Config, world: World) -> Config:
     return cfg
 
 
-@entrypoint("train", judge=judge)
+@entrypoint("train", preflight=preflight)
 def main(cfg: Config, run: Run) -> None:
     log = logging.getLogger("tpresearch.program")
     log.info("training %s", cfg.model.name)

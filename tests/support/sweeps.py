@@ -83,7 +83,7 @@ class Sweep:
             typed_settings = {key: value for key, value in master.hydra.launcher.items() if key != "_target_"}
             launcher = TorchrunLauncher(**{**typed_settings, **settings}, start=self._start)
             context = HydraContext(hydra.config_loader, Callbacks(master))
-            program = entrypoint("train", judge=preflight)(lambda judged, run: None)
+            program = entrypoint("train", preflight=preflight)(lambda job, run: None)
             launcher.setup(hydra_context=context, task_function=program, config=master)
             words = [word for word in typed if not word.lstrip("+").startswith("hydra")]
             parsed = OverridesParser.create(hydra.config_loader).parse_overrides(words)

@@ -24,7 +24,7 @@ from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.assemble import assemble
 from tpresearch.train.cross_entropy import linear_cross_entropy
-from tpresearch.train.losses import AllAtOnce, InChunks, summed_cross_entropy
+from tpresearch.train.losses import ChunkedCrossEntropy, FullCrossEntropy, summed_cross_entropy
 from tpresearch.train.preflight import preflight
 from tpresearch.verify.ranks import Ranks
 
@@ -159,7 +159,7 @@ def steps(world: World, cfgs: list[Config]) -> list[tuple[list[tuple[float, floa
         for job in jobs:
             loop = assemble(job, build_mesh(job.sizes, "cpu"), device, corpus())
             objective = loop.setup.objective
-            if isinstance(objective, InChunks) and job is jobs[-1]:
+            if isinstance(objective, ChunkedCrossEntropy) and job is jobs[-1]:
                 loop.setup = replace(loop.setup, objective=replace(objective, compile=True))
                 torch.compiler.set_stance("force_eager")
             pairs = [(loss.item(), norm.item()) for loss, norm in (loop.step() for _ in range(2))]
@@ -184,7 +184,7 @@ def test_training_and_evaluation_are_the_plain_ones(ranks: Ranks, plan: str, siz
     settings = (f"model={model}", f"parallel={plan}", "train.dtype=float64", "model.vocab_size=263")
     cfgs = [config(*settings, f"train.loss_chunk={chunk}") for chunk in ("null", 5, 5)]
     (plain, held_out, first), (ours, ours_held_out, second), fused = ranks.run(size, steps, cfgs)[0]
-    assert (first, second) == (AllAtOnce, InChunks)
+    assert (first, second) == (FullCrossEntropy, ChunkedCrossEntropy)
     assert ours == [pytest.approx(pair, rel=1e-12) for pair in plain]
     assert fused[0] == [pytest.approx(pair, rel=1e-12) for pair in plain]
     assert ours_held_out == pytest.approx(held_out, rel=1e-12)
@@ -192,4 +192,4 @@ def test_training_and_evaluation_are_the_plain_ones(ranks: Ranks, plan: str, siz
 
 def test_where_logits_are_gathered_the_loss_is_the_plain_one(ranks: Ranks) -> None:
     cfg = config("model=llama2_debug", "parallel=tp", "parallel.loss_parallel=false")
-    assert ranks.run(2, steps, [cfg])[0][0][2] is AllAtOnce
+    assert ranks.run(2, steps, [cfg])[0][0][2] is FullCrossEntropy

@@ -16,9 +16,9 @@ from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import materialize
-from tpresearch.train.assemble import first_state
+from tpresearch.train.assemble import build_state
 from tpresearch.train.finite import FiniteCheck
-from tpresearch.train.losses import objective_of
+from tpresearch.train.losses import build_objective
 from tpresearch.train.observe import Observers
 from tpresearch.train.preflight import preflight
 from tpresearch.train.step import Setup, train_step
@@ -36,13 +36,13 @@ def two_steps(cfg: Config, world: int) -> None:
         model = parallelize(job.model, job.plan, cfg.parallel, mesh, cfg.train.dtype)
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialize(model, FAKE.torch, lambda _: None)
-            state = first_state(model, cfg, job.plan, mesh)
-            setup = Setup(cfg, job.plan, mesh, FAKE, objective_of(cfg, job.plan), Observers())
+            state = build_state(model, cfg, job.plan, mesh)
+            setup = Setup(cfg, job.plan, mesh, FAKE, build_objective(cfg, job.plan), Observers())
             finite = FiniteCheck(FAKE.torch)
             for _ in range(2):
                 batch = Batch.of(torch.empty((rows, cfg.data.seq_len + 1), dtype=torch.int64))
                 result = train_step(state, batch, setup)
-                finite.note(state.step, result)
+                finite.record(state.step, result)
 
 
 @pytest.mark.parametrize(("plan", "world"), [p if p[0] in EVERY_DAY else exhaustive(*p) for p in PLANS])

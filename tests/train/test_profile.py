@@ -18,10 +18,10 @@ from tpresearch.config.world import World
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.assemble import assemble
-from tpresearch.train.main import observers_of
+from tpresearch.train.main import build_observers
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import preflight
-from tpresearch.train.profile import Trace, kind_of
+from tpresearch.train.profile import Profiler, kernel_class
 from tpresearch.verify.ranks import Ranks
 
 
@@ -40,14 +40,14 @@ from tpresearch.verify.ranks import Ranks
     ],
 )
 def test_a_kernel_is_known_by_its_name(kernel: str, kind: str) -> None:
-    assert kind_of(kernel) == kind
+    assert kernel_class(kernel) == kind
 
 
 def profiled(world: World, cfg: Config, folder: Path) -> None:
     job = preflight(cfg, world)
     assert job.device
     with process_group(job.device, world):
-        trace = Trace(cfg.profiler, folder, world.rank, on_cuda=False)
+        trace = Profiler(cfg.profiler, folder, world.rank, on_cuda=False)
         loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus(), [trace])
         for _ in range(6):
             loop.step()
@@ -77,7 +77,7 @@ def test_what_the_profiler_takes_is_in_no_row(tmp_path: Path, monkeypatch: pytes
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
 
-    def hours(self: Trace, *_: object) -> None:
+    def hours(self: Profiler, *_: object) -> None:
         nonlocal now
         now += 3600
 
@@ -87,15 +87,18 @@ def test_what_the_profiler_takes_is_in_no_row(tmp_path: Path, monkeypatch: pytes
             now += name == "forward"
             return nullcontext()
 
-    monkeypatch.setattr(Trace, "_start", lambda self: (hours(self), setattr(self, "_profile", self)))
-    monkeypatch.setattr(Trace, "_stop", lambda self, _: (hours(self), setattr(self, "_profile", None)))
+    monkeypatch.setattr(Profiler, "_start", lambda self: (hours(self), setattr(self, "_profile", self)))
+    monkeypatch.setattr(Profiler, "_stop", lambda self, _: (hours(self), setattr(self, "_profile", None)))
     monkeypatch.setattr("tpresearch.train.profile.record_function", lambda name: nullcontext())
     settings = ("profiler=trace", "profiler.first_step=3", "train.steps=6", "train.eval_rows=0")
     job = preflight(config("model=toy_mlp", "parallel=none", "train.log_every=2", *settings), World())
     assert job.device
     with process_group(job.device, World()):
         mesh = build_mesh(job.sizes, "cpu")
-        watching = [*observers_of(job, mesh, job.device, None), Trace(job.cfg.profiler, tmp_path, 0, False)]
+        watching = [
+            *build_observers(job, mesh, job.device, None),
+            Profiler(job.cfg.profiler, tmp_path, 0, False),
+        ]
         loop = assemble(job, mesh, job.device, corpus(), [*watching, Work()])
         rows = list(loop.rows())
     assert now == 6 + 2 * 3600

@@ -23,7 +23,7 @@ from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import plan_text
 from tpresearch.train import cross_entropy, randomness
 from tpresearch.train.assemble import assemble
-from tpresearch.train.preflight import planned, preflight
+from tpresearch.train.preflight import plan_model, preflight
 from tpresearch.train.randomness import _dropout_on_shards, kept_elements
 from tpresearch.verify.ranks import Ranks
 
@@ -135,14 +135,14 @@ def test_what_compiled_ranks_cannot_draw_apart_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"^parallel.compile=true: mlp.relu draws random numbers in a block"
     ):
-        planned(cfg := config(*settings, "parallel=tp"), validate(cfg, 2))
-    planned(cfg := config(*settings, "parallel=fsdp"), validate(cfg, 2))
+        plan_model(cfg := config(*settings, "parallel=tp"), validate(cfg, 2))
+    plan_model(cfg := config(*settings, "parallel=fsdp"), validate(cfg, 2))
 
 
 def test_the_plan_says_that_equality_is_not_claimed() -> None:
     cfg = config(*model(Dropped), "parallel=none")
-    text = plan_text(*planned(cfg, validate(cfg, 1)))
+    text = plan_text(*plan_model(cfg, validate(cfg, 1)))
     assert "random numbers: drop draw by (seed, step, micro-batch, data-parallel rank)" in text
     assert "not claimed" in text
     honest = config("model=llama2_debug", "parallel=none")
-    assert "random" not in plan_text(*planned(honest, validate(honest, 1)))
+    assert "random" not in plan_text(*plan_model(honest, validate(honest, 1)))

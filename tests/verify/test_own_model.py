@@ -13,7 +13,7 @@ from support.traces import CLIP, PLANS, agree
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import RunTrace, trace_run
 
@@ -158,5 +158,5 @@ def test_a_weight_without_a_rule_is_refused_where_the_sequence_is_split(own: Pat
     sys.path.insert(0, str(own))
     cfg = own_config(own, "parallel=sp", "model.owns=true")
     with pytest.raises(ConfigError, match="has no sharding rule") as caught:
-        planned(cfg, validate(cfg, 4))
+        plan_model(cfg, validate(cfg, 4))
     assert "shift" in caught.value.why

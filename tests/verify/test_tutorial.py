@@ -20,8 +20,8 @@ from tpresearch.data.pipeline import prepare
 from tpresearch.ledger.entries import Entry
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.plan.meta import meta_model
-from tpresearch.train.mistakes import OverlappingBatches
-from tpresearch.train.preflight import planned
+from tpresearch.train.defects import OverlappingBatches
+from tpresearch.train.preflight import plan_model
 from tpresearch.train.state import TrainState
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
@@ -193,7 +193,7 @@ def measured(cfg: Config, size: int) -> list[Entry]:
 
 
 def expected(cfg: Config, world: int) -> list[Entry]:
-    found = expected_entries(*planned(cfg, validate(cfg, world)), cfg)
+    found = expected_entries(*plan_model(cfg, validate(cfg, world)), cfg)
     assert found is not None
     return found
 

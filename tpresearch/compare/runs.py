@@ -18,7 +18,7 @@ import pandas as pd
 
 from tpresearch.config.comparable import comparable_config, with_defaults
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.claim import EARLIER
+from tpresearch.launch.claim import EARLIER_SUFFIX
 from tpresearch.launch.command import WrongCommand, python_command
 from tpresearch.track.names import SUMMARY_PARTS, Row, finite_or_none
 from tpresearch.track.record import read_metrics, read_record
@@ -129,7 +129,7 @@ def _folders(word: str) -> list[Path]:
         paths = sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not paths:
             raise _argument_error(word, "this glob matches nothing")
-        paths = [each for each in paths if EARLIER in word or EARLIER not in str(each)]
+        paths = [each for each in paths if EARLIER_SUFFIX in word or EARLIER_SUFFIX not in str(each)]
     else:
         raise _argument_error(word, "no such folder", instead=_closest_sibling(path))
     folders = [folder for each in paths for folder in run_folders(each)]
@@ -165,7 +165,7 @@ def run_folders(path: Path) -> list[Path]:
             continue
         seen.add(real)
         kept = (name for name in folders if name != "wandb" and not name.startswith("."))
-        folders[:] = sorted(name for name in kept if EARLIER not in name)
+        folders[:] = sorted(name for name in kept if EARLIER_SUFFIX not in name)
         if not set(RECORD_FILES).isdisjoint(files):
             found.append(Path(where))
     return sorted(

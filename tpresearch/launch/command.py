@@ -23,7 +23,7 @@ from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.secrets import LEGAL, words_without_secrets
 from tpresearch.config.world import World, WrongEnvironment
 
-ROUNDS = 8
+MAX_CORRECTIONS = 8
 """Maximum number of mistakes of one command to correct, one after another."""
 
 
@@ -33,26 +33,26 @@ class Command:
 
     arguments: tuple[str, ...] = ()
     ranks: int | None = None
-    """Per host, under torchrun; None for `python`."""
+    """Ranks per host under torchrun; None for `python`."""
     hosts: int = 1
     unset: tuple[str, ...] = ()
-    """Variables of the environment that it goes without."""
+    """Environment variables to unset."""
     program: tuple[str, ...] = ()
-    """Another program than this process's own."""
+    """The program, if it is not this process's own."""
 
     @classmethod
-    def typed(cls, world: World) -> Command:
-        """The one that started this process."""
+    def from_argv(cls, world: World) -> Command:
+        """The command that started this process."""
         return cls(tuple(sys.argv[1:]), world.local_size if world.elastic else None, world.hosts)
 
     @property
     def world(self) -> World:
-        """As the first of its ranks sees it."""
+        """The world as its rank 0 sees it."""
         ranks = self.ranks or 1
         return World(0, ranks * self.hosts, 0, ranks, elastic=self.ranks is not None)
 
-    def mended(self, error: ConfigError) -> Command:
-        """The command with the mistake corrected, as far as the error's fix says."""
+    def corrected(self, error: ConfigError) -> Command:
+        """The command with the mistake corrected, as far as the error has a fix."""
         if isinstance(error, WrongCommand) and isinstance(error.command, Command):
             return error.command
         if isinstance(error, WrongEnvironment):
@@ -60,11 +60,11 @@ class Command:
         ranks = self.ranks if error.nproc is None else error.nproc
         if error.nproc == 1 and self.hosts == 1:
             ranks = None
-        return dataclasses.replace(self, arguments=tuple(mended(self.arguments, error.fix)), ranks=ranks)
+        return dataclasses.replace(self, arguments=tuple(corrected(self.arguments, error.fix)), ranks=ranks)
 
     def without(self, key: str) -> Command:
-        """The same without the overrides of this key, of what is below it, and those that delete what it is in."""
-        kept = [word for word in self.arguments if not _is_about(word, key)]
+        """The command without the overrides of this key and of keys below it, and without those that delete its parent."""
+        kept = [word for word in self.arguments if not _concerns(word, key)]
         return dataclasses.replace(self, arguments=tuple(kept))
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class Command:
 
 
 class WrongCommand(ConfigError):
-    """A config that is refused for how it was started; `command` is what to type instead."""
+    """A config that is refused for how it was started; `command` is the one to type instead."""
 
     def __init__(self, field: str, value: object, why: str, legal: str, command: Command | str) -> None:
         super().__init__(field, value, why, legal)
@@ -90,76 +90,76 @@ class WrongCommand(ConfigError):
 
 
 def refuse_typed_secrets(world: World) -> None:
-    """Before anything could repeat what was typed.
+    """Refuse credentials on the command line, before anything could repeat them.
 
     Raises:
         WrongCommand: for a credential on the command line, with the rest of that to type.
     """
     rest, found = words_without_secrets(sys.argv[1:])
     for key, what in found.items():
-        command = dataclasses.replace(Command.typed(world), arguments=tuple(rest))
+        command = dataclasses.replace(Command.from_argv(world), arguments=tuple(rest))
         why = f"holds {what}, which would be written to the run's record"
         raise WrongCommand(key, "...", why, LEGAL, command)
 
 
-Objection = Callable[[Command], ConfigError | None]
-"""For what a command would be refused; None for one that would run."""
+CommandCheck = Callable[[Command], ConfigError | None]
+"""Why a command would be refused; None if it would run."""
 
 
-def command_to_try(error: ConfigError, world: World, objection: Objection) -> str:
+def command_to_try(error: ConfigError, world: World, check_command: CommandCheck) -> str:
     """The command to try: this process's own command line, corrected until it is valid.
 
     If correcting does not converge, it is as much of the command line as is valid.
     """
     if isinstance(error, WrongCommand) and isinstance(error.command, str):
         return error.command
-    command = Command.typed(world)
+    command = Command.from_argv(world)
     seen = {command}
-    objection = cache(objection)
-    for _ in range(ROUNDS):
-        attempts = (command.mended(error), command.without(error.field))
+    check_command = cache(check_command)
+    for _ in range(MAX_CORRECTIONS):
+        attempts = (command.corrected(error), command.without(error.field))
         attempt = next((each for each in attempts if each not in seen), None)
         if attempt is None:
             break
-        if _is_to_be_filled_in(attempt) or (objected := objection(attempt)) is None:
+        if _is_to_be_filled_in(attempt) or (error_left := check_command(attempt)) is None:
             return str(attempt)
         seen.add(attempt)
-        command, error = attempt, objected
-    return str(_what_stands(command, objection))
+        command, error = attempt, error_left
+    return str(_valid_part(command, check_command))
 
 
-def _what_stands(command: Command, objection: Objection) -> Command:
-    """With the valid overrides, found by bisection: few are wrong, and each check composes a config."""
+def _valid_part(command: Command, check_command: CommandCheck) -> Command:
+    """The command with its valid overrides only, found by bisection: few are wrong, and each check composes a config."""
     flags = tuple(word for word in command.arguments if not _is_override(word))
 
     def of(*words: str) -> Command:
-        return _completed(dataclasses.replace(command, arguments=(*words, *flags)), objection)
+        return _complete(dataclasses.replace(command, arguments=(*words, *flags)), check_command)
 
     def kept(words: tuple[str, ...], before: tuple[str, ...] = ()) -> tuple[str, ...]:
-        if not words or objection(of(*before, *words)) is None:
+        if not words or check_command(of(*before, *words)) is None:
             return words
         if len(words) == 1:
             return ()
         first = kept(words[: len(words) // 2], before)
         return first + kept(words[len(words) // 2 :], before + first)
 
-    if flags and objection(of()):
+    if flags and check_command(of()):
         flags = ()
     return of(*kept(tuple(filter(_is_override, command.arguments))))
 
 
-def _completed(command: Command, objection: Objection) -> Command:
-    """With another number of ranks, and what must be overridden besides, if that is all that is wrong."""
-    for _ in range(ROUNDS):
-        error = objection(command)
-        attempt = command.mended(error) if error else command
+def _complete(command: Command, check_command: CommandCheck) -> Command:
+    """The command with another number of ranks and further overrides, if it needs no more to be valid."""
+    for _ in range(MAX_CORRECTIONS):
+        error = check_command(command)
+        attempt = command.corrected(error) if error else command
         if attempt == command or not set(command.arguments) <= set(attempt.arguments):
             break
         command = attempt
     return command
 
 
-def _is_about(word: str, key: str) -> bool:
+def _concerns(word: str, key: str) -> bool:
     of = override_key(word)
     return is_within(of, key) or (word.startswith("~") and is_within(key, of))
 
@@ -182,8 +182,8 @@ def program_words() -> list[str]:
     return [os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)]
 
 
-def mended(arguments: Sequence[str], fix: Mapping[str, object]) -> list[str]:
-    """The arguments with each override of `fix` in place of the one that sets the same key, or behind the last.
+def corrected(arguments: Sequence[str], fix: Mapping[str, object]) -> list[str]:
+    """The arguments with each override of `fix` in place of the one that sets the same key, or after the last override.
 
     A fix of None drops the override. A key is the same with or without Hydra's `+`, `++` or `~` before it.
     """
@@ -196,7 +196,7 @@ def mended(arguments: Sequence[str], fix: Mapping[str, object]) -> list[str]:
         elif (value := left.pop(key, None)) is not None:
             kept.append(f"{key}={format_value(value)}")
     new = [f"{key}={format_value(value)}" for key, value in left.items() if value is not None]
-    # Beside the other overrides, for flags have to follow all of them.
+    # After the other overrides, since flags have to follow all of them.
     behind = 1 + max((at for at, word in enumerate(kept) if _is_override(word)), default=-1)
     return [*kept[:behind], *new, *kept[behind:]]
 
@@ -216,27 +216,27 @@ def is_within(key: str, branch: str) -> bool:
 
 
 def override(key: str, value: object) -> str:
-    """`key=value`, quoted as far as Hydra's grammar asks; a list is one of strings."""
-    text = f"[{','.join(map(quoted, value))}]" if isinstance(value, list) else quoted(value)
+    """`key=value`, quoted as far as Hydra's grammar requires; a list is one of strings."""
+    text = f"[{','.join(map(quote, value))}]" if isinstance(value, list) else quote(value)
     return f"{key}={text}"
 
 
-def quoted(value: object) -> str:
-    """Text as a value of an override, quoted as far as Hydra's grammar asks."""
+def quote(value: object) -> str:
+    """Text as a value of an override, quoted as far as Hydra's grammar requires."""
     text = str(value)
     if re.fullmatch(r"[\w./-]+", text, re.ASCII):
         return text
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-ANEW = ("resume", "hydra.run.dir", "plan_only")
-"""Keys that are for one start of a run alone."""
-REPLACED = {"parallel": ("parallel", "mesh")}
-"""Choosing a plan now puts aside what was typed of the one before, mesh sizes included."""
+NOT_REPEATED = ("resume", "hydra.run.dir", "plan_only")
+"""Keys that hold for one start of a run only, and are not repeated."""
+REPLACED_KEYS = {"parallel": ("parallel", "mesh")}
+"""Overrides that a new one replaces: choosing a plan drops the earlier plan's settings and mesh sizes."""
 
 
-def type_again(arguments: Namespace) -> Path | None:
-    """Where `resume` names a run, make this command line the one that started it, with what is typed now on top.
+def repeat_command_of_run(arguments: Namespace) -> Path | None:
+    """If `resume` names a run, make this command line the one that started it, with the present overrides on top.
 
     Returns: the run's folder, or None if no run is named.
 
@@ -260,8 +260,8 @@ def type_again(arguments: Namespace) -> Path | None:
         why = f"resume={named} continues in that run's own folder"
         legal = "no other folder; init_from starts a new run from its weights"
         raise ConfigError("hydra.run.dir", asked, why, legal)
-    replaced = {branch for key in typed for branch in REPLACED.get(key, (key,))}
-    then = [w for w in typed_then(run) if not any(is_within(override_key(w), key) for key in replaced)]
+    replaced = {branch for key in typed for branch in REPLACED_KEYS.get(key, (key,))}
+    then = [w for w in overrides_of_run(run) if not any(is_within(override_key(w), key) for key in replaced)]
     now = [word for word in arguments.overrides if override_key(word) != "hydra.run.dir"]
     where = [] if typed.get("plan_only") == "true" else [override("hydra.run.dir", run)]
     arguments.overrides = [*then, *now, *where]
@@ -272,8 +272,8 @@ def type_again(arguments: Namespace) -> Path | None:
     return run
 
 
-def typed_then(run: Path) -> list[str]:
-    """The overrides with which a run was last started, as Hydra keeps them.
+def overrides_of_run(run: Path) -> list[str]:
+    """The overrides with which a run was last started, from Hydra's record.
 
     Raises:
         ConfigError: if there is no such record.
@@ -281,12 +281,12 @@ def typed_then(run: Path) -> list[str]:
     task = _read(run / ".hydra" / "overrides.yaml")
     hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]["overrides"]["hydra"]
     searched = [word for word in hydra if override_key(word) == "hydra.searchpath"]
-    return [word for word in [*searched, *task] if override_key(word) not in ANEW]
+    return [word for word in [*searched, *task] if override_key(word) not in NOT_REPEATED]
 
 
 def _read(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        why = f"what was typed for it cannot be read: {getattr(error, 'strerror', None) or error}"
+        why = f"its overrides cannot be read: {getattr(error, 'strerror', None) or error}"
         raise ConfigError("resume", path.parent.parent, why, "a run folder with its .hydra") from None

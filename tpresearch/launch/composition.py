@@ -50,7 +50,7 @@ class Composition:
 
     @classmethod
     def of(cls, arguments: Namespace, config_name: str) -> Composition:
-        """The one that Hydra's command line asks for."""
+        """The composition that Hydra's command line requests."""
         return cls(arguments.config_name or config_name, arguments.overrides, arguments.config_dir)
 
     def override_of(self, key: str) -> str | None:
@@ -76,13 +76,13 @@ class Composition:
         return next((typed for typed in keys if is_within(typed, key)), key)
 
     def values_without(self, key: str) -> dict[str, Any]:
-        """Each key there is and its value, had `key` not been overridden (or nothing had, if that fails)."""
+        """All keys and their values without the override of `key` (or without any override, if that fails)."""
         others = [typed for typed in self.overrides if override_key(typed) != key]
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             try:
-                composed = compose(self.config_name, self._searching(others), return_hydra_config=True)
+                composed = compose(self.config_name, self._with_search_path(others), return_hydra_config=True)
             except COMPOSITION_ERRORS:
-                typed = [] if key == "hydra.searchpath" else self._searching([])
+                typed = [] if key == "hydra.searchpath" else self._with_search_path([])
                 composed = compose(self.config_name, typed, return_hydra_config=True)
         hydra = key.startswith("hydra.")
         return {
@@ -94,10 +94,12 @@ class Composition:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
             names = [name for name in loader.list_groups("") if name != "hydra"]
-            return {name: loader.get_group_options(name, overrides=self._searching([])) for name in names}
+            return {
+                name: loader.get_group_options(name, overrides=self._with_search_path([])) for name in names
+            }
 
-    def _searching(self, overrides: list[str]) -> list[str]:
-        """These overrides, in the folders that were typed."""
+    def _with_search_path(self, overrides: list[str]) -> list[str]:
+        """These overrides, with the search path that was typed."""
         typed = self.override_of("hydra.searchpath")
         if self.extra_dir and typed is None:
             typed = f"hydra.searchpath=[file://{Path(self.extra_dir).resolve()}]"
@@ -123,7 +125,7 @@ def typed_config(config: DictConfig) -> Config:
 
 
 def _check_plan_name(cfg: Config, chosen: str | None) -> None:
-    """A plan's name is that of its file: records, tables and messages tell of a run by it."""
+    """A plan's name must be that of its file, since records, tables and messages identify runs by it."""
     if chosen and cfg.parallel.name != Path(chosen).name:
         why = f"parallel={chosen} was chosen, and the record would name another plan"
         legal = "parallel=NAME to choose; a plan's file has its name"
@@ -158,19 +160,21 @@ def branches(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictCo
 def every_key(config: DictConfig) -> dict[str, Any]:
     """Each dotted key with its value as it is written; for a branch, that is its DictConfig."""
     return {
-        f"{prefix}{key!s}": node if isinstance(node := branch._get_node(key), DictConfig) else written(node)
+        f"{prefix}{key!s}": node
+        if isinstance(node := branch._get_node(key), DictConfig)
+        else uninterpolated(node)
         for prefix, branch in branches(config)
         for key in branch
     }
 
 
-def written(node: Any) -> Any:
+def uninterpolated(node: Any) -> Any:
     """A node's value, interpolations left as they are."""
     return OmegaConf.to_container(node, resolve=False) if isinstance(node, ListConfig) else node._value()
 
 
-def close(name: str, known: Iterable[str]) -> list[str]:
-    """The known names that this one was likely meant to be, the likeliest first; none where no name is close.
+def close_names(name: str, known: Iterable[str]) -> list[str]:
+    """The known names that this one was likely meant to be, the likeliest first; none if no name is close.
 
     Of a dotted key whose branch exists only the last part counts: a long branch makes all of its keys look alike.
     A key typed without its branch, such as `lr`, is found under the branch that has it.
@@ -178,7 +182,7 @@ def close(name: str, known: Iterable[str]) -> list[str]:
     branch, _, last = name.rpartition(".")
     names = sorted((other for other in known if not name.startswith(f"{other}.")), key=len)
     siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == branch}
-    if alike := _alike(last, siblings):
+    if alike := _similar_names(last, siblings):
         return [siblings[other] for other in alike]
     if branch and siblings:
         return []
@@ -187,12 +191,12 @@ def close(name: str, known: Iterable[str]) -> list[str]:
     return elsewhere or difflib.get_close_matches(name, names, n=3, cutoff=0.7)
 
 
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """The likeliest of them, if any is close."""
-    return next(iter(close(name, known)), None)
+def closest_name(name: str, known: Iterable[str]) -> str | None:
+    """The likeliest of `close_names`, if any."""
+    return next(iter(close_names(name, known)), None)
 
 
-def _alike(name: str, known: Iterable[str]) -> list[str]:
+def _similar_names(name: str, known: Iterable[str]) -> list[str]:
     """Names that have this one as their end (`batch_size`), that are alike, or that one abbreviates the other (`lr`)."""
     names = sorted(known)
     ends = [other for other in names if other.endswith(f"_{name}")]

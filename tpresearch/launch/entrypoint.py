@@ -30,22 +30,28 @@ from tpresearch.config.world import SlurmStep, World
 from tpresearch.launch import hydra_app
 from tpresearch.launch.command import (
     Command,
-    Objection,
+    CommandCheck,
     WrongCommand,
     override,
     override_key,
+    overrides_of_run,
     python_command,
     refuse_typed_secrets,
-    type_again,
-    typed_then,
+    repeat_command_of_run,
 )
 from tpresearch.launch.composition import Composition, typed_config
-from tpresearch.launch.explain import explaining
-from tpresearch.launch.garbage import uncollected
+from tpresearch.launch.explain import explain_errors
+from tpresearch.launch.garbage import gc_paused
 from tpresearch.launch.help import help_text
-from tpresearch.launch.logs import IN_FILES_ONLY, print_without_fail, start_logging
-from tpresearch.launch.refuse import fail, objection_to, refuse
-from tpresearch.launch.run_dir import agreed, may_resume, register_resolvers, sweep_folder, tell_other_hosts
+from tpresearch.launch.logs import IN_FILES_ONLY, start_logging, tolerate_print_errors
+from tpresearch.launch.refuse import error_of_command, exit_failed, refuse
+from tpresearch.launch.run_dir import (
+    agree_on_folder,
+    may_resume,
+    register_resolvers,
+    report_refusal_to_hosts,
+    sweep_folder,
+)
 from tpresearch.launch.stop import end_with_parent
 
 log = logging.getLogger(__name__)
@@ -53,7 +59,7 @@ log = logging.getLogger(__name__)
 # Read when torch is imported: with most of a card in a few sizes of tensors, fragmentation decides what fits.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-Judged = TypeVar("Judged")
+Checked = TypeVar("Checked")
 
 
 @dataclass(frozen=True)
@@ -67,47 +73,47 @@ class Run:
     """Whether torchrun has started this job's ranks before; rank 0 knows."""
     command: Command = field(default_factory=Command)
     """The command line that started it, or would have started it if it resumes an earlier run."""
-    objection: Objection = lambda command: None
-    """What the program would say to another command."""
+    check_command: CommandCheck = lambda command: None
+    """Why the program would refuse another command; None if it would run."""
 
 
 @dataclass(frozen=True)
-class Program(Generic[Judged]):
-    """`main(judged, run)` as a command, called without arguments. It is also Hydra's task function, which a sweep's launcher
+class Program(Generic[Checked]):
+    """`main(job, run)` as a command, called without arguments. It is also Hydra's task function, which a sweep's launcher
     receives.
 
     Errors that the user can fix (a `ConfigError`, or anything Hydra refuses) end in one line on stderr for the
     whole job and exit code 2; other exceptions are bugs and keep their traceback.
     """
 
-    main: Callable[[Judged, Run], None]
+    main: Callable[[Checked, Run], None]
     config_name: str
     """The file of conf/ to compose."""
-    judge: Callable[[Config, World], Judged]
-    """Called once with the typed config, before a folder or a process group exists; raises ConfigError, and returns what
-    main works with."""
-    judge_folder: Callable[[Judged, Path, bool], object] | None = None
+    preflight: Callable[[Config, World], Checked]
+    """Called once with the typed config, before a folder or a process group exists; raises ConfigError, and returns the
+    first argument of main."""
+    check_folder: Callable[[Checked, Path, bool], object] | None = None
     """Called with that, the run folder and whether torchrun has started this job before; raises ConfigError while nothing in
     the folder is touched. Such a program can resume an earlier run (`resume`)."""
-    glance: Callable[[Config, World], object] | None = None
-    """The part of the judge that costs less than a second; it validates proposed commands, unless the judge itself has
-    already done so."""
-    judge_resumed: Callable[[Config, World], Judged] | None = None
-    """Replaces judge if there are checkpoints to resume from, so that the source of the initial weights is not
+    quick_check: Callable[[Config, World], object] | None = None
+    """The part of preflight that takes less than a second; it validates proposed commands, unless preflight itself has
+    already imported torch."""
+    preflight_resumed: Callable[[Config, World], Checked] | None = None
+    """Replaces preflight if there are checkpoints to resume from, so that the source of the initial weights is not
     checked."""
 
-    def judged(self, cfg: Config, world: World, resumes: bool) -> Judged:
+    def run_preflight(self, cfg: Config, world: World, resumes: bool) -> Checked:
         """The result of validating a config; raises a ConfigError for the first error."""
-        judge = self.judge_resumed if resumes and self.judge_resumed else self.judge
-        return judge(cfg, world)
+        preflight = self.preflight_resumed if resumes and self.preflight_resumed else self.preflight
+        return preflight(cfg, world)
 
     def __call__(self, composed: DictConfig | None = None) -> None:
-        """The whole command; or, for a launcher that runs jobs in this process, one that Hydra has composed."""
+        """Run the command; or, for a launcher that runs jobs in this process, a config that Hydra has composed."""
         if composed is not None:
             world = World.from_environment()
-            return _call_main(self, self.judged(typed_config(composed), world, resumes=False), world)
-        print_without_fail()
-        register_schema()  # before anything is refused: what is proposed is composed
+            return _call_main(self, self.run_preflight(typed_config(composed), world, resumes=False), world)
+        tolerate_print_errors()
+        register_schema()  # before anything is refused: proposed commands are composed
         register_resolvers()
         world, refused = World(), None
         try:
@@ -119,7 +125,7 @@ class Program(Generic[Judged]):
         except ConfigError as error:
             refused = error
         except KeyboardInterrupt:
-            interrupt.say()
+            interrupt.print_stopped()
             sys.exit(interrupt.INTERRUPTED)
         except Exception:
             if world.elastic and world.rank:
@@ -127,89 +133,89 @@ class Program(Generic[Judged]):
             raise
         if refused:  # outside of the handler, or each later error would have this one as its context
             try:
-                refuse(refused, world, self.objection)
+                refuse(refused, world, self.check_command)
             finally:
-                tell_other_hosts(world)
+                report_refusal_to_hosts(world)
         return None
 
-    def objection(self, command: Command) -> ConfigError | None:
-        """The reason for which it would refuse another command; None if it would run."""
-        judge = self.glance if self.glance and "torch" not in sys.modules else self.judge
-        script, resumes = inspect.getfile(self.main), self.judge_folder is not None
-        return objection_to(command, script, self.config_name, judge, resumes)
+    def check_command(self, command: Command) -> ConfigError | None:
+        """Why it would refuse another command; None if it would run."""
+        preflight = self.quick_check if self.quick_check and "torch" not in sys.modules else self.preflight
+        script, resumes = inspect.getfile(self.main), self.check_folder is not None
+        return error_of_command(command, script, self.config_name, preflight, resumes)
 
 
 def entrypoint(
-    config_name: str, judge: Callable[[Config, World], Judged], **judges: Any
-) -> Callable[[Callable[[Judged, Run], None]], Program[Judged]]:
-    """Decorates a main as a `Program` of these settings."""
-    return lambda main: Program(main, config_name, judge, **judges)
+    config_name: str, preflight: Callable[[Config, World], Checked], **options: Any
+) -> Callable[[Callable[[Checked, Run], None]], Program[Checked]]:
+    """Decorator that makes a main a `Program` with these settings."""
+    return lambda main: Program(main, config_name, preflight, **options)
 
 
-def _start(program: Program[Judged], world: World) -> None:
+def _start(program: Program[Checked], world: World) -> None:
     arguments = _arguments(world)
-    earlier = type_again(arguments) if program.judge_folder else None
+    earlier = repeat_command_of_run(arguments) if program.check_folder else None
     composition = Composition.of(arguments, program.config_name)
-    if hydra_app.only_shows(arguments):
+    if hydra_app.is_query(arguments):
         if world.rank == 0 and arguments.help:
             print(help_text(composition, program.main))
         elif world.rank == 0:
-            with explaining(composition):
-                hydra_app.show(program.main, program.config_name)
+            with explain_errors(composition):
+                hydra_app.answer_query(program.main, program.config_name)
         return None
     composition.refuse_unset()
     name, overrides = composition.config_name, composition.overrides
-    with explaining(composition):
+    with explain_errors(composition):
         app = hydra_app.application(inspect.getfile(program.main), arguments)
         sweeps = arguments.multirun or "hydra.mode=MULTIRUN" in overrides
         config = None if sweeps else hydra_app.compose_run(app, name, overrides)
     if config is None:
         return _sweep(app, program, composition, world)
-    with explaining(composition):
+    with explain_errors(composition):
         HydraConfig.instance().set_config(config)  # for ${hydra:...}
         cfg = typed_config(config)
     refuse_secrets(OmegaConf.to_container(config.hydra.job, resolve=False))
-    with uncollected():  # most judges import torch
-        judged = program.judged(cfg, world, may_resume(config, Path(config.hydra.run.dir)))
-    interrupt.begun()
+    with gc_paused():  # most preflights import torch
+        job = program.run_preflight(cfg, world, may_resume(config, Path(config.hydra.run.dir)))
+    interrupt.restore_interrupt()
     with ExitStack() as held:
-        with explaining(composition):
-            folder, restarted = held.enter_context(agreed(config, world))
+        with explain_errors(composition):
+            folder, restarted = held.enter_context(agree_on_folder(config, world))
         with read_write(config.hydra.run):
             config.hydra.run.dir = str(folder)
-        if program.judge_folder:
-            with _typing_again(earlier):
-                program.judge_folder(judged, folder, restarted)
-        hydra_app.run(app, config, name, lambda: _call_main(program, judged, world, restarted))
+        if program.check_folder:
+            with _with_repeated_overrides(earlier):
+                program.check_folder(job, folder, restarted)
+        hydra_app.run(app, config, name, lambda: _call_main(program, job, world, restarted))
     return None
 
 
 @contextmanager
-def _typing_again(earlier: Path | None) -> Iterator[None]:
-    """A proposed command that starts a new run instead of resuming one repeats all overrides of that one."""
+def _with_repeated_overrides(earlier: Path | None) -> Iterator[None]:
+    """Make a proposed command that starts a new run, instead of resuming one, repeat all overrides of that one."""
     try:
         yield
     except ConfigError as error:
         if earlier and "init_from" in error.fix:
-            then = {override_key(word): word.partition("=")[2] for word in typed_then(earlier)}
+            then = {override_key(word): word.partition("=")[2] for word in overrides_of_run(earlier)}
             now = {override_key(word) for word in sys.argv[1:]}
             error.fix = {key: value for key, value in then.items() if key not in now} | error.fix
         raise
 
 
-def _sweep(app: Hydra, program: Program[Judged], composition: Composition, world: World) -> None:
+def _sweep(app: Hydra, program: Program[Checked], composition: Composition, world: World) -> None:
     """Run the jobs of `-m`; exit code 1 if one of them failed."""
     if world.elastic:
         why = "one failing rank would hang a sweep inside torchrun"
         legal = "a sweep without torchrun, which starts one for each job"
         raise WrongCommand("hydra.mode", "MULTIRUN", why, legal, Command(tuple(sys.argv[1:])))
-    interrupt.begun()
+    interrupt.restore_interrupt()
     name, overrides = composition.config_name, composition.overrides
-    with explaining(composition):
-        composed = hydra_app.composed(app, name, overrides, RunMode.MULTIRUN)
+    with explain_errors(composition):
+        composed = hydra_app.compose_config(app, name, overrides, RunMode.MULTIRUN)
     try:
         with (
-            explaining(composition, (HydraException, OmegaConfBaseException)),
+            explain_errors(composition, (HydraException, OmegaConfBaseException)),
             sweep_folder(composed) as folder,
         ):
             settled = [override("hydra.sweep.dir", folder), "hydra.mode=MULTIRUN"]
@@ -229,7 +235,7 @@ def _arguments(world: World) -> Namespace:
         legal = "key=value overrides, then flags; see --hydra-help"
         moved = [word for word in unknown if not word.startswith("-")]
         rest = [word for word in sys.argv[1:] if word not in unknown]
-        command = dataclasses.replace(Command.typed(world), arguments=(*moved, *rest))
+        command = dataclasses.replace(Command.from_argv(world), arguments=(*moved, *rest))
         raise WrongCommand("flags", " ".join(unknown), "not understood", legal, command)
     if (slurm := SlurmStep.from_environment()).tasks > 1:
         raise _srun_alone(slurm)
@@ -248,13 +254,13 @@ def _srun_alone(slurm: SlurmStep) -> WrongCommand:
     return WrongCommand("SLURM_STEP_NUM_TASKS", slurm.tasks, why, legal, " ".join(command))
 
 
-def _call_main(program: Program[Judged], judged: Judged, world: World, restarted: bool = False) -> None:
+def _call_main(program: Program[Checked], job: Checked, world: World, restarted: bool = False) -> None:
     """Call main with the validated config and its run; an exception goes to the logs and to torchrun's report."""
-    settings, command = HydraConfig.get(), Command.typed(world)
+    settings, command = HydraConfig.get(), Command.from_argv(world)
     if any(override_key(word) == "resume" for word in command.arguments):
         command = dataclasses.replace(command, arguments=tuple(settings.overrides.task))
-    run = Run(Path(settings.runtime.output_dir), world, restarted, command, program.objection)
-    with uncollected():
+    run = Run(Path(settings.runtime.output_dir), world, restarted, command, program.check_command)
+    with gc_paused():
         start_logging(run.folder, world)
     main = program.main
     if world.elastic:
@@ -262,11 +268,11 @@ def _call_main(program: Program[Judged], judged: Judged, world: World, restarted
 
         main = record(main)
     try:
-        main(judged, run)
+        main(job, run)
     except ConfigError:
         raise
     except RunFailed as failed:
-        fail(failed)
+        exit_failed(failed)
     except Exception:
         log.exception("stopped by an exception", extra=IN_FILES_ONLY)
         raise

@@ -21,9 +21,9 @@ from omegaconf.errors import (
 )
 
 from tpresearch.config.errors import ConfigError, format_value, nearest
-from tpresearch.launch.command import Command, WrongCommand, override_key, quoted
-from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, close, closest, conf_dir
-from tpresearch.launch.hydra_app import UNREADABLE
+from tpresearch.launch.command import Command, WrongCommand, override_key, quote
+from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, close_names, closest_name, conf_dir
+from tpresearch.launch.hydra_app import NOT_ACCEPTED
 
 TYPES = {
     "Integer": "a whole number",
@@ -34,7 +34,7 @@ TYPES = {
 
 
 @contextmanager
-def explaining(
+def explain_errors(
     composition: Composition, errors: tuple[type[Exception], ...] = COMPOSITION_ERRORS
 ) -> Iterator[None]:
     """Raise what Hydra and OmegaConf raise meanwhile as a ConfigError."""
@@ -63,12 +63,12 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
         value = composition.typed_value(again[1])
         return ConfigError(again[1], value, "it is chosen already", "no + before it", fix={again[1]: value})
     if message.startswith("Config group override must be a string"):
-        return _not_a_name(composition)
-    if message.endswith(UNREADABLE):
-        return _unreadable_value(message.removesuffix(UNREADABLE), composition)
+        return _invalid_option_name(composition)
+    if message.endswith(NOT_ACCEPTED):
+        return _unreadable_value(message.removesuffix(NOT_ACCEPTED), composition)
     cause = next((e for e in chain if isinstance(e, OmegaConfBaseException) and e.full_key), None)
     if cause is None:
-        return _anything_else(message, composition)
+        return _error_without_key(message, composition)
     if file := re.match(r"In '(.+)': \w+ raised while composing config", message):
         return _wrong_in_file(file[1], cause, composition)
     return _wrong_value(cause, composition)
@@ -77,7 +77,7 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
 def _unknown_key(key: str, value: object, composition: Composition) -> ConfigError:
     known = {**composition.values_without(key), **dict.fromkeys(composition.groups())}
     why = "no such key" if "." in key else "no such config group or key"
-    if near := close(key, known):
+    if near := close_names(key, known):
         legal = f"nearest is {near[0]}" if len(near) == 1 else f"nearest are {', '.join(near)}"
         return ConfigError(key, value, why, legal, fix={key: None, near[0]: value})
     branch = key.rpartition(".")[0]
@@ -94,7 +94,7 @@ def _unreadable(error: OverrideParseException, composition: Composition) -> Conf
     why = f"cannot be read ({_first_line(error.message)})" if "(" not in error.message else "cannot be read"
     legal = f"'{key}=[a,b]' for a list, '{key}=\"text\"' for text with special characters"
     is_text = isinstance(composition.values_without(key).get(override_key(key)), str)
-    return ConfigError(key, value, why, legal, fix={override_key(key): quoted(value) if is_text else None})
+    return ConfigError(key, value, why, legal, fix={override_key(key): quote(value) if is_text else None})
 
 
 def _unreadable_value(key: str, composition: Composition) -> ConfigError:
@@ -119,10 +119,10 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
     if not options:
         return ConfigError(group, value or option, why, f"conf/{group}/ has none yet")
     legal = f"one of {', '.join(nearest(option, options))}"
-    return ConfigError(group, value or option, why, legal, fix={group: closest(option, options)})
+    return ConfigError(group, value or option, why, legal, fix={group: closest_name(option, options)})
 
 
-def _not_a_name(composition: Composition) -> ConfigError:
+def _invalid_option_name(composition: Composition) -> ConfigError:
     """For `model=3`, `model=null` and `=3`: in their message Hydra names neither the group nor the value."""
     groups = composition.groups()
     for typed in composition.overrides:
@@ -153,7 +153,7 @@ def _chosen_file(path: str, composition: Composition) -> tuple[str, str]:
 def _wrong_in_file(file: str, error: OmegaConfBaseException, composition: Composition) -> ConfigError:
     field, value = _chosen_file(file, composition)
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
-        best = closest(str(error.full_key), composition.values_without(field))
+        best = closest_name(str(error.full_key), composition.values_without(field))
         why, legal = ", which does not exist", f"nearest is {best}" if best else "a key of `--cfg job`"
     else:
         reason, legal = _reason(_first_line(str(error)))
@@ -181,7 +181,7 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
     if isinstance(error, InterpolationResolutionError) and not isinstance(error, ValidationError):
         written = default if typed is None else typed
         if missing := re.match(r"Interpolation key '(.*)' not found", message):
-            best = closest(missing[1], others)
+            best = closest_name(missing[1], others)
             legal = f"nearest is ${{{best}}}" if best else "a key that `--cfg job` shows"
             return ConfigError(key, written, f"{missing[1]} does not exist", legal)
         why = message.replace("raised while resolving interpolation", "while resolving it")
@@ -216,7 +216,7 @@ def _reason(message: str) -> tuple[str, str]:
     return message, "a value of its type in the schema"
 
 
-def _anything_else(message: str, composition: Composition) -> ConfigError:
+def _error_without_key(message: str, composition: Composition) -> ConfigError:
     """An error without a key: the override that its text mentions, or the config as a whole."""
     for typed in composition.overrides:
         key, equals, value = typed.lstrip("+~").partition("=")

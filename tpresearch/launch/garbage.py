@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """For imports: inside it nothing is collected, and what there is at its end is never looked through again.
+def gc_paused() -> Iterator[None]:
+    """For imports: inside it nothing is collected, and the objects that exist at its end are never scanned again.
 
     Of torch's import a third is a search among objects that all stay, and another follows when the process ends.
     """

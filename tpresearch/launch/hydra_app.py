@@ -33,11 +33,11 @@ from tpresearch.launch.command import override_key
 from tpresearch.launch.composition import COMPOSITION_ERRORS, conf_dir
 
 VERSION_BASE = "1.3"
-ONLY_SHOWN = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
-"""Flags of Hydra's command line with which nothing is run, or not by us."""
-UNFORESEEN = (AssertionError, AttributeError, TypeError)
-"""What Hydra raises for a value that it did not expect."""
-UNREADABLE = " has a value that Hydra does not accept"
+QUERY_FLAGS = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
+"""Flags of Hydra's command line that only print something, or that Hydra itself handles."""
+UNEXPECTED_ERRORS = (AssertionError, AttributeError, TypeError)
+"""Exceptions that Hydra raises for a value that it did not expect."""
+NOT_ACCEPTED = " has a value that Hydra does not accept"
 
 
 def parse_command_line() -> tuple[Namespace, list[str]]:
@@ -52,17 +52,17 @@ def parse_command_line() -> tuple[Namespace, list[str]]:
 
 
 def _refuse_flag(message: str) -> NoReturn:
-    """In the place of argparse's usage over many lines."""
+    """Instead of argparse's usage message over many lines."""
     flag = next((word for word in reversed(sys.argv[1:]) if word.startswith("-")), "flags")
     raise ConfigError(flag, "", message, "key=value overrides, then flags; see --hydra-help")
 
 
-def only_shows(arguments: Namespace) -> bool:
-    return any(getattr(arguments, flag) for flag in ONLY_SHOWN) or (arguments.run and arguments.multirun)
+def is_query(arguments: Namespace) -> bool:
+    return any(getattr(arguments, flag) for flag in QUERY_FLAGS) or (arguments.run and arguments.multirun)
 
 
-def show(task: Callable[..., object], config_name: str) -> None:
-    """`hydra.main` itself, for --cfg, --info, --help and their like."""
+def answer_query(task: Callable[..., object], config_name: str) -> None:
+    """Run `hydra.main` itself, for --cfg, --info, --hydra-help and the like."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else it prints errors itself, over many lines, and exits with 1
     hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=config_name)(task)()
 
@@ -91,7 +91,7 @@ def compose_run(app: Hydra, config_name: str, overrides: list[str]) -> DictConfi
         HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError: for a wrong file or override.
     """
     try:
-        config = composed(app, config_name, overrides, RunMode.RUN)
+        config = compose_config(app, config_name, overrides, RunMode.RUN)
     except ConfigCompositionException:
         # An override of several values, which a sweep may have: hydra.mode is asked for by composing without them.
         several = any(set(",(") & set(word) for word in overrides)
@@ -104,7 +104,7 @@ def compose_run(app: Hydra, config_name: str, overrides: list[str]) -> DictConfi
     return config
 
 
-def composed(app: Hydra, config_name: str, overrides: list[str], mode: RunMode) -> DictConfig:
+def compose_config(app: Hydra, config_name: str, overrides: list[str], mode: RunMode) -> DictConfig:
     """The config, Hydra's own settings included.
 
     Raises:
@@ -117,12 +117,12 @@ def composed(app: Hydra, config_name: str, overrides: list[str], mode: RunMode) 
 
     try:
         return compose(overrides)
-    except UNFORESEEN as error:
+    except UNEXPECTED_ERRORS as error:
         for end, word in enumerate(overrides, 1):
             try:
                 compose(overrides[:end])
-            except UNFORESEEN:
-                raise HydraException(f"{override_key(word)}{UNREADABLE}") from error
+            except UNEXPECTED_ERRORS:
+                raise HydraException(f"{override_key(word)}{NOT_ACCEPTED}") from error
             except COMPOSITION_ERRORS:  # for want of the later ones
                 continue
         raise
@@ -148,8 +148,8 @@ def run(app: Hydra, config: DictConfig, config_name: str, job: Callable[[], None
         raise returned._return_value  # its property would first print a line of its own
 
 
-def typed_in() -> Path:
-    """The folder in which the command was typed, which hydra.job.chdir=true has left."""
+def launch_dir() -> Path:
+    """The folder in which the command was typed, also after hydra.job.chdir=true."""
     with suppress(OmegaConfBaseException):  # of a chdir that refers to nothing, for which the job is refused
         if HydraConfig.initialized() and HydraConfig.get().job.chdir:
             return Path(HydraConfig.get().runtime.cwd)

@@ -14,22 +14,22 @@ from pathlib import Path
 from tpresearch.config.world import World
 
 IN_FILES_ONLY = {"console": False}
-"""As `extra` of a log call: for what the console shows in another way."""
+"""`extra` of a log call whose content the console shows in another way."""
 
 LIBRARY_LEVELS = {
     **dict.fromkeys(["datasets", "filelock", "fsspec", "git", "httpx", "huggingface_hub"], logging.WARNING),
     **dict.fromkeys(["matplotlib", "tokenizers", "torch"], logging.WARNING),
     **dict.fromkeys(["urllib3", "wandb"], logging.ERROR),
 }
-"""Libraries whose steps are not this run's, by the level from which they are heard."""
+"""Minimum level of libraries' log records."""
 
 
 def start_logging(folder: Path, world: World) -> None:
     """Send log records and Python's warnings to the run folder, and rank 0's also to stderr.
 
-    Other ranks keep what they say to `ranks/rank-<rank>.log`, where a rank under torchrun that crashes in native code
-    leaves its Python stack too. A library's warning is written once, however often it is repeated. A second call takes
-    the place of the first.
+    Other ranks log to `ranks/rank-<rank>.log`, where a rank under torchrun that crashes in native code
+    leaves its Python stack too. A library's warning is written once, however often it is repeated. A second call replaces
+    the first.
     """
     (folder / "ranks").mkdir(exist_ok=True)
     own = folder / "ranks" / f"rank-{world.rank:05d}.log"
@@ -39,7 +39,7 @@ def start_logging(folder: Path, world: World) -> None:
     if world.rank == 0:
         handlers += [_file(folder / "train.log"), _console()]
     for handler in handlers:
-        handler.addFilter(OnceEachWarning())
+        handler.addFilter(WarnOnceFilter())
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # on a full disk only the line is lost
@@ -89,7 +89,7 @@ class ShortFormat(logging.Formatter):
         return line if record.levelno < logging.WARNING else f"{line} [{record.levelname.lower()}]"
 
 
-class OnceEachWarning(logging.Filter):
+class WarnOnceFilter(logging.Filter):
     """Lets a library's warning through once: torch repeats the same one for each block and each step."""
 
     def __init__(self) -> None:
@@ -105,8 +105,8 @@ class OnceEachWarning(logging.Filter):
         return new
 
 
-class Unfailing(io.TextIOWrapper):
-    """A text stream that writes what it can: letters that its encoding lacks as `\\u2013`, and to a closed pipe nothing."""
+class TolerantStream(io.TextIOWrapper):
+    """A text stream that never raises: characters that its encoding lacks become `\\u2013`, and a closed pipe is ignored."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -122,14 +122,14 @@ class Unfailing(io.TextIOWrapper):
             pass
 
 
-def print_without_fail() -> None:
-    """Make stdout and stderr such streams, for the rest of this process."""
+def tolerate_print_errors() -> None:
+    """Make stdout and stderr a `TolerantStream`, for the rest of this process."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:
             stream.flush()
             lines, through, encoding = stream.line_buffering, stream.write_through, stream.encoding
-            unfailing = Unfailing(
+            unfailing = TolerantStream(
                 stream.detach(), encoding, "backslashreplace", line_buffering=lines, write_through=through
             )
             setattr(sys, name, unfailing)

@@ -17,7 +17,7 @@ from tpresearch import interrupt
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.world import World
 from tpresearch.launch.command import refuse_typed_secrets
-from tpresearch.launch.logs import print_without_fail
+from tpresearch.launch.logs import tolerate_print_errors
 from tpresearch.launch.refuse import refuse
 
 Options = TypeVar("Options")
@@ -77,8 +77,8 @@ def command(main: Callable[[], None], options: type | None = None) -> None:
     Args:
         options: its dataclass; `--help` prints what is written below each field, and the text of its module.
     """
-    print_without_fail()
-    interrupt.begun()
+    tolerate_print_errors()
+    interrupt.restore_interrupt()
     try:
         refuse_typed_secrets(World())
         if options and {"-h", "--help"} & set(sys.argv[1:]):
@@ -88,7 +88,7 @@ def command(main: Callable[[], None], options: type | None = None) -> None:
         else:
             main()
     except KeyboardInterrupt:
-        interrupt.say()
+        interrupt.print_stopped()
         sys.exit(interrupt.INTERRUPTED)
     except ConfigError as error:
         refuse(error, World(), lambda _: None)

@@ -23,56 +23,56 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed
 from tpresearch.config.world import World
 from tpresearch.launch import hydra_app
-from tpresearch.launch.command import Command, Objection, command_to_try, type_again
+from tpresearch.launch.command import Command, CommandCheck, command_to_try, repeat_command_of_run
 from tpresearch.launch.composition import Composition, typed_config
-from tpresearch.launch.explain import explaining
+from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.run_dir import check_folder_names
 
 EXIT_CODE = 2
-PATIENCE_S = 60
-"""How long a rank waits for the one that speaks for all: torchrun ends that one as soon as another has left."""
+TIMEOUT_S = 60
+"""How long a rank waits for the reporting rank: torchrun ends that one as soon as another exits."""
 POLL_S = 0.02
 
 
-def refuse(error: ConfigError, world: World, objection: Objection) -> NoReturn:
+def refuse(error: ConfigError, world: World, check_command: CommandCheck) -> NoReturn:
     """Print the error once per job and exit with code 2.
 
     torchrun itself exits with 1 whatever its workers do, and reports each failure; there ranks give the same sentence.
 
     Args:
-        objection: validates a command before it is proposed.
+        check_command: validates a command before it is proposed.
     """
-    heard = _heard_from_another()
+    heard = _report_of_another_rank()
     if heard is None:
-        heard = f"{error}; try: {command_to_try(error, world, objection)}"
+        heard = f"{error}; try: {command_to_try(error, world, check_command)}"
         print(f"error: {heard}", file=sys.stderr, flush=True)
-        if path := _said_on_this_host():
+        if path := _report_file():
             with suppress(OSError):
                 path.write_text(heard, encoding="utf-8")
     _report_to_torchrun(heard or str(error))
     sys.exit(EXIT_CODE)
 
 
-def fail(error: RunFailed) -> NoReturn:
-    """Exit with code 1 after a run whose report has said what is wrong."""
+def exit_failed(error: RunFailed) -> NoReturn:
+    """Exit with code 1 after a run whose report states what is wrong."""
     _report_to_torchrun(str(error))
     sys.exit(1)
 
 
-def _report_to_torchrun(said: str) -> None:
-    """Tell the agent what has been reported, so that `tpresearch.agent` does not repeat it."""
+def _report_to_torchrun(message: str) -> None:
+    """Tell the agent what was reported, so that `tpresearch.agent` does not repeat it."""
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": f"refused: {said}", "timestamp": int(time.time())}
+        report = {"message": f"refused: {message}", "timestamp": int(time.time())}
         with suppress(OSError):
             Path(error_file).write_text(json.dumps(report), encoding="utf-8")
 
 
-def _heard_from_another() -> str | None:
-    """The report of the rank that speaks for all; None if this rank has to report.
+def _report_of_another_rank() -> str | None:
+    """The report of the rank that reports for all; None if this rank has to report.
 
-    Under torchrun the first rank of the first host speaks, over all restarts; under srun the first task.
+    Under torchrun the first rank of the first host reports, over all restarts; under srun the first task.
     """
-    path = _said_on_this_host()
+    path = _report_file()
     if path is None:
         tasks, task = os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("SLURM_PROCID")
         is_another = task is not None and task.isdecimal() and task != "0"
@@ -82,7 +82,7 @@ def _heard_from_another() -> str | None:
     try:
         path.touch(exist_ok=False)
     except FileExistsError:
-        until = time.monotonic() + PATIENCE_S
+        until = time.monotonic() + TIMEOUT_S
         while not (said := path.read_text(encoding="utf-8")) and time.monotonic() < until:
             time.sleep(POLL_S)
         return said
@@ -91,31 +91,35 @@ def _heard_from_another() -> str | None:
     return None
 
 
-def _said_on_this_host() -> Path | None:
+def _report_file() -> Path | None:
     """A file where torchrun keeps its workers' error files (<job>/attempt_<n>/<rank>/error.json).
 
-    It settles who speaks: a refusal comes before there is a process group, and before torch is imported.
+    It determines which rank reports: a refusal comes before there is a process group, and before torch is imported.
     """
     parents = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents
     return parents[2] / "refused" if len(parents) > 2 else None
 
 
-MOST_JOBS = 16
+MAX_JOBS = 16
 """Number of a sweep's jobs to validate."""
 
 
-def objection_to(
-    command: Command, script: str, config_name: str, judge: Callable[[Config, World], object], resumes: bool
+def error_of_command(
+    command: Command,
+    script: str,
+    config_name: str,
+    preflight: Callable[[Config, World], object],
+    resumes: bool,
 ) -> ConfigError | None:
-    """The reason for which a program would refuse this command, as far as its judge can tell; None if it would run.
+    """Why a program would refuse this command, as far as its preflight can tell; None if it would run.
 
     Args:
         script: the file of its main.
         resumes: whether it can resume an earlier run (`resume`).
     """
     try:
-        with typed_as(command):
-            _judge(command, script, config_name, judge, resumes)
+        with as_if_typed(command):
+            _check_command(command, script, config_name, preflight, resumes)
     except ConfigError as error:
         return error
     except (Exception, SystemExit) as error:
@@ -123,23 +127,27 @@ def objection_to(
     return None
 
 
-def _judge(
-    command: Command, script: str, config_name: str, judge: Callable[[Config, World], object], resumes: bool
+def _check_command(
+    command: Command,
+    script: str,
+    config_name: str,
+    preflight: Callable[[Config, World], object],
+    resumes: bool,
 ) -> None:
     arguments, unknown = hydra_app.parse_command_line()
     if unknown:
         drop = dict.fromkeys(unknown)
         raise ConfigError("flags", " ".join(unknown), "not understood", "key=value", fix=drop)
     if resumes:
-        type_again(arguments)
+        repeat_command_of_run(arguments)
     composition = Composition.of(arguments, config_name)
-    with explaining(composition):
+    with explain_errors(composition):
         app = hydra_app.application(script, arguments)
         jobs = _jobs(composition.overrides) if arguments.multirun else iter([composition.overrides])
     for overrides in jobs:
-        with explaining(composition):
+        with explain_errors(composition):
             composed = hydra_app.compose_run(app, composition.config_name, overrides)
-            if composed is None:  # a sweep for hydra.mode: its launcher judges each job
+            if composed is None:  # a sweep for hydra.mode: its launcher checks each job
                 return
             with open_dict(composed):
                 composed.hydra.job.id, composed.hydra.job.num = "0", 0
@@ -148,7 +156,7 @@ def _judge(
             cfg = typed_config(composed)
         ranks = ranks_needed(cfg, DEFAULT_PLAN_RANKS)
         of_job = World(0, ranks, 0, ranks, elastic=ranks > 1)
-        judge(cfg, of_job if arguments.multirun else command.world)
+        preflight(cfg, of_job if arguments.multirun else command.world)
 
 
 def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
@@ -160,17 +168,17 @@ def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
         else [str(word.input_line)]
         for word in parsed
     ]
-    return (list(job) for job in itertools.islice(itertools.product(*each), MOST_JOBS))
+    return (list(job) for job in itertools.islice(itertools.product(*each), MAX_JOBS))
 
 
 @contextmanager
-def typed_as(command: Command) -> Iterator[None]:
-    """The command line of this process and its environment are this meanwhile, in the folder where that was typed: what judges
-    a config may read them."""
+def as_if_typed(command: Command) -> Iterator[None]:
+    """Inside it, this process's command line, environment and folder are those of the command, since preflights may read
+    them."""
     before, unset = sys.argv, {name: os.environ.pop(name) for name in command.unset if name in os.environ}
     sys.argv = [before[0], *command.arguments]
     try:
-        with chdir(hydra_app.typed_in()):
+        with chdir(hydra_app.launch_dir()):
             yield
     finally:
         sys.argv = before

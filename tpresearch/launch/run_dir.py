@@ -20,23 +20,23 @@ from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import NEVER
 from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.config.world import SlurmStep, World, agent_store
-from tpresearch.launch.claim import check_ours, free_name, locked, make_room
+from tpresearch.launch.claim import check_left_by_run, free_name, lock_folder, set_aside_record
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-PATIENCE = timedelta(minutes=5)
+TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for rank 0, which may still be importing torch from a slow file system."""
 
-ASKS_AGAIN_S = 0.05
+POLL_S = 0.05
 
 SWEEP_RECORD = "multirun.yaml"
-"""What Hydra writes of a sweep: its config."""
+"""Hydra's record of a sweep: its config."""
 SWEEP_TABLES = ("summary.csv", "summary.md", "optimization_results.yaml")
 
 
 def register_resolvers() -> None:
-    """`run_dir`, `on_rank_zero`, `from_env`, `words_from_env`, and what is read of tokenizers and weights, for the YAML files."""
+    """`run_dir`, `on_rank_zero`, `from_env`, `words_from_env`, and those that read tokenizers and weights, for the YAML files."""
     new = partial(OmegaConf.register_new_resolver, replace=True)
     new("run_dir", dated_folder, use_cache=True)
     new("on_rank_zero", lambda value: value if World.from_environment().rank == 0 else None)
@@ -48,7 +48,7 @@ def register_resolvers() -> None:
 
 
 def dated_folder(name: str, at: datetime | None = None) -> str:
-    """`outputs/<name>/<YYYY-MM-DD>/<HH-MM-SS>`, now. What the job uses in the end is settled by `agreed`."""
+    """`outputs/<name>/<YYYY-MM-DD>/<HH-MM-SS>`, now. What the job uses in the end is settled by `agree_on_folder`."""
     return f"outputs/{name}/{at or datetime.now():%Y-%m-%d/%H-%M-%S}"
 
 
@@ -62,11 +62,11 @@ def may_resume(composed: DictConfig, folder: Path) -> bool:
 
 
 @contextmanager
-def agreed(composed: DictConfig, world: World) -> Iterator[tuple[Path, bool]]:
-    """Make the folder that `hydra.run.dir` names, the same one on all ranks, restarts included; hold it meanwhile.
+def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, bool]]:
+    """Make the folder that `hydra.run.dir` names, the same one on all ranks, restarts included, and lock it.
 
-    The default folder is new. One that is given is gone on with where it has a checkpoint and the config does not
-    say otherwise; an earlier record without one is set aside, so that no two runs are in one record.
+    The default folder is new. A given one is resumed if it has a checkpoint, unless resume=never; an earlier record
+    without a checkpoint is set aside, so that no two runs share a record.
 
     Returns: the folder, and on rank 0 whether this job had it before torchrun started its ranks again.
 
@@ -80,31 +80,31 @@ def agreed(composed: DictConfig, world: World) -> Iterator[tuple[Path, bool]]:
     resumes = composed.get("resume") != NEVER
 
     def claim(held: ExitStack, started: Path | None = None) -> Path:
-        """The folder of this job; `started` is the one that it had before torchrun started it again."""
-        folder = started or _made("hydra.run.dir", wanted, given, name)
-        check_ours(folder)
-        with refuse_unwritable("hydra.run.dir", folder, _elsewhere("hydra.run.dir", name)):
-            held.enter_context(locked(folder, PATIENCE.seconds if started else 0))
+        """The folder of this job; `started` is the one that it had before torchrun restarted it."""
+        folder = started or _make("hydra.run.dir", wanted, given, name)
+        check_left_by_run(folder)
+        with refuse_unwritable("hydra.run.dir", folder, _temporary_folder("hydra.run.dir", name)):
+            held.enter_context(lock_folder(folder, TIMEOUT.seconds if started else 0))
             if not started and not (resumes and step_folders(folder)):
-                make_room(folder)
+                set_aside_record(folder)
         return folder
 
     with ExitStack() as held:
         started = None
         if (store := _agent_store()) is not None:
             if world.rank == 0:
-                started = Path(store.get(_key()).decode()) if store.check([_key()]) else None
-                store.set(_key(), str(claim(held, started)))
-            folder = _told(store)
+                started = Path(store.get(_store_key()).decode()) if store.check([_store_key()]) else None
+                store.set(_store_key(), str(claim(held, started)))
+            folder = _folder_of_rank_0(store)
         else:
             if world.size > 1 and not given:
-                wanted, given = _of_slurm_job(name), True
-            folder = claim(held) if world.rank == 0 else _made("hydra.run.dir", wanted, given, name)
+                wanted, given = _slurm_folder(name), True
+            folder = claim(held) if world.rank == 0 else _make("hydra.run.dir", wanted, given, name)
         yield folder, started is not None
 
 
 def check_folder_names(composed: DictConfig) -> None:
-    """Refuse what names no folder for the run, or none inside of it for Hydra's record.
+    """Refuse settings that name no folder for the run, or none inside of it for Hydra's record.
 
     Raises:
         ConfigError: naming hydra.run.dir or hydra.output_subdir.
@@ -130,9 +130,9 @@ def sweep_folder(composed: DictConfig) -> Iterator[Path]:
     key, wanted, given = "hydra.sweep.dir", Path(composed.hydra.sweep.dir), _is_given(composed.hydra.sweep)
     is_new = not given or not os.path.exists(wanted)
     parents = [each for each in wanted.parents if not os.path.exists(each)]
-    folder = _made(key, wanted, given, str(composed.get("name") or "sweep"))
-    _refuse_what_no_sweep_wrote(key, folder)
-    record = folder / SWEEP_RECORD  # Hydra writes it before jobs are judged
+    folder = _make(key, wanted, given, str(composed.get("name") or "sweep"))
+    _refuse_foreign_files(key, folder)
+    record = folder / SWEEP_RECORD  # Hydra writes it before jobs are checked
     before, earlier = set(os.listdir(folder)), record.read_bytes() if record.exists() else None
     try:
         yield folder
@@ -145,7 +145,7 @@ def sweep_folder(composed: DictConfig) -> Iterator[Path]:
         raise
 
 
-def _refuse_what_no_sweep_wrote(key: str, folder: Path) -> None:
+def _refuse_foreign_files(key: str, folder: Path) -> None:
     record = folder / SWEEP_RECORD
     if (folder / ".lock").is_file() or (record.is_file() and b"\nhydra:" in b"\n" + record.read_bytes()):
         return
@@ -160,16 +160,16 @@ def _is_given(settings: DictConfig) -> bool:
     return "${run_dir:" not in str(OmegaConf.to_container(settings, resolve=False))
 
 
-def _made(key: str, wanted: Path, given: bool, name: str) -> Path:
-    with refuse_unwritable(key, wanted, _elsewhere(key, name)):
-        return _usable(wanted) if given else _claimed(wanted)
+def _make(key: str, wanted: Path, given: bool, name: str) -> Path:
+    with refuse_unwritable(key, wanted, _temporary_folder(key, name)):
+        return _make_writable(wanted) if given else _make_new(wanted)
 
 
-def _elsewhere(key: str, name: str) -> dict[str, object]:
+def _temporary_folder(key: str, name: str) -> dict[str, object]:
     return {key: Path(tempfile.gettempdir()) / name}
 
 
-def _claimed(wanted: Path) -> Path:
+def _make_new(wanted: Path) -> Path:
     """A new folder: `wanted`, or with -2, -3... if another job took it in the same second."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -179,7 +179,7 @@ def _claimed(wanted: Path) -> Path:
             return folder
 
 
-def _usable(folder: Path) -> Path:
+def _make_writable(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(b"\0")
@@ -190,21 +190,21 @@ def _agent_store() -> TCPStore | None:
     if (where := agent_store()) is None:
         return None
     try:
-        socket.create_connection(where, PATIENCE.seconds).close()
+        socket.create_connection(where, TIMEOUT.seconds).close()
     except ConnectionRefusedError:  # it was there before its ranks: killed while this one was importing
         sys.exit(f"torchrun has ended: nothing answers at {where[0]}:{where[1]}")
     from torch.distributed import TCPStore  # late: it costs two seconds, and no refusal needs it
 
-    return TCPStore(*where, is_master=False, timeout=PATIENCE)
+    return TCPStore(*where, is_master=False, timeout=TIMEOUT)
 
 
-def tell_other_hosts(world: World) -> None:
-    """Let ranks of other hosts know that rank 0 is refused, whose folder they wait for: their torchrun does not."""
+def report_refusal_to_hosts(world: World) -> None:
+    """Tell ranks of other hosts, which wait for rank 0's folder, that rank 0 was refused: their torchrun does not."""
     if world.rank == 0 and world.hosts > 1 and (store := _agent_store()) is not None:
-        store.set(_key(refused=True), "")
+        store.set(_store_key(refused=True), "")
 
 
-def _told(store: TCPStore) -> Path:
+def _folder_of_rank_0(store: TCPStore) -> Path:
     """The folder that rank 0 has agreed on.
 
     Raises:
@@ -212,27 +212,27 @@ def _told(store: TCPStore) -> Path:
     """
     from torch.distributed import DistError
 
-    until, why = time.monotonic() + PATIENCE.seconds, "rank 0 was refused"
+    until, why = time.monotonic() + TIMEOUT.seconds, "rank 0 was refused"
     try:
-        while not store.check([_key()]):
+        while not store.check([_store_key()]):
             if time.monotonic() > until:
-                why = f"rank 0 did not agree on a folder within {PATIENCE.seconds} s"
-            if time.monotonic() > until or store.check([_key(refused=True)]):
+                why = f"rank 0 did not agree on a folder within {TIMEOUT.seconds} s"
+            if time.monotonic() > until or store.check([_store_key(refused=True)]):
                 raise ConfigError("hydra.run.dir", None, why, "see the log of rank 0")
-            time.sleep(ASKS_AGAIN_S)
-        return Path(store.get(_key()).decode())
+            time.sleep(POLL_S)
+        return Path(store.get(_store_key()).decode())
     except DistError:  # the store was in the agent of its host
         why = "torchrun has ended on the host of rank 0"
         raise ConfigError("hydra.run.dir", None, why, "see the log of rank 0") from None
 
 
-def _key(refused: bool = False) -> str:
-    """Of the job's folder in the agents' store, over all restarts; or of the word that this start is refused."""
+def _store_key(refused: bool = False) -> str:
+    """Key of the job's folder in the agents' store, over all restarts; or of the notice that this start is refused."""
     key = f"tpresearch/{os.environ['TORCHELASTIC_RUN_ID']}/run_dir"
     return f"{key}/refused/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if refused else key
 
 
-def _of_slurm_job(name: str) -> Path:
+def _slurm_folder(name: str) -> Path:
     """A folder that every rank can derive by itself from the Slurm job's id and start time."""
     slurm = SlurmStep.from_environment()
     if slurm.job is None or slurm.started is None:

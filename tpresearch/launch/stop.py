@@ -17,8 +17,8 @@ from typing import Self
 
 from tpresearch.interrupt import INTERRUPTED
 
-ECHO_S = 1.0
-"""Within which one Ctrl-C may reach a rank twice: from the terminal, and from torchrun's agent."""
+REPEATED_SIGNAL_S = 1.0
+"""Time within which one Ctrl-C may reach a rank twice: from the terminal, and from torchrun's agent."""
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -43,7 +43,7 @@ class StopFlag:
             for document in documents:
                 stop.check()
 
-    A second Ctrl-C ends the process at once; what is ignored already stays so, as under `nohup`. Signals are read in a
+    A second Ctrl-C ends the process at once; signals that are ignored already stay ignored, as under `nohup`. Signals are read in a
     thread, from the file descriptor that Python writes them to, since a handler would have to wait while the main thread
     is inside a collective.
     """
@@ -79,7 +79,7 @@ class StopFlag:
         self._writer.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         heard = [number for number in self.NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._handlers_before = {number: signal.signal(number, _ignored) for number in heard}
+        self._handlers_before = {number: signal.signal(number, _ignore) for number in heard}
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -95,9 +95,9 @@ class StopFlag:
     def _listen(self) -> None:
         while arrived := self._reader.recv(1):
             if arrived[0] in self._handlers_before:
-                self._note(signal.Signals(arrived[0]), time.monotonic())
+                self._record(signal.Signals(arrived[0]), time.monotonic())
 
-    def _note(self, number: signal.Signals, now: float) -> None:
+    def _record(self, number: signal.Signals, now: float) -> None:
         self.requested = self.requested or number
         for call in self._calls:
             call()
@@ -105,19 +105,19 @@ class StopFlag:
             return
         if self._interrupted_at is None:
             self._interrupted_at = now
-        elif now - self._interrupted_at > (ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else 0):
+        elif now - self._interrupted_at > (REPEATED_SIGNAL_S if "TORCHELASTIC_RUN_ID" in os.environ else 0):
             os._exit(INTERRUPTED)
 
 
-def _ignored(number: int, frame: object) -> None:
-    """What Python calls once the thread above has been told; without a handler it would not be."""
+def _ignore(number: int, frame: object) -> None:
+    """A handler must be set for Python to write the signal to the file descriptor above."""
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
-    """Have the kernel send this process a signal when its parent ends, even if that was killed. Linux alone can.
+    """Make the kernel send this process a signal when its parent ends, even if that was killed. Linux only.
 
     Args:
-        parent: the parent's process id, where it is known; else whichever process is the parent now.
+        parent: the parent's process id, if it is known; by default the present parent.
     """
     if LIBC is None:
         return

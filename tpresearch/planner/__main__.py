@@ -10,12 +10,12 @@ import os
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.launch import Run, entrypoint
-from tpresearch.launch.garbage import uncollected
-from tpresearch.simulate.judge import Judged
-from tpresearch.simulate.judge import judge as judge_simulation
+from tpresearch.launch.garbage import gc_paused
+from tpresearch.simulate.preflight import SimulationPreflight
+from tpresearch.simulate.preflight import preflight as preflight_simulation
 
 
-def judge(cfg: Config, world: World) -> Judged:
+def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
     """Its plan, mesh and micro-batch are what the planner chooses; all else has to be right.
 
     Raises:
@@ -33,10 +33,10 @@ def judge(cfg: Config, world: World) -> Judged:
     # Plans with tensor parallelism split the batch over fewer ranks.
     splits = dataclasses.replace(train, global_batch_size=math.lcm(train.global_batch_size, cfg.gpus or 1))
     try:
-        judged = judge_simulation(dataclasses.replace(cfg, train=splits), world)
-        judged = judged._replace(cfg=dataclasses.replace(judged.cfg, train=train))
-        plans = candidate_plans(judged.cfg, judged.sizes.world, judged.cluster)
-        return judged if any(isinstance(one, Candidate) for one in plans) else judge_simulation(cfg, world)
+        job = preflight_simulation(dataclasses.replace(cfg, train=splits), world)
+        job = job._replace(cfg=dataclasses.replace(job.cfg, train=train))
+        plans = candidate_plans(job.cfg, job.sizes.world, job.cluster)
+        return job if any(isinstance(one, Candidate) for one in plans) else preflight_simulation(cfg, world)
     except ConfigError as error:
         if error.field != "world_size":
             raise
@@ -44,14 +44,14 @@ def judge(cfg: Config, world: World) -> Judged:
         raise ConfigError("gpus", error.value, error.why, error.legal, fix) from error
 
 
-@entrypoint("planner", judge=judge)
-def main(judged: Judged, run: Run) -> None:
-    with uncollected():  # late: they import torch
+@entrypoint("planner", preflight=preflight_planner)
+def main(job: SimulationPreflight, run: Run) -> None:
+    with gc_paused():  # late: they import torch
         from tpresearch.planner.ranking import rank
         from tpresearch.planner.report import as_json, draw, report, training_command
         from tpresearch.simulate.as_run import write_run
 
-    cfg, cluster, sizes = judged
+    cfg, cluster, sizes = job
     ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))
     (run.folder / "planner.json").write_text(json.dumps(as_json(ranking), indent=2) + "\n")
     best = ranking.fits[0] if ranking.fits else None

@@ -20,8 +20,8 @@ from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict
 from tpresearch.simulate.rows import FEW, MORE, with_block, with_rows
 from tpresearch.simulate.trace import Trace
-from tpresearch.train.cross_entropy import chunks
-from tpresearch.train.preflight import planned
+from tpresearch.train.cross_entropy import chunk_count
+from tpresearch.train.preflight import plan_model
 
 DOUBLINGS = 10
 """How often the number of devices is doubled in search of one that holds a model."""
@@ -183,7 +183,7 @@ def _minimum_memory(candidate: Candidate, known: Recording) -> int | ConfigError
 
 
 def _state_bytes(cfg: Config, sizes: MeshSizes) -> int:
-    model, plan = planned(cfg, sizes)
+    model, plan = plan_model(cfg, sizes)
     kinds = expected_memory(model, plan, cfg)
     return sum(kinds[kind] or 0 for kind in ("parameters", "gradients", "optimizer"))
 
@@ -237,7 +237,7 @@ class _Traces:
 def _chunk(cfg: Config, rows: int) -> float | None:
     """Number of tokens whose logits exist at once, if the loss is computed in chunks."""
     tokens, most = rows * cfg.data.seq_len, cfg.train.loss_chunk
-    return tokens / chunks(tokens, most) if most else None
+    return tokens / chunk_count(tokens, most) if most else None
 
 
 def why_slower(one: RankedCandidate, best: RankedCandidate) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 from tpresearch.launch import Run, entrypoint
-from tpresearch.launch.garbage import uncollected
-from tpresearch.simulate.judge import Judged, judge
+from tpresearch.launch.garbage import gc_paused
+from tpresearch.simulate.preflight import SimulationPreflight, preflight
 
 
-@entrypoint("simulate", judge=judge)
-def main(judged: Judged, run: Run) -> None:
-    with uncollected():  # late: they import torch
+@entrypoint("simulate", preflight=preflight)
+def main(job: SimulationPreflight, run: Run) -> None:
+    with gc_paused():  # late: they import torch
         from tpresearch.simulate.as_run import write_run, write_trace
         from tpresearch.simulate.depth import recording
         from tpresearch.simulate.fake_step import record
@@ -19,7 +19,7 @@ def main(judged: Judged, run: Run) -> None:
         from tpresearch.simulate.replay import Span
         from tpresearch.simulate.report import report
 
-    cfg, cluster, sizes = judged
+    cfg, cluster, sizes = job
     recorded = recording(cfg, sizes, record)
     prediction = predict(recorded, cluster)
     path = run.folder / "simulate.json"

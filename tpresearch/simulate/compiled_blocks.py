@@ -23,7 +23,7 @@ from tpresearch.parallel.apply import parallelize, wrap_forward
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.fake_ranks import FAKE, rank_0_of
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 
 ROWS = 2
 """That are run to learn what one row keeps. (A single row is a case of its own: no dim has to be gathered beside it.)"""
@@ -38,7 +38,7 @@ def kept_per_row(cfg: Config, sizes: MeshSizes) -> float:
     eager = dataclasses.replace(
         cfg.parallel, compile=False, async_tp=False, activation_checkpointing=Checkpointing.none
     )
-    model, plan = planned(cfg, sizes)
+    model, plan = plan_model(cfg, sizes)
     to_float8(model, plan.float8, cfg.train)
     with rank_0_of(sizes) as mesh:
         model = parallelize(model, plan, eager, mesh, cfg.train.dtype)

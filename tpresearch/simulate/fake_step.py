@@ -28,10 +28,10 @@ from tpresearch.simulate.device_memory import DeviceMemory, by_moment
 from tpresearch.simulate.fake_ranks import FAKE, rank_0_of
 from tpresearch.simulate.recorder import Recorder
 from tpresearch.simulate.trace import Trace
-from tpresearch.train.assemble import first_state
-from tpresearch.train.losses import objective_of
+from tpresearch.train.assemble import build_state
+from tpresearch.train.losses import build_objective
 from tpresearch.train.observe import Observer, Observers
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 from tpresearch.train.state import TrainState
 from tpresearch.train.step import Setup, train_step
 
@@ -77,7 +77,7 @@ def record(cfg: Config, sizes: MeshSizes) -> Trace:
 
 def _record(cfg: Config, sizes: MeshSizes) -> Trace:
     cfg, count = traced(cfg, sizes)
-    model, plan = planned(cfg, sizes)
+    model, plan = plan_model(cfg, sizes)
     to_float8(model, plan.float8, cfg.train)
     with rank_0_of(sizes) as mesh:
         model = parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
@@ -85,8 +85,8 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
             # Of fake tensors alone: a linear layer's output is a view there.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             materialize(model, FAKE.torch, lambda _: None)
-            state = first_state(model, cfg, plan, mesh)
-            setup = Setup(cfg, plan, mesh, FAKE, objective_of(cfg, plan), Observers())
+            state = build_state(model, cfg, plan, mesh)
+            setup = Setup(cfg, plan, mesh, FAKE, build_objective(cfg, plan), Observers())
             rows = micro_batch_size(cfg, sizes)
             _make_moments(state)
             memory = DeviceMemory(model, state.optimizer)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import TorchrunConfig
 from tpresearch.interrupt import INTERRUPTED
-from tpresearch.launch.claim import locked
+from tpresearch.launch.claim import lock_folder
 from tpresearch.sweep.job import Job, Outcome, outcome_of, will_resume
 from tpresearch.sweep.planning import JobPlanner, assign_folders
 from tpresearch.sweep.running import (
@@ -53,7 +53,7 @@ class TorchrunLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._loader, self._config = hydra_context.config_loader, config
-        self._judge = cast("Program[Any]", task_function).judged
+        self._preflight = cast("Program[Any]", task_function).run_preflight
         self._folder = Path(config.hydra.sweep.dir)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -65,10 +65,10 @@ class TorchrunLauncher(Launcher):
         """
         self.check()
         gpus = _visible_gpus()
-        planner = JobPlanner(self._loader, self._config, self._judge, len(gpus), self.ranks_per_node)
-        judged = planner.plan(job_overrides, initial_job_idx)
+        planner = JobPlanner(self._loader, self._config, self._preflight, len(gpus), self.ranks_per_node)
+        jobs = planner.plan(job_overrides, initial_job_idx)
         with _lock_sweep(self._folder):
-            return self._run(list(assign_folders(judged, self._folder)), gpus)
+            return self._run(list(assign_folders(jobs, self._folder)), gpus)
 
     def _run(self, jobs: list[Job], gpus: list[str]) -> Sequence[JobReturn]:
         # Late, like everything that prints: Hydra imports this file at the start of every command.
@@ -193,7 +193,7 @@ def _lock_sweep(folder: Path) -> AbstractContextManager[object]:
         ConfigError: if another sweep has it, or it cannot be held.
     """
     try:
-        return locked(folder, key="hydra.sweep.dir")
+        return lock_folder(folder, key="hydra.sweep.dir")
     except OSError as error:
         why, legal = f"its .lock cannot be held: {error.strerror}", "a folder of this user's own"
         raise ConfigError("hydra.sweep.dir", folder, why, legal) from None

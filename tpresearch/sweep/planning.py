@@ -18,11 +18,11 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed, total_steps
 from tpresearch.config.world import World
-from tpresearch.launch.command import Command, WrongCommand, mended, override, override_key, program_words
+from tpresearch.launch.command import Command, WrongCommand, corrected, override, override_key, program_words
 from tpresearch.launch.composition import Composition, typed_config
-from tpresearch.launch.explain import explaining
+from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
-from tpresearch.launch.refuse import typed_as
+from tpresearch.launch.refuse import as_if_typed
 from tpresearch.launch.run_dir import may_resume
 from tpresearch.sweep.job import (
     Job,
@@ -43,7 +43,7 @@ class JobPlanner:
     loader: ConfigLoader
     master: DictConfig
     """The config of the sweep, with its `hydra.launcher`."""
-    judge: Callable[[Config, World, bool], object]
+    preflight: Callable[[Config, World, bool], object]
     """The entrypoint's own; its argument says whether the job may resume from checkpoints."""
     gpu_count: int
     """GPUs of this machine that jobs may use."""
@@ -80,7 +80,7 @@ class JobPlanner:
         typed = [*self.master.hydra.overrides.hydra, *overrides]
         config_dir, config_name = parse_command_line()[0].config_dir, str(self.master.hydra.job.config_name)
         try:
-            with explaining(Composition(config_name, typed, config_dir)):
+            with explain_errors(Composition(config_name, typed, config_dir)):
                 composed = self.loader.load_sweep_config(self.master, overrides)
                 with open_dict(composed):
                     composed.hydra.job.id, composed.hydra.job.num = str(number), number
@@ -93,8 +93,8 @@ class JobPlanner:
             nodes = _nodes(ranks, self.ranks_per_node)
             here = self.ranks_per_node is None
             world = World(0, ranks, 0, ranks // nodes, elastic=ranks > 1, here=here)
-            with typed_as(Command(tuple(overrides))):
-                judged = self.judge(cfg, world, may_resume(composed, folder))
+            with as_if_typed(Command(tuple(overrides))):
+                checked = self.preflight(cfg, world, may_resume(composed, folder))
         except ConfigError as error:
             raise _job_error(error, number, overrides) from None
         wanted = settings.slots or ranks
@@ -118,7 +118,7 @@ class JobPlanner:
             composed=composed,
             nodes=nodes,
             steps=total_steps(cfg),
-            notes=getattr(judged, "notes", ()),  # of a judge that has something to say of the config
+            notes=getattr(checked, "notes", ()),  # of a judge that has something to say of the config
         )
 
     def _folder(self, subdir: object) -> Path:
@@ -196,6 +196,6 @@ def _sweep_to_try(error: ConfigError, overrides: list[str]) -> Command | str:
         values = swept.get(key, [])
         if of_job.get(key) in values:
             others = [value for value in values if value != of_job[key]]
-            return Command(tuple(mended(arguments, {key: ",".join(others) or None})))
+            return Command(tuple(corrected(arguments, {key: ",".join(others) or None})))
     fix = {**error.fix, **({"world_size": error.nproc} if error.nproc else {})}
-    return Command(tuple(mended(arguments, fix)))
+    return Command(tuple(corrected(arguments, fix)))

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from tpresearch.agent import SAVE_TIME_S
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.claim import EARLIER, free_name, locked
+from tpresearch.launch.claim import EARLIER_SUFFIX, free_name, lock_folder
 from tpresearch.launch.stop import end_with_parent
 from tpresearch.sweep.job import CONSOLE_LOG, STOPPED_CODE, Job, will_resume
 
@@ -216,9 +216,9 @@ def set_aside(job: Job) -> None:
     if will_resume(job):
         for path in (folder / CONSOLE_LOG, folder / "summary.json"):
             with suppress(FileNotFoundError):
-                path.rename(path.with_stem(f"{path.stem}{EARLIER}1"))
+                path.rename(path.with_stem(f"{path.stem}{EARLIER_SUFFIX}1"))
         return
-    folder.rename(free_name(folder, EARLIER))
+    folder.rename(free_name(folder, EARLIER_SUFFIX))
 
 
 def job_environment(folder: Path) -> dict[str, str]:
@@ -265,5 +265,5 @@ def wait_for_earlier_job(folder: Path, say: Callable[[str], None]) -> None:
                 raise ConfigError("hydra.sweep.dir", folder.parent, runs, legal)
             time.sleep(POLL_S)
     if (folder / ".lock").is_file():
-        with locked(folder):
+        with lock_folder(folder):
             pass

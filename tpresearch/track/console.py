@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tpresearch.config.choices import Loss
-from tpresearch.launch.command import Command, Objection, mended, override_key
+from tpresearch.launch.command import Command, CommandCheck, corrected, override_key
 from tpresearch.track.names import Row
 from tpresearch.track.text import (
     UNDEFINED,
@@ -207,11 +207,11 @@ class NextSteps:
 
     Args:
         command: the one that started it.
-        objection: validates a command before it is proposed.
+        check_command: validates a command before it is proposed.
     """
 
     command: Command
-    objection: Objection
+    check_command: CommandCheck
 
     def after(self, summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str]]:
         """Commands, each with its purpose."""
@@ -239,8 +239,8 @@ class NextSteps:
         typed = [word for word in self.command.arguments if not _is_left_out(word)]
         ranks, hosts = max(world, 2), self.command.hosts
         for other in (name for name, least in OTHER_PLANS.items() if name != plan and ranks >= least):
-            again = Command(tuple(mended(typed, {"parallel": other})), ranks // hosts, hosts)
-            if self.objection(again) is not None:
+            again = Command(tuple(corrected(typed, {"parallel": other})), ranks // hosts, hosts)
+            if self.check_command(again) is not None:
                 continue
             yield format_command(again), "the same training under another plan: the losses agree"
             # Validating a job composes and plans it: skip this run's own and the one just validated.
@@ -248,14 +248,14 @@ class NextSteps:
             known = {other, plan} if as_typed else {other}
             plans = dict.fromkeys(["none", plan, other])
             unknown = [each for each in plans if each not in known]
-            if hosts == 1 and (not unknown or self.objection(_sweep(typed, unknown, ranks)) is None):
+            if hosts == 1 and (not unknown or self.check_command(_sweep(typed, unknown, ranks)) is None):
                 why = "these plans in one table, and the command that plots them"
                 yield format_command(_sweep(typed, plans, ranks)), why
             return
 
 
 def _sweep(typed: list[str], plans: Iterable[str], ranks: int) -> Command:
-    return Command(("-m", *mended(typed, {"parallel": ",".join(plans), "world_size": ranks})))
+    return Command(("-m", *corrected(typed, {"parallel": ",".join(plans), "world_size": ranks})))
 
 
 def _is_left_out(word: str) -> bool:

@@ -11,7 +11,7 @@ from tpresearch.config.axes import AXES_OF_DATA_PLAN, TENSOR
 from tpresearch.config.choices import Float8, WeightDtype
 from tpresearch.config.schema import ParallelConfig
 from tpresearch.config.training import TrainConfig
-from tpresearch.launch.hydra_app import typed_in
+from tpresearch.launch.hydra_app import launch_dir
 
 UNDEFINED = "–"
 
@@ -75,7 +75,7 @@ def printable(value: object) -> str:
 
 def path_text(path: Path) -> str:
     """A path as it would be typed: from the working directory where it lies below it, else from the root."""
-    path, here = path.absolute(), typed_in()
+    path, here = path.absolute(), launch_dir()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 

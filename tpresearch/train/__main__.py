@@ -5,20 +5,20 @@ from __future__ import annotations
 from functools import partial
 
 from tpresearch.launch import Run, entrypoint
-from tpresearch.train.preflight import Preflight, glance, judge_folder, preflight
+from tpresearch.train.preflight import Preflight, check_folder, preflight, quick_check
 
 
 @entrypoint(
     "train",
-    judge=preflight,
-    judge_folder=judge_folder,
-    glance=glance,
-    judge_resumed=partial(preflight, resumes=True),
+    preflight=preflight,
+    check_folder=check_folder,
+    quick_check=quick_check,
+    preflight_resumed=partial(preflight, resumes=True),
 )
-def main(judged: Preflight, run: Run) -> None:
+def main(job: Preflight, run: Run) -> None:
     from tpresearch.train.main import train  # late: a refused config should not wait for all of torch
 
-    train(judged, run)
+    train(job, run)
 
 
 if __name__ == "__main__":

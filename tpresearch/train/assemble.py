@@ -22,14 +22,14 @@ from tpresearch.parallel.reducer import build_reducer
 from tpresearch.parallel.weights import WeightSource, from_seed, materialize
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.initializers import Initializer
+from tpresearch.train.defects import build_defects
 from tpresearch.train.loop import Loop
-from tpresearch.train.losses import objective_of
-from tpresearch.train.mistakes import mistakes_of
+from tpresearch.train.losses import build_objective
 from tpresearch.train.observe import Observer, Observers
 from tpresearch.train.optim import build_optimizer
 from tpresearch.train.preflight import Preflight
 from tpresearch.train.randomness import SeededRandomness
-from tpresearch.train.state import Masters, TrainState, trained_parameters
+from tpresearch.train.state import MasterWeights, TrainState, trained_parameters
 from tpresearch.train.step import Setup
 
 
@@ -45,7 +45,7 @@ def assemble(
 
     Args:
         watching: observers in addition to those that the model and the config require.
-        restore: sets the whole state, from a checkpoint, where the run is not new.
+        restore: sets the whole state from a checkpoint, if the run is not new.
     """
     cfg, plan = job.cfg, job.plan
     to_float8(job.model, plan.float8, cfg.train)
@@ -55,26 +55,26 @@ def assemble(
     materialize(model, home, source, buffers=device.torch)
     batches = Batches(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
     draws = plan.probe.random_modules
-    chance = [SeededRandomness(cfg.train.seed, mesh, plan, cfg.parallel.compile)] if draws else []
-    observers = Observers([*chance, *mistakes_of(cfg, plan, mesh, batches), *watching])
-    state = first_state(model, cfg, plan, mesh)
+    randomness = [SeededRandomness(cfg.train.seed, mesh, plan, cfg.parallel.compile)] if draws else []
+    observers = Observers([*randomness, *build_defects(cfg, plan, mesh, batches), *watching])
+    state = build_state(model, cfg, plan, mesh)
     if restore:
         restore(state)
     observers.start(state)
-    setup = Setup(cfg, plan, mesh, device, objective_of(cfg, plan), observers)
+    setup = Setup(cfg, plan, mesh, device, build_objective(cfg, plan), observers)
     return Loop(state, setup, corpus, batches)
 
 
-def first_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> TrainState:
-    """A model that has its initial weights, with the optimizer that moves them."""
-    masters = Masters(model) if has_master_weights(cfg, plan.sizes) else None
+def build_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> TrainState:
+    """The state of a model that has its initial weights, with its optimizer."""
+    masters = MasterWeights(model) if has_master_weights(cfg, plan.sizes) else None
     trained = trained_parameters(model, masters)
     reducer = build_reducer(model, trained, plan, cfg, mesh)
     return TrainState(0, model, build_optimizer(trained.values(), cfg.optimizer), masters, reducer)
 
 
 def weight_source(cfg: Config, initializers: Mapping[str, Initializer]) -> WeightSource:
-    """Where the initial weights of a new run come from."""
+    """The source of the initial weights of a new run."""
     if cfg.init_from is None:
         return from_seed(initializers, cfg.train.seed)
     if is_hugging_face(cfg.init_from):

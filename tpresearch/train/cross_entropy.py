@@ -34,22 +34,22 @@ class VocabularyShard:
         rows = -(-weight.shape[0] // mesh.size())  # as torch cuts: the last shard may be smaller
         return cls(min(mesh.get_local_rank() * rows, weight.shape[0]), mesh.get_group())
 
-    def greatest(self, values: Tensor) -> Tensor:
+    def all_reduce_max(self, values: Tensor) -> Tensor:
         dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
         return values
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         dist.all_reduce(values, group=self.group)
         return values
 
 
-def chunks(tokens: int, most: int) -> int:
-    """Into how many chunks of at most `most` tokens a micro-batch is cut, each as large as the others or one smaller."""
+def chunk_count(tokens: int, most: int) -> int:
+    """Number of chunks of at most `most` tokens that a micro-batch is split into; their sizes differ by at most one."""
     return -(-tokens // most)
 
 
-def whole_tokens(hidden: Tensor, weight: DTensor, layout: Placement) -> Tensor:
-    """The hidden states of all tokens on every tp rank. Their gradients there are partial, by each rank's rows.
+def gather_tokens(hidden: Tensor, weight: DTensor, layout: Placement) -> Tensor:
+    """The hidden states of all tokens on every tp rank. Their gradients are partial: each rank has those of its vocabulary rows.
 
     hidden: [b, s, h], plain or a DTensor, in `layout` over the mesh of the weight.
     """
@@ -68,16 +68,16 @@ def linear_cross_entropy(
 
     Args:
         hidden: [b, s, h], plain. weight: [V, h], plain or a DTensor sharded over V. targets: [b, s] int64, `IGNORE_INDEX` where
-            there is none. chunk: tokens whose logits are there at once. compile: fuse what is done to the logits of a
-            chunk, which are then read twice and written once, and never there in float32.
+            there is none. chunk: tokens whose logits exist at once. compile: fuse the ops on the logits of a chunk,
+            which are then read twice and written once, and never exist in float32.
 
     Returns: a plain scalar, the same on every tp rank.
     """
     shard = VocabularyShard.of(weight) if isinstance(weight, DTensor) else None
     local = weight.to_local() if isinstance(weight, DTensor) else weight
-    consume = _compiled_consume if compile else _consume
+    loss_and_gradient = _compiled_loss_and_gradient if compile else _loss_and_gradient
     flat = hidden.flatten(0, -2), local, targets.flatten()
-    return _LinearCrossEntropy.apply(*flat, chunk, scale, shard, consume)
+    return _LinearCrossEntropy.apply(*flat, chunk, scale, shard, loss_and_gradient)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -90,15 +90,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         scale: float,
         shard: VocabularyShard | None,
-        consume: Consume,
+        loss_and_gradient: LossFunction,
     ) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
         of_weight: Tensor | None = None
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        count, done = chunks(len(hidden), chunk), 0
+        count, done = chunk_count(len(hidden), chunk), 0
         for x, target in zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True):
-            of_chunk, gradient = consume(
+            of_chunk, gradient = loss_and_gradient(
                 F.linear(x, weight), target, scale, shard, needs_hidden or needs_weight
             )
             loss += of_chunk
@@ -121,26 +121,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return of_hidden, of_weight, None, None, None, None, None
 
 
-Consume = Callable[[Tensor, Tensor, float, VocabularyShard | None, bool], tuple[Tensor, Tensor]]
-"""(logits [c, V] or this rank's part of V, targets [c], scale, the part, whether something learns from it) -> the loss of
+LossFunction = Callable[[Tensor, Tensor, float, VocabularyShard | None, bool], tuple[Tensor, Tensor]]
+"""(logits [c, V] or this rank's part of V, targets [c], scale, the shard, whether a gradient is needed) -> the loss of
 the chunk times `scale`, and its gradient by the logits, in their dtype. Logits may be overwritten."""
 
 
-def _consume(
+def _loss_and_gradient(
     logits: Tensor, targets: Tensor, scale: float, shard: VocabularyShard | None, learns: bool
 ) -> tuple[Tensor, Tensor]:
     """In place, in one float32 copy of the logits, which torch's softmax reads fewer times than its parts would."""
-    dtype, wide = logits.dtype, _wide(logits)
+    dtype, wide = logits.dtype, _widen(logits)
     del logits  # which nobody else holds: only the copy is left
-    valid, here, index = _places(targets, wide.shape[-1], shard)
+    valid, here, index = _target_columns(targets, wide.shape[-1], shard)
     mine = wide.amax(-1)
-    greatest = shard.greatest(mine.clone()) if shard else mine
+    greatest = shard.all_reduce_max(mine.clone()) if shard else mine
     of_target = torch.where(here, wide.gather(-1, index)[:, 0] - greatest, 0)
     torch.softmax(wide, -1, out=wide)
     part = (mine - greatest).exp() / wide.amax(-1)  # the greatest exponential over its share: the sum of all
     total = part
     if shard:
-        total, of_target = shard.total(part.clone()), shard.total(of_target)
+        total, of_target = shard.all_reduce_sum(part.clone()), shard.all_reduce_sum(of_target)
     if learns:
         weight = valid.to(wide.dtype) * scale
         wide.mul_((weight * part / total)[:, None])
@@ -148,22 +148,24 @@ def _consume(
     return torch.where(valid, total.log() - of_target, 0).sum() * scale, wide.to(dtype)
 
 
-def _compiled_consume(
+def _compiled_loss_and_gradient(
     logits: Tensor, targets: Tensor, scale: float, shard: VocabularyShard | None, learns: bool
 ) -> tuple[Tensor, Tensor]:
     """The same in fused kernels, one per stretch between two collectives."""
-    valid, here, index = _places(targets, logits.shape[-1], shard)
-    greatest = shard.greatest(_fused(_greatest)(logits)) if shard else None
+    valid, here, index = _target_columns(targets, logits.shape[-1], shard)
+    greatest = shard.all_reduce_max(_fused(_greatest)(logits)) if shard else None
     greatest, total, of_target = _fused(_totals)(logits, greatest, index[:, 0], here)
     if shard:
-        total, of_target = shard.total(total), shard.total(of_target)
+        total, of_target = shard.all_reduce_sum(total), shard.all_reduce_sum(of_target)
     if learns:
         weight = valid.to(total.dtype) * scale
         logits = _fused(_gradient)(logits, greatest, total, index[:, 0], here, weight)
     return torch.where(valid, total.log() - of_target, 0).sum() * scale, logits
 
 
-def _places(targets: Tensor, width: int, shard: VocabularyShard | None) -> tuple[Tensor, Tensor, Tensor]:
+def _target_columns(
+    targets: Tensor, width: int, shard: VocabularyShard | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Which targets count, [c]; which of them are columns here, [c]; and which columns, [c, 1]."""
     valid, index = targets != IGNORE_INDEX, targets - (shard.first if shard else 0)
     here = valid & (index >= 0) & (index < width)
@@ -176,19 +178,19 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _widen(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _greatest(logits: Tensor) -> Tensor:
-    return _wide(logits).amax(-1)
+    return _widen(logits).amax(-1)
 
 
 def _totals(
     logits: Tensor, greatest: Tensor | None, index: Tensor, here: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maximum logit of each row, the sum of exponentials relative to it, and the target's logit relative to it: all [c]."""
-    wide = _wide(logits)
+    wide = _widen(logits)
     greatest = wide.amax(-1) if greatest is None else greatest
     above = wide.gather(-1, index[:, None])[:, 0] - greatest
     return greatest, (wide - greatest[:, None]).exp().sum(-1), torch.where(here, above, 0)
@@ -198,6 +200,6 @@ def _gradient(
     logits: Tensor, greatest: Tensor, total: Tensor, index: Tensor, here: Tensor, weight: Tensor
 ) -> Tensor:
     """weight (softmax - one hot), in the logits' dtype; [c] but for the logits [c, V]."""
-    softmax = (_wide(logits) - greatest[:, None]).exp() * (weight / total)[:, None]
+    softmax = (_widen(logits) - greatest[:, None]).exp() * (weight / total)[:, None]
     is_target = (torch.arange(logits.shape[-1], device=logits.device) == index[:, None]) & here[:, None]
     return torch.where(is_target, softmax - weight[:, None], softmax).to(logits.dtype)

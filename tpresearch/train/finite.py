@@ -21,14 +21,14 @@ class NonfiniteError(RuntimeError):
 
 
 class FiniteCheck:
-    """Kept on the device, since asking at each step would make the host wait."""
+    """Checks losses and norms on the device, since reading them at each step would make the host wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._first_bad_norm = torch.full((), -1, dtype=torch.int64, device=device)
         self._bad_norms = torch.zeros((), dtype=torch.int64, device=device)
         self._losses_since_logged = torch.zeros((), device=device)
 
-    def note(self, step: int, result: StepResult) -> None:
+    def record(self, step: int, result: StepResult) -> None:
         """Args: step: counted from 1."""
         bad = ~torch.isfinite(result.grad_norm)
         self._bad_norms += bad
@@ -52,7 +52,7 @@ class FiniteCheck:
         return float(loss)
 
     def warn_of_skipped(self) -> None:
-        """Say which updates were left out since this was last asked. Waits for the device."""
+        """Warn of the updates that were skipped since the last call. Waits for the device."""
         count, first = torch.stack([self._bad_norms, self._first_bad_norm]).tolist()
         if count == 1:
             log.warning("step %d: gradient norm is not finite; its update is skipped", first)

@@ -18,7 +18,7 @@ from tpresearch.data.rows import AnyCorpus
 from tpresearch.parallel.apply import reshard
 from tpresearch.parallel.mesh import data_rank, sum_over
 from tpresearch.train.finite import FiniteCheck
-from tpresearch.train.losses import token_loss_of
+from tpresearch.train.losses import build_token_loss
 from tpresearch.train.observe import Metrics
 from tpresearch.train.optim import learning_rate
 from tpresearch.train.state import TrainState
@@ -66,7 +66,7 @@ class Loop:
         setup, model, stopped = self.setup, self.state.model, False
         mesh, device, count = setup.mesh, setup.device.torch, setup.cfg.train.eval_rows
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        token_loss = token_loss_of(setup.cfg, setup.plan)
+        token_loss = build_token_loss(setup.cfg, setup.plan)
         eagerly = torch.compiler.set_stance  # else each block is compiled once more, without gradients
         model.eval()
         with eagerly("force_eager"), torch.no_grad(), token_loss.context():
@@ -105,7 +105,7 @@ class Loop:
         finite, taken = FiniteCheck(setup.device.torch), 0
         while state.step < setup.steps and self.stopped_by is None:
             result = self.step()
-            finite.note(state.step, result)
+            finite.record(state.step, result)
             stops, last = self.stops(), state.step == setup.steps
             due = last or (train.eval_every is not None and state.step % train.eval_every == 0)
             evaluates = due and not stops

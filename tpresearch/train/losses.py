@@ -19,10 +19,10 @@ from tpresearch.config.validate import tokens_per_step
 from tpresearch.data.batches import IGNORE_INDEX, Batch
 from tpresearch.parallel.apply import run_as_forward, unshard
 from tpresearch.plan.compiler import Plan
-from tpresearch.train.cross_entropy import linear_cross_entropy, whole_tokens
+from tpresearch.train.cross_entropy import gather_tokens, linear_cross_entropy
 
 Phase = Callable[[str], AbstractContextManager[object]]
-"""Marks a part of the step for whoever observes it."""
+"""Marks a part of the step for the observers."""
 
 
 class Objective(Protocol):
@@ -36,20 +36,20 @@ class Objective(Protocol):
         ...
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
-        """What these rows add to the loss: a plain scalar in at least float32, the same on every rank that has the
+        """The contribution of these rows to the loss: a plain scalar in at least float32, the same on every rank that has the
         same rows."""
         ...
 
 
 @dataclass(frozen=True)
-class InChunks:
-    """The cross-entropy of each token after those before it, in nats, summed over tokens, times `scale`: of a chunk of
-    tokens at a time, so that the logits of all are never there at once.
+class ChunkedCrossEntropy:
+    """The next-token cross-entropy in nats, summed over tokens, times `scale`; computed for a chunk of tokens at a time, so
+    that the logits of all never exist at once.
 
     Attributes:
         head: the name of the model's output layer. chunk: tokens at a time.
-        layout: in which hidden states reach that layer, where its weight is sharded over the vocabulary.
-        compile: fuse what is done to logits.
+        layout: that of the hidden states at that layer, if its weight is sharded over the vocabulary.
+        compile: fuse the ops on logits.
     """
 
     scale: float
@@ -67,26 +67,26 @@ class InChunks:
             layer = unshard(model.get_submodule(self.head))
             weight = layer.get_parameter("weight")
             if self.layout and isinstance(weight, DTensor):
-                hidden = whole_tokens(hidden, weight, self.layout)
+                hidden = gather_tokens(hidden, weight, self.layout)
         with phase("loss"):
             given = weight, batch.targets, self.chunk, self.scale, self.compile
             return run_as_forward(layer, lambda hidden: linear_cross_entropy(hidden, *given), hidden)
 
 
 @dataclass(frozen=True)
-class AllAtOnce:
-    """The same of all logits of a micro-batch.
+class FullCrossEntropy:
+    """The same, computed from all logits of a micro-batch at once.
 
     Attributes:
-        split: they come as a DTensor, sharded over the vocabulary; forward and backward of the cross-entropy then work
+        is_sharded: logits are a DTensor, sharded over the vocabulary; forward and backward of the cross-entropy then work
             on vocabulary shards (Megatron-LM, arXiv 1909.08053, section 3).
     """
 
     scale: float
-    split: bool
+    is_sharded: bool
 
     def context(self) -> AbstractContextManager[object]:
-        return loss_parallel() if self.split else nullcontext()
+        return loss_parallel() if self.is_sharded else nullcontext()
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
         with phase("forward"):
@@ -106,23 +106,23 @@ class SumOfOutputs:
         with phase("forward"):
             output = model(batch.inputs)
         with phase("loss"):
-            return summed(output)
+            return sum_outputs(output)
 
 
-def objective_of(cfg: Config, plan: Plan) -> Objective:
-    """The configured one; of tokens the mean over the whole global batch, over all ranks and micro-batches."""
+def build_objective(cfg: Config, plan: Plan) -> Objective:
+    """The configured objective; for tokens the mean over the global batch, over all ranks and micro-batches."""
     if cfg.train.loss is Loss.sum:
         return SumOfOutputs()
-    return token_loss_of(cfg, plan, 1 / tokens_per_step(cfg))
+    return build_token_loss(cfg, plan, 1 / tokens_per_step(cfg))
 
 
-def token_loss_of(cfg: Config, plan: Plan, scale: float = 1.0) -> Objective:
-    """In chunks where train.loss_chunk asks for them, and the model's output layer is one whose rule allows it."""
+def build_token_loss(cfg: Config, plan: Plan, scale: float = 1.0) -> Objective:
+    """The cross-entropy in chunks, if train.loss_chunk is set and the output layer's rule allows it; otherwise of all logits."""
     if cfg.train.loss_chunk is None or not plan.chunked_head:
-        return AllAtOnce(scale, plan.loss_parallel)
+        return FullCrossEntropy(scale, plan.loss_parallel)
     rule = plan.rules.get(plan.chunked_head)
     layout = rule.src[0] if rule else None
-    return InChunks(scale, plan.chunked_head, cfg.train.loss_chunk, layout, cfg.parallel.compile)
+    return ChunkedCrossEntropy(scale, plan.chunked_head, cfg.train.loss_chunk, layout, cfg.parallel.compile)
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return loss.to_local() if isinstance(loss, DTensor) else loss
 
 
-def summed(output: Tensor) -> Tensor:
+def sum_outputs(output: Tensor) -> Tensor:
     """The sum of all elements, in at least float32; of a sharded DTensor each rank adds up its part, and one
     all-reduce of one number adds those up. Nothing is gathered, forward or backward.
 

@@ -36,8 +36,8 @@ from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import Preflight
-from tpresearch.train.profile import Trace, profiled_steps
-from tpresearch.train.saving import check_disk, is_complete, saver_of, say_how_to_resume
+from tpresearch.train.profile import Profiler, profiled_steps
+from tpresearch.train.saving import build_saver, check_disk, is_complete, log_resumption
 from tpresearch.train.speed import Speed
 from tpresearch.train.stopping import AgreedStop
 from tpresearch.train.watch import CountedStep, PeakMemory, Timing
@@ -54,7 +54,7 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
     Raises:
         ConfigError: for errors that only the prepared data or the run folder reveal, such as a corpus too short for one batch.
         NonfiniteError: unless train.on_nonfinite=skip.
-        NotSaved: if the last step could not be saved.
+        SaveFailed: if the last step could not be saved.
         Stopped: after SIGTERM or Ctrl-C, on all ranks after the same step, which is saved.
     """
     text = plan_text(job.model, job.plan)
@@ -89,8 +89,8 @@ def train_on(
     device, world = job.device, run.world
     assert device
     with (
-        tracking(job, run, corpus, plan, found[0].step if found else 0) as tracker,
-        faults_told(tracker, flag),
+        open_tracker(job, run, corpus, plan, found[0].step if found else 0) as tracker,
+        record_other_faults(tracker, flag),
         process_group(device, world),
         flag.calling(partial(leave_failed_ranks, device)),
     ):
@@ -101,19 +101,19 @@ def train_on(
             log.warning(note)
         warn_of_hosts(job)
         # Before the model is sharded.
-        observers = [*observers_of(job, mesh, device, tracker), *profilers_of(job, run)]
+        observers = [*build_observers(job, mesh, device, tracker), *build_profilers(job, run)]
         parameters, group = job.parameters, checkpoint_group()
         found = broadcast_from_rank_0(found, group)
         restoring = partial(restore, found, group=group) if found else None
         loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
-        loop.saver = saver_of(job, run, corpus, loop.state.step, group)
+        loop.saver = build_saver(job, run, corpus, loop.state.step, group)
         loop.stop = AgreedStop(flag, lambda: loop.saver.written if loop.saver else 0)
         shown = describe_model(loop.state.model)
         for note in notes_on(device, job.cfg):
             log.info(note)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", shown)
         if loop.state.step:
-            say_how_to_resume(found, loop.state.step, job)
+            log_resumption(found, loop.state.step, job)
         if tracker:
             tracker.resume_from(loop.state.step)
         for row in loop.rows():
@@ -125,7 +125,7 @@ def train_on(
             raise Stopped(loop.stopped_by)
 
 
-def observers_of(
+def build_observers(
     job: Preflight, mesh: DeviceMesh, device: Device, tracker: Tracker | None
 ) -> Sequence[Observer]:
     """The observers of every run. Created before the model is sharded: formulas apply to the plain model."""
@@ -143,16 +143,18 @@ def observers_of(
     ]
 
 
-def profilers_of(job: Preflight, run: Run) -> Sequence[Observer]:
+def build_profilers(job: Preflight, run: Run) -> Sequence[Observer]:
     config, device = job.cfg.profiler, job.device
     if config.name is ProfilerName.none:
         return []
     return [
-        Trace(config, run.folder / "profiler", run.world.rank, device is not None and device.type == "cuda")
+        Profiler(
+            config, run.folder / "profiler", run.world.rank, device is not None and device.type == "cuda"
+        )
     ]
 
 
-def tracking(
+def open_tracker(
     job: Preflight, run: Run, corpus: AnyCorpus, plan: str, start_step: int
 ) -> AbstractContextManager[Tracker | None]:
     """The tracker, on rank 0; nothing on other ranks."""
@@ -168,12 +170,12 @@ def tracking(
         corpus.corpus_hash,
         corpus.unigram_entropy,
     )
-    steps, after = total_steps(job.cfg), NextSteps(run.command, run.objection)
+    steps, after = total_steps(job.cfg), NextSteps(run.command, run.check_command)
     return Tracker(job.cfg, run.folder, facts, steps, start_step=start_step, plan=plan, next_steps=after)
 
 
 @contextmanager
-def faults_told(tracker: Tracker | None, flag: StopFlag) -> Iterator[None]:
+def record_other_faults(tracker: Tracker | None, flag: StopFlag) -> Iterator[None]:
     """If a rank fails because torchrun stopped it after another failed, the record states the other's error, and torchrun
     reports it: this rank's own says no more."""
     try:

@@ -11,7 +11,7 @@ Metrics = dict[str, float | int | None]
 
 
 class Observer:
-    """Watches a run by the events that it overrides; the others do nothing."""
+    """Watches a run through the events that it overrides; the others do nothing."""
 
     def start(self, state: TrainState) -> None:
         """The model has its weights, and no step of this process has been taken."""
@@ -29,12 +29,12 @@ class Observer:
         """The gradients of the global batch are complete on each rank's shards, and not yet clipped."""
 
     def metrics(self) -> Metrics:
-        """What it adds to a logged row, of the time since the last one."""
+        """Its metrics for a logged row, over the time since the last one."""
         return {}
 
 
 class Observers(Observer):
-    """Tells each of many, in their order."""
+    """Calls several observers, in their order."""
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._all = list(observers)

@@ -14,7 +14,7 @@ from tpresearch.config.training import OptimizerConfig, ScheduleConfig
 
 
 class AdamW(torch.optim.AdamW):
-    """Fused AdamW that reads from the device what to divide gradients by, and whether to skip an update.
+    """Fused AdamW that reads from the device the divisor of gradients, and whether to skip an update.
 
     torch.amp.GradScaler sets the same two (seen in torch 2.11 to 2.14).
     """

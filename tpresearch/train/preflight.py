@@ -48,7 +48,7 @@ class Preflight:
     device: Device | None
     """None if the ranks are not on this machine, or none are started."""
     notes: tuple[str, ...] = ()
-    """Warnings: what the config promises but does not do, and what is used instead."""
+    """Warnings, such as axes of size 1 or a batch size that was adapted."""
 
     @property
     def parameters(self) -> int:
@@ -72,15 +72,15 @@ def preflight(cfg: Config, world: World, resumes: bool = False) -> Preflight:
         ConfigError: for the first error.
     """
     try:
-        return _judged(cfg, world, resumes)
+        return _preflight(cfg, world, resumes)
     except ConfigError as error:
         if cfg.plan_only and error.nproc:  # plan_only starts no ranks: their number is an override
             error.fix["world_size"], error.nproc = error.nproc, None
         raise
 
 
-def _judged(cfg: Config, world: World, resumes: bool) -> Preflight:
-    sizes = glance(cfg, world)
+def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
+    sizes = quick_check(cfg, world)
     from tpresearch.parallel.device import choose_device  # late: they import torch
     from tpresearch.parallel.float8 import check_float8
 
@@ -93,13 +93,13 @@ def _judged(cfg: Config, world: World, resumes: bool) -> Preflight:
         asked, cfg = cfg.train.global_batch_size, with_batch_that_fits(cfg, sizes)
         if (rows := cfg.train.global_batch_size) != asked:
             notes.append(f"train.global_batch_size={asked} does not fit this mesh: shown for {rows}")
-    model, plan = planned(cfg, sizes)
+    model, plan = plan_model(cfg, sizes)
     if not resumes:
-        check_first_weights(cfg, model, starts_ranks)
+        check_init_from(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
 
 
-def glance(cfg: Config, world: World) -> MeshSizes:
+def quick_check(cfg: Config, world: World) -> MeshSizes:
     """Validation without torch: finds most mistakes, in a fraction of a second.
 
     Raises:
@@ -117,15 +117,15 @@ def glance(cfg: Config, world: World) -> MeshSizes:
     try:
         check_declared_counts(cfg, sizes)
     except ConfigError as error:
-        if ranks > world.size and error.nproc:  # no one has typed so many: as many as fit
-            refuse_alone(cfg, error.nproc)
+        if ranks > world.size and error.nproc:  # that number was not typed: propose one that fits
+            refuse_single_process(cfg, error.nproc)
         raise
     if ranks > world.size:
-        refuse_alone(cfg, ranks)
+        refuse_single_process(cfg, ranks)
     return sizes
 
 
-def refuse_alone(cfg: Config, ranks: int) -> NoReturn:
+def refuse_single_process(cfg: Config, ranks: int) -> NoReturn:
     """Refuse `python train.py` with a plan for several ranks, unless the mesh sizes or world_size ask for one rank.
 
     Raises:
@@ -137,7 +137,7 @@ def refuse_alone(cfg: Config, ranks: int) -> NoReturn:
     raise ConfigError("parallel", cfg.parallel.name, why, legal, fix={}, nproc=ranks)
 
 
-def check_first_weights(cfg: Config, model: nn.Module, starts_ranks: bool) -> None:
+def check_init_from(cfg: Config, model: nn.Module, starts_ranks: bool) -> None:
     """Refuse init_from if its weights do not fit this model; files on the hub are downloaded only if ranks start.
 
     Raises:
@@ -162,7 +162,7 @@ def check_first_weights(cfg: Config, model: nn.Module, starts_ranks: bool) -> No
         raise ConfigError("init_from", cfg.init_from, why, legal) from None
 
 
-def judge_folder(job: Preflight, folder: Path, restarted: bool) -> None:
+def check_folder(job: Preflight, folder: Path, restarted: bool) -> None:
     """Refuse a run folder with checkpoints that this config cannot resume from, before anything in it is touched.
 
     Raises:
@@ -172,7 +172,7 @@ def judge_folder(job: Preflight, folder: Path, restarted: bool) -> None:
         checkpoints_to_resume(job.cfg, folder, restarted)
 
 
-def planned(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
+def plan_model(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     """The model on the meta device, and its plan compiled against it: no ranks, no memory.
 
     Raises:

@@ -1,4 +1,4 @@
-"""profiler=trace: what a few steps did on each rank, as a Chrome trace, and the time in each class of kernel."""
+"""profiler=trace: a Chrome trace of a few steps on each rank, and the time in each class of kernel."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tpresearch.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
-CLASSES = {
+KERNEL_CLASSES = {
     "collective": r"nccl|c10d|gloo",
     "attention": r"attention|flash|fmha|sdpa",
     "matmul": r"gemm|cutlass|nvjet|xmma|cublas|aten::(mm|addmm|bmm|linear)\b|\bmkldnn",
     "optimizer": r"adam|sgd|lerp|foreach",
     "copy": r"memcpy|memset|aten::(copy_|cat|clone|fill_|zero_)\b|split_with_sizes_copy|chunk_cat",
 }
-"""What the name of a kernel, or of a CPU's op, is searched for; in the first class that has it. All else is pointwise."""
+"""Regular expressions for names of kernels, or of a CPU's ops; the first class that matches counts. All others are pointwise."""
 
 
-class Trace(Observer):
+class Profiler(Observer):
     """Profiles the `profiled_steps` of this process, and writes:
 
     trace-rank<r>.json.gz     for chrome://tracing or ui.perfetto.dev, with the phases of each step marked
@@ -38,7 +38,7 @@ class Trace(Observer):
     memory-rank<r>.pickle     allocations of those steps, for pytorch.org/memory_viz (profiler.memory, on CUDA)
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
     """
 
     def __init__(self, config: ProfilerConfig, folder: Path, rank: int, on_cuda: bool) -> None:
@@ -83,7 +83,7 @@ class Trace(Observer):
         profiled.stop()
         where = self._folder
         profiled.export_chrome_trace(str(where / f"trace-rank{self._rank}.json.gz"))
-        found = summary(profiled.key_averages(), self._on_cuda, self._config.steps)
+        found = summarize(profiled.key_averages(), self._on_cuda, self._config.steps)
         (where / f"kernels-rank{self._rank}.json").write_text(json.dumps(found, indent=1) + "\n")
         if self._config.memory and self._on_cuda:
             torch.cuda.memory._dump_snapshot(str(where / f"memory-rank{self._rank}.pickle"))
@@ -99,12 +99,14 @@ def profiled_steps(config: ProfilerConfig) -> range:
     return range(config.first_step, config.first_step + config.steps)
 
 
-def kind_of(kernel: str) -> str:
+def kernel_class(kernel: str) -> str:
     """The class of a kernel, or of an op on a CPU, by its name."""
-    return next((name for name, words in CLASSES.items() if re.search(words, kernel, re.I)), "pointwise")
+    return next(
+        (name for name, words in KERNEL_CLASSES.items() if re.search(words, kernel, re.I)), "pointwise"
+    )
 
 
-def summary(events: Iterable[Any], on_cuda: bool, steps: int) -> dict[str, Any]:
+def summarize(events: Iterable[Any], on_cuda: bool, steps: int) -> dict[str, Any]:
     """Milliseconds per step, and calls: of kernels on CUDA, else of ops without the ops that they call."""
     rows = []
     for event in events:
@@ -117,7 +119,7 @@ def summary(events: Iterable[Any], on_cuda: bool, steps: int) -> dict[str, Any]:
     rows.sort(key=lambda row: -row["ms"])
     classes: dict[str, dict[str, float]] = {}
     for row in rows:
-        into = classes.setdefault(kind_of(row["name"]), {"ms": 0.0, "calls": 0.0})
+        into = classes.setdefault(kernel_class(row["name"]), {"ms": 0.0, "calls": 0.0})
         into["ms"] += row["ms"]
         into["calls"] += row["calls"]
     ordered = dict(sorted(classes.items(), key=lambda item: -item[1]["ms"]))

@@ -25,10 +25,10 @@ from tpresearch.train.preflight import Preflight
 log = logging.getLogger(__name__)
 
 
-def saver_of(
+def build_saver(
     job: Preflight, run: Run, corpus: AnyCorpus, step: int, group: dist.ProcessGroup | None
 ) -> Saver:
-    """Ready to save what follows `step`. Collective.
+    """A saver that is ready for the steps after `step`. Collective.
 
     Raises:
         ConfigError: if the run folder is not there for every rank, or cannot be written.
@@ -63,7 +63,7 @@ def saver_of(
 
 
 def is_complete(found: list[Checkpoint], job: Preflight, run: Run) -> bool:
-    """Whether all steps of the run are done and recorded: nothing is left to do, and its record is not written again."""
+    """Whether all steps of the run are done and recorded, so that nothing is left to do."""
     steps = total_steps(job.cfg)
     if not found or found[0].step < steps:
         return False
@@ -96,13 +96,13 @@ def check_disk(job: Preflight, run: Run, there: int) -> None:
 
 
 def checkpoint_bytes(job: Preflight) -> int:
-    """The size of one: weights in float32 or wider, and as many moments as the optimizer has."""
+    """Bytes of a checkpoint: weights in at least float32, and the optimizer's moments."""
     sizes = (p.numel() * max(p.element_size(), 4) for p in job.model.parameters())
     return (1 + job.cfg.optimizer.moments) * sum(sizes)
 
 
-def say_how_to_resume(found: list[Checkpoint], step: int, job: Preflight) -> None:
-    """A line in the log; and where the budget has grown, what that does to the learning rate."""
+def log_resumption(found: list[Checkpoint], step: int, job: Preflight) -> None:
+    """Log where the run resumes and, if the budget has grown, how the learning rate changes."""
     checkpoint = next(c for c in found if c.step == step)
     manifest, cfg, steps = checkpoint.manifest, job.cfg, total_steps(job.cfg)
     log.info("resumes from step %d of %d: %s", step, steps, checkpoint.folder)

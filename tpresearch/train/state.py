@@ -15,9 +15,9 @@ from tpresearch.parallel.reducer import GradientReducer
 from tpresearch.parallel.weights import WeightSource, local_part
 
 
-class Masters:
-    """The float32 weights that the optimizer updates; the model computes with bfloat16 copies of them: mixed precision
-    (arXiv 1710.03740, section 3.1) where FSDP, which has its own, has nothing to shard.
+class MasterWeights:
+    """Float32 master weights that the optimizer updates; the model computes with bfloat16 copies: mixed precision (arXiv
+    1710.03740, section 3.1) where nothing is sharded by FSDP, which has its own.
 
     A gradient is added to its master's, in float32, as soon as backward has it, and dropped: per micro-batch that moves
     10 bytes per parameter, where `fully_shard` over one rank copies 42 to 54.
@@ -36,7 +36,7 @@ class Masters:
                         copies[id(master)] = _copy_of(master)
                     self._places.append((module, key, master, copies[id(master)]))
         self._masters = {id(copy): master for _, _, master, copy in self._places}
-        self._put(copies=True)
+        self._swap(copies=True)
 
     def of(self, copy: nn.Parameter) -> nn.Parameter:
         """The master of one of the model's parameters."""
@@ -44,19 +44,19 @@ class Masters:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Inside it the masters are the model's parameters, for whoever sets them; the copies follow."""
-        self._put(copies=False)
+        """Inside it the masters are the model's parameters, so that they can be set; afterwards the copies are updated."""
+        self._swap(copies=False)
         yield
-        self._put(copies=True)
-        self.hand_down()
+        self._swap(copies=True)
+        self.copy_to_model()
 
     @torch.no_grad()
-    def hand_down(self) -> None:
-        """Round every master to its copy, as is due after each update."""
+    def copy_to_model(self) -> None:
+        """Round every master to its copy, after each update."""
         copies = [local_part(copy) for _, _, _, copy in self._places]
         torch._foreach_copy_(copies, [local_part(master) for _, _, master, _ in self._places])
 
-    def _put(self, copies: bool) -> None:
+    def _swap(self, copies: bool) -> None:
         for module, key, master, copy in self._places:
             module._parameters[key] = copy if copies else master
 
@@ -64,12 +64,12 @@ class Masters:
 def _copy_of(master: nn.Parameter) -> nn.Parameter:
     copy = nn.Parameter(master.detach().to(torch.bfloat16), master.requires_grad)
     if master.requires_grad:
-        copy.register_post_accumulate_grad_hook(functools.partial(_hand_up, master))
+        copy.register_post_accumulate_grad_hook(functools.partial(_move_gradient_to_master, master))
     return copy
 
 
 @torch.no_grad()
-def _hand_up(master: nn.Parameter, copy: Tensor) -> None:
+def _move_gradient_to_master(master: nn.Parameter, copy: Tensor) -> None:
     gradient, copy.grad = copy.grad, None
     assert gradient is not None
     if master.grad is None:
@@ -87,13 +87,13 @@ class TrainState:
     model: nn.Module
     """The sharded model, with its weights."""
     optimizer: Optimizer
-    masters: Masters | None = None
+    masters: MasterWeights | None = None
     """Float32 master weights, if the model computes with bfloat16 copies: the optimizer updates these."""
     reducer: GradientReducer | None = None
     """Sums gradients over replicas, where nothing is sharded over data."""
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter once, by its first name, as the optimizer moves it, with its gradient."""
+        """Every parameter once, by its first name, as the optimizer updates it, with its gradient."""
         return trained_parameters(self.model, self.masters)
 
     def weights(self) -> dict[str, Tensor]:
@@ -103,14 +103,14 @@ class TrainState:
     def refresh_copies(self) -> None:
         """Update the model's bfloat16 copies, after `weights` have changed."""
         if self.masters:
-            self.masters.hand_down()
+            self.masters.copy_to_model()
 
     def set_weights(self, source: WeightSource) -> None:
-        """Give every parameter another value."""
+        """Set every parameter from a weight source."""
         with self.masters.in_model() if self.masters else nullcontext():
             source(self.model)
 
 
-def trained_parameters(model: nn.Module, masters: Masters | None) -> dict[str, nn.Parameter]:
+def trained_parameters(model: nn.Module, masters: MasterWeights | None) -> dict[str, nn.Parameter]:
     """Every parameter once, by its first name: its master where it has one."""
     return {name: masters.of(p) if masters else p for name, p in model.named_parameters()}

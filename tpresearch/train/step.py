@@ -136,15 +136,15 @@ def reduce_partial_gradients(state: TrainState, plan: Plan, mesh: DeviceMesh) ->
 
 
 @torch.no_grad()  # or each `to_local` is recorded for a backward through it
-def clip_gradients(state: TrainState, mesh: DeviceMesh, greatest: float | None) -> Tensor:
+def clip_gradients(state: TrainState, mesh: DeviceMesh, max_norm: float | None) -> Tensor:
     """Scale all gradients by min(1, greatest / norm), without waiting for the device; None scales nothing.
 
     Returns: the global norm before clipping, the same scalar on every rank.
     """
     gradients = [p.grad for p in state.trained_parameters().values() if p.grad is not None]
     norm = global_norm(gradients, mesh)
-    if greatest is not None:
-        divisor = ((norm + 1e-6) / greatest).clamp(min=1.0)
+    if max_norm is not None:
+        divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
         divide_gradients(state.optimizer, [local_part(gradient) for gradient in gradients], divisor)
     return norm
 

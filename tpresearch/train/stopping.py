@@ -14,8 +14,8 @@ from tpresearch.launch.stop import StopFlag
 class AgreedStop:
     """A stop flag that all ranks see at the same point of their program, and the number of checkpoints written by all.
 
-    At each poll a rank starts one all-reduce of both, and reads what came of the poll before: no rank waits for a
-    message, and none goes on alone. Without a process group, or alone in one, it is the flag itself.
+    At each poll a rank starts one all-reduce of both, and reads the result of the poll before: no rank waits for a
+    message, and all see the same result. Without a process group, or alone in one, it is the flag itself.
 
     Args:
         written: how many background checkpoints this rank has written.
@@ -24,7 +24,7 @@ class AgreedStop:
     def __init__(self, flag: StopFlag, written: Callable[[], int] = lambda: 0) -> None:
         self._flag, self._written = flag, written
         self.written = 0
-        """The least that any rank had written at the last poll but one."""
+        """The minimum over ranks, as of the last poll but one."""
         self._group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
         on_cuda = self._group is not None and dist.get_backend() == "nccl"
         self._numbers = torch.zeros(2, dtype=torch.int64, device="cuda" if on_cuda else "cpu")

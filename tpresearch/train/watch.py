@@ -37,15 +37,15 @@ class Timing(Observer):
         self._taken, self._left_at = 0, math.inf
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._free: list[torch.cuda.Event] = []
-        self._begin()
+        self._begin_row()
 
-    def _begin(self) -> None:
-        """A row's time begins where its first batch is read, after whatever the last row was handed to."""
+    def _begin_row(self) -> None:
+        """A row's time begins when its first batch is read, after the last row was logged."""
         self._seconds = dict.fromkeys((*PHASES, "data", "evaluation", "pause"), 0.0)
-        self._steps, self._rests, self._began = 0, False, time.perf_counter()
+        self._steps, self._paused, self._began = 0, False, time.perf_counter()
 
     def start(self, state: TrainState) -> None:
-        self._rests = True
+        self._paused = True
 
     @contextmanager
     def step(self, state: TrainState) -> Iterator[None]:
@@ -59,8 +59,8 @@ class Timing(Observer):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        if self._rests and name == "data":
-            self._begin()
+        if self._paused and name == "data":
+            self._begin_row()
         if name == "data" and self._taken + 1 in self._left_out:
             if self._on_cuda:
                 torch.cuda.synchronize()  # the steps before it end in their own time
@@ -80,7 +80,7 @@ class Timing(Observer):
         self._seconds[name] += time.perf_counter() - began
 
     def _event(self) -> torch.cuda.Event:
-        """One whose time has been read, or a new one: logged rarely, a run would have tens of thousands of them."""
+        """An event whose time has been read, or a new one: with rare logging there would be tens of thousands."""
         if not self._free:
             self._read(wait=False)
         return self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
@@ -94,11 +94,11 @@ class Timing(Observer):
             self._free += [start, end]
 
     def metrics(self) -> Metrics:
-        """On CUDA this waits for what has been marked."""
+        """On CUDA this waits for the recorded events."""
         between = self._seconds["evaluation"] + self._seconds["pause"]
         elapsed = time.perf_counter() - self._began - between
         self._read(wait=True)
-        self._rests = True
+        self._paused = True
         if not self._steps:
             return {}
         found: Metrics = {f"time/{name}_s": self._seconds[name] / self._steps for name in ("data", *PHASES)}

@@ -30,13 +30,13 @@ HEADINGS = {
 }
 
 
-class Judged(NamedTuple):
+class VerifyPreflight(NamedTuple):
     cfg: Config
     plans: dict[str, list[Config]]
     """For each plan one config per optimizer."""
 
 
-def judge(cfg: Config, world: World) -> Judged:
+def preflight(cfg: Config, world: World) -> VerifyPreflight:
     if world.size > 1:
         why, legal = "it starts its own ranks", "a start by python, without torchrun"
         raise ConfigError("WORLD_SIZE", world.size, why, legal)
@@ -45,15 +45,15 @@ def judge(cfg: Config, world: World) -> Judged:
     plans = configs_by_plan(cfg, sys.argv[1:])
     for cfgs in plans.values():
         check_plan(cfgs[0])
-    return Judged(cfg, plans)
+    return VerifyPreflight(cfg, plans)
 
 
-@entrypoint("verify", judge=judge)
-def main(judged: Judged, run: Run) -> None:
+@entrypoint("verify", preflight=preflight)
+def main(job: VerifyPreflight, run: Run) -> None:
     from tpresearch.verify.plans import verify_plans
 
-    cfg = judged.cfg
-    results = verify_plans(judged.plans, cfg)
+    cfg = job.cfg
+    results = verify_plans(job.plans, cfg)
     record: dict[str, Any] = {
         "model": cfg.model.name,
         "dtype": str(cfg.train.dtype),

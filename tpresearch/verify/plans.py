@@ -23,7 +23,7 @@ from tpresearch.data.check import check_data
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, SyntheticCorpus
 from tpresearch.launch.composition import typed_config
-from tpresearch.train.preflight import planned
+from tpresearch.train.preflight import plan_model
 from tpresearch.verify.integers import IntegerResult, check_matmuls, max_over_ranks
 from tpresearch.verify.ranks import RankError, Ranks
 from tpresearch.verify.reference import reference
@@ -130,7 +130,7 @@ def check_plan(cfg: Config) -> None:
     if cfg.train.float8 is not Float8.none:
         why = "each rank scales by its own rows, so that plans round otherwise: equality with one process is not claimed"
         raise ConfigError("train.float8", cfg.train.float8, why, "none", fix={"train.float8": "none"})
-    _, plan = planned(cfg, sizes)
+    _, plan = plan_model(cfg, sizes)
     if plan.probe.random_modules:
         why = f"it draws random numbers in {', '.join(plan.probe.random_modules)}, which differ between plans"
         legal = "a model that draws none in training, such as with a dropout of 0; equality is not claimed otherwise"

@@ -15,14 +15,14 @@ from tpresearch.config.world import World
 from tpresearch.simulate.cluster import Cluster, check_world, cluster_of
 
 
-class Judged(NamedTuple):
+class SimulationPreflight(NamedTuple):
     cfg: Config
     cluster: Cluster
     sizes: MeshSizes
 
 
-def judge(cfg: Config, world: World) -> Judged:
-    """The config, its cluster and its mesh; no data are looked for, since none are read.
+def preflight(cfg: Config, world: World) -> SimulationPreflight:
+    """Validate the config, its cluster and its mesh; data are not checked, since none are read.
 
     Raises:
         ConfigError: for what could not train at all, a cluster that lacks a number or cannot hold the world, and what
@@ -47,7 +47,7 @@ def judge(cfg: Config, world: World) -> Judged:
     if not cluster.peak_flops(cfg.train.dtype):
         why = f"cluster {cluster.name} states no rate for it"
         raise ConfigError("train.dtype", cfg.train.dtype, why, "a dtype with a peak_tflops above 0")
-    return Judged(cfg, cluster, sizes)
+    return SimulationPreflight(cfg, cluster, sizes)
 
 
 def _float8_lack(cfg: Config, cluster: Cluster) -> str | None:

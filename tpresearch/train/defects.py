@@ -19,12 +19,12 @@ from tpresearch.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
-RANKS_APART = 1_000_003
-"""Distance between the seeds of two ranks, so that no rank has the seed of a correct run."""
+RANK_SEED_STRIDE = 1_000_003
+"""Distance between the seeds of two ranks; no rank has the seed of a correct run."""
 
 
-def mistakes_of(cfg: Config, plan: Plan, mesh: DeviceMesh, batches: Batches) -> list[Observer]:
-    """Those that the config asks for."""
+def build_defects(cfg: Config, plan: Plan, mesh: DeviceMesh, batches: Batches) -> list[Observer]:
+    """The observers that make the configured mistakes."""
     asked = [f.name for f in dataclasses.fields(cfg.defects) if getattr(cfg.defects, f.name)]
     if asked:
         log.warning("intentional defects enabled: %s", ", ".join(asked))
@@ -37,9 +37,9 @@ def mistakes_of(cfg: Config, plan: Plan, mesh: DeviceMesh, batches: Batches) -> 
 
 
 class KeptGradients(Observer):
-    """Gradients that nobody zeroed: each step's are added to what was there when the last update was made.
+    """Gradients that are never zeroed: each step's are added to those of the last update.
 
-    They are put aside and added by hand, when a step's own are whole, so that they add up alike under every plan.
+    They are kept aside and added when a step's own are complete, so that they add up in the same way under every plan.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class WeightsPerRank(Observer):
     `distribute_tensor` has the first of them send its weights to the others."""
 
     def __init__(self, seed: int, plan: Plan, mesh: DeviceMesh) -> None:
-        self._source = from_seed(plan.initializers, seed + RANKS_APART * (1 + data_rank(mesh)))
+        self._source = from_seed(plan.initializers, seed + RANK_SEED_STRIDE * (1 + data_rank(mesh)))
 
     def start(self, state: TrainState) -> None:
         state.set_weights(self._source)
