@@ -14,6 +14,9 @@ def sizes(*overrides: str, world: int, hosts: int = 1) -> dict[str, int]:
     return validate(config(*overrides, "train.global_batch_size=48"), world, hosts).nontrivial()
 
 
+COMPILED, CHECKPOINTED = ["parallel.compile=true"], ["parallel.activation_checkpointing=full"]
+
+
 @pytest.mark.parametrize(
     ("plan", "world", "hosts", "expected"),
     [
@@ -78,6 +81,8 @@ def test_what_is_given_is_kept_and_the_rest_follows(
         (["parallel=fsdp", "model.vocab_size=100"], 4, "model.vocab_size", "260"),
         (["parallel=fsdp", "parallel.async_tp=true"], 4, "parallel.async_tp", "no tensor parallelism"),
         (["parallel=tp", "parallel.async_tp=true"], 4, "parallel.async_tp", "parallel.compile=true"),
+        (["parallel=fsdp", *COMPILED, "model.blocks=[]"], 4, "parallel.compile", "block by block"),
+        (["parallel=fsdp", *CHECKPOINTED, "model.blocks=[]"], 4, CHECKPOINTED[0][:-5], "block by block"),
     ],
 )
 def test_what_cannot_work_is_refused(overrides: list[str], world: int, field: str, says: str) -> None:

@@ -180,6 +180,19 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
         legal = "parallel.compile=true, or none, selective or full"
         fix = {"parallel.compile": "true"}
         raise ConfigError("parallel.activation_checkpointing", "budget", why, legal, fix=fix)
+    if not cfg.model.blocks:
+        why, kind = (
+            f"it works block by block, and model {cfg.model.name} has none",
+            parallel.activation_checkpointing,
+        )
+        if parallel.compile:
+            fix = {"parallel.compile": "false"}
+            raise ConfigError("parallel.compile", True, why, "false, or model.blocks", fix=fix)
+        if kind is not Checkpointing.none:
+            fix = {"parallel.activation_checkpointing": "none"}
+            raise ConfigError(
+                "parallel.activation_checkpointing", kind, why, "none, or model.blocks", fix=fix
+            )
     last = cfg.profiler.first_step + cfg.profiler.steps - 1
     if cfg.profiler.name is ProfilerName.trace and last > total_steps(cfg):
         why = f"the run ends after step {total_steps(cfg)}, and step {last} would be the last profiled"
