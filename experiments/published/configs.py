@@ -59,6 +59,8 @@ def parts(row: Row) -> list[Part]:
     for name in ABSENT:
         if row.number(name) > 1:
             raise ConfigError(name, row[name], f"there is no {ABSENT[name]} parallelism here", "1", {})
+    if row.is_float8 and row.gpu == "A100":
+        raise ConfigError("compute_dtype", row["compute_dtype"], "an A100 has no float8", "bf16", {})
     stated = re.sub("[ -]+", "_", row["ac"].lower())
     mode = CHECKPOINTING.get(stated, stated)
 

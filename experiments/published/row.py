@@ -30,6 +30,8 @@ UNITS = {
 NOT_STATED = ("na", "n/a", "nan", "none", "null", "unknown", "-", "?")
 GPUS = ("A100", "H100", "H200", "B200", "L40S")
 YES = ("1", "true", "yes")
+LARGEST = {"gpus": 2**17, "layers": 2**10, "dim": 2**17}
+"""Beyond what anyone has published; a million ranks would take minutes and 3 GiB."""
 FLOAT8 = re.compile("fp8|float8")
 YEAR = re.compile(r"\b20(2\d)\b|arxiv\W*(2\d)(?:0[1-9]|1[0-2])\.\d", re.IGNORECASE)
 """Of a date, or of a paper's number."""
@@ -62,10 +64,10 @@ class Row:
 
     def count(self, name: str, default: int | None = None) -> int:
         """Raises: ConfigError: for what is no whole number of 1 or more; for an empty cell without a default."""
-        value = self.number(name, default or 0)
-        if not 1 <= value <= MAX_RANKS or value != int(value):
+        value, largest = self.number(name, default or 0), LARGEST.get(name, MAX_RANKS)
+        if not 1 <= value <= largest or value != int(value):
             why = "a row needs it" if not self[name] else "out of bounds, or no whole number"
-            raise ConfigError(name, self[name] or None, why, f"a whole number from 1 to {MAX_RANKS:,}", {})
+            raise ConfigError(name, self[name] or None, why, f"a whole number from 1 to {largest:,}", {})
         return int(value)
 
     def says(self, name: str) -> bool:
@@ -126,7 +128,7 @@ class Row:
             ConfigError: if gbs is another one than these make.
         """
         ranks = self.replicas * self.shards
-        rows = self.count("gbs", ranks * self.count("mb", 1) * self.count("ga", 1))
+        rows = self.count("gbs") if self["gbs"] else ranks * self.count("mb", 1) * self.count("ga", 1)
         micro = self.count("mb", max(1, rows // (ranks * self.count("ga", 1))))
         batches = self.count("ga", max(1, rows // (ranks * micro)))
         if rows != ranks * micro * batches:

@@ -111,6 +111,8 @@ def test_a_row_whose_measurement_is_no_number_is_refused_before_it_is_simulated(
         {"layers": "-2"},
         {"layers": "1e999"},
         {"gpus": "1e12"},
+        {"gpus": "1,000,000"},
+        {"gpu": "A100", "compute_dtype": "fp8"},
         {"dim": "47,73"},
         {"arch": "mixtral"},
         {"model": "mamba-2.8b"},
@@ -128,6 +130,7 @@ def test_a_row_that_contradicts_itself_or_cannot_be_read_is_refused(cells: dict[
 def test_what_a_row_leaves_open_of_its_batch_follows_from_the_rest() -> None:
     told = Row({**SMALL, "gpus": "16", "gbs": "96", "mb": "2"})
     assert told.batch == (2, 3)
+    assert Row({**SMALL, "ga": "4,096"}).batch == (1, 4096)
     assert Row({**SMALL, "gpus": "16", "tp": "4", "gbs": "96", "ga": "4"}).batch == (6, 4)
 
 
