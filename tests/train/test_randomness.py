@@ -94,6 +94,24 @@ def test_compiled_shards_draw_their_own_and_recompute_the_same(ranks: Ranks, pla
     assert again[0][1] == [seed for seed in mine for _ in range(2)]
 
 
+@pytest.mark.exhaustive
+def test_compiled_blocks_recompute_what_they_drew() -> None:
+    settings = (*model(Thinned), "parallel=none", "train.dtype=float64", "parallel.compile=true")
+    found = []
+    for kind in ("none", "selective", "full"):
+        torch._dynamo.reset()
+        numbers, _ = dropped(World(), config(*settings, f"parallel.activation_checkpointing={kind}"))
+        found.append(numbers)
+    assert found[1:] == [pytest.approx(found[0], rel=1e-12)] * 2
+
+
+def test_a_backward_that_would_draw_anew_is_refused() -> None:
+    settings = (*model(Thinned), "parallel=none", "parallel.compile=true")
+    cfg = config(*settings, "parallel.activation_checkpointing=budget")
+    with pytest.raises(ConfigError, match=r"^parallel.activation_checkpointing=budget: mlp.relu draws"):
+        plan_model(cfg, validate(cfg, 1))
+
+
 def test_the_elements_kept_follow_from_the_seed_and_the_place() -> None:
     x, seed = torch.randn(64, 1000), torch.tensor(7)
     kept = kept_elements(x, 0.75, seed, "drop (0,)")

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tpresearch.config.axes import LAYER_AXES
+from tpresearch.config.choices import Checkpointing
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ParallelConfig
 from tpresearch.parallel.mesh import data_rank
@@ -62,13 +63,19 @@ class SeededRandomness(Observer):
 
 
 def check_randomness(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> None:
-    """Refuse to compile a block in which tensor-parallel ranks could not draw apart.
+    """Refuse to compile a block in which tensor-parallel ranks could not draw apart, or whose backward would draw anew:
+    within a budget torch recomputes random ops as any other (2.11 to 2.14), and gradients would be wrong.
 
     Raises:
-        ConfigError: naming the module that draws otherwise than by nn.Dropout.
+        ConfigError: naming the module that draws.
     """
-    for name in _in_blocks(plan) if parallel.compile and plan.rules else []:
-        if type(model.get_submodule(name)) is not nn.Dropout:
+    for name in _in_blocks(plan) if parallel.compile else []:
+        if parallel.activation_checkpointing is Checkpointing.budget:
+            why = f"{name} draws random numbers in a block, and torch would draw others where it recomputes them"
+            fix = {"parallel.activation_checkpointing": "selective"}
+            legal = "none, selective or full"
+            raise ConfigError("parallel.activation_checkpointing", "budget", why, legal, fix=fix)
+        if plan.rules and type(model.get_submodule(name)) is not nn.Dropout:
             why = f"{name} draws random numbers in a block; compiled, tensor-parallel ranks draw apart only in nn.Dropout"
             fix = {"parallel.compile": "false"}
             raise ConfigError("parallel.compile", True, why, "false, or nn.Dropout modules", fix=fix)
