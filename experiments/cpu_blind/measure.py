@@ -23,7 +23,7 @@ from tpresearch.api import load  # noqa: E402
 from tpresearch.config import Config  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
 from tpresearch.config.world import World  # noqa: E402
-from tpresearch.simulate.cluster import cluster_of  # noqa: E402
+from tpresearch.simulate.cluster import parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import predict  # noqa: E402
@@ -40,7 +40,7 @@ STEPS = {"llama2_tiny": (5, 15), "llama2_small": (2, 4)}
 
 
 def main() -> None:
-    cluster = cluster_of(yaml.safe_load(Path(sys.argv[1]).read_text()))
+    cluster = parse_cluster(yaml.safe_load(Path(sys.argv[1]).read_text()))
     configs = [
         load(f"model={model}", f"parallel={plan}", f"train.global_batch_size={ROWS[model]}", *COMMON)
         for model, plan, _ in CASES

@@ -23,7 +23,7 @@ from tpresearch.api import load  # noqa: E402
 from tpresearch.calibrate.rows import Row, cluster_from_rows, read_rows  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
 from tpresearch.launch.options import command  # noqa: E402
-from tpresearch.simulate.cluster import Cluster, cluster_of  # noqa: E402
+from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import Prediction, predict  # noqa: E402
@@ -48,10 +48,10 @@ def main() -> None:
             option for card, option in CARDS.items() if any(card in row.get("card", "") for row in rows)
         )
         plain = yaml.safe_load((HERE.parents[1] / f"conf/cluster/{option}.yaml").read_text())
-        cluster = cluster_of(plain)
+        cluster = parse_cluster(plain)
         alone = [row for row in rows if "us" in row]
         measures_all = any(row["op"].startswith("matmul") for row in alone)
-        calibrated = cluster_of(cluster_from_rows(rows, plain, "calibrated")) if measures_all else None
+        calibrated = parse_cluster(cluster_from_rows(rows, plain, "calibrated")) if measures_all else None
         print(
             f"\n{Path(name).name}: steps and peaks, on {option} and as calibrated by this file's single ops"
         )

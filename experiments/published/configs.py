@@ -9,7 +9,7 @@ from row import Row
 
 from tpresearch.config.errors import ConfigError
 
-ABSENT = {"pp": "pipeline", "cp": "context", "ep": "expert"}
+UNSUPPORTED_AXES = {"pp": "pipeline", "cp": "context", "ep": "expert"}
 CHECKPOINTING = {
     **dict.fromkeys(("", "0", "no", "false", "off"), "none"),
     **dict.fromkeys(("1", "yes", "true", "on"), "full"),
@@ -56,9 +56,11 @@ def parts(row: Row) -> list[Part]:
     Raises:
         ConfigError: for what a row does not state, and for what is not here.
     """
-    for name in ABSENT:
+    for name in UNSUPPORTED_AXES:
         if row.number(name) > 1:
-            raise ConfigError(name, row[name], f"there is no {ABSENT[name]} parallelism here", "1", {})
+            raise ConfigError(
+                name, row[name], f"there is no {UNSUPPORTED_AXES[name]} parallelism here", "1", {}
+            )
     if row.is_float8 and row.gpu == "A100":
         raise ConfigError("compute_dtype", row["compute_dtype"], "an A100 has no float8", "bf16", {})
     stated = re.sub("[ -]+", "_", row["ac"].lower())
@@ -70,7 +72,7 @@ def parts(row: Row) -> list[Part]:
     if mode == "selective_layer":  # every second block whole
         return [part("none", 0.5), part("full", 0.5)]
     if mode == "selective_block":  # a share of the blocks, which the source states only through its HFU
-        share = CHECKPOINTED.get((row.engine, row.gpu, row["model"], row.says("compile")))
+        share = CHECKPOINTED.get((row.engine, row.gpu, row["model"], row.is_true("compile")))
         return [part("none", share and 1 - share), part("full", share)]
     if mode == "selective_op":  # ours keeps every matmul, torchtitan's every second
         return [part("selective", 0.5), part("full", 0.5)]
@@ -102,7 +104,7 @@ def is_hand_fused(row: Row) -> bool:
 def _overrides(row: Row) -> list[str]:
     tp, replicas, shards = row.tp, row.replicas, row.shards
     (micro, batches), dim, heads, gpt = row.batch, row.count("dim"), row.count("heads"), is_gpt(row)
-    compiled = row.says("compile") or is_hand_fused(row)
+    compiled = row.is_true("compile") or is_hand_fused(row)
     found = [
         f"model={'gpt' if gpt else 'llama2_7b'}",
         f"model.name={re.sub('[^A-Za-z0-9_.-]', '-', row['model']) or 'model'}",
@@ -111,10 +113,10 @@ def _overrides(row: Row) -> list[str]:
         f"model.n_heads={heads}",
         f"model.n_kv_heads={row.count('kv_heads', heads)}",
         f"model.ffn_dim={row.count('ffn', 4 * dim if gpt else None)}",
-        f"model.tied={str(row.says('tied') if row['tied'] else gpt).lower()}",
+        f"model.tied={str(row.is_true('tied') if row['tied'] else gpt).lower()}",
         f"tokenizer.vocab_size={row.count('vocab')}",
         f"data.seq_len={row.count('seq')}",
-        f"parallel={_plan(tp, replicas, shards, row.says('sp'))}",
+        f"parallel={_plan(tp, replicas, shards, row.is_true('sp'))}",
         f"train.global_batch_size={micro * batches * replicas * shards}",
         f"train.micro_batch_size={micro}",
         f"train.dtype={_dtype(row['compute_dtype'])}",
@@ -124,7 +126,7 @@ def _overrides(row: Row) -> list[str]:
         found += _positions(row["pos"].lower())
     if tp > 1:
         found += [f"mesh.tp={tp}"]
-    if tp > 1 and replicas * shards > 1 and not row.says("sp"):
+    if tp > 1 and replicas * shards > 1 and not row.is_true("sp"):
         found += ["parallel.tensor=tp"]
     if replicas > 1 and (shards > 1 or tp > 1):
         found += [f"mesh.dp_replicate={replicas}", f"mesh.dp_shard={shards}"]
@@ -134,7 +136,7 @@ def _overrides(row: Row) -> list[str]:
         found += ["parallel.fsdp.reduce_dtype=bfloat16"]
     if row["params_dtype"] == "bf16":
         found += ["train.weights=bfloat16"]
-    if row.says("async_tp"):
+    if row.is_true("async_tp"):
         found += ["parallel.async_tp=true"]
     if tp > 1 and "no loss-parallel" in row["notes"]:
         found += ["parallel.loss_parallel=false"]

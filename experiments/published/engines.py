@@ -39,11 +39,11 @@ FLASH_SINCE = 2023
 """The first year in which most software had flash attention (arXiv 2205.14135)."""
 
 
-def as_run(row: Row, trace: Trace) -> Trace:
+def as_engine_runs(row: Row, trace: Trace) -> Trace:
     """The recorded step as the row's engine runs it."""
     trace = with_loss_of(row, trace)
     engine = row.engine
-    if not (row.says("compile") or is_hand_fused(row) or is_gpt(row)):
+    if not (row.is_true("compile") or is_hand_fused(row) or is_gpt(row)):
         if engine != "fms-fsdp" and row["compute_dtype"] != "fp32":
             trace = _each(trace, _as_complex_rotations)
         if engine not in ONE_KERNEL_NORMS and not ONE_KERNEL_NORM.search(row["notes"]):

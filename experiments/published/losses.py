@@ -32,7 +32,7 @@ SOFTMAX = ("_log_softmax", "nll_loss_forward", "nll_loss_backward", "_log_softma
 
 def with_loss_of(row: Row, trace: Trace) -> Trace:
     """The step with the loss of the row's engine."""
-    engine, compiled = row.engine, row.says("compile")
+    engine, compiled = row.engine, row.is_true("compile")
     if engine == "composer":
         return _changed(trace, fused=True, metrics=2)
     if engine == "torchtitan" and compiled and LOSS_COMPILED.search(row["source_file"]):

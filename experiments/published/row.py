@@ -29,8 +29,8 @@ UNITS = {
 """What is not in the column's own unit: seconds, tokens, Gbit/s."""
 NOT_STATED = ("na", "n/a", "nan", "none", "null", "unknown", "-", "?")
 GPUS = ("A100", "H100", "H200", "B200", "L40S")
-YES = ("1", "true", "yes")
-LARGEST = {"gpus": 2**17, "layers": 2**10, "dim": 2**17}
+TRUE_VALUES = ("1", "true", "yes")
+MAX_COUNTS = {"gpus": 2**17, "layers": 2**10, "dim": 2**17}
 """Beyond what anyone has published; a million ranks would take minutes and 3 GiB."""
 FLOAT8 = re.compile("fp8|float8")
 YEAR = re.compile(r"\b20(2\d)\b|arxiv\W*(2\d)(?:0[1-9]|1[0-2])\.\d", re.IGNORECASE)
@@ -64,14 +64,14 @@ class Row:
 
     def count(self, name: str, default: int | None = None) -> int:
         """Raises: ConfigError: for what is no whole number of 1 or more; for an empty cell without a default."""
-        value, largest = self.number(name, default or 0), LARGEST.get(name, MAX_RANKS)
+        value, largest = self.number(name, default or 0), MAX_COUNTS.get(name, MAX_RANKS)
         if not 1 <= value <= largest or value != int(value):
             why = "a row needs it" if not self[name] else "out of bounds, or no whole number"
             raise ConfigError(name, self[name] or None, why, f"a whole number from 1 to {largest:,}", {})
         return int(value)
 
-    def says(self, name: str) -> bool:
-        return self[name].lower() in YES
+    def is_true(self, name: str) -> bool:
+        return self[name].lower() in TRUE_VALUES
 
     @property
     def engine(self) -> str:

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from configs import parts  # noqa: E402
-from engines import as_run  # noqa: E402
+from engines import as_engine_runs  # noqa: E402
 from left_out import by_the_others  # noqa: E402
 from row import Row, read  # noqa: E402
 from stacks import cluster_of_row  # noqa: E402
@@ -29,10 +29,10 @@ from tpresearch.config.axes import MeshSizes  # noqa: E402
 from tpresearch.config.errors import ConfigError  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
 from tpresearch.launch.options import command, read_options  # noqa: E402
-from tpresearch.simulate.cluster import cluster_of  # noqa: E402
+from tpresearch.simulate.cluster import parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
-from tpresearch.simulate.prediction import CALM, Prediction, predict  # noqa: E402
+from tpresearch.simulate.prediction import TIGHT_SHARE, Prediction, predict  # noqa: E402
 from tpresearch.simulate.trace import Trace  # noqa: E402
 
 GIB = 2**30
@@ -90,12 +90,12 @@ def scored(row: Row, sites: bool = True) -> Scored:
 
 
 def predicted(row: Row, overrides: Sequence[str], sites: bool) -> Prediction:
-    cluster = cluster_of(cluster_of_row(row, sites))
+    cluster = parse_cluster(cluster_of_row(row, sites))
     cfg = composed(overrides)
     sizes = validate(cfg, row.world, cluster.hosts_of(row.world))
 
     def recorded(cfg: Config, sizes: MeshSizes) -> Trace:
-        return as_run(row, record(cfg, sizes))
+        return as_engine_runs(row, record(cfg, sizes))
 
     return predict(recording(cfg, sizes, recorded), cluster, check=False)
 
@@ -109,7 +109,7 @@ def composed(overrides: Sequence[str]) -> Config:
 
 def _share_that_fits(none: Prediction, full: Prediction) -> float:
     """The smallest share of blocks to checkpoint with which the step fits the card calmly."""
-    limit = CALM * none.cluster["memory_gb"] * 1e9
+    limit = TIGHT_SHARE * none.cluster["memory_gb"] * 1e9
     saved = none.peak_bytes - full.peak_bytes
     return min(1.0, max(0.0, (none.peak_bytes - limit) / saved)) if saved > 0 else 0.0
 

@@ -29,7 +29,7 @@ from hosts import HOSTS, INTERFACE, RANKS_A_HOST, HostsUnavailable, TwoHosts  # 
 
 from tpresearch.api import load  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
-from tpresearch.simulate.cluster import Cluster, cluster_of  # noqa: E402
+from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import Recording, recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import predict  # noqa: E402
@@ -87,7 +87,7 @@ def slowed(plain: dict[str, Any], bits_per_s: float) -> Cluster:
     numbers["inter_gb_s"] |= {"value": share}
     numbers["inter_efficiency"] |= {"value": PAYLOAD}
     cores = plain["shared_cores"] / len(HOSTS)
-    return cluster_of(
+    return parse_cluster(
         {**plain, "numbers": numbers, "devices_per_host": RANKS_A_HOST, "hosts": 2, "shared_cores": cores}
     )
 

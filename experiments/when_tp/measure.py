@@ -20,7 +20,7 @@ import yaml  # noqa: E402
 from tpresearch.api import load  # noqa: E402
 from tpresearch.config.errors import ConfigError  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
-from tpresearch.simulate.cluster import cluster_of  # noqa: E402
+from tpresearch.simulate.cluster import parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import predict  # noqa: E402
@@ -45,7 +45,7 @@ COMMON = (
 
 def main() -> None:
     clusters = {
-        name: cluster_of(yaml.safe_load((HERE.parents[1] / f"conf/cluster/{name}.yaml").read_text()))
+        name: parse_cluster(yaml.safe_load((HERE.parents[1] / f"conf/cluster/{name}.yaml").read_text()))
         for name in CLUSTERS
     }
     found = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from engines import CAST, as_run
+from engines import CAST, as_engine_runs
 from left_out import by_the_others
 from losses import _changed
 from row import Row
@@ -59,7 +59,7 @@ def step(*ops: Op) -> Trace:
 def test_gradients_that_are_reduced_once_per_step_are_added_up_whole_before() -> None:
     scatter = op("backward", "_reduce_scatter_base_", 400, 100, "collective")._replace(event=REDUCE)
     row = Row({**LLAMA, "engine": "kempnerforge/fsdp2", "compile": "1"})
-    told = as_run(row, step(op("backward", "chunk_cat", 200, 400), scatter))
+    told = as_engine_runs(row, step(op("backward", "chunk_cat", 200, 400), scatter))
     first, between, last = told.micro_batches
     assert first == between
     assert [(o.name, o.reads[0][1], o.writes[0][1]) for o in first] == [("add_", 600, 400)]
@@ -74,8 +74,8 @@ def test_attention_is_not_computed_again_where_it_is_always_kept() -> None:
     )
     kept = Row({**LLAMA, "engine": "torchtitan/fsdp2", "compile": "1", "ac": "selective_op"})
     whole = Row({**kept.values, "ac": "full"})
-    assert as_run(kept, step(again, backward)).micro_batches[0] == (backward,)
-    assert as_run(whole, step(again, backward)).micro_batches[0] == (again, backward)
+    assert as_engine_runs(kept, step(again, backward)).micro_batches[0] == (backward,)
+    assert as_engine_runs(whole, step(again, backward)).micro_batches[0] == (again, backward)
 
 
 def test_float8_casts_each_factor_once_and_leaves_the_output_layer() -> None:
@@ -83,7 +83,7 @@ def test_float8_casts_each_factor_once_and_leaves_the_output_layer() -> None:
     both = op("forward", "mm", 0, 0, "gemm")._replace(reads=((5, 80), (7, 9)), shape=(1, 4, 8, 1000))
     output = both._replace(shape=(1, 4, 64, 1000))
     row = Row({**LLAMA, "engine": "torchtitan/fsdp2", "compile": "1", "compute_dtype": "fp8"})
-    told = as_run(row, step(unsharded, both, both, output)).micro_batches[0]
+    told = as_engine_runs(row, step(unsharded, both, both, output)).micro_batches[0]
     assert [o.name for o in told] == ["split_with_sizes_copy", "to_float8", "mm", "mm", "mm"]
     assert told[1].bytes_moved == 80 * CAST // 2  # 40 elements
     assert told[2].shape[3] < 600
@@ -105,7 +105,7 @@ def test_float8_casts_each_factor_once_and_leaves_the_output_layer() -> None:
 )
 def test_norms_are_many_kernels_in_eager_code_alone(cells: dict[str, str], fused: int) -> None:
     norm = op("forward", "mul", 4, 4)._replace(fused=0)
-    assert as_run(Row({**LLAMA, **cells}), step(norm)).micro_batches[0][0].fused == fused
+    assert as_engine_runs(Row({**LLAMA, **cells}), step(norm)).micro_batches[0][0].fused == fused
 
 
 def test_attention_that_is_no_flash_kernel_moves_the_square_of_scores() -> None:
@@ -115,7 +115,7 @@ def test_attention_that_is_no_flash_kernel_moves_the_square_of_scores() -> None:
         for flag, phase in enumerate(("forward", "backward"))
     )
     row = Row({**LLAMA, "engine": "megatron/ddp", "ffn_kind": "gelu", "attn": "unfused"})
-    told = as_run(row, step(forward, backward)).micro_batches[0]
+    told = as_engine_runs(row, step(forward, backward)).micro_batches[0]
     square = 6 * 512 * 512
     read_and_written = (
         (2 + 2) + (2 + 2 + 1) + (2 + 1 + 2) + (4 + 2)
@@ -123,9 +123,9 @@ def test_attention_that_is_no_flash_kernel_moves_the_square_of_scores() -> None:
     assert sum(o.bytes_moved for o in told if o.kind == "other") == square * read_and_written
     flops = [2 * math.prod(o.shape) for o in told if o.kind == "gemm"]
     assert flops == [2 * square * 64] * 6
-    assert as_run(Row({**row.values, "attn": "fa2"}), step(forward)).micro_batches[0] == (forward,)
+    assert as_engine_runs(Row({**row.values, "attn": "fa2"}), step(forward)).micro_batches[0] == (forward,)
     before_flash = Row({**row.values, "attn": "", "source_file": "arXiv 2104.04473, table 1"})
-    assert len(as_run(before_flash, step(forward)).micro_batches[0]) == 4
+    assert len(as_engine_runs(before_flash, step(forward)).micro_batches[0]) == 4
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_attention_that_is_no_flash_kernel_moves_the_square_of_scores() -> None:
 def test_the_loss_is_fused_where_the_whole_model_is_compiled_or_it_is_written_so(
     cells: dict[str, str], loss: str
 ) -> None:
-    told = as_run(Row({**LLAMA, **cells}), Trace((recorded(1),), (), {})).micro_batches[0]
+    told = as_engine_runs(Row({**LLAMA, **cells}), Trace((recorded(1),), (), {})).micro_batches[0]
     assert loss in [o.name for o in told]
 
 

@@ -10,7 +10,7 @@ import yaml
 from tpresearch.calibrate.__main__ import _base_cluster, as_yaml
 from tpresearch.calibrate.rows import cluster_from_rows, read_rows
 from tpresearch.config.errors import ConfigError
-from tpresearch.simulate.cluster import cluster_of
+from tpresearch.simulate.cluster import parse_cluster
 
 BASE = yaml.safe_load((Path(__file__).parents[2] / "conf" / "cluster" / "h200_dgx.yaml").read_text())
 ROWS = [
@@ -33,7 +33,7 @@ ROWS = [
 
 
 def test_rows_become_the_numbers_that_they_measure() -> None:
-    found = cluster_of(cluster_from_rows(ROWS, BASE, "mine"))
+    found = parse_cluster(cluster_from_rows(ROWS, BASE, "mine"))
     assert found["gemm_efficiency"] == pytest.approx(0.5)  # under load, not when cool
     assert found.table("attention_tflops_forward")[3] == pytest.approx(2000)  # by the faster kernel
     assert found.table("attention_tflops_backward")[3] == pytest.approx(1000)
@@ -51,7 +51,7 @@ def test_a_calibrated_file_is_read_as_it_was_written() -> None:
     plain = cluster_from_rows(ROWS, {**BASE, "has_switch": False}, "mine")
     again = yaml.safe_load(as_yaml(plain))
     assert again["numbers"].keys() == plain["numbers"].keys()
-    assert cluster_of(again)["launch_us"] == pytest.approx(7)
+    assert parse_cluster(again)["launch_us"] == pytest.approx(7)
     assert {**plain, "numbers": None} == {**again, "numbers": None}
 
 

@@ -9,7 +9,7 @@ import yaml
 from support.commands import ROOT, environment, execute_warm
 
 from tpresearch.calibrate.steps import TINY, time_steps
-from tpresearch.simulate.cluster import cluster_of
+from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.verify.ranks import Ranks
 
 
@@ -31,7 +31,7 @@ def test_a_cpu_is_calibrated(ranks: Ranks, tmp_path: Path) -> None:
     words = ["-m", "tpresearch.calibrate", f"out={path}"]
     done = execute_warm(ranks, None, words, tmp_path, environment(tmp_path, PYTHONPATH=str(ROOT)))
     assert done.code == 0, done.err
-    here = cluster_of(yaml.safe_load(path.read_text()))
+    here = parse_cluster(yaml.safe_load(path.read_text()))
     assert here.shared_cores
     assert here["peak_tflops_float64"] < here["peak_tflops_float32"]
     assert here.table("attention_tflops_forward")[0] < here.table("attention_tflops_forward")[-1]

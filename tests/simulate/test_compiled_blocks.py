@@ -9,9 +9,9 @@ from support.composed import config
 
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
-from tpresearch.simulate.compiled_blocks import kept_per_row
+from tpresearch.simulate.compiled_blocks import saved_bytes_per_row
 from tpresearch.simulate.depth import recording
-from tpresearch.simulate.device_memory import fullest
+from tpresearch.simulate.device_memory import peak_moment
 from tpresearch.simulate.fake_step import record
 
 LLAMA3_8B = (
@@ -22,7 +22,7 @@ LLAMA3_8B = (
 
 
 def kept_kib_per_token(cfg: Config, world: int) -> float:
-    return kept_per_row(cfg, validate(cfg, world)) / cfg.data.seq_len / 1024
+    return saved_bytes_per_row(cfg, validate(cfg, world)) / cfg.data.seq_len / 1024
 
 
 @pytest.mark.parametrize(("kind", "kib"), [("none", 136.13), ("selective", 92.125)])
@@ -51,7 +51,7 @@ def test_a_compiled_step_holds_less_by_what_each_block_keeps_less() -> None:
     of_compiled = dataclasses.replace(told, cfg=compiled)
     by_compiled = of_compiled.memory(check=False)
     grown = told.trace(3).memory["0 forward/activations"] - told.trace(2).memory["0 forward/activations"]
-    kept = 4 * kept_per_row(of_compiled.at(2), sizes)
+    kept = 4 * saved_bytes_per_row(of_compiled.at(2), sizes)
     name = "1 loss/activations"
     assert by_eager[name] - by_compiled[name] == pytest.approx(5 * (grown - kept))
-    assert 0 < sum(fullest(by_compiled).values()) < sum(fullest(by_eager).values())
+    assert 0 < sum(peak_moment(by_compiled).values()) < sum(peak_moment(by_eager).values())

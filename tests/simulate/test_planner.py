@@ -21,12 +21,12 @@ from tpresearch.planner.__main__ import preflight_planner
 from tpresearch.planner.candidates import Candidate, candidate_plans, micro_batch_rows
 from tpresearch.planner.ranking import Ranking, advice, rank
 from tpresearch.planner.report import EXPERIMENT, as_json, draw, report, training_command
-from tpresearch.simulate.cluster import Cluster, cluster_of
+from tpresearch.simulate.cluster import Cluster, parse_cluster
 from tpresearch.simulate.depth import recording
 from tpresearch.simulate.fake_step import record
-from tpresearch.simulate.prediction import priced
+from tpresearch.simulate.prediction import step_seconds
 from tpresearch.simulate.preflight import SimulationPreflight
-from tpresearch.simulate.rows import FEW, MORE, with_block, with_rows
+from tpresearch.simulate.rows import FEW_ROWS, MORE_ROWS, with_block, with_rows
 from tpresearch.simulate.trace import Trace
 from tpresearch.verify.ranks import Ranks
 
@@ -37,7 +37,7 @@ def cluster(**changed: float) -> Cluster:
     plain = yaml.safe_load(CLUSTER.read_text())
     for name, value in changed.items():
         plain["numbers"][name]["value"] = value
-    return cluster_of(plain)
+    return parse_cluster(plain)
 
 
 def at_rows(cfg: Config, rows: int, batch: int) -> Config:
@@ -53,7 +53,7 @@ def equal(told: Trace | None, real: Trace, cfg: Config, sizes: MeshSizes) -> Non
             (o.name, o.shape, o.event, o.bytes_moved) for o in theirs
         ]
     assert told.memory == real.memory
-    assert priced(told, cfg, sizes, cluster()) == priced(real, cfg, sizes, cluster())
+    assert step_seconds(told, cfg, sizes, cluster()) == step_seconds(real, cfg, sizes, cluster())
 
 
 @pytest.mark.parametrize(("plan", "rows", "chunk"), [("sp", 5, "null"), ("fsdp", 8, "32"), ("ddp", 8, "64")])
@@ -61,7 +61,7 @@ def test_rows_per_micro_batch_follow_from_two_and_four(plan: str, rows: int, chu
     """With a loss of all tokens at once, of two chunks per row, and of a chunk per row."""
     cfg = config("model=llama2_debug", f"parallel={plan}", "data.seq_len=64", f"train.loss_chunk={chunk}")
     sizes = validate(at_rows(cfg, 1, 4), 2)
-    few, more, real = (record(at_rows(cfg, r, 2 * r * sizes.dp), sizes) for r in (FEW, MORE, rows))
+    few, more, real = (record(at_rows(cfg, r, 2 * r * sizes.dp), sizes) for r in (FEW_ROWS, MORE_ROWS, rows))
     equal(with_rows(few, more, rows), real, at_rows(cfg, rows, 64), sizes)
 
 
@@ -77,9 +77,9 @@ def test_a_third_block_at_more_rows_follows_from_three_recorded_steps(plan: str,
         deep = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, args=args))
         return record(at_rows(deep, rows, 2 * rows * sizes.dp), sizes)
 
-    few = at(3, FEW)
-    more = with_block(at(2, FEW), few, at(2, MORE))
-    equal(more, at(3, MORE), at_rows(cfg, MORE, 64), sizes)
+    few = at(3, FEW_ROWS)
+    more = with_block(at(2, FEW_ROWS), few, at(2, MORE_ROWS))
+    equal(more, at(3, MORE_ROWS), at_rows(cfg, MORE_ROWS, 64), sizes)
     assert more
     equal(with_rows(few, more, 8), at(3, 8), at_rows(cfg, 8, 64), sizes)
 

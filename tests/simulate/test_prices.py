@@ -12,7 +12,7 @@ from support.composed import config
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.ledger.entries import Event
-from tpresearch.simulate.cluster import NUMBERS, Cluster, Kind, Number, check_world, cluster_of
+from tpresearch.simulate.cluster import NUMBERS, Cluster, Number, SourceKind, check_world, parse_cluster
 from tpresearch.simulate.kernels import Kernel, kernels
 from tpresearch.simulate.network import Route, collective_s, network_s, route
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
@@ -46,7 +46,7 @@ def cluster(**changed: float) -> Cluster:
     numbers = {
         name: {"value": value, "kind": "guessed", "source": "a test"} for name, value in values.items()
     }
-    return cluster_of({"name": "round", "device": "a test's", "devices_per_host": 8, "numbers": numbers})
+    return parse_cluster({"name": "round", "device": "a test's", "devices_per_host": 8, "numbers": numbers})
 
 
 def op(
@@ -68,7 +68,7 @@ def test_attention_by_length_and_head_width() -> None:
 def test_a_table_of_attention_may_begin_earlier() -> None:
     """Eight entries begin at length 128."""
     numbers = dict(cluster(compute_units=1).numbers)
-    numbers["attention_tflops_forward"] = Number((1.0, 2.0, *[20.0] * 6), Kind.guessed, "a test")
+    numbers["attention_tflops_forward"] = Number((1.0, 2.0, *[20.0] * 6), SourceKind.guessed, "a test")
     early = dataclasses.replace(cluster(compute_units=1), numbers=numbers)
     for length, rate in ((128, 1e12), (256, 2e12), (512, 20e12), (16384, 20e12)):
         found = attention_s((1, 8, 8, length, length, 128, 0, 1), 2, early)
@@ -125,11 +125,11 @@ def test_a_matmul_in_float8_has_a_peak_of_its_own_and_writes_bfloat16() -> None:
 def test_a_cluster_without_matmuls_in_float8_need_not_say_so() -> None:
     plain = yaml.safe_load(CLUSTERS[0].read_text())
     del plain["numbers"]["peak_tflops_float8"]
-    assert cluster_of(plain)["peak_tflops_float8"] == 0.0
-    assert "peak_tflops_float8" not in dict(cluster_of(plain).assumptions())
+    assert parse_cluster(plain)["peak_tflops_float8"] == 0.0
+    assert "peak_tflops_float8" not in dict(parse_cluster(plain).assumptions())
     plain["numbers"]["peak_tflops_float8"] = 0
     with pytest.raises(ConfigError, match=r"^cluster.numbers.peak_tflops_float8=0"):
-        cluster_of(plain)
+        parse_cluster(plain)
 
 
 def test_a_thin_matmul_is_bound_by_its_bytes() -> None:
@@ -334,7 +334,7 @@ def test_without_a_switch_few_devices_have_few_links(
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
 def test_every_cluster_states_every_number_with_its_source(path: Path) -> None:
     plain = yaml.safe_load(path.read_text())
-    found = cluster_of(plain)
+    found = parse_cluster(plain)
     assert found.name == path.stem
     assert list(plain["numbers"]) == list(NUMBERS)
     assert all(number.source for number in found.numbers.values())
@@ -370,7 +370,7 @@ def test_a_number_that_is_none_is_refused_by_its_name(change: dict, field: str) 
     plain = yaml.safe_load(CLUSTERS[0].read_text())
     plain["numbers"] |= change
     with pytest.raises(ConfigError) as refused:
-        cluster_of(plain)
+        parse_cluster(plain)
     assert refused.value.field == f"cluster.numbers.{field}"
 
 
@@ -391,7 +391,7 @@ def test_a_cluster_that_is_none_is_refused_by_its_key(name: str, values: tuple[o
     plain = yaml.safe_load(CLUSTERS[0].read_text())
     for value in values:
         with pytest.raises(ConfigError) as refused:
-            cluster_of({**plain, name: value})
+            parse_cluster({**plain, name: value})
         assert refused.value.field == f"cluster.{name}"
 
 
@@ -406,7 +406,7 @@ def test_a_world_that_a_cluster_cannot_hold_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^world_size=12: .*a multiple of 8$"):
         check_world(cluster(), 12)
     with pytest.raises(ConfigError, match=r"^cluster=null"):
-        cluster_of({})
+        parse_cluster({})
 
 
 @pytest.mark.parametrize(("memory_gb", "rows"), [(100, 12), (10, 8), (7, 4), (2, 0)])

@@ -18,9 +18,9 @@ from tpresearch.ledger.formulas import expected_entries
 from tpresearch.models.llama2 import Llama2
 from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.depth import depth_of, recording
-from tpresearch.simulate.device_memory import fullest
+from tpresearch.simulate.device_memory import peak_moment
 from tpresearch.simulate.fake_step import record
-from tpresearch.simulate.kernels import _cast_once
+from tpresearch.simulate.kernels import _deduplicate_casts
 from tpresearch.simulate.trace import Op, Trace
 from tpresearch.train.preflight import plan_model
 
@@ -90,7 +90,7 @@ def test_a_simulated_step_holds_what_the_step_that_computes_does(plan: str, worl
     """To the byte, for a model without a norm: of that, a simulated step leaves out what only a CPU makes."""
     words = ("model=toy_mlp", f"parallel={plan}")
     held = {use.kind: use.at_peak_bytes for use in counted_step(world, *words).held}
-    assert fullest(recorded(config(*words), world).memory) == held
+    assert peak_moment(recorded(config(*words), world).memory) == held
     assert sum(held.values()) > 0
 
 
@@ -178,7 +178,7 @@ def test_linear_layers_in_float8_are_recorded_as_they_run_and_casts_once_where_c
     def scales(ops: Sequence[Op], phase: str) -> int:
         return sum(op.name == "abs" for op in ops if op.phase == phase)
 
-    once = _cast_once(part)
+    once = _deduplicate_casts(part)
     assert (scales(part, "forward"), scales(once, "forward")) == (28, 22)
     assert scales(part, "backward") == 56
     assert scales(once, "backward") == 14  # of output gradients: those of inputs and weights are known

@@ -19,7 +19,7 @@ import yaml
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.options import command, read_options
-from tpresearch.simulate.cluster import NUMBERS, cluster_of
+from tpresearch.simulate.cluster import NUMBERS, parse_cluster
 
 
 @dataclass
@@ -40,7 +40,7 @@ def main() -> None:
         raise ConfigError("out", options.out, why, legal, {"out": "conf/cluster/here.yaml"})
     plain = _gpu_cluster(options, path.stem) or _cpu_cluster(path.stem)
     try:
-        cluster_of(plain)  # so that an invalid file is never written
+        parse_cluster(plain)  # so that an invalid file is never written
     except ConfigError as error:
         if options.base is None:
             raise
@@ -98,7 +98,7 @@ def _base_cluster(option: str | None, card: str, memory_bytes: int) -> dict[str,
         why = "no such cluster" if option else unknown
         raise ConfigError("base", option, why, "one of " + " ".join(names), {})
     found: dict[str, Any] = yaml.safe_load(path.read_text())
-    if cluster_of(found).is_host:
+    if parse_cluster(found).is_cpu:
         raise ConfigError("base", option, "a CPU tells nothing of a GPU's host", "a cluster of GPUs", {})
     return found
 

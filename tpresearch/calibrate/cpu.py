@@ -24,7 +24,7 @@ from tpresearch.ledger.entries import Event
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.simulate.cluster import LENGTHS
-from tpresearch.simulate.network import rounds
+from tpresearch.simulate.network import ring_passes
 from tpresearch.simulate.prices import COPIES, moved_bytes
 from tpresearch.simulate.trace import Op
 from tpresearch.verify.ranks import Ranks
@@ -182,7 +182,9 @@ class Link(NamedTuple):
 
     def seconds(self, event: Event) -> float:
         """Time of a collective of two ranks: one step per round."""
-        return rounds(event.collective, by_gloo=True) * (self.step_s + event.tensor_bytes / 2 / self.bytes_s)
+        return ring_passes(event.collective, by_gloo=True) * (
+            self.step_s + event.tensor_bytes / 2 / self.bytes_s
+        )
 
 
 def _wait_share(steps: Iterable[StepTimes], link: Link) -> float:
@@ -225,6 +227,6 @@ def _gloo(world: World) -> Link:
     with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
         least = sum(seconds(one, SMALL)[0] for one in collectives)
         walls, processor = zip(*(seconds(one, LARGE) for one in collectives), strict=True)
-    steps = sum(rounds(one.__name__, by_gloo=True) for one in collectives) * (world.size - 1)
+    steps = sum(ring_passes(one.__name__, by_gloo=True) for one in collectives) * (world.size - 1)
     moved = steps * LARGE * 4 / world.size
     return Link(moved / (sum(walls) - least), least / steps, min(1.0, sum(processor) / sum(walls)))

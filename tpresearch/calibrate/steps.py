@@ -77,10 +77,10 @@ class TimedRecorder(Recorder):
         self.timed: list[tuple[Op, float]] = []
 
     def _record(self, *op: Any) -> None:
-        before = len(self._into)
+        before = len(self._ops)
         super()._record(*op)
-        if len(self._into) > before:
-            self.timed.append((self._into[-1], self._clock.seconds))
+        if len(self._ops) > before:
+            self.timed.append((self._ops[-1], self._clock.seconds))
 
 
 class TimedSteps(Observer):
@@ -101,7 +101,7 @@ class TimedSteps(Observer):
             yield
             return
         self._recorder.timed = []
-        with self._clock, self._recorder.watching():
+        with self._clock, self._recorder.recording():
             yield
         self.taken.append(self._recorder.timed)
 

@@ -49,7 +49,7 @@ def main(job: SimulationPreflight, run: Run) -> None:
     with gc_paused():  # late: they import torch
         from tpresearch.planner.ranking import rank
         from tpresearch.planner.report import as_json, draw, report, training_command
-        from tpresearch.simulate.as_run import write_run
+        from tpresearch.simulate.run_files import write_run
 
     cfg, cluster, sizes = job
     ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))

@@ -15,10 +15,10 @@ from tpresearch.config.validate import micro_batches
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.planner.candidates import Candidate, Rejected, candidate_plans, micro_batch_rows
 from tpresearch.simulate.cluster import Cluster
-from tpresearch.simulate.depth import RECORDED, Recording, recording
+from tpresearch.simulate.depth import RECORDED_DEPTHS, Recording, recording
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict
-from tpresearch.simulate.rows import FEW, MORE, with_block, with_rows
+from tpresearch.simulate.rows import FEW_ROWS, MORE_ROWS, with_block, with_rows
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.cross_entropy import chunk_count
 from tpresearch.train.preflight import plan_model
@@ -174,12 +174,12 @@ def _minimum_memory(candidate: Candidate, known: Recording) -> int | ConfigError
     """
     shallow = replace(known, cfg=candidate.cfg)
     try:
-        if known.is_short:
+        if known.is_shallow:
             return _state_bytes(candidate.cfg, candidate.sizes)
-        two, three = (_state_bytes(shallow.at(depth), candidate.sizes) for depth in RECORDED)
+        two, three = (_state_bytes(shallow.at(depth), candidate.sizes) for depth in RECORDED_DEPTHS)
     except ConfigError as error:
         return error
-    return two + (known.depth - RECORDED[0]) * (three - two)
+    return two + (known.depth - RECORDED_DEPTHS[0]) * (three - two)
 
 
 def _state_bytes(cfg: Config, sizes: MeshSizes) -> int:
@@ -198,14 +198,14 @@ class _Traces:
 
     def trace(self, cfg: Config, sizes: MeshSizes) -> Trace:
         rows, depth = cfg.train.micro_batch_size or 1, cfg.model.args.get(self._known.setting or "", 0)
-        if rows < MORE:
+        if rows < MORE_ROWS:
             return self._recorded_at(depth, rows)
-        if rows == MORE:
+        if rows == MORE_ROWS:
             return self._trace_at_more(depth)
-        lengths = {_chunk(cfg, rows) for rows in (FEW, MORE, rows)}
+        lengths = {_chunk(cfg, rows) for rows in (FEW_ROWS, MORE_ROWS, rows)}
         if len(lengths) > 1:
             return record(cfg, sizes)
-        extrapolated = with_rows(self._recorded_at(depth, FEW), self._trace_at_more(depth), rows)
+        extrapolated = with_rows(self._recorded_at(depth, FEW_ROWS), self._trace_at_more(depth), rows)
         return extrapolated or record(cfg, sizes)
 
     def kept(self, cfg: Config, sizes: MeshSizes) -> float:
@@ -214,14 +214,16 @@ class _Traces:
         return self._kept
 
     def _trace_at_more(self, depth: int) -> Trace:
-        """The trace at `MORE` rows; for three blocks it is extrapolated from two, unless these are the whole model."""
-        two, three = RECORDED
+        """The trace at `MORE_ROWS` rows; for three blocks it is extrapolated from two, unless these are the whole model."""
+        two, three = RECORDED_DEPTHS
         extrapolated = None
-        if depth == three and not self._known.is_short:
+        if depth == three and not self._known.is_shallow:
             extrapolated = with_block(
-                self._recorded_at(two, FEW), self._recorded_at(three, FEW), self._recorded_at(two, MORE)
+                self._recorded_at(two, FEW_ROWS),
+                self._recorded_at(three, FEW_ROWS),
+                self._recorded_at(two, MORE_ROWS),
             )
-        return extrapolated or self._recorded_at(depth, MORE)
+        return extrapolated or self._recorded_at(depth, MORE_ROWS)
 
     def _recorded_at(self, depth: int, rows: int) -> Trace:
         """The recorded trace, of at least two micro-batches: `Trace.ops` takes as many as needed."""

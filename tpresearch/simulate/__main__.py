@@ -12,12 +12,12 @@ from tpresearch.simulate.preflight import SimulationPreflight, preflight
 @entrypoint("simulate", preflight=preflight)
 def main(job: SimulationPreflight, run: Run) -> None:
     with gc_paused():  # late: they import torch
-        from tpresearch.simulate.as_run import write_run, write_trace
         from tpresearch.simulate.depth import recording
         from tpresearch.simulate.fake_step import record
-        from tpresearch.simulate.prediction import predict, priced
+        from tpresearch.simulate.prediction import predict, step_seconds
         from tpresearch.simulate.replay import Span
         from tpresearch.simulate.report import report
+        from tpresearch.simulate.run_files import write_run, write_trace
 
     cfg, cluster, sizes = job
     recorded = recording(cfg, sizes, record)
@@ -30,7 +30,7 @@ def main(job: SimulationPreflight, run: Run) -> None:
     if cfg.trace:
         spans: list[Span] = []
         deepest = recorded.trace(max(recorded.traces))
-        priced(deepest, cfg, sizes, cluster, spans)
+        step_seconds(deepest, cfg, sizes, cluster, spans)
         write_trace(spans, run.folder / "trace.json")
         blocks = f"{max(recorded.traces)} of {recorded.depth} blocks"
         print(f"  {run.folder / 'trace.json'} ({blocks}, for chrome://tracing or ui.perfetto.dev)")

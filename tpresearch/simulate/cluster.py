@@ -12,7 +12,7 @@ from tpresearch.config.schema import Dtype
 from tpresearch.config.values import Within, check_value
 
 
-class Kind(StrEnum):
+class SourceKind(StrEnum):
     """Kind of source of a number, the least certain first."""
 
     guessed = "guessed"
@@ -27,27 +27,33 @@ class Number:
     """One number of a cluster."""
 
     value: float | tuple[float, ...]
-    kind: Kind
+    kind: SourceKind
     source: str
 
 
-ABOVE = Within(0, open_below=True)
-NONE_TOO = Within(0)
+POSITIVE = Within(0, open_below=True)
+NON_NEGATIVE = Within(0)
 SHARE_OF_PEAK = Within(0, 1, open_below=True)
 SHARE_OF_RATE = Within(0, 10, open_below=True)
-"""On a CPU caches make an op faster than the rate it is set beside."""
+"""Above 1 on a CPU, where caches make an op faster than the rate that it is relative to."""
 
 NUMBERS = {
-    "memory_gb": (ABOVE, "memory of a device, in 1e9 bytes"),
-    "memory_reserved_gb": (NONE_TOO, "of it, what CUDA, NCCL and the allocator take beside a job's tensors"),
-    "peak_tflops_bfloat16": (NONE_TOO, "dense matmul peak of a device in 1e12 FLOP/s, 0 where it has none"),
-    "peak_tflops_float32": (NONE_TOO, "the same in float32, without TF32"),
-    "peak_tflops_float64": (NONE_TOO, "the same in float64"),
-    "peak_tflops_float8": (NONE_TOO, "the same in float8, 0 where it has none"),
+    "memory_gb": (POSITIVE, "memory of a device, in 1e9 bytes"),
+    "memory_reserved_gb": (
+        NON_NEGATIVE,
+        "of it, what CUDA, NCCL and the allocator take beside a job's tensors",
+    ),
+    "peak_tflops_bfloat16": (
+        NON_NEGATIVE,
+        "dense matmul peak of a device in 1e12 FLOP/s, 0 where it has none",
+    ),
+    "peak_tflops_float32": (NON_NEGATIVE, "the same in float32, without TF32"),
+    "peak_tflops_float64": (NON_NEGATIVE, "the same in float64"),
+    "peak_tflops_float8": (NON_NEGATIVE, "the same in float8, 0 where it has none"),
     "compute_units": (Within(1), "units that each take one tile of a matmul at a time: SMs of a GPU"),
     "gemm_efficiency": (SHARE_OF_PEAK, "share of the peak that a large matmul reaches in a training step"),
-    "gemm_half_depth": (NONE_TOO, "length of the inner dim at which a matmul has half of its best rate"),
-    "bandwidth_gb_s": (ABOVE, "memory bandwidth of a device in 1e9 bytes/s"),
+    "gemm_half_depth": (NON_NEGATIVE, "length of the inner dim at which a matmul has half of its best rate"),
+    "bandwidth_gb_s": (POSITIVE, "memory bandwidth of a device in 1e9 bytes/s"),
     "bandwidth_efficiency": (SHARE_OF_PEAK, "share of it that an elementwise kernel reaches"),
     "optimizer_efficiency": (SHARE_OF_RATE, "share of it that the fused optimizer reaches"),
     "copy_efficiency": (
@@ -55,47 +61,47 @@ NUMBERS = {
         "share of it that FSDP's copies of gathered weights and of gradients reach",
     ),
     "attention_tflops_forward": (
-        ABOVE,
+        POSITIVE,
         "rate of causal attention, head width 128, by length 512, 1024, ... 16384, or from 128",
     ),
-    "attention_tflops_backward": (ABOVE, "the same for its backward"),
+    "attention_tflops_backward": (POSITIVE, "the same for its backward"),
     "attention_narrow_heads": (
         SHARE_OF_PEAK,
         "factor on those rates for each halving of the head width below 128",
     ),
-    "kernel_us": (NONE_TOO, "least time of a kernel on the device"),
-    "launch_us": (NONE_TOO, "host time per op"),
-    "collective_host_us": (NONE_TOO, "host time per collective of FSDP, hooks and all"),
+    "kernel_us": (NON_NEGATIVE, "least time of a kernel on the device"),
+    "launch_us": (NON_NEGATIVE, "host time per op"),
+    "collective_host_us": (NON_NEGATIVE, "host time per collective of FSDP, hooks and all"),
     "tensor_host_us": (
-        NONE_TOO,
+        NON_NEGATIVE,
         "host time per collective of a sharding rule, with DTensor's dispatch of the ops around it",
     ),
-    "intra_gb_s": (ABOVE, "bus bandwidth of a collective over all devices of a host, per device"),
+    "intra_gb_s": (POSITIVE, "bus bandwidth of a collective over all devices of a host, per device"),
     "intra_step_us": (
-        NONE_TOO,
+        NON_NEGATIVE,
         "time per step of a ring within a host; on a CPU, of a core, also where the ring leaves the host",
     ),
-    "inter_gb_s": (ABOVE, "bandwidth between hosts, per device"),
+    "inter_gb_s": (POSITIVE, "bandwidth between hosts, per device"),
     "inter_efficiency": (SHARE_OF_PEAK, "share of it that a collective reaches"),
-    "inter_step_us": (NONE_TOO, "time per step of a ring that leaves a host"),
-    "collective_us": (NONE_TOO, "least time of a collective"),
+    "inter_step_us": (NON_NEGATIVE, "time per step of a ring that leaves a host"),
+    "collective_us": (NON_NEGATIVE, "least time of a collective"),
     "overlap_slowdown": (
-        NONE_TOO,
+        NON_NEGATIVE,
         "share by which kernels are slower while a collective runs beside them, on a CPU on its core",
     ),
     "scale_slowdown": (
-        NONE_TOO,
+        NON_NEGATIVE,
         "share by which a step is slower for each doubling of hosts; on a CPU, of several ranks' own work",
     ),
 }
 """Every number that a cluster has to state: what it may be, and what it means, with its unit."""
-UNSTATED = {"peak_tflops_float8": Number(0.0, Kind.guessed, "not stated: no matmuls in float8")}
-"""Those that it need not state, as they are then."""
+OPTIONAL_NUMBERS = {"peak_tflops_float8": Number(0.0, SourceKind.guessed, "not stated: no matmuls in float8")}
+"""Numbers that a cluster may leave out, with their defaults."""
 TABLES = ("attention_tflops_forward", "attention_tflops_backward")
-"""Those that are lists, of `LENGTHS` or of the last of them."""
+"""Numbers that are lists, by `LENGTHS` or the last of them."""
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
-KEYS = {
+CLUSTER_KEYS = {
     "name": str,
     "device": str,
     "devices_per_host": int,
@@ -105,8 +111,8 @@ KEYS = {
     "checked": list[str],
     "numbers": dict,
 }
-"""What else a cluster states, and as what."""
-NEEDED = ("name", "device", "devices_per_host", "numbers")
+"""The other keys of a cluster, and their types."""
+REQUIRED_KEYS = ("name", "device", "devices_per_host", "numbers")
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ class Cluster:
     """Whether a host's devices are connected by a switch; if not, pairwise, so that a group of few devices uses few links."""
     numbers: Mapping[str, Number]
     checked: tuple[str, ...]
-    """On which measurements predictions for this cluster were checked, with what error."""
+    """Measurements that predictions for this cluster were checked against, with the errors."""
 
     def __getitem__(self, name: str) -> float:
         value = self.numbers[name].value
@@ -140,7 +146,7 @@ class Cluster:
         return self[f"peak_tflops_{dtype}"] * 1e12
 
     @property
-    def is_host(self) -> bool:
+    def is_cpu(self) -> bool:
         """Whether the device is the host's own CPU: nothing overlaps."""
         return self.shared_cores is not None
 
@@ -149,30 +155,34 @@ class Cluster:
 
     def assumptions(self) -> Iterator[tuple[str, Number]]:
         """The numbers that it states, the least certain first."""
-        order = list(Kind)
-        stated = [(name, number) for name, number in self.numbers.items() if number is not UNSTATED.get(name)]
+        order = list(SourceKind)
+        stated = [
+            (name, number)
+            for name, number in self.numbers.items()
+            if number is not OPTIONAL_NUMBERS.get(name)
+        ]
         yield from sorted(stated, key=lambda item: order.index(item[1].kind))
 
 
-def cluster_of(plain: Mapping[str, Any]) -> Cluster:
+def parse_cluster(plain: Mapping[str, Any]) -> Cluster:
     """A cluster from its YAML.
 
     Raises:
-        ConfigError: for a number that is missing, has no source or kind, or is none, and for a key that is unknown.
+        ConfigError: for a number that is missing, has no source or kind, or is not a number, and for an unknown key.
     """
     if not plain:
         why = "prices need a cluster"
         raise ConfigError("cluster", None, why, "an option of conf/cluster, such as cluster=h100_dgx")
     for name, value in plain.items():
-        if name not in KEYS:
-            why, legal = "a cluster has no such key", "one of " + ", ".join(nearest(str(name), KEYS))
+        if name not in CLUSTER_KEYS:
+            why, legal = "a cluster has no such key", "one of " + ", ".join(nearest(str(name), CLUSTER_KEYS))
             raise ConfigError(f"cluster.{name}", value, why, legal)
-    for name in NEEDED:
+    for name in REQUIRED_KEYS:
         if not plain.get(name):
             why, legal = "a cluster needs it", "a value, in its conf/cluster file"
             raise ConfigError(f"cluster.{name}", plain.get(name), why, legal)
     stated = {"has_switch": True, **plain, "checked": plain.get("checked") or []}
-    for name, kind in KEYS.items():
+    for name, kind in CLUSTER_KEYS.items():
         check_value(f"cluster.{name}", stated.get(name), kind)
         if name in ("devices_per_host", "hosts", "shared_cores") and stated.get(name) is not None:
             least = Within(0, open_below=True) if name == "shared_cores" else Within(1)
@@ -184,7 +194,9 @@ def cluster_of(plain: Mapping[str, Any]) -> Cluster:
             why, legal = "no such number", "one of " + ", ".join(nearest(str(name), NUMBERS))
             raise ConfigError(f"cluster.numbers.{name}", given[name], why, legal)
     numbers = {
-        name: UNSTATED[name] if name in UNSTATED and name not in given else _number(name, given.get(name))
+        name: OPTIONAL_NUMBERS[name]
+        if name in OPTIONAL_NUMBERS and name not in given
+        else _number(name, given.get(name))
         for name in NUMBERS
     }
     checked = tuple(stated.pop("checked"))
@@ -213,13 +225,13 @@ def check_world(cluster: Cluster, world: int) -> None:
 
 def _number(name: str, plain: Any) -> Number:
     bound, about = NUMBERS[name]
-    key, legal = f"cluster.numbers.{name}", "{value: ..., kind: " + "|".join(Kind) + ", source: ...}"
+    key, legal = f"cluster.numbers.{name}", "{value: ..., kind: " + "|".join(SourceKind) + ", source: ...}"
     if plain is None:
         raise ConfigError(key, None, f"not stated: {about}", legal)
     if not isinstance(plain, Mapping) or plain.keys() != {"value", "kind", "source"}:
         raise ConfigError(key, plain, f"has not just a value, a kind and a source: {about}", legal)
-    if plain["kind"] not in list(Kind):
-        raise ConfigError(f"{key}.kind", plain["kind"], "no such kind of number", " ".join(Kind))
+    if plain["kind"] not in list(SourceKind):
+        raise ConfigError(f"{key}.kind", plain["kind"], "no such kind of number", " ".join(SourceKind))
     if not isinstance(plain["source"], str) or not plain["source"]:
         raise ConfigError(f"{key}.source", plain["source"], "it says nothing", "where the number comes from")
     value = plain["value"]
@@ -229,4 +241,4 @@ def _number(name: str, plain: Any) -> Number:
         legal = f"{bound}, or a list of up to {len(LENGTHS)}" if name in TABLES else str(bound)
         raise ConfigError(f"{key}.value", value, f"not such a number: {about}", legal)
     found = tuple(map(float, numbers)) if name in TABLES else float(numbers[0])
-    return Number(found, Kind(plain["kind"]), plain["source"])
+    return Number(found, SourceKind(plain["kind"]), plain["source"])

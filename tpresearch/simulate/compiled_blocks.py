@@ -1,4 +1,4 @@
-"""What compiled blocks keep for backward: the partitioner that torch.compile asks, on the real blocks and fake tensors.
+"""What compiled blocks save for backward: torch.compile's own partitioner, on the real blocks and fake tensors.
 
 Eager code keeps what each op saves. A compiled block keeps a cut through its graph with the fewest bytes, and computes cheap
 ops again in backward's kernels (torch/_functorch/partitioners.py, min_cut_rematerialization_partition).
@@ -22,14 +22,14 @@ from tpresearch.config.schema import Checkpointing, Config
 from tpresearch.parallel.apply import parallelize, wrap_forward
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
-from tpresearch.simulate.fake_ranks import FAKE, rank_0_of
+from tpresearch.simulate.fake_ranks import FAKE, fake_mesh
 from tpresearch.train.preflight import plan_model
 
 ROWS = 2
-"""That are run to learn what one row keeps. (A single row is a case of its own: no dim has to be gathered beside it.)"""
+"""Rows that are run to find what one row saves. (A single row is a special case: no dim has to be gathered beside it.)"""
 
 
-def kept_per_row(cfg: Config, sizes: MeshSizes) -> float:
+def saved_bytes_per_row(cfg: Config, sizes: MeshSizes) -> float:
     """Bytes that a compiled block keeps for backward on rank 0, per row of a micro-batch, without its parameters.
 
     Args:
@@ -40,12 +40,12 @@ def kept_per_row(cfg: Config, sizes: MeshSizes) -> float:
     )
     model, plan = plan_model(cfg, sizes)
     to_float8(model, plan.float8, cfg.train)
-    with rank_0_of(sizes) as mesh:
+    with fake_mesh(sizes) as mesh:
         model = parallelize(model, plan, eager, mesh, cfg.train.dtype)
         blocks = [model.get_submodule(name) for name in plan.blocks]
-        saved = [_Saved(block, model, cfg, bool(plan.rules)) for block in blocks]
+        saved = [_SavedTensors(block, model, cfg, bool(plan.rules)) for block in blocks]
         torch._dynamo.reset()
-        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        with _without_policy_warning(), FakeTensorMode(allow_non_fake_inputs=True):
             materialize(model, FAKE.torch, lambda _: None)
             rows = torch.empty(ROWS, cfg.data.seq_len, dtype=torch.int64)
             model(rows)
@@ -55,8 +55,8 @@ def kept_per_row(cfg: Config, sizes: MeshSizes) -> float:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without dynamo's warning that a checkpoint has a policy, which it takes."""
+def _without_policy_warning() -> Iterator[None]:
+    """Suppress dynamo's warning that a checkpoint has a policy, which it accepts."""
     log = logging.getLogger("torch._higher_order_ops.wrap")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -66,15 +66,15 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-class _Saved:
-    """A compiled block, and the storages that its forward saves, but for those of its parameters and the model's buffers."""
+class _SavedTensors:
+    """A compiled block, and the storages that its forward saves, except those of its parameters and the model's buffers."""
 
     def __init__(self, block: nn.Module, model: nn.Module, cfg: Config, has_rules: bool) -> None:
         self.bytes_by_storage: dict[int, int] = {}
         self._block, self._model = block, model
         # What overlaps is inductor's affair: this backend has no such option, and keeps the same.
         parallel = dataclasses.replace(cfg.parallel, async_tp=False)
-        wrap_forward(block, parallel, has_rules, _partitioned())
+        wrap_forward(block, parallel, has_rules, _partitioning_backend())
         self._forward: Callable[..., Any] = block.forward
         block.forward = self
 
@@ -96,25 +96,25 @@ def _storage(tensor: Tensor) -> int:
     return local.untyped_storage()._cdata
 
 
-def _partitioned() -> Any:
-    """A backend that cuts graphs as inductor does, and runs them as they are (private, torch 2.11 to 2.14)."""
+def _partitioning_backend() -> Any:
+    """A backend that partitions graphs as inductor does, and runs them unchanged (private, torch 2.11 to 2.14)."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
-    def as_it_is(graph: Any, _: Any) -> Any:
+    def identity(graph: Any, _: Any) -> Any:
         return graph
 
     return aot_autograd(
-        fw_compiler=as_it_is,
-        bw_compiler=as_it_is,
+        fw_compiler=identity,
+        bw_compiler=identity,
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
 
 
 def with_compiled_blocks(held: Mapping[str, float], more: float, depth: int) -> dict[str, float]:
-    """Bytes by moment of a step whose blocks keep `more` bytes each than those that were recorded."""
+    """Bytes by moment of a step whose blocks each keep `more` bytes beyond those that were recorded."""
     found = dict(held)
     for name in found:
         moment, _, kind = name.partition("/")

@@ -15,35 +15,35 @@ from tpresearch.config.validate import micro_batch_size
 from tpresearch.ledger.entries import Entry
 from tpresearch.plan.compiler import matching_names
 from tpresearch.plan.meta import meta_model
-from tpresearch.simulate.compiled_blocks import kept_per_row, with_compiled_blocks
+from tpresearch.simulate.compiled_blocks import saved_bytes_per_row, with_compiled_blocks
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.speed import flops_per_token
 
-RECORDED = (2, 3)
-CHECKED = 4
-"""Depth at which what was extrapolated is compared with what is recorded."""
+RECORDED_DEPTHS = (2, 3)
+CHECKED_DEPTH = 4
+"""Depth at which the extrapolation is compared with a recording."""
 TOLERANCE = 0.002
-"""Relative difference there, above which the whole model is recorded."""
+"""Relative difference above which the whole model is recorded."""
 
-Recorder = Callable[[Config, MeshSizes], Trace]
-Kept = Callable[[Config, MeshSizes], float]
+RecordStep = Callable[[Config, MeshSizes], Trace]
+SavedBytes = Callable[[Config, MeshSizes], float]
 
 
 @dataclass
 class Recording:
-    """A config's step at several depths, each recorded when it is first asked for."""
+    """A config's step at several depths, each recorded when it is first needed."""
 
     cfg: Config
     sizes: MeshSizes
     depth: int
     """Blocks of the whole model."""
     setting: str | None
-    """The model's setting that says how many blocks there are; None where only the whole model is recorded."""
+    """The model's setting for the number of blocks; None if only the whole model is recorded."""
     flops_per_token: float
     """Of the whole model, with full attention counted, as in MFU."""
-    recorder: Recorder
-    kept: Kept
-    """Bytes per row that a compiled block keeps for backward, asked of a model of two blocks."""
+    recorder: RecordStep
+    kept: SavedBytes
+    """Bytes per row that a compiled block saves for backward, computed on a model of two blocks."""
     traces: dict[int, Trace] = field(default_factory=dict)
 
     def trace(self, depth: int) -> Trace:
@@ -60,9 +60,9 @@ class Recording:
         return dataclasses.replace(self.cfg, model=dataclasses.replace(self.cfg.model, args=args))
 
     @property
-    def is_short(self) -> bool:
-        """Whether the whole model is recorded at once, since shallow ones would cost as much or cannot be made."""
-        return self.setting is None or self.depth <= CHECKED
+    def is_shallow(self) -> bool:
+        """Whether the whole model is recorded, since shallow ones would cost as much or cannot be made."""
+        return self.setting is None or self.depth <= CHECKED_DEPTH
 
     def at_full_depth(
         self, value: Callable[[Trace], Mapping[str, float]], check: bool = True
@@ -72,36 +72,39 @@ class Recording:
         Not exact in principle where a peak changes its place or what a stream waits for changes with depth: therefore
         the check, after which the whole model is recorded where a quantity of weight is off by more than `TOLERANCE`.
         """
-        if self.is_short:
+        if self.is_shallow:
             return dict(value(self.trace(self.depth)))
-        two, three = (value(self.trace(depth)) for depth in RECORDED)
+        two, three = (value(self.trace(depth)) for depth in RECORDED_DEPTHS)
         if check:
-            four = value(self.trace(CHECKED))
+            four = value(self.trace(CHECKED_DEPTH))
             greatest = max(map(abs, four.values()), default=0.0)
-            off = max((abs(_line(two, three, name, CHECKED) - four[name]) for name in four), default=0.0)
+            off = max(
+                (abs(_extrapolate(two, three, name, CHECKED_DEPTH) - four[name]) for name in four),
+                default=0.0,
+            )
             if off > TOLERANCE * greatest:
                 return dict(value(self.trace(self.depth)))
-        return {name: _line(two, three, name, self.depth) for name in {**two, **three}}
+        return {name: _extrapolate(two, three, name, self.depth) for name in {**two, **three}}
 
     def memory(self, check: bool = True) -> dict[str, float]:
         """Bytes by moment and kind of the whole model's step, its blocks compiled where they are."""
         held = self.at_full_depth(lambda trace: trace.memory, check)
         mode = self.cfg.parallel.activation_checkpointing
         if not self.cfg.parallel.compile or not self.setting or mode is Checkpointing.full:
-            return held  # of a block that is checkpointed whole, both keep the input alone
+            return held  # of a fully checkpointed block, both save only the input
         rows = micro_batch_size(self.cfg, self.sizes)
         kept = rows * self.kept(self.at(2), self.sizes)
         name = "0 forward/activations"
-        two, three = (self.trace(depth).memory[name] for depth in RECORDED)
+        two, three = (self.trace(depth).memory[name] for depth in RECORDED_DEPTHS)
         return with_compiled_blocks(held, kept - (three - two), self.depth)
 
     def entries(self, micro_batches: int) -> list[Entry]:
         """The communication ledger of the whole model's step: exact, since each block sends the same."""
-        if self.is_short:
+        if self.is_shallow:
             return self.trace(self.depth).entries(micro_batches)
         two, three = (
             {(e.axis, e.phase, e.issuer, e.collective): e for e in self.trace(depth).entries(micro_batches)}
-            for depth in RECORDED
+            for depth in RECORDED_DEPTHS
         )
         found = []
         for key, more in three.items():
@@ -111,7 +114,9 @@ class Recording:
         return found
 
 
-def recording(cfg: Config, sizes: MeshSizes, recorder: Recorder, kept: Kept = kept_per_row) -> Recording:
+def recording(
+    cfg: Config, sizes: MeshSizes, recorder: RecordStep, kept: SavedBytes = saved_bytes_per_row
+) -> Recording:
     """Raises: ConfigError: if the model cannot be made at all."""
     model = meta_model(cfg.model)
     depth, setting = depth_of(cfg, model)
@@ -120,17 +125,17 @@ def recording(cfg: Config, sizes: MeshSizes, recorder: Recorder, kept: Kept = ke
 
 
 def depth_of(cfg: Config, model: nn.Module) -> tuple[int, str | None]:
-    """How many blocks the model has, and which of its settings says so: the one that adds a block for each it grows by.
+    """The number of blocks, and the setting that determines it: one that adds a block when it grows by one.
 
-    Of a model that is recorded whole, no setting is looked for.
+    For a model that is recorded whole, no setting is looked for.
     """
     depth = _blocks(cfg.model.blocks, model)
-    if depth <= CHECKED:
+    if depth <= CHECKED_DEPTH:
         return depth, None
     for name, value in cfg.model.args.items():
         if isinstance(value, int) and not isinstance(value, bool) and value == depth:
             found = []
-            for other in RECORDED:
+            for other in RECORDED_DEPTHS:
                 smaller = dataclasses.replace(cfg.model, args={**cfg.model.args, name: other})
                 try:
                     found.append(_blocks(cfg.model.blocks, meta_model(smaller)) == other)
@@ -146,6 +151,6 @@ def _blocks(patterns: list[str], model: nn.Module) -> int:
     return len({name for pattern in patterns for name in matching_names(pattern, names)})
 
 
-def _line(two: Mapping[str, float], three: Mapping[str, float], name: str, depth: int) -> float:
+def _extrapolate(two: Mapping[str, float], three: Mapping[str, float], name: str, depth: int) -> float:
     low, high = two.get(name, 0.0), three.get(name, 0.0)
-    return low + (depth - RECORDED[0]) * (high - low)
+    return low + (depth - RECORDED_DEPTHS[0]) * (high - low)

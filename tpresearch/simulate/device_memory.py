@@ -15,55 +15,55 @@ from tpresearch.ledger.memory import MemoryLedger
 from tpresearch.simulate.trace import Change
 
 propagating: list[None] = []
-"""Not empty while DTensor runs an op on shapes of whole tensors, to learn what comes of it: no part of a step, not recorded."""
+"""Not empty while DTensor runs an op on shapes of full tensors, to infer its output: not part of a step, so not recorded."""
 
 
 class DeviceMemory(MemoryLedger):
-    """The memory ledger by moments, without what only a CPU makes on its way through what CUDA runs as one kernel.
+    """The memory ledger by moments, without intermediate tensors that only a CPU creates in what CUDA runs as one kernel.
 
     A moment is a phase of a micro-batch; of backward, in which activations go and gradients come, its beginning, up to
-    the end of the last block, and its end, from the first block on. What is held at most in each is a sum over blocks, so
-    that shallow models tell of deep ones, though which moment is the fullest may change with depth.
+    the end of the last block, and its end, from the first block on. The peak of each is a sum over blocks, so that
+    shallow models can be extrapolated, though which moment holds most may change with depth.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(model, optimizer)
-        self._left_out: set[int] = set()
+        self._excluded: set[int] = set()
         self._marks: list[tuple[int, str]] = []
-        """(notes before it, name) of each moment."""
+        """(number of changes before it, name) of each moment."""
         self._phases = 0
 
-    def leave_out(self, tensor: Tensor) -> None:
-        self._left_out.add(self._storage_id(tensor.untyped_storage(), None))
+    def exclude(self, tensor: Tensor) -> None:
+        self._excluded.add(self._storage_id(tensor.untyped_storage(), None))
 
-    def keep(self, tensor: Tensor) -> None:
-        self._left_out.discard(self._storage_id(tensor.untyped_storage(), None))
+    def include(self, tensor: Tensor) -> None:
+        self._excluded.discard(self._storage_id(tensor.untyped_storage(), None))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """What was waited for is what was sent for; of a fake tensor torch makes another one."""
+        """A waited-for tensor is the same one; of a fake tensor torch would make another."""
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]
         if propagating:
             return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def mark(self, moment: str) -> None:
-        """A moment of the phase begins here, and lasts to the next; one without a name is between others."""
+    def begin_moment(self, moment: str) -> None:
+        """Begin a moment of the phase, which lasts until the next; one without a name is between two others."""
         named = f"{self._phases} {moment}" if moment else f"{BETWEEN} {len(self._marks) + 1}"
         self._marks.append((len(self._changes), named))
 
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:
         with super().phase(phase):
-            self.mark(phase)
+            self.begin_moment(phase)
             yield
-        self.mark("")
+        self.begin_moment("")
         self._phases += 1
 
     def changes(self) -> tuple[Change, ...]:
-        """All that was noted, in the order of time, of 0 bytes what is left out; between moments, one change per kind."""
+        """All changes in order of time, with 0 bytes for what is excluded; between moments, one change per kind."""
         found: list[Change] = []
         sizes: dict[int, int] = {}
         place = 0
@@ -76,7 +76,7 @@ class DeviceMemory(MemoryLedger):
                 grown = -sizes[number] if grown is None else grown
                 sizes[number] = sizes.get(number, 0) + grown
                 kind = self._kinds.get(number, "temporaries")
-                within.append(Change(moment, kind, 0 if number in self._left_out else grown))
+                within.append(Change(moment, kind, 0 if number in self._excluded else grown))
             if moment.startswith(BETWEEN):
                 sums = dict.fromkeys(MEMORY_KINDS, 0)
                 for _, kind, grown in within:
@@ -88,7 +88,7 @@ class DeviceMemory(MemoryLedger):
 
 
 BETWEEN = "between"
-"""Two moments, where it does not matter what is held at most."""
+"""Prefix of the time between two moments, whose peak does not matter."""
 
 
 def by_moment(changes: Iterable[Change]) -> dict[str, int]:
@@ -110,11 +110,11 @@ def by_moment(changes: Iterable[Change]) -> dict[str, int]:
 PHASES_OF_A_MICRO_BATCH = 3
 
 
-def fullest(by_moment: Mapping[str, float], micro_batches: int | None = None) -> dict[str, float]:
+def peak_moment(by_moment: Mapping[str, float], micro_batches: int | None = None) -> dict[str, float]:
     """Bytes by kind at the moment that holds most.
 
     Args:
-        micro_batches: how many there are, where fewer than were recorded; None for as many.
+        micro_batches: their number, if fewer than were recorded; None for as many.
     """
     moments: dict[str, dict[str, float]] = {}
     for name, size in by_moment.items():
@@ -128,8 +128,8 @@ def fullest(by_moment: Mapping[str, float], micro_batches: int | None = None) ->
 
 
 @contextmanager
-def propagation_noted() -> Iterator[None]:
-    """Within it, `propagating` says so.
+def note_propagation() -> Iterator[None]:
+    """Inside it, `propagating` is set while DTensor propagates shapes.
 
     (`ShardingPropagator._propagate_tensor_meta_non_cached`: private, torch 2.11 to 2.14.)
     """

@@ -1,4 +1,4 @@
-"""Rank 0 of any number of ranks that are not there."""
+"""Rank 0 of any number of fake ranks."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ FAKE = Device(torch.device("cpu"), "fake", "cpu")
 
 
 @contextmanager
-def rank_0_of(sizes: MeshSizes) -> Iterator[DeviceMesh]:
+def fake_mesh(sizes: MeshSizes) -> Iterator[DeviceMesh]:
     """The mesh, within a process group whose collectives return at once and send nothing."""
-    with process_group(FAKE, World(size=sizes.world, local_size=sizes.world)), _alone():
+    with process_group(FAKE, World(size=sizes.world, local_size=sizes.world)), _without_other_ranks():
         yield build_mesh(sizes, FAKE.type)
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Within it, torch makes no process groups of other ranks, and FSDP gives all ranks that get no row of a parameter one and
-    the same empty shard: else 65,536 ranks take a minute, where 8 take a second.
+def _without_other_ranks() -> Iterator[None]:
+    """Inside it, torch creates no process groups of other ranks, and all ranks without rows of a parameter share one empty
+    FSDP shard: otherwise 65,536 ranks take a minute, where 8 take a second.
 
     (`new_group` as DeviceMesh calls it, `_chunk_with_empty` as FSDP does: private, torch 2.11 to 2.14.)
     """

@@ -25,7 +25,7 @@ from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.device_memory import DeviceMemory, by_moment
-from tpresearch.simulate.fake_ranks import FAKE, rank_0_of
+from tpresearch.simulate.fake_ranks import FAKE, fake_mesh
 from tpresearch.simulate.recorder import Recorder
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.assemble import build_state
@@ -36,7 +36,7 @@ from tpresearch.train.state import TrainState
 from tpresearch.train.step import Setup, train_step
 
 
-class Recording(Observer):
+class RecordingObserver(Observer):
     """Runs one step under a recorder and the memory ledger."""
 
     def __init__(self, recorder: Recorder, memory: DeviceMemory) -> None:
@@ -44,7 +44,7 @@ class Recording(Observer):
 
     @contextmanager
     def step(self, state: TrainState) -> Iterator[None]:
-        with self._memory, self._recorder.watching():
+        with self._memory, self._recorder.recording():
             yield
 
     @contextmanager
@@ -57,16 +57,16 @@ class Recording(Observer):
 
 
 def record(cfg: Config, sizes: MeshSizes) -> Trace:
-    """A step of rank 0 that is not its first, in as many micro-batches as tell how all of them go.
+    """Record a step of rank 0 that is not its first, with as many micro-batches as determine all others.
 
     Raises:
-        ConfigError: for a model whose ops depend on what data hold.
+        ConfigError: for a model whose ops depend on the values of data.
     """
     try:
         return _record(cfg, sizes)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         op = getattr(error, "func", error)
-        why = f"{op} needs what data hold, and a simulated step has none"
+        why = f"{op} depends on the values of data, and a simulated step has none"
         legal = "a forward whose ops follow from shapes alone, without .item(), nonzero or a branch on values"
         raise ConfigError("model", cfg.model.name, why, legal) from error
     except UnsupportedFakeTensorException as error:
@@ -76,10 +76,10 @@ def record(cfg: Config, sizes: MeshSizes) -> Trace:
 
 
 def _record(cfg: Config, sizes: MeshSizes) -> Trace:
-    cfg, count = traced(cfg, sizes)
+    cfg, count = recorded_config(cfg, sizes)
     model, plan = plan_model(cfg, sizes)
     to_float8(model, plan.float8, cfg.train)
-    with rank_0_of(sizes) as mesh:
+    with fake_mesh(sizes) as mesh:
         model = parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
         with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
             # Of fake tensors alone: a linear layer's output is a view there.
@@ -88,18 +88,18 @@ def _record(cfg: Config, sizes: MeshSizes) -> Trace:
             state = build_state(model, cfg, plan, mesh)
             setup = Setup(cfg, plan, mesh, FAKE, build_objective(cfg, plan), Observers())
             rows = micro_batch_size(cfg, sizes)
-            _make_moments(state)
+            _initialize_optimizer_state(state)
             memory = DeviceMemory(model, state.optimizer)
             recorder = Recorder(mesh, model, plan.blocks, memory)
-            setup = dataclasses.replace(setup, observers=Observers([Recording(recorder, memory)]))
+            setup = dataclasses.replace(setup, observers=Observers([RecordingObserver(recorder, memory)]))
             train_step(state, _batch(cfg, rows * count, setup), setup)
     parts = tuple(tuple(part) for part in recorder.micro_batches)
     changes = memory.changes()
     return Trace(parts, tuple(recorder.end), by_moment(changes), changes)
 
 
-def _make_moments(state: TrainState) -> None:
-    """The optimizer's state, which its first step makes."""
+def _initialize_optimizer_state(state: TrainState) -> None:
+    """Create the optimizer's state, as its first step does."""
     trained = [p for p in state.trained_parameters().values() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -108,11 +108,11 @@ def _make_moments(state: TrainState) -> None:
         parameter.grad = None
 
 
-def traced(cfg: Config, sizes: MeshSizes) -> tuple[Config, int]:
-    """The config as it is recorded, and in how many micro-batches.
+def recorded_config(cfg: Config, sizes: MeshSizes) -> tuple[Config, int]:
+    """The config to record, and its number of micro-batches.
 
-    Two tell how all go: the first sets gradients, the second adds to them. Replicas are summed after the last one only,
-    so that one between the two is needed with them. Compiled code is not seen: what it fuses is a matter of prices.
+    Two determine all: the first sets gradients, the second adds to them. Replicas are summed after the last one only, so
+    that with them one in between is needed. Compiled code is not recorded: fusion is a matter of prices.
     """
     count = min(micro_batches(cfg, sizes), 3 if sizes[REPLICATE.name] > 1 else 2)
     parallel = dataclasses.replace(cfg.parallel, compile=False, async_tp=False)

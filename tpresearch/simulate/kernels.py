@@ -1,4 +1,4 @@
-"""A recorded part of a step as a device runs it: kernels with their times, collectives with their groups."""
+"""The kernels of a recorded part of a step with their times, and its collectives with their groups."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tpresearch.simulate.network import collective_s, network_s, route
 from tpresearch.simulate.prices import COPIES, bytes_s, fused_bytes, op_s
 from tpresearch.simulate.trace import Op, Touched
 
-_OF_A_CAST = frozenset(["abs", "max", "amax", "_to_copy", "clamp", "reciprocal", "mul", "contiguous"])
+_CAST_OPS = frozenset(["abs", "max", "amax", "_to_copy", "clamp", "reciprocal", "mul", "contiguous"])
 """Ops of torchao's cast to float8."""
 SCALE_BYTES = 8
-"""At most, of a tensor's scale."""
+"""Maximum size of a tensor's scale."""
 
 
 class Kernel(NamedTuple):
@@ -25,9 +25,9 @@ class Kernel(NamedTuple):
     name: str
     seconds: float
     op: Op
-    """The op that it is, or the last of those that are fused in it."""
+    """Its op, or the last of the ops that are fused in it."""
     network_s: float = 0.0
-    """Of ranks on CPUs, how long of it the network takes, which their sharing of cores does not slow down."""
+    """For ranks on CPUs, the part of it that the network takes, which sharing cores does not slow down."""
 
 
 def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: bool) -> list[Kernel]:
@@ -37,7 +37,7 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
     matmul of backward lie outside of blocks. A norm that CUDA runs as one kernel is one in eager code too, and on a CPU many.
     """
     if compiled and any(op.kind == "gemm" and op.element == 1 for op in ops):
-        ops = _cast_once(ops)
+        ops = _deduplicate_casts(ops)
     last_read = {number: place for place, op in enumerate(ops) for number, _ in op.reads}
     found: list[Kernel] = []
     run: list[Op] = []
@@ -50,7 +50,7 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
 
     fuses = False
     for place, op in enumerate(ops):
-        is_one = op.fused >= 0 and not cluster.is_host
+        is_one = op.fused >= 0 and not cluster.is_cpu
         joins = op.kind == "other" and op.name not in COPIES and (is_one or fuses)
         if run and not (joins and (fuses or op.fused == run[-1].fused)):
             flush(place - 1)
@@ -59,7 +59,7 @@ def kernels(ops: Sequence[Op], cluster: Cluster, sizes: MeshSizes, compiled: boo
             if fuses and _reduces_to_one(op):
                 flush(place)  # what is computed with a tensor's maximum waits for all of the tensor
         else:
-            found.append(_alone(op, cluster, sizes))
+            found.append(_single_kernel(op, cluster, sizes))
         if op.kind == "gemm":
             fuses = compiled and op.phase in ("forward", "backward")
         elif op.phase == "loss" or (compiled and op.phase == "forward" and op.name == "embedding"):
@@ -72,7 +72,7 @@ def _reduces_to_one(op: Op) -> bool:
     return op.name in ("max", "amax") and sum(size for _, size in op.writes) <= op.element
 
 
-def _cast_once(ops: Sequence[Op]) -> list[Op]:
+def _deduplicate_casts(ops: Sequence[Op]) -> list[Op]:
     """A part of a compiled step in which no tensor is cast to float8 twice in a phase, and no scale is computed twice.
 
     Each layer's code casts its own factors, again in backward. A compiler computes equal expressions once, and keeps what
@@ -80,7 +80,7 @@ def _cast_once(ops: Sequence[Op]) -> list[Op]:
     """
     found: list[Op] = []
     same: dict[int, int] = {}
-    """Of each storage that is not made, the one that holds the same."""
+    """Storage that is not created -> the one that holds the same values."""
     cast: set[int] = set()
     """Storages that are cast, and those that casts make."""
     seen: dict[tuple[object, ...], Touched] = {}
@@ -88,7 +88,7 @@ def _cast_once(ops: Sequence[Op]) -> list[Op]:
         reads = tuple((same.get(number, number), size) for number, size in op.reads)
         numbers = {number for number, _ in reads}
         if op.phase in ("forward", "backward") and (
-            op.name == "abs" or (op.name in _OF_A_CAST and numbers <= cast)
+            op.name == "abs" or (op.name in _CAST_OPS and numbers <= cast)
         ):
             of_scale = op.name == "abs" or sum(size for _, size in op.writes) <= SCALE_BYTES
             key = (
@@ -108,12 +108,12 @@ def _cast_once(ops: Sequence[Op]) -> list[Op]:
     return [op for op in found if op.name != "abs" or op.writes[0][0] in read]
 
 
-def _alone(op: Op, cluster: Cluster, sizes: MeshSizes) -> Kernel:
+def _single_kernel(op: Op, cluster: Cluster, sizes: MeshSizes) -> Kernel:
     if op.kind == "collective":
         assert op.event
         event = op.event
         what = event.collective, event.tensor_bytes, route(event.axis, sizes, cluster), cluster
-        on_network_s = network_s(*what) if cluster.is_host else 0.0
+        on_network_s = network_s(*what) if cluster.is_cpu else 0.0
         return Kernel("collective", event.collective, collective_s(*what), op, on_network_s)
     if op.kind == "wait":
         return Kernel("wait", op.name, 0.0, op)

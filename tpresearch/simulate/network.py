@@ -16,10 +16,10 @@ from tpresearch.simulate.cluster import Cluster
 
 @dataclass(frozen=True)
 class Protocol:
-    """One of NCCL's, with what its tuning assumes of it."""
+    """One of NCCL's protocols, with the assumptions of its tuning."""
 
     bandwidth: float
-    """Share of the link's."""
+    """Share of the link's bandwidth."""
     step: float
     """Latency of a step, as a share of the Simple protocol's."""
 
@@ -34,7 +34,7 @@ class Route:
 
     ranks: int
     per_host: int
-    """Of them on one host."""
+    """Ranks of the group on one host."""
 
     @property
     def hosts(self) -> int:
@@ -42,9 +42,9 @@ class Route:
 
 
 def route(axis: str, sizes: MeshSizes, cluster: Cluster) -> Route:
-    """Where the ranks along an axis are: the last axis has neighbours, each other one strides over those after it.
+    """Placement of the ranks along an axis: ranks of the last axis are adjacent, other axes have a stride.
 
-    Of groups that do not fit hosts evenly, such as every three neighbours on hosts of eight, it is the one that is split
+    If groups do not fit hosts evenly, such as every three neighbours on hosts of eight, it is the group that is split
     most, since all others wait for it.
     """
     if axis not in sizes:
@@ -63,10 +63,10 @@ def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Clus
     if n <= 1:
         return 0.0
     outside = where.hosts if where.hosts > 1 else 0
-    bandwidth, passes = _bandwidth(where, cluster), rounds(collective, cluster.is_host)
+    bandwidth, passes = _bandwidth(where, cluster), ring_passes(collective, cluster.is_cpu)
     moved = passes * tensor_bytes * (n - 1) / n
     inside_step, outside_step = cluster["intra_step_us"] * 1e-6, cluster["inter_step_us"] * 1e-6
-    if cluster.is_host:  # gloo has the ring alone, each step of which wakes the threads of its ranks
+    if cluster.is_cpu:  # gloo has the ring alone, each step of which wakes the threads of its ranks
         return cluster["collective_us"] * 1e-6 + passes * (n - 1) * inside_step + moved / bandwidth
     ring = passes * ((n - 1 - max(outside - 1, 0)) * inside_step + max(outside - 1, 0) * outside_step)
     steps = [ring]
@@ -85,26 +85,26 @@ def network_s(collective: str, tensor_bytes: int, where: Route, cluster: Cluster
     """Of these seconds, those in which the bytes are on the links between hosts."""
     if where.hosts == 1:
         return 0.0
-    moved = rounds(collective, cluster.is_host) * tensor_bytes * (where.ranks - 1) / where.ranks
+    moved = ring_passes(collective, cluster.is_cpu) * tensor_bytes * (where.ranks - 1) / where.ranks
     return moved / _bandwidth(where, cluster)
 
 
-def rounds(collective: str, by_gloo: bool) -> int:
-    """How often a ring passes the tensor. gloo's reduce-scatter is an all-reduce of which each rank keeps its part (torch's
+def ring_passes(collective: str, by_gloo: bool) -> int:
+    """Number of passes of the tensor around a ring. gloo's reduce-scatter is an all-reduce of which each rank keeps its part (torch's
     ProcessGroupGloo.cpp)."""
     return 2 if collective == "all_reduce" or (by_gloo and collective == "reduce_scatter") else 1
 
 
 def _bandwidth(where: Route, cluster: Cluster) -> float:
     """Bytes per second of a ring: each rank of a host has a link of its own, and rings are laid through all of them."""
-    inside = _inside(where, cluster)
+    inside = _intra_host_bandwidth(where, cluster)
     if where.hosts == 1:
         return inside
     links = where.per_host * cluster["inter_gb_s"] * cluster["inter_efficiency"] * 1e9
     return min(inside, links) if where.per_host > 1 else links
 
 
-def _inside(where: Route, cluster: Cluster) -> float:
+def _intra_host_bandwidth(where: Route, cluster: Cluster) -> float:
     """Bytes per second between the ranks of a group on one host."""
     whole = cluster["intra_gb_s"] * 1e9
     if cluster.has_switch or cluster.devices_per_host < 2:

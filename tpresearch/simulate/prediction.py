@@ -12,14 +12,14 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.ledger.entries import MEMORY_KINDS, Entry
-from tpresearch.simulate.cluster import Cluster, Kind
+from tpresearch.simulate.cluster import Cluster, SourceKind
 from tpresearch.simulate.depth import Recording
-from tpresearch.simulate.device_memory import fullest
+from tpresearch.simulate.device_memory import peak_moment
 from tpresearch.simulate.kernels import kernels
 from tpresearch.simulate.replay import Span, replay
 from tpresearch.simulate.trace import Trace
 
-SPREAD = {
+RELATIVE_ERRORS = {
     "gemm": 0.07,
     "attention": 0.12,
     "elementwise": 0.15,
@@ -28,13 +28,13 @@ SPREAD = {
     "waiting for the host": 0.3,
     "exposed": 0.3,
 }
-"""By how much each part of a step may be off, relative: what prices missed on published rows (experiments/published)."""
-SITE = 0.07
-"""By how much a site may differ: its software, clocks and power."""
-WIDEST = 0.10
-"""Half of the widest range that is still worth printing."""
-CALM = 0.93
-"""Share of a card above which the allocator begins to retry, and a step to slow down."""
+"""Relative error of each part of a step: that of prices on published rows (experiments/published)."""
+SITE_ERROR = 0.07
+"""Relative error from a site's software, clocks and power."""
+MAX_SPREAD = 0.10
+"""Half of the widest range that is printed."""
+TIGHT_SHARE = 0.93
+"""Share of a card's memory above which the allocator begins to retry and steps slow down."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Prediction:
     flops_per_token: float
     """With full attention counted, as in MFU."""
     time_s: dict[str, float]
-    """Busy time of the device by kind of op, what it waits for the host, and what is exposed of each axis's collectives."""
+    """Busy time of the device by kind of op, its waiting for the host, and the exposed time of each axis's collectives."""
     entries: list[Entry]
     """The communication ledger of the step."""
     communication: list[dict[str, Any]]
@@ -91,7 +91,7 @@ class Prediction:
 
     @property
     def is_tight(self) -> bool:
-        return self.fits and self.peak_bytes > CALM * self.cluster["memory_gb"] * 1e9
+        return self.fits and self.peak_bytes > TIGHT_SHARE * self.cluster["memory_gb"] * 1e9
 
     def as_json(self) -> dict[str, Any]:
         assumptions = {
@@ -123,17 +123,17 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
     """Price a recorded config on a cluster.
 
     Args:
-        check: whether what two depths say of a deep model is held to a third.
+        check: whether the extrapolation from two depths is compared with a third.
     """
     cfg, sizes = recording.cfg, recording.sizes
     count = micro_batches(cfg, sizes)
-    seconds = recording.at_full_depth(lambda trace: priced(trace, cfg, sizes, cluster), check)
-    held = fullest(recording.memory(check), count)
+    seconds = recording.at_full_depth(lambda trace: step_seconds(trace, cfg, sizes, cluster), check)
+    held = peak_moment(recording.memory(check), count)
     step = seconds["step"]
     memory = _memory(held, cluster)
-    spread = min(WIDEST, math.hypot(SITE, _spread(seconds)) * _certainty(cluster))
-    if CALM < sum(memory.values()) / (cluster["memory_gb"] * 1e9) <= 1:
-        spread = WIDEST
+    spread = min(MAX_SPREAD, math.hypot(SITE_ERROR, _spread(seconds)) * _uncertainty(cluster))
+    if TIGHT_SHARE < sum(memory.values()) / (cluster["memory_gb"] * 1e9) <= 1:
+        spread = MAX_SPREAD
     entries = recording.entries(count)
     return Prediction(
         cluster=cluster,
@@ -145,12 +145,12 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
         flops_per_token=recording.flops_per_token,
         time_s=dict(_by_kind(seconds)),
         entries=entries,
-        communication=[_timed(entry, seconds) for entry in entries],
+        communication=[_entry_json(entry, seconds) for entry in entries],
         memory_bytes=memory,
     )
 
 
-def priced(
+def step_seconds(
     trace: Trace, cfg: Config, sizes: MeshSizes, cluster: Cluster, spans: list[Span] | None = None
 ) -> dict[str, float]:
     """Seconds of one recorded step on a cluster; see `replay`."""
@@ -188,16 +188,22 @@ def _spread(seconds: Mapping[str, float]) -> float:
     squares = 0.0
     for name, value in parts.items():
         kind = "exposed" if name.startswith("exposed") else name
-        squares += (SPREAD.get(kind, 0.3) * value / seconds["step"]) ** 2
+        squares += (RELATIVE_ERRORS.get(kind, 0.3) * value / seconds["step"]) ** 2
     return math.sqrt(squares)
 
 
-def _certainty(cluster: Cluster) -> float:
+def _uncertainty(cluster: Cluster) -> float:
     """A cluster whose rates are guessed is less certain than one that was checked."""
-    return 1.0 if cluster.checked else 1.5 if cluster.numbers["gemm_efficiency"].kind is Kind.guessed else 1.2
+    return (
+        1.0
+        if cluster.checked
+        else 1.5
+        if cluster.numbers["gemm_efficiency"].kind is SourceKind.guessed
+        else 1.2
+    )
 
 
-def _timed(entry: Entry, seconds: Mapping[str, float]) -> dict[str, Any]:
+def _entry_json(entry: Entry, seconds: Mapping[str, float]) -> dict[str, Any]:
     key = f"{entry.axis}/{entry.phase}/{entry.issuer}/{entry.collective}"
     return {
         **asdict(entry),

@@ -12,7 +12,7 @@ from tpresearch.config.choices import Checkpointing, Float8
 from tpresearch.config.mesh import used_axes
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
-from tpresearch.simulate.cluster import Cluster, check_world, cluster_of
+from tpresearch.simulate.cluster import Cluster, check_world, parse_cluster
 
 
 class SimulationPreflight(NamedTuple):
@@ -31,7 +31,7 @@ def preflight(cfg: Config, world: World) -> SimulationPreflight:
     if world.size > 1:
         why = "it simulates all ranks in one process"
         raise ConfigError("WORLD_SIZE", world.size, why, "a start by python, without torchrun")
-    cluster = cluster_of(cfg.cluster)
+    cluster = parse_cluster(cfg.cluster)
     ranks = cfg.world_size or _ranks(cfg, cluster)
     check_world(cluster, ranks)
     cfg = dataclasses.replace(cfg, world_size=ranks, plan_only=False)

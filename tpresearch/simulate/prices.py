@@ -19,7 +19,7 @@ shapes; the factors are those of CUTLASS's profiler, rounded)."""
 SPLIT_DEPTH = 2048
 """Inner dim from which a matmul of few tiles is split along it, so that all units work (split-K)."""
 COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat", "_foreach_copy_")
-"""FSDP's own, which nothing is fused with."""
+"""FSDP's copies, which are never fused."""
 DTYPES = {1: "float8", 2: "bfloat16", 4: "float32", 8: "float64"}
 
 

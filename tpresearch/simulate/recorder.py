@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from tpresearch.ledger.communication import CommunicationLedger
-from tpresearch.simulate.device_memory import DeviceMemory, propagating, propagation_noted
+from tpresearch.simulate.device_memory import DeviceMemory, note_propagation, propagating
 from tpresearch.simulate.trace import Op, Touched
 
-ONE_KERNEL = (nn.RMSNorm,)
-"""Modules that CUDA runs as one kernel each way, and that a CPU takes apart into many ops."""
+SINGLE_KERNEL_MODULES = (nn.RMSNorm,)
+"""Modules that CUDA runs as one kernel each way, and a CPU as many ops."""
 
 _VIEWS = """
     view _unsafe_view t transpose unsqueeze squeeze expand slice select split split_with_sizes detach alias permute
@@ -27,23 +27,23 @@ _VIEWS = """
 _ALLOCATIONS = """
     empty new_empty empty_strided empty_like new_empty_strided set_ resize_ record_stream promote_types
     _local_scalar_dense"""
-_RUNS_NOTHING = frozenset([*_VIEWS.split(), *_ALLOCATIONS.split()])
+_NO_KERNEL = frozenset([*_VIEWS.split(), *_ALLOCATIONS.split()])
 _GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_scaled_mm": 0}
 """Op -> position of the first factor among its arguments."""
 _NAMESPACES = ("aten", "c10d", "_c10d_functional", "fsdp")
 
 
 class Recorder(CommunicationLedger):
-    """Notes each op while it is entered. `micro_batches` and `end` are what it noted, in order.
+    """Records each op while entered, in order, in `micro_batches` and `end`.
 
     recorder = Recorder(mesh, model, plan.blocks, memory)
-    with recorder.watching():
+    with recorder.recording():
         with recorder.phase("forward"):
             ...
 
     Args:
         blocks: names of the model's blocks, in their order.
-        memory: the ledger that is entered outside of this one, told what to leave out.
+        memory: the ledger that is entered outside of this one, and told what to exclude.
     """
 
     def __init__(self, mesh: DeviceMesh, model: nn.Module, blocks: list[str], memory: DeviceMemory) -> None:
@@ -56,25 +56,25 @@ class Recorder(CommunicationLedger):
         self._live: dict[int, int] = {}
         self._count = 0
         self._spans: list[tuple[int, int]] = []
-        """Of each call of a module that is one kernel: the range of its ops' places in autograd's sequence."""
+        """Range of places in autograd's sequence, for each call of a single-kernel module."""
         self._running: int | None = None
         self.micro_batches: list[list[Op]] = []
         self.end: list[Op] = []
-        self._into = self.end
+        self._ops = self.end
         self._last = ""
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         hooks = []
         for module in self._model.modules():
-            if isinstance(module, ONE_KERNEL):
+            if isinstance(module, SINGLE_KERNEL_MODULES):
                 hooks.append(module.register_forward_pre_hook(self._enter))
                 hooks.append(module.register_forward_hook(self._leave))
         if self._blocks:
             hooks.append(self._blocks[0].register_forward_hook(self._after_first_block))
             hooks.append(self._blocks[-1].register_forward_pre_hook(self._before_last_block))
         try:
-            with self, propagation_noted():
+            with self, note_propagation():
                 yield
         finally:
             for hook in hooks:
@@ -86,12 +86,12 @@ class Recorder(CommunicationLedger):
 
     def _leave(self, _: nn.Module, __: Any, output: Tensor) -> None:
         assert self._running is not None
-        self._memory.keep(output.to_local() if isinstance(output, DTensor) else output)
+        self._memory.include(output.to_local() if isinstance(output, DTensor) else output)
         self._spans[self._running] = (self._spans[self._running][0], _sequence())
         self._running = None
 
     def _after_first_block(self, *_: Any) -> None:
-        if self._phase == "forward":  # and not when it is computed again
+        if self._phase == "forward":  # not when it is recomputed
             self._first_block_to = _sequence()
 
     def _before_last_block(self, *_: Any) -> None:
@@ -99,22 +99,22 @@ class Recorder(CommunicationLedger):
             self._last_block_from = _sequence()
 
     def _mark_moments(self, place: int) -> None:
-        """Backward passes the last block, and comes to the first."""
+        """Begin a moment when backward leaves the last block, and when it reaches the first."""
         if place < self._last_block_from:
             self._last_block_from = -1
-            self._memory.mark("")
+            self._memory.begin_moment("")
         if place < self._first_block_to:
             self._first_block_to = -1
-            self._memory.mark("backward ends")
+            self._memory.begin_moment("backward ends")
 
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:
         """A micro-batch is its forward, its loss and one backward; what comes after the last is done once per step."""
         if phase == "forward":
             self.micro_batches.append([])
-            self._into = self.micro_batches[-1]
+            self._ops = self.micro_batches[-1]
         elif self._last == "backward":
-            self._into = self.end
+            self._ops = self.end
         self._last = phase
         with super().phase(phase):
             yield
@@ -130,7 +130,7 @@ class Recorder(CommunicationLedger):
         if (
             result is not NotImplemented
             and func.namespace in _NAMESPACES
-            and name not in _RUNS_NOTHING
+            and name not in _NO_KERNEL
             and not propagating
         ):
             self._record(
@@ -160,10 +160,10 @@ class Recorder(CommunicationLedger):
         if self._running is not None:
             for tensor in made:
                 if tensor.shape[-1:] != (1,):  # the scales are kept on CUDA too
-                    self._memory.leave_out(tensor)
+                    self._memory.exclude(tensor)
         reads, writes = self._touched(given), self._touched(made)
         element = (given or made)[0].element_size()
-        self._into.append(Op(self._phase, kind, name, reads, writes, element, shape, event, self._kernel()))
+        self._ops.append(Op(self._phase, kind, name, reads, writes, element, shape, event, self._kernel()))
 
     def _kernel(self) -> int:
         """The module call that this op is a part of, forward by where it runs, backward by the node that calls it."""
@@ -190,8 +190,8 @@ class Recorder(CommunicationLedger):
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Bytes of memory that touching a tensor moves: an expanded dim is there once, and what lies between the elements of
-    a strided view is moved too, as far as the 32 bytes that a device moves at once."""
+    """Bytes of memory traffic for a tensor: an expanded dim counts once, and gaps between the elements of a strided view
+    count too, up to the 32 bytes that a device moves at once."""
     count, element = tensor.element_size(), tensor.element_size()
     steps = [
         stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and stride

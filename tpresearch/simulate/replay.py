@@ -18,7 +18,7 @@ from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.kernels import Kernel
 
 HOST_TIME = {"fsdp": "collective_host_us", "dtensor": "tensor_host_us"}
-"""What a collective costs the host, by who issues it."""
+"""Host time of a collective, by its issuer."""
 
 
 class Span(NamedTuple):
@@ -39,27 +39,27 @@ class Streams:
     """Whether blocks are: their collectives are issued by compiled code, without DTensor's dispatch."""
     in_chunks: bool = False
     """Whether a rule's gathers and scatters are split into pieces that overlap with the matmul that consumes or produces them (async TP)."""
-    slower: float = 1.0
-    """How many ranks share each core of a CPU."""
+    slowdown: float = 1.0
+    """Ranks that share each core of a CPU."""
     network_s: float = 0.0
-    """What ranks on CPUs sent between hosts took."""
+    """Time of sending between hosts, for ranks on CPUs."""
     host_s: float = 0.0
     device_s: float = 0.0
     groups: dict[str, float] = field(default_factory=dict)
     """axis -> when its last collective is done."""
-    copied: set[str] = field(default_factory=set)
+    copy_engine_axes: set[str] = field(default_factory=set)
     """Axes whose pieces use copy engines, which do not slow concurrent kernels."""
     copied_out_s: float = 0.0
     reduced_s: float = 0.0
     """When the last reduce-scatter is done."""
-    arrived: dict[int, tuple[float, Event]] = field(default_factory=dict)
-    """Storage -> when the collective that fills it is done, and which one that is."""
-    reducing: Event | None = None
-    coming: tuple[float, Event, int] | None = None
-    """Of a gather in chunks: when its last one is there, and over how many ranks it goes."""
-    multiplied_s: float = 0.0
-    """How long the last matmul took, where nothing but it was launched since."""
-    summed: tuple[float, Event] | None = None
+    pending: dict[int, tuple[float, Event]] = field(default_factory=dict)
+    """Storage -> when the collective that fills it is done, and that collective."""
+    pending_reduce_scatter: Event | None = None
+    chunked_gather: tuple[float, Event, int] | None = None
+    """A gather in chunks: when its last chunk is done, its event and its number of ranks."""
+    last_matmul_s: float = 0.0
+    """Time of the last matmul, if nothing else was launched since."""
+    pending_all_reduce: tuple[float, Event] | None = None
     """When the last sum over replicas is done."""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Busy time by kind, `collective/<axis>...` and `exposed/<axis>...` among them."""
@@ -68,27 +68,27 @@ class Streams:
     def run(self, part: Sequence[Kernel]) -> None:
         self.copied_out_s = max(self.copied_out_s, self.device_s)  # a root's forward holds its streams back
         for kernel in part:
-            if self.cluster.is_host:
-                self._on_host(kernel)
+            if self.cluster.is_cpu:
+                self._run_on_cpu(kernel)
             elif kernel.kind == "collective":
-                self._send(kernel)
+                self._run_collective(kernel)
             elif kernel.kind == "wait":
-                self._await(kernel.op.reads[0][0])
+                self._wait_for_storage(kernel.op.reads[0][0])
             else:
                 self._launch(kernel)
         if part:
             self._finish()
 
-    def _on_host(self, kernel: Kernel) -> None:
+    def _run_on_cpu(self, kernel: Kernel) -> None:
         event = kernel.op.event if kernel.kind == "collective" else None
         host = self.cluster[self._host_time(event) if event else "launch_us"] * 1e-6
-        slower = self.slower
+        slower = self.slowdown
         if event:  # what a collective leaves of its core other ranks take
             slower = max(1.0, slower * self.cluster["overlap_slowdown"])
         seconds = (kernel.seconds - kernel.network_s) * slower + kernel.network_s
         self.network_s += kernel.network_s
-        seconds += host * (kernel.kind != "wait") * self.slower
-        self._note(kernel, "cpu", self.device_s, seconds)
+        seconds += host * (kernel.kind != "wait") * self.slowdown
+        self._record(kernel, "cpu", self.device_s, seconds)
         if event:
             self.seconds[_exposed(event)] += seconds
         self.device_s += seconds
@@ -98,27 +98,29 @@ class Streams:
         copies = kernel.kind == "copy"
         self.host_s += self.cluster["collective_host_us" if copies else "launch_us"] * 1e-6
         if kernel.name == "split_with_sizes_copy":
-            self._await(kernel.op.reads[0][0])
-        elif kernel.name == "chunk_cat" and self.reducing:
-            self._wait(self.reduced_s, self.reducing)
+            self._wait_for_storage(kernel.op.reads[0][0])
+        elif kernel.name == "chunk_cat" and self.pending_reduce_scatter:
+            self._wait(self.reduced_s, self.pending_reduce_scatter)
         start = max(self.device_s, self.host_s)
         self.seconds["waiting for the host"] += start - self.device_s
         seconds = kernel.seconds
-        busy_until = max((at for axis, at in self.groups.items() if axis not in self.copied), default=0.0)
+        busy_until = max(
+            (at for axis, at in self.groups.items() if axis not in self.copy_engine_axes), default=0.0
+        )
         if busy_until > start and not copies:
             beside = min(1.0, (busy_until - start) / seconds) if seconds else 0.0
             seconds *= 1 + self.cluster["overlap_slowdown"] * beside
-        self._note(kernel, "device", start, seconds)
+        self._record(kernel, "device", start, seconds)
         self.device_s = start + seconds
-        self.multiplied_s = seconds if kernel.kind == "gemm" else 0.0
-        if kernel.kind == "gemm" and self.coming:  # its last chunk of rows waits for the last piece
-            done, event, ranks = self.coming
+        self.last_matmul_s = seconds if kernel.kind == "gemm" else 0.0
+        if kernel.kind == "gemm" and self.chunked_gather:  # its last chunk of rows waits for the last piece
+            done, event, ranks = self.chunked_gather
             self._wait(done + seconds / ranks, event)
-            self.coming = None
+            self.chunked_gather = None
         if kernel.name == "split_with_sizes_copy":
             self.copied_out_s = self.device_s
 
-    def _send(self, kernel: Kernel) -> None:
+    def _run_collective(self, kernel: Kernel) -> None:
         event = kernel.op.event
         assert event
         of_fsdp = event.issuer == "fsdp"
@@ -128,49 +130,51 @@ class Streams:
             self.seconds["waiting for the host"] += self.host_s - self.device_s
             self.device_s = self.host_s
         if not of_fsdp:
-            start = max(free, self.device_s - self._beside(event))
+            start = max(free, self.device_s - self._overlap_s(event))
         elif event.collective == "all_gather":
             start = max(free, self.copied_out_s)
-        elif event.collective == "all_reduce" and self.reducing:  # of replicas: it follows its reduce-scatter
+        elif (
+            event.collective == "all_reduce" and self.pending_reduce_scatter
+        ):  # of replicas: it follows its reduce-scatter
             start = max(free, self.reduced_s)
         else:
             start = max(free, self.device_s)
         done = start + kernel.seconds
         if event.collective == "reduce_scatter" and start < self.device_s:
             done = max(done, self.device_s + kernel.seconds / event.ranks)
-        self._note(kernel, event.axis, start, kernel.seconds)
+        self._record(kernel, event.axis, start, kernel.seconds)
         self.groups[event.axis] = done
         if self._is_chunked(event):
-            self.copied.add(event.axis)
+            self.copy_engine_axes.add(event.axis)
         if self._is_chunked(event) and event.collective == "all_gather":
-            self.coming = done, event, event.ranks
+            self.chunked_gather = done, event, event.ranks
             done = start + kernel.seconds / event.ranks
         if of_fsdp and event.collective == "all_reduce":
-            self.summed = done, event
+            self.pending_all_reduce = done, event
         elif of_fsdp and event.collective == "reduce_scatter":
-            self.reduced_s, self.reducing = done, event
+            self.reduced_s, self.pending_reduce_scatter = done, event
         elif kernel.op.name.endswith("_") and not of_fsdp:  # c10d's own, which the step waits for
             self._wait(done, event)
         else:
             filled = kernel.op.writes or kernel.op.reads
-            self.arrived[filled[0][0]] = (done, event)
+            self.pending[filled[0][0]] = (done, event)
 
     def _is_chunked(self, event: Event) -> bool:
         return self.in_chunks and event.issuer == "dtensor" and event.collective != "all_reduce"
 
-    def _beside(self, event: Event) -> float:
-        """How long before now a scatter in chunks began: with the second chunk of the matmul that makes what it sends."""
+    def _overlap_s(self, event: Event) -> float:
+        """How long ago a scatter in chunks began: with the second chunk of the matmul that produces its input."""
         if self._is_chunked(event) and event.collective == "reduce_scatter":
-            return self.multiplied_s * (1 - 1 / event.ranks)
+            return self.last_matmul_s * (1 - 1 / event.ranks)
         return 0.0
 
     def _host_time(self, event: Event) -> str:
         by_rule = event.issuer == "dtensor"
         return "collective_host_us" if by_rule and self.compiled else HOST_TIME.get(event.issuer, "launch_us")
 
-    def _await(self, storage: int) -> None:
-        if storage in self.arrived:
-            self._wait(*self.arrived.pop(storage))
+    def _wait_for_storage(self, storage: int) -> None:
+        if storage in self.pending:
+            self._wait(*self.pending.pop(storage))
 
     def _wait(self, done: float, event: Event) -> None:
         if done > self.device_s:
@@ -178,16 +182,16 @@ class Streams:
             self.device_s = done
 
     def _finish(self) -> None:
-        """The end of a part waits for what is under way."""
-        if self.reducing:
-            self._wait(self.reduced_s, self.reducing)
-            self.reducing = None
-        if self.summed:
-            self._wait(*self.summed)
-            self.summed = None
-        self.arrived.clear()
+        """The end of a part waits for all pending collectives."""
+        if self.pending_reduce_scatter:
+            self._wait(self.reduced_s, self.pending_reduce_scatter)
+            self.pending_reduce_scatter = None
+        if self.pending_all_reduce:
+            self._wait(*self.pending_all_reduce)
+            self.pending_all_reduce = None
+        self.pending.clear()
 
-    def _note(self, kernel: Kernel, stream: str, start: float, seconds: float) -> None:
+    def _record(self, kernel: Kernel, stream: str, start: float, seconds: float) -> None:
         event = kernel.op.event if kernel.kind == "collective" else None
         self.seconds[_sent(event) if event else kernel.kind] += seconds
         if self.spans is not None:
@@ -218,10 +222,10 @@ def replay(
     """Seconds of a step: `step`, busy time by kind, and of collectives `sent/...` and `exposed/...`.
 
     Args:
-        parts: the micro-batches that were recorded, then what is done once. micro_batches: how many there are.
+        parts: the recorded micro-batches, then what is done once per step. micro_batches: their actual number.
         compiled, in_chunks: see `Streams`.
     """
-    streams = Streams(cluster, compiled, in_chunks, _sharing(cluster, world), spans=spans)
+    streams = Streams(cluster, compiled, in_chunks, _ranks_per_core(cluster, world), spans=spans)
     *batches, end = parts
     if micro_batches <= len(batches):
         batches = [*batches[: micro_batches - 1], batches[-1]]
@@ -235,7 +239,7 @@ def replay(
             _repeat(streams, batch, repeats)
     streams.run(end)
     total = max(streams.device_s, streams.host_s)
-    if cluster.is_host:
+    if cluster.is_cpu:
         slower = (total - streams.network_s) * (world > 1)
     else:
         slower = total * max(0, cluster.hosts_of(world) - 1).bit_length()
@@ -244,7 +248,7 @@ def replay(
 
 
 def _repeat(streams: Streams, batch: Sequence[Kernel], repeats: int) -> None:
-    """Run a micro-batch as often again: once or twice in truth, and from then on each takes as long as the last."""
+    """Repeat a micro-batch: it is run once or twice, and all further ones take as long as the last."""
     for _ in range(min(repeats, 2)):
         before, spent = max(streams.device_s, streams.host_s), streams.seconds.copy()
         sent_s = streams.network_s
@@ -264,7 +268,7 @@ def _repeat(streams: Streams, batch: Sequence[Kernel], repeats: int) -> None:
             streams.seconds[name] = seconds + left * (seconds - spent[name])
 
 
-def _sharing(cluster: Cluster, world: int) -> float:
+def _ranks_per_core(cluster: Cluster, world: int) -> float:
     if cluster.shared_cores is None:
         return 1.0
     return max(1.0, min(world, cluster.devices_per_host) / cluster.shared_cores)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.config.validate import micro_batch_size, micro_batches
-from tpresearch.simulate.cluster import Kind
+from tpresearch.simulate.cluster import SourceKind
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
 from tpresearch.track.text import count_text, share_text
 
@@ -15,7 +15,7 @@ SHOWN_ASSUMPTIONS = 6
 
 
 def report(prediction: Prediction) -> str:
-    """Everything that simulate.json has and a reader asks for first."""
+    """The main content of simulate.json as text."""
     return "\n".join(
         [*_headline(prediction), "", *_memory(prediction), "", *_time(prediction), "", *_assumed(prediction)]
     )
@@ -92,7 +92,9 @@ def _assumed(prediction: Prediction) -> Iterator[str]:
     cluster = prediction.cluster
     checked = "; ".join(cluster.checked) or "never: no measurement of this cluster is known"
     yield f"  {'checked':22}{checked}"
-    numbers = [(name, n) for name, n in cluster.assumptions() if n.kind in (Kind.guessed, Kind.fitted)]
+    numbers = [
+        (name, n) for name, n in cluster.assumptions() if n.kind in (SourceKind.guessed, SourceKind.fitted)
+    ]
     for name, number in numbers[:SHOWN_ASSUMPTIONS]:
         yield f"  {number.kind:22}{name}={number.value} ({number.source})"
     if len(numbers) > SHOWN_ASSUMPTIONS:

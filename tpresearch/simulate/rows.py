@@ -15,56 +15,57 @@ from typing import TypeVar
 from tpresearch.simulate.device_memory import BETWEEN, by_moment
 from tpresearch.simulate.trace import Change, Op, Touched, Trace
 
-One = TypeVar("One")
+Item = TypeVar("Item")
 
-FEW, MORE = 2, 4
+FEW_ROWS, MORE_ROWS = 2, 4
 """Rows per micro-batch that are recorded. (A single row is a case of its own: no dim has to be gathered beside it.)"""
 
 
 def with_rows(few: Trace, more: Trace, rows: int) -> Trace | None:
-    """The step at `rows` rows per micro-batch, from those at `FEW` and `MORE`; None if these two run other ops.
+    """The step at `rows` rows per micro-batch, from those at `FEW_ROWS` and `MORE_ROWS`; None if these two differ in their ops.
 
     A loss in chunks has to have chunks as long at all three.
     """
     found = []
-    times, left = divmod(rows - FEW, MORE - FEW)
+    times, left = divmod(rows - FEW_ROWS, MORE_ROWS - FEW_ROWS)
     for ours, theirs in zip(few.recorded, more.recorded, strict=True):
-        chunks = _chunks_of(ours, theirs)
+        chunks = _loss_chunks(ours, theirs)
         if chunks is None or (theirs[chunks] and left):
             return None
-        like = _without(theirs, chunks)
-        told = [_op(a, b, rows) for a, b in zip(ours, like, strict=True)]
-        repeated = _numbered(theirs[chunks], told, like) * times
+        like = _drop(theirs, chunks)
+        told = [_extrapolate_op(a, b, rows) for a, b in zip(ours, like, strict=True)]
+        repeated = _renumber(theirs[chunks], told, like) * times
         found.append((*told[: chunks.start], *repeated, *told[chunks.start :]))
-    known = _chunks_held(few.changes, more.changes)
+    known = _loss_chunk_changes(few.changes, more.changes)
     if known is None:
         return None
     at_more, extra = known
     held = [
-        a._replace(grown=_line(a.grown, b.grown, rows)) for a, b in zip(few.changes, at_more, strict=True)
+        a._replace(grown=_extrapolate(a.grown, b.grown, rows))
+        for a, b in zip(few.changes, at_more, strict=True)
     ]
     return _trace(found, _with_chunks(held, range(len(held)), extra))
 
 
 def with_block(two: Trace, three: Trace, two_more: Trace) -> Trace | None:
-    """Three blocks at `MORE` rows, from two and three blocks at `FEW`, and two at `MORE`; None if they run other ops.
+    """Three blocks at `MORE_ROWS` rows, from two and three blocks at `FEW_ROWS`, and two at `MORE_ROWS`; None if they run other ops.
 
-    The block between the first and the last grows as the one before it does.
+    The block between the first and the last grows like the one before it.
     """
     found = []
     for shallow, deep, more in zip(two.recorded, three.recorded, two_more.recorded, strict=True):
         names = ([(op.phase, op.name, op.shape) for op in part] for part in (shallow, deep))
-        places, chunks = _places(*names), _chunks_of(shallow, more)
+        places, chunks = _match_blocks(*names), _loss_chunks(shallow, more)
         if places is None or chunks is None:
             return None
-        grown = _without(more, chunks)
+        grown = _drop(more, chunks)
         like = [grown[at] for at in places]
-        told = [_grown(op, shallow[at], grown[at]) for op, at in zip(deep, places, strict=True)]
+        told = [_grow(op, shallow[at], grown[at]) for op, at in zip(deep, places, strict=True)]
         if chunk := more[chunks]:
             start = places.index(chunks.start - 1) + 1
-            told[start:start] = _numbered(chunk, told, like)
+            told[start:start] = _renumber(chunk, told, like)
         found.append(tuple(told))
-    known, places = _chunks_held(two.changes, two_more.changes), _same_changes(two, three, two_more)
+    known, places = _loss_chunk_changes(two.changes, two_more.changes), _match_changes(two, three, two_more)
     if places is None or known is None:
         return None
     at_more, extra = known
@@ -72,11 +73,11 @@ def with_block(two: Trace, three: Trace, two_more: Trace) -> Trace | None:
         change._replace(grown=change.grown + at_more[at].grown - two.changes[at].grown)
         for change, at in zip(three.changes, places, strict=True)
     ]
-    return _trace(found, _with_chunks(_let_go(held, two, three, two_more), places, extra))
+    return _trace(found, _with_chunks(_free_in_backward(held, two, three, two_more), places, extra))
 
 
-def _same_changes(two: Trace, three: Trace, two_more: Trace) -> list[int] | None:
-    """`_places` of what is held. At moments of which more rows change nothing, such as clipping, any change will do."""
+def _match_changes(two: Trace, three: Trace, two_more: Trace) -> list[int] | None:
+    """`_match_blocks` for changes of memory. At moments that do not depend on rows, such as clipping, any change will do."""
     found: list[int] = []
     first = 0
     for moment in dict.fromkeys(one.moment for one in three.changes):
@@ -87,7 +88,7 @@ def _same_changes(two: Trace, three: Trace, two_more: Trace) -> list[int] | None
         if ours and ours == grown:
             places = [0] * len(theirs)
         elif not moment.startswith(BETWEEN):
-            places = _places(ours, theirs)
+            places = _match_blocks(ours, theirs)
         if places is None:
             return None
         found += [first + at for at in places]
@@ -95,8 +96,8 @@ def _same_changes(two: Trace, three: Trace, two_more: Trace) -> list[int] | None
     return found if len(found) == len(three.changes) else None
 
 
-def _let_go(held: Sequence[Change], two: Trace, three: Trace, two_more: Trace) -> list[Change]:
-    """What the block between keeps of more rows in forward is let go between the last block's backward and the first's."""
+def _free_in_backward(held: Sequence[Change], two: Trace, three: Trace, two_more: Trace) -> list[Change]:
+    """Free what the middle block keeps for additional rows between the backward of the last block and that of the first."""
     kept: Counter[tuple[str, str]] = Counter()
     for changes, sign in ((held, 1), (three.changes, -1), (two_more.changes, -1), (two.changes, 1)):
         for moment, kind, grown in changes:
@@ -114,29 +115,29 @@ def _trace(parts: Sequence[tuple[Op, ...]], changes: Sequence[Change]) -> Trace:
     return Trace(tuple(parts[:-1]), parts[-1], by_moment(changes), tuple(changes))
 
 
-def _chunks_of(few: Sequence[Op], more: Sequence[Op]) -> slice | None:
-    """Where a part has more ops at `MORE` rows, chunks of the loss; None if it differs by others."""
-    found = _longer([(op.phase, op.name) for op in few], [(op.phase, op.name) for op in more])
+def _loss_chunks(few: Sequence[Op], more: Sequence[Op]) -> slice | None:
+    """Where a part has more ops at `MORE_ROWS` rows, chunks of the loss; None if it differs by others."""
+    found = _inserted([(op.phase, op.name) for op in few], [(op.phase, op.name) for op in more])
     return None if found is None or any(op.phase != "loss" for op in more[found]) else found
 
 
-def _chunks_held(
+def _loss_chunk_changes(
     few: Sequence[Change], more: Sequence[Change]
 ) -> tuple[list[Change], dict[int, Sequence[Change]]] | None:
-    """The same of what is held: what is held at `MORE` rows without chunks, and by the change at `FEW` rows that they come
+    """The same of what is held: what is held at `MORE_ROWS` rows without chunks, and by the change at `FEW_ROWS` rows that they come
     after, the chunks. Each of them leaves what it found, so that one tells of all."""
     like: list[Change] = []
     chunks: dict[int, Sequence[Change]] = {}
     for moment in dict.fromkeys(one.moment for one in few):
         ours, theirs = ([one for one in held if one.moment == moment] for held in (few, more))
-        extra = _longer(*([(one.kind, one.grown > 0) for one in held] for held in (ours, theirs)))
+        extra = _inserted(*([(one.kind, one.grown > 0) for one in held] for held in (ours, theirs)))
         if extra is None:
             return None
         if chunk := theirs[extra]:
             if not moment.endswith(" loss") or sum(one.grown for one in chunk) != 0:
                 return None
             chunks[len(like) + extra.start - 1] = chunk
-        like += _without(theirs, extra)
+        like += _drop(theirs, extra)
     return (like, chunks) if len(like) + sum(map(len, chunks.values())) == len(more) else None
 
 
@@ -149,18 +150,18 @@ def _with_chunks(
     return found
 
 
-def _longer(short: Sequence[Hashable], long: Sequence[Hashable]) -> slice | None:
-    """What was put into a sequence to make it the other one; None if that was no single stretch."""
+def _inserted(short: Sequence[Hashable], long: Sequence[Hashable]) -> slice | None:
+    """The slice that was inserted into a sequence to make the other; None if it is not a single slice."""
     extra = len(long) - len(short)
     same = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
     return None if extra < 0 or long[same + extra :] != short[same:] else slice(same, same + extra)
 
 
-def _without(every: Sequence[One], stretch: slice) -> list[One]:
+def _drop(every: Sequence[Item], stretch: slice) -> list[Item]:
     return [*every[: stretch.start], *every[stretch.stop :]]
 
 
-def _numbered(ops: Sequence[Op], part: Sequence[Op], like: Sequence[Op]) -> tuple[Op, ...]:
+def _renumber(ops: Sequence[Op], part: Sequence[Op], like: Sequence[Op]) -> tuple[Op, ...]:
     """Ops with the storages of a part that they are put into; those that are theirs alone have negative numbers.
 
     Args:
@@ -179,16 +180,16 @@ def _numbered(ops: Sequence[Op], part: Sequence[Op], like: Sequence[Op]) -> tupl
     return tuple(op._replace(reads=touched(op.reads), writes=touched(op.writes)) for op in ops)
 
 
-def _places(
+def _match_blocks(
     shallow: Sequence[tuple[Hashable, ...]], deep: Sequence[tuple[Hashable, ...]]
 ) -> list[int] | None:
-    """Of each thing in a deeper step, the one of the shallower that is the same: within each phase or moment, which it has
-    first, those of the block that is more are those of the block before it."""
+    """For each item of a deeper step, the index of the matching one of the shallower: within each phase or moment (its first
+    field), items of the additional block match those of the block before it."""
     found: list[int] = []
     for phase in dict.fromkeys(one[0] for one in deep):
         mine = [i for i, one in enumerate(shallow) if one[0] == phase]
         ours, theirs = [shallow[i] for i in mine], [one for one in deep if one[0] == phase]
-        extra = _longer(ours, theirs)
+        extra = _inserted(ours, theirs)
         if extra is None:
             return None
         before = 2 * extra.start - extra.stop
@@ -198,22 +199,22 @@ def _places(
     return found if len(found) == len(deep) else None
 
 
-def _grown(op: Op, few: Op, more: Op) -> Op:
-    """The op at `MORE` rows, growing as one of a shallower step does from `few` to `more`."""
+def _grow(op: Op, few: Op, more: Op) -> Op:
+    """The op at `MORE_ROWS` rows, growing as one of a shallower step does from `few` to `more`."""
     event = op.event
     if event and few.event and more.event:
         event = replace(
             event, tensor_bytes=event.tensor_bytes + more.event.tensor_bytes - few.event.tensor_bytes
         )
     return op._replace(
-        reads=_more(op.reads, few.reads, more.reads),
-        writes=_more(op.writes, few.writes, more.writes),
+        reads=_grow_touched(op.reads, few.reads, more.reads),
+        writes=_grow_touched(op.writes, few.writes, more.writes),
         shape=more.shape,
         event=event,
     )
 
 
-def _more(touched: Touched, few: Touched, more: Touched) -> Touched:
+def _grow_touched(touched: Touched, few: Touched, more: Touched) -> Touched:
     if len(touched) != len(few):  # one kernel over all parameters: as many as there are blocks
         return touched
     return tuple(
@@ -221,22 +222,22 @@ def _more(touched: Touched, few: Touched, more: Touched) -> Touched:
     )
 
 
-def _op(few: Op, more: Op, rows: int) -> Op:
+def _extrapolate_op(few: Op, more: Op, rows: int) -> Op:
     event = few.event
     if event and more.event:
-        event = replace(event, tensor_bytes=_line(event.tensor_bytes, more.event.tensor_bytes, rows))
-    shape = tuple(_line(a, b, rows) for a, b in zip(few.shape, more.shape, strict=True))
+        event = replace(event, tensor_bytes=_extrapolate(event.tensor_bytes, more.event.tensor_bytes, rows))
+    shape = tuple(_extrapolate(a, b, rows) for a, b in zip(few.shape, more.shape, strict=True))
     return few._replace(
-        reads=_touched(few.reads, more.reads, rows),
-        writes=_touched(few.writes, more.writes, rows),
+        reads=_extrapolate_touched(few.reads, more.reads, rows),
+        writes=_extrapolate_touched(few.writes, more.writes, rows),
         shape=shape,
         event=event,
     )
 
 
-def _touched(few: Touched, more: Touched, rows: int) -> Touched:
-    return tuple((number, _line(a, b, rows)) for (number, a), (_, b) in zip(few, more, strict=True))
+def _extrapolate_touched(few: Touched, more: Touched, rows: int) -> Touched:
+    return tuple((number, _extrapolate(a, b, rows)) for (number, a), (_, b) in zip(few, more, strict=True))
 
 
-def _line(few: int, more: int, rows: int) -> int:
-    return few + (rows - FEW) * (more - few) // (MORE - FEW)
+def _extrapolate(few: int, more: int, rows: int) -> int:
+    return few + (rows - FEW_ROWS) * (more - few) // (MORE_ROWS - FEW_ROWS)

@@ -36,7 +36,7 @@ class Op(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A storage that came, went, grew or shrank."""
+    """A storage that was created, freed, or resized."""
 
     moment: str
     kind: str
@@ -56,7 +56,7 @@ class Trace:
     memory: dict[str, int]
     """Bytes by "moment/kind", each moment of the step where it holds most; see `device_memory`."""
     changes: tuple[Change, ...] = field(default=(), compare=False, repr=False)
-    """What `memory` sums up."""
+    """The changes that `memory` summarises."""
 
     @property
     def recorded(self) -> tuple[tuple[Op, ...], ...]:
@@ -64,7 +64,7 @@ class Trace:
         return (*self.micro_batches, self.end)
 
     def ops(self, micro_batches: int) -> list[Op]:
-        """The whole step with this many micro-batches: all but the first and the last are like the one before the last."""
+        """The whole step with this many micro-batches: all but the first and the last are copies of the middle one."""
         recorded = self.micro_batches
         between = [recorded[len(recorded) // 2]] * (micro_batches - len(recorded))
         first = recorded[: min(micro_batches, len(recorded)) - 1]

@@ -1,4 +1,4 @@
-"""What a prediction leaves in its folder: the record of a run, marked as predicted, for comparisons and sweeps with real runs; a Chrome trace."""
+"""The files of a prediction: the record of a run, marked as predicted, for comparisons and sweeps with real runs; a Chrome trace."""
 
 from __future__ import annotations
 
