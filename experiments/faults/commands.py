@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from faults.exam import TOLERANCE, Survived, rows_of, unsound
+from faults.exam import TOLERANCE, Survived, find_problems, rows_of
 from support.checkpointed import apart, on_disk
 from support.commands import ROOT, TORCHRUN, environment, installed
 from support.processes import runs
@@ -31,7 +31,7 @@ JOB = [
     f"train.steps={STEPS}",
     f"checkpoint.every={EVERY}",
 ]
-GIVEN_UP_S = 600
+TIMEOUT_S = 600
 
 
 Command = Callable[["Commands", Path], list[str]]
@@ -48,10 +48,10 @@ class Started:
         )
 
     def code(self) -> int:
-        return self.process.wait(GIVEN_UP_S)
+        return self.process.wait(TIMEOUT_S)
 
     def wait_for_rows(self, count: int, run: str = "run") -> None:
-        path, until = self.cwd / run / "metrics.jsonl", time.monotonic() + GIVEN_UP_S
+        path, until = self.cwd / run / "metrics.jsonl", time.monotonic() + TIMEOUT_S
         while not path.exists() or path.read_bytes().count(b"\n") < count:
             if time.monotonic() > until or self.process.poll() is not None:
                 raise TimeoutError(f"no {count} rows")
@@ -123,7 +123,7 @@ class Commands:
         figures = [(a[name], b[name]) for a, b in zip(rows, whole_rows, strict=True) for name in names]
         differences = [abs(a - b) / abs(b) for a, b in figures]
         survived.apart = max(survived.apart, *differences, apart(on_disk(step_folders(run)[-1]), whole_state))
-        problems = unsound(run)
+        problems = find_problems(run)
         if survived.apart > TOLERANCE * 100:  # over 120 steps
             problems.append(f"apart by {survived.apart:.1e}")
         if read_summary(run)["status"] != "completed":

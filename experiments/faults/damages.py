@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.exam import Reference, Survived, compare, unsound
+from faults.exam import Reference, Survived, compare, find_problems
 from faults.job import CELLS, Fault, start
 from support.checkpointed import calls
 
@@ -69,7 +69,7 @@ def other_step(run: Path) -> None:
     shutil.copy(two / MANIFEST_FILE, four / MANIFEST_FILE)
 
 
-def change_mark(run: Path, **values: object) -> None:
+def change_manifest(run: Path, **values: object) -> None:
     mark = json.loads((newest(run) / MANIFEST_FILE).read_text()) | values
     (newest(run) / MANIFEST_FILE).write_text(json.dumps(mark))
 
@@ -126,9 +126,9 @@ DAMAGES = (
     Damage("the mark is gone", lambda run: (newest(run) / MANIFEST_FILE).unlink()),
     Damage("the mark is empty", lambda run: (newest(run) / MANIFEST_FILE).write_text("")),
     Damage("the mark is cut in half", lambda run: truncate(newest(run) / MANIFEST_FILE)),
-    Damage("a figure of the mark is changed", lambda run: change_mark(run, tokens=1)),
+    Damage("a figure of the mark is changed", lambda run: change_manifest(run, tokens=1)),
     Damage("the mark is of another step", other_step),
-    Damage("the mark is of a later format", lambda run: change_mark(run, format=9), REFUSED),
+    Damage("the mark is of a later format", lambda run: change_manifest(run, format=9), REFUSED),
     Damage("the folder is renamed", lambda run: newest(run).rename(run / "checkpoints" / "step-00000005")),
     Damage("the newest is a link to nowhere", dangling),
     Damage("drafts are left, one that was being deleted", leave_drafts),
@@ -168,7 +168,7 @@ def damaged(number: int, folder: Path, whole: Reference) -> Survived:
     went_on_from = [resumption["step"] for resumption in read_resumptions(folder)]
     if went_on_from != ([damage.from_step] if damage.then == GOES_ON else []):
         survived.problems.append(f"it went on from {went_on_from}")
-    survived.problems += unsound(folder)
+    survived.problems += find_problems(folder)
     compare(folder, whole, survived)
     return survived
 

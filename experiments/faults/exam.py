@@ -87,7 +87,7 @@ def survive(number: int, seed: int, folder: Path, whole: Reference) -> Survived:
     for cell, fault in zip(cells, faults, strict=True):
         codes = start(cell, folder, fault, *beside)
         survived.history.append(f"{cell}{' beside' if beside else ''}, {fault or 'nothing'}: {codes}")
-        survived.problems += unsound(folder)
+        survived.problems += find_problems(folder)
         if "hung" in codes:
             survived.problems.append("a rank hung")
         if all(code == 0 for code in codes):
@@ -103,7 +103,7 @@ def survive(number: int, seed: int, folder: Path, whole: Reference) -> Survived:
     return survived
 
 
-def unsound(folder: Path) -> list[str]:
+def find_problems(folder: Path) -> list[str]:
     """What is called a checkpoint and is not whole, to the byte."""
     found = []
     for each in step_folders(folder):

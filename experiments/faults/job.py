@@ -54,7 +54,7 @@ IN_STEPS = ("step", "forward", "backward", "optimizer", "logged")
 IN_SAVES = ("made", "writing", "filed", "metadata", "written", "settled", "marked", "renamed", "pruning")
 IN_LOADS = ("verified", "loaded")
 """Points at which a run can be broken: between two collectives of a step, while it saves, while it loads."""
-STUCK_S = 60
+TIMEOUT_S = 60
 """Without any processor time: then a rank hangs."""
 HUNG = "hung"
 
@@ -125,7 +125,7 @@ def _ended(ranks: list[BaseProcess], fault: Fault | None) -> list[int | str]:
         now = sum(_processor_s(rank) for rank in ranks)
         if now > used + 0.05:
             used, stuck_since = now, time.monotonic()
-        if time.monotonic() - stuck_since > STUCK_S:
+        if time.monotonic() - stuck_since > TIMEOUT_S:
             stuck = [rank for rank in ranks if rank.is_alive()]
             for rank in stuck:
                 rank.kill()
@@ -144,7 +144,7 @@ def _processor_s(rank: BaseProcess) -> float:
 
 
 def _rank(world: World, port: int, overrides: list[str], folder: Path, fault: Fault | None) -> None:
-    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+    threading.Thread(target=_exit_with_caller, daemon=True).start()
     os.environ |= world.environment(port)
     said = (folder.parent / f"{folder.name}.rank{world.rank}.txt").open("a")
     os.dup2(said.fileno(), 1)
@@ -193,7 +193,7 @@ def _arm(fault: Fault) -> None:
     faults.armed = armed
 
 
-def _end_with_the_caller() -> None:
+def _exit_with_caller() -> None:
     caller = mp.parent_process()
     assert caller
     caller.join()

@@ -100,15 +100,15 @@ class Peak(threading.Thread):
 
     def run(self) -> None:
         while not self.over.wait(0.003):
-            self.look()
+            self.sample()
 
-    def look(self) -> None:
+    def sample(self) -> None:
         self.most = {kind: max(most, memory(kind)) for kind, most in self.most.items()}
 
     def end(self) -> dict[str, int]:
         self.over.set()
         self.join()
-        self.look()
+        self.sample()
         return {kind: most - self.before[kind] for kind, most in self.most.items()}
 
 

@@ -40,7 +40,7 @@ SETTINGS = (
     "schedule.warmup_steps=2",
     f"train.steps={STEPS}",
 )
-VISIBLE = 0.05
+VISIBLE_LOSS_DIFFERENCE = 0.05
 """A curve that strays by less than this share of the right one's descent, at every step, looks like it."""
 COLUMNS = (
     "model",
@@ -90,7 +90,7 @@ def row_of(mutant: Mutant, model: str, ranks: Ranks, right: RunTrace) -> dict[st
         "quantity_out": first,
         "its_error": f"{out[first].error:.1e}" if first in out else "",
         "loss_strays_by": f"{strays:.1e}",
-        "a_loss_curve_shows_it": strays > VISIBLE,
+        "a_loss_curve_shows_it": strays > VISIBLE_LOSS_DIFFERENCE,
     }
 
 
@@ -118,7 +118,7 @@ def main() -> None:
     missed = [row for row in rows if not row["a_loss_curve_shows_it"]]
     print(
         f"{len(rows)} wrong plans, {sum(row['quantity_out'] != 'nothing' for row in rows)} caught; "
-        f"{len(missed)} of them keep the loss, for {STEPS} steps, within {VISIBLE:.0%} of the right one's descent "
+        f"{len(missed)} of them keep the loss, for {STEPS} steps, within {VISIBLE_LOSS_DIFFERENCE:.0%} of the right one's descent "
         f"({', '.join(f'{name} {descent(trace):.2f}' for name, trace in right.items())} nats)"
     )
 

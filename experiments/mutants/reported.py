@@ -27,7 +27,7 @@ from tpresearch.train.step import Setup
 
 
 class WithoutSync:
-    """torch.distributed as FSDP and `Replicas` see it, but that an all-reduce leaves everything as it was."""
+    """torch.distributed as FSDP and `GradientReducer` see it, but that an all-reduce leaves everything as it was."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(dist, name)

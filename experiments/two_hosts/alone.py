@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 from collectives import GROUPS, calls
-from hosts import HOSTS, RANKS_A_HOST, TwoHosts
+from hosts import HOSTS, RANKS_PER_HOST, TwoHosts
 from slowed import HERE, limit, slowed
 
 from tpresearch.simulate.cluster import Cluster
@@ -54,7 +54,7 @@ def price_ms(collective: str, tensor_bytes: int, ranks: int, cluster: Cluster) -
     what = collective, tensor_bytes, Route(ranks, max(1, ranks // len(HOSTS))), cluster
     on_network = network_s(*what)
     assert cluster.shared_cores
-    slower = max(1.0, RANKS_A_HOST / cluster.shared_cores * cluster["overlap_slowdown"])
+    slower = max(1.0, RANKS_PER_HOST / cluster.shared_cores * cluster["overlap_slowdown"])
     return 1e3 * ((collective_s(*what) - on_network) * slower + on_network)
 
 

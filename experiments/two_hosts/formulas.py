@@ -25,44 +25,44 @@ LINKS = {"100 Gb/s": 100e9 / 8, "3.2 Tb/s": 3.2e12 / 8}
 """Of a whole host, each way, in bytes a second: one Ethernet card, or eight of 400 Gb/s."""
 TUTORIAL = ["model=llama2_tiny", "model.vocab_size=32000", "data.seq_len=256"]
 """The tutorial's 2D model, of 18,089,216 parameters. The tokenizer is smaller, and with it the ids."""
-SEVEN_B = ["model=llama2_7b", "tokenizer=bpe_32k", "data.seq_len=4096", "train.dtype=bfloat16"]
+LLAMA2_7B = ["model=llama2_7b", "tokenizer=bpe_32k", "data.seq_len=4096", "train.dtype=bfloat16"]
 
 
-def entries_of_step(overrides: list[str], ranks_a_host: int) -> tuple[list[Entry], MeshSizes]:
+def entries_of_step(overrides: list[str], ranks_per_host: int) -> tuple[list[Entry], MeshSizes]:
     """Rank 0's ledger of one step on two hosts, on the mesh that the plan chooses for them."""
     register_schema()
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = to_config(compose("train", overrides=[*overrides, "logger=none"]))
-    sizes = validate(cfg, 2 * ranks_a_host, hosts=2)
+    sizes = validate(cfg, 2 * ranks_per_host, hosts=2)
     entries = expected_entries(*plan_model(cfg, sizes), cfg)
     assert entries is not None, f"no formula for {overrides}"
     return entries, sizes
 
 
-def each_way(overrides: list[str], ranks_a_host: int, gloo: bool) -> int:
+def each_way(overrides: list[str], ranks_per_host: int, gloo: bool) -> int:
     """Bytes a step from one host to the other."""
-    entries, sizes = entries_of_step(overrides, ranks_a_host)
-    host_of = ["a"] * ranks_a_host + ["b"] * ranks_a_host
+    entries, sizes = entries_of_step(overrides, ranks_per_host)
+    host_of = ["a"] * ranks_per_host + ["b"] * ranks_per_host
     count = gloo_bytes_each_way if gloo else ring_bytes_each_way
     return count(entries, crossing_hops(sizes.nontrivial(), host_of))
 
 
 def main() -> None:
-    print_table(TUTORIAL, ranks_a_host=2, batches=(8, 32))
-    print_table(SEVEN_B, ranks_a_host=8, batches=(16, 64))
+    print_table(TUTORIAL, ranks_per_host=2, batches=(8, 32))
+    print_table(LLAMA2_7B, ranks_per_host=8, batches=(16, 64))
 
 
-def print_table(model: list[str], ranks_a_host: int, batches: tuple[int, ...]) -> None:
+def print_table(model: list[str], ranks_per_host: int, batches: tuple[int, ...]) -> None:
     titles = ["rows", "`parallel=`", "mesh", "collectives that cross", "each way"]
     titles += [f"at {name}" for name in LINKS]
     print(f"\n{' '.join(model)}\n\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for rows in batches:
         for parallel in ("fsdp_tp", "hsdp", "fsdp", "tp"):
             overrides = [f"parallel={parallel}", f"train.global_batch_size={rows}", *model]
-            entries, sizes = entries_of_step(overrides, ranks_a_host)
-            hops = crossing_hops(sizes.nontrivial(), ["a"] * ranks_a_host + ["b"] * ranks_a_host)
+            entries, sizes = entries_of_step(overrides, ranks_per_host)
+            hops = crossing_hops(sizes.nontrivial(), ["a"] * ranks_per_host + ["b"] * ranks_per_host)
             sent = ring_bytes_each_way(entries, hops)
             cells = [
                 str(rows),

@@ -22,13 +22,13 @@ HOSTS = ("a", "b")
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 INTERFACE = "eth0"
 """The same name in both: it is the only one beside `lo`."""
-RANKS_A_HOST = 2
+RANKS_PER_HOST = 2
 CONGESTION = "reno"
 """It sends what the window allows. BBR, the default of some machines, paces by the bandwidth that it has seen, and with messages
 of a few KB that is little for many steps."""
 ENDPOINT = f"{ADDRESSES['a']}:29400"
 """Where the agents meet. Nothing else listens in these namespaces, so a fixed port is free."""
-OF_OTHER_JOBS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_", "TORCHELASTIC_", "SLURM_", "HYDRA_")
+JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_", "TORCHELASTIC_", "SLURM_", "HYDRA_")
 
 _nth = itertools.count()
 
@@ -156,7 +156,7 @@ class TwoHosts:
         return [
             *("ip", "netns", "exec", self.names[host]),
             *(sys.executable, "-m", "torch.distributed.run"),
-            *("--nnodes=2", f"--nproc-per-node={RANKS_A_HOST}"),
+            *("--nnodes=2", f"--nproc-per-node={RANKS_PER_HOST}"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint={ENDPOINT}", "--rdzv-id=two_hosts"),
             f"--rdzv-conf=is_host={int(host == HOSTS[0])}",  # both have this machine's name: torchrun cannot guess
             f"--local-addr={ADDRESSES[host]}",
@@ -171,7 +171,7 @@ def cores_of(host: str) -> set[int]:
 
 
 def _environment(host: str) -> dict[str, str]:
-    outside = {key: value for key, value in os.environ.items() if not key.startswith(OF_OTHER_JOBS)}
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(JOB_VARIABLES)}
     ours = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE, "HOST_NAME": host}
     return {**outside, **ours}
 

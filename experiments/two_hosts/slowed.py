@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 
-from hosts import HOSTS, INTERFACE, RANKS_A_HOST, HostsUnavailable, TwoHosts  # noqa: E402
+from hosts import HOSTS, INTERFACE, RANKS_PER_HOST, HostsUnavailable, TwoHosts  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
@@ -52,7 +52,7 @@ COMMON = (
     "train.global_batch_size=8",
     "logger=none",
 )
-NOT_SIMULATED = (f"train.steps={STEPS}", "train.eval_rows=0", "train.log_every=1", "checkpoint.every=null")
+TRAINING_ONLY = (f"train.steps={STEPS}", "train.eval_rows=0", "train.log_every=1", "checkpoint.every=null")
 
 
 def main() -> None:
@@ -82,13 +82,13 @@ def main() -> None:
 
 def slowed(plain: dict[str, Any], bits_per_s: float) -> Cluster:
     """This machine as two hosts: a rank's share of its host's link."""
-    share = bits_per_s / 8 / RANKS_A_HOST / 1e9
+    share = bits_per_s / 8 / RANKS_PER_HOST / 1e9
     numbers = {name: dict(number) for name, number in plain["numbers"].items()}
     numbers["inter_gb_s"] |= {"value": share}
     numbers["inter_efficiency"] |= {"value": PAYLOAD}
     cores = plain["shared_cores"] / len(HOSTS)
     return parse_cluster(
-        {**plain, "numbers": numbers, "devices_per_host": RANKS_A_HOST, "hosts": 2, "shared_cores": cores}
+        {**plain, "numbers": numbers, "devices_per_host": RANKS_PER_HOST, "hosts": 2, "shared_cores": cores}
     )
 
 
@@ -110,11 +110,11 @@ def limit(hosts: TwoHosts, rate: str) -> None:
 def measured_s(hosts: TwoHosts, plan: str, folder: Path) -> tuple[float, int]:
     """The median of the steps that had the machine to themselves, and how many those were; without any, of all. The first
     ones, up to twice as slow, do not count."""
-    words = [*COMMON, f"parallel={plan}", *NOT_SIMULATED, f"hydra.run.dir={folder}"]
+    words = [*COMMON, f"parallel={plan}", *TRAINING_ONLY, f"hydra.run.dir={folder}"]
     hosts.torchrun([str(HERE / "clocked_train.py"), *words], folder.with_suffix(".logs"))
     clocks = [
         [json.loads(line) for line in (folder / f"clock-{rank}.jsonl").read_text().splitlines()]
-        for rank in range(len(HOSTS) * RANKS_A_HOST)
+        for rank in range(len(HOSTS) * RANKS_PER_HOST)
     ]
     steps, alone = [], []
     for ranks in list(zip(*clocks, strict=True))[WARM_UP:]:

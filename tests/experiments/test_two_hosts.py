@@ -12,7 +12,7 @@ from pathlib import Path
 
 import counted_train
 import pytest
-from hosts import ADDRESSES, HOSTS, INTERFACE, RANKS_A_HOST, HostsUnavailable, JobFailed, TwoHosts
+from hosts import ADDRESSES, HOSTS, INTERFACE, RANKS_PER_HOST, HostsUnavailable, JobFailed, TwoHosts
 from inter_host import crossing_hops
 from plans import Measured, measured_in, train_counted
 
@@ -50,10 +50,10 @@ def overrides(parallel: str) -> list[str]:
 
 def train_on_its_host(world: World, namespaces: dict[str, str], typed: list[str]) -> None:
     """What `counted_train.py` does on this rank where an agent of torchrun has started it on its host."""
-    host, local_rank = HOSTS[world.rank // RANKS_A_HOST], world.rank % RANKS_A_HOST
+    host, local_rank = HOSTS[world.rank // RANKS_PER_HOST], world.rank % RANKS_PER_HOST
     with open(f"/var/run/netns/{namespaces[host]}") as namespace:
         assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0
-    of_rank = World(world.rank, world.size, local_rank, RANKS_A_HOST).environment(counted_train.FIRST_PORT)
+    of_rank = World(world.rank, world.size, local_rank, RANKS_PER_HOST).environment(counted_train.FIRST_PORT)
     of_host = {"MASTER_ADDR": ADDRESSES["a"], "GLOO_SOCKET_IFNAME": INTERFACE, "HOST_NAME": host}
     no_agent = {"TORCHELASTIC_RUN_ID": "two_hosts", "TORCHELASTIC_USE_AGENT_STORE": "False"}
     os.environ |= of_rank | of_host | no_agent

@@ -198,7 +198,7 @@ def test_a_budget_is_refused_where_torch_cannot_count_attention_of_grouped_heads
 ) -> None:
     """On CUDA alone: a CPU's attention is none of the ops that its partitioner counts."""
     monkeypatch.setattr(torch, "__version__", TorchVersion(torch_version))
-    monkeypatch.setattr(device, "_compiler_lack", lambda on_cuda: None)
+    monkeypatch.setattr(device, "_missing_for_compile", lambda on_cuda: None)
     words = ("parallel.compile=true", "parallel.activation_checkpointing=budget")
     cfg = config("model=llama2_debug", "parallel=none", *words)
     cfg.model.args["n_kv_heads"] = kv_heads
@@ -240,7 +240,7 @@ def losses_of(world: World, cfg: Config) -> tuple[list[float], Counter[str], boo
     for op in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
         plain.impl(op, getattr(symmetric, f"_{op}_fallback"), "CPU")
     with pytest.MonkeyPatch.context() as patch, symmetric._test_mode():
-        patch.setattr(device, "_async_tp_lack", lambda device: None)
+        patch.setattr(device, "_missing_for_async_tp", lambda device: None)
         patch.setattr(torch.distributed, "is_nccl_available", lambda: True)
         patch.setattr(post_grad, "micro_pipeline_tp_pass", noted)
         patch.setattr(torch._inductor.config, "force_disable_caches", True)

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 from tpresearch.config.world import World
 from tpresearch.parallel import group
 from tpresearch.parallel.device import Device
-from tpresearch.parallel.group import HERE, fresh_store, process_group
+from tpresearch.parallel.group import ANNOUNCE_KEY, fresh_store, process_group
 
 SIZE = 3
 
@@ -37,7 +37,7 @@ def start(port: int, late: int, mark: str) -> list[bytes]:
 @pytest.mark.parametrize("late", range(SIZE))
 def test_each_start_has_a_store_of_its_own(late: int) -> None:
     agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    agents.set(f"{HERE}/1", "a rank that died before it was answered")
+    agents.set(f"{ANNOUNCE_KEY}/1", "a rank that died before it was answered")
     first, again = start(agents.port, 0, "first"), start(agents.port, late, "second")
     assert len(set(first)) == len(set(again)) == 1, "not all ranks have met"
     assert first[0].startswith(b"first")

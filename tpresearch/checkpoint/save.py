@@ -118,7 +118,7 @@ class Saver:
             last: whether no step follows; the checkpoint is then complete when this returns.
 
         Raises:
-            NotSaved: if it is the last and cannot be written.
+            SaveFailed: if it is the last and cannot be written.
         """
         self.finish()
         if trained.step == self._last_step:

@@ -177,7 +177,7 @@ def read_run(folder: Path) -> Run:
     """A run from its record.
 
     Raises:
-        Unreadable: for a run that has not ended, and for a file that no run writes.
+        UnreadableRun: for a run that has not ended, and for a file that no run writes.
     """
     summary = _load(folder / "summary.json", SUMMARY_TYPES)
     config = with_defaults(_load(folder / "config.yaml", CONFIG_TYPES))

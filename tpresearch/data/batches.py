@@ -138,7 +138,7 @@ def eval_batches(
         batch_size: rows that a rank takes at once.
 
     Yields:
-        Batches of batch_size rows: the tokens that count are `(targets != IGNORED).sum()`.
+        Batches of batch_size rows: the tokens that count are `(targets != IGNORE_INDEX).sum()`.
     """
     count = min(count, len(rows))
     chosen = np.arange(count) * len(rows) // max(count, 1)

@@ -127,7 +127,7 @@ def read_intact(folder: Path) -> Meta | None:
     detected.
 
     Raises:
-        Damaged: naming the first file that is missing or differs.
+        DamagedCache: naming the first file that is missing or differs.
     """
     if not folder.is_dir():
         return None

@@ -200,7 +200,7 @@ def is_held_out(name: str, every: int) -> bool:
 def holds_out_documents(documents: Iterable[Document], every: int, chars: int | None = None) -> bool:
     """Whether a corpus has enough documents to hold out whole ones.
 
-    Judged by its first `5 * every` documents or first `chars` of text. There are too few where these are fewer
+    Determined from its first `5 * every` documents or first `chars` of text. There are too few where these are fewer
     (a single text file, say), or would all fall on one side.
     """
     enough = DOCUMENTS_PER_HELD_OUT * every

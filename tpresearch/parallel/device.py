@@ -68,8 +68,8 @@ def check_device(cfg: Config, device: Device) -> None:
     if narrow and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         why, fix = f"{device.name} does not support bfloat16", {"train.dtype": "float32"}
         raise ConfigError("train.dtype", "bfloat16", why, "float32", fix=fix)
-    if cfg.parallel.async_tp and (lacks := _async_tp_lack(device)):
-        raise ConfigError("parallel.async_tp", True, *lacks)
+    if cfg.parallel.async_tp and (refusal := _missing_for_async_tp(device)):
+        raise ConfigError("parallel.async_tp", True, *refusal)
     if cfg.parallel.fsdp.cpu_offload and not on_cuda:
         why, legal = "CPU offload needs a CUDA device", "false on this device"
         raise ConfigError("parallel.fsdp.cpu_offload", True, why, legal)
@@ -77,8 +77,8 @@ def check_device(cfg: Config, device: Device) -> None:
         why, legal = "a snapshot is of the CUDA allocator, and this is a CPU", "profiler=trace on this device"
         without: dict[str, object] = {"profiler": "trace", "profiler.memory": None}
         raise ConfigError("profiler.memory", True, why, legal, fix=without)
-    if cfg.parallel.compile and (lack := _compiler_lack(on_cuda)):
-        raise ConfigError("parallel.compile", True, lack, "false on this machine")
+    if cfg.parallel.compile and (missing := _missing_for_compile(on_cuda)):
+        raise ConfigError("parallel.compile", True, missing, "false on this machine")
     heads, kv_heads = (cfg.model.args.get(name) for name in ("n_heads", "n_kv_heads"))
     mode = cfg.parallel.activation_checkpointing
     if (
@@ -92,7 +92,7 @@ def check_device(cfg: Config, device: Device) -> None:
         raise ConfigError("parallel.activation_checkpointing", mode, why, "none, selective or full", fix=fix)
 
 
-def notes_on(device: Device, cfg: Config) -> list[str]:
+def device_notes(device: Device, cfg: Config) -> list[str]:
     """Notes on how this device computes the config: attention kernel, TF32."""
     args, notes = cfg.model.args, []
     heads, kv_heads, dim = (args.get(name) for name in ("n_heads", "n_kv_heads", "dim"))
@@ -123,8 +123,8 @@ def attention_backend(
     return names[choice].removesuffix("_ATTENTION").lower()
 
 
-def _async_tp_lack(device: Device) -> tuple[str, str] | None:
-    """What async TP would miss here, and what would be legal; or None."""
+def _missing_for_async_tp(device: Device) -> tuple[str, str] | None:
+    """What async TP lacks here, and what would be legal; or None."""
     if device.type != "cuda":
         return "async TP needs CUDA devices with peer access, and this is a CPU", "false on this device"
     if device.shared:
@@ -139,8 +139,8 @@ def _async_tp_lack(device: Device) -> tuple[str, str] | None:
     return None
 
 
-def _compiler_lack(on_cuda: bool) -> str | None:
-    """What torch.compile would miss here, or None."""
+def _missing_for_compile(on_cuda: bool) -> str | None:
+    """What torch.compile lacks here, or None."""
     if on_cuda:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"

@@ -51,9 +51,9 @@ def check_float8(train: TrainConfig, device: torch.device) -> None:
     Raises:
         ConfigError: with what it lacks.
     """
-    if train.float8 is not Float8.none and (lack := _missing_support(train, device)):
+    if train.float8 is not Float8.none and (missing := _missing_support(train, device)):
         legal = "none on this device, or train.float8_emulated=true to see its effect on the loss"
-        raise ConfigError("train.float8", train.float8, lack, legal, fix={"train.float8": "none"})
+        raise ConfigError("train.float8", train.float8, missing, legal, fix={"train.float8": "none"})
 
 
 def _missing_support(train: TrainConfig, device: torch.device) -> str | None:

@@ -18,30 +18,30 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from tpresearch.config.world import World, agent_store
 from tpresearch.parallel.device import Device
 
-PATIENCE = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=10)
 ABORT_S = 10
-ASKS_AGAIN_S = 0.05
-"""Slept, and not waited for at the store, whose client writes a warning for each wait that ends without an answer."""
-HERE, ANSWER = "tpresearch/here", "tpresearch/answer"
+POLL_S = 0.05
+"""Seconds between polls. A wait at the store would log a warning each time it ends without an answer."""
+ANNOUNCE_KEY, ANSWER_KEY = "tpresearch/here", "tpresearch/answer"
 
 
 @contextmanager
 def process_group(device: Device, world: World) -> Iterator[None]:
     """Context in which the ranks of this job can communicate."""
-    where: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
+    options: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
     if world.size == 1 and not world.elastic:
-        where["store"] = dist.HashStore()
+        options["store"] = dist.HashStore()
     elif device.backend == "fake":
-        where["store"] = _fake_store()
+        options["store"] = _fake_store()
     elif (agent := agent_store()) is not None:
-        where["store"] = fresh_store(TCPStore(*agent, is_master=False, timeout=PATIENCE), world)
-    if "store" in where:
-        where |= {"rank": world.rank, "world_size": world.size}
+        options["store"] = fresh_store(TCPStore(*agent, is_master=False, timeout=TIMEOUT), world)
+    if "store" in options:
+        options |= {"rank": world.rank, "world_size": world.size}
     if device.shared:
         _share_device(world)
     if device.type == "cuda":
         torch.cuda.set_device(device.torch)
-    dist.init_process_group(device.backend, timeout=PATIENCE, **where)
+    dist.init_process_group(device.backend, timeout=TIMEOUT, **options)
     try:
         yield
     except BaseException:
@@ -83,14 +83,14 @@ def _share_device(world: World) -> None:
 
 
 def _fake_store() -> Any:
-    """For backend "fake", whose collectives return at once and move nothing (torch.testing, private; 2.11 and 2.13)."""
+    """A store for backend "fake", whose collectives return at once and send nothing (torch.testing, private; 2.11 and 2.13)."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     return FakeStore()
 
 
 def fresh_store(store: TCPStore, world: World) -> Store:
-    """The part of the agent's store that belongs to this start of the ranks. All call it; it returns once all have.
+    """The part of the agent's store that belongs to this start of the ranks. All ranks call it; it returns once all have.
 
     torchrun's agent keeps one store over restarts, and its ranks begin there as if it were new (torch 2.13; pytorch issues
     135712, 167288): one that starts before another finds where that one listened before it died, and fails. The restart
@@ -102,13 +102,13 @@ def fresh_store(store: TCPStore, world: World) -> Store:
     if world.rank == 0:
         name = uuid4().hex
         for rank in range(1, world.size):
-            store.delete_key(f"{HERE}/{rank}")
+            store.delete_key(f"{ANNOUNCE_KEY}/{rank}")
         for rank in range(1, world.size):
-            asked = store.get(f"{HERE}/{rank}").decode()  # waits for it
-            store.set(f"{ANSWER}/{asked}", name)
+            request = store.get(f"{ANNOUNCE_KEY}/{rank}").decode()  # waits for it
+            store.set(f"{ANSWER_KEY}/{request}", name)
         return PrefixStore(name, store)
-    asks = uuid4().hex
-    while not store.check([f"{ANSWER}/{asks}"]):
-        store.set(f"{HERE}/{world.rank}", asks)
-        time.sleep(ASKS_AGAIN_S)
-    return PrefixStore(store.get(f"{ANSWER}/{asks}").decode(), store)
+    request = uuid4().hex
+    while not store.check([f"{ANSWER_KEY}/{request}"]):
+        store.set(f"{ANNOUNCE_KEY}/{world.rank}", request)
+        time.sleep(POLL_S)
+    return PrefixStore(store.get(f"{ANSWER_KEY}/{request}").decode(), store)

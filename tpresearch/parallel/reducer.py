@@ -125,7 +125,7 @@ class GradientReducer:
         for pairs in members.values():
             bucket = GradientBucket([having for _, having in pairs], group, dtype)
             self._buckets.append(bucket)
-            for parameter, _ in pairs:  # after the hook of Masters, if there is one
+            for parameter, _ in pairs:  # after the hook of MasterWeights, if there is one
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket))
 
     def _on_gradient(self, bucket: GradientBucket, _: Tensor) -> None:

@@ -173,13 +173,13 @@ def _draw_band(
     start = [piece.tile_start for piece in lead]
     sides = tile_shape(parameter.shape)
     rows = [min(side, size - at) for side, size, at in zip(sides, parameter.shape, start, strict=False)]
-    of_tile = tuple(piece.in_tile for piece in lead)
+    in_tile = tuple(piece.in_tile for piece in lead)
     for piece in last:
         columns = min(sides[-1], parameter.shape[-1] - piece.tile_start)
         tile = buffer[: math.prod(rows) * columns].view(*rows, columns)
         generator.manual_seed(seed_of(f"{key}:{[*start, piece.tile_start]}"))
         initializer.draw(tile, [*start, piece.tile_start], generator)
-        band[..., piece.in_shard] = tile[(*of_tile, piece.in_tile)]
+        band[..., piece.in_shard] = tile[(*in_tile, piece.in_tile)]
     if band is not home:
         home.copy_(band)
 

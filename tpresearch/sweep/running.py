@@ -137,7 +137,7 @@ def run_jobs(
     """Run each job as soon as there is a share for it. No job is still running when this returns.
 
     Args:
-        on_look: called repeatedly with the running jobs.
+        on_poll: called repeatedly with the running jobs.
         received: the signals so far that end a sweep, from `collect_signals`.
 
     Raises:

@@ -27,7 +27,7 @@ from tpresearch.launch.stop import StopFlag, Stopped, fault_of_another_rank
 from tpresearch.ledger.entries import Expected
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_memory
-from tpresearch.parallel.device import Device, notes_on
+from tpresearch.parallel.device import Device, device_notes
 from tpresearch.parallel.group import abort_group, process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import describe_mesh, describe_model, plan_text
@@ -109,7 +109,7 @@ def train_on(
         loop.saver = build_saver(job, run, corpus, loop.state.step, group)
         loop.stop = AgreedStop(flag, lambda: loop.saver.written if loop.saver else 0)
         shown = describe_model(loop.state.model)
-        for note in notes_on(device, job.cfg):
+        for note in device_notes(device, job.cfg):
             log.info(note)
         log.info("Model after parallelization (%s parameters) model=%s", f"{parameters:,}", shown)
         if loop.state.step:

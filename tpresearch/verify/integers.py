@@ -160,7 +160,7 @@ def _operands(layer: nn.Module, sizes: MeshSizes) -> tuple[Tensor, Tensor]:
 
 
 def _integers(*shape: int) -> Tensor:
-    """Integers from -GREATEST to GREATEST in a pseudo-random order that is the same on every rank."""
+    """Integers from -MAX_INTEGER to MAX_INTEGER in a pseudo-random order that is the same on every rank."""
     drawn = torch.Generator().manual_seed(sum(shape))
     return torch.randint(-MAX_INTEGER, MAX_INTEGER + 1, shape, generator=drawn).double()
 

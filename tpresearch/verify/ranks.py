@@ -117,7 +117,7 @@ def _run_rank(
     connection: Connection, world: World, port: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends all ranks
-    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+    threading.Thread(target=_exit_with_caller, daemon=True).start()
     os.environ |= world.environment(port) | {"TORCHELASTIC_RESTART_COUNT": "0"}  # the caller keeps the store
     try:
         answer = (True, function(world, *args))
@@ -127,7 +127,7 @@ def _run_rank(
     connection.poll(None)  # others may still talk to this rank: the caller ends all together
 
 
-def _end_with_the_caller() -> None:
+def _exit_with_caller() -> None:
     caller = mp.parent_process()
     assert caller
     caller.join()
