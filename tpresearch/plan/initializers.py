@@ -109,7 +109,7 @@ def _read_module(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[s
     try:
         with mode, recorder:
             stand_in.reset_parameters()  # type: ignore[operator]
-    except Exception:  # it reads values, and there are none; its own errors surface in Whole.draw
+    except Exception:  # it reads values, and there are none; its own errors surface in ModuleInitializer.draw
         recorder.elementwise = False
     if not recorder.elementwise or recorder.storages != _storages(stand_in):
         return dict.fromkeys(recorder.calls, ModuleInitializer(copy.deepcopy(module)))
