@@ -96,7 +96,7 @@ def micro_batch_rows(candidate: Candidate) -> list[int]:
     """
     found = [1]
     for rows in _divisors(candidate.cfg.train.global_batch_size // candidate.sizes.dp):
-        if 3 * rows >= 4 * found[-1] and rows > 1:
+        if 3 * rows >= 4 * found[-1]:
             found.append(rows)
     return found
 
