@@ -39,7 +39,7 @@ WARM_UP, TIMED = 3, 5
 SETTING_S = 35
 """Seconds that a setting takes, its compilation with it: none begins with fewer left (H200, Llama-3-8B: 28 to 39)."""
 TUNED = "tuned"
-"""Ends the name of a setting whose fused kernels inductor tunes by trying (coordinate descent)."""
+"""Ends the name of a setting whose fused kernels inductor tunes by trying."""
 COMMON = (
     *(
         "parallel=none",
@@ -54,6 +54,7 @@ FULL = (*COMMON, "data.seq_len=4096", "train.global_batch_size=8")
 LLAMA3_8B = (
     *("model=llama2_7b", "model.n_kv_heads=8", "model.ffn_dim=14336", "tokenizer.vocab_size=128256", *FULL),
 )
+COMPILED_ADAMW = ("optimizer.compile=true",)
 LLAMA2_7B = ("model=llama2_7b", "tokenizer.vocab_size=32000", *FULL)
 TINY = (
     "model=llama2_debug",
@@ -89,10 +90,25 @@ FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
         (*LLAMA3_8B, "train.weights=bfloat16", "train.float8=tensorwise", "train.loss_chunk=8192"),
         {"8b float8 selective mb4": setting("selective", 4), "8b float8 none mb2": setting("none", 2)},
     ),
+    "8b-compiled-adamw": (
+        (*LLAMA3_8B, *COMPILED_ADAMW, "train.weights=bfloat16", "train.loss_chunk=4096"),
+        {
+            "8b compiled AdamW none mb4": setting("none", 4),
+            f"8b compiled AdamW none mb4 {TUNED}": setting("none", 4),
+            "8b compiled AdamW selective mb1": (
+                *setting("selective", 1),
+                "train.loss_chunk=2048",
+            ),  # fits 80 GB
+            f"8b compiled AdamW selective mb1 {TUNED}": (*setting("selective", 1), "train.loss_chunk=2048"),
+        },
+    ),
     "7b-masters": (LLAMA2_7B, {"7b float32 masters full mb2": setting("full", 2)}),
-    "8b-masters": (LLAMA3_8B, {"8b float32 masters full mb1": setting("full", 1)}),
+    "8b-masters": (
+        (*LLAMA3_8B, *COMPILED_ADAMW, "optimizer.moment_dtype=bfloat16"),
+        {"8b float32 masters bfloat16 moments selective mb2": setting("selective", 2)},
+    ),
     "7b": (
-        (*LLAMA2_7B, "train.weights=bfloat16", "train.loss_chunk=8192"),
+        (*LLAMA2_7B, *COMPILED_ADAMW, "train.weights=bfloat16", "train.loss_chunk=8192"),
         {"7b none mb4": setting("none", 4), "7b selective mb4": setting("selective", 4)},
     ),
 }
@@ -136,7 +152,7 @@ def measure(stage: Stage, cfgs: dict[str, Config]) -> None:
             if too_large(name, stage):
                 stage.add(event="does not fit this card", id=name)
                 continue
-            torch._inductor.config.coordinate_descent_tuning = name.endswith(TUNED)
+            tune_kernels(name.endswith(TUNED))
             row = None
             try:
                 row = steps(loop, name, cfg, stage)
@@ -152,6 +168,15 @@ def measure(stage: Stage, cfgs: dict[str, Config]) -> None:
             if row["perf/tokens_per_second"] > best:
                 best = row["perf/tokens_per_second"]
                 profile(loop, cfg, stage, name)
+
+
+def tune_kernels(on: bool) -> None:
+    """More candidates for each fused kernel, of which inductor takes the fastest (private; read in torch 2.11 and 2.13).
+
+    Coordinate descent, which searches further, took over a minute.
+    """
+    torch._inductor.config.max_autotune_pointwise = on
+    torch._inductor.config.triton.mix_order_reduction_autotune_split_size = on
 
 
 def too_large(name: str, stage: Stage) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.choices import Checkpointing, Float8, WeightDtype
+from tpresearch.config.choices import Checkpointing, Float8, OptimizerName, WeightDtype
 from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.mesh import resolve_mesh, used_axes
 from tpresearch.config.schema import Config, Dtype, ParallelConfig, ProfilerName
@@ -31,6 +31,7 @@ def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
     check_bounds(cfg)
     _check_name(cfg)
     _check_betas(cfg)
+    _check_adamw_options(cfg)
     _check_budget(cfg)
     _check_vocabulary(cfg)
     _check_length(cfg)
@@ -124,6 +125,13 @@ def _check_betas(cfg: Config) -> None:
     if len(cfg.optimizer.betas) != 2:
         legal = "two numbers from 0 to below 1, such as [0.9,0.95]"
         raise ConfigError("optimizer.betas", cfg.optimizer.betas, "not AdamW's two", legal)
+
+
+def _check_adamw_options(cfg: Config) -> None:
+    optimizer = cfg.optimizer
+    for key, value in (("moment_dtype", optimizer.moment_dtype), ("compile", optimizer.compile or None)):
+        if value is not None and optimizer.name is not OptimizerName.adamw:
+            raise ConfigError(f"optimizer.{key}", value, "an option of AdamW's", "optimizer=adamw", {})
 
 
 def _check_budget(cfg: Config) -> None:

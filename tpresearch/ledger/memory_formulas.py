@@ -38,16 +38,17 @@ def expected_memory(model: nn.Module, plan: Plan, cfg: Config, device: str = "cp
     return {
         "parameters": sum(shards.values()) * (2 if masters else weight) + buffers,
         "gradients": sum(trained) * weight,
-        "optimizer": _optimizer_bytes(cfg, sum(trained) * weight, len(trained))
+        "optimizer": _optimizer_bytes(cfg, sum(trained), len(trained))
         + (sum(shards.values()) * weight if masters else 0),
         "activations": _activation_bytes(model, plan, cfg, device),
         "temporaries": None,
     }
 
 
-def _optimizer_bytes(cfg: Config, weights: int, parameters: int) -> int:
+def _optimizer_bytes(cfg: Config, elements: int, parameters: int) -> int:
     counts = 4 * parameters if cfg.optimizer.name is OptimizerName.adamw else 0  # of steps, one for each
-    return cfg.optimizer.moments * weights + counts
+    dtype = Dtype(cfg.optimizer.moment_dtype or cfg.train.weight_dtype)
+    return cfg.optimizer.moments * elements * ELEMENT_BYTES[dtype] + counts
 
 
 def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) -> int | None:

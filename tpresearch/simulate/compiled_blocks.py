@@ -19,11 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Checkpointing, Config
+from tpresearch.config.validate import has_master_weights
 from tpresearch.parallel.apply import parallelize, wrap_forward
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.fake_ranks import FAKE, fake_mesh
 from tpresearch.train.preflight import plan_model
+from tpresearch.train.state import MasterWeights
 
 ROWS = 2
 """Rows that are run to find what one row saves. (A single row is a special case: no dim has to be gathered beside it.)"""
@@ -47,6 +49,8 @@ def saved_bytes_per_row(cfg: Config, sizes: MeshSizes) -> float:
         torch._dynamo.reset()
         with _without_policy_warning(), FakeTensorMode(allow_non_fake_inputs=True):
             materialize(model, FAKE.torch, lambda _: None)
+            if has_master_weights(cfg, sizes):
+                MasterWeights(model)  # leaves bfloat16 copies in it
             rows = torch.empty(ROWS, cfg.data.seq_len, dtype=torch.int64)
             model(rows)
         torch._dynamo.reset()

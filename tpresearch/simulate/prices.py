@@ -20,6 +20,8 @@ SPLIT_DEPTH = 2048
 """Inner dim from which a matmul of few tiles is split along it, so that all units work (split-K)."""
 COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat", "_foreach_copy_")
 """FSDP's copies, which are never fused."""
+COMPILED_ADAMW = "adamw_"
+"""`tpresearch.train.adamw`, which moves bytes as other compiled kernels do."""
 DTYPES = {1: "float8", 2: "bfloat16", 4: "float32", 8: "float64"}
 
 
@@ -34,7 +36,7 @@ def op_s(op: Op, cluster: Cluster) -> float:
         return gemm_s(op.shape, op.element, cluster)
     if op.kind == "attention":
         return attention_s(op.shape, op.element, cluster)
-    if op.kind == "optimizer":
+    if op.kind == "optimizer" and op.name != COMPILED_ADAMW:
         return moved_bytes(op) / (cluster["bandwidth_gb_s"] * 1e9 * cluster["optimizer_efficiency"])
     if op.name in COPIES:
         rate = cluster["bandwidth_gb_s"] * 1e9 * cluster["copy_efficiency"]
@@ -97,6 +99,11 @@ def moved_bytes(op: Op) -> float:
             return 2.0 * op.writes[0][1]
         case "split_with_sizes_copy" | "chunk_cat" | "_foreach_copy_":
             return float(read)
+    if (
+        op.name == COMPILED_ADAMW
+    ):  # weight, gradient and moments are read, then scalars; a copy is written only
+        _, gradient, *_ = sizes = [size for _, size in op.reads]
+        return 2.0 * sum(sizes) - gradient - max(sizes[4:])
     if op.kind == "optimizer":  # parameter, gradient and two moments are read, all but the gradient written
         return read * 7 / 4
     if op.name.startswith("_foreach") and not op.writes:

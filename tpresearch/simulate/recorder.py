@@ -30,7 +30,7 @@ _ALLOCATIONS = """
 _NO_KERNEL = frozenset([*_VIEWS.split(), *_ALLOCATIONS.split()])
 _GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_scaled_mm": 0}
 """Op -> position of the first factor among its arguments."""
-_NAMESPACES = ("aten", "c10d", "_c10d_functional", "fsdp")
+_NAMESPACES = ("aten", "tpresearch", "c10d", "_c10d_functional", "fsdp")
 
 
 class Recorder(CommunicationLedger):
@@ -155,7 +155,7 @@ class Recorder(CommunicationLedger):
             kind, shape = "gemm", _gemm_shape(*args[_GEMMS[name] : _GEMMS[name] + 2])
         elif "scaled_dot_product" in name:
             kind, shape = "attention", _attention_shape(args, backward="backward" in name)
-        elif name.startswith("_fused_adam"):
+        elif name.startswith(("_fused_adam", "adamw_")):
             kind = "optimizer"
         if self._running is not None:
             for tensor in made:

@@ -70,7 +70,8 @@ def build_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> 
     masters = MasterWeights(model) if has_master_weights(cfg, plan.sizes) else None
     trained = trained_parameters(model, masters)
     reducer = build_reducer(model, trained, plan, cfg, mesh)
-    return TrainState(0, model, build_optimizer(trained.values(), cfg.optimizer), masters, reducer)
+    optimizer = build_optimizer(trained.values(), cfg.optimizer, masters.copies if masters else None)
+    return TrainState(0, model, optimizer, masters, reducer)
 
 
 def weight_source(cfg: Config, initializers: Mapping[str, Initializer]) -> WeightSource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from tpresearch.config.choices import OptimizerName, ScheduleName
 from tpresearch.config.training import OptimizerConfig, ScheduleConfig
-
-
-class AdamW(torch.optim.AdamW):
-    """Fused AdamW that reads from the device the divisor of gradients, and whether to skip an update.
-
-    torch.amp.GradScaler sets the same two (seen in torch 2.11 to 2.14).
-    """
-
-    grad_scale: Tensor | None = None
-    """A float32 scalar."""
-    found_inf: Tensor | None = None
-    """A float32 scalar: 1.0 leaves weights, moments and the count of steps as they are."""
+from tpresearch.train.adamw import AdamW, ElementwiseAdamW
 
 
 def divide_gradients(optimizer: torch.optim.Optimizer, gradients: list[Tensor], divisor: Tensor) -> None:
@@ -43,10 +32,17 @@ def divide_gradients(optimizer: torch.optim.Optimizer, gradients: list[Tensor], 
             )
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter],
+    config: OptimizerConfig,
+    copies: Mapping[nn.Parameter, Tensor] | None = None,
+) -> torch.optim.Optimizer:
     """AdamW or SGD over sharded parameters; weight decay on matrices, and on vectors if configured.
 
     One group for each mesh that parameters live on, since torch's fused and foreach updates take no mixture.
+
+    Args:
+        copies: bfloat16 copies of the parameters; where it `writes_copies`, they are updated too.
     """
     groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -60,7 +56,11 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
         # DTensor has no fused SGD (torch 2.13).
         return torch.optim.SGD(param_groups, lr=config.lr, momentum=config.momentum)
     beta1, beta2 = config.betas
-    return AdamW(param_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+    if config.moment_dtype is None and not config.compile:
+        return AdamW(param_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+    moments: torch.dtype | None = getattr(torch, config.moment_dtype) if config.moment_dtype else None
+    settings = {"lr": config.lr, "betas": (beta1, beta2), "eps": config.eps}
+    return ElementwiseAdamW(param_groups, moments, config.compile, copies or {}, **settings)
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) -> float:

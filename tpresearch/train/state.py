@@ -36,6 +36,8 @@ class MasterWeights:
                         copies[id(master)] = _copy_of(master)
                     self._places.append((module, key, master, copies[id(master)]))
         self._masters = {id(copy): master for _, _, master, copy in self._places}
+        self.copies: dict[nn.Parameter, Tensor] = {master: copy for _, _, master, copy in self._places}
+        """By master weight."""
         self._swap(copies=True)
 
     def of(self, copy: nn.Parameter) -> nn.Parameter:

@@ -22,9 +22,10 @@ from tpresearch.parallel.norm import global_norm
 from tpresearch.parallel.reducer import match_placements
 from tpresearch.parallel.weights import local_part
 from tpresearch.plan.compiler import Plan
+from tpresearch.train.adamw import AdamW, ElementwiseAdamW
 from tpresearch.train.losses import Objective
 from tpresearch.train.observe import Observers
-from tpresearch.train.optim import AdamW, divide_gradients, learning_rate, set_learning_rate
+from tpresearch.train.optim import divide_gradients, learning_rate, set_learning_rate
 from tpresearch.train.state import TrainState
 
 
@@ -162,5 +163,6 @@ def update(state: TrainState, norm: Tensor, setup: Setup) -> None:
     if not skips or isinstance(optimizer, AdamW) or math.isfinite(norm.item()):
         set_learning_rate(optimizer, learning_rate(state.step, setup.steps, cfg.optimizer.lr, cfg.schedule))
         optimizer.step()
-        state.refresh_copies()
+        if not isinstance(optimizer, ElementwiseAdamW):  # which updates them itself
+            state.refresh_copies()
     optimizer.zero_grad()

@@ -1,0 +1,165 @@
+"""AdamW in one pass of its own: against torch's fused kernel, the paper's algorithm, and itself compiled."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.composed import config, corpus
+from torch import Tensor, nn
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.training import OptimizerConfig
+from tpresearch.config.validate import validate
+from tpresearch.config.world import World
+from tpresearch.ledger.memory_formulas import expected_memory
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.plan.meta import plain_model
+from tpresearch.train.adamw import AdamW, ElementwiseAdamW
+from tpresearch.train.assemble import assemble
+from tpresearch.train.optim import build_optimizer
+from tpresearch.train.preflight import preflight
+
+SHAPES = (64, 1024), (32, 1024), (1024,), (7, 13), (5,)
+STEPS, SKIPPED, DIVISOR = 4, 2, 3.3
+LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.95), 1e-8, 0.1
+
+Make = Callable[[list[dict[str, Any]]], AdamW]
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_others() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def fused(groups: list[dict[str, Any]]) -> AdamW:
+    return AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
+
+
+def elementwise(
+    groups: list[dict[str, Any]], moments: torch.dtype | None = None, compile: bool = False, copies: Any = ()
+) -> AdamW:
+    return ElementwiseAdamW(groups, moments, compile, dict(copies), lr=LR, betas=BETAS, eps=EPS)
+
+
+def draw(dtype: torch.dtype) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in SHAPES]
+
+
+def train(weights: list[nn.Parameter], make: Make) -> dict[str, list[Tensor]]:
+    """Weights and state after some steps, of which one is skipped, with gradients that are divided in the update."""
+    groups = [{"params": weights[:2], "weight_decay": DECAY}, {"params": weights[2:], "weight_decay": 0.0}]
+    optimizer = make(groups)
+    for step in range(STEPS):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, dtype=torch.float64).to(weight.dtype)
+        if weights[0].dtype is not torch.float64:  # torch's kernel takes none there
+            optimizer.grad_scale = torch.tensor(DIVISOR)
+            optimizer.found_inf = torch.tensor(float(step == SKIPPED))
+        optimizer.step()
+    states = [optimizer.state[weight] for weight in weights]
+    found = {key: [state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq")}
+    return {"weight": [weight.detach() for weight in weights], **found}
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_it_is_the_fused_update_to_rounding(dtype: torch.dtype, compile: bool) -> None:
+    theirs = train(draw(dtype), fused)
+    ours = train(draw(dtype), functools.partial(elementwise, compile=compile))
+    for key, expected in theirs.items():
+        for a, b in zip(expected, ours[key], strict=True):
+            assert a.dtype is b.dtype
+            assert (a - b).abs().max() <= 2 * torch.finfo(dtype).eps * a.abs().max(), key
+
+
+def test_moments_in_bfloat16_are_rounded_where_they_are_stored_and_nowhere_else() -> None:
+    """Algorithm 2 of arXiv 1711.05101 by hand, in float64, with both moments rounded after each step."""
+    (weight,) = weights = [nn.Parameter(torch.linspace(-1, 1, 2048).view(2, 1024))]
+    optimizer = elementwise([{"params": weights, "weight_decay": DECAY}], torch.bfloat16)
+    by_hand, mean, square = weight.detach().double(), torch.zeros(2, 1024), torch.zeros(2, 1024)
+    torch.manual_seed(1)
+    for step in range(1, STEPS + 1):
+        weight.grad = torch.randn(2, 1024)
+        g = weight.grad.double()
+        m, v = (
+            BETAS[0] * mean.double() + (1 - BETAS[0]) * g,
+            BETAS[1] * square.double() + (1 - BETAS[1]) * g * g,
+        )
+        by_hand = by_hand * (1 - LR * DECAY) - LR * (m / (1 - BETAS[0] ** step)) / (
+            (v / (1 - BETAS[1] ** step)).sqrt() + EPS
+        )
+        mean, square = m.bfloat16(), v.bfloat16()
+        optimizer.step()
+    found = optimizer.state[weight]
+    assert found["exp_avg"].dtype is found["exp_avg_sq"].dtype is torch.bfloat16
+    # A moment at the middle between two bfloat16 numbers may be rounded to either: a few of 2,048 are 0.4 % off.
+    assert ((weight.detach() - by_hand).abs() < 1e-6).float().mean() > 0.99
+    assert torch.allclose(weight.detach().double(), by_hand, atol=LR * 2**-7)
+
+
+def test_compiled_it_is_one_graph_for_tensors_in_rows_and_one_for_others() -> None:
+    torch._dynamo.utils.counters.clear()
+    weights = [
+        nn.Parameter(torch.ones(shape)) for shape in ((2, 1024), (9, 2048), (4, 512), (3,), (7, 7), (999,))
+    ]
+    train(weights, functools.partial(elementwise, compile=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("words", [(), ("optimizer.compile=true",), ("optimizer.moment_dtype=bfloat16",)])
+def test_a_step_holds_what_formulas_say_and_the_model_has_the_rounded_weights(words: tuple[str, ...]) -> None:
+    cfg = config("model=llama2_debug", "parallel=none", "train.dtype=bfloat16", *words)
+    job = preflight(cfg, World())
+    assert job.device
+    expected = expected_memory(plain_model(cfg.model), job.plan, cfg)
+    with process_group(job.device, World()):
+        loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
+        for _ in range(2):
+            loop.step()
+    state = loop.state
+    masters = state.weights().values()
+    held = [t for one in state.optimizer.state.values() for t in one.values() if isinstance(t, Tensor)]
+    assert sum(t.nbytes for t in (*held, *masters)) == expected["optimizer"]
+    for copy, master in zip(state.model.parameters(), masters, strict=True):
+        assert master.dtype is torch.float32
+        assert torch.equal(copy, master.bfloat16())
+
+
+def test_it_trains_as_the_fused_one_does() -> None:
+    losses = {}
+    for words in ("optimizer.compile=false", "optimizer.moment_dtype=float32"):
+        cfg = config("model=llama2_debug", "parallel=none", words)
+        job = preflight(cfg, World())
+        assert job.device
+        with process_group(job.device, World()):
+            loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
+            losses[words] = [loop.step().loss.item() for _ in range(4)]
+    first, second = losses.values()
+    assert first[-1] < first[0]
+    assert second == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("word", ["optimizer.moment_dtype=bfloat16", "optimizer.compile=true"])
+def test_its_options_are_refused_with_sgd(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"an option of AdamW's; optimizer=adamw"):
+        validate(config("optimizer=sgd", word), 1)
+
+
+def test_no_tensor_is_updated_without_a_gradient() -> None:
+    weights = [nn.Parameter(torch.ones(2, 1024)), nn.Parameter(torch.ones(3))]
+    optimizer = build_optimizer(weights, OptimizerConfig(compile=True))
+    optimizer.step()
+    weights[1].grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(weights[0].detach(), torch.ones(2, 1024))
+    assert weights[0] not in optimizer.state
+    assert math.isclose(weights[1][0].item(), 1 - 3e-3, rel_tol=1e-6)
