@@ -1,12 +1,13 @@
-"""Measurements of single ops on this machine's first GPU, in the format that `rows` reads; they take a minute."""
+"""Measurements of single ops on this machine's first GPU, in the format that `rows` reads; they take half a minute."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +15,54 @@ from torch import Tensor
 
 TOKENS, WIDTH, HIDDEN = 8192, 4096, 14336
 """Sizes of the matmuls: a large micro-batch of an 8B model."""
+HEADS, HEAD_DIM = 32, 128
+ATTENTION = ((8, 1024), (2, 4096))
+"""Rows and length of attention."""
 PARAMETERS = 200_000_000
 """Number of parameters that AdamW updates."""
-LOAD_S = 5.0
-"""How long a matmul runs until the power limit has set the clock."""
+COPIED_BYTES = 2**30
+LOAD_SIZE, LOAD_S = 8192, 5.0
+"""Size of a square matmul, and how long it runs until the power limit has set the clock."""
 REPEATS = 20
 
 
+class Case(NamedTuple):
+    """An op to measure."""
+
+    op: str
+    shape: tuple[int, ...]
+    flops: float
+    moved_bytes: float
+    """Read and written."""
+    prepare: Callable[[], Callable[[], object]]
+    """Allocates the op's tensors, which live as long as what it returns: the call to time."""
+    on_device: bool = True
+    """Whether its kernels are timed; if not, the host that launches them."""
+
+
 def measure_gpu(device: str = "cuda") -> list[dict[str, Any]]:
-    """Rows of {op, shape, us, flops, bytes}, and one that names the card."""
+    """Rows of {op, shape, us, flops, bytes}, and one that names the card; each is printed as soon as it is measured.
+
+    An op that fails, for example because other processes hold the memory, has a row with its error and no time.
+    """
     rows = [_card(device)]
-    for op, shape, flops, moved, call in (*_matmuls(device), *_attention(device), *_memory(device)):
-        rows.append({"op": op, "shape": shape, "us": _us(call), "flops": flops, "bytes": moved})
-    return [*rows, _sustained(device)]
+    lead = _random(LOAD_SIZE, LOAD_SIZE, device=device)
+    for case in (*_matmuls(device), *_attention(device), *_memory(device)):
+        rows.append(_measured(case, partial(_us, lead=lead if case.on_device else None)))
+    multiply = partial(torch.matmul, lead, lead)
+    load = Case("matmul sustained", (LOAD_SIZE,) * 3, 2.0 * LOAD_SIZE**3, 0.0, lambda: multiply)
+    return [*rows, _measured(load, _us_under_load)]
 
 
-Case = tuple[str, tuple[int, ...], float, float, Callable[[], object]]
-"""(op, shape, FLOPs, bytes read and written, what to call)"""
+def _measured(case: Case, time_it: Callable[[Callable[[], object]], float]) -> dict[str, Any]:
+    row: dict[str, Any] = {"op": case.op, "shape": case.shape}
+    try:
+        row |= {"us": time_it(case.prepare()), "flops": case.flops, "bytes": case.moved_bytes}
+    except RuntimeError as error:  # of CUDA and of its libraries, out of memory among them
+        row["error"] = str(error).partition("\n")[0]
+    found = f"{row['us']:.1f} us" if "us" in row else f"failed: {row['error']}"
+    print(f"  {case.op} {'x'.join(map(str, case.shape))}: {found}", flush=True)
+    return row
 
 
 def _card(device: str) -> dict[str, Any]:
@@ -40,68 +72,90 @@ def _card(device: str) -> dict[str, Any]:
 
 def _matmuls(device: str) -> Iterator[Case]:
     for rows, columns, depth in ((TOKENS, HIDDEN, WIDTH), (TOKENS, WIDTH, HIDDEN), (TOKENS, WIDTH, WIDTH)):
-        a, b = _random(rows, depth, device=device), _random(columns, depth, device=device)
-        shape = rows, columns, depth
-        yield "matmul NT", shape, 2.0 * rows * columns * depth, 0.0, partial(torch.matmul, a, b.t())
+
+        def prepare(rows: int = rows, columns: int = columns, depth: int = depth) -> Callable[[], object]:
+            a, b = _random(rows, depth, device=device), _random(columns, depth, device=device)
+            return partial(torch.matmul, a, b.t())
+
+        yield Case("matmul NT", (rows, columns, depth), 2.0 * rows * columns * depth, 0.0, prepare)
 
 
 def _attention(device: str) -> Iterator[Case]:
-    for rows, length in ((8, 1024), (2, 4096)):
-        q, k, v = (_random(rows, 32, length, 128, device=device).requires_grad_() for _ in range(3))
+    for rows, length in ATTENTION:
 
-        def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        def prepare(backward: bool, rows: int = rows, length: int = length) -> Callable[[], object]:
+            shape = rows, HEADS, length, HEAD_DIM
+            q, k, v = (_random(*shape, device=device).requires_grad_() for _ in range(3))
 
-        def both(forward: Callable[[], Tensor] = forward, given: tuple[Tensor, ...] = (q, k, v)) -> None:
-            out = forward()
-            # Not `backward`, which would add each call's gradients to the last one's
-            torch.autograd.grad(out, given, out)
+            def forward() -> Tensor:
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        flops, shape = 2.0 * rows * 32 * length * length * 128, (rows, 32, 32, length, 128)
-        yield "attention forward", shape, flops, 0.0, forward
-        yield "attention forward and backward", shape, 3.5 * flops, 0.0, both
+            def both() -> None:
+                out = forward()
+                # Not `backward`, which would add each call's gradients to the last one's
+                torch.autograd.grad(out, (q, k, v), out)
+
+            return both if backward else forward
+
+        flops = 2.0 * rows * HEADS * length * length * HEAD_DIM
+        shape = rows, HEADS, HEADS, length, HEAD_DIM
+        yield Case("attention forward", shape, flops, 0.0, partial(prepare, False))
+        yield Case("attention forward and backward", shape, 3.5 * flops, 0.0, partial(prepare, True))
 
 
 def _memory(device: str) -> Iterator[Case]:
-    source, into = (torch.empty(2**30, dtype=torch.uint8, device=device) for _ in range(2))
-    yield "copy", (2**30,), 0.0, 2.0**31, lambda: into.copy_(source)
-    parameter = torch.nn.Parameter(torch.zeros(PARAMETERS, device=device))
-    parameter.grad = torch.zeros_like(parameter)
-    yield (
-        "adamw float32",
-        (PARAMETERS,),
-        0.0,
-        28.0 * PARAMETERS,
-        torch.optim.AdamW([parameter], fused=True).step,
-    )
-    one = torch.zeros(1, device=device)
+    def copy() -> Callable[[], object]:
+        source, into = (torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+        return partial(into.copy_, source)
 
-    def launches() -> None:
-        for _ in range(100):
-            one.add_(1)
+    def adamw() -> Callable[[], object]:
+        parameter = torch.nn.Parameter(torch.randn(PARAMETERS, device=device))
+        parameter.grad = torch.randn_like(parameter)
+        return torch.optim.AdamW([parameter], fused=True).step
 
-    yield "100 launches", (1,), 0.0, 0.0, launches
+    def launches() -> Callable[[], object]:
+        one = torch.zeros(1, device=device)
 
+        def hundred() -> None:
+            for _ in range(100):
+                one.add_(1)
 
-def _sustained(device: str) -> dict[str, Any]:
-    a, b = (_random(8192, 8192, device=device) for _ in range(2))
-    began = time.monotonic()
-    while time.monotonic() - began < LOAD_S:
-        us = _us(lambda: a @ b)
-    return {"op": "matmul sustained", "shape": (8192,) * 3, "us": us, "flops": 2.0 * 8192**3, "bytes": 0.0}
+        return hundred
+
+    yield Case("copy", (COPIED_BYTES,), 0.0, 2.0 * COPIED_BYTES, copy)
+    yield Case("adamw float32", (PARAMETERS,), 0.0, 28.0 * PARAMETERS, adamw)
+    yield Case("100 launches", (1,), 0.0, 0.0, launches, on_device=False)
 
 
-def _us(call: Callable[[], object]) -> float:
-    """The median of some calls, by events on the device."""
+def _us_under_load(call: Callable[[], object]) -> float:
+    """The median of the second half of LOAD_S seconds."""
+    until = time.monotonic() + LOAD_S
+    taken: list[float] = []
+    while not taken or time.monotonic() < until:
+        taken.append(_us(call))
+    return median(taken[len(taken) // 2 :])
+
+
+def _us(call: Callable[[], object], lead: Tensor | None = None) -> float:
+    """Median microseconds of a call, by events on the device, after three to warm up.
+
+    Args:
+        lead: a matrix that the device multiplies first, for some milliseconds in which the host queues what is timed:
+            then only kernels are. Without it a short op takes as long as the host needs to launch it.
+    """
     for _ in range(3):
         call()
+    torch.cuda.synchronize()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    if lead is not None:
+        for _ in range(4):
+            torch.matmul(lead, lead)
     marks[0].record()
     for mark in marks[1:]:
         call()
         mark.record()
     torch.cuda.synchronize()
-    return median(marks[i].elapsed_time(marks[i + 1]) * 1e3 for i in range(REPEATS))
+    return median(start.elapsed_time(end) * 1e3 for start, end in pairwise(marks))
 
 
 def _random(*shape: int, device: str) -> Tensor:
