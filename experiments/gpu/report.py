@@ -1,4 +1,4 @@
-"""Predictions and measurements, as the table of README.md.
+"""Predictions and measurements, as the tables of README.md: ours by arithmetic, then the simulator's.
 
 python experiments/gpu/report.py [RESULTS.jsonl ...]        default: those recorded in results/; RECORD=1 writes README.md
 """
@@ -15,6 +15,9 @@ from rows import read
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table: experiments/gpu/report.py -->", "<!-- end of table -->"
+SIMULATED = "<!-- simulated: experiments/gpu/report.py -->"
+CARDS = {"h200_dgx": "h200", "h100_dgx": "h100"}
+"""Of each cluster of simulated.csv, the card whose results it is compared with."""
 
 
 def card_of(rows: list[dict[str, Any]]) -> str | None:
@@ -60,6 +63,73 @@ def table(results: list[list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def simulated_table(results: list[list[dict[str, Any]]], predictions: list[dict[str, str]]) -> str:
+    """Markdown: a row per setting and cluster of simulated.csv beside the last measurement on such a card; errors relative
+    to what was measured; then a line over the rows that were first measured after they were predicted."""
+    lines = [
+        "| setting | card | step predicted, s (range) | measured, s | error | tok/s predicted | measured | peak predicted, GB | measured, GB | error | known before |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    blind: list[tuple[float, bool]] = []
+    for predicted in predictions:
+        card = CARDS[predicted["cluster"]]
+        found = [
+            (str(rows[0].get("date", "")), row)
+            for rows in results
+            if card_of(rows) == card
+            for row in rows
+            if row.get("id") == predicted["id"] and "event" not in row
+        ]
+        known = any(day < predicted["date"] for day, _ in found)
+        measured = found[-1][1] if found else {"error": "not run"}
+        cells = [*simulated_cells(predicted, measured), "yes" if known else ""]
+        lines.append("| " + " | ".join([predicted["id"], card.upper(), *cells]) + " |")
+        if "step_s" in measured and predicted["step_s"] and not known:
+            low, step, high = (float(predicted[key]) for key in ("low", "step_s", "high"))
+            blind.append((step / measured["step_s"] - 1, low <= measured["step_s"] <= high))
+    return "\n".join([*lines, "", blind_text(blind)])
+
+
+def simulated_cells(predicted: dict[str, str], measured: dict[str, Any]) -> list[str]:
+    """Step time, tokens per second and peak memory, each predicted and measured, with the errors of the first and last."""
+    seconds, peak = measured.get("step_s"), measured.get("peak_bytes")
+    was = (
+        str(measured["error"]) if seconds is None else f"{seconds:.3f}",
+        "-" if seconds is None else f"{measured['perf/tokens_per_second']:,.0f}",
+        "-" if peak is None else f"{peak / 1e9:.1f}",
+    )
+    if not predicted["step_s"]:
+        return [predicted["reason"], was[0], "-", "-", was[1], "-", was[2], "-"]
+    step, held = float(predicted["step_s"]), float(predicted["memory_bytes"])
+    return [
+        f"{step:.3f} ({float(predicted['low']):.2f} to {float(predicted['high']):.2f})",
+        *(was[0], "-" if seconds is None else f"{step / seconds - 1:+.1%}"),
+        *(f"{int(predicted['tokens_per_s']):,}", was[1]),
+        f"{held / 1e9:.1f}" + " (does not fit)" * bool(predicted["reason"]),
+        *(was[2], "-" if peak is None else f"{held / peak - 1:+.1%}"),
+    ]
+
+
+def blind_text(errors: list[tuple[float, bool]]) -> str:
+    if not errors:
+        return "Blind: none of the rows that were unknown has been measured."
+    sizes = [abs(error) for error, _ in errors]
+    worst = max((error for error, _ in errors), key=abs)
+    bias, inside = sum(error for error, _ in errors) / len(errors), sum(inside for _, inside in errors)
+    return (
+        f"Blind: step time of the {len(errors)} rows that were unknown: mean error {sum(sizes) / len(sizes):.1%}, max {worst:+.1%}, "
+        f"bias {bias:+.1%}; {inside} of {len(errors)} within the stated range."
+    )
+
+
+def read_simulated() -> list[dict[str, str]]:
+    """What foresee.py has written, if anything."""
+    if not (HERE / "simulated.csv").exists():
+        return []
+    with (HERE / "simulated.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def shown(number: str) -> str:
     if not number:
         return "-"
@@ -68,12 +138,14 @@ def shown(number: str) -> str:
 
 def main() -> None:
     paths = [Path(word) for word in sys.argv[1:]] or sorted((HERE / "results").glob("*.jsonl"))
-    text = table([read(path) for path in paths])
-    print(text)
-    if os.environ.get("RECORD") == "1":
-        readme = HERE / "README.md"
-        before, rest = readme.read_text().split(BEGIN)
-        readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    results = [read(path) for path in paths]
+    predictions = read_simulated()
+    for begin, text in ((BEGIN, table(results)), (SIMULATED, simulated_table(results, predictions))):
+        print(text, end="\n\n")
+        if os.environ.get("RECORD") == "1":
+            readme = HERE / "README.md"
+            before, rest = readme.read_text().split(begin)
+            readme.write_text(f"{before}{begin}\n{text}\n{END}{rest.split(END, 1)[1]}")
 
 
 if __name__ == "__main__":
