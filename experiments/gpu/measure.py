@@ -4,7 +4,8 @@
     python experiments/gpu/measure.py --out OUT --device cpu --tiny          the rehearsal
 
 Each stage is a process of its own with a limit of its own, in the order of worth over risk; each result is a line of
-OUT/results.jsonl as soon as it is there, and what a stage printed is in OUT/<stage>.log.
+OUT/results.jsonl as soon as it is there, what all stages printed is in OUT/logs.txt, and the cluster file that
+tpresearch.calibrate wrote is OUT/measured.yaml.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "facts": (60, [str(HERE / "facts.py")]),
     "smoke": (60, [str(ROOT / "train.py"), *SMOKE]),
     "calibrate": (65, [str(HERE / "calibrate.py")]),
+    "calibrate-command": (110, ["-m", "tpresearch.calibrate"]),
     "training-8b": (260, [str(HERE / "training.py"), "8b"]),
     "correctness": (
         200,
         [
             *("-m", "pytest", "-q", "-m", "gpu", "-p", "outcomes", "-p", "no:cacheprovider", "--tb=short"),
-            f"--rootdir={ROOT}",
+            *("-o", "addopts=", f"--rootdir={ROOT}"),  # without options of plugins that may be missing there
             *(
                 str(ROOT / "tests" / "verify" / "test_cuda.py"),
                 str(ROOT / "tests" / "commands" / "test_cuda_runs.py"),
@@ -86,6 +88,13 @@ def arguments(name: str, given: argparse.Namespace, left: float) -> list[str]:
         return [f"device={given.device}", f"hydra.run.dir={mkdtemp()}/smoke", *eager]
     if name == "correctness":
         return []
+    if name == "calibrate-command":
+        out = given.out.resolve()
+        on_cpu = [
+            f"rows={out / 'results.jsonl'}",
+            "base=h200_dgx",
+        ]  # of the stage before: a CPU takes minutes
+        return [f"out={out / 'measured.yaml'}", *(on_cpu if given.device == "cpu" else [])]
     tiny = ["--tiny"] if given.tiny else []
     return ["--out", str(given.out.resolve()), "--device", given.device, "--limit", str(left - 5), *tiny]
 
@@ -99,7 +108,9 @@ def run(name: str, command: list[str], limit: float, out: Path) -> None:
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
     began = time.monotonic()
-    with (out / f"{name}.log").open("w") as log:
+    with (out / "logs.txt").open("a+", errors="replace") as log:
+        print(f"===== {name}", file=log, flush=True)
+        start = log.tell()
         process = subprocess.Popen(
             [sys.executable, *command],
             stdout=log,
@@ -117,8 +128,9 @@ def run(name: str, command: list[str], limit: float, out: Path) -> None:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        log.seek(start)
+        last = log.read().strip().splitlines()[-1:]
     seconds = round(time.monotonic() - began, 1)
-    last = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()[-1:]
     append(out, stage=name, status=status, seconds=seconds, last_line=(last or [""])[0][:300])
 
 

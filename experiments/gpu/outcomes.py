@@ -13,8 +13,8 @@ from rows import append
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when != "call" and report.passed:
-        return
+    if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
+        return  # pytest-xdist repeats a worker's reports in the process that started it
     said = {"said": str(report.longrepr)[-1500:]} if report.failed else {}
     taken = round(report.duration, 1)
     append(

@@ -1,4 +1,4 @@
-"""`train.py` on a CUDA device: compiled, killed and going on, ranks that share the card, a profile, a bad update skipped."""
+"""`train.py` on a CUDA device, the shortest first: a profile, a bad update skipped, compiled, killed and going on, ranks that share the card."""
 
 from __future__ import annotations
 
@@ -50,6 +50,29 @@ def train(folder: Path, home: Path, small: list[str], *overrides: str) -> Traine
     return Trained(done, folder)
 
 
+def test_a_profile_and_a_memory_snapshot(small: list[str], home: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", home, small, "profiler=trace", "profiler.memory=true", *EARLY)
+    (found,) = run.folder.rglob("kernels-rank0.json")
+    kernels = json.loads(found.read_text())
+    assert kernels["device"] == "cuda"
+    assert {"matmul", "attention", "optimizer", "pointwise"} <= kernels["classes"].keys()
+    assert list(run.folder.rglob("trace-rank0.json.gz"))
+    assert list(run.folder.rglob("memory-rank0.pickle"))
+
+
+def test_an_update_that_is_not_finite_is_left_out_without_a_wait(
+    small: list[str], home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    given = command(small, "model._target_=poisoned.Poisoned", "train.on_nonfinite=skip", "train.steps=5")
+    run = [*given, "train.eval_rows=0", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = execute(run, tmp_path, environment(home, **SEES_ALL, **on_path(tmp_path)))
+    assert done.code == 0, done.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert math.isfinite(summary["train/loss"])
+
+
 def test_compiled_steps_are_the_eager_ones_and_are_timed_and_weighed(
     small: list[str], home: Path, tmp_path: Path
 ) -> None:
@@ -97,29 +120,6 @@ def test_ranks_that_share_the_card_train_the_2d_plan(small: list[str], home: Pat
     assert done.code == 0, done.err
     run = Trained(done, tmp_path / "shared")
     assert run.column("train/loss") == pytest.approx(alone.column("train/loss"), rel=1e-4)
-
-
-def test_a_profile_and_a_memory_snapshot(small: list[str], home: Path, tmp_path: Path) -> None:
-    run = train(tmp_path / "run", home, small, "profiler=trace", "profiler.memory=true", *EARLY)
-    (found,) = run.folder.rglob("kernels-rank0.json")
-    kernels = json.loads(found.read_text())
-    assert kernels["device"] == "cuda"
-    assert {"matmul", "attention", "optimizer", "pointwise"} <= kernels["classes"].keys()
-    assert list(run.folder.rglob("trace-rank0.json.gz"))
-    assert list(run.folder.rglob("memory-rank0.pickle"))
-
-
-def test_an_update_that_is_not_finite_is_left_out_without_a_wait(
-    small: list[str], home: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "poisoned.py").write_text(POISONED)
-    given = command(small, "model._target_=poisoned.Poisoned", "train.on_nonfinite=skip", "train.steps=5")
-    run = [*given, "train.eval_rows=0", f"hydra.run.dir={tmp_path / 'run'}"]
-    done = execute(run, tmp_path, environment(home, **SEES_ALL, **on_path(tmp_path)))
-    assert done.code == 0, done.err
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "completed"
-    assert math.isfinite(summary["train/loss"])
 
 
 def test_verify_says_ok_on_the_card(home: Path, tmp_path: Path) -> None:

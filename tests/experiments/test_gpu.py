@@ -19,12 +19,15 @@ MEASURE = ROOT / "experiments" / "gpu" / "measure.py"
 def test_it_runs_on_a_cpu_with_tiny_sizes(tmp_path: Path) -> None:
     command = [sys.executable, str(MEASURE), "--out", str(tmp_path), "--device", "cpu", "--tiny"]
     done = subprocess.run(
-        [*command, "--only", "facts,calibrate,training-8b"], capture_output=True, text=True, env=os.environ
+        [*command, "--only", "facts,calibrate,calibrate-command,training-8b"],
+        capture_output=True,
+        text=True,
+        env=os.environ,
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {row["stage"]: row["status"] for row in rows if "status" in row} == dict.fromkeys(
-        ("facts", "calibrate", "training-8b"), "done"
+        ("facts", "calibrate", "calibrate-command", "training-8b"), "done"
     ), done.stdout
     backends = [row for row in rows if row.get("op") == "attention backend"]
     assert {row["dtype"] for row in backends} == {"torch.bfloat16", "torch.float32", "torch.float64"}
@@ -42,9 +45,11 @@ def test_it_runs_on_a_cpu_with_tiny_sizes(tmp_path: Path) -> None:
     for row in trained:
         of_id = [step["seconds"] for step in rows if step.get("event") == "step" and step["id"] == row["id"]]
         assert of_id[-2:] == row["steps_s"]
-    profiled = [row for row in rows if row.get("event") == "profile"]
-    assert profiled[0]["id"] == "8b none mb4"
-    assert {"matmul", "pointwise"} <= profiled[0]["classes"].keys()
+    (profiled,) = [row for row in rows if row.get("event") == "profile"]
+    assert profiled["id"] == "8b none mb4"
+    assert {"matmul", "pointwise"} <= profiled["classes"].keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.txt", "measured.yaml", "results.jsonl"]
+    assert "simulate with cluster=measured" in (tmp_path / "logs.txt").read_text()
 
 
 @pytest.mark.exhaustive
@@ -77,11 +82,11 @@ def test_a_call_that_is_told_to_end_ends_its_stage(tmp_path: Path) -> None:
     )
     env = os.environ | {"PYTHONPATH": str(MEASURE.parent)}
     call = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=env)
-    said = tmp_path / "facts.log"
-    wait_for(lambda: said.exists() and said.read_text().endswith("\n"))
+    said = tmp_path / "logs.txt"
+    wait_for(lambda: said.exists() and said.read_text().count("\n") == 2)
     call.terminate()
     assert call.wait() == 143
-    assert not runs(int(said.read_text()))
+    assert not runs(int(said.read_text().splitlines()[-1]))
 
 
 def test_a_stage_that_hangs_is_ended_and_those_after_it_run(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ import json
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from support.composed import config, corpus
 
 from tpresearch.config import Config, ConfigError
@@ -21,7 +24,7 @@ from tpresearch.train.assemble import assemble
 from tpresearch.train.main import build_observers
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import preflight
-from tpresearch.train.profile import Profiler, kernel_class
+from tpresearch.train.profile import Profiler, kernel_class, summarize
 from tpresearch.verify.ranks import Ranks
 
 
@@ -41,6 +44,39 @@ from tpresearch.verify.ranks import Ranks
 )
 def test_a_kernel_is_known_by_its_name(kernel: str, kind: str) -> None:
     assert kernel_class(kernel) == kind
+
+
+def event(name: str, kind: str, micros: float, annotation: bool = False) -> Any:
+    return SimpleNamespace(
+        key=name,
+        device_type=getattr(torch.autograd.DeviceType, kind),
+        is_user_annotation=annotation,
+        self_device_time_total=micros if kind == "CUDA" else 0.0,
+        self_cpu_time_total=micros if kind == "CPU" else 0.0,
+        count=2,
+    )
+
+
+def test_on_cuda_kernels_alone_are_summed_and_not_the_ranges_around_them() -> None:
+    ranges = ("forward", "Optimizer.step#AdamW.step", "## Call CompiledFxGraph abc ##")
+    events = [
+        *(event(name, "CPU", 5000.0, annotation=True) for name in ranges),
+        event("aten::mm", "CPU", 300.0),
+        event("cudaLaunchKernel", "CPU", 100.0),
+        *(event(name, "CUDA", 9000.0) for name in ranges),  # as torch 2.11 has them, not marked
+        event("nvjet_tst_NTN", "CUDA", 4000.0),
+        event("multi_tensor_apply_kernel<FusedAdamMathFunctor>", "CUDA", 2000.0),
+        event("triton_poi_fused_mul_0", "CUDA", 1000.0),
+        event("Memcpy HtoD (Pinned -> Device)", "CUDA", 500.0),
+    ]
+    found = summarize(events, on_cuda=True, steps=2)
+    assert {name: row["ms"] for name, row in found["classes"].items()} == {
+        "matmul": 2.0,
+        "optimizer": 1.0,
+        "pointwise": 0.5,
+        "copy": 0.25,
+    }
+    assert len(found["slowest"]) == 4
 
 
 def profiled(world: World, cfg: Config, folder: Path) -> None:
