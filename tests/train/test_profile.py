@@ -63,7 +63,8 @@ def test_on_cuda_kernels_alone_are_summed_and_not_the_ranges_around_them() -> No
         *(event(name, "CPU", 5000.0, annotation=True) for name in ranges),
         event("aten::mm", "CPU", 300.0),
         event("cudaLaunchKernel", "CPU", 100.0),
-        *(event(name, "CUDA", 9000.0) for name in ranges),  # as torch 2.11 has them, not marked
+        event("triton_poi_fused_mul_0", "CPU", 50.0),
+        *(event(name, "CUDA", 9000.0) for name in ranges),
         event("nvjet_tst_NTN", "CUDA", 4000.0),
         event("multi_tensor_apply_kernel<FusedAdamMathFunctor>", "CUDA", 2000.0),
         event("triton_poi_fused_mul_0", "CUDA", 1000.0),

@@ -109,13 +109,12 @@ def kernel_class(kernel: str) -> str:
 def summarize(events: Iterable[Any], on_cuda: bool, steps: int) -> dict[str, Any]:
     """Milliseconds per step, and calls: of kernels on CUDA, else of ops without the ops that they call."""
     rows, events = [], list(events)
-    # Phases, the optimizer's step and compiled regions are ranges: on the device each has a row, with the time of kernels that
-    # have rows too. Its name is one of the host's, which a kernel's never is (torch 2.11 does not mark it as an annotation).
-    ranges = {event.key for event in events if event.device_type != torch.autograd.DeviceType.CUDA}
+    # Phases and the optimizer's step are ranges: on the device each has a row with the time of kernels that have rows too. It is
+    # known by its mark, or by the host's mark on the same name. (A host's row alone is no sign: inductor names one after each
+    # Triton kernel that it launches.)
+    ranges = {event.key for event in events if event.is_user_annotation}
     for event in events:
-        if on_cuda != (event.device_type == torch.autograd.DeviceType.CUDA) or event.is_user_annotation:
-            continue
-        if on_cuda and event.key in ranges:
+        if on_cuda != (event.device_type == torch.autograd.DeviceType.CUDA) or event.key in ranges:
             continue
         micros = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         marks = not on_cuda and not event.key.startswith(("aten::", "c10d::", "gloo", "nccl", "mkldnn"))
