@@ -52,6 +52,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {
             *(["-n", "4", "--dist", "loadgroup"] if find_spec("xdist") else []),
         ],
     ),
+    "training-8b-compiled-adamw": (170, [str(HERE / "training.py"), "8b-compiled-adamw"]),
     "training-8b-float8": (90, [str(HERE / "training.py"), "8b-float8"]),
     "training-7b": (90, [str(HERE / "training.py"), "7b"]),
     "training-7b-masters": (60, [str(HERE / "training.py"), "7b-masters"]),

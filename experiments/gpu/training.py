@@ -38,7 +38,7 @@ WARM_UP, TIMED = 2, 4
 """Steps; of the rehearsal, one and two."""
 SETTING_S = 30
 """Seconds that a setting takes, its compilation with it: none begins with fewer left (H200, Llama-3-8B, with two steps more: 28 to 39)."""
-PROFILED = ("8b none mb4",)
+PROFILED = ("8b none mb4", "8b compiled AdamW none mb4")
 """Names of the settings whose kernels are kept, in two more steps."""
 TUNED = "tuned"
 """Ends the name of a setting whose fused kernels inductor tunes by trying."""
