@@ -2,7 +2,7 @@
 
     RECORD=1 python experiments/gpu/foresee.py      # adds rows to simulated.csv; those that it has stay as they are
 
-A row per setting and cluster: seconds of a step with the range that the simulator states, tokens per second, and the peak
+A row per setting and cluster, as conf/cluster has it or as `tpresearch.calibrate` makes it of the rows that it measured (results/): seconds of a step with the range that the simulator states, tokens per second, and the peak
 of allocated bytes. `reason` says why a step would not fit the device, or, with these left empty, why it is not simulated.
 """
 
@@ -18,20 +18,25 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 import report  # noqa: E402
+import yaml  # noqa: E402
 from record import place  # noqa: E402
 from training import FAMILIES  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
+from tpresearch.calibrate.rows import cluster_from_rows, read_rows  # noqa: E402
 from tpresearch.config import ConfigError  # noqa: E402
 from tpresearch.config.world import World  # noqa: E402
 from tpresearch.launch.options import command  # noqa: E402
+from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import Recording, recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import Prediction, predict  # noqa: E402
 from tpresearch.simulate.preflight import preflight  # noqa: E402
 from tpresearch.simulate.report import memory_text  # noqa: E402
 
-CLUSTERS = ("h200_dgx", "h100_dgx")
+CLUSTERS = ("h200_dgx", "h100_dgx", "h200_calibrated", "h100_calibrated")
+CALIBRATED = "2026-11-27"
+"""Day of the rows that `tpresearch.calibrate` measured."""
 COLUMNS = (
     "id",
     "cluster",
@@ -82,13 +87,23 @@ def foresee(name: str, overrides: Sequence[str], clusters: Iterable[str]) -> Ite
             "date": date.today().isoformat(),
             "overrides": " ".join(overrides),
         }
-        words = (*overrides, "world_size=1", f"cluster={cluster}")
+        words = (*overrides, "world_size=1", f"cluster={cluster.replace('calibrated', 'dgx')}")
         try:
             job = preflight(load(*words, config_name="simulate"), World())
             recorded = recorded or recording(job.cfg, job.sizes, record)
-            yield row | numbers(predict(recorded, job.cluster))
+            priced = calibrated(cluster) if cluster.endswith("calibrated") else job.cluster
+            yield row | numbers(predict(recorded, priced))
         except ConfigError as error:
             yield row | {"reason": str(error).splitlines()[0]}
+
+
+def calibrated(cluster: str) -> Cluster:
+    """The cluster that `python -m tpresearch.calibrate rows=...` writes for the rows that it measured on such a card."""
+    card = cluster.partition("_")[0]
+    base = yaml.safe_load((HERE.parents[1] / "conf" / "cluster" / f"{card}_dgx.yaml").read_text())
+    return parse_cluster(
+        cluster_from_rows(read_rows(HERE / "results" / f"{card}-{CALIBRATED}-calibrate.jsonl"), base, cluster)
+    )
 
 
 def numbers(prediction: Prediction) -> Row:

@@ -16,7 +16,7 @@ from rows import read
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table: experiments/gpu/report.py -->", "<!-- end of table -->"
 SIMULATED = "<!-- simulated: experiments/gpu/report.py -->"
-CARDS = {"h200_dgx": "h200", "h100_dgx": "h100"}
+CARDS = {"h200_dgx": "h200", "h100_dgx": "h100", "h200_calibrated": "h200", "h100_calibrated": "h100"}
 """Of each cluster of simulated.csv, the card whose results it is compared with."""
 
 
@@ -64,13 +64,15 @@ def table(results: list[list[dict[str, Any]]]) -> str:
 
 
 def simulated_table(results: list[list[dict[str, Any]]], predictions: list[dict[str, str]]) -> str:
-    """Markdown: a row per setting and cluster of simulated.csv beside the last measurement on such a card; errors relative
-    to what was measured; then a line over the rows that were first measured after they were predicted."""
+    """Markdown: a row per setting and cluster of simulated.csv that was measured on such a card, the last time; errors relative
+    to what was measured; then a line over the rows that were first measured after they were predicted, and one over those of
+    calibrated clusters."""
     lines = [
-        "| setting | card | step predicted, s (range) | measured, s | error | tok/s predicted | measured | peak predicted, GB | measured, GB | error | known before |",
+        "| setting | cluster | step predicted, s (range) | measured, s | error | tok/s predicted | measured | peak predicted, GB | measured, GB | error | known before |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     blind: list[tuple[float, bool]] = []
+    calibrated: list[tuple[float, bool]] = []
     for predicted in predictions:
         card = CARDS[predicted["cluster"]]
         found = [
@@ -80,14 +82,17 @@ def simulated_table(results: list[list[dict[str, Any]]], predictions: list[dict[
             for row in rows
             if row.get("id") == predicted["id"] and "event" not in row
         ]
-        known = any(day < predicted["date"] for day, _ in found)
-        measured = found[-1][1] if found else {"error": "not run"}
-        cells = [*simulated_cells(predicted, measured), "yes" if known else ""]
-        lines.append("| " + " | ".join([predicted["id"], card.upper(), *cells]) + " |")
-        if "step_s" in measured and predicted["step_s"] and not known:
+        if not found:
+            continue
+        is_calibrated = predicted["cluster"].endswith("calibrated")
+        known, measured = any(day < predicted["date"] for day, _ in found), found[-1][1]
+        cells = [*simulated_cells(predicted, measured), "yes" if known and not is_calibrated else ""]
+        lines.append("| " + " | ".join([predicted["id"], predicted["cluster"], *cells]) + " |")
+        if "step_s" in measured and predicted["step_s"] and (is_calibrated or not known):
             low, step, high = (float(predicted[key]) for key in ("low", "step_s", "high"))
-            blind.append((step / measured["step_s"] - 1, low <= measured["step_s"] <= high))
-    return "\n".join([*lines, "", blind_text(blind)])
+            error = step / measured["step_s"] - 1, low <= measured["step_s"] <= high
+            (calibrated if is_calibrated else blind).append(error)
+    return "\n".join([*lines, "", errors_text("Blind", blind), "", errors_text("Calibrated", calibrated)])
 
 
 def simulated_cells(predicted: dict[str, str], measured: dict[str, Any]) -> list[str]:
@@ -110,14 +115,14 @@ def simulated_cells(predicted: dict[str, str], measured: dict[str, Any]) -> list
     ]
 
 
-def blind_text(errors: list[tuple[float, bool]]) -> str:
+def errors_text(rows: str, errors: list[tuple[float, bool]]) -> str:
     if not errors:
-        return "Blind: none of the rows that were unknown has been measured."
+        return f"{rows}: none of these rows has been measured."
     sizes = [abs(error) for error, _ in errors]
     worst = max((error for error, _ in errors), key=abs)
     bias, inside = sum(error for error, _ in errors) / len(errors), sum(inside for _, inside in errors)
     return (
-        f"Blind: step time of the {len(errors)} rows that were unknown: mean error {sum(sizes) / len(sizes):.1%}, max {worst:+.1%}, "
+        f"{rows}: step time of {len(errors)} rows: mean error {sum(sizes) / len(sizes):.1%}, max {worst:+.1%}, "
         f"bias {bias:+.1%}; {inside} of {len(errors)} within the stated range."
     )
 

@@ -174,18 +174,26 @@ def test_the_simulator_s_table_has_errors_and_which_rows_were_blind() -> None:
         predicted("8b full mb4", "h200_dgx", 3.0, 99),
         predicted("7b none mb4", "h200_dgx", 2.5, 60),
         predicted("8b selective mb8", "h200_dgx", 3.0, 152, "155.0 of 150 GB: does not fit"),
+        predicted("8b full mb4", "h200_calibrated", 3.2, 99),
         dict.fromkeys(foresee.COLUMNS, "")
-        | {"id": "8b eager", "cluster": "h100_dgx", "reason": "not simulated", "date": "2026-11-27"},
+        | {
+            "id": "8b selective mb8",
+            "cluster": "h200_calibrated",
+            "reason": "no such op",
+            "date": "2026-11-27",
+        },
     ]
     assert report.simulated_table([before, after], predictions).splitlines()[2:] == [
-        "| 8b full mb2 | H200 | 2.100 (1.89 to 2.31) | 2.000 | +5.0% | 15,604 | 16,384 | 101.0 | 100.0 | +1.0% | yes |",
-        "| 8b full mb2 | H100 | 2.200 (1.98 to 2.42) | not run | - | 14,895 | - | 101.0 (does not fit) | - | - |  |",
-        "| 8b full mb4 | H200 | 3.000 (2.70 to 3.30) | 3.200 | -6.2% | 10,923 | 10,240 | 99.0 | 99.0 | +0.0% |  |",
-        "| 7b none mb4 | H200 | 2.500 (2.25 to 2.75) | 2.000 | +25.0% | 13,107 | 16,384 | 60.0 | 80.0 | -25.0% |  |",
-        "| 8b selective mb8 | H200 | 3.000 (2.70 to 3.30) | out of memory | - | 10,923 | - | 152.0 (does not fit) | - | - |  |",
-        "| 8b eager | H100 | not simulated | not run | - | - | - | - | - | - |  |",
+        "| 8b full mb2 | h200_dgx | 2.100 (1.89 to 2.31) | 2.000 | +5.0% | 15,604 | 16,384 | 101.0 | 100.0 | +1.0% | yes |",
+        "| 8b full mb4 | h200_dgx | 3.000 (2.70 to 3.30) | 3.200 | -6.2% | 10,923 | 10,240 | 99.0 | 99.0 | +0.0% |  |",
+        "| 7b none mb4 | h200_dgx | 2.500 (2.25 to 2.75) | 2.000 | +25.0% | 13,107 | 16,384 | 60.0 | 80.0 | -25.0% |  |",
+        "| 8b selective mb8 | h200_dgx | 3.000 (2.70 to 3.30) | out of memory | - | 10,923 | - | 152.0 (does not fit) | - | - |  |",
+        "| 8b full mb4 | h200_calibrated | 3.200 (2.88 to 3.52) | 3.200 | +0.0% | 10,240 | 10,240 | 99.0 | 99.0 | +0.0% |  |",
+        "| 8b selective mb8 | h200_calibrated | no such op | out of memory | - | - | - | - | - | - |  |",
         "",
-        "Blind: step time of the 2 rows that were unknown: mean error 15.6%, max +25.0%, bias +9.4%; 1 of 2 within the stated range.",
+        "Blind: step time of 2 rows: mean error 15.6%, max +25.0%, bias +9.4%; 1 of 2 within the stated range.",
+        "",
+        "Calibrated: step time of 1 rows: mean error 0.0%, max +0.0%, bias +0.0%; 1 of 1 within the stated range.",
     ]
 
 
@@ -193,8 +201,7 @@ def test_a_step_is_foreseen_per_cluster_or_refused_in_one_line() -> None:
     words = (*training.TINY, "train.micro_batch_size=4", "parallel.compile=false")
     rows = list(foresee.foresee("tiny", words, foresee.CLUSTERS))
     assert [(row["id"], row["cluster"], row["reason"]) for row in rows] == [
-        ("tiny", "h200_dgx", ""),
-        ("tiny", "h100_dgx", ""),
+        ("tiny", cluster, "") for cluster in foresee.CLUSTERS
     ]
     for row in rows:
         low, step, high = (float(row[key]) for key in ("low", "step_s", "high"))
