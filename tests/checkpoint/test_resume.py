@@ -44,6 +44,7 @@ def of(cfg: Config) -> Checkpoint:
         "train.micro_batch_size=2 train.log_every=5 train.eval_every=null train.eval_rows=3",
         "logger=wandb logger.project=x name=other device=cpu data.cache_dir=/tmp/x",
         "checkpoint.every=3 checkpoint.keep=9 train.on_nonfinite=skip",
+        "optimizer.compile=true",
         "train.steps=51",
         "train.steps=null train.tokens=1000000",
     ],
@@ -56,6 +57,10 @@ def test_what_may_change(changed: str) -> None:
     ("changed", "said"),
     [
         ("optimizer.lr=0.1", "optimizer.lr=0.1: this run was started with 0.003"),
+        (
+            "optimizer.moment_dtype=bfloat16",
+            "optimizer.moment_dtype=bfloat16: this run was started with null",
+        ),
         ("train.seed=1", "train.seed=1: this run was started with 0"),
         ("train.global_batch_size=16", "train.global_batch_size=16: this run was started with 8"),
         ("train.dtype=float64", "train.dtype=float64: this run was started with float32"),

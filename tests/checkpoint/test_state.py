@@ -30,6 +30,8 @@ KINDS = {
     "buffered": [*model(Buffered), "train.dtype=float64"],
     "bfloat16": ["model=toy_mlp", "train.dtype=bfloat16"],
     "bfloat16 weights": ["model=toy_mlp", "train.dtype=bfloat16", "train.weights=bfloat16"],
+    "bfloat16 moments": ["model=toy_mlp", "train.dtype=bfloat16", "optimizer.moment_dtype=bfloat16"],
+    "compiled update": ["model=toy_mlp", "train.dtype=bfloat16", "optimizer.compile=true"],
     "micro-batches": ["model=toy_mlp", "train.micro_batch_size=2"],
     "sgd without momentum": ["model=toy_mlp", "optimizer=sgd"],
 }
@@ -50,7 +52,9 @@ def test_it_resumes_bitwise(tmp_path: Path, kind: str) -> None:
     assert went.losses == never_stopped.losses[2:]
 
 
-@pytest.mark.parametrize("kind", [exhaustive("frozen"), "unused", exhaustive("tied"), "bfloat16"])
+@pytest.mark.parametrize(
+    "kind", [exhaustive("frozen"), "unused", exhaustive("tied"), "bfloat16", "bfloat16 moments"]
+)
 def test_another_plan_restores_it_to_the_bit(ranks: Ranks, tmp_path: Path, kind: str) -> None:
     alone(config("parallel=none", *KINDS[kind]), 2, run=tmp_path, at=2)
     saved = folder_of(tmp_path, 2)

@@ -255,12 +255,17 @@ def check_one_line(done: Done, begins: str) -> None:
             {"CXX": "no-such-compiler", "PATH": "/nowhere"},
         ),
         (
+            "parallel=none optimizer.compile=true",
+            "optimizer.compile=true: no C++ compiler is found (no-such-compiler); false on this machine",
+            {"CXX": "no-such-compiler", "PATH": "/nowhere"},
+        ),
+        (
             f"parallel=none {UP_TO_THE_FOLDER}",
             "hydra.run.dir=/dev/null/x: cannot be written: Not a directory",
             {},
         ),
     ],
-    ids=["no compiler", "no folder"],
+    ids=["no compiler", "no compiler for the update", "no folder"],
 )
 def test_what_the_machine_lacks_is_refused(
     train_py, small: list[str], tmp_path: Path, typed: str, begins: str, env: dict[str, str]

@@ -375,6 +375,13 @@ def test_another_dtype_or_a_mistake_is_seen_beside_the_same_science(tmp_path: Pa
     assert [len(comparison.groups) for comparison in comparisons_of(groups)] == [3]
 
 
+def test_moments_in_another_dtype_and_a_compiled_update_are_the_same_science(tmp_path: Path) -> None:
+    groups = groups_of(tmp_path, Made(), Made("tp", {"tp": 2}), Made("fsdp", {"dp_shard": 2}))
+    groups[1].first.config["optimizer"]["moment_dtype"] = "bfloat16"
+    groups[2].first.config["optimizer"]["compile"] = True
+    assert [len(comparison.groups) for comparison in comparisons_of(groups)] == [3]
+
+
 def test_a_run_that_failed_before_any_row_is_named_and_is_no_baseline(tmp_path: Path) -> None:
     early = Made(steps=0, error=ValueError("boom"))
     groups = groups_of(tmp_path, early, Made("tp", {"tp": 2}), Made("fsdp", {"dp_shard": 2}, loss=nudged))

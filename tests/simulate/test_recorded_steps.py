@@ -184,3 +184,11 @@ def test_linear_layers_in_float8_are_recorded_as_they_run_and_casts_once_where_c
     assert scales(once, "backward") == 14  # of output gradients: those of inputs and weights are known
     made = {number for op in once for number, _ in op.writes} | {n for op in part for n, _ in op.reads}
     assert all(number in made for op in once for number, _ in op.reads)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_update_with_moments_of_a_dtype_of_their_own_is_an_op_per_weight(compiled: bool) -> None:
+    words = "optimizer.moment_dtype=bfloat16", f"optimizer.compile={compiled}"
+    ops = recorded(config("model=llama2_debug", "parallel=fsdp", *words), 2).end
+    names = [op.name for op in ops if op.kind == "optimizer"]
+    assert names == ["adamw_" if compiled else "adamw_ in plain torch"] * (2 * 9 + 3)

@@ -4,7 +4,7 @@ import pytest
 
 from tpresearch.config.choices import Dtype, Float8, WeightDtype
 from tpresearch.config.schema import DataPlan, ParallelConfig, TensorPlan
-from tpresearch.config.training import TrainConfig
+from tpresearch.config.training import OptimizerConfig, TrainConfig
 from tpresearch.track.text import run_name
 
 
@@ -26,8 +26,15 @@ def test_a_run_is_named_by_its_model_and_layout(
     data: str, tensor: str | None, sizes: dict[str, int], name: str
 ) -> None:
     plan = ParallelConfig("any", TensorPlan(tensor) if tensor else None, DataPlan(data))
-    assert run_name("llama2_tiny", plan, sizes, TrainConfig()) == f"llama2_tiny/{name}"
+    adamw, train = OptimizerConfig(), TrainConfig()
+    assert run_name("llama2_tiny", plan, sizes, train, adamw) == f"llama2_tiny/{name}"
+    moments = OptimizerConfig(moment_dtype=WeightDtype.bfloat16)
+    assert run_name("llama2_tiny", plan, sizes, train, moments) == f"llama2_tiny/{name}-bf16moments"
     narrow = TrainConfig(
         dtype=Dtype.bfloat16, weights=WeightDtype.bfloat16, float8=Float8.rowwise, float8_emulated=True
     )
-    assert run_name("llama2_tiny", plan, sizes, narrow) == f"llama2_tiny/{name}-bf16weights-float8rowwise"
+    labelled = f"llama2_tiny/{name}-bf16weights-float8rowwise"
+    for same in adamw, moments:
+        assert run_name("llama2_tiny", plan, sizes, narrow, same) == labelled
+    wide = OptimizerConfig(moment_dtype=WeightDtype.float32)
+    assert "-bf16weights-fp32moments-" in run_name("llama2_tiny", plan, sizes, narrow, wide)

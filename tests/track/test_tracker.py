@@ -52,6 +52,7 @@ def test_a_completed_run_leaves_config_plan_rows_and_summary(
         "device": "cpu",
         "dtype": "float32",
         "weights": "float32",
+        "moments": "float32",
         "float8": "none",
         "unigram_entropy": 6.71,
         "train/loss": 7.75,

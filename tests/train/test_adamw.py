@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.meta import plain_model
+from tpresearch.train import adamw_op
 from tpresearch.train.adamw import AdamW, ElementwiseAdamW
 from tpresearch.train.assemble import assemble
 from tpresearch.train.optim import build_optimizer
@@ -115,6 +118,65 @@ def test_compiled_it_is_one_graph_for_tensors_in_rows_and_one_for_others() -> No
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+def test_dynamo_counts_graphs_of_each_kind_of_update_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limit, 8, is for a code object: a process may train many times, and a model have weights of several dtypes."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(compile, backend="eager"))
+    adamw_op._compiled_update.cache_clear()
+    for moments in (None, torch.bfloat16):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            train(draw(dtype), functools.partial(elementwise, compile=True, moments=moments))
+    adamw_op._compiled_update.cache_clear()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_weight_that_is_not_contiguous_is_updated(compile: bool) -> None:
+    weight, same = nn.Parameter(torch.ones(1024, 2).t()), nn.Parameter(torch.ones(2, 1024))
+    assert not weight.is_contiguous()
+    gradient = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0))
+    for parameter in (weight, same):
+        optimizer = elementwise([{"params": [parameter]}], compile=compile and parameter is weight)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    assert torch.equal(weight.detach(), same.detach())
+    assert not torch.equal(same.detach(), torch.ones(2, 1024))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_gradient_that_is_not_finite_changes_nothing_where_it_is_skipped(compile: bool) -> None:
+    weight, copy = (nn.Parameter(torch.ones(2, 1024)), torch.ones(2, 1024, dtype=torch.bfloat16))
+    optimizer = elementwise([{"params": [weight]}], torch.bfloat16, compile, {weight: copy})
+    weight.grad = torch.full((2, 1024), math.nan)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(math.nan), torch.tensor(1.0)
+    optimizer.step()
+    assert (weight == 1).all()
+    assert (copy == 1).all()
+    assert not any(value.any() for value in optimizer.state[weight].values())
+
+
+def test_gradients_that_are_kept_by_mistake_are_those_that_were_clipped() -> None:
+    losses = []
+    for word in ("optimizer.moment_dtype=null", "optimizer.moment_dtype=float32"):
+        cfg = config(
+            "model=llama2_debug",
+            "parallel=none",
+            "defects.keep_gradients=true",
+            "train.clip_grad_norm=0.1",
+            word,
+        )
+        job = preflight(cfg, World())
+        assert job.device
+        with process_group(job.device, World()):
+            loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
+            losses.append([loop.step().grad_norm.item() for _ in range(4)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_op_is_not_registered_where_it_is_not_used() -> None:
+    words = "import sys, tpresearch.train.assemble; assert 'tpresearch.train.adamw_op' not in sys.modules"
+    subprocess.run([sys.executable, "-c", words], check=True)
+
+
 @pytest.mark.parametrize("words", [(), ("optimizer.compile=true",), ("optimizer.moment_dtype=bfloat16",)])
 def test_a_step_holds_what_formulas_say_and_the_model_has_the_rounded_weights(words: tuple[str, ...]) -> None:
     cfg = config("model=llama2_debug", "parallel=none", "train.dtype=bfloat16", *words)
@@ -150,8 +212,9 @@ def test_it_trains_as_the_fused_one_does() -> None:
 
 @pytest.mark.parametrize("word", ["optimizer.moment_dtype=bfloat16", "optimizer.compile=true"])
 def test_its_options_are_refused_with_sgd(word: str) -> None:
-    with pytest.raises(ConfigError, match=r"an option of AdamW's; optimizer=adamw"):
+    with pytest.raises(ConfigError, match=r"an option of AdamW's; optimizer=adamw") as refused:
         validate(config("optimizer=sgd", word), 1)
+    assert refused.value.fix == {word.partition("=")[0]: None}
 
 
 def test_no_tensor_is_updated_without_a_gradient() -> None:

@@ -30,6 +30,14 @@ def test_it_imports_nothing_of_what_it_judges() -> None:
     assert not any("distributed" in str(name) for name in used)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_moments_that_round_are_refused(dtype: str) -> None:
+    words = f"train.dtype={dtype}", "optimizer.moment_dtype=bfloat16", "verify.world_size=2"
+    with pytest.raises(ConfigError, match="equality with one process is not claimed; null") as caught:
+        check_plan(config("model=toy_mlp", "parallel=fsdp", *words))
+    assert caught.value.fix == {"optimizer.moment_dtype": None}
+
+
 def test_a_model_that_draws_random_numbers_is_refused_with_where_it_does() -> None:
     with pytest.raises(ConfigError) as caught:
         check_plan(config(*model(Dropped), "parallel=fsdp", "verify.world_size=2"))

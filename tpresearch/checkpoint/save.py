@@ -49,9 +49,9 @@ class Saver:
 
     Args:
         run: the run folder, on a disk that all hosts share.
-        about: the manifest fields that all checkpoints of this run share.
+        common: the manifest fields that all checkpoints of this run share.
         group: a gloo group for checkpoints only; None for a single process.
-        beside: write in the background while training continues.
+        background: write in the background while training continues.
         on_cuda: whether the state is on CUDA: it is then copied through pinned memory, which is reused.
     """
 

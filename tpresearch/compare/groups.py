@@ -28,7 +28,7 @@ FIRST_COLUMNS = (
     "device",
 )
 NUMERICS = ("dtype", "weights", "float8", "loss_chunk")
-"""Keys of train that change only the rounding of a loss, which a comparison shows."""
+"""Keys of train that change only the rounding of a loss, which a comparison shows, as optimizer.moment_dtype does."""
 BY_VALUE = ("model.name", "parallel.name", "device")
 """Settings whose value is clear without their name."""
 
@@ -171,6 +171,7 @@ def _determines_loss(group: Group) -> str:
     kept.pop("defects", None)  # a mistake's effect is seen by comparison with the run without it
     without = {*NUMERICS, *(["seed"] if group.over_seeds else [])}
     kept["train"] = {key: value for key, value in kept["train"].items() if key not in without}
+    kept["optimizer"] = {key: value for key, value in kept["optimizer"].items() if key != "moment_dtype"}
     return json.dumps([kept, group.first.setting("corpus_hash")], sort_keys=True, default=str)
 
 

@@ -26,7 +26,7 @@ from tpresearch.track.text import UNDEFINED, path_text, printable
 
 COMMON_SETTINGS = (
     *("model.name", "corpus_hash", "tokenizer.vocab_size", "data.seq_len", "train.global_batch_size"),
-    *("train.seed", "train.dtype", "train.weights", "train.float8", "device"),
+    *("train.seed", "train.dtype", "train.weights", "optimizer.moment_dtype", "train.float8", "device"),
 )
 RUNS, SEEDS, DIFFERENCES, FOLDERS = "Runs", "Mean ± std over train.seed", "Config differences", "Run folders"
 ROUNDING = "Loss differences of each plan, over all experiments"

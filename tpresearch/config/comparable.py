@@ -66,4 +66,5 @@ def experiment_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = comparable_config(config)
     kept["model"] = _without(kept["model"], ("plans", "blocks"))
     kept["train"] = _without(kept["train"], MAY_CHANGE_ON_RESUME)
+    kept["optimizer"] = _without(kept["optimizer"], ("compile",))
     return {key: kept[key] for key in EXPERIMENT_KEYS}

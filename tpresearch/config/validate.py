@@ -16,6 +16,8 @@ DEFAULT_PLAN_RANKS = 4
 """Default number of ranks for plan_only: that of `make train`."""
 
 
+ADAMW_OPTIONS = ("optimizer.moment_dtype", "optimizer.compile")
+"""Keys that another optimizer refuses."""
 MAX_NAME_BYTES = 255
 """Bytes, on most file systems."""
 
@@ -128,10 +130,10 @@ def _check_betas(cfg: Config) -> None:
 
 
 def _check_adamw_options(cfg: Config) -> None:
-    optimizer = cfg.optimizer
-    for key, value in (("moment_dtype", optimizer.moment_dtype), ("compile", optimizer.compile or None)):
-        if value is not None and optimizer.name is not OptimizerName.adamw:
-            raise ConfigError(f"optimizer.{key}", value, "an option of AdamW's", "optimizer=adamw", {})
+    for key in ADAMW_OPTIONS:
+        value = getattr(cfg.optimizer, key.rpartition(".")[2])
+        if value and cfg.optimizer.name is not OptimizerName.adamw:
+            raise ConfigError(key, value, "an option of AdamW's", "optimizer=adamw")
 
 
 def _check_budget(cfg: Config) -> None:

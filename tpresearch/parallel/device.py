@@ -79,6 +79,9 @@ def check_device(cfg: Config, device: Device) -> None:
         raise ConfigError("profiler.memory", True, why, legal, fix=without)
     if cfg.parallel.compile and (missing := _missing_for_compile(on_cuda)):
         raise ConfigError("parallel.compile", True, missing, "false on this machine")
+    updates_on_cuda = on_cuda and not cfg.parallel.fsdp.cpu_offload
+    if cfg.optimizer.compile and (missing := _missing_for_compile(updates_on_cuda)):
+        raise ConfigError("optimizer.compile", True, missing, "false on this machine")
     heads, kv_heads = (cfg.model.args.get(name) for name in ("n_heads", "n_kv_heads"))
     mode = cfg.parallel.activation_checkpointing
     if (

@@ -21,7 +21,10 @@ SPLIT_DEPTH = 2048
 COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat", "_foreach_copy_")
 """FSDP's copies, which are never fused."""
 COMPILED_ADAMW = "adamw_"
-"""`tpresearch.train.adamw`, which moves bytes as other compiled kernels do."""
+"""`tpresearch.train.adamw_op`, which moves bytes as other compiled kernels do."""
+PLAIN_ADAMW = "adamw_ in plain torch"
+PLAIN_ADAMW_PASSES = 46
+"""Float32 numbers that it reads and writes per element, one op after the other (counted in `adamw_op._update`)."""
 DTYPES = {1: "float8", 2: "bfloat16", 4: "float32", 8: "float64"}
 
 
@@ -36,7 +39,7 @@ def op_s(op: Op, cluster: Cluster) -> float:
         return gemm_s(op.shape, op.element, cluster)
     if op.kind == "attention":
         return attention_s(op.shape, op.element, cluster)
-    if op.kind == "optimizer" and op.name != COMPILED_ADAMW:
+    if op.kind == "optimizer" and op.name not in (COMPILED_ADAMW, PLAIN_ADAMW):
         return moved_bytes(op) / (cluster["bandwidth_gb_s"] * 1e9 * cluster["optimizer_efficiency"])
     if op.name in COPIES:
         rate = cluster["bandwidth_gb_s"] * 1e9 * cluster["copy_efficiency"]
@@ -104,6 +107,8 @@ def moved_bytes(op: Op) -> float:
     ):  # weight, gradient and moments are read, then scalars; a copy is written only
         _, gradient, *_ = sizes = [size for _, size in op.reads]
         return 2.0 * sum(sizes) - gradient - max(sizes[4:])
+    if op.name == PLAIN_ADAMW:
+        return op.reads[0][1] / op.element * 4.0 * PLAIN_ADAMW_PASSES
     if op.kind == "optimizer":  # parameter, gradient and two moments are read, all but the gradient written
         return read * 7 / 4
     if op.name.startswith("_foreach") and not op.writes:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpresearch.ledger.communication import CommunicationLedger
 from tpresearch.simulate.device_memory import DeviceMemory, note_propagation, propagating
+from tpresearch.simulate.prices import COMPILED_ADAMW, PLAIN_ADAMW
 from tpresearch.simulate.trace import Op, Touched
 
 SINGLE_KERNEL_MODULES = (nn.RMSNorm,)
@@ -157,6 +158,8 @@ class Recorder(CommunicationLedger):
             kind, shape = "attention", _attention_shape(args, backward="backward" in name)
         elif name.startswith(("_fused_adam", "adamw_")):
             kind = "optimizer"
+            if name == COMPILED_ADAMW and not args[-1]:
+                name = PLAIN_ADAMW
         if self._running is not None:
             for tensor in made:
                 if tensor.shape[-1:] != (1,):  # the scales are kept on CUDA too

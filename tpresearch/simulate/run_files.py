@@ -31,7 +31,7 @@ def write_run(prediction: Prediction, folder: Path) -> None:
     summary: dict[str, Any] = {
         "status": "completed",
         "predicted": True,
-        "run_name": f"{run_name(cfg.model.name, cfg.parallel, sizes, cfg.train)} (predicted)",
+        "run_name": f"{run_name(cfg.model.name, cfg.parallel, sizes, cfg.train, cfg.optimizer)} (predicted)",
         "steps": 1,
         "tokens": prediction.tokens_per_step,
         "world_size": sizes.world,

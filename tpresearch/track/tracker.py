@@ -96,7 +96,9 @@ class Tracker:
     ) -> None:
         config = as_dict(cfg)
         refuse_secrets(config)
-        self.name = cfg.logger.name or run_name(cfg.model.name, cfg.parallel, facts.mesh, cfg.train)
+        self.name = cfg.logger.name or run_name(
+            cfg.model.name, cfg.parallel, facts.mesh, cfg.train, cfg.optimizer
+        )
         self._cfg, self._run_dir, self._facts, self._start_step = cfg, run_dir, facts, start_step
         self._console = console or Console(highlight=False)
         self._began, self._last_step = time.monotonic(), start_step
@@ -218,6 +220,7 @@ class Tracker:
             **asdict(self._facts),
             "dtype": str(cfg.train.dtype),
             "weights": str(cfg.train.weight_dtype),
+            "moments": str(cfg.optimizer.moment_dtype or cfg.train.weight_dtype),
             "float8": str(cfg.train.float8),
             **record.summary_figures(rows, cfg.train.warmup_log_steps, self._start_step),
             **(self._step_ledger.summary() if self._step_ledger else {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,9 @@ class ElementwiseAdamW(AdamW):
         super().__init__(groups, fused=True, **settings)
         self._moment_dtype, self._compile = moment_dtype, compile
         self._copies = copies
+        from tpresearch.train.adamw_op import adamw_  # late: registering an op takes 20 ms
+
+        self._adamw_ = adamw_
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -71,7 +74,7 @@ class ElementwiseAdamW(AdamW):
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         state, copy = self.state[parameter], self._copies.get(parameter)
         assert parameter.grad is not None
-        adamw_(
+        self._adamw_(
             *(
                 local_part(t)
                 for t in (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
@@ -86,100 +89,3 @@ class ElementwiseAdamW(AdamW):
             group["weight_decay"],
             self._compile,
         )
-
-
-@torch.library.custom_op("tpresearch::adamw_", mutates_args=("weight", "exp_avg", "exp_avg_sq", "copy"))
-def adamw_(
-    weight: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    copy: Tensor | None,
-    count: Tensor,
-    divisor: Tensor | None,
-    skips: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    compile: bool,
-) -> None:
-    """One tensor's update in place, as one op for whoever records ops.
-
-    Args:
-        copy: set to the new weight. count: of updates, with this one, a scalar. divisor: of the gradient, a scalar.
-            skips: a scalar, 1.0 to change nothing.
-    """
-    if not weight.numel():
-        return
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    rate, decay = (torch.full((), x, dtype=dtype, device=weight.device) for x in (lr, lr * weight_decay))
-    if compile:
-        update = _compiled_update(weight.numel() % ROW == 0, beta1, beta2, eps)
-        large = _in_rows((weight, gradient, exp_avg, exp_avg_sq, copy))
-        update(*large, count, divisor, skips, rate, decay)
-    else:
-        scalars = count, divisor, skips, rate, decay
-        _update(beta1, beta2, eps, weight, gradient, exp_avg, exp_avg_sq, copy, *scalars)
-
-
-ROW = 1024
-"""Elements."""
-
-
-def _in_rows(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Views for one graph whatever the shape: rows of a fixed length, so that loads are known to be aligned, or flat.
-
-    A tensor that is not contiguous is copied where it is read only; weights and moments are contiguous.
-    """
-    found = []
-    for tensor in tensors:
-        if tensor is not None:
-            tensor = tensor.contiguous().view((-1, ROW) if tensor.numel() % ROW == 0 else (-1,))
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        found.append(tensor)
-    return found
-
-
-@functools.cache
-def _compiled_update(in_rows: bool, *constants: float) -> Callable[..., None]:
-    def update(*tensors: Tensor | None) -> None:
-        _update(*constants, *tensors)  # type: ignore[arg-type]
-
-    return torch.compile(update, fullgraph=True)
-
-
-def _update(
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    copy: Tensor | None,
-    count: Tensor,
-    divisor: Tensor | None,
-    skips: Tensor | None,
-    rate: Tensor,
-    decay: Tensor,
-) -> None:
-    dtype = rate.dtype
-    old = weight.to(dtype), exp_avg.to(dtype), exp_avg_sq.to(dtype)
-    g = gradient.to(dtype) if divisor is None else gradient.to(dtype) / divisor
-    mean = old[1] + (1 - beta1) * (g - old[1])
-    square = beta2 * old[2] + (1 - beta2) * g * g
-    steps = count.to(dtype)
-    unbiased = mean / (1 - beta1**steps)
-    deviation = (square / (1 - beta2**steps)).sqrt()
-    new = old[0] * (1 - decay) - rate * unbiased / (deviation + eps)
-    if skips is not None:
-        new, mean, square = (
-            torch.where(skips > 0, a, b) for a, b in zip(old, (new, mean, square), strict=True)
-        )
-    weight.copy_(new)
-    exp_avg.copy_(mean)
-    exp_avg_sq.copy_(square)
-    if copy is not None:
-        copy.copy_(new)

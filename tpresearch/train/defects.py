@@ -14,6 +14,7 @@ from tpresearch.data.batches import Batch, Batches
 from tpresearch.parallel.mesh import data_rank
 from tpresearch.parallel.weights import from_seed
 from tpresearch.plan.compiler import Plan
+from tpresearch.train.adamw import ElementwiseAdamW
 from tpresearch.train.observe import Observer
 from tpresearch.train.state import TrainState
 
@@ -48,9 +49,11 @@ class KeptGradients(Observer):
     @torch.no_grad()
     def gradients(self, state: TrainState) -> None:
         trained = state.trained_parameters().values()
+        # Of the last update, which torch's fused one scales gradients in place by, and ours only reads.
+        divisor = state.optimizer.grad_scale if isinstance(state.optimizer, ElementwiseAdamW) else None
         for parameter, kept in zip(trained, self._kept, strict=False):
             if parameter.grad is not None and kept is not None:
-                parameter.grad += kept
+                parameter.grad += kept if divisor is None else kept / divisor
         self._kept = [parameter.grad for parameter in trained]  # clipping scales these in place
 
 

@@ -14,10 +14,10 @@ from hydra.types import RunMode
 from rich.progress import track
 
 from tpresearch.config import Config
-from tpresearch.config.choices import DeviceKind, Float8
+from tpresearch.config.choices import DeviceKind, Float8, OptimizerName
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.mesh import used_axes, warning_of_unused_axes
-from tpresearch.config.validate import validate
+from tpresearch.config.validate import ADAMW_OPTIONS, validate
 from tpresearch.config.world import World
 from tpresearch.data.check import check_data
 from tpresearch.data.pipeline import prepare
@@ -75,11 +75,15 @@ def configs_by_plan(cfg: Config, arguments: list[str]) -> dict[str, list[Config]
             raise ConfigError("verify.plans", plan, why, legal)
     parser = OverridesParser.create()
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
-    mine = [w for w in words if parser.parse_override(w).key_or_group not in ("parallel", "optimizer")]
-    return {
-        plan: [_compose(*mine, f"parallel={plan}", f"optimizer={name}") for name in cfg.verify.optimizers]
-        for plan in cfg.verify.plans
-    }
+    keys = {word: parser.parse_override(word).key_or_group for word in words}
+    mine = [word for word in words if keys[word] not in ("parallel", "optimizer")]
+    without = {OptimizerName.sgd: [word for word in mine if keys[word] in ADAMW_OPTIONS]}
+
+    def config(plan: str, name: OptimizerName) -> Config:
+        taken = [word for word in mine if word not in without.get(name, ())]
+        return _compose(*taken, f"parallel={plan}", f"optimizer={name}")
+
+    return {plan: [config(plan, name) for name in cfg.verify.optimizers] for plan in cfg.verify.plans}
 
 
 def _compose(*overrides: str) -> Config:
@@ -130,6 +134,10 @@ def check_plan(cfg: Config) -> None:
     if cfg.train.float8 is not Float8.none:
         why = "each rank scales by its own rows, so that plans round otherwise: equality with one process is not claimed"
         raise ConfigError("train.float8", cfg.train.float8, why, "none", fix={"train.float8": "none"})
+    if (moments := cfg.optimizer.moment_dtype) not in (None, cfg.train.weight_dtype):
+        why = "a sum in another order may round to the next of its numbers: equality with one process is not claimed"
+        key = "optimizer.moment_dtype"
+        raise ConfigError(key, moments, why, "null", fix={key: None})
     _, plan = plan_model(cfg, sizes)
     if plan.probe.random_modules:
         why = f"it draws random numbers in {', '.join(plan.probe.random_modules)}, which differ between plans"
