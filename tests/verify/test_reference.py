@@ -11,7 +11,7 @@ from support.nets import Dropped, model
 
 from tpresearch.config import ConfigError
 from tpresearch.verify import reference
-from tpresearch.verify.plans import check_plan
+from tpresearch.verify.plans import check_moments, check_plan
 
 JUDGED = {
     "tpresearch.train.step",
@@ -34,7 +34,7 @@ def test_it_imports_nothing_of_what_it_judges() -> None:
 def test_moments_that_round_are_refused(dtype: str) -> None:
     words = f"train.dtype={dtype}", "optimizer.moment_dtype=bfloat16", "verify.world_size=2"
     with pytest.raises(ConfigError, match="equality with one process is not claimed; null") as caught:
-        check_plan(config("model=toy_mlp", "parallel=fsdp", *words))
+        check_moments(config("model=toy_mlp", "parallel=fsdp", *words))
     assert caught.value.fix == {"optimizer.moment_dtype": None}
 
 

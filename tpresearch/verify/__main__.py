@@ -40,10 +40,12 @@ def preflight(cfg: Config, world: World) -> VerifyPreflight:
     if world.size > 1:
         why, legal = "it starts its own ranks", "a start by python, without torchrun"
         raise ConfigError("WORLD_SIZE", world.size, why, legal)
-    from tpresearch.verify.plans import check_plan, configs_by_plan
+    from tpresearch.verify.plans import check_moments, check_plan, configs_by_plan
 
     plans = configs_by_plan(cfg, sys.argv[1:])
     for cfgs in plans.values():
+        for each in cfgs:
+            check_moments(each)
         check_plan(cfgs[0])
     return VerifyPreflight(cfg, plans)
 

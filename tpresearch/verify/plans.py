@@ -134,15 +134,23 @@ def check_plan(cfg: Config) -> None:
     if cfg.train.float8 is not Float8.none:
         why = "each rank scales by its own rows, so that plans round otherwise: equality with one process is not claimed"
         raise ConfigError("train.float8", cfg.train.float8, why, "none", fix={"train.float8": "none"})
-    if (moments := cfg.optimizer.moment_dtype) not in (None, cfg.train.weight_dtype):
-        why = "a sum in another order may round to the next of its numbers: equality with one process is not claimed"
-        key = "optimizer.moment_dtype"
-        raise ConfigError(key, moments, why, "null", fix={key: None})
     _, plan = plan_model(cfg, sizes)
     if plan.probe.random_modules:
         why = f"it draws random numbers in {', '.join(plan.probe.random_modules)}, which differ between plans"
         legal = "a model that draws none in training, such as with a dropout of 0; equality is not claimed otherwise"
         raise ConfigError("model", cfg.model.name, why, legal)
+
+
+def check_moments(cfg: Config) -> None:
+    """Refuse moments that round, whichever optimizer comes first.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if (moments := cfg.optimizer.moment_dtype) not in (None, cfg.train.weight_dtype):
+        why = "a sum in another order may round to the next of its numbers: equality with one process is not claimed"
+        key = "optimizer.moment_dtype"
+        raise ConfigError(key, moments, why, "null", fix={key: None})
 
 
 def verify_plans(plans: dict[str, list[Config]], cfg: Config) -> list[Result]:
