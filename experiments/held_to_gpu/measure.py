@@ -27,7 +27,7 @@ from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import Prediction, predict  # noqa: E402
-from tpresearch.simulate.prices import attention_s, bytes_s, gemm_s  # noqa: E402
+from tpresearch.simulate.prices import ADAMW_BFLOAT16, attention_s, bytes_s, gemm_s  # noqa: E402
 
 COMMON = (
     *("model=llama2_7b", "parallel=none", "data=random_tokens", "data.seq_len=4096", "logger=none"),
@@ -134,7 +134,8 @@ def price(row: Row, cluster: Cluster) -> float | None:
         forward, backward = (attention_s((b, n, k, s, s, d, way, 1), 2, cluster) for way in (0, 1))
         return forward + backward if "backward" in op else forward
     if op.startswith("adamw"):
-        return row["bytes"] / (cluster["bandwidth_gb_s"] * 1e9 * cluster["optimizer_efficiency"])
+        rate = cluster["bandwidth_gb_s"] * 1e9 * cluster["optimizer_efficiency"]
+        return row["bytes"] / (rate * (ADAMW_BFLOAT16 if op.endswith("bfloat16") else 1.0))
     if op.endswith("compiled") or op == "copy":
         return bytes_s(row["bytes"], cluster)
     return None

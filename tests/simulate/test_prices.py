@@ -55,6 +55,17 @@ def op(
     return Op(phase, kind, name, tuple(reads), tuple(writes), 2, (), event, -1)
 
 
+def test_fused_adamw_is_slower_per_byte_in_bfloat16() -> None:
+    """On two H200 by a third; a CPU's rate is measured in the dtype that it trains in."""
+    reads = [
+        (number, 4_000_000) for number in range(4)
+    ]  # weight, gradient and moments; all but the gradient are written
+    of_bfloat16 = op("optimizer", "_fused_adamw_", reads)
+    of_float32 = of_bfloat16._replace(element=4)
+    assert op_s(of_float32, cluster()) == pytest.approx(28e6 / 250e9)
+    assert op_s(of_bfloat16, cluster()) == pytest.approx(28e6 / (0.65 * 250e9))
+
+
 def test_adamw_of_our_own_moves_its_tensors_once_compiled_and_46_float32_numbers_per_element_in_plain_torch() -> (
     None
 ):

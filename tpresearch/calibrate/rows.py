@@ -15,6 +15,7 @@ from typing import Any
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.simulate.cluster import LENGTHS
+from tpresearch.simulate.prices import ADAMW_BFLOAT16
 
 Row = Mapping[str, Any]
 
@@ -113,7 +114,11 @@ def _bandwidths(timed: list[Row], base: Mapping[str, Any]) -> dict[str, float]:
         found["bandwidth_efficiency"] = min(elementwise) / whole
     if "copy" in moved:
         found["copy_efficiency"] = moved["copy"] / whole
-    if adamw := [rate for op, rate in moved.items() if op.startswith("adamw")]:
+    if adamw := [
+        rate / (ADAMW_BFLOAT16 if op.endswith("bfloat16") else 1.0)
+        for op, rate in moved.items()
+        if op.startswith("adamw")
+    ]:
         found["optimizer_efficiency"] = median(adamw) / whole
     if launches := [row["us"] / 100 for row in timed if row["op"] == "100 launches"]:
         found["launch_us"] = launches[0]

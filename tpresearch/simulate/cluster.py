@@ -55,7 +55,7 @@ NUMBERS = {
     "gemm_half_depth": (NON_NEGATIVE, "length of the inner dim at which a matmul has half of its best rate"),
     "bandwidth_gb_s": (POSITIVE, "memory bandwidth of a device in 1e9 bytes/s"),
     "bandwidth_efficiency": (SHARE_OF_PEAK, "share of it that an elementwise kernel reaches"),
-    "optimizer_efficiency": (SHARE_OF_RATE, "share of it that the fused optimizer reaches"),
+    "optimizer_efficiency": (SHARE_OF_RATE, "share of it that the fused optimizer reaches in float32"),
     "copy_efficiency": (
         SHARE_OF_RATE,
         "share of it that FSDP's copies of gathered weights and of gradients reach",

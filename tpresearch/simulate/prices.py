@@ -20,6 +20,9 @@ SPLIT_DEPTH = 2048
 """Inner dim from which a matmul of few tiles is split along it, so that all units work (split-K)."""
 COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat", "_foreach_copy_")
 """FSDP's copies, which are never fused."""
+ADAMW_BFLOAT16 = 0.65
+"""Share of its float32 rate at which torch's fused AdamW moves bytes on a GPU where weights and moments are bfloat16 (two H200:
+2.28 TB/s in steps of 8B parameters; 2.97 and 3.47 in float32; experiments/gpu)."""
 COMPILED_ADAMW = "adamw_"
 """`tpresearch.train.adamw_op`, which moves bytes as other compiled kernels do."""
 PLAIN_ADAMW = "adamw_ in plain torch"
@@ -40,7 +43,8 @@ def op_s(op: Op, cluster: Cluster) -> float:
     if op.kind == "attention":
         return attention_s(op.shape, op.element, cluster)
     if op.kind == "optimizer" and op.name not in (COMPILED_ADAMW, PLAIN_ADAMW):
-        return moved_bytes(op) / (cluster["bandwidth_gb_s"] * 1e9 * cluster["optimizer_efficiency"])
+        rate = cluster["bandwidth_gb_s"] * 1e9 * cluster["optimizer_efficiency"]
+        return moved_bytes(op) / (rate * (ADAMW_BFLOAT16 if op.element == 2 and not cluster.is_cpu else 1.0))
     if op.name in COPIES:
         rate = cluster["bandwidth_gb_s"] * 1e9 * cluster["copy_efficiency"]
         return moved_bytes(op) / rate + cluster["kernel_us"] * 1e-6
@@ -102,9 +106,8 @@ def moved_bytes(op: Op) -> float:
             return 2.0 * op.writes[0][1]
         case "split_with_sizes_copy" | "chunk_cat" | "_foreach_copy_":
             return float(read)
-    if (
-        op.name == COMPILED_ADAMW
-    ):  # weight, gradient and moments are read, then scalars; a copy is written only
+    if op.name == COMPILED_ADAMW:
+        # Weight, gradient and moments are read, then scalars; a copy is only written.
         _, gradient, *_ = sizes = [size for _, size in op.reads]
         return 2.0 * sum(sizes) - gradient - max(sizes[4:])
     if op.name == PLAIN_ADAMW:
