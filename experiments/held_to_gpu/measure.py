@@ -1,6 +1,6 @@
 """Predictions compared with measurements on one GPU: steps, peak memory and single ops.
 
-python experiments/held_to_gpu/measure.py experiments/gpu/results/*.jsonl     # prints the tables, writes results.csv
+python experiments/held_to_gpu/measure.py experiments/gpu/results/h200-2026-11-26-*.jsonl     # prints the tables, writes results.csv
 
 Each training of the results is simulated twice: on the cluster of conf/cluster that has such cards, and on one that
 calibrate makes of the same file's measurements of single ops alone. Peaks are of torch's allocator.
