@@ -18,7 +18,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir, mkdtemp
 
 from rows import append
 
@@ -130,7 +130,8 @@ def run(name: str, command: list[str], limit: float, out: Path) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         log.seek(start)
-        last = log.read().strip().splitlines()[-1:]
+        said = log.read().replace(str(out), "OUT").replace(gettempdir(), "TMP")  # results are published
+        last = said.strip().splitlines()[-1:]
     seconds = round(time.monotonic() - began, 1)
     append(out, stage=name, status=status, seconds=seconds, last_line=(last or [""])[0][:300])
 

@@ -42,7 +42,7 @@ def build_optimizer(
     One group for each mesh that parameters live on, since torch's fused and foreach updates take no mixture.
 
     Args:
-        copies: bfloat16 copies of the parameters; where it `writes_copies`, they are updated too.
+        copies: bfloat16 copies of the parameters, which `ElementwiseAdamW` updates too.
     """
     groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
