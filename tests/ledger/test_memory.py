@@ -71,6 +71,12 @@ def test_weights_in_bfloat16_accumulate_over_replicas(overrides: list[str]) -> N
     agree(counted_step(2, *overrides, *words, two_parts=True))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_that_matmuls_add_to_are_as_many(dtype: str) -> None:
+    words = "parallel=none", f"train.dtype={dtype}", "train.micro_batch_size=4"
+    agree(counted_step(1, "model=llama2_debug", *words, "parallel.gradient_accumulation_fusion=true"))
+
+
 @pytest.mark.parametrize("plan", ["sp", "hsdp", "fsdp_tp"])
 def test_real_ranks_hold_what_the_fake_group_counts(ranks: Ranks, plan: str) -> None:
     """Temporaries apart: a gathered block lives for a while that depends on when its gather ends."""

@@ -21,6 +21,7 @@ from tpresearch.simulate.depth import depth_of, recording
 from tpresearch.simulate.device_memory import peak_moment
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.kernels import _deduplicate_casts
+from tpresearch.simulate.prices import moved_bytes
 from tpresearch.simulate.trace import Op, Trace
 from tpresearch.train.preflight import plan_model
 
@@ -192,3 +193,23 @@ def test_an_update_with_moments_of_a_dtype_of_their_own_is_an_op_per_weight(comp
     ops = recorded(config("model=llama2_debug", "parallel=fsdp", *words), 2).end
     names = [op.name for op in ops if op.kind == "optimizer"]
     assert names == ["adamw_" if compiled else "adamw_ in plain torch"] * (2 * 9 + 3)
+
+
+@pytest.mark.parametrize(("dtype", "element"), [("float32", 4), ("bfloat16", 2)])
+def test_matmuls_that_add_to_a_gradient_take_the_place_of_two_kernels(dtype: str, element: int) -> None:
+    words = "model=llama2_debug", "parallel=none", "train.micro_batch_size=2", f"train.dtype={dtype}"
+    plain, fused = (
+        recorded(config(*words, f"parallel.gradient_accumulation_fusion={fuses}"), 1).micro_batches[-1]
+        for fuses in (False, True)
+    )
+    adding = [op for op in fused if op.name == "add_product_"]
+    assert {(op.kind, op.phase, op.element) for op in adding} == {("gemm", "backward", element)}
+    assert len(adding) == 2 * 7
+    matmuls = [sorted(op.shape for op in ops if op.kind == "gemm") for ops in (plain, fused)]
+    assert matmuls[0] == matmuls[1]
+    additions = [sum(op.name == "add_" for op in ops) for ops in (plain, fused)]
+    assert additions[0] - additions[1] == 2 * 7
+    h, f = 64, max(op.shape[1] for op in adding)
+    widest = next(op for op in adding if op.shape[1:3] == (f, h))
+    tokens = 2 * 16
+    assert moved_bytes(widest) == 2 * f * h * 4 + tokens * (h + f) * element

@@ -62,6 +62,8 @@ class ParallelConfig:
     """Approximate share of its activations that a compiled block may keep for backward, with activation_checkpointing=budget."""
     compile: bool = False
     """torch.compile each block."""
+    gradient_accumulation_fusion: bool = False
+    """Let backward's matmuls add weight gradients to the sum over micro-batches, without a pass of their own (one rank)."""
 
 
 @dataclass

@@ -190,6 +190,8 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
         legal = "parallel.compile=true, or none, selective or full"
         fix = {"parallel.compile": "true"}
         raise ConfigError("parallel.activation_checkpointing", "budget", why, legal, fix=fix)
+    if parallel.gradient_accumulation_fusion:
+        _check_fusion(cfg, sizes)
     if not cfg.model.blocks:
         why, kind = (
             f"it works block by block, and model {cfg.model.name} has none",
@@ -226,6 +228,20 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
     if parallel.fsdp.reduce_dtype is Dtype.float64 and cfg.train.dtype is Dtype.bfloat16:
         why, legal = "wider than the float32 gradients", "float32 or bfloat16"
         raise ConfigError("parallel.fsdp.reduce_dtype", "float64", why, legal)
+
+
+def _check_fusion(cfg: Config, sizes: MeshSizes) -> None:
+    """Matmuls can add to gradients that are whole on their rank, of more than one micro-batch."""
+    if sizes.world > 1 or cfg.parallel.fsdp.cpu_offload:
+        why, instead = "gradients are sharded, summed over ranks or offloaded", "parallel=none on one rank"
+    elif cfg.train.float8 is not Float8.none:
+        why, instead = "a float8 matmul of torchao's adds to nothing", "train.float8=none"
+    elif not cfg.plan_only and micro_batches(cfg, sizes) == 1:
+        why, instead = "a step has one micro-batch", "a smaller train.micro_batch_size"
+    else:
+        return
+    key = "parallel.gradient_accumulation_fusion"
+    raise ConfigError(key, True, why, f"false, or {instead}", fix={key: "false"})
 
 
 def _check_batch(cfg: Config, sizes: MeshSizes) -> None:

@@ -23,6 +23,8 @@ COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat", "_foreach_
 ADAMW_BFLOAT16 = 0.65
 """Share of its float32 rate at which torch's fused AdamW moves bytes on a GPU where weights and moments are bfloat16 (two H200:
 2.28 TB/s in steps of 8B parameters; 2.97 and 3.47 in float32; experiments/gpu)."""
+ADDING_MATMUL = "add_product_"
+"""`tpresearch.parallel.gradient_sums`: a matmul that reads what it adds to, while it computes."""
 COMPILED_ADAMW = "adamw_"
 """`tpresearch.train.adamw_op`, which moves bytes as other compiled kernels do."""
 PLAIN_ADAMW = "adamw_ in plain torch"
@@ -39,7 +41,8 @@ bfloat16, at twice the peak (experiments/published, fitted on the float8 rows of
 def op_s(op: Op, cluster: Cluster) -> float:
     """Seconds of one op that is not a collective."""
     if op.kind == "gemm":
-        return gemm_s(op.shape, op.element, cluster)
+        alone = gemm_s(op.shape, op.element, cluster)
+        return max(alone, bytes_s(moved_bytes(op), cluster)) if op.name == ADDING_MATMUL else alone
     if op.kind == "attention":
         return attention_s(op.shape, op.element, cluster)
     if op.kind == "optimizer" and op.name not in (COMPILED_ADAMW, PLAIN_ADAMW):
@@ -110,6 +113,8 @@ def moved_bytes(op: Op) -> float:
         # Weight, gradient and moments are read, then scalars; a copy is only written.
         _, gradient, *_ = sizes = [size for _, size in op.reads]
         return 2.0 * sum(sizes) - gradient - max(sizes[4:])
+    if op.name == ADDING_MATMUL:
+        return float(read + op.reads[0][1])
     if op.name == PLAIN_ADAMW:
         return op.reads[0][1] / op.element * 4.0 * PLAIN_ADAMW_PASSES
     if op.kind == "optimizer":  # parameter, gradient and two moments are read, all but the gradient written

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpresearch.ledger.communication import CommunicationLedger
 from tpresearch.simulate.device_memory import DeviceMemory, note_propagation, propagating
-from tpresearch.simulate.prices import COMPILED_ADAMW, PLAIN_ADAMW
+from tpresearch.simulate.prices import ADDING_MATMUL, COMPILED_ADAMW, PLAIN_ADAMW
 from tpresearch.simulate.trace import Op, Touched
 
 SINGLE_KERNEL_MODULES = (nn.RMSNorm,)
@@ -29,7 +29,7 @@ _ALLOCATIONS = """
     empty new_empty empty_strided empty_like new_empty_strided set_ resize_ record_stream promote_types
     _local_scalar_dense"""
 _NO_KERNEL = frozenset([*_VIEWS.split(), *_ALLOCATIONS.split()])
-_GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_scaled_mm": 0}
+_GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_scaled_mm": 0, ADDING_MATMUL: 1}
 """Op -> position of the first factor among its arguments."""
 _NAMESPACES = ("aten", "tpresearch", "c10d", "_c10d_functional", "fsdp")
 
@@ -148,12 +148,14 @@ class Recorder(CommunicationLedger):
             return
         kind = "other"
         shape: tuple[int, ...] = ()
+        element = (given or made)[0].element_size()
         if event or func.namespace in ("c10d", "_c10d_functional"):
             kind = "wait" if name == "wait_tensor" else "collective"
             if kind == "collective" and event is None:
                 return  # among one rank
         elif name in _GEMMS:
-            kind, shape = "gemm", _gemm_shape(*args[_GEMMS[name] : _GEMMS[name] + 2])
+            first, second = args[_GEMMS[name] : _GEMMS[name] + 2]
+            kind, shape, element = "gemm", _gemm_shape(first, second), first.element_size()
         elif "scaled_dot_product" in name:
             kind, shape = "attention", _attention_shape(args, backward="backward" in name)
         elif name.startswith(("_fused_adam", "adamw_")):
@@ -165,7 +167,6 @@ class Recorder(CommunicationLedger):
                 if tensor.shape[-1:] != (1,):  # the scales are kept on CUDA too
                     self._memory.exclude(tensor)
         reads, writes = self._touched(given), self._touched(made)
-        element = (given or made)[0].element_size()
         self._ops.append(Op(self._phase, kind, name, reads, writes, element, shape, event, self._kernel()))
 
     def _kernel(self) -> int:

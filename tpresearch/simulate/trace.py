@@ -21,7 +21,7 @@ class Op(NamedTuple):
     reads: Touched
     writes: Touched
     element: int
-    """Bytes per element of its first tensor."""
+    """Bytes per element of its first tensor, or of a matmul's factors."""
     shape: tuple[int, ...]
     """gemm: (products, m, n, k). attention: (b, heads, kv_heads, s, s_keys, d, 1 for backward,
     1 for causal). Else empty."""

@@ -71,7 +71,16 @@ def build_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> 
     trained = trained_parameters(model, masters)
     reducer = build_reducer(model, trained, plan, cfg, mesh)
     optimizer = build_optimizer(trained.values(), cfg.optimizer, masters.copies if masters else None)
-    return TrainState(0, model, optimizer, masters, reducer)
+    sums = None
+    if cfg.parallel.gradient_accumulation_fusion:
+        from tpresearch.parallel.gradient_sums import (
+            GradientSums,
+            summing_layers,
+        )  # late: registering an op takes 20 ms
+
+        layers = summing_layers(model, plan)
+        sums = GradientSums({x: masters.of(weight) if masters else weight for x, weight in layers.items()})
+    return TrainState(0, model, optimizer, masters, reducer, sums)
 
 
 def weight_source(cfg: Config, initializers: Mapping[str, Initializer]) -> WeightSource:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.optim import Optimizer
 
 from tpresearch.parallel.reducer import GradientReducer
 from tpresearch.parallel.weights import WeightSource, local_part
+
+if TYPE_CHECKING:
+    from tpresearch.parallel.gradient_sums import GradientSums
 
 
 class MasterWeights:
@@ -73,7 +77,8 @@ def _copy_of(master: nn.Parameter) -> nn.Parameter:
 @torch.no_grad()
 def _move_gradient_to_master(master: nn.Parameter, copy: Tensor) -> None:
     gradient, copy.grad = copy.grad, None
-    assert gradient is not None
+    if gradient is None:  # a matmul has added it to the master's
+        return
     if master.grad is None:
         master.grad = gradient.to(torch.float32)
     else:
@@ -93,6 +98,8 @@ class TrainState:
     """Float32 master weights, if the model computes with bfloat16 copies: the optimizer updates these."""
     reducer: GradientReducer | None = None
     """Sums gradients over replicas, where nothing is sharded over data."""
+    sums: GradientSums | None = None
+    """Sums gradients over micro-batches, where matmuls do that."""
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter once, by its first name, as the optimizer updates it, with its gradient."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,7 +79,8 @@ def train_step(state: TrainState, batch: Batch, setup: Setup) -> StepResult:
     """
     observers = setup.observers
     with observers.step(state):
-        loss = accumulate_gradients(state, batch.split(setup.micro_rows), setup)
+        with state.sums.collecting() if state.sums else nullcontext():
+            loss = accumulate_gradients(state, batch.split(setup.micro_rows), setup)
         with observers.phase("backward"):
             reduce_partial_gradients(state, setup.plan, setup.mesh)
         observers.gradients(state)

@@ -1,0 +1,179 @@
+"""Gradients that matmuls add up (`parallel.gradient_accumulation_fusion=true`) are those that autograd adds up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support.composed import config, corpus
+from support.counted_steps import FAKE
+from support.marks import exhaustive
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+
+from tpresearch.config import Config, ConfigError
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.validate import validate
+from tpresearch.config.world import World
+from tpresearch.parallel.gradient_sums import GradientSums, add_product_, summing_layers
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.plan.compiler import Plan
+from tpresearch.train.assemble import assemble
+from tpresearch.train.loop import Loop
+from tpresearch.train.preflight import preflight
+
+FUSED = "parallel.gradient_accumulation_fusion=true"
+PARTS = "parallel=none", "train.micro_batch_size=2"
+"""A step of four micro-batches."""
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_others() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(cfg: Config, use: Callable[[Loop], list[float]]) -> list[float]:
+    job = preflight(cfg, World())
+    assert job.device
+    with process_group(FAKE, World()):
+        return use(assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus()))
+
+
+def losses(loop: Loop) -> list[float]:
+    found = []
+    for _ in range(3):
+        result = loop.step()
+        found += [result.loss.item(), result.grad_norm.item()]
+    return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("parallel.activation_checkpointing=full",),
+        exhaustive(("parallel.activation_checkpointing=selective", "train.loss_chunk=null")),
+        ("defects.keep_gradients=true", "train.clip_grad_norm=0.1"),
+    ],
+    ids=" ".join,
+)
+def test_it_trains_the_same(words: tuple[str, ...]) -> None:
+    cfg = "model=llama2_debug", *PARTS, "train.dtype=float64", *words
+    assert run(config(*cfg, FUSED), losses) == pytest.approx(run(config(*cfg), losses), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("optimizer.compile=true", "optimizer.moment_dtype=bfloat16"), ("train.weights=bfloat16",)]
+)
+def test_in_bfloat16_it_trains_the_same_to_rounding(words: tuple[str, ...]) -> None:
+    cfg = "model=llama2_debug", *PARTS, "train.dtype=bfloat16", *words
+    assert run(config(*cfg, FUSED), losses) == pytest.approx(run(config(*cfg), losses), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", [exhaustive("none"), "selective", exhaustive("full"), "budget"])
+def test_one_graph_serves_every_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = "model=llama2_debug", *PARTS, "train.dtype=float64", "train.eval_rows=8", "train.loss_chunk=null"
+    plain = run(config(*cfg), losses)
+    counter, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compile_(f, **(options | {"backend": counter}))
+    )
+
+    def counted(loop: Loop) -> list[float]:
+        found = losses(loop)
+        loop.evaluate()
+        loop.step()
+        assert counter.frame_count == 1
+        return found
+
+    words = "parallel.compile=true", f"parallel.activation_checkpointing={kind}", FUSED
+    assert run(config(*cfg, *words), counted) == pytest.approx(plain, rel=1e-12)
+
+
+class Block(nn.Module):
+    """A layer, used twice, whose weight is another layer's too, with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 48), nn.Linear(48, 48)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(torch.tanh(self.first(x)))
+        return self.second(torch.tanh(hidden))
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_weight_that_is_used_again_gets_the_sum_of_its_uses(compiles: bool) -> None:
+    torch.manual_seed(0)
+    block = Block().double()
+    weight, bias = block.first.weight, block.first.bias
+    inputs = [torch.randn(2, 5, 48, dtype=torch.float64) for _ in range(3)]
+    for x in inputs:
+        block(x).square().sum().backward()
+    expected, weight.grad, bias.grad = (weight.grad, bias.grad), None, None
+    sums = GradientSums({layer: layer.weight for layer in (block.first, block.second)})
+    forward = torch.compile(block.forward, fullgraph=True, dynamic=False) if compiles else block.forward
+    with sums.collecting():
+        for x in inputs:
+            forward(x).square().sum().backward()
+    torch.testing.assert_close((weight.grad, bias.grad), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiled_backward_copies_no_sum() -> None:
+    layer = nn.Linear(48, 80, bias=False)
+    sums, x = GradientSums({layer: layer.weight}), torch.randn(6, 48, requires_grad=True)
+    forward = torch.compile(lambda x: layer(torch.tanh(x)), fullgraph=True, dynamic=False)
+    with sums.collecting():
+        _, codes = run_and_get_code(lambda: forward(x).sum().backward())
+    adding = next(code for code in codes if "add_product_" in code)
+    assert "(6, 48)" in adding  # buffers are allocated by their shapes
+    assert not any(f"empty_strided_cpu({shape}" in adding for shape in ("(80, 48)", "(48, 80)"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_product_is_not_rounded_to_the_dtype_of_its_factors(dtype: torch.dtype) -> None:
+    """Integers below 2^8 are bfloat16 numbers, and sums of their products are float32 numbers."""
+    first, second = (torch.randint(-255, 256, shape) for shape in ((7, 96), (96, 5)))
+    total = torch.ones(7, 5, dtype=torch.promote_types(dtype, torch.float32))
+    add_product_(total, first.to(dtype), second.to(dtype))
+    assert torch.equal(total.long(), 1 + first @ second)
+
+
+def test_layers_are_those_that_run_as_linear_layers_and_learn() -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.ModuleDict({"plain": nn.Linear(2, 2), "own": Own(2, 2), "frozen": nn.Linear(2, 2)})
+    model["frozen"].requires_grad_(False)
+    assert summing_layers(model, Plan({}, [], [], MeshSizes())) == {model["plain"]: model["plain"].weight}
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "why"),
+    [
+        (("parallel=tp",), 2, "sharded, summed over ranks or offloaded"),
+        (("parallel=fsdp", "parallel.fsdp.cpu_offload=true"), 1, "sharded, summed over ranks or offloaded"),
+        (("train.float8=tensorwise", "train.dtype=bfloat16"), 1, "a float8 matmul of torchao's"),
+        (("train.micro_batch_size=null",), 1, "a step has one micro-batch"),
+    ],
+    ids=["tp", "offload", "float8", "one micro-batch"],
+)
+def test_it_is_refused_where_nothing_would_be_added_so(words: tuple[str, ...], ranks: int, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        validate(config(*PARTS, FUSED, *words), ranks)
+    assert validate(config(*PARTS, FUSED), 1) == MeshSizes()
+
+
+def test_the_op_is_not_registered_where_it_is_not_used() -> None:
+    words = (
+        "import sys, tpresearch.train.assemble; assert 'tpresearch.parallel.gradient_sums' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", words], check=True)

@@ -1,0 +1,107 @@
+"""Weight gradients that backward's matmuls add to the sum over micro-batches themselves, as Megatron-LM's
+`--gradient-accumulation-fusion` does: otherwise a matmul writes a gradient, and a second kernel reads it, reads the sum and
+writes the sum, 6 bytes per element in bfloat16 and 10 into float32 master weights' gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tpresearch.plan.compiler import Plan
+
+
+class GradientSums:
+    """Gradients of linear layers' weights, which are zeroed at the beginning of a step and added to in backward.
+
+    Args:
+        trained: by layer, the parameter that has its weight's gradient: its master, or the weight itself.
+    """
+
+    def __init__(self, trained: Mapping[nn.Linear, nn.Parameter]) -> None:
+        self._trained = {_as_summing(layer): parameter for layer, parameter in trained.items()}
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Backward adds to the parameters' gradients, which begin as zeros."""
+        for parameter in dict.fromkeys(self._trained.values()):  # of layers that share one, once
+            parameter.grad = torch.zeros_like(parameter)
+        for layer, parameter in self._trained.items():
+            layer.gradient_sum = parameter.grad
+        try:
+            yield
+        finally:
+            for layer in self._trained:
+                layer.gradient_sum = None
+
+
+def summing_layers(model: nn.Module, plan: Plan) -> dict[nn.Linear, nn.Parameter]:
+    """The linear layers that run as `nn.Linear` does and learn, and their weights: a matmul can add to these gradients."""
+    called = plan.probe.dims
+    found = {
+        layer: layer._parameters.get("weight")
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and type(layer).forward is nn.Linear.forward
+        and (not called or name in called)  # another one has no gradient, rather than one of zeros
+    }
+    return {layer: weight for layer, weight in found.items() if weight is not None and weight.requires_grad}
+
+
+class _SummingLinear(nn.Linear):
+    """A linear layer whose backward adds its weight's gradient to `gradient_sum`, while there is one."""
+
+    gradient_sum: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gradient_sum is None:
+            return super().forward(x)
+        y: Tensor = _Product.apply(x, self.weight, self.gradient_sum)
+        return y if self.bias is None else y + self.bias
+
+
+def _as_summing(layer: nn.Linear) -> _SummingLinear:
+    """The same layer. (A class, since dynamo compiles once for all methods of one, and again for each function of an object's own.)"""
+    layer.__class__ = _SummingLinear
+    return cast(_SummingLinear, layer)
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T, whose backward adds the weight's gradient to `total` and returns none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.total = total  # not saved, since it changes before a layer's second backward
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        add_product_(ctx.total, of_output.flatten(0, -2).t(), x.flatten(0, -2))
+        return of_output @ weight if ctx.needs_input_grad[0] else None, None, None
+
+
+@torch.library.custom_op("tpresearch::add_product_", mutates_args=("total",))
+def add_product_(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """total += first @ second, in one matmul. The product has the dtype of `total`, which may be wider than its factors'.
+
+    An op of its own, since a compiled graph would write aten's sum to another buffer and copy it.
+    """
+    if total.dtype is first.dtype:
+        total.addmm_(first, second)
+    elif total.is_cuda:
+        torch.addmm(total, first, second, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(first.to(total.dtype), second.to(total.dtype))
+
+
+@add_product_.register_fake
+def _(total: Tensor, first: Tensor, second: Tensor) -> None: ...
