@@ -38,7 +38,7 @@ WARM_UP, TIMED = 2, 4
 """Steps; of the rehearsal, one and two."""
 SETTING_S = 30
 """Seconds that a setting takes, its compilation with it: none begins with fewer left (H200, Llama-3-8B, with two steps more: 28 to 39)."""
-PROFILED = ("8b none mb4", "8b compiled AdamW none mb4")
+PROFILED = ("8b none mb4", "8b fused sums none mb4", "8b fused sums selective mb1")
 """Names of the settings whose kernels are kept, in two more steps."""
 TUNED = "tuned"
 """Ends the name of a setting whose fused kernels inductor tunes by trying."""
@@ -57,6 +57,9 @@ LLAMA3_8B = (
     *("model=llama2_7b", "model.n_kv_heads=8", "model.ffn_dim=14336", "tokenizer.vocab_size=128256", *FULL),
 )
 COMPILED_ADAMW = ("optimizer.compile=true",)
+FUSED_SUMS = ("parallel.gradient_accumulation_fusion=true",)
+"""Of a family that has them the first setting must be one."""
+FITS_80 = ("train.loss_chunk=2048",)
 LLAMA2_7B = ("model=llama2_7b", "tokenizer.vocab_size=32000", *FULL)
 TINY = (
     "model=llama2_debug",
@@ -95,19 +98,21 @@ FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "8b-compiled-adamw": (
         (*LLAMA3_8B, *COMPILED_ADAMW, "train.weights=bfloat16", "train.loss_chunk=4096"),
         {
+            "8b fused sums none mb4": (*setting("none", 4), *FUSED_SUMS),
             "8b compiled AdamW none mb4": setting("none", 4),
+            "8b fused sums selective mb1": (*setting("selective", 1), *FUSED_SUMS, *FITS_80),
+            "8b compiled AdamW selective mb1": (*setting("selective", 1), *FITS_80),
             f"8b compiled AdamW none mb4 {TUNED}": setting("none", 4),
-            "8b compiled AdamW selective mb1": (
-                *setting("selective", 1),
-                "train.loss_chunk=2048",
-            ),  # fits 80 GB
-            f"8b compiled AdamW selective mb1 {TUNED}": (*setting("selective", 1), "train.loss_chunk=2048"),
+            f"8b compiled AdamW selective mb1 {TUNED}": (*setting("selective", 1), *FITS_80),
         },
     ),
     "7b-masters": (LLAMA2_7B, {"7b float32 masters full mb2": setting("full", 2)}),
     "8b-masters": (
         (*LLAMA3_8B, *COMPILED_ADAMW, "optimizer.moment_dtype=bfloat16"),
-        {"8b float32 masters bfloat16 moments selective mb2": setting("selective", 2)},
+        {
+            "8b float32 masters fused sums selective mb2": (*setting("selective", 2), *FUSED_SUMS),
+            "8b float32 masters bfloat16 moments selective mb2": setting("selective", 2),
+        },
     ),
     "7b": (
         (*LLAMA2_7B, *COMPILED_ADAMW, "train.weights=bfloat16", "train.loss_chunk=8192"),
@@ -126,7 +131,7 @@ def main() -> None:
         weights = [word for word in overrides if word.startswith("train.weights")]
         overrides = (*TINY, *weights)
         settings = {
-            name: (*words[:2], "parallel.compile=false")
+            name: (*words[:2], "parallel.compile=false", *(w for w in words if w in FUSED_SUMS))
             for name, words in (*list(settings.items())[:1], *list(settings.items())[-1:])
         }
     cfgs = {
@@ -144,6 +149,7 @@ def measure(stage: Stage, cfgs: dict[str, Config]) -> None:
     with process_group(job.device, World()):
         mesh, rows = build_mesh(job.sizes, stage.device.type), prepare(first.data, first.tokenizer)
         loop = assemble(job, mesh, job.device, rows, restore=draw_on_device)
+        sums = loop.state.sums
         stage.wait()
         stage.add(event="weights drawn", parameters=job.parameters, card=job.device.name)
         for name, cfg in cfgs.items():
@@ -154,6 +160,7 @@ def measure(stage: Stage, cfgs: dict[str, Config]) -> None:
                 stage.add(event="does not fit this card", id=name)
                 continue
             tune_kernels(name.endswith(TUNED))
+            loop.state.sums = sums if cfg.parallel.gradient_accumulation_fusion else None
             row = None
             try:
                 row = steps(loop, name, cfg, stage)
@@ -203,6 +210,7 @@ def wrapping(cfg: Config) -> dict[str, Any]:
         "activation_checkpointing": str(cfg.parallel.activation_checkpointing),
         "micro_batch_size": cfg.train.micro_batch_size,
         "compile": cfg.parallel.compile,
+        "gradient_accumulation_fusion": cfg.parallel.gradient_accumulation_fusion,
         "weights": str(cfg.train.weight_dtype),
         "loss_chunk": cfg.train.loss_chunk,
     }

@@ -305,6 +305,14 @@ def test_compiled_elementwise_ops_are_one_kernel() -> None:
     assert compiled == pytest.approx(bytes_s(200, cluster()))
 
 
+def test_a_gradient_that_is_added_to_is_written_too() -> None:
+    """Nothing in the micro-batch reads the sum again: 300 bytes, not 200."""
+    matmul = op("gemm", "mm", [], [(1, 100)])._replace(shape=(1, 1, 1, 1), phase="backward")
+    adding = op("other", "add_", [(0, 100), (1, 100)], [(0, 100)])._replace(phase="backward")
+    kernel = kernels([matmul, adding], cluster(), MeshSizes(), compiled=True)[1]
+    assert kernel.seconds == pytest.approx(bytes_s(300, cluster()))
+
+
 @pytest.mark.parametrize(("sending", "step"), [(0.4, 2.2), (4.0, 4.25)])
 def test_async_tp_hides_gathers_and_scatters_behind_their_matmuls(sending: float, step: float) -> None:
     """In 4 pieces beside matmuls of 1 s: the first piece of a gather and the last of a scatter are what is left exposed;

@@ -50,6 +50,7 @@ def summing_layers(model: nn.Module, plan: Plan) -> dict[nn.Linear, nn.Parameter
         if isinstance(layer, nn.Linear)
         and type(layer).forward is nn.Linear.forward
         and (not called or name in called)  # another one has no gradient, rather than one of zeros
+        and name != plan.chunked_head  # whose gradient the loss makes
     }
     return {layer: weight for layer, weight in found.items() if weight is not None and weight.requires_grad}
 

@@ -125,19 +125,23 @@ def moved_bytes(op: Op) -> float:
 
 
 def fused_bytes(ops: Sequence[Op], last_read: dict[int, int], end: int) -> int:
-    """Bytes that ops in one kernel move: what they read from outside, and what is read after them.
+    """Bytes that ops in one kernel move: what they read from outside, and what is read after them, or is a sum of gradients,
+    to which backward adds in place and which the update reads.
 
     Args:
         last_read: of each storage, the place in the step where it is read last. end: the place of these ops.
     """
     made: dict[int, int] = {}
     read: dict[int, int] = {}
+    sums: set[int] = set()
     for op in ops:
         for number, size in op.reads:
             if number not in made:
                 read[number] = max(read.get(number, 0), size)
         made |= dict(op.writes)
-    kept = (size for number, size in made.items() if last_read.get(number, end + 1) > end)
+        if op.phase == "backward" and op.name == "add_":
+            sums |= {number for number, _ in op.writes}
+    kept = (size for number, size in made.items() if number in sums or last_read.get(number, end + 1) > end)
     return sum(read.values()) + sum(kept)
 
 
