@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from support.composed import config
@@ -9,6 +11,9 @@ from support.counted_steps import counted_step
 from support.nets import AllFrozen, Frozen, Scaled, Tied, Unused, model
 from support.odd_nets import Complex, Counting, Hooked, Parametrized, Transposed, Wide
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from tpresearch.config import ConfigError
 from tpresearch.config.validate import validate
@@ -100,6 +105,27 @@ def test_a_model_without_anything_to_train_is_refused() -> None:
 )
 def test_rows_that_two_axes_cut_unevenly_are_known(rows: int, shards: int, ways: int, alike: bool) -> None:
     assert _same_shards(rows, ways, shards) == alike
+
+
+@pytest.mark.parametrize(("ways", "shards"), [(2, 3), (3, 2), (4, 7), (6, 4)])
+@pytest.mark.parametrize("rows", [1, 5, 13, 26, 31, 61])
+def test_rows_are_cut_as_torch_cuts_them(rows: int, ways: int, shards: int) -> None:
+    """FSDP by chunks of chunks; DTensor by the placements that FSDP gives a parameter of a rule (private, torch 2.11 to 2.14)."""
+    placements = [Replicate(), _StridedShard(0, split_factor=ways), Shard(0)]
+    same = True
+    for way, part in enumerate(torch.arange(rows).chunk(ways)):
+        for shard, held in enumerate(part.chunk(shards)):
+            shape, offset = _compute_local_shape_and_global_offset(
+                (rows,), (1, shards, ways), [0, shard, way], placements
+            )
+            same &= shape[0] == len(held) and offset[0] == int(held[0])
+    assert _same_shards(rows, ways, shards) == same
+
+
+def test_the_rows_of_tens_of_thousands_of_ranks_are_compared_in_a_second() -> None:
+    before = time.process_time()
+    assert _same_shards(50257, 8, 8192)
+    assert time.process_time() - before < 1
 
 
 def test_uneven_rows_are_refused_with_the_next_vocabulary_that_fits() -> None:

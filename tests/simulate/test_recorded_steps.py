@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 import pytest
+import torch.distributed as dist
 from support.composed import config
 from support.counted_steps import PLANS, counted_step
 from support.marks import exhaustive
@@ -19,6 +20,7 @@ from tpresearch.models.llama2 import Llama2
 from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.depth import depth_of, recording
 from tpresearch.simulate.device_memory import peak_moment
+from tpresearch.simulate.fake_ranks import fake_mesh
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.kernels import _deduplicate_casts
 from tpresearch.simulate.prices import moved_bytes
@@ -68,6 +70,20 @@ def test_meshes_of_which_a_part_is_equal_are_recorded_one_after_another() -> Non
     ):
         sizes = [f"mesh.{size}" for size in (*shape, "tp=4")]
         equal_to_formulas(config("parallel=hsdp_tp", *sizes, "train.global_batch_size=32"), 16)
+
+
+def test_a_mesh_that_is_entered_within_itself_is_the_same_and_another_is_not() -> None:
+    few, more = (
+        validate(config("model=toy_mlp", "parallel=fsdp_tp", "mesh.tp=2"), world) for world in (4, 8)
+    )
+    with fake_mesh(few) as outer:
+        with fake_mesh(few) as inner:
+            assert inner is outer
+        assert outer["tp"] == outer["tp"] != outer["dp_shard"]
+        assert dist.get_world_size() == 4
+    with fake_mesh(more) as mesh:
+        assert mesh != outer
+        assert mesh.shape == (1, 4, 2)
 
 
 def test_an_equal_mesh_with_groups_of_its_own_finds_none_of_a_recorded_one() -> None:

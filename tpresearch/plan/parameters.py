@@ -6,8 +6,6 @@ import functools
 import itertools
 
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
 
 from tpresearch.config.axes import SHARD
 from tpresearch.config.errors import ConfigError
@@ -89,37 +87,23 @@ def _check_rows(name: str, parameter: nn.Parameter, model: nn.Module, plan: Plan
 
 @functools.cache
 def _same_shards(rows: int, ways: int, shards: int) -> bool:
-    """Whether FSDP and DTensor put the same rows on each rank. Only the first shards are compared: the others are empty in both."""
+    """Whether FSDP and DTensor put the same rows on each rank.
+
+    FSDP splits what a rank holds by its rule. DTensor (its _StridedShard, then Shard) puts together the same shard of all
+    ranks of the rule, and splits that among them: both agree where it cuts between two ranks' rows. Only the first shards
+    are compared: the others are empty in both.
+    """
     if rows % ways == 0:
         return True
-    return all(
-        _fsdp_rows(rows, ways, way, shards, shard) == _dtensor_rows(rows, ways, way, shards, shard)
-        for way in range(ways)
-        for shard in range(min(shards, -(-rows // ways)))
-    )
+    held = [_chunk(rows, ways, way) for way in range(ways)]
+    for shard in range(min(shards, -(-rows // ways))):
+        by_fsdp = [_chunk(count, shards, shard) for count in held]
+        if by_fsdp != [_chunk(sum(by_fsdp), ways, way) for way in range(ways)]:
+            return False
+    return True
 
 
-def _chunk(count: int, parts: int, part: int) -> tuple[int, int]:
-    """(first, number) of the elements of one of `torch.chunk`'s parts."""
+def _chunk(count: int, parts: int, part: int) -> int:
+    """Number of elements of one of `torch.chunk`'s parts."""
     size = -(-count // parts)
-    first = min(part * size, count)
-    return first, min(size, count - first)
-
-
-def _fsdp_rows(rows: int, ways: int, way: int, shards: int, shard: int) -> tuple[int, int]:
-    """The rows that a rank holds: FSDP's shard of its rule's shard, as (first, number)."""
-    first, count = _chunk(rows, ways, way)
-    inner, held = _chunk(count, shards, shard)
-    return (first + inner if held else 0, held)
-
-
-def _dtensor_rows(rows: int, ways: int, way: int, shards: int, shard: int) -> tuple[int, int]:
-    """The rows that DTensor computes from the same placements (private; read in torch 2.11 and 2.13)."""
-    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    placements: list[Placement] = [Replicate(), _StridedShard(0, split_factor=ways), Shard(0)]
-    shape, offset = _compute_local_shape_and_global_offset(
-        (rows,), (1, shards, ways), [0, shard, way], placements
-    )
-    return (int(offset[0]) if shape[0] else 0, int(shape[0]))
+    return max(0, min(size, count - part * size))

@@ -15,6 +15,7 @@ from tpresearch.ledger.entries import MEMORY_KINDS, Entry
 from tpresearch.simulate.cluster import Cluster, SourceKind
 from tpresearch.simulate.depth import Recording
 from tpresearch.simulate.device_memory import peak_moment
+from tpresearch.simulate.fake_ranks import fake_mesh
 from tpresearch.simulate.kernels import kernels
 from tpresearch.simulate.replay import Span, replay
 from tpresearch.simulate.trace import Trace
@@ -127,8 +128,9 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
     """
     cfg, sizes = recording.cfg, recording.sizes
     count = micro_batches(cfg, sizes)
-    seconds = recording.at_full_depth(lambda trace: step_seconds(trace, cfg, sizes, cluster), check)
-    held = peak_moment(recording.memory(check), count)
+    with fake_mesh(sizes):  # of all depths that it records
+        seconds = recording.at_full_depth(lambda trace: step_seconds(trace, cfg, sizes, cluster), check)
+        held = peak_moment(recording.memory(check), count)
     step = seconds["step"]
     memory = _memory(held, cluster)
     spread = min(MAX_SPREAD, math.hypot(SITE_ERROR, _spread(seconds)) * _uncertainty(cluster))
