@@ -154,7 +154,9 @@ def test_layers_are_those_that_run_as_linear_layers_and_learn() -> None:
     model = nn.ModuleDict({"plain": nn.Linear(2, 2), "own": Own(2, 2), "frozen": nn.Linear(2, 2)})
     model["frozen"].requires_grad_(False)
     model["head"] = nn.Linear(2, 2)
-    assert summing_layers(model, Plan({}, [], [], MeshSizes(), chunked_head="head")) == {model["plain"]: model["plain"].weight}
+    assert summing_layers(model, Plan({}, [], [], MeshSizes(), chunked_head="head")) == {
+        model["plain"]: model["plain"].weight
+    }
 
 
 @pytest.mark.parametrize(
