@@ -23,6 +23,7 @@ from tpresearch.compare.groups import (
 from tpresearch.compare.runs import find_runs
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.claim import EARLIER_SUFFIX
+from tpresearch.launch.command import WrongCommand
 from tpresearch.launch.options import words_and_options
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +137,18 @@ def test_the_device_is_the_one_that_was_computed_on(tmp_path: Path) -> None:
     assert [len(group.runs) for group in groups] == [1, 1, 1]  # no mean over a CPU and a GPU
 
 
+def test_dtypes_that_differ_are_shown_even_where_the_plan_tells_runs_apart(tmp_path: Path) -> None:
+    Made("none", steps=2).write(tmp_path / "a")
+    config = Made("tp", {"tp": 2}, steps=2).write(tmp_path / "b") / "config.yaml"
+    told = yaml.safe_load(config.read_text())
+    told["train"]["dtype"] = told["optimizer"]["moment_dtype"] = "bfloat16"
+    config.write_text(yaml.safe_dump(told))
+    assert named(str(tmp_path)) == [
+        "none · dtype=float32 · moment_dtype=–",
+        "tp · dtype=bfloat16 · moment_dtype=bfloat16",
+    ]
+
+
 def test_a_name_is_one_line_that_a_terminal_does_not_obey(tmp_path: Path) -> None:
     Made(name="a\n b\x1b[31m", steps=2).write(tmp_path / "a")
     Made(name="c", steps=2).write(tmp_path / "b")
@@ -247,6 +260,19 @@ def test_words_that_name_no_run(
     with pytest.raises(ConfigError) as refused:
         find_runs([word])
     assert says in str(refused.value)
+
+
+def test_the_proposed_comparison_leaves_out_every_word_that_would_be_refused(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (sweep / "4" / "summary.json").unlink()
+    words = [str(sweep / "3"), "nowhere", "empty", "x*", str(sweep / "4"), "seeds=apart"]
+    monkeypatch.setattr("sys.argv", ["compare", *words])
+    with pytest.raises(WrongCommand) as refused:
+        find_runs(words[:-1])
+    assert str(refused.value.command).endswith(f" {sweep / '3'} seeds=apart")
 
 
 def refusal(

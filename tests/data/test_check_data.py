@@ -51,6 +51,8 @@ REFUSED_DATA = [
     ("parquet", "good.jsonl", {}, "data.path", "not Parquet"),
     ("parquet", "texts.parquet", {}, "data.text_field", "no such field"),
     ("parquet", "numbers.parquet", {}, "data.text_field", "holds int64, not text"),
+    ("pystdlib", "good.jsonl", {}, "data.path", "data=pystdlib reads no path"),
+    ("random_tokens", "good.txt", {}, "data.path", "data=random_tokens reads no path"),
     ("hf", "folder", {"streaming": True}, "data.streaming", "without data.max_tokens has no end"),
     ("hf", "folder", {"text_field": "body"}, "data.text_field", "no such field"),
     ("hf", "folder", {"split": "validation"}, "data.split", "Bad split: validation"),
@@ -81,6 +83,16 @@ def test_data_is_refused(
     assert refusal.value.legal
     assert "\n" not in str(refusal.value)
     assert not (here / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("a.jsonl.gz", "jsonl"), (["a.parquet", "b.parquet"], "parquet"), ("a.md", "text"), ([], "text")],
+)
+def test_the_kind_of_a_path_that_is_not_read_is_proposed_by_its_name(path: object, kind: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check_data(DataConfig(path=path), TokenizerConfig())
+    assert refusal.value.fix == {"data": kind}
 
 
 REFUSED_TOKENIZERS = [

@@ -10,8 +10,10 @@ import yaml
 from support.commands import environment, execute_warm
 from support.launches import Command
 
+from tpresearch import export
 from tpresearch.__main__ import COMMANDS
 from tpresearch.launch.help import meanings
+from tpresearch.launch.options import command
 from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
@@ -82,3 +84,12 @@ def test_config_files_can_be_added(warm_python: Command, extra_configs: str) -> 
         == 7
     )
     assert "one of short, torn" in warm_python("experiment=sort", "--config-dir", "mine").err
+
+
+def test_a_proposed_command_gives_every_option_that_is_required(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["export", "checkpoint=nowhere", "out=there"])
+    with pytest.raises(SystemExit):
+        command(export.main, export.Options)
+    assert capsys.readouterr().err.rstrip().endswith("out=there 'checkpoint=<checkpoint>'")

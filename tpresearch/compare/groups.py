@@ -29,6 +29,8 @@ FIRST_COLUMNS = (
 )
 NUMERICS = ("dtype", "weights", "float8", "loss_chunk")
 """Keys of train that change only the rounding of a loss, which a comparison shows, as optimizer.moment_dtype does."""
+ALWAYS_SHOWN = ("device", "train.dtype", "train.weights", "train.float8", "optimizer.moment_dtype")
+"""Settings that a label shows wherever they differ, even if others tell the runs apart."""
 BY_VALUE = ("model.name", "parallel.name", "device")
 """Settings whose value is clear without their name."""
 
@@ -51,8 +53,8 @@ def differing(runs: Sequence[Run]) -> pd.DataFrame:
 def distinguishing(runs: Sequence[Run]) -> list[str]:
     """The differing settings that distinguish runs which those before them do not.
 
-    For a sweep over plans that is `parallel.name`: what else the plans set follows from it. The device is always among
-    them if it differs, so that no chart mixes a GPU and a CPU without saying so.
+    For a sweep over plans that is `parallel.name`: what else the plans set follows from it. Device and dtypes are always
+    among them if they differ, so that no chart mixes a GPU and a CPU, or float32 and bfloat16, without saying so.
     """
     frame = differing(runs)
     chosen: list[str] = []
@@ -60,7 +62,7 @@ def distinguishing(runs: Sequence[Run]) -> list[str]:
     for key in frame:
         if (more := len(frame[[*chosen, key]].drop_duplicates())) > kinds:
             chosen, kinds = [*chosen, key], more
-    return [*chosen, "device"] if "device" in frame and "device" not in chosen else chosen
+    return [*chosen, *(key for key in ALWAYS_SHOWN if key in frame and key not in chosen)]
 
 
 def labels(runs: Sequence[Run], *, seeds: bool = True) -> list[str]:

@@ -7,6 +7,7 @@ import glob
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -123,19 +124,31 @@ def find_runs(words: Sequence[str]) -> FoundRuns:
 def _folders(word: str) -> list[Path]:
     """The run folders that an argument names; it is a glob only if no file has exactly that name."""
     path = Path(word).expanduser()
-    if path.exists():
-        paths = [path]
-    elif glob.has_magic(word):
-        paths = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        if not paths:
-            raise _argument_error(word, "this glob matches nothing")
-        paths = [each for each in paths if EARLIER_SUFFIX in word or EARLIER_SUFFIX not in str(each)]
-    else:
+    is_glob = not path.exists() and glob.has_magic(word)
+    if is_glob and not glob.glob(str(path), recursive=True):
+        raise _argument_error(word, "this glob matches nothing")
+    if not is_glob and not path.exists():
         raise _argument_error(word, "no such folder", instead=_closest_sibling(path))
-    folders = [folder for each in paths for folder in run_folders(each)]
-    if not folders:
+    if not (folders := _existing_folders(word)):
         raise _argument_error(word, "no run in it")
     return folders
+
+
+def _existing_folders(word: str) -> list[Path]:
+    """As `_folders`; none where the argument names none."""
+    path = Path(word).expanduser()
+    paths = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if not path.exists():
+        paths = [each for each in paths if EARLIER_SUFFIX in word or EARLIER_SUFFIX not in str(each)]
+    return [folder for each in paths for folder in run_folders(each)]
+
+
+def _is_readable(word: str) -> bool:
+    """Whether an argument is accepted: it names runs, or one that has ended."""
+    folders = _existing_folders(word)
+    with suppress(UnreadableRun):
+        return bool(folders) and (folders != [Path(word).expanduser()] or read_run(folders[0]) is not None)
+    return False
 
 
 def _closest_sibling(path: Path) -> list[str]:
@@ -145,8 +158,10 @@ def _closest_sibling(path: Path) -> list[str]:
 
 
 def _argument_error(word: str, why: str, legal: str = LEGAL, instead: Sequence[str] = ()) -> ConfigError:
-    """The refusal of an argument, with the same command to try without it or with `instead` in its place."""
-    typed = [new for old in sys.argv[1:] for new in (instead if old == word else [old])]
+    """The refusal of an argument, with the same command to try without it or with `instead` in its place, and without
+    others that would be refused next."""
+    others = {old for old in sys.argv[1:] if "=" not in old and old != word and not _is_readable(old)}
+    typed = [new for old in sys.argv[1:] if old not in others for new in (instead if old == word else [old])]
     named = [word for word in typed if "=" not in word]
     return WrongCommand("run", word, why, legal, python_command(typed if named else ["outputs", *typed]))
 

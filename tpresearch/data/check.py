@@ -15,6 +15,7 @@ from tpresearch.data.sources import local_files
 
 CHECKED_FILES = 16
 MIN_VOCAB_SIZE = 257
+READS_PATH = (DataSource.text, DataSource.jsonl, DataSource.parquet, DataSource.hf)
 LEGAL_CACHE = "a folder in which this user may write"
 
 
@@ -27,6 +28,7 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     check_bounds(data, "data.")
     if not data.cache_dir.strip():
         raise ConfigError("data.cache_dir", data.cache_dir, "names no folder", LEGAL_CACHE)
+    _check_path_is_read(data)
     if data.is_synthetic:
         return
     _check_streaming(data)
@@ -39,6 +41,18 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
         (found for found in local_files(data) if found[1].stat().st_size), CHECKED_FILES
     ):
         next(read_file(data, name, file), None)
+
+
+def _check_path_is_read(data: DataConfig) -> None:
+    """Someone who names files and forgets their kind must not get a run on another corpus."""
+    if data.path is None or data.source in READS_PATH:
+        return
+    first = data.path if isinstance(data.path, str) else next(iter(data.path), "")
+    suffixes = {suffix.lstrip(".") for suffix in Path(first).suffixes}
+    kind = next((source for source in (DataSource.jsonl, DataSource.parquet) if source in suffixes), "text")
+    why = f"data={data.source} reads no path"
+    legal = "data=text, jsonl, parquet or hf"
+    raise ConfigError("data.path", data.path, why, legal, {"data": kind})
 
 
 def _check_streaming(data: DataConfig) -> None:

@@ -71,6 +71,16 @@ def words_and_options(kind: type[Options], words: Sequence[str]) -> tuple[list[s
     return [word for word in words if not is_option(word)], read_options(kind, list(filter(is_option, words)))
 
 
+def _error_of_options(kind: type | None, words: Sequence[str]) -> ConfigError | None:
+    """Why a command with these words would be refused before it looks at what they name."""
+    try:
+        if kind is not None:
+            words_and_options(kind, words)
+    except ConfigError as error:
+        return error
+    return None
+
+
 def command(main: Callable[[], None], options: type | None = None) -> None:
     """Run a command whose ConfigErrors end in one line on stderr and exit code 2.
 
@@ -91,4 +101,4 @@ def command(main: Callable[[], None], options: type | None = None) -> None:
         interrupt.print_stopped()
         sys.exit(interrupt.INTERRUPTED)
     except ConfigError as error:
-        refuse(error, World(), lambda _: None)
+        refuse(error, World(), lambda tried: _error_of_options(options, tried.arguments))
