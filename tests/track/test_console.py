@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from rich.console import Console
@@ -17,6 +19,7 @@ from tpresearch.track.console import NextSteps, ProgressLine, report
 from tpresearch.track.names import complete_row
 from tpresearch.track.record import summary_figures
 from tpresearch.track.text import bytes_text, count_text, duration_text, loss_text, path_text, share_text
+from tpresearch.track.wandb_run import WandbRun
 
 REFUSED = ConfigError("parallel", "fsdp_tp", "it is not for this model", "another")
 
@@ -173,6 +176,18 @@ def test_the_report_tells_results_place_and_what_to_type_next(
     assert "MFU" not in text  # undefined on a CPU
 
 
+def test_commands_on_a_folder_with_a_space_in_its_name_are_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    steps = NextSteps(Command(), lambda _: REFUSED).after(
+        {"parallel": "tp", "world_size": 2}, tmp_path / "a b"
+    )
+    assert steps[-1][0] == "cat 'a b/plan.txt'"
+    run = SimpleNamespace(url=None, folder=tmp_path / "a b")
+    assert WandbRun.page_or_sync_command(cast(WandbRun, run)) == "wandb sync 'a b'"
+
+
 def test_the_report_of_a_failed_run_says_why_and_suggests_nothing(tmp_path: Path) -> None:
     summary = {
         "run_name": "m/tp2",
@@ -201,18 +216,25 @@ def test_the_report_says_why_a_sum_of_outputs_falls_without_end(tmp_path: Path) 
     assert "minimum" not in texts[Loss.next_token]
 
 
-@pytest.mark.parametrize(("checkpoint", "typed"), [(True, "resume=r"), (False, "model=mine")])
+@pytest.mark.parametrize(
+    ("folder", "checkpoint", "typed"),
+    [
+        ("r", True, "resume=r"),
+        ("r", False, "model=mine"),
+        ("r é", True, shlex.quote("resume='r é'")),  # for the shell, and for Hydra's grammar
+    ],
+)
 def test_a_stopped_run_ends_in_the_command_that_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: bool, typed: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, checkpoint: bool, typed: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if checkpoint:
-        (tmp_path / "r" / "checkpoints" / "step-00000004").mkdir(parents=True)
+        (tmp_path / folder / "checkpoints" / "step-00000004").mkdir(parents=True)
     summary = {"run_name": "m/tp2", "status": "interrupted", "error": "stopped by SIGINT", "steps": 4}
     summary |= {"world_size": 2, "tokens": 9, "parallel": "tp"} | summary_figures([], 5)
     out = io.StringIO()
     next_steps = NextSteps(Command(("model=mine",), ranks=2), lambda _: None)
-    report(Console(file=out, width=120), summary, tmp_path / "r", None, next_steps=next_steps)
+    report(Console(file=out, width=120), summary, tmp_path / folder, None, next_steps=next_steps)
     box, _, after = out.getvalue().rpartition("┘\n")
     assert "m/tp2: interrupted" in box
     program = shlex.join(program_words())

@@ -33,7 +33,7 @@ def fake_mesh(sizes: MeshSizes) -> Iterator[DeviceMesh]:
     Entered again inside, for the same sizes, it is the same mesh: what DTensor has found for an op then holds for the next
     recording, and meshes need not be compared rank by rank.
     """
-    if _entered[0][0] == sizes:
+    if _entered and _entered[0][0] == sizes:
         yield _entered[0][1]
         return
     with process_group(FAKE, World(size=sizes.world, local_size=sizes.world)), _without_other_ranks():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tpresearch.config.choices import Loss
-from tpresearch.launch.command import Command, CommandCheck, corrected, override_key
+from tpresearch.launch.command import Command, CommandCheck, corrected, override, override_key
 from tpresearch.track.names import Row
 from tpresearch.track.text import (
     UNDEFINED,
@@ -225,14 +226,16 @@ class NextSteps:
                 ),
                 "how 64 ranks would shard 7B, compiled on this machine",
             ),
-            (f"cat {path_text(run_dir)}/plan.txt", "what each rank holds and sends"),
+            (shlex.join(["cat", path_text(run_dir / "plan.txt")]), "what each rank holds and sends"),
         ]
 
     def to_resume(self, run_dir: Path) -> str:
         """The command that resumes a stopped run, or restarts it if it has no checkpoint."""
         if not any((run_dir / "checkpoints").glob("step-*")):
             return format_command(self.command)
-        return format_command(dataclasses.replace(self.command, arguments=(f"resume={path_text(run_dir)}",)))
+        return format_command(
+            dataclasses.replace(self.command, arguments=(override("resume", path_text(run_dir)),))
+        )
 
     def _other_plan_commands(self, plan: str, world: int) -> Iterator[tuple[str, str]]:
         left_out = {override_key(word) for word in self.command.arguments if _is_left_out(word)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -153,7 +154,8 @@ class WandbRun:
         """The run's page, or the command that uploads it."""
         if self.url and not self._first_error:
             return self.url
-        return f"wandb sync {'--include-online ' if self.url else ''}{path_text(self.folder)}"
+        online = ["--include-online"] if self.url else []
+        return shlex.join(["wandb", "sync", *online, path_text(self.folder)])
 
     @contextmanager
     def _catching_errors(self) -> Iterator[None]:
