@@ -12,6 +12,7 @@ from support.launches import Command
 
 from tpresearch import export
 from tpresearch.__main__ import COMMANDS
+from tpresearch.launch.command import corrected
 from tpresearch.launch.help import meanings
 from tpresearch.launch.options import command
 from tpresearch.verify.ranks import Ranks
@@ -93,3 +94,7 @@ def test_a_proposed_command_gives_every_option_that_is_required(
     with pytest.raises(SystemExit):
         command(export.main, export.Options)
     assert capsys.readouterr().err.rstrip().endswith("out=there 'checkpoint=<checkpoint>'")
+
+
+def test_a_path_in_a_proposed_override_is_quoted_for_hydra() -> None:
+    assert corrected(["resume=x"], {"resume": None, "init_from": Path("a b/c")}) == ["init_from='a b/c'"]

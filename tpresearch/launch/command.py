@@ -194,11 +194,16 @@ def corrected(arguments: Sequence[str], fix: Mapping[str, object]) -> list[str]:
         if key not in fix:
             kept.append(argument)
         elif (value := left.pop(key, None)) is not None:
-            kept.append(f"{key}={format_value(value)}")
-    new = [f"{key}={format_value(value)}" for key, value in left.items() if value is not None]
+            kept.append(_typed(key, value))
+    new = [_typed(key, value) for key, value in left.items() if value is not None]
     # After the other overrides, since flags have to follow all of them.
     behind = 1 + max((at for at, word in enumerate(kept) if _is_override(word)), default=-1)
     return [*kept[:behind], *new, *kept[behind:]]
+
+
+def _typed(key: str, value: object) -> str:
+    """The override as Hydra reads it: a path may have a space in it."""
+    return override(key, value) if isinstance(value, Path) else f"{key}={format_value(value)}"
 
 
 def _is_override(word: str) -> bool:
