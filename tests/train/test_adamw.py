@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from support.composed import config, corpus
+from support.marks import exhaustive
+from support.processes import has_imported
 from torch import Tensor, nn
 
 from tpresearch.config.errors import ConfigError
@@ -27,6 +27,7 @@ from tpresearch.train.adamw import AdamW, ElementwiseAdamW
 from tpresearch.train.assemble import assemble
 from tpresearch.train.optim import build_optimizer
 from tpresearch.train.preflight import preflight
+from tpresearch.verify.ranks import Ranks
 
 SHAPES = (64, 1024), (32, 1024), (1024,), (7, 13), (5,)
 STEPS, SKIPPED, DIVISOR = 4, 2, 3.3
@@ -73,8 +74,15 @@ def train(weights: list[nn.Parameter], make: Make) -> dict[str, list[Tensor]]:
     return {"weight": [weight.detach() for weight in weights], **found}
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "compile"),
+    [
+        *((dtype, False) for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+        exhaustive(torch.float64, True),
+        (torch.float32, True),
+        (torch.bfloat16, True),
+    ],
+)
 def test_it_is_the_fused_update_to_rounding(dtype: torch.dtype, compile: bool) -> None:
     theirs = train(draw(dtype), fused)
     ours = train(draw(dtype), functools.partial(elementwise, compile=compile))
@@ -119,13 +127,16 @@ def test_compiled_it_is_one_graph_for_tensors_in_rows_and_one_for_others() -> No
 
 
 def test_dynamo_counts_graphs_of_each_kind_of_update_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its limit, 8, is for a code object: a process may train many times, and a model have weights of several dtypes."""
+    """Its limit, here 3, is for a code object: a process may train many times, and a model have weights of several dtypes.
+
+    Two graphs of each kind, of which there are two.
+    """
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", functools.partial(compile, backend="eager"))
     adamw_op._compiled_update.cache_clear()
-    for moments in (None, torch.bfloat16):
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            train(draw(dtype), functools.partial(elementwise, compile=True, moments=moments))
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for moments in (None, torch.bfloat16):
+            train(draw(torch.float32), functools.partial(elementwise, compile=True, moments=moments))
     adamw_op._compiled_update.cache_clear()
 
 
@@ -172,9 +183,10 @@ def test_gradients_that_are_kept_by_mistake_are_those_that_were_clipped() -> Non
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_the_op_is_not_registered_where_it_is_not_used() -> None:
-    words = "import sys, tpresearch.train.assemble; assert 'tpresearch.train.adamw_op' not in sys.modules"
-    subprocess.run([sys.executable, "-c", words], check=True)
+def test_the_op_is_not_registered_where_it_is_not_used(ranks: Ranks) -> None:
+    """The server of the ranks has trained with AdamW's defaults, unless torch is built for CUDA; it has imported all."""
+    assert ranks.run(1, has_imported, "tpresearch.train.adamw") == [True]
+    assert ranks.run(1, has_imported, "tpresearch.train.adamw_op") == [False]
 
 
 @pytest.mark.parametrize("words", [(), ("optimizer.compile=true",), ("optimizer.moment_dtype=bfloat16",)])

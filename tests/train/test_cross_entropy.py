@@ -171,7 +171,7 @@ def steps(world: World, cfgs: list[Config]) -> list[tuple[list[tuple[float, floa
     ("plan", "size", "model"),
     [
         ("none", 1, "toy_mlp"),
-        ("tp", 2, "toy_mlp"),
+        exhaustive("tp", 2, "toy_mlp"),
         ("sp", 2, "llama2_debug"),
         ("fsdp_tp", 4, "toy_mlp"),
         exhaustive("none", 1, "llama2_debug"),

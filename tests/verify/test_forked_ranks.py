@@ -91,7 +91,7 @@ def threads_after_a_step(world: World, cfg: Config) -> tuple[float, int, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_no_job_leaves_a_thread_or_a_process_to_the_next(ranks: Ranks) -> None:
-    cfg = config("model=llama2_debug", "parallel=fsdp_tp")
+    cfg = config("model=toy_mlp", "parallel=fsdp_tp")
     first, *_, last = [ranks.run(2, threads_after_a_step, cfg) for _ in range(4)]
     assert [threads for _, threads, _ in first] == [threads for _, threads, _ in last]
     assert all(threads <= 3 and of_torch == 1 for _, threads, of_torch in last)
