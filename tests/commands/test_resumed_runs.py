@@ -50,6 +50,7 @@ def test_a_run_resumes_under_another_plan_and_another_experiment_is_refused(
     on = train(2, tmp_path, "resume=mine", "parallel=fsdp", "train.steps=4", "checkpoint.keep=1")
     assert on.code == 0, on.err
     assert "the budget has grown from 2 to 4 steps" in on.err
+    assert "the learning rate of the next step stays" in on.err, "in the warm-up"
     went = Trained(on, run)
     assert went.column("train/step") == [1, 2, 3, 4]
     summary = went.json("summary.json")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from support.composed import config, corpus
 from support.counted_steps import FAKE
 from support.marks import exhaustive
+from support.processes import has_imported
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -26,6 +25,7 @@ from tpresearch.plan.compiler import Plan
 from tpresearch.train.assemble import assemble
 from tpresearch.train.loop import Loop
 from tpresearch.train.preflight import preflight
+from tpresearch.verify.ranks import Ranks
 
 FUSED = "parallel.gradient_accumulation_fusion=true"
 PARTS = "parallel=none", "train.micro_batch_size=2"
@@ -175,8 +175,6 @@ def test_it_is_refused_where_nothing_would_be_added_so(words: tuple[str, ...], r
     assert validate(config(*PARTS, FUSED), 1) == MeshSizes()
 
 
-def test_the_op_is_not_registered_where_it_is_not_used() -> None:
-    words = (
-        "import sys, tpresearch.train.assemble; assert 'tpresearch.parallel.gradient_sums' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", words], check=True)
+def test_the_op_is_not_registered_where_it_is_not_used(ranks: Ranks) -> None:
+    assert ranks.run(1, has_imported, "tpresearch.train.assemble") == [True]
+    assert ranks.run(1, has_imported, "tpresearch.parallel.gradient_sums") == [False]

@@ -126,17 +126,24 @@ def test_compiled_it_is_one_graph_for_tensors_in_rows_and_one_for_others() -> No
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_dynamo_counts_graphs_of_each_kind_of_update_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its limit, here 3, is for a code object: a process may train many times, and a model have weights of several dtypes.
+@pytest.mark.parametrize(
+    ("dtypes", "limit"),
+    [((torch.float32,), 3), exhaustive((torch.float64, torch.float32, torch.bfloat16), 8)],
+)
+def test_dynamo_counts_graphs_of_each_kind_of_update_by_itself(
+    dtypes: tuple[torch.dtype, ...], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its limit, 8, is for a code object: a process may train many times, and a model have weights of several dtypes.
 
-    Two graphs of each kind, of which there are two.
+    Two graphs of each kind, of which there are two per dtype.
     """
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", functools.partial(compile, backend="eager"))
     adamw_op._compiled_update.cache_clear()
-    with torch._dynamo.config.patch(recompile_limit=3):
+    with torch._dynamo.config.patch(recompile_limit=limit):
         for moments in (None, torch.bfloat16):
-            train(draw(torch.float32), functools.partial(elementwise, compile=True, moments=moments))
+            for dtype in dtypes:
+                train(draw(dtype), functools.partial(elementwise, compile=True, moments=moments))
     adamw_op._compiled_update.cache_clear()
 
 

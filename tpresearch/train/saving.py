@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 
 import torch
@@ -110,4 +111,6 @@ def log_resumption(found: list[Checkpoint], step: int, job: Preflight) -> None:
         totals, (peak, schedule) = (manifest.steps, steps), (cfg.optimizer.lr, cfg.schedule)
         before, now = (learning_rate(step, total, peak, schedule) for total in totals)
         rates = f"the learning rate of the next step is {now:.3g} instead of {before:.3g}"
+        if math.isclose(now, before, rel_tol=1e-3):
+            rates = f"the learning rate of the next step stays {now:.3g}"
         log.warning("the budget has grown from %d to %d steps: %s", manifest.steps, steps, rates)
