@@ -39,6 +39,9 @@ OTHER = re.compile(r"moe|mixtral|mixture|mamba|rwkv|bert|\bt5\b|\bvit\b|switch")
 HAND_FUSED = ("megatron", "megatron-lm", "nemo", "llm.c", "flash-attention")
 ALL_FUSED = re.compile(r"fused [^;.]*(swiglu|gelu|dense)", re.IGNORECASE)
 """Software, and words of a row, whose elementwise ops are written as few kernels by hand: priced as compiled ones are."""
+OVERLAPPING = ("nemo",)
+"""Software that overlaps the messages of tensor parallelism with matmuls unless it is told otherwise (NeMo's launcher,
+conf/training/nemotron/nemotron_15b.yaml and others: ub_tp_comm_overlap)."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,10 @@ def _overrides(row: Row) -> list[str]:
         found += ["parallel.fsdp.reduce_dtype=bfloat16"]
     if row["params_dtype"] == "bf16":
         found += ["train.weights=bfloat16"]
-    if row.is_true("async_tp"):
+    overlaps = (
+        row.engine in OVERLAPPING and row.is_true("sp") if not row["async_tp"] else row.is_true("async_tp")
+    )
+    if tp > 1 and overlaps:
         found += ["parallel.async_tp=true"]
     if tp > 1 and "no loss-parallel" in row["notes"]:
         found += ["parallel.loss_parallel=false"]

@@ -88,6 +88,23 @@ def test_cells_are_read_with_their_units() -> None:
     assert told.measured_s == pytest.approx(6.0)
 
 
+@pytest.mark.parametrize(
+    ("cells", "overlaps"),
+    [
+        ({"engine": "nemo/megatron"}, True),
+        ({"engine": "nemo/megatron", "async_tp": "0"}, False),
+        ({"engine": "nemo/megatron", "sp": "0"}, False),
+        ({"engine": "megatron"}, False),
+        ({"engine": "torchtitan", "async_tp": "1"}, True),
+    ],
+)
+def test_messages_of_tensor_parallelism_overlap_where_the_row_or_its_software_says_so(
+    cells: dict[str, str], overlaps: bool
+) -> None:
+    (part,) = parts(Row({**SMALL, "tp": "8", "sp": "1", **cells}))
+    assert ("parallel.async_tp=true" in part.overrides) == overlaps
+
+
 @pytest.mark.parametrize("name", ["pp", "cp", "ep"])
 def test_a_row_of_parallelism_that_is_not_here_is_refused(name: str) -> None:
     assert parts(Row({**SMALL, name: "1"}))
