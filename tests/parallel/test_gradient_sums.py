@@ -126,6 +126,73 @@ def test_a_weight_that_is_used_again_gets_the_sum_of_its_uses(compiles: bool) ->
     torch.testing.assert_close((weight.grad, bias.grad), expected, rtol=1e-12, atol=1e-12)
 
 
+class Own(nn.Linear):
+    def twice(self, x: Tensor) -> Tensor:
+        return 2 * self(x)
+
+
+def without_grad(model: nn.ModuleDict, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        hidden = model["first"](x)
+    return model["own"](hidden)
+
+
+def with_another_weight(model: nn.ModuleDict, x: Tensor) -> Tensor:
+    weight = torch.tanh(model["first"].weight)
+    return model["own"](torch.func.functional_call(model["first"], {"weight": weight}, x))
+
+
+def in_autocast(model: nn.ModuleDict, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model["own"](model["first"](x)).float()
+
+
+def after_another_gradient(model: nn.ModuleDict, x: Tensor) -> Tensor:
+    x = x.requires_grad_()
+    (gradient,) = torch.autograd.grad(model["first"](x).square().sum(), x)
+    return model["own"](x + gradient)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize(
+    "use",
+    [
+        without_grad,
+        with_another_weight,
+        in_autocast,
+        after_another_gradient,
+        lambda model, x: model["own"](x[0, 0]),
+        lambda model, x: model["own"].twice(x),
+    ],
+    ids=[
+        "no_grad",
+        "functional_call",
+        "autocast",
+        "autograd.grad",
+        "a vector, and a layer without a gradient",
+        "a class of its own",
+    ],
+)
+def test_layers_learn_the_same_however_a_model_uses_them(
+    use: Callable[[nn.ModuleDict, Tensor], Tensor], compiles: bool
+) -> None:
+    if compiles and use is after_another_gradient:
+        pytest.skip("dynamo makes no graph of it")
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"first": nn.Linear(48, 48), "own": Own(48, 48)}), torch.randn(2, 5, 48)
+    use(model, x).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    sums = GradientSums(summing_layers(model, Plan({}, [], [], MeshSizes())))
+    forward = torch.compile(use, backend="aot_eager", fullgraph=True) if compiles else use
+    with sums.collecting():
+        forward(model, x).square().sum().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert [name for name in found if found[name] is None] == [n for n in expected if expected[n] is None]
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
+
+
 def test_a_compiled_backward_copies_no_sum() -> None:
     layer = nn.Linear(48, 80, bias=False)
     sums, x = GradientSums({layer: layer.weight}), torch.randn(6, 48, requires_grad=True)
@@ -147,13 +214,13 @@ def test_the_product_is_not_rounded_to_the_dtype_of_its_factors(dtype: torch.dty
 
 
 def test_layers_are_those_that_run_as_linear_layers_and_learn() -> None:
-    class Own(nn.Linear):
+    class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    model = nn.ModuleDict({"plain": nn.Linear(2, 2), "own": Own(2, 2), "frozen": nn.Linear(2, 2)})
+    model = nn.ModuleDict({"plain": nn.Linear(2, 2), "own": Doubled(2, 2), "frozen": nn.Linear(2, 2)})
     model["frozen"].requires_grad_(False)
-    model["head"] = nn.Linear(2, 2)
+    model["head"], model["complex"] = nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64)
     assert summing_layers(model, Plan({}, [], [], MeshSizes(), chunked_head="head")) == {
         model["plain"]: model["plain"].weight
     }

@@ -5,6 +5,7 @@ writes the sum, 6 bytes per element in bfloat16 and 10 into float32 master weigh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -29,9 +30,11 @@ class GradientSums:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Backward adds to the parameters' gradients, which begin as zeros."""
+        """Backward adds to the parameters' gradients, which begin as zeros. One that nothing was added to becomes none, by which
+        an optimizer leaves its weight alone."""
         for parameter in dict.fromkeys(self._trained.values()):  # of layers that share one, once
             parameter.grad = torch.zeros_like(parameter)
+        begun = {parameter: _changes(parameter) for parameter in self._trained.values()}
         for layer, parameter in self._trained.items():
             layer.gradient_sum = parameter.grad
         try:
@@ -39,6 +42,14 @@ class GradientSums:
         finally:
             for layer in self._trained:
                 layer.gradient_sum = None
+            for parameter, before in begun.items():
+                if _changes(parameter) == before:
+                    parameter.grad = None
+
+
+def _changes(parameter: nn.Parameter) -> int:
+    """How often its gradient was changed in place."""
+    return -1 if parameter.grad is None else parameter.grad._version
 
 
 def summing_layers(model: nn.Module, plan: Plan) -> dict[nn.Linear, nn.Parameter]:
@@ -49,10 +60,15 @@ def summing_layers(model: nn.Module, plan: Plan) -> dict[nn.Linear, nn.Parameter
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
         and type(layer).forward is nn.Linear.forward
-        and (not called or name in called)  # another one has no gradient, rather than one of zeros
+        and (not called or name in called)  # another one needs no sum
         and name != plan.chunked_head  # whose gradient the loss makes
     }
-    return {layer: weight for layer, weight in found.items() if weight is not None and weight.requires_grad}
+    return {layer: weight for layer, weight in found.items() if weight is not None and _is_summed(weight)}
+
+
+def _is_summed(weight: nn.Parameter) -> bool:
+    """Whether it learns, by a gradient of real numbers: one of complex numbers takes conjugates."""
+    return weight.requires_grad and weight.is_floating_point()
 
 
 class _SummingLinear(nn.Linear):
@@ -61,7 +77,9 @@ class _SummingLinear(nn.Linear):
     gradient_sum: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gradient_sum is None:
+        # In autocast the factors have another dtype than the weight; `functional_call` computes with another weight.
+        is_plain = not torch.is_autocast_enabled(x.device.type) and isinstance(self.weight, nn.Parameter)
+        if self.gradient_sum is None or not is_plain:
             return super().forward(x)
         y: Tensor = _Product.apply(x, self.weight, self.gradient_sum)
         return y if self.bias is None else y + self.bias
@@ -69,8 +87,14 @@ class _SummingLinear(nn.Linear):
 
 def _as_summing(layer: nn.Linear) -> _SummingLinear:
     """The same layer. (A class, since dynamo compiles once for all methods of one, and again for each function of an object's own.)"""
-    layer.__class__ = _SummingLinear
+    layer.__class__ = _summing(type(layer))
     return cast(_SummingLinear, layer)
+
+
+@functools.cache
+def _summing(kind: type[nn.Linear]) -> type[_SummingLinear]:
+    """A class with the methods and the name of the model's own."""
+    return type(kind.__name__, (_SummingLinear, kind), {})
 
 
 class _Product(torch.autograd.Function):
@@ -86,8 +110,19 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        add_product_(ctx.total, of_output.flatten(0, -2).t(), x.flatten(0, -2))
+        if _is_asked_for(ctx):
+            first, second = (t.reshape(-1, t.shape[-1]) for t in (of_output, x))
+            add_product_(ctx.total, first.t(), second)
         return of_output @ weight if ctx.needs_input_grad[0] else None, None, None
+
+
+def _is_asked_for(ctx: Any) -> bool:
+    """Whether this backward is to give the weight a gradient: not where a model asks `autograd.grad` for another one (private;
+    read in torch 2.11 to 2.14)."""
+    if torch.compiler.is_compiling() or not ctx.needs_input_grad[1]:
+        return bool(ctx.needs_input_grad[1])
+    of_weight = ctx.next_functions[1][0]
+    return torch._C._will_engine_execute_node(of_weight)
 
 
 @torch.library.custom_op("tpresearch::add_product_", mutates_args=("total",))
