@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from support import nets
 from support.composed import config, corpus
 from support.counted_steps import FAKE
 from support.marks import exhaustive
@@ -24,7 +25,7 @@ from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.assemble import assemble
 from tpresearch.train.loop import Loop
-from tpresearch.train.preflight import preflight
+from tpresearch.train.preflight import plan_model, preflight
 from tpresearch.verify.ranks import Ranks
 
 FUSED = "parallel.gradient_accumulation_fusion=true"
@@ -183,7 +184,7 @@ def test_layers_learn_the_same_however_a_model_uses_them(
     use(model, x).square().sum().backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
-    sums = GradientSums(summing_layers(model, Plan({}, [], [], MeshSizes())))
+    sums = GradientSums(summing_layers(model, Plan({}, [], [], MeshSizes()), None))
     forward = torch.compile(use, backend="aot_eager", fullgraph=True) if compiles else use
     with sums.collecting():
         forward(model, x).square().sum().backward()
@@ -221,9 +222,9 @@ def test_layers_are_those_that_run_as_linear_layers_and_learn() -> None:
     model = nn.ModuleDict({"plain": nn.Linear(2, 2), "own": Doubled(2, 2), "frozen": nn.Linear(2, 2)})
     model["frozen"].requires_grad_(False)
     model["head"], model["complex"] = nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64)
-    assert summing_layers(model, Plan({}, [], [], MeshSizes(), chunked_head="head")) == {
-        model["plain"]: model["plain"].weight
-    }
+    plan, plain, head = Plan({}, [], [], MeshSizes(), chunked_head="head"), model["plain"], model["head"]
+    assert summing_layers(model, plan, 2048) == {plain: plain.weight}
+    assert summing_layers(model, plan, None) == {plain: plain.weight, head: head.weight}
 
 
 @pytest.mark.parametrize(
@@ -240,6 +241,13 @@ def test_it_is_refused_where_nothing_would_be_added_so(words: tuple[str, ...], r
     with pytest.raises(ConfigError, match=why):
         validate(config(*PARTS, FUSED, *words), ranks)
     assert validate(config(*PARTS, FUSED), 1) == MeshSizes()
+
+
+def test_it_is_refused_for_a_model_without_such_a_layer() -> None:
+    words = *nets.model(nets.FrozenBlock), *PARTS, FUSED
+    with pytest.raises(ConfigError, match=r"has no nn\.Linear that learns"):
+        plan_model(config(*words), MeshSizes())
+    plan_model(config(*words, "train.loss_chunk=null"), MeshSizes())
 
 
 def test_the_op_is_not_registered_where_it_is_not_used(ranks: Ranks) -> None:

@@ -22,6 +22,14 @@ class Frozen(ToyLM):
         self.mlp.out_proj.bias.requires_grad_(False)
 
 
+class FrozenBlock(ToyLM):
+    """Whose embedding and output layer learn alone."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.mlp.requires_grad_(False)
+
+
 class AllFrozen(ToyLM):
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)

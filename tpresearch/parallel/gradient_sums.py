@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import Config
 from tpresearch.plan.compiler import Plan
 
 
@@ -52,18 +54,29 @@ def _changes(parameter: nn.Parameter) -> int:
     return -1 if parameter.grad is None else parameter.grad._version
 
 
-def summing_layers(model: nn.Module, plan: Plan) -> dict[nn.Linear, nn.Parameter]:
+def summing_layers(model: nn.Module, plan: Plan, loss_chunk: int | None) -> dict[nn.Linear, nn.Parameter]:
     """The linear layers that run as `nn.Linear` does and learn, and their weights: a matmul can add to these gradients."""
-    called = plan.probe.dims
+    called, chunked_head = plan.probe.dims, plan.chunked_head if loss_chunk else None
     found = {
         layer: layer._parameters.get("weight")
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
         and type(layer).forward is nn.Linear.forward
         and (not called or name in called)  # another one needs no sum
-        and name != plan.chunked_head  # whose gradient the loss makes
+        and name != chunked_head  # whose gradient the loss makes
     }
     return {layer: weight for layer, weight in found.items() if weight is not None and _is_summed(weight)}
+
+
+def check_layers(model: nn.Module, plan: Plan, cfg: Config) -> None:
+    """Refuse a model without such layers, whose matmuls would add to nothing.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if not summing_layers(model, plan, cfg.train.loss_chunk):
+        why = f"model {cfg.model.name} has no nn.Linear that learns, besides an output layer whose gradient the loss makes"
+        raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
 
 
 def _is_summed(weight: nn.Parameter) -> bool:
@@ -87,7 +100,7 @@ class _SummingLinear(nn.Linear):
 
 def _as_summing(layer: nn.Linear) -> _SummingLinear:
     """The same layer. (A class, since dynamo compiles once for all methods of one, and again for each function of an object's own.)"""
-    layer.__class__ = _summing(type(layer))
+    layer.__class__ = _summing(type(layer))  # type: ignore[arg-type]  # a class is hashable
     return cast(_SummingLinear, layer)
 
 

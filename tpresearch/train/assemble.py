@@ -78,7 +78,7 @@ def build_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> 
             summing_layers,
         )  # late: registering an op takes 20 ms
 
-        layers = summing_layers(model, plan)
+        layers = summing_layers(model, plan, cfg.train.loss_chunk)
         sums = GradientSums({x: masters.of(weight) if masters else weight for x, weight in layers.items()})
     return TrainState(0, model, optimizer, masters, reducer, sums)
 

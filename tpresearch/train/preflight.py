@@ -198,6 +198,10 @@ def plan_model(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     check_parameters(model, plan, cfg.parallel)
     check_randomness(model, plan, cfg.parallel)
     check_split_output(plan, cfg)
+    if cfg.parallel.gradient_accumulation_fusion:
+        from tpresearch.parallel.gradient_sums import check_layers  # only here: registering an op takes 20 ms
+
+        check_layers(model, plan, cfg)
     if cfg.train.float8 is not Float8.none:
         plan = dataclasses.replace(plan, float8=float8_layers(model, plan, cfg, sizes))
     return model, plan
