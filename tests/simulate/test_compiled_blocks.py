@@ -36,6 +36,18 @@ def test_blocks_of_llama3_8b_keep_what_a_gpu_was_seen_to_keep(kind: str, kib: fl
     )  # 128 numbers per position are shared by rows
 
 
+def test_a_budget_is_that_of_its_own_config() -> None:
+    """Of a process that has compiled with another one, too."""
+    words = "model=llama2_debug", "train.global_batch_size=4", "parallel.compile=true", "parallel=none"
+    budget = "parallel.activation_checkpointing=budget"
+    kept = [
+        kept_kib_per_token(config(*words, *more), 1)
+        for more in ((), (budget, "parallel.activation_budget=0.5"), (budget,), ())
+    ]
+    assert kept[0] == kept[3]
+    assert kept[1] < kept[2] < kept[0]
+
+
 def test_fsdp_keeps_no_weights_for_backward() -> None:
     """They are gathered again: what is kept is what one process keeps."""
     words = ("model=llama2_debug", "train.global_batch_size=4", "parallel.compile=true")

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Checkpointing, Config
 from tpresearch.config.validate import has_master_weights
-from tpresearch.parallel.apply import parallelize, wrap_forward
+from tpresearch.parallel.apply import parallelize, set_activation_budget, wrap_forward
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.fake_ranks import FAKE, fake_mesh
@@ -42,6 +42,7 @@ def saved_bytes_per_row(cfg: Config, sizes: MeshSizes) -> float:
     )
     model, plan = plan_model(cfg, sizes)
     to_float8(model, plan.float8, cfg.train)
+    set_activation_budget(cfg.parallel)
     with fake_mesh(sizes) as mesh:
         model = parallelize(model, plan, eager, mesh, cfg.train.dtype)
         blocks = [model.get_submodule(name) for name in plan.blocks]
