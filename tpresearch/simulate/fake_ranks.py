@@ -49,7 +49,8 @@ def _without_other_ranks() -> Iterator[None]:
     """Inside it, torch creates no process groups and no FSDP shards of other ranks, and compares meshes of one root
     without their lists of ranks: otherwise 65,536 ranks take a minute, where 8 take a second.
 
-    (`new_group` as DeviceMesh calls it, `_chunk_with_empty` as FSDP does, `DeviceMesh.__eq__`: private, torch 2.11 to 2.14.)
+    (`new_group` as DeviceMesh calls it, `_chunk_with_empty` as FSDP does: private, torch 2.11 to 2.14; what `DeviceMesh.__eq__`
+    compares: private, torch 2.11 and 2.13.)
     """
     from torch.distributed import device_mesh
     from torch.distributed.fsdp._fully_shard import _fsdp_param
@@ -64,7 +65,8 @@ def _without_other_ranks() -> Iterator[None]:
         return [own, *[own.new_empty(0)] * (count - 1)]
 
     def has_equal_axes(mesh: Any, other: Any) -> bool:
-        if getattr(other, "_rank_map", None) is not mesh._rank_map:
+        ranks = getattr(mesh, "_rank_map", None)
+        if ranks is None or getattr(other, "_rank_map", None) is not ranks:
             return is_equal(mesh, other)
         return all(getattr(mesh, name) == getattr(other, name) for name in AXES_OF_A_MESH)
 

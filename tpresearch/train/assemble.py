@@ -73,10 +73,8 @@ def build_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> 
     optimizer = build_optimizer(trained.values(), cfg.optimizer, masters.copies if masters else None)
     sums = None
     if cfg.parallel.gradient_accumulation_fusion:
-        from tpresearch.parallel.gradient_sums import (
-            GradientSums,
-            summing_layers,
-        )  # late: registering an op takes 20 ms
+        # Late: registering an op takes 20 ms.
+        from tpresearch.parallel.gradient_sums import GradientSums, summing_layers
 
         layers = summing_layers(model, plan, cfg.train.loss_chunk)
         sums = GradientSums({x: masters.of(weight) if masters else weight for x, weight in layers.items()})
