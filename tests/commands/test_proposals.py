@@ -58,6 +58,7 @@ PROPOSED = [
     ("~model", "model.name=null: a model needs it", FOUR, ""),
     ("~model parallel=none", "model.name=null: a model needs it", ONE, "parallel=none"),
     ("parallel=none name=é", "name=é: cannot be read", ONE, "parallel=none name='é'"),
+    ("parallel=none logger.group=é", "group=é: cannot be read", ONE, "parallel=none logger.group='é'"),
     (
         "parallel=none train.steps=glob(*)",
         "train.steps=glob(*): several values are a sweep",

@@ -93,7 +93,7 @@ def _unreadable(error: OverrideParseException, composition: Composition) -> Conf
         return ConfigError(key, "", "an override needs a value", f"{key}=VALUE")
     why = f"cannot be read ({_first_line(error.message)})" if "(" not in error.message else "cannot be read"
     legal = f"'{key}=[a,b]' for a list, '{key}=\"text\"' for text with special characters"
-    is_text = isinstance(composition.values_without(key).get(override_key(key)), str)
+    is_text = isinstance(composition.values_without(key).get(override_key(key)), str | None)
     return ConfigError(key, value, why, legal, fix={override_key(key): quote(value) if is_text else None})
 
 
