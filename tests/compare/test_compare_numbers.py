@@ -29,6 +29,7 @@ from tpresearch.compare.panel_data import (
 from tpresearch.compare.report import DIFFERENCES, ROUNDING, RUNS, SEEDS, Report, tables
 from tpresearch.compare.runs import find_runs
 from tpresearch.compare.style import ChartStyle
+from tpresearch.config.choices import Dtype
 from tpresearch.track.panels import SECTIONS
 from tpresearch.track.table import Table, with_comparable_memory
 
@@ -373,6 +374,33 @@ def test_another_dtype_or_a_mistake_is_seen_beside_the_same_science(tmp_path: Pa
     groups[1].first.config["train"]["dtype"] = "bfloat16"
     groups[2].first.config["defects"]["keep_gradients"] = True
     assert [len(comparison.groups) for comparison in comparisons_of(groups)] == [3]
+
+
+def test_differences_of_several_dtypes_or_of_a_mistake_are_not_pooled(tmp_path: Path) -> None:
+    plans = (
+        ("none", 0, Dtype.float32, False),
+        ("tp", 2**-20, Dtype.float32, False),
+        ("tp", 2**-10, Dtype.bfloat16, False),
+        ("tp", 2**-2, Dtype.float32, True),
+        ("none", 2**-11, Dtype.bfloat16, False),
+    )
+    made = [
+        Made(plan, {"tp": 2} if plan == "tp" else {}, lr=lr, dtype=dtype, keep_gradients=keeps, loss=loss)
+        for lr in (1e-3, 2e-3)
+        for plan, by, dtype, keeps in plans
+        for loss in [lambda step, by=by: 8 + by]
+    ]
+    groups = groups_of(tmp_path, *made)
+    pooled = pooled_differences(comparisons_of(groups))
+    key = ["plan", "train.dtype", "defects.keep_gradients", "runs", "most"]
+    assert pooled[key].to_numpy().tolist() == [
+        ["tp", "float32", "false", 2, 2**-20],
+        ["tp", "bfloat16 against float32", "false", 2, 2**-10],
+        ["tp", "float32", "true against false", 2, 2**-2],
+        ["none", "bfloat16 against float32", "false", 2, 2**-11],
+    ]
+    shown = tables([group.first for group in groups], groups, comparisons_of(groups))[ROUNDING]
+    assert shown.header[:5] == ["plan", "ranks", "train.dtype", "defects.keep_gradients", "runs"]
 
 
 def test_moments_in_another_dtype_and_a_compiled_update_are_the_same_science(tmp_path: Path) -> None:

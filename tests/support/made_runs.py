@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tpresearch.compare.groups import Group, group_each_run
 from tpresearch.compare.runs import find_runs
+from tpresearch.config.choices import Dtype
 from tpresearch.config.model import ModelConfig, Rule
 from tpresearch.config.schema import Config, DataPlan, ParallelConfig, TensorPlan
 from tpresearch.ledger.entries import Entry, Expected, MemoryUse, StepLedger
@@ -42,6 +43,8 @@ class Made:
     mesh: dict[str, int] = field(default_factory=dict)
     seed: int = 0
     lr: float = 3e-3
+    dtype: Dtype = Dtype.float32
+    keep_gradients: bool = False
     global_batch_size: int = 24
     vocab_size: int = 4096
     name: str | None = None
@@ -72,6 +75,7 @@ class Made:
         cfg = Config(model=model, parallel=PLANS[self.plan])
         cfg.train.seed, cfg.train.global_batch_size = self.seed, self.global_batch_size
         cfg.tokenizer.vocab_size, cfg.optimizer.lr = self.vocab_size, self.lr
+        cfg.train.dtype, cfg.defects.keep_gradients = self.dtype, self.keep_gradients
         cfg.logger.wandb, cfg.logger.name = False, self.name
         return cfg
 

@@ -50,6 +50,11 @@ def differing(runs: Sequence[Run]) -> pd.DataFrame:
     return frame.loc[:, frame.nunique() > 1]
 
 
+def seen_in_losses(runs: Sequence[Run]) -> list[str]:
+    """The differing settings by which losses of one experiment differ by more than a plan's rounding."""
+    return [key for key in differing(runs) if key in ALWAYS_SHOWN or key.startswith("defects.")]
+
+
 def distinguishing(runs: Sequence[Run]) -> list[str]:
     """The differing settings that distinguish runs which those before them do not.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tpresearch.compare.groups import Comparison, Group, settings_frame
+from tpresearch.compare.groups import Comparison, Group, seen_in_losses, settings_frame
 from tpresearch.compare.runs import SEED, Run
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.track.names import X_AXIS
@@ -114,17 +114,18 @@ def max_differences(comparisons: Sequence[Comparison]) -> dict[Path, float]:
 
 
 def pooled_differences(comparisons: Sequence[Comparison]) -> pd.DataFrame:
-    """Per plan over all comparisons: `plan`, `ranks`, `runs`, `most`, and `rms`, the root of the mean square."""
-    plans = [
-        (run.folder, run.summary["parallel"], run.summary["world_size"])
-        for comparison in comparisons
-        for group in comparison.others
-        for run in group.runs
-    ]
-    by_folder = pd.DataFrame(plans, columns=["folder", "plan", "ranks"])
-    rows = _loss_differences(comparisons, LOSS).merge(by_folder, on="folder")
+    """Per plan and `seen_in_losses` over all comparisons: `runs`, `most`, and `rms`, the root of the mean square."""
+    apart = seen_in_losses([run for one in comparisons for group in one.groups for run in group.runs])
+    kinds: dict[Path, dict[str, object]] = {}
+    for one in comparisons:
+        for run in (run for group in one.others for run in group.runs):
+            pairs = {key: (run.setting(key), one.baseline.first.setting(key)) for key in apart}
+            unlike = {key: " against ".join(dict.fromkeys(pair)) for key, pair in pairs.items()}
+            plan = {"plan": run.summary["parallel"], "ranks": run.summary["world_size"]}
+            kinds[run.folder] = plan | unlike
+    rows = _loss_differences(comparisons, LOSS).join(pd.DataFrame.from_dict(kinds, "index"), on="folder")
     rows["square"] = rows["value"] ** 2
-    pooled = rows.groupby(["plan", "ranks"], sort=False).agg(
+    pooled = rows.groupby(["plan", "ranks", *apart], sort=False).agg(
         runs=("folder", "nunique"), most=("value", "max"), rms=("square", "mean")
     )
     return pooled.assign(rms=pooled["rms"] ** 0.5).reset_index()

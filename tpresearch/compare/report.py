@@ -30,7 +30,7 @@ COMMON_SETTINGS = (
 )
 RUNS, SEEDS, DIFFERENCES, FOLDERS = "Runs", "Mean ± std over train.seed", "Config differences", "Run folders"
 ROUNDING = "Loss differences of each plan, over all experiments"
-PLAN, POOLED = ("plan", "ranks", "runs"), {"max": "most", "rms": "rms"}
+POOLED = {"most": "max |loss difference|", "rms": "rms |loss difference|"}
 MAX_DIFFERENCES = 14
 """Rows of config differences that are printed on a terminal."""
 
@@ -155,10 +155,12 @@ def tables(
         shown[SEEDS] = Table.of_columns(counts | means)
     if len(compared) > 1:
         pooled = pooled_differences(compared)
-        numbers = {
-            f"{name} |loss difference|": pooled[key].map("{:.1e}".format) for name, key in POOLED.items()
-        }
-        shown[ROUNDING] = Table.of_columns({key: pooled[key].astype(str) for key in PLAN} | numbers)
+        shown[ROUNDING] = Table.of_columns(
+            {
+                POOLED.get(key, key): pooled[key].map("{:.1e}".format if key in POOLED else str)
+                for key in pooled
+            }
+        )
     unlike = differing(runs)
     by_run = zip(names, unlike.itertuples(index=False, name=None), strict=True)
     shown[DIFFERENCES] = Table.of_columns({"setting": list(unlike), **dict(by_run)})
