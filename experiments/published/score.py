@@ -94,7 +94,7 @@ def predicted(row: Row, overrides: Sequence[str], sites: bool) -> Prediction:
     cfg = composed(overrides)
     sizes = validate(cfg, row.world, cluster.hosts_of(row.world))
 
-    def recorded(cfg: Config, sizes: MeshSizes) -> Trace:
+    def recorded(cfg: Config, sizes: MeshSizes, _: object) -> Trace:
         return as_engine_runs(row, record(cfg, sizes))
 
     return predict(recording(cfg, sizes, recorded), cluster, check=False)

@@ -21,6 +21,7 @@ from tpresearch.api import load  # noqa: E402
 from tpresearch.config.errors import ConfigError  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
 from tpresearch.simulate.cluster import parse_cluster  # noqa: E402
+from tpresearch.simulate.compiled_blocks import CompiledBlock  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import predict  # noqa: E402
@@ -49,7 +50,7 @@ def main() -> None:
         for name in CLUSTERS
     }
     found = []
-    kept: dict[int, float] = {}
+    blocks: dict[int, CompiledBlock] = {}
     for world in WORLDS:
         for degree in DEGREES:
             plan = ["parallel=fsdp"] if degree == 1 else ["parallel=fsdp_tp", f"mesh.tp={degree}"]
@@ -60,9 +61,8 @@ def main() -> None:
                 print(f"{world:>7,} ranks, tp={degree}: {error.why}", flush=True)
                 continue
             recorded = recording(cfg, sizes, record)
-            if degree not in kept:  # of a block, whatever the number of ranks that shard weights
-                kept[degree] = recorded.kept(recorded.at(2), sizes)
-            recorded.kept = lambda _cfg, _sizes, degree=degree: kept[degree]
+            # Whatever the number of ranks that shard weights, blocks are compiled alike.
+            blocks[degree] = recorded.block = blocks.get(degree) or recorded.block
             for name, cluster in clusters.items():
                 one = predict(recorded, cluster, check=False)
                 exposed = {

@@ -31,7 +31,6 @@ from tpresearch.parallel import device
 from tpresearch.parallel.apply import checkpointed, enable_async_tp, set_activation_budget
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.simulate.preflight import preflight as preflight_simulation
 from tpresearch.train import cross_entropy
 from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import preflight
@@ -185,8 +184,6 @@ def test_a_budget_bounds_what_compiled_blocks_keep() -> None:
     assert shares[0.9] == pytest.approx(selective, rel=0.03)
     with pytest.raises(ConfigError, match=r"parallel\.compile=false"):
         preflight(compiled("budget", "parallel.compile=false"), World())
-    with pytest.raises(ConfigError, match="what a compiler chooses to recompute is not simulated"):
-        preflight_simulation(compiled("budget", "+cluster=h100_dgx"), World())
 
 
 @pytest.mark.parametrize(

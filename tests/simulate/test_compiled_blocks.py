@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 from support.composed import config
 
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
-from tpresearch.simulate.compiled_blocks import saved_bytes_per_row
-from tpresearch.simulate.depth import recording
+from tpresearch.simulate.compiled_blocks import compiled_block
+from tpresearch.simulate.depth import Recording, recording
 from tpresearch.simulate.device_memory import peak_moment
 from tpresearch.simulate.fake_step import record
+from tpresearch.simulate.trace import Trace
 
 LLAMA3_8B = (
     *("model=llama2_7b", "model.n_layers=2", "model.n_kv_heads=8", "model.ffn_dim=14336"),
@@ -22,7 +24,7 @@ LLAMA3_8B = (
 
 
 def kept_kib_per_token(cfg: Config, world: int) -> float:
-    return saved_bytes_per_row(cfg, validate(cfg, world)) / cfg.data.seq_len / 1024
+    return compiled_block(cfg, validate(cfg, world)).saved_bytes_per_row / cfg.data.seq_len / 1024
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "float32"])
@@ -48,6 +50,37 @@ def test_a_budget_is_that_of_its_own_config() -> None:
     assert kept[1] < kept[2] < kept[0]
 
 
+def bounded(budget: float | None, plan: str, world: int) -> tuple[Recording, Trace]:
+    """A step within a budget, or of full checkpointing."""
+    kind = "full" if budget is None else f"budget parallel.activation_budget={budget}"
+    words = f"parallel={plan} parallel.compile=true parallel.activation_checkpointing={kind}".split()
+    cfg = config("model=llama2_debug", "train.global_batch_size=4", "data.seq_len=64", *words)
+    found = recording(cfg, validate(cfg, world), record)
+    return found, found.trace(found.depth)
+
+
+def repeated(trace: Trace) -> Counter[str]:
+    """Matmuls, attention and collectives of backward by name, over all micro-batches."""
+    ops = [op for part in trace.micro_batches for op in part if op.phase == "backward"]
+    return Counter(op.name for op in ops if op.kind in ("gemm", "attention", "collective"))
+
+
+@pytest.mark.parametrize(("plan", "world"), [("none", 1), ("sp", 2)])
+def test_a_budget_of_nothing_is_full_checkpointing(plan: str, world: int) -> None:
+    """In what it computes and sends again; and a block then keeps its input alone: 64 numbers per token and rank."""
+    known, none = bounded(0, plan, world)
+    assert repeated(none) == repeated(bounded(None, plan, world)[1])
+    assert none.entries(1) == bounded(None, plan, world)[1].entries(1)
+    assert known.block.saved_bytes_per_row == 64 * 64 * 4 / world
+
+
+def test_a_smaller_budget_repeats_more_matmuls_and_attention_last() -> None:
+    """Attention is the dearest on a GPU, which the CPU's own op for it does not say; of grouped heads, wk and wv are cheap."""
+    found = [repeated(bounded(share, "none", 1)[1]) for share in (1, 0.9, 0.5, 0.1, 0)]
+    assert [counts["mm"] - found[0]["mm"] for counts in found] == [0, 0, 6, 12, 12]
+    assert [counts["_scaled_dot_product_flash_attention_for_cpu"] for counts in found] == [0, 0, 0, 0, 2]
+
+
 def test_fsdp_keeps_no_weights_for_backward() -> None:
     """They are gathered again: what is kept is what one process keeps."""
     words = ("model=llama2_debug", "train.global_batch_size=4", "parallel.compile=true")
@@ -65,7 +98,7 @@ def test_a_compiled_step_holds_less_by_what_each_block_keeps_less() -> None:
     of_compiled = dataclasses.replace(told, cfg=compiled)
     by_compiled = of_compiled.memory(check=False)
     grown = told.trace(3).memory["0 forward/activations"] - told.trace(2).memory["0 forward/activations"]
-    kept = 4 * saved_bytes_per_row(of_compiled.at(2), sizes)
+    kept = 4 * of_compiled.block.saved_bytes_per_row
     name = "1 loss/activations"
     assert by_eager[name] - by_compiled[name] == pytest.approx(5 * (grown - kept))
     assert 0 < sum(peak_moment(by_compiled).values()) < sum(peak_moment(by_eager).values())

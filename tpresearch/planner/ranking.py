@@ -15,6 +15,7 @@ from tpresearch.config.validate import micro_batches
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.planner.candidates import Candidate, Rejected, candidate_plans, micro_batch_rows
 from tpresearch.simulate.cluster import Cluster
+from tpresearch.simulate.compiled_blocks import CompiledBlock
 from tpresearch.simulate.depth import RECORDED_DEPTHS, Recording, recording
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict
@@ -163,7 +164,12 @@ def _predict_each_micro_batch(family: Candidate, known: Recording, cluster: Clus
 
 def _predict(candidate: Candidate, known: Recording, traces: _Traces, cluster: Cluster) -> RankedCandidate:
     adapted = replace(
-        known, cfg=candidate.cfg, sizes=candidate.sizes, recorder=traces.trace, kept=traces.kept, traces={}
+        known,
+        cfg=candidate.cfg,
+        sizes=candidate.sizes,
+        recorder=traces.trace,
+        compiler=traces.block,
+        traces={},
     )
     return RankedCandidate(candidate, predict(adapted, cluster, check=False))
 
@@ -194,9 +200,9 @@ class _Traces:
     def __init__(self, family: Candidate, known: Recording) -> None:
         self._family, self._known = family, known
         self._recorded: dict[tuple[int, int], Trace] = {}
-        self._kept: float | None = None
+        self._block: CompiledBlock | None = None
 
-    def trace(self, cfg: Config, sizes: MeshSizes) -> Trace:
+    def trace(self, cfg: Config, sizes: MeshSizes, _: object) -> Trace:
         rows, depth = cfg.train.micro_batch_size or 1, cfg.model.args.get(self._known.setting or "", 0)
         if rows < MORE_ROWS:
             return self._recorded_at(depth, rows)
@@ -208,10 +214,10 @@ class _Traces:
         extrapolated = with_rows(self._recorded_at(depth, FEW_ROWS), self._trace_at_more(depth), rows)
         return extrapolated or record(cfg, sizes)
 
-    def kept(self, cfg: Config, sizes: MeshSizes) -> float:
+    def block(self, cfg: Config, sizes: MeshSizes) -> CompiledBlock:
         """Independent of the number of rows."""
-        self._kept = self._known.kept(cfg, sizes) if self._kept is None else self._kept
-        return self._kept
+        self._block = self._block or self._known.compiler(cfg, sizes)
+        return self._block
 
     def _trace_at_more(self, depth: int) -> Trace:
         """The trace at `MORE_ROWS` rows; for three blocks it is extrapolated from two, unless these are the whole model."""

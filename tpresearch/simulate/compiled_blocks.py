@@ -1,28 +1,33 @@
-"""What compiled blocks save for backward: torch.compile's own partitioner, on the real blocks and fake tensors.
+"""What compiled blocks save for backward and compute again: torch.compile's own partitioner, on the real blocks and fake tensors.
 
 Eager code keeps what each op saves. A compiled block keeps a cut through its graph with the fewest bytes, and computes cheap
-ops again in backward's kernels (torch/_functorch/partitioners.py, min_cut_rematerialization_partition).
+ops again in backward's kernels (torch/_functorch/partitioners.py, min_cut_rematerialization_partition); within a budget also
+matmuls, attention and collectives.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Checkpointing, Config
 from tpresearch.config.validate import has_master_weights
-from tpresearch.parallel.apply import parallelize, set_activation_budget, wrap_forward
+from tpresearch.parallel.apply import parallelize, save_expensive_ops, set_activation_budget, wrap_forward
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
+from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.fake_ranks import FAKE, fake_mesh
 from tpresearch.train.preflight import plan_model
 from tpresearch.train.state import MasterWeights
@@ -31,11 +36,25 @@ ROWS = 2
 """Rows that are run to find what one row saves. (A single row is a special case: no dim has to be gathered beside it.)"""
 
 
-def saved_bytes_per_row(cfg: Config, sizes: MeshSizes) -> float:
-    """Bytes that a compiled block keeps for backward on rank 0, per row of a micro-batch, without its parameters.
+Call = tuple[Any, int]
+"""(op, how often it was called before in a block's forward)."""
+
+
+class CompiledBlock(NamedTuple):
+    """The last block of a model, as compiled."""
+
+    saved_bytes_per_row: float
+    """Bytes that it keeps for backward on rank 0, per row of a micro-batch, without its parameters and what earlier blocks
+    keep too."""
+    recomputed: frozenset[Call]
+    """Calls of forward that backward repeats."""
+
+
+def compiled_block(cfg: Config, sizes: MeshSizes) -> CompiledBlock:
+    """Compile a model's blocks for a row or two, without running anything.
 
     Args:
-        cfg: of a model of two blocks.
+        cfg: of a model of two blocks, if the bytes are to be those of one block among many.
     """
     eager = dataclasses.replace(
         cfg.parallel, compile=False, async_tp=False, activation_checkpointing=Checkpointing.none
@@ -46,17 +65,69 @@ def saved_bytes_per_row(cfg: Config, sizes: MeshSizes) -> float:
     with fake_mesh(sizes) as mesh:
         model = parallelize(model, plan, eager, mesh, cfg.train.dtype)
         blocks = [model.get_submodule(name) for name in plan.blocks]
-        saved = [_SavedTensors(block, model, cfg, bool(plan.rules)) for block in blocks]
+        compiled = [_Compiled(block, model, cfg, bool(plan.rules)) for block in blocks]
         torch._dynamo.reset()
-        with _without_policy_warning(), FakeTensorMode(allow_non_fake_inputs=True):
+        with _without_policy_warning(), _attention_as_on(cfg), FakeTensorMode(allow_non_fake_inputs=True):
             materialize(model, FAKE.torch, lambda _: None)
             if has_master_weights(cfg, sizes):
                 MasterWeights(model)  # leaves bfloat16 copies in it
             rows = torch.empty(ROWS, cfg.data.seq_len, dtype=torch.int64)
             model(rows)
         torch._dynamo.reset()
-    first, last = (one.bytes_by_storage for one in saved)
-    return sum(size for storage, size in last.items() if storage not in first) / ROWS
+    *earlier, last = compiled
+    shared = {storage for one in earlier for storage in one.bytes_by_storage}
+    saved = sum(size for storage, size in last.bytes_by_storage.items() if storage not in shared)
+    return CompiledBlock(saved / ROWS, frozenset(last.recomputed))
+
+
+def recompute(forward: Callable[..., Any], calls: frozenset[Call]) -> Callable[..., Any]:
+    """An eager block under a checkpoint that keeps of the slow ops all but some calls, and of the others none."""
+
+    def contexts() -> Any:
+        counts: dict[bool, Counter[Any]] = {False: Counter(), True: Counter()}
+
+        def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            count = counts[context.is_recompute]
+            call = op, count[op]
+            count[op] += 1
+            return CheckpointPolicy.PREFER_RECOMPUTE if call in calls else save_expensive_ops(context, op)
+
+        return create_selective_checkpoint_contexts(policy)
+
+    return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _attention_as_on(cfg: Config) -> Iterator[None]:
+    """For a cluster of GPUs, let the partitioner count the attention of fake tensors, which are on a CPU, as it counts that of a
+    GPU: a CPU's op is free to it (private; read in torch 2.11 and 2.13).
+    """
+    from torch._functorch import partitioners
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if op in flop_registry or (cfg.cluster and parse_cluster(cfg.cluster).is_cpu):
+        yield
+        return
+    known = partitioners.get_default_op_list
+
+    def with_attention() -> Any:
+        found = known()
+        return dataclasses.replace(found, compute_intensive_ops=found.compute_intensive_ops | [op])
+
+    register_flop_formula(op)(_attention_flops)
+    partitioners.get_default_op_list = with_attention
+    try:
+        yield
+    finally:
+        partitioners.get_default_op_list = known
+        del flop_registry[op]
+
+
+def _attention_flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """Of shapes (rows, heads, length, width): two matmuls."""
+    rows, heads, length, width = query
+    return int(4 * rows * heads * length * key[2] * width)
 
 
 @contextmanager
@@ -71,15 +142,17 @@ def _without_policy_warning() -> Iterator[None]:
         log.setLevel(level)
 
 
-class _SavedTensors:
-    """A compiled block, and the storages that its forward saves, except those of its parameters and the model's buffers."""
+class _Compiled:
+    """A compiled block, the storages that its forward saves, except those of its parameters and the model's buffers, and the
+    calls that its backward repeats."""
 
     def __init__(self, block: nn.Module, model: nn.Module, cfg: Config, has_rules: bool) -> None:
         self.bytes_by_storage: dict[int, int] = {}
+        self.recomputed: set[Call] = set()
         self._block, self._model = block, model
         # What overlaps is inductor's affair: this backend has no such option, and keeps the same.
         parallel = dataclasses.replace(cfg.parallel, async_tp=False)
-        wrap_forward(block, parallel, has_rules, _partitioning_backend())
+        wrap_forward(block, parallel, has_rules, _partitioning_backend(self.recomputed))
         self._forward: Callable[..., Any] = block.forward
         block.forward = self
 
@@ -101,8 +174,12 @@ def _storage(tensor: Tensor) -> int:
     return local.untyped_storage()._cdata
 
 
-def _partitioning_backend() -> Any:
-    """A backend that partitions graphs as inductor does, and runs them unchanged (private, torch 2.11 to 2.14)."""
+def _partitioning_backend(recomputed: set[Call]) -> Any:
+    """A backend that partitions graphs as inductor does, and runs them unchanged (private, torch 2.11 to 2.14).
+
+    Args:
+        recomputed: where it adds the calls of forward that are in the graph of backward too, under the same name.
+    """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -110,10 +187,20 @@ def _partitioning_backend() -> Any:
     def identity(graph: Any, _: Any) -> Any:
         return graph
 
+    def partition(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        graphs = min_cut_rematerialization_partition(*args, **kwargs)
+        forward, backward = ([n for n in g.graph.nodes if n.op == "call_function"] for g in graphs)
+        again, counts = {node.name for node in backward}, Counter[Any]()
+        for node in forward:
+            if node.name in again:
+                recomputed.add((node.target, counts[node.target]))
+            counts[node.target] += 1
+        return graphs
+
     return aot_autograd(
         fw_compiler=identity,
         bw_compiler=identity,
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=partition,
         decompositions=select_decomp_table(),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from tpresearch.config.validate import micro_batch_size
 from tpresearch.ledger.entries import Entry
 from tpresearch.plan.compiler import matching_names
 from tpresearch.plan.meta import meta_model
-from tpresearch.simulate.compiled_blocks import saved_bytes_per_row, with_compiled_blocks
+from tpresearch.simulate.compiled_blocks import Call, CompiledBlock, compiled_block, with_compiled_blocks
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.speed import flops_per_token
 
@@ -25,8 +26,8 @@ CHECKED_DEPTH = 4
 TOLERANCE = 0.002
 """Relative difference above which the whole model is recorded."""
 
-RecordStep = Callable[[Config, MeshSizes], Trace]
-SavedBytes = Callable[[Config, MeshSizes], float]
+RecordStep = Callable[[Config, MeshSizes, frozenset[Call]], Trace]
+CompileBlock = Callable[[Config, MeshSizes], CompiledBlock]
 
 
 @dataclass
@@ -42,14 +43,20 @@ class Recording:
     flops_per_token: float
     """Of the whole model, with full attention counted, as in MFU."""
     recorder: RecordStep
-    kept: SavedBytes
-    """Bytes per row that a compiled block saves for backward, computed on a model of two blocks."""
+    compiler: CompileBlock
     traces: dict[int, Trace] = field(default_factory=dict)
 
     def trace(self, depth: int) -> Trace:
         if depth not in self.traces:
-            self.traces[depth] = self.recorder(self.at(depth), self.sizes)
+            bounded = self.cfg.parallel.activation_checkpointing is Checkpointing.budget
+            again = self.block.recomputed if bounded else frozenset[Call]()
+            self.traces[depth] = self.recorder(self.at(depth), self.sizes, again)
         return self.traces[depth]
+
+    @cached_property
+    def block(self) -> CompiledBlock:
+        """A block as compiled, beside one more."""
+        return self.compiler(self.at(2) if self.setting else self.cfg, self.sizes)
 
     def at(self, depth: int) -> Config:
         """The config with a model of this many blocks."""
@@ -93,7 +100,7 @@ class Recording:
         if not self.cfg.parallel.compile or not self.setting or mode is Checkpointing.full:
             return held  # of a fully checkpointed block, both save only the input
         rows = micro_batch_size(self.cfg, self.sizes)
-        kept = rows * self.kept(self.at(2), self.sizes)
+        kept = rows * self.block.saved_bytes_per_row
         name = "0 forward/activations"
         two, three = (self.trace(depth).memory[name] for depth in RECORDED_DEPTHS)
         return with_compiled_blocks(held, kept - (three - two), self.depth)
@@ -115,13 +122,13 @@ class Recording:
 
 
 def recording(
-    cfg: Config, sizes: MeshSizes, recorder: RecordStep, kept: SavedBytes = saved_bytes_per_row
+    cfg: Config, sizes: MeshSizes, recorder: RecordStep, compiler: CompileBlock = compiled_block
 ) -> Recording:
     """Raises: ConfigError: if the model cannot be made at all."""
     model = meta_model(cfg.model)
     depth, setting = depth_of(cfg, model)
     flops = flops_per_token(model, cfg.data.seq_len, causal=False)
-    return Recording(cfg, sizes, depth, setting, flops, recorder, kept)
+    return Recording(cfg, sizes, depth, setting, flops, recorder, compiler)
 
 
 def depth_of(cfg: Config, model: nn.Module) -> tuple[int, str | None]:

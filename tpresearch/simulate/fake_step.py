@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from tpresearch.config.axes import REPLICATE, MeshSizes
-from tpresearch.config.choices import OnNonfinite
+from tpresearch.config.choices import Checkpointing, OnNonfinite
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, micro_batches
@@ -24,6 +24,7 @@ from tpresearch.data.batches import Batch, meta_batch
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
+from tpresearch.simulate.compiled_blocks import Call, recompute
 from tpresearch.simulate.device_memory import DeviceMemory, by_moment
 from tpresearch.simulate.fake_ranks import FAKE, fake_mesh
 from tpresearch.simulate.recorder import Recorder
@@ -56,14 +57,17 @@ class RecordingObserver(Observer):
         self._memory.note_gradients()
 
 
-def record(cfg: Config, sizes: MeshSizes) -> Trace:
+def record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call] = frozenset()) -> Trace:
     """Record a step of rank 0 that is not its first, with as many micro-batches as determine all others.
+
+    Args:
+        recomputed: with activation_checkpointing=budget, what its compiled blocks compute again.
 
     Raises:
         ConfigError: for a model whose ops depend on the values of data.
     """
     try:
-        return _record(cfg, sizes)
+        return _record(cfg, sizes, recomputed)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         op = getattr(error, "func", error)
         why = f"{op} depends on the values of data, and a simulated step has none"
@@ -75,12 +79,16 @@ def record(cfg: Config, sizes: MeshSizes) -> Trace:
         ) from error
 
 
-def _record(cfg: Config, sizes: MeshSizes) -> Trace:
+def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace:
     cfg, count = recorded_config(cfg, sizes)
     model, plan = plan_model(cfg, sizes)
     to_float8(model, plan.float8, cfg.train)
     with fake_mesh(sizes) as mesh:
         model = parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
+        if cfg.parallel.activation_checkpointing is Checkpointing.budget:
+            for name in plan.blocks:
+                block = model.get_submodule(name)
+                block.forward = recompute(block.forward, recomputed)
         with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
             # Of fake tensors alone: a linear layer's output is a view there.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)

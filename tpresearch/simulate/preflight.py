@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.choices import Checkpointing, Float8
+from tpresearch.config.choices import Float8
 from tpresearch.config.mesh import used_axes
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
@@ -41,9 +41,6 @@ def preflight(cfg: Config, world: World) -> SimulationPreflight:
         raise ConfigError("parallel.fsdp.cpu_offload", True, why, "false")
     if cfg.train.float8 is not Float8.none and (lack := _float8_lack(cfg, cluster)):
         raise ConfigError("train.float8", cfg.train.float8, lack, "none", fix={"train.float8": "none"})
-    if cfg.parallel.activation_checkpointing is Checkpointing.budget:
-        why = "what a compiler chooses to recompute is not simulated"
-        raise ConfigError("parallel.activation_checkpointing", "budget", why, "none, selective or full")
     if not cluster.peak_flops(cfg.train.dtype):
         why = f"cluster {cluster.name} states no rate for it"
         raise ConfigError("train.dtype", cfg.train.dtype, why, "a dtype with a peak_tflops above 0")
