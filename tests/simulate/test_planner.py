@@ -88,7 +88,7 @@ def test_steps_that_do_something_else_at_more_rows_are_recorded(monkeypatch) -> 
     """At eight rows a chunk of the loss is as long as at two and four, or the step is recorded; and so with other ops."""
     asked: list[int] = []
 
-    def noted(cfg: Config, sizes: MeshSizes) -> Trace:
+    def noted(cfg: Config, sizes: MeshSizes, _: object = None) -> Trace:
         asked.append(cfg.train.micro_batch_size or 0)
         return record(cfg, sizes)
 
@@ -99,7 +99,7 @@ def test_steps_that_do_something_else_at_more_rows_are_recorded(monkeypatch) -> 
         family = Candidate(at_rows(cfg, 1, 16), sizes)
         traces = ranking._Traces(family, recording(family.cfg, sizes, noted))
         asked.clear()
-        traces.trace(family.with_micro_batch(8).cfg, sizes)
+        traces.trace(family.with_micro_batch(8).cfg, sizes, None)
         assert sorted(asked) == recorded
 
 

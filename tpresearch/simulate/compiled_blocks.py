@@ -113,7 +113,8 @@ def _attention_as_on(cfg: Config) -> Iterator[None]:
 
     def with_attention() -> Any:
         found = known()
-        return dataclasses.replace(found, compute_intensive_ops=found.compute_intensive_ops | [op])
+        slow = found.compute_intensive_ops
+        return dataclasses.replace(found, compute_intensive_ops=type(slow)([*slow, op]))
 
     register_flop_formula(op)(_attention_flops)
     partitioners.get_default_op_list = with_attention
