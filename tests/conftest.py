@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,6 @@ from tpresearch.track.wandb_run import SETTINGS
 from tpresearch.verify.ranks import _CONTEXT, Ranks
 
 pytest_plugins = ("support.launch_fixtures",)
-
-HELPERS = "parsed_once composed commands traces counted_steps checkpointed nets"
-LATE = "wandb wandb.sdk.launch.inputs.internal requests tpresearch.compare.report tpresearch.planner.report"
-PRELOADED = ["pytest", *LATE.split(), *(f"support.{name}" for name in HELPERS.split())]
-"""What ranks would import with the function that they run, in a tenth of a second each, and commands when they need it."""
 
 # Vectors of a CPU are torch's, and cost the C++ compiler a second per kernel.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
@@ -47,9 +43,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What has been imported stays: no later collection goes through it. Whichever test is the first to fork, the server
     is this one: modules that set another list are imported by now."""
-    _CONTEXT.set_forkserver_preload([*PRELOADED, "tpresearch.verify.warm"])
+    _CONTEXT.set_forkserver_preload(["support.warmed"])
     gc.freeze()
     gc.enable()
+
+
+def _start_with_path(start: Callable[[], None] = forkserver.ensure_running) -> None:
+    """Start the server with this folder first in its PYTHONPATH, from which it imports `support`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not vars(forkserver._forkserver)["_forkserver_pid"]:
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        start()
+
+
+forkserver.ensure_running = vars(forkserver._forkserver)["ensure_running"] = _start_with_path
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import parsed_once
 from support.commands import ROOT, environment, on_path
 from support.composed import config, corpus
 
@@ -46,12 +47,27 @@ def compute(world: World, seconds: float) -> None:
         pass
 
 
+def warmth(_: World) -> tuple[bool, int, bool]:
+    """Of the tests' own server, before a rank of it has done anything."""
+    tests = str(Path(__file__).parents[1])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return "support.warmed" in sys.modules, parsed_once._parsed.cache_info().currsize, tests in paths
+
+
 def alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     return True
+
+
+def test_the_server_of_the_tests_is_warm_and_its_path_is_its_own(ranks: Ranks) -> None:
+    """multiprocessing passes over in silence what the server cannot import."""
+    ((warmed, config_files, on_its_path),) = ranks.run(1, warmth)
+    assert warmed
+    assert config_files > 50
+    assert not on_its_path
 
 
 def test_results_come_in_rank_order_from_processes_that_have_ended(ranks: Ranks) -> None:
