@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,9 @@ def test_a_skipped_update_is_warned_of_and_leaves_the_weights_finite(skipping: T
     assert "WARNING" in skipped[0]
     assert "step 2: gradient norm is not finite; its update is skipped" in skipped[0]
     first, second, third = skipping.rows
+    assert [row["train/skipped_updates"] for row in skipping.rows] == [0, 1, 0]
+    assert skipping.json("summary.json")["train/skipped_updates"] == 1
+    assert re.search(r"skipped updates +. 1, with gradient norms that are not finite", skipping.done.out)
     assert (second["train/loss"], second["train/grad_norm"]) == (None, None)
     assert all(math.isfinite(row["train/loss"]) for row in (first, third))
     assert math.isfinite(third["val/loss"])

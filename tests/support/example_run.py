@@ -38,6 +38,7 @@ def row(step: int, **changes: float | None) -> dict[str, float | None]:
         "train/loss": 8.25 - step / 16,
         "train/grad_norm": 1.5,
         "train/lr": 0.003,
+        "train/skipped_updates": int(step == 3),
         "val/loss": 7.5 if step % 4 == 0 else None,
         "perf/step_time_s": 9.0 if step <= 5 else 0.5 + step / 100,
         "perf/tokens_per_second": 300.0 if step <= 5 else 6000.0 + step,

@@ -56,6 +56,7 @@ def test_a_completed_run_leaves_config_plan_rows_and_summary(
         "float8": "none",
         "unigram_entropy": 6.71,
         "train/loss": 7.75,
+        "train/skipped_updates": 1,
         "val/loss": 7.5,
         "perf/step_time_s": pytest.approx(0.57),
         "perf/tokens_per_second": 6007.0,

@@ -172,9 +172,11 @@ def _results(summary: Mapping[str, Any], loss: Loss) -> list[tuple[str, str]]:
     peak = (
         "" if summary.get("float8", "none") == "none" else ", relative to the bfloat16 peak though in float8"
     )
+    skipped = summary.get("train/skipped_updates")
     too_short = f"{UNDEFINED} (no step after train.warmup_log_steps)"
     rows = [
         ("steps", f"{summary['steps']} ({tokens} tokens, {ranks} rank{'s' if ranks > 1 else ''})"),
+        ("skipped updates", f"{skipped}, with gradient norms that are not finite" if skipped else ""),
         ("final loss", loss_text(summary["train/loss"]) + (NO_MINIMUM_NOTE if loss is Loss.sum else "")),
         ("held-out loss", loss_text(summary["val/loss"]) + beside),
         ("speed", too_short if speed is None else f"{count_text(speed)} tok/s"),

@@ -35,6 +35,11 @@ METRICS = (
     ),
     Metric("train/grad_norm", "", "norm of the global gradient, before clipping"),
     Metric("train/lr", "", "learning rate of this update"),
+    Metric(
+        "train/skipped_updates",
+        "updates",
+        "updates since the last logged step that were skipped, since their gradient norm was not finite; null unless train.on_nonfinite=skip",
+    ),
     Metric("val/loss", "nats/token", "cross-entropy over the held-out rows, at steps that evaluate"),
     Metric("perf/step_time_s", "s", "wall time per step, averaged since the last logged one"),
     Metric("perf/tokens_per_second", "tokens/s", "tokens per second over all ranks"),

@@ -102,7 +102,7 @@ def _check_size(content: Any) -> None:
 def summary_figures(
     rows: Sequence[Row], warmup_steps: int, start_step: int = 0
 ) -> dict[str, int | float | None]:
-    """The headline figures of a run: last losses, medians of `perf/*` and `time/*`, peak memory.
+    """The headline figures of a run: last losses, all skipped updates, medians of `perf/*` and `time/*`, peak memory.
 
     Args:
         rows: of the run, in order.
@@ -114,8 +114,10 @@ def summary_figures(
     covered_from = [start_step, *map(step_of, mine)]
     warm = [row for row, since in zip(mine, covered_from, strict=False) if since >= start_step + warmup_steps]
     timed = {name: _defined(warm, name) for name in NAMES if name.startswith(("perf/", "time/"))}
+    skipped = _defined(rows, "train/skipped_updates")
     return {
         "train/loss": rows[-1]["train/loss"] if rows else None,
+        "train/skipped_updates": sum(skipped) if skipped else None,
         "val/loss": next(reversed(_defined(rows, "val/loss")), None),
         **{name: median(values) if values else None for name, values in timed.items()},
         "memory/peak_bytes": max(_defined(mine, "memory/peak_bytes"), default=None),

@@ -51,8 +51,8 @@ class FiniteCheck:
             self._raise_for(step, loss, since_logged)
         return float(loss)
 
-    def warn_of_skipped(self) -> None:
-        """Warn of the updates that were skipped since the last call. Waits for the device."""
+    def skipped(self) -> int:
+        """The number of updates that were skipped since the last call, with a warning. Waits for the device."""
         count, first = torch.stack([self._bad_norms, self._first_bad_norm]).tolist()
         if count == 1:
             log.warning("step %d: gradient norm is not finite; its update is skipped", first)
@@ -62,6 +62,7 @@ class FiniteCheck:
             )
         self._bad_norms.zero_()
         self._first_bad_norm.fill_(-1)
+        return int(count)
 
     def _raise_for(self, step: int, loss: float, since_logged: float) -> None:
         first = int(self._first_bad_norm.item())

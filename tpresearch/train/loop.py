@@ -136,13 +136,13 @@ class Loop:
         """A logged row. But for evaluating and offloading, only here does the host wait for the device."""
         step, setup, cfg = self.state.step, self.setup, self.setup.cfg
         stops = cfg.train.on_nonfinite is OnNonfinite.stop
-        if not stops:
-            finite.warn_of_skipped()
+        skipped = None if stops else finite.skipped()
         return {
             "train/step": step,
             "train/tokens": step * setup.tokens_per_step,
             "train/loss": finite.global_loss(step, result.loss, setup.mesh, stops),  # waits for the device
             "train/grad_norm": result.grad_norm.item(),
             "train/lr": learning_rate(step - 1, setup.steps, cfg.optimizer.lr, cfg.schedule),
+            "train/skipped_updates": skipped,
             **setup.observers.metrics(),
         }
