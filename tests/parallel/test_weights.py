@@ -195,9 +195,16 @@ class Forgets(nn.Linear):
         self.scale = nn.Parameter(torch.empty(3))
 
 
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.arange(3.0)
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
+        (Plain, "1 (Plain): its tensor table is neither a parameter nor a buffer"),
         (Bare, "1 (Bare): it has parameters and no reset_parameters"),
         (Forgets, "1 (Forgets): its reset_parameters leaves scale unset"),
         (lambda: nn.BatchNorm1d(3), "1 (BatchNorm1d): it has buffers and no reset_buffers"),

@@ -9,7 +9,7 @@ import torch
 from support.composed import config
 from support.counted_steps import counted_step
 from support.nets import AllFrozen, Frozen, Scaled, Tied, Unused, model
-from support.odd_nets import Complex, Counting, Hooked, Parametrized, Transposed, Wide
+from support.odd_nets import ByKeyword, Complex, Counting, Hooked, Parametrized, Transposed, Wide
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
@@ -49,6 +49,14 @@ def test_what_would_be_lost_without_a_word_is_refused(kind: type[nn.Module], why
     error = refused(*model(kind), "parallel=none", world=1)
     assert error.value in ("output.weight", "output")
     assert error.why.startswith(why)
+
+
+def test_a_rule_on_a_layer_that_is_given_its_input_by_keyword_is_refused() -> None:
+    error = refused(*model(ByKeyword), "parallel=tp")
+    assert (error.field, error.value) == ("model.plans.tp.output.match", "output")
+    assert error.why == "output is called with keyword arguments alone"
+    cfg = config(*model(ByKeyword), "parallel=fsdp")
+    plan_model(cfg, validate(cfg, 2))
 
 
 @pytest.mark.parametrize(

@@ -62,3 +62,8 @@ class Counting(ToyLM):
 
     def forward(self, tokens: Tensor, head: object = None) -> Tensor:
         return self.output(self.counts(self.mlp(self.embed(tokens))))
+
+
+class ByKeyword(ToyLM):
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return self.output(input=self.mlp(self.embed(tokens)))

@@ -83,12 +83,22 @@ def read_initializers(model: nn.Module) -> dict[str, Initializer]:
 
     Raises:
         ConfigError: for a module with parameters and no `reset_parameters`, or whose own leaves one of them unset; for
-            one with buffers and no `reset_buffers`.
+            one with buffers, or tensors that are neither, and no `reset_buffers`.
     """
     for prefix, module in model.named_modules():
-        if not hasattr(module, "reset_buffers") and any(True for _ in module.buffers(recurse=False)):
-            why, legal = "it has buffers and no reset_buffers", "write one that fills them"
-            raise ConfigError("model", _describe_module(prefix, module), why, legal)
+        if hasattr(module, "reset_buffers"):
+            continue
+        name = _describe_module(prefix, module)
+        if any(True for _ in module.buffers(recurse=False)):
+            raise ConfigError(
+                "model", name, "it has buffers and no reset_buffers", "write one that fills them"
+            )
+        plain = (
+            key for key, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta
+        )
+        if key := next(plain, None):
+            why = f"its tensor {key} is neither a parameter nor a buffer, so nothing gives it values"
+            raise ConfigError("model", name, why, "register_buffer, and a reset_buffers that fills it")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return {
         f"{prefix}.{key}" if prefix else key: initializer

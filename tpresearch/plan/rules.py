@@ -210,6 +210,12 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
         if rule.rule.target:
             continue
         dims = probe.dims.get(name)
+        if dims is not None and not dims.inputs and rule.rule.style != "output":
+            why, legal = (
+                f"{name} is called with keyword arguments alone",
+                "a call that passes the input by position",
+            )
+            raise ConfigError(f"{rule.config_key}.match", rule.rule.match, why, legal)
         if rule.rule.style in ("input", "output"):
             if dims is not None:
                 _check_converted_layouts(name or "the model", rule, dims)
