@@ -44,3 +44,15 @@ def test_a_refusal_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     [line] = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: data.path=absent.txt: there is no such file")
     assert "try: python -m tpresearch.prepare" in line
+
+
+@pytest.mark.parametrize("record", ['{"text": 5}', '{"body": "a text"}'])
+def test_a_record_that_only_preparing_reads_is_refused_without_the_same_command_to_try(
+    tmp_path: Path, record: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a text"}\n' * 40 + record)
+    ran = prepare_command(tmp_path, "data=jsonl", f"data.path={tmp_path}/a.jsonl", "tokenizer.vocab_size=300")
+    assert ran.returncode == 2
+    [line] = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert f"in {tmp_path}/a.jsonl, line 41; " in line
+    assert line.endswith(" data.text_field=VALUE")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PARQUET_BATCH_ROWS = 64
 """Rows of Parquet read at once: repeated text takes little room in a file, but all of it in memory."""
+TO_FILL_IN = {"data.text_field": "VALUE"}
 MAX_COMPRESSION_RATIO = 100
 """Maximum ratio of unpacked to packed bytes: real text stays far below it."""
 
@@ -87,7 +88,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         why = f"holds {type(text).__name__}, not text, in {where}"
-        raise ConfigError("data.text_field", text_field, why, "a field of strings")
+        raise ConfigError("data.text_field", text_field, why, "a field of strings", TO_FILL_IN)
     if not text.isascii():
         try:
             text.encode()
@@ -146,7 +147,7 @@ def _parquet_rows(data: DataConfig, path: Path) -> Iterator[dict[str, str | None
         values = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(values) or pa.types.is_large_string(values)):
             why = f"holds {kind}, not text, in {path}"
-            raise ConfigError("data.text_field", text_field, why, "a column of strings")
+            raise ConfigError("data.text_field", text_field, why, "a column of strings", TO_FILL_IN)
         for number in range(file.num_row_groups):
             check_row_group(data, path, file, number, text_field)
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[number], columns=[text_field]):

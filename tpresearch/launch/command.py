@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -62,23 +62,19 @@ class Command:
             ranks = None
         return dataclasses.replace(self, arguments=tuple(corrected(self.arguments, error.fix)), ranks=ranks)
 
+    def typed(self, words: Iterable[str]) -> Command:
+        return dataclasses.replace(self, arguments=tuple(words))
+
     def without(self, key: str) -> Command:
         """The command without the overrides of this key and of keys below it, and without those that delete its parent."""
-        kept = [word for word in self.arguments if not _concerns(word, key)]
-        return dataclasses.replace(self, arguments=tuple(kept))
+        return self.typed(word for word in self.arguments if not _concerns(word, key))
 
     def __str__(self) -> str:
         unset = [word for name in self.unset for word in ("-u", name)]
         hosts = [f"--nnodes={self.hosts}"] if self.hosts > 1 else []
         starter = ["python"] if self.ranks is None else ["torchrun", *hosts, f"--nproc-per-node={self.ranks}"]
-        return shlex.join(
-            [
-                *(["env", *unset] if unset else []),
-                *starter,
-                *(self.program or program_words()),
-                *self.arguments,
-            ]
-        )
+        program = self.program or program_words()
+        return shlex.join([*(["env", *unset] if unset else []), *starter, *program, *self.arguments])
 
 
 class WrongCommand(ConfigError):
@@ -97,7 +93,7 @@ def refuse_typed_secrets(world: World) -> None:
     """
     rest, found = words_without_secrets(sys.argv[1:])
     for key, what in found.items():
-        command = dataclasses.replace(Command.from_argv(world), arguments=tuple(rest))
+        command = Command.from_argv(world).typed(rest)
         why = f"holds {what}, which would be written to the run's record"
         raise WrongCommand(key, "...", why, LEGAL, command)
 
@@ -109,12 +105,15 @@ CommandCheck = Callable[[Command], ConfigError | None]
 def command_to_try(error: ConfigError, world: World, check_command: CommandCheck) -> str:
     """The command to try: this process's own command line, corrected until it is valid.
 
-    If correcting does not converge, it is as much of the command line as is valid.
+    If correcting does not converge, it is as much of it as is valid; a value whose mistake shows only later is to be filled in.
     """
     if isinstance(error, WrongCommand) and isinstance(error.command, str):
         return error.command
-    command = Command.from_argv(world)
-    seen = {command}
+    command = typed = Command.from_argv(world)
+    same, filled_in = (
+        typed.typed(corrected(typed.arguments, {error.field: v})) for v in (error.value, "VALUE")
+    )
+    seen = {typed, same} if len(same.arguments) > len(typed.arguments) else {typed}
     check_command = cache(check_command)
     for _ in range(MAX_CORRECTIONS):
         attempts = (command.corrected(error), command.without(error.field))
@@ -125,7 +124,8 @@ def command_to_try(error: ConfigError, world: World, check_command: CommandCheck
             return str(attempt)
         seen.add(attempt)
         command, error = attempt, error_left
-    return str(_valid_part(command, check_command))
+    valid = _valid_part(command, check_command)
+    return str(filled_in if {*typed.arguments} <= {*valid.arguments} else valid)
 
 
 def _valid_part(command: Command, check_command: CommandCheck) -> Command:
@@ -133,7 +133,7 @@ def _valid_part(command: Command, check_command: CommandCheck) -> Command:
     flags = tuple(word for word in command.arguments if not _is_override(word))
 
     def of(*words: str) -> Command:
-        return _complete(dataclasses.replace(command, arguments=(*words, *flags)), check_command)
+        return _complete(command.typed((*words, *flags)), check_command)
 
     def kept(words: tuple[str, ...], before: tuple[str, ...] = ()) -> tuple[str, ...]:
         if not words or check_command(of(*before, *words)) is None:
