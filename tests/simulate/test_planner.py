@@ -10,6 +10,8 @@ import pytest
 import yaml
 from support.composed import config
 from support.marks import exhaustive
+from support.nets import model
+from support.odd_nets import Asking
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
@@ -19,7 +21,7 @@ from tpresearch.config.world import World
 from tpresearch.planner import ranking
 from tpresearch.planner.__main__ import preflight_planner
 from tpresearch.planner.candidates import Candidate, candidate_plans, micro_batch_rows
-from tpresearch.planner.ranking import Ranking, advice, rank
+from tpresearch.planner.ranking import RankedCandidate, Ranking, advice, rank, why_slower
 from tpresearch.planner.report import EXPERIMENT, as_json, draw, report, training_command
 from tpresearch.simulate.cluster import Cluster, parse_cluster
 from tpresearch.simulate.depth import recording
@@ -161,6 +163,28 @@ def test_candidates_are_ranked_with_reasons(ranks: Ranks, tmp_path) -> None:
     assert f"--nproc-per-node=2 train.py experiment=pretraining {best.overrides}" in text
     draw(ranked, "title", tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 10_000
+
+
+def test_a_model_that_cannot_be_recorded_is_refused_by_a_worker_too(ranks: Ranks) -> None:
+    """Its workers are forks of the ranks' server, which is there."""
+    cfg = config(*model(Asking), "train.global_batch_size=2")
+    with pytest.raises(ConfigError, match="depends on the values of data") as refused:
+        rank(cfg, 2, cluster(), workers=2)
+    assert (refused.value.field, refused.value.fix) == ("model", {"model": None})
+
+
+def test_a_slower_candidate_is_not_said_to_be_as_fast() -> None:
+    """It loses a little in each kind of op, of which none takes a percent more."""
+
+    def candidate(*seconds: float) -> RankedCandidate:
+        kinds = dict(zip(("gemm", "copy", "attention"), seconds, strict=True))
+        prediction = SimpleNamespace(time_s=kinds, step_time_s=sum(seconds))
+        return RankedCandidate(None, prediction)  # type: ignore[arg-type]
+
+    best = candidate(0.8, 0.1, 0.1)
+    assert why_slower(candidate(0.805, 0.1, 0.1), best) == "as fast, within a percent"
+    assert why_slower(candidate(0.809, 0.108, 0.1), best) == "matmuls +0.9%"
+    assert why_slower(candidate(0.9, 0.15, 0.1), best) == "matmuls +10.0%, FSDP's copies +5.0%"
 
 
 def test_the_command_of_the_best_one_is_whole_and_valid() -> None:

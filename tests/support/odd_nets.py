@@ -67,3 +67,9 @@ class Counting(ToyLM):
 class ByKeyword(ToyLM):
     def forward(self, tokens: Tensor, head: object = None) -> Tensor:
         return self.output(input=self.mlp(self.embed(tokens)))
+
+
+class Asking(ToyLM):
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        hidden = self.mlp(self.embed(tokens))
+        return self.output(hidden if hidden.sum() > 0 else -hidden)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copyreg
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 WRITABLE = "a folder that this user can write, with room on its disk"
 
@@ -40,6 +42,10 @@ class ConfigError(Exception):
         super().__init__(
             " ".join(f"{field}={format_value(value)}: {why}; {legal}".split())
         )  # always one line
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From process to process with its attributes; an exception's own way calls `__init__` with the sentence alone."""
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class RunFailed(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
@@ -139,13 +140,14 @@ def _too_large(family: Candidate, held: int | ConfigError, cluster: Cluster) -> 
 def _predict_all(
     predict_one: Callable[[Candidate], list[RankedCandidate]], possible: Sequence[Candidate], workers: int
 ) -> list[list[RankedCandidate]]:
-    """The predictions, in the order of the candidates. Workers are forked from a process that has only imported torch."""
+    """The predictions, in the order of the candidates. Workers are forked from a process that has only imported torch; a killed
+    one is an error, where `multiprocessing.Pool` would wait forever."""
     if workers == 1:
         return [predict_one(family) for family in possible]
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with context.Pool(max(1, min(workers, len(possible)))) as pool:
-        return pool.map(predict_one, possible, chunksize=1)
+    with ProcessPoolExecutor(max(1, min(workers, len(possible))), context) as pool:
+        return list(pool.map(predict_one, possible))
 
 
 def _predict_each_micro_batch(family: Candidate, known: Recording, cluster: Cluster) -> list[RankedCandidate]:
@@ -250,13 +252,13 @@ def _chunk(cfg: Config, rows: int) -> float | None:
 
 def why_slower(one: RankedCandidate, best: RankedCandidate) -> str:
     """Where a step spends more time than the best candidate's, as shares of the latter; the global batch is the same."""
-    mine, its = one.prediction.time_s, best.prediction.time_s
-    step = best.prediction.step_time_s
+    mine, its, step = one.prediction.time_s, best.prediction.time_s, best.prediction.step_time_s
+    if one.prediction.step_time_s <= 1.01 * step:
+        return "as fast, within a percent"
     parts = {name: (mine.get(name, 0.0) - its.get(name, 0.0)) / step for name in {*mine, *its}}
-    worst = [name for name, share in sorted(parts.items(), key=lambda item: -item[1])[:2] if share > 0.01]
-    return (
-        ", ".join(f"{_format_part(name)} +{parts[name]:.0%}" for name in worst) or "as fast, within a percent"
-    )
+    first, *others = sorted(parts.items(), key=lambda item: -item[1])[:2]
+    worst = [first, *(part for part in others if part[1] > 0.01)]
+    return ", ".join(f"{_format_part(name)} +{share:.1%}" for name, share in worst)
 
 
 def _format_part(name: str) -> str:
