@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.composed import config
+from support.marks import exhaustive
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -242,14 +243,14 @@ def test_interleaved_shards_are_cut_into_runs() -> None:
 
 
 MESHES = {
-    "tp": (4, "parallel=tp"),
-    "fsdp": (4, "parallel=fsdp"),
-    "hsdp": (4, "parallel=hsdp"),
-    "fsdp_tp 4x2": (8, "parallel=fsdp_tp mesh.tp=2"),
-    "fsdp_tp 2x4": (8, "parallel=fsdp_tp mesh.tp=4"),
-    "hsdp_tp 2x2x2": (8, "parallel=hsdp_tp"),
+    "tp": (4, "parallel=tp", (0, 1, 2, 3)),
+    "fsdp": (4, "parallel=fsdp", (0, 1, 2, 3)),
+    "hsdp": (4, "parallel=hsdp", (0, 1, 2, 3)),
+    "fsdp_tp 4x2": (8, "parallel=fsdp_tp mesh.tp=2", (0, 3, 4, 7)),
+    "fsdp_tp 2x4": (8, "parallel=fsdp_tp mesh.tp=4", (0, 2, 5, 7)),
+    "hsdp_tp 2x2x2": (8, "parallel=hsdp_tp", (0, 3, 5, 6)),
 }
-"""Ranks and overrides. The vocabulary of 263 is uneven on all of them; tp cuts wo and w2 along dim 1, within a tile."""
+"""Ranks, overrides, and which ranks are looked at every day: each place along each axis of several. The vocabulary of 263 is uneven on all of them; tp cuts wo and w2 along dim 1, within a tile."""
 MODEL = "model=llama2_debug tokenizer.vocab_size=263 model.dim=576 model.ffn_dim=1200 model.n_heads=8 model.n_kv_heads=8 model.n_layers=1"
 
 
@@ -258,17 +259,22 @@ def part(full: Tensor, dim: int, parts: int, index: int) -> Tensor:
     return chunks[index] if index < len(chunks) else full.narrow(dim, 0, 0)
 
 
-def differing(world: World, meshes: dict[str, tuple[int, str]]) -> dict[str, list[str]]:
-    """By mesh, the parameters whose shard on this rank is not the part of the whole weight that the plan gives it."""
+def differing(world: World, looked_at: dict[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """By mesh, the parameters whose shard on a rank is not the part of the whole weight that the plan gives it.
+
+    Args:
+        looked_at: by mesh, the rank that each of these processes is.
+    """
     found, whole = {}, drawn(meta_model(config(*MODEL.split()).model))
-    for case, (size, overrides) in meshes.items():
-        if world.rank >= size:
+    for case, (size, overrides, _) in MESHES.items():
+        if world.rank >= len(looked_at[case]):
             continue
+        rank = looked_at[case][world.rank]
         cfg = config(*MODEL.split(), *overrides.split())
         sizes = validate(cfg, size)
         model, plan = plan_model(cfg, sizes)
         initializers = read_initializers(model)
-        dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=size)
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
         try:
             mesh = build_mesh(sizes, "cpu")
             parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
@@ -292,10 +298,14 @@ def differing(world: World, meshes: dict[str, tuple[int, str]]) -> dict[str, lis
     return found
 
 
-def test_every_rank_of_every_mesh_holds_its_part_of_the_same_weights(ranks: Ranks) -> None:
-    by_rank = ranks.run(8, differing, MESHES)
-    for case, (size, _) in MESHES.items():
-        assert [found[case] for found in by_rank[:size]] == [[]] * size, case
+@pytest.mark.parametrize("processes", [4, exhaustive(8)])
+def test_every_rank_of_every_mesh_holds_its_part_of_the_same_weights(ranks: Ranks, processes: int) -> None:
+    looked_at = {
+        case: few if processes < size else tuple(range(size)) for case, (size, _, few) in MESHES.items()
+    }
+    by_rank = ranks.run(processes, differing, looked_at)
+    for case, few in looked_at.items():
+        assert [found[case] for found in by_rank[: len(few)]] == [[]] * len(few), case
 
 
 def test_reading_allocates_nothing_of_70b() -> None:

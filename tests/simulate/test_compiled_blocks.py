@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import cache
 
 import pytest
 from support.composed import config
+from support.marks import exhaustive
 
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
@@ -22,13 +24,22 @@ LLAMA3_8B = (
     *("parallel.compile=true", "train.global_batch_size=4"),
 )
 
+SMALL = ("model=llama2_debug", "train.global_batch_size=4", "parallel.compile=true")
+
 
 def kept_kib_per_token(cfg: Config, world: int) -> float:
     return compiled_block(cfg, validate(cfg, world)).saved_bytes_per_row / cfg.data.seq_len / 1024
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("kind", "kib"), [("none", 136.13), ("selective", 92.125)])
+@pytest.mark.parametrize(
+    ("kind", "kib", "weights"),
+    [
+        ("none", 136.13, "bfloat16"),
+        ("selective", 92.125, "float32"),
+        exhaustive("none", 136.13, "float32"),
+        exhaustive("selective", 92.125, "bfloat16"),
+    ],
+)
 def test_blocks_of_llama3_8b_keep_what_a_gpu_was_seen_to_keep(kind: str, kib: float, weights: str) -> None:
     """The same with float32 master weights, whose copies compute. On an H200 the peaks of steps with 16,384 and 8,192 tokens were those of these numbers, to 0.2 % (experiments/held_to_gpu)."""
     words = f"parallel.activation_checkpointing={kind}", f"train.weights={weights}"
@@ -38,16 +49,20 @@ def test_blocks_of_llama3_8b_keep_what_a_gpu_was_seen_to_keep(kind: str, kib: fl
     )  # 128 numbers per position are shared by rows
 
 
+@cache
+def kept_alone() -> float:
+    return kept_kib_per_token(config(*SMALL, "parallel=none"), 1)
+
+
 def test_a_budget_is_that_of_its_own_config() -> None:
     """Of a process that has compiled with another one, too."""
-    words = "model=llama2_debug", "train.global_batch_size=4", "parallel.compile=true", "parallel=none"
+    words = *SMALL, "parallel=none"
     budget = "parallel.activation_checkpointing=budget"
-    kept = [
+    half, most, whole = (
         kept_kib_per_token(config(*words, *more), 1)
-        for more in ((), (budget, "parallel.activation_budget=0.5"), (budget,), ())
-    ]
-    assert kept[0] == kept[3]
-    assert kept[1] < kept[2] < kept[0]
+        for more in ((budget, "parallel.activation_budget=0.5"), (budget,), ())
+    )
+    assert half < most < whole == kept_alone()
 
 
 def bounded(budget: float | None, plan: str, world: int) -> tuple[Recording, Trace]:
@@ -83,9 +98,7 @@ def test_a_smaller_budget_repeats_more_matmuls_and_attention_last() -> None:
 
 def test_fsdp_keeps_no_weights_for_backward() -> None:
     """They are gathered again: what is kept is what one process keeps."""
-    words = ("model=llama2_debug", "train.global_batch_size=4", "parallel.compile=true")
-    alone, sharded = (config(*words, f"parallel={plan}") for plan in ("none", "fsdp"))
-    assert kept_kib_per_token(sharded, 2) == kept_kib_per_token(alone, 1)
+    assert kept_kib_per_token(config(*SMALL, "parallel=fsdp"), 2) == kept_alone()
 
 
 def test_a_compiled_step_holds_less_by_what_each_block_keeps_less() -> None:

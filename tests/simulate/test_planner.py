@@ -71,7 +71,7 @@ def test_rows_per_micro_batch_follow_from_two_and_four(plan: str, rows: int, chu
 def test_a_third_block_at_more_rows_follows_from_three_recorded_steps(plan: str, kind: str) -> None:
     """FSDP's gathers, TP's collectives and the loss's chunks among them; and from that one, steps with yet more rows."""
     words = (f"parallel={plan}", f"parallel.activation_checkpointing={kind}")
-    cfg = config("model=llama2_debug", *words, "data.seq_len=64", "train.loss_chunk=32")
+    cfg = config("model=llama2_debug", *words, "data.seq_len=32", "train.loss_chunk=32")
     sizes = validate(at_rows(cfg, 1, 8), 4)
 
     def at(depth: int, rows: int) -> Trace:
