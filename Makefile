@@ -25,15 +25,17 @@ train: setup ## set up, then train the default 2D job on NPROC=4 local ranks; AR
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) train.py $(ARGS)
 
-# Most tests keep one core busy, and none depends on the clock: WORKERS of them run in parallel.
+# Most tests keep one core busy, and none depends on the clock: WORKERS of them run in parallel. Types are checked beside
+# them, on what cores the first imports leave idle, and said at the end.
 test: CASES := -m "not exhaustive"
 test test-all: setup ## set up, then lint, types and tests; test-all adds the exhaustive ones; TORCH=2.11.0 uses that torch
 ifeq ($(TORCH),) # other versions have other types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
 endif
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(CASES)
+	@$(if $(TORCH),true,$(BIN)/mypy) > $(VENV)/types.txt & types=$$!; \
+		PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(CASES); tests=$$?; \
+		wait $$types || tests=1; cat $(VENV)/types.txt; exit $$tests
 
 setup: $(VENV)/.ready ## create .venv with the versions of constraints.txt
 

@@ -15,8 +15,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
-
 from tpresearch.config.world import World
 
 TIMEOUT_S = 300
@@ -52,6 +50,8 @@ class Ranks:
         """Raises:
         RankError: if a rank raises, dies or hangs. All are ended then.
         """
+        from torch.distributed import TCPStore  # late: the server imports torch at the same time
+
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ranks: list[tuple[BaseProcess, Connection]] = []
         try:
