@@ -28,7 +28,7 @@ OWN = {
 }
 
 
-EVERY_DAY = ("llama2_70b", "llama2_debug", "toy_mlp")
+EVERY_DAY = ("llama2_7b", "llama2_debug", "toy_mlp")
 
 
 @pytest.mark.parametrize(

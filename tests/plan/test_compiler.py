@@ -162,5 +162,7 @@ def test_blocks_that_hold_each_other_are_refused(blocks: str) -> None:
 
 
 def test_the_plan_is_compiled_without_memory() -> None:
-    model, _ = compiled("model=llama2_70b", "parallel=sp", "mesh.tp=8", "data.seq_len=64", world=8)
+    model, _ = compiled(
+        *("model=llama2_70b", "model.n_layers=4", "parallel=sp", "mesh.tp=8", "data.seq_len=64"), world=8
+    )  # 14 GB
     assert all(p.device == torch.device("meta") for p in model.parameters())

@@ -142,8 +142,8 @@ def test_a_deep_model_is_told_from_shallow_ones(plan: str) -> None:
 
 
 def test_where_depth_does_not_tell_the_whole_model_is_recorded() -> None:
-    cfg = at_depth(config("model=llama2_debug", "parallel=fsdp"), 6)
-    told = recording(cfg, validate(cfg, 2), record)
+    cfg = at_depth(config("model=llama2_debug", "parallel=none"), 6)
+    told = recording(cfg, validate(cfg, 1), record)
     assert (
         told.at_full_depth(lambda trace: {"x": float(len(trace.end) ** 3)})["x"]
         == len(told.traces[6].end) ** 3
