@@ -12,7 +12,15 @@ from support.composed import config
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.ledger.entries import Event
-from tpresearch.simulate.cluster import NUMBERS, Cluster, Number, SourceKind, check_world, parse_cluster
+from tpresearch.simulate.cluster import (
+    NUMBERS,
+    Cluster,
+    Number,
+    SourceKind,
+    check_world,
+    parse_cluster,
+    with_typed_numbers,
+)
 from tpresearch.simulate.kernels import Kernel, kernels
 from tpresearch.simulate.network import Route, collective_s, network_s, route
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
@@ -385,7 +393,18 @@ def number(value: object, kind: object = "guessed", source: object = "a test", *
         *(
             ({name: number(value)}, f"{name}.value")
             for name, values in {
-                "bandwidth_gb_s": (0, -1, float("nan"), float("inf"), True, None, "3350 GB/s", [1, 2], []),
+                "bandwidth_gb_s": (
+                    0,
+                    -1,
+                    3.35e12,
+                    float("nan"),
+                    float("inf"),
+                    True,
+                    None,
+                    "3350 GB/s",
+                    [1, 2],
+                    [],
+                ),
                 "gemm_efficiency": (67, 0),
                 "compute_units": (0.5,),
                 "launch_us": (-1,),
@@ -422,6 +441,21 @@ def test_a_cluster_that_is_none_is_refused_by_its_key(name: str, values: tuple[o
         with pytest.raises(ConfigError) as refused:
             parse_cluster({**plain, name: value})
         assert refused.value.field == f"cluster.{name}"
+
+
+def test_a_number_typed_on_the_command_line_has_not_the_source_of_the_files() -> None:
+    given = cluster()
+    assert with_typed_numbers(given, ["world_size=8", "cluster=h100_dgx"]) == given
+    words = [
+        f"cluster.numbers.{word}"
+        for word in ("inter_gb_s.value=25", "kernel_us.value=3", "kernel_us.source=mine")
+    ]
+    changed = with_typed_numbers(given, words)
+    assert changed.numbers["inter_gb_s"] == Number(
+        given["inter_gb_s"], SourceKind.guessed, "typed on the command line"
+    )
+    assert changed.numbers["kernel_us"] == given.numbers["kernel_us"]
+    assert changed.checked == tuple(f"before inter_gb_s, kernel_us changed, {line}" for line in given.checked)
 
 
 def test_a_matmul_in_a_dtype_without_a_rate_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from io import FileIO
 from pathlib import Path
@@ -12,7 +13,7 @@ from support.example_run import row
 
 from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import METRICS, NAMES, complete_row
-from tpresearch.track.record import read_metrics, summary_figures, write_summary
+from tpresearch.track.record import read_metrics, summary_figures, write_atomically, write_summary
 
 PROMISED = {
     "train/step",
@@ -152,3 +153,9 @@ def test_rows_outlive_their_folder(tmp_path: Path) -> None:
     metrics.append(row(2))
     assert metrics.close() is None
     assert [r["train/step"] for r in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_file_may_have_a_path_in_it_that_is_not_utf8(tmp_path: Path) -> None:
+    folder = os.fsdecode(b"caf\xe9")
+    write_atomically(tmp_path / "page", f"runs in {folder}")
+    assert (tmp_path / "page").read_bytes() == b"runs in caf\xe9"

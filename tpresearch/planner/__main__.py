@@ -11,6 +11,7 @@ from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.launch import Run, entrypoint
 from tpresearch.launch.garbage import gc_paused
+from tpresearch.simulate.cluster import with_typed_numbers
 from tpresearch.simulate.preflight import SimulationPreflight
 from tpresearch.simulate.preflight import preflight as preflight_simulation
 
@@ -51,7 +52,8 @@ def main(job: SimulationPreflight, run: Run) -> None:
         from tpresearch.planner.report import as_json, draw, report, training_command
         from tpresearch.simulate.run_files import write_run
 
-    cfg, cluster, sizes = job
+    cfg, sizes = job.cfg, job.sizes
+    cluster = with_typed_numbers(job.cluster, run.command.arguments)
     ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))
     (run.folder / "planner.json").write_text(json.dumps(as_json(ranking), indent=2) + "\n")
     best = ranking.fits[0] if ranking.fits else None

@@ -6,6 +6,7 @@ import json
 
 from tpresearch.launch import Run, entrypoint
 from tpresearch.launch.garbage import gc_paused
+from tpresearch.simulate.cluster import with_typed_numbers
 from tpresearch.simulate.preflight import SimulationPreflight, preflight
 
 
@@ -19,7 +20,8 @@ def main(job: SimulationPreflight, run: Run) -> None:
         from tpresearch.simulate.report import report
         from tpresearch.simulate.run_files import write_run, write_trace
 
-    cfg, cluster, sizes = job
+    cfg, sizes = job.cfg, job.sizes
+    cluster = with_typed_numbers(job.cluster, run.command.arguments)
     recorded = recording(cfg, sizes, record)
     prediction = predict(recorded, cluster)
     path = run.folder / "simulate.json"

@@ -190,7 +190,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     try:
         draft.unlink(missing_ok=True)  # it could be a link out of this folder
         with draft.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            # A path in it need not be UTF-8: its bytes stay what they are.
+            file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
