@@ -1,9 +1,8 @@
-"""`python -m tpresearch.dashboard` in a process of its own: without a network, without a key, and refused."""
+"""`python -m tpresearch.dashboard`: without a network, without a key, and refused."""
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import socket
 import subprocess
@@ -11,26 +10,34 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.commands import ROOT, Done, environment, execute, execute_warm
+from support.launches import Command
 from support.saved_views import sections_of
 
 from tpresearch.track.panels import SECTIONS
+from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
 CANARY = "canary" + "0" * 34
-SAME_COMMAND = ["python", "-m", "tpresearch.dashboard"]
+MODULE = ["-m", "tpresearch.dashboard"]
+SAME_COMMAND = ["python", *MODULE]
 
 
-def typed(cwd: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tpresearch.dashboard", *words]
-    root = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(command, cwd=cwd, env=os.environ | root | env, capture_output=True, text=True)
+@pytest.fixture
+def typed(ranks: Ranks, tmp_path: Path) -> Command:
+    """The command in a fork of a warm process."""
+
+    def run(*words: str, **env: str) -> Done:
+        return execute_warm(ranks, None, [*MODULE, *words], tmp_path, environment(**env))
+
+    return run
 
 
-def refusal(done: subprocess.CompletedProcess[str]) -> tuple[str, list[str]]:
+def refusal(done: Done) -> tuple[str, list[str]]:
     """The one line of a refusal, and the command that it ends with."""
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: ")
-    sentence, _, command = done.stderr.strip().removeprefix("error: ").partition("; try: ")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith("error: ")
+    sentence, _, command = done.err.strip().removeprefix("error: ").partition("; try: ")
     return sentence, shlex.split(command)
 
 
@@ -43,10 +50,12 @@ def closed() -> str:
 
 @pytest.mark.parametrize("key", [{}, {"WANDB_API_KEY": CANARY}])
 def test_a_dry_run_writes_what_would_be_sent(tmp_path: Path, closed: str, key: dict[str, str]) -> None:
-    done = typed(tmp_path, "group=sweeps/8", "dry_run=true", WANDB_BASE_URL=closed, **key)
+    """In a process of its own, with all that it imports."""
+    env = environment(WANDB_BASE_URL=closed, PYTHONPATH=str(ROOT), **key)
+    done = execute([sys.executable, *MODULE, "group=sweeps/8", "dry_run=true"], tmp_path, env)
     folder = Path("outputs/dashboard/sweeps/8")
     said = f"workspace  {folder}/workspace.json\nreport     {folder}/report.json\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+    assert (done.code, done.out, done.err) == (0, said, "")
     texts = [(tmp_path / folder / f"{kind}.json").read_text() for kind in ("workspace", "report")]
     workspace, report = map(json.loads, texts)
     assert list(sections_of(workspace["spec"])) == list(SECTIONS)
@@ -55,33 +64,33 @@ def test_a_dry_run_writes_what_would_be_sent(tmp_path: Path, closed: str, key: d
     assert not [path for path in written if CANARY.encode() in path.read_bytes()]
 
 
-def test_a_dry_run_asks_nothing_of_a_host_that_would_answer(tmp_path: Path) -> None:
+def test_a_dry_run_asks_nothing_of_a_host_that_would_answer(typed: Command, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as host:
         host.setblocking(False)
         url = f"http://127.0.0.1:{host.getsockname()[1]}"
         words = ("group=g", "dry_run=true", "entity=team", f"out={tmp_path}/json")
-        done = typed(tmp_path, *words, WANDB_BASE_URL=url, WANDB_API_KEY=CANARY)
+        done = typed(*words, WANDB_BASE_URL=url, WANDB_API_KEY=CANARY)
         with pytest.raises(BlockingIOError):
             host.accept()
-    assert done.stdout == "workspace  json/workspace.json\nreport     json/report.json\n"
+    assert done.out == "workspace  json/workspace.json\nreport     json/report.json\n"
     workspace, report = (
         json.loads((tmp_path / f"json/{kind}.json").read_text()) for kind in ("workspace", "report")
     )
     assert (workspace["entity"], report["project"]["entityName"]) == ("team", "team")
 
 
-def test_without_a_key_it_is_refused(tmp_path: Path, closed: str) -> None:
-    sentence, command = refusal(typed(tmp_path, "group=g", WANDB_BASE_URL=closed))
+def test_without_a_key_it_is_refused(typed: Command, closed: str) -> None:
+    sentence, command = refusal(typed("group=g", WANDB_BASE_URL=closed))
     assert sentence.startswith("dry_run=false: there is no W&B API key; ")
     assert command == [*SAME_COMMAND, "group=g", "dry_run=true"]
 
 
-def test_where_the_host_does_not_answer_it_is_refused(tmp_path: Path, closed: str) -> None:
-    done = typed(tmp_path, "group=g", WANDB_BASE_URL=closed, WANDB_API_KEY=CANARY)
+def test_where_the_host_does_not_answer_it_is_refused(typed: Command, closed: str) -> None:
+    done = typed("group=g", WANDB_BASE_URL=closed, WANDB_API_KEY=CANARY)
     sentence, command = refusal(done)
     assert sentence.startswith(f"dry_run=false: {closed} does not answer; ")
     assert command == [*SAME_COMMAND, "group=g", "dry_run=true"]
-    assert CANARY not in done.stderr
+    assert CANARY not in done.err
 
 
 @pytest.mark.parametrize(
@@ -97,8 +106,8 @@ def test_where_the_host_does_not_answer_it_is_refused(tmp_path: Path, closed: st
         (["group=g", "dry_run=perhaps"], "dry_run=perhaps: ", ["group=g"]),
     ],
 )
-def test_a_wrong_option_is_refused(tmp_path: Path, words: list[str], begins: str, to_try: list[str]) -> None:
-    sentence, command = refusal(typed(tmp_path, *words))
+def test_a_wrong_option_is_refused(typed: Command, words: list[str], begins: str, to_try: list[str]) -> None:
+    sentence, command = refusal(typed(*words))
     assert sentence.startswith(begins)
     assert command == [*SAME_COMMAND, *to_try]
 

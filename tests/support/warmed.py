@@ -20,7 +20,8 @@ IMPORTED = (
     *("wandb", "wandb.sdk.launch.inputs.internal", "requests"),
     *("rich.ansi", "rich.file_proxy", "rich.progress", "hydra._internal.logging_config"),
     *("tpresearch.train.main", "tpresearch.train.profile", "tpresearch.track.console"),
-    *("tpresearch.compare.report", "tpresearch.planner.report", "tpresearch.simulate.run_files"),
+    *("tpresearch.compare.report", "tpresearch.compare.workspace"),
+    *("tpresearch.planner.report", "tpresearch.simulate.run_files"),
     *(
         f"support.{name}"
         for name in ("composed", "commands", "traces", "counted_steps", "checkpointed", "nets")
