@@ -105,8 +105,11 @@ def test_other_rows_are_refused() -> None:
     for other in (("d", "t", 64), ("c", "t", 65)):
         with pytest.raises(ConfigError, match="the text is not what this run was trained on"):
             check_corpus(ABOUT, *other)
-    with pytest.raises(ConfigError, match="the tokenizer is not what"):
+    with pytest.raises(ConfigError, match="=c: the tokenizer is not what"):
         check_corpus(ABOUT, "c", "u", 64)
+    with pytest.raises(ConfigError, match="=d: the text or the tokenizer is not what") as refused:
+        check_corpus(ABOUT, "d", "u", 64)
+    assert refused.value.fix == {"resume": "never"}
 
 
 def test_a_path_means_a_checkpoint_or_the_newest_of_a_run(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from tpresearch.calibrate.__main__ import _base_cluster, as_yaml
+from tpresearch.calibrate.__main__ import Options, _base_cluster, _gpu_cluster, as_yaml
 from tpresearch.calibrate.rows import cluster_from_rows, read_rows
 from tpresearch.config.errors import ConfigError
 from tpresearch.simulate.cluster import parse_cluster
@@ -99,3 +100,10 @@ def test_a_card_that_no_cluster_has_needs_a_base() -> None:
     ):
         _base_cluster(None, "NVIDIA T4", 16 * 10**9)
     assert _base_cluster("a100_40", "NVIDIA T4", 0)["name"] == "a100_40"
+
+
+def test_a_base_is_refused_where_no_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _gpu_cluster(Options(out="here.yaml"), "here") is None
+    with pytest.raises(ConfigError, match=r"^base=h100_dgx: there is no GPU here"):
+        _gpu_cluster(Options(out="here.yaml", base="h100_dgx"), "here")

@@ -98,3 +98,10 @@ def test_what_cannot_be_simulated_is_refused_in_one_line(
     done = simulate(*SMALL, *words)
     assert done.code == 2
     assert done.refusal.startswith(refusal), done.err
+
+
+def test_under_torchrun_it_proposes_the_same_without(ranks, tmp_path: Path) -> None:
+    program = ["-m", "tpresearch.simulate", *SMALL, "world_size=8"]
+    done = execute_warm(ranks, 2, program, tmp_path, environment(tmp_path, PYTHONPATH=str(ROOT)))
+    assert done.refusal.startswith("error: WORLD_SIZE=2: "), done.err
+    assert done.command_to_try == ["python", *program]

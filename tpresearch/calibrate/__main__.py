@@ -71,6 +71,9 @@ def _gpu_cluster(options: Options, name: str) -> dict[str, Any] | None:
     import torch
 
     if not torch.cuda.is_available():
+        if options.base is not None:
+            why = "there is no GPU here, and what is measured of a CPU needs no other cluster"
+            raise ConfigError("base", options.base, why, "rows=FILE of a GPU, or no base", {"base": None})
         return None
     from tpresearch.calibrate.cuda import measure_gpu
 

@@ -172,10 +172,14 @@ def check_corpus(manifest: Manifest, corpus_hash: str, tokenizer_hash: str, rows
         ConfigError: if text, tokenizer or the number of rows differ.
     """
     if (manifest.corpus_hash, manifest.tokenizer_hash, manifest.rows) != (corpus_hash, tokenizer_hash, rows):
-        what = "the tokenizer" if manifest.tokenizer_hash != tokenizer_hash else "the text"
+        differ = {
+            "the text": manifest.corpus_hash != corpus_hash,
+            "the tokenizer": manifest.tokenizer_hash != tokenizer_hash,
+        }
+        what = " or ".join(name for name, differs in differ.items() if differs) or "the text"
         why = f"{what} is not what this run was trained on: {manifest.rows:,} rows then, {rows:,} now"
         legal = "the same files, tokenizer and Python; resume=never"
-        raise ConfigError("data.source", corpus_hash, why, legal)
+        raise ConfigError("data.source", corpus_hash, why, legal, {"resume": NEVER})
 
 
 def broadcast_from_rank_0(checkpoints: list[Checkpoint], group: dist.ProcessGroup | None) -> list[Checkpoint]:

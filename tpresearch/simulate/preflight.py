@@ -30,7 +30,7 @@ def preflight(cfg: Config, world: World) -> SimulationPreflight:
     """
     if world.size > 1:
         why = "it simulates all ranks in one process"
-        raise ConfigError("WORLD_SIZE", world.size, why, "a start by python, without torchrun")
+        raise ConfigError("WORLD_SIZE", world.size, why, "a start by python, without torchrun", nproc=1)
     cluster = parse_cluster(cfg.cluster)
     ranks = cfg.world_size or _ranks(cfg, cluster)
     check_world(cluster, ranks)

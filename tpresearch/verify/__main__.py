@@ -39,7 +39,7 @@ class VerifyPreflight(NamedTuple):
 def preflight(cfg: Config, world: World) -> VerifyPreflight:
     if world.size > 1:
         why, legal = "it starts its own ranks", "a start by python, without torchrun"
-        raise ConfigError("WORLD_SIZE", world.size, why, legal)
+        raise ConfigError("WORLD_SIZE", world.size, why, legal, nproc=1)
     from tpresearch.verify.plans import check_moments, check_plan, configs_by_plan
 
     plans = configs_by_plan(cfg, sys.argv[1:])
