@@ -104,6 +104,13 @@ def is_hand_fused(row: Row) -> bool:
     return row.engine in HAND_FUSED or bool(ALL_FUSED.search(row["notes"]))
 
 
+def overlaps_tensor_messages(row: Row) -> bool:
+    """Whether tensor-parallel messages are sent in chunks beside the matmuls that need or make them."""
+    if row.tp == 1:
+        return False
+    return row.is_true("async_tp") if row["async_tp"] else row.engine in OVERLAPPING and row.is_true("sp")
+
+
 def _overrides(row: Row) -> list[str]:
     tp, replicas, shards = row.tp, row.replicas, row.shards
     (micro, batches), dim, heads, gpt = row.batch, row.count("dim"), row.count("heads"), is_gpt(row)
@@ -139,10 +146,7 @@ def _overrides(row: Row) -> list[str]:
         found += ["parallel.fsdp.reduce_dtype=bfloat16"]
     if row["params_dtype"] == "bf16":
         found += ["train.weights=bfloat16"]
-    overlaps = (
-        row.engine in OVERLAPPING and row.is_true("sp") if not row["async_tp"] else row.is_true("async_tp")
-    )
-    if tp > 1 and overlaps:
+    if overlaps_tensor_messages(row):
         found += ["parallel.async_tp=true"]
     if tp > 1 and "no loss-parallel" in row["notes"]:
         found += ["parallel.loss_parallel=false"]

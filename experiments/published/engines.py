@@ -14,8 +14,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from configs import is_gpt, is_hand_fused
+from configs import is_gpt, is_hand_fused, overlaps_tensor_messages
 from losses import with_loss_of
+from megatron import ENGINES as MEGATRON
+from megatron import as_megatron_runs
+from xla import ENGINES as XLA
+from xla import as_xla_runs
+from zero import with_sharded_update
 
 from tpresearch.simulate.prices import FLOAT8_EFFICIENCY
 from tpresearch.simulate.trace import Op, Trace
@@ -30,7 +35,7 @@ CAST = 4
 BACKWARD = 2
 """Place of the first backward among a step's phases."""
 BY_NORMS = 2
-"""The same where norms and activations write float8 themselves, as Transformer Engine's do."""
+"""The same, of activations, where norms and activation functions write float8 themselves, as Transformer Engine's do."""
 ROTATION = ("flip", "neg", "cat", "add", "mul")
 ONE_KERNEL_NORMS = ("internevo", "nanotron", "gpt-neox")
 ONE_KERNEL_NORM = re.compile(r"(?<!no )(fused|triton|apex) \w*norm", re.IGNORECASE)
@@ -41,8 +46,12 @@ FLASH_SINCE = 2023
 
 def as_engine_runs(row: Row, trace: Trace) -> Trace:
     """The recorded step as the row's engine runs it."""
-    trace = with_loss_of(row, trace)
+    trace = with_sharded_update(row, with_loss_of(row, trace))
     engine = row.engine
+    if engine in MEGATRON:
+        trace = as_megatron_runs(row, trace, overlaps_tensor_messages(row))
+    if engine in XLA:
+        trace = as_xla_runs(row, trace)
     if not (row.is_true("compile") or is_hand_fused(row) or is_gpt(row)):
         if engine != "fms-fsdp" and row["compute_dtype"] != "fp32":
             trace = _each(trace, _as_complex_rotations)
@@ -123,9 +132,10 @@ def _with_float8(trace: Trace, vocab: tuple[int, int], gathered: bool, cast_byte
     """
     parts = []
     for part in trace.micro_batches:
-        weights = {number for op in part if op.name == "split_with_sizes_copy" for number, _ in op.reads}
+        weights = _weights(part)
         cast: set[tuple[str, int]] = set()
         found: list[Op] = []
+        of_forward = {n for op in part if op.phase == "forward" for n, _ in (*op.reads, *op.writes)}
         for op in part:
             if gathered and op.event and op.event.collective == "all_gather":
                 op = op._replace(event=replace(op.event, tensor_bytes=op.event.tensor_bytes // 2))
@@ -133,7 +143,8 @@ def _with_float8(trace: Trace, vocab: tuple[int, int], gathered: bool, cast_byte
                 for number, size in op.reads:
                     if number not in weights and (op.phase, number) not in cast:
                         cast.add((op.phase, number))
-                        moved = ((-2 - number, size * cast_bytes // 2),)
+                        bytes_moved = cast_bytes if number in of_forward else CAST
+                        moved = ((-2 - number, size * bytes_moved // 2),)
                         found.append(
                             op._replace(kind="other", name="to_float8", shape=(), reads=moved, writes=())
                         )
@@ -142,6 +153,20 @@ def _with_float8(trace: Trace, vocab: tuple[int, int], gathered: bool, cast_byte
             found.append(op)
         parts.append(tuple(found))
     return Trace(tuple(parts), trace.end, trace.memory)
+
+
+def _weights(part: tuple[Op, ...]) -> set[int]:
+    """Storages of weights: those that are gathered, or, where none is, what is multiplied before anything has written it."""
+    gathered = {number for op in part if op.name == "split_with_sizes_copy" for number, _ in op.reads}
+    if gathered:
+        return gathered
+    found: set[int] = set()
+    written: set[int] = set()
+    for op in part:
+        if op.kind == "gemm":
+            found |= {number for number, _ in op.reads} - written
+        written |= {number for number, _ in op.writes}
+    return found
 
 
 def _reduced_once(trace: Trace) -> Trace:

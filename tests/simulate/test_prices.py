@@ -282,6 +282,11 @@ def test_the_host_may_be_what_a_step_waits_for() -> None:
     assert found["waiting for the host"] == pytest.approx(1.0)
 
 
+def test_zeros_like_a_tensor_are_written_and_nothing_is_read() -> None:
+    found = [op_s(op("other", name, [(1, 100)], [(2, 100)]), cluster()) for name in ("zeros_like", "exp")]
+    assert found == pytest.approx([bytes_s(100, cluster()), bytes_s(200, cluster())])
+
+
 def test_more_hosts_are_slower_by_each_doubling() -> None:
     slow = cluster(scale_slowdown=0.1)
     found = [replay([[work(1.0)], []], 1, slow, ranks) for ranks in (8, 16, 128)]

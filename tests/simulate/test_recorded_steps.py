@@ -141,6 +141,21 @@ def test_a_deep_model_is_told_from_shallow_ones(plan: str) -> None:
     assert sorted(told.traces) == [2, 3, 4]
 
 
+def test_where_two_and_three_blocks_do_not_tell_three_and_four_may() -> None:
+    """Time that one block hides in part and two hide whole."""
+    cfg = at_depth(config("model=llama2_debug", "parallel=fsdp"), 8)
+    told = recording(
+        cfg, validate(cfg, 2), lambda cfg, _: Trace((), (), {"blocks": cfg.model.args["n_layers"]})
+    )
+
+    def seconds(trace: Trace) -> dict[str, float]:
+        return {"step": 10.0 * trace.memory["blocks"] + max(0.0, 7.0 - 3 * trace.memory["blocks"])}
+
+    assert told.at_full_depth(seconds, check=False)["step"] == pytest.approx(75)
+    assert told.at_full_depth(seconds)["step"] == pytest.approx(80)
+    assert sorted(told.traces) == [2, 3, 4, 5]
+
+
 def test_where_depth_does_not_tell_the_whole_model_is_recorded() -> None:
     cfg = at_depth(config("model=llama2_debug", "parallel=none"), 6)
     told = recording(cfg, validate(cfg, 1), record)
@@ -229,3 +244,11 @@ def test_matmuls_that_add_to_a_gradient_take_the_place_of_two_kernels(dtype: str
     widest = next(op for op in adding if op.shape[1:3] == (f, h))
     tokens = 2 * 16
     assert moved_bytes(widest) == 2 * f * h * 4 + tokens * (h + f) * element
+
+
+def test_a_cast_of_what_has_that_dtype_already_is_no_kernel() -> None:
+    """DTensor's loss on shards of the vocabulary calls `to` on float32 logits, which returns them."""
+    trace = recorded(config("model=llama2_debug", "parallel=sp", "train.loss_chunk=null"), 4)
+    casts = [op for part in trace.micro_batches for op in part if op.name == "to"]
+    assert not [op for op in casts if {n for n, _ in op.writes} <= {n for n, _ in op.reads}]
+    assert any(op.event and op.event.issuer == "loss" for part in trace.micro_batches for op in part)

@@ -21,10 +21,11 @@ from tpresearch.simulate.trace import Trace
 from tpresearch.train.speed import flops_per_token
 
 RECORDED_DEPTHS = (2, 3)
+"""Each is the first of a pair of depths to extrapolate from; the next one is tried if the first does not hold."""
 CHECKED_DEPTH = 4
-"""Depth at which the extrapolation is compared with a recording."""
+"""Up to this depth the whole model is recorded."""
 TOLERANCE = 0.002
-"""Relative difference above which the whole model is recorded."""
+"""Relative difference between an extrapolation and a recording above which the extrapolation does not hold."""
 
 RecordStep = Callable[[Config, MeshSizes, frozenset[Call]], Trace]
 CompileBlock = Callable[[Config, MeshSizes], CompiledBlock]
@@ -77,21 +78,17 @@ class Recording:
         """Quantities of the whole model's step, each a sum over blocks and what is outside of them.
 
         Not exact in principle where a peak changes its place or what a stream waits for changes with depth: therefore
-        the check, after which the whole model is recorded where a quantity of weight is off by more than `TOLERANCE`.
+        the check, after which another pair of depths is tried where a quantity of weight is off by more than `TOLERANCE`
+        (a sum over replicas of the output layer's gradient may take as long as two blocks), and then the whole model
+        is recorded.
         """
         if self.is_shallow:
             return dict(value(self.trace(self.depth)))
-        two, three = (value(self.trace(depth)) for depth in RECORDED_DEPTHS)
-        if check:
-            four = value(self.trace(CHECKED_DEPTH))
-            greatest = max(map(abs, four.values()), default=0.0)
-            off = max(
-                (abs(_extrapolate(two, three, name, CHECKED_DEPTH) - four[name]) for name in four),
-                default=0.0,
-            )
-            if off > TOLERANCE * greatest:
-                return dict(value(self.trace(self.depth)))
-        return {name: _extrapolate(two, three, name, self.depth) for name in {**two, **three}}
+        for low in RECORDED_DEPTHS if check else RECORDED_DEPTHS[:1]:
+            less, more = value(self.trace(low)), value(self.trace(low + 1))
+            if not check or _agree(_extrapolate(less, more, 2), value(self.trace(low + 2))):
+                return _extrapolate(less, more, self.depth - low)
+        return dict(value(self.trace(self.depth)))
 
     def memory(self, check: bool = True) -> dict[str, float]:
         """Bytes by moment and kind of the whole model's step, its blocks compiled where they are."""
@@ -158,6 +155,15 @@ def _blocks(patterns: list[str], model: nn.Module) -> int:
     return len({name for pattern in patterns for name in matching_names(pattern, names)})
 
 
-def _extrapolate(two: Mapping[str, float], three: Mapping[str, float], name: str, depth: int) -> float:
-    low, high = two.get(name, 0.0), three.get(name, 0.0)
-    return low + (depth - RECORDED_DEPTHS[0]) * (high - low)
+def _extrapolate(less: Mapping[str, float], more: Mapping[str, float], blocks: int) -> dict[str, float]:
+    """Quantities of a model with this many blocks more than the first; the second has one more."""
+    found = {}
+    for name in {**less, **more}:
+        low, high = less.get(name, 0.0), more.get(name, 0.0)
+        found[name] = low + blocks * (high - low)
+    return found
+
+
+def _agree(told: Mapping[str, float], recorded: Mapping[str, float]) -> bool:
+    greatest = max(map(abs, recorded.values()), default=0.0)
+    return all(abs(told.get(name, 0.0) - value) <= TOLERANCE * greatest for name, value in recorded.items())

@@ -28,6 +28,7 @@ RELATIVE_ERRORS = {
     "copy": 0.2,
     "waiting for the host": 0.3,
     "exposed": 0.3,
+    "stragglers": 1.0,
 }
 """Relative error of each part of a step: that of prices on published rows (experiments/published)."""
 SITE_ERROR = 0.07

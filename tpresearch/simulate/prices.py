@@ -103,6 +103,10 @@ def moved_bytes(op: Op) -> float:
             return 3.0 * sum(size for _, size in op.reads[1:])
         case "copy_":
             return float(read)
+        case (
+            "zeros_like" | "ones_like" | "full_like" | "new_zeros"
+        ):  # of a tensor from which only its shape is taken
+            return float(written)
         case "nll_loss_forward":
             return float(sum(size for _, size in op.reads[1:]))
         case "all_gather_copy_in":

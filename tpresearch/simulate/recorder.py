@@ -146,6 +146,8 @@ class Recorder(CommunicationLedger):
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not isinstance(t, DTensor)]
         if not given and not made:
             return
+        if name == "to" and {*map(_storage, made)} <= {*map(_storage, given)}:
+            return  # of a tensor that has that dtype and layout already, as DTensor's loss has
         kind = "other"
         shape: tuple[int, ...] = ()
         element = (given or made)[0].element_size()
@@ -191,6 +193,10 @@ class Recorder(CommunicationLedger):
             self._count += 1
             weakref.finalize(storage, self._live.pop, address, None).atexit = False
         return self._live[address]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _bytes(tensor: Tensor) -> int:

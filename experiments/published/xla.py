@@ -1,0 +1,53 @@
+"""What XLA does differently from our step, substituted in a recorded one.
+
+- Its gathers and scatters are of whole tensors, each into a buffer of its own, grouped in one NCCL call: there are no copies
+  into and out of flat buffers as FSDP has.
+- MaxText's policy save_qkv_proj keeps queries, keys and values, which full checkpointing would compute again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tpresearch.simulate.prices import COPIES
+from tpresearch.simulate.trace import Op, Trace
+
+if TYPE_CHECKING:
+    from row import Row
+
+ENGINES = ("maxtext", "pax", "paxml", "jax", "levanter")
+KEEPS_PROJECTIONS = re.compile("save_qkv_proj")
+
+
+def as_xla_runs(row: Row, trace: Trace) -> Trace:
+    """The step as XLA runs it."""
+    keeps = bool(KEEPS_PROJECTIONS.search(row["notes"]))
+    parts = []
+    for recorded in trace.micro_batches:
+        part = [_without_bytes(op) if op.name in COPIES else op for op in recorded]
+        parts.append(tuple(_with_kept_projections(part) if keeps else part))
+    return Trace(tuple(parts), tuple(trace.end), trace.memory)
+
+
+def _without_bytes(op: Op) -> Op:
+    """The op as a mark of what waits for its storages, moving nothing."""
+    return op._replace(
+        reads=tuple((number, 0) for number, _ in op.reads),
+        writes=tuple((number, 0) for number, _ in op.writes),
+    )
+
+
+def _with_kept_projections(part: Sequence[Op]) -> list[Op]:
+    """Without the matmuls before attention that backward repeats."""
+    first = next((i for i, op in enumerate(part) if op.kind == "attention"), 0)
+    count = sum(op.kind == "gemm" for op in part[:first])
+    repeated: set[int] = set()
+    matmuls: list[int] = []
+    for place, op in enumerate(part):
+        if op.kind == "gemm":
+            matmuls.append(place)
+        elif op.kind == "attention" and op.phase == "backward" and not op.shape[6]:
+            repeated |= set(matmuls[-count:])
+    return [op for place, op in enumerate(part) if place not in repeated]
