@@ -42,9 +42,13 @@ def sleep_on_rank_one(world: World) -> None:
         time.sleep(3600)
 
 
-def compute(world: World, seconds: float) -> None:
-    while time.process_time() < seconds:
-        pass
+def compute_now_and_then(world: World, seconds: float) -> None:
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        next_rest = time.process_time() + 0.15
+        while time.process_time() < next_rest:
+            pass
+        time.sleep(0.5)
 
 
 def warmth(_: World) -> tuple[bool, int, bool]:
@@ -95,7 +99,7 @@ def test_ranks_that_compute_nothing_have_hung() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process has computed is read from /proc")
 def test_ranks_that_compute_have_not_hung() -> None:
-    assert Ranks(timeout_s=1).run(1, compute, 1.5) == [None]
+    assert Ranks(timeout_s=4).run(1, compute_now_and_then, 6) == [None]
 
 
 def threads_after_a_step(world: World, cfg: Config) -> tuple[float, int, int]:
