@@ -8,6 +8,8 @@
 - A norm is a kernel of its own; what precedes it, the sum with the residual, is another (fused with bias and dropout).
 - NeMo's recipes: the matmul that computes a weight's gradient adds it to those of earlier micro-batches
   (gradient_accumulation_fusion), and Transformer Engine's sums the bias's gradient, too.
+- Megatron-FSDP keeps weights and gradients where its collectives read and write them ("zero copy communication", says
+  pypi.org/project/megatron-fsdp).
 - Cross-entropy over shards of the vocabulary works in place on float32 logits, and its backward scales the softmax that
   forward left (megatron/core/tensor_parallel/cross_entropy.py); NeMo's recipes fuse its ops (cross_entropy_loss_fusion).
 """
@@ -18,7 +20,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from xla import without_bytes
+
 from tpresearch.ledger.entries import Event
+from tpresearch.simulate.prices import COPIES
 from tpresearch.simulate.trace import Op, Trace
 
 if TYPE_CHECKING:
@@ -44,7 +49,7 @@ def as_megatron_runs(row: Row, trace: Trace, in_chunks: bool) -> Trace:
     is_nemo = row.engine == "nemo"
     parts = []
     for recorded in trace.micro_batches:
-        part = list(recorded)
+        part = [without_bytes(op) if op.name in COPIES else op for op in recorded]
         if row.tp > 1:
             part = _without_layout_copies(_with_sharded_loss_in_place(part, fused=is_nemo))
         part = _with_norms_alone(part)

@@ -26,12 +26,12 @@ def as_xla_runs(row: Row, trace: Trace) -> Trace:
     keeps = bool(KEEPS_PROJECTIONS.search(row["notes"]))
     parts = []
     for recorded in trace.micro_batches:
-        part = [_without_bytes(op) if op.name in COPIES else op for op in recorded]
+        part = [without_bytes(op) if op.name in COPIES else op for op in recorded]
         parts.append(tuple(_with_kept_projections(part) if keeps else part))
     return Trace(tuple(parts), tuple(trace.end), trace.memory)
 
 
-def _without_bytes(op: Op) -> Op:
+def without_bytes(op: Op) -> Op:
     """The op as a mark of what waits for its storages, moving nothing."""
     return op._replace(
         reads=tuple((number, 0) for number, _ in op.reads),

@@ -105,8 +105,11 @@ def test_cross_entropy_of_megatron_works_in_place(engine: str, left: list[str]) 
     assert names(as_megatron_runs(Row({"engine": engine, "tp": "2"}), trace, False)) == left
 
 
-def test_xla_copies_nothing_into_flat_buffers() -> None:
-    found = as_xla_runs(Row({}), step(op("other", "chunk_cat", ((1, 8),), ((2, 8),)))).micro_batches[0]
+@pytest.mark.parametrize("engine", ["xla", "nemo"])
+def test_xla_and_megatron_fsdp_copy_nothing_into_flat_buffers(engine: str) -> None:
+    row, copied = Row({"engine": engine}), step(op("other", "chunk_cat", ((1, 8),), ((2, 8),)))
+    trace = as_xla_runs(row, copied) if engine == "xla" else as_megatron_runs(row, copied, False)
+    found = trace.micro_batches[0]
     assert [(one.reads, one.writes) for one in found] == [(((1, 0),), ((2, 0),))]
 
 
