@@ -21,8 +21,8 @@ from tpresearch.config.world import World
 from tpresearch.planner import ranking
 from tpresearch.planner.__main__ import preflight_planner
 from tpresearch.planner.candidates import Candidate, candidate_plans, micro_batch_rows
-from tpresearch.planner.ranking import RankedCandidate, Ranking, advice, rank, why_slower
-from tpresearch.planner.report import EXPERIMENT, as_json, draw, report, training_command
+from tpresearch.planner.ranking import RankedCandidate, Ranking, advice, rank
+from tpresearch.planner.report import EXPERIMENT, as_json, draw, report, training_command, why_slower
 from tpresearch.simulate.cluster import Cluster, parse_cluster
 from tpresearch.simulate.depth import recording
 from tpresearch.simulate.fake_step import record
@@ -171,6 +171,16 @@ def test_a_model_that_cannot_be_recorded_is_refused_by_a_worker_too(ranks: Ranks
     with pytest.raises(ConfigError, match="depends on the values of data") as refused:
         rank(cfg, 2, cluster(), workers=2)
     assert (refused.value.field, refused.value.fix) == ("model", {"model": None})
+
+
+def test_devices_that_would_hold_a_model_are_those_of_the_cluster() -> None:
+    cfg = config("model=llama2_debug", "data.seq_len=64", "train.global_batch_size=64")
+    small = cluster(memory_gb=5e-4)
+    enough = rank(cfg, 8, small).enough
+    assert enough
+    assert enough > 8
+    assert rank(cfg, 8, dataclasses.replace(small, hosts=enough // 8)).enough == enough
+    assert rank(cfg, 8, dataclasses.replace(small, hosts=enough // 8 - 1)).enough is None
 
 
 def test_a_slower_candidate_is_not_said_to_be_as_fast() -> None:

@@ -15,7 +15,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.validate import micro_batches
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.planner.candidates import Candidate, Rejected, candidate_plans, micro_batch_rows
-from tpresearch.simulate.cluster import Cluster
+from tpresearch.simulate.cluster import Cluster, check_world
 from tpresearch.simulate.compiled_blocks import CompiledBlock
 from tpresearch.simulate.depth import RECORDED_DEPTHS, Recording, recording
 from tpresearch.simulate.fake_step import record
@@ -82,11 +82,10 @@ def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
     known = recording(legal[0].cfg, legal[0].sizes, record)
     possible, refused = _possible(legal, known, cluster)
     ranking.refused += refused
-    for found in _predict_all(
-        partial(_predict_each_micro_batch, known=known, cluster=cluster), possible, workers
-    ):
-        for one in found:
-            (ranking.fits if one.prediction.fits else ranking.too_large).append(one)
+    predict_one = partial(_predict_each_micro_batch, known=known, cluster=cluster)
+    for found in _predict_all(predict_one, possible, workers):
+        ranking.fits += [one for one in found if one.prediction.fits]
+        ranking.too_large += [one for one in found if not one.prediction.fits]
     ranking.fits.sort(key=lambda one: -one.speed)
     ranking.too_large.sort(key=lambda one: one.prediction.peak_bytes)
     if not ranking.fits:
@@ -116,7 +115,7 @@ def _enough(cfg: Config, gpus: int, cluster: Cluster, known: Recording) -> int |
     """The least number of devices, of the double, the fourfold and so on, that hold the model's state in some plan."""
     for devices in (gpus * 2**i for i in range(1, DOUBLINGS + 1)):
         try:
-            cluster.hosts_of(devices)
+            check_world(cluster, devices)
         except ConfigError:
             continue
         legal = [one for one in candidate_plans(cfg, devices, cluster) if isinstance(one, Candidate)]
@@ -131,9 +130,8 @@ def _too_large(family: Candidate, held: int | ConfigError, cluster: Cluster) -> 
         return Rejected(family.overrides, f"{held.field}={held.value}: {held.why}")
     if held <= cluster["memory_gb"] * 1e9:
         return None
-    why = (
-        f"weights, gradients and optimizer state alone are {held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"
-    )
+    state = f"{held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"
+    why = f"weights, gradients and optimizer state alone are {state}"
     return Rejected(family.overrides, why, is_valid=True)
 
 
@@ -147,7 +145,12 @@ def _predict_all(
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(max(1, min(workers, len(possible))), context) as pool:
-        return list(pool.map(predict_one, possible))
+        try:
+            return [future.result() for future in [pool.submit(predict_one, one) for one in possible]]
+        except BaseException:  # an error or an interrupt need not wait for what the others do
+            for worker in list(pool._processes.values()):
+                worker.kill()
+            raise
 
 
 def _predict_each_micro_batch(family: Candidate, known: Recording, cluster: Cluster) -> list[RankedCandidate]:
@@ -248,23 +251,6 @@ def _chunk(cfg: Config, rows: int) -> float | None:
     """Number of tokens whose logits exist at once, if the loss is computed in chunks."""
     tokens, most = rows * cfg.data.seq_len, cfg.train.loss_chunk
     return tokens / chunk_count(tokens, most) if most else None
-
-
-def why_slower(one: RankedCandidate, best: RankedCandidate) -> str:
-    """Where a step spends more time than the best candidate's, as shares of the latter; the global batch is the same."""
-    mine, its, step = one.prediction.time_s, best.prediction.time_s, best.prediction.step_time_s
-    if one.prediction.step_time_s <= 1.01 * step:
-        return "as fast, within a percent"
-    parts = {name: (mine.get(name, 0.0) - its.get(name, 0.0)) / step for name in {*mine, *its}}
-    first, *others = sorted(parts.items(), key=lambda item: -item[1])[:2]
-    worst = [first, *(part for part in others if part[1] > 0.01)]
-    return ", ".join(f"{_format_part(name)} +{share:.1%}" for name, share in worst)
-
-
-def _format_part(name: str) -> str:
-    if name.startswith("exposed "):
-        return f"waits for {name.removeprefix('exposed ')}"
-    return {"gemm": "matmuls", "copy": "FSDP's copies", "elementwise": "elementwise ops"}.get(name, name)
 
 
 def _devices(number: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tpresearch.launch.command import Command, is_within, override_key
 from tpresearch.planner.candidates import Candidate
-from tpresearch.planner.ranking import RankedCandidate, Ranking, advice, why_slower
+from tpresearch.planner.ranking import RankedCandidate, Ranking, advice
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.prediction import Prediction
 from tpresearch.simulate.report import step_text
@@ -141,6 +141,23 @@ def _table_row(place: int, one: RankedCandidate, ranking: Ranking) -> str:
 
 def _why_slower(one: RankedCandidate, ranking: Ranking) -> str:
     return "" if one is ranking.fits[0] else why_slower(one, ranking.fits[0])
+
+
+def why_slower(one: RankedCandidate, best: RankedCandidate) -> str:
+    """Where a step spends more time than the best candidate's, as shares of the latter; the global batch is the same."""
+    mine, its, step = one.prediction.time_s, best.prediction.time_s, best.prediction.step_time_s
+    if one.prediction.step_time_s <= 1.01 * step:
+        return "as fast, within a percent"
+    parts = {name: (mine.get(name, 0.0) - its.get(name, 0.0)) / step for name in {*mine, *its}}
+    first, *others = sorted(parts.items(), key=lambda item: -item[1])[:2]
+    worst = [first, *(part for part in others if part[1] > 0.01)]
+    return ", ".join(f"{_format_part(name)} +{share:.1%}" for name, share in worst)
+
+
+def _format_part(name: str) -> str:
+    if name.startswith("exposed "):
+        return f"waits for {name.removeprefix('exposed ')}"
+    return {"gemm": "matmuls", "copy": "FSDP's copies", "elementwise": "elementwise ops"}.get(name, name)
 
 
 def _left_out(ranking: Ranking) -> Iterator[str]:
