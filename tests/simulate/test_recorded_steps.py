@@ -145,7 +145,7 @@ def test_where_two_and_three_blocks_do_not_tell_three_and_four_may() -> None:
     """Time that one block hides in part and two hide whole."""
     cfg = at_depth(config("model=llama2_debug", "parallel=fsdp"), 8)
     told = recording(
-        cfg, validate(cfg, 2), lambda cfg, _: Trace((), (), {"blocks": cfg.model.args["n_layers"]})
+        cfg, validate(cfg, 2), lambda cfg, *_: Trace((), (), {"blocks": cfg.model.args["n_layers"]})
     )
 
     def seconds(trace: Trace) -> dict[str, float]:
