@@ -100,6 +100,16 @@ def test_what_cannot_be_simulated_is_refused_in_one_line(
     assert done.refusal.startswith(refusal), done.err
 
 
+def test_no_job_of_a_sweep_begins_if_the_plan_of_one_does_not_suit_the_model(
+    simulate, tmp_path: Path
+) -> None:
+    done = simulate("-m", *SMALL, "world_size=16", "parallel=fsdp_tp", "mesh.tp=2,8", "hydra.sweep.dir=sweep")
+    assert done.code == 2
+    assert done.refusal.startswith("error: mesh.tp=8: does not divide model.n_kv_heads=4"), done.err
+    assert "in job 1 of the sweep" in done.refusal
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_under_torchrun_it_proposes_the_same_without(ranks, tmp_path: Path) -> None:
     program = ["-m", "tpresearch.simulate", *SMALL, "world_size=8"]
     done = execute_warm(ranks, 2, program, tmp_path, environment(tmp_path, PYTHONPATH=str(ROOT)))

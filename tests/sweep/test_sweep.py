@@ -359,14 +359,17 @@ def test_experiments_are_swept_by_a_glob(sweep: Sweep) -> None:
     assert [job.settings["experiment"] for job in sweep.started] == ["seed_2d", "seed_sp", "seed_tp"]
 
 
-def test_what_is_interrupted_is_stopped_and_said(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_interrupted_is_stopped_and_said(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
     stopped = []
 
     def interrupted(jobs, devices, start, *rest):
         def starts(job, share):
             stopped.append(start(job, share))
             stopped[-1].looks = 1000
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             return stopped[-1]
 
         run_jobs(jobs, devices, starts, *rest)
@@ -375,6 +378,6 @@ def test_what_is_interrupted_is_stopped_and_said(sweep: Sweep, monkeypatch: pyte
     sweep.code = lambda job: 1
     with pytest.raises(SystemExit) as ended:
         sweep("parallel=none,tp")
-    assert ended.value.code == 130
+    assert ended.value.code == code
     assert [job.asked_to_end for job in stopped] == [True]
     assert [row["status"] for row in table(sweep)] == ["preempted", "not started"]

@@ -12,8 +12,7 @@ from tpresearch.config.world import World
 from tpresearch.launch import Run, entrypoint
 from tpresearch.launch.garbage import gc_paused
 from tpresearch.simulate.cluster import with_typed_numbers
-from tpresearch.simulate.preflight import SimulationPreflight
-from tpresearch.simulate.preflight import preflight as preflight_simulation
+from tpresearch.simulate.preflight import SimulationPreflight, check_simulation
 
 
 def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
@@ -34,10 +33,10 @@ def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
     # Plans with tensor parallelism split the batch over fewer ranks.
     splits = dataclasses.replace(train, global_batch_size=math.lcm(train.global_batch_size, cfg.gpus or 1))
     try:
-        job = preflight_simulation(dataclasses.replace(cfg, train=splits), world)
+        job = check_simulation(dataclasses.replace(cfg, train=splits), world)
         job = job._replace(cfg=dataclasses.replace(job.cfg, train=train))
         plans = candidate_plans(job.cfg, job.sizes.world, job.cluster)
-        return job if any(isinstance(one, Candidate) for one in plans) else preflight_simulation(cfg, world)
+        return job if any(isinstance(one, Candidate) for one in plans) else check_simulation(cfg, world)
     except ConfigError as error:
         if error.field != "world_size":
             raise

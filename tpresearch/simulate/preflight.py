@@ -12,6 +12,7 @@ from tpresearch.config.choices import Float8
 from tpresearch.config.mesh import used_axes
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
+from tpresearch.launch.garbage import gc_paused
 from tpresearch.simulate.cluster import Cluster, check_world, parse_cluster
 
 
@@ -22,7 +23,20 @@ class SimulationPreflight(NamedTuple):
 
 
 def preflight(cfg: Config, world: World) -> SimulationPreflight:
-    """Validate the config, its cluster and its mesh; data are not checked, since none are read.
+    """Validate the config, its cluster, its mesh, and its plan against the model; data are not checked, since none are read.
+
+    Raises:
+        ConfigError: as `check_simulation` does, and for a plan that this model does not allow.
+    """
+    job = check_simulation(cfg, world)
+    with gc_paused():  # late: it imports torch
+        from tpresearch.train.preflight import plan_model
+    plan_model(job.cfg, job.sizes)
+    return job
+
+
+def check_simulation(cfg: Config, world: World) -> SimulationPreflight:
+    """Validate what needs no model.
 
     Raises:
         ConfigError: for what could not train at all, a cluster that lacks a number or cannot hold the world, and what

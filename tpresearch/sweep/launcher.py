@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 
 from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import TorchrunConfig
-from tpresearch.interrupt import INTERRUPTED
 from tpresearch.launch.claim import lock_folder
 from tpresearch.sweep.job import Job, Outcome, outcome_of, will_resume
 from tpresearch.sweep.planning import JobPlanner, assign_folders
@@ -116,7 +115,7 @@ class TorchrunLauncher(Launcher):
                 self.cancel()
         self._report()
         if received:
-            sys.exit(INTERRUPTED)
+            sys.exit(128 + received[0])
         return [self._job_return(self._outcomes[job.number]) for job in jobs]
 
     def check(self) -> None:
