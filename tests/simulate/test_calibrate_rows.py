@@ -11,6 +11,7 @@ import yaml
 from tpresearch.calibrate.__main__ import Options, _base_cluster, _gpu_cluster, as_yaml
 from tpresearch.calibrate.rows import cluster_from_rows, read_rows
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.world import World
 from tpresearch.simulate.cluster import parse_cluster
 
 BASE = yaml.safe_load((Path(__file__).parents[2] / "conf" / "cluster" / "h200_dgx.yaml").read_text())
@@ -104,6 +105,6 @@ def test_a_card_that_no_cluster_has_needs_a_base() -> None:
 
 def test_a_base_is_refused_where_no_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _gpu_cluster(Options(out="here.yaml"), "here") is None
+    assert _gpu_cluster(Options(out="here.yaml"), "here", World()) is None
     with pytest.raises(ConfigError, match=r"^base=h100_dgx: there is no GPU here"):
-        _gpu_cluster(Options(out="here.yaml", base="h100_dgx"), "here")
+        _gpu_cluster(Options(out="here.yaml", base="h100_dgx"), "here", World())

@@ -1,7 +1,10 @@
 """`python -m tpresearch.calibrate out=FILE`: measure this machine and write a cluster file.
 
-With a GPU, it measures matmuls by shape and under load, attention, memory, AdamW and launches on the first one; links between GPUs
-and hosts are taken from base=..., a file of conf/cluster. Without a GPU, it measures one thread of the CPU, and gloo between ranks.
+With a GPU, it measures matmuls by shape and under load, attention, memory, AdamW and launches on the first one, and NCCL's
+collectives between the GPUs of this host; under torchrun those of the job's ranks, also between hosts. What it does not measure is
+taken from base=..., a file of conf/cluster. Without a GPU, it measures one thread of the CPU, and gloo between ranks.
+
+    torchrun --nnodes=2 --nproc-per-node=8 ... -m tpresearch.calibrate out=FILE
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 import yaml
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.world import World
 from tpresearch.launch.options import command, read_options
 from tpresearch.simulate.cluster import NUMBERS, parse_cluster
 
@@ -29,7 +33,7 @@ class Options:
     rows: str | None = None
     """Measurements to read instead of measuring: one JSON object per line, as written by experiments/gpu."""
     base: str | None = None
-    """The cluster that provides the numbers that a single GPU cannot, an option of conf/cluster: by default one of such GPUs."""
+    """The cluster that provides the numbers that are not measured, an option of conf/cluster: by default one of such GPUs."""
 
 
 def main() -> None:
@@ -38,7 +42,11 @@ def main() -> None:
     if path.suffix != ".yaml" or not path.parent.is_dir():
         why, legal = "not a .yaml file in a folder that exists", "such as conf/cluster/here.yaml"
         raise ConfigError("out", options.out, why, legal, {"out": "conf/cluster/here.yaml"})
-    plain = _gpu_cluster(options, path.stem) or _cpu_cluster(path.stem)
+    world = World.from_environment()
+    plain = _gpu_cluster(options, path.stem, world)
+    if world.rank > 0:
+        return
+    plain = plain or _cpu_cluster(path.stem)
     try:
         parse_cluster(plain)  # so that an invalid file is never written
     except ConfigError as error:
@@ -54,8 +62,12 @@ def main() -> None:
     print(f"\n  {path}: simulate with cluster={path.stem}")
 
 
-def _gpu_cluster(options: Options, name: str) -> dict[str, Any] | None:
-    """None if no measurements are given and there is no GPU."""
+def _gpu_cluster(options: Options, name: str, world: World) -> dict[str, Any] | None:
+    """None if no measurements are given and there is no GPU, and on ranks that only take part in measuring links.
+
+    Raises:
+        ConfigError: for ranks of torchrun without GPUs of their own, or with nothing to measure.
+    """
     from tpresearch.calibrate.rows import (  # late: what follows imports torch
         Row,
         cluster_from_rows,
@@ -63,6 +75,7 @@ def _gpu_cluster(options: Options, name: str) -> dict[str, Any] | None:
     )
 
     if options.rows:
+        _refuse_ranks(world, "it reads rows that were measured")
         rows = read_rows(Path(options.rows))
         card: Row = next((row for row in rows if "card" in row), {})
         return cluster_from_rows(
@@ -71,15 +84,25 @@ def _gpu_cluster(options: Options, name: str) -> dict[str, Any] | None:
     import torch
 
     if not torch.cuda.is_available():
+        _refuse_ranks(world, "without a GPU it starts its own ranks")
         if options.base is not None:
             why = "there is no GPU here, and what is measured of a CPU needs no other cluster"
             raise ConfigError("base", options.base, why, "rows=FILE of a GPU, or no base", {"base": None})
         return None
+    if not world.own_device and world.local_size > torch.cuda.device_count():
+        _refuse_ranks(world, f"{world.local_size} ranks per host have {torch.cuda.device_count()} GPUs")
     from tpresearch.calibrate.cuda import measure_gpu
+    from tpresearch.calibrate.links import measure_links
 
     chip = torch.cuda.get_device_properties(0)
     base = _base_cluster(options.base, chip.name, chip.total_memory)  # before anything is measured
-    return cluster_from_rows(list[Row](measure_gpu()), base, name)
+    links = measure_links(world)
+    return cluster_from_rows([*measure_gpu(), *links], base, name) if world.rank == 0 else None
+
+
+def _refuse_ranks(world: World, why: str) -> None:
+    if world.size > 1:
+        raise ConfigError("WORLD_SIZE", world.size, why, "a start by python, without torchrun", nproc=1)
 
 
 def _base_cluster(option: str | None, card: str, memory_bytes: int) -> dict[str, Any]:
@@ -149,7 +172,7 @@ def _chip() -> str:
 
 def as_yaml(plain: dict[str, Any]) -> str:
     """A cluster's file, a number per line."""
-    of_card = "links and whatever else a single card does not tell are its base's"
+    of_card = "what was not measured is its base's"
     cores = plain.get("shared_cores")
     rest = f"ranks are processes of one thread that share {cores} cores" if cores else of_card
     lines = [f"# Measured by tpresearch.calibrate: {plain['device']}; {rest}."]

@@ -46,9 +46,9 @@ def measure_gpu(device: str = "cuda") -> list[dict[str, Any]]:
     An op that fails, for example because other processes hold the memory, has a row with its error and no time.
     """
     rows = [_card(device)]
-    lead = _random(LOAD_SIZE, LOAD_SIZE, device=device)
+    lead = lead_matrix(device)
     for case in (*_matmuls(device), *_attention(device), *_memory(device)):
-        rows.append(_measured(case, partial(_us, lead=lead if case.on_device else None)))
+        rows.append(_measured(case, partial(microseconds, lead=lead if case.on_device else None)))
     multiply = partial(torch.matmul, lead, lead)
     load = Case("matmul sustained", (LOAD_SIZE,) * 3, 2.0 * LOAD_SIZE**3, 0.0, lambda: multiply)
     return [*rows, _measured(load, _us_under_load)]
@@ -132,11 +132,11 @@ def _us_under_load(call: Callable[[], object]) -> float:
     until = time.monotonic() + LOAD_S
     taken: list[float] = []
     while not taken or time.monotonic() < until:
-        taken.append(_us(call))
+        taken.append(microseconds(call))
     return median(taken[len(taken) // 2 :])
 
 
-def _us(call: Callable[[], object], lead: Tensor | None = None) -> float:
+def microseconds(call: Callable[[], object], lead: Tensor | None = None) -> float:
     """Median microseconds of a call, by events on the device, after three to warm up.
 
     Args:
@@ -158,5 +158,10 @@ def _us(call: Callable[[], object], lead: Tensor | None = None) -> float:
     return median(start.elapsed_time(end) * 1e3 for start, end in pairwise(marks))
 
 
-def _random(*shape: int, device: str) -> Tensor:
+def lead_matrix(device: str | torch.device) -> Tensor:
+    """A matrix that takes the device some milliseconds to multiply; see `microseconds`."""
+    return _random(LOAD_SIZE, LOAD_SIZE, device=device)
+
+
+def _random(*shape: int, device: str | torch.device) -> Tensor:
     return torch.randn(*shape, device=device, dtype=torch.bfloat16)

@@ -1,7 +1,7 @@
 """Measurements of single ops on a GPU as a cluster's numbers.
 
 A row is {op, shape, us, flops, bytes}: microseconds of one call, and what it computes and moves. Numbers that no row
-determines, such as those of links, are the base cluster's.
+determines, such as those of links that only one GPU has, are the base cluster's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.simulate.cluster import LENGTHS
+from tpresearch.simulate.network import PROTOCOLS
 from tpresearch.simulate.prices import ADAMW_BFLOAT16
 
 Row = Mapping[str, Any]
@@ -23,6 +24,8 @@ Row = Mapping[str, Any]
 IN_A_STEP = 1.028
 """Rate of a step's matmuls relative to one that runs without pause: between them come ops that take less power. On two H200 a step
 of Llama-3-8B had 677 and 699 TFLOP/s, the matmul of 8192^3 under load 653 and 686 (experiments/gpu)."""
+IN_A_HOST, ACROSS_HOSTS = "in a host", "across hosts"
+"""How the op of a collective's row ends: `all_gather in a host`, of shape (bytes of the whole tensor, ranks)."""
 LEGAL = "a JSON object per line, with op, shape, us, flops and bytes"
 
 
@@ -55,9 +58,9 @@ def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -
     rows = list(rows)
     timed = [row for row in rows if "us" in row and row["us"] > 0]
     card = next((row for row in rows if "card" in row), {})
-    found = _rates(timed, base) | _bandwidths(timed, base)
+    found = _rates(timed, base) | _bandwidths(timed, base) | _links(timed, base)
     if not found:
-        why = "it measures neither matmuls, attention, memory nor launches"
+        why = "it measures neither matmuls, attention, memory, launches nor collectives"
         raise ConfigError("rows", len(rows), why, LEGAL, {})
     if memory := card.get("memory_bytes"):
         found["memory_gb"] = memory / 1e9
@@ -66,7 +69,9 @@ def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -
     for key, value in found.items():
         numbers[key] = {"value": value, "kind": "measured", "source": source}
     device = card.get("card", base["device"])
-    return {**base, "name": name, "device": device, "checked": [], "numbers": numbers}
+    per_host = [row["shape"][1] for row in timed if row["op"].endswith(IN_A_HOST)]
+    hosts = {"devices_per_host": per_host[0]} if per_host else {}
+    return {**base, "name": name, "device": device, **hosts, "checked": [], "numbers": numbers}
 
 
 def _rates(timed: list[Row], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +128,51 @@ def _bandwidths(timed: list[Row], base: Mapping[str, Any]) -> dict[str, float]:
     if launches := [row["us"] / 100 for row in timed if row["op"] == "100 launches"]:
         found["launch_us"] = launches[0]
     return found
+
+
+def _links(timed: list[Row], base: Mapping[str, Any]) -> dict[str, float]:
+    """Latencies and bandwidths of rings, by `simulate.network`'s model of them.
+
+    The whole tensor's bytes take moved / bandwidth + collective_us + steps of the ring; a small tensor only the last two, with
+    the steps of NCCL's fastest protocol. What collectives of a host take beside the bandwidth is divided between
+    collective_us and intra_step_us as in the base.
+    """
+    stated = {key: number["value"] for key, number in base["numbers"].items()}
+    found: dict[str, float] = {}
+    fixed, step = stated["collective_us"], stated["intra_step_us"]
+    if small := _steps(timed, IN_A_HOST, is_large=False):
+        ratio = median(us / (fixed + n * step * PROTOCOLS[-1].step) for us, n, _ in small)
+        fixed, step = fixed * ratio, step * ratio
+        found |= {"collective_us": fixed, "intra_step_us": step}
+    if large := _steps(timed, IN_A_HOST, is_large=True):
+        found["intra_gb_s"] = _bandwidth_gb_s(large, fixed, step)
+    step = stated["inter_step_us"]
+    if small := _steps(timed, ACROSS_HOSTS, is_large=False):
+        found["inter_step_us"] = step = (
+            median(max(0.0, us - fixed) / n for us, n, _ in small) / PROTOCOLS[-1].step
+        )
+    if large := _steps(timed, ACROSS_HOSTS, is_large=True):
+        found |= {"inter_gb_s": _bandwidth_gb_s(large, fixed, step), "inter_efficiency": 1.0}
+    return found
+
+
+def _steps(timed: list[Row], where: str, is_large: bool) -> list[tuple[float, int, float]]:
+    """(us, steps of the ring, bytes moved) of the collectives of the largest or smallest tensor; an all-reduce of a small tensor
+    is left out, since it may take a tree."""
+    rows = [row for row in timed if row["op"].endswith(where) and row["shape"][1:] != [1]]
+    if not rows:
+        return []
+    size = (max if is_large else min)(row["shape"][0] for row in rows)
+    found = []
+    for row in rows:
+        passes = 2 if row["op"].startswith("all_reduce") else 1
+        if row["shape"][0] == size and (is_large or passes == 1):
+            found.append((row["us"], passes * (row["shape"][1] - 1), row["bytes"]))
+    return found
+
+
+def _bandwidth_gb_s(large: list[tuple[float, int, float]], fixed_us: float, step_us: float) -> float:
+    return median(moved / max(us - fixed_us - steps * step_us, us / 2) for us, steps, moved in large) / 1e3
 
 
 def _first(rows: list[Row], key: str) -> Any:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch import interrupt
 from tpresearch.config.errors import ConfigError, first_line
-from tpresearch.config.world import World
+from tpresearch.config.world import World, WrongEnvironment
 from tpresearch.launch.command import refuse_typed_secrets
 from tpresearch.launch.logs import tolerate_print_errors
 from tpresearch.launch.refuse import refuse
@@ -101,4 +101,11 @@ def command(main: Callable[[], None], options: type | None = None) -> None:
         interrupt.print_stopped()
         sys.exit(interrupt.INTERRUPTED)
     except ConfigError as error:
-        refuse(error, World(), lambda tried: _error_of_options(options, tried.arguments))
+        refuse(error, _world(), lambda tried: _error_of_options(options, tried.arguments))
+
+
+def _world() -> World:
+    try:
+        return World.from_environment()
+    except WrongEnvironment:
+        return World()
