@@ -31,7 +31,7 @@ from tpresearch.compare.runs import find_runs
 from tpresearch.compare.style import ChartStyle
 from tpresearch.config.choices import Dtype
 from tpresearch.track.panels import SECTIONS
-from tpresearch.track.table import Table, with_comparable_memory
+from tpresearch.track.table import Table, markdown, mean_columns, with_comparable_memory
 
 PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
 LOSS = "train/loss"
@@ -268,6 +268,46 @@ def test_the_baseline_is_the_run_with_no_plan_or_the_one_that_is_asked_for(tmp_p
     assert comparisons_of(groups, "tp · 4 ranks")[0].baseline is groups[0]
     assert comparisons_of(groups, str(tmp_path / "1"))[0].baseline is groups[1]
     assert comparisons_of(groups, "0")[0].baseline is groups[0]
+
+
+def test_runs_whose_learning_rates_follow_from_other_budgets_are_not_compared(tmp_path: Path) -> None:
+    """Under a schedule that decays, a run of more steps has another learning rate at the same step: its loss differs by more
+    than a plan's rounding."""
+    longer = Made("tp", {"tp": 2}, budget=200)
+    in_tokens = Made("fsdp", {"dp_shard": 2})
+    groups = groups_of(tmp_path, Made(), longer, in_tokens, Made(budget=200))
+    in_tokens_config = groups[2].first.config["train"]
+    in_tokens_config["steps"], in_tokens_config["tokens"] = None, 100 * TOKENS_PER_STEP - 1
+    baselines = {
+        each.baseline.label: [other.label for other in each.others] for each in comparisons_of(groups)
+    }
+    assert baselines == {"none · steps=100": ["fsdp · steps=100"], "none · steps=200": ["tp · steps=200"]}
+    for group in groups:
+        group.first.config["schedule"]["name"] = "constant"
+    assert len(comparisons_of(groups)) == 1
+
+
+def test_a_resumed_runs_time_is_of_its_last_process_and_not_the_best(tmp_path: Path) -> None:
+    groups = groups_of(tmp_path, Made(), Made("tp", {"tp": 2}), Made("fsdp", {"dp_shard": 2}))
+    for seconds, group in zip((300.0, 200.0, 5.0), groups, strict=True):
+        group.first.summary["wall_time_s"] = seconds
+    groups[2].first.summary["resumed"] = [{"step": 10, "world_size": 2, "mesh": {"dp_shard": 2}}]
+    table = tables_of(groups, groups[0])[RUNS]
+    times = [row[table.header.index("time")] for row in table.rows]
+    assert [(time.text, time.best) for time in times] == [
+        ("5:00", False),
+        ("3:20", True),
+        ("0:05 since it resumed", False),
+    ]
+    assert column(Table.of_columns(mean_columns([[group.first.summary for group in groups]])), "time") == [
+        "4:10 ± 1:11"
+    ]
+
+
+def test_a_markdown_cell_shows_the_text_itself() -> None:
+    assert markdown("layers.*.wq layers.*.wk **b** _i_ ~~s~~ llama2_tiny") == (
+        r"layers.\*.wq layers.\*.wk \*\*b\*\* \_i\_ \~\~s\~\~ llama2_tiny"
+    )
 
 
 def test_runs_of_several_devices_say_so_whatever_they_are_called(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ class Made:
     vocab_size: int = 4096
     name: str | None = None
     steps: int = 12
+    budget: int = 100
+    """In steps; the run may end before."""
     log_every: int = 1
     loss: Callable[[int], float | None] = falling
     speed: float = 1000.0
@@ -76,6 +78,7 @@ class Made:
         cfg.train.seed, cfg.train.global_batch_size = self.seed, self.global_batch_size
         cfg.tokenizer.vocab_size, cfg.optimizer.lr = self.vocab_size, self.lr
         cfg.train.dtype, cfg.defects.keep_gradients = self.dtype, self.keep_gradients
+        cfg.train.steps = self.budget
         cfg.logger.wandb, cfg.logger.name = False, self.name
         return cfg
 

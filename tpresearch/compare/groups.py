@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from tpresearch.compare.runs import SEED, Run
 from tpresearch.config.axes import AXIS_NAMES
+from tpresearch.config.choices import ScheduleName
 from tpresearch.config.comparable import experiment_config
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.track.text import UNDEFINED, printable
@@ -31,7 +33,7 @@ NUMERICS = ("dtype", "weights", "float8", "loss_chunk")
 """Keys of train that change only the rounding of a loss, which a comparison shows, as optimizer.moment_dtype does."""
 ALWAYS_SHOWN = ("device", "train.dtype", "train.weights", "train.float8", "optimizer.moment_dtype")
 """Settings that a label shows wherever they differ, even if others tell the runs apart."""
-BY_VALUE = ("model.name", "parallel.name", "device")
+BY_VALUE = ("model.name", "parallel.name", "device", "optimizer.name", "schedule.name")
 """Settings whose value is clear without their name."""
 
 
@@ -179,7 +181,20 @@ def _determines_loss(group: Group) -> str:
     without = {*NUMERICS, *(["seed"] if group.over_seeds else [])}
     kept["train"] = {key: value for key, value in kept["train"].items() if key not in without}
     kept["optimizer"] = {key: value for key, value in kept["optimizer"].items() if key != "moment_dtype"}
+    if (
+        kept["schedule"].get("name") != ScheduleName.constant
+    ):  # the learning rate of a step depends on the budget
+        kept["budget"] = _budget(group.first.config)
     return json.dumps([kept, group.first.setting("corpus_hash")], sort_keys=True, default=str)
+
+
+def _budget(config: Mapping[str, Any]) -> object:
+    """The run's steps, also where the config gives its tokens instead."""
+    train = config["train"]
+    sizes = tokens, rows, length = train["tokens"], train["global_batch_size"], config["data"]["seq_len"]
+    if train["steps"] is None and all(isinstance(size, int) and size > 0 for size in sizes):
+        return -(-tokens // (rows * length))
+    return train["steps"]
 
 
 def _best_baseline(groups: Sequence[Group]) -> Group:

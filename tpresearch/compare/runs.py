@@ -36,6 +36,7 @@ OPTIONAL_TYPES = {
     "run_name": str,
     "device": str,
     "logger": dict,
+    "resumed": list,
     "measured": list,
     "expected": list,
 }

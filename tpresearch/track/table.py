@@ -70,8 +70,12 @@ class Table:
 
 
 def markdown(text: str) -> str:
-    """Text on one line of a Markdown file, escaped so that it is not HTML, a link, code or a cell border."""
-    return re.sub(r"[\\|`]|\](?=[(\[])", r"\\\g<0>", html.escape(printable(text), quote=False))
+    """Text on one line of a Markdown file, escaped so that it is not HTML, a link, code, emphasis or a cell border.
+
+    An underscore within a word, as in `llama2_tiny`, is none.
+    """
+    special = r"[\\|`*~]|\](?=[(\[])|(?<!\w)_|_(?!\w)"
+    return re.sub(special, r"\\\g<0>", html.escape(printable(text), quote=False))
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,18 @@ def _figures_of(summaries: Sequence[Summary]) -> list[Figure]:
     return [figure for figure in FIGURES if any(each.get(figure.key) is not None for each in summaries)]
 
 
+def _value(summary: Summary, figure: Figure) -> float | None:
+    """What is compared between runs; the time of a resumed run is that of its last process alone, and is not."""
+    return None if figure.key == "wall_time_s" and summary.get("resumed") else summary.get(figure.key)
+
+
 def _cells(summaries: Sequence[Summary], figure: Figure) -> list[Cell]:
     """One cell per run; the best is marked where the texts of completed runs differ."""
     completed = [each.get("status") == "completed" for each in summaries]
-    values = [value for each in compress(summaries, completed) if (value := each.get(figure.key)) is not None]
+    values = [value for each in compress(summaries, completed) if (value := _value(each, figure)) is not None]
     best = figure.text(figure.best(values)) if len(set(map(figure.text, values))) > 1 else None
     return [
-        Cell(_text(each, figure), counts and figure.text(each.get(figure.key)) == best)
+        Cell(_text(each, figure), counts and figure.text(_value(each, figure)) == best)
         for each, counts in zip(summaries, completed, strict=True)
     ]
 
@@ -136,11 +145,13 @@ def _text(summary: Summary, figure: Figure) -> str:
     text = figure.text(value)
     if figure.key == "comm/bytes_per_step" and value and (parts := summary.get(BYTES_BY_AXIS)):
         text += f" ({', '.join(f'{axis} {bytes_text(sent)}' for axis, sent in parts.items())})"
+    if value is not None and _value(summary, figure) is None:
+        text += " since it resumed"
     return text
 
 
 def _mean(summaries: Sequence[Summary], figure: Figure) -> str:
-    values = [value for each in summaries if (value := each.get(figure.key)) is not None]
+    values = [value for each in summaries if (value := _value(each, figure)) is not None]
     if not values:
         return UNDEFINED
     middle = figure.text(mean(values))
