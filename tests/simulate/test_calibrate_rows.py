@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tpresearch.calibrate.__main__ import Options, _base_cluster, _gpu_cluster, 
 from tpresearch.calibrate.rows import cluster_from_rows, read_rows
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
+from tpresearch.launch import composition
 from tpresearch.simulate.cluster import parse_cluster
 
 BASE = yaml.safe_load((Path(__file__).parents[2] / "conf" / "cluster" / "h200_dgx.yaml").read_text())
@@ -32,6 +34,23 @@ ROWS = [
     {"op": "adamw float32", "shape": [1], "us": 1000.0, "flops": 0.0, "bytes": 1.2e9},
     {"op": "100 launches", "shape": [1], "us": 700.0, "flops": 0.0, "bytes": 0.0},
 ]
+
+
+MINE = """
+defaults: [h100_dgx]
+name: mine
+checked: []
+numbers:
+  inter_gb_s: {value: 25, kind: datasheet, source: our NICs}
+"""
+
+
+@pytest.fixture
+def clusters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A copy of conf/cluster, which is read instead of it."""
+    shutil.copytree(composition.conf_dir(), tmp_path / "conf")
+    monkeypatch.setattr(composition, "conf_dir", lambda: tmp_path / "conf")
+    return tmp_path / "conf" / "cluster"
 
 
 def test_rows_become_the_numbers_that_they_measure() -> None:
@@ -108,3 +127,16 @@ def test_a_base_is_refused_where_no_gpu_is_measured(monkeypatch: pytest.MonkeyPa
     assert _gpu_cluster(Options(out="here.yaml"), "here", World()) is None
     with pytest.raises(ConfigError, match=r"^base=h100_dgx: there is no GPU here"):
         _gpu_cluster(Options(out="here.yaml", base="h100_dgx"), "here", World())
+
+
+def test_users_clusters_are_read_with_their_defaults(clusters: Path) -> None:
+    (clusters / "mine.yaml").write_text(MINE)
+    (clusters / "half.yaml").write_text("device: H100\n")
+    (clusters / "broken.yaml").write_text("device: [\n")
+    assert _base_cluster(None, "NVIDIA H100 80GB HBM3", 85 * 10**9)["name"] == "h100_dgx"
+    mine = _base_cluster("mine", "NVIDIA H100 80GB HBM3", 85 * 10**9)
+    assert (mine["device"], mine["checked"]) == ("NVIDIA H100 SXM5 80 GB", [])
+    assert mine["numbers"]["inter_gb_s"]["source"] == "our NICs"
+    assert parse_cluster(mine)["inter_gb_s"] == 25
+    with pytest.raises(ConfigError, match=r"^cluster=broken: .*broken.yaml cannot be composed"):
+        _base_cluster("broken", "NVIDIA H100 80GB HBM3", 85 * 10**9)

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,19 +112,21 @@ def _base_cluster(option: str | None, card: str, memory_bytes: int) -> dict[str,
     Raises:
         ConfigError: if there is none, or if its device is a CPU.
     """
-    from tpresearch.launch.composition import conf_dir
+    from tpresearch.launch.composition import conf_dir, read_option
 
-    folder = conf_dir() / "cluster"
-    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    names = sorted(file.stem for file in (conf_dir() / "cluster").glob("*.yaml"))
     if option is None:
-        known = {name: yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in names}
+        known = {}
+        for name in names:
+            with suppress(ConfigError):  # a file that is not finished says nothing of these GPUs
+                parse_cluster(known_one := read_option("cluster", name))
+                known[name] = known_one
         option = _closest_cluster(known, card, memory_bytes)
-    path = folder / f"{option}.yaml"
     if option not in names:
         unknown = f"no cluster of conf/cluster has such GPUs ({card or 'unnamed'})"
         why = "no such cluster" if option else unknown
         raise ConfigError("base", option, why, "one of " + " ".join(names), {})
-    found: dict[str, Any] = yaml.safe_load(path.read_text())
+    found = read_option("cluster", option)
     if parse_cluster(found).is_cpu:
         raise ConfigError("base", option, "a CPU tells nothing of a GPU's host", "a cluster of GPUs", {})
     return found
@@ -136,8 +139,12 @@ def _closest_cluster(clusters: dict[str, dict[str, Any]], card: str, memory_byte
         device, numbers = clusters[name]["device"], clusters[name]["numbers"]
         return ("PCIe" in device) != ("PCIe" in card), abs(numbers["memory_gb"]["value"] - memory_bytes / 1e9)
 
+    def chip(name: str) -> str | None:
+        """The first word of its device with a digit: the A100 of `NVIDIA A100 SXM4 80 GB`."""
+        return next(iter(re.findall(r"\w*\d\w*", clusters[name]["device"])), None)
+
     words = re.split("[ -]", card)
-    alike = [name for name in clusters if clusters[name]["device"].split()[1] in words]
+    alike = [name for name in clusters if chip(name) in words]
     return min(alike, key=distance, default=None)
 
 

@@ -41,6 +41,24 @@ def conf_dir() -> Path:
     raise ConfigError("--config-dir", None, why, "an installation that is whole: pip install .")
 
 
+def read_option(group: str, name: str) -> dict[str, Any]:
+    """The content of an option of a config group, with that of the options in its defaults.
+
+    Raises:
+        ConfigError: if it cannot be composed.
+    """
+    path = conf_dir() / group / f"{name}.yaml"
+    try:
+        found: Any = yaml.safe_load(path.read_text())
+        if not isinstance(found, dict) or "defaults" in found:
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                found = OmegaConf.to_container(compose(overrides=[f"+{group}={name}"])[group], resolve=True)
+    except (*COMPOSITION_ERRORS, KeyError, TypeError) as error:
+        why = f"{path} cannot be composed: {error}"
+        raise ConfigError(group, name, why, "a file that can be") from error
+    return dict(found)
+
+
 @dataclass(frozen=True)
 class Composition:
     config_name: str
