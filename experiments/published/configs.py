@@ -64,7 +64,7 @@ def parts(row: Row) -> list[Part]:
             raise ConfigError(
                 name, row[name], f"there is no {UNSUPPORTED_AXES[name]} parallelism here", "1", {}
             )
-    if row.is_float8 and row.gpu == "A100":
+    if row.is_float8 and row.gpu in ("A100", "A800"):
         raise ConfigError("compute_dtype", row["compute_dtype"], "an A100 has no float8", "bf16", {})
     stated = re.sub("[ -]+", "_", row["ac"].lower())
     mode = CHECKPOINTING.get(stated, stated)

@@ -28,7 +28,7 @@ UNITS = {
 }
 """What is not in the column's own unit: seconds, tokens, Gbit/s."""
 NOT_STATED = ("na", "n/a", "nan", "none", "null", "unknown", "-", "?")
-GPUS = ("A100", "H100", "H200", "B200", "L40S")
+GPUS = ("A100", "A800", "H100", "H200", "H800", "B200", "GB200", "GB300", "L40S")
 TRUE_VALUES = ("1", "true", "yes")
 MAX_COUNTS = {"gpus": 2**17, "layers": 2**10, "dim": 2**17}
 """Beyond what anyone has published; a million ranks would take minutes and 3 GiB."""

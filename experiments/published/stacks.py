@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import yaml
 from row import Row
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.launch.composition import read_option
 
-ROOT = Path(__file__).parents[2]
 FLASH_2 = {
     "A100": ([120, 150, 170, 185, 190, 193], [90, 115, 135, 150, 160, 165]),
     "H100": ([191, 260, 298, 319, 333, 335], [150, 200, 240, 270, 290, 300]),
@@ -36,7 +34,8 @@ NEWER = ("nemo", "megatron", "pax", "maxtext")
 stated."""
 AT_500_W = 0.87
 """Of the rates at 700 W: between the cube root and the root of the power, as clocks go."""
-UNKNOWN = {"h100_dgx": 0.67, "h200_dgx": 0.67, "h100_500w": 0.67 * AT_500_W}
+AT_700_W = ("h100_dgx", "h200_dgx", "h800_dgx")
+UNKNOWN = {**dict.fromkeys(AT_700_W, 0.67), "h100_500w": 0.67 * AT_500_W}
 """Matmul rates of a Hopper card of which nothing else is known, for `left_out`."""
 IBM_A100 = 0.83
 """The same of fms-fsdp's A100 (fitted on its four rows; the same site's H100 are no faster than others)."""
@@ -61,7 +60,19 @@ CLOUDS = {
     r"\bnd\w*h[12]00": 400.0,
 }
 """Gbit/s per GPU between hosts of a cloud's machine type or of a named computer, for rows that do not state it."""
-OPTIONS = {"A100": "a100_80", "H100": "h100_dgx", "H200": "h200_dgx", "B200": "b200", "L40S": "l40s"}
+OPTIONS = {
+    "A100": "a100_80",
+    "A800": "a800_80",
+    "H100": "h100_dgx",
+    "H200": "h200_dgx",
+    "H800": "h800_dgx",
+    "B200": "b200",
+    "GB200": "gb200_nvl72",
+    "GB300": "gb300_nvl72",
+    "L40S": "l40s",
+}
+SAME_CHIP = {"A800": "A100", "H800": "H100"}
+"""Cards with another's chip, and fewer links."""
 
 
 def cluster_of_row(row: Row, sites: bool = True) -> dict[str, Any]:
@@ -76,7 +87,7 @@ def cluster_of_row(row: Row, sites: bool = True) -> dict[str, Any]:
     plain = _read(cluster_name(row))
     numbers = {name: dict(number) for name, number in plain["numbers"].items()}
     changed: dict[str, Any] = {}
-    gpu, engine = row.gpu, row.engine
+    gpu, engine = SAME_CHIP.get(row.gpu, row.gpu), row.engine
     if row["attn"] not in ("cudnn", "fa3") and gpu in ("A100", "H100", "H200"):
         is_first = engine == "composer" or row["attn"] == "fa1"
         slower = FLASH_1 if is_first else AT_500_W if plain["name"] == "h100_500w" else 1.0
@@ -90,12 +101,13 @@ def cluster_of_row(row: Row, sites: bool = True) -> dict[str, Any]:
         rate *= 1.0 if _is_fitted(row, plain["name"]) else ELSEWHERE
     if rate:
         changed["gemm_efficiency"] = rate
-    per_host = row.count("gpus_per_node", 8)
+    is_rack = plain["devices_per_host"] > 8
+    per_host = plain["devices_per_host"] if is_rack else row.count("gpus_per_node", 8)
     if between := row.number("internode_gbps_per_gpu") or _of_the_cloud(row):
         changed["inter_gb_s"] = between / 8
     joined = per_host != 4
-    if not joined and gpu in FOUR_CARDS_GB_S:
-        changed["intra_gb_s"] = FOUR_CARDS_GB_S[gpu]
+    if not joined and row.gpu in FOUR_CARDS_GB_S:
+        changed["intra_gb_s"] = FOUR_CARDS_GB_S[row.gpu]
     if engine == "kempnerforge" and sites:
         changed |= {"inter_gb_s": KEMPNER_BETWEEN_GB_S, "inter_efficiency": 1.0}
     if engine == "composer" and sites:
@@ -108,9 +120,9 @@ def cluster_of_row(row: Row, sites: bool = True) -> dict[str, Any]:
 def _is_fitted(row: Row, cluster: str) -> bool:
     """Whether the rate was fitted where the row was measured: torchtitan's own cards are A100 and H100 of 500 W. (Of B200 and
     cards that were never checked, the rates are guesses anyway.)"""
-    if row.gpu not in ("A100", "H100", "H200") or cluster == "h100_pcie":
+    if SAME_CHIP.get(row.gpu, row.gpu) not in ("A100", "H100", "H200") or cluster == "h100_pcie":
         return True
-    return row.engine in FITTED and (row.engine != "torchtitan" or cluster not in ("h100_dgx", "h200_dgx"))
+    return row.engine in FITTED and (row.engine != "torchtitan" or cluster not in AT_700_W)
 
 
 def _of_the_cloud(row: Row) -> float | None:
@@ -124,7 +136,7 @@ def _matmul_rate(row: Row, cluster: str) -> float | None:
         return KEMPNER
     if row.engine == "fms-fsdp" and row.gpu == "A100":
         return IBM_A100
-    if cluster != "h100_dgx":
+    if cluster not in ("h100_dgx", "h800_dgx"):
         return None
     if row.engine in OLDER:
         return HOPPER_2024
@@ -144,7 +156,7 @@ def cluster_name(row: Row) -> str:
         raise ConfigError(
             "gpu", row["gpu"] or None, "no cluster file describes it", "one of " + " ".join(OPTIONS), {}
         )
-    if "nvl" in re.findall("[a-z]+", note) or (gpu != "H100" and "pcie" in note):
+    if (gpu == "H100" and "nvl" in re.findall("[a-z]+", note)) or (gpu != "H100" and "pcie" in note):
         why = "no cluster file describes this kind of card, with its lower power"
         raise ConfigError("gpu", f"{row['gpu']} {row['gpu_note']}".strip(), why, "SXM, or H100 PCIe", {})
     if gpu == "A100" and 0 < memory <= 40:
@@ -158,5 +170,4 @@ def cluster_name(row: Row) -> str:
 
 @cache
 def _read(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((ROOT / "conf" / "cluster" / f"{name}.yaml").read_text())
-    return found
+    return read_option("cluster", name)

@@ -11,6 +11,7 @@ from score import scored
 from stacks import ELSEWHERE, cluster_name, cluster_of_row
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.simulate.cluster import parse_cluster
 
 SMALL = {
     "dim": "8",
@@ -81,10 +82,24 @@ def test_a_network_that_is_not_stated_is_the_clouds(cells: dict[str, str], gb_s:
     assert cluster_of_row(Row({**SMALL, **cells}))["numbers"]["inter_gb_s"]["value"] == gb_s
 
 
-@pytest.mark.parametrize("gpu", ["GH200", "GB200", "MI300X", "H100 NVL", "A100-PCIE-40GB", "H800", ""])
+@pytest.mark.parametrize("gpu", ["GH200", "MI300X", "H100 NVL", "A100-PCIE-40GB", "H20", ""])
 def test_a_card_of_another_kind_is_refused(gpu: str) -> None:
     with pytest.raises(ConfigError, match="gpu"):
         cluster_name(Row({**SMALL, "gpu": gpu}))
+
+
+@pytest.mark.parametrize(
+    ("cells", "name", "per_host"),
+    [
+        ({"gpu": "NVIDIA GB200", "gpu_note": "NVL72", "gpus_per_node": "4"}, "gb200_nvl72", 64),
+        ({"gpu": "GB300"}, "gb300_nvl72", 64),
+        ({"gpu": "B200", "gpus_per_node": "4"}, "b200", 4),
+        ({"gpu": "H800-SXM"}, "h800_dgx", 8),
+    ],
+)
+def test_a_host_of_a_rack_is_the_rack(cells: dict[str, str], name: str, per_host: int) -> None:
+    cluster = parse_cluster(cluster_of_row(Row({**SMALL, **cells})))
+    assert (cluster.name, cluster.devices_per_host) == (name, per_host)
 
 
 def test_memory_is_read_off_a_longer_name_too() -> None:
