@@ -1,7 +1,7 @@
 """A rank that ends after its first step, for startup.py: ours, as `train.py` starts it, or the one written by hand.
 
 torchrun --nproc-per-node=4 experiments/overhead/first_step.py parallel=fsdp_tp
-torchrun --nproc-per-node=4 experiments/overhead/first_step.py by_hand '{"plan": "fsdp_tp", "dp": 2, "tp": 2, ...}'
+torchrun --nproc-per-node=4 experiments/overhead/first_step.py by_hand '{"plan": "fsdp_tp", "replicas": 1, "shards": 2, "tp": 2, ...}'
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 
 def end() -> None:
@@ -24,7 +25,9 @@ def end() -> None:
     os._exit(0)
 
 
-def by_hand(plan: str, dp: int, tp: int, rows: int, seq_len: int, model: dict) -> None:
+def by_hand(
+    plan: str, replicas: int, shards: int, tp: int, rows: int, seq_len: int, model: dict[str, Any]
+) -> None:
     import torch
     import torch.distributed as dist
     from bare import bare_loop
@@ -33,8 +36,8 @@ def by_hand(plan: str, dp: int, tp: int, rows: int, seq_len: int, model: dict) -
 
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    batch = Batch.of(torch.randint(model["vocab_size"], (rows // dp, seq_len + 1)))
-    next(bare_loop(plan, dp, tp, model, None, lambda step: batch, 100, 3e-3, 10, 1.0))
+    batch = Batch.of(torch.randint(model["vocab_size"], (rows // (replicas * shards), seq_len + 1)))
+    next(bare_loop(plan, replicas, shards, tp, model, None, lambda step: batch, 100, 3e-3, 10, 1.0))
     end()
 
 

@@ -48,8 +48,9 @@ def job_by_hand(overrides: list[str]) -> str:
 
     cfg = tpresearch.load(*overrides)
     sizes = preflight(cfg, World(size=RANKS, local_size=RANKS)).sizes
-    job = {"plan": cfg.parallel.name, "dp": sizes.dp, "tp": sizes.tp, "rows": cfg.train.global_batch_size}
-    return json.dumps(job | {"seq_len": cfg.data.seq_len, "model": cfg.model.args})
+    mesh = {"replicas": sizes["dp_replicate"], "shards": sizes["dp_shard"], "tp": sizes.tp}
+    batch = {"rows": cfg.train.global_batch_size, "seq_len": cfg.data.seq_len}
+    return json.dumps({"plan": cfg.parallel.name, **mesh, **batch, "model": cfg.model.args})
 
 
 def main(overrides: list[str]) -> None:
