@@ -1,6 +1,6 @@
 """Cost of a checkpoint, compared with what the same disk takes for as many bytes in the same minute.
 
-python experiments/checkpoint_cost/measure.py [megabytes=240] [repeats=5] [folder=/tmp]    # writes results.csv beside this file
+python experiments/checkpoint_cost/measure.py [megabytes=240] [repeats=5] [folder=/tmp]    # writes results.csv (record.py says where)
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "tests")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from record import place  # noqa: E402
 from support.composed import config  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -162,7 +163,7 @@ def main() -> None:
     )
     for name, measured, bar, ratio in rows:
         print(f"{name:18} {float(measured):10.5f} s   bar {float(bar):10.5f} s   {ratio} of it")
-    with (HERE / "results.csv").open("w", newline="") as file:
+    with (place(HERE) / "results.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([["what", "seconds", "bar_s", "share_of_bar"], *rows])
 
 

@@ -1,7 +1,7 @@
 """Predict steps on this machine before they are run, then run them: blind predictions for a machine without published measurements.
 
 python -m tpresearch.calibrate out=/tmp/here.yaml
-python experiments/cpu_blind/measure.py /tmp/here.yaml     # writes results.csv beside this file, prints the table
+python experiments/cpu_blind/measure.py /tmp/here.yaml     # writes results.csv (record.py says where), prints the table
 
 In wall time, which other work on the machine would lengthen: leave it alone for the four minutes that this takes.
 """
@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from statistics import mean, median
 
-import yaml
-
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+
+import yaml  # noqa: E402
+from record import place  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
 from tpresearch.config import Config  # noqa: E402
@@ -50,7 +51,7 @@ def main() -> None:
         for cfg, (_, _, ranks) in zip(configs, CASES, strict=True)
     ]
     found = []
-    with (HERE / "results.csv").open("w", newline="") as file:
+    with (place(HERE) / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "plan", "ranks", "rows", "predicted_s", "measured_s", "error"])
         for (model, plan, ranks), cfg, seconds in zip(CASES, configs, predicted, strict=True):
@@ -91,7 +92,7 @@ def trained(world: World, cfg: Config) -> list[float]:
     return times[STEPS[cfg.model.name][0] :]
 
 
-def order(found: list[tuple]) -> str:
+def order(found: list[tuple[str, str, int, float, float, float]]) -> str:
     """How many pairs of plans of one model on as many ranks, more than 10 % apart, are in the right order."""
     right = pairs = 0
     for i, one in enumerate(found):

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ CORPUS_TOKENS = 200_000_000
 SHAPES = [(24, 128), (8, 2048), (64, 2048), (8, 4096)]
 """(rows a rank reads at a step, seq_len): the default job first."""
 
-TINY = {"vocab_size": VOCAB_SIZE, "dim": 256, "n_layers": 2, "n_heads": 16, "n_kv_heads": 16, "ffn_dim": 768}
+HEADS = {"n_heads": 16, "n_kv_heads": 16}
+TINY: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "dim": 256, "n_layers": 2, **HEADS, "ffn_dim": 768}
 """conf/model/llama2_tiny.yaml: the smallest Llama2 here that anyone trains, so the shortest step."""
 
 

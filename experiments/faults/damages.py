@@ -32,7 +32,7 @@ GOES_ON, ANEW, REFUSED = "goes on", "begins anew", "refused"
 @dataclass(frozen=True)
 class Damage:
     what: str
-    do: Callable[[Path], None]
+    do: Callable[[Path], object]
     """To the run folder."""
     then: str = GOES_ON
     from_step: int = 2

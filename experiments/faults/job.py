@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -111,7 +111,7 @@ def start(cell: str, folder: Path, fault: Fault | None = None, *more: str) -> li
     return _ended(ranks, fault)
 
 
-def _ended(ranks: list[BaseProcess], fault: Fault | None) -> list[int | str]:
+def _ended(ranks: Sequence[BaseProcess], fault: Fault | None) -> list[int | str]:
     told, stuck_since, used = False, time.monotonic(), 0.0
     while any(rank.is_alive() for rank in ranks):
         time.sleep(0.01)

@@ -6,11 +6,12 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rows import Stage
+from gpu.rows import Stage
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -102,6 +103,14 @@ def random(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(*shape, device=device, dtype=torch.bfloat16)
 
 
+def nt(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w.t()
+
+
+def tn(g: Tensor, x: Tensor) -> Tensor:
+    return g.t() @ x
+
+
 def matmuls(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
     """Of each projection: forward x W^T, the input's gradient g W, the weight's gradient g^T x."""
     for tokens in sizes["tokens"]:
@@ -111,9 +120,9 @@ def matmuls(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
             )
             flops, moved = 2.0 * tokens * out * width, 2.0 * (tokens * width + out * width + tokens * out)
             shape = (tokens, out, width)
-            yield "matmul NT", shape, flops, moved, lambda x=x, w=w: x @ w.t()
-            yield "matmul NN", shape, flops, moved, lambda g=g, w=w: g @ w
-            yield "matmul TN", shape, flops, moved, lambda g=g, x=x: g.t() @ x
+            yield "matmul NT", shape, flops, moved, partial(nt, x, w)
+            yield "matmul NN", shape, flops, moved, partial(torch.matmul, g, w)
+            yield "matmul TN", shape, flops, moved, partial(tn, g, x)
 
 
 def attention(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
@@ -167,10 +176,15 @@ def elementwise(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
         ("rotary", (tokens, h), 4.0 * tokens * h, rotate, (heads, table)),
     ]
     for name, shape, moved, function, given in functions:
-        yield f"{name} eager", shape, 0.0, moved, lambda function=function, given=given: function(*given)
+        yield f"{name} eager", shape, 0.0, moved, partial(function, *given)
         if device.type == "cuda":
-            compiled = torch.compile(function, dynamic=False)
-            yield f"{name} compiled", shape, 0.0, moved, lambda f=compiled, given=given: f(*given)
+            yield (
+                f"{name} compiled",
+                shape,
+                0.0,
+                moved,
+                partial(torch.compile(function, dynamic=False), *given),
+            )
 
 
 def memory(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import torch
-from rows import Stage
+from gpu.rows import Stage
 
 from tpresearch.parallel.device import attention_backend
 

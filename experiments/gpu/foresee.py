@@ -15,12 +15,12 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
-import report  # noqa: E402
 import yaml  # noqa: E402
+from gpu import report  # noqa: E402
+from gpu.training import FAMILIES  # noqa: E402
 from record import place  # noqa: E402
-from training import FAMILIES  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
 from tpresearch.calibrate.rows import cluster_from_rows, read_rows  # noqa: E402

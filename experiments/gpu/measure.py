@@ -20,7 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 
-from rows import append
+sys.path.append(str(Path(__file__).parents[1]))
+from gpu.rows import append
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -43,7 +44,8 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "correctness": (
         200,
         [
-            *("-m", "pytest", "-q", "-m", "gpu", "-p", "outcomes", "-p", "no:cacheprovider", "--tb=short"),
+            *("-m", "pytest", "-q", "-m", "gpu", "-p", "gpu.outcomes"),
+            *("-p", "no:cacheprovider", "--tb=short"),
             *("-o", "addopts=", f"--rootdir={ROOT}"),  # without options of plugins that may be missing there
             *(
                 str(ROOT / "tests" / "verify" / "test_cuda.py"),
@@ -102,7 +104,7 @@ def arguments(name: str, given: argparse.Namespace, left: float) -> list[str]:
 
 def run(name: str, command: list[str], limit: float, out: Path) -> None:
     """Run a stage in a session of its own, so that all of it ends with its time."""
-    paths = [str(ROOT), str(ROOT / "tests"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), str(ROOT / "tests"), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "OUT": str(out),

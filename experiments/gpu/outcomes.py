@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from rows import append
+from gpu.rows import append
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rows import read
+sys.path.append(str(Path(__file__).parents[1]))
+from gpu.rows import read
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- table: experiments/gpu/report.py -->", "<!-- end of table -->"

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rows import Stage, card_now
+from gpu.rows import Stage, card_now
 
 import tpresearch
 from tpresearch.config import Config

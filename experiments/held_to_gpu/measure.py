@@ -1,6 +1,6 @@
 """Predictions compared with measurements on one GPU: steps, peak memory and single ops.
 
-python experiments/held_to_gpu/measure.py experiments/gpu/results/h200-2026-11-26-*.jsonl     # prints the tables, writes results.csv
+python experiments/held_to_gpu/measure.py experiments/gpu/results/h200-2026-11-26-*.jsonl     # prints the tables, writes results.csv (record.py says where)
 
 Each training of the results is simulated twice: on the cluster of conf/cluster that has such cards, and on one that
 calibrate makes of the same file's measurements of single ops alone. Peaks are of torch's allocator.
@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+
+import yaml  # noqa: E402
+from record import place  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
 from tpresearch.calibrate.rows import Row, cluster_from_rows, read_rows  # noqa: E402
@@ -62,7 +63,7 @@ def main() -> None:
             print("\n  single ops, predicted beside measured, microseconds")
         for line in single_ops(alone, cluster):
             print(f"  {line}")
-    with (HERE / "results.csv").open("w", newline="") as file:
+    with (place(HERE) / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(found[0]))
         writer.writeheader()
         writer.writerows(found)

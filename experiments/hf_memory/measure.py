@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,9 @@ from tpresearch.parallel.weights import local_part, materialize
 from tpresearch.plan.compiler import fsdp_local_shape
 from tpresearch.plan.meta import meta_model, settings_with_defaults
 from tpresearch.train.preflight import plan_model
+
+sys.path.append(str(Path(__file__).parents[1]))
+from record import place
 
 CELLS = [(1, "none"), (8, "fsdp"), (4, "tp"), (4, "sp"), (8, "fsdp_tp mesh.tp=4"), (8, "hsdp_tp mesh.tp=4")]
 LARGE = [(8, "fsdp_tp mesh.tp=8"), (16, "fsdp_tp mesh.tp=8"), (64, "fsdp_tp mesh.tp=8"), (64, "fsdp")]
@@ -129,7 +133,7 @@ def one_rank(folder: str, ranks: int, plan: str) -> None:
 
 
 def main() -> None:
-    rows = []
+    rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), "llama2_1b")
         for ranks, plan in CELLS:
@@ -149,7 +153,7 @@ def main() -> None:
         [f"{cell / MB:.1f}" if type(cell) in (int, float) and cell > 64 else cell for cell in row]
         for row in rows
     ]
-    with Path(__file__).with_name("results.csv").open("w", newline="") as file:
+    with (place(Path(__file__).parent) / "results.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *shown])
     for row in [COLUMNS, *shown]:
         print("  ".join(f"{cell!s:>18}" for cell in row))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Placement, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.model import Rule
@@ -24,7 +24,7 @@ from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.parallel.weights import set_parameter
+from tpresearch.parallel.weights import local_part, set_parameter
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.rules import resolve_rule
 from tpresearch.verify.ranks import Ranks
@@ -122,15 +122,17 @@ def see(world: World, case: Case) -> Seen:
             with counted.phase("backward"):
                 output.backward(part(upstream, leaves, world))
         weights = zip(model.parameters(), whole.parameters(), strict=True)
+        assert own.grad is not None
+        assert x_whole.grad is not None
         pairs = [
             (output, part(product, leaves, world)),
             (own.grad, part(x_whole.grad, arrives, world)),
-            *((p.grad.full_tensor(), w.grad) for p, w in weights),
+            *((whole_of(p.grad), w.grad) for p, w in weights),
         ]
         entries = entries_of(counted.events)
         return Seen(
             {"X": tuple(own.shape)}
-            | {n[0].upper(): tuple(reversed(p.to_local().shape)) for n, p in model.named_parameters()},
+            | {n[0].upper(): tuple(reversed(local_part(p).shape)) for n, p in model.named_parameters()},
             {
                 phase: " + ".join(
                     f"{e.count} {e.collective.replace('_', '-')} of {e.tensor_bytes:,} B, sends {e.sent_bytes:,} B"
@@ -142,6 +144,11 @@ def see(world: World, case: Case) -> Seen:
             },
             max((a - b).abs().max().item() for a, b in pairs),
         )
+
+
+def whole_of(gradient: Tensor | None) -> Tensor:
+    assert isinstance(gradient, DTensor)
+    return gradient.full_tensor()
 
 
 def part(whole: Tensor, layout: Placement | None, world: World) -> Tensor:

@@ -136,10 +136,15 @@ def then_gradients(change: Callable[[nn.Module, DeviceMesh], None]) -> Patched:
     return patch.object(step, "reduce_partial_gradients", reduce)
 
 
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def scaled_by_tp() -> Patched:
     def scale(model: nn.Module, mesh: DeviceMesh) -> None:
         for parameter in model.parameters():
-            parameter.grad.mul_(mesh.size(2))
+            gradient_of(parameter).mul_(mesh.size(2))
 
     return then_gradients(scale)
 
@@ -158,7 +163,7 @@ def norms_averaged() -> Patched:
     def average(model: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.grad.div_(mesh.size(2))
+                gradient_of(parameter).div_(mesh.size(2))
 
     return then_gradients(average)
 
@@ -167,7 +172,7 @@ def one_is_frozen() -> Patched:
     """A weight that no gradient reaches stays as it was."""
 
     def freeze(model: nn.Module, mesh: DeviceMesh) -> None:
-        next(model.parameters()).grad.zero_()
+        gradient_of(next(model.parameters())).zero_()
 
     return then_gradients(freeze)
 
@@ -198,7 +203,8 @@ def summed_in_float32() -> Patched:
 
     def narrow(model: nn.Module, mesh: DeviceMesh) -> None:
         for parameter in model.parameters():
-            parameter.grad.copy_(parameter.grad.float().double())
+            gradient = gradient_of(parameter)
+            gradient.copy_(gradient.float().double())
 
     return then_gradients(narrow)
 

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
-from mutants.faults import Patched, then_gradients
+from mutants.faults import Patched, gradient_of, then_gradients
 from mutants.wrong_rules import UnsummedBackward
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -136,7 +136,7 @@ def stale_gradient_buffer() -> Patched:
 
     def add(model: nn.Module, mesh: DeviceMesh) -> None:
         for parameter in model.parameters():
-            parameter.grad.add_(parameter.detach())
+            gradient_of(parameter).add_(parameter.detach())
 
     return then_gradients(add)
 
@@ -149,7 +149,7 @@ def divided_for_the_log_only() -> Patched:
     def accumulate(state: TrainState, micro_batches: list[Batch], setup: Setup) -> Tensor:
         share = right(state, micro_batches, setup)
         for parameter in state.model.parameters():
-            parameter.grad.mul_(setup.tokens_per_step)
+            gradient_of(parameter).mul_(setup.tokens_per_step)
         return share
 
     return patch.object(step, "accumulate_gradients", accumulate)

@@ -9,13 +9,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from tpresearch.plan import compiler as planning
-from tpresearch.plan.rules import ResolvedRule
+from tpresearch.plan.rules import Layouts, ResolvedRule
 
 Patches = Callable[[], AbstractContextManager[Any]]
 
@@ -45,7 +45,7 @@ class UnsummedBackward(ColwiseParallel):
 
 class _TakenForWhole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: DTensor, mesh: DeviceMesh) -> DTensor:
+    def forward(ctx: Any, x: DTensor, mesh: DeviceMesh) -> Tensor:
         ctx.mesh = mesh
         return x.view_as(x)
 
@@ -99,7 +99,9 @@ def without_rules(*names: str) -> Patches:
     return patches
 
 
-def with_rule(name: str, style: str | None = None, **layouts: tuple[Placement | None, ...]) -> Patches:
+def with_rule(
+    name: str, style: str | None = None, src: Layouts | None = None, dst: Layouts | None = None
+) -> Patches:
     """The compiled plan with one rule's fields changed."""
 
     def patches() -> AbstractContextManager[Any]:
@@ -107,7 +109,12 @@ def with_rule(name: str, style: str | None = None, **layouts: tuple[Placement | 
 
         def expand(compiled: list[ResolvedRule], modules: list[str]) -> dict[str, ResolvedRule]:
             changed = [
-                replace(rule, rule=replace(rule.rule, style=style or rule.rule.style), **layouts)
+                replace(
+                    rule,
+                    rule=replace(rule.rule, style=style or rule.rule.style),
+                    src=src or rule.src,
+                    dst=dst or rule.dst,
+                )
                 if rule.name == name
                 else rule
                 for rule in compiled

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def bare_loop(
     replicas: int,
     shards: int,
     tp: int,
-    model_args: dict,
+    model_args: dict[str, Any],
     weights: list[Tensor] | None,
     batch: Callable[[int], Batch],
     steps: int,
@@ -132,6 +133,8 @@ def clip_mixed(model: nn.Module, greatest: float) -> None:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     sharded = [g for g in gradients if isinstance(g, DTensor)]
     plain = [g for g in gradients if not isinstance(g, DTensor)]
-    norms = [nn.utils.get_total_norm(sharded).full_tensor(), nn.utils.get_total_norm(plain)]
+    norm = nn.utils.get_total_norm(sharded)
+    assert isinstance(norm, DTensor)
+    norms = [norm.full_tensor(), nn.utils.get_total_norm(plain)]
     scale = (greatest / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], scale)

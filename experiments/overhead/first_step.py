@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 
@@ -30,9 +31,11 @@ def by_hand(
 ) -> None:
     import torch
     import torch.distributed as dist
-    from bare import bare_loop
 
     from tpresearch.data.batches import Batch
+
+    sys.path.append(str(Path(__file__).parents[1]))
+    from overhead.bare import bare_loop
 
     dist.init_process_group("gloo")
     torch.manual_seed(0)

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bare import bare_loop
 
 from tpresearch.data.pipeline import prepare
 from tpresearch.launch import Run, entrypoint
@@ -35,6 +34,7 @@ from tpresearch.train.main import build_observers
 from tpresearch.train.preflight import Preflight, preflight
 
 sys.path.append(str(Path(__file__).parents[1]))
+from overhead.bare import bare_loop
 from record import place
 
 WARM_UP = 3

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -52,7 +52,7 @@ BLOCK = {
 }
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def parallelize(model: Llama2, mesh: DeviceMesh) -> Llama2:
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
     if tensor.size() > 1:
         parallelize_module(model, tensor, ENDS)

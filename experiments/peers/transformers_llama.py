@@ -46,7 +46,7 @@ def train(
 
 @torch.no_grad()
 def clip_(groups: list[list[nn.Parameter]], most: float) -> None:
-    gradients = [[p.grad for p in group] for group in groups]
+    gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
     norms = [nn.utils.get_total_norm(group) for group in gradients]
     norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
     for group in gradients:

@@ -30,6 +30,7 @@ from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.hf.export import write_config, write_weights
 from tpresearch.launch import Run, entrypoint
+from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, data_rank
 from tpresearch.plan.meta import plain_model, settings_with_defaults
@@ -102,12 +103,14 @@ def loopback_bytes() -> int:
 def main(job: Preflight, run: Run) -> None:
     cfg, sizes, device = job.cfg, job.sizes, job.device
     assert device
+    assert cfg.train.steps
     rounds = (cfg.train.steps - WARM_UP) // BLOCK
     cfg.train.steps, cfg.train.eval_every = cfg.train.steps + 1, None  # the last one is never reached
     corpus = prepare(cfg.data, cfg.tokenizer, run.world)
     with process_group(device, run.world), tempfile.TemporaryDirectory() as scratch:
         mesh = build_mesh(sizes, device.type)
-        contenders = [measured(name, make) for name, make in makers(job, run, mesh, corpus, Path(scratch))]
+        made = makers(job, device, run, mesh, corpus, Path(scratch))
+        contenders = [measured(name, make) for name, make in made]
         check_same_work(contenders)
         gc.disable()
         for turn in range(rounds):
@@ -119,7 +122,7 @@ def main(job: Preflight, run: Run) -> None:
 
 
 def makers(
-    job: Preflight, run: Run, mesh: DeviceMesh, corpus: AnyCorpus, scratch: Path
+    job: Preflight, device: Device, run: Run, mesh: DeviceMesh, corpus: AnyCorpus, scratch: Path
 ) -> Iterator[tuple[str, Callable[[], Iterator[float]]]]:
     """Those that have this plan and are installed: what makes the steps of each."""
     cfg, sizes = job.cfg, job.sizes
@@ -142,9 +145,9 @@ def makers(
 
     def ours() -> Iterator[float]:
         nonlocal loop
-        observers = build_observers(job, mesh, job.device, None)
-        loop = assemble(job, mesh, job.device, corpus, observers)
-        return our_steps(loop, job, run)
+        observers = build_observers(job, mesh, device, None)
+        loop = assemble(job, mesh, device, corpus, observers)
+        return our_steps(loop, job, device, run)
 
     yield "ours", ours
     given = (cfg.parallel.name, sizes.dp, sizes.tp)
@@ -181,14 +184,16 @@ def as_hugging_face(folder: Path, weights: dict[str, Tensor], settings: dict[str
     write_config(folder, settings, torch.float32, None, None)
 
 
-def our_steps(loop: Loop, job: Preflight, run: Run) -> Iterator[float]:
+def our_steps(loop: Loop, job: Preflight, device: Device, run: Run) -> Iterator[float]:
     """With a logged row per step, on disk and on the terminal, as every run has it."""
-    facts = RunFacts(run.world.size, job.sizes.nontrivial(), job.parameters, job.device.name)
+    facts = RunFacts(run.world.size, job.sizes.nontrivial(), job.parameters, device.name)
     tracker = Tracker(job.cfg, run.folder, facts, loop.setup.steps) if run.world.rank == 0 else None
     for row in loop.rows():
         if tracker:
             tracker.log(row)
-        yield row["train/loss"]
+        loss = row["train/loss"]
+        assert loss is not None
+        yield loss
 
 
 def measured(name: str, make: Callable[[], Iterator[float]]) -> Contender:

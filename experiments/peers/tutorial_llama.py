@@ -63,7 +63,7 @@ def train(
                 "feed_forward.w3": ColwiseParallel(),
             }
             parallelize_module(block, mesh["tp"], layer_tp_plan)
-    sharded_model = fully_shard(model, mesh=mesh["dp"])
+    sharded_model: Any = fully_shard(model, mesh=mesh["dp"])
     optimizer = torch.optim.AdamW(sharded_model.parameters(), **adamw)
     for step in range(10**6):
         inputs, targets = batches(step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from row import Row
+from published.row import Row
 
 from tpresearch.config.errors import ConfigError
 

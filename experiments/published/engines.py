@@ -14,19 +14,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from configs import is_gpt, is_hand_fused, overlaps_tensor_messages
-from losses import with_loss_of
-from megatron import ENGINES as MEGATRON
-from megatron import as_megatron_runs
-from xla import ENGINES as XLA
-from xla import as_xla_runs
-from zero import with_sharded_update
+from published.configs import is_gpt, is_hand_fused, overlaps_tensor_messages
+from published.losses import with_loss_of
+from published.megatron import ENGINES as MEGATRON
+from published.megatron import as_megatron_runs
+from published.xla import ENGINES as XLA
+from published.xla import as_xla_runs
+from published.zero import with_sharded_update
 
 from tpresearch.simulate.prices import FLOAT8_EFFICIENCY
 from tpresearch.simulate.trace import Op, Trace
 
 if TYPE_CHECKING:
-    from row import Row
+    from published.row import Row
 
 FLOAT8 = 2 * FLOAT8_EFFICIENCY
 """By how much a large matmul in float8 is faster than in bfloat16, its casts apart: of twice the peak."""

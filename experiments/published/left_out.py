@@ -14,8 +14,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from row import Row
-    from score import Scored
+    from published.row import Row
+    from published.score import Scored
 
 AMPERE = ("A100",)
 

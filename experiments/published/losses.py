@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from tpresearch.simulate.trace import Op, Trace
 
 if TYPE_CHECKING:
-    from row import Row
+    from published.row import Row
 
 LOSS_COMPILED = re.compile(r"20(2[5-9]|3)")
 BLOCKS_COMPILED = ("torchtitan",)

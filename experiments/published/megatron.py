@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from xla import without_bytes
+from published.xla import without_bytes
 
 from tpresearch.ledger.entries import Event
 from tpresearch.simulate.prices import COPIES
 from tpresearch.simulate.trace import Op, Trace
 
 if TYPE_CHECKING:
-    from row import Row
+    from published.row import Row
 
 ENGINES = ("megatron", "megatron-lm", "nemo")
 OVERLAPS_SINCE = 2022

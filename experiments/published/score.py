@@ -15,13 +15,13 @@ from pathlib import Path
 from statistics import mean
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
-from configs import parts  # noqa: E402
-from engines import as_engine_runs  # noqa: E402
-from left_out import by_the_others  # noqa: E402
-from row import Row, read  # noqa: E402
-from stacks import cluster_of_row  # noqa: E402
+from published.configs import parts  # noqa: E402
+from published.engines import as_engine_runs  # noqa: E402
+from published.left_out import by_the_others  # noqa: E402
+from published.row import Row, read  # noqa: E402
+from published.stacks import cluster_of_row  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
 from tpresearch.config import Config  # noqa: E402

@@ -10,7 +10,7 @@ import re
 from functools import cache
 from typing import Any
 
-from row import Row
+from published.row import Row
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.composition import read_option

@@ -15,7 +15,7 @@ from tpresearch.simulate.prices import COPIES
 from tpresearch.simulate.trace import Op, Trace
 
 if TYPE_CHECKING:
-    from row import Row
+    from published.row import Row
 
 ENGINES = ("maxtext", "pax", "paxml", "jax", "levanter")
 KEEPS_PROJECTIONS = re.compile("save_qkv_proj")

@@ -16,7 +16,7 @@ from tpresearch.ledger.entries import Event
 from tpresearch.simulate.trace import Op, Trace
 
 if TYPE_CHECKING:
-    from row import Row
+    from published.row import Row
 
 SHARDED = re.compile(r"distributed optimizer|zero-?1\b(?! from)", re.IGNORECASE)
 OVER = re.compile(r"sharded over (\d+) ranks")

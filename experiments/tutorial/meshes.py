@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -53,7 +54,7 @@ def draw(axes: Axes, shape: tuple[int, ...], seen: list[Groups]) -> None:
             xs, ys = zip(*((rank % columns, -(rank // columns)) for rank in members), strict=True)
             pad = 0.3 + 0.09 * depth
             box = (min(xs) - pad, min(ys) - pad), max(xs) - min(xs) + 2 * pad, max(ys) - min(ys) + 2 * pad
-            style = {"fill": False, "edgecolor": COLOURS[name], "linewidth": 2}
+            style: dict[str, Any] = {"fill": False, "edgecolor": COLOURS[name], "linewidth": 2}
             axes.add_patch(FancyBboxPatch(*box, boxstyle="round,pad=0,rounding_size=0.2", **style))
         axes.plot([], [], color=COLOURS[name], label=f'groups of "{name}"')
     named = f", mesh_dim_names={MESHES[shape]}" if len(shape) > 1 else ""

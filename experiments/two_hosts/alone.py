@@ -1,6 +1,6 @@
 """Each collective alone between the two hosts over a link of 1 Gbit/s: what it takes, and what the simulator says.
 
-python experiments/two_hosts/alone.py CLUSTER.yaml     # the file of this machine, as for slowed.py; writes alone.csv, prints it
+python experiments/two_hosts/alone.py CLUSTER.yaml     # the file of this machine, as for slowed.py; writes alone.csv (record.py says where), prints it
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
-from collectives import GROUPS, calls
-from hosts import HOSTS, RANKS_PER_HOST, TwoHosts
-from slowed import HERE, limit, slowed
 
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.network import Route, collective_s, network_s
+
+sys.path.append(str(Path(__file__).parents[1]))
+from record import place
+from two_hosts.collectives import GROUPS, calls
+from two_hosts.hosts import HOSTS, RANKS_PER_HOST, TwoHosts
+from two_hosts.slowed import HERE, limit, slowed
 
 RATE = 1e9
 SIZES = (1 << 10, 1 << 17, 1 << 19, 1 << 22)
@@ -37,7 +40,8 @@ def main() -> None:
         path = Path(folder) / "rows.json"
         hosts.torchrun([__file__, str(path)], Path(folder) / "logs")
         rows: list[dict[str, Any]] = json.loads(path.read_text())
-    with (HERE / "alone.csv").open("w", newline="") as file:
+    table = place(HERE) / "alone.csv"
+    with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, (*rows[0], "predicted_ms", "error"))
         writer.writeheader()
         for row in rows:
@@ -46,7 +50,7 @@ def main() -> None:
             )
             error = f"{predicted / row['measured_ms'] - 1:+.3f}"
             writer.writerow({**row, "predicted_ms": round(predicted, 2), "error": error})
-    print((HERE / "alone.csv").read_text())
+    print(table.read_text())
 
 
 def price_ms(collective: str, tensor_bytes: int, ranks: int, cluster: Cluster) -> float:

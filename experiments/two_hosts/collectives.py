@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from wire import settled
 
 from tpresearch.ledger.entries import ring_bytes
+
+sys.path.append(str(Path(__file__).parents[1]))
+from two_hosts.wire import settled
 
 TENSOR_BYTES = 16 << 20
 GROUPS = {"all four ranks": [[0, 1, 2, 3]], "two pairs, each across": [[0, 2], [1, 3]]}

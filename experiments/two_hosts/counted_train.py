@@ -15,14 +15,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-
-from wire import settled
+from pathlib import Path
 
 from tpresearch.launch import Run, entrypoint
 from tpresearch.train.main import train
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import Preflight, preflight
 from tpresearch.train.state import TrainState
+
+sys.path.append(str(Path(__file__).parents[1]))
+from two_hosts.wire import settled
 
 FIRST_PORT = 29500
 

@@ -6,8 +6,8 @@ import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from formulas import TUTORIAL, each_way
 from matplotlib.axes import Axes
+from two_hosts.formulas import TUTORIAL, each_way
 
 ROWS = 32
 """The global batch of the left half, in rows of 256 tokens."""

@@ -8,9 +8,11 @@ formulas (as NCCL's rings do), and for how long that keeps two kinds of link bus
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from inter_host import crossing_hops, gloo_bytes_each_way, ring_bytes_each_way
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.compose import register_schema, to_config
@@ -20,6 +22,9 @@ from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.ledger.entries import Entry
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.train.preflight import plan_model
+
+sys.path.append(str(Path(__file__).parents[1]))
+from two_hosts.inter_host import crossing_hops, gloo_bytes_each_way, ring_bytes_each_way
 
 LINKS = {"100 Gb/s": 100e9 / 8, "3.2 Tb/s": 3.2e12 / 8}
 """Of a whole host, each way, in bytes a second: one Ethernet card, or eight of 400 Gb/s."""

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from draw import draw
-from formulas import TUTORIAL
-from hosts import HostsUnavailable, TwoHosts
-from plans import train_counted
 
 sys.path.append(str(Path(__file__).parents[1]))
 from record import latest, place
+from two_hosts.draw import draw
+from two_hosts.formulas import TUTORIAL
+from two_hosts.hosts import HostsUnavailable, TwoHosts
+from two_hosts.plans import train_counted
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hosts import HOSTS, TwoHosts
-from inter_host import crossing_hops, gloo_bytes_each_way, ring_bytes_each_way
-from wire import Sent
+from two_hosts.hosts import HOSTS, TwoHosts
+from two_hosts.inter_host import crossing_hops, gloo_bytes_each_way, ring_bytes_each_way
+from two_hosts.wire import Sent
 
 from tpresearch.ledger.entries import Entry
 

@@ -1,6 +1,6 @@
 """Steps over a rate-limited link between two hosts, predicted before they are run.
 
-python experiments/two_hosts/slowed.py CLUSTER.yaml          # of this machine, by `tpresearch.calibrate`; writes slowed.csv
+python experiments/two_hosts/slowed.py CLUSTER.yaml          # of this machine, by `tpresearch.calibrate`; writes slowed.csv (record.py says where)
 python experiments/two_hosts/slowed.py CLUSTER.yaml 1gbit/tp # these rows of it again
 
 `tc` holds what each host sends to 1 Gbit/s, then 100 Mbit/s (a token bucket on the veth pair of hosts.py). Each host has half of
@@ -23,9 +23,10 @@ import yaml
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(ROOT)]
+sys.path[:0] = [str(HERE.parent), str(ROOT)]
 
-from hosts import HOSTS, INTERFACE, RANKS_PER_HOST, HostsUnavailable, TwoHosts  # noqa: E402
+from record import latest, place  # noqa: E402
+from two_hosts.hosts import HOSTS, INTERFACE, RANKS_PER_HOST, HostsUnavailable, TwoHosts  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
@@ -57,8 +58,9 @@ TRAINING_ONLY = (f"train.steps={STEPS}", "train.eval_rows=0", "train.log_every=1
 
 def main() -> None:
     plain = yaml.safe_load(Path(sys.argv[1]).read_text())
-    path, wanted = HERE / "slowed.csv", sys.argv[2:]
-    rows = {f"{row['link']}/{row['parallel']}": row for row in csv.DictReader(path.open())} if wanted else {}
+    path, wanted = place(HERE) / "slowed.csv", sys.argv[2:]
+    before = list(csv.DictReader(latest(HERE, path.name).open())) if wanted else []
+    rows: dict[str, dict[str, Any]] = {f"{row['link']}/{row['parallel']}": row for row in before}
     cases = [(rate, plan) for rate in RATES for plan in PLANS if not wanted or f"{rate}/{plan}" in wanted]
     recorded = {plan: recorded_step(plan) for _, plan in cases}
     predicted = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from hosts import INTERFACE
+from two_hosts.hosts import INTERFACE
 
 HEADER_BYTES = 14 + 20 + 32
 """Ethernet, IPv4, and TCP with its timestamps, once a packet that the interface is given."""

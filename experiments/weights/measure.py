@@ -17,6 +17,7 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ def normal(numbers: int) -> None:
     torch.empty(numbers).normal_()
 
 
-def measure(overrides: str, ranks: int, rank: int) -> dict[str, object]:
+def measure(overrides: str, ranks: int, rank: int) -> dict[str, Any]:
     """One rank's initial weights and the one `normal_`, in turns; medians."""
     register_schema()
     register_resolvers()

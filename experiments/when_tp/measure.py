@@ -1,6 +1,6 @@
 """When does tensor parallelism pay? FSDP alone against FSDP with TP inside a host, from 8 to 65,536 ranks, on H100 and A100.
 
-python experiments/when_tp/measure.py     # prints the table, writes results.csv and when_tp.png beside this file
+python experiments/when_tp/measure.py     # prints the table, writes results.csv and when_tp.png (record.py says where)
 
 Every cell is a step of the code that trains, as rank 0 of that many ranks, priced for both clusters; the global batch is
 the same everywhere, so that past its number of rows only tensor parallelism can use more ranks.
@@ -11,11 +11,13 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 import yaml  # noqa: E402
+from record import place  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
 from tpresearch.config.errors import ConfigError  # noqa: E402
@@ -89,19 +91,19 @@ def main() -> None:
                     f"waits for dp_shard {row['exposed_dp_shard']:.1%}, tp {row['exposed_tp']:.1%}, {row['memory_gb']:.0f} GB",
                     flush=True,
                 )
-    with (HERE / "results.csv").open("w", newline="") as file:
+    with (place(HERE) / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(found[0]))
         writer.writeheader()
         writer.writerows(found)
     draw(found)
 
 
-def draw(found: list[dict]) -> None:
+def draw(found: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for place, name in enumerate(CLUSTERS, 1):
-        axes = figure.add_subplot(1, 2, place)
+    for nth, name in enumerate(CLUSTERS, 1):
+        axes = figure.add_subplot(1, 2, nth)
         for degree in DEGREES:
             mine = [row for row in found if row["cluster"] == name and row["tp"] == degree]
             label = "FSDP alone" if degree == 1 else f"FSDP, tp={degree}"
@@ -116,7 +118,7 @@ def draw(found: list[dict]) -> None:
         )
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(HERE / "when_tp.png", dpi=110)
+    figure.savefig(place(HERE) / "when_tp.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_it_runs_on_a_cpu_with_tiny_sizes(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 def test_a_setting_that_fails_leaves_the_next_their_turn(tmp_path: Path) -> None:
     program = (
-        "import sys, training\n"
+        "from gpu import training\n"
         "steps = training.steps\n"
         "def failing(loop, name, cfg, stage):\n"
         "    if name == '7b none mb4': raise ValueError('no luck')\n"
@@ -67,7 +67,7 @@ def test_a_setting_that_fails_leaves_the_next_their_turn(tmp_path: Path) -> None
         "training.main()\n"
     )
     command = [sys.executable, "-c", program, "7b", "--out", str(tmp_path), "--device", "cpu", "--tiny"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(MEASURE.parent)])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(MEASURE.parents[1])])}
     subprocess.run([*command, "--limit", "60"], check=True, capture_output=True, env=env)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     (failed,) = [row for row in rows if "error" in row]
@@ -77,13 +77,14 @@ def test_a_setting_that_fails_leaves_the_next_their_turn(tmp_path: Path) -> None
 
 def test_a_call_that_is_told_to_end_ends_its_stage(tmp_path: Path) -> None:
     program = (
-        "import sys, pathlib, measure\n"
+        "import sys, pathlib\n"
+        "from gpu import measure\n"
         "sleeps = ['-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)']\n"
         "measure.STAGES['facts'] = (600, sleeps)\n"
         "sys.argv[1:] = ['--out', sys.argv[1], '--only', 'facts']\n"
         "measure.main()\n"
     )
-    env = os.environ | {"PYTHONPATH": str(MEASURE.parent)}
+    env = os.environ | {"PYTHONPATH": str(MEASURE.parents[1])}
     call = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=env)
     said = tmp_path / "logs.txt"
     wait_for(lambda: said.exists() and said.read_text().count("\n") == 2)
@@ -94,13 +95,15 @@ def test_a_call_that_is_told_to_end_ends_its_stage(tmp_path: Path) -> None:
 
 def test_a_stage_that_hangs_is_ended_and_those_after_it_run(tmp_path: Path) -> None:
     program = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import measure\n"
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from gpu import measure\n"
         "out = pathlib.Path(sys.argv[2])\n"
         "for name, code in (('hangs', 'import time; time.sleep(600)'), ('fails', '1 / 0'), ('runs', 'print(7)')):\n"
         "    measure.run(name, ['-c', code], 2.0 if name == 'hangs' else 60.0, out)\n"
     )
     subprocess.run(
-        [sys.executable, "-c", program, str(MEASURE.parent), str(tmp_path)], check=True, capture_output=True
+        [sys.executable, "-c", program, str(MEASURE.parents[1]), str(tmp_path)],
+        check=True,
+        capture_output=True,
     )
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["status"], row["last_line"]) for row in rows] == [

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from engines import CAST, as_engine_runs
-from left_out import by_the_others
-from losses import _changed
-from row import Row
-from score import Scored
+from published.engines import CAST, as_engine_runs
+from published.left_out import by_the_others
+from published.losses import _changed
+from published.row import Row
+from published.score import Scored
 
 from tpresearch.ledger.entries import Event
 from tpresearch.simulate.trace import Op, Trace

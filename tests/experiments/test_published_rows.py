@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from configs import is_gpt, parts
-from row import Row, read
-from score import scored
-from stacks import ELSEWHERE, cluster_name, cluster_of_row
+from published.configs import is_gpt, parts
+from published.row import Row, read
+from published.score import scored
+from published.stacks import ELSEWHERE, cluster_name, cluster_of_row
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.simulate.cluster import parse_cluster

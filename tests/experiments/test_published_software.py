@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from engines import as_engine_runs
-from megatron import as_megatron_runs
-from row import Row
-from xla import as_xla_runs
-from zero import with_sharded_update
+from published.engines import as_engine_runs
+from published.megatron import as_megatron_runs
+from published.row import Row
+from published.xla import as_xla_runs
+from published.zero import with_sharded_update
 
 from tpresearch.ledger.entries import Event
 from tpresearch.simulate.trace import Op, Touched, Trace

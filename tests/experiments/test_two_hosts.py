@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import counted_train
 import pytest
-from hosts import ADDRESSES, HOSTS, INTERFACE, RANKS_PER_HOST, HostsUnavailable, JobFailed, TwoHosts
-from inter_host import crossing_hops
-from plans import Measured, measured_in, train_counted
+from two_hosts import counted_train
+from two_hosts.hosts import ADDRESSES, HOSTS, INTERFACE, RANKS_PER_HOST, HostsUnavailable, JobFailed, TwoHosts
+from two_hosts.inter_host import crossing_hops
+from two_hosts.plans import Measured, measured_in, train_counted
 
 from tpresearch.config.world import World
 from tpresearch.verify.ranks import Ranks

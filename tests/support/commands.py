@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import runpy
@@ -155,6 +156,7 @@ def _as_main(
         from support import forked_jobs  # noqa: F401  late: it imports the launcher of sweeps
     if encoding := env.get("PYTHONIOENCODING"):
         for stream in (sys.stdout, sys.stderr):
+            assert isinstance(stream, io.TextIOWrapper)
             stream.reconfigure(encoding=encoding, errors="strict")
     began = time.process_time()
     code = _run(program)

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 COMMANDS = ("sbatch", "srun", "sacct", "scancel", "scontrol")
@@ -112,6 +113,6 @@ def _folder() -> Path:
 
 
 if __name__ == "__main__":
-    {"sbatch": sbatch, "srun": srun, "sacct": sacct, "scancel": scancel, "scontrol": scontrol}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    commands: dict[str, Callable[..., None]] = {"sbatch": sbatch, "srun": srun, "sacct": sacct}
+    commands |= {"scancel": scancel, "scontrol": scontrol}
+    commands[sys.argv[1]](*sys.argv[2:])
