@@ -33,6 +33,8 @@ class Options:
     """The file to write, such as conf/cluster/here.yaml."""
     rows: str | None = None
     """Measurements to read instead of measuring: one JSON object per line, as written by experiments/gpu."""
+    run: str | None = None
+    """A run's folder: instead of measuring, the base's rates are scaled so that its step is predicted as it was measured."""
     base: str | None = None
     """The cluster that provides the numbers that are not measured, an option of conf/cluster: by default one of such GPUs."""
 
@@ -44,10 +46,12 @@ def main() -> None:
         why, legal = "not a .yaml file in a folder that exists", "such as conf/cluster/here.yaml"
         raise ConfigError("out", options.out, why, legal, {"out": "conf/cluster/here.yaml"})
     world = World.from_environment()
-    plain = _gpu_cluster(options, path.stem, world)
+    if options.run is not None:
+        plain = _cluster_of_run(options, path.stem, world)
+    else:
+        plain = _gpu_cluster(options, path.stem, world) or ({} if world.rank else _cpu_cluster(path.stem))
     if world.rank > 0:
         return
-    plain = plain or _cpu_cluster(path.stem)
     try:
         parse_cluster(plain)  # so that an invalid file is never written
     except ConfigError as error:
@@ -56,8 +60,10 @@ def main() -> None:
         why = f"it has other GPUs than the one measured: {error.field} would be {error.value}"
         raise ConfigError("base", options.base, why, "a cluster of such GPUs", {}) from error
     path.write_text(as_yaml(plain))
+    if options.run is not None:
+        print(f"  {plain['checked'][0]}")
     for name, number in plain["numbers"].items():
-        if number["kind"] == "measured":
+        if number["kind"] == "measured" and options.run is None:
             value = number["value"]
             print(f"  {name:28}{value if isinstance(value, list) else f'{value:.4g}'}")
     print(f"\n  {path}: simulate with cluster={path.stem}")
@@ -101,13 +107,26 @@ def _gpu_cluster(options: Options, name: str, world: World) -> dict[str, Any] | 
     return cluster_from_rows([*measure_gpu(), *links], base, name) if world.rank == 0 else None
 
 
+def _cluster_of_run(options: Options, name: str, world: World) -> dict[str, Any]:
+    """Raises: ConfigError: for a run that was not measured, and for a base that is not as it."""
+    from tpresearch.calibrate.run import cluster_from_run, read_run  # late: it imports torch
+
+    if options.rows is not None:
+        raise ConfigError("rows", options.rows, "a run is read instead", "either of them", {"rows": None})
+    _refuse_ranks(world, "it reads a run that was measured")
+    run = read_run(Path(options.run or ""))
+    return cluster_from_run(run, _base_cluster(options.base, run.device, 0, allows_cpu=True), name)
+
+
 def _refuse_ranks(world: World, why: str) -> None:
     if world.size > 1:
         raise ConfigError("WORLD_SIZE", world.size, why, "a start by python, without torchrun", nproc=1)
 
 
-def _base_cluster(option: str | None, card: str, memory_bytes: int) -> dict[str, Any]:
-    """The cluster that was asked for, or else the one whose devices have this chip and the nearest memory.
+def _base_cluster(
+    option: str | None, card: str, memory_bytes: int, allows_cpu: bool = False
+) -> dict[str, Any]:
+    """The cluster that was asked for, or else the one whose devices have this chip and the nearest memory; `cpu` for a run on one.
 
     Raises:
         ConfigError: if there is none, or if its device is a CPU.
@@ -115,6 +134,8 @@ def _base_cluster(option: str | None, card: str, memory_bytes: int) -> dict[str,
     from tpresearch.launch.composition import conf_dir, read_option
 
     names = sorted(file.stem for file in (conf_dir() / "cluster").glob("*.yaml"))
+    if option is None and card == "cpu":
+        option = "cpu"
     if option is None:
         known = {}
         for name in names:
@@ -127,7 +148,7 @@ def _base_cluster(option: str | None, card: str, memory_bytes: int) -> dict[str,
         why = "no such cluster" if option else unknown
         raise ConfigError("base", option, why, "one of " + " ".join(names), {})
     found = read_option("cluster", option)
-    if parse_cluster(found).is_cpu:
+    if parse_cluster(found).is_cpu and not allows_cpu:
         raise ConfigError("base", option, "a CPU tells nothing of a GPU's host", "a cluster of GPUs", {})
     return found
 
@@ -182,7 +203,7 @@ def as_yaml(plain: dict[str, Any]) -> str:
     of_card = "what was not measured is its base's"
     cores = plain.get("shared_cores")
     rest = f"ranks are processes of one thread that share {cores} cores" if cores else of_card
-    lines = [f"# Measured by tpresearch.calibrate: {plain['device']}; {rest}."]
+    lines = [f"# Written by tpresearch.calibrate: {plain['device']}; {rest}."]
     lines += [f"{key}: {_flow(value)}" for key, value in plain.items() if key != "numbers"]
     lines.append("numbers:")
     for key in [name for name in NUMBERS if name in plain["numbers"]]:
