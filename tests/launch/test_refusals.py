@@ -97,6 +97,20 @@ def test_a_refusal_takes_no_torch(python: Command, tmp_path: Path, typed: str) -
     assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]
 
 
+def test_a_word_that_is_not_utf8_is_refused_by_a_rank_of_torchruns_too(
+    warm_python: Command, tmp_path: Path
+) -> None:
+    job = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    job |= {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    file = tmp_path / "torchrun" / "attempt_0" / "0" / "error.json"
+    file.parent.mkdir(parents=True)
+    for _ in range(2):  # the second hears what the first reported
+        done = warm_python(os.fsdecode(b"name=\xfc["), **job, TORCHELASTIC_ERROR_FILE=str(file))
+        assert done.code == 2, done.err
+        assert len(done.err.splitlines()) <= 1, done.err
+    assert b"name=\xfc[: cannot be read" in (tmp_path / "torchrun" / "refused").read_bytes()
+
+
 def test_a_sweep_with_a_wrong_job_leaves_nothing(warm_python: Command, tmp_path: Path) -> None:
     done = warm_python("-m", "name=other,too_few_ranks", "parallel=none")
     assert (done.code, done.out) == (2, ""), done.err

@@ -26,6 +26,12 @@ def test_measured_is_expected(plan: str, world: int, model: str) -> None:
     agree(counted_step(world, f"model={model}", f"parallel={plan}", two_parts=True))
 
 
+@pytest.mark.parametrize("blocks", ["model=toy_mlp", "model.blocks=[layers.*.attention]"])
+def test_of_other_recomputed_blocks_than_layers_no_formula_is_claimed(blocks: str) -> None:
+    found = counted_step(1, blocks, "parallel=none", "parallel.activation_checkpointing=full")
+    assert found.expected.held["activations"] is None
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -48,7 +48,8 @@ def refuse(error: ConfigError, world: World, check_command: CommandCheck) -> NoR
         print(f"error: {heard}", file=sys.stderr, flush=True)
         if path := _report_file():
             with suppress(OSError):
-                path.write_text(heard, encoding="utf-8")
+                # A word that was typed need not be UTF-8: its bytes stay what they are.
+                path.write_text(heard, encoding="utf-8", errors="surrogateescape")
     _report_to_torchrun(heard or str(error))
     sys.exit(EXIT_CODE)
 
@@ -83,7 +84,10 @@ def _report_of_another_rank() -> str | None:
         path.touch(exist_ok=False)
     except FileExistsError:
         until = time.monotonic() + TIMEOUT_S
-        while not (said := path.read_text(encoding="utf-8")) and time.monotonic() < until:
+        while (
+            not (said := path.read_text(encoding="utf-8", errors="surrogateescape"))
+            and time.monotonic() < until
+        ):
             time.sleep(POLL_S)
         return said
     except OSError:  # no folder of torchrun's

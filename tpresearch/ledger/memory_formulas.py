@@ -53,8 +53,11 @@ def _optimizer_bytes(cfg: Config, elements: int, parameters: int) -> int:
 
 def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) -> int | None:
     """Bytes of one micro-batch, which are freed before the next begins."""
-    if plan.float8 or cfg.parallel.activation_checkpointing is Checkpointing.budget:
+    mode = cfg.parallel.activation_checkpointing
+    if plan.float8 or mode is Checkpointing.budget:
         return None
+    if mode is not Checkpointing.none and plan.blocks != [f"layers.{n}" for n in range(len(plan.blocks))]:
+        return None  # the toy model's block, or units of one's own
     tokens, element = micro_batch_size(cfg, plan.sizes) * cfg.data.seq_len, ELEMENT_BYTES[cfg.train.dtype]
     if isinstance(model, Llama2):
         kept = _llama2_activation_bytes(model, plan, cfg, element, device)
