@@ -22,7 +22,15 @@ from tpresearch.planner import ranking
 from tpresearch.planner.__main__ import preflight_planner
 from tpresearch.planner.candidates import Candidate, candidate_plans, micro_batch_rows
 from tpresearch.planner.ranking import RankedCandidate, Ranking, advice, rank
-from tpresearch.planner.report import EXPERIMENT, as_json, draw, report, training_command, why_slower
+from tpresearch.planner.report import (
+    EXPERIMENT,
+    as_json,
+    draw,
+    not_used,
+    report,
+    training_command,
+    why_slower,
+)
 from tpresearch.simulate.cluster import Cluster, parse_cluster
 from tpresearch.simulate.depth import recording
 from tpresearch.simulate.fake_step import record
@@ -214,6 +222,15 @@ def test_the_command_of_the_best_one_is_whole_and_valid() -> None:
     assert validate(config(*command.arguments), 16, command.hosts) == best.sizes
     composed = yaml.safe_load((CLUSTER.parents[1] / "planner.yaml").read_text())["defaults"]
     assert {"experiment": EXPERIMENT} in composed
+
+
+def test_overrides_of_what_the_planner_chooses_are_named() -> None:
+    chosen = ["parallel=tp", "mesh.tp=2", "train.micro_batch_size=2", "world_size=8"]
+    used = ["gpus=4", "model=llama2_debug", "parallel.compile=true", "train.seed=1"]
+    said = not_used([*used, *chosen])
+    assert said
+    assert said.startswith(f"not used, since the planner chooses it for gpus: {' '.join(chosen)}; ")
+    assert not_used(used) is None
 
 
 def test_rules_without_sequence_parallelism_are_used_where_there_are_no_others() -> None:

@@ -48,7 +48,7 @@ def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
 def main(job: SimulationPreflight, run: Run) -> None:
     with gc_paused():  # late: they import torch
         from tpresearch.planner.ranking import rank
-        from tpresearch.planner.report import as_json, draw, report, training_command
+        from tpresearch.planner.report import as_json, draw, not_used, report, training_command
         from tpresearch.simulate.run_files import write_run
 
     cfg, sizes = job.cfg, job.sizes
@@ -58,6 +58,8 @@ def main(job: SimulationPreflight, run: Run) -> None:
     best = ranking.fits[0] if ranking.fits else None
     command = training_command(best.candidate, run.command.arguments, cluster) if best else None
     print(report(ranking, cfg.model.name, sizes.world, cluster.name, command))
+    if unused := not_used(run.command.arguments):
+        print(f"\n  {unused}")
     print(f"\n  {run.folder / 'planner.json'}")
     if best:
         write_run(best.prediction, run.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -19,9 +20,11 @@ from tpresearch.track.text import count_text, share_text
 MAX_SHOWN = 12
 EXPERIMENT = "pretraining"
 """The experiment that conf/planner.yaml composes by default."""
-PLANNER_KEYS = ("gpus", "world_size", "cluster", "mesh", "train.micro_batch_size", "hydra")
+CHOSEN_KEYS = ("world_size", "mesh", "train.micro_batch_size")
 PLAN_KEYS = ("parallel", "parallel.tensor", "parallel.data", "parallel.activation_checkpointing")
-"""Keys that the planner chooses or that only it reads."""
+"""Keys that the planner chooses."""
+PLANNER_KEYS = (*CHOSEN_KEYS, "gpus", "cluster", "hydra")
+"""Those, and keys that only it reads."""
 
 
 def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Command | None) -> str:
@@ -44,6 +47,18 @@ def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Comman
     if left_out := list(_left_out(ranking)):
         lines += ["", *left_out]
     return "\n".join(lines)
+
+
+def not_used(typed: Sequence[str]) -> str | None:
+    """A sentence that names the overrides of the planner's command whose keys it chooses itself, if there are any."""
+    words = [
+        word
+        for word in typed
+        if (key := override_key(word)) in PLAN_KEYS or any(is_within(key, branch) for branch in CHOSEN_KEYS)
+    ]
+    if not words:
+        return None
+    return f"not used, since the planner chooses it for gpus: {shlex.join(words)}; for one plan, python -m tpresearch.simulate"
 
 
 def training_command(best: Candidate, typed: Sequence[str], cluster: Cluster) -> Command:
