@@ -54,6 +54,18 @@ def test_a_command_of_the_wheel_runs_from_any_folder(tpresearch: Installed) -> N
 
 
 @pytest.mark.cli
+def test_a_model_of_ones_own_is_found_in_the_folder_where_a_command_starts(
+    tpresearch: Installed, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from tpresearch.models.toy_mlp import ToyLM\n\n\nclass Mine(ToyLM): ...\n"
+    )
+    done = tpresearch("train", "plan_only=true", "model=toy_mlp", "model._target_=mine.Mine", "parallel=none")
+    assert done.code == 0, done.err
+    assert "mlp.in_proj.weight" in done.out
+
+
+@pytest.mark.cli
 def test_only_commands_that_are_there_are_listed_and_others_refused(tpresearch: Installed) -> None:
     done = tpresearch("--help")
     listed = [line.split()[0] for line in done.out.splitlines() if line.startswith("  ")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from importlib.metadata import version
@@ -43,6 +44,8 @@ def _dispatch() -> None:
     elif name in COMMANDS:
         sys.argv[1:] = arguments
         interrupt.exit_on_interrupt()
+        if not sys.flags.safe_path:
+            sys.path.append(os.getcwd())  # where `python -m` finds a model of one's own too
         runpy.run_module(f"tpresearch.{name}", run_name="__main__", alter_sys=True)
     else:
         legal, (best, *_) = f"one of {' '.join(COMMANDS)}", nearest(name, COMMANDS)
