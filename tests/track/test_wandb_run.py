@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,31 @@ def test_a_run_that_resumes_continues_its_own_with_each_row_once(
     assert len(read_metrics(run_dir)) == STEPS
 
 
+def test_a_moved_folder_continues_its_run_and_a_copy_is_a_run_of_its_own(
+    track: Callable[..., Tracker], server: FakeWandb, run_dir: Path
+) -> None:
+    with pytest.raises(RuntimeError):
+        train(track(), last=4, ending=RuntimeError("lost a node"))
+    original = run_dir.with_name("original")
+    run_dir.rename(original)
+    shutil.copytree(original, run_dir)
+    resumed = track(start_step=4)  # where the run was: the original is elsewhere and does not know it
+    resumed.resume_from(4)
+    train(resumed, first=5, last=6, ending=None)
+    assert [row["train/step"] for row in logged(only_run(server))] == [1, 2, 3, 4, 5, 6]
+    shutil.rmtree(original)
+    run_dir.rename(original)
+    shutil.copytree(original, run_dir)
+    (original / "wandb" / "folder").write_text(str(original))  # where it is resumed meanwhile
+    (run_dir / "wandb" / "folder").write_text(str(original))
+    resumed = track(start_step=6)
+    resumed.resume_from(6)
+    train(resumed, first=7)
+    first, copy = (logged(run) for run in server.runs.values())
+    assert [row["train/step"] for row in first] == [1, 2, 3, 4, 5, 6]
+    assert [row["train/step"] for row in copy] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_rows_that_did_not_arrive_before_a_client_was_killed_arrive_when_the_run_resumes(
     track: Callable[..., Tracker], server: FakeWandb, run_dir: Path
 ) -> None:
@@ -181,7 +207,7 @@ def test_runs_of_a_sweep_can_share_a_folder(
     cfg.logger.dir = str(tmp_path / "sweep")
     track().finish()
     assert len(list((tmp_path / "sweep" / "wandb").glob("offline-run-*"))) == 1
-    assert [path.name for path in (run_dir / "wandb").iterdir()] == ["id"]
+    assert {path.name for path in (run_dir / "wandb").iterdir()} == {"id", "folder"}
 
 
 def test_the_client_is_not_imported_where_it_is_not_wanted() -> None:

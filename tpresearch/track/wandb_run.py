@@ -107,9 +107,11 @@ class WandbRun:
         set_up()
         kept_id.parent.mkdir(parents=True, exist_ok=True)
         Path(about["dir"]).mkdir(parents=True, exist_ok=True)  # the client takes a temporary one otherwise
-        if not kept_id.exists():
-            kept_id.write_text(f"{os.environ.get('WANDB_RUN_ID') or uuid4().hex[:8]}\n")
-        known_as = kept_id.read_text().strip()
+        if (known := _kept_id(kept_id)) is None:
+            kept_id.with_name("sent").unlink(missing_ok=True)  # of the run that this folder is a copy of
+        known_as = known or os.environ.get("WANDB_RUN_ID") or uuid4().hex[:8]
+        kept_id.write_text(f"{known_as}\n")
+        kept_id.with_name("folder").write_bytes(os.fsencode(kept_id.parents[1].absolute()))
         run = wandb.init(mode=mode, id=known_as, resume="allow", **about)
         kept_id.write_text(f"{run.id}\n")  # under `wandb agent` the sweep has chosen another
         sent = SentRows(kept_id.with_name("sent"))
@@ -166,6 +168,23 @@ class WandbRun:
             if self._first_error is None:
                 self._first_error = first_line(error)
                 log.warning("W&B: %s; metrics.jsonl has every row", self._first_error)
+
+
+def _kept_id(path: Path) -> str | None:
+    """The W&B id of the run that a folder belongs to; None if there is none yet.
+
+    A moved folder is the same run. A copy, beside the folder that it was made of, is another: both would log to one.
+    """
+    if not path.exists():
+        return None
+    known, noted = path.read_text().strip(), path.with_name("folder")
+    if noted.exists():
+        original = Path(os.fsdecode(noted.read_bytes())) / "wandb" / "id"
+        with suppress(OSError):  # it is no more, or of somebody else
+            if not original.samefile(path) and original.read_text().strip() == known:
+                log.info("W&B: a new run, since this folder is a copy of %s", path_text(original.parents[1]))
+                return None
+    return known
 
 
 class SentRows:
