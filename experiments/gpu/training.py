@@ -178,7 +178,7 @@ def measure(stage: Stage, cfgs: dict[str, Config]) -> None:
 
 
 def tune_kernels(on: bool) -> None:
-    """More candidates for each fused kernel, of which inductor takes the fastest (private; read in torch 2.11 and 2.13).
+    """More candidates for each fused kernel, of which inductor takes the fastest (private; read in torch 2.11 to 2.14).
 
     Coordinate descent, which searches further, took over a minute.
     """

@@ -189,7 +189,7 @@ def _read(folder: Path, destination: dict[str, Tensor], group: dist.ProcessGroup
 
 
 class _Reader(dcp.FileSystemReader):
-    """DCP's reader, with a restricted unpickler. Checked on torch 2.13."""
+    """DCP's reader, with a restricted unpickler. Checked on torch 2.13 and 2.14."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:

@@ -52,7 +52,7 @@ def start_logging(folder: Path, world: World) -> None:
 def _route_torch_logs() -> None:
     """Let torch's records reach our handlers: importing it gives its loggers a handler to stderr on each rank.
 
-    Whoever sets `TORCH_LOGS` has chosen what to see and where. Checked on torch 2.13.
+    Whoever sets `TORCH_LOGS` has chosen what to see and where. Checked on torch 2.13 and 2.14.
     """
     import torch  # noqa: F401  its import resets its loggers, so it comes first
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from tpresearch.ledger.entries import MEMORY_KINDS, MemoryUse
 
 _TENSOR_TYPES = (Tensor, nn.Parameter, FakeTensor)
-"""Other subclasses, such as DTensor, wrap a tensor that comes here by itself. (FakeTensor: private, torch 2.13.)"""
+"""Other subclasses, such as DTensor, wrap a tensor that comes here by itself. (FakeTensor: private, torch 2.13 and 2.14.)"""
 
 
 class MemoryLedger(TorchDispatchMode):

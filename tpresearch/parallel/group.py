@@ -83,7 +83,7 @@ def _share_device(world: World) -> None:
 
 
 def _fake_store() -> Any:
-    """A store for backend "fake", whose collectives return at once and send nothing (torch.testing, private; 2.11 and 2.13)."""
+    """A store for backend "fake", whose collectives return at once and send nothing (torch.testing, private; 2.11 to 2.14)."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     return FakeStore()

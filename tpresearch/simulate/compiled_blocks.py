@@ -100,7 +100,7 @@ def recompute(forward: Callable[..., Any], calls: frozenset[Call]) -> Callable[.
 @contextmanager
 def _attention_as_on(cfg: Config) -> Iterator[None]:
     """For a cluster of GPUs, let the partitioner count the attention of fake tensors, which are on a CPU, as it counts that of a
-    GPU: a CPU's op is free to it (private; read in torch 2.11 and 2.13).
+    GPU: a CPU's op is free to it (private; read in torch 2.11 to 2.14).
     """
     from torch._functorch import partitioners
     from torch.utils.flop_counter import flop_registry, register_flop_formula

@@ -49,8 +49,8 @@ def _without_other_ranks() -> Iterator[None]:
     """Inside it, torch creates no process groups and no FSDP shards of other ranks, and compares meshes of one root
     without their lists of ranks: otherwise 65,536 ranks take a minute, where 8 take a second.
 
-    (`new_group` as DeviceMesh calls it, `_chunk_with_empty` as FSDP does: private, torch 2.11 to 2.14; what `DeviceMesh.__eq__`
-    compares: private, torch 2.11 and 2.13.)
+    (`new_group` as DeviceMesh calls it, `_chunk_with_empty` as FSDP does, what `DeviceMesh.__eq__` compares: private, torch 2.11
+    to 2.14.)
     """
     from torch.distributed import device_mesh
     from torch.distributed.fsdp._fully_shard import _fsdp_param
