@@ -181,10 +181,8 @@ def _determines_loss(group: Group) -> str:
     without = {*NUMERICS, *(["seed"] if group.over_seeds else [])}
     kept["train"] = {key: value for key, value in kept["train"].items() if key not in without}
     kept["optimizer"] = {key: value for key, value in kept["optimizer"].items() if key != "moment_dtype"}
-    if (
-        kept["schedule"].get("name") != ScheduleName.constant
-    ):  # the learning rate of a step depends on the budget
-        kept["budget"] = _budget(group.first.config)
+    if kept["schedule"].get("name") != ScheduleName.constant:
+        kept["budget"] = _budget(group.first.config)  # a step's learning rate depends on it
     return json.dumps([kept, group.first.setting("corpus_hash")], sort_keys=True, default=str)
 
 
