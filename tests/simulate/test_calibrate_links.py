@@ -80,6 +80,7 @@ def two_hosts(world: World) -> list[dict[str, Any]]:
     patch.setattr(torch.cuda, "Event", Event)
     patch.setattr(torch.cuda, "synchronize", lambda: None)
     patch.setattr(cuda, "LOAD_SIZE", 16)
+    patch.setattr(cuda, "REPEATS", 3)
     patch.setattr(links, "LARGE_BYTES", 2**20)
     return links.link_rows(World(world.rank, 4, world.rank % 2, 2, elastic=True), CPU)
 
