@@ -68,6 +68,21 @@ def test_runs_sweeps_and_globs(sweep: Path) -> None:
     assert len(find_runs([str(sweep.parent / "**")]).runs) == 11
 
 
+def test_numbers_in_names_count_as_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the runs are named: by their folder, by a glob, and by what a shell makes of one."""
+    in_order = ["n1", "n2", "n10", "n10.5", "n10.50"]
+    for name in in_order:
+        Made("tp", {"tp": 2}, lr=1e-4 * float(name[1:]), steps=2).write(tmp_path / "runs" / name)
+    monkeypatch.chdir(tmp_path)
+    for words in (["runs"], ["runs/n*"], [f"runs/{name}" for name in sorted(in_order)]):
+        assert [run.folder.name for run in find_runs(words).runs] == in_order
+    assert [run.folder.name for run in find_runs(["runs/n2", "runs/n10", "runs/n1"]).runs] == [
+        "n2",
+        "n10",
+        "n1",
+    ]
+
+
 def test_runs_behind_links_are_found_once(sweep: Path) -> None:
     links = sweep.parent / "links"
     links.mkdir()

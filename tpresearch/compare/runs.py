@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -94,7 +95,8 @@ class FoundRuns:
 
 
 def find_runs(words: Sequence[str]) -> FoundRuns:
-    """The runs that these words name, in order, each once.
+    """The runs that these words name, in order, each once; in natural order if the words are in alphabetical order, as those of
+    a glob that the shell expanded.
 
     A run that is named directly must be readable; one found in a sweep or by a glob is left out if it is not.
 
@@ -103,7 +105,7 @@ def find_runs(words: Sequence[str]) -> FoundRuns:
     """
     runs: dict[Path, Run] = {}
     left_out: dict[Path, str] = {}
-    for word in words:
+    for word in sorted(words, key=_natural_order) if list(words) == sorted(words) else words:
         folders = _folders(word)
         for folder in folders:
             where = folder.resolve()
@@ -138,9 +140,11 @@ def _folders(word: str) -> list[Path]:
 def _existing_folders(word: str) -> list[Path]:
     """As `_folders`; none where the argument names none."""
     path = Path(word).expanduser()
-    paths = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    paths = [path]
     if not path.exists():
-        paths = [each for each in paths if EARLIER_SUFFIX in word or EARLIER_SUFFIX not in str(each)]
+        matching = map(Path, glob.glob(str(path), recursive=True))
+        kept = (each for each in matching if EARLIER_SUFFIX in word or EARLIER_SUFFIX not in str(each))
+        paths = sorted(kept, key=_natural_order)
     return [folder for each in paths for folder in run_folders(each)]
 
 
@@ -168,7 +172,7 @@ def _argument_error(word: str, why: str, legal: str = LEGAL, instead: Sequence[s
 
 
 def run_folders(path: Path) -> list[Path]:
-    """The folder itself if it is a run's, else the runs below it, and behind links, in the order of their job numbers.
+    """The folder itself if it is a run's, else the runs below it, and behind links, in natural order: job 2 before job 10.
 
     Skipped below it: what Hydra and W&B keep under the same file names, and a sweep's earlier attempts at a job.
     """
@@ -184,9 +188,13 @@ def run_folders(path: Path) -> list[Path]:
         folders[:] = sorted(name for name in kept if EARLIER_SUFFIX not in name)
         if not set(RECORD_FILES).isdisjoint(files):
             found.append(Path(where))
-    return sorted(
-        found, key=lambda each: [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in each.parts]
-    )
+    return sorted(found, key=_natural_order)
+
+
+def _natural_order(path: str | Path) -> list[list[str | int]]:
+    """A sort key by which n2 comes before n10: in each part of the path, text and numbers in turn."""
+    parts = (re.split(r"(\d+)", part) for part in Path(path).parts)
+    return [[int(piece) if at % 2 else piece for at, piece in enumerate(pieces)] for pieces in parts]
 
 
 def read_run(folder: Path) -> Run:
