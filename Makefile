@@ -14,6 +14,7 @@ PROGRESS = function say(what) {print "  " what; fflush()} \
 	/(Downloading|Using cached) .*\([0-9][0-9.]* (MB|GB)\)/ && !/ \([0-9]?[0-9]\.[0-9] MB\)/ \
 		{name = $$(NF - 2); sub(".*/", "", name); sub("-cp.*|-py.*", "", name); say(name " " $$(NF - 1) " " $$NF)} \
 	/^Installing collected/ {say("installing " (NF - 3) " packages")}
+TYPES := $(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS)
 
 .PHONY: help train test test-all setup lint types clean
@@ -25,17 +26,15 @@ train: setup ## set up, then train the default 2D job on NPROC=4 local ranks; AR
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) train.py $(ARGS)
 
-# Most tests keep one core busy, and none depends on the clock: WORKERS of them run in parallel. Types are checked beside
-# them, on what cores the first imports leave idle, and said at the end.
+# Most tests keep one core busy, and none depends on the clock: WORKERS of them run in parallel.
 test: CASES := -m "not exhaustive"
 test test-all: setup ## set up, then lint, types and tests; test-all adds the exhaustive ones; TORCH=2.11.0 uses that torch
 ifeq ($(TORCH),) # other versions have other types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(TYPES)
 endif
-	@$(if $(TORCH),true,$(BIN)/mypy) > $(VENV)/types.txt & types=$$!; \
-		PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(CASES); tests=$$?; \
-		wait $$types || tests=1; cat $(VENV)/types.txt; exit $$tests
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(CASES)
 
 setup: $(VENV)/.ready ## create .venv with the versions of constraints.txt
 
@@ -56,8 +55,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 lint: setup ## ruff, with automatic fixes
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-types: setup ## mypy
-	@$(BIN)/mypy
+types: setup ## pyrefly
+	@$(TYPES)
 
 clean: ## remove .venv, its variants for other torch versions, and builds
 	rm -rf .venv .venv-torch-* build dist *.egg-info

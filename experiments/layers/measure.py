@@ -121,14 +121,12 @@ def see(world: World, case: Case) -> Seen:
                 output = output + 0  # which waits for a collective that is under way
             with counted.phase("backward"):
                 output.backward(part(upstream, leaves, world))
-        weights = zip(model.parameters(), whole.parameters(), strict=True)
         assert own.grad is not None
         assert x_whole.grad is not None
-        pairs = [
-            (output, part(product, leaves, world)),
-            (own.grad, part(x_whole.grad, arrives, world)),
-            *((whole_of(p.grad), w.grad) for p, w in weights),
-        ]
+        pairs = [(output, part(product, leaves, world)), (own.grad, part(x_whole.grad, arrives, world))]
+        for p, w in zip(model.parameters(), whole.parameters(), strict=True):
+            assert w.grad is not None
+            pairs.append((whole_of(p.grad), w.grad))
         entries = entries_of(counted.events)
         return Seen(
             {"X": tuple(own.shape)}
@@ -197,6 +195,6 @@ if __name__ == "__main__":
     import sys
 
     sys.path.insert(0, str(HERE.parent))
-    from layers.measure import main as imported  # ranks import what they run by this name
+    from layers.measure import main as imported  # pyrefly: ignore[missing-module-attribute]  # ranks import what they run by this name
 
     imported()

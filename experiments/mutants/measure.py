@@ -78,7 +78,12 @@ def row_of(mutant: Mutant, model: str, ranks: Ranks, right: RunTrace) -> dict[st
     """One run under AdamW, as most are trained: the first quantity that is out, and how far the loss strays."""
     cfg = in_two_parts(config(f"model={model}", f"parallel={mutant.plan}", *SETTINGS), mutant.ranks)
     found = ranks.run(mutant.ranks, run, mutant.name, cfg, easy(), STEPS)[0]
-    where = {"model": model, "fault": mutant.name, "plan": mutant.plan, "ranks": mutant.ranks}
+    where: dict[str, object] = {
+        "model": model,
+        "fault": mutant.name,
+        "plan": mutant.plan,
+        "ranks": mutant.ranks,
+    }
     if isinstance(found, str):
         return where | {"quantity_out": f"did not run: {found}", "a_loss_curve_shows_it": True}
     assert isinstance(found, RunTrace)

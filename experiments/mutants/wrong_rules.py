@@ -50,7 +50,7 @@ class _TakenForWhole(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: DTensor) -> Any:
+    def backward(ctx: Any, gradient: DTensor) -> Any:  # pyrefly: ignore[bad-override]
         return DTensor.from_local(gradient.to_local(), ctx.mesh, [Replicate()], run_check=False), None
 
 

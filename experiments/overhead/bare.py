@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
@@ -28,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 from tpresearch.data.batches import Batch
 from tpresearch.models.llama2 import Llama2
 
-TP = {
+TP: dict[str, ParallelStyle] = {
     "tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
     "layers.*.attention": PrepareModuleInput(
         input_layouts=(Replicate(), None), desired_input_layouts=(Replicate(), None)
@@ -42,7 +43,7 @@ TP = {
     "layers.*.feed_forward.w2": RowwiseParallel(),
     "output": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
 }
-SP = {
+SP: dict[str, ParallelStyle] = {
     "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
     "layers.*.*_norm": SequenceParallel(),
     "layers.*.attention": PrepareModuleInput(

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
@@ -27,7 +28,7 @@ from torch.distributed.tensor.parallel import (
 
 from tpresearch.models.llama2 import Llama2
 
-ENDS = {
+ENDS: dict[str, ParallelStyle] = {
     "tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
     "layers.0": PrepareModuleInput(
         input_layouts=(Replicate(), None), desired_input_layouts=(Shard(1), None), use_local_output=True
@@ -35,7 +36,7 @@ ENDS = {
     "norm": SequenceParallel(),
     "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
 }
-BLOCK = {
+BLOCK: dict[str, ParallelStyle] = {
     "attention_norm": SequenceParallel(),
     "attention": PrepareModuleInput(
         input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)

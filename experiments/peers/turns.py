@@ -204,7 +204,7 @@ def measured(name: str, make: Callable[[], Iterator[float]]) -> Contender:
         contender = Contender(name, make())
         contender.run(2)
     held = peak = 0
-    for event in profile.profiler.kineto_results.events():
+    for event in profile.profiler.kineto_results.events():  # pyrefly: ignore[missing-attribute]
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
@@ -235,7 +235,7 @@ def report(job: Preflight, contenders: list[Contender]) -> None:
         cpu = statistics.quantiles([a / b for a, b in zip(contender.cpu, ours.cpu, strict=True)], n=4)
         differences = [abs(a - b) for a, b in zip(contender.losses, ours.losses, strict=True)]
         plan = job.cfg.parallel.name + ("" if job.cfg.model.blocks else "_one_unit")
-        row = {"plan": plan, "ranks": job.sizes.world, "model": job.cfg.model.name}
+        row: dict[str, object] = {"plan": plan, "ranks": job.sizes.world, "model": job.cfg.model.name}
         row |= {"contender": contender.name, "version": version(contender.name)}
         row["tokens_per_second"] = round(tokens / statistics.median(contender.wall))
         for kind, (low, middle, high) in {"wall": wall, "cpu": cpu}.items():

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
@@ -38,14 +39,14 @@ def train(
     model = Llama2(**sizes)
     model.load_state_dict(weights)
     if tp > 1:
-        ends = {
+        ends: dict[str, ParallelStyle] = {
             "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
             "norm": SequenceParallel(),
             "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
         }
         parallelize_module(model, mesh["tp"], ends)
         for block in model.layers:
-            layer_tp_plan = {
+            layer_tp_plan: dict[str, ParallelStyle] = {
                 "attention_norm": SequenceParallel(),
                 "attention": PrepareModuleInput(
                     input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)

@@ -26,7 +26,7 @@ from tpresearch.verify.ranks import Ranks
 
 HERE = Path(__file__).parent
 RANKS, HOSTS = 8, 2
-MESHES = {(8,): ("tp",), (2, 4): ("replicate", "shard")}
+MESHES: dict[tuple[int, ...], tuple[str, ...]] = {(8,): ("tp",), (2, 4): ("replicate", "shard")}
 """The tutorial's two: eight GPUs of one host; two hosts of four."""
 COLOURS = {"tp": "#4477aa", "shard": "#4477aa", "replicate": "#ee6677"}
 
@@ -68,7 +68,7 @@ def draw(axes: Axes, shape: tuple[int, ...], seen: list[Groups]) -> None:
 
 def main() -> None:
     from record import place
-    from tutorial.meshes import groups as imported  # ranks import what they run by this name
+    from tutorial.meshes import groups as imported  # pyrefly: ignore[missing-module-attribute]  # ranks import what they run by this name
 
     seen: list[Groups] = Ranks().run(RANKS, imported)
     for shape, names in MESHES.items():

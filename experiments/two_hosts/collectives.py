@@ -30,8 +30,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rows = []
     for name, members in GROUPS.items():
-        groups = [(ranks, dist.new_group(ranks)) for ranks in members]
-        group = next(group for ranks, group in groups if dist.get_rank() in ranks)
+        group, _ = dist.new_subgroups_by_enumeration(members)
+        assert isinstance(group, dist.ProcessGroup)
         size = len(members[0])
         for collective, call in calls(size, group, TENSOR_BYTES).items():
             call()  # the first one may connect

@@ -72,6 +72,7 @@ def measure(overrides: str, ranks: int, rank: int) -> dict[str, Any]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     mesh = build_mesh(sizes, "cpu")
     drawn, one_normal = [], []
+    numbers = 0
     for repeat in range(REPEATS):
         model, plan = plan_model(cfg, sizes)
         numbers = sum(p.numel() for p in model.parameters())

@@ -37,7 +37,7 @@ def configure(tmp_path: Path) -> Configure:
 
     def make(path: object = None, source: DataSource = DataSource.text, **settings: object) -> DataConfig:
         values = {"seq_len": 16, "cache_dir": str(tmp_path / "cache"), **settings}
-        return DataConfig(source=source, path=path, **values)  # type: ignore[arg-type]
+        return DataConfig(source=source, path=path, **values)
 
     return make
 

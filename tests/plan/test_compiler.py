@@ -110,7 +110,7 @@ def facts_of_rank_zero(cfg: Config, world: World) -> dict[str, tuple[str, str]]:
                 continue
             names = parameter.device_mesh.mesh_dim_names or ()
             over = [
-                f"{axis}: Shard({placement.dim})"  # type: ignore[attr-defined]
+                f"{axis}: Shard({placement.dim})"
                 for axis, placement in zip(names, parameter.placements, strict=True)
                 if sizes.nontrivial().get(axis) and not placement.is_replicate()
             ]

@@ -197,7 +197,7 @@ def test_a_slower_candidate_is_not_said_to_be_as_fast() -> None:
     def candidate(*seconds: float) -> RankedCandidate:
         kinds = dict(zip(("gemm", "copy", "attention"), seconds, strict=True))
         prediction = SimpleNamespace(time_s=kinds, step_time_s=sum(seconds))
-        return RankedCandidate(None, prediction)  # type: ignore[arg-type]
+        return RankedCandidate(None, prediction)
 
     best = candidate(0.8, 0.1, 0.1)
     assert why_slower(candidate(0.805, 0.1, 0.1), best) == "as fast, within a percent"

@@ -38,4 +38,4 @@ class ForkedJob:
         assert self._ended.done()
 
 
-launcher.JobProcess = ForkedJob  # type: ignore[misc, assignment]
+launcher.JobProcess = ForkedJob

@@ -138,7 +138,7 @@ def _keys(kind: type = ComposedConfig, prefix: str = "") -> Iterator[tuple[str, 
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
-            yield from _keys(hint, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            yield from _keys(hint, f"{prefix}{field.name}.")
         elif field.name not in ("model", "cluster"):
             yield f"{prefix}{field.name}", hint
 

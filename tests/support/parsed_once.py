@@ -56,4 +56,4 @@ _parse = lru_cache(10_000)(grammar_parser.parse)
 for module in (grammar_parser, _utils, base, oc):
     module.parse = _parse
 defaults_list._create_interpolation_map = interpolation_map
-CachingConfigRepository.__init__ = begin_cache  # type: ignore[method-assign]
+CachingConfigRepository.__init__ = begin_cache

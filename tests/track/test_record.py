@@ -125,7 +125,7 @@ def test_rows_wait_for_room_on_a_full_disk(
     write = FileIO.write
 
     class Disk(FileIO):
-        def write(self, data) -> int:  # type: ignore[no-untyped-def]
+        def write(self, data) -> int:
             if not room[0]:
                 raise OSError(28, "No space left on device")
             return write(self, bytes(data[:100]))  # and never all at once

@@ -82,7 +82,7 @@ def test_wandbs_rules_are_the_clients() -> None:
     Settings(project="p" * 128, run_id="a1b2", run_tags=["t" * 64])
     for wrong in ({"project": "p" * 129}, {"project": "a:b"}, {"run_id": "a/b"}, {"run_tags": ["t" * 65]}):
         with pytest.raises((UsageError, ValueError)):
-            Settings(**wrong)  # type: ignore[arg-type]
+            Settings(**wrong)
 
 
 def test_wandbs_variables_win_where_nothing_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:

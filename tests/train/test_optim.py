@@ -14,7 +14,7 @@ from tpresearch.train.optim import AdamW, build_optimizer, divide_gradients, lea
 
 
 def rates(name: str, **settings: float) -> list[float]:
-    schedule = ScheduleConfig(name=ScheduleName(name), warmup_steps=4, **settings)  # type: ignore[arg-type]
+    schedule = ScheduleConfig(name=ScheduleName(name), warmup_steps=4, **settings)
     return [learning_rate(step, 20, 2.0, schedule) for step in range(20)]
 
 

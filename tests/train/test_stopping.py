@@ -157,7 +157,7 @@ def test_a_rank_that_another_takes_along_records_that_ones_error_and_says_no_mor
     record, flag = Record(), StopFlag()
     flag.requested = signal.SIGTERM
     ends = pytest.raises(SystemExit if fault else dist.DistError)
-    with ends as raised, main.record_other_faults(record, flag):  # type: ignore[arg-type]
+    with ends as raised, main.record_other_faults(record, flag):
         raise dist.DistError("Connection closed by peer")
     assert record.ended == ({"status": "failed", "error": fault} if fault else {})
     assert not fault or raised.value.code == 1

@@ -63,11 +63,11 @@ def unsummed(world: World, cfg: Config) -> list[IntegerResult]:
         layouts = {"input_layouts": rule.src[0], "output_layouts": Partial()}
         return RowwiseParallel(**layouts) if rule.name == "out_proj" else style(rule)
 
-    ResolvedRule.style = broken  # type: ignore[method-assign, assignment]
+    ResolvedRule.style = broken
     try:
         return check_matmuls(world, cfg)
     finally:
-        ResolvedRule.style = style  # type: ignore[method-assign]
+        ResolvedRule.style = style
 
 
 def test_a_sum_that_is_left_out_is_seen(ranks: Ranks) -> None:

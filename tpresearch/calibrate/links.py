@@ -74,7 +74,7 @@ def _groups(world: World) -> Iterator[tuple[str, dist.ProcessGroup]]:
     for name, lists in ((IN_A_HOST, in_host), (ACROSS_HOSTS, across)):
         if len(lists[0]) > 1:
             group, _ = dist.new_subgroups_by_enumeration(lists)
-            assert group is not None
+            assert isinstance(group, dist.ProcessGroup)
             yield name, group
 
 

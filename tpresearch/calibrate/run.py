@@ -47,7 +47,7 @@ def read_run(folder: Path) -> MeasuredRun:
     try:
         summary, config = (read_record(folder / name) for name in ("summary.json", "config.yaml"))
         schema = OmegaConf.structured(ComposedConfig)
-        cfg = to_config(OmegaConf.merge(schema, config))  # type: ignore[arg-type]
+        cfg = to_config(OmegaConf.merge(schema, config))  # pyrefly: ignore[bad-argument-type]
         step_s, world = summary.get("perf/step_time_s"), int(summary["world_size"])
         name, device = str(summary["run_name"]), str(summary["device"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:

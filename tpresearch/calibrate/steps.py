@@ -76,7 +76,7 @@ class TimedRecorder(Recorder):
         self._clock = clock
         self.timed: list[tuple[Op, float]] = []
 
-    def _record(self, *op: Any) -> None:
+    def _record(self, *op: Any) -> None:  # pyrefly: ignore[bad-override]
         before = len(self._ops)
         super()._record(*op)
         if len(self._ops) > before:

@@ -27,7 +27,9 @@ def checkpoint_group() -> dist.ProcessGroup | None:
     """A gloo group of all ranks for checkpoints only, separate from NCCL and the steps, with a long timeout. None for one rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def on_all_ranks(work: Callable[[], Found], group: dist.ProcessGroup | None) -> list[Found]:
@@ -50,7 +52,7 @@ def on_all_ranks(work: Callable[[], Found], group: dist.ProcessGroup | None) -> 
     for rank, (_, problem) in enumerate(results):
         if problem is not None:
             raise RankFailed(problem if len(results) == 1 else f"rank {rank}: {problem}")
-    return [found for found, _ in results]  # type: ignore[misc]
+    return [found for found, _ in results]  # pyrefly: ignore[bad-return]
 
 
 @contextmanager

@@ -73,6 +73,7 @@ def restore(
     Raises:
         ConfigError: if none can.
     """
+    last = ""
     for checkpoint in checkpoints:
         try:
             return load(checkpoint, trained, group)

@@ -86,7 +86,8 @@ def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpo
     if not folders:
         why = "there is no such folder" if not resolved.exists() else f"it has no {CHECKPOINTS_FOLDER}/step-*"
         raise ConfigError(field, value, why, "the folder of a run that has a checkpoint, or of a checkpoint")
-    found = []
+    found: list[Checkpoint] = []
+    why = ""
     for folder in folders[::-1]:
         try:
             found.append(read_checkpoint(folder))

@@ -45,7 +45,7 @@ def chart_spec(panel: Panel, points: pd.DataFrame, style: ChartStyle) -> Spec:
     """
     drawn = DRAW_BY_KIND[panel.kind](panel, points, style)
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    with alt.data_transformers.disable_max_rows():
+    with alt.data_transformers.disable_max_rows():  # pyrefly: ignore[bad-context-manager]
         return drawn.properties(autosize=fit).configure(**CHART_CONFIG).to_dict()
 
 
@@ -59,7 +59,7 @@ def png(spec: Spec, panel: Panel, notes: Sequence[str]) -> bytes:
 @cache
 def javascript() -> str:
     """Vega, Vega-Lite and Vega-Embed, for a page that must not ask the network for them. Bundling takes two seconds."""
-    return vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]
+    return vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # pyrefly: ignore[missing-argument]
 
 
 def _layered(*layers: alt.Chart, height: int = HEIGHT) -> alt.LayerChart:

@@ -41,7 +41,7 @@ def settings_frame(runs: Sequence[Run]) -> pd.DataFrame:
     """One row per run, one column per setting, as text: FIRST ones first, those that some run lacks last."""
     frame = pd.DataFrame([run.settings for run in runs])
     lacking = set(frame.columns[frame.isna().any()]) - set(FIRST_COLUMNS)
-    keys = [*FIRST_COLUMNS, *frame.columns.difference(FIRST_COLUMNS, sort=False)]
+    keys = [*FIRST_COLUMNS, *(key for key in frame if key not in FIRST_COLUMNS)]
     keys.sort(key=lambda key: (key == SEED, key in lacking))
     return frame.fillna(UNDEFINED).reindex(columns=keys, fill_value=UNDEFINED)
 
@@ -54,7 +54,7 @@ def differing(runs: Sequence[Run]) -> pd.DataFrame:
 
 def seen_in_losses(runs: Sequence[Run]) -> list[str]:
     """The differing settings by which losses of one experiment differ by more than a plan's rounding."""
-    return [key for key in differing(runs) if key in ALWAYS_SHOWN or key.startswith("defects.")]
+    return [key for key in map(str, differing(runs)) if key in ALWAYS_SHOWN or key.startswith("defects.")]
 
 
 def distinguishing(runs: Sequence[Run]) -> list[str]:
@@ -66,7 +66,7 @@ def distinguishing(runs: Sequence[Run]) -> list[str]:
     frame = differing(runs)
     chosen: list[str] = []
     kinds = 1
-    for key in frame:
+    for key in map(str, frame):
         if (more := len(frame[[*chosen, key]].drop_duplicates())) > kinds:
             chosen, kinds = [*chosen, key], more
     return [*chosen, *(key for key in ALWAYS_SHOWN if key in frame and key not in chosen)]

@@ -226,7 +226,7 @@ def ledger(groups: Sequence[Group]) -> PanelData:
     notes = [f"Measured equals expected to the byte in {len(claimed) - len(unlike)} of {len(claimed)} runs."]
     notes += [f"They differ in {', '.join(unlike)}."] if unlike else []
     notes += [f"There is no formula for {', '.join(unclaimed)}."] if unclaimed else []
-    return PanelData(points, notes)
+    return PanelData(points, notes)  # pyrefly: ignore[bad-argument-type]
 
 
 def _history(groups: Sequence[Group], metric: str) -> pd.DataFrame:
@@ -288,7 +288,11 @@ def _summary_figures(groups: Sequence[Group], keys: Sequence[str]) -> pd.DataFra
     summaries = pd.json_normalize([run.summary for group in groups for run in group.runs])
     found: list[str] = []
     for key in keys:
-        found += [name for name in summaries if name.startswith(key[:-1])] if key.endswith(".*") else [key]
+        found += (
+            [name for name in map(str, summaries) if name.startswith(key[:-1])]
+            if key.endswith(".*")
+            else [key]
+        )
     figures = summaries.reindex(columns=found).apply(pd.to_numeric)
     return figures.assign(run=[group.label for group in groups for _ in group.runs])
 

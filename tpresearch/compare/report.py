@@ -157,13 +157,13 @@ def tables(
         pooled = pooled_differences(compared)
         shown[ROUNDING] = Table.of_columns(
             {
-                POOLED.get(key, key): pooled[key].map("{:.1e}".format if key in POOLED else str)
-                for key in pooled
+                POOLED.get(key, key): pooled[key].map("{:.1e}".format if key in POOLED else str).tolist()
+                for key in map(str, pooled)
             }
         )
     unlike = differing(runs)
     by_run = zip(names, unlike.itertuples(index=False, name=None), strict=True)
-    shown[DIFFERENCES] = Table.of_columns({"setting": list(unlike), **dict(by_run)})
+    shown[DIFFERENCES] = Table.of_columns({"setting": list(map(str, unlike)), **dict(by_run)})
     statuses = [": ".join(filter(None, (run.summary["status"], run.summary.get("error")))) for run in runs]
     folders = [path_text(run.folder) for run in runs]
     shown[FOLDERS] = Table.of_columns({"run": names, "folder": folders, "status": statuses})

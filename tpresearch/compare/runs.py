@@ -78,7 +78,7 @@ class Run:
         ran_on = {key: self.summary.get(key) for key in ("mesh", "device", "corpus_hash")}
         nested = {"ranks": self.summary["world_size"], **comparable_config(self.config), **ran_on}
         (flat,) = pd.json_normalize(nested).to_dict("records")
-        return {key: setting_text(value) for key, value in flat.items()}
+        return {str(key): setting_text(value) for key, value in flat.items()}
 
     def setting(self, key: str) -> str:
         """A dash where the run has no such setting."""

@@ -40,8 +40,9 @@ def to_config(composed: DictConfig) -> Config:
     found = OmegaConf.to_object(composed)
     assert isinstance(found, ComposedConfig)
     check_bounds(found)
-    values = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    return Config(**{**values, "model": model_config(values["model"])})
+    values: dict[str, Any] = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+    values["model"] = model_config(values["model"])
+    return Config(**values)
 
 
 def as_dict(cfg: Config) -> dict[str, Any]:

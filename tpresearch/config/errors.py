@@ -45,7 +45,7 @@ class ConfigError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """From process to process with its attributes; an exception's own way calls `__init__` with the sentence alone."""
-        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # pyrefly: ignore[missing-attribute]
 
 
 class RunFailed(Exception):

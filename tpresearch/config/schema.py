@@ -245,7 +245,7 @@ class ComposedConfig:
 class Config(ComposedConfig):
     """The config as the framework uses it: as composed, with the model typed."""
 
-    model: ModelConfig = field(default=None)  # type: ignore[assignment]
+    model: ModelConfig = field(default=None)  # pyrefly: ignore[bad-assignment, bad-override]
 
 
 @dataclass

@@ -223,7 +223,8 @@ def _check_lines(data: DataConfig, path: Path, enough: int | None) -> None:
 
     number, seen, most = 0, 0, data.max_record_bytes
     try:
-        with fsspec.open(str(path), "rb", compression="infer") as file:
+        opened: Any = fsspec.open(str(path), "rb", compression="infer")
+        with opened as file:
             for number in count(1):
                 line = file.readline(most + 1)
                 if number == 1 and line.lstrip().startswith(b"["):

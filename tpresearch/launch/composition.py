@@ -56,7 +56,8 @@ def read_option(group: str, name: str) -> dict[str, Any]:
     except (*COMPOSITION_ERRORS, KeyError, TypeError) as error:
         why = f"{path} cannot be composed: {error}"
         raise ConfigError(group, name, why, "a file that can be") from error
-    return dict(found)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 @dataclass(frozen=True)

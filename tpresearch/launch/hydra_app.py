@@ -47,7 +47,7 @@ def parse_command_line() -> tuple[Namespace, list[str]]:
         ConfigError: for a flag without its value.
     """
     parser = get_args_parser()
-    parser.error = _refuse_flag  # type: ignore[method-assign]
+    parser.error = _refuse_flag
     return parser.parse_known_args()
 
 

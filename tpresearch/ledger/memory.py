@@ -68,13 +68,13 @@ class MemoryLedger(TorchDispatchMode):
             ledger._kinds.setdefault(number, "temporaries")
             return result
 
-        torch.UntypedStorage.resize_ = resize_and_note  # type: ignore[method-assign, assignment]
+        torch.UntypedStorage.resize_ = resize_and_note  # pyrefly: ignore[bad-assignment]
         super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: Any) -> None:  # pyrefly: ignore[bad-override]
         super().__exit__(*error)
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._resize
         self._set_kind("optimizer", _state_of(self._optimizer))
         if torch.cuda.is_initialized():
             self.allocator_peak_bytes = torch.cuda.max_memory_allocated()

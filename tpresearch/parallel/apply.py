@@ -111,7 +111,7 @@ class WaitForCollective(torch.autograd.Function):
         return pending.wait()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # pyrefly: ignore[bad-override]
         return gradient
 
 

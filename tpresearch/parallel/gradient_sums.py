@@ -89,7 +89,7 @@ class _SummingLinear(nn.Linear):
 
     gradient_sum: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]
         # In autocast the factors have another dtype than the weight; `functional_call` computes with another weight.
         is_plain = not torch.is_autocast_enabled(x.device.type) and isinstance(self.weight, nn.Parameter)
         if self.gradient_sum is None or not is_plain:
@@ -100,7 +100,7 @@ class _SummingLinear(nn.Linear):
 
 def _as_summing(layer: nn.Linear) -> _SummingLinear:
     """The same layer. (A class, since dynamo compiles once for all methods of one, and again for each function of an object's own.)"""
-    layer.__class__ = _summing(type(layer))  # type: ignore[arg-type]  # a class is hashable
+    layer.__class__ = _summing(type(layer))  # a class is hashable
     return cast(_SummingLinear, layer)
 
 
@@ -121,7 +121,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, None, None]:  # pyrefly: ignore[bad-override]
         x, weight = ctx.saved_tensors
         if _is_asked_for(ctx):
             first, second = (t.reshape(-1, t.shape[-1]) for t in (of_output, x))

@@ -45,7 +45,7 @@ def materialize(
     source(model)
     for module in model.modules():
         if hasattr(module, "reset_buffers"):  # `to_empty` left them unset
-            module.reset_buffers()  # type: ignore[operator]
+            module.reset_buffers()  # pyrefly: ignore[not-callable]
 
 
 def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int | None = None) -> WeightSource:

@@ -110,7 +110,7 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) 
     head = probe.head
     if head and not can_chunk_logits(model.get_submodule(head), active.get(head), sizes):
         head = None
-    split = next((rule.dst[0].dim for rule in active.values() if rule.output_stays_sharded), None)  # type: ignore[union-attr]
+    split = next((rule.dst[0].dim for rule in active.values() if rule.output_stays_sharded), None)  # pyrefly: ignore[missing-attribute]
     initializers, end_layers = read_initializers(model), _end_layers(model, blocks, probe)
     return Plan(active, blocks, replicated, sizes, split, probe, initializers, head, end_layers=end_layers)
 

@@ -71,7 +71,7 @@ class ModuleInitializer:
         module = _stand_in(self.module, lambda p: torch.full(p.shape, torch.nan, dtype=torch.float32))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            module.reset_parameters()  # type: ignore[operator]
+            module.reset_parameters()  # pyrefly: ignore[not-callable]
         return {key: parameter.detach() for key, parameter in module.named_parameters(recurse=False)}
 
 
@@ -118,7 +118,7 @@ def _read_module(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[s
     recorder = _Recorder(stand_in)
     try:
         with mode, recorder:
-            stand_in.reset_parameters()  # type: ignore[operator]
+            stand_in.reset_parameters()  # pyrefly: ignore[not-callable]
     except Exception:  # it reads values, and there are none; its own errors surface in ModuleInitializer.draw
         recorder.elementwise = False
     if not recorder.elementwise or recorder.storages != _storages(stand_in):

@@ -156,7 +156,7 @@ def _run_with_head(model: nn.Module, inputs: Tensor) -> tuple[object, _ProbeMode
     except Exception:  # its argument `head` means something else
         return None
     name = next((name for name, module in model.named_modules() if given and module is given[0]), None)
-    return name and (output, watch, name)
+    return (output, watch, name) if name else None
 
 
 def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:

@@ -32,6 +32,7 @@ OUTPUT_LAYOUTS = {"logits": Shard(-1), "batch": Shard(0)}
 """Layouts of a model's output that the loss can use: sharded over the vocabulary, or over the batch's rows."""
 
 Layouts = tuple[Placement | None, ...]
+WeightDims = dict[type[nn.Module], int]
 
 
 class LocalSequenceParallel(ParallelStyle):
@@ -62,7 +63,7 @@ class Style:
     """(src, dst, whether the output becomes a plain local tensor) -> torch's style."""
     default_src: Placement | None = None
     default_dst: Placement | None = None
-    weight_dims: dict[type[nn.Module], int] = field(default_factory=dict)
+    weight_dims: WeightDims = field(default_factory=dict)
     """The dim of a weight that is split, for each kind of layer that the style can split."""
 
 
@@ -71,7 +72,8 @@ def _split_style(style: type[ColwiseParallel | RowwiseParallel]) -> Callable[[An
 
 
 # Weights are [out, in]: splitting the columns of the tutorial's B in A = XB is splitting dim 0 here.
-COLWISE_DIMS, ROWWISE_DIMS = {nn.Linear: 0, nn.Embedding: 1}, {nn.Linear: 1, nn.Embedding: 0}
+COLWISE_DIMS: WeightDims = {nn.Linear: 0, nn.Embedding: 1}
+ROWWISE_DIMS: WeightDims = {nn.Linear: 1, nn.Embedding: 0}
 SEQUENCE = Shard(SEQUENCE_DIM)
 STYLES: dict[str, Style] = {
     "colwise": Style(_split_style(ColwiseParallel), Replicate(), Shard(-1), COLWISE_DIMS),
@@ -133,7 +135,7 @@ def can_chunk_logits(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSiz
     """Whether logits can be computed for a few tokens at a time: by a plain matmul, on vocabulary shards if the rule has some."""
     if not isinstance(layer, nn.Linear) or layer.bias is not None:
         return False
-    if type(layer).forward is not nn.Linear.forward:
+    if type(layer).forward is not nn.Linear.forward:  # pyrefly: ignore[missing-attribute]
         return False
     if rule is None:
         return True
@@ -158,7 +160,7 @@ def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> Resol
         legal = "one of " + ", ".join(LAYER_AXES)
         raise ConfigError(f"{where}.axis", rule.axis, "not an axis that rules act on", legal)
     if rule.target:
-        imported_class(f"{where}._target_", rule.target, ParallelStyle)  # type: ignore[type-abstract]
+        imported_class(f"{where}._target_", rule.target, ParallelStyle)
         return ResolvedRule(name, where, rule, (), (), False)
     if rule.style not in STYLES:
         why, legal = "no such style", "one of " + ", ".join(nearest(str(rule.style), STYLES))

@@ -184,7 +184,8 @@ def parse_cluster(plain: Mapping[str, Any]) -> Cluster:
         if not plain.get(name):
             why, legal = "a cluster needs it", "a value, in its conf/cluster file"
             raise ConfigError(f"cluster.{name}", plain.get(name), why, legal)
-    stated = {"has_switch": True, **plain, "checked": plain.get("checked") or []}
+    stated: dict[str, Any] = {"has_switch": True, "hosts": None, "shared_cores": None, **plain}
+    stated["checked"] = plain.get("checked") or []
     for name, kind in CLUSTER_KEYS.items():
         check_value(f"cluster.{name}", stated.get(name), kind)
         if name in ("devices_per_host", "hosts", "shared_cores") and stated.get(name) is not None:
@@ -203,8 +204,7 @@ def parse_cluster(plain: Mapping[str, Any]) -> Cluster:
         for name in NUMBERS
     }
     checked = tuple(stated.pop("checked"))
-    optional = {"hosts": None, "shared_cores": None}
-    return Cluster(**{**optional, **stated}, numbers=numbers, checked=checked)
+    return Cluster(**stated, numbers=numbers, checked=checked)
 
 
 def with_typed_numbers(cluster: Cluster, words: Iterable[str]) -> Cluster:

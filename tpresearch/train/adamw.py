@@ -52,7 +52,7 @@ class ElementwiseAdamW(AdamW):
         self._adamw_ = adamw_
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         """Update every weight that has a gradient. There is no closure to call."""
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]

@@ -68,7 +68,7 @@ def _compiled_update(kinds: tuple[torch.dtype | bool | None, ...], *constants: f
     """The update for tensors of these dtypes, in rows or not: two graphs, one of them for a single row or element."""
 
     def update(*tensors: Tensor | None) -> None:
-        _update(*constants, *tensors)  # type: ignore[arg-type]
+        _update(*constants, *tensors)  # pyrefly: ignore[bad-argument-type]
 
     # Of its own, since dynamo refuses a ninth graph of one code object, whatever functions it is the code of.
     update.__code__ = update.__code__.replace()

@@ -115,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """In place: a second backward is refused by autograd, since what was saved has changed."""
         of_hidden, of_weight = (g if g is None else g.mul_(of_loss.to(g.dtype)) for g in ctx.saved_tensors)
         return of_hidden, of_weight, None, None, None, None, None

@@ -73,7 +73,7 @@ class Ranks:
         while len(results) < len(ranks):
             waiting = [connection for rank, connection in enumerate(connections) if rank not in results]
             for connection in wait(waiting, timeout=min(1, self._timeout_s / 4)):
-                rank = connections.index(connection)  # type: ignore[arg-type]
+                rank = connections.index(connection)  # pyrefly: ignore[bad-argument-type]
                 results[rank] = _result(rank, connections)
             now = sum(_processor_s(process) for process, _ in ranks)
             if now > computed + IDLE_S:
