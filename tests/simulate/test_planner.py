@@ -183,7 +183,7 @@ def test_a_model_that_cannot_be_recorded_is_refused_by_a_worker_too(ranks: Ranks
 
 def test_devices_that_would_hold_a_model_are_those_of_the_cluster() -> None:
     cfg = config("model=llama2_debug", "data.seq_len=64", "train.global_batch_size=64")
-    small = cluster(memory_gb=5e-4)
+    small = cluster(memory_gb=2.5e-4)
     enough = rank(cfg, 8, small).enough
     assert enough
     assert enough > 8
