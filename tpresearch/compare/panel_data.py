@@ -286,13 +286,9 @@ def _buckets(points: pd.DataFrame, most: int, drawn: str) -> tuple[list[pd.Serie
 def _summary_figures(groups: Sequence[Group], keys: Sequence[str]) -> pd.DataFrame:
     """One row per run with these keys of its summary; in place of a key that ends in `.*` all below it."""
     summaries = pd.json_normalize([run.summary for group in groups for run in group.runs])
-    found: list[str] = []
+    columns, found = list(map(str, summaries)), list[str]()
     for key in keys:
-        found += (
-            [name for name in map(str, summaries) if name.startswith(key[:-1])]
-            if key.endswith(".*")
-            else [key]
-        )
+        found += [name for name in columns if name.startswith(key[:-1])] if key.endswith(".*") else [key]
     figures = summaries.reindex(columns=found).apply(pd.to_numeric)
     return figures.assign(run=[group.label for group in groups for _ in group.runs])
 
