@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.corpora import Configure, Decode
 from tokenizers import Tokenizer
 
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
 from tpresearch.data.rows import PackedCorpus
-
-Configure = Callable[..., DataConfig]
 
 
 def text_of_document(index: int) -> str:
@@ -35,8 +34,10 @@ def texts(tmp_path: Path) -> Path:
 def configure(tmp_path: Path) -> Configure:
     """Makes a DataConfig for `path` with rows of 16 + 1 tokens and a cache below tmp_path."""
 
-    def make(path: object = None, source: DataSource = DataSource.text, **settings: object) -> DataConfig:
-        values = {"seq_len": 16, "cache_dir": str(tmp_path / "cache"), **settings}
+    def make(
+        path: str | list[str] | None = None, source: DataSource = DataSource.text, **settings: Any
+    ) -> DataConfig:
+        values: dict[str, Any] = {"seq_len": 16, "cache_dir": str(tmp_path / "cache"), **settings}
         return DataConfig(source=source, path=path, **values)
 
     return make
@@ -48,7 +49,7 @@ def bpe() -> TokenizerConfig:
 
 
 @pytest.fixture
-def decoded() -> Callable[[PackedCorpus, str], str]:
+def decoded() -> Decode:
     """Makes the text of all rows of `train` or `held_out`, end to end, end-of-text tokens included."""
 
     def decode(corpus: PackedCorpus, part: str) -> str:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -72,10 +73,17 @@ REFUSED_DATA = [
 
 @pytest.mark.parametrize(("source", "path", "settings", "field", "why"), REFUSED_DATA)
 def test_data_is_refused(
-    here: Path, monkeypatch, source: str, path: object, settings: dict, field: str, why: str
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    path: object,
+    settings: dict[str, Any],
+    field: str,
+    why: str,
 ) -> None:
     monkeypatch.chdir(here)
-    data = DataConfig(DataSource(source), path, **{"cache_dir": str(here / "cache"), **settings})
+    settings = {"cache_dir": str(here / "cache"), **settings}
+    data = DataConfig(DataSource(source), path, **settings)
     with pytest.raises(ConfigError) as refusal:
         check_data(data, TokenizerConfig())
     assert refusal.value.field == field
@@ -107,7 +115,9 @@ REFUSED_TOKENIZERS = [
 
 
 @pytest.mark.parametrize(("settings", "field", "why"), REFUSED_TOKENIZERS)
-def test_tokenizers_are_refused(here: Path, monkeypatch, settings: dict, field: str, why: str) -> None:
+def test_tokenizers_are_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], field: str, why: str
+) -> None:
     monkeypatch.chdir(here)
     settings["kind"] = TokenizerKind(settings.get("kind", "bpe"))
     with pytest.raises(ConfigError) as refusal:
@@ -128,7 +138,7 @@ def test_tokenizers_are_refused(here: Path, monkeypatch, settings: dict, field: 
         ("pystdlib", None),
     ],
 )
-def test_good_data_passes(here: Path, monkeypatch, source: str, path: object) -> None:
+def test_good_data_passes(here: Path, monkeypatch: pytest.MonkeyPatch, source: str, path: object) -> None:
     monkeypatch.chdir(here)
     field = "texts" if source == "parquet" else "text"
     data = DataConfig(DataSource(source), path, text_field=field, cache_dir=str(here / "not/yet/there"))
@@ -139,7 +149,9 @@ def test_good_data_passes(here: Path, monkeypatch, source: str, path: object) ->
 
 
 @pytest.mark.parametrize("denied", ["is not readable", "cannot be read: Input/output error"])
-def test_a_file_that_cannot_be_read_is_refused(here: Path, monkeypatch, denied: str) -> None:
+def test_a_file_that_cannot_be_read_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, denied: str
+) -> None:
     """Root may read everything, so the denial is made up."""
     if denied.startswith("is not"):
         monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(here / "good.txt"))
@@ -156,7 +168,7 @@ def test_a_file_that_cannot_be_read_is_refused(here: Path, monkeypatch, denied: 
     assert refusal.value.field == "data.path"
 
 
-def test_a_cache_that_cannot_be_written_is_refused(here: Path, monkeypatch) -> None:
+def test_a_cache_that_cannot_be_written_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(ConfigError, match="is not writable") as refusal:
         check_data(DataConfig(cache_dir=str(here / "cache")), TokenizerConfig())

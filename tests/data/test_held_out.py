@@ -6,10 +6,11 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from support.corpora import Configure, Decode, prepared
 
 from tpresearch.config.schema import TokenizerConfig
 from tpresearch.data.documents import Document
-from tpresearch.data.pipeline import holds_out_documents, prepare, split_document
+from tpresearch.data.pipeline import holds_out_documents, split_document
 
 
 def sha1_rule(name: str, every: int) -> bool:
@@ -18,9 +19,9 @@ def sha1_rule(name: str, every: int) -> bool:
 
 
 def test_whole_documents_are_held_out_by_the_hash_of_their_name(
-    texts: Path, configure, bpe: TokenizerConfig, decoded
+    texts: Path, configure: Configure, bpe: TokenizerConfig, decoded: Decode
 ) -> None:
-    corpus = prepare(configure(f"{texts}/**/*.txt"), bpe)
+    corpus = prepared(configure(f"{texts}/**/*.txt"), bpe)
     names = {index: f"part{index % 2}/{index:03}.txt" for index in range(120)}
     expected = {index for index, name in names.items() if sha1_rule(name, 20)}
     assert 0 < len(expected) < 15
@@ -33,24 +34,26 @@ def test_whole_documents_are_held_out_by_the_hash_of_their_name(
 
 
 def test_the_tokenizer_learns_nothing_from_held_out_text(
-    texts: Path, configure, bpe: TokenizerConfig
+    texts: Path, configure: Configure, bpe: TokenizerConfig
 ) -> None:
     held_out = [file for file in texts.rglob("*.txt") if sha1_rule(file.relative_to(texts).as_posix(), 20)]
-    before = prepare(configure(f"{texts}/**/*.txt"), bpe)
+    before = prepared(configure(f"{texts}/**/*.txt"), bpe)
     for file in held_out:
         file.write_text("qzqzqz " * 500)
-    after = prepare(configure(f"{texts}/**/*.txt"), bpe)
+    after = prepared(configure(f"{texts}/**/*.txt"), bpe)
     assert before.corpus_hash != after.corpus_hash
     assert before.tokenizer_hash == after.tokenizer_hash
     train_file = next(file for file in texts.rglob("*.txt") if file not in held_out)
     train_file.write_text("qzqzqz " * 500)
-    assert prepare(configure(f"{texts}/**/*.txt"), bpe).tokenizer_hash != before.tokenizer_hash
+    assert prepared(configure(f"{texts}/**/*.txt"), bpe).tokenizer_hash != before.tokenizer_hash
 
 
-def test_one_file_gives_its_tail(tmp_path: Path, configure, bpe: TokenizerConfig, decoded) -> None:
+def test_one_file_gives_its_tail(
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, decoded: Decode
+) -> None:
     lines = [f"line {number} of one long file\n" for number in range(1000)]
     (tmp_path / "one.txt").write_text("".join(lines))
-    corpus = prepare(configure(str(tmp_path / "one.txt")), bpe)
+    corpus = prepared(configure(str(tmp_path / "one.txt")), bpe)
     train, held_out = decoded(corpus, "train"), decoded(corpus, "held_out")
     assert train.startswith("".join(lines[:900]))
     assert held_out.startswith("line ")

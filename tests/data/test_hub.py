@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from support.corpora import Configure, Decode, prepared
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
 from tpresearch.data import hub as hub_room
 from tpresearch.data.check import check_data
-from tpresearch.data.pipeline import prepare
 from tpresearch.data.tokenizer import tokenizer_size, train_bpe
 
 datasets = pytest.importorskip("datasets")
@@ -49,10 +49,10 @@ def unreachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_hub_that_cannot_be_reached_is_one_line_and_soon(configure, streaming: bool) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_line_and_soon(configure: Configure, streaming: bool) -> None:
     data = configure("owner/stories", DataSource.hf, streaming=streaming, max_tokens=1000)
     started = time.perf_counter()
-    for use in (check_data, prepare):
+    for use in (check_data, prepared):
         with pytest.raises(ConfigError, match="cannot be reached") as refusal:
             use(data, TokenizerConfig())
         assert refusal.value.field == "data.path"
@@ -60,7 +60,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_soon(configure, streaming:
     assert time.perf_counter() - started < 10
 
 
-def test_a_tokenizer_on_a_hub_that_cannot_be_reached_is_one_line_and_soon(configure) -> None:
+def test_a_tokenizer_on_a_hub_that_cannot_be_reached_is_one_line_and_soon(configure: Configure) -> None:
     started = time.perf_counter()
     for use in (
         tokenizer_size,
@@ -100,11 +100,11 @@ def downloaded(unreachable: Path) -> Path:
 
 
 def test_a_downloaded_data_set_needs_no_network(
-    downloaded: Path, configure, bpe: TokenizerConfig, decoded
+    downloaded: Path, configure: Configure, bpe: TokenizerConfig, decoded: Decode
 ) -> None:
     data = configure("owner/stories", DataSource.hf)
     check_data(data, bpe)
-    first = prepare(data, bpe)
+    first = prepared(data, bpe)
     assert sum(first.meta[part]["documents"] for part in ("train", "held_out")) == len(TEXTS)
     assert "once7 once7 once7" in decoded(first, "train") + decoded(first, "held_out")
     with pytest.raises(ConfigError, match="no such field") as refusal:
@@ -112,25 +112,27 @@ def test_a_downloaded_data_set_needs_no_network(
     assert refusal.value.fix == {"data.text_field": "text"} or "text" in refusal.value.legal
     # another commit is another corpus
     shutil.move(downloaded, downloaded.with_name("4567def"))
-    second = prepare(data, bpe)
+    second = prepared(data, bpe)
     assert second.corpus_hash != first.corpus_hash
     assert (second.train == first.train).all()
 
 
-def test_folders_that_datasets_saved_are_read(tmp_path: Path, configure, bpe: TokenizerConfig) -> None:
+def test_folders_that_datasets_saved_are_read(
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig
+) -> None:
     saved = datasets.Dataset.from_dict({"text": TEXTS})
     saved.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": saved, "other": saved.select(range(5))}).save_to_disk(
         str(tmp_path / "many")
     )
-    one = prepare(configure(str(tmp_path / "one"), DataSource.hf), bpe)
-    many = prepare(configure(str(tmp_path / "many"), DataSource.hf), bpe)
+    one = prepared(configure(str(tmp_path / "one"), DataSource.hf), bpe)
+    many = prepared(configure(str(tmp_path / "many"), DataSource.hf), bpe)
     assert one.meta["train"]["documents"] + one.meta["held_out"]["documents"] == len(TEXTS)
     assert (one.train == many.train).all()
 
 
 def test_a_changed_local_folder_is_read_anew(
-    tmp_path: Path, configure, bpe: TokenizerConfig, decoded
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, decoded: Decode
 ) -> None:
     """The datasets library's own cache would go by the time of change, which is the same here."""
     file = tmp_path / "folder/train.jsonl"
@@ -139,12 +141,12 @@ def test_a_changed_local_folder_is_read_anew(
     for word in ("before", "after_"):
         file.write_text("".join(json.dumps({"text": f"{word} {text}"}) + "\n" for text in TEXTS))
         os.utime(file, (1e9, 1e9))
-        text = decoded(prepare(data, bpe), "train")
+        text = decoded(prepared(data, bpe), "train")
         assert text.startswith(f"{word} story 0")
 
 
 def test_checking_a_local_folder_reads_one_record_of_it(
-    tmp_path: Path, configure, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "folder/.git").mkdir(parents=True)
     (tmp_path / "folder/train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
@@ -152,13 +154,13 @@ def test_checking_a_local_folder_reads_one_record_of_it(
     with monkeypatch.context() as patched:
         patched.setattr(hub_room, "hash_files", lambda *_: pytest.fail("hashed the whole folder"))
         check_data(data, bpe)
-    before = prepare(data, bpe)
+    before = prepared(data, bpe)
     (tmp_path / "folder/.git/index").write_text("not part of the data")
-    assert prepare(data, bpe).folder == before.folder
+    assert prepared(data, bpe).folder == before.folder
 
 
 def test_files_of_different_columns_are_refused_with_both_lists(
-    tmp_path: Path, configure, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "folder").mkdir()
     for name, column in (("a", "id"), ("b", "body")):
@@ -166,7 +168,7 @@ def test_files_of_different_columns_are_refused_with_both_lists(
         table.to_parquet(str(tmp_path / f"folder/{name}.parquet"))
     logging.getLogger("datasets").addHandler(caplog.handler)
     with pytest.raises(ConfigError) as refusal:
-        prepare(configure(str(tmp_path / "folder"), DataSource.hf), bpe)
+        prepared(configure(str(tmp_path / "folder"), DataSource.hf), bpe)
     assert (
         refusal.value.why == "its data files differ in columns: some have body, text, the first has id, text"
     )
@@ -198,7 +200,7 @@ UNPACKED = {
 
 @pytest.mark.parametrize("name", UNPACKED)
 def test_no_record_of_a_local_folder_is_longer_than_the_key_says(
-    tmp_path: Path, configure, bpe: TokenizerConfig, name: str
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, name: str
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/a.jsonl").write_bytes(lines(*TEXTS))
@@ -207,15 +209,15 @@ def test_no_record_of_a_local_folder_is_longer_than_the_key_says(
     data: DataConfig = configure(str(tmp_path / "folder"), DataSource.hf)
     data.max_record_bytes = 2000
     with pytest.raises(ConfigError, match=f"/folder/{re.escape(sentence)}") as refusal:
-        prepare(data, bpe)
+        prepared(data, bpe)
     assert refusal.value.fix == {"data.max_record_bytes": 32_000}
     if name.startswith("b.jsonl"):
         data.max_record_bytes = 32_000
-        assert prepare(data, bpe).meta["train"]["documents"] > len(TEXTS) // 2
+        assert prepared(data, bpe).meta["train"]["documents"] > len(TEXTS) // 2
 
 
 def test_a_row_group_that_unpacks_to_more_than_anyone_has_packed(
-    tmp_path: Path, configure, bpe: TokenizerConfig
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig
 ) -> None:
     (tmp_path / "folder").mkdir()
     table = datasets.Dataset.from_dict({"text": TEXTS, "other": ["a" * 1_000_000] * len(TEXTS)})
@@ -244,7 +246,7 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_what_the_library_cannot_read_is_named_by_file_and_record(
-    tmp_path: Path, configure, bpe: TokenizerConfig, what: str
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, what: str
 ) -> None:
     name, content, sentence = WRONG[what]
     (tmp_path / "folder").mkdir()
@@ -254,5 +256,5 @@ def test_what_the_library_cannot_read_is_named_by_file_and_record(
         data_set.to_parquet(str(good)) if "parquet" in name else good.write_bytes(lines(*TEXTS))
     (tmp_path / "folder" / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"^data.path=.*/folder/{re.escape(sentence)}") as refusal:
-        prepare(configure(str(tmp_path / "folder"), DataSource.hf), bpe)
+        prepared(configure(str(tmp_path / "folder"), DataSource.hf), bpe)
     assert "\n" not in str(refusal.value)

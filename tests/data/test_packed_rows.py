@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.corpora import Configure, prepared
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
-from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import check_enough_rows, read_rows, token_dtype, unigram_entropy
 
 
@@ -37,14 +37,14 @@ def test_two_bytes_reach_as_far_as_they_can() -> None:
     assert [token_dtype(size).name for size in (257, 65_536, 65_537)] == ["uint16", "uint16", "uint32"]
 
 
-def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path, configure) -> None:
+def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path, configure: Configure) -> None:
     vocabulary = {f"t{number}": number for number in range(70_000)} | {"</s>": 70_000}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "large.json"))
     (tmp_path / "text.txt").write_text(" ".join(f"t{number}" for number in range(69_000, 70_000)))
     settings = TokenizerConfig(TokenizerKind.hf, vocab_size=70_001, path=str(tmp_path / "large.json"))
-    corpus = prepare(configure(str(tmp_path / "text.txt")), settings)
+    corpus = prepared(configure(str(tmp_path / "text.txt")), settings)
     assert corpus.vocab_size == 70_001
     assert corpus.train.dtype == np.uint32
     np.testing.assert_array_equal(corpus.train.ravel()[:900], np.arange(69_000, 69_900))
@@ -58,19 +58,20 @@ def test_unigram_entropy_is_that_of_the_formula() -> None:
 
 
 def test_a_corpus_shorter_than_a_global_batch_is_refused(
-    texts: Path, configure, bpe: TokenizerConfig, caplog
+    texts: Path, configure: Configure, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    corpus = prepare(configure(f"{texts}/**/*.txt"), bpe)
+    corpus = prepared(configure(f"{texts}/**/*.txt"), bpe)
     rows = len(corpus.train)
     check_enough_rows(corpus, rows)
     with pytest.raises(ConfigError, match=f"has {rows} rows of 17 tokens") as few:
         check_enough_rows(corpus, rows + 1)
     assert (few.value.field, few.value.fix) == ("train.global_batch_size", {"train.global_batch_size": rows})
     with caplog.at_level(logging.WARNING):
-        none = prepare(configure(f"{texts}/**/*.txt", seq_len=10**6), bpe)
+        none = prepared(configure(f"{texts}/**/*.txt", seq_len=10**6), bpe)
     assert "nothing to evaluate on" in caplog.text
     with pytest.raises(ConfigError, match="fewer than one row of 1000001") as short:
         check_enough_rows(none, 24)
     fix = short.value.fix["data.seq_len"]
+    assert isinstance(fix, int)
     assert short.value.field == "data.seq_len"
-    check_enough_rows(prepare(configure(f"{texts}/**/*.txt", seq_len=fix), bpe), 24)
+    check_enough_rows(prepared(configure(f"{texts}/**/*.txt", seq_len=fix), bpe), 24)

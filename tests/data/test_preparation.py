@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from filelock import FileLock
+from support.corpora import Configure, prepared
 from support.processes import HANG_GUARD_S, ended, forked
 
 from tpresearch.config import ConfigError
@@ -25,7 +26,6 @@ from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, To
 from tpresearch.config.world import World
 from tpresearch.data import cache, pipeline
 from tpresearch.data.cache import SAMPLE_BYTES, SAMPLES, checksum
-from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import PackedCorpus
 from tpresearch.data.tokenizer import train_bpe
 
@@ -59,7 +59,7 @@ def same(one: PackedCorpus, other: PackedCorpus) -> bool:
 
 
 @pytest.fixture
-def data(texts: Path, configure) -> DataConfig:
+def data(texts: Path, configure: Configure) -> DataConfig:
     return configure(f"{texts}/**/*.txt")
 
 
@@ -99,8 +99,8 @@ pipeline.{stage} = killed"""
     assert leftovers
     assert not list((tmp_path / "cache/tokens").glob("text-*"))
 
-    corpus = prepare(data, bpe)
-    elsewhere = prepare(
+    corpus = prepared(data, bpe)
+    elsewhere = prepared(
         DataConfig(data.source, data.path, seq_len=16, cache_dir=str(tmp_path / "other")), bpe
     )
     assert same(corpus, elsewhere)
@@ -112,7 +112,7 @@ def test_leftovers_of_others_go_unless_they_are_at_work(data: DataConfig, bpe: T
     for name in ("text-dead", "text-alive"):
         (tokens / f".{name}.123.tmp").mkdir(parents=True)
     with FileLock(tokens / ".text-alive.lock"):
-        prepare(data, bpe)
+        prepared(data, bpe)
         assert [path.name for path in tokens.glob(".*.tmp")] == [".text-alive.123.tmp"]
 
 
@@ -120,7 +120,7 @@ def test_who_waits_for_a_lock_says_so_and_can_be_stopped(
     data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "LOG_WAIT_AFTER_S", 0)
-    folder = prepare(data, bpe).folder
+    folder = prepared(data, bpe).folder
     shutil.rmtree(folder)
     folder.with_name(f".{folder.name}.4711.tmp").mkdir()
     lock = folder.with_name(f".{folder.name}.lock")
@@ -131,7 +131,7 @@ def test_who_waits_for_a_lock_says_so_and_can_be_stopped(
             raise SystemExit(143)
 
     with FileLock(lock), pytest.raises(SystemExit):
-        prepare(data, bpe, check=check)
+        prepared(data, bpe, check=check)
     assert [record.getMessage() for record in caplog.records] == [
         f"waiting for {lock}, which process 4711 holds: it prepares the same data"
     ]
@@ -144,7 +144,7 @@ def test_the_rank_whose_progress_is_seen_goes_first(data: DataConfig, bpe: Token
         started.set()
 
     other = World(1, 2, 1, 2)
-    thread = threading.Thread(target=prepare, args=(data, bpe, other, check), name="the other rank")
+    thread = threading.Thread(target=prepared, args=(data, bpe, other, check), name="the other rank")
     with pytest.MonkeyPatch.context() as patch:
         who: list[str] = []
         build = pipeline.build_once
@@ -159,7 +159,7 @@ def test_the_rank_whose_progress_is_seen_goes_first(data: DataConfig, bpe: Token
         patch.setattr(pipeline, "build_once", noted)
         thread.start()
         assert started.wait(HANG_GUARD_S)
-        prepare(data, bpe, World(0, 2, 0, 2))
+        prepared(data, bpe, World(0, 2, 0, 2))
         thread.join()
     assert set(who) == {threading.main_thread().name}
 
@@ -172,7 +172,7 @@ def test_a_cache_of_another_user_is_refused_by_name(
         text, home = Path(folder) / "text.txt", Path(folder) / "cache"
         text.write_text("words of a text\n" * 100)
         data = DataConfig(DataSource.text, str(text), seq_len=16, cache_dir=str(home))
-        tokens = prepare(data, bpe).folder
+        tokens = prepared(data, bpe).folder
         named = tokens / "meta.json"
         if of_another != "meta.json":
             shutil.rmtree(tokens)
@@ -189,7 +189,7 @@ def test_a_cache_of_another_user_is_refused_by_name(
             if os.getuid() == 0:
                 os.setuid(65534)
             with pytest.raises(ConfigError) as refusal:
-                prepare(data, bpe)
+                prepared(data, bpe)
             assert refusal.value.field == "data.cache_dir"
             assert f"{refused_file} may not be used by user " in refusal.value.why
 
@@ -205,7 +205,7 @@ def test_a_failed_stage_leaves_nothing(
 
     monkeypatch.setattr(pipeline, "write_streams", full)
     with pytest.raises(ConfigError, match="no space left") as refusal:
-        prepare(data, bpe)
+        prepared(data, bpe)
     assert refusal.value.field == "data.cache_dir"
     assert [path.suffix for path in (Path(data.cache_dir) / "tokens").iterdir()] == [".lock"]
 
@@ -222,19 +222,19 @@ def test_one_that_is_stopped_leaves_nothing_half_built(
             raise SystemExit(143)
 
     with pytest.raises(SystemExit):
-        prepare(data, bpe, check=check)
+        prepared(data, bpe, check=check)
     kinds = {path.parent.name for path in Path(data.cache_dir).glob("*/*") if path.is_dir()}
     assert kinds == ({"tokenizers"} if documents > 120 else set())
-    assert len(prepare(data, bpe).train)
+    assert len(prepared(data, bpe).train)
 
 
 def test_a_second_call_opens_what_is_there(
     data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = prepare(data, bpe)
+    first = prepared(data, bpe)
     assert done(caplog) == ["learn", "tokenize"]
     caplog.clear()
-    second = prepare(data, bpe)
+    second = prepared(data, bpe)
     assert done(caplog) == []
     assert first.folder == second.folder
     assert same(first, second)
@@ -243,16 +243,16 @@ def test_a_second_call_opens_what_is_there(
 def test_only_what_changed_is_done_again(
     data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = prepare(data, bpe)
+    first = prepared(data, bpe)
     caplog.clear()
     data.seq_len = 32
-    longer = prepare(data, bpe)
+    longer = prepared(data, bpe)
     assert done(caplog) == []
     assert longer.tokenizer_hash == first.tokenizer_hash
     size = min(first.train.size, longer.train.size)
     np.testing.assert_array_equal(first.train.ravel()[:size], longer.train.ravel()[:size])
     caplog.clear()
-    prepare(data, TokenizerConfig(vocab_size=300))
+    prepared(data, TokenizerConfig(vocab_size=300))
     assert done(caplog) == ["learn", "tokenize"]
 
 
@@ -260,7 +260,7 @@ def test_only_what_changed_is_done_again(
 def test_another_content_is_another_folder(
     data: DataConfig, texts: Path, bpe: TokenizerConfig, change: str
 ) -> None:
-    before = prepare(data, bpe)
+    before = prepared(data, bpe)
     file = texts / "part1/007.txt"
     if change == "byte":
         stat = file.stat()
@@ -273,7 +273,7 @@ def test_another_content_is_another_folder(
         (texts / "part1/new.txt").write_text("new")
     else:
         data.held_out_every = 10
-    after = prepare(data, bpe)
+    after = prepared(data, bpe)
     assert after.folder != before.folder
     assert (after.corpus_hash == before.corpus_hash) == (change == "held_out_every")
 
@@ -284,19 +284,19 @@ def test_a_given_tokenizer_does_not_hide_another_choice_of_text(
 ) -> None:
     train_bpe(["text"], 260).save(tmp_path / "given.json")
     given = TokenizerConfig(TokenizerKind.hf, 260, str(tmp_path / "given.json"))
-    before = prepare(data, given)
+    before = prepared(data, given)
     setattr(data, setting, 10)
-    after = prepare(data, given)
+    after = prepared(data, given)
     assert after.folder != before.folder
     assert after.tokenizer_hash == before.tokenizer_hash
     assert after.meta["train"] != before.meta["train"]
 
 
 def test_a_moved_corpus_is_the_same_corpus(data: DataConfig, texts: Path, bpe: TokenizerConfig) -> None:
-    before = prepare(data, bpe)
+    before = prepared(data, bpe)
     texts.rename(texts.with_name("elsewhere"))
     data.path = data.path.replace("/texts/", "/elsewhere/")
-    assert prepare(data, bpe).folder == before.folder
+    assert prepared(data, bpe).folder == before.folder
 
 
 STREAM, META = "held_out.bin", "meta.json"
@@ -327,12 +327,12 @@ def flip_bit(path: Path, at: int) -> None:
 def test_damage_is_found_named_and_mended(
     data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    before = prepare(data, bpe)
+    before = prepared(data, bpe)
     train, held_out, meta = before.train.copy(), before.held_out.copy(), before.meta
     name, damage, why = DAMAGE[kind]
     damage(before.folder / name)
     caplog.clear()
-    after = prepare(data, bpe)
+    after = prepared(data, bpe)
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert f"{before.folder} is damaged ({name}: " in warning
     assert why in warning
@@ -341,22 +341,22 @@ def test_damage_is_found_named_and_mended(
     np.testing.assert_array_equal(after.held_out, held_out)
     assert after.meta == meta
     caplog.clear()
-    prepare(data, bpe)
+    prepared(data, bpe)
     assert not caplog.records
 
 
 def test_damage_below_is_found_when_it_is_needed(
     data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = prepare(data, bpe)
+    before = prepared(data, bpe)
     rows = before.train.copy()
     [tokenizer] = Path(data.cache_dir).glob("tokenizers/text-*")
     (tokenizer / "tokenizer.json").write_text("{}")
     caplog.clear()
-    assert same(prepare(data, bpe), before)
+    assert same(prepared(data, bpe), before)
     assert done(caplog) == []
     flip_bit(before.folder / "train.bin", 100)
-    np.testing.assert_array_equal(prepare(data, bpe).train, rows)
+    np.testing.assert_array_equal(prepared(data, bpe).train, rows)
     assert done(caplog) == ["learn", "tokenize"]
 
 
@@ -382,7 +382,7 @@ def test_the_checksum_stays_quick_and_sees_every_sample(tmp_path: Path) -> None:
 
 
 def test_meta_says_what_was_prepared(data: DataConfig, texts: Path, bpe: TokenizerConfig) -> None:
-    corpus = prepare(data, bpe)
+    corpus = prepared(data, bpe)
     meta = json.loads((corpus.folder / "meta.json").read_text())
     files = list(texts.rglob("*.txt"))
     parts = [meta["train"], meta["held_out"]]

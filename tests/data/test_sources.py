@@ -5,17 +5,19 @@ from __future__ import annotations
 import gzip
 import json
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.corpora import Configure, prepared
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
 from tpresearch.data import sources
 from tpresearch.data.documents import read_file
-from tpresearch.data.pipeline import prepare
 from tpresearch.data.sources import hash_files, open_files
 
 TEXTS = [f"document {index}: " + f"words{index} " * 30 for index in range(250)]
@@ -25,22 +27,22 @@ def names_and_texts(data: DataConfig) -> list[tuple[str, str]]:
     return [tuple(document) for document in open_files(data).documents()]
 
 
-def write_jsonl(path: Path, texts: list[str | None], field: str = "text") -> None:
+def write_jsonl(path: Path, texts: Sequence[str | None], field: str = "text") -> None:
     lines = [json.dumps({"id": index, field: text}) for index, text in enumerate(texts)]
     path.write_text("\n".join(lines) + "\n \n")  # a blank line at the end is usual
 
 
-def write_parquet(path: Path, texts: list[str | None], field: str = "text") -> None:
+def write_parquet(path: Path, texts: Sequence[str | None], field: str = "text") -> None:
     pq.write_table(pa.table({"id": list(range(len(texts))), field: texts}), path)
 
 
-def test_text_files_are_documents_by_relative_path(texts: Path, configure) -> None:
+def test_text_files_are_documents_by_relative_path(texts: Path, configure: Configure) -> None:
     read = names_and_texts(configure(f"{texts}/**/*.txt"))
     assert [name for name, _ in read] == sorted(f"part{index % 2}/{index:03}.txt" for index in range(120))
     assert dict(read)["part1/007.txt"] == (texts / "part1/007.txt").read_text()
 
 
-def test_a_list_of_files_and_globs_is_read_once_each_in_order(texts: Path, configure) -> None:
+def test_a_list_of_files_and_globs_is_read_once_each_in_order(texts: Path, configure: Configure) -> None:
     paths = [f"{texts}/part1/*.txt", f"{texts}/part0/004.txt", f"{texts}/part0/00*.txt"]
     names = [name for name, _ in names_and_texts(configure(paths))]
     assert names == sorted(set(names))
@@ -49,7 +51,7 @@ def test_a_list_of_files_and_globs_is_read_once_each_in_order(texts: Path, confi
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
-def test_records_are_documents_by_file_and_index(tmp_path: Path, configure, kind: str) -> None:
+def test_records_are_documents_by_file_and_index(tmp_path: Path, configure: Configure, kind: str) -> None:
     source = DataSource.parquet if kind == "parquet" else DataSource.jsonl
     for file, part in (("a", [TEXTS[0], None, TEXTS[1], ""]), ("b", TEXTS[2:4])):
         path = tmp_path / f"{file}.{kind}"
@@ -62,7 +64,7 @@ def test_records_are_documents_by_file_and_index(tmp_path: Path, configure, kind
 
 
 def test_every_source_of_the_same_texts_packs_the_same_rows(
-    tmp_path: Path, configure, bpe: TokenizerConfig
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig
 ) -> None:
     """Fewer than 5 x 60 documents give their tails to be held out, whatever they are called."""
     (tmp_path / "text").mkdir()
@@ -81,7 +83,7 @@ def test_every_source_of_the_same_texts_packs_the_same_rows(
             str(tmp_path / "folder"), DataSource.hf, held_out_every=60, streaming=True, max_tokens=10**6
         ),
     ]
-    packed = [prepare(config, bpe) for config in configs]
+    packed = [prepared(config, bpe) for config in configs]
     assert len({corpus.train.tobytes() for corpus in packed}) == 1
     assert len({corpus.held_out.tobytes() for corpus in packed}) == 1
     assert packed[0].meta["train"]["documents"] == 250
@@ -89,24 +91,24 @@ def test_every_source_of_the_same_texts_packs_the_same_rows(
 
 @pytest.mark.parametrize("source", ["text", "jsonl", "hf"])
 def test_max_tokens_stops_at_the_end_of_the_document_that_reaches_it(
-    tmp_path: Path, configure, bpe: TokenizerConfig, source: str
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, source: str
 ) -> None:
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "data/train.jsonl", TEXTS)
     for index, text in enumerate(TEXTS):
         (tmp_path / f"{index:04}.txt").write_text(text)
     paths = {"text": f"{tmp_path}/*.txt", "jsonl": f"{tmp_path}/data/*", "hf": f"{tmp_path}/data"}
-    corpus = prepare(configure(paths[source], DataSource(source), max_tokens=2000), bpe)
+    corpus = prepared(configure(paths[source], DataSource(source), max_tokens=2000), bpe)
     parts = [corpus.meta["train"], corpus.meta["held_out"]]
     tokens = sum(part["tokens"] for part in parts)
     assert 2000 <= tokens < 2000 + 200
     assert min(len(corpus.train), len(corpus.held_out)) > 0, "a short reading still holds something out"
-    more = prepare(configure(paths[source], DataSource(source), max_tokens=4000), bpe)
+    more = prepared(configure(paths[source], DataSource(source), max_tokens=4000), bpe)
     assert more.folder != corpus.folder
     assert more.corpus_hash == corpus.corpus_hash
 
 
-def test_this_python_s_source_is_a_corpus_of_its_own(configure) -> None:
+def test_this_python_s_source_is_a_corpus_of_its_own(configure: Configure) -> None:
     stdlib = open_files(configure(source=DataSource.pystdlib))
     names = [document.name for document in stdlib.documents()]
     assert names == sorted(names)
@@ -115,14 +117,18 @@ def test_this_python_s_source_is_a_corpus_of_its_own(configure) -> None:
     assert not [name for name in names if skipped & set(name.split("/")[:-1])]
     both = open_files(configure(source=DataSource.pysource))
     assert both.content_hash != stdlib.content_hash
+    assert stdlib.size_bytes
+    assert both.size_bytes
     assert both.size_bytes > 3 * stdlib.size_bytes
     assert {"torch/nn/functional.py", "ast.py"} <= {document.name for document in both.documents()}
 
 
-def test_the_hash_is_over_names_contents_and_field_but_not_the_split(tmp_path: Path, configure) -> None:
+def test_the_hash_is_over_names_contents_and_field_but_not_the_split(
+    tmp_path: Path, configure: Configure
+) -> None:
     write_jsonl(tmp_path / "data.jsonl", TEXTS[:3])
 
-    def content(**settings: object) -> str:
+    def content(**settings: Any) -> str:
         return open_files(configure(str(tmp_path / "data.jsonl"), DataSource.jsonl, **settings)).content_hash
 
     before = content()
@@ -158,13 +164,13 @@ def test_the_hash_of_a_large_corpus_is_remembered(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_a_bad_line_far_down_is_refused_when_it_is_met(
-    tmp_path: Path, configure, bpe: TokenizerConfig, line: str, why: str
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, line: str, why: str
 ) -> None:
     write_jsonl(tmp_path / "data.jsonl", TEXTS[:200])
     with (tmp_path / "data.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ConfigError, match=f"{why}.*") as refusal:
-        prepare(configure(str(tmp_path / "data.jsonl"), DataSource.jsonl), bpe)
+        prepared(configure(str(tmp_path / "data.jsonl"), DataSource.jsonl), bpe)
     assert f"{tmp_path / 'data.jsonl'}, line 202" in str(refusal.value)
     assert not list((tmp_path / "cache").glob("*/jsonl-*"))
 
@@ -179,7 +185,7 @@ def read_until_refused(data: DataConfig) -> tuple[int, ConfigError]:
     return len(read), refusal.value
 
 
-def test_text_that_is_not_utf8_is_refused_by_file_or_line(tmp_path: Path, configure) -> None:
+def test_text_that_is_not_utf8_is_refused_by_file_or_line(tmp_path: Path, configure: Configure) -> None:
     latin = "naïve".encode("latin-1")
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "b.txt").write_bytes(latin)
@@ -192,7 +198,7 @@ def test_text_that_is_not_utf8_is_refused_by_file_or_line(tmp_path: Path, config
     assert refusal.why == "not UTF-8 text: byte 12 is 0xef"
 
 
-def test_a_compressed_file_cut_short_is_refused_by_line(tmp_path: Path, configure) -> None:
+def test_a_compressed_file_cut_short_is_refused_by_line(tmp_path: Path, configure: Configure) -> None:
     path = tmp_path / "cut.jsonl.gz"
     write_jsonl(path, TEXTS)
     whole = gzip.compress(path.read_bytes())
@@ -204,7 +210,7 @@ def test_a_compressed_file_cut_short_is_refused_by_line(tmp_path: Path, configur
 
 
 @pytest.mark.parametrize("name", ["bomb.jsonl", "bomb.jsonl.gz", "bomb.parquet"])
-def test_a_record_larger_than_its_bound_is_not_read(tmp_path: Path, configure, name: str) -> None:
+def test_a_record_larger_than_its_bound_is_not_read(tmp_path: Path, configure: Configure, name: str) -> None:
     path, source = tmp_path / name, DataSource.parquet if "parquet" in name else DataSource.jsonl
     texts = ["short", "a" * 30_000_000]
     if source is DataSource.parquet:
@@ -228,7 +234,7 @@ def test_a_record_larger_than_its_bound_is_not_read(tmp_path: Path, configure, n
 
 
 def test_a_text_that_memory_cannot_hold_is_refused(
-    tmp_path: Path, configure, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sparse(path: Path) -> bytes:
         raise MemoryError
@@ -238,7 +244,7 @@ def test_a_text_that_memory_cannot_hold_is_refused(
         list(read_file(configure("a.txt"), "a.txt", tmp_path / "a.txt"))
 
 
-def test_a_corrupt_parquet_page_is_refused_by_row(tmp_path: Path, configure) -> None:
+def test_a_corrupt_parquet_page_is_refused_by_row(tmp_path: Path, configure: Configure) -> None:
     path = tmp_path / "data.parquet"
     texts = [f"text {index} " * 5 for index in range(5000)]
     pq.write_table(pa.table({"text": texts}), path, use_dictionary=False, row_group_size=2048)
@@ -251,7 +257,7 @@ def test_a_corrupt_parquet_page_is_refused_by_row(tmp_path: Path, configure) -> 
     assert refusal.why == "cannot be read: Corrupt snappy compressed data."
 
 
-def test_a_parquet_column_encoded_as_a_dictionary_is_text(tmp_path: Path, configure) -> None:
+def test_a_parquet_column_encoded_as_a_dictionary_is_text(tmp_path: Path, configure: Configure) -> None:
     column = pa.array(["one", "two", None, "one"]).dictionary_encode()
     pq.write_table(pa.table({"text": column}), tmp_path / "data.parquet")
     assert pa.types.is_dictionary(pq.ParquetFile(tmp_path / "data.parquet").schema_arrow.field("text").type)
@@ -259,7 +265,7 @@ def test_a_parquet_column_encoded_as_a_dictionary_is_text(tmp_path: Path, config
     assert read == [("data.parquet:0", "one"), ("data.parquet:1", "two"), ("data.parquet:3", "one")]
 
 
-def test_a_byte_order_mark_is_not_text_and_line_ends_are(tmp_path: Path, configure) -> None:
+def test_a_byte_order_mark_is_not_text_and_line_ends_are(tmp_path: Path, configure: Configure) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfmarked\r\n\rtext\n")
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf")
     (tmp_path / "c.txt").write_bytes("a\ufeffb".encode())
@@ -267,7 +273,7 @@ def test_a_byte_order_mark_is_not_text_and_line_ends_are(tmp_path: Path, configu
     assert read == [("a.txt", "marked\r\n\rtext\n"), ("c.txt", "a\ufeffb")]
 
 
-def test_a_corpus_without_text_is_refused(tmp_path: Path, configure, bpe: TokenizerConfig) -> None:
+def test_a_corpus_without_text_is_refused(tmp_path: Path, configure: Configure, bpe: TokenizerConfig) -> None:
     write_jsonl(tmp_path / "data.jsonl", ["", None])
     with pytest.raises(ConfigError, match="no text in it"):
-        prepare(configure(str(tmp_path / "data.jsonl"), DataSource.jsonl), bpe)
+        prepared(configure(str(tmp_path / "data.jsonl"), DataSource.jsonl), bpe)

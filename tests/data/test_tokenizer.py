@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.corpora import Configure, Decode, prepared
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
-from tpresearch.data.pipeline import prepare
 from tpresearch.data.tokenizer import (
     MAX_CUT_PIECES,
     Tokenizer,
@@ -56,9 +56,9 @@ def test_text_comes_back_from_its_tokens() -> None:
 
 
 def test_packed_rows_are_the_documents_end_to_end(
-    texts: Path, configure, bpe: TokenizerConfig, decoded
+    texts: Path, configure: Configure, bpe: TokenizerConfig, decoded: Decode
 ) -> None:
-    corpus = prepare(configure(str(texts / "part0/*.txt")), bpe)  # 60 documents: each gives its tail
+    corpus = prepared(configure(str(texts / "part0/*.txt")), bpe)  # 60 documents: each gives its tail
     whole = decoded(corpus, "train")
     documents = [file.read_text() for file in sorted((texts / "part0").glob("*.txt"))]
     starts = whole.split("<|endoftext|>")
@@ -132,19 +132,19 @@ def test_lost_characters_are_those_without_a_token_or_with_the_unknown_one(tmp_p
 
 @pytest.mark.parametrize("max_tokens", [None, 50])
 def test_a_tokenizer_that_loses_text_is_warned_about_with_how_much(
-    tmp_path: Path, configure, caplog: pytest.LogCaptureFixture, max_tokens: int | None
+    tmp_path: Path, configure: Configure, caplog: pytest.LogCaptureFixture, max_tokens: int | None
 ) -> None:
     path = str(wordlevel(tmp_path, ["<unk>", "</s>", "known"]))
     (tmp_path / "text.txt").write_text("known strange " * 200)
     settings = TokenizerConfig(TokenizerKind.hf, vocab_size=3, path=path)
-    prepare(configure(str(tmp_path / "text.txt"), max_tokens=max_tokens), settings)
+    prepared(configure(str(tmp_path / "text.txt"), max_tokens=max_tokens), settings)
     of = "1,400 of the first 2,800 characters (50 %)"
     if max_tokens:  # about 200 characters will be read
         of = "102 of the first 200 characters (51 %)"
     assert f"loses text that it has no tokens for: {of}" in caplog.text
     caplog.clear()
     (tmp_path / "text.txt").write_text("known known " * 200)
-    prepare(configure(str(tmp_path / "text.txt")), settings)
+    prepared(configure(str(tmp_path / "text.txt")), settings)
     assert "loses" not in caplog.text
 
 
@@ -174,11 +174,9 @@ def test_the_size_counts_added_tokens_and_gaps(tmp_path: Path) -> None:
 
 
 def test_older_formats_are_converted(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    from transformers import GPT2TokenizerFast
-
+    transformers = pytest.importorskip("transformers")
     own = train_bpe([HARD * 20], 300)
-    loaded = GPT2TokenizerFast(tokenizer_object=own.backend, eos_token="<|endoftext|>")
+    loaded = transformers.GPT2TokenizerFast(tokenizer_object=own.backend, eos_token="<|endoftext|>")
     loaded.save_pretrained(tmp_path / "gpt2")
     saved = json.loads((tmp_path / "gpt2/tokenizer.json").read_text())["model"]
     (tmp_path / "gpt2/vocab.json").write_text(json.dumps(saved["vocab"]))
@@ -190,20 +188,22 @@ def test_older_formats_are_converted(tmp_path: Path) -> None:
     assert converted.encode([HARD])[0].tolist() == own.encode([HARD])[0].tolist()
 
 
-def test_a_tokenizer_of_ones_own_prepares_a_corpus(texts: Path, tmp_path: Path, configure, decoded) -> None:
+def test_a_tokenizer_of_ones_own_prepares_a_corpus(
+    texts: Path, tmp_path: Path, configure: Configure, decoded: Decode
+) -> None:
     train_bpe([HARD], 280).save(tmp_path / "own.json")
     settings = TokenizerConfig(TokenizerKind.hf, vocab_size=280, path=str(tmp_path / "own.json"))
-    corpus = prepare(configure(f"{texts}/**/*.txt"), settings)
+    corpus = prepared(configure(f"{texts}/**/*.txt"), settings)
     assert corpus.tokenizer_hash == load_hf(str(tmp_path / "own.json")).hash
     assert corpus.vocab_size == 280
     assert decoded(corpus, "train").startswith("Document 0:\n\nw0x0  w0x1  w0x2")
 
 
 def test_a_run_keeps_its_tokenizer_as_transformers_reads_it(
-    texts: Path, configure, bpe: TokenizerConfig, tmp_path: Path
+    texts: Path, configure: Configure, bpe: TokenizerConfig, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers", reason="the reader comes with the hf extra")
-    corpus = prepare(configure(str(texts / "part0/*.txt")), bpe)
+    corpus = prepared(configure(str(texts / "part0/*.txt")), bpe)
     corpus.save_tokenizer(bpe, tmp_path)
     text = HARD.replace("<|endoftext|>", "")  # written in a text, theirs is the token and ours is text
     kept = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
@@ -214,12 +214,14 @@ def test_a_run_keeps_its_tokenizer_as_transformers_reads_it(
     assert special_ids(tmp_path / "tokenizer") == (None, corpus.eos_id)
 
 
-def test_of_a_foreign_tokenizer_a_run_keeps_every_file(texts: Path, configure, tmp_path: Path) -> None:
+def test_of_a_foreign_tokenizer_a_run_keeps_every_file(
+    texts: Path, configure: Configure, tmp_path: Path
+) -> None:
     words = ["<unk>", "Document", "<s>", "<end>"]
     path = wordlevel(tmp_path / "foreign", words, bos_token={"content": "<s>"}, eos_token="<end>", more=1)
     (path / "chat_template.jinja").write_text("{{ messages }}")
     foreign = TokenizerConfig(kind=TokenizerKind.hf, vocab_size=4, path=str(path))
-    prepare(configure(str(texts / "part0/*.txt")), foreign).save_tokenizer(foreign, tmp_path)
+    prepared(configure(str(texts / "part0/*.txt")), foreign).save_tokenizer(foreign, tmp_path)
     kept = tmp_path / "tokenizer"
     assert {file.name: file.read_bytes() for file in kept.iterdir()} == {
         file.name: file.read_bytes() for file in path.iterdir()

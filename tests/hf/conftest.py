@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.llamas import MakeLlama
 
 transformers = pytest.importorskip("transformers", reason="the reference comes with the hf extra")
 
@@ -23,8 +23,6 @@ SIZES = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
 }
 """Every number differs from every other, and from what is customary. The vocabulary is a prime, and uneven on all meshes."""
-
-MakeLlama = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")

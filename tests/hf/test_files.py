@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.composed import config
-from support.llamas import configured, imported
+from support.llamas import MakeLlama, configured, imported
 from support.nobody import as_nobody
 from torch import Tensor
 
@@ -241,14 +241,14 @@ def test_a_file_that_may_not_be_read_is_refused(llama: Path, pattern: str) -> No
             assert not is_hugging_face(str(folder))
 
 
-def test_what_older_versions_kept_beside_the_weights_is_left(make_llama) -> None:
+def test_what_older_versions_kept_beside_the_weights_is_left(make_llama: MakeLlama) -> None:
     folder = make_llama()
     path = folder / "model.safetensors"
     save_file(load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, path)
     check(folder)
 
 
-def test_a_tied_weight_may_be_there_twice_if_it_is_the_same(make_llama) -> None:
+def test_a_tied_weight_may_be_there_twice_if_it_is_the_same(make_llama: MakeLlama) -> None:
     folder = make_llama(tie_word_embeddings=True)
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -293,7 +293,7 @@ class Hub(http.server.SimpleHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 

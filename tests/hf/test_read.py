@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.llamas import CPU, configured, imported, relative_difference
+from support.llamas import CPU, MakeLlama, configured, imported, relative_difference
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -21,17 +22,22 @@ from tpresearch.parallel.weights import held_indices, local_part, materialize
 from tpresearch.train.preflight import plan_model
 from tpresearch.verify.ranks import Ranks
 
+if TYPE_CHECKING:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
 transformers = pytest.importorskip("transformers", reason="the reference comes with the hf extra")
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_key_value_heads": 8}, {"tie_word_embeddings": True}])
-def test_logits_are_hugging_faces(make_llama, settings: dict[str, object]) -> None:
+def test_logits_are_hugging_faces(make_llama: MakeLlama, settings: dict[str, object]) -> None:
     folder = make_llama(**settings)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert relative_difference(imported(folder), theirs) < 1e-6
 
 
-def test_in_float64_logits_are_hugging_faces_to_1e_12(make_llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_float64_logits_are_hugging_faces_to_1e_12(
+    make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once both of its spots that always compute in float32 are kept from it, and our table of float32 from us."""
     folder = make_llama(torch.float64)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -43,7 +49,7 @@ def test_in_float64_logits_are_hugging_faces_to_1e_12(make_llama, monkeypatch: p
         torch.arange(40.0).double(), theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
     )
 
-    def norm(self: nn.Module, x: Tensor) -> Tensor:
+    def norm(self: LlamaRMSNorm, x: Tensor) -> Tensor:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
     def rotary(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +63,7 @@ def test_in_float64_logits_are_hugging_faces_to_1e_12(make_llama, monkeypatch: p
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_weights_are_widened(make_llama, dtype: torch.dtype) -> None:
+def test_narrow_weights_are_widened(make_llama: MakeLlama, dtype: torch.dtype) -> None:
     folder = make_llama(dtype)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert relative_difference(imported(folder), theirs) < 1e-6
@@ -81,7 +87,7 @@ def shards(
 ) -> dict[str, dict[str, object]]:
     """By mesh, the parameters whose shard on this rank differs from its part of the whole, and the bytes it holds."""
     whole = dict(imported(folder).named_parameters())
-    found = {}
+    found: dict[str, dict[str, object]] = {}
     for case, (size, cfg) in configs.items():
         if world.rank >= size:
             continue

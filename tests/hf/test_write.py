@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.llamas import imported, relative_difference
+from support.llamas import MakeLlama, imported, relative_difference
 from torch import Tensor, nn
 
 from tpresearch.config import ConfigError
@@ -47,7 +47,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     ],
 )
 def test_theirs_to_ours_to_theirs_is_bitwise(
-    make_llama, tmp_path: Path, settings: dict[str, Any], shard: int, files: int
+    make_llama: MakeLlama, tmp_path: Path, settings: dict[str, Any], shard: int, files: int
 ) -> None:
     theirs = make_llama(**settings)
     ours = imported(theirs)
@@ -66,7 +66,7 @@ def test_theirs_to_ours_to_theirs_is_bitwise(
     assert reloaded.dtype == torch.float32
 
 
-def test_the_index_names_the_file_of_each_tensor(make_llama, tmp_path: Path) -> None:
+def test_the_index_names_the_file_of_each_tensor(make_llama: MakeLlama, tmp_path: Path) -> None:
     theirs = make_llama()
     folder = written(imported(theirs), read_settings(theirs, ""), tmp_path / "split", torch.bfloat16, 150_000)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -77,11 +77,11 @@ def test_the_index_names_the_file_of_each_tensor(make_llama, tmp_path: Path) -> 
     assert all(torch.equal(tensor, theirs_narrow[name]) for name, tensor in tensors(folder).items())
 
 
-def test_a_number_too_large_for_the_dtype_is_refused(make_llama, tmp_path: Path) -> None:
+def test_a_number_too_large_for_the_dtype_is_refused(make_llama: MakeLlama, tmp_path: Path) -> None:
     folder = make_llama()
     model = imported(folder)
     with torch.no_grad():
-        model.layers[1].feed_forward.w2.weight[3, 5] = 7e4
+        model.get_parameter("layers.1.feed_forward.w2.weight")[3, 5] = 7e4
     with pytest.raises(
         ConfigError, match=r"dtype=float16: layers\.1\.feed_forward\.w2\.weight has numbers up to 7e"
     ):

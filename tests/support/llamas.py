@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from tpresearch.parallel.weights import materialize
 from tpresearch.plan.meta import meta_model, weight_dtype
 
 CPU = torch.device("cpu")
+MakeLlama = Callable[..., Path]
 
 
 def configured(folder: Path | str, *overrides: str) -> Config:
