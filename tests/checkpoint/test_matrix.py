@@ -74,8 +74,8 @@ CHAINS = [
 def test_each_plan_resumes_from_another(
     ranks: Ranks, tmp_path: Path, model: str, optimizer: str, plans: list[str]
 ) -> None:
-    total, whole_run, start = len(plans) * STEPS, None, None
-    whole_run = uninterrupted(model, optimizer, total)
+    whole_run = uninterrupted(model, optimizer, len(plans) * STEPS)
+    start, went = None, Went()
     for nth, plan in enumerate(plans):
         size, cfg = cell(plan, model, optimizer)
         done = nth * STEPS

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from support.composed import config
+from support.made_checkpoints import ABOUT, save
 from support.nobody import as_nobody
-from test_disk import ABOUT, save
 
 from tpresearch.checkpoint import disk
 from tpresearch.checkpoint.disk import Checkpoint, folder_of
@@ -198,8 +198,8 @@ def run(tmp_path: Path) -> Path:
     (record / "overrides.yaml").write_text(yaml.safe_dump(typed))
     own = {"config_name": "train", "name": "train"}
     sources = [{"provider": "main", "path": "/conf"}, {"provider": "command-line", "path": "/mine"}]
-    hydra = {"job": own, "runtime": {"config_sources": sources}}
-    hydra["overrides"] = {"hydra": ["hydra.searchpath=[file:///own]", "hydra.run.dir=elsewhere"]}
+    typed_for_hydra = {"hydra": ["hydra.searchpath=[file:///own]", "hydra.run.dir=elsewhere"]}
+    hydra = {"job": own, "runtime": {"config_sources": sources}, "overrides": typed_for_hydra}
     (record / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
     save(tmp_path / "run", 3)
     return tmp_path / "run"
