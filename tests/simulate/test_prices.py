@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -59,7 +61,12 @@ def cluster(**changed: float) -> Cluster:
 
 
 def op(
-    kind: str, name: str = "op", reads=(), writes=(), event: Event | None = None, phase: str = "forward"
+    kind: str,
+    name: str = "op",
+    reads: Iterable[tuple[int, int]] = (),
+    writes: Iterable[tuple[int, int]] = (),
+    event: Event | None = None,
+    phase: str = "forward",
 ) -> Op:
     return Op(phase, kind, name, tuple(reads), tuple(writes), 2, (), event, -1)
 
@@ -384,7 +391,9 @@ def test_every_cluster_states_every_number_with_its_source(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
 
-def number(value: object, kind: object = "guessed", source: object = "a test", **more: object) -> dict:
+def number(
+    value: object, kind: object = "guessed", source: object = "a test", **more: object
+) -> dict[str, object]:
     return {"value": value, "kind": kind, "source": source, **more}
 
 
@@ -420,7 +429,7 @@ def number(value: object, kind: object = "guessed", source: object = "a test", *
         ),
     ],
 )
-def test_a_number_that_is_none_is_refused_by_its_name(change: dict, field: str) -> None:
+def test_a_number_that_is_none_is_refused_by_its_name(change: dict[str, Any], field: str) -> None:
     plain = yaml.safe_load(CLUSTERS[0].read_text())
     plain["numbers"] |= change
     with pytest.raises(ConfigError) as refused:

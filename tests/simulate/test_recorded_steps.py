@@ -11,11 +11,13 @@ import torch.distributed as dist
 from support.composed import config
 from support.counted_steps import PLANS, counted_step
 from support.marks import exhaustive
+from torch import Tensor
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batches, validate
 from tpresearch.ledger.formulas import expected_entries
+from tpresearch.models import Head
 from tpresearch.models.llama2 import Llama2
 from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.depth import depth_of, recording
@@ -174,7 +176,7 @@ def test_the_setting_of_depth_is_found() -> None:
 
 
 class Asking(Llama2):
-    def forward(self, tokens, head=None):
+    def forward(self, tokens: Tensor, head: Head | None = None) -> Tensor:
         if tokens.is_meta:
             return super().forward(tokens, head)
         return super().forward(tokens, head) * tokens.max().item()

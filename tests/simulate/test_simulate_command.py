@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from support.commands import ROOT, Done, environment, execute_warm
+from support.launches import Command
 
 from tpresearch.compare.groups import check_comparable, comparisons_of, group_each_run, labels
 from tpresearch.compare.runs import find_runs
+from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
 
@@ -18,7 +20,7 @@ SMALL = ("model=llama2_debug", "tokenizer.vocab_size=260", "data.seq_len=64", "t
 
 
 @pytest.fixture
-def simulate(ranks, tmp_path: Path):
+def simulate(ranks: Ranks, tmp_path: Path) -> Command:
     def run(*words: str) -> Done:
         program = ["-m", "tpresearch.simulate", *words]
         return execute_warm(ranks, None, program, tmp_path, environment(tmp_path, PYTHONPATH=str(ROOT)))
@@ -26,7 +28,7 @@ def simulate(ranks, tmp_path: Path):
     return run
 
 
-def test_a_step_is_foretold(simulate) -> None:
+def test_a_step_is_foretold(simulate: Command) -> None:
     done = simulate(*SMALL, "world_size=64", "mesh.tp=4", "train.global_batch_size=32", "trace=true")
     assert done.code == 0, done.err
     assert (
@@ -93,7 +95,7 @@ def compared_with_a_real_run(folder: Path, allocated: int) -> None:
     ],
 )
 def test_what_cannot_be_simulated_is_refused_in_one_line(
-    simulate, words: tuple[str, ...], refusal: str
+    simulate: Command, words: tuple[str, ...], refusal: str
 ) -> None:
     done = simulate(*SMALL, *words)
     assert done.code == 2
@@ -101,7 +103,7 @@ def test_what_cannot_be_simulated_is_refused_in_one_line(
 
 
 def test_no_job_of_a_sweep_begins_if_the_plan_of_one_does_not_suit_the_model(
-    simulate, tmp_path: Path
+    simulate: Command, tmp_path: Path
 ) -> None:
     done = simulate("-m", *SMALL, "world_size=16", "parallel=fsdp_tp", "mesh.tp=2,8", "hydra.sweep.dir=sweep")
     assert done.code == 2
@@ -110,7 +112,7 @@ def test_no_job_of_a_sweep_begins_if_the_plan_of_one_does_not_suit_the_model(
     assert not (tmp_path / "sweep").exists()
 
 
-def test_under_torchrun_it_proposes_the_same_without(ranks, tmp_path: Path) -> None:
+def test_under_torchrun_it_proposes_the_same_without(ranks: Ranks, tmp_path: Path) -> None:
     program = ["-m", "tpresearch.simulate", *SMALL, "world_size=8"]
     done = execute_warm(ranks, 2, program, tmp_path, environment(tmp_path, PYTHONPATH=str(ROOT)))
     assert done.refusal.startswith("error: WORLD_SIZE=2: "), done.err
