@@ -39,8 +39,8 @@ def float8(recipe: str, *overrides: str) -> Config:
 def test_a_layer_rounds_what_it_multiplies_to_float8(recipe: str) -> None:
     """As torch's own cast has it, by the greatest value of a whole tensor or of each row and column."""
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(64, 32, bias=False)), torch.randn(16, 64)
-    weight = model[0].weight
+    layer, x = nn.Linear(64, 32, bias=False), torch.randn(16, 64)
+    model, weight = nn.Sequential(layer), layer.weight
     to_float8(model, ["0"], TrainConfig(float8=Float8(recipe), float8_emulated=True))
     assert model[0].weight is weight
 

@@ -126,7 +126,7 @@ def test_a_weight_that_is_used_again_gets_the_sum_of_its_uses(backend: str | Non
     for x in inputs:
         block(x).square().sum().backward()
     expected, weight.grad, bias.grad = (weight.grad, bias.grad), None, None
-    sums = GradientSums({layer: layer.weight for layer in (block.first, block.second)})
+    sums = GradientSums({layer: layer.get_parameter("weight") for layer in (block.first, block.second)})
     forward = block.forward
     if backend:
         forward = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
@@ -148,8 +148,9 @@ def without_grad(model: nn.ModuleDict, x: Tensor) -> Tensor:
 
 
 def with_another_weight(model: nn.ModuleDict, x: Tensor) -> Tensor:
-    weight = torch.tanh(model["first"].weight)
-    return model["own"](torch.func.functional_call(model["first"], {"weight": weight}, x))
+    weight = model["first"].weight
+    assert isinstance(weight, Tensor)
+    return model["own"](torch.func.functional_call(model["first"], {"weight": torch.tanh(weight)}, x))
 
 
 def in_autocast(model: nn.ModuleDict, x: Tensor) -> Tensor:
@@ -163,12 +164,18 @@ def after_another_gradient(model: nn.ModuleDict, x: Tensor) -> Tensor:
     return model["own"](x + gradient)
 
 
+def by_its_own_name(model: nn.ModuleDict, x: Tensor) -> Tensor:
+    own = model["own"]
+    assert isinstance(own, Own)
+    return own.twice(x)
+
+
 USES: dict[str, Callable[[nn.ModuleDict, Tensor], Tensor]] = {
     "no_grad": without_grad,
     "functional_call": with_another_weight,
     "autocast": in_autocast,
     "a vector, and a layer without a gradient": lambda model, x: model["own"](x[0, 0]),
-    "a class of its own": lambda model, x: model["own"].twice(x),
+    "a class of its own": by_its_own_name,
 }
 
 
@@ -203,10 +210,11 @@ def test_layers_learn_the_same_however_a_model_uses_them(
 
 def test_a_compiled_backward_copies_no_sum() -> None:
     layer = nn.Linear(48, 80, bias=False)
-    sums, x = GradientSums({layer: layer.weight}), torch.randn(6, 48, requires_grad=True)
+    sums, x = GradientSums({layer: layer.get_parameter("weight")}), torch.randn(6, 48, requires_grad=True)
     forward = torch.compile(lambda x: layer(torch.tanh(x)), fullgraph=True, dynamic=False)
     layer(torch.tanh(x)).sum().backward()
     expected, layer.weight.grad = layer.weight.grad, None
+    assert expected is not None
     with sums.collecting():
         _, codes = run_and_get_code(lambda: forward(x).sum().backward())
         forward(x).sum().backward()
@@ -227,8 +235,8 @@ def test_the_product_is_not_rounded_to_the_dtype_of_its_factors(dtype: torch.dty
 
 def test_layers_are_those_that_run_as_linear_layers_and_learn() -> None:
     class Doubled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
 
     model = nn.ModuleDict({"plain": nn.Linear(2, 2), "own": Doubled(2, 2), "frozen": nn.Linear(2, 2)})
     model["frozen"].requires_grad_(False)

@@ -68,8 +68,9 @@ def sums_of(world: World, dtype: torch.dtype | None) -> list[dict[str, Tensor | 
     found: list[dict[str, Tensor | None]] = []
     with process_group(CPU, world):
         torch.manual_seed(0)
-        net = Net()
-        replicas = GradientReducer(net, dict(net.named_parameters()), ["a", "b"], dist.group.WORLD, dtype)
+        net, group = Net(), dist.group.WORLD
+        assert group
+        replicas = GradientReducer(net, dict(net.named_parameters()), ["a", "b"], group, dtype)
         x = torch.full((2, 3), float(world.rank + 1))
         for due in (False, True):
             replicas.is_last_backward = due

@@ -109,9 +109,9 @@ def test_a_layer_put_in_later_starts_as_the_one_that_it_replaces() -> None:
     model, plain = llama(), drawn(llama())
     initializers = read_initializers(model)
     with torch.device("meta"):
-        model.layers[0].attention.wo = Swapped(576, 576, bias=False)
+        model.set_submodule("layers.0.attention.wo", Swapped(576, 576, bias=False))
     materialize(model, CPU, from_seed(initializers, 0))
-    wo = model.layers[0].attention.wo.weight.detach()
+    wo = model.get_parameter("layers.0.attention.wo.weight").detach()
     assert wo.std() == pytest.approx(0.02 / math.sqrt(4), rel=0.005)
     assert torch.equal(wo, plain["layers.0.attention.wo.weight"])
 

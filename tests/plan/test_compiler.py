@@ -6,7 +6,9 @@ import pytest
 import torch
 from support.composed import config
 from support.counted_steps import FAKE
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.validate import validate
@@ -14,12 +16,12 @@ from tpresearch.config.world import World
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
-from tpresearch.plan.compiler import matching_names
+from tpresearch.plan.compiler import Plan, matching_names
 from tpresearch.plan.describe import fold_layers, plan_rows, plan_text
 from tpresearch.train.preflight import plan_model
 
 
-def compiled(*overrides: str, world: int = 4):
+def compiled(*overrides: str, world: int = 4) -> tuple[nn.Module, Plan]:
     cfg = config(*overrides)
     return plan_model(cfg, validate(cfg, world))
 
@@ -98,6 +100,11 @@ def test_tp_alone_needs_no_divisible_sequence() -> None:
     compiled("model=llama2_debug", "parallel=tp", "data.seq_len=17")
 
 
+def sharded_dim(placement: Placement) -> int:
+    assert isinstance(placement, Shard | _StridedShard)
+    return placement.dim
+
+
 def facts_of_rank_zero(cfg: Config, world: World) -> dict[str, tuple[str, str]]:
     """What really became of each parameter: its placements over axes of several ranks, its local shape."""
     model, plan = plan_model(cfg, sizes := validate(cfg, world.size))
@@ -110,7 +117,7 @@ def facts_of_rank_zero(cfg: Config, world: World) -> dict[str, tuple[str, str]]:
                 continue
             names = parameter.device_mesh.mesh_dim_names or ()
             over = [
-                f"{axis}: Shard({placement.dim})"
+                f"{axis}: Shard({sharded_dim(placement)})"
                 for axis, placement in zip(names, parameter.placements, strict=True)
                 if sizes.nontrivial().get(axis) and not placement.is_replicate()
             ]

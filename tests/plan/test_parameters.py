@@ -65,7 +65,10 @@ def test_a_rule_on_a_layer_that_is_given_its_input_by_keyword_is_refused() -> No
 def test_whole_numbers_and_flags_stay_what_they_are(words: list[str]) -> None:
     cfg = config(*model(Counting), *words)
     meta, _ = plan_model(cfg, validate(cfg, 1))
-    assert (meta.counts.offsets.dtype, meta.counts.flags.dtype) == (torch.long, torch.bool)
+    assert [meta.get_parameter(f"counts.{name}").dtype for name in ("offsets", "flags")] == [
+        torch.long,
+        torch.bool,
+    ]
 
 
 @pytest.mark.parametrize("parallel", ["none", "fsdp"])

@@ -50,15 +50,14 @@ class Thinned(ToyLM):
 
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)
-        out_proj = self.mlp.out_proj
-        self.mlp.relu = nn.Dropout(0.5)
-        self.mlp.out_proj = nn.Sequential(out_proj, nn.Dropout(0.25))
+        self.set_submodule("mlp.relu", nn.Dropout(0.5))
+        self.set_submodule("mlp.out_proj", nn.Sequential(self.mlp.out_proj, nn.Dropout(0.25)))
 
 
 class ThinnedByHand(ToyLM):
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)
-        self.mlp.relu = HandMadeDropout()
+        self.set_submodule("mlp.relu", HandMadeDropout())
 
 
 class HandMadeDropout(nn.Module):
@@ -122,8 +121,8 @@ class ReadTwice(ToyLM):
 class EvenEmbedding(nn.Embedding):
     """Rows of one length: its backward reads the weight again."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, 8 * F.normalize(self.weight, dim=-1))
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input, 8 * F.normalize(self.weight, dim=-1))
 
 
 class Normalized(ToyLM):

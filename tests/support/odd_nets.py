@@ -36,7 +36,7 @@ class Transposed(ToyLM):
 class Parametrized(ToyLM):
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)
-        self.output = weight_norm(self.output)
+        weight_norm(self.output)
 
 
 class Counts(nn.Module):

@@ -80,7 +80,7 @@ def test_masters_move_as_weights_that_are_cast_at_each_use(model: str) -> None:
 def test_tied_weights_have_one_master() -> None:
     loop, _ = assembled(config("model=llama2_debug", "model.tied=true", *SETTINGS), STEPS)
     model = loop.state.model
-    assert model.output.weight is model.tok_embeddings.weight
+    assert model.get_parameter("output.weight") is model.get_parameter("tok_embeddings.weight")
     assert len(loop.state.trained_parameters()) == len(list(model.parameters()))
 
 

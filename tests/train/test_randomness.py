@@ -29,6 +29,11 @@ from tpresearch.train.step import accumulate_gradients
 from tpresearch.verify.ranks import Ranks
 
 
+def gradient_of(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def dropped(world: World, cfg: Config) -> tuple[list[float], list[Tensor]]:
     """Loss and norm of two steps, and which features were dropped in each forward pass."""
     job, masks = preflight(cfg, world), []
@@ -36,7 +41,8 @@ def dropped(world: World, cfg: Config) -> tuple[list[float], list[Tensor]]:
     with process_group(job.device, world):
         loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
         if hasattr(loop.state.model, "drop"):
-            loop.state.model.drop.register_forward_hook(lambda _, args, out: masks.append(out.detach() == 0))
+            drop = loop.state.model.get_submodule("drop")
+            drop.register_forward_hook(lambda _, args, out: masks.append(out.detach() == 0))
         numbers = [number.item() for _ in range(2) for number in loop.step()]
     return numbers, masks
 
@@ -113,7 +119,7 @@ def test_compiled_blocks_recompute_what_they_drew(kind: str) -> None:
                 return accumulate_gradients(state, rows, setup).item()
 
         loss()
-        gradients = [weight.grad.clone() for weight in weights]
+        gradients = [gradient_of(weight).clone() for weight in weights]
         norm = torch.nn.utils.get_total_norm(gradients).item()
         found = []
         for move in (1e-5, -2e-5):
@@ -145,7 +151,7 @@ def test_compiled_dropout_scales_what_it_keeps_and_its_gradient() -> None:
     out = forward(x)
     out.sum().backward()
     assert set(out.flatten().tolist()) == {0.0, 2.0}
-    assert torch.equal(x.grad, out)
+    assert torch.equal(gradient_of(x), out)
     drop.p = 1.0
     assert not forward(x).any()
     assert torch.equal(
@@ -161,6 +167,7 @@ def test_a_dtensor_stays_one() -> None:
         mesh = build_mesh(MeshSizes(tp=2), "cpu")["tp"]
         x = DTensor.from_local(torch.ones(4, 8, requires_grad=True), mesh, [Shard(0)])
         out = _dropout_on_shards(drop, x.shape, seed, "")(x)
+        assert isinstance(out, DTensor)
         assert (out.shape, out.placements) == (x.shape, x.placements)
         assert set(out.to_local().flatten().tolist()) == {0.0, 2.0}
 

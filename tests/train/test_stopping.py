@@ -24,6 +24,7 @@ from tpresearch.launch import Run
 from tpresearch.launch.stop import StopFlag, Stopped
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
+from tpresearch.track.tracker import Status, Tracker
 from tpresearch.train import main
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import preflight
@@ -51,7 +52,7 @@ def polls(world: World, sent: dict[tuple[int, int], signal.Signals]) -> list[int
     hear_ctrl_c()
     with process_group(CPU, world), StopFlag() as flag:
         stop = AgreedStop(flag)
-        said = []
+        said: list[int | None] = []
         for number in range(6):
             if (world.rank, number) in sent:
                 signalled(flag, sent[world.rank, number])
@@ -141,12 +142,14 @@ def test_ranks_stop_after_the_same_step_and_say_so(
     assert [found.step for found in complete_checkpoints(tmp_path)] == [summary["steps"]]
 
 
-class Record:
-    def __init__(self) -> None:
-        self.ended: dict[str, str] = {}
+class Record(Tracker):
+    """Of a run that is not there."""
 
-    def finish(self, **how: str) -> None:
-        self.ended = how
+    def __init__(self) -> None:
+        self.ended: list[tuple[Status, str | None]] = []
+
+    def finish(self, status: Status = "completed", error: str | None = None) -> None:
+        self.ended.append((status, error))
 
 
 @pytest.mark.parametrize("fault", [None, "rank 1: ValueError: no luck"])
@@ -159,8 +162,8 @@ def test_a_rank_that_another_takes_along_records_that_ones_error_and_says_no_mor
     ends = pytest.raises(SystemExit if fault else dist.DistError)
     with ends as raised, main.record_other_faults(record, flag):
         raise dist.DistError("Connection closed by peer")
-    assert record.ended == ({"status": "failed", "error": fault} if fault else {})
-    assert not fault or raised.value.code == 1
+    assert record.ended == ([("failed", fault)] if fault else [])
+    assert not fault or (isinstance(raised.value, SystemExit) and raised.value.code == 1)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,9 @@ def test_results_come_in_rank_order_from_processes_that_have_ended(ranks: Ranks)
     ("job", "said"),
     [(die_on_rank_one, "its process died"), (raise_on_rank_one, "Traceback (?s:.*)ValueError: not today")],
 )
-def test_a_rank_that_fails_is_said_at_once_and_later_jobs_run(ranks: Ranks, job, said: str) -> None:
+def test_a_rank_that_fails_is_said_at_once_and_later_jobs_run(
+    ranks: Ranks, job: Callable[[World], None], said: str
+) -> None:
     with pytest.raises(RankError, match=f"rank 1 of 2:\n{said}"):
         ranks.run(2, job)
     assert [number for number, _ in ranks.run(2, rank)] == [0, 1]

@@ -7,7 +7,7 @@ import torch
 from support.composed import config
 from support.marks import exhaustive
 from torch.distributed.tensor import Partial
-from torch.distributed.tensor.parallel import RowwiseParallel
+from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 
 from tpresearch.config import Config
 from tpresearch.config.world import World
@@ -59,9 +59,9 @@ def unsummed(world: World, cfg: Config) -> list[IntegerResult]:
     """The row-wise layers hand on their part of the sum as if it were the sum."""
     style = ResolvedRule.style
 
-    def broken(rule: ResolvedRule) -> object:
-        layouts = {"input_layouts": rule.src[0], "output_layouts": Partial()}
-        return RowwiseParallel(**layouts) if rule.name == "out_proj" else style(rule)
+    def broken(self: ResolvedRule) -> ParallelStyle:
+        layouts = {"input_layouts": self.src[0], "output_layouts": Partial()}
+        return RowwiseParallel(**layouts) if self.name == "out_proj" else style(self)
 
     ResolvedRule.style = broken
     try:
