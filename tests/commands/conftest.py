@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.commands import TORCHRUN, Done, environment, execute, execute_warm
 from support.fake_wandb import FakeWandb
-from support.trainings import ROWS, TRAIN, Trained
+from support.trainings import ROWS, TRAIN, Start, Train, Trained
 
 from tpresearch.verify.ranks import Ranks
 
 SENTENCE = "each rank of the mesh holds a shard of every weight while tokens flow from layer to layer"
-Start = Callable[..., Done]
-Train = Callable[..., Trained]
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from support.trainings import ROWS, Trained
+from support.trainings import ROWS, Start, Train, Trained
 
 pytestmark = pytest.mark.cli
 
@@ -23,13 +25,15 @@ def test_the_learning_rate_is_the_schedule_s(run_fsdp: Trained) -> None:
     assert run_fsdp.column("train/lr") == pytest.approx([3e-3 * step / 10 for step in (2, 3, 4, 5)])
 
 
-def test_the_same_seed_gives_the_same_run_to_the_bit(trained, run_fsdp: Trained) -> None:
+def test_the_same_seed_gives_the_same_run_to_the_bit(trained: Train, run_fsdp: Trained) -> None:
     again = trained(2, *ROWS, "logger=none")
     for name in ("train/loss", "train/grad_norm", "val/loss"):
         assert again.column(name) == run_fsdp.column(name)
 
 
-def test_another_seed_gives_another(train_py, small: list[str], run_fsdp: Trained, tmp_path) -> None:
+def test_another_seed_gives_another(
+    train_py: Start, small: list[str], run_fsdp: Trained, tmp_path: Path
+) -> None:
     done = train_py(*small, *ROWS, "parallel=none", "logger=none", "train.seed=1", "hydra.run.dir=run")
     assert done.code == 0, done.err
     other = Trained(done, tmp_path / "cwd" / "run")

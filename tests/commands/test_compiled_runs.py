@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.marks import exhaustive
-from support.trainings import ROWS, Trained
+from support.trainings import ROWS, Train, Trained
 
 pytestmark = pytest.mark.cli
 
@@ -21,18 +21,18 @@ def check_same(compiled: Trained, eager: Trained) -> None:
 
 
 @pytest.mark.parametrize("model", ["toy_mlp", exhaustive("llama2_debug")])
-def test_compiled_tensor_parallelism_is_the_eager_one(trained, model: str) -> None:
+def test_compiled_tensor_parallelism_is_the_eager_one(trained: Train, model: str) -> None:
     """Each kernel costs the C++ compiler a second: a block of the toy has half of the Llama's."""
     words = (f"model={model}", "parallel=tp", *COMPILED)
     check_same(trained(2, *words, **ONE_THREAD), trained(2, *words, "parallel.compile=false"))
 
 
 @pytest.mark.exhaustive
-def test_compiled_fsdp_is_the_eager_one(trained, run_fsdp: Trained) -> None:
+def test_compiled_fsdp_is_the_eager_one(trained: Train, run_fsdp: Trained) -> None:
     check_same(trained(2, *ROWS, *COMPILED, **ONE_THREAD), run_fsdp)
 
 
-def test_bfloat16_runs_near_float32_under_the_2d_plan(trained, run_2d: Trained) -> None:
+def test_bfloat16_runs_near_float32_under_the_2d_plan(trained: Train, run_2d: Trained) -> None:
     half = trained(4, "parallel=fsdp_tp", "train.dtype=bfloat16", "logger=none")
     assert half.column("train/loss") == pytest.approx(run_2d.column("train/loss"), rel=5e-3)
     assert half.column("train/loss") != run_2d.column("train/loss")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.trainings import Trained
+from support.trainings import Start, Trained
 
 pytestmark = pytest.mark.cli
 
 
-def debugged(train, tmp_path: Path, small: list[str], *words: str) -> Trained:
+def debugged(train: Start, tmp_path: Path, small: list[str], *words: str) -> Trained:
     kept = [word for word in small if not word.startswith("train.")]
     done = train(2, tmp_path, *kept, "train.global_batch_size=8", "parallel=fsdp", *words)
     assert done.code == 0, done.err
@@ -18,7 +18,7 @@ def debugged(train, tmp_path: Path, small: list[str], *words: str) -> Trained:
     return Trained(done, folder)
 
 
-def test_fast_does_two_steps_of_everything(train, small: list[str], tmp_path: Path) -> None:
+def test_fast_does_two_steps_of_everything(train: Start, small: list[str], tmp_path: Path) -> None:
     run = debugged(train, tmp_path, small, "debug=fast")
     assert run.column("train/step") == [1, 2]
     assert None not in run.column("val/loss")
@@ -26,7 +26,7 @@ def test_fast_does_two_steps_of_everything(train, small: list[str], tmp_path: Pa
     assert run.json("summary.json")["perf/step_time_s"] > 0
 
 
-def test_overfit_learns_one_batch_of_what_cannot_be_learned(train, tmp_path: Path) -> None:
+def test_overfit_learns_one_batch_of_what_cannot_be_learned(train: Start, tmp_path: Path) -> None:
     words = ("data=random_tokens", "tokenizer.vocab_size=300", "data.seq_len=16", "debug=overfit")
     run = debugged(train, tmp_path, [], "model=llama2_debug", *words, "optimizer.lr=1e-2")
     first, last = run.column("train/loss")[0], run.column("train/loss")[-1]

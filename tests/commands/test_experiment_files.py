@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.trainings import Trained
+from support.trainings import Start, Trained
 
 pytestmark = pytest.mark.cli
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("how", ["--config-dir", "hydra.searchpath"])
 def test_an_experiment_chooses_options_and_sets_values(
-    train_py, small: list[str], folder: Path, tmp_path: Path, how: str
+    train_py: Start, small: list[str], folder: Path, tmp_path: Path, how: str
 ) -> None:
     where = ["--config-dir", str(folder)] if how == "--config-dir" else [f"{how}=[file://{folder}]"]
     unset = [word for word in small if not word.startswith("train.steps")]
@@ -45,7 +45,7 @@ def test_an_experiment_chooses_options_and_sets_values(
     assert not (run.folder / "wandb").exists()
 
 
-def test_what_is_typed_goes_before_the_experiment(train_py, small: list[str], folder: Path) -> None:
+def test_what_is_typed_goes_before_the_experiment(train_py: Start, small: list[str], folder: Path) -> None:
     typed = ("experiment=heads", "plan_only=true", "parallel=sp", "mesh.tp=2", "--config-dir", str(folder))
     done = train_py(*small, *typed)
     assert done.out.startswith("model=llama2_debug parallel=sp world_size=2: {'tp': 2}\n"), done.err
@@ -54,7 +54,7 @@ def test_what_is_typed_goes_before_the_experiment(train_py, small: list[str], fo
 
 
 def test_an_experiment_that_is_not_there_is_refused_with_those_that_are(
-    train_py, small: list[str], folder: Path
+    train_py: Start, small: list[str], folder: Path
 ) -> None:
     done = train_py(*small, "experiment=head", "--config-dir", str(folder))
     assert done.refusal.startswith("error: experiment=head: no such option; one of heads, ")
@@ -62,7 +62,7 @@ def test_an_experiment_that_is_not_there_is_refused_with_those_that_are(
 
 
 def test_overrides_after_a_flag_are_refused_with_the_order_that_works(
-    train_py, small: list[str], folder: Path
+    train_py: Start, small: list[str], folder: Path
 ) -> None:
     done = train_py("experiment=heads", "--config-dir", str(folder), "plan_only=true", "mesh.tp=2")
     assert done.refusal.startswith("error: flags=plan_only=true mesh.tp=2: not understood; key=value overr")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import on_path
-from support.trainings import Trained
+from support.trainings import Start, Train, Trained
 
 pytestmark = pytest.mark.cli
 
@@ -34,7 +34,7 @@ class Poisoned(Llama2):
 """
 
 
-def test_it_stops_with_the_step_and_the_metric(train, small: list[str], tmp_path: Path) -> None:
+def test_it_stops_with_the_step_and_the_metric(train: Start, small: list[str], tmp_path: Path) -> None:
     done = train(None, tmp_path, *small, *ABSURD, "train.clip_grad_norm=null")
     assert done.code == 1
     assert "NonfiniteError: train/loss is nan at step 2" in done.err
@@ -48,7 +48,7 @@ def test_it_stops_with_the_step_and_the_metric(train, small: list[str], tmp_path
 
 
 @pytest.fixture(scope="session")
-def skipping(trained, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def skipping(trained: Train, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("poisoned")
     (folder / "poisoned.py").write_text(POISONED)
     return trained(

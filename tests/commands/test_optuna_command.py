@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.trainings import Start
 
 pytestmark = pytest.mark.cli
 
 
-def test_optuna_is_told_the_objective_of_each_trial(train, small: list[str], tmp_path: Path) -> None:
+def test_optuna_is_told_the_objective_of_each_trial(train: Start, small: list[str], tmp_path: Path) -> None:
     typed = [word for word in small if not word.startswith(("model=", "train.steps="))]
     typed += ["model=toy_mlp", "train.steps=2", "logger=none", "parallel=none", "hydra.sweep.dir=sweep"]
     typed += ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from support.marks import exhaustive
+from support.trainings import Start
 
 pytestmark = pytest.mark.cli
 
@@ -34,7 +37,7 @@ EVERY_DAY = ("llama2_7b", "llama2_debug", "toy_mlp")
 @pytest.mark.parametrize(
     "model", [model if model in EVERY_DAY else exhaustive(model) for model in (*PUBLISHED, *OWN)]
 )
-def test_the_parameters_of_every_model_are_counted(train_py, model: str) -> None:
+def test_the_parameters_of_every_model_are_counted(train_py: Start, model: str) -> None:
     count, by_formula = PUBLISHED.get(model, (OWN.get(model), OWN.get(model)))
     assert count == by_formula
     tp = 4 if model in ("llama2_small", "llama2_1b", "llama2_debug") else 8  # 12 heads; 4 KV heads
@@ -72,7 +75,7 @@ PLANS = [
     ("parallel", "more", "sizes", "placement", "shape"), PLANS, ids=[row[0] for row in PLANS]
 )
 def test_every_parallel_plan_is_printed(
-    train_py, parallel: str, more: str, sizes: str, placement: str, shape: str
+    train_py: Start, parallel: str, more: str, sizes: str, placement: str, shape: str
 ) -> None:
     world = [] if "world_size" in more else ["world_size=64"]
     done = train_py(
@@ -86,7 +89,7 @@ def test_every_parallel_plan_is_printed(
     assert cells(wq)[1:] == [*tensor, placement, shape]
 
 
-def test_the_table_says_what_each_module_sends(train_py, small: list[str]) -> None:
+def test_the_table_says_what_each_module_sends(train_py: Start, small: list[str]) -> None:
     done = train_py(*small, "plan_only=true", "parallel=tp", "mesh.tp=2", "world_size=2")
     table = {cells(line)[0]: cells(line)[1:] for line in done.out.splitlines() if line}
     assert table["layers.{0-1}.attention.wo.weight"] == [
@@ -100,7 +103,7 @@ def test_the_table_says_what_each_module_sends(train_py, small: list[str]) -> No
     assert "loss: on vocabulary shards" in done.out
 
 
-def test_a_plan_for_many_ranks_needs_no_batch_that_fits(train_py) -> None:
+def test_a_plan_for_many_ranks_needs_no_batch_that_fits(train_py: Start) -> None:
     done = train_py("plan_only=true", "model=llama2_debug", "world_size=512", "mesh.tp=4", "data.seq_len=16")
     assert done.code == 0, done.err
     assert done.out.splitlines()[:3] == [
@@ -110,7 +113,7 @@ def test_a_plan_for_many_ranks_needs_no_batch_that_fits(train_py) -> None:
     ]
 
 
-def test_it_starts_no_ranks_and_needs_no_data_of_its_own(train, tmp_path) -> None:
+def test_it_starts_no_ranks_and_needs_no_data_of_its_own(train: Start, tmp_path: Path) -> None:
     """The real command, cold, with 64 ranks to plan for and none to run on."""
     words = "plan_only=true", "mesh.tp=8", "world_size=64", "tokenizer=bpe_32k"
     done = train(None, tmp_path, *words, cold=True)

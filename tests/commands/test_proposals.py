@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import environment, execute
-from support.trainings import TINY, TRAIN
+from support.trainings import TINY, TRAIN, Start
 
 pytestmark = pytest.mark.cli
 
@@ -91,7 +91,7 @@ PROPOSED = [
 
 @pytest.mark.parametrize(("typed", "why", "starter", "new"), PROPOSED, ids=[row[0] for row in PROPOSED])
 def test_what_is_proposed_is_what_was_typed_and_is_not_refused(
-    train_py, tmp_path: Path, typed: str, why: str, starter: str | None, new: str
+    train_py: Start, tmp_path: Path, typed: str, why: str, starter: str | None, new: str
 ) -> None:
     done = train_py(*BASE, *shlex.split(typed))
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
@@ -128,7 +128,7 @@ LEFT = [
 
 @pytest.mark.parametrize(("left", "why", "starter"), LEFT)
 def test_the_environment_of_another_job_is_one_line(
-    train_py, left: dict[str, str], why: str, starter: str
+    train_py: Start, left: dict[str, str], why: str, starter: str
 ) -> None:
     done = train_py(*TINY, **left)
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
@@ -144,7 +144,7 @@ def test_what_is_typed_is_kept_where_nothing_was_composed_before(tmp_path: Path)
     assert done.command_to_try[-len(TINY) :] == [*TINY]
 
 
-def test_a_rank_that_was_started_by_hand_is_not_refused_in_silence(train_py) -> None:
+def test_a_rank_that_was_started_by_hand_is_not_refused_in_silence(train_py: Start) -> None:
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     done = train_py(*TINY, **place, MASTER_ADDR="localhost", MASTER_PORT="1")
     assert done.code == 2

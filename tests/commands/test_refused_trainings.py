@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import Done, on_path
-from support.trainings import TRAIN
+from support.trainings import TRAIN, Start
 
 pytestmark = pytest.mark.cli
 
@@ -210,7 +210,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("size", "typed", "begins"), REFUSED, ids=[row[1] for row in REFUSED])
 def test_a_wrong_config_is_refused_in_one_line(
-    train_py, small: list[str], data: Path, texts: Path, tmp_path: Path, size: int, typed: str, begins: str
+    train_py: Start,
+    small: list[str],
+    data: Path,
+    texts: Path,
+    tmp_path: Path,
+    size: int,
+    typed: str,
+    begins: str,
 ) -> None:
     """What it proposes, it has judged itself; test_proposals.py runs some every day, and the next test all of these."""
     done = train_py(*small, *typed.format(data=data, texts=texts).split(), size=size)
@@ -224,7 +231,7 @@ def test_a_wrong_config_is_refused_in_one_line(
     [(size, typed) for size, typed, _ in REFUSED if not any(word in typed for word in NO_OTHER)],
 )
 def test_the_command_that_it_proposes_is_not_refused(
-    train_py, small: list[str], data: Path, texts: Path, size: int, typed: str
+    train_py: Start, small: list[str], data: Path, texts: Path, size: int, typed: str
 ) -> None:
     before = [*small, *typed.format(data=data, texts=texts).split()]
     starter, *arguments = train_py(*before, size=size).command_to_try
@@ -268,7 +275,7 @@ def check_one_line(done: Done, begins: str) -> None:
     ids=["no compiler", "no compiler for the update", "no folder"],
 )
 def test_what_the_machine_lacks_is_refused(
-    train_py, small: list[str], tmp_path: Path, typed: str, begins: str, env: dict[str, str]
+    train_py: Start, small: list[str], tmp_path: Path, typed: str, begins: str, env: dict[str, str]
 ) -> None:
     done = train_py(*small, *typed.split(), **env)
     check_one_line(done, begins)
@@ -284,7 +291,7 @@ def test_what_the_machine_lacks_is_refused(
     ],
 )
 def test_what_needs_no_torch_is_refused_without_it(
-    train, small: list[str], tmp_path: Path, typed: str, begins: str
+    train: Start, small: list[str], tmp_path: Path, typed: str, begins: str
 ) -> None:
     """In a new process: what it computes, for a busy machine makes it wait longer."""
     (tmp_path / "lib").mkdir()
@@ -296,7 +303,7 @@ def test_what_needs_no_torch_is_refused_without_it(
 
 
 def test_a_corpus_too_short_for_a_batch_is_refused_once_it_is_prepared(
-    train, small: list[str], texts: Path, tmp_path: Path
+    train: Start, small: list[str], texts: Path, tmp_path: Path
 ) -> None:
     """Only the prepared rows show it; the batch that is offered splits over the ranks."""
     few_files = f"data.path=[{texts}/00.txt,{texts}/01.txt,{texts}/02.txt]"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support import composed
-from support.trainings import Trained
+from support.trainings import Start, Trained
 
 from tpresearch.config.compose import as_dict
 
@@ -92,7 +92,7 @@ def test_the_config_is_kept_resolved(run_2d: Trained, small: list[str]) -> None:
     assert "parallel=fsdp_tp" in yaml.safe_load((run_2d.folder / ".hydra/overrides.yaml").read_text())
 
 
-def test_a_new_process_composes_what_warm_ones_do(train, small: list[str], tmp_path: Path) -> None:
+def test_a_new_process_composes_what_warm_ones_do(train: Start, small: list[str], tmp_path: Path) -> None:
     """There Hydra finds out again what support/parsed_once.py keeps: every node, its own included, before any is resolved."""
     words = [*small, "experiment=seed_2d", "parallel=hsdp_tp", "optimizer=sgd", "train.steps=7", "--cfg=all"]
     warm, new = (train(None, tmp_path, *words, cold=cold) for cold in (False, True))
@@ -137,7 +137,7 @@ def test_the_mesh_and_the_model_are_said_once_over_all_ranks(run_2d: Trained) ->
         assert said.count("layers.{0-1}.attention.wq.weight") == 1  # two equal layers folded into one line
 
 
-def test_the_plan_is_kept_as_plan_only_prints_it(run_2d: Trained, train_py, small: list[str]) -> None:
+def test_the_plan_is_kept_as_plan_only_prints_it(run_2d: Trained, train_py: Start, small: list[str]) -> None:
     printed = train_py(*small, "parallel=fsdp_tp", "plan_only=true", "world_size=4").out
     assert (run_2d.folder / "plan.txt").read_text().strip() in printed
 

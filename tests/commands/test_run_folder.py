@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from support.trainings import TINY
+from support.trainings import TINY, Start
 
 from tpresearch.launch.claim import lock_folder
 
 pytestmark = pytest.mark.cli
 
 
-def test_a_second_run_into_a_folder_has_a_record_of_its_own(train_py, tmp_path: Path) -> None:
+def test_a_second_run_into_a_folder_has_a_record_of_its_own(train_py: Start, tmp_path: Path) -> None:
     cwd = tmp_path / "cwd"
     first = train_py(*TINY, "train.steps=4", "hydra.run.dir=D")
     anew = *TINY, "train.steps=2", "train.seed=1", "hydra.run.dir=D"
@@ -33,7 +33,7 @@ def test_a_second_run_into_a_folder_has_a_record_of_its_own(train_py, tmp_path: 
     assert "the record of an earlier run in D is now in D.earlier-1" in second.err
 
 
-def test_a_folder_that_is_in_use_is_refused_with_one_that_is_free(train_py, tmp_path: Path) -> None:
+def test_a_folder_that_is_in_use_is_refused_with_one_that_is_free(train_py: Start, tmp_path: Path) -> None:
     (tmp_path / "cwd" / "D").mkdir(parents=True)
     with lock_folder(tmp_path / "cwd" / "D"):
         done = train_py(*TINY, "hydra.run.dir=D")
@@ -44,14 +44,14 @@ def test_a_folder_that_is_in_use_is_refused_with_one_that_is_free(train_py, tmp_
     assert done.command_to_try[-1] == "hydra.run.dir=D-2"
 
 
-def test_a_terminal_without_the_letters_costs_no_run(train_py, tmp_path: Path) -> None:
+def test_a_terminal_without_the_letters_costs_no_run(train_py: Start, tmp_path: Path) -> None:
     done = train_py(*TINY, "hydra.run.dir=D", "name='é'", PYTHONIOENCODING="ascii")
     assert done.code == 0, done.err
     assert "\\u2013 (no step after" in done.out  # the dash of an undefined speed
     assert json.loads((tmp_path / "cwd" / "D" / "summary.json").read_text())["status"] == "completed"
 
 
-def test_paths_are_resolved_where_they_were_typed(train_py, tmp_path: Path) -> None:
+def test_paths_are_resolved_where_they_were_typed(train_py: Start, tmp_path: Path) -> None:
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     (cwd / "mine.txt").write_text("\n\n".join(f"document {nth} of a few words" for nth in range(300)))
@@ -85,7 +85,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("typed", "says"), REFUSED, ids=[row[0][:20] for row in REFUSED])
 def test_names_that_no_folder_or_record_should_have_are_refused(
-    train_py, tmp_path: Path, typed: str, says: str
+    train_py: Start, tmp_path: Path, typed: str, says: str
 ) -> None:
     done = train_py(*TINY, typed)
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.trainings import TINY
+from support.trainings import TINY, Start
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.secrets import refuse_secrets, words_without_secrets
@@ -78,7 +78,9 @@ def test_words_of_a_command_line() -> None:
         (("logger.name=${oc.env:MY_API_KEY}",), "logger.name"),
     ],
 )
-def test_a_command_does_not_repeat_it(train_py, tmp_path: Path, typed: tuple[str, ...], key: str) -> None:
+def test_a_command_does_not_repeat_it(
+    train_py: Start, tmp_path: Path, typed: tuple[str, ...], key: str
+) -> None:
     done = train_py(*TINY, *typed, MY_API_KEY=KEY)
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
     assert done.err.startswith(f"error: {key}=...: holds ")

@@ -14,13 +14,14 @@ import pytest
 from support import fake_slurm
 from support.commands import Done
 from support.processes import wait_for
+from support.trainings import Start
 
 pytestmark = pytest.mark.cli
 Sweep = Callable[..., tuple[Done, list[dict[str, str]]]]
 
 
 @pytest.fixture
-def sweep(train, small: list[str], tmp_path: Path) -> Sweep:
+def sweep(train: Start, small: list[str], tmp_path: Path) -> Sweep:
     words = [word for word in small if not word.startswith(("model=", "train.steps="))]
     words += ["model=toy_mlp", "train.steps=2", "logger=none"]
     words += ["hydra/launcher=slurm", "hydra.sweep.dir=sweep"]

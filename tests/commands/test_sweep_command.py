@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from support.commands import Done, environment, execute_warm
 from support.launches import PROGRAM
-from support.trainings import Trained
+from support.trainings import Start, Trained
 
 from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
 
 
-def test_a_sweep_that_is_refused_leaves_nothing(train, tmp_path: Path) -> None:
+def test_a_sweep_that_is_refused_leaves_nothing(train: Start, tmp_path: Path) -> None:
     done = train(None, tmp_path, "-m", "parallel=tp,tpp", "hydra.sweep.dir=sweep")
     assert done.code == 2
     assert done.refusal.startswith("error: parallel=tp,tpp: there is no tpp; ")
@@ -37,7 +37,9 @@ STUDIES = {"wrong": ("none", "1e30"), "right": ("fsdp_tp", "1e-3")}
 STUDY = "# @package _global_\ndefaults:\n  - override /parallel: {}\noptimizer: {{lr: {}}}\n"
 
 
-def test_a_sweep_runs_what_it_can_and_then_what_is_left(train, small: list[str], tmp_path: Path) -> None:
+def test_a_sweep_runs_what_it_can_and_then_what_is_left(
+    train: Start, small: list[str], tmp_path: Path
+) -> None:
     for name, values in STUDIES.items():
         (tmp_path / "mine" / "experiment").mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / "experiment" / f"{name}.yaml").write_text(STUDY.format(*values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from support.fake_wandb import ENTITY, FakeWandb
@@ -27,7 +28,7 @@ KINDS = {
 }
 
 
-def of_group(runset: dict) -> str:
+def of_group(runset: dict[str, Any]) -> str:
     """The group to which a set of runs is held."""
     (condition,) = runset["filters"]["filters"]
     assert (condition["key"], condition["op"]) == ({"section": "run", "name": "group"}, "=")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -20,8 +20,8 @@ NOON = datetime(2026, 1, 2, 12, 0, 0)
 
 class Noon(datetime):
     @classmethod
-    def now(cls, tz: object = None) -> datetime:
-        return NOON
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return cls(*NOON.timetuple()[:6])
 
 
 @pytest.fixture(autouse=True)

@@ -135,7 +135,7 @@ def test_ranks_of_ours_have_two_minutes_to_save(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(agent, "LOGGERS", ())
 
-    def patience(*typed: str) -> int:
+    def patience(*typed: str) -> int | None:
         monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")  # so that it is put back afterwards
         monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
         monkeypatch.setattr(sys, "argv", ["/bin/torchrun", *typed])

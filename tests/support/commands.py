@@ -66,7 +66,7 @@ class Done:
         return sorted(line.split()[2] for line in self.out.splitlines() if line.startswith("folder "))
 
 
-def environment(home: Path | None = None, **more: str) -> dict[str, str]:
+def environment(home: Path | None = None, /, **more: str) -> dict[str, str]:
     """One thread, no GPU, no account where a home is given, and nothing of a job that the tests may be part of."""
     outside = {
         key: value
@@ -228,8 +228,8 @@ def _as_agent(world: World, words: list[str], cwd: Path, env: dict[str, str], ou
         handler()
         try:
             main()
-        except Exception:
-            sys.excepthook(*sys.exc_info())
+        except Exception as fault:
+            sys.excepthook(type(fault), fault, fault.__traceback__)
             sys.exit(1)
 
     return processes.ended(processes.forked(agent))

@@ -9,13 +9,13 @@ from pathlib import Path
 from support.commands import forked
 from tpresearch.sweep import launcher
 from tpresearch.sweep.job import CONSOLE_LOG, Job
-from tpresearch.sweep.running import DeviceShare, job_environment, set_aside
+from tpresearch.sweep.running import DeviceShare, JobProcess, job_environment, set_aside
 from tpresearch.verify.ranks import Ranks
 
 THREADS = ThreadPoolExecutor()
 
 
-class ForkedJob:
+class ForkedJob(JobProcess):
     """What `JobProcess` is, but that it runs to its end: a sweep that is stopped needs processes of its own."""
 
     def __init__(self, job: Job, share: DeviceShare) -> None:

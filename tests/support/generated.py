@@ -109,8 +109,9 @@ def to_try(done: Done) -> Case | None:
         re.search(r"(VALUE|<\w+>|MULTIRUN)$", word) for word in typed
     ):
         return None
-    ranks = [int(word.partition("=")[2]) for word in before if word.startswith("--nproc-per-node=")]
-    return Case((*typed, NO_FOLDER), *ranks)
+    named = [int(word.partition("=")[2]) for word in before if word.startswith("--nproc-per-node=")]
+    (ranks,) = named or [1]
+    return Case((*typed, NO_FOLDER), ranks)
 
 
 def refused(done: Done) -> str | None:

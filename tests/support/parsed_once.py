@@ -9,15 +9,18 @@ import copy
 import io
 import pickle
 from functools import cache, lru_cache
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import yaml
-from hydra._internal import defaults_list
+from hydra._internal import defaults_list as hydra_defaults
 from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
-from omegaconf import DictConfig, OmegaConf, _utils, base, grammar_parser
+from hydra._internal.defaults_list import Overrides
+from hydra.core.default_element import InputDefault
+from omegaconf import DictConfig, ListConfig, OmegaConf, _utils, base, grammar_parser
 from omegaconf.resolvers import oc
 
-_load, _interpolation_map = OmegaConf.load, defaults_list._create_interpolation_map
+_load, _interpolation_map = OmegaConf.load, hydra_defaults._create_interpolation_map
 
 
 @cache
@@ -26,21 +29,23 @@ def _parsed(text: str) -> bytes:
     return pickle.dumps(_load(io.StringIO(text)))
 
 
-def load(file: Any) -> Any:
+def load(file_: IO[Any] | Path | str) -> DictConfig | ListConfig:
     """`OmegaConf.load`, which is a function of the text; of what it cannot parse it says itself what is wrong."""
-    if not isinstance(file, io.TextIOBase):
-        return _load(file)
+    if not isinstance(file_, io.TextIOBase):
+        return _load(file_)
     try:
-        return pickle.loads(_parsed(file.read()))
+        return pickle.loads(_parsed(file_.read()))
     except (OSError, yaml.YAMLError):
-        file.seek(0)
-        return _load(file)
+        file_.seek(0)
+        return _load(file_)
 
 
-def interpolation_map(overrides: Any, defaults: list[Any], self_added: bool) -> DictConfig:
+def interpolation_map(
+    overrides: Overrides, defaults_list: list[InputDefault], self_added: bool
+) -> DictConfig:
     """The choices that an interpolation in a defaults list may name: Hydra lists them where there is none, too."""
-    if any(default.is_interpolation() for default in defaults):
-        return _interpolation_map(overrides, defaults, self_added)
+    if any(default.is_interpolation() for default in defaults_list):
+        return _interpolation_map(overrides, defaults_list, self_added)
     return DictConfig({})
 
 
@@ -55,5 +60,5 @@ OmegaConf.load = staticmethod(load)
 _parse = lru_cache(10_000)(grammar_parser.parse)
 for module in (grammar_parser, _utils, base, oc):
     module.parse = _parse
-defaults_list._create_interpolation_map = interpolation_map
+hydra_defaults._create_interpolation_map = interpolation_map
 CachingConfigRepository.__init__ = begin_cache

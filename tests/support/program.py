@@ -41,7 +41,7 @@ def main(cfg: Config, run: Run) -> None:
         (run.folder / "asleep").touch()
         time.sleep(600)
     hydra = HydraConfig.get()
-    typed, model = list(hydra.overrides.task), hydra.runtime.choices.model
+    typed, model = list(hydra.overrides.task), hydra.runtime.choices["model"]
     told = f"{hydra.output_subdir} rank {run.world.rank} of {run.world.size} {typed} {model}"
     print(f"folder {run.folder} {told}\n", end="")  # in one write, which no other rank can cut in two
 

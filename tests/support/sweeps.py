@@ -79,6 +79,7 @@ class Sweep:
         typed = [f"hydra.sweep.dir={self.folder}", *SMALL, *overrides]
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             hydra = GlobalHydra.instance().hydra
+            assert hydra
             master = hydra.compose_config("train", typed, run_mode=RunMode.MULTIRUN)
             typed_settings = {key: value for key, value in master.hydra.launcher.items() if key != "_target_"}
             launcher = TorchrunLauncher(**{**typed_settings, **settings}, start=self._start)

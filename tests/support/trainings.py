@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,3 +37,9 @@ class Trained:
 
     def column(self, name: str) -> list[Any]:
         return [row[name] for row in self.rows]
+
+
+Start = Callable[..., Done]
+"""Starts `train.py`, which may be refused or fail."""
+Train = Callable[..., Trained]
+"""Starts a run that has to complete."""

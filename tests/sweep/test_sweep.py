@@ -7,22 +7,28 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 from support import composed
 from support.processes import wait_for
-from support.sweeps import Sweep
+from support.sweeps import Pretended, Sweep
 
 from tpresearch.config import ConfigError
 from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import ranks_needed
+from tpresearch.launch.command import Command, WrongCommand
 from tpresearch.sweep import launcher
-from tpresearch.sweep.job import CONSOLE_LOG, signature
+from tpresearch.sweep.job import CONSOLE_LOG, Job, signature
 from tpresearch.sweep.running import (
     JOB_VARIABLE,
+    Devices,
+    DeviceShare,
+    StartJob,
     collect_signals,
     job_environment,
     job_value,
@@ -110,6 +116,8 @@ def test_no_job_starts_while_any_is_wrong(sweep: Sweep, monkeypatch: pytest.Monk
     said = str(refused.value)
     assert said.startswith("mesh.tp=3: does not divide ")
     assert ", in job 1 of the sweep (" in said
+    assert isinstance(refused.value, WrongCommand)
+    assert isinstance(refused.value.command, Command)
     assert refused.value.command.arguments == ("-m", "parallel=tp", "mesh.tp=2")
     assert sweep.started == []
 
@@ -363,14 +371,16 @@ def test_experiments_are_swept_by_a_glob(sweep: Sweep) -> None:
 def test_what_is_interrupted_is_stopped_and_said(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    stopped = []
+    stopped: list[Pretended] = []
 
-    def interrupted(jobs, devices, start, *rest):
-        def starts(job, share):
-            stopped.append(start(job, share))
-            stopped[-1].looks = 1000
+    def interrupted(jobs: Sequence[Job], devices: Devices, start: StartJob, *rest: Any) -> None:
+        def starts(job: Job, share: DeviceShare) -> Pretended:
+            started = start(job, share)
+            assert isinstance(started, Pretended)
+            stopped.append(started)
+            started.looks = 1000
             os.kill(os.getpid(), number)
-            return stopped[-1]
+            return started
 
         run_jobs(jobs, devices, starts, *rest)
 

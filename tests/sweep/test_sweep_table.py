@@ -127,7 +127,9 @@ TRACEBACK = "Traceback (most recent call last):\n    File x\n  torch.OutOfMemory
         ("nothing\n", {}, "exit code 1"),
     ],
 )
-def test_a_failure_is_told_by_its_first_cause(tmp_path: Path, said: str, summary: dict, error: str) -> None:
+def test_a_failure_is_told_by_its_first_cause(
+    tmp_path: Path, said: str, summary: dict[str, Any], error: str
+) -> None:
     failed = job(tmp_path, 0, "parallel=tp", {"status": "failed", **summary}, said)
     outcome = outcome_of(failed, 1, 2.0)
     assert (outcome.status, outcome.error) == ("failed", error)
