@@ -101,6 +101,7 @@ def test_the_agents_meet_and_nothing_is_left_behind(tmp_path: Path) -> None:
         "while len(list(here.glob('[ab] [0-3]'))) < 4: time.sleep(0.05)\n"
         "sys.exit(1)\n"
     )
+    asleep = None
     try:
         with two:
             asleep = subprocess.Popen(["ip", "netns", "exec", two.names["a"], "sleep", "600"])
@@ -111,6 +112,7 @@ def test_the_agents_meet_and_nothing_is_left_behind(tmp_path: Path) -> None:
         pytest.skip(f"two hosts cannot be made here: {reason}")
     except KeyboardInterrupt:
         pass
+    assert asleep
     assert asleep.wait(timeout=600) < 0
     ranks_of = [{path.name[-1] for path in tmp_path.glob(f"{host} ?")} for host in HOSTS]
     assert sorted(map(sorted, ranks_of)) == [["0", "1"], ["2", "3"]]  # who comes first has the first two

@@ -7,6 +7,7 @@ import os
 import shutil
 from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from support.example_run import row
@@ -14,6 +15,9 @@ from support.example_run import row
 from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import METRICS, NAMES, complete_row
 from tpresearch.track.record import read_metrics, summary_figures, write_atomically, write_summary
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 PROMISED = {
     "train/step",
@@ -125,10 +129,10 @@ def test_rows_wait_for_room_on_a_full_disk(
     write = FileIO.write
 
     class Disk(FileIO):
-        def write(self, data) -> int:
+        def write(self, data: ReadableBuffer, /) -> int:
             if not room[0]:
                 raise OSError(28, "No space left on device")
-            return write(self, bytes(data[:100]))  # and never all at once
+            return write(self, bytes(data)[:100])  # and never all at once
 
     metrics._file = Disk(tmp_path / "metrics.jsonl", "a+")
     for step in (1, 2, 3, 4):

@@ -24,6 +24,10 @@ from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.tracker import Tracker
 
 
+def no_report(*_: object) -> None:
+    raise ZeroDivisionError("division by zero")
+
+
 @pytest.fixture(autouse=True)
 def no_wandb(cfg: Config) -> None:
     cfg.logger.wandb = False
@@ -161,7 +165,7 @@ def test_nothing_on_the_way_out_costs_the_summary(
     with Tracker(cfg, run_dir, facts, STEPS, console=Console(file=out, width=120)) as tracker:
         log_steps(tracker)
         shutil.rmtree(run_dir)
-        monkeypatch.setattr("tpresearch.track.tracker.report", lambda *_: 1 / 0)
+        monkeypatch.setattr("tpresearch.track.tracker.report", no_report)
     summary = read_summary(run_dir)
     assert (summary["status"], summary["run_name"], summary["unigram_entropy"]) == ("completed", "[/b]", None)
     assert (summary["steps"], summary["train/loss"], len(read_metrics(run_dir))) == (8, 7.75, 8)
@@ -195,7 +199,7 @@ def test_a_summary_that_finds_no_room_is_said_in_a_line(
 def test_what_cannot_be_written_at_the_end_is_found_at_the_start(
     track: Callable[..., Tracker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tpresearch.track.tracker.report", lambda *_: 1 / 0)
+    monkeypatch.setattr("tpresearch.track.tracker.report", no_report)
     with pytest.raises(ZeroDivisionError):
         track()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.composed import config
 
@@ -43,7 +45,7 @@ WANDB = {
         ({"run_id": " "}, "WANDB_RUN_ID=: not a valid W&B name"),
     ],
 )
-def test_what_wandb_would_refuse_is_refused_first(settings: dict, says: str) -> None:
+def test_what_wandb_would_refuse_is_refused_first(settings: dict[str, Any], says: str) -> None:
     environment = {"WANDB_RUN_ID": settings.pop("run_id", "")}
     with pytest.raises(ConfigError) as refused:
         check_settings(LoggerConfig(**settings), environment)
@@ -80,7 +82,13 @@ def test_wandbs_rules_are_the_clients() -> None:
     from wandb.errors import UsageError
 
     Settings(project="p" * 128, run_id="a1b2", run_tags=["t" * 64])
-    for wrong in ({"project": "p" * 129}, {"project": "a:b"}, {"run_id": "a/b"}, {"run_tags": ["t" * 65]}):
+    refused: list[dict[str, Any]] = [
+        {"project": "p" * 129},
+        {"project": "a:b"},
+        {"run_id": "a/b"},
+        {"run_tags": ["t" * 65]},
+    ]
+    for wrong in refused:
         with pytest.raises((UsageError, ValueError)):
             Settings(**wrong)
 
