@@ -80,6 +80,10 @@ def compared_with_a_real_run(folder: Path, allocated: int) -> None:
         (("~cluster.numbers.intra_gb_s",), "error: cluster.numbers.intra_gb_s=null: not stated"),
         (("cluster=dgx",), "error: cluster=dgx: "),
         (
+            ("checkpoint=every",),
+            "error: checkpoint=every: simulate does not use this config group; it takes cluster, data, experiment, logger, ",
+        ),
+        (
             ("train.dtype=float64", "cluster.numbers.peak_tflops_float64.value=0"),
             "error: train.dtype=float64: ",
         ),

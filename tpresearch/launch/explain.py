@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import yaml
@@ -62,6 +62,10 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
     if again := re.match(r"(\S+) appears more than once in the final defaults list", message):
         value = composition.typed_value(again[1])
         return ConfigError(again[1], value, "it is chosen already", "no + before it", fix={again[1]: value})
+    if (unused := re.match(r"Could not override '(.+?)'", message)) and unused[1] in (
+        groups := composition.groups()
+    ):
+        return _unused_group(unused[1], groups, composition)
     if message.startswith("Config group override must be a string"):
         return _invalid_option_name(composition)
     if message.endswith(NOT_ACCEPTED):
@@ -120,6 +124,15 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
         return ConfigError(group, value or option, why, f"conf/{group}/ has none yet")
     legal = f"one of {', '.join(nearest(option, options))}"
     return ConfigError(group, value or option, why, legal, fix={group: closest_name(option, options)})
+
+
+def _unused_group(group: str, groups: Iterable[str], composition: Composition) -> ConfigError:
+    """For one of the groups that this program does not compose, though others do: a simulated step has no checkpoints."""
+    settings = composition.values_without("hydra.runtime.choices")
+    used = [name for name in groups if f"hydra.runtime.choices.{name}" in settings]
+    legal = f"it takes {', '.join(sorted(used))}"
+    why = f"{composition.config_name} does not use this config group"
+    return ConfigError(group, composition.typed_value(group), why, legal, fix={group: None})
 
 
 def _invalid_option_name(composition: Composition) -> ConfigError:
