@@ -131,19 +131,24 @@ def instantiate(spec: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Within:
-    """Numbers from `least` to `most`; `open_below` and `open_above` leave the bound itself out."""
+    """Numbers from `least` to `most`; `open_below` and `open_above` leave the bound itself out, `or_zero` adds 0."""
 
     least: float = -math.inf
     most: float = math.inf
     open_below: bool = False
     open_above: bool = False
+    or_zero: bool = False
 
     def __contains__(self, number: float) -> bool:
+        if self.or_zero and number == 0:
+            return True
         above = number > self.least if self.open_below else number >= self.least
         below = number < self.most if self.open_above else number <= self.most
         return math.isfinite(number) and above and below
 
     def __str__(self) -> str:
+        if self.or_zero:
+            return f"0, or {dataclasses.replace(self, or_zero=False)}"
         low = f"{'a number above' if self.open_below else ''} {self.least:g}".strip()
         if self.most in (MAX_NUMBER, math.inf):
             return low if self.open_below else f"{low} or more"

@@ -32,11 +32,13 @@ class Number:
     source: str
 
 
-POSITIVE = Within(0, 1e9, open_below=True)
-NON_NEGATIVE = Within(0, 1e9)
-"""Far above any device: a number beyond it is in another unit, such as bytes/s for 1e9 bytes/s."""
-SHARE_OF_PEAK = Within(0, 1, open_below=True)
-SHARE_OF_RATE = Within(0, 10, open_below=True)
+LEAST, MOST = 1e-6, 1e9
+"""Far below and above any device: a number beyond them is in another unit, such as bytes/s for 1e9 bytes/s."""
+POSITIVE = Within(LEAST, MOST)
+PEAK = Within(LEAST, MOST, or_zero=True)
+NON_NEGATIVE = Within(0, MOST)
+SHARE_OF_PEAK = Within(LEAST, 1)
+SHARE_OF_RATE = Within(LEAST, 10)
 """Above 1 on a CPU, where caches make an op faster than the rate that it is relative to."""
 
 NUMBERS = {
@@ -45,13 +47,10 @@ NUMBERS = {
         NON_NEGATIVE,
         "of it, what CUDA, NCCL and the allocator take beside a job's tensors",
     ),
-    "peak_tflops_bfloat16": (
-        NON_NEGATIVE,
-        "dense matmul peak of a device in 1e12 FLOP/s, 0 where it has none",
-    ),
-    "peak_tflops_float32": (NON_NEGATIVE, "the same in float32, without TF32"),
-    "peak_tflops_float64": (NON_NEGATIVE, "the same in float64"),
-    "peak_tflops_float8": (NON_NEGATIVE, "the same in float8, 0 where it has none"),
+    "peak_tflops_bfloat16": (PEAK, "dense matmul peak of a device in 1e12 FLOP/s, 0 where it has none"),
+    "peak_tflops_float32": (PEAK, "the same in float32, without TF32"),
+    "peak_tflops_float64": (PEAK, "the same in float64"),
+    "peak_tflops_float8": (PEAK, "the same in float8, 0 where it has none"),
     "compute_units": (Within(1), "units that each take one tile of a matmul at a time: SMs of a GPU"),
     "gemm_efficiency": (SHARE_OF_PEAK, "share of the peak that a large matmul reaches in a training step"),
     "gemm_half_depth": (NON_NEGATIVE, "length of the inner dim at which a matmul has half of its best rate"),
@@ -189,7 +188,7 @@ def parse_cluster(plain: Mapping[str, Any]) -> Cluster:
     for name, kind in CLUSTER_KEYS.items():
         check_value(f"cluster.{name}", stated.get(name), kind)
         if name in ("devices_per_host", "hosts", "shared_cores") and stated.get(name) is not None:
-            least = Within(0, open_below=True) if name == "shared_cores" else Within(1)
+            least = Within(LEAST) if name == "shared_cores" else Within(1)
             if stated[name] not in least:
                 raise ConfigError(f"cluster.{name}", stated[name], "out of bounds", str(least))
     given = stated.pop("numbers")
