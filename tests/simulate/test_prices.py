@@ -15,15 +15,7 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.composition import read_option
 from tpresearch.ledger.entries import Event
-from tpresearch.simulate.cluster import (
-    NUMBERS,
-    Cluster,
-    Number,
-    SourceKind,
-    check_world,
-    parse_cluster,
-    with_typed_numbers,
-)
+from tpresearch.simulate.cluster import NUMBERS, Cluster, Number, SourceKind, check_world, parse_cluster
 from tpresearch.simulate.kernels import Kernel, kernels
 from tpresearch.simulate.network import Route, collective_s, network_s, route
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
@@ -459,21 +451,6 @@ def test_a_cluster_that_is_none_is_refused_by_its_key(name: str, values: tuple[o
         with pytest.raises(ConfigError) as refused:
             parse_cluster({**plain, name: value})
         assert refused.value.field == f"cluster.{name}"
-
-
-def test_a_number_typed_on_the_command_line_has_not_the_source_of_the_files() -> None:
-    given = cluster()
-    assert with_typed_numbers(given, ["world_size=8", "cluster=h100_dgx"]) == given
-    words = [
-        f"cluster.numbers.{word}"
-        for word in ("inter_gb_s.value=25", "kernel_us.value=3", "kernel_us.source=mine")
-    ]
-    changed = with_typed_numbers(given, words)
-    assert changed.numbers["inter_gb_s"] == Number(
-        given["inter_gb_s"], SourceKind.guessed, "typed on the command line"
-    )
-    assert changed.numbers["kernel_us"] == given.numbers["kernel_us"]
-    assert changed.checked == tuple(f"before inter_gb_s, kernel_us changed, {line}" for line in given.checked)
 
 
 def test_a_matmul_in_a_dtype_without_a_rate_is_refused() -> None:

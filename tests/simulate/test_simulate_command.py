@@ -69,6 +69,18 @@ def compared_with_a_real_run(folder: Path, allocated: int) -> None:
     assert [run.folder for run in comparison.baseline.runs] == [real]
 
 
+def test_a_number_of_a_users_file_is_not_said_to_come_from_its_base(simulate, tmp_path: Path) -> None:
+    path = tmp_path / "conf" / "cluster" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("defaults: [h100_dgx]\nname: mine\nnumbers:\n  inter_gb_s: {value: 25}\n")
+    done = simulate(*SMALL, "cluster=mine", "hydra.run.dir=run", "--config-dir", "conf")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "run" / "simulate.json").read_text())
+    source = "changed in cluster/mine.yaml, which states no source"
+    assert found["assumptions"]["inter_gb_s"] == {"value": 25, "kind": "guessed", "source": source}
+    assert all(line.startswith("before inter_gb_s changed, ") for line in found["checked"])
+
+
 @pytest.mark.parametrize(
     ("words", "refusal"),
     [

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import difflib
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -58,6 +59,38 @@ def read_option(group: str, name: str) -> dict[str, Any]:
         raise ConfigError(group, name, why, "a file that can be") from error
     assert isinstance(found, dict)
     return {str(key): value for key, value in found.items()}
+
+
+def files_of_option(group: str, name: str, folders: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
+    """The files from which an option is merged, each over those before it: the options in its defaults, and its own. None
+    that is not found.
+
+    Args:
+        folders: of config files, the first of which that has an option counts.
+
+    Returns: names, such as "cluster/h100_dgx.yaml", and contents, with interpolations as they are written.
+    """
+    path = next((p for folder in folders if (p := folder / group / f"{name}.yaml").is_file()), None)
+    if path is None:
+        return []
+    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    defaults = content.pop("defaults", [])
+    own, found = (f"{group}/{name}.yaml", content), []
+    for entry in defaults if "_self_" in defaults else [*defaults, "_self_"]:
+        if entry == "_self_":
+            found.append(own)
+        elif isinstance(entry, str):
+            base = Path(f"/{group}", name).parent / entry.partition("@")[0]
+            found += files_of_option(group, str(base).removeprefix(f"/{group}/"), folders)
+    return found
+
+
+def chosen_files(group: str) -> list[tuple[str, dict[str, Any]]]:
+    """`files_of_option` of the option that this process's config has; none where it has none."""
+    runtime = HydraConfig.get().runtime
+    chosen = runtime.choices.get(group)
+    folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
+    return files_of_option(group, chosen, folders) if chosen else []
 
 
 @dataclass(frozen=True)

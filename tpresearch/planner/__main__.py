@@ -10,9 +10,10 @@ import os
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.launch import Run, entrypoint
+from tpresearch.launch.composition import chosen_files
 from tpresearch.launch.garbage import gc_paused
-from tpresearch.simulate.cluster import with_typed_numbers
 from tpresearch.simulate.preflight import SimulationPreflight, check_simulation
+from tpresearch.simulate.sources import with_own_sources
 
 
 def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
@@ -52,7 +53,7 @@ def main(job: SimulationPreflight, run: Run) -> None:
         from tpresearch.simulate.run_files import write_run
 
     cfg, sizes = job.cfg, job.sizes
-    cluster = with_typed_numbers(job.cluster, run.command.arguments)
+    cluster = with_own_sources(job.cluster, chosen_files("cluster"), run.command.arguments)
     ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))
     (run.folder / "planner.json").write_text(json.dumps(as_json(ranking), indent=2) + "\n")
     best = ranking.fits[0] if ranking.fits else None

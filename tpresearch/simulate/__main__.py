@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 from tpresearch.launch import Run, entrypoint
+from tpresearch.launch.composition import chosen_files
 from tpresearch.launch.garbage import gc_paused
-from tpresearch.simulate.cluster import with_typed_numbers
 from tpresearch.simulate.preflight import SimulationPreflight, preflight
+from tpresearch.simulate.sources import with_own_sources
 
 
 @entrypoint("simulate", preflight=preflight)
@@ -21,7 +22,7 @@ def main(job: SimulationPreflight, run: Run) -> None:
         from tpresearch.simulate.run_files import write_run, write_trace
 
     cfg, sizes = job.cfg, job.sizes
-    cluster = with_typed_numbers(job.cluster, run.command.arguments)
+    cluster = with_own_sources(job.cluster, chosen_files("cluster"), run.command.arguments)
     recorded = recording(cfg, sizes, record)
     prediction = predict(recorded, cluster)
     path = run.folder / "simulate.json"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.schema import Dtype
 from tpresearch.config.values import Within, check_value
-from tpresearch.launch.command import override_key
 
 
 class SourceKind(StrEnum):
@@ -100,7 +99,6 @@ OPTIONAL_NUMBERS = {"peak_tflops_float8": Number(0.0, SourceKind.guessed, "not s
 """Numbers that a cluster may leave out, with their defaults."""
 TABLES = ("attention_tflops_forward", "attention_tflops_backward")
 """Numbers that are lists, by `LENGTHS` or the last of them."""
-TYPED = "typed on the command line"
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 CLUSTER_KEYS = {
@@ -204,20 +202,6 @@ def parse_cluster(plain: Mapping[str, Any]) -> Cluster:
     }
     checked = tuple(stated.pop("checked"))
     return Cluster(**stated, numbers=numbers, checked=checked)
-
-
-def with_typed_numbers(cluster: Cluster, words: Iterable[str]) -> Cluster:
-    """The cluster, where a number that the overrides `words` change is stated as such: without a source of its own it has not
-    that of the file's number, and the file's checks were made before."""
-    typed = {override_key(word) for word in words}
-    changed = {name for name in NUMBERS if f"cluster.numbers.{name}.value" in typed}
-    unsourced = {name for name in changed if f"cluster.numbers.{name}.source" not in typed}
-    numbers = {
-        name: replace(number, kind=SourceKind.guessed, source=TYPED) if name in unsourced else number
-        for name, number in cluster.numbers.items()
-    }
-    before = f"before {', '.join(sorted(changed))} changed, " if changed else ""
-    return replace(cluster, numbers=numbers, checked=tuple(before + line for line in cluster.checked))
 
 
 def check_world(cluster: Cluster, world: int) -> None:
