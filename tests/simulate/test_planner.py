@@ -17,6 +17,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
+from tpresearch.launch.composition import read_option
 from tpresearch.planner import ranking
 from tpresearch.planner.__main__ import preflight_planner
 from tpresearch.planner.candidates import Candidate, candidate_plans, micro_batch_rows
@@ -229,6 +230,28 @@ def test_the_command_of_the_best_one_is_whole_and_valid() -> None:
     assert validate(config(*command.arguments), 16, command.hosts) == best.sizes
     composed = yaml.safe_load((CLUSTER.parents[1] / "planner.yaml").read_text())["defaults"]
     assert {"experiment": EXPERIMENT} in composed
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "started"),
+    [
+        ("gb200_nvl72", 64, (16, 4)),
+        ("gb300_nvl72", 128, (32, 4)),
+        ("gb300_nvl72", 6, (2, 3)),
+        ("gb200_nvl72", 2, (1, 2)),
+        ("h100_dgx", 16, (2, 8)),
+        ("h100_dgx", 6, (1, 6)),
+        ("h100_dgx", 1, (1, None)),
+    ],
+)
+def test_one_torchrun_starts_the_ranks_of_a_tray_of_a_rack(
+    name: str, world: int, started: tuple[int, int | None]
+) -> None:
+    here = parse_cluster(read_option("cluster", name))
+    cfg = config("model=llama2_debug", "train.global_batch_size=768")
+    best = next(one for one in candidate_plans(cfg, world, here) if isinstance(one, Candidate))
+    command = training_command(best, [], here)
+    assert (command.hosts, command.ranks) == started
 
 
 def test_overrides_of_what_the_planner_chooses_are_named() -> None:

@@ -437,6 +437,7 @@ def test_a_number_that_is_none_is_refused_by_its_name(change: dict[str, Any], fi
     [
         ("device", (None, "", ["H100"])),
         ("devices_per_host", (0, -8, 2.5, True, "8", float("nan"))),
+        ("devices_per_node", (0, -4, 2.5, 3, 128)),
         ("hosts", (0, 1.5, "two")),
         ("shared_cores", (0, 1e-320, "two")),
         ("has_switch", ("no", None)),

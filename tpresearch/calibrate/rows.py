@@ -70,7 +70,7 @@ def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -
         numbers[key] = {"value": value, "kind": "measured", "source": source}
     device = card.get("card", base["device"])
     per_host = [row["shape"][1] for row in timed if row["op"].endswith(IN_A_HOST)]
-    hosts = {"devices_per_host": per_host[0]} if per_host else {}
+    hosts = {"devices_per_host": per_host[0], "devices_per_node": None} if per_host else {}
     return {**base, "name": name, "device": device, **hosts, "checked": [], "numbers": numbers}
 
 

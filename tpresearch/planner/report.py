@@ -62,7 +62,7 @@ def not_used(typed: Sequence[str]) -> str | None:
 
 
 def training_command(best: Candidate, typed: Sequence[str], cluster: Cluster) -> Command:
-    """The command that trains a candidate, on hosts of the cluster's size.
+    """The command that trains a candidate, on nodes of the cluster's size.
 
     Args:
         typed: overrides of the planner's command.
@@ -76,10 +76,10 @@ def training_command(best: Candidate, typed: Sequence[str], cluster: Cluster) ->
     if not any(override_key(word) == "experiment" for word in kept):
         kept = [f"experiment={EXPERIMENT}", *kept]
     world = best.sizes.world
-    hosts = cluster.hosts_of(world)
+    nodes = cluster.nodes_of(world)
     program = ("train.py",) if Path("train.py").is_file() else ("-m", "tpresearch.train")
-    ranks = world // hosts if world > 1 else None
-    return Command((*kept, *best.overrides.split()), ranks, hosts, program=program)
+    ranks = world // nodes if world > 1 else None
+    return Command((*kept, *best.overrides.split()), ranks, nodes, program=program)
 
 
 def as_json(ranking: Ranking) -> dict[str, Any]:

@@ -105,6 +105,7 @@ CLUSTER_KEYS = {
     "name": str,
     "device": str,
     "devices_per_host": int,
+    "devices_per_node": int | None,
     "hosts": int | None,
     "shared_cores": float | None,
     "has_switch": bool,
@@ -112,6 +113,7 @@ CLUSTER_KEYS = {
     "numbers": dict,
 }
 """The other keys of a cluster, and their types."""
+COUNTS = ("devices_per_host", "devices_per_node", "hosts", "shared_cores")
 REQUIRED_KEYS = ("name", "device", "devices_per_host", "numbers")
 
 
@@ -122,6 +124,8 @@ class Cluster:
     name: str
     device: str
     devices_per_host: int
+    devices_per_node: int
+    """Devices whose ranks one torchrun starts: those of a host, but of a rack those of a tray."""
     hosts: int | None
     """None if unlimited."""
     shared_cores: float | None
@@ -152,6 +156,14 @@ class Cluster:
 
     def hosts_of(self, world: int) -> int:
         return -(-world // self.devices_per_host)
+
+    def nodes_of(self, world: int) -> int:
+        """The fewest nodes of torchrun with as many ranks each."""
+        return next(
+            nodes
+            for nodes in range(1, world + 1)
+            if world % nodes == 0 and world <= nodes * self.devices_per_node
+        )
 
     def assumptions(self) -> Iterator[tuple[str, Number]]:
         """The numbers that it states, the least certain first."""
@@ -185,10 +197,15 @@ def parse_cluster(plain: Mapping[str, Any]) -> Cluster:
     stated["checked"] = plain.get("checked") or []
     for name, kind in CLUSTER_KEYS.items():
         check_value(f"cluster.{name}", stated.get(name), kind)
-        if name in ("devices_per_host", "hosts", "shared_cores") and stated.get(name) is not None:
+        if name in COUNTS and stated.get(name) is not None:
             least = Within(LEAST) if name == "shared_cores" else Within(1)
             if stated[name] not in least:
                 raise ConfigError(f"cluster.{name}", stated[name], "out of bounds", str(least))
+    per_host = stated["devices_per_host"]
+    stated["devices_per_node"] = per_node = stated.get("devices_per_node") or per_host
+    if per_host % per_node:
+        why = f"does not divide cluster.devices_per_host={per_host}"
+        raise ConfigError("cluster.devices_per_node", per_node, why, "a divisor, or null for a whole host")
     given = stated.pop("numbers")
     for name in given:
         if name not in NUMBERS:
