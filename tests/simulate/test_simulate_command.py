@@ -69,7 +69,9 @@ def compared_with_a_real_run(folder: Path, allocated: int) -> None:
     assert [run.folder for run in comparison.baseline.runs] == [real]
 
 
-def test_a_number_of_a_users_file_is_not_said_to_come_from_its_base(simulate, tmp_path: Path) -> None:
+def test_a_number_of_a_users_file_is_not_said_to_come_from_its_base(
+    simulate: Command, tmp_path: Path
+) -> None:
     path = tmp_path / "conf" / "cluster" / "mine.yaml"
     path.parent.mkdir(parents=True)
     path.write_text("defaults: [h100_dgx]\nname: mine\nnumbers:\n  inter_gb_s: {value: 25}\n")

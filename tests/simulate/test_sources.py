@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -39,7 +40,7 @@ def read(folder: Path, option: str, *words: str, **files: object) -> Cluster:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         searched = f"hydra.searchpath=[file://{folder}]"
         composed = compose("simulate", overrides=[searched, f"cluster={option}", *words])
-        plain = OmegaConf.to_container(composed.cluster, resolve=True)
+        plain: Any = OmegaConf.to_container(composed.cluster, resolve=True)
     return with_own_sources(
         parse_cluster(plain), files_of_option("cluster", option, [conf_dir(), folder]), words
     )
