@@ -16,6 +16,7 @@ from rich.text import Text
 from tpresearch.sweep.job import Job
 from tpresearch.track.console import format_row
 from tpresearch.track.names import Row
+from tpresearch.track.record import read_record
 
 INTERVAL_S, PLAIN_INTERVAL_S = 1.0, 60.0
 """Seconds between two updates, on a terminal and elsewhere."""
@@ -64,10 +65,20 @@ def status_line(job: Job, row: Row | None) -> str:
 
 
 def last_row(job: Job) -> Row | None:
-    """The last complete row in a job's metrics.jsonl."""
+    """The last complete row in a job's metrics.jsonl; on a CPU with the peak memory of its tensors, as in the sweep's table, in
+    place of the process's."""
     with suppress(OSError, ValueError), (job.folder / "metrics.jsonl").open("rb") as file:
         file.seek(-min(TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
         *_, line, _ = [b"", *file.read().split(b"\n")]
         row: Row = json.loads(line)
-        return row
+        is_on_cpu = row.get("memory/reserved_bytes") is None
+        return row | {"memory/peak_bytes": _tensors_peak_bytes(job)} if is_on_cpu else row
+    return None
+
+
+def _tensors_peak_bytes(job: Job) -> int | None:
+    """None until a step has been counted, and where blocks are compiled."""
+    with suppress(OSError, ValueError, LookupError):
+        found: int | None = read_record(job.folder / "ledger.json")["memory"]["peak_bytes"]
+        return found
     return None
