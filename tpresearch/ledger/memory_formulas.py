@@ -52,7 +52,7 @@ def _optimizer_bytes(cfg: Config, elements: int, parameters: int) -> int:
 
 
 def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) -> int | None:
-    """Bytes of one micro-batch, which are freed before the next begins."""
+    """Bytes of one micro-batch, which are freed before the next begins, and of the step's tokens and targets, which stay."""
     mode = cfg.parallel.activation_checkpointing
     if plan.float8 or mode is Checkpointing.budget:
         return None
@@ -69,16 +69,19 @@ def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) ->
         return None
     vocabulary = model.output.out_features
     logits = -(-vocabulary // plan.sizes.tp) if plan.loss_parallel else vocabulary
-    softmax = logits * max(element, 4)
-    indices = 8 * (3 if plan.loss_parallel else 2)  # tokens, targets, and targets within the shard, int64
+    parts, wide = micro_batches(cfg, plan.sizes), max(element, 4)
+    softmax = logits * wide
+    # Of all micro-batches: each takes its part of one tensor. Targets, and tokens where rules make DTensors of them; int64.
+    indices = 8 * tokens * parts * (1 + bool(plan.rules))
+    scalars = wide * (1 + (parts > 1))  # the loss, and that of the micro-batch before
     if cfg.train.loss is Loss.sum:
-        softmax, indices = 0, 8  # the gradient is 1, whatever the logits are
+        # The gradient is 1, whatever the logits are; there are no targets, and nothing is scaled.
+        softmax, indices, scalars = 0, indices - 8 * tokens * parts, scalars - wide
     elif cfg.train.loss_chunk and plan.chunked_head:
         # In the place of the hidden states, which are as large, their gradient; and the output layer's.
-        # Tokens of the whole share, and those masked.
-        indices = 8 * (micro_batches(cfg, plan.sizes) + bool(plan.rules))
-        return round(tokens * (kept + indices)) + _early_gradient_bytes(model, plan, cfg, element)
-    return round(tokens * (kept + softmax + indices))
+        early = _early_gradient_bytes(model, plan, cfg, element)
+        return round(tokens * kept) + indices + scalars + early
+    return round(tokens * (kept + softmax)) + indices + scalars + wide  # and the loss before it is scaled
 
 
 def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, element: int) -> int:
@@ -122,12 +125,13 @@ def _llama2_activation_bytes(
         each = h * element * residual
     elif mode is Checkpointing.selective:
         each = attention + ((2 if compiled else 3) * h + 2 * f) * element
-    elif compiled:
-        # The sines of each position are kept once for all rows.
-        rotary = 4 * block.attention.head_dim / micro_batch_size(cfg, plan.sizes)
-        each = attention + (4 * h + 3 * f) * element + 2 * max(element, 4) + rotary
     else:
-        each = 2 * norm + (attention + 4 * f * element) / t
+        # The sines of each position are kept once for all rows; without a compiler, by queries and keys alike.
+        sines = block.attention.head_dim * max(element, 4) / micro_batch_size(cfg, plan.sizes)
+        if compiled:
+            each = attention + (4 * h + 3 * f) * element + 2 * max(element, 4) + sines
+        else:
+            each = 2 * norm + (attention + 4 * f * element) / t + 2 * sines
     return model.n_layers * each + norm
 
 
