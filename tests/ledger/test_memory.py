@@ -13,7 +13,7 @@ from tpresearch.verify.ranks import Ranks
 
 
 def agree(found: StepLedger) -> None:
-    held, wanted = {kind.kind: kind.most_bytes for kind in found.held}, found.expected.held
+    held, wanted = found.most_bytes, found.expected.held
     for kind in ("parameters", "gradients", "optimizer", "activations"):
         assert held[kind] == wanted[kind], kind
 
@@ -102,7 +102,7 @@ def test_real_ranks_hold_what_the_fake_group_counts(ranks: Ranks, plan: str) -> 
     """Temporaries apart: a gathered block lives for a while that depends on when its gather ends."""
     step = 4, "model=llama2_debug", f"parallel={plan}"
     real, fake = (
-        {kind.kind: kind.most_bytes for kind in found.held if kind.kind != "temporaries"}
+        {kind: size for kind, size in found.most_bytes.items() if kind != "temporaries"}
         for found in (on_ranks(ranks, *step, two_parts=True), counted_step(*step, two_parts=True))
     )
     # A number per token or two, until gloo's thread lets go of their sums.
@@ -124,7 +124,7 @@ def test_sharding_weights_keeps_activations_and_gathers_for_a_while(ranks: Ranks
         )
         for world, plan in ((1, "parallel=none"), (2, "parallel=fsdp"))
     )
-    alone, halves = ({kind.kind: kind.most_bytes for kind in step.held} for step in steps)
+    alone, halves = (step.most_bytes for step in steps)
     for kind in ("gradients", "optimizer"):
         assert halves[kind] == pytest.approx(alone[kind] / 2, rel=0.001)
     assert halves["activations"] == pytest.approx(alone["activations"], rel=0.001)

@@ -163,7 +163,6 @@ def test_uneven_rows_are_refused_with_the_next_vocabulary_that_fits() -> None:
 def test_formulas_are_what_is_measured(kind: type, plan: str, world: int) -> None:
     blocks = ["model.blocks=[]"] if kind is Frozen else []
     found = counted_step(world, *model(kind), plan, *blocks)
-    held = {use.kind: use.most_bytes for use in found.held}
     for kept in ("parameters", "gradients", "optimizer"):
-        assert held[kept] == found.expected.held[kept], kept
+        assert found.most_bytes[kept] == found.expected.held[kept], kept
     assert found.sent == found.expected.sent

@@ -117,7 +117,7 @@ def test_norms_keep_on_a_device_what_one_kernel_keeps() -> None:
     """Per norm and token: its input, its output and one scale; the ledger of a CPU has the normalised input too."""
     words = ("model=llama2_debug", "parallel=none", "train.global_batch_size=2")
     cfg = config(*words)
-    on_cpu = {use.kind: use.most_bytes for use in counted_step(1, *words).held}["activations"]
+    on_cpu = counted_step(1, *words).most_bytes["activations"]
     tokens, width, norms = 2 * cfg.data.seq_len, 64, 2 * 2 + 1
     memory = recorded(cfg, 1).memory
     simulated = max(size for name, size in memory.items() if name.endswith("/activations"))

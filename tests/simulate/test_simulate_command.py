@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from support.commands import ROOT, Done, environment, execute_warm
 from support.launches import Command
 
 from tpresearch.compare.groups import check_comparable, comparisons_of, group_each_run, labels
+from tpresearch.compare.panel_data import panel_data
 from tpresearch.compare.runs import find_runs
+from tpresearch.ledger.entries import MEMORY_KINDS, Expected, MemoryUse, StepLedger
+from tpresearch.track.panels import SECTIONS
 from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
@@ -49,6 +53,23 @@ def test_a_step_is_foretold(simulate: Command) -> None:
     events = json.loads((path.parent / "trace.json").read_text())["traceEvents"]
     assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"device", "dp_shard", "tp"}
     compared_with_a_real_run(path.parent, memory["peak"] - memory["reserved"])
+    memory["temporaries"] = memory.pop("other")
+    read_as_that_of_a_real_run(path.parent, {kind: memory[kind] for kind in MEMORY_KINDS})
+
+
+def read_as_that_of_a_real_run(folder: Path, held: dict[str, int]) -> None:
+    """The memory of the step by kind, at the peak, where a real run has it: in the ledger and for the panel of a comparison."""
+    memory = json.loads((folder / "ledger.json").read_text())["memory"]
+    assert {use["kind"]: use["at_peak_bytes"] for use in memory["measured"]} == held
+    assert memory["peak_bytes"] == sum(held.values())
+    assert memory["expected"] == dict.fromkeys(MEMORY_KINDS)
+    real = StepLedger([], [MemoryUse("parameters", 1, 1)], None, Expected(None, {})).as_json()["memory"]
+    assert memory.keys() == real.keys()
+    assert memory["measured"][0].keys() == real["measured"][0].keys()
+    (panel,) = (panel for panel in chain(*SECTIONS.values()) if panel.name == "memory_by_kind")
+    groups = group_each_run(find_runs([str(folder)]).runs)
+    shown = panel_data(panel, groups, comparisons_of(groups)).points
+    assert dict(zip(shown["part"], shown["value"], strict=True)) == held
 
 
 def compared_with_a_real_run(folder: Path, allocated: int) -> None:

@@ -51,8 +51,8 @@ class MemoryUse:
     kind: str
     """parameters (with buffers), gradients, optimizer (its state), activations (created in forward, kept for
     backward), or temporaries (all else: gathered weights, unreduced gradients, short-lived results)."""
-    most_bytes: int
-    """Maximum of this kind over the step."""
+    most_bytes: int | None
+    """Maximum of this kind over the step; None for a predicted step, of which only the peak of the total is known."""
     at_peak_bytes: int
     """At the moment of the total's peak; these add up to the peak."""
 
@@ -105,6 +105,11 @@ class StepLedger:
     def sent_bytes(self) -> int:
         return sum(entry.sent_bytes for entry in self.sent)
 
+    @property
+    def most_bytes(self) -> dict[str, int]:
+        """The maximum of each kind of memory; empty where it is not known."""
+        return {use.kind: use.most_bytes for use in self.held if use.most_bytes is not None}
+
     def as_json(self) -> dict[str, Any]:
         """The content of ledger.json; null where there is no formula."""
         formulas = self.expected.sent
@@ -125,17 +130,15 @@ class StepLedger:
         What formulas expect by collective is None if there are none.
         """
         formulas = self.expected.sent
-        held = {
-            "memory/held_bytes": {use.kind: use.most_bytes for use in self.held},
-            "memory/at_peak_bytes": {use.kind: use.at_peak_bytes for use in self.held},
-        }
+        at_peak = {use.kind: use.at_peak_bytes for use in self.held}
         return {
             "comm/bytes_per_step_by_axis": _sum_bytes(self.sent, lambda entry: entry.axis),
             "comm/bytes_per_step_by_collective": _sum_bytes(self.sent, _axis_and_collective),
             "comm/expected_bytes_per_step_by_collective": None
             if formulas is None
             else _sum_bytes(formulas, _axis_and_collective),
-            **(held if self.held else {}),
+            **({"memory/held_bytes": self.most_bytes} if self.most_bytes else {}),
+            **({"memory/at_peak_bytes": at_peak} if at_peak else {}),
         }
 
 

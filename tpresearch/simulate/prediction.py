@@ -11,7 +11,7 @@ from typing import Any
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, micro_batches
-from tpresearch.ledger.entries import MEMORY_KINDS, Entry
+from tpresearch.ledger.entries import MEMORY_KINDS, Entry, MemoryUse
 from tpresearch.simulate.cluster import Cluster, SourceKind
 from tpresearch.simulate.depth import Recording
 from tpresearch.simulate.device_memory import peak_moment
@@ -20,6 +20,8 @@ from tpresearch.simulate.kernels import kernels
 from tpresearch.simulate.replay import Span, replay
 from tpresearch.simulate.trace import Trace
 
+PREDICTED_KINDS = {kind: "other" if kind == "temporaries" else kind for kind in MEMORY_KINDS}
+"""Names of the kinds of memory in simulate.json, by those of the ledger."""
 RELATIVE_ERRORS = {
     "gemm": 0.07,
     "attention": 0.12,
@@ -82,6 +84,11 @@ class Prediction:
     def allocated_bytes(self) -> int:
         """The peak of tensors, as a run measures it: on a GPU that of the allocator."""
         return self.peak_bytes - self.memory_bytes["reserved"]
+
+    @property
+    def held(self) -> list[MemoryUse]:
+        """The memory ledger of the step, at the peak."""
+        return [MemoryUse(kind, None, self.memory_bytes[PREDICTED_KINDS[kind]]) for kind in MEMORY_KINDS]
 
     @property
     def spare_bytes(self) -> float:
@@ -216,6 +223,5 @@ def _entry_json(entry: Entry, seconds: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _memory(held: Mapping[str, float], cluster: Cluster) -> dict[str, int]:
-    found = {kind: round(held.get(kind, 0)) for kind in MEMORY_KINDS}
-    found["other"] = found.pop("temporaries")
+    found = {PREDICTED_KINDS[kind]: round(held.get(kind, 0)) for kind in MEMORY_KINDS}
     return {**found, "reserved": round(cluster["memory_reserved_gb"] * 1e9)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tpresearch.config.compose import as_dict
-from tpresearch.ledger.entries import Expected, StepLedger
+from tpresearch.ledger.entries import MEMORY_KINDS, Expected, StepLedger
 from tpresearch.simulate.prediction import Prediction
 from tpresearch.simulate.replay import Span
 from tpresearch.track import record
@@ -19,7 +19,9 @@ from tpresearch.track.text import run_name
 def write_run(prediction: Prediction, folder: Path) -> None:
     """config.yaml, ledger.json, one row of metrics.jsonl, and summary.json; the device says that it was predicted."""
     cfg, sizes = prediction.cfg, prediction.sizes
-    ledger = StepLedger(prediction.entries, [], None, Expected(None, {}))
+    ledger = StepLedger(
+        prediction.entries, prediction.held, None, Expected(None, dict.fromkeys(MEMORY_KINDS))
+    )
     figures = {
         "perf/step_time_s": prediction.step_time_s,
         "perf/tokens_per_second": prediction.tokens_per_second_per_device * sizes.world,
@@ -41,8 +43,7 @@ def write_run(prediction: Prediction, folder: Path) -> None:
         "dtype": str(cfg.train.dtype),
         "device": f"{prediction.cluster.name} (predicted)",
         **figures,
-        "comm/bytes_per_step_by_axis": ledger.summary()["comm/bytes_per_step_by_axis"],
-        "comm/bytes_per_step_by_collective": ledger.summary()["comm/bytes_per_step_by_collective"],
+        **ledger.summary(),
     }
     record.write_config(folder, as_dict(cfg))
     rows = MetricsFile(folder)
