@@ -3,6 +3,7 @@ failed process, over gloo in the place of NCCL."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,13 @@ def start(port: int, late: int, mark: str) -> list[bytes]:
 
     with ThreadPoolExecutor(SIZE) as pool:
         return list(pool.map(rank, range(SIZE)))
+
+
+def test_a_process_by_itself_keeps_its_tracebacks_as_they_are() -> None:
+    prints = sys.excepthook
+    for _ in range(2):
+        with process_group(Device(torch.device("cpu"), "gloo", "cpu"), World()):
+            assert sys.excepthook is prints
 
 
 @pytest.mark.parametrize("late", range(SIZE))

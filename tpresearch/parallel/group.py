@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -41,7 +42,12 @@ def process_group(device: Device, world: World) -> Iterator[None]:
         _share_device(world)
     if device.type == "cuda":
         torch.cuda.set_device(device.torch)
+    print_exception = sys.excepthook
     dist.init_process_group(device.backend, timeout=TIMEOUT, **options)
+    if (
+        not world.elastic
+    ):  # torch would begin each line of a traceback with [rank0], and again with each further group
+        sys.excepthook = print_exception
     try:
         yield
     except BaseException:
