@@ -109,6 +109,17 @@ def test_a_long_folder_is_no_group_that_wandb_refuses(sweep: Sweep, monkeypatch:
     assert not any(word.startswith("logger.group=") for job in sweep.started for word in job.arguments)
 
 
+@pytest.mark.parametrize("folder", [".", "outputs"])
+def test_a_sweep_in_this_folder_is_a_group_of_its_name(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    sweep.folder = Path(folder)
+    sweep("parallel=none", "logger=wandb")
+    assert f"logger.group={'mine' if folder == '.' else folder}" in sweep.started[0].arguments
+
+
 def test_no_job_starts_while_any_is_wrong(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "parallel=tp", "mesh.tp=2,3"])
     with pytest.raises(ConfigError) as refused:

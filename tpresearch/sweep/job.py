@@ -117,9 +117,9 @@ def inherited_overrides(hydra_overrides: Iterable[str]) -> list[str]:
 
 def wandb_group(sweep_dir: Path) -> str:
     """The W&B group of a sweep's jobs, unless logger.group is set: its folder below outputs."""
-    return "/".join(part for part in sweep_dir.parts if part not in ("/", "outputs"))[
-        -MAX_NAME_CHARS:
-    ].strip()
+    below = [part for part in sweep_dir.parts if part not in ("/", "outputs")]
+    parts = below or [sweep_dir.resolve().name]  # of `.`, which has none
+    return "/".join(parts)[-MAX_NAME_CHARS:].strip()
 
 
 Status = Literal["completed", "failed", "preempted", "not started"]
