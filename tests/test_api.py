@@ -6,11 +6,14 @@ import html
 import json
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from support.commands import environment, execute
 from support.composed import SMALL, config
 from support.made_runs import Made, entry
@@ -21,6 +24,7 @@ from tpresearch.config import ConfigError
 from tpresearch.config.compose import as_dict
 from tpresearch.config.world import World
 from tpresearch.data.pipeline import prepare
+from tpresearch.launch.composition import conf_dir
 from tpresearch.plan.describe import plan_table
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
@@ -54,6 +58,24 @@ def test_a_config_is_what_the_command_line_composes() -> None:
         "fsdp_tp",
         "hsdp_tp",
     ]
+
+
+def test_a_caller_has_a_hydra_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a script under `hydra.main`, or a notebook that has called `initialize`."""
+    monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        theirs = GlobalHydra.instance().hydra
+        assert tpresearch.load("model=toy_mlp").model.name == "toy_mlp"
+        with pytest.raises(ConfigError, match=r"^model=toy: no such option"):
+            tpresearch.load("model=toy")
+        assert GlobalHydra.instance().hydra is theirs
+
+
+def test_threads_compose_one_after_another() -> None:
+    models = ["toy_mlp", "llama2_debug"] * 2
+    with ThreadPoolExecutor(4) as pool:
+        loaded = pool.map(lambda model: tpresearch.load(f"model={model}"), models)
+        assert [cfg.model.name for cfg in loaded] == models
 
 
 @pytest.mark.parametrize(

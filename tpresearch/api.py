@@ -7,11 +7,14 @@ import dataclasses
 import logging
 import shlex
 import sys
-from contextlib import AbstractContextManager, suppress
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import AXIS_NAMES, DATA_AXES
@@ -53,10 +56,27 @@ def load(*overrides: str, config_name: str = "train") -> Config:
     register_resolvers()
     composition = Composition(config_name, list(overrides))
     try:
-        with explain_errors(composition), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return typed_config(compose(config_name, composition.overrides))
+        with _own_hydra():
+            composition.refuse_unusable()
+            with explain_errors(composition), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                return typed_config(compose(config_name, composition.overrides))
     except ConfigError as error:
         raise error from None  # its sentence says what Hydra's traceback does
+
+
+_composing = threading.Lock()
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Hydra has one global instance, which a caller's own `hydra.main` or another thread may use too."""
+    with _composing:
+        theirs = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = theirs  # Hydra has made another instance meanwhile
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
