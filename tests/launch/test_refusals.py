@@ -11,6 +11,7 @@ from support.launches import PROGRAM, Command
 pytestmark = pytest.mark.cli
 
 MODELS = "hf, llama2_13b, llama2_1b, llama2_70b, llama2_7b, llama2_debug, llama2_small, llama2_tiny, toy_mlp, toy_net"
+LOGGERS = "none, tensorboard, wandb"
 BETAS = "'optimizer.betas=[0.9, 0.95]'"
 
 # The overrides typed, how the line begins, and the overrides of the command to try (None: not compared).
@@ -65,6 +66,17 @@ REFUSED = [
     ("name=${mesh.tpp}", "name=${mesh.tpp}: mesh.tpp does not exist; nearest is ${mesh.tp}", ""),
     ("name=${when:1}", "name=${when:1}: Unsupported interpolation type when; an interpolation that", ""),
     ("hydra/launcher=slrm", "hydra/launcher=slrm: no such option; one of slurm", "hydra/launcher=slurm"),
+    ("name=é", "name=é: cannot be read; 'name=[a,b]' for a list, ", None),
+    (
+        "~logger train.steps=3",
+        f"logger=~: a config group cannot be deleted; one of {LOGGERS}",
+        "logger=none train.steps=3",
+    ),
+    ("~model=llama2_tiny", f"model=~: a config group cannot be deleted; one of {MODELS}", ""),
+    ("--config-dir nowhere", "--config-dir=nowhere: no such folder; a folder with config files, ", ""),
+    ("-m name=a hydra.sweep.dir=", "hydra.sweep.dir=: names no folder; a folder, new or empty", "-m name=a"),
+    ("model.rope_theta=5", "model.rope_theta=5: not in the model's file, so that ", "+model.rope_theta=5"),
+    ("model.rope_teta=5", "model.rope_teta=5: no such key; nearest is model.rope_theta", None),
     ("--config-name trane", "--config-name=trane: no such config; one of ", ""),
     ("--steps 3", "flags=--steps: not understood; key=value overrides, then flags; see --hydra-help", None),
     ("hydra.output_subdir=../x", "hydra.output_subdir=../x: Hydra's record of the config is kept inside", ""),

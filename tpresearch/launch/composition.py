@@ -109,14 +109,22 @@ class Composition:
         """The override that sets this key, as it was typed; the last one counts."""
         return next((typed for typed in reversed(self.overrides) if override_key(typed) == key), None)
 
-    def refuse_unset(self) -> None:
-        """Hydra's own `???` is a traceback where it is first read, which for its own settings is late.
+    def refuse_unusable(self) -> None:
+        """What Hydra takes, and the framework cannot use: its own `???` is a traceback where it is first read, which for its
+        own settings is late; and a config group that is deleted leaves the schema's defaults, as if one had been chosen.
 
         Raises:
             ConfigError: for the first key that was typed so.
         """
         if key := next((override_key(typed) for typed in self.overrides if typed.endswith("=???")), None):
             raise ConfigError(key, "???", "it must be set", f"{key}=VALUE", fix={key: "VALUE"})
+        deleted = [override_key(typed) for typed in self.overrides if typed.startswith("~")]
+        groups = self.groups() if deleted else {}
+        if group := next((key for key in deleted if key in groups), None):
+            options = groups[group]
+            fix = {group: "none" if "none" in options else None}
+            legal = f"one of {', '.join(options)}"
+            raise ConfigError(group, "~", "a config group cannot be deleted", legal, fix=fix)
 
     def typed_value(self, key: str) -> str | None:
         typed = self.override_of(key)

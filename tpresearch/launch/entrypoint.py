@@ -163,7 +163,7 @@ def _start(program: Program[Checked], world: World) -> None:
             with explain_errors(composition):
                 hydra_app.answer_query(program.main, program.config_name)
         return None
-    composition.refuse_unset()
+    composition.refuse_unusable()
     name, overrides = composition.config_name, composition.overrides
     with explain_errors(composition):
         app = hydra_app.application(inspect.getfile(program.main), arguments)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -80,6 +82,13 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
 
 def _unknown_key(key: str, value: object, composition: Composition) -> ConfigError:
     known = {**composition.values_without(key), **dict.fromkeys(composition.groups())}
+    if key in (added := _settings_not_in_file(known) if key.startswith("model.") else []):
+        why, legal = (
+            "not in the model's file, so that its class's default holds",
+            f"+ before it: +{key}=VALUE",
+        )
+        return ConfigError(key, value, why, legal, fix={key: None, f"+{key}": value})
+    known |= dict.fromkeys(added)
     why = "no such key" if "." in key else "no such config group or key"
     if near := close_names(key, known):
         legal = f"nearest is {near[0]}" if len(near) == 1 else f"nearest are {', '.join(near)}"
@@ -91,11 +100,21 @@ def _unknown_key(key: str, value: object, composition: Composition) -> ConfigErr
     return ConfigError(key, value, why, f"there are {', '.join(sorted(siblings))}")
 
 
+def _settings_not_in_file(known: Mapping[str, object]) -> list[str]:
+    """Keys of the arguments of the model's class that its file leaves at their defaults; none if it cannot be imported."""
+    with suppress(Exception):  # which is said where the model is built
+        arguments = inspect.signature(get_class(str(known["model._target_"]))).parameters
+        return [key for name in arguments if (key := f"model.{name}") not in known]
+    return []
+
+
 def _unreadable(error: OverrideParseException, composition: Composition) -> ConfigError:
     key, equals, value = error.override.partition("=")
     if not equals:
         return ConfigError(key, "", "an override needs a value", f"{key}=VALUE")
-    why = f"cannot be read ({_first_line(error.message)})" if "(" not in error.message else "cannot be read"
+    said = _first_line(error.message)
+    names_parser = "(" in error.message or said.startswith("LexerNoViableAltException")
+    why = "cannot be read" if names_parser else f"cannot be read ({said})"
     legal = f"'{key}=[a,b]' for a list, '{key}=\"text\"' for text with special characters"
     is_text = isinstance(composition.values_without(key).get(override_key(key)), str | None)
     return ConfigError(key, value, why, legal, fix={override_key(key): quote(value) if is_text else None})

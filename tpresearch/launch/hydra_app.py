@@ -22,7 +22,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobStatus, run_job
-from hydra.errors import ConfigCompositionException, HydraException, SearchPathException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.main import get_args_parser
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
@@ -71,7 +71,7 @@ def application(script: str, arguments: Namespace) -> Hydra:
     """Hydra over conf/, or over --config-path, with the files of --config-dir.
 
     Raises:
-        SearchPathException: if --config-dir is no folder.
+        ConfigError: if --config-dir is no folder.
     """
     version.setbase(VERSION_BASE)
     GlobalHydra.instance().clear()
@@ -79,7 +79,9 @@ def application(script: str, arguments: Namespace) -> Hydra:
     if arguments.config_dir is not None:
         added = Path(arguments.config_dir).absolute()
         if not added.is_dir():
-            raise SearchPathException(f"Additional config directory '{added}' not found")
+            drop = dict.fromkeys(["--config-dir", "-cd", arguments.config_dir])
+            legal = "a folder with config files, such as mine/conf"
+            raise ConfigError("--config-dir", arguments.config_dir, "no such folder", legal, fix=drop)
         path.prepend("command-line", f"file://{added}", SearchPathQuery(provider="schema"))
     return Hydra.create_main_hydra2(Path(script).stem, path)
 

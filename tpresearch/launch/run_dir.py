@@ -109,13 +109,17 @@ def check_folder_names(composed: DictConfig) -> None:
     Raises:
         ConfigError: naming hydra.run.dir or hydra.output_subdir.
     """
-    if not str(composed.hydra.run.dir).strip():
-        raise ConfigError("hydra.run.dir", "", "names no folder", "a folder, new or empty; . for this one")
+    _refuse_nameless("hydra.run.dir", composed.hydra.run.dir)
     record = OmegaConf.select(composed, "hydra.output_subdir")
     if record is not None and (record == ".." or Path(record).parts != (Path(record).name,)):
         why = "Hydra's record of the config is kept inside the run's folder"
         legal = "the name of a folder, or null"
         raise ConfigError("hydra.output_subdir", record, why, legal)
+
+
+def _refuse_nameless(key: str, folder: str) -> None:
+    if not str(folder).strip():
+        raise ConfigError(key, "", "names no folder", "a folder, new or empty; . for this one")
 
 
 @contextmanager
@@ -125,9 +129,11 @@ def sweep_folder(composed: DictConfig) -> Iterator[Path]:
     A sweep that is refused before it has begun leaves everything as it was.
 
     Raises:
-        ConfigError: when it cannot be written, or has another's files where a sweep writes its own.
+        ConfigError: when it has no name, cannot be written, or has another's files where a sweep writes its own.
     """
-    key, wanted, given = "hydra.sweep.dir", Path(composed.hydra.sweep.dir), _is_given(composed.hydra.sweep)
+    key, given = "hydra.sweep.dir", _is_given(composed.hydra.sweep)
+    _refuse_nameless(key, composed.hydra.sweep.dir)
+    wanted = Path(composed.hydra.sweep.dir)
     is_new = not given or not os.path.exists(wanted)
     parents = [each for each in wanted.parents if not os.path.exists(each)]
     folder = _make(key, wanted, given, str(composed.get("name") or "sweep"))
