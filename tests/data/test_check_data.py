@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ def test_a_cache_that_cannot_be_written_is_refused(here: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match="is not writable") as refusal:
         check_data(DataConfig(cache_dir=str(here / "cache")), TokenizerConfig())
     assert refusal.value.field == "data.cache_dir"
+    assert refusal.value.fix == {"data.cache_dir": Path(tempfile.gettempdir()) / "tpresearch"}
 
 
 def test_the_fix_of_a_missing_field_is_the_nearest_one(here: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tpresearch.api import load
+from tpresearch.calibrate import __main__ as calibrate
 from tpresearch.calibrate.run import cluster_from_run, read_run
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
@@ -102,3 +104,14 @@ def test_a_run_that_says_nothing_of_the_cluster_is_refused(
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not the folder of a run"):
         read_run(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").mkdir()
+    monkeypatch.setattr(calibrate, "_gpu_cluster", lambda *_: pytest.fail("it measures"))
+    for out, why in [("/proc/mine.yaml", ""), (f"{tmp_path}/mine.yaml", "Is a directory")]:
+        monkeypatch.setattr(sys, "argv", ["calibrate", f"out={out}"])
+        with pytest.raises(ConfigError, match=rf"^out={out}: cannot be written: {why}"):
+            calibrate.main()

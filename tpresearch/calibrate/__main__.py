@@ -17,11 +17,12 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
 
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.config.world import World
 from tpresearch.launch.options import command, read_options
 from tpresearch.simulate.cluster import NUMBERS, parse_cluster
@@ -45,6 +46,8 @@ def main() -> None:
     if path.suffix != ".yaml" or not path.parent.is_dir():
         why, legal = "not a .yaml file in a folder that exists", "such as conf/cluster/here.yaml"
         raise ConfigError("out", options.out, why, legal, {"out": "conf/cluster/here.yaml"})
+    with refuse_unwritable("out", path):  # before minutes of measuring
+        path.open("a").close() if path.exists() else TemporaryFile(dir=path.parent).close()
     world = World.from_environment()
     if options.run is not None:
         plain = _cluster_of_run(options, path.stem, world)
@@ -59,7 +62,8 @@ def main() -> None:
             raise
         why = f"it has other GPUs than the one measured: {error.field} would be {error.value}"
         raise ConfigError("base", options.base, why, "a cluster of such GPUs", {}) from error
-    path.write_text(as_yaml(plain))
+    with refuse_unwritable("out", path):
+        path.write_text(as_yaml(plain))
     if options.run is not None:
         print(f"  {plain['checked'][0]}")
     for name, number in plain["numbers"].items():

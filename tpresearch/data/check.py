@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from itertools import islice
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def _check_cache_dir(data: DataConfig) -> None:
         why = f"{nearest} is not writable"
     else:
         return
-    raise ConfigError("data.cache_dir", data.cache_dir, why, LEGAL_CACHE)
+    fix = {"data.cache_dir": Path(tempfile.gettempdir()) / "tpresearch"}
+    raise ConfigError("data.cache_dir", data.cache_dir, why, LEGAL_CACHE, fix=fix)
 
 
 def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
