@@ -10,6 +10,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+import torch
 from support import parsed_once  # noqa: F401
 from support.fake_wandb import FakeWandb
 
@@ -20,6 +21,8 @@ pytest_plugins = ("support.launch_fixtures",)
 
 # Vectors of a CPU are torch's, and cost the C++ compiler a second per kernel.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
+torch.set_num_threads(1)  # the others of a pool would spin for cores that tests beside this one use
 
 gc.disable()  # until all tests are imported, which leaves nothing to collect
 

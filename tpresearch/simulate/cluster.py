@@ -31,8 +31,9 @@ class Number:
     source: str
 
 
-LEAST, MOST = 1e-6, 1e9
-"""Far below and above any device: a number beyond them is in another unit, such as bytes/s for 1e9 bytes/s."""
+LEAST, MOST = 1e-12, 1e9
+"""Far below and above any device, a processor by the peak of a GPU too: a number beyond them is in another unit, such as
+bytes/s for 1e9 bytes/s, or makes times overflow."""
 POSITIVE = Within(LEAST, MOST)
 PEAK = Within(LEAST, MOST, or_zero=True)
 NON_NEGATIVE = Within(0, MOST)
