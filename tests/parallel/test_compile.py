@@ -29,6 +29,7 @@ from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.parallel import device
 from tpresearch.parallel.apply import checkpointed, enable_async_tp, set_activation_budget
+from tpresearch.parallel.apply import compiled as compiled_function
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train import cross_entropy
@@ -210,6 +211,29 @@ def test_a_budget_is_refused_where_torch_cannot_count_attention_of_grouped_heads
                 device.check_device(cfg, card)
         else:
             device.check_device(cfg, card)
+
+
+def printing(x: torch.Tensor) -> torch.Tensor:
+    print(x.shape)
+    return x
+
+
+def branching(x: torch.Tensor) -> torch.Tensor:
+    return x if x.sum().item() > 0 else -x
+
+
+@pytest.mark.parametrize("forward", [printing, branching])
+def test_a_block_that_cannot_be_traced_is_refused_in_a_sentence(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^parallel\.compile=true: the compiler cannot trace a block: "
+    ) as no:
+        compiled_function(forward)(torch.ones(2))
+    assert len(str(no.value).splitlines()) == 1
+    assert no.value.fix == {"parallel.compile": "false"}
+    if forward is printing:
+        assert f", at {__file__}:" in str(no.value)
 
 
 def test_a_group_is_announced_for_async_tp_without_a_warning() -> None:

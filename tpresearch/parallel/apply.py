@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tpresearch.config.axes import LAYER_AXES, TENSOR
+from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.schema import Checkpointing, Dtype, FsdpConfig, ParallelConfig
 from tpresearch.config.validate import uses_fully_shard
 from tpresearch.parallel.mesh import data_mesh
@@ -88,8 +89,32 @@ ASYNC_TP = {"_micro_pipeline_tp": True}
 
 
 def compiled(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compile to one graph for fixed shapes: a graph break is an error and another shape a recompilation, never silent."""
-    return torch.compile(forward, fullgraph=True, dynamic=False, **options)
+    """Compile to one graph for fixed shapes: a graph break is an error and another shape a recompilation, never silent.
+
+    The result raises a ConfigError for what the compiler cannot trace, such as a print, a branch on a value or `.item()`.
+    """
+    from torch._dynamo.exc import Unsupported, UserError  # late: only what is compiled needs the compiler
+
+    run = torch.compile(forward, fullgraph=True, dynamic=False, **options)
+
+    @functools.wraps(forward.func if isinstance(forward, functools.partial) else forward)
+    def run_or_refuse(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except (Unsupported, UserError) as error:
+            raise _cannot_be_compiled(error) from None
+
+    return run_or_refuse
+
+
+def _cannot_be_compiled(error: Exception) -> ConfigError:
+    """The sentence for a graph break, with the line of the model at which it is (private; read in torch 2.13)."""
+    frame = next(reversed(getattr(error, "real_stack", None) or []), None)
+    where = f", at {frame.filename}:{frame.lineno} ({frame.line})" if frame else ""
+    why = f"the compiler cannot trace a block: {first_line(error)}{where}"
+    return ConfigError(
+        "parallel.compile", True, why, "false, or a block without it", fix={"parallel.compile": "false"}
+    )
 
 
 def set_activation_budget(parallel: ParallelConfig) -> None:
