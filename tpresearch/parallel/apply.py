@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sysconfig
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -108,9 +109,12 @@ def compiled(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def _cannot_be_compiled(error: Exception) -> ConfigError:
-    """The sentence for a graph break, with the line of the model at which it is (private; read in torch 2.13)."""
-    frame = next(reversed(getattr(error, "real_stack", None) or []), None)
-    where = f", at {frame.filename}:{frame.lineno} ({frame.line})" if frame else ""
+    """The sentence for a graph break, with the line at which the model's own code has it or calls what has it (`real_stack`
+    is private; read in torch 2.11 and 2.13)."""
+    frames = list(getattr(error, "real_stack", None) or [])[::-1]
+    libraries = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    where = next((f", at {f.filename}:{f.lineno} ({f.line})" for f in own or frames), "")
     why = f"the compiler cannot trace a block: {first_line(error)}{where}"
     return ConfigError(
         "parallel.compile", True, why, "false, or a block without it", fix={"parallel.compile": "false"}
