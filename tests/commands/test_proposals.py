@@ -55,8 +55,8 @@ PROPOSED = [
         None,
         "parallel=ddp train.steps=3 mesh.dp_replicate=3",
     ),
-    ("~model", "model.name=null: a model needs it", FOUR, ""),
-    ("~model parallel=none", "model.name=null: a model needs it", ONE, "parallel=none"),
+    ("~model", "model=~: a config group cannot be deleted", FOUR, ""),
+    ("~model parallel=none", "model=~: a config group cannot be deleted", ONE, "parallel=none"),
     ("parallel=none name=é", "name=é: cannot be read", ONE, "parallel=none name='é'"),
     ("parallel=none logger.group=é", "group=é: cannot be read", ONE, "parallel=none logger.group='é'"),
     (
