@@ -18,7 +18,15 @@ from tpresearch.launch.command import Command, program_words
 from tpresearch.track.console import NextSteps, ProgressLine, report
 from tpresearch.track.names import complete_row
 from tpresearch.track.record import summary_figures
-from tpresearch.track.text import bytes_text, count_text, duration_text, loss_text, path_text, share_text
+from tpresearch.track.text import (
+    bytes_text,
+    count_text,
+    duration_text,
+    figures_text,
+    loss_text,
+    path_text,
+    share_text,
+)
 from tpresearch.track.wandb_run import WandbRun
 
 REFUSED = ConfigError("parallel", "fsdp_tp", "it is not for this model", "another")
@@ -37,6 +45,9 @@ REFUSED = ConfigError("parallel", "fsdp_tp", "it is not for this model", "anothe
         (count_text(999.7), "1k"),
         (count_text(18_089_216), "18.1M"),
         (count_text(7), "7"),
+        (count_text(1_234e15), "1,234,000T"),
+        (figures_text(1034.2), "1,034"),
+        (figures_text(0.85123), "0.851"),
         (duration_text(83.4), "1:23"),
         (duration_text(3723), "1:02:03"),
         (duration_text(0.2), "0:00"),

@@ -10,7 +10,7 @@ import pandas as pd
 
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.track.names import METRICS
-from tpresearch.track.text import bytes_text, count_text, share_text
+from tpresearch.track.text import bytes_text, count_text, figures_text, share_text
 
 WIDTH, HEIGHT = 600, 280
 """Of a chart with its axes and labels, in pixels."""
@@ -142,5 +142,5 @@ def unit_of(metric: str, values: pd.Series) -> DisplayUnit:
         return DisplayUnit(unit, 1, count_text)
     if unit == "s":
         size, name = (1e-3, "ms") if greatest < 1 else (1.0, "s")
-        return DisplayUnit(name, size, lambda seconds: f"{seconds / size:.3g} {name}")
+        return DisplayUnit(name, size, lambda seconds: f"{figures_text(seconds / size)} {name}")
     return DisplayUnit(unit, 1, lambda value: f"{value:.6g}")

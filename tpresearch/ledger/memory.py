@@ -101,7 +101,8 @@ class MemoryLedger(TorchDispatchMode):
             return NotImplemented  # let DTensor turn the op into local ones, which come here again
         result = func(*args, **(kwargs or {}))
         of_fsdp = func.namespace == "fsdp"  # buffers for gathered weights are not activations
-        for tensor in tree_leaves((result, args, kwargs) if of_fsdp else result):
+        leaves = (result,) if isinstance(result, Tensor) else tree_leaves(result)
+        for tensor in [*leaves, *tree_leaves((args, kwargs))] if of_fsdp else leaves:
             if type(tensor) in _TENSOR_TYPES and tensor.device.type != "meta":
                 number = self._storage_id(tensor.untyped_storage(), None)
                 if of_fsdp:

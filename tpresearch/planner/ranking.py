@@ -18,6 +18,7 @@ from tpresearch.planner.candidates import Candidate, Rejected, candidate_plans, 
 from tpresearch.simulate.cluster import Cluster, check_world
 from tpresearch.simulate.compiled_blocks import CompiledBlock
 from tpresearch.simulate.depth import RECORDED_DEPTHS, Recording, recording
+from tpresearch.simulate.fake_ranks import fake_mesh
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict
 from tpresearch.simulate.rows import FEW_ROWS, MORE_ROWS, with_block, with_rows
@@ -158,12 +159,13 @@ def _predict_each_micro_batch(family: Candidate, known: Recording, cluster: Clus
     traces = _Traces(family, known)
     single, *more = micro_batch_rows(family)
     found: list[RankedCandidate] = []
-    for rows in more:
-        found.append(_predict(family.with_micro_batch(rows), known, traces, cluster))
-        if not found[-1].prediction.fits:
-            break
-    if not found or not found[0].prediction.fits:
-        found.append(_predict(family.with_micro_batch(single), known, traces, cluster))
+    with fake_mesh(family.sizes):  # of all that it records
+        for rows in more:
+            found.append(_predict(family.with_micro_batch(rows), known, traces, cluster))
+            if not found[-1].prediction.fits:
+                break
+        if not found or not found[0].prediction.fits:
+            found.append(_predict(family.with_micro_batch(single), known, traces, cluster))
     return found
 
 

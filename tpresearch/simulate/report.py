@@ -8,7 +8,7 @@ from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.simulate.cluster import SourceKind
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
-from tpresearch.track.text import count_text, share_text
+from tpresearch.track.text import count_text, figures_text, share_text
 
 BAR = 32
 SHOWN_ASSUMPTIONS = 6
@@ -23,9 +23,10 @@ def report(prediction: Prediction) -> str:
 
 def step_text(prediction: Prediction) -> str:
     """`1.48 s (1.39 to 1.57)`."""
-    low, step, high = prediction.low_s, prediction.step_time_s, prediction.high_s
-    unit, scale = ("s", 1.0) if step >= 1 else ("ms", 1e3)
-    return f"{step * scale:.3g} {unit} ({low * scale:.3g} to {high * scale:.3g})"
+    seconds = prediction.step_time_s, prediction.low_s, prediction.high_s
+    unit, scale = ("s", 1.0) if seconds[0] >= 1 else ("ms", 1e3)
+    step, low, high = (figures_text(value * scale) for value in seconds)
+    return f"{step} {unit} ({low} to {high})"
 
 
 def memory_text(prediction: Prediction) -> str:

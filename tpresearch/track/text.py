@@ -27,6 +27,11 @@ def bytes_text(count: float | None) -> str:
     return f"{count:.1f} TiB"
 
 
+def figures_text(value: float) -> str:
+    """851.23 -> `851`, 1034.2 -> `1,034`: three figures, and all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
 def count_text(count: float | None) -> str:
     """34512 -> `34.5k`: decimal thousands, three figures."""
     if count is None:
@@ -35,7 +40,7 @@ def count_text(count: float | None) -> str:
         if abs(count) < 999.5:
             return f"{count:.3g}{unit}"
         count /= 1000
-    return f"{count:.3g}T"
+    return f"{figures_text(count)}T"
 
 
 def duration_text(seconds: float | None) -> str:
