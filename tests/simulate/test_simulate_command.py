@@ -43,6 +43,11 @@ def test_a_step_is_foretold(simulate: Command) -> None:
     low, high = found["step_time_range_s"]
     assert 0 < low < found["step_time_s"] < high <= 1.11 * found["step_time_s"]
     assert found["fits"] is True
+    lines = done.out.split("\n\n  /")[0].splitlines()
+    assert max(map(len, lines)) <= 120  # checks and sources are long sentences
+    first = next(line for line in lines if line.startswith("  checked"))
+    assert first.split("checked", 1)[1].strip() in found["checked"][0]
+    assert f"and {len(found['checked']) - 3} more, in simulate.json" in done.out
     memory = found["memory_bytes"]
     assert memory["peak"] == sum(size for kind, size in memory.items() if kind != "peak")
     assert {entry["axis"] for entry in found["communication"]} == {"dp_shard", "tp"}

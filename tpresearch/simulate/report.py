@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from tpresearch.config.axes import AXIS_NAMES
@@ -11,6 +12,8 @@ from tpresearch.simulate.prediction import Prediction, rows_that_fit
 from tpresearch.track.text import count_text, figures_text, share_text
 
 BAR = 32
+WIDTH = 120
+SHOWN_CHECKS = 3
 SHOWN_ASSUMPTIONS = 6
 
 
@@ -86,22 +89,29 @@ def _time(prediction: Prediction) -> Iterator[str]:
         if mine:
             sent, exposed = (sum(entry[key] for entry in mine) for key in ("time_s", "exposed_s"))
             moved = sum(entry["sent_bytes"] for entry in mine)
-            yield f"  {axis:22}{moved / 1e9:8.2f} GB sent in {sent * 1e3:.1f} ms, of which {exposed * 1e3:.1f} ms exposed"
+            yield f"  {axis:22}{moved / 1e9:8.2f} GB sent in {sent * 1e3:,.1f} ms, of which {exposed * 1e3:,.1f} ms exposed"
 
 
 def _assumed(prediction: Prediction) -> Iterator[str]:
     cluster = prediction.cluster
-    checked = "; ".join(cluster.checked) or "never: no measurement of this cluster is known"
-    yield f"  {'checked':22}{checked}"
+    checks = cluster.checked or ("never: no measurement of this cluster is known",)
+    for number, check in enumerate(checks[:SHOWN_CHECKS]):
+        yield _wrapped("checked" if number == 0 else "", check)
+    if len(checks) > SHOWN_CHECKS:
+        yield f"  {'':22}and {len(checks) - SHOWN_CHECKS} more, in simulate.json"
     numbers = [
         (name, n) for name, n in cluster.assumptions() if n.kind in (SourceKind.guessed, SourceKind.fitted)
     ]
     for name, number in numbers[:SHOWN_ASSUMPTIONS]:
-        yield f"  {number.kind:22}{name}={number.value} ({number.source})"
+        yield _wrapped(number.kind, f"{name}={number.value} ({number.source})")
     if len(numbers) > SHOWN_ASSUMPTIONS:
         yield f"  {'':22}and {len(numbers) - SHOWN_ASSUMPTIONS} more, in simulate.json"
     if prediction.cfg.parallel.compile:
         yield f"  {'compile':22}fused elementwise kernels; what blocks keep is what torch's partitioner says"
+
+
+def _wrapped(name: str, text: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=f"  {name:22}", subsequent_indent=" " * 26)
 
 
 def _bar(share: float) -> str:
