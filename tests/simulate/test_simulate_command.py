@@ -45,6 +45,7 @@ def test_a_step_is_foretold(simulate: Command) -> None:
     assert found["fits"] is True
     lines = done.out.split("\n\n  /")[0].splitlines()
     assert max(map(len, lines)) <= 120  # checks and sources are long sentences
+    assert "67 instead of 989 TFLOP/s with train.dtype=bfloat16" in done.out
     first = next(line for line in lines if line.startswith("  checked"))
     assert first.split("checked", 1)[1].strip() in found["checked"][0]
     assert f"and {len(found['checked']) - 3} more, in simulate.json" in done.out

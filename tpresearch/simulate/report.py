@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 
 from tpresearch.config.axes import AXIS_NAMES
+from tpresearch.config.choices import Dtype
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.simulate.cluster import SourceKind
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
@@ -68,6 +69,10 @@ def _headline(prediction: Prediction) -> Iterator[str]:
     yield f"  {'step time':22}{step_text(prediction)}"
     yield f"  {'tokens/s per device':22}{count_text(prediction.tokens_per_second_per_device)}"
     yield f"  {'MFU':22}{share_text(prediction.mfu)}"
+    slow, fast = (cluster.peak_flops(dtype) for dtype in (cfg.train.dtype, Dtype.bfloat16))
+    if slow < fast / 4:
+        less = f"{slow / 1e12:.0f} instead of {fast / 1e12:.0f} TFLOP/s with train.dtype=bfloat16"
+        yield f"  {cfg.train.dtype:22}{less}, as in experiment=pretraining"
 
 
 def _memory(prediction: Prediction) -> Iterator[str]:
