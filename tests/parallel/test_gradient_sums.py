@@ -153,6 +153,17 @@ def with_another_weight(model: nn.ModuleDict, x: Tensor) -> Tensor:
     return model["own"](torch.func.functional_call(model["first"], {"weight": torch.tanh(weight)}, x))
 
 
+def with_a_parameter_of_another(model: nn.ModuleDict, x: Tensor) -> Tensor:
+    weight = model["own"].weight
+    assert isinstance(weight, Tensor)
+    return model["own"](torch.func.functional_call(model["first"], {"weight": weight}, x))
+
+
+def transformed(model: nn.ModuleDict, x: Tensor) -> Tensor:
+    gradient = torch.func.grad(lambda x: model["first"](x).square().sum())(x)
+    return torch.vmap(model["own"])(x + gradient) + model["own"](x)
+
+
 def in_autocast(model: nn.ModuleDict, x: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return model["own"](model["first"](x)).float()
@@ -164,6 +175,19 @@ def after_another_gradient(model: nn.ModuleDict, x: Tensor) -> Tensor:
     return model["own"](x + gradient)
 
 
+def with_a_penalty_on_a_gradient(model: nn.ModuleDict, x: Tensor) -> Tensor:
+    x = x.requires_grad_()
+    (gradient,) = torch.autograd.grad(model["first"](x).square().sum(), x, create_graph=True)
+    return model["own"](x) + gradient
+
+
+def with_an_inner_step(model: nn.ModuleDict, x: Tensor) -> Tensor:
+    weight = model["first"].weight
+    assert isinstance(weight, Tensor)
+    (gradient,) = torch.autograd.grad(model["own"](model["first"](x)).sum(), weight, create_graph=True)
+    return model["own"](nn.functional.linear(x, weight - gradient)) + model["first"](x)
+
+
 def by_its_own_name(model: nn.ModuleDict, x: Tensor) -> Tensor:
     own = model["own"]
     assert isinstance(own, Own)
@@ -173,6 +197,8 @@ def by_its_own_name(model: nn.ModuleDict, x: Tensor) -> Tensor:
 USES: dict[str, Callable[[nn.ModuleDict, Tensor], Tensor]] = {
     "no_grad": without_grad,
     "functional_call": with_another_weight,
+    "functional_call with a parameter": with_a_parameter_of_another,
+    "transforms": transformed,
     "autocast": in_autocast,
     "a vector, and a layer without a gradient": lambda model, x: model["own"](x[0, 0]),
     "a class of its own": by_its_own_name,
@@ -187,7 +213,10 @@ USES: dict[str, Callable[[nn.ModuleDict, Tensor], Tensor]] = {
             for name, use in USES.items()
             for compiles in (False, True)
         ),
-        pytest.param(after_another_gradient, False, id="autograd.grad"),  # of which dynamo makes no graph
+        # Of which dynamo makes no graph.
+        pytest.param(after_another_gradient, False, id="autograd.grad"),
+        pytest.param(with_a_penalty_on_a_gradient, False, id="autograd.grad twice"),
+        pytest.param(with_an_inner_step, False, id="autograd.grad of the weight"),
     ],
 )
 def test_layers_learn_the_same_however_a_model_uses_them(
@@ -206,6 +235,48 @@ def test_layers_learn_the_same_however_a_model_uses_them(
     assert [name for name in found if found[name] is None] == [n for n in expected if expected[n] is None]
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("asks", ["input", exhaustive("weight"), exhaustive("all")])
+def test_a_gradient_that_is_taken_through_a_compiled_block_is_not_added(asks: str) -> None:
+    """Inductor's own code: only there the op is given the sum itself."""
+    layer, x = nn.Linear(48, 48), torch.randn(6, 48)
+    weight = layer.weight
+
+    def loss(forward: Callable[[Tensor], Tensor]) -> Tensor:
+        y = x.clone().requires_grad_()
+        first = forward(y).square().sum()
+        if asks == "all":
+            first.backward()
+            assert y.grad is not None
+            return (forward(x) * y.grad).sum()
+        (gradient,) = torch.autograd.grad(first, y if asks == "input" else weight)
+        return (forward(x) * gradient.sum()).sum()
+
+    loss(layer).backward()
+    expected, weight.grad = weight.grad, None
+    sums = GradientSums({layer: weight})
+    forward = torch.compile(layer.__call__, fullgraph=True, dynamic=False)
+    with sums.collecting():
+        if asks == "weight":
+            with pytest.raises(ConfigError, match=r"asks `autograd\.grad` for the gradient of a weight"):
+                loss(forward)
+            return
+        loss(forward).backward()
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_what_would_lose_a_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    sums = GradientSums({layer: layer.weight})
+    with (
+        pytest.raises(ConfigError, match=r"with create_graph=True, puts another gradient"),
+        sums.collecting(),
+    ):
+        layer(x).sum().backward(create_graph=True)
+    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
+    with pytest.raises(ConfigError, match="trace_autograd_ops is set"):
+        plan_model(config("model=toy_mlp", *PARTS, FUSED, "parallel.compile=true"), MeshSizes())
 
 
 def test_a_compiled_backward_copies_no_sum() -> None:

@@ -6,14 +6,15 @@ writes the sum, 6 bytes per element in bfloat16 and 10 into float32 master weigh
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum, auto
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
@@ -29,6 +30,8 @@ class GradientSums:
 
     def __init__(self, trained: Mapping[nn.Linear, nn.Parameter]) -> None:
         self._trained = {_as_summing(layer): parameter for layer, parameter in trained.items()}
+        for layer in self._trained:
+            layer.summed = (layer.weight,)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -36,17 +39,38 @@ class GradientSums:
         an optimizer leaves its weight alone."""
         for parameter in dict.fromkeys(self._trained.values()):  # of layers that share one, once
             parameter.grad = torch.zeros_like(parameter)
-        begun = {parameter: _changes(parameter) for parameter in self._trained.values()}
+        begun = {parameter: (parameter.grad, _changes(parameter)) for parameter in self._trained.values()}
         for layer, parameter in self._trained.items():
             layer.gradient_sum = parameter.grad
+            _ACCUMULATORS[_place(parameter.grad)] = _accumulator(layer.weight)
         try:
             yield
         finally:
+            _ACCUMULATORS.clear()
             for layer in self._trained:
                 layer.gradient_sum = None
-            for parameter, before in begun.items():
-                if _changes(parameter) == before:
-                    parameter.grad = None
+        for parameter, (total, before) in begun.items():
+            if parameter.grad is not total:
+                why = "a backward of the model's own, with create_graph=True, puts another gradient in the place of a sum"
+                raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
+            if _changes(parameter) == before:
+                parameter.grad = None
+
+
+_ACCUMULATORS: dict[int, Any] = {}
+"""By the place of a gradient that is summed, the node of the autograd graph that would accumulate it."""
+
+
+def _place(tensor: Tensor | None) -> int:
+    assert tensor is not None
+    return tensor.untyped_storage()._cdata
+
+
+def _accumulator(weight: Tensor) -> Any:
+    with torch.enable_grad():
+        view = weight.view_as(weight)
+    assert view.grad_fn
+    return view.grad_fn.next_functions[0][0]
 
 
 def _changes(parameter: nn.Parameter) -> int:
@@ -69,11 +93,16 @@ def summing_layers(model: nn.Module, plan: Plan, loss_chunk: int | None) -> dict
 
 
 def check_layers(model: nn.Module, plan: Plan, cfg: Config) -> None:
-    """Refuse a model without such layers, whose matmuls would add to nothing.
+    """Refuse a model without such layers, whose matmuls would add to nothing; and a compiler that is told to trace
+    `autograd.grad`, within whose graph nothing tells for what a backward is run.
 
     Raises:
         ConfigError: naming the key.
     """
+    compiler = sys.modules.get("torch._dynamo.config")  # if it is not imported, nobody has told it anything
+    if cfg.parallel.compile and getattr(compiler, "trace_autograd_ops", False):
+        why = "torch._dynamo.config.trace_autograd_ops is set, and a gradient that a block takes would be added too"
+        raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
     if not summing_layers(model, plan, cfg.train.loss_chunk):
         why = f"model {cfg.model.name} has no nn.Linear that learns, besides an output layer whose gradient the loss makes"
         raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
@@ -88,14 +117,23 @@ class _SummingLinear(nn.Linear):
     """A linear layer whose backward adds its weight's gradient to `gradient_sum`, while there is one."""
 
     gradient_sum: Tensor | None = None
+    summed: tuple[Tensor, ...] = ()
+    """The weight whose gradient is summed (in a tuple, or it would be one more parameter)."""
 
     def forward(self, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]
-        # In autocast the factors have another dtype than the weight; `functional_call` computes with another weight.
-        is_plain = not torch.is_autocast_enabled(x.device.type) and isinstance(self.weight, nn.Parameter)
-        if self.gradient_sum is None or not is_plain:
+        # In autocast the factors have another dtype than the weight; `functional_call` computes with another weight; a
+        # transform such as `torch.func.grad` takes its own derivatives.
+        is_own = self.weight is self.summed[0] and not _is_transformed()
+        if self.gradient_sum is None or not is_own or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         y: Tensor = _Product.apply(x, self.weight, self.gradient_sum)
         return y if self.bias is None else y + self.bias
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func`'s is running (private; read in torch 2.11 to 2.14)."""
+    functorch = torch._C._functorch
+    return isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)
 
 
 def _as_summing(layer: nn.Linear) -> _SummingLinear:
@@ -120,22 +158,41 @@ class _Product(torch.autograd.Function):
         return F.linear(x, weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, None, None]:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         x, weight = ctx.saved_tensors
-        if _is_asked_for(ctx):
-            first, second = (t.reshape(-1, t.shape[-1]) for t in (of_output, x))
+        of_input = of_output @ weight if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_input, None, None
+        first, second = (t.reshape(-1, t.shape[-1]) for t in (of_output, x))
+        if not torch.compiler.is_compiling():
+            use = _use_of_gradient(ctx.next_functions[1][0])
+            if use is not _Use.added:
+                return of_input, first.t() @ second if use is _Use.returned else None, None
+        with torch.no_grad():
             add_product_(ctx.total, first.t(), second)
-        return of_output @ weight if ctx.needs_input_grad[0] else None, None, None
+        return of_input, None, None
 
 
-def _is_asked_for(ctx: Any) -> bool:
-    """Whether this backward is to give the weight a gradient: not where a model asks `autograd.grad` for another one (private;
-    read in torch 2.11 to 2.14)."""
-    if torch.compiler.is_compiling() or not ctx.needs_input_grad[1]:
-        return bool(ctx.needs_input_grad[1])
-    of_weight = ctx.next_functions[1][0]
-    return torch._C._will_engine_execute_node(of_weight)
+class _Use(Enum):
+    """What a backward does with a weight's gradient."""
+
+    added = auto()
+    """It belongs to the step's."""
+    returned = auto()
+    """A model asks `autograd.grad` for it, or takes a derivative of it."""
+    none = auto()
+    """A model asks `autograd.grad` for others."""
+
+
+def _use_of_gradient(accumulator: Any) -> _Use:
+    """By the backward that is running (private; read in torch 2.11 to 2.14)."""
+    if torch.is_grad_enabled():  # `create_graph`
+        return _Use.returned
+    try:
+        is_run = torch._C._will_engine_execute_node(accumulator)
+    except RuntimeError:  # "a leaf node was passed, but we are currently running autograd.grad()"
+        return _Use.returned
+    return _Use.added if is_run else _Use.none
 
 
 @torch.library.custom_op("tpresearch::add_product_", mutates_args=("total",))
@@ -144,6 +201,12 @@ def add_product_(total: Tensor, first: Tensor, second: Tensor) -> None:
 
     An op of its own, since a compiled graph would write aten's sum to another buffer and copy it.
     """
+    accumulator = _ACCUMULATORS.get(_place(total))
+    if accumulator is not None and (use := _use_of_gradient(accumulator)) is not _Use.added:
+        if use is _Use.returned:
+            why = "the model asks `autograd.grad` for the gradient of a weight in a compiled block, which is summed there"
+            raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
+        return
     if total.dtype is first.dtype:
         total.addmm_(first, second)
     elif total.is_cuda:
