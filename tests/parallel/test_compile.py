@@ -29,10 +29,11 @@ from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.parallel import device
-from tpresearch.parallel.apply import checkpointed, enable_async_tp, set_activation_budget
 from tpresearch.parallel.apply import compiled as compiled_function
+from tpresearch.parallel.apply import enable_async_tp, set_activation_budget
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
+from tpresearch.parallel.recomputing import checkpointed
 from tpresearch.train import cross_entropy
 from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import preflight

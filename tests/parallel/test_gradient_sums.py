@@ -241,7 +241,7 @@ def test_layers_learn_the_same_however_a_model_uses_them(
 def test_a_gradient_that_is_taken_through_a_compiled_block_is_not_added(asks: str) -> None:
     """Inductor's own code: only there the op is given the sum itself."""
     layer, x = nn.Linear(48, 48), torch.randn(6, 48)
-    weight = layer.weight
+    weight = layer.get_parameter("weight")
 
     def loss(forward: Callable[[Tensor], Tensor]) -> Tensor:
         y = x.clone().requires_grad_()
@@ -268,7 +268,7 @@ def test_a_gradient_that_is_taken_through_a_compiled_block_is_not_added(asks: st
 
 def test_what_would_lose_a_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Linear(4, 4), torch.randn(2, 4)
-    sums = GradientSums({layer: layer.weight})
+    sums = GradientSums({layer: layer.get_parameter("weight")})
     with (
         pytest.raises(ConfigError, match=r"with create_graph=True, puts another gradient"),
         sums.collecting(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from support.composed import config, corpus
 from support.marks import exhaustive
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +24,7 @@ from tpresearch.config.world import World
 from tpresearch.data.batches import IGNORE_INDEX
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
+from tpresearch.train import cross_entropy
 from tpresearch.train.assemble import assemble
 from tpresearch.train.cross_entropy import linear_cross_entropy
 from tpresearch.train.losses import ChunkedCrossEntropy, FullCrossEntropy, summed_cross_entropy
@@ -62,6 +65,19 @@ def test_it_is_the_plain_one(dtype: torch.dtype, chunk: int, compile: bool, unco
 
 def test_fused_it_is_the_plain_one() -> None:
     check_plain(torch.bfloat16, TOKENS // 2, compile=True)
+
+
+def test_chunks_of_any_number_of_sizes_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler's backend that only counts: torch compiles for 8 shapes at most."""
+    counter = CompileCounterWithBackend("eager")
+    compile_, fused = torch.compile, functools.cache(cross_entropy._fused.__wrapped__)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=counter, **options))
+    monkeypatch.setattr(cross_entropy, "_fused", fused)
+    torch._dynamo.reset()
+    for chunk in range(8, 40):
+        check_plain(torch.float64, chunk, compile=True)
+    assert counter.frame_count == 2 * 2  # functions, each for the first shape and then for any
+    torch._dynamo.reset()
 
 
 def check_plain(dtype: torch.dtype, chunk: int, compile: bool) -> None:

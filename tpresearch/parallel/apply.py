@@ -22,13 +22,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tpresearch.config.axes import LAYER_AXES, TENSOR
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.schema import Checkpointing, Dtype, FsdpConfig, ParallelConfig
 from tpresearch.config.validate import uses_fully_shard
 from tpresearch.parallel.mesh import data_mesh
+from tpresearch.parallel.recomputing import checked_compiled, checkpointed, checkpointed_eagerly
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.parameters import tie, tied_parameters
 
@@ -45,6 +45,7 @@ def parallelize(
     tie(model, ties)
     if parallel.compile:
         set_activation_budget(parallel)
+        allow_compilations(len(plan.blocks))
     for name in plan.blocks:
         wrap_forward(model.get_submodule(name), parallel, bool(plan.rules))
     if parallel.async_tp:
@@ -65,24 +66,14 @@ def wrap_forward(
     if parallel.async_tp:
         compile = functools.partial(compile, options=ASYNC_TP)
     if not parallel.compile:
-        block.forward = checkpointed(block.forward, kind)
+        block.forward = checkpointed_eagerly(block, kind)
         return
     block.register_forward_pre_hook(wait_for_inputs, with_kwargs=True)
     if kind is Checkpointing.full and has_rules:
         # Compiled as a whole, it would keep a DeviceMesh for backward, which torch 2.13 miscounts.
-        block.forward = checkpointed(compile(block.forward), kind)
+        block.forward = checkpointed_eagerly(block, kind, compile(block.forward))
     else:
-        block.forward = compile(checkpointed(block.forward, kind))
-
-
-def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[..., Any]:
-    """The function under activation checkpointing: for backward it keeps only what the given kind says."""
-    if kind is Checkpointing.full:
-        return functools.partial(checkpoint, forward, use_reentrant=False)
-    if kind is Checkpointing.selective:
-        context = functools.partial(create_selective_checkpoint_contexts, save_expensive_ops)
-        return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=context)
-    return forward
+        block.forward = checked_compiled(block, compile(checkpointed(block.forward, kind)))
 
 
 ASYNC_TP = {"_micro_pipeline_tp": True}
@@ -92,9 +83,10 @@ ASYNC_TP = {"_micro_pipeline_tp": True}
 def compiled(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Compile to one graph for fixed shapes: a graph break is an error and another shape a recompilation, never silent.
 
-    The result raises a ConfigError for what the compiler cannot trace, such as a print, a branch on a value or `.item()`.
+    The result raises a ConfigError for what the compiler cannot trace, such as a print, a branch on a value or `.item()`,
+    and for what it would compile again and again.
     """
-    from torch._dynamo.exc import Unsupported, UserError  # late: only what is compiled needs the compiler
+    from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported, UserError  # late: it is the compiler
 
     run = torch.compile(forward, fullgraph=True, dynamic=False, **options)
 
@@ -104,8 +96,22 @@ def compiled(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
             return run(*args, **kwargs)
         except (Unsupported, UserError) as error:
             raise _cannot_be_compiled(error) from None
+        except FailOnRecompileLimitHit:
+            times = torch._dynamo.config.recompile_limit
+            why = f"a block was compiled {times} times in this process, each for other shapes or numbers in Python, and is given more"
+            fix = {"parallel.compile": "false"}
+            legal = "false, or blocks that are given the same at each step"
+            raise ConfigError("parallel.compile", True, why, legal, fix=fix) from None
 
     return run_or_refuse
+
+
+def allow_compilations(blocks: int) -> None:
+    """Have torch compile the blocks' code as often as there are blocks, and 8 times more: one with a number of its own, such
+    as its depth, is compiled for itself, and beyond 8 torch would refuse (2.11 to 2.14)."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, blocks + 8)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
 
 
 def _cannot_be_compiled(error: Exception) -> ConfigError:
@@ -150,26 +156,6 @@ def wait_for_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     A compiled function given an AsyncCollectiveTensor loses in backward that its gradient is a DTensor (torch 2.13).
     """
     return tree_map_only(AsyncCollectiveTensor, WaitForCollective.apply, (args, kwargs))
-
-
-def save_expensive_ops(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what is slow to recompute (matmuls, attention) or to send again; recompute the rest."""
-    slow = op.namespace == "_c10d_functional" or op.__name__.split(".")[0] in _SLOW_OPS
-    return CheckpointPolicy.MUST_SAVE if slow else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_SLOW_OPS = {
-    "mm",
-    "addmm",
-    "bmm",
-    "_scaled_mm",  # of float8, as "max" and "amax" are: each would read a whole tensor again
-    "max",
-    "amax",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-}
 
 
 def apply_fsdp(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:

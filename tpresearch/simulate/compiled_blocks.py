@@ -24,8 +24,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Checkpointing, Config
 from tpresearch.config.validate import has_master_weights
-from tpresearch.parallel.apply import parallelize, save_expensive_ops, set_activation_budget, wrap_forward
+from tpresearch.parallel.apply import parallelize, set_activation_budget, wrap_forward
 from tpresearch.parallel.float8 import to_float8
+from tpresearch.parallel.recomputing import save_expensive_ops
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.fake_ranks import FAKE, fake_mesh

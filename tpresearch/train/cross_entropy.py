@@ -174,8 +174,9 @@ def _target_columns(
 
 @functools.cache
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at its first call: the compiler alone takes a second to import."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    """Compiled at its first call: the compiler alone takes a second to import. For that call's shapes, then once more for any:
+    torch compiles nothing for the ninth shape (2.11 to 2.14), and chunks of several sizes and models share these functions."""
+    return torch.compile(function, fullgraph=True)
 
 
 def _widen(logits: Tensor) -> Tensor:

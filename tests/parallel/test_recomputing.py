@@ -1,0 +1,96 @@
+"""Activation checkpointing of blocks that change tensors in place: the same gradients, or a refusal in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.composed import config
+from torch import Tensor, nn
+
+from tpresearch.config import ConfigError
+from tpresearch.config.choices import Checkpointing
+from tpresearch.parallel.apply import wrap_forward
+
+
+class Block(nn.Module):
+    def __init__(self, change: Callable[[Block, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self._change = nn.Linear(8, 8), nn.Linear(8, 8), change
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self._change(self, x))
+
+
+def counting(block: Block, x: Tensor) -> Tensor:
+    block.seen += 1
+    return block.first(x) * block.seen
+
+
+def replacing(block: Block, x: Tensor) -> Tensor:
+    block.seen = block.seen + 1
+    return block.first(x) * block.seen
+
+
+CHANGES: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "output": lambda block, x: block.first(x).relu_(),
+    "input": lambda block, x: block.first(x.mul_(0.5)).tanh(),
+    "buffer": counting,
+    "another buffer": replacing,
+}
+REFUSED = {
+    ("output", "selective"): "in place the output of a matmul",
+    **{("input", kind): "its input" for kind in ("selective", "full")},
+    **{(f"{a}buffer", kind): "its buffer seen" for a in ("", "another ") for kind in ("selective", "full")},
+}
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_in_place_is_computed_right_or_refused(change: str, kind: str) -> None:
+    def gradients(kind: Checkpointing) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        block, x = Block(CHANGES[change]), torch.randn(4, 8, requires_grad=True)
+        parallel = config("model=toy_mlp", f"parallel.activation_checkpointing={kind}").parallel
+        wrap_forward(block, parallel, has_rules=False)
+        block(x * 1).square().sum().backward()
+        return [x.grad, *(parameter.grad for parameter in block.parameters())]
+
+    if why := REFUSED.get((change, kind)):
+        with pytest.raises(
+            ConfigError, match=rf"^parallel\.activation_checkpointing={kind}: the block Block changes {why}"
+        ):
+            gradients(Checkpointing(kind))
+    else:
+        torch.testing.assert_close(gradients(Checkpointing(kind)), gradients(Checkpointing.none))
+
+
+def by_a_changed_buffer(block: Block, x: Tensor) -> Tensor:
+    block.seen += 1
+    return block.first(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [(counting, "its buffer seen"), (CHANGES["input"], None), (replacing, None), (by_a_changed_buffer, None)],
+)
+def test_compiled_gradients_by_a_changed_tensor_are_right_or_refused(
+    change: Callable[[Block, Tensor], Tensor], why: str | None
+) -> None:
+    def gradients(compiles: bool) -> list[Tensor | None]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        block, x = Block(change), torch.randn(4, 8, requires_grad=True)
+        parallel = config("model=toy_mlp", f"parallel.compile={compiles}").parallel
+        wrap_forward(block, parallel, has_rules=False, backend="aot_eager")
+        for _ in range(2):
+            block(x * 1).square().sum().backward()
+        return [x.grad, *(parameter.grad for parameter in block.parameters())]
+
+    if why:
+        with pytest.raises(ConfigError, match=rf"^parallel\.compile=true: the block Block changes {why}"):
+            gradients(True)
+    else:
+        torch.testing.assert_close(gradients(True), gradients(False))

@@ -1,0 +1,156 @@
+"""Activation checkpointing of a block: what it keeps for backward and what it computes again, and the refusal of a block that
+would compute other numbers the second time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.schema import Checkpointing
+
+
+def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[..., Any]:
+    """The function under activation checkpointing, to be compiled: for backward it keeps only what the given kind says."""
+    if kind is Checkpointing.full:
+        return functools.partial(checkpoint, forward, use_reentrant=False)
+    if kind is Checkpointing.selective:
+        context = functools.partial(create_selective_checkpoint_contexts, save_expensive_ops)
+        return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=context)
+    return forward
+
+
+def checkpointed_eagerly(
+    block: nn.Module, kind: Checkpointing, forward: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The block's forward, or the given one for it, under activation checkpointing; not to be compiled.
+
+    The result raises a ConfigError for a block that changes in place what is kept for backward, which torch notices only
+    there; or its inputs or buffers, which recomputing would find changed and change again, unnoticed.
+    """
+    forward = forward or block.forward
+    if kind not in (Checkpointing.full, Checkpointing.selective):
+        return forward
+    run = checkpointed(forward, kind)
+    if kind is Checkpointing.selective:
+        run = functools.partial(run, context_fn=functools.partial(_contexts, block))
+
+    @functools.wraps(block.forward)
+    def run_or_refuse(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        before = _Versions(block, (args, kwargs))
+        output = run(*args, **kwargs)
+        for what, _ in before.changed():
+            why = f"changes {what}, which recomputing would find changed and change again"
+            raise _refusal(block, kind, why, "none")
+        return output
+
+    return run_or_refuse
+
+
+def checked_compiled(block: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled forward of a block.
+
+    It raises a ConfigError where compiled code has changed a tensor in place that it keeps for backward: inductor recomputes
+    from the changed one, and gradients would be wrong (torch 2.13).
+    """
+
+    @functools.wraps(block.forward)
+    def run_or_refuse(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        before = _Versions(block, (args, kwargs))
+        output = run(*args, **kwargs)
+        if changed := before.changed():
+            kept = _kept_by_compiled_code(output)
+            for what, tensor in changed:
+                if tensor.untyped_storage()._cdata in kept:
+                    why = f"the block {type(block).__name__} changes {what} in place and computes with it: compiled, its gradients would be wrong"
+                    legal = "false, or a block that puts another tensor in its place"
+                    raise ConfigError("parallel.compile", True, why, legal, fix={"parallel.compile": "false"})
+        return output
+
+    return run_or_refuse
+
+
+class _Versions:
+    """How often a block's buffers and what it is given were changed in place."""
+
+    def __init__(self, block: nn.Module, given: Any) -> None:
+        self._block = block
+        self._given = [(t, t._version) for t in tree_leaves(given) if isinstance(t, Tensor)]
+        self._buffers = [(name, t, t._version) for name, t in block.named_buffers()]
+
+    def changed(self) -> list[tuple[str, Tensor]]:
+        """What has been changed or replaced since, in words, and the tensor."""
+        now = dict(self._block.named_buffers()) if self._buffers else {}
+        buffers = [
+            (f"its buffer {name}", t)
+            for name, t, before in self._buffers
+            if now.get(name) is not t or t._version != before
+        ]
+        return buffers + [("its input", t) for t, before in self._given if t._version != before]
+
+
+def _kept_by_compiled_code(output: Any) -> set[int]:
+    """The storages of what a compiled forward that has made this output keeps for backward (private; read in torch 2.11 to
+    2.14)."""
+    nodes = [t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+    for _ in range(4):  # views and DTensors are made of its outputs
+        for node in nodes:
+            if "CompiledFunction" in type(node).__name__:
+                return {t.untyped_storage()._cdata for t in node.saved_tensors if t is not None}  # pyrefly: ignore[missing-attribute]
+        nodes = [after for node in nodes for after, _ in node.next_functions if after is not None]
+    return set()
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    keeping, recomputing = create_selective_checkpoint_contexts(save_expensive_ops)
+    return keeping, _refusing_changes(block, recomputing)
+
+
+@contextmanager
+def _refusing_changes(block: nn.Module, recomputing: AbstractContextManager[object]) -> Iterator[None]:
+    """Torch's own error as ours (its words read in torch 2.11 to 2.14)."""
+    try:
+        with recomputing:
+            yield
+    except RuntimeError as error:
+        if "selective activation checkpoint has been mutated" not in str(error):
+            raise
+        why = "changes in place the output of a matmul or attention, which is kept for backward"
+        raise _refusal(block, Checkpointing.selective, why, "none or full") from None
+
+
+def _refusal(block: nn.Module, kind: Checkpointing, why: str, legal: str) -> ConfigError:
+    key, text = "parallel.activation_checkpointing", f"the block {type(block).__name__} {why}"
+    return ConfigError(key, kind, text, f"{legal}, or a block that does not", fix={key: "none"})
+
+
+def save_expensive_ops(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what is slow to recompute (matmuls, attention) or to send again; recompute the rest."""
+    slow = op.namespace == "_c10d_functional" or op.__name__.split(".")[0] in _SLOW_OPS
+    return CheckpointPolicy.MUST_SAVE if slow else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_SLOW_OPS = {
+    "mm",
+    "addmm",
+    "bmm",
+    "_scaled_mm",  # of float8, as "max" and "amax" are: each would read a whole tensor again
+    "max",
+    "amax",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+}
