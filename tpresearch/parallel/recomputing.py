@@ -5,12 +5,14 @@ would compute other numbers the second time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -39,9 +41,9 @@ def checkpointed_eagerly(
     forward = forward or block.forward
     if kind not in (Checkpointing.full, Checkpointing.selective):
         return forward
-    run = checkpointed(forward, kind)
-    if kind is Checkpointing.selective:
-        run = functools.partial(run, context_fn=functools.partial(_contexts, block))
+    run = functools.partial(
+        checkpoint, forward, use_reentrant=False, context_fn=functools.partial(_contexts, block, kind)
+    )
 
     @functools.wraps(block.forward)
     def run_or_refuse(*args: Any, **kwargs: Any) -> Any:
@@ -113,9 +115,26 @@ def _kept_by_compiled_code(output: Any) -> set[int]:
     return set()
 
 
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+def _contexts(
+    block: nn.Module, kind: Checkpointing
+) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """Around forward, and around recomputing it: there the function modes that forward runs in are entered again."""
+    modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    if kind is Checkpointing.full:
+        return nullcontext(), _within(modes, nullcontext())
     keeping, recomputing = create_selective_checkpoint_contexts(save_expensive_ops)
-    return keeping, _refusing_changes(block, recomputing)
+    return keeping, _within(modes, _refusing_changes(block, recomputing))
+
+
+@contextmanager
+def _within(
+    modes: Sequence[TorchFunctionMode], recomputing: AbstractContextManager[object]
+) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(recomputing)
+        for mode in modes:
+            stack.enter_context(mode)
+        yield
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
             f"matmuls in float8: {_join_names(plan.float8)}{'; tp ranks agree on scales' if plan.rules else ''}"
         )
     notes += _data_axis_notes(plan)
-    return [*notes, random_note(plan)] if plan.probe.random_modules else notes
+    return [*notes, random_note(plan)] if plan.probe.draws else notes
 
 
 def plan_text(model: nn.Module, plan: Plan) -> str:
@@ -165,7 +165,7 @@ def _tensor_axes(plan: Plan) -> list[str]:
 def random_note(plan: Plan) -> str:
     """The note on a model that draws random numbers."""
     return (
-        f"random numbers: {_join_names(plan.probe.random_modules)} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats "
+        f"random numbers: {_join_names(plan.probe.draws)} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats "
         "bitwise and replicas agree, but plans differ in what they draw: equality with one process is not claimed"
     )
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,12 +43,42 @@ class Probe:
     """Modules whose input depends on no parameter and therefore needs no gradient."""
     head: str | None = None
     """The output layer that a model passes to `head` together with the hidden states."""
-    random_modules: dict[str, torch.Size] = field(default_factory=dict)
-    """Modules that draw random numbers, as dropout does, and the shape of the input that each has in a micro-batch."""
+    draws: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """By the name of a module that draws random numbers, as dropout does, and by that of a function that draws there: for each
+    call in a micro-batch, the number of elements of its first tensor (see `elements_of`)."""
     dims: dict[str, Dims] = field(default_factory=dict)
     """By module name, for modules that were called."""
     read_outside_forward: frozenset[str] = frozenset()
     """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`."""
+
+
+def elements_of(args: object, output: object) -> int | None:
+    """How many elements a random function draws for: those of its first tensor, on this rank; of its output if it is given none;
+    None if neither has any."""
+    for tensor in tree_leaves((args, output)):
+        if isinstance(tensor, Tensor):
+            return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
+    return None
+
+
+class _CallMode(TorchFunctionMode):
+    """Tells the other mode within which call of a function something is drawn."""
+
+    def __init__(self, probe: _ProbeMode) -> None:
+        super().__init__()
+        self._probe = probe
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        draws, name = self._probe.draws, getattr(func, "__name__", "")
+        before = len(draws)
+        output = func(*args, **(kwargs or {}))
+        draws[before:] = [(module, name) for module, _ in draws[before:]][:1]
+        if self._probe.running:
+            call = self._probe.running[-1], name, elements_of((args, kwargs), output) or 0
+            self._probe.calls.append(call)
+        return output
 
 
 class _ProbeMode(TorchDispatchMode):
@@ -59,9 +91,12 @@ class _ProbeMode(TorchDispatchMode):
             id(p): name for name, module in model.named_modules() for p in module.parameters(recurse=False)
         }
         self.read_outside_forward: set[str] = set()
-        self._running: list[tuple[str, torch.Size]] = []
+        self.running: list[str] = []
         self.no_input_grad: set[str] = set()
-        self.random_modules: dict[str, torch.Size] = {}
+        self.calls: list[tuple[str, str, int]] = []
+        """Of functions: by which module, of which, and for how many elements."""
+        self.draws: list[tuple[str, str]] = []
+        """By which module, and in a call of which function."""
         self._layers_called = 0
         self._dims: dict[str, tuple[Ndims, Ndims, int]] = {}
 
@@ -72,17 +107,18 @@ class _ProbeMode(TorchDispatchMode):
                 stack.enter_context(module.register_forward_pre_hook(partial(self._before_forward, name)))
                 stack.enter_context(module.register_forward_hook(partial(self._after_forward, name)))
             stack.enter_context(self)
+            stack.enter_context(_CallMode(self))
             yield
 
     def _before_forward(self, name: str, module: nn.Module, args: tuple[object, ...]) -> None:
         self._layers_called += any(True for _ in module.parameters(recurse=False))
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        self._running.append((name, tensors[0].shape if tensors else torch.Size()))
+        self.running.append(name)
         if not any(tensor.requires_grad for tensor in tensors):
             self.no_input_grad.add(name)
 
     def _after_forward(self, name: str, _: nn.Module, args: tuple[object, ...], output: object) -> None:
-        self._running.pop()
+        self.running.pop()
         outputs = output if isinstance(output, tuple) else (output,)
         self._dims[name] = _count_dims(args), _count_dims(outputs), self._layers_called
 
@@ -93,15 +129,18 @@ class _ProbeMode(TorchDispatchMode):
             for name, (inputs, outputs, called) in self._dims.items()
         }
         no_gradient, read = frozenset(self.no_input_grad), frozenset(self.read_outside_forward)
-        return Probe(output.shape, no_gradient, head, self.random_modules, dims, read)
+        draws: dict[str, dict[str, list[int]]] = {}
+        for module, function in dict.fromkeys(self.draws):
+            found = [n for called_by, called, n in self.calls if (called_by, called) == (module, function)]
+            draws.setdefault(module, {})[function] = found
+        return Probe(output.shape, no_gradient, head, draws, dims, read)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and self._running:
-            name, shape = self._running[-1]
-            self.random_modules[name] = shape
-        reader = self._running[-1][0] if self._running else None
+        reader = self.running[-1] if self.running else None
+        if torch.Tag.nondeterministic_seeded in func.tags and reader is not None:
+            self.draws.append((reader, ""))
         if func is torch.ops.aten.embedding.default and args[1].is_floating_point():
             raise TypeError("an embedding takes token ids")  # torch 2.11 asks for none on the meta device
         owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 from tpresearch.config.axes import LAYER_AXES
 from tpresearch.config.choices import Checkpointing
@@ -16,7 +20,8 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ParallelConfig
 from tpresearch.parallel.mesh import data_rank
 from tpresearch.parallel.weights import seed_of
-from tpresearch.plan.compiler import Plan
+from tpresearch.plan.compiler import Plan, unit_of
+from tpresearch.plan.probe import elements_of
 from tpresearch.train.observe import Observer
 from tpresearch.train.state import TrainState
 
@@ -24,9 +29,9 @@ from tpresearch.train.state import TrainState
 class SeededRandomness(Observer):
     """Seeds torch's generators at each micro-batch by (seed, step, micro-batch, data-parallel rank).
 
-    Ranks that hold the same activation draw the same numbers. A module that is given a shard of what it has in one
-    process draws by its rank along the axes that shard layers too; within a compiled block, which no generator can be
-    seeded in, from a tensor that the block reads.
+    Ranks that hold the same activation draw the same numbers. A function that is given a shard of what it has in one process
+    draws by its rank along the axes that shard layers too; in a compiled model, which no generator can be seeded in, an
+    `nn.Dropout` does, from a tensor that it reads.
 
     Args:
         compiled: whether the plan's blocks are.
@@ -35,19 +40,25 @@ class SeededRandomness(Observer):
     def __init__(self, seed: int, mesh: DeviceMesh, plan: Plan, compiled: bool) -> None:
         self._seed, self._plan, self._compiled = seed, plan, compiled
         self._replica = data_rank(mesh)
-        self._shard = tuple(mesh.get_local_rank(axis) for axis in LAYER_AXES)
+        shard = tuple(mesh.get_local_rank(axis) for axis in LAYER_AXES)
+        self._shard, self._draws = shard, DrawsOnShards(plan.probe.draws, shard)
         self._step = self._micro_batch = 0
         self._seed_in_blocks = torch.zeros((), dtype=torch.int64)
 
     def start(self, state: TrainState) -> None:
-        inside = _in_blocks(self._plan) if self._compiled and self._plan.rules else []
-        for name, shape in self._plan.probe.random_modules.items():
+        for name, calls in self._plan.probe.draws.items() if self._plan.rules and self._compiled else ():
             module = state.model.get_submodule(name)
-            if name in inside and isinstance(module, nn.Dropout):
-                place = f"{name} {self._shard}"
-                setattr(module, "forward", _dropout_on_shards(module, shape, self._seed_in_blocks, place))  # noqa: B010
-            else:
-                _RandomOnShards(shape, self._shard).watch(module)
+            assert isinstance(module, nn.Dropout)  # see `check_randomness`
+            (elements,) = calls["dropout"]
+            place = f"{name} {self._shard}"
+            forward = _dropout_on_shards(module, elements, self._seed_in_blocks, place)
+            setattr(module, "forward", forward)  # noqa: B010
+        if self._watches:
+            self._draws.watch(state.model)
+
+    @property
+    def _watches(self) -> bool:
+        return bool(self._plan.rules) and not self._compiled
 
     def step(self, state: TrainState) -> AbstractContextManager[object]:
         self._step, self._micro_batch = state.step, 0
@@ -59,72 +70,118 @@ class SeededRandomness(Observer):
             position = (self._seed, self._step, self._micro_batch, self._replica)
             _reseed(*position)
             self._seed_in_blocks.fill_(seed_of(f"blocks {position}") >> 1)
-        return nullcontext()
+            self._draws.begin()
+        return self._draws if self._watches and name == "forward" else nullcontext()
 
 
 def check_randomness(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> None:
-    """Refuse to compile a block in which tensor-parallel ranks could not draw apart, or whose backward would draw anew:
+    """Refuse to compile a model in which tensor-parallel ranks could not draw apart, or whose backward would draw anew:
     within a budget torch recomputes random ops as any other (2.11 to 2.14), and gradients would be wrong.
 
     Raises:
         ConfigError: naming the module that draws.
     """
-    for name in _in_blocks(plan) if parallel.compile else []:
-        if parallel.activation_checkpointing is Checkpointing.budget:
+    for name, calls in plan.probe.draws.items() if parallel.compile else ():
+        in_block = name in plan.blocks or unit_of(name, plan.blocks) is not None
+        if in_block and parallel.activation_checkpointing is Checkpointing.budget:
             why = f"{name} draws random numbers in a block, and torch would draw others where it recomputes them"
             fix = {"parallel.activation_checkpointing": "selective"}
             legal = "none, selective or full"
             raise ConfigError("parallel.activation_checkpointing", "budget", why, legal, fix=fix)
-        if plan.rules and type(model.get_submodule(name)) is not nn.Dropout:
-            why = f"{name} draws random numbers in a block; compiled, tensor-parallel ranks draw apart only in nn.Dropout"
-            fix = {"parallel.compile": "false"}
-            raise ConfigError("parallel.compile", True, why, "false, or nn.Dropout modules", fix=fix)
+        if not plan.rules:
+            continue
+        if type(model.get_submodule(name)) is not nn.Dropout:
+            why = f"{name or 'the model'} draws random numbers; compiled, tensor-parallel ranks draw apart only in nn.Dropout"
+        elif len(calls["dropout"]) > 1:
+            why = f"{name} is called more than once; compiled, tensor-parallel ranks would drop the same each time"
+        else:
+            continue
+        fix, legal = {"parallel.compile": "false"}, "false, or an nn.Dropout for each place"
+        raise ConfigError("parallel.compile", True, why, legal, fix=fix)
 
 
-def _in_blocks(plan: Plan) -> list[str]:
-    """Modules of the plan's blocks that draw random numbers."""
-    blocks = tuple(plan.blocks)
-    return [
-        n for n in plan.probe.random_modules if n in blocks or n.startswith(tuple(f"{b}." for b in blocks))
-    ]
+class DrawsOnShards(TorchFunctionMode):
+    """Lets a function draw by the rank's own place while it works on a shard, from what all ranks agreed on before.
 
+    That it is a shard is told by the same call in a forward of the plain model. All else follows from the generator's state,
+    which activation checkpointing brings back to compute again, in this mode too.
 
-class _RandomOnShards:
-    """Lets a module draw by the rank's own place while it works on a shard, from what all ranks agreed on before.
-
-    All of it follows from the generator's state, which activation checkpointing brings back to compute again.
+    Args:
+        draws: see `Probe`. place: of this rank, on the axes that shard layers.
     """
 
-    def __init__(self, whole: torch.Size, shard: tuple[int, ...]) -> None:
-        self._whole, self._place = whole, shard
-        self._agreed: int | None = None
+    def __init__(self, draws: Mapping[str, Mapping[str, Sequence[int]]], place: tuple[int, ...]) -> None:
+        super().__init__()
+        self._draws, self._place = draws, place
+        self._names = {function for calls in draws.values() for function in calls}
+        self._running: list[str] = []
+        self._called: Counter[tuple[str, str]] = Counter()
+        self._apart: dict[int, bool] = {}
 
-    def watch(self, module: nn.Module) -> None:
-        module.register_forward_pre_hook(self._before)
-        module.register_forward_hook(self._after)
+    def watch(self, model: nn.Module) -> None:
+        """Follow which module is running."""
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(functools.partial(self._enter, name))
+            module.register_forward_hook(self._leave)
 
-    def _before(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        given = next((arg for arg in args if isinstance(arg, Tensor)), None)
-        local = given.to_local() if isinstance(given, DTensor) else given
-        if module.training and local is not None and local.numel() < self._whole.numel():
-            self._agreed = int(torch.randint(1 << 62, ()).item())
-            _reseed(self._agreed, *self._place)
+    def _enter(self, name: str, *_: object) -> None:
+        self._running.append(name)
 
-    def _after(self, *_: object) -> None:
-        if self._agreed is not None:
-            _reseed(self._agreed)
-            self._agreed = None
+    def _leave(self, *_: object) -> None:
+        if self._running:  # recomputing may have been left early, and another forward have begun
+            self._running.pop()
+
+    def begin(self) -> None:
+        """The forward of a micro-batch begins."""
+        self._running.clear()
+        self._called.clear()
+        self._apart.clear()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name not in self._names:
+            return func(*args, **kwargs)
+        agreed = int(torch.randint(1 << 62, ()).item())
+        if agreed not in self._apart:  # and is not recomputed
+            output = func(*args, **kwargs) if elements_of((args, kwargs), None) is None else None
+            self._apart[agreed] = self._is_shard(name, elements_of((args, kwargs), output))
+            if output is not None and not self._apart[agreed]:
+                return output
+        if not self._apart[agreed]:
+            return func(*args, **kwargs)
+        if kwargs.get("generator") is not None:
+            module = self._running[-1] if self._running else ""
+            why = f"{name} draws by a generator of its own, with which tensor-parallel ranks would draw alike on their shards"
+            raise ConfigError("model", module or "model", why, "torch's own generator, which each step seeds")
+        _reseed(agreed, *self._place)
+        output = func(*args, **kwargs)
+        _reseed(agreed)
+        return output
+
+    def _is_shard(self, function: str, elements: int | None) -> bool:
+        module = self._running[-1] if self._running else ""
+        whole = self._draws.get(module, {}).get(function)
+        place = module, function
+        self._called[place] += 1
+        return bool(whole) and (elements or 0) < whole[min(self._called[place], len(whole)) - 1]
 
 
 def _dropout_on_shards(
-    module: nn.Dropout, whole: torch.Size, seed: Tensor, place: str
+    module: nn.Dropout, whole: int, seed: Tensor, place: str
 ) -> Callable[[Tensor], Tensor]:
-    """The module's forward for a compiler: on a shard it draws by a seed of its own place, else as before."""
+    """The module's forward for a compiler: on a shard it draws by a seed of its own place, else as before.
+
+    Args:
+        whole: elements of its input in one process.
+    """
     plain = module.forward
 
     def forward(x: Tensor) -> Tensor:
         local = x.to_local() if isinstance(x, DTensor) else x
-        if not module.training or local.numel() == whole.numel():
+        if not module.training or local.numel() == whole:
             return plain(x)
         keeps = 1 - module.p
         kept = local * kept_elements(local.detach(), keeps, seed, place) / keeps if keeps else local * 0

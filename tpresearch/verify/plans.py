@@ -135,8 +135,8 @@ def check_plan(cfg: Config) -> None:
         why = "each rank scales by its own rows, so that plans round otherwise: equality with one process is not claimed"
         raise ConfigError("train.float8", cfg.train.float8, why, "none", fix={"train.float8": "none"})
     _, plan = plan_model(cfg, sizes)
-    if plan.probe.random_modules:
-        why = f"it draws random numbers in {', '.join(plan.probe.random_modules)}, which differ between plans"
+    if plan.probe.draws:
+        why = f"it draws random numbers in {', '.join(plan.probe.draws)}, which differ between plans"
         legal = "a model that draws none in training, such as with a dropout of 0; equality is not claimed otherwise"
         raise ConfigError("model", cfg.model.name, why, legal)
 
