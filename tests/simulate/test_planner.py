@@ -284,7 +284,7 @@ def test_it_says_when_nothing_fits() -> None:
 
 
 def test_what_no_plan_can_do_is_refused_and_what_one_can_is_not() -> None:
-    """16 rows split over 64 GPUs where tp takes at least 4; 12 and 24 GPUs take other hosts and batches."""
+    """16 rows split over 64 GPUs where tp takes at least 4; 12, 24 and very many GPUs take other hosts and batches."""
     plain = yaml.safe_load(CLUSTER.read_text())
 
     def judged(gpus: int, rows: int) -> SimulationPreflight:
@@ -296,6 +296,11 @@ def test_what_no_plan_can_do_is_refused_and_what_one_can_is_not() -> None:
     for gpus, rows, field in (
         (12, 24, "gpus=12: hosts of"),
         (24, 16, "train.global_batch_size=16: does not split over 24"),
+        (
+            999_992,
+            1024,
+            "train.global_batch_size=1024: does not split over 999992",
+        ),  # of which a common multiple is too large
     ):
         with pytest.raises(ConfigError, match=f"^{field}"):
             judged(gpus, rows)

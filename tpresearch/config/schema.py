@@ -229,7 +229,7 @@ class ComposedConfig:
     """Read by `python -m tpresearch.verify` only."""
     cluster: dict[str, Any] = field(default_factory=dict)
     """An option of conf/cluster, or your own file: the cluster of simulate and planner."""
-    gpus: Annotated[int | None, AtLeast(1)] = None
+    gpus: Annotated[int | None, AtLeast(1, MAX_RANKS)] = None
     """Number of devices to plan for (planner)."""
     trace: bool = False
     """Write the simulated step as a Chrome trace next to simulate.json (simulate)."""

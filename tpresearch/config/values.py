@@ -73,7 +73,12 @@ def check_usable(key: str, value: object) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, value, "not a finite number", "a finite number")
     elif isinstance(value, int) and abs(value) > MAX_NUMBER:
-        raise ConfigError(key, value, "out of bounds", f"a whole number up to {MAX_NUMBER:g}")
+        raise ConfigError(key, value, "out of bounds", f"a whole number up to {number_text(MAX_NUMBER)}")
+
+
+def number_text(number: float) -> str:
+    """1e6 -> `1,000,000`, 1e-12 -> `1e-12`."""
+    return f"{number:,.0f}" if abs(number) >= 1e5 and float(number).is_integer() else f"{number:g}"
 
 
 def describe_type(hint: Any) -> str:
@@ -149,10 +154,10 @@ class Within:
     def __str__(self) -> str:
         if self.or_zero:
             return f"0, or {dataclasses.replace(self, or_zero=False)}"
-        low = f"{'a number above' if self.open_below else ''} {self.least:g}".strip()
+        low = f"{'a number above' if self.open_below else ''} {number_text(self.least)}".strip()
         if self.most in (MAX_NUMBER, math.inf):
             return low if self.open_below else f"{low} or more"
-        return f"a number {'above' if self.open_below else 'from'} {self.least:g} to {'below ' * self.open_above}{self.most:g}"
+        return f"a number {'above' if self.open_below else 'from'} {number_text(self.least)} to {'below ' * self.open_above}{number_text(self.most)}"
 
 
 def AtLeast(least: int, most: int = MAX_NUMBER) -> Within:
@@ -196,7 +201,7 @@ def _check_number(key: str, value: Any, number: float, bound: Within | None) -> 
     if not math.isfinite(number):
         raise ConfigError(key, value, "not a finite number", str(bound or "a finite number"))
     if bound and number not in bound:
-        above = f"above {MAX_NUMBER:g}" if number > bound.most >= MAX_NUMBER else "out of bounds"
+        above = f"above {number_text(MAX_NUMBER)}" if number > bound.most >= MAX_NUMBER else "out of bounds"
         raise ConfigError(key, value, "too small" if number < bound.least else above, str(bound))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 
 from tpresearch.config import Config, ConfigError
@@ -31,9 +30,10 @@ def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
     )
     train = dataclasses.replace(cfg.train, micro_batch_size=None)
     cfg = dataclasses.replace(cfg, parallel=parallel, mesh=mesh, train=train, world_size=cfg.gpus)
-    # Plans with tensor parallelism split the batch over fewer ranks.
-    splits = dataclasses.replace(train, global_batch_size=math.lcm(train.global_batch_size, cfg.gpus or 1))
+    rows, gpus = train.global_batch_size, cfg.gpus or 1
     try:
+        # Plans with tensor parallelism split the batch over fewer ranks.
+        splits = dataclasses.replace(train, global_batch_size=gpus if rows % gpus else rows)
         job = check_simulation(dataclasses.replace(cfg, train=splits), world)
         job = job._replace(cfg=dataclasses.replace(job.cfg, train=train))
         plans = candidate_plans(job.cfg, job.sizes.world, job.cluster)
