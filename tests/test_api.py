@@ -92,6 +92,14 @@ def test_a_wrong_override_is_refused_in_the_sentence_of_the_command(words: list[
     assert tpresearch.load("model=toy_mlp").model.name == "toy_mlp"  # and what comes after is composed afresh
 
 
+@pytest.mark.parametrize("given", [["model=toy_mlp"], 3, None])
+def test_overrides_in_a_list_are_refused_in_one_sentence(given: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"each override is a string of its own, as in load\(\"model=llama2_7b\", "
+    ):
+        tpresearch.load(given)
+
+
 def test_a_plan_is_compiled_for_any_number_of_ranks_and_leaves_the_config_alone() -> None:
     cfg = tpresearch.load("model=llama2_7b", "tokenizer=bpe_32k", "mesh.tp=8")
     before = as_dict(cfg)

@@ -1,4 +1,4 @@
-"""docs/completion.bash completes what Hydra knows, however the program is started."""
+"""completion.bash completes what Hydra knows, however the program is started."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.commands import ROOT, environment, execute
 )
 def test_what_is_offered(typed: str, offered: str, tmp_path: Path) -> None:
     script = (
-        f"source {ROOT}/docs/completion.bash; COMP_LINE='{typed}'; COMP_POINT=${{#COMP_LINE}}; _tpresearch; "
+        f"source {ROOT}/tpresearch/completion.bash; COMP_LINE='{typed}'; COMP_POINT=${{#COMP_LINE}}; _tpresearch; "
         'echo "${COMPREPLY[*]}"'
     )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -72,6 +72,8 @@ def test_only_commands_that_are_there_are_listed_and_others_refused(tpresearch: 
     assert {"train", "verify", "compare", "prepare", "dashboard"} <= set(listed)
     for name in listed:
         assert (ROOT / f"tpresearch/{name}.py").exists() or (ROOT / f"tpresearch/{name}/__main__.py").exists()
+    assert 'eval "$(tpresearch completion)"' in done.out
+    assert tpresearch("completion").out == (ROOT / "tpresearch/completion.bash").read_text()
     refused = tpresearch("trian", "model=toy_mlp")
     assert refused.code == 2
     assert refused.err.startswith("error: command=trian: no such command; one of train verify ")

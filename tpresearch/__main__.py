@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 from tpresearch import interrupt
 from tpresearch.config.errors import nearest
@@ -26,7 +27,8 @@ COMMANDS = {
     "dashboard": "save a W&B workspace that compares the runs of a group",
 }
 """Each is a module of this name in the package."""
-HELP = "Each command has --help and also runs as `python -m tpresearch.COMMAND`."
+HELP = """Each command has --help and also runs as `python -m tpresearch.COMMAND`.
+Completion of groups, options and keys, in bash: eval "$(tpresearch completion)\""""
 
 
 def main() -> None:
@@ -41,6 +43,8 @@ def _dispatch() -> None:
         print(f"tpresearch COMMAND [key=value ...]\n\n{listed}\n\n{HELP}")
     elif name == "--version":
         print(version("tpresearch"))
+    elif name == "completion":
+        print(Path(__file__).with_name("completion.bash").read_text(), end="")
     elif name in COMMANDS:
         sys.argv[1:] = arguments
         interrupt.exit_on_interrupt()

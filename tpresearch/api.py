@@ -24,6 +24,7 @@ from tpresearch.config.values import check_bounds
 from tpresearch.config.world import World
 from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explain_errors
+from tpresearch.launch.home import check_home
 from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.train.preflight import Preflight, preflight, refuse_single_process
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:  # torch and pandas take seconds, and a config needs neither
 
 log = logging.getLogger(__name__)
 
+LOADED = 'load("model=llama2_7b", "mesh.tp=8")'
+
 
 def load(*overrides: str, config_name: str = "train") -> Config:
     """The typed config for these command-line overrides: `load("model=llama2_7b", "mesh.tp=8")`.
@@ -52,6 +55,10 @@ def load(*overrides: str, config_name: str = "train") -> Config:
     Raises:
         ConfigError: naming the invalid override and what would be legal.
     """
+    for given in (*overrides, config_name):
+        if not isinstance(given, str):
+            raise TypeError(f"load({given!r}): each override is a string of its own, as in {LOADED}")
+    check_home(World())
     register_schema()
     register_resolvers()
     composition = Composition(config_name, list(overrides))

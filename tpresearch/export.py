@@ -37,7 +37,7 @@ class Options:
 
 def main() -> None:
     options = read_options(Options, sys.argv[1:])
-    out = Path(options.out).expanduser()
+    out = Path(os.path.expanduser(options.out))
     if os.path.lexists(out):
         fix = {"out": f"{options.out.rstrip('/')}-2"}
         raise ConfigError("out", out, "already exists", "a folder that does not exist", fix=fix)

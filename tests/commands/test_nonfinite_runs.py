@@ -34,17 +34,23 @@ class Poisoned(Llama2):
 """
 
 
-def test_it_stops_with_the_step_and_the_metric(train: Start, small: list[str], tmp_path: Path) -> None:
+def test_it_stops_with_the_step_and_the_metric_in_one_sentence(
+    train: Start, small: list[str], tmp_path: Path
+) -> None:
     done = train(None, tmp_path, *small, *ABSURD, "train.clip_grad_norm=null")
     assert done.code == 1
-    assert "NonfiniteError: train/loss is nan at step 2" in done.err
+    error = "NonfiniteError: train/loss is nan at step 2"
+    error += "; a lower optimizer.lr, or train.on_nonfinite=skip to leave out such updates"
+    assert done.out.count(f"error  {error}\n") == 1
+    assert "NonfiniteError" not in done.err
+    assert "Traceback" not in done.err
     (folder,) = tmp_path.glob("outputs/train/*/*")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "failed"
-    assert summary["error"] == "NonfiniteError: train/loss is nan at step 2"
+    assert summary["error"] == error
     assert summary["steps"] == 1
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
-    assert "NonfiniteError: train/loss is nan at step 2" in (folder / "train.log").read_text()
+    assert error in (folder / "train.log").read_text()
 
 
 @pytest.fixture(scope="session")

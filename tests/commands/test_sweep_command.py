@@ -54,6 +54,7 @@ def test_a_sweep_runs_what_it_can_and_then_what_is_left(
     done = start()
     assert done.code == 1, done.err
     error = "NonfiniteError: train/loss is nan at step 2"
+    error += "; a lower optimizer.lr, or train.on_nonfinite=skip to leave out such updates"
     assert done.out.count("  parallel=fsdp_tp on 2 ranks runs without dp_shard (size 1); with 4 ranks ") == 1
     assert f"job 0 failed: {error}\n  sweep/0/console.log" in done.out
     assert "Traceback" not in done.out + done.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -401,6 +402,27 @@ def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(
     assert said.out.startswith("Overlaid although train.seed differs: 0 (seed=0), 1 (seed=1)\n")
     assert said.out.endswith("page: there/compare.html\nPNGs: there/compare/*.png\n")
     assert "| seed=1 | 1 | 7.750 |" in (tmp_path / "there" / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("writable", "folder"), [(True, "outputs/compare/"), (False, "/temporary/outputs/compare/")]
+)
+def test_the_proposed_folder_is_elsewhere_if_this_one_is_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool, folder: str
+) -> None:
+    Made(steps=2).write(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare", "run", "out=/dev/null"])
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/temporary")
+    monkeypatch.setattr(os, "access", lambda *_: writable)
+    with pytest.raises(ConfigError, match="cannot be written") as refused:
+        main()
+    assert str(refused.value.fix["out"]).startswith(folder)
+
+
+def test_the_home_of_a_user_who_is_not_there_is_a_name_like_any_other() -> None:
+    with pytest.raises(ConfigError, match=r"^run=~nobodys/run: no such folder"):
+        find_runs(["~nobodys/run"])
 
 
 @pytest.mark.cli

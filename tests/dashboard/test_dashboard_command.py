@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from support.commands import ROOT, Done, environment, execute, execute_warm
 from support.launches import Command
 from support.saved_views import sections_of
 
+from tpresearch.config.errors import ConfigError
+from tpresearch.dashboard import Options, write
 from tpresearch.track.panels import SECTIONS
 from tpresearch.verify.ranks import Ranks
 
@@ -46,6 +50,17 @@ def closed() -> str:
     """The URL of a port on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as was:
         return f"http://127.0.0.1:{was.getsockname()[1]}"
+
+
+def test_the_proposed_folder_is_elsewhere_if_this_one_is_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for writable, proposed in {
+        True: Path("dashboard"),
+        False: Path(tempfile.gettempdir(), "dashboard"),
+    }.items():
+        monkeypatch.setattr(os, "access", lambda *_, writable=writable: writable)
+        with pytest.raises(ConfigError, match="cannot be written") as refused:
+            write(Options("sweeps/8", out="/dev/null"))
+        assert refused.value.fix == {"out": proposed}
 
 
 @pytest.mark.parametrize("key", [{}, {"WANDB_API_KEY": CANARY}])

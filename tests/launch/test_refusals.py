@@ -26,6 +26,12 @@ REFUSED = [
     ("hydra.verbose=null", "hydra.verbose=null: Hydra does not accept this value; ", ""),
     ("-m hydra.verbose=3 name=a", "hydra.verbose=3: Hydra does not accept this value; ", "-m name=a"),
     ("model=null", f"model=null: a config group takes an option's name; one of {MODELS}", ""),
+    (
+        "+cluster=cpu",
+        "cluster=cpu: train does not use this config group; it takes checkpoint, data, debug, ",
+        "",
+    ),
+    ("model.name=", "model.name=: a model needs it; text, as in its conf/model file", ""),
     ("+optimizer=adamw", "optimizer=adamw: it is chosen already; no + before it", "optimizer=adamw"),
     ("paralel=tp", "paralel=tp: no such config group or key; nearest is parallel", "parallel=tp"),
     (
@@ -174,6 +180,9 @@ def test_wrong_config_files_are_named_with_the_override_that_chose_them(
     assert unset.startswith("error: model.dim=???: it must be set; model.dim=VALUE; try: ")
     unknown = warm_python(extra_configs, "experiment=shorter").err
     assert unknown.startswith("error: experiment=shorter: no such option; one of short, ")
+    assert "a file of your own" not in unknown
+    alone = warm_python("experiment=short").err
+    assert ", or a file of your own with hydra.searchpath=[file://FOLDER]; try: " in alone
     assert {len(err.splitlines()) for err in (other_model, other_key, torn, unset, unknown)} == {1}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from support.composed import config
 from support.marks import exhaustive
 from support.nets import model
 from support.odd_nets import Asking
+from tqdm import tqdm
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
@@ -21,7 +23,7 @@ from tpresearch.launch.composition import read_option
 from tpresearch.planner import ranking
 from tpresearch.planner.__main__ import preflight_planner
 from tpresearch.planner.candidates import Candidate, candidate_plans, micro_batch_rows
-from tpresearch.planner.ranking import RankedCandidate, Ranking, advice, rank
+from tpresearch.planner.ranking import RankedCandidate, Ranking, _predict_all, advice, rank
 from tpresearch.planner.report import (
     EXPERIMENT,
     as_json,
@@ -171,6 +173,20 @@ def test_candidates_are_ranked_with_reasons(ranks: Ranks, tmp_path: Path) -> Non
     assert f"--nproc-per-node=2 train.py experiment=pretraining {best.overrides}" in text
     draw(ranked, "title", tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 10_000
+
+
+def locks_of_bars(_: Candidate) -> list[Any]:
+    return [type(tqdm.get_lock()).__module__]
+
+
+def test_a_worker_that_is_killed_leaves_no_semaphore_of_a_progress_bar(ranks: Ranks) -> None:
+    """Its workers are forks of the ranks' server, which is there."""
+    possible = [
+        one
+        for one in candidate_plans(config("model=llama2_debug"), 2, cluster())
+        if isinstance(one, Candidate)
+    ]
+    assert _predict_all(locks_of_bars, possible[:2], 2) == [["_thread"], ["_thread"]]
 
 
 def test_a_model_that_cannot_be_recorded_is_refused_by_a_worker_too(ranks: Ranks) -> None:

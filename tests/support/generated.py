@@ -80,7 +80,7 @@ def fault(case: Case, done: Done, left: list[Path]) -> str | None:
     if (
         case.trains
         and done.code == 1
-        and lines[-1].endswith(("train/loss is nan at step 2", "train/loss is inf at step 2"))
+        and re.search(r"error  NonfiniteError: train/loss is (nan|inf) at step 2; ", done.out)
     ):
         return None  # it began, and says how it failed
     if "Traceback" in done.err:

@@ -15,6 +15,7 @@ import torch
 from support import parsed_once
 from support.commands import ROOT, environment, on_path
 from support.composed import config, corpus
+from tqdm import tqdm
 
 from tpresearch.config import Config
 from tpresearch.config.world import World
@@ -59,6 +60,11 @@ def warmth(_: World) -> tuple[bool, int, bool]:
     return "support.warmed" in sys.modules, parsed_once._parsed.cache_info().currsize, tests in paths
 
 
+def lock_of_bars(_: World) -> str:
+    """As torch's compiler makes one, in a rank that will be killed."""
+    return type(tqdm.get_lock()).__module__
+
+
 def alive(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -81,6 +87,10 @@ def test_results_come_in_rank_order_from_processes_that_have_ended(ranks: Ranks)
     again = ranks.run(3, rank)
     assert len({process for _, process in found + again}) == 6
     assert not [process for _, process in found + again if alive(process)]
+
+
+def test_a_rank_that_is_killed_leaves_no_semaphore_of_a_progress_bar(ranks: Ranks) -> None:
+    assert ranks.run(1, lock_of_bars) == ["_thread"]
 
 
 @pytest.mark.parametrize(

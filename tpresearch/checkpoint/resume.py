@@ -34,7 +34,7 @@ AUTO, NEVER = "auto", "never"
 
 def run_of(path: Path) -> Path:
     """The run folder of a path to a run or to one of its checkpoints."""
-    path = Path(os.path.abspath(path.expanduser()))
+    path = Path(os.path.abspath(os.path.expanduser(path)))
     if STEP_FOLDER.fullmatch(path.name):
         return path.parents[1].resolve()  # its checkpoints may be linked to from there
     resolved = path.resolve()
@@ -75,7 +75,7 @@ def checkpoints_to_resume(cfg: Config, run: Path, restarted: bool = False) -> li
 
 def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpoint]:
     value = shown_as or path
-    resolved = path.expanduser().resolve()
+    resolved = Path(os.path.expanduser(path)).resolve()
     if STEP_FOLDER.fullmatch(resolved.name):
         try:
             return [read_checkpoint(resolved)]

@@ -6,6 +6,7 @@ Prints a table of these runs and writes compare.html, compare.md and compare/*.p
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,7 +25,7 @@ from tpresearch.compare.runs import LEGAL, find_runs
 from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.launch.command import WrongCommand, python_command
 from tpresearch.launch.options import command, words_and_options
-from tpresearch.launch.run_dir import dated_folder
+from tpresearch.launch.run_dir import dated_folder, writable_folder
 from tpresearch.track.text import path_text
 
 PLOT_PACKAGES = ("altair", "jinja2", "vl_convert")
@@ -85,8 +86,8 @@ def main() -> None:
     warnings = check_comparable(runs, anyway=options.overlay is Overlay.anyway, any_seed=mean)
     groups = group_over_seeds(runs) if mean else group_each_run(runs)
     report = Report(runs, groups, comparisons_of(groups, options.baseline), warnings, left_out)
-    out = Path(options.out or found.sweep or dated_folder("compare")).expanduser()
-    with refuse_unwritable("out", out, {"out": dated_folder("compare")}):
+    out = Path(os.path.expanduser(options.out or found.sweep or dated_folder("compare")))
+    with refuse_unwritable("out", out, {"out": writable_folder(dated_folder("compare"))}):
         report.write(out, arguments)
     report.print(Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH), out)
 

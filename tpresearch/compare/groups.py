@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +211,7 @@ def _best_baseline(groups: Sequence[Group]) -> Group:
 def _find_baseline(groups: Sequence[Group], wanted: str) -> Group:
     def is_called(run: Run) -> bool:
         names = (run.summary["parallel"], run.summary.get("run_name"), run.folder.name)
-        return wanted in names or Path(wanted).expanduser().resolve() == run.folder.resolve()
+        return wanted in names or Path(os.path.expanduser(wanted)).resolve() == run.folder.resolve()
 
     exact = [group for group in groups if group.label == wanted]
     found = exact or [group for group in groups if any(map(is_called, group.runs))]

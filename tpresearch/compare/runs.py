@@ -112,21 +112,21 @@ def find_runs(words: Sequence[str]) -> FoundRuns:
             try:
                 runs[where] = runs.get(where) or read_run(folder)
             except UnreadableRun as problem:
-                if folders == [Path(word).expanduser()]:
+                if folders == [Path(os.path.expanduser(word))]:
                     raise _argument_error(word, str(problem), "runs that have ended") from None
                 left_out[where] = f"{path_text(folder)}: {problem}"
     if not runs:
         raise _argument_error(
             " ".join(words), f"no readable run: {next(iter(left_out.values()))}", "runs that have ended"
         )
-    path = Path(words[0]).expanduser()
+    path = Path(os.path.expanduser(words[0]))
     is_sweep = len(words) == 1 and path.is_dir() and path.resolve() not in runs
     return FoundRuns(list(runs.values()), list(left_out.values()), path if is_sweep else None)
 
 
 def _folders(word: str) -> list[Path]:
     """The run folders that an argument names; it is a glob only if no file has exactly that name."""
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))
     is_glob = not path.exists() and glob.has_magic(word)
     if is_glob and not glob.glob(str(path), recursive=True):
         raise _argument_error(word, "this glob matches nothing")
@@ -139,7 +139,7 @@ def _folders(word: str) -> list[Path]:
 
 def _existing_folders(word: str) -> list[Path]:
     """As `_folders`; none where the argument names none."""
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))
     paths = [path]
     if not path.exists():
         matching = map(Path, glob.glob(str(path), recursive=True))
@@ -152,7 +152,9 @@ def _is_readable(word: str) -> bool:
     """Whether an argument is accepted: it names runs, or one that has ended."""
     folders = _existing_folders(word)
     with suppress(UnreadableRun):
-        return bool(folders) and (folders != [Path(word).expanduser()] or read_run(folders[0]) is not None)
+        return bool(folders) and (
+            folders != [Path(os.path.expanduser(word))] or read_run(folders[0]) is not None
+        )
     return False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,5 +74,5 @@ def _absolute(value: Any, always: bool) -> Any:
         return [_absolute(item, always) for item in value]
     if not isinstance(value, str) or not value.strip():
         return value
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     return str(path.absolute()) if always or path.exists() or glob.glob(str(path), recursive=True) else value

@@ -62,8 +62,8 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
         ConfigError: for a reserved key of the wrong form, and for unusable values.
     """
     for key in ("name", "_target_"):
-        if not isinstance(raw.get(key), str):
-            why, legal = "a model needs it", "a string, in its conf/model file"
+        if not isinstance(text := raw.get(key), str) or not text.strip():
+            why, legal = "a model needs it", "text, as in its conf/model file"
             raise ConfigError(f"model.{key}", raw.get(key), why, legal)
     check_usable("model", {key: value for key, value in raw.items() if key != "plans"})
     blocks, raw_plans = raw.get("blocks") or [], raw.get("plans") or {}

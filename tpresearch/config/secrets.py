@@ -69,13 +69,13 @@ def _known_credentials() -> Iterator[tuple[str, str]]:
     for name, value in os.environ.items():
         if CREDENTIAL_NAME.search(name) and len(value) >= MIN_LENGTH:
             yield value, f"the value of ${name}"
-    with suppress(OSError, netrc.NetrcParseError):
+    with suppress(OSError, netrc.NetrcParseError, RuntimeError):  # which says that there is no home folder
         accounts = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser())
         for host, (_, _, password) in accounts.hosts.items():
             if password and len(password) >= MIN_LENGTH:
                 yield password, f"the password of {host} in the netrc file"
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    with suppress(OSError, UnicodeDecodeError):
+    with suppress(OSError, UnicodeDecodeError, RuntimeError):
+        home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
         token = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").read_text(encoding="utf-8").strip()
         if len(token) >= MIN_LENGTH:
             yield token, "the Hugging Face token of this user"

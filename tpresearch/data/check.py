@@ -67,7 +67,7 @@ def _check_streaming(data: DataConfig) -> None:
 
 
 def _check_cache_dir(data: DataConfig) -> None:
-    folder = Path(data.cache_dir).expanduser()
+    folder = Path(os.path.expanduser(data.cache_dir))
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir():
         why = f"{nearest} is a file" if nearest != folder else "is a file"

@@ -59,7 +59,7 @@ def open_hub(data: DataConfig) -> Corpus:
         return Corpus(content, lambda: _documents(data), None)
     visible = _visible_files(folder)
     salt = f"hf:{data.name}:{data.split}:{data.text_field}"
-    content = hash_files(visible, salt, Path(data.cache_dir).expanduser())
+    content = hash_files(visible, salt, Path(os.path.expanduser(data.cache_dir)))
 
     @cache
     def check() -> None:
@@ -88,7 +88,7 @@ def check_hub(data: DataConfig) -> None:
     """
     if not isinstance(data.path, str) or not data.path:
         raise _path_error(data.path, "no dataset is named")
-    if Path(data.path).expanduser().is_file():
+    if Path(os.path.expanduser(data.path)).is_file():
         legal = f"{LEGAL}; for files, data=jsonl, parquet or text"
         raise ConfigError("data.path", data.path, "is a file", legal)
     folder = _local_folder(data)
@@ -107,7 +107,7 @@ def check_hub(data: DataConfig) -> None:
 
 
 def _local_folder(data: DataConfig) -> Path | None:
-    folder = Path(str(data.path)).expanduser()
+    folder = Path(os.path.expanduser(str(data.path)))
     return folder if folder.is_dir() else None
 
 

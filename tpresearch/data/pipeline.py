@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 import sys
 import time
@@ -80,7 +81,7 @@ class _Pipeline:
         self.data, self.check = data, check
         self.progress, self.is_leader = world.rank == 0, world.local_rank == 0
         self.vocab_size = tokenizer.vocab_size
-        self.cache = Path(data.cache_dir).expanduser()
+        self.cache = Path(os.path.expanduser(data.cache_dir))
         self.corpus = open_hub(data) if data.source is DataSource.hf else open_files(data)
         self.hf_tokenizer = load_hf(tokenizer.path) if tokenizer.kind is TokenizerKind.hf else None
 

@@ -51,7 +51,7 @@ def open_files(data: DataConfig) -> Corpus:
     # A text file has no fields; where there are fields, another one is another corpus.
     field = data.text_field if data.source in (DataSource.jsonl, DataSource.parquet) else ""
     return Corpus(
-        content_hash=hash_files(files, f"{data.source}:{field}", Path(data.cache_dir).expanduser()),
+        content_hash=hash_files(files, f"{data.source}:{field}", Path(os.path.expanduser(data.cache_dir))),
         documents=lambda: (document for file in files for document in read_file(data, *file)),
         size_bytes=sum(path.stat().st_size for _, path in files),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -205,7 +206,7 @@ def _load(path: str | None) -> tuple[HfTokenizer, Path]:
     """The tokenizer of a path, and the folder with its other files; those of a hub id are downloaded."""
     if not path:
         raise _path_error(path, "no tokenizer is named")
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
     if not local.exists():
         if not looks_like_hub_id(path):
             raise _path_error(path, "there is no such file")

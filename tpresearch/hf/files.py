@@ -29,7 +29,7 @@ LLAMA_CLASS = "tpresearch.models.llama2.Llama2"
 
 def is_hugging_face(init_from: str) -> bool:
     """Whether this names a folder in Hugging Face's layout, or could name one on the hub."""
-    path = Path(init_from).expanduser()
+    path = Path(os.path.expanduser(init_from))
     if not os.path.lexists(path):
         return looks_like_hub_id(init_from)
     # Not `Path.exists`, which raises where it may not look.
@@ -42,7 +42,7 @@ def folder_of(init_from: str, files: Sequence[str] = (CONFIG,)) -> Path:
     Raises:
         ConfigError: for a path that is not a folder, and a hub id that cannot be downloaded.
     """
-    path = Path(init_from).expanduser()
+    path = Path(os.path.expanduser(init_from))
     if os.path.lexists(path):
         if not os.path.isdir(path):
             raise folder_error(init_from, "not a folder")
@@ -95,7 +95,7 @@ def tokenizer_of(init_from: str | None) -> str | None:
 def weights_folder(init_from: str) -> Path:
     """The same with every file of weights in it: of a hub id, the files that its index names are downloaded."""
     folder = folder_of(init_from, (CONFIG, WEIGHTS, INDEX))
-    if folder == Path(init_from).expanduser() or not (folder / INDEX).exists():
+    if folder == Path(os.path.expanduser(init_from)) or not (folder / INDEX).exists():
         return folder
     return folder_of(init_from, sorted(set(_index(folder / INDEX, init_from).values())))
 
@@ -182,7 +182,7 @@ def _index(path: Path, named: str) -> dict[str, str]:
 
 def is_own_run(init_from: str) -> bool:
     """Whether this is one of our checkpoints, or a run that has one."""
-    path = Path(init_from).expanduser()
+    path = Path(os.path.expanduser(init_from))
     try:
         return os.path.isdir(path) and bool(STEP_FOLDER.fullmatch(path.resolve().name) or step_folders(path))
     except OSError:  # said by whoever reads it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def check_weights(init_from: str, config: ModelConfig, model: nn.Module, downloa
         ConfigError: for settings that differ, and tensors that are missing, superfluous or of another shape.
     """
     check_settings(settings_of(init_from), settings_with_defaults(config), init_from)
-    if not download and not Path(init_from).expanduser().exists():
+    if not download and not Path(os.path.expanduser(init_from)).exists():
         return
     shapes = {}
     for name, parameter in model.named_parameters():

@@ -111,7 +111,8 @@ class Composition:
 
     def refuse_unusable(self) -> None:
         """What Hydra takes, and the framework cannot use: its own `???` is a traceback where it is first read, which for its
-        own settings is late; and a config group that is deleted leaves the schema's defaults, as if one had been chosen.
+        own settings is late; a config group that is deleted leaves the schema's defaults, as if one had been chosen; and one that is
+        added has no effect where the program does not compose it.
 
         Raises:
             ConfigError: for the first key that was typed so.
@@ -125,6 +126,21 @@ class Composition:
             fix = {group: "none" if "none" in options else None}
             legal = f"one of {', '.join(options)}"
             raise ConfigError(group, "~", "a config group cannot be deleted", legal, fix=fix)
+
+        added = [override_key(typed) for typed in self.overrides if typed.startswith("+")]
+        for group in (key for key in added if key.isidentifier() and (conf_dir() / key).is_dir()):
+            if error := self.unused_group(group):  # with the + Hydra composes it, and nothing reads it
+                raise error
+
+    def unused_group(self, group: str) -> ConfigError | None:
+        """The refusal of a group that this program does not compose, though others do: a simulated step has no checkpoints."""
+        others = [typed for typed in self.overrides if override_key(typed) != group]
+        settings = dataclasses.replace(self, overrides=others).values_without("hydra.runtime.choices")
+        if f"hydra.runtime.choices.{group}" in settings:
+            return None
+        used = [name for name in self.groups() if f"hydra.runtime.choices.{name}" in settings]
+        why = f"{self.config_name} does not use this config group"
+        return ConfigError(group, self.typed_value(group), why, f"it takes {', '.join(sorted(used))}")
 
     def typed_value(self, key: str) -> str | None:
         typed = self.override_of(key)

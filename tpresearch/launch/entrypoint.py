@@ -43,6 +43,7 @@ from tpresearch.launch.composition import Composition, typed_config
 from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.garbage import gc_paused
 from tpresearch.launch.help import help_text
+from tpresearch.launch.home import check_home
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging, tolerate_print_errors
 from tpresearch.launch.refuse import error_of_command, exit_failed, refuse
 from tpresearch.launch.run_dir import (
@@ -121,6 +122,7 @@ class Program(Generic[Checked]):
             if world.elastic:
                 end_with_parent()
             refuse_typed_secrets(world)
+            check_home(world)
             _start(self, world)
         except ConfigError as error:
             refused = error
@@ -272,6 +274,7 @@ def _call_main(program: Program[Checked], job: Checked, world: World, restarted:
     except ConfigError:
         raise
     except RunFailed as failed:
+        log.error("%s: %s", type(failed).__name__, failed, extra=IN_FILES_ONLY)
         exit_failed(failed)
     except Exception:
         log.exception("stopped by an exception", extra=IN_FILES_ONLY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import yaml
@@ -64,10 +64,10 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
     if again := re.match(r"(\S+) appears more than once in the final defaults list", message):
         value = composition.typed_value(again[1])
         return ConfigError(again[1], value, "it is chosen already", "no + before it", fix={again[1]: value})
-    if (unused := re.match(r"Could not override '(.+?)'", message)) and unused[1] in (
-        groups := composition.groups()
-    ):
-        return _unused_group(unused[1], groups, composition)
+    not_there = re.match(r"Could not override '(.+?)'", message)
+    is_group = not_there and not_there[1] in composition.groups()
+    if not_there and is_group and (unused := composition.unused_group(not_there[1])):
+        return unused
     if message.startswith("Config group override must be a string"):
         return _invalid_option_name(composition)
     if message.endswith(NOT_ACCEPTED):
@@ -142,16 +142,9 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
     if not options:
         return ConfigError(group, value or option, why, f"conf/{group}/ has none yet")
     legal = f"one of {', '.join(nearest(option, options))}"
+    if composition.extra_dir is None and composition.override_of("hydra.searchpath") is None:
+        legal += ", or a file of your own with hydra.searchpath=[file://FOLDER]"
     return ConfigError(group, value or option, why, legal, fix={group: closest_name(option, options)})
-
-
-def _unused_group(group: str, groups: Iterable[str], composition: Composition) -> ConfigError:
-    """For one of the groups that this program does not compose, though others do: a simulated step has no checkpoints."""
-    settings = composition.values_without("hydra.runtime.choices")
-    used = [name for name in groups if f"hydra.runtime.choices.{name}" in settings]
-    legal = f"it takes {', '.join(sorted(used))}"
-    why = f"{composition.config_name} does not use this config group"
-    return ConfigError(group, composition.typed_value(group), why, legal, fix={group: None})
 
 
 def _invalid_option_name(composition: Composition) -> ConfigError:

@@ -175,6 +175,13 @@ def _temporary_folder(key: str, name: str) -> dict[str, object]:
     return {key: Path(tempfile.gettempdir()) / name}
 
 
+def writable_folder(wanted: str | Path) -> Path:
+    """`wanted`, or the same name below the folder for temporary files where it could not be made."""
+    parents = Path(wanted).absolute().parents
+    there = next(folder for folder in (Path(wanted).absolute(), *parents) if os.path.exists(folder))
+    return Path(wanted) if os.access(there, os.W_OK | os.X_OK) else Path(tempfile.gettempdir()) / wanted
+
+
 def _make_new(wanted: Path) -> Path:
     """A new folder: `wanted`, or with -2, -3... if another job took it in the same second."""
     wanted.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from tpresearch.config import Config
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.validate import micro_batches
+from tpresearch.launch.progress_bars import keep_bars_in_process
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.planner.candidates import Candidate, Rejected, candidate_plans, micro_batch_rows
 from tpresearch.simulate.cluster import Cluster, check_world
@@ -145,7 +146,7 @@ def _predict_all(
         return [predict_one(family) for family in possible]
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(max(1, min(workers, len(possible))), context) as pool:
+    with ProcessPoolExecutor(max(1, min(workers, len(possible))), context, keep_bars_in_process) as pool:
         try:
             return [future.result() for future in [pool.submit(predict_one, one) for one in possible]]
         except BaseException:  # an error or an interrupt need not wait for what the others do

@@ -101,7 +101,7 @@ def has_key(settings: wandb.Settings) -> bool:
     if settings.api_key or settings.identity_token_file:
         return True
     try:
-        accounts = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser())
+        accounts = netrc.netrc(os.environ.get("NETRC") or Path(os.path.expanduser("~/.netrc")))
     except (OSError, netrc.NetrcParseError):
         return False
     return accounts.authenticators(urlsplit(settings.base_url).netloc) is not None

@@ -84,7 +84,7 @@ class WandbRun:
             "name": name,
             "tags": list(tags),
             "config": dict(config),
-            "dir": str(Path(logger.dir).expanduser() if logger.dir else run_dir),
+            "dir": str(Path(os.path.expanduser(logger.dir)) if logger.dir else run_dir),
         }
         try:
             mode = choose_mode(logger.mode, set_up())

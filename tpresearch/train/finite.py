@@ -10,13 +10,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.config.axes import DATA_AXES
+from tpresearch.config.errors import RunFailed
 from tpresearch.parallel.mesh import sum_over
 from tpresearch.train.step import StepResult
 
 log = logging.getLogger(__name__)
 
 
-class NonfiniteError(RuntimeError):
+REMEDY = "a lower optimizer.lr, or train.on_nonfinite=skip to leave out such updates"
+
+
+class NonfiniteError(RunFailed):
     """A loss or gradient norm was not finite, and the run was to stop then."""
 
 
@@ -68,9 +72,9 @@ class FiniteCheck:
         first = int(self._first_bad_norm.item())
         at = first if first > 0 else step
         if not math.isfinite(loss) and at == step:
-            raise NonfiniteError(f"train/loss is {loss} at step {at}")
+            raise NonfiniteError(f"train/loss is {loss} at step {at}; {REMEDY}")
         if not math.isfinite(since_logged):
             before = " or before it" if first < 0 else ""
-            raise NonfiniteError(f"train/loss is not finite at step {at}{before}")
+            raise NonfiniteError(f"train/loss is not finite at step {at}{before}; {REMEDY}")
         if first > 0:
-            raise NonfiniteError(f"train/grad_norm is not finite at step {first}")
+            raise NonfiniteError(f"train/grad_norm is not finite at step {first}; {REMEDY}")

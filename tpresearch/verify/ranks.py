@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tpresearch.config.world import World
+from tpresearch.launch.progress_bars import keep_bars_in_process
 
 TIMEOUT_S = 300
 IDLE_S = 0.1
@@ -118,6 +119,7 @@ def _run_rank(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends all ranks
     threading.Thread(target=_exit_with_caller, daemon=True).start()
+    keep_bars_in_process()
     os.environ |= world.environment(port) | {"TORCHELASTIC_RESTART_COUNT": "0"}  # the caller keeps the store
     try:
         answer = (True, function(world, *args))

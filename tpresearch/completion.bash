@@ -1,4 +1,4 @@
-# Completes config groups, their options and keys: `source docs/completion.bash` in bash (zsh: after `autoload bashcompinit; bashcompinit`).
+# Completes config groups, their options and keys: `eval "$(tpresearch completion)"` in bash (zsh: after `autoload bashcompinit; bashcompinit`).
 # After `python train.py`, `torchrun --nproc-per-node=4 train.py`, `python -m tpresearch.verify` and `tpresearch train` alike.
 _tpresearch() {
     local line=${COMP_LINE:0:COMP_POINT} program=() words i
