@@ -404,6 +404,10 @@ def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(
     assert "| seed=1 | 1 | 7.750 |" in (tmp_path / "there" / "compare.md").read_text()
 
 
+def read_only(**_: object) -> None:
+    raise OSError(30, "Read-only file system")
+
+
 @pytest.mark.parametrize(
     ("writable", "folder"), [(True, "outputs/compare/"), (False, "/temporary/outputs/compare/")]
 )
@@ -414,7 +418,8 @@ def test_the_proposed_folder_is_elsewhere_if_this_one_is_read_only(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare", "run", "out=/dev/null"])
     monkeypatch.setattr(tempfile, "gettempdir", lambda: "/temporary")
-    monkeypatch.setattr(os, "access", lambda *_: writable)
+    if not writable:
+        monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     with pytest.raises(ConfigError, match="cannot be written") as refused:
         main()
     assert str(refused.value.fix["out"]).startswith(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import socket
 import subprocess
@@ -52,12 +51,17 @@ def closed() -> str:
         return f"http://127.0.0.1:{was.getsockname()[1]}"
 
 
+def read_only(**_: object) -> None:
+    raise OSError(30, "Read-only file system")
+
+
 def test_the_proposed_folder_is_elsewhere_if_this_one_is_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for writable, proposed in {
         True: Path("dashboard"),
         False: Path(tempfile.gettempdir(), "dashboard"),
     }.items():
-        monkeypatch.setattr(os, "access", lambda *_, writable=writable: writable)
+        if not writable:
+            monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
         with pytest.raises(ConfigError, match="cannot be written") as refused:
             write(Options("sweeps/8", out="/dev/null"))
         assert refused.value.fix == {"out": proposed}

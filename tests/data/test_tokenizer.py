@@ -55,6 +55,16 @@ def test_text_comes_back_from_its_tokens() -> None:
     assert int(ids.max()) < 300
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_full_disk_is_the_systems_own_error_which_names_the_cache_in_a_refusal(tmp_path: Path) -> None:
+    tokenizer = train_bpe([HARD * 20], 300)
+    with pytest.raises(OSError, match="No space left on device"):
+        tokenizer.save(Path("/dev/full"))
+    tokenizer.save(tmp_path / "ours.json")
+    tokenizer.backend.save(str(tmp_path / "theirs.json"))
+    assert (tmp_path / "ours.json").read_bytes() == (tmp_path / "theirs.json").read_bytes()
+
+
 def test_packed_rows_are_the_documents_end_to_end(
     texts: Path, configure: Configure, bpe: TokenizerConfig, decoded: Decode
 ) -> None:

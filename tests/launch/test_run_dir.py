@@ -51,15 +51,20 @@ def test_runs_started_in_the_same_second_have_folders_of_their_own() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
-def test_a_folder_is_refused_where_the_disk_does_not_take_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_a_folder_is_refused_where_the_disk_does_not_take_a_byte(
+    monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
     def on_a_full_disk(**_: object) -> IO[bytes]:
         return Path("/dev/full").open("wb")
 
     monkeypatch.setattr(run_dir.tempfile, "TemporaryFile", on_a_full_disk)
+    folder = "mine" if given else "outputs/study/2026-01-02/12-00-00"
     with pytest.raises(
-        ConfigError, match=r"hydra\.run\.dir=mine: cannot be written: No space left on device"
+        ConfigError, match=rf"hydra\.run\.dir={folder}: cannot be written: No space left on device"
     ):
-        agree("mine")
+        agree("mine") if given else agree()
+    assert given or not Path(folder).exists()
 
 
 def test_without_torchruns_store_ranks_work_out_the_folder_from_the_slurm_job(

@@ -74,7 +74,7 @@ class Tokenizer:
         return str(self.backend.decode([int(token) for token in ids], skip_special_tokens=False))
 
     def save(self, path: Path) -> None:
-        self.backend.save(str(path))
+        path.write_text(self.backend.to_str(pretty=True), encoding="utf-8")  # its own save raises no OSError
 
     def lost_chars(self, text: str) -> int:
         """Characters of a text, except blanks, that no token represents, or only the unknown token."""

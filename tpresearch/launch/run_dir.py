@@ -29,6 +29,8 @@ TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for rank 0, which may still be importing torch from a slow file system."""
 
 POLL_S = 0.05
+PROBE_BYTES = 64 << 10
+"""More than the files that Hydra writes of a config, and as much as a disk must have free."""
 
 SWEEP_RECORD = "multirun.yaml"
 """Hydra's record of a sweep: its config."""
@@ -179,7 +181,11 @@ def writable_folder(wanted: str | Path) -> Path:
     """`wanted`, or the same name below the folder for temporary files where it could not be made."""
     parents = Path(wanted).absolute().parents
     there = next(folder for folder in (Path(wanted).absolute(), *parents) if os.path.exists(folder))
-    return Path(wanted) if os.access(there, os.W_OK | os.X_OK) else Path(tempfile.gettempdir()) / wanted
+    try:
+        _probe(there)
+    except OSError:
+        return Path(tempfile.gettempdir()) / wanted
+    return Path(wanted)
 
 
 def _make_new(wanted: Path) -> Path:
@@ -189,14 +195,26 @@ def _make_new(wanted: Path) -> Path:
         folder = free_name(wanted, "-") if os.path.lexists(wanted) else wanted
         with suppress(FileExistsError):
             folder.mkdir()
+            try:
+                _probe(folder)
+            except OSError:
+                folder.rmdir()
+                raise
             return folder
 
 
 def _make_writable(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as probe:
-        probe.write(b"\0")
+    _probe(folder)
     return folder
+
+
+def _probe(folder: Path) -> None:
+    """Raises:
+    OSError: if a run's first files cannot be written here: they would fail one by one where nobody expects it.
+    """
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(PROBE_BYTES))
 
 
 def _agent_store() -> TCPStore | None:
