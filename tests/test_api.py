@@ -197,6 +197,13 @@ def looked_at(world: World) -> dict[str, Any]:
     }
 
 
+def test_runs_that_ended_before_their_first_row_have_no_rows(tmp_path: Path) -> None:
+    Made(steps=0, error=ValueError("before")).write(tmp_path / "0")
+    rows = tpresearch.metrics(tmp_path)
+    assert (rows.shape[0], rows.index.names) == (0, ["run", "train/step"])
+    assert "train/loss" in rows
+
+
 def test_runs_and_their_metrics_are_frames_of_what_is_on_disk(tmp_path: Path) -> None:
     one = Made(plan="none", lr=1e-3).write(tmp_path / "0")
     two = Made(plan="tp", mesh={"tp": 4}, sent=[entry("tp", "all_reduce", 64)]).write(tmp_path / "1")

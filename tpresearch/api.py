@@ -26,6 +26,7 @@ from tpresearch.launch.composition import Composition, conf_dir, typed_config
 from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.home import check_home
 from tpresearch.launch.run_dir import register_resolvers
+from tpresearch.track.names import NAMES
 from tpresearch.train.preflight import Preflight, preflight, refuse_single_process
 
 if TYPE_CHECKING:  # torch and pandas take seconds, and a config needs neither
@@ -286,7 +287,7 @@ def metrics(*paths: str | PathLike[str]) -> pd.DataFrame:
     import pandas as pd
 
     rows = [{"run": str(run.folder), **row} for run in _found(paths) for row in run.rows]
-    return pd.DataFrame(rows).set_index(["run", "train/step"])
+    return pd.DataFrame(rows, columns=None if rows else ["run", *NAMES]).set_index(["run", "train/step"])
 
 
 def _found(paths: tuple[str | PathLike[str], ...]) -> list[Run]:

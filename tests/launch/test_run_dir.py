@@ -67,6 +67,18 @@ def test_a_folder_is_refused_where_the_disk_does_not_take_a_byte(
     assert given or not Path(folder).exists()
 
 
+def test_a_run_whose_folder_cannot_be_written_is_left_for_one_from_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    resuming = OmegaConf.merge(composed("mine"), {"resume": "mine"})
+    assert isinstance(resuming, DictConfig)
+    with (
+        pytest.raises(ConfigError, match="cannot be written") as refused,
+        run_dir.agree_on_folder(resuming, World()),
+    ):
+        pass
+    assert refused.value.fix == {"resume": None, "init_from": "mine"}
+
+
 def test_without_torchruns_store_ranks_work_out_the_folder_from_the_slurm_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -26,6 +26,7 @@ from tpresearch import agent, interrupt
 from tpresearch.config.world import OWN_DEVICE
 from tpresearch.launch import stop
 from tpresearch.launch.stop import StopFlag, Stopped, end_with_parent, fault_of_another_rank
+from tpresearch.train.main import check_stop
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has PR_SET_PDEATHSIG")
 
@@ -47,6 +48,18 @@ def test_a_signal_is_noted_and_stops_what_checks(number: signal.Signals) -> None
             flag.check()
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) is before
+
+
+def test_a_stop_before_training_says_so(caplog: pytest.LogCaptureFixture, flag: StopFlag) -> None:
+    check_stop(flag)
+    assert not caplog.records
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait_for(lambda: flag.requested)
+    with pytest.raises(Stopped):
+        check_stop(flag)
+    assert [each.message for each in caplog.records] == [
+        "stopped by SIGTERM before the first step; the same command starts again"
+    ]
 
 
 def test_a_signal_calls_what_asked_for_it_while_the_main_thread_is_stuck(flag: StopFlag) -> None:

@@ -181,7 +181,7 @@ def _start(program: Program[Checked], world: World) -> None:
         job = program.run_preflight(cfg, world, may_resume(config, Path(config.hydra.run.dir)))
     interrupt.restore_interrupt()
     with ExitStack() as held:
-        with explain_errors(composition):
+        with explain_errors(composition), _with_repeated_overrides(earlier):
             folder, restarted = held.enter_context(agree_on_folder(config, world))
         with read_write(config.hydra.run):
             config.hydra.run.dir = str(folder)

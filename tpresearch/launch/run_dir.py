@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.checkpoint.disk import step_folders
-from tpresearch.checkpoint.resume import NEVER
+from tpresearch.checkpoint.resume import AUTO, NEVER
 from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.config.world import SlurmStep, World, agent_store
 from tpresearch.launch.claim import check_left_by_run, free_name, lock_folder, set_aside_record
@@ -79,13 +79,17 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
     given = _is_given(composed.hydra.run)
     wanted = Path(composed.hydra.run.dir)
     name = str(composed.get("name") or "run")
-    resumes = composed.get("resume") != NEVER
+    resume = composed.get("resume")
+    resumes, is_named = resume != NEVER, resume not in (None, AUTO, NEVER)
+    elsewhere = (
+        {"resume": None, "init_from": resume} if is_named else _temporary_folder("hydra.run.dir", name)
+    )
 
     def claim(held: ExitStack, started: Path | None = None) -> Path:
         """The folder of this job; `started` is the one that it had before torchrun restarted it."""
-        folder = started or _make("hydra.run.dir", wanted, given, name)
+        folder = started or _make("hydra.run.dir", wanted, given, elsewhere)
         check_left_by_run(folder)
-        with refuse_unwritable("hydra.run.dir", folder, _temporary_folder("hydra.run.dir", name)):
+        with refuse_unwritable("hydra.run.dir", folder, elsewhere):
             held.enter_context(lock_folder(folder, TIMEOUT.seconds if started else 0))
             if not started and not (resumes and step_folders(folder)):
                 set_aside_record(folder)
@@ -101,7 +105,7 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
         else:
             if world.size > 1 and not given:
                 wanted, given = _slurm_folder(name), True
-            folder = claim(held) if world.rank == 0 else _make("hydra.run.dir", wanted, given, name)
+            folder = claim(held) if world.rank == 0 else _make("hydra.run.dir", wanted, given, elsewhere)
         yield folder, started is not None
 
 
@@ -138,7 +142,7 @@ def sweep_folder(composed: DictConfig) -> Iterator[Path]:
     wanted = Path(composed.hydra.sweep.dir)
     is_new = not given or not os.path.exists(wanted)
     parents = [each for each in wanted.parents if not os.path.exists(each)]
-    folder = _make(key, wanted, given, str(composed.get("name") or "sweep"))
+    folder = _make(key, wanted, given, _temporary_folder(key, str(composed.get("name") or "sweep")))
     _refuse_foreign_files(key, folder)
     record = folder / SWEEP_RECORD  # Hydra writes it before jobs are checked
     before, earlier = set(os.listdir(folder)), record.read_bytes() if record.exists() else None
@@ -168,8 +172,8 @@ def _is_given(settings: DictConfig) -> bool:
     return "${run_dir:" not in str(OmegaConf.to_container(settings, resolve=False))
 
 
-def _make(key: str, wanted: Path, given: bool, name: str) -> Path:
-    with refuse_unwritable(key, wanted, _temporary_folder(key, name)):
+def _make(key: str, wanted: Path, given: bool, elsewhere: dict[str, object]) -> Path:
+    with refuse_unwritable(key, wanted, elsewhere):
         return _make_writable(wanted) if given else _make_new(wanted)
 
 

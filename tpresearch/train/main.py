@@ -63,7 +63,7 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
             print(f"{job.about}\n\n{text}")
         return
     with StopFlag() as flag:
-        corpus = prepare(job.cfg.data, job.cfg.tokenizer, run.world, flag.check)
+        corpus = prepare(job.cfg.data, job.cfg.tokenizer, run.world, partial(check_stop, flag))
         check_rows(corpus, job)
         found = checkpoints_to_resume(job.cfg, run.folder, run.restarted)
         for checkpoint in found:
@@ -72,8 +72,19 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
             return
         check_disk(job, run, len(found))
         log.info("data: %s, %s", job.cfg.data.source, corpus)
-        flag.check()
+        check_stop(flag)
         train_on(corpus, found, job, run, text, flag, watching)
+
+
+def check_stop(flag: StopFlag) -> None:
+    """`StopFlag.check` before training, where no report says why the process ends.
+
+    Raises:
+        Stopped: with the exit code of the signal.
+    """
+    if flag.requested is not None:
+        log.warning("stopped by %s before the first step; the same command starts again", flag.requested.name)
+    flag.check()
 
 
 def train_on(
