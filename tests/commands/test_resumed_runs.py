@@ -61,6 +61,17 @@ def test_a_run_resumes_under_another_plan_and_another_experiment_is_refused(
     assert {"config.step-00000002.yaml", "plan.step-00000002.txt"} <= {path.name for path in run.iterdir()}
 
 
+def test_of_a_run_that_was_killed_before_its_first_checkpoint_its_own_command_is_proposed(
+    train: Start, tmp_path: Path
+) -> None:
+    assert train(None, tmp_path, *TINY, "hydra.run.dir=mine").code == 0
+    shutil.rmtree(tmp_path / "mine/checkpoints")
+    refused = train(None, tmp_path, "resume=mine", "train.steps=4")
+    assert refused.refusal.startswith("error: resume=mine: it has no checkpoints/step-*; ")
+    again = [word for word in TINY if not word.startswith("train.steps=")]
+    assert set(refused.command_to_try[2:]) == {*again, "train.steps=4", "hydra.run.dir=mine"}
+
+
 def test_first_weights_are_looked_for_only_where_a_run_begins(train: Start, tmp_path: Path) -> None:
     """The run that they came from may be gone by the time that this one goes on."""
     of_run = [*TINY, f"init_from={tmp_path}/first", "hydra.run.dir=mine"]

@@ -9,7 +9,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch import interrupt
+from tpresearch.checkpoint.disk import step_folders
 from tpresearch.config.compose import register_schema
 from tpresearch.config.errors import ConfigError, JobFailed, RunFailed
 from tpresearch.config.schema import Config
@@ -156,7 +157,7 @@ def entrypoint(
 
 def _start(program: Program[Checked], world: World) -> None:
     arguments = _arguments(world)
-    earlier = repeat_command_of_run(arguments) if program.check_folder else None
+    earlier = _earlier_run(arguments) if program.check_folder else None
     composition = Composition.of(arguments, program.config_name)
     if hydra_app.is_query(arguments):
         if world.rank == 0 and arguments.help:
@@ -190,6 +191,20 @@ def _start(program: Program[Checked], world: World) -> None:
                 program.check_folder(job, folder, restarted)
         hydra_app.run(app, config, name, lambda: _call_main(program, job, world, restarted))
     return None
+
+
+def _earlier_run(arguments: Namespace) -> Path | None:
+    """`repeat_command_of_run`; of a run that ended before its first checkpoint, the command that starts it again is proposed."""
+    try:
+        return repeat_command_of_run(arguments)
+    except ConfigError as error:
+        run, now = Path(str(error.value)), set(map(override_key, arguments.overrides))
+        with suppress(ConfigError, OSError):
+            if error.field == "resume" and not step_folders(run):
+                then = {override_key(word): word.partition("=")[2] for word in overrides_of_run(run)}
+                kept = {key: value for key, value in then.items() if key not in now}
+                error.fix = {"resume": None, **kept, "hydra.run.dir": run}
+        raise
 
 
 @contextmanager
