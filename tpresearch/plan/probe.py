@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tpresearch.config.choices import Loss
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
+from tpresearch.plan.features import FeatureUse
 
 Ndims = tuple[int | None, ...]
 
@@ -50,6 +51,8 @@ class Probe:
     """By module name, for modules that were called."""
     read_outside_forward: frozenset[str] = frozenset()
     """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`."""
+    across_features: dict[str, str] = field(default_factory=dict)
+    """Linear layers of whose output an op needs all features, such as softmax or a split in halves, and the op."""
 
 
 def elements_of(args: object, output: object) -> int | None:
@@ -97,6 +100,7 @@ class _ProbeMode(TorchDispatchMode):
         """Of functions: by which module, of which, and for how many elements."""
         self.draws: list[tuple[str, str]] = []
         """By which module, and in a call of which function."""
+        self._features = FeatureUse()
         self._layers_called = 0
         self._dims: dict[str, tuple[Ndims, Ndims, int]] = {}
 
@@ -117,8 +121,10 @@ class _ProbeMode(TorchDispatchMode):
         if not any(tensor.requires_grad for tensor in tensors):
             self.no_input_grad.add(name)
 
-    def _after_forward(self, name: str, _: nn.Module, args: tuple[object, ...], output: object) -> None:
+    def _after_forward(self, name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         self.running.pop()
+        if isinstance(module, nn.Linear):
+            self._features.made(name, output)
         outputs = output if isinstance(output, tuple) else (output,)
         self._dims[name] = _count_dims(args), _count_dims(outputs), self._layers_called
 
@@ -133,7 +139,7 @@ class _ProbeMode(TorchDispatchMode):
         for module, function in dict.fromkeys(self.draws):
             found = [n for called_by, called, n in self.calls if (called_by, called) == (module, function)]
             draws.setdefault(module, {})[function] = found
-        return Probe(output.shape, no_gradient, head, draws, dims, read)
+        return Probe(output.shape, no_gradient, head, draws, dims, read, self._features.across)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -145,7 +151,9 @@ class _ProbeMode(TorchDispatchMode):
             raise TypeError("an embedding takes token ids")  # torch 2.11 asks for none on the meta device
         owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}
         self.read_outside_forward |= {owner for owner in owners if owner is not None and owner != reader}
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        self._features.note(func, args, kwargs or {}, output)
+        return output
 
 
 def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:

@@ -226,6 +226,15 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
             if dims is not None:
                 _check_dims(f"{rule.config_key}.src", f"input of {name}", rule.src, dims.inputs)
                 _check_dims(f"{rule.config_key}.dst", f"output of {name}", rule.dst, dims.outputs)
+        op, last = (
+            probe.across_features.get(name),
+            (dims.outputs[0] or 0) - 1 if dims and dims.outputs else -1,
+        )
+        if op and not rule.output_stays_sharded and rule.dst[0] in (Shard(-1), Shard(last)):
+            why = f"{op} needs all features of the output of {name}, and each rank would apply it to its shard alone"
+            legal = "replicate; or in the model a layer of its own for each part, or heads in a dim of their own before it"
+            fix = {f"{rule.config_key}.dst": "replicate"}
+            raise ConfigError(f"{rule.config_key}.dst", rule.rule.dst or "shard:-1", why, legal, fix=fix)
         if rule.output_stays_sharded and dims is not None and not dims.is_last:
             why = f"other layers follow {name}, whose output is therefore not what the loss is computed on"
             raise ConfigError(f"{rule.config_key}.dst", rule.rule.dst, why, "replicate, or shard:N")

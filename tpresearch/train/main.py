@@ -33,6 +33,7 @@ from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import describe_mesh, describe_model, plan_text
 from tpresearch.track.console import NextSteps
 from tpresearch.track.tracker import RunFacts, Tracker
+from tpresearch.train.agreement import AgreedGradients
 from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import Preflight
@@ -151,6 +152,7 @@ def build_observers(
         Timing(device.torch, Speed.of(job.model, cfg, device, job.sizes.world), profiled),
         PeakMemory(device),
         counted,
+        AgreedGradients(cfg, plan, mesh),
     ]
 
 

@@ -1,0 +1,112 @@
+"""A layer whose output the model needs whole cannot be split by its features: refused where that can be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.composed import config
+from support.nets import model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tpresearch.config import ConfigError
+from tpresearch.config.validate import validate
+from tpresearch.models.toy_mlp import ToyLM
+from tpresearch.plan.features import FeatureUse
+from tpresearch.train.preflight import plan_model
+
+
+class Gated(nn.Module):
+    """Gate and up in one layer, whose first half is the gate."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.in_proj, self.out_proj = nn.Linear(dim, 2 * hidden_dim), nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = torch.tanh(self.in_proj(x)).chunk(2, -1)
+        return self.out_proj(gate * up)
+
+
+class GatedLM(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.set_submodule("mlp", Gated(dim, hidden_dim))
+
+
+class Counted(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.embed = nn.Embedding(vocab_size, dim, scale_grad_by_freq=True)
+
+
+class Bounded(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.embed = nn.Embedding(vocab_size, dim, max_norm=1.0)
+
+
+ACROSS: dict[str, Callable[[Tensor], object]] = {
+    "softmax": lambda x: x.relu().softmax(-1),
+    "mean": lambda x: x.square().mean(-1, keepdim=True),
+    "native_layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "slice": lambda x: x[..., ::2],
+    "split": lambda x: x.chunk(2, -1),
+    "split_with_sizes": lambda x: x.split([2, 6], -1),
+    "linalg_vector_norm": lambda x: x.norm(dim=-1),
+    "sum": lambda x: (x * 2).sum(),
+    "cumsum": lambda x: x.cumsum(-1),
+    "max": lambda x: x.max(-1),
+    "select": lambda x: x[..., 0],
+    "unbind": lambda x: x.unbind(-1),
+}
+APART: dict[str, Callable[[Tensor], object]] = {
+    "heads": lambda x: x.unflatten(-1, (2, 4)).softmax(-1),
+    "tokens": lambda x: x.cumsum(1) + x.mean(1, keepdim=True),
+    "whole": lambda x: (x[..., :], x[:, :2], x.split(8, -1), x[0].relu()),
+    "a product": lambda x: (x @ x.new_ones(8, 3)).softmax(-1),
+}
+
+
+class Noting(TorchDispatchMode):
+    def __init__(self, found: FeatureUse) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self._found.note(func, args, kwargs or {}, output)
+        return output
+
+
+@pytest.mark.parametrize("name", [*ACROSS, *APART])
+def test_what_needs_all_features_is_known(name: str) -> None:
+    found, x = FeatureUse(), torch.ones(2, 4, 8)
+    found.made("layer", x)
+    with Noting(found):
+        (ACROSS | APART)[name](x)
+    assert found.across == ({"layer": name} if name in ACROSS else {})
+
+
+def test_a_layer_that_is_split_in_halves_is_refused_where_its_features_are_sharded() -> None:
+    cfg = config(*model(GatedLM), "parallel=tp")
+    with pytest.raises(ConfigError, match=r"^model\.plans\.tp\.in_proj\.dst=shard:-1: split needs all") as no:
+        plan_model(cfg, validate(cfg, 2))
+    whole = [f"{key}={value}" for key, value in no.value.fix.items()]
+    cfg = config(*model(GatedLM), "parallel=tp", *whole, "model.plans.tp.out_proj.src=replicate")
+    plan_model(cfg, validate(cfg, 2))
+    plan_model(cfg := config(*model(GatedLM), "parallel=fsdp"), validate(cfg, 2))
+
+
+def test_embeddings_that_depend_on_the_rows_of_a_rank_are_refused() -> None:
+    for kind, plan, world in ((Counted, "none", 1), (Bounded, "fsdp", 2)):
+        cfg = config(*model(kind), f"parallel={plan}")
+        with pytest.raises(ConfigError, match=r"^model=embed: (scale_grad_by_freq|max_norm)"):
+            plan_model(cfg, validate(cfg, world))
+    plan_model(cfg := config(*model(Bounded), "parallel=none"), validate(cfg, 1))

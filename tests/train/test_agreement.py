@@ -1,0 +1,70 @@
+"""A parameter without a rule that acts on heads of a rank's own: refused in the first step, and right by a rule that sums."""
+
+from __future__ import annotations
+
+import pytest
+from support.composed import config, corpus
+from support.nets import model
+from support.traces import agree
+from torch import Tensor, nn
+
+from tpresearch.config import Config, ConfigError
+from tpresearch.config.world import World
+from tpresearch.models.toy_mlp import ToyLM, ToyMLP
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.train.agreement import AgreedGradients
+from tpresearch.train.assemble import assemble
+from tpresearch.train.preflight import preflight
+from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.trace import RunTrace, trace_run
+
+RULE = "+model.plans.tp.norm={match: mlp.norm, style: sequence, src: 'shard:2', dst: 'shard:2'}"
+
+
+class Normed(ToyMLP):
+    """A norm of each head, as of queries and keys."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__(dim, hidden_dim, out_dim)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(self.norm(self.in_proj(x).unflatten(-1, (-1, 8))).flatten(-2))
+
+
+class NormedHeads(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.mlp = Normed(dim, hidden_dim, dim)
+
+
+def first_step(world: World, cfg: Config) -> str:
+    """What it is refused for, if it is."""
+    job = preflight(cfg, world)
+    assert job.device
+    with process_group(job.device, world):
+        mesh = build_mesh(job.sizes, "cpu")
+        loop = assemble(job, mesh, job.device, corpus(), [AgreedGradients(cfg, job.plan, mesh)])
+        try:
+            loop.step()
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def trace(world: World, cfg: Config) -> RunTrace:
+    return trace_run(cfg, corpus(), world, 2)
+
+
+@pytest.mark.parametrize(("rules", "refused"), [((), True), ((RULE,), False)], ids=["no rule", "a rule"])
+def test_a_partial_gradient_of_what_is_replicated_is_refused(
+    ranks: Ranks, rules: tuple[str, ...], refused: bool
+) -> None:
+    cfg = config(*model(NormedHeads), "parallel=tp", "train.dtype=float64", *rules)
+    for found in ranks.run(2, first_step, cfg):
+        assert found.startswith("model.plans.tp=tp: the gradient of mlp.norm.weight differs") is refused
+    if rules:
+        settings = (*model(NormedHeads), "train.dtype=float64", "train.clip_grad_norm=0.2", *rules)
+        alone = trace(World(), config(*settings, "parallel=none"))
+        agree(ranks.run(2, trace, config(*settings, "parallel=tp"))[0], alone)
