@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.composed import config
+from support.nets import Buffered, model
 from torch import Tensor, nn
 
 from tpresearch.config import ConfigError
 from tpresearch.config.validate import validate
+from tpresearch.plan.describe import plan_text
 from tpresearch.plan.probe import probe_model
 from tpresearch.train.preflight import plan_model
 
@@ -118,3 +120,11 @@ def test_it_leaves_the_model_as_it_was() -> None:
     assert net.calls == 0
     assert not net._forward_pre_hooks
     assert not net.layer._forward_pre_hooks
+
+
+def test_buffers_that_a_forward_changes_are_named_by_the_plan() -> None:
+    cfg = config(*model(Buffered), "parallel=none")
+    text = plan_text(*plan_model(cfg, validate(cfg, 1)))
+    assert "buffers: a forward changes seen, on each data-parallel rank" in text
+    cfg = config("model=llama2_debug", "parallel=none")
+    assert "buffers:" not in plan_text(*plan_model(cfg, validate(cfg, 1)))

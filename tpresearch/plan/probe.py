@@ -51,6 +51,8 @@ class Probe:
     """By module name, for modules that were called."""
     read_outside_forward: frozenset[str] = frozenset()
     """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`."""
+    changed_buffers: tuple[str, ...] = ()
+    """Buffers that a forward in training changes, as the statistics of a batch norm."""
     across_features: dict[str, str] = field(default_factory=dict)
     """Linear layers of whose output an op needs all features, such as softmax or a split in halves, and the op."""
 
@@ -93,6 +95,7 @@ class _ProbeMode(TorchDispatchMode):
         self._owners = {
             id(p): name for name, module in model.named_modules() for p in module.parameters(recurse=False)
         }
+        self._buffers = [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]
         self.read_outside_forward: set[str] = set()
         self.running: list[str] = []
         self.no_input_grad: set[str] = set()
@@ -128,7 +131,7 @@ class _ProbeMode(TorchDispatchMode):
         outputs = output if isinstance(output, tuple) else (output,)
         self._dims[name] = _count_dims(args), _count_dims(outputs), self._layers_called
 
-    def result(self, output: Tensor, head: str | None) -> Probe:
+    def result(self, output: Tensor, head: str | None, model: nn.Module) -> Probe:
         """What was recorded, once the model has returned."""
         dims = {
             name: Dims(inputs, outputs, called == self._layers_called)
@@ -139,7 +142,13 @@ class _ProbeMode(TorchDispatchMode):
         for module, function in dict.fromkeys(self.draws):
             found = [n for called_by, called, n in self.calls if (called_by, called) == (module, function)]
             draws.setdefault(module, {})[function] = found
-        return Probe(output.shape, no_gradient, head, draws, dims, read, self._features.across)
+        now = dict(model.named_buffers())
+        changed = tuple(
+            name
+            for name, buffer, version in self._buffers
+            if now.get(name) is not buffer or buffer._version != version
+        )
+        return Probe(output.shape, no_gradient, head, draws, dims, read, changed, self._features.across)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -175,7 +184,7 @@ def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
         why = f"its output is a {type(output).__name__}"
         legal = "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum"
         raise ConfigError("model", cfg.model.name, why, legal)
-    return watch.result(output, head)
+    return watch.result(output, head, model)
 
 
 def _run(
