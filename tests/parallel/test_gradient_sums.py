@@ -266,6 +266,7 @@ def test_a_gradient_that_is_taken_through_a_compiled_block_is_not_added(asks: st
     torch.testing.assert_close(weight.grad, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
 def test_what_would_lose_a_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Linear(4, 4), torch.randn(2, 4)
     sums = GradientSums({layer: layer.get_parameter("weight")})

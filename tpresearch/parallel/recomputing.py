@@ -45,18 +45,11 @@ def checkpointed_eagerly(
         checkpoint, forward, use_reentrant=False, context_fn=functools.partial(_contexts, block, kind)
     )
 
-    @functools.wraps(block.forward)
-    def run_or_refuse(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return run(*args, **kwargs)
-        before = _Versions(block, (args, kwargs))
-        output = run(*args, **kwargs)
-        for what, _ in before.changed():
-            why = f"changes {what}, which recomputing would find changed and change again"
-            raise _refusal(block, kind, why, "none")
-        return output
+    def refuse(changed: Changed, _: Any) -> None:
+        why = f"changes {changed[0][0]}, which recomputing would find changed and change again"
+        raise _refusal(block, kind, why, "none")
 
-    return run_or_refuse
+    return _watched(block, run, refuse)
 
 
 def checked_compiled(block: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,22 +59,37 @@ def checked_compiled(block: nn.Module, run: Callable[..., Any]) -> Callable[...,
     from the changed one, and gradients would be wrong (torch 2.13).
     """
 
+    def refuse(changed: Changed, output: Any) -> None:
+        kept = _kept_by_compiled_code(output)
+        for what, tensor in changed:
+            if tensor.untyped_storage()._cdata in kept:
+                why = f"the block {type(block).__name__} changes {what} in place and computes with it: compiled, its gradients would be wrong"
+                legal = "false, or a block that puts another tensor in its place"
+                raise ConfigError("parallel.compile", True, why, legal, fix={"parallel.compile": "false"})
+
+    return _watched(block, run, refuse)
+
+
+Changed = list[tuple[str, Tensor]]
+"""What a forward has changed in place, in words, and the tensor."""
+
+
+def _watched(
+    block: nn.Module, run: Callable[..., Any], refuse: Callable[[Changed, Any], None]
+) -> Callable[..., Any]:
+    """The forward `run` of a block; in training, `refuse` gets its buffers and inputs that it has changed, if any, and its output."""
+
     @functools.wraps(block.forward)
-    def run_or_refuse(*args: Any, **kwargs: Any) -> Any:
+    def run_and_watch(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return run(*args, **kwargs)
         before = _Versions(block, (args, kwargs))
         output = run(*args, **kwargs)
         if changed := before.changed():
-            kept = _kept_by_compiled_code(output)
-            for what, tensor in changed:
-                if tensor.untyped_storage()._cdata in kept:
-                    why = f"the block {type(block).__name__} changes {what} in place and computes with it: compiled, its gradients would be wrong"
-                    legal = "false, or a block that puts another tensor in its place"
-                    raise ConfigError("parallel.compile", True, why, legal, fix={"parallel.compile": "false"})
+            refuse(changed, output)
         return output
 
-    return run_or_refuse
+    return run_and_watch
 
 
 class _Versions:
@@ -92,8 +100,8 @@ class _Versions:
         self._given = [(t, t._version) for t in tree_leaves(given) if isinstance(t, Tensor)]
         self._buffers = [(name, t, t._version) for name, t in block.named_buffers()]
 
-    def changed(self) -> list[tuple[str, Tensor]]:
-        """What has been changed or replaced since, in words, and the tensor."""
+    def changed(self) -> Changed:
+        """What has been changed or replaced since."""
         now = dict(self._block.named_buffers()) if self._buffers else {}
         buffers = [
             (f"its buffer {name}", t)
