@@ -49,6 +49,8 @@ STAGES: dict[str, tuple[float, list[str]]] = {
             *("-o", "addopts=", f"--rootdir={ROOT}"),  # without options of plugins that may be missing there
             *(
                 str(ROOT / "tests" / "verify" / "test_cuda.py"),
+                str(ROOT / "tests" / "train" / "test_draws_on_shards.py"),
+                str(ROOT / "tests" / "train" / "test_randomness.py"),
                 str(ROOT / "tests" / "commands" / "test_cuda_runs.py"),
             ),
             *(["-n", "4", "--dist", "loadgroup"] if find_spec("xdist") else []),
@@ -56,6 +58,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     ),
     "training-8b-compiled-adamw": (170, [str(HERE / "training.py"), "8b-compiled-adamw"]),
     "training-8b-float8": (90, [str(HERE / "training.py"), "8b-float8"]),
+    "training-8b-float8-rowwise": (60, [str(HERE / "training.py"), "8b-float8-rowwise"]),
     "training-7b": (90, [str(HERE / "training.py"), "7b"]),
     "training-7b-masters": (60, [str(HERE / "training.py"), "7b-masters"]),
     "training-8b-masters": (60, [str(HERE / "training.py"), "8b-masters"]),

@@ -95,6 +95,10 @@ FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
         (*LLAMA3_8B, "train.weights=bfloat16", "train.float8=tensorwise", "train.loss_chunk=8192"),
         {"8b float8 selective mb4": setting("selective", 4), "8b float8 none mb2": setting("none", 2)},
     ),
+    "8b-float8-rowwise": (
+        (*LLAMA3_8B, "train.weights=bfloat16", "train.float8=rowwise", "train.loss_chunk=8192"),
+        {"8b float8 rowwise selective mb4": setting("selective", 4)},
+    ),
     "8b-compiled-adamw": (
         (*LLAMA3_8B, *COMPILED_ADAMW, "train.weights=bfloat16", "train.loss_chunk=4096"),
         {
@@ -102,6 +106,7 @@ FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
             "8b compiled AdamW none mb4": setting("none", 4),
             "8b fused sums selective mb1": (*setting("selective", 1), *FUSED_SUMS, *FITS_80),
             "8b compiled AdamW selective mb1": (*setting("selective", 1), *FITS_80),
+            "8b fused sums selective mb1 chunk4096": (*setting("selective", 1), *FUSED_SUMS),
             f"8b compiled AdamW none mb4 {TUNED}": setting("none", 4),
             f"8b compiled AdamW selective mb1 {TUNED}": (*setting("selective", 1), *FITS_80),
         },

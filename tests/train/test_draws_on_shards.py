@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.composed import config, corpus
-from support.marks import exhaustive
+from support.marks import exhaustive, on_card
 from support.nets import model
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from tpresearch.verify.ranks import Ranks
 
 PLACES = ("attention", "heads", "made by hand", "residual")
 """Where the model below draws: on three tensors that tensor parallelism splits, and on one that sp splits too."""
+DEVICES = pytest.mark.parametrize("device", ["cpu", on_card("cuda")])
 
 
 class Attention(ToyMLP):
@@ -68,11 +69,11 @@ def drawn(world: World, cfg: Config) -> tuple[list[float], list[Tensor]]:
     job = preflight(cfg, world)
     assert job.device
     with process_group(job.device, world):
-        loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
+        loop = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus())
         numbers = [number.item() for _ in range(2) for number in loop.step()]
         attention = loop.state.model.get_submodule("mlp")
         assert isinstance(attention, Attention)
-        return numbers, attention.drawn
+        return numbers, [mask.cpu() for mask in attention.drawn]
 
 
 @pytest.mark.parametrize(
@@ -85,8 +86,12 @@ def drawn(world: World, cfg: Config) -> tuple[list[float], list[Tensor]]:
         exhaustive("hsdp_tp", 8, 2),
     ],
 )
-def test_ranks_draw_apart_on_what_they_alone_have(ranks: Ranks, plan: str, size: int, tp: int) -> None:
-    found = [masks for _, masks in ranks.run(size, drawn, config(*model(Attending), f"parallel={plan}"))]
+@DEVICES
+def test_ranks_draw_apart_on_what_they_alone_have(
+    ranks: Ranks, device: str, plan: str, size: int, tp: int
+) -> None:
+    cfg = config(*model(Attending), f"parallel={plan}", f"device={device}")
+    found = [masks for _, masks in ranks.run(size, drawn, cfg)]
     for other in range(1, size):
         replica_of_first = other < tp
         alike = [
@@ -96,12 +101,11 @@ def test_ranks_draw_apart_on_what_they_alone_have(ranks: Ranks, plan: str, size:
 
 
 @pytest.mark.parametrize("kind", ["full", exhaustive("selective")])
-def test_they_draw_the_same_when_recomputed(ranks: Ranks, kind: str) -> None:
-    settings = config(*model(Attending), "parallel=tp", "train.dtype=float64")
-    again = config(
-        *model(Attending), "parallel=tp", "train.dtype=float64", f"parallel.activation_checkpointing={kind}"
-    )
-    plain = [numbers for numbers, _ in ranks.run(2, drawn, settings)]
+@DEVICES
+def test_they_draw_the_same_when_recomputed(ranks: Ranks, device: str, kind: str) -> None:
+    settings = (*model(Attending), "parallel=tp", "train.dtype=float64", f"device={device}")
+    again = config(*settings, f"parallel.activation_checkpointing={kind}")
+    plain = [numbers for numbers, _ in ranks.run(2, drawn, config(*settings))]
     assert [numbers for numbers, _ in ranks.run(2, drawn, again)] == [
         pytest.approx(numbers, rel=1e-12) for numbers in plain
     ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.composed import config, corpus
 from support.counted_steps import FAKE
-from support.marks import exhaustive
+from support.marks import exhaustive, on_card
 from support.nets import Dropped, Thinned, ThinnedByHand, model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
@@ -39,10 +39,10 @@ def dropped(world: World, cfg: Config) -> tuple[list[float], list[Tensor]]:
     job, masks = preflight(cfg, world), []
     assert job.device
     with process_group(job.device, world):
-        loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
+        loop = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus())
         if hasattr(loop.state.model, "drop"):
             drop = loop.state.model.get_submodule("drop")
-            drop.register_forward_hook(lambda _, args, out: masks.append(out.detach() == 0))
+            drop.register_forward_hook(lambda _, args, out: masks.append((out.detach() == 0).cpu()))
         numbers = [number.item() for _ in range(2) for number in loop.step()]
     return numbers, masks
 
@@ -101,16 +101,28 @@ def test_compiled_shards_draw_their_own_and_recompute_the_same(ranks: Ranks, pla
     assert again[0][1] == [seed for seed in mine for _ in range(2)]
 
 
+@pytest.mark.parametrize("plan", [on_card("tp"), on_card("sp")])
+def test_compiled_shards_on_a_card_recompute_the_same(ranks: Ranks, plan: str) -> None:
+    rules = f"model.plans.{plan}.out_proj.match=mlp.out_proj.0"
+    settings = (*model(Thinned), f"parallel={plan}", rules, "train.dtype=float64", "parallel.compile=true")
+    plain = ranks.run(2, dropped, config(*settings, "device=cuda"))
+    full = ranks.run(2, dropped, config(*settings, "device=cuda", "parallel.activation_checkpointing=full"))
+    assert plain[0][0] == plain[1][0]
+    assert [numbers for numbers, _ in full] == [pytest.approx(numbers, rel=1e-12) for numbers, _ in plain]
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
-def test_compiled_blocks_recompute_what_they_drew(kind: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", on_card("cuda")])
+def test_compiled_blocks_recompute_what_they_drew(device: str, kind: str) -> None:
     """The gradient's norm is the loss's slope along the gradient, where forward and backward have the same elements."""
     settings = (*model(Thinned), "parallel=none", "train.dtype=float64", "parallel.compile=true")
-    job = preflight(config(*settings, f"parallel.activation_checkpointing={kind}"), World())
+    cfg = config(*settings, f"parallel.activation_checkpointing={kind}", f"device={device}")
+    job = preflight(cfg, World())
     assert job.device
     torch._dynamo.reset()
     with process_group(job.device, World()):
-        loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
+        loop = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus())
         state, setup = loop.state, loop.setup
         weights, rows = [*state.model.parameters()], loop.read().split(setup.micro_rows)
 

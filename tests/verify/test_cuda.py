@@ -74,6 +74,21 @@ def test_a_plan_computes_what_one_cpu_process_does(ranks: Ranks, plan: str, mode
     agree(ranks.run(4, traced, in_two_parts(cfg, 4))[0], plan, model, Dtype.float64)
 
 
+@pytest.mark.parametrize("kind", ["none", "selective", "full", "budget"])
+def test_sums_that_matmuls_add_to_are_the_gradients(ranks: Ranks, kind: str) -> None:
+    fused = ("parallel.gradient_accumulation_fusion=true", "train.micro_batch_size=4", "parallel.compile=true")
+    settings = (*fused, f"parallel.activation_checkpointing={kind}", *SETTINGS, "train.dtype=float64")
+    cfg = config("model=llama2_debug", "parallel=none", "device=cuda", *settings)
+    agree(ranks.run(1, traced, cfg)[0], "none", "llama2_debug", Dtype.float64)
+
+
+@pytest.mark.parametrize("plan", ["fsdp_tp", "sp"])
+def test_compiled_blocks_on_ranks_compute_the_same(ranks: Ranks, plan: str) -> None:
+    settings = ("parallel.compile=true", *SETTINGS, "train.dtype=float64")
+    cfg = config("model=llama2_debug", f"parallel={plan}", "device=cuda", *settings)
+    agree(ranks.run(4, traced, in_two_parts(cfg, 4))[0], plan, "llama2_debug", Dtype.float64)
+
+
 @pytest.mark.parametrize("plan", ["fsdp", "sp", "fsdp_tp"])
 def test_in_bfloat16_to_rounding(ranks: Ranks, plan: str) -> None:
     cfg = config("model=llama2_debug", f"parallel={plan}", "device=cuda", *SETTINGS, "train.dtype=bfloat16")
