@@ -53,7 +53,9 @@ STAGES: dict[str, tuple[float, list[str]]] = {
                 str(ROOT / "tests" / "train" / "test_randomness.py"),
                 str(ROOT / "tests" / "commands" / "test_cuda_runs.py"),
             ),
-            *(["-n", "4", "--dist", "loadgroup"] if find_spec("xdist") else []),
+            *(
+                ["-n", "6", "--dist", "load"] if find_spec("xdist") else []
+            ),  # small models: all fit beside each other
         ],
     ),
     "training-8b-compiled-adamw": (170, [str(HERE / "training.py"), "8b-compiled-adamw"]),

@@ -76,7 +76,11 @@ def test_a_plan_computes_what_one_cpu_process_does(ranks: Ranks, plan: str, mode
 
 @pytest.mark.parametrize("kind", ["none", "selective", "full", "budget"])
 def test_sums_that_matmuls_add_to_are_the_gradients(ranks: Ranks, kind: str) -> None:
-    fused = ("parallel.gradient_accumulation_fusion=true", "train.micro_batch_size=4", "parallel.compile=true")
+    fused = (
+        "parallel.gradient_accumulation_fusion=true",
+        "train.micro_batch_size=4",
+        "parallel.compile=true",
+    )
     settings = (*fused, f"parallel.activation_checkpointing={kind}", *SETTINGS, "train.dtype=float64")
     cfg = config("model=llama2_debug", "parallel=none", "device=cuda", *settings)
     agree(ranks.run(1, traced, cfg)[0], "none", "llama2_debug", Dtype.float64)
