@@ -61,6 +61,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "training-8b-compiled-adamw": (170, [str(HERE / "training.py"), "8b-compiled-adamw"]),
     "training-8b-float8": (90, [str(HERE / "training.py"), "8b-float8"]),
     "training-8b-float8-rowwise": (60, [str(HERE / "training.py"), "8b-float8-rowwise"]),
+    "peers": (120, [str(ROOT / "experiments" / "peers" / "one_gpu.py")]),
     "training-7b": (90, [str(HERE / "training.py"), "7b"]),
     "training-7b-masters": (60, [str(HERE / "training.py"), "7b-masters"]),
     "training-8b-masters": (60, [str(HERE / "training.py"), "8b-masters"]),

@@ -1,6 +1,6 @@
-"""A user's script for Lightning Fabric: the plan of its documented 2D example of a Llama (TP/SP with FSDP2), float32, on CPUs.
+"""A user's script for Lightning Fabric: the plan of its documented 2D example of a Llama (TP/SP with FSDP2), float32 on CPUs unless told otherwise.
 
-DDP is Fabric's own strategy, with which a user writes no `parallelize`.
+DDP is Fabric's own strategy, with which a user writes no `parallelize`; nor does a single process (plan `none`).
 """
 
 from __future__ import annotations
@@ -75,14 +75,17 @@ def train(
     batches: Callable[[int], tuple[Tensor, Tensor]],
     adamw: dict[str, Any],
     clip: float,
+    device: str = "cpu",
+    precision: Any = "32-true",
+    compiled: Callable[[Any], Any] = lambda model: model,
 ) -> Iterator[float]:
-    strategy = DDPStrategy() if plan == "ddp" else ModelParallelStrategy(parallelize, dp, tp)
-    fabric = Fabric(accelerator="cpu", devices=dp * tp, strategy=strategy)
+    strategy = {"none": "auto", "ddp": DDPStrategy()}.get(plan) or ModelParallelStrategy(parallelize, dp, tp)
+    fabric = Fabric(accelerator=device, devices=dp * tp, strategy=strategy, precision=precision)
     fabric.launch()
     with fabric.init_module():
         model = Llama2(**sizes)
     model.load_state_dict(weights)
-    model = fabric.setup(model)
+    model = fabric.setup(compiled(model))
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), **adamw))
     for step in range(10**6):
         inputs, targets = batches(step)

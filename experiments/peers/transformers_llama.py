@@ -1,5 +1,5 @@
 """A user's script for transformers and accelerate: LlamaForCausalLM with the plans that it ships (base_model_tp_plan and
-_fsdp_plan), from a folder on disk, float32 on CPUs. DDP is accelerate's.
+_fsdp_plan), from a folder on disk, float32 on CPUs unless told otherwise. DDP and a single process (plan `none`) are accelerate's.
 """
 
 from __future__ import annotations
@@ -24,21 +24,26 @@ def train(
     batches: Callable[[int], tuple[Tensor, Tensor]],
     adamw: dict[str, Any],
     clip: float,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: Callable[[Any], Any] = lambda model: model,
 ) -> Iterator[float]:
-    sharded = None if plan == "ddp" else DistributedConfig(tp_size=tp, fsdp_size=dp)
-    model = LlamaForCausalLM.from_pretrained(folder, distributed_config=sharded, dtype=torch.float32)
+    sharded = None if plan in ("none", "ddp") else DistributedConfig(tp_size=tp, fsdp_size=dp)
+    model = LlamaForCausalLM.from_pretrained(folder, distributed_config=sharded, dtype=dtype)
     by_mesh: dict[object, list[nn.Parameter]] = {}  # neither the fused AdamW nor torch's norm takes a mixture
     for parameter in model.parameters():
         by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": group} for group in by_mesh.values()], **adamw)
-    if plan == "ddp":
-        model, optimizer = Accelerator(cpu=True).prepare(model, optimizer)
+    if sharded is None:
+        model, optimizer = Accelerator(cpu=device == "cpu").prepare(compiled(model), optimizer)
     model.train()
     for step in range(10**6):
         inputs, targets = batches(step)
         loss = model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
-        clip_(list(by_mesh.values()), clip)
+        nn.utils.clip_grad_norm_(model.parameters(), clip) if plan == "none" else clip_(
+            list(by_mesh.values()), clip
+        )
         optimizer.step()
         optimizer.zero_grad()
         yield loss.item()

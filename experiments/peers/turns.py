@@ -177,11 +177,13 @@ def whole_weights(job: Preflight) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-def as_hugging_face(folder: Path, weights: dict[str, Tensor], settings: dict[str, Any]) -> None:
+def as_hugging_face(
+    folder: Path, weights: dict[str, Tensor], settings: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> None:
     counts = {name: weight.numel() for name, weight in weights.items()}
     head_dim = settings["dim"] // settings["n_heads"]
-    write_weights(folder, counts, lambda names: ((n, weights[n]) for n in names), head_dim, torch.float32)
-    write_config(folder, settings, torch.float32, None, None)
+    write_weights(folder, counts, lambda names: ((n, weights[n]) for n in names), head_dim, dtype)
+    write_config(folder, settings, dtype, None, None)
 
 
 def our_steps(loop: Loop, job: Preflight, device: Device, run: Run) -> Iterator[float]:
@@ -274,7 +276,11 @@ def lines(name: str) -> int:
 
 
 def version(name: str) -> str:
-    packages = {"fabric": ("lightning-fabric",), "transformers": ("transformers", "accelerate")}.get(name, ())
+    installed = {found.name for found in importlib.metadata.distributions()}
+    fabric = (
+        "lightning-fabric" if "lightning-fabric" in installed else "pytorch-lightning"
+    )  # which contains it
+    packages = {"fabric": (fabric,), "transformers": ("transformers", "accelerate")}.get(name, ())
     return " ".join(importlib.metadata.version(package) for package in packages)
 
 

@@ -5,6 +5,7 @@ of their own, and are left out where they are not installed.
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,19 @@ def test_ours_and_the_tutorials_script_do_the_same(ranks: Ranks, tmp_path: Path,
     assert float(tutorial["wall_ratio"]) > 0
     assert 0 < float(ours["peak_mib"]) < float(tutorial["peak_mib"])  # which gathers the logits
     assert int(ours["lines"]) < int(tutorial["lines"])
+
+
+def test_on_one_gpu_they_take_turns_and_an_error_ends_one_contender(ranks: Ranks, tmp_path: Path) -> None:
+    """The rehearsal, on a CPU, where neither Fabric nor transformers is installed."""
+    one_gpu = str(ROOT / "experiments" / "peers" / "one_gpu.py")
+    words = [one_gpu, "--out", str(tmp_path), "--device", "cpu", "--tiny", "--limit", "60"]
+    done = execute_warm(ranks, None, words, tmp_path, environment(tmp_path))
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    errors = {row["contender"]: row["error"] for row in rows if "error" in row}
+    assert errors == dict.fromkeys(("fabric", "transformers"), "ModuleNotFoundError")
+    ours, plain = [row for row in rows if "turns" in row]
+    assert (ours["contender"], plain["contender"], ours["turns"], plain["turns"]) == ("ours", "plain", 1, 1)
+    assert len(ours["losses"]) == len(plain["losses"]) == 5
+    assert plain["same_work"]
+    assert plain["losses_differ_by"] < 1e-3
