@@ -10,6 +10,7 @@ import ctypes
 import gc
 import importlib
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from support import parsed_once
@@ -34,13 +35,18 @@ MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 
 
 def import_all() -> None:
-    """Raises:
-    RuntimeError: for what is missing, which multiprocessing would pass over in silence.
+    """All but what needs a library that is not installed, such as wandb on a machine that is there for its GPU.
+
+    Raises:
+        RuntimeError: for what else is missing, which multiprocessing would pass over in silence.
     """
     for name in IMPORTED:
         try:
             importlib.import_module(name)
         except ImportError as error:
+            library = (error.name or "").partition(".")[0]
+            if library not in ("", "support", "tpresearch") and find_spec(library) is None:
+                continue
             raise RuntimeError(f"ranks are forked from a server that cannot import {name}") from error
 
 

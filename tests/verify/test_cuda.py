@@ -57,14 +57,17 @@ def test_a_step_sends_and_holds_what_formulas_say(plan: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_matmul_adds_to_a_sum_that_may_be_wider(dtype: torch.dtype) -> None:
-    """Integers below 2^8 are numbers of any of these dtypes (TF32 too), and so are sums of their products of float32."""
+    """Integers below 2^8 are numbers of any of these dtypes (TF32 too), and so are sums of their products of float32. A sum
+    in bfloat16 may be of a product that was rounded before, or of two such parts."""
     from tpresearch.parallel.gradient_sums import add_product_
 
     first, second = (torch.randint(-255, 256, shape) for shape in ((96, 160), (160, 64)))
     for of_sum in {torch.promote_types(dtype, torch.float32), dtype}:
         total = torch.ones(96, 64, dtype=of_sum, device="cuda")
         add_product_(total, first.t().contiguous().cuda().to(dtype).t(), second.cuda().to(dtype))
-        assert torch.equal(total.cpu(), (1 + first @ second).to(of_sum))
+        exact = 1 + first @ second
+        most = 0 if of_sum.itemsize > 2 else exact.abs().max() / 2**8
+        assert (total.cpu() - exact).abs().max() <= most, of_sum
 
 
 @pytest.mark.parametrize("plan", PLANS[::-1])  # those of most axes first
