@@ -195,6 +195,7 @@ def compare(stage: Stage, mode: str, made: dict[str, Make], tokens: int) -> None
             name = order[(turn + nth) % len(order)]
             if not guarded(stage, mode, name, partial(contenders[name].take_turn, stage)):
                 del contenders[name]
+        stage.add(event="turn", mode=mode, step_s={c.name: c.seconds[-1] for c in contenders.values()})
         round_s = time.monotonic() - began
     gc.enable()
     report(stage, mode, contenders, tokens)
