@@ -129,23 +129,30 @@ the chunk times `scale`, and its gradient by the logits, in their dtype. Logits 
 def _loss_and_gradient(
     logits: Tensor, targets: Tensor, scale: float, shard: VocabularyShard | None, learns: bool
 ) -> tuple[Tensor, Tensor]:
-    """In place, in one float32 copy of the logits, which torch's softmax reads fewer times than its parts would."""
-    dtype, wide = logits.dtype, _widen(logits)
-    del logits  # which nobody else holds: only the copy is left
-    valid, here, index = _target_columns(targets, wide.shape[-1], shard)
-    mine = wide.amax(-1)
+    """In one float32 copy of the logits, in place of those that are float32 already, and in as few passes as torch's ops allow."""
+    dtype = logits.dtype
+    valid, here, index = _target_columns(targets, logits.shape[-1], shard)
+    mine = _widen(logits.amax(-1))
     greatest = shard.all_reduce_max(mine.clone()) if shard else mine
-    of_target = torch.where(here, wide.gather(-1, index)[:, 0] - greatest, 0)
-    torch.softmax(wide, -1, out=wide)
-    part = (mine - greatest).exp() / wide.amax(-1)  # the greatest exponential over its share: the sum of all
+    of_target = torch.where(here, logits.gather(-1, index)[:, 0] - greatest, 0)
+    if logits.is_cuda and dtype is not mine.dtype:
+        # These kernels convert what they read and write; on a CPU that is slower than a copy.
+        softmax, place = torch.softmax(logits, -1, dtype=mine.dtype), logits
+    else:
+        softmax = place = _widen(logits)
+        torch.softmax(softmax, -1, out=softmax)
+    del logits  # which nobody else holds, and may be but a copy's origin
+    # The greatest exponential over its share is the sum of all.
+    part = (mine - greatest).exp() / softmax.amax(-1)
     total = part
     if shard:
         total, of_target = shard.all_reduce_sum(part.clone()), shard.all_reduce_sum(of_target)
     if learns:
-        weight = valid.to(wide.dtype) * scale
-        wide.mul_((weight * part / total)[:, None])
-        wide.scatter_add_(-1, index, torch.where(here, -weight, 0)[:, None])
-    return torch.where(valid, total.log() - of_target, 0).sum() * scale, wide.to(dtype)
+        weight = valid.to(total.dtype) * scale
+        factor = (weight * part / total)[:, None]
+        there = softmax.gather(-1, index) * factor - torch.where(here, weight, 0)[:, None]
+        torch.mul(softmax, factor, out=place).scatter_(-1, index, there.to(place.dtype))
+    return torch.where(valid, total.log() - of_target, 0).sum() * scale, place.to(dtype)
 
 
 def _compiled_loss_and_gradient(
