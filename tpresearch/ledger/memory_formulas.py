@@ -126,12 +126,11 @@ def _llama2_activation_bytes(
     elif mode is Checkpointing.selective:
         each = attention + ((2 if compiled else 3) * h + 2 * f) * element
     else:
-        # The sines of each position are kept once for all rows; without a compiler, by queries and keys alike.
-        sines = block.attention.head_dim * max(element, 4) / micro_batch_size(cfg, plan.sizes)
+        each = 2 * norm + (attention + 4 * f * element) / t
         if compiled:
+            # The sines of each position are kept once for all rows.
+            sines = block.attention.head_dim * max(element, 4) / micro_batch_size(cfg, plan.sizes)
             each = attention + (4 * h + 3 * f) * element + 2 * max(element, 4) + sines
-        else:
-            each = 2 * norm + (attention + 4 * f * element) / t + 2 * sines
     return model.n_layers * each + norm
 
 
