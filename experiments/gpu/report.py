@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +28,42 @@ def card_of(rows: list[dict[str, Any]]) -> str | None:
     return next((kind for kind in ("h200", "h100") if kind in name.lower()), None)
 
 
+def dated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a call, with its day."""
+    return [{"date": rows[0].get("date", ""), **row} for row in rows]
+
+
 def measured(rows: list[dict[str, Any]], id: str, what: str) -> str:
     """The value of a prediction's quantity, or why there is none."""
     if id == "matmul sustained":
         found = [row["flops"] / row["us"] / 1e6 for row in rows if row.get("op") == id and "us" in row]
         return f"{found[-1]:,.0f}" if found else "not run"
-    of_id = [row for row in rows if row.get("id") == id and "event" not in row]
-    if not of_id:
-        return "not run"
-    row = of_id[-1]
-    if "error" in row:
-        return str(row["error"])
+    of_id = last_day([row for row in rows if row.get("id") == id and "event" not in row])
+    done = [row for row in of_id if "error" not in row]
+    if not done:
+        return str(of_id[-1]["error"]) if of_id else "not run"
     if what == "peak memory":
-        return f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else "-"
-    mfu = row.get("perf/mfu")
-    return f"{row['perf/tokens_per_second']:,.0f}" + (f" ({mfu:.1%} MFU)" if mfu else "")
+        return in_turn(f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else "-" for row in done)
+    speeds = in_turn(f"{row['perf/tokens_per_second']:,.0f}" for row in done)
+    shares = in_turn(f"{row['perf/mfu']:.1%}" for row in done if "perf/mfu" in row)
+    return f"{speeds} ({shares} MFU)" if shares else speeds
+
+
+def last_day(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the last day on which there was a measurement: the code changes."""
+    return [row for row in rows if row["date"] == max(row["date"] for row in rows)]
+
+
+def in_turn(values: Iterable[str]) -> str:
+    """What several cards, or calls, measured; what was the same once."""
+    return ", ".join(dict.fromkeys(values))
 
 
 def table(results: list[list[dict[str, Any]]]) -> str:
     """Markdown: a row per prediction, a column of predictions, bars and measurements per kind of card."""
     by_card = {
-        card: [row for rows in results if card_of(rows) == card for row in rows] for card in ("h200", "h100")
+        card: [row for rows in results if card_of(rows) == card for row in dated(rows)]
+        for card in ("h200", "h100")
     }
     lines = [
         "| setting | quantity | H200 predicted | bar | measured | H100 80 GB predicted | measured | the prediction is from |",
@@ -65,9 +81,9 @@ def table(results: list[list[dict[str, Any]]]) -> str:
 
 
 def simulated_table(results: list[list[dict[str, Any]]], predictions: list[dict[str, str]]) -> str:
-    """Markdown: a row per setting and cluster of simulated.csv that was measured on such a card, the last time; errors relative
-    to what was measured; then a line over the rows that were first measured after they were predicted, and one over those of
-    calibrated clusters."""
+    """Markdown: a row per setting and cluster of simulated.csv and measurement of the last day on such a card; errors relative to what was
+    measured; then a line over the rows that were first measured after they were predicted, and one over those of calibrated
+    clusters."""
     lines = [
         "| setting | cluster | step predicted, s (range) | measured, s | error | tok/s predicted | measured | peak predicted, GB | measured, GB | error | known before |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -77,22 +93,21 @@ def simulated_table(results: list[list[dict[str, Any]]], predictions: list[dict[
     for predicted in predictions:
         card = CARDS[predicted["cluster"]]
         found = [
-            (str(rows[0].get("date", "")), row)
+            row
             for rows in results
             if card_of(rows) == card
-            for row in rows
+            for row in dated(rows)
             if row.get("id") == predicted["id"] and "event" not in row
         ]
-        if not found:
-            continue
         is_calibrated = predicted["cluster"].endswith("calibrated")
-        known, measured = any(day < predicted["date"] for day, _ in found), found[-1][1]
-        cells = [*simulated_cells(predicted, measured), "yes" if known and not is_calibrated else ""]
-        lines.append("| " + " | ".join([predicted["id"], predicted["cluster"], *cells]) + " |")
-        if "step_s" in measured and predicted["step_s"] and (is_calibrated or not known):
-            low, step, high = (float(predicted[key]) for key in ("low", "step_s", "high"))
-            error = step / measured["step_s"] - 1, low <= measured["step_s"] <= high
-            (calibrated if is_calibrated else blind).append(error)
+        known = any(row["date"] < predicted["date"] for row in found)
+        for measured in last_day(found):
+            cells = [*simulated_cells(predicted, measured), "yes" if known and not is_calibrated else ""]
+            lines.append("| " + " | ".join([predicted["id"], predicted["cluster"], *cells]) + " |")
+            if "step_s" in measured and predicted["step_s"] and (is_calibrated or not known):
+                low, step, high = (float(predicted[key]) for key in ("low", "step_s", "high"))
+                error = step / measured["step_s"] - 1, low <= measured["step_s"] <= high
+                (calibrated if is_calibrated else blind).append(error)
     return "\n".join([*lines, "", errors_text("Blind", blind), "", errors_text("Calibrated", calibrated)])
 
 
