@@ -49,6 +49,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {
             *("-o", "addopts=", f"--rootdir={ROOT}"),  # without options of plugins that may be missing there
             *(
                 str(ROOT / "tests" / "verify" / "test_cuda.py"),
+                str(ROOT / "tests" / "train" / "test_cross_entropy.py"),
                 str(ROOT / "tests" / "train" / "test_draws_on_shards.py"),
                 str(ROOT / "tests" / "train" / "test_randomness.py"),
                 str(ROOT / "tests" / "commands" / "test_cuda_runs.py"),

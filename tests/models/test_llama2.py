@@ -77,6 +77,15 @@ def test_turning_keeps_lengths_and_depends_on_distance_alone() -> None:
     torch.testing.assert_close(products[5, 2], products[13, 10], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [8, 64])
+def test_a_compiler_is_given_real_numbers_that_come_to_the_same(dtype: torch.dtype, head_dim: int) -> None:
+    torch.manual_seed(0)
+    x, table = torch.randn(2, 6, 3, head_dim, dtype=dtype), rotary_table(head_dim, 6, 10000.0)
+    compiled = torch.compile(rotate, backend="aot_eager")(x, table)
+    torch.testing.assert_close(compiled, rotate(x, table), rtol=2 * torch.finfo(dtype).eps, atol=3e-7)
+
+
 PUBLISHED = {
     "llama2_1b": 1_100_048_384,  # TinyLlama's layout
     "llama2_7b": 6_738_415_616,

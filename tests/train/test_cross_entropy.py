@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.composed import config, corpus
-from support.marks import exhaustive
+from support.marks import exhaustive, on_card
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -63,6 +63,11 @@ def test_it_is_the_plain_one(dtype: torch.dtype, chunk: int, compile: bool, unco
     check_plain(dtype, chunk, compile)
 
 
+@pytest.mark.parametrize("dtype", [on_card(dtype) for dtype in TOLERANCES])
+def test_on_a_card_it_is_the_plain_one(dtype: torch.dtype) -> None:
+    check_plain(dtype, 32, compile=False, device="cuda")
+
+
 def test_fused_it_is_the_plain_one() -> None:
     check_plain(torch.bfloat16, TOKENS // 2, compile=True)
 
@@ -80,8 +85,8 @@ def test_chunks_of_any_number_of_sizes_are_fused(monkeypatch: pytest.MonkeyPatch
     torch._dynamo.reset()
 
 
-def check_plain(dtype: torch.dtype, chunk: int, compile: bool) -> None:
-    hidden, weight, targets = drawn(dtype)
+def check_plain(dtype: torch.dtype, chunk: int, compile: bool, device: str = "cpu") -> None:
+    hidden, weight, targets = (t.detach().to(device).requires_grad_(t.requires_grad) for t in drawn(dtype))
     plain = summed_cross_entropy(F.linear(hidden, weight), targets) / 7
     ours = linear_cross_entropy(hidden, weight, targets, chunk, 1 / 7, compile)
     assert ours.dtype == plain.dtype

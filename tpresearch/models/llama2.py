@@ -53,7 +53,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate each pair of adjacent features by its position's angle, in at least float32.
 
     Eager, a pair is a complex number, as each op reads and writes memory: two fifths of the bytes. The compiler, which knows no
-    complex numbers, fuses what it is given; both come to the same bits.
+    complex numbers, fuses what it is given. Both come to the same, to rounding.
 
     x: [b, s, n, d], rotary: [s, d/2, 2] -> [b, s, n, d]
     """
