@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.composed import config
 from torch import Tensor
 
@@ -84,6 +85,22 @@ def test_a_compiler_is_given_real_numbers_that_come_to_the_same(dtype: torch.dty
     x, table = torch.randn(2, 6, 3, head_dim, dtype=dtype), rotary_table(head_dim, 6, 10000.0)
     compiled = torch.compile(rotate, backend="aot_eager")(x, table)
     torch.testing.assert_close(compiled, rotate(x, table), rtol=2 * torch.finfo(dtype).eps, atol=3e-7)
+
+
+LAID_OUT = {
+    "features before heads": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "rows of an odd width": lambda x: F.pad(x.flatten(-2), (0, 1))[..., :-1].unflatten(-1, x.shape[-2:]),
+    "from an odd place": lambda x: F.pad(x.flatten(-2), (1, 1))[..., 1:-1].unflatten(-1, x.shape[-2:]),
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAID_OUT)
+def test_positions_are_turned_wherever_features_lie_in_memory(layout: str) -> None:
+    x, table = torch.randn(2, 6, 3, 8), rotary_table(8, 6, 10000.0)
+    torch.testing.assert_close(rotate(LAID_OUT[layout](x), table), rotate(x, table), rtol=1e-5, atol=1e-6)
+    cos_and_sin = table.movedim(-1, 0).contiguous().movedim(0, -1)
+    torch.testing.assert_close(rotate(x, cos_and_sin), rotate(x, table), rtol=1e-5, atol=1e-6)
 
 
 PUBLISHED = {

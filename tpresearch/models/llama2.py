@@ -63,8 +63,15 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
         cos, sin = rotary.unsqueeze(-2).unbind(-1)
         turned = pairs * cos + pairs.flip(-1) * torch.cat((-sin, sin), dim=-1)  # (-odd sin, even sin)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
+        turned = torch.view_as_real(as_complex(pairs) * as_complex(rotary))
     return turned.flatten(-2).type_as(x)
+
+
+def as_complex(pairs: Tensor) -> Tensor:
+    """The pairs along the last dim as complex numbers: a view, or a copy where they do not lie in memory as such. [..., 2] -> [...]"""
+    *strides, within = pairs.stride()
+    fits = within == 1 and not any(step % 2 for step in (*strides, pairs.storage_offset()))
+    return torch.view_as_complex(pairs if fits else pairs.clone(memory_format=torch.contiguous_format))
 
 
 class Attention(nn.Module):
