@@ -134,3 +134,57 @@ class Normalized(ToyLM):
 def model(kind: type[nn.Module]) -> list[str]:
     """The overrides that make it the model of a config."""
     return ["model=toy_mlp", f"model._target_={kind.__module__}.{kind.__name__}"]
+
+
+class ComplexPositions(ToyLM):
+    """Rotary positions as published: a table of complex numbers."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.turns: Tensor
+        self.register_buffer("turns", torch.empty(64, dim // 2, dtype=torch.complex64), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        angles = torch.outer(torch.arange(64.0), 1 / torch.arange(1, self.turns.shape[1] + 1))
+        self.turns.copy_(torch.polar(torch.ones_like(angles), angles))
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        pairs = torch.view_as_complex(self.mlp(self.embed(tokens)).unflatten(-1, (-1, 2)))
+        turned = pairs * self.turns[: tokens.shape[1]]
+        real = (
+            torch.view_as_real(turned) if turned.is_complex() else turned.unsqueeze(-1).expand(-1, -1, -1, 2)
+        )
+        return self.output(real.flatten(-2))
+
+
+class HookedHead(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.output.register_forward_hook(lambda _, args, output: output / 4)
+
+
+class PartlyInEvaluation(ToyLM):
+    """With dropout that is always off, as in a part that is no longer trained."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.drop = nn.Dropout(0.5).eval()
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return self.output(self.drop(self.mlp(self.embed(tokens))))
+
+
+class Routed(ToyLM):
+    """Each token goes to one of many experts, of which a rank's rows may reach some alone."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.experts = nn.ModuleList(nn.Linear(dim, dim) for _ in range(64))
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        x, chosen = self.mlp(self.embed(tokens)), tokens % len(self.experts)
+        y = x
+        for index in chosen.unique().tolist():
+            y = y.index_put((chosen == index,), self.experts[index](x[chosen == index]))
+        return self.output(x + y)

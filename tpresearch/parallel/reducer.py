@@ -26,6 +26,9 @@ from tpresearch.plan.compiler import Plan, unit_of
 class GradientBucket:
     """A bucket of gradients that are summed in one all-reduce, started when the last one is ready.
 
+    A replica without one of the gradients, since its rows led a forward elsewhere, adds zeros: negative ones, which in a sum
+    remain only where every replica has added them, and then there is none.
+
     Args:
         trained: the parameters that have the gradients. dtype: in which they are summed; None for their own.
     """
@@ -34,45 +37,43 @@ class GradientBucket:
         self, trained: list[nn.Parameter], group: dist.ProcessGroup, dtype: torch.dtype | None
     ) -> None:
         self._trained, self._group, self._dtype = trained, group, dtype
-        self._pending = len(trained)
         self._receive: Callable[[], None] | None = None
+        self.pending = len(trained)
+        """How many of its gradients are not ready yet."""
 
-    def mark_ready(self) -> None:
-        """One more of its gradients is ready."""
-        self._pending -= 1
-        if not self._pending:
-            self._start_all_reduce()
-
-    def _start_all_reduce(self) -> None:
+    def start_all_reduce(self) -> None:
         """Move the gradients into the one tensor that is summed."""
-        having = [(p, match_placements(p.grad, p)) for p in self._trained if p.grad is not None]
-        if not having:
-            return
-        parts = [local_part(gradient).flatten() for _, gradient in having]
-        sizes, builders = (
-            [part.numel() for part in parts],
-            [(p, _rebuild_like(gradient)) for p, gradient in having],
-        )
+        gradients = [None if p.grad is None else match_placements(p.grad, p) for p in self._trained]
+        parts = [
+            torch.full_like(local_part(p), -0.0).flatten()
+            if gradient is None
+            else local_part(gradient).flatten()
+            for p, gradient in zip(self._trained, gradients, strict=True)
+        ]
+        sizes = [part.numel() for part in parts]
+        builders = [
+            (p, gradient is None, _rebuild_like(p if gradient is None else gradient))
+            for p, gradient in zip(self._trained, gradients, strict=True)
+        ]
         flat = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype or parts[0].dtype)
-        for parameter, _ in having:
+        for parameter in self._trained:
             parameter.grad = None
         work = dist.all_reduce(flat, group=self._group, async_op=True)
 
         def receive() -> None:
             assert work is not None
             work.wait()
-            for (parameter, build), part in zip(builders, flat.split(sizes), strict=True):
-                parameter.grad = build(part)
+            for (parameter, had_none, build), part in zip(builders, flat.split(sizes), strict=True):
+                if not had_none or not ((part == 0) & part.signbit()).all():
+                    parameter.grad = build(part)
 
         self._receive = receive
 
     def finish(self) -> None:
-        """Wait for the sum: of those gradients that exist, where some parameters have no part in the loss."""
-        if self._pending:
-            self._start_all_reduce()
-        if self._receive:
-            self._receive()
-        self._pending, self._receive = len(self._trained), None
+        """Wait for the sum."""
+        assert self._receive
+        self._receive()
+        self._receive, self.pending = None, len(self._trained)
 
 
 def match_placements(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -121,8 +122,11 @@ class GradientReducer:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 members.setdefault(unit_of(name, units), []).append((parameter, trained[name]))
-        self._buckets = []
-        for pairs in members.values():
+        self._buckets: list[GradientBucket] = []
+        """In the order in which they are summed, which is the same on every replica whatever its rows lead to: backward comes to
+        a unit before it comes to those registered earlier."""
+        self._started = 0
+        for pairs in reversed(members.values()):
             bucket = GradientBucket([having for _, having in pairs], group, dtype)
             self._buckets.append(bucket)
             for parameter, _ in pairs:  # after the hook of MasterWeights, if there is one
@@ -130,13 +134,22 @@ class GradientReducer:
 
     def _on_gradient(self, bucket: GradientBucket, _: Tensor) -> None:
         if self.is_last_backward:
-            bucket.mark_ready()
+            bucket.pending -= 1
+            while self._started < len(self._buckets) and not self._buckets[self._started].pending:
+                self._start_next()
+
+    def _start_next(self) -> None:
+        self._buckets[self._started].start_all_reduce()
+        self._started += 1
 
     @torch.no_grad()
     def finish(self) -> None:
         """Wait until every gradient is the sum over replicas."""
+        while self._started < len(self._buckets):
+            self._start_next()
         for bucket in self._buckets:
             bucket.finish()
+        self._started = 0
 
 
 def build_reducer(

@@ -58,7 +58,14 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
         return model
-    return model.to(dtype)
+    complex_dtype = torch.promote_types(dtype, torch.complex64)
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():  # `Module.to` would drop its imaginary part
+            return tensor.to(complex_dtype)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return model._apply(convert)
 
 
 def _check_parameters(model: nn.Module) -> None:

@@ -135,8 +135,12 @@ def can_chunk_logits(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSiz
     """Whether logits can be computed for a few tokens at a time: by a plain matmul, on vocabulary shards if the rule has some."""
     if not isinstance(layer, nn.Linear) or layer.bias is not None:
         return False
-    if type(layer).forward is not nn.Linear.forward:  # pyrefly: ignore[missing-attribute]
+    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):  # pyrefly: ignore[missing-attribute]
         return False
+    if any(
+        (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    ):
+        return False  # they see calls of the layer, of which there would be none
     if rule is None:
         return True
     ranks = sizes[rule.axis]

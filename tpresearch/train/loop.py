@@ -68,6 +68,7 @@ class Loop:
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         token_loss = build_token_loss(setup.cfg, setup.plan)
         eagerly = torch.compiler.set_stance  # else each block is compiled once more, without gradients
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         with eagerly("force_eager"), torch.no_grad(), token_loss.context():
             shares = setup.micro_rows, data_rank(mesh), setup.plan.sizes.dp
@@ -78,6 +79,8 @@ class Loop:
                 if stopped := self.stops():
                     break
         model.train()
+        for module, training in modes:  # parts of it may always be in evaluation mode
+            module.training = training
         reshard(model)
         total, tokens = sum_over(mesh, sums, DATA_AXES).tolist()
         return total / tokens if tokens and not stopped else None

@@ -1,0 +1,86 @@
+"""Models of which a trainer could lose a part in silence: trained as by a plain loop of PyTorch on the class itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.composed import config, corpus
+from support.nets import ComplexPositions, HookedHead, PartlyInEvaluation, Routed, model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tpresearch.config import Config
+from tpresearch.config.axes import DATA_AXES
+from tpresearch.config.world import World
+from tpresearch.data.batches import Batches
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh, sum_over
+from tpresearch.train.assemble import assemble
+from tpresearch.train.optim import learning_rate
+from tpresearch.train.preflight import preflight
+from tpresearch.verify.ranks import Ranks
+
+STEPS = 3
+Weights = dict[str, Tensor]
+
+
+def copied(weights: Weights) -> Weights:
+    wholes = {k: w.full_tensor() if isinstance(w, DTensor) else w for k, w in weights.items()}
+    return {name: whole.detach().clone() for name, whole in wholes.items()}
+
+
+def ours(world: World, cfg: Config) -> tuple[Weights, list[float], Weights]:
+    """The initial weights, the losses of a few steps, with an evaluation after each, and the weights after them."""
+    job = preflight(cfg, world)
+    assert job.device
+    with process_group(job.device, world):
+        loop, losses = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus()), []
+        initial = copied(loop.state.weights())
+        for _ in range(STEPS):
+            losses.append(sum_over(loop.setup.mesh, loop.step().loss, DATA_AXES).item())
+            loop.evaluate()
+        return initial, losses, copied(loop.state.weights())
+
+
+def plain(kind: type[nn.Module], cfg: Config, initial: Weights) -> tuple[list[float], Weights]:
+    """Losses and last weights of a loop that knows of nothing but the class."""
+    net = kind(**cfg.model.args)
+    for parameter in net.parameters():
+        parameter.data = parameter.data.double()
+    net.load_state_dict(initial, strict=False)
+    optimizer = torch.optim.SGD(net.parameters(), cfg.optimizer.lr, cfg.optimizer.momentum)
+    batches, losses = Batches(corpus(), cfg.train.global_batch_size, cfg.train.seed), []
+    for step in range(STEPS):
+        inputs, targets = batches.batch(step)
+        loss = F.cross_entropy(net(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, STEPS, cfg.optimizer.lr, cfg.schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, copied(dict(net.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "size"),
+    [
+        *[(kind, "none", 1) for kind in (ComplexPositions, HookedHead, PartlyInEvaluation)],
+        (HookedHead, "fsdp", 2),
+        (Routed, "ddp", 2),
+    ],
+)
+def test_it_trains_as_a_plain_loop_does(ranks: Ranks, kind: type[nn.Module], plan: str, size: int) -> None:
+    words = (
+        "train.dtype=float64",
+        "train.clip_grad_norm=null",
+        f"train.steps={STEPS}",
+        "schedule.warmup_steps=0",
+    )
+    momentum = "optimizer=sgd", "optimizer.weight_decay=0", "optimizer.momentum=0.5"
+    cfg = config(*model(kind), f"parallel={plan}", "model.dim=8", "model.hidden_dim=16", *words, *momentum)
+    for initial, losses, weights in ranks.run(size, ours, cfg) if size > 1 else [ours(World(), cfg)]:
+        wanted, right = plain(kind, cfg, initial)
+        assert losses == pytest.approx(wanted, rel=1e-10)
+        for name, weight in right.items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-10, atol=1e-12)
