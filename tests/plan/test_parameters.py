@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from tpresearch.config import ConfigError
 from tpresearch.config.validate import validate
+from tpresearch.models.llama2 import Linear
+from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.plan.parameters import _same_shards, tied_parameters
 from tpresearch.train.preflight import plan_model
 
@@ -166,3 +169,60 @@ def test_formulas_are_what_is_measured(kind: type, plan: str, world: int) -> Non
     for kept in ("parameters", "gradients", "optimizer"):
         assert found.most_bytes[kept] == found.expected.held[kept], kept
     assert found.sent == found.expected.sent
+
+
+def constructed(change: Callable[[ToyLM], object]) -> type[nn.Module]:
+    class Constructed(ToyLM):
+        def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+            super().__init__(vocab_size, dim, hidden_dim)
+            self.norm = nn.LayerNorm(dim)
+            change(self)
+
+    return Constructed
+
+
+@torch.no_grad()
+def clear_first_row(net: ToyLM) -> None:
+    net.embed.weight[0] = 0
+
+
+def initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.weight.data.normal_(0, 0.02)
+    if isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+
+
+LOST = {
+    "all of them": (lambda net: net.apply(initialize), "mlp.in_proj.weight"),
+    "to nothing": (lambda net: nn.init.zeros_(net.output.weight), "output.weight"),
+    "truncated": (lambda net: nn.init.trunc_normal_(net.output.weight, std=0.02), "output.weight"),
+    "scaled": (lambda net: net.output.weight.data.div_(2), "output.weight"),
+    "a row": (clear_first_row, "embed.weight"),
+}
+KEPT = {
+    "as it is anyway": lambda net: (nn.init.ones_(net.norm.weight), nn.init.constant_(net.norm.bias, 0.0)),
+    "and resets": lambda net: (nn.init.zeros_(net.output.weight), net.output.reset_parameters()),
+    "ties": lambda net: setattr(net.embed, "weight", net.output.weight),
+    "freezes": lambda net: net.embed.weight.requires_grad_(False),
+    "a class with its own": lambda net: setattr(net, "output", Linear(64, 260, 0.02)),
+}
+
+
+@pytest.mark.parametrize("how", [*LOST, *KEPT])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_initial_values_that_only_the_constructor_sets_are_refused(
+    how: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, name = LOST.get(how) or (KEPT[how], None)
+    monkeypatch.setitem(globals(), "Constructed", constructed(change))
+    cfg = config(
+        "model=toy_mlp", f"model._target_={__name__}.Constructed", f"train.dtype={dtype}", "parallel=none"
+    )
+    plan_model(cfg, validate(cfg, 1))  # for a checkpoint's weights
+    if name is None:
+        plan_model(cfg, validate(cfg, 1), from_seed=True)
+        return
+    with pytest.raises(ConfigError, match="the model's constructor sets it") as caught:
+        plan_model(cfg, validate(cfg, 1), from_seed=True)
+    assert caught.value.value == name

@@ -18,6 +18,7 @@ from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.model import ModelConfig
 from tpresearch.config.training import TrainConfig
 from tpresearch.config.values import check_value, imported_class
+from tpresearch.plan.constructor import Change, change_by, lost_changes
 from tpresearch.plan.initializers import CHANGING_METHODS
 
 MAX_MODULES = 3_000
@@ -27,14 +28,24 @@ DRAWING = (nn.init.normal_, nn.init.uniform_)
 """They reach a mode with their tensor as an argument by name."""
 
 
-def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+def meta_model(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, lost: dict[str, Change] | None = None
+) -> nn.Module:
     """The model without storage, its parameters in this dtype: see `plain_model`."""
-    return plain_model(config, dtype, "meta")
+    return plain_model(config, dtype, "meta", lost)
 
 
-def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+def plain_model(
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    lost: dict[str, Change] | None = None,
+) -> nn.Module:
     """The model as its class makes it, its parameters in this dtype: the one in which weights are kept, `weight_dtype`.
     Buffers are widened with them, and never narrowed: bfloat16 would blunt a rotary table.
+
+    Args:
+        lost: gets what its constructor sets on the meta device and `reset_parameters` does not, for `check_constructor`.
 
     Raises:
         ConfigError: for a class that cannot be imported or does not take these settings, and for a parameter that could
@@ -42,8 +53,9 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
     """
     build = imported_class("model._target_", config.target, nn.Module)
     _check_settings(config, build)
+    changes: list[Change] | None = None if lost is None else []
     try:
-        with torch.device(device), _module_limit(), _SkipValueChanges():
+        with torch.device(device), _module_limit(), _SkipValueChanges(changes):
             model = build(**config.args)
     except Exception as error:  # it is user code, which may raise anything
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -51,6 +63,8 @@ def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device:
         fix = {f"model.{key}": None for key in config.args}
         raise ConfigError("model", config.name, why, legal, fix=fix) from error
     _check_parameters(model)
+    if lost is not None:
+        lost |= lost_changes(model, changes or ())
     for parameter in model.parameters():  # FSDP shards no others, and to a model they are the same
         parameter.data = parameter.data.contiguous()
     if dtype is torch.bfloat16:
@@ -116,10 +130,17 @@ def _check_settings(config: ModelConfig, build: type[nn.Module]) -> None:
 class _SkipValueChanges(TorchFunctionMode):
     """Skips calls that change or draw the values of a meta tensor, which has none: saves a millisecond per call."""
 
+    def __init__(self, changes: list[Change] | None) -> None:
+        super().__init__()
+        self._changes = changes
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", None) in CHANGING_METHODS and args and args[0].is_meta:
+        name = getattr(func, "__name__", "")
+        if self._changes is not None and (change := change_by(name, args, kwargs or {})):
+            self._changes.append(change)
+        if name in CHANGING_METHODS and args and args[0].is_meta:
             return args[0]
         if func in DRAWING and kwargs and kwargs["tensor"].is_meta:
             return kwargs["tensor"]

@@ -93,7 +93,7 @@ def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
         asked, cfg = cfg.train.global_batch_size, with_batch_that_fits(cfg, sizes)
         if (rows := cfg.train.global_batch_size) != asked:
             notes.append(f"train.global_batch_size={asked} does not fit this mesh: shown for {rows}")
-    model, plan = plan_model(cfg, sizes)
+    model, plan = plan_model(cfg, sizes, from_seed=cfg.init_from is None and not resumes)
     if not resumes:
         check_init_from(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
@@ -172,8 +172,11 @@ def check_folder(job: Preflight, folder: Path, restarted: bool) -> None:
         checkpoints_to_resume(job.cfg, folder, restarted)
 
 
-def plan_model(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
+def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[nn.Module, Plan]:
     """The model on the meta device, and its plan compiled against it: no ranks, no memory.
+
+    Args:
+        from_seed: whether its initial weights are to be drawn.
 
     Raises:
         ConfigError: from the model, the plan compiler, or where model, data and loss are not compatible.
@@ -183,19 +186,22 @@ def plan_model(cfg: Config, sizes: MeshSizes) -> tuple[nn.Module, Plan]:
     from tpresearch.data.batches import meta_batch
     from tpresearch.parallel.float8 import float8_layers
     from tpresearch.plan.compiler import compile_plan
+    from tpresearch.plan.constructor import Change, check_constructor
     from tpresearch.plan.meta import meta_model, weight_dtype
     from tpresearch.plan.parameters import check_parameters
     from tpresearch.plan.probe import check_loss, probe_model
     from tpresearch.train.randomness import check_randomness
 
     dtype = weight_dtype(cfg.train)
-    model = meta_model(cfg.model, dtype)
+    lost: dict[str, Change] = {}
+    model = meta_model(cfg.model, dtype, lost if from_seed else None)
     batch = meta_batch(cfg.data, micro_batch_size(cfg, sizes)).to(torch.device("meta"), dtype)
     check_loss(None, batch.targets, cfg)
     probe = probe_model(model, batch.inputs, cfg)
     check_loss(probe.output, batch.targets, cfg)
     plan = compile_plan(model, cfg, sizes, probe)
     check_parameters(model, plan, cfg.parallel)
+    check_constructor(model, lost, plan.initializers)
     check_randomness(model, plan, cfg.parallel)
     check_split_output(plan, cfg)
     if cfg.parallel.gradient_accumulation_fusion:
