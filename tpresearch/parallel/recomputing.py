@@ -5,6 +5,7 @@ would compute other numbers the second time.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -25,6 +26,9 @@ def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[.
     if kind is Checkpointing.full:
         return functools.partial(checkpoint, forward, use_reentrant=False)
     if kind is Checkpointing.selective:
+        # Dynamo warns that in-place ops may go wrong with a policy: those of temporary tensors do not (compared with plain
+        # gradients, torch 2.11 and 2.13), others are refused below.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         context = functools.partial(create_selective_checkpoint_contexts, save_expensive_ops)
         return functools.partial(checkpoint, forward, use_reentrant=False, context_fn=context)
     return forward

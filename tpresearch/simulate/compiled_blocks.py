@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +67,7 @@ def compiled_block(cfg: Config, sizes: MeshSizes) -> CompiledBlock:
         blocks = [model.get_submodule(name) for name in plan.blocks]
         compiled = [_Compiled(block, model, cfg, bool(plan.rules)) for block in blocks]
         torch._dynamo.reset()
-        with _without_policy_warning(), _attention_as_on(cfg), FakeTensorMode(allow_non_fake_inputs=True):
+        with _attention_as_on(cfg), FakeTensorMode(allow_non_fake_inputs=True):
             materialize(model, FAKE.torch, lambda _: None)
             if has_master_weights(cfg, sizes):
                 MasterWeights(model)  # leaves bfloat16 copies in it
@@ -130,18 +129,6 @@ def _attention_flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
     """Of shapes (rows, heads, length, width): two matmuls."""
     rows, heads, length, width = query
     return int(4 * rows * heads * length * key[2] * width)
-
-
-@contextmanager
-def _without_policy_warning() -> Iterator[None]:
-    """Suppress dynamo's warning that a checkpoint has a policy, which it accepts."""
-    log = logging.getLogger("torch._higher_order_ops.wrap")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 class _Compiled:
