@@ -77,6 +77,19 @@ def test_rows_per_micro_batch_follow_from_two_and_four(plan: str, rows: int, chu
     equal(with_rows(few, more, rows), real, at_rows(cfg, rows, 64), sizes)
 
 
+@pytest.mark.parametrize("plan", ["fsdp", "sp"])
+def test_a_single_micro_batch_adds_to_no_gradients(plan: str) -> None:
+    """Two are recorded; of one, the first stands for it."""
+    cfg = config("model=llama2_debug", f"parallel={plan}")
+    single = at_rows(cfg, 2, 2 * validate(at_rows(cfg, 2, 4), 2).dp)
+    sizes = validate(single, 2)
+    two, one = record(at_rows(cfg, 2, 4 * sizes.dp), sizes), record(single, sizes)
+    assert [(op.name, op.bytes_moved) for op in two.ops(1)] == [
+        (op.name, op.bytes_moved) for op in one.ops(1)
+    ]
+    assert step_seconds(two, single, sizes, cluster()) == step_seconds(one, single, sizes, cluster())
+
+
 @pytest.mark.parametrize(("plan", "kind"), [("fsdp_tp", "selective"), exhaustive("hsdp", "none")])
 def test_a_third_block_at_more_rows_follows_from_three_recorded_steps(plan: str, kind: str) -> None:
     """FSDP's gathers, TP's collectives and the loss's chunks among them; and from that one, steps with yet more rows."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from tpresearch.ledger.entries import Event
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.kernels import Kernel
+from tpresearch.simulate.trace import of_fewer
 
 HOST_TIME = {"fsdp": "collective_host_us", "dtensor": "tensor_host_us"}
 """Host time of a collective, by its issuer."""
@@ -227,11 +228,8 @@ def replay(
     """
     streams = Streams(cluster, compiled, in_chunks, _ranks_per_core(cluster, world), spans=spans)
     *batches, end = parts
-    if micro_batches <= len(batches):
-        batches = [*batches[: micro_batches - 1], batches[-1]]
-        repeats = 0
-    else:
-        repeats = micro_batches - len(batches)
+    repeats = max(0, micro_batches - len(batches))
+    batches = of_fewer(batches, micro_batches)
     middle = len(batches) // 2
     for index, batch in enumerate(batches):
         streams.run(batch)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tpresearch.ledger.entries import Entry, Event, entries_of
 
+Part = TypeVar("Part")
 Touched = tuple[tuple[int, int], ...]
 """(number of a storage, bytes of it that are touched) of each tensor."""
 
@@ -16,14 +18,14 @@ class Op(NamedTuple):
 
     phase: str
     kind: str
-    """gemm, attention, collective, wait, optimizer, or other: what is priced by its bytes."""
+    """gemm, convolution, attention, collective, wait, optimizer, or other: what is priced by its bytes."""
     name: str
     reads: Touched
     writes: Touched
     element: int
     """Bytes per element of its first tensor, or of a matmul's factors."""
     shape: tuple[int, ...]
-    """gemm: (products, m, n, k). attention: (b, heads, kv_heads, s, s_keys, d, 1 for backward,
+    """gemm, convolution: (products, m, n, k). attention: (b, heads, kv_heads, s, s_keys, d, 1 for backward,
     1 for causal). Else empty."""
     event: Event | None
     """What a collective sends."""
@@ -43,6 +45,19 @@ class Change(NamedTuple):
     """One of `MEMORY_KINDS`."""
     grown: int
     """Bytes."""
+
+
+def of_fewer(recorded: Sequence[Part], micro_batches: int) -> Sequence[Part]:
+    """Of recorded micro-batches those of a step that has fewer. A single one sets gradients, as the first of two does; of three the
+    last alone sums them over replicas.
+    """
+    if micro_batches >= len(recorded):
+        return recorded
+    return (
+        recorded[:1]
+        if micro_batches == 1 and len(recorded) == 2
+        else [*recorded[: micro_batches - 1], recorded[-1]]
+    )
 
 
 @dataclass(frozen=True)
@@ -65,10 +80,9 @@ class Trace:
 
     def ops(self, micro_batches: int) -> list[Op]:
         """The whole step with this many micro-batches: all but the first and the last are copies of the middle one."""
-        recorded = self.micro_batches
-        between = [recorded[len(recorded) // 2]] * (micro_batches - len(recorded))
-        first = recorded[: min(micro_batches, len(recorded)) - 1]
-        return [op for part in (*first, *between, recorded[-1], self.end) for op in part]
+        *first, last = of_fewer(self.micro_batches, micro_batches)
+        between = [self.micro_batches[len(self.micro_batches) // 2]] * (micro_batches - len(first) - 1)
+        return [op for part in (*first, *between, last, self.end) for op in part]
 
     def entries(self, micro_batches: int) -> list[Entry]:
         """The communication ledger of the whole step."""
