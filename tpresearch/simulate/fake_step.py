@@ -6,11 +6,13 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
@@ -24,11 +26,13 @@ from tpresearch.data.batches import Batch, meta_batch
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
+from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.compiled_blocks import Call, recompute
 from tpresearch.simulate.device_memory import DeviceMemory, by_moment
 from tpresearch.simulate.fake_ranks import FAKE, fake_mesh
 from tpresearch.simulate.recorder import Recorder
 from tpresearch.simulate.trace import Trace
+from tpresearch.train import cross_entropy
 from tpresearch.train.assemble import build_state
 from tpresearch.train.losses import build_objective
 from tpresearch.train.observe import Observer, Observers
@@ -80,6 +84,7 @@ def record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call] = frozense
 
 
 def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace:
+    compiled = cfg.parallel
     cfg, count = recorded_config(cfg, sizes)
     model, plan = plan_model(cfg, sizes)
     to_float8(model, plan.float8, cfg.train)
@@ -89,21 +94,33 @@ def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace
             for name in plan.blocks:
                 block = model.get_submodule(name)
                 block.forward = recompute(block.forward, recomputed)
-        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        with FakeTensorMode(allow_non_fake_inputs=True), _device_of(cfg), warnings.catch_warnings():
             # Of fake tensors alone: a linear layer's output is a view there.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             materialize(model, FAKE.torch, lambda _: None)
             state = build_state(model, cfg, plan, mesh)
-            setup = Setup(cfg, plan, mesh, FAKE, build_objective(cfg, plan), Observers())
+            objective = build_objective(dataclasses.replace(cfg, parallel=compiled), plan)
+            setup = Setup(cfg, plan, mesh, FAKE, objective, Observers())
             rows = micro_batch_size(cfg, sizes)
             _initialize_optimizer_state(state)
             memory = DeviceMemory(model, state.optimizer)
             recorder = Recorder(mesh, model, plan.blocks, memory)
             setup = dataclasses.replace(setup, observers=Observers([RecordingObserver(recorder, memory)]))
-            train_step(state, _batch(cfg, rows * count, setup), setup)
+            with patch.object(cross_entropy, cross_entropy.fused.__name__, recorder.as_one_kernel):
+                train_step(state, _batch(cfg, rows * count, setup), setup)
     parts = tuple(tuple(part) for part in recorder.micro_batches)
     changes = memory.changes()
     return Trace(parts, tuple(recorder.end), by_moment(changes), changes)
+
+
+@contextmanager
+def _device_of(cfg: Config) -> Iterator[None]:
+    """For a cluster of GPUs, let fake tensors say that they are on one, to code that runs other ops there."""
+    if cfg.cluster and not parse_cluster(cfg.cluster).is_cpu:
+        with patch.object(FakeTensor, "is_cuda", True):
+            yield
+    else:
+        yield
 
 
 def _initialize_optimizer_state(state: TrainState) -> None:

@@ -18,6 +18,8 @@ TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 1.06), (128, 64, 1.25), (6
 shapes; the factors are those of CUTLASS's profiler, rounded)."""
 SPLIT_DEPTH = 2048
 """Inner dim from which a matmul of few tiles is split along it, so that all units work (split-K)."""
+NARROW_CONVOLUTION = 16
+"""Outputs per group below which a convolution, such as a depthwise one, does not use matmul units, and is bound by its bytes."""
 COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat", "_foreach_copy_")
 """FSDP's copies, which are never fused."""
 ADAMW_BFLOAT16 = 0.65
@@ -43,6 +45,10 @@ def op_s(op: Op, cluster: Cluster) -> float:
     if op.kind == "gemm":
         alone = gemm_s(op.shape, op.element, cluster)
         return max(alone, bytes_s(moved_bytes(op), cluster)) if op.name == ADDING_MATMUL else alone
+    if op.kind == "convolution":
+        multiplies = op.shape[2] >= NARROW_CONVOLUTION
+        multiplying = _multiplying_s(op.shape, op.element, cluster) if multiplies else 0.0
+        return max(multiplying, bytes_s(moved_bytes(op), cluster))
     if op.kind == "attention":
         return attention_s(op.shape, op.element, cluster)
     if op.kind == "optimizer" and op.name not in (COMPILED_ADAMW, PLAIN_ADAMW):
@@ -57,6 +63,13 @@ def op_s(op: Op, cluster: Cluster) -> float:
 def gemm_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float:
     """A matmul of (products, m, n, k), by whichever tile finishes its last wave first, or by its bytes."""
     products, m, n, k = shape
+    made = max(element, 2)  # a matmul in float8 writes bfloat16
+    moving = products * ((m * k + k * n) * element + m * n * made) / _bandwidth(cluster)
+    return max(_multiplying_s(shape, element, cluster), moving) + cluster["kernel_us"] * 1e-6
+
+
+def _multiplying_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float:
+    products, m, n, k = shape
     units = cluster["compute_units"]
     work = math.inf
     for rows, columns, longer in TILES if units > 1 else ((1, 1, 1.0),):
@@ -68,10 +81,7 @@ def gemm_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float:
     rate = _peak(element, cluster) * 1e12 * cluster["gemm_efficiency"]
     if element == 1:
         rate *= FLOAT8_EFFICIENCY
-    computing = 2.0 * work * (k + cluster["gemm_half_depth"]) / rate
-    made = max(element, 2)  # a matmul in float8 writes bfloat16
-    moving = products * ((m * k + k * n) * element + m * n * made) / _bandwidth(cluster)
-    return max(computing, moving) + cluster["kernel_us"] * 1e-6
+    return 2.0 * work * (k + cluster["gemm_half_depth"]) / rate
 
 
 def attention_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float:
@@ -101,6 +111,9 @@ def moved_bytes(op: Op) -> float:
             return 2.0 * written
         case "index_put_":
             return 3.0 * sum(size for _, size in op.reads[1:])
+        case "scatter_" | "scatter_add_":  # indices are int64
+            values = op.reads[1][1] / 8 * op.element
+            return sum(size for _, size in op.reads[1:]) + values * (1 if op.name == "scatter_" else 2)
         case "copy_":
             return float(read)
         case (

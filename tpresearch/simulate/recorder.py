@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,13 +25,15 @@ SINGLE_KERNEL_MODULES = (nn.RMSNorm,)
 _VIEWS = """
     view _unsafe_view t transpose unsqueeze squeeze expand slice select split split_with_sizes detach alias permute
     as_strided reshape unbind chunk narrow unflatten flatten view_as _reshape_alias lift_fresh is_same_size unfold
-    diagonal unsafe_split unsafe_chunk movedim swapaxes real imag view_as_real view_as_complex"""
+    diagonal unsafe_split unsafe_chunk movedim swapaxes real imag view_as_real view_as_complex _conj _neg_view"""
 _ALLOCATIONS = """
     empty new_empty empty_strided empty_like new_empty_strided set_ resize_ record_stream promote_types
     _local_scalar_dense"""
 _NO_KERNEL = frozenset([*_VIEWS.split(), *_ALLOCATIONS.split()])
 _GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_scaled_mm": 0, ADDING_MATMUL: 1}
 """Op -> position of the first factor among its arguments."""
+_CONVOLUTIONS = ("convolution", "convolution_backward")
+_BAGS = ("_embedding_bag", "_embedding_bag_forward_only")
 _NAMESPACES = ("aten", "tpresearch", "c10d", "_c10d_functional", "fsdp")
 
 
@@ -86,11 +88,23 @@ class Recorder(CommunicationLedger):
         self._running = len(self._spans)
         self._spans.append((_sequence(), _sequence()))
 
-    def _leave(self, _: nn.Module, __: Any, output: Tensor) -> None:
+    def _leave(self, _: nn.Module | None, __: Any, *outputs: Tensor) -> None:
         assert self._running is not None
-        self._memory.include(output.to_local() if isinstance(output, DTensor) else output)
+        for output in outputs:
+            self._memory.include(output.to_local() if isinstance(output, DTensor) else output)
         self._spans[self._running] = (self._spans[self._running][0], _sequence())
         self._running = None
+
+    def as_one_kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that runs op by op, of which a compiler makes one kernel: it holds its outputs alone."""
+
+        def run(*given: Any) -> Any:
+            self._enter()
+            result = function(*given)
+            self._leave(None, given, *tree_leaves(result))
+            return result
+
+        return run
 
     def _after_first_block(self, *_: Any) -> None:
         if self._phase == "forward":  # not when it is recomputed
@@ -143,10 +157,12 @@ class Recorder(CommunicationLedger):
         return result
 
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, result: Any, event: Any) -> None:
-        given = [
-            t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, DTensor)
-        ]
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not isinstance(t, DTensor)]
+        out = (kwargs or {}).get("out")  # of an op that returns it, which only writes to it
+        inputs = {**(kwargs or {}), "out": None} if any(t is out for t in made) else kwargs
+        given = [
+            t for t in tree_leaves((args, inputs)) if isinstance(t, Tensor) and not isinstance(t, DTensor)
+        ]
         if not given and not made:
             return
         if name == "to" and {*map(_storage, made)} <= {*map(_storage, given)}:
@@ -160,7 +176,9 @@ class Recorder(CommunicationLedger):
                 return  # among one rank
         elif name in _GEMMS:
             first, second = args[_GEMMS[name] : _GEMMS[name] + 2]
-            kind, shape, element = "gemm", _gemm_shape(first, second), first.element_size()
+            kind, shape, element = "gemm", _gemm_shape(first, second), _real_bytes(first)
+        elif name in _CONVOLUTIONS:
+            kind, shape = "convolution", _convolution_shape(args, result, backward=name != "convolution")
         elif "scaled_dot_product" in name:
             kind, shape = "attention", _attention_shape(args, backward="backward" in name)
         elif name.startswith(("_fused_adam", "adamw_")):
@@ -172,6 +190,9 @@ class Recorder(CommunicationLedger):
                 if tensor.shape[-1:] != (1,):  # the scales are kept on CUDA too
                     self._memory.exclude(tensor)
         reads, writes = self._touched(given), self._touched(made)
+        if name in _BAGS:  # of the table, a row per index
+            table, indices = args[:2]
+            reads = ((reads[0][0], indices.numel() * _bytes(table[0])), *reads[1:])
         self._ops.append(Op(self._phase, kind, name, reads, writes, element, shape, event, self._kernel()))
 
     def _kernel(self) -> int:
@@ -215,8 +236,24 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _gemm_shape(first: Tensor, second: Tensor) -> tuple[int, ...]:
-    products = first.shape[0] if first.dim() == 3 else 1
-    return products, first.shape[-2], second.shape[-1], first.shape[-1]
+    """Of complex factors that of their real and imaginary parts, beside each other."""
+    products, parts = first.shape[0] if first.dim() == 3 else 1, 2 if first.is_complex() else 1
+    return products, first.shape[-2], parts * second.shape[-1], parts * first.shape[-1]
+
+
+def _real_bytes(tensor: Tensor) -> int:
+    return tensor.element_size() // 2 if tensor.is_complex() else tensor.element_size()
+
+
+def _convolution_shape(args: tuple[Any, ...], result: Any, backward: bool) -> tuple[int, ...]:
+    """That of the matmul of which it is made, twice if backward takes both gradients."""
+    output, given, weight = args[:3] if backward else (result, *args[:2])
+    transposed, groups = args[7 if backward else 6], args[9 if backward else 8]
+    products = groups * (sum(args[10][:2]) if backward else 1)
+    channels, each = weight.shape[0], weight[0].numel()  # each: inputs of an output, or outputs of an input
+    if transposed:
+        return products, given.numel() // channels, each, channels // groups
+    return products, output.numel() // channels, channels // groups, each
 
 
 def _attention_shape(args: tuple[Any, ...], backward: bool) -> tuple[int, ...]:

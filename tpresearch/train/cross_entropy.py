@@ -135,12 +135,12 @@ def _loss_and_gradient(
     mine = _widen(logits.amax(-1))
     greatest = shard.all_reduce_max(mine.clone()) if shard else mine
     of_target = torch.where(here, logits.gather(-1, index)[:, 0] - greatest, 0)
-    if logits.is_cuda and dtype is not mine.dtype:
-        # These kernels convert what they read and write; on a CPU that is slower than a copy.
-        softmax, place = torch.softmax(logits, -1, dtype=mine.dtype), logits
-    else:
-        softmax = place = _widen(logits)
-        torch.softmax(softmax, -1, out=softmax)
+    softmax = _widen(logits)
+    torch.softmax(
+        softmax, -1, out=softmax
+    )  # given narrow logits and a wider dtype, it would make a second wide copy
+    # A GPU's kernels convert what they write; on a CPU that is slower than a copy.
+    place = logits if logits.is_cuda else softmax
     del logits  # which nobody else holds, and may be but a copy's origin
     # The greatest exponential over its share is the sum of all.
     part = (mine - greatest).exp() / softmax.amax(-1)
@@ -160,13 +160,13 @@ def _compiled_loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The same in fused kernels, one per stretch between two collectives."""
     valid, here, index = _target_columns(targets, logits.shape[-1], shard)
-    greatest = shard.all_reduce_max(_fused(_greatest)(logits)) if shard else None
-    greatest, total, of_target = _fused(_totals)(logits, greatest, index[:, 0], here)
+    greatest = shard.all_reduce_max(fused(_greatest)(logits)) if shard else None
+    greatest, total, of_target = fused(_totals)(logits, greatest, index[:, 0], here)
     if shard:
         total, of_target = shard.all_reduce_sum(total), shard.all_reduce_sum(of_target)
     if learns:
         weight = valid.to(total.dtype) * scale
-        logits = _fused(_gradient)(logits, greatest, total, index[:, 0], here, weight)
+        logits = fused(_gradient)(logits, greatest, total, index[:, 0], here, weight)
     return torch.where(valid, total.log() - of_target, 0).sum() * scale, logits
 
 
@@ -180,8 +180,8 @@ def _target_columns(
 
 
 @functools.cache
-def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at its first call: the compiler alone takes a second to import. For that call's shapes, then once more for any:
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled, at its first call: the compiler alone takes a second to import. For that call's shapes, then once more for any:
     torch compiles nothing for the ninth shape (2.11 to 2.14), and chunks of several sizes and models share these functions."""
     return torch.compile(function, fullgraph=True)
 
