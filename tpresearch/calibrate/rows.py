@@ -36,17 +36,27 @@ def read_rows(path: Path) -> list[Row]:
     except (OSError, ValueError) as error:
         raise ConfigError("rows", str(path), f"cannot be read ({error})", LEGAL, {}) from error
     for row in rows:
-        if not isinstance(row, dict) or ("us" in row and not _is_measured(row)):
-            raise ConfigError("rows", str(path), f"not a measured op: {json.dumps(row)}", LEGAL, {})
+        if not isinstance(row, dict) or not (_is_measured(row) if "us" in row else _is_card(row)):
+            raise ConfigError("rows", str(path), f"not a measured op or a card: {json.dumps(row)}", LEGAL, {})
     return rows
 
 
 def _is_measured(row: Row) -> bool:
     shape, op = row.get("shape"), row.get("op")
     counts = [row["us"], row.get("flops"), row.get("bytes"), *(shape if isinstance(shape, list) else [None])]
-    return isinstance(op, str) and all(
-        isinstance(count, int | float) and 0 <= count < math.inf for count in counts
-    )
+    if not isinstance(op, str) or not all(map(_is_count, counts)):
+        return False
+    return not op.endswith((IN_A_HOST, ACROSS_HOSTS)) or (isinstance(shape, list) and len(shape) == 2)
+
+
+def _is_card(row: Row) -> bool:
+    """Whether a line that measures nothing states a card's memory as a number, if at all."""
+    return _is_count(row.get("memory_bytes", 0))
+
+
+def _is_count(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value < math.inf
 
 
 def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -> dict[str, Any]:
