@@ -91,7 +91,7 @@ def test_each_step_runs_compiled_code(
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", counted)
-    monkeypatch.setattr(cross_entropy, "fused", functools.cache(cross_entropy.fused.__wrapped__))
+    monkeypatch.setattr(cross_entropy, "_fused", functools.cache(cross_entropy._fused.__wrapped__))
     cfg = config(
         *("model=llama2_debug", f"model.n_layers={layers}", f"parallel={plan}", "parallel.compile=true"),
         *(f"parallel.activation_checkpointing={kind}", "train.eval_rows=11"),

@@ -82,7 +82,7 @@ def thinned(world: World, cfg: Config) -> tuple[list[float], list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        patch.setattr(cross_entropy, "fused", lambda function: function)
+        patch.setattr(cross_entropy, "_fused", lambda function: function)
         patch.setattr(randomness, "seed_of", noted)
         return dropped(world, cfg)[0], seeds
 

@@ -160,13 +160,13 @@ def _compiled_loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The same in fused kernels, one per stretch between two collectives."""
     valid, here, index = _target_columns(targets, logits.shape[-1], shard)
-    greatest = shard.all_reduce_max(fused(_greatest)(logits)) if shard else None
-    greatest, total, of_target = fused(_totals)(logits, greatest, index[:, 0], here)
+    greatest = shard.all_reduce_max(_fused(_greatest)(logits)) if shard else None
+    greatest, total, of_target = _fused(_totals)(logits, greatest, index[:, 0], here)
     if shard:
         total, of_target = shard.all_reduce_sum(total), shard.all_reduce_sum(of_target)
     if learns:
         weight = valid.to(total.dtype) * scale
-        logits = fused(_gradient)(logits, greatest, total, index[:, 0], here, weight)
+        logits = _fused(_gradient)(logits, greatest, total, index[:, 0], here, weight)
     return torch.where(valid, total.log() - of_target, 0).sum() * scale, logits
 
 
@@ -180,7 +180,7 @@ def _target_columns(
 
 
 @functools.cache
-def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function compiled, at its first call: the compiler alone takes a second to import. For that call's shapes, then once more for any:
     torch compiles nothing for the ninth shape (2.11 to 2.14), and chunks of several sizes and models share these functions."""
     return torch.compile(function, fullgraph=True)
