@@ -126,5 +126,9 @@ def test_buffers_that_a_forward_changes_are_named_by_the_plan() -> None:
     cfg = config(*model(Buffered), "parallel=none")
     text = plan_text(*plan_model(cfg, validate(cfg, 1)))
     assert "buffers: a forward changes seen, on each data-parallel rank" in text
+    assert "not in checkpoints" not in text
+    meta, plan = plan_model(cfg, validate(cfg, 1))
+    meta.register_buffer("seen", meta.get_buffer("seen"), persistent=False)
+    assert "not in checkpoints: seen, which a forward changes" in plan_text(meta, plan)
     cfg = config("model=llama2_debug", "parallel=none")
     assert "buffers:" not in plan_text(*plan_model(cfg, validate(cfg, 1)))

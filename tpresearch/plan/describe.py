@@ -132,6 +132,10 @@ def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
             f"buffers: a forward changes {_join_names(list(changed))}, on each data-parallel rank and in each micro-batch by its own rows: "
             "equality with one process is not claimed"
         )
+        if passing := sorted(set(changed) - set(model.state_dict())):
+            notes.append(
+                f"not in checkpoints: {_join_names(passing)}, which a forward changes and persistent=False leaves out: a resumed run starts them anew"
+            )
     return [*notes, random_note(plan)] if plan.probe.draws else notes
 
 
