@@ -136,9 +136,8 @@ def _loss_and_gradient(
     greatest = shard.all_reduce_max(mine.clone()) if shard else mine
     of_target = torch.where(here, logits.gather(-1, index)[:, 0] - greatest, 0)
     softmax = _widen(logits)
-    torch.softmax(
-        softmax, -1, out=softmax
-    )  # given narrow logits and a wider dtype, it would make a second wide copy
+    # In place: given narrow logits and a wider dtype, it would make a second wide copy.
+    torch.softmax(softmax, -1, out=softmax)
     # A GPU's kernels convert what they write; on a CPU that is slower than a copy.
     place = logits if logits.is_cuda else softmax
     del logits  # which nobody else holds, and may be but a copy's origin
