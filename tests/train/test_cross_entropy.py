@@ -68,6 +68,19 @@ def test_on_a_card_it_is_the_plain_one(dtype: torch.dtype) -> None:
     check_plain(dtype, 32, compile=False, device="cuda")
 
 
+def test_logits_that_were_copied_are_let_go_though_the_caller_holds_its_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a frame that dynamo evaluates does."""
+    logits = torch.randn(4, 8, dtype=torch.bfloat16)
+    seen, alive, multiply = weakref.ref(logits), [], torch.mul
+    arguments = [logits], torch.tensor([1, 2, 3, 4]), 1.0, None, True
+    del logits
+    monkeypatch.setattr(torch, "mul", lambda *a, **k: (alive.append(seen()), multiply(*a, **k))[1])
+    cross_entropy._loss_and_gradient(*arguments)
+    assert alive == [None]
+
+
 def test_fused_it_is_the_plain_one() -> None:
     check_plain(torch.bfloat16, TOKENS // 2, compile=True)
 

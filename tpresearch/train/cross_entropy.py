@@ -99,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count, done = chunk_count(len(hidden), chunk), 0
         for x, target in zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True):
             of_chunk, gradient = loss_and_gradient(
-                F.linear(x, weight), target, scale, shard, needs_hidden or needs_weight
+                [F.linear(x, weight)], target, scale, shard, needs_hidden or needs_weight
             )
             loss += of_chunk
             if of_hidden is not None:
@@ -121,15 +121,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return of_hidden, of_weight, None, None, None, None, None
 
 
-LossFunction = Callable[[Tensor, Tensor, float, VocabularyShard | None, bool], tuple[Tensor, Tensor]]
+LossFunction = Callable[[list[Tensor], Tensor, float, VocabularyShard | None, bool], tuple[Tensor, Tensor]]
 """(logits [c, V] or this rank's part of V, targets [c], scale, the shard, whether a gradient is needed) -> the loss of
-the chunk times `scale`, and its gradient by the logits, in their dtype. Logits may be overwritten."""
+the chunk times `scale`, and its gradient by the logits, in their dtype. Logits may be overwritten; they come alone in a list, which
+is emptied, since a caller may hold its arguments until the end."""
 
 
 def _loss_and_gradient(
-    logits: Tensor, targets: Tensor, scale: float, shard: VocabularyShard | None, learns: bool
+    given: list[Tensor], targets: Tensor, scale: float, shard: VocabularyShard | None, learns: bool
 ) -> tuple[Tensor, Tensor]:
     """In one float32 copy of the logits, in place of those that are float32 already, and in as few passes as torch's ops allow."""
+    logits = given.pop()
     dtype = logits.dtype
     valid, here, index = _target_columns(targets, logits.shape[-1], shard)
     mine = _widen(logits.amax(-1))
@@ -155,9 +157,10 @@ def _loss_and_gradient(
 
 
 def _compiled_loss_and_gradient(
-    logits: Tensor, targets: Tensor, scale: float, shard: VocabularyShard | None, learns: bool
+    given: list[Tensor], targets: Tensor, scale: float, shard: VocabularyShard | None, learns: bool
 ) -> tuple[Tensor, Tensor]:
     """The same in fused kernels, one per stretch between two collectives."""
+    logits = given.pop()
     valid, here, index = _target_columns(targets, logits.shape[-1], shard)
     greatest = shard.all_reduce_max(_fused(_greatest)(logits)) if shard else None
     greatest, total, of_target = _fused(_totals)(logits, greatest, index[:, 0], here)
