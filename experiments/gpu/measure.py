@@ -54,9 +54,8 @@ STAGES: dict[str, tuple[float, list[str]]] = {
                 str(ROOT / "tests" / "train" / "test_randomness.py"),
                 str(ROOT / "tests" / "commands" / "test_cuda_runs.py"),
             ),
-            *(
-                ["-n", "6", "--dist", "load"] if find_spec("xdist") else []
-            ),  # small models: all fit beside each other
+            # Small models: all fit beside each other.
+            *(["-n", "6", "--dist", "load"] if find_spec("xdist") else []),
         ],
     ),
     "training-8b-compiled-adamw": (170, [str(HERE / "training.py"), "8b-compiled-adamw"]),

@@ -277,9 +277,8 @@ def lines(name: str) -> int:
 
 def version(name: str) -> str:
     installed = {found.name for found in importlib.metadata.distributions()}
-    fabric = (
-        "lightning-fabric" if "lightning-fabric" in installed else "pytorch-lightning"
-    )  # which contains it
+    # The second contains the first.
+    fabric = "lightning-fabric" if "lightning-fabric" in installed else "pytorch-lightning"
     packages = {"fabric": (fabric,), "transformers": ("transformers", "accelerate")}.get(name, ())
     return " ".join(importlib.metadata.version(package) for package in packages)
 
