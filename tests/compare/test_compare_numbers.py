@@ -227,6 +227,23 @@ def test_what_was_sent_beside_what_is_expected(tmp_path: Path) -> None:
     assert "There is no formula for tp · 2 ranks." in ledger(groups).notes
 
 
+def test_what_a_step_was_predicted_to_send_is_not_called_measured(tmp_path: Path) -> None:
+    sent = [entry("tp", "all_gather", 500)]
+    groups = groups_of(tmp_path, Made("tp", {"tp": 2}, sent=sent), Made("tp", {"tp": 4}, sent=sent))
+    groups[1].first.summary["predicted"], groups[1].first.ledger["expected"] = True, None
+    found = ledger(groups)
+    assert sorted(rows(found, "run", "side")) == [
+        ("2 ranks", "expected"),
+        ("2 ranks", "measured"),
+        ("4 ranks", "predicted"),
+    ]
+    assert found.notes == ["Measured equals expected to the byte in 1 of 1 runs."]
+    spec = chart_spec(PANELS["ledger"], found.points, ChartStyle(["2 ranks", "4 ranks"], []))
+    ends = spec["datasets"][spec["layer"][-1]["data"]["name"]]
+    assert {end["text"] for end in ends} == {"500 B measured", "500 B expected", "500 B predicted"}
+    assert ledger(groups[1:]).notes == ["Predicted, not measured."]
+
+
 def test_the_tables(tmp_path: Path) -> None:
     boom = Made("fsdp", {"dp_shard": 2}, steps=2, error=ValueError("boom"))
     groups = groups_of(tmp_path, Made(), Made("tp", {"tp": 2}, loss=nudged, speed=1200.0), boom)

@@ -139,7 +139,7 @@ def _with_marks(points: pd.DataFrame, style: ChartStyle) -> pd.DataFrame:
 
 
 def _bars(panel: Panel, points: pd.DataFrame, style: ChartStyle) -> alt.LayerChart:
-    """One bar per run with its figure at the end, or two for measured and expected.
+    """One bar per run with its figure at the end, or two for measured and expected; of a prediction one that says so.
 
     A bar may be split into parts; over seeds it has a line of one standard deviation to each side.
     """
@@ -169,7 +169,8 @@ def _bars(panel: Panel, points: pd.DataFrame, style: ChartStyle) -> alt.LayerCha
         beside_names = WIDTH - min(MAX_NAME_WIDTH, 7 * points["run"].str.len().max()) - 20
         how = {"color": part_colour(parts, beside_names), "order": alt.Order("order:Q")}
     if "side" in points:
-        where["yOffset"] = alt.YOffset("side:N").sort(["measured", "expected"]).scale(paddingInner=0.1)
+        order = ["measured", "predicted", "expected"]
+        where["yOffset"] = alt.YOffset("side:N").sort(order).scale(paddingInner=0.1)
         how["opacity"] = alt.condition("datum.side == 'expected'", alt.value(0.5), alt.value(1))
     how["tooltip"] = [f"{key}:N" for key in ("run", "side", "part", "text") if key in points]
     layers = [alt.Chart(points).mark_bar().encode(**where, **how)]

@@ -204,26 +204,28 @@ def scaling(groups: Sequence[Group], speed: str) -> PanelData:
 
 
 def ledger(groups: Sequence[Group]) -> PanelData:
-    """`run`, `side` (measured or expected), `part` (axis and collective), `value` in bytes."""
-    measured = {group.label: group.first.ledger for group in groups if group.first.ledger.get("measured")}
+    """`run`, `side` (measured or expected, or predicted), `part` (axis and collective), `value` in bytes."""
+    counted = {group.label: group.first for group in groups if group.first.ledger.get("measured")}
     entries = [
         (label, side, f"{entry['axis']} {entry['collective'].replace('_', '-')}", entry["sent_bytes"])
-        for label, content in measured.items()
-        for side in ("measured", "expected")
-        for entry in content.get(side) or []
+        for label, run in counted.items()
+        for key, side in (("measured", "predicted" if run.is_predicted else "measured"), ("expected",) * 2)
+        for entry in run.ledger.get(key) or []
     ]
     points = pd.DataFrame(entries, columns=["run", "side", "part", "value"])
     points = points.groupby(["run", "side", "part"], as_index=False)["value"].sum()
     if not points["value"].any():
-        return PanelData(
-            notes=["No run communicates: each is a single process, or ended before a step was counted."]
-        )
-    sides = points.pivot(index=["run", "part"], columns="side", values="value").fillna(0)
-    equal = (sides["measured"] == sides.get("expected", 0)).groupby("run").all()
-    claimed = [label for label, content in measured.items() if content.get("expected") is not None]
+        why = "No run communicates: each is a single process, or ended before a step was counted."
+        return PanelData(notes=[why])
+    pivoted = points.pivot(index=["run", "part"], columns="side", values="value")
+    sides = pivoted.reindex(columns=["measured", "expected"]).fillna(0)
+    equal = (sides["measured"] == sides["expected"]).groupby("run").all()
+    measured = [label for label, run in counted.items() if not run.is_predicted]
+    claimed = [label for label in measured if counted[label].ledger.get("expected") is not None]
     unlike = [label for label in claimed if not equal[label]]
     unclaimed = [label for label in measured if label not in claimed]
-    notes = [f"Measured equals expected to the byte in {len(claimed) - len(unlike)} of {len(claimed)} runs."]
+    of = f"{len(claimed) - len(unlike)} of {len(claimed)} runs"
+    notes = [f"Measured equals expected to the byte in {of}." if measured else "Predicted, not measured."]
     notes += [f"They differ in {', '.join(unlike)}."] if unlike else []
     notes += [f"There is no formula for {', '.join(unclaimed)}."] if unclaimed else []
     return PanelData(points, notes)  # pyrefly: ignore[bad-argument-type]
