@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tpresearch.simulate.kernels import Kernel, kernels
 from tpresearch.simulate.network import Route, collective_s, network_s, route
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
 from tpresearch.simulate.prices import attention_s, bytes_s, gemm_s, op_s
-from tpresearch.simulate.replay import replay
+from tpresearch.simulate.replay import Span, replay
 from tpresearch.simulate.trace import Op
 
 CLUSTERS = sorted((Path(__file__).parents[2] / "conf" / "cluster").glob("*.yaml"))
@@ -274,6 +275,22 @@ def test_micro_batches_that_are_not_recorded_take_as_long_as_the_last() -> None:
     assert few["step"] == pytest.approx(6.5)
     assert many["step"] == pytest.approx(30.5)
     assert many["gemm"] == pytest.approx(20.5)
+
+
+@pytest.mark.parametrize("shared_cores", [None, 8.0])
+def test_the_timeline_has_micro_batches_that_are_not_recorded_as_one_span(shared_cores: float | None) -> None:
+    """Nothing overlaps on a stream, and the device is busy from the first kernel to the end."""
+    part, spans = [gather(1, 1.0), copy_out(1), work(2.0)], list[Span]()
+    where = dataclasses.replace(cluster(), shared_cores=shared_cores)
+    found = replay([part, part, [work(0.5)]], 10, where, 8, spans)
+    (left, *_) = (span.seconds for span in spans if span.name == "6 more micro-batches")
+    assert left == pytest.approx(18.0)
+    for stream in {span.stream for span in spans}:
+        mine = [span for span in spans if span.stream == stream]
+        for one, after in itertools.pairwise(mine):
+            assert after.start_s >= one.start_s + one.seconds - 1e-9
+    last = spans[-1]
+    assert last.start_s + last.seconds == pytest.approx(found["step"])
 
 
 def test_the_host_may_be_what_a_step_waits_for() -> None:

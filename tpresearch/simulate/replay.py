@@ -258,6 +258,10 @@ def _repeat(streams: Streams, batch: Sequence[Kernel], repeats: int) -> None:
         left = repeats - 2
         grown = left * (max(streams.device_s, streams.host_s) - before)
         lead = streams.device_s - streams.host_s - ahead
+        if streams.spans is not None:
+            stream = "cpu" if streams.cluster.is_cpu else "device"
+            ends = {stream: streams.device_s, **streams.groups}
+            streams.spans += [Span(one, f"{left} more micro-batches", at, grown) for one, at in ends.items()]
         streams.host_s += grown - (left * lead if lead > 0 else 0.0)
         streams.device_s += grown
         streams.copied_out_s += grown
