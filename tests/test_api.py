@@ -92,6 +92,13 @@ def test_a_wrong_override_is_refused_in_the_sentence_of_the_command(words: list[
     assert tpresearch.load("model=toy_mlp").model.name == "toy_mlp"  # and what comes after is composed afresh
 
 
+def test_what_resumes_a_run_on_the_command_line_is_refused() -> None:
+    """It would have initial weights, and not even the settings of that run."""
+    with pytest.raises(ConfigError, match=r"^resume=outputs/mine: .*; init_from, for the weights"):
+        tpresearch.load("model=toy_mlp", "resume=outputs/mine")
+    assert tpresearch.load("model=toy_mlp", "resume=never").resume == "never"
+
+
 @pytest.mark.parametrize("given", [["model=toy_mlp"], 3, None])
 def test_overrides_in_a_list_are_refused_in_one_sentence(given: Any) -> None:
     with pytest.raises(

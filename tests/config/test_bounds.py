@@ -53,6 +53,25 @@ def test_what_is_outside_is_refused_and_the_bound_itself_is_not(key: str) -> Non
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "legal"),
+    [
+        ("optimizer.name", "sgd", "OptimizerName.adamw, OptimizerName.sgd"),
+        ("train.dtype", "float64", "Dtype.float32, Dtype.bfloat16, Dtype.float64"),
+        ("optimizer.moment_dtype", "bfloat16", "WeightDtype.float32, WeightDtype.bfloat16"),
+        ("device", "cuda", "DeviceKind.auto, DeviceKind.cpu, DeviceKind.cuda"),
+        ("verify.optimizers", ["sgd"], "OptimizerName.adamw, OptimizerName.sgd"),
+    ],
+)
+def test_text_in_place_of_an_enum_is_refused(key: str, text: str | list[str], legal: str) -> None:
+    """It equals the member, so that `optimizer.name is OptimizerName.sgd` would be silently false."""
+    cfg = config()
+    branch, _, name = key.rpartition(".")
+    setattr(getattr(cfg, branch) if branch else cfg, name, text)
+    with pytest.raises(ConfigError, match=rf"^{key}=\w+: not a member of \w+; one of {legal}$"):
+        check_bounds(cfg)
+
+
 def test_there_are_as_many_as_the_schema_has_numbers() -> None:
     assert len(FIELDS) >= 29
     assert {"train.steps", "optimizer.betas", "schedule.decay_ratio", "verify.world_size"} < FIELDS.keys()

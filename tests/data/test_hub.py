@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import gzip
 import json
 import logging
@@ -22,6 +23,7 @@ from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
 from tpresearch.data import hub as hub_room
 from tpresearch.data.check import check_data
+from tpresearch.data.hub import check_hub
 from tpresearch.data.tokenizer import tokenizer_size, train_bpe
 
 datasets = pytest.importorskip("datasets")
@@ -129,6 +131,12 @@ def test_folders_that_datasets_saved_are_read(
     many = prepared(configure(str(tmp_path / "many"), DataSource.hf), bpe)
     assert one.meta["train"]["documents"] + one.meta["held_out"]["documents"] == len(TEXTS)
     assert (one.train == many.train).all()
+    for folder, splits in (("one", "train"), ("many", "train, other")):
+        data = dataclasses.replace(configure(str(tmp_path / folder), DataSource.hf), split="validation")
+        with pytest.raises(
+            ConfigError, match=rf"^data.split=validation: not a split of .*; one of {splits}$"
+        ):
+            check_hub(data)
 
 
 def test_a_changed_local_folder_is_read_anew(

@@ -42,12 +42,16 @@ def test_text_files_are_documents_by_relative_path(texts: Path, configure: Confi
     assert dict(read)["part1/007.txt"] == (texts / "part1/007.txt").read_text()
 
 
-def test_a_list_of_files_and_globs_is_read_once_each_in_order(texts: Path, configure: Configure) -> None:
+def test_a_list_of_files_and_globs_is_read_once_each_in_order(
+    texts: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = [f"{texts}/part1/*.txt", f"{texts}/part0/004.txt", f"{texts}/part0/00*.txt"]
     names = [name for name, _ in names_and_texts(configure(paths))]
     assert names == sorted(set(names))
     assert len(names) == 60 + 5
     assert names_and_texts(configure(paths)) == names_and_texts(configure(paths[::-1]))
+    monkeypatch.chdir(texts)
+    assert len(names_and_texts(configure([*paths, "part1/*.txt", "./part0/../part0/004.txt"]))) == 60 + 5
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])

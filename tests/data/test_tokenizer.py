@@ -239,6 +239,18 @@ def test_of_a_foreign_tokenizer_a_run_keeps_every_file(
     assert special_ids(kept) == (2, 3)
 
 
+def test_a_run_keeps_the_tokenizer_file_that_is_named_and_not_one_beside_it(
+    texts: Path, configure: Configure, tmp_path: Path
+) -> None:
+    train_bpe([HARD], 270).save(tmp_path / "tokenizer.json")
+    train_bpe([HARD[::-1]], 280).save(tmp_path / "tokenizer-2.json")
+    named = TokenizerConfig(kind=TokenizerKind.hf, vocab_size=280, path=str(tmp_path / "tokenizer-2.json"))
+    corpus = prepared(configure(str(texts / "part0/*.txt")), named)
+    (tmp_path / "run").mkdir()
+    corpus.save_tokenizer(named, tmp_path / "run")
+    assert load_hf(str(tmp_path / "run/tokenizer")).hash == corpus.tokenizer_hash
+
+
 def test_a_word_of_a_megabyte_costs_what_as_much_text_does() -> None:
     """Learning from it whole would take hours, and encoding it whole gigabytes."""
     rng = random.Random(0)

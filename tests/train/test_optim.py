@@ -36,6 +36,14 @@ def test_wsd_is_level_and_then_falls_in_a_line() -> None:
     assert found[16:] == pytest.approx([1.6, 1.2, 0.8, 0.4])
 
 
+@pytest.mark.parametrize("name", ["constant", "cosine", "wsd"])
+def test_steps_after_the_last_have_its_learning_rate_or_less(name: str) -> None:
+    schedule = ScheduleConfig(name=ScheduleName(name), min_lr_ratio=0.1)
+    last, *later = (learning_rate(step, 20, 2.0, schedule) for step in (20, 21, 30, 400))
+    assert later == [last] * 3
+    assert last == pytest.approx(2.0 if name == "constant" else 0.2)
+
+
 def test_no_warmup_starts_at_the_peak() -> None:
     assert learning_rate(0, 10, 1.0, ScheduleConfig(warmup_steps=0)) == 1.0
 

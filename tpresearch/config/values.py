@@ -11,6 +11,7 @@ import math
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -182,12 +183,14 @@ def check_bounds(config: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: for the first, in the order of the schema.
     """
-    declared = _annotations(config.__class__)
+    declared, choices = _annotations(config.__class__), _choices(config.__class__)
     for field in dataclasses.fields(config):
         value, key, declares = getattr(config, field.name), f"{prefix}{field.name}", declared[field.name]
         if dataclasses.is_dataclass(value):
             check_bounds(value, f"{key}.")
             continue
+        if choice := choices.get(field.name):
+            _check_choice(key, value, choice)
         for number in _numbers(value):
             _check_number(key, value, number, next((d for d in declares if isinstance(d, Within)), None))
         for declaration in declares:
@@ -205,6 +208,14 @@ def _check_number(key: str, value: Any, number: float, bound: Within | None) -> 
         raise ConfigError(key, value, "too small" if number < bound.least else above, str(bound))
 
 
+def _check_choice(key: str, value: Any, choice: type[Enum]) -> None:
+    """Composing a config makes members of text; set in Python, text equals a member and yet is none: `is` would not find it."""
+    for item in value if isinstance(value, list) else [value]:
+        if item is not None and not isinstance(item, choice):
+            legal = "one of " + ", ".join(f"{choice.__name__}.{name}" for name in choice.__members__)
+            raise ConfigError(key, item, f"not a member of {choice.__name__}", legal)
+
+
 def _numbers(value: Any) -> Iterator[float]:
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, int | float) and not isinstance(item, bool):
@@ -216,3 +227,15 @@ def _annotations(schema: type) -> dict[str, tuple[Any, ...]]:
     """The annotations of each field of a schema."""
     hints = get_type_hints(schema, include_extras=True)
     return {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+
+
+@cache
+def _choices(schema: type) -> dict[str, type[Enum]]:
+    """The enum of each field of a schema that has one, or a list of its members, or null."""
+    hints = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(schema).items()}
+    return {
+        name: kind
+        for name, kinds in hints.items()
+        for kind in kinds
+        if isinstance(kind, type) and issubclass(kind, Enum)
+    }

@@ -120,16 +120,31 @@ def _records(data: DataConfig) -> Iterator[dict[str, Any]]:
     folder = _local_folder(data)
     source = str(folder or data.path)
     try:
-        if folder and (folder / "state.json").is_file():
-            found = datasets.load_from_disk(source)
-        elif folder and (folder / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(source)[data.split]
+        if folder and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            found = _saved_split(data, datasets.load_from_disk(source))
         else:
             in_place = data.streaming or folder is not None
             found = datasets.load_dataset(source, data.name, split=data.split, streaming=in_place)
         yield from found
+    except ConfigError:
+        raise
     except Exception as error:  # a dozen kinds, by format and by what the network did
         raise _load_error(data, error) from error
+
+
+def _saved_split(data: DataConfig, saved: Any) -> Any:
+    """The split of what `save_to_disk` wrote: all splits, or one, which is also what the default names."""
+    one = (
+        {}
+        if isinstance(saved, dict)
+        else {DataConfig.split: saved, str(saved.split or DataConfig.split): saved}
+    )
+    splits = one or saved
+    if data.split not in splits:
+        raise ConfigError(
+            "data.split", data.split, f"not a split of {data.path}", f"one of {', '.join(splits)}"
+        )
+    return splits[data.split]
 
 
 def _builder(data: DataConfig) -> Any:

@@ -104,7 +104,7 @@ def expand_paths(path: Any) -> list[Path]:
     patterns = path if isinstance(path, list | tuple) else [path]
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise ConfigError("data.path", path, "no file is named", legal, EMBEDDED_DATA)
-    files: set[Path] = set()
+    files: dict[str, Path] = {}  # by absolute path: a file may be named in several ways
     for pattern in patterns:
         local = os.path.expanduser(pattern)
         if os.path.isdir(local):
@@ -116,15 +116,16 @@ def expand_paths(path: Any) -> list[Path]:
         if not found:
             why = "matches no file" if glob.has_magic(local) else "there is no such file"
             raise ConfigError("data.path", pattern, f"{why} (seen from {os.getcwd()})", legal, EMBEDDED_DATA)
-        files |= found
-    for file in files:
+        for match in found:
+            files.setdefault(os.path.abspath(match), match)
+    for file in files.values():
         if not os.access(file, os.R_OK):
             legal = f"a file readable by this user, {os.getuid()}"
             raise ConfigError("data.path", file, "is not readable", legal)
-    if not any(file.stat().st_size for file in files):
+    if not any(file.stat().st_size for file in files.values()):
         many = "is empty" if len(files) == 1 else f"all {len(files)} files are empty"
         raise ConfigError("data.path", path, many, "files with text in them", EMBEDDED_DATA)
-    return sorted(files)
+    return sorted(files.values())
 
 
 def relative_names(files: list[Path]) -> list[tuple[str, Path]]:

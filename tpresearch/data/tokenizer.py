@@ -168,6 +168,8 @@ def save_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig, run: Path) -> 
         _, home = _load(config.path)
         for path in {path for pattern in KEPT_FILES for path in home.glob(pattern) if path.is_file()}:
             shutil.copyfile(path, folder / path.name)
+        if (named := Path(os.path.expanduser(str(config.path)))).is_file():  # beside which may be another
+            shutil.copyfile(named, folder / TOKENIZER_FILE)
     if not (folder / TOKENIZER_FILE).exists():
         tokenizer.save(folder / TOKENIZER_FILE)
     if not (folder / SETTINGS_FILE).exists():

@@ -64,7 +64,7 @@ def build_optimizer(
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) -> float:
-    """The learning rate of step `step`, counted from 0, of `total`.
+    """The learning rate of step `step`, counted from 0, of `total`; later ones, which a job in Python may take, have the last's.
 
     Linear warmup to `peak`, then: constant; half a cosine to min_lr_ratio (SGDR, arXiv 1608.03983);
     or level until the last decay_ratio of all steps and then linear to min_lr_ratio (arXiv 2405.18392).
@@ -78,7 +78,7 @@ def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) 
     if schedule.name is ScheduleName.wsd:
         decay = max(round(total * schedule.decay_ratio), 1)
         left = (total - step) / decay
-        return peak * (floor + (1 - floor) * min(left, 1.0))
+        return peak * (floor + (1 - floor) * min(max(left, 0.0), 1.0))
     return peak
 
 
