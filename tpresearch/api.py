@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from tpresearch.checkpoint.resume import AUTO, NEVER
+from tpresearch.checkpoint.resume import not_resuming
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import AXIS_NAMES, DATA_AXES
 from tpresearch.config.compose import register_schema
@@ -68,11 +68,7 @@ def load(*overrides: str, config_name: str = "train") -> Config:
         with _own_hydra():
             composition.refuse_unusable()
             with explain_errors(composition), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-                cfg = typed_config(compose(config_name, composition.overrides))
-        if cfg.resume not in (AUTO, NEVER):
-            why = "what is built here starts from its initial weights, and no run is continued"
-            raise ConfigError("resume", cfg.resume, why, "init_from, for the weights; train.py resumes a run")
-        return cfg
+                return not_resuming(typed_config(compose(config_name, composition.overrides)))
     except ConfigError as error:
         raise error from None  # its sentence says what Hydra's traceback does
 

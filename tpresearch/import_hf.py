@@ -6,12 +6,16 @@ Training needs no import: `init_from` reads the folder itself. This writes a che
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from tpresearch.checkpoint.disk import folder_of, step_folders
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config, TokenizerKind
 from tpresearch.config.world import World
 from tpresearch.hf.files import is_own_run
 from tpresearch.launch import Run, entrypoint
+from tpresearch.launch.claim import free_name
 from tpresearch.train.preflight import Preflight, preflight
 
 NOTHING_YET = -1
@@ -28,11 +32,22 @@ def preflight_import(cfg: Config, world: World) -> Preflight:
     return preflight(cfg, world)
 
 
-@entrypoint("import_hf", preflight=preflight_import)
+def check_folder(job: Preflight, folder: Path, restarted: bool) -> None:
+    """Refuse the folder of a run, whose checkpoints would be set aside, before anything in it is touched.
+
+    Raises:
+        ConfigError: naming its newest checkpoint.
+    """
+    if (steps := step_folders(folder)) and steps[-1] != folder_of(folder, 0):
+        why = f"a run has {steps[-1].name} there, which an import at step 0 would set aside"
+        fix = {"hydra.run.dir": free_name(folder, "-")}
+        raise ConfigError("hydra.run.dir", folder, why, "a folder of its own", fix=fix)
+
+
+@entrypoint("import_hf", preflight=preflight_import, check_folder=check_folder)
 def main(job: Preflight, run: Run) -> None:
     # Late: a refused config should not wait for all of torch.
     from tpresearch.checkpoint.collective import checkpoint_group
-    from tpresearch.checkpoint.disk import folder_of
     from tpresearch.checkpoint.save import SaveFailed
     from tpresearch.data.pipeline import prepare
     from tpresearch.data.tokenizer import load_hf, save_tokenizer

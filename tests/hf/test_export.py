@@ -186,6 +186,28 @@ def test_theirs_to_ours_to_theirs_is_bitwise_by_two_commands(
     assert refused.refusal.startswith("error: init_from=imported: it already is a tpresearch run; ")
 
 
+def test_no_run_is_set_aside_for_an_import(start: Start, run: Path, exported: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    words = ["-m", "tpresearch.import_hf", f"init_from={exported}", "hydra.run.dir=run", "parallel=none"]
+    refused = start(None, *words)
+    assert refused.refusal.startswith(f"error: hydra.run.dir=run: a run has step-00000002 there, ")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+
+
+@pytest.mark.usefixtures("run", "exported")
+@pytest.mark.parametrize("weights", ["run", "made/llama"])
+def test_weights_of_another_tokenizer_are_warned_about(start: Start, home: Path, weights: str) -> None:
+    """A BPE of as many entries, trained on other text, is another one."""
+    (home / "other.txt").write_text("quaggas and zebras graze " * 200)
+    model = ["model=llama2_debug", "+model.norm_eps=2e-5", "+model.rope_theta=5000", "parallel=none"]
+    words = [*RUN, *model, "tokenizer.vocab_size=300", f"init_from={weights}", "train.steps=1"]
+    warning = f"init_from={weights} is of another tokenizer, whose tokens its embedding knows: "
+    assert warning not in start(None, "train.py", *words).err
+    done = start(None, "train.py", *words, "data.path=other.txt")
+    assert done.code == 0, done.err
+    assert done.err.count(warning) == 1
+
+
 def test_bfloat16_is_the_rounded_checkpoint(start: Start, exported: Path, home: Path) -> None:
     done = start(
         None,

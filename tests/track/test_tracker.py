@@ -73,6 +73,20 @@ def test_a_completed_run_leaves_config_plan_rows_and_summary(
     }
 
 
+def test_a_run_that_goes_on_after_its_end_has_no_summary_until_it_ends_again(
+    track: Callable[..., Tracker], run_dir: Path
+) -> None:
+    """Killed meanwhile, it would otherwise count as completed, with the figures of its earlier end."""
+    train(track())
+    resumed = track(start_step=STEPS)
+    assert read_summary(run_dir)["status"] == "completed", "it may still be refused"
+    resumed.resume_from(STEPS)
+    with pytest.raises(FileNotFoundError):
+        read_summary(run_dir)
+    resumed.finish()
+    assert read_summary(run_dir)["status"] == "completed"
+
+
 def test_an_exception_makes_it_failed_in_one_line_and_goes_on(
     track: Callable[..., Tracker], run_dir: Path
 ) -> None:

@@ -73,6 +73,18 @@ def checkpoints_to_resume(cfg: Config, run: Path, restarted: bool = False) -> li
     return found
 
 
+def not_resuming(cfg: Config) -> Config:
+    """The config, for what builds from initial weights.
+
+    Raises:
+        ConfigError: if it names a run to resume.
+    """
+    if cfg.resume not in (AUTO, NEVER):
+        why = "what is built here starts from initial weights, and no run is continued"
+        raise ConfigError("resume", cfg.resume, why, "init_from, for the weights; train.py resumes a run")
+    return cfg
+
+
 def _candidates(path: Path, field: str, shown_as: object = None) -> list[Checkpoint]:
     value = shown_as or path
     resolved = Path(os.path.expanduser(path)).resolve()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tpresearch.checkpoint.resume import find_checkpoint, run_of
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.model import model_config
 from tpresearch.data.hub import download, looks_like_hub_id
-from tpresearch.data.tokenizer import TOKENIZER_FOLDER
+from tpresearch.data.tokenizer import TOKENIZER_FOLDER, load_hf
 from tpresearch.hf.llama import CONFIG, EMBEDDING, OUTPUT, SETTING_NAMES, folder_error, read_settings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -90,6 +91,15 @@ def tokenizer_of(init_from: str | None) -> str | None:
         why, legal = "it keeps no tokenizer, since its data had no text", "another tokenizer beside model=hf"
         raise ConfigError("init_from", init_from, why, legal, fix=fix)
     return str(folder)
+
+
+def tokenizer_hash_of(init_from: str) -> str | None:
+    """Hash of the tokenizer whose tokens these weights know; None where there is none."""
+    if is_own_run(init_from) and not is_hugging_face(init_from):
+        return find_checkpoint(Path(init_from), "init_from").manifest.tokenizer_hash
+    with suppress(ConfigError):
+        return load_hf(init_from).hash
+    return None
 
 
 def weights_folder(init_from: str) -> Path:

@@ -19,6 +19,7 @@ import yaml
 from tpresearch.track.names import NAMES, Row, finite_or_none
 from tpresearch.track.text import bytes_text
 
+SUMMARY_FILE = "summary.json"
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 4 << 20, 100_000, 50
 """Limits of a file of a run that is read whole: far more than any run writes."""
 TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
@@ -54,7 +55,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: when the run has not ended, or was killed before it could write it.
     """
-    summary: dict[str, Any] = read_record(folder / "summary.json")
+    summary: dict[str, Any] = read_record(folder / SUMMARY_FILE)
     return summary
 
 
@@ -143,7 +144,7 @@ def _write_keeping_earlier(step: int, path: Path, content: str) -> None:
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """summary.json, written atomically."""
     write_atomically(
-        folder / "summary.json", json.dumps(without_nonfinite(summary), indent=2, allow_nan=False) + "\n"
+        folder / SUMMARY_FILE, json.dumps(without_nonfinite(summary), indent=2, allow_nan=False) + "\n"
     )
 
 

@@ -129,8 +129,9 @@ class Tracker:
         )
 
     def resume_from(self, step: int) -> None:
-        """Before the first row: continue after this step, discarding rows of later ones."""
+        """Before the first row: continue after this step, discarding rows of later ones, and the summary, which was of an earlier end."""
         self._start_step = self._last_step = step
+        (self._run_dir / record.SUMMARY_FILE).unlink(missing_ok=True)
         self._metrics.truncate_after(step)
         if self._wandb:
             for row in record.read_metrics(self._run_dir):

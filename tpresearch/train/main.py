@@ -18,10 +18,11 @@ from tpresearch.checkpoint.load import restore
 from tpresearch.checkpoint.resume import broadcast_from_rank_0, check_corpus, checkpoints_to_resume
 from tpresearch.config.axes import AXES
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import ProfilerName
+from tpresearch.config.schema import Config, ProfilerName
 from tpresearch.config.validate import total_steps
 from tpresearch.data.pipeline import prepare
-from tpresearch.data.rows import AnyCorpus, PackedCorpus, check_enough_rows
+from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows
+from tpresearch.hf.files import tokenizer_hash_of
 from tpresearch.launch import Run
 from tpresearch.launch.stop import StopFlag, Stopped, fault_of_another_rank
 from tpresearch.ledger.entries import Expected
@@ -71,6 +72,8 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
             check_corpus(checkpoint.manifest, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
         if is_complete(found, job, run):
             return
+        if not found:
+            warn_of_other_tokenizer(job.cfg, corpus)
         check_disk(job, run, len(found))
         log.info("data: %s, %s", job.cfg.data.source, corpus)
         check_stop(flag)
@@ -232,6 +235,15 @@ def check_same_corpus(corpus: AnyCorpus) -> None:
         why = f"ranks 0 and {other} prepared different rows from it"
         legal = "the same files and the same Python on every host, or a data.cache_dir that they share"
         raise ConfigError("data.source", source, why, legal)
+
+
+def warn_of_other_tokenizer(cfg: Config, corpus: AnyCorpus) -> None:
+    """Warn if init_from's embedding is of other tokens than the rows, such as those of a BPE that was trained on other text."""
+    if cfg.init_from is None or isinstance(corpus, SyntheticCorpus):
+        return
+    if tokenizer_hash_of(cfg.init_from) not in (None, SyntheticCorpus.tokenizer_hash, corpus.tokenizer_hash):
+        text = "init_from=%s is of another tokenizer, whose tokens its embedding knows: tokenizer=hf tokenizer.path=... takes that"
+        log.warning(text, cfg.init_from)
 
 
 def warn_of_hosts(job: Preflight) -> None:
