@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from support.commands import environment, execute
 from support.composed import SMALL, config
@@ -24,7 +23,7 @@ from tpresearch.config import ConfigError
 from tpresearch.config.compose import as_dict
 from tpresearch.config.world import World
 from tpresearch.data.pipeline import prepare
-from tpresearch.launch.composition import conf_dir
+from tpresearch.launch.composition import initialize_conf
 from tpresearch.plan.describe import plan_table
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
@@ -63,7 +62,7 @@ def test_a_config_is_what_the_command_line_composes() -> None:
 def test_a_caller_has_a_hydra_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a script under `hydra.main`, or a notebook that has called `initialize`."""
     monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with initialize_conf():
         theirs = GlobalHydra.instance().hydra
         assert tpresearch.load("model=toy_mlp").model.name == "toy_mlp"
         with pytest.raises(ConfigError, match=r"^model=toy: no such option"):

@@ -1,23 +1,16 @@
-"""The house: rooms import downward only, in no circle, and no file is two ideas."""
+"""The house: folders import as docs/house.md says, downward only and in no circle, and no file is two ideas."""
 
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FLOORS = [
-    {"config", "agent", "interrupt"},
-    {"models", "plan", "data"},
-    {"parallel", "ledger", "checkpoint", "hf", "launch"},
-    {"track"},
-    {"sweep", "train", "compare", "dashboard", "prepare", "export", "checkpoints"},
-    {"verify", "import_hf", "simulate", "planner"},
-    {"api"},
-    {"__main__", "calibrate"},
-]
-"""Lowest first: a room imports from its own floor or from below."""
+PAGE = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+ALONE = {"agent", "interrupt"}
+"""Files outside of the folders that any folder may import."""
 LONGEST = 300
 
 
@@ -51,17 +44,39 @@ def test_nothing_imports_in_a_circle() -> None:
     assert len(list(TopologicalSorter(graph).static_order())) == len(known)  # it raises for a circle
 
 
-def test_rooms_import_downward() -> None:
-    known = modules()
-    floor = {name: level for level, rooms in enumerate(FLOORS) for name in rooms}
+def table() -> dict[str, set[str]]:
+    """The folders of docs/house.md in their order, and what each may import by it."""
+    first = PAGE.partition("## What is in them")[0]
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \| .* \| (.*) \|$", first, re.MULTILINE)
+    return {name: set(re.findall(r"\w+", cell)) & {name for name, _ in rows} for name, cell in rows}
+
+
+def test_folders_import_what_the_table_says() -> None:
+    known, allowed = modules(), table()
+    found: dict[str, set[str]] = {name: set() for name in allowed}
+    for name, path in known.items():
+        if name != "tpresearch" and room(name) in allowed:
+            others = imported(path, known) - {"tpresearch"}
+            found[room(name)] |= {room(other) for other in others} - {room(name)}
+    assert {name: rooms - ALONE for name, rooms in found.items()} == allowed
+
+
+def test_the_table_is_ordered() -> None:
+    order = list(table())
     upward = [
-        f"{name} -> {other}"
-        for name, path in known.items()
-        if name != "tpresearch"
-        for other in imported(path, known)
-        if other != "tpresearch" and floor[room(other)] > floor[room(name)]
+        (name, other)
+        for name, others in table().items()
+        for other in others
+        if order.index(other) > order.index(name)
     ]
     assert upward == []
+
+
+def test_the_page_says_what_each_file_is() -> None:
+    about = dict(re.findall(r"^- \*\*(\w+)/\*\* (.*?)(?=^- \*\*|^## )", PAGE, re.MULTILINE | re.DOTALL))
+    files = [path for path in modules().values() if not path.name.startswith("__")]
+    inside = [path for path in files if path.parent.name != "tpresearch"]
+    assert [path for path in inside if f"`{path.name}`" not in about[path.parent.name]] == []
 
 
 def test_no_file_is_two_ideas() -> None:

@@ -21,6 +21,7 @@ PAGES = {
 }
 TEXT = "\n".join(PAGES.values())
 GROUPS = ("parallel", "model", "mesh", "data", "tokenizer", "optimizer", "schedule", "checkpoint", "logger")
+GROUPS += ("profiler", "experiment", "debug")
 TINY_MODEL = ["model.dim=32", "model.n_layers=1", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=64"]
 TINY_RUN = ["train.steps=2", "train.global_batch_size=4", "train.eval_rows=4", "data.seq_len=16"]
 TINY_RUN += ["tokenizer.vocab_size=300", "logger=none", "device=cpu"]

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 
 from tpresearch.checkpoint.resume import not_resuming
@@ -23,10 +23,10 @@ from tpresearch.config.compose import register_schema
 from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed
 from tpresearch.config.values import check_bounds
 from tpresearch.config.world import World
-from tpresearch.launch.composition import Composition, conf_dir, typed_config
+from tpresearch.launch.composition import Composition, initialize_conf, typed_config
 from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.home import check_home
-from tpresearch.launch.run_dir import register_resolvers
+from tpresearch.launch.resolvers import register_resolvers
 from tpresearch.track.names import NAMES
 from tpresearch.train.preflight import Preflight, preflight, refuse_single_process
 
@@ -67,7 +67,7 @@ def load(*overrides: str, config_name: str = "train") -> Config:
     try:
         with _own_hydra():
             composition.refuse_unusable()
-            with explain_errors(composition), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            with explain_errors(composition), initialize_conf():
                 return not_resuming(typed_config(compose(config_name, composition.overrides)))
     except ConfigError as error:
         raise error from None  # its sentence says what Hydra's traceback does

@@ -17,12 +17,7 @@ from tpresearch.checkpoint.resume import find_checkpoint
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.options import command, read_options
 
-
-class WeightDtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
+ExportDtype = StrEnum("ExportDtype", "float32 bfloat16 float16 float64")
 
 
 @dataclass
@@ -31,7 +26,7 @@ class Options:
     """The folder of a checkpoint, or of a run for its newest one."""
     out: str = MISSING
     """The folder to write; it must not exist."""
-    dtype: WeightDtype | None = None
+    dtype: ExportDtype | None = None
     """Dtype of the weights: float32, bfloat16, float16 or float64; by default that of the checkpoint, so that nothing is lost."""
 
 

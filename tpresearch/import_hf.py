@@ -23,8 +23,10 @@ NOTHING_YET = -1
 
 
 def preflight_import(cfg: Config, world: World) -> Preflight:
-    """Raises:
-    ConfigError: also for one of our runs, which needs no import.
+    """The preflight of a training, for a folder or hub id in Hugging Face's format.
+
+    Raises:
+        ConfigError: also for one of our runs, which needs no import.
     """
     if cfg.init_from and is_own_run(cfg.init_from):
         why, legal = "it already is a tpresearch run", "a folder or hub id in Hugging Face's format"

@@ -22,18 +22,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tpresearch.config.compose import register_schema, to_config
+from tpresearch.api import load
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.hf.export import write_config, write_weights
 from tpresearch.hf.llama import has_rotary_rows
 from tpresearch.hf.read import check_weights, from_hugging_face
-from tpresearch.launch.composition import conf_dir
-from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import local_part, materialize
@@ -52,13 +49,8 @@ MB = 1e6
 
 
 def config(model: str, plan: str) -> Config:
-    register_schema()
-    register_resolvers()
     typed_words = [f"model={model}", "tokenizer=bpe_32k", "data=random_tokens", "data.seq_len=16"]
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return to_config(
-            compose("train", [*typed_words, "train.global_batch_size=64", *f"parallel={plan}".split()])
-        )
+    return load(*typed_words, "train.global_batch_size=64", *f"parallel={plan}".split())
 
 
 def by_arithmetic(cfg: Config, ranks: int) -> tuple[int, int]:

@@ -21,16 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
+from tpresearch.api import load
 from tpresearch.config import Config
-from tpresearch.config.compose import register_schema, to_config
 from tpresearch.config.schema import Dtype
 from tpresearch.config.validate import validate
 from tpresearch.data.pipeline import prepare
-from tpresearch.launch.composition import conf_dir
-from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.text import bytes_text
@@ -114,12 +110,8 @@ def run(words: list[str], out: Path) -> None:
 
 def composed(name: str, words: list[str]) -> Config:
     """The config that a command line composes."""
-    register_schema()
-    register_resolvers()
-    GlobalHydra.instance().clear()
     overrides = [word for word in words if "=" in word and not word.startswith(("-", "hydra."))]
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return to_config(compose(name, overrides=overrides))
+    return load(*overrides, config_name=name)
 
 
 def verified(case: Case, ranks: Ranks) -> dict[str, MaxError]:

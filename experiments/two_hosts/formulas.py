@@ -11,14 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-
+from tpresearch.api import load
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.compose import register_schema, to_config
 from tpresearch.config.validate import validate
-from tpresearch.launch.composition import conf_dir
-from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.ledger.entries import Entry
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.train.preflight import plan_model
@@ -35,11 +30,7 @@ LLAMA2_7B = ["model=llama2_7b", "tokenizer=bpe_32k", "data.seq_len=4096", "train
 
 def entries_of_step(overrides: list[str], ranks_per_host: int) -> tuple[list[Entry], MeshSizes]:
     """Rank 0's ledger of one step on two hosts, on the mesh that the plan chooses for them."""
-    register_schema()
-    register_resolvers()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = to_config(compose("train", overrides=[*overrides, "logger=none"]))
+    cfg = load(*overrides, "logger=none")
     sizes = validate(cfg, 2 * ranks_per_host, hosts=2)
     entries = expected_entries(*plan_model(cfg, sizes), cfg)
     assert entries is not None, f"no formula for {overrides}"

@@ -21,13 +21,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tpresearch.config.compose import register_schema, to_config
+from tpresearch.api import load
 from tpresearch.config.validate import validate
-from tpresearch.launch.composition import conf_dir
-from tpresearch.launch.run_dir import register_resolvers
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import from_seed, materialize
@@ -64,10 +61,7 @@ def normal(numbers: int) -> None:
 
 def measure(overrides: str, ranks: int, rank: int) -> dict[str, Any]:
     """One rank's initial weights and the one `normal_`, in turns; medians."""
-    register_schema()
-    register_resolvers()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = to_config(compose("train", overrides=[*MODEL, *overrides.split()]))
+    cfg = load(*MODEL, *overrides.split())
     sizes, cpu = validate(cfg, ranks), torch.device("cpu")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     mesh = build_mesh(sizes, "cpu")

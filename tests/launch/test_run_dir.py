@@ -13,7 +13,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.config import ConfigError
-from tpresearch.launch import World, run_dir
+from tpresearch.launch import World, resolvers, run_dir
 
 NOON = datetime(2026, 1, 2, 12, 0, 0)
 
@@ -30,7 +30,7 @@ def _at_noon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for key in ("TORCHELASTIC_USE_AGENT_STORE", "SLURM_JOB_ID", "SLURM_JOB_START_TIME", "SLURM_STEP_ID"):
         monkeypatch.delenv(key, raising=False)
-    run_dir.register_resolvers()
+    resolvers.register_resolvers()
 
 
 def composed(folder: str) -> DictConfig:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from tpresearch.config.compose import register_schema
-from tpresearch.launch.composition import conf_dir, files_of_option
-from tpresearch.launch.run_dir import register_resolvers
+from tpresearch.launch.composition import conf_dir, files_of_option, initialize_conf
+from tpresearch.launch.resolvers import register_resolvers
 from tpresearch.simulate.cluster import Cluster, Number, SourceKind, parse_cluster
 from tpresearch.simulate.sources import IN_A_FILE, TYPED, with_own_sources
 
@@ -37,7 +37,7 @@ def read(folder: Path, option: str, *words: str, **files: object) -> Cluster:
     register_schema()
     register_resolvers()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with initialize_conf():
         searched = f"hydra.searchpath=[file://{folder}]"
         composed = compose("simulate", overrides=[searched, f"cluster={option}", *words])
         plain: Any = OmegaConf.to_container(composed.cluster, resolve=True)

@@ -7,15 +7,15 @@ import math
 from pathlib import Path
 
 import numpy as np
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 
 from tpresearch.config.compose import register_schema, to_config
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.data.rows import PackedCorpus
-from tpresearch.launch.composition import conf_dir
-from tpresearch.launch.run_dir import register_resolvers
+from tpresearch.launch.composition import initialize_conf
+from tpresearch.launch.resolvers import register_resolvers
 
 VOCAB = 260
 SEQ_LEN = 16
@@ -32,7 +32,7 @@ def config(*overrides: str, small: bool = True) -> Config:
     register_schema()
     register_resolvers()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with initialize_conf():
         return to_config(compose("train", overrides=[*(SMALL if small else ()), *overrides]))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -18,8 +17,8 @@ from hydra.types import HydraContext, RunMode
 
 from tpresearch.config.compose import as_dict, register_schema
 from tpresearch.launch import entrypoint
-from tpresearch.launch.composition import conf_dir, typed_config
-from tpresearch.launch.run_dir import register_resolvers
+from tpresearch.launch.composition import initialize_conf, typed_config
+from tpresearch.launch.resolvers import register_resolvers
 from tpresearch.sweep.job import Job
 from tpresearch.sweep.launcher import TorchrunLauncher
 from tpresearch.sweep.running import DeviceShare
@@ -77,7 +76,7 @@ class Sweep:
         GlobalHydra.instance().clear()
         self.started, self.shares, self.running, self.most_at_once = [], [], [], 0
         typed = [f"hydra.sweep.dir={self.folder}", *SMALL, *overrides]
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with initialize_conf():
             hydra = GlobalHydra.instance().hydra
             assert hydra
             master = hydra.compose_config("train", typed, run_mode=RunMode.MULTIRUN)

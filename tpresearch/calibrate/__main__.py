@@ -112,7 +112,11 @@ def _gpu_cluster(options: Options, name: str, world: World) -> dict[str, Any] | 
 
 
 def _cluster_of_run(options: Options, name: str, world: World) -> dict[str, Any]:
-    """Raises: ConfigError: for a run that was not measured, and for a base that is not as it."""
+    """The base, with its rates scaled so that the run's step is predicted as it was measured.
+
+    Raises:
+        ConfigError: for a run that was not measured, and for a base that cannot have made it.
+    """
     from tpresearch.calibrate.run import cluster_from_run, read_run  # late: it imports torch
 
     if options.rows is not None:

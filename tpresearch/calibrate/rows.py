@@ -30,7 +30,11 @@ LEGAL = "a JSON object per line, with op, shape, us, flops and bytes"
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Raises: ConfigError: for a file that is not there or not of such lines, or that measures no op."""
+    """The rows of a file: measured ops, and the card.
+
+    Raises:
+        ConfigError: for a file that cannot be read, and for a line that is neither.
+    """
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:

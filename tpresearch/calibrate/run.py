@@ -15,14 +15,13 @@ from tpresearch.config.compose import to_config
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ComposedConfig, Config
 from tpresearch.config.world import World
-from tpresearch.simulate.cluster import parse_cluster
+from tpresearch.simulate.cluster import TABLES, parse_cluster
 from tpresearch.simulate.depth import recording
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import predict
 from tpresearch.simulate.preflight import preflight
 from tpresearch.track.record import read_record
 
-TABLES = ("attention_tflops_forward", "attention_tflops_backward")
 SHARES = ("gemm_efficiency", "bandwidth_efficiency")
 """Of what data sheets state of a GPU."""
 OF_A_CORE = ("peak_tflops_float32", "peak_tflops_bfloat16", "peak_tflops_float64", "bandwidth_gb_s")
@@ -43,7 +42,11 @@ class MeasuredRun:
 
 
 def read_run(folder: Path) -> MeasuredRun:
-    """Raises: ConfigError: for a folder that is no run's, for a prediction, and for a run with no timed step."""
+    """A run that has ended, from its record.
+
+    Raises:
+        ConfigError: for a folder that is no run's, for a prediction, and for a run with no timed step.
+    """
     try:
         summary, config = (read_record(folder / name) for name in ("summary.json", "config.yaml"))
         schema = OmegaConf.structured(ComposedConfig)

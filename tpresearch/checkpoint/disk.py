@@ -165,8 +165,10 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def parse_manifest(text: str) -> Manifest:
-    """Raises:
-    BrokenCheckpoint: if it is invalid, was changed, or is of a later format.
+    """The manifest that `manifest_text` has written.
+
+    Raises:
+        BrokenCheckpoint: if it is invalid, was changed, or is of a later format.
     """
     try:
         body = json.loads(text)

@@ -242,8 +242,10 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def check_finite(state: dict[str, Tensor]) -> None:
-    """Raises:
-    BrokenCheckpoint: for the first tensor with NaN or infinity: no run can resume from such a state.
+    """Refuse to save NaN and infinity: no run can resume from such a state.
+
+    Raises:
+        BrokenCheckpoint: naming the first tensor that has one.
     """
     for name, tensor in state.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -253,6 +253,7 @@ def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> li
     raise ConfigError(key, other, why, legal, fix=fix)
 
 
-def _join_names(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _join_names(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

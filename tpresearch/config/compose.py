@@ -1,4 +1,4 @@
-"""From the composed DictConfig to the typed `Config`, with paths resolved: the only place where a DictConfig is read."""
+"""From the DictConfig that Hydra composes to the typed `Config`, and from there to plain data."""
 
 from __future__ import annotations
 

@@ -39,9 +39,8 @@ class ConfigError(Exception):
         self.field, self.value, self.why, self.legal = field, value, why, legal
         self.fix: dict[str, object] = {field: None} if fix is None else dict(fix)
         self.nproc = nproc
-        super().__init__(
-            " ".join(f"{field}={format_value(value)}: {why}; {legal}".split())
-        )  # always one line
+        sentence = f"{field}={format_value(value)}: {why}; {legal}"
+        super().__init__(" ".join(sentence.split()))  # always one line
 
     def __reduce__(self) -> tuple[Any, ...]:
         """From process to process with its attributes; an exception's own way calls `__init__` with the sentence alone."""

@@ -159,8 +159,10 @@ def declared_counts(cfg: Config) -> Iterator[ShardedCount]:
 
 
 def check_divisible(parallel: ParallelConfig, sizes: MeshSizes, counts: Sequence[ShardedCount]) -> None:
-    """Raises:
-    ConfigError: for the first count that its axis does not divide, with the sizes that all of them allow.
+    """Refuse mesh sizes that do not divide these counts.
+
+    Raises:
+        ConfigError: for the first count that its axis does not divide, with the sizes that all of them allow.
     """
     wrong = next((one for one in counts if one.count % sizes.get(one.axis, 1)), None)
     if wrong is None:

@@ -1,7 +1,7 @@
 """The typed config. Hydra composes `conf/` into it; past that boundary only these classes are used.
 
-Every field is a key that can be set on the command line; the text below it says what it means, and its annotation
-gives its bounds. `validate.py` checks which combinations are legal.
+Every field is a key that can be set on the command line; the text below it says what it means (of a launcher, its file in
+conf/hydra/launcher), and its annotation gives its bounds. `validate.py` checks which combinations are legal.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class Config(ComposedConfig):
 
 @dataclass
 class LauncherConfig:
-    """How a sweep (`-m`) starts its jobs. Numbers are above 0."""
+    """How a sweep (`-m`) starts its jobs. Numbers are above 0; conf/hydra/launcher says what its keys mean."""
 
     _target_: str = MISSING
     nproc: int | None = None

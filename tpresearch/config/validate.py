@@ -193,10 +193,8 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
     if parallel.gradient_accumulation_fusion:
         _check_fusion(cfg, sizes)
     if not cfg.model.blocks:
-        why, kind = (
-            f"it works block by block, and model {cfg.model.name} has none",
-            parallel.activation_checkpointing,
-        )
+        why = f"it works block by block, and model {cfg.model.name} has none"
+        kind = parallel.activation_checkpointing
         if parallel.compile:
             fix = {"parallel.compile": "false"}
             raise ConfigError("parallel.compile", True, why, "false, or model.blocks", fix=fix)

@@ -50,10 +50,9 @@ def open_hub(data: DataConfig) -> Corpus:
         ConfigError: for a data set that does not exist, or a hub that cannot be reached.
     """
     if (folder := _local_folder(data)) is None:
-        # Once downloaded, the library names its folder by the revision, and finds it again without a network.
-        revision = "/".join(
-            Path(_builder(data).cache_dir).parts[-4:]
-        )  # data set, configuration, version, commit
+        # Once downloaded, the library names its folder by the revision, and finds it again without a network: the last
+        # four parts are data set, configuration, version and commit.
+        revision = "/".join(Path(_builder(data).cache_dir).parts[-4:])
         arguments = f"{data.path}:{data.name}:{data.split}:{data.text_field}"
         content = hashlib.blake2b(f"hf:{revision}:{arguments}".encode(), digest_size=HASH_BYTES).hexdigest()
         return Corpus(content, lambda: _documents(data), None)

@@ -57,9 +57,6 @@ def open_files(data: DataConfig) -> Corpus:
     )
 
 
-# Files
-
-
 def local_files(data: DataConfig) -> list[tuple[str, Path]]:
     """(name, path) of every file of a local source, sorted by name.
 

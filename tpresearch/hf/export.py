@@ -86,8 +86,11 @@ class LlamaExport:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: str | None) -> LlamaExport:
-        """Raises:
-        ConfigError: if the checkpoint is not of a Llama.
+        """What is to be written of a checkpoint.
+
+        Raises:
+            ConfigError: if it is not of a Llama.
+            BrokenCheckpoint: if it lacks a parameter.
         """
         config = model_config(checkpoint.manifest.experiment["model"])
         saved = tensors_of(checkpoint)

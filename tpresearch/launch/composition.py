@@ -26,6 +26,8 @@ from tpresearch.launch.command import is_within, override_key
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """What composing raises for a config file or an override that is wrong."""
+VERSION_BASE = "1.3"
+"""The version of Hydra whose defaults hold."""
 
 
 def conf_dir() -> Path:
@@ -42,6 +44,11 @@ def conf_dir() -> Path:
     raise ConfigError("--config-dir", None, why, "an installation that is whole: pip install .")
 
 
+def initialize_conf() -> initialize_config_dir:
+    """A context in which Hydra composes the files of conf/."""
+    return initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE)
+
+
 def read_option(group: str, name: str) -> dict[str, Any]:
     """The content of an option of a config group, with that of the options in its defaults.
 
@@ -52,7 +59,7 @@ def read_option(group: str, name: str) -> dict[str, Any]:
     try:
         found: Any = yaml.safe_load(path.read_text())
         if not isinstance(found, dict) or "defaults" in found:
-            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            with initialize_conf():
                 found = OmegaConf.to_container(compose(overrides=[f"+{group}={name}"])[group], resolve=True)
     except (*COMPOSITION_ERRORS, KeyError, TypeError) as error:
         why = f"{path} cannot be composed: {error}"
@@ -154,7 +161,7 @@ class Composition:
     def values_without(self, key: str) -> dict[str, Any]:
         """All keys and their values without the override of `key` (or without any override, if that fails)."""
         others = [typed for typed in self.overrides if override_key(typed) != key]
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with initialize_conf():
             try:
                 composed = compose(self.config_name, self._with_search_path(others), return_hydra_config=True)
             except COMPOSITION_ERRORS:
@@ -167,7 +174,7 @@ class Composition:
 
     def groups(self) -> dict[str, list[str]]:
         """Each config group and its options."""
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with initialize_conf():
             loader = GlobalHydra.instance().config_loader()
             names = [name for name in loader.list_groups("") if name != "hydra"]
             return {

@@ -47,13 +47,8 @@ from tpresearch.launch.help import help_text
 from tpresearch.launch.home import check_home
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging, tolerate_print_errors
 from tpresearch.launch.refuse import error_of_command, exit_failed, refuse
-from tpresearch.launch.run_dir import (
-    agree_on_folder,
-    may_resume,
-    register_resolvers,
-    report_refusal_to_hosts,
-    sweep_folder,
-)
+from tpresearch.launch.resolvers import register_resolvers
+from tpresearch.launch.run_dir import agree_on_folder, may_resume, report_refusal_to_hosts, sweep_folder
 from tpresearch.launch.stop import end_with_parent
 
 log = logging.getLogger(__name__)

@@ -83,10 +83,8 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
 def _unknown_key(key: str, value: object, composition: Composition) -> ConfigError:
     known = {**composition.values_without(key), **dict.fromkeys(composition.groups())}
     if key in (added := _settings_not_in_file(known) if key.startswith("model.") else []):
-        why, legal = (
-            "not in the model's file, so that its class's default holds",
-            f"+ before it: +{key}=VALUE",
-        )
+        why = "not in the model's file, so that its class's default holds"
+        legal = f"+ before it: +{key}=VALUE"
         return ConfigError(key, value, why, legal, fix={key: None, f"+{key}": value})
     known |= dict.fromkeys(added)
     why = "no such key" if "." in key else "no such config group or key"

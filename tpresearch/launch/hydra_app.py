@@ -30,9 +30,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import override_key
-from tpresearch.launch.composition import COMPOSITION_ERRORS, conf_dir
+from tpresearch.launch.composition import COMPOSITION_ERRORS, VERSION_BASE, conf_dir
 
-VERSION_BASE = "1.3"
 QUERY_FLAGS = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
 """Flags of Hydra's command line that only print something, or that Hydra itself handles."""
 UNEXPECTED_ERRORS = (AssertionError, AttributeError, TypeError)

@@ -10,9 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -35,18 +34,6 @@ PROBE_BYTES = 64 << 10
 SWEEP_RECORD = "multirun.yaml"
 """Hydra's record of a sweep: its config."""
 SWEEP_TABLES = ("summary.csv", "summary.md", "optimization_results.yaml")
-
-
-def register_resolvers() -> None:
-    """`run_dir`, `on_rank_zero`, `from_env`, `words_from_env`, and those that read tokenizers and weights, for the YAML files."""
-    new = partial(OmegaConf.register_new_resolver, replace=True)
-    new("run_dir", dated_folder, use_cache=True)
-    new("on_rank_zero", lambda value: value if World.from_environment().rank == 0 else None)
-    new("from_env", lambda name, default=None: os.environ.get(name) or default)  # an empty one counts as none
-    new("words_from_env", _words_from_env)
-    new("tokenizer_size", _tokenizer_size)
-    new("hugging_face", _hugging_face)
-    new("tokenizer_of", _tokenizer_of)
 
 
 def dated_folder(name: str, at: datetime | None = None) -> str:
@@ -214,8 +201,10 @@ def _make_writable(folder: Path) -> Path:
 
 
 def _probe(folder: Path) -> None:
-    """Raises:
-    OSError: if a run's first files cannot be written here: they would fail one by one where nobody expects it.
+    """Write as much as a run's first files, which would otherwise fail one by one where nobody expects it.
+
+    Raises:
+        OSError: if it cannot be written.
     """
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(bytes(PROBE_BYTES))
@@ -275,26 +264,3 @@ def _slurm_folder(name: str) -> Path:
         legal = "the same folder typed for all ranks, or torchrun without TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
         raise ConfigError("hydra.run.dir", None, why, legal, fix={"hydra.run.dir": dated_folder(name)})
     return Path(f"{dated_folder(name, datetime.fromtimestamp(slurm.started))}-{slurm.job}.{slurm.step}")
-
-
-def _words_from_env(name: str) -> list[str]:
-    """The comma-separated values of an environment variable."""
-    return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()]
-
-
-def _tokenizer_size(path: str | None) -> int:
-    from tpresearch.data.tokenizer import tokenizer_size  # late: few configs ask, and it is slow to import
-
-    return tokenizer_size(path)
-
-
-def _hugging_face(init_from: str | None, setting: str) -> Any:
-    from tpresearch.hf.files import settings_of  # late: few configs ask
-
-    return settings_of(init_from)[setting]
-
-
-def _tokenizer_of(init_from: str | None) -> str | None:
-    from tpresearch.hf.files import tokenizer_of  # late: few configs ask
-
-    return tokenizer_of(init_from)

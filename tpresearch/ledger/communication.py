@@ -108,7 +108,11 @@ class CommunicationLedger(TorchDispatchMode):
         return result
 
     def _add_event(self, collective: str, tensors: Any, group: str, issuer: str, parts: bool = False) -> None:
-        """Args: tensors: the full tensors, or a rank's `parts` of them."""
+        """Record one collective.
+
+        Args:
+            tensors: the full tensors, or a rank's `parts` of them.
+        """
         axis, ranks = self._groups.get(group, ("world", dist.get_world_size()))
         if ranks == 1:
             return

@@ -104,9 +104,8 @@ def _data_plan_collectives(model: nn.Module, plan: Plan, cfg: Config, last: bool
     weight = gradient = ELEMENT_BYTES[cfg.train.dtype]
     if cfg.train.dtype is Dtype.bfloat16:
         gradient = ELEMENT_BYTES[cfg.parallel.fsdp.reduce_dtype]
-    units: dict[
-        str | None, list[int]
-    ] = {}  # gathered together: elements of all, and of those that are trained
+    # By what is gathered together: elements of all parameters, and of those that are trained.
+    units: dict[str | None, list[int]] = {}
     for name, parameter in model.named_parameters():
         # Of its part by its rule, the first dim filled up so that it divides over the data shards.
         padded = plan.sizes.shards * math.prod(fsdp_local_shape(name, model, plan))

@@ -44,9 +44,8 @@ def process_group(device: Device, world: World) -> Iterator[None]:
         torch.cuda.set_device(device.torch)
     print_exception = sys.excepthook
     dist.init_process_group(device.backend, timeout=TIMEOUT, **options)
-    if (
-        not world.elastic
-    ):  # torch would begin each line of a traceback with [rank0], and again with each further group
+    if not world.elastic:
+        # Torch would begin each line of a traceback with [rank0], and again with each further group.
         sys.excepthook = print_exception
     try:
         yield

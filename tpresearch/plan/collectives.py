@@ -43,42 +43,34 @@ def rule_collectives(name: str, model: nn.Module, plan: Plan) -> list[RuleCollec
     The width is 0 where the rule does not determine it: style output, and style input around no colwise rule.
     """
     rule, module = plan.rules[name], model.get_submodule(name)
-    style, src, dst = (
-        rule.rule.style,
-        [_layout_name(p) for p in rule.src],
-        [_layout_name(p) for p in rule.dst],
-    )
-    if style == "input":
-        moves = list(zip(src, dst, strict=True))
-        return _without_unneeded_gradients(
-            _conversions(_INPUT_COLLECTIVES, moves, _input_width(name, model, plan)), name, plan
-        )
-    if style == "output":
-        return _conversions(_OUTPUT_COLLECTIVES, list(zip(src, dst, strict=True)), 0)
-    if style == "sequence":
-        own = module.parameters(recurse=False)
-        return [RuleCollective("backward", "all_reduce", p.numel(), per_token=False) for p in own]
-    if style == "colwise":
-        into = (
-            []
-            if _is_prepared_outside(name, plan)
-            else _conversions(_INPUT_COLLECTIVES, [(src[0], "replicate")], _feature_widths(module)[0])
-        )
-        # A gather of uneven parts moves each filled up to the largest.
-        width, ranks = _feature_widths(module)[1], plan.sizes[rule.axis]
-        out = _conversions(_OUTPUT_COLLECTIVES, [("shard", dst[0])], -(-width // ranks) * ranks)
-        return _without_unneeded_gradients(into, name, plan) + out
-    if style == "rowwise":
-        looks_up = isinstance(module, nn.Embedding)
-        into = (
-            []
-            if looks_up
-            else _conversions(_INPUT_COLLECTIVES, [(src[0], "shard")], _feature_widths(module)[0])
-        )
-        into = _without_unneeded_gradients(into, name, plan)
-        # A bias is added before the sum, so that its gradient, like the output's, is whole on every rank.
-        return into + _conversions(_OUTPUT_COLLECTIVES, [("partial", dst[0])], _feature_widths(module)[1])
-    return []
+    src, dst = ([_layout_name(layout) for layout in side] for side in (rule.src, rule.dst))
+    into: list[RuleCollective] = []
+    out: list[RuleCollective] = []
+    match rule.rule.style:
+        case "input":
+            moves = list(zip(src, dst, strict=True))
+            into = _conversions(_INPUT_COLLECTIVES, moves, _input_width(name, model, plan))
+        case "output":
+            out = _conversions(_OUTPUT_COLLECTIVES, list(zip(src, dst, strict=True)), 0)
+        case "sequence":
+            own = module.parameters(recurse=False)
+            out = [RuleCollective("backward", "all_reduce", p.numel(), per_token=False) for p in own]
+        case "colwise":
+            width_in, width_out = _feature_widths(module)
+            if not _is_prepared_outside(name, plan):
+                into = _conversions(_INPUT_COLLECTIVES, [(src[0], "replicate")], width_in)
+            # A gather of uneven parts moves each filled up to the largest.
+            ranks = plan.sizes[rule.axis]
+            out = _conversions(_OUTPUT_COLLECTIVES, [("shard", dst[0])], -(-width_out // ranks) * ranks)
+        case "rowwise":
+            width_in, width_out = _feature_widths(module)
+            if not isinstance(module, nn.Embedding):  # whose input is indices
+                into = _conversions(_INPUT_COLLECTIVES, [(src[0], "shard")], width_in)
+            # A bias is added before the sum, so that its gradient, like the output's, is whole on every rank.
+            out = _conversions(_OUTPUT_COLLECTIVES, [("partial", dst[0])], width_out)
+    if name in plan.probe.no_input_grad:
+        into = [sent for sent in into if sent.phase == "forward"]
+    return into + out
 
 
 def _conversions(
@@ -88,11 +80,6 @@ def _conversions(
     return [
         RuleCollective(phase, collective, width) for pair in pairs for phase, collective in pair if collective
     ]
-
-
-def _without_unneeded_gradients(into: list[RuleCollective], name: str, plan: Plan) -> list[RuleCollective]:
-    """Drop the backward collectives of an input that needs no gradient."""
-    return [sent for sent in into if sent.phase == "forward" or name not in plan.probe.no_input_grad]
 
 
 def _feature_widths(module: nn.Module) -> tuple[int, int]:

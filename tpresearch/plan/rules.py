@@ -217,10 +217,8 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
             continue
         dims = probe.dims.get(name)
         if dims is not None and not dims.inputs and rule.rule.style != "output":
-            why, legal = (
-                f"{name} is called with keyword arguments alone",
-                "a call that passes the input by position",
-            )
+            why = f"{name} is called with keyword arguments alone"
+            legal = "a call that passes the input by position"
             raise ConfigError(f"{rule.config_key}.match", rule.rule.match, why, legal)
         if rule.rule.style in ("input", "output"):
             if dims is not None:
@@ -230,10 +228,8 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
             if dims is not None:
                 _check_dims(f"{rule.config_key}.src", f"input of {name}", rule.src, dims.inputs)
                 _check_dims(f"{rule.config_key}.dst", f"output of {name}", rule.dst, dims.outputs)
-        op, last = (
-            probe.across_features.get(name),
-            (dims.outputs[0] or 0) - 1 if dims and dims.outputs else -1,
-        )
+        op = probe.across_features.get(name)
+        last = (dims.outputs[0] or 0) - 1 if dims and dims.outputs else -1
         if op and not rule.output_stays_sharded and rule.dst[0] in (Shard(-1), Shard(last)):
             why = f"{op} needs all features of the output of {name}, and each rank would apply it to its shard alone"
             legal = "replicate; or in the model a layer of its own for each part, or heads in a dim of their own before it"

@@ -124,9 +124,8 @@ def draw(ranking: Ranking, title: str, path: Path) -> None:
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.set_xlim(left - (right - left) / 4, right)
     free, line = bottom, (top - bottom) / 40
-    for plan, same in groupby(
-        reversed(front), key=_plan_text
-    ):  # up and to the left of the front there is nothing
+    # Names stand above and to the left of the front, where no candidate is.
+    for plan, same in groupby(reversed(front), key=_plan_text):
         ones = list(same)
         rows = dict.fromkeys(str(one.candidate.cfg.train.micro_batch_size) for one in (ones[0], ones[-1]))
         at = max(ones[-1].speed, free)

@@ -204,13 +204,9 @@ def _spread(seconds: Mapping[str, float]) -> float:
 
 def _uncertainty(cluster: Cluster) -> float:
     """A cluster whose rates are guessed is less certain than one that was checked."""
-    return (
-        1.0
-        if cluster.checked
-        else 1.5
-        if cluster.numbers["gemm_efficiency"].kind is SourceKind.guessed
-        else 1.2
-    )
+    if cluster.checked:
+        return 1.0
+    return 1.5 if cluster.numbers["gemm_efficiency"].kind is SourceKind.guessed else 1.2
 
 
 def _entry_json(entry: Entry, seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -116,9 +116,8 @@ def moved_bytes(op: Op) -> float:
             return sum(size for _, size in op.reads[1:]) + values * (1 if op.name == "scatter_" else 2)
         case "copy_":
             return float(read)
-        case (
-            "zeros_like" | "ones_like" | "full_like" | "new_zeros"
-        ):  # of a tensor from which only its shape is taken
+        case "zeros_like" | "ones_like" | "full_like" | "new_zeros":
+            # Only the shape is taken from the tensor that they are given.
             return float(written)
         case "nll_loss_forward":
             return float(sum(size for _, size in op.reads[1:]))
@@ -163,7 +162,11 @@ def fused_bytes(ops: Sequence[Op], last_read: dict[int, int], end: int) -> int:
 
 
 def _peak(element: int, cluster: Cluster) -> float:
-    """Raises: ConfigError: where the cluster has none."""
+    """The cluster's peak in 1e12 FLOP/s for elements of this many bytes.
+
+    Raises:
+        ConfigError: where the cluster has none.
+    """
     name = f"peak_tflops_{DTYPES.get(element, 'float32')}"
     if not cluster[name]:
         why = "the step multiplies matrices of that dtype"

@@ -134,9 +134,8 @@ class Streams:
             start = max(free, self.device_s - self._overlap_s(event))
         elif event.collective == "all_gather":
             start = max(free, self.copied_out_s)
-        elif (
-            event.collective == "all_reduce" and self.pending_reduce_scatter
-        ):  # of replicas: it follows its reduce-scatter
+        elif event.collective == "all_reduce" and self.pending_reduce_scatter:
+            # Of replicas: it follows its reduce-scatter.
             start = max(free, self.reduced_s)
         else:
             start = max(free, self.device_s)

@@ -34,6 +34,7 @@ class Op(NamedTuple):
 
     @property
     def bytes_moved(self) -> int:
+        """Those of its tensors; `prices.moved_bytes` says where an op moves fewer or more."""
         return sum(size for _, size in self.reads) + sum(size for _, size in self.writes)
 
 

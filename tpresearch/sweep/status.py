@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tpresearch.sweep.job import Job
 from tpresearch.track.console import format_row
-from tpresearch.track.names import Row
+from tpresearch.track.names import Row, step_of
 from tpresearch.track.record import read_record
 
 INTERVAL_S, PLAIN_INTERVAL_S = 1.0, 60.0
@@ -59,7 +59,7 @@ def status_line(job: Job, row: Row | None) -> str:
     """`job 3  step 120/1000  loss 6.123  34.5k tok/s  1.2 GiB  1:23 left`"""
     if row is None:
         return f"job {job.number}  before its first step"
-    step, per_step = int(row["train/step"] or 0), row["perf/step_time_s"]
+    step, per_step = step_of(row), row["perf/step_time_s"]
     left_s = (job.steps - step) * per_step if per_step else None
     return f"job {job.number}  step {step}/{job.steps}  {format_row(row, row['val/loss'], left_s)}"
 

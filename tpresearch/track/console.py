@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tpresearch.config.choices import Loss
 from tpresearch.launch.command import Command, CommandCheck, corrected, override, override_key
-from tpresearch.track.names import Row
+from tpresearch.track.names import Row, step_of
 from tpresearch.track.text import (
     UNDEFINED,
     bytes_text,
@@ -65,7 +65,7 @@ class ProgressLine:
 
     def show(self, row: Row) -> None:
         """Show a logged row; off a terminal, the first, the last, and one every two seconds between."""
-        step, now = int(row["train/step"] or 0), self._clock()
+        step, now = step_of(row), self._clock()
         if row["val/loss"] is not None:
             self._val_loss = row["val/loss"]
         text = format_row(row, self._val_loss, self._left_s(step, now))
@@ -162,11 +162,8 @@ def _lines(
 
 
 def _results(summary: Mapping[str, Any], loss: Loss) -> list[tuple[str, str]]:
-    tokens, ranks, entropy = (
-        count_text(summary["tokens"]),
-        summary["world_size"],
-        summary.get("unigram_entropy"),
-    )
+    tokens, ranks = count_text(summary["tokens"]), summary["world_size"]
+    entropy = summary.get("unigram_entropy")
     beside = "" if entropy is None else f" (unigram entropy {loss_text(entropy)})"
     speed, mfu = summary["perf/tokens_per_second"], summary["perf/mfu"]
     peak = (

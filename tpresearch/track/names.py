@@ -97,6 +97,10 @@ def complete_row(values: Mapping[str, SupportsFloat | None]) -> Row:
     return {name: finite_or_none(values.get(name)) for name in NAMES}
 
 
+def step_of(row: Row) -> int:
+    return int(row["train/step"] or 0)
+
+
 def finite_or_none(value: SupportsFloat | None) -> int | float | None:
     """A number that JSON can hold: None for NaN and infinity, which are not measurements."""
     if value is None or isinstance(value, int):

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tpresearch.track.names import NAMES, Row, finite_or_none
+from tpresearch.track.names import NAMES, Row, finite_or_none, step_of
 from tpresearch.track.text import bytes_text
 
 SUMMARY_FILE = "summary.json"
@@ -126,10 +126,6 @@ def summary_figures(
     }
 
 
-def step_of(row: Row) -> int:
-    return int(row["train/step"] or 0)
-
-
 def _defined(rows: Sequence[Row], name: str) -> list[int | float]:
     return [value for row in rows if (value := row.get(name)) is not None]
 
@@ -163,7 +159,7 @@ def write_config(folder: Path, config: Mapping[str, Any], step: int = 0) -> None
     _write_keeping_earlier(step, folder / "config.yaml", content)
 
 
-def write_plan(folder: Path, plan: str, step: int = 0) -> None:
+def write_plan(folder: Path, plan: str, step: int) -> None:
     """plan.txt: the compiled plan as it was printed, from `step` on."""
     _write_keeping_earlier(step, folder / "plan.txt", plan.rstrip("\n") + "\n")
 

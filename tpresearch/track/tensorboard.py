@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import LoggerConfig
-from tpresearch.track.names import Row
+from tpresearch.track.names import Row, step_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -40,7 +40,7 @@ class TensorboardRun:
         """Every defined metric of the row, by its step. An error is reported once and ends TensorBoard, not the run."""
         if self._failed:
             return
-        step = int(row["train/step"] or 0)
+        step = step_of(row)
         try:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter  # late: it is optional

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
+from typing import Any, Literal, Self, SupportsFloat
 
 from rich.console import Console
 
@@ -19,17 +19,15 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import first_line
 from tpresearch.config.secrets import refuse_secrets
 from tpresearch.launch.stop import Stopped
+from tpresearch.ledger.entries import StepLedger
 from tpresearch.track import record
 from tpresearch.track.console import NextSteps, ProgressLine, report
 from tpresearch.track.metrics_file import MetricsFile
-from tpresearch.track.names import Row
+from tpresearch.track.names import Row, step_of
 from tpresearch.track.tensorboard import TensorboardRun
 from tpresearch.track.text import run_name
 from tpresearch.track.wandb_host import MAX_NAME_CHARS, MAX_TAG_CHARS
 from tpresearch.track.wandb_run import WandbRun
-
-if TYPE_CHECKING:  # it imports torch, which nothing else here needs
-    from tpresearch.ledger.entries import StepLedger
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +146,7 @@ class Tracker:
             KeyError: for a metric that `names.py` does not declare.
         """
         row = self._last_row = self._metrics.append(values)
-        self._last_step = record.step_of(row)
+        self._last_step = step_of(row)
         if self._wandb:
             self._wandb.log(row)
         if self._tensorboard:
@@ -207,9 +205,9 @@ class Tracker:
     def _summary(self, status: Status, error: str | None) -> dict[str, Any]:
         cfg = self._cfg
         logged = record.read_metrics(self._run_dir)
-        if self._last_row and (not logged or record.step_of(logged[-1]) < record.step_of(self._last_row)):
+        if self._last_row and (not logged or step_of(logged[-1]) < step_of(self._last_row)):
             logged.append(self._last_row)  # for which the disk had no room
-        rows = [row for row in logged if record.step_of(row) <= self._last_step]
+        rows = [row for row in logged if step_of(row) <= self._last_step]
         summary = {
             "status": status,
             **({"error": error} if error else {}),

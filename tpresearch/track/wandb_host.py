@@ -54,10 +54,8 @@ def check_settings(logger: LoggerConfig, environment: Mapping[str, str] = os.env
             raise ConfigError(field, value, why, legal, {field: fix[field]} if field in fix else None)
     for tag in logger.tags:
         if not 0 < len(tag) <= MAX_TAG_CHARS:
-            why, legal = (
-                f"W&B does not accept a tag of {len(tag)} characters",
-                f"tags of 1 to {MAX_TAG_CHARS}",
-            )
+            why = f"W&B does not accept a tag of {len(tag)} characters"
+            legal = f"tags of 1 to {MAX_TAG_CHARS}"
             raise ConfigError("logger.tags", tag, why, legal, fix={"logger.tags": "[]"})
     _check_variables({name: value for name, value in environment.items() if name.startswith("WANDB_")})
 

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from tpresearch.config.errors import first_line
 from tpresearch.config.schema import LoggerConfig
-from tpresearch.track.names import X_AXIS, Row
+from tpresearch.track.names import X_AXIS, Row, step_of
 from tpresearch.track.text import path_text
 from tpresearch.track.wandb_host import Mode, choose_mode
 
@@ -207,7 +207,7 @@ class SentRows:
 
     def is_new(self, row: Row) -> bool:
         """Whether this row is of a later step than all before it; if so, it counts as logged from now on."""
-        step = int(row["train/step"] or 0)
+        step = step_of(row)
         if self._steps and step <= self._steps[-1]:
             return False
         self._steps.append(step)

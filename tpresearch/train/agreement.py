@@ -40,8 +40,10 @@ class AgreedGradients(Observer):
 
     @torch.no_grad()
     def gradients(self, state: TrainState) -> None:
-        """Raises:
-        ConfigError: naming the first such parameter, on every rank.
+        """Compare the gradients of replicated parameters between the ranks that share them, in one step.
+
+        Raises:
+            ConfigError: naming the first that differs, on every rank.
         """
         if state.step != self._at:
             return

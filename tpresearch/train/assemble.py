@@ -54,9 +54,8 @@ def assemble(
     source = weight_source(cfg, plan.initializers) if restore is None else lambda _: None
     materialize(model, home, source, buffers=device.torch)
     batches = Batches(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
-    draws = (
-        plan.probe.draws or plan.probe.output is None
-    )  # where nobody knows, torch would seed all ranks alike
+    # Where nobody knows whether it draws, torch would seed all ranks alike.
+    draws = plan.probe.draws or plan.probe.output is None
     randomness = [SeededRandomness(cfg.train.seed, mesh, plan, cfg.parallel.compile)] if draws else []
     observers = Observers([*randomness, *build_defects(cfg, plan, mesh, batches), *watching])
     state = build_state(model, cfg, plan, mesh)

@@ -16,7 +16,6 @@ from tpresearch.train.step import StepResult
 
 log = logging.getLogger(__name__)
 
-
 REMEDY = "a lower optimizer.lr, or train.on_nonfinite=skip to leave out such updates"
 
 
@@ -33,7 +32,11 @@ class FiniteCheck:
         self._losses_since_logged = torch.zeros((), device=device)
 
     def record(self, step: int, result: StepResult) -> None:
-        """Args: step: counted from 1."""
+        """Note whether a step's loss and norm are finite.
+
+        Args:
+            step: counted from 1.
+        """
         bad = ~torch.isfinite(result.grad_norm)
         self._bad_norms += bad
         self._first_bad_norm = torch.where(bad & (self._first_bad_norm < 0), step, self._first_bad_norm)

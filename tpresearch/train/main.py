@@ -116,7 +116,7 @@ def train_on(
             log.warning(note)
         warn_of_hosts(job)
         # Before the model is sharded.
-        observers = [*build_observers(job, mesh, device, tracker), *build_profilers(job, run)]
+        observers = [*build_observers(job, mesh, device, tracker), *build_profilers(job, run, device)]
         parameters, group = job.parameters, checkpoint_group()
         found = broadcast_from_rank_0(found, group)
         restoring = partial(restore, found, group=group) if found else None
@@ -159,15 +159,11 @@ def build_observers(
     ]
 
 
-def build_profilers(job: Preflight, run: Run) -> Sequence[Observer]:
-    config, device = job.cfg.profiler, job.device
+def build_profilers(job: Preflight, run: Run, device: Device) -> Sequence[Observer]:
+    config = job.cfg.profiler
     if config.name is ProfilerName.none:
         return []
-    return [
-        Profiler(
-            config, run.folder / "profiler", run.world.rank, device is not None and device.type == "cuda"
-        )
-    ]
+    return [Profiler(config, run.folder / "profiler", run.world.rank, device.type == "cuda")]
 
 
 def open_tracker(

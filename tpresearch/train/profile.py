@@ -67,13 +67,11 @@ class Profiler(Observer):
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._config.memory and self._on_cuda:
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
-        os.environ.setdefault(
-            "KINETO_LOG_LEVEL", "6"
-        )  # else it writes lines of its own on each rank (torch 2.13)
+        # Else it writes lines of its own on each rank (torch 2.13).
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_cuda else [])]
-        self._profile = profile(
-            activities=activities, acc_events=True
-        )  # or torch 2.11 warns, of further cycles
+        # acc_events, or torch 2.11 warns of further cycles.
+        self._profile = profile(activities=activities, acc_events=True)
         self._profile.start()
 
     def _stop(self, profiled: profile) -> None:

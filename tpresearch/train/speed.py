@@ -43,7 +43,11 @@ class Speed:
 
     @classmethod
     def of(cls, model: nn.Module, cfg: Config, device: Device, world_size: int) -> Speed:
-        """Args: model: plain, before it is sharded."""
+        """The speed of this config.
+
+        Args:
+            model: plain, before it is sharded.
+        """
         whole, causal = (flops_per_token(model, cfg.data.seq_len, causal) for causal in (False, True))
         peak = peak_flops(device.name, cfg.train.dtype)
         return cls(tokens_per_step(cfg), world_size, whole, causal, peak)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from tpresearch.config.choices import OnNonfinite
 from tpresearch.config.schema import Config
@@ -129,8 +128,7 @@ def reduce_partial_gradients(state: TrainState, plan: Plan, mesh: DeviceMesh) ->
     trained = state.trained_parameters()
     for name in plan.partial_grads(state.model):
         if (gradient := trained[name].grad) is not None:
-            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            by_axis.setdefault(plan.rules[name.rpartition(".")[0]].axis, []).append(local)
+            by_axis.setdefault(plan.rules[name.rpartition(".")[0]].axis, []).append(local_part(gradient))
     for axis, gradients in by_axis.items():
         sum_coalesced(mesh, gradients, axis)
     for parameter in trained.values():

@@ -32,7 +32,7 @@ class Timing(Observer):
             row of such steps alone has none.
     """
 
-    def __init__(self, device: torch.device, speed: Speed, left_out: range = range(0)) -> None:
+    def __init__(self, device: torch.device, speed: Speed, left_out: range) -> None:
         self._on_cuda, self._speed, self._left_out = device.type == "cuda", speed, left_out
         self._taken, self._left_at = 0, math.inf
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []

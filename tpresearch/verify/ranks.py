@@ -48,8 +48,10 @@ class Ranks:
         forkserver.ensure_running()
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Raises:
-        RankError: if a rank raises, dies or hangs. All are ended then.
+        """Call `function(world, *args)` on each of `size` ranks; the results in rank order.
+
+        Raises:
+            RankError: if a rank raises, dies or hangs. All are ended then.
         """
         from torch.distributed import TCPStore  # late: the server imports torch at the same time
 

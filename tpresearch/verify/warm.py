@@ -12,14 +12,14 @@ import threading
 import warnings
 
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tpresearch.config.compose import register_schema, to_config
 from tpresearch.config.world import World
 from tpresearch.data.pipeline import prepare
-from tpresearch.launch.composition import conf_dir
-from tpresearch.launch.run_dir import register_resolvers
+from tpresearch.launch.composition import initialize_conf
+from tpresearch.launch.resolvers import register_resolvers
 from tpresearch.parallel.device import Device
 from tpresearch.verify.trace import trace_run
 
@@ -43,7 +43,7 @@ def warm_up() -> None:
     register_schema()
     register_resolvers()
     fake = Device(torch.device("cpu"), "fake", "cpu")
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with initialize_conf():
         for plan in PLANS:
             cfg = to_config(compose("train", overrides=[*SMALL, plan]))
             trace_run(cfg, prepare(cfg.data, cfg.tokenizer), World(size=4, local_size=4), 1, fake)
