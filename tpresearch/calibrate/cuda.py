@@ -47,8 +47,8 @@ def measure_gpu(device: str = "cuda") -> list[dict[str, Any]]:
     """
     rows = [_card(device)]
     lead = lead_matrix(device)
-    for case in (*_matmuls(device), *_attention(device), *_memory(device)):
-        rows.append(_measured(case, partial(microseconds, lead=lead if case.on_device else None)))
+    cases = (*_matmuls(device), *_attention(device), *_memory(device))
+    rows += [_measured(case, partial(microseconds, lead=lead if case.on_device else None)) for case in cases]
     multiply = partial(torch.matmul, lead, lead)
     load = Case("matmul sustained", (LOAD_SIZE,) * 3, 2.0 * LOAD_SIZE**3, 0.0, lambda: multiply)
     return [*rows, _measured(load, _us_under_load)]

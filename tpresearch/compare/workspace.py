@@ -38,7 +38,7 @@ def workspace(group: str, name: str, project: str, entity: str) -> ws.Workspace:
 
 
 def report(group: str, name: str, project: str, entity: str, *, lookup: bool) -> wr.Report:
-    """The same charts on a page, each section with how to read it.
+    """A report: the workspace's charts on a page, each section with how to read it.
 
     Args:
         lookup: ask W&B for the project's id, which is saved with the runs, when this is serialised.

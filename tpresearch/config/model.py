@@ -98,7 +98,7 @@ def _rule(where: str, raw: Any) -> Rule:
 
 
 def model_as_dict(model: ModelConfig) -> dict[str, Any]:
-    """The same as plain data, in the shape of the YAML files."""
+    """A model as plain data, in the shape of the YAML files."""
     plans = {
         plan: {name: _rule_as_dict(dataclasses.asdict(rule)) for name, rule in rules.items()}
         for plan, rules in model.plans.items()

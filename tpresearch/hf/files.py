@@ -103,7 +103,7 @@ def tokenizer_hash_of(init_from: str) -> str | None:
 
 
 def weights_folder(init_from: str) -> Path:
-    """The same with every file of weights in it: of a hub id, the files that its index names are downloaded."""
+    """The folder that `init_from` names, with every file of weights in it; of a hub id, those that its index names are downloaded."""
     folder = folder_of(init_from, (CONFIG, WEIGHTS, INDEX))
     if folder == Path(os.path.expanduser(init_from)) or not (folder / INDEX).exists():
         return folder

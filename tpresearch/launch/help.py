@@ -47,7 +47,7 @@ def help_text(composition: Composition, main: Callable[..., None]) -> str:
 
 
 def help_of_options(options: type) -> str:
-    """The same for a command that composes no config, whose options are a dataclass in its module."""
+    """The help of a command that composes no config, whose options are a dataclass in its module."""
     purpose = inspect.getdoc(inspect.getmodule(options))
     lines = [_line(f"  {key}=", meaning) for key, meaning in _meanings(options, "")]
     return "\n".join([str(purpose), "", *lines])

@@ -5,9 +5,8 @@ Per micro-batch of b rows of s tokens, e bytes per element, over t tensor-parall
 - TP: an all-reduce of b s h after attention and after the feed-forward, and one each way back
   (Megatron-LM, arXiv 1909.08053, section 3); with sequence parallelism each is a reduce-scatter and an
   all-gather (arXiv 2205.05198, section 4.2). `plan/collectives.py` has them rule by rule.
-- The vocabulary-parallel loss: three all-reduces of b s numbers (arXiv 1909.08053, section 3), of c at a time in
-  chunks of c tokens; the sum of outputs
-  that are split: one all-reduce of one number.
+- The vocabulary-parallel loss: three all-reduces of b s numbers (arXiv 1909.08053, section 3); in chunks of c tokens
+  three of c numbers for each. With train.loss=sum, one all-reduce of one number where outputs are sharded.
 - FSDP, of P parameters: an all-gather of e_p P in forward, another in backward where weights were freed (all but the last block's), and a
   reduce-scatter of e_g P (arXiv 1910.02054, section 7; arXiv 2304.11277). HSDP and DDP: an all-reduce of
   e_g P / d over the replicas, once per step.

@@ -234,6 +234,6 @@ def tp_local_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
 
 
 def fsdp_local_shape(fqn: str, model: nn.Module, plan: Plan) -> tuple[int, ...]:
-    """The same after the data plan has also sharded dim 0."""
+    """Shape of rank 0's shard under its rule and the data plan, which also shards dim 0."""
     shape = tp_local_shape(fqn, model, plan)
     return (-(-shape[0] // plan.sizes.shards), *shape[1:]) if shape else shape

@@ -33,8 +33,10 @@ class Change(NamedTuple):
 
 
 def change_by(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> Change | None:
-    """What a call with this function's name changes in place; None if nothing. Of some functions of torch.nn.init a meta tensor
-    sees but the question whether it is one."""
+    """What a call of the function of this name changes in place; None if nothing.
+
+    Some functions of torch.nn.init only ask a meta tensor whether it is one (`is_meta`): the question counts as a change.
+    """
     target = args[0] if args else kwargs.get("tensor")
     asked = name == "__get__" and sys._getframe(2).f_globals.get("__name__") == nn.init.__name__
     if not isinstance(target, Tensor) or not (asked or name in IN_PLACE):

@@ -152,7 +152,7 @@ def plan_text(model: nn.Module, plan: Plan) -> str:
 
 
 def plan_html(model: nn.Module, plan: Plan) -> str:
-    """The same for a notebook."""
+    """The table and the notes as HTML, for a notebook."""
     tags = itertools.chain(["th"], itertools.repeat("td"))
     lines = (
         "".join(f"<{tag} style='text-align: left'>{escape(cell)}</{tag}>" for cell in line)

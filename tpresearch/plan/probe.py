@@ -67,7 +67,7 @@ def elements_of(args: object, output: object) -> int | None:
 
 
 class _CallMode(TorchFunctionMode):
-    """Tells the other mode within which call of a function something is drawn."""
+    """Notes for `_ProbeMode` each call of a function, and in which of them random numbers are drawn: `dropout`, say."""
 
     def __init__(self, probe: _ProbeMode) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ def candidate_plans(cfg: Config, gpus: int, cluster: Cluster) -> Iterator[Candid
     of one host, 8, 64 and so on.
     """
     for name, (tensor, data) in PLANS.items():
-        for mesh in _meshes(name, tensor, data, gpus, cluster):
+        for mesh in _meshes(tensor, data, gpus, cluster):
             for checkpointing in (Checkpointing.none, Checkpointing.selective, Checkpointing.full):
                 parallel = dataclasses.replace(
                     cfg.parallel,
@@ -106,9 +106,7 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // divisor for divisor in small)})
 
 
-def _meshes(
-    name: str, tensor: TensorPlan | None, data: DataPlan, gpus: int, cluster: Cluster
-) -> Iterator[MeshConfig]:
+def _meshes(tensor: TensorPlan | None, data: DataPlan, gpus: int, cluster: Cluster) -> Iterator[MeshConfig]:
     host = min(gpus, cluster.devices_per_host)
     for tp in _divisors(host)[1:] if tensor else [1]:
         ranks = gpus // tp

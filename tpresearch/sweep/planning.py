@@ -118,7 +118,7 @@ class JobPlanner:
             composed=composed,
             nodes=nodes,
             steps=total_steps(cfg),
-            notes=getattr(checked, "notes", ()),  # of a judge that has something to say of the config
+            notes=getattr(checked, "notes", ()),  # which a `train.preflight.Preflight` has
         )
 
     def _folder(self, subdir: object) -> Path:

@@ -115,7 +115,7 @@ def figure_columns(summaries: Sequence[Summary]) -> dict[str, Column]:
 
 
 def mean_columns(groups: Sequence[Sequence[Summary]]) -> dict[str, Column]:
-    """The same with one cell per group of runs that differ only in their seed: mean and standard deviation."""
+    """The figures by their titles, one cell per group of runs that differ only in their seed: mean and standard deviation."""
     figures = _figures_of(list(chain(*groups)))
     return {figure.title: [Cell(_mean(group, figure)) for group in groups] for figure in figures}
 

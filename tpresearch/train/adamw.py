@@ -25,7 +25,7 @@ class AdamW(torch.optim.AdamW):
 
 
 class ElementwiseAdamW(AdamW):
-    """The same update, tensor by tensor in one pass over memory: computed in at least float32, and rounded where it is stored.
+    """AdamW, tensor by tensor in one pass over memory: computed in at least float32, and rounded where it is stored.
 
     On an H200 torch's fused kernel moves 2.3 of 4.8 TB/s in bfloat16, the compiled one 4.1 (experiments/gpu); but each tensor takes
     a call from Python (about 60 us), so that it is for weights of millions of elements.

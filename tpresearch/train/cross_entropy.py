@@ -159,7 +159,7 @@ def _loss_and_gradient(
 def _compiled_loss_and_gradient(
     given: list[Tensor], targets: Tensor, scale: float, shard: VocabularyShard | None, learns: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same in fused kernels, one per stretch between two collectives."""
+    """As `_loss_and_gradient`, in fused kernels: one per stretch between two collectives."""
     logits = given.pop()
     valid, here, index = _target_columns(targets, logits.shape[-1], shard)
     greatest = shard.all_reduce_max(_fused(_greatest)(logits)) if shard else None

@@ -75,7 +75,7 @@ class ChunkedCrossEntropy:
 
 @dataclass(frozen=True)
 class FullCrossEntropy:
-    """The same, computed from all logits of a micro-batch at once.
+    """The next-token cross-entropy in nats, summed over tokens, times `scale`; computed from all logits of a micro-batch at once.
 
     Attributes:
         is_sharded: logits are a DTensor, sharded over the vocabulary; forward and backward of the cross-entropy then work
