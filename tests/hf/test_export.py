@@ -190,7 +190,7 @@ def test_no_run_is_set_aside_for_an_import(start: Start, run: Path, exported: Pa
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
     words = ["-m", "tpresearch.import_hf", f"init_from={exported}", "hydra.run.dir=run", "parallel=none"]
     refused = start(None, *words)
-    assert refused.refusal.startswith(f"error: hydra.run.dir=run: a run has step-00000002 there, ")
+    assert refused.refusal.startswith("error: hydra.run.dir=run: a run has step-00000002 there, ")
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
 
 
