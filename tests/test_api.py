@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 import sys
@@ -162,6 +163,29 @@ def built(world: World, overrides: list[str]) -> dict[str, Any]:
         "steps": [job.step(), job.step()],
         "again": tpresearch.build(cfg).step(),  # a second job in the same process
     }
+
+
+def test_an_interrupted_step_leaves_nothing_for_the_next(ranks: Ranks) -> None:
+    """Ctrl-C in a notebook, between two micro-batches."""
+    ((interrupted, undisturbed),) = ranks.run(1, stepped_with_an_interrupt)
+    assert interrupted == undisturbed
+
+
+def stepped_with_an_interrupt(world: World) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    torch.set_num_threads(1)
+    cfg = tpresearch.load(*TRAINED, "parallel=none", "train.micro_batch_size=4")
+    job, other = tpresearch.build(cfg), tpresearch.build(cfg)
+    forwards = itertools.count(1)
+
+    def interrupt(*_: object) -> None:
+        if next(forwards) == 2:
+            raise KeyboardInterrupt
+
+    hook = job.model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        job.step()
+    hook.remove()
+    return [job.step(), job.step()], [other.step(), other.step()]
 
 
 def test_in_one_process_a_plan_of_several_ranks_is_there_to_look_at(ranks: Ranks) -> None:

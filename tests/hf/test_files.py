@@ -21,6 +21,8 @@ from support.nobody import as_nobody
 from torch import Tensor
 
 from tpresearch.config import ConfigError
+from tpresearch.config.choices import TokenizerKind
+from tpresearch.config.validate import validate
 from tpresearch.data import hub as hub_room
 from tpresearch.hf.files import is_hugging_face
 from tpresearch.hf.llama import read_settings
@@ -123,6 +125,23 @@ def test_a_wrong_value_in_config_json_is_refused(folder: Path, changes: dict[str
 )
 def test_a_model_of_other_sizes_is_refused(folder: Path, model: dict[str, Any], said: str) -> None:
     assert refusal(folder, **model).startswith(said.replace("FOLDER", str(folder)))
+
+
+def test_a_tokenizer_with_more_entries_than_the_embedding_is_refused_by_its_own_key(folder: Path) -> None:
+    cfg = config(
+        "parallel=none", "model=hf", f"init_from={folder}", "tokenizer=bpe", "tokenizer.vocab_size=264"
+    )
+    said = f"264 entries, and the embedding of {folder} has 263; a tokenizer of at most 263"
+    with pytest.raises(ConfigError) as refused:
+        validate(cfg, 1)
+    assert (str(refused.value), refused.value.fix) == (
+        f"tokenizer.vocab_size=264: {said}",
+        {"tokenizer.vocab_size": 263},
+    )
+    cfg.tokenizer.kind, cfg.tokenizer.path = TokenizerKind.hf, "mine"
+    with pytest.raises(ConfigError) as refused:
+        validate(cfg, 1)
+    assert str(refused.value) == f"tokenizer.path=mine: {said}"
 
 
 def test_a_shorter_context_is_not_another_model(folder: Path) -> None:

@@ -9,7 +9,7 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Checkpointing, Float8, OptimizerName, WeightDtype
 from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.mesh import resolve_mesh, used_axes
-from tpresearch.config.schema import Config, Dtype, ParallelConfig, ProfilerName
+from tpresearch.config.schema import Config, Dtype, ParallelConfig, ProfilerName, TokenizerKind
 from tpresearch.config.values import check_bounds
 
 DEFAULT_PLAN_RANKS = 4
@@ -149,6 +149,13 @@ def _check_budget(cfg: Config) -> None:
 def _check_vocabulary(cfg: Config) -> None:
     size = cfg.model.args.get("vocab_size")
     if isinstance(size, int) and size < cfg.tokenizer.vocab_size:
+        if cfg.init_from:
+            key, value = "tokenizer.path", cfg.tokenizer.path
+            if cfg.tokenizer.kind is TokenizerKind.bpe:
+                key, value = "tokenizer.vocab_size", cfg.tokenizer.vocab_size
+            why = f"{cfg.tokenizer.vocab_size} entries, and the embedding of {cfg.init_from} has {size}"
+            fix = {"tokenizer.path": "VALUE"} if key == "tokenizer.path" else {key: size}
+            raise ConfigError(key, value, why, f"a tokenizer of at most {size}", fix=fix)
         why = f"the tokenizer has {cfg.tokenizer.vocab_size} entries"
         legal = "at least as many; by default it follows the tokenizer"
         raise ConfigError("model.vocab_size", size, why, legal)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ def train_step(state: TrainState, batch: Batch, setup: Setup) -> StepResult:
         batch: this data-parallel rank's rows of the global batch.
     """
     observers = setup.observers
-    with observers.step(state):
+    with _no_gradients_left(state), observers.step(state):
         with state.sums.collecting() if state.sums else nullcontext():
             loss = accumulate_gradients(state, batch.split(setup.micro_rows), setup)
         with observers.phase("backward"):
@@ -89,6 +90,16 @@ def train_step(state: TrainState, batch: Batch, setup: Setup) -> StepResult:
             update(state, norm, setup)
     state.step += 1
     return StepResult(loss, norm)
+
+
+@contextmanager
+def _no_gradients_left(state: TrainState) -> Iterator[None]:
+    """Drops the gradients of a step that is not finished, such as one that is interrupted in a notebook: the next would add to them."""
+    try:
+        yield
+    except BaseException:
+        state.optimizer.zero_grad()
+        raise
 
 
 def accumulate_gradients(state: TrainState, micro_batches: list[Batch], setup: Setup) -> Tensor:
