@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
     UnsupportedFakeTensorException,
 )
 
@@ -31,6 +30,7 @@ from tpresearch.simulate.compiled_blocks import Call, recompute
 from tpresearch.simulate.device_memory import DeviceMemory, by_moment
 from tpresearch.simulate.fake_ranks import FAKE, fake_mesh
 from tpresearch.simulate.recorder import Recorder
+from tpresearch.simulate.remembered_shapes import RememberingFakeTensorMode
 from tpresearch.simulate.trace import Trace
 from tpresearch.train import cross_entropy
 from tpresearch.train.assemble import build_state
@@ -94,7 +94,11 @@ def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace
             for name in plan.blocks:
                 block = model.get_submodule(name)
                 block.forward = recompute(block.forward, recomputed)
-        with FakeTensorMode(allow_non_fake_inputs=True), _device_of(cfg), warnings.catch_warnings():
+        with (
+            RememberingFakeTensorMode(allow_non_fake_inputs=True),
+            _device_of(cfg),
+            warnings.catch_warnings(),
+        ):
             # Of fake tensors alone: a linear layer's output is a view there.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             materialize(model, FAKE.torch, lambda _: None)
