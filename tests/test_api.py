@@ -188,6 +188,25 @@ def stepped_with_an_interrupt(world: World) -> tuple[list[dict[str, float]], lis
     return [job.step(), job.step()], [other.step(), other.step()]
 
 
+def test_a_sharded_plan_runs_on_one_rank_and_after_the_group_was_destroyed(ranks: Ranks) -> None:
+    """Scripts often end by destroying the group, and in a notebook the next cell goes on."""
+    (first, *later), refused = ranks.run(1, built_again)[0]
+    assert later == [first] * 2
+    assert refused.startswith("world_size=-2: too small; ")
+
+
+def built_again(world: World) -> tuple[list[dict[str, float]], str]:
+    torch.set_num_threads(1)
+    cfg = tpresearch.load(*TRAINED, "parallel=fsdp")
+    steps = [tpresearch.build(cfg, world_size=1).step()]
+    for _ in range(2):
+        torch.distributed.destroy_process_group()
+        steps.append(tpresearch.build(cfg, world_size=1).step())
+    with pytest.raises(ConfigError) as refused:
+        tpresearch.build(cfg, world_size=-2)
+    return steps, str(refused.value)
+
+
 def test_in_one_process_a_plan_of_several_ranks_is_there_to_look_at(ranks: Ranks) -> None:
     (seen,) = ranks.run(1, looked_at)
     replicated = 266_240  # over tp: the norms

@@ -182,7 +182,7 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     the next build is for other ranks: earlier jobs that communicate must then be built again.
 
     Args:
-        world_size: as in `compile_plan`; the model is then for inspection only.
+        world_size: as in `compile_plan`; above 1 the model is for inspection only.
 
     Raises:
         ConfigError: for whatever a run with this config would be refused for.
@@ -190,10 +190,10 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     from tpresearch.data.pipeline import prepare
     from tpresearch.parallel.mesh import build_mesh
     from tpresearch.train.assemble import assemble
-    from tpresearch.train.main import check_rows, check_same_corpus
+    from tpresearch.train.main import check_rows, check_same_corpus, warn_of_other_tokenizer
 
-    world, cfg = World.from_environment(), dataclasses.replace(cfg, plan_only=False)
-    check_bounds(cfg)
+    world, asked = World.from_environment(), world_size or cfg.world_size
+    check_bounds(cfg := dataclasses.replace(cfg, plan_only=False, world_size=asked))
     alone = world.size == 1 and not world.elastic
     if alone and (ranks := world_size or ranks_needed(cfg, DEFAULT_PLAN_RANKS)) > 1:
         return _to_look_at(cfg, ranks)
@@ -201,6 +201,7 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     assert job.device
     corpus = prepare(cfg.data, cfg.tokenizer, world)
     check_rows(corpus, job)
+    warn_of_other_tokenizer(cfg, corpus)
     _join(job.device, world, cfg)
     check_same_corpus(corpus)
     loop = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus)
@@ -241,10 +242,9 @@ def _join(device: Device, world: World, cfg: Config) -> None:
             return
         if not _groups:
             refuse_single_process(cfg, world.size)
-        _leave()
-    group = process_group(device, world)
-    group.__enter__()
-    _groups[key] = group
+    _leave()  # also one that the caller has destroyed: its context would end the next when it is collected
+    _groups[key] = process_group(device, world)
+    _groups[key].__enter__()
     atexit.register(_leave)
 
 
