@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.counted_steps import PLANS, counted_step, on_ranks
+from support.nets import FrozenBlock, Scaled, model
 from torch import nn
 
 from tpresearch.ledger.entries import StepLedger
@@ -44,6 +45,15 @@ def test_of_many_small_micro_batches_the_indices_are_a_part(plan: str, world: in
 def test_of_other_recomputed_blocks_than_layers_no_formula_is_claimed(blocks: str) -> None:
     found = counted_step(1, blocks, "parallel=none", "parallel.activation_checkpointing=full")
     assert found.expected.held["activations"] is None
+
+
+@pytest.mark.parametrize("kind", [FrozenBlock, Scaled])
+def test_of_other_models_and_of_frozen_weights_no_formula_is_claimed(kind: type[nn.Module]) -> None:
+    """What another forward keeps, or a backward that stops early, does not follow from the class that a model inherits."""
+    found = counted_step(2, *model(kind), "parallel=tp")
+    assert found.expected.held["activations"] is None
+    for kind_of_memory in ("parameters", "gradients", "optimizer"):
+        assert found.most_bytes[kind_of_memory] == found.expected.held[kind_of_memory]
 
 
 @pytest.mark.parametrize(

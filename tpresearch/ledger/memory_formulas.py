@@ -54,17 +54,17 @@ def _optimizer_bytes(cfg: Config, elements: int, parameters: int) -> int:
 def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) -> int | None:
     """Bytes of one micro-batch, which are freed before the next begins, and of the step's tokens and targets, which stay."""
     mode = cfg.parallel.activation_checkpointing
-    if plan.float8 or mode is Checkpointing.budget:
-        return None
+    if plan.float8 or mode is Checkpointing.budget or not all(p.requires_grad for p in model.parameters()):
+        return None  # a frozen weight's input need not be kept
     if mode is not Checkpointing.none and plan.blocks != [f"layers.{n}" for n in range(len(plan.blocks))]:
         return None  # the toy model's block, or units of one's own
     tokens, element = micro_batch_size(cfg, plan.sizes) * cfg.data.seq_len, ELEMENT_BYTES[cfg.train.dtype]
-    if isinstance(model, Llama2):
+    if type(model) is Llama2:
         kept = _llama2_activation_bytes(model, plan, cfg, element, device)
-    elif isinstance(model, ToyLM):
+    elif type(model) is ToyLM:
         kept = _toy_activation_bytes(model, plan, element)
     else:
-        return None
+        return None  # a model of one's own, with another forward than the one it inherits
     if kept is None:
         return None
     vocabulary = model.output.out_features
