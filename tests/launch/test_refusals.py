@@ -186,6 +186,17 @@ def test_wrong_config_files_are_named_with_the_override_that_chose_them(
     assert {len(err.splitlines()) for err in (other_model, other_key, torn, unset, unknown)} == {1}
 
 
+def test_a_file_that_has_itself_among_its_defaults_is_named(warm_python: Command, tmp_path: Path) -> None:
+    """As one of your own has that shadows the file that it means to change."""
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("defaults: [mine]\nlr: 0.1\n")
+    done = warm_python(f"hydra.searchpath=[file://{tmp_path}]", "optimizer=mine")
+    assert done.refusals == [done.err.strip()]
+    assert done.err.startswith(
+        "error: optimizer=mine: the defaults of one of its files lead back to itself; "
+    )
+
+
 def test_the_command_to_try_is_the_one_that_was_typed(python_module: Command) -> None:
     done = python_module("train.stepz=3")
     assert done.err.endswith("; try: python -m program train.steps=3\n")

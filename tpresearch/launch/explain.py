@@ -71,7 +71,8 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
     if message.startswith("Config group override must be a string"):
         return _invalid_option_name(composition)
     if message.endswith(NOT_ACCEPTED):
-        return _unreadable_value(message.removesuffix(NOT_ACCEPTED), composition)
+        is_circle = any(isinstance(cause, RecursionError) for cause in chain)
+        return _unreadable_value(message.removesuffix(NOT_ACCEPTED), composition, is_circle)
     cause = next((e for e in chain if isinstance(e, OmegaConfBaseException) and e.full_key), None)
     if cause is None:
         return _error_without_key(message, composition)
@@ -118,7 +119,10 @@ def _unreadable(error: OverrideParseException, composition: Composition) -> Conf
     return ConfigError(key, value, why, legal, fix={override_key(key): quote(value) if is_text else None})
 
 
-def _unreadable_value(key: str, composition: Composition) -> ConfigError:
+def _unreadable_value(key: str, composition: Composition, is_circle: bool) -> ConfigError:
+    if is_circle:
+        why, legal = "the defaults of one of its files lead back to itself", "defaults of other names"
+        return ConfigError(key, composition.typed_value(key), why, legal)
     options = composition.groups().get(key)
     legal = f"one of {', '.join(options)}" if options else "a value of the type that `--cfg hydra` shows"
     return ConfigError(key, composition.typed_value(key), "Hydra does not accept this value", legal)

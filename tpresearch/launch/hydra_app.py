@@ -34,8 +34,8 @@ from tpresearch.launch.composition import COMPOSITION_ERRORS, VERSION_BASE, conf
 
 QUERY_FLAGS = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
 """Flags of Hydra's command line that only print something, or that Hydra itself handles."""
-UNEXPECTED_ERRORS = (AssertionError, AttributeError, TypeError)
-"""Exceptions that Hydra raises for a value that it did not expect."""
+UNEXPECTED_ERRORS = (AssertionError, AttributeError, TypeError, RecursionError)
+"""Exceptions that Hydra raises for a value that it did not expect, and for a file whose defaults lead back to itself."""
 NOT_ACCEPTED = " has a value that Hydra does not accept"
 
 
