@@ -81,6 +81,13 @@ def test_a_number_typed_on_the_command_line_has_not_the_source_of_the_files(tmp_
     assert changed.checked == tuple(before + line for line in BASE["checked"])
 
 
+def test_checks_of_other_hosts_are_said_to_be_of_those(tmp_path: Path) -> None:
+    few = {"defaults": ["h100_dgx"], "name": "few", "devices_per_host": 4, "has_switch": True}
+    found = read(tmp_path, "few", "cluster.shared_cores=2", few=few)
+    before = "before devices_per_host, shared_cores changed, "
+    assert found.checked == tuple(before + line for line in BASE["checked"])
+
+
 def test_a_number_that_another_config_file_changes_is_guessed(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     experiment = {"cluster": {"numbers": {"inter_gb_s": {"value": 25}}}}

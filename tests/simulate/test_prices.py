@@ -431,7 +431,7 @@ def number(
                     [],
                 ),
                 "gemm_efficiency": (67, 0, 1e-320),
-                "memory_gb": (1e-320,),
+                "memory_gb": (1e-320, 81_559, 85e9),
                 "peak_tflops_bfloat16": (1e-320, -1),
                 "compute_units": (0.5,),
                 "launch_us": (-1,),

@@ -37,12 +37,14 @@ bytes/s for 1e9 bytes/s, or makes times overflow."""
 POSITIVE = Within(LEAST, MOST)
 PEAK = Within(LEAST, MOST, or_zero=True)
 NON_NEGATIVE = Within(0, MOST)
+MEMORY = Within(LEAST, 10_000)
+"""A device's: in MiB it is a number above."""
 SHARE_OF_PEAK = Within(LEAST, 1)
 SHARE_OF_RATE = Within(LEAST, 10)
 """Above 1 on a CPU, where caches make an op faster than the rate that it is relative to."""
 
 NUMBERS = {
-    "memory_gb": (POSITIVE, "memory of a device, in 1e9 bytes"),
+    "memory_gb": (MEMORY, "memory of a device, in 1e9 bytes"),
     "memory_reserved_gb": (
         NON_NEGATIVE,
         "of it, what CUDA, NCCL and the allocator take beside a job's tensors",

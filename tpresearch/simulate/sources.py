@@ -12,6 +12,8 @@ from tpresearch.launch.command import is_within, override_key
 from tpresearch.simulate.cluster import Cluster, SourceKind
 
 TYPED = "typed on the command line"
+HOST = {"devices_per_host": None, "has_switch": True, "shared_cores": None}
+"""Keys of a cluster that say what a host is, with what they are where no file states them."""
 IN_A_FILE = "changed in {}, which states no source"
 
 
@@ -25,10 +27,10 @@ def with_own_sources(
         files: names and contents of those from which the cluster was merged, each over those before it.
         words: the overrides that were typed.
     """
-    values: dict[str, object] = {}
+    values: dict[str, object] = dict(HOST)
     sources: dict[str, str] = {}
     changed: set[str] = set()
-    """Numbers that are not as they were when the cluster was checked."""
+    """Numbers, and what a host is, that are not as they were when the cluster was checked."""
     unsourced: dict[str, str] = {}
     """What is said of numbers without a source."""
     for file, content in files:
@@ -40,6 +42,10 @@ def with_own_sources(
             if "source" in entry:
                 sources[name] = entry["source"]
                 unsourced.pop(name, None)
+        for name in HOST.keys() & content.keys():
+            if content[name] != values[name]:
+                values[name] = content[name]
+                changed.add(name)
         if "checked" in content:
             changed.clear()
     typed = {override_key(word) for word in words} - {"cluster"}
@@ -52,6 +58,7 @@ def with_own_sources(
             changed.add(name)
         if f"{key}.source" in typed or sources.get(name, number.source) != number.source:
             unsourced.pop(name, None)
+    changed |= {name for name in HOST if values[name] != getattr(cluster, name)}
     numbers = {
         name: replace(number, kind=SourceKind.guessed, source=unsourced[name])
         if name in unsourced
