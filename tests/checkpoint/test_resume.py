@@ -26,7 +26,7 @@ from tpresearch.config import Config, ConfigError
 from tpresearch.config.comparable import experiment_config
 from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import total_steps
-from tpresearch.launch.command import repeat_command_of_run
+from tpresearch.launch.earlier_run import repeat_command_of_run
 
 STARTED = ("model=llama2_debug", "parallel=tp", "train.steps=50")
 

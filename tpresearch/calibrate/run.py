@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.compose import to_config
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, one_line
 from tpresearch.config.schema import ComposedConfig, Config
 from tpresearch.config.world import World
 from tpresearch.simulate.cluster import TABLES, parse_cluster
@@ -54,7 +54,7 @@ def read_run(folder: Path) -> MeasuredRun:
         step_s, world = summary.get("perf/step_time_s"), int(summary["world_size"])
         name, device = str(summary["run_name"]), str(summary["device"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
-        why = f"not the folder of a run that has ended ({' '.join(str(error).split())})"
+        why = f"not the folder of a run that has ended ({one_line(error)})"
         raise _refusal(folder, why) from error
     if summary.get("predicted"):
         raise _refusal(folder, "it is a prediction, and nothing was measured")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tpresearch.checkpoint.disk import BrokenCheckpoint
+from tpresearch.config.errors import one_line
 
 Found = TypeVar("Found")
 
@@ -79,4 +80,4 @@ def error_line(error: BaseException) -> str:
     """An error's message, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

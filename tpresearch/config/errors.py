@@ -78,6 +78,11 @@ def refuse_unwritable(field: str, folder: object, fix: Mapping[str, object] | No
         raise ConfigError(field, folder, why, WRITABLE, fix=fix) from None
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's message, on one line; of one without a message, the name of its class."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message; of one without a message, the name of its class."""
     lines = (line.strip() for line in str(error).splitlines())

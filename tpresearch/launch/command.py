@@ -1,6 +1,4 @@
-"""The command that started this process, how to repeat it with a mistake corrected, and how `resume=RUN` repeats it in that
-run's folder.
-"""
+"""The command that started this process, and how to repeat it with a mistake corrected."""
 
 from __future__ import annotations
 
@@ -9,16 +7,11 @@ import os
 import re
 import shlex
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from tpresearch.checkpoint.resume import AUTO, NEVER, check_started, find_checkpoint, run_of
 from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.secrets import LEGAL, words_without_secrets
 from tpresearch.config.world import World, WrongEnvironment
@@ -215,6 +208,11 @@ def override_key(argument: str) -> str:
     return argument.partition("=")[0].lstrip("+~")
 
 
+def values_by_key(words: Iterable[str]) -> dict[str, str]:
+    """What these overrides set, as it was typed: `{"train.steps": "3"}` of `+train.steps=3`; the last of a key counts."""
+    return {override_key(word): word.partition("=")[2] for word in words}
+
+
 def is_within(key: str, branch: str) -> bool:
     """Whether a dotted key is this branch or below it."""
     return f"{key}.".startswith(f"{branch}.")
@@ -232,66 +230,3 @@ def quote(value: object) -> str:
     if re.fullmatch(r"[\w./-]+", text, re.ASCII):
         return text
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-NOT_REPEATED = ("resume", "hydra.run.dir", "plan_only")
-"""Keys that hold for one start of a run only, and are not repeated."""
-REPLACED_KEYS = {"parallel": ("parallel", "mesh")}
-"""Overrides that a new one replaces: choosing a plan drops the earlier plan's settings and mesh sizes."""
-
-
-def repeat_command_of_run(arguments: Namespace) -> Path | None:
-    """If `resume` names a run, make this command line the one that started it, with the present overrides on top.
-
-    Returns: the run's folder, or None if no run is named.
-
-    Raises:
-        ConfigError: if there is no such run, or another folder is requested as well.
-    """
-    typed: dict[str, str] = {override_key(word): word.partition("=")[2] for word in arguments.overrides}
-    text = typed.get("resume", AUTO)
-    unquoted = yaml.safe_load(text)
-    named = unquoted if isinstance(unquoted, str) else text or "null"
-    if named in (AUTO, NEVER):
-        return None
-    if arguments.multirun or typed.get("hydra.mode") == "MULTIRUN":
-        why = "the jobs of a sweep have folders of their own"
-        legal = "init_from, for new runs from its weights"
-        raise ConfigError("resume", named, why, legal, fix={"resume": None, "init_from": named})
-    check_started(find_checkpoint(Path(named), "resume"))
-    run = run_of(Path(named))
-    asked = typed.get("hydra.run.dir")
-    if asked is not None and Path(str(yaml.safe_load(asked))).resolve() != run:
-        why = f"resume={named} continues in that run's own folder"
-        legal = "no other folder; init_from starts a new run from its weights"
-        raise ConfigError("hydra.run.dir", asked, why, legal)
-    replaced = {branch for key in typed for branch in REPLACED_KEYS.get(key, (key,))}
-    then = [w for w in overrides_of_run(run) if not any(is_within(override_key(w), key) for key in replaced)]
-    now = [word for word in arguments.overrides if override_key(word) != "hydra.run.dir"]
-    where = [] if typed.get("plan_only") == "true" else [override("hydra.run.dir", run)]
-    arguments.overrides = [*then, *now, *where]
-    hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]
-    arguments.config_name = arguments.config_name or hydra["job"]["config_name"]
-    added = [s["path"] for s in hydra["runtime"]["config_sources"] if s["provider"] == "command-line"]
-    arguments.config_dir = arguments.config_dir or next(iter(added), None)
-    return run
-
-
-def overrides_of_run(run: Path) -> list[str]:
-    """The overrides with which a run was last started, from Hydra's record.
-
-    Raises:
-        ConfigError: if there is no such record.
-    """
-    task = _read(run / ".hydra" / "overrides.yaml")
-    hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]["overrides"]["hydra"]
-    searched = [word for word in hydra if override_key(word) == "hydra.searchpath"]
-    return [word for word in [*searched, *task] if override_key(word) not in NOT_REPEATED]
-
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        why = f"its overrides cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise ConfigError("resume", path.parent.parent, why, "a run folder with its .hydra") from None

@@ -8,8 +8,8 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,7 +22,6 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch import interrupt
-from tpresearch.checkpoint.disk import step_folders
 from tpresearch.config.compose import register_schema
 from tpresearch.config.errors import ConfigError, JobFailed, RunFailed
 from tpresearch.config.schema import Config
@@ -35,12 +34,11 @@ from tpresearch.launch.command import (
     WrongCommand,
     override,
     override_key,
-    overrides_of_run,
     python_command,
     refuse_typed_secrets,
-    repeat_command_of_run,
 )
 from tpresearch.launch.composition import Composition, typed_config
+from tpresearch.launch.earlier_run import repeat_or_start_again, repeating_overrides
 from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.garbage import gc_paused
 from tpresearch.launch.help import help_text
@@ -152,7 +150,7 @@ def entrypoint(
 
 def _start(program: Program[Checked], world: World) -> None:
     arguments = _arguments(world)
-    earlier = _earlier_run(arguments) if program.check_folder else None
+    earlier = repeat_or_start_again(arguments) if program.check_folder else None
     composition = Composition.of(arguments, program.config_name)
     if hydra_app.is_query(arguments):
         if world.rank == 0 and arguments.help:
@@ -177,42 +175,15 @@ def _start(program: Program[Checked], world: World) -> None:
         job = program.run_preflight(cfg, world, may_resume(config, Path(config.hydra.run.dir)))
     interrupt.restore_interrupt()
     with ExitStack() as held:
-        with explain_errors(composition), _with_repeated_overrides(earlier):
+        with explain_errors(composition), repeating_overrides(earlier):
             folder, restarted = held.enter_context(agree_on_folder(config, world))
         with read_write(config.hydra.run):
             config.hydra.run.dir = str(folder)
         if program.check_folder:
-            with _with_repeated_overrides(earlier):
+            with repeating_overrides(earlier):
                 program.check_folder(job, folder, restarted)
         hydra_app.run(app, config, name, lambda: _call_main(program, job, world, restarted))
     return None
-
-
-def _earlier_run(arguments: Namespace) -> Path | None:
-    """`repeat_command_of_run`; of a run that ended before its first checkpoint, the command that starts it again is proposed."""
-    try:
-        return repeat_command_of_run(arguments)
-    except ConfigError as error:
-        run, now = Path(str(error.value)), set(map(override_key, arguments.overrides))
-        with suppress(ConfigError, OSError):
-            if error.field == "resume" and not step_folders(run):
-                then = {override_key(word): word.partition("=")[2] for word in overrides_of_run(run)}
-                kept = {key: value for key, value in then.items() if key not in now}
-                error.fix = {"resume": None, **kept, "hydra.run.dir": run}
-        raise
-
-
-@contextmanager
-def _with_repeated_overrides(earlier: Path | None) -> Iterator[None]:
-    """Make a proposed command that starts a new run, instead of resuming one, repeat all overrides of that one."""
-    try:
-        yield
-    except ConfigError as error:
-        if earlier and "init_from" in error.fix:
-            then = {override_key(word): word.partition("=")[2] for word in overrides_of_run(earlier)}
-            now = {override_key(word) for word in sys.argv[1:]}
-            error.fix = {key: value for key, value in then.items() if key not in now} | error.fix
-        raise
 
 
 def _sweep(app: Hydra, program: Program[Checked], composition: Composition, world: World) -> None:

@@ -23,8 +23,9 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed
 from tpresearch.config.world import World
 from tpresearch.launch import hydra_app
-from tpresearch.launch.command import Command, CommandCheck, command_to_try, repeat_command_of_run
+from tpresearch.launch.command import Command, CommandCheck, command_to_try
 from tpresearch.launch.composition import Composition, typed_config
+from tpresearch.launch.earlier_run import repeat_command_of_run
 from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.run_dir import check_folder_names
 

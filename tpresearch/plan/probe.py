@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.choices import Loss
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, one_line
 from tpresearch.config.schema import Config
 from tpresearch.plan.features import FeatureUse
 
@@ -239,7 +239,7 @@ def _count_dims(values: tuple[object, ...]) -> Ndims:
 def _incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
     kind = "numbers" if inputs.is_floating_point() else "token ids"
     other = {"data": "random_tokens"} if kind == "numbers" else {"data": "uniform", "train.loss": "sum"}
-    why = f"model {cfg.model.name} does not take {kind} {_format_shape(inputs.shape)}: {_one_line(error)}"
+    why = f"model {cfg.model.name} does not take {kind} {_format_shape(inputs.shape)}: {one_line(error)}"
     legal = " ".join(f"{key}={value}" for key, value in other.items()) + ", or a model for these data"
     if kind == "numbers" and ("cannot be multiplied" in str(error) or "reduction dim" in str(error)):
         legal = "the input width of its first layer; by default it follows model.dim"
@@ -249,7 +249,3 @@ def _incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
 
 def _format_shape(shape: torch.Size) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from tpresearch.config.comparable import comparable_config, with_defaults
 from tpresearch.config.schema import Config, DeviceKind
-from tpresearch.launch.command import override_key
+from tpresearch.launch.command import override_key, values_by_key
 from tpresearch.track.record import read_record
 from tpresearch.track.wandb_host import MAX_NAME_CHARS
 
@@ -57,7 +57,7 @@ class Job:
     @property
     def settings(self) -> dict[str, str]:
         """Its overrides by key."""
-        return {override_key(typed): typed.partition("=")[2] for typed in self.overrides if "=" in typed}
+        return values_by_key(typed for typed in self.overrides if "=" in typed)
 
 
 def slots_of(cfg: Config, wanted: int, gpu_count: int) -> tuple[int, bool]:

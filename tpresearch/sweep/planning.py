@@ -18,7 +18,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed, total_steps
 from tpresearch.config.world import World
-from tpresearch.launch.command import Command, WrongCommand, corrected, override, override_key, program_words
+from tpresearch.launch.command import Command, WrongCommand, corrected, override, program_words, values_by_key
 from tpresearch.launch.composition import Composition, typed_config
 from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
@@ -190,10 +190,10 @@ def _sweep_to_try(error: ConfigError, overrides: list[str]) -> Command | str:
     if isinstance(error, WrongCommand):
         return error.command
     arguments = sys.argv[1:]
-    swept = {override_key(word): word.partition("=")[2].split(",") for word in arguments if "," in word}
-    of_job = {override_key(word): word.partition("=")[2] for word in overrides}
+    several = values_by_key(word for word in arguments if "," in word)
+    of_job = values_by_key(overrides)
     for key in (error.field, *error.fix):
-        values = swept.get(key, [])
+        values = several[key].split(",") if key in several else []
         if of_job.get(key) in values:
             others = [value for value in values if value != of_job[key]]
             return Command(tuple(corrected(arguments, {key: ",".join(others) or None})))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpresearch.agent import SAVE_TIME_S
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, one_line
 from tpresearch.config.schema import SlurmConfig
 from tpresearch.launch.stop import end_with_parent
 from tpresearch.sweep.job import CONSOLE_LOG, STOPPED_CODE, Job
@@ -199,7 +199,7 @@ def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: 
             with executor.batch():
                 handles = [executor.submit(agent) for agent in agents]
         except (FailedJobError, FailedSubmissionError) as error:
-            why = f"sbatch refuses {nodes} node{'s' if nodes > 1 else ''}: {' '.join(str(error).split())}"
+            why = f"sbatch refuses {nodes} node{'s' if nodes > 1 else ''}: {one_line(error)}"
             legal = "what this cluster takes; the options are in conf/hydra/launcher/slurm.yaml"
             raise ConfigError("hydra/launcher", "slurm", why, legal) from None
         for job, handle in zip(alike, handles, strict=True):

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from tpresearch.config.errors import one_line
 from tpresearch.track.names import NAMES, Row, finite_or_none, step_of
 from tpresearch.track.text import bytes_text
 
@@ -77,7 +78,7 @@ def read_record(path: Path) -> Any:
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(one_line(error)) from None
     _check_size(content)
     return content
 

@@ -1,0 +1,109 @@
+"""`resume=RUN`: the command that started an earlier run, repeated in its folder."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tpresearch.checkpoint.disk import step_folders
+from tpresearch.checkpoint.resume import AUTO, NEVER, check_started, find_checkpoint, run_of
+from tpresearch.config.errors import ConfigError
+from tpresearch.launch.command import is_within, override, override_key, values_by_key
+
+NOT_REPEATED = ("resume", "hydra.run.dir", "plan_only")
+"""Keys that hold for one start of a run only, and are not repeated."""
+REPLACED_KEYS = {"parallel": ("parallel", "mesh")}
+"""Overrides that a new one replaces: choosing a plan drops the earlier plan's settings and mesh sizes."""
+
+
+def repeat_command_of_run(arguments: Namespace) -> Path | None:
+    """If `resume` names a run, make this command line the one that started it, with the present overrides on top.
+
+    Returns: the run's folder, or None if no run is named.
+
+    Raises:
+        ConfigError: if there is no such run, or another folder is requested as well.
+    """
+    typed = values_by_key(arguments.overrides)
+    text = typed.get("resume", AUTO)
+    unquoted = yaml.safe_load(text)
+    named = unquoted if isinstance(unquoted, str) else text or "null"
+    if named in (AUTO, NEVER):
+        return None
+    if arguments.multirun or typed.get("hydra.mode") == "MULTIRUN":
+        why = "the jobs of a sweep have folders of their own"
+        legal = "init_from, for new runs from its weights"
+        raise ConfigError("resume", named, why, legal, fix={"resume": None, "init_from": named})
+    check_started(find_checkpoint(Path(named), "resume"))
+    run = run_of(Path(named))
+    asked = typed.get("hydra.run.dir")
+    if asked is not None and Path(str(yaml.safe_load(asked))).resolve() != run:
+        why = f"resume={named} continues in that run's own folder"
+        legal = "no other folder; init_from starts a new run from its weights"
+        raise ConfigError("hydra.run.dir", asked, why, legal)
+    replaced = {branch for key in typed for branch in REPLACED_KEYS.get(key, (key,))}
+    then = [w for w in overrides_of_run(run) if not any(is_within(override_key(w), key) for key in replaced)]
+    now = [word for word in arguments.overrides if override_key(word) != "hydra.run.dir"]
+    where = [] if typed.get("plan_only") == "true" else [override("hydra.run.dir", run)]
+    arguments.overrides = [*then, *now, *where]
+    hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]
+    arguments.config_name = arguments.config_name or hydra["job"]["config_name"]
+    added = [s["path"] for s in hydra["runtime"]["config_sources"] if s["provider"] == "command-line"]
+    arguments.config_dir = arguments.config_dir or next(iter(added), None)
+    return run
+
+
+def overrides_of_run(run: Path) -> list[str]:
+    """The overrides with which a run was last started, from Hydra's record.
+
+    Raises:
+        ConfigError: if there is no such record.
+    """
+    task = _read(run / ".hydra" / "overrides.yaml")
+    hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]["overrides"]["hydra"]
+    searched = [word for word in hydra if override_key(word) == "hydra.searchpath"]
+    return [word for word in [*searched, *task] if override_key(word) not in NOT_REPEATED]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = f"its overrides cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise ConfigError("resume", path.parent.parent, why, "a run folder with its .hydra") from None
+
+
+def repeat_or_start_again(arguments: Namespace) -> Path | None:
+    """`repeat_command_of_run`; of a run that ended before its first checkpoint, the command that starts it again is proposed."""
+    try:
+        return repeat_command_of_run(arguments)
+    except ConfigError as error:
+        run = Path(str(error.value))
+        with suppress(ConfigError, OSError):
+            if error.field == "resume" and not step_folders(run):
+                kept = _not_typed_again(run, arguments.overrides)
+                error.fix = {"resume": None, **kept, "hydra.run.dir": run}
+        raise
+
+
+@contextmanager
+def repeating_overrides(earlier: Path | None) -> Iterator[None]:
+    """Make a proposed command that starts a new run, instead of resuming one, repeat all overrides of that one."""
+    try:
+        yield
+    except ConfigError as error:
+        if earlier and "init_from" in error.fix:
+            error.fix = _not_typed_again(earlier, sys.argv[1:]) | error.fix
+        raise
+
+
+def _not_typed_again(run: Path, words: Sequence[str]) -> dict[str, str]:
+    """What the overrides of an earlier run set, without the keys of these words."""
+    now = {override_key(word) for word in words}
+    return {key: value for key, value in values_by_key(overrides_of_run(run)).items() if key not in now}
