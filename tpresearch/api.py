@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from html import escape
 from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
@@ -101,8 +102,6 @@ class CompiledPlan:
         return f"{self.job.about}\n\n{plan_text(self.job.model, self.job.plan)}"
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         from tpresearch.plan.describe import plan_html
 
         return f"<p>{escape(self.job.about)}</p>\n{plan_html(self.job.model, self.job.plan)}"

@@ -22,8 +22,10 @@ from typing import Any
 
 import yaml
 
+from tpresearch.calibrate.rows import Row, cluster_from_rows, read_rows
 from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.config.world import World
+from tpresearch.launch.composition import conf_dir, read_option
 from tpresearch.launch.options import command, read_options
 from tpresearch.simulate.cluster import NUMBERS, parse_cluster
 
@@ -79,12 +81,6 @@ def _gpu_cluster(options: Options, name: str, world: World) -> dict[str, Any] | 
     Raises:
         ConfigError: for ranks of torchrun without GPUs of their own, or with nothing to measure.
     """
-    from tpresearch.calibrate.rows import (  # late: what follows imports torch
-        Row,
-        cluster_from_rows,
-        read_rows,
-    )
-
     if options.rows:
         _refuse_ranks(world, "it reads rows that were measured")
         rows = read_rows(Path(options.rows))
@@ -92,7 +88,7 @@ def _gpu_cluster(options: Options, name: str, world: World) -> dict[str, Any] | 
         return cluster_from_rows(
             rows, _base_cluster(options.base, card.get("card", ""), card.get("memory_bytes", 0)), name
         )
-    import torch
+    import torch  # late, and so are those that import it
 
     if not torch.cuda.is_available():
         _refuse_ranks(world, "without a GPU it starts its own ranks")
@@ -139,8 +135,6 @@ def _base_cluster(
     Raises:
         ConfigError: if there is none, or if its device is a CPU.
     """
-    from tpresearch.launch.composition import conf_dir, read_option
-
     names = sorted(file.stem for file in (conf_dir() / "cluster").glob("*.yaml"))
     if option is None and card == "cpu":
         option = "cpu"

@@ -17,6 +17,7 @@ from tpresearch import interrupt
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.world import World, WrongEnvironment
 from tpresearch.launch.command import refuse_typed_secrets
+from tpresearch.launch.help import help_of_options
 from tpresearch.launch.home import check_home
 from tpresearch.launch.logs import tolerate_print_errors
 from tpresearch.launch.refuse import refuse
@@ -94,8 +95,6 @@ def command(main: Callable[[], None], options: type | None = None) -> None:
         refuse_typed_secrets(World())
         check_home(World())
         if options and {"-h", "--help"} & set(sys.argv[1:]):
-            from tpresearch.launch.help import help_of_options  # late: few ask
-
             print(help_of_options(options))
         else:
             main()

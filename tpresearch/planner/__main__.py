@@ -7,10 +7,12 @@ import json
 import os
 
 from tpresearch.config import Config, ConfigError
+from tpresearch.config.choices import DataPlan
 from tpresearch.config.world import World
 from tpresearch.launch import Run, entrypoint
 from tpresearch.launch.composition import chosen_files
 from tpresearch.launch.garbage import gc_paused
+from tpresearch.planner.candidates import Candidate, candidate_plans
 from tpresearch.simulate.preflight import SimulationPreflight, check_simulation
 from tpresearch.simulate.sources import with_own_sources
 
@@ -21,9 +23,6 @@ def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
     Raises:
         ConfigError: as simulate does, for one representative plan; for a batch that no plan can split.
     """
-    from tpresearch.config.choices import DataPlan
-    from tpresearch.planner.candidates import Candidate, candidate_plans
-
     parallel = dataclasses.replace(cfg.parallel, name="fsdp", tensor=None, data=DataPlan.fsdp)
     mesh = dataclasses.replace(
         cfg.mesh, **dict.fromkeys((field.name for field in dataclasses.fields(cfg.mesh)), None)

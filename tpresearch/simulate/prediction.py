@@ -10,7 +10,7 @@ from typing import Any
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import micro_batch_size, micro_batches
+from tpresearch.config.validate import micro_batch_size, micro_batches, tokens_per_step
 from tpresearch.ledger.entries import MEMORY_KINDS, Entry, MemoryUse
 from tpresearch.simulate.cluster import Cluster, SourceKind
 from tpresearch.simulate.depth import Recording
@@ -63,12 +63,8 @@ class Prediction:
     """By kind at the peak; `reserved` is what CUDA, NCCL and the allocator take in addition."""
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.cfg.train.global_batch_size * self.cfg.data.seq_len
-
-    @property
     def tokens_per_second_per_device(self) -> float:
-        return self.tokens_per_step / self.step_time_s / self.sizes.world
+        return tokens_per_step(self.cfg) / self.step_time_s / self.sizes.world
 
     @property
     def mfu(self) -> float | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tpresearch.config.compose import as_dict
+from tpresearch.config.validate import tokens_per_step
 from tpresearch.ledger.entries import MEMORY_KINDS, Expected, StepLedger
 from tpresearch.simulate.prediction import Prediction
 from tpresearch.simulate.replay import Span
@@ -18,7 +19,7 @@ from tpresearch.track.text import run_name
 
 def write_run(prediction: Prediction, folder: Path) -> None:
     """config.yaml, ledger.json, one row of metrics.jsonl, and summary.json; the device says that it was predicted."""
-    cfg, sizes = prediction.cfg, prediction.sizes
+    cfg, sizes, tokens = prediction.cfg, prediction.sizes, tokens_per_step(prediction.cfg)
     ledger = StepLedger(
         prediction.entries, prediction.held, None, Expected(None, dict.fromkeys(MEMORY_KINDS))
     )
@@ -35,7 +36,7 @@ def write_run(prediction: Prediction, folder: Path) -> None:
         "predicted": True,
         "run_name": f"{run_name(cfg.model.name, cfg.parallel, sizes, cfg.train, cfg.optimizer)} (predicted)",
         "steps": 1,
-        "tokens": prediction.tokens_per_step,
+        "tokens": tokens,
         "world_size": sizes.world,
         "mesh": sizes.nontrivial(),
         "model": cfg.model.name,
@@ -47,7 +48,7 @@ def write_run(prediction: Prediction, folder: Path) -> None:
     }
     record.write_config(folder, as_dict(cfg))
     rows = MetricsFile(folder)
-    rows.append({"train/step": 1, "train/tokens": prediction.tokens_per_step, **figures})
+    rows.append({"train/step": 1, "train/tokens": tokens, **figures})
     rows.close()
     record.write_ledger(folder, ledger.as_json())
     record.write_summary(folder, summary)

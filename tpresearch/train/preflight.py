@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from tpresearch.checkpoint.disk import BrokenCheckpoint
 from tpresearch.checkpoint.resume import checkpoints_to_resume, find_checkpoint
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Float8, Loss
@@ -151,7 +152,6 @@ def check_init_from(cfg: Config, model: nn.Module, starts_ranks: bool) -> None:
     if is_hugging_face(cfg.init_from):
         check_weights(cfg.init_from, cfg.model, model, download=starts_ranks)
         return
-    from tpresearch.checkpoint.disk import BrokenCheckpoint
     from tpresearch.checkpoint.load import check_initial_weights
 
     try:
