@@ -25,7 +25,7 @@ import yaml
 from tpresearch.calibrate.rows import Row, cluster_from_rows, read_rows
 from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.config.world import World
-from tpresearch.launch.composition import conf_dir, read_option
+from tpresearch.launch import composition
 from tpresearch.launch.options import command, read_options
 from tpresearch.simulate.cluster import NUMBERS, parse_cluster
 
@@ -135,21 +135,21 @@ def _base_cluster(
     Raises:
         ConfigError: if there is none, or if its device is a CPU.
     """
-    names = sorted(file.stem for file in (conf_dir() / "cluster").glob("*.yaml"))
+    names = sorted(file.stem for file in (composition.conf_dir() / "cluster").glob("*.yaml"))
     if option is None and card == "cpu":
         option = "cpu"
     if option is None:
         known = {}
         for name in names:
             with suppress(ConfigError):  # a file that is not finished says nothing of these GPUs
-                parse_cluster(known_one := read_option("cluster", name))
+                parse_cluster(known_one := composition.read_option("cluster", name))
                 known[name] = known_one
         option = _closest_cluster(known, card, memory_bytes)
     if option not in names:
         unknown = f"no cluster of conf/cluster has such GPUs ({card or 'unnamed'})"
         why = "no such cluster" if option else unknown
         raise ConfigError("base", option, why, "one of " + " ".join(names), {})
-    found = read_option("cluster", option)
+    found = composition.read_option("cluster", option)
     if parse_cluster(found).is_cpu and not allows_cpu:
         raise ConfigError("base", option, "a CPU tells nothing of a GPU's host", "a cluster of GPUs", {})
     return found
