@@ -261,6 +261,21 @@ def test_the_command_of_the_best_one_is_whole_and_valid() -> None:
     assert {"experiment": EXPERIMENT} in composed
 
 
+@pytest.mark.parametrize("experiment", ["plans", "seed_2d"])
+def test_the_command_trains_what_was_planned_whatever_an_experiment_composes(experiment: str) -> None:
+    """Of a data set and a tokenizer it may say nothing, where train.py has other defaults; or set a size of the mesh."""
+    words = ["gpus=4", f"experiment={experiment}", "train.global_batch_size=16"]
+    job = preflight_planner(config(*words, small=False, program="planner"), World())
+    options = {"model": job.cfg.model.name, "data": "random_tokens", "tokenizer": "bpe_32k"}
+    for one in candidate_plans(job.cfg, 4, job.cluster):
+        assert isinstance(one, Candidate)
+        command = training_command(one, words, job.cluster, job.cfg.mesh, options)
+        trained = config(*command.arguments, small=False)
+        assert validate(trained, 4) == one.sizes
+        for part in ("model", "data", "tokenizer", "optimizer", "schedule", "train", "parallel"):
+            assert getattr(trained, part) == getattr(one.cfg, part), part
+
+
 @pytest.mark.parametrize(
     ("name", "world", "started"),
     [

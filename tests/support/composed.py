@@ -27,13 +27,13 @@ SMALL = (
 )
 
 
-def config(*overrides: str, small: bool = True) -> Config:
-    """The train config with these overrides; `small` makes a batch 8 rows of 16 tokens."""
+def config(*overrides: str, small: bool = True, program: str = "train") -> Config:
+    """A program's config with these overrides; `small` makes a batch 8 rows of 16 tokens."""
     register_schema()
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_conf():
-        return to_config(compose("train", overrides=[*(SMALL if small else ()), *overrides]))
+        return to_config(compose(program, overrides=[*(SMALL if small else ()), *overrides]))
 
 
 def corpus(rows: int = 64, seq_len: int = SEQ_LEN, vocab: int = VOCAB) -> PackedCorpus:

@@ -100,6 +100,11 @@ def chosen_files(group: str) -> list[tuple[str, dict[str, Any]]]:
     return files_of_option(group, chosen, folders) if chosen else []
 
 
+def chosen_options() -> dict[str, str | None]:
+    """The option of each config group that this process's config has."""
+    return {str(group): option for group, option in HydraConfig.get().runtime.choices.items()}
+
+
 @dataclass(frozen=True)
 class Composition:
     config_name: str

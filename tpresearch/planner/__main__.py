@@ -10,7 +10,7 @@ from tpresearch.config import Config, ConfigError
 from tpresearch.config.choices import DataPlan
 from tpresearch.config.world import World
 from tpresearch.launch import Run, entrypoint
-from tpresearch.launch.composition import chosen_files
+from tpresearch.launch.composition import chosen_files, chosen_options
 from tpresearch.launch.garbage import gc_paused
 from tpresearch.planner.candidates import Candidate, candidate_plans
 from tpresearch.simulate.preflight import SimulationPreflight, check_simulation
@@ -24,6 +24,7 @@ def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
         ConfigError: as simulate does, for one representative plan; for a batch that no plan can split.
     """
     parallel = dataclasses.replace(cfg.parallel, name="fsdp", tensor=None, data=DataPlan.fsdp)
+    composed = cfg.mesh
     mesh = dataclasses.replace(
         cfg.mesh, **dict.fromkeys((field.name for field in dataclasses.fields(cfg.mesh)), None)
     )
@@ -34,7 +35,7 @@ def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
         # Plans with tensor parallelism split the batch over fewer ranks.
         splits = dataclasses.replace(train, global_batch_size=gpus if rows % gpus else rows)
         job = check_simulation(dataclasses.replace(cfg, train=splits), world)
-        job = job._replace(cfg=dataclasses.replace(job.cfg, train=train))
+        job = job._replace(cfg=dataclasses.replace(job.cfg, train=train, mesh=composed))
         plans = candidate_plans(job.cfg, job.sizes.world, job.cluster)
         return job if any(isinstance(one, Candidate) for one in plans) else check_simulation(cfg, world)
     except ConfigError as error:
@@ -56,9 +57,10 @@ def main(job: SimulationPreflight, run: Run) -> None:
     ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))
     (run.folder / "planner.json").write_text(json.dumps(as_json(ranking), indent=2) + "\n")
     best = ranking.fits[0] if ranking.fits else None
-    command = training_command(best.candidate, run.command.arguments, cluster) if best else None
+    typed, options = run.command.arguments, chosen_options()
+    command = training_command(best.candidate, typed, cluster, cfg.mesh, options) if best else None
     print(report(ranking, cfg.model.name, sizes.world, cluster.name, command))
-    if unused := not_used(run.command.arguments):
+    if unused := not_used(typed):
         print(f"\n  {unused}")
     print(f"\n  {run.folder / 'planner.json'}")
     if best:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from tpresearch.config.schema import MeshConfig
 from tpresearch.launch.command import Command, is_within, override_key
 from tpresearch.planner.candidates import Candidate
 from tpresearch.planner.ranking import RankedCandidate, Ranking, advice
@@ -20,6 +22,8 @@ from tpresearch.track.text import count_text, share_text
 MAX_SHOWN = 12
 EXPERIMENT = "pretraining"
 """The experiment that conf/planner.yaml composes by default."""
+OWN_DEFAULTS = ("model", "data", "tokenizer")
+"""Config groups of which conf/planner.yaml composes other options than conf/train.yaml."""
 CHOSEN_KEYS = ("world_size", "mesh", "train.micro_batch_size")
 PLAN_KEYS = ("parallel", "parallel.tensor", "parallel.data", "parallel.activation_checkpointing")
 """Keys that the planner chooses."""
@@ -61,11 +65,18 @@ def not_used(typed: Sequence[str]) -> str | None:
     return f"not used, since the planner chooses it for gpus: {shlex.join(words)}; for one plan, python -m tpresearch.simulate"
 
 
-def training_command(best: Candidate, typed: Sequence[str], cluster: Cluster) -> Command:
+def training_command(
+    best: Candidate,
+    typed: Sequence[str],
+    cluster: Cluster,
+    mesh: MeshConfig | None = None,
+    options: Mapping[str, str | None] | None = None,
+) -> Command:
     """The command that trains a candidate, on nodes of the cluster's size.
 
     Args:
-        typed: overrides of the planner's command.
+        typed: overrides of the planner's command. mesh: as it was composed: an experiment may set an axis that the candidate has
+            not. options: of each config group: an experiment leaves some to the program's defaults.
     """
     kept = [
         word
@@ -75,6 +86,13 @@ def training_command(best: Candidate, typed: Sequence[str], cluster: Cluster) ->
     ]
     if not any(override_key(word) == "experiment" for word in kept):
         kept = [f"experiment={EXPERIMENT}", *kept]
+    else:
+        named = {override_key(word) for word in kept}
+        chosen = {group: (options or {}).get(group) for group in OWN_DEFAULTS if group not in named}
+        kept += [f"{group}={option}" for group, option in chosen.items() if option]
+    sizes = best.sizes.nontrivial()
+    composed = dataclasses.asdict(mesh or MeshConfig())
+    kept += [f"mesh.{axis}=null" for axis, size in composed.items() if size and axis not in sizes]
     world = best.sizes.world
     nodes = cluster.nodes_of(world)
     program = ("train.py",) if Path("train.py").is_file() else ("-m", "tpresearch.train")
