@@ -21,6 +21,7 @@ from tpresearch.checkpoint.save import check_finite
 from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.plan.meta import meta_model
+from tpresearch.train.preflight import preflight
 from tpresearch.verify.ranks import Ranks
 
 KINDS = {
@@ -110,6 +111,20 @@ def test_first_weights_are_compared_by_name_and_shape(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(BrokenCheckpoint, match=said):
             check_initial_weights(saved, meta_model(config("parallel=none", "model=toy_mlp", other).model))
+
+
+def test_settings_that_shapes_do_not_show_are_warned_about(tmp_path: Path) -> None:
+    typed = ["parallel=none", "model=llama2_debug", "data=random_tokens"]
+    alone(config(*typed), 1, run=tmp_path, at=1)
+    new = [*typed, f"init_from={tmp_path}"]
+    assert preflight(config(*new, "model.max_seq_len=99"), World()).notes == ()
+    job = preflight(config(*new, "model.n_heads=4", "model.n_kv_heads=2", "+model.rope_theta=5e5"), World())
+    was = f"init_from={tmp_path} was trained with model."
+    assert set(job.notes) == {
+        f"{was}n_heads=8, and this model has 4",
+        f"{was}n_kv_heads=4, and this model has 2",
+        f"{was}rope_theta=10000.0, and this model has 500000.0",
+    }
 
 
 def test_weights_alone_begin_a_new_run(ranks: Ranks, tmp_path: Path) -> None:

@@ -143,9 +143,9 @@ class WandbRun:
             self._run.log(dict(row))
 
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
-        """Set the summary's figures and close the run, in at most `finish_timeout` seconds."""
+        """Set the summary's figures, in place of an earlier end's, and close the run, in at most `finish_timeout` seconds."""
         with self._catching_errors():
-            self._run.summary.update(dict(summary))
+            self._run.summary.update({"error": None, **summary} if "resumed" in summary else dict(summary))
             if preempted:
                 self._run.mark_preempting()
         with self._catching_errors():

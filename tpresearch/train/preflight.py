@@ -12,8 +12,9 @@ from tpresearch.checkpoint.resume import checkpoints_to_resume, find_checkpoint
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Float8, Loss
 from tpresearch.config.compose import as_dict
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.mesh import check_declared_counts, used_axes, warning_of_unused_axes
+from tpresearch.config.model import model_config
 from tpresearch.config.schema import Config
 from tpresearch.config.secrets import refuse_secrets
 from tpresearch.config.validate import (
@@ -96,7 +97,7 @@ def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
             notes.append(f"train.global_batch_size={asked} does not fit this mesh: shown for {rows}")
     model, plan = plan_model(cfg, sizes, from_seed=cfg.init_from is None and not resumes)
     if not resumes:
-        check_init_from(cfg, model, starts_ranks)
+        notes += check_init_from(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
 
 
@@ -138,28 +139,42 @@ def refuse_single_process(cfg: Config, ranks: int) -> NoReturn:
     raise ConfigError("parallel", cfg.parallel.name, why, legal, fix={}, nproc=ranks)
 
 
-def check_init_from(cfg: Config, model: nn.Module, starts_ranks: bool) -> None:
+def check_init_from(cfg: Config, model: nn.Module, starts_ranks: bool) -> list[str]:
     """Refuse init_from if its weights do not fit this model; files on the hub are downloaded only if ranks start.
+
+    Returns: a warning for each setting that another model of ours, with the same shapes, was trained with.
 
     Raises:
         ConfigError: naming the setting or the tensor that differs.
     """
     if cfg.init_from is None:
-        return
+        return []
     from tpresearch.hf.files import is_hugging_face
     from tpresearch.hf.read import check_weights
 
     if is_hugging_face(cfg.init_from):
         check_weights(cfg.init_from, cfg.model, model, download=starts_ranks)
-        return
+        return []
     from tpresearch.checkpoint.load import check_initial_weights
+    from tpresearch.hf.llama import IRRELEVANT_TO_WEIGHTS
+    from tpresearch.plan.meta import settings_with_defaults
 
+    checkpoint = find_checkpoint(Path(cfg.init_from), "init_from")
     try:
-        check_initial_weights(find_checkpoint(Path(cfg.init_from), "init_from"), model)
+        check_initial_weights(checkpoint, model)
     except BrokenCheckpoint as error:
         why = f"its weights are not this model's: {error}"
         legal = "a run or checkpoint of this model, or a Hugging Face folder"
         raise ConfigError("init_from", cfg.init_from, why, legal) from None
+    trained = model_config(checkpoint.manifest.experiment["model"])
+    if trained.target != cfg.model.target:
+        return []
+    then, now = settings_with_defaults(trained), settings_with_defaults(cfg.model)
+    return [
+        f"init_from={cfg.init_from} was trained with model.{key}={format_value(value)}, and this model has {format_value(now.get(key))}"
+        for key, value in then.items()
+        if key not in IRRELEVANT_TO_WEIGHTS and now.get(key) != value
+    ]
 
 
 def check_folder(job: Preflight, folder: Path, restarted: bool) -> None:
