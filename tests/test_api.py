@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import logging.handlers
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -198,7 +199,13 @@ def test_a_sharded_plan_runs_on_one_rank_and_after_the_group_was_destroyed(ranks
 def built_again(world: World) -> tuple[list[dict[str, float]], str]:
     torch.set_num_threads(1)
     cfg = tpresearch.load(*TRAINED, "parallel=fsdp")
+    said = logging.handlers.BufferingHandler(100)
+    logging.getLogger("tpresearch").addHandler(said)
     steps = [tpresearch.build(cfg, world_size=1).step()]
+    assert [record.getMessage() for record in said.buffer] == list(
+        tpresearch.compile_plan(cfg, world_size=1).job.notes
+    )
+    assert said.buffer, "a run warns of axes of one rank"
     for _ in range(2):
         torch.distributed.destroy_process_group()
         steps.append(tpresearch.build(cfg, world_size=1).step())

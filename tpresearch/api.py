@@ -189,7 +189,7 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     from tpresearch.data.pipeline import prepare
     from tpresearch.parallel.mesh import build_mesh
     from tpresearch.train.assemble import assemble
-    from tpresearch.train.main import check_rows, check_same_corpus, warn_of_other_tokenizer
+    from tpresearch.train.main import check_rows, check_same_corpus, log_notes
 
     world, asked = World.from_environment(), world_size or cfg.world_size
     check_bounds(cfg := dataclasses.replace(cfg, plan_only=False, world_size=asked))
@@ -200,7 +200,7 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     assert job.device
     corpus = prepare(cfg.data, cfg.tokenizer, world)
     check_rows(corpus, job)
-    warn_of_other_tokenizer(cfg, corpus)
+    log_notes(job, corpus, is_new=True)
     _join(job.device, world, cfg)
     check_same_corpus(corpus)
     loop = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus)

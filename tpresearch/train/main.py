@@ -18,7 +18,7 @@ from tpresearch.checkpoint.load import restore
 from tpresearch.checkpoint.resume import broadcast_from_rank_0, check_corpus, checkpoints_to_resume
 from tpresearch.config.axes import AXES
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import Config, ProfilerName
+from tpresearch.config.schema import ProfilerName
 from tpresearch.config.validate import total_steps
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows
@@ -72,8 +72,6 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
             check_corpus(checkpoint.manifest, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
         if is_complete(found, job, run):
             return
-        if not found:
-            warn_of_other_tokenizer(job.cfg, corpus)
         check_disk(job, run, len(found))
         log.info("data: %s, %s", job.cfg.data.source, corpus)
         check_stop(flag)
@@ -112,8 +110,7 @@ def train_on(
         check_same_corpus(corpus)
         mesh = build_mesh(job.sizes, device.type)
         log.info("Device Mesh created: device_mesh=%s", describe_mesh(job.sizes, device.type))
-        for note in job.notes:
-            log.warning(note)
+        log_notes(job, corpus, is_new=not found)
         warn_of_hosts(job)
         # Before the model is sharded.
         observers = [*build_observers(job, mesh, device, tracker), *build_profilers(job, run, device)]
@@ -233,9 +230,13 @@ def check_same_corpus(corpus: AnyCorpus) -> None:
         raise ConfigError("data.source", source, why, legal)
 
 
-def warn_of_other_tokenizer(cfg: Config, corpus: AnyCorpus) -> None:
-    """Warn if init_from's embedding is of other tokens than the rows, such as those of a BPE that was trained on other text."""
-    if cfg.init_from is None or isinstance(corpus, SyntheticCorpus):
+def log_notes(job: Preflight, corpus: AnyCorpus, is_new: bool) -> None:
+    """Log the warnings of preflight, and one if the embedding of a new run's init_from is of other tokens than the rows, such as
+    those of a BPE that was trained on other text."""
+    for note in job.notes:
+        log.warning(note)
+    cfg = job.cfg
+    if cfg.init_from is None or not is_new or isinstance(corpus, SyntheticCorpus):
         return
     if tokenizer_hash_of(cfg.init_from) not in (None, SyntheticCorpus.tokenizer_hash, corpus.tokenizer_hash):
         text = "init_from=%s is of another tokenizer, whose tokens its embedding knows: tokenizer=hf tokenizer.path=... takes that"
