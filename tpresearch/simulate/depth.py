@@ -118,14 +118,16 @@ class Recording:
         return found
 
 
-def recording(
-    cfg: Config, sizes: MeshSizes, recorder: RecordStep, compiler: CompileBlock = compiled_block
-) -> Recording:
-    """Raises: ConfigError: if the model cannot be made at all."""
+def recording(cfg: Config, sizes: MeshSizes, recorder: RecordStep) -> Recording:
+    """The config's step, of which nothing is recorded yet.
+
+    Raises:
+        ConfigError: if the model cannot be made at all.
+    """
     model = meta_model(cfg.model)
     depth, setting = depth_of(cfg, model)
     flops = flops_per_token(model, cfg.data.seq_len, causal=False)
-    return Recording(cfg, sizes, depth, setting, flops, recorder, compiler)
+    return Recording(cfg, sizes, depth, setting, flops, recorder, compiled_block)
 
 
 def depth_of(cfg: Config, model: nn.Module) -> tuple[int, str | None]:
