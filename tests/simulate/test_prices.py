@@ -299,6 +299,14 @@ def test_the_host_may_be_what_a_step_waits_for() -> None:
     assert found["waiting for the host"] == pytest.approx(1.0)
 
 
+def test_a_gather_that_the_host_issues_late_is_exposed_no_longer_than_it_takes() -> None:
+    """Issued after 1 s, done after 1.5 s, copied out after 2 s: the device waits 0.5 s for it, and else for the host."""
+    found = replay([[gather(1, 0.5), copy_out(1), work(2.0)], []], 1, cluster(collective_host_us=1e6), 8)
+    assert found["step"] == pytest.approx(4.0)
+    assert found["exposed/dp_shard/forward/fsdp/all_gather"] == pytest.approx(0.5)
+    assert found["waiting for the host"] == pytest.approx(1.5)
+
+
 def test_zeros_like_a_tensor_are_written_and_nothing_is_read() -> None:
     found = [op_s(op("other", name, [(1, 100)], [(2, 100)]), cluster()) for name in ("zeros_like", "exp")]
     assert found == pytest.approx([bytes_s(100, cluster()), bytes_s(200, cluster())])

@@ -127,7 +127,7 @@ class Streams:
         of_fsdp = event.issuer == "fsdp"
         self.host_s += self.cluster[self._host_time(event)] * 1e-6
         free = max(self.groups.get(event.axis, 0.0), self.host_s)
-        if not of_fsdp and self.host_s > self.device_s:  # what waits for it waits for the host first
+        if self.host_s > self.device_s:  # whatever the device does next is launched later
             self.seconds["waiting for the host"] += self.host_s - self.device_s
             self.device_s = self.host_s
         if not of_fsdp:
