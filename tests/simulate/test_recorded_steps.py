@@ -11,6 +11,7 @@ import torch.distributed as dist
 from support.composed import config
 from support.counted_steps import PLANS, counted_step
 from support.marks import exhaustive
+from support.nets import Unused, model
 from torch import Tensor
 
 from tpresearch.config.errors import ConfigError
@@ -111,6 +112,13 @@ def test_a_simulated_step_holds_what_the_step_that_computes_does(plan: str, worl
     held = {use.kind: use.at_peak_bytes for use in counted_step(world, *words).held}
     assert peak_moment(recorded(config(*words), world).memory) == held
     assert sum(held.values()) > 0
+
+
+@pytest.mark.parametrize("plan", ["ddp", "fsdp"])
+def test_a_layer_that_no_forward_reaches_is_no_op_on_values(plan: str) -> None:
+    """It sends what it does in training, where each replica finds that none has a gradient of it."""
+    words = (*model(Unused), f"parallel={plan}")
+    assert recorded(config(*words), 2).entries(1) == counted_step(2, *words).sent
 
 
 def test_norms_keep_on_a_device_what_one_kernel_keeps() -> None:

@@ -64,7 +64,7 @@ class GradientBucket:
             assert work is not None
             work.wait()
             for (parameter, had_none, build), part in zip(builders, flat.split(sizes), strict=True):
-                if not had_none or not ((part == 0) & part.signbit()).all():
+                if not had_none or not is_no_gradient(part):
                     parameter.grad = build(part)
 
         self._receive = receive
@@ -74,6 +74,11 @@ class GradientBucket:
         assert self._receive
         self._receive()
         self._receive, self.pending = None, len(self._trained)
+
+
+def is_no_gradient(part: Tensor) -> bool:
+    """Whether this is a sum of the zeros that replicas without a gradient add."""
+    return bool(((part == 0) & part.signbit()).all())
 
 
 def match_placements(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.data.batches import Batch, meta_batch
+from tpresearch.parallel import reducer
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
@@ -110,7 +111,9 @@ def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace
             memory = DeviceMemory(model, state.optimizer)
             recorder = Recorder(mesh, model, plan.blocks, memory)
             setup = dataclasses.replace(setup, observers=Observers([RecordingObserver(recorder, memory)]))
-            with patch.object(cross_entropy, "_fused", recorder.as_one_kernel):
+            fused = patch.object(cross_entropy, "_fused", recorder.as_one_kernel)
+            # What has no gradient on rank 0 has none on any other rank: that would depend on the rows.
+            with fused, patch.object(reducer, "is_no_gradient", lambda _: True):
                 train_step(state, _batch(cfg, rows * count, setup), setup)
     parts = tuple(tuple(part) for part in recorder.micro_batches)
     changes = memory.changes()
