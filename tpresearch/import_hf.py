@@ -26,11 +26,13 @@ def preflight_import(cfg: Config, world: World) -> Preflight:
     """The preflight of a training, for a folder or hub id in Hugging Face's format.
 
     Raises:
-        ConfigError: also for one of our runs, which needs no import.
+        ConfigError: also for one of our runs, which needs no import, and for plan_only.
     """
     if cfg.init_from and is_own_run(cfg.init_from):
         why, legal = "it already is a tpresearch run", "a folder or hub id in Hugging Face's format"
         raise ConfigError("init_from", cfg.init_from, why, legal)
+    if cfg.plan_only:
+        raise ConfigError("plan_only", True, "an import writes weights", "false; train.py shows the plan")
     return preflight(cfg, world)
 
 

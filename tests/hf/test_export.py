@@ -192,6 +192,7 @@ def test_no_run_is_set_aside_for_an_import(start: Start, run: Path, exported: Pa
     refused = start(None, *words)
     assert refused.refusal.startswith("error: hydra.run.dir=run: a run has step-00000002 there, ")
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+    assert start(None, *words, "plan_only=true").refusal.startswith("error: plan_only=true: an import writes")
 
 
 @pytest.mark.usefixtures("run", "exported")

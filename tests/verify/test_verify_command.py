@@ -100,6 +100,9 @@ def test_an_unknown_plan_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     done = verify_texts(ranks, tmp_path, "verify.plans=[tpp]")
     assert done.code == 2, done.err
     assert [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert verify_texts(ranks, tmp_path, "resume=mine").refusal.startswith(
+        "error: resume=mine: what is built here"
+    )
 
 
 def test_plans_of_one_and_of_four_ranks_are_on_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
+from tpresearch.checkpoint.resume import not_resuming
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.launch import Run, World, entrypoint
@@ -40,6 +41,7 @@ def preflight(cfg: Config, world: World) -> VerifyPreflight:
     if world.size > 1:
         why, legal = "it starts its own ranks", "a start by python, without torchrun"
         raise ConfigError("WORLD_SIZE", world.size, why, legal, nproc=1)
+    not_resuming(cfg)
     from tpresearch.verify.plans import check_moments, check_plan, configs_by_plan
 
     plans = configs_by_plan(cfg, sys.argv[1:])
