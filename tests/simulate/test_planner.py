@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import validate
+from tpresearch.config.validate import micro_batches, validate
 from tpresearch.config.world import World
 from tpresearch.launch.composition import read_option
 from tpresearch.planner import ranking
@@ -36,7 +36,7 @@ from tpresearch.planner.report import (
 from tpresearch.simulate.cluster import Cluster, parse_cluster
 from tpresearch.simulate.depth import recording
 from tpresearch.simulate.fake_step import record
-from tpresearch.simulate.prediction import Prediction, step_seconds
+from tpresearch.simulate.prediction import Prediction, predict, step_seconds
 from tpresearch.simulate.preflight import SimulationPreflight
 from tpresearch.simulate.rows import FEW_ROWS, MORE_ROWS, with_block, with_rows
 from tpresearch.simulate.trace import Trace
@@ -88,6 +88,19 @@ def test_a_single_micro_batch_adds_to_no_gradients(plan: str) -> None:
         (op.name, op.bytes_moved) for op in one.ops(1)
     ]
     assert step_seconds(two, single, sizes, cluster()) == step_seconds(one, single, sizes, cluster())
+
+
+def test_of_a_single_micro_batch_that_replicas_sum_nothing_is_added_to() -> None:
+    """As in the simulator, where a float32 sum of gradients is the larger part of a small step."""
+    cfg = config("model=llama2_debug", "parallel=ddp", "train.dtype=float32")
+    single = at_rows(cfg, 1, 2 * 4)
+    sizes = validate(single, 4)
+    known = recording(single, sizes, record)
+    (found,) = ranking._predict_each_micro_batch(Candidate(single, sizes), known, cluster())
+    assert micro_batches(found.candidate.cfg, sizes) == 1
+    real = predict(recording(found.candidate.cfg, sizes, record), cluster())
+    assert found.prediction.step_time_s == real.step_time_s
+    assert found.prediction.peak_bytes == real.peak_bytes
 
 
 @pytest.mark.parametrize(("plan", "kind"), [("fsdp_tp", "selective"), exhaustive("hsdp", "none")])

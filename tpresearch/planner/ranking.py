@@ -240,12 +240,14 @@ class _Traces:
         return extrapolated or self._recorded_at(depth, MORE_ROWS)
 
     def _recorded_at(self, depth: int, rows: int) -> Trace:
-        """The recorded trace, of at least two micro-batches: `Trace.ops` takes as many as needed."""
+        """The recorded trace, of at least two micro-batches where a candidate has them: `Trace.ops` takes as many as needed."""
         if (depth, rows) not in self._recorded:
             cfg, sizes = self._family.cfg, self._family.sizes
             shallow = replace(self._known, cfg=cfg).at(depth) if self._known.setting else cfg
             candidate = Candidate(shallow, sizes).with_micro_batch(rows)
-            candidate.cfg.train.global_batch_size = max(2, micro_batches(cfg, sizes)) * rows * sizes.dp
+            rows_per_rank = micro_batches(cfg, sizes)
+            count = 1 if rows == rows_per_rank <= FEW_ROWS else max(2, rows_per_rank)
+            candidate.cfg.train.global_batch_size = count * rows * sizes.dp
             self._recorded[depth, rows] = record(candidate.cfg, sizes)
         return self._recorded[depth, rows]
 
