@@ -34,7 +34,8 @@ from tpresearch.planner.report import (
     why_slower,
 )
 from tpresearch.simulate.cluster import Cluster, parse_cluster
-from tpresearch.simulate.depth import recording
+from tpresearch.simulate.compiled_blocks import CompiledBlock
+from tpresearch.simulate.depth import Recording, recording
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict, step_seconds
 from tpresearch.simulate.preflight import SimulationPreflight
@@ -43,6 +44,9 @@ from tpresearch.simulate.trace import Trace
 from tpresearch.verify.ranks import Ranks
 
 CLUSTER = Path(__file__).parents[2] / "conf" / "cluster" / "h100_dgx.yaml"
+
+
+WORLDS = {"ddp": 4, "fsdp": 4, "hsdp": 4, "sp": 2, "fsdp_tp": 4, "hsdp_tp": 8}
 
 
 def cluster(**changed: float) -> Cluster:
@@ -101,6 +105,38 @@ def test_of_a_single_micro_batch_that_replicas_sum_nothing_is_added_to() -> None
     real = predict(recording(found.candidate.cfg, sizes, record), cluster())
     assert found.prediction.step_time_s == real.step_time_s
     assert found.prediction.peak_bytes == real.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("plans", "kind"),
+    [(("sp", "fsdp_tp", "hsdp_tp"), "selective"), exhaustive(("ddp", "fsdp", "hsdp"), "none")],
+)
+def test_a_block_is_compiled_once_for_plans_whose_data_axes_differ(
+    plans: tuple[str, ...], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Since what it keeps and repeats is the same for each of them."""
+    words = ("model=llama2_debug", "model.n_layers=6", "parallel.compile=true")
+    families = []
+    for plan in plans:
+        mesh = [*["mesh.dp_replicate=2"] * ("hsdp" in plan), *["mesh.tp=2"] * ("tp" in plan)]
+        cfg = config(*words, f"parallel={plan}", f"parallel.activation_checkpointing={kind}", *mesh)
+        families.append(Candidate(at_rows(cfg, 1, 16), validate(at_rows(cfg, 1, 16), WORLDS[plan])))
+    assert len({ranking._block_of(family) for family in families}) == 1
+    known = [recording(family.cfg, family.sizes, record) for family in families]
+    assert len({(one.block.saved_bytes_per_row, one.block.recomputed) for one in known}) == 1
+    asked: list[MeshSizes] = []
+
+    def noted(cfg: Config, sizes: MeshSizes) -> CompiledBlock:
+        asked.append(sizes)
+        return known[0].block
+
+    def ask(family: Candidate, known: Recording, _: Cluster) -> list[CompiledBlock]:
+        return [known.compiler(family.cfg, family.sizes)]
+
+    monkeypatch.setattr(ranking, "_predict_each_micro_batch", ask)
+    counting = dataclasses.replace(known[0], compiler=noted)
+    assert len(ranking._predict_alike(families, counting, cluster())) == len(families)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(("plan", "kind"), [("fsdp_tp", "selective"), exhaustive("hsdp", "none")])

@@ -137,7 +137,7 @@ def test_an_op_that_is_refused_is_refused_again() -> None:
     ("plan", "words"),
     [
         ("fsdp_tp", "parallel.activation_checkpointing=selective train.loss_chunk=32"),
-        ("hsdp_tp", "train.dtype=bfloat16"),
+        exhaustive("hsdp_tp", "train.dtype=bfloat16"),
         *[exhaustive(plan, "parallel.activation_checkpointing=full") for plan, _ in PLANS],
     ],
 )

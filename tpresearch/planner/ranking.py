@@ -8,11 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
+from typing import TypeVar
 
 from tpresearch.config import Config
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.validate import micro_batches
+from tpresearch.config.validate import has_master_weights, micro_batches
 from tpresearch.launch.progress_bars import keep_bars_in_process
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.planner.candidates import Candidate, Rejected, candidate_plans, micro_batch_rows
@@ -26,6 +27,8 @@ from tpresearch.simulate.rows import FEW_ROWS, MORE_ROWS, with_block, with_rows
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.cross_entropy import chunk_count
 from tpresearch.train.preflight import plan_model
+
+Item = TypeVar("Item")
 
 DOUBLINGS = 10
 """How often the number of devices is doubled in search of one that holds a model."""
@@ -84,8 +87,11 @@ def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
     known = recording(legal[0].cfg, legal[0].sizes, record)
     possible, refused = _possible(legal, known, cluster)
     ranking.refused += refused
-    predict_one = partial(_predict_each_micro_batch, known=known, cluster=cluster)
-    for found in _predict_all(predict_one, possible, workers):
+    alike: dict[tuple[object, ...], list[Candidate]] = {}
+    for family in possible:
+        alike.setdefault(_block_of(family), []).append(family)
+    predict_group = partial(_predict_alike, known=known, cluster=cluster)
+    for found in _predict_all(predict_group, [*alike.values()], workers):
         ranking.fits += [one for one in found if one.prediction.fits]
         ranking.too_large += [one for one in found if not one.prediction.fits]
     ranking.fits.sort(key=lambda one: -one.speed)
@@ -138,21 +144,42 @@ def _too_large(family: Candidate, held: int | ConfigError, cluster: Cluster) -> 
 
 
 def _predict_all(
-    predict_one: Callable[[Candidate], list[RankedCandidate]], possible: Sequence[Candidate], workers: int
+    predict: Callable[[Item], list[RankedCandidate]], items: Sequence[Item], workers: int
 ) -> list[list[RankedCandidate]]:
-    """The predictions, in the order of the candidates. Workers are forked from a process that has only imported torch; a killed
+    """The predictions, in the order of the items. Workers are forked from a process that has only imported torch; a killed
     one is an error, where `multiprocessing.Pool` would wait forever."""
     if workers == 1:
-        return [predict_one(family) for family in possible]
+        return [predict(item) for item in items]
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(max(1, min(workers, len(possible))), context, keep_bars_in_process) as pool:
+    with ProcessPoolExecutor(max(1, min(workers, len(items))), context, keep_bars_in_process) as pool:
         try:
-            return [future.result() for future in [pool.submit(predict_one, one) for one in possible]]
+            return [future.result() for future in [pool.submit(predict, item) for item in items]]
         except BaseException:  # an error or an interrupt need not wait for what the others do
             for worker in list(pool._processes.values()):
                 worker.kill()
             raise
+
+
+def _block_of(family: Candidate) -> tuple[object, ...]:
+    """What a rank's block depends on, as it is compiled: neither on the number of replicas nor on that of shards."""
+    parallel, sizes = family.cfg.parallel, family.sizes
+    return parallel.tensor, sizes.tp, parallel.activation_checkpointing, has_master_weights(family.cfg, sizes)
+
+
+def _predict_alike(
+    families: Sequence[Candidate], known: Recording, cluster: Cluster
+) -> list[RankedCandidate]:
+    """Predictions of plans that are one to `_block_of`, whose block is compiled once."""
+    compiled: list[CompiledBlock] = []
+
+    def block(cfg: Config, sizes: MeshSizes) -> CompiledBlock:
+        if not compiled:
+            compiled.append(known.compiler(cfg, sizes))
+        return compiled[0]
+
+    alike = replace(known, compiler=block)
+    return [found for family in families for found in _predict_each_micro_batch(family, alike, cluster)]
 
 
 def _predict_each_micro_batch(family: Candidate, known: Recording, cluster: Cluster) -> list[RankedCandidate]:
@@ -171,14 +198,7 @@ def _predict_each_micro_batch(family: Candidate, known: Recording, cluster: Clus
 
 
 def _predict(candidate: Candidate, known: Recording, traces: _Traces, cluster: Cluster) -> RankedCandidate:
-    adapted = replace(
-        known,
-        cfg=candidate.cfg,
-        sizes=candidate.sizes,
-        recorder=traces.trace,
-        compiler=traces.block,
-        traces={},
-    )
+    adapted = replace(known, cfg=candidate.cfg, sizes=candidate.sizes, recorder=traces.trace, traces={})
     return RankedCandidate(candidate, predict(adapted, cluster, check=False))
 
 
@@ -208,7 +228,6 @@ class _Traces:
     def __init__(self, family: Candidate, known: Recording) -> None:
         self._family, self._known = family, known
         self._recorded: dict[tuple[int, int], Trace] = {}
-        self._block: CompiledBlock | None = None
 
     def trace(self, cfg: Config, sizes: MeshSizes, _: object) -> Trace:
         rows, depth = cfg.train.micro_batch_size or 1, cfg.model.args.get(self._known.setting or "", 0)
@@ -221,11 +240,6 @@ class _Traces:
             return record(cfg, sizes)
         extrapolated = with_rows(self._recorded_at(depth, FEW_ROWS), self._trace_at_more(depth), rows)
         return extrapolated or record(cfg, sizes)
-
-    def block(self, cfg: Config, sizes: MeshSizes) -> CompiledBlock:
-        """Independent of the number of rows."""
-        self._block = self._block or self._known.compiler(cfg, sizes)
-        return self._block
 
     def _trace_at_more(self, depth: int) -> Trace:
         """The trace at `MORE_ROWS` rows; for three blocks it is extrapolated from two, unless these are the whole model."""
