@@ -23,9 +23,10 @@ from tpresearch.launch.composition import read_option
 from tpresearch.planner import ranking
 from tpresearch.planner.__main__ import preflight_planner
 from tpresearch.planner.candidates import Candidate, candidate_plans, micro_batch_rows
-from tpresearch.planner.ranking import RankedCandidate, Ranking, _predict_all, advice, rank
+from tpresearch.planner.ranking import RankedCandidate, Ranking, _predict_all, rank
 from tpresearch.planner.report import (
     EXPERIMENT,
+    advice,
     as_json,
     draw,
     not_used,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -270,36 +269,3 @@ def _chunk(cfg: Config, rows: int) -> float | None:
     """Number of tokens whose logits exist at once, if the loss is computed in chunks."""
     tokens, most = rows * cfg.data.seq_len, cfg.train.loss_chunk
     return tokens / chunk_count(tokens, most) if most else None
-
-
-def _devices(number: int) -> str:
-    return f"{number:,} device{'s' if number > 1 else ''}"
-
-
-def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
-    """Answers to the first questions: does it fit, and does tensor parallelism pay."""
-    if not (ranking.fits or ranking.too_large or any(one.is_valid for one in ranking.refused)):
-        why, _ = Counter(one.why for one in ranking.refused).most_common(1)[0]
-        return [f"no plan is valid for {name} on {_devices(gpus)}; the most common reason: {why}"]
-    if not ranking.fits:
-        least = ranking.too_large[0].prediction if ranking.too_large else None
-        held = (
-            f": the least that any plan holds is {least.peak_bytes / 1e9:.0f} GB per device" if least else ""
-        )
-        enough = f"; {ranking.enough:,} would hold its state" if ranking.enough else ""
-        return [f"{name} does not fit on {_devices(gpus)}{held}{enough}"]
-    plain, tensor = ranking.best(tensor=False), ranking.best(tensor=True)
-    if plain is None:
-        return [
-            f"tensor parallelism is needed: no plan without it takes this batch and fits on {_devices(gpus)}"
-        ]
-    if tensor is None:
-        return ["tensor parallelism is not an option here: no legal plan with it fits"]
-    gain = tensor.speed / plain.speed - 1
-    if gain > 0.02:
-        return [
-            f"tensor parallelism pays: {gain:+.1%} over the best plan without it ({plain.candidate.overrides})"
-        ]
-    if gain < -0.02:
-        return [f"do not use tensor parallelism here: the best plan with it is {-gain:.1%} slower"]
-    return [f"tensor parallelism makes no difference here ({gain:+.1%})"]

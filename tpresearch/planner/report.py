@@ -13,7 +13,7 @@ from typing import Any
 from tpresearch.config.schema import MeshConfig
 from tpresearch.launch.command import Command, is_within, override_key
 from tpresearch.planner.candidates import Candidate
-from tpresearch.planner.ranking import RankedCandidate, Ranking, advice
+from tpresearch.planner.ranking import RankedCandidate, Ranking
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.prediction import Prediction
 from tpresearch.simulate.report import step_text
@@ -38,7 +38,7 @@ def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Comman
         command: the one that trains the best candidate.
     """
     lines = [
-        f"PREDICTED, not measured: {ranking.count} ways to train {name} on {gpus:,} device{'s' if gpus > 1 else ''} of {cluster}",
+        f"PREDICTED, not measured: {ranking.count} ways to train {name} on {_devices(gpus)} of {cluster}",
         "",
     ]
     lines += [f"  {line}" for line in advice(ranking, gpus, name)]
@@ -51,6 +51,39 @@ def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Comman
     if left_out := list(_left_out(ranking)):
         lines += ["", *left_out]
     return "\n".join(lines)
+
+
+def _devices(number: int) -> str:
+    return f"{number:,} device{'s' if number > 1 else ''}"
+
+
+def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
+    """Answers to the first questions: does it fit, and does tensor parallelism pay."""
+    if not (ranking.fits or ranking.too_large or any(one.is_valid for one in ranking.refused)):
+        why, _ = Counter(one.why for one in ranking.refused).most_common(1)[0]
+        return [f"no plan is valid for {name} on {_devices(gpus)}; the most common reason: {why}"]
+    if not ranking.fits:
+        least = ranking.too_large[0].prediction if ranking.too_large else None
+        held = (
+            f": the least that any plan holds is {least.peak_bytes / 1e9:.0f} GB per device" if least else ""
+        )
+        enough = f"; {ranking.enough:,} would hold its state" if ranking.enough else ""
+        return [f"{name} does not fit on {_devices(gpus)}{held}{enough}"]
+    plain, tensor = ranking.best(tensor=False), ranking.best(tensor=True)
+    if plain is None:
+        return [
+            f"tensor parallelism is needed: no plan without it takes this batch and fits on {_devices(gpus)}"
+        ]
+    if tensor is None:
+        return ["tensor parallelism is not an option here: no legal plan with it fits"]
+    gain = tensor.speed / plain.speed - 1
+    if gain > 0.02:
+        return [
+            f"tensor parallelism pays: {gain:+.1%} over the best plan without it ({plain.candidate.overrides})"
+        ]
+    if gain < -0.02:
+        return [f"do not use tensor parallelism here: the best plan with it is {-gain:.1%} slower"]
+    return [f"tensor parallelism makes no difference here ({gain:+.1%})"]
 
 
 def not_used(typed: Sequence[str]) -> str | None:
