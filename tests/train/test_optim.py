@@ -36,6 +36,12 @@ def test_wsd_is_level_and_then_falls_in_a_line() -> None:
     assert found[16:] == pytest.approx([1.6, 1.2, 0.8, 0.4])
 
 
+def test_wsd_that_begins_within_the_warmup_falls_from_the_peak_after_it() -> None:
+    found = rates("wsd", decay_ratio=0.9, min_lr_ratio=0.0)
+    assert found[2:6] == pytest.approx([1.5, 2.0, 2.0, 2.0 * 15 / 16])
+    assert found[19] == pytest.approx(2.0 / 16)
+
+
 @pytest.mark.parametrize("name", ["constant", "cosine", "wsd"])
 def test_steps_after_the_last_have_its_learning_rate_or_less(name: str) -> None:
     schedule = ScheduleConfig(name=ScheduleName(name), min_lr_ratio=0.1)

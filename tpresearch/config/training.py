@@ -58,7 +58,7 @@ class ScheduleConfig:
     min_lr_ratio: Annotated[float, FRACTION] = 0.1
     """Learning rate at the end, as a fraction of optimizer.lr."""
     decay_ratio: Annotated[float, FRACTION] = 0.2
-    """Share of all steps, at the end, over which wsd decays."""
+    """Share of all steps, at the end, over which wsd decays; at most what warmup leaves."""
 
 
 @dataclass

@@ -67,7 +67,8 @@ def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) 
     """The learning rate of step `step`, counted from 0, of `total`; later ones, which a job in Python may take, have the last's.
 
     Linear warmup to `peak`, then: constant; half a cosine to min_lr_ratio (SGDR, arXiv 1608.03983);
-    or level until the last decay_ratio of all steps and then linear to min_lr_ratio (arXiv 2405.18392).
+    or level until the last decay_ratio of all steps, or of those that warmup leaves, and then linear to min_lr_ratio
+    (arXiv 2405.18392).
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
@@ -76,7 +77,7 @@ def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) 
         done = (step - schedule.warmup_steps) / max(total - schedule.warmup_steps, 1)
         return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
     if schedule.name is ScheduleName.wsd:
-        decay = max(round(total * schedule.decay_ratio), 1)
+        decay = max(min(round(total * schedule.decay_ratio), total - schedule.warmup_steps), 1)
         left = (total - step) / decay
         return peak * (floor + (1 - floor) * min(max(left, 0.0), 1.0))
     return peak
