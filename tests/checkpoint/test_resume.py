@@ -93,6 +93,21 @@ def test_a_mark_without_a_key_that_is_newer_has_its_default() -> None:
         check_experiment(checkpoint, config(*STARTED, "train.weights=bfloat16"))
 
 
+@pytest.mark.parametrize("key", ["data.path", "tokenizer.path", "init_from"])
+def test_files_may_have_moved_but_those_that_are_still_there_are_others(key: str, tmp_path: Path) -> None:
+    """What is in the text and the tokenizer is compared later; initial weights are not read again."""
+    then, now = tmp_path / "then.json", tmp_path / "now.json"
+    now.touch()
+    started = of(config(*STARTED, "data=jsonl", f"{key}={then}"))
+    check_experiment(started, config(*STARTED, "data=jsonl", f"{key}={now}"))
+    then.touch()
+    with pytest.raises(ConfigError, match=f"{key}={now}: this run was started with {then}"):
+        check_experiment(started, config(*STARTED, "data=jsonl", f"{key}={now}"))
+    hub = of(config(*STARTED, "data=hf", f"{key}=owner/name"))
+    with pytest.raises(ConfigError, match=f"{key}={now}: this run was started with owner/name"):
+        check_experiment(hub, config(*STARTED, "data=hf", f"{key}={now}"))
+
+
 def test_kept_gradients_are_in_no_checkpoint() -> None:
     cfg = config(*STARTED, "defects.keep_gradients=true")
     with pytest.raises(ConfigError, match="are not in any checkpoint") as refused:

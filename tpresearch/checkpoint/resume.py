@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from tpresearch.checkpoint.disk import (
     step_folders,
 )
 from tpresearch.config.comparable import experiment_config, with_defaults
-from tpresearch.config.compose import as_dict
+from tpresearch.config.compose import PATHS, as_dict
 from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
@@ -145,7 +146,8 @@ def check_started(checkpoint: Checkpoint) -> None:
 
 
 def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
-    """Refuse to resume a different experiment: only plan, mesh, logging and the like may change, and the budget may grow.
+    """Refuse to resume a different experiment: only plan, mesh, logging and the like may change, files may have moved, and the
+    budget may grow.
 
     Raises:
         ConfigError: for the first key that differs.
@@ -153,11 +155,10 @@ def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
     manifest = checkpoint.manifest
     fix = {"init_from": checkpoint.folder, "resume": None, "hydra.run.dir": None}
     legal = "the same, or a new run from these weights"
-    if different := first_difference(
-        experiment_config(with_defaults(manifest.experiment)), experiment_config(as_dict(cfg))
-    ):
-        key, before, now = different
-        raise ConfigError(key, now, f"this run was started with {format_value(before)}", legal, fix=fix)
+    started = experiment_config(with_defaults(manifest.experiment))
+    for key, before, now in differences(started, experiment_config(as_dict(cfg))):
+        if not (key in PATHS and _is_gone(before)):
+            raise ConfigError(key, now, f"this run was started with {format_value(before)}", legal, fix=fix)
     if cfg.defects.keep_gradients:
         why = "its gradients accumulated since the first step are not in any checkpoint"
         raise ConfigError("defects.keep_gradients", True, why, "resume=never", fix={"resume": NEVER})
@@ -167,15 +168,22 @@ def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
         raise ConfigError(key, value, why, "as many steps or more, or a new run from these weights", fix=fix)
 
 
-def first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """(dotted key, value before, value now) of the first that differs in two configs as plain data."""
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value before, value now) of each that differs in two configs as plain data."""
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        return None if before == now else (key, before, now)
+        if before != now:
+            yield key, before, now
+        return
     for name in [*now, *(name for name in before if name not in now)]:
-        full = f"{key}.{name}" if key else name
-        if found := first_difference(before.get(name), now.get(name), full):
-            return found
-    return None
+        yield from differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+
+
+def _is_gone(paths: Any) -> bool:
+    """Whether these are files that are no longer where they were: moved, perhaps, which `check_corpus` tells from what is in them."""
+    return all(
+        isinstance(path, str) and os.path.isabs(path) and not glob.glob(path, recursive=True)
+        for path in (paths if isinstance(paths, list) else [paths])
+    )
 
 
 def check_corpus(manifest: Manifest, corpus_hash: str, tokenizer_hash: str, rows: int) -> None:
