@@ -22,6 +22,7 @@ from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.plan.meta import meta_model
 from tpresearch.train.preflight import preflight
+from tpresearch.train.saving import checkpoint_bytes
 from tpresearch.verify.ranks import Ranks
 
 KINDS = {
@@ -84,6 +85,14 @@ def test_a_bfloat16_run_saves_its_float32_weights(tmp_path: Path) -> None:
     saved = on_disk(folder_of(tmp_path, 2))
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     assert equal(saved, went.state)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "bfloat16 weights", "bfloat16 moments", "frozen"])
+def test_the_room_that_a_checkpoint_takes_is_known_before_the_first(tmp_path: Path, kind: str) -> None:
+    cfg = config("parallel=none", *KINDS[kind])
+    needed = checkpoint_bytes(preflight(cfg, World()))
+    saved = alone(cfg, 1, run=tmp_path, at=1).state.values()
+    assert needed == sum(tensor.nbytes for tensor in saved if tensor.dim()), "all but the counts of updates"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -97,9 +97,13 @@ def check_disk(job: Preflight, run: Run, there: int) -> None:
 
 
 def checkpoint_bytes(job: Preflight) -> int:
-    """Bytes of a checkpoint: weights in at least float32, and the optimizer's moments."""
-    sizes = (p.numel() * max(p.element_size(), 4) for p in job.model.parameters())
-    return (1 + job.cfg.optimizer.moments) * sum(sizes)
+    """Bytes of a checkpoint: weights, and the optimizer's moments of those that learn."""
+    moments, dtype = job.cfg.optimizer.moments, job.cfg.optimizer.moment_dtype
+    weights = sum(p.nbytes for p in job.model.parameters())
+    trained = [p for p in job.model.parameters() if p.requires_grad]
+    return weights + moments * sum(
+        p.numel() * getattr(torch, dtype).itemsize if dtype else p.nbytes for p in trained
+    )
 
 
 def log_resumption(found: list[Checkpoint], step: int, job: Preflight) -> None:
