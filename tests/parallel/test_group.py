@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
+from tpresearch.config.errors import RunFailed
 from tpresearch.config.world import World
 from tpresearch.parallel import group
 from tpresearch.parallel.device import Device
-from tpresearch.parallel.group import ANNOUNCE_KEY, fresh_store, process_group
+from tpresearch.parallel.group import ANNOUNCE_KEY, ANSWER_KEY, fresh_store, process_group
 
 SIZE = 3
 
@@ -50,6 +51,22 @@ def test_each_start_has_a_store_of_its_own(late: int) -> None:
     assert len(set(first)) == len(set(again)) == 1, "not all ranks have met"
     assert first[0].startswith(b"first")
     assert again[0].startswith(b"second")
+
+
+def test_a_rank_whose_host_prepares_data_is_waited_for_beyond_the_timeout_of_a_message(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=0.1))
+    monkeypatch.setattr(group, "LOG_JOIN_AFTER_S", 0)
+    world = World(0, 2, 0, 1, elastic=True)
+    threading.Timer(0.3, agents.set, [f"{ANNOUNCE_KEY}/1", "its request"]).start()
+    with caplog.at_level("INFO"):
+        fresh_store(agents, world)
+    assert agents.get(f"{ANSWER_KEY}/its request")
+    assert caplog.messages == ["waiting for rank 1 of 2, whose host may be preparing data"]
+    monkeypatch.setattr(group, "JOIN_S", 0)
+    with pytest.raises(RunFailed, match=r"rank 1 did not come in .*; to prepare data ahead: python -m tp"):
+        fresh_store(agents, world)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -16,14 +17,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from tpresearch.config.errors import RunFailed
 from tpresearch.config.world import World, agent_store
 from tpresearch.parallel.device import Device
 
+log = logging.getLogger(__name__)
+
 TIMEOUT = timedelta(minutes=10)
+JOIN_S, LOG_JOIN_AFTER_S = 2 * 60 * 60, 30
+"""How long rank 0 waits for ranks that may be on hosts with data to prepare still, and after which time it says so."""
 ABORT_S = 10
 POLL_S = 0.05
 """Seconds between polls. A wait at the store would log a warning each time it ends without an answer."""
 ANNOUNCE_KEY, ANSWER_KEY = "tpresearch/here", "tpresearch/answer"
+
+
+class RankMissing(RunFailed):
+    """A rank did not come; the message says which."""
 
 
 @contextmanager
@@ -103,17 +113,35 @@ def fresh_store(store: TCPStore, world: World) -> Store:
 
     Rank 0 names the part and sends it to each rank that announces itself. Rank 0 deletes announcements of an earlier
     start; live ranks repeat theirs until answered.
+
+    Raises:
+        RankMissing: on rank 0, if a rank does not come.
     """
     if world.rank == 0:
         name = uuid4().hex
         for rank in range(1, world.size):
             store.delete_key(f"{ANNOUNCE_KEY}/{rank}")
+        _wait_for_ranks(store, world)
         for rank in range(1, world.size):
-            request = store.get(f"{ANNOUNCE_KEY}/{rank}").decode()  # waits for it
-            store.set(f"{ANSWER_KEY}/{request}", name)
+            store.set(f"{ANSWER_KEY}/{store.get(f'{ANNOUNCE_KEY}/{rank}').decode()}", name)
         return PrefixStore(name, store)
     request = uuid4().hex
     while not store.check([f"{ANSWER_KEY}/{request}"]):
         store.set(f"{ANNOUNCE_KEY}/{world.rank}", request)
         time.sleep(POLL_S)
     return PrefixStore(store.get(f"{ANSWER_KEY}/{request}").decode(), store)
+
+
+def _wait_for_ranks(store: Store, world: World) -> None:
+    began, logs = time.monotonic(), True
+    for rank in range(1, world.size):
+        while not store.check([f"{ANNOUNCE_KEY}/{rank}"]):
+            waited = time.monotonic() - began
+            if waited > JOIN_S:
+                ahead = "python -m tpresearch.prepare with the same overrides, on each host"
+                why = f"rank {rank} did not come in {JOIN_S / 3600:g} hours"
+                raise RankMissing(f"{why}; to prepare data ahead: {ahead}")
+            if logs and waited > LOG_JOIN_AFTER_S:
+                log.info("waiting for rank %d of %d, whose host may be preparing data", rank, world.size)
+                logs = False
+            time.sleep(POLL_S)
