@@ -99,6 +99,15 @@ def test_text_that_changed_between_two_starts_is_shown(tmp_path: Path) -> None:
     assert "corpus" not in table_of([outcome_of(each, 0, 90.0) for each in jobs]).header
 
 
+def test_no_loss_is_the_best_among_those_of_other_tokens(tmp_path: Path) -> None:
+    """Per token of a smaller vocabulary it is lower, whatever the model."""
+    outcomes = [
+        outcome_of(job(tmp_path, n, f"tokenizer.vocab_size={n}", {"train/loss": n, "unigram_entropy": n}), 0)
+        for n in (5, 7)
+    ]
+    assert not any(cell.best for row in table_of(outcomes).rows for cell in row)
+
+
 def test_seeds_are_taken_together(tmp_path: Path) -> None:
     losses = {
         "parallel=tp train.seed=0": 5.0,

@@ -97,6 +97,7 @@ FIGURES = (
     Figure("comm/bytes_per_step", "communication per step (rank 0)", bytes_text, min),
     Figure("wall_time_s", "time", duration_text, min),
 )
+LOSSES = ("train/loss", "val/loss")
 
 
 def with_comparable_memory(summary: dict[str, Any]) -> dict[str, Any]:
@@ -130,14 +131,21 @@ def _value(summary: Summary, figure: Figure) -> float | None:
 
 
 def _cells(summaries: Sequence[Summary], figure: Figure) -> list[Cell]:
-    """One cell per run; the best is marked where the texts of completed runs differ."""
+    """One cell per run; the best is marked where the texts of completed runs differ, and losses are of the same tokens."""
     completed = [each.get("status") == "completed" for each in summaries]
-    values = [value for each in compress(summaries, completed) if (value := _value(each, figure)) is not None]
-    best = figure.text(figure.best(values)) if len(set(map(figure.text, values))) > 1 else None
+    compared = [each for each in compress(summaries, completed) if _value(each, figure) is not None]
+    values = [value for each in compared if (value := _value(each, figure)) is not None]
+    alike = figure.key not in LOSSES or len({_tokens_of(each) for each in compared}) < 2
+    best = figure.text(figure.best(values)) if alike and len(set(map(figure.text, values))) > 1 else None
     return [
         Cell(_text(each, figure), counts and figure.text(_value(each, figure)) == best)
         for each, counts in zip(summaries, completed, strict=True)
     ]
+
+
+def _tokens_of(summary: Summary) -> tuple[object, str]:
+    """What tells the tokens of a run from others: its text, and the entropy that depends on the tokenizer."""
+    return summary.get("corpus_hash"), loss_text(summary.get("unigram_entropy"))
 
 
 def _text(summary: Summary, figure: Figure) -> str:
