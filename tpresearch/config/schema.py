@@ -37,7 +37,8 @@ class FsdpConfig:
     reshard_after_forward: bool = True
     """Free each block's gathered weights after its forward and gather them again in backward (ZeRO-3)."""
     reduce_dtype: Dtype = Dtype.float32
-    """Dtype in which gradients are summed over data-parallel ranks when train.dtype is bfloat16."""
+    """Dtype in which gradients are summed over data-parallel ranks when train.dtype is bfloat16; with both data axes, over
+    micro-batches too."""
     cpu_offload: bool = False
     """Keep sharded parameters, gradients and optimizer state in host memory."""
 
