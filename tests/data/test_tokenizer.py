@@ -158,6 +158,20 @@ def test_a_tokenizer_that_loses_text_is_warned_about_with_how_much(
     assert "loses" not in caplog.text
 
 
+def test_a_document_that_a_tokenizer_ends_within_is_told(
+    tmp_path: Path, configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model of words, or a unigram model, has the end of text among its words."""
+    settings = TokenizerConfig(
+        TokenizerKind.hf, 3, str(wordlevel(tmp_path / "words", ["<unk>", "</s>", "a"]))
+    )
+    for text, warned in (("a a " * 99, False), ("a </s> a " * 7 + "a " * 99, True)):
+        (tmp_path / "text.txt").write_text(text)
+        prepared(configure(str(tmp_path / "text.txt")), settings)
+        said = "this tokenizer takes the text </s> for the end of a document: 7 times here"
+        assert (said in caplog.text) == warned
+
+
 def test_truncation_padding_and_added_tokens_of_a_file_do_not_touch_documents(tmp_path: Path) -> None:
     folder = wordlevel(tmp_path / "bert", ["<unk>", "</s>", "[CLS]", "a", "b"])
     tokenizer = HfTokenizer.from_file(str(folder / "tokenizer.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
 from tpresearch.data.cache import Meta
 from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, save_tokenizer
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "held_out")
 ENCODE_CHARS = 8 << 20
@@ -128,6 +131,10 @@ def write_streams(
             advance(size)
             if max_tokens is not None and sum(count["tokens"] for count in counts.values()) >= max_tokens:
                 break
+    ends = sum(unigrams[split][tokenizer.eos_id] - counts[split]["documents"] for split in SPLITS)
+    if ends:
+        token = tokenizer.backend.id_to_token(tokenizer.eos_id)
+        log.warning("this tokenizer takes the text %s for the end of a document: %d times here", token, ends)
     return {"dtype": dtype.name, **counts, "unigram_entropy_nats": unigram_entropy(**unigrams)}
 
 
