@@ -33,6 +33,11 @@ REFUSED = [
     ),
     ("model.name=", "model.name=: a model needs it; text, as in its conf/model file", ""),
     ("+optimizer=adamw", "optimizer=adamw: it is chosen already; no + before it", "optimizer=adamw"),
+    (
+        "model=toy_mlp +model.dim=16",
+        "model.dim=16: there is such a key; no + before it",
+        "model=toy_mlp model.dim=16",
+    ),
     ("paralel=tp", "paralel=tp: no such config group or key; nearest is parallel", "parallel=tp"),
     (
         "train.stepz=3 mesh.tp=2",

@@ -64,6 +64,9 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
     if again := re.match(r"(\S+) appears more than once in the final defaults list", message):
         value = composition.typed_value(again[1])
         return ConfigError(again[1], value, "it is chosen already", "no + before it", fix={again[1]: value})
+    if there := re.match(r"Could not append to config\. An item is already at '(.+?)'", message):
+        value = composition.typed_value(there[1])
+        return ConfigError(there[1], value, "there is such a key", "no + before it", fix={there[1]: value})
     not_there = re.match(r"Could not override '(.+?)'", message)
     is_group = not_there and not_there[1] in composition.groups()
     if not_there and is_group and (unused := composition.unused_group(not_there[1])):
