@@ -22,6 +22,14 @@ def test_a_sweep_that_is_refused_leaves_nothing(train: Start, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_key_of_swept_models_need_not_be_one_of_the_default_model(train: Start, tmp_path: Path) -> None:
+    typed = ["model=toy_mlp,toy_net", "model.hidden_dim=32", "data.path=nowhere"]
+    done = train(None, tmp_path, "-m", *typed, "hydra.sweep.dir=sweep")
+    assert done.code == 2
+    refused = "error: data.path=nowhere: data=pystdlib reads no path, in job 0 of the sweep (model=toy_mlp "
+    assert done.refusal.startswith(f"{refused}model.hidden_dim=32 ")
+
+
 def test_a_job_is_a_new_process(ranks: Ranks, tmp_path: Path) -> None:
     """In other tests, jobs that come to their end are forks of a warm one."""
     typed = [str(PROGRAM), "-m", "name=a", "parallel=none", "hydra.sweep.dir=sweep"]

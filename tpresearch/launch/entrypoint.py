@@ -17,7 +17,6 @@ from typing import Any, Generic, TypeVar
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
@@ -193,9 +192,9 @@ def _sweep(app: Hydra, program: Program[Checked], composition: Composition, worl
         legal = "a sweep without torchrun, which starts one for each job"
         raise WrongCommand("hydra.mode", "MULTIRUN", why, legal, Command(tuple(sys.argv[1:])))
     interrupt.restore_interrupt()
-    name, overrides = composition.config_name, composition.overrides
+    name = composition.config_name
     with explain_errors(composition):
-        composed = hydra_app.compose_config(app, name, overrides, RunMode.MULTIRUN)
+        overrides, composed = hydra_app.compose_sweep(app, name, composition.overrides)
     try:
         with (
             explain_errors(composition, (HydraException, OmegaConfBaseException)),

@@ -21,6 +21,7 @@ from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus, run_job
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.main import get_args_parser
@@ -103,6 +104,30 @@ def compose_run(app: Hydra, config_name: str, overrides: list[str]) -> DictConfi
         return None
     config.hydra.mode = RunMode.RUN
     return config
+
+
+def compose_sweep(app: Hydra, config_name: str, overrides: list[str]) -> tuple[list[str], DictConfig]:
+    """The overrides of a sweep, and its own config, Hydra's settings included.
+
+    Where `model` is swept, that config has the default's model, which may lack a key that is set for the jobs' models. Hydra
+    leaves to the jobs what is swept: so does such a key, with one value.
+
+    Raises:
+        HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError: for a wrong file or override.
+    """
+    with suppress(ConfigCompositionException):
+        return overrides, compose_config(app, config_name, overrides, RunMode.MULTIRUN)
+    left = [
+        f"{word.partition('=')[0]}=choice({word.partition('=')[2]})" if _is_set_in_jobs(word) else word
+        for word in overrides
+    ]
+    return left, compose_config(app, config_name, left, RunMode.MULTIRUN)
+
+
+def _is_set_in_jobs(word: str) -> bool:
+    """Whether an override sets one value in a branch whose keys depend on the option of its group."""
+    of_option = override_key(word).startswith(("model.", "cluster."))
+    return of_option and "=" in word and not OverridesParser.create().parse_override(word).is_sweep_override()
 
 
 def compose_config(app: Hydra, config_name: str, overrides: list[str], mode: RunMode) -> DictConfig:
