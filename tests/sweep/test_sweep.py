@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from support import composed
 from support.processes import wait_for
 from support.sweeps import Pretended, Sweep
@@ -22,6 +24,7 @@ from tpresearch.config import ConfigError
 from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import ranks_needed
 from tpresearch.launch.command import Command, WrongCommand
+from tpresearch.launch.composition import initialize_conf
 from tpresearch.sweep import launcher
 from tpresearch.sweep.job import CONSOLE_LOG, Job, signature
 from tpresearch.sweep.running import (
@@ -371,6 +374,24 @@ def test_on_cpus_as_many_run_as_have_slots(sweep: Sweep, slots: int | None, at_o
     sweep("parallel=tp,fsdp,ddp", "world_size=2", cpu_slots=slots)
     assert (len(sweep.started), sweep.most_at_once) == (3, at_once)
     assert all("CUDA_VISIBLE_DEVICES" not in share.environment() for share in sweep.shares)
+
+
+def test_a_file_chooses_the_launcher_unless_it_is_swept_itself(sweep: Sweep, tmp_path: Path) -> None:
+    """Hydra starts a sweep's launcher before it composes the jobs: theirs would be ignored."""
+    file = tmp_path / "mine" / "experiment" / "far.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package _global_\ndefaults: [{override /hydra/launcher: slurm}]\n")
+    mine = f"hydra.searchpath=[file://{tmp_path}/mine]"
+    with pytest.raises(WrongCommand) as refused:
+        sweep("experiment=far,seed_tp", mine)
+    assert str(refused.value).startswith(
+        "hydra/launcher=slurm: chosen by a file that is swept, when torchrun "
+    )
+    assert "hydra/launcher=slurm" in str(refused.value.command)
+    GlobalHydra.instance().clear()
+    with initialize_conf():
+        found = compose("train", ["experiment=far", mine], return_hydra_config=True)
+    assert found.hydra.runtime.choices["hydra/launcher"] == "slurm"
 
 
 def test_experiments_are_swept_by_a_glob(sweep: Sweep) -> None:

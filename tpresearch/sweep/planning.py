@@ -85,6 +85,7 @@ class JobPlanner:
                 with open_dict(composed):
                     composed.hydra.job.id, composed.hydra.job.num = str(number), number
                 HydraConfig.instance().set_config(composed)  # for ${hydra:...}
+                self._check_launcher(composed)
                 cfg = typed_config(composed)
                 folder = self._folder(composed.hydra.sweep.subdir)
                 settings = composed.hydra.launcher
@@ -120,6 +121,14 @@ class JobPlanner:
             steps=total_steps(cfg),
             notes=getattr(checked, "notes", ()),  # which a `train.preflight.Preflight` has
         )
+
+    def _check_launcher(self, composed: DictConfig) -> None:
+        """Refuse a launcher that a swept file chooses: another has started the sweep by then."""
+        key = "hydra/launcher"
+        chosen, started = (config.hydra.runtime.choices[key] for config in (composed, self.master))
+        if chosen != started:
+            why = f"chosen by a file that is swept, when {started} has started the sweep"
+            raise ConfigError(key, chosen, why, "typed with the sweep", fix={key: chosen})
 
     def _folder(self, subdir: object) -> Path:
         folder = self.sweep_dir / str(subdir)
