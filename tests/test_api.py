@@ -214,6 +214,29 @@ def built_again(world: World) -> tuple[list[dict[str, float]], str]:
     return steps, str(refused.value)
 
 
+def test_modes_of_torch_that_a_caller_has_set_are_not_those_of_a_run(ranks: Ranks) -> None:
+    ((first, *under_modes),) = ranks.run(1, built_under_modes)
+    assert under_modes == [first] * 5, "as outside"
+
+
+def built_under_modes(world: World) -> list[dict[str, float]]:
+    torch.set_num_threads(1)
+    cfg = tpresearch.load(*TRAINED, "train.dtype=float32", "parallel=none")
+    steps = [tpresearch.build(cfg).step()]
+    for mode in (
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.device("meta"),
+    ):
+        with mode:
+            steps.append(tpresearch.build(cfg).step())
+    torch.set_default_dtype(torch.float64)
+    steps.append(tpresearch.build(cfg).step())
+    assert torch.get_default_dtype() is torch.float64, "the caller's again"
+    return steps
+
+
 def test_in_one_process_a_plan_of_several_ranks_is_there_to_look_at(ranks: Ranks) -> None:
     (seen,) = ranks.run(1, looked_at)
     replicated = 266_240  # over tp: the norms

@@ -7,15 +7,12 @@ import dataclasses
 import logging
 import shlex
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from html import escape
 from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
 from hydra import compose
-from hydra.core.global_hydra import GlobalHydra
 
 from tpresearch.checkpoint.resume import not_resuming
 from tpresearch.config import Config, ConfigError
@@ -27,8 +24,10 @@ from tpresearch.config.world import World
 from tpresearch.launch.composition import Composition, initialize_conf, typed_config
 from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.home import check_home
+from tpresearch.launch.hydra_app import own_hydra
 from tpresearch.launch.resolvers import register_resolvers
 from tpresearch.track.names import NAMES
+from tpresearch.train.modes import modes_of_a_run
 from tpresearch.train.preflight import Preflight, preflight, refuse_single_process
 
 if TYPE_CHECKING:  # torch and pandas take seconds, and a config needs neither
@@ -66,27 +65,12 @@ def load(*overrides: str, config_name: str = "train") -> Config:
     register_resolvers()
     composition = Composition(config_name, list(overrides))
     try:
-        with _own_hydra():
+        with own_hydra():
             composition.refuse_unusable()
             with explain_errors(composition), initialize_conf():
                 return not_resuming(typed_config(compose(config_name, composition.overrides)))
     except ConfigError as error:
         raise error from None  # its sentence says what Hydra's traceback does
-
-
-_composing = threading.Lock()
-
-
-@contextmanager
-def _own_hydra() -> Iterator[None]:
-    """Hydra has one global instance, which a caller's own `hydra.main` or another thread may use too."""
-    with _composing:
-        theirs = GlobalHydra.instance().hydra
-        GlobalHydra.instance().clear()
-        try:
-            yield
-        finally:
-            GlobalHydra.instance().hydra = theirs  # Hydra has made another instance meanwhile
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -107,6 +91,7 @@ class CompiledPlan:
         return f"<p>{escape(self.job.about)}</p>\n{plan_html(self.job.model, self.job.plan)}"
 
 
+@modes_of_a_run()
 def compile_plan(cfg: Config, world_size: int | None = None) -> CompiledPlan:
     """The table that `plan_only=true` prints; needs no ranks, memory or GPU.
 
@@ -150,10 +135,12 @@ class Job:
             raise self.steps
         return self.steps
 
+    @modes_of_a_run()
     def batch(self) -> Batch:
         """This rank's rows of the global batch that the next step will read, on its device."""
         return self.loop.read()
 
+    @modes_of_a_run()
     def step(self) -> dict[str, float]:
         """One optimizer step on the next global batch; the result is the same on every rank and under every plan.
 
@@ -166,11 +153,13 @@ class Job:
         step = self.loop.state.step
         return {"train/step": step, "train/loss": loss.item(), "train/grad_norm": norm.item()}
 
+    @modes_of_a_run()
     def evaluate(self) -> float | None:
         """The loss on `train.eval_rows` held-out rows; None if there are none. Collective."""
         return self.loop.evaluate()
 
 
+@modes_of_a_run()
 def build(cfg: Config, world_size: int | None = None) -> Job:
     """Build the config's data, mesh, sharded model and optimizer: in one process, or on each rank that torchrun started.
 

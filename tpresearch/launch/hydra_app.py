@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -189,3 +190,18 @@ def flags_for_job() -> list[str]:
     return [
         word for flag, value in values.items() if value for word in (f"--{flag.replace('_', '-')}", value)
     ]
+
+
+_composing = threading.Lock()
+
+
+@contextmanager
+def own_hydra() -> Iterator[None]:
+    """Hydra has one global instance, which a caller's own `hydra.main` or another thread may use too."""
+    with _composing:
+        theirs = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = theirs  # Hydra has made another instance meanwhile
