@@ -25,6 +25,8 @@ def here(tmp_path: Path) -> Path:
     (tmp_path / "good.txt").write_text("text")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    for packed in ("packed.jsonl.zst", "packed.txt.gz"):
+        (tmp_path / packed).write_bytes(b"(\xb5/\xfd")
     (tmp_path / "good.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "body.jsonl").write_text('{"body": "one"}\n')
@@ -45,6 +47,8 @@ REFUSED_DATA = [
     ("text", "folder", {}, "data.path", "is a folder"),
     ("text", "empty.txt", {}, "data.path", "is empty"),
     ("text", "latin.txt", {}, "data.path", "not UTF-8 text: byte 2 is 0xef"),
+    ("text", "packed.txt.gz", {}, "data.path", "compressed as .gz"),
+    ("jsonl", "packed.jsonl.zst", {}, "data.path", "compressed as .zst"),
     ("text", None, {}, "data.path", "no file is named"),
     ("text", [], {}, "data.path", "no file is named"),
     ("jsonl", "good.txt", {}, "data.path", "not JSON"),

@@ -22,6 +22,7 @@ def test_an_unknown_one_has_none() -> None:
     assert peak_flops("cpu", Dtype.float32) is None
     assert peak_flops("NVIDIA L40", Dtype.bfloat16) is None
     assert peak_flops("NVIDIA GeForce RTX 4090 Laptop GPU", Dtype.bfloat16) is None
+    assert peak_flops("NVIDIA GeForce RTX 4090 D", Dtype.bfloat16) is None
     assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", Dtype.bfloat16) is None
     assert peak_flops("NVIDIA L4", Dtype.float64) is None
 

@@ -12,6 +12,7 @@ import dataclasses
 import gzip
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -117,6 +118,8 @@ def unreadable(where: object, error: Exception) -> ConfigError:
     legal = "UTF-8 text"
     if isinstance(error, json.JSONDecodeError):
         why, legal = f"not JSON: {error}", "one JSON object per line"
+    elif isinstance(error, UnicodeDecodeError) and (packed := PACKED.search(str(where))):
+        why, legal = f"compressed as {packed[1]}", "an unpacked file, or a .gz with data=jsonl"
     elif isinstance(error, UnicodeDecodeError):
         why = f"not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
     else:
@@ -190,6 +193,8 @@ def check_row_group(
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+PACKED = re.compile(rf"({'|'.join(map(re.escape, COMPRESSED_SUFFIXES))})(, line \d+)?$")
+"""The end of such a file's name, and of a place in it."""
 FIRST_RECORD_BYTES = 16 << 20
 """Bytes of a file that the library reads for its first record, and that a check of the first record looks at."""
 MAX_BRACKETS = 500

@@ -68,7 +68,7 @@ class Speed:
 def peak_flops(device_name: str, dtype: Dtype) -> float | None:
     """Peak FLOP/s of one device, or None if unknown: MFU is then undefined, not 0."""
     words = set(device_name.replace("-", " ").split())
-    if words & {"MIG", "Laptop", "Ti"}:  # parts and relatives of a device that is in the table
+    if words & {"MIG", "Laptop", "Ti", "D"}:  # parts and relatives of a device that is in the table
         return None
     for name in sorted(PEAK_FLOPS, key=len, reverse=True):
         if set(name.split()) <= words:
