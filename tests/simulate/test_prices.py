@@ -440,10 +440,21 @@ def number(
                 ),
                 "gemm_efficiency": (67, 0, 1e-320),
                 "memory_gb": (1e-320, 81_559, 85e9),
+                "memory_reserved_gb": (42.4, 1000),
                 "peak_tflops_bfloat16": (1e-320, -1),
                 "compute_units": (0.5,),
                 "launch_us": (-1,),
-                "attention_tflops_forward": ([0, 1], [float("nan")], [1] * 9, [[1]], []),
+                "attention_tflops_forward": (
+                    300,
+                    [300],
+                    [300, 400],
+                    [1] * 7,
+                    [1] * 9,
+                    [0, *[1] * 5],
+                    [float("nan"), *[1] * 7],
+                    [[1]] * 6,
+                    [],
+                ),
             }.items()
             for value in values
         ),

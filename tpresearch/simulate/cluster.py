@@ -65,7 +65,8 @@ NUMBERS = {
     ),
     "attention_tflops_forward": (
         POSITIVE,
-        "rate of causal attention, head width 128, by length 512, 1024, ... 16384, or from 128",
+        "rate of causal attention in bfloat16, head width 128, at lengths 512, 1024, ... 16384, or from 128; that of a wider "
+        "dtype is in proportion to its peak",
     ),
     "attention_tflops_backward": (POSITIVE, "the same for its backward"),
     "attention_narrow_heads": (
@@ -101,8 +102,9 @@ NUMBERS = {
 OPTIONAL_NUMBERS = {"peak_tflops_float8": Number(0.0, SourceKind.guessed, "not stated: no matmuls in float8")}
 """Numbers that a cluster may leave out, with their defaults."""
 TABLES = ("attention_tflops_forward", "attention_tflops_backward")
-"""Numbers that are lists, by `LENGTHS` or the last of them."""
+"""Numbers that are lists, by `LENGTHS` or all but its first two."""
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+TABLE_SIZES = (len(LENGTHS) - 2, len(LENGTHS))
 
 CLUSTER_KEYS = {
     "name": str,
@@ -221,7 +223,12 @@ def parse_cluster(plain: Mapping[str, Any]) -> Cluster:
         for name in NUMBERS
     }
     checked = tuple(stated.pop("checked"))
-    return Cluster(**stated, numbers=numbers, checked=checked)
+    cluster = Cluster(**stated, numbers=numbers, checked=checked)
+    if (reserved := cluster["memory_reserved_gb"]) >= (memory := cluster["memory_gb"]):
+        key, other = "cluster.numbers.memory_reserved_gb.value", "cluster.numbers.memory_gb.value"
+        why, fix = f"it leaves nothing of {other}={memory:g}", {key: None, other: None}
+        raise ConfigError(key, f"{reserved:g}", why, "less than that", fix=fix)
+    return cluster
 
 
 def check_world(cluster: Cluster, world: int) -> None:
@@ -257,8 +264,9 @@ def _number(name: str, plain: Any) -> Number:
     value = plain["value"]
     values = value if isinstance(value, list) and name in TABLES else [value]
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v in bound]
-    if len(numbers) != len(values) or not 1 <= len(values) <= len(LENGTHS):
-        legal = f"{bound}, or a list of up to {len(LENGTHS)}" if name in TABLES else str(bound)
+    sizes = TABLE_SIZES if name in TABLES else (1,)
+    if len(numbers) != len(values) or len(values) not in sizes:
+        legal = f"a list of {' or '.join(map(str, sizes))}, each {bound}" if name in TABLES else str(bound)
         raise ConfigError(f"{key}.value", value, f"not such a number: {about}", legal)
     found = tuple(map(float, numbers)) if name in TABLES else float(numbers[0])
     return Number(found, SourceKind(plain["kind"]), plain["source"])
