@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from tpresearch.config import Config
 from tpresearch.config.world import World
@@ -128,8 +129,9 @@ def test_frozen_parts_get_no_gradient_and_none_is_made_without_autograd() -> Non
     hidden.grad = None
     linear_cross_entropy(hidden.detach(), weight, targets, 32).backward()
     assert (hidden.grad, weight.grad is None) == (None, False)
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as matmuls:
         assert not linear_cross_entropy(hidden, weight, targets, 32).requires_grad
+    assert matmuls.get_total_flops() == 2 * TOKENS * WIDTH * VOCABULARY  # those of the logits alone
 
 
 def test_a_second_backward_is_refused() -> None:

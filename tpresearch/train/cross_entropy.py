@@ -75,6 +75,8 @@ def linear_cross_entropy(
     """
     shard = VocabularyShard.of(weight) if isinstance(weight, DTensor) else None
     local = weight.to_local() if isinstance(weight, DTensor) else weight
+    if not torch.is_grad_enabled():  # of which autograd tells no function, and it would make gradients
+        local, hidden = local.detach(), hidden.detach()
     loss_and_gradient = _compiled_loss_and_gradient if compile else _loss_and_gradient
     flat = hidden.flatten(0, -2), local, targets.flatten()
     return _LinearCrossEntropy.apply(*flat, chunk, scale, shard, loss_and_gradient)
