@@ -120,6 +120,8 @@ def test_the_fault_of_another_rank_is_found_where_torchrun_keeps_it(
     assert fault_of_another_rank() is None
     (tmp_path / "1" / "error.json").write_text('{"message": {"message": "ValueError: no luck\\nand more"}}')
     assert fault_of_another_rank() == "rank 1: ValueError: no luck"
+    (tmp_path / "1" / "error.json").write_text('{"message": "refused: train.lr=0: too small"}')
+    assert fault_of_another_rank() == "rank 1: train.lr=0: too small"
 
 
 @pytest.mark.parametrize(

@@ -134,5 +134,5 @@ def fault_of_another_rank() -> str | None:
         with suppress(OSError, ValueError, KeyError, TypeError):
             message = json.loads(path.read_text())["message"]
             text = message["message"] if isinstance(message, dict) else message
-            return f"rank {path.parent.name}: {text.splitlines()[0]}"
+            return f"rank {path.parent.name}: {text.splitlines()[0].removeprefix('refused: ')}"
     return None

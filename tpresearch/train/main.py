@@ -37,6 +37,7 @@ from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.agreement import AgreedGradients
 from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
+from tpresearch.train.out_of_memory import refusing_out_of_memory
 from tpresearch.train.preflight import Preflight
 from tpresearch.train.profile import Profiler, profiled_steps
 from tpresearch.train.saving import build_saver, check_disk, is_complete, log_resumption
@@ -54,7 +55,8 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
         watching: observers in addition to those of every run.
 
     Raises:
-        ConfigError: for errors that only the prepared data or the run folder reveal, such as a corpus too short for one batch.
+        ConfigError: for errors that only the prepared data or the run folder reveal, such as a corpus too short for one batch,
+            and for a device that is out of memory.
         NonfiniteError: unless train.on_nonfinite=skip.
         SaveFailed: if the last step could not be saved.
         Stopped: after SIGTERM or Ctrl-C, on all ranks after the same step, which is saved.
@@ -117,7 +119,8 @@ def train_on(
         parameters, group = job.parameters, checkpoint_group()
         found = broadcast_from_rank_0(found, group)
         restoring = partial(restore, found, group=group) if found else None
-        loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
+        with refusing_out_of_memory(job.cfg, job.sizes, world, trains=False):
+            loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
         loop.saver = build_saver(job, run, corpus, loop.state.step, group)
         loop.stop = AgreedStop(flag, lambda: loop.saver.written if loop.saver else 0)
         shown = describe_model(loop.state.model)
@@ -128,11 +131,12 @@ def train_on(
             log_resumption(found, loop.state.step, job)
         if tracker:
             tracker.resume_from(loop.state.step)
-        for row in loop.rows():
-            if not dist.is_initialized():
-                raise RuntimeError("another rank failed, and this one no longer waits for it")
-            if tracker:
-                tracker.log(row)
+        with refusing_out_of_memory(job.cfg, job.sizes, world, trains=True):
+            for row in loop.rows():
+                if not dist.is_initialized():
+                    raise RuntimeError("another rank failed, and this one no longer waits for it")
+                if tracker:
+                    tracker.log(row)
         if loop.stopped_by:
             raise Stopped(loop.stopped_by)
 
