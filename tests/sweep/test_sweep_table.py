@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ def test_a_prediction_says_so_and_for_how_many_ranks(tmp_path: Path) -> None:
     figures = {"predicted": True, "world_size": 64, "perf/tokens_per_second_per_device": 900.0}
     (row,) = table_of([outcome_of(job(tmp_path, 0, "parallel=tp", figures), 0, 3.0)]).rows
     assert [cell.text for cell in row] == ["0", "tp", "64", "900", "0:03", "predicted"]
+    failed = dataclasses.replace(
+        job(tmp_path, 1, "parallel=tp"), composed=OmegaConf.create({"world_size": 64})
+    )
+    assert [cell.text for cell in table_of([outcome_of(failed, 1, 3.0)]).rows[0]][:3] == ["1", "tp", "64"]
 
 
 def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:

@@ -61,9 +61,15 @@ def _status(outcome: Outcome) -> str:
 def _swept(outcomes: Sequence[Outcome], keys: Sequence[str]) -> dict[str, Column]:
     """Columns of what was swept, and of the ranks, predicted ones included; `job` is for the job's number."""
     settings = [{"job": str(each.job.number), **each.job.settings} for each in outcomes]
-    ranks = [str(each.summary.get("world_size", each.job.ranks)) for each in outcomes]
+    ranks = [str(_ranks(each)) for each in outcomes]
     columns: dict[str, Column] = {key: [each.get(key, UNDEFINED) for each in settings] for key in keys}
     return columns | {"ranks": ranks}
+
+
+def _ranks(outcome: Outcome) -> int:
+    """Those of the job, or those that its one process simulates, also where it failed."""
+    simulated: int | None = OmegaConf.select(outcome.job.composed, "world_size")
+    return outcome.summary.get("world_size") or simulated or outcome.job.ranks
 
 
 def _summary(outcome: Outcome) -> Summary:
