@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from tpresearch.config.choices import Checkpointing
 from tpresearch.config.schema import MeshConfig
 from tpresearch.launch.command import Command, is_within, override_key
 from tpresearch.planner.candidates import Candidate
@@ -173,17 +174,17 @@ def draw(ranking: Ranking, title: str, path: Path) -> None:
         label="no other is better in both",
     )
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    axes.set_xlim(left - (right - left) / 4, right)
+    axes.set_xlim(left - 0.4 * (right - left), right)
     free, line = bottom, (top - bottom) / 40
     # Names stand above and to the left of the front, where no candidate is.
     for plan, same in groupby(reversed(front), key=_plan_text):
         ones = list(same)
         rows = dict.fromkeys(str(one.candidate.cfg.train.micro_batch_size) for one in (ones[0], ones[-1]))
         at = max(ones[-1].speed, free)
-        axes.text(
-            _peak_gb(ones[-1]), at, f"{plan}, {' to '.join(rows)} rows  ", ha="right", va="bottom", fontsize=7
-        )
+        name = f"{plan}, {' to '.join(rows)} {'row' if [*rows] == ['1'] else 'rows'}  "
+        axes.text(_peak_gb(ones[-1]), at, name, ha="right", va="bottom", fontsize=7)
         free = at + line
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= right])
     axes.set_xlabel("memory at the peak, GB per device")
     axes.set_ylabel("tokens/s per device")
     axes.set_title(f"{title}, predicted")
@@ -194,7 +195,9 @@ def draw(ranking: Ranking, title: str, path: Path) -> None:
 
 def _plan_text(one: RankedCandidate) -> str:
     tp, plan = one.candidate.sizes.tp, one.candidate.cfg.parallel
-    return f"{plan.name}{f' tp={tp}' if tp > 1 else ''} {plan.activation_checkpointing}"
+    kept = plan.activation_checkpointing
+    checkpointed = "" if kept is Checkpointing.none else f", {kept} checkpointing"
+    return f"{plan.name}{f' tp={tp}' if tp > 1 else ''}{checkpointed}"
 
 
 def _table_row(place: int, one: RankedCandidate, ranking: Ranking) -> str:
