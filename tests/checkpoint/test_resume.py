@@ -26,7 +26,7 @@ from tpresearch.config import Config, ConfigError
 from tpresearch.config.comparable import experiment_config
 from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import total_steps
-from tpresearch.launch.earlier_run import repeat_command_of_run
+from tpresearch.launch.earlier_run import repeat_command_of_run, repeat_or_start_again, repeating_overrides
 
 STARTED = ("model=llama2_debug", "parallel=tp", "train.steps=50")
 
@@ -94,15 +94,20 @@ def test_a_mark_without_a_key_that_is_newer_has_its_default() -> None:
 
 
 @pytest.mark.parametrize("key", ["data.path", "tokenizer.path", "init_from"])
-def test_files_may_have_moved_but_those_that_are_still_there_are_others(key: str, tmp_path: Path) -> None:
+def test_files_may_have_moved_but_those_that_are_still_there_are_others(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is in the text and the tokenizer is compared later; initial weights are not read again."""
-    then, now = tmp_path / "then.json", tmp_path / "now.json"
+    monkeypatch.chdir(tmp_path)
+    now = tmp_path / "now.json"
     now.touch()
-    started = of(config(*STARTED, "data=jsonl", f"{key}={then}"))
-    check_experiment(started, config(*STARTED, "data=jsonl", f"{key}={now}"))
-    then.touch()
-    with pytest.raises(ConfigError, match=f"{key}={now}: this run was started with {then}"):
+    for then in (tmp_path / "then.json", Path("below/a/folder/then.json")):
+        started = of(config(*STARTED, "data=jsonl", f"{key}={then}"))
         check_experiment(started, config(*STARTED, "data=jsonl", f"{key}={now}"))
+        then.parent.mkdir(parents=True, exist_ok=True)
+        then.touch()
+        with pytest.raises(ConfigError, match=f"{key}={now}: this run was started with {then}"):
+            check_experiment(started, config(*STARTED, "data=jsonl", f"{key}={now}"))
     hub = of(config(*STARTED, "data=hf", f"{key}=owner/name"))
     with pytest.raises(ConfigError, match=f"{key}={now}: this run was started with owner/name"):
         check_experiment(hub, config(*STARTED, "data=hf", f"{key}={now}"))
@@ -266,3 +271,20 @@ def test_a_run_resumes_in_its_own_folder(run: Path) -> None:
     arguments = Namespace(multirun=False, overrides=[f"resume={run}"], config_name=None, config_dir=None)
     with pytest.raises(ConfigError, match="its overrides cannot be read: No such file"):
         repeat_command_of_run(arguments)
+
+
+def test_a_run_that_cannot_be_resumed_is_started_over_as_it_was(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = {"model": "llama2_debug", "parallel": "tp", "mesh.tp": "2", "hydra.searchpath": "[file:///own]"}
+    again |= {"resume": "never", "hydra.run.dir": run}
+    typed = [f"resume={run}", "train.steps=20"]
+    monkeypatch.setattr("sys.argv", ["train.py", *typed])
+    with pytest.raises(ConfigError) as refused, repeating_overrides(run):
+        check_corpus(ABOUT, "d", "t", 64)
+    assert refused.value.fix == again
+    (folder_of(run, 3) / ".metadata").unlink()
+    arguments = Namespace(multirun=False, overrides=typed, config_name=None, config_dir=None)
+    with pytest.raises(ConfigError, match="none of its 1 checkpoints is complete") as refused:
+        repeat_or_start_again(arguments)
+    assert refused.value.fix == again

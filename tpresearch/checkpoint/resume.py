@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from tpresearch.checkpoint.disk import (
     read_checkpoint,
     step_folders,
 )
+from tpresearch.config.choices import DataSource
 from tpresearch.config.comparable import experiment_config, with_defaults
 from tpresearch.config.compose import PATHS, as_dict
 from tpresearch.config.errors import ConfigError, format_value
@@ -31,6 +33,7 @@ if TYPE_CHECKING:  # it imports torch, which a refusal need not wait for
 log = logging.getLogger(__name__)
 
 AUTO, NEVER = "auto", "never"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def run_of(path: Path) -> Path:
@@ -157,7 +160,7 @@ def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
     legal = "the same, or a new run from these weights"
     started = experiment_config(with_defaults(manifest.experiment))
     for key, before, now in differences(started, experiment_config(as_dict(cfg))):
-        if not (key in PATHS and _is_gone(before)):
+        if not (key in PATHS and _is_gone(key, before, cfg.data.source)):
             raise ConfigError(key, now, f"this run was started with {format_value(before)}", legal, fix=fix)
     if cfg.defects.keep_gradients:
         why = "its gradients accumulated since the first step are not in any checkpoint"
@@ -178,10 +181,14 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any
         yield from differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
 
 
-def _is_gone(paths: Any) -> bool:
-    """Whether these are files that are no longer where they were: moved, perhaps, which `check_corpus` tells from what is in them."""
+def _is_gone(key: str, paths: Any, source: DataSource) -> bool:
+    """Whether these are files, and no names on the hub, that are no longer where they were: moved, perhaps, which
+    `check_corpus` tells from what is in them."""
+    may_be_names = key != "data.path" or source is DataSource.hf
     return all(
-        isinstance(path, str) and os.path.isabs(path) and not glob.glob(path, recursive=True)
+        isinstance(path, str)
+        and not (may_be_names and HUB_NAME.fullmatch(path))
+        and not glob.glob(path, recursive=True)
         for path in (paths if isinstance(paths, list) else [paths])
     )
 

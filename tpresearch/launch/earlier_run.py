@@ -80,27 +80,32 @@ def _read(path: Path) -> Any:
 
 
 def repeat_or_start_again(arguments: Namespace) -> Path | None:
-    """`repeat_command_of_run`; of a run that ended before its first checkpoint, the command that starts it again is proposed."""
+    """`repeat_command_of_run`; of a run without a checkpoint that can be read, the command that starts it again is proposed."""
     try:
         return repeat_command_of_run(arguments)
     except ConfigError as error:
         run = Path(str(error.value))
         with suppress(ConfigError, OSError):
-            if error.field == "resume" and not step_folders(run):
+            if error.field == "resume" and (_starts_over(error) or not step_folders(run)):
                 kept = _not_typed_again(run, arguments.overrides)
-                error.fix = {"resume": None, **kept, "hydra.run.dir": run}
+                error.fix = {"resume": error.fix.get("resume"), **kept, "hydra.run.dir": run}
         raise
 
 
 @contextmanager
 def repeating_overrides(earlier: Path | None) -> Iterator[None]:
-    """Make a proposed command that starts a new run, instead of resuming one, repeat all overrides of that one."""
+    """Make a proposed command that starts a new run, or this one over, instead of resuming it, repeat all overrides of that one."""
     try:
         yield
     except ConfigError as error:
-        if earlier and "init_from" in error.fix:
-            error.fix = _not_typed_again(earlier, sys.argv[1:]) | error.fix
+        if earlier and ("init_from" in error.fix or _starts_over(error)):
+            where = {"hydra.run.dir": earlier} if _starts_over(error) else {}
+            error.fix = _not_typed_again(earlier, sys.argv[1:]) | error.fix | where
         raise
+
+
+def _starts_over(error: ConfigError) -> bool:
+    return error.fix.get("resume") == NEVER
 
 
 def _not_typed_again(run: Path, words: Sequence[str]) -> dict[str, str]:

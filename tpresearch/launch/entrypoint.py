@@ -178,10 +178,10 @@ def _start(program: Program[Checked], world: World) -> None:
             folder, restarted = held.enter_context(agree_on_folder(config, world))
         with read_write(config.hydra.run):
             config.hydra.run.dir = str(folder)
-        if program.check_folder:
-            with repeating_overrides(earlier):
+        with repeating_overrides(earlier):
+            if program.check_folder:
                 program.check_folder(job, folder, restarted)
-        hydra_app.run(app, config, name, lambda: _call_main(program, job, world, restarted))
+            hydra_app.run(app, config, name, lambda: _call_main(program, job, world, restarted))
     return None
 
 
