@@ -170,6 +170,14 @@ def test_started_again_it_runs_what_is_not_completed(sweep: Sweep) -> None:
     assert [row["status"] for row in table(sweep)] == ["completed"] * 3
 
 
+def test_a_simulation_that_is_completed_is_not_repeated(sweep: Sweep) -> None:
+    """Its job is one process, and its summary has the ranks that it simulated."""
+    sweep.figures = lambda job: {"predicted": True, "world_size": 64}
+    sweep("parallel=none")
+    sweep("parallel=none")
+    assert sweep.numbers == []
+
+
 def test_another_config_is_another_job_and_leaves_the_completed_ones(sweep: Sweep) -> None:
     sweep("parallel=none,tp", "train.steps=2")
     sweep("parallel=fsdp,tp,none", "train.steps=2", "logger=none", "data.cache_dir=elsewhere")

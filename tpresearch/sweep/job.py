@@ -83,7 +83,8 @@ def completed_runs(sweep_dir: Path) -> dict[str, Path]:
         try:
             summary, config = read_record(path), read_record(path.with_name("config.yaml"))
             if summary["status"] == "completed":
-                found[signature(config, summary["world_size"])] = path.parent
+                ranks = 1 if summary.get("predicted") else summary["world_size"]  # one process simulates all
+                found[signature(config, ranks)] = path.parent
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not the record of a run
     return found
