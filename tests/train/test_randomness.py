@@ -12,7 +12,9 @@ from support.counted_steps import FAKE
 from support.marks import exhaustive, on_card
 from support.nets import Dropped, Thinned, ThinnedByHand, model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import _random as dtensor_random
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import MeshSizes
@@ -24,7 +26,8 @@ from tpresearch.plan.describe import plan_text
 from tpresearch.train import cross_entropy, randomness
 from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import plan_model, preflight
-from tpresearch.train.randomness import _dropout_on_shards, kept_elements
+from tpresearch.train.randomness import SeededRandomness, _dropout_on_shards, kept_elements
+from tpresearch.train.state import TrainState
 from tpresearch.train.step import accumulate_gradients
 from tpresearch.verify.ranks import Ranks
 
@@ -182,6 +185,24 @@ def test_a_dtensor_stays_one() -> None:
         assert isinstance(out, DTensor)
         assert (out.shape, out.placements) == (x.shape, x.placements)
         assert set(out.to_local().flatten().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize(("plan", "asked"), [("tp", 1), ("fsdp", 0)])
+def test_on_cuda_the_first_draw_on_a_dtensor_takes_no_state_of_another_rank(
+    monkeypatch: pytest.MonkeyPatch, plan: str, asked: int
+) -> None:
+    """Torch's tracker of these draws sends rank 0's state when it is made, unless it is told not to."""
+    synchronizes: list[bool] = []
+    with process_group(FAKE, here := World(size=2, local_size=2)):
+        job = preflight(config(*model(Dropped), f"parallel={plan}"), here)
+        mesh = build_mesh(job.sizes, "cpu")
+        monkeypatch.setattr(DeviceMesh, "device_type", "cuda")
+        monkeypatch.setattr(dtensor_random, "_rng_tracker", None)
+        made = lambda _, run_state_sync: synchronizes.append(run_state_sync)  # noqa: E731
+        monkeypatch.setattr(dtensor_random, "OffsetBasedRNGTracker", made)
+        state = TrainState(0, job.model, torch.optim.SGD(job.model.parameters()))
+        SeededRandomness(0, mesh, job.plan, compiled=False).start(state)
+    assert synchronizes == [False] * asked
 
 
 def test_what_compiled_ranks_cannot_draw_apart_is_refused() -> None:

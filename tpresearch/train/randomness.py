@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import _random as dtensor_random
 from torch.overrides import TorchFunctionMode
 
 from tpresearch.config.axes import LAYER_AXES
@@ -38,7 +39,7 @@ class SeededRandomness(Observer):
     """
 
     def __init__(self, seed: int, mesh: DeviceMesh, plan: Plan, compiled: bool) -> None:
-        self._seed, self._plan, self._compiled = seed, plan, compiled
+        self._seed, self._mesh, self._plan, self._compiled = seed, mesh, plan, compiled
         self._replica = data_rank(mesh)
         shard = tuple(mesh.get_local_rank(axis) for axis in LAYER_AXES)
         self._shard, self._draws = shard, DrawsOnShards(plan.probe.draws, shard)
@@ -55,6 +56,10 @@ class SeededRandomness(Observer):
             setattr(module, "forward", forward)  # noqa: B010
         if self._watches:
             self._draws.watch(state.model)
+        if self._plan.rules and self._mesh.device_type == "cuda":
+            # Else torch would give all ranks the generator of rank 0 at the first draw on a DTensor, which recomputing would
+            # not repeat (private; read in torch 2.11 and 2.13).
+            dtensor_random.manual_seed(self._seed, self._mesh)
 
     @property
     def _watches(self) -> bool:
