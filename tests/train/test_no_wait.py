@@ -61,6 +61,7 @@ def test_a_step_of_a_plan_waits_for_nothing(plan: str, world: int) -> None:
         ["parallel.activation_checkpointing=selective"],
         ["parallel.activation_checkpointing=full", "train.weights=bfloat16", "train.dtype=bfloat16"],
         ["optimizer=sgd", "train.loss_chunk=null"],
+        ["optimizer.moment_dtype=bfloat16", "train.on_nonfinite=skip"],
     ],
     ids=" ".join,
 )

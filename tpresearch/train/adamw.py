@@ -61,7 +61,9 @@ class ElementwiseAdamW(AdamW):
                     self._start(parameter)
             counts = [self.state[parameter]["step"] for parameter in trained]
             if counts:
-                torch._foreach_add_(counts, 1.0 if self.found_inf is None else 1 - self.found_inf)
+                # A list: torch would read a single tensor, and wait for it (2.11 and 2.13).
+                added = 1.0 if self.found_inf is None else [1 - self.found_inf] * len(counts)
+                torch._foreach_add_(counts, added)
             for parameter in trained:
                 self._update(parameter, group)
 
