@@ -26,7 +26,7 @@ from tpresearch.config.validate import ranks_needed
 from tpresearch.launch.command import Command, WrongCommand
 from tpresearch.launch.composition import initialize_conf
 from tpresearch.sweep import launcher
-from tpresearch.sweep.job import CONSOLE_LOG, Job, signature
+from tpresearch.sweep.job import CONSOLE_LOG, Job, signature, text_of
 from tpresearch.sweep.running import (
     JOB_VARIABLE,
     Devices,
@@ -168,6 +168,21 @@ def test_started_again_it_runs_what_is_not_completed(sweep: Sweep) -> None:
     assert sweep.numbers == [1]
     assert told == [5.0, 6.0, 7.0]
     assert [row["status"] for row in table(sweep)] == ["completed"] * 3
+
+
+def test_other_text_in_the_same_files_is_another_job(sweep: Sweep, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("one")
+    sweep.figures = lambda job: {"corpus_hash": text_of(job)}
+    words = ("parallel=none", "data=text", f"data.path={text}")
+    sweep(*words)
+    for content, again in (("one", []), ("two", ["0-2"]), ("two", []), ("one", [])):
+        text.write_text(content)
+        sweep(*words)
+        assert [job.folder.name for job in sweep.started] == again
+        if again:
+            note = sweep.started[0].notes[-1]
+            assert note == f"its text has changed since {sweep.folder / '0'} was completed"
 
 
 def test_a_simulation_that_is_completed_is_not_repeated(sweep: Sweep) -> None:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.config.comparable import comparable_config, with_defaults
-from tpresearch.config.schema import Config, DeviceKind
+from tpresearch.config.schema import Config, DataConfig, DataSource, DeviceKind
+from tpresearch.data.sources import open_files
 from tpresearch.launch.command import override_key, values_by_key
 from tpresearch.track.record import read_record
 from tpresearch.track.wandb_host import MAX_NAME_CHARS
@@ -76,18 +77,35 @@ def signature(config: dict[str, Any], ranks: int, without_seed: bool = False) ->
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def completed_runs(sweep_dir: Path) -> dict[str, Path]:
-    """The folders of completed runs below a sweep's, by signature."""
-    found = {}
+@dataclass(frozen=True)
+class CompletedRun:
+    folder: Path
+    corpus_hash: str | None
+    """Of the text that it read, if it read any."""
+
+
+def completed_runs(sweep_dir: Path) -> dict[str, list[CompletedRun]]:
+    """The completed runs below a sweep's folder, by signature."""
+    found: dict[str, list[CompletedRun]] = {}
     for path in sorted(sweep_dir.rglob("summary.json")):
         try:
             summary, config = read_record(path), read_record(path.with_name("config.yaml"))
             if summary["status"] == "completed":
                 ranks = 1 if summary.get("predicted") else summary["world_size"]  # one process simulates all
-                found[signature(config, ranks)] = path.parent
+                run = CompletedRun(path.parent, summary.get("corpus_hash"))
+                found.setdefault(signature(config, ranks), []).append(run)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not the record of a run
     return found
+
+
+def text_of(job: Job) -> str | None:
+    """The hash of the text in the local files that a job will read, as its summary will have it; None without such files."""
+    data = OmegaConf.to_object(job.composed.data)
+    assert isinstance(data, DataConfig)
+    if data.is_synthetic or data.source is DataSource.hf:
+        return None
+    return open_files(data).content_hash
 
 
 def is_usable_folder(folder: Path) -> bool:

@@ -31,6 +31,7 @@ from tpresearch.sweep.job import (
     is_usable_folder,
     signature,
     slots_of,
+    text_of,
     wandb_group,
 )
 from tpresearch.track.wandb_host import MAX_TAG_CHARS
@@ -169,15 +170,21 @@ def _nodes(ranks: int, ranks_per_node: int | None) -> int:
 
 
 def assign_folders(jobs: Sequence[Job], sweep_dir: Path) -> Iterator[Job]:
-    """Each job with its folder: that of its completed run, otherwise one of its own that has no completed run, and nothing
-    that is not a job's.
+    """Each job with its folder: that of its completed run, if the files it read have the same text still; otherwise one of its
+    own that has no completed run, and nothing that is not a job's.
     """
     completed = completed_runs(sweep_dir)
-    taken = set(completed.values())
+    taken = {run.folder for runs in completed.values() for run in runs}
+    texts: dict[str, str | None] = {}
     for job in jobs:
-        if job.signature in completed:
-            yield dataclasses.replace(job, folder=completed[job.signature], completed=True)
-            continue
+        if runs := completed.get(job.signature):
+            data = str(job.composed.data)
+            text = texts[data] = texts.get(data) or text_of(job)
+            if same := [run for run in runs if text in (None, run.corpus_hash) or run.corpus_hash is None]:
+                yield dataclasses.replace(job, folder=same[-1].folder, completed=True)
+                continue
+            note = f"its text has changed since {runs[-1].folder} was completed"
+            job = dataclasses.replace(job, notes=(*job.notes, note))
         names = (
             job.folder if nth == 1 else job.folder.with_name(f"{job.folder.name}-{nth}")
             for nth in itertools.count(1)
