@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from support.composed import config
 
 from tpresearch.config.schema import Dtype
+from tpresearch.launch.composition import conf_dir, read_option
 from tpresearch.plan.meta import meta_model
+from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.train.speed import flops_per_token, peak_flops
 
 
@@ -16,6 +21,13 @@ def test_a_known_device_has_its_makers_peak() -> None:
     assert peak_flops("NVIDIA H200 NVL", Dtype.bfloat16) == 835e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", Dtype.float32) == 19.5e12
     assert peak_flops("NVIDIA L40S", Dtype.bfloat16) == 362e12
+
+
+@pytest.mark.parametrize("path", sorted((conf_dir() / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_cluster_s_device_has_the_peaks_of_its_file(path: Path) -> None:
+    cluster = parse_cluster(read_option("cluster", path.stem))
+    stated = {dtype: None if cluster.is_cpu else cluster.peak_flops(dtype) for dtype in Dtype}
+    assert {dtype: peak_flops(cluster.device, dtype) for dtype in Dtype} == stated
 
 
 def test_an_unknown_one_has_none() -> None:

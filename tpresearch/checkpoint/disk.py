@@ -236,10 +236,10 @@ def clear_drafts(run: Path) -> None:
 def set_aside_after(run: Path, step: int) -> list[Path]:
     """Set aside the folders of later steps, complete or not; returns their new paths."""
     later = [folder for folder in step_folders(run) if int(folder.name.removeprefix("step-")) > step]
-    return [folder.rename(_free_name(folder)) for folder in later]
+    return [folder.rename(_cut_name(folder)) for folder in later]
 
 
-def _free_name(folder: Path) -> Path:
+def _cut_name(folder: Path) -> Path:
     names = itertools.chain(["cut"], (f"cut-{nth}" for nth in itertools.count(2)))
     return next(
         path for name in names if not os.path.lexists(path := folder.with_name(f"{folder.name}.{name}"))

@@ -27,7 +27,7 @@ from tpresearch.track.record import read_metrics, read_record
 from tpresearch.track.table import with_comparable_memory
 from tpresearch.track.text import UNDEFINED, path_text, setting_text
 
-RECORD_FILES = ("config.yaml", "summary.json", "metrics.jsonl", "console.log")
+MARKERS = ("config.yaml", "summary.json", "metrics.jsonl", "console.log")
 """A folder with any of these is a run's; a sweep's job that failed early has only the last."""
 SUMMARY_TYPES = {"status": str, "world_size": int, "mesh": dict, "model": str, "parallel": str}
 CONFIG_TYPES = {"train": dict, "data": dict, "tokenizer": dict}
@@ -178,7 +178,7 @@ def run_folders(path: Path) -> list[Path]:
 
     Skipped below it: what Hydra and W&B keep under the same file names, and a sweep's earlier attempts at a job.
     """
-    if any((path / name).is_file() for name in RECORD_FILES):
+    if any((path / name).is_file() for name in MARKERS):
         return [path]
     found, seen = [], set()
     for where, folders, files in os.walk(path, followlinks=True):
@@ -188,7 +188,7 @@ def run_folders(path: Path) -> list[Path]:
         seen.add(real)
         kept = (name for name in folders if name != "wandb" and not name.startswith("."))
         folders[:] = sorted(name for name in kept if EARLIER_SUFFIX not in name)
-        if not set(RECORD_FILES).isdisjoint(files):
+        if not set(MARKERS).isdisjoint(files):
             found.append(Path(where))
     return sorted(found, key=_natural_order)
 

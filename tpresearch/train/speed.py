@@ -13,14 +13,19 @@ from tpresearch.parallel.device import Device
 _TERA = 1e12
 PEAK_FLOPS: dict[str, dict[Dtype, float]] = {
     # Dense matmul peaks by the makers' data sheets, without sparsity; float32 without TF32.
+    "GB300": {Dtype.bfloat16: 2500 * _TERA, Dtype.float32: 80 * _TERA, Dtype.float64: 1.3 * _TERA},
+    "GB200": {Dtype.bfloat16: 2500 * _TERA, Dtype.float32: 80 * _TERA, Dtype.float64: 40 * _TERA},
     "B200": {Dtype.bfloat16: 2250 * _TERA, Dtype.float32: 80 * _TERA, Dtype.float64: 40 * _TERA},
     "H200 NVL": {Dtype.bfloat16: 835 * _TERA, Dtype.float32: 60 * _TERA, Dtype.float64: 60 * _TERA},
     "H200": {Dtype.bfloat16: 989 * _TERA, Dtype.float32: 67 * _TERA, Dtype.float64: 67 * _TERA},
     "H100 PCIe": {Dtype.bfloat16: 756 * _TERA, Dtype.float32: 51 * _TERA, Dtype.float64: 51 * _TERA},
     "H100 NVL": {Dtype.bfloat16: 835 * _TERA, Dtype.float32: 60 * _TERA, Dtype.float64: 60 * _TERA},
     "H100": {Dtype.bfloat16: 989 * _TERA, Dtype.float32: 67 * _TERA, Dtype.float64: 67 * _TERA},
+    "H800 PCIe": {Dtype.bfloat16: 756 * _TERA, Dtype.float32: 51 * _TERA, Dtype.float64: 0.8 * _TERA},
+    "H800": {Dtype.bfloat16: 989 * _TERA, Dtype.float32: 67 * _TERA, Dtype.float64: 1 * _TERA},
+    "A800": {Dtype.bfloat16: 312 * _TERA, Dtype.float32: 19.5 * _TERA, Dtype.float64: 19.5 * _TERA},
     "A100": {Dtype.bfloat16: 312 * _TERA, Dtype.float32: 19.5 * _TERA, Dtype.float64: 19.5 * _TERA},
-    "L40S": {Dtype.bfloat16: 362 * _TERA, Dtype.float32: 91.6 * _TERA},
+    "L40S": {Dtype.bfloat16: 362 * _TERA, Dtype.float32: 91.6 * _TERA, Dtype.float64: 1.4 * _TERA},
     "L4": {Dtype.bfloat16: 121 * _TERA, Dtype.float32: 30.3 * _TERA},
     "A10G": {Dtype.bfloat16: 70 * _TERA, Dtype.float32: 35 * _TERA},
     "RTX 4090": {Dtype.bfloat16: 165 * _TERA, Dtype.float32: 82.6 * _TERA},
