@@ -8,7 +8,7 @@ from support.composed import config
 
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
-from tpresearch.parallel.device import choose_device
+from tpresearch.parallel.device import Device, choose_device, device_notes
 
 LAST_OF_FOUR = World(rank=3, size=4, local_rank=3, local_size=4, elastic=True)
 OWN = World(rank=3, size=4, local_rank=3, local_size=4, elastic=True, own_device=True)
@@ -40,6 +40,16 @@ def test_each_rank_gets_a_device_of_its_own_or_all_the_cpu(
     visible.setattr(torch.cuda, "device_count", lambda: gpus)
     device = choose_device(config("model=toy_mlp", "parallel=ddp", f"device={kind}"), world)
     assert (str(device.torch), device.backend, device.shared) == chosen
+
+
+@pytest.mark.parametrize(("gpus", "kind", "said"), [(2, "auto", 1), (2, "cpu", 0), (0, "auto", 0)])
+def test_gpus_that_are_left_idle_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, kind: str, said: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    cfg = config("model=toy_mlp", "parallel=ddp", f"device={kind}")
+    note = "ranks are more than GPUs (2) and run on the CPU; device=cuda lets them share GPUs"
+    assert device_notes(Device(torch.device("cpu"), "gloo", "cpu"), cfg) == [note] * said
 
 
 def test_async_tp_is_refused_where_each_rank_sees_its_gpu_alone(visible: pytest.MonkeyPatch) -> None:

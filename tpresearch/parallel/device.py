@@ -96,8 +96,12 @@ def check_device(cfg: Config, device: Device) -> None:
 
 
 def device_notes(device: Device, cfg: Config) -> list[str]:
-    """Notes on how this device computes the config: attention kernel, TF32."""
+    """Notes on how this device computes the config: attention kernel, TF32; and on GPUs that are left idle."""
     args, notes = cfg.model.args, []
+    if device.type == "cpu" and cfg.device is DeviceKind.auto and (idle := torch.cuda.device_count()):
+        notes.append(
+            f"ranks are more than GPUs ({idle}) and run on the CPU; device=cuda lets them share GPUs"
+        )
     heads, kv_heads, dim = (args.get(name) for name in ("n_heads", "n_kv_heads", "dim"))
     if isinstance(heads, int) and isinstance(dim, int):
         dtype = getattr(torch, cfg.train.dtype)
