@@ -1,10 +1,12 @@
-"""A parameter without a rule that acts on heads of a rank's own: refused in the first step, and right by a rule that sums."""
+"""A parameter without a rule that acts on heads of a rank's own: refused in the first step, and right by a rule that sums. And rows that
+lead ranks to different parameters."""
 
 from __future__ import annotations
 
 import pytest
 from support.composed import config, corpus
 from support.nets import model
+from support.odd_nets import Asking
 from support.traces import agree
 from torch import Tensor, nn
 
@@ -39,15 +41,33 @@ class NormedHeads(ToyLM):
         self.mlp = Normed(dim, hidden_dim, dim)
 
 
-def first_step(world: World, cfg: Config) -> str:
-    """What it is refused for, if it is."""
+class Routed(ToyMLP):
+    """With a second pair of matmuls, for rows of which a number is positive."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__(dim, hidden_dim, out_dim)
+        self.other = ToyMLP(dim, hidden_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(x) if x[0, 0, 0] > 0 else super().forward(x)
+
+
+class RoutedRows(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.mlp = Routed(dim, hidden_dim, dim)
+
+
+def first_step(world: World, cfg: Config, steps: int = 1) -> str:
+    """What it is refused for, if it is, or one of the next."""
     job = preflight(cfg, world)
     assert job.device
     with process_group(job.device, world):
         mesh = build_mesh(job.sizes, "cpu")
         loop = assemble(job, mesh, job.device, corpus(), [AgreedGradients(cfg, job.plan, mesh)])
         try:
-            loop.step()
+            for _ in range(steps):
+                loop.step()
         except ConfigError as error:
             return str(error)
     return ""
@@ -68,3 +88,13 @@ def test_a_partial_gradient_of_what_is_replicated_is_refused(
         settings = (*model(NormedHeads), "train.dtype=float64", "train.clip_grad_norm=0.2", *rules)
         alone = trace(World(), config(*settings, "parallel=none"))
         agree(ranks.run(2, trace, config(*settings, "parallel=tp"))[0], alone)
+
+
+@pytest.mark.parametrize(("net", "refused"), [(RoutedRows, True), (Asking, False)])
+def test_ranks_whose_rows_led_to_different_parameters_are_refused(
+    ranks: Ranks, net: type[nn.Module], refused: bool
+) -> None:
+    """FSDP would sum the gradients of one with those of another, without a word."""
+    cfg = config(*model(net), "parallel=fsdp", "train.micro_batch_size=2", "train.loss_chunk=null")
+    for found in ranks.run(2, first_step, cfg, 4):
+        assert found.startswith("parallel=fsdp: mlp.in_proj.weight has a gradient on some ranks") is refused

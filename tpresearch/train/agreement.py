@@ -1,17 +1,22 @@
-"""A check of the first step: what the plan holds to be replicated has one gradient on all ranks that share it."""
+"""Checks of gradients between ranks: in the first step, that what the plan holds to be replicated has one gradient on all ranks that
+share it; and of models that may go different ways, that ranks that sum gradients have those of the same parameters.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpresearch.config.axes import LAYER_AXES
+from tpresearch.config.axes import DATA_AXES, LAYER_AXES
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
-from tpresearch.parallel.mesh import axis_size
+from tpresearch.parallel.mesh import axis_size, sum_over
 from tpresearch.parallel.weights import local_part
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.observe import Observer
@@ -86,3 +91,50 @@ def _sample(gradient: Tensor) -> Tensor:
     flat = local_part(gradient).flatten()
     flat = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES]
     return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+class AgreedUse(Observer):
+    """Refuses a backward in which data-parallel ranks have gradients of different parameters, since their rows led the forward
+    elsewhere: `fully_shard` sums those that a rank has in their order, one parameter's with another's (torch 2.11 to 2.14).
+
+    It makes the host wait for the device in each step, and is for models whose forward may depend on values.
+    """
+
+    def __init__(self, cfg: Config, plan: Plan, mesh: DeviceMesh) -> None:
+        self._cfg, self._plan, self._mesh = cfg, plan, mesh
+        self._trained: dict[str, nn.Parameter] = {}
+        self._marks: list[tuple[int, int] | None] = []
+        self._used: list[list[bool]] = []
+        """By backward, whether each parameter got a gradient."""
+
+    def step(self, state: TrainState) -> AbstractContextManager[object]:
+        self._trained = state.trained_parameters()
+        self._marks, self._used = self._read(), []
+        return nullcontext()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        yield
+        if name == "backward":
+            before, self._marks = self._marks, self._read()
+            self._used.append([old != new for old, new in zip(before, self._marks, strict=True)])
+
+    def _read(self) -> list[tuple[int, int] | None]:
+        """What differs once a gradient was added: its place, and how often it was changed."""
+        gradients = (parameter.grad for parameter in self._trained.values())
+        return [None if g is None else (id(g), local_part(g)._version) for g in gradients]
+
+    def gradients(self, state: TrainState) -> None:
+        """Compare over the step's backwards.
+
+        Raises:
+            ConfigError: naming the first parameter, on every rank.
+        """
+        used = torch.tensor(self._used, dtype=torch.int32, device=self._mesh.device_type)
+        on_ranks = sum_over(self._mesh, used, DATA_AXES)
+        apart = ((on_ranks > 0) & (on_ranks < self._plan.sizes.dp)).any(dim=0).tolist()
+        for name, differs in zip(self._trained, apart, strict=True):
+            if differs:
+                why = f"{name} has a gradient on some ranks alone, whose rows led the forward to it: fully_shard would sum it with others"
+                legal = "ddp, or a forward that uses every parameter whatever the rows"
+                raise ConfigError("parallel", self._cfg.parallel.name, why, legal, fix={"parallel": "ddp"})

@@ -22,6 +22,7 @@ from tpresearch.parallel.reducer import build_reducer
 from tpresearch.parallel.weights import WeightSource, from_seed, materialize
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.initializers import Initializer
+from tpresearch.train.agreement import AgreedUse
 from tpresearch.train.defects import build_defects
 from tpresearch.train.loop import Loop
 from tpresearch.train.losses import build_objective
@@ -57,7 +58,10 @@ def assemble(
     # Where nobody knows whether it draws, torch would seed all ranks alike.
     draws = plan.probe.draws or plan.probe.output is None
     randomness = [SeededRandomness(cfg.train.seed, mesh, plan, cfg.parallel.compile)] if draws else []
-    observers = Observers([*randomness, *build_defects(cfg, plan, mesh, batches), *watching])
+    # As it may depend on values, which fake ranks do not have.
+    may_part = plan.probe.output is None and plan.sizes.shards > 1 and device.backend != "fake"
+    agreement = [AgreedUse(cfg, plan, mesh)] if may_part else []
+    observers = Observers([*randomness, *agreement, *build_defects(cfg, plan, mesh, batches), *watching])
     state = build_state(model, cfg, plan, mesh)
     if restore:
         restore(state)
