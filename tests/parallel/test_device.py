@@ -44,9 +44,9 @@ def test_each_rank_gets_a_device_of_its_own_or_all_the_cpu(
 
 @pytest.mark.parametrize(("gpus", "kind", "said"), [(2, "auto", 1), (2, "cpu", 0), (0, "auto", 0)])
 def test_gpus_that_are_left_idle_are_told_of(
-    monkeypatch: pytest.MonkeyPatch, gpus: int, kind: str, said: int
+    visible: pytest.MonkeyPatch, gpus: int, kind: str, said: int
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    visible.setattr(torch.cuda, "device_count", lambda: gpus)
     cfg = config("model=toy_mlp", "parallel=ddp", f"device={kind}")
     note = "ranks are more than GPUs (2) and run on the CPU; device=cuda lets them share GPUs"
     assert device_notes(Device(torch.device("cpu"), "gloo", "cpu"), cfg) == [note] * said

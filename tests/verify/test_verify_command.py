@@ -108,8 +108,10 @@ def test_an_unknown_plan_is_refused(ranks: Ranks, tmp_path: Path) -> None:
 def test_plans_of_one_and_of_four_ranks_are_on_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Left to each, one process would take a machine's only GPU, and four ranks its CPU."""
     plans = {plan: [config(f"parallel={plan}"), config(f"parallel={plan}")] for plan in ("none", "fsdp_tp")}
-    for gpus, kind in ((0, "cpu"), (1, "cpu"), (4, "cuda")):
+    too_old = False  # the driver, for this torch, which counts its GPUs all the same
+    for gpus, usable, kind in ((0, False, "cpu"), (1, True, "cpu"), (4, True, "cuda"), (4, too_old, "cpu")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda usable=usable: usable)
         assert {c.device for cfgs in with_device_chosen(plans).values() for c in cfgs} == {DeviceKind(kind)}
     asked = {plan: [config(f"parallel={plan}", "device=cuda")] for plan in plans}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -43,7 +43,7 @@ def choose_device(cfg: Config, world: World) -> Device:
     Raises:
         ConfigError: for a device, dtype or option that this machine does not support.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = gpu_count()
     if cfg.device is DeviceKind.cuda and count == 0:
         raise ConfigError("device", "cuda", "torch sees no CUDA device", "cpu or auto", fix={"device": "cpu"})
     ranks, place = (1, 0) if world.own_device else (world.local_size, world.local_rank)
@@ -56,6 +56,11 @@ def choose_device(cfg: Config, world: World) -> Device:
         device = Device(torch.device("cpu"), "gloo", "cpu")
     check_device(cfg, device)
     return device
+
+
+def gpu_count() -> int:
+    """CUDA devices that torch can use. (`device_count` alone also counts those whose driver is too old for it.)"""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def check_device(cfg: Config, device: Device) -> None:
@@ -98,7 +103,7 @@ def check_device(cfg: Config, device: Device) -> None:
 def device_notes(device: Device, cfg: Config) -> list[str]:
     """Notes on how this device computes the config: attention kernel, TF32; and on GPUs that are left idle."""
     args, notes = cfg.model.args, []
-    if device.type == "cpu" and cfg.device is DeviceKind.auto and (idle := torch.cuda.device_count()):
+    if device.type == "cpu" and cfg.device is DeviceKind.auto and (idle := gpu_count()):
         notes.append(
             f"ranks are more than GPUs ({idle}) and run on the CPU; device=cuda lets them share GPUs"
         )

@@ -7,7 +7,6 @@ import logging
 import math
 from dataclasses import dataclass, field
 
-import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -23,6 +22,7 @@ from tpresearch.data.check import check_data
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, SyntheticCorpus
 from tpresearch.launch.composition import typed_config
+from tpresearch.parallel.device import gpu_count
 from tpresearch.train.preflight import plan_model
 from tpresearch.verify.integers import IntegerResult, check_matmuls, max_over_ranks
 from tpresearch.verify.ranks import RankError, Ranks
@@ -116,7 +116,7 @@ def with_device_chosen(plans: dict[str, list[Config]]) -> dict[str, list[Config]
     and four ranks the CPU.
     """
     most = max(ranks_of(cfgs[0]) for cfgs in plans.values())
-    kind = DeviceKind.cuda if torch.cuda.device_count() >= most else DeviceKind.cpu
+    kind = DeviceKind.cuda if gpu_count() >= most else DeviceKind.cpu
     return {
         plan: [dataclasses.replace(c, device=kind) if c.device is DeviceKind.auto else c for c in cfgs]
         for plan, cfgs in plans.items()
