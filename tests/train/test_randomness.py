@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from support.composed import config, corpus
@@ -20,6 +22,7 @@ from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
+from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import plan_text
@@ -58,6 +61,25 @@ def test_the_same_seed_is_the_same_run_to_the_bit_and_another_is_another() -> No
     assert not any(torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
     assert all(0.45 < mask.float().mean() < 0.55 for mask in masks)
     assert dropped(World(), config(*model(Dropped), "parallel=none", "train.seed=1"))[0] != first
+
+
+class ScaledByChance(ToyLM):
+    """As a layer that is left out by chance is often written."""
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        x = self.embed(tokens)
+        return self.output(x + self.mlp(x) * (random.random() + np.random.random()))
+
+
+def test_what_python_and_numpy_draw_is_seeded_too_and_alike_on_tensor_parallel_ranks(ranks: Ranks) -> None:
+    settings = (*model(ScaledByChance), "train.dtype=float64")
+    alone = config(*settings, "parallel=none")
+    first, again = dropped(World(), alone), dropped(World(), alone)
+    assert first == again
+    for numbers, _ in ranks.run(2, dropped, config(*settings, "parallel=tp")):
+        assert numbers == pytest.approx(first[0], rel=1e-9)
+    with pytest.raises(ConfigError, match="by Python's or NumPy's generator, and what is recomputed"):
+        preflight(config(*settings, "parallel=none", "parallel.activation_checkpointing=full"), World())
 
 
 @pytest.mark.parametrize(("plan", "alike"), [("tp", True), ("sp", False), ("fsdp", False)])

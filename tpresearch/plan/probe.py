@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -23,6 +25,7 @@ from tpresearch.config.schema import Config
 from tpresearch.plan.features import FeatureUse
 
 Ndims = tuple[int | None, ...]
+PYTHON = "python"
 
 
 class Dims(NamedTuple):
@@ -46,7 +49,8 @@ class Probe:
     """The output layer that a model passes to `head` together with the hidden states."""
     draws: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     """By the name of a module that draws random numbers, as dropout does, and by that of a function that draws there: for each
-    call in a micro-batch, the number of elements of its first tensor (see `elements_of`)."""
+    call in a micro-batch, the number of elements of its first tensor (see `elements_of`). `PYTHON` stands for draws by the generators
+    of Python and NumPy, which are noted as the model's."""
     dims: dict[str, Dims] = field(default_factory=dict)
     """By module name, for modules that were called."""
     read_outside_forward: frozenset[str] = frozenset()
@@ -171,7 +175,7 @@ def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     Raises:
         ConfigError: for data that the model does not accept, and an output that is not a tensor.
     """
-    model = copy.deepcopy(model)
+    model, before = copy.deepcopy(model), _python_states()
     try:
         output, watch, head = _run_with_head(model, inputs) or (*_run(model, inputs), None)
     except NotImplementedError:  # an op that has no meaning without data
@@ -184,7 +188,16 @@ def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
         why = f"its output is a {type(output).__name__}"
         legal = "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum"
         raise ConfigError("model", cfg.model.name, why, legal)
-    return watch.result(output, head, model)
+    found = watch.result(output, head, model)
+    if _python_states() != before:
+        found.draws.setdefault("", {})[PYTHON] = []
+    return found
+
+
+def _python_states() -> tuple[object, ...]:
+    """Of the generators that `random` and `numpy.random` share."""
+    kind, key, *rest = np.random.get_state()
+    return random.getstate(), kind, np.asarray(key).tobytes(), *rest
 
 
 def _run(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,13 +24,13 @@ from tpresearch.config.schema import ParallelConfig
 from tpresearch.parallel.mesh import data_rank
 from tpresearch.parallel.weights import seed_of
 from tpresearch.plan.compiler import Plan, unit_of
-from tpresearch.plan.probe import elements_of
+from tpresearch.plan.probe import PYTHON, elements_of
 from tpresearch.train.observe import Observer
 from tpresearch.train.state import TrainState
 
 
 class SeededRandomness(Observer):
-    """Seeds torch's generators at each micro-batch by (seed, step, micro-batch, data-parallel rank).
+    """Seeds the generators of torch, Python and NumPy at each micro-batch by (seed, step, micro-batch, data-parallel rank).
 
     Ranks that hold the same activation draw the same numbers. A function that is given a shard of what it has in one process
     draws by its rank along the axes that shard layers too; in a compiled model, which no generator can be seeded in, an
@@ -74,6 +76,8 @@ class SeededRandomness(Observer):
             self._micro_batch += 1
             position = (self._seed, self._step, self._micro_batch, self._replica)
             _reseed(*position)
+            random.seed(seed_of(f"python {position}"))
+            np.random.seed(seed_of(f"numpy {position}") & 0xFFFFFFFF)
             self._seed_in_blocks.fill_(seed_of(f"blocks {position}") >> 1)
             self._draws.begin()
         return self._draws if self._watches and name == "forward" else nullcontext()
@@ -81,18 +85,23 @@ class SeededRandomness(Observer):
 
 def check_randomness(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> None:
     """Refuse to compile a model in which tensor-parallel ranks could not draw apart, or whose backward would draw anew:
-    within a budget torch recomputes random ops as any other (2.11 to 2.14), and gradients would be wrong.
+    within a budget torch recomputes random ops as any other (2.11 to 2.14), and those of Python and NumPy in any case, and
+    gradients would be wrong.
 
     Raises:
         ConfigError: naming the module that draws.
     """
+    kind, key = parallel.activation_checkpointing, "parallel.activation_checkpointing"
+    if PYTHON in plan.probe.draws.get("", {}) and kind is not Checkpointing.none:
+        why = "the model draws by Python's or NumPy's generator, and what is recomputed would draw anew"
+        raise ConfigError(key, kind, why, "none, or draws by torch's", fix={key: "none"})
     for name, calls in plan.probe.draws.items() if parallel.compile else ():
         in_block = name in plan.blocks or unit_of(name, plan.blocks) is not None
         if in_block and parallel.activation_checkpointing is Checkpointing.budget:
             why = f"{name} draws random numbers in a block, and torch would draw others where it recomputes them"
             fix = {"parallel.activation_checkpointing": "selective"}
             legal = "none, selective or full"
-            raise ConfigError("parallel.activation_checkpointing", "budget", why, legal, fix=fix)
+            raise ConfigError(key, "budget", why, legal, fix=fix)
         if not plan.rules:
             continue
         if type(model.get_submodule(name)) is not nn.Dropout:

@@ -136,7 +136,8 @@ def check_plan(cfg: Config) -> None:
         raise ConfigError("train.float8", cfg.train.float8, why, "none", fix={"train.float8": "none"})
     _, plan = plan_model(cfg, sizes)
     if plan.probe.draws:
-        why = f"it draws random numbers in {', '.join(plan.probe.draws)}, which differ between plans"
+        names = ", ".join(name or "the model itself" for name in plan.probe.draws)
+        why = f"it draws random numbers in {names}, which differ between plans"
         legal = "a model that draws none in training, such as with a dropout of 0; equality is not claimed otherwise"
         raise ConfigError("model", cfg.model.name, why, legal)
 
