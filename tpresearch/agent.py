@@ -3,7 +3,7 @@
 torch lets packages add rendezvous backends under the entry points `torchrun.handlers`, and asks for them as it starts;
 ours adds none, but is thereby loaded in the agent's process. A refused config, which the first rank reports in one line,
 and a stop by a signal, which the run's report states, would otherwise be followed by tracebacks and a report for each rank;
-torchrun would exit with 1. Failures keep torchrun's report. Ranks have SAVE_TIME_S to save after a signal, and not torchrun's
+torchrun would exit with 1. Failures keep torchrun's report, with a sentence on a rank that was killed. Ranks have SAVE_TIME_S to save after a signal, and not torchrun's
 30 seconds, unless --shutdown-timeout says otherwise. They are told of --virtual-local-rank, which torchrun does not pass on. Checked on torch 2.13, and against the source of 2.11 and 2.14.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,8 @@ def _end(kind: type[BaseException], error: BaseException, trace: TracebackType |
     code = _exit_code(error)
     if code is None:
         sys.__excepthook__(kind, error, trace)
+        if said := silent_end(error):
+            print(said, file=sys.stderr)
         return
     sys.stdout.flush()
     sys.stderr.flush()
@@ -107,3 +110,26 @@ def _exit_code(error: BaseException) -> int | None:
     if str(first.message).startswith("refused: "):
         return int(first.exitcode)
     return int(first.exitcode) if first.exitcode in SIGNALLED else None
+
+
+def silent_end(error: BaseException) -> str | None:
+    """A sentence on the rank that ended without an error of its own, of which other ranks may have one; None if none did.
+
+    torchrun dates failures by the second, so that an error that follows from such an end may be the first that it names.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if not isinstance(error, ChildFailedError):
+        return None
+    _, first = error.get_first_failure()
+    for rank, failure in error.failures.items():
+        killed = failure.exitcode == -signal.SIGKILL
+        if failure.error_file != "<N/A>" or not (killed or failure is first):
+            continue
+        how = f"ended with exit code {failure.exitcode}, and no error"
+        if failure.exitcode < 0:
+            how = f"was ended by {failure.signal_name()}"
+        if killed:
+            how += ", as by the kernel where the host's memory or the job's share of it is used up"
+        return f"rank {rank} {how}; errors of other ranks follow from that"
+    return None

@@ -149,6 +149,12 @@ TRACEBACK = "Traceback (most recent call last):\n    File x\n  torch.OutOfMemory
         ("error: mesh.tp=3: no\n", {}, "mesh.tp=3: no"),
         (REPORT.format(TRACEBACK), {"error": "gloo: peer closed"}, "OutOfMemoryError: CUDA out of memory"),
         (REPORT.format("Signal 9 (SIGKILL) received by PID 17"), {}, "Signal 9 (SIGKILL) received by PID 17"),
+        (
+            REPORT.format("RuntimeError: peer closed")
+            + "rank 1 was ended by SIGKILL, as by the kernel; errors follow",
+            {"error": "gloo: peer closed"},
+            "rank 1 was ended by SIGKILL, as by the kernel",
+        ),
         ("x\nKeyError: 'a'\n", {"error": "KeyError: 'b'"}, "KeyError: 'b'"),
         ("Traceback\nKeyError: 'a'\n", {}, "KeyError: 'a'"),
         ("nothing\n", {}, "exit code 1"),

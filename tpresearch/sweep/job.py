@@ -146,6 +146,12 @@ EXCEPTION_LINE = re.compile(
     r"^\s*(?:\[rank\d+\]:\s*)?(?:\w+\.)*(\w*(?:Error|Exception|Failure)\b(?::.*)?)$", re.MULTILINE
 )
 """The last line of a traceback, starting with the exception's name."""
+CAUSES = (
+    re.compile(r"^(rank \d+ (?:ended|was ended) .*);", re.MULTILINE),  # of `tpresearch.agent`
+    EXCEPTION_LINE,
+    re.compile(r"traceback : (Signal .*)"),
+)
+"""What says in torchrun's report why a job failed, the best first."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ def _find_cause(job: Job, code: int, summary: dict[str, Any]) -> tuple[str, Path
     causes = []
     for path, text in logs.items():
         _, _, root_cause = text.partition("Root Cause (first observed failure)")
-        if named := EXCEPTION_LINE.findall(root_cause) or re.findall(r"traceback : (Signal .*)", root_cause):
+        if named := next(filter(None, (pattern.findall(root_cause) for pattern in CAUSES)), []):
             when = re.search(r"time +: (\S+)", root_cause)
             causes.append((when[1] if when else "", str(named[-1]).strip(), path))
     if causes:

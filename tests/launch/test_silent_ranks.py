@@ -1,0 +1,55 @@
+"""The sentence of torchrun's agent on a rank that ended without an error of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from tpresearch.agent import silent_end
+
+BY_THE_KERNEL = ", as by the kernel where the host's memory or the job's share of it is used up"
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        (-signal.SIGKILL, f"was ended by SIGKILL{BY_THE_KERNEL}"),
+        (-signal.SIGSEGV, "was ended by SIGSEGV"),
+        (3, "ended with exit code 3, and no error"),
+    ],
+)
+def test_the_rank_and_its_signal_or_code_are_named(tmp_path: Path, code: int, how: str) -> None:
+    error = ChildFailedError("train.py", {3: failure(tmp_path, code, has_error=False)})
+    assert silent_end(error) == f"rank 3 {how}; errors of other ranks follow from that"
+
+
+def test_a_rank_with_an_error_of_its_own_needs_no_sentence(tmp_path: Path) -> None:
+    assert silent_end(ChildFailedError("train.py", {3: failure(tmp_path, 1, has_error=True)})) is None
+
+
+def failure(folder: Path, code: int, has_error: bool, timestamp: int = 0) -> ProcessFailure:
+    """Of a rank: torchrun reads its error, if it left one."""
+    path = folder / f"{code}.json"
+    if has_error:
+        extra = {"timestamp": str(timestamp)}
+        path.write_text(json.dumps({"message": {"message": "ValueError: mine", "extraInfo": extra}}))
+    return ProcessFailure(0, 17, code, str(path))
+
+
+def test_a_rank_that_was_killed_is_named_though_the_error_of_another_seems_to_be_the_first(
+    tmp_path: Path,
+) -> None:
+    failures = {0: failure(tmp_path, 1, True), 1: failure(tmp_path, -signal.SIGKILL, False)}
+    assert (silent_end(ChildFailedError("train.py", failures)) or "").startswith(
+        "rank 1 was ended by SIGKILL, "
+    )
+
+
+def test_a_rank_that_aborts_after_the_error_of_another_is_not_named(tmp_path: Path) -> None:
+    failures = {0: failure(tmp_path, 1, True), 1: failure(tmp_path, -signal.SIGABRT, False)}
+    assert silent_end(ChildFailedError("train.py", failures)) is None
+    assert silent_end(ValueError("of torchrun itself")) is None
