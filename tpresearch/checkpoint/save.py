@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -141,7 +142,9 @@ class Saver:
 
         on_all_ranks(begin, self._group)
         if background:
-            written = self._thread.submit(self._write_files, self._copy_to_host(state), draft)
+            copies: list[dict[str, Tensor]] = []
+            on_all_ranks(lambda: copies.append(self._copy_to_host(state)), self._group)
+            written = self._thread.submit(self._write_files, copies[0], draft)
             self._in_flight, self.started = InFlight(manifest, began, written), self.started + 1
         else:
             self._write_files(state, draft)
@@ -154,10 +157,20 @@ class Saver:
             dcp.save(state, storage_writer=_Writer(draft), **how)
 
     def _copy_to_host(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A copy of the state in host memory, which is reused: on CUDA it is pinned."""
+        """A copy of the state in host memory, which is reused: on CUDA it is pinned.
+
+        Raises:
+            BrokenCheckpoint: if there is no room for it.
+        """
         if self._copy is None or self._copy.keys() != state.keys():
             stager = BlockingAsyncStager(cache_staged_state_dict=self._on_cuda)
-            copy = self._copy = stager.stage(state)
+            try:
+                copy = self._copy = stager.stage(state)
+            except RuntimeError as error:  # CUDA's too, which says "out of memory" of what it cannot pin
+                if not re.search("out of memory|allocate memory", str(error)):
+                    raise
+                why = "host memory has no room for a copy of the state; checkpoint.background=false writes without one"
+                raise BrokenCheckpoint(why) from None
             self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
             self._stager.state_dict_cache = copy
             return copy

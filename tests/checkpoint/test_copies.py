@@ -1,0 +1,53 @@
+"""A checkpoint written in the background is of a copy in host memory, for which there may be no room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.made_checkpoints import ABOUT
+from torch import nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from tpresearch.checkpoint.disk import complete_checkpoints
+from tpresearch.checkpoint.save import Saver
+from tpresearch.config.schema import CheckpointConfig
+from tpresearch.train.state import TrainState
+
+NO_ROOM = ("CUDA error: out of memory\nCUDA kernel errors", "DefaultCPUAllocator: can't allocate memory: you")
+
+
+@pytest.mark.parametrize("said", NO_ROOM)
+def test_without_room_it_is_left_out_and_the_next_is_written(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, said: str
+) -> None:
+    layer = nn.Linear(2, 2)
+    state = TrainState(1, layer, torch.optim.SGD(layer.parameters()))
+    saver = Saver(tmp_path, CheckpointConfig(), ABOUT, None, background=True)
+    saver.start(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockingAsyncStager, "stage", lambda *_: raise_(said))
+        saver.save(state, 0, 1.0)
+    why = "host memory has no room for a copy of the state; checkpoint.background=false writes without one"
+    assert f"step 1: checkpoint not saved: {why}" in caplog.text
+    state.step = 2
+    saver.save(state, 0, 1.0)
+    saver.finish()
+    assert [found.step for found in complete_checkpoints(tmp_path)] == [2]
+
+
+def test_another_error_of_the_device_is_not_taken_for_that(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    layer = nn.Linear(2, 2)
+    saver = Saver(tmp_path, CheckpointConfig(), ABOUT, None, background=True)
+    saver.start(0)
+    illegal = "CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(BlockingAsyncStager, "stage", lambda *_: raise_(illegal))
+    with pytest.raises(RuntimeError, match="illegal"):
+        saver.save(TrainState(1, layer, torch.optim.SGD(layer.parameters())), 0, 1.0)
+
+
+def raise_(said: str) -> None:
+    raise RuntimeError(said)
