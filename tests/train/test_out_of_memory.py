@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -54,6 +55,20 @@ def test_another_host_whose_torchrun_reports_for_itself_keeps_torchs_error() -> 
     refusing = refusing_out_of_memory(config("parallel=fsdp"), MeshSizes(dp_shard=16), away, trains=True)
     with pytest.raises(torch.OutOfMemoryError), refusing:
         raise error
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_libraries_without_room_are_told_from_other_errors(said: str, refused: bool) -> None:
+    ends = pytest.raises(ConfigError if refused else RuntimeError, match=re.escape(said))
+    with ends, refusing_out_of_memory(config("parallel=none"), MeshSizes(), World(), trains=True):
+        raise RuntimeError(said)
 
 
 def train_beyond(world: World, folder: Path) -> str:

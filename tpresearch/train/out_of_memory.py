@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Checkpointing
@@ -17,6 +16,9 @@ from tpresearch.config.world import World
 from tpresearch.launch.logs import IN_FILES_ONLY
 
 log = logging.getLogger(__name__)
+
+SIGNS = "out of memory|allocate memory|_ALLOC_FAILED"
+"""Of torch's allocators and CUDA, of a CPU's, and of cuBLAS and cuDNN, which find no room where torch's tensors have all."""
 
 
 @contextmanager
@@ -29,8 +31,8 @@ def refusing_out_of_memory(cfg: Config, sizes: MeshSizes, world: World, trains: 
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        if world.rank >= world.local_size:
+    except RuntimeError as error:
+        if world.rank >= world.local_size or not re.search(SIGNS, str(error)):
             raise
         log.error("%s", error, extra=IN_FILES_ONLY)
         raise out_of_memory(cfg, sizes, first_line(error), trains) from None
