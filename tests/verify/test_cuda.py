@@ -103,6 +103,12 @@ def test_in_bfloat16_to_rounding(ranks: Ranks, plan: str) -> None:
     agree(ranks.run(4, traced, cfg)[0], plan, "llama2_debug", Dtype.bfloat16)
 
 
+def test_weights_that_wait_in_host_memory_are_trained_the_same(ranks: Ranks) -> None:
+    settings = ("parallel.fsdp.cpu_offload=true", *SETTINGS, "train.dtype=float64")
+    cfg = config("model=llama2_debug", "parallel=fsdp_tp", "device=cuda", *settings)
+    agree(ranks.run(4, traced, in_two_parts(cfg, 4))[0], "fsdp_tp", "llama2_debug", Dtype.float64)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl needs two CUDA devices")
 def test_over_nccl(ranks: Ranks) -> None:
     cfg = config("model=llama2_debug", "parallel=fsdp", "device=cuda", *SETTINGS, "train.dtype=float64")
