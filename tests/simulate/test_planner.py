@@ -262,7 +262,7 @@ def test_a_model_that_cannot_be_recorded_is_refused_by_a_worker_too(ranks: Ranks
 
 def test_devices_that_would_hold_a_model_are_those_of_the_cluster() -> None:
     cfg = config("model=llama2_debug", "data.seq_len=64", "train.global_batch_size=64")
-    small = cluster(memory_gb=2.5e-4)
+    small = cluster(memory_gb=2.5e-4, memory_reserved_gb=0)
     enough = rank(cfg, 8, small).enough
     assert enough
     assert enough > 8
@@ -370,7 +370,7 @@ def test_rules_without_sequence_parallelism_are_used_where_there_are_no_others()
 def test_it_says_when_nothing_fits() -> None:
     """Its 622,912 parameters take 16 bytes each: 1.25 MB on each of 8 devices, 0.62 on 16, where 1 is free."""
     cfg = config("model=llama2_debug", "train.global_batch_size=64", "tokenizer.vocab_size=4096")
-    ranked = rank(cfg, 2, cluster(memory_gb=0.001))
+    ranked = rank(cfg, 2, cluster(memory_gb=0.001, memory_reserved_gb=0))
     assert not ranked.fits
     said = advice(ranked, 2, "llama2_debug")
     assert said == ["llama2_debug does not fit on 2 devices; 16 would hold its state"]
