@@ -52,6 +52,8 @@ WORLDS = {"ddp": 4, "fsdp": 4, "hsdp": 4, "sp": 2, "fsdp_tp": 4, "hsdp_tp": 8}
 
 def cluster(**changed: float) -> Cluster:
     plain = yaml.safe_load(CLUSTER.read_text())
+    if "memory_gb" in changed:
+        changed = {"memory_reserved_gb": 0, **changed}
     for name, value in changed.items():
         plain["numbers"][name]["value"] = value
     return parse_cluster(plain)
@@ -95,13 +97,14 @@ def test_a_single_micro_batch_adds_to_no_gradients(plan: str) -> None:
     assert step_seconds(two, single, sizes, cluster()) == step_seconds(one, single, sizes, cluster())
 
 
-def test_of_a_single_micro_batch_that_replicas_sum_nothing_is_added_to() -> None:
+@pytest.mark.parametrize(("plan", "rows"), [("ddp", 2), ("hsdp", 4)])
+def test_of_a_single_micro_batch_that_replicas_sum_nothing_is_added_to(plan: str, rows: int) -> None:
     """As in the simulator, where a float32 sum of gradients is the larger part of a small step."""
-    cfg = config("model=llama2_debug", "parallel=ddp", "train.dtype=float32")
-    single = at_rows(cfg, 1, 2 * 4)
+    cfg = config("model=llama2_debug", f"parallel={plan}", "train.dtype=float32")
+    single = at_rows(cfg, 1, rows * 4)
     sizes = validate(single, 4)
     known = recording(single, sizes, record)
-    (found,) = ranking._predict_each_micro_batch(Candidate(single, sizes), known, cluster())
+    *_, found = ranking._predict_each_micro_batch(Candidate(single, sizes), known, cluster())
     assert micro_batches(found.candidate.cfg, sizes) == 1
     real = predict(recording(found.candidate.cfg, sizes, record), cluster())
     assert found.prediction.step_time_s == real.step_time_s
@@ -170,8 +173,8 @@ def test_steps_that_do_something_else_at_more_rows_are_recorded(monkeypatch: pyt
     monkeypatch.setattr(ranking, "record", noted)
     for chunk, recorded in (("64", [2, 4]), ("200", [8])):  # 64 tokens each; 128, 128 and 171
         cfg = config("model=llama2_debug", "parallel=ddp", "data.seq_len=64", f"train.loss_chunk={chunk}")
-        sizes = validate(at_rows(cfg, 1, 16), 2)
-        family = Candidate(at_rows(cfg, 1, 16), sizes)
+        sizes = validate(at_rows(cfg, 1, 32), 2)
+        family = Candidate(at_rows(cfg, 1, 32), sizes)
         traces = ranking._Traces(family, recording(family.cfg, sizes, noted))
         asked.clear()
         traces.trace(family.with_micro_batch(8).cfg, sizes, None)

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from typing import TypeVar
 
 from tpresearch.config import Config
-from tpresearch.config.axes import MeshSizes
+from tpresearch.config.axes import REPLICATE, MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.validate import has_master_weights, micro_batches
 from tpresearch.launch.progress_bars import keep_bars_in_process
@@ -230,6 +230,10 @@ class _Traces:
 
     def trace(self, cfg: Config, sizes: MeshSizes, _: object) -> Trace:
         rows, depth = cfg.train.micro_batch_size or 1, cfg.model.args.get(self._known.setting or "", 0)
+        if micro_batches(cfg, sizes) == 1 and (rows <= FEW_ROWS or sizes[REPLICATE.name] > 1):
+            return record(
+                cfg, sizes
+            )  # that sets gradients and sums them is in no recorded micro-batch of several
         if rows < MORE_ROWS:
             return self._recorded_at(depth, rows)
         if rows == MORE_ROWS:
@@ -253,14 +257,12 @@ class _Traces:
         return extrapolated or self._recorded_at(depth, MORE_ROWS)
 
     def _recorded_at(self, depth: int, rows: int) -> Trace:
-        """The recorded trace, of at least two micro-batches where a candidate has them: `Trace.ops` takes as many as needed."""
+        """The recorded trace, of at least two micro-batches: `Trace.ops` takes as many as needed."""
         if (depth, rows) not in self._recorded:
             cfg, sizes = self._family.cfg, self._family.sizes
             shallow = replace(self._known, cfg=cfg).at(depth) if self._known.setting else cfg
             candidate = Candidate(shallow, sizes).with_micro_batch(rows)
-            rows_per_rank = micro_batches(cfg, sizes)
-            count = 1 if rows == rows_per_rank <= FEW_ROWS else max(2, rows_per_rank)
-            candidate.cfg.train.global_batch_size = count * rows * sizes.dp
+            candidate.cfg.train.global_batch_size = max(2, micro_batches(cfg, sizes)) * rows * sizes.dp
             self._recorded[depth, rows] = record(candidate.cfg, sizes)
         return self._recorded[depth, rows]
 
