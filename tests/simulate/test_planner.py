@@ -52,8 +52,6 @@ WORLDS = {"ddp": 4, "fsdp": 4, "hsdp": 4, "sp": 2, "fsdp_tp": 4, "hsdp_tp": 8}
 
 def cluster(**changed: float) -> Cluster:
     plain = yaml.safe_load(CLUSTER.read_text())
-    if "memory_gb" in changed:
-        changed = {"memory_reserved_gb": 0, **changed}
     for name, value in changed.items():
         plain["numbers"][name]["value"] = value
     return parse_cluster(plain)
