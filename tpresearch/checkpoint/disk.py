@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,15 +110,26 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         manifest = parse_manifest((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         if manifest.step != int(named[1]):
             raise BrokenCheckpoint(f"its {MANIFEST_FILE} is of step {manifest.step}")
-        for name, written in manifest.files.items():
+        for name in manifest.files:
             if Path(name).name != name:
                 raise BrokenCheckpoint(f"its {MANIFEST_FILE} names {name}")
-            size = (folder / name).stat().st_size
-            if size != written.bytes:
-                raise BrokenCheckpoint(f"{name} has {size:,} bytes of {written.bytes:,}")
+        check_sizes(folder, manifest.files)
     except OSError as error:
         raise BrokenCheckpoint(f"{Path(error.filename).name}: {error.strerror}") from None
     return Checkpoint(folder, manifest)
+
+
+def check_sizes(folder: Path, files: Mapping[str, WrittenFile]) -> None:
+    """Compare the sizes of the files of a checkpoint, or of its draft, with what was written.
+
+    Raises:
+        BrokenCheckpoint: for the first that differs.
+        OSError: for the first that is not there.
+    """
+    for name, written in files.items():
+        size = (folder / name).stat().st_size
+        if size != written.bytes:
+            raise BrokenCheckpoint(f"{name} has {size:,} bytes of {written.bytes:,}")
 
 
 def complete_checkpoints(run: Path) -> list[Checkpoint]:

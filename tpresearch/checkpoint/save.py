@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -86,27 +87,37 @@ class Saver:
         """
         self._last_step = step
 
-        def make() -> None:
-            if self._rank == 0:
-                (self._run / disk.CHECKPOINTS_FOLDER).mkdir(exist_ok=True)
-                for folder in disk.set_aside_after(self._run, step):
-                    log.warning("a checkpoint of a later step is set aside: %s", folder.name)
-                disk.make_draft(draft_of(folder_of(self._run, step + 1)))  # to check that it can be made
-                self._tidy()
+        def make() -> str | None:
+            if self._rank:
+                return None
+            (self._run / disk.CHECKPOINTS_FOLDER).mkdir(exist_ok=True)
+            for folder in disk.set_aside_after(self._run, step):
+                log.warning("a checkpoint of a later step is set aside: %s", folder.name)
+            disk.make_draft(draft_of(folder_of(self._run, step + 1)))  # to check that it can be made
+            self._tidy()
+            mark = f".shared-{uuid4().hex}"
+            (self._run / mark).touch()
+            return mark
 
-        on_all_ranks(make, self._group)
-        on_all_ranks(self._check_folder, self._group)
+        mark, *_ = on_all_ranks(make, self._group)
+        assert mark
+        try:
+            on_all_ranks(lambda: self._check_shared(mark), self._group)
+        finally:
+            if self._rank == 0:
+                (self._run / mark).unlink(missing_ok=True)
 
     def _tidy(self) -> None:
         with suppress(OSError):  # what cannot be deleted now is deleted the next time
             disk.prune(self._run, self._settings.keep, self._settings.keep_every)
         disk.clear_drafts(self._run)
 
-    def _check_folder(self) -> None:
-        if not (self._run / disk.CHECKPOINTS_FOLDER).is_dir():
-            raise BrokenCheckpoint(
-                f"{self._run} is not there: all hosts have to share the disk of the run folder"
-            )
+    def _check_shared(self, mark: str) -> None:
+        """Refuse a host that has such a folder on a disk of its own. The name of the mark is new: of another one, such as
+        `checkpoints`, a network file system may have remembered that it was not there."""
+        if not (self._run / mark).exists():
+            why = "what rank 0 writes there is not seen here: all hosts have to share the disk of the run folder"
+            raise BrokenCheckpoint(why)
 
     def is_due(self, step: int) -> bool:
         return self._settings.every is not None and step % self._settings.every == 0
@@ -219,6 +230,7 @@ class Saver:
                 return
             with suppress(FileNotFoundError):
                 disk.sync(self._run / "metrics.jsonl")  # whose rows of these steps must not be lost alone
+            disk.check_sizes(draft, files)
             fault_point("settled")
             disk.commit(folder, dataclasses.replace(manifest, files=files))
             self._tidy()
