@@ -178,7 +178,8 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     from tpresearch.data.pipeline import prepare
     from tpresearch.parallel.mesh import build_mesh
     from tpresearch.train.assemble import assemble
-    from tpresearch.train.main import check_rows, check_same_corpus, log_notes
+    from tpresearch.train.main import check_rows, log_notes
+    from tpresearch.train.same_job import check_same_job
 
     world, asked = World.from_environment(), world_size or cfg.world_size
     check_bounds(cfg := dataclasses.replace(cfg, plan_only=False, world_size=asked))
@@ -191,7 +192,7 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     check_rows(corpus, job)
     log_notes(job, corpus, is_new=True)
     _join(job.device, world, cfg)
-    check_same_corpus(corpus)
+    check_same_job(job, corpus)
     loop = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus)
     return Job(loop.state, loop.setup.mesh, loop)
 

@@ -105,7 +105,7 @@ def train_until(
             if (self.steps, world.rank, where) == (step, rank, at):
                 signalled(flags[0], number)
 
-    pretended = {"prepare": lambda *_, **__: corpus, "check_same_corpus": lambda _: None, "StopFlag": Flag}
+    pretended = {"prepare": lambda *_, **__: corpus, "check_same_job": lambda *_: None, "StopFlag": Flag}
     try:
         with patch.multiple(main, **pretended), patch.object(PackedCorpus, "save_tokenizer"):
             main.train(preflight(cfg, world), Run(folder, world), [Signalling()])

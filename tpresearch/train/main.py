@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,7 +16,6 @@ from tpresearch.checkpoint.disk import Checkpoint
 from tpresearch.checkpoint.load import restore
 from tpresearch.checkpoint.resume import broadcast_from_rank_0, check_corpus, checkpoints_to_resume
 from tpresearch.config.axes import AXES
-from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import ProfilerName
 from tpresearch.config.validate import total_steps
 from tpresearch.data.pipeline import prepare
@@ -40,6 +38,7 @@ from tpresearch.train.observe import Observer
 from tpresearch.train.out_of_memory import refusing_out_of_memory
 from tpresearch.train.preflight import Preflight
 from tpresearch.train.profile import Profiler, profiled_steps
+from tpresearch.train.same_job import check_same_job
 from tpresearch.train.saving import build_saver, check_disk, is_complete, log_resumption
 from tpresearch.train.speed import Speed
 from tpresearch.train.stopping import AgreedStop
@@ -109,7 +108,7 @@ def train_on(
         process_group(device, world),
         flag.calling(partial(leave_failed_ranks, device)),
     ):
-        check_same_corpus(corpus)
+        check_same_job(job, corpus)
         mesh = build_mesh(job.sizes, device.type)
         log.info("Device Mesh created: device_mesh=%s", describe_mesh(job.sizes, device.type))
         log_notes(job, corpus, is_new=not found)
@@ -215,23 +214,6 @@ def check_rows(corpus: AnyCorpus, job: Preflight) -> None:
     if isinstance(corpus, PackedCorpus):
         train = job.cfg.train
         check_enough_rows(corpus, train.global_batch_size, job.sizes.dp * (train.micro_batch_size or 1))
-
-
-def check_same_corpus(corpus: AnyCorpus) -> None:
-    """Refuse to train if hosts prepared different rows, for example with different Python versions.
-
-    Raises:
-        ConfigError: on every rank, if any two have different text or tokens.
-    """
-    mine = (corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
-    if other is not None:
-        source = corpus.meta.get("source", "this corpus")
-        why = f"ranks 0 and {other} prepared different rows from it"
-        legal = "the same files and the same Python on every host, or a data.cache_dir that they share"
-        raise ConfigError("data.source", source, why, legal)
 
 
 def log_notes(job: Preflight, corpus: AnyCorpus, is_new: bool) -> None:

@@ -1,0 +1,64 @@
+"""Ranks of hosts whose command, code or rows differ are refused on every rank, in one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from support.composed import config, corpus
+
+from tpresearch.config import ConfigError
+from tpresearch.config.world import World
+from tpresearch.parallel.group import process_group
+from tpresearch.train import same_job
+from tpresearch.train.preflight import preflight
+from tpresearch.train.same_job import check_same_job, code_hash
+from tpresearch.verify.ranks import Ranks
+
+OF_RANK_1 = {
+    "optimizer.lr=0.5": "optimizer.lr=0.003: rank 1 has 0.5; the same command, conf and code on every host",
+    "model=toy_net": "model=toy_mlp: rank 1 has toy_net; ",
+    "train.seed=7": "train.seed=0: rank 1 has 7; ",
+    "checkpoint.every=3": "checkpoint.every=1000: rank 1 has 3; ",
+    "init_from=elsewhere": "init_from=null: rank 1 has elsewhere; ",
+    "+model.plans.tp.more={match: output, style: colwise}": "model.plans.tp.more=null: rank 1 has {",
+}
+
+
+def meet(world: World) -> None:
+    common = ("model=toy_mlp", "parallel=ddp")
+    job, rows = preflight(config(*common), world), corpus()
+    assert job.device
+    with process_group(job.device, world):
+        check_same_job(job, rows)
+        for typed, sentence in OF_RANK_1.items():
+            cfg = config(*common, *([typed] if world.rank else []))
+            with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}"):
+                check_same_job(replace(job, cfg=cfg), rows)
+        own = [f"{key}=of_rank_{world.rank}" for key in ("name", "data.cache_dir", "data.path", "logger.dir")]
+        check_same_job(replace(job, cfg=config(*common, *own)), rows)
+        with (
+            patch.object(same_job, "code_hash", lambda _: str(world.rank)),
+            pytest.raises(ConfigError, match=r"^code=0: rank 1 has 1; "),
+        ):
+            check_same_job(job, rows)
+        with pytest.raises(ConfigError, match="ranks 0 and 1 prepared different rows from it"):
+            check_same_job(job, replace(rows, tokenizer_hash=f"of rank {world.rank}"))
+
+
+def test_ranks_of_different_jobs_are_refused(ranks: Ranks) -> None:
+    ranks.run(2, meet)
+
+
+def test_code_is_that_of_the_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_model.py").write_text("from torch import nn\n\nclass Own(nn.Module): ...\n")
+    model = importlib.import_module("own_model").Own()
+    before = code_hash(model)
+    assert code_hash(model) == before
+    (tmp_path / "own_model.py").write_text("from torch import nn\n\nclass Own(nn.Module): pass\n")
+    assert code_hash(model) != before

@@ -1,0 +1,61 @@
+"""Checks that all ranks are of one job, since each host has a command line, files and a Python of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tpresearch.checkpoint.resume import differences
+from tpresearch.config.compose import as_dict
+from tpresearch.config.errors import ConfigError, format_value
+from tpresearch.data.rows import AnyCorpus
+from tpresearch.train.preflight import Preflight
+
+PER_HOST = ("name", "resume", "logger", "data.cache_dir", "data.path", "tokenizer.path")
+"""Keys that may differ between hosts: rank 0's apply, or the rows tell whether it is the same text."""
+
+
+def check_same_job(job: Preflight, corpus: AnyCorpus) -> None:
+    """Refuse to train if ranks have other settings, code or rows than rank 0: what each computes would be right by itself, and
+    the sum of their gradients nobody's. Collective.
+
+    Raises:
+        ConfigError: on every rank, for the first difference.
+    """
+    mine = _settings(job), (corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    settings_0, rows_0 = found[0]
+    for rank, (settings, rows) in enumerate(found):
+        for key, first, other in differences(settings_0, settings):
+            if not key.startswith(PER_HOST):
+                why = f"rank {rank} has {format_value(other)}"
+                legal = "the same command, conf and code on every host"
+                raise ConfigError(key.removesuffix(".name"), first, why, legal, fix={})
+        if rows != rows_0:
+            source = corpus.meta.get("source", "this corpus")
+            why = f"ranks 0 and {rank} prepared different rows from it"
+            legal = "the same files and the same Python on every host, or a data.cache_dir that they share"
+            raise ConfigError("data.source", source, why, legal)
+
+
+def _settings(job: Preflight) -> dict[str, Any]:
+    """What determines a rank's part of the steps, by key."""
+    versions = {"torch": torch.__version__, "code": code_hash(job.model)}
+    return {**as_dict(job.cfg), "LOCAL_WORLD_SIZE": job.world.local_size, **versions}
+
+
+def code_hash(model: nn.Module) -> str:
+    """A hash of the source files of this package and of the model."""
+    of_model = sys.modules[type(model).__module__].__file__
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    digest = hashlib.blake2b(digest_size=6)
+    for path in [*files, *([Path(of_model)] if of_model else [])]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
