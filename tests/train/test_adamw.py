@@ -236,6 +236,12 @@ def test_its_options_are_refused_with_sgd(word: str) -> None:
     assert refused.value.fix == {word.partition("=")[0]: None}
 
 
+def test_sgd_s_momentum_is_refused_with_adamw() -> None:
+    """Not taken for its first beta."""
+    with pytest.raises(ConfigError, match=r"^optimizer.momentum=0.5: an option of SGD's; optimizer=sgd"):
+        validate(config("optimizer.momentum=0.5"), 1)
+
+
 def test_no_tensor_is_updated_without_a_gradient() -> None:
     weights = [nn.Parameter(torch.ones(2, 1024)), nn.Parameter(torch.ones(3))]
     optimizer = build_optimizer(weights, OptimizerConfig(compile=True))

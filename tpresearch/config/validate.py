@@ -16,7 +16,10 @@ DEFAULT_PLAN_RANKS = 4
 """Default number of ranks for plan_only: that of `make train`."""
 
 
-ADAMW_OPTIONS = ("optimizer.moment_dtype", "optimizer.compile")
+OPTIMIZER_OPTIONS = {
+    OptimizerName.adamw: ("optimizer.moment_dtype", "optimizer.compile"),
+    OptimizerName.sgd: ("optimizer.momentum",),
+}
 """Keys that another optimizer refuses."""
 MAX_NAME_BYTES = 255
 """Bytes, on most file systems."""
@@ -33,7 +36,7 @@ def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
     check_bounds(cfg)
     _check_name(cfg)
     _check_betas(cfg)
-    _check_adamw_options(cfg)
+    _check_optimizer_options(cfg)
     _check_budget(cfg)
     _check_vocabulary(cfg)
     _check_length(cfg)
@@ -129,11 +132,13 @@ def _check_betas(cfg: Config) -> None:
         raise ConfigError("optimizer.betas", cfg.optimizer.betas, "not AdamW's two", legal)
 
 
-def _check_adamw_options(cfg: Config) -> None:
-    for key in ADAMW_OPTIONS:
-        value = getattr(cfg.optimizer, key.rpartition(".")[2])
-        if value and cfg.optimizer.name is not OptimizerName.adamw:
-            raise ConfigError(key, value, "an option of AdamW's", "optimizer=adamw")
+def _check_optimizer_options(cfg: Config) -> None:
+    for owner, keys in OPTIMIZER_OPTIONS.items():
+        for key in keys:
+            value = getattr(cfg.optimizer, key.rpartition(".")[2])
+            if value and cfg.optimizer.name is not owner:
+                title = "AdamW" if owner is OptimizerName.adamw else "SGD"
+                raise ConfigError(key, value, f"an option of {title}'s", f"optimizer={owner}")
 
 
 def _check_budget(cfg: Config) -> None:

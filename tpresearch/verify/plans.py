@@ -16,7 +16,7 @@ from tpresearch.config import Config
 from tpresearch.config.choices import DeviceKind, Float8, OptimizerName
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.config.mesh import used_axes, warning_of_unused_axes
-from tpresearch.config.validate import ADAMW_OPTIONS, validate
+from tpresearch.config.validate import OPTIMIZER_OPTIONS, validate
 from tpresearch.config.world import World
 from tpresearch.data.check import check_data
 from tpresearch.data.pipeline import prepare
@@ -77,10 +77,10 @@ def configs_by_plan(cfg: Config, arguments: list[str]) -> dict[str, list[Config]
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     keys = {word: parser.parse_override(word).key_or_group for word in words}
     mine = [word for word in words if keys[word] not in ("parallel", "optimizer")]
-    without = {OptimizerName.sgd: [word for word in mine if keys[word] in ADAMW_OPTIONS]}
 
     def config(plan: str, name: OptimizerName) -> Config:
-        taken = [word for word in mine if word not in without.get(name, ())]
+        others = {key for owner, options in OPTIMIZER_OPTIONS.items() if owner is not name for key in options}
+        taken = [word for word in mine if keys[word] not in others]
         return _compose(*taken, f"parallel={plan}", f"optimizer={name}")
 
     return {plan: [config(plan, name) for name in cfg.verify.optimizers] for plan in cfg.verify.plans}
