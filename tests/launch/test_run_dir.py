@@ -11,9 +11,13 @@ from typing import IO, Self
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed import TCPStore
 
 from tpresearch.config import ConfigError
+from tpresearch.config.errors import RunFailed
+from tpresearch.config.world import WrongEnvironment
 from tpresearch.launch import World, resolvers, run_dir
+from tpresearch.parallel.group import fresh_store
 
 NOON = datetime(2026, 1, 2, 12, 0, 0)
 
@@ -188,27 +192,64 @@ def test_a_rank_whose_torchrun_was_killed_before_it_looked_ends(monkeypatch: pyt
         run_dir._agent_store()
 
 
-def test_ranks_of_other_hosts_hear_that_rank_0_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed import TCPStore
-
-    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "any"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port)}
-    for name, value in env.items():
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
+    """The store of torchrun's agent, which this rank shares."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "any", "RANK": "3"}
+    for name, value in (env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}).items():
         monkeypatch.setenv(name, value)
+    return store
+
+
+REFUSED = ConfigError("data.path", "mine.txt", "is not there", "a file")
+
+
+def test_ranks_of_other_hosts_hear_that_a_rank_is_refused(
+    agent: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rank_0, elsewhere = World(0, 4, 0, 2, elastic=True), World(2, 4, 0, 2, elastic=True)
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(2) as beside:
         waits = beside.submit(agree, "mine", elsewhere)
-        run_dir.report_refusal_to_hosts(elsewhere)  # who waits for no one
-        run_dir.report_refusal_to_hosts(World(0, 2, 0, 2, elastic=True))  # whose torchrun ends all of them
+        meets = beside.submit(fresh_store, agent, rank_0)
+        run_dir.tell_other_hosts(REFUSED, World(0, 2, 0, 2, elastic=True))  # whose torchrun ends all of them
         time.sleep(3 * run_dir.POLL_S)
         assert not waits.done()
-        run_dir.report_refusal_to_hosts(rank_0)
-        with pytest.raises(ConfigError, match="rank 0 was refused"):
-            waits.result()
+        run_dir.tell_other_hosts(REFUSED, elsewhere)
+        for heard in (waits, meets):
+            with pytest.raises(
+                ConfigError, match=r"^data.path=mine.txt: is not there \(on rank 3\); a file$"
+            ):
+                heard.result()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the refusal was of the first start
-    monkeypatch.setattr(run_dir, "TIMEOUT", timedelta(seconds=1))
-    with pytest.raises(ConfigError, match="rank 0 did not agree on a folder within 1 s"):
-        agree("mine", elsewhere)
+    with monkeypatch.context() as short:
+        short.setattr(run_dir, "TIMEOUT", timedelta(seconds=1))
+        with pytest.raises(ConfigError, match="rank 0 did not agree on a folder within 1 s"):
+            agree("mine", elsewhere)
     assert agree("mine", rank_0) == "mine"
     assert agree("mine", elsewhere) == "mine"
+
+
+def test_ranks_of_other_hosts_hear_that_a_rank_has_failed(agent: TCPStore) -> None:
+    run_dir.tell_other_hosts(ValueError("line 3 is wrong\n..."), World(2, 4, 0, 2, elastic=True))
+    with pytest.raises(RunFailed, match=r"^rank 3 has ended: ValueError: line 3 is wrong$"):
+        fresh_store(agent, World(1, 4, 1, 2, elastic=True))
+
+
+def test_a_host_with_another_number_of_ranks_tells_so(
+    agent: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = {"WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "x", "RANK": "3"}
+    with pytest.raises(WrongEnvironment) as refused:
+        World.from_environment(env | {"MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "any"})
+    run_dir.tell_other_hosts(refused.value, World())
+    with pytest.raises(ConfigError, match=r"does not divide WORLD_SIZE=4 \(on rank 3\)"):
+        fresh_store(agent, World(0, 4, 0, 1, elastic=True))
+
+
+def test_nobody_is_told_where_the_agents_store_has_ended(
+    agent: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+    run_dir.tell_other_hosts(REFUSED, World(2, 4, 0, 2, elastic=True))

@@ -84,7 +84,8 @@ class World:
                 raise WrongEnvironment(name, value, f"there are ranks 0 to {most}", given)
         if size % local_size:
             why = f"does not divide WORLD_SIZE={size}"
-            raise WrongEnvironment("LOCAL_WORLD_SIZE", local_size, why, given)
+            legal = "as many ranks on each host, the same --nproc-per-node"
+            raise WrongEnvironment("LOCAL_WORLD_SIZE", local_size, why, given, legal)
         own_device = elastic and env.get(OWN_DEVICE, "0") not in ("", "0")
         if own_device:
             local_rank = rank % local_size  # torchrun says 0 on each

@@ -45,8 +45,8 @@ from tpresearch.launch.home import check_home
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging, tolerate_print_errors
 from tpresearch.launch.refuse import error_of_command, exit_failed, refuse
 from tpresearch.launch.resolvers import register_resolvers
-from tpresearch.launch.run_dir import agree_on_folder, may_resume, report_refusal_to_hosts, sweep_folder
-from tpresearch.launch.stop import end_with_parent
+from tpresearch.launch.run_dir import agree_on_folder, may_resume, sweep_folder, tell_other_hosts
+from tpresearch.launch.stop import Stopped, end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,11 @@ class Program(Generic[Checked]):
         except KeyboardInterrupt:
             interrupt.print_stopped()
             sys.exit(interrupt.INTERRUPTED)
-        except Exception:
+        except Stopped as stopped:
+            tell_other_hosts(stopped, world)
+            raise
+        except Exception as error:
+            tell_other_hosts(error, world)
             if world.elastic and world.rank:
                 sys.exit(1)  # its traceback is in torchrun's report and in the rank's log
             raise
@@ -130,7 +134,7 @@ class Program(Generic[Checked]):
             try:
                 refuse(refused, world, self.check_command)
             finally:
-                report_refusal_to_hosts(world)
+                tell_other_hosts(refused, world)
         return None
 
     def check_command(self, command: Command) -> ConfigError | None:

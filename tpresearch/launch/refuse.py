@@ -21,7 +21,7 @@ from omegaconf import open_dict
 from tpresearch.config.errors import ConfigError, RunFailed
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed
-from tpresearch.config.world import World
+from tpresearch.config.world import World, agent_store
 from tpresearch.launch import hydra_app
 from tpresearch.launch.command import Command, CommandCheck, command_to_try
 from tpresearch.launch.composition import Composition, typed_config
@@ -72,14 +72,15 @@ def _report_to_torchrun(message: str) -> None:
 def _report_of_another_rank() -> str | None:
     """The report of the rank that reports for all; None if this rank has to report.
 
-    Under torchrun the first rank of the first host reports, over all restarts; under srun the first task.
+    Under torchrun the first rank of the first host reports, over all restarts, also for other hosts, which tell it; under srun
+    the first task.
     """
     path = _report_file()
     if path is None:
         tasks, task = os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("SLURM_PROCID")
         is_another = task is not None and task.isdecimal() and task != "0"
         return "" if tasks not in (None, "", "1") and is_another else None
-    if os.environ.get("GROUP_RANK", "0") != "0":
+    if os.environ.get("GROUP_RANK", "0") != "0" and agent_store() is not None:
         return ""
     try:
         path.touch(exist_ok=False)

@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import AUTO, NEVER
 from tpresearch.config.errors import ConfigError, refuse_unwritable
-from tpresearch.config.world import SlurmStep, World, agent_store
+from tpresearch.config.other_hosts import check_notice, job_key, notice_key, notice_of
+from tpresearch.config.world import SlurmStep, World, WrongEnvironment, agent_store
 from tpresearch.launch.claim import check_left_by_run, free_name, lock_folder, set_aside_record
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for rank 0, which may still be importing torch from a slow file system."""
 
 POLL_S = 0.05
+TELL_S = 10
 PROBE_BYTES = 64 << 10
 """More than the files that Hydra writes of a config, and as much as a disk must have free."""
 
@@ -86,8 +88,12 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
         started = None
         if (store := _agent_store()) is not None:
             if world.rank == 0:
-                started = Path(store.get(_store_key()).decode()) if store.check([_store_key()]) else None
-                store.set(_store_key(), str(claim(held, started)))
+                started = (
+                    Path(store.get(job_key("run_dir")).decode())
+                    if store.check([job_key("run_dir")])
+                    else None
+                )
+                store.set(job_key("run_dir"), str(claim(held, started)))
             folder = _folder_of_rank_0(store)
         else:
             if world.size > 1 and not given:
@@ -222,38 +228,40 @@ def _agent_store() -> TCPStore | None:
     return TCPStore(*where, is_master=False, timeout=TIMEOUT)
 
 
-def report_refusal_to_hosts(world: World) -> None:
-    """Tell ranks of other hosts, which wait for rank 0's folder, that rank 0 was refused: their torchrun does not."""
-    if world.rank == 0 and world.hosts > 1 and (store := _agent_store()) is not None:
-        store.set(_store_key(refused=True), "")
+def tell_other_hosts(error: BaseException, world: World) -> None:
+    """Tell ranks of other hosts, which may wait for this one, that it ends: their torchrun does not."""
+    if (where := agent_store()) is None or not (world.hosts > 1 or isinstance(error, WrongEnvironment)):
+        return
+    with suppress(OSError):  # nobody is left to be told
+        socket.create_connection(where, TELL_S).close()
+        from torch.distributed import DistError, TCPStore
+
+        with suppress(DistError):
+            store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=TELL_S))
+            store.compare_set(notice_key(), "", notice_of(error))
 
 
 def _folder_of_rank_0(store: TCPStore) -> Path:
     """The folder that rank 0 has agreed on.
 
     Raises:
-        ConfigError: if rank 0 was refused, which it reports for all, or has not agreed on one in time.
+        ConfigError: if a rank was refused, or rank 0 has not agreed on a folder in time.
+        RunFailed: if a rank has failed.
     """
     from torch.distributed import DistError
 
-    until, why = time.monotonic() + TIMEOUT.seconds, "rank 0 was refused"
+    until = time.monotonic() + TIMEOUT.seconds
     try:
-        while not store.check([_store_key()]):
+        while not store.check([job_key("run_dir")]):
+            check_notice(store)
             if time.monotonic() > until:
                 why = f"rank 0 did not agree on a folder within {TIMEOUT.seconds} s"
-            if time.monotonic() > until or store.check([_store_key(refused=True)]):
                 raise ConfigError("hydra.run.dir", None, why, "see the log of rank 0")
             time.sleep(POLL_S)
-        return Path(store.get(_store_key()).decode())
+        return Path(store.get(job_key("run_dir")).decode())
     except DistError:  # the store was in the agent of its host
         why = "torchrun has ended on the host of rank 0"
         raise ConfigError("hydra.run.dir", None, why, "see the log of rank 0") from None
-
-
-def _store_key(refused: bool = False) -> str:
-    """Key of the job's folder in the agents' store, over all restarts; or of the notice that this start is refused."""
-    key = f"tpresearch/{os.environ['TORCHELASTIC_RUN_ID']}/run_dir"
-    return f"{key}/refused/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if refused else key
 
 
 def _slurm_folder(name: str) -> Path:

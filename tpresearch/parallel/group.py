@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from tpresearch.config.errors import RunFailed
+from tpresearch.config.other_hosts import check_notice
 from tpresearch.config.world import World, agent_store
 from tpresearch.parallel.device import Device
 
@@ -116,6 +117,7 @@ def fresh_store(store: TCPStore, world: World) -> Store:
 
     Raises:
         RankMissing: on rank 0, if a rank does not come.
+        ConfigError, RunFailed: if one was refused, or has ended otherwise.
     """
     if world.rank == 0:
         name = uuid4().hex
@@ -127,6 +129,7 @@ def fresh_store(store: TCPStore, world: World) -> Store:
         return PrefixStore(name, store)
     request = uuid4().hex
     while not store.check([f"{ANSWER_KEY}/{request}"]):
+        check_notice(store)
         store.set(f"{ANNOUNCE_KEY}/{world.rank}", request)
         time.sleep(POLL_S)
     return PrefixStore(store.get(f"{ANSWER_KEY}/{request}").decode(), store)
@@ -136,6 +139,7 @@ def _wait_for_ranks(store: Store, world: World) -> None:
     began, logs = time.monotonic(), True
     for rank in range(1, world.size):
         while not store.check([f"{ANNOUNCE_KEY}/{rank}"]):
+            check_notice(store)
             waited = time.monotonic() - began
             if waited > JOIN_S:
                 ahead = "python -m tpresearch.prepare with the same overrides, on each host"

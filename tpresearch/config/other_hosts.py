@@ -1,0 +1,52 @@
+"""What a rank that ends before the ranks have met tells those of other hosts, which wait for it: their torchrun does not."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Protocol
+
+from tpresearch.config.errors import ConfigError, RunFailed, first_line, format_value
+from tpresearch.config.world import RUN_ID
+
+
+class AgentStore(Protocol):
+    """torchrun's, as far as it is read here."""
+
+    def check(self, keys: list[str], /) -> bool: ...
+    def get(self, key: str, /) -> bytes: ...
+
+
+def job_key(name: str) -> str:
+    """A key of this job in the agents' store, over all restarts."""
+    return f"tpresearch/{os.environ.get(RUN_ID)}/{name}"
+
+
+def notice_key() -> str:
+    """Key of the notice that a rank of this start has ended."""
+    return job_key(f"ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
+
+
+def notice_of(error: BaseException) -> str:
+    """The notice: this rank, and why it ends."""
+    if isinstance(error, ConfigError):
+        why = [error.field, format_value(error.value), error.why, error.legal]
+    else:
+        why = [f"{type(error).__name__}: {first_line(error)}"]
+    return json.dumps([os.environ["RANK"], *why])
+
+
+def check_notice(store: AgentStore) -> None:
+    """End this rank too if another has.
+
+    Raises:
+        ConfigError: if that one was refused.
+        RunFailed: if it failed otherwise.
+    """
+    if not store.check([notice_key()]):
+        return
+    rank, *told = json.loads(store.get(notice_key()))
+    if len(told) == 1:
+        raise RunFailed(f"rank {rank} has ended: {told[0]}")
+    field, value, why, legal = told
+    raise ConfigError(field, value, f"{why} (on rank {rank})", legal)
