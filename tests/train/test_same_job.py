@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import pytest
 from support.composed import config, corpus
+from torch import nn
 
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
@@ -62,3 +65,10 @@ def test_code_is_that_of_the_model_too(tmp_path: Path, monkeypatch: pytest.Monke
     assert code_hash(model) == before
     (tmp_path / "own_model.py").write_text("from torch import nn\n\nclass Own(nn.Module): pass\n")
     assert code_hash(model) != before
+
+
+def test_a_model_of_a_notebook_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = ModuleType("notebook_of_a_test")
+    monkeypatch.setitem(sys.modules, notebook.__name__, notebook)
+    of_notebook = type("Own", (nn.Module,), {"__module__": notebook.__name__})
+    assert code_hash(of_notebook()) != code_hash(nn.Linear(1, 1))

@@ -52,10 +52,10 @@ def _settings(job: Preflight) -> dict[str, Any]:
 
 
 def code_hash(model: nn.Module) -> str:
-    """A hash of the source files of this package and of the model."""
-    of_model = sys.modules[type(model).__module__].__file__
+    """A hash of the source files of this package and of the model, which has none in a notebook."""
+    of_model = getattr(sys.modules[type(model).__module__], "__file__", None)
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     digest = hashlib.blake2b(digest_size=6)
     for path in [*files, *([Path(of_model)] if of_model else [])]:
-        digest.update(path.read_bytes())
+        digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
