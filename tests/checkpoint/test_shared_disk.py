@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support.made_checkpoints import ABOUT
+from support.made_checkpoints import ABOUT, save
 from torch import nn
 
 from tpresearch.checkpoint.collective import RankFailed, checkpoint_group
 from tpresearch.checkpoint.disk import CHECKPOINTS_FOLDER, step_folders
+from tpresearch.checkpoint.load import from_checkpoint
 from tpresearch.checkpoint.save import SaveFailed, Saver
+from tpresearch.config import ConfigError
 from tpresearch.config.schema import CheckpointConfig
 from tpresearch.config.world import World
 from tpresearch.parallel.device import Device
@@ -45,3 +47,18 @@ def test_two_disks_are_refused_also_where_one_is_lost_on_the_way(ranks: Ranks, t
     ranks.run(2, save_on_two_disks, tmp_path)
     assert not step_folders(tmp_path / "0")
     assert not list(tmp_path.glob("*/.shared-*"))
+
+
+def start_from_own_weights(world: World, disks: Path) -> None:
+    save(own := disks / f"{world.rank}", 3)
+    with (
+        process_group(Device(torch.device("cpu"), "gloo", "cpu"), world),
+        pytest.raises(
+            ConfigError, match=r"^init_from=.*: on some hosts it is another checkpoint; the same one"
+        ),
+    ):
+        from_checkpoint(str(own))(nn.Linear(2, 2))
+
+
+def test_initial_weights_are_not_put_together_from_two_checkpoints(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(2, start_from_own_weights, tmp_path)

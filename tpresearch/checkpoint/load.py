@@ -89,12 +89,18 @@ def from_checkpoint(init_from: str) -> Callable[[nn.Module], None]:
     """A weight source: initial weights from a checkpoint; each rank reads what it holds, and nothing is drawn.
 
     Raises:
-        ConfigError: if there is none; on every rank, when the source is called, if it is damaged.
+        ConfigError: if there is none; on every rank, when the source is called, if it is damaged, or another one on some host.
     """
     checkpoint = find_checkpoint(Path(init_from), "init_from")
 
     def source(model: nn.Module) -> None:
         group = checkpoint_group()
+        first, *others = on_all_ranks(lambda: checkpoint.manifest.files, group)
+        if any(files != first for files in others):
+            why = "on some hosts it is another checkpoint"
+            raise ConfigError(
+                "init_from", init_from, why, "the same one on every host, as on a disk that they share"
+            )
         tensors = model_state(model, dict(model.named_parameters()))
         destination = {name: tensor.detach() for name, tensor in tensors.items()}
         try:
