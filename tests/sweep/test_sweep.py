@@ -422,6 +422,11 @@ def test_experiments_are_swept_by_a_glob(sweep: Sweep) -> None:
     assert [job.settings["experiment"] for job in sweep.started] == ["seed_2d", "seed_sp", "seed_tp"]
 
 
+def test_a_glob_that_matches_nothing_is_refused(sweep: Sweep) -> None:
+    with pytest.raises(ConfigError, match="matches no option"):
+        sweep("experiment=glob(zzz*)")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_is_interrupted_is_stopped_and_said(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, number: int, code: int

@@ -62,6 +62,10 @@ class JobPlanner:
             ConfigError: for the first job that cannot run; none has been started then.
         """
         self._check_settings()
+        if not job_overrides:
+            word = next((word for word in sys.argv[1:] if "glob(" in word), "hydra.sweeper.params=")
+            key, _, pattern = word.partition("=")
+            raise ConfigError(key, pattern, "matches no option of its group", "a pattern that matches some")
         in_all = set.intersection(*map(set, job_overrides))
         try:
             return [
