@@ -211,7 +211,7 @@ def test_ranks_of_other_hosts_hear_that_a_rank_is_refused(
     rank_0, elsewhere = World(0, 4, 0, 2, elastic=True), World(2, 4, 0, 2, elastic=True)
     with ThreadPoolExecutor(2) as beside:
         waits = beside.submit(agree, "mine", elsewhere)
-        meets = beside.submit(fresh_store, agent, rank_0)
+        meets = beside.submit(fresh_store, agent, rank_0, "gloo")
         run_dir.tell_other_hosts(REFUSED, World(0, 2, 0, 2, elastic=True))  # whose torchrun ends all of them
         time.sleep(3 * run_dir.POLL_S)
         assert not waits.done()
@@ -233,7 +233,7 @@ def test_ranks_of_other_hosts_hear_that_a_rank_is_refused(
 def test_ranks_of_other_hosts_hear_that_a_rank_has_failed(agent: TCPStore) -> None:
     run_dir.tell_other_hosts(ValueError("line 3 is wrong\n..."), World(2, 4, 0, 2, elastic=True))
     with pytest.raises(RunFailed, match=r"^rank 3 has ended: ValueError: line 3 is wrong$"):
-        fresh_store(agent, World(1, 4, 1, 2, elastic=True))
+        fresh_store(agent, World(1, 4, 1, 2, elastic=True), "gloo")
 
 
 def test_a_host_with_another_number_of_ranks_tells_so(
@@ -244,7 +244,7 @@ def test_a_host_with_another_number_of_ranks_tells_so(
         World.from_environment(env | {"MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "any"})
     run_dir.tell_other_hosts(refused.value, World())
     with pytest.raises(ConfigError, match=r"does not divide WORLD_SIZE=4 \(on rank 3\)"):
-        fresh_store(agent, World(0, 4, 0, 1, elastic=True))
+        fresh_store(agent, World(0, 4, 0, 1, elastic=True), "gloo")
 
 
 def test_nobody_is_told_where_the_agents_store_has_ended(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
-from tpresearch.config.errors import RunFailed
+from tpresearch.config.errors import ConfigError, RunFailed
 from tpresearch.config.world import World
 from tpresearch.parallel import group
 from tpresearch.parallel.device import Device
@@ -29,7 +29,7 @@ def start(port: int, late: int, mark: str) -> list[bytes]:
     def rank(number: int) -> bytes:
         time.sleep(0.3 * (number == late))
         agents = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(minutes=5))
-        store = fresh_store(agents, World(number, SIZE, number, SIZE, elastic=True))
+        store = fresh_store(agents, World(number, SIZE, number, SIZE, elastic=True), "gloo")
         return store.compare_set("address", "", f"{mark} of {number}")
 
     with ThreadPoolExecutor(SIZE) as pool:
@@ -59,14 +59,23 @@ def test_a_rank_whose_host_prepares_data_is_waited_for_beyond_the_timeout_of_a_m
     agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=0.1))
     monkeypatch.setattr(group, "LOG_JOIN_AFTER_S", 0)
     world = World(0, 2, 0, 1, elastic=True)
-    threading.Timer(0.3, agents.set, [f"{ANNOUNCE_KEY}/1", "its request"]).start()
+    threading.Timer(0.3, agents.set, [f"{ANNOUNCE_KEY}/1", "its request gloo"]).start()
     with caplog.at_level("INFO"):
-        fresh_store(agents, world)
-    assert agents.get(f"{ANSWER_KEY}/its request")
+        fresh_store(agents, world, "gloo")
+    assert agents.get(f"{ANSWER_KEY}/its request gloo")
     assert caplog.messages == ["waiting for rank 1 of 2, whose host may be preparing data"]
     monkeypatch.setattr(group, "JOIN_S", 0)
     with pytest.raises(RunFailed, match=r"rank 1 did not come in .*; to prepare data ahead: python -m tp"):
-        fresh_store(agents, world)
+        fresh_store(agents, world, "gloo")
+
+
+def test_a_host_that_falls_back_to_its_cpu_is_told_from_those_with_gpus() -> None:
+    agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    threading.Timer(0.2, agents.set, [f"{ANNOUNCE_KEY}/1", "its request gloo"]).start()
+    with pytest.raises(
+        ConfigError, match="rank 0 would communicate by nccl, and rank 1 by gloo; a GPU for each"
+    ):
+        fresh_store(agents, World(0, 2, 0, 1, elastic=True), "nccl")
 
 
 @pytest.fixture

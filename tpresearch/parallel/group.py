@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from tpresearch.config.errors import RunFailed
+from tpresearch.config.errors import ConfigError, RunFailed
 from tpresearch.config.other_hosts import check_notice
 from tpresearch.config.world import World, agent_store
 from tpresearch.parallel.device import Device
@@ -46,7 +46,9 @@ def process_group(device: Device, world: World) -> Iterator[None]:
     elif device.backend == "fake":
         options["store"] = _fake_store()
     elif (agent := agent_store()) is not None:
-        options["store"] = fresh_store(TCPStore(*agent, is_master=False, timeout=TIMEOUT), world)
+        options["store"] = fresh_store(
+            TCPStore(*agent, is_master=False, timeout=TIMEOUT), world, device.backend
+        )
     if "store" in options:
         options |= {"rank": world.rank, "world_size": world.size}
     if device.shared:
@@ -105,7 +107,7 @@ def _fake_store() -> Any:
     return FakeStore()
 
 
-def fresh_store(store: TCPStore, world: World) -> Store:
+def fresh_store(store: TCPStore, world: World, backend: str) -> Store:
     """The part of the agent's store that belongs to this start of the ranks. All ranks call it; it returns once all have.
 
     torchrun's agent keeps one store over restarts, and its ranks begin there as if it were new (torch 2.13; pytorch issues
@@ -117,17 +119,23 @@ def fresh_store(store: TCPStore, world: World) -> Store:
 
     Raises:
         RankMissing: on rank 0, if a rank does not come.
-        ConfigError, RunFailed: if one was refused, or has ended otherwise.
+        ConfigError: if one was refused; on rank 0, if one would communicate by another backend, for which both would wait.
+        RunFailed: if one has ended otherwise.
     """
     if world.rank == 0:
         name = uuid4().hex
         for rank in range(1, world.size):
             store.delete_key(f"{ANNOUNCE_KEY}/{rank}")
         _wait_for_ranks(store, world)
-        for rank in range(1, world.size):
-            store.set(f"{ANSWER_KEY}/{store.get(f'{ANNOUNCE_KEY}/{rank}').decode()}", name)
+        requests = [store.get(f"{ANNOUNCE_KEY}/{rank}").decode() for rank in range(1, world.size)]
+        for rank, request in enumerate(requests, 1):
+            if (other := request.rpartition(" ")[2]) != backend:
+                why = f"rank 0 would communicate by {backend}, and rank {rank} by {other}"
+                raise ConfigError("device", "auto", why, "a GPU for each rank, or device=cpu for all of them")
+        for request in requests:
+            store.set(f"{ANSWER_KEY}/{request}", name)
         return PrefixStore(name, store)
-    request = uuid4().hex
+    request = f"{uuid4().hex} {backend}"
     while not store.check([f"{ANSWER_KEY}/{request}"]):
         check_notice(store)
         store.set(f"{ANNOUNCE_KEY}/{world.rank}", request)
