@@ -71,7 +71,7 @@ def _headline(prediction: Prediction) -> Iterator[str]:
     yield f"  {'MFU':22}{share_text(prediction.mfu)}"
     slow, fast = (cluster.peak_flops(dtype) for dtype in (cfg.train.dtype, Dtype.bfloat16))
     if slow < fast / 4:
-        less = f"{slow / 1e12:.0f} instead of {fast / 1e12:.0f} TFLOP/s with train.dtype=bfloat16"
+        less = f"{round(slow / 1e12, 2):g} instead of {round(fast / 1e12, 2):g} TFLOP/s with train.dtype=bfloat16"
         yield f"  {cfg.train.dtype:22}{less}, as in experiment=pretraining"
 
 
