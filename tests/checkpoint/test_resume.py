@@ -45,6 +45,7 @@ def of(cfg: Config) -> Checkpoint:
         "logger=wandb logger.project=x name=other device=cpu data.cache_dir=/tmp/x",
         "checkpoint.every=3 checkpoint.keep=9 train.on_nonfinite=skip",
         "optimizer.compile=true",
+        "optimizer.momentum=0.5",  # which AdamW has no use for
         "train.steps=51",
         "train.steps=null train.tokens=1000000",
     ],

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from tpresearch.config.choices import OptimizerName
 from tpresearch.config.compose import to_plain
 from tpresearch.config.schema import ComposedConfig
 
@@ -66,5 +67,6 @@ def experiment_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = comparable_config(config)
     kept["model"] = _without(kept["model"], ("plans", "blocks"))
     kept["train"] = _without(kept["train"], MAY_CHANGE_ON_RESUME)
-    kept["optimizer"] = _without(kept["optimizer"], ("compile",))
+    unused = ("momentum",) if kept["optimizer"].get("name") == OptimizerName.adamw else ()
+    kept["optimizer"] = _without(kept["optimizer"], ("compile", *unused))
     return {key: kept[key] for key in EXPERIMENT_KEYS}
