@@ -138,7 +138,10 @@ def _check_optimizer_options(cfg: Config) -> None:
             value = getattr(cfg.optimizer, key.rpartition(".")[2])
             if value and cfg.optimizer.name is not owner:
                 title = "AdamW" if owner is OptimizerName.adamw else "SGD"
-                raise ConfigError(key, value, f"an option of {title}'s", f"optimizer={owner}")
+                fix = {
+                    key: 0 if key == "optimizer.momentum" else None
+                }  # a resumed run repeats what it was started with
+                raise ConfigError(key, value, f"an option of {title}'s", f"optimizer={owner}", fix=fix)
 
 
 def _check_budget(cfg: Config) -> None:
