@@ -13,6 +13,8 @@ from support.composed import config
 from support.marks import exhaustive
 
 from tpresearch.config.choices import DeviceKind
+from tpresearch.config.validate import total_steps
+from tpresearch.train.optim import learning_rate
 from tpresearch.verify.plans import with_device_chosen
 from tpresearch.verify.ranks import Ranks
 
@@ -94,6 +96,14 @@ def test_a_mistake_of_the_tutorial_is_named(ranks: Ranks, tmp_path: Path, switch
     done = verify(ranks, tmp_path, *words, "verify.world_size=2", "verify.optimizers=[sgd]")
     assert done.code == code, done.err
     assert ("tp sgd: initial weights of " in done.out) == bool(code)
+
+
+def test_each_step_has_a_learning_rate_of_its_own() -> None:
+    """Otherwise a plan that keeps the first one would pass."""
+    for words in ((), ("verify.steps=4", "schedule=cosine")):
+        cfg = config(*words, program="verify")
+        rates = [learning_rate(step, total_steps(cfg), 1.0, cfg.schedule) for step in range(cfg.verify.steps)]
+        assert len(set(rates)) == cfg.verify.steps
 
 
 def test_an_unknown_plan_is_refused(ranks: Ranks, tmp_path: Path) -> None:
