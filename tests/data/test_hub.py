@@ -153,6 +153,19 @@ def test_a_changed_local_folder_is_read_anew(
         assert text.startswith(f"{word} story 0")
 
 
+def test_a_folder_of_links_to_folders_is_what_these_hold(
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, decoded: Decode
+) -> None:
+    for word in ("first", "other"):
+        saved = datasets.Dataset.from_dict({"text": [f"{word} {text}" for text in TEXTS]})
+        datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / f"disk/{word}"))
+        (tmp_path / word).mkdir()
+        for inside in ("dataset_dict.json", "train"):
+            (tmp_path / word / inside).symlink_to(tmp_path / f"disk/{word}/{inside}")
+        corpus = prepared(configure(str(tmp_path / word), DataSource.hf), bpe)
+        assert decoded(corpus, "train").startswith(f"{word} story 0")
+
+
 def test_checking_a_local_folder_reads_one_record_of_it(
     tmp_path: Path, configure: Configure, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,12 +16,14 @@ import torch
 from filelock import FileLock
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from support import composed
 from support.processes import wait_for
 from support.sweeps import Pretended, Sweep
 
 from tpresearch.config import ConfigError
 from tpresearch.config.compose import as_dict
+from tpresearch.config.schema import DataConfig, DataSource
 from tpresearch.config.validate import ranks_needed
 from tpresearch.launch.command import Command, WrongCommand
 from tpresearch.launch.composition import initialize_conf
@@ -183,6 +185,19 @@ def test_other_text_in_the_same_files_is_another_job(sweep: Sweep, tmp_path: Pat
         if again:
             note = sweep.started[0].notes[-1]
             assert note == f"its text has changed since {sweep.folder / '0'} was completed"
+
+
+def test_the_text_of_a_job_is_that_of_its_local_folder_too(tmp_path: Path) -> None:
+    def text(path: Path | str) -> str | None:
+        data = OmegaConf.structured(DataConfig(DataSource.hf, str(path)))
+        return text_of(Job(0, [], tmp_path, 1, 1, False, "", "", [], OmegaConf.create({"data": data})))
+
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}')
+    before = text(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "two"}')
+    assert None not in (before, text(tmp_path))
+    assert text(tmp_path) != before
+    assert text("owner/stories") is None
 
 
 def test_a_simulation_that_is_completed_is_not_repeated(sweep: Sweep) -> None:

@@ -7,6 +7,7 @@ option).
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import os
@@ -49,7 +50,7 @@ def open_hub(data: DataConfig) -> Corpus:
     Raises:
         ConfigError: for a data set that does not exist, or a hub that cannot be reached.
     """
-    if (folder := _local_folder(data)) is None:
+    if (folder := local_folder(data)) is None:
         # Once downloaded, the library names its folder by the revision, and finds it again without a network: the last
         # four parts are data set, configuration, version and commit.
         revision = "/".join(Path(_builder(data).cache_dir).parts[-4:])
@@ -72,11 +73,9 @@ def open_hub(data: DataConfig) -> Corpus:
 
 
 def _visible_files(folder: Path) -> list[tuple[str, Path]]:
-    """Name and path of each file in a folder that is not hidden, sorted."""
-    paths = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
-    return sorted(
-        (name.as_posix(), path) for name, path in paths if not any(p.startswith(".") for p in name.parts)
-    )
+    """Name and path of each file in a folder, or behind a link in it, that is not hidden, sorted."""
+    names = glob.glob("**", root_dir=folder, recursive=True)
+    return sorted((name, folder / name) for name in names if (folder / name).is_file())
 
 
 def check_hub(data: DataConfig) -> None:
@@ -90,7 +89,7 @@ def check_hub(data: DataConfig) -> None:
     if Path(os.path.expanduser(data.path)).is_file():
         legal = f"{LEGAL}; for files, data=jsonl, parquet or text"
         raise ConfigError("data.path", data.path, "is a file", legal)
-    folder = _local_folder(data)
+    folder = local_folder(data)
     if folder is None and not looks_like_hub_id(data.path):
         raise _path_error(data.path, "there is no such folder")
     if folder is not None:
@@ -105,7 +104,8 @@ def check_hub(data: DataConfig) -> None:
         raise missing_field(data.text_field, list(features), data.path)
 
 
-def _local_folder(data: DataConfig) -> Path | None:
+def local_folder(data: DataConfig) -> Path | None:
+    """The folder that data.path names; None for a name on the hub."""
     folder = Path(os.path.expanduser(str(data.path)))
     return folder if folder.is_dir() else None
 
@@ -116,7 +116,7 @@ def _documents(data: DataConfig) -> Iterator[Document]:
 
 def _records(data: DataConfig) -> Iterator[dict[str, Any]]:
     datasets = _library(data)
-    folder = _local_folder(data)
+    folder = local_folder(data)
     source = str(folder or data.path)
     try:
         if folder and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -156,7 +156,7 @@ def _builder(data: DataConfig) -> Any:
 
 def _library(data: DataConfig) -> Any:
     """The `datasets` library, offline where it should be, and quiet about errors that we report ourselves."""
-    if _local_folder(data) is None:
+    if local_folder(data) is None:
         offline_unless_reachable()
     import datasets  # takes a second
 
@@ -179,7 +179,7 @@ def _load_error(data: DataConfig, error: BaseException) -> ConfigError:
         why = f"its data files differ in columns: some have {some}, the first has {first}"
         legal = "files with the same columns, or data=jsonl or parquet, which read only data.text_field"
         return ConfigError("data.path", data.path, why, legal)
-    folder = _local_folder(data)
+    folder = local_folder(data)
     if folder and (fault := find_unreadable(data, [path for _, path in _visible_files(folder)])):
         return fault
     where = str(data.path) if folder is None else _first_unreadable_file(data, folder)
@@ -189,7 +189,7 @@ def _load_error(data: DataConfig, error: BaseException) -> ConfigError:
         return ConfigError("data.split", data.split, said, "a split of that data set")
     if "config" in said.lower() and isinstance(error, ValueError):
         return ConfigError("data.name", data.name, said, "a configuration of that data set")
-    if _local_folder(data) is None and not offline_unless_reachable():
+    if local_folder(data) is None and not offline_unless_reachable():
         said = f"{_endpoint()} cannot be reached, and neither a local folder nor the datasets cache has it"
     return _path_error(where, said)
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.config.comparable import comparable_config, with_defaults
 from tpresearch.config.schema import Config, DataConfig, DataSource, DeviceKind
+from tpresearch.data.hub import local_folder, open_hub
 from tpresearch.data.sources import open_files
 from tpresearch.launch.command import override_key, values_by_key
 from tpresearch.track.record import read_record
@@ -103,8 +104,10 @@ def text_of(job: Job) -> str | None:
     """The hash of the text in the local files that a job will read, as its summary will have it; None without such files."""
     data = OmegaConf.to_object(job.composed.data)
     assert isinstance(data, DataConfig)
-    if data.is_synthetic or data.source is DataSource.hf:
+    if data.is_synthetic:
         return None
+    if data.source is DataSource.hf:
+        return open_hub(data).content_hash if local_folder(data) else None
     return open_files(data).content_hash
 
 
