@@ -112,6 +112,15 @@ def test_max_tokens_stops_at_the_end_of_the_document_that_reaches_it(
     assert more.corpus_hash == corpus.corpus_hash
 
 
+def test_max_tokens_reads_the_beginning_of_a_long_file(
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig
+) -> None:
+    (tmp_path / "long.txt").write_text("\n".join(TEXTS))
+    corpus = prepared(configure(str(tmp_path / "long.txt"), max_tokens=2000), bpe)
+    assert corpus.meta["train"]["bytes"] + corpus.meta["held_out"]["bytes"] == 4 * 2000
+    assert min(len(corpus.train), len(corpus.held_out)) > 0, "a short reading still holds something out"
+
+
 def test_this_python_s_source_is_a_corpus_of_its_own(configure: Configure) -> None:
     stdlib = open_files(configure(source=DataSource.pystdlib))
     names = [document.name for document in stdlib.documents()]

@@ -32,7 +32,7 @@ from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, byte_level, loa
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of every folder's name: raise it when what is written changes."""
 
 BPE_TRAIN_CHARS = 128 << 20
@@ -154,12 +154,12 @@ class _Pipeline:
         }
 
     def _split(self) -> Iterator[tuple[str, str]]:
-        """Each document as (train text, held-out text), in order."""
-        every = self.data.held_out_every
-        whole = holds_out_documents(self.corpus.documents(), every, self._max_chars())
+        """Each document as (train text, held-out text), in order; of one that is longer than all that is read, its beginning."""
+        every, most = self.data.held_out_every, self._max_chars()
+        whole = holds_out_documents(self.corpus.documents(), every, most)
         for document in self.corpus.documents():
             self.check()
-            yield split_document(document, every, whole)
+            yield split_document(document._replace(text=document.text[:most]), every, whole)
 
     def _bpe_train_chars(self) -> int:
         """Text to train the BPE on: no more than will be read anyway, so that streaming fetches little twice."""

@@ -144,9 +144,10 @@ def _encode_in_batches(
     """(split, text, ids) of every text that is not empty, encoded many at a time."""
     waiting: list[tuple[str, str]] = []
     chars = 0
-    for both in texts:
-        waiting += [(split, text) for split, text in zip(SPLITS, both, strict=True) if text]
-        chars += sum(map(len, both))
+    for train, held_out in texts:
+        # What is held out first: the other part may reach max_tokens.
+        waiting += [(split, text) for split, text in (("held_out", held_out), ("train", train)) if text]
+        chars += len(train) + len(held_out)
         if chars >= ENCODE_CHARS:
             yield from _encode(waiting, tokenizer)
             waiting, chars = [], 0
