@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,17 @@ def test_no_difference_at_all_is_said_and_not_drawn(tmp_path: Path) -> None:
     found = differences([Comparison(groups, groups[0])], LOSS)
     assert (len(found.points), found.notes) == (0, ["Every loss equals the baseline's in all digits."])
     assert differences([Comparison(groups[:1], groups[0])], LOSS).points.empty
+
+
+def test_a_loss_that_is_not_finite_is_no_agreement(tmp_path: Path) -> None:
+    gone = Made("tp", {"tp": 2}, loss=lambda step: falling(step) if step < 11 else None)
+    groups = groups_of(tmp_path, Made(), gone)
+    compared = [Comparison(groups, groups[0])]
+    assert differences(compared, LOSS).notes == [
+        "Every finite loss equals the baseline's in all digits.",
+        "tp has no finite loss in 2 of its rows.",
+    ]
+    assert max_differences(compared) == {groups[1].first.folder: math.inf}
 
 
 def test_of_many_rows_the_greatest_difference_is_drawn(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from tpresearch.compare.groups import (
     group_each_run,
     group_over_seeds,
     labels,
+    last_of_each_seed,
 )
 from tpresearch.compare.runs import find_runs
 from tpresearch.config.errors import ConfigError
@@ -308,6 +310,8 @@ def refusal(
     [
         (Made(corpus_hash="beef"), "corpus_hash=beef: in corpus_hash=beef, but c0ffee", "overlay"),
         (Made(vocab_size=300), "tokenizer.vocab_size=300: in vocab_size=300, but 4096", "overlay"),
+        (Made(max_tokens=99), "data.max_tokens=99: in max_tokens=99, but – in max_tokens=–", "overlay"),
+        (Made(held_out_every=9), "data.held_out_every=9: in held_out_every=9, but 20", "overlay"),
         (Made(global_batch_size=8), "train.global_batch_size=8: in global_batch_size=8, but 24", "overlay"),
         (Made(seed=7), "train.seed=7: in seed=7, but 0 in seed=0", "seeds"),
     ],
@@ -372,6 +376,17 @@ def test_a_mean_over_seeds_takes_completed_runs(tmp_path: Path, monkeypatch: pyt
         main()
 
 
+def test_a_mean_over_seeds_counts_a_repeated_run_once(tmp_path: Path) -> None:
+    for index, seed in enumerate((0, 1, 0)):
+        Made(seed=seed, steps=2).write(tmp_path / str(index))
+    runs, left_out = last_of_each_seed(find_runs([str(tmp_path)]).runs)
+    assert sorted(run.folder.name for run in runs) == ["1", "2"]
+    assert left_out == [
+        f"{tmp_path / '0'}: {tmp_path / '2'} repeats it, and a mean counts each train.seed once"
+    ]
+    assert last_of_each_seed(runs) == (runs, [])
+
+
 def compare(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tpresearch.compare", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1500)
@@ -390,10 +405,13 @@ def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(
         "tokenizer, row length, global batch, loss and seed, or overlay=anyway; seeds=mean for their mean and spread; "
         "try: python -m tpresearch.compare sweep seeds=mean\n"
     )
+    again = Made(seed=0, steps=4).write(tmp_path / "sweep" / "2")
     done = compare(tmp_path, "sweep")
     assert (done.returncode, done.stderr) == (0, "")
     assert "Mean ± std over train.seed" in done.stdout
+    assert "Left out: sweep/0: sweep/2 repeats it" in done.stdout
     assert "| 2 | 7.750 ± 0 |" in (tmp_path / "sweep" / "compare.md").read_text()
+    shutil.rmtree(again)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare", "sweep", "overlay=anyway", "out=there"])
     main()

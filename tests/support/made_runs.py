@@ -47,6 +47,8 @@ class Made:
     keep_gradients: bool = False
     global_batch_size: int = 24
     vocab_size: int = 4096
+    max_tokens: int | None = None
+    held_out_every: int = 20
     name: str | None = None
     steps: int = 12
     budget: int = 100
@@ -77,6 +79,7 @@ class Made:
         cfg = Config(model=model, parallel=PLANS[self.plan])
         cfg.train.seed, cfg.train.global_batch_size = self.seed, self.global_batch_size
         cfg.tokenizer.vocab_size, cfg.optimizer.lr = self.vocab_size, self.lr
+        cfg.data.max_tokens, cfg.data.held_out_every = self.max_tokens, self.held_out_every
         cfg.train.dtype, cfg.defects.keep_gradients = self.dtype, self.keep_gradients
         cfg.train.steps = self.budget
         cfg.logger.wandb, cfg.logger.name = False, self.name

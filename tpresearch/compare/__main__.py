@@ -20,6 +20,7 @@ from tpresearch.compare.groups import (
     group_each_run,
     group_over_seeds,
     has_repeats,
+    last_of_each_seed,
 )
 from tpresearch.compare.runs import LEGAL, find_runs
 from tpresearch.config.errors import ConfigError, refuse_unwritable
@@ -83,6 +84,8 @@ def main() -> None:
         if not runs:
             legal = "apart, or runs that completed"
             raise ConfigError("seeds", "mean", "no run completed", legal, fix={"seeds": None})
+        runs, repeated = last_of_each_seed(runs)
+        left_out += repeated
     warnings = check_comparable(runs, anyway=options.overlay is Overlay.anyway, any_seed=mean)
     groups = group_over_seeds(runs) if mean else group_each_run(runs)
     report = Report(runs, groups, comparisons_of(groups, options.baseline), warnings, left_out)

@@ -16,11 +16,11 @@ from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.config.choices import ScheduleName
 from tpresearch.config.comparable import experiment_config
 from tpresearch.config.errors import ConfigError, nearest
-from tpresearch.track.text import UNDEFINED, printable
+from tpresearch.track.text import UNDEFINED, path_text, printable
 
 MUST_MATCH = (
     *("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.path", "data.seq_len", "train.global_batch_size"),
-    *("train.loss", SEED, "corpus_hash"),
+    *("train.loss", SEED, "data.max_tokens", "data.held_out_every", "corpus_hash"),
 )
 """Settings in which runs must agree for their losses to be the same quantity; causes before the hash that follows from them."""
 FIRST_COLUMNS = (
@@ -138,6 +138,19 @@ def group_over_seeds(runs: Sequence[Run]) -> list[Group]:
         repeated.setdefault(key, []).append(run)
     names = labels([group[0] for group in repeated.values()], seeds=False)
     return [Group(name, group, over_seeds=True) for name, group in zip(names, repeated.values(), strict=True)]
+
+
+def last_of_each_seed(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """The runs without those that a later one of the same experiment and seed repeats, which in a mean would count twice; and a
+    sentence for each that is left out."""
+    keys = list(settings_frame(runs).itertuples(index=False, name=None))
+    last = dict(zip(keys, runs, strict=True))
+    left_out = [
+        f"{path_text(run.folder)}: {path_text(last[key].folder)} repeats it, and a mean counts each {SEED} once"
+        for run, key in zip(runs, keys, strict=True)
+        if run is not last[key]
+    ]
+    return list(last.values()), left_out
 
 
 def has_repeats(runs: Sequence[Run]) -> bool:

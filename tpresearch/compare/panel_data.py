@@ -55,7 +55,7 @@ def panel_data(panel: Panel, groups: Sequence[Group], comparisons: Sequence[Comp
 
 def curves(groups: Sequence[Group], metric: str) -> PanelData:
     """`run`, `tokens`, `value`; over seeds their mean, and `low`, `high` one standard deviation from it."""
-    points = _mean(_history(groups, metric), {group.label: len(group.runs) for group in groups})
+    points = _mean(_history(groups, metric).dropna(), {group.label: len(group.runs) for group in groups})
     if points.empty:
         return PanelData(notes=[f"No run has {metric}."])
     buckets, notes = _buckets(points, MAX_POINTS, "last")
@@ -76,16 +76,11 @@ def differences(comparisons: Sequence[Comparison], metric: str) -> PanelData:
     if not compared:
         one = len(comparisons) == 1
         return PanelData(notes=["There is only one run." if one else "Each run is an experiment of its own."])
-    baselines = [comparison.baseline for comparison in compared]
-    lacking = [baseline for baseline in baselines if not any(run.rows for run in baseline.runs)]
+    lacking = [one.baseline for one in compared if not any(run.rows for run in one.baseline.runs)]
     if len(lacking) == len(compared):
         return PanelData(notes=[f"{each.label} has no rows to compare with." for each in lacking])
     notes = unpaired(compared)
-    sizes = {
-        each.label: len(_paired(each, comparison.baseline))
-        for comparison in compared
-        for each in comparison.others
-    }
+    sizes = {each.label: len(_paired(each, one.baseline)) for one in compared for each in one.others}
     points = _mean(_loss_differences(compared, metric), sizes)
     if points.empty:
         return PanelData(notes=["No run has rows at the baseline's token counts.", *notes])
@@ -95,8 +90,12 @@ def differences(comparisons: Sequence[Comparison], metric: str) -> PanelData:
         for group in comparison.others
         if _paired(group, comparison.baseline) and group.label not in set(points["run"])
     ]
+    undefined = points.loc[points["value"] == math.inf, "run"].value_counts(sort=False)
+    notes += [f"{label} has no finite loss in {count} of its rows." for label, count in undefined.items()]
+    points = points[points["value"] < math.inf]
     if not points["value"].any():
-        return PanelData(notes=["Every loss equals the baseline's in all digits.", *notes])
+        finite = "finite " if len(undefined) else ""
+        return PanelData(notes=[f"Every {finite}loss equals the baseline's in all digits.", *notes])
     buckets, thinned = _buckets(points, MAX_DOTS, "maximum")
     points = points.loc[points.groupby(buckets, sort=False)["value"].idxmax()]
     floor = points["value"].where(points["value"] > 0).min() / 3
@@ -232,26 +231,27 @@ def ledger(groups: Sequence[Group]) -> PanelData:
 
 
 def _history(groups: Sequence[Group], metric: str) -> pd.DataFrame:
-    """One row per logged value of the metric."""
+    """One row per row that was logged in training; `value` is NaN where the metric is not finite."""
     rows = [
         (group.label, run.folder, run.setting(SEED), row.get(X_AXIS), row.get(metric))
         for group in groups
         for run in group.runs
+        if not run.is_predicted
         for row in run.rows
     ]
-    frame = pd.DataFrame(rows, columns=["run", "folder", "seed", "tokens", "value"]).dropna()
-    return frame.astype({"tokens": float, "value": float})
+    columns = ["run", "folder", "seed", "tokens", "value"]
+    return pd.DataFrame(rows, columns=columns).astype({"tokens": float, "value": float})
 
 
 def _loss_differences(comparisons: Sequence[Comparison], metric: str) -> pd.DataFrame:
-    """|metric - the baseline's| for each run and number of tokens; over seeds, from the baseline's run of the same seed."""
+    """|metric - the baseline's| for each run and tokens (over seeds, of the same seed); infinite where the baseline's alone is finite."""
     found = []
     for comparison in comparisons:
         on = ["seed", "tokens"] if comparison.baseline.over_seeds else ["tokens"]
-        base = _history([comparison.baseline], metric).drop_duplicates(on)[[*on, "value"]]
+        base = _history([comparison.baseline], metric).dropna().drop_duplicates(on)[[*on, "value"]]
         found.append(_history(comparison.others, metric).merge(base, on=on))
     pairs = pd.concat(found)
-    return pairs.assign(value=(pairs.pop("value_x") - pairs.pop("value_y")).abs())
+    return pairs.assign(value=(pairs.pop("value_x") - pairs.pop("value_y")).abs().fillna(math.inf))
 
 
 def _paired(group: Group, baseline: Group) -> list[Run]:
