@@ -310,6 +310,7 @@ def refusal(
     [
         (Made(corpus_hash="beef"), "corpus_hash=beef: in corpus_hash=beef, but c0ffee", "overlay"),
         (Made(vocab_size=300), "tokenizer.vocab_size=300: in vocab_size=300, but 4096", "overlay"),
+        (Made(unigram_entropy=6.25), "unigram_entropy=6.250: in unigram_entropy=6.250, but 6.500", "overlay"),
         (Made(max_tokens=99), "data.max_tokens=99: in max_tokens=99, but – in max_tokens=–", "overlay"),
         (Made(held_out_every=9), "data.held_out_every=9: in held_out_every=9, but 20", "overlay"),
         (Made(global_batch_size=8), "train.global_batch_size=8: in global_batch_size=8, but 24", "overlay"),

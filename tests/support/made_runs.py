@@ -63,6 +63,7 @@ class Made:
     sent: list[Entry] = field(default_factory=list)
     expected: list[Entry] | None = None
     corpus_hash: str = "c0ffee"
+    unigram_entropy: float = 6.5
     error: Exception | None = None
 
     @property
@@ -105,7 +106,7 @@ class Made:
     def write(self, folder: Path) -> Path:
         """The run's folder, as a training leaves it."""
         cfg = self.config()
-        facts = RunFacts(self.ranks, self.mesh, 622_912, self.device, self.corpus_hash, 6.5)
+        facts = RunFacts(self.ranks, self.mesh, 622_912, self.device, self.corpus_hash, self.unigram_entropy)
         console = Console(file=io.StringIO(), width=120)
         tracker = Tracker(cfg, folder, facts, self.steps, console=console, plan="the plan")
         held = [MemoryUse("parameters", 2 * 2**20, 2 * 2**20), MemoryUse("activations", 9 * 2**20, 6 * 2**20)]

@@ -20,9 +20,11 @@ from tpresearch.track.text import UNDEFINED, path_text, printable
 
 MUST_MATCH = (
     *("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.path", "data.seq_len", "train.global_batch_size"),
-    *("train.loss", SEED, "data.max_tokens", "data.held_out_every", "corpus_hash"),
+    *("train.loss", SEED, "data.max_tokens", "data.held_out_every", "corpus_hash", "unigram_entropy"),
 )
-"""Settings in which runs must agree for their losses to be the same quantity; causes before the hash that follows from them."""
+"""Settings in which runs must agree for their losses to be the same quantity; causes before what follows from them."""
+OF_THE_CORPUS = ("corpus_hash", "unigram_entropy")
+"""Those of them that a run has that read a corpus."""
 FIRST_COLUMNS = (
     "model.name",
     "parallel.name",
@@ -245,9 +247,9 @@ def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> li
     by_value = {
         key: labelled.groupby(key, sort=False)["label"].agg(list) for key in MUST_MATCH if key in labelled
     }
-    if "corpus_hash" in by_value:  # a predicted step has read no corpus
-        read = labelled[[not run.is_predicted for run in runs]]
-        by_value["corpus_hash"] = read.groupby("corpus_hash", sort=False)["label"].agg(list)
+    read = labelled[[not run.is_predicted for run in runs]]
+    for key in by_value.keys() & OF_THE_CORPUS:
+        by_value[key] = read.groupby(key, sort=False)["label"].agg(list)
     unlike = {key: some for key, some in by_value.items() if len(some) > 1 and not (any_seed and key == SEED)}
     if anyway:
         return [

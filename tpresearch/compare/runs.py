@@ -25,7 +25,7 @@ from tpresearch.launch.command import WrongCommand, python_command
 from tpresearch.track.names import SUMMARY_PARTS, Row, finite_or_none
 from tpresearch.track.record import read_metrics, read_record
 from tpresearch.track.table import with_comparable_memory
-from tpresearch.track.text import UNDEFINED, path_text, setting_text
+from tpresearch.track.text import UNDEFINED, loss_text, path_text, setting_text
 
 MARKERS = ("config.yaml", "summary.json", "metrics.jsonl", "console.log")
 """A folder with any of these is a run's; a sweep's job that failed early has only the last."""
@@ -36,6 +36,7 @@ OPTIONAL_TYPES = {
     "error": str,
     "run_name": str,
     "device": str,
+    "unigram_entropy": float,
     "logger": dict,
     "resumed": list,
     "measured": list,
@@ -74,8 +75,10 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """The comparable config by dotted key, as text; ranks, mesh, device and corpus are those of the run."""
+        """The comparable config by dotted key, as text; ranks, mesh, device and corpus are those of the run, and the entropy of its
+        tokens, which tells other held-out rows and a changed tokenizer."""
         ran_on = {key: self.summary.get(key) for key in ("mesh", "device", "corpus_hash")}
+        ran_on["unigram_entropy"] = loss_text(self.summary.get("unigram_entropy"))
         nested = {"ranks": self.summary["world_size"], **comparable_config(self.config), **ran_on}
         (flat,) = pd.json_normalize(nested).to_dict("records")
         return {str(key): setting_text(value) for key, value in flat.items()}
