@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from tpresearch.data.tokenizer import (
     special_ids,
     tokenizer_size,
     train_bpe,
+    without_long_words,
 )
 
 HARD = (
@@ -263,6 +265,13 @@ def test_a_run_keeps_the_tokenizer_file_that_is_named_and_not_one_beside_it(
     (tmp_path / "run").mkdir()
     corpus.save_tokenizer(named, tmp_path / "run")
     assert load_hf(str(tmp_path / "run/tokenizer")).hash == corpus.tokenizer_hash
+
+
+def test_no_word_to_learn_from_is_long_whatever_it_is_of() -> None:
+    text = "a word" + " " * 5000 + "x" * 5000 + "\n" * 999 + "end"
+    words = list(without_long_words(text))
+    assert "".join(words) == text
+    assert max(len(run) for word in words for run in re.split(r"(\s+)", word)) <= 1000
 
 
 def test_a_word_of_a_megabyte_costs_what_as_much_text_does() -> None:

@@ -31,8 +31,8 @@ HUB_FILES = (*KEPT_FILES, "config.json")
 TOKENIZER_FOLDER = "tokenizer"
 """Folder of a run with its tokenizer, as transformers reads it."""
 LEGAL_PATH = "a tokenizer.json, a folder that holds one, or a name on the hub"
-LONG_WORD = re.compile(r"\S{1000}")
-"""Training time grows with the square of a word's length: a megabyte of base64 would take half an hour."""
+LONG_WORD = re.compile(r"\S{1000}|\s{1000}")
+"""Training time grows with the square of a word's length: a megabyte of base64, or of blanks, would take half an hour."""
 SAMPLE = "A sample: naïve 数据 🙂\n\t0"
 
 # A tokenizer uses as many threads as there are texts to encode at once, so long texts are cut.
