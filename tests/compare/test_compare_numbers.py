@@ -32,7 +32,7 @@ from tpresearch.compare.runs import find_runs
 from tpresearch.compare.style import ChartStyle
 from tpresearch.config.choices import Dtype
 from tpresearch.track.panels import SECTIONS
-from tpresearch.track.table import Table, markdown, mean_columns, with_comparable_memory
+from tpresearch.track.table import Cell, Table, markdown, mean_columns, with_comparable_memory
 
 PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
 LOSS = "train/loss"
@@ -155,6 +155,12 @@ def test_over_seeds_mean_and_standard_deviation(tmp_path: Path) -> None:
     seeds = tables([*one.runs, *two.runs], [one, two], comparisons_of([one, two]))[SEEDS]
     assert (column(seeds, "runs"), column(seeds, "seeds")) == (["none", "tp"], ["3", "3"])
     assert column(seeds, "tok/s/device") == ["101 ± 1", "101 ± 1"]
+
+
+def test_a_mean_that_lacks_a_run_says_so() -> None:
+    lost: list[float | None] = [0.5, 1.5, None]
+    means = mean_columns([[{"train/loss": loss, "wall_time_s": 60.0} for loss in lost]])
+    assert means == {"loss": [Cell("1.000 ± 0.707 (2 of 3 runs)")], "time": [Cell("1:00 ± 0:00")]}
 
 
 def test_the_front_is_what_no_other_run_beats_in_both(tmp_path: Path) -> None:
@@ -329,7 +335,7 @@ def test_a_resumed_runs_time_is_of_its_last_process_and_not_the_best(tmp_path: P
         ("0:05 since it resumed", False),
     ]
     assert column(Table.of_columns(mean_columns([[group.first.summary for group in groups]])), "time") == [
-        "4:10 ± 1:11"
+        "4:10 ± 1:11 (2 of 3 runs)"
     ]
 
 

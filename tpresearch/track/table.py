@@ -116,7 +116,8 @@ def figure_columns(summaries: Sequence[Summary]) -> dict[str, Column]:
 
 
 def mean_columns(groups: Sequence[Sequence[Summary]]) -> dict[str, Column]:
-    """The figures by their titles, one cell per group of runs that differ only in their seed: mean and standard deviation."""
+    """The figures by their titles, one cell per group of runs that differ only in their seed: mean and standard deviation, and of how
+    many runs where some have no such figure, such as a loss that is not finite."""
     figures = _figures_of(list(chain(*groups)))
     return {figure.title: [Cell(_mean(group, figure)) for group in groups] for figure in figures}
 
@@ -162,5 +163,6 @@ def _mean(summaries: Sequence[Summary], figure: Figure) -> str:
     values = [value for each in summaries if (value := _value(each, figure)) is not None]
     if not values:
         return UNDEFINED
-    middle = figure.text(mean(values))
-    return f"{middle} ± {figure.text(stdev(values))}" if len(values) > 1 else middle
+    spread = f" ± {figure.text(stdev(values))}" if len(values) > 1 else ""
+    lacking = f" ({len(values)} of {len(summaries)} runs)" if len(values) < len(summaries) else ""
+    return f"{figure.text(mean(values))}{spread}{lacking}"
