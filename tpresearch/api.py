@@ -199,8 +199,8 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
 
 def _to_look_at(cfg: Config, ranks: int) -> Job:
     from tpresearch.parallel.apply import parallelize
+    from tpresearch.parallel.device import FAKE
     from tpresearch.parallel.mesh import build_mesh
-    from tpresearch.simulate.fake_ranks import FAKE
     from tpresearch.train.assemble import build_state
 
     job = compile_plan(cfg, ranks).job

@@ -36,7 +36,7 @@ from tpresearch.config.schema import CheckpointConfig  # noqa: E402
 from tpresearch.config.world import World  # noqa: E402
 from tpresearch.launch.options import command, read_options  # noqa: E402
 from tpresearch.launch.stop import StopFlag  # noqa: E402
-from tpresearch.parallel.device import Device  # noqa: E402
+from tpresearch.parallel.device import CPU  # noqa: E402
 from tpresearch.parallel.group import process_group  # noqa: E402
 from tpresearch.train.optim import build_optimizer  # noqa: E402
 from tpresearch.train.state import TrainState  # noqa: E402
@@ -45,7 +45,6 @@ from tpresearch.verify.ranks import Ranks  # noqa: E402
 
 MIB, POLLS = 2**20, 2000
 ABOUT = Manifest(0, 0, None, {}, 100, "c", "t", 0, "none", {}, 1, torch.__version__)
-CPU = Device(torch.device("cpu"), "gloo", "cpu")
 
 
 @dataclass

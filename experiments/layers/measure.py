@@ -21,7 +21,7 @@ from tpresearch.config.world import World
 from tpresearch.ledger.communication import CommunicationLedger
 from tpresearch.ledger.entries import entries_of
 from tpresearch.parallel.apply import parallelize
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import CPU
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import local_part, set_parameter
@@ -106,7 +106,7 @@ def see(world: World, case: Case) -> Seen:
     rules = {name: resolve_rule("alone", name, rule, False) for name, rule in case.rules.items()}
     plan = Plan(rules, [], [], sizes)
     parallel = ParallelConfig(name="tp", tensor=TensorPlan.tp, data=DataPlan.none)
-    with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
+    with process_group(CPU, world):
         mesh = build_mesh(sizes, "cpu")
         parallelize(model, plan, parallel, mesh, Dtype.float32)
         for parameter, full in zip(model.parameters(), whole.parameters(), strict=True):

@@ -13,14 +13,13 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-import torch
 import torch.distributed as dist
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 from torch.distributed.device_mesh import init_device_mesh
 
 from tpresearch.config.world import World
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import CPU
 from tpresearch.parallel.group import process_group
 from tpresearch.verify.ranks import Ranks
 
@@ -37,7 +36,7 @@ Groups = dict[tuple[int, ...], dict[str, list[int]]]
 def groups(world: World) -> Groups:
     """What one rank finds in each mesh."""
     found: Groups = {}
-    with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
+    with process_group(CPU, world):
         for shape, names in MESHES.items():
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
             found[shape] = {name: dist.get_process_group_ranks(mesh.get_group(name)) for name in names}

@@ -8,7 +8,7 @@ from support.composed import config
 
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
-from tpresearch.parallel.device import Device, choose_device, device_notes
+from tpresearch.parallel.device import CPU, choose_device, device_notes
 
 LAST_OF_FOUR = World(rank=3, size=4, local_rank=3, local_size=4, elastic=True)
 OWN = World(rank=3, size=4, local_rank=3, local_size=4, elastic=True, own_device=True)
@@ -49,7 +49,7 @@ def test_gpus_that_are_left_idle_are_told_of(
     visible.setattr(torch.cuda, "device_count", lambda: gpus)
     cfg = config("model=toy_mlp", "parallel=ddp", f"device={kind}")
     note = "ranks are more than GPUs (2) and run on the CPU; device=cuda lets them share GPUs"
-    assert device_notes(Device(torch.device("cpu"), "gloo", "cpu"), cfg) == [note] * said
+    assert device_notes(CPU, cfg) == [note] * said
 
 
 def test_async_tp_is_refused_where_each_rank_sees_its_gpu_alone(visible: pytest.MonkeyPatch) -> None:

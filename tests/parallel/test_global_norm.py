@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.world import World
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import CPU
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, data_rank
 from tpresearch.parallel.norm import global_norm
@@ -18,7 +18,7 @@ from tpresearch.verify.ranks import Ranks
 
 
 def on_mixed_meshes(world: World) -> tuple[float, int]:
-    with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
+    with process_group(CPU, world):
         mesh = build_mesh(MeshSizes(dp_replicate=2, tp=2), "cpu")
         whole = torch.arange(1.0, 8.0, dtype=torch.float64)
         pieces: list[DTensor] = [
@@ -38,7 +38,7 @@ def test_each_part_is_counted_once_on_every_rank(ranks: Ranks) -> None:
 
 def of_a_large_gradient(world: World) -> tuple[float, float, float]:
     """Whole, and as two shards; in float64 by torch alone."""
-    with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
+    with process_group(CPU, world):
         mesh = build_mesh(MeshSizes(dp_shard=2), "cpu")
         whole = torch.randn(2_000_006, generator=torch.Generator().manual_seed(0)) * 1e-3
         shards = distribute_tensor(whole, mesh["dp_shard"], [Shard(0)])

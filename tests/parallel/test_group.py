@@ -17,7 +17,7 @@ from torch.distributed import TCPStore
 from tpresearch.config.errors import ConfigError, RunFailed
 from tpresearch.config.world import World
 from tpresearch.parallel import group
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import CPU, Device
 from tpresearch.parallel.group import ANNOUNCE_KEY, ANSWER_KEY, fresh_store, process_group
 
 SIZE = 3
@@ -39,7 +39,7 @@ def start(port: int, late: int, mark: str) -> list[bytes]:
 def test_a_process_by_itself_keeps_its_tracebacks_as_they_are() -> None:
     prints = sys.excepthook
     for _ in range(2):
-        with process_group(Device(torch.device("cpu"), "gloo", "cpu"), World()):
+        with process_group(CPU, World()):
             assert sys.excepthook is prints
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from support.composed import config
 
 from tpresearch.config.axes import MeshSizes
@@ -10,14 +9,12 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.parallel.apply import parallelize
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import FAKE
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import describe_mesh, describe_model
 from tpresearch.train.preflight import plan_model
 from tpresearch.verify.ranks import Ranks
-
-FAKE = Device(torch.device("cpu"), "fake", "cpu")
 
 
 def test_the_printed_mesh_has_the_axes_of_the_command_line() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tpresearch.config.world import World
 from tpresearch.ledger.communication import CommunicationLedger
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import CPU
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.reducer import GradientReducer
@@ -22,7 +22,6 @@ from tpresearch.train.preflight import preflight
 from tpresearch.verify.ranks import Ranks
 
 LAYERS = 3
-CPU = Device(torch.device("cpu"), "gloo", "cpu")
 
 
 def test_units_are_summed_while_backward_goes_on() -> None:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from tpresearch.calibrate import cuda, links
 from tpresearch.calibrate.__main__ import Options, _gpu_cluster
 from tpresearch.calibrate.rows import cluster_from_rows
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
-from tpresearch.parallel.device import Device
+from tpresearch.launch.composition import read_option
+from tpresearch.parallel.device import CPU, Device
 from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.verify.ranks import RankError, Ranks
 
-BASE = yaml.safe_load((Path(__file__).parents[2] / "conf" / "cluster" / "h100_dgx.yaml").read_text())
-CPU = Device(torch.device("cpu"), "gloo", "cpu")
+BASE = read_option("cluster", "h100_dgx")
 SMALL, LARGE = 4096, 1 << 28
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
-
 from support.composed import config, corpus, in_two_parts
 from tpresearch.config import Config
 from tpresearch.config.world import World
@@ -16,7 +14,7 @@ from tpresearch.data.rows import AnyCorpus
 from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_memory
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import FAKE, Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.assemble import assemble
@@ -35,9 +33,6 @@ PLANS = [
     ("hsdp_tp", 4),
 ]
 """Plans and the ranks that they are counted on."""
-
-FAKE = Device(torch.device("cpu"), "fake", "cpu")
-"""Collectives return at once and move nothing: rank 0 alone, in this process, issues what it would among others."""
 
 
 @cache

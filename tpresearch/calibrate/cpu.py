@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tpresearch.calibrate.steps import FULL, TINY, StepTimes, time_steps
 from tpresearch.config.world import World
 from tpresearch.ledger.entries import Event
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import CPU
 from tpresearch.parallel.group import process_group
 from tpresearch.simulate.cluster import LENGTHS
 from tpresearch.simulate.network import ring_passes
@@ -224,7 +224,7 @@ def _gloo(world: World) -> Link:
         return median(wall for wall, _ in found[2:]), median(processor for _, processor in found[2:])
 
     collectives = (all_reduce, all_gather, reduce_scatter)
-    with process_group(Device(torch.device("cpu"), "gloo", "cpu"), world):
+    with process_group(CPU, world):
         least = sum(seconds(one, SMALL)[0] for one in collectives)
         walls, processor = zip(*(seconds(one, LARGE) for one in collectives), strict=True)
     steps = sum(ring_passes(one.__name__, by_gloo=True) for one in collectives) * (world.size - 1)

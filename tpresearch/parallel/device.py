@@ -35,6 +35,12 @@ class Device:
         return self.torch.type
 
 
+CPU = Device(torch.device("cpu"), "gloo", "cpu")
+FAKE = Device(torch.device("cpu"), "fake", "cpu")
+"""Of one rank among others that are not there: collectives return at once and send nothing. Tensors are fake ones of the CPU: a build
+of torch without CUDA has no autograd for others."""
+
+
 def choose_device(cfg: Config, world: World) -> Device:
     """The configured device; by default CUDA if every local rank can have its own device, else the CPU.
 
@@ -53,7 +59,7 @@ def choose_device(cfg: Config, world: World) -> Device:
         name = torch.cuda.get_device_name(index)
         device = Device(torch.device("cuda", index), "nccl", name, count < ranks, world.own_device)
     else:
-        device = Device(torch.device("cpu"), "gloo", "cpu")
+        device = CPU
     check_device(cfg, device)
     return device
 

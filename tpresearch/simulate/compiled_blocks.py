@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,12 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.schema import Checkpointing, Config
 from tpresearch.config.validate import has_master_weights
 from tpresearch.parallel.apply import parallelize, set_activation_budget, wrap_forward
+from tpresearch.parallel.device import FAKE
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.recomputing import save_expensive_ops
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.cluster import parse_cluster
-from tpresearch.simulate.fake_ranks import FAKE, fake_mesh
+from tpresearch.simulate.fake_ranks import fake_mesh
 from tpresearch.train.preflight import plan_model
 from tpresearch.train.state import MasterWeights
 
@@ -117,11 +119,10 @@ def _attention_as_on(cfg: Config) -> Iterator[None]:
         return dataclasses.replace(found, compute_intensive_ops=type(slow)([*slow, op]))
 
     register_flop_formula(op)(_attention_flops)
-    partitioners.get_default_op_list = with_attention
     try:
-        yield
+        with patch.object(partitioners, "get_default_op_list", with_attention):
+            yield
     finally:
-        partitioners.get_default_op_list = known
         del flop_registry[op]
 
 

@@ -7,19 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.world import World
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import FAKE
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
-
-FAKE = Device(torch.device("cpu"), "fake", "cpu")
-"""Tensors are fake ones of the CPU: a build of torch without CUDA has no autograd for others."""
-
 
 AXES_OF_A_MESH = ("_layout", "_device_type", "_mesh_dim_names", "_thread_id")
 _entered: list[tuple[MeshSizes, DeviceMesh]] = []

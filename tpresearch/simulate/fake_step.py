@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
@@ -24,12 +24,13 @@ from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.data.batches import Batch, meta_batch
 from tpresearch.parallel import reducer
 from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.device import FAKE
 from tpresearch.parallel.float8 import to_float8
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.compiled_blocks import Call, recompute
 from tpresearch.simulate.device_memory import DeviceMemory, by_moment
-from tpresearch.simulate.fake_ranks import FAKE, fake_mesh
+from tpresearch.simulate.fake_ranks import fake_mesh
 from tpresearch.simulate.recorder import Recorder
 from tpresearch.simulate.remembered_shapes import RememberingFakeTensorMode
 from tpresearch.simulate.trace import Trace
@@ -105,29 +106,24 @@ def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace
             materialize(model, FAKE.torch, lambda _: None)
             state = build_state(model, cfg, plan, mesh)
             objective = build_objective(dataclasses.replace(cfg, parallel=compiled), plan)
-            setup = Setup(cfg, plan, mesh, FAKE, objective, Observers())
-            rows = micro_batch_size(cfg, sizes)
             _initialize_optimizer_state(state)
             memory = DeviceMemory(model, state.optimizer)
             recorder = Recorder(mesh, model, plan.blocks, memory)
-            setup = dataclasses.replace(setup, observers=Observers([RecordingObserver(recorder, memory)]))
+            observers = Observers([RecordingObserver(recorder, memory)])
+            setup = Setup(cfg, plan, mesh, FAKE, objective, observers)
             fused = patch.object(cross_entropy, "_fused", recorder.as_one_kernel)
             # What has no gradient on rank 0 has none on any other rank: that would depend on the rows.
             with fused, patch.object(reducer, "is_no_gradient", lambda _: True):
-                train_step(state, _batch(cfg, rows * count, setup), setup)
+                train_step(state, _batch(cfg, micro_batch_size(cfg, sizes) * count, setup), setup)
     parts = tuple(tuple(part) for part in recorder.micro_batches)
     changes = memory.changes()
     return Trace(parts, tuple(recorder.end), by_moment(changes), changes)
 
 
-@contextmanager
-def _device_of(cfg: Config) -> Iterator[None]:
+def _device_of(cfg: Config) -> AbstractContextManager[object]:
     """For a cluster of GPUs, let fake tensors say that they are on one, to code that runs other ops there."""
-    if cfg.cluster and not parse_cluster(cfg.cluster).is_cpu:
-        with patch.object(FakeTensor, "is_cuda", True):
-            yield
-    else:
-        yield
+    on_gpu = cfg.cluster and not parse_cluster(cfg.cluster).is_cpu
+    return patch.object(FakeTensor, "is_cuda", True) if on_gpu else nullcontext()
 
 
 def _initialize_optimizer_state(state: TrainState) -> None:

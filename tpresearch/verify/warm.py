@@ -20,7 +20,7 @@ from tpresearch.config.world import World
 from tpresearch.data.pipeline import prepare
 from tpresearch.launch.composition import initialize_conf
 from tpresearch.launch.resolvers import register_resolvers
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import FAKE
 from tpresearch.verify.trace import trace_run
 
 SMALL = (
@@ -42,11 +42,10 @@ def warm_up() -> None:
     """
     register_schema()
     register_resolvers()
-    fake = Device(torch.device("cpu"), "fake", "cpu")
     with initialize_conf():
         for plan in PLANS:
             cfg = to_config(compose("train", overrides=[*SMALL, plan]))
-            trace_run(cfg, prepare(cfg.data, cfg.tokenizer), World(size=4, local_size=4), 1, fake)
+            trace_run(cfg, prepare(cfg.data, cfg.tokenizer), World(size=4, local_size=4), 1, FAKE)
 
 
 torch.set_num_threads(1)  # whose pools of threads a fork would not have
