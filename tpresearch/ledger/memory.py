@@ -133,18 +133,21 @@ class MemoryLedger(TorchDispatchMode):
     def held(self) -> list[MemoryUse]:
         """The recorded changes, replayed with the kinds that storages turned out to have."""
         now, most, at_peak = (dict.fromkeys(MEMORY_KINDS, 0) for _ in range(3))
-        sizes: dict[int, int] = {}
         peak = 0
-        for number, grown in self._changes:
-            kind = self._kinds.get(number, "temporaries")
-            if grown is None:
-                grown = -sizes[number]
-            sizes[number] = sizes.get(number, 0) + grown
+        for _, kind, grown in self._replayed():
             now[kind] += grown
             most[kind] = max(most[kind], now[kind])
             if (total := sum(now.values())) > peak:
                 peak, at_peak = total, dict(now)
         return [MemoryUse(kind, most[kind], at_peak[kind]) for kind in MEMORY_KINDS]
+
+    def _replayed(self) -> Iterator[tuple[int, str, int]]:
+        """(id of a storage, its kind, bytes by which it grew) of each change."""
+        sizes: dict[int, int] = {}
+        for number, grown in self._changes:
+            grown = -sizes[number] if grown is None else grown
+            sizes[number] = sizes.get(number, 0) + grown
+            yield number, self._kinds.get(number, "temporaries"), grown
 
 
 def _state_of(optimizer: Optimizer) -> list[Tensor]:

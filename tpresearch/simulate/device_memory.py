@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -65,25 +67,19 @@ class DeviceMemory(MemoryLedger):
     def changes(self) -> tuple[Change, ...]:
         """All changes in order of time, with 0 bytes for what is excluded; between moments, one change per kind."""
         found: list[Change] = []
-        sizes: dict[int, int] = {}
-        place = 0
-        moments = [f"{BETWEEN} 0", *(moment for _, moment in self._marks)]
-        for moment, end in zip(
-            moments, [*(start for start, _ in self._marks), len(self._changes)], strict=True
-        ):
-            within: list[Change] = []
-            for number, grown in self._changes[place:end]:
-                grown = -sizes[number] if grown is None else grown
-                sizes[number] = sizes.get(number, 0) + grown
-                kind = self._kinds.get(number, "temporaries")
-                within.append(Change(moment, kind, 0 if number in self._excluded else grown))
+        every = list(self._replayed())
+        marks = [(0, f"{BETWEEN} 0"), *self._marks, (len(every), "")]
+        for (start, moment), (end, _) in itertools.pairwise(marks):
+            within = [
+                Change(moment, kind, 0 if number in self._excluded else grown)
+                for number, kind, grown in every[start:end]
+            ]
             if moment.startswith(BETWEEN):
                 sums = dict.fromkeys(MEMORY_KINDS, 0)
                 for _, kind, grown in within:
                     sums[kind] += grown
                 within = [Change(moment, kind, grown) for kind, grown in sums.items()]
             found += within
-            place = end
         return tuple(found)
 
 
@@ -144,8 +140,5 @@ def note_propagation() -> Iterator[None]:
         finally:
             propagating.pop()
 
-    setattr(ShardingPropagator, original.__name__, noted)
-    try:
+    with patch.object(ShardingPropagator, original.__name__, noted):
         yield
-    finally:
-        setattr(ShardingPropagator, original.__name__, original)

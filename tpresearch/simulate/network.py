@@ -62,17 +62,16 @@ def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Clus
     n = where.ranks
     if n <= 1:
         return 0.0
-    outside = where.hosts if where.hosts > 1 else 0
+    outside = where.hosts - 1
     bandwidth, passes = _bandwidth(where, cluster), ring_passes(collective, cluster.is_cpu)
     moved = passes * tensor_bytes * (n - 1) / n
     inside_step, outside_step = cluster["intra_step_us"] * 1e-6, cluster["inter_step_us"] * 1e-6
     if cluster.is_cpu:  # gloo has the ring alone, each step of which wakes the threads of its ranks
         return cluster["collective_us"] * 1e-6 + passes * (n - 1) * inside_step + moved / bandwidth
-    ring = passes * ((n - 1 - max(outside - 1, 0)) * inside_step + max(outside - 1, 0) * outside_step)
-    steps = [ring]
+    steps = [passes * ((n - 1 - outside) * inside_step + outside * outside_step)]
     if collective == "all_reduce" and outside:
         inside = 2 * (where.per_host - 1) * inside_step
-        steps.append(inside + 2 * math.log2(outside) * outside_step)
+        steps.append(inside + 2 * math.log2(where.hosts) * outside_step)
     fastest = min(
         latency * protocol.step + moved / (bandwidth * protocol.bandwidth)
         for latency in steps

@@ -160,9 +160,7 @@ def step_seconds(
     trace: Trace, cfg: Config, sizes: MeshSizes, cluster: Cluster, spans: list[Span] | None = None
 ) -> dict[str, float]:
     """Seconds of one recorded step on a cluster; see `replay`."""
-    parts = [
-        kernels(part, cluster, sizes, cfg.parallel.compile) for part in (*trace.micro_batches, trace.end)
-    ]
+    parts = [kernels(part, cluster, sizes, cfg.parallel.compile) for part in trace.recorded]
     count = micro_batches(cfg, sizes)
     return replay(parts, count, cluster, sizes.world, spans, cfg.parallel.compile, cfg.parallel.async_tp)
 
@@ -190,9 +188,8 @@ def _by_kind(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _spread(seconds: Mapping[str, float]) -> float:
-    parts = _by_kind(seconds)
     squares = 0.0
-    for name, value in parts.items():
+    for name, value in _by_kind(seconds).items():
         kind = "exposed" if name.startswith("exposed") else name
         squares += (RELATIVE_ERRORS.get(kind, 0.3) * value / seconds["step"]) ** 2
     return math.sqrt(squares)

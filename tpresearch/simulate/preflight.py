@@ -73,11 +73,10 @@ def _float8_lack(cfg: Config, cluster: Cluster) -> str | None:
 
 def _ranks(cfg: Config, cluster: Cluster) -> int:
     """As many as the mesh sizes make, else those of one host."""
-    axes = used_axes(cfg.parallel)
     product = 1
-    for axis in axes:
+    for axis in used_axes(cfg.parallel):
         size = getattr(cfg.mesh, axis.name)
         if size is None or size < 0:
-            return max(product, cluster.devices_per_host) if axes else 1
+            return max(product, cluster.devices_per_host)
         product *= size
     return product

@@ -52,11 +52,10 @@ def op_s(op: Op, cluster: Cluster) -> float:
     if op.kind == "attention":
         return attention_s(op.shape, op.element, cluster)
     if op.kind == "optimizer" and op.name not in (COMPILED_ADAMW, PLAIN_ADAMW):
-        rate = cluster["bandwidth_gb_s"] * 1e9 * cluster["optimizer_efficiency"]
+        rate = _bandwidth(cluster, "optimizer_efficiency")
         return moved_bytes(op) / (rate * (ADAMW_BFLOAT16 if op.element == 2 and not cluster.is_cpu else 1.0))
     if op.name in COPIES:
-        rate = cluster["bandwidth_gb_s"] * 1e9 * cluster["copy_efficiency"]
-        return moved_bytes(op) / rate + cluster["kernel_us"] * 1e-6
+        return moved_bytes(op) / _bandwidth(cluster, "copy_efficiency") + cluster["kernel_us"] * 1e-6
     return bytes_s(moved_bytes(op), cluster)
 
 
@@ -114,7 +113,7 @@ def moved_bytes(op: Op) -> float:
         case "scatter_" | "scatter_add_":  # indices are int64
             values = op.reads[1][1] / 8 * op.element
             return sum(size for _, size in op.reads[1:]) + values * (1 if op.name == "scatter_" else 2)
-        case "copy_":
+        case "copy_" | "split_with_sizes_copy" | "chunk_cat" | "_foreach_copy_":
             return float(read)
         case "zeros_like" | "ones_like" | "full_like" | "new_zeros":
             # Only the shape is taken from the tensor that they are given.
@@ -123,8 +122,6 @@ def moved_bytes(op: Op) -> float:
             return float(sum(size for _, size in op.reads[1:]))
         case "all_gather_copy_in":
             return 2.0 * op.writes[0][1]
-        case "split_with_sizes_copy" | "chunk_cat" | "_foreach_copy_":
-            return float(read)
     if op.name == COMPILED_ADAMW:
         # Weight, gradient and moments are read, then scalars; a copy is only written.
         _, gradient, *_ = sizes = [size for _, size in op.reads]
@@ -174,8 +171,8 @@ def _peak(element: int, cluster: Cluster) -> float:
     return cluster[name]
 
 
-def _bandwidth(cluster: Cluster) -> float:
-    return cluster["bandwidth_gb_s"] * 1e9 * cluster["bandwidth_efficiency"]
+def _bandwidth(cluster: Cluster, share: str = "bandwidth_efficiency") -> float:
+    return cluster["bandwidth_gb_s"] * 1e9 * cluster[share]
 
 
 def _interpolated(table: Sequence[float], length: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,12 +158,10 @@ class Recorder(CommunicationLedger):
         return result
 
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, result: Any, event: Any) -> None:
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and not isinstance(t, DTensor)]
+        made = _plain_tensors(result)
         out = (kwargs or {}).get("out")  # of an op that returns it, which only writes to it
         inputs = {**(kwargs or {}), "out": None} if any(t is out for t in made) else kwargs
-        given = [
-            t for t in tree_leaves((args, inputs)) if isinstance(t, Tensor) and not isinstance(t, DTensor)
-        ]
+        given = _plain_tensors((args, inputs))
         if not given and not made:
             return
         if name == "to" and {*map(_storage, made)} <= {*map(_storage, given)}:
@@ -176,7 +175,7 @@ class Recorder(CommunicationLedger):
                 return  # among one rank
         elif name in _GEMMS:
             first, second = args[_GEMMS[name] : _GEMMS[name] + 2]
-            kind, shape, element = "gemm", _gemm_shape(first, second), _real_bytes(first)
+            kind, shape, element = "gemm", _gemm_shape(first, second), first.element_size() // _parts(first)
         elif name in _CONVOLUTIONS:
             kind, shape = "convolution", _convolution_shape(args, result, backward=name != "convolution")
         elif "scaled_dot_product" in name:
@@ -219,6 +218,10 @@ class Recorder(CommunicationLedger):
         return self._live[address]
 
 
+def _plain_tensors(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and not isinstance(t, DTensor)]
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -226,23 +229,20 @@ def _storage(tensor: Tensor) -> int:
 def _bytes(tensor: Tensor) -> int:
     """Bytes of memory traffic for a tensor: an expanded dim counts once, and gaps between the elements of a strided view
     count too, up to the 32 bytes that a device moves at once."""
-    count, element = tensor.element_size(), tensor.element_size()
-    steps = [
-        stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and stride
-    ]
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride else 1
-    return count * min(min(steps, default=1), max(1, 32 // element))
+    element, dims = tensor.element_size(), [*zip(tensor.shape, tensor.stride(), strict=True)]
+    count = math.prod(size for size, stride in dims if stride)
+    steps = [stride for size, stride in dims if size > 1 and stride]
+    return element * count * min(min(steps, default=1), max(1, 32 // element))
 
 
 def _gemm_shape(first: Tensor, second: Tensor) -> tuple[int, ...]:
     """Of complex factors that of their real and imaginary parts, beside each other."""
-    products, parts = first.shape[0] if first.dim() == 3 else 1, 2 if first.is_complex() else 1
+    products, parts = first.shape[0] if first.dim() == 3 else 1, _parts(first)
     return products, first.shape[-2], parts * second.shape[-1], parts * first.shape[-1]
 
 
-def _real_bytes(tensor: Tensor) -> int:
-    return tensor.element_size() // 2 if tensor.is_complex() else tensor.element_size()
+def _parts(tensor: Tensor) -> int:
+    return 2 if tensor.is_complex() else 1
 
 
 def _convolution_shape(args: tuple[Any, ...], result: Any, backward: bool) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ class Streams:
         seconds += host * (kernel.kind != "wait") * self.slowdown
         self._record(kernel, "cpu", self.device_s, seconds)
         if event:
-            self.seconds[_exposed(event)] += seconds
+            self.seconds[f"exposed/{_key(event)}"] += seconds
         self.device_s += seconds
         self.host_s = self.device_s
 
@@ -178,7 +178,7 @@ class Streams:
 
     def _wait(self, done: float, event: Event) -> None:
         if done > self.device_s:
-            self.seconds[_exposed(event)] += done - self.device_s
+            self.seconds[f"exposed/{_key(event)}"] += done - self.device_s
             self.device_s = done
 
     def _finish(self) -> None:
@@ -193,21 +193,13 @@ class Streams:
 
     def _record(self, kernel: Kernel, stream: str, start: float, seconds: float) -> None:
         event = kernel.op.event if kernel.kind == "collective" else None
-        self.seconds[_sent(event) if event else kernel.kind] += seconds
+        self.seconds[f"sent/{_key(event)}" if event else kernel.kind] += seconds
         if self.spans is not None:
             self.spans.append(Span(stream, kernel.name, start, seconds))
 
 
 def _key(event: Event) -> str:
     return f"{event.axis}/{event.phase}/{event.issuer}/{event.collective}"
-
-
-def _sent(event: Event) -> str:
-    return f"sent/{_key(event)}"
-
-
-def _exposed(event: Event) -> str:
-    return f"exposed/{_key(event)}"
 
 
 def replay(
@@ -245,14 +237,13 @@ def replay(
 
 
 def _repeat(streams: Streams, batch: Sequence[Kernel], repeats: int) -> None:
-    """Repeat a micro-batch: it is run once or twice, and all further ones take as long as the last."""
+    """Repeat a micro-batch, at least once: it is run once or twice, and all further ones take as long as the last."""
     if repeats > 1:
         streams.run(batch)
     before, spent = max(streams.device_s, streams.host_s), streams.seconds.copy()
     sent_s = streams.network_s
     ahead = streams.device_s - streams.host_s
-    if repeats:
-        streams.run(batch)
+    streams.run(batch)
     if repeats > 2:
         left = repeats - 2
         grown = left * (max(streams.device_s, streams.host_s) - before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.config.choices import Dtype
@@ -36,14 +36,11 @@ def step_text(prediction: Prediction) -> str:
 def memory_text(prediction: Prediction) -> str:
     """Whether it fits, and if not, what would."""
     gb, spare = prediction.peak_bytes / 1e9, prediction.spare_bytes / 1e9
-    card = f"{prediction.cluster['memory_gb']:.0f} GB"
-    if prediction.is_tight:
-        return (
-            f"{gb:.1f} of {card}: fits with {spare:.1f} GB to spare, so little that the allocator may retry"
-        )
-    if prediction.fits:
-        return f"{gb:.1f} of {card}: fits with {spare:.1f} GB to spare"
-    return f"{gb:.1f} of {card}: does not fit; {_remedy(prediction)}"
+    held = f"{gb:.1f} of {prediction.cluster['memory_gb']:.0f} GB"
+    if not prediction.fits:
+        return f"{held}: does not fit; {_remedy(prediction)}"
+    tight = ", so little that the allocator may retry" if prediction.is_tight else ""
+    return f"{held}: fits with {spare:.1f} GB to spare{tight}"
 
 
 def _remedy(prediction: Prediction) -> str:
@@ -100,23 +97,22 @@ def _time(prediction: Prediction) -> Iterator[str]:
 def _assumed(prediction: Prediction) -> Iterator[str]:
     cluster = prediction.cluster
     checks = cluster.checked or ("never: no measurement of this cluster is known",)
-    for number, check in enumerate(checks[:SHOWN_CHECKS]):
-        yield _wrapped("checked" if number == 0 else "", check)
-    if len(checks) > SHOWN_CHECKS:
-        yield f"  {'':22}and {len(checks) - SHOWN_CHECKS} more, in simulate.json"
+    yield from _listed([("" if nth else "checked", check) for nth, check in enumerate(checks)], SHOWN_CHECKS)
     numbers = [
-        (name, n) for name, n in cluster.assumptions() if n.kind in (SourceKind.guessed, SourceKind.fitted)
+        (n.kind, f"{name}={n.value} ({n.source})")
+        for name, n in cluster.assumptions()
+        if n.kind in (SourceKind.guessed, SourceKind.fitted)
     ]
-    for name, number in numbers[:SHOWN_ASSUMPTIONS]:
-        yield _wrapped(number.kind, f"{name}={number.value} ({number.source})")
-    if len(numbers) > SHOWN_ASSUMPTIONS:
-        yield f"  {'':22}and {len(numbers) - SHOWN_ASSUMPTIONS} more, in simulate.json"
+    yield from _listed(numbers, SHOWN_ASSUMPTIONS)
     if prediction.cfg.parallel.compile:
         yield f"  {'compile':22}fused elementwise kernels; what blocks keep is what torch's partitioner says"
 
 
-def _wrapped(name: str, text: str) -> str:
-    return textwrap.fill(text, WIDTH, initial_indent=f"  {name:22}", subsequent_indent=" " * 26)
+def _listed(entries: Sequence[tuple[str, str]], most: int) -> Iterator[str]:
+    for name, text in entries[:most]:
+        yield textwrap.fill(text, WIDTH, initial_indent=f"  {name:22}", subsequent_indent=" " * 26)
+    if len(entries) > most:
+        yield f"  {'':22}and {len(entries) - most} more, in simulate.json"
 
 
 def _bar(share: float) -> str:

@@ -33,7 +33,7 @@ def with_rows(few: Trace, more: Trace, rows: int) -> Trace | None:
         if chunks is None or (theirs[chunks] and left):
             return None
         like = _drop(theirs, chunks)
-        told = [_extrapolate_op(a, b, rows) for a, b in zip(ours, like, strict=True)]
+        told = [_grow(a, a, b, rows) for a, b in zip(ours, like, strict=True)]
         repeated = _renumber(theirs[chunks], told, like) * times
         found.append((*told[: chunks.start], *repeated, *told[chunks.start :]))
     known = _loss_chunk_changes(few.changes, more.changes)
@@ -41,7 +41,7 @@ def with_rows(few: Trace, more: Trace, rows: int) -> Trace | None:
         return None
     at_more, extra = known
     held = [
-        a._replace(grown=_extrapolate(a.grown, b.grown, rows))
+        a._replace(grown=_grown(a.grown, a.grown, b.grown, rows))
         for a, b in zip(few.changes, at_more, strict=True)
     ]
     return _trace(found, _with_chunks(held, range(len(held)), extra))
@@ -60,7 +60,7 @@ def with_block(two: Trace, three: Trace, two_more: Trace) -> Trace | None:
             return None
         grown = _drop(more, chunks)
         like = [grown[at] for at in places]
-        told = [_grow(op, shallow[at], grown[at]) for op, at in zip(deep, places, strict=True)]
+        told = [_grow(op, shallow[at], grown[at], MORE_ROWS) for op, at in zip(deep, places, strict=True)]
         if chunk := more[chunks]:
             start = places.index(chunks.start - 1) + 1
             told[start:start] = _renumber(chunk, told, like)
@@ -70,7 +70,7 @@ def with_block(two: Trace, three: Trace, two_more: Trace) -> Trace | None:
         return None
     at_more, extra = known
     held = [
-        change._replace(grown=change.grown + at_more[at].grown - two.changes[at].grown)
+        change._replace(grown=_grown(change.grown, two.changes[at].grown, at_more[at].grown, MORE_ROWS))
         for change, at in zip(three.changes, places, strict=True)
     ]
     return _trace(found, _with_chunks(_free_in_backward(held, two, three, two_more), places, extra))
@@ -199,45 +199,28 @@ def _match_blocks(
     return found if len(found) == len(deep) else None
 
 
-def _grow(op: Op, few: Op, more: Op) -> Op:
-    """The op at `MORE_ROWS` rows, growing as one of a shallower step does from `few` to `more`."""
+def _grow(op: Op, few: Op, more: Op, rows: int) -> Op:
+    """An op of `FEW_ROWS` rows at `rows` rows, growing as it, or one of a shallower step, does from `few` to `more`."""
     event = op.event
     if event and few.event and more.event:
-        event = replace(
-            event, tensor_bytes=event.tensor_bytes + more.event.tensor_bytes - few.event.tensor_bytes
-        )
+        sizes = event.tensor_bytes, few.event.tensor_bytes, more.event.tensor_bytes
+        event = replace(event, tensor_bytes=_grown(*sizes, rows))
     return op._replace(
-        reads=_grow_touched(op.reads, few.reads, more.reads),
-        writes=_grow_touched(op.writes, few.writes, more.writes),
-        shape=more.shape,
+        reads=_grow_touched(op.reads, few.reads, more.reads, rows),
+        writes=_grow_touched(op.writes, few.writes, more.writes, rows),
+        shape=tuple(_grown(*sizes, rows) for sizes in zip(op.shape, few.shape, more.shape, strict=True)),
         event=event,
     )
 
 
-def _grow_touched(touched: Touched, few: Touched, more: Touched) -> Touched:
+def _grow_touched(touched: Touched, few: Touched, more: Touched, rows: int) -> Touched:
     if len(touched) != len(few):  # one kernel over all parameters: as many as there are blocks
         return touched
     return tuple(
-        (number, size + b - a) for (number, size), (_, a), (_, b) in zip(touched, few, more, strict=True)
+        (number, _grown(size, a, b, rows))
+        for (number, size), (_, a), (_, b) in zip(touched, few, more, strict=True)
     )
 
 
-def _extrapolate_op(few: Op, more: Op, rows: int) -> Op:
-    event = few.event
-    if event and more.event:
-        event = replace(event, tensor_bytes=_extrapolate(event.tensor_bytes, more.event.tensor_bytes, rows))
-    shape = tuple(_extrapolate(a, b, rows) for a, b in zip(few.shape, more.shape, strict=True))
-    return few._replace(
-        reads=_extrapolate_touched(few.reads, more.reads, rows),
-        writes=_extrapolate_touched(few.writes, more.writes, rows),
-        shape=shape,
-        event=event,
-    )
-
-
-def _extrapolate_touched(few: Touched, more: Touched, rows: int) -> Touched:
-    return tuple((number, _extrapolate(a, b, rows)) for (number, a), (_, b) in zip(few, more, strict=True))
-
-
-def _extrapolate(few: int, more: int, rows: int) -> int:
-    return few + (rows - FEW_ROWS) * (more - few) // (MORE_ROWS - FEW_ROWS)
+def _grown(size: int, few: int, more: int, rows: int) -> int:
+    return size + (rows - FEW_ROWS) * (more - few) // (MORE_ROWS - FEW_ROWS)

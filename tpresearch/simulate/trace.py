@@ -54,11 +54,9 @@ def of_fewer(recorded: Sequence[Part], micro_batches: int) -> Sequence[Part]:
     """
     if micro_batches >= len(recorded):
         return recorded
-    return (
-        recorded[:1]
-        if micro_batches == 1 and len(recorded) == 2
-        else [*recorded[: micro_batches - 1], recorded[-1]]
-    )
+    if micro_batches == 1 and len(recorded) == 2:
+        return recorded[:1]
+    return [*recorded[: micro_batches - 1], recorded[-1]]
 
 
 @dataclass(frozen=True)
