@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
-from tpresearch.config.schema import Config
+from tpresearch.config.schema import Config, MeshConfig
 from tpresearch.config.validate import micro_batches, validate
 from tpresearch.config.world import World
-from tpresearch.launch.composition import read_option
+from tpresearch.launch.composition import conf_dir, read_option
 from tpresearch.planner import ranking
 from tpresearch.planner.__main__ import preflight_planner
 from tpresearch.planner.candidates import Candidate, candidate_plans, micro_batch_rows
@@ -44,14 +44,11 @@ from tpresearch.simulate.rows import FEW_ROWS, MORE_ROWS, with_block, with_rows
 from tpresearch.simulate.trace import Trace
 from tpresearch.verify.ranks import Ranks
 
-CLUSTER = Path(__file__).parents[2] / "conf" / "cluster" / "h100_dgx.yaml"
-
-
 WORLDS = {"ddp": 4, "fsdp": 4, "hsdp": 4, "sp": 2, "fsdp_tp": 4, "hsdp_tp": 8}
 
 
 def cluster(**changed: float) -> Cluster:
-    plain = yaml.safe_load(CLUSTER.read_text())
+    plain = read_option("cluster", "h100_dgx")
     for name, value in changed.items():
         plain["numbers"][name]["value"] = value
     return parse_cluster(plain)
@@ -232,7 +229,9 @@ def test_candidates_are_ranked_with_reasons(ranks: Ranks, tmp_path: Path) -> Non
     peaks = [one["memory_bytes"]["peak"] for one in front]
     assert peaks == sorted(peaks, reverse=True)
     best = ranked.fits[0].candidate
-    text = report(ranked, "llama2_debug", 2, "h100_dgx", training_command(best, [], cluster()))
+    text = report(
+        ranked, "llama2_debug", 2, "h100_dgx", training_command(best, [], cluster(), MeshConfig(), {})
+    )
     assert "tensor parallelism" in text
     assert f"--nproc-per-node=2 train.py experiment=pretraining {best.overrides}" in text
     draw(ranked, "title", tmp_path / "front.png")
@@ -303,12 +302,12 @@ def test_the_command_of_the_best_one_is_whole_and_valid() -> None:
         "parallel.compile=true",
         "cluster.numbers.memory_gb.value=1",
     ]
-    command = training_command(best, typed, cluster())
+    command = training_command(best, typed, cluster(), MeshConfig(), {})
     assert (command.hosts, command.ranks) == (2, 8)
     assert list(command.arguments[:5]) == [f"experiment={EXPERIMENT}", *typed[1:4], "parallel.compile=true"]
     assert " ".join(command.arguments[5:]) == best.overrides
     assert validate(config(*command.arguments), 16, command.hosts) == best.sizes
-    composed = yaml.safe_load((CLUSTER.parents[1] / "planner.yaml").read_text())["defaults"]
+    composed = yaml.safe_load((conf_dir() / "planner.yaml").read_text())["defaults"]
     assert {"experiment": EXPERIMENT} in composed
 
 
@@ -345,7 +344,7 @@ def test_one_torchrun_starts_the_ranks_of_a_tray_of_a_rack(
     here = parse_cluster(read_option("cluster", name))
     cfg = config("model=llama2_debug", "train.global_batch_size=768")
     best = next(one for one in candidate_plans(cfg, world, here) if isinstance(one, Candidate))
-    command = training_command(best, [], here)
+    command = training_command(best, [], here, MeshConfig(), {})
     assert (command.hosts, command.ranks) == started
 
 
@@ -380,7 +379,7 @@ def test_it_says_when_nothing_fits() -> None:
 
 def test_what_no_plan_can_do_is_refused_and_what_one_can_is_not() -> None:
     """16 rows split over 64 GPUs where tp takes at least 4; 12, 24 and very many GPUs take other hosts and batches."""
-    plain = yaml.safe_load(CLUSTER.read_text())
+    plain = read_option("cluster", "h100_dgx")
 
     def judged(gpus: int, rows: int) -> SimulationPreflight:
         found = config("model=llama2_small", "data.seq_len=128", f"train.global_batch_size={rows}")
@@ -391,11 +390,8 @@ def test_what_no_plan_can_do_is_refused_and_what_one_can_is_not() -> None:
     for gpus, rows, field in (
         (12, 24, "gpus=12: hosts of"),
         (24, 16, "train.global_batch_size=16: does not split over 24"),
-        (
-            999_992,
-            1024,
-            "train.global_batch_size=1024: does not split over 999992",
-        ),  # of which a common multiple is too large
+        # Of which a common multiple is too large.
+        (999_992, 1024, "train.global_batch_size=1024: does not split over 999992"),
     ):
         with pytest.raises(ConfigError, match=f"^{field}"):
             judged(gpus, rows)

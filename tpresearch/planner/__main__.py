@@ -8,6 +8,7 @@ import os
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.choices import DataPlan
+from tpresearch.config.schema import MeshConfig
 from tpresearch.config.world import World
 from tpresearch.launch import Run, entrypoint
 from tpresearch.launch.composition import chosen_files, chosen_options
@@ -24,12 +25,8 @@ def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
         ConfigError: as simulate does, for one representative plan; for a batch that no plan can split.
     """
     parallel = dataclasses.replace(cfg.parallel, name="fsdp", tensor=None, data=DataPlan.fsdp)
-    composed = cfg.mesh
-    mesh = dataclasses.replace(
-        cfg.mesh, **dict.fromkeys((field.name for field in dataclasses.fields(cfg.mesh)), None)
-    )
-    train = dataclasses.replace(cfg.train, micro_batch_size=None)
-    cfg = dataclasses.replace(cfg, parallel=parallel, mesh=mesh, train=train, world_size=cfg.gpus)
+    composed, train = cfg.mesh, dataclasses.replace(cfg.train, micro_batch_size=None)
+    cfg = dataclasses.replace(cfg, parallel=parallel, mesh=MeshConfig(), train=train, world_size=cfg.gpus)
     rows, gpus = train.global_batch_size, cfg.gpus or 1
     try:
         # Plans with tensor parallelism split the batch over fewer ranks.

@@ -106,13 +106,13 @@ def _possible(
     """Those whose state fits, and the others."""
     possible: list[Candidate] = []
     refused: list[Rejected] = []
-    held: dict[tuple[object, ...], int | ConfigError] = {}
+    objections: dict[tuple[object, ...], tuple[str, bool] | None] = {}
     for family in legal:
         plan = family.cfg.parallel.name, *family.sizes.nontrivial().items()
-        if plan not in held:  # whatever is checkpointed
-            held[plan] = _minimum_memory(family, known)
-        if too_large := _too_large(family, held[plan], cluster):
-            refused.append(too_large)
+        if plan not in objections:  # whatever is checkpointed
+            objections[plan] = _objection(family, known, cluster)
+        if objection := objections[plan]:
+            refused.append(Rejected(family.overrides, *objection))
         else:
             possible.append(family)
     return possible, refused
@@ -129,17 +129,6 @@ def _enough(cfg: Config, gpus: int, cluster: Cluster, known: Recording) -> int |
         if _possible(legal, known, cluster)[0]:
             return devices
     return None
-
-
-def _too_large(family: Candidate, held: int | ConfigError, cluster: Cluster) -> Rejected | None:
-    """Why it need not be simulated."""
-    if isinstance(held, ConfigError):
-        return Rejected(family.overrides, f"{held.field}={held.value}: {held.why}")
-    if held <= cluster["memory_gb"] * 1e9:
-        return None
-    state = f"{held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"
-    why = f"weights, gradients and optimizer state alone are {state}"
-    return Rejected(family.overrides, why, is_valid=True)
 
 
 def _predict_all(
@@ -201,17 +190,24 @@ def _predict(candidate: Candidate, known: Recording, traces: _Traces, cluster: C
     return RankedCandidate(candidate, predict(adapted, cluster, check=False))
 
 
-def _minimum_memory(candidate: Candidate, known: Recording) -> int | ConfigError:
-    """Bytes of weights, gradients and optimizer state per rank, exact and without recording a step, since all blocks are alike;
-    or why the candidate is not valid.
-    """
-    shallow = replace(known, cfg=candidate.cfg)
+def _objection(candidate: Candidate, known: Recording, cluster: Cluster) -> tuple[str, bool] | None:
+    """Why it need not be simulated, and whether it is a valid config: its state alone does not fit."""
     try:
-        if known.is_shallow:
-            return _state_bytes(candidate.cfg, candidate.sizes)
-        two, three = (_state_bytes(shallow.at(depth), candidate.sizes) for depth in RECORDED_DEPTHS)
+        held = _minimum_memory(candidate, known)
     except ConfigError as error:
-        return error
+        return f"{error.field}={error.value}: {error.why}", False
+    if held <= cluster["memory_gb"] * 1e9:
+        return None
+    state = f"{held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"
+    return f"weights, gradients and optimizer state alone are {state}", True
+
+
+def _minimum_memory(candidate: Candidate, known: Recording) -> int:
+    """Bytes of weights, gradients and optimizer state per rank, exact and without recording a step, since all blocks are alike."""
+    if known.is_shallow:
+        return _state_bytes(candidate.cfg, candidate.sizes)
+    shallow = replace(known, cfg=candidate.cfg)
+    two, three = (_state_bytes(shallow.at(depth), candidate.sizes) for depth in RECORDED_DEPTHS)
     return two + (known.depth - RECORDED_DEPTHS[0]) * (three - two)
 
 
@@ -231,15 +227,12 @@ class _Traces:
     def trace(self, cfg: Config, sizes: MeshSizes, _: object) -> Trace:
         rows, depth = cfg.train.micro_batch_size or 1, cfg.model.args.get(self._known.setting or "", 0)
         if micro_batches(cfg, sizes) == 1 and (rows <= FEW_ROWS or sizes[REPLICATE.name] > 1):
-            return record(
-                cfg, sizes
-            )  # that sets gradients and sums them is in no recorded micro-batch of several
+            return record(cfg, sizes)  # none of several micro-batches both sets gradients and sums them
         if rows < MORE_ROWS:
             return self._recorded_at(depth, rows)
         if rows == MORE_ROWS:
             return self._trace_at_more(depth)
-        lengths = {_chunk(cfg, rows) for rows in (FEW_ROWS, MORE_ROWS, rows)}
-        if len(lengths) > 1:
+        if len({_chunk(cfg, rows) for rows in (FEW_ROWS, MORE_ROWS, rows)}) > 1:
             return record(cfg, sizes)
         extrapolated = with_rows(self._recorded_at(depth, FEW_ROWS), self._trace_at_more(depth), rows)
         return extrapolated or record(cfg, sizes)

@@ -45,7 +45,8 @@ def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Comman
     lines += [f"  {line}" for line in advice(ranking, gpus, name)]
     if ranking.fits:
         lines += ["", f"  {'':>3}{'tok/s/device':>13}{'MFU':>7}{'memory':>9}  {'step time':26}plan"]
-        lines += [_table_row(place, one, ranking) for place, one in enumerate(ranking.fits[:MAX_SHOWN], 1)]
+        shown = enumerate(ranking.fits[:MAX_SHOWN], 1)
+        lines += [_table_row(place, one, ranking.fits[0]) for place, one in shown]
         if len(ranking.fits) > MAX_SHOWN:
             lines.append(f"  ... and {len(ranking.fits) - MAX_SHOWN} more that fit, in planner.json")
         lines += ["", f"  to train it: {command}"]
@@ -89,22 +90,24 @@ def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
 
 def not_used(typed: Sequence[str]) -> str | None:
     """A sentence that names the overrides of the planner's command whose keys it chooses itself, if there are any."""
-    words = [
-        word
-        for word in typed
-        if (key := override_key(word)) in PLAN_KEYS or any(is_within(key, branch) for branch in CHOSEN_KEYS)
-    ]
+    words = [word for word in typed if _changes(word, CHOSEN_KEYS)]
     if not words:
         return None
     return f"not used, since the planner chooses it for gpus: {shlex.join(words)}; for one plan, python -m tpresearch.simulate"
+
+
+def _changes(word: str, branches: Sequence[str]) -> bool:
+    """Whether an override is of the plan or within one of these branches of the config."""
+    key = override_key(word)
+    return key in PLAN_KEYS or any(is_within(key, branch) for branch in branches)
 
 
 def training_command(
     best: Candidate,
     typed: Sequence[str],
     cluster: Cluster,
-    mesh: MeshConfig | None = None,
-    options: Mapping[str, str | None] | None = None,
+    mesh: MeshConfig,
+    options: Mapping[str, str | None],
 ) -> Command:
     """The command that trains a candidate, on nodes of the cluster's size.
 
@@ -112,20 +115,15 @@ def training_command(
         typed: overrides of the planner's command. mesh: as it was composed: an experiment may set an axis that the candidate has
             not. options: of each config group: an experiment leaves some to the program's defaults.
     """
-    kept = [
-        word
-        for word in typed
-        if (key := override_key(word)) not in PLAN_KEYS
-        and not any(is_within(key, branch) for branch in PLANNER_KEYS)
-    ]
-    if not any(override_key(word) == "experiment" for word in kept):
-        kept = [f"experiment={EXPERIMENT}", *kept]
-    else:
-        named = {override_key(word) for word in kept}
-        chosen = {group: (options or {}).get(group) for group in OWN_DEFAULTS if group not in named}
+    kept = [word for word in typed if not _changes(word, PLANNER_KEYS)]
+    named = {override_key(word) for word in kept}
+    if "experiment" in named:
+        chosen = {group: options.get(group) for group in OWN_DEFAULTS if group not in named}
         kept += [f"{group}={option}" for group, option in chosen.items() if option]
+    else:
+        kept = [f"experiment={EXPERIMENT}", *kept]
     sizes = best.sizes.nontrivial()
-    composed = dataclasses.asdict(mesh or MeshConfig())
+    composed = dataclasses.asdict(mesh)
     kept += [f"mesh.{axis}=null" for axis, size in composed.items() if size and axis not in sizes]
     world = best.sizes.world
     nodes = cluster.nodes_of(world)
@@ -139,7 +137,7 @@ def as_json(ranking: Ranking) -> dict[str, Any]:
     return {
         "predicted": True,
         "fits": [
-            {**_candidate_json(one), "on_front": id(one) in front, "why": _why_slower(one, ranking)}
+            {**_candidate_json(one), "on_front": id(one) in front, "why": why_slower(one, ranking.fits[0])}
             for one in ranking.fits
         ],
         "too_large": [_candidate_json(one) for one in ranking.too_large],
@@ -158,21 +156,9 @@ def draw(ranking: Ranking, title: str, path: Path) -> None:
         ("with tensor parallelism", True, "^"),
     ):
         mine = [one for one in ranking.fits if (one.candidate.sizes.tp > 1) == tensor]
-        axes.scatter(
-            [_peak_gb(one) for one in mine],
-            [one.speed for one in mine],
-            marker=marker,
-            label=label,
-            alpha=0.7,
-        )
+        axes.scatter(*_coordinates(mine), marker=marker, label=label, alpha=0.7)
     front = ranking.pareto_front()
-    axes.plot(
-        [_peak_gb(one) for one in front],
-        [one.speed for one in front],
-        color="black",
-        linewidth=1,
-        label="no other is better in both",
-    )
+    axes.plot(*_coordinates(front), color="black", linewidth=1, label="no other is better in both")
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.set_xlim(left - 0.4 * (right - left), right)
     free, line = bottom, (top - bottom) / 40
@@ -193,6 +179,10 @@ def draw(ranking: Ranking, title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _coordinates(ones: Sequence[RankedCandidate]) -> tuple[list[float], list[float]]:
+    return [_peak_gb(one) for one in ones], [one.speed for one in ones]
+
+
 def _plan_text(one: RankedCandidate) -> str:
     tp, plan = one.candidate.sizes.tp, one.candidate.cfg.parallel
     kept = plan.activation_checkpointing
@@ -200,19 +190,17 @@ def _plan_text(one: RankedCandidate) -> str:
     return f"{plan.name}{f' tp={tp}' if tp > 1 else ''}{checkpointed}"
 
 
-def _table_row(place: int, one: RankedCandidate, ranking: Ranking) -> str:
-    prediction = one.prediction
+def _table_row(place: int, one: RankedCandidate, best: RankedCandidate) -> str:
+    prediction, why = one.prediction, why_slower(one, best)
     about = f"{count_text(one.speed):>13}{share_text(prediction.mfu):>7}{_peak_gb(one):>6.1f} GB"
-    why = "" if place == 1 else f"   ({_why_slower(one, ranking)})"
-    return f"  {place:>2} {about}  {step_text(prediction):26}{one.candidate.overrides}{why}"
-
-
-def _why_slower(one: RankedCandidate, ranking: Ranking) -> str:
-    return "" if one is ranking.fits[0] else why_slower(one, ranking.fits[0])
+    line = f"  {place:>2} {about}  {step_text(prediction):26}{one.candidate.overrides}"
+    return f"{line}   ({why})" if why else line
 
 
 def why_slower(one: RankedCandidate, best: RankedCandidate) -> str:
     """Where a step spends more time than the best candidate's, as shares of the latter; the global batch is the same."""
+    if one is best:
+        return ""
     mine, its, step = one.prediction.time_s, best.prediction.time_s, best.prediction.step_time_s
     if one.prediction.step_time_s <= 1.01 * step:
         return "as fast, within a percent"
