@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 
 from tpresearch.calibrate import cuda
 from tpresearch.calibrate.rows import cluster_from_rows
+from tpresearch.launch.composition import read_option
 from tpresearch.simulate.cluster import parse_cluster
 
-BASE = yaml.safe_load((Path(__file__).parents[2] / "conf" / "cluster" / "h200_dgx.yaml").read_text())
+BASE = read_option("cluster", "h200_dgx")
 NUMBERS = (
     *("memory_gb", "gemm_efficiency", "bandwidth_efficiency", "optimizer_efficiency", "copy_efficiency"),
     *("attention_tflops_forward", "attention_tflops_backward", "launch_us"),

@@ -16,7 +16,7 @@ from tpresearch.config.world import World
 from tpresearch.launch import composition
 from tpresearch.simulate.cluster import parse_cluster
 
-BASE = yaml.safe_load((Path(__file__).parents[2] / "conf" / "cluster" / "h200_dgx.yaml").read_text())
+BASE = composition.read_option("cluster", "h200_dgx")
 ROWS = [
     {"card": "NVIDIA H200", "memory_bytes": 150_000_000_000, "torch": "2.13"},
     {"op": "matmul NT", "shape": [4096] * 3, "us": 100.0, "flops": 8e10, "bytes": 0.0},

@@ -12,12 +12,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from tpresearch.config.compose import register_schema
-from tpresearch.launch.composition import conf_dir, files_of_option, initialize_conf
+from tpresearch.launch.composition import conf_dir, files_of_option, initialize_conf, read_option
 from tpresearch.launch.resolvers import register_resolvers
 from tpresearch.simulate.cluster import Cluster, Number, SourceKind, parse_cluster
 from tpresearch.simulate.sources import IN_A_FILE, TYPED, with_own_sources
 
-BASE = yaml.safe_load((conf_dir() / "cluster" / "h100_dgx.yaml").read_text())
+BASE = read_option("cluster", "h100_dgx")
 MINE = {
     "defaults": ["h100_dgx"],
     "name": "mine",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from support.composed import config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tpresearch.config.validate import validate
+from tpresearch.launch.composition import read_option
 from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.device_memory import DeviceMemory
 from tpresearch.simulate.fake_ranks import fake_mesh
@@ -21,9 +20,7 @@ from tpresearch.simulate.prices import bytes_s, moved_bytes, op_s
 from tpresearch.simulate.recorder import Recorder
 from tpresearch.simulate.trace import Op
 
-H100 = parse_cluster(
-    yaml.safe_load((Path(__file__).parents[2] / "conf" / "cluster" / "h100_dgx.yaml").read_text())
-)
+H100 = parse_cluster(read_option("cluster", "h100_dgx"))
 
 
 def run(model: nn.Module, *given: Tensor) -> Tensor:
@@ -71,17 +68,8 @@ def test_a_convolution_takes_its_flops(kind: str, learns: bool) -> None:
 
 
 def test_a_large_convolution_is_bound_by_its_flops_and_a_depthwise_one_by_its_bytes() -> None:
-    large = Op(
-        "forward",
-        "convolution",
-        "convolution",
-        ((0, 2 << 24),),
-        ((1, 2 << 24),),
-        2,
-        (1, 1 << 16, 256, 2304),
-        None,
-        -1,
-    )
+    moved, shape = (((0, 2 << 24),), ((1, 2 << 24),)), (1, 1 << 16, 256, 2304)
+    large = Op("forward", "convolution", "convolution", *moved, 2, shape, None, -1)
     flops = 2 * math.prod(large.shape)
     assert op_s(large, H100) == pytest.approx(flops / H100.peak_flops(config().train.dtype.bfloat16), rel=0.6)
     assert op_s(large, H100) > 3 * bytes_s(moved_bytes(large), H100)

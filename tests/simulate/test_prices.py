@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from support.composed import config
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.composition import read_option
+from tpresearch.launch.composition import conf_dir, read_option
 from tpresearch.ledger.entries import Event
 from tpresearch.simulate.cluster import NUMBERS, Cluster, Number, SourceKind, check_world, parse_cluster
 from tpresearch.simulate.kernels import Kernel, kernels
@@ -24,7 +22,7 @@ from tpresearch.simulate.prices import attention_s, bytes_s, gemm_s, op_s
 from tpresearch.simulate.replay import Span, replay
 from tpresearch.simulate.trace import Op
 
-CLUSTERS = sorted((Path(__file__).parents[2] / "conf" / "cluster").glob("*.yaml"))
+CLUSTERS = sorted(path.stem for path in (conf_dir() / "cluster").glob("*.yaml"))
 PLAIN = {
     "memory_gb": 100,
     "peak_tflops_bfloat16": 100,
@@ -66,9 +64,7 @@ def op(
 
 def test_fused_adamw_is_slower_per_byte_in_bfloat16() -> None:
     """On two H200 by a third; a CPU's rate is measured in the dtype that it trains in."""
-    reads = [
-        (number, 4_000_000) for number in range(4)
-    ]  # weight, gradient and moments; all but the gradient are written
+    reads = [(n, 4_000_000) for n in range(4)]  # weight, gradient, moments; all but the gradient are written
     of_bfloat16 = op("optimizer", "_fused_adamw_", reads)
     of_float32 = of_bfloat16._replace(element=4)
     assert op_s(of_float32, cluster()) == pytest.approx(28e6 / 250e9)
@@ -153,7 +149,7 @@ def test_a_matmul_in_float8_has_a_peak_of_its_own_and_writes_bfloat16() -> None:
 
 
 def test_a_cluster_without_matmuls_in_float8_need_not_say_so() -> None:
-    plain = yaml.safe_load(CLUSTERS[0].read_text())
+    plain = read_option("cluster", CLUSTERS[0])
     del plain["numbers"]["peak_tflops_float8"]
     assert parse_cluster(plain)["peak_tflops_float8"] == 0.0
     assert "peak_tflops_float8" not in dict(parse_cluster(plain).assumptions())
@@ -398,14 +394,14 @@ def test_without_a_switch_few_devices_have_few_links(
         assert seconds == pytest.approx(moved * (ranks - 1) / ranks / (bandwidth * 1e9))
 
 
-@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
-def test_every_cluster_states_every_number_with_its_source(path: Path) -> None:
-    plain = read_option("cluster", path.stem)
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_every_cluster_states_every_number_with_its_source(name: str) -> None:
+    plain = read_option("cluster", name)
     found = parse_cluster(plain)
-    assert found.name == path.stem
+    assert found.name == name
     assert set(plain["numbers"]) == set(NUMBERS)
     assert all(number.source for number in found.numbers.values())
-    assert path.read_text().startswith("# ")
+    assert (conf_dir() / "cluster" / f"{name}.yaml").read_text().startswith("# ")
 
 
 def number(
@@ -461,7 +457,7 @@ def number(
     ],
 )
 def test_a_number_that_is_none_is_refused_by_its_name(change: dict[str, Any], field: str) -> None:
-    plain = yaml.safe_load(CLUSTERS[0].read_text())
+    plain = read_option("cluster", CLUSTERS[0])
     plain["numbers"] |= change
     with pytest.raises(ConfigError) as refused:
         parse_cluster(plain)
@@ -483,7 +479,7 @@ def test_a_number_that_is_none_is_refused_by_its_name(change: dict[str, Any], fi
     ],
 )
 def test_a_cluster_that_is_none_is_refused_by_its_key(name: str, values: tuple[object, ...]) -> None:
-    plain = yaml.safe_load(CLUSTERS[0].read_text())
+    plain = read_option("cluster", CLUSTERS[0])
     for value in values:
         with pytest.raises(ConfigError) as refused:
             parse_cluster({**plain, name: value})

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
-import yaml
 from support.composed import config
 
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
+from tpresearch.launch.composition import read_option
 from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.device_memory import peak_moment
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.kernels import kernels
 from tpresearch.simulate.trace import Trace
 
-CLUSTERS = Path(__file__).parents[2] / "conf" / "cluster"
 VOCAB, TOKENS = 4096, 512
 LOGITS = TOKENS * VOCAB
 
@@ -27,7 +25,7 @@ def on(cluster: str, *overrides: str) -> tuple[Config, Trace]:
     small = (f"data.seq_len={TOKENS}", f"tokenizer.vocab_size={VOCAB}", "train.global_batch_size=1")
     plain = ("model=llama2_debug", "model.n_layers=1", "parallel=none", "train.dtype=bfloat16")
     cfg = config(*plain, *small, *overrides, small=False)
-    cfg = dataclasses.replace(cfg, cluster=yaml.safe_load((CLUSTERS / f"{cluster}.yaml").read_text()))
+    cfg = dataclasses.replace(cfg, cluster=read_option("cluster", cluster))
     return cfg, record(cfg, validate(cfg, 1))
 
 
