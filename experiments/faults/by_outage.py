@@ -7,12 +7,11 @@ import resource
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from faults.commands import STEPS, Command, Commands, Started, alive, expect
+from faults.commands import STEPS, Command, Commands, Started, alive, expect, killed
 from filelock import FileLock
 from support import fake_slurm
 from support.arrivals import logged, only_run, sync
@@ -71,14 +70,6 @@ def a_host_is_lost(commands: Commands, cwd: Path) -> list[str]:
             os.kill(pid, signal.SIGKILL)
     second.code()
     return expect("code", first.code(), 0)
-
-
-def killed(cwd: Path, *pids: int) -> None:
-    """SIGKILL to these processes of a command; returns once all of the command's have ended."""
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    while alive(cwd):
-        time.sleep(0.05)
 
 
 @contextmanager

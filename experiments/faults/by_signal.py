@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from faults.commands import Command, Commands, alive, expect, ranks_of
+from faults.commands import Command, Commands, expect, killed, ranks_of
 
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.track.record import read_summary
@@ -31,10 +31,8 @@ def agent_is_killed(commands: Commands, cwd: Path) -> list[str]:
     """SIGKILL to torchrun's agent; the same command again"""
     job = commands.torchrun(2, cwd, "parallel=fsdp")
     job.wait_for_rows(35)
-    job.process.kill()
+    killed(cwd, job.process.pid)
     job.code()
-    while alive(cwd):
-        time.sleep(0.05)
     return expect("code", commands.torchrun(2, cwd, "parallel=fsdp").code(), 0)
 
 
@@ -103,17 +101,16 @@ def another_rate(commands: Commands, cwd: Path) -> list[str]:
     job.wait_for_rows(25)
     job.process.terminate()
     job.code()
-    before = sorted(
-        (path, path.stat().st_mtime_ns) for path in (cwd / "run").rglob("*") if path.name != ".lock"
-    )
+    before = changed_at(cwd / "run")
     (cwd / "said.txt").write_text("")
     problems = expect("code", commands.python(cwd, "resume=run", "optimizer.lr=0.1").code(), 2)
-    after = sorted(
-        (path, path.stat().st_mtime_ns) for path in (cwd / "run").rglob("*") if path.name != ".lock"
-    )
-    problems += expect("what was touched", [p for p in after if p not in before], [])
+    problems += expect("what was touched", sorted(changed_at(cwd / "run") - before), [])
     problems += expect("lines said", len((cwd / "said.txt").read_text().splitlines()), 1)
     return problems + expect("code", commands.python(cwd, "resume=run").code(), 0)
+
+
+def changed_at(run: Path) -> set[tuple[Path, int]]:
+    return {(path, path.stat().st_mtime_ns) for path in run.rglob("*") if path.name != ".lock"}
 
 
 def rank_is_killed_for_good(commands: Commands, cwd: Path) -> list[str]:

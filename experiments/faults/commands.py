@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -145,17 +146,21 @@ def alive(cwd: Path) -> list[int]:
     return [pid for pid in found if runs(pid)]
 
 
+def killed(cwd: Path, *pids: int) -> None:
+    """SIGKILL to these processes of a command; returns once all of the command's have ended."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    while alive(cwd):
+        time.sleep(0.05)
+
+
 def ranks_of(cwd: Path) -> list[int]:
     """The processes of training, without agents."""
     found = []
     for pid in alive(cwd):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if (
-            words[1:2]
-            and words[1:2] != [b"-m"]
-            and b"torchrun" not in b" ".join(words[:2])
-            and b"train.py" in b" ".join(words[:4])
-        ):
+        starts_others = words[1:2] in ([], [b"-m"]) or b"torchrun" in b" ".join(words[:2])
+        if not starts_others and b"train.py" in b" ".join(words[:4]):
             found.append(pid)
     return sorted(found)
 

@@ -28,6 +28,7 @@ from tpresearch.train import main
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import check_folder, preflight
 from tpresearch.train.state import TrainState
+from tpresearch.verify.ranks import exit_with_caller, processor_s
 
 STEPS, EVERY, KEEP = 6, 2, 2
 JOB = (
@@ -122,7 +123,7 @@ def _ended(ranks: Sequence[BaseProcess], fault: Fault | None) -> list[int | str]
             for rank in ranks:
                 if rank.is_alive() and rank.pid:
                     os.kill(rank.pid, number)
-        now = sum(_processor_s(rank) for rank in ranks)
+        now = sum(processor_s(rank) for rank in ranks)
         if now > used + 0.05:
             used, stuck_since = now, time.monotonic()
         if time.monotonic() - stuck_since > TIMEOUT_S:
@@ -135,16 +136,8 @@ def _ended(ranks: Sequence[BaseProcess], fault: Fault | None) -> list[int | str]
     return [rank.exitcode or 0 for rank in ranks]
 
 
-def _processor_s(rank: BaseProcess) -> float:
-    try:
-        fields = Path(f"/proc/{rank.pid}/task/{rank.pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def _rank(world: World, port: int, overrides: list[str], folder: Path, fault: Fault | None) -> None:
-    threading.Thread(target=_exit_with_caller, daemon=True).start()
+    threading.Thread(target=exit_with_caller, daemon=True).start()
     os.environ |= world.environment(port)
     said = (folder.parent / f"{folder.name}.rank{world.rank}.txt").open("a")
     os.dup2(said.fileno(), 1)
@@ -191,10 +184,3 @@ def _arm(fault: Fault) -> None:
             raise RuntimeError("broken on purpose")
 
     faults.armed = armed
-
-
-def _exit_with_caller() -> None:
-    caller = mp.parent_process()
-    assert caller
-    caller.join()
-    os._exit(1)

@@ -28,7 +28,7 @@ from tpresearch.config.schema import Dtype  # noqa: E402
 from tpresearch.data.rows import PackedCorpus  # noqa: E402
 from tpresearch.verify.ranks import Ranks  # noqa: E402
 from tpresearch.verify.reference import reference  # noqa: E402
-from tpresearch.verify.trace import RunTrace, compare, tolerance  # noqa: E402
+from tpresearch.verify.trace import RunTrace, compare, out_of_tolerance  # noqa: E402
 
 STEPS = 12
 SETTINGS = (
@@ -88,12 +88,12 @@ def row_of(mutant: Mutant, model: str, ranks: Ranks, right: RunTrace) -> dict[st
         return where | {"quantity_out": f"did not run: {found}", "a_loss_curve_shows_it": True}
     assert isinstance(found, RunTrace)
     worst = compare(found, right)
-    out = {q: w for q, w in worst.items() if not w.error <= tolerance(q, Dtype.float64)}
+    out = out_of_tolerance(worst, Dtype.float64)
     strays = max(abs(a.loss - b.loss) for a, b in zip(found.steps, right.steps, strict=True)) / descent(right)
     first = mutant.caught_by if mutant.caught_by in out else next(iter(out), "nothing")
     return where | {
         "quantity_out": first,
-        "its_error": f"{out[first].error:.1e}" if first in out else "",
+        "its_error": f"{worst[first].error:.1e}" if first in out else "",
         "loss_strays_by": f"{strays:.1e}",
         "a_loss_curve_shows_it": strays > VISIBLE_LOSS_DIFFERENCE,
     }

@@ -86,13 +86,8 @@ def without_rules(*names: str) -> Patches:
     """The plan as if these rules had been forgotten, and the check for it too."""
 
     def patches() -> AbstractContextManager[Any]:
-        right = planning._expand_rules
-
-        def expand(compiled: list[ResolvedRule], modules: list[str]) -> dict[str, ResolvedRule]:
-            return right([rule for rule in compiled if rule.name not in names], modules)
-
         stack = ExitStack()
-        stack.enter_context(patch.object(planning, "_expand_rules", expand))
+        stack.enter_context(_with_rules(lambda rules: [rule for rule in rules if rule.name not in names]))
         stack.enter_context(patch.object(planning, "_check_sequence", lambda *a: None))
         return stack
 
@@ -104,23 +99,15 @@ def with_rule(
 ) -> Patches:
     """The compiled plan with one rule's fields changed."""
 
-    def patches() -> AbstractContextManager[Any]:
-        right = planning._expand_rules
+    def changed(rule: ResolvedRule) -> ResolvedRule:
+        if rule.name != name:
+            return rule
+        styled = replace(rule.rule, style=style or rule.rule.style)
+        return replace(rule, rule=styled, src=src or rule.src, dst=dst or rule.dst)
 
-        def expand(compiled: list[ResolvedRule], modules: list[str]) -> dict[str, ResolvedRule]:
-            changed = [
-                replace(
-                    rule,
-                    rule=replace(rule.rule, style=style or rule.rule.style),
-                    src=src or rule.src,
-                    dst=dst or rule.dst,
-                )
-                if rule.name == name
-                else rule
-                for rule in compiled
-            ]
-            return right(changed, modules)
+    return lambda: _with_rules(lambda rules: list(map(changed, rules)))
 
-        return patch.object(planning, "_expand_rules", expand)
 
-    return patches
+def _with_rules(change: Callable[[list[ResolvedRule]], list[ResolvedRule]]) -> AbstractContextManager[Any]:
+    right = planning._expand_rules
+    return patch.object(planning, "_expand_rules", lambda rules, modules: right(change(rules), modules))

@@ -34,10 +34,10 @@ from tpresearch.train.preflight import plan_model
 from tpresearch.verify.plans import trace_on_rank_0
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import MaxError, compare, tolerance
+from tpresearch.verify.trace import MaxError, compare, out_of_tolerance
 
 sys.path.append(str(Path(__file__).parents[1]))
-from record import latest, place
+from record import latest, place, write_rows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -138,7 +138,6 @@ def measure(case: Case, folder: Path, ranks: Ranks) -> tuple[dict[str, Any], lis
     folder.mkdir(parents=True)
     run(case.train(folder / "train"), folder / "train.out")
     worst = verified(case, ranks)
-    out = [name for name, found in worst.items() if not found.error <= tolerance(name, Dtype.float64)]
     rows, summary = read_metrics(folder / "train"), read_summary(folder / "train")
     ledger = json.loads((folder / "train" / "ledger.json").read_text())
     assert ledger["measured"] == ledger["expected"], "what was sent is not what the formulas say"
@@ -158,7 +157,7 @@ def measure(case: Case, folder: Path, ranks: Ranks) -> tuple[dict[str, Any], lis
         "activations_most_bytes": held["activations"],
         "peak_bytes": ledger["memory"]["peak_bytes"],
         **{f"error of {name}": worst[name].error for name in QUANTITIES},
-        "out": ", ".join(out),
+        "out": ", ".join(out_of_tolerance(worst, Dtype.float64)),
         "torch": torch.__version__,
         "date": datetime.now().date().isoformat(),
         "command": shlex.join(case.train(folder)[:-1]),
@@ -179,10 +178,7 @@ def update(name: str, rows: list[dict[str, Any]]) -> None:
     kept = [row for row in read_csv(name) if (row["experiment"], row["switch"]) not in new]
     order = [(case.experiment, case.switch) for case in CASES]
     together = sorted([*kept, *rows], key=lambda row: order.index((row["experiment"], row["switch"])))
-    with (place(HERE) / name).open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(rows[0]))
-        table.writeheader()
-        table.writerows(together)
+    write_rows(place(HERE) / name, together)
 
 
 def print_tables() -> None:

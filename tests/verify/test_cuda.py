@@ -17,7 +17,7 @@ from tpresearch.config.world import World
 from tpresearch.parallel.device import Device
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import RunTrace, compare, tolerance, trace_run
+from tpresearch.verify.trace import RunTrace, compare, out_of_tolerance, trace_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,9 +34,7 @@ def traced(world: World, cfg: Config) -> RunTrace | None:
 
 def agree(ours: RunTrace, plan: str, model: str, dtype: Dtype, *words: str) -> None:
     alone = config(f"model={model}", "parallel=none", "device=cpu", *SETTINGS, f"train.dtype={dtype}", *words)
-    found = compare(ours, reference(alone, corpus(), 3))
-    out = {q: worst for q, worst in found.items() if not worst.error <= tolerance(q, dtype)}
-    assert out == {}, plan
+    assert out_of_tolerance(compare(ours, reference(alone, corpus(), 3)), dtype) == [], plan
 
 
 @pytest.mark.parametrize("plan", ["none", "tp", "fsdp", "fsdp_tp"])

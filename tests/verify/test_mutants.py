@@ -15,7 +15,7 @@ from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import RunTrace, compare, tolerance
+from tpresearch.verify.trace import RunTrace, compare, out_of_tolerance
 
 STEPS = 2
 SETTINGS = ("optimizer=sgd", "train.dtype=float64", "train.clip_grad_norm=0.2", "train.eval_rows=11")
@@ -50,9 +50,8 @@ def test_a_wrong_plan_is_caught(ranks: Ranks, mutant: Mutant, model: str) -> Non
     if isinstance(ours, str):
         return
     found = compare(ours, right(model))
-    out = {q: worst for q, worst in found.items() if not worst.error <= tolerance(q, Dtype.float64)}
-    assert mutant.caught_by in out, {q: worst.error for q, worst in found.items()}
-    assert out[mutant.caught_by].error > 1e-9, "too near to rounding to be this fault"
+    assert mutant.caught_by in out_of_tolerance(found, Dtype.float64), found
+    assert found[mutant.caught_by].error > 1e-9, "too near to rounding to be this fault"
 
 
 def test_there_are_enough_for_both_models() -> None:

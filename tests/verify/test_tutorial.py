@@ -25,7 +25,7 @@ from tpresearch.train.preflight import plan_model
 from tpresearch.train.state import TrainState
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import RunTrace, compare, tolerance, trace_run
+from tpresearch.verify.trace import RunTrace, compare, out_of_tolerance, trace_run
 
 STEPS = 2
 NARROW = ("model.dim=32", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=64", "data.seq_len=16")
@@ -58,10 +58,8 @@ def on_ranks(ranks: Ranks, size: int, name: str, *overrides: str) -> tuple[RunTr
     return traced(ranks, size, job, experiment(name, *overrides))
 
 
-def out_of_tolerance(ours: RunTrace, theirs: RunTrace, dtype: Dtype = Dtype.float64) -> set[str]:
-    return {
-        name for name, worst in compare(ours, theirs).items() if not worst.error <= tolerance(name, dtype)
-    }
+def differing(ours: RunTrace, theirs: RunTrace) -> set[str]:
+    return set(out_of_tolerance(compare(ours, theirs), Dtype.float64))
 
 
 @pytest.mark.parametrize(("name", "count"), [("seed_tp", 517), ("seed_sp", 517), ("seed_2d", 18_089_216)])
@@ -80,7 +78,7 @@ def test_the_models_have_the_scripts_sizes(name: str, count: int) -> None:
 def test_each_script_equals_one_process(ranks: Ranks, name: str, size: int) -> None:
     ours, same = on_ranks(ranks, size, name)
     assert same
-    assert out_of_tolerance(ours, one_process(name)) == set()
+    assert differing(ours, one_process(name)) == set()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ def test_other_choices_change_no_number(ranks: Ranks, name: str, overrides: list
     ours, same = traced(ranks, 4, job, experiment(name, *overrides))
     assert same
     science = [o for o in overrides if o.startswith("train.loss")]
-    assert out_of_tolerance(ours, one_process(name, *science)) == set()
+    assert differing(ours, one_process(name, *science)) == set()
 
 
 @pytest.mark.parametrize("plan", [exhaustive("tp"), "sp", "fsdp"])
@@ -127,20 +125,20 @@ def test_weights_of_each_rank_are_other_weights(ranks: Ranks, name: str, size: i
     ours, same = traced(ranks, size, job, experiment(name, "defects.weights_per_rank=true"))
     # Each shard is in one place, and what is whole on several starts from a constant or from one rank.
     assert same
-    assert "initial weights" in out_of_tolerance(ours, one_process(name))
+    assert "initial weights" in differing(ours, one_process(name))
 
 
 def test_replicas_with_weights_of_their_own_are_different_models(ranks: Ranks) -> None:
     ours, same = traced(ranks, 2, job, experiment("seed_tp", "parallel=ddp", "defects.weights_per_rank=true"))
     assert not same
-    assert "between ranks" in out_of_tolerance(ours, one_process("seed_tp"))
+    assert "between ranks" in differing(ours, one_process("seed_tp"))
 
 
 def test_kept_gradients_are_right_for_one_step_and_wrong_from_the_second(ranks: Ranks) -> None:
     ours, same = on_ranks(ranks, 4, "seed_2d", "defects.keep_gradients=true")
     right = one_process("seed_2d")
     assert same
-    assert {"grad norm", "gradients", "weights"} <= out_of_tolerance(ours, right)
+    assert {"grad norm", "gradients", "weights"} <= differing(ours, right)
     first, second = ours.steps[:2]
     for name, gradient in right.steps[0].gradients.items():
         torch.testing.assert_close(first.gradients[name], gradient, rtol=0, atol=1e-10)
@@ -162,7 +160,7 @@ def test_kept_gradients_are_kept_alike_under_every_plan(ranks: Ranks, name: str,
     ours, _ = on_ranks(ranks, 4, name, *plan, "defects.keep_gradients=true")
     alone = job(World(), experiment(name, "parallel=none", "mesh=auto", "defects.keep_gradients=true"))[1]
     assert alone is not None
-    assert out_of_tolerance(ours, alone) == set()
+    assert differing(ours, alone) == set()
 
 
 def test_kept_gradients_are_the_sum_of_all_so_far() -> None:
@@ -184,7 +182,7 @@ def test_overlapping_batches_are_read_twice_and_change_the_loss(ranks: Ranks) ->
         assert torch.equal(rows.batch(step, 1, 2).inputs, rows.batch(step + 1, 0, 2).inputs)
         assert torch.equal(rows.batch(step, 0, 2).inputs, honest.batch(step, 0, 2).inputs)
         assert not torch.equal(rows.batch(step, 1, 2).inputs, honest.batch(step, 1, 2).inputs)
-    found = out_of_tolerance(traced(ranks, 4, job, cfg)[0], one_process("seed_2d"))
+    found = differing(traced(ranks, 4, job, cfg)[0], one_process("seed_2d"))
     assert {"loss", "gradients"} < found
     assert "initial weights" not in found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -47,17 +48,6 @@ class IntegerResult:
     @property
     def passed(self) -> bool:
         return self.output == self.input_gradient == self.weight_gradient == 0
-
-
-class SingleLayer(nn.Module):
-    """One layer as a model, so that it is sharded by the code that shards every model."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def check_matmuls(world: World, cfg: Config) -> list[IntegerResult]:
@@ -114,7 +104,8 @@ def _compare(
     expected = unsharded(x)
     expected.backward(upstream)
 
-    alone = SingleLayer(layer)
+    # As a model, so that it is sharded by the code that shards every model.
+    alone = nn.Sequential(OrderedDict(layer=layer))
     rules = {"layer": rule} if rule else {}
     plan = Plan(rules, ["layer"], [], plan.sizes)
     home = torch.device("cpu") if cfg.parallel.fsdp.cpu_offload else device

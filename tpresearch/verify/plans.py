@@ -27,7 +27,7 @@ from tpresearch.train.preflight import plan_model
 from tpresearch.verify.integers import IntegerResult, check_matmuls, max_over_ranks
 from tpresearch.verify.ranks import RankError, Ranks
 from tpresearch.verify.reference import reference
-from tpresearch.verify.trace import MaxError, RunTrace, compare, tolerance, trace_run
+from tpresearch.verify.trace import MaxError, RunTrace, compare, out_of_tolerance, tolerance, trace_run
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,8 @@ def configs_by_plan(cfg: Config, arguments: list[str]) -> dict[str, list[Config]
     Raises:
         ConfigError: for a plan that is not in conf/parallel.
     """
-    known = GlobalHydra.instance().config_loader().get_group_options("parallel")
+    loader = GlobalHydra.instance().config_loader()
+    known = loader.get_group_options("parallel")
     for plan in cfg.verify.plans:
         if plan not in known:
             why, legal = "no such plan", "one of " + ", ".join(nearest(plan, known))
@@ -81,16 +82,11 @@ def configs_by_plan(cfg: Config, arguments: list[str]) -> dict[str, list[Config]
     def config(plan: str, name: OptimizerName) -> Config:
         others = {key for owner, options in OPTIMIZER_OPTIONS.items() if owner is not name for key in options}
         taken = [word for word in mine if keys[word] not in others]
-        return _compose(*taken, f"parallel={plan}", f"optimizer={name}")
+        overrides = [*taken, f"parallel={plan}", f"optimizer={name}"]
+        composed = loader.load_configuration("verify", overrides, run_mode=RunMode.RUN)
+        return _with_two_micro_batches(typed_config(composed))
 
     return {plan: [config(plan, name) for name in cfg.verify.optimizers] for plan in cfg.verify.plans}
-
-
-def _compose(*overrides: str) -> Config:
-    loader = GlobalHydra.instance().config_loader()
-    return _with_two_micro_batches(
-        typed_config(loader.load_configuration("verify", list(overrides), run_mode=RunMode.RUN))
-    )
 
 
 def _with_two_micro_batches(cfg: Config) -> Config:
@@ -186,7 +182,7 @@ def _verify_plan(
         log.error("%s: %s", plan, error)
         return result
     result.worst = compare(ours, right)
-    result.out = [q for q, w in result.worst.items() if not w.error <= tolerance(q, cfg.train.dtype)]
+    result.out = out_of_tolerance(result.worst, cfg.train.dtype)
     return result
 
 

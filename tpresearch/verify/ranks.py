@@ -78,7 +78,7 @@ class Ranks:
             for connection in wait(waiting, timeout=min(1, self._timeout_s / 4)):
                 rank = connections.index(connection)  # pyrefly: ignore[bad-argument-type]
                 results[rank] = _result(rank, connections)
-            now = sum(_processor_s(process) for process, _ in ranks)
+            now = sum(processor_s(process) for process, _ in ranks)
             if now > computed + IDLE_S:
                 computed, since = now, time.monotonic()
             elif time.monotonic() - since > self._timeout_s:
@@ -97,7 +97,7 @@ def _result(rank: int, connections: list[Connection]) -> Any:
     return value
 
 
-def _processor_s(process: BaseProcess) -> float:
+def processor_s(process: BaseProcess) -> float:
     """Processor time of its main thread (gloo's threads poll for ever); 0 where there is no /proc."""
     try:
         fields = Path(f"/proc/{process.pid}/task/{process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -120,7 +120,7 @@ def _run_rank(
     connection: Connection, world: World, port: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends all ranks
-    threading.Thread(target=_exit_with_caller, daemon=True).start()
+    threading.Thread(target=exit_with_caller, daemon=True).start()
     keep_bars_in_process()
     os.environ |= world.environment(port) | {"TORCHELASTIC_RESTART_COUNT": "0"}  # the caller keeps the store
     try:
@@ -131,7 +131,8 @@ def _run_rank(
     connection.poll(None)  # others may still talk to this rank: the caller ends all together
 
 
-def _exit_with_caller() -> None:
+def exit_with_caller() -> None:
+    """End this process when the one that started it ends, however it does."""
     caller = mp.parent_process()
     assert caller
     caller.join()

@@ -160,6 +160,11 @@ def tolerance(quantity: str, dtype: Dtype) -> float:
     return 0.0 if quantity in EXACT else TOLERANCES[dtype]
 
 
+def out_of_tolerance(worst: Mapping[str, MaxError], dtype: Dtype) -> list[str]:
+    """The quantities whose error is too large, or NaN."""
+    return [quantity for quantity, w in worst.items() if not w.error <= tolerance(quantity, dtype)]
+
+
 def _max_error(errors: Iterable[MaxError]) -> MaxError:
     """The maximum; NaN counts as larger than any number."""
     return max(errors, key=lambda worst: (worst.error != worst.error, worst.error))
