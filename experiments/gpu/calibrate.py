@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from gpu.rows import Stage
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tpresearch.calibrate.cuda import lead_matrix, microseconds
 from tpresearch.models.llama2 import rotary_table, rotate
 
 Case = tuple[str, tuple[int, ...], float, float, Callable[[], Any]]
@@ -59,14 +59,14 @@ TINY = {
 def main() -> None:
     stage, _ = Stage.from_arguments("calibrate")
     sizes: dict[str, Any] = TINY if stage.tiny else FULL
-    lead = random(8192, 8192, device=stage.device) if stage.on_cuda else None
+    lead = lead_matrix(stage.device) if stage.on_cuda else None
     for cases in (elementwise, memory, launches, attention, matmuls):
         for op, shape, flops, moved, call in cases(sizes, stage.device):
             if stage.left() < 3:
                 stage.add(cut_short=op)
                 return
             try:
-                us = timed(call, stage, lead=None if cases is launches else lead)
+                us = timed(call, stage, None if cases is launches else lead)
             except RuntimeError as error:
                 stage.add(op=op, shape=shape, error=str(error).splitlines()[0][:200])
                 continue
@@ -75,28 +75,16 @@ def main() -> None:
         sustained(stage)
 
 
-def timed(call: Callable[[], Any], stage: Stage, times: int = 20, lead: Tensor | None = None) -> float:
-    """Median microseconds of a call, after three to warm up; on a GPU of its kernels alone, where the host can be ahead."""
-    for _ in range(3):
+def timed(call: Callable[[], Any], stage: Stage, lead: Tensor | None) -> float:
+    """Median microseconds of a call, after some to warm up; on a GPU of its kernels alone, where the host can be ahead."""
+    if stage.on_cuda:
+        return microseconds(call, lead)
+    found = []
+    for _ in range(6):
+        began = time.perf_counter()
         call()
-    stage.wait()
-    if not stage.on_cuda:
-        found = []
-        for _ in range(3):
-            began = time.perf_counter()
-            call()
-            found.append((time.perf_counter() - began) * 1e6)
-        return statistics.median(found)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-    if lead is not None:
-        for _ in range(4):  # some milliseconds, in which the host queues all that is timed
-            lead @ lead
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    stage.wait()
-    return statistics.median(a.elapsed_time(b) * 1000 for a, b in itertools.pairwise(marks))
+        found.append((time.perf_counter() - began) * 1e6)
+    return statistics.median(found[3:])
 
 
 def random(*shape: int, device: torch.device) -> Tensor:
@@ -178,30 +166,19 @@ def elementwise(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
     for name, shape, moved, function, given in functions:
         yield f"{name} eager", shape, 0.0, moved, partial(function, *given)
         if device.type == "cuda":
-            yield (
-                f"{name} compiled",
-                shape,
-                0.0,
-                moved,
-                partial(torch.compile(function, dynamic=False), *given),
-            )
+            compiled = torch.compile(function, dynamic=False)
+            yield f"{name} compiled", shape, 0.0, moved, partial(compiled, *given)
 
 
 def memory(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
     """Copies, and the fused AdamW on bfloat16 and on float32 weights."""
-    size = sizes["copied"]
+    size, pinned_size = sizes["copied"], sizes["copied"] // 16
     source, into = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     yield "copy", (size,), 0.0, 2.0 * size, lambda: into.copy_(source)
     if device.type == "cuda":
-        pinned = torch.empty(size // 16, dtype=torch.uint8, pin_memory=True)
-        part = source[: size // 16]
-        yield (
-            "copy to device",
-            (size // 16,),
-            0.0,
-            float(size // 16),
-            lambda: part.copy_(pinned, non_blocking=True),
-        )
+        pinned = torch.empty(pinned_size, dtype=torch.uint8, pin_memory=True)
+        copy = partial(source[:pinned_size].copy_, pinned, non_blocking=True)
+        yield "copy to device", (pinned_size,), 0.0, float(pinned_size), copy
     count = sizes["parameters"]
     for dtype, moved in ((torch.bfloat16, 14.0), (torch.float32, 28.0)):
         parameter = torch.nn.Parameter(torch.randn(count, device=device, dtype=dtype))
@@ -230,14 +207,8 @@ def sustained(stage: Stage) -> None:
         stage.wait()
         count += 50
     us = (time.perf_counter() - began) / count * 1e6
-    stage.add(
-        op="matmul sustained",
-        shape=(8192, 8192, 8192),
-        dtype="bfloat16",
-        us=us,
-        flops=2.0 * 8192**3,
-        bytes=0.0,
-    )
+    about = {"op": "matmul sustained", "shape": (8192,) * 3, "dtype": "bfloat16"}
+    stage.add(**about, us=us, flops=2.0 * 8192**3, bytes=0.0)
 
 
 if __name__ == "__main__":

@@ -31,26 +31,23 @@ def measure_links(world: World) -> list[dict[str, Any]]:
     """
     count = torch.cuda.device_count()
     if world.size > 1:
-        return link_rows(world, _gpu(world))
+        return link_rows(world)
     try:
-        return Ranks().run(count, _link_rows_of_rank)[0] if count > 1 else []
+        return Ranks().run(count, link_rows)[0] if count > 1 else []
     except RankError as error:
         row = {"op": "collectives", "shape": [count], "error": str(error).splitlines()[-1]}
         print(f"  {row['op']} of {count} GPUs failed: {row['error']}", flush=True)
         return [row]
 
 
-def _link_rows_of_rank(world: World) -> list[dict[str, Any]]:
-    return link_rows(world, _gpu(world))
+def link_rows(world: World, device: Device | None = None) -> list[dict[str, Any]]:
+    """Rows of {op, shape, us, flops, bytes}, with the shape (bytes of the whole tensor, ranks of the group); rank 0 prints each.
 
-
-def _gpu(world: World) -> Device:
+    Args:
+        device: this rank's GPU, unless given.
+    """
     index = 0 if world.own_device else world.local_rank
-    return Device(torch.device("cuda", index), "nccl", "gpu")
-
-
-def link_rows(world: World, device: Device) -> list[dict[str, Any]]:
-    """Rows of {op, shape, us, flops, bytes}, with the shape (bytes of the whole tensor, ranks of the group); rank 0 prints each."""
+    device = device or Device(torch.device("cuda", index), "nccl", "gpu")
     rows = []
     with process_group(device, world):
         for name, group in _groups(world):
@@ -58,10 +55,8 @@ def link_rows(world: World, device: Device) -> list[dict[str, Any]]:
                 for op, call, moved in _collectives(size, group, device.torch):
                     dist.barrier()
                     us = cuda.microseconds(call, cuda.lead_matrix(device.torch))
-                    shape = [size, group.size()]
-                    rows.append(
-                        {"op": f"{op} {name}", "shape": shape, "us": us, "flops": 0.0, "bytes": moved}
-                    )
+                    row = {"op": f"{op} {name}", "shape": [size, group.size()], "us": us}
+                    rows.append(row | {"flops": 0.0, "bytes": moved})
                     if world.rank == 0:
                         print(f"  {op} {name}, {size} bytes, {group.size()} ranks: {us:.1f} us", flush=True)
     return rows

@@ -78,7 +78,8 @@ def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -
         raise ConfigError("rows", len(rows), why, LEGAL, {})
     if memory := card.get("memory_bytes"):
         found["memory_gb"] = memory / 1e9
-    source = f"tpresearch.calibrate on {card.get('card', 'a GPU')}, torch {_first(rows, 'torch')}"
+    version = next((row["torch"] for row in rows if "torch" in row), "unknown")
+    source = f"tpresearch.calibrate on {card.get('card', 'a GPU')}, torch {version}"
     numbers = {key: dict(number) for key, number in base["numbers"].items()}
     for key, value in found.items():
         numbers[key] = {"value": value, "kind": "measured", "source": source}
@@ -187,7 +188,3 @@ def _steps(timed: list[Row], where: str, is_large: bool) -> list[tuple[float, in
 
 def _bandwidth_gb_s(large: list[tuple[float, int, float]], fixed_us: float, step_us: float) -> float:
     return median(moved / max(us - fixed_us - steps * step_us, us / 2) for us, steps, moved in large) / 1e3
-
-
-def _first(rows: list[Row], key: str) -> Any:
-    return next((row[key] for row in rows if key in row), "unknown")
