@@ -155,9 +155,9 @@ def _is_readable(word: str) -> bool:
     """Whether an argument is accepted: it names runs, or one that has ended."""
     folders = _existing_folders(word)
     with suppress(UnreadableRun):
-        return bool(folders) and (
-            folders != [Path(os.path.expanduser(word))] or read_run(folders[0]) is not None
-        )
+        if folders == [Path(os.path.expanduser(word))]:
+            read_run(folders[0])
+        return bool(folders)
     return False
 
 

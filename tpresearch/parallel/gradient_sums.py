@@ -89,7 +89,13 @@ def summing_layers(model: nn.Module, plan: Plan, loss_chunk: int | None) -> dict
         and (not called or name in called)  # another one needs no sum
         and name != chunked_head  # whose gradient the loss makes
     }
-    return {layer: weight for layer, weight in found.items() if weight is not None and _is_summed(weight)}
+    return {
+        layer: weight
+        for layer, weight in found.items()
+        if weight is not None
+        and weight.requires_grad
+        and weight.is_floating_point()  # a gradient of complex numbers takes conjugates
+    }
 
 
 def check_layers(model: nn.Module, plan: Plan, cfg: Config) -> None:
@@ -106,11 +112,6 @@ def check_layers(model: nn.Module, plan: Plan, cfg: Config) -> None:
     if not summing_layers(model, plan, cfg.train.loss_chunk):
         why = f"model {cfg.model.name} has no nn.Linear that learns, besides an output layer whose gradient the loss makes"
         raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
-
-
-def _is_summed(weight: nn.Parameter) -> bool:
-    """Whether it learns, by a gradient of real numbers: one of complex numbers takes conjugates."""
-    return weight.requires_grad and weight.is_floating_point()
 
 
 class _SummingLinear(nn.Linear):

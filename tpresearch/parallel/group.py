@@ -43,8 +43,10 @@ def process_group(device: Device, world: World) -> Iterator[None]:
     options: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
     if world.size == 1 and not world.elastic:
         options["store"] = dist.HashStore()
-    elif device.backend == "fake":
-        options["store"] = _fake_store()
+    elif device.backend == "fake":  # whose collectives return at once and send nothing
+        from torch.testing._internal.distributed.fake_pg import FakeStore  # private; torch 2.11 to 2.14
+
+        options["store"] = FakeStore()
     elif (agent := agent_store()) is not None:
         options["store"] = fresh_store(
             TCPStore(*agent, is_master=False, timeout=TIMEOUT), world, device.backend
@@ -98,13 +100,6 @@ def _share_device(world: World) -> None:
     os.environ["NCCL_HOSTID"] = f"rank {world.rank}"
     if world.size == world.local_size:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-
-
-def _fake_store() -> Any:
-    """A store for backend "fake", whose collectives return at once and send nothing (torch.testing, private; 2.11 to 2.14)."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    return FakeStore()
 
 
 def fresh_store(store: TCPStore, world: World, backend: str) -> Store:

@@ -43,18 +43,14 @@ class GradientBucket:
 
     def start_all_reduce(self) -> None:
         """Move the gradients into the one tensor that is summed."""
-        gradients = [None if p.grad is None else match_placements(p.grad, p) for p in self._trained]
-        parts = [
-            torch.full_like(local_part(p), -0.0).flatten()
-            if gradient is None
-            else local_part(gradient).flatten()
-            for p, gradient in zip(self._trained, gradients, strict=True)
-        ]
+        parts, builders = [], []
+        for parameter in self._trained:
+            had_none = parameter.grad is None
+            like = parameter if parameter.grad is None else match_placements(parameter.grad, parameter)
+            part = torch.full_like(local_part(like), -0.0) if had_none else local_part(like)
+            parts.append(part.flatten())
+            builders.append((parameter, had_none, _rebuild_like(like)))
         sizes = [part.numel() for part in parts]
-        builders = [
-            (p, gradient is None, _rebuild_like(p if gradient is None else gradient))
-            for p, gradient in zip(self._trained, gradients, strict=True)
-        ]
         flat = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype or parts[0].dtype)
         for parameter in self._trained:
             parameter.grad = None

@@ -61,7 +61,8 @@ def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int |
         whole = functools.lru_cache(maxsize=1)(ModuleInitializer.draw)
         bands: list[Future[None]] = []
         drawn: set[int] = set()
-        with ThreadPoolExecutor(threads or _cores_per_rank()) as pool:
+        cores_per_rank = len(os.sched_getaffinity(0)) // World.from_environment().local_size
+        with ThreadPoolExecutor(threads or max(1, cores_per_rank)) as pool:
             for prefix, module in model.named_modules():
                 for key, parameter in module.named_parameters(recurse=False):
                     if id(parameter) in drawn:  # it is tied to an earlier one
@@ -187,7 +188,3 @@ def _draw_band(
 def seed_of(text: str) -> int:
     """A seed for torch's generator, whose CPU one takes the lower 32 bits of it."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-
-
-def _cores_per_rank() -> int:
-    return max(1, len(os.sched_getaffinity(0)) // World.from_environment().local_size)

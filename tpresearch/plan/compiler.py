@@ -23,8 +23,6 @@ from tpresearch.plan.initializers import Initializer, read_initializers
 from tpresearch.plan.probe import Probe
 from tpresearch.plan.rules import ResolvedRule, can_chunk_logits, check_layouts, resolve_rule
 
-EMPTY_PROBE = Probe()
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -39,7 +37,7 @@ class Plan:
     sizes: MeshSizes
     output_shard_dim: int | None = None
     """The sharded dim of the model's output at the loss: -1 the vocabulary, 0 the batch; None if it is not sharded."""
-    probe: Probe = EMPTY_PROBE
+    probe: Probe = field(default_factory=Probe)
     """What a forward pass over shapes shows about the plain model."""
     initializers: dict[str, Initializer] = field(default_factory=dict)
     """Initializers of the parameters, read from the plain model before a rule or a narrow dtype replaces a layer."""

@@ -136,7 +136,12 @@ def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
             notes.append(
                 f"not in checkpoints: {_join_names(passing)}, which a forward changes and persistent=False leaves out: a resumed run starts them anew"
             )
-    return [*notes, random_note(plan)] if plan.probe.draws else notes
+    if plan.probe.draws:
+        notes.append(
+            f"random numbers: {_join_names(plan.probe.draws)} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats "
+            "bitwise and replicas agree, but plans differ in what they draw: equality with one process is not claimed"
+        )
+    return notes
 
 
 def plan_text(model: nn.Module, plan: Plan) -> str:
@@ -169,14 +174,6 @@ def _join_names(names: Iterable[str]) -> str:
 
 def _tensor_axes(plan: Plan) -> list[str]:
     return [axis.name for axis in AXES if axis.shards_layers and plan.sizes[axis.name] > 1]
-
-
-def random_note(plan: Plan) -> str:
-    """The note on a model that draws random numbers."""
-    return (
-        f"random numbers: {_join_names(plan.probe.draws)} draw by (seed, step, micro-batch, data-parallel rank); the same run repeats "
-        "bitwise and replicas agree, but plans differ in what they draw: equality with one process is not claimed"
-    )
 
 
 def _data_axis_notes(plan: Plan) -> list[str]:
