@@ -5,7 +5,6 @@ Prints results.csv and writes it (record.py says where).
 
 from __future__ import annotations
 
-import csv
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from tpresearch.data.rows import read_rows
 from tpresearch.models.llama2 import Llama2
 
 sys.path.append(str(Path(__file__).parents[1]))
-from record import place
+from record import place, write_rows
 
 VOCAB_SIZE = 4096
 CORPUS_TOKENS = 200_000_000
@@ -86,10 +85,7 @@ def measure(folder: Path, rows: int, seq_len: int) -> dict[str, object]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(Path(folder), rows, seq_len) for rows, seq_len in SHAPES]
-    with (place(Path(__file__).parent) / "results.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(results[0]), restval="")
-        table.writeheader()
-        table.writerows(results)
+    write_rows(place(Path(__file__).parent) / "results.csv", results)
     for result in results:
         print("  ".join(f"{key} {value}" for key, value in result.items()))
 

@@ -17,7 +17,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
-import yaml  # noqa: E402
 from gpu import report  # noqa: E402
 from gpu.training import FAMILIES  # noqa: E402
 from record import place  # noqa: E402
@@ -26,6 +25,7 @@ from tpresearch.api import load  # noqa: E402
 from tpresearch.calibrate.rows import cluster_from_rows, read_rows  # noqa: E402
 from tpresearch.config import ConfigError  # noqa: E402
 from tpresearch.config.world import World  # noqa: E402
+from tpresearch.launch.composition import read_option  # noqa: E402
 from tpresearch.launch.options import command  # noqa: E402
 from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import Recording, recording  # noqa: E402
@@ -100,10 +100,8 @@ def foresee(name: str, overrides: Sequence[str], clusters: Iterable[str]) -> Ite
 def calibrated(cluster: str) -> Cluster:
     """The cluster that `python -m tpresearch.calibrate rows=...` writes for the rows that it measured on such a card."""
     card = cluster.partition("_")[0]
-    base = yaml.safe_load((HERE.parents[1] / "conf" / "cluster" / f"{card}_dgx.yaml").read_text())
-    return parse_cluster(
-        cluster_from_rows(read_rows(HERE / "results" / f"{card}-{CALIBRATED}-calibrate.jsonl"), base, cluster)
-    )
+    rows = read_rows(HERE / "results" / f"{card}-{CALIBRATED}-calibrate.jsonl")
+    return parse_cluster(cluster_from_rows(rows, read_option("cluster", f"{card}_dgx"), cluster))
 
 
 def numbers(prediction: Prediction) -> Row:

@@ -8,7 +8,6 @@ calibrate makes of the same file's measurements of single ops alone. Peaks are o
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
-import yaml  # noqa: E402
-from record import place  # noqa: E402
+from record import place, write_rows  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
 from tpresearch.calibrate.rows import Row, cluster_from_rows, read_rows  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
+from tpresearch.launch.composition import read_option  # noqa: E402
 from tpresearch.launch.options import command  # noqa: E402
 from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
@@ -48,7 +47,7 @@ def main() -> None:
         option = next(
             option for card, option in CARDS.items() if any(card in row.get("card", "") for row in rows)
         )
-        plain = yaml.safe_load((HERE.parents[1] / f"conf/cluster/{option}.yaml").read_text())
+        plain = read_option("cluster", option)
         cluster = parse_cluster(plain)
         alone = [row for row in rows if "us" in row]
         measures_all = any(row["op"].startswith("matmul") for row in alone)
@@ -63,10 +62,7 @@ def main() -> None:
             print("\n  single ops, predicted beside measured, microseconds")
         for line in single_ops(alone, cluster):
             print(f"  {line}")
-    with (place(HERE) / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
+    write_rows(place(HERE) / "results.csv", found)
 
 
 def held(source: str, row: Row, cluster: Cluster, calibrated: Cluster | None) -> dict[str, Any]:

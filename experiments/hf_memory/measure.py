@@ -10,7 +10,6 @@ process's own; pages of the mapped files are the page cache's, shared by all ran
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
 import sys
 import tempfile
@@ -130,9 +129,7 @@ def main() -> None:
         write_folder(Path(folder), "llama2_1b")
         for ranks, plan in CELLS:
             command = [sys.executable, __file__, folder, str(ranks), plan]
-            said = subprocess.run(
-                command, check=True, capture_output=True, text=True, env=dict(os.environ)
-            ).stdout
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             held, own, mapped, seconds = map(float, said.split())
             weights, room = by_arithmetic(config("llama2_1b", plan), ranks)
             assert weights == held, (plan, weights, held)

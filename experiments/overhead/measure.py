@@ -7,7 +7,6 @@ Prints how many times as long a step of ours takes, and appends the measurement 
 
 from __future__ import annotations
 
-import csv
 import platform
 import shlex
 import statistics
@@ -35,7 +34,7 @@ from tpresearch.train.preflight import Preflight, preflight
 
 sys.path.append(str(Path(__file__).parents[1]))
 from overhead.bare import bare_loop
-from record import place
+from record import place, write_rows
 
 WARM_UP = 3
 """Steps of each loop before anything is timed: ours counts what it sends in the second."""
@@ -49,10 +48,7 @@ ROUNDS = 12
 def main(job: Preflight, run: Run) -> None:
     cfg = job.cfg
     steps = WARM_UP + ROUNDS * BLOCK
-    cfg.train.steps, cfg.train.eval_every = (
-        steps + 1,
-        None,
-    )  # the last step, which evaluates, is never reached
+    cfg.train.steps, cfg.train.eval_every = steps + 1, None  # the last one, which evaluates, is never reached
     assert job.device
     sizes, device = job.sizes, job.device
     corpus = prepare(cfg.data, cfg.tokenizer, run.world)
@@ -81,9 +77,8 @@ def main(job: Preflight, run: Run) -> None:
         with tracker or nullcontext():
             result = alternate(ours(loop, tracker), bare.__next__)
         if first:
-            report(
-                {"parallel": cfg.parallel.name, "ranks": run.world.size, "model": cfg.model.name, **result}
-            )
+            about = {"parallel": cfg.parallel.name, "ranks": run.world.size, "model": cfg.model.name}
+            report(about | result)
 
 
 def ours(loop: Loop, tracker: Tracker | None) -> Callable[[], float]:
@@ -154,13 +149,7 @@ def report(result: dict[str, Any]) -> None:
         "threads_a_rank": torch.get_num_threads(),
         "command": command,
     }
-    results = place(Path(__file__).parent) / "results.csv"
-    new = not results.exists()
-    with results.open("a", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(whole))
-        if new:
-            table.writeheader()
-        table.writerow(whole)
+    write_rows(place(Path(__file__).parent) / "results.csv", [whole], append=True)
 
 
 if __name__ == "__main__":

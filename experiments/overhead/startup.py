@@ -7,7 +7,6 @@ Prints the ratio of processor time, torchrun's and all ranks' together, and appe
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import resource
@@ -20,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from record import place  # noqa: E402
+from record import place, write_rows  # noqa: E402
 
 RANKS, ROUNDS = 4, 4
 """Of the rounds the first is not counted: it prepares the data, and fills the disk's cache."""
@@ -69,13 +68,7 @@ def main(overrides: list[str]) -> None:
     row |= {"ratio": round(ours / bare, 3), "ours_wall_s": ours_wall, "by_hand_wall_s": bare_wall}
     row |= {"date": date.today().isoformat(), "torch": torch.__version__}
     print(row)
-    results = place(HERE) / "startup.csv"
-    is_new = not results.exists()
-    with results.open("a", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(row))
-        if is_new:
-            table.writeheader()
-        table.writerow(row)
+    write_rows(place(HERE) / "startup.csv", [row], append=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent)]
 from gpu.rows import Stage, card_now  # noqa: E402
-from peers.turns import as_hugging_face, our_steps, version  # noqa: E402
+from peers.turns import adamw_of, as_hugging_face, our_steps, version  # noqa: E402
 
 import tpresearch  # noqa: E402
 from tpresearch.config.validate import tokens_per_step  # noqa: E402
@@ -135,8 +135,6 @@ def makers(job: Preflight, corpus: AnyCorpus, weights: dict[str, Tensor], folder
     cfg, device = job.cfg, job.device
     assert device
     on, kind, args = device.torch, device.type, dict(cfg.model.args)
-    adamw: dict[str, Any] = {name: getattr(cfg.optimizer, name) for name in ("lr", "eps", "weight_decay")}
-    adamw |= {"betas": tuple(cfg.optimizer.betas), "fused": True}
     source = Batches(corpus, cfg.train.global_batch_size, cfg.train.seed)
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
@@ -154,7 +152,7 @@ def makers(job: Preflight, corpus: AnyCorpus, weights: dict[str, Tensor], folder
         return our_steps(loop, job, device, run)
 
     found: dict[str, Make] = {"ours": ours}
-    taught, alone = (batches, adamw, cfg.train.clip_grad_norm, kind), ("none", 1, 1)
+    taught, alone = (batches, adamw_of(cfg), cfg.train.clip_grad_norm, kind), ("none", 1, 1)
     found["fabric"] = partial(peer, "fabric", *alone, args, weights, *taught, "bf16-true", compiled)
     found["transformers"] = partial(peer, "transformers", *alone, folder, *taught, torch.bfloat16, compiled)
     found["plain"] = partial(peer, "plain", args, weights, *taught, compiled)

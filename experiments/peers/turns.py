@@ -7,7 +7,6 @@ Those whose library is missing are left out. Appends a row per contender to resu
 from __future__ import annotations
 
 import ast
-import csv
 import gc
 import importlib.metadata
 import statistics
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpresearch.config import Config
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.hf.export import write_config, write_weights
@@ -42,7 +42,7 @@ from tpresearch.train.preflight import Preflight, preflight
 
 HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent)]
-from record import place  # noqa: E402
+from record import place, write_rows  # noqa: E402
 
 PLANS = {
     "tutorial": ("sp", "fsdp", "fsdp_tp"),
@@ -126,13 +126,6 @@ def makers(
 ) -> Iterator[tuple[str, Callable[[], Iterator[float]]]]:
     """Those that have this plan and are installed: what makes the steps of each."""
     cfg, sizes = job.cfg, job.sizes
-    adamw = {
-        "lr": cfg.optimizer.lr,
-        "betas": tuple(cfg.optimizer.betas),
-        "eps": cfg.optimizer.eps,
-        "weight_decay": cfg.optimizer.weight_decay,
-        "fused": True,
-    }
     weights = whole_weights(job)
     folder = [str(scratch)]
     dist.broadcast_object_list(folder)
@@ -151,7 +144,7 @@ def makers(
 
     yield "ours", ours
     given = (cfg.parallel.name, sizes.dp, sizes.tp)
-    taught = (batches, adamw, cfg.train.clip_grad_norm)
+    taught = (batches, adamw_of(cfg), cfg.train.clip_grad_norm)
     for name in ("tutorial", "fabric"):
         if cfg.parallel.name in PLANS[name] and (train := train_of(name)):
             yield name, partial(train, *given, cfg.model.args, weights, *taught)
@@ -160,6 +153,12 @@ def makers(
             as_hugging_face(Path(folder[0]), weights, settings_with_defaults(cfg.model))
         dist.barrier()
         yield "transformers", partial(train, *given, Path(folder[0]), *taught)
+
+
+def adamw_of(cfg: Config) -> dict[str, Any]:
+    """The config's settings of torch's AdamW."""
+    settings = {name: getattr(cfg.optimizer, name) for name in ("lr", "eps", "weight_decay")}
+    return {**settings, "betas": tuple(cfg.optimizer.betas), "fused": True}
 
 
 def train_of(name: str) -> Callable[..., Iterator[float]] | None:
@@ -247,21 +246,13 @@ def report(job: Preflight, contenders: list[Contender]) -> None:
         row["wire_mib"] = round(statistics.median(contender.wire_bytes) / 2**20, 2)
         row["peak_mib"] = round(contender.peak_bytes / 2**20, 1)
         row["lines"] = lines(contender.name)
-        row |= {
-            "loss": round(contender.losses[-1], 6),
-            "first_steps_differ_by": f"{max(differences[:WARM_UP]):.1e}",
-        }
+        row |= {"loss": round(contender.losses[-1], 6)}
+        row |= {"first_steps_differ_by": f"{max(differences[:WARM_UP]):.1e}"}
         row |= {"all_steps_differ_by": f"{max(differences):.1e}"}
         row |= {"torch": torch.__version__, "date": date.today().isoformat()}
         rows.append(row)
         print(row)
-    results = place(HERE) / "results.csv"
-    is_new = not results.exists()
-    with results.open("a", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if is_new:
-            table.writeheader()
-        table.writerows(rows)
+    write_rows(place(HERE) / "results.csv", rows, append=True)
 
 
 def lines(name: str) -> int:

@@ -32,10 +32,10 @@ FLOAT8 = 2 * FLOAT8_EFFICIENCY
 """By how much a large matmul in float8 is faster than in bfloat16, its casts apart: of twice the peak."""
 CAST = 4
 """Bytes per element that a cast to float8 moves: read, written, written again transposed (cuBLAS takes one layout)."""
-BACKWARD = 2
-"""Place of the first backward among a step's phases."""
 BY_NORMS = 2
 """The same, of activations, where norms and activation functions write float8 themselves, as Transformer Engine's do."""
+BACKWARD = 2
+"""Place of the first backward among a step's phases."""
 ROTATION = ("flip", "neg", "cat", "add", "mul")
 ONE_KERNEL_NORMS = ("internevo", "nanotron", "gpt-neox")
 ONE_KERNEL_NORM = re.compile(r"(?<!no )(fused|triton|apex) \w*norm", re.IGNORECASE)
@@ -81,11 +81,8 @@ def _as_complex_rotations(op: Op) -> list[Op]:
         return [op]
     if op.name != "mul" or len(op.reads) < 2:
         return [op] if op.name == "mul" else []
-    half = (
-        tuple((number, size // 2) for number, size in op.reads),
-        tuple((n, size // 2) for n, size in op.writes),
-    )
-    return [op._replace(reads=half[0], writes=half[1])]
+    reads, writes = (tuple((number, size // 2) for number, size in given) for given in (op.reads, op.writes))
+    return [op._replace(reads=reads, writes=writes)]
 
 
 def _unfused_attention(op: Op) -> list[Op]:
@@ -185,20 +182,12 @@ def _reduced_once(trace: Trace) -> Trace:
 def _added(part: tuple[Op, ...]) -> tuple[Op, ...]:
     found = []
     for op in part:
-        if op.name == "chunk_cat" or (_reduces(op) and not op.event):
+        if op.name == "chunk_cat":
             continue
-        if _reduces(op) and op.event:
-            size = op.event.tensor_bytes
-            sums = op.reads[0][0]
-            found.append(
-                op._replace(
-                    kind="other",
-                    name="add_",
-                    event=None,
-                    reads=((sums, size * 3 // 2),),
-                    writes=((sums, size),),
-                )
-            )
+        if op.event and _reduces(op):
+            sums, size = op.reads[0][0], op.event.tensor_bytes
+            moved = {"reads": ((sums, size * 3 // 2),), "writes": ((sums, size),)}
+            found.append(op._replace(kind="other", name="add_", event=None, **moved))
         else:
             found.append(op)
     return tuple(found)

@@ -5,7 +5,6 @@ python experiments/two_hosts/alone.py CLUSTER.yaml     # the file of this machin
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.network import Route, collective_s, network_s
 
 sys.path.append(str(Path(__file__).parents[1]))
-from record import place
+from record import place, write_rows
 from two_hosts.collectives import GROUPS, calls
 from two_hosts.hosts import HOSTS, RANKS_PER_HOST, TwoHosts
 from two_hosts.slowed import HERE, limit, slowed
@@ -40,16 +39,12 @@ def main() -> None:
         path = Path(folder) / "rows.json"
         hosts.torchrun([__file__, str(path)], Path(folder) / "logs")
         rows: list[dict[str, Any]] = json.loads(path.read_text())
+    for row in rows:
+        ranks = len(GROUPS[row["groups"]][0])
+        predicted = price_ms(row["collective"], row["tensor_bytes"], ranks, cluster)
+        row |= {"predicted_ms": round(predicted, 2), "error": f"{predicted / row['measured_ms'] - 1:+.3f}"}
     table = place(HERE) / "alone.csv"
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, (*rows[0], "predicted_ms", "error"))
-        writer.writeheader()
-        for row in rows:
-            predicted = price_ms(
-                row["collective"], row["tensor_bytes"], len(GROUPS[row["groups"]][0]), cluster
-            )
-            error = f"{predicted / row['measured_ms'] - 1:+.3f}"
-            writer.writerow({**row, "predicted_ms": round(predicted, 2), "error": error})
+    write_rows(table, rows)
     print(table.read_text())
 
 

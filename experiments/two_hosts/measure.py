@@ -18,12 +18,11 @@ import tempfile
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
-from record import latest, place
+from record import latest, place, write_rows
 from two_hosts.draw import draw
 from two_hosts.formulas import TUTORIAL
 from two_hosts.hosts import HostsUnavailable, TwoHosts
@@ -72,7 +71,7 @@ def measure_collectives(hosts: TwoHosts, folder: Path) -> None:
     """collectives.csv: each of the three collectives alone."""
     hosts.torchrun([str(HERE / "collectives.py"), str(folder / "rows.json")], folder)
     rows = json.loads((folder / "rows.json").read_text())
-    write("collectives.csv", [row | versions() for row in rows])
+    write_rows(place(HERE) / "collectives.csv", [row | versions() for row in rows])
 
 
 def measure_plans(hosts: TwoHosts, folder: Path) -> None:
@@ -82,7 +81,7 @@ def measure_plans(hosts: TwoHosts, folder: Path) -> None:
     rows = []
     for case, steps in zip(CASES, measured, strict=True):
         rows += [step.row() | {"overrides": " ".join(case.overrides)} | versions() for step in steps]
-    write("results.csv", rows)
+    write_rows(place(HERE) / "results.csv", rows)
 
 
 def versions() -> dict[str, str]:
@@ -98,13 +97,6 @@ def versions() -> dict[str, str]:
 def read(name: str) -> list[dict[str, str]]:
     with latest(HERE, name).open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def write(name: str, rows: list[dict[str, Any]]) -> None:
-    with (place(HERE) / name).open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
 
 
 def print_tables() -> None:

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE.parent), str(ROOT)]
 
-from record import latest, place  # noqa: E402
+from record import latest, place, write_rows  # noqa: E402
 from two_hosts.hosts import HOSTS, INTERFACE, RANKS_PER_HOST, HostsUnavailable, TwoHosts  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
@@ -73,10 +73,7 @@ def main() -> None:
                 measured, alone = measured_s(hosts, plan, Path(folder) / f"{plan}-{rate}")
                 found = row(rate, plan, predicted[rate, plan], measured, alone)
                 rows[f"{rate}/{plan}"] = found
-                with path.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS)
-                    writer.writeheader()
-                    writer.writerows(rows.values())
+                write_rows(path, list(rows.values()))
                 print(" ".join(f"{value:>10}" for value in found.values()), flush=True)
     except HostsUnavailable as reason:
         sys.exit(f"two hosts cannot be made here: {reason}")

@@ -8,7 +8,6 @@ the same everywhere, so that past its number of rows only tensor parallelism can
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
-import yaml  # noqa: E402
-from record import place  # noqa: E402
+from record import place, write_rows  # noqa: E402
 
 from tpresearch.api import load  # noqa: E402
 from tpresearch.config.errors import ConfigError  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
+from tpresearch.launch.composition import read_option  # noqa: E402
 from tpresearch.simulate.cluster import parse_cluster  # noqa: E402
 from tpresearch.simulate.compiled_blocks import CompiledBlock  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
@@ -47,10 +46,7 @@ COMMON = (
 
 
 def main() -> None:
-    clusters = {
-        name: parse_cluster(yaml.safe_load((HERE.parents[1] / f"conf/cluster/{name}.yaml").read_text()))
-        for name in CLUSTERS
-    }
+    clusters = {name: parse_cluster(read_option("cluster", name)) for name in CLUSTERS}
     found = []
     blocks: dict[int, CompiledBlock] = {}
     for world in WORLDS:
@@ -91,10 +87,7 @@ def main() -> None:
                     f"waits for dp_shard {row['exposed_dp_shard']:.1%}, tp {row['exposed_tp']:.1%}, {row['memory_gb']:.0f} GB",
                     flush=True,
                 )
-    with (place(HERE) / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
+    write_rows(place(HERE) / "results.csv", found)
     draw(found)
 
 
