@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from io import FileIO
@@ -101,6 +102,13 @@ def test_a_resumed_run_tells_its_own_speed_and_the_last_evaluation_there_was() -
     assert figures["memory/peak_bytes"] == 180  # of step 5
     assert figures["perf/tokens_per_second"] == 6006.0  # of step 6: step 5 warmed up this process
     assert figures["val/loss"] == 7.5  # of step 4
+
+
+def test_a_run_that_ends_in_nan_has_not_the_held_out_loss_of_before() -> None:
+    rows = [complete_row(row(step, **{"train/loss": math.nan if step > 5 else 4.0})) for step in range(1, 8)]
+    assert summary_figures(rows[:5], warmup_steps=1)["val/loss"] == 7.5  # of step 4
+    assert summary_figures(rows, warmup_steps=1)["val/loss"] is None
+    assert summary_figures([*rows, rows[3] | {"train/loss": None}], warmup_steps=1)["val/loss"] == 7.5
 
 
 def test_a_run_without_rows_has_no_figures() -> None:

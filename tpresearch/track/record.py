@@ -117,10 +117,14 @@ def summary_figures(
     warm = [row for row, since in zip(mine, covered_from, strict=False) if since >= start_step + warmup_steps]
     timed = {name: _defined(warm, name) for name in NAMES if name.startswith(("perf/", "time/"))}
     skipped = _defined(rows, "train/skipped_updates")
+    loss = rows[-1]["train/loss"] if rows else None
+    evaluated = (
+        rows if loss is not None else rows[-1:]
+    )  # where a run ends in NaN, an earlier evaluation is not its result
     return {
-        "train/loss": rows[-1]["train/loss"] if rows else None,
+        "train/loss": loss,
         "train/skipped_updates": sum(skipped) if skipped else None,
-        "val/loss": next(reversed(_defined(rows, "val/loss")), None),
+        "val/loss": next(reversed(_defined(evaluated, "val/loss")), None),
         **{name: median(values) if values else None for name, values in timed.items()},
         "memory/peak_bytes": max(_defined(mine, "memory/peak_bytes"), default=None),
         "comm/bytes_per_step": next(reversed(_defined(mine, "comm/bytes_per_step")), None),
