@@ -15,7 +15,13 @@ from support.example_run import row
 
 from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import METRICS, NAMES, complete_row
-from tpresearch.track.record import read_metrics, summary_figures, write_atomically, write_summary
+from tpresearch.track.record import (
+    read_metrics,
+    summary_figures,
+    write_atomically,
+    write_config,
+    write_summary,
+)
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -171,3 +177,11 @@ def test_a_file_may_have_a_path_in_it_that_is_not_utf8(tmp_path: Path) -> None:
     folder = os.fsdecode(b"caf\xe9")
     write_atomically(tmp_path / "page", f"runs in {folder}")
     assert (tmp_path / "page").read_bytes() == b"runs in caf\xe9"
+
+
+def test_a_config_that_led_to_no_checkpoint_is_not_kept_as_that_of_the_steps_before(tmp_path: Path) -> None:
+    """As of a run that is killed soon after it has resumed, and resumes once more with another."""
+    for plan, step in (("ddp", 0), ("fsdp", 100), ("tp", 100)):
+        write_config(tmp_path, {"parallel": plan}, step)
+    kept = {path.name: path.read_text() for path in tmp_path.glob("config*")}
+    assert kept == {"config.yaml": "parallel: tp\n", "config.step-00000100.yaml": "parallel: ddp\n"}

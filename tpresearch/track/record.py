@@ -137,8 +137,10 @@ def _defined(rows: Sequence[Row], name: str) -> list[int | float]:
 
 def _write_keeping_earlier(step: int, path: Path, content: str) -> None:
     """When a run resumes with another `config.yaml` or `plan.txt`, keep the earlier one: config.step-00000100.yaml."""
-    if step and path.exists() and path.read_text(encoding="utf-8") != content:
-        path.rename(path.with_name(f"{path.stem}.step-{step:08d}{path.suffix}"))
+    kept = path.with_name(f"{path.stem}.step-{step:08d}{path.suffix}")
+    # If there is one of this step, no checkpoint followed what `path` holds.
+    if step and path.exists() and not kept.exists() and path.read_text(encoding="utf-8") != content:
+        path.rename(kept)
     write_atomically(path, content)
 
 
