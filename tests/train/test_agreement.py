@@ -58,6 +58,18 @@ class RoutedRows(ToyLM):
         self.mlp = Routed(dim, hidden_dim, dim)
 
 
+class Forked(ToyLM):
+    """With a second block of another size, for rows of which a number is positive."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.wide = ToyMLP(dim, 2 * hidden_dim, dim)
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        x = self.embed(tokens)
+        return self.output(self.wide(x) if x[0, 0, 0] > 0 else self.mlp(x))
+
+
 def first_step(world: World, cfg: Config, steps: int = 1) -> str:
     """What it is refused for, if it is, or one of the next."""
     job = preflight(cfg, world)
@@ -90,11 +102,22 @@ def test_a_partial_gradient_of_what_is_replicated_is_refused(
         agree(ranks.run(2, trace, config(*settings, "parallel=tp"))[0], alone)
 
 
-@pytest.mark.parametrize(("net", "refused"), [(RoutedRows, True), (Asking, False)])
+@pytest.mark.parametrize(
+    ("net", "refused"),
+    [
+        (RoutedRows, "mlp.in_proj.weight has a gradient on some ranks alone"),
+        (
+            Forked,
+            "some ranks, whose rows led the forward elsewhere, gather wide, where others gather mlp; ddp",
+        ),
+        (Asking, ""),
+    ],
+)
 def test_ranks_whose_rows_led_to_different_parameters_are_refused(
-    ranks: Ranks, net: type[nn.Module], refused: bool
+    ranks: Ranks, net: type[nn.Module], refused: str
 ) -> None:
-    """FSDP would sum the gradients of one with those of another, without a word."""
-    cfg = config(*model(net), "parallel=fsdp", "train.micro_batch_size=2", "train.loss_chunk=null")
-    for found in ranks.run(2, first_step, cfg, 4):
-        assert found.startswith("parallel=fsdp: mlp.in_proj.weight has a gradient on some ranks") is refused
+    """FSDP would sum the gradients of one with those of another, without a word; or end in gloo's, where sizes differ."""
+    settings = ("parallel=fsdp", "train.micro_batch_size=2", "train.loss_chunk=null")
+    blocks = ["model.blocks=[mlp,wide]"] if net is Forked else []
+    for found in ranks.run(2, first_step, config(*model(net), *settings, *blocks), 4):
+        assert found.startswith(f"parallel=fsdp: {refused}") if refused else not found

@@ -1,16 +1,19 @@
-"""Checks of gradients between ranks: in the first step, that what the plan holds to be replicated has one gradient on all ranks that
-share it; and of models that may go different ways, that ranks that sum gradients have those of the same parameters.
+"""Checks between ranks: in the first step, that what the plan holds to be replicated has one gradient on all ranks that share it;
+and of models that may go different ways, that ranks gather the same weights, and sum the gradients of the same parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from tpresearch.config.axes import DATA_AXES, LAYER_AXES
 from tpresearch.config.errors import ConfigError
@@ -138,3 +141,67 @@ class AgreedUse(Observer):
                 why = f"{name} has a gradient on some ranks alone, whose rows led the forward to it: fully_shard would sum it with others"
                 legal = "ddp, or a forward that uses every parameter whatever the rows"
                 raise ConfigError("parallel", self._cfg.parallel.name, why, legal, fix={"parallel": "ddp"})
+
+
+class AgreedUnits(Observer):
+    """Refuses a forward that leads data-parallel ranks to different units of `fully_shard`: it would gather the shards of one with
+    those of another, for which gloo ends the process where their sizes differ.
+
+    As with `AgreedUse`, the host waits for the device. (The default collectives are private; read in torch 2.11 to 2.14.)
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        self._cfg = cfg
+        self._uses: list[str] = []
+
+    def start(self, state: TrainState) -> None:
+        for name, unit in state.model.named_modules():
+            if isinstance(unit, FSDPModule):
+                what = name or "the model"
+                unit.set_custom_all_gather(_AgreedAllGather(self._check_for(f"gather {what}")))
+                unit.set_custom_reduce_scatter(
+                    _AgreedReduceScatter(self._check_for(f"sum gradients of {what}"))
+                )
+
+    def _check_for(self, use: str) -> Callable[[Tensor, dist.ProcessGroup], None]:
+        """What compares, before this use of the group by this rank, that it is that of the others."""
+        number = len(self._uses)
+        self._uses.append(use)
+
+        def check(tensor: Tensor, group: dist.ProcessGroup) -> None:
+            numbers = torch.tensor([number, -number], device=tensor.device)
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group)
+            most, least = numbers.tolist()
+            if most != -least:
+                why = f"some ranks, whose rows led the forward elsewhere, {self._uses[most]}, where others {self._uses[-least]}"
+                legal = "ddp, or a forward that comes to the same blocks whatever the rows"
+                raise ConfigError("parallel", self._cfg.parallel.name, why, legal, fix={"parallel": "ddp"})
+
+        return check
+
+
+class _AgreedAllGather(DefaultAllGather):
+    def __init__(self, check: Callable[[Tensor, dist.ProcessGroup], None]) -> None:
+        self._check = check
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        self._check(input_tensor, group)
+        return super().__call__(output_tensor, input_tensor, group, async_op)
+
+
+class _AgreedReduceScatter(DefaultReduceScatter):
+    def __init__(self, check: Callable[[Tensor, dist.ProcessGroup], None]) -> None:
+        self._check = check
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> Any:
+        self._check(input_tensor, group)
+        return super().__call__(output_tensor, input_tensor, group, op, async_op)

@@ -22,7 +22,7 @@ from tpresearch.parallel.reducer import build_reducer
 from tpresearch.parallel.weights import WeightSource, from_seed, materialize
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.initializers import Initializer
-from tpresearch.train.agreement import AgreedUse
+from tpresearch.train.agreement import AgreedUnits, AgreedUse
 from tpresearch.train.defects import build_defects
 from tpresearch.train.loop import Loop
 from tpresearch.train.losses import build_objective
@@ -60,7 +60,7 @@ def assemble(
     randomness = [SeededRandomness(cfg.train.seed, mesh, plan, cfg.parallel.compile)] if draws else []
     # As it may depend on values, which fake ranks do not have.
     may_part = plan.probe.output is None and plan.sizes.shards > 1 and device.backend != "fake"
-    agreement = [AgreedUse(cfg, plan, mesh)] if may_part else []
+    agreement = [AgreedUnits(cfg), AgreedUse(cfg, plan, mesh)] if may_part else []
     observers = Observers([*randomness, *agreement, *build_defects(cfg, plan, mesh, batches), *watching])
     state = build_state(model, cfg, plan, mesh)
     if restore:
