@@ -107,8 +107,9 @@ def _exit_code(error: BaseException) -> int | None:
     if not isinstance(error, ChildFailedError):
         return None
     _, first = error.get_first_failure()
-    if str(first.message).startswith("refused: "):
-        return int(first.exitcode)
+    reasons = [str(each.message) for each in error.failures.values() if each.error_file != "<N/A>"]
+    if str(first.message).startswith("refused: ") and all(why.startswith("refused: ") for why in reasons):
+        return max(int(first.exitcode), 1)  # torchrun may have ended it after it had said why
     return int(first.exitcode) if first.exitcode in SIGNALLED else None
 
 

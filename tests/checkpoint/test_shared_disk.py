@@ -54,7 +54,7 @@ def start_from_own_weights(world: World, disks: Path) -> None:
     with (
         process_group(Device(torch.device("cpu"), "gloo", "cpu"), world),
         pytest.raises(
-            ConfigError, match=r"^init_from=.*: on some hosts it is another checkpoint; the same one"
+            ConfigError, match=r"^init_from=.*: on some hosts it holds other weights; the same on every host"
         ),
     ):
         from_checkpoint(str(own))(nn.Linear(2, 2))

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from support.composed import corpus
 from support.llamas import CPU, MakeLlama, configured, imported, relative_difference
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tpresearch.config import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
+from tpresearch.data.rows import PackedCorpus
 from tpresearch.hf.read import from_hugging_face
+from tpresearch.launch import Run
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import held_indices, local_part, materialize
-from tpresearch.train.preflight import plan_model
+from tpresearch.train import main
+from tpresearch.train.preflight import plan_model, preflight
 from tpresearch.verify.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -119,3 +127,29 @@ def test_each_rank_of_each_plan_reads_its_part(llama: Path, ranks: Ranks) -> Non
     for case in ("none", "fsdp", "fsdp_tp"):  # nothing of which is held twice, but for norms along tp
         held_by_all = sum(found[case]["held"] for found in by_rank[: MESHES[case][0]])
         assert held_by_all == numbers + (5 * 96 if case == "fsdp_tp" else 0), case
+
+
+def start_from(world: World, folders: list[Path]) -> str:
+    """What a new run is refused for whose hosts have a folder each."""
+    cfg = configured(folders[world.rank], "parallel=ddp", f"init_from={folders[world.rank]}")
+    pretended = {"prepare": lambda *_, **__: corpus(vocab=263), "check_same_job": lambda *_: None}
+    with (
+        patch.multiple(main, **pretended),
+        patch.object(PackedCorpus, "save_tokenizer"),
+        pytest.raises(ConfigError) as refused,
+    ):
+        main.train(preflight(cfg, world), Run(folders[world.rank], world))
+    return str(refused.value)
+
+
+def test_a_host_with_other_weights_of_the_same_shapes_is_refused(
+    make_llama: MakeLlama, ranks: Ranks, tmp_path: Path
+) -> None:
+    mine = make_llama()
+    shutil.copytree(mine, tmp_path / "other")
+    weights = load_file(file := tmp_path / "other" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 3] += 1
+    save_file(weights, file)
+    folders = [mine, tmp_path / "other"]
+    for folder, said in zip(folders, ranks.run(2, start_from, folders), strict=True):
+        assert said.startswith(f"init_from={folder}: on some hosts it holds other weights; ")

@@ -192,16 +192,6 @@ def test_a_rank_whose_torchrun_was_killed_before_it_looked_ends(monkeypatch: pyt
         run_dir._agent_store()
 
 
-@pytest.fixture
-def agent(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
-    """The store of torchrun's agent, which this rank shares."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "any", "RANK": "3"}
-    for name, value in (env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}).items():
-        monkeypatch.setenv(name, value)
-    return store
-
-
 REFUSED = ConfigError("data.path", "mine.txt", "is not there", "a file")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from tpresearch.agent import silent_end
+from tpresearch.agent import _exit_code, silent_end
 
 BY_THE_KERNEL = ", as by the kernel where the host's memory or the job's share of it is used up"
 
@@ -53,3 +53,14 @@ def test_a_rank_that_aborts_after_the_error_of_another_is_not_named(tmp_path: Pa
     failures = {0: failure(tmp_path, 1, True), 1: failure(tmp_path, -signal.SIGABRT, False)}
     assert silent_end(ChildFailedError("train.py", failures)) is None
     assert silent_end(ValueError("of torchrun itself")) is None
+
+
+def test_an_error_that_another_rank_waited_for_in_vain_is_reported(tmp_path: Path) -> None:
+    """As of one that had W&B to close before torchrun got to know its error."""
+    said = tmp_path / "refused.json"
+    said.write_text(json.dumps({"message": "refused: another rank does not answer", "timestamp": 0}))
+    for code in (1, -signal.SIGTERM):
+        failures = {1: ProcessFailure(0, 17, code, str(said))}
+        assert _exit_code(ChildFailedError("train.py", failures)) == 1
+    failures[0] = failure(tmp_path, 1, has_error=True, timestamp=9)
+    assert _exit_code(ChildFailedError("train.py", failures)) is None

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from tpresearch.config.errors import ConfigError, RunFailed
+from tpresearch.config.other_hosts import stopped_key
 from tpresearch.config.world import World
+from tpresearch.launch.run_dir import tell_stopped
 from tpresearch.parallel import group
 from tpresearch.parallel.device import CPU, Device
 from tpresearch.parallel.group import ANNOUNCE_KEY, ANSWER_KEY, fresh_store, process_group
@@ -65,8 +67,40 @@ def test_a_rank_whose_host_prepares_data_is_waited_for_beyond_the_timeout_of_a_m
     assert agents.get(f"{ANSWER_KEY}/its request gloo")
     assert caplog.messages == ["waiting for rank 1 of 2, whose host may be preparing data"]
     monkeypatch.setattr(group, "JOIN_S", 0)
+    agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(RunFailed, match=r"rank 1 did not come in .*; to prepare data ahead: python -m tp"):
         fresh_store(agents, world, "gloo")
+
+
+@pytest.mark.parametrize(
+    ("limit", "why"),
+    [("REJOIN_S", "its torchrun may have ended"), ("STOPPED_S", "a signal has stopped it, and its torchrun")],
+)
+def test_a_rank_that_does_not_come_again_is_not_waited_for_as_if_it_prepared_data(
+    agent: TCPStore, monkeypatch: pytest.MonkeyPatch, limit: str, why: str
+) -> None:
+    """Its torchrun may have been stopped, while that of rank 0 starts the ranks again."""
+    first, again = World(0, SIZE, 0, 1, elastic=True), "the same command on all hosts resumes the run"
+    start(agent.port, 0, "first")
+    if limit == "STOPPED_S":
+        tell_stopped(World(1, SIZE, 0, 1, elastic=True))
+    with monkeypatch.context() as short:
+        short.setattr(group, limit, 0)
+        for _ in range(2):
+            with pytest.raises(RunFailed, match=f"^rank 1 did not come in 0 minutes: {why}; {again}$"):
+                fresh_store(agent, first, "gloo")
+    start(agent.port, 0, "come back")
+    assert not agent.check([stopped_key(1)])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_another_can_be_stopped(rank: int) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(KeyboardInterrupt):
+        fresh_store(agents, World(rank, 2, 0, 1, elastic=True), "gloo", stop)
 
 
 def test_a_host_that_falls_back_to_its_cpu_is_told_from_those_with_gpus() -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from support.commands import Done, environment, execute, execute_agent, execute_warm, on_path
 from support.launches import PROGRAM, Command
@@ -69,3 +70,13 @@ def extra_configs(tmp_path: Path) -> str:
     (folder / "experiment" / "torn.yaml").write_text(f"{head}train: {{steps: [4\n")
     (folder / "model" / "unset.yaml").write_text("name: unset\n_target_: a.B\ndim: ???\n")
     return f"hydra.searchpath=[file://{folder}]"
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
+    """The store of torchrun's agent, which this rank shares."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "any", "RANK": "3"}
+    for name, value in (env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}).items():
+        monkeypatch.setenv(name, value)
+    return store

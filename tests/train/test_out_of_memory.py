@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.composed import config
 
 from tpresearch.config import ConfigError
@@ -69,6 +70,23 @@ def test_libraries_without_room_are_told_from_other_errors(said: str, refused: b
     ends = pytest.raises(ConfigError if refused else RuntimeError, match=re.escape(said))
     with ends, refusing_out_of_memory(config("parallel=none"), MeshSizes(), World(), trains=True):
         raise RuntimeError(said)
+
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details), "
+    "NCCL version 2.28.9\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+)
+
+
+def test_where_groups_are_made_it_is_refused_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def init(*_: object, **__: object) -> None:
+        raise dist.DistBackendError(NCCL)
+
+    monkeypatch.setattr(dist, "init_process_group", init)
+    job = preflight(config("model=toy_mlp", "parallel=none", "data=random_tokens"), World())
+    why = r"^parallel=none: a device is out of memory \(Cuda failure 2 'out of memory'\); one that shards more, "
+    with pytest.raises(ConfigError, match=why):
+        main.train(job, Run(tmp_path, World()))
 
 
 def train_beyond(world: World, folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from dataclasses import replace
@@ -11,13 +12,17 @@ from types import ModuleType
 from unittest.mock import patch
 
 import pytest
-from support.composed import config, corpus
+import torch
+from support.composed import VOCAB, config, corpus
 from torch import nn
 
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
+from tpresearch.launch import Run
+from tpresearch.launch.run_dir import tell_other_hosts
+from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.parallel.group import process_group
-from tpresearch.train import same_job
+from tpresearch.train import main, same_job
 from tpresearch.train.preflight import preflight
 from tpresearch.train.same_job import check_same_job, code_hash
 from tpresearch.verify.ranks import Ranks
@@ -30,6 +35,8 @@ OF_RANK_1 = {
     "init_from=elsewhere": "init_from=null: rank 1 has elsewhere; ",
     "+model.plans.tp.more={match: output, style: colwise}": "model.plans.tp.more=null: rank 1 has {",
 }
+
+SHAPES = "parameters.mlp.in_proj.weight=[32, 64] of torch.float32: rank 1 has [64, 64] of torch.float32; "
 
 
 def meet(world: World) -> None:
@@ -49,12 +56,39 @@ def meet(world: World) -> None:
             pytest.raises(ConfigError, match=r"^code=0: rank 1 has 1; "),
         ):
             check_same_job(job, rows)
+        with torch.device("meta"):
+            of_this_host = ToyLM(VOCAB, 64, 32 * (1 + world.rank))
+        with pytest.raises(ConfigError, match=re.escape(SHAPES)):
+            check_same_job(replace(job, model=of_this_host), rows)
         with pytest.raises(ConfigError, match="ranks 0 and 1 prepared different rows from it"):
             check_same_job(job, replace(rows, tokenizer_hash=f"of rank {world.rank}"))
 
 
 def test_ranks_of_different_jobs_are_refused(ranks: Ranks) -> None:
     ranks.run(2, meet)
+
+
+def end(world: World, folder: Path) -> str:
+    """What each of two hosts is refused for, of which one finds the run complete; both find it so the second time."""
+    host = replace(world, local_rank=0, local_size=1)
+    job = preflight(config("model=toy_mlp", "parallel=ddp", "data=random_tokens"), host)
+    run = Run(folder, host)
+    with patch.object(main, "is_complete", lambda *_: world.rank == 1), pytest.raises(ConfigError) as refused:
+        main.train(job, run)
+    tell_other_hosts(refused.value, host)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    with patch.object(main, "is_complete", lambda *_: True):
+        main.train(job, run)
+    return str(refused.value)
+
+
+def test_a_run_that_is_complete_on_the_disk_of_one_host_is_refused_on_all(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    first, second = ranks.run(2, end, tmp_path)
+    why = "resume=auto: the run is complete in the folder that rank 1 sees, and not in that of rank 0"
+    assert first == f"{why}; a run folder on a disk that all hosts share"
+    assert second == f"{why} (on rank 0); a run folder on a disk that all hosts share"
 
 
 def test_code_is_that_of_the_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,6 @@ from tpresearch.launch import Run
 from tpresearch.launch.stop import StopFlag, Stopped
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
-from tpresearch.track.tracker import Status, Tracker
 from tpresearch.train import main
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import preflight
@@ -140,41 +139,3 @@ def test_ranks_stop_after_the_same_step_and_say_so(
     assert last_row.items() <= rows[-1].items()
     assert rows[-1]["train/loss"] > 0
     assert [found.step for found in complete_checkpoints(tmp_path)] == [summary["steps"]]
-
-
-class Record(Tracker):
-    """Of a run that is not there."""
-
-    def __init__(self) -> None:
-        self.ended: list[tuple[Status, str | None]] = []
-
-    def finish(self, status: Status = "completed", error: str | None = None) -> None:
-        self.ended.append((status, error))
-
-
-@pytest.mark.parametrize("fault", [None, "rank 1: ValueError: no luck"])
-def test_a_rank_that_another_takes_along_records_that_ones_error_and_says_no_more(
-    monkeypatch: pytest.MonkeyPatch, fault: str | None
-) -> None:
-    monkeypatch.setattr(main, "fault_of_another_rank", lambda: fault)
-    record, flag = Record(), StopFlag()
-    flag.requested = signal.SIGTERM
-    ends = pytest.raises(SystemExit if fault else dist.DistError)
-    with ends as raised, main.record_other_faults(record, flag):
-        raise dist.DistError("Connection closed by peer")
-    assert record.ended == ([("failed", fault)] if fault else [])
-    assert not fault or (isinstance(raised.value, SystemExit) and raised.value.code == 1)
-
-
-@pytest.mark.parametrize(
-    ("backend", "fault", "aborts"), [("nccl", "x", 1), ("nccl", None, 0), ("gloo", "x", 0)]
-)
-def test_a_rank_does_not_wait_on_a_gpu_for_one_that_failed(
-    monkeypatch: pytest.MonkeyPatch, backend: str, fault: str | None, aborts: int
-) -> None:
-    """Preempted, with all ranks there, it does: they stop together."""
-    aborted: list[int] = []
-    monkeypatch.setattr(main, "fault_of_another_rank", lambda: fault)
-    monkeypatch.setattr(main, "abort_group", lambda: aborted.append(1))
-    main.leave_failed_ranks(Device(torch.device("cpu"), backend, "cpu"))
-    assert len(aborted) == aborts

@@ -95,12 +95,7 @@ def from_checkpoint(init_from: str) -> Callable[[nn.Module], None]:
 
     def source(model: nn.Module) -> None:
         group = checkpoint_group()
-        first, *others = on_all_ranks(lambda: checkpoint.manifest.files, group)
-        if any(files != first for files in others):
-            why = "on some hosts it is another checkpoint"
-            raise ConfigError(
-                "init_from", init_from, why, "the same one on every host, as on a disk that they share"
-            )
+        check_same_content(init_from, checkpoint.manifest.files, group)
         tensors = model_state(model, dict(model.named_parameters()))
         destination = {name: tensor.detach() for name, tensor in tensors.items()}
         try:
@@ -111,6 +106,21 @@ def from_checkpoint(init_from: str) -> Callable[[nn.Module], None]:
             raise ConfigError("init_from", init_from, why, "another checkpoint") from None
 
     return source
+
+
+def check_same_content(init_from: str, content: object, group: dist.ProcessGroup | None) -> None:
+    """Refuse initial weights that are other ones on some hosts. Collective.
+
+    Args:
+        content: what tells these from others.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    first, *others = on_all_ranks(lambda: content, group)
+    if any(other != first for other in others):
+        legal = "the same on every host, as on a disk that they share"
+        raise ConfigError("init_from", init_from, "on some hosts it holds other weights", legal)
 
 
 def check_initial_weights(checkpoint: Checkpoint, model: nn.Module) -> None:

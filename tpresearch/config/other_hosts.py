@@ -27,6 +27,11 @@ def notice_key() -> str:
     return job_key(f"ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
 
 
+def stopped_key(rank: int) -> str:
+    """Key of the note that this rank was stopped by a signal, probably with the torchrun that started it."""
+    return job_key(f"stopped/{rank}")
+
+
 def notice_of(error: BaseException) -> str:
     """The notice: this rank, and why it ends."""
     if isinstance(error, ConfigError):

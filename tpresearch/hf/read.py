@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from tpresearch.checkpoint.load import check_same_content
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.model import ModelConfig
 from tpresearch.hf.files import check_tensors, settings_of, stored_tensors, weights_folder
@@ -32,17 +36,36 @@ def from_hugging_face(init_from: str, config: ModelConfig) -> WeightSource:
 
     @torch.no_grad()
     def source(model: nn.Module) -> None:
-        stored = stored_tensors(weights_folder(init_from), init_from)
-        with ExitStack() as opened:
-            paths = {path for path, *_ in stored.values()}
-            handles = {path: opened.enter_context(safe_open(path, "pt")) for path in paths}
+        with _opened(init_from, model) as parts:
             for name, parameter in model.named_parameters():
-                there = hugging_face_name(name)
-                assert there
-                part = handles[stored[there][0]].get_slice(there)
-                _load_parameter(parameter, part, head_dim if has_rotary_rows(name) else None)
+                _load_parameter(parameter, parts[name], head_dim if has_rotary_rows(name) else None)
 
     return source
+
+
+def check_same_weights(init_from: str, model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Refuse a folder or hub id that holds other weights on some hosts, by the first row of each tensor, in which two trainings of
+    one model differ. Collective.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with _opened(init_from, model) as parts:
+        for part in parts.values():
+            digest.update(part[:1].contiguous().view(torch.uint8).numpy())
+    check_same_content(init_from, digest.hexdigest(), group)
+
+
+@contextmanager
+def _opened(init_from: str, model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Each parameter's tensor in its file, as safetensors slices it, by our names."""
+    stored = stored_tensors(weights_folder(init_from), init_from)
+    with ExitStack() as opened:
+        paths = {path for path, *_ in stored.values()}
+        handles = {path: opened.enter_context(safe_open(path, "pt")) for path in paths}
+        names = {name: hugging_face_name(name) or "" for name, _ in model.named_parameters()}
+        yield {name: handles[stored[there][0]].get_slice(there) for name, there in names.items()}
 
 
 def check_weights(init_from: str, config: ModelConfig, model: nn.Module, download: bool = True) -> None:

@@ -259,7 +259,7 @@ def _call_main(program: Program[Checked], job: Checked, world: World, restarted:
         raise
     except RunFailed as failed:
         log.error("%s: %s", type(failed).__name__, failed, extra=IN_FILES_ONLY)
-        exit_failed(failed)
+        exit_failed(failed, world)
     except Exception:
         log.exception("stopped by an exception", extra=IN_FILES_ONLY)
         raise

@@ -27,7 +27,7 @@ from tpresearch.launch.command import Command, CommandCheck, command_to_try
 from tpresearch.launch.composition import Composition, typed_config
 from tpresearch.launch.earlier_run import repeat_command_of_run
 from tpresearch.launch.explain import explain_errors
-from tpresearch.launch.run_dir import check_folder_names
+from tpresearch.launch.run_dir import check_folder_names, tell_other_hosts
 
 EXIT_CODE = 2
 TIMEOUT_S = 60
@@ -55,8 +55,13 @@ def refuse(error: ConfigError, world: World, check_command: CommandCheck) -> NoR
     sys.exit(EXIT_CODE)
 
 
-def exit_failed(error: RunFailed) -> NoReturn:
-    """Exit with code 1 after a run whose report states what is wrong."""
+def exit_failed(error: RunFailed, world: World) -> NoReturn:
+    """Exit with code 1 after a run whose report states what is wrong. That is shown on the first host; each other says it once."""
+    tell_other_hosts(error, world)
+    if os.environ.get("GROUP_RANK", "0") != "0":
+        with suppress(OSError):  # another rank was first
+            (Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "failed").touch(exist_ok=False)
+            print(f"error: {error}", file=sys.stderr, flush=True)
     _report_to_torchrun(str(error))
     sys.exit(1)
 

@@ -7,7 +7,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import AUTO, NEVER
 from tpresearch.config.errors import ConfigError, refuse_unwritable
-from tpresearch.config.other_hosts import check_notice, job_key, notice_key, notice_of
+from tpresearch.config.other_hosts import check_notice, job_key, notice_key, notice_of, stopped_key
 from tpresearch.config.world import SlurmStep, World, WrongEnvironment, agent_store
 from tpresearch.launch.claim import check_left_by_run, free_name, lock_folder, set_aside_record
 
@@ -230,15 +230,36 @@ def _agent_store() -> TCPStore | None:
 
 def tell_other_hosts(error: BaseException, world: World) -> None:
     """Tell ranks of other hosts, which may wait for this one, that it ends: their torchrun does not."""
-    if (where := agent_store()) is None or not (world.hosts > 1 or isinstance(error, WrongEnvironment)):
+    if world.hosts > 1 or isinstance(error, WrongEnvironment):
+        _with_store(lambda store: store.compare_set(notice_key(), "", notice_of(error)))
+
+
+def tell_stopped(world: World) -> None:
+    """Tell those that may be started again, and would wait for this rank, that a signal has stopped it."""
+    if world.hosts > 1:
+        _with_store(lambda store: store.set(stopped_key(world.rank), ""))
+
+
+def hear_other_hosts() -> None:
+    """End this rank too if one of another host has told that it ends.
+
+    Raises:
+        ConfigError: if that one was refused.
+        RunFailed: if it failed otherwise.
+    """
+    _with_store(check_notice)
+
+
+def _with_store(use: Callable[[TCPStore], object]) -> None:
+    """Use the agents' store, unless it has ended with the host that it was on."""
+    if (where := agent_store()) is None:
         return
-    with suppress(OSError):  # nobody is left to be told
+    with suppress(OSError):
         socket.create_connection(where, TELL_S).close()
         from torch.distributed import DistError, TCPStore
 
         with suppress(DistError):
-            store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=TELL_S))
-            store.compare_set(notice_key(), "", notice_of(error))
+            use(TCPStore(*where, is_master=False, timeout=timedelta(seconds=TELL_S)))
 
 
 def _folder_of_rank_0(store: TCPStore) -> Path:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from tpresearch.config.errors import ConfigError, RunFailed
-from tpresearch.config.other_hosts import check_notice
+from tpresearch.config.other_hosts import check_notice, stopped_key
 from tpresearch.config.world import World, agent_store
 from tpresearch.parallel.device import Device
 
@@ -27,10 +27,14 @@ log = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=10)
 JOIN_S, LOG_JOIN_AFTER_S = 2 * 60 * 60, 30
 """How long rank 0 waits for ranks that may be on hosts with data to prepare still, and after which time it says so."""
+REJOIN_S, STOPPED_S = 2 * TIMEOUT.seconds, 2 * 60
+"""How long for one that has been there before, and may be in a collective until that times out; and for one that a signal has stopped."""
 ABORT_S = 10
 POLL_S = 0.05
 """Seconds between polls. A wait at the store would log a warning each time it ends without an answer."""
-ANNOUNCE_KEY, ANSWER_KEY = "tpresearch/here", "tpresearch/answer"
+ANNOUNCE_KEY, ANSWER_KEY, MET_KEY = "tpresearch/here", "tpresearch/answer", "tpresearch/met"
+NOTHING_LEFT = "nothing"
+"""What ranks would communicate by that find their run complete."""
 
 
 class RankMissing(RunFailed):
@@ -38,8 +42,12 @@ class RankMissing(RunFailed):
 
 
 @contextmanager
-def process_group(device: Device, world: World) -> Iterator[None]:
-    """Context in which the ranks of this job can communicate."""
+def process_group(device: Device, world: World, check: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Context in which the ranks of this job can communicate.
+
+    Args:
+        check: called while this rank waits for the others; raises an exception to end that.
+    """
     options: dict[str, Any] = {"device_id": device.torch} if device.backend == "nccl" else {}
     if world.size == 1 and not world.elastic:
         options["store"] = dist.HashStore()
@@ -49,7 +57,7 @@ def process_group(device: Device, world: World) -> Iterator[None]:
         options["store"] = FakeStore()
     elif (agent := agent_store()) is not None:
         options["store"] = fresh_store(
-            TCPStore(*agent, is_master=False, timeout=TIMEOUT), world, device.backend
+            TCPStore(*agent, is_master=False, timeout=TIMEOUT), world, device.backend, check
         )
     if "store" in options:
         options |= {"rank": world.rank, "world_size": world.size}
@@ -102,7 +110,19 @@ def _share_device(world: World) -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
-def fresh_store(store: TCPStore, world: World, backend: str) -> Store:
+def agree_on_nothing_left(world: World, check: Callable[[], object]) -> None:
+    """Where the run is complete for this rank: whether it is for the others, which may be on hosts with a disk of their own.
+
+    Raises:
+        ConfigError: if it is not, on every rank.
+    """
+    if world.hosts > 1 and (agent := agent_store()) is not None:
+        fresh_store(TCPStore(*agent, is_master=False, timeout=TIMEOUT), world, NOTHING_LEFT, check)
+
+
+def fresh_store(
+    store: TCPStore, world: World, backend: str, check: Callable[[], object] = lambda: None
+) -> Store:
     """The part of the agent's store that belongs to this start of the ranks. All ranks call it; it returns once all have.
 
     torchrun's agent keeps one store over restarts, and its ranks begin there as if it were new (torch 2.13; pytorch issues
@@ -121,34 +141,56 @@ def fresh_store(store: TCPStore, world: World, backend: str) -> Store:
         name = uuid4().hex
         for rank in range(1, world.size):
             store.delete_key(f"{ANNOUNCE_KEY}/{rank}")
-        _wait_for_ranks(store, world)
+        _wait_for_ranks(store, world, check)
         requests = [store.get(f"{ANNOUNCE_KEY}/{rank}").decode() for rank in range(1, world.size)]
         for rank, request in enumerate(requests, 1):
             if (other := request.rpartition(" ")[2]) != backend:
-                why = f"rank 0 would communicate by {backend}, and rank {rank} by {other}"
-                raise ConfigError("device", "auto", why, "a GPU for each rank, or device=cpu for all of them")
+                raise _differ(backend, other, rank)
+        store.set(MET_KEY, "")
         for request in requests:
             store.set(f"{ANSWER_KEY}/{request}", name)
         return PrefixStore(name, store)
     request = f"{uuid4().hex} {backend}"
     while not store.check([f"{ANSWER_KEY}/{request}"]):
+        check()
         check_notice(store)
         store.set(f"{ANNOUNCE_KEY}/{world.rank}", request)
         time.sleep(POLL_S)
     return PrefixStore(store.get(f"{ANSWER_KEY}/{request}").decode(), store)
 
 
-def _wait_for_ranks(store: Store, world: World) -> None:
-    began, logs = time.monotonic(), True
+def _differ(mine: str, other: str, rank: int) -> ConfigError:
+    if NOTHING_LEFT in (mine, other):
+        done, begins = (0, rank) if mine == NOTHING_LEFT else (rank, 0)
+        why = f"the run is complete in the folder that rank {done} sees, and not in that of rank {begins}"
+        fix: dict[str, object] = {"hydra.run.dir": "VALUE"}
+        return ConfigError("resume", "auto", why, "a run folder on a disk that all hosts share", fix)
+    why = f"rank 0 would communicate by {mine}, and rank {rank} by {other}"
+    return ConfigError("device", "auto", why, "a GPU for each rank, or device=cpu for all of them")
+
+
+def _wait_for_ranks(store: Store, world: World, check: Callable[[], object]) -> None:
+    began, logs, again = time.monotonic(), True, store.check([MET_KEY])
     for rank in range(1, world.size):
+        stopped = store.check([stopped_key(rank)])
+        limit_s = STOPPED_S if stopped else REJOIN_S if again else JOIN_S
         while not store.check([f"{ANNOUNCE_KEY}/{rank}"]):
+            check()
             check_notice(store)
             waited = time.monotonic() - began
-            if waited > JOIN_S:
-                ahead = "python -m tpresearch.prepare with the same overrides, on each host"
-                why = f"rank {rank} did not come in {JOIN_S / 3600:g} hours"
-                raise RankMissing(f"{why}; to prepare data ahead: {ahead}")
+            if waited > limit_s:
+                raise RankMissing(_missing(rank, limit_s, again, stopped))
             if logs and waited > LOG_JOIN_AFTER_S:
-                log.info("waiting for rank %d of %d, whose host may be preparing data", rank, world.size)
+                may = "torchrun may have ended" if again else "host may be preparing data"
+                log.info("waiting for rank %d of %d, whose %s", rank, world.size, may)
                 logs = False
             time.sleep(POLL_S)
+        store.delete_key(stopped_key(rank))
+
+
+def _missing(rank: int, waited_s: float, again: bool, stopped: bool) -> str:
+    said = f"rank {rank} did not come in {waited_s / 60:g} minutes"
+    if not again:
+        return f"{said}; to prepare data ahead: python -m tpresearch.prepare with the same overrides, on each host"
+    ended = "a signal has stopped it, and its torchrun" if stopped else "its torchrun may have ended"
+    return f"{said}: {ended}; the same command on all hosts resumes the run"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch.distributed as dist
@@ -20,20 +19,23 @@ from tpresearch.config.schema import ProfilerName
 from tpresearch.config.validate import total_steps
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows
-from tpresearch.hf.files import tokenizer_hash_of
+from tpresearch.hf.files import is_hugging_face, tokenizer_hash_of
+from tpresearch.hf.read import check_same_weights
 from tpresearch.launch import Run
-from tpresearch.launch.stop import StopFlag, Stopped, fault_of_another_rank
+from tpresearch.launch.run_dir import tell_stopped
+from tpresearch.launch.stop import StopFlag, Stopped
 from tpresearch.ledger.entries import Expected
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.parallel.device import Device, device_notes
-from tpresearch.parallel.group import abort_group, process_group
+from tpresearch.parallel.group import agree_on_nothing_left, process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import describe_mesh, describe_model, plan_text
 from tpresearch.track.console import NextSteps
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.agreement import AgreedGradients
 from tpresearch.train.assemble import assemble
+from tpresearch.train.lost_rank import ending_with_other_ranks, leave_failed_ranks
 from tpresearch.train.observe import Observer
 from tpresearch.train.out_of_memory import refusing_out_of_memory
 from tpresearch.train.preflight import Preflight
@@ -72,6 +74,7 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
         for checkpoint in found:
             check_corpus(checkpoint.manifest, corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
         if is_complete(found, job, run):
+            agree_on_nothing_left(run.world, flag.check)
             return
         check_disk(job, run, len(found))
         log.info("data: %s, %s", job.cfg.data.source, corpus)
@@ -104,8 +107,9 @@ def train_on(
     assert device
     with (
         open_tracker(job, run, corpus, plan, found[0].step if found else 0) as tracker,
-        record_other_faults(tracker, flag),
-        process_group(device, world),
+        ending_with_other_ranks(run, tracker, flag),
+        refusing_out_of_memory(job.cfg, job.sizes, world, trains=False),
+        process_group(device, world, flag.check),
         flag.calling(partial(leave_failed_ranks, device)),
     ):
         check_same_job(job, corpus)
@@ -118,8 +122,9 @@ def train_on(
         parameters, group = job.parameters, checkpoint_group()
         found = broadcast_from_rank_0(found, group)
         restoring = partial(restore, found, group=group) if found else None
-        with refusing_out_of_memory(job.cfg, job.sizes, world, trains=False):
-            loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
+        if not found and (init_from := job.cfg.init_from) and is_hugging_face(init_from):
+            check_same_weights(init_from, job.model, group)
+        loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
         loop.saver = build_saver(job, run, corpus, loop.state.step, group)
         loop.stop = AgreedStop(flag, lambda: loop.saver.written if loop.saver else 0)
         shown = describe_model(loop.state.model)
@@ -137,6 +142,8 @@ def train_on(
                 if tracker:
                     tracker.log(row)
         if loop.stopped_by:
+            if flag.requested:
+                tell_stopped(world)
             raise Stopped(loop.stopped_by)
 
 
@@ -184,25 +191,6 @@ def open_tracker(
     )
     steps, after = total_steps(job.cfg), NextSteps(run.command, run.check_command)
     return Tracker(job.cfg, run.folder, facts, steps, start_step=start_step, plan=plan, next_steps=after)
-
-
-@contextmanager
-def record_other_faults(tracker: Tracker | None, flag: StopFlag) -> Iterator[None]:
-    """If a rank fails because torchrun stopped it after another failed, the record states the other's error, and torchrun
-    reports it: this rank's own says no more."""
-    try:
-        yield
-    except Exception:
-        if tracker and flag.requested and (fault := fault_of_another_rank()):
-            tracker.finish(status="failed", error=fault)
-            sys.exit(1)
-        raise
-
-
-def leave_failed_ranks(device: Device) -> None:
-    """Where torchrun stops this rank because another failed: on a GPU, the next collective would wait for that one for ever."""
-    if device.backend == "nccl" and fault_of_another_rank():
-        abort_group()
 
 
 def check_rows(corpus: AnyCorpus, job: Preflight) -> None:

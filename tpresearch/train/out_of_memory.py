@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Checkpointing
-from tpresearch.config.errors import ConfigError, first_line
+from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size
 from tpresearch.config.world import World
@@ -18,12 +18,12 @@ from tpresearch.launch.logs import IN_FILES_ONLY
 log = logging.getLogger(__name__)
 
 SIGNS = "out of memory|allocate memory|_ALLOC_FAILED"
-"""Of torch's allocators and CUDA, of a CPU's, and of cuBLAS and cuDNN, which find no room where torch's tensors have all."""
+"""Of torch's allocators, CUDA and NCCL, of a CPU's, and of cuBLAS and cuDNN, which find no room where torch's tensors have all."""
 
 
 @contextmanager
 def refusing_out_of_memory(cfg: Config, sizes: MeshSizes, world: World, trains: bool) -> Iterator[None]:
-    """Context in which this rank allocates its state, or trains.
+    """Context in which this rank makes its groups and allocates its state, or trains.
 
     Raises:
         ConfigError: where a device is out of memory. On hosts other than the first, whose torchrun reports its own ranks'
@@ -35,7 +35,8 @@ def refusing_out_of_memory(cfg: Config, sizes: MeshSizes, world: World, trains: 
         if world.rank >= world.local_size or not re.search(SIGNS, str(error)):
             raise
         log.error("%s", error, extra=IN_FILES_ONLY)
-        raise out_of_memory(cfg, sizes, first_line(error), trains) from None
+        said = next(line for line in str(error).splitlines() if re.search(SIGNS, line))
+        raise out_of_memory(cfg, sizes, said, trains) from None
 
 
 def out_of_memory(cfg: Config, sizes: MeshSizes, said: str, trains: bool) -> ConfigError:
@@ -55,5 +56,5 @@ def out_of_memory(cfg: Config, sizes: MeshSizes, said: str, trains: bool) -> Con
     if trains and kind is not Checkpointing.full:
         fix = {"parallel.activation_checkpointing": "full"}
         return ConfigError("parallel.activation_checkpointing", kind, why, f"full; {planner}", fix)
-    legal = f"one that shards more, over more ranks; {planner}"
+    legal = f"one that shards more, over more ranks, on devices that nothing else uses; {planner}"
     return ConfigError("parallel", cfg.parallel.name, why, legal, fix={})

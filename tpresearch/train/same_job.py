@@ -48,7 +48,9 @@ def check_same_job(job: Preflight, corpus: AnyCorpus) -> None:
 def _settings(job: Preflight) -> dict[str, Any]:
     """What determines a rank's part of the steps, by key."""
     versions = {"torch": torch.__version__, "code": code_hash(job.model)}
-    return {**as_dict(job.cfg), "LOCAL_WORLD_SIZE": job.world.local_size, **versions}
+    parameters = {name: f"{list(p.shape)} of {p.dtype}" for name, p in job.model.named_parameters()}
+    settings = {**as_dict(job.cfg), "LOCAL_WORLD_SIZE": job.world.local_size, **versions}
+    return settings | {"parameters": parameters}  # which may depend on other packages, or on the host
 
 
 def code_hash(model: nn.Module) -> str:
