@@ -118,9 +118,8 @@ def summary_figures(
     timed = {name: _defined(warm, name) for name in NAMES if name.startswith(("perf/", "time/"))}
     skipped = _defined(rows, "train/skipped_updates")
     loss = rows[-1]["train/loss"] if rows else None
-    evaluated = (
-        rows if loss is not None else rows[-1:]
-    )  # where a run ends in NaN, an earlier evaluation is not its result
+    # Where a run ends in NaN, an earlier evaluation is not its result.
+    evaluated = rows if loss is not None else rows[-1:]
     return {
         "train/loss": loss,
         "train/skipped_updates": sum(skipped) if skipped else None,
