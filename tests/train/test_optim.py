@@ -1,16 +1,21 @@
-"""Learning rates by hand, and which parameters decay."""
+"""Learning rates by hand, which parameters decay, and which gradients are clipped."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from tpresearch.config.choices import OptimizerName, ScheduleName
 from tpresearch.config.training import OptimizerConfig, ScheduleConfig
 from tpresearch.train.optim import AdamW, build_optimizer, divide_gradients, learning_rate
+from tpresearch.train.state import TrainState
+from tpresearch.train.step import clip_gradients
 
 
 def rates(name: str, **settings: float) -> list[float]:
@@ -94,6 +99,16 @@ def test_in_bfloat16_the_factor_is_not_rounded_before_it_is_used() -> None:
     optimizer = build_optimizer([nn.Parameter(gradient.clone())], OptimizerConfig(name=OptimizerName.sgd))
     divide_gradients(optimizer, [gradient], torch.tensor(1.0035))
     assert gradient.tolist() == [(torch.tensor(1000.0) / 1.0035).bfloat16().item()] * 3
+
+
+@pytest.mark.parametrize(("most", "left"), [(2.5, 0.5), (10.0, 1.0), (None, 1.0)])
+def test_clipping_makes_no_gradient_larger(most: float | None, left: float) -> None:
+    """Nor does it touch one below the maximum, where those of a step in verify are above."""
+    model, only_cpu = nn.Linear(2, 1, bias=False).double(), SimpleNamespace(device_type="cpu")
+    model.weight.grad = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    state = TrainState(0, model, build_optimizer(model.parameters(), OptimizerConfig()))
+    assert clip_gradients(state, cast(DeviceMesh, only_cpu), most) == 5.0
+    assert model.weight.grad.tolist() == [pytest.approx([3.0 * left, 4.0 * left], rel=1e-6)]
 
 
 def test_an_update_that_is_left_out_leaves_everything_as_it_was() -> None:
