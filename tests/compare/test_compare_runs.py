@@ -191,11 +191,21 @@ BILLION = "a0: &a0 [1]\n" + "".join(f"a{n + 1}: &a{n + 1} [{','.join([f'*a{n}'] 
         ("config.yaml", None, "config.yaml is missing"),
         ("config.yaml", "a: [", "config.yaml cannot be read"),
         ("metrics.jsonl", "garbage\n", "metrics.jsonl has no rows, though the run completed"),
-        ("metrics.jsonl", '{"train/loss": 3}\n', "metrics.jsonl cannot be read: KeyError: 'train/step'"),
+        ("metrics.jsonl", '{"train/loss": 3}\n', "it has the row {'train/loss': 3}, whose train/step is no "),
+        (
+            "metrics.jsonl",
+            '{"train/step": 1}\n{"train/step": "2"}\n',
+            "metrics.jsonl cannot be read: it has the row {'train/step': '2'}, whose train/step is no number",
+        ),
+        (
+            "metrics.jsonl",
+            "[1]\n",
+            "metrics.jsonl cannot be read: it has the row [1], whose train/step is no ",
+        ),
         (
             "metrics.jsonl",
             '{"train/step": 1, "train/loss": "x"}\n',
-            "metrics.jsonl cannot be read: ValueError",
+            "metrics.jsonl cannot be read: it has the row {'train/loss': 'x', 'train/step': 1}",
         ),
         ("metrics.jsonl", "[" * 20_000, "metrics.jsonl has no rows, though the run completed"),
         (

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from tpresearch.config.comparable import comparable_config, with_defaults
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, one_line
 from tpresearch.launch.claim import EARLIER_SUFFIX
 from tpresearch.launch.command import WrongCommand, python_command
 from tpresearch.track.names import SUMMARY_PARTS, Row, finite_or_none
@@ -222,10 +222,15 @@ def read_run(folder: Path) -> Run:
         if not fits:
             raise UnreadableRun(f"ledger.json is not a valid run ledger: it has the entry {short(entry)}")
     try:
-        rows = [{name: finite_or_none(value) for name, value in row.items()} for row in read_metrics(folder)]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UnreadableRun(f"metrics.jsonl cannot be read: {why}") from None
+        rows = [
+            {
+                name: finite_or_none(value) if isinstance(value, float) else value
+                for name, value in row.items()
+            }
+            for row in read_metrics(folder)
+        ]
+    except (OSError, ValueError) as error:
+        raise UnreadableRun(f"metrics.jsonl cannot be read: {one_line(error)}") from None
     for row in rows:
         if not all(map(_is_figure, row.values())):
             raise UnreadableRun(f"metrics.jsonl cannot be read: it has the row {short(row)}")

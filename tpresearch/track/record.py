@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from reprlib import repr as short
 from statistics import median
 from typing import Any
 
@@ -32,6 +33,10 @@ def read_metrics(folder: Path) -> list[Row]:
 
     A row replaces all before it that are not of earlier steps: where a run resumed from a checkpoint, rows that it
     had logged after that checkpoint do not count.
+
+    Raises:
+        OSError: as opening a file does.
+        ValueError: for what is no text, and for a row without a number as its step.
     """
     path = folder / "metrics.jsonl"
     rows: list[Row] = []
@@ -43,7 +48,9 @@ def read_metrics(folder: Path) -> list[Row]:
                 row = json.loads(line)
             except (json.JSONDecodeError, RecursionError):  # the process was killed while it wrote this one
                 continue
-            step = row["train/step"]
+            step = row.get("train/step") if isinstance(row, dict) else None
+            if not isinstance(step, int):
+                raise ValueError(f"it has the row {short(row)}, whose train/step is no number of steps")
             while rows and rows[-1]["train/step"] >= step:
                 rows.pop()
             rows.append(row)
