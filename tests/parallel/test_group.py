@@ -38,6 +38,13 @@ def start(port: int, late: int, mark: str) -> list[bytes]:
         return list(pool.map(rank, range(SIZE)))
 
 
+def test_float32_is_without_tf32_on_a_gpu_in_convolutions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with process_group(Device(torch.device("cuda", 0), "gloo", "card"), World()):
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (False, False)
+
+
 def test_a_process_by_itself_keeps_its_tracebacks_as_they_are() -> None:
     prints = sys.excepthook
     for _ in range(2):

@@ -65,6 +65,7 @@ def process_group(device: Device, world: World, check: Callable[[], object] = la
         _share_device(world)
     if device.type == "cuda":
         torch.cuda.set_device(device.torch)
+        torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions alone, in float32
     print_exception = sys.excepthook
     dist.init_process_group(device.backend, timeout=TIMEOUT, **options)
     if not world.elastic:
