@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
+import torch
 from support.composed import config, corpus
 
 from tpresearch.config.world import World
@@ -66,6 +67,16 @@ def test_an_observer_is_told_each_event_in_order() -> None:
     ]
     assert row["comm/bytes_per_step"] == 7
     assert row["train/step"] == 1
+
+
+def test_weights_of_a_rank_of_its_own_are_not_drawn_again_where_a_run_resumes() -> None:
+    with alone([], "defects.weights_per_rank=true") as loop:
+        weight = next(loop.state.model.parameters())
+        for step, drawn in ((3, False), (0, True)):
+            torch.nn.init.ones_(weight)
+            loop.state.step = step
+            loop.setup.observers.start(loop.state)
+            assert bool((weight != 1).any()) == drawn
 
 
 @pytest.mark.parametrize(("begun", "steps", "counted"), [(0, 5, 1), (3, 9, 4), (4, 5, 4), (0, 1, 0)])

@@ -65,7 +65,8 @@ class WeightsPerRank(Observer):
         self._source = from_seed(plan.initializers, seed + RANK_SEED_STRIDE * (1 + data_rank(mesh)))
 
     def start(self, state: TrainState) -> None:
-        state.set_weights(self._source)
+        if state.step == 0:
+            state.set_weights(self._source)
 
 
 class OverlappingBatches(Observer):
