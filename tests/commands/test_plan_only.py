@@ -89,7 +89,8 @@ def test_every_parallel_plan_is_printed(
     assert cells(wq)[1:] == [*tensor, placement, shape]
 
 
-def test_the_table_says_what_each_module_sends(train_py: Start, small: list[str]) -> None:
+def test_the_table_says_what_each_module_sends(train_py: Start, small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "cwd"
     done = train_py(*small, "plan_only=true", "parallel=tp", "mesh.tp=2", "world_size=2")
     table = {cells(line)[0]: cells(line)[1:] for line in done.out.splitlines() if line}
     assert table["layers.{0-1}.attention.wo.weight"] == [
@@ -101,6 +102,7 @@ def test_the_table_says_what_each_module_sends(train_py: Start, small: list[str]
     assert table["layers.{0-1}.attention"][-1] == "backward: all-reduce"
     assert table["output.weight"][:3] == ["logits (colwise)", "tp: Shard(0)", "150x64"]
     assert "loss: on vocabulary shards" in done.out
+    assert not list(folder.iterdir()), "nothing is written, since the disk may be full"
 
 
 def test_a_plan_for_many_ranks_needs_no_batch_that_fits(train_py: Start) -> None:

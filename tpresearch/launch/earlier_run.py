@@ -50,8 +50,7 @@ def repeat_command_of_run(arguments: Namespace) -> Path | None:
     replaced = {branch for key in typed for branch in REPLACED_KEYS.get(key, (key,))}
     then = [w for w in overrides_of_run(run) if not any(is_within(override_key(w), key) for key in replaced)]
     now = [word for word in arguments.overrides if override_key(word) != "hydra.run.dir"]
-    where = [] if typed.get("plan_only") == "true" else [override("hydra.run.dir", run)]
-    arguments.overrides = [*then, *now, *where]
+    arguments.overrides = [*then, *now, override("hydra.run.dir", run)]
     hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]
     arguments.config_name = arguments.config_name or hydra["job"]["config_name"]
     added = [s["path"] for s in hydra["runtime"]["config_sources"] if s["provider"] == "command-line"]

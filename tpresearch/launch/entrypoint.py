@@ -177,6 +177,10 @@ def _start(program: Program[Checked], world: World) -> None:
     with gc_paused():  # most preflights import torch
         job = program.run_preflight(cfg, world, may_resume(config, Path(config.hydra.run.dir)))
     interrupt.restore_interrupt()
+    if (
+        cfg.plan_only and program.check_folder
+    ):  # a training prints its plan, also where nothing can be written
+        return program.main(job, Run(Path.cwd(), world))
     with ExitStack() as held:
         with explain_errors(composition), repeating_overrides(earlier):
             folder, restarted = held.enter_context(agree_on_folder(config, world))
