@@ -4,16 +4,20 @@ torch lets packages add rendezvous backends under the entry points `torchrun.han
 ours adds none, but is thereby loaded in the agent's process. A refused config, which the first rank reports in one line,
 and a stop by a signal, which the run's report states, would otherwise be followed by tracebacks and a report for each rank;
 torchrun would exit with 1. Failures keep torchrun's report, with a sentence on a rank that was killed. Ranks have SAVE_TIME_S to save after a signal, and not torchrun's
-30 seconds, unless --shutdown-timeout says otherwise. They are told of --virtual-local-rank, which torchrun does not pass on. Checked on torch 2.13, and against the source of 2.11 and 2.14.
+30 seconds, unless --shutdown-timeout says otherwise. They are told of --virtual-local-rank, which torchrun does not pass on, and of its options, for commands that
+they propose. Checked on torch 2.13, and against the source of 2.11 and 2.14.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +27,8 @@ from tpresearch import interrupt
 SAVE_TIME_S = 120
 """Seconds for a run to save and close its files after it is told to stop. torch 2.11 always gives 30."""
 AGENT_MODULES = ("torch.distributed.run", "torchrun")
+TORCHRUN_OPTIONS = "TPRESEARCH_TORCHRUN_OPTIONS"
+"""Set for each rank: torchrun's options as they were typed, but for the number of ranks per host."""
 SIGNALLED = (130, 143)
 """Exit codes of ranks that stopped for Ctrl-C and SIGTERM."""
 LOGGERS = (
@@ -47,6 +53,7 @@ def handler() -> Callable[[Any], Any]:
             logging.getLogger(f"torch.distributed.{name}").addFilter(_is_news)
         sys.excepthook = _end
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIME_S))
+        os.environ[TORCHRUN_OPTIONS] = typed_options(sys.argv[1:])
         if any(word.startswith("--virtual") for word in sys.argv[1:]):  # which may be abbreviated
             from tpresearch.config.world import (
                 OWN_DEVICE,  # late: every torchrun on this machine loads this module
@@ -68,14 +75,24 @@ def _is_agent_of_ours() -> bool:
     starter = spec.name if spec else Path(sys.argv[0]).name
     if starter not in AGENT_MODULES or "TORCHELASTIC_RUN_ID" in os.environ:
         return False
-    return any(word.startswith("tpresearch.") or _mentions_us(Path(word)) for word in sys.argv[1:])
+    return any(map(_is_ours, sys.argv[1:]))
 
 
-def _mentions_us(script: Path) -> bool:
+def _is_ours(word: str) -> bool:
+    """Whether a word of torchrun's command line is a script or a module that is made with tpresearch."""
+    script = Path(word)
     try:
-        return script.suffix == ".py" and b"tpresearch" in script.read_bytes()
+        return word.startswith("tpresearch.") or (
+            script.suffix == ".py" and b"tpresearch" in script.read_bytes()
+        )
     except OSError:
         return False
+
+
+def typed_options(words: Sequence[str]) -> str:
+    """torchrun's options, as a shell reads them, without the program and the ranks per host: proposed commands state those."""
+    options = itertools.takewhile(lambda word: not _is_ours(word), words)
+    return re.sub(r"(?<!\S)(--nproc\S*?[= ]\S+|-m|--module)(\s|$)", "", shlex.join(options)).strip()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

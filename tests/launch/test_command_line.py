@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import yaml
 from support.commands import environment, execute_warm
 from support.launches import Command
 
-from tpresearch import export
+from tpresearch import agent, export
 from tpresearch.__main__ import COMMANDS
-from tpresearch.launch.command import corrected
+from tpresearch.config.world import World
+from tpresearch.launch.command import Command as TypedCommand
+from tpresearch.launch.command import corrected, program_words
 from tpresearch.launch.help import meanings
 from tpresearch.launch.options import command
 from tpresearch.verify.ranks import Ranks
@@ -94,6 +97,29 @@ def test_a_proposed_command_gives_every_option_that_is_required(
     with pytest.raises(SystemExit):
         command(export.main, export.Options)
     assert capsys.readouterr().err.rstrip().endswith("out=there 'checkpoint=<checkpoint>'")
+
+
+@pytest.mark.parametrize(
+    ("typed", "options"),
+    [
+        (
+            "--nnodes=2 --nproc-per-node=4 --node-rank=1 --master-addr=10.0.0.1",
+            "--nnodes=2 --node-rank=1 --master-addr=10.0.0.1",
+        ),
+        ("--nnodes 2 --rdzv-endpoint=a:29500 --nproc_per_node 4", "--nnodes 2 --rdzv-endpoint=a:29500"),
+        ("--nnodes=2 --rdzv-id='my job' --nproc-per-node=gpu -m", "--nnodes=2 '--rdzv-id=my job'"),
+        ("", "--nnodes=2"),  # where PET_NNODES says it
+    ],
+)
+def test_a_proposed_command_says_how_hosts_meet_as_it_was_typed(
+    monkeypatch: pytest.MonkeyPatch, typed: str, options: str
+) -> None:
+    words = [*shlex.split(typed), "tpresearch.train", "--nnodes=3"]
+    monkeypatch.setenv(agent.TORCHRUN_OPTIONS, agent.typed_options(words))
+    monkeypatch.setattr("sys.argv", ["train.py", "train.steps=3"])
+    after = f"--nproc-per-node=4 {shlex.join(program_words())} train.steps=3"
+    assert str(TypedCommand.from_argv(World(0, 8, 0, 4, elastic=True))) == f"torchrun {options} {after}"
+    assert str(TypedCommand.from_argv(World(0, 4, 0, 4, elastic=True))) == f"torchrun {after}"
 
 
 def test_a_path_in_a_proposed_override_is_quoted_for_hydra() -> None:

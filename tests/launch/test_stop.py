@@ -130,6 +130,7 @@ def test_the_fault_of_another_rank_is_found_where_torchrun_keeps_it(
 def test_ranks_are_told_that_each_sees_its_gpu_alone(
     monkeypatch: pytest.MonkeyPatch, typed: list[str], told: str | None
 ) -> None:
+    monkeypatch.setenv(agent.TORCHRUN_OPTIONS, "")
     monkeypatch.setenv(OWN_DEVICE, "")  # so that it is put back afterwards
     monkeypatch.delenv(OWN_DEVICE)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
@@ -140,12 +141,14 @@ def test_ranks_are_told_that_each_sees_its_gpu_alone(
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     agent.handler()
     assert os.environ.get(OWN_DEVICE) == told
+    assert os.environ[agent.TORCHRUN_OPTIONS] == typed[0]
 
 
 @pytest.mark.skipif(
     not hasattr(LaunchConfig, "shutdown_timeout"), reason="torch before 2.12 has no such option"
 )
 def test_ranks_of_ours_have_two_minutes_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(agent.TORCHRUN_OPTIONS, "")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(agent, "LOGGERS", ())

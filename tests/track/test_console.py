@@ -130,6 +130,12 @@ def test_the_plan_to_see_next_is_all_that_its_name_says(
     assert first.endswith(f" parallel={other}")
 
 
+def test_the_plan_to_see_next_is_started_on_the_same_hosts(tmp_path: Path) -> None:
+    started = Command(("parallel=tp",), ranks=2, hosts=2, options=("--nnodes=2", "--node-rank=0"))
+    first, _ = NextSteps(started, lambda _: None).after({"parallel": "tp", "world_size": 4}, tmp_path)[0]
+    assert "torchrun --nnodes=2 --node-rank=0 --nproc-per-node=2 " in first
+
+
 @pytest.mark.parametrize(
     ("typed", "world", "judged"),
     [

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tpresearch.agent import TORCHRUN_OPTIONS
 from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.secrets import LEGAL, words_without_secrets
 from tpresearch.config.world import World, WrongEnvironment
@@ -28,6 +29,8 @@ class Command:
     ranks: int | None = None
     """Ranks per host under torchrun; None for `python`."""
     hosts: int = 1
+    options: tuple[str, ...] = ()
+    """torchrun's other options, if there are several hosts: how those meet."""
     unset: tuple[str, ...] = ()
     """Environment variables to unset."""
     program: tuple[str, ...] = ()
@@ -36,7 +39,9 @@ class Command:
     @classmethod
     def from_argv(cls, world: World) -> Command:
         """The command that started this process."""
-        return cls(tuple(sys.argv[1:]), world.local_size if world.elastic else None, world.hosts)
+        ranks = world.local_size if world.elastic else None
+        options = shlex.split(os.environ.get(TORCHRUN_OPTIONS, "")) if world.hosts > 1 else []
+        return cls(tuple(sys.argv[1:]), ranks, world.hosts, tuple(options))
 
     @property
     def world(self) -> World:
@@ -64,7 +69,7 @@ class Command:
 
     def __str__(self) -> str:
         unset = [word for name in self.unset for word in ("-u", name)]
-        hosts = [f"--nnodes={self.hosts}"] if self.hosts > 1 else []
+        hosts = self.options or ([f"--nnodes={self.hosts}"] if self.hosts > 1 else [])
         starter = ["python"] if self.ranks is None else ["torchrun", *hosts, f"--nproc-per-node={self.ranks}"]
         program = self.program or program_words()
         return shlex.join([*(["env", *unset] if unset else []), *starter, *program, *self.arguments])

@@ -218,11 +218,7 @@ class NextSteps:
         return [
             *self._other_plan_commands(summary["parallel"], summary["world_size"]),
             (
-                format_command(
-                    dataclasses.replace(
-                        self.command, arguments=tuple(LARGE_PLAN.split()), ranks=None, hosts=1
-                    )
-                ),
+                format_command(Command(tuple(LARGE_PLAN.split()))),
                 "how 64 ranks would shard 7B, compiled on this machine",
             ),
             (shlex.join(["cat", path_text(run_dir / "plan.txt")]), "what each rank holds and sends"),
@@ -241,7 +237,8 @@ class NextSteps:
         typed = [word for word in self.command.arguments if not _is_left_out(word)]
         ranks, hosts = max(world, 2), self.command.hosts
         for other in (name for name, least in OTHER_PLANS.items() if name != plan and ranks >= least):
-            again = Command(tuple(corrected(typed, {"parallel": other})), ranks // hosts, hosts)
+            arguments = tuple(corrected(typed, {"parallel": other}))
+            again = dataclasses.replace(self.command, arguments=arguments, ranks=ranks // hosts)
             if self.check_command(again) is not None:
                 continue
             yield format_command(again), "the same training under another plan: the losses agree"
