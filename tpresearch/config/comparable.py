@@ -31,6 +31,9 @@ MAY_CHANGE_ON_RESUME = (
 )
 """Keys of train that may change when a run resumes."""
 
+UNUSED_BY_OPTIMIZER = {OptimizerName.adamw: ("momentum",), OptimizerName.sgd: ("betas", "eps")}
+"""Keys of optimizer that another one reads."""
+
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded config with the defaults of those keys that its run is too old to have."""
@@ -67,6 +70,6 @@ def experiment_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = comparable_config(config)
     kept["model"] = _without(kept["model"], ("plans", "blocks"))
     kept["train"] = _without(kept["train"], MAY_CHANGE_ON_RESUME)
-    unused = ("momentum",) if kept["optimizer"].get("name") == OptimizerName.adamw else ()
+    unused = UNUSED_BY_OPTIMIZER.get(kept["optimizer"].get("name"), ())
     kept["optimizer"] = _without(kept["optimizer"], ("compile", *unused))
     return {key: kept[key] for key in EXPERIMENT_KEYS}

@@ -31,7 +31,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.command import override_key
+from tpresearch.launch.command import override_key, values_by_key
 from tpresearch.launch.composition import COMPOSITION_ERRORS, VERSION_BASE, conf_dir
 
 QUERY_FLAGS = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
@@ -181,6 +181,11 @@ def launch_dir() -> Path:
         if HydraConfig.initialized() and HydraConfig.get().job.chdir:
             return Path(HydraConfig.get().runtime.cwd)
     return Path.cwd()
+
+
+def typed_overrides() -> dict[str, str]:
+    """The overrides of this process's config by key; none of one that was loaded in Python."""
+    return values_by_key(HydraConfig.get().overrides.task) if HydraConfig.initialized() else {}
 
 
 def flags_for_job() -> list[str]:

@@ -15,6 +15,7 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.mesh import check_declared_counts, used_axes, warning_of_unused_axes
 from tpresearch.config.model import model_config
+from tpresearch.config.notes import notes_on_settings
 from tpresearch.config.schema import Config
 from tpresearch.config.secrets import refuse_secrets
 from tpresearch.config.validate import (
@@ -27,6 +28,7 @@ from tpresearch.config.validate import (
 from tpresearch.config.values import check_bounds
 from tpresearch.config.world import World
 from tpresearch.data.check import check_data
+from tpresearch.launch.hydra_app import typed_overrides
 from tpresearch.track.tensorboard import check_tensorboard
 from tpresearch.track.wandb_host import check_settings
 
@@ -50,7 +52,7 @@ class Preflight:
     device: Device | None
     """None if the ranks are not on this machine, or none are started."""
     notes: tuple[str, ...] = ()
-    """Warnings, such as axes of size 1 or a batch size that was adapted."""
+    """Warnings, such as axes of size 1, settings without effect, or a batch size that was adapted."""
 
     @property
     def parameters(self) -> int:
@@ -91,6 +93,7 @@ def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
     if device:
         check_float8(cfg.train, device.torch)
     notes = [note for note in (warning_of_unused_axes(sizes, cfg.parallel),) if note]
+    notes += notes_on_settings(cfg, sizes, typed_overrides())
     if cfg.plan_only:
         asked, cfg = cfg.train.global_batch_size, with_batch_that_fits(cfg, sizes)
         if (rows := cfg.train.global_batch_size) != asked:
