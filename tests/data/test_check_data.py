@@ -110,6 +110,7 @@ def test_the_kind_of_a_path_that_is_not_read_is_proposed_by_its_name(path: objec
 
 REFUSED_TOKENIZERS = [
     ({"vocab_size": 256}, "tokenizer.vocab_size", "256 bytes and the end of text"),
+    ({"path": "tokenizer.json"}, "tokenizer.path", "tokenizer=bpe reads no path"),
     ({"kind": "hf"}, "tokenizer.path", "no tokenizer is named"),
     ({"kind": "hf", "path": "./absent.json"}, "tokenizer.path", "there is no such file"),
     ({"kind": "hf", "path": "absent/tokenizer.json"}, "tokenizer.path", "there is no such file"),

@@ -121,6 +121,7 @@ def test_a_number_of_a_users_file_is_not_said_to_come_from_its_base(
     ("words", "refusal"),
     [
         (("world_size=12",), "error: world_size=12: "),
+        (("gpus=16",), "error: gpus=16: an option of the planner; world_size=16; try: "),
         (
             ("cluster.hosts=1", "world_size=64"),
             "error: world_size=64: cluster h100_dgx has 8 devices on 1 hosts",

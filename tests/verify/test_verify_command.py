@@ -110,6 +110,9 @@ def test_an_unknown_plan_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     done = verify_texts(ranks, tmp_path, "verify.plans=[tpp]")
     assert done.code == 2, done.err
     assert [line for line in done.err.splitlines() if line.startswith("error: ")]
+    done = verify_texts(ranks, tmp_path, "parallel=tp", "optimizer=sgd")
+    assert done.refusal.startswith("error: parallel=tp: verify compares several; verify.plans=[tp]; try: ")
+    assert done.command_to_try[-2:] == ["verify.plans=[tp]", "verify.optimizers=[sgd]"]
     assert verify_texts(ranks, tmp_path, "resume=mine").refusal.startswith(
         "error: resume=mine: what is built here"
     )

@@ -81,6 +81,9 @@ def _check_cache_dir(data: DataConfig) -> None:
 
 def _check_tokenizer(tokenizer: TokenizerConfig) -> None:
     if tokenizer.kind is TokenizerKind.bpe:
+        if tokenizer.path is not None:
+            why, legal = "tokenizer=bpe reads no path: it is trained on the text", "tokenizer=hf"
+            raise ConfigError("tokenizer.path", tokenizer.path, why, legal, {"tokenizer": "hf"})
         if tokenizer.vocab_size < MIN_VOCAB_SIZE:
             why = "a byte-level vocabulary has the 256 bytes and the end of text"
             legal, fix = f"{MIN_VOCAB_SIZE} or more", {"tokenizer.vocab_size": 4096}

@@ -28,6 +28,9 @@ def preflight(cfg: Config, world: World) -> SimulationPreflight:
     Raises:
         ConfigError: as `check_simulation` does, and for a plan that this model does not allow.
     """
+    if cfg.gpus is not None:
+        fix = {"gpus": None, "world_size": cfg.gpus}
+        raise ConfigError("gpus", cfg.gpus, "an option of the planner", f"world_size={cfg.gpus}", fix=fix)
     job = check_simulation(cfg, world)
     with gc_paused():  # late: it imports torch
         from tpresearch.train.preflight import plan_model

@@ -66,7 +66,7 @@ def configs_by_plan(cfg: Config, arguments: list[str]) -> dict[str, list[Config]
     """One config per plan and optimizer: the given config with only those two choices changed.
 
     Raises:
-        ConfigError: for a plan that is not in conf/parallel.
+        ConfigError: for a plan that is not in conf/parallel, and for one plan or optimizer that is chosen as for a run.
     """
     loader = GlobalHydra.instance().config_loader()
     known = loader.get_group_options("parallel")
@@ -77,11 +77,15 @@ def configs_by_plan(cfg: Config, arguments: list[str]) -> dict[str, list[Config]
     parser = OverridesParser.create()
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     keys = {word: parser.parse_override(word).key_or_group for word in words}
-    mine = [word for word in words if keys[word] not in ("parallel", "optimizer")]
+    for word in words:
+        if option := {"parallel": "verify.plans", "optimizer": "verify.optimizers"}.get(keys[word]):
+            chosen = word.partition("=")[2]
+            fix = {keys[word]: None, option: f"[{chosen}]"}
+            raise ConfigError(keys[word], chosen, "verify compares several", f"{option}=[{chosen}]", fix=fix)
 
     def config(plan: str, name: OptimizerName) -> Config:
         others = {key for owner, options in OPTIMIZER_OPTIONS.items() if owner is not name for key in options}
-        taken = [word for word in mine if keys[word] not in others]
+        taken = [word for word in words if keys[word] not in others]
         overrides = [*taken, f"parallel={plan}", f"optimizer={name}"]
         composed = loader.load_configuration("verify", overrides, run_mode=RunMode.RUN)
         return _with_two_micro_batches(typed_config(composed))
