@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,44 @@ def test_the_text_of_a_job_is_that_of_its_local_folder_too(tmp_path: Path) -> No
     assert None not in (before, text(tmp_path))
     assert text(tmp_path) != before
     assert text("owner/stories") is None
+
+
+def test_a_job_in_a_folder_that_was_moved_is_the_same(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files too are named by their absolute paths."""
+    sweep.figures = lambda job: {"corpus_hash": text_of(job)}
+    record = sweep.folder / "0" / ".hydra" / "hydra.yaml"
+
+    def started_in(project: Path) -> list[int]:
+        monkeypatch.chdir(project)
+        sweep("parallel=none", "data=text", f"data.path={project}/mine.txt", f"data.cache_dir={tmp_path}")
+        return sweep.numbers
+
+    (then := tmp_path / "then").mkdir()
+    (then / "mine.txt").write_text("text")
+    assert started_in(then) == [0]
+    record.parent.mkdir()
+    record.write_text(f"hydra: {{runtime: {{cwd: {then}}}}}")
+    (now := tmp_path / "now").mkdir()
+    (now / "mine.txt").write_text("text")
+    assert started_in(now) == [0]  # another project, while that is there
+    shutil.rmtree(sweep.folder / "0-2")
+    shutil.rmtree(then)
+    assert started_in(now) == []
+
+
+def test_a_job_that_repeats_another_is_named(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep("parallel=none", "train.steps=30,30,40")
+    said = capsys.readouterr().out
+    assert said.startswith("job 1 repeats job 0: their configs are the same\n")
+    assert said.count(" repeats job ") == 1
+
+
+def test_rules_of_a_plan_that_a_job_does_not_have_are_noted_at_its_start(sweep: Sweep) -> None:
+    sweep("parallel=tp,fsdp", "model.plans.tp.output.dst=replicate", "world_size=2")
+    note = "model.plans.tp.output.dst=replicate has no effect: parallel=fsdp has no rules"
+    assert [job.notes for job in sweep.started] == [(), (note,)]
 
 
 def test_a_simulation_that_is_completed_is_not_repeated(sweep: Sweep) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from tpresearch.config.schema import Config, DataConfig, DataSource, DeviceKind
 from tpresearch.data.hub import local_folder, open_hub
 from tpresearch.data.sources import open_files
 from tpresearch.launch.command import override_key, values_by_key
+from tpresearch.launch.hydra_app import launch_dir
 from tpresearch.track.record import read_record
 from tpresearch.track.wandb_host import MAX_NAME_CHARS
 
@@ -78,6 +80,22 @@ def signature(config: dict[str, Any], ranks: int, without_seed: bool = False) ->
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def recorded_signature(folder: Path, ranks: int) -> str:
+    """The signature of the run in this folder, as of a job that is started here: if the folder that it was started in is gone, that
+    has been moved here, with the files in it.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError: for what is not the record of a run.
+    """
+    config = read_record(folder / "config.yaml")
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        there = read_record(folder / ".hydra" / "hydra.yaml")["hydra"]["runtime"]["cwd"]
+        if not os.path.exists(there):
+            text = json.dumps(config, ensure_ascii=False)
+            config = json.loads(text.replace(f'"{there}/', f'"{launch_dir()}/'))
+    return signature(config, ranks)
+
+
 @dataclass(frozen=True)
 class CompletedRun:
     folder: Path
@@ -90,11 +108,11 @@ def completed_runs(sweep_dir: Path) -> dict[str, list[CompletedRun]]:
     found: dict[str, list[CompletedRun]] = {}
     for path in sorted(sweep_dir.rglob("summary.json")):
         try:
-            summary, config = read_record(path), read_record(path.with_name("config.yaml"))
+            summary = read_record(path)
             if summary["status"] == "completed":
                 ranks = 1 if summary.get("predicted") else summary["world_size"]  # one process simulates all
                 run = CompletedRun(path.parent, summary.get("corpus_hash"))
-                found.setdefault(signature(config, ranks), []).append(run)
+                found.setdefault(recorded_signature(path.parent, ranks), []).append(run)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not the record of a run
     return found
@@ -122,7 +140,7 @@ def is_usable_folder(folder: Path) -> bool:
 def will_resume(job: Job) -> bool:
     """Whether an earlier start of this job has left a checkpoint, from which it will resume in its folder."""
     try:
-        same = signature(read_record(job.folder / "config.yaml"), job.ranks) == job.signature
+        same = recorded_signature(job.folder, job.ranks) == job.signature
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return same and any(job.folder.glob("checkpoints/step-*/checkpoint.json"))

@@ -97,9 +97,13 @@ class TorchrunLauncher(Launcher):
             of_it = f", {duration_text(trained)} of it training" if isinstance(trained, int | float) else ""
             self._print(f"job {job.number} {outcome.status} after {duration_text(seconds)}{of_it}{why}")
 
+        numbers: dict[str, int] = {}
         for job in jobs:
+            first = numbers.setdefault(job.signature, job.number)
             if job.completed:
                 self._print(f"job {job.number} was completed earlier: {job.folder}")
+            elif first != job.number:
+                self._print(f"job {job.number} repeats job {first}: their configs are the same")
         todo = [job for job in jobs if not job.completed]
         for job in todo:
             wait_for_earlier_job(job.folder, self._print)
