@@ -33,8 +33,10 @@ def simulate(ranks: Ranks, tmp_path: Path) -> Command:
 
 
 def test_a_step_is_foretold(simulate: Command) -> None:
-    done = simulate(*SMALL, "world_size=64", "mesh.tp=4", "train.global_batch_size=32", "trace=true")
+    other = "model.plans.tp.out.dst=replicate"
+    done = simulate(*SMALL, "world_size=64", "mesh.tp=4", "train.global_batch_size=32", "trace=true", other)
     assert done.code == 0, done.err
+    assert f"\n  {other} has no effect: parallel=fsdp_tp has the rules of model.plans.sp\n  /" in done.out
     assert (
         "PREDICTED, not measured: llama2_debug, parallel=fsdp_tp, dp_shard=16 x tp=4, on h100_dgx" in done.out
     )
@@ -43,7 +45,7 @@ def test_a_step_is_foretold(simulate: Command) -> None:
     low, high = found["step_time_range_s"]
     assert 0 < low < found["step_time_s"] < high <= 1.11 * found["step_time_s"]
     assert found["fits"] is True
-    lines = done.out.split("\n\n  /")[0].splitlines()
+    lines = done.out.split(f"\n\n  {other}")[0].splitlines()
     assert max(map(len, lines)) <= 120  # checks and sources are long sentences
     first = next(line for line in lines if line.startswith("  checked"))
     assert first.split("checked", 1)[1].strip() in found["checked"][0]

@@ -106,5 +106,6 @@ def _unused(cfg: Config, sizes: MeshSizes) -> Iterator[tuple[tuple[str, ...], st
         yield both, "there is one data-parallel rank"
     if used_axes(parallel) and cfg.world_size not in (None, sizes.world):
         yield ("world_size",), f"torchrun has started {sizes.world} ranks"
-    yield ("gpus",), "it is an option of python -m tpresearch.planner"
-    yield ("trace",), "it is an option of python -m tpresearch.simulate; profiler=trace"
+    if not cfg.cluster:
+        yield ("gpus",), "it is an option of python -m tpresearch.planner"
+        yield ("trace",), "it is an option of python -m tpresearch.simulate; profiler=trace"

@@ -29,7 +29,7 @@ def main(job: SimulationPreflight, run: Run) -> None:
     path.write_text(json.dumps(prediction.as_json(), indent=2) + "\n")
     write_run(prediction, run.folder)
     print(report(prediction))
-    print(f"\n  {path}")
+    print(*(f"\n  {line}" for line in (*job.notes, path)), sep="")
     if cfg.trace:
         spans: list[Span] = []
         deepest = recorded.trace(max(recorded.traces))

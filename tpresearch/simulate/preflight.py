@@ -10,9 +10,11 @@ from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Float8
 from tpresearch.config.mesh import used_axes
+from tpresearch.config.notes import notes_on_settings
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.launch.garbage import gc_paused
+from tpresearch.launch.hydra_app import typed_overrides
 from tpresearch.simulate.cluster import Cluster, check_world, parse_cluster
 
 
@@ -20,6 +22,8 @@ class SimulationPreflight(NamedTuple):
     cfg: Config
     cluster: Cluster
     sizes: MeshSizes
+    notes: tuple[str, ...] = ()
+    """On settings without effect."""
 
 
 def preflight(cfg: Config, world: World) -> SimulationPreflight:
@@ -35,7 +39,7 @@ def preflight(cfg: Config, world: World) -> SimulationPreflight:
     with gc_paused():  # late: it imports torch
         from tpresearch.train.preflight import plan_model
     plan_model(job.cfg, job.sizes)
-    return job
+    return job._replace(notes=tuple(notes_on_settings(job.cfg, job.sizes, typed_overrides())))
 
 
 def check_simulation(cfg: Config, world: World) -> SimulationPreflight:
