@@ -51,7 +51,7 @@ def read_metrics(folder: Path) -> list[Row]:
             step = row.get("train/step") if isinstance(row, dict) else None
             if not isinstance(step, int):
                 raise ValueError(f"it has the row {short(row)}, whose train/step is no number of steps")
-            while rows and rows[-1]["train/step"] >= step:
+            while rows and step_of(rows[-1]) >= step:
                 rows.pop()
             rows.append(row)
     return rows
