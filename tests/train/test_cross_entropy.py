@@ -134,6 +134,22 @@ def test_frozen_parts_get_no_gradient_and_none_is_made_without_autograd() -> Non
     assert matmuls.get_total_flops() == 2 * TOKENS * WIDTH * VOCABULARY  # those of the logits alone
 
 
+@pytest.mark.parametrize(
+    ("typed", "has_effect"),
+    [
+        ("parallel=tp mesh.tp=2", True),
+        ("parallel=tp mesh.tp=2 parallel.loss_parallel=false", False),
+        ("model=toy_net parallel=none data=uniform train.loss=sum", False),
+    ],
+)
+def test_a_chunk_is_noted_where_there_are_none(typed: str, has_effect: bool) -> None:
+    cfg = config("model=toy_mlp", "train.loss_chunk=8", "plan_only=true", *typed.split())
+    note = "train.loss_chunk=8 has no effect: the loss takes a micro-batch's whole output"
+    assert (note in preflight(cfg, World()).notes) != has_effect
+    as_it_is = replace(cfg, train=replace(cfg.train, loss_chunk=2048))
+    assert not any("loss_chunk" in each for each in preflight(as_it_is, World()).notes)
+
+
 def test_a_second_backward_is_refused() -> None:
     hidden, weight, targets = drawn(torch.float32)
     loss = linear_cross_entropy(hidden, weight, targets, 32)

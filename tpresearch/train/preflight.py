@@ -18,6 +18,7 @@ from tpresearch.config.model import model_config
 from tpresearch.config.notes import notes_on_settings
 from tpresearch.config.schema import Config
 from tpresearch.config.secrets import refuse_secrets
+from tpresearch.config.training import TrainConfig
 from tpresearch.config.validate import (
     DEFAULT_PLAN_RANKS,
     micro_batch_size,
@@ -99,6 +100,9 @@ def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
         if (rows := cfg.train.global_batch_size) != asked:
             notes.append(f"train.global_batch_size={asked} does not fit this mesh: shown for {rows}")
     model, plan = plan_model(cfg, sizes, from_seed=cfg.init_from is None and not resumes)
+    chunk, in_chunks = cfg.train.loss_chunk, plan.chunked_head and cfg.train.loss is Loss.next_token
+    if chunk not in (None, TrainConfig.loss_chunk) and not in_chunks:
+        notes.append(f"train.loss_chunk={chunk} has no effect: the loss takes a micro-batch's whole output")
     if not resumes:
         notes += check_init_from(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
