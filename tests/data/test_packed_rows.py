@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from support.corpora import Configure, prepared
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
+from tpresearch.data import rows
+from tpresearch.data import tokenizer as data_tokenizer
 from tpresearch.data.rows import check_enough_rows, read_rows, token_dtype, unigram_entropy
 
 
@@ -48,6 +51,28 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path, configure: C
     assert corpus.vocab_size == 70_001
     assert corpus.train.dtype == np.uint32
     np.testing.assert_array_equal(corpus.train.ravel()[:900], np.arange(69_000, 69_900))
+
+
+def test_a_long_document_is_encoded_a_part_at_a_time(
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token takes about a hundred bytes until it is written."""
+    (tmp_path / "long.txt").write_text("".join(f"line {number} of one long file\n" for number in range(999)))
+    at_once, encode = list[int](), data_tokenizer.Tokenizer.encode
+
+    def counted(self: data_tokenizer.Tokenizer, texts: list[str]) -> list[NDArray[np.uint32]]:
+        at_once.append(sum(map(len, texts)))
+        return encode(self, texts)
+
+    monkeypatch.setattr(data_tokenizer.Tokenizer, "encode", counted)
+    monkeypatch.setattr(rows, "ENCODE_CHARS", 5000)
+    whole = prepared(configure(str(tmp_path / "long.txt")), bpe)
+    monkeypatch.setattr(data_tokenizer, "PIECE_CHARS", 100)
+    parts = prepared(configure(str(tmp_path / "long.txt"), cache_dir=str(tmp_path / "again")), bpe)
+    assert max(at_once) > 20_000  # of one piece
+    assert max(at_once[2:]) < 5200
+    assert parts.meta == whole.meta
+    assert (parts.train == whole.train).all()
 
 
 def test_unigram_entropy_is_that_of_the_formula() -> None:

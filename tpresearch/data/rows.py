@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
 from tpresearch.data.cache import Meta
-from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, save_tokenizer
+from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, cut_text, save_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -121,15 +121,16 @@ def write_streams(
     unigrams = {split: np.zeros(tokenizer.size, np.int64) for split in SPLITS}
     with (folder / "train.bin").open("wb") as train, (folder / "held_out.bin").open("wb") as held_out:
         files = {"train": train, "held_out": held_out}
-        for split, text, encoded in _encode_in_batches(texts, tokenizer):
-            ids = np.append(encoded, tokenizer.eos_id).astype(dtype)
-            files[split].write(ids.tobytes())
-            size = len(text.encode())
-            for key, value in (("documents", 1), ("bytes", size), ("tokens", len(ids))):
-                counts[split][key] += value
-            unigrams[split] += np.bincount(ids, minlength=tokenizer.size)
+        for piece, encoded in _encode_in_batches(texts, tokenizer):
+            ids = (np.append(encoded, tokenizer.eos_id) if piece.is_last else encoded).astype(dtype)
+            files[piece.split].write(ids.tobytes())
+            size = len(piece.text.encode())
+            for key, value in (("documents", piece.is_last), ("bytes", size), ("tokens", len(ids))):
+                counts[piece.split][key] += value
+            unigrams[piece.split] += np.bincount(ids, minlength=tokenizer.size)
             advance(size)
-            if max_tokens is not None and sum(count["tokens"] for count in counts.values()) >= max_tokens:
+            tokens = sum(count["tokens"] for count in counts.values())
+            if max_tokens is not None and piece.is_last and tokens >= max_tokens:
                 break
     ends = sum(unigrams[split][tokenizer.eos_id] - counts[split]["documents"] for split in SPLITS)
     if ends:
@@ -138,25 +139,37 @@ def write_streams(
     return {"dtype": dtype.name, **counts, "unigram_entropy_nats": unigram_entropy(**unigrams)}
 
 
+class _Piece(NamedTuple):
+    """A part of a document, all of it unless it is long."""
+
+    split: str
+    text: str
+    is_last: bool
+
+
 def _encode_in_batches(
     texts: Iterable[tuple[str, str]], tokenizer: Tokenizer
-) -> Iterator[tuple[str, str, Tokens]]:
-    """(split, text, ids) of every text that is not empty, encoded many at a time."""
-    waiting: list[tuple[str, str]] = []
+) -> Iterator[tuple[_Piece, Tokens]]:
+    """The pieces of every text that is not empty, and their ids, encoded many at a time: a token takes a hundred bytes while it is."""
+    waiting: list[_Piece] = []
     chars = 0
+    for piece in _pieces(texts, tokenizer.piece_chars):
+        waiting.append(piece)
+        chars += len(piece.text)
+        if chars >= ENCODE_CHARS:
+            yield from zip(waiting, tokenizer.encode([each.text for each in waiting]), strict=True)
+            waiting, chars = [], 0
+    yield from zip(waiting, tokenizer.encode([each.text for each in waiting]), strict=True)
+
+
+def _pieces(texts: Iterable[tuple[str, str]], piece_chars: int) -> Iterator[_Piece]:
     for train, held_out in texts:
         # What is held out first: the other part may reach max_tokens.
-        waiting += [(split, text) for split, text in (("held_out", held_out), ("train", train)) if text]
-        chars += len(train) + len(held_out)
-        if chars >= ENCODE_CHARS:
-            yield from _encode(waiting, tokenizer)
-            waiting, chars = [], 0
-    yield from _encode(waiting, tokenizer)
-
-
-def _encode(waiting: list[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, str, Tokens]]:
-    ids = tokenizer.encode([text for _, text in waiting])
-    return ((split, text, tokens) for (split, text), tokens in zip(waiting, ids, strict=True))
+        for split, text in (("held_out", held_out), ("train", train)):
+            *others, last = cut_text(text, piece_chars)
+            yield from (_Piece(split, piece, is_last=False) for piece in others)
+            if last:
+                yield _Piece(split, last, is_last=True)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
