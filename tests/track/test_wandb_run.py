@@ -129,6 +129,32 @@ def test_a_run_that_resumes_continues_its_own_with_each_row_once(
     assert len(read_metrics(run_dir)) == STEPS
 
 
+def test_a_held_out_loss_that_is_made_up_for_is_a_row_of_its_own_there(
+    track: Callable[..., Tracker], server: FakeWandb, run_dir: Path
+) -> None:
+    """As after a signal that stopped the evaluation of step 4."""
+    stopped = track()
+    log_steps(stopped, last=3)
+    stopped.log(row(4, **{"val/loss": None}))
+    stopped.finish("preempted")
+    for start, first in ((4, 5), (6, 7)):
+        resumed = track(start_step=start)
+        resumed.resume_from(start)
+        assert resumed.lacks_held_out_loss()
+        if start == 4:  # an evaluation was due
+            resumed.add_held_out_loss(7.5)
+            assert not resumed.lacks_held_out_loss()
+        log_steps(resumed, first, first + 1)
+        resumed.finish()
+        if start == 4:  # the row of step 6 does not arrive at first
+            del only_run(server).rows[max(only_run(server).rows)]
+            only_run(server).summary["_step"] = 5
+    arrived = logged(only_run(server))
+    assert [r["train/step"] for r in arrived] == [1, 2, 3, 4, 4, 5, 6, 7, 8]
+    assert arrived[4] == {"train/step": 4, "train/tokens": 4 * 3072, "val/loss": 7.5}
+    assert read_metrics(run_dir) == [{**dict.fromkeys(NAMES), **row(step)} for step in range(1, STEPS + 1)]
+
+
 def test_steps_that_were_logged_with_other_learning_rates_are_told(
     track: Callable[..., Tracker], server: FakeWandb, run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

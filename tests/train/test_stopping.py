@@ -24,6 +24,7 @@ from tpresearch.launch import Run
 from tpresearch.launch.stop import StopFlag, Stopped
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
+from tpresearch.track.record import read_metrics
 from tpresearch.train import main
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import preflight
@@ -139,3 +140,12 @@ def test_ranks_stop_after_the_same_step_and_say_so(
     assert last_row.items() <= rows[-1].items()
     assert rows[-1]["train/loss"] > 0
     assert [found.step for found in complete_checkpoints(tmp_path)] == [summary["steps"]]
+    if where == ROWS:
+        (tmp_path / "undisturbed").mkdir()
+        for folder in (tmp_path, tmp_path / "undisturbed"):
+            assert ranks.run(2, train_until, cfg, folder, 1, 99, where, number) == [("completed", 0)] * 2
+        found, undisturbed = (
+            [(row["train/step"], row["val/loss"]) for row in read_metrics(folder)]
+            for folder in (tmp_path, tmp_path / "undisturbed")
+        )
+        assert found == undisturbed, "the evaluation that was stopped is made up for"

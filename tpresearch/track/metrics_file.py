@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import SupportsFloat
 
 from tpresearch.track.names import Row, complete_row
-from tpresearch.track.record import write_atomically
+from tpresearch.track.record import read_metrics, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,16 @@ class MetricsFile:
         self._file.close()
         truncate_rows(self._path.parent, step)
         self._file = self._open()
+
+    def complete_last_row(self, values: Row) -> Row:
+        """Add these metrics to the row that was logged last, of an earlier process; returns it."""
+        *before, last = read_metrics(self._path.parent)
+        row = last | values
+        self._file.close()
+        lines = [json.dumps(each, allow_nan=False) + "\n" for each in (*before, row)]
+        write_atomically(self._path, "".join(lines))
+        self._file = self._open()
+        return row
 
     def close(self) -> str | None:
         """Close the file. If it was removed during the run, its rows are written once more.

@@ -142,6 +142,20 @@ class Tracker:
         resumption = {"step": step, "world_size": self._facts.world_size, "mesh": self._facts.mesh}
         record.record_resumption(self._run_dir, resumption)
 
+    def lacks_held_out_loss(self) -> bool:
+        """Whether the row of the step that the run resumes from has none, as where a signal stopped its evaluation."""
+        logged = record.read_metrics(self._run_dir)
+        return bool(logged) and step_of(logged[-1]) == self._start_step and logged[-1]["val/loss"] is None
+
+    def add_held_out_loss(self, loss: float) -> None:
+        """Complete that row."""
+        row = self._metrics.complete_last_row({"val/loss": loss})
+        if self._wandb:
+            self._wandb.log_more({name: row[name] for name in ("train/step", "train/tokens", "val/loss")})
+        if self._tensorboard:
+            self._tensorboard.log(row)
+        self._progress.show(row)
+
     def log(self, values: Mapping[str, SupportsFloat | None]) -> None:
         """Record one step. Metrics that are left out, and NaN and infinity, are undefined.
 

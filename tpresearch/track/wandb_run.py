@@ -142,6 +142,12 @@ class WandbRun:
         with self._catching_errors():
             self._run.log(dict(row))
 
+    def log_more(self, values: Row) -> None:
+        """Log what a row lacked when it was logged: as another one of its step, since W&B changes none."""
+        self._sent.add(step_of(values))
+        with self._catching_errors():
+            self._run.log(dict(values))
+
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
         """Set the summary's figures, in place of an earlier end's, and close the run, in at most `finish_timeout` seconds."""
         with self._catching_errors():
@@ -210,10 +216,13 @@ class SentRows:
         step = step_of(row)
         if self._steps and step <= self._steps[-1]:
             return False
+        self.add(step)
+        return True
+
+    def add(self, step: int) -> None:
         self._steps.append(step)
         with self._path.open("a") as file:
             file.write(f"{step}\n")
-        return True
 
 
 def set_up() -> wandb.Settings:

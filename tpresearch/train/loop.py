@@ -56,6 +56,10 @@ class Loop:
             batch = self.read()
         return train_step(self.state, batch, self.setup)
 
+    def evaluates_at(self, step: int) -> bool:
+        every = self.setup.cfg.train.eval_every
+        return step == self.setup.steps or (every is not None and step % every == 0)
+
     def evaluate(self) -> float | None:
         """The loss on held-out rows, the same rows and the same number for every plan: the mean cross-entropy, in nats per
         token, over `train.eval_rows` of them; None if there are none, or all ranks stop."""
@@ -110,8 +114,7 @@ class Loop:
             result = self.step()
             finite.record(state.step, result)
             stops, last = self.stops(), state.step == setup.steps
-            due = last or (train.eval_every is not None and state.step % train.eval_every == 0)
-            evaluates = due and not stops
+            evaluates = self.evaluates_at(state.step) and not stops
             saves = self.saver is not None and (stops or last or self.saver.is_due(state.step))
             loss = None
             if evaluates or saves or stops or state.step % train.log_every == 0:

@@ -10,7 +10,7 @@ from functools import partial
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpresearch.checkpoint.collective import checkpoint_group
+from tpresearch.checkpoint.collective import checkpoint_group, on_all_ranks
 from tpresearch.checkpoint.disk import Checkpoint
 from tpresearch.checkpoint.load import restore
 from tpresearch.checkpoint.resume import broadcast_from_rank_0, check_corpus, checkpoints_to_resume
@@ -35,6 +35,7 @@ from tpresearch.track.console import NextSteps
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.agreement import AgreedGradients
 from tpresearch.train.assemble import assemble
+from tpresearch.train.loop import Loop
 from tpresearch.train.lost_rank import ending_with_other_ranks, leave_failed_ranks
 from tpresearch.train.observe import Observer
 from tpresearch.train.out_of_memory import refusing_out_of_memory
@@ -136,6 +137,7 @@ def train_on(
         if tracker:
             tracker.resume_from(loop.state.step)
         with refusing_out_of_memory(job.cfg, job.sizes, world, trains=True):
+            evaluate_if_stopped_before(loop, tracker, group)
             for row in loop.rows():
                 if not dist.is_initialized():
                     raise RuntimeError("another rank failed, and this one no longer waits for it")
@@ -145,6 +147,13 @@ def train_on(
             if flag.requested:
                 tell_stopped(world)
             raise Stopped(loop.stopped_by)
+
+
+def evaluate_if_stopped_before(loop: Loop, tracker: Tracker | None, group: dist.ProcessGroup | None) -> None:
+    """The evaluation that a run was to make at the step that it resumes from, if a signal stopped it before that was done."""
+    lacking, *_ = on_all_ranks(lambda: tracker is not None and tracker.lacks_held_out_loss(), group)
+    if lacking and loop.evaluates_at(loop.state.step) and (loss := loop.evaluate()) is not None and tracker:
+        tracker.add_held_out_loss(loss)
 
 
 def build_observers(
