@@ -349,6 +349,14 @@ def test_what_else_differs_is_said_too_and_seeds_alone_may(tmp_path: Path) -> No
     assert refusal(tmp_path, Made(seed=0), Made(seed=1), Made("tp", {"tp": 2}, seed=1), any_seed=True) == []
 
 
+def test_a_predicted_step_has_read_nothing_that_must_match(tmp_path: Path) -> None:
+    for index, run in enumerate((Made(max_tokens=99, unigram_entropy=6.25), Made("tp", {"tp": 2}))):
+        run.write(tmp_path / str(index))
+    runs = find_runs([str(tmp_path)]).runs
+    runs[1].summary.update(predicted=True, corpus_hash=None)
+    assert check_comparable(runs, anyway=False, any_seed=False) == []
+
+
 def test_an_unknown_baseline_and_one_that_several_have(tmp_path: Path) -> None:
     for index, run in enumerate([Made(), Made("fsdp", {"dp_shard": 2}), Made("fsdp", {"dp_shard": 4})]):
         run.write(tmp_path / f"job{index}")

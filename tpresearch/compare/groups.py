@@ -18,13 +18,13 @@ from tpresearch.config.comparable import experiment_config
 from tpresearch.config.errors import ConfigError, nearest
 from tpresearch.track.text import UNDEFINED, path_text, printable
 
+OF_THE_CORPUS = ("data.max_tokens", "data.held_out_every", "corpus_hash", "unigram_entropy")
+"""Settings of what is read, which a predicted step does not."""
 MUST_MATCH = (
     *("tokenizer.kind", "tokenizer.vocab_size", "tokenizer.path", "data.seq_len", "train.global_batch_size"),
-    *("train.loss", SEED, "data.max_tokens", "data.held_out_every", "corpus_hash", "unigram_entropy"),
+    *("train.loss", SEED, *OF_THE_CORPUS),
 )
 """Settings in which runs must agree for their losses to be the same quantity; causes before what follows from them."""
-OF_THE_CORPUS = ("corpus_hash", "unigram_entropy")
-"""Those of them that a run has that read a corpus."""
 FIRST_COLUMNS = (
     "model.name",
     "parallel.name",
