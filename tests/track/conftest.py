@@ -34,8 +34,8 @@ def run_dir(tmp_path: Path) -> Path:
 def track(cfg: Config, run_dir: Path) -> Callable[..., Tracker]:
     """Makes the tracker of a run of `STEPS` steps that prints to memory."""
 
-    def make(**options: Any) -> Tracker:
+    def make(plan: str = "the plan\n", **options: Any) -> Tracker:
         console = Console(file=io.StringIO(), width=120)
-        return Tracker(cfg, run_dir, FACTS, STEPS, console=console, plan="the plan\n", **options)
+        return Tracker(cfg, run_dir, FACTS, STEPS, console=console, plan=plan, **options)
 
     return make

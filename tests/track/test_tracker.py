@@ -19,9 +19,17 @@ from support.example_run import FACTS, STEPS, log_steps, row, train
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.compose import as_dict
 from tpresearch.launch.stop import StopFlag, Stopped
+from tpresearch.ledger.entries import Entry, Expected, MemoryUse, StepLedger
 from tpresearch.track import record
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.tracker import Tracker
+
+LEDGER = StepLedger(
+    [Entry("tp", "forward", "dtensor", "all_reduce", 2, 64, 64)],
+    [MemoryUse("parameters", 128, 128)],
+    None,
+    Expected([Entry("tp", "forward", "dtensor", "all_reduce", 2, 64, 64)], {"parameters": 128}),
+)
 
 
 def no_report(*_: object) -> None:
@@ -85,6 +93,25 @@ def test_a_run_that_goes_on_after_its_end_has_no_summary_until_it_ends_again(
         read_summary(run_dir)
     resumed.finish()
     assert read_summary(run_dir)["status"] == "completed"
+
+
+@pytest.mark.parametrize(("plan", "speed"), [("the plan", 6007.0), ("another", None)])
+def test_a_run_that_was_killed_after_its_last_step_has_the_figures_of_its_steps(
+    track: Callable[..., Tracker], run_dir: Path, plan: str, speed: float | None
+) -> None:
+    ended = track()
+    log_steps(ended)
+    ended.record_ledger(LEDGER)
+    ended.finish()
+    figures = read_summary(run_dir)
+    for _ in range(2):  # the first of which is killed too
+        resumed = track(start_step=STEPS, plan=plan)
+        resumed.resume_from(STEPS)
+    resumed.finish()
+    found = read_summary(run_dir)
+    assert found["perf/tokens_per_second"] == speed
+    for name in figures.keys() - {"wall_time_s"} if speed else ():
+        assert found[name] == figures[name]
 
 
 def test_an_exception_makes_it_failed_in_one_line_and_goes_on(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 PHASES = ("forward", "loss", "backward", "clip", "optimizer")
 """The parts of an optimizer step, in their order."""
@@ -123,6 +123,15 @@ class StepLedger:
                 "allocator_peak_bytes": self.allocator_peak_bytes,
             },
         }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """What `as_json` has written."""
+        memory, formulas = content["memory"], content["expected"]
+        sent = [Entry(**entry) for entry in content["measured"]]
+        expected = Expected(formulas and [Entry(**entry) for entry in formulas], memory["expected"])
+        held = [MemoryUse(**use) for use in memory["measured"]]
+        return cls(sent, held, memory["allocator_peak_bytes"], expected)
 
     def summary(self) -> dict[str, Any]:
         """For summary.json: bytes sent by mesh axis and by collective, and memory by kind, maximum and at the peak.

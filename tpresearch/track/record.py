@@ -21,7 +21,7 @@ from tpresearch.config.errors import one_line
 from tpresearch.track.names import NAMES, Row, finite_or_none, step_of
 from tpresearch.track.text import bytes_text
 
-SUMMARY_FILE = "summary.json"
+SUMMARY_FILE, LEDGER_FILE = "summary.json", "ledger.json"
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 4 << 20, 100_000, 50
 """Limits of a file of a run that is read whole: far more than any run writes."""
 TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
@@ -143,11 +143,15 @@ def _defined(rows: Sequence[Row], name: str) -> list[int | float]:
 
 def _write_keeping_earlier(step: int, path: Path, content: str) -> None:
     """When a run resumes with another `config.yaml` or `plan.txt`, keep the earlier one: config.step-00000100.yaml."""
-    kept = path.with_name(f"{path.stem}.step-{step:08d}{path.suffix}")
+    kept = _kept_name(path, step)
     # If there is one of this step, no checkpoint followed what `path` holds.
     if step and path.exists() and not kept.exists() and path.read_text(encoding="utf-8") != content:
         path.rename(kept)
     write_atomically(path, content)
+
+
+def _kept_name(path: Path, step: int) -> Path:
+    return path.with_name(f"{path.stem}.step-{step:08d}{path.suffix}")
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -189,9 +193,21 @@ def read_resumptions(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def measured_from(folder: Path, step: int, total_steps: int) -> int:
+    """The step from which the steps were taken that tell a run's speed: at which this process started, or, where no step was left
+    for it and the plan is the same, the one that took the last.
+
+    Args:
+        step: at which this process started.
+    """
+    if step < total_steps or _kept_name(folder / "plan.txt", step).exists():
+        return step
+    return max((each["step"] for each in read_resumptions(folder) if each["step"] < step), default=0)
+
+
 def write_ledger(folder: Path, ledger: Mapping[str, Any]) -> None:
     """ledger.json: what one step sent and held, and what formulas expect."""
-    write_atomically(folder / "ledger.json", json.dumps(ledger, indent=2) + "\n")
+    write_atomically(folder / LEDGER_FILE, json.dumps(ledger, indent=2) + "\n")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -99,7 +99,7 @@ class Tracker:
         )
         self._cfg, self._run_dir, self._facts, self._start_step = cfg, run_dir, facts, start_step
         self._console = console or Console(highlight=False)
-        self._began, self._last_step = time.monotonic(), start_step
+        self._began, self._last_step, self._total_steps = time.monotonic(), start_step, total_steps
         self._ended, self._next_steps = False, next_steps
         self._last_row: Row | None = None
         self._repeated_rates: dict[int, float | None] = {}
@@ -233,6 +233,8 @@ class Tracker:
         if self._last_row and (not logged or step_of(logged[-1]) < step_of(self._last_row)):
             logged.append(self._last_row)  # for which the disk had no room
         rows = [row for row in logged if step_of(row) <= self._last_step]
+        start = record.measured_from(self._run_dir, self._start_step, self._total_steps)
+        ledger = self._step_ledger if start == self._start_step else _ledger_of(self._run_dir)
         summary = {
             "status": status,
             **({"error": error} if error else {}),
@@ -246,8 +248,8 @@ class Tracker:
             "weights": str(cfg.train.weight_dtype),
             "moments": str(cfg.optimizer.moment_dtype or cfg.train.weight_dtype),
             "float8": str(cfg.train.float8),
-            **record.summary_figures(rows, cfg.train.warmup_log_steps, self._start_step),
-            **(self._step_ledger.summary() if self._step_ledger else {}),
+            **record.summary_figures(rows, cfg.train.warmup_log_steps, start),
+            **(ledger.summary() if ledger else {}),
             **({"resumed": resumed} if (resumed := record.read_resumptions(self._run_dir)) else {}),
             "wall_time_s": time.monotonic() - self._began,
         }
@@ -263,6 +265,13 @@ class Tracker:
             self._end_silently()
         else:
             self.finish(_status(error), _error_line(error))
+
+
+def _ledger_of(run_dir: Path) -> StepLedger | None:
+    try:
+        return StepLedger.from_json(record.read_record(run_dir / record.LEDGER_FILE))
+    except (OSError, ValueError, KeyError, TypeError):  # without it, a run has no such figures
+        return None
 
 
 def _status(error: BaseException) -> Status:
