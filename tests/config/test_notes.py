@@ -41,6 +41,8 @@ NOTED = [
     ("data=random_tokens data.max_tokens=8", 1, "... has no effect: data=random_tokens is drawn as it is read"),
     ("data=random_tokens train.eval_every=8", 1, "... has no effect: data=random_tokens has no held-out rows"),
     ("data=random_tokens train.eval_every=null train.eval_rows=1", 1, None),
+    ("model=toy_net data=uniform data.seq_len=1", 1, None),
+    ("model=toy_net data=uniform data.seq_len=8", 1, "data.seq_len=8: each row of data=uniform counts as 8 tokens; 1, by default"),
     ("profiler=none profiler.first_step=5", 1, "... has no effect: profiler=none; profiler=trace"),
     ("profiler=trace profiler.first_step=5", 1, None),
     ("parallel=tp defects.overlapping_batches=true", 2, "... has no effect: there is one data-parallel rank"),

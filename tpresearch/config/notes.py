@@ -38,6 +38,10 @@ def notes_on_settings(cfg: Config, sizes: MeshSizes, typed: Mapping[str, str]) -
     if steps < warmup:
         reached = f"the learning rate ends at {steps / warmup:.2g} of optimizer.lr"
         notes.append(f"schedule.warmup_steps={warmup} is more than the {steps} of the run: {reached}")
+    if cfg.data.source is DataSource.uniform and (length := cfg.data.seq_len) > 1:
+        notes.append(
+            f"data.seq_len={length}: each row of data=uniform counts as {length} tokens; 1, by default"
+        )
     return notes
 
 
