@@ -188,7 +188,7 @@ def test_theirs_to_ours_to_theirs_is_bitwise_by_two_commands(
 
 def test_no_run_is_set_aside_for_an_import(start: Start, run: Path, exported: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
-    words = ["-m", "tpresearch.import_hf", f"init_from={exported}", "hydra.run.dir=run", "parallel=none"]
+    words = ["-m", "tpresearch.import_hf", f"init_from={exported}", "hydra.run.dir=run"]
     refused = start(None, *words)
     assert refused.refusal.startswith("error: hydra.run.dir=run: a run has step-00000002 there, ")
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
