@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.composed import config, corpus
 from support.counted_steps import FAKE
+from support.nets import AfterBlocks, model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
@@ -68,7 +69,7 @@ def test_embedding_and_output_are_gathered_where_they_are_used(chunk: str) -> No
         "train.eval_rows=11",
     )
     job = preflight(cfg, World(size=4, local_size=4))
-    assert job.plan.end_layers == [EMBEDDING, OUTPUT]
+    assert (job.plan.end_layers, job.plan.after_blocks) == ([EMBEDDING, OUTPUT], ["norm"])
     with process_group(FAKE, job.world):
         mesh = build_mesh(job.sizes, "cpu")
         loop = assemble(job, mesh, FAKE, corpus())
@@ -79,8 +80,8 @@ def test_embedding_and_output_are_gathered_where_they_are_used(chunk: str) -> No
         assert gathered(loop.state.model) == set()
     assert found[f"{FIRST} forward"] == {FIRST}
     assert found[f"{LAST} forward"] == {LAST}
-    # Those of norm, embedding and blocks, and of the output, which comes while the last block computes.
-    assert found["gathers"] == {2 + LAYERS + 1}
+    # Those of embedding and blocks, and of the output, which comes while the last block computes.
+    assert found["gathers"] == {1 + LAYERS + 1}
     assert OUTPUT not in found[f"{FIRST} backward"]
     assert EMBEDDING not in found[f"{FIRST} backward"]
     assert found[f"{EMBEDDING} backward"] == set()
@@ -89,4 +90,24 @@ def test_embedding_and_output_are_gathered_where_they_are_used(chunk: str) -> No
 def test_what_is_tied_stays_together() -> None:
     for overrides in (["model.tied=true"], ["model.blocks=[]"]):
         cfg = config("model=llama2_debug", "parallel=fsdp", *overrides)
-        assert preflight(cfg, World(size=4, local_size=4)).plan.end_layers == []
+        plan = preflight(cfg, World(size=4, local_size=4)).plan
+        assert plan.end_layers == []
+        assert plan.after_blocks == (["norm"] if plan.blocks else [])
+
+
+def test_what_is_called_once_after_the_last_block_is_gathered_with_it() -> None:
+    cfg = config(*model(AfterBlocks), "parallel=fsdp", "train.eval_rows=8")
+    job = preflight(cfg, World(size=2, local_size=2))
+    assert job.plan.after_blocks == ["gated", "in_training"]
+    of = {
+        name: job.plan.unit_of(f"{name}.weight")
+        for name in ("gated.gate", "in_training", "before", "twice", "embed")
+    }
+    assert of == {"gated.gate": "mlp", "in_training": "mlp", "before": None, "twice": None, "embed": "embed"}
+    with process_group(FAKE, job.world):
+        mesh = build_mesh(job.sizes, "cpu")
+        loop = assemble(job, mesh, FAKE, corpus())
+        for _ in range(2):  # of which an evaluation calls but a part
+            loop.step()
+            loop.evaluate()
+        assert all(isinstance(weight, DTensor) for weight in loop.state.model.parameters())

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpresearch.models import Head
 from tpresearch.models.toy_mlp import ToyLM
 
 
@@ -173,6 +174,30 @@ class PartlyInEvaluation(ToyLM):
 
     def forward(self, tokens: Tensor, head: object = None) -> Tensor:
         return self.output(self.drop(self.mlp(self.embed(tokens))))
+
+
+class Gated(nn.Linear):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim)
+        self.gate = nn.Linear(dim, dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.gate(input)
+
+
+class AfterBlocks(ToyLM):
+    """With layers after the block, of which one has another within it, one is also called before the block, and one in training alone."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.before, self.twice = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.gated, self.in_training = Gated(dim), nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, head: Head | None = None) -> Tensor:
+        hidden = self.gated(self.twice(self.mlp(self.twice(self.before(self.embed(tokens))))))
+        if self.training:
+            hidden = self.in_training(hidden)
+        return head(self.output, hidden) if head else self.output(hidden)
 
 
 class Routed(ToyLM):

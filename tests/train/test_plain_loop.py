@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.composed import config, corpus
-from support.nets import ComplexPositions, HookedHead, PartlyInEvaluation, Routed, model
+from support.nets import AfterBlocks, ComplexPositions, HookedHead, PartlyInEvaluation, Routed, model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -67,6 +67,7 @@ def plain(kind: type[nn.Module], cfg: Config, initial: Weights) -> tuple[list[fl
     [
         *[(kind, "none", 1) for kind in (ComplexPositions, HookedHead, PartlyInEvaluation)],
         (HookedHead, "fsdp", 2),
+        (AfterBlocks, "fsdp", 2),
         (Routed, "ddp", 2),
     ],
 )

@@ -108,7 +108,7 @@ def _data_plan_collectives(model: nn.Module, plan: Plan, cfg: Config, last: bool
     for name, parameter in model.named_parameters():
         # Of its part by its rule, the first dim filled up so that it divides over the data shards.
         padded = plan.sizes.shards * math.prod(fsdp_local_shape(name, model, plan))
-        unit = units.setdefault(unit_of(name, (*plan.blocks, *plan.end_layers)), [0, 0])
+        unit = units.setdefault(plan.unit_of(name), [0, 0])
         unit[0] += padded
         unit[1] += padded * parameter.requires_grad
     for name_of_unit, (gathered, trained) in units.items():

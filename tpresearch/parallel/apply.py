@@ -159,7 +159,7 @@ def wait_for_inputs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def apply_fsdp(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh, dtype: Dtype) -> None:
-    """`fully_shard` each block, embedding and output layer, then the root.
+    """`fully_shard` each block, the last one together with what follows it, embedding and output layer, then the root.
 
     Gradients are summed, not averaged, over data-parallel ranks: the loss is divided by the global token count.
     """
@@ -169,10 +169,11 @@ def apply_fsdp(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh,
         precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype(fsdp, dtype), cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if fsdp.cpu_offload else OffloadPolicy()
     shard = functools.partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    for name in plan.blocks:
-        # Backward begins with the last block: if freed, it would be gathered again at once.
-        frees = fsdp.reshard_after_forward and name != plan.blocks[-1]
-        shard(model.get_submodule(name), reshard_after_forward=frees)
+    for name in plan.blocks[:-1]:
+        shard(model.get_submodule(name), reshard_after_forward=fsdp.reshard_after_forward)
+    if last := [*plan.blocks[-1:], *plan.after_blocks]:
+        # Backward begins with it: if freed, it would be gathered again at once.
+        shard([model.get_submodule(name) for name in last], reshard_after_forward=False)
     for name in plan.end_layers:
         layer = model.get_submodule(name)
         is_embedding = isinstance(layer, nn.Embedding)  # whose backward reads indices, and no weight
@@ -226,8 +227,12 @@ def reshard(model: nn.Module) -> None:
     would use to prefetch (private; read in torch 2.11 to 2.14).
     """
     for module in fsdp_modules(model):
+        state = module._get_fsdp_state()
+        if state._modules_to_run_forward:  # called in training alone: torch before 2.13 still waits for them
+            state._modules_to_run_forward.clear()
+            state._post_forward(cast(nn.Module, module), (), None)
         module.reshard()
-        module._get_fsdp_state()._comm_ctx.post_forward_order.clear()
+        state._comm_ctx.post_forward_order.clear()
 
 
 def enable_async_tp(tp_mesh: DeviceMesh) -> None:

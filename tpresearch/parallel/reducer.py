@@ -7,7 +7,7 @@ each gradient twice more than this.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import uses_fully_shard
 from tpresearch.parallel.apply import reduce_dtype
 from tpresearch.parallel.weights import local_part
-from tpresearch.plan.compiler import Plan, unit_of
+from tpresearch.plan.compiler import Plan
 
 
 class GradientBucket:
@@ -106,14 +106,14 @@ class GradientReducer:
 
     Args:
         trained: by the name of each of the model's parameters, the one that has its gradient: its master, or itself.
-        units: names of the modules that are a bucket each; all other parameters are one more.
+        bucket_of: by the name of a parameter, that of the bucket which has its gradient.
     """
 
     def __init__(
         self,
         model: nn.Module,
         trained: Mapping[str, nn.Parameter],
-        units: Sequence[str],
+        bucket_of: Callable[[str], str | None],
         group: dist.ProcessGroup,
         dtype: torch.dtype | None,
     ) -> None:
@@ -122,7 +122,7 @@ class GradientReducer:
         members: dict[str | None, list[tuple[nn.Parameter, nn.Parameter]]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                members.setdefault(unit_of(name, units), []).append((parameter, trained[name]))
+                members.setdefault(bucket_of(name), []).append((parameter, trained[name]))
         self._buckets: list[GradientBucket] = []
         """In the order in which they are summed, which is the same on every replica whatever its rows lead to: backward comes to
         a unit before it comes to those registered earlier."""
@@ -164,5 +164,7 @@ def build_reducer(
     """
     if plan.sizes.dp == 1 or uses_fully_shard(cfg.parallel, plan.sizes):
         return None
-    units, group = (*plan.blocks, *plan.end_layers), mesh.get_group(REPLICATE.name)
-    return GradientReducer(model, trained, units, group, reduce_dtype(cfg.parallel.fsdp, cfg.train.dtype))
+    group = mesh.get_group(REPLICATE.name)
+    return GradientReducer(
+        model, trained, plan.unit_of, group, reduce_dtype(cfg.parallel.fsdp, cfg.train.dtype)
+    )

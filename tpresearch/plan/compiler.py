@@ -47,11 +47,18 @@ class Plan:
     """Linear layers that multiply in float8."""
     end_layers: list[str] = field(default_factory=list)
     """Embeddings and the output layer: each is also an FSDP unit, gathered only when used."""
+    after_blocks: list[str] = field(default_factory=list)
+    """What is called between the last block and the output layer, such as the last norm: gathered with that block."""
 
     @property
     def loss_parallel(self) -> bool:
         """The model's output reaches the loss sharded."""
         return self.output_shard_dim is not None
+
+    def unit_of(self, parameter: str) -> str | None:
+        """The block or end layer with which a parameter is gathered, or its gradient summed; None for the rest of the model."""
+        unit = unit_of(parameter, (*self.blocks, *self.end_layers, *self.after_blocks))
+        return self.blocks[-1] if unit in self.after_blocks else unit
 
     def partial_grads(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Replicated parameters with partial gradients: each rank has seen only its part of the sequence."""
@@ -110,7 +117,19 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) 
         head = None
     split = next((rule.dst[0].dim for rule in active.values() if rule.output_stays_sharded), None)  # pyrefly: ignore[missing-attribute]
     initializers, end_layers = read_initializers(model), _end_layers(model, blocks, probe)
-    return Plan(active, blocks, replicated, sizes, split, probe, initializers, head, end_layers=end_layers)
+    after = _after_blocks(model, blocks, end_layers, probe)
+    return Plan(
+        active,
+        blocks,
+        replicated,
+        sizes,
+        split,
+        probe,
+        initializers,
+        head,
+        end_layers=end_layers,
+        after_blocks=after,
+    )
 
 
 def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
@@ -134,15 +153,37 @@ def _end_layers(model: nn.Module, blocks: list[str], probe: Probe) -> list[str]:
     others read, or may read where the probe could not run: it would be gathered for its own forward alone. An embedding
     with a forward of its own may read its weight in backward too.
     """
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in _separable(model, probe)
         if blocks
         and (name == probe.head or type(module).forward is nn.Embedding.forward)
-        and name in probe.dims
-        and name not in probe.read_outside_forward
         and unit_of(f"{name}.", blocks) is None
+    ]
+
+
+def _after_blocks(model: nn.Module, blocks: list[str], end_layers: list[str], probe: Probe) -> list[str]:
+    """Modules with parameters of their own that are called once, after the last block, if that too is called once and last of all blocks."""
+    called = [(at, name) for at, name in enumerate(probe.called) if name in blocks]
+    if not called or called[-1][1] != blocks[-1] or [name for _, name in called].count(blocks[-1]) > 1:
+        return []
+    later, found = Counter(probe.called[called[-1][0] :]), list[str]()
+    for name, module in _separable(model, probe):
+        has_own = any(True for _ in module.parameters(recurse=False))
+        is_free = unit_of(f"{name}.", (*blocks, *end_layers, *found)) is None
+        if has_own and is_free and later[name] == probe.called.count(name) == 1:
+            found.append(name)
+    return found
+
+
+def _separable(model: nn.Module, probe: Probe) -> list[tuple[str, nn.Module]]:
+    """Modules whose parameters nothing but their own forward is known to read."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if name in probe.dims
+        and name not in probe.read_outside_forward
         and all(uses[id(p)] == 1 for p in module.parameters())
     ]
 

@@ -126,7 +126,7 @@ def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
         notes.append(
             f"matmuls in float8: {_join_names(plan.float8)}{'; tp ranks agree on scales' if plan.rules else ''}"
         )
-    notes += _data_axis_notes(plan)
+    notes += _data_axis_notes(model, plan)
     if changed := plan.probe.changed_buffers:
         notes.append(
             f"buffers: a forward changes {_join_names(list(changed))}, on each data-parallel rank and in each micro-batch by its own rows: "
@@ -176,13 +176,13 @@ def _tensor_axes(plan: Plan) -> list[str]:
     return [axis.name for axis in AXES if axis.shards_layers and plan.sizes[axis.name] > 1]
 
 
-def _data_axis_notes(plan: Plan) -> list[str]:
-    lines, count = [], len(plan.blocks)
-    units = "the whole model as one unit"
-    if count:
-        units = (
-            f"per unit (each of {', '.join([f'{count} blocks', *plan.end_layers])}, the rest of the model)"
-        )
+def _data_axis_notes(model: nn.Module, plan: Plan) -> list[str]:
+    lines, units = [], "the whole model as one unit"
+    if plan.blocks:
+        after = f", the last with {_join_names(plan.after_blocks)}" if plan.after_blocks else ""
+        has_rest = any(plan.unit_of(name) is None for name, _ in model.named_parameters())
+        each = [f"{len(plan.blocks)} blocks{after}", *plan.end_layers, *["the rest of the model"] * has_rest]
+        units = f"per unit ({'; '.join(each)})"
     for axis in reversed([axis for axis in AXES if axis.splits_rows and plan.sizes[axis.name] > 1]):
         what = "gradients all-reduced, once per step"
         if axis.shards_state:

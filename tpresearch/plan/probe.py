@@ -57,6 +57,8 @@ class Probe:
     """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`."""
     changed_buffers: tuple[str, ...] = ()
     """Buffers that a forward in training changes, as the statistics of a batch norm."""
+    called: tuple[str, ...] = ()
+    """Names of modules in the order in which they were called, one per call."""
     across_features: dict[str, str] = field(default_factory=dict)
     """Linear layers of whose output an op needs all features, such as softmax or a split in halves, and the op."""
 
@@ -102,6 +104,7 @@ class _ProbeMode(TorchDispatchMode):
         self._buffers = [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]
         self.read_outside_forward: set[str] = set()
         self.running: list[str] = []
+        self.called: list[str] = []
         self.no_input_grad: set[str] = set()
         self.calls: list[tuple[str, str, int]] = []
         """Of functions: by which module, of which, and for how many elements."""
@@ -125,6 +128,7 @@ class _ProbeMode(TorchDispatchMode):
         self._layers_called += any(True for _ in module.parameters(recurse=False))
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         self.running.append(name)
+        self.called.append(name)
         if not any(tensor.requires_grad for tensor in tensors):
             self.no_input_grad.add(name)
 
@@ -152,7 +156,8 @@ class _ProbeMode(TorchDispatchMode):
             for name, buffer, version in self._buffers
             if now.get(name) is not buffer or buffer._version != version
         )
-        return Probe(output.shape, no_gradient, head, draws, dims, read, changed, self._features.across)
+        called, across = tuple(self.called), self._features.across
+        return Probe(output.shape, no_gradient, head, draws, dims, read, changed, called, across)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
