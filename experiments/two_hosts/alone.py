@@ -18,7 +18,7 @@ import torch.distributed as dist
 import yaml
 
 from tpresearch.simulate.cluster import Cluster
-from tpresearch.simulate.network import Route, collective_s, network_s
+from tpresearch.simulate.network import Route, collective_s, network_s, sent_s
 
 sys.path.append(str(Path(__file__).parents[1]))
 from record import place, write_rows
@@ -54,7 +54,7 @@ def price_ms(collective: str, tensor_bytes: int, ranks: int, cluster: Cluster) -
     on_network = network_s(*what)
     assert cluster.shared_cores
     slower = max(1.0, RANKS_PER_HOST / cluster.shared_cores * cluster["overlap_slowdown"])
-    return 1e3 * ((collective_s(*what) - on_network) * slower + on_network)
+    return 1e3 * sent_s((collective_s(*what) - on_network) * slower, on_network)
 
 
 def measure(path: Path) -> None:

@@ -88,6 +88,12 @@ def network_s(collective: str, tensor_bytes: int, where: Route, cluster: Cluster
     return moved / _bandwidth(where, cluster)
 
 
+def sent_s(core_s: float, network_s: float) -> float:
+    """Seconds of a collective of gloo with so much work of its ranks' threads and so much time on the links between hosts. Two
+    messages are under way at a time, so that one is worked on while the other is sent."""
+    return max(core_s, network_s) + min(core_s, network_s) / 2
+
+
 def ring_passes(collective: str, by_gloo: bool) -> int:
     """Number of passes of the tensor around a ring. gloo's reduce-scatter is an all-reduce of which each rank keeps its part (torch's
     ProcessGroupGloo.cpp)."""

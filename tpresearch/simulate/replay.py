@@ -16,6 +16,7 @@ from typing import NamedTuple
 from tpresearch.ledger.entries import Event
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.kernels import Kernel
+from tpresearch.simulate.network import sent_s
 from tpresearch.simulate.trace import of_fewer
 
 HOST_TIME = {"fsdp": "collective_host_us", "dtensor": "tensor_host_us"}
@@ -86,7 +87,7 @@ class Streams:
         slower = self.slowdown
         if event:  # what a collective leaves of its core other ranks take
             slower = max(1.0, slower * self.cluster["overlap_slowdown"])
-        seconds = (kernel.seconds - kernel.network_s) * slower + kernel.network_s
+        seconds = sent_s((kernel.seconds - kernel.network_s) * slower, kernel.network_s)
         self.network_s += kernel.network_s
         seconds += host * (kernel.kind != "wait") * self.slowdown
         self._record(kernel, "cpu", self.device_s, seconds)
