@@ -40,7 +40,7 @@ from tpresearch.simulate.depth import Recording, recording
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict, step_seconds
 from tpresearch.simulate.preflight import SimulationPreflight
-from tpresearch.simulate.rows import FEW_ROWS, MORE_ROWS, with_block, with_rows
+from tpresearch.simulate.rows import FEW_ROWS, MORE_ROWS, with_rows
 from tpresearch.simulate.trace import Trace
 from tpresearch.verify.ranks import Ranks
 
@@ -136,25 +136,6 @@ def test_a_block_is_compiled_once_for_plans_whose_data_axes_differ(
     counting = dataclasses.replace(known[0], compiler=noted)
     assert len(ranking._predict_alike(families, counting, cluster())) == len(families)
     assert len(asked) == 1
-
-
-@pytest.mark.parametrize(("plan", "kind"), [("fsdp_tp", "selective"), exhaustive("hsdp", "none")])
-def test_a_third_block_at_more_rows_follows_from_three_recorded_steps(plan: str, kind: str) -> None:
-    """FSDP's gathers, TP's collectives and the loss's chunks among them; and from that one, steps with yet more rows."""
-    words = (f"parallel={plan}", f"parallel.activation_checkpointing={kind}")
-    cfg = config("model=llama2_debug", *words, "data.seq_len=32", "train.loss_chunk=32")
-    sizes = validate(at_rows(cfg, 1, 8), 4)
-
-    def at(depth: int, rows: int) -> Trace:
-        args = {**cfg.model.args, "n_layers": depth}
-        deep = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, args=args))
-        return record(at_rows(deep, rows, 2 * rows * sizes.dp), sizes)
-
-    few = at(3, FEW_ROWS)
-    more = with_block(at(2, FEW_ROWS), few, at(2, MORE_ROWS))
-    equal(more, at(3, MORE_ROWS), at_rows(cfg, MORE_ROWS, 64), sizes)
-    assert more
-    equal(with_rows(few, more, 8), at(3, 8), at_rows(cfg, 8, 64), sizes)
 
 
 def test_steps_that_do_something_else_at_more_rows_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from tpresearch.simulate.depth import RECORDED_DEPTHS, Recording, recording
 from tpresearch.simulate.fake_ranks import fake_mesh
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import Prediction, predict
-from tpresearch.simulate.rows import FEW_ROWS, MORE_ROWS, with_block, with_rows
+from tpresearch.simulate.rows import FEW_ROWS, MORE_ROWS, with_rows
 from tpresearch.simulate.trace import Trace
 from tpresearch.train.cross_entropy import chunk_count
 from tpresearch.train.preflight import plan_model
@@ -228,26 +228,14 @@ class _Traces:
         rows, depth = cfg.train.micro_batch_size or 1, cfg.model.args.get(self._known.setting or "", 0)
         if micro_batches(cfg, sizes) == 1 and (rows <= FEW_ROWS or sizes[REPLICATE.name] > 1):
             return record(cfg, sizes)  # none of several micro-batches both sets gradients and sums them
-        if rows < MORE_ROWS:
+        if rows <= MORE_ROWS:
             return self._recorded_at(depth, rows)
-        if rows == MORE_ROWS:
-            return self._trace_at_more(depth)
         if len({_chunk(cfg, rows) for rows in (FEW_ROWS, MORE_ROWS, rows)}) > 1:
             return record(cfg, sizes)
-        extrapolated = with_rows(self._recorded_at(depth, FEW_ROWS), self._trace_at_more(depth), rows)
+        extrapolated = with_rows(
+            self._recorded_at(depth, FEW_ROWS), self._recorded_at(depth, MORE_ROWS), rows
+        )
         return extrapolated or record(cfg, sizes)
-
-    def _trace_at_more(self, depth: int) -> Trace:
-        """The trace at `MORE_ROWS` rows; for three blocks it is extrapolated from two, unless these are the whole model."""
-        two, three = RECORDED_DEPTHS
-        extrapolated = None
-        if depth == three and not self._known.is_shallow:
-            extrapolated = with_block(
-                self._recorded_at(two, FEW_ROWS),
-                self._recorded_at(three, FEW_ROWS),
-                self._recorded_at(two, MORE_ROWS),
-            )
-        return extrapolated or self._recorded_at(depth, MORE_ROWS)
 
     def _recorded_at(self, depth: int, rows: int) -> Trace:
         """The recorded trace, of at least two micro-batches: `Trace.ops` takes as many as needed."""
