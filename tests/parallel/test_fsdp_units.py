@@ -87,6 +87,18 @@ def test_embedding_and_output_are_gathered_where_they_are_used(chunk: str) -> No
     assert found[f"{EMBEDDING} backward"] == set()
 
 
+@pytest.mark.parametrize("rows", [0, 11])
+def test_an_evaluation_may_come_before_the_first_step(rows: int) -> None:
+    """As that of a run that a signal stopped before it; FSDP makes itself ready in the first forward, if there is one."""
+    cfg = config("model=llama2_debug", "parallel=fsdp", f"model.n_layers={LAYERS}", f"train.eval_rows={rows}")
+    job = preflight(cfg, World(size=4, local_size=4))
+    with process_group(FAKE, job.world):
+        loop = assemble(job, build_mesh(job.sizes, "cpu"), FAKE, corpus())
+        assert (loop.evaluate() is None) == (rows == 0)
+        assert gathered(loop.state.model) == set()
+        loop.step()
+
+
 def test_what_is_tied_stays_together() -> None:
     for overrides in (["model.tied=true"], ["model.blocks=[]"]):
         cfg = config("model=llama2_debug", "parallel=fsdp", *overrides)

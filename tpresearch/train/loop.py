@@ -63,6 +63,8 @@ class Loop:
     def evaluate(self) -> float | None:
         """The loss on held-out rows, the same rows and the same number for every plan: the mean cross-entropy, in nats per
         token, over `train.eval_rows` of them; None if there are none, or all ranks stop."""
+        if not (self.setup.cfg.train.eval_rows and len(self.corpus.held_out)):
+            return None
         with self.setup.observers.phase("evaluation"):
             return self._held_out_loss()
 
