@@ -57,7 +57,7 @@ def test_right_plans_pass(tmp_path: Path) -> None:
 
 
 def test_every_axis_of_a_plan_has_two_ranks_unless_its_mesh_says_one(ranks: Ranks, tmp_path: Path) -> None:
-    words = ["verify.plans=[hsdp]", "verify.optimizers=[sgd]", "verify.steps=1"]
+    words = ["parallel=hsdp", "optimizer=sgd", "verify.steps=1"]
     done = verify_texts(ranks, tmp_path, *words)
     assert done.code == 0, done.err
     assert "hsdp    2x2x1" in done.out
@@ -110,9 +110,9 @@ def test_an_unknown_plan_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     done = verify_texts(ranks, tmp_path, "verify.plans=[tpp]")
     assert done.code == 2, done.err
     assert [line for line in done.err.splitlines() if line.startswith("error: ")]
-    done = verify_texts(ranks, tmp_path, "parallel=tp", "optimizer=sgd")
-    assert done.refusal.startswith("error: parallel=tp: verify compares several; verify.plans=[tp]; try: ")
-    assert done.command_to_try[-2:] == ["verify.plans=[tp]", "verify.optimizers=[sgd]"]
+    done = verify_texts(ranks, tmp_path, "parallel=tp", "verify.plans=[sp]")
+    assert done.refusal.startswith("error: parallel=tp: verify.plans is given too; one of both; try: ")
+    assert done.command_to_try[-1] == "verify.plans=[sp]"
     assert verify_texts(ranks, tmp_path, "resume=mine").refusal.startswith(
         "error: resume=mine: what is built here"
     )

@@ -63,34 +63,36 @@ class Result:
 
 
 def configs_by_plan(cfg: Config, arguments: list[str]) -> dict[str, list[Config]]:
-    """One config per plan and optimizer: the given config with only those two choices changed.
+    """One config per plan and optimizer: the given config with only those two choices changed. A plan or optimizer that is chosen as
+    for a run is the only one.
 
     Raises:
-        ConfigError: for a plan that is not in conf/parallel, and for one plan or optimizer that is chosen as for a run.
+        ConfigError: for a plan that is not in conf/parallel, and for choices of both kinds.
     """
     loader = GlobalHydra.instance().config_loader()
     known = loader.get_group_options("parallel")
-    for plan in cfg.verify.plans:
-        if plan not in known:
-            why, legal = "no such plan", "one of " + ", ".join(nearest(plan, known))
-            raise ConfigError("verify.plans", plan, why, legal)
     parser = OverridesParser.create()
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     keys = {word: parser.parse_override(word).key_or_group for word in words}
-    for word in words:
-        if option := {"parallel": "verify.plans", "optimizer": "verify.optimizers"}.get(keys[word]):
-            chosen = word.partition("=")[2]
-            fix = {keys[word]: None, option: f"[{chosen}]"}
-            raise ConfigError(keys[word], chosen, "verify compares several", f"{option}=[{chosen}]", fix=fix)
+    typed = {keys[word]: word.partition("=")[2] for word in words}
+    for one, several in (("parallel", "verify.plans"), ("optimizer", "verify.optimizers")):
+        if one in typed and several in typed:
+            raise ConfigError(one, typed[one], f"{several} is given too", "one of both", fix={one: None})
+    plans = [typed["parallel"]] if "parallel" in typed else cfg.verify.plans
+    optimizers = [cfg.optimizer.name] if "optimizer" in typed else cfg.verify.optimizers
+    for plan in plans:
+        if plan not in known:
+            why, legal = "no such plan", "one of " + ", ".join(nearest(plan, known))
+            raise ConfigError("verify.plans", plan, why, legal)
 
     def config(plan: str, name: OptimizerName) -> Config:
         others = {key for owner, options in OPTIMIZER_OPTIONS.items() if owner is not name for key in options}
         taken = [word for word in words if keys[word] not in others]
-        overrides = [*taken, f"parallel={plan}", f"optimizer={name}"]
+        overrides = [*taken, f"parallel={plan}", f"optimizer={typed.get('optimizer', name)}"]
         composed = loader.load_configuration("verify", overrides, run_mode=RunMode.RUN)
         return _with_two_micro_batches(typed_config(composed))
 
-    return {plan: [config(plan, name) for name in cfg.verify.optimizers] for plan in cfg.verify.plans}
+    return {plan: [config(plan, name) for name in optimizers] for plan in plans}
 
 
 def _with_two_micro_batches(cfg: Config) -> Config:
