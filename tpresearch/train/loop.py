@@ -63,12 +63,12 @@ class Loop:
     def evaluate(self) -> float | None:
         """The loss on held-out rows, the same rows and the same number for every plan: the mean cross-entropy, in nats per
         token, over `train.eval_rows` of them; None if there are none, or all ranks stop."""
-        if not (self.setup.cfg.train.eval_rows and len(self.corpus.held_out)):
-            return None
         with self.setup.observers.phase("evaluation"):
             return self._held_out_loss()
 
     def _held_out_loss(self) -> float | None:
+        if not (self.setup.cfg.train.eval_rows and len(self.corpus.held_out)):
+            return None
         setup, model, stopped = self.setup, self.state.model, False
         mesh, device, count = setup.mesh, setup.device.torch, setup.cfg.train.eval_rows
         sums = torch.zeros(2, dtype=torch.float64, device=device)
