@@ -2,6 +2,7 @@
 
 python experiments/published/score.py ROWS.csv [MORE.csv] out=DIR     # rows in the columns of rows.csv; writes DIR/predicted.csv
 python experiments/published/score.py rows.csv unseen.csv out=DIR left_out=true     # each site by what the others say
+python experiments/published/score.py rows.csv out=DIR one_run=true     # each site's other rows by its first
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import csv
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
-from published.configs import parts  # noqa: E402
+from published.configs import Part, parts  # noqa: E402
 from published.engines import as_engine_runs  # noqa: E402
 from published.left_out import by_the_others  # noqa: E402
+from published.one_run import by_first_row  # noqa: E402
 from published.row import Row, read  # noqa: E402
 from published.stacks import cluster_of_row  # noqa: E402
 
@@ -30,7 +33,7 @@ from tpresearch.config.errors import ConfigError  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
 from tpresearch.launch.options import command, read_options  # noqa: E402
 from tpresearch.simulate.cluster import parse_cluster  # noqa: E402
-from tpresearch.simulate.depth import recording  # noqa: E402
+from tpresearch.simulate.depth import Recording, recording  # noqa: E402
 from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import TIGHT_SHARE, Prediction, predict  # noqa: E402
 from tpresearch.simulate.trace import Trace  # noqa: E402
@@ -43,6 +46,8 @@ class Options:
     out: str
     left_out: bool = False
     """Whether each site is predicted without what was fitted on it; see `left_out`. (predicted.csv has the steps before.)"""
+    one_run: bool = False
+    """Whether a second table has each site's rows but the first, with rates by that one; see `one_run`."""
 
 
 @dataclass(frozen=True)
@@ -66,39 +71,49 @@ class Scored:
         return bool(self.row.measured_s) and self.low_s <= (self.row.measured_s or 0) <= self.high_s
 
 
-def scored(row: Row, sites: bool = True) -> Scored:
+@dataclass(frozen=True)
+class RecordedRow:
+    """The steps that stand for a row, to be priced on any cluster."""
+
+    row: Row
+    parts: list[Part]
+    recordings: list[Recording]
+
+    def on(self, plain: Mapping[str, Any]) -> Scored:
+        cluster = parse_cluster(plain)
+        # Sums over replicas may lag behind backward by blocks, which two shallow models do not show.
+        found = [predict(one, cluster, check=self.row.replicas > 1) for one in self.recordings]
+        weights = [part.share or 0.0 for part in self.parts]
+        if any(part.share is None for part in self.parts):
+            last = _share_that_fits(*found)
+            weights = [1 - last, last]
+
+        def blended(values: Sequence[float]) -> float:
+            return sum(weight * value for weight, value in zip(weights, values, strict=True))
+
+        return Scored(
+            self.row,
+            blended([p.step_time_s for p in found]),
+            blended([p.low_s for p in found]),
+            blended([p.high_s for p in found]),
+            blended([(p.peak_bytes - p.memory_bytes["reserved"]) / GIB for p in found]),
+            blended([p.time_s.get("gemm", 0.0) for p in found]),
+        )
+
+
+def recorded(row: Row) -> RecordedRow:
     """Raises: ConfigError: for a row whose config is refused, or whose measurement is no number."""
     _ = row.measured_s
-    stated = parts(row)
-    found = [predicted(row, part.overrides, sites) for part in stated]
-    weights = [part.share or 0.0 for part in stated]
-    if any(part.share is None for part in stated):
-        last = _share_that_fits(*found)
-        weights = [1 - last, last]
+    stated, cluster = parts(row), parse_cluster(cluster_of_row(row))
 
-    def blended(values: Sequence[float]) -> float:
-        return sum(weight * value for weight, value in zip(weights, values, strict=True))
-
-    return Scored(
-        row,
-        blended([p.step_time_s for p in found]),
-        blended([p.low_s for p in found]),
-        blended([p.high_s for p in found]),
-        blended([(p.peak_bytes - p.memory_bytes["reserved"]) / GIB for p in found]),
-        blended([p.time_s.get("gemm", 0.0) for p in found]),
-    )
-
-
-def predicted(row: Row, overrides: Sequence[str], sites: bool) -> Prediction:
-    cluster = parse_cluster(cluster_of_row(row, sites))
-    cfg = composed(overrides)
-    sizes = validate(cfg, row.world, cluster.hosts_of(row.world))
-
-    def recorded(cfg: Config, sizes: MeshSizes, _: object) -> Trace:
+    def record_row(cfg: Config, sizes: MeshSizes, _: object) -> Trace:
         return as_engine_runs(row, record(cfg, sizes))
 
-    # Sums over replicas may lag behind backward by blocks, which two shallow models do not show.
-    return predict(recording(cfg, sizes, recorded), cluster, check=row.replicas > 1)
+    configs = [composed(part.overrides) for part in stated]
+    hosts = cluster.hosts_of(row.world)
+    return RecordedRow(
+        row, stated, [recording(cfg, validate(cfg, row.world, hosts), record_row) for cfg in configs]
+    )
 
 
 def composed(overrides: Sequence[str]) -> Config:
@@ -158,20 +173,25 @@ def main() -> None:
         raise ConfigError(
             "ROWS.csv", " ".join(files), "it has no rows", "a line of names, then a row per line", {}
         )
-    found = []
+    found: list[Scored] = []
+    told: list[Scored] = []
+    factors: dict[str, float] = {}
     with (out / "predicted.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         names = ["id", "predicted_step_s", "low", "high", "memory_gib", "measured_step_s", "error", "refused"]
         writer.writerow(names)
         for row in rows:
             try:
-                one = scored(row, sites=not options.left_out)
+                on_clusters = recorded(row)
+                one = on_clusters.on(cluster_of_row(row, sites=not options.left_out))
+                by_first = by_first_row(on_clusters, factors) if options.one_run else None
             except Exception as error:  # whatever a row cannot be: the others are scored all the same
                 why = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
                 print(f"{row['id']}: {why}", file=sys.stderr)
                 writer.writerow([row["id"], "", "", "", "", row["step_s"], "", " ".join(why.split())])
                 continue
             found.append(one)
+            told += [by_first] if by_first else []
             numbers = (f"{value:.6g}" for value in (one.step_s, one.low_s, one.high_s, one.memory_gib))
             writer.writerow(
                 [row["id"], *numbers, row["step_s"], "" if one.error is None else f"{one.error:.4f}", ""]
@@ -179,6 +199,12 @@ def main() -> None:
             file.flush()
     if found:
         print(table(by_the_others(found) if options.left_out else found))
+    if told:
+        given = {id(one.row) for one in told}
+        print("\nthe rows after the first of each site:\n")
+        print(table([one for one in found if id(one.row) in given]))
+        print("\nthe same, with rates by that first row:\n")
+        print(table(told))
     if len(found) < len(rows):
         print(
             f"\n{len(rows) - len(found)} of {len(rows)} rows could not be simulated: see above, and {out / 'predicted.csv'}"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from published.engines import CAST, as_engine_runs
 from published.left_out import by_the_others
 from published.losses import _changed
+from published.one_run import by_first_row
 from published.row import Row
 from published.score import Scored
+from published.stacks import cluster_of_row
 
 from tpresearch.ledger.entries import Event
 from tpresearch.simulate.trace import Op, Trace
@@ -155,3 +160,31 @@ def test_a_site_that_is_left_out_is_predicted_with_the_rate_of_the_others() -> N
     assert told[2].step_s == pytest.approx(3.0)
     assert (told[2].low_s, told[2].high_s) == pytest.approx((2.7, 3.3))
     assert told[0].step_s == pytest.approx(4 - 2 + 2 / 1.5)  # one says twice, one says no faster
+
+
+@dataclass
+class MatmulsAlone:
+    """A recorded row whose step is matmuls, of 1 s at the whole peak."""
+
+    row: Row
+
+    def on(self, plain: Mapping[str, Any]) -> Scored:
+        step_s = 1 / plain["numbers"]["gemm_efficiency"]["value"]
+        return Scored(self.row, step_s, 0.9 * step_s, 1.1 * step_s, 0.0, step_s)
+
+
+def test_a_sites_first_row_says_how_fast_its_others_are() -> None:
+    """It took twice as long as predicted, so they do; another site's rows are as they were."""
+
+    def row(family: str, step_s: float) -> Any:
+        return MatmulsAlone(Row({"family": family, "gpu": "H100", "step_s": str(step_s)}))
+
+    factors: dict[str, float] = {}
+    plain = row("a", 1).on(cluster_of_row(row("a", 1).row)).step_s
+    assert by_first_row(row("a", 1e6), factors) is None  # no rates make it so slow
+    assert by_first_row(row("a", 2 * plain), factors) is None
+    told = by_first_row(row("a", 1), factors)
+    assert told
+    assert told.step_s == pytest.approx(2 * plain, rel=1e-3)
+    assert by_first_row(row("b", plain), factors) is None
+    assert factors["b"] == pytest.approx(1.0, rel=1e-3)

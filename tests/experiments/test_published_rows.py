@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from published.configs import is_gpt, parts
 from published.row import Row, read
-from published.score import scored
+from published.score import recorded
 from published.stacks import ELSEWHERE, cluster_name, cluster_of_row
 
 from tpresearch.config.errors import ConfigError
@@ -142,7 +142,7 @@ def test_a_row_of_parallelism_that_is_not_here_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["step_s", "tok_s_gpu"])
 def test_a_row_whose_measurement_is_no_number_is_refused_before_it_is_simulated(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}=fast: "):
-        scored(Row({name: "fast", "gpu": "no card"}))
+        recorded(Row({name: "fast", "gpu": "no card"}))
 
 
 @pytest.mark.parametrize(

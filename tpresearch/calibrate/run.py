@@ -73,13 +73,20 @@ def cluster_from_run(run: MeasuredRun, base: Mapping[str, Any], name: str) -> di
     recorded = recording(job.cfg, job.sizes, record)
 
     def step_s(factor: float) -> float:
-        return predict(recorded, parse_cluster(_scaled(base, factor))).step_time_s
+        return predict(recorded, parse_cluster(scaled(base, factor))).step_time_s
 
-    factor = _factor(step_s, base, run)
+    factor = fitted_factor(step_s, base, run.step_s)
+    if factor is None:
+        low, high = _bounds(base)
+        why = (
+            f"a step took {run.step_s:.4g} s, which no rates between {low:.2g} and {high:.2g} times those of {base['name']} make"
+            f" ({step_s(high):.4g} to {step_s(low):.4g} s): it waits for something else, or it ran on another device"
+        )
+        raise _refusal(run.folder, why)
     source = (
         f"so that the step of {run.folder.name} ({run.name}) is predicted as measured, {run.step_s:.4g} s"
     )
-    plain = _scaled(base, factor)
+    plain = scaled(base, factor)
     for key in _rates(base):
         plain["numbers"][key] |= {"kind": "fitted", "source": source}
     off = step_s(1.0) / run.step_s - 1
@@ -88,19 +95,26 @@ def cluster_from_run(run: MeasuredRun, base: Mapping[str, Any], name: str) -> di
     return {**plain, "name": name, "checked": [checked]}
 
 
-def _factor(step_s: Callable[[float], float], base: Mapping[str, Any], run: MeasuredRun) -> float:
-    shares = [base["numbers"][key]["value"] for key in SHARES if key in _rates(base)]
-    low, high = LEAST, min([MOST, *(1 / share for share in shares)])
-    if not step_s(high) <= run.step_s <= step_s(low):
-        why = (
-            f"a step took {run.step_s:.4g} s, which no rates between {low:.2g} and {high:.2g} times those of {base['name']} make"
-            f" ({step_s(high):.4g} to {step_s(low):.4g} s): it waits for something else, or it ran on another device"
-        )
-        raise _refusal(run.folder, why)
+def fitted_factor(
+    step_s: Callable[[float], float], base: Mapping[str, Any], measured_s: float
+) -> float | None:
+    """The factor on the base's rates with which a step takes as long as was measured; None if none does.
+
+    Args:
+        step_s: the predicted step by that factor.
+    """
+    low, high = _bounds(base)
+    if not step_s(high) <= measured_s <= step_s(low):
+        return None
     while high / low > 1 + PRECISION:
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if step_s(middle) > run.step_s else (low, middle)
+        low, high = (middle, high) if step_s(middle) > measured_s else (low, middle)
     return math.sqrt(low * high)
+
+
+def _bounds(base: Mapping[str, Any]) -> tuple[float, float]:
+    shares = [base["numbers"][key]["value"] for key in SHARES if key in _rates(base)]
+    return LEAST, min([MOST, *(1 / share for share in shares)])
 
 
 def _rates(base: Mapping[str, Any]) -> tuple[str, ...]:
@@ -108,7 +122,8 @@ def _rates(base: Mapping[str, Any]) -> tuple[str, ...]:
     return (*(OF_A_CORE if base.get("shared_cores") else SHARES), *TABLES)
 
 
-def _scaled(base: Mapping[str, Any], factor: float) -> dict[str, Any]:
+def scaled(base: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """The base with its rates times the factor."""
     numbers = {key: dict(number) for key, number in base["numbers"].items()}
     for key in _rates(base):
         value = numbers[key]["value"]
