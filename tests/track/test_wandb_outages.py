@@ -19,7 +19,6 @@ from support.example_run import STEPS, log_steps, train
 from support.fake_wandb import DUMMY_KEY, FakeWandb
 
 from tpresearch.config import Config
-from tpresearch.config.network import is_reachable
 from tpresearch.config.schema import WandbMode
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.tracker import Tracker
@@ -67,16 +66,6 @@ def test_a_host_that_refuses_is_noticed_at_once(
     assert said(caplog) == ["W&B: offline, because http://127.0.0.1:1 does not answer"]
     sync(server, *(run_dir / "wandb").glob("offline-run-*"))
     assert logged(only_run(server)) == read_metrics(run_dir)
-
-
-def test_a_host_is_sought_through_the_proxy_that_leads_there(
-    server: FakeWandb, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert not is_reachable("https://wandb.invalid")
-    monkeypatch.setenv("https_proxy", server.url)
-    assert is_reachable("https://wandb.invalid")
-    monkeypatch.setenv("no_proxy", "wandb.invalid")
-    assert not is_reachable("https://wandb.invalid")
 
 
 @pytest.mark.parametrize("status", [500, 403])

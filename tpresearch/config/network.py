@@ -12,13 +12,13 @@ TIMEOUT_S = 3.0
 
 def is_reachable(url: str) -> bool:
     """Whether something accepts a TCP connection at the URL's host, or at the proxy that leads there."""
-    target = urlsplit(url)
-    proxy = urllib.request.getproxies().get(target.scheme)
+    target, proxies = urlsplit(url), urllib.request.getproxies()
+    proxy = proxies.get(target.scheme) or proxies.get("all")
     if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
-        target = urlsplit(proxy)
-    port = target.port or (443 if target.scheme == "https" else 80)
+        target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")  # as HTTP clients complete it
     try:
+        port = target.port or (443 if target.scheme == "https" else 80)
         socket.create_connection((target.hostname or "", port), TIMEOUT_S).close()
-    except OSError:
+    except (OSError, ValueError):  # of an address that cannot be one
         return False
     return True
