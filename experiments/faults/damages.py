@@ -89,7 +89,7 @@ def leave_drafts(run: Path) -> None:
 def other_lr(run: Path) -> None:
     """A whole checkpoint of another experiment."""
     for folder in step_folders(run):
-        mark = parse_manifest((folder / MANIFEST_FILE).read_text())
+        mark = parse_manifest((folder / MANIFEST_FILE).read_bytes())
         mark.experiment["optimizer"]["lr"] = 1.0
         (folder / MANIFEST_FILE).write_text(manifest_text(mark))
 
@@ -99,7 +99,7 @@ def pickle_bomb(run: Path) -> None:
     for folder in step_folders(run):
         path = folder / ".metadata"
         path.write_bytes(calls("torch.distributed.checkpoint.metadata", "os.system", f"touch {run}/exploded"))
-        mark = parse_manifest((folder / MANIFEST_FILE).read_text())
+        mark = parse_manifest((folder / MANIFEST_FILE).read_bytes())
         files = mark.files | {".metadata": WrittenFile(path.stat().st_size, checksum(path))}
         (folder / MANIFEST_FILE).write_text(manifest_text(dataclasses.replace(mark, files=files)))
 

@@ -35,6 +35,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / disk.MANIFEST_FILE).write_text("[1]"),
         "checkpoint.json cannot be read",
     ),
+    "a byte that is no text": (
+        lambda f: (f / disk.MANIFEST_FILE).write_bytes(b"\xff"),
+        "checkpoint.json cannot be read",
+    ),
     "another figure": (lambda f: rewrite(f, loss=1.0), "checkpoint.json is not as it was written"),
     "another key": (lambda f: rewrite(f, more=1), "checkpoint.json is not as it was written"),
     "no file": (lambda f: (f / ".metadata").unlink(), ".metadata: No such file or directory"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from support.marks import exhaustive
 from support.nets import Buffered, Frozen, Tied, Unused, model
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
 
-from tpresearch.checkpoint.disk import BrokenCheckpoint, folder_of, read_checkpoint
+from tpresearch.checkpoint.disk import BrokenCheckpoint, folder_of, read_checkpoint, sync_and_checksum
 from tpresearch.checkpoint.load import _MetadataUnpickler, check_initial_weights, read_tensors, tensors_of
 from tpresearch.checkpoint.save import check_finite
 from tpresearch.config import Config
@@ -161,16 +162,20 @@ def test_tensors_are_read_one_by_one_without_ranks(tmp_path: Path) -> None:
         list(read_tensors(folder, ["model.x"]))
 
 
-def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_metadata_that_is_damaged_or_would_run_code_is_refused(tmp_path: Path) -> None:
     alone(config("parallel=none", "model=toy_mlp"), 1, run=tmp_path, at=1)
     saved, own = read_checkpoint(folder_of(tmp_path, 1)), "torch.distributed.checkpoint.metadata"
+    metadata = saved.folder / ".metadata"
     for module, name in (
         *(("builtins", "eval"), ("os", "system"), ("torch", "load"), ("pathlib", "Path.touch")),
         *((own, "os"), (own, "os.system"), (own, "Metadata.__init__")),
     ):
-        (saved.folder / ".metadata").write_bytes(calls(module, name, "1"))
-        with pytest.raises(BrokenCheckpoint, match=f"has {module}.{name} in it, which is nothing of a tens"):
+        metadata.write_bytes(calls(module, name, "1"))
+        with pytest.raises(BrokenCheckpoint, match=r"\.metadata is not as it was written"):
             tensors_of(saved)
+        sealed = replace(saved.manifest, files={".metadata": sync_and_checksum(metadata)})
+        with pytest.raises(BrokenCheckpoint, match=f"has {module}.{name} in it, which is nothing of a tens"):
+            tensors_of(replace(saved, manifest=sealed))
 
 
 class _ByGetattr:

@@ -107,7 +107,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not named:
         raise BrokenCheckpoint("its folder is not called step-<number>")
     try:
-        manifest = parse_manifest((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = parse_manifest((folder / MANIFEST_FILE).read_bytes())
         if manifest.step != int(named[1]):
             raise BrokenCheckpoint(f"its {MANIFEST_FILE} is of step {manifest.step}")
         for name in manifest.files:
@@ -175,8 +175,8 @@ def manifest_text(manifest: Manifest) -> str:
     return json.dumps({"crc32": _crc_of(body), **body}, indent=1) + "\n"
 
 
-def parse_manifest(text: str) -> Manifest:
-    """The manifest that `manifest_text` has written.
+def parse_manifest(text: bytes) -> Manifest:
+    """The manifest that `manifest_text` has written, from the bytes of its file.
 
     Raises:
         BrokenCheckpoint: if it is invalid, was changed, or is of a later format.

@@ -171,8 +171,12 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, TensorStorageMetadata]:
     """Size and dtype of every tensor in it, by name.
 
     Raises:
-        BrokenCheckpoint: if `.metadata` contains anything else.
+        BrokenCheckpoint: if `.metadata` is damaged, or contains anything else.
     """
+    # Unpickling what is damaged raises a dozen kinds of errors.
+    sealed = [file for file in checkpoint.manifest.files.items() if file[0] == ".metadata"]
+    if wrong := find_damage(checkpoint.folder, sealed):
+        raise BrokenCheckpoint(wrong)
     metadata = _Reader(checkpoint.folder).read_metadata()
     files = {stored.relative_path for stored in metadata.storage_data.values()}
     if unknown := files - checkpoint.manifest.files.keys():
