@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -112,6 +113,17 @@ def test_the_end_of_text_is_the_one_the_tokenizer_names(tmp_path: Path) -> None:
     assert load_hf(str(wordlevel(tmp_path / "named", words, eos_token="<stop>"))).eos_id == 2
     assert load_hf(str(wordlevel(tmp_path / "object", words, eos_token={"content": "<stop>"}))).eos_id == 2
     assert load_hf(str(wordlevel(tmp_path / "file", words) / "tokenizer.json")).eos_id == 1
+
+
+def test_the_end_of_text_need_not_be_ascii_in_any_locale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eos = "<｜end▁of▁sentence｜>"
+    path = wordlevel(tmp_path, ["<unk>", "</s>", eos])
+    said = json.dumps({"eos_token": eos}, ensure_ascii=False)
+    (path / "tokenizer_config.json").write_text(said, encoding="utf-8")
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, level=2: encoding or "ascii")
+    assert load_hf(str(path)).eos_id == 2
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def main() -> None:
         why = f"it has other GPUs than the one measured: {error.field} would be {error.value}"
         raise ConfigError("base", options.base, why, "a cluster of such GPUs", {}) from error
     with refuse_unwritable("out", path):
-        path.write_text(as_yaml(plain))
+        path.write_text(as_yaml(plain), encoding="utf-8")
     if options.run is not None:
         print(f"  {plain['checked'][0]}")
     for name, number in plain["numbers"].items():

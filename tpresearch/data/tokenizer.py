@@ -251,7 +251,7 @@ def _special_token(settings: dict[str, Any], role: str) -> str | None:
 def _settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json of the folder, or an empty dict."""
     try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text())
+        settings = json.loads((folder / SETTINGS_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}

@@ -57,7 +57,7 @@ def read_option(group: str, name: str) -> dict[str, Any]:
     """
     path = conf_dir() / group / f"{name}.yaml"
     try:
-        found: Any = yaml.safe_load(path.read_text())
+        found: Any = yaml.safe_load(path.read_bytes())
         if not isinstance(found, dict) or "defaults" in found:
             with initialize_conf():
                 found = OmegaConf.to_container(compose(overrides=[f"+{group}={name}"])[group], resolve=True)
