@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -194,6 +196,18 @@ def test_a_cache_of_another_user_is_refused_by_name(
             assert f"{refused_file} may not be used by user " in refusal.value.why
 
         assert ended(forked(refused)) == 0
+
+
+def test_a_disk_without_locks_is_refused(
+    data: DataConfig, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match="its disk gives no locks") as refusal:
+        prepared(data, bpe)
+    assert refusal.value.field == "data.cache_dir"
 
 
 def test_a_failed_stage_leaves_nothing(

@@ -50,7 +50,7 @@ def build_once(
         is_leader: whether this process shows progress; the others let it build, if it starts soon.
 
     Raises:
-        ConfigError: naming data.cache_dir, where the disk is full or the files are another user's.
+        ConfigError: naming data.cache_dir, where the disk is full, has no locks, or the files are another user's.
     """
     try:
         if (meta := _read_usable(folder)) is None:
@@ -66,6 +66,8 @@ def build_once(
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             why = f"{error.filename} may not be used by user {os.getuid()}"
             legal = "a folder that this user can write"
+        elif error.errno == errno.ENOLCK:  # as of NFS, where its lock service does not run
+            why, legal = "its disk gives no locks, which the ranks of a host need", "a folder on another disk"
         else:
             raise
         raise ConfigError("data.cache_dir", folder.parent.parent, why, legal) from error
