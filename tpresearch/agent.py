@@ -4,7 +4,7 @@ torch lets packages add rendezvous backends under the entry points `torchrun.han
 ours adds none, but is thereby loaded in the agent's process. A refused config, which the first rank reports in one line,
 and a stop by a signal, which the run's report states, would otherwise be followed by tracebacks and a report for each rank;
 torchrun would exit with 1. Failures keep torchrun's report, with a sentence on a rank that was killed. Ranks have SAVE_TIME_S to save after a signal, and not torchrun's
-30 seconds, unless --shutdown-timeout says otherwise. They are told of --virtual-local-rank, which torchrun does not pass on, and of its options, for commands that
+30 seconds, unless --shutdown-timeout says otherwise. Under nohup they outlive their terminal, unless --signals-to-handle has SIGHUP. They are told of --virtual-local-rank, which torchrun does not pass on, and of its options, for commands that
 they propose. Checked on torch 2.13, and against the source of 2.11 and 2.14.
 """
 
@@ -29,8 +29,10 @@ SAVE_TIME_S = 120
 AGENT_MODULES = ("torch.distributed.run", "torchrun")
 TORCHRUN_OPTIONS = "TPRESEARCH_TORCHRUN_OPTIONS"
 """Set for each rank: torchrun's options as they were typed, but for the number of ranks per host."""
-SIGNALLED = (130, 143)
-"""Exit codes of ranks that stopped for Ctrl-C and SIGTERM."""
+HEARD_SIGNALS = "PET_SIGNALS_TO_HANDLE"
+"""torchrun's variable for its option --signals-to-handle."""
+SIGNALLED = (129, 130, 143)
+"""Exit codes of ranks that stopped for SIGHUP, Ctrl-C and SIGTERM."""
 LOGGERS = (
     *("run", "elastic.agent.server.api", "elastic.multiprocessing.api"),
     "elastic.multiprocessing.errors.error_handler",
@@ -54,6 +56,8 @@ def handler() -> Callable[[Any], Any]:
         sys.excepthook = _end
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIME_S))
         os.environ[TORCHRUN_OPTIONS] = typed_options(sys.argv[1:])
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup, which torchrun would undo
+            os.environ.setdefault(HEARD_SIGNALS, "SIGTERM,SIGINT,SIGQUIT")
         if any(word.startswith("--virtual") for word in sys.argv[1:]):  # which may be abbreviated
             from tpresearch.config.world import (
                 OWN_DEVICE,  # late: every torchrun on this machine loads this module

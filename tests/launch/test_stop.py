@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,7 @@ def flag() -> Iterator[StopFlag]:
         yield entered
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_stops_what_checks(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopFlag() as flag:
@@ -124,47 +124,60 @@ def test_the_fault_of_another_rank_is_found_where_torchrun_keeps_it(
     assert fault_of_another_rank() == "rank 1: train.lr=0: too small"
 
 
-@pytest.mark.parametrize(
-    ("typed", "told"), [(["--virtual-local-rank"], "1"), (["--virtual_loc"], "1"), (["--standalone"], None)]
-)
-def test_ranks_are_told_that_each_sees_its_gpu_alone(
-    monkeypatch: pytest.MonkeyPatch, typed: list[str], told: str | None
-) -> None:
-    monkeypatch.setenv(agent.TORCHRUN_OPTIONS, "")
-    monkeypatch.setenv(OWN_DEVICE, "")  # so that it is put back afterwards
-    monkeypatch.delenv(OWN_DEVICE)
+@pytest.fixture
+def as_torchrun(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LaunchConfig]:
+    """A function that loads our agent as `torchrun` does with these words; it returns what torchrun makes of them."""
+    set_for_ranks = (
+        agent.TORCHRUN_OPTIONS,
+        agent.HEARD_SIGNALS,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+        OWN_DEVICE,
+    )
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(agent, "LOGGERS", ())
-    monkeypatch.setattr(sys, "argv", ["/bin/torchrun", *typed, str(TRAIN)])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    agent.handler()
+
+    def load(*words: str) -> LaunchConfig:
+        for name in set_for_ranks:
+            monkeypatch.setenv(name, "")  # so that it is put back afterwards
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(sys, "argv", ["/bin/torchrun", *words])
+        agent.handler()
+        config, *_ = torchrun.config_from_args(torchrun.parse_args(list(words)))
+        return config
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"), [("--virtual-local-rank", "1"), ("--virtual_loc", "1"), ("--standalone", None)]
+)
+def test_ranks_are_told_that_each_sees_its_gpu_alone(
+    as_torchrun: Callable[..., LaunchConfig], typed: str, told: str | None
+) -> None:
+    as_torchrun(typed, str(TRAIN))
     assert os.environ.get(OWN_DEVICE) == told
-    assert os.environ[agent.TORCHRUN_OPTIONS] == typed[0]
+    assert os.environ[agent.TORCHRUN_OPTIONS] == typed
 
 
 @pytest.mark.skipif(
     not hasattr(LaunchConfig, "shutdown_timeout"), reason="torch before 2.12 has no such option"
 )
-def test_ranks_of_ours_have_two_minutes_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(agent.TORCHRUN_OPTIONS, "")
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(agent, "LOGGERS", ())
+def test_ranks_of_ours_have_two_minutes_to_save(as_torchrun: Callable[..., LaunchConfig]) -> None:
+    assert as_torchrun("--standalone", "/bin/true").shutdown_timeout == 30
+    assert as_torchrun("--standalone", str(TRAIN)).shutdown_timeout == agent.SAVE_TIME_S == 120
+    assert as_torchrun("--standalone", "--shutdown-timeout=7", str(TRAIN)).shutdown_timeout == 7
 
-    def patience(*typed: str) -> int | None:
-        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")  # so that it is put back afterwards
-        monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
-        monkeypatch.setattr(sys, "argv", ["/bin/torchrun", *typed])
-        monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-        agent.handler()
-        config, *_ = torchrun.config_from_args(torchrun.parse_args(list(typed)))
-        return config.shutdown_timeout
 
-    assert patience("--standalone", "/bin/true") == 30
-    assert patience("--standalone", str(TRAIN)) == agent.SAVE_TIME_S == 120
-    assert patience("--standalone", "--shutdown-timeout=7", str(TRAIN)) == 7
+def test_under_nohup_ranks_outlive_their_terminal(as_torchrun: Callable[..., LaunchConfig]) -> None:
+    assert "SIGHUP" in as_torchrun(str(TRAIN)).signals_to_handle.split(",")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert as_torchrun(str(TRAIN)).signals_to_handle == "SIGTERM,SIGINT,SIGQUIT"
+        assert as_torchrun("--signals-to-handle=SIGHUP", str(TRAIN)).signals_to_handle == "SIGHUP"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @on_linux

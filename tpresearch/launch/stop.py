@@ -37,7 +37,7 @@ class Stopped(SystemExit):
 
 
 class StopFlag:
-    """While entered, SIGTERM and Ctrl-C do not end the process: they set `requested`.
+    """While entered, SIGTERM, Ctrl-C and SIGHUP (its terminal has closed) do not end the process: they set `requested`.
 
         with StopFlag() as stop:
             for document in documents:
@@ -48,7 +48,7 @@ class StopFlag:
     is inside a collective.
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
