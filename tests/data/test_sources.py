@@ -270,10 +270,17 @@ def test_a_corrupt_parquet_page_is_refused_by_row(tmp_path: Path, configure: Con
     assert refusal.why == "cannot be read: Corrupt snappy compressed data."
 
 
-def test_a_parquet_column_encoded_as_a_dictionary_is_text(tmp_path: Path, configure: Configure) -> None:
-    column = pa.array(["one", "two", None, "one"]).dictionary_encode()
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+    ids=str,
+)
+def test_a_parquet_column_is_text_however_it_is_laid_out(
+    tmp_path: Path, configure: Configure, kind: pa.DataType
+) -> None:
+    column = pa.array(["one", "two", None, "one"]).cast(kind)
     pq.write_table(pa.table({"text": column}), tmp_path / "data.parquet")
-    assert pa.types.is_dictionary(pq.ParquetFile(tmp_path / "data.parquet").schema_arrow.field("text").type)
+    assert pq.ParquetFile(tmp_path / "data.parquet").schema_arrow.field("text").type == kind
     read = names_and_texts(configure(str(tmp_path / "data.parquet"), DataSource.parquet))
     assert read == [("data.parquet:0", "one"), ("data.parquet:1", "two"), ("data.parquet:3", "one")]
 

@@ -148,7 +148,8 @@ def _parquet_rows(data: DataConfig, path: Path) -> Iterator[dict[str, str | None
             raise missing_field(text_field, file.schema_arrow.names, str(path))
         kind = file.schema_arrow.field(text_field).type
         values = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(values) or pa.types.is_large_string(values)):
+        of_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        if not any(is_one(values) for is_one in of_text):
             why = f"holds {kind}, not text, in {path}"
             raise ConfigError("data.text_field", text_field, why, "a column of strings", TO_FILL_IN)
         for number in range(file.num_row_groups):
