@@ -47,6 +47,14 @@ def agree(folder: str = "${run_dir:${name}}", world: World = World()) -> str:  #
         return str(agreed)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert agree("~/mine") == f"{tmp_path}/home/mine"
+    sweep = OmegaConf.create({"hydra": {"sweep": {"dir": "~/sweep"}}})
+    with run_dir.sweep_folder(sweep) as folder:
+        assert folder == tmp_path / "home" / "sweep"
+
+
 def test_runs_started_in_the_same_second_have_folders_of_their_own() -> None:
     with ThreadPoolExecutor(8) as at_once:
         folders = list(at_once.map(lambda _: agree(), range(8)))

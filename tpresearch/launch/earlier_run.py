@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ def repeat_command_of_run(arguments: Namespace) -> Path | None:
     check_started(find_checkpoint(Path(named), "resume"))
     run = run_of(Path(named))
     asked = typed.get("hydra.run.dir")
-    if asked is not None and Path(str(yaml.safe_load(asked))).resolve() != run:
+    if asked is not None and Path(os.path.expanduser(str(yaml.safe_load(asked)))).resolve() != run:
         why = f"resume={named} continues in that run's own folder"
         legal = "no other folder; init_from starts a new run from its weights"
         raise ConfigError("hydra.run.dir", asked, why, legal)

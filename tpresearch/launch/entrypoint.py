@@ -45,7 +45,13 @@ from tpresearch.launch.home import check_home
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging, tolerate_print_errors
 from tpresearch.launch.refuse import error_of_command, exit_failed, refuse
 from tpresearch.launch.resolvers import register_resolvers
-from tpresearch.launch.run_dir import agree_on_folder, may_resume, sweep_folder, tell_other_hosts
+from tpresearch.launch.run_dir import (
+    agree_on_folder,
+    may_resume,
+    sweep_folder,
+    tell_other_hosts,
+    typed_folder,
+)
 from tpresearch.launch.stop import Stopped, end_with_parent
 
 log = logging.getLogger(__name__)
@@ -175,7 +181,7 @@ def _start(program: Program[Checked], world: World) -> None:
         cfg = typed_config(config)
     refuse_secrets(OmegaConf.to_container(config.hydra.job, resolve=False))
     with gc_paused():  # most preflights import torch
-        job = program.run_preflight(cfg, world, may_resume(config, Path(config.hydra.run.dir)))
+        job = program.run_preflight(cfg, world, may_resume(config, typed_folder(config.hydra.run)))
     interrupt.restore_interrupt()
     if (
         cfg.plan_only and program.check_folder

@@ -43,6 +43,11 @@ def dated_folder(name: str, at: datetime | None = None) -> str:
     return f"outputs/{name}/{at or datetime.now():%Y-%m-%d/%H-%M-%S}"
 
 
+def typed_folder(settings: DictConfig) -> Path:
+    """The folder that hydra.run.dir or hydra.sweep.dir names, with `~` as in all other paths."""
+    return Path(os.path.expanduser(settings.dir))
+
+
 def may_resume(composed: DictConfig, folder: Path) -> bool:
     """Whether a run in this folder may find its own checkpoints, judging before the folder is agreed upon."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
@@ -66,7 +71,7 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
     """
     check_folder_names(composed)
     given = _is_given(composed.hydra.run)
-    wanted = Path(composed.hydra.run.dir)
+    wanted = typed_folder(composed.hydra.run)
     name = str(composed.get("name") or "run")
     resume = composed.get("resume")
     resumes, is_named = resume != NEVER, resume not in (None, AUTO, NEVER)
@@ -132,7 +137,7 @@ def sweep_folder(composed: DictConfig) -> Iterator[Path]:
     """
     key, given = "hydra.sweep.dir", _is_given(composed.hydra.sweep)
     _refuse_nameless(key, composed.hydra.sweep.dir)
-    wanted = Path(composed.hydra.sweep.dir)
+    wanted = typed_folder(composed.hydra.sweep)
     is_new = not given or not os.path.exists(wanted)
     parents = [each for each in wanted.parents if not os.path.exists(each)]
     folder = _make(key, wanted, given, _temporary_folder(key, str(composed.get("name") or "sweep")))
