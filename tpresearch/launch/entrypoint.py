@@ -27,6 +27,7 @@ from tpresearch.config.schema import Config
 from tpresearch.config.secrets import refuse_secrets
 from tpresearch.config.world import SlurmStep, World
 from tpresearch.launch import hydra_app
+from tpresearch.launch.address import check_address
 from tpresearch.launch.command import (
     Command,
     CommandCheck,
@@ -122,6 +123,7 @@ class Program(Generic[Checked]):
                 end_with_parent()
             refuse_typed_secrets(world)
             check_home(world)
+            check_address(world)
             _start(self, world)
         except ConfigError as error:
             refused = error

@@ -1,0 +1,48 @@
+"""The address at which this host's ranks are found by those of other hosts."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from ipaddress import ip_address
+
+from tpresearch.config.world import World
+from tpresearch.launch.command import Command, WrongCommand
+
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""gloo's variable for the network interface to use. On GPUs, checkpoints and agreements go over gloo too."""
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+"""Where torchruns of one machine meet that pretend to be several hosts."""
+
+
+def check_address(world: World) -> None:
+    """Refuse a host that ranks of other hosts would look for on their own: gloo tells them the address of this host's name,
+    which /etc/hosts may have as 127.0.1.1, or, where the name has none, 127.0.0.1.
+
+    Raises:
+        WrongCommand: proposing to name the interface.
+    """
+    if world.hosts == 1 or os.environ.get(INTERFACE) or os.environ.get("MASTER_ADDR") in THIS_MACHINE:
+        return
+    name = socket.gethostname()
+    address = _own_address(name)
+    if address and not ip_address(address).is_loopback:
+        return
+    means = f"stands for {address} alone" if address else "has no address"
+    why = f"this host's name, {name}, {means}, so that ranks of other hosts would not find it"
+    interfaces = [each for _, each in socket.if_nameindex() if each != "lo"] or ["VALUE"]
+    command = f"env {INTERFACE}={interfaces[0]} {Command.from_argv(world)}"
+    raise WrongCommand(INTERFACE, "", why, f"the interface to them, such as {', '.join(interfaces)}", command)
+
+
+def _own_address(name: str) -> str | None:
+    """The first address of a name that is one of this host, as gloo chooses it (torch 2.13)."""
+    with suppress(OSError):
+        for family, kind, protocol, _, (address, *rest) in socket.getaddrinfo(
+            name, None, type=socket.SOCK_STREAM
+        ):
+            with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.bind((address, *rest))
+                return str(address).partition("%")[0]
+    return None
