@@ -166,6 +166,16 @@ def test_a_folder_of_links_to_folders_is_what_these_hold(
         assert decoded(corpus, "train").startswith(f"{word} story 0")
 
 
+@pytest.mark.parametrize("name", ["crawl [2024]", "a*", "what?", "a::b"])
+def test_a_folder_that_the_library_takes_for_a_pattern_is_refused(
+    tmp_path: Path, configure: Configure, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "x.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(ConfigError, match=r"^data\.path=.* would take .* for a pattern; a folder without "):
+        check_data(configure(str(tmp_path / name), DataSource.hf), TokenizerConfig())
+
+
 def test_checking_a_local_folder_reads_one_record_of_it(
     tmp_path: Path, configure: Configure, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ def check_hub(data: DataConfig) -> None:
     if folder is None and not looks_like_hub_id(data.path):
         raise _path_error(data.path, "there is no such folder")
     if folder is not None:
+        _check_no_pattern(data, folder)
         check_unpacked_sizes(data, [path for _, path in _visible_files(folder)], first_only=True)
     if folder is not None or data.streaming:
         if next(_documents(data), None) is None:
@@ -102,6 +103,20 @@ def check_hub(data: DataConfig) -> None:
     features = _builder(data).info.features
     if features is not None and data.text_field not in features:
         raise missing_field(data.text_field, list(features), data.path)
+
+
+def _check_no_pattern(data: DataConfig, folder: Path) -> None:
+    """Refuse a folder in whose place the library would read whatever folders its path matches, or none."""
+    path = str(folder.resolve())
+    if not _is_saved(folder) and (glob.has_magic(path) or "::" in path):
+        why = f"the datasets library would take {path} for a pattern"
+        legal = "a folder without * ? [ and :: in its path; data=jsonl, parquet and text read any"
+        raise ConfigError("data.path", data.path, why, legal)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether the library's `save_to_disk` has written this folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def local_folder(data: DataConfig) -> Path | None:
@@ -119,7 +134,7 @@ def _records(data: DataConfig) -> Iterator[dict[str, Any]]:
     folder = local_folder(data)
     source = str(folder or data.path)
     try:
-        if folder and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        if folder and _is_saved(folder):
             found = _saved_split(data, datasets.load_from_disk(source))
         else:
             in_place = data.streaming or folder is not None
