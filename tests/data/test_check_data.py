@@ -16,6 +16,7 @@ import pytest
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
 from tpresearch.data.check import check_data
+from tpresearch.data.sources import expand_paths
 from tpresearch.data.tokenizer import train_bpe
 
 
@@ -96,6 +97,15 @@ def test_data_is_refused(
     assert refusal.value.legal
     assert "\n" not in str(refusal.value)
     assert not (here / "cache").exists()
+
+
+def test_the_files_of_a_folder_are_proposed_whatever_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "crawl [2024]" / "more" / "a.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text("text")
+    with pytest.raises(ConfigError, match="is a folder") as refusal:
+        expand_paths(f"{tmp_path}/crawl [2024]/")
+    assert expand_paths(str(refusal.value.fix["data.path"]).strip("'")) == [file]
 
 
 @pytest.mark.parametrize(

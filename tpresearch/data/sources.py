@@ -105,7 +105,7 @@ def expand_paths(path: Any) -> list[Path]:
     for pattern in patterns:
         local = os.path.expanduser(pattern)
         if os.path.isdir(local):
-            inside = {"data.path": f"'{pattern.rstrip('/')}/**/*'"}
+            inside = {"data.path": f"'{glob.escape(pattern.rstrip('/'))}/**/*'"}
             raise ConfigError("data.path", pattern, "is a folder", legal, inside)
         # A name that exists is that file, whatever glob characters are in it.
         matches = [local] if os.path.exists(local) else glob.glob(local, recursive=True)
