@@ -1,4 +1,4 @@
-"""What `~` stands for where HOME is empty, and where there is no home folder."""
+"""What `~` stands for where HOME is empty, and where there is no home folder, nor any folder to work in."""
 
 from __future__ import annotations
 
@@ -22,6 +22,19 @@ def test_an_empty_home_is_none(monkeypatch: pytest.MonkeyPatch, empty: bool) -> 
         monkeypatch.delenv("HOME")
     check_home(World())
     assert Path("~").expanduser() == Path(pwd.getpwuid(os.getuid()).pw_dir)
+
+
+def test_a_folder_that_was_deleted_is_none_to_work_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    monkeypatch.setenv("PWD", "/gone")
+    check_home(World())
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(WrongCommand, match=r"^PWD=/gone: this folder was deleted"):
+        check_home(World())
+    monkeypatch.chdir(tmp_path)
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

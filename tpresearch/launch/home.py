@@ -1,4 +1,4 @@
-"""The home folder, which `~` stands for in paths of a config and of libraries."""
+"""The home folder, which `~` stands for in paths of a config and of libraries, and the folder that relative paths begin at."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ def check_home(world: World) -> None:
     """Count an empty HOME as none, as a shell's `~` does not: the cache would be in `/.cache`.
 
     Raises:
-        WrongCommand: for a user without a home folder, such as a container's that no file of users lists.
+        WrongCommand: for a user without a home folder, such as a container's that no file of users lists, and for a process in
+            a folder that was deleted.
     """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        why = "this folder was deleted, whether or not there is a new one of its name"
+        raise WrongCommand("PWD", os.environ.get("PWD"), why, "a folder that is there", "cd ~") from None
     if os.environ.get("HOME"):
         return
     os.environ.pop("HOME", None)
