@@ -28,6 +28,7 @@ from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, To
 from tpresearch.config.world import World
 from tpresearch.data import cache, pipeline
 from tpresearch.data.cache import SAMPLE_BYTES, SAMPLES, checksum
+from tpresearch.data.check import check_data
 from tpresearch.data.rows import PackedCorpus
 from tpresearch.data.tokenizer import train_bpe
 
@@ -196,6 +197,26 @@ def test_a_cache_of_another_user_is_refused_by_name(
             assert f"{refused_file} may not be used by user " in refusal.value.why
 
         assert ended(forked(refused)) == 0
+
+
+def test_what_another_user_has_prepared_is_read(texts: Path, bpe: TokenizerConfig) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # below tmp_path no other user could be
+        text, home = Path(folder) / "text.txt", Path(folder) / "cache"
+        text.write_text("words of a text\n" * 100)
+        data = DataConfig(DataSource.text, str(text), seq_len=16, cache_dir=str(home))
+        tokens = prepared(data, bpe).folder
+        for path in (folder, home, home / "tokens", tokens):
+            Path(path).chmod(0o555)
+
+        def read() -> None:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            check_data(data, bpe)
+            assert prepared(data, bpe).folder == tokens
+
+        assert ended(forked(read)) == 0
+        for path in (folder, home, home / "tokens", tokens):
+            Path(path).chmod(0o755)
 
 
 def test_a_disk_without_locks_is_refused(

@@ -67,11 +67,12 @@ def _check_streaming(data: DataConfig) -> None:
 
 
 def _check_cache_dir(data: DataConfig) -> None:
+    """Refuse a folder that nothing can be prepared in, unless something is: that can be read whoever it belongs to."""
     folder = Path(os.path.expanduser(data.cache_dir))
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir():
         why = f"{nearest} is a file" if nearest != folder else "is a file"
-    elif not os.access(nearest, os.W_OK | os.X_OK):
+    elif not os.access(nearest, os.W_OK | os.X_OK) and not os.path.isdir(folder / "tokens"):
         why = f"{nearest} is not writable"
     else:
         return
