@@ -72,6 +72,12 @@ NET = ("model=toy_net", "data=uniform", "train.loss=sum", "parallel=none")
         ([*NET, "train.loss=next_token"], "train.loss", "no targets", "train.loss"),
         (["+model._target_=probed_nets.Pair"], "model", "a tuple", "model"),
         (["+model._target_=probed_nets.Narrow"], "model", "[8, 16, 7]", "model"),
+        (
+            ["+model._target_=probed_nets.Narrow", "train.loss=sum"],
+            "train.eval_rows",
+            "[8, 16, 7]",
+            "train.eval_rows",
+        ),
     ],
 )
 def test_what_is_incompatible_is_refused(
@@ -92,6 +98,19 @@ def test_a_model_that_cannot_run_without_data_is_left_alone(nets: None) -> None:
         "~model.hidden_dim",
         "model.blocks=[]",
         "model._target_=probed_nets.Asks",
+    )
+    plan_model(cfg, validate(cfg, 1))
+
+
+def test_a_sum_of_outputs_that_are_no_logits_is_trained_without_a_held_out_loss(nets: None) -> None:
+    cfg = config(
+        "parallel=none",
+        "model=toy_mlp",
+        "~model.hidden_dim",
+        "model.blocks=[]",
+        "model._target_=probed_nets.Narrow",
+        "train.loss=sum",
+        "train.eval_rows=0",
     )
     plan_model(cfg, validate(cfg, 1))
 

@@ -6,12 +6,14 @@ import ast
 from pathlib import Path
 
 import pytest
-from support.composed import config
+from support.composed import config, corpus
 from support.nets import Dropped, model
 
 from tpresearch.config import ConfigError
+from tpresearch.config.world import World
 from tpresearch.verify import reference
 from tpresearch.verify.plans import check_moments, check_plan
+from tpresearch.verify.trace import trace_run
 
 JUDGED = {
     "tpresearch.train.step",
@@ -28,6 +30,12 @@ def test_it_imports_nothing_of_what_it_judges() -> None:
     used = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not used & JUDGED
     assert not any("distributed" in str(name) for name in used)
+
+
+def test_its_held_out_loss_is_the_cross_entropy_whatever_loss_is_trained() -> None:
+    cfg = config("model=toy_mlp", "parallel=none", "train.loss=sum", "train.eval_rows=11")
+    expected = reference.reference(cfg, corpus(), 0).held_out
+    assert trace_run(cfg, corpus(), World(), 0).held_out == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -234,12 +234,13 @@ def _run_with_head(model: nn.Module, inputs: Tensor) -> tuple[object, _ProbeMode
 
 
 def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
-    """Refuse a cross-entropy without targets, or without a logit for each entry of the vocabulary.
+    """Refuse a cross-entropy without targets, or without a logit for each entry of the vocabulary: as the loss, and on held-out rows.
 
     Raises:
-        ConfigError: naming train.loss or the model's output.
+        ConfigError: naming train.loss, train.eval_rows or the model's output.
     """
-    if cfg.train.loss is Loss.sum:
+    sums = cfg.train.loss is Loss.sum
+    if sums and (cfg.data.is_synthetic or not cfg.train.eval_rows):
         return
     if targets.numel() == 0:
         why, legal = f"data.source={cfg.data.source} has no targets", "sum"
@@ -247,6 +248,10 @@ def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
     if output is not None and (output[:-1] != targets.shape or output[-1] < cfg.tokenizer.vocab_size):
         why = f"its output has shape {_format_shape(output)} for targets {_format_shape(targets.shape)}"
         legal = f"logits [b, s, V] with V at least tokenizer.vocab_size={cfg.tokenizer.vocab_size}"
+        if sums:
+            why = f"the held-out loss is a cross-entropy, and of model {cfg.model.name} {why}"
+            fix = {"train.eval_rows": 0}
+            raise ConfigError("train.eval_rows", cfg.train.eval_rows, why, f"0, or {legal}", fix=fix)
         raise ConfigError("model", cfg.model.name, why, legal)
 
 

@@ -44,6 +44,11 @@ def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> RunTrace:
 
 
 def _loss(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
+    output = _output(model, batch, cfg)
+    return output.sum() if cfg.train.loss is Loss.sum else _cross_entropy(output, batch)
+
+
+def _output(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
     inputs = batch.inputs
     if inputs.is_floating_point():
         inputs = inputs.to(getattr(torch, cfg.train.dtype))
@@ -51,10 +56,11 @@ def _loss(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
     if cfg.train.dtype is Dtype.bfloat16:  # the trained float32 weights are unchanged
         weights = {name: weight.bfloat16() for name, weight in weights.items()}
     output = torch.func.functional_call(model, weights, inputs)
-    wide = output.to(torch.promote_types(output.dtype, torch.float32))
-    if cfg.train.loss is Loss.sum:
-        return wide.sum()
-    return F.cross_entropy(wide.flatten(0, 1), batch.targets.flatten())
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def _cross_entropy(output: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(output.flatten(0, 1), batch.targets.flatten())
 
 
 def _optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
@@ -76,7 +82,7 @@ def _held_out(model: nn.Module, corpus: AnyCorpus, cfg: Config) -> float | None:
         return None
     model.eval()
     (batch,) = eval_batches(corpus.held_out, rows, rows)
-    return _loss(model, batch, cfg).item()
+    return _cross_entropy(_output(model, batch, cfg), batch).item()  # whatever train.loss is
 
 
 def _copies(tensors: dict[str, Tensor]) -> Tensors:
