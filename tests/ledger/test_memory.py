@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.counted_steps import PLANS, counted_step, on_ranks
+from support.composed import config
+from support.counted_steps import FAKE, PLANS, count, counted_step, on_ranks
 from support.nets import FrozenBlock, Scaled, model
 from torch import nn
 
+from tpresearch.config.world import World
 from tpresearch.ledger.entries import StepLedger
 from tpresearch.ledger.memory import MemoryLedger
 from tpresearch.verify.ranks import Ranks
@@ -105,6 +107,16 @@ def test_weights_in_bfloat16_accumulate_over_replicas(overrides: list[str]) -> N
 def test_gradients_that_matmuls_add_to_are_as_many(dtype: str) -> None:
     words = "parallel=none", f"train.dtype={dtype}", "train.micro_batch_size=4"
     agree(counted_step(1, "model=llama2_debug", *words, "parallel.gradient_accumulation_fusion=true"))
+
+
+def test_shapes_that_dtensor_tells_of_an_op_it_meets_are_not_held() -> None:
+    """SGD's momentum is multiplied from the second step on, which is the counted one: for that DTensor makes fake weights, whole."""
+    words = "model=toy_mlp", "model.hidden_dim=998", "train.global_batch_size=1", "optimizer.momentum=0.9"
+    first, again = (
+        count(World(size=2, local_size=2), config("parallel=tp", "optimizer=sgd", *words), FAKE)
+        for _ in range(2)
+    )
+    assert first.held == again.held
 
 
 @pytest.mark.parametrize("plan", ["sp", "hsdp", "fsdp_tp"])

@@ -15,16 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tpresearch.ledger.entries import MEMORY_KINDS, MemoryUse
-
-_TENSOR_TYPES = (Tensor, nn.Parameter, FakeTensor)
-"""Other subclasses, such as DTensor, wrap a tensor that comes here by itself. (FakeTensor: private, torch 2.13 and 2.14.)"""
 
 
 class MemoryLedger(TorchDispatchMode):
@@ -37,6 +33,10 @@ class MemoryLedger(TorchDispatchMode):
         memory.note_gradients()
     memory.held()
     """
+
+    counted: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
+    """Classes of the tensors that hold memory: a subclass such as DTensor wraps one that comes here by itself, and a fake tensor, by
+    which DTensor infers the shape of an op's output, holds none."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class MemoryLedger(TorchDispatchMode):
         of_fsdp = func.namespace == "fsdp"  # buffers for gathered weights are not activations
         leaves = (result,) if isinstance(result, Tensor) else tree_leaves(result)
         for tensor in [*leaves, *tree_leaves((args, kwargs))] if of_fsdp else leaves:
-            if type(tensor) in _TENSOR_TYPES and tensor.device.type != "meta":
+            if type(tensor) in self.counted and tensor.device.type != "meta":
                 number = self._storage_id(tensor.untyped_storage(), None)
                 if of_fsdp:
                     self._kinds.setdefault(number, "temporaries")

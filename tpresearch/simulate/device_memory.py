@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from tpresearch.ledger.entries import MEMORY_KINDS
@@ -27,6 +28,9 @@ class DeviceMemory(MemoryLedger):
     the end of the last block, and its end, from the first block on. The peak of each is a sum over blocks, so that
     shallow models can be extrapolated, though which moment holds most may change with depth.
     """
+
+    counted = (*MemoryLedger.counted, FakeTensor)
+    """All are fake here. (FakeTensor: private, torch 2.13 and 2.14.)"""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(model, optimizer)
