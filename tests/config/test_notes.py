@@ -50,6 +50,7 @@ NOTED = [
     ("parallel=none world_size=4", 1, None),
     ("parallel=none gpus=4", 1, "... has no effect: it is an option of python -m tpresearch.planner"),
     ("parallel=none trace=true", 1, "... has no effect: it is an option of python -m tpresearch.simulate; profiler=trace"),
+    ("parallel=none verify.plans=[] verify.steps=7", 1, "... has no effect: python -m tpresearch.verify reads it"),
 ]  # fmt: skip
 
 

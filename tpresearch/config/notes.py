@@ -113,3 +113,5 @@ def _unused(cfg: Config, sizes: MeshSizes) -> Iterator[tuple[tuple[str, ...], st
     if not cfg.cluster:
         yield ("gpus",), "it is an option of python -m tpresearch.planner"
         yield ("trace",), "it is an option of python -m tpresearch.simulate; profiler=trace"
+    of_verify = ("verify.plans", "verify.world_size", "verify.steps", "verify.integers")
+    yield of_verify, "python -m tpresearch.verify reads it"
