@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,13 @@ def test_text_files_are_documents_by_relative_path(texts: Path, configure: Confi
     read = names_and_texts(configure(f"{texts}/**/*.txt"))
     assert [name for name, _ in read] == sorted(f"part{index % 2}/{index:03}.txt" for index in range(120))
     assert dict(read)["part1/007.txt"] == (texts / "part1/007.txt").read_text()
+
+
+def test_a_file_may_have_a_name_that_is_not_utf8(
+    tmp_path: Path, configure: Configure, bpe: TokenizerConfig
+) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("words of a text\n" * 100)
+    assert len(prepared(configure(f"{tmp_path}/*.txt"), bpe).train)
 
 
 def test_a_list_of_files_and_globs_is_read_once_each_in_order(
@@ -193,7 +201,6 @@ def read_until_refused(data: DataConfig) -> tuple[int, ConfigError]:
     read = []
     with pytest.raises(ConfigError) as refusal:
         read.extend(open_files(data).documents())
-    assert "\n" not in str(refusal.value)
     assert refusal.value.field == "data.path"
     return len(read), refusal.value
 

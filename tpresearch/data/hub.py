@@ -8,13 +8,12 @@ option).
 from __future__ import annotations
 
 import glob
-import hashlib
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from tpresearch.data.documents import (
     find_unreadable,
     missing_field,
 )
-from tpresearch.data.sources import EMBEDDED_DATA, HASH_BYTES, Corpus, hash_files
+from tpresearch.data.sources import EMBEDDED_DATA, Corpus, hash_files, hash_text
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +54,7 @@ def open_hub(data: DataConfig) -> Corpus:
         # four parts are data set, configuration, version and commit.
         revision = "/".join(Path(_builder(data).cache_dir).parts[-4:])
         arguments = f"{data.path}:{data.name}:{data.split}:{data.text_field}"
-        content = hashlib.blake2b(f"hf:{revision}:{arguments}".encode(), digest_size=HASH_BYTES).hexdigest()
-        return Corpus(content, lambda: _documents(data), None)
+        return Corpus(hash_text(f"hf:{revision}:{arguments}"), lambda: _documents(data), None)
     visible = _visible_files(folder)
     salt = f"hf:{data.name}:{data.split}:{data.text_field}"
     content = hash_files(visible, salt, Path(os.path.expanduser(data.cache_dir)))
@@ -148,17 +146,12 @@ def _records(data: DataConfig) -> Iterator[dict[str, Any]]:
 
 def _saved_split(data: DataConfig, saved: Any) -> Any:
     """The split of what `save_to_disk` wrote: all splits, or one, which is also what the default names."""
-    one = (
-        {}
-        if isinstance(saved, dict)
-        else {DataConfig.split: saved, str(saved.split or DataConfig.split): saved}
-    )
-    splits = one or saved
-    if data.split not in splits:
-        raise ConfigError(
-            "data.split", data.split, f"not a split of {data.path}", f"one of {', '.join(splits)}"
-        )
-    return splits[data.split]
+    if not isinstance(saved, dict):
+        saved = dict.fromkeys([DataConfig.split, str(saved.split or DataConfig.split)], saved)
+    if data.split not in saved:
+        legal = f"one of {', '.join(saved)}"
+        raise ConfigError("data.split", data.split, f"not a split of {data.path}", legal)
+    return saved[data.split]
 
 
 def _builder(data: DataConfig) -> Any:
@@ -188,9 +181,8 @@ def _load_error(data: DataConfig, error: BaseException) -> ConfigError:
     if isinstance(error, DatasetGenerationError) and error.__cause__:
         error = error.__cause__
     if isinstance(error, CastError):
-        some, first = (
-            ", ".join(sorted(names)) for names in (error.table_column_names, error.requested_column_names)
-        )
+        columns = error.table_column_names, error.requested_column_names
+        some, first = (", ".join(sorted(names)) for names in columns)
         why = f"its data files differ in columns: some have {some}, the first has {first}"
         legal = "files with the same columns, or data=jsonl or parquet, which read only data.text_field"
         return ConfigError("data.path", data.path, why, legal)
@@ -204,7 +196,7 @@ def _load_error(data: DataConfig, error: BaseException) -> ConfigError:
         return ConfigError("data.split", data.split, said, "a split of that data set")
     if "config" in said.lower() and isinstance(error, ValueError):
         return ConfigError("data.name", data.name, said, "a configuration of that data set")
-    if local_folder(data) is None and not offline_unless_reachable():
+    if folder is None and not offline_unless_reachable():
         said = f"{_endpoint()} cannot be reached, and neither a local folder nor the datasets cache has it"
     return _path_error(where, said)
 
@@ -215,12 +207,11 @@ def _path_error(where: object, why: str) -> ConfigError:
 
 def _first_unreadable_file(data: DataConfig, folder: Path) -> str:
     """The first file that the library cannot read alone; the folder if there is none."""
+    load = partial(_library(data).load_dataset, str(folder), split="train", streaming=True)
     for name, path in _visible_files(folder):
         if path.suffix not in (".md", ".yaml"):
             try:
-                for _ in _library(data).load_dataset(
-                    str(folder), data_files=[name], split="train", streaming=True
-                ):
+                for _ in load(data_files=[name]):
                     pass
             except Exception:
                 return str(path)

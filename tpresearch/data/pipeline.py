@@ -27,7 +27,7 @@ from tpresearch.data.cache import Meta, build_once
 from tpresearch.data.documents import Document
 from tpresearch.data.hub import open_hub
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, write_streams
-from tpresearch.data.sources import open_files
+from tpresearch.data.sources import hash_text, open_files
 from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, byte_level, load_hf, train_bpe
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class _Pipeline:
 
 def fingerprint(*parts: object) -> str:
     """16 hex digits over what a folder is made from, and the version of its format."""
-    return hashlib.blake2b(json.dumps([FORMAT_VERSION, *parts]).encode(), digest_size=8).hexdigest()
+    return hash_text(json.dumps([FORMAT_VERSION, *parts]))
 
 
 def take_chars(texts: Iterable[str], chars: int) -> Iterator[str]:
@@ -195,7 +195,7 @@ def take_chars(texts: Iterable[str], chars: int) -> Iterator[str]:
 
 
 def is_held_out(name: str, every: int) -> bool:
-    return int(hashlib.sha1(name.encode()).hexdigest(), 16) % every == 0
+    return int(hashlib.sha1(os.fsencode(name)).hexdigest(), 16) % every == 0
 
 
 def holds_out_documents(documents: Iterable[Document], every: int, chars: int | None = None) -> bool:

@@ -20,7 +20,7 @@ from tpresearch.data.documents import Document, read_file
 # Which of these exist depends on how this Python was built; without them the corpus depends on it less.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"}
 EMBEDDED_DATA: dict[str, object] = {"data": "pystdlib", "data.path": None}
-HASH_BYTES = 8
+HASH_DIGITS = 16
 CACHE_HASH_ABOVE_BYTES = 1 << 30
 
 
@@ -82,12 +82,8 @@ def _python_files(folder: Path, root: Path) -> list[tuple[str, Path]]:
     found = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
-        here = Path(where)
-        inside = "" if here == root else f"{here.relative_to(root).as_posix()}/"
-        python = [
-            name for name in names if name.endswith(".py") and os.path.isfile(os.path.join(where, name))
-        ]
-        found += [(f"{inside}{name}", here / name) for name in python]
+        paths = (Path(where, name) for name in names if name.endswith(".py"))
+        found += [(path.relative_to(root).as_posix(), path) for path in paths if path.is_file()]
     return sorted(found)
 
 
@@ -141,13 +137,14 @@ def hash_files(files: list[tuple[str, Path]], salt: str, cache_dir: Path | None 
     stats = [(name, path, path.stat()) for name, path in files]
     if cache_dir is None or sum(stat.st_size for *_, stat in stats) < CACHE_HASH_ABOVE_BYTES:
         return _hash_contents(files, salt)
-    seen = hashlib.blake2b(salt.encode(), digest_size=HASH_BYTES)
-    for name, path, stat in stats:
-        facts = (name, path.resolve(), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        seen.update("\0".join(map(str, facts)).encode() + b"\n")
-    remembered = cache_dir / "contents" / seen.hexdigest()
+    facts = (
+        (name, path.resolve(), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        for name, path, stat in stats
+    )
+    seen = "".join("\0".join(map(str, of_file)) + "\n" for of_file in facts)
+    remembered = cache_dir / "contents" / hash_text(salt + seen)
     with suppress(OSError):
-        if len(known := remembered.read_text()) == 2 * HASH_BYTES:
+        if len(known := remembered.read_text()) == HASH_DIGITS:
             return known
     content = _hash_contents(files, salt)
     with suppress(OSError):
@@ -157,9 +154,13 @@ def hash_files(files: list[tuple[str, Path]], salt: str, cache_dir: Path | None 
 
 
 def _hash_contents(files: list[tuple[str, Path]], salt: str) -> str:
-    total = hashlib.blake2b(salt.encode(), digest_size=HASH_BYTES)
-    for name, path in files:
+    def content(path: Path) -> str:
         with path.open("rb") as file:
-            content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
-        total.update(f"{name}\0{content}\n".encode())
-    return total.hexdigest()
+            return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+
+    return hash_text(salt + "".join(f"{name}\0{content(path)}\n" for name, path in files))
+
+
+def hash_text(text: str) -> str:
+    """16 hex digits over a text, in which names of files need not be UTF-8."""
+    return hashlib.blake2b(os.fsencode(text), digest_size=HASH_DIGITS // 2).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data.hub import download, looks_like_hub_id
+from tpresearch.data.sources import hash_text
 
 EOS = "<|endoftext|>"
 COMMON_EOS = ("</s>", EOS, "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]")
@@ -51,6 +51,7 @@ class Tokenizer:
     Attributes:
         size: entries, such that every id is below it.
         eos_id: the token that ends each document.
+        piece_chars: of the pieces that a document is cut into before it is encoded.
         hash: 16 hex digits over the whole tokenizer.
     """
 
@@ -61,14 +62,12 @@ class Tokenizer:
         backend.encode_special_tokens = True  # "</s>" written in a document is text, not its end
         self.backend, self.eos_id, self.piece_chars = backend, eos_id, piece_chars
         self.size = vocabulary_size(backend)
-        self.hash = hashlib.blake2b(f"{eos_id}\0{backend.to_str()}".encode(), digest_size=8).hexdigest()
+        self.hash = hash_text(f"{eos_id}\0{backend.to_str()}")
 
     def encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         """The ids of each text, without special tokens."""
-        pieces = [cut_text(text, self.piece_chars) for text in texts]
-        flat = self.backend.encode_batch_fast([p for some in pieces for p in some], add_special_tokens=False)
-        ids = iter(np.array(encoding.ids, dtype=np.uint32) for encoding in flat)
-        return [np.concatenate([next(ids) for _ in some]) for some in pieces]
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(each.ids, dtype=np.uint32) for each in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self.backend.decode([int(token) for token in ids], skip_special_tokens=False))
