@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pytest
 from support.corpora import Configure, Decode, prepared
 
 from tpresearch.config import ConfigError
-from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
+from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
 from tpresearch.data import hub as hub_room
 from tpresearch.data.check import check_data
 from tpresearch.data.hub import check_hub
@@ -30,6 +29,10 @@ datasets = pytest.importorskip("datasets")
 import huggingface_hub.constants  # noqa: E402
 
 TEXTS = [f"story {index}: " + f"once{index} " * 30 for index in range(150)]
+
+
+def lines(*texts: str) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
 @pytest.fixture(autouse=True)
@@ -51,27 +54,19 @@ def unreachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_hub_that_cannot_be_reached_is_one_line_and_soon(configure: Configure, streaming: bool) -> None:
+def test_a_hub_that_cannot_be_reached_is_not_asked_again(configure: Configure, streaming: bool) -> None:
     data = configure("owner/stories", DataSource.hf, streaming=streaming, max_tokens=1000)
-    started = time.perf_counter()
     for use in (check_data, prepared):
         with pytest.raises(ConfigError, match="cannot be reached") as refusal:
             use(data, TokenizerConfig())
         assert refusal.value.field == "data.path"
-        assert "\n" not in str(refusal.value)
-    assert time.perf_counter() - started < 10
+    assert huggingface_hub.constants.HF_HUB_OFFLINE, "its library would try each file for 25 s"
 
 
-def test_a_tokenizer_on_a_hub_that_cannot_be_reached_is_one_line_and_soon(configure: Configure) -> None:
-    started = time.perf_counter()
-    for use in (
-        tokenizer_size,
-        lambda path: check_data(configure(), TokenizerConfig(TokenizerKind.hf, 4096, path)),
-    ):
-        with pytest.raises(ConfigError, match="cannot be reached") as refusal:
-            use("owner/tokenizer")
-        assert refusal.value.field == "tokenizer.path"
-    assert time.perf_counter() - started < 10
+def test_a_tokenizer_on_a_hub_that_cannot_be_reached_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^tokenizer\.path=owner/tokenizer: .* cannot be reached"):
+        tokenizer_size("owner/tokenizer")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_a_downloaded_tokenizer_needs_no_network(unreachable: Path) -> None:
@@ -88,7 +83,7 @@ def downloaded(unreachable: Path) -> Path:
     """The cache folder of `owner/stories` at one commit, as a download by `datasets` would have left it."""
     folder = unreachable / "folder"
     folder.mkdir()
-    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (folder / "train.jsonl").write_bytes(lines(*TEXTS))
     datasets.load_dataset(str(folder), split="train", cache_dir=str(unreachable / "made"))
     [info] = (unreachable / "made").rglob("dataset_info.json")
     content = json.loads(info.read_text())
@@ -111,7 +106,7 @@ def test_a_downloaded_data_set_needs_no_network(
     assert "once7 once7 once7" in decoded(first, "train") + decoded(first, "held_out")
     with pytest.raises(ConfigError, match="no such field") as refusal:
         check_data(configure("owner/stories", DataSource.hf, text_field="body"), bpe)
-    assert refusal.value.fix == {"data.text_field": "text"} or "text" in refusal.value.legal
+    assert refusal.value.fix == {"data.text_field": "text"}
     # another commit is another corpus
     shutil.move(downloaded, downloaded.with_name("4567def"))
     second = prepared(data, bpe)
@@ -124,18 +119,15 @@ def test_folders_that_datasets_saved_are_read(
 ) -> None:
     saved = datasets.Dataset.from_dict({"text": TEXTS})
     saved.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict({"train": saved, "other": saved.select(range(5))}).save_to_disk(
-        str(tmp_path / "many")
-    )
+    many = datasets.DatasetDict({"train": saved, "other": saved.select(range(5))})
+    many.save_to_disk(str(tmp_path / "many"))
     one = prepared(configure(str(tmp_path / "one"), DataSource.hf), bpe)
     many = prepared(configure(str(tmp_path / "many"), DataSource.hf), bpe)
     assert one.meta["train"]["documents"] + one.meta["held_out"]["documents"] == len(TEXTS)
     assert (one.train == many.train).all()
     for folder, splits in (("one", "train"), ("many", "train, other")):
         data = dataclasses.replace(configure(str(tmp_path / folder), DataSource.hf), split="validation")
-        with pytest.raises(
-            ConfigError, match=rf"^data.split=validation: not a split of .*; one of {splits}$"
-        ):
+        with pytest.raises(ConfigError, match=rf"^data.split=validation: not a split .*; one of {splits}$"):
             check_hub(data)
 
 
@@ -147,7 +139,7 @@ def test_a_changed_local_folder_is_read_anew(
     file.parent.mkdir()
     data: DataConfig = configure(str(file.parent), DataSource.hf)
     for word in ("before", "after_"):
-        file.write_text("".join(json.dumps({"text": f"{word} {text}"}) + "\n" for text in TEXTS))
+        file.write_bytes(lines(*(f"{word} {text}" for text in TEXTS)))
         os.utime(file, (1e9, 1e9))
         text = decoded(prepared(data, bpe), "train")
         assert text.startswith(f"{word} story 0")
@@ -180,7 +172,7 @@ def test_checking_a_local_folder_reads_one_record_of_it(
     tmp_path: Path, configure: Configure, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "folder/.git").mkdir(parents=True)
-    (tmp_path / "folder/train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "folder/train.jsonl").write_bytes(lines(*TEXTS))
     data: DataConfig = configure(str(tmp_path / "folder"), DataSource.hf)
     with monkeypatch.context() as patched:
         patched.setattr(hub_room, "hash_files", lambda *_: pytest.fail("hashed the whole folder"))
@@ -200,17 +192,10 @@ def test_files_of_different_columns_are_refused_with_both_lists(
     logging.getLogger("datasets").addHandler(caplog.handler)
     with pytest.raises(ConfigError) as refusal:
         prepared(configure(str(tmp_path / "folder"), DataSource.hf), bpe)
-    assert (
-        refusal.value.why == "its data files differ in columns: some have body, text, the first has id, text"
-    )
-    assert "\n" not in str(refusal.value)
+    assert refusal.value.why.endswith("differ in columns: some have body, text, the first has id, text")
     logging.getLogger("datasets").removeHandler(caplog.handler)
     said = [record.getMessage() for record in caplog.records if record.name.startswith("datasets")]
     assert not said, "the library tells the same in its own words"
-
-
-def lines(*texts: str) -> bytes:
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
 LONG = "long words " * 1000
@@ -286,6 +271,5 @@ def test_what_the_library_cannot_read_is_named_by_file_and_record(
         data_set = datasets.Dataset.from_dict({"text": TEXTS})
         data_set.to_parquet(str(good)) if "parquet" in name else good.write_bytes(lines(*TEXTS))
     (tmp_path / "folder" / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=f"^data.path=.*/folder/{re.escape(sentence)}") as refusal:
+    with pytest.raises(ConfigError, match=f"^data.path=.*/folder/{re.escape(sentence)}"):
         prepared(configure(str(tmp_path / "folder"), DataSource.hf), bpe)
-    assert "\n" not in str(refusal.value)

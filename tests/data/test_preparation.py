@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,8 @@ pipeline.{stage} = killed"""
     assert not list((tmp_path / "cache/tokens").glob("text-*"))
 
     corpus = prepared(data, bpe)
-    elsewhere = prepared(
-        DataConfig(data.source, data.path, seq_len=16, cache_dir=str(tmp_path / "other")), bpe
-    )
-    assert same(corpus, elsewhere)
+    elsewhere = dataclasses.replace(data, cache_dir=str(tmp_path / "other"))
+    assert same(corpus, prepared(elsewhere, bpe))
     assert not list((tmp_path / "cache").glob("*/.*.tmp"))
 
 
@@ -263,23 +261,13 @@ def test_one_that_is_stopped_leaves_nothing_half_built(
     assert len(prepared(data, bpe).train)
 
 
-def test_a_second_call_opens_what_is_there(
+def test_only_what_changed_is_done_again(
     data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = prepared(data, bpe)
     assert done(caplog) == ["learn", "tokenize"]
     caplog.clear()
-    second = prepared(data, bpe)
-    assert done(caplog) == []
-    assert first.folder == second.folder
-    assert same(first, second)
-
-
-def test_only_what_changed_is_done_again(
-    data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    first = prepared(data, bpe)
-    caplog.clear()
+    assert same(prepared(data, bpe), first)
     data.seq_len = 32
     longer = prepared(data, bpe)
     assert done(caplog) == []
@@ -395,7 +383,7 @@ def test_damage_below_is_found_when_it_is_needed(
     assert done(caplog) == ["learn", "tokenize"]
 
 
-def test_the_checksum_stays_quick_and_sees_every_sample(tmp_path: Path) -> None:
+def test_the_checksum_sees_every_sample(tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     small.write_bytes(os.urandom(3 * SAMPLE_BYTES + 17))
     size = 3 * SAMPLES * SAMPLE_BYTES + 5
@@ -411,9 +399,6 @@ def test_the_checksum_stays_quick_and_sees_every_sample(tmp_path: Path) -> None:
                 file.write(bytes([byte ^ 4]))
             assert checksum(path) != before
             before = checksum(path)
-    started = time.perf_counter()
-    checksum(large)
-    assert time.perf_counter() - started < 1.0
 
 
 def test_meta_says_what_was_prepared(data: DataConfig, texts: Path, bpe: TokenizerConfig) -> None:

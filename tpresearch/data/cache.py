@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -157,12 +157,12 @@ def read_intact(folder: Path) -> Meta | None:
 def checksum(path: Path) -> int:
     """CRC-32 of 64 evenly spaced megabytes of a file, of all of it up to 64 MiB."""
     size, crc = path.stat().st_size, 0
-    last = max(size - SAMPLE_BYTES, 0)
-    samples = min(SAMPLES, -(-size // SAMPLE_BYTES))
+    starts: Sequence[int] = range(0, size, SAMPLE_BYTES)
+    if len(starts) > SAMPLES:
+        starts = [sample * (size - SAMPLE_BYTES) // (SAMPLES - 1) for sample in range(SAMPLES)]
     with path.open("rb") as file:
-        for sample in range(samples):
-            whole = size <= SAMPLES * SAMPLE_BYTES
-            file.seek(sample * SAMPLE_BYTES if whole else sample * last // (SAMPLES - 1))
+        for start in starts:
+            file.seek(start)
             crc = zlib.crc32(file.read(SAMPLE_BYTES), crc)
     return crc
 

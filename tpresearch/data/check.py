@@ -38,9 +38,8 @@ def check_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     if data.source is DataSource.hf:
         check_hub(data)
         return
-    for name, file in islice(
-        (found for found in local_files(data) if found[1].stat().st_size), CHECKED_FILES
-    ):
+    not_empty = (named for named in local_files(data) if named[1].stat().st_size)
+    for name, file in islice(not_empty, CHECKED_FILES):
         next(read_file(data, name, file), None)
 
 

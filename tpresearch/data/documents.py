@@ -31,6 +31,7 @@ PARQUET_BATCH_ROWS = 64
 TO_FILL_IN = {"data.text_field": "VALUE"}
 MAX_COMPRESSION_RATIO = 100
 """Maximum ratio of unpacked to packed bytes: real text stays far below it."""
+READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError)
 
 
 class Document(NamedTuple):
@@ -74,7 +75,7 @@ def documents_of(records: Iterable[Any], text_field: str, prefix: str, where: st
         for index, record in enumerate(records):
             if text := _text_of(record, text_field, f"{where} {index + 1}"):
                 yield Document(f"{prefix}{index}", text)
-    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+    except READ_ERRORS as error:
         raise unreadable(f"{where} {index + 2}", error) from None
 
 
@@ -200,7 +201,6 @@ FIRST_RECORD_BYTES = 16 << 20
 """Bytes of a file that the library reads for its first record, and that a check of the first record looks at."""
 MAX_BRACKETS = 500
 """Brackets in a line above which it may be nested too deeply to be read."""
-READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError)
 
 
 def check_unpacked_sizes(data: DataConfig, files: list[Path], first_only: bool) -> None:
@@ -214,13 +214,19 @@ def check_unpacked_sizes(data: DataConfig, files: list[Path], first_only: bool) 
         ConfigError: naming the file and the line or row group.
     """
     for path in files[: 1 if first_only else None]:
-        suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED_SUFFIXES]
-        if suffixes[-1:] == [".parquet"]:
+        suffix = _unpacked_suffix(path)
+        if suffix == ".parquet":
             with closing(parquet_file(path)) as file:
                 for number in range(1 if first_only else file.num_row_groups):
                     check_row_group(data, path, file, number)
-        elif suffixes and suffixes[-1] in TEXT_SUFFIXES:
+        elif suffix in TEXT_SUFFIXES:
             _check_lines(data, path, data.max_record_bytes + FIRST_RECORD_BYTES if first_only else None)
+
+
+def _unpacked_suffix(path: Path) -> str:
+    """`.jsonl` of `a.jsonl.gz`."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED_SUFFIXES]
+    return suffixes[-1] if suffixes else ""
 
 
 def _check_lines(data: DataConfig, path: Path, enough: int | None) -> None:
@@ -249,10 +255,10 @@ def _check_lines(data: DataConfig, path: Path, enough: int | None) -> None:
 
 def find_unreadable(data: DataConfig, files: list[Path]) -> ConfigError | None:
     """The first error that our own readers find in files that the library could not read, with its line or row."""
+    sources = {".jsonl": DataSource.jsonl, ".ndjson": DataSource.jsonl, ".parquet": DataSource.parquet}
     for path in files:
-        suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED_SUFFIXES]
-        source = {".jsonl": DataSource.jsonl, ".ndjson": DataSource.jsonl, ".parquet": DataSource.parquet}
-        if suffixes and (own := source.get(suffixes[-1])) and path.suffix in (suffixes[-1], ".gz"):
+        suffix = _unpacked_suffix(path)
+        if (own := sources.get(suffix)) and path.suffix in (suffix, ".gz"):
             try:
                 for _ in read_file(dataclasses.replace(data, source=own), path.name, path):
                     pass

@@ -59,12 +59,10 @@ class PackedCorpus:
     @classmethod
     def open(cls, folder: Path, meta: Meta, seq_len: int) -> PackedCorpus:
         """The rows of `seq_len` + 1 tokens in `folder`, prepared and found intact, with its meta.json."""
-        facts: dict[str, Any] = {
-            split: read_rows(folder / f"{split}.bin", meta["dtype"], seq_len + 1) for split in SPLITS
-        }
-        facts |= {key: meta[key] for key in ("corpus_hash", "tokenizer_hash", "vocab_size", "eos_id")}
+        train, held_out = (read_rows(folder / f"{split}.bin", meta["dtype"], seq_len + 1) for split in SPLITS)
+        facts = {key: meta[key] for key in ("corpus_hash", "tokenizer_hash", "vocab_size", "eos_id")}
         entropy = meta["unigram_entropy_nats"]["held_out"] or math.nan
-        return cls(**facts, unigram_entropy=entropy, meta=meta, folder=folder)
+        return cls(train, held_out, **facts, unigram_entropy=entropy, meta=meta, folder=folder)
 
     def save_tokenizer(self, config: TokenizerConfig, run: Path) -> None:
         """Save the tokenizer in a run's folder: see `tokenizer.save_tokenizer`."""
