@@ -50,7 +50,7 @@ def main() -> None:
         legal = "the folder of a run that has saved one"
         raise WrongCommand("run", named[0], why, legal, python_command(["RUN"]))
     found = [whole_or_why(folder, options.verify) for folder in folders]
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(table(folders, found).rich(f"checkpoints of {path_text(run)}"))
     sys.exit(any(isinstance(each, str) for each in found))
 
@@ -72,15 +72,10 @@ def table(folders: list[Path], found: list[Checkpoint | str]) -> Table:
             cells = [step, *[UNDEFINED] * 6, f"no: {each}"]
         else:
             manifest = each.manifest
+            tokens, loss = count_text(manifest.tokens), loss_text(manifest.loss)
             plan = " ".join([manifest.plan, *(f"{axis}={size}" for axis, size in manifest.mesh.items())])
-            cells = [
-                step,
-                count_text(manifest.tokens),
-                loss_text(manifest.loss),
-                plan,
-                str(manifest.world_size),
-            ]
-            cells += [bytes_text(each.bytes), manifest.torch, "yes"]
+            ranks, size = str(manifest.world_size), bytes_text(each.bytes)
+            cells = [step, tokens, loss, plan, ranks, size, manifest.torch, "yes"]
         rows.append(list(map(Cell, cells)))
     return Table(["step", "tokens", "loss", "plan", "ranks", "size", "torch", "complete"], rows)
 

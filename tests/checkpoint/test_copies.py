@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_without_room_it_is_left_out_and_the_next_is_written(
     saver = Saver(tmp_path, CheckpointConfig(), ABOUT, None, background=True)
     saver.start(0)
     with monkeypatch.context() as patch:
-        patch.setattr(BlockingAsyncStager, "stage", lambda *_: raise_(said))
+        patch.setattr(BlockingAsyncStager, "stage", Mock(side_effect=RuntimeError(said)))
         saver.save(state, 0, 1.0)
     why = "host memory has no room for a copy of the state; checkpoint.background=false writes without one"
     assert f"step 1: checkpoint not saved: {why}" in caplog.text
@@ -43,11 +44,7 @@ def test_another_error_of_the_device_is_not_taken_for_that(
     layer = nn.Linear(2, 2)
     saver = Saver(tmp_path, CheckpointConfig(), ABOUT, None, background=True)
     saver.start(0)
-    illegal = "CUDA error: an illegal memory access was encountered"
-    monkeypatch.setattr(BlockingAsyncStager, "stage", lambda *_: raise_(illegal))
+    illegal = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(BlockingAsyncStager, "stage", Mock(side_effect=illegal))
     with pytest.raises(RuntimeError, match="illegal"):
         saver.save(TrainState(1, layer, torch.optim.SGD(layer.parameters())), 0, 1.0)
-
-
-def raise_(said: str) -> None:
-    raise RuntimeError(said)

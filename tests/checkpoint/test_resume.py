@@ -203,10 +203,8 @@ def test_auto_never_and_a_restart(tmp_path: Path) -> None:
     mark = of(started).manifest
     for step in (3, 12):
         folder = save(tmp_path, step)
-        files = disk.read_checkpoint(folder).manifest.files
-        (folder / disk.MANIFEST_FILE).write_text(
-            disk.manifest_text(dataclasses.replace(mark, step=step, files=files))
-        )
+        own = dataclasses.replace(mark, step=step, files=disk.read_checkpoint(folder).manifest.files)
+        (folder / disk.MANIFEST_FILE).write_text(disk.manifest_text(own))
     assert [c.step for c in checkpoints_to_resume(started, tmp_path)] == [12, 3]
     assert checkpoints_to_resume(never, tmp_path) == []
     assert [c.step for c in checkpoints_to_resume(never, tmp_path, restarted=True)] == [12, 3]
@@ -231,6 +229,11 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def parsed(*overrides: str, multirun: bool = False) -> Namespace:
+    """A command line as Hydra has parsed it."""
+    return Namespace(multirun=multirun, overrides=list(overrides), config_name=None, config_dir=None)
+
+
 @pytest.mark.parametrize("named", ["run", "run/checkpoints/step-00000003", "'run'"])
 @pytest.mark.parametrize(
     ("typed", "kept"),
@@ -245,9 +248,7 @@ def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
     run: Path, monkeypatch: pytest.MonkeyPatch, named: str, typed: list[str], kept: list[str]
 ) -> None:
     monkeypatch.chdir(run.parent)
-    arguments = Namespace(
-        multirun=False, overrides=[f"resume={named}", *typed], config_name=None, config_dir=None
-    )
+    arguments = parsed(f"resume={named}", *typed)
     assert repeat_command_of_run(arguments) == run
     now = [f"resume={named}", *typed, f"hydra.run.dir={run}"]
     assert arguments.overrides == ["hydra.searchpath=[file:///own]", *kept, *now]
@@ -256,21 +257,16 @@ def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
 
 def test_a_run_resumes_in_its_own_folder(run: Path) -> None:
     for overrides in (["train.steps=3"], ["resume=auto", "hydra.run.dir=x"], ["resume=never"]):
-        arguments = Namespace(multirun=False, overrides=list(overrides), config_name=None, config_dir=None)
+        arguments = parsed(*overrides)
         assert repeat_command_of_run(arguments) is None
         assert arguments.overrides == overrides
-    arguments = Namespace(
-        multirun=False, overrides=[f"resume={run}", "hydra.run.dir=x"], config_name=None, config_dir=None
-    )
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir=x: resume=.* continues in that run's own folder"):
-        repeat_command_of_run(arguments)
-    arguments = Namespace(multirun=True, overrides=[f"resume={run}"], config_name=None, config_dir=None)
+        repeat_command_of_run(parsed(f"resume={run}", "hydra.run.dir=x"))
     with pytest.raises(ConfigError, match="the jobs of a sweep have folders of their own"):
-        repeat_command_of_run(arguments)
+        repeat_command_of_run(parsed(f"resume={run}", multirun=True))
     (run / ".hydra" / "overrides.yaml").unlink()
-    arguments = Namespace(multirun=False, overrides=[f"resume={run}"], config_name=None, config_dir=None)
     with pytest.raises(ConfigError, match="its overrides cannot be read: No such file"):
-        repeat_command_of_run(arguments)
+        repeat_command_of_run(parsed(f"resume={run}"))
 
 
 def test_a_run_that_cannot_be_resumed_is_started_over_as_it_was(
@@ -284,7 +280,6 @@ def test_a_run_that_cannot_be_resumed_is_started_over_as_it_was(
         check_corpus(ABOUT, "d", "t", 64)
     assert refused.value.fix == again
     (folder_of(run, 3) / ".metadata").unlink()
-    arguments = Namespace(multirun=False, overrides=typed, config_name=None, config_dir=None)
     with pytest.raises(ConfigError, match="none of its 1 checkpoints is complete") as refused:
-        repeat_or_start_again(arguments)
+        repeat_or_start_again(parsed(*typed))
     assert refused.value.fix == again

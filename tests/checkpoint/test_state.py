@@ -76,9 +76,7 @@ def test_what_is_not_there_is_not_saved(tmp_path: Path) -> None:
 def test_a_tied_weight_is_saved_once(tmp_path: Path) -> None:
     alone(config("parallel=none", *KINDS["tied"]), 2, run=tmp_path, at=2)
     names = set(tensors_of(read_checkpoint(folder_of(tmp_path, 2))))
-    assert {name for name in names if name in ("model.embed.weight", "model.output.weight")} == {
-        "model.embed.weight"
-    }
+    assert names & {"model.embed.weight", "model.output.weight"} == {"model.embed.weight"}
 
 
 def test_a_bfloat16_run_saves_its_float32_weights(tmp_path: Path) -> None:
@@ -98,11 +96,7 @@ def test_the_room_that_a_checkpoint_takes_is_known_before_the_first(tmp_path: Pa
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_state_that_is_not_finite_is_never_saved(value: float) -> None:
-    state = {
-        "model.a": torch.zeros(3),
-        "model.empty": torch.zeros(0, 4),
-        "model.count": torch.ones(2, dtype=torch.int64),
-    }
+    state = {"model.a": torch.zeros(3), "model.empty": torch.zeros(0, 4), "model.n": torch.ones(2).long()}
     check_finite(state)
     state["model.b"] = torch.zeros(4, 4)
     state["model.b"][3, 2] = value
@@ -142,14 +136,8 @@ def test_weights_alone_begin_a_new_run(ranks: Ranks, tmp_path: Path) -> None:
     saved = folder_of(tmp_path, 3)
     weights = {name: tensor for name, tensor in on_disk(saved).items() if name.startswith("model.")}
     for size, plan, dtype in ((2, "fsdp", "float64"), (2, "tp", "float32")):
-        typed = [
-            "model=toy_mlp",
-            f"parallel={plan}",
-            f"train.dtype={dtype}",
-            f"init_from={saved}",
-            "train.seed=9",
-        ]
-        went = ranks.run(size, go, config(*typed), 0)[0]
+        typed = [f"parallel={plan}", f"train.dtype={dtype}", f"init_from={saved}", "train.seed=9"]
+        went = ranks.run(size, go, config("model=toy_mlp", *typed), 0)[0]
         assert equal(went.state, {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights.items()})
 
 
@@ -192,9 +180,8 @@ def test_an_enums_member_is_read_however_python_pickled_it() -> None:
     def read(owner: object, name: str) -> Any:
         return _MetadataUnpickler(io.BytesIO(pickle.dumps(_ByGetattr(owner, name)))).load()
 
-    assert (
-        read(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT") is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
-    )
+    contiguous = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert read(_MEM_FORMAT_ENCODING, contiguous.name) is contiguous
     for owner, name in ((_MEM_FORMAT_ENCODING, "mro"), (TensorStorageMetadata, "__init__")):
         with pytest.raises(BrokenCheckpoint, match=r"builtins\.getattr of"):
             read(owner, name)

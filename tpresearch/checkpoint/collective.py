@@ -40,20 +40,18 @@ def on_all_ranks(work: Callable[[], Found], group: dist.ProcessGroup | None) -> 
         RankFailed: on every rank, if an OSError or a broken checkpoint stops one of them. Other exceptions propagate, which
             ends the other ranks too.
     """
-    mine: tuple[Any, str | None]
+    mine: Found | RankFailed
     try:
-        mine = work(), None
+        mine = work()
     except (OSError, BrokenCheckpoint) as error:
-        mine = None, error_line(error)
-    if group is None:
-        results = [mine]
-    else:
-        results = [mine] * group.size()
+        mine = RankFailed(error_line(error))
+    results = [mine] * (group.size() if group else 1)
+    if group:
         dist.all_gather_object(results, mine, group=group)
-    for rank, (_, problem) in enumerate(results):
-        if problem is not None:
-            raise RankFailed(problem if len(results) == 1 else f"rank {rank}: {problem}")
-    return [found for found, _ in results]  # pyrefly: ignore[bad-return]
+    for rank, problem in enumerate(results):
+        if isinstance(problem, RankFailed):
+            raise problem if group is None else RankFailed(f"rank {rank}: {problem}")
+    return [found for found in results if not isinstance(found, RankFailed)]
 
 
 @contextmanager
@@ -70,10 +68,8 @@ def dcp_arguments(group: dist.ProcessGroup | None) -> Iterator[dict[str, Any]]:
             yield {"process_group": group, "no_dist": group is None}
         except CheckpointException as error:
             rank, (cause, _) = min(error.failures.items())
-            one_of_several = group is not None and len(error.failures) == 1
-            raise RankFailed(
-                f"rank {rank}: {error_line(cause)}" if one_of_several else error_line(cause)
-            ) from None
+            where = f"rank {rank}: " if group is not None and len(error.failures) == 1 else ""
+            raise RankFailed(where + error_line(cause)) from None
 
 
 def error_line(error: BaseException) -> str:

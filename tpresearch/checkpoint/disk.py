@@ -169,9 +169,7 @@ def find_damage(folder: Path, files: Iterable[tuple[str, WrittenFile]]) -> str |
 
 def manifest_text(manifest: Manifest) -> str:
     """checkpoint.json, with a checksum of itself."""
-    body = dataclasses.asdict(manifest) | {
-        "files": {name: list(file) for name, file in manifest.files.items()}
-    }
+    body = dataclasses.asdict(manifest)
     return json.dumps({"crc32": _crc_of(body), **body}, indent=1) + "\n"
 
 
@@ -183,10 +181,8 @@ def parse_manifest(text: bytes) -> Manifest:
     """
     try:
         body = json.loads(text)
-        if body["format"] > FORMAT_VERSION:
-            raise NewerFormat(
-                f"its format is {body['format']}, and this version reads up to {FORMAT_VERSION}"
-            )
+        if (found := body["format"]) > FORMAT_VERSION:
+            raise NewerFormat(f"its format is {found}, and this version reads up to {FORMAT_VERSION}")
         if body.pop("crc32") != _crc_of(body):
             raise BrokenCheckpoint(f"{MANIFEST_FILE} is not as it was written")
         files = {name: WrittenFile(*file) for name, file in body.pop("files").items()}
@@ -251,10 +247,9 @@ def set_aside_after(run: Path, step: int) -> list[Path]:
 
 
 def _cut_name(folder: Path) -> Path:
-    names = itertools.chain(["cut"], (f"cut-{nth}" for nth in itertools.count(2)))
-    return next(
-        path for name in names if not os.path.lexists(path := folder.with_name(f"{folder.name}.{name}"))
-    )
+    endings = itertools.chain(["cut"], (f"cut-{nth}" for nth in itertools.count(2)))
+    paths = (folder.with_name(f"{folder.name}.{ending}") for ending in endings)
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def _remove(folder: Path) -> None:

@@ -226,10 +226,12 @@ class _Reader(dcp.FileSystemReader):
 def _enum_member(kind: Any, name: str) -> Enum:
     """An enum's member, as Python 3.11.0 to 3.11.3 pickle it: by getattr, which would run code on anything else."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
-        raise BrokenCheckpoint(
-            f".metadata has builtins.getattr of {name} in it, which is nothing of a tensor's"
-        )
+        raise _foreign(f"builtins.getattr of {name}")
     return kind[name]
+
+
+def _foreign(what: str) -> BrokenCheckpoint:
+    return BrokenCheckpoint(f".metadata has {what} in it, which is nothing of a tensor's")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -237,5 +239,5 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
         if name not in ALLOWED_GLOBALS.get(module, ()):
-            raise BrokenCheckpoint(f".metadata has {module}.{name} in it, which is nothing of a tensor's")
+            raise _foreign(f"{module}.{name}")
         return super().find_class(module, name)

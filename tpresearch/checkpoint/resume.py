@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tpresearch.checkpoint.disk import (
     CHECKPOINTS_FOLDER,
@@ -26,9 +26,6 @@ from tpresearch.config.compose import PATHS, as_dict
 from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
-
-if TYPE_CHECKING:  # it imports torch, which a refusal need not wait for
-    import torch.distributed as dist
 
 log = logging.getLogger(__name__)
 
@@ -208,14 +205,3 @@ def check_corpus(manifest: Manifest, corpus_hash: str, tokenizer_hash: str, rows
         why = f"{what} is not what this run was trained on: {manifest.rows:,} rows then, {rows:,} now"
         legal = "the same files, tokenizer and Python; resume=never"
         raise ConfigError("data.source", corpus_hash, why, legal, {"resume": NEVER})
-
-
-def broadcast_from_rank_0(checkpoints: list[Checkpoint], group: dist.ProcessGroup | None) -> list[Checkpoint]:
-    """The checkpoints that rank 0 has found, broadcast to all ranks: a shared disk may show the others an older state."""
-    if group is None:
-        return checkpoints
-    import torch.distributed as dist
-
-    shared = [checkpoints]
-    dist.broadcast_object_list(shared, src=0, group=group)
-    return shared[0]

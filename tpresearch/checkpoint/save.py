@@ -69,8 +69,7 @@ class Saver:
         self._run, self._settings, self._common, self._group = run, settings, common, group
         self._rank = group.rank() if group else 0
         self._background, self._on_cuda = background, on_cuda
-        self._stager = BlockingAsyncStager()
-        self._copy: dict[str, Tensor] | None = None
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
         # A new thread uses the first GPU, on which DCP's writer, which waits for a stream, would create a context for each rank.
         begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if on_cuda else None
         self._thread = ThreadPoolExecutor(1, "checkpoint", begin)
@@ -173,19 +172,17 @@ class Saver:
         Raises:
             BrokenCheckpoint: if there is no room for it.
         """
-        if self._copy is None or self._copy.keys() != state.keys():
-            stager = BlockingAsyncStager(cache_staged_state_dict=self._on_cuda)
-            try:
-                copy = self._copy = stager.stage(state)
-            except RuntimeError as error:  # CUDA's too, which says "out of memory" of what it cannot pin
-                if not re.search("out of memory|allocate memory", str(error)):
-                    raise
-                why = "host memory has no room for a copy of the state; checkpoint.background=false writes without one"
-                raise BrokenCheckpoint(why) from None
-            self._stager = BlockingAsyncStager(cache_staged_state_dict=True)
-            self._stager.state_dict_cache = copy
+        kept = self._stager.state_dict_cache
+        if kept is not None and kept.keys() == state.keys():
+            return self._stager.stage(state)
+        try:
+            copy = self._stager.state_dict_cache = BlockingAsyncStager(self._on_cuda).stage(state)
             return copy
-        return self._stager.stage(state)
+        except RuntimeError as error:  # CUDA's too, which says "out of memory" of what it cannot pin
+            if not re.search("out of memory|allocate memory", str(error)):
+                raise
+            why = "host memory has no room for a copy of the state; checkpoint.background=false writes without one"
+            raise BrokenCheckpoint(why) from None
 
     @property
     def written(self) -> int:
@@ -236,10 +233,8 @@ class Saver:
             self._tidy()
 
         on_all_ranks(commit, self._group)
-        size = sum(file.bytes for file in files.values())
-        log.info(
-            "checkpoint: step %d, %.1f MiB in %.1f s", manifest.step, size / 2**20, time.monotonic() - began
-        )
+        size_mib, seconds = sum(file.bytes for file in files.values()) / 2**20, time.monotonic() - began
+        log.info("checkpoint: step %d, %.1f MiB in %.1f s", manifest.step, size_mib, seconds)
 
     def _report_failure(self, manifest: Manifest, why: RankFailed, last: bool = False) -> None:
         if self._rank == 0:

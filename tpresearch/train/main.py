@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpresearch.checkpoint.collective import checkpoint_group, on_all_ranks
 from tpresearch.checkpoint.disk import Checkpoint
 from tpresearch.checkpoint.load import restore
-from tpresearch.checkpoint.resume import broadcast_from_rank_0, check_corpus, checkpoints_to_resume
+from tpresearch.checkpoint.resume import check_corpus, checkpoints_to_resume
 from tpresearch.config.axes import AXES
 from tpresearch.config.schema import ProfilerName
 from tpresearch.config.validate import total_steps
@@ -121,7 +121,8 @@ def train_on(
         # Before the model is sharded.
         observers = [*build_observers(job, mesh, device, tracker), *build_profilers(job, run, device)]
         parameters, group = job.parameters, checkpoint_group()
-        found = broadcast_from_rank_0(found, group)
+        # Those of rank 0: a shared disk may show the others an older state.
+        found, *_ = on_all_ranks(lambda: found, group)
         restoring = partial(restore, found, group=group) if found else None
         if not found and (init_from := job.cfg.init_from) and is_hugging_face(init_from):
             check_same_weights(init_from, job.model, group)
