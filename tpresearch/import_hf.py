@@ -66,10 +66,9 @@ def main(job: Preflight, run: Run) -> None:
     corpus = prepare(cfg.data, cfg.tokenizer)
     with process_group(device, run.world):
         loop = assemble(job, build_mesh(job.sizes, device.type), device, corpus)
+        saver = build_saver(job, run, corpus, NOTHING_YET, checkpoint_group())
         try:
-            build_saver(job, run, corpus, NOTHING_YET, checkpoint_group()).save(
-                loop.state, 0, None, last=True
-            )
+            saver.save(loop.state, 0, None, last=True)
         except SaveFailed as error:
             raise ConfigError("hydra.run.dir", run.folder, str(error), "a disk with room") from None
     if run.world.rank == 0:

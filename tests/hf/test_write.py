@@ -82,7 +82,5 @@ def test_a_number_too_large_for_the_dtype_is_refused(make_llama: MakeLlama, tmp_
     model = imported(folder)
     with torch.no_grad():
         model.get_parameter("layers.1.feed_forward.w2.weight")[3, 5] = 7e4
-    with pytest.raises(
-        ConfigError, match=r"dtype=float16: layers\.1\.feed_forward\.w2\.weight has numbers up to 7e"
-    ):
+    with pytest.raises(ConfigError, match=r"dtype=float16: layers\.1\..*w2\.weight has numbers up to 7e"):
         written(model, read_settings(folder, ""), tmp_path / "narrow", torch.float16, 10**9)

@@ -64,7 +64,7 @@ def settings_of(init_from: str | None) -> dict[str, Any]:
         why = "model=hf takes its sizes from there"
         legal = "a folder or hub id of a Llama with config.json, or a tpresearch run"
         raise ConfigError("init_from", None, why, legal, fix={"init_from": "FOLDER"})
-    if is_hugging_face(init_from) or not is_own_run(init_from):
+    if not is_own_run(init_from):
         return read_settings(folder_of(init_from), init_from)
     from tpresearch.plan.meta import settings_with_defaults  # late: it imports torch
 
@@ -82,7 +82,7 @@ def tokenizer_of(init_from: str | None) -> str | None:
     Raises:
         ConfigError: for a run without one, since its data were numbers.
     """
-    if not init_from or is_hugging_face(init_from) or not is_own_run(init_from):
+    if not init_from or not is_own_run(init_from):
         return init_from
     folder = run_of(Path(init_from)) / TOKENIZER_FOLDER
     if not folder.is_dir():
@@ -95,7 +95,7 @@ def tokenizer_of(init_from: str | None) -> str | None:
 
 def tokenizer_hash_of(init_from: str) -> str | None:
     """Hash of the tokenizer whose tokens these weights know; None where there is none."""
-    if is_own_run(init_from) and not is_hugging_face(init_from):
+    if is_own_run(init_from):
         return find_checkpoint(Path(init_from), "init_from").manifest.tokenizer_hash
     with suppress(ConfigError):
         return load_hf(init_from).hash
@@ -191,9 +191,11 @@ def _index(path: Path, named: str) -> dict[str, str]:
 
 
 def is_own_run(init_from: str) -> bool:
-    """Whether this is one of our checkpoints, or a run that has one."""
+    """Whether this is one of our checkpoints, or a run that has one, and no folder in Hugging Face's layout."""
     path = Path(os.path.expanduser(init_from))
+    if is_hugging_face(init_from) or not os.path.isdir(path):
+        return False
     try:
-        return os.path.isdir(path) and bool(STEP_FOLDER.fullmatch(path.resolve().name) or step_folders(path))
+        return bool(STEP_FOLDER.fullmatch(path.resolve().name) or step_folders(path))
     except OSError:  # said by whoever reads it
         return False

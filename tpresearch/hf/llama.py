@@ -83,11 +83,9 @@ def read_settings(folder: Path, named: str) -> dict[str, Any]:
             raise _not_implemented(named, key, value)
     settings: dict[str, Any] = {ours: _count(config, theirs, named) for ours, theirs in SIZE_SETTINGS.items()}
     settings |= {ours: _number(config, theirs, named) for ours, theirs in FLOAT_SETTINGS.items()}
-    settings["tied"] = config.get("tie_word_embeddings", False)
-    if not isinstance(settings["tied"], bool):
-        raise folder_error(
-            named, f"{CONFIG} has tie_word_embeddings={settings['tied']}", "true or false there"
-        )
+    tied = settings["tied"] = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise folder_error(named, f"{CONFIG} has tie_word_embeddings={tied}", "true or false there")
     head_dim = config.get("head_dim")
     if head_dim is not None and head_dim * settings["n_heads"] != settings["dim"]:
         raise _not_implemented(named, "head_dim", head_dim)
