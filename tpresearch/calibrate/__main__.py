@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from tpresearch.calibrate.rows import Row, cluster_from_rows, read_rows
+from tpresearch.calibrate.rows import Row, cluster_from_rows, measured_number, read_rows
 from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.config.world import World
 from tpresearch.launch import composition
@@ -85,9 +85,8 @@ def _gpu_cluster(options: Options, name: str, world: World) -> dict[str, Any] | 
         _refuse_ranks(world, "it reads rows that were measured")
         rows = read_rows(Path(options.rows))
         card: Row = next((row for row in rows if "card" in row), {})
-        return cluster_from_rows(
-            rows, _base_cluster(options.base, card.get("card", ""), card.get("memory_bytes", 0)), name
-        )
+        base = _base_cluster(options.base, card.get("card", ""), card.get("memory_bytes", 0))
+        return cluster_from_rows(rows, base, name)
     import torch  # late, and so are those that import it
 
     if not torch.cuda.is_available():
@@ -186,10 +185,7 @@ def _cpu_cluster(name: str) -> dict[str, Any]:
         "hosts": 1,
         "shared_cores": cores,
         "checked": [],
-        "numbers": {
-            key: {"value": value, "kind": "measured", "source": source}
-            for key, value in measure_cpu().items()
-        },
+        "numbers": {key: measured_number(value, source) for key, value in measure_cpu().items()},
     }
 
 
@@ -210,22 +206,18 @@ def as_yaml(plain: dict[str, Any]) -> str:
     lines.append("numbers:")
     for key in [name for name in NUMBERS if name in plain["numbers"]]:
         number = plain["numbers"][key]
-        value = number["value"]
-        rounded = [_rounded(v) for v in value] if isinstance(value, list) else _rounded(value)
-        lines.append(f"  {key}: {_flow({**number, 'value': rounded})}")
+        lines.append(f"  {key}: {_flow({**number, 'value': _rounded(number['value'])})}")
     return "\n".join(lines) + "\n"
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
+def _rounded(value: Any) -> Any:
+    return [*map(_rounded, value)] if isinstance(value, list) else float(f"{value:.5g}")
 
 
 def _flow(value: Any) -> str:
     """On one line, quoted where YAML requires it."""
-    text: str = yaml.safe_dump(
-        value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
-    )
-    return text.removesuffix("...\n").strip()
+    how: dict[str, Any] = {"default_flow_style": True, "width": math.inf, "allow_unicode": True}
+    return yaml.safe_dump(value, sort_keys=False, **how).removesuffix("...\n").strip()
 
 
 if __name__ == "__main__":

@@ -182,9 +182,8 @@ class Link(NamedTuple):
 
     def seconds(self, event: Event) -> float:
         """Time of a collective of two ranks: one step per round."""
-        return ring_passes(event.collective, by_gloo=True) * (
-            self.step_s + event.tensor_bytes / 2 / self.bytes_s
-        )
+        step_s = self.step_s + event.tensor_bytes / 2 / self.bytes_s
+        return ring_passes(event.collective, by_gloo=True) * step_s
 
 
 def _wait_share(steps: Iterable[StepTimes], link: Link) -> float:

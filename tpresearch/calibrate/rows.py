@@ -19,8 +19,6 @@ from tpresearch.simulate.network import PROTOCOLS
 from tpresearch.simulate.prices import ADAMW_BFLOAT16
 
 Row = Mapping[str, Any]
-
-
 IN_A_STEP = 1.028
 """Rate of a step's matmuls relative to one that runs without pause: between them come ops that take less power. On two H200 a step
 of Llama-3-8B had 677 and 699 TFLOP/s, the matmul of 8192^3 under load 653 and 686 (experiments/gpu)."""
@@ -81,12 +79,16 @@ def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -
     version = next((row["torch"] for row in rows if "torch" in row), "unknown")
     source = f"tpresearch.calibrate on {card.get('card', 'a GPU')}, torch {version}"
     numbers = {key: dict(number) for key, number in base["numbers"].items()}
-    for key, value in found.items():
-        numbers[key] = {"value": value, "kind": "measured", "source": source}
+    numbers |= {key: measured_number(value, source) for key, value in found.items()}
     device = card.get("card", base["device"])
     per_host = [row["shape"][1] for row in timed if row["op"].endswith(IN_A_HOST)]
     hosts = {"devices_per_host": per_host[0], "devices_per_node": None} if per_host else {}
     return {**base, "name": name, "device": device, **hosts, "checked": [], "numbers": numbers}
+
+
+def measured_number(value: object, source: str) -> dict[str, Any]:
+    """A number of a cluster file."""
+    return {"value": value, "kind": "measured", "source": source}
 
 
 def _rates(timed: list[Row], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,9 +165,8 @@ def _links(timed: list[Row], base: Mapping[str, Any]) -> dict[str, float]:
         found["intra_gb_s"] = _bandwidth_gb_s(large, fixed, step)
     step = stated["inter_step_us"]
     if small := _steps(timed, ACROSS_HOSTS, is_large=False):
-        found["inter_step_us"] = step = (
-            median(max(0.0, us - fixed) / n for us, n, _ in small) / PROTOCOLS[-1].step
-        )
+        latencies = (max(0.0, us - fixed) / n for us, n, _ in small)
+        found["inter_step_us"] = step = median(latencies) / PROTOCOLS[-1].step
     if large := _steps(timed, ACROSS_HOSTS, is_large=True):
         found |= {"inter_gb_s": _bandwidth_gb_s(large, fixed, step), "inter_efficiency": 1.0}
     return found

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.compose import to_config
@@ -50,7 +50,9 @@ def read_run(folder: Path) -> MeasuredRun:
     try:
         summary, config = (read_record(folder / name) for name in ("summary.json", "config.yaml"))
         schema = OmegaConf.structured(ComposedConfig)
-        cfg = to_config(OmegaConf.merge(schema, config))  # pyrefly: ignore[bad-argument-type]
+        merged = OmegaConf.merge(schema, config)
+        assert isinstance(merged, DictConfig)
+        cfg = to_config(merged)
         step_s, world = summary.get("perf/step_time_s"), int(summary["world_size"])
         name, device = str(summary["run_name"]), str(summary["device"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
@@ -83,9 +85,7 @@ def cluster_from_run(run: MeasuredRun, base: Mapping[str, Any], name: str) -> di
             f" ({step_s(high):.4g} to {step_s(low):.4g} s): it waits for something else, or it ran on another device"
         )
         raise _refusal(run.folder, why)
-    source = (
-        f"so that the step of {run.folder.name} ({run.name}) is predicted as measured, {run.step_s:.4g} s"
-    )
+    source = f"so that a step of {run.folder.name} ({run.name}) is predicted as measured, {run.step_s:.4g} s"
     plain = scaled(base, factor)
     for key in _rates(base):
         plain["numbers"][key] |= {"kind": "fitted", "source": source}
@@ -127,9 +127,8 @@ def scaled(base: Mapping[str, Any], factor: float) -> dict[str, Any]:
     numbers = {key: dict(number) for key, number in base["numbers"].items()}
     for key in _rates(base):
         value = numbers[key]["value"]
-        numbers[key]["value"] = (
-            [rate * factor for rate in value] if isinstance(value, list) else value * factor
-        )
+        scaled = [rate * factor for rate in value] if isinstance(value, list) else value * factor
+        numbers[key]["value"] = scaled
     return {**base, "numbers": numbers}
 
 

@@ -76,9 +76,9 @@ class TimedRecorder(Recorder):
         self._clock = clock
         self.timed: list[tuple[Op, float]] = []
 
-    def _record(self, *op: Any) -> None:  # pyrefly: ignore[bad-override]
+    def _record(self, func: Any, name: str, args: Any, kwargs: Any, result: Any, event: Any) -> None:
         before = len(self._ops)
-        super()._record(*op)
+        super()._record(func, name, args, kwargs, result, event)
         if len(self._ops) > before:
             self.timed.append((self._ops[-1], self._clock.seconds))
 
