@@ -54,12 +54,8 @@ class ProgressLine:
         self._printed_at, self._pending = -PLAIN_INTERVAL_S, ""
         self._live: Progress | None = None
         if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[figures]}"),
-            )
-            self._live = Progress(*columns, console=console, refresh_per_second=4)
+            step, figures = TextColumn("{task.description}"), TextColumn("{task.fields[figures]}")
+            self._live = Progress(step, BarColumn(20), figures, console=console, refresh_per_second=4)
             self._task = self._live.add_task("step", total=total_steps, completed=start_step, figures="")
             self._live.start()
 
@@ -147,12 +143,11 @@ def _lines(
     summary: Mapping[str, Any], run_dir: Path, wandb_line: str | None, next_steps: NextSteps | None
 ) -> Iterator[Text]:
     if summary["status"] in STOPPED_STATUSES and next_steps:
-        yield Text(
-            f"{summary['error']} after step {summary['steps']}; to resume: {next_steps.to_resume(run_dir)}"
-        )
-    elif summary.get("error"):
-        yield Text(f"error  {summary['error']}", style="red")
-    if summary["status"] not in STOPPED_STATUSES or not next_steps:
+        resume = next_steps.to_resume(run_dir)
+        yield Text(f"{summary['error']} after step {summary['steps']}; to resume: {resume}")
+    else:
+        if summary.get("error"):
+            yield Text(f"error  {summary['error']}", style="red")
         yield Text(f"run    {path_text(run_dir)}")
     if wandb_line:
         yield Text(f"W&B    {wandb_line}")
@@ -166,10 +161,10 @@ def _results(summary: Mapping[str, Any], loss: Loss) -> list[tuple[str, str]]:
     entropy = summary.get("unigram_entropy")
     beside = "" if entropy is None else f" (unigram entropy {loss_text(entropy)})"
     speed, mfu = summary["perf/tokens_per_second"], summary["perf/mfu"]
-    peak = (
-        "" if summary.get("float8", "none") == "none" else ", relative to the bfloat16 peak though in float8"
-    )
+    in_float8 = summary.get("float8", "none") != "none"
+    peak = ", relative to the bfloat16 peak though in float8" if in_float8 else ""
     skipped = summary.get("train/skipped_updates")
+    sent = summary["comm/bytes_per_step"], summary.get("comm/bytes_per_step_by_axis")
     too_short = f"{UNDEFINED} (no step after train.warmup_log_steps)"
     rows = [
         ("steps", f"{summary['steps']} ({tokens} tokens, {ranks} rank{'s' if ranks > 1 else ''})"),
@@ -179,10 +174,7 @@ def _results(summary: Mapping[str, Any], loss: Loss) -> list[tuple[str, str]]:
         ("speed", too_short if speed is None else f"{count_text(speed)} tok/s"),
         ("MFU", "" if mfu is None else f"{share_text(mfu)} (6N + 12Lhs{peak})"),
         ("peak memory", bytes_text(summary["memory/peak_bytes"])),
-        (
-            "communication per step (rank 0)",
-            _total_and_parts(summary["comm/bytes_per_step"], summary.get("comm/bytes_per_step_by_axis")),
-        ),
+        ("communication per step (rank 0)", _total_and_parts(*sent)),
         ("memory by kind (rank 0)", _total_and_parts(None, summary.get("memory/held_bytes"))),
     ]
     return [(name, text) for name, text in rows if text]
@@ -215,22 +207,19 @@ class NextSteps:
 
     def after(self, summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str]]:
         """Commands, each with its purpose."""
+        large = format_command(Command(tuple(LARGE_PLAN.split())))
         return [
             *self._other_plan_commands(summary["parallel"], summary["world_size"]),
-            (
-                format_command(Command(tuple(LARGE_PLAN.split()))),
-                "how 64 ranks would shard 7B, compiled on this machine",
-            ),
+            (large, "how 64 ranks would shard 7B, compiled on this machine"),
             (shlex.join(["cat", path_text(run_dir / "plan.txt")]), "what each rank holds and sends"),
         ]
 
     def to_resume(self, run_dir: Path) -> str:
         """The command that resumes a stopped run, or restarts it if it has no checkpoint."""
-        if not any((run_dir / "checkpoints").glob("step-*")):
-            return format_command(self.command)
-        return format_command(
-            dataclasses.replace(self.command, arguments=(override("resume", path_text(run_dir)),))
-        )
+        again = self.command
+        if any((run_dir / "checkpoints").glob("step-*")):
+            again = dataclasses.replace(again, arguments=(override("resume", path_text(run_dir)),))
+        return format_command(again)
 
     def _other_plan_commands(self, plan: str, world: int) -> Iterator[tuple[str, str]]:
         left_out = {override_key(word) for word in self.command.arguments if _is_left_out(word)}

@@ -24,11 +24,10 @@ class MetricsFile:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"
-        torn = _ends_mid_line(self._path)
         self._file = self._open()
         self._pending = bytearray()
         self._problem: str | None = None
-        if torn:
+        if _ends_mid_line(self._file):
             self._write("\n")
 
     def _open(self) -> FileIO:
@@ -92,12 +91,11 @@ class MetricsFile:
         return self._problem if self._pending else None
 
 
-def _ends_mid_line(path: Path) -> bool:
-    if not path.exists() or path.stat().st_size == 0:
+def _ends_mid_line(file: FileIO) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
         return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def truncate_rows(folder: Path, step: int) -> None:

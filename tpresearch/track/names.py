@@ -89,11 +89,8 @@ def complete_row(values: Mapping[str, SupportsFloat | None]) -> Row:
     Raises:
         KeyError: for a name that is not declared in this file.
     """
-    for name in values:
-        if name not in NAMES:
-            raise KeyError(
-                f"{name} is logged but not declared; add it to METRICS in tpresearch/track/names.py"
-            )
+    if undeclared := values.keys() - set(NAMES):
+        raise KeyError(f"{min(undeclared)} is logged but not declared; add it to METRICS in track/names.py")
     return {name: finite_or_none(values.get(name)) for name in NAMES}
 
 

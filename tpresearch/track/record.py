@@ -156,9 +156,8 @@ def _kept_name(path: Path, step: int) -> Path:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """summary.json, written atomically."""
-    write_atomically(
-        folder / SUMMARY_FILE, json.dumps(without_nonfinite(summary), indent=2, allow_nan=False) + "\n"
-    )
+    content = json.dumps(without_nonfinite(summary), indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / SUMMARY_FILE, content)
 
 
 def without_nonfinite(value: Any) -> Any:

@@ -68,9 +68,8 @@ def setting_text(value: Any) -> str:
     """A config value as it would be typed, on one line; an unset one is a dash."""
     if value is None:
         return UNDEFINED
-    return printable(
-        json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else value
-    )
+    is_json = isinstance(value, bool | list | dict)
+    return printable(json.dumps(value, ensure_ascii=False) if is_json else value)
 
 
 def printable(value: object) -> str:

@@ -94,9 +94,8 @@ class Tracker:
     ) -> None:
         config = as_dict(cfg)
         refuse_secrets(config)
-        self.name = cfg.logger.name or run_name(
-            cfg.model.name, cfg.parallel, facts.mesh, cfg.train, cfg.optimizer
-        )
+        about = cfg.model.name, cfg.parallel, facts.mesh, cfg.train, cfg.optimizer
+        self.name = cfg.logger.name or run_name(*about)
         self._cfg, self._run_dir, self._facts, self._start_step = cfg, run_dir, facts, start_step
         self._console = console or Console(highlight=False)
         self._began, self._last_step, self._total_steps = time.monotonic(), start_step, total_steps

@@ -23,6 +23,7 @@ Mode = Literal["online", "offline", "disabled"]
 MAX_NAME_CHARS, MAX_TAG_CHARS = 128, 64
 """Characters of a name and of a tag, by W&B's own rules; a project or a run's id has none of RESERVED."""
 RESERVED = set("/\\#?%:")
+MAY_HAVE_RESERVED = ("logger.group", "logger.name", "logger.job_type")
 KNOWN_VARIABLES = {
     *("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_JOB_TYPE"),
     *("WANDB_TAGS", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"),
@@ -42,9 +43,7 @@ def check_settings(logger: LoggerConfig, environment: Mapping[str, str] = os.env
     found = {f"logger.{key}": value for key, value in named.items() if value is not None}
     found |= {"WANDB_RUN_ID": run_id} if (run_id := environment.get("WANDB_RUN_ID")) else {}
     for field, value in found.items():
-        reserved = (
-            "" if field in ("logger.group", "logger.name", "logger.job_type") else RESERVED & set(value)
-        )
+        reserved = RESERVED & set("" if field in MAY_HAVE_RESERVED else value)
         if reserved or not value.strip() or value != value.strip() or len(value) > MAX_NAME_CHARS:
             legal = f"at most {MAX_NAME_CHARS} characters, and none of {' '.join(sorted(RESERVED))}"
             why = f"has {' '.join(sorted(reserved))} in it" if reserved else "not a valid W&B name"

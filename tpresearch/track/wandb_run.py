@@ -232,12 +232,8 @@ def set_up() -> wandb.Settings:
     import wandb
 
     known = wandb.Settings.model_fields
-    ours = {
-        key: value
-        for key, value in SETTINGS.items()
-        if key in known and f"WANDB_{key.upper()}" not in os.environ
-    }
-    return wandb.setup(wandb.Settings(**ours)).settings
+    unset = [key for key in SETTINGS if key in known and f"WANDB_{key.upper()}" not in os.environ]
+    return wandb.setup(wandb.Settings(**{key: SETTINGS[key] for key in unset})).settings
 
 
 def _tear_down(exit_code: int = 0) -> None:
@@ -255,10 +251,9 @@ def rows_on_disk(folders: list[Path]) -> int | None:
     try:
         protobuf: Any = import_module("wandb.proto.wandb_internal_pb2")
         files = sorted(path for folder in folders for path in folder.glob("run-*.wandb"))
-        kinds = (
-            protobuf.Record.FromString(record) for path in files for record in read_records(path.read_bytes())
-        )
-        return sum(record.WhichOneof("record_type") == "history" for record in kinds)
+        records = (record for path in files for record in read_records(path.read_bytes()))
+        kinds = (protobuf.Record.FromString(record).WhichOneof("record_type") for record in records)
+        return sum(kind == "history" for kind in kinds)
     except Exception:
         return None
 
