@@ -7,7 +7,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from support.commands import ROOT, Done, environment, execute, execute_warm
 from support.launches import Command
 from support.saved_views import sections_of
 
-from tpresearch.config.errors import ConfigError
-from tpresearch.dashboard import Options, write
 from tpresearch.track.panels import SECTIONS
 from tpresearch.verify.ranks import Ranks
 
@@ -24,6 +21,7 @@ pytestmark = pytest.mark.cli
 CANARY = "canary" + "0" * 34
 MODULE = ["-m", "tpresearch.dashboard"]
 SAME_COMMAND = ["python", *MODULE]
+KINDS = ("workspace", "report")
 
 
 @pytest.fixture
@@ -51,22 +49,6 @@ def closed() -> str:
         return f"http://127.0.0.1:{was.getsockname()[1]}"
 
 
-def read_only(**_: object) -> None:
-    raise OSError(30, "Read-only file system")
-
-
-def test_the_proposed_folder_is_elsewhere_if_this_one_is_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    for writable, proposed in {
-        True: Path("dashboard"),
-        False: Path(tempfile.gettempdir(), "dashboard"),
-    }.items():
-        if not writable:
-            monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-        with pytest.raises(ConfigError, match="cannot be written") as refused:
-            write(Options("sweeps/8", out="/dev/null"))
-        assert refused.value.fix == {"out": proposed}
-
-
 @pytest.mark.parametrize("key", [{}, {"WANDB_API_KEY": CANARY}])
 def test_a_dry_run_writes_what_would_be_sent(tmp_path: Path, closed: str, key: dict[str, str]) -> None:
     """In a process of its own, with all that it imports."""
@@ -75,8 +57,7 @@ def test_a_dry_run_writes_what_would_be_sent(tmp_path: Path, closed: str, key: d
     folder = Path("outputs/dashboard/sweeps/8")
     said = f"workspace  {folder}/workspace.json\nreport     {folder}/report.json\n"
     assert (done.code, done.out, done.err) == (0, said, "")
-    texts = [(tmp_path / folder / f"{kind}.json").read_text() for kind in ("workspace", "report")]
-    workspace, report = map(json.loads, texts)
+    workspace, report = (json.loads((tmp_path / folder / f"{kind}.json").read_text()) for kind in KINDS)
     assert list(sections_of(workspace["spec"])) == list(SECTIONS)
     assert (workspace["displayName"], report["displayName"]) == ("sweeps/8 by plan", "sweeps/8 by plan")
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -92,9 +73,7 @@ def test_a_dry_run_asks_nothing_of_a_host_that_would_answer(typed: Command, tmp_
         with pytest.raises(BlockingIOError):
             host.accept()
     assert done.out == "workspace  json/workspace.json\nreport     json/report.json\n"
-    workspace, report = (
-        json.loads((tmp_path / f"json/{kind}.json").read_text()) for kind in ("workspace", "report")
-    )
+    workspace, report = (json.loads((tmp_path / f"json/{kind}.json").read_text()) for kind in KINDS)
     assert (workspace["entity"], report["project"]["entityName"]) == ("team", "team")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, tzinfo
@@ -70,7 +71,9 @@ def test_a_folder_is_refused_where_the_disk_does_not_take_a_byte(
     def on_a_full_disk(**_: object) -> IO[bytes]:
         return Path("/dev/full").open("wb")
 
+    assert run_dir.writable_folder("mine") == Path("mine")
     monkeypatch.setattr(run_dir.tempfile, "TemporaryFile", on_a_full_disk)
+    assert run_dir.writable_folder("mine") == Path(tempfile.gettempdir(), "mine")
     folder = "mine" if given else "outputs/study/2026-01-02/12-00-00"
     with pytest.raises(
         ConfigError, match=rf"hydra\.run\.dir={folder}: cannot be written: No space left on device"

@@ -110,9 +110,8 @@ def _line_and_marks(
 ) -> tuple[alt.Chart, alt.Chart]:
     broad = alt.condition("datum.baseline", alt.value(6), alt.value(1.5))
     line = base.mark_line(strokeCap="round", clip=True, interpolate=interpolate)
-    mark = base.transform_filter("datum.mark > 0").mark_point(
-        filled=True, stroke="white", strokeWidth=0.7, clip=True
-    )
+    marked = base.transform_filter("datum.mark > 0")
+    mark = marked.mark_point(filled=True, stroke="white", strokeWidth=0.7, clip=True)
     size, shape = alt.Size("mark:Q", scale=None), style.shape(points, lines=True)
     return (
         line.encode(y=y, strokeWidth=broad, opacity=PICKED),

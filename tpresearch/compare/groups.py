@@ -89,21 +89,17 @@ def labels(runs: Sequence[Run], *, seeds: bool = True) -> list[str]:
         names = [" · ".join(_part(key, run.setting(key)) for key in keys) for run in runs]
     else:
         names = [printable(run.summary.get("run_name") or run.summary["parallel"]) for run in runs]
+    states = ["predicted" if run.is_predicted else printable(run.summary["status"]) for run in runs]
     names = [
-        f"{name} (predicted)" if run.is_predicted and "(predicted)" not in name else name
-        for name, run in zip(names, runs, strict=True)
-    ]
-    names = [
-        name if run.completed else f"{name} ({printable(run.summary['status'])})"
-        for name, run in zip(names, runs, strict=True)
+        name if state == "completed" or f"({state})" in name else f"{name} ({state})"
+        for name, state in zip(names, states, strict=True)
     ]
     parts = [run.folder.resolve().parts for run in runs]
     longest = max(map(len, parts), default=1)
     depth = next((n for n in range(1, longest) if len({each[-n:] for each in parts}) == len(parts)), longest)
-    ends = [printable("/".join(each[-depth:])) for each in parts]
-    return [
-        f"{name} · {end}" if names.count(name) > 1 else name for name, end in zip(names, ends, strict=True)
-    ]
+    ends = (printable("/".join(each[-depth:])) for each in parts)
+    with_ends = zip(names, ends, strict=True)
+    return [f"{name} · {end}" if names.count(name) > 1 else name for name, end in with_ends]
 
 
 def _part(key: str, value: str) -> str:
@@ -244,12 +240,9 @@ def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> li
         ConfigError: names the first such field and its runs, unless `anyway`; `any_seed` lets seeds differ.
     """
     labelled = settings_frame(runs).assign(label=labels(runs))
-    by_value = {
-        key: labelled.groupby(key, sort=False)["label"].agg(list) for key in MUST_MATCH if key in labelled
-    }
     read = labelled[[not run.is_predicted for run in runs]]
-    for key in by_value.keys() & OF_THE_CORPUS:
-        by_value[key] = read.groupby(key, sort=False)["label"].agg(list)
+    frames = {key: read if key in OF_THE_CORPUS else labelled for key in MUST_MATCH if key in labelled}
+    by_value = {key: frame.groupby(key, sort=False)["label"].agg(list) for key, frame in frames.items()}
     unlike = {key: some for key, some in by_value.items() if len(some) > 1 and not (any_seed and key == SEED)}
     if anyway:
         return [

@@ -212,7 +212,7 @@ def ledger(groups: Sequence[Group]) -> PanelData:
         for entry in run.ledger.get(key) or []
     ]
     points = pd.DataFrame(entries, columns=["run", "side", "part", "value"])
-    points = points.groupby(["run", "side", "part"], as_index=False)["value"].sum()
+    points = points.groupby(["run", "side", "part"])["value"].sum().reset_index()
     if not points["value"].any():
         why = "No run communicates: each is a single process, or ended before a step was counted."
         return PanelData(notes=[why])
@@ -227,7 +227,7 @@ def ledger(groups: Sequence[Group]) -> PanelData:
     notes = [f"Measured equals expected to the byte in {of}." if measured else "Predicted, not measured."]
     notes += [f"They differ in {', '.join(unlike)}."] if unlike else []
     notes += [f"There is no formula for {', '.join(unclaimed)}."] if unclaimed else []
-    return PanelData(points, notes)  # pyrefly: ignore[bad-argument-type]
+    return PanelData(points, notes)
 
 
 def _history(groups: Sequence[Group], metric: str) -> pd.DataFrame:

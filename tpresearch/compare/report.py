@@ -119,11 +119,10 @@ class Report:
         apart = {FOLDERS} if 0 < count <= MAX_DIFFERENCES else {FOLDERS, DIFFERENCES}
         for title in [title for title in self.tables if title not in apart]:
             console.print(self.tables[title].rich(title=None if title == RUNS else title))
-        lines = (
-            [f"The configs differ in {count} settings: see compare.md."] if count > MAX_DIFFERENCES else []
-        )
-        lines += [*self._lines(), f"page: {path_text(out / 'compare.html')}"]
-        for line in [*lines, f"PNGs: {path_text(out / 'compare')}/*.png"]:
+        too_many = [f"The configs differ in {count} settings: see compare.md."]
+        lines = [*(too_many if count > MAX_DIFFERENCES else []), *self._lines()]
+        lines += [f"page: {path_text(out / 'compare.html')}", f"PNGs: {path_text(out / 'compare')}/*.png"]
+        for line in lines:
             console.print(Text(printable(line)), soft_wrap=True)
 
     def _lines(self) -> list[str]:
@@ -155,12 +154,8 @@ def tables(
         shown[SEEDS] = Table.of_columns(counts | means)
     if len(compared) > 1:
         pooled = pooled_differences(compared)
-        shown[ROUNDING] = Table.of_columns(
-            {
-                POOLED.get(key, key): pooled[key].map("{:.1e}".format if key in POOLED else str).tolist()
-                for key in map(str, pooled)
-            }
-        )
+        texts = {key: pooled[key].map("{:.1e}".format if key in POOLED else str) for key in map(str, pooled)}
+        shown[ROUNDING] = Table.of_columns({POOLED.get(key, key): list(texts[key]) for key in texts})
     unlike = differing(runs)
     by_run = zip(names, unlike.itertuples(index=False, name=None), strict=True)
     shown[DIFFERENCES] = Table.of_columns({"setting": list(map(str, unlike)), **dict(by_run)})
@@ -171,9 +166,8 @@ def tables(
 
 
 def _differences(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[str]:
-    texts = {
-        folder: f"{value:.1e}" if value else "0" for folder, value in max_differences(comparisons).items()
-    }
+    most = max_differences(comparisons)
+    texts = {folder: f"{value:.1e}" if value else "0" for folder, value in most.items()}
     baselines = [run for one in comparisons for run in one.baseline.runs if not run.is_predicted]
     texts |= {run.folder: "baseline" for run in baselines}
     return [texts.get(run.folder, UNDEFINED) for run in runs]

@@ -22,8 +22,8 @@ from tpresearch.config.comparable import comparable_config, with_defaults
 from tpresearch.config.errors import ConfigError, one_line
 from tpresearch.launch.claim import EARLIER_SUFFIX
 from tpresearch.launch.command import WrongCommand, python_command
-from tpresearch.track.names import SUMMARY_PARTS, Row, finite_or_none
-from tpresearch.track.record import read_metrics, read_record
+from tpresearch.track.names import SUMMARY_PARTS, Row
+from tpresearch.track.record import read_metrics, read_record, without_nonfinite
 from tpresearch.track.table import with_comparable_memory
 from tpresearch.track.text import UNDEFINED, loss_text, path_text, setting_text
 
@@ -119,9 +119,8 @@ def find_runs(words: Sequence[str]) -> FoundRuns:
                     raise _argument_error(word, str(problem), "runs that have ended") from None
                 left_out[where] = f"{path_text(folder)}: {problem}"
     if not runs:
-        raise _argument_error(
-            " ".join(words), f"no readable run: {next(iter(left_out.values()))}", "runs that have ended"
-        )
+        why = f"no readable run: {next(iter(left_out.values()))}"
+        raise _argument_error(" ".join(words), why, "runs that have ended")
     path = Path(os.path.expanduser(words[0]))
     is_sweep = len(words) == 1 and path.is_dir() and path.resolve() not in runs
     return FoundRuns(list(runs.values()), list(left_out.values()), path if is_sweep else None)
@@ -216,20 +215,12 @@ def read_run(folder: Path) -> Run:
         if ("/" in key or key == "wall_time_s") and not all(map(_is_figure, parts)):
             raise UnreadableRun(f"summary.json is not a valid run summary: {key} is {short(value)}")
     for entry in chain.from_iterable(ledger.get(side) or () for side in ("measured", "expected")):
-        fits = isinstance(entry, dict) and all(
-            isinstance(entry.get(k), kind) for k, kind in LEDGER_ENTRY_TYPES.items()
-        )
-        if not fits:
+        found = entry if isinstance(entry, dict) else {}
+        if not all(isinstance(found.get(key), kind) for key, kind in LEDGER_ENTRY_TYPES.items()):
             raise UnreadableRun(f"ledger.json is not a valid run ledger: it has the entry {short(entry)}")
     try:
-        rows = [
-            {
-                name: finite_or_none(value) if isinstance(value, float) else value
-                for name, value in row.items()
-            }
-            for row in read_metrics(folder)
-        ]
-    except (OSError, ValueError) as error:
+        rows = [without_nonfinite(row) for row in read_metrics(folder)]
+    except (OSError, ValueError, RecursionError) as error:
         raise UnreadableRun(f"metrics.jsonl cannot be read: {one_line(error)}") from None
     for row in rows:
         if not all(map(_is_figure, row.values())):

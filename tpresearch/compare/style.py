@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import altair as alt
@@ -64,7 +65,7 @@ class ChartStyle:
         self.runs, self.baselines = list(runs), list(baselines)
         grey = dict.fromkeys(baselines, GREY) if len(baselines) == 1 else {}
         others = [run for run in runs if run not in grey]
-        self.colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(others)} | grey
+        self.colours = dict(zip(others, cycle(COLOURS), strict=False)) | grey
         # Where colours repeat they do so with another shape.
         shapes = {run: SHAPES[(i + i // len(COLOURS)) % len(SHAPES)] for i, run in enumerate(others)}
         self.shapes = shapes | dict.fromkeys(grey, "circle")
@@ -92,15 +93,9 @@ class ChartStyle:
 
 def part_colour(names: Sequence[str], width: int) -> alt.Color:
     """The colours of a figure's parts, those of a mesh axis in its hue; the legend is `width` pixels wide."""
-    hues = dict(zip(AXIS_NAMES, AXIS_COLOURS, strict=False))
-    colours = []
-    for index, name in enumerate(names):
-        axis = name.split()[0]
-        of_axis = [other for other in names if other.split()[0] == axis]
-        shades = hues.get(axis)
-        colours.append(
-            shades[of_axis.index(name) % len(shades)] if shades else PART_COLOURS[index % len(PART_COLOURS)]
-        )
+    shades = {axis: cycle(hue) for axis, hue in zip(AXIS_NAMES, AXIS_COLOURS, strict=False)}
+    of_no_axis = cycle(PART_COLOURS)
+    colours = [next(shades.get(name.split()[0], of_no_axis)) for name in names]
     scale = alt.Scale(domain=list(names), range=colours)
     return alt.Color("part:N", scale=scale, legend=legend_of(names, width))
 
