@@ -74,9 +74,8 @@ def slots_of(cfg: Config, wanted: int, gpu_count: int) -> tuple[int, bool]:
 
 def signature(config: dict[str, Any], ranks: int, without_seed: bool = False) -> str:
     """A hash of what a run computes: its resolved config and its ranks, without names, paths and loggers."""
-    text = json.dumps(
-        [comparable_config(with_defaults(config), without_seed), ranks], sort_keys=True, default=str
-    )
+    compared = comparable_config(with_defaults(config), without_seed)
+    text = json.dumps([compared, ranks], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -148,11 +147,8 @@ def will_resume(job: Job) -> bool:
 
 def inherited_overrides(hydra_overrides: Iterable[str]) -> list[str]:
     """Hydra's settings that a job needs too, such as hydra.searchpath."""
-    return [
-        typed
-        for typed in hydra_overrides
-        if not override_key(typed).replace("/", ".").startswith(SWEEP_SETTINGS)
-    ]
+    keys = {typed: override_key(typed).replace("/", ".") for typed in hydra_overrides}
+    return [typed for typed, key in keys.items() if not key.startswith(SWEEP_SETTINGS)]
 
 
 def wandb_group(sweep_dir: Path) -> str:
@@ -164,7 +160,7 @@ def wandb_group(sweep_dir: Path) -> str:
 
 Status = Literal["completed", "failed", "preempted", "not started"]
 EXCEPTION_LINE = re.compile(
-    r"^\s*(?:\[rank\d+\]:\s*)?(?:\w+\.)*(\w*(?:Error|Exception|Failure)\b(?::.*)?)$", re.MULTILINE
+    r"(?m)^\s*(?:\[rank\d+\]:\s*)?(?:\w+\.)*(\w*(?:Error|Exception|Failure)\b(?::.*)?)$"
 )
 """The last line of a traceback, starting with the exception's name."""
 CAUSES = (

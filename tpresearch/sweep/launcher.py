@@ -82,12 +82,8 @@ class TorchrunLauncher(Launcher):
             began[job.number] = time.monotonic()
             ranks = f"{job.ranks} rank{'s' if job.ranks > 1 else ''}"
             begins = "resumes" if will_resume(job) else "starts"
-            lines = [
-                f"job {job.number} {begins} on {ranks}: {' '.join(job.overrides)}",
-                str(job.folder),
-                *job.notes,
-            ]
-            self._print("\n  ".join(lines))
+            said = f"job {job.number} {begins} on {ranks}: {' '.join(job.overrides)}"
+            self._print("\n  ".join([said, str(job.folder), *job.notes]))
 
         def on_end(job: Job, code: int) -> None:
             seconds = time.monotonic() - began[job.number]
@@ -164,9 +160,7 @@ class TorchrunLauncher(Launcher):
         if outcome.status != "completed":
             error = f"job {job.number}: {outcome.error or outcome.status}"
         elif outcome.summary and not isinstance(value, int | float):
-            error = (
-                f"job {job.number}: its summary.json has no number for hydra.launcher.objective={objective}"
-            )
+            error = f"job {job.number}: summary.json has no number for hydra.launcher.objective={objective}"
             self._print(error)
         else:
             returned.status, returned._return_value = JobStatus.COMPLETED, value

@@ -29,9 +29,8 @@ class LiveStatus:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
-        self._live = (
-            Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
-        )
+        live = Live(console=console, transient=True, auto_refresh=False)
+        self._live = live if console.is_terminal else None
         self._next = clock() + (0 if self._live else PLAIN_INTERVAL_S)
 
     def __enter__(self) -> Self:

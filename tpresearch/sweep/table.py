@@ -94,15 +94,13 @@ def seed_table(outcomes: Sequence[Outcome]) -> Table | None:
     for outcome in outcomes:
         if outcome.status == "completed" and outcome.summary:
             groups.setdefault(outcome.job.group, []).append(outcome)
-    groups = {
-        group: each for group, each in groups.items() if len({outcome.job.signature for outcome in each}) > 1
-    }
-    if not groups:
+    repeated = [each for each in groups.values() if len({outcome.job.signature for outcome in each}) > 1]
+    if not repeated:
         return None
     keys = [key for key in differing(outcomes) if key != SEED]
-    columns = _swept([each[0] for each in groups.values()], keys)
-    columns["seeds"] = [str(len(each)) for each in groups.values()]
-    columns |= mean_columns([[_summary(outcome) for outcome in each] for each in groups.values()])
+    columns = _swept([each[0] for each in repeated], keys)
+    columns["seeds"] = [str(len(each)) for each in repeated]
+    columns |= mean_columns([[_summary(outcome) for outcome in each] for each in repeated])
     return Table.of_columns(columns)
 
 
@@ -140,9 +138,8 @@ def print_table(console: Console, folder: Path, outcomes: Sequence[Outcome]) -> 
     for outcome in outcomes:
         if outcome.status == "failed":
             where = path_text(outcome.log or outcome.job.folder / CONSOLE_LOG)
-            console.print(
-                Text(f"job {outcome.job.number} failed: {outcome.error}\n  {where}"), soft_wrap=True
-            )
+            said = f"job {outcome.job.number} failed: {outcome.error}\n  {where}"
+            console.print(Text(said), soft_wrap=True)
     for what, command in _next_commands(folder, outcomes).items():
         console.print(Text(f"{what:<10} {command}"), soft_wrap=True)
 
