@@ -8,98 +8,86 @@ from pathlib import Path
 
 import pytest
 from support.commands import environment, execute
-from support.trainings import TINY, TRAIN, Start
+from support.trainings import TINY, TRAIN, Start, cases
 
 pytestmark = pytest.mark.cli
 
 BASE = [word for word in TINY if not word.startswith("parallel=")]
-FOUR, TWO, ONE = "torchrun --nproc-per-node=4", "torchrun --nproc-per-node=2", "python"
-
-# What is typed beside a tiny run, why it is refused, with what the command to try starts, and what is new in it.
-PROPOSED = [
-    (
-        "",
-        "parallel=fsdp_tp: needs several ranks (along dp_shard and tp), but this is a single process",
-        FOUR,
-        "",
-    ),
-    (
-        "parallel=tp mesh.tp=2",
-        "parallel=tp: needs several ranks (along tp), but",
-        TWO,
-        "parallel=tp mesh.tp=2",
-    ),
-    (
-        "optimizer.learning_rate=3 parallel=none",
-        "no such key; nearest is optimizer.lr",
-        ONE,
-        "parallel=none optimizer.lr=3",
-    ),
-    (
-        "parallel=none train.batch_size=8",
-        "no such key; nearest are train.global_batch_size, train.micro_batch_size",
-        ONE,
-        "parallel=none train.global_batch_size=8",
-    ),
-    ("parallel=fdsp", "no such option; one of fsdp, sp, ddp, fsdp_tp, hsdp, ", FOUR, "parallel=fsdp"),
-    # More than one mistake: the first is named, all are mended.
-    (
-        "paralel=fsdp modle=toy_mlp optimizer.lrr=3 mesh.dp_shard=2",
-        "paralel=fsdp: no such config group or key; nearest is parallel",
-        TWO,
-        "mesh.dp_shard=2 parallel=fsdp optimizer.lr=3",
-    ),
-    (
-        "parallel=ddp train.step=3 mesh.dp_replicate=3",
-        "train.step=3: no such key",
-        None,
-        "parallel=ddp train.steps=3 mesh.dp_replicate=3",
-    ),
-    ("~model", "model=~: a config group cannot be deleted", FOUR, ""),
-    ("~model parallel=none", "model=~: a config group cannot be deleted", ONE, "parallel=none"),
-    ("parallel=none name=é", "name=é: cannot be read", ONE, "parallel=none name='é'"),
-    ("parallel=none logger.group=é", "group=é: cannot be read", ONE, "parallel=none logger.group='é'"),
-    (
-        "parallel=none train.steps=glob(*)",
-        "train.steps=glob(*): several values are a sweep",
-        ONE,
-        "-m parallel=none",
-    ),
-    ("parallel=none train.seed=0,1", "several values are a sweep", ONE, "-m parallel=none train.seed=0,1"),
-    ("-m parallel=none,tpp", "flags=parallel=none,tpp: not understood", ONE, "-m parallel=tp"),
-    (
-        "parallel=none hydra.searchpath=null",
-        "it cannot be null; a value, such as []",
-        ONE,
-        "parallel=none hydra.searchpath=[]",
-    ),
-    (
-        "parallel=none --config-name",
-        "--config-name=: argument --config-name/-cn: expected one",
-        ONE,
-        "parallel=none",
-    ),
-    (
-        "parallel=none hydra.output_subdir=''",
-        "hydra.output_subdir=: Hydra's record of the config is kept inside the run's folder; the name of a",
-        ONE,
-        "parallel=none",
-    ),
-    ("parallel=none model@here=toy_mlp", "Could not override 'model@here'", ONE, "parallel=none"),
-]
+PROPOSED = cases(
+    """
+train.log_every=1
+    parallel=fsdp_tp: needs several ranks (along dp_shard and tp), but this is a single process
+    torchrun --nproc-per-node=4 ... train.log_every=1
+parallel=tp mesh.tp=2
+    parallel=tp: needs several ranks (along tp), but
+    torchrun --nproc-per-node=2 ... parallel=tp mesh.tp=2
+optimizer.learning_rate=3 parallel=none
+    no such key; nearest is optimizer.lr
+    python ... parallel=none optimizer.lr=3
+parallel=none train.batch_size=8
+    no such key; nearest are train.global_batch_size, train.micro_batch_size
+    python ... parallel=none train.global_batch_size=8
+parallel=fdsp
+    no such option; one of fsdp, sp, ddp, fsdp_tp, hsdp,
+    torchrun --nproc-per-node=4 ... parallel=fsdp
+# More than one mistake: the first is named, all are mended.
+paralel=fsdp modle=toy_mlp optimizer.lrr=3 mesh.dp_shard=2
+    paralel=fsdp: no such config group or key; nearest is parallel
+    torchrun --nproc-per-node=2 ... mesh.dp_shard=2 parallel=fsdp optimizer.lr=3
+parallel=ddp train.step=3 mesh.dp_replicate=3
+    train.step=3: no such key
+    ... parallel=ddp train.steps=3 mesh.dp_replicate=3
+~model
+    model=~: a config group cannot be deleted
+    torchrun --nproc-per-node=4 ...
+~model parallel=none
+    model=~: a config group cannot be deleted
+    python ... parallel=none
+parallel=none name=é
+    name=é: cannot be read
+    python ... parallel=none name='é'
+parallel=none logger.group=é
+    group=é: cannot be read
+    python ... parallel=none logger.group='é'
+parallel=none train.steps=glob(*)
+    train.steps=glob(*): several values are a sweep
+    python ... -m parallel=none
+parallel=none train.seed=0,1
+    several values are a sweep
+    python ... -m parallel=none train.seed=0,1
+-m parallel=none,tpp
+    flags=parallel=none,tpp: not understood
+    python ... -m parallel=tp
+parallel=none hydra.searchpath=null
+    it cannot be null; a value, such as []
+    python ... parallel=none hydra.searchpath=[]
+parallel=none --config-name
+    --config-name=: argument --config-name/-cn: expected one
+    python ... parallel=none
+parallel=none hydra.output_subdir=''
+    hydra.output_subdir=: Hydra's record of the config is kept inside the run's folder; the name of a
+    python ... parallel=none
+parallel=none model@here=toy_mlp
+    Could not override 'model@here'
+    python ... parallel=none
+""",
+    lines=3,
+)
+"""What is typed beside a tiny run; why it is refused; and with what the command to try starts, and what is new in it."""
 
 
-@pytest.mark.parametrize(("typed", "why", "starter", "new"), PROPOSED, ids=[row[0] for row in PROPOSED])
+@pytest.mark.parametrize(("typed", "why", "proposed"), PROPOSED, ids=[typed for typed, *_ in PROPOSED])
 def test_what_is_proposed_is_what_was_typed_and_is_not_refused(
-    train_py: Start, tmp_path: Path, typed: str, why: str, starter: str | None, new: str
+    train_py: Start, tmp_path: Path, typed: str, why: str, proposed: str
 ) -> None:
+    starter, _, new = proposed.partition("...")
     done = train_py(*BASE, *shlex.split(typed))
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
     assert why in done.refusal
     words = done.command_to_try
     at = words.index(str(TRAIN))
     if starter:
-        assert " ".join(words[:at]) == starter
+        assert " ".join(words[:at]) == starter.strip()
     typed_anew = words[at + 1 :]
     assert set(new.split()) <= {*typed_anew, *BASE}
     assert set(typed_anew) <= {*new.split(), *BASE, "train.global_batch_size=3"} | ({"-m"} & {*new.split()})

@@ -21,6 +21,12 @@ TINY = (
 """A run that reads nothing and takes no time."""
 
 
+def cases(text: str, lines: int = 2) -> list[tuple[str, ...]]:
+    """The cases of a table, of so many lines each; a line that begins with # is a comment."""
+    kept = [line.strip() for line in text.splitlines() if line and not line.startswith("#")]
+    return list(zip(*[iter(kept)] * lines, strict=True))
+
+
 @dataclass(frozen=True)
 class Trained:
     """A run that came to its end, and its folder."""
