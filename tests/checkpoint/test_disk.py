@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from support.made_checkpoints import save
@@ -61,6 +62,16 @@ def test_a_folder_that_is_not_whole_is_no_checkpoint(tmp_path: Path, how: str) -
     with pytest.raises(BrokenCheckpoint, match=said):
         read_checkpoint(folder)
     assert disk.complete_checkpoints(tmp_path) == []
+
+
+def test_a_disk_that_cannot_be_read_is_named_by_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose error names no file."""
+    folder = save(tmp_path, 7)
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=OSError(5, "Input/output error")))
+    with pytest.raises(BrokenCheckpoint, match=r"^checkpoint.json: Input/output error$"):
+        read_checkpoint(folder)
 
 
 def test_a_name_is_the_step(tmp_path: Path) -> None:

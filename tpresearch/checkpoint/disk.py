@@ -115,7 +115,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 raise BrokenCheckpoint(f"its {MANIFEST_FILE} names {name}")
         check_sizes(folder, manifest.files)
     except OSError as error:
-        raise BrokenCheckpoint(f"{Path(error.filename).name}: {error.strerror}") from None
+        raise BrokenCheckpoint(f"{Path(error.filename or MANIFEST_FILE).name}: {error.strerror}") from None
     return Checkpoint(folder, manifest)
 
 
