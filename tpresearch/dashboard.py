@@ -69,7 +69,7 @@ def main() -> None:
 def write(options: Options) -> None:
     """Write the JSON that W&B would be sent; the default folder is never outside of outputs/."""
     parts = [part for part in Path(options.group).parts if part not in ("/", "..")]
-    folder = Path(options.out) if options.out else Path("outputs", "dashboard", *parts)
+    folder = Path(os.path.expanduser(options.out)) if options.out else Path("outputs", "dashboard", *parts)
     for kind, view in _views(options, options.entity or "").items():
         path = folder / f"{kind}.json"
         content = view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)

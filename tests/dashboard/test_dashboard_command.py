@@ -68,8 +68,8 @@ def test_a_dry_run_asks_nothing_of_a_host_that_would_answer(typed: Command, tmp_
     with socket.create_server(("127.0.0.1", 0)) as host:
         host.setblocking(False)
         url = f"http://127.0.0.1:{host.getsockname()[1]}"
-        words = ("group=g", "dry_run=true", "entity=team", f"out={tmp_path}/json")
-        done = typed(*words, WANDB_BASE_URL=url, WANDB_API_KEY=CANARY)
+        words = ("group=g", "dry_run=true", "entity=team", "out=~/json")
+        done = typed(*words, WANDB_BASE_URL=url, WANDB_API_KEY=CANARY, HOME=str(tmp_path))
         with pytest.raises(BlockingIOError):
             host.accept()
     assert done.out == "workspace  json/workspace.json\nreport     json/report.json\n"

@@ -44,7 +44,7 @@ class Options:
 
 def main() -> None:
     options = read_options(Options, sys.argv[1:])
-    path = Path(options.out)
+    path = Path(os.path.expanduser(options.out))
     if path.suffix != ".yaml" or not path.parent.is_dir():
         why, legal = "not a .yaml file in a folder that exists", "such as conf/cluster/here.yaml"
         raise ConfigError("out", options.out, why, legal, {"out": "conf/cluster/here.yaml"})
@@ -83,7 +83,7 @@ def _gpu_cluster(options: Options, name: str, world: World) -> dict[str, Any] | 
     """
     if options.rows:
         _refuse_ranks(world, "it reads rows that were measured")
-        rows = read_rows(Path(options.rows))
+        rows = read_rows(Path(os.path.expanduser(options.rows)))
         card: Row = next((row for row in rows if "card" in row), {})
         base = _base_cluster(options.base, card.get("card", ""), card.get("memory_bytes", 0))
         return cluster_from_rows(rows, base, name)
@@ -117,7 +117,7 @@ def _cluster_of_run(options: Options, name: str, world: World) -> dict[str, Any]
     if options.rows is not None:
         raise ConfigError("rows", options.rows, "a run is read instead", "either of them", {"rows": None})
     _refuse_ranks(world, "it reads a run that was measured")
-    run = read_run(Path(options.run or ""))
+    run = read_run(Path(os.path.expanduser(options.run or "")))
     return cluster_from_run(run, _base_cluster(options.base, run.device, 0, allows_cpu=True), name)
 
 
