@@ -40,6 +40,8 @@ REFUSED = ConfigError("parallel", "fsdp_tp", "it is not for this model", "anothe
         (bytes_text(1.2 * 2**30), "1.2 GiB"),
         (bytes_text(1000 * 2**20), "1.0 GiB"),
         (bytes_text(139 * 2**30), "139 GiB"),
+        (bytes_text(999.7 * 2**10), "1.0 MiB"),
+        (bytes_text(139 * 2**40), "139 TiB"),
         (bytes_text(None), "–"),
         (count_text(34_512), "34.5k"),
         (count_text(999.7), "1k"),
@@ -150,9 +152,8 @@ def test_what_ran_or_was_judged_just_now_is_not_judged_again(
     tmp_path: Path, typed: list[str], world: int, judged: list[str]
 ) -> None:
     asked: list[str] = []
-    steps = NextSteps(
-        Command(tuple(typed), ranks=world), lambda command: asked.append(" ".join(command.arguments))
-    )
+    command = Command(tuple(typed), ranks=world)
+    steps = NextSteps(command, lambda judged: asked.append(" ".join(judged.arguments)))
     plan = typed[0].partition("=")[2]
     (_, sweep, *_) = steps.after({"parallel": plan, "world_size": world}, tmp_path)
     assert asked == judged
@@ -170,9 +171,7 @@ def test_the_report_tells_results_place_and_what_to_type_next(
     summary |= summary_figures(rows, warmup_steps=5)
     out = io.StringIO()
     typed = Command(("model=mine", "parallel=tp", "train.steps=3", "hydra.run.dir=outputs/r"), ranks=2)
-    next_steps = NextSteps(
-        typed, lambda command: REFUSED if "parallel=fsdp_tp" in command.arguments else None
-    )
+    next_steps = NextSteps(typed, lambda judged: REFUSED if "parallel=fsdp_tp" in judged.arguments else None)
     wandb = "wandb sync outputs/r/wandb/x"
     report(Console(file=out, width=120), summary, tmp_path / "outputs/r", wandb, next_steps=next_steps)
     text = out.getvalue()
@@ -197,24 +196,18 @@ def test_commands_on_a_folder_with_a_space_in_its_name_are_quoted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    steps = NextSteps(Command(), lambda _: REFUSED).after(
-        {"parallel": "tp", "world_size": 2}, tmp_path / "a b"
-    )
-    assert steps[-1][0] == "cat 'a b/plan.txt'"
+    ended = {"parallel": "tp", "world_size": 2}
+    *_, (cat, _) = NextSteps(Command(), lambda _: REFUSED).after(ended, tmp_path / "a b")
+    assert cat == "cat 'a b/plan.txt'"
     run = SimpleNamespace(url=None, folder=tmp_path / "a b")
     assert WandbRun.page_or_sync_command(cast(WandbRun, run)) == "wandb sync 'a b'"
 
 
 def test_the_report_of_a_failed_run_says_why_and_suggests_nothing(tmp_path: Path) -> None:
-    summary = {
-        "run_name": "m/tp2",
-        "status": "failed",
-        "error": "ValueError: no [luck]",
-        "steps": 0,
-        "tokens": 0,
-    }
+    summary = {"run_name": "m/tp2", "status": "failed", "error": "ValueError: no [luck]", "steps": 0}
+    summary |= {"world_size": 1, "tokens": 0} | summary_figures([], 5)
     out = io.StringIO()
-    report(Console(file=out, width=120), summary | {"world_size": 1} | summary_figures([], 5), tmp_path, None)
+    report(Console(file=out, width=120), summary, tmp_path, None)
     assert "error  ValueError: no [luck]" in out.getvalue()
     assert "next" not in out.getvalue()
     assert "W&B" not in out.getvalue()

@@ -77,7 +77,8 @@ class ChartStyle:
 
     def present(self, points: pd.DataFrame) -> list[str]:
         """The runs that have points, in order."""
-        return [run for run in self.runs if run in set(points["run"])]
+        there = set(points["run"])
+        return [run for run in self.runs if run in there]
 
     def colour(self, points: pd.DataFrame, legend: bool = True) -> alt.Color:
         names = self.present(points)

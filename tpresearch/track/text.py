@@ -20,11 +20,11 @@ def bytes_text(count: float | None) -> str:
     """1536 -> `1.5 KiB`: binary units, three figures at most."""
     if count is None:
         return UNDEFINED
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{count:.1f} {unit}"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 999.5 or unit == "TiB":
+            break
         count /= 1024
-    return f"{count:.1f} TiB"
+    return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{count:.1f} {unit}"
 
 
 def figures_text(value: float) -> str:
