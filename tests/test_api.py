@@ -30,13 +30,8 @@ from tpresearch.plan.describe import plan_table
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
 
-TRAINED = (
-    *SMALL,
-    "model=llama2_debug",
-    "data=random_tokens",
-    "train.dtype=float64",
-    "train.clip_grad_norm=0.2",
-)
+LLAMA = ("model=llama2_debug", "data=random_tokens")
+TRAINED = (*SMALL, *LLAMA, "train.dtype=float64", "train.clip_grad_norm=0.2")
 
 
 def test_a_name_is_imported_when_it_is_used_and_a_config_needs_no_torch(tmp_path: Path) -> None:
@@ -49,16 +44,8 @@ def test_a_name_is_imported_when_it_is_used_and_a_config_needs_no_torch(tmp_path
 def test_a_config_is_what_the_command_line_composes() -> None:
     words = ("model=llama2_7b", "parallel=hsdp_tp", "mesh.tp=8", "schedule=wsd", "optimizer.betas=[0.8,0.9]")
     assert as_dict(tpresearch.load(*words)) == as_dict(config(*words, small=False))
-    assert tpresearch.load(config_name="verify").verify.plans == [
-        "none",
-        "ddp",
-        "tp",
-        "sp",
-        "fsdp",
-        "hsdp",
-        "fsdp_tp",
-        "hsdp_tp",
-    ]
+    plans = ["none", "ddp", "tp", "sp", "fsdp", "hsdp", "fsdp_tp", "hsdp_tp"]
+    assert tpresearch.load(config_name="verify").verify.plans == plans
 
 
 def test_a_caller_has_a_hydra_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +89,7 @@ def test_what_resumes_a_run_on_the_command_line_is_refused() -> None:
 
 @pytest.mark.parametrize("given", [["model=toy_mlp"], 3, None])
 def test_overrides_in_a_list_are_refused_in_one_sentence(given: Any) -> None:
-    with pytest.raises(
-        TypeError, match=r"each override is a string of its own, as in load\(\"model=llama2_7b\", "
-    ):
+    with pytest.raises(TypeError, match=r"each override is a string of its own, as in load\(\"model=llama"):
         tpresearch.load(given)
 
 
@@ -202,9 +187,8 @@ def built_again(world: World) -> tuple[list[dict[str, float]], str]:
     said = logging.handlers.BufferingHandler(100)
     logging.getLogger("tpresearch").addHandler(said)
     steps = [tpresearch.build(cfg, world_size=1).step()]
-    assert [record.getMessage() for record in said.buffer] == list(
-        tpresearch.compile_plan(cfg, world_size=1).job.notes
-    )
+    notes = tpresearch.compile_plan(cfg, world_size=1).job.notes
+    assert [record.getMessage() for record in said.buffer] == list(notes)
     assert said.buffer, "a run warns of axes of one rank"
     for _ in range(2):
         torch.distributed.destroy_process_group()
@@ -223,12 +207,8 @@ def built_under_modes(world: World) -> list[dict[str, float]]:
     torch.set_num_threads(1)
     cfg = tpresearch.load(*TRAINED, "train.dtype=float32", "parallel=none")
     steps = [tpresearch.build(cfg).step()]
-    for mode in (
-        torch.no_grad(),
-        torch.inference_mode(),
-        torch.autocast("cpu", torch.bfloat16),
-        torch.device("meta"),
-    ):
+    no_gradients = torch.no_grad(), torch.inference_mode()
+    for mode in (*no_gradients, torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
         with mode:
             steps.append(tpresearch.build(cfg).step())
     torch.set_default_dtype(torch.float64)
@@ -244,9 +224,8 @@ def test_in_one_process_a_plan_of_several_ranks_is_there_to_look_at(ranks: Ranks
     assert seen["wq"] == ((4096, 4096), (64, 4096), "meta")
     assert seen["mesh"] == {"dp_replicate": 1, "dp_shard": 8, "tp": 8}
     sentence = "parallel=fsdp_tp: this process holds what rank 0 of 64 would hold, for inspection only; "
-    assert set(seen["refused"]) == {
-        f"{sentence}to compute with it, torchrun --nproc-per-node=64 SCRIPT.py; or parallel=none"
-    }
+    sentence += "to compute with it, torchrun --nproc-per-node=64 SCRIPT.py; or parallel=none"
+    assert set(seen["refused"]) == {sentence}
     assert [step["train/step"] for step in seen["steps"]] == [1, 2, 1]
     assert seen["steps"][2] == pytest.approx(seen["steps"][0])
 

@@ -57,9 +57,8 @@ def test_a_command_of_the_wheel_runs_from_any_folder(tpresearch: Installed) -> N
 def test_a_model_of_ones_own_is_found_in_the_folder_where_a_command_starts(
     tpresearch: Installed, tmp_path: Path
 ) -> None:
-    (tmp_path / "mine.py").write_text(
-        "from tpresearch.models.toy_mlp import ToyLM\n\n\nclass Mine(ToyLM): ...\n"
-    )
+    mine = "from tpresearch.models.toy_mlp import ToyLM\n\n\nclass Mine(ToyLM): ...\n"
+    (tmp_path / "mine.py").write_text(mine)
     done = tpresearch("train", "plan_only=true", "model=toy_mlp", "model._target_=mine.Mine", "parallel=none")
     assert done.code == 0, done.err
     assert "mlp.in_proj.weight" in done.out

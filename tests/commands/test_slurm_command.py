@@ -18,6 +18,7 @@ from support.trainings import Start
 
 pytestmark = pytest.mark.cli
 Sweep = Callable[..., tuple[Done, list[dict[str, str]]]]
+ONE_PER_NODE = ("hydra.launcher.ranks_per_node=1", "hydra.launcher.gpus=false")
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def sweep(train: Start, small: list[str], tmp_path: Path) -> Sweep:
 def test_jobs_of_a_shape_are_one_array_with_an_agent_a_node(sweep: Sweep, tmp_path: Path) -> None:
     """The first task of the array trains; the node of the second fails."""
     slurm = tmp_path / "slurm"
-    typed = ["parallel=tp,fsdp", "world_size=2", "hydra.launcher.ranks_per_node=1"]
-    typed += ["hydra.launcher.gpus=false", "hydra.launcher.partition=fat", "hydra.launcher.timeout_min=7"]
+    typed = ["parallel=tp,fsdp", "world_size=2", *ONE_PER_NODE]
+    typed += ["hydra.launcher.partition=fat", "hydra.launcher.timeout_min=7"]
     (tmp_path / "sweep/0").mkdir(parents=True)  # as a job leaves that was never begun
     typed += ["hydra.launcher.setup=[echo ready]", "+hydra.launcher.sbatch.reservation=mine"]
     done, (trained, lost) = sweep(*typed, **fake_slurm.install(slurm), FAKE_SLURM_LOST="1")
@@ -68,17 +69,11 @@ def test_jobs_of_a_shape_are_one_array_with_an_agent_a_node(sweep: Sweep, tmp_pa
 
 def test_what_sbatch_refuses_is_said_and_what_it_had_taken_is_withdrawn(sweep: Sweep, tmp_path: Path) -> None:
     slurm = fake_slurm.install(tmp_path / "slurm")
-    typed = [
-        "parallel=none,tp",
-        "world_size=2",
-        "hydra.launcher.ranks_per_node=1",
-        "hydra.launcher.gpus=false",
-    ]
+    typed = ["parallel=none,tp", "world_size=2", *ONE_PER_NODE]
     done, _ = sweep(*typed, **slurm, FAKE_SLURM_NODES="1")
     assert done.code == 2
-    assert done.refusal.startswith(
-        "error: hydra/launcher=slurm: sbatch refuses 2 nodes: sbatch: error: Node co"
-    )
+    said = "error: hydra/launcher=slurm: sbatch refuses 2 nodes: sbatch: error: Node co"
+    assert done.refusal.startswith(said)
     assert (tmp_path / "slurm/41.state").read_text() == "CANCELLED"
     of_one_job = (tmp_path / "slurm/41.sh").read_text()
     assert "#SBATCH --nodes=1" in of_one_job
@@ -89,12 +84,8 @@ def test_what_sbatch_refuses_is_said_and_what_it_had_taken_is_withdrawn(sweep: S
 @pytest.mark.exhaustive
 def test_through_submitits_stand_in_a_failure_stays_its_own(sweep: Sweep, tmp_path: Path) -> None:
     typed = ["hydra.launcher.cluster=local", "hydra.launcher.gpus=false", "parallel=tp", "world_size=2"]
-    typed += [
-        "optimizer.lr=1e30,1e-3",
-        "optimizer=sgd",
-        "train.clip_grad_norm=null",
-        "schedule.warmup_steps=0",
-    ]
+    typed += ["optimizer=sgd", "optimizer.lr=1e30,1e-3", "train.clip_grad_norm=null"]
+    typed += ["schedule.warmup_steps=0"]
     done, (failed, completed) = sweep(*typed)
     assert done.code == 1, done.out + done.err
     assert (failed["status"], completed["status"]) == ("failed", "completed")
@@ -111,14 +102,8 @@ def test_a_machine_without_slurm_is_told_at_once(sweep: Sweep, tmp_path: Path) -
 @pytest.mark.exhaustive
 def test_a_job_at_its_time_limit_saves_and_goes_on(sweep: Sweep, tmp_path: Path) -> None:
     slurm, run = tmp_path / "slurm", tmp_path / "sweep" / "0"
-    typed = [
-        "parallel=fsdp",
-        "world_size=2",
-        "train.steps=300",
-        "train.eval_every=null",
-        "checkpoint.every=null",
-    ]
-    typed += ["hydra.launcher.gpus=false", "hydra.launcher.ranks_per_node=1"]
+    typed = ["parallel=fsdp", "world_size=2", *ONE_PER_NODE]
+    typed += ["train.steps=300", "train.eval_every=null", "checkpoint.every=null"]
     env = fake_slurm.install(slurm)
 
     def signal_once() -> None:

@@ -72,9 +72,8 @@ def test_a_sweep_runs_what_it_can_and_then_what_is_left(
     assert (completed["status"], completed["world_size"], completed["mesh/tp"]) == ("completed", "2", "2")
     run = Trained(done, tmp_path / "sweep/1")
     assert completed["train/loss"] == str(run.json("summary.json")["train/loss"])
-    assert {".hydra", "config.yaml", "plan.txt", "ledger.json"} <= {
-        path.name for path in run.folder.iterdir()
-    }
+    kept = {path.name for path in run.folder.iterdir()}
+    assert {".hydra", "config.yaml", "plan.txt", "ledger.json"} <= kept
     assert error in (tmp_path / "sweep/summary.md").read_text()
     assert "\nagain      python " in done.out
     assert " optimizer=sgd " in done.out.partition("\nagain ")[2]

@@ -91,9 +91,8 @@ def on_disk(checkpoint: Path) -> State:
 def apart(one: State, other: State) -> float:
     """The greatest difference between two states, relative to the greatest value of the tensor that it is in."""
     assert one.keys() == other.keys()
-    return max(
-        ((one[name] - other[name]).abs().max() / (other[name].abs().max() or 1)).item() for name in other
-    )
+    greatest = {name: other[name].abs().max() or 1 for name in other}
+    return max(float((one[name] - other[name]).abs().max() / greatest[name]) for name in other)
 
 
 def equal(one: State, other: State) -> bool:

@@ -24,9 +24,8 @@ FACTS = RunFacts(
 
 def example_config() -> Config:
     rule = Rule(match="layers.*.attention.w[qkv]", style="colwise", units=["n_heads"])
-    model = ModelConfig(
-        "llama2_tiny", "tpresearch.models.llama2.Llama2", {"dim": 256}, ["layers.*"], {"sp": {"qkv": rule}}
-    )
+    target = "tpresearch.models.llama2.Llama2"
+    model = ModelConfig("llama2_tiny", target, {"dim": 256}, ["layers.*"], {"sp": {"qkv": rule}})
     return Config(model=model, parallel=ParallelConfig("fsdp_tp", TensorPlan.sp, DataPlan.fsdp))
 
 

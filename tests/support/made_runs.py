@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,10 +69,7 @@ class Made:
 
     @property
     def ranks(self) -> int:
-        ranks = 1
-        for size in self.mesh.values():
-            ranks *= size
-        return ranks
+        return math.prod(self.mesh.values())
 
     def config(self) -> Config:
         rule = Rule(match="layers.*.attention.w[qkv]", style="colwise", units=["n_heads"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
+
 from support.fake_wandb import FakeWandb
 
 Json = dict[str, Any]
@@ -17,9 +19,8 @@ def view_of(server: FakeWandb, kind: str) -> Json:
 
 def sections_of(workspace: Json) -> dict[str, list[Json]]:
     """The panels of each section of a workspace's spec."""
-    return {
-        section["name"]: section["panels"] for section in workspace["section"]["panelBankConfig"]["sections"]
-    }
+    sections = workspace["section"]["panelBankConfig"]["sections"]
+    return {section["name"]: section["panels"] for section in sections}
 
 
 def metrics_of(panel: Json) -> tuple[set[str], set[str]]:
@@ -41,12 +42,5 @@ def metrics_of(panel: Json) -> tuple[set[str], set[str]]:
 
 def flat(summary: Json) -> Json:
     """A summary by the names that W&B's pages and its terminal view give it."""
-    return {
-        name: value
-        for key, whole in summary.items()
-        for name, value in (
-            {f"{key}.{part}": value for part, value in whole.items()}
-            if isinstance(whole, dict)
-            else {key: whole}
-        ).items()
-    }
+    (found,) = pd.json_normalize(summary).to_dict("records")
+    return {str(name): value for name, value in found.items()}

@@ -344,10 +344,8 @@ def test_a_folder_that_a_run_uses_is_left_to_it(sweep: Sweep) -> None:
     used = sweep.started[0].folder
     (used / "summary.json").unlink()
     (used / CONSOLE_LOG).touch()
-    with (
-        FileLock(used / ".lock"),
-        pytest.raises(ConfigError, match=f"{used}: another run is using this folder"),
-    ):
+    in_use = f"{used}: another run is using this folder"
+    with FileLock(used / ".lock"), pytest.raises(ConfigError, match=in_use):
         sweep("parallel=none")
     assert sweep.started == []
     assert sweep("parallel=none") == [5.0]
@@ -461,9 +459,8 @@ def test_a_file_chooses_the_launcher_unless_it_is_swept_itself(sweep: Sweep, tmp
     mine = f"hydra.searchpath=[file://{tmp_path}/mine]"
     with pytest.raises(WrongCommand) as refused:
         sweep("experiment=far,seed_tp", mine)
-    assert str(refused.value).startswith(
-        "hydra/launcher=slurm: chosen by a file that is swept, when torchrun "
-    )
+    said = "hydra/launcher=slurm: chosen by a file that is swept, when torchrun "
+    assert str(refused.value).startswith(said)
     assert "hydra/launcher=slurm" in str(refused.value.command)
     GlobalHydra.instance().clear()
     with initialize_conf():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,8 @@ def test_a_prediction_says_so_and_for_how_many_ranks(tmp_path: Path) -> None:
     figures = {"predicted": True, "world_size": 64, "perf/tokens_per_second_per_device": 900.0}
     (row,) = table_of([outcome_of(job(tmp_path, 0, "parallel=tp", figures), 0, 3.0)]).rows
     assert [cell.text for cell in row] == ["0", "tp", "64", "900", "0:03", "predicted"]
-    failed = dataclasses.replace(
-        job(tmp_path, 1, "parallel=tp"), composed=OmegaConf.create({"world_size": 64})
-    )
+    failed = job(tmp_path, 1, "parallel=tp")
+    failed.composed.world_size = 64
     assert [cell.text for cell in table_of([outcome_of(failed, 1, 3.0)]).rows[0]][:3] == ["1", "tp", "64"]
 
 
@@ -51,16 +49,8 @@ def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:
     ]
     outcomes = [outcome_of(each, 0, 90.0) for each in jobs]
     table = table_of(outcomes)
-    assert table.header == [
-        "job",
-        "parallel",
-        "ranks",
-        "loss",
-        "tok/s/device",
-        "communication per step (rank 0)",
-        "time",
-        "status",
-    ]
+    figures = ["loss", "tok/s/device", "communication per step (rank 0)", "time"]
+    assert table.header == ["job", "parallel", "ranks", *figures, "status"]
     (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
     jobs[0].composed.logger = {"group": None, "project": "mine", "entity": "us"}
     console = Console(width=200)
@@ -73,16 +63,10 @@ def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:
         "upload": f"wandb sync {tmp_path}/wandb/offline-run-*",
         "dashboard": f"python -m tpresearch.dashboard group={str(tmp_path).lstrip('/')} project=mine entity=us",
     }
-    assert [cell.text for cell in table.rows[0]] == [
-        *("0", "tp", "2", "6.000", "900", "2.0 KiB (tp 2.0 KiB)", "1:01", "completed")
-    ]
     assert [[cell.text for cell in row if cell.best] for row in table.rows] == [["900", "1:01"], ["5.500"]]
     write_files(tmp_path, outcomes)
-    text = (tmp_path / "summary.md").read_text()
-    assert (
-        text.splitlines()[2]
-        == "| 0 | tp | 2 | 6.000 | **900** | 2.0 KiB (tp 2.0 KiB) | **1:01** | completed |"
-    )
+    _, _, row, *_ = (tmp_path / "summary.md").read_text().splitlines()
+    assert row == "| 0 | tp | 2 | 6.000 | **900** | 2.0 KiB (tp 2.0 KiB) | **1:01** | completed |"
     with (tmp_path / "summary.csv").open() as file:
         first, second = csv.DictReader(file)
     assert list(first)[:3] == ["model", "parallel", "status"]
@@ -93,9 +77,8 @@ def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:
 
 def test_text_that_changed_between_two_starts_is_shown(tmp_path: Path) -> None:
     """Losses of different text do not compare; those of different settings of `data` are expected to be of different text."""
-    jobs = [
-        job(tmp_path, n, f"optimizer.lr=0.{n}", {"train/loss": 5.5, "corpus_hash": f"c{n}"}) for n in (1, 2)
-    ]
+    read = [{"train/loss": 5.5, "corpus_hash": text} for text in ("c1", "c2")]
+    jobs = [job(tmp_path, n, f"optimizer.lr=0.{n}", summary) for n, summary in enumerate(read)]
     table = table_of([outcome_of(each, 0, 90.0) for each in jobs])
     assert table.header[-2:] == ["corpus", "status"]
     assert [row[-2].text for row in table.rows] == ["c1", "c2"]
@@ -114,15 +97,9 @@ def test_no_loss_is_the_best_among_those_of_other_tokens(tmp_path: Path) -> None
 
 
 def test_seeds_are_taken_together(tmp_path: Path) -> None:
-    losses = {
-        "parallel=tp train.seed=0": 5.0,
-        "parallel=tp train.seed=1": 6.0,
-        "parallel=sp train.seed=0": 7.0,
-    }
-    outcomes = [
-        outcome_of(job(tmp_path, number, overrides, {"train/loss": loss}), 0)
-        for number, (overrides, loss) in enumerate(losses.items())
-    ]
+    trained = enumerate([("tp train.seed=0", 5.0), ("tp train.seed=1", 6.0), ("sp train.seed=0", 7.0)])
+    jobs = [job(tmp_path, n, f"parallel={plan}", {"train/loss": loss}) for n, (plan, loss) in trained]
+    outcomes = [outcome_of(each, 0) for each in jobs]
     seeds = seed_table(outcomes)
     assert seeds
     assert seeds.header == ["parallel", "ranks", "seeds", "loss"]
@@ -166,8 +143,7 @@ def test_a_failure_is_told_by_its_first_cause(
     failed = job(tmp_path, 0, "parallel=tp", {"status": "failed", **summary}, said)
     outcome = outcome_of(failed, 1, 2.0)
     assert (outcome.status, outcome.error) == ("failed", error)
-    console = Console(width=200, record=True, quiet=True)
-    console.quiet = False
+    console = Console(width=200)
     with console.capture() as printed:
         print_table(console, tmp_path, [outcome])
     assert f"job 0 failed: {error}" in printed.get()
@@ -176,9 +152,7 @@ def test_a_failure_is_told_by_its_first_cause(
 
 def test_over_nodes_the_earliest_failure_is_the_cause(tmp_path: Path) -> None:
     mine = job(tmp_path, 0, "parallel=tp", {"status": "failed", "error": "gloo: peer closed"})
-    block = (
-        "Root Cause (first observed failure):\n[0]:\n  time      : 2026-11-22_10:00:0{}\n  rank : 1\n  {}\n"
-    )
+    block = "Root Cause (first observed failure):\n[0]:\n  time : 2026-11-22_10:00:0{}\n  rank : 1\n  {}\n"
     (mine.folder / "console.log").write_text(block.format(7, "RuntimeError: peer closed"))
     (mine.folder / "console-node1.log").write_text(block.format(6, "ValueError: no luck"))
     outcome = outcome_of(mine, 1, 2.0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
-from support.example_run import FACTS, STEPS, log_steps, row, train
+from support.example_run import FACTS, STEPS, log_steps, train
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.compose import as_dict
@@ -114,31 +114,26 @@ def test_a_run_that_was_killed_after_its_last_step_has_the_figures_of_its_steps(
         assert found[name] == figures[name]
 
 
-def test_an_exception_makes_it_failed_in_one_line_and_goes_on(
-    track: Callable[..., Tracker], run_dir: Path
+@pytest.mark.parametrize(
+    ("ending", "status", "error"),
+    [
+        (ValueError("no luck\nand much more"), "failed", "ValueError: no luck"),
+        (signal.SIGINT, "interrupted", "KeyboardInterrupt"),
+        (Stopped(signal.SIGTERM), "preempted", "stopped by SIGTERM"),
+    ],
+)
+def test_how_it_ends_is_in_the_summary_and_goes_on(
+    track: Callable[..., Tracker],
+    run_dir: Path,
+    ending: BaseException | signal.Signals,
+    status: str,
+    error: str,
 ) -> None:
-    with pytest.raises(ValueError, match="no luck"):
-        train(track(), last=2, ending=ValueError("no luck\nand much more"))
+    with pytest.raises(type(ending) if isinstance(ending, BaseException) else KeyboardInterrupt):
+        train(track(), last=2, ending=ending)
     summary = read_summary(run_dir)
-    assert (summary["status"], summary["error"]) == ("failed", "ValueError: no luck")
+    assert (summary["status"], summary["error"]) == (status, error)
     assert (summary["steps"], summary["train/loss"]) == (2, 8.125)
-
-
-def test_ctrl_c_makes_it_interrupted(track: Callable[..., Tracker], run_dir: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        train(track(), last=3, ending=signal.SIGINT)
-    summary = read_summary(run_dir)
-    assert (summary["status"], summary["error"], summary["steps"]) == ("interrupted", "KeyboardInterrupt", 3)
-
-
-def test_a_stop_makes_it_preempted_with_the_exit_code_of_the_signal(
-    track: Callable[..., Tracker], run_dir: Path
-) -> None:
-    with pytest.raises(Stopped) as stopped:
-        train(track(), last=3, ending=Stopped(signal.SIGTERM))
-    assert stopped.value.code == 143
-    summary = read_summary(run_dir)
-    assert (summary["status"], summary["error"], summary["steps"]) == ("preempted", "stopped by SIGTERM", 3)
 
 
 def test_a_signal_that_follows_an_error_does_not_cut_the_closing_short(
@@ -182,19 +177,10 @@ def test_a_config_with_a_credential_is_refused_before_a_file_is_written(
     track().finish()
     cfg.model.args["extra"] = {"headers": ["Bearer hf_0123456789abcdef"]}
     (run_dir / "config.yaml").unlink()
-    with pytest.raises(
-        ConfigError, match=r"model\.headers=\.\.\.|extra.* holds the value of \$HF_TOKEN"
-    ) as refused:
+    with pytest.raises(ConfigError, match=r"extra.* holds the value of \$HF_TOKEN") as refused:
         track()
     assert "hf_0123" not in str(refused.value)
     assert not (run_dir / "config.yaml").exists()
-
-
-def test_a_row_is_on_disk_before_the_next_step(track: Callable[..., Tracker], run_dir: Path) -> None:
-    tracker = track()
-    tracker.log(row(1))
-    assert json.loads((run_dir / "metrics.jsonl").read_text())["train/step"] == 1
-    tracker.finish()
 
 
 def test_nothing_on_the_way_out_costs_the_summary(

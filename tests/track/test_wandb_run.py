@@ -17,7 +17,7 @@ from support.fake_wandb import DUMMY_KEY, ENTITY, FakeWandb
 
 from tpresearch.config import Config
 from tpresearch.config.compose import as_dict
-from tpresearch.config.schema import WandbMode
+from tpresearch.config.schema import LoggerConfig, WandbMode
 from tpresearch.launch.stop import Stopped
 from tpresearch.track.names import NAMES
 from tpresearch.track.record import read_metrics, read_summary
@@ -58,13 +58,7 @@ def test_what_arrives_is_what_the_record_holds(
 def test_the_config_says_project_group_entity_name_and_job(
     track: Callable[..., Tracker], server: FakeWandb, cfg: Config
 ) -> None:
-    cfg.logger.project, cfg.logger.group, cfg.logger.name, cfg.logger.job_type = (
-        "study",
-        "ablation",
-        "a",
-        "bench",
-    )
-    cfg.logger.entity = ENTITY
+    cfg.logger = LoggerConfig(project="study", entity=ENTITY, group="ablation", name="a", job_type="bench")
     track().finish()
     arrived = only_run(server)
     assert (arrived.project, arrived.group, arrived.display_name) == ("study", "ablation", "a")
