@@ -2,10 +2,13 @@
 
 torch lets packages add rendezvous backends under the entry points `torchrun.handlers`, and asks for them as it starts;
 ours adds none, but is thereby loaded in the agent's process. A refused config, which the first rank reports in one line,
-and a stop by a signal, which the run's report states, would otherwise be followed by tracebacks and a report for each rank;
-torchrun would exit with 1. Failures keep torchrun's report, with a sentence on a rank that was killed. Ranks have SAVE_TIME_S to save after a signal, and not torchrun's
-30 seconds, unless --shutdown-timeout says otherwise. Under nohup they outlive their terminal, unless --signals-to-handle has SIGHUP. They are told of --virtual-local-rank, which torchrun does not pass on, and of its options, for commands that
-they propose. Checked on torch 2.13, and against the source of 2.11 and 2.14.
+and a stop by a signal, which the run's report states, would otherwise be followed by tracebacks and a report for each
+rank; torchrun would exit with 1. Failures keep torchrun's report, with a sentence on a rank that was killed.
+
+Ranks have SAVE_TIME_S to save after a signal, and not torchrun's 30 seconds, unless --shutdown-timeout says otherwise.
+Under nohup they outlive their terminal, unless --signals-to-handle has SIGHUP. They are told of --virtual-local-rank,
+which torchrun does not pass on, and of its options, for commands that they propose. Checked on torch 2.13, and against
+the source of 2.11 and 2.14.
 """
 
 from __future__ import annotations
@@ -59,18 +62,18 @@ def handler() -> Callable[[Any], Any]:
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup, which torchrun would undo
             os.environ.setdefault(HEARD_SIGNALS, "SIGTERM,SIGINT,SIGQUIT")
         if any(word.startswith("--virtual") for word in sys.argv[1:]):  # which may be abbreviated
-            from tpresearch.config.world import (
-                OWN_DEVICE,  # late: every torchrun on this machine loads this module
-            )
+            from tpresearch.config.world import OWN_DEVICE  # late: every torchrun here loads this module
 
             os.environ[OWN_DEVICE] = "1"
     return _c10d
 
 
 def _c10d(params: Any) -> Any:
-    from torch.distributed.elastic.rendezvous.registry import _create_c10d_handler
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-    return _create_c10d_handler(params)
+    backend, store = create_backend(params)
+    return create_handler(store, backend, params)
 
 
 def _is_agent_of_ours() -> bool:

@@ -163,9 +163,9 @@ class TorchrunLauncher(Launcher):
             error = f"job {job.number}: summary.json has no number for hydra.launcher.objective={objective}"
             self._print(error)
         else:
-            returned.status, returned._return_value = JobStatus.COMPLETED, value
+            returned.status, returned.return_value = JobStatus.COMPLETED, value
             return returned
-        returned.status, returned._return_value = JobStatus.FAILED, JobFailed(error)
+        returned.status, returned.return_value = JobStatus.FAILED, JobFailed(error)
         return returned
 
 
