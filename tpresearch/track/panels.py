@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tpresearch.track.names import NAMES
+
 Kind = Literal["curve", "difference", "bars", "parts", "pareto", "scaling", "ledger"]
 """curve: metrics over tokens, one line per run. difference: their absolute difference from the baseline, on a log axis.
 bars: one figure per run. parts: the parts of a figure, stacked. pareto: the first metric against the second, one point
@@ -67,14 +69,7 @@ SPEED = (
         "step_time",
         "Step time by phase",
         "parts",
-        (
-            "time/data_s",
-            "time/forward_s",
-            "time/loss_s",
-            "time/backward_s",
-            "time/clip_s",
-            "time/optimizer_s",
-        ),
+        tuple(name for name in NAMES if name.startswith("time/")),
         "Medians on rank 0, including collectives that a phase waits for; on a GPU, data overlaps with the previous step.",
         total="perf/step_time_s",
     ),
