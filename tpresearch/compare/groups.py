@@ -11,11 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from tpresearch.compare.runs import SEED, Run
+from tpresearch.compare.runs import Run
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.config.choices import ScheduleName
 from tpresearch.config.comparable import experiment_config
 from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.track.table import SEED
 from tpresearch.track.text import UNDEFINED, path_text, printable
 
 OF_THE_CORPUS = ("data.max_tokens", "data.held_out_every", "corpus_hash", "unigram_entropy")

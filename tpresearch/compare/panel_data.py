@@ -14,10 +14,11 @@ from pathlib import Path
 import pandas as pd
 
 from tpresearch.compare.groups import Comparison, Group, seen_in_losses, settings_frame
-from tpresearch.compare.runs import SEED, Run
+from tpresearch.compare.runs import Run
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.track.names import X_AXIS
 from tpresearch.track.panels import Panel
+from tpresearch.track.table import SEED
 from tpresearch.track.text import UNDEFINED
 
 LOSS = "train/loss"

@@ -47,7 +47,6 @@ LEDGER_ENTRY_TYPES = {"axis": str, "collective": str, "sent_bytes": int}
 MAX_FIGURE = 1e300
 """Larger than any figure; comparison with it also excludes NaN."""
 LEGAL = "folders of runs or sweeps, or globs of them"
-SEED = "train.seed"
 
 
 class UnreadableRun(Exception):

@@ -17,6 +17,7 @@ from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import override_key, python_command
 from tpresearch.sweep.job import CONSOLE_LOG, Outcome, wandb_group
 from tpresearch.track.table import (
+    SEED,
     Column,
     Summary,
     Table,
@@ -25,8 +26,6 @@ from tpresearch.track.table import (
     with_comparable_memory,
 )
 from tpresearch.track.text import UNDEFINED, path_text
-
-SEED = "train.seed"
 
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:

@@ -98,6 +98,8 @@ FIGURES = (
     Figure("wall_time_s", "time", duration_text, min),
 )
 LOSSES = ("train/loss", "val/loss")
+SEED = "train.seed"
+"""The setting in which the runs of a mean differ."""
 
 
 def with_comparable_memory(summary: dict[str, Any]) -> dict[str, Any]:
