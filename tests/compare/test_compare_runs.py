@@ -178,6 +178,7 @@ BILLION = "a0: &a0 [1]\n" + "".join(f"a{n + 1}: &a{n + 1} [{','.join([f'*a{n}'] 
         ),
         ("config.yaml", None, "config.yaml is missing"),
         ("config.yaml", "a: [", "config.yaml cannot be read"),
+        ("config.yaml", "model: llama2_debug", "config.yaml is not a valid run config: model is 'llama2_deb"),
         ("metrics.jsonl", "garbage\n", "metrics.jsonl has no rows, though the run completed"),
         ("metrics.jsonl", '{"train/loss": 3}\n', "it has the row {'train/loss': 3}, whose train/step is no "),
         (

@@ -30,7 +30,7 @@ from tpresearch.track.text import UNDEFINED, loss_text, path_text, setting_text
 MARKERS = ("config.yaml", "summary.json", "metrics.jsonl", "console.log")
 """A folder with any of these is a run's; a sweep's job that failed early has only the last."""
 SUMMARY_TYPES = {"status": str, "world_size": int, "mesh": dict, "model": str, "parallel": str}
-CONFIG_TYPES = {"train": dict, "data": dict, "tokenizer": dict}
+CONFIG_TYPES = dict.fromkeys(("model", "data", "tokenizer", "optimizer", "schedule", "train"), dict)
 """What summary.json and config.yaml must have for a comparison."""
 OPTIONAL_TYPES = {
     "error": str,
@@ -38,6 +38,7 @@ OPTIONAL_TYPES = {
     "device": str,
     "unigram_entropy": float,
     "logger": dict,
+    "cluster": dict,
     "resumed": list,
     "measured": list,
     "expected": list,
