@@ -41,11 +41,9 @@ LEGEND = "One dot per logged step; the line is the running maximum."
 
 def rows(found: PanelData, *columns: str) -> list[tuple[Any, ...]]:
     """These columns of the points; tokens in steps."""
-    points = (
-        found.points.assign(steps=found.points["tokens"] // TOKENS_PER_STEP)
-        if "tokens" in found.points
-        else found.points
-    )
+    points = found.points
+    if "tokens" in points:
+        points = points.assign(steps=points["tokens"] // TOKENS_PER_STEP)
     return list(points[list(columns)].itertuples(index=False, name=None))
 
 
@@ -116,9 +114,7 @@ def test_a_loss_that_is_not_finite_is_no_agreement(tmp_path: Path) -> None:
 
 def test_of_many_rows_the_greatest_difference_is_drawn(tmp_path: Path) -> None:
     steps = 2 * MAX_DOTS + 1  # three in a dot, then; the spike is at none of the first in three
-    off = Made(
-        "tp", {"tp": 2}, steps=steps, loss=lambda step: falling(step) + (0.5 if step == 303 else 0.125)
-    )
+    off = Made("tp", {"tp": 2}, steps=steps, loss=lambda s: falling(s) + (0.5 if s == 303 else 0.125))
     groups = groups_of(tmp_path, Made(steps=steps), off)
     found = differences([Comparison(groups, groups[0])], LOSS)
     assert len(found.points) == 167
@@ -285,13 +281,9 @@ def test_among_equal_figures_none_is_best(tmp_path: Path) -> None:
     smaller = Made("fsdp", {"dp_shard": 2}, memory=2**29, device="H200")
     groups = groups_of(tmp_path, Made(device="H200"), rounded, smaller)
     table = tables_of(groups, groups[0])[RUNS]
-    best = [
-        (row[0].text, name)
-        for row in table.rows
-        for name, cell in zip(table.header, row, strict=True)
-        if cell.best
-    ]
-    assert [each for each in best if each[1] != "time"] == [("fsdp", "peak memory")]
+    cells = [(row[0].text, *cell) for row in table.rows for cell in zip(table.header, row, strict=True)]
+    best = [(run, figure) for run, figure, cell in cells if cell.best and figure != "time"]
+    assert best == [("fsdp", "peak memory")]
 
 
 def test_the_baseline_is_the_run_with_no_plan_or_the_one_that_is_asked_for(tmp_path: Path) -> None:
@@ -313,9 +305,8 @@ def test_runs_whose_learning_rates_follow_from_other_budgets_are_not_compared(tm
     groups = groups_of(tmp_path, Made(), longer, in_tokens, Made(budget=200))
     in_tokens_config = groups[2].first.config["train"]
     in_tokens_config["steps"], in_tokens_config["tokens"] = None, 100 * TOKENS_PER_STEP - 1
-    baselines = {
-        each.baseline.label: [other.label for other in each.others] for each in comparisons_of(groups)
-    }
+    compared = comparisons_of(groups)
+    baselines = {each.baseline.label: [other.label for other in each.others] for each in compared}
     assert baselines == {"none · steps=100": ["fsdp · steps=100"], "none · steps=200": ["tp · steps=200"]}
     for group in groups:
         group.first.config["schedule"]["name"] = "constant"
@@ -334,9 +325,8 @@ def test_a_resumed_runs_time_is_of_its_last_process_and_not_the_best(tmp_path: P
         ("3:20", True),
         ("0:05 since it resumed", False),
     ]
-    assert column(Table.of_columns(mean_columns([[group.first.summary for group in groups]])), "time") == [
-        "4:10 ± 1:11 (2 of 3 runs)"
-    ]
+    means = mean_columns([[group.first.summary for group in groups]])
+    assert means["time"] == [Cell("4:10 ± 1:11 (2 of 3 runs)")]
 
 
 def test_a_markdown_cell_shows_the_text_itself() -> None:
@@ -383,10 +373,8 @@ def test_a_run_from_a_seed_that_the_baseline_lacks_is_compared_with_none_of_its_
         assert line in out.getvalue()
         assert line in report.markdown()
     alone = differences([Comparison([one, four], one)], LOSS)
-    assert (len(alone.points), alone.notes) == (
-        0,
-        ["No run has rows at the baseline's token counts.", left_out[0]],
-    )
+    assert alone.points.empty
+    assert alone.notes == ["No run has rows at the baseline's token counts.", left_out[0]]
     # for single runs, overlaid though seeds differ, the difference is what was asked for
     apart = group_each_run(runs)
     assert max_differences([Comparison(apart, apart[0])])[two.runs[1].folder] == 2.25
@@ -417,18 +405,13 @@ def test_in_a_sweep_of_plans_and_learning_rates_each_is_compared_with_its_own(tm
     drawn = differences(comparisons, LOSS)
     assert set(drawn.points["run"]) == {tp.label for tp in groups[1::2]}
     shown = tables([group.first for group in groups], groups, comparisons)
-    assert column(shown[RUNS], "max |loss difference|")[:2] == [
-        "baseline",
-        f"{most[groups[1].first.folder]:.1e}",
-    ]
+    first = f"{most[groups[1].first.folder]:.1e}"
+    assert column(shown[RUNS], "max |loss difference|")[:2] == ["baseline", first]
     assert [[cell.text for cell in row] for row in shown[ROUNDING].rows] == [
         ["tp", "2", "4", f"{max(most.values()):.1e}", f"{pooled['rms']:.1e}"]
     ]
     means = comparisons_of(group_over_seeds([group.first for group in groups]))
-    assert [(len(comparison.groups), len(comparison.baseline.runs)) for comparison in means] == [
-        (2, 2),
-        (2, 2),
-    ]
+    assert [(len(each.groups), len(each.baseline.runs)) for each in means] == [(2, 2)] * 2
     assert max_differences(means) == pytest.approx(most)
     asked = comparisons_of(groups, groups[0].label)
     assert [comparison.baseline for comparison in asked] == groups[:1]
@@ -494,7 +477,6 @@ def test_a_run_that_failed_before_any_row_is_named_and_is_no_baseline(tmp_path: 
     assert curves(groups, LOSS).notes == ["Ended before the first row: none (failed)."]
     assert set(rows(curves(groups, LOSS), "run")) == {("tp",), ("fsdp",)}
     assert column(tables_of(groups, baseline)[RUNS], "max |loss difference|") == ["–", "baseline", "5.0e-01"]
-    assert differences([Comparison(groups, groups[0])], LOSS).notes == [
-        "none (failed) has no rows to compare with."
-    ]
+    said = differences([Comparison(groups, groups[0])], LOSS).notes
+    assert said == ["none (failed) has no rows to compare with."]
     assert comparisons_of(groups[:1])[0].baseline is groups[0]

@@ -13,11 +13,7 @@ from tpresearch.compare.runs import find_runs
 
 
 def test_scaling_is_speed_per_device_over_that_on_the_fewest_ranks(tmp_path: Path) -> None:
-    runs = [
-        Made("tp", {"tp": 2}, speed=1000.0),
-        Made("tp", {"tp": 4}, speed=900.0),
-        Made("tp", {"tp": 8}, speed=500.0),
-    ]
+    runs = [Made("tp", {"tp": tp}, speed=speed) for tp, speed in ((2, 1000.0), (4, 900.0), (8, 500.0))]
     groups = groups_of(tmp_path, Made(), *runs, Made("tp", {"tp": 16}, lr=1e-2, speed=1.0))
     assert list(lines_of(groups).values()) == [[(2, 1.0), (4, 0.9), (8, 0.5)]]
     assert lines_of(groups[:2]) == lines_of([]) == {}
@@ -47,9 +43,8 @@ def test_along_a_line_of_scaling_one_mesh_axis_grows(tmp_path: Path) -> None:
 
 def test_of_a_grid_each_run_is_in_one_line_of_scaling(tmp_path: Path) -> None:
     grid = [(2, 2), (2, 4), (2, 8), (4, 2), (4, 4), (4, 8)]
-    runs = [
-        Made("fsdp_tp", {"dp_shard": dp, "tp": tp}, speed=100.0 * tp - 10 * dp - dp * tp) for tp, dp in grid
-    ]
+    speeds = {(tp, dp): 100.0 * tp - 10 * dp - dp * tp for tp, dp in grid}
+    runs = [Made("fsdp_tp", {"dp_shard": dp, "tp": tp}, speed=speed) for (tp, dp), speed in speeds.items()]
     groups = groups_of(tmp_path, *runs)
     lines = lines_of(groups)
     assert [[ranks for ranks, _ in line] for line in lines.values()] == [[4, 8, 16], [8, 16, 32]]
