@@ -156,8 +156,7 @@ def _kept_name(path: Path, step: int) -> Path:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """summary.json, written atomically."""
-    content = json.dumps(without_nonfinite(summary), indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / SUMMARY_FILE, content)
+    _write_json(folder / SUMMARY_FILE, without_nonfinite(summary))
 
 
 def without_nonfinite(value: Any) -> Any:
@@ -182,8 +181,7 @@ def write_plan(folder: Path, plan: str, step: int) -> None:
 
 def record_resumption(folder: Path, entry: Mapping[str, Any]) -> None:
     """resumed.json: one entry per resumption, with the step, the ranks and the mesh."""
-    content = json.dumps([*read_resumptions(folder), dict(entry)], indent=2) + "\n"
-    write_atomically(folder / "resumed.json", content)
+    _write_json(folder / "resumed.json", [*read_resumptions(folder), dict(entry)])
 
 
 def read_resumptions(folder: Path) -> list[dict[str, Any]]:
@@ -206,7 +204,11 @@ def measured_from(folder: Path, step: int, total_steps: int) -> int:
 
 def write_ledger(folder: Path, ledger: Mapping[str, Any]) -> None:
     """ledger.json: what one step sent and held, and what formulas expect."""
-    write_atomically(folder / LEDGER_FILE, json.dumps(ledger, indent=2) + "\n")
+    _write_json(folder / LEDGER_FILE, ledger)
+
+
+def _write_json(path: Path, content: object) -> None:
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
