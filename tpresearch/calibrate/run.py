@@ -127,8 +127,7 @@ def scaled(base: Mapping[str, Any], factor: float) -> dict[str, Any]:
     numbers = {key: dict(number) for key, number in base["numbers"].items()}
     for key in _rates(base):
         value = numbers[key]["value"]
-        scaled = [rate * factor for rate in value] if isinstance(value, list) else value * factor
-        numbers[key]["value"] = scaled
+        numbers[key]["value"] = [r * factor for r in value] if isinstance(value, list) else value * factor
     return {**base, "numbers": numbers}
 
 
