@@ -1,7 +1,6 @@
 """The numbers of each panel, before anything is drawn: a frame with one row per mark, and sentences about them.
 
-Columns have fixed names of our own (`run`, `tokens`, `value`, ...); what a user named is only ever a value in them.
-`run` is the label of a group.
+Columns have fixed names (`run`, a group's label, `tokens`, ...); what a user named is only ever a value in them.
 """
 
 from __future__ import annotations
