@@ -26,6 +26,7 @@ from tpresearch.config import Config, ConfigError
 from tpresearch.config.comparable import experiment_config
 from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import total_steps
+from tpresearch.launch.command import override
 from tpresearch.launch.earlier_run import repeat_command_of_run, repeat_or_start_again, repeating_overrides
 
 STARTED = ("model=llama2_debug", "parallel=tp", "train.steps=50")
@@ -253,6 +254,17 @@ def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
     now = [f"resume={named}", *typed, f"hydra.run.dir={run}"]
     assert arguments.overrides == ["hydra.searchpath=[file:///own]", *kept, *now]
     assert (arguments.config_name, arguments.config_dir) == ("train", "/mine")
+
+
+@pytest.mark.parametrize("name", ["it's [1] of a=b, #2: \\x", "2026"])
+def test_a_run_resumes_whatever_its_folder_is_called(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(run.parent)
+    named = run.rename(run.with_name(name))
+    words = [override("resume", name), override("hydra.run.dir", named)]
+    arguments = Namespace(multirun=False, overrides=words, config_name=None, config_dir=None)
+    assert repeat_command_of_run(arguments) == named
 
 
 def test_a_run_resumes_in_its_own_folder(run: Path) -> None:

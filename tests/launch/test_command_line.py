@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from support.commands import environment, execute_warm
 from support.launches import Command
 
@@ -15,7 +16,7 @@ from tpresearch import agent, export
 from tpresearch.__main__ import COMMANDS
 from tpresearch.config.world import World
 from tpresearch.launch.command import Command as TypedCommand
-from tpresearch.launch.command import corrected, program_words
+from tpresearch.launch.command import corrected, override, program_words
 from tpresearch.launch.help import meanings
 from tpresearch.launch.options import command
 from tpresearch.verify.ranks import Ranks
@@ -120,6 +121,13 @@ def test_a_proposed_command_says_how_hosts_meet_as_it_was_typed(
     after = f"--nproc-per-node=4 {shlex.join(program_words())} train.steps=3"
     assert str(TypedCommand.from_argv(World(0, 8, 0, 4, elastic=True))) == f"torchrun {options} {after}"
     assert str(TypedCommand.from_argv(World(0, 4, 0, 4, elastic=True))) == f"torchrun {after}"
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", "it's", "a\\b c", "a\\", "a\\'", "\\\\'\\", "'", '"', "#é=[,]{}", "a\\\n"]
+)
+def test_hydra_reads_a_quoted_value_as_it_was(text: str) -> None:
+    assert OverridesParser.create().parse_override(override("key", text)).value() == text
 
 
 def test_a_path_in_a_proposed_override_is_quoted_for_hydra() -> None:

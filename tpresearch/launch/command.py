@@ -234,4 +234,5 @@ def quote(value: object) -> str:
     text = str(value)
     if re.fullmatch(r"[\w./-]+", text, re.ASCII):
         return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # In Hydra's grammar a backslash stands for itself, but before a quote.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda end: end[1] * 2 + (end[2] and "\\'"), text) + "'"

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import AUTO, NEVER, check_started, find_checkpoint, run_of
@@ -32,9 +34,7 @@ def repeat_command_of_run(arguments: Namespace) -> Path | None:
         ConfigError: if there is no such run, or another folder is requested as well.
     """
     typed = values_by_key(arguments.overrides)
-    text = typed.get("resume", AUTO)
-    unquoted = yaml.safe_load(text)
-    named = unquoted if isinstance(unquoted, str) else text or "null"
+    named = _unquoted(typed.get("resume", AUTO)) or "null"
     if named in (AUTO, NEVER):
         return None
     if arguments.multirun or typed.get("hydra.mode") == "MULTIRUN":
@@ -44,7 +44,7 @@ def repeat_command_of_run(arguments: Namespace) -> Path | None:
     check_started(find_checkpoint(Path(named), "resume"))
     run = run_of(Path(named))
     asked = typed.get("hydra.run.dir")
-    if asked is not None and Path(os.path.expanduser(str(yaml.safe_load(asked)))).resolve() != run:
+    if asked is not None and Path(os.path.expanduser(_unquoted(asked))).resolve() != run:
         why = f"resume={named} continues in that run's own folder"
         legal = "no other folder; init_from starts a new run from its weights"
         raise ConfigError("hydra.run.dir", asked, why, legal)
@@ -57,6 +57,14 @@ def repeat_command_of_run(arguments: Namespace) -> Path | None:
     added = [s["path"] for s in hydra["runtime"]["config_sources"] if s["provider"] == "command-line"]
     arguments.config_dir = arguments.config_dir or next(iter(added), None)
     return run
+
+
+def _unquoted(value: str) -> str:
+    """A value of an override as Hydra reads it, if that is text; otherwise as it was typed."""
+    with suppress(HydraException):  # said where the config is composed
+        read = OverridesParser.create().parse_override(f"key={value}").value()
+        return read if isinstance(read, str) else value
+    return value
 
 
 def overrides_of_run(run: Path) -> list[str]:
