@@ -52,6 +52,11 @@ REFUSED = [
     ("model.dimm=64", "model.dimm=64: no such key; nearest is model.dim", "model.dim=64"),
     ("model=toy_mlp model.dimm=64", "model.dimm=64: no such key; nearest is model.dim", None),
     ("hydra.run.dri=x", "hydra.run.dri=x: no such key; nearest is hydra.run.dir", "hydra.run.dir=x"),
+    (
+        "hydra.job.env_set.A=1",
+        "hydra.job.env_set.A=1: hydra.job.env_set has no keys yet; + before it: +hydra.job.e",
+        "+hydra.job.env_set.A=1",
+    ),
     ("train.steps=abc", "train.steps=abc: of the wrong type; a whole number, such as 100", "train.steps=100"),
     ("optimizer.lr=fast", "optimizer.lr=fast: of the wrong type; a number, such as ", None),
     (

@@ -86,20 +86,22 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
 
 def _unknown_key(key: str, value: object, composition: Composition) -> ConfigError:
     known = {**composition.values_without(key), **dict.fromkeys(composition.groups())}
+    with_plus = f"+ before it: +{key}=VALUE", {key: None, f"+{key}": value}
     if key in (added := _settings_not_in_file(known) if key.startswith("model.") else []):
         why = "not in the model's file, so that its class's default holds"
-        legal = f"+ before it: +{key}=VALUE"
-        return ConfigError(key, value, why, legal, fix={key: None, f"+{key}": value})
+        return ConfigError(key, value, why, *with_plus)
     known |= dict.fromkeys(added)
     why = "no such key" if "." in key else "no such config group or key"
-    if near := close_names(key, known):
-        legal = f"nearest is {near[0]}" if len(near) == 1 else f"nearest are {', '.join(near)}"
-        return ConfigError(key, value, why, legal, fix={key: None, near[0]: value})
     branch = key.rpartition(".")[0]
     while branch and branch not in known:
         branch = branch.rpartition(".")[0]
-    siblings = [name for name in known if name.rpartition(".")[0] == branch] or [branch]
-    return ConfigError(key, value, why, f"there are {', '.join(sorted(siblings))}")
+    siblings = [name for name in known if name.rpartition(".")[0] == branch]
+    if not siblings and branch.startswith("hydra.") and isinstance(known[branch], DictConfig):
+        return ConfigError(key, value, f"{branch} has no keys yet", *with_plus)
+    if near := close_names(key, known):
+        legal = f"nearest is {near[0]}" if len(near) == 1 else f"nearest are {', '.join(near)}"
+        return ConfigError(key, value, why, legal, fix={key: None, near[0]: value})
+    return ConfigError(key, value, why, f"there are {', '.join(sorted(siblings or [branch]))}")
 
 
 def _settings_not_in_file(known: Mapping[str, object]) -> list[str]:
