@@ -1,6 +1,6 @@
 """Predictions compared with measurements on one GPU: steps, peak memory and single ops.
 
-python experiments/held_to_gpu/measure.py experiments/gpu/results/h200-2026-11-26-*.jsonl     # prints the tables, writes results.csv (record.py says where)
+python experiments/held_to_gpu/measure.py [RESULTS.jsonl ...]     # prints the tables, writes results.csv (record.py says where)
 
 Each training of the results is simulated twice: on the cluster of conf/cluster that has such cards, and on one that
 calibrate makes of the same file's measurements of single ops alone. Peaks are of torch's allocator.
@@ -37,13 +37,15 @@ MODELS = {
     "8b": ("model.n_kv_heads=8", "model.ffn_dim=14336", "tokenizer.vocab_size=128256"),
     "7b": ("tokenizer.vocab_size=32000",),
 }
+RESULTS = HERE.parent / "gpu" / "results"
+"""Of which those of the README's three cards are compared where no files are named."""
 CARDS = {"H200": "h200_dgx", "H100": "h100_dgx"}
 
 
 def main() -> None:
     found = []
-    for name in sys.argv[1:]:
-        rows = read_rows(Path(name))
+    for path in [Path(word) for word in sys.argv[1:]] or sorted(RESULTS.glob("h200-2026-11-26-*.jsonl")):
+        rows = read_rows(path)
         option = next(
             option for card, option in CARDS.items() if any(card in row.get("card", "") for row in rows)
         )
@@ -52,11 +54,9 @@ def main() -> None:
         alone = [row for row in rows if "us" in row]
         measures_all = any(row["op"].startswith("matmul") for row in alone)
         calibrated = parse_cluster(cluster_from_rows(rows, plain, "calibrated")) if measures_all else None
-        print(
-            f"\n{Path(name).name}: steps and peaks, on {option} and as calibrated by this file's single ops"
-        )
+        print(f"\n{path.name}: steps and peaks, on {option} and as calibrated by this file's single ops")
         for row in (row for row in rows if "step_s" in row):
-            found.append(held(Path(name).name, row, cluster, calibrated))
+            found.append(held(path.name, row, cluster, calibrated))
             print(text(found[-1]), flush=True)
         if alone:
             print("\n  single ops, predicted beside measured, microseconds")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from gpu import foresee, report, training
+from held_to_gpu import measure as held_to_gpu
 from support.commands import ROOT
 from support.processes import runs, wait_for
 
@@ -53,6 +54,24 @@ def test_it_runs_on_a_cpu_with_tiny_sizes(tmp_path: Path) -> None:
     assert {"matmul", "pointwise"} <= profiled["classes"].keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.txt", "measured.yaml", "results.jsonl"]
     assert "simulate with cluster=measured" in (tmp_path / "logs.txt").read_text()
+
+
+def test_the_cards_of_the_readme_are_compared_with_predictions_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[str]()
+
+    def no_steps(path: Path) -> list[dict[str, str]]:
+        read.append(path.name)
+        return [{"card": "NVIDIA H200", "step_s": ""}]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["measure.py"])
+    for name, pretended in (("read_rows", no_steps), ("held", lambda *_: {"file": "one"}), ("text", str)):
+        monkeypatch.setattr(held_to_gpu, name, pretended)
+    held_to_gpu.main()
+    assert read == [f"h200-2026-11-26-{card}.jsonl" for card in ("first", "second", "third")]
+    assert (tmp_path / "outputs/experiments/held_to_gpu/results.csv").read_text() == "file\n" + "one\n" * 3
 
 
 @pytest.mark.exhaustive
