@@ -153,6 +153,22 @@ def test_a_file_may_have_a_path_in_it_that_is_not_utf8(tmp_path: Path) -> None:
     assert (tmp_path / "page").read_bytes() == b"runs in caf\xe9"
 
 
+def test_a_run_that_resumes_from_an_older_checkpoint_keeps_the_config_up_to_that(tmp_path: Path) -> None:
+    """And none up to a later step, from which it had resumed before."""
+    changes = [("ddp", 0), ("fsdp", 100), ("tp", 200)]
+    cases = {("sp", 50): ["ddp"], ("ddp", 50): [], ("sp", 100): ["ddp"], ("sp", 150): ["ddp", "fsdp"]}
+    for (plan, step), kept in cases.items():
+        (folder := tmp_path / f"{plan}-{step}").mkdir()
+        for each in [*changes, (plan, step)]:
+            write_config(folder, {"parallel": each[0]}, each[1])
+        steps = [100, step] if step > 100 else [step]
+        names = [f"config.step-{at:08}.yaml" for at in steps[: len(kept)]]
+        plans = dict(zip([*names, "config.yaml"], [*kept, plan], strict=True))
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {
+            name: f"parallel: {each}\n" for name, each in plans.items()
+        }
+
+
 def test_a_config_that_led_to_no_checkpoint_is_not_kept_as_that_of_the_steps_before(tmp_path: Path) -> None:
     """As of a run that is killed soon after it has resumed, and resumes once more with another."""
     for plan, step in (("ddp", 0), ("fsdp", 100), ("tp", 100)):

@@ -142,11 +142,17 @@ def _defined(rows: Sequence[Row], name: str) -> list[int | float]:
 
 
 def _write_keeping_earlier(step: int, path: Path, content: str) -> None:
-    """When a run resumes with another `config.yaml` or `plan.txt`, keep the earlier one: config.step-00000100.yaml."""
+    """When a run resumes with another `config.yaml` or `plan.txt`, keep the one up to this step: config.step-00000100.yaml. Those up to
+    later steps, which are taken again, are removed.
+    """
     kept = _kept_name(path, step)
+    later = sorted(each for each in path.parent.glob(f"{path.stem}.step-*") if each.name > kept.name)
+    until = next(iter(later), path)
     # If there is one of this step, no checkpoint followed what `path` holds.
-    if step and path.exists() and not kept.exists() and path.read_text(encoding="utf-8") != content:
-        path.rename(kept)
+    if step and until.exists() and not kept.exists() and until.read_text(encoding="utf-8") != content:
+        until.rename(kept)
+    for each in later:
+        each.unlink(missing_ok=True)
     write_atomically(path, content)
 
 
