@@ -165,10 +165,10 @@ def test_a_file_that_cannot_be_read_is_refused(
         monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(here / "good.txt"))
     else:
 
-        def fail(path: Path) -> bytes:
+        def fail(path: Path, mode: str) -> None:
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(Path, "read_bytes", fail)
+        monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(ConfigError, match=denied) as refusal:
         check_data(
             DataConfig(DataSource.text, str(here / "good.txt"), cache_dir=str(here)), TokenizerConfig()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
-from tpresearch.data import rows
+from tpresearch.data import documents, rows
 from tpresearch.data import tokenizer as data_tokenizer
 from tpresearch.data.rows import check_enough_rows, read_rows, token_dtype, unigram_entropy
 
@@ -73,6 +73,26 @@ def test_a_long_document_is_encoded_a_part_at_a_time(
     assert max(at_once[2:]) < 5200
     assert parts.meta == whole.meta
     assert (parts.train == whole.train).all()
+
+
+def test_a_text_file_read_in_parts_is_the_same_corpus(
+    tmp_path: Path, texts: Path, configure: Configure, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut within words, line ends and letters of several bytes."""
+    text = "".join(file.read_text() for file in sorted((texts / "part0").iterdir()))
+    (tmp_path / "long.txt").write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
+    (tmp_path / "short.txt").write_text("short")
+    for max_tokens in (None, 2000):
+        found = []
+        for part_bytes in (1 << 20, 97, 4):
+            monkeypatch.setattr(documents, "PART_BYTES", part_bytes)
+            monkeypatch.setattr(data_tokenizer, "PIECE_CHARS", 1000)
+            cache = str(tmp_path / f"{part_bytes}")
+            found.append(
+                prepared(configure(f"{tmp_path}/*.txt", cache_dir=cache, max_tokens=max_tokens), bpe)
+            )
+        assert found[0].meta == found[1].meta == found[2].meta
+        assert found[0].train.tobytes() == found[1].train.tobytes() == found[2].train.tobytes()
 
 
 def test_unigram_entropy_is_that_of_the_formula() -> None:

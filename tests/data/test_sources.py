@@ -17,15 +17,16 @@ from support.corpora import Configure, prepared
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data import sources
-from tpresearch.data.documents import read_file
+from tpresearch.data import documents, sources
+from tpresearch.data.pipeline import split_document
 from tpresearch.data.sources import hash_files, open_files
+from tpresearch.data.tokenizer import cut_parts
 
 TEXTS = [f"document {index}: " + f"words{index} " * 30 for index in range(250)]
 
 
 def names_and_texts(data: DataConfig) -> list[tuple[str, str]]:
-    return [tuple(document) for document in open_files(data).documents()]
+    return [(document.name, "".join(document.parts)) for document in open_files(data).documents()]
 
 
 def write_jsonl(path: Path, texts: Sequence[str | None], field: str = "text") -> None:
@@ -218,6 +219,33 @@ def test_text_that_is_not_utf8_is_refused_by_file_or_line(tmp_path: Path, config
     assert refusal.why == "not UTF-8 text: byte 12 is 0xef"
 
 
+def test_a_bad_byte_far_into_a_text_file_is_named(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also within a letter that begins in the part before, and at the end of the file."""
+    monkeypatch.setattr(documents, "PART_BYTES", 4)
+    for content, at in ((b"\xef\xbb\xbfgood t\xe4xt", 9), (b"123\xc3456", 3), (b"1234567\xc3", 7)):
+        (tmp_path / "a.txt").write_bytes(content)
+        [document] = open_files(configure(f"{tmp_path}/a.txt")).documents()
+        with pytest.raises(ConfigError, match=f"not UTF-8 text: byte {at} is {content[at]:#x}"):
+            list(document.parts)
+
+
+def test_a_text_file_is_in_memory_a_part_at_a_time(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PART_BYTES", 1 << 18)
+    (tmp_path / "long.txt").write_text("a line of text\n" * 1_000_000)
+    tracemalloc.start()
+    [document] = open_files(configure(f"{tmp_path}/long.txt")).documents()
+    splits = split_document(document, 20, whole=False)
+    sizes = [sum(map(len, cut_parts(parts, 1 << 16))) for parts in splits]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sizes == [14_250_000, 750_000]
+    assert peak < 3_000_000
+
+
 def test_a_compressed_file_cut_short_is_refused_by_line(tmp_path: Path, configure: Configure) -> None:
     path = tmp_path / "cut.jsonl.gz"
     write_jsonl(path, TEXTS)
@@ -251,17 +279,6 @@ def test_a_record_larger_than_its_bound_is_not_read(tmp_path: Path, configure: C
     assert peak < 5_000_000
     bounded.max_record_bytes = 40_000_000
     assert [len(text) for _, text in names_and_texts(bounded)] == [5, 30_000_000]
-
-
-def test_a_text_that_memory_cannot_hold_is_refused(
-    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def sparse(path: Path) -> bytes:
-        raise MemoryError
-
-    monkeypatch.setattr(Path, "read_bytes", sparse)
-    with pytest.raises(ConfigError, match=f"data.path={tmp_path}/a.txt: cannot be read: MemoryError"):
-        list(read_file(configure("a.txt"), "a.txt", tmp_path / "a.txt"))
 
 
 def test_a_corrupt_parquet_page_is_refused_by_row(tmp_path: Path, configure: Configure) -> None:

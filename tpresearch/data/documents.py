@@ -8,6 +8,7 @@ needs 2 (Parquet) to 3 times (JSON lines) the processor time.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import gzip
 import json
@@ -26,6 +27,10 @@ from tpresearch.config.schema import DataConfig, DataSource
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
+Parts = Iterable[str]
+"""A text in parts, cut anywhere."""
+PART_BYTES = 8 << 20
+"""Bytes of a text file that are in memory at a time."""
 PARQUET_BATCH_ROWS = 64
 """Rows of Parquet read at once: repeated text takes little room in a file, but all of it in memory."""
 TO_FILL_IN = {"data.text_field": "VALUE"}
@@ -37,7 +42,31 @@ READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZM
 class Document(NamedTuple):
     name: str
     """A file's relative path, or `<relative path>:<index of the line or row, from 0>`."""
-    text: str
+    parts: Parts
+    """Its text, which can be read again and again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _TextFile:
+    """The text of a file, which memory need not hold, in parts."""
+
+    path: Path
+    errors: str
+    """What becomes of bytes that are not UTF-8: `strict` or `replace`, as of `bytes.decode`."""
+
+    def __iter__(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8-sig")(self.errors)
+        seen, is_over = 0, False
+        try:
+            with self.path.open("rb") as file:
+                while not is_over:
+                    block = file.read(PART_BYTES)
+                    seen, is_over = seen + len(block), len(block) < PART_BYTES
+                    yield decoder.decode(block, is_over)
+        except UnicodeDecodeError as error:
+            raise unreadable(self.path, error, seen - len(error.object)) from None
+        except OSError as error:
+            raise unreadable(self.path, error) from None
 
 
 def read_file(data: DataConfig, name: str, path: Path) -> Iterator[Document]:
@@ -51,13 +80,9 @@ def read_file(data: DataConfig, name: str, path: Path) -> Iterator[Document]:
     elif data.source is DataSource.parquet:
         yield from documents_of(_parquet_rows(data, path), data.text_field, f"{name}:", f"{path}, row")
     else:  # some of Python's own sources are in older encodings
-        errors = "strict" if data.source is DataSource.text else "replace"
-        try:
-            text = path.read_bytes().decode("utf-8-sig", errors)
-        except (OSError, UnicodeDecodeError, MemoryError) as error:
-            raise unreadable(path, error) from None
-        if text:
-            yield Document(name, text)
+        parts = _TextFile(path, "strict" if data.source is DataSource.text else "replace")
+        if any(parts):
+            yield Document(name, parts)
 
 
 def documents_of(records: Iterable[Any], text_field: str, prefix: str, where: str) -> Iterator[Document]:
@@ -74,7 +99,7 @@ def documents_of(records: Iterable[Any], text_field: str, prefix: str, where: st
     try:
         for index, record in enumerate(records):
             if text := _text_of(record, text_field, f"{where} {index + 1}"):
-                yield Document(f"{prefix}{index}", text)
+                yield Document(f"{prefix}{index}", (text,))
     except READ_ERRORS as error:
         raise unreadable(f"{where} {index + 2}", error) from None
 
@@ -115,14 +140,19 @@ def record_too_long(where: str, data: DataConfig) -> ConfigError:
     return ConfigError("data.path", where, why, "shorter records, or a larger bound", fix)
 
 
-def unreadable(where: object, error: Exception) -> ConfigError:
+def unreadable(where: object, error: Exception, bytes_before: int = 0) -> ConfigError:
+    """The refusal of what cannot be read.
+
+    Args:
+        bytes_before: of the file, before those that could not be decoded.
+    """
     legal = "UTF-8 text"
     if isinstance(error, json.JSONDecodeError):
         why, legal = f"not JSON: {error}", "one JSON object per line"
     elif isinstance(error, UnicodeDecodeError) and (packed := PACKED.search(str(where))):
         why, legal = f"compressed as {packed[1]}", "an unpacked file, or a .gz with data=jsonl"
     elif isinstance(error, UnicodeDecodeError):
-        why = f"not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        why = f"not UTF-8 text: byte {bytes_before + error.start} is {error.object[error.start]:#04x}"
     else:
         why = f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}"
         legal = "a readable, complete file"

@@ -24,11 +24,19 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig, TokenizerKind
 from tpresearch.config.world import SINGLE_PROCESS, World
 from tpresearch.data.cache import Meta, build_once
-from tpresearch.data.documents import Document
+from tpresearch.data.documents import Document, Parts
 from tpresearch.data.hub import open_hub
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, write_streams
 from tpresearch.data.sources import hash_text, open_files
-from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, byte_level, load_hf, train_bpe
+from tpresearch.data.tokenizer import (
+    PIECE_CHARS,
+    TOKENIZER_FILE,
+    Tokenizer,
+    byte_level,
+    cut_parts,
+    load_hf,
+    train_bpe,
+)
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +131,9 @@ class _Pipeline:
         }
 
     def _warn_of_lost_text(self, tokenizer: Tokenizer) -> None:
-        documents = (document.text for document in self.corpus.documents())
-        sample = "\n".join(take_chars(documents, min(SAMPLE_CHARS, self._max_chars() or SAMPLE_CHARS)))
+        most = min(SAMPLE_CHARS, self._max_chars() or SAMPLE_CHARS)
+        texts = ("".join(cut_out(document.parts, 0, most)) for document in self.corpus.documents())
+        sample = "\n".join(cut_out(texts, 0, most))
         if lost := tokenizer.lost_chars(sample):
             share = f"{lost:,} of the first {len(sample):,} characters ({100 * lost / len(sample):.2g} %)"
             log.warning("this tokenizer loses text that it has no tokens for: %s", share)
@@ -142,7 +151,8 @@ class _Pipeline:
 
         what = f"training a BPE of {self.vocab_size:,} entries"
         with log_stage(what, self._total_bytes(), self.progress) as advance:
-            texts = take_chars((train for train, _ in self._split()), self._bpe_train_chars())
+            pieces = (piece for train, _ in self._split() for piece in cut_parts(train, PIECE_CHARS))
+            texts = cut_out(pieces, 0, self._bpe_train_chars())
             tokenizer = train_bpe(counted(texts), self.vocab_size)
         if tokenizer.size < self.vocab_size:
             log.warning("the text yields only %d of %d tokens requested", tokenizer.size, self.vocab_size)
@@ -153,13 +163,14 @@ class _Pipeline:
             "vocab_size": tokenizer.size,
         }
 
-    def _split(self) -> Iterator[tuple[str, str]]:
-        """Each document as (train text, held-out text), in order; of one that is longer than all that is read, its beginning."""
+    def _split(self) -> Iterator[tuple[Parts, Parts]]:
+        """Each document as (train text, held-out text), both in parts, in order; of one that is longer than all that is read, its
+        beginning."""
         every, most = self.data.held_out_every, self._max_chars()
         whole = holds_out_documents(self.corpus.documents(), every, most)
         for document in self.corpus.documents():
             self.check()
-            yield split_document(document._replace(text=document.text[:most]), every, whole)
+            yield split_document(document, every, whole, most)
 
     def _bpe_train_chars(self) -> int:
         """Text to train the BPE on: no more than will be read anyway, so that streaming fetches little twice."""
@@ -183,11 +194,13 @@ def fingerprint(*parts: object) -> str:
     return hash_text(json.dumps([FORMAT_VERSION, *parts]))
 
 
-def take_chars(texts: Iterable[str], chars: int) -> Iterator[str]:
-    """The first texts, with this many characters in total; the last one is truncated."""
-    for text in texts:
-        yield text[:chars]
-        if (chars := chars - len(text)) <= 0:
+def cut_out(parts: Parts, start: int, stop: int | None) -> Iterator[str]:
+    """The characters from `start` to `stop` of a text in parts, which is read no further."""
+    at = 0
+    for part in parts:
+        yield part[max(start - at, 0) : None if stop is None else max(stop - at, 0)]
+        at += len(part)
+        if stop is not None and at >= stop:
             return
 
 
@@ -208,26 +221,35 @@ def holds_out_documents(documents: Iterable[Document], every: int, chars: int | 
     held_out: list[bool] = []
     for document in islice(documents, enough):
         held_out.append(is_held_out(document.name, every))
-        if chars is not None and (chars := chars - len(document.text)) <= 0:
+        if chars is not None and (chars := chars - sum(map(len, cut_out(document.parts, 0, chars)))) <= 0:
             break
     return len(held_out) == enough and 0 < sum(held_out) < enough
 
 
-def split_document(document: Document, every: int, whole: bool) -> tuple[str, str]:
-    """A document's train text and held-out text.
+def split_document(
+    document: Document, every: int, whole: bool, chars: int | None = None
+) -> tuple[Parts, Parts]:
+    """A document's train text and held-out text, in parts.
 
     Args:
         whole: hold out all of the document where sha1(name) % every == 0, and none of it elsewhere. Otherwise
             hold out the end of every document: cut at 1/every before its end, or at a line's start at most as
             far again before.
+        chars: of its beginning, which alone is read; None for all.
     """
-    text = document.text
+    parts = document.parts
     if whole:
-        return ("", text) if is_held_out(document.name, every) else (text, "")
-    share = max(len(text) // every, 1)
-    end = len(text) - share
-    cut = text.rfind("\n", max(end - share, 0), end) + 1 or end
-    return text[:cut], text[cut:]
+        text = cut_out(parts, 0, chars)
+        return ((), text) if is_held_out(document.name, every) else (text, ())
+    size = sum(map(len, cut_out(parts, 0, chars)))
+    share = max(size // every, 1)
+    cut = end = size - share
+    at = max(end - share, 0)
+    for part in cut_out(parts, at, end):
+        if start_of_line := part.rfind("\n") + 1:
+            cut = at + start_of_line
+        at += len(part)
+    return cut_out(parts, 0, cut), cut_out(parts, cut, size)
 
 
 @contextmanager

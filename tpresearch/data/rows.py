@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from tokenizers import Tokenizer as HfTokenizer
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
 from tpresearch.data.cache import Meta
-from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, cut_text, save_tokenizer
+from tpresearch.data.documents import Parts
+from tpresearch.data.tokenizer import TOKENIZER_FILE, Tokenizer, cut_parts, save_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,7 @@ def check_enough_rows(corpus: PackedCorpus, global_batch_size: int, multiple_of:
 
 def write_streams(
     folder: Path,
-    texts: Iterable[tuple[str, str]],
+    texts: Iterable[tuple[Parts, Parts]],
     tokenizer: Tokenizer,
     max_tokens: int | None,
     advance: Callable[[int], None],
@@ -107,7 +109,7 @@ def write_streams(
     """Tokenize documents into `<folder>/train.bin` and `held_out.bin`, with 8 MB of text in memory at a time.
 
     Args:
-        texts: each document's train and held-out text.
+        texts: each document's train and held-out text, in parts.
         max_tokens: stop after the document that reaches it, counting both splits; None reads everything.
         advance: called with the bytes of text done.
 
@@ -146,7 +148,7 @@ class _Piece(NamedTuple):
 
 
 def _encode_in_batches(
-    texts: Iterable[tuple[str, str]], tokenizer: Tokenizer
+    texts: Iterable[tuple[Parts, Parts]], tokenizer: Tokenizer
 ) -> Iterator[tuple[_Piece, Tokens]]:
     """The pieces of every text that is not empty, and their ids, encoded many at a time: a token takes a hundred bytes while it is."""
     waiting: list[_Piece] = []
@@ -160,14 +162,12 @@ def _encode_in_batches(
     yield from zip(waiting, tokenizer.encode([each.text for each in waiting]), strict=True)
 
 
-def _pieces(texts: Iterable[tuple[str, str]], piece_chars: int) -> Iterator[_Piece]:
+def _pieces(texts: Iterable[tuple[Parts, Parts]], piece_chars: int) -> Iterator[_Piece]:
     for train, held_out in texts:
         # What is held out first: the other part may reach max_tokens.
-        for split, text in (("held_out", held_out), ("train", train)):
-            *others, last = cut_text(text, piece_chars)
-            yield from (_Piece(split, piece, is_last=False) for piece in others)
-            if last:
-                yield _Piece(split, last, is_last=True)
+        for split, parts in (("held_out", held_out), ("train", train)):
+            for piece, following in pairwise(chain(cut_parts(parts, piece_chars), [""])):
+                yield _Piece(split, piece, is_last=not following)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
+from tpresearch.data.documents import Parts
 from tpresearch.data.hub import download, looks_like_hub_id
 from tpresearch.data.sources import hash_text
 
@@ -97,6 +98,16 @@ def cut_text(text: str, piece_chars: int) -> list[str]:
             break
         edges.append(blank.start() if blank else start + MAX_CUT_PIECES * piece_chars)
     return [text[a:b] for a, b in pairwise([*edges, len(text)])]
+
+
+def cut_parts(parts: Parts, piece_chars: int) -> Iterator[str]:
+    """The pieces of `cut_text`, of a text in parts."""
+    left = ""
+    for part in parts:
+        *pieces, left = cut_text(left + part, piece_chars)
+        yield from pieces
+    if left:
+        yield left
 
 
 def without_long_words(text: str) -> Iterator[str]:
