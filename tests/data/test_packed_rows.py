@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data import documents, rows
 from tpresearch.data import tokenizer as data_tokenizer
-from tpresearch.data.rows import check_enough_rows, read_rows, token_dtype, unigram_entropy
+from tpresearch.data.rows import check_enough_rows, read_rows, token_dtype, unigram_entropy, write_streams
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
@@ -93,6 +96,23 @@ def test_a_text_file_read_in_parts_is_the_same_corpus(
             )
         assert found[0].meta == found[1].meta == found[2].meta
         assert found[0].train.tobytes() == found[1].train.tobytes() == found[2].train.tobytes()
+
+
+def test_tokens_are_counted_without_a_pass_over_the_vocabulary(tmp_path: Path) -> None:
+    """Which for short documents would take longer than their tokens."""
+    size, peaks = 1 << 20, list[int]()
+    words = SimpleNamespace(
+        size=size, eos_id=0, piece_chars=99, encode=lambda texts: [np.array([1, 2, 2]) for _ in texts]
+    )
+
+    def note(_: int) -> None:
+        peaks.append(tracemalloc.get_traced_memory()[1])
+
+    tracemalloc.start()
+    meta = write_streams(tmp_path, [(["a text"], [])] * 3, cast(data_tokenizer.Tokenizer, words), None, note)
+    tracemalloc.stop()
+    assert max(peaks) < 2.1 * 8 * size  # of both splits' counts
+    assert meta["unigram_entropy_nats"]["train"] == pytest.approx(1.5 * np.log(2))
 
 
 def test_unigram_entropy_is_that_of_the_formula() -> None:

@@ -127,7 +127,7 @@ def write_streams(
             size = len(piece.text.encode())
             for key, value in (("documents", piece.is_last), ("bytes", size), ("tokens", len(ids))):
                 counts[piece.split][key] += value
-            unigrams[piece.split] += np.bincount(ids, minlength=tokenizer.size)
+            np.add.at(unigrams[piece.split], ids, 1)  # bincount would pass over the whole vocabulary
             advance(size)
             tokens = sum(count["tokens"] for count in counts.values())
             if max_tokens is not None and piece.is_last and tokens >= max_tokens:
