@@ -12,11 +12,11 @@ from torch import nn
 
 from tpresearch.checkpoint.collective import RankFailed, checkpoint_group
 from tpresearch.checkpoint.disk import CHECKPOINTS_FOLDER, step_folders
-from tpresearch.checkpoint.load import from_checkpoint
 from tpresearch.checkpoint.save import SaveFailed, Saver
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import CheckpointConfig
 from tpresearch.config.world import World
+from tpresearch.hf.read import check_same_weights
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.train.state import TrainState
@@ -57,7 +57,7 @@ def start_from_own_weights(world: World, disks: Path) -> None:
             ConfigError, match=r"^init_from=.*: on some hosts it holds other weights; the same on every host"
         ),
     ):
-        from_checkpoint(str(own))(nn.Linear(2, 2))
+        check_same_weights(str(own), checkpoint_group())
 
 
 def test_initial_weights_are_not_put_together_from_two_checkpoints(ranks: Ranks, tmp_path: Path) -> None:

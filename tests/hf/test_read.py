@@ -13,17 +13,21 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from support.composed import corpus
 from support.llamas import CPU, MakeLlama, configured, imported, relative_difference
+from support.made_checkpoints import save
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tpresearch.checkpoint.collective import checkpoint_group
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.data.rows import PackedCorpus
-from tpresearch.hf.read import from_hugging_face
+from tpresearch.hf.read import check_same_weights, from_hugging_face
 from tpresearch.launch import Run
 from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.device import CPU as CPU_DEVICE
+from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import held_indices, local_part, materialize
 from tpresearch.train import main
@@ -140,6 +144,21 @@ def start_from(world: World, folders: list[Path]) -> str:
     ):
         main.train(preflight(cfg, world), Run(folders[world.rank], world))
     return str(refused.value)
+
+
+def compare_weights(world: World, folders: list[Path]) -> str:
+    with process_group(CPU_DEVICE, world), pytest.raises(ConfigError) as refused:
+        check_same_weights(str(folders[world.rank]), checkpoint_group())
+    return str(refused.value)
+
+
+def test_hosts_of_which_one_has_a_run_in_place_of_the_folder_are_refused(
+    llama: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    save(run := tmp_path / "run", 3)
+    folders = [llama, run]
+    for folder, said in zip(folders, ranks.run(2, compare_weights, folders), strict=True):
+        assert said.startswith(f"init_from={folder}: on some hosts it holds other weights; ")
 
 
 def test_a_host_with_other_weights_of_the_same_shapes_is_refused(

@@ -89,13 +89,12 @@ def from_checkpoint(init_from: str) -> Callable[[nn.Module], None]:
     """A weight source: initial weights from a checkpoint; each rank reads what it holds, and nothing is drawn.
 
     Raises:
-        ConfigError: if there is none; on every rank, when the source is called, if it is damaged, or another one on some host.
+        ConfigError: if there is none; on every rank, when the source is called, if it is damaged.
     """
     checkpoint = find_checkpoint(Path(init_from), "init_from")
 
     def source(model: nn.Module) -> None:
         group = checkpoint_group()
-        check_same_content(init_from, checkpoint.manifest.files, group)
         tensors = model_state(model, dict(model.named_parameters()))
         destination = {name: tensor.detach() for name, tensor in tensors.items()}
         try:
@@ -106,21 +105,6 @@ def from_checkpoint(init_from: str) -> Callable[[nn.Module], None]:
             raise ConfigError("init_from", init_from, why, "another checkpoint") from None
 
     return source
-
-
-def check_same_content(init_from: str, content: object, group: dist.ProcessGroup | None) -> None:
-    """Refuse initial weights that are other ones on some hosts. Collective.
-
-    Args:
-        content: what tells these from others.
-
-    Raises:
-        ConfigError: on every rank.
-    """
-    first, *others = on_all_ranks(lambda: content, group)
-    if any(other != first for other in others):
-        legal = "the same on every host, as on a disk that they share"
-        raise ConfigError("init_from", init_from, "on some hosts it holds other weights", legal)
 
 
 def check_initial_weights(checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -100,6 +101,28 @@ def tokenizer_hash_of(init_from: str) -> str | None:
     with suppress(ConfigError):
         return load_hf(init_from).hash
     return None
+
+
+def weights_hash(init_from: str) -> str:
+    """16 hex digits that tell these weights from others: over the checksums of a run's checkpoint; of a Hugging Face folder or hub id
+    over the first row of each tensor, in which two trainings of one model differ.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    import torch  # late: few ask
+
+    digest = hashlib.blake2b(digest_size=8)
+    if is_hugging_face(init_from):
+        folder = weights_folder(init_from)
+        for name, (path, *_) in sorted(stored_tensors(folder, init_from).items()):
+            with safe_open(path, "pt") as file:
+                first = file.get_slice(name)[:1].contiguous().view(torch.uint8)
+                digest.update(name.encode() + first.numpy().tobytes())
+    else:
+        files = find_checkpoint(Path(init_from), "init_from").manifest.files
+        digest.update(repr(sorted(files.items())).encode())
+    return digest.hexdigest()
 
 
 def weights_folder(init_from: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -15,10 +14,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tpresearch.checkpoint.load import check_same_content
+from tpresearch.checkpoint.collective import on_all_ranks
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.model import ModelConfig
-from tpresearch.hf.files import check_tensors, settings_of, stored_tensors, weights_folder
+from tpresearch.hf.files import check_tensors, settings_of, stored_tensors, weights_folder, weights_hash
 from tpresearch.hf.llama import check_settings, has_rotary_rows, hugging_face_name, hugging_face_rows
 from tpresearch.parallel.weights import WeightSource, held_indices, local_part, tile_slices
 from tpresearch.plan.meta import settings_with_defaults
@@ -43,18 +42,17 @@ def from_hugging_face(init_from: str, config: ModelConfig) -> WeightSource:
     return source
 
 
-def check_same_weights(init_from: str, model: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Refuse a folder or hub id that holds other weights on some hosts, by the first row of each tensor, in which two trainings of
-    one model differ. Collective.
+def check_same_weights(init_from: str, group: dist.ProcessGroup | None) -> None:
+    """Refuse initial weights that are other ones on some hosts, or of a run there and of a Hugging Face folder here. Collective.
 
     Raises:
         ConfigError: on every rank.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    with _opened(init_from, model) as parts:
-        for part in parts.values():
-            digest.update(part[:1].contiguous().view(torch.uint8).numpy())
-    check_same_content(init_from, digest.hexdigest(), group)
+    mine = weights_hash(init_from)
+    first, *others = on_all_ranks(lambda: mine, group)
+    if any(other != first for other in others):
+        legal = "the same on every host, as on a disk that they share"
+        raise ConfigError("init_from", init_from, "on some hosts it holds other weights", legal)
 
 
 @contextmanager

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpresearch.checkpoint.collective import checkpoint_group
 from tpresearch.checkpoint.load import from_checkpoint
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import has_master_weights
 from tpresearch.data.batches import Batches
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.hf.files import is_hugging_face
-from tpresearch.hf.read import from_hugging_face
+from tpresearch.hf.read import check_same_weights, from_hugging_face
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.float8 import to_float8
@@ -49,6 +50,8 @@ def assemble(
         restore: sets the whole state from a checkpoint, if the run is not new.
     """
     cfg, plan = job.cfg, job.plan
+    if restore is None and cfg.init_from:
+        check_same_weights(cfg.init_from, checkpoint_group())
     to_float8(job.model, plan.float8, cfg.train)
     model = parallelize(job.model, plan, cfg.parallel, mesh, cfg.train.dtype)
     home = torch.device("cpu") if cfg.parallel.fsdp.cpu_offload else device.torch

@@ -19,8 +19,7 @@ from tpresearch.config.schema import ProfilerName
 from tpresearch.config.validate import total_steps
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows
-from tpresearch.hf.files import is_hugging_face, tokenizer_hash_of
-from tpresearch.hf.read import check_same_weights
+from tpresearch.hf.files import tokenizer_hash_of
 from tpresearch.launch import Run
 from tpresearch.launch.run_dir import tell_stopped
 from tpresearch.launch.stop import StopFlag, Stopped
@@ -124,8 +123,6 @@ def train_on(
         # Those of rank 0: a shared disk may show the others an older state.
         found, *_ = on_all_ranks(lambda: found, group)
         restoring = partial(restore, found, group=group) if found else None
-        if not found and (init_from := job.cfg.init_from) and is_hugging_face(init_from):
-            check_same_weights(init_from, job.model, group)
         loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
         loop.saver = build_saver(job, run, corpus, loop.state.step, group)
         loop.stop = AgreedStop(flag, lambda: loop.saver.written if loop.saver else 0)
