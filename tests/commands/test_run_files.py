@@ -71,6 +71,7 @@ def test_the_summary_tells_of_the_run(run_2d: Trained) -> None:
         "model": "llama2_debug",
         "parallel": "fsdp_tp",
         "parameters": PARAMETERS,
+        "held_out_rows": 8,
         "train/loss": run_2d.rows[-1]["train/loss"],
         "val/loss": run_2d.rows[-1]["val/loss"],
         "comm/bytes_per_step": run_2d.rows[-1]["comm/bytes_per_step"],

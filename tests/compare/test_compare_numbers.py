@@ -32,7 +32,7 @@ from tpresearch.compare.runs import find_runs
 from tpresearch.compare.style import ChartStyle
 from tpresearch.config.choices import Dtype
 from tpresearch.track.panels import SECTIONS
-from tpresearch.track.table import Cell, Table, markdown, mean_columns, with_comparable_memory
+from tpresearch.track.table import Cell, Table, figure_columns, markdown, mean_columns, with_comparable_memory
 
 PANELS = {panel.name: panel for panels in SECTIONS.values() for panel in panels}
 LOSS = "train/loss"
@@ -284,6 +284,14 @@ def test_among_equal_figures_none_is_best(tmp_path: Path) -> None:
     cells = [(row[0].text, *cell) for row in table.rows for cell in zip(table.header, row, strict=True)]
     best = [(run, figure) for run, figure, cell in cells if cell.best and figure != "time"]
     assert best == [("fsdp", "peak memory")]
+
+
+@pytest.mark.parametrize(("rows", "best"), [(96, [False, True]), (8, [False, False])])
+def test_the_best_held_out_loss_is_one_among_those_of_as_many_rows(rows: int, best: list[bool]) -> None:
+    more = {"status": "completed", "train/loss": 3.0, "val/loss": 3.0, "held_out_rows": 96}
+    less = {**more, "train/loss": 2.0, "val/loss": 2.0, "held_out_rows": rows}
+    marked = [[cell.best for cell in row] for row in Table.of_columns(figure_columns([more, less])).rows]
+    assert marked == [[False, best[0]], [True, best[1]]]
 
 
 def test_the_baseline_is_the_run_with_no_plan_or_the_one_that_is_asked_for(tmp_path: Path) -> None:

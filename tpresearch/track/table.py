@@ -134,11 +134,12 @@ def _value(summary: Summary, figure: Figure) -> float | None:
 
 
 def _cells(summaries: Sequence[Summary], figure: Figure) -> list[Cell]:
-    """One cell per run; the best is marked where the texts of completed runs differ, and losses are of the same tokens."""
+    """One cell per run; the best is marked where the texts of completed runs differ, and losses are of the same tokens, those
+    held out of as many."""
     completed = [each.get("status") == "completed" for each in summaries]
     compared = [each for each in compress(summaries, completed) if _value(each, figure) is not None]
     values = [value for each in compared if (value := _value(each, figure)) is not None]
-    alike = figure.key not in LOSSES or len({_tokens_of(each) for each in compared}) < 2
+    alike = figure.key not in LOSSES or len({_tokens_of(each, figure) for each in compared}) < 2
     best = figure.text(figure.best(values)) if alike and len(set(map(figure.text, values))) > 1 else None
     return [
         Cell(_text(each, figure), counts and figure.text(_value(each, figure)) == best)
@@ -146,9 +147,10 @@ def _cells(summaries: Sequence[Summary], figure: Figure) -> list[Cell]:
     ]
 
 
-def _tokens_of(summary: Summary) -> tuple[object, str]:
-    """What tells the tokens of a run from others: its text, and the entropy that depends on the tokenizer."""
-    return summary.get("corpus_hash"), loss_text(summary.get("unigram_entropy"))
+def _tokens_of(summary: Summary, figure: Figure) -> tuple[object, ...]:
+    """What tells the tokens that a loss is of from others: their text, the entropy that depends on the tokenizer, the rows held out."""
+    tokens = summary.get("corpus_hash"), loss_text(summary.get("unigram_entropy"))
+    return (*tokens, summary.get("held_out_rows")) if figure.key == "val/loss" else tokens
 
 
 def _text(summary: Summary, figure: Figure) -> str:

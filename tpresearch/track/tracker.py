@@ -55,6 +55,8 @@ class RunFacts:
     """Losses are never compared between different hashes."""
     unigram_entropy: float | None = None
     """Nats per token of the held-out rows, when only the tokens' frequencies are known."""
+    held_out_rows: int | None = None
+    """How many rows `val/loss` is of."""
 
 
 class Tracker:

@@ -195,6 +195,7 @@ def open_tracker(
         job.device.name,
         corpus.corpus_hash,
         corpus.unigram_entropy,
+        min(job.cfg.train.eval_rows, len(corpus.held_out)),
     )
     steps, after = total_steps(job.cfg), NextSteps(run.command, run.check_command)
     return Tracker(job.cfg, run.folder, facts, steps, start_step=start_step, plan=plan, next_steps=after)
