@@ -19,6 +19,7 @@ FACTS = RunFacts(
     device="cpu",
     corpus_hash="c0ffee",
     unigram_entropy=6.71,
+    tokenizer_hash="7031",
     held_out_rows=96,
 )
 

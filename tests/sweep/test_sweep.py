@@ -19,17 +19,19 @@ from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from support import composed
+from support.made_checkpoints import save
 from support.processes import wait_for
 from support.sweeps import Pretended, Sweep
 
 from tpresearch.config import ConfigError
 from tpresearch.config.compose import as_dict
-from tpresearch.config.schema import DataConfig, DataSource
+from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
 from tpresearch.config.validate import ranks_needed
+from tpresearch.data.tokenizer import train_bpe
 from tpresearch.launch.command import Command, WrongCommand
 from tpresearch.launch.composition import initialize_conf
 from tpresearch.sweep import launcher
-from tpresearch.sweep.job import CONSOLE_LOG, Job, signature, text_of
+from tpresearch.sweep.job import CONSOLE_LOG, CompletedRun, Job, contents_of, signature
 from tpresearch.sweep.running import (
     JOB_VARIABLE,
     Devices,
@@ -176,7 +178,7 @@ def test_started_again_it_runs_what_is_not_completed(sweep: Sweep) -> None:
 def test_other_text_in_the_same_files_is_another_job(sweep: Sweep, tmp_path: Path) -> None:
     text = tmp_path / "mine.txt"
     text.write_text("one")
-    sweep.figures = lambda job: {"corpus_hash": text_of(job)}
+    sweep.figures = contents_of
     words = ("parallel=none", "data=text", f"data.path={text}")
     sweep(*words)
     for content, again in (("one", []), ("two", ["0-2"]), ("two", []), ("one", [])):
@@ -188,10 +190,33 @@ def test_other_text_in_the_same_files_is_another_job(sweep: Sweep, tmp_path: Pat
             assert note == f"its text has changed since {sweep.folder / '0'} was completed"
 
 
+def test_another_tokenizer_in_the_same_file_is_another_job(sweep: Sweep, tmp_path: Path) -> None:
+    sweep.figures = contents_of
+    (text := tmp_path / "mine.txt").write_text("some words")
+    words = ("parallel=none", "data=text", f"data.path={text}", "tokenizer=hf", "tokenizer.vocab_size=260")
+    for learned, notes in (("some words", []), ("a text", ["its tokenizer has changed"]), ("a text", [])):
+        train_bpe([learned * 9], 260).save(file := tmp_path / "tokenizer.json")
+        sweep(*words, f"tokenizer.path={file}")
+        assert [job.notes[-1].partition(" since ")[0] for job in sweep.started if job.notes] == notes
+
+
+def test_other_initial_weights_in_the_same_folder_are_another_job(tmp_path: Path) -> None:
+    parts = {"data": OmegaConf.structured(DataConfig(DataSource.random_tokens)), "init_from": str(tmp_path)}
+    config = OmegaConf.create(parts | {"tokenizer": OmegaConf.structured(TokenizerConfig())})
+    job = Job(0, [], tmp_path, 1, 1, False, "", "", [], config)
+    save(tmp_path, 1)
+    run = CompletedRun(tmp_path, {**contents_of(job), "corpus_hash": "random_tokens"})
+    assert run.changed(contents_of(job)) == []
+    save(tmp_path, 2)
+    assert run.changed(contents_of(job)) == ["init_from"]
+
+
 def test_the_text_of_a_job_is_that_of_its_local_folder_too(tmp_path: Path) -> None:
     def text(path: Path | str) -> str | None:
         data = OmegaConf.structured(DataConfig(DataSource.hf, str(path)))
-        return text_of(Job(0, [], tmp_path, 1, 1, False, "", "", [], OmegaConf.create({"data": data})))
+        parts = {"data": data, "tokenizer": OmegaConf.structured(TokenizerConfig()), "init_from": None}
+        job = Job(0, [], tmp_path, 1, 1, False, "", "", [], OmegaConf.create(parts))
+        return contents_of(job).get("corpus_hash")
 
     (tmp_path / "a.jsonl").write_text('{"text": "one"}')
     before = text(tmp_path)
@@ -205,7 +230,7 @@ def test_a_job_in_a_folder_that_was_moved_is_the_same(
     sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its files too are named by their absolute paths."""
-    sweep.figures = lambda job: {"corpus_hash": text_of(job)}
+    sweep.figures = contents_of
     record = sweep.folder / "0" / ".hydra" / "hydra.yaml"
 
     def started_in(project: Path) -> list[int]:

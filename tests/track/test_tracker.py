@@ -67,6 +67,8 @@ def test_a_completed_run_leaves_config_plan_rows_and_summary(
         "moments": "float32",
         "float8": "none",
         "unigram_entropy": 6.71,
+        "tokenizer_hash": "7031",
+        "initial_weights": None,
         "held_out_rows": 96,
         "train/loss": 7.75,
         "train/skipped_updates": 1,

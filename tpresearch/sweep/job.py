@@ -16,7 +16,14 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from tpresearch.config.comparable import comparable_config, with_defaults
-from tpresearch.config.schema import Config, DataConfig, DataSource, DeviceKind
+from tpresearch.config.schema import (
+    Config,
+    DataConfig,
+    DataSource,
+    DeviceKind,
+    TokenizerConfig,
+    TokenizerKind,
+)
 from tpresearch.data.hub import local_folder, open_hub
 from tpresearch.data.sources import open_files
 from tpresearch.launch.command import override_key, values_by_key
@@ -95,11 +102,19 @@ def recorded_signature(folder: Path, ranks: int) -> str:
     return signature(config, ranks)
 
 
+CONTENTS = {"corpus_hash": "text", "tokenizer_hash": "tokenizer", "initial_weights": "init_from"}
+"""What summary.json tells of the files that a run has read, and the names of these."""
+
+
 @dataclass(frozen=True)
 class CompletedRun:
     folder: Path
-    corpus_hash: str | None
-    """Of the text that it read, if it read any."""
+    summary: dict[str, Any]
+
+    def changed(self, now: dict[str, str]) -> list[str]:
+        """Which files that it has read have other contents `now`, as far as both are known."""
+        then = {key: self.summary.get(key) for key in now}
+        return [CONTENTS[key] for key in now if then[key] not in (None, now[key])]
 
 
 def completed_runs(sweep_dir: Path) -> dict[str, list[CompletedRun]]:
@@ -110,22 +125,38 @@ def completed_runs(sweep_dir: Path) -> dict[str, list[CompletedRun]]:
             summary = read_record(path)
             if summary["status"] == "completed":
                 ranks = 1 if summary.get("predicted") else summary["world_size"]  # one process simulates all
-                run = CompletedRun(path.parent, summary.get("corpus_hash"))
+                run = CompletedRun(path.parent, summary)
                 found.setdefault(recorded_signature(path.parent, ranks), []).append(run)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not the record of a run
     return found
 
 
-def text_of(job: Job) -> str | None:
-    """The hash of the text in the local files that a job will read, as its summary will have it; None without such files."""
-    data = OmegaConf.to_object(job.composed.data)
+def contents_of(job: Job) -> dict[str, str]:
+    """Hashes of the local files that a job will read, as its summary will have them."""
+    from tpresearch.data.tokenizer import (
+        load_hf,
+    )  # late: Hydra imports this file at the start of every command
+    from tpresearch.hf.files import weights_hash
+
+    data, tokenizer = (OmegaConf.to_object(job.composed[key]) for key in ("data", "tokenizer"))
     assert isinstance(data, DataConfig)
-    if data.is_synthetic:
-        return None
+    assert isinstance(tokenizer, TokenizerConfig)
+    found = {}
     if data.source is DataSource.hf:
-        return open_hub(data).content_hash if local_folder(data) else None
-    return open_files(data).content_hash
+        if local_folder(data):
+            found["corpus_hash"] = open_hub(data).content_hash
+    elif not data.is_synthetic:
+        found["corpus_hash"] = open_files(data).content_hash
+    if tokenizer.kind is TokenizerKind.hf and _is_local(tokenizer.path) and not data.is_synthetic:
+        found["tokenizer_hash"] = load_hf(tokenizer.path).hash
+    if _is_local(init_from := job.composed.init_from):
+        found["initial_weights"] = weights_hash(init_from)
+    return found
+
+
+def _is_local(path: str | None) -> bool:
+    return path is not None and os.path.exists(os.path.expanduser(path))
 
 
 def is_usable_folder(folder: Path) -> bool:

@@ -27,11 +27,11 @@ from tpresearch.launch.run_dir import may_resume
 from tpresearch.sweep.job import (
     Job,
     completed_runs,
+    contents_of,
     inherited_overrides,
     is_usable_folder,
     signature,
     slots_of,
-    text_of,
     wandb_group,
 )
 from tpresearch.track.wandb_host import MAX_TAG_CHARS
@@ -174,20 +174,21 @@ def _nodes(ranks: int, ranks_per_node: int | None) -> int:
 
 
 def assign_folders(jobs: Sequence[Job], sweep_dir: Path) -> Iterator[Job]:
-    """Each job with its folder: that of its completed run, if the files it read have the same text still; otherwise one of its
+    """Each job with its folder: that of its completed run, if the files it read have the same contents still; otherwise one of its
     own that has no completed run, and nothing that is not a job's.
     """
     completed = completed_runs(sweep_dir)
     taken = {run.folder for runs in completed.values() for run in runs}
-    texts: dict[str, str | None] = {}
+    known: dict[str, dict[str, str]] = {}
     for job in jobs:
         if runs := completed.get(job.signature):
-            data = str(job.composed.data)
-            text = texts[data] = texts.get(data) or text_of(job)
-            if same := [run for run in runs if text in (None, run.corpus_hash) or run.corpus_hash is None]:
+            files = str([job.composed[key] for key in ("data", "tokenizer", "init_from")])
+            now = known[files] = known.get(files) or contents_of(job)
+            if same := [run for run in runs if not run.changed(now)]:
                 yield dataclasses.replace(job, folder=same[-1].folder, completed=True)
                 continue
-            note = f"its text has changed since {runs[-1].folder} was completed"
+            what = " and ".join(runs[-1].changed(now))
+            note = f"its {what} {'have' if ' and ' in what else 'has'} changed since {runs[-1].folder} was completed"
             job = dataclasses.replace(job, notes=(*job.notes, note))
         names = (
             job.folder if nth == 1 else job.folder.with_name(f"{job.folder.name}-{nth}")

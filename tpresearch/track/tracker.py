@@ -55,6 +55,9 @@ class RunFacts:
     """Losses are never compared between different hashes."""
     unigram_entropy: float | None = None
     """Nats per token of the held-out rows, when only the tokens' frequencies are known."""
+    tokenizer_hash: str | None = None
+    initial_weights: str | None = None
+    """Hash of those that `init_from` names."""
     held_out_rows: int | None = None
     """How many rows `val/loss` is of."""
 

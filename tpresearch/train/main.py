@@ -19,7 +19,7 @@ from tpresearch.config.schema import ProfilerName
 from tpresearch.config.validate import total_steps
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows
-from tpresearch.hf.files import tokenizer_hash_of
+from tpresearch.hf.files import tokenizer_hash_of, weights_hash
 from tpresearch.launch import Run
 from tpresearch.launch.run_dir import tell_stopped
 from tpresearch.launch.stop import StopFlag, Stopped
@@ -106,7 +106,7 @@ def train_on(
     device, world = job.device, run.world
     assert device
     with (
-        open_tracker(job, run, corpus, plan, found[0].step if found else 0) as tracker,
+        open_tracker(job, run, corpus, plan, found) as tracker,
         ending_with_other_ranks(run, tracker, flag),
         refusing_out_of_memory(job.cfg, job.sizes, world, trains=False),
         process_group(device, world, flag.check),
@@ -181,7 +181,7 @@ def build_profilers(job: Preflight, run: Run, device: Device) -> Sequence[Observ
 
 
 def open_tracker(
-    job: Preflight, run: Run, corpus: AnyCorpus, plan: str, start_step: int
+    job: Preflight, run: Run, corpus: AnyCorpus, plan: str, found: list[Checkpoint]
 ) -> AbstractContextManager[Tracker | None]:
     """The tracker, on rank 0; nothing on other ranks."""
     if run.world.rank != 0 or job.device is None:
@@ -195,10 +195,13 @@ def open_tracker(
         job.device.name,
         corpus.corpus_hash,
         corpus.unigram_entropy,
+        corpus.tokenizer_hash,
+        weights_hash(job.cfg.init_from) if job.cfg.init_from and not found else None,
         min(job.cfg.train.eval_rows, len(corpus.held_out)),
     )
     steps, after = total_steps(job.cfg), NextSteps(run.command, run.check_command)
-    return Tracker(job.cfg, run.folder, facts, steps, start_step=start_step, plan=plan, next_steps=after)
+    start = found[0].step if found else 0
+    return Tracker(job.cfg, run.folder, facts, steps, start_step=start, plan=plan, next_steps=after)
 
 
 def check_rows(corpus: AnyCorpus, job: Preflight) -> None:
