@@ -282,6 +282,13 @@ def test_another_config_is_another_job_and_leaves_the_completed_ones(sweep: Swee
     assert len(list(sweep.folder.glob("*/summary.json"))) == 5
 
 
+def test_a_folder_of_a_single_run_is_refused_for_a_sweep(sweep: Sweep) -> None:
+    with pytest.raises(ConfigError, match=r"^hydra.run.dir=mine: it is for a single run, ") as refused:
+        sweep("parallel=none,tp", "hydra.run.dir=mine")
+    assert refused.value.fix == {"hydra.run.dir": None, "hydra.sweep.dir": "mine"}
+    assert sweep.started == []
+
+
 @pytest.mark.parametrize("subdir", ["../precious", "/tmp", ".", "x/..", "link"])
 def test_a_job_has_its_folder_below_the_sweeps(sweep: Sweep, subdir: str) -> None:
     precious = sweep.folder.parent / "precious"

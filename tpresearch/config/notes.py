@@ -15,6 +15,7 @@ from tpresearch.config.choices import (
     OptimizerName,
     ProfilerName,
     ScheduleName,
+    TokenizerKind,
 )
 from tpresearch.config.errors import format_value
 from tpresearch.config.mesh import used_axes
@@ -23,6 +24,7 @@ from tpresearch.config.validate import total_steps, uses_fully_shard
 
 DEFAULTS = ComposedConfig()
 RULES = "model.plans."
+OF_WANDB = tuple(f"logger.{key}" for key in ("mode", "project", "entity", "group", "job_type", "tags", "dir"))
 HAS_TEXT_FIELD = (DataSource.jsonl, DataSource.parquet, DataSource.hf)
 
 
@@ -101,8 +103,12 @@ def _unused(cfg: Config, sizes: MeshSizes) -> Iterator[tuple[tuple[str, ...], st
         yield ("data.width",), "it is an option of data=uniform"
     if data.is_synthetic:
         yield ("data.max_tokens", "data.held_out_every"), f"data={data.source} is drawn as it is read"
+        if cfg.tokenizer.kind is TokenizerKind.bpe:  # of the other kind, it tells vocab_size
+            yield ("tokenizer.path",), f"data={data.source} has no text"
         if train.eval_every and train.eval_rows:
             yield ("train.eval_every", "train.eval_rows"), f"data={data.source} has no held-out rows"
+    if not cfg.logger.wandb:
+        yield OF_WANDB, "W&B is off; logger=wandb"
     if cfg.profiler.name is ProfilerName.none:
         yield ("profiler.first_step", "profiler.steps"), "profiler=none; profiler=trace"
     if sizes.dp == 1:

@@ -76,6 +76,10 @@ class JobPlanner:
             HydraConfig.instance().set_config(self.master)
 
     def _check_settings(self) -> None:
+        if folder := values_by_key(self.master.hydra.overrides.hydra).get("hydra.run.dir"):
+            why = "it is for a single run, and jobs of a sweep have theirs below hydra.sweep.dir"
+            fix = {"hydra.run.dir": None, "hydra.sweep.dir": folder}
+            raise ConfigError("hydra.run.dir", folder, why, "hydra.sweep.dir", fix)
         for key, value in self.master.hydra.launcher.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
                 field = f"hydra.launcher.{key}"
