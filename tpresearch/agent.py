@@ -34,6 +34,9 @@ TORCHRUN_OPTIONS = "TPRESEARCH_TORCHRUN_OPTIONS"
 """Set for each rank: torchrun's options as they were typed, but for the number of ranks per host."""
 HEARD_SIGNALS = "PET_SIGNALS_TO_HANDLE"
 """torchrun's variable for its option --signals-to-handle."""
+LOST_RENDEZVOUS = (
+    "its rendezvous does not answer: the host that holds it has ended, or the network to it is down"
+)
 SIGNALLED = (129, 130, 143)
 """Exit codes of ranks that stopped for SIGHUP, Ctrl-C and SIGTERM."""
 LOGGERS = (
@@ -122,10 +125,15 @@ def _end(kind: type[BaseException], error: BaseException, trace: TracebackType |
 def _exit_code(error: BaseException) -> int | None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
     if isinstance(error, KeyboardInterrupt):  # before there were ranks
         interrupt.print_stopped()
         return interrupt.INTERRUPTED
+    if isinstance(error, RendezvousConnectionError):
+        why = str(error.__cause__).partition("\n")[0]
+        print(f"torchrun: {LOST_RENDEZVOUS} ({why})", file=sys.stderr)
+        return 1
     if isinstance(error, SignalException):
         return 128 + int(error.sigval)
     if not isinstance(error, ChildFailedError):

@@ -7,9 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from tpresearch.agent import _exit_code, silent_end
+from tpresearch.agent import LOST_RENDEZVOUS, _exit_code, silent_end
 
 BY_THE_KERNEL = ", as by the kernel where the host's memory or the job's share of it is used up"
 
@@ -29,6 +31,13 @@ def test_the_rank_and_its_signal_or_code_are_named(tmp_path: Path, code: int, ho
 
 def test_a_rank_with_an_error_of_its_own_needs_no_sentence(tmp_path: Path) -> None:
     assert silent_end(ChildFailedError("train.py", {3: failure(tmp_path, 1, has_error=True)})) is None
+
+
+def test_a_rendezvous_that_is_lost_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    error = RendezvousConnectionError("The connection to the C10d store has failed. See inner exception.")
+    error.__cause__ = DistNetworkError("failed to recv, got 0 bytes\nException raised from recvBytes")
+    assert _exit_code(error) == 1
+    assert capsys.readouterr().err == f"torchrun: {LOST_RENDEZVOUS} (failed to recv, got 0 bytes)\n"
 
 
 def failure(folder: Path, code: int, has_error: bool, timestamp: int = 0) -> ProcessFailure:
