@@ -28,32 +28,34 @@ DRAWING = (nn.init.normal_, nn.init.uniform_)
 """They reach a mode with their tensor as an argument by name."""
 
 
-def meta_model(
-    config: ModelConfig, dtype: torch.dtype = torch.float32, lost: dict[str, Change] | None = None
-) -> nn.Module:
+def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model without storage, its parameters in this dtype: see `plain_model`."""
-    return plain_model(config, dtype, "meta", lost)
+    return plain_model(config, dtype, "meta")
 
 
-def plain_model(
-    config: ModelConfig,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    lost: dict[str, Change] | None = None,
-) -> nn.Module:
+def watched_meta_model(config: ModelConfig, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Change]]:
+    """The same, and by parameter what its constructor sets and `reset_parameters` does not, for `check_constructor`."""
+    changes: list[Change] = []
+    model = _construct(config, "meta", changes)
+    lost = lost_changes(model, changes)
+    return _in_dtype(model, dtype), lost
+
+
+def plain_model(config: ModelConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
     """The model as its class makes it, its parameters in this dtype: the one in which weights are kept, `weight_dtype`.
     Buffers are widened with them, and never narrowed: bfloat16 would blunt a rotary table.
-
-    Args:
-        lost: gets what its constructor sets on the meta device and `reset_parameters` does not, for `check_constructor`.
 
     Raises:
         ConfigError: for a class that cannot be imported or does not take these settings, and for a parameter that could
             not be kept as it is.
     """
+    return _in_dtype(_construct(config, device), dtype)
+
+
+def _construct(config: ModelConfig, device: str, changes: list[Change] | None = None) -> nn.Module:
+    """The model as its class makes it; `changes` gets those of values in place."""
     build = imported_class("model._target_", config.target, nn.Module)
     _check_settings(config, build)
-    changes: list[Change] | None = None if lost is None else []
     try:
         with torch.device(device), _module_limit(), _SkipValueChanges(changes):
             model = build(**config.args)
@@ -63,8 +65,10 @@ def plain_model(
         fix = {f"model.{key}": None for key in config.args}
         raise ConfigError("model", config.name, why, legal, fix=fix) from error
     _check_parameters(model)
-    if lost is not None:
-        lost |= lost_changes(model, changes or ())
+    return model
+
+
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():  # FSDP shards no others, and to a model they are the same
         parameter.data = parameter.data.contiguous()
     if dtype is torch.bfloat16:

@@ -208,15 +208,14 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     from tpresearch.data.batches import meta_batch
     from tpresearch.parallel.float8 import float8_layers
     from tpresearch.plan.compiler import compile_plan
-    from tpresearch.plan.constructor import Change, check_constructor
-    from tpresearch.plan.meta import meta_model, weight_dtype
+    from tpresearch.plan.constructor import check_constructor
+    from tpresearch.plan.meta import meta_model, watched_meta_model, weight_dtype
     from tpresearch.plan.parameters import check_parameters
     from tpresearch.plan.probe import check_loss, probe_model
     from tpresearch.train.randomness import check_randomness
 
     dtype = weight_dtype(cfg.train)
-    lost: dict[str, Change] = {}
-    model = meta_model(cfg.model, dtype, lost if from_seed else None)
+    model, lost = watched_meta_model(cfg.model, dtype) if from_seed else (meta_model(cfg.model, dtype), {})
     batch = meta_batch(cfg.data, micro_batch_size(cfg, sizes)).to(torch.device("meta"), dtype)
     check_loss(None, batch.targets, cfg)
     probe = probe_model(model, batch.inputs, cfg)
