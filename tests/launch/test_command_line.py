@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from support.commands import environment, execute_warm
 from support.launches import Command
 
@@ -18,6 +19,7 @@ from tpresearch.config.world import World
 from tpresearch.launch.command import Command as TypedCommand
 from tpresearch.launch.command import corrected, override, program_words
 from tpresearch.launch.help import meanings
+from tpresearch.launch.hydra_app import typed_words
 from tpresearch.launch.options import command
 from tpresearch.verify.ranks import Ranks
 
@@ -128,6 +130,11 @@ def test_a_proposed_command_says_how_hosts_meet_as_it_was_typed(
 )
 def test_hydra_reads_a_quoted_value_as_it_was(text: str) -> None:
     assert OverridesParser.create().parse_override(override("key", text)).value() == text
+
+
+def test_an_interpolation_that_was_typed_is_repeated_as_it_is() -> None:
+    words = ["model.dim=${.hidden_dim}", "name=${not.there}", "data.path=${oc.env:HOME}/x"]
+    assert typed_words(OmegaConf.create(words)) == words
 
 
 def test_a_path_in_a_proposed_override_is_quoted_for_hydra() -> None:

@@ -289,6 +289,17 @@ def test_a_folder_of_a_single_run_is_refused_for_a_sweep(sweep: Sweep) -> None:
     assert sweep.started == []
 
 
+@pytest.mark.parametrize(
+    ("subdir", "folders"),
+    [("job-${hydra.job.num}", ["job-0", "job-1"]), ("${parallel.name}", ["none", "tp"])],
+)
+def test_a_jobs_folder_is_called_as_hydra_would_call_it(
+    sweep: Sweep, subdir: str, folders: list[str]
+) -> None:
+    sweep("parallel=none,tp", f"hydra.sweep.subdir={subdir}")
+    assert [job.folder.name for job in sweep.started] == folders
+
+
 @pytest.mark.parametrize("subdir", ["../precious", "/tmp", ".", "x/..", "link"])
 def test_a_job_has_its_folder_below_the_sweeps(sweep: Sweep, subdir: str) -> None:
     precious = sweep.folder.parent / "precious"

@@ -256,7 +256,9 @@ def _call_main(program: Program[Checked], job: Checked, world: World, restarted:
     """Call main with the validated config and its run; an exception goes to the logs and to torchrun's report."""
     settings, command = HydraConfig.get(), Command.from_argv(world)
     if any(override_key(word) == "resume" for word in command.arguments):
-        command = dataclasses.replace(command, arguments=tuple(settings.overrides.task))
+        command = dataclasses.replace(
+            command, arguments=tuple(hydra_app.typed_words(settings.overrides.task))
+        )
     run = Run(Path(settings.runtime.output_dir), world, restarted, command, program.check_command)
     with gc_paused():
         start_logging(run.folder, world)

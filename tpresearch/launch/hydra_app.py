@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra import version
@@ -27,7 +27,7 @@ from hydra.core.utils import JobStatus, run_job
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.main import get_args_parser
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.errors import ConfigError
@@ -185,7 +185,15 @@ def launch_dir() -> Path:
 
 def typed_overrides() -> dict[str, str]:
     """The overrides of this process's config by key; none of one that was loaded in Python."""
-    return values_by_key(HydraConfig.get().overrides.task) if HydraConfig.initialized() else {}
+    return values_by_key(typed_words(HydraConfig.get().overrides.task)) if HydraConfig.initialized() else {}
+
+
+def typed_words(overrides: Any) -> list[str]:
+    """Hydra's record of overrides, as they were typed: iterating it would resolve their interpolations, which hold elsewhere, or
+    for a job of a sweep only.
+    """
+    plain: Any = OmegaConf.to_container(overrides, resolve=False)
+    return list(map(str, plain))
 
 
 def flags_for_job() -> list[str]:

@@ -21,7 +21,7 @@ from tpresearch.config.world import World
 from tpresearch.launch.command import Command, WrongCommand, corrected, override, program_words, values_by_key
 from tpresearch.launch.composition import Composition, typed_config
 from tpresearch.launch.explain import explain_errors
-from tpresearch.launch.hydra_app import flags_for_job, parse_command_line
+from tpresearch.launch.hydra_app import flags_for_job, parse_command_line, typed_words
 from tpresearch.launch.refuse import as_if_typed
 from tpresearch.launch.run_dir import may_resume
 from tpresearch.sweep.job import (
@@ -86,10 +86,10 @@ class JobPlanner:
                 raise ConfigError(field, value, "too small", "a number above 0", fix={field: None})
 
     def _job(self, overrides: list[str], number: int, in_all: Collection[str]) -> Job:
-        typed = [*self.master.hydra.overrides.hydra, *overrides]
+        of_hydra = typed_words(self.master.hydra.overrides.hydra)
         config_dir, config_name = parse_command_line()[0].config_dir, str(self.master.hydra.job.config_name)
         try:
-            with explain_errors(Composition(config_name, typed, config_dir)):
+            with explain_errors(Composition(config_name, [*of_hydra, *overrides], config_dir)):
                 composed = self.loader.load_sweep_config(self.master, overrides)
                 with open_dict(composed):
                     composed.hydra.job.id, composed.hydra.job.num = str(number), number
@@ -119,12 +119,7 @@ class JobPlanner:
             gpus=gpus,
             signature=signature(as_dict(cfg), ranks),
             group=signature(as_dict(cfg), ranks, without_seed=True),
-            arguments=[
-                *program_words(),
-                *overrides,
-                *for_wandb,
-                *inherited_overrides(self.master.hydra.overrides.hydra),
-            ],
+            arguments=[*program_words(), *overrides, *for_wandb, *inherited_overrides(of_hydra)],
             composed=composed,
             nodes=nodes,
             steps=total_steps(cfg),
