@@ -208,7 +208,7 @@ def cut_out(parts: Parts, start: int, stop: int | None) -> Iterator[str]:
 
 
 def is_held_out(name: str, every: int) -> bool:
-    return int(hashlib.sha1(os.fsencode(name)).hexdigest(), 16) % every == 0
+    return int(hashlib.sha1(name.encode(errors="surrogateescape")).hexdigest(), 16) % every == 0
 
 
 def holds_out_documents(documents: Iterable[Document], every: int, chars: int | None = None) -> bool:

@@ -163,4 +163,4 @@ def _hash_contents(files: list[tuple[str, Path]], salt: str) -> str:
 
 def hash_text(text: str) -> str:
     """16 hex digits over a text, in which names of files need not be UTF-8."""
-    return hashlib.blake2b(os.fsencode(text), digest_size=HASH_DIGITS // 2).hexdigest()
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=HASH_DIGITS // 2).hexdigest()
