@@ -20,13 +20,8 @@ from typing import Any
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.network import is_reachable
 from tpresearch.config.schema import DataConfig
-from tpresearch.data.documents import (
-    Document,
-    check_unpacked_sizes,
-    documents_of,
-    find_unreadable,
-    missing_field,
-)
+from tpresearch.data.documents import Document, documents_of, missing_field
+from tpresearch.data.library_files import check_unpacked_sizes, find_unreadable
 from tpresearch.data.sources import EMBEDDED_DATA, Corpus, hash_files, hash_text
 
 log = logging.getLogger(__name__)
