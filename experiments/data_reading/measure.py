@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from tpresearch.data.batches import Batches
-from tpresearch.data.rows import read_rows
+from tpresearch.data.streams import read_rows
 from tpresearch.models.llama2 import Llama2
 
 sys.path.append(str(Path(__file__).parents[1]))

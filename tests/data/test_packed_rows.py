@@ -16,9 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
-from tpresearch.data import documents, rows
+from tpresearch.data import documents, streams
 from tpresearch.data import tokenizer as data_tokenizer
-from tpresearch.data.rows import check_enough_rows, read_rows, token_dtype, unigram_entropy, write_streams
+from tpresearch.data.rows import check_enough_rows
+from tpresearch.data.streams import read_rows, token_dtype, unigram_entropy, write_streams
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
@@ -68,7 +69,7 @@ def test_a_long_document_is_encoded_a_part_at_a_time(
         return encode(self, texts)
 
     monkeypatch.setattr(data_tokenizer.Tokenizer, "encode", counted)
-    monkeypatch.setattr(rows, "ENCODE_CHARS", 5000)
+    monkeypatch.setattr(streams, "ENCODE_CHARS", 5000)
     whole = prepared(configure(str(tmp_path / "long.txt")), bpe)
     monkeypatch.setattr(data_tokenizer, "PIECE_CHARS", 100)
     parts = prepared(configure(str(tmp_path / "long.txt"), cache_dir=str(tmp_path / "again")), bpe)

@@ -26,8 +26,9 @@ from tpresearch.config.world import SINGLE_PROCESS, World
 from tpresearch.data.cache import Meta, build_once
 from tpresearch.data.documents import Document, Parts
 from tpresearch.data.hub import open_hub
-from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, write_streams
+from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus
 from tpresearch.data.sources import hash_text, open_files
+from tpresearch.data.streams import write_streams
 from tpresearch.data.tokenizer import (
     PIECE_CHARS,
     TOKENIZER_FILE,
