@@ -11,7 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from tpresearch.sweep.job import STOPPED_CODE, Job, outcome_of
+from tpresearch.sweep.job import STOPPED_CODE, Job
+from tpresearch.sweep.outcome import outcome_of
 from tpresearch.sweep.table import print_table, seed_table, table_of, write_files
 
 

@@ -15,8 +15,9 @@ from support.example_run import row
 from tpresearch.config.choices import Loss
 from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import Command, program_words
-from tpresearch.track.console import NextSteps, ProgressLine, report
+from tpresearch.track.console import ProgressLine, report
 from tpresearch.track.names import complete_row
+from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.record import summary_figures
 from tpresearch.track.text import (
     bytes_text,
@@ -115,50 +116,6 @@ def test_on_a_terminal_one_line_lives() -> None:
     for part in ("step 5/8", "loss 7.938", "val 7.500", "300 tok/s", "977 KiB", "1:00 left"):
         assert part in last
     assert out.getvalue().count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("ranks", "refused", "other"), [(2, "", "fsdp"), (4, "", "fsdp_tp"), (4, "fsdp_tp", "fsdp")]
-)
-def test_the_plan_to_see_next_is_all_that_its_name_says(
-    tmp_path: Path, ranks: int, refused: str, other: str
-) -> None:
-    """Two axes take four ranks; and what is refused is not proposed."""
-    steps = NextSteps(
-        Command(("parallel=tp",), ranks=ranks),
-        lambda command: REFUSED if f"parallel={refused}" in command.arguments else None,
-    )
-    first, _ = steps.after({"parallel": "tp", "world_size": ranks}, tmp_path)[0]
-    assert first.endswith(f" parallel={other}")
-
-
-def test_the_plan_to_see_next_is_started_on_the_same_hosts(tmp_path: Path) -> None:
-    started = Command(("parallel=tp",), ranks=2, hosts=2, options=("--nnodes=2", "--node-rank=0"))
-    first, _ = NextSteps(started, lambda _: None).after({"parallel": "tp", "world_size": 4}, tmp_path)[0]
-    assert "torchrun --nnodes=2 --node-rank=0 --nproc-per-node=2 " in first
-
-
-@pytest.mark.parametrize(
-    ("typed", "world", "judged"),
-    [
-        (["parallel=tp"], 2, ["parallel=fsdp", "-m parallel=none world_size=2"]),
-        (["parallel=none", "hydra.run.dir=r"], 1, ["parallel=fsdp"]),
-        # On other ranks, or on another mesh, the plan that ran may be refused.
-        (["parallel=tp"], 1, ["parallel=fsdp", "-m parallel=none,tp world_size=2"]),
-        (["parallel=tp", "mesh.tp=2"], 2, ["parallel=fsdp", "-m parallel=none,tp world_size=2"]),
-    ],
-)
-def test_what_ran_or_was_judged_just_now_is_not_judged_again(
-    tmp_path: Path, typed: list[str], world: int, judged: list[str]
-) -> None:
-    asked: list[str] = []
-    command = Command(tuple(typed), ranks=world)
-    steps = NextSteps(command, lambda judged: asked.append(" ".join(judged.arguments)))
-    plan = typed[0].partition("=")[2]
-    (_, sweep, *_) = steps.after({"parallel": plan, "world_size": world}, tmp_path)
-    assert asked == judged
-    plans = ",".join(dict.fromkeys(["none", plan, "fsdp"]))
-    assert sweep[0].endswith(f" -m parallel={plans} world_size=2")
 
 
 def test_the_report_tells_results_place_and_what_to_type_next(

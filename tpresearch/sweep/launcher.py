@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 from tpresearch.config.errors import ConfigError, JobFailed
 from tpresearch.config.schema import TorchrunConfig
 from tpresearch.launch.claim import lock_folder
-from tpresearch.sweep.job import Job, Outcome, outcome_of, will_resume
+from tpresearch.sweep.job import Job, will_resume
+from tpresearch.sweep.outcome import Outcome, outcome_of
 from tpresearch.sweep.planning import JobPlanner, assign_folders
 from tpresearch.sweep.running import (
     Devices,

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from tpresearch.config.schema import LoggerConfig
 from tpresearch.launch.command import override_key, python_command
-from tpresearch.sweep.job import CONSOLE_LOG, Outcome, wandb_group
+from tpresearch.sweep.job import CONSOLE_LOG, wandb_group
+from tpresearch.sweep.outcome import Outcome
 from tpresearch.track.table import (
     SEED,
     Column,

@@ -21,9 +21,10 @@ from tpresearch.config.secrets import refuse_secrets
 from tpresearch.launch.stop import Stopped
 from tpresearch.ledger.entries import StepLedger
 from tpresearch.track import record
-from tpresearch.track.console import NextSteps, ProgressLine, report
+from tpresearch.track.console import ProgressLine, report
 from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import Row, step_of
+from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.tensorboard import TensorboardRun
 from tpresearch.track.text import run_name
 from tpresearch.track.wandb_host import MAX_NAME_CHARS, MAX_TAG_CHARS

@@ -18,7 +18,7 @@ from tpresearch.launch.run_dir import hear_other_hosts
 from tpresearch.launch.stop import StopFlag, fault_of_another_rank
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import abort_group
-from tpresearch.track.console import NextSteps
+from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.tracker import Tracker
 
 log = logging.getLogger(__name__)

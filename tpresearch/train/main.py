@@ -30,7 +30,7 @@ from tpresearch.parallel.device import Device, device_notes
 from tpresearch.parallel.group import agree_on_nothing_left, process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import describe_mesh, describe_model, plan_text
-from tpresearch.track.console import NextSteps
+from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.tracker import RunFacts, Tracker
 from tpresearch.train.agreement import AgreedGradients
 from tpresearch.train.assemble import assemble
