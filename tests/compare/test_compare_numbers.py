@@ -13,20 +13,10 @@ from rich.console import Console
 from support.made_runs import TOKENS_PER_STEP, Made, entry, falling, groups_of
 
 from tpresearch.compare.charts import chart_spec
+from tpresearch.compare.differences import MAX_DOTS, differences, max_differences, pooled_differences
 from tpresearch.compare.groups import Comparison, Group, comparisons_of, group_each_run, group_over_seeds
-from tpresearch.compare.panel_data import (
-    MAX_DOTS,
-    PanelData,
-    bars,
-    curves,
-    differences,
-    ledger,
-    max_differences,
-    panel_data,
-    pareto,
-    parts,
-    pooled_differences,
-)
+from tpresearch.compare.panel_data import bars, curves, ledger, panel_data, pareto, parts
+from tpresearch.compare.points import PanelData
 from tpresearch.compare.report import DIFFERENCES, ROUNDING, RUNS, SEEDS, Report, tables
 from tpresearch.compare.runs import find_runs
 from tpresearch.compare.style import ChartStyle

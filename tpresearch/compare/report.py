@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from tpresearch.compare.charts import Spec, chart_spec, javascript, png
+from tpresearch.compare.differences import max_differences, pooled_differences, unpaired
 from tpresearch.compare.groups import Comparison, Group, differing, labels, settings_frame
-from tpresearch.compare.panel_data import max_differences, panel_data, pooled_differences, unpaired
+from tpresearch.compare.panel_data import panel_data
 from tpresearch.compare.runs import Run
 from tpresearch.compare.style import ChartStyle
 from tpresearch.config.errors import ConfigError
