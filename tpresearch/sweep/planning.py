@@ -55,6 +55,11 @@ class JobPlanner:
     def sweep_dir(self) -> Path:
         return Path(self.master.hydra.sweep.dir)
 
+    @property
+    def hydra_overrides(self) -> list[str]:
+        """Overrides of Hydra's own settings, as they were typed."""
+        return typed_words(self.master.hydra.overrides.hydra)
+
     def plan(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[Job]:
         """Compose and validate each job.
 
@@ -76,7 +81,7 @@ class JobPlanner:
             HydraConfig.instance().set_config(self.master)
 
     def _check_settings(self) -> None:
-        if folder := values_by_key(self.master.hydra.overrides.hydra).get("hydra.run.dir"):
+        if folder := values_by_key(self.hydra_overrides).get("hydra.run.dir"):
             why = "it is for a single run, and jobs of a sweep have theirs below hydra.sweep.dir"
             fix = {"hydra.run.dir": None, "hydra.sweep.dir": folder}
             raise ConfigError("hydra.run.dir", folder, why, "hydra.sweep.dir", fix)
@@ -86,10 +91,9 @@ class JobPlanner:
                 raise ConfigError(field, value, "too small", "a number above 0", fix={field: None})
 
     def _job(self, overrides: list[str], number: int, in_all: Collection[str]) -> Job:
-        of_hydra = typed_words(self.master.hydra.overrides.hydra)
         config_dir, config_name = parse_command_line()[0].config_dir, str(self.master.hydra.job.config_name)
         try:
-            with explain_errors(Composition(config_name, [*of_hydra, *overrides], config_dir)):
+            with explain_errors(Composition(config_name, [*self.hydra_overrides, *overrides], config_dir)):
                 composed = self.loader.load_sweep_config(self.master, overrides)
                 with open_dict(composed):
                     composed.hydra.job.id, composed.hydra.job.num = str(number), number
@@ -119,7 +123,7 @@ class JobPlanner:
             gpus=gpus,
             signature=signature(as_dict(cfg), ranks),
             group=signature(as_dict(cfg), ranks, without_seed=True),
-            arguments=[*program_words(), *overrides, *for_wandb, *inherited_overrides(of_hydra)],
+            arguments=[*program_words(), *overrides, *for_wandb, *inherited_overrides(self.hydra_overrides)],
             composed=composed,
             nodes=nodes,
             steps=total_steps(cfg),
