@@ -193,6 +193,16 @@ def test_small_messages_cost_latency_that_grows_with_the_ring() -> None:
     assert collective_s("all_gather", 10**9, Route(8, 8), slow) == pytest.approx(5e-6 + 70e-6 + 8.75e-3)
 
 
+def test_between_hosts_an_all_reduce_takes_a_tree_where_its_steps_are_fewer() -> None:
+    """Its latency alone, by LL: twice the 7 steps of a host and log2 of the hosts, or the ring's twice n - 1."""
+    slow = cluster(intra_step_us=1.0, inter_step_us=100.0)
+    for hosts, between in ((4, 2 * 2), (2, 2 * 1)):
+        found = collective_s("all_reduce", 0, Route(8 * hosts, 8), slow)
+        assert found == pytest.approx(0.2 * (2 * 7 * 1e-6 + between * 100e-6))
+    ring = 0.2 * (2 - 1) * ((15 - 1) * 1e-6 + 100e-6)
+    assert collective_s("all_gather", 0, Route(16, 8), slow) == pytest.approx(ring)
+
+
 @pytest.mark.parametrize(("ranks", "steps"), [(2, 1), (4, 3)])
 def test_each_step_of_gloos_ring_takes_time_and_its_reduce_scatter_is_an_all_reduce(
     ranks: int, steps: int
