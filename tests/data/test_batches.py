@@ -42,6 +42,13 @@ def test_every_dp_degree_reads_the_same_global_batch(rows: np.ndarray, dp_size: 
         assert whole.targets.tolist() == rows[taken, 1:].tolist()
 
 
+def test_a_batch_may_be_a_single_row(rows: np.ndarray) -> None:
+    assert (
+        Batches(rows, 1, seed=0).batch(2).inputs.tolist()
+        == rows[[Batches(rows, 3, seed=0).row_indices(0)[2]], :-1].tolist()
+    )
+
+
 def test_repeated_batches_are_the_first_ones_over_and_over(rows: np.ndarray) -> None:
     all_of_them, two = Batches(rows, 24, seed=3), Batches(rows, 24, seed=3, repeat=2)
     for step in (0, 1, 2, 7, 100):

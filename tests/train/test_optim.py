@@ -39,6 +39,9 @@ def test_wsd_is_level_and_then_falls_in_a_line() -> None:
     found = rates("wsd", decay_ratio=0.25, min_lr_ratio=0.0)
     assert found[4:16] == [2.0] * 12
     assert found[16:] == pytest.approx([1.6, 1.2, 0.8, 0.4])
+    assert (
+        rates("wsd", decay_ratio=0.05, min_lr_ratio=0.0)[4:] == [2.0] * 16
+    )  # its last step is the whole of the decay
 
 
 def test_wsd_that_begins_within_the_warmup_falls_from_the_peak_after_it() -> None:
@@ -81,7 +84,7 @@ def test_gradients_divided_in_the_update_are_those_divided_before_it(dtype: torc
     moved = []
     for in_update in (True, False):
         torch.manual_seed(0)
-        weight = nn.Parameter(torch.randn(300, dtype=dtype))
+        weight = nn.Parameter(torch.zeros(300, dtype=dtype))
         optimizer = build_optimizer([weight], OptimizerConfig(lr=0.01))
         for divisor in (7.3, 1.0, 2.9):
             weight.grad = torch.randn(300, dtype=dtype)
@@ -91,7 +94,7 @@ def test_gradients_divided_in_the_update_are_those_divided_before_it(dtype: torc
                 weight.grad = (weight.grad.float() / divisor).to(dtype)
             optimizer.step()
         moved.append(weight.detach())
-    assert torch.allclose(*moved, rtol=1e-6, atol=1e-6 if dtype is torch.float32 else 2e-2)
+    assert torch.allclose(*moved, rtol=0, atol=1e-6 if dtype is torch.float32 else 1e-3)
 
 
 def test_in_bfloat16_the_factor_is_not_rounded_before_it_is_used() -> None:
