@@ -37,13 +37,19 @@ TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
 def drawn(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [4, 24, h], a weight [V, h], and targets of which some are none."""
+    """Hidden states [4, 24, h], a weight [V, h], and targets: the first and the last token among them, and some that are none."""
     torch.manual_seed(0)
     hidden = torch.randn(4, TOKENS // 4, WIDTH, dtype=dtype)
     weight = torch.randn(VOCABULARY, WIDTH, dtype=dtype).mul_(0.1)
     targets = torch.randint(VOCABULARY, (4, TOKENS // 4))
     targets[0, 3:9] = IGNORE_INDEX
+    targets[1, :2] = torch.tensor([0, VOCABULARY - 1])
     return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def gradient_of(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -124,11 +130,14 @@ def test_a_logit_far_above_the_others_does_not_overflow() -> None:
 
 def test_frozen_parts_get_no_gradient_and_none_is_made_without_autograd() -> None:
     hidden, weight, targets = drawn(torch.float32)
+    plain = summed_cross_entropy(F.linear(hidden, weight), targets)
+    of_hidden, of_weight = torch.autograd.grad(plain, (hidden, weight))
     linear_cross_entropy(hidden, weight.detach(), targets, 32).backward()
-    assert hidden.grad is not None
+    assert relative(gradient_of(hidden), of_hidden) < 1e-6
     hidden.grad = None
     linear_cross_entropy(hidden.detach(), weight, targets, 32).backward()
-    assert (hidden.grad, weight.grad is None) == (None, False)
+    assert hidden.grad is None
+    assert relative(gradient_of(weight), of_weight) < 1e-6
     with torch.no_grad(), FlopCounterMode(display=False) as matmuls:
         assert not linear_cross_entropy(hidden, weight, targets, 32).requires_grad
     assert matmuls.get_total_flops() == 2 * TOKENS * WIDTH * VOCABULARY  # those of the logits alone
