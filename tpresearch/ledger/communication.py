@@ -127,11 +127,6 @@ class CommunicationLedger(TorchDispatchMode):
 
 
 def _group_of(args: tuple[Any, ...]) -> str:
-    """The name of the process group that a c10d op was given, as a boxed script object."""
-    for arg in args:
-        if isinstance(arg, torch.ScriptObject):
-            try:
-                return str(dist.ProcessGroup.unbox(arg).group_name)
-            except RuntimeError:
-                continue  # a boxed ReduceOp
-    return "unknown"
+    """The name of the process group that a c10d op was given, as the first of its boxed script objects."""
+    group, *_ = (argument for argument in args if isinstance(argument, torch.ScriptObject))
+    return str(dist.ProcessGroup.unbox(group).group_name)
