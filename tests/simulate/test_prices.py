@@ -187,6 +187,12 @@ def test_a_ring_moves_its_bytes_over_the_narrowest_link(
     assert collective_s(collective, 10**9, where, cluster()) == pytest.approx(seconds)
 
 
+def test_links_of_a_host_bound_the_rings_that_pass_through_them_alone() -> None:
+    narrow = cluster(intra_gb_s=1.0)
+    assert collective_s("all_gather", 10**9, Route(16, 8), narrow) == pytest.approx(15 / 16)
+    assert collective_s("all_gather", 10**9, Route(4, 1), narrow) == pytest.approx(3 / 4 / 5)
+
+
 def test_small_messages_cost_latency_that_grows_with_the_ring() -> None:
     slow = cluster(intra_step_us=10.0, collective_us=5.0)
     assert collective_s("all_gather", 0, Route(8, 8), slow) == pytest.approx(5e-6 + 7 * 10e-6 * 0.2)  # by LL
@@ -227,6 +233,7 @@ def test_where_the_ranks_of_an_axis_are() -> None:
     assert route("tp", sizes, cluster()) == Route(4, 4)
     assert route("dp_shard", sizes, cluster()) == Route(4, 2)
     assert route("dp_replicate", sizes, cluster()) == Route(2, 1)
+    assert route("world", sizes, cluster()) == Route(32, 8)  # a group that is no axis
 
 
 @pytest.mark.parametrize(
