@@ -94,7 +94,6 @@ class Streams:
         if event:
             self.seconds[f"exposed/{_key(event)}"] += seconds
         self.device_s += seconds
-        self.host_s = self.device_s
 
     def _launch(self, kernel: Kernel) -> None:
         copies = kernel.kind == "copy"
