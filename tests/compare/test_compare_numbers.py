@@ -356,6 +356,9 @@ def test_a_run_from_a_seed_that_the_baseline_lacks_is_compared_with_none_of_its_
     runs = find_runs([str(tmp_path)]).runs
     one, four, two = group_over_seeds(runs)
     assert ([len(each.runs) for each in (one, two, four)], two.label) == ([2, 3, 1], "tp · 2 ranks")
+    assert comparisons_of([one, four, two]) == [
+        Comparison([one, four, two], one)
+    ]  # though their first seeds differ
     found = differences([Comparison([one, four, two], one)], LOSS)
     assert set(rows(found, "run", "value")) == {("tp · 2 ranks", 0.25)}
     left_out = [
