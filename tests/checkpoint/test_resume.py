@@ -19,6 +19,7 @@ from tpresearch.checkpoint.resume import (
     check_corpus,
     check_experiment,
     checkpoints_to_resume,
+    differences,
     find_checkpoint,
     run_of,
 )
@@ -90,6 +91,11 @@ def test_another_experiment_is_refused_with_its_weights_offered(changed: str, sa
     assert str(refused.value).startswith(said)
     assert refused.value.fix["init_from"] == checkpoint.folder
     assert refused.value.fix["resume"] is None
+
+
+def test_a_setting_that_only_one_of_them_has_is_a_difference() -> None:
+    assert [*differences({"model": {"dim": 64}}, {"model": {}})] == [("model.dim", 64, None)]
+    assert [*differences({"model": {}}, {"model": {"dim": 64}})] == [("model.dim", None, 64)]
 
 
 def test_a_mark_without_a_key_that_is_newer_has_its_default() -> None:

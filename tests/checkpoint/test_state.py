@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorSt
 from tpresearch.checkpoint.disk import BrokenCheckpoint, folder_of, read_checkpoint, sync_and_checksum
 from tpresearch.checkpoint.load import _MetadataUnpickler, check_initial_weights, read_tensors, tensors_of
 from tpresearch.checkpoint.save import check_finite
-from tpresearch.config import Config
+from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.plan.meta import meta_model
 from tpresearch.train.preflight import preflight
@@ -142,12 +142,28 @@ def test_weights_alone_begin_a_new_run(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_tensors_are_read_one_by_one_without_ranks(tmp_path: Path) -> None:
-    went = alone(config("parallel=none", "model=toy_mlp"), 1, run=tmp_path, at=1)
+    went = alone(config("parallel=none", "model=toy_mlp", "train.dtype=float64"), 1, run=tmp_path, at=1)
     folder = folder_of(tmp_path, 1)
     (found,) = read_tensors(folder, ["model.output.weight"])
+    assert found[1].dtype == torch.float64
     assert torch.equal(found[1], went.state["model.output.weight"])
     with pytest.raises(BrokenCheckpoint, match=r"it does not contain model\.x"):
         list(read_tensors(folder, ["model.x"]))
+
+
+def test_a_file_that_has_changed_is_not_loaded_nor_tensors_of_another_shape(tmp_path: Path) -> None:
+    cfg = config("parallel=none", "model=toy_mlp")
+    alone(cfg, 1, run=tmp_path, at=1)
+    saved = folder_of(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"\[260, 64\] in it and \[260, 32\] here"):
+        alone(config("parallel=none", "model=toy_mlp", "model.dim=32"), 0, saved)
+    content = bytearray((saved / "__0_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved / "__0_0.distcp").write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=r"can be loaded; step-00000001: __0_0\.distcp is not as it was writt"
+    ):
+        alone(cfg, 0, saved)
 
 
 def test_metadata_that_is_damaged_or_would_run_code_is_refused(tmp_path: Path) -> None:
