@@ -136,6 +136,14 @@ def test_a_weight_that_is_used_again_gets_the_sum_of_its_uses(backend: str | Non
     torch.testing.assert_close((weight.grad, bias.grad), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_outside_of_a_step_gradients_are_autograds_own() -> None:
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with GradientSums({layer: layer.get_parameter("weight")}).collecting():
+        pass
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(2, 3))
+
+
 class Own(nn.Linear):
     def twice(self, x: Tensor) -> Tensor:
         return 2 * self(x)

@@ -100,6 +100,17 @@ def test_seed_and_name_and_tile_decide_a_weight() -> None:
     assert correlation.abs().max() < 5 / math.sqrt(128 * 512)
 
 
+def test_a_draw_that_fails_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    layer = nn.Linear(3, 2)
+    source = from_seed(read_initializers(layer), 0)
+    monkeypatch.setattr(ElementwiseInitializer, "draw", fail)
+    with pytest.raises(MemoryError):
+        source(layer)
+
+
 def test_a_layer_put_in_later_starts_as_the_one_that_it_replaces() -> None:
     """As a low-precision layer does: a subclass of nn.Linear, whose own start is uniform and wider."""
 
