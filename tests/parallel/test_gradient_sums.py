@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -38,6 +40,13 @@ def _no_graphs_of_others() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _memory_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum that nothing was written to has what was there before."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t, **options: empty_like(t, **options).fill_(math.nan))
 
 
 def run(cfg: Config, use: Callable[[Loop], list[float]]) -> list[float]:
@@ -304,13 +313,32 @@ def test_a_compiled_backward_copies_no_sum() -> None:
     assert not any(f"empty_strided_cpu({shape}" in adding for shape in ("(80, 48)", "(48, 80)"))
 
 
+def test_the_first_product_of_a_step_is_written_and_added_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = nn.Linear(48, 80, bias=False), torch.randn(6, 48)
+    sums, called = GradientSums({layer: layer.get_parameter("weight")}), list[str]()
+    for name in ("zeros_like", "mm", "addmm"):
+        function = functools.partial(lambda name, op, *a, **k: (called.append(name), op(*a, **k))[1], name)
+        monkeypatch.setattr(torch, name, functools.partial(function, getattr(torch, name)))
+    for _ in range(2):
+        with sums.collecting():
+            for _ in range(3):
+                layer(x).sum().backward()
+        assert layer.weight.grad is not None
+        torch.testing.assert_close(layer.weight.grad, 3 * x.sum(0).expand(80, 48))
+    assert called == ["mm", "addmm", "addmm"] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_product_is_not_rounded_to_the_dtype_of_its_factors(dtype: torch.dtype) -> None:
     """Integers below 2^8 are bfloat16 numbers, and sums of their products are float32 numbers."""
     first, second = (torch.randint(-255, 256, shape) for shape in ((7, 96), (96, 5)))
     total = torch.ones(7, 5, dtype=torch.promote_types(dtype, torch.float32))
-    add_product_(total, first.to(dtype), second.to(dtype))
+    begun = torch.tensor(True)
+    add_product_(total, first.to(dtype), second.to(dtype), begun)
     assert torch.equal(total.long(), 1 + first @ second)
+    add_product_(total, first.to(dtype), second.to(dtype), begun.logical_not_())
+    assert torch.equal(total.long(), first @ second)
+    assert begun
 
 
 def test_layers_are_those_that_run_as_linear_layers_and_learn() -> None:

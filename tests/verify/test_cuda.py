@@ -62,10 +62,12 @@ def test_a_matmul_adds_to_a_sum_that_may_be_wider(dtype: torch.dtype) -> None:
     first, second = (torch.randint(-255, 256, shape) for shape in ((96, 160), (160, 64)))
     for of_sum in {torch.promote_types(dtype, torch.float32), dtype}:
         total = torch.ones(96, 64, dtype=of_sum, device="cuda")
-        add_product_(total, first.t().contiguous().cuda().to(dtype).t(), second.cuda().to(dtype))
-        exact = 1 + first @ second
-        most = 0 if of_sum.itemsize > 2 else exact.abs().max() / 2**8
-        assert (total.cpu() - exact).abs().max() <= most, of_sum
+        for begun in (True, False):
+            factors = first.t().contiguous().cuda().to(dtype).t(), second.cuda().to(dtype)
+            add_product_(total, *factors, torch.tensor(begun))
+            exact = begun + first @ second
+            most = 0 if of_sum.itemsize > 2 else exact.abs().max() / 2**8
+            assert (total.cpu() - exact).abs().max() <= most, (of_sum, begun)
 
 
 @pytest.mark.parametrize("plan", PLANS[::-1])  # those of most axes first

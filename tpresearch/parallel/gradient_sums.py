@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
@@ -22,7 +23,7 @@ from tpresearch.plan.compiler import Plan
 
 
 class GradientSums:
-    """Gradients of linear layers' weights, which are zeroed at the beginning of a step and added to in backward.
+    """Gradients of linear layers' weights, which the first matmul of a step writes and later ones add to.
 
     Args:
         trained: by layer, the parameter that has its weight's gradient: its master, or the weight itself.
@@ -30,26 +31,33 @@ class GradientSums:
 
     def __init__(self, trained: Mapping[nn.Linear, nn.Parameter]) -> None:
         self._trained = {_as_summing(layer): parameter for layer, parameter in trained.items()}
-        for layer in self._trained:
-            layer.summed = (layer.weight,)
+        self._begun = {parameter: torch.zeros((), dtype=torch.bool) for parameter in self._trained.values()}
+        for layer, parameter in self._trained.items():
+            layer.summed, layer.begun = (layer.weight,), self._begun[parameter]
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Backward adds to the parameters' gradients, which begin as zeros. One that nothing was added to becomes none, by which
-        an optimizer leaves its weight alone."""
-        for parameter in dict.fromkeys(self._trained.values()):  # of layers that share one, once
-            parameter.grad = torch.zeros_like(parameter)
-        begun = {parameter: (parameter.grad, _changes(parameter)) for parameter in self._trained.values()}
+        """Backward adds to the parameters' gradients. One that nothing was added to becomes none, by which an optimizer leaves its
+        weight alone."""
+        for parameter, begun in self._begun.items():
+            parameter.grad = torch.empty_like(parameter)  # not zeros, a pass over memory
+            begun.fill_(False)
+        empty = {parameter: (parameter.grad, _changes(parameter)) for parameter in self._begun}
+        hooks = []
         for layer, parameter in self._trained.items():
             layer.gradient_sum = parameter.grad
-            _ACCUMULATORS[_place(parameter.grad)] = _accumulator(layer.weight)
+            _ACCUMULATORS[_place(parameter.grad)] = accumulator = _accumulator(layer.weight)
+            begin = functools.partial(_begin, parameter.grad, self._begun[parameter])
+            hooks.append(accumulator.register_prehook(begin))
         try:
             yield
         finally:
             _ACCUMULATORS.clear()
+            for hook in hooks:
+                hook.remove()
             for layer in self._trained:
                 layer.gradient_sum = None
-        for parameter, (total, before) in begun.items():
+        for parameter, (total, before) in empty.items():
             if parameter.grad is not total:
                 why = "a backward of the model's own, with create_graph=True, puts another gradient in the place of a sum"
                 raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
@@ -59,6 +67,13 @@ class GradientSums:
 
 _ACCUMULATORS: dict[int, Any] = {}
 """By the place of a gradient that is summed, the node of the autograd graph that would accumulate it."""
+
+
+def _begin(total: Tensor | None, begun: Tensor, gradients: tuple[Tensor | None, ...]) -> None:
+    """Zero a sum that nothing was written to before autograd adds to it: where a weight is used without its layer."""
+    if total is not None and gradients[0] is not None and not is_fake(begun) and not begun:
+        total.zero_()
+        begun.fill_(True)
 
 
 def _place(tensor: Tensor | None) -> int:
@@ -118,6 +133,8 @@ class _SummingLinear(nn.Linear):
     """A linear layer whose backward adds its weight's gradient to `gradient_sum`, while there is one."""
 
     gradient_sum: Tensor | None = None
+    begun: Tensor
+    """Whether the sum has been written to in this step, on the CPU."""
     summed: tuple[Tensor, ...] = ()
     """The weight whose gradient is summed (in a tuple, or it would be one more parameter)."""
 
@@ -127,7 +144,7 @@ class _SummingLinear(nn.Linear):
         is_own = self.weight is self.summed[0] and not _is_transformed()
         if self.gradient_sum is None or not is_own or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        y: Tensor = _Product.apply(x, self.weight, self.gradient_sum)
+        y: Tensor = _Product.apply(x, self.weight, self.gradient_sum, self.begun)
         return y if self.bias is None else y + self.bias
 
 
@@ -153,9 +170,9 @@ class _Product(torch.autograd.Function):
     """x @ weight.T, whose backward adds the weight's gradient to `total` and returns none."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, total: Tensor, begun: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.total = total  # not saved, since it changes before a layer's second backward
+        ctx.total, ctx.begun = total, begun  # not saved, since they change before a layer's second backward
         return F.linear(x, weight)
 
     @staticmethod
@@ -163,15 +180,15 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_input = of_output @ weight if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return of_input, None, None
+            return of_input, None, None, None
         first, second = (t.reshape(-1, t.shape[-1]) for t in (of_output, x))
         if not torch.compiler.is_compiling():
             use = _use_of_gradient(ctx.next_functions[1][0])
             if use is not _Use.added:
-                return of_input, first.t() @ second if use is _Use.returned else None, None
+                return of_input, first.t() @ second if use is _Use.returned else None, None, None
         with torch.no_grad():
-            add_product_(ctx.total, first.t(), second)
-        return of_input, None, None
+            add_product_(ctx.total, first.t(), second, ctx.begun)
+        return of_input, None, None, None
 
 
 class _Use(Enum):
@@ -196,11 +213,13 @@ def _use_of_gradient(accumulator: Any) -> _Use:
     return _Use.added if is_run else _Use.none
 
 
-@torch.library.custom_op("tpresearch::add_product_", mutates_args=("total",))
-def add_product_(total: Tensor, first: Tensor, second: Tensor) -> None:
-    """total += first @ second, in one matmul. The product has the dtype of `total`, which may be wider than its factors'.
+@torch.library.custom_op("tpresearch::add_product_", mutates_args=("total", "begun"))
+def add_product_(total: Tensor, first: Tensor, second: Tensor, begun: Tensor) -> None:
+    """total += first @ second, in one matmul, or = where nothing has `begun` yet. The product has the dtype of `total`, which may
+    be wider than its factors'.
 
-    An op of its own, since a compiled graph would write aten's sum to another buffer and copy it.
+    An op of its own, since a compiled graph would write aten's sum to another buffer and copy it. (`begun` is a tensor, since
+    such a graph may give the op copies of both.)
     """
     accumulator = _ACCUMULATORS.get(_place(total))
     if accumulator is not None and (use := _use_of_gradient(accumulator)) is not _Use.added:
@@ -208,13 +227,18 @@ def add_product_(total: Tensor, first: Tensor, second: Tensor) -> None:
             why = "the model asks `autograd.grad` for the gradient of a weight in a compiled block, which is summed there"
             raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
         return
-    if total.dtype is first.dtype:
-        total.addmm_(first, second)
-    elif total.is_cuda:
-        torch.addmm(total, first, second, out_dtype=total.dtype, out=total)
+    wide: dict[str, Any] = {}
+    if total.dtype is not first.dtype:
+        if total.is_cuda:
+            wide["out_dtype"] = total.dtype
+        else:
+            first, second = first.to(total.dtype), second.to(total.dtype)
+    if begun:
+        torch.addmm(total, first, second, **wide, out=total)
     else:
-        total.addmm_(first.to(total.dtype), second.to(total.dtype))
+        torch.mm(first, second, **wide, out=total)
+        begun.fill_(True)
 
 
 @add_product_.register_fake
-def _(total: Tensor, first: Tensor, second: Tensor) -> None: ...
+def _(total: Tensor, first: Tensor, second: Tensor, begun: Tensor) -> None: ...

@@ -26,7 +26,7 @@ ADAMW_BFLOAT16 = 0.65
 """Share of its float32 rate at which torch's fused AdamW moves bytes on a GPU where weights and moments are bfloat16 (two H200:
 2.28 TB/s in steps of 8B parameters; 2.97 and 3.47 in float32; experiments/gpu)."""
 ADDING_MATMUL = "add_product_"
-"""`tpresearch.parallel.gradient_sums`: a matmul that reads what it adds to, while it computes."""
+"""`tpresearch.parallel.gradient_sums`: a matmul that reads what it adds to, while it computes. (A step's first need not.)"""
 COMPILED_ADAMW = "adamw_"
 """`tpresearch.train.adamw_op`, which moves bytes as other compiled kernels do."""
 PLAIN_ADAMW = "adamw_ in plain torch"
@@ -127,7 +127,7 @@ def moved_bytes(op: Op) -> float:
         _, gradient, *_ = sizes = [size for _, size in op.reads]
         return 2.0 * sum(sizes) - gradient - max(sizes[4:])
     if op.name == ADDING_MATMUL:
-        return float(read + op.reads[0][1])
+        return float(sum(size for _, size in op.reads[:3]) + op.reads[0][1])
     if op.name == PLAIN_ADAMW:
         return op.reads[0][1] / op.element * 4.0 * PLAIN_ADAMW_PASSES
     if op.kind == "optimizer":  # parameter, gradient and two moments are read, all but the gradient written
