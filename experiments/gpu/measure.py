@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
@@ -80,6 +82,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     until = time.monotonic() + given.limit
+    words = ["OUT" if word == str(given.out) else word for word in sys.argv[1:]]
+    called = shlex.join(["python", "experiments/gpu/measure.py", *words])
+    append(given.out, command=called, date=f"{date.today()}")
     for asked in given.only:
         name, _, seconds = asked.partition(":")
         limit, command = STAGES[name]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,11 @@ def test_it_runs_on_a_cpu_with_tiny_sizes(tmp_path: Path) -> None:
     text = (tmp_path / "results.jsonl").read_text()
     assert "OUT/measured.yaml" in text
     assert str(tmp_path) not in text  # recorded results hold no paths of a machine
-    rows = [json.loads(line) for line in text.splitlines()]
+    called, *rows = [json.loads(line) for line in text.splitlines()]
+    assert called["command"].startswith("python experiments/gpu/measure.py --out OUT --device cpu")
+    assert report.dated([called, *rows])[-1]["date"] == str(
+        date.today()
+    )  # a day without one comes before all others
     assert {row["stage"]: row["status"] for row in rows if "status" in row} == dict.fromkeys(
         ("facts", "calibrate", "calibrate-command", "training-8b"), "done"
     ), done.stdout
