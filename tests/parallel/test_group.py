@@ -3,6 +3,7 @@ failed process, over gloo in the place of NCCL."""
 
 from __future__ import annotations
 
+import resource
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from tpresearch.launch.run_dir import tell_stopped
 from tpresearch.parallel import group
 from tpresearch.parallel.device import CPU, Device
 from tpresearch.parallel.group import ANNOUNCE_KEY, ANSWER_KEY, fresh_store, process_group
+from tpresearch.verify.ranks import Ranks
 
 SIZE = 3
 
@@ -50,6 +52,20 @@ def test_a_process_by_itself_keeps_its_tracebacks_as_they_are() -> None:
     for _ in range(2):
         with process_group(CPU, World()):
             assert sys.excepthook is prints
+
+
+def page_faults(world: World) -> int:
+    """Of a rank whose last eight tensors of 16 MiB were freed together."""
+    with process_group(CPU, world):
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            gathered = [torch.ones(2**22) for _ in range(8)]
+            del gathered
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_memory_that_a_rank_on_a_cpu_frees_is_there_for_its_next_tensors(ranks: Ranks) -> None:
+    assert ranks.run(1, page_faults)[0] < 1000  # of the 32,768 pages that they have
 
 
 @pytest.mark.parametrize("late", range(SIZE))

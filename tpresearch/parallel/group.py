@@ -20,7 +20,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from tpresearch.config.errors import ConfigError, RunFailed
 from tpresearch.config.other_hosts import check_notice, stopped_key
 from tpresearch.config.world import World, agent_store
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import Device, keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,8 @@ def process_group(device: Device, world: World, check: Callable[[], object] = la
     if device.type == "cuda":
         torch.cuda.set_device(device.torch)
         torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions alone, in float32
+    if device.backend == "gloo":
+        keep_freed_memory()  # before it starts threads
     print_exception = sys.excepthook
     dist.init_process_group(device.backend, timeout=TIMEOUT, **options)
     if not world.elastic:
