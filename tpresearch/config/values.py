@@ -9,12 +9,11 @@ import dataclasses
 import importlib
 import math
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tpresearch.config.errors import ConfigError
 
@@ -41,7 +40,7 @@ def check_value(key: str, value: object, hint: Any) -> None:
     """Refuse a value that is not of the type that `hint` describes, or that nothing could work with.
 
     Args:
-        hint: a type hint of plain types, lists, dicts by name, and unions; any other is ignored.
+        hint: a type hint of plain types, enums, lists, dicts by name, and unions; any other is ignored.
 
     Raises:
         ConfigError: naming `key`.
@@ -91,7 +90,13 @@ def describe_type(hint: Any) -> str:
         return f"a list of {describe_type(inner[0])}"
     if kind is dict and inner:
         return f"a dict, each of its values {describe_type(inner[1])}"
+    if _is_enum(kind):
+        return "one of " + ", ".join(f"{kind.__name__}.{name}" for name in kind.__members__)
     return TYPE_NAMES.get(kind, "a value")
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def _has_type(value: object, hint: Any) -> bool:
@@ -107,7 +112,7 @@ def _has_type(value: object, hint: Any) -> bool:
         )
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return kind not in TYPE_NAMES or isinstance(value, kind)
+    return isinstance(value, kind) if kind in TYPE_NAMES or _is_enum(kind) else True
 
 
 def imported_class(key: str, path: str, base: type[Base]) -> type[Base]:
@@ -178,64 +183,44 @@ FRACTION = Within(0, 1)
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
-    """Refuse a value that is not what its field declares, and what nothing could work with.
+    """Refuse a value that is not what its field declares, and what nothing could work with. Composing a config converts values;
+    set in Python, text equals the member of an enum and yet is none, so that `is` would not find it.
 
     Raises:
         ConfigError: for the first, in the order of the schema.
     """
-    declared, choices = _annotations(config.__class__), _choices(config.__class__)
-    for field in dataclasses.fields(config):
-        value, key, declares = getattr(config, field.name), f"{prefix}{field.name}", declared[field.name]
+    for name, (hint, bound) in declared(type(config)).items():
+        value, key = getattr(config, name), f"{prefix}{name}"
         if dataclasses.is_dataclass(value):
             check_bounds(value, f"{key}.")
             continue
-        if choice := choices.get(field.name):
-            _check_choice(key, value, choice)
-        for number in _numbers(value):
-            _check_number(key, value, number, next((d for d in declares if isinstance(d, Within)), None))
-        for declaration in declares:
-            if isinstance(declaration, OfType):
-                check_value(key, value, declaration.hint)
+        if not _has_type(value, hint):
+            raise ConfigError(key, value, "of the wrong type", describe_type(hint))
+        if bound:
+            _check_bound(key, value, bound)
         if not isinstance(value, dict):  # a model, which its class reads
             check_usable(key, value)
 
 
-def _check_number(key: str, value: Any, number: float, bound: Within | None) -> None:
-    if not math.isfinite(number):
-        raise ConfigError(key, value, "not a finite number", str(bound or "a finite number"))
-    if bound and number not in bound:
-        above = f"above {number_text(MAX_NUMBER)}" if number > bound.most >= MAX_NUMBER else "out of bounds"
-        raise ConfigError(key, value, "too small" if number < bound.least else above, str(bound))
-
-
-def _check_choice(key: str, value: Any, choice: type[Enum]) -> None:
-    """Composing a config makes members of text; set in Python, text equals a member and yet is none: `is` would not find it."""
-    for item in value if isinstance(value, list) else [value]:
-        if item is not None and not isinstance(item, choice):
-            legal = "one of " + ", ".join(f"{choice.__name__}.{name}" for name in choice.__members__)
-            raise ConfigError(key, item, f"not a member of {choice.__name__}", legal)
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, int | float) and not isinstance(item, bool):
-            yield item
+def _check_bound(key: str, value: Any, bound: Within) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if number is None or number in bound:
+            continue
+        if not math.isfinite(number):
+            why = "not a finite number"
+        elif number < bound.least:
+            why = "too small"
+        else:
+            why = f"above {number_text(MAX_NUMBER)}" if number > bound.most >= MAX_NUMBER else "out of bounds"
+        raise ConfigError(key, value, why, str(bound))
 
 
 @cache
-def _annotations(schema: type) -> dict[str, tuple[Any, ...]]:
-    """The annotations of each field of a schema."""
-    hints = get_type_hints(schema, include_extras=True)
-    return {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
-
-
-@cache
-def _choices(schema: type) -> dict[str, type[Enum]]:
-    """The enum of each field of a schema that has one, or a list of its members, or null."""
-    hints = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(schema).items()}
-    return {
-        name: kind
-        for name, kinds in hints.items()
-        for kind in kinds
-        if isinstance(kind, type) and issubclass(kind, Enum)
-    }
+def declared(schema: type) -> dict[str, tuple[Any, Within | None]]:
+    """The type of each field of a schema, and its bounds."""
+    found = {}
+    for name, hint in get_type_hints(schema, include_extras=True).items():
+        kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        bound = next((each for each in more if isinstance(each, Within)), None)
+        found[name] = next((each.hint for each in more if isinstance(each, OfType)), kind), bound
+    return found
