@@ -96,7 +96,7 @@ def compile_plan(cfg: Config, world_size: int | None = None) -> CompiledPlan:
     """The table that `plan_only=true` prints; needs no ranks, memory or GPU.
 
     Args:
-        world_size: ranks to compile for; None for `cfg.world_size`, or the product of the given mesh sizes.
+        world_size: ranks to compile for; None for `cfg.world_size`, or as many as the mesh needs.
 
     Raises:
         ConfigError: for whatever a run with this config would be refused for.

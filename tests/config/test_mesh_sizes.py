@@ -1,20 +1,16 @@
-"""How the sizes of the mesh follow from the plan and the number of ranks, and what is refused."""
+"""How the sizes of the mesh follow from the plan and the number of ranks; commands/test_refused_trainings.py has what is refused."""
 
 from __future__ import annotations
 
 import pytest
 from support.composed import config
 
-from tpresearch.config import ConfigError
 from tpresearch.config.mesh import warning_of_unused_axes
 from tpresearch.config.validate import planned_world, total_steps, validate, with_batch_that_fits
 
 
 def sizes(*overrides: str, world: int, hosts: int = 1) -> dict[str, int]:
     return validate(config(*overrides, "train.global_batch_size=48"), world, hosts).nontrivial()
-
-
-COMPILED, CHECKPOINTED = ["parallel.compile=true"], ["parallel.activation_checkpointing=full"]
 
 
 @pytest.mark.parametrize(
@@ -55,52 +51,17 @@ def test_what_is_given_is_kept_and_the_rest_follows(
     assert sizes(*overrides, world=world) == expected
 
 
-@pytest.mark.parametrize(
-    ("overrides", "world", "field", "says"),
-    [
-        (["parallel=none"], 4, "parallel", "the world size is 4"),
-        (["parallel=tp", "mesh.tp=2"], 4, "mesh.tp", "fsdp_tp"),
-        (["parallel=tp", "mesh.dp_shard=2"], 4, "mesh.dp_shard", "does not shard over this axis"),
-        (["parallel=fsdp", "mesh.dp_shard=3"], 4, "mesh.dp_shard", "mesh.dp_shard=4"),
-        (["parallel=fsdp_tp", "mesh.tp=4"], 6, "mesh.tp", "world size is 6"),
-        (["parallel=hsdp_tp", "mesh.dp_replicate=-1", "mesh.tp=-1"], 8, "mesh.tp", "at most one axis"),
-        (["parallel=fsdp", "mesh.dp_shard=0"], 4, "mesh.dp_shard", "not a number of ranks"),
-        (["parallel=fsdp", "train.global_batch_size=50"], 4, "train.global_batch_size", "multiple of 4"),
-        (["parallel=fsdp", "train.micro_batch_size=5"], 4, "train.micro_batch_size", "divisor of 12"),
-        (["parallel=fsdp", "train.tokens=100"], 4, "train.tokens", "train.steps=100"),
-        (["parallel=fsdp", "train.steps=null"], 4, "train.steps", "no budget"),
-        (["parallel=fsdp", "train.steps=0"], 4, "train.steps", "1 or more"),
-        (["parallel=fsdp", "optimizer.lr=-1"], 4, "optimizer.lr", "a number above 0"),
-        (["parallel=fsdp", "optimizer.weight_decay=-1"], 4, "optimizer.weight_decay", "0 or more"),
-        (["parallel=fsdp", "optimizer.weight_decay=nan"], 4, "optimizer.weight_decay", "not a finite number"),
-        (["parallel=fsdp", "optimizer.lr=inf"], 4, "optimizer.lr", "not a finite number"),
-        (["parallel=fsdp", "schedule.decay_ratio=1.5"], 4, "schedule.decay_ratio", "from 0 to 1"),
-        (["parallel=fsdp", "optimizer.betas=[0.9,1.0]"], 4, "optimizer.betas", "from 0 to below 1"),
-        (["parallel=fsdp", "model.max_seq_len=8"], 4, "model.max_seq_len", "data.seq_len=16"),
-        (["parallel=fsdp", "optimizer.betas=[0.9]"], 4, "optimizer.betas", "two numbers"),
-        (["parallel=fsdp", "model.vocab_size=100"], 4, "model.vocab_size", "260"),
-        (["parallel=fsdp", "parallel.async_tp=true"], 4, "parallel.async_tp", "no tensor parallelism"),
-        (["parallel=tp", "parallel.async_tp=true"], 4, "parallel.async_tp", "parallel.compile=true"),
-        (["parallel=fsdp", *COMPILED, "model.blocks=[]"], 4, "parallel.compile", "block by block"),
-        (["parallel=fsdp", *CHECKPOINTED, "model.blocks=[]"], 4, CHECKPOINTED[0][:-5], "block by block"),
-    ],
-)
-def test_what_cannot_work_is_refused(overrides: list[str], world: int, field: str, says: str) -> None:
-    batch = (
-        []
-        if any("batch_size=5" in o and "global" in o for o in overrides)
-        else ["train.global_batch_size=48"]
-    )
-    with pytest.raises(ConfigError) as caught:
-        validate(config(*batch, *overrides), world)
-    assert caught.value.field == field
-    assert says in str(caught.value)
+def test_hosts_have_a_replica_each_where_that_divides_the_ranks() -> None:
+    assert sizes("parallel=hsdp", world=12, hosts=2) == {"dp_replicate": 2, "dp_shard": 6}
+    assert sizes("parallel=hsdp_tp", "mesh.tp=4", world=12, hosts=2) == {"dp_replicate": 3, "tp": 4}
 
 
 def test_plan_only_takes_its_world_from_what_is_given() -> None:
     assert planned_world(config("plan_only=true", "world_size=64")) == 64
     assert planned_world(config("plan_only=true", "mesh.tp=8")) == 8
     assert planned_world(config("plan_only=true")) == 4
+    assert planned_world(config("plan_only=true", "mesh.tp=2")) == 4
+    assert planned_world(config("plan_only=true", "parallel=fsdp", "mesh.dp_shard=-1")) == 4
     assert planned_world(config("plan_only=true", "parallel=none")) == 1
 
 

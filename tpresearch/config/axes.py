@@ -36,7 +36,8 @@ class Axis:
 
 def _one_replica_per_host(left: int, world: int, hosts: int) -> int:
     """One replica per host, and few on a single host."""
-    return hosts if 1 < hosts < left else next((f for f in range(2, left + 1) if left % f == 0), 1)
+    per_host = 1 < hosts < left and left % hosts == 0
+    return hosts if per_host else next((f for f in range(2, left + 1) if left % f == 0), 1)
 
 
 def _ranks_of_a_host(left: int, world: int, hosts: int) -> int:

@@ -56,22 +56,19 @@ def with_batch_that_fits(cfg: Config, sizes: MeshSizes) -> Config:
 
 
 def planned_world(cfg: Config) -> int:
-    """The number of ranks for plan_only: world_size, else the product of the given mesh sizes."""
-    if cfg.world_size is not None:
-        return cfg.world_size
-    given = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
-    if any(given):
-        return math.prod(size for size in given if size and size > 0)
-    return DEFAULT_PLAN_RANKS if given else 1
+    """The number of ranks for plan_only: world_size, else as many as a run would need."""
+    return cfg.world_size or _ranks_of_mesh(cfg, DEFAULT_PLAN_RANKS)
 
 
 def ranks_needed(cfg: Config, open_ranks: int) -> int:
-    """The number of ranks that a config needs: the product of its mesh sizes, or `open_ranks` if they leave it open."""
-    sizes = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
-    if cfg.plan_only or cfg.cluster or not sizes:  # a simulated step is one process, whatever its world
+    """The number of ranks that a command starts: the product of its mesh sizes, or `open_ranks` if they leave it open."""
+    if cfg.plan_only or cfg.cluster or not used_axes(cfg.parallel):  # a simulated step is one process
         return 1
-    if cfg.world_size is not None:
-        return cfg.world_size
+    return cfg.world_size or _ranks_of_mesh(cfg, open_ranks)
+
+
+def _ranks_of_mesh(cfg: Config, open_ranks: int) -> int:
+    sizes = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
     given = [size for size in sizes if size is not None and size > 0]
     product = math.prod(given)
     return product if len(given) == len(sizes) else max(product, open_ranks // product * product)
