@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tpresearch import interrupt
-from tpresearch.config.errors import nearest
+from tpresearch.config.near_names import nearest
 from tpresearch.launch.command import WrongCommand
 from tpresearch.launch.options import command
 

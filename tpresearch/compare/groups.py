@@ -15,7 +15,8 @@ from tpresearch.compare.runs import Run
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.config.choices import ScheduleName
 from tpresearch.config.comparable import experiment_config
-from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.near_names import nearest
 from tpresearch.track.table import SEED
 from tpresearch.track.text import UNDEFINED, path_text, printable
 

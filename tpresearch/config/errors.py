@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copyreg
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +42,7 @@ class ConfigError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """From process to process with its attributes; an exception's own way calls `__init__` with the sentence alone."""
-        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # pyrefly: ignore[missing-attribute]
+        return type(self).__new__, (type(self), *self.args), vars(self)
 
 
 class RunFailed(Exception):
@@ -87,11 +85,3 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message; of one without a message, the name of its class."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
-
-
-def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """The known names, those that look most like `name` first; of very many the three closest, or a few."""
-    likeness = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in sorted(set(known))}
-    names = sorted(likeness, key=lambda other: -likeness[other])
-    alike = [other for other in names if likeness[other] >= 0.6]
-    return names if len(names) <= 10 else alike[:3] or names[:8]

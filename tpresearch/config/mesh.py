@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tpresearch.config.axes import AXES, AXES_OF_DATA_PLAN, AXIS_NAMES, TENSOR, Axis, MeshSizes
-from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.near_names import nearest
 from tpresearch.config.schema import Config, DataPlan, MeshConfig, ParallelConfig
 
 

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.near_names import nearest
 from tpresearch.config.values import check_usable, check_value
 
 MODEL_KEYS = {"name", "_target_", "blocks", "plans"}

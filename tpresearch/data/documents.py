@@ -19,7 +19,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tpresearch.config.errors import ConfigError, first_line, nearest
+from tpresearch.config.errors import ConfigError, first_line
+from tpresearch.config.near_names import nearest
 from tpresearch.config.schema import DataConfig, DataSource
 
 if TYPE_CHECKING:

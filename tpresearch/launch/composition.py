@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from tpresearch.config.compose import resolve_paths, to_config
@@ -164,7 +163,7 @@ class Composition:
         return next((typed for typed in keys if is_within(typed, key)), key)
 
     def values_without(self, key: str) -> dict[str, Any]:
-        """All keys and their values without the override of `key` (or without any override, if that fails)."""
+        """All keys and their values, as they are written, without the override of `key` (or without any override, if that fails)."""
         others = [typed for typed in self.overrides if override_key(typed) != key]
         with initialize_conf():
             try:
@@ -172,9 +171,10 @@ class Composition:
             except COMPOSITION_ERRORS:
                 typed = [] if key == "hydra.searchpath" else self._with_search_path([])
                 composed = compose(self.config_name, typed, return_hydra_config=True)
+        as_written: Any = OmegaConf.to_container(composed, resolve=False)
         hydra = key.startswith("hydra.")
         return {
-            name: value for name, value in every_key(composed).items() if name.startswith("hydra.") == hydra
+            name: value for name, value in every_key(as_written).items() if name.startswith("hydra.") == hydra
         }
 
     def groups(self) -> dict[str, list[str]]:
@@ -240,58 +240,16 @@ def branches(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictCo
     """A config and each one inside it, with what comes before its keys: "", "train.", "parallel.fsdp."."""
     yield prefix, config
     for key in config:
-        node = config._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+        is_there = not OmegaConf.is_interpolation(config, key) and not OmegaConf.is_missing(config, key)
+        if is_there and isinstance(node := config[key], DictConfig):
             yield from branches(node, f"{prefix}{key!s}.")
 
 
-def every_key(config: DictConfig) -> dict[str, Any]:
-    """Each dotted key with its value as it is written; for a branch, that is its DictConfig."""
-    return {
-        f"{prefix}{key!s}": node
-        if isinstance(node := branch._get_node(key), DictConfig)
-        else uninterpolated(node)
-        for prefix, branch in branches(config)
-        for key in branch
-    }
-
-
-def uninterpolated(node: Any) -> Any:
-    """A node's value, interpolations left as they are."""
-    return OmegaConf.to_container(node, resolve=False) if isinstance(node, ListConfig) else node._value()
-
-
-def close_names(name: str, known: Iterable[str]) -> list[str]:
-    """The known names that this one was likely meant to be, the likeliest first; none if no name is close.
-
-    Of a dotted key whose branch exists only the last part counts: a long branch makes all of its keys look alike.
-    A key typed without its branch, such as `lr`, is found under the branch that has it.
-    """
-    branch, _, last = name.rpartition(".")
-    names = sorted((other for other in known if not name.startswith(f"{other}.")), key=len)
-    siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == branch}
-    if alike := _similar_names(last, siblings):
-        return [siblings[other] for other in alike]
-    if branch and siblings:
-        return []
-    elsewhere = [other for other in names if other.endswith(f".{last}")]
-    elsewhere.sort(key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
-    return elsewhere or difflib.get_close_matches(name, names, n=3, cutoff=0.7)
-
-
-def closest_name(name: str, known: Iterable[str]) -> str | None:
-    """The likeliest of `close_names`, if any."""
-    return next(iter(close_names(name, known)), None)
-
-
-def _similar_names(name: str, known: Iterable[str]) -> list[str]:
-    """Names that have this one as their end (`batch_size`), that are alike, or that one abbreviates the other (`lr`)."""
-    names = sorted(known)
-    ends = [other for other in names if other.endswith(f"_{name}")]
-    alike = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    short = [other for other in names if other == _initials(name) or name == _initials(other)]
-    return list(dict.fromkeys([*ends, *alike, *short]))
-
-
-def _initials(name: str) -> str:
-    return "".join(part[:1] for part in name.split("_"))
+def every_key(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Each dotted key of nested dicts with its value; for a branch, that is a dict."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found[f"{prefix}{key}"] = value
+        if isinstance(value, dict):
+            found |= every_key(value, f"{prefix}{key}.")
+    return found

@@ -12,7 +12,6 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.utils import get_class
-from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -22,9 +21,10 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from tpresearch.config.errors import ConfigError, format_value, nearest
+from tpresearch.config.errors import ConfigError, format_value
+from tpresearch.config.near_names import close_names, closest_name, nearest
 from tpresearch.launch.command import Command, WrongCommand, override_key, quote
-from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, close_names, closest_name, conf_dir
+from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, conf_dir
 from tpresearch.launch.hydra_app import NOT_ACCEPTED
 
 TYPES = {
@@ -96,7 +96,7 @@ def _unknown_key(key: str, value: object, composition: Composition) -> ConfigErr
     while branch and branch not in known:
         branch = branch.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == branch]
-    if not siblings and branch.startswith("hydra.") and isinstance(known[branch], DictConfig):
+    if not siblings and branch.startswith("hydra.") and isinstance(known[branch], dict):
         return ConfigError(key, value, f"{branch} has no keys yet", *with_plus)
     if near := close_names(key, known):
         legal = f"nearest is {near[0]}" if len(near) == 1 else f"nearest are {', '.join(near)}"
@@ -218,8 +218,8 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
             return ConfigError(key, written, f"{missing[1]} does not exist", legal)
         why = message.replace("raised while resolving interpolation", "while resolving it")
         return ConfigError(key, written, why, "an interpolation that resolves")
-    if isinstance(default, DictConfig):
-        legal = f"its keys one by one: {', '.join(f'{key}.{name!s}' for name in default)}"
+    if isinstance(default, dict):
+        legal = f"its keys one by one: {', '.join(f'{key}.{name}' for name in default)}"
         return ConfigError(key, typed, "a group of keys, not a value", legal)
     if "does not support deletion" in message:
         return ConfigError(key, "~", "a key cannot be deleted", f"a value, such as {format_value(default)}")

@@ -14,8 +14,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.errors import ConfigError
 from tpresearch.config.model import ModelConfig
+from tpresearch.config.near_names import nearest
 from tpresearch.config.training import TrainConfig
 from tpresearch.config.values import check_value, imported_class
 from tpresearch.plan.constructor import Change, change_by, lost_changes
@@ -171,5 +172,4 @@ def settings_with_defaults(config: ModelConfig) -> dict[str, Any]:
 
 def weight_dtype(train: TrainConfig) -> torch.dtype:
     """The dtype in which weights are kept and trained: train.dtype=bfloat16 is that of the computation alone, unless train.weights is too."""
-    found: torch.dtype = getattr(torch, train.weight_dtype)
-    return found
+    return getattr(torch, train.weight_dtype)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.near_names import nearest
 from tpresearch.config.schema import Dtype
 from tpresearch.config.values import Within, check_value
 

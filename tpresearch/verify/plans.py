@@ -14,8 +14,9 @@ from rich.progress import track
 
 from tpresearch.config import Config
 from tpresearch.config.choices import DeviceKind, Float8, OptimizerName
-from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.errors import ConfigError
 from tpresearch.config.mesh import used_axes, warning_of_unused_axes
+from tpresearch.config.near_names import nearest
 from tpresearch.config.validate import OPTIMIZER_OPTIONS, validate
 from tpresearch.config.world import World
 from tpresearch.data.check import check_data
