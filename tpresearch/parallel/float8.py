@@ -19,6 +19,7 @@ from tpresearch.config.schema import Config
 from tpresearch.config.training import TrainConfig
 from tpresearch.config.validate import micro_batch_size
 from tpresearch.plan.compiler import Plan, tp_local_shape, unit_of
+from tpresearch.plan.rules import runs_as
 
 MIN_CAPABILITY = {Float8.tensorwise: (8, 9), Float8.rowwise: (9, 0)}
 """Minimum compute capability of each kind of matmul."""
@@ -87,8 +88,7 @@ def float8_layers(model: nn.Module, plan: Plan, cfg: Config, sizes: MeshSizes) -
         name
         for name, module in model.named_modules()
         if unit_of(name, plan.blocks)
-        and isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
+        and runs_as(module, nn.Linear)
         and name != plan.probe.head
         and not any(size % SIZE_MULTIPLE for size in tp_local_shape(f"{name}.weight", model, plan))
     ]

@@ -12,16 +12,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.distributed.tensor import Shard
 
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.errors import ConfigError
 from tpresearch.config.mesh import ShardedCount, check_divisible, declared_counts
 from tpresearch.config.model import ModelConfig
+from tpresearch.config.near_names import nearest
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size
 from tpresearch.plan.initializers import Initializer, read_initializers
 from tpresearch.plan.probe import Probe
-from tpresearch.plan.rules import ResolvedRule, can_chunk_logits, check_layouts, resolve_rule
+from tpresearch.plan.rules import ResolvedRule, can_chunk_logits, check_layouts, resolve_rule, runs_as
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) 
     head = probe.head
     if head and not can_chunk_logits(model.get_submodule(head), active.get(head), sizes):
         head = None
-    split = next((rule.dst[0].dim for rule in active.values() if rule.output_stays_sharded), None)  # pyrefly: ignore[missing-attribute]
+    outputs = [rule.dst[0] for rule in active.values() if rule.output_stays_sharded]
+    split = next((layout.dim for layout in outputs if isinstance(layout, Shard)), None)
     initializers, end_layers = read_initializers(model), _end_layers(model, blocks, probe)
     after = _after_blocks(model, blocks, end_layers, probe)
     return Plan(
@@ -157,7 +160,7 @@ def _end_layers(model: nn.Module, blocks: list[str], probe: Probe) -> list[str]:
         name
         for name, module in _separable(model, probe)
         if blocks
-        and (name == probe.head or type(module).forward is nn.Embedding.forward)
+        and (name == probe.head or runs_as(module, nn.Embedding))
         and unit_of(f"{name}.", blocks) is None
     ]
 

@@ -22,9 +22,10 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._pytree import tree_map_only
 
 from tpresearch.config.axes import LAYER_AXES, MeshSizes
-from tpresearch.config.errors import ConfigError, nearest
+from tpresearch.config.errors import ConfigError
 from tpresearch.config.mesh import SEQUENCE_DIM
 from tpresearch.config.model import Rule
+from tpresearch.config.near_names import nearest
 from tpresearch.config.values import imported_class, instantiate
 from tpresearch.plan.probe import Dims, Ndims, Probe
 
@@ -131,11 +132,14 @@ class ResolvedRule:
         return STYLES[self.rule.style].build(self.src, self.dst, not self.output_stays_sharded)
 
 
+def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether its forward is that of this class: not one of its own class's, and not one that was set on the object."""
+    return getattr(module.forward, "__func__", None) is kind.forward
+
+
 def can_chunk_logits(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSizes) -> bool:
     """Whether logits can be computed for a few tokens at a time: by a plain matmul, on vocabulary shards if the rule has some."""
-    if not isinstance(layer, nn.Linear) or layer.bias is not None:
-        return False
-    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):  # pyrefly: ignore[missing-attribute]
+    if not isinstance(layer, nn.Linear) or not runs_as(layer, nn.Linear) or layer.bias is not None:
         return False
     if any(
         (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
