@@ -16,34 +16,18 @@ BETAS = "'optimizer.betas=[0.9, 0.95]'"
 
 # The overrides typed, how the line begins, and the overrides of the command to try (None: not compared).
 REFUSED = [
-    (
-        "model=lama2_tiny",
-        "model=lama2_tiny: no such option; one of llama2_tiny, llama2_1b, llama2_7b",
-        "model=llama2_tiny",
-    ),
+    ("model=lama2_tiny", "model=lama2_tiny: no such option; one of llama2_tiny, llama2_1b, llama2_7b", "model=llama2_tiny"),
     ("model=3", f"model=3: a config group takes an option's name; one of {MODELS}", ""),
     ("model=[null]", f"model=[null]: Hydra does not accept this value; one of {MODELS}", ""),
     ("hydra.verbose=null", "hydra.verbose=null: Hydra does not accept this value; ", ""),
     ("-m hydra.verbose=3 name=a", "hydra.verbose=3: Hydra does not accept this value; ", "-m name=a"),
     ("model=null", f"model=null: a config group takes an option's name; one of {MODELS}", ""),
-    (
-        "+cluster=cpu",
-        "cluster=cpu: train does not use this config group; it takes checkpoint, data, debug, ",
-        "",
-    ),
+    ("+cluster=cpu", "cluster=cpu: train does not use this config group; it takes checkpoint, data, debug, ", ""),
     ("model.name=", "model.name=: a model needs it; text, as in its conf/model file", ""),
     ("+optimizer=adamw", "optimizer=adamw: it is chosen already; no + before it", "optimizer=adamw"),
-    (
-        "model=toy_mlp +model.dim=16",
-        "model.dim=16: there is such a key; no + before it",
-        "model=toy_mlp model.dim=16",
-    ),
+    ("model=toy_mlp +model.dim=16", "model.dim=16: there is such a key; no + before it", "model=toy_mlp model.dim=16"),
     ("paralel=tp", "paralel=tp: no such config group or key; nearest is parallel", "parallel=tp"),
-    (
-        "train.stepz=3 mesh.tp=2",
-        "train.stepz=3: no such key; nearest is train.steps",
-        "mesh.tp=2 train.steps=3",
-    ),
+    ("train.stepz=3 mesh.tp=2", "train.stepz=3: no such key; nearest is train.steps", "mesh.tp=2 train.steps=3"),
     ("+train.stepz=3", "train.stepz=3: no such key; nearest is train.steps", "train.steps=3"),
     ("lr=1", "lr=1: no such config group or key; nearest is optimizer.lr", "optimizer.lr=1"),
     ("trian.steps=3", "trian.steps=3: no such key; nearest are train.steps, verify.steps", "train.steps=3"),
@@ -59,11 +43,7 @@ REFUSED = [
     ),
     ("train.steps=abc", "train.steps=abc: of the wrong type; a whole number, such as 100", "train.steps=100"),
     ("optimizer.lr=fast", "optimizer.lr=fast: of the wrong type; a number, such as ", None),
-    (
-        "plan_only=maybe",
-        "plan_only=maybe: of the wrong type; true or false, such as false",
-        "plan_only=false",
-    ),
+    ("plan_only=maybe", "plan_only=maybe: of the wrong type; true or false, such as false", "plan_only=false"),
     ("optimizer.betas=1", "optimizer.betas=1: of the wrong type; a list, such as [0.9, 0.95]", BETAS),
     ("logger.tags=abc", "logger.tags=abc: of the wrong type; a list; ", ""),
     ("optimizer.betas=[1,a]", "optimizer.betas=[1,a]: a is of the wrong type; a list, such as [0.9, ", BETAS),
@@ -83,11 +63,7 @@ REFUSED = [
     ("name=${when:1}", "name=${when:1}: Unsupported interpolation type when; an interpolation that", ""),
     ("hydra/launcher=slrm", "hydra/launcher=slrm: no such option; one of slurm", "hydra/launcher=slurm"),
     ("name=é", "name=é: cannot be read; 'name=[a,b]' for a list, ", None),
-    (
-        "~logger train.steps=3",
-        f"logger=~: a config group cannot be deleted; one of {LOGGERS}",
-        "logger=none train.steps=3",
-    ),
+    ("~logger train.steps=3", f"logger=~: a config group cannot be deleted; one of {LOGGERS}", "logger=none train.steps=3"),
     ("~model=llama2_tiny", f"model=~: a config group cannot be deleted; one of {MODELS}", ""),
     ("--config-dir nowhere", "--config-dir=nowhere: no such folder; a folder with config files, ", ""),
     ("-m name=a hydra.sweep.dir=", "hydra.sweep.dir=: names no folder; a folder, new or empty", "-m name=a"),
@@ -95,10 +71,11 @@ REFUSED = [
     ("model.rope_teta=5", "model.rope_teta=5: no such key; nearest is model.rope_theta", None),
     ("--config-name trane", "--config-name=trane: no such config; one of ", ""),
     ("--steps 3", "flags=--steps: not understood; key=value overrides, then flags; see --hydra-help", None),
+    ("~logger --steps", "flags=--steps: not understood; key=value overrides, then flags; see --hydra-help", "logger=none"),
     ("hydra.output_subdir=../x", "hydra.output_subdir=../x: Hydra's record of the config is kept inside", ""),
     ("hydra.run.dir=/dev/null/x", "hydra.run.dir=/dev/null/x: cannot be written: Not a directory; ", None),
     ("name=too_few_ranks", "mesh.tp=2: cannot divide 1; 1, or 2 ranks", "name=too_few_ranks"),
-]
+]  # fmt: skip
 TYPED, SENTENCES = [row[0] for row in REFUSED], [row[1] for row in REFUSED]
 
 

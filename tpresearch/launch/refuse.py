@@ -152,6 +152,7 @@ def _check_command(
     if resumes:
         repeat_command_of_run(arguments)
     composition = Composition.of(arguments, config_name)
+    composition.refuse_unusable()
     with explain_errors(composition):
         app = hydra_app.application(script, arguments)
         jobs = _jobs(composition.overrides) if arguments.multirun else iter([composition.overrides])
