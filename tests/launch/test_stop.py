@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,10 @@ from support.launches import PROGRAM
 from support.marks import exhaustive
 from support.processes import ended, forked, marked, runs, wait_for
 from support.trainings import TINY, TRAIN
-from torch.distributed import run as torchrun
-from torch.distributed.launcher.api import LaunchConfig
 
-from tpresearch import agent, interrupt
-from tpresearch.config.world import OWN_DEVICE
+from tpresearch import interrupt
 from tpresearch.launch import stop
-from tpresearch.launch.stop import StopFlag, Stopped, end_with_parent, fault_of_another_rank
+from tpresearch.launch.stop import StopFlag, Stopped, end_with_parent
 from tpresearch.train.main import check_stop
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has PR_SET_PDEATHSIG")
@@ -109,75 +106,6 @@ def test_torchrun_passing_a_ctrl_c_on_is_no_second_one(
         flag._record(signal.SIGTERM, arrives)
         flag._record(signal.SIGINT, arrives)
         assert ends == ([] if arrives < 1 else [130])
-
-
-def test_the_fault_of_another_rank_is_found_where_torchrun_keeps_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for rank in ("0", "1"):
-        (tmp_path / rank).mkdir()
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
-    assert fault_of_another_rank() is None
-    (tmp_path / "1" / "error.json").write_text('{"message": {"message": "ValueError: no luck\\nand more"}}')
-    assert fault_of_another_rank() == "rank 1: ValueError: no luck"
-    (tmp_path / "1" / "error.json").write_text('{"message": "refused: train.lr=0: too small"}')
-    assert fault_of_another_rank() == "rank 1: train.lr=0: too small"
-
-
-@pytest.fixture
-def as_torchrun(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LaunchConfig]:
-    """A function that loads our agent as `torchrun` does with these words; it returns what torchrun makes of them."""
-    set_for_ranks = (
-        agent.TORCHRUN_OPTIONS,
-        agent.HEARD_SIGNALS,
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
-        OWN_DEVICE,
-    )
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(agent, "LOGGERS", ())
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-
-    def load(*words: str) -> LaunchConfig:
-        for name in set_for_ranks:
-            monkeypatch.setenv(name, "")  # so that it is put back afterwards
-            monkeypatch.delenv(name)
-        monkeypatch.setattr(sys, "argv", ["/bin/torchrun", *words])
-        agent.handler()
-        config, *_ = torchrun.config_from_args(torchrun.parse_args(list(words)))
-        return config
-
-    return load
-
-
-@pytest.mark.parametrize(
-    ("typed", "told"), [("--virtual-local-rank", "1"), ("--virtual_loc", "1"), ("--standalone", None)]
-)
-def test_ranks_are_told_that_each_sees_its_gpu_alone(
-    as_torchrun: Callable[..., LaunchConfig], typed: str, told: str | None
-) -> None:
-    as_torchrun(typed, str(TRAIN))
-    assert os.environ.get(OWN_DEVICE) == told
-    assert os.environ[agent.TORCHRUN_OPTIONS] == typed
-
-
-@pytest.mark.skipif(
-    not hasattr(LaunchConfig, "shutdown_timeout"), reason="torch before 2.12 has no such option"
-)
-def test_ranks_of_ours_have_two_minutes_to_save(as_torchrun: Callable[..., LaunchConfig]) -> None:
-    assert as_torchrun("--standalone", "/bin/true").shutdown_timeout == 30
-    assert as_torchrun("--standalone", str(TRAIN)).shutdown_timeout == agent.SAVE_TIME_S == 120
-    assert as_torchrun("--standalone", "--shutdown-timeout=7", str(TRAIN)).shutdown_timeout == 7
-
-
-def test_under_nohup_ranks_outlive_their_terminal(as_torchrun: Callable[..., LaunchConfig]) -> None:
-    assert "SIGHUP" in as_torchrun(str(TRAIN)).signals_to_handle.split(",")
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert as_torchrun(str(TRAIN)).signals_to_handle == "SIGTERM,SIGINT,SIGQUIT"
-        assert as_torchrun("--signals-to-handle=SIGHUP", str(TRAIN)).signals_to_handle == "SIGHUP"
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 @on_linux

@@ -24,7 +24,12 @@ from tpresearch.parallel.device import CPU, Device
 from tpresearch.parallel.group import process_group
 from tpresearch.track.tracker import Status, Tracker
 from tpresearch.train import lost_rank
-from tpresearch.train.lost_rank import RankLost, ending_with_other_ranks, leave_failed_ranks
+from tpresearch.train.lost_rank import (
+    RankLost,
+    ending_with_other_ranks,
+    fault_of_another_rank,
+    leave_failed_ranks,
+)
 from tpresearch.verify.ranks import Ranks
 
 LOST = dist.DistStoreError("failed to recv, got 0 bytes")
@@ -53,6 +58,19 @@ def run_of_rank(rank: int) -> Run:
     """Of two hosts with two ranks each."""
     world = World(rank, 4, rank % 2, 2, elastic=True)
     return Run(Path("mine"), world, command=Command(("parallel=ddp",), 2, 2, program=("train.py",)))
+
+
+def test_the_fault_of_another_rank_is_found_where_torchrun_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    assert fault_of_another_rank() is None
+    (tmp_path / "1" / "error.json").write_text('{"message": {"message": "ValueError: no luck\\nand more"}}')
+    assert fault_of_another_rank() == "rank 1: ValueError: no luck"
+    (tmp_path / "1" / "error.json").write_text('{"message": "refused: train.lr=0: too small"}')
+    assert fault_of_another_rank() == "rank 1: train.lr=0: too small"
 
 
 @pytest.mark.parametrize("fault", [None, "rank 1: ValueError: no luck"])

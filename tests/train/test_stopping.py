@@ -11,7 +11,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 import torch.distributed as dist
 from support import composed
 from support.processes import wait_for
@@ -22,7 +21,7 @@ from tpresearch.config.world import World
 from tpresearch.data.rows import PackedCorpus
 from tpresearch.launch import Run
 from tpresearch.launch.stop import StopFlag, Stopped
-from tpresearch.parallel.device import Device
+from tpresearch.parallel.device import CPU
 from tpresearch.parallel.group import process_group
 from tpresearch.track.record import read_metrics
 from tpresearch.train import main
@@ -33,7 +32,6 @@ from tpresearch.train.stopping import AgreedStop
 from tpresearch.verify.ranks import Ranks
 
 STEP, ROWS = "step", "evaluation"
-CPU = Device(torch.device("cpu"), "gloo", "cpu")
 
 
 def signalled(flag: StopFlag, number: signal.Signals) -> None:

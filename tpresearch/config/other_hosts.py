@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from tpresearch.config.errors import ConfigError, RunFailed, first_line, format_value
 from tpresearch.config.world import RUN_ID
 
-
-class AgentStore(Protocol):
-    """torchrun's, as far as it is read here."""
-
-    def check(self, keys: list[str], /) -> bool: ...
-    def get(self, key: str, /) -> bytes: ...
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 
 def job_key(name: str) -> str:
@@ -41,7 +37,7 @@ def notice_of(error: BaseException) -> str:
     return json.dumps([os.environ["RANK"], *why])
 
 
-def check_notice(store: AgentStore) -> None:
+def check_notice(store: Store) -> None:
     """End this rank too if another has.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import os
@@ -233,7 +232,7 @@ def _arguments(world: World) -> Namespace:
         legal = "key=value overrides, then flags; see --hydra-help"
         moved = [word for word in unknown if not word.startswith("-")]
         rest = [word for word in sys.argv[1:] if word not in unknown]
-        command = dataclasses.replace(Command.from_argv(world), arguments=(*moved, *rest))
+        command = Command.from_argv(world).typed([*moved, *rest])
         raise WrongCommand("flags", " ".join(unknown), "not understood", legal, command)
     if (slurm := SlurmStep.from_environment()).tasks > 1:
         raise _srun_alone(slurm)
@@ -256,9 +255,7 @@ def _call_main(program: Program[Checked], job: Checked, world: World, restarted:
     """Call main with the validated config and its run; an exception goes to the logs and to torchrun's report."""
     settings, command = HydraConfig.get(), Command.from_argv(world)
     if any(override_key(word) == "resume" for word in command.arguments):
-        command = dataclasses.replace(
-            command, arguments=tuple(hydra_app.typed_words(settings.overrides.task))
-        )
+        command = command.typed(hydra_app.typed_words(settings.overrides.task))
     run = Run(Path(settings.runtime.output_dir), world, restarted, command, program.check_command)
     with gc_paused():
         start_logging(run.folder, world)

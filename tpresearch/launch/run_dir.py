@@ -90,16 +90,12 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
         return folder
 
     with ExitStack() as held:
-        started = None
+        started, key = None, job_key("run_dir")
         if (store := _agent_store()) is not None:
             if world.rank == 0:
-                started = (
-                    Path(store.get(job_key("run_dir")).decode())
-                    if store.check([job_key("run_dir")])
-                    else None
-                )
-                store.set(job_key("run_dir"), str(claim(held, started)))
-            folder = _folder_of_rank_0(store)
+                started = Path(store.get(key).decode()) if store.check([key]) else None
+                store.set(key, str(claim(held, started)))
+            folder = _folder_of_rank_0(store, key)
         else:
             if world.size > 1 and not given:
                 wanted, given = _slurm_folder(name), True
@@ -267,7 +263,7 @@ def _with_store(use: Callable[[TCPStore], object]) -> None:
             use(TCPStore(*where, is_master=False, timeout=timedelta(seconds=TELL_S)))
 
 
-def _folder_of_rank_0(store: TCPStore) -> Path:
+def _folder_of_rank_0(store: TCPStore, key: str) -> Path:
     """The folder that rank 0 has agreed on.
 
     Raises:
@@ -278,13 +274,13 @@ def _folder_of_rank_0(store: TCPStore) -> Path:
 
     until = time.monotonic() + TIMEOUT.seconds
     try:
-        while not store.check([job_key("run_dir")]):
+        while not store.check([key]):
             check_notice(store)
             if time.monotonic() > until:
                 why = f"rank 0 did not agree on a folder within {TIMEOUT.seconds} s"
                 raise ConfigError("hydra.run.dir", None, why, "see the log of rank 0")
             time.sleep(POLL_S)
-        return Path(store.get(job_key("run_dir")).decode())
+        return Path(store.get(key).decode())
     except DistError:  # the store was in the agent of its host
         why = "torchrun has ended on the host of rank 0"
         raise ConfigError("hydra.run.dir", None, why, "see the log of rank 0") from None

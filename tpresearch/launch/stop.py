@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import socket
@@ -11,8 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Self
 
 from tpresearch.interrupt import INTERRUPTED
@@ -125,14 +123,3 @@ def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None 
     LIBC.prctl(PR_SET_PDEATHSIG, int(number))
     if os.getppid() != parent:  # it ended before that
         os._exit(128 + number)
-
-
-def fault_of_another_rank() -> str | None:
-    """What another rank of this host failed with, as torchrun keeps it: <attempt>/<rank>/error.json."""
-    mine = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    for path in sorted(Path(mine).parents[1].glob("*/error.json")) if mine else ():
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            message = json.loads(path.read_text())["message"]
-            text = message["message"] if isinstance(message, dict) else message
-            return f"rank {path.parent.name}: {text.splitlines()[0].removeprefix('refused: ')}"
-    return None

@@ -143,6 +143,9 @@ class AgreedUse(Observer):
                 raise ConfigError("parallel", self._cfg.parallel.name, why, legal, fix={"parallel": "ddp"})
 
 
+Check = Callable[[Tensor, dist.ProcessGroup], None]
+
+
 class AgreedUnits(Observer):
     """Refuses a forward that leads data-parallel ranks to different units of `fully_shard`: it would gather the shards of one with
     those of another, for which gloo ends the process where their sizes differ.
@@ -158,12 +161,12 @@ class AgreedUnits(Observer):
         for name, unit in state.model.named_modules():
             if isinstance(unit, FSDPModule):
                 what = name or "the model"
-                unit.set_custom_all_gather(_AgreedAllGather(self._check_for(f"gather {what}")))
-                unit.set_custom_reduce_scatter(
-                    _AgreedReduceScatter(self._check_for(f"sum gradients of {what}"))
-                )
+                gather: Any = _Checked(DefaultAllGather(), self._check_for(f"gather {what}"))
+                scatter: Any = _Checked(DefaultReduceScatter(), self._check_for(f"sum gradients of {what}"))
+                unit.set_custom_all_gather(gather)
+                unit.set_custom_reduce_scatter(scatter)
 
-    def _check_for(self, use: str) -> Callable[[Tensor, dist.ProcessGroup], None]:
+    def _check_for(self, use: str) -> Check:
         """What compares, before this use of the group by this rank, that it is that of the others."""
         number = len(self._uses)
         self._uses.append(use)
@@ -180,28 +183,12 @@ class AgreedUnits(Observer):
         return check
 
 
-class _AgreedAllGather(DefaultAllGather):
-    def __init__(self, check: Callable[[Tensor, dist.ProcessGroup], None]) -> None:
-        self._check = check
+class _Checked:
+    """A collective of `fully_shard`, which calls it by keyword, after a check."""
 
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        self._check(input_tensor, group)
-        return super().__call__(output_tensor, input_tensor, group, async_op)
+    def __init__(self, collective: DefaultAllGather | DefaultReduceScatter, check: Check) -> None:
+        self._collective, self._check, self.allocate = collective, check, collective.allocate
 
-
-class _AgreedReduceScatter(DefaultReduceScatter):
-    def __init__(self, check: Callable[[Tensor, dist.ProcessGroup], None]) -> None:
-        self._check = check
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> Any:
-        self._check(input_tensor, group)
-        return super().__call__(output_tensor, input_tensor, group, op, async_op)
+    def __call__(self, **given: Any) -> Any:
+        self._check(given["input_tensor"], given["group"])
+        return self._collective(**given)

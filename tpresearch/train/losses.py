@@ -33,7 +33,7 @@ class Objective(Protocol):
 
     def context(self) -> AbstractContextManager[object]:
         """To be entered around forward and backward."""
-        ...
+        return nullcontext()
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
         """The contribution of these rows to the loss: a plain scalar in at least float32, the same on every rank that has the
@@ -42,7 +42,7 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class ChunkedCrossEntropy:
+class ChunkedCrossEntropy(Objective):
     """The next-token cross-entropy in nats, summed over tokens, times `scale`; computed for a chunk of tokens at a time, so
     that the logits of all never exist at once.
 
@@ -58,9 +58,6 @@ class ChunkedCrossEntropy:
     layout: Placement | None
     compile: bool
 
-    def context(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
         with phase("forward"):
             hidden = model(batch.inputs, head=lambda _, hidden: hidden)
@@ -74,7 +71,7 @@ class ChunkedCrossEntropy:
 
 
 @dataclass(frozen=True)
-class FullCrossEntropy:
+class FullCrossEntropy(Objective):
     """The next-token cross-entropy in nats, summed over tokens, times `scale`; computed from all logits of a micro-batch at once.
 
     Attributes:
@@ -96,11 +93,8 @@ class FullCrossEntropy:
 
 
 @dataclass(frozen=True)
-class SumOfOutputs:
+class SumOfOutputs(Objective):
     """The plain sum of all outputs, as in the tutorial's scripts: no targets and no minimum."""
-
-    def context(self) -> AbstractContextManager[object]:
-        return nullcontext()
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase) -> Tensor:
         with phase("forward"):

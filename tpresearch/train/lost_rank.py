@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -15,7 +18,7 @@ from tpresearch.config.errors import RunFailed
 from tpresearch.launch import Run
 from tpresearch.launch.logs import IN_FILES_ONLY
 from tpresearch.launch.run_dir import hear_other_hosts
-from tpresearch.launch.stop import StopFlag, fault_of_another_rank
+from tpresearch.launch.stop import StopFlag
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import abort_group
 from tpresearch.track.next_steps import NextSteps
@@ -82,3 +85,14 @@ def leave_failed_ranks(device: Device) -> None:
     """Where torchrun stops this rank because another failed: on a GPU, the next collective would wait for that one for ever."""
     if device.backend == "nccl" and fault_of_another_rank():
         abort_group()
+
+
+def fault_of_another_rank() -> str | None:
+    """What another rank of this host failed with, as torchrun keeps it: <attempt>/<rank>/error.json."""
+    mine = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    for path in sorted(Path(mine).parents[1].glob("*/error.json")) if mine else ():
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            message = json.loads(path.read_text())["message"]
+            text = message["message"] if isinstance(message, dict) else message
+            return f"rank {path.parent.name}: {text.splitlines()[0].removeprefix('refused: ')}"
+    return None

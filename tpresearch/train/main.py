@@ -15,7 +15,6 @@ from tpresearch.checkpoint.disk import Checkpoint
 from tpresearch.checkpoint.load import restore
 from tpresearch.checkpoint.resume import check_corpus, checkpoints_to_resume
 from tpresearch.config.axes import AXES
-from tpresearch.config.schema import ProfilerName
 from tpresearch.config.validate import total_steps
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows
@@ -117,8 +116,10 @@ def train_on(
         log.info("Device Mesh created: device_mesh=%s", describe_mesh(job.sizes, device.type))
         log_notes(job, corpus, is_new=not found)
         warn_of_hosts(job)
-        # Before the model is sharded.
-        observers = [*build_observers(job, mesh, device, tracker), *build_profilers(job, run, device)]
+        observers = [*build_observers(job, mesh, device, tracker)]  # before the model is sharded
+        if profiled_steps(job.cfg.profiler):
+            where = run.folder / "profiler"
+            observers.append(Profiler(job.cfg.profiler, where, world.rank, device.type == "cuda"))
         parameters, group = job.parameters, checkpoint_group()
         # Those of rank 0: a shared disk may show the others an older state.
         found, *_ = on_all_ranks(lambda: found, group)
@@ -164,20 +165,13 @@ def build_observers(
     )
     report = tracker.record_ledger if tracker else None
     counted = CountedStep(mesh, expected, total_steps(cfg) - 1, cfg.parallel.compile, report)
-    profiled = range(0) if cfg.profiler.name is ProfilerName.none else profiled_steps(cfg.profiler)
+    speed = Speed.of(job.model, cfg, device, job.sizes.world)
     return [
-        Timing(device.torch, Speed.of(job.model, cfg, device, job.sizes.world), profiled),
+        Timing(device.torch, speed, left_out=profiled_steps(cfg.profiler)),
         PeakMemory(device),
         counted,
         AgreedGradients(cfg, plan, mesh),
     ]
-
-
-def build_profilers(job: Preflight, run: Run, device: Device) -> Sequence[Observer]:
-    config = job.cfg.profiler
-    if config.name is ProfilerName.none:
-        return []
-    return [Profiler(config, run.folder / "profiler", run.world.rank, device.type == "cuda")]
 
 
 def open_tracker(

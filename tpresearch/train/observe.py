@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 from tpresearch.train.state import TrainState
@@ -43,19 +43,11 @@ class Observers(Observer):
         for observer in self._all:
             observer.start(state)
 
-    @contextmanager
-    def step(self, state: TrainState) -> Iterator[None]:
-        with ExitStack() as stack:
-            for observer in self._all:
-                stack.enter_context(observer.step(state))
-            yield
+    def step(self, state: TrainState) -> AbstractContextManager[object]:
+        return _all_of(observer.step(state) for observer in self._all)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        with ExitStack() as stack:
-            for observer in self._all:
-                stack.enter_context(observer.phase(name))
-            yield
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        return _all_of(observer.phase(name) for observer in self._all)
 
     def gradients(self, state: TrainState) -> None:
         for observer in self._all:
@@ -63,3 +55,11 @@ class Observers(Observer):
 
     def metrics(self) -> Metrics:
         return {name: value for observer in self._all for name, value in observer.metrics().items()}
+
+
+@contextmanager
+def _all_of(contexts: Iterable[AbstractContextManager[object]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

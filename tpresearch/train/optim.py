@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +56,10 @@ def build_optimizer(
     if config.name is OptimizerName.sgd:
         # DTensor has no fused SGD (torch 2.13).
         return torch.optim.SGD(param_groups, lr=config.lr, momentum=config.momentum)
-    beta1, beta2 = config.betas
+    settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.moment_dtype is None and not config.compile:
-        return AdamW(param_groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+        return AdamW(param_groups, fused=True, **settings)
     moments: torch.dtype | None = getattr(torch, config.moment_dtype) if config.moment_dtype else None
-    settings = {"lr": config.lr, "betas": (beta1, beta2), "eps": config.eps}
     return ElementwiseAdamW(param_groups, moments, config.compile, copies or {}, **settings)
 
 

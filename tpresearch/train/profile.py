@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from tpresearch.config.choices import ProfilerName
 from tpresearch.config.schema import ProfilerConfig
 from tpresearch.train.observe import Observer
 from tpresearch.train.state import TrainState
@@ -31,7 +32,7 @@ KERNEL_CLASSES = {
 
 
 class Profiler(Observer):
-    """Profiles the `profiled_steps` of this process, and writes:
+    """Profiles some consecutive steps of this process, and writes:
 
     trace-rank<r>.json.gz     for chrome://tracing or ui.perfetto.dev, with the phases of each step marked
     kernels-rank<r>.json      milliseconds per step and calls by class of kernel, and of the slowest kernels
@@ -52,7 +53,7 @@ class Profiler(Observer):
         if self._steps == self._config.first_step:
             self._start()
         yield
-        if self._profile and self._steps == profiled_steps(self._config)[-1]:
+        if self._profile and self._steps == self._config.first_step + self._config.steps - 1:
             self._stop(self._profile)
 
     @contextmanager
@@ -93,8 +94,9 @@ class Profiler(Observer):
 
 
 def profiled_steps(config: ProfilerConfig) -> range:
-    """Steps of a process, counted from 1."""
-    return range(config.first_step, config.first_step + config.steps)
+    """Steps of a process, counted from 1; none where it is off."""
+    steps = 0 if config.name is ProfilerName.none else config.steps
+    return range(config.first_step, config.first_step + steps)
 
 
 def kernel_class(kernel: str) -> str:

@@ -10,28 +10,28 @@ from tpresearch.config.schema import Config, Dtype
 from tpresearch.config.validate import tokens_per_step
 from tpresearch.parallel.device import Device
 
-_TERA = 1e12
-PEAK_FLOPS: dict[str, dict[Dtype, float]] = {
-    # Dense matmul peaks by the makers' data sheets, without sparsity; float32 without TF32.
-    "GB300": {Dtype.bfloat16: 2500 * _TERA, Dtype.float32: 80 * _TERA, Dtype.float64: 1.3 * _TERA},
-    "GB200": {Dtype.bfloat16: 2500 * _TERA, Dtype.float32: 80 * _TERA, Dtype.float64: 40 * _TERA},
-    "B200": {Dtype.bfloat16: 2250 * _TERA, Dtype.float32: 80 * _TERA, Dtype.float64: 40 * _TERA},
-    "H200 NVL": {Dtype.bfloat16: 835 * _TERA, Dtype.float32: 60 * _TERA, Dtype.float64: 60 * _TERA},
-    "H200": {Dtype.bfloat16: 989 * _TERA, Dtype.float32: 67 * _TERA, Dtype.float64: 67 * _TERA},
-    "H100 PCIe": {Dtype.bfloat16: 756 * _TERA, Dtype.float32: 51 * _TERA, Dtype.float64: 51 * _TERA},
-    "H100 NVL": {Dtype.bfloat16: 835 * _TERA, Dtype.float32: 60 * _TERA, Dtype.float64: 60 * _TERA},
-    "H100": {Dtype.bfloat16: 989 * _TERA, Dtype.float32: 67 * _TERA, Dtype.float64: 67 * _TERA},
-    "H800 PCIe": {Dtype.bfloat16: 756 * _TERA, Dtype.float32: 51 * _TERA, Dtype.float64: 0.8 * _TERA},
-    "H800": {Dtype.bfloat16: 989 * _TERA, Dtype.float32: 67 * _TERA, Dtype.float64: 1 * _TERA},
-    "A800": {Dtype.bfloat16: 312 * _TERA, Dtype.float32: 19.5 * _TERA, Dtype.float64: 19.5 * _TERA},
-    "A100": {Dtype.bfloat16: 312 * _TERA, Dtype.float32: 19.5 * _TERA, Dtype.float64: 19.5 * _TERA},
-    "L40S": {Dtype.bfloat16: 362 * _TERA, Dtype.float32: 91.6 * _TERA, Dtype.float64: 1.4 * _TERA},
-    "L4": {Dtype.bfloat16: 121 * _TERA, Dtype.float32: 30.3 * _TERA},
-    "A10G": {Dtype.bfloat16: 70 * _TERA, Dtype.float32: 35 * _TERA},
-    "RTX 4090": {Dtype.bfloat16: 165 * _TERA, Dtype.float32: 82.6 * _TERA},
-    "RTX 3090": {Dtype.bfloat16: 71 * _TERA, Dtype.float32: 35.6 * _TERA},
-    "MI300X": {Dtype.bfloat16: 1307 * _TERA, Dtype.float32: 163.4 * _TERA, Dtype.float64: 163.4 * _TERA},
+PEAK_TFLOPS: dict[str, tuple[float, ...]] = {
+    "GB300": (2500, 80, 1.3),
+    "GB200": (2500, 80, 40),
+    "B200": (2250, 80, 40),
+    "H200 NVL": (835, 60, 60),
+    "H200": (989, 67, 67),
+    "H100 PCIe": (756, 51, 51),
+    "H100 NVL": (835, 60, 60),
+    "H100": (989, 67, 67),
+    "H800 PCIe": (756, 51, 0.8),
+    "H800": (989, 67, 1),
+    "A800": (312, 19.5, 19.5),
+    "A100": (312, 19.5, 19.5),
+    "L40S": (362, 91.6, 1.4),
+    "L4": (121, 30.3),
+    "A10G": (70, 35),
+    "RTX 4090": (165, 82.6),
+    "RTX 3090": (71, 35.6),
+    "MI300X": (1307, 163.4, 163.4),
 }
+"""Peaks of dense matmuls in bfloat16, float32 without TF32 and, where there are such units, float64: by the makers' data sheets."""
+DTYPES = (Dtype.bfloat16, Dtype.float32, Dtype.float64)
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ def peak_flops(device_name: str, dtype: Dtype) -> float | None:
     words = set(device_name.replace("-", " ").split())
     if words & {"MIG", "Laptop", "Ti", "D"}:  # parts and relatives of a device that is in the table
         return None
-    for name in sorted(PEAK_FLOPS, key=len, reverse=True):
+    for name in sorted(PEAK_TFLOPS, key=len, reverse=True):
         if set(name.split()) <= words:
-            return PEAK_FLOPS[name].get(dtype)
+            peaks = dict(zip(DTYPES, PEAK_TFLOPS[name], strict=False))
+            return peaks[dtype] * 1e12 if dtype in peaks else None
     return None
 
 

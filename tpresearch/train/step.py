@@ -54,8 +54,7 @@ class Setup:
     @property
     def input_dtype(self) -> torch.dtype:
         """Dtype of float inputs to the model: that of the computation."""
-        found: torch.dtype = getattr(torch, self.cfg.train.dtype)
-        return found
+        return getattr(torch, self.cfg.train.dtype)
 
     @property
     def tokens_per_step(self) -> int:

@@ -112,15 +112,14 @@ class PeakMemory(Observer):
         self._device = device
 
     def metrics(self) -> Metrics:
-        found: Metrics = {"memory/reserved_bytes": None, "memory/alloc_retries": None}
         if self._device.type == "cuda":
             return {
                 "memory/peak_bytes": torch.cuda.max_memory_allocated(self._device.torch),
                 "memory/reserved_bytes": torch.cuda.max_memory_reserved(self._device.torch),
                 "memory/alloc_retries": torch.cuda.memory_stats(self._device.torch)["num_alloc_retries"],
             }
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return found | {"memory/peak_bytes": kilobytes if sys.platform == "darwin" else kilobytes * 1024}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {"memory/peak_bytes": peak, "memory/reserved_bytes": None, "memory/alloc_retries": None}
 
 
 class CountedStep(Observer):

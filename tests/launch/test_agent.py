@@ -1,17 +1,82 @@
-"""The sentence of torchrun's agent on a rank that ended without an error of its own."""
+"""What our entry point in torchrun's agent tells the ranks, and says of one that ended without an error of its own."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.trainings import TRAIN
 from torch.distributed import DistNetworkError
+from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.launcher.api import LaunchConfig
 
+from tpresearch import agent
 from tpresearch.agent import LOST_RENDEZVOUS, _exit_code, silent_end
+from tpresearch.config.world import OWN_DEVICE
+
+
+@pytest.fixture
+def as_torchrun(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LaunchConfig]:
+    """A function that loads our agent as `torchrun` does with these words; it returns what torchrun makes of them."""
+    set_for_ranks = (
+        agent.TORCHRUN_OPTIONS,
+        agent.HEARD_SIGNALS,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+        OWN_DEVICE,
+    )
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(agent, "LOGGERS", ())
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+
+    def load(*words: str) -> LaunchConfig:
+        for name in set_for_ranks:
+            monkeypatch.setenv(name, "")  # so that it is put back afterwards
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(sys, "argv", ["/bin/torchrun", *words])
+        agent.handler()
+        config, *_ = torchrun.config_from_args(torchrun.parse_args(list(words)))
+        return config
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"), [("--virtual-local-rank", "1"), ("--virtual_loc", "1"), ("--standalone", None)]
+)
+def test_ranks_are_told_that_each_sees_its_gpu_alone(
+    as_torchrun: Callable[..., LaunchConfig], typed: str, told: str | None
+) -> None:
+    as_torchrun(typed, str(TRAIN))
+    assert os.environ.get(OWN_DEVICE) == told
+    assert os.environ[agent.TORCHRUN_OPTIONS] == typed
+
+
+@pytest.mark.skipif(
+    not hasattr(LaunchConfig, "shutdown_timeout"), reason="torch before 2.12 has no such option"
+)
+def test_ranks_of_ours_have_two_minutes_to_save(as_torchrun: Callable[..., LaunchConfig]) -> None:
+    assert as_torchrun("--standalone", "/bin/true").shutdown_timeout == 30
+    assert as_torchrun("--standalone", str(TRAIN)).shutdown_timeout == agent.SAVE_TIME_S == 120
+    assert as_torchrun("--standalone", "--shutdown-timeout=7", str(TRAIN)).shutdown_timeout == 7
+
+
+def test_under_nohup_ranks_outlive_their_terminal(as_torchrun: Callable[..., LaunchConfig]) -> None:
+    assert "SIGHUP" in as_torchrun(str(TRAIN)).signals_to_handle.split(",")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert as_torchrun(str(TRAIN)).signals_to_handle == "SIGTERM,SIGINT,SIGQUIT"
+        assert as_torchrun("--signals-to-handle=SIGHUP", str(TRAIN)).signals_to_handle == "SIGHUP"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
 
 BY_THE_KERNEL = ", as by the kernel where the host's memory or the job's share of it is used up"
 
