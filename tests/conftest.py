@@ -70,6 +70,14 @@ def ranks() -> Ranks:
 
 
 @pytest.fixture
+def own_graphs() -> Iterator[None]:
+    """The compiler knows of no graph of another test, and no other of those of this one."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No W&B account of whoever runs the tests is seen, and waits are short."""
     for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:

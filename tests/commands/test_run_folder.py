@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from support.trainings import TINY, Start
 
-from tpresearch.launch.claim import lock_folder
-
 pytestmark = pytest.mark.cli
 
 
@@ -31,17 +29,6 @@ def test_a_second_run_into_a_folder_has_a_record_of_its_own(train_py: Start, tmp
         losses.add(summary["train/loss"])
     assert len(losses) == 2
     assert "the record of an earlier run in D is now in D.earlier-1" in second.err
-
-
-def test_a_folder_that_is_in_use_is_refused_with_one_that_is_free(train_py: Start, tmp_path: Path) -> None:
-    (tmp_path / "cwd" / "D").mkdir(parents=True)
-    with lock_folder(tmp_path / "cwd" / "D"):
-        done = train_py(*TINY, "hydra.run.dir=D")
-    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
-    assert done.err.startswith(
-        "error: hydra.run.dir=D: another run is using this folder; wait for its end, or use another folder"
-    )
-    assert done.command_to_try[-1] == "hydra.run.dir=D-2"
 
 
 def test_a_terminal_without_the_letters_costs_no_run(train_py: Start, tmp_path: Path) -> None:

@@ -1,72 +1,17 @@
-"""Llama2 against Hugging Face's implementation with the same weights, and against published sizes."""
+"""Rotary positions, and published sizes; tests/hf/test_read.py compares logits with Hugging Face's Llama."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.assembled import planned
 from support.composed import config
-from torch import Tensor
 
-from tpresearch.models.llama2 import Llama2, rotary_table, rotate
+from tpresearch.models.llama2 import rotary_table, rotate
 from tpresearch.models.toy_mlp import ToyMLP
 from tpresearch.plan.meta import meta_model
 from tpresearch.train.speed import flops_per_token
-
-
-def interleaved_to_halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a q or k projection from the published order (pairs of neighbours) to Hugging Face's (two halves)."""
-    out, width = weight.shape
-    return weight.view(heads, out // heads // 2, 2, width).transpose(1, 2).reshape(out, width)
-
-
-@pytest.mark.parametrize("kv_heads", [8, 2])
-def test_it_computes_what_hugging_face_computes(kv_heads: int) -> None:
-    transformers = pytest.importorskip("transformers", reason="the reference comes with the hf extra")
-    torch.manual_seed(0)
-    ours = Llama2(
-        vocab_size=97, max_seq_len=24, dim=64, n_layers=2, n_heads=8, n_kv_heads=kv_heads, ffn_dim=112
-    ).double()
-    ours.rotary.copy_(ours.rotary)
-    reference = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=97,
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=8,
-            num_key_value_heads=kv_heads,
-            intermediate_size=112,
-            rms_norm_eps=1e-5,
-            max_position_embeddings=24,
-            attn_implementation="eager",
-        )
-    ).double()
-    names = {
-        "tok_embeddings.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    }
-    parts = {
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-    }
-    for layer in range(2):
-        names |= {f"layers.{layer}.{a}.weight": f"model.layers.{layer}.{b}.weight" for a, b in parts.items()}
-    state = {}
-    for name, weight in ours.state_dict().items():
-        heads = 8 if "wq" in name else kv_heads
-        state[names[name]] = interleaved_to_halves(weight, heads) if "wq" in name or "wk" in name else weight
-    reference.load_state_dict(state)
-    tokens = torch.randint(0, 97, (3, 24))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), reference(tokens).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_turning_keeps_lengths_and_depends_on_distance_alone() -> None:
@@ -103,24 +48,31 @@ def test_positions_are_turned_wherever_features_lie_in_memory(layout: str) -> No
     torch.testing.assert_close(rotate(x, cos_and_sin), rotate(x, table), rtol=1e-5, atol=1e-6)
 
 
-PUBLISHED = {
+def weights(vocabulary: int, dim: int, layers: int, kv_dim: int, ffn_dim: int) -> int:
+    """Of embedding and output, of each layer's attention, feed-forward and two norms, and of the last norm."""
+    of_layer = 2 * dim * (dim + kv_dim) + 3 * dim * ffn_dim + 2 * dim
+    return 2 * vocabulary * dim + layers * of_layer + dim
+
+
+COUNTS = {
     "llama2_1b": 1_100_048_384,  # TinyLlama's layout
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
     "llama2_70b": 68_976_648_192,
+    "llama2_small": weights(32_000, 768, 16, 768, 2048),
+    "llama2_tiny": weights(32_000, 256, 2, 256, 768),
+    "llama2_debug": weights(32_000, 64, 2, 32, 192),
+    "toy_mlp": 2 * 32_000 * 64 + 2 * 64 * 256 + 256 + 64,
 }
+"""As published, or by hand."""
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_counts_are_the_published_ones(name: str) -> None:
-    model = meta_model(config(f"model={name}", "tokenizer=bpe_32k", small=False).model)
-    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
-
-
-def test_small_is_110_to_160_million_with_either_vocabulary() -> None:
-    for tokenizer in ("bpe", "bpe_32k"):
-        model = meta_model(config("model=llama2_small", f"tokenizer={tokenizer}", small=False).model)
-        assert 110e6 < sum(p.numel() for p in model.parameters()) < 165e6
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_model_has_as_many_parameters_as_its_name_says_and_a_plan(name: str) -> None:
+    tp = 4 if name in ("llama2_small", "llama2_1b", "llama2_debug") else 8  # 12 heads; 4 KV heads
+    model, plan = planned(f"model={name}", "tokenizer.vocab_size=32000", f"mesh.tp={tp}")
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
+    assert plan.sizes.nontrivial() == {"tp": tp}
 
 
 def test_the_bare_toy_network_is_the_tutorials() -> None:

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from support.assembled import assembled, ranks_of_a_host
 from support.composed import config, corpus
 from support.counted_steps import FAKE, counted_step
 from support.marks import exhaustive
@@ -17,11 +18,8 @@ from tpresearch.config.choices import Float8
 from tpresearch.config.training import TrainConfig
 from tpresearch.config.world import World
 from tpresearch.parallel.float8 import check_float8, to_float8
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import local_part
 from tpresearch.plan.describe import plan_text
-from tpresearch.train.assemble import assemble
 from tpresearch.train.preflight import preflight
 from tpresearch.verify.plans import check_plan
 from tpresearch.verify.ranks import Ranks
@@ -58,9 +56,7 @@ def test_a_layer_rounds_what_it_multiplies_to_float8(recipe: str) -> None:
 def test_first_weights_are_those_of_the_plain_model(plan: str, world: int) -> None:
     found = []
     for cfg in (config(*BFLOAT16, f"parallel={plan}"), float8("tensorwise", f"parallel={plan}")):
-        job = preflight(cfg, World(size=world, local_size=world))
-        with process_group(FAKE, job.world):
-            loop = assemble(job, build_mesh(job.sizes, "cpu"), FAKE, corpus())
+        with assembled(cfg, ranks_of_a_host(world), FAKE) as loop:
             found.append({name: local_part(w) for name, w in loop.state.weights().items()})
     plain, narrow = found
     assert plain.keys() == narrow.keys()

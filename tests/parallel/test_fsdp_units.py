@@ -6,20 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.composed import config, corpus
+from support.assembled import assembled, planned, ranks_of_a_host
+from support.composed import config
 from support.counted_steps import FAKE
 from support.nets import AfterBlocks, model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
 
-from tpresearch.config.world import World
 from tpresearch.ledger.communication import CommunicationLedger
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
-from tpresearch.train.assemble import assemble
 from tpresearch.train.loop import Loop
-from tpresearch.train.preflight import preflight
 
 LAYERS = 4
 EMBEDDING, FIRST, LAST, OUTPUT = "tok_embeddings", "layers.0", f"layers.{LAYERS - 1}", "output"
@@ -68,14 +64,12 @@ def test_embedding_and_output_are_gathered_where_they_are_used(chunk: str) -> No
         *("model=llama2_debug", "parallel=fsdp", f"model.n_layers={LAYERS}", f"train.loss_chunk={chunk}"),
         "train.eval_rows=11",
     )
-    job = preflight(cfg, World(size=4, local_size=4))
-    assert (job.plan.end_layers, job.plan.after_blocks) == ([EMBEDDING, OUTPUT], ["norm"])
-    with process_group(FAKE, job.world):
-        mesh = build_mesh(job.sizes, "cpu")
-        loop = assemble(job, mesh, FAKE, corpus())
+    with assembled(cfg, ranks_of_a_host(4), FAKE) as loop:
+        plan = loop.setup.plan
+        assert (plan.end_layers, plan.after_blocks) == ([EMBEDDING, OUTPUT], ["norm"])
         loop.step()
         loop.evaluate()
-        with CommunicationLedger(mesh) as ledger:
+        with CommunicationLedger(loop.setup.mesh) as ledger:
             found = moments(loop, lambda: len(ledger.events))
         assert gathered(loop.state.model) == set()
     assert found[f"{FIRST} forward"] == {FIRST}
@@ -91,9 +85,7 @@ def test_embedding_and_output_are_gathered_where_they_are_used(chunk: str) -> No
 def test_an_evaluation_may_come_before_the_first_step(rows: int) -> None:
     """As that of a run that a signal stopped before it; FSDP makes itself ready in the first forward, if there is one."""
     cfg = config("model=llama2_debug", "parallel=fsdp", f"model.n_layers={LAYERS}", f"train.eval_rows={rows}")
-    job = preflight(cfg, World(size=4, local_size=4))
-    with process_group(FAKE, job.world):
-        loop = assemble(job, build_mesh(job.sizes, "cpu"), FAKE, corpus())
+    with assembled(cfg, ranks_of_a_host(4), FAKE) as loop:
         assert (loop.evaluate() is None) == (rows == 0)
         assert gathered(loop.state.model) == set()
         loop.step()
@@ -101,24 +93,18 @@ def test_an_evaluation_may_come_before_the_first_step(rows: int) -> None:
 
 def test_what_is_tied_stays_together() -> None:
     for overrides in (["model.tied=true"], ["model.blocks=[]"]):
-        cfg = config("model=llama2_debug", "parallel=fsdp", *overrides)
-        plan = preflight(cfg, World(size=4, local_size=4)).plan
+        _, plan = planned("model=llama2_debug", "parallel=fsdp", *overrides)
         assert plan.end_layers == []
         assert plan.after_blocks == (["norm"] if plan.blocks else [])
 
 
 def test_what_is_called_once_after_the_last_block_is_gathered_with_it() -> None:
     cfg = config(*model(AfterBlocks), "parallel=fsdp", "train.eval_rows=8")
-    job = preflight(cfg, World(size=2, local_size=2))
-    assert job.plan.after_blocks == ["gated", "in_training"]
-    of = {
-        name: job.plan.unit_of(f"{name}.weight")
-        for name in ("gated.gate", "in_training", "before", "twice", "embed")
-    }
-    assert of == {"gated.gate": "mlp", "in_training": "mlp", "before": None, "twice": None, "embed": "embed"}
-    with process_group(FAKE, job.world):
-        mesh = build_mesh(job.sizes, "cpu")
-        loop = assemble(job, mesh, FAKE, corpus())
+    of = {"gated.gate": "mlp", "in_training": "mlp", "before": None, "twice": None, "embed": "embed"}
+    with assembled(cfg, ranks_of_a_host(2), FAKE) as loop:
+        plan = loop.setup.plan
+        assert plan.after_blocks == ["gated", "in_training"]
+        assert {name: plan.unit_of(f"{name}.weight") for name in of} == of
         for _ in range(2):  # of which an evaluation calls but a part
             loop.step()
             loop.evaluate()

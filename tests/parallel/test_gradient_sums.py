@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from support import nets
-from support.composed import config, corpus
+from support.assembled import assembled
+from support.composed import config
 from support.counted_steps import FAKE
 from support.marks import exhaustive
 from support.processes import has_imported
@@ -20,26 +21,17 @@ from torch._inductor.utils import run_and_get_code
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.validate import validate
-from tpresearch.config.world import World
 from tpresearch.parallel.gradient_sums import GradientSums, add_product_, summing_layers
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.compiler import Plan
-from tpresearch.train.assemble import assemble
 from tpresearch.train.loop import Loop
-from tpresearch.train.preflight import plan_model, preflight
+from tpresearch.train.preflight import plan_model
 from tpresearch.verify.ranks import Ranks
+
+pytestmark = pytest.mark.usefixtures("own_graphs")
 
 FUSED = "parallel.gradient_accumulation_fusion=true"
 PARTS = "parallel=none", "train.micro_batch_size=2"
 """A step of four micro-batches."""
-
-
-@pytest.fixture(autouse=True)
-def _no_graphs_of_others() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +42,8 @@ def _memory_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(cfg: Config, use: Callable[[Loop], list[float]]) -> list[float]:
-    job = preflight(cfg, World())
-    assert job.device
-    with process_group(FAKE, World()):
-        return use(assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus()))
+    with assembled(cfg, device=FAKE) as loop:
+        return use(loop)
 
 
 def losses(loop: Loop) -> list[float]:

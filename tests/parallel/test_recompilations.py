@@ -6,17 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.composed import config, corpus
+from support.assembled import assembled
+from support.composed import config
 from support.counted_steps import FAKE
 from torch import Tensor, nn
 
 from tpresearch.config import ConfigError
-from tpresearch.config.world import World
 from tpresearch.parallel.apply import compiled
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
-from tpresearch.train.assemble import assemble
-from tpresearch.train.preflight import preflight
 
 LAYERS = 10
 """More than torch compiles one function for unless told to."""
@@ -47,22 +43,19 @@ class Deep(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _no_graphs_of_others(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _limited(own_graphs: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     compile_ = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, **options: compile_(f, **(options | {"backend": "eager"}))
     )
-    torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8):
         yield
-    torch._dynamo.reset()
 
 
 def loss_of(*words: str) -> float:
     model = "model=toy_mlp", f"model._target_={__name__}.Deep", "model.blocks=[layers.*]"
-    job = preflight(config(*model, "parallel=none", "train.dtype=float64", *words), World())
-    with process_group(FAKE, World()):
-        loop = assemble(job, build_mesh(job.sizes, "cpu"), FAKE, corpus())
+    cfg = config(*model, "parallel=none", "train.dtype=float64", *words)
+    with assembled(cfg, device=FAKE) as loop:
         return [loop.step().loss.item() for _ in range(2)][1]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.composed import config, corpus, in_two_parts
+from support.assembled import assembled, ranks_of_a_host
+from support.composed import config, in_two_parts
 from support.counted_steps import FAKE
 from torch import Tensor, nn
 
@@ -15,10 +16,7 @@ from tpresearch.config.world import World
 from tpresearch.ledger.communication import CommunicationLedger
 from tpresearch.parallel.device import CPU
 from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.reducer import GradientReducer
-from tpresearch.train.assemble import assemble
-from tpresearch.train.preflight import preflight
 from tpresearch.verify.ranks import Ranks
 
 LAYERS = 3
@@ -27,11 +25,8 @@ LAYERS = 3
 def test_units_are_summed_while_backward_goes_on() -> None:
     """What was sent when each block's output has its gradient, in the last of two micro-batches alone."""
     cfg = in_two_parts(config("model=llama2_debug", "parallel=ddp", f"model.n_layers={LAYERS}"), 4)
-    job = preflight(cfg, World(size=4, local_size=4))
     found: dict[str, list[int]] = {f"layers.{layer}": [] for layer in range(LAYERS)}
-    with process_group(FAKE, job.world):
-        mesh = build_mesh(job.sizes, "cpu")
-        loop = assemble(job, mesh, FAKE, corpus())
+    with assembled(cfg, ranks_of_a_host(4), FAKE) as loop:
         loop.step()
         for name, seen in found.items():
 
@@ -39,7 +34,7 @@ def test_units_are_summed_while_backward_goes_on() -> None:
                 output.register_hook(lambda _: seen.append(len(ledger.events)))
 
             loop.state.model.get_submodule(name).register_forward_hook(note)
-        with CommunicationLedger(mesh) as ledger:
+        with CommunicationLedger(loop.setup.mesh) as ledger:
             loop.step()
         of_units = len(ledger.events)
         gradients = [p.numel() * 4 for p in loop.state.model.parameters()]

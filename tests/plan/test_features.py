@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.composed import config
+from support.assembled import planned, refusal
 from support.nets import model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpresearch.config import ConfigError
-from tpresearch.config.validate import validate
 from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.plan.features import FeatureUse
-from tpresearch.train.preflight import plan_model
 
 
 class Gated(nn.Module):
@@ -36,18 +33,6 @@ class GatedLM(ToyLM):
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)
         self.set_submodule("mlp", Gated(dim, hidden_dim))
-
-
-class Counted(ToyLM):
-    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
-        super().__init__(vocab_size, dim, hidden_dim)
-        self.embed = nn.Embedding(vocab_size, dim, scale_grad_by_freq=True)
-
-
-class Bounded(ToyLM):
-    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
-        super().__init__(vocab_size, dim, hidden_dim)
-        self.embed = nn.Embedding(vocab_size, dim, max_norm=1.0)
 
 
 ACROSS: dict[str, Callable[[Tensor], object]] = {
@@ -95,18 +80,8 @@ def test_what_needs_all_features_is_known(name: str) -> None:
 
 
 def test_a_layer_that_is_split_in_halves_is_refused_where_its_features_are_sharded() -> None:
-    cfg = config(*model(GatedLM), "parallel=tp")
-    with pytest.raises(ConfigError, match=r"^model\.plans\.tp\.in_proj\.dst=shard:-1: split needs all") as no:
-        plan_model(cfg, validate(cfg, 2))
-    whole = [f"{key}={value}" for key, value in no.value.fix.items()]
-    cfg = config(*model(GatedLM), "parallel=tp", *whole, "model.plans.tp.out_proj.src=replicate")
-    plan_model(cfg, validate(cfg, 2))
-    plan_model(cfg := config(*model(GatedLM), "parallel=fsdp"), validate(cfg, 2))
-
-
-def test_embeddings_that_depend_on_the_rows_of_a_rank_are_refused() -> None:
-    for kind, plan, world in ((Counted, "none", 1), (Bounded, "fsdp", 2)):
-        cfg = config(*model(kind), f"parallel={plan}")
-        with pytest.raises(ConfigError, match=r"^model=embed: (scale_grad_by_freq|max_norm)"):
-            plan_model(cfg, validate(cfg, world))
-    plan_model(cfg := config(*model(Bounded), "parallel=none"), validate(cfg, 1))
+    error = refusal(*model(GatedLM), "parallel=tp")
+    assert str(error).startswith("model.plans.tp.in_proj.dst=shard:-1: split needs all")
+    whole = [f"{key}={value}" for key, value in error.fix.items()]
+    planned(*model(GatedLM), "parallel=tp", *whole, "model.plans.tp.out_proj.src=replicate")
+    planned(*model(GatedLM), "parallel=fsdp")

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.assembled import planned, refusal
 from support.composed import config
 from support.nets import Buffered, model
 from torch import Tensor, nn
 
-from tpresearch.config import ConfigError
-from tpresearch.config.validate import validate
 from tpresearch.plan.describe import plan_text
 from tpresearch.plan.probe import probe_model
-from tpresearch.train.preflight import plan_model
 
 NETS = """
 import torch
@@ -46,13 +44,6 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("probed_nets", None)
-
-
-def refused(*overrides: str) -> ConfigError:
-    cfg = config(*overrides)
-    with pytest.raises(ConfigError) as caught:
-        plan_model(cfg, validate(cfg, 1))
-    return caught.value
 
 
 NET = ("model=toy_net", "data=uniform", "train.loss=sum", "parallel=none")
@@ -85,41 +76,26 @@ def test_what_is_incompatible_is_refused(
 ) -> None:
     own = any("probed_nets" in override for override in overrides)
     words = ["model=toy_mlp", "~model.hidden_dim", *overrides] if own else overrides
-    error = refused("parallel=none", *(word.removeprefix("+") for word in words))
+    error = refusal("parallel=none", *(word.removeprefix("+") for word in words))
     assert error.field == field
     assert says in error.why
     assert next(iter(error.fix)) == fix
 
 
 def test_a_model_that_cannot_run_without_data_is_left_alone(nets: None) -> None:
-    cfg = config(
-        "parallel=none",
-        "model=toy_mlp",
-        "~model.hidden_dim",
-        "model.blocks=[]",
-        "model._target_=probed_nets.Asks",
-    )
-    plan_model(cfg, validate(cfg, 1))
+    asks = "model=toy_mlp", "~model.hidden_dim", "model.blocks=[]", "model._target_=probed_nets.Asks"
+    planned("parallel=none", *asks)
 
 
 def test_a_sum_of_outputs_that_are_no_logits_is_trained_without_a_held_out_loss(nets: None) -> None:
-    cfg = config(
-        "parallel=none",
-        "model=toy_mlp",
-        "~model.hidden_dim",
-        "model.blocks=[]",
-        "model._target_=probed_nets.Narrow",
-        "train.loss=sum",
-        "train.eval_rows=0",
-    )
-    plan_model(cfg, validate(cfg, 1))
+    narrow = "model=toy_mlp", "~model.hidden_dim", "model.blocks=[]", "model._target_=probed_nets.Narrow"
+    planned("parallel=none", *narrow, "train.loss=sum", "train.eval_rows=0")
 
 
 def test_modules_that_see_the_batch_first_need_no_gradient_of_it() -> None:
-    net = plan_model(config(*NET), validate(config(*NET), 1))[1]
-    assert net.probe.no_input_grad == {"", "in_proj"}
-    cfg = config("model=toy_mlp", "parallel=none")
-    assert plan_model(cfg, validate(cfg, 1))[1].probe.no_input_grad == {"", "embed"}
+    for words, first in ((NET, "in_proj"), (("model=toy_mlp", "parallel=none"), "embed")):
+        _, plan = planned(*words)
+        assert plan.probe.no_input_grad == {"", first}
 
 
 def test_it_leaves_the_model_as_it_was() -> None:
@@ -142,12 +118,10 @@ def test_it_leaves_the_model_as_it_was() -> None:
 
 
 def test_buffers_that_a_forward_changes_are_named_by_the_plan() -> None:
-    cfg = config(*model(Buffered), "parallel=none")
-    text = plan_text(*plan_model(cfg, validate(cfg, 1)))
+    meta, plan = planned(*model(Buffered), "parallel=none")
+    text = plan_text(meta, plan)
     assert "buffers: a forward changes seen, on each data-parallel rank" in text
     assert "not in checkpoints" not in text
-    meta, plan = plan_model(cfg, validate(cfg, 1))
     meta.register_buffer("seen", meta.get_buffer("seen"), persistent=False)
     assert "not in checkpoints: seen, which a forward changes" in plan_text(meta, plan)
-    cfg = config("model=llama2_debug", "parallel=none")
-    assert "buffers:" not in plan_text(*plan_model(cfg, validate(cfg, 1)))
+    assert "buffers:" not in plan_text(*planned("model=llama2_debug", "parallel=none"))

@@ -4,43 +4,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.composed import config, corpus
+from support.assembled import assembled
+from support.composed import config
 from support.marks import exhaustive
 from support.processes import has_imported
 from torch import Tensor, nn
 
-from tpresearch.config.errors import ConfigError
 from tpresearch.config.training import OptimizerConfig
-from tpresearch.config.validate import validate
-from tpresearch.config.world import World
 from tpresearch.ledger.memory_formulas import expected_memory
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.meta import plain_model
 from tpresearch.train import adamw_op
 from tpresearch.train.adamw import AdamW, ElementwiseAdamW
-from tpresearch.train.assemble import assemble
 from tpresearch.train.optim import build_optimizer
-from tpresearch.train.preflight import preflight
 from tpresearch.verify.ranks import Ranks
+
+pytestmark = pytest.mark.usefixtures("own_graphs")
 
 SHAPES = (64, 1024), (32, 1024), (1024,), (7, 13), (5,)
 STEPS, SKIPPED, DIVISOR = 4, 2, 3.3
 LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.95), 1e-8, 0.1
 
 Make = Callable[[list[dict[str, Any]]], AdamW]
-
-
-@pytest.fixture(autouse=True)
-def _no_graphs_of_others() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def fused(groups: list[dict[str, Any]]) -> AdamW:
@@ -173,21 +162,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing_where_it_is_skipped(compi
 
 
 def test_gradients_that_are_kept_by_mistake_are_those_that_were_clipped() -> None:
-    losses = []
-    for word in ("optimizer.moment_dtype=null", "optimizer.moment_dtype=float32"):
-        cfg = config(
-            "model=llama2_debug",
-            "parallel=none",
-            "defects.keep_gradients=true",
-            "train.clip_grad_norm=0.1",
-            word,
-        )
-        job = preflight(cfg, World())
-        assert job.device
-        with process_group(job.device, World()):
-            loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
-            losses.append([loop.step().grad_norm.item() for _ in range(4)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    words = "model=llama2_debug", "parallel=none", "defects.keep_gradients=true", "train.clip_grad_norm=0.1"
+    norms = []
+    for dtype in ("null", "float32"):
+        with assembled(config(*words, f"optimizer.moment_dtype={dtype}")) as loop:
+            norms.append([loop.step().grad_norm.item() for _ in range(4)])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
 def test_the_op_is_not_registered_where_it_is_not_used(ranks: Ranks) -> None:
@@ -199,47 +179,17 @@ def test_the_op_is_not_registered_where_it_is_not_used(ranks: Ranks) -> None:
 @pytest.mark.parametrize("words", [(), ("optimizer.compile=true",), ("optimizer.moment_dtype=bfloat16",)])
 def test_a_step_holds_what_formulas_say_and_the_model_has_the_rounded_weights(words: tuple[str, ...]) -> None:
     cfg = config("model=llama2_debug", "parallel=none", "train.dtype=bfloat16", *words)
-    job = preflight(cfg, World())
-    assert job.device
-    expected = expected_memory(plain_model(cfg.model), job.plan, cfg)
-    with process_group(job.device, World()):
-        loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
+    with assembled(cfg) as loop:
         for _ in range(2):
             loop.step()
     state = loop.state
+    expected = expected_memory(plain_model(cfg.model), loop.setup.plan, cfg)
     masters = state.weights().values()
     held = [t for one in state.optimizer.state.values() for t in one.values() if isinstance(t, Tensor)]
     assert sum(t.nbytes for t in (*held, *masters)) == expected["optimizer"]
     for copy, master in zip(state.model.parameters(), masters, strict=True):
         assert master.dtype is torch.float32
         assert torch.equal(copy, master.bfloat16())
-
-
-def test_it_trains_as_the_fused_one_does() -> None:
-    losses = {}
-    for words in ("optimizer.compile=false", "optimizer.moment_dtype=float32"):
-        cfg = config("model=llama2_debug", "parallel=none", words)
-        job = preflight(cfg, World())
-        assert job.device
-        with process_group(job.device, World()):
-            loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
-            losses[words] = [loop.step().loss.item() for _ in range(4)]
-    first, second = losses.values()
-    assert first[-1] < first[0]
-    assert second == pytest.approx(first, rel=1e-6)
-
-
-@pytest.mark.parametrize("word", ["optimizer.moment_dtype=bfloat16", "optimizer.compile=true"])
-def test_its_options_are_refused_with_sgd(word: str) -> None:
-    with pytest.raises(ConfigError, match=r"an option of AdamW's; optimizer=adamw") as refused:
-        validate(config("optimizer=sgd", word), 1)
-    assert refused.value.fix == {word.partition("=")[0]: None}
-
-
-def test_sgd_s_momentum_is_refused_with_adamw() -> None:
-    """Not taken for its first beta."""
-    with pytest.raises(ConfigError, match=r"^optimizer.momentum=0.5: an option of SGD's; optimizer=sgd"):
-        validate(config("optimizer.momentum=0.5"), 1)
 
 
 def test_no_tensor_is_updated_without_a_gradient() -> None:

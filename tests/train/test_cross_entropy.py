@@ -92,17 +92,15 @@ def test_fused_it_is_the_plain_one() -> None:
     check_plain(torch.bfloat16, TOKENS // 2, compile=True)
 
 
-def test_chunks_of_any_number_of_sizes_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_any_number_of_sizes_are_fused(own_graphs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a compiler's backend that only counts: torch compiles for 8 shapes at most."""
     counter = CompileCounterWithBackend("eager")
     compile_, fused = torch.compile, functools.cache(cross_entropy._fused.__wrapped__)
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=counter, **options))
     monkeypatch.setattr(cross_entropy, "_fused", fused)
-    torch._dynamo.reset()
     for chunk in range(8, 40):
         check_plain(torch.float64, chunk, compile=True)
     assert counter.frame_count == 2 * 2  # functions, each for the first shape and then for any
-    torch._dynamo.reset()
 
 
 def check_plain(dtype: torch.dtype, chunk: int, compile: bool, device: str = "cpu") -> None:

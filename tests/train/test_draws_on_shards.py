@@ -7,19 +7,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.composed import config, corpus
+from support.assembled import assembled, refusal
+from support.composed import config
 from support.marks import exhaustive, on_card
 from support.nets import model
 from torch import Tensor, nn
 
 from tpresearch.config import Config, ConfigError
-from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.models.toy_mlp import ToyLM, ToyMLP
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
-from tpresearch.train.assemble import assemble
-from tpresearch.train.preflight import plan_model, preflight
 from tpresearch.train.randomness import DrawsOnShards
 from tpresearch.verify.ranks import Ranks
 
@@ -66,10 +62,7 @@ class Reusing(ToyLM):
 
 def drawn(world: World, cfg: Config) -> tuple[list[float], list[Tensor]]:
     """Loss and norm of two steps, and what was drawn first."""
-    job = preflight(cfg, world)
-    assert job.device
-    with process_group(job.device, world):
-        loop = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus())
+    with assembled(cfg, world) as loop:
         numbers = [number.item() for _ in range(2) for number in loop.step()]
         attention = loop.state.model.get_submodule("mlp")
         assert isinstance(attention, Attention)
@@ -120,6 +113,5 @@ def test_a_generator_of_its_own_is_refused_on_a_shard() -> None:
 
 
 def test_a_dropout_that_is_used_twice_is_not_compiled_for_shards() -> None:
-    cfg = config(*model(Reusing), "parallel.compile=true", "parallel=tp", "train.loss_chunk=null")
-    with pytest.raises(ConfigError, match=r"^parallel.compile=true: mlp.relu is called more than once"):
-        plan_model(cfg, validate(cfg, 2))
+    error = refusal(*model(Reusing), "parallel.compile=true", "parallel=tp", "train.loss_chunk=null")
+    assert str(error).startswith("parallel.compile=true: mlp.relu is called more than once")

@@ -5,21 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.assembled import assembled
 from support.composed import config, corpus
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from tpresearch.config import Config
-from tpresearch.config.world import World
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
+from tpresearch.data.batches import Batches
 from tpresearch.parallel.weights import from_seed
 from tpresearch.plan.initializers import read_initializers
 from tpresearch.plan.meta import plain_model
-from tpresearch.train.assemble import assemble
-from tpresearch.train.loop import Loop
 from tpresearch.train.optim import build_optimizer, learning_rate, set_learning_rate
-from tpresearch.train.preflight import preflight
+from tpresearch.train.state import TrainState
 
 STEPS, PARTS, ROWS = 3, 4, 8
 SETTINGS = (
@@ -36,7 +33,7 @@ def in_a_notebook(cfg: Config) -> dict[str, Tensor]:
     model = plain_model(cfg.model)
     from_seed(read_initializers(model), cfg.train.seed)(model)
     optimizer = build_optimizer(model.parameters(), cfg.optimizer)
-    rows = assembled(cfg)[0].batches
+    rows = Batches(corpus(), ROWS, cfg.train.seed)
     for step in range(STEPS):
         for part in rows.batch(step).split(ROWS // PARTS):
             cast = {name: weight.bfloat16() for name, weight in model.named_parameters()}
@@ -49,55 +46,46 @@ def in_a_notebook(cfg: Config) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def assembled(cfg: Config, steps: int = 0) -> tuple[Loop, list[tuple[torch.dtype, ...]]]:
-    """A loop after some steps; of each step, the dtypes of weights as the model has them, as trained, and of gradients."""
-    seen = []
-    job = preflight(cfg, World())
-    assert job.device
-    with process_group(job.device, World()):
-        loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus())
+def trained(cfg: Config, steps: int = STEPS) -> TrainState:
+    with assembled(cfg) as loop:
         for _ in range(steps):
             loop.step()
-            pairs = zip(loop.state.model.parameters(), loop.state.trained_parameters().values(), strict=True)
-            seen += [(copy.dtype, master.dtype) for copy, master in pairs]
-    return loop, seen
+    return loop.state
 
 
 @pytest.mark.parametrize("model", ["llama2_debug", "toy_mlp"])
 def test_masters_move_as_weights_that_are_cast_at_each_use(model: str) -> None:
     cfg = config(f"model={model}", *SETTINGS)
-    loop, _ = assembled(cfg, STEPS)
-    assert not any(isinstance(module, FSDPModule) for module in loop.state.model.modules())
-    ours, theirs = loop.state.weights(), in_a_notebook(cfg)
+    state = trained(cfg)
+    assert not any(isinstance(module, FSDPModule) for module in state.model.modules())
+    ours, theirs = state.weights(), in_a_notebook(cfg)
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         assert ours[name].dtype == torch.float32
         assert torch.equal(ours[name], weight), name
-    for copy, master in zip(loop.state.model.parameters(), ours.values(), strict=True):
+    for copy, master in zip(state.model.parameters(), ours.values(), strict=True):
         assert torch.equal(copy, master.bfloat16())
 
 
 def test_tied_weights_have_one_master() -> None:
-    loop, _ = assembled(config("model=llama2_debug", "model.tied=true", *SETTINGS), STEPS)
-    model = loop.state.model
+    state = trained(config("model=llama2_debug", "model.tied=true", *SETTINGS))
+    model = state.model
     assert model.get_parameter("output.weight") is model.get_parameter("tok_embeddings.weight")
-    assert len(loop.state.trained_parameters()) == len(list(model.parameters()))
+    assert len(state.trained_parameters()) == len(list(model.parameters()))
 
 
 def test_weights_set_from_outside_reach_the_copies() -> None:
-    loop, _ = assembled(config("model=llama2_debug", *SETTINGS))
-    for weight in loop.state.weights().values():
+    state = trained(config("model=llama2_debug", *SETTINGS), steps=0)
+    for weight in state.weights().values():
         weight.fill_(1 / 3)
-    loop.state.refresh_copies()
+    state.refresh_copies()
     third = torch.tensor(1 / 3).bfloat16()
-    assert all((copy == third).all() for copy in loop.state.model.parameters())
+    assert all((copy == third).all() for copy in state.model.parameters())
 
 
 def test_in_bfloat16_alone_nothing_is_wider_but_buffers() -> None:
-    loop, seen = assembled(config("model=llama2_debug", *SETTINGS, "train.weights=bfloat16"), 1)
-    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
-    moments = [
-        t for state in loop.state.optimizer.state.values() for key, t in state.items() if key != "step"
-    ]
-    assert {moment.dtype for moment in moments} == {torch.bfloat16}
-    assert loop.state.model.rotary.dtype == torch.float32
+    state = trained(config("model=llama2_debug", *SETTINGS, "train.weights=bfloat16"), steps=1)
+    assert state.masters is None
+    moments = [t for held in state.optimizer.state.values() for key, t in held.items() if key != "step"]
+    assert {t.dtype for t in (*moments, *state.model.parameters())} == {torch.bfloat16}
+    assert state.model.rotary.dtype == torch.float32

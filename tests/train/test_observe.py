@@ -7,17 +7,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
-from support.composed import config, corpus
+from support.assembled import assembled
+from support.composed import config
 
-from tpresearch.config.world import World
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
-from tpresearch.train.assemble import assemble
-from tpresearch.train.loop import Loop
 from tpresearch.train.observe import Observer
-from tpresearch.train.preflight import preflight
 from tpresearch.train.state import TrainState
 from tpresearch.train.watch import CountedStep, Expected
+
+TOY = ("model=toy_mlp", "parallel=none")
 
 
 class Diary(Observer):
@@ -46,19 +43,10 @@ class Diary(Observer):
         return {"comm/bytes_per_step": 7}
 
 
-@contextmanager
-def alone(observers: list[Observer], *overrides: str) -> Iterator[Loop]:
-    job = preflight(config("model=toy_mlp", "parallel=none", *overrides), World())
-    assert job.device
-    with process_group(job.device, World()):
-        mesh = build_mesh(job.sizes, "cpu")
-        yield assemble(job, mesh, job.device, corpus(), observers)
-
-
 def test_an_observer_is_told_each_event_in_order() -> None:
     diary = Diary()
     settings = ("train.steps=1", "train.micro_batch_size=4", "train.eval_rows=0")
-    with alone([diary], *settings) as loop:
+    with assembled(config(*TOY, *settings), watching=[diary]) as loop:
         (row,) = list(loop.rows())
     micro_batch = ["forward", "loss", "backward"]
     assert diary.events == [
@@ -70,7 +58,7 @@ def test_an_observer_is_told_each_event_in_order() -> None:
 
 
 def test_weights_of_a_rank_of_its_own_are_not_drawn_again_where_a_run_resumes() -> None:
-    with alone([], "defects.weights_per_rank=true") as loop:
+    with assembled(config(*TOY, "defects.weights_per_rank=true")) as loop:
         weight = next(loop.state.model.parameters())
         for step, drawn in ((3, False), (0, True)):
             torch.nn.init.ones_(weight)
@@ -84,7 +72,7 @@ def test_the_second_step_of_a_process_is_counted_wherever_the_run_starts(
     begun: int, steps: int, counted: int
 ) -> None:
     at: list[int] = []
-    with alone([]) as loop:
+    with assembled(config(*TOY)) as loop:
         watch = CountedStep(
             loop.setup.mesh, Expected(None, {}), steps - 1, report=lambda _: at.append(state.step)
         )

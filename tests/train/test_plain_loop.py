@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.assembled import assembled
 from support.composed import config, corpus
 from support.nets import AfterBlocks, ComplexPositions, HookedHead, PartlyInEvaluation, Routed, model
 from torch import Tensor, nn
@@ -14,11 +15,8 @@ from tpresearch.config import Config
 from tpresearch.config.axes import DATA_AXES
 from tpresearch.config.world import World
 from tpresearch.data.batches import Batches
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh, sum_over
-from tpresearch.train.assemble import assemble
+from tpresearch.parallel.mesh import sum_over
 from tpresearch.train.optim import learning_rate
-from tpresearch.train.preflight import preflight
 from tpresearch.verify.ranks import Ranks
 
 STEPS = 3
@@ -32,11 +30,8 @@ def copied(weights: Weights) -> Weights:
 
 def ours(world: World, cfg: Config) -> tuple[Weights, list[float], Weights]:
     """The initial weights, the losses of a few steps, with an evaluation after each, and the weights after them."""
-    job = preflight(cfg, world)
-    assert job.device
-    with process_group(job.device, world):
-        loop, losses = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus()), []
-        initial = copied(loop.state.weights())
+    with assembled(cfg, world) as loop:
+        initial, losses = copied(loop.state.weights()), []
         for _ in range(STEPS):
             losses.append(sum_over(loop.setup.mesh, loop.step().loss, DATA_AXES).item())
             loop.evaluate()

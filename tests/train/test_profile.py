@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.assembled import assembled
 from support.composed import config, corpus
 
 from tpresearch.config import Config, ConfigError
@@ -81,20 +82,14 @@ def test_on_cuda_kernels_alone_are_summed_and_not_the_ranges_around_them() -> No
 
 
 def profiled(world: World, cfg: Config, folder: Path) -> None:
-    job = preflight(cfg, world)
-    assert job.device
-    with process_group(job.device, world):
-        trace = Profiler(cfg.profiler, folder, world.rank, on_cuda=False)
-        loop = assemble(job, build_mesh(job.sizes, "cpu"), job.device, corpus(), [trace])
+    with assembled(cfg, world, watching=[Profiler(cfg.profiler, folder, world.rank, False)]) as loop:
         for _ in range(6):
             loop.step()
 
 
 def test_each_rank_writes_the_steps_asked_for(ranks: Ranks, tmp_path: Path) -> None:
-    cfg = config(
-        "model=llama2_debug", "parallel=tp", "profiler=trace", "profiler.first_step=3", "profiler.steps=2"
-    )
-    ranks.run(2, profiled, cfg, tmp_path)
+    words = "model=llama2_debug", "parallel=tp", "profiler=trace", "profiler.first_step=3", "profiler.steps=2"
+    ranks.run(2, profiled, config(*words), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("kernels-rank0.json", "kernels-rank1.json", "trace-rank0.json.gz", "trace-rank1.json.gz")
     ]

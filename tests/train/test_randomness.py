@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from support.composed import config, corpus
+from support.assembled import assembled, planned, ranks_of_a_host, refusal
+from support.composed import config
 from support.counted_steps import FAKE
 from support.marks import exhaustive, on_card
 from support.nets import Dropped, Thinned, ThinnedByHand, model
@@ -18,17 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import _random as dtensor_random
 
-from tpresearch.config import Config, ConfigError
+from tpresearch.config import Config
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import plan_text
 from tpresearch.train import cross_entropy, randomness
-from tpresearch.train.assemble import assemble
-from tpresearch.train.preflight import plan_model, preflight
 from tpresearch.train.randomness import SeededRandomness, _dropout_on_shards, kept_elements
 from tpresearch.train.state import TrainState
 from tpresearch.train.step import accumulate_gradients
@@ -42,10 +40,8 @@ def gradient_of(tensor: Tensor) -> Tensor:
 
 def dropped(world: World, cfg: Config) -> tuple[list[float], list[Tensor]]:
     """Loss and norm of two steps, and which features were dropped in each forward pass."""
-    job, masks = preflight(cfg, world), []
-    assert job.device
-    with process_group(job.device, world):
-        loop = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus())
+    masks: list[Tensor] = []
+    with assembled(cfg, world) as loop:
         if hasattr(loop.state.model, "drop"):
             drop = loop.state.model.get_submodule("drop")
             drop.register_forward_hook(lambda _, args, out: masks.append((out.detach() == 0).cpu()))
@@ -78,8 +74,8 @@ def test_what_python_and_numpy_draw_is_seeded_too_and_alike_on_tensor_parallel_r
     assert first == again
     for numbers, _ in ranks.run(2, dropped, config(*settings, "parallel=tp")):
         assert numbers == pytest.approx(first[0], rel=1e-9)
-    with pytest.raises(ConfigError, match="by Python's or NumPy's generator, and what is recomputed"):
-        preflight(config(*settings, "parallel=none", "parallel.activation_checkpointing=full"), World())
+    error = refusal(*settings, "parallel=none", "parallel.activation_checkpointing=full")
+    assert error.why.startswith("the model draws by Python's or NumPy's generator, and what is recomputed")
 
 
 @pytest.mark.parametrize(("plan", "alike"), [("tp", True), ("sp", False), ("fsdp", False)])
@@ -139,15 +135,11 @@ def test_compiled_shards_on_a_card_recompute_the_same(ranks: Ranks, plan: str) -
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
 @pytest.mark.parametrize("device", ["cpu", on_card("cuda")])
-def test_compiled_blocks_recompute_what_they_drew(device: str, kind: str) -> None:
+def test_compiled_blocks_recompute_what_they_drew(own_graphs: None, device: str, kind: str) -> None:
     """The gradient's norm is the loss's slope along the gradient, where forward and backward have the same elements."""
     settings = (*model(Thinned), "parallel=none", "train.dtype=float64", "parallel.compile=true")
     cfg = config(*settings, f"parallel.activation_checkpointing={kind}", f"device={device}")
-    job = preflight(cfg, World())
-    assert job.device
-    torch._dynamo.reset()
-    with process_group(job.device, World()):
-        loop = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus())
+    with assembled(cfg) as loop:
         state, setup = loop.state, loop.setup
         weights, rows = [*state.model.parameters()], loop.read().split(setup.micro_rows)
 
@@ -167,9 +159,8 @@ def test_compiled_blocks_recompute_what_they_drew(device: str, kind: str) -> Non
 
 def test_a_backward_that_would_draw_anew_is_refused() -> None:
     settings = (*model(Thinned), "parallel=none", "parallel.compile=true")
-    cfg = config(*settings, "parallel.activation_checkpointing=budget")
-    with pytest.raises(ConfigError, match=r"^parallel.activation_checkpointing=budget: mlp.relu draws"):
-        plan_model(cfg, validate(cfg, 1))
+    error = refusal(*settings, "parallel.activation_checkpointing=budget")
+    assert str(error).startswith("parallel.activation_checkpointing=budget: mlp.relu draws")
 
 
 def test_the_elements_kept_follow_from_the_seed_and_the_place() -> None:
@@ -200,7 +191,7 @@ def test_compiled_dropout_scales_what_it_keeps_and_its_gradient() -> None:
 
 def test_a_dtensor_stays_one() -> None:
     drop, seed = nn.Dropout(0.5), torch.tensor(1)
-    with process_group(FAKE, World(size=2, local_size=2)):
+    with process_group(FAKE, ranks_of_a_host(2)):
         mesh = build_mesh(MeshSizes(tp=2), "cpu")["tp"]
         x = DTensor.from_local(torch.ones(4, 8, requires_grad=True), mesh, [Shard(0)])
         out = _dropout_on_shards(drop, x.numel(), seed, "")(x)
@@ -215,29 +206,27 @@ def test_on_cuda_the_first_draw_on_a_dtensor_takes_no_state_of_another_rank(
 ) -> None:
     """Torch's tracker of these draws sends rank 0's state when it is made, unless it is told not to."""
     synchronizes: list[bool] = []
-    with process_group(FAKE, here := World(size=2, local_size=2)):
-        job = preflight(config(*model(Dropped), f"parallel={plan}"), here)
-        mesh = build_mesh(job.sizes, "cpu")
+    net, compiled = planned(*model(Dropped), f"parallel={plan}", world=2)
+    with process_group(FAKE, ranks_of_a_host(2)):
+        mesh = build_mesh(compiled.sizes, "cpu")
         monkeypatch.setattr(DeviceMesh, "device_type", "cuda")
         monkeypatch.setattr(dtensor_random, "_rng_tracker", None)
         made = lambda _, run_state_sync: synchronizes.append(run_state_sync)  # noqa: E731
         monkeypatch.setattr(dtensor_random, "OffsetBasedRNGTracker", made)
-        state = TrainState(0, job.model, torch.optim.SGD(job.model.parameters()))
-        SeededRandomness(0, mesh, job.plan, compiled=False).start(state)
+        state = TrainState(0, net, torch.optim.SGD(net.parameters()))
+        SeededRandomness(0, mesh, compiled, compiled=False).start(state)
     assert synchronizes == [False] * asked
 
 
 def test_what_compiled_ranks_cannot_draw_apart_is_refused() -> None:
     settings = (*model(ThinnedByHand), "parallel.compile=true")
-    with pytest.raises(ConfigError, match=r"^parallel.compile=true: mlp.relu draws random numbers; compiled"):
-        plan_model(cfg := config(*settings, "parallel=tp"), validate(cfg, 2))
-    plan_model(cfg := config(*settings, "parallel=fsdp"), validate(cfg, 2))
+    error = refusal(*settings, "parallel=tp")
+    assert str(error).startswith("parallel.compile=true: mlp.relu draws random numbers; compiled")
+    planned(*settings, "parallel=fsdp")
 
 
 def test_the_plan_says_that_equality_is_not_claimed() -> None:
-    cfg = config(*model(Dropped), "parallel=none")
-    text = plan_text(*plan_model(cfg, validate(cfg, 1)))
+    text = plan_text(*planned(*model(Dropped), "parallel=none"))
     assert "random numbers: drop draw by (seed, step, micro-batch, data-parallel rank)" in text
     assert "not claimed" in text
-    honest = config("model=llama2_debug", "parallel=none")
-    assert "random" not in plan_text(*plan_model(honest, validate(honest, 1)))
+    assert "random" not in plan_text(*planned("model=llama2_debug", "parallel=none"))
