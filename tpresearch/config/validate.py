@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.choices import Checkpointing, Float8, OptimizerName, WeightDtype
+from tpresearch.config.choices import Checkpointing, Float8, Loss, OptimizerName, WeightDtype
 from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.mesh import resolve_mesh, used_axes
 from tpresearch.config.schema import Config, Dtype, ParallelConfig, ProfilerName, TokenizerKind
@@ -94,6 +94,12 @@ def total_steps(cfg: Config) -> int:
         return cfg.train.steps
     assert cfg.train.tokens is not None
     return -(-cfg.train.tokens // tokens_per_step(cfg))
+
+
+def needs_logits(cfg: Config) -> bool:
+    """Whether the loss is a cross-entropy, or that on held-out rows, which is one whatever train.loss is."""
+    evaluates = cfg.train.eval_rows > 0 and not cfg.data.is_synthetic
+    return cfg.train.loss is Loss.next_token or evaluates
 
 
 def uses_fully_shard(parallel: ParallelConfig, sizes: MeshSizes) -> bool:

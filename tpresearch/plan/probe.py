@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tpresearch.config.choices import Loss
 from tpresearch.config.errors import ConfigError, one_line
 from tpresearch.config.schema import Config
+from tpresearch.config.validate import needs_logits
 from tpresearch.plan.features import FeatureUse
 
 Ndims = tuple[int | None, ...]
@@ -239,8 +240,7 @@ def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
     Raises:
         ConfigError: naming train.loss, train.eval_rows or the model's output.
     """
-    sums = cfg.train.loss is Loss.sum
-    if sums and (cfg.data.is_synthetic or not cfg.train.eval_rows):
+    if not needs_logits(cfg):
         return
     if targets.numel() == 0:
         why, legal = f"data.source={cfg.data.source} has no targets", "sum"
@@ -248,7 +248,7 @@ def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
     if output is not None and (output[:-1] != targets.shape or output[-1] < cfg.tokenizer.vocab_size):
         why = f"its output has shape {_format_shape(output)} for targets {_format_shape(targets.shape)}"
         legal = f"logits [b, s, V] with V at least tokenizer.vocab_size={cfg.tokenizer.vocab_size}"
-        if sums:
+        if cfg.train.loss is Loss.sum:
             why = f"the held-out loss is a cross-entropy, and of model {cfg.model.name} {why}"
             fix = {"train.eval_rows": 0}
             raise ConfigError("train.eval_rows", cfg.train.eval_rows, why, f"0, or {legal}", fix=fix)

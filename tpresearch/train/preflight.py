@@ -22,6 +22,7 @@ from tpresearch.config.training import TrainConfig
 from tpresearch.config.validate import (
     DEFAULT_PLAN_RANKS,
     micro_batch_size,
+    needs_logits,
     ranks_needed,
     validate,
     with_batch_that_fits,
@@ -240,7 +241,10 @@ def check_split_output(plan: Plan, cfg: Config) -> None:
     Raises:
         ConfigError: naming the rule.
     """
-    if plan.output_shard_dim == 0 and cfg.train.loss is Loss.next_token:
+    if plan.output_shard_dim == 0 and needs_logits(cfg):
         key = next(f"{rule.config_key}.dst" for rule in plan.rules.values() if rule.output_stays_sharded)
         why = "the cross-entropy is computed on whole rows of logits or on vocabulary shards"
-        raise ConfigError(key, "batch", why, "logits, or train.loss=sum", fix={key: "logits"})
+        other = "train.loss=sum"
+        if cfg.train.loss is Loss.sum:
+            why, other = f"{why}, and the held-out loss is one", "train.eval_rows=0"
+        raise ConfigError(key, "batch", why, f"logits, or {other}", fix={key: "logits"})
