@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 from support.commands import Done
+from support.composed import config
 from support.trainings import TINY, Trained
 
 from tpresearch.checkpoint.disk import complete_checkpoints
+from tpresearch.config import ConfigError
+from tpresearch.config.world import World
+from tpresearch.train.preflight import preflight
 
 pytestmark = pytest.mark.cli
 Start = Callable[..., Done]
@@ -45,6 +49,11 @@ def test_a_run_resumes_under_another_plan_and_another_experiment_is_refused(
     )
     offered = f"init_from={run}/checkpoints/step-00000002"
     assert set(refused.command_to_try[2:]) == {"optimizer.lr=0.5", "train.dtype=float64", offered, *TINY}
+    narrow = train(None, tmp_path, "resume=mine", "train.weights=bfloat16")
+    assert "train.dtype=float64 computes on wider numbers than that" in narrow.refusal
+    assert {"train.dtype=bfloat16", offered, *TINY} <= set(narrow.command_to_try), (
+        "resumed, it would be refused"
+    )
     assert files(run) == before, "a refused command touches nothing"
 
     on = train(2, tmp_path, "resume=mine", "parallel=fsdp", "train.steps=4", "checkpoint.keep=1")
@@ -59,6 +68,13 @@ def test_a_run_resumes_under_another_plan_and_another_experiment_is_refused(
     assert summary["comm/bytes_per_step"] > 0, "the ledger is measured again"
     assert [found.step for found in complete_checkpoints(run)] == [4]
     assert {"config.step-00000002.yaml", "plan.step-00000002.txt"} <= {path.name for path in run.iterdir()}
+
+
+def test_a_batch_that_does_not_split_over_the_ranks_that_are_left_is_resumed_on_fewer() -> None:
+    cfg = config("model=toy_mlp", "parallel=fsdp", "mesh.dp_shard=3")
+    with pytest.raises(ConfigError, match="train.global_batch_size=8: does not split over 3") as caught:
+        preflight(cfg, World(size=3, local_size=3, elastic=True), resumes=True)
+    assert (caught.value.fix, caught.value.nproc) == ({"mesh.dp_shard": 2}, 2)
 
 
 def test_of_a_run_that_was_killed_before_its_first_checkpoint_its_own_command_is_proposed(

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import open_dict
 
+from tpresearch.checkpoint.resume import checkpoints_to_resume
 from tpresearch.config.errors import ConfigError, RunFailed
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed
@@ -25,9 +26,9 @@ from tpresearch.config.world import World, agent_store
 from tpresearch.launch import hydra_app
 from tpresearch.launch.command import Command, CommandCheck, command_to_try
 from tpresearch.launch.composition import Composition, typed_config
-from tpresearch.launch.earlier_run import repeat_command_of_run
+from tpresearch.launch.earlier_run import repeat_command_of_run, repeating_overrides
 from tpresearch.launch.explain import explain_errors
-from tpresearch.launch.run_dir import check_folder_names, tell_other_hosts
+from tpresearch.launch.run_dir import check_folder_names, tell_other_hosts, typed_folder
 
 EXIT_CODE = 2
 TIMEOUT_S = 60
@@ -149,8 +150,7 @@ def _check_command(
     if unknown:
         drop = dict.fromkeys(unknown)
         raise ConfigError("flags", " ".join(unknown), "not understood", "key=value", fix=drop)
-    if resumes:
-        repeat_command_of_run(arguments)
+    earlier = repeat_command_of_run(arguments) if resumes else None
     composition = Composition.of(arguments, config_name)
     composition.refuse_unusable()
     with explain_errors(composition):
@@ -165,10 +165,13 @@ def _check_command(
                 composed.hydra.job.id, composed.hydra.job.num = "0", 0
             HydraConfig.instance().set_config(composed)
             check_folder_names(composed)
-            cfg = typed_config(composed)
+            cfg, folder = typed_config(composed), typed_folder(composed.hydra.run)
         ranks = ranks_needed(cfg, DEFAULT_PLAN_RANKS)
         of_job = World(0, ranks, 0, ranks, elastic=ranks > 1)
         preflight(cfg, of_job if arguments.multirun else command.world)
+        if resumes and not (arguments.multirun or cfg.plan_only):
+            with repeating_overrides(earlier):
+                checkpoints_to_resume(cfg, folder)
 
 
 def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -11,12 +12,13 @@ from tpresearch.checkpoint.disk import BrokenCheckpoint
 from tpresearch.checkpoint.resume import checkpoints_to_resume, find_checkpoint
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Float8, Loss
+from tpresearch.config.comparable import EXPERIMENT_KEYS, MAY_CHANGE_ON_RESUME
 from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.mesh import check_declared_counts, used_axes, warning_of_unused_axes
 from tpresearch.config.model import model_config
 from tpresearch.config.notes import notes_on_settings
-from tpresearch.config.schema import Config
+from tpresearch.config.schema import Config, MeshConfig
 from tpresearch.config.secrets import refuse_secrets
 from tpresearch.config.training import TrainConfig
 from tpresearch.config.validate import (
@@ -82,7 +84,27 @@ def preflight(cfg: Config, world: World, resumes: bool = False) -> Preflight:
     except ConfigError as error:
         if cfg.plan_only and error.nproc:  # plan_only starts no ranks: their number is an override
             error.fix["world_size"], error.nproc = error.nproc, None
+        elif resumes and world.hosts == 1 and any(map(_is_of_experiment, error.fix)):
+            _propose_fewer_ranks(error, cfg, world)
         raise
+
+
+def _is_of_experiment(key: str) -> bool:
+    """Whether a run that resumes keeps the value of this key."""
+    branch, _, name = key.partition(".")
+    return branch in EXPERIMENT_KEYS and name not in MAY_CHANGE_ON_RESUME
+
+
+def _propose_fewer_ranks(error: ConfigError, cfg: Config, world: World) -> None:
+    """In place of a fix that makes another experiment of a resumed run, such as a batch that splits over all ranks, propose the
+    most ranks on which it needs none."""
+    for ranks in range(world.size - 1, 1, -1):
+        with suppress(ConfigError):
+            fewer = World(size=ranks, local_size=ranks, elastic=True)
+            sizes = _preflight(dataclasses.replace(cfg, mesh=MeshConfig()), fewer, resumes=True).sizes
+            error.fix = {f"mesh.{axis.name}": sizes[axis.name] for axis in used_axes(cfg.parallel)}
+            error.nproc = ranks
+            return
 
 
 def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
