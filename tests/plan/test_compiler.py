@@ -92,9 +92,9 @@ def test_tp_alone_needs_no_divisible_sequence() -> None:
 
 def test_logits_of_each_ranks_rows_are_for_a_sum_without_a_held_out_loss() -> None:
     rows = "model=toy_mlp", "parallel=sp", "model.plans.sp.output.dst=batch"
-    assert "logits, or train.loss=sum" in refused(*rows).legal
-    assert "logits, or train.eval_rows=0" in refused(*rows, "train.loss=sum").legal
-    assert compiled(*rows, "train.loss=sum", "train.eval_rows=0")[1].output_shard_dim == 0
+    assert "logits, or train.loss=sum" in refusal(*rows).legal
+    assert "logits, or train.eval_rows=0" in refusal(*rows, "train.loss=sum").legal
+    assert planned(*rows, "train.loss=sum", "train.eval_rows=0")[1].output_shard_dim == 0
 
 
 def sharded_dim(placement: Placement) -> int:
