@@ -134,7 +134,12 @@ def test_it_is_one_line_that_leaves_nothing_with_a_command_that_is_not_refused(
     # All that can be refused is refused before the folder: a command whose folder alone is refused is right.
     tried_ranks = 1 if starter == "python" else int(arguments[0].removeprefix("--nproc-per-node="))
     tried = train_py(*after, UP_TO_THE_FOLDER, size=tried_ranks)
-    assert tried.refusal.startswith("error: hydra.run.dir=/dev/null/x: cannot be written: "), tried.refusal
+    if "plan_only=true" in after:  # which makes none
+        assert tried.code == 0, tried.err
+    else:
+        assert tried.refusal.startswith("error: hydra.run.dir=/dev/null/x: cannot be written: "), (
+            tried.refusal
+        )
 
 
 def check_one_line(done: Done, begins: str) -> None:
