@@ -60,6 +60,12 @@ REFUSED = [
     ("train.steps=1,2", "train.steps=1,2: several values are a sweep; -m before ", "-m train.steps=1,2"),
     ("name=${nam}", "name=${nam}: nam does not exist; nearest is ${name}", ""),
     ("name=${mesh.tpp}", "name=${mesh.tpp}: mesh.tpp does not exist; nearest is ${mesh.tp}", ""),
+    (
+        "hydra.run.dir=x/${nam}",
+        "hydra.run.dir=x/${nam}: nam does not exist; a key that `--cfg job` shows",
+        "",
+    ),
+    ("+hydra.job.env_set.A=${nam}", "hydra.job.env_set.A=${nam}: nam does not exist; a key that `--cfg", ""),
     ("name=${when:1}", "name=${when:1}: Unsupported interpolation type when; an interpolation that", ""),
     ("hydra/launcher=slrm", "hydra/launcher=slrm: no such option; one of slurm", "hydra/launcher=slurm"),
     ("name=é", "name=é: cannot be read; 'name=[a,b]' for a list, ", None),

@@ -179,10 +179,11 @@ def _start(program: Program[Checked], world: World) -> None:
         return _sweep(app, program, composition, world)
     with explain_errors(composition):
         HydraConfig.instance().set_config(config)  # for ${hydra:...}
-        cfg = typed_config(config)
+        cfg, wanted = typed_config(config), typed_folder(config.hydra.run)
+        OmegaConf.to_container(config.hydra.job.env_set, resolve=True)  # or Hydra does, where it is late
     refuse_secrets(OmegaConf.to_container(config.hydra.job, resolve=False))
     with gc_paused():  # most preflights import torch
-        job = program.run_preflight(cfg, world, may_resume(config, typed_folder(config.hydra.run)))
+        job = program.run_preflight(cfg, world, may_resume(config, wanted))
     interrupt.restore_interrupt()
     if (
         cfg.plan_only and program.check_folder
