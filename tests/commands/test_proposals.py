@@ -98,6 +98,11 @@ def test_what_is_proposed_is_what_was_typed_and_is_not_refused(
     assert not list((tmp_path / "cwd").iterdir())
 
 
+def test_what_only_its_user_knows_is_left_to_be_filled_in(train_py: Start) -> None:
+    done = train_py("model=hf", "parallel=none")
+    assert done.command_to_try[2:] == ["model=hf", "parallel=none", "init_from=VALUE"]
+
+
 # Variables that another job has left, and what of them the command to try goes without.
 LEFT = [
     (

@@ -35,6 +35,11 @@ REFUSED = [
     ("+x=1", "x=1: no such config group or key; there are checkpoint, cluster, data, debug, defects, ", ""),
     ("model.dimm=64", "model.dimm=64: no such key; nearest is model.dim", "model.dim=64"),
     ("model=toy_mlp model.dimm=64", "model.dimm=64: no such key; nearest is model.dim", None),
+    (
+        "model.plans.tp.logits.units=[dim]",
+        "model.plans.tp.logits.units=[dim]: not in the model's file, so that its default holds; + before it: ",
+        "'+model.plans.tp.logits.units=[dim]'",
+    ),
     ("hydra.run.dri=x", "hydra.run.dri=x: no such key; nearest is hydra.run.dir", "hydra.run.dir=x"),
     (
         "hydra.job.env_set.A=1",
@@ -171,6 +176,7 @@ def test_wrong_config_files_are_named_with_the_override_that_chose_them(
     assert torn.startswith("error: experiment=torn: not YAML at line 3, column 1 of ")
     unset = warm_python(extra_configs, "model=unset").err
     assert unset.startswith("error: model.dim=???: it must be set; model.dim=VALUE; try: ")
+    assert unset.endswith(" model=unset model.dim=VALUE\n")  # and not a command with another model
     unknown = warm_python(extra_configs, "experiment=shorter").err
     assert unknown.startswith("error: experiment=shorter: no such option; one of short, ")
     assert "a file of your own" not in unknown

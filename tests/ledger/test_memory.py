@@ -49,6 +49,15 @@ def test_of_other_recomputed_blocks_than_layers_no_formula_is_claimed(blocks: st
     assert found.expected.held["activations"] is None
 
 
+def test_of_a_style_of_ones_own_no_formula_is_claimed() -> None:
+    """Nobody knows which part of its parameters a rank has."""
+    own = "_target_: torch.distributed.tensor.parallel.ColwiseParallel"
+    rules = ("~model.plans.tp.in_proj", f"+model.plans.tp.own={{match: mlp.in_proj, {own}}}")
+    found = counted_step(2, "model=toy_mlp", "parallel=tp", *rules)
+    assert not any(found.expected.held.values())
+    assert found.expected.sent is None
+
+
 @pytest.mark.parametrize("kind", [FrozenBlock, Scaled])
 def test_of_other_models_and_of_frozen_weights_no_formula_is_claimed(kind: type[nn.Module]) -> None:
     """What another forward keeps, or a backward that stops early, does not follow from the class that a model inherits."""

@@ -97,6 +97,16 @@ def test_logits_of_each_ranks_rows_are_for_a_sum_without_a_held_out_loss() -> No
     assert planned(*rows, "train.loss=sum", "train.eval_rows=0")[1].output_shard_dim == 0
 
 
+def test_of_rows_of_numbers_dim_1_is_features_and_no_sequence() -> None:
+    numbers = (
+        "experiment=seed_tp",
+        "model.plans.tp.in_proj.dst=shard:1",
+        "model.plans.tp.out_proj.src=shard:1",
+    )
+    _, plan = planned(*numbers, world=2)
+    assert plan.rules["in_proj"].dst == (Shard(1),)
+
+
 def sharded_dim(placement: Placement) -> int:
     assert isinstance(placement, Shard | _StridedShard)
     return placement.dim

@@ -13,6 +13,8 @@ from support.composed import config
 from support.nets import Buffered, model
 from torch import Tensor, nn
 
+from tpresearch.config.world import World
+from tpresearch.launch.command import command_to_try
 from tpresearch.plan.describe import plan_text
 from tpresearch.plan.probe import probe_model
 
@@ -31,6 +33,18 @@ class Pair(nn.Module):
 class Narrow(Pair):
     def forward(self, tokens):
         return self.output(self.embed(tokens))[..., :7]
+
+class Judges(Pair):
+    def forward(self, tokens, targets):
+        return nn.functional.cross_entropy(super().forward(tokens)[0].flatten(0, 1), targets.flatten())
+
+class Misspelt(Pair):
+    def forward(self, tokens):
+        return self.outputs(self.embed(tokens))
+
+class Unfit(Pair):
+    def forward(self, tokens):
+        return self.output(self.output(self.embed(tokens)))
 
 class Asks(Pair):
     def forward(self, tokens):
@@ -61,8 +75,11 @@ NET = ("model=toy_net", "data=uniform", "train.loss=sum", "parallel=none")
         (["model=toy_net", "data=random_tokens", "train.loss=sum"], "data.source", "token ids", "data"),
         ([*NET, "data.width=12"], "data.width", "numbers [8, 12]", "data.width"),
         ([*NET, "train.loss=next_token"], "train.loss", "no targets", "train.loss"),
-        (["+model._target_=probed_nets.Pair"], "model", "a tuple", "model"),
-        (["+model._target_=probed_nets.Narrow"], "model", "[8, 16, 7]", "model"),
+        (["+model._target_=probed_nets.Pair"], "model", "a tuple", None),
+        (["+model._target_=probed_nets.Narrow"], "model", "[8, 16, 7]", None),
+        (["+model._target_=probed_nets.Misspelt"], "model", "AttributeError at {here}, line 23: ", None),
+        (["+model._target_=probed_nets.Unfit"], "model", "RuntimeError at {here}, line 27: ", None),
+        (["+model._target_=probed_nets.Judges"], "model", "'targets'", None),
         (
             ["+model._target_=probed_nets.Narrow", "train.loss=sum"],
             "train.eval_rows",
@@ -72,14 +89,17 @@ NET = ("model=toy_net", "data=uniform", "train.loss=sum", "parallel=none")
     ],
 )
 def test_what_is_incompatible_is_refused(
-    nets: None, overrides: list[str], field: str, says: str, fix: str
+    nets: None, tmp_path: Path, overrides: list[str], field: str, says: str, fix: str | None
 ) -> None:
     own = any("probed_nets" in override for override in overrides)
     words = ["model=toy_mlp", "~model.hidden_dim", *overrides] if own else overrides
     error = refusal("parallel=none", *(word.removeprefix("+") for word in words))
     assert error.field == field
-    assert says in error.why
-    assert next(iter(error.fix)) == fix
+    assert says.format(here=tmp_path / "probed_nets.py") in error.why
+    assert next(iter(error.fix), None) == fix
+    assert (
+        fix or command_to_try(error, World(), lambda _: None) is None
+    )  # the code is to be changed, not the command
 
 
 def test_a_model_that_cannot_run_without_data_is_left_alone(nets: None) -> None:

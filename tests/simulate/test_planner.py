@@ -15,7 +15,7 @@ from support.odd_nets import Asking
 from tqdm import tqdm
 
 from tpresearch.config.axes import MeshSizes
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, WrongModel
 from tpresearch.config.schema import Config, MeshConfig
 from tpresearch.config.validate import micro_batches, validate
 from tpresearch.config.world import World
@@ -238,7 +238,7 @@ def test_a_model_that_cannot_be_recorded_is_refused_by_a_worker_too(ranks: Ranks
     cfg = config(*model(Asking), "train.global_batch_size=2")
     with pytest.raises(ConfigError, match="depends on the values of data") as refused:
         rank(cfg, 2, cluster(), workers=2)
-    assert (refused.value.field, refused.value.fix) == ("model", {"model": None})
+    assert isinstance(refused.value, WrongModel)
 
 
 def test_devices_that_would_hold_a_model_are_those_of_the_cluster() -> None:

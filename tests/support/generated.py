@@ -95,7 +95,8 @@ def fault(case: Case, done: Done, left: list[Path]) -> str | None:
         return f"left behind: {left[0]}"
     if done.code != 2 or done.out or len(lines) != 1 or not lines[0].startswith("error: "):
         return f"exit code {done.code}, {len(lines)} lines on stderr, the first {lines[:1]}, stdout {done.out[:80]!r}"
-    return None if "; try: " in lines[0] else f"nothing to try: {lines[0]}"
+    about_code = lines[0].startswith("error: model=")
+    return None if "; try: " in lines[0] or about_code else f"nothing to try: {lines[0]}"
 
 
 def to_try(done: Done) -> Case | None:

@@ -38,7 +38,7 @@ def test_the_plan_to_see_next_is_started_on_the_same_hosts(tmp_path: Path) -> No
     ("typed", "world", "judged"),
     [
         (["parallel=tp"], 2, ["parallel=fsdp", "-m parallel=none world_size=2"]),
-        (["parallel=none", "hydra.run.dir=r"], 1, ["parallel=fsdp"]),
+        (["parallel=none", "hydra.run.dir=r", "logger.name=mine"], 1, ["parallel=fsdp"]),
         # On other ranks, or on another mesh, the plan that ran may be refused.
         (["parallel=tp"], 1, ["parallel=fsdp", "-m parallel=none,tp world_size=2"]),
         (["parallel=tp", "mesh.tp=2"], 2, ["parallel=fsdp", "-m parallel=none,tp world_size=2"]),

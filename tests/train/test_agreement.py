@@ -41,6 +41,24 @@ class NormedHeads(ToyLM):
         self.mlp = Normed(dim, hidden_dim, dim)
 
 
+class Gated(ToyMLP):
+    """One gate for all features: it is whole, and meets a shard. The gradients of the norm before it differ too."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__(dim, hidden_dim, out_dim)
+        self.norm, self.gate = nn.LayerNorm(dim), nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.out_proj(self.in_proj(x) * self.gate(x))
+
+
+class GatedFeatures(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.mlp = Gated(dim, hidden_dim, dim)
+
+
 class Routed(ToyMLP):
     """With a second pair of matmuls, for rows of which a number is positive."""
 
@@ -100,6 +118,18 @@ def test_a_partial_gradient_of_what_is_replicated_is_refused(
         settings = (*model(NormedHeads), "train.dtype=float64", "train.clip_grad_norm=0.2", *rules)
         alone = trace(World(), config(*settings, "parallel=none"))
         agree(ranks.run(2, trace, config(*settings, "parallel=tp"))[0], alone)
+
+
+def test_a_whole_output_that_meets_a_shard_is_named_with_the_style_for_it(ranks: Ranks) -> None:
+    for found in ranks.run(2, first_step, config(*model(GatedFeatures), "parallel=tp")):
+        assert found.startswith("model.plans.tp=tp: the gradient of mlp.gate.weight differs")
+        assert "as CopyToShards in docs/plans.md" in found
+
+
+def test_what_a_style_of_ones_own_shards_is_not_taken_for_replicated(ranks: Ranks) -> None:
+    own = "_target_: torch.distributed.tensor.parallel.ColwiseParallel"
+    rules = ("~model.plans.tp.in_proj", f"+model.plans.tp.own={{match: mlp.in_proj, {own}}}")
+    assert ranks.run(2, first_step, config("model=toy_mlp", "parallel=tp", *rules)) == ["", ""]
 
 
 @pytest.mark.parametrize(

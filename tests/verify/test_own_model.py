@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from support.commands import ROOT
 from support.composed import config, corpus
 from support.marks import exhaustive
 from support.traces import CLIP, PLANS, agree
@@ -71,6 +73,15 @@ class Net(nn.Module):
         for layer in self.stack:
             x = layer(x)
         return self.head(x)
+
+
+class Shared(Net):
+    """One gate for all features: its output is whole, and meets a shard."""
+
+    def __init__(self, vocab_size, width, inner, depth, owns):
+        super().__init__(vocab_size, width, inner, depth, owns)
+        for layer in self.stack:
+            layer.gate = nn.Linear(width, 1)
 '''
 MODEL = """
 # A model of one's own.
@@ -155,9 +166,24 @@ def test_parameters_may_belong_to_the_root_and_to_a_block(ranks: Ranks, own: Pat
     agree(ranks.run(4, job, own_config(own, f"parallel={plan}", "model.owns=true"), str(own))[0], alone)
 
 
+def test_a_whole_output_that_meets_a_shard_has_the_style_of_the_page(ranks: Ranks, own: Path) -> None:
+    page = (ROOT / "docs/plans.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n# mine/styles.py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (own / "own_styles.py").write_text(block)
+    rules = [
+        "~model.plans.tp.gate",
+        "+model.plans.tp.f={match: stack.*.gate, _target_: own_styles.CopyToShards}",
+    ]
+    shared = ("model._target_=own_net.Shared", *rules)
+    alone = job(World(), own_config(own, "parallel=none", *shared), str(own))
+    assert alone is not None
+    agree(ranks.run(2, job, own_config(own, "parallel=tp", *shared), str(own))[0], alone)
+
+
 def test_a_weight_without_a_rule_is_refused_where_the_sequence_is_split(own: Path) -> None:
     sys.path.insert(0, str(own))
     cfg = own_config(own, "parallel=sp", "model.owns=true")
     with pytest.raises(ConfigError, match="has no sharding rule") as caught:
         plan_model(cfg, validate(cfg, 4))
     assert "shift" in caught.value.why
+    assert caught.value.fix == {"+model.plans.sp.root": "{match:.,style:sequence}"}

@@ -86,7 +86,10 @@ def test_a_plan_that_does_not_run_fails_and_says_why(ranks: Ranks, tmp_path: Pat
         "model.plans.tp.out_proj.src=replicate",
     )
     assert done.code == 1, done.err
-    assert "tp sgd: did not run" in done.out
+    assert (
+        "tp sgd: did not run: tpresearch.config.errors.WrongModel: model=toy_mlp: whole it runs, "
+        in " ".join(done.out.split())
+    )
     assert not json.loads((tmp_path / "run" / "verify.json").read_text())["passed"]
 
 
@@ -115,6 +118,20 @@ def test_an_unknown_plan_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     assert done.command_to_try[-1] == "verify.plans=[sp]"
     assert verify_texts(ranks, tmp_path, "resume=mine").refusal.startswith(
         "error: resume=mine: what is built here"
+    )
+
+
+def test_a_plan_that_the_model_has_no_rules_for_is_refused_with_those_it_has(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    done = verify_texts(ranks, tmp_path, "~model.plans.sp")
+    assert done.refusal.startswith(
+        "error: verify.plans=[none,ddp,tp,sp,fsdp,hsdp,fsdp_tp,hsdp_tp]: model toy_mlp has no sharding rules for sp, "
+    )
+    assert done.command_to_try[-1] == "verify.plans=[none,ddp,tp,fsdp,hsdp]"
+    done = verify_texts(ranks, tmp_path, "parallel=sp", "~model.plans.sp.out_proj")
+    assert done.refusal.startswith("error: model.plans.sp=sp: mlp.out_proj.weight has no sharding rule"), (
+        done.err
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 WRITABLE = "a folder that this user can write, with room on its disk"
@@ -43,6 +45,17 @@ class ConfigError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """From process to process with its attributes; an exception's own way calls `__init__` with the sentence alone."""
         return type(self).__new__, (type(self), *self.args), vars(self)
+
+
+class WrongModel(ConfigError):
+    """A model's code is refused, for which no other command is an answer.
+
+    Args:
+        name: the model, or the part of it at fault.
+    """
+
+    def __init__(self, name: str, why: str, legal: str) -> None:
+        super().__init__("model", name, why, legal, fix={})
 
 
 class RunFailed(Exception):
@@ -85,3 +98,15 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message; of one without a message, the name of its class."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+def place_of(error: BaseException) -> str:
+    """Where a model's own code ended, as `mine/net.py, line 3`: the last line that is neither a library's nor this package's other code."""
+    package = Path(__file__).parents[1]
+    lines = (
+        f"{frame.filename}, line {frame.lineno}"
+        for frame in reversed(traceback.extract_tb(error.__traceback__))
+        if "site-packages" not in (path := Path(frame.filename)).parts
+        and (not path.is_relative_to(package) or path.is_relative_to(package / "models"))
+    )
+    return next(lines, "its forward")

@@ -111,7 +111,7 @@ def _refuse_product(
 
 
 SEQUENCE_DIM = 1
-"""Activations are [b, s, h]."""
+"""Activations are [b, s, h] where rows are sequences."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def declared_counts(cfg: Config) -> Iterator[ShardedCount]:
         layouts = [
             layout for side in (rule.src, rule.dst) for layout in (side if isinstance(side, list) else [side])
         ]
-        if f"shard:{SEQUENCE_DIM}" in layouts:
+        if cfg.data.has_sequence and f"shard:{SEQUENCE_DIM}" in layouts:
             yield ShardedCount(
                 rule.axis, "data.seq_len", cfg.data.seq_len, f"rule {name} splits the sequence"
             )

@@ -109,6 +109,11 @@ class DataConfig:
         """Rows are drawn as they are read: no files, no tokenizer, nothing to prepare, nothing held out."""
         return self.source in (DataSource.uniform, DataSource.random_tokens)
 
+    @property
+    def has_sequence(self) -> bool:
+        """Rows are sequences of tokens, so that dim 1 of an activation is the sequence; of rows of numbers it is features."""
+        return self.source is not DataSource.uniform
+
 
 @dataclass
 class TokenizerConfig:

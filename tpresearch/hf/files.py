@@ -64,7 +64,7 @@ def settings_of(init_from: str | None) -> dict[str, Any]:
     if not init_from:
         why = "model=hf takes its sizes from there"
         legal = "a folder or hub id of a Llama with config.json, or a tpresearch run"
-        raise ConfigError("init_from", None, why, legal, fix={"init_from": "FOLDER"})
+        raise ConfigError("init_from", None, why, legal, fix={"init_from": "VALUE"})
     if not is_own_run(init_from):
         return read_settings(folder_of(init_from), init_from)
     from tpresearch.plan.meta import settings_with_defaults  # late: it imports torch

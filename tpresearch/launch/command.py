@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from tpresearch.agent import TORCHRUN_OPTIONS
-from tpresearch.config.errors import ConfigError, format_value
+from tpresearch.config.errors import ConfigError, WrongModel, format_value
 from tpresearch.config.secrets import LEGAL, words_without_secrets
 from tpresearch.config.world import World, WrongEnvironment
 
@@ -100,11 +100,13 @@ CommandCheck = Callable[[Command], ConfigError | None]
 """Why a command would be refused; None if it would run."""
 
 
-def command_to_try(error: ConfigError, world: World, check_command: CommandCheck) -> str:
-    """The command to try: this process's own command line, corrected until it is valid.
+def command_to_try(error: ConfigError, world: World, check_command: CommandCheck) -> str | None:
+    """The command to try: this process's own command line, corrected until it is valid; None if code is to be corrected.
 
     If correcting does not converge, it is as much of it as is valid; a value whose mistake shows only later is to be filled in.
     """
+    if isinstance(error, WrongModel):
+        return None
     if isinstance(error, WrongCommand) and isinstance(error.command, str):
         return error.command
     command = typed = Command.from_argv(world)
@@ -123,12 +125,19 @@ def command_to_try(error: ConfigError, world: World, check_command: CommandCheck
         seen.add(attempt)
         command, error = attempt, error_left
     valid = _valid_part(command, check_command)
-    return str(filled_in if {*typed.arguments} <= {*valid.arguments} else valid)
+    if {*typed.arguments} <= {*valid.arguments}:
+        return str(filled_in)
+    group, _, below = error.field.partition(".")
+    keys = {override_key(word) for word in command.arguments}
+    if below and group in keys and not any(is_within(error.field, key) for key in keys - {group}):
+        # The mistake is in the file that was chosen, of which another would be the answer to another question.
+        return str(command.typed(corrected(command.arguments, {error.field: "VALUE"})))
+    return str(valid)
 
 
 def _valid_part(command: Command, check_command: CommandCheck) -> Command:
     """The command with its valid overrides only, found by bisection: few are wrong, and each check composes a config."""
-    flags = tuple(word for word in command.arguments if not _is_override(word))
+    flags = tuple(word for word in command.arguments if not is_override(word))
 
     def of(*words: str) -> Command:
         return _complete(command.typed((*words, *flags)), check_command)
@@ -143,7 +152,7 @@ def _valid_part(command: Command, check_command: CommandCheck) -> Command:
 
     if flags and check_command(of()):
         flags = ()
-    return of(*kept(tuple(filter(_is_override, command.arguments))))
+    return of(*kept(tuple(filter(is_override, command.arguments))))
 
 
 def _complete(command: Command, check_command: CommandCheck) -> Command:
@@ -195,7 +204,7 @@ def corrected(arguments: Sequence[str], fix: Mapping[str, object]) -> list[str]:
             kept.append(_typed(key, value))
     new = [_typed(key, value) for key, value in left.items() if value is not None]
     # After the other overrides, since flags have to follow all of them.
-    behind = 1 + max((at for at, word in enumerate(kept) if _is_override(word)), default=-1)
+    behind = 1 + max((at for at, word in enumerate(kept) if is_override(word)), default=-1)
     return [*kept[:behind], *new, *kept[behind:]]
 
 
@@ -204,7 +213,8 @@ def _typed(key: str, value: object) -> str:
     return override(key, value) if isinstance(value, Path) else f"{key}={format_value(value)}"
 
 
-def _is_override(word: str) -> bool:
+def is_override(word: str) -> bool:
+    """Whether a word of a command line sets a key or, with `~`, deletes one."""
     return not word.startswith("-") and ("=" in word or word.startswith("~"))
 
 

@@ -22,6 +22,7 @@ from omegaconf.errors import (
 )
 
 from tpresearch.config.errors import ConfigError, format_value
+from tpresearch.config.model import RULE_KEYS
 from tpresearch.config.near_names import close_names, closest_name, nearest
 from tpresearch.launch.command import Command, WrongCommand, override_key, quote
 from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, conf_dir
@@ -88,7 +89,7 @@ def _unknown_key(key: str, value: object, composition: Composition) -> ConfigErr
     known = {**composition.values_without(key), **dict.fromkeys(composition.groups())}
     with_plus = f"+ before it: +{key}=VALUE", {key: None, f"+{key}": value}
     if key in (added := _settings_not_in_file(known) if key.startswith("model.") else []):
-        why = "not in the model's file, so that its class's default holds"
+        why = "not in the model's file, so that its default holds"
         return ConfigError(key, value, why, *with_plus)
     known |= dict.fromkeys(added)
     why = "no such key" if "." in key else "no such config group or key"
@@ -105,11 +106,18 @@ def _unknown_key(key: str, value: object, composition: Composition) -> ConfigErr
 
 
 def _settings_not_in_file(known: Mapping[str, object]) -> list[str]:
-    """Keys of the arguments of the model's class that its file leaves at their defaults; none if it cannot be imported."""
+    """Keys of the model's sharding rules, and of the arguments of its class if that can be imported, which its file leaves at their
+    defaults."""
+    rules = {
+        name.rpartition(".")[0]
+        for name in known
+        if name.startswith("model.plans.") and name.endswith(".match")
+    }
+    keys = [f"{rule}.{key}" for rule in sorted(rules) for key in RULE_KEYS]
     with suppress(Exception):  # which is said where the model is built
         arguments = inspect.signature(get_class(str(known["model._target_"]))).parameters
-        return [key for name in arguments if (key := f"model.{name}") not in known]
-    return []
+        keys += [f"model.{name}" for name in arguments]
+    return [key for key in keys if key not in known]
 
 
 def _unreadable(error: OverrideParseException, composition: Composition) -> ConfigError:

@@ -46,7 +46,8 @@ def refuse(error: ConfigError, world: World, check_command: CommandCheck) -> NoR
     """
     heard = _report_of_another_rank()
     if heard is None:
-        heard = f"{error}; try: {command_to_try(error, world, check_command)}"
+        proposed = command_to_try(error, world, check_command)
+        heard = f"{error}; try: {proposed}" if proposed else str(error)
         print(f"error: {heard}", file=sys.stderr, flush=True)
         if path := _report_file():
             with suppress(OSError):

@@ -30,6 +30,8 @@ def expected_memory(model: nn.Module, plan: Plan, cfg: Config, device: str = "cp
     Args:
         model: on the meta device, whole. device: its type, since a CPU's RMSNorm keeps more than the fused one.
     """
+    if any(rule.rule.target for rule in plan.rules.values()):  # a style of one's own
+        return dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "temporaries"))
     weight = ELEMENT_BYTES[cfg.train.weight_dtype]
     masters = has_master_weights(cfg, plan.sizes)
     shards = {name: math.prod(fsdp_local_shape(name, model, plan)) for name, _ in model.named_parameters()}

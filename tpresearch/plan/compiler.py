@@ -7,6 +7,7 @@ becomes and what each module sends.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class Plan:
     blocks: list[str]
     """Module names: the units of FSDP, checkpointing and compile."""
     replicated: list[str]
-    """Parameters that the rules leave replicated on every rank."""
+    """Parameters that the rules leave replicated on every rank; of a custom ParallelStyle nobody knows."""
     sizes: MeshSizes
     output_shard_dim: int | None = None
     """The sharded dim of the model's output at the loss: -1 the vocabulary, 0 the batch; None if it is not sharded."""
@@ -102,7 +103,7 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) 
         if parallel.tensor not in config.plans:
             why = f"model {config.name} has no sharding plan named {parallel.tensor}"
             legal = f"a plan of its own in conf/plan; it has: {', '.join(config.plans) or 'none'}"
-            raise ConfigError("parallel", parallel.name, why, legal)
+            raise ConfigError("parallel", parallel.name, why, legal, fix={"parallel": "fsdp"})
         compiled = [
             resolve_rule(parallel.tensor, name, rule, parallel.loss_parallel)
             for name, rule in config.plans[parallel.tensor].items()
@@ -111,8 +112,13 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) 
         _check_module_types(model, rules)
         check_layouts(rules, probe)
         check_divisible(parallel, sizes, [*declared_counts(cfg), *_sharded_counts(model, cfg, sizes, rules)])
-        _check_sequence(model, parallel.tensor, rules)
-    replicated = [name for name, _ in model.named_parameters() if sharded_dim(name, model, rules) is None]
+        _check_sequence(model, cfg, parallel.tensor, rules)
+    by_own_style = {name for name, rule in rules.items() if rule.rule.target}
+    replicated = [
+        name
+        for name, _ in model.named_parameters()
+        if sharded_dim(name, model, rules) is None and name.rpartition(".")[0] not in by_own_style
+    ]
     active = {name: rule for name, rule in rules.items() if sizes[rule.axis] > 1}
     head = probe.head
     if head and not can_chunk_logits(model.get_submodule(head), active.get(head), sizes):
@@ -191,6 +197,16 @@ def _separable(model: nn.Module, probe: Probe) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def rule_to_add(cfg: Config, module: str, layout: str = "") -> dict[str, object]:
+    """An override that adds a rule of style sequence for this module and those of other blocks."""
+    pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module) or "."
+    plan = cfg.parallel.tensor or ""
+    name = next((part for part in reversed(pattern.split(".")) if part.isidentifier()), "root")
+    name += "_2" * (name in cfg.model.plans[plan])
+    same = f",src:'{layout}',dst:'{layout}'" if layout else ""
+    return {f"+model.plans.{plan}.{name}": f"{{match:{pattern},style:sequence{same}}}"}
+
+
 def _expand_rules(compiled: list[ResolvedRule], names: list[str]) -> dict[str, ResolvedRule]:
     found: dict[str, ResolvedRule] = {}
     for rule in compiled:
@@ -214,23 +230,26 @@ def _check_module_types(model: nn.Module, rules: dict[str, ResolvedRule]) -> Non
         module = model.get_submodule(name)
         if rule.rule.style in ("colwise", "rowwise") and rule.weight_dim(module) is None:
             why = f"module {name} is a {type(module).__name__}"
-            legal = "colwise and rowwise split nn.Linear and nn.Embedding; sequence, input and output fit any module"
+            legal = "colwise and rowwise split nn.Linear and nn.Embedding; sequence, input, output and a _target_ of your own fit any module"
             fix = {f"{rule.config_key}.style": None, f"{rule.config_key}.match": None}
             raise ConfigError(f"{rule.config_key}.style", rule.rule.style, why, legal, fix=fix)
 
 
-def _check_sequence(model: nn.Module, plan: str, rules: dict[str, ResolvedRule]) -> None:
+def _check_sequence(model: nn.Module, cfg: Config, plan: str, rules: dict[str, ResolvedRule]) -> None:
     """Refuse unmatched weights under sequence sharding: their gradient would be partial on each rank."""
-    split = next((rule for rule in rules.values() if rule.shards_sequence or rule.shards_batch), None)
+    sequence = cfg.data.has_sequence
+    split = next(
+        (rule for rule in rules.values() if (sequence and rule.shards_sequence) or rule.shards_batch), None
+    )
     if split is None:
         return
-    tokens = "a sharded sequence" if split.shards_sequence else "a sharded batch"
+    tokens = "a sharded sequence" if sequence and split.shards_sequence else "a sharded batch"
     for name, _ in model.named_parameters():
         module = name.rpartition(".")[0]
         if module not in rules:
             why = f"{name} has no sharding rule; with {tokens} its gradient would be partial on each {split.axis} rank"
             legal = "a rule for it: style sequence, or style input with null layouts where its input is whole"
-            raise ConfigError(f"model.plans.{plan}", plan, why, legal)
+            raise ConfigError(f"model.plans.{plan}", plan, why, legal, rule_to_add(cfg, module))
 
 
 def _sharded_counts(
@@ -244,7 +263,7 @@ def _sharded_counts(
         if dim is not None and not is_vocabulary:
             what, count = f"{name}.weight.shape[{dim}]", module.get_parameter("weight").shape[dim]
             yield ShardedCount(rule.axis, what, count, f"rule {rule.name} splits it {rule.label}")
-        if rule.shards_sequence:
+        if cfg.data.has_sequence and rule.shards_sequence:
             yield ShardedCount(
                 rule.axis, "data.seq_len", cfg.data.seq_len, f"rule {rule.name} splits the sequence"
             )

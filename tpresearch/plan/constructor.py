@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import WrongModel
 from tpresearch.plan.initializers import (
     CHANGING_METHODS,
     SETTING_METHODS,
@@ -82,7 +82,7 @@ def check_constructor(
             kind = type(_owner(model, name)).__name__
             why = f"the model's constructor sets it, and the reset_parameters of its {kind}, by which ranks draw their parts of it, does not"
             legal = f"a class of its own in place of {kind}, with a reset_parameters that sets it, as tpresearch.models.llama2.Linear"
-            raise ConfigError("model", name, why, legal)
+            raise WrongModel(name, why, legal)
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

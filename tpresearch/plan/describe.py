@@ -56,6 +56,8 @@ def plan_rows(model: nn.Module, plan: Plan) -> list[PlanRow]:
                 placements.append(f"{rule.axis}: by {rule.label}")
             placement = ", ".join(placements) or "replicated"
             shape = _format_shape(fsdp_local_shape(fqn, model, plan)) or "1"
+            if rule and rule.rule.target:
+                shape = "?"
             rows.append(PlanRow(fqn, named, placement, shape, sends if index == 0 else ""))
     return rows
 

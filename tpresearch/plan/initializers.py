@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import WrongModel
 
 RANDOM_METHODS = {"normal_", "uniform_", "exponential_", "log_normal_", "cauchy_"}
 SETTING_METHODS = RANDOM_METHODS | {"fill_", "zero_"}
@@ -90,15 +90,13 @@ def read_initializers(model: nn.Module) -> dict[str, Initializer]:
             continue
         name = _describe_module(prefix, module)
         if any(True for _ in module.buffers(recurse=False)):
-            raise ConfigError(
-                "model", name, "it has buffers and no reset_buffers", "write one that fills them"
-            )
+            raise WrongModel(name, "it has buffers and no reset_buffers", "write one that fills them")
         plain = (
             key for key, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta
         )
         if key := next(plain, None):
             why = f"its tensor {key} is neither a parameter nor a buffer, so nothing gives it values"
-            raise ConfigError("model", name, why, "register_buffer, and a reset_buffers that fills it")
+            raise WrongModel(name, why, "register_buffer, and a reset_buffers that fills it")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return {
         f"{prefix}.{key}" if prefix else key: initializer
@@ -112,7 +110,7 @@ def _read_module(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[s
     name = _describe_module(prefix, module)
     if not hasattr(module, "reset_parameters"):
         why, legal = "it has parameters and no reset_parameters", "write one that sets each of them"
-        raise ConfigError("model", name, why, legal)
+        raise WrongModel(name, why, legal)
     with mode:  # not on the meta device, for which torch.nn.init leaves out some of its calls
         stand_in = _stand_in(module, lambda p: torch.empty(p.shape, dtype=torch.float32))
     recorder = _Recorder(stand_in)
@@ -125,7 +123,7 @@ def _read_module(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[s
         return dict.fromkeys(recorder.calls, ModuleInitializer(copy.deepcopy(module)))
     for key, calls in recorder.calls.items():
         if not calls:
-            raise ConfigError("model", name, f"its reset_parameters leaves {key} unset", "set it there")
+            raise WrongModel(name, f"its reset_parameters leaves {key} unset", "set it there")
     return {key: ElementwiseInitializer(tuple(calls)) for key, calls in recorder.calls.items()}
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, WrongModel
 from tpresearch.config.model import ModelConfig
 from tpresearch.config.near_names import nearest
 from tpresearch.config.training import TrainConfig
@@ -97,19 +97,19 @@ def _check_parameters(model: nn.Module) -> None:
         if is_parametrized(module):
             why = "it is parametrized, but a rank holds only shards of it"
             legal = "a module that does so in its forward"
-            raise ConfigError("model", name or type(module).__name__, why, legal)
+            raise WrongModel(name or type(module).__name__, why, legal)
     first: torch.dtype | None = None
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype is not (first := first or parameter.dtype):
             why = f"it is {parameter.dtype} where others are {first}".replace("torch.", "")
             legal = "one dtype for all: the config sets the dtype in which they are kept"
-            raise ConfigError("model", name, why, legal)
+            raise WrongModel(name, why, legal)
         if parameter.is_complex():
             why, legal = "its numbers are complex", "real and imaginary part as two parameters"
-            raise ConfigError("model", name, why, legal)
+            raise WrongModel(name, why, legal)
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             why = "it has a hook on its gradient, which would be lost: sharding puts another parameter in its place"
-            raise ConfigError("model", name, why, "an observer, or a hook on its module")
+            raise WrongModel(name, why, "an observer, or a hook on its module")
 
 
 def _check_settings(config: ModelConfig, build: type[nn.Module]) -> None:

@@ -8,7 +8,7 @@ import itertools
 from torch import nn
 
 from tpresearch.config.axes import SHARD
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, WrongModel
 from tpresearch.config.schema import ParallelConfig
 from tpresearch.config.validate import uses_fully_shard
 from tpresearch.plan.compiler import Plan, sharded_dim, unit_of
@@ -37,7 +37,7 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> 
     fully_sharded = uses_fully_shard(parallel, plan.sizes)
     if not any(p.requires_grad for p in model.parameters()):
         why, legal = "none of its parameters requires a gradient", "at least one that does"
-        raise ConfigError("model", type(model).__name__, why, legal)
+        raise WrongModel(type(model).__name__, why, legal)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             _check_embedding(name, module, plan)
@@ -56,10 +56,10 @@ def _check_embedding(name: str, embedding: nn.Embedding, plan: Plan) -> None:
     """Options by which a table's gradient or values depend on which rows of the batch a rank and a micro-batch have."""
     if embedding.scale_grad_by_freq:
         why = "scale_grad_by_freq counts the tokens of a micro-batch on a rank, where one process counts those of the batch"
-        raise ConfigError("model", name, why, "an embedding without it")
+        raise WrongModel(name, why, "an embedding without it")
     if embedding.max_norm is not None and plan.sizes.world > 1:
         why = "max_norm changes in forward the rows that a rank reads, and no other rank learns of it"
-        raise ConfigError("model", name, why, "an embedding without it, or parallel=none")
+        raise WrongModel(name, why, "an embedding without it, or parallel=none")
 
 
 def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharded: bool) -> None:

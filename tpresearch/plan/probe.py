@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,13 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.choices import Loss
-from tpresearch.config.errors import ConfigError, one_line
+from tpresearch.config.errors import ConfigError, WrongModel, one_line, place_of
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import needs_logits
 from tpresearch.plan.features import FeatureUse
 
 Ndims = tuple[int | None, ...]
 PYTHON = "python"
+
+OTHER_KIND = "dtype|scalar type|bias type|token ids"
+"""Of errors of layers that are given token ids for numbers, or numbers for token ids."""
 
 
 class Dims(NamedTuple):
@@ -193,7 +197,7 @@ def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     if not isinstance(output, Tensor):
         why = f"its output is a {type(output).__name__}"
         legal = "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum"
-        raise ConfigError("model", cfg.model.name, why, legal)
+        raise WrongModel(cfg.model.name, why, legal)
     found = watch.result(output, head, model)
     if _python_states() != before:
         found.draws.setdefault("", {})[PYTHON] = []
@@ -252,7 +256,7 @@ def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
             why = f"the held-out loss is a cross-entropy, and of model {cfg.model.name} {why}"
             fix = {"train.eval_rows": 0}
             raise ConfigError("train.eval_rows", cfg.train.eval_rows, why, f"0, or {legal}", fix=fix)
-        raise ConfigError("model", cfg.model.name, why, legal)
+        raise WrongModel(cfg.model.name, why, legal)
 
 
 def _count_dims(values: tuple[object, ...]) -> Ndims:
@@ -260,11 +264,21 @@ def _count_dims(values: tuple[object, ...]) -> Ndims:
 
 
 def _incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
+    if isinstance(error, TypeError) and "forward()" in str(error):
+        why = f"its forward does not take the inputs alone: {one_line(error)}"
+        return WrongModel(
+            cfg.model.name, why, "forward(tokens) that returns logits: the loss is computed from these"
+        )
+    shapes = _format_shape(inputs.shape), "x".join(map(str, inputs.shape))
+    of_width = any(shape in str(error) for shape in shapes)  # the first layer's, and no other's
+    if not (of_width or re.search(OTHER_KIND, str(error))):
+        why = f"{type(error).__name__} at {place_of(error)}: {one_line(error)}"
+        return WrongModel(cfg.model.name, why, f"a forward that takes inputs {_format_shape(inputs.shape)}")
     kind = "numbers" if inputs.is_floating_point() else "token ids"
     other = {"data": "random_tokens"} if kind == "numbers" else {"data": "uniform", "train.loss": "sum"}
     why = f"model {cfg.model.name} does not take {kind} {_format_shape(inputs.shape)}: {one_line(error)}"
     legal = " ".join(f"{key}={value}" for key, value in other.items()) + ", or a model for these data"
-    if kind == "numbers" and ("cannot be multiplied" in str(error) or "reduction dim" in str(error)):
+    if kind == "numbers" and of_width:
         legal = "the input width of its first layer; by default it follows model.dim"
         return ConfigError("data.width", cfg.data.width, why, legal)
     return ConfigError("data.source", cfg.data.source, why, legal, fix=dict(other))

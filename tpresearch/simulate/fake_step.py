@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 
 from tpresearch.config.axes import REPLICATE, MeshSizes
 from tpresearch.config.choices import Checkpointing, OnNonfinite
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import WrongModel
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.data.batches import Batch, meta_batch
@@ -39,6 +39,7 @@ from tpresearch.train.assemble import build_state
 from tpresearch.train.losses import build_objective
 from tpresearch.train.observe import Observer, Observers
 from tpresearch.train.preflight import plan_model
+from tpresearch.train.shapes import refusing_shapes
 from tpresearch.train.state import TrainState
 from tpresearch.train.step import Setup, train_step
 
@@ -78,10 +79,10 @@ def record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call] = frozense
         op = getattr(error, "func", error)
         why = f"{op} depends on the values of data, and a simulated step has none"
         legal = "a forward whose ops follow from shapes alone, without .item(), nonzero or a branch on values"
-        raise ConfigError("model", cfg.model.name, why, legal) from error
+        raise WrongModel(cfg.model.name, why, legal) from error
     except UnsupportedFakeTensorException as error:
-        raise ConfigError(
-            "model", cfg.model.name, f"it cannot run on shapes alone: {error}", "ops with a meta kernel"
+        raise WrongModel(
+            cfg.model.name, f"it cannot run on shapes alone: {error}", "ops with a meta kernel"
         ) from error
 
 
@@ -113,7 +114,8 @@ def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace
             setup = Setup(cfg, plan, mesh, FAKE, objective, observers)
             fused = patch.object(cross_entropy, "_fused", recorder.as_one_kernel)
             # What has no gradient on rank 0 has none on any other rank: that would depend on the rows.
-            with fused, patch.object(reducer, "is_no_gradient", lambda _: True):
+            own_gradients = patch.object(reducer, "is_no_gradient", lambda _: True)
+            with fused, own_gradients, refusing_shapes(cfg.model.name, plan):
                 train_step(state, _batch(cfg, micro_batch_size(cfg, sizes) * count, setup), setup)
     parts = tuple(tuple(part) for part in recorder.micro_batches)
     changes = memory.changes()

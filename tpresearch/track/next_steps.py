@@ -15,7 +15,7 @@ from tpresearch.track.text import path_text
 
 OTHER_PLANS = {"fsdp_tp": 4, "fsdp": 2, "tp": 2, "ddp": 2}
 """Plans to suggest for comparison, each with the number of ranks that uses all of its axes."""
-RUN_ONLY_KEYS = ("resume", "hydra.run.dir", "hydra.mode", "world_size")
+RUN_ONLY_KEYS = ("resume", "hydra.run.dir", "logger.name", "hydra.mode", "world_size")
 """Keys that a command for another run leaves out."""
 LARGE_PLAN = "plan_only=true model=llama2_7b tokenizer=bpe_32k mesh.tp=8 world_size=64"
 
@@ -59,7 +59,7 @@ class NextSteps:
                 continue
             yield format_command(again), "the same training under another plan: the losses agree"
             # Validating a job composes and plans it: skip this run's own and the one just validated.
-            as_typed = left_out <= {"hydra.run.dir"} and (plan == "none" or world == ranks)
+            as_typed = left_out <= {"hydra.run.dir", "logger.name"} and (plan == "none" or world == ranks)
             known = {other, plan} if as_typed else {other}
             plans = dict.fromkeys(["none", plan, other])
             unknown = [each for each in plans if each not in known]

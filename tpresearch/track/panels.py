@@ -36,7 +36,7 @@ CORRECTNESS = (
         "Loss difference from the baseline",
         "difference",
         ("train/loss",),
-        "Between plans this is rounding error of the dtype, without a trend.",
+        "Between plans this is rounding error of the dtype, which training may amplify; verify tells it from a mistake.",
         log_scale=True,
     ),
     Panel(

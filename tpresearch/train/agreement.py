@@ -21,7 +21,7 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
 from tpresearch.parallel.mesh import axis_size, sum_over
 from tpresearch.parallel.weights import local_part
-from tpresearch.plan.compiler import Plan
+from tpresearch.plan.compiler import Plan, rule_to_add
 from tpresearch.train.observe import Observer
 from tpresearch.train.state import TrainState
 
@@ -72,21 +72,33 @@ class AgreedGradients(Observer):
             [(d.sum() * 0 if not len(d) else (d.max() > TOLERANCE * s.max()).to(d.dtype)) for d, s in pairs]
         )
         dist.all_reduce(apart, dist.ReduceOp.MAX)  # all ranks end, or none
-        for name, differs in zip(having, apart.tolist(), strict=True):
-            if differs:
-                raise self._refusal(name)
+        if found := [name for name, differs in zip(having, apart.tolist(), strict=True) if differs]:
+            raise self._refusal(max(found, key=self._last_call))
+
+    def _last_call(self, name: str) -> int:
+        """When a parameter's module was last called: what differs there may be why what was called before it differs."""
+        module = name.rpartition(".")[0]
+        return max((at for at, called in enumerate(self._plan.probe.called) if called == module), default=-1)
 
     def _refusal(self, name: str) -> ConfigError:
         plan = self._cfg.parallel.tensor
-        why = (
-            f"the gradient of {name} differs between tensor-parallel ranks that each hold all of it: its module "
-            "works on a shard, and its gradient is partial"
-        )
+        why = f"the gradient of {name} differs between tensor-parallel ranks that each hold all of it: "
+        module = name.rpartition(".")[0]
+        dims = self._plan.probe.dims.get(module)
+        heads_apart = 4  # dims of [b, s, heads, d]
+        if dims and dims.inputs and (dims.inputs[0] or heads_apart) < heads_apart:
+            why += "the output of its module meets a shard, and its gradient is partial"
+            legal = (
+                "a rule for its module with a style by which that is summed, as CopyToShards in docs/plans.md"
+            )
+            return ConfigError(f"model.plans.{plan}", plan, why, legal, fix={})
+        why += "its module works on a shard, and its gradient is partial"
         legal = (
             "a rule for its module by which partial gradients are summed: style sequence, with the dim that is "
             "sharded there as src and dst, such as shard:2"
         )
-        return ConfigError(f"model.plans.{plan}", plan, why, legal, fix={})
+        fix = rule_to_add(self._cfg, module, "shard:2")
+        return ConfigError(f"model.plans.{plan}", plan, why, legal, fix)
 
 
 def _sample(gradient: Tensor) -> Tensor:

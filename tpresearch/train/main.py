@@ -41,6 +41,7 @@ from tpresearch.train.preflight import Preflight
 from tpresearch.train.profile import Profiler, profiled_steps
 from tpresearch.train.same_job import check_same_job
 from tpresearch.train.saving import build_saver, check_disk, is_complete, log_resumption
+from tpresearch.train.shapes import refusing_shapes
 from tpresearch.train.speed import Speed
 from tpresearch.train.stopping import AgreedStop
 from tpresearch.train.watch import CountedStep, PeakMemory, Timing
@@ -135,7 +136,10 @@ def train_on(
             log_resumption(found, loop.state.step, job)
         if tracker:
             tracker.resume_from(loop.state.step)
-        with refusing_out_of_memory(job.cfg, job.sizes, world, trains=True):
+        with (
+            refusing_out_of_memory(job.cfg, job.sizes, world, trains=True),
+            refusing_shapes(job.cfg.model.name, job.plan),
+        ):
             evaluate_if_stopped_before(loop, tracker, group)
             for row in loop.rows():
                 if not dist.is_initialized():

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from tpresearch.config.axes import LAYER_AXES
 from tpresearch.config.choices import Checkpointing
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, WrongModel
 from tpresearch.config.schema import ParallelConfig
 from tpresearch.parallel.mesh import data_rank
 from tpresearch.parallel.weights import seed_of
@@ -169,7 +169,7 @@ class DrawsOnShards(TorchFunctionMode):
         if kwargs.get("generator") is not None:
             module = self._running[-1] if self._running else ""
             why = f"{name} draws by a generator of its own, with which tensor-parallel ranks would draw alike on their shards"
-            raise ConfigError("model", module or "model", why, "torch's own generator, which each step seeds")
+            raise WrongModel(module or "model", why, "torch's own generator, which each step seeds")
         _reseed(agreed, *self._place)
         output = func(*args, **kwargs)
         _reseed(agreed)

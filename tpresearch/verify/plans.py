@@ -14,7 +14,7 @@ from rich.progress import track
 
 from tpresearch.config import Config
 from tpresearch.config.choices import DeviceKind, Float8, OptimizerName
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, WrongModel
 from tpresearch.config.mesh import used_axes, warning_of_unused_axes
 from tpresearch.config.near_names import nearest
 from tpresearch.config.validate import OPTIMIZER_OPTIONS, validate
@@ -22,6 +22,7 @@ from tpresearch.config.world import World
 from tpresearch.data.check import check_data
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, SyntheticCorpus
+from tpresearch.launch.command import is_override
 from tpresearch.launch.composition import typed_config
 from tpresearch.parallel.device import gpu_count
 from tpresearch.train.preflight import plan_model
@@ -73,7 +74,7 @@ def configs_by_plan(cfg: Config, arguments: list[str]) -> dict[str, list[Config]
     loader = GlobalHydra.instance().config_loader()
     known = loader.get_group_options("parallel")
     parser = OverridesParser.create()
-    words = [word for word in arguments if "=" in word and not word.startswith("-")]
+    words = [word for word in arguments if is_override(word)]
     keys = {word: parser.parse_override(word).key_or_group for word in words}
     typed = {keys[word]: word.partition("=")[2] for word in words}
     for one, several in (("parallel", "verify.plans"), ("optimizer", "verify.optimizers")):
@@ -93,7 +94,14 @@ def configs_by_plan(cfg: Config, arguments: list[str]) -> dict[str, list[Config]
         composed = loader.load_configuration("verify", overrides, run_mode=RunMode.RUN)
         return _with_two_micro_batches(typed_config(composed))
 
-    return {plan: [config(plan, name) for name in optimizers] for plan in plans}
+    found = {plan: [config(plan, name) for name in optimizers] for plan in plans}
+    left = [plan for plan, (c, *_) in found.items() if c.parallel.tensor in (None, *c.model.plans)]
+    if 0 < len(left) < len(found):
+        lacking = ", ".join(plan for plan in found if plan not in left)
+        why = f"model {cfg.model.name} has no sharding rules for {lacking} in its plans ({', '.join(cfg.model.plans) or 'none'})"
+        rest = f"[{','.join(left)}]"
+        raise ConfigError("verify.plans", f"[{','.join(found)}]", why, rest, fix={"verify.plans": rest})
+    return found
 
 
 def _with_two_micro_batches(cfg: Config) -> Config:
@@ -142,7 +150,7 @@ def check_plan(cfg: Config) -> None:
         names = ", ".join(name or "the model itself" for name in plan.probe.draws)
         why = f"it draws random numbers in {names}, which differ between plans"
         legal = "a model that draws none in training, such as with a dropout of 0; equality is not claimed otherwise"
-        raise ConfigError("model", cfg.model.name, why, legal)
+        raise WrongModel(cfg.model.name, why, legal)
 
 
 def check_moments(cfg: Config) -> None:

@@ -22,6 +22,7 @@ from tpresearch.parallel.mesh import build_mesh, sum_over
 from tpresearch.train.assemble import assemble
 from tpresearch.train.observe import Observer
 from tpresearch.train.preflight import preflight
+from tpresearch.train.shapes import refusing_shapes
 from tpresearch.train.state import TrainState
 
 Tensors = dict[str, Tensor]
@@ -84,7 +85,7 @@ def trace_run(
     job = preflight(cfg, world)
     device = device or job.device
     assert device
-    with process_group(device, world):
+    with process_group(device, world), refusing_shapes(cfg.model.name, job.plan):
         mesh, capture = build_mesh(job.sizes, device.type), GradientCapture()
         loop = assemble(job, mesh, device, corpus, [capture])
         initial, taken = full_tensors(loop.state.weights()), []

@@ -1,0 +1,67 @@
+"""Code of a model that counts heads by its settings fits the whole model alone, and the run says so, and where."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from support.composed import config
+from support.nets import model
+from torch import Tensor
+
+from tpresearch.config.errors import WrongModel
+from tpresearch.config.validate import validate
+from tpresearch.models.toy_mlp import ToyLM, ToyMLP
+from tpresearch.plan.compiler import Plan
+from tpresearch.simulate.fake_step import record
+from tpresearch.train.preflight import plan_model
+from tpresearch.train.shapes import refusing_shapes
+
+
+class Counted(ToyMLP):
+    """Its heads are as many as a setting says, also where a rank has some of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, _ = x.shape
+        return self.out_proj(self.in_proj(x).view(b, s, 8, self.in_proj.out_features // 8).flatten(-2))
+
+
+class CountedHeads(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.mlp = Counted(dim, hidden_dim, dim)
+
+
+def plan(*overrides: str) -> Plan:
+    cfg = config("model=toy_mlp", *overrides)
+    return plan_model(cfg, validate(cfg, 2))[1]
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.view(2, 4, 8)
+
+
+def test_the_line_of_the_model_is_named() -> None:
+    line = inspect.getsourcelines(heads)[1] + 1
+    at = rf"model=mine: whole it runs, and on a rank's shards ends at {__file__}, line {line}: shape '\[2, 4, 8\]' is inv"
+    with pytest.raises(WrongModel, match=at), refusing_shapes("mine", plan("parallel=tp")):
+        heads(torch.zeros(2, 16))
+    with (
+        pytest.raises(WrongModel, match="cannot be multiplied"),
+        refusing_shapes("mine", plan("parallel=tp")),
+    ):
+        torch.zeros(2, 16) @ torch.zeros(32, 2)
+
+
+def test_other_errors_and_those_without_rules_are_what_they_were() -> None:
+    with pytest.raises(RuntimeError, match=r"^shape"), refusing_shapes("mine", plan("parallel=fsdp")):
+        heads(torch.zeros(2, 16))
+    with pytest.raises(RuntimeError, match=r"^no more"), refusing_shapes("mine", plan("parallel=tp")):
+        raise RuntimeError("no more")
+
+
+def test_a_simulated_step_says_it_too() -> None:
+    cfg = config(*model(CountedHeads), "parallel=tp")
+    with pytest.raises(WrongModel, match=rf"on a rank's shards ends at {__file__}, line \d+: shape"):
+        record(cfg, validate(cfg, 2))

@@ -1,0 +1,42 @@
+"""A forward that fits the whole model, and not a rank's shards of it: one sentence, with the line of the model's code."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tpresearch.config.errors import WrongModel, one_line, place_of
+from tpresearch.launch.logs import IN_FILES_ONLY
+from tpresearch.plan.compiler import Plan
+
+log = logging.getLogger(__name__)
+
+SIGNS = (
+    "invalid for input of size|cannot be multiplied|reduction dim|must match|normalized_shape|"
+    "mixed torch.Tensor and DTensor|Sharding propagation failed"
+)
+"""Of torch's errors where the sizes of tensors do not fit each other, or one is sharded and the other is not."""
+
+
+@contextmanager
+def refusing_shapes(model: str, plan: Plan) -> Iterator[None]:
+    """Context in which a model is trained under its sharding rules. It ran whole before, on the meta device: where sizes do not fit
+    here, the rules or what the forward takes for granted are the cause.
+
+    Raises:
+        WrongModel: with the line of its code.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not plan.rules or plan.probe.output is None or not re.search(SIGNS, str(error)):
+            raise
+        log.exception("torch's error", extra=IN_FILES_ONLY)
+        why = f"whole it runs, and on a rank's shards ends at {place_of(error)}: {one_line(error)}"
+        legal = (
+            "a forward that takes sizes from its tensors, as view(b, s, -1, head_dim) does for the heads that a rank has, "
+            "and a rule for each layer that a shard reaches, as rowwise after colwise"
+        )
+        raise WrongModel(model, why, legal) from None
