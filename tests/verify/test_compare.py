@@ -16,8 +16,8 @@ def a_trace() -> RunTrace:
         "a": torch.tensor([1.0, -2.0], dtype=torch.float64),
         "b": torch.tensor([4.0], dtype=torch.float64),
     }
-    step = StepTrace(2.5, 3.0, dict(tensors), dict(tensors))
-    return RunTrace(dict(tensors), [step, step], 2.0)
+    step = StepTrace(2.5, 3.0, dict(tensors), dict(tensors), 2.0)
+    return RunTrace(dict(tensors), [step, step])
 
 
 def test_equal_traces_have_no_error() -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from support.composed import config, corpus
-from support.nets import Dropped, model
+from support.nets import AfterBlocks, Dropped, model
 
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
+from tpresearch.train.loop import Loop
 from tpresearch.verify import reference
 from tpresearch.verify.plans import check_moments, check_plan
-from tpresearch.verify.trace import trace_run
+from tpresearch.verify.trace import compare, trace_run
 
 JUDGED = {
     "tpresearch.train.step",
@@ -34,8 +35,8 @@ def test_it_imports_nothing_of_what_it_judges() -> None:
 
 def test_its_held_out_loss_is_the_cross_entropy_whatever_loss_is_trained() -> None:
     cfg = config("model=toy_mlp", "parallel=none", "train.loss=sum", "train.eval_rows=11")
-    expected = reference.reference(cfg, corpus(), 0).held_out
-    assert trace_run(cfg, corpus(), World(), 0).held_out == pytest.approx(expected)
+    expected = reference.reference(cfg, corpus(), 1).steps[0].held_out
+    assert trace_run(cfg, corpus(), World(), 1).steps[0].held_out == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -50,3 +51,19 @@ def test_a_model_that_draws_random_numbers_is_refused_with_where_it_does() -> No
     with pytest.raises(ConfigError) as caught:
         check_plan(config(*model(Dropped), "parallel=fsdp", "verify.world_size=2"))
     assert "random numbers in drop" in caught.value.why
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+def test_a_model_that_an_evaluation_leaves_in_its_mode_is_seen_in_the_next_step(
+    is_left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, evaluate = config(*model(AfterBlocks), "parallel=none", "train.dtype=float64"), Loop.evaluate
+
+    def evaluate_and_leave(loop: Loop) -> float | None:
+        loss = evaluate(loop)
+        loop.state.model.train(not is_left)
+        return loss
+
+    monkeypatch.setattr(Loop, "evaluate", evaluate_and_leave)
+    found = compare(trace_run(cfg, corpus(), World(), 2), reference.reference(cfg, corpus(), 2))["gradients"]
+    assert (found.step == 1 and found.error > 1e-3) if is_left else found.error < 1e-10

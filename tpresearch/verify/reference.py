@@ -39,8 +39,9 @@ def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> RunTrace:
         optimizer.step()
         optimizer.zero_grad()
         weights = _copies(dict(model.named_parameters()))
-        taken.append(StepTrace(loss.item(), norm.item(), gradients, weights))
-    return RunTrace(initial, taken, _held_out(model, corpus, cfg))
+        held_out = _held_out(model, corpus, cfg)
+        taken.append(StepTrace(loss.item(), norm.item(), gradients, weights, held_out))
+    return RunTrace(initial, taken)
 
 
 def _loss(model: nn.Module, batch: Batch, cfg: Config) -> Tensor:
@@ -80,9 +81,13 @@ def _held_out(model: nn.Module, corpus: AnyCorpus, cfg: Config) -> float | None:
     rows = min(cfg.train.eval_rows, len(corpus.held_out))
     if not rows:
         return None
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     (batch,) = eval_batches(corpus.held_out, rows, rows)
-    return _cross_entropy(_output(model, batch, cfg), batch).item()  # whatever train.loss is
+    loss = _cross_entropy(_output(model, batch, cfg), batch).item()  # whatever train.loss is
+    for module, training in modes:
+        module.training = training
+    return loss
 
 
 def _copies(tensors: dict[str, Tensor]) -> Tensors:

@@ -49,6 +49,8 @@ class StepTrace:
     """Before clipping, by parameter name."""
     weights: Tensors
     """After the update, by parameter name."""
+    held_out: float | None
+    """The loss on held-out rows after the update."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,6 @@ class RunTrace:
     initial: Tensors
     """The weights before the first step."""
     steps: list[StepTrace]
-    held_out: float | None
-    """The loss on held-out rows after the last step."""
     rank_differences: list[MaxError] = field(default_factory=list)
     """Maximum differences between ranks: see `differences_between_ranks`."""
 
@@ -75,7 +75,7 @@ class GradientCapture(Observer):
 def trace_run(
     cfg: Config, corpus: AnyCorpus, world: World, steps: int, device: Device | None = None
 ) -> RunTrace:
-    """Train for a few steps on this rank of a job, through the same code as every run.
+    """Train for a few steps on this rank of a job, with an evaluation after each, through the same code as every run.
 
     Args:
         device: the one that the config chooses, unless given.
@@ -97,8 +97,8 @@ def trace_run(
             alike = {"loss": loss.cpu().double(), "grad norm": norm.cpu().double()}
             alike |= {f"gradient of {name}": gradient for name, gradient in capture.last.items()} | updated
             differences += differences_between_ranks(step, alike, device.torch)
-            taken.append(StepTrace(loss.item(), norm.item(), capture.last, updated))
-        return RunTrace(initial, taken, loop.evaluate(), differences)
+            taken.append(StepTrace(loss.item(), norm.item(), capture.last, updated, loop.evaluate()))
+        return RunTrace(initial, taken, differences)
 
 
 def full_tensors(tensors: Mapping[str, Tensor | None]) -> Tensors:
@@ -153,7 +153,9 @@ def compare(ours: RunTrace, reference: RunTrace) -> dict[str, MaxError]:
         ),
         "weights": _max_error(w for k, (a, b) in steps for w in _tensor_errors(k, a.weights, b.weights)),
         "between ranks": _max_error(ours.rank_differences or [MaxError(0.0)]),
-        "held-out loss": MaxError(_relative_error(ours.held_out or 0.0, reference.held_out or 0.0)),
+        "held-out loss": _max_error(
+            MaxError(_relative_error(a.held_out or 0.0, b.held_out or 0.0), k) for k, (a, b) in steps
+        ),
     }
 
 
