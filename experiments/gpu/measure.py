@@ -66,7 +66,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "peers": (120, [str(ROOT / "experiments" / "peers" / "one_gpu.py")]),
     "training-7b": (90, [str(HERE / "training.py"), "7b"]),
     "training-7b-masters": (60, [str(HERE / "training.py"), "7b-masters"]),
-    "training-8b-masters": (60, [str(HERE / "training.py"), "8b-masters"]),
+    "training-8b-masters": (110, [str(HERE / "training.py"), "8b-masters"]),
 }
 """Name -> (seconds at most, what Python is given)."""
 

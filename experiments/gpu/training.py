@@ -115,6 +115,11 @@ FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "8b-masters": (
         (*LLAMA3_8B, *COMPILED_ADAMW, "optimizer.moment_dtype=bfloat16"),
         {
+            "8b float32 masters fused sums selective mb2 chunk4096": (
+                *setting("selective", 2),
+                *FUSED_SUMS,
+                "train.loss_chunk=4096",
+            ),
             "8b float32 masters fused sums selective mb2": (*setting("selective", 2), *FUSED_SUMS),
             "8b float32 masters bfloat16 moments selective mb2": setting("selective", 2),
         },
