@@ -22,6 +22,7 @@ from tpresearch.track.record import summary_figures
 from tpresearch.track.text import (
     bytes_text,
     count_text,
+    decimal_bytes_text,
     duration_text,
     figures_text,
     loss_text,
@@ -38,6 +39,9 @@ REFUSED = ConfigError("parallel", "fsdp_tp", "it is not for this model", "anothe
     [
         (bytes_text(0), "0 B"),
         (bytes_text(1536), "1.5 KiB"),
+        (decimal_bytes_text(12_340_000_000), "12.34 GB"),
+        (decimal_bytes_text(99_000_000), "99.00 MB"),
+        (decimal_bytes_text(1536), "1.54 kB"),
         (bytes_text(1.2 * 2**30), "1.2 GiB"),
         (bytes_text(1000 * 2**20), "1.0 GiB"),
         (bytes_text(139 * 2**30), "139 GiB"),

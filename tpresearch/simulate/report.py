@@ -10,7 +10,7 @@ from tpresearch.config.choices import Dtype
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.simulate.cluster import SourceKind
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
-from tpresearch.track.text import count_text, figures_text, share_text
+from tpresearch.track.text import count_text, decimal_bytes_text, figures_text, share_text
 
 BAR = 32
 WIDTH = 120
@@ -76,7 +76,7 @@ def _memory(prediction: Prediction) -> Iterator[str]:
     yield f"  {'memory':22}{memory_text(prediction)}"
     greatest = max(prediction.memory_bytes.values())
     for kind, size in prediction.memory_bytes.items():
-        yield f"    {kind:20}{size / 1e9:8.2f} GB  {_bar(size / greatest)}"
+        yield f"    {kind:20}{decimal_bytes_text(size):>11}  {_bar(size / greatest)}"
 
 
 def _time(prediction: Prediction) -> Iterator[str]:
@@ -91,7 +91,7 @@ def _time(prediction: Prediction) -> Iterator[str]:
         if mine:
             sent, exposed = (sum(entry[key] for entry in mine) for key in ("time_s", "exposed_s"))
             moved = sum(entry["sent_bytes"] for entry in mine)
-            yield f"  {axis:22}{moved / 1e9:8.2f} GB sent in {sent * 1e3:,.1f} ms, of which {exposed * 1e3:,.1f} ms exposed"
+            yield f"  {axis:22}{decimal_bytes_text(moved):>11} sent in {sent * 1e3:,.1f} ms, of which {exposed * 1e3:,.1f} ms exposed"
 
 
 def _assumed(prediction: Prediction) -> Iterator[str]:

@@ -27,6 +27,12 @@ def bytes_text(count: float | None) -> str:
     return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{count:.1f} {unit}"
 
 
+def decimal_bytes_text(count: float) -> str:
+    """12,340,000,000 -> `12.34 GB`, as a card's memory is told; what that would round away in MB, and kB."""
+    size, unit = next(((s, u) for s, u in ((1e9, "GB"), (1e6, "MB")) if count >= 0.1 * s), (1e3, "kB"))
+    return f"{count / size:.2f} {unit}"
+
+
 def figures_text(value: float) -> str:
     """851.23 -> `851`, 1034.2 -> `1,034`: three figures, and all before the point."""
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
