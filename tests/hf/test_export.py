@@ -20,7 +20,8 @@ from tpresearch.checkpoint.load import read_tensors
 from tpresearch.data.batches import Batches
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import PackedCorpus
-from tpresearch.hf.files import settings_of
+from tpresearch.hf.files import settings_of, weights_hash
+from tpresearch.track.record import read_summary
 from tpresearch.verify.ranks import Ranks
 
 transformers = pytest.importorskip("transformers", reason="the reference comes with the hf extra")
@@ -123,6 +124,7 @@ def test_a_run_of_ours_gives_its_sizes_and_tokenizer_too(
         assert done.code == 0, done.err
         row = json.loads((home / "of" / source / "metrics.jsonl").read_text())  # the only one
         first[source] = row["train/loss"], row["train/grad_norm"]
+        assert read_summary(home / "of" / source)["initial_weights"] == weights_hash(str(home / source))
     assert len(set(first.values())) == 1
 
 
