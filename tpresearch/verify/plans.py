@@ -47,6 +47,7 @@ class Result:
     plan: str
     optimizer: str
     tolerance: float
+    """The largest of its quantities'."""
     mesh: dict[str, int]
     """Ranks along each axis."""
     worst: dict[str, MaxError] = field(default_factory=dict)
@@ -186,7 +187,7 @@ def _verify_plan(
 ) -> Result:
     """One plan and optimizer compared with the reference; its matmuls on integers too if requested."""
     sizes = validate(cfg, ranks_of(cfg))
-    result = Result(plan, cfg.optimizer.name, tolerance("loss", cfg.train.dtype), dict(sizes))
+    result = Result(plan, cfg.optimizer.name, tolerance("weights", cfg.train.dtype), dict(sizes))
     result.note = warning_of_unused_axes(sizes, cfg.parallel)
     try:
         ours = ranks.run(ranks_of(cfg), trace_on_rank_0, cfg, corpus)[0]
