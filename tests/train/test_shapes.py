@@ -44,7 +44,7 @@ def heads(x: Tensor) -> Tensor:
 
 def test_the_line_of_the_model_is_named() -> None:
     line = inspect.getsourcelines(heads)[1] + 1
-    at = rf"model=mine: whole it runs, and on a rank's shards ends at {__file__}, line {line}: shape '\[2, 4, 8\]' is inv"
+    at = rf"model=mine: it runs whole, but on a rank's shards ends at {__file__}, line {line}: shape '\[2, 4, 8\]' is inv"
     with pytest.raises(WrongModel, match=at), refusing_shapes("mine", plan("parallel=tp")):
         heads(torch.zeros(2, 16))
     with (

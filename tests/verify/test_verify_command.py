@@ -87,7 +87,7 @@ def test_a_plan_that_does_not_run_fails_and_says_why(ranks: Ranks, tmp_path: Pat
     )
     assert done.code == 1, done.err
     assert (
-        "tp sgd: did not run: tpresearch.config.errors.WrongModel: model=toy_mlp: whole it runs, "
+        "tp sgd: did not run: tpresearch.config.errors.WrongModel: model=toy_mlp: it runs whole, "
         in " ".join(done.out.split())
     )
     assert not json.loads((tmp_path / "run" / "verify.json").read_text())["passed"]

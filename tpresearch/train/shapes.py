@@ -34,7 +34,7 @@ def refusing_shapes(model: str, plan: Plan) -> Iterator[None]:
         if not plan.rules or plan.probe.output is None or not re.search(SIGNS, str(error)):
             raise
         log.exception("torch's error", extra=IN_FILES_ONLY)
-        why = f"whole it runs, and on a rank's shards ends at {place_of(error)}: {one_line(error)}"
+        why = f"it runs whole, but on a rank's shards ends at {place_of(error)}: {one_line(error)}"
         legal = (
             "a forward that takes sizes from its tensors, as view(b, s, -1, head_dim) does for the heads that a rank has, "
             "and a rule for each layer that a shard reaches, as rowwise after colwise"
