@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
 from tpresearch.config.world import World
+from tpresearch.launch import address
 from tpresearch.launch.address import check_address
 from tpresearch.launch.command import WrongCommand
 
@@ -19,6 +21,7 @@ def _other_host_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setattr(socket, "gethostname", lambda: "node2")
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0"), (3, "ib0")])
+    monkeypatch.setattr(address, "ROUTES", Path("/none"))
     monkeypatch.setattr("sys.argv", ["train.py", "parallel=tp"])
 
 
@@ -57,6 +60,18 @@ def test_a_host_that_others_would_not_find_is_refused(
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     check_address(TWO_HOSTS)
+
+
+def test_the_interface_of_the_default_route_is_proposed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    table = "Iface\tDestination\tGateway\nib0\t0000A80A\t00000000\neth1\t00000000\t0104180A\neth1\t0004180A\t00000000\n"
+    (tmp_path / "route").write_text(table)
+    monkeypatch.setattr(address, "ROUTES", tmp_path / "route")
+    stands_for(monkeypatch, "127.0.1.1")
+    with pytest.raises(WrongCommand, match=r"the interface to them, such as eth1, ib0$") as refused:
+        check_address(TWO_HOSTS)
+    assert str(refused.value.command).startswith("env GLOO_SOCKET_IFNAME=eth1 torchrun ")
 
 
 def test_a_host_whose_name_is_its_address_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
