@@ -84,10 +84,13 @@ class Recording:
         """
         if self.is_shallow:
             return dict(value(self.trace(self.depth)))
-        for low in RECORDED_DEPTHS if check else RECORDED_DEPTHS[:1]:
-            less, more = value(self.trace(low)), value(self.trace(low + 1))
-            if not check or _agree(_extrapolate(less, more, 2), value(self.trace(low + 2))):
-                return _extrapolate(less, more, self.depth - low)
+        first, _ = RECORDED_DEPTHS
+        if not check:
+            return _extrapolate(value(self.trace(first)), value(self.trace(first + 1)), self.depth - first)
+        for low in RECORDED_DEPTHS:
+            less, more, most = (value(self.trace(low + blocks)) for blocks in range(3))
+            if _agree(_extrapolate(less, more, 2), most):
+                return _extrapolate(more, most, self.depth - low - 1)
         return dict(value(self.trace(self.depth)))
 
     def memory(self, check: bool = True) -> dict[str, float]:
