@@ -57,14 +57,16 @@ class Net(nn.Module):
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
 
 
-def sums_of(world: World, dtype: torch.dtype | None) -> list[dict[str, Tensor | None]]:
+def sums_of(world: World, dtype: torch.dtype | None, may_branch: bool) -> list[dict[str, Tensor | None]]:
     """Gradients after the sum: of two backwards through everything, and of one through `a` and `b.bias` alone."""
     found: list[dict[str, Tensor | None]] = []
     with process_group(CPU, world):
         torch.manual_seed(0)
         net, group = Net(), dist.group.WORLD
         assert group
-        replicas = GradientReducer(net, dict(net.named_parameters()), lambda name: name[0], group, dtype)
+        replicas = GradientReducer(
+            net, dict(net.named_parameters()), lambda name: name[0], group, dtype, may_branch
+        )
         x = torch.full((2, 3), float(world.rank + 1))
         for due in (False, True):
             replicas.is_last_backward = due
@@ -79,9 +81,9 @@ def sums_of(world: World, dtype: torch.dtype | None) -> list[dict[str, Tensor | 
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_sums_are_those_of_each_replica(ranks: Ranks, dtype: torch.dtype | None) -> None:
-    first, second = ranks.run(2, sums_of, dtype)
+@pytest.mark.parametrize(("dtype", "may_branch"), [(None, True), (torch.bfloat16, False)])
+def test_sums_are_those_of_each_replica(ranks: Ranks, dtype: torch.dtype | None, may_branch: bool) -> None:
+    first, second = ranks.run(2, sums_of, dtype, may_branch)
     torch.manual_seed(0)
     net = Net()
     for nth in range(2):

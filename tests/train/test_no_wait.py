@@ -7,6 +7,7 @@ import torch
 from support.composed import config, in_two_parts
 from support.counted_steps import FAKE, PLANS
 from support.marks import exhaustive
+from support.nets import Unused, model
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tpresearch.config import Config
@@ -67,6 +68,10 @@ def test_a_step_of_a_plan_waits_for_nothing(plan: str, world: int) -> None:
 )
 def test_nor_does_an_option(overrides: list[str]) -> None:
     two_steps(config("model=llama2_debug", "parallel=fsdp_tp", *overrides), 4)
+
+
+def test_nor_does_a_weight_that_no_replica_has_a_gradient_of() -> None:
+    two_steps(config(*model(Unused), "parallel=ddp"), 2)
 
 
 def test_a_wait_would_be_seen() -> None:

@@ -31,12 +31,17 @@ class GradientBucket:
 
     Args:
         trained: the parameters that have the gradients. dtype: in which they are summed; None for their own.
+        may_branch: whether one may have a gradient on some replicas alone, for which the host waits for the sum.
     """
 
     def __init__(
-        self, trained: list[nn.Parameter], group: dist.ProcessGroup, dtype: torch.dtype | None
+        self,
+        trained: list[nn.Parameter],
+        group: dist.ProcessGroup,
+        dtype: torch.dtype | None,
+        may_branch: bool,
     ) -> None:
-        self._trained, self._group, self._dtype = trained, group, dtype
+        self._trained, self._group, self._dtype, self._may_branch = trained, group, dtype, may_branch
         self._receive: Callable[[], None] | None = None
         self.pending = len(trained)
         """How many of its gradients are not ready yet."""
@@ -60,7 +65,7 @@ class GradientBucket:
             assert work is not None
             work.wait()
             for (parameter, had_none, build), part in zip(builders, flat.split(sizes), strict=True):
-                if not had_none or not is_no_gradient(part):
+                if not had_none or (self._may_branch and not is_no_gradient(part)):
                     parameter.grad = build(part)
 
         self._receive = receive
@@ -107,6 +112,7 @@ class GradientReducer:
     Args:
         trained: by the name of each of the model's parameters, the one that has its gradient: its master, or itself.
         bucket_of: by the name of a parameter, that of the bucket which has its gradient.
+        dtype, may_branch: see `GradientBucket`.
     """
 
     def __init__(
@@ -116,6 +122,7 @@ class GradientReducer:
         bucket_of: Callable[[str], str | None],
         group: dist.ProcessGroup,
         dtype: torch.dtype | None,
+        may_branch: bool,
     ) -> None:
         self.is_last_backward = True
         """Whether the next backward is the last one before the sum."""
@@ -128,7 +135,7 @@ class GradientReducer:
         a unit before it comes to those registered earlier."""
         self._started = 0
         for pairs in reversed(members.values()):
-            bucket = GradientBucket([having for _, having in pairs], group, dtype)
+            bucket = GradientBucket([having for _, having in pairs], group, dtype, may_branch)
             self._buckets.append(bucket)
             for parameter, _ in pairs:  # after the hook of MasterWeights, if there is one
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket))
@@ -165,6 +172,5 @@ def build_reducer(
     if plan.sizes.dp == 1 or uses_fully_shard(cfg.parallel, plan.sizes):
         return None
     group = mesh.get_group(REPLICATE.name)
-    return GradientReducer(
-        model, trained, plan.unit_of, group, reduce_dtype(cfg.parallel.fsdp, cfg.train.dtype)
-    )
+    dtype = reduce_dtype(cfg.parallel.fsdp, cfg.train.dtype)
+    return GradientReducer(model, trained, plan.unit_of, group, dtype, plan.probe.may_branch)

@@ -67,6 +67,11 @@ class Probe:
     across_features: dict[str, str] = field(default_factory=dict)
     """Linear layers of whose output an op needs all features, such as softmax or a split in halves, and the op."""
 
+    @property
+    def may_branch(self) -> bool:
+        """Whether ranks may come to different parameters: by the values of their rows, or by draws of Python's and NumPy's generators."""
+        return self.output is None or PYTHON in self.draws.get("", {})
+
 
 def elements_of(args: object, output: object) -> int | None:
     """How many elements a random function draws for: those of its first tensor, on this rank; of its output if it is given none;

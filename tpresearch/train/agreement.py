@@ -112,7 +112,7 @@ class AgreedUse(Observer):
     """Refuses a backward in which data-parallel ranks have gradients of different parameters, since their rows led the forward
     elsewhere: `fully_shard` sums those that a rank has in their order, one parameter's with another's (torch 2.11 to 2.14).
 
-    It makes the host wait for the device in each step, and is for models whose forward may depend on values.
+    It makes the host wait for the device in each step, and is for models whose forward may depend on values or draws.
     """
 
     def __init__(self, cfg: Config, plan: Plan, mesh: DeviceMesh) -> None:

@@ -62,7 +62,7 @@ def assemble(
     draws = plan.probe.draws or plan.probe.output is None
     randomness = [SeededRandomness(cfg.train.seed, mesh, plan, cfg.parallel.compile)] if draws else []
     # As it may depend on values, which fake ranks do not have.
-    may_part = plan.probe.output is None and plan.sizes.shards > 1 and device.backend != "fake"
+    may_part = plan.probe.may_branch and plan.sizes.shards > 1 and device.backend != "fake"
     agreement = [AgreedUnits(cfg), AgreedUse(cfg, plan, mesh)] if may_part else []
     observers = Observers([*randomness, *agreement, *build_defects(cfg, plan, mesh, batches), *watching])
     state = build_state(model, cfg, plan, mesh)
