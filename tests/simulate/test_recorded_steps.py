@@ -114,6 +114,18 @@ def test_a_simulated_step_holds_what_the_step_that_computes_does(plan: str, worl
     assert sum(held.values()) > 0
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_what_is_held_most_where_partial_gradients_are_summed_is_told(micro_batches: int) -> None:
+    """An embedding's gradient under tensor parallelism, which has all rows until then; that is after the last micro-batch, and in none."""
+    words = ("model=toy_mlp", "parallel=sp", "model.hidden_dim=16", "train.micro_batch_size=1")
+    step = (*words, f"train.global_batch_size={micro_batches}")
+    held = {use.kind: use.at_peak_bytes for use in counted_step(2, *step).held}
+    told = peak_moment(recorded(config(*words, "train.global_batch_size=2"), 2).memory, micro_batches)
+    assert held["temporaries"] > 4 * 260 * 64
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert told[kind] == held[kind]
+
+
 @pytest.mark.parametrize("plan", ["ddp", "fsdp"])
 def test_a_layer_that_no_forward_reaches_is_no_op_on_values(plan: str) -> None:
     """It sends what it does in training, where each replica finds that none has a gradient of it."""

@@ -119,11 +119,12 @@ def peak_moment(by_moment: Mapping[str, float], micro_batches: int | None = None
     moments: dict[str, dict[str, float]] = {}
     for name, size in by_moment.items():
         moment, _, kind = name.partition("/")
-        place, phase, *_ = moment.split()
-        comes_later = micro_batches and int(place) >= micro_batches * PHASES_OF_A_MICRO_BATCH
-        if comes_later and phase in ("forward", "loss", "backward"):
-            continue
         moments.setdefault(moment, {})[kind] = size
+    if micro_batches:
+        place = {moment: int(moment.split()[0]) for moment in moments}
+        last = max(number for moment, number in place.items() if moment.split()[1] == "forward")
+        later = range(micro_batches * PHASES_OF_A_MICRO_BATCH, last + PHASES_OF_A_MICRO_BATCH)
+        moments = {moment: held for moment, held in moments.items() if place[moment] not in later}
     return max(moments.values(), key=lambda held: sum(held.values()))
 
 
