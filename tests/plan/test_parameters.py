@@ -124,6 +124,14 @@ def test_uneven_rows_are_refused_with_the_next_vocabulary_that_fits() -> None:
     planned("model=llama2_debug", "parallel=fsdp_tp", "mesh.tp=2", "model.vocab_size=50258", world=8)
 
 
+def test_a_rank_without_a_row_of_the_vocabulary_is_refused() -> None:
+    words = "model=toy_mlp", "parallel=tp", "data=random_tokens", "tokenizer.vocab_size=5"
+    error = refusal(*words, world=4)
+    assert (error.field, error.fix) == ("mesh.tp", {"model.vocab_size": 7})
+    assert "without any of the 5 rows of embed.weight" in error.why
+    planned(*words, "model.vocab_size=7", world=4)
+
+
 @pytest.mark.parametrize(
     ("kind", "plan", "world"),
     [

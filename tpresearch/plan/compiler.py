@@ -121,7 +121,7 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) 
     ]
     active = {name: rule for name, rule in rules.items() if sizes[rule.axis] > 1}
     head = probe.head
-    if head and not can_chunk_logits(model.get_submodule(head), active.get(head), sizes):
+    if head and not can_chunk_logits(model.get_submodule(head), active.get(head)):
         head = None
     outputs = [rule.dst[0] for rule in active.values() if rule.output_stays_sharded]
     split = next((layout.dim for layout in outputs if isinstance(layout, Shard)), None)

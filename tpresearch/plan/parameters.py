@@ -48,8 +48,7 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> 
             legal = "a parameter of shape [1], or parallel=none, ddp, tp or sp"
             why = f"{name} is a scalar, which FSDP does not shard"
             raise ConfigError("parallel", parallel.name, why, legal)
-        if plan.sizes.shards > 1:
-            _check_rows(name, parameter, model, plan)
+        _check_rows(name, parameter, model, plan)
 
 
 def _check_embedding(name: str, embedding: nn.Embedding, plan: Plan) -> None:
@@ -82,20 +81,29 @@ def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharde
 
 
 def _check_rows(name: str, parameter: nn.Parameter, model: nn.Module, plan: Plan) -> None:
-    """FSDP splits a rank's rows, DTensor computes where the splits are: both must agree."""
+    """FSDP splits a rank's rows, DTensor computes where the splits are: both must agree. And each rank needs some: torch takes no
+    row of an empty table, and no maximum of no logits."""
     if sharded_dim(name, model, plan.rules) != 0:
         return
-    ways = plan.sizes[plan.rules[name.rpartition(".")[0]].axis]
-    shards, rows = plan.sizes.shards, parameter.shape[0]
-    if not _same_shards(rows, ways, shards):
-        fits = next(n for n in itertools.count(rows + 1) if _same_shards(n, ways, shards))
-        cut = f"the {rows} rows of {name}"
-        why = f"it does not cut {cut} evenly after the {ways} ranks of the plan's rule have"
-        legal = f"{fits} rows, such as model.vocab_size={fits}, or another mesh"
-        embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-        is_vocabulary = embedding is not None and embedding.num_embeddings == rows
-        fix = {"model.vocab_size": fits} if is_vocabulary else None
-        raise ConfigError(f"mesh.{SHARD.name}", shards, why, legal, fix=fix)
+    axis = plan.rules[name.rpartition(".")[0]].axis
+    ways, shards, rows = plan.sizes[axis], plan.sizes.shards, parameter.shape[0]
+    if not _chunk(rows, ways, ways - 1):
+        at_fault, why = axis, f"it leaves ranks without any of the {rows} rows of {name}"
+    elif not _same_shards(rows, ways, shards):
+        at_fault = SHARD.name
+        why = (
+            f"it does not cut the {rows} rows of {name} evenly after the {ways} ranks of the plan's rule have"
+        )
+    else:
+        return
+    fits = next(
+        n for n in itertools.count(rows + 1) if _chunk(n, ways, ways - 1) and _same_shards(n, ways, shards)
+    )
+    legal = f"{fits} rows, such as model.vocab_size={fits}, or another mesh"
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    is_vocabulary = embedding is not None and embedding.num_embeddings == rows
+    fix = {"model.vocab_size": fits} if is_vocabulary else None
+    raise ConfigError(f"mesh.{at_fault}", plan.sizes[at_fault], why, legal, fix=fix)
 
 
 @functools.cache

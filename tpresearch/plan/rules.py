@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils._pytree import tree_map_only
 
-from tpresearch.config.axes import LAYER_AXES, MeshSizes
+from tpresearch.config.axes import LAYER_AXES
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.mesh import SEQUENCE_DIM
 from tpresearch.config.model import Rule
@@ -137,7 +137,7 @@ def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     return getattr(module.forward, "__func__", None) is kind.forward
 
 
-def can_chunk_logits(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSizes) -> bool:
+def can_chunk_logits(layer: nn.Module, rule: ResolvedRule | None) -> bool:
     """Whether logits can be computed for a few tokens at a time: by a plain matmul, on vocabulary shards if the rule has some."""
     if not isinstance(layer, nn.Linear) or not runs_as(layer, nn.Linear) or layer.bias is not None:
         return False
@@ -147,14 +147,7 @@ def can_chunk_logits(layer: nn.Module, rule: ResolvedRule | None, sizes: MeshSiz
         return False  # they see calls of the layer, of which there would be none
     if rule is None:
         return True
-    ranks = sizes[rule.axis]
-    none_is_empty = -(-layer.out_features // ranks) * (ranks - 1) < layer.out_features
-    return (
-        rule.rule.style == "colwise"
-        and rule.output_stays_sharded
-        and rule.dst[0] == Shard(-1)
-        and none_is_empty
-    )
+    return rule.rule.style == "colwise" and rule.output_stays_sharded and rule.dst[0] == Shard(-1)
 
 
 def resolve_rule(plan: str, name: str, rule: Rule, loss_parallel: bool) -> ResolvedRule:
