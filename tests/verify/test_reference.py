@@ -39,6 +39,14 @@ def test_its_held_out_loss_is_the_cross_entropy_whatever_loss_is_trained() -> No
     assert trace_run(cfg, corpus(), World(), 1).steps[0].held_out == pytest.approx(expected)
 
 
+def test_its_norm_is_that_of_all_gradients_to_the_last_digits_of_a_float32() -> None:
+    """Torch's own on a CPU, of half a million numbers, is not, and right plans of large models would be out of tolerance."""
+    cfg = config("model=toy_mlp", "model.hidden_dim=4096", "parallel=none")
+    (step,) = reference.reference(cfg, corpus(), 1).steps
+    exact = sum(gradient.square().sum().item() for gradient in step.gradients.values()) ** 0.5
+    assert step.grad_norm == pytest.approx(exact, rel=1e-7)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_moments_that_round_are_refused(dtype: str) -> None:
     words = f"train.dtype={dtype}", "optimizer.moment_dtype=bfloat16", "verify.world_size=2"
