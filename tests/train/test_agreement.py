@@ -7,6 +7,7 @@ import random
 
 import pytest
 from support.composed import config, corpus
+from support.nets import Routed as Experts
 from support.nets import model
 from support.odd_nets import Asking
 from support.traces import agree
@@ -151,6 +152,10 @@ def test_what_a_style_of_ones_own_shards_is_not_taken_for_replicated(ranks: Rank
             "some ranks, whose rows led the forward elsewhere, gather wide, where others gather mlp; ddp",
         ),
         (LeftOutByChance, "some ranks, whose rows led the forward elsewhere, gather "),
+        (
+            Experts,
+            "some ranks, whose rows led the forward to more parameters, sum gradients of the model of ",
+        ),
         (Asking, ""),
     ],
 )

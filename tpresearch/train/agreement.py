@@ -159,8 +159,8 @@ Check = Callable[[Tensor, dist.ProcessGroup], None]
 
 
 class AgreedUnits(Observer):
-    """Refuses a forward that leads data-parallel ranks to different units of `fully_shard`: it would gather the shards of one with
-    those of another, for which gloo ends the process where their sizes differ.
+    """Refuses a forward that leads data-parallel ranks to different units of `fully_shard`, or to more of a unit's parameters on one than on
+    another: it would gather or sum those of one rank with others of another, for which gloo ends the process where their sizes differ.
 
     As with `AgreedUse`, the host waits for the device. (The default collectives are private; read in torch 2.11 to 2.14.)
     """
@@ -184,12 +184,15 @@ class AgreedUnits(Observer):
         self._uses.append(use)
 
         def check(tensor: Tensor, group: dist.ProcessGroup) -> None:
-            numbers = torch.tensor([number, -number], device=tensor.device)
+            size = tensor.numel()
+            numbers = torch.tensor([number, -number, size, -size], device=tensor.device)
             dist.all_reduce(numbers, dist.ReduceOp.MAX, group)
-            most, least = numbers.tolist()
-            if most != -least:
+            most, least, largest, smallest = numbers.tolist()
+            if most != -least or largest != -smallest:
                 why = f"some ranks, whose rows led the forward elsewhere, {self._uses[most]}, where others {self._uses[-least]}"
-                legal = "ddp, or a forward that comes to the same blocks whatever the rows"
+                if most == -least:
+                    why = f"some ranks, whose rows led the forward to more parameters, {use} of {largest:,} numbers, where others do of {-smallest:,}"
+                legal = "ddp, or a forward that comes to the same parameters whatever the rows"
                 raise ConfigError("parallel", self._cfg.parallel.name, why, legal, fix={"parallel": "ddp"})
 
         return check
