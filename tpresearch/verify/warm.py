@@ -20,7 +20,7 @@ from tpresearch.config.world import World
 from tpresearch.data.pipeline import prepare
 from tpresearch.launch.composition import initialize_conf
 from tpresearch.launch.resolvers import register_resolvers
-from tpresearch.parallel.device import FAKE
+from tpresearch.parallel.device import FAKE, keep_freed_memory
 from tpresearch.verify.trace import trace_run
 
 SMALL = (
@@ -49,6 +49,7 @@ def warm_up() -> None:
 
 
 torch.set_num_threads(1)  # whose pools of threads a fork would not have
+keep_freed_memory()  # before a thread has memory of its own, which threads of the forks would share
 warnings.filterwarnings("ignore")
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
 # Not where torch is built for CUDA: backward would start threads for GPUs, and forks are then refused; and fake tensors ask
