@@ -69,7 +69,7 @@ def test_a_disk_that_cannot_be_read_is_named_by_its_error(
 ) -> None:
     """Whose error names no file."""
     folder = save(tmp_path, 7)
-    monkeypatch.setattr(Path, "read_text", Mock(side_effect=OSError(5, "Input/output error")))
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=OSError(5, "Input/output error")))
     with pytest.raises(BrokenCheckpoint, match=r"^checkpoint.json: Input/output error$"):
         read_checkpoint(folder)
 
