@@ -249,8 +249,17 @@ def test_of_a_collective_between_hosts_its_bytes_are_the_networks_time() -> None
     where = Route(4, 2)
     assert network_s("all_gather", 10**9, where, here) == pytest.approx(3 / 4 * 1e9 / 10e9)
     assert network_s("all_gather", 10**9, Route(4, 4), here) == 0
-    steps = collective_s("all_gather", 10**9, where, here) - network_s("all_gather", 10**9, where, here)
-    assert steps == pytest.approx(30e-6)
+    steps = collective_s("all_reduce", 10**9, where, here) - network_s("all_reduce", 10**9, where, here)
+    assert steps == pytest.approx(60e-6)
+
+
+@pytest.mark.parametrize(("collective", "passes"), [("all_gather", 1), ("reduce_scatter", 2)])
+def test_gloo_copies_what_it_gathers_and_scatters(collective: str, passes: int) -> None:
+    """At the rate of FSDP's copies; the rest is the same share of an all-reduce."""
+    here = dataclasses.replace(cluster(copy_efficiency=0.5), shared_cores=2)
+    whole = collective_s("all_reduce", 10**9, Route(2, 2), here)
+    copied = 2e9 / (here["bandwidth_gb_s"] * 1e9 * 0.5)
+    assert collective_s(collective, 10**9, Route(2, 2), here) == pytest.approx(whole * passes / 2 + copied)
 
 
 def test_where_the_ranks_of_an_axis_are() -> None:

@@ -24,7 +24,7 @@ from tpresearch.ledger.entries import Event
 from tpresearch.parallel.device import CPU
 from tpresearch.parallel.group import process_group
 from tpresearch.simulate.cluster import LENGTHS
-from tpresearch.simulate.network import ring_passes
+from tpresearch.simulate.network import copied_by_gloo, ring_passes
 from tpresearch.simulate.prices import COPIES, moved_bytes
 from tpresearch.simulate.trace import Op
 from tpresearch.verify.ranks import Ranks
@@ -53,7 +53,7 @@ def measure_cpu() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     # No core is idle among so many, as in a training step; how fast idle ones wake up for two varies threefold.
     ranks = max(4, 2 * cores)
-    gloo, crowd = (Ranks().run(count, _gloo)[0] for count in (2, ranks))
+    gloo, crowd = (Ranks().run(count, _gloo, step.copies)[0] for count in (2, ranks))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
         "memory_gb": memory / max(cores, 1),
@@ -179,11 +179,14 @@ class Link(NamedTuple):
     """Time of a ring step that sends almost nothing."""
     core_share: float
     """Share of its core that a rank uses in a large one."""
+    copying: float
+    """Bytes/s of copies, such as those into and out of gloo's buffers."""
 
     def seconds(self, event: Event) -> float:
         """Time of a collective of two ranks: one step per round."""
         step_s = self.step_s + event.tensor_bytes / 2 / self.bytes_s
-        return ring_passes(event.collective, by_gloo=True) * step_s
+        copied_s = copied_by_gloo(event.collective, event.tensor_bytes) / self.copying
+        return ring_passes(event.collective, by_gloo=True) * step_s + copied_s
 
 
 def _wait_share(steps: Iterable[StepTimes], link: Link) -> float:
@@ -200,8 +203,12 @@ SMALL, LARGE = 1 << 10, 1 << 20
 """Numbers of a small and a large tensor."""
 
 
-def _gloo(world: World) -> Link:
-    """Measure gloo's collectives: the median wall time of many, with nothing running beside them."""
+def _gloo(world: World, copying: float) -> Link:
+    """Measure gloo's collectives: the median wall time of many, with nothing running beside them.
+
+    Args:
+        copying: bytes/s of copies.
+    """
     torch.set_num_threads(1)
 
     def all_reduce(count: int) -> None:
@@ -226,6 +233,9 @@ def _gloo(world: World) -> Link:
     with process_group(CPU, world):
         least = sum(seconds(one, SMALL)[0] for one in collectives)
         walls, processor = zip(*(seconds(one, LARGE) for one in collectives), strict=True)
-    steps = sum(ring_passes(one.__name__, by_gloo=True) for one in collectives) * (world.size - 1)
+    names = [one.__name__ for one in collectives]
+    steps = sum(ring_passes(name, by_gloo=True) for name in names) * (world.size - 1)
     moved = steps * LARGE * 4 / world.size
-    return Link(moved / (sum(walls) - least), least / steps, min(1.0, sum(processor) / sum(walls)))
+    copied_s = sum(copied_by_gloo(name, LARGE * 4) for name in names) / copying
+    sent_s = sum(walls) - least - copied_s
+    return Link(moved / sent_s, least / steps, min(1.0, sum(processor) / sum(walls)), copying)

@@ -67,7 +67,9 @@ def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Clus
     moved = passes * tensor_bytes * (n - 1) / n
     inside_step, outside_step = cluster["intra_step_us"] * 1e-6, cluster["inter_step_us"] * 1e-6
     if cluster.is_cpu:  # gloo has the ring alone, each step of which wakes the threads of its ranks
-        return cluster["collective_us"] * 1e-6 + passes * (n - 1) * inside_step + moved / bandwidth
+        copying = cluster["bandwidth_gb_s"] * cluster["copy_efficiency"] * 1e9
+        around = passes * (n - 1) * inside_step + moved / bandwidth
+        return cluster["collective_us"] * 1e-6 + around + copied_by_gloo(collective, tensor_bytes) / copying
     steps = [passes * ((n - 1 - outside) * inside_step + outside * outside_step)]
     if collective == "all_reduce" and outside:
         inside = 2 * (where.per_host - 1) * inside_step
@@ -98,6 +100,12 @@ def ring_passes(collective: str, by_gloo: bool) -> int:
     """Number of passes of the tensor around a ring. gloo's reduce-scatter is an all-reduce of which each rank keeps its part (torch's
     ProcessGroupGloo.cpp)."""
     return 2 if collective == "all_reduce" or (by_gloo and collective == "reduce_scatter") else 1
+
+
+def copied_by_gloo(collective: str, tensor_bytes: int) -> int:
+    """Bytes that a rank reads and writes besides: a gather is copied out of gloo's buffers, what is scattered into them (torch's
+    ProcessGroupGloo.cpp)."""
+    return 0 if collective == "all_reduce" else 2 * tensor_bytes
 
 
 def _bandwidth(where: Route, cluster: Cluster) -> float:
