@@ -25,7 +25,7 @@ ABOUT = Manifest(
 )
 
 
-def save(run: Path, step: int) -> Path:
+def save(run: Path, step: int, world_size: int = ABOUT.world_size) -> Path:
     """A checkpoint of two small files, made as `Saver` makes one."""
     folder = folder_of(run, step)
     draft = disk.draft_of(folder)
@@ -33,5 +33,5 @@ def save(run: Path, step: int) -> Path:
     for name in ("__0_0.distcp", ".metadata"):
         (draft / name).write_bytes(os.urandom(100))
     files = {path.name: disk.sync_and_checksum(path) for path in draft.iterdir()}
-    disk.commit(folder, dataclasses.replace(ABOUT, step=step, files=files))
+    disk.commit(folder, dataclasses.replace(ABOUT, step=step, world_size=world_size, files=files))
     return folder

@@ -31,7 +31,7 @@ from tpresearch.data.tokenizer import train_bpe
 from tpresearch.launch.command import Command, WrongCommand
 from tpresearch.launch.composition import initialize_conf
 from tpresearch.sweep import launcher
-from tpresearch.sweep.job import CONSOLE_LOG, CompletedRun, Job, contents_of, signature
+from tpresearch.sweep.job import CONSOLE_LOG, CompletedRun, Job, contents_of, signature, will_resume
 from tpresearch.sweep.running import (
     JOB_VARIABLE,
     Devices,
@@ -351,14 +351,27 @@ def test_a_job_with_a_checkpoint_resumes_where_it_is(
     sweep("parallel=none", "checkpoint.every=1")  # which says nothing of what is computed
     assert "job 0 resumes on 1 rank: " in capsys.readouterr().out
     set_aside(job)
+    (job.folder / CONSOLE_LOG).write_text("said later")
+    set_aside(job)
     assert left() == {"0"}
-    assert (job.folder / "console.earlier-1.log").read_text() == "said then"
+    logs = [(job.folder / f"{CONSOLE_LOG}.earlier-{nth}").read_text() for nth in (1, 2)]
+    assert logs == ["said then", "said later"]
     assert not (job.folder / "summary.json").exists()
     sweep("parallel=none", "train.steps=7")
     assert "job 0 starts on 1 rank: " in capsys.readouterr().out
     set_aside(sweep.started[0])
     set_aside(job)
     assert left() == {"0.earlier-1"}
+
+
+def test_a_job_resumes_in_its_folder_under_another_number_too(sweep: Sweep) -> None:
+    sweep.code = lambda job: 1
+    sweep("parallel=none,tp")
+    for job in sweep.started:
+        save(job.folder, 2, job.ranks)
+    sweep("parallel=fsdp,none,tp,none")
+    assert [job.folder.name for job in sweep.started] == ["0-2", "0", "1", "3"]
+    assert [will_resume(job) for job in sweep.started] == [False, True, True, False]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found by /proc")

@@ -25,6 +25,7 @@ from tpresearch.config.schema import (
 )
 from tpresearch.data.hub import local_folder, open_hub
 from tpresearch.data.sources import open_files
+from tpresearch.launch.claim import EARLIER_SUFFIX
 from tpresearch.launch.command import override_key, values_by_key
 from tpresearch.launch.hydra_app import launch_dir
 from tpresearch.track.record import read_record
@@ -128,6 +129,18 @@ def completed_runs(sweep_dir: Path) -> dict[str, list[CompletedRun]]:
                 found.setdefault(recorded_signature(path.parent, ranks), []).append(run)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not the record of a run
+    return found
+
+
+def begun_runs(sweep_dir: Path) -> dict[str, list[Path]]:
+    """The folders below a sweep's in which a run has left a checkpoint, by signature; none that was set aside."""
+    manifests = sweep_dir.rglob("checkpoints/step-*/checkpoint.json")
+    begun = {path.parents[2]: path for path in sorted(manifests) if EARLIER_SUFFIX not in str(path)}
+    found: dict[str, list[Path]] = {}
+    for folder, manifest in begun.items():
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            ranks = read_record(manifest)["world_size"]
+            found.setdefault(recorded_signature(folder, ranks), []).append(folder)
     return found
 
 

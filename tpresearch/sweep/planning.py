@@ -26,6 +26,7 @@ from tpresearch.launch.refuse import as_if_typed
 from tpresearch.launch.run_dir import may_resume
 from tpresearch.sweep.job import (
     Job,
+    begun_runs,
     completed_runs,
     contents_of,
     inherited_overrides,
@@ -177,11 +178,18 @@ def _nodes(ranks: int, ranks_per_node: int | None) -> int:
 
 
 def assign_folders(jobs: Sequence[Job], sweep_dir: Path) -> Iterator[Job]:
-    """Each job with its folder: that of its completed run, if the files it read have the same contents still; otherwise one of its
-    own that has no completed run, and nothing that is not a job's.
+    """Each job with its folder: that of its completed run, if the files it read have the same contents still; otherwise the one in
+    which it has left a checkpoint, whatever its number was then, or one of its own that has no run of another job, and nothing
+    that is not a job's.
     """
-    completed = completed_runs(sweep_dir)
+    completed, begun = completed_runs(sweep_dir), begun_runs(sweep_dir)
     taken = {run.folder for runs in completed.values() for run in runs}
+    resumed: dict[int, Path] = {}
+    for job in jobs:
+        there = [folder for folder in begun.get(job.signature, ()) if folder not in taken]
+        if there:
+            resumed[job.number] = job.folder if job.folder in there else there[0]
+            taken.add(resumed[job.number])
     known: dict[str, dict[str, str]] = {}
     for job in jobs:
         if runs := completed.get(job.signature):
@@ -197,7 +205,9 @@ def assign_folders(jobs: Sequence[Job], sweep_dir: Path) -> Iterator[Job]:
             job.folder if nth == 1 else job.folder.with_name(f"{job.folder.name}-{nth}")
             for nth in itertools.count(1)
         )
-        folder = next(name for name in names if name not in taken and is_usable_folder(name))
+        folder = resumed.get(job.number) or next(
+            name for name in names if name not in taken and is_usable_folder(name)
+        )
         taken.add(folder)
         own = [override("hydra.run.dir", folder), "hydra.mode=RUN", *flags_for_job()]
         yield dataclasses.replace(job, folder=folder, arguments=[*job.arguments, *own])

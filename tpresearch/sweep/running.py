@@ -216,7 +216,7 @@ def set_aside(job: Job) -> None:
     if will_resume(job):
         for path in (folder / CONSOLE_LOG, folder / "summary.json"):
             with suppress(FileNotFoundError):
-                path.rename(path.with_stem(f"{path.stem}{EARLIER_SUFFIX}1"))
+                path.rename(free_name(path, EARLIER_SUFFIX))
         return
     folder.rename(free_name(folder, EARLIER_SUFFIX))
 
