@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -85,3 +85,43 @@ def test_a_layer_that_is_split_in_halves_is_refused_where_its_features_are_shard
     whole = [f"{key}={value}" for key, value in error.fix.items()]
     planned(*model(GatedLM), "parallel=tp", *whole, "model.plans.tp.out_proj.src=replicate")
     planned(*model(GatedLM), "parallel=fsdp")
+
+
+class Heads(nn.Module):
+    """Attention with heads in a dim of their own, made in one of several ways."""
+
+    WAYS: ClassVar[dict[str, Callable[[Tensor, int], Tensor]]] = {
+        "as many heads": lambda x, n: x.view(*x.shape[:2], n, -1),
+        "as many heads, as einops": lambda x, n: x.relu().reshape(*x.shape[:2], n, x.shape[2] // n),
+        "as many heads by unflatten": lambda x, n: x.unflatten(-1, (n, -1)),
+        "as wide heads": lambda x, n: x.view(*x.shape[:2], -1, 16 // n),
+        "as many as fit": lambda x, n: x.view(*x.shape[:2], x.shape[2] // (16 // n), -1),
+    }
+
+    def __init__(self, dim: int, way: str) -> None:
+        super().__init__()
+        self.in_proj, self.out_proj = nn.Linear(dim, 16), nn.Linear(16, dim)
+        self._split = self.WAYS[way]
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self._split(self.in_proj(x), 4).transpose(1, 2)
+        return self.out_proj(F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2))
+
+
+class HeadsLM(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int, way: str) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.set_submodule("mlp", Heads(dim, way))
+
+
+@pytest.mark.parametrize("way", Heads.WAYS)
+def test_heads_that_a_shard_makes_narrower_are_refused(way: str) -> None:
+    job = (*model(HeadsLM), f"+model.way='{way}'")
+    planned(*job, "parallel=fsdp")
+    if "as many heads" not in way:
+        planned(*job, "parallel=tp")
+    else:
+        error = refusal(*job, "parallel=tp")
+        assert "of mlp.in_proj into heads of 4 features, and one of 4 ranks' shards into heads of 1" in str(
+            error
+        )

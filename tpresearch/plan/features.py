@@ -19,7 +19,9 @@ DIM_ARGUMENT = {
 DEFAULT_DIMS = {"unbind": 0, "slice": 0, "split": 0, "split_with_sizes": 0}
 """Where one is left out, it is the last (as of topk) or all; but for these."""
 
-SAME_FEATURES = ("clone", "detach", "_to_copy", "alias", "view", "_unsafe_view", "native_dropout")
+VIEWS = ("view", "_unsafe_view")
+
+SAME_FEATURES = ("clone", "detach", "_to_copy", "alias", *VIEWS, "native_dropout")
 """Ops whose output has its input's features in their places, if it has its shape; so has that of every pointwise op."""
 
 
@@ -30,6 +32,8 @@ class FeatureUse:
         self._made_by = WeakTensorKeyDictionary()
         self.across: dict[str, str] = {}
         """Name of a layer -> the op that needs all features of its output."""
+        self.widths: dict[str, int] = {}
+        """Name of a layer -> size of the last dim into which a view first splits the features of its output, such as a head's."""
 
     def made(self, layer: str, output: object) -> None:
         """A layer has returned this."""
@@ -44,6 +48,8 @@ class FeatureUse:
         layer, name = self._made_by[made[0]], op.overloadpacket.__name__
         if args and args[0] is made[0] and _needs_all_features(name, made[0], args, kwargs):
             self.across.setdefault(layer, name.strip("_"))
+        if name in VIEWS and isinstance(outputs, Tensor) and outputs.shape[-1:] < made[0].shape[-1:]:
+            self.widths.setdefault(layer, outputs.shape[-1])
         if torch.Tag.pointwise in op.tags or name in SAME_FEATURES:
             for output in tree_leaves(outputs):
                 if isinstance(output, Tensor) and output.shape == made[0].shape:

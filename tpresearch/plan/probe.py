@@ -66,6 +66,8 @@ class Probe:
     """Names of modules in the order in which they were called, one per call."""
     across_features: dict[str, str] = field(default_factory=dict)
     """Linear layers of whose output an op needs all features, such as softmax or a split in halves, and the op."""
+    widths: dict[str, int] = field(default_factory=dict)
+    """Linear layers whose output a view splits into heads, and the width of a head."""
 
     @property
     def may_branch(self) -> bool:
@@ -166,8 +168,9 @@ class _ProbeMode(TorchDispatchMode):
             for name, buffer, version in self._buffers
             if now.get(name) is not buffer or buffer._version != version
         )
-        called, across = tuple(self.called), self._features.across
-        return Probe(output.shape, no_gradient, head, draws, dims, read, changed, called, across)
+        called, features = tuple(self.called), self._features
+        across, widths = features.across, features.widths
+        return Probe(output.shape, no_gradient, head, draws, dims, read, changed, called, across, widths)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

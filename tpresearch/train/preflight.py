@@ -232,6 +232,7 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     from tpresearch.parallel.float8 import float8_layers
     from tpresearch.plan.compiler import compile_plan
     from tpresearch.plan.constructor import check_constructor
+    from tpresearch.plan.heads import check_heads
     from tpresearch.plan.meta import meta_model, watched_meta_model, weight_dtype
     from tpresearch.plan.parameters import check_parameters
     from tpresearch.plan.probe import check_loss, probe_model
@@ -244,6 +245,7 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     probe = probe_model(model, batch.inputs, cfg)
     check_loss(probe.output, batch.targets, cfg)
     plan = compile_plan(model, cfg, sizes, probe)
+    check_heads(model, plan, batch.inputs, cfg.model.name)
     check_parameters(model, plan, cfg.parallel)
     check_constructor(model, lost, plan.initializers)
     check_randomness(model, plan, cfg.parallel)
