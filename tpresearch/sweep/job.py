@@ -175,7 +175,7 @@ def is_usable_folder(folder: Path) -> bool:
     """Whether a job may use this folder: it is left from an earlier start of a job, or does not exist, or is empty."""
     if not os.path.lexists(folder):
         return True
-    ours = any(folder.glob("console*.log")) or (folder / ".hydra").is_dir()
+    ours = any(folder.glob("console*.log*")) or (folder / ".hydra").is_dir()
     return folder.is_dir() and (ours or not any(folder.iterdir()))
 
 
