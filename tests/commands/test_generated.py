@@ -16,9 +16,9 @@ from tpresearch.verify.ranks import Ranks
 pytestmark = pytest.mark.cli
 
 EVERY_DAY, FEW, BLOCK, BLOCKS = 4, 24, 200, 10
-MENDED = (1066, 1090, 1091, 1170, 1180, 1594, 2068)
+MENDED = (1066, 1090, 1091, 1170, 1180, 1523, 1594, 2068)
 """Cases whose proposals were refused once (a prefix, an empty name, a flag, a folder of configs, an interpolation of Hydra's
-own), or which ended in Hydra's traceback (a list with null)."""
+own), which ended in Hydra's traceback (a list with null), or were told of with a warning of Hydra's (a folder that is not there)."""
 DEEP = 1090
 """Of 96 blocks; what is proposed instead of its empty name, test_proposals.py has every day."""
 PLACE = {

@@ -93,7 +93,8 @@ def fault(case: Case, done: Done, left: list[Path]) -> str | None:
         )
     if left:
         return f"left behind: {left[0]}"
-    if done.code != 2 or done.out or len(lines) != 1 or not lines[0].startswith("error: "):
+    out = "" if any(word.startswith("hydra.verbose=") for word in case.words) else done.out  # Hydra's own log
+    if done.code != 2 or out or len(lines) != 1 or not lines[0].startswith("error: "):
         return f"exit code {done.code}, {len(lines)} lines on stderr, the first {lines[:1]}, stdout {done.out[:80]!r}"
     about_code = lines[0].startswith("error: model=")
     return None if "; try: " in lines[0] or about_code else f"nothing to try: {lines[0]}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,14 @@ def conf_dir() -> Path:
 def initialize_conf() -> initialize_config_dir:
     """A context in which Hydra composes the files of conf/."""
     return initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE)
+
+
+@contextmanager
+def _composing_others() -> Iterator[None]:
+    """As `initialize_conf`, for other compositions than the requested one: Hydra's warnings of these are not the user's."""
+    with initialize_conf(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def read_option(group: str, name: str) -> dict[str, Any]:
@@ -165,7 +175,7 @@ class Composition:
     def values_without(self, key: str) -> dict[str, Any]:
         """All keys and their values, as they are written, without the override of `key` (or without any override, if that fails)."""
         others = [typed for typed in self.overrides if override_key(typed) != key]
-        with initialize_conf():
+        with _composing_others():
             try:
                 composed = compose(self.config_name, self._with_search_path(others), return_hydra_config=True)
             except COMPOSITION_ERRORS:
@@ -179,7 +189,7 @@ class Composition:
 
     def groups(self) -> dict[str, list[str]]:
         """Each config group and its options."""
-        with initialize_conf():
+        with _composing_others():
             loader = GlobalHydra.instance().config_loader()
             names = [name for name in loader.list_groups("") if name != "hydra"]
             return {
