@@ -6,13 +6,17 @@ import pytest
 import torch
 from support.composed import config
 from support.marks import exhaustive
+from support.nets import Frozen
+from support.nets import model as twisted
+from torch import Tensor, nn
 from torch.distributed.tensor import Partial
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 
 from tpresearch.config import Config
 from tpresearch.config.world import World
+from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.plan.rules import ResolvedRule
-from tpresearch.verify.integers import IntegerResult, check_matmuls, max_over_ranks
+from tpresearch.verify.integers import IntegerResult, _max_difference, check_matmuls, max_over_ranks
 from tpresearch.verify.ranks import Ranks
 
 PLANS = [
@@ -76,6 +80,38 @@ def test_a_sum_that_is_left_out_is_seen(ranks: Ranks) -> None:
     wrong = next(exact for exact in found if not exact.passed)
     assert wrong.output >= 1  # integers differ by integers
     assert wrong.input_gradient == wrong.weight_gradient == 0  # the forward alone is wrong
+
+
+class Thirds(nn.Linear):
+    """No plain matmul: thirds of integers are rounded."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / 3
+
+
+class Divided(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.output = Thirds(dim, vocab_size, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layers"),
+    [
+        (["model=toy_mlp", "tokenizer.vocab_size=4096"], 4),  # in whose sums dense integers would round
+        (twisted(Frozen), 4),
+        (twisted(Divided), 3),
+    ],
+    ids=["long rows", "frozen", "not plain"],
+)
+def test_right_layers_pass_in_bfloat16(overrides: list[str], layers: int) -> None:
+    found = check_matmuls(World(), config("parallel=none", "train.dtype=bfloat16", *overrides))
+    assert [exact for exact in found if not exact.passed] == []
+    assert len(found) == layers
+
+
+def test_nan_differs_from_every_integer() -> None:
+    assert _max_difference(torch.tensor([0.0, torch.nan]), torch.zeros(2)) == torch.inf
 
 
 def test_float_operands_would_not_do() -> None:
