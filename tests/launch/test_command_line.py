@@ -13,14 +13,15 @@ from omegaconf import OmegaConf
 from support.commands import environment, execute_warm
 from support.launches import Command
 
-from tpresearch import agent, export
+from tpresearch import agent, dashboard, export
 from tpresearch.__main__ import COMMANDS
+from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
 from tpresearch.launch.command import Command as TypedCommand
 from tpresearch.launch.command import corrected, override, program_words
-from tpresearch.launch.help import meanings
+from tpresearch.launch.help import help_of_options, meanings
 from tpresearch.launch.hydra_app import typed_words
-from tpresearch.launch.options import command
+from tpresearch.launch.options import command, read_options
 from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
@@ -63,6 +64,7 @@ def test_help_says_the_groups_and_what_each_key_means(warm_python: Command, tmp_
     )
     assert any(line.startswith("  train.steps=7  ") and "Optimizer steps" in line for line in lines)
     assert any(line.startswith("  schedule.name=cosine  ") and "constant, cosine" in line for line in lines)
+    assert not any(line.startswith("  cluster ") for line in lines)  # a group that train does not compose
     assert len(lines) < 150
     assert max(map(len, lines[3:])) <= 140
     assert not list(tmp_path.iterdir())
@@ -80,6 +82,20 @@ def test_every_command_answers_help(ranks: Ranks, tmp_path: Path, name: str) -> 
     assert (done.code, done.err) == (0, "")
     assert f"tpresearch.{name}" in done.out
     assert not list(tmp_path.iterdir())
+
+
+def test_options_are_shown_with_their_defaults_and_refused_with_what_they_take() -> None:
+    lines = help_of_options(dashboard.Options).splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  report=")] == ["report=true"]
+    assert [line.split()[0] for line in lines if line.startswith("  group=")] == ["group="]
+    for word, said in [
+        ("report=maybe", "report=maybe: of the wrong type; true or false"),
+        ("report=null", "report=null: it cannot be null; a value"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            read_options(dashboard.Options, ["group=x", word])
+    with pytest.raises(ConfigError, match="dtype=fp8: no such choice; one of float32, bfloat16, "):
+        read_options(export.Options, ["checkpoint=x", "out=y", "dtype=fp8"])
 
 
 def test_config_files_can_be_added(warm_python: Command, extra_configs: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 WRITABLE = "a folder that this user can write, with room on its disk"
+
+TYPES = {
+    "Integer": "a whole number",
+    "Float": "a number",
+    "bool": "true or false",
+    "ListConfig": "a list [a,b]",
+}
 
 
 class ConfigError(Exception):
@@ -73,6 +81,21 @@ def format_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return " ".join(str(value).split())
+
+
+def reason_for_value(message: str) -> tuple[str, str]:
+    """Why OmegaConf refuses a value, by its message, and what it would take."""
+    if choices := re.search(r"expected one of \[(.*)\]", message):
+        return "no such choice", f"one of {choices[1]}"
+    if kind := re.search(r"could not be converted to (\w+)", message):
+        return "of the wrong type", TYPES.get(kind[1], f"a {kind[1]}")
+    if "is not a valid bool" in message:
+        return "of the wrong type", "true or false"
+    if "is not a ListConfig" in message:
+        return "of the wrong type", "a list"
+    if "is not Optional" in message:
+        return "it cannot be null", "a value"
+    return message, "a value of its type in the schema"
 
 
 @contextmanager

@@ -156,10 +156,9 @@ class Composition:
     def unused_group(self, group: str) -> ConfigError | None:
         """The refusal of a group that this program does not compose, though others do: a simulated step has no checkpoints."""
         others = [typed for typed in self.overrides if override_key(typed) != group]
-        settings = dataclasses.replace(self, overrides=others).values_without("hydra.runtime.choices")
-        if f"hydra.runtime.choices.{group}" in settings:
+        used = dataclasses.replace(self, overrides=others).used_groups()
+        if group in used:
             return None
-        used = [name for name in self.groups() if f"hydra.runtime.choices.{name}" in settings]
         why = f"{self.config_name} does not use this config group"
         return ConfigError(group, self.typed_value(group), why, f"it takes {', '.join(sorted(used))}")
 
@@ -195,6 +194,15 @@ class Composition:
             return {
                 name: loader.get_group_options(name, overrides=self._with_search_path([])) for name in names
             }
+
+    def used_groups(self) -> dict[str, list[str]]:
+        """Each config group that this program composes, and its options."""
+        settings = self.values_without("hydra.runtime.choices")
+        return {
+            name: options
+            for name, options in self.groups().items()
+            if f"hydra.runtime.choices.{name}" in settings
+        }
 
     def _with_search_path(self, overrides: list[str]) -> list[str]:
         """These overrides, with the search path that was typed."""

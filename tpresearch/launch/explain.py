@@ -21,19 +21,12 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from tpresearch.config.errors import ConfigError, format_value
+from tpresearch.config.errors import ConfigError, format_value, reason_for_value
 from tpresearch.config.model import RULE_KEYS
 from tpresearch.config.near_names import close_names, closest_name, nearest
 from tpresearch.launch.command import Command, WrongCommand, override_key, quote
 from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, conf_dir
 from tpresearch.launch.hydra_app import NOT_ACCEPTED
-
-TYPES = {
-    "Integer": "a whole number",
-    "Float": "a number",
-    "bool": "true or false",
-    "ListConfig": "a list [a,b]",
-}
 
 
 @contextmanager
@@ -196,7 +189,7 @@ def _wrong_in_file(file: str, error: OmegaConfBaseException, composition: Compos
         best = closest_name(str(error.full_key), composition.values_without(field))
         why, legal = ", which does not exist", f"nearest is {best}" if best else "a key of `--cfg job`"
     else:
-        reason, legal = _reason(_first_line(str(error)))
+        reason, legal = reason_for_value(_first_line(str(error)))
         why = f": {reason}"
     return ConfigError(field, value, f"{file}.yaml sets {error.full_key}{why}", legal)
 
@@ -231,7 +224,7 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
         return ConfigError(key, typed, "a group of keys, not a value", legal)
     if "does not support deletion" in message:
         return ConfigError(key, "~", "a key cannot be deleted", f"a value, such as {format_value(default)}")
-    why, legal = _reason(message)
+    why, legal = reason_for_value(message)
     if key != full_key:
         why, legal = f"{format_value(error.value)} is of the wrong type", "a list"
     if "${" in str(default):  # what would be looked up is no example
@@ -239,21 +232,6 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
     if default not in (None, "???") and not legal.startswith("one of"):
         legal += f", such as {format_value(default)}"
     return ConfigError(key, error.value if typed is None else typed, why, legal, fix={key: default})
-
-
-def _reason(message: str) -> tuple[str, str]:
-    """Why OmegaConf refuses a value, and what it would take."""
-    if choices := re.search(r"expected one of \[(.*)\]", message):
-        return "no such choice", f"one of {choices[1]}"
-    if kind := re.search(r"could not be converted to (\w+)", message):
-        return "of the wrong type", TYPES.get(kind[1], f"a {kind[1]}")
-    if "is not a valid bool" in message:
-        return "of the wrong type", "true or false"
-    if "is not a ListConfig" in message:
-        return "of the wrong type", "a list"
-    if "is not Optional" in message:
-        return "it cannot be null", "a value"
-    return message, "a value of its type in the schema"
 
 
 def _error_without_key(message: str, composition: Composition) -> ConfigError:

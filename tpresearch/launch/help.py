@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from functools import cache
 from types import ModuleType
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from tpresearch.config.errors import format_value
 from tpresearch.config.schema import ComposedConfig
@@ -23,7 +26,7 @@ WIDTH, COLUMN = 140, 44
 
 def help_text(composition: Composition, main: Callable[..., None]) -> str:
     """About a page, headed by the first line of the module of `main`."""
-    values, groups = composition.values_without(""), composition.groups()
+    values, groups = composition.values_without(""), composition.used_groups()
     program = " ".join(program_words())
     lines = [
         (inspect.getdoc(inspect.getmodule(main)) or "").partition("\n")[0],
@@ -49,7 +52,9 @@ def help_text(composition: Composition, main: Callable[..., None]) -> str:
 def help_of_options(options: type) -> str:
     """The help of a command that composes no config, whose options are a dataclass in its module."""
     purpose = inspect.getdoc(inspect.getmodule(options))
-    lines = [_line(f"  {key}=", meaning) for key, meaning in _meanings(options, "")]
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(options), enum_to_str=True)
+    shown = {key: "" if value in (None, "???") else _short(value) for key, value in defaults.items()}
+    lines = [_line(f"  {key}={shown[key]}", meaning) for key, meaning in _meanings(options, "")]
     return "\n".join([str(purpose), "", *lines])
 
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch import interrupt
-from tpresearch.config.errors import ConfigError, first_line
+from tpresearch.config.errors import ConfigError, first_line, reason_for_value
 from tpresearch.config.world import World, WrongEnvironment
 from tpresearch.launch.command import refuse_typed_secrets
 from tpresearch.launch.help import help_of_options
@@ -47,9 +47,7 @@ def read_options(kind: type[Options], words: Sequence[str]) -> Options:
         try:
             options[key] = None if value == "null" else INTERPOLATION.sub(r"\1\1\\${", value)
         except OmegaConfBaseException as error:
-            raise ConfigError(
-                key, value, first_line(error), "a value of that type", fix={key: None}
-            ) from None
+            raise ConfigError(key, value, *reason_for_value(first_line(error))) from None
     for key in sorted(OmegaConf.missing_keys(options)):
         raise ConfigError(key, "", "required and not given", f"{key}=VALUE", fix={key: f"<{key}>"})
     return cast(Options, OmegaConf.to_object(options))
