@@ -378,6 +378,16 @@ def test_what_no_plan_can_do_is_refused_and_what_one_can_is_not() -> None:
             judged(gpus, rows)
 
 
+def test_ranks_that_are_typed_as_world_size_are_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default of gpus would be planned for instead. An experiment may say how many ranks train it."""
+    by_experiment = config("gpus=8", "experiment=plans", small=False, program="planner")
+    assert preflight_planner(by_experiment, World()).sizes.world == 8
+    monkeypatch.setattr("tpresearch.planner.__main__.typed_overrides", lambda: {"world_size": "16"})
+    with pytest.raises(ConfigError, match=r"^world_size=16: the planner plans for gpus; gpus=16$") as refused:
+        preflight_planner(dataclasses.replace(by_experiment, world_size=16), World())
+    assert refused.value.fix == {"world_size": None, "gpus": 16}
+
+
 def test_that_no_plan_is_valid_is_not_called_a_lack_of_memory() -> None:
     """Three ranks: 16 rows do not split over them, nor do 4 heads."""
     ranked = rank(config("model=llama2_debug", "train.global_batch_size=16"), 3, cluster())

@@ -13,6 +13,7 @@ from tpresearch.config.world import World
 from tpresearch.launch import Run, entrypoint
 from tpresearch.launch.composition import chosen_files, chosen_options
 from tpresearch.launch.garbage import gc_paused
+from tpresearch.launch.hydra_app import typed_overrides
 from tpresearch.planner.candidates import Candidate, candidate_plans
 from tpresearch.simulate.preflight import SimulationPreflight, check_simulation
 from tpresearch.simulate.sources import with_own_sources
@@ -22,8 +23,14 @@ def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
     """Its plan, mesh and micro-batch are what the planner chooses; all else has to be right.
 
     Raises:
-        ConfigError: as simulate does, for one representative plan; for a batch that no plan can split.
+        ConfigError: as simulate does, for one representative plan; for a batch that no plan can split; for a number of ranks that
+            was meant to be `gpus`.
     """
+    if cfg.world_size != cfg.gpus and "world_size" in typed_overrides():
+        fix = {"world_size": None, "gpus": cfg.world_size}
+        raise ConfigError(
+            "world_size", cfg.world_size, "the planner plans for gpus", f"gpus={cfg.world_size}", fix
+        )
     parallel = dataclasses.replace(cfg.parallel, name="fsdp", tensor=None, data=DataPlan.fsdp)
     composed, train = cfg.mesh, dataclasses.replace(cfg.train, micro_batch_size=None)
     cfg = dataclasses.replace(cfg, parallel=parallel, mesh=MeshConfig(), train=train, world_size=cfg.gpus)
