@@ -588,6 +588,18 @@ def test_a_cluster_that_is_none_is_refused_by_its_key(name: str, values: tuple[o
         assert refused.value.field == f"cluster.{name}"
 
 
+def test_a_bare_number_of_a_cluster_is_told_the_key_that_takes_it() -> None:
+    plain = read_option("cluster", CLUSTERS[0])
+    plain["numbers"]["inter_gb_s"] = 25
+    with pytest.raises(
+        ConfigError, match="=25: not a value with its kind and its source: bandwidth"
+    ) as refused:
+        parse_cluster(plain)
+    assert refused.value.fix == {"cluster.numbers.inter_gb_s": None, "cluster.numbers.inter_gb_s.value": 25}
+    with pytest.raises(ConfigError, match="devices_per_host=0: out of bounds; "):
+        parse_cluster(read_option("cluster", CLUSTERS[0]) | {"devices_per_host": 0})
+
+
 def test_a_matmul_in_a_dtype_without_a_rate_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^cluster.numbers.peak_tflops_float32.value=0: "):
         gemm_s((1, 8, 8, 8), 4, cluster(peak_tflops_float32=0))

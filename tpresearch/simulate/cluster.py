@@ -196,7 +196,7 @@ def parse_cluster(plain: Mapping[str, Any]) -> Cluster:
             why, legal = "a cluster has no such key", "one of " + ", ".join(nearest(str(name), CLUSTER_KEYS))
             raise ConfigError(f"cluster.{name}", value, why, legal)
     for name in REQUIRED_KEYS:
-        if not plain.get(name):
+        if plain.get(name) in (None, "", {}):
             why, legal = "a cluster needs it", "a value, in its conf/cluster file"
             raise ConfigError(f"cluster.{name}", plain.get(name), why, legal)
     stated: dict[str, Any] = {"has_switch": True, "hosts": None, "shared_cores": None, **plain}
@@ -257,7 +257,9 @@ def _number(name: str, plain: Any) -> Number:
     if plain is None:
         raise ConfigError(key, None, f"not stated: {about}", legal)
     if not isinstance(plain, Mapping) or plain.keys() != {"value", "kind", "source"}:
-        raise ConfigError(key, plain, f"has not just a value, a kind and a source: {about}", legal)
+        why = f"not a value with its kind and its source: {about}"
+        fix = {key: None, f"{key}.value": plain} if isinstance(plain, int | float) else None
+        raise ConfigError(key, plain, why, legal, fix=fix)
     if plain["kind"] not in list(SourceKind):
         raise ConfigError(f"{key}.kind", plain["kind"], "no such kind of number", " ".join(SourceKind))
     if not isinstance(plain["source"], str) or not plain["source"]:
