@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -12,14 +13,14 @@ from support.composed import config
 from support.counted_steps import PLANS, counted_step
 from support.marks import exhaustive
 from support.nets import Unused, model
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batches, validate
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.models import Head
-from tpresearch.models.llama2 import Llama2
+from tpresearch.models.llama2 import FeedForward, Llama2
 from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.depth import depth_of, recording
 from tpresearch.simulate.device_memory import peak_moment
@@ -193,6 +194,33 @@ def test_the_setting_of_depth_is_found() -> None:
         (config("model=toy_mlp"), (1, None)),
     ):
         assert depth_of(cfg, meta_model(cfg.model)) == found
+
+
+class Through(nn.Module):
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        return x
+
+
+class Hybrid(Llama2):
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        for index, layer in enumerate(self.layers):
+            if index % 4 != 3:
+                layer.set_submodule("attention", Through())
+
+
+class WideFirst(Llama2):
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        self.layers[0].set_submodule("feed_forward", FeedForward(sizes["dim"], 512, 0.02, 0.02))
+
+
+@pytest.mark.parametrize(("name", "setting"), [("Hybrid", None), ("WideFirst", "n_layers")])
+def test_blocks_that_differ_are_all_recorded_but_for_the_first(name: str, setting: str | None) -> None:
+    """Two to four of the hybrid's blocks do not lie on a line, but three to five do: it has attention in each fourth alone."""
+    cfg = at_depth(config("model=llama2_debug"), 9)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, target=f"{__name__}.{name}"))
+    assert depth_of(cfg, meta_model(cfg.model)) == (9, setting)
 
 
 class Asking(Llama2):

@@ -1,18 +1,23 @@
-"""A deep model's step, extrapolated from shallow ones: all blocks do the same, so each adds the same amount."""
+"""A deep model's step, extrapolated from shallow ones where all blocks do the same, so that each adds the same amount."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Checkpointing, Config
 from tpresearch.config.validate import micro_batch_size
+from tpresearch.data.batches import meta_batch
 from tpresearch.ledger.entries import Entry
 from tpresearch.plan.compiler import matching_names
 from tpresearch.plan.meta import meta_model
@@ -136,10 +141,12 @@ def recording(cfg: Config, sizes: MeshSizes, recorder: RecordStep) -> Recording:
 def depth_of(cfg: Config, model: nn.Module) -> tuple[int, str | None]:
     """The number of blocks, and the setting that determines it: one that adds a block when it grows by one.
 
-    For a model that is recorded whole, no setting is looked for.
+    None is looked for where the whole model is recorded: a shallow one, and one of whose blocks few do not tell of the others,
+    as where every sixth has another attention.
     """
-    depth = _blocks(cfg.model.blocks, model)
-    if depth <= CHECKED_DEPTH:
+    names = _blocks(cfg.model.blocks, model)
+    depth = len(names)
+    if depth <= CHECKED_DEPTH or not _are_alike(model, names, cfg):
         return depth, None
     for name, value in cfg.model.args.items():
         if isinstance(value, int) and not isinstance(value, bool) and value == depth:
@@ -147,7 +154,7 @@ def depth_of(cfg: Config, model: nn.Module) -> tuple[int, str | None]:
             for other in RECORDED_DEPTHS:
                 smaller = dataclasses.replace(cfg.model, args={**cfg.model.args, name: other})
                 try:
-                    found.append(_blocks(cfg.model.blocks, meta_model(smaller)) == other)
+                    found.append(len(_blocks(cfg.model.blocks, meta_model(smaller))) == other)
                 except ConfigError:
                     found.append(False)
             if all(found):
@@ -155,9 +162,54 @@ def depth_of(cfg: Config, model: nn.Module) -> tuple[int, str | None]:
     return depth, None
 
 
-def _blocks(patterns: list[str], model: nn.Module) -> int:
+def _blocks(patterns: list[str], model: nn.Module) -> list[str]:
     names = [name for name, _ in model.named_modules()]
-    return len({name for pattern in patterns for name in matching_names(pattern, names)})
+    found = {name for pattern in patterns for name in matching_names(pattern, names)}
+    return [name for name in names if name in found]
+
+
+class _BlockOps(TorchDispatchMode):
+    """Notes the ops that each block runs, and the tensors that they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: dict[str, list[object]] = {}
+        self._running = ""
+
+    def enter(self, name: str, *_: object) -> None:
+        self._running = name
+
+    def leave(self, *_: object) -> None:
+        self._running = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [(leaf.shape, leaf.dtype, leaf.requires_grad) for leaf in leaves]
+        self.ops.setdefault(self._running, []).append((func, tensors))
+        return func(*args, **(kwargs or {}))
+
+
+def _are_alike(model: nn.Module, blocks: list[str], cfg: Config) -> bool:
+    """Whether all blocks of a meta model run the same ops, but for the first, which shallow models have too. False where the meta
+    device does not tell."""
+    inputs = meta_batch(cfg.data, 1).to(torch.device("meta"), torch.float32).inputs
+    mode = _BlockOps()
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(partial(mode.enter, name)) for name in blocks
+    ]
+    hooks += [model.get_submodule(name).register_forward_hook(mode.leave) for name in blocks]
+    try:
+        with mode:
+            model(inputs)
+    except Exception:
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _, second, *others = (mode.ops.get(name) for name in blocks)
+    return all(ops == second for ops in others)
 
 
 def _extrapolate(less: Mapping[str, float], more: Mapping[str, float], blocks: int) -> dict[str, float]:
