@@ -80,3 +80,16 @@ def test_it_trains_as_a_plain_loop_does(ranks: Ranks, kind: type[nn.Module], pla
         assert losses == pytest.approx(wanted, rel=1e-10)
         for name, weight in right.items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-10, atol=1e-12)
+
+
+def test_after_an_evaluation_that_is_interrupted_the_model_trains_on() -> None:
+    """Ctrl-C in a notebook."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with assembled(config("model=toy_mlp", "parallel=none")) as loop:
+        loop.state.model.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            loop.evaluate()
+        assert all(module.training for module in loop.state.model.modules())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from signal import Signals
 
 import torch
+from torch import nn
 
 from tpresearch.checkpoint.save import Saver
 from tpresearch.config.axes import DATA_AXES
@@ -27,6 +28,20 @@ from tpresearch.train.stopping import AgreedStop
 
 COLLECT_EVERY = 100
 """Steps between Python's garbage collections, which would otherwise stall one rank at a time at arbitrary points."""
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards, also of an evaluation that is interrupted in a notebook, as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+        for module, training in modes:  # parts of it may always be in evaluation mode
+            module.training = training
+        reshard(model)
 
 
 @dataclass
@@ -74,9 +89,7 @@ class Loop:
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         token_loss = build_token_loss(setup.cfg, setup.plan)
         eagerly = torch.compiler.set_stance  # else each block is compiled once more, without gradients
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        with eagerly("force_eager"), torch.no_grad(), token_loss.context():
+        with _evaluating(model), eagerly("force_eager"), torch.no_grad(), token_loss.context():
             shares = setup.micro_rows, data_rank(mesh), setup.plan.sizes.dp
             for batch in eval_batches(self.corpus.held_out, count, *shares):
                 here = batch.to(device)
@@ -84,10 +97,6 @@ class Loop:
                 sums[1] += (here.targets != IGNORE_INDEX).sum()
                 if stopped := self.stops():
                     break
-        model.train()
-        for module, training in modes:  # parts of it may always be in evaluation mode
-            module.training = training
-        reshard(model)
         total, tokens = sum_over(mesh, sums, DATA_AXES).tolist()
         return total / tokens if tokens and not stopped else None
 
