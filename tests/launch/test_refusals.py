@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 from support.launches import PROGRAM, Command
+
+from tpresearch import load
+from tpresearch.config import ConfigError
 
 pytestmark = pytest.mark.cli
 
@@ -101,6 +105,19 @@ def test_a_wrong_config_is_refused_in_one_line(
         starter = "torchrun --nproc-per-node=2" if "ranks" in typed else "python"
         assert done.err.endswith(f"; try: {starter} {PROGRAM} {to_try}".rstrip() + "\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("train.dtype=[bfloat16]", "no such choice; one of float32, bfloat16, float64$"),
+        ("data.source=1.5", "no such choice; one of pystdlib, "),
+        ("name=[a]", "of the wrong type; text, such as train"),
+    ],
+)
+def test_a_list_or_a_number_for_one_of_several_words_is_told_the_words(typed: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(typed)}: {said}"):
+        load(typed)
 
 
 @pytest.mark.parametrize("typed", ["+train.stepz=3", "name=too_few_ranks", "hydra.run.dir=/dev/null/x"])

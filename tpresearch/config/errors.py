@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tpresearch.config import choices
+
 WRITABLE = "a folder that this user can write, with room on its disk"
 
 TYPES = {
@@ -85,8 +87,12 @@ def format_value(value: object) -> str:
 
 def reason_for_value(message: str) -> tuple[str, str]:
     """Why OmegaConf refuses a value, by its message, and what it would take."""
-    if choices := re.search(r"expected one of \[(.*)\]", message):
-        return "no such choice", f"one of {choices[1]}"
+    if words := re.search(r"expected one of \[(.*)\]", message):
+        return "no such choice", f"one of {words[1]}"
+    if enum := re.search(r"not a valid input for <enum '(\w+)'>", message):
+        return "no such choice", f"one of {', '.join(getattr(choices, enum[1]))}"
+    if re.search(r"Cannot convert '\w+' to string", message):
+        return "of the wrong type", "text"
     if kind := re.search(r"could not be converted to (\w+)", message):
         return "of the wrong type", TYPES.get(kind[1], f"a {kind[1]}")
     if "is not a valid bool" in message:
