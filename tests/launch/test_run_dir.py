@@ -18,6 +18,7 @@ from tpresearch.config import ConfigError
 from tpresearch.config.errors import RunFailed
 from tpresearch.config.world import WrongEnvironment
 from tpresearch.launch import World, resolvers, run_dir
+from tpresearch.launch.agents_store import connect, tell_other_hosts
 from tpresearch.parallel.group import fresh_store
 
 NOON = datetime(2026, 1, 2, 12, 0, 0)
@@ -200,7 +201,7 @@ def test_a_rank_whose_torchrun_was_killed_before_it_looked_ends(monkeypatch: pyt
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     with pytest.raises(SystemExit, match=f"torchrun has ended: nothing answers at 127.0.0.1:{port}"):
-        run_dir._agent_store()
+        connect(run_dir.TIMEOUT)
 
 
 REFUSED = ConfigError("data.path", "mine.txt", "is not there", "a file")
@@ -213,10 +214,10 @@ def test_ranks_of_other_hosts_hear_that_a_rank_is_refused(
     with ThreadPoolExecutor(2) as beside:
         waits = beside.submit(agree, "mine", elsewhere)
         meets = beside.submit(fresh_store, agent, rank_0, "gloo")
-        run_dir.tell_other_hosts(REFUSED, World(0, 2, 0, 2, elastic=True))  # whose torchrun ends all of them
+        tell_other_hosts(REFUSED, World(0, 2, 0, 2, elastic=True))  # whose torchrun ends all of them
         time.sleep(3 * run_dir.POLL_S)
         assert not waits.done()
-        run_dir.tell_other_hosts(REFUSED, elsewhere)
+        tell_other_hosts(REFUSED, elsewhere)
         for heard in (waits, meets):
             with pytest.raises(
                 ConfigError, match=r"^data.path=mine.txt: is not there \(on rank 3\); a file$"
@@ -232,7 +233,7 @@ def test_ranks_of_other_hosts_hear_that_a_rank_is_refused(
 
 
 def test_ranks_of_other_hosts_hear_that_a_rank_has_failed(agent: TCPStore) -> None:
-    run_dir.tell_other_hosts(ValueError("line 3 is wrong\n..."), World(2, 4, 0, 2, elastic=True))
+    tell_other_hosts(ValueError("line 3 is wrong\n..."), World(2, 4, 0, 2, elastic=True))
     with pytest.raises(RunFailed, match=r"^rank 3 has ended: ValueError: line 3 is wrong$"):
         fresh_store(agent, World(1, 4, 1, 2, elastic=True), "gloo")
 
@@ -243,7 +244,7 @@ def test_a_host_with_another_number_of_ranks_tells_so(
     env = {"WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "x", "RANK": "3"}
     with pytest.raises(WrongEnvironment) as refused:
         World.from_environment(env | {"MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "any"})
-    run_dir.tell_other_hosts(refused.value, World())
+    tell_other_hosts(refused.value, World())
     with pytest.raises(ConfigError, match=r"does not divide WORLD_SIZE=4 \(on rank 3\)"):
         fresh_store(agent, World(0, 4, 0, 1, elastic=True), "gloo")
 
@@ -253,4 +254,4 @@ def test_nobody_is_told_where_the_agents_store_has_ended(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
-    run_dir.tell_other_hosts(REFUSED, World(2, 4, 0, 2, elastic=True))
+    tell_other_hosts(REFUSED, World(2, 4, 0, 2, elastic=True))

@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 from tpresearch.config.errors import ConfigError, RunFailed
 from tpresearch.config.other_hosts import stopped_key
 from tpresearch.config.world import World
-from tpresearch.launch.run_dir import tell_stopped
+from tpresearch.launch.agents_store import tell_stopped
 from tpresearch.parallel import group
 from tpresearch.parallel.device import CPU, Device
 from tpresearch.parallel.group import ANNOUNCE_KEY, ANSWER_KEY, fresh_store, process_group

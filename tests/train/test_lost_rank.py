@@ -16,9 +16,9 @@ from tpresearch.config.errors import RunFailed
 from tpresearch.config.other_hosts import check_notice
 from tpresearch.config.world import World
 from tpresearch.launch import Run
+from tpresearch.launch.agents_store import tell_other_hosts
 from tpresearch.launch.command import Command
 from tpresearch.launch.refuse import exit_failed
-from tpresearch.launch.run_dir import tell_other_hosts
 from tpresearch.launch.stop import StopFlag
 from tpresearch.parallel.device import CPU, Device
 from tpresearch.parallel.group import process_group

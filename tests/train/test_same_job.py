@@ -19,7 +19,7 @@ from torch import nn
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
 from tpresearch.launch import Run
-from tpresearch.launch.run_dir import tell_other_hosts
+from tpresearch.launch.agents_store import tell_other_hosts
 from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.parallel.group import process_group
 from tpresearch.train import main, same_job

@@ -27,6 +27,7 @@ from tpresearch.config.secrets import refuse_secrets
 from tpresearch.config.world import SlurmStep, World
 from tpresearch.launch import hydra_app
 from tpresearch.launch.address import check_address
+from tpresearch.launch.agents_store import tell_other_hosts
 from tpresearch.launch.command import (
     Command,
     CommandCheck,
@@ -45,13 +46,7 @@ from tpresearch.launch.home import check_home
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging, tolerate_print_errors
 from tpresearch.launch.refuse import error_of_command, exit_failed, refuse
 from tpresearch.launch.resolvers import register_resolvers
-from tpresearch.launch.run_dir import (
-    agree_on_folder,
-    may_resume,
-    sweep_folder,
-    tell_other_hosts,
-    typed_folder,
-)
+from tpresearch.launch.run_dir import agree_on_folder, may_resume, sweep_folder, typed_folder
 from tpresearch.launch.stop import Stopped, end_with_parent
 
 log = logging.getLogger(__name__)

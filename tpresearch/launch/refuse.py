@@ -24,11 +24,12 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed
 from tpresearch.config.world import World, agent_store
 from tpresearch.launch import hydra_app
+from tpresearch.launch.agents_store import tell_other_hosts
 from tpresearch.launch.command import Command, CommandCheck, command_to_try
 from tpresearch.launch.composition import Composition, typed_config
 from tpresearch.launch.earlier_run import repeat_command_of_run, repeating_overrides
 from tpresearch.launch.explain import explain_errors
-from tpresearch.launch.run_dir import check_folder_names, tell_other_hosts, typed_folder
+from tpresearch.launch.run_dir import check_folder_names, typed_folder
 
 EXIT_CODE = 2
 TIMEOUT_S = 60

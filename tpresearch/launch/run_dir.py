@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import AUTO, NEVER
 from tpresearch.config.errors import ConfigError, refuse_unwritable
-from tpresearch.config.other_hosts import check_notice, job_key, notice_key, notice_of, stopped_key
-from tpresearch.config.world import SlurmStep, World, WrongEnvironment, agent_store
+from tpresearch.config.other_hosts import check_notice, job_key
+from tpresearch.config.world import SlurmStep, World
+from tpresearch.launch.agents_store import connect
 from tpresearch.launch.claim import check_left_by_run, free_name, lock_folder, set_aside_record
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for rank 0, which may still be importing torch from a slow file system."""
 
 POLL_S = 0.05
-TELL_S = 10
 PROBE_BYTES = 64 << 10
 """More than the files that Hydra writes of a config, and as much as a disk must have free."""
 
@@ -91,7 +89,7 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
 
     with ExitStack() as held:
         started, key = None, job_key("run_dir")
-        if (store := _agent_store()) is not None:
+        if (store := connect(TIMEOUT)) is not None:
             if world.rank == 0:
                 started = Path(store.get(key).decode()) if store.check([key]) else None
                 store.set(key, str(claim(held, started)))
@@ -215,52 +213,6 @@ def _probe(folder: Path) -> None:
     """
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(bytes(PROBE_BYTES))
-
-
-def _agent_store() -> TCPStore | None:
-    if (where := agent_store()) is None:
-        return None
-    try:
-        socket.create_connection(where, TIMEOUT.seconds).close()
-    except ConnectionRefusedError:  # it was there before its ranks: killed while this one was importing
-        sys.exit(f"torchrun has ended: nothing answers at {where[0]}:{where[1]}")
-    from torch.distributed import TCPStore  # late: it costs two seconds, and no refusal needs it
-
-    return TCPStore(*where, is_master=False, timeout=TIMEOUT)
-
-
-def tell_other_hosts(error: BaseException, world: World) -> None:
-    """Tell ranks of other hosts, which may wait for this one, that it ends: their torchrun does not."""
-    if world.hosts > 1 or isinstance(error, WrongEnvironment):
-        _with_store(lambda store: store.compare_set(notice_key(), "", notice_of(error)))
-
-
-def tell_stopped(world: World) -> None:
-    """Tell those that may be started again, and would wait for this rank, that a signal has stopped it."""
-    if world.hosts > 1:
-        _with_store(lambda store: store.set(stopped_key(world.rank), ""))
-
-
-def hear_other_hosts() -> None:
-    """End this rank too if one of another host has told that it ends.
-
-    Raises:
-        ConfigError: if that one was refused.
-        RunFailed: if it failed otherwise.
-    """
-    _with_store(check_notice)
-
-
-def _with_store(use: Callable[[TCPStore], object]) -> None:
-    """Use the agents' store, unless it has ended with the host that it was on."""
-    if (where := agent_store()) is None:
-        return
-    with suppress(OSError):
-        socket.create_connection(where, TELL_S).close()
-        from torch.distributed import DistError, TCPStore
-
-        with suppress(DistError):
-            use(TCPStore(*where, is_master=False, timeout=timedelta(seconds=TELL_S)))
 
 
 def _folder_of_rank_0(store: TCPStore, key: str) -> Path:

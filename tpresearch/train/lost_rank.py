@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from tpresearch.config.errors import RunFailed
 from tpresearch.launch import Run
+from tpresearch.launch.agents_store import hear_other_hosts
 from tpresearch.launch.logs import IN_FILES_ONLY
-from tpresearch.launch.run_dir import hear_other_hosts
 from tpresearch.launch.stop import StopFlag
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import abort_group

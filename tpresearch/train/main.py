@@ -20,7 +20,7 @@ from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows
 from tpresearch.hf.files import tokenizer_hash_of, weights_hash
 from tpresearch.launch import Run
-from tpresearch.launch.run_dir import tell_stopped
+from tpresearch.launch.agents_store import tell_stopped
 from tpresearch.launch.stop import StopFlag, Stopped
 from tpresearch.ledger.entries import Expected
 from tpresearch.ledger.formulas import expected_entries
