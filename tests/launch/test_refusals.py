@@ -51,6 +51,7 @@ REFUSED = [
         "+hydra.job.env_set.A=1",
     ),
     ("train.steps=abc", "train.steps=abc: of the wrong type; a whole number, such as 100", "train.steps=100"),
+    ("train.steps=1e3", "train.steps=1e3: of the wrong type; a whole number in digits, 1000", "train.steps=1000"),
     ("optimizer.lr=fast", "optimizer.lr=fast: of the wrong type; a number, such as ", None),
     ("plan_only=maybe", "plan_only=maybe: of the wrong type; true or false, such as false", "plan_only=false"),
     ("optimizer.betas=1", "optimizer.betas=1: of the wrong type; a list, such as [0.9, 0.95]", BETAS),

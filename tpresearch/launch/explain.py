@@ -24,6 +24,7 @@ from omegaconf.errors import (
 from tpresearch.config.errors import ConfigError, format_value, reason_for_value
 from tpresearch.config.model import RULE_KEYS
 from tpresearch.config.near_names import close_names, closest_name, nearest
+from tpresearch.config.values import MAX_NUMBER
 from tpresearch.launch.command import Command, WrongCommand, override_key, quote
 from tpresearch.launch.composition import COMPOSITION_ERRORS, Composition, conf_dir
 from tpresearch.launch.hydra_app import NOT_ACCEPTED
@@ -225,6 +226,8 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
     if "does not support deletion" in message:
         return ConfigError(key, "~", "a key cannot be deleted", f"a value, such as {format_value(default)}")
     why, legal = reason_for_value(message)
+    if legal == "a whole number" and (whole := _whole_number(error.value)) is not None:
+        return ConfigError(key, typed, why, f"{legal} in digits, {whole}", fix={key: whole})
     if key != full_key:
         why, legal = f"{format_value(error.value)} is of the wrong type", "a list"
     if "${" in str(default):  # what would be looked up is no example
@@ -232,6 +235,14 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
     if default not in (None, "???") and not legal.startswith("one of"):
         legal += f", such as {format_value(default)}"
     return ConfigError(key, error.value if typed is None else typed, why, legal, fix={key: default})
+
+
+def _whole_number(value: object) -> int | None:
+    """The number that 1e9 or 1000.0 stands for."""
+    with suppress(ValueError):
+        number = float(str(value))
+        return int(number) if number.is_integer() and abs(number) <= MAX_NUMBER else None
+    return None
 
 
 def _error_without_key(message: str, composition: Composition) -> ConfigError:
