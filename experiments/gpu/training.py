@@ -155,7 +155,7 @@ def measure(stage: Stage, cfgs: dict[str, Config]) -> None:
     first = next(iter(cfgs.values()))
     job = preflight(first, World())
     assert job.device
-    speed = Speed.of(job.model, first, job.device, 1)
+    speed = Speed.of(job.model, job.plan, first, job.device)
     with process_group(job.device, World()):
         mesh, rows = build_mesh(job.sizes, stage.device.type), prepare(first.data, first.tokenizer)
         loop = assemble(job, mesh, job.device, rows, restore=draw_on_device)

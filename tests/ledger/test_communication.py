@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.counted_steps import FAKE, PLANS, counted_step, on_ranks
+from support.nets import Recurrent, model
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.world import World
@@ -50,6 +51,13 @@ def test_real_ranks_send_what_the_fake_group_counts(ranks: Ranks, plan: str) -> 
 def test_options_move_both_alike(overrides: list[str]) -> None:
     found = counted_step(8 if "hsdp_tp" in overrides[0] else 4, "model=llama2_debug", *overrides)
     assert found.sent == found.expected.sent
+    assert found.sent
+
+
+@pytest.mark.parametrize("plan", ["tp", "fsdp"])
+def test_no_formula_is_claimed_of_a_block_that_runs_more_than_once(plan: str) -> None:
+    found = counted_step(2, *model(Recurrent), f"parallel={plan}")
+    assert found.expected.sent is None
     assert found.sent
 
 

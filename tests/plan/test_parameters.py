@@ -165,6 +165,17 @@ class Bounded(ToyLM):
         self.embed = nn.Embedding(vocab_size, dim, max_norm=1.0)
 
 
+class Sparse(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.embed = nn.Embedding(vocab_size, dim, sparse=True)
+
+
+def test_an_embedding_with_sparse_gradients_is_refused() -> None:
+    error = refusal(*model(Sparse), "parallel=none")
+    assert (error.value, error.why[:17]) == ("embed", "a sparse gradient")
+
+
 def test_embeddings_that_depend_on_the_rows_of_a_rank_are_refused() -> None:
     counted, bounded = refusal(*model(Counted), "parallel=none"), refusal(*model(Bounded), "parallel=fsdp")
     assert counted.why.startswith("scale_grad_by_freq")

@@ -16,6 +16,20 @@ class Tied(ToyLM):
         self.output.weight = self.embed.weight
 
 
+class Recurrent(ToyLM):
+    """One block at each of three depths, as ALBERT has it."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.deeper = nn.ModuleList([self.mlp] * 2)
+
+    def forward(self, tokens: Tensor, head: Head | None = None) -> Tensor:
+        hidden = self.mlp(self.embed(tokens))
+        for block in self.deeper:
+            hidden = hidden + block(hidden)
+        return head(self.output, hidden) if head else self.output(hidden)
+
+
 class Frozen(ToyLM):
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)

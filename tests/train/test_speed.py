@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.assembled import planned
 from support.composed import config
+from support.nets import Recurrent, model
 
 from tpresearch.config.schema import Dtype
 from tpresearch.launch.composition import conf_dir, read_option
@@ -46,3 +48,11 @@ def test_a_tied_embedding_multiplies_as_an_output_layer() -> None:
         for on in ("false", "true")
     )
     assert plain == tied
+
+
+def test_a_block_that_runs_three_times_on_a_token_counts_each_time() -> None:
+    once, _ = planned("model=toy_mlp", "parallel=none")
+    net, plan = planned(*model(Recurrent), "parallel=none")
+    block = sum(p.numel() for p in net.get_submodule("mlp").parameters())
+    of_once = flops_per_token(once, 16, causal=False)
+    assert flops_per_token(net, 16, causal=False, called=plan.probe.called) == of_once + 2 * 6 * block

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.composed import config, corpus, in_two_parts
 from support.marks import exhaustive
-from support.nets import Normalized, ReadTwice, Tied
+from support.nets import Normalized, ReadTwice, Recurrent, Tied
 from support.nets import model as twisted
 from support.traces import CLIP, PLANS, agree, digested, traced
 from torch import nn
@@ -163,7 +163,11 @@ def test_seeds_give_different_weights_and_the_same_seed_the_same() -> None:
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
-TIED = {"toy": twisted(Tied), "llama": ["model=llama2_debug", "model.tied=true"]}
+TIED = {
+    "toy": twisted(Tied),
+    "llama": ["model=llama2_debug", "model.tied=true"],
+    "whole blocks": twisted(Recurrent),
+}
 TIED_PLANS = [("none", 1), ("ddp", 2), ("fsdp", 2), ("fsdp_tp", 4), ("tp", 2), ("sp", 2)]
 
 

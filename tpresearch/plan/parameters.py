@@ -53,6 +53,9 @@ def check_parameters(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> 
 
 def _check_embedding(name: str, embedding: nn.Embedding, plan: Plan) -> None:
     """Options by which a table's gradient or values depend on which rows of the batch a rank and a micro-batch have."""
+    if embedding.sparse:
+        why = "a sparse gradient has only the rows that were read, which is not sharded, clipped or added up"
+        raise WrongModel(name, why, "an embedding without sparse=True")
     if embedding.scale_grad_by_freq:
         why = "scale_grad_by_freq counts the tokens of a micro-batch on a rank, where one process counts those of the batch"
         raise WrongModel(name, why, "an embedding without it")
@@ -62,6 +65,9 @@ def _check_embedding(name: str, embedding: nn.Embedding, plan: Plan) -> None:
 
 
 def _check_tie(name: str, owner: str, model: nn.Module, plan: Plan, fully_sharded: bool) -> None:
+    modules = [model.get_submodule(one.rpartition(".")[0]) for one in (owner, name)]
+    if modules[0] is modules[1]:  # one module at two places, under one rule
+        return
     cuts, groups = [], []
     for one in (owner, name):
         rule = plan.rules.get(one.rpartition(".")[0])

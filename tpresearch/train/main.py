@@ -169,7 +169,7 @@ def build_observers(
     )
     report = tracker.record_ledger if tracker else None
     counted = CountedStep(mesh, expected, total_steps(cfg) - 1, cfg.parallel.compile, report)
-    speed = Speed.of(job.model, cfg, device, job.sizes.world)
+    speed = Speed.of(job.model, plan, cfg, device)
     return [
         Timing(device.torch, speed, left_out=profiled_steps(cfg.profiler)),
         PeakMemory(device),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from tpresearch.config.schema import Config, Dtype
 from tpresearch.config.validate import tokens_per_step
 from tpresearch.parallel.device import Device
+from tpresearch.plan.compiler import Plan
 
 PEAK_TFLOPS: dict[str, tuple[float, ...]] = {
     "GB300": (2500, 80, 1.3),
@@ -47,15 +50,16 @@ class Speed:
     """Of one device; None if it is not known."""
 
     @classmethod
-    def of(cls, model: nn.Module, cfg: Config, device: Device, world_size: int) -> Speed:
+    def of(cls, model: nn.Module, plan: Plan, cfg: Config, device: Device) -> Speed:
         """The speed of this config.
 
         Args:
             model: plain, before it is sharded.
         """
-        whole, causal = (flops_per_token(model, cfg.data.seq_len, causal) for causal in (False, True))
+        given = model, cfg.data.seq_len
+        whole, causal = (flops_per_token(*given, causal, plan.probe.called) for causal in (False, True))
         peak = peak_flops(device.name, cfg.train.dtype)
-        return cls(tokens_per_step(cfg), world_size, whole, causal, peak)
+        return cls(tokens_per_step(cfg), plan.sizes.world, whole, causal, peak)
 
     def metrics(self, step_time_s: float) -> dict[str, float | int | None]:
         """The perf/* of a row whose steps took this long each."""
@@ -82,16 +86,23 @@ def peak_flops(device_name: str, dtype: Dtype) -> float | None:
     return None
 
 
-def flops_per_token(model: nn.Module, seq_len: int, causal: bool) -> float:
+def flops_per_token(model: nn.Module, seq_len: int, causal: bool, called: Sequence[str] = ()) -> float:
     """Forward and backward FLOPs of one token: 6N + 12 L h s, or 6N + 6 L h s when counted causal.
 
     N counts parameters without embeddings, which look up instead of multiplying (arXiv 2204.02311, app. B); one that
-    is tied to an output layer multiplies there.
+    is tied to an output layer multiplies there. What runs several times on a token counts each time.
     A model that has no `attention_flops_per_token` is counted as 6N.
+
+    Args:
+        called: names of modules, one per call of a forward pass.
     """
-    multiplied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - multiplied
-    weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    calls = Counter(called)
+    weights = sum(
+        parameter.numel() * max(1, calls[name])  # 1 also of what another module's forward reads
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    )
     attention = getattr(model, "attention_flops_per_token", None)
     quadratic = attention(seq_len) if callable(attention) else 0.0
     return 6.0 * weights + (quadratic / 2 if causal else quadratic)
