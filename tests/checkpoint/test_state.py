@@ -6,12 +6,14 @@ import io
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support.checkpointed import Went, calls, equal, go, on_disk
 from support.composed import config
+from support.made_checkpoints import save
 from support.marks import exhaustive
 from support.nets import Buffered, Frozen, Tied, Unused, model
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
@@ -21,9 +23,10 @@ from tpresearch.checkpoint.load import _MetadataUnpickler, check_initial_weights
 from tpresearch.checkpoint.save import check_finite
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
+from tpresearch.launch import Run
 from tpresearch.plan.meta import meta_model
 from tpresearch.train.preflight import preflight
-from tpresearch.train.saving import checkpoint_bytes
+from tpresearch.train.saving import check_disk, checkpoint_bytes
 from tpresearch.verify.ranks import Ranks
 
 KINDS = {
@@ -92,6 +95,31 @@ def test_the_room_that_a_checkpoint_takes_is_known_before_the_first(tmp_path: Pa
     needed = checkpoint_bytes(preflight(cfg, World()))
     saved = alone(cfg, 1, run=tmp_path, at=1).state.values()
     assert needed == sum(tensor.nbytes for tensor in saved if tensor.dim()), "all but the counts of updates"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "there", "wanted"),
+    [
+        ("checkpoint=last", 0, 1),
+        ("checkpoint.every=1000", 0, 1),
+        ("checkpoint.every=2", 0, 2),
+        ("checkpoint.every=1", 0, 3),
+        ("checkpoint.every=1 checkpoint.keep=1", 0, 2),
+        ("checkpoint.every=1", 2, 1),
+    ],
+)
+def test_a_disk_needs_room_for_what_is_kept_and_one_more_or_for_all_that_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str, there: int, wanted: int
+) -> None:
+    job = preflight(config("parallel=none", "model=toy_mlp", "train.steps=4", *overrides.split()), World())
+    found = [read_checkpoint(save(tmp_path, step)) for step in range(there, 0, -1)]
+    room = wanted * checkpoint_bytes(job)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=room))
+    check_disk(job, Run(tmp_path, World()), found)
+    room -= 1
+    said = f" free, and {f'{wanted} checkpoints take' if wanted > 1 else 'a checkpoint takes'} "
+    with pytest.raises(ConfigError, match=said):
+        check_disk(job, Run(tmp_path, World()), found)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

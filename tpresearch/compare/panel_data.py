@@ -16,7 +16,6 @@ from tpresearch.compare.points import PanelData, history, in_buckets, mean, mean
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.track.panels import Panel
 from tpresearch.track.table import SEED
-from tpresearch.track.text import UNDEFINED
 
 MAX_POINTS = 1000
 """Per curve: about as many as a screen has columns."""
@@ -99,7 +98,6 @@ def scaling(groups: Sequence[Group], speed: str) -> PanelData:
     speeds = _summary_figures(groups, [speed]).groupby("run", sort=False)[speed].mean()
     axes = [f"mesh.{axis}" for axis in AXIS_NAMES]
     left = settings_frame([group.first for group in groups])
-    left[axes] = left[axes].replace(UNDEFINED, "1")
     if groups[0].over_seeds:
         left = left.drop(columns=SEED, errors="ignore")
     left = left.assign(run=speeds.index, speed=speeds.values, ranks=left["ranks"].astype(int))

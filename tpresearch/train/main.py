@@ -76,7 +76,7 @@ def train(job: Preflight, run: Run, watching: Sequence[Observer] = ()) -> None:
         if is_complete(found, job, run):
             agree_on_nothing_left(run.world, flag.check)
             return
-        check_disk(job, run, len(found))
+        check_disk(job, run, found)
         log.info("data: %s, %s", job.cfg.data.source, corpus)
         check_stop(flag)
         train_on(corpus, found, job, run, text, flag, watching)

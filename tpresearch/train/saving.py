@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -77,16 +78,19 @@ def is_complete(found: list[Checkpoint], job: Preflight, run: Run) -> bool:
     return done
 
 
-def check_disk(job: Preflight, run: Run, there: int) -> None:
-    """Refuse a disk without room for the checkpoints that are kept and the one that is being written.
+def check_disk(job: Preflight, run: Run, found: Sequence[Checkpoint]) -> None:
+    """Refuse a disk without room for the checkpoints that are kept and the one that is being written, or for all that are to come if
+    these are fewer.
 
     Args:
-        there: the number of existing ones.
+        found: those that are there, the newest first.
 
     Raises:
         ConfigError: saying how much room there is.
     """
-    wanted = max(job.cfg.checkpoint.keep + 1 - there, 1)
+    settings, begun = job.cfg.checkpoint, found[0].step if found else 0
+    due = (total_steps(job.cfg) - 1) // settings.every - begun // settings.every if settings.every else 0
+    wanted = min(max(settings.keep + 1 - len(found), 1), due + 1)  # the last step is always saved
     home = run.folder / CHECKPOINTS_FOLDER  # which may be a link to another disk
     each, free = checkpoint_bytes(job), shutil.disk_usage(home if home.is_dir() else run.folder).free
     if free < wanted * each:
