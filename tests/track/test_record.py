@@ -16,10 +16,13 @@ from support.example_run import row
 from tpresearch.track.metrics_file import MetricsFile
 from tpresearch.track.names import NAMES, complete_row
 from tpresearch.track.record import (
+    measured_from,
     read_metrics,
+    record_resumption,
     summary_figures,
     write_atomically,
     write_config,
+    write_plan,
     write_summary,
 )
 
@@ -61,6 +64,32 @@ def test_a_resumed_run_appends_and_the_later_row_of_a_step_counts(tmp_path: Path
     second.close()
     rows = [(r["train/step"], r["train/loss"]) for r in read_metrics(tmp_path)]
     assert rows == [(1, 8.1875), (2, 102.0), (3, 103.0), (4, 104.0)]
+
+
+def test_rows_after_the_step_that_a_run_resumes_from_are_kept_apart_each_time(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    for lines, step, kept in (((1, 2, 3, 4), 2, [1, 2]), ((3, 4, 4), 4, [1, 2, 3, 4]), ((), 3, [1, 2, 3])):
+        for each in lines:
+            metrics.append(row(each))
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"train/step": ')  # and killed
+        metrics = MetricsFile(tmp_path)
+        metrics.truncate_after(step)
+        left = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["train/step"] for line in left] == kept
+    cut = (tmp_path / "metrics.cut.jsonl").read_text()
+    starts = [line.partition(",")[0].removeprefix('{"train/step": ') for line in cut.splitlines()]
+    assert starts == ["3", "4", "", "4", "", "4", ""]
+
+
+def test_a_run_s_speed_is_that_of_the_steps_that_its_last_plan_took(tmp_path: Path) -> None:
+    write_plan(tmp_path, "tp", 0)
+    assert measured_from(tmp_path, 8, 8) == 0
+    for step in (4, 8):
+        record_resumption(tmp_path, {"step": step})
+    assert [measured_from(tmp_path, step, 8) for step in (6, 8)] == [6, 4]
+    write_plan(tmp_path, "fsdp", 8)
+    assert measured_from(tmp_path, 8, 8) == 8
 
 
 def test_medians_leave_out_every_row_that_covers_a_warm_up_step() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -44,12 +45,13 @@ def no_wandb(cfg: Config) -> None:
 def test_a_completed_run_leaves_config_plan_rows_and_summary(
     track: Callable[..., Tracker], cfg: Config, run_dir: Path
 ) -> None:
+    began = time.monotonic()
     train(track())
     assert yaml.safe_load((run_dir / "config.yaml").read_text()) == as_dict(cfg)
     assert (run_dir / "plan.txt").read_text() == "the plan\n"
     assert [r["train/step"] for r in read_metrics(run_dir)] == list(range(1, STEPS + 1))
     summary = read_summary(run_dir)
-    assert summary.pop("wall_time_s") > 0
+    assert 0 < summary.pop("wall_time_s") < time.monotonic() - began
     assert summary == {
         "status": "completed",
         "run_name": "llama2_tiny/fsdp2-tp2",
@@ -96,6 +98,22 @@ def test_a_run_that_goes_on_after_its_end_has_no_summary_until_it_ends_again(
         read_summary(run_dir)
     resumed.finish()
     assert read_summary(run_dir)["status"] == "completed"
+
+
+def test_from_an_older_checkpoint_than_the_newest_the_record_continues_after_that(
+    track: Callable[..., Tracker], run_dir: Path
+) -> None:
+    train(track())
+    resumed = track(start_step=STEPS, plan="another")
+    resumed.resume_from(4)
+    resumed.finish("failed")
+    plans = {path.name: path.read_text() for path in run_dir.glob("plan*")}
+    assert plans == {"plan.step-00000004.txt": "the plan\n", "plan.txt": "another\n"}
+    found = read_summary(run_dir)
+    assert (found["steps"], found["resumed"]) == (4, [{"step": 4, "world_size": 4, "mesh": FACTS.mesh}])
+    assert [r["train/step"] for r in read_metrics(run_dir)] == [1, 2, 3, 4]
+    cut = (run_dir / "metrics.cut.jsonl").read_text().splitlines()
+    assert [json.loads(line)["train/step"] for line in cut] == [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(("plan", "speed"), [("the plan", 6007.0), ("another", None)])

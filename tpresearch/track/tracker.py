@@ -102,22 +102,27 @@ class Tracker:
         refuse_secrets(config)
         about = cfg.model.name, cfg.parallel, facts.mesh, cfg.train, cfg.optimizer
         self.name = cfg.logger.name or run_name(*about)
-        self._cfg, self._run_dir, self._facts, self._start_step = cfg, run_dir, facts, start_step
+        self._cfg, self._run_dir, self._facts, self._plan = cfg, run_dir, facts, plan
         self._console = console or Console(highlight=False)
-        self._began, self._last_step, self._total_steps = time.monotonic(), start_step, total_steps
+        self._began, self._total_steps = time.monotonic(), total_steps
         self._ended, self._next_steps = False, next_steps
         self._last_row: Row | None = None
         self._repeated_rates: dict[int, float | None] = {}
         self._step_ledger: StepLedger | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
-        record.write_config(run_dir, config, start_step)
-        if plan is not None:
-            record.write_plan(run_dir, plan, start_step)
+        self._start_from(start_step)
         self._metrics = MetricsFile(run_dir)
         self._wandb = self._start_wandb(config) if cfg.logger.wandb else None
         self._report(Console(file=io.StringIO()), self._summary("completed", None), None)
         self._tensorboard = TensorboardRun(run_dir) if cfg.logger.tensorboard else None
         self._progress = ProgressLine(self._console, total_steps, start_step)
+
+    def _start_from(self, step: int) -> None:
+        """Record from which step on these settings apply."""
+        self._start_step = self._last_step = step
+        record.write_config(self._run_dir, as_dict(self._cfg), step)
+        if self._plan is not None:
+            record.write_plan(self._run_dir, self._plan, step)
 
     def _start_wandb(self, config: Mapping[str, Any]) -> WandbRun | None:
         cfg = self._cfg
@@ -133,8 +138,12 @@ class Tracker:
         )
 
     def resume_from(self, step: int) -> None:
-        """Before the first row: continue after this step, discarding rows of later ones, and the summary, which was of an earlier end."""
-        self._start_step = self._last_step = step
+        """Before the first row: continue after this step, discarding rows of later ones, and the summary, which was of an earlier end.
+
+        Args:
+            step: that of the checkpoint that was loaded, which may be older than the newest.
+        """
+        self._start_from(step)
         (self._run_dir / record.SUMMARY_FILE).unlink(missing_ok=True)
         logged = record.read_metrics(self._run_dir)
         self._repeated_rates = {step_of(row): row["train/lr"] for row in logged if step_of(row) > step}
