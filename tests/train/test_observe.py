@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -55,6 +56,17 @@ def test_an_observer_is_told_each_event_in_order() -> None:
     ]
     assert row["comm/bytes_per_step"] == 7
     assert row["train/step"] == 1
+
+
+def test_the_end_of_a_checkpoint_that_was_written_beside_steps_is_a_pause() -> None:
+    diary = Diary()
+    with assembled(config(*TOY, "train.steps=2", "train.eval_rows=0"), watching=[diary]) as loop:
+        commit = Mock(side_effect=lambda written: diary.events.append(f"commit {written}"))
+        loop.saver = Mock(commit_written=commit, is_due=lambda step: False)
+        loop.stop = Mock(poll=lambda: None, written=7)
+        list(loop.rows())
+    commits = [at for at, event in enumerate(diary.events) if event == "commit 7"]
+    assert [diary.events[at - 1] for at in commits] == ["pause"] * 2
 
 
 def test_weights_of_a_rank_of_its_own_are_not_drawn_again_where_a_run_resumes() -> None:

@@ -105,7 +105,8 @@ class Loop:
         if self.stop and self.stopped_by is None:
             self.stopped_by = self.stop.poll()
             if self.saver:
-                self.saver.commit_written(self.stop.written)
+                with self.setup.observers.phase("pause"):
+                    self.saver.commit_written(self.stop.written)
         return self.stopped_by is not None
 
     def rows(self) -> Iterator[Metrics]:
