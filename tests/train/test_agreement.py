@@ -44,6 +44,25 @@ class NormedHeads(ToyLM):
         self.mlp = Normed(dim, hidden_dim, dim)
 
 
+class Zero(nn.Linear):
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class NormedHeadsFromZeros(NormedHeads):
+    """Whose last two layers start from zeros, so that the first two steps have no gradient before them."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.set_submodule("mlp.out_proj", Zero(hidden_dim, dim))
+        self.set_submodule("output", Zero(dim, vocab_size))
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        x = self.embed(tokens)
+        return self.output(x + self.mlp(x))
+
+
 class Gated(ToyMLP):
     """One gate for all features: it is whole, and meets a shard. The gradients of the norm before it differ too."""
 
@@ -129,6 +148,11 @@ def test_a_partial_gradient_of_what_is_replicated_is_refused(
         settings = (*model(NormedHeads), "train.dtype=float64", "train.clip_grad_norm=0.2", *rules)
         alone = trace(World(), config(*settings, "parallel=none"))
         agree(ranks.run(2, trace, config(*settings, "parallel=tp"))[0], alone)
+
+
+def test_a_gradient_is_compared_once_it_is_not_zero(ranks: Ranks) -> None:
+    for found in ranks.run(2, first_step, config(*model(NormedHeadsFromZeros), "parallel=tp"), 5):
+        assert found.startswith("model.plans.tp=tp: the gradient of mlp.norm.weight differs")
 
 
 def test_a_whole_output_that_meets_a_shard_is_named_with_the_style_for_it(ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""Checks between ranks: in the first step, that what the plan holds to be replicated has one gradient on all ranks that share it;
+"""Checks between ranks: in the first steps, that what the plan holds to be replicated has one gradient on all ranks that share it;
 and of models that may go different ways, that ranks gather the same weights, and sum the gradients of the same parameters.
 """
 
@@ -31,34 +31,40 @@ SAMPLES = 1024
 TOLERANCE = 0.05
 """Relative to the greatest element: what kernels that add in any order stay far below, and a partial gradient does not."""
 
+STEPS = 5
+"""Of a process, among which each gradient is to have one in which it is not zero: an output layer and layers before it that start
+from zeros take three."""
+
 
 class AgreedGradients(Observer):
-    """Refuses, in the first step of this process, a parameter without a rule that acts on a shard: each rank along the axes that
-    shard layers has the gradient of its own shard, and its weights would drift apart. (A second step follows, or it is
-    the one that the ledger counts, and nothing is compared.)
+    """Refuses a parameter without a rule that acts on a shard: each rank along the axes that shard layers has the gradient of
+    its own shard, and its weights would drift apart. Each is compared in the first step of this process in which its
+    gradient is not zero, as it is before a layer that starts from zeros. (The step that the ledger counts is left out.)
     """
 
     def __init__(self, cfg: Config, plan: Plan, mesh: DeviceMesh) -> None:
         self._cfg, self._plan, self._mesh = cfg, plan, mesh
-        self._at = -1
+        self._left = list(plan.replicated) if plan.rules else []
+        self._steps = range(0)
 
     def start(self, state: TrainState) -> None:
-        if self._plan.rules and state.step + 1 < total_steps(self._cfg):
-            self._at = state.step
+        self._steps = range(state.step, state.step + STEPS)
 
-    @torch.no_grad()
     def gradients(self, state: TrainState) -> None:
-        """Compare the gradients of replicated parameters between the ranks that share them, in one step.
+        """Compare the gradients of replicated parameters between the ranks that share them.
 
         Raises:
             ConfigError: naming the first that differs, on every rank.
         """
-        if state.step != self._at:
-            return
-        trained = state.trained_parameters()
-        having = {n: g for n in self._plan.replicated if n in trained and (g := trained[n].grad) is not None}
-        if not having:
-            return
+        counted = min(self._steps.start + 1, total_steps(self._cfg) - 1)
+        if state.step in self._steps and state.step != counted:
+            trained = state.trained_parameters()
+            having = {n: g for n in self._left if n in trained and (g := trained[n].grad) is not None}
+            if having:
+                self._compare(having)
+
+    @torch.no_grad()
+    def _compare(self, having: dict[str, Tensor]) -> None:
         parts = [_sample(gradient) for gradient in having.values()]
         flat = torch.cat(parts).to(self._mesh.device_type)
         least, most = flat.clone(), flat
@@ -68,12 +74,15 @@ class AgreedGradients(Observer):
                 dist.all_reduce(most, dist.ReduceOp.MAX, self._mesh.get_group(axis))
         sizes = [len(part) for part in parts]
         pairs = zip((most - least).split(sizes), torch.maximum(most, -least).split(sizes), strict=True)
-        apart = torch.stack(
-            [(d.sum() * 0 if not len(d) else (d.max() > TOLERANCE * s.max()).to(d.dtype)) for d, s in pairs]
+        none = flat.new_zeros(2)
+        seen = torch.stack(
+            [torch.stack((d.max() - TOLERANCE * s.max(), s.max())) if len(d) else none for d, s in pairs]
         )
-        dist.all_reduce(apart, dist.ReduceOp.MAX)  # all ranks end, or none
-        if found := [name for name, differs in zip(having, apart.tolist(), strict=True) if differs]:
+        dist.all_reduce(seen, dist.ReduceOp.MAX)  # all ranks end, or none
+        apart, greatest = (dict(zip(having, column, strict=True)) for column in seen.T.tolist())
+        if found := [name for name in having if apart[name] > 0]:
             raise self._refusal(max(found, key=self._last_call))
+        self._left = [name for name in self._left if not greatest.get(name)]
 
     def _last_call(self, name: str) -> int:
         """When a parameter's module was last called: what differs there may be why what was called before it differs."""
