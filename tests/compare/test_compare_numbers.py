@@ -147,6 +147,7 @@ def test_a_mean_that_lacks_a_run_says_so() -> None:
     lost: list[float | None] = [0.5, 1.5, None]
     means = mean_columns([[{"train/loss": loss, "wall_time_s": 60.0} for loss in lost]])
     assert means == {"loss": [Cell("1.000 ± 0.707 (2 of 3 runs)")], "time": [Cell("1:00 ± 0:00")]}
+    assert mean_columns([[{"perf/mfu": 0.5}], [{}]]) == {"MFU": [Cell("50.0%"), Cell("–")]}
 
 
 def test_the_front_is_what_no_other_run_beats_in_both(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tpresearch.compare.groups import (
     comparisons_of,
     group_each_run,
     group_over_seeds,
+    has_repeats,
     labels,
     last_of_each_seed,
 )
@@ -344,6 +345,9 @@ def test_a_predicted_step_has_read_nothing_that_must_match(tmp_path: Path) -> No
     runs = find_runs([str(tmp_path)]).runs
     runs[1].summary.update(predicted=True, corpus_hash=None)
     assert check_comparable(runs, anyway=False, any_seed=False) == []
+    groups = group_each_run(runs)
+    assert [compared.groups for compared in comparisons_of(groups)] == [groups[:1]]
+    assert [compared.groups for compared in comparisons_of(groups[1:])] == [groups[1:]]
 
 
 def test_an_unknown_baseline_and_one_that_several_have(tmp_path: Path) -> None:
@@ -389,6 +393,16 @@ def test_a_mean_over_seeds_counts_a_repeated_run_once(tmp_path: Path) -> None:
     repeats = f"{tmp_path / '2'} repeats it, and a mean counts each train.seed once"
     assert left_out == [f"{tmp_path / '0'}: {repeats}"]
     assert last_of_each_seed(runs) == (runs, [])
+
+
+def test_an_experiment_is_repeated_where_it_was_completed_from_several_seeds(tmp_path: Path) -> None:
+    made = [Made(seed=1, lr=1e-2), Made(seed=0), Made(seed=0), Made(seed=1)]
+    for index, run in enumerate([*made, Made(seed=2, error=ValueError("boom"))]):
+        run.write(tmp_path / str(index))
+    runs = find_runs([str(tmp_path)]).runs
+    assert [has_repeats(some) for some in (runs[:3], runs[:4], [*runs[1:3], runs[4]])] == [False, True, False]
+    assert [group.label for group in group_over_seeds(runs[:4])] == ["lr=0.01", "lr=0.003"]
+    assert named(str(tmp_path / "0"), str(tmp_path / "1")) == ["lr=0.01", "lr=0.003"]
 
 
 def compare(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -43,7 +43,7 @@ BY_VALUE = ("model.name", "parallel.name", "device", "optimizer.name", "schedule
 
 
 def settings_frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row per run, one column per setting, as text: FIRST ones first, those that some run lacks last."""
+    """One row per run, one column per setting, as text: FIRST ones first, those that some run lacks and the seed last."""
     frame = pd.DataFrame([run.settings for run in runs])
     lacking = set(frame.columns[frame.isna().any()]) - set(FIRST_COLUMNS)
     keys = [*FIRST_COLUMNS, *(key for key in frame if key not in FIRST_COLUMNS)]
@@ -77,13 +77,9 @@ def distinguishing(runs: Sequence[Run]) -> list[str]:
     return [*chosen, *(key for key in ALWAYS_SHOWN if key in frame and key not in chosen)]
 
 
-def labels(runs: Sequence[Run], *, seeds: bool = True) -> list[str]:
-    """A unique label per run: the user's names, else what is `distinguishing`, else run names; with its folder if needed.
-
-    Args:
-        seeds: whether the seed may be part of a label.
-    """
-    keys = [key for key in distinguishing(runs) if seeds or key != SEED]
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A unique label per run: the user's names, else what is `distinguishing`, else run names; with its folder if needed."""
+    keys = distinguishing(runs)
     given = [(run.config.get("logger") or {}).get("name") for run in runs]
     if all(given) and len(set(given)) == len(runs):
         names = [printable(name) for name in given]
@@ -136,7 +132,7 @@ def group_over_seeds(runs: Sequence[Run]) -> list[Group]:
     settings = settings_frame(runs).drop(columns=SEED, errors="ignore")
     for run, key in zip(runs, settings.itertuples(index=False, name=None), strict=True):
         repeated.setdefault(key, []).append(run)
-    names = labels([group[0] for group in repeated.values()], seeds=False)
+    names = labels([group[0] for group in repeated.values()])
     return [Group(name, group, over_seeds=True) for name, group in zip(names, repeated.values(), strict=True)]
 
 
