@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.assembled import assembled, planned, ranks_of_a_host
+from support.assembled import assembled, planned, ranks_of_a_host, refusal
 from support.composed import config
 from support.counted_steps import FAKE
-from support.nets import AfterBlocks, model
+from support.nets import AddsInPlace, AfterBlocks, model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
@@ -109,3 +110,31 @@ def test_what_is_called_once_after_the_last_block_is_gathered_with_it() -> None:
             loop.step()
             loop.evaluate()
         assert all(isinstance(weight, DTensor) for weight in loop.state.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["model.blocks=[first,mlp]"], True),
+        (["model.blocks=[mlp,first]"], False),  # the last is not freed before its backward
+        (["model.blocks=[first,mlp]", "parallel.fsdp.reshard_after_forward=false"], False),
+        (["model.blocks=[first,mlp]", "parallel=ddp"], False),
+    ],
+)
+def test_a_block_whose_output_is_changed_in_place_would_not_be_gathered_again(
+    words: list[str], refused: bool
+) -> None:
+    job = (*model(AddsInPlace), "parallel=fsdp", *words)
+    if not refused:
+        planned(*job)
+    else:
+        assert str(refusal(*job)).startswith(
+            "model=toy_mlp: it changes the output of first in place, and FSDP "
+        )
+
+
+def test_of_views_that_nothing_changes_torch_does_not_warn() -> None:
+    cfg = config("model=toy_mlp", "parallel=fsdp")
+    with warnings.catch_warnings(record=True) as warned, assembled(cfg, ranks_of_a_host(2), FAKE) as loop:
+        loop.step()
+    assert [str(each.message) for each in warned if "view" in str(each.message)] == []

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpresearch.models import Head
-from tpresearch.models.toy_mlp import ToyLM
+from tpresearch.models.toy_mlp import ToyLM, ToyMLP
 
 
 class Tied(ToyLM):
@@ -227,3 +227,17 @@ class Routed(ToyLM):
         for index in chosen.unique().tolist():
             y = y.index_put((chosen == index,), self.experts[index](x[chosen == index]))
         return self.output(x + y)
+
+
+class AddsInPlace(ToyLM):
+    """Two blocks, and a sum into the output of the first."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.first = ToyMLP(dim, hidden_dim, dim)
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        embedded = self.embed(tokens)
+        hidden = self.first(embedded)
+        hidden += embedded
+        return self.output(self.mlp(hidden))

@@ -179,13 +179,11 @@ def apply_fsdp(model: nn.Module, plan: Plan, fsdp: FsdpConfig, mesh: DeviceMesh,
         is_embedding = isinstance(layer, nn.Embedding)  # whose backward reads indices, and no weight
         end = shard(layer, reshard_after_forward=is_embedding)
         end.set_unshard_in_backward(not is_embedding)
-        if is_embedding:
-            # Torch warns that a change of its output in place loses the hook that gathers: here that gathers nothing.
-            warned = rf"FSDP2-wrapped module \({type(layer).__name__}\) returned a view"
-            warnings.filterwarnings("ignore", warned, UserWarning)
-        else:
+        if not is_embedding:
             cast(FSDPModule, model.get_submodule(plan.blocks[-1])).set_modules_to_forward_prefetch([end])
     shard(model)
+    if plan.probe.output is not None:  # those that are changed in place afterwards are known, and refused
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,17 +19,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tpresearch.config.choices import Loss
-from tpresearch.config.errors import ConfigError, WrongModel, one_line, place_of
+from tpresearch.config.errors import WrongModel
 from tpresearch.config.schema import Config
-from tpresearch.config.validate import needs_logits
+from tpresearch.plan.compatible import incompatible
 from tpresearch.plan.features import FeatureUse
 
 Ndims = tuple[int | None, ...]
 PYTHON = "python"
-
-OTHER_KIND = "dtype|scalar type|bias type|token ids"
-"""Of errors of layers that are given token ids for numbers, or numbers for token ids."""
 
 
 class Dims(NamedTuple):
@@ -66,6 +61,8 @@ class Probe:
     """Names of modules in the order in which they were called, one per call."""
     across_features: dict[str, str] = field(default_factory=dict)
     """Linear layers of whose output an op needs all features, such as softmax or a split in halves, and the op."""
+    changed_outputs: frozenset[str] = frozenset()
+    """Modules that return a view, which is changed in place afterwards."""
     widths: dict[str, int] = field(default_factory=dict)
     """Linear layers whose output a view splits into heads, and the width of a head."""
 
@@ -125,6 +122,8 @@ class _ProbeMode(TorchDispatchMode):
         self._features = FeatureUse()
         self._layers_called = 0
         self._dims: dict[str, tuple[Ndims, Ndims, int]] = {}
+        self._views: list[tuple[str, Tensor, int]] = []
+        """Outputs of modules, and how often each was changed in place before it was returned."""
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
@@ -150,6 +149,7 @@ class _ProbeMode(TorchDispatchMode):
             self._features.made(name, output)
         outputs = output if isinstance(output, tuple) else (output,)
         self._dims[name] = _count_dims(args), _count_dims(outputs), self._layers_called
+        self._views += [(name, t, t._version) for t in outputs if isinstance(t, Tensor) and t._is_view()]
 
     def result(self, output: Tensor, head: str | None, model: nn.Module) -> Probe:
         """What was recorded, once the model has returned."""
@@ -157,7 +157,6 @@ class _ProbeMode(TorchDispatchMode):
             name: Dims(inputs, outputs, called == self._layers_called)
             for name, (inputs, outputs, called) in self._dims.items()
         }
-        no_gradient, read = frozenset(self.no_input_grad), frozenset(self.read_outside_forward)
         draws: dict[str, dict[str, list[int]]] = {}
         for module, function in dict.fromkeys(self.draws):
             found = [n for called_by, called, n in self.calls if (called_by, called) == (module, function)]
@@ -168,9 +167,20 @@ class _ProbeMode(TorchDispatchMode):
             for name, buffer, version in self._buffers
             if now.get(name) is not buffer or buffer._version != version
         )
-        called, features = tuple(self.called), self._features
-        across, widths = features.across, features.widths
-        return Probe(output.shape, no_gradient, head, draws, dims, read, changed, called, across, widths)
+        outputs = frozenset(name for name, view, version in self._views if view._version != version)
+        return Probe(
+            output.shape,
+            frozenset(self.no_input_grad),
+            head,
+            draws,
+            dims,
+            frozenset(self.read_outside_forward),
+            changed_buffers=changed,
+            changed_outputs=outputs,
+            called=tuple(self.called),
+            across_features=self._features.across,
+            widths=self._features.widths,
+        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -201,7 +211,7 @@ def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     except Exception as error:
         if "meta" in str(error):  # a tensor of its own on another device
             return Probe()
-        raise _incompatible(inputs, cfg, error) from error
+        raise incompatible(inputs, cfg, error) from error
     if not isinstance(output, Tensor):
         why = f"its output is a {type(output).__name__}"
         legal = "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum"
@@ -246,51 +256,5 @@ def _run_with_head(model: nn.Module, inputs: Tensor) -> tuple[object, _ProbeMode
     return (output, watch, name) if name else None
 
 
-def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
-    """Refuse a cross-entropy without targets, or without a logit for each entry of the vocabulary: as the loss, and on held-out rows.
-
-    Raises:
-        ConfigError: naming train.loss, train.eval_rows or the model's output.
-    """
-    if not needs_logits(cfg):
-        return
-    if targets.numel() == 0:
-        why, legal = f"data.source={cfg.data.source} has no targets", "sum"
-        raise ConfigError("train.loss", cfg.train.loss, why, legal, fix={"train.loss": "sum"})
-    if output is not None and (output[:-1] != targets.shape or output[-1] < cfg.tokenizer.vocab_size):
-        why = f"its output has shape {_format_shape(output)} for targets {_format_shape(targets.shape)}"
-        legal = f"logits [b, s, V] with V at least tokenizer.vocab_size={cfg.tokenizer.vocab_size}"
-        if cfg.train.loss is Loss.sum:
-            why = f"the held-out loss is a cross-entropy, and of model {cfg.model.name} {why}"
-            fix = {"train.eval_rows": 0}
-            raise ConfigError("train.eval_rows", cfg.train.eval_rows, why, f"0, or {legal}", fix=fix)
-        raise WrongModel(cfg.model.name, why, legal)
-
-
 def _count_dims(values: tuple[object, ...]) -> Ndims:
     return tuple(value.dim() if isinstance(value, Tensor) else None for value in values)
-
-
-def _incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
-    if isinstance(error, TypeError) and "forward()" in str(error):
-        why = f"its forward does not take the inputs alone: {one_line(error)}"
-        return WrongModel(
-            cfg.model.name, why, "forward(tokens) that returns logits: the loss is computed from these"
-        )
-    shapes = _format_shape(inputs.shape), "x".join(map(str, inputs.shape))
-    of_width = any(shape in str(error) for shape in shapes)  # the first layer's, and no other's
-    if not (of_width or re.search(OTHER_KIND, str(error))):
-        why = f"{type(error).__name__} at {place_of(error)}: {one_line(error)}"
-        return WrongModel(cfg.model.name, why, f"a forward that takes inputs {_format_shape(inputs.shape)}")
-    kind = "numbers" if inputs.is_floating_point() else "token ids"
-    other = {"data": "random_tokens"} if kind == "numbers" else {"data": "uniform", "train.loss": "sum"}
-    why = f"model {cfg.model.name} does not take {kind} {_format_shape(inputs.shape)}: {one_line(error)}"
-    legal = " ".join(f"{key}={value}" for key, value in other.items()) + ", or a model for these data"
-    if kind == "numbers" and of_width:
-        legal = "the input width of its first layer; by default it follows model.dim"
-        return ConfigError("data.width", cfg.data.width, why, legal)
-    return ConfigError("data.source", cfg.data.source, why, legal, fix=dict(other))
-
-
-def _format_shape(shape: torch.Size) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"

@@ -14,7 +14,7 @@ from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Float8, Loss
 from tpresearch.config.comparable import EXPERIMENT_KEYS, MAY_CHANGE_ON_RESUME
 from tpresearch.config.compose import as_dict
-from tpresearch.config.errors import ConfigError, format_value
+from tpresearch.config.errors import ConfigError, WrongModel, format_value
 from tpresearch.config.mesh import check_declared_counts, used_axes, warning_of_unused_axes
 from tpresearch.config.model import model_config
 from tpresearch.config.notes import notes_on_settings
@@ -26,6 +26,7 @@ from tpresearch.config.validate import (
     micro_batch_size,
     needs_logits,
     ranks_needed,
+    uses_fully_shard,
     validate,
     with_batch_that_fits,
 )
@@ -230,12 +231,13 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
 
     from tpresearch.data.batches import meta_batch
     from tpresearch.parallel.float8 import float8_layers
+    from tpresearch.plan.compatible import check_loss
     from tpresearch.plan.compiler import compile_plan
     from tpresearch.plan.constructor import check_constructor
     from tpresearch.plan.heads import check_heads
     from tpresearch.plan.meta import meta_model, watched_meta_model, weight_dtype
     from tpresearch.plan.parameters import check_parameters
-    from tpresearch.plan.probe import check_loss, probe_model
+    from tpresearch.plan.probe import probe_model
     from tpresearch.train.randomness import check_randomness
 
     dtype = weight_dtype(cfg.train)
@@ -250,6 +252,7 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     check_constructor(model, lost, plan.initializers)
     check_randomness(model, plan, cfg.parallel)
     check_split_output(plan, cfg)
+    check_changed_outputs(plan, cfg)
     if cfg.parallel.gradient_accumulation_fusion:
         from tpresearch.parallel.gradient_sums import check_layers  # only here: registering an op takes 20 ms
 
@@ -272,3 +275,17 @@ def check_split_output(plan: Plan, cfg: Config) -> None:
         if cfg.train.loss is Loss.sum:
             why, other = f"{why}, and the held-out loss is one", "train.eval_rows=0"
         raise ConfigError(key, "batch", why, f"logits, or {other}", fix={key: "logits"})
+
+
+def check_changed_outputs(plan: Plan, cfg: Config) -> None:
+    """Refuse a block whose output is a view that the model changes in place: FSDP's hook on it, which gathers the block's weights
+    again in backward, is lost.
+
+    Raises:
+        WrongModel: naming the block.
+    """
+    frees = uses_fully_shard(cfg.parallel, plan.sizes) and cfg.parallel.fsdp.reshard_after_forward
+    freed = plan.blocks[:-1] if frees else []  # backward begins with the last
+    if name := next((block for block in freed if block in plan.probe.changed_outputs), None):
+        why = f"it changes the output of {name} in place, and FSDP would not gather the block's weights again for its backward"
+        raise WrongModel(cfg.model.name, why, "a sum of its own, as x = x + y for x += y")

@@ -1,0 +1,63 @@
+"""Whether a model, its data and its loss go together, judged by shapes."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from tpresearch.config.choices import Loss
+from tpresearch.config.errors import ConfigError, WrongModel, one_line, place_of
+from tpresearch.config.schema import Config
+from tpresearch.config.validate import needs_logits
+
+OTHER_KIND = "dtype|scalar type|bias type|token ids"
+"""Of errors of layers that are given token ids for numbers, or numbers for token ids."""
+
+
+def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
+    """Refuse a cross-entropy without targets, or without a logit for each entry of the vocabulary: as the loss, and on held-out rows.
+
+    Raises:
+        ConfigError: naming train.loss, train.eval_rows or the model's output.
+    """
+    if not needs_logits(cfg):
+        return
+    if targets.numel() == 0:
+        why, legal = f"data.source={cfg.data.source} has no targets", "sum"
+        raise ConfigError("train.loss", cfg.train.loss, why, legal, fix={"train.loss": "sum"})
+    if output is not None and (output[:-1] != targets.shape or output[-1] < cfg.tokenizer.vocab_size):
+        why = f"its output has shape {_format_shape(output)} for targets {_format_shape(targets.shape)}"
+        legal = f"logits [b, s, V] with V at least tokenizer.vocab_size={cfg.tokenizer.vocab_size}"
+        if cfg.train.loss is Loss.sum:
+            why = f"the held-out loss is a cross-entropy, and of model {cfg.model.name} {why}"
+            fix = {"train.eval_rows": 0}
+            raise ConfigError("train.eval_rows", cfg.train.eval_rows, why, f"0, or {legal}", fix=fix)
+        raise WrongModel(cfg.model.name, why, legal)
+
+
+def incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
+    """The refusal of a model that does not run on a batch, from what it raised."""
+    if isinstance(error, TypeError) and "forward()" in str(error):
+        why = f"its forward does not take the inputs alone: {one_line(error)}"
+        return WrongModel(
+            cfg.model.name, why, "forward(tokens) that returns logits: the loss is computed from these"
+        )
+    shapes = _format_shape(inputs.shape), "x".join(map(str, inputs.shape))
+    of_width = any(shape in str(error) for shape in shapes)  # the first layer's, and no other's
+    if not (of_width or re.search(OTHER_KIND, str(error))):
+        why = f"{type(error).__name__} at {place_of(error)}: {one_line(error)}"
+        return WrongModel(cfg.model.name, why, f"a forward that takes inputs {_format_shape(inputs.shape)}")
+    kind = "numbers" if inputs.is_floating_point() else "token ids"
+    other = {"data": "random_tokens"} if kind == "numbers" else {"data": "uniform", "train.loss": "sum"}
+    why = f"model {cfg.model.name} does not take {kind} {_format_shape(inputs.shape)}: {one_line(error)}"
+    legal = " ".join(f"{key}={value}" for key, value in other.items()) + ", or a model for these data"
+    if kind == "numbers" and of_width:
+        legal = "the input width of its first layer; by default it follows model.dim"
+        return ConfigError("data.width", cfg.data.width, why, legal)
+    return ConfigError("data.source", cfg.data.source, why, legal, fix=dict(other))
+
+
+def _format_shape(shape: torch.Size) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
