@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -201,6 +201,10 @@ def by_its_own_name(model: nn.ModuleDict, x: Tensor) -> Tensor:
     return own.twice(x)
 
 
+def as_layers(model: nn.ModuleDict, x: Tensor) -> Tensor:
+    return model["own"](model["first"](x))
+
+
 USES: dict[str, Callable[[nn.ModuleDict, Tensor], Tensor]] = {
     "no_grad": without_grad,
     "functional_call": with_another_weight,
@@ -229,19 +233,29 @@ USES: dict[str, Callable[[nn.ModuleDict, Tensor], Tensor]] = {
 def test_layers_learn_the_same_however_a_model_uses_them(
     use: Callable[[nn.ModuleDict, Tensor], Tensor], compiles: bool
 ) -> None:
+    """In a step by itself, and in the next one before a micro-batch that calls the layers."""
     torch.manual_seed(0)
     model, x = nn.ModuleDict({"first": nn.Linear(48, 48), "own": Own(48, 48)}), torch.randn(2, 5, 48)
-    use(model, x).square().sum().backward()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
+
+    def gradients(step: Iterable[Callable[[nn.ModuleDict, Tensor], Tensor]]) -> dict[str, Tensor | None]:
+        for forward in step:
+            forward(model, x).square().sum().backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    expected = []
+    for step in ((use,), (use, as_layers)):
+        expected.append(gradients(step))
+        model.zero_grad()
     sums = GradientSums(summing_layers(model, Plan({}, [], [], MeshSizes()), None))
     forward = torch.compile(use, backend="aot_eager", fullgraph=True) if compiles else use
-    with sums.collecting():
-        forward(model, x).square().sum().backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert [name for name in found if found[name] is None] == [n for n in expected if expected[n] is None]
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
+    for step, right in zip(((forward,), (forward, as_layers)), expected, strict=True):
+        with sums.collecting():
+            gradients(step)
+        found = gradients(())
+        assert [name for name in found if found[name] is None] == [n for n in right if right[n] is None]
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, right[name], rtol=1e-4, atol=1e-4)
+        model.zero_grad()
 
 
 @pytest.mark.parametrize("asks", ["input", exhaustive("weight"), exhaustive("all")])
