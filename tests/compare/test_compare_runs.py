@@ -402,7 +402,8 @@ def test_an_experiment_is_repeated_where_it_was_completed_from_several_seeds(tmp
     runs = find_runs([str(tmp_path)]).runs
     assert [has_repeats(some) for some in (runs[:3], runs[:4], [*runs[1:3], runs[4]])] == [False, True, False]
     assert [group.label for group in group_over_seeds(runs[:4])] == ["lr=0.01", "lr=0.003"]
-    assert named(str(tmp_path / "0"), str(tmp_path / "1")) == ["lr=0.01", "lr=0.003"]
+    Made(seed=2, keep_gradients=True).write(tmp_path / "5")
+    assert named(str(tmp_path / "1"), str(tmp_path / "5")) == ["keep_gradients=false", "keep_gradients=true"]
 
 
 def compare(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
