@@ -45,6 +45,8 @@ def test_a_record_of_an_earlier_version_has_the_defaults_of_what_it_lacks(tmp_pa
     runs = find_runs([str(new), str(old)]).runs
     assert [len(comparison.groups) for comparison in comparisons_of(group_each_run(runs))] == [2]
     assert runs[1].config["optimizer"]["decay_vectors"] is False
+    runs[1].config["optimizer"]["name"] = ["adamw"]
+    assert [len(comparison.groups) for comparison in comparisons_of(group_each_run(runs))] == [1, 1]
 
 
 def test_the_runs_kept_in_experiments_are_one_science() -> None:

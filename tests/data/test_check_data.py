@@ -89,6 +89,8 @@ def test_data_is_refused(
     assert refusal.value.field == field
     assert why in refusal.value.why
     assert refusal.value.legal
+    if why in ("there is no such file", "matches no file", "no dataset is named"):
+        assert refusal.value.fix == {"data.path": "VALUE"}, "and no run on another corpus"
     assert not (here / "cache").exists()
 
 

@@ -31,7 +31,10 @@ MAY_CHANGE_ON_RESUME = (
 )
 """Keys of train that may change when a run resumes."""
 
-UNUSED_BY_OPTIMIZER = {OptimizerName.adamw: ("momentum",), OptimizerName.sgd: ("betas", "eps")}
+UNUSED_BY_OPTIMIZER: dict[str, tuple[str, ...]] = {
+    OptimizerName.adamw: ("momentum",),
+    OptimizerName.sgd: ("betas", "eps"),
+}
 """Keys of optimizer that another one reads."""
 
 
@@ -70,6 +73,6 @@ def experiment_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = comparable_config(config)
     kept["model"] = _without(kept["model"], ("plans", "blocks"))
     kept["train"] = _without(kept["train"], MAY_CHANGE_ON_RESUME)
-    unused = UNUSED_BY_OPTIMIZER.get(kept["optimizer"].get("name"), ())
+    unused = UNUSED_BY_OPTIMIZER.get(str(kept["optimizer"].get("name")), ())
     kept["optimizer"] = _without(kept["optimizer"], ("compile", *unused))
     return {key: kept[key] for key in EXPERIMENT_KEYS}

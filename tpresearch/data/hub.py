@@ -22,7 +22,7 @@ from tpresearch.config.network import is_reachable
 from tpresearch.config.schema import DataConfig
 from tpresearch.data.documents import Document, documents_of, missing_field
 from tpresearch.data.library_files import check_unpacked_sizes, find_unreadable
-from tpresearch.data.sources import EMBEDDED_DATA, Corpus, hash_files, hash_text
+from tpresearch.data.sources import PATH_TO_FILL_IN, Corpus, hash_files, hash_text
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _load_error(data: DataConfig, error: BaseException) -> ConfigError:
 
 
 def _path_error(where: object, why: str) -> ConfigError:
-    return ConfigError("data.path", where, why, LEGAL, EMBEDDED_DATA)
+    return ConfigError("data.path", where, why, LEGAL, PATH_TO_FILL_IN)
 
 
 def _first_unreadable_file(data: DataConfig, folder: Path) -> str:

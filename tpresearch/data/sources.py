@@ -19,7 +19,7 @@ from tpresearch.data.documents import Document, read_file
 
 # Which of these exist depends on how this Python was built; without them the corpus depends on it less.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"}
-EMBEDDED_DATA: dict[str, object] = {"data": "pystdlib", "data.path": None}
+PATH_TO_FILL_IN = {"data.path": "VALUE"}
 HASH_DIGITS = 16
 CACHE_HASH_ABOVE_BYTES = 1 << 30
 
@@ -96,7 +96,7 @@ def expand_paths(path: Any) -> list[Path]:
     legal = "a file, a glob such as 'texts/**/*.txt', or a list of them"
     patterns = path if isinstance(path, list | tuple) else [path]
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ConfigError("data.path", path, "no file is named", legal, EMBEDDED_DATA)
+        raise ConfigError("data.path", path, "no file is named", legal, PATH_TO_FILL_IN)
     files: dict[str, Path] = {}  # by absolute path: a file may be named in several ways
     for pattern in patterns:
         local = os.path.expanduser(pattern)
@@ -108,7 +108,9 @@ def expand_paths(path: Any) -> list[Path]:
         found = {Path(match) for match in matches if not os.path.isdir(match)}
         if not found:
             why = "matches no file" if glob.has_magic(local) else "there is no such file"
-            raise ConfigError("data.path", pattern, f"{why} (seen from {os.getcwd()})", legal, EMBEDDED_DATA)
+            raise ConfigError(
+                "data.path", pattern, f"{why} (seen from {os.getcwd()})", legal, PATH_TO_FILL_IN
+            )
         for match in found:
             files.setdefault(os.path.abspath(match), match)
     for file in files.values():
@@ -117,7 +119,7 @@ def expand_paths(path: Any) -> list[Path]:
             raise ConfigError("data.path", file, "is not readable", legal)
     if not any(file.stat().st_size for file in files.values()):
         many = "is empty" if len(files) == 1 else f"all {len(files)} files are empty"
-        raise ConfigError("data.path", path, many, "files with text in them", EMBEDDED_DATA)
+        raise ConfigError("data.path", path, many, "files with text in them", PATH_TO_FILL_IN)
     return sorted(files.values())
 
 

@@ -130,6 +130,9 @@ def _unreadable_value(key: str, composition: Composition, is_circle: bool) -> Co
     if is_circle:
         why, legal = "the defaults of one of its files lead back to itself", "defaults of other names"
         return ConfigError(key, composition.typed_value(key), why, legal)
+    if key == "hydra.job.env_copy":
+        why, legal = "not all of these variables are set", "a list of those that are"
+        return ConfigError(key, composition.typed_value(key), why, legal)
     options = composition.groups().get(key)
     legal = f"one of {', '.join(options)}" if options else "a value of the type that `--cfg hydra` shows"
     return ConfigError(key, composition.typed_value(key), "Hydra does not accept this value", legal)

@@ -30,14 +30,15 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.launch.command import override_key, values_by_key
 from tpresearch.launch.composition import COMPOSITION_ERRORS, VERSION_BASE, conf_dir
 
 QUERY_FLAGS = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
 """Flags of Hydra's command line that only print something, or that Hydra itself handles."""
-UNEXPECTED_ERRORS = (AssertionError, AttributeError, TypeError, RecursionError)
-"""Exceptions that Hydra raises for a value that it did not expect, and for a file whose defaults lead back to itself."""
+UNEXPECTED_ERRORS = (AssertionError, AttributeError, KeyError, TypeError, RecursionError)
+"""Exceptions that Hydra raises for a value that it did not expect, such as a variable to copy that is not set, and for a file whose
+defaults lead back to itself."""
 NOT_ACCEPTED = " has a value that Hydra does not accept"
 
 
@@ -159,8 +160,16 @@ def run(app: Hydra, config: DictConfig, config_name: str, job: Callable[[], None
     """Run the job in `hydra.run.dir`: Hydra's record of the config, job.chdir, job.env_set and callbacks included.
 
     What the job raises is raised as it is.
+
+    Raises:
+        ConfigError: for callbacks that Hydra cannot make.
     """
-    callbacks = Callbacks(config)
+    try:
+        callbacks = Callbacks(config)
+    except HydraException as error:
+        value = OmegaConf.to_container(config.hydra.callbacks)
+        legal = "classes of yours, as +hydra.callbacks.mine._target_=MODULE.CLASS"
+        raise ConfigError("hydra.callbacks", value, first_line(error).rstrip("."), legal) from error
     callbacks.on_run_start(config=config, config_name=config_name)
     returned = run_job(
         hydra_context=HydraContext(config_loader=app.config_loader, callbacks=callbacks),
