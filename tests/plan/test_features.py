@@ -1,4 +1,4 @@
-"""A layer whose output the model needs whole cannot be split by its features: refused where that can be seen."""
+"""A layer whose output the model needs whole cannot be split by its features, or the sequence: refused where that can be seen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpresearch.models.toy_mlp import ToyLM
-from tpresearch.plan.features import FeatureUse
+from tpresearch.plan.features import FeatureUse, PositionUse
 
 
 class Gated(nn.Module):
@@ -85,6 +85,68 @@ def test_a_layer_that_is_split_in_halves_is_refused_where_its_features_are_shard
     whole = [f"{key}={value}" for key, value in error.fix.items()]
     planned(*model(GatedLM), "parallel=tp", *whole, "model.plans.tp.out_proj.src=replicate")
     planned(*model(GatedLM), "parallel=fsdp")
+
+
+OVER_POSITIONS: dict[str, Callable[[Tensor], object]] = {
+    "slice": lambda x: F.pad(x.relu()[:, :-1], (0, 0, 1, 0)),
+    "constant_pad_nd": lambda x: F.conv1d(F.pad(x.mT, (3, 0)), x.new_ones(8, 1, 4), groups=8),
+    "convolution": lambda x: F.conv1d(x.permute(0, 2, 1), x.new_ones(8, 1, 4), padding=3, groups=8),
+    "mean": lambda x: x - x.mean(1, keepdim=True),
+    "cumsum": lambda x: (2 * x).cumsum(-2),
+    "roll": lambda x: x.roll(1, 1),
+    "select": lambda x: x[:, -1],
+}
+OF_EACH_POSITION: dict[str, Callable[[Tensor], object]] = {
+    "features": lambda x: x.softmax(-1) + x.mean(-1, keepdim=True) + F.pad(x[..., 1:], (0, 1)),
+    "rows": lambda x: x[:1] - x.mean(0),
+    "by one": lambda x: F.conv1d(x.mT, x.new_ones(3, 8, 1)),
+}
+
+
+class NotingPositions(Noting):
+    def __init__(self, found: PositionUse) -> None:
+        super().__init__(FeatureUse())
+        self._positions = found
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self._positions.note("mixer", func, args, kwargs or {}, output)
+        return output
+
+
+@pytest.mark.parametrize("name", [*OVER_POSITIONS, *OF_EACH_POSITION])
+def test_what_needs_all_positions_is_known(name: str) -> None:
+    found, x = PositionUse(), torch.ones(2, 4, 8)
+    found.made("layer", x)
+    with NotingPositions(found):
+        (OVER_POSITIONS | OF_EACH_POSITION)[name](x)
+    assert found.across == ({"layer": {"mixer": name}} if name in OVER_POSITIONS else {})
+
+
+class TokenShift(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+class Shifted(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.shift = TokenShift()
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return self.output(self.mlp(self.shift(self.embed(tokens))))
+
+
+def test_what_works_across_positions_is_refused_where_a_rank_has_a_part_of_them() -> None:
+    error = refusal(*model(Shifted), "parallel=fsdp_tp")
+    assert str(error).startswith(
+        "model.plans.sp.embed.dst=shard:1: slice in shift needs all positions of the output of embed"
+    )
+    planned(*model(Shifted), "parallel=fsdp_tp", *(f"{key}={value}" for key, value in error.fix.items()))
+    gathers = "{match: shift, style: input, src: ['shard:1'], dst: [replicate]}"
+    planned(*model(Shifted), "parallel=sp", f"+model.plans.sp.shift={gathers}")
 
 
 class Heads(nn.Module):

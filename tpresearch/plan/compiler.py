@@ -7,7 +7,6 @@ becomes and what each module sends.
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from tpresearch.config.validate import micro_batch_size
 from tpresearch.plan.initializers import Initializer, read_initializers
 from tpresearch.plan.probe import Probe
 from tpresearch.plan.rules import ResolvedRule, can_chunk_logits, check_layouts, resolve_rule, runs_as
+from tpresearch.plan.sequence import check_sequence
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) 
         _check_module_types(model, rules)
         check_layouts(rules, probe)
         check_divisible(parallel, sizes, [*declared_counts(cfg), *_sharded_counts(model, cfg, sizes, rules)])
-        _check_sequence(model, cfg, parallel.tensor, rules)
+        check_sequence(model, cfg, parallel.tensor, rules, probe)
     by_own_style = {name for name, rule in rules.items() if rule.rule.target}
     replicated = [
         name
@@ -197,16 +197,6 @@ def _separable(model: nn.Module, probe: Probe) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def rule_to_add(cfg: Config, module: str, layout: str = "") -> dict[str, object]:
-    """An override that adds a rule of style sequence for this module and those of other blocks."""
-    pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module) or "."
-    plan = cfg.parallel.tensor or ""
-    name = next((part for part in reversed(pattern.split(".")) if part.isidentifier()), "root")
-    name += "_2" * (name in cfg.model.plans[plan])
-    same = f",src:'{layout}',dst:'{layout}'" if layout else ""
-    return {f"+model.plans.{plan}.{name}": f"{{match:{pattern},style:sequence{same}}}"}
-
-
 def _expand_rules(compiled: list[ResolvedRule], names: list[str]) -> dict[str, ResolvedRule]:
     found: dict[str, ResolvedRule] = {}
     for rule in compiled:
@@ -233,23 +223,6 @@ def _check_module_types(model: nn.Module, rules: dict[str, ResolvedRule]) -> Non
             legal = "colwise and rowwise split nn.Linear and nn.Embedding; sequence, input, output and a _target_ of your own fit any module"
             fix = {f"{rule.config_key}.style": None, f"{rule.config_key}.match": None}
             raise ConfigError(f"{rule.config_key}.style", rule.rule.style, why, legal, fix=fix)
-
-
-def _check_sequence(model: nn.Module, cfg: Config, plan: str, rules: dict[str, ResolvedRule]) -> None:
-    """Refuse unmatched weights under sequence sharding: their gradient would be partial on each rank."""
-    sequence = cfg.data.has_sequence
-    split = next(
-        (rule for rule in rules.values() if (sequence and rule.shards_sequence) or rule.shards_batch), None
-    )
-    if split is None:
-        return
-    tokens = "a sharded sequence" if sequence and split.shards_sequence else "a sharded batch"
-    for name, _ in model.named_parameters():
-        module = name.rpartition(".")[0]
-        if module not in rules:
-            why = f"{name} has no sharding rule; with {tokens} its gradient would be partial on each {split.axis} rank"
-            legal = "a rule for it: style sequence, or style input with null layouts where its input is whole"
-            raise ConfigError(f"model.plans.{plan}", plan, why, legal, rule_to_add(cfg, module))
 
 
 def _sharded_counts(

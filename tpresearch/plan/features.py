@@ -1,4 +1,5 @@
-"""What a model does with the features of a layer's output: ops that need all of them compute something else on a rank's shard."""
+"""What a model does with the features and the positions of a layer's output: ops that need all of them compute something else on a
+rank's shard."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tpresearch.config.mesh import SEQUENCE_DIM
+
 DIM_ARGUMENT = {
     **dict.fromkeys(("select", "unbind", "slice", "_softmax", "_log_softmax", "cumsum", "glu", "mean"), 1),
     **dict.fromkeys(("sum", "amax", "amin", "var", "std", "logsumexp", "max", "min", "argmax", "sort"), 1),
-    **dict.fromkeys(("split", "split_with_sizes", "topk", "linalg_vector_norm"), 2),
+    **dict.fromkeys(("split", "split_with_sizes", "topk", "linalg_vector_norm", "roll"), 2),
 }
-"""By the name of an op that needs all features where it works along the last dim: the place of its dim among its arguments."""
+"""By the name of an op that needs all of a dim where it works along it: the place of its dim among its arguments."""
 
 DEFAULT_DIMS = {"unbind": 0, "slice": 0, "split": 0, "split_with_sizes": 0}
 """Where one is left out, it is the last (as of topk) or all; but for these."""
@@ -46,7 +49,8 @@ class FeatureUse:
         if not made:
             return
         layer, name = self._made_by[made[0]], op.overloadpacket.__name__
-        if args and args[0] is made[0] and _needs_all_features(name, made[0], args, kwargs):
+        along = name == "native_layer_norm" or needs_all(name, made[0], made[0].dim() - 1, args, kwargs)
+        if args and args[0] is made[0] and along:
             self.across.setdefault(layer, name.strip("_"))
         if name in VIEWS and isinstance(outputs, Tensor) and outputs.shape[-1:] < made[0].shape[-1:]:
             self.widths.setdefault(layer, outputs.shape[-1])
@@ -56,18 +60,65 @@ class FeatureUse:
                     self._made_by[output] = layer
 
 
-def _needs_all_features(name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if name == "native_layer_norm":
-        return True
+def needs_all(name: str, x: Tensor, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the op of this name, called on `x`, works along its dim `dim`, from 0."""
     if name not in DIM_ARGUMENT:
         return False
     place = DIM_ARGUMENT[name]
     default = DEFAULT_DIMS.get(name, -1)
     found = args[place] if len(args) > place else kwargs.get("dim", default)
     dims = [default] if found is None else found if isinstance(found, list | tuple) else [found]
-    if not any(isinstance(dim, int) and dim in (-1, x.dim() - 1) for dim in dims or [-1]):
+    if not any(isinstance(each, int) and each % x.dim() == dim for each in dims or [dim]):
         return False
     if name == "slice":
         start, end = (*args[2:4], None, None)[:2]
-        return bool(start) or (end is not None and end < x.shape[-1]) or len(args) > 4
-    return not (name == "split" and args[1] >= x.shape[-1])
+        return bool(start) or (end is not None and end < x.shape[dim]) or len(args) > 4
+    return not (name == "split" and args[1] >= x.shape[dim])
+
+
+Across = dict[str, dict[str, str]]
+"""Module -> by the module that calls it, an op that needs all positions of the first one's output."""
+
+
+class PositionUse:
+    """Follows outputs of modules through pointwise ops and transposes, and notes which of them an op needs whole sequences of."""
+
+    def __init__(self) -> None:
+        self._made_by = WeakTensorKeyDictionary()
+        self.across: Across = {}
+
+    def made(self, module: str, output: object) -> None:
+        """A module has returned this."""
+        if isinstance(output, Tensor) and output.dim() > SEQUENCE_DIM:
+            self._made_by[output] = module, SEQUENCE_DIM
+
+    def note(self, running: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
+        """An op was called, by the module that is running."""
+        x = next(
+            (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t in self._made_by), None
+        )
+        if x is None:
+            return
+        (module, dim), name = self._made_by[x], op.overloadpacket.__name__
+        if args[0] is x and (needs_all(name, x, dim, args, kwargs) or _shifts(name, x, dim, args)):
+            self.across.setdefault(module, {}).setdefault(running, name.strip("_"))
+        for output in tree_leaves(out):
+            if not isinstance(output, Tensor):
+                continue
+            if name in ("transpose", "permute"):
+                order = list(range(x.dim()))
+                if name == "permute":
+                    order = [each % x.dim() for each in args[1]]
+                else:
+                    order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
+                self._made_by[output] = module, order.index(dim)
+            elif output.shape == x.shape and (torch.Tag.pointwise in op.tags or name in SAME_FEATURES):
+                self._made_by[output] = module, dim
+
+
+def _shifts(name: str, x: Tensor, dim: int, args: tuple[Any, ...]) -> bool:
+    """Whether it is a convolution along this dim, or fills it up, as for a causal one."""
+    if name == "constant_pad_nd":
+        last = 2 * (x.dim() - 1 - dim)
+        return any(args[1][last : last + 2])
+    return name == "convolution" and dim >= 2 and args[1].shape[dim] > 1

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tpresearch.config.errors import WrongModel
 from tpresearch.config.schema import Config
 from tpresearch.plan.compatible import incompatible
-from tpresearch.plan.features import FeatureUse
+from tpresearch.plan.features import Across, FeatureUse, PositionUse
 
 Ndims = tuple[int | None, ...]
 PYTHON = "python"
@@ -63,6 +63,8 @@ class Probe:
     """Linear layers of whose output an op needs all features, such as softmax or a split in halves, and the op."""
     changed_outputs: frozenset[str] = frozenset()
     """Modules that return a view, which is changed in place afterwards."""
+    across_positions: Across = field(default_factory=dict)
+    """Modules of whose output an op needs all positions of a sequence, such as a shift by one token."""
     widths: dict[str, int] = field(default_factory=dict)
     """Linear layers whose output a view splits into heads, and the width of a head."""
 
@@ -119,7 +121,7 @@ class _ProbeMode(TorchDispatchMode):
         """Of functions: by which module, of which, and for how many elements."""
         self.draws: list[tuple[str, str]] = []
         """By which module, and in a call of which function."""
-        self._features = FeatureUse()
+        self._features, self._positions = FeatureUse(), PositionUse()
         self._layers_called = 0
         self._dims: dict[str, tuple[Ndims, Ndims, int]] = {}
         self._views: list[tuple[str, Tensor, int]] = []
@@ -147,6 +149,8 @@ class _ProbeMode(TorchDispatchMode):
         self.running.pop()
         if isinstance(module, nn.Linear):
             self._features.made(name, output)
+        if any(True for _ in module.parameters(recurse=False)):
+            self._positions.made(name, output)
         outputs = output if isinstance(output, tuple) else (output,)
         self._dims[name] = _count_dims(args), _count_dims(outputs), self._layers_called
         self._views += [(name, t, t._version) for t in outputs if isinstance(t, Tensor) and t._is_view()]
@@ -178,6 +182,7 @@ class _ProbeMode(TorchDispatchMode):
             changed_buffers=changed,
             changed_outputs=outputs,
             called=tuple(self.called),
+            across_positions=self._positions.across,
             across_features=self._features.across,
             widths=self._features.widths,
         )
@@ -194,6 +199,7 @@ class _ProbeMode(TorchDispatchMode):
         self.read_outside_forward |= {owner for owner in owners if owner is not None and owner != reader}
         output = func(*args, **(kwargs or {}))
         self._features.note(func, args, kwargs or {}, output)
+        self._positions.note(reader or "", func, args, kwargs or {}, output)
         return output
 
 

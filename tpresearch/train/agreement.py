@@ -21,7 +21,8 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import total_steps
 from tpresearch.parallel.mesh import axis_size, sum_over
 from tpresearch.parallel.weights import local_part
-from tpresearch.plan.compiler import Plan, rule_to_add
+from tpresearch.plan.compiler import Plan
+from tpresearch.plan.sequence import rule_to_add
 from tpresearch.train.observe import Observer
 from tpresearch.train.state import TrainState
 
