@@ -12,16 +12,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from support.arrivals import logged, only_run, said, sync
-from support.example_run import STEPS, log_steps, train
+from support.example_run import STEPS, log_steps, row, train
 from support.fake_wandb import DUMMY_KEY, FakeWandb
 
 from tpresearch.config import Config
 from tpresearch.config.schema import WandbMode
+from tpresearch.track.names import complete_row
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.tracker import Tracker
+from tpresearch.track.wandb_run import SentRows, WandbRun
 
 CLIENT_S = 85.0
 """Less than the 90 s that the client itself would wait for a host; these tests have it wait for 2."""
@@ -152,3 +155,17 @@ def test_a_client_that_dies_costs_the_run_nothing(
     assert read_summary(run_dir)["status"] == "completed"
     train(track(start_step=STEPS), first=STEPS + 1, last=STEPS + 1)  # another run of the same process
     assert only_run(server).exit_code == 0
+
+
+def test_a_full_disk_or_a_folder_that_is_gone_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = Mock(id="a", url=None, settings=Mock(sync_dir=str(tmp_path)))
+    wandb = WandbRun(client, SentRows(tmp_path / "gone" / "sent"))
+    wandb.log(complete_row(row(1)))
+    wandb.log_more({"train/step": 1, "val/loss": 7.5})
+    (line,) = said(caplog)
+    assert (
+        line
+        == f"W&B: [Errno 2] No such file or directory: '{tmp_path}/gone/sent'; metrics.jsonl has every row"
+    )

@@ -137,15 +137,14 @@ class WandbRun:
         A resumed run repeats steps whose rows were logged before it died. They are the same, and
         W&B would show them twice.
         """
-        if not self._sent.is_new(row):
-            return
         with self._catching_errors():
-            self._run.log(dict(row))
+            if self._sent.is_new(row):
+                self._run.log(dict(row))
 
     def log_more(self, values: Row) -> None:
         """Log what a row lacked when it was logged: as another one of its step, since W&B changes none."""
-        self._sent.add(step_of(values))
         with self._catching_errors():
+            self._sent.add(step_of(values))
             self._run.log(dict(values))
 
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
@@ -167,7 +166,7 @@ class WandbRun:
 
     @contextmanager
     def _catching_errors(self) -> Iterator[None]:
-        """Catches whatever the client raises, and reports the first of it."""
+        """Catches whatever the client or the disk raises, and reports the first of it."""
         try:
             yield
         except Exception as error:
