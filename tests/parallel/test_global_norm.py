@@ -36,21 +36,26 @@ def test_each_part_is_counted_once_on_every_rank(ranks: Ranks) -> None:
     assert [rank for _, rank in found] == [0, 0, 1, 1]
 
 
-def of_a_large_gradient(world: World) -> tuple[float, float, float]:
-    """Whole, and as two shards; in float64 by torch alone."""
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def of_large_gradients(world: World) -> list[tuple[float, float, float]]:
+    """Of a large and a small gradient: whole, and with the large one as two shards; in float64 by torch alone."""
+    found = []
     with process_group(CPU, world):
         mesh = build_mesh(MeshSizes(dp_shard=2), "cpu")
-        whole = torch.randn(2_000_006, generator=torch.Generator().manual_seed(0)) * 1e-3
-        shards = distribute_tensor(whole, mesh["dp_shard"], [Shard(0)])
-        return (
-            global_norm([whole], mesh).item(),
-            global_norm([shards], mesh).item(),
-            whole.double().norm().item(),
-        )
+        drawn = torch.randn(2_000_106, generator=torch.Generator().manual_seed(0))
+        for dtype in DTYPES:
+            whole, small = (drawn[:2_000_006] * 1e-3).to(dtype), drawn[2_000_006:].to(dtype)
+            shards = distribute_tensor(whole, mesh["dp_shard"], [Shard(0)])
+            alone, together = (global_norm([each, small], mesh).item() for each in (whole, shards))
+            found.append((alone, together, torch.cat([whole, small]).double().norm().item()))
+    return found
 
 
-def test_a_large_gradient_has_its_norm_to_the_last_digits_of_a_float32(ranks: Ranks) -> None:
+def test_large_gradients_have_their_norm_to_the_last_digits_of_a_float32(ranks: Ranks) -> None:
     """Else one process, whose parts are longer, would have another norm than a plan, and clip otherwise."""
-    (whole, shards, exact), _ = ranks.run(2, of_a_large_gradient)
-    assert whole == pytest.approx(exact, rel=1e-7)
-    assert shards == pytest.approx(exact, rel=1e-7)
+    found, _ = ranks.run(2, of_large_gradients)
+    for dtype, (whole, shards, exact) in zip(DTYPES, found, strict=True):
+        assert whole == pytest.approx(exact, rel=1e-7), dtype
+        assert shards == pytest.approx(exact, rel=1e-7), dtype

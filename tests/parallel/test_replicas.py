@@ -57,8 +57,14 @@ class Net(nn.Module):
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
 
 
+def part(net: Net, x: Tensor, leaves_out: bool) -> Tensor:
+    """A loss through `b.bias`, and through `a` unless it is left out, whose gradients are negative."""
+    return -net.b.bias.sum() if leaves_out else -net.a(x).sum() - net.b.bias.sum()
+
+
 def sums_of(world: World, dtype: torch.dtype | None, may_branch: bool) -> list[dict[str, Tensor | None]]:
-    """Gradients after the sum: of two backwards through everything, and of one through `a` and `b.bias` alone."""
+    """Gradients after the sum: of two backwards through everything, and of one through a part, from which rank 1 leaves out
+    `a` if ranks may branch."""
     found: list[dict[str, Tensor | None]] = []
     with process_group(CPU, world):
         torch.manual_seed(0)
@@ -74,7 +80,7 @@ def sums_of(world: World, dtype: torch.dtype | None, may_branch: bool) -> list[d
         replicas.finish()
         found.append({name: p.grad for name, p in net.named_parameters()})
         net.zero_grad()
-        (net.a(x).sum() + net.b.bias.sum()).backward()
+        part(net, x, may_branch and world.rank == 1).backward()
         replicas.finish()
         found.append({name: p.grad for name, p in net.named_parameters()})
     return found
@@ -93,7 +99,7 @@ def test_sums_are_those_of_each_replica(ranks: Ranks, dtype: torch.dtype | None,
             if nth == 0:
                 (2 * (net.b(net.a(x)) * net.c).sum()).backward()
             else:
-                (net.a(x).sum() + net.b.bias.sum()).backward()
+                part(net, x, may_branch and rank == 1).backward()
         for name, parameter in net.named_parameters():
             for found in (first[nth][name], second[nth][name]):
                 if parameter.grad is None:

@@ -52,8 +52,6 @@ def _norms(tensor: Tensor) -> Tensor:
         return torch.linalg.vector_norm(flat, dim=0, keepdim=True, dtype=dtype)
     whole = len(flat) // NORM_BLOCK * NORM_BLOCK
     blocks = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1, dtype=dtype)
-    if whole == len(flat):
-        return blocks
     return torch.cat([blocks, torch.linalg.vector_norm(flat[whole:], dim=0, keepdim=True, dtype=dtype)])
 
 
