@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event
 from unittest.mock import Mock
 
 import pytest
 import torch
+from support.checkpointed import on_disk
 from support.made_checkpoints import ABOUT
+from support.processes import wait_for
 from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from tpresearch.checkpoint.disk import complete_checkpoints
+from tpresearch.checkpoint.disk import complete_checkpoints, folder_of
 from tpresearch.checkpoint.save import Saver
 from tpresearch.config.schema import CheckpointConfig
 from tpresearch.train.state import TrainState
 
 NO_ROOM = ("CUDA error: out of memory\nCUDA kernel errors", "DefaultCPUAllocator: can't allocate memory: you")
+
+
+def test_it_is_of_its_step_whatever_the_next_steps_change_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def written_late(state: dict[str, torch.Tensor], draft: Path) -> None:
+        may_write.wait()
+        write(state, draft)
+
+    layer, may_write = nn.Linear(2, 2), Event()
+    state = TrainState(0, layer, torch.optim.SGD(layer.parameters()))
+    saver = Saver(tmp_path, CheckpointConfig(), ABOUT, None, background=True)
+    write = saver._write_files
+    monkeypatch.setattr(saver, "_write_files", written_late)
+    saver.start(0)
+    for step in (1, 2):  # the second into the copy of the first
+        may_write.clear()
+        state.step = step
+        nn.init.constant_(layer.weight, step)
+        saver.save(state, 0, 1.0)
+        assert (saver.started, saver.written) == (step, step - 1)
+        nn.init.constant_(layer.weight, 9)
+        may_write.set()
+        wait_for(lambda step=step: saver.written == step)
+        saver.commit_written(step - 1)  # as some rank has not written it
+        assert [found.step for found in complete_checkpoints(tmp_path)] == list(range(1, step))
+        saver.commit_written(step)
+        assert on_disk(folder_of(tmp_path, step))["model.weight"].unique().tolist() == [step]
+    assert [found.step for found in complete_checkpoints(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("said", NO_ROOM)
