@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +23,35 @@ def test_a_committed_folder_is_whole_and_says_what_it_is_of(tmp_path: Path) -> N
     assert (found.step, found.bytes, found.manifest.plan, found.manifest.mesh) == (7, 200, "tp", {"tp": 2})
     assert [path.name for path in folder.parent.iterdir()] == ["step-00000007"]
     assert disk.find_damage(folder, found.manifest.files.items()) is None
+
+
+def test_all_of_it_is_on_disk_before_it_is_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Or a crash of the machine could leave a checkpoint that lacks something."""
+    on_disk: list[int] = []
+    rename, fsync = Path.rename, os.fsync
+
+    def inode(path: Path) -> int:
+        return path.stat().st_ino
+
+    def synced(number: int) -> None:
+        fsync(number)
+        on_disk.append(os.fstat(number).st_ino)
+
+    def renamed(draft: Path, folder: Path) -> Path:
+        assert {inode(path) for path in (draft, *draft.iterdir())} == set(on_disk)
+        assert on_disk[-1] == inode(draft), "with the entries of all its files"
+        return rename(draft, folder)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    folder = save(tmp_path, 7)
+    assert len(on_disk) == 5
+    assert on_disk[-1] == inode(folder.parent), "where it got its name"
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        disk.sync_and_checksum(folder / ".metadata")
 
 
 def rewrite(folder: Path, **values: object) -> None:

@@ -26,7 +26,6 @@ from tpresearch.checkpoint.faults import fault_point
 
 CHECKPOINTS_FOLDER, MANIFEST_FILE = "checkpoints", "checkpoint.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-DRAFT_FOLDER = re.compile(r"\.step-\d{8,}\.draft")
 FORMAT_VERSION = 1
 """Version of the format of checkpoints. A reader refuses a later one."""
 
@@ -236,8 +235,7 @@ def prune(run: Path, keep: int, keep_every: int | None) -> None:
 def clear_drafts(run: Path) -> None:
     """Remove the leftovers of processes that died while writing or deleting."""
     for draft in (run / CHECKPOINTS_FOLDER).glob(".step-*.draft"):
-        if DRAFT_FOLDER.fullmatch(draft.name):
-            _remove(draft)
+        _remove(draft)
 
 
 def set_aside_after(run: Path, step: int) -> list[Path]:
