@@ -273,20 +273,18 @@ def test_a_slower_candidate_is_not_said_to_be_as_fast() -> None:
     assert why_slower(candidate(0.9, 0.15, 0.1), best) == "matmuls +10.0%, FSDP's copies +5.0%"
 
 
-def test_the_command_of_the_best_one_is_whole_and_valid() -> None:
+def test_the_command_of_the_best_one_is_whole_and_valid(tmp_path: Path) -> None:
     """What was typed and is not the planner's to choose, what it composes besides, and what it chose."""
     cfg = config("model=llama2_debug", "train.global_batch_size=64")
     best = next(one for one in candidate_plans(cfg, 16, cluster()) if isinstance(one, Candidate))
     typed = ["gpus=16", "model=llama2_debug", "train.global_batch_size=64", "data.seq_len=64"]
-    typed += [
-        "parallel.activation_checkpointing=full",
-        "parallel.compile=true",
-        "cluster.numbers.memory_gb.value=1",
-    ]
+    own = [f"hydra.searchpath=[file://{tmp_path}]", "parallel.compile=true"]
+    typed += ["parallel.activation_checkpointing=full", "cluster.numbers.memory_gb.value=1"]
+    typed += ["hydra.run.dir=plans", *own]
     command = training_command(best, typed, cluster(), MeshConfig(), {})
     assert (command.hosts, command.ranks) == (2, 8)
-    assert list(command.arguments[:5]) == [f"experiment={EXPERIMENT}", *typed[1:4], "parallel.compile=true"]
-    assert " ".join(command.arguments[5:]) == best.overrides
+    assert list(command.arguments[:6]) == [f"experiment={EXPERIMENT}", *typed[1:4], *own]
+    assert " ".join(command.arguments[6:]) == best.overrides
     assert validate(config(*command.arguments), 16, command.hosts) == best.sizes
     composed = yaml.safe_load((conf_dir() / "planner.yaml").read_text())["defaults"]
     assert {"experiment": EXPERIMENT} in composed

@@ -29,7 +29,7 @@ CHOSEN_KEYS = ("world_size", "mesh", "train.micro_batch_size")
 PLAN_KEYS = ("parallel", "parallel.tensor", "parallel.data", "parallel.activation_checkpointing")
 """Keys that the planner chooses."""
 PLANNER_KEYS = (*CHOSEN_KEYS, "gpus", "cluster", "hydra")
-"""Those, and keys that only it reads."""
+"""Those, and keys that only it reads, but for hydra.searchpath."""
 
 
 def report(ranking: Ranking, name: str, gpus: int, cluster: str, command: Command | None) -> str:
@@ -115,7 +115,8 @@ def training_command(
         typed: overrides of the planner's command. mesh: as it was composed: an experiment may set an axis that the candidate has
             not. options: of each config group: an experiment leaves some to the program's defaults.
     """
-    kept = [word for word in typed if not _changes(word, PLANNER_KEYS)]
+    searched = "hydra.searchpath"  # where a model of one's own is found
+    kept = [word for word in typed if override_key(word) == searched or not _changes(word, PLANNER_KEYS)]
     named = {override_key(word) for word in kept}
     if "experiment" in named:
         chosen = {group: options.get(group) for group in OWN_DEFAULTS if group not in named}
