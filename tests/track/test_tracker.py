@@ -260,3 +260,8 @@ def test_a_run_that_may_not_resume_keeps_its_record(
     with pytest.raises(ConfigError), track(start_step=STEPS):
         raise ConfigError("resume", run_dir, "none of its checkpoints can be loaded", "a run that has one")
     assert (read_summary(run_dir), read_metrics(run_dir)) == before
+    resumed = track(start_step=STEPS)
+    resumed.resume_from(STEPS)
+    with pytest.raises(ConfigError), resumed:
+        raise ConfigError("train.micro_batch_size", 8, "a device is out of memory", "fewer rows at a time")
+    assert read_summary(run_dir)["status"] == "failed", "it was not refused: it ran, and had no room"

@@ -105,7 +105,7 @@ class Tracker:
         self._cfg, self._run_dir, self._facts, self._plan = cfg, run_dir, facts, plan
         self._console = console or Console(highlight=False)
         self._began, self._total_steps = time.monotonic(), total_steps
-        self._ended, self._next_steps = False, next_steps
+        self._ended, self._may_be_refused, self._next_steps = False, start_step > 0, next_steps
         self._last_row: Row | None = None
         self._repeated_rates: dict[int, float | None] = {}
         self._step_ledger: StepLedger | None = None
@@ -144,6 +144,7 @@ class Tracker:
             step: that of the checkpoint that was loaded, which may be older than the newest.
         """
         self._start_from(step)
+        self._may_be_refused = False
         (self._run_dir / record.SUMMARY_FILE).unlink(missing_ok=True)
         logged = record.read_metrics(self._run_dir)
         self._repeated_rates = {step_of(row): row["train/lr"] for row in logged if step_of(row) > step}
@@ -151,10 +152,9 @@ class Tracker:
         if self._wandb:
             for row in record.read_metrics(self._run_dir):
                 self._wandb.log(row)
-        if step == 0:
-            return
-        resumption = {"step": step, "world_size": self._facts.world_size, "mesh": self._facts.mesh}
-        record.record_resumption(self._run_dir, resumption)
+        if step:
+            ran_on = {"world_size": self._facts.world_size, "mesh": self._facts.mesh}
+            record.record_resumption(self._run_dir, {"step": step, **ran_on})
 
     def lacks_held_out_loss(self) -> bool:
         """Whether the row of the step that the run resumes from has none, as where a signal stopped its evaluation."""
@@ -275,7 +275,7 @@ class Tracker:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.finish()
-        elif isinstance(error, ConfigError) and self._start_step and self._last_row is None:
+        elif isinstance(error, ConfigError) and self._may_be_refused:
             self._end_silently()
         else:
             self.finish(_status(error), _error_line(error))
