@@ -61,12 +61,10 @@ def sum_over(mesh: DeviceMesh, values: Tensor, axes: tuple[str, ...]) -> Tensor:
 
 
 def sum_coalesced(mesh: DeviceMesh, tensors: list[Tensor], axis: str) -> None:
-    """Sum tensors, in place, over the ranks along one axis, in one all-reduce per dtype, in at least float32."""
-    for dtype in {t.dtype for t in tensors}:
-        chosen = [t for t in tensors if t.dtype == dtype]
-        wide = torch.promote_types(dtype, torch.float32)
-        flat = torch.cat([t.flatten() for t in chosen])
-        flat = flat.to(mesh.device_type, wide)  # offloaded ones are on the CPU
-        summed = sum_over(mesh, flat, (axis,)).split([t.numel() for t in chosen])
-        for tensor, value in zip(chosen, summed, strict=True):
-            tensor.copy_(value.view_as(tensor))
+    """Sum tensors of one dtype, in place, over the ranks along one axis, in one all-reduce, in at least float32."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    flat = flat.to(mesh.device_type, wide)  # offloaded ones are on the CPU
+    summed = sum_over(mesh, flat, (axis,)).split([t.numel() for t in tensors])
+    for tensor, value in zip(tensors, summed, strict=True):
+        tensor.copy_(value.view_as(tensor))
