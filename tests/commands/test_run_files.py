@@ -10,6 +10,7 @@ from support import composed
 from support.trainings import Start, Trained
 
 from tpresearch.config.compose import as_dict
+from tpresearch.launch.claim import RUN_FILES
 
 pytestmark = pytest.mark.cli
 
@@ -37,6 +38,7 @@ def test_the_phases_of_a_step_make_up_its_time(run_2d: Trained) -> None:
 
 def test_the_run_folder_holds_every_file(run_2d: Trained) -> None:
     assert {path.name for path in run_2d.folder.iterdir()} == FILES
+    assert FILES - {".lock"} <= {*RUN_FILES}, "all is set aside where another run gets the folder"
     assert {path.name for path in (run_2d.folder / ".hydra").iterdir()} == {
         "config.yaml",
         "hydra.yaml",

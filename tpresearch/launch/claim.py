@@ -26,7 +26,12 @@ RUN_FILES = (
     "train.log",
     "ranks",
     "wandb",
+    "tensorboard",
+    "profiler",
+    "tokenizer",
     "checkpoints",
+    "simulate.json",
+    "trace.json",
 )
 """Patterns of all files that a run leaves in its folder. Any others are the user's and stay."""
 RUN_MARKERS = (".hydra", "metrics.jsonl", "summary.json")
