@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -241,8 +242,10 @@ def test_of_a_foreign_tokenizer_a_run_keeps_every_file(
     path = wordlevel(tmp_path / "foreign", words, bos_token={"content": "<s>"}, eos_token="<end>", more=1)
     (path / "chat_template.jinja").write_text("{{ messages }}")
     foreign = TokenizerConfig(kind=TokenizerKind.hf, vocab_size=4, path=str(path))
-    prepared(configure(str(texts / "part0/*.txt")), foreign).save_tokenizer(foreign, tmp_path)
+    corpus = prepared(configure(str(texts / "part0/*.txt")), foreign)
+    corpus.save_tokenizer(foreign, tmp_path)
     kept = tmp_path / "tokenizer"
+    corpus.save_tokenizer(dataclasses.replace(foreign, path=str(kept)), tmp_path)  # which it has already
     one, other = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in (kept, path))
     assert one == other
     assert special_ids(kept) == (2, 3)

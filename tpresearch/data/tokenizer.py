@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -177,9 +178,9 @@ def save_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig, run: Path) -> 
     if config.kind is TokenizerKind.hf:
         _, home = _load(config.path)
         for path in {path for pattern in KEPT_FILES for path in home.glob(pattern) if path.is_file()}:
-            shutil.copyfile(path, folder / path.name)
+            _copy(path, folder / path.name)
         if (named := Path(os.path.expanduser(str(config.path)))).is_file():  # beside which may be another
-            shutil.copyfile(named, folder / TOKENIZER_FILE)
+            _copy(named, folder / TOKENIZER_FILE)
     if not (folder / TOKENIZER_FILE).exists():
         tokenizer.save(folder / TOKENIZER_FILE)
     if not (folder / SETTINGS_FILE).exists():
@@ -187,6 +188,11 @@ def save_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig, run: Path) -> 
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
         settings["clean_up_tokenization_spaces"] = False
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _copy(path: Path, kept: Path) -> None:
+    with suppress(shutil.SameFileError):  # where the run's own folder has it
+        shutil.copyfile(path, kept)
 
 
 def special_ids(folder: Path) -> tuple[int | None, int | None]:
