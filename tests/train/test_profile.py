@@ -58,6 +58,15 @@ def event(name: str, kind: str, micros: float, annotation: bool = False) -> Any:
     )
 
 
+def test_a_disk_that_takes_no_profile_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "profiler").touch()
+    profiler = Profiler(ProfilerConfig(first_step=3, steps=1), tmp_path / "profiler", 0, False)
+    with assembled(config("model=toy_mlp", "parallel=none", "train.steps=4"), watching=[profiler]) as loop:
+        for _ in range(4):
+            loop.step()
+    assert [record.message for record in caplog.records] == ["the profile cannot be written: File exists"]
+
+
 def test_on_cuda_kernels_alone_are_summed_and_not_the_ranges_around_them() -> None:
     ranges = ("forward", "Optimizer.step#AdamW.step", "## Call CompiledFxGraph abc ##")
     events = [

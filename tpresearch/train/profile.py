@@ -65,7 +65,6 @@ class Profiler(Observer):
             yield
 
     def _start(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         if self._config.memory and self._on_cuda:
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
         # Else it writes lines of its own on each rank (torch 2.13).
@@ -80,13 +79,21 @@ class Profiler(Observer):
         if self._on_cuda:
             torch.cuda.synchronize()
         profiled.stop()
+        try:
+            self._write(profiled)
+        except OSError as problem:  # which costs no run
+            log.warning("the profile cannot be written: %s", problem.strerror)
+        if self._config.memory and self._on_cuda:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, profiled: profile) -> None:
         where = self._folder
+        where.mkdir(parents=True, exist_ok=True)
         profiled.export_chrome_trace(str(where / f"trace-rank{self._rank}.json.gz"))
         found = summarize(profiled.key_averages(), self._on_cuda, self._config.steps)
         (where / f"kernels-rank{self._rank}.json").write_text(json.dumps(found, indent=1) + "\n")
         if self._config.memory and self._on_cuda:
             torch.cuda.memory._dump_snapshot(str(where / f"memory-rank{self._rank}.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
         classes = ", ".join(f"{name} {row['ms']:.1f}" for name, row in found["classes"].items())
         log.info("profile of %d steps in %s: ms per step: %s", self._config.steps, where, classes)
         if not classes:
