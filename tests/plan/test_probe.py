@@ -49,6 +49,11 @@ class Unfit(Pair):
 class Asks(Pair):
     def forward(self, tokens):
         return super().forward(tokens)[0] * (tokens.max().item() > 0)
+
+class Wide(Pair):
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        return self.output(nn.functional.scaled_dot_product_attention(x.float(), x, x))
 """
 
 
@@ -79,6 +84,12 @@ NET = ("model=toy_net", "data=uniform", "train.loss=sum", "parallel=none")
         (["+model._target_=probed_nets.Narrow"], "model", "[8, 16, 7]", None),
         (["+model._target_=probed_nets.Misspelt"], "model", "AttributeError at {here}, line 23: ", None),
         (["+model._target_=probed_nets.Unfit"], "model", "RuntimeError at {here}, line 27: ", None),
+        (
+            ["+model._target_=probed_nets.Wide", "train.dtype=bfloat16", "train.weights=bfloat16"],
+            "model",
+            "RuntimeError at {here}, line 36: Expected query, key, and value to have the same dtype",
+            None,
+        ),
         (["+model._target_=probed_nets.Judges"], "model", "'targets'", None),
         (
             ["+model._target_=probed_nets.Narrow", "train.loss=sum"],

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from support.assembled import assembled
 from support.composed import config, corpus
+from support.nets import model
+from support.odd_nets import Counting
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -89,3 +91,14 @@ def test_in_bfloat16_alone_nothing_is_wider_but_buffers() -> None:
     moments = [t for held in state.optimizer.state.values() for key, t in held.items() if key != "step"]
     assert {t.dtype for t in (*moments, *state.model.parameters())} == {torch.bfloat16}
     assert state.model.rotary.dtype == torch.float32
+
+
+def test_whole_numbers_and_flags_are_not_rounded() -> None:
+    """A float32 run's losses to rounding: of 1001 as bfloat16 the model would make 0."""
+    nets = ("parallel=none", "train.loss_chunk=null", *model(Counting))
+    losses = []
+    for words in ((), ("train.dtype=bfloat16",)):
+        with assembled(config(*nets, *words)) as loop:
+            losses.append(loop.step().loss.item())
+            assert loop.state.weights()["counts.offsets"].dtype is torch.long
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

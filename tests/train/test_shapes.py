@@ -54,6 +54,17 @@ def test_the_line_of_the_model_is_named() -> None:
         torch.zeros(2, 16) @ torch.zeros(32, 2)
 
 
+def product(x: Tensor) -> Tensor:
+    return x @ torch.zeros(16, 2, dtype=torch.bfloat16)
+
+
+def test_a_line_that_mixes_dtypes_is_named_whatever_the_plan() -> None:
+    line = inspect.getsourcelines(product)[1] + 1
+    at = rf"model=mine: it ends at {__file__}, line {line}: expected m1 and m2 to have the same dtype, .*; a forward that mixes no"
+    with pytest.raises(WrongModel, match=at), refusing_shapes("mine", plan("parallel=fsdp")):
+        product(torch.zeros(2, 16))
+
+
 def test_other_errors_and_those_without_rules_are_what_they_were() -> None:
     with pytest.raises(RuntimeError, match=r"^shape"), refusing_shapes("mine", plan("parallel=fsdp")):
         heads(torch.zeros(2, 16))

@@ -129,6 +129,9 @@ def first_line(error: BaseException) -> str:
     return next(filter(None, lines), type(error).__name__)
 
 
+NO_PLACE = "its forward"
+
+
 def place_of(error: BaseException) -> str:
     """Where a model's own code ended, as `mine/net.py, line 3`: the last line that is neither a library's nor this package's other code."""
     package = Path(__file__).parents[1]
@@ -138,4 +141,4 @@ def place_of(error: BaseException) -> str:
         if "site-packages" not in (path := Path(frame.filename)).parts
         and (not path.is_relative_to(package) or path.is_relative_to(package / "models"))
     )
-    return next(lines, "its forward")
+    return next(lines, NO_PLACE)

@@ -12,7 +12,7 @@ from tpresearch.config.errors import ConfigError, WrongModel, one_line, place_of
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import needs_logits
 
-OTHER_KIND = "dtype|scalar type|bias type|token ids"
+OTHER_KIND = re.compile(r"\b(long|int|int64|int32|token ids)\b", re.IGNORECASE)
 """Of errors of layers that are given token ids for numbers, or numbers for token ids."""
 
 
@@ -46,7 +46,7 @@ def incompatible(inputs: Tensor, cfg: Config, error: Exception) -> ConfigError:
         )
     shapes = _format_shape(inputs.shape), "x".join(map(str, inputs.shape))
     of_width = any(shape in str(error) for shape in shapes)  # the first layer's, and no other's
-    if not (of_width or re.search(OTHER_KIND, str(error))):
+    if not (of_width or OTHER_KIND.search(str(error))):
         why = f"{type(error).__name__} at {place_of(error)}: {one_line(error)}"
         return WrongModel(cfg.model.name, why, f"a forward that takes inputs {_format_shape(inputs.shape)}")
     kind = "numbers" if inputs.is_floating_point() else "token ids"

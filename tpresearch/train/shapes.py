@@ -1,4 +1,4 @@
-"""A forward that fits the whole model, and not a rank's shards of it: one sentence, with the line of the model's code."""
+"""A forward that fits the whole model, and not a rank's shards of it, or mixes dtypes: one sentence, with the line of the model's code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tpresearch.config.errors import WrongModel, one_line, place_of
+from tpresearch.config.errors import NO_PLACE, WrongModel, one_line, place_of
 from tpresearch.launch.logs import IN_FILES_ONLY
 from tpresearch.plan.compiler import Plan
 
@@ -19,18 +19,25 @@ SIGNS = (
 )
 """Of torch's errors where the sizes of tensors do not fit each other, or one is sharded and the other is not."""
 
+DTYPES = "same dtype|match weight dtype|scalar type|type .* should be the same"
+"""Of those where the dtypes of tensors do not."""
+
 
 @contextmanager
 def refusing_shapes(model: str, plan: Plan) -> Iterator[None]:
-    """Context in which a model is trained under its sharding rules. It ran whole before, on the meta device: where sizes do not fit
-    here, the rules or what the forward takes for granted are the cause.
+    """Context in which a model is trained under its sharding rules. It ran whole before, on the meta device and in float32: where
+    sizes do not fit here, the rules or what the forward takes for granted are the cause, and where dtypes do not, train.dtype is.
 
     Raises:
         WrongModel: with the line of its code.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        if re.search(DTYPES, str(error)) and (place := place_of(error)) != NO_PLACE:
+            log.exception("torch's error", extra=IN_FILES_ONLY)
+            legal = "a forward that mixes no dtypes: with train.dtype=bfloat16 weights are bfloat16 in it, and buffers what they were"
+            raise WrongModel(model, f"it ends at {place}: {one_line(error)}", legal) from None
         if not plan.rules or plan.probe.output is None or not re.search(SIGNS, str(error)):
             raise
         log.exception("torch's error", extra=IN_FILES_ONLY)

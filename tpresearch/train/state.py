@@ -35,7 +35,7 @@ class MasterWeights:
         copies: dict[int, nn.Parameter] = {}
         for module in model.modules():
             for key, master in module._parameters.items():  # a tied one at each of its places
-                if master is not None:
+                if master is not None and master.is_floating_point():
                     if id(master) not in copies:
                         copies[id(master)] = _copy_of(master)
                     self._places.append((module, key, master, copies[id(master)]))
@@ -45,8 +45,8 @@ class MasterWeights:
         self._swap(copies=True)
 
     def of(self, copy: nn.Parameter) -> nn.Parameter:
-        """The master of one of the model's parameters."""
-        return self._masters[id(copy)]
+        """The master of one of the model's parameters; whole numbers and flags are their own, which bfloat16 would round."""
+        return self._masters.get(id(copy), copy)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
