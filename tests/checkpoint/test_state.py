@@ -26,7 +26,7 @@ from tpresearch.config.world import World
 from tpresearch.launch import Run
 from tpresearch.plan.meta import meta_model
 from tpresearch.train.preflight import preflight
-from tpresearch.train.saving import check_disk, checkpoint_bytes
+from tpresearch.train.saving import check_disk, checkpoint_bytes, log_resumption
 from tpresearch.verify.ranks import Ranks
 
 KINDS = {
@@ -120,6 +120,26 @@ def test_a_disk_needs_room_for_what_is_kept_and_one_more_or_for_all_that_comes(
     said = f" free, and {f'{wanted} checkpoints take' if wanted > 1 else 'a checkpoint takes'} "
     with pytest.raises(ConfigError, match=said):
         check_disk(job, Run(tmp_path, World()), found)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [("cosine", "is 0.0854 instead of 0.05"), ("constant", "stays 0.1"), ("wsd", "is 0.075 instead of 0.05")],
+)
+def test_where_a_budget_has_grown_it_is_told_what_becomes_of_the_learning_rate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, rates: str
+) -> None:
+    typed = "schedule.warmup_steps=0", "schedule.min_lr_ratio=0", "schedule.decay_ratio=1", "optimizer.lr=0.1"
+    cfg = config("parallel=none", "model=toy_mlp", f"schedule={name}", *typed, "train.steps=8")
+    with caplog.at_level("INFO"):
+        saved = read_checkpoint(save(tmp_path, 2))
+        log_resumption(
+            [replace(saved, manifest=replace(saved.manifest, steps=4))], 2, preflight(cfg, World())
+        )
+    assert [record.message for record in caplog.records] == [
+        f"resumes from step 2 of 8: {saved.folder}",
+        f"the budget has grown from 4 to 8 steps: the learning rate of the next step {rates}",
+    ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
