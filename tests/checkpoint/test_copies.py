@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from tpresearch.checkpoint.disk import complete_checkpoints, folder_of
-from tpresearch.checkpoint.save import Saver
+from tpresearch.checkpoint.save import SaveFailed, Saver
 from tpresearch.config.schema import CheckpointConfig
 from tpresearch.train.state import TrainState
 
@@ -49,6 +49,32 @@ def test_it_is_of_its_step_whatever_the_next_steps_change_meanwhile(
         saver.commit_written(step)
         assert on_disk(folder_of(tmp_path, step))["model.weight"].unique().tolist() == [step]
     assert [found.step for found in complete_checkpoints(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_weights_that_are_not_finite_are_left_out_and_a_step_is_saved_once(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, background: bool
+) -> None:
+    layer = nn.Linear(2, 2)
+    state = TrainState(1, layer, torch.optim.SGD(layer.parameters()))
+    saver = Saver(tmp_path, CheckpointConfig(), ABOUT, None, background)
+    saver.start(0)
+    nn.init.constant_(layer.weight, float("nan"))
+    saver.save(state, 0, None)
+    saver.finish()
+    assert "step 1: checkpoint not saved: model.weight is not finite" in caplog.text
+    state.step = 2
+    with pytest.raises(SaveFailed, match=r"no checkpoint of the last step, 2: model\.weight is not finite"):
+        saver.save(state, 0, None, last=True)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    nn.init.ones_(layer.weight)
+    state.step = 3
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            saver.save(state, 0, 1.0)
+            saver.finish()
+    assert caplog.text.count("checkpoint: step 3, ") == 1
+    assert [found.step for found in complete_checkpoints(tmp_path)] == [3]
 
 
 @pytest.mark.parametrize("said", NO_ROOM)
