@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support.assembled import planned, ranks_of_a_host, refusal
 from support.composed import config
 from support.counted_steps import FAKE
-from support.nets import model
+from support.nets import InFront, model
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -74,6 +74,7 @@ def test_what_cannot_be_read_is_refused(override: str, field: str, offered: str)
     [
         (["model=llama2_tiny", "parallel=tp"], 3, "model.n_heads=16", "1 2 4 8 16"),
         (["model=toy_mlp", "parallel=tp", "model.hidden_dim=30"], 4, "model.hidden_dim=30", "1 2"),
+        ([*model(InFront), "parallel=sp", "data.seq_len=16"], 2, "mlp.in_proj.input.shape[1]=17", "1"),
     ],
 )
 def test_what_tp_does_not_divide_is_refused(

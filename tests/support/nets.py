@@ -241,3 +241,11 @@ class AddsInPlace(ToyLM):
         hidden = self.first(embedded)
         hidden += embedded
         return self.output(self.mlp(hidden))
+
+
+class InFront(ToyLM):
+    """With a token in front of each row, as a class token or a register."""
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        x = self.embed(tokens)
+        return self.output(self.mlp(torch.cat((x[:, :1], x), dim=1)))[:, 1:]

@@ -95,7 +95,7 @@ def _changes(parameter: nn.Parameter) -> int:
 
 def summing_layers(model: nn.Module, plan: Plan, loss_chunk: int | None) -> dict[nn.Linear, nn.Parameter]:
     """The linear layers that run as `nn.Linear` does and learn, and their weights: a matmul can add to these gradients."""
-    called, chunked_head = plan.probe.dims, plan.chunked_head if loss_chunk else None
+    called, chunked_head = plan.probe.shapes, plan.chunked_head if loss_chunk else None
     found = {
         layer: layer._parameters.get("weight")
         for name, layer in model.named_modules()

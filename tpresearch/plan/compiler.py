@@ -23,7 +23,14 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batch_size
 from tpresearch.plan.initializers import Initializer, read_initializers
 from tpresearch.plan.probe import Probe
-from tpresearch.plan.rules import ResolvedRule, can_chunk_logits, check_layouts, resolve_rule, runs_as
+from tpresearch.plan.rules import (
+    ResolvedRule,
+    can_chunk_logits,
+    check_layouts,
+    resolve_rule,
+    runs_as,
+    tensors_of,
+)
 from tpresearch.plan.sequence import check_sequence
 
 
@@ -111,7 +118,9 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) 
         rules = _expand_rules(compiled, names)
         _check_module_types(model, rules)
         check_layouts(rules, probe)
-        check_divisible(parallel, sizes, [*declared_counts(cfg), *_sharded_counts(model, cfg, sizes, rules)])
+        check_divisible(
+            parallel, sizes, [*declared_counts(cfg), *_sharded_counts(model, cfg, sizes, rules, probe)]
+        )
         check_sequence(model, cfg, parallel.tensor, rules, probe)
     by_own_style = {name for name, rule in rules.items() if rule.rule.target}
     replicated = [
@@ -191,7 +200,7 @@ def _separable(model: nn.Module, probe: Probe) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if name in probe.dims
+        if name in probe.shapes
         and name not in probe.read_outside_forward
         and all(uses[id(p)] == 1 for p in module.parameters())
     ]
@@ -226,7 +235,7 @@ def _check_module_types(model: nn.Module, rules: dict[str, ResolvedRule]) -> Non
 
 
 def _sharded_counts(
-    model: nn.Module, cfg: Config, sizes: MeshSizes, rules: dict[str, ResolvedRule]
+    model: nn.Module, cfg: Config, sizes: MeshSizes, rules: dict[str, ResolvedRule], probe: Probe
 ) -> Iterator[ShardedCount]:
     """Every other count that a rule shards, except the vocabulary, which DTensor pads."""
     for name, rule in rules.items():
@@ -243,6 +252,10 @@ def _sharded_counts(
         if rule.shards_batch:
             rows = micro_batch_size(cfg, sizes)
             yield ShardedCount(rule.axis, "train.micro_batch_size", rows, f"rule {rule.name} splits its rows")
+        for side, layout, shape in tensors_of(rule, probe.shapes[name]) if name in probe.shapes else ():
+            if isinstance(layout, Shard) and shape and not (rule.output_stays_sharded and side == "output"):
+                what = f"{name}.{side}.shape[{layout.dim}]"
+                yield ShardedCount(rule.axis, what, shape[layout.dim], f"rule {rule.name} splits it")
 
 
 def unit_of(name: str, units: Iterable[str]) -> str | None:

@@ -24,15 +24,15 @@ from tpresearch.config.schema import Config
 from tpresearch.plan.compatible import incompatible
 from tpresearch.plan.features import Across, FeatureUse, PositionUse
 
-Ndims = tuple[int | None, ...]
+Shapes = tuple[torch.Size | None, ...]
 PYTHON = "python"
 
 
-class Dims(NamedTuple):
-    """Number of dims of each input and output of a module, by position; None for what is not a tensor."""
+class CallShapes(NamedTuple):
+    """The shape of each input and output of a module, by position; None for what is not a tensor."""
 
-    inputs: Ndims
-    outputs: Ndims
+    inputs: Shapes
+    outputs: Shapes
     is_last: bool
     """No layer with parameters was called after it."""
 
@@ -51,7 +51,7 @@ class Probe:
     """By the name of a module that draws random numbers, as dropout does, and by that of a function that draws there: for each
     call in a micro-batch, the number of elements of its first tensor (see `elements_of`). `PYTHON` stands for draws by the generators
     of Python and NumPy, which are noted as the model's."""
-    dims: dict[str, Dims] = field(default_factory=dict)
+    shapes: dict[str, CallShapes] = field(default_factory=dict)
     """By module name, for modules that were called."""
     read_outside_forward: frozenset[str] = frozenset()
     """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`."""
@@ -123,7 +123,7 @@ class _ProbeMode(TorchDispatchMode):
         """By which module, and in a call of which function."""
         self._features, self._positions = FeatureUse(), PositionUse()
         self._layers_called = 0
-        self._dims: dict[str, tuple[Ndims, Ndims, int]] = {}
+        self._shapes: dict[str, tuple[Shapes, Shapes, int]] = {}
         self._views: list[tuple[str, Tensor, int]] = []
         """Outputs of modules, and how often each was changed in place before it was returned."""
 
@@ -152,14 +152,14 @@ class _ProbeMode(TorchDispatchMode):
         if any(True for _ in module.parameters(recurse=False)):
             self._positions.made(name, output)
         outputs = output if isinstance(output, tuple) else (output,)
-        self._dims[name] = _count_dims(args), _count_dims(outputs), self._layers_called
+        self._shapes[name] = _shapes_of(args), _shapes_of(outputs), self._layers_called
         self._views += [(name, t, t._version) for t in outputs if isinstance(t, Tensor) and t._is_view()]
 
     def result(self, output: Tensor, head: str | None, model: nn.Module) -> Probe:
         """What was recorded, once the model has returned."""
-        dims = {
-            name: Dims(inputs, outputs, called == self._layers_called)
-            for name, (inputs, outputs, called) in self._dims.items()
+        shapes = {
+            name: CallShapes(inputs, outputs, called == self._layers_called)
+            for name, (inputs, outputs, called) in self._shapes.items()
         }
         draws: dict[str, dict[str, list[int]]] = {}
         for module, function in dict.fromkeys(self.draws):
@@ -177,7 +177,7 @@ class _ProbeMode(TorchDispatchMode):
             frozenset(self.no_input_grad),
             head,
             draws,
-            dims,
+            shapes,
             frozenset(self.read_outside_forward),
             changed_buffers=changed,
             changed_outputs=outputs,
@@ -262,5 +262,5 @@ def _run_with_head(model: nn.Module, inputs: Tensor) -> tuple[object, _ProbeMode
     return (output, watch, name) if name else None
 
 
-def _count_dims(values: tuple[object, ...]) -> Ndims:
-    return tuple(value.dim() if isinstance(value, Tensor) else None for value in values)
+def _shapes_of(values: tuple[object, ...]) -> Shapes:
+    return tuple(value.shape if isinstance(value, Tensor) else None for value in values)

@@ -5,10 +5,11 @@ ParallelStyle.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -27,7 +28,7 @@ from tpresearch.config.mesh import SEQUENCE_DIM
 from tpresearch.config.model import Rule
 from tpresearch.config.near_names import nearest
 from tpresearch.config.values import imported_class, instantiate
-from tpresearch.plan.probe import Dims, Ndims, Probe
+from tpresearch.plan.probe import CallShapes, Probe, Shapes
 
 OUTPUT_LAYOUTS = {"logits": Shard(-1), "batch": Shard(0)}
 """Layouts of a model's output that the loss can use: sharded over the vocabulary, or over the batch's rows."""
@@ -204,7 +205,7 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
     """Refuse layouts that torch would reject only in the first step.
 
     Args:
-        rules: by module name. probe: the dims of a module that it has not called are not checked.
+        rules: by module name. probe: what has not been called there is not checked.
 
     Raises:
         ConfigError: naming the rule's key.
@@ -212,29 +213,41 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
     for name, rule in rules.items():
         if rule.rule.target:
             continue
-        dims = probe.dims.get(name)
-        if dims is not None and not dims.inputs and rule.rule.style != "output":
+        shapes = probe.shapes.get(name)
+        if shapes is not None and not shapes.inputs and rule.rule.style != "output":
             why = f"{name} is called with keyword arguments alone"
             legal = "a call that passes the input by position"
             raise ConfigError(f"{rule.config_key}.match", rule.rule.match, why, legal)
         if rule.rule.style in ("input", "output"):
-            if dims is not None:
-                _check_converted_layouts(name or "the model", rule, dims)
+            if shapes is not None:
+                _check_converted_layouts(name or "the model", rule, shapes)
         else:
             _check_layer_layouts(rule)
-            if dims is not None:
-                _check_dims(f"{rule.config_key}.src", f"input of {name}", rule.src, dims.inputs)
-                _check_dims(f"{rule.config_key}.dst", f"output of {name}", rule.dst, dims.outputs)
+            if shapes is not None:
+                _check_dims(f"{rule.config_key}.src", f"input of {name}", rule.src, shapes.inputs)
+                _check_dims(f"{rule.config_key}.dst", f"output of {name}", rule.dst, shapes.outputs)
         op = probe.across_features.get(name)
-        last = (dims.outputs[0] or 0) - 1 if dims and dims.outputs else -1
+        last = len(shapes.outputs[0] or ()) - 1 if shapes and shapes.outputs else -1
         if op and not rule.output_stays_sharded and rule.dst[0] in (Shard(-1), Shard(last)):
             why = f"{op} needs all features of the output of {name}, and each rank would apply it to its shard alone"
             legal = "replicate; or in the model a layer of its own for each part, or heads in a dim of their own before it"
             fix = {f"{rule.config_key}.dst": "replicate"}
             raise ConfigError(f"{rule.config_key}.dst", rule.rule.dst or "shard:-1", why, legal, fix=fix)
-        if rule.output_stays_sharded and dims is not None and not dims.is_last:
+        if rule.output_stays_sharded and shapes is not None and not shapes.is_last:
             why = f"other layers follow {name}, whose output is therefore not what the loss is computed on"
             raise ConfigError(f"{rule.config_key}.dst", rule.rule.dst, why, "replicate, or shard:N")
+
+
+def tensors_of(
+    rule: ResolvedRule, shapes: CallShapes
+) -> Iterator[tuple[str, Placement | None, torch.Size | None]]:
+    """Each tensor that a rule gives a layout: whether it is an input or an output, the layout, and the whole tensor's shape."""
+    before, after = {"input": ("input", "input"), "output": ("output", "output")}.get(
+        rule.label, ("input", "output")
+    )
+    for side, layouts in ((before, rule.src), (after, rule.dst)):
+        for layout, shape in zip(layouts, shapes.inputs if side == "input" else shapes.outputs, strict=False):
+            yield side, layout, shape
 
 
 def _check_layer_layouts(rule: ResolvedRule) -> None:
@@ -253,10 +266,10 @@ def _check_layer_layouts(rule: ResolvedRule) -> None:
         )
 
 
-def _check_converted_layouts(name: str, rule: ResolvedRule, dims: Dims) -> None:
+def _check_converted_layouts(name: str, rule: ResolvedRule, shapes: CallShapes) -> None:
     """A rule that only converts layouts has one layout per tensor."""
     what = str(rule.rule.style)
-    tensors = dims.inputs if what == "input" else dims.outputs
+    tensors = shapes.inputs if what == "input" else shapes.outputs
     if len(rule.src) != len(tensors):
         why = f"{len(rule.src)} layouts, and {name} has {len(tensors)} {what}s"
         legal = f"src and dst lists of {len(tensors)}, null for a tensor left alone"
@@ -265,8 +278,9 @@ def _check_converted_layouts(name: str, rule: ResolvedRule, dims: Dims) -> None:
     _check_dims(f"{rule.config_key}.dst", f"{what} of {name}", rule.dst, tensors)
 
 
-def _check_dims(key: str, what: str, layouts: Layouts, dims: Ndims) -> None:
-    for layout, count in zip(layouts, dims, strict=False):
+def _check_dims(key: str, what: str, layouts: Layouts, tensors: Shapes) -> None:
+    for layout, shape in zip(layouts, tensors, strict=False):
+        count = None if shape is None else len(shape)
         if isinstance(layout, Shard) and (count is None or not -count <= layout.dim < count):
             had = "is not a tensor" if count is None else f"has {count} dims"
             legal = "null" if count is None else f"shard:{-count} to shard:{count - 1}"

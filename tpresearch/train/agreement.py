@@ -94,9 +94,9 @@ class AgreedGradients(Observer):
         plan = self._cfg.parallel.tensor
         why = f"the gradient of {name} differs between tensor-parallel ranks that each hold all of it: "
         module = name.rpartition(".")[0]
-        dims = self._plan.probe.dims.get(module)
+        shapes = self._plan.probe.shapes.get(module)
         heads_apart = 4  # dims of [b, s, heads, d]
-        if dims and dims.inputs and (dims.inputs[0] or heads_apart) < heads_apart:
+        if shapes and shapes.inputs and shapes.inputs[0] and len(shapes.inputs[0]) < heads_apart:
             why += "the output of its module meets a shard, and its gradient is partial"
             legal = (
                 "a rule for its module with a style by which that is summed, as CopyToShards in docs/plans.md"
