@@ -41,6 +41,10 @@ def test_a_name_is_imported_when_it_is_used_and_a_config_needs_no_torch(tmp_path
     assert done.out == "[]\n['hydra']\n", done.err
 
 
+def test_a_name_is_there_for_completion() -> None:
+    assert {*tpresearch.__all__} <= {*dir(tpresearch)}
+
+
 def test_a_config_is_what_the_command_line_composes() -> None:
     words = ("model=llama2_7b", "parallel=hsdp_tp", "mesh.tp=8", "schedule=wsd", "optimizer.betas=[0.8,0.9]")
     assert as_dict(tpresearch.load(*words)) == as_dict(config(*words, small=False))
@@ -104,8 +108,12 @@ def test_a_plan_is_compiled_for_any_number_of_ranks_and_leaves_the_config_alone(
     assert lines[0] == "model=llama2_7b parallel=fsdp_tp world_size=64: {'dp_shard': 8, 'tp': 8}"
     (wq,) = [line for line in lines if "attention.wq.weight" in line]
     assert wq.split("  ")[-1] == "64x4096"
+    cfg.optimizer.lr = 7.0  # for another
+    assert plan.job.cfg.optimizer.lr == before["optimizer"]["lr"]
     with pytest.raises(ConfigError, match=r"mesh\.tp=8: "):
         tpresearch.compile_plan(cfg, world_size=12)
+    with pytest.raises(ConfigError, match=r"^world_size=0: too small; "):
+        tpresearch.compile_plan(cfg, world_size=0)
 
 
 def test_in_a_notebook_the_plan_is_a_table_of_the_same_cells_escaped() -> None:
@@ -232,6 +240,7 @@ def test_in_one_process_a_plan_of_several_ranks_is_there_to_look_at(ranks: Ranks
     sentence = "parallel=fsdp_tp: this process holds what rank 0 of 64 would hold, for inspection only; "
     sentence += "to compute with it, torchrun --nproc-per-node=64 SCRIPT.py; or parallel=none"
     assert set(seen["refused"]) == {sentence}
+    assert (seen["lr"], seen["models shown"]) == (0.003, 1)
     assert [step["train/step"] for step in seen["steps"]] == [1, 2, 1]
     assert seen["steps"][2] == pytest.approx(seen["steps"][0])
 
@@ -243,6 +252,7 @@ def looked_at(world: World) -> dict[str, Any]:
     alone = tpresearch.load(*TRAINED, "parallel=none")
     job = tpresearch.build(alone)
     steps = [job.step()]
+    alone.optimizer.lr = 7.0  # for the next job
     words = ("model=llama2_7b", "tokenizer=bpe_32k", "data=random_tokens", "parallel=fsdp_tp", "mesh.tp=8")
     look = tpresearch.build(tpresearch.load(*words), world_size=64)
     wq, refused = look.model.get_parameter("layers.0.attention.wq.weight"), []
@@ -257,6 +267,8 @@ def looked_at(world: World) -> dict[str, Any]:
         "wq": (tuple(wq.shape), tuple(wq.to_local().shape), wq.device.type),
         "mesh": {name: look.mesh[name].size() for name in names},
         "refused": refused,
+        "lr": job.loop.setup.cfg.optimizer.lr,
+        "models shown": repr(job).count("Llama2("),
         "steps": [*steps, job.step(), tpresearch.build(alone).step()],
     }
 

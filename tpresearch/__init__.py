@@ -22,6 +22,10 @@ interrupt.exit_on_interrupt()
 __all__ = ["build", "compile_plan", "load", "metrics", "runs"]
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]  # for completion
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'tpresearch' has no attribute '{name}'")

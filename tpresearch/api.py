@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import dataclasses
 import logging
 import shlex
@@ -101,8 +102,13 @@ def compile_plan(cfg: Config, world_size: int | None = None) -> CompiledPlan:
     Raises:
         ConfigError: for whatever a run with this config would be refused for.
     """
-    asked = dataclasses.replace(cfg, plan_only=True, world_size=world_size or cfg.world_size)
-    return CompiledPlan(preflight(asked, World()))
+    return CompiledPlan(preflight(_copy(cfg, world_size, plan_only=True), World()))
+
+
+def _copy(cfg: Config, world_size: int | None, plan_only: bool) -> Config:
+    """The config as it is now: the caller may change it for the next job."""
+    asked = cfg.world_size if world_size is None else world_size
+    return dataclasses.replace(copy.deepcopy(cfg), plan_only=plan_only, world_size=asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +118,7 @@ class Job:
     state: TrainState
     mesh: DeviceMesh
     """The mesh of all axes, including those of size 1: `mesh["tp"]`."""
-    steps: Loop | ConfigError
+    steps: Loop | ConfigError = dataclasses.field(repr=False)
     """What takes the steps; without the ranks, it raises an error that says so."""
 
     @property
@@ -181,8 +187,8 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     from tpresearch.train.main import check_rows, log_notes
     from tpresearch.train.same_job import check_same_job
 
-    world, asked = World.from_environment(), world_size or cfg.world_size
-    check_bounds(cfg := dataclasses.replace(cfg, plan_only=False, world_size=asked))
+    world = World.from_environment()
+    check_bounds(cfg := _copy(cfg, world_size, plan_only=False))
     alone = world.size == 1 and not world.elastic
     if alone and (ranks := world_size or ranks_needed(cfg, DEFAULT_PLAN_RANKS)) > 1:
         return _to_look_at(cfg, ranks)
