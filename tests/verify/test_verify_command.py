@@ -135,6 +135,14 @@ def test_a_plan_that_the_model_has_no_rules_for_is_refused_with_those_it_has(
     )
 
 
+def test_ranks_that_do_not_divide_a_model_are_answered_by_a_number_of_ranks_that_does(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    done = verify(ranks, tmp_path, "model=llama2_debug", "model.n_kv_heads=2", "verify.plans=[sp,fsdp]")
+    assert done.refusal.startswith("error: mesh.tp=4: does not divide model.n_kv_heads=2"), done.err
+    assert done.command_to_try[-2:] == ["verify.plans=[sp,fsdp]", "verify.world_size=2"]
+
+
 def test_plans_of_one_and_of_four_ranks_are_on_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Left to each, one process would take a machine's only GPU, and four ranks its CPU."""
     plans = {plan: [config(f"parallel={plan}"), config(f"parallel={plan}")] for plan in ("none", "fsdp_tp")}

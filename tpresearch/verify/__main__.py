@@ -44,11 +44,17 @@ def preflight(cfg: Config, world: World) -> VerifyPreflight:
     not_resuming(cfg)
     from tpresearch.verify.plans import check_moments, check_plan, configs_by_plan
 
-    plans = configs_by_plan(cfg, sys.argv[1:])
-    for cfgs in plans.values():
-        for each in cfgs:
-            check_moments(each)
-        check_plan(cfgs[0])
+    try:
+        plans = configs_by_plan(cfg, sys.argv[1:])
+        for cfgs in plans.values():
+            for each in cfgs:
+                check_moments(each)
+            check_plan(cfgs[0])
+    except ConfigError as error:
+        if error.nproc:  # the ranks of a plan that is run alone
+            error.fix = {**dict.fromkeys(error.fix), "verify.world_size": error.nproc}
+            error.nproc = None
+        raise
     return VerifyPreflight(cfg, plans)
 
 
