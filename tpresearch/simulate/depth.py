@@ -141,12 +141,13 @@ def recording(cfg: Config, sizes: MeshSizes, recorder: RecordStep) -> Recording:
 def depth_of(cfg: Config, model: nn.Module) -> tuple[int, str | None]:
     """The number of blocks, and the setting that determines it: one that adds a block when it grows by one.
 
-    None is looked for where the whole model is recorded: a shallow one, and one of whose blocks few do not tell of the others,
-    as where every sixth has another attention.
+    None where few of its blocks do not tell of the others, as where every sixth has another attention; and for a shallow model,
+    which is recorded whole, unless it is compiled: what a block keeps is told by one block more.
     """
     names = _blocks(cfg.model.blocks, model)
     depth = len(names)
-    if depth <= CHECKED_DEPTH or not _are_alike(model, names, cfg):
+    is_needed = depth > CHECKED_DEPTH or cfg.parallel.compile
+    if not (is_needed and names and _are_alike(model, names, cfg)):
         return depth, None
     for name, value in cfg.model.args.items():
         if isinstance(value, int) and not isinstance(value, bool) and value == depth:
@@ -208,8 +209,8 @@ def _are_alike(model: nn.Module, blocks: list[str], cfg: Config) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
-    _, second, *others = (mode.ops.get(name) for name in blocks)
-    return all(ops == second for ops in others)
+    _, *others = (mode.ops.get(name) for name in blocks)
+    return all(ops == others[0] for ops in others)
 
 
 def _extrapolate(less: Mapping[str, float], more: Mapping[str, float], blocks: int) -> dict[str, float]:
