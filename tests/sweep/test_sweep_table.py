@@ -36,6 +36,10 @@ def test_a_prediction_says_so_and_for_how_many_ranks(tmp_path: Path) -> None:
     assert [cell.text for cell in row] == ["0", "tp", "64", "900", "0:03", "predicted"]
     failed = job(tmp_path, 1, "parallel=tp")
     failed.composed.world_size = 64
+    assert [cell.text for cell in table_of([outcome_of(failed, 1, 3.0)]).rows[0]][:3] == ["1", "tp", "2"], (
+        "it trains"
+    )
+    failed.composed.cluster = {"name": "h100_dgx"}
     assert [cell.text for cell in table_of([outcome_of(failed, 1, 3.0)]).rows[0]][:3] == ["1", "tp", "64"]
 
 

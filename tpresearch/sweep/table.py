@@ -68,7 +68,8 @@ def _swept(outcomes: Sequence[Outcome], keys: Sequence[str]) -> dict[str, Column
 
 def _ranks(outcome: Outcome) -> int:
     """Those of the job, or those that its one process simulates, also where it failed."""
-    simulated: int | None = OmegaConf.select(outcome.job.composed, "world_size")
+    composed = outcome.job.composed
+    simulated: int | None = OmegaConf.select(composed, "cluster") and OmegaConf.select(composed, "world_size")
     return outcome.summary.get("world_size") or simulated or outcome.job.ranks
 
 
