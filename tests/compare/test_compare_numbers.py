@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from functools import partial
@@ -226,6 +227,13 @@ def test_what_was_sent_beside_what_is_expected(tmp_path: Path) -> None:
     assert found.notes == [
         "Measured equals expected to the byte in 1 of 2 runs.",
         "They differ in tp · 4 ranks.",
+    ]
+    several = dataclasses.replace(
+        groups[1], runs=[groups[1].first, groups[2].first]
+    )  # as seeds of one experiment
+    assert ledger([several]).notes == [
+        "Measured equals expected to the byte in 1 of 2 runs.",
+        "They differ in tp · 2 ranks.",
     ]
     assert ledger(groups[:1]).points.empty
     groups[1].first.ledger["expected"] = None

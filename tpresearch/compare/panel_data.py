@@ -6,6 +6,7 @@ Columns have fixed names (`run`, a group's label, `tokens`, ...); what a user na
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import pandas as pd
@@ -13,6 +14,7 @@ import pandas as pd
 from tpresearch.compare.differences import differences
 from tpresearch.compare.groups import Comparison, Group, settings_frame
 from tpresearch.compare.points import PanelData, history, in_buckets, mean, mean_std
+from tpresearch.compare.runs import Run
 from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.track.panels import Panel
 from tpresearch.track.table import SEED
@@ -115,30 +117,36 @@ def scaling(groups: Sequence[Group], speed: str) -> PanelData:
 
 def ledger(groups: Sequence[Group]) -> PanelData:
     """`run`, `side` (measured or expected, or predicted), `part` (axis and collective), `value` in bytes."""
-    counted = {group.label: group.first for group in groups if group.first.ledger.get("measured")}
     entries = [
-        (label, side, f"{entry['axis']} {entry['collective'].replace('_', '-')}", entry["sent_bytes"])
-        for label, run in counted.items()
+        (group.label, side, part, value)
+        for group in groups
+        if (run := group.first).ledger.get("measured")
         for key, side in (("measured", "predicted" if run.is_predicted else "measured"), ("expected",) * 2)
-        for entry in run.ledger.get(key) or []
+        for part, value in sorted(_sent_bytes(run, key).items())
     ]
     points = pd.DataFrame(entries, columns=["run", "side", "part", "value"])
-    points = points.groupby(["run", "side", "part"])["value"].sum().reset_index()
     if not points["value"].any():
         why = "No run communicates: each is a single process, or ended before a step was counted."
         return PanelData(notes=[why])
-    pivoted = points.pivot(index=["run", "part"], columns="side", values="value")
-    sides = pivoted.reindex(columns=["measured", "expected"]).fillna(0)
-    equal = (sides["measured"] == sides["expected"]).groupby("run").all()
-    measured = [label for label, run in counted.items() if not run.is_predicted]
-    claimed = [label for label in measured if counted[label].ledger.get("expected") is not None]
-    unlike = [label for label in claimed if not equal[label]]
-    unclaimed = [label for label in measured if label not in claimed]
-    of = f"{len(claimed) - len(unlike)} of {len(claimed)} runs"
+    counted = [(group.label, run) for group in groups for run in group.runs if run.ledger.get("measured")]
+    measured = [(label, run) for label, run in counted if not run.is_predicted]
+    claimed = [(label, run) for label, run in measured if run.ledger.get("expected") is not None]
+    equal = [_sent_bytes(run, "measured") == _sent_bytes(run, "expected") for _, run in claimed]
+    of = f"{sum(equal)} of {len(claimed)} runs"
     notes = [f"Measured equals expected to the byte in {of}." if measured else "Predicted, not measured."]
+    unlike = dict.fromkeys(label for (label, _), same in zip(claimed, equal, strict=True) if not same)
     notes += [f"They differ in {', '.join(unlike)}."] if unlike else []
+    unclaimed = dict.fromkeys(label for label, run in measured if run.ledger.get("expected") is None)
     notes += [f"There is no formula for {', '.join(unclaimed)}."] if unclaimed else []
     return PanelData(points, notes)
+
+
+def _sent_bytes(run: Run, key: str) -> Counter[str]:
+    """Bytes by axis and collective, as `measured` or `expected`."""
+    found = Counter[str]()
+    for entry in run.ledger.get(key) or []:
+        found[f"{entry['axis']} {entry['collective'].replace('_', '-')}"] += entry["sent_bytes"]
+    return found
 
 
 def _summary_figures(groups: Sequence[Group], keys: Sequence[str]) -> pd.DataFrame:
