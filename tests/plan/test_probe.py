@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.assembled import planned, refusal
@@ -146,6 +148,27 @@ def test_it_leaves_the_model_as_it_was() -> None:
     assert net.calls == 0
     assert not net._forward_pre_hooks
     assert not net.layer._forward_pre_hooks
+
+
+def test_what_it_draws_in_python_is_the_same_on_all_ranks_and_left_to_the_caller() -> None:
+    """Ranks whose model left out a layer here by chance made other units of FSDP."""
+    drawn = []
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            drawn.append((random.random(), np.random.random()))
+            return x
+
+    for rank in range(2):
+        random.seed(rank)
+        np.random.seed(rank)
+        found = probe_model(Net(), torch.empty(2, 4, device="meta"), config())
+        assert found.may_branch
+        assert (random.random(), np.random.random()) == (
+            random.Random(rank).random(),
+            np.random.RandomState(rank).random_sample(),
+        )
+    assert drawn[0] == drawn[1]
 
 
 def test_buffers_that_a_forward_changes_are_named_by_the_plan() -> None:
