@@ -145,6 +145,7 @@ def test_what_works_across_positions_is_refused_where_a_rank_has_a_part_of_them(
         "model.plans.sp.embed.dst=shard:1: slice in shift needs all positions of the output of embed"
     )
     planned(*model(Shifted), "parallel=fsdp_tp", *(f"{key}={value}" for key, value in error.fix.items()))
+    planned(*model(Shifted), "parallel=fsdp_tp", "mesh.tp=1")
     gathers = "{match: shift, style: input, src: ['shard:1'], dst: [replicate]}"
     planned(*model(Shifted), "parallel=sp", f"+model.plans.sp.shift={gathers}")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.plan.features import Across
@@ -15,7 +16,7 @@ from tpresearch.plan.rules import SEQUENCE, ResolvedRule
 
 
 def check_sequence(
-    model: nn.Module, cfg: Config, plan: str, rules: dict[str, ResolvedRule], probe: Probe
+    model: nn.Module, cfg: Config, sizes: MeshSizes, rules: dict[str, ResolvedRule], probe: Probe
 ) -> None:
     """Refuse what is wrong where a rule shards the sequence, or the batch: an op over the positions of a part, and weights
     without a rule, whose gradient would be partial on each rank.
@@ -25,7 +26,8 @@ def check_sequence(
     """
     sequence = cfg.data.has_sequence
     if sequence:
-        _check_positions(cfg, rules, probe.across_positions)
+        split_by = {name: rule for name, rule in rules.items() if sizes[rule.axis] > 1}
+        _check_positions(cfg, split_by, probe.across_positions)
     split = next(
         (rule for rule in rules.values() if (sequence and rule.shards_sequence) or rule.shards_batch), None
     )
@@ -37,6 +39,7 @@ def check_sequence(
         if module not in rules:
             why = f"{name} has no sharding rule; with {tokens} its gradient would be partial on each {split.axis} rank"
             legal = "a rule for it: style sequence, or style input with null layouts where its input is whole"
+            plan = cfg.parallel.tensor
             raise ConfigError(f"model.plans.{plan}", plan, why, legal, rule_to_add(cfg, module))
 
 
