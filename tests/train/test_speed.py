@@ -1,8 +1,11 @@
-"""Peaks by name; undefined where unknown."""
+"""Peaks by name, undefined where unknown; MFU, and the time that it is of, by hand."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from support.assembled import planned
@@ -11,9 +14,14 @@ from support.nets import Recurrent, model
 
 from tpresearch.config.schema import Dtype
 from tpresearch.launch.composition import conf_dir, read_option
+from tpresearch.parallel.device import CPU
 from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.cluster import parse_cluster
-from tpresearch.train.speed import flops_per_token, peak_flops
+from tpresearch.train import watch
+from tpresearch.train.speed import Speed, flops_per_token, peak_flops
+from tpresearch.train.watch import PeakMemory, Timing
+
+PARTS = ("time/forward_s", "time/backward_s")
 
 
 def test_a_known_device_has_its_makers_peak() -> None:
@@ -56,3 +64,75 @@ def test_a_block_that_runs_three_times_on_a_token_counts_each_time() -> None:
     block = sum(p.numel() for p in net.get_submodule("mlp").parameters())
     of_once = flops_per_token(once, 16, causal=False)
     assert flops_per_token(net, 16, causal=False, called=plan.probe.called) == of_once + 2 * 6 * block
+
+
+def test_mfu_is_model_flops_over_the_peak_of_each_device() -> None:
+    speed = Speed(6000, 4, 1e9, 0.75e9, 1e12)
+    assert speed.metrics(2.0) == {
+        "perf/step_time_s": 2.0,
+        "perf/tokens_per_second": 3000.0,
+        "perf/tokens_per_second_per_device": 750.0,
+        "perf/mfu": 0.75,
+        "perf/mfu_causal": 0.5625,
+    }
+    unknown = dataclasses.replace(speed, peak_flops=None).metrics(2.0)
+    assert (unknown["perf/mfu"], unknown["perf/mfu_causal"]) == (None, None)
+
+
+def test_a_llama_s_flops_are_those_of_its_matmuls_and_of_attention() -> None:
+    cfg = config("model=llama2_debug", "parallel=fsdp")
+    llama, plan = planned("model=llama2_debug", "parallel=fsdp")
+    of = Speed.of(llama, plan, cfg, dataclasses.replace(CPU, name="NVIDIA H100 80GB HBM3"))
+    n = sum(p.numel() for p in llama.parameters()) - llama.get_parameter("tok_embeddings.weight").numel()
+    layers, width, length = cfg.model.args["n_layers"], cfg.model.args["dim"], cfg.data.seq_len
+    assert of.flops_per_token == 6 * n + 12 * layers * width * length
+    assert of.causal_flops_per_token == 6 * n + 6 * layers * width * length
+    assert (of.tokens_per_step, of.world_size) == (cfg.train.global_batch_size * length, 4)
+    assert of.peak_flops == 67e12
+
+
+def test_the_time_of_a_step_is_without_what_lies_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=lambda: now))
+    state, timing = Mock(), Timing(CPU.torch, Mock(metrics=lambda s: {"perf/step_time_s": s}), range(4, 5))
+
+    def phase(name: str, seconds: float) -> None:
+        nonlocal now
+        with timing.phase(name):
+            now += seconds
+
+    def step(forward: float, *backward: float, apart: float = 0.0) -> None:
+        nonlocal now
+        phase("data", 1)
+        with timing.step(state):
+            phase("forward", forward)
+            now += apart
+            for seconds in backward:
+                phase("backward", seconds)
+
+    def row() -> tuple[float | int | None, ...]:
+        found = timing.metrics()
+        return tuple(found.get(name) for name in ("perf/step_time_s", "time/data_s", *PARTS))
+
+    timing.start(state)
+    now += 1000  # until the first batch is read
+    step(2, 3, 1, apart=0.5)
+    phase("pause", 10)
+    step(4)
+    assert row() == (6.25, 1, 3, 2)
+    phase("evaluation", 50)
+    phase("pause", 50)  # for a checkpoint after the row
+    step(2, 1)
+    assert row() == (4, 1, 2, 1)
+    step(70)  # which a profiler slows down
+    assert row() == (None,) * 4
+    step(80)
+    phase("pause", 1)
+    step(2, 2)
+    assert row() == (43, 1, 41, 1)
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    found = PeakMemory(CPU).metrics()
+    assert 2**26 < (found["memory/peak_bytes"] or 0) < 2**40
+    assert found["memory/reserved_bytes"] is None
