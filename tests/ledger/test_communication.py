@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
+from support.composed import config
 from support.counted_steps import FAKE, PLANS, counted_step, on_ranks
-from support.nets import Recurrent, model
+from support.nets import Frozen, FrozenBlock, Recurrent, model
 
 from tpresearch.config.axes import MeshSizes
+from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.ledger.communication import CommunicationLedger
-from tpresearch.ledger.entries import entries_of, ring_bytes
+from tpresearch.ledger.entries import Entry, Event, entries_of, ring_bytes
+from tpresearch.ledger.formulas import expected_entries
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
+from tpresearch.train.preflight import plan_model
 from tpresearch.verify.ranks import Ranks
 
 
@@ -61,11 +67,28 @@ def test_no_formula_is_claimed_of_a_block_that_runs_more_than_once(plan: str) ->
     assert found.sent
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=llama2_debug", "parallel=tp", "parallel.activation_checkpointing=full"],
+        ["model=llama2_debug", "parallel=sp", "parallel.activation_checkpointing=full"],
+        [*model(FrozenBlock), "parallel=fsdp"],
+        [*model(Frozen), "parallel=tp"],
+    ],
+    ids=lambda overrides: " ".join(overrides[1:]),
+)
+def test_no_formula_is_claimed_of_what_may_be_sent_again_or_left_out(overrides: list[str]) -> None:
+    cfg = config(*overrides)
+    assert expected_entries(*plan_model(cfg, validate(cfg, 2)), cfg) is None
+
+
 def test_ring_bytes_by_hand() -> None:
     assert ring_bytes("all_gather", 1200, 4) == 900
     assert ring_bytes("reduce_scatter", 1200, 4) == 900
     assert ring_bytes("all_reduce", 1200, 4) == 1800
     assert ring_bytes("all_reduce", 1200, 1) == 0
+    kind = "tp", "forward", "dtensor", "all_gather"
+    assert entries_of([Event(*kind, 1200, 4), Event(*kind, 400, 4)]) == [Entry(*kind, 2, 1600, 1200)]
 
 
 def test_tensor_parallelism_sends_megatrons_four_all_reduces_a_layer() -> None:
@@ -100,6 +123,31 @@ def test_each_entry_says_who_issued_it() -> None:
         *(("tp", issuer) for issuer in ("dtensor", "loss", "step", "clip")),
         *(("dp_shard", issuer) for issuer in ("fsdp", "clip")),
     }
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_what_a_style_of_ones_own_may_send_is_counted() -> None:
+    """By a list for each rank, or several tensors at once."""
+    with process_group(FAKE, World(size=4, local_size=4)):
+        mesh = build_mesh(MeshSizes(tp=4), "cpu")
+        group, ledger = mesh.get_group("tp"), CommunicationLedger(mesh)
+        x, part, whole = torch.zeros(8), torch.zeros(2), torch.zeros(32)
+        with ledger, ledger.phase("forward"):
+            dist.all_to_all([part.clone() for _ in range(4)], list(x.chunk(4)), group=group)
+            for send in (
+                lambda: dist.all_reduce(x, group=group),
+                lambda: dist.all_gather_into_tensor(whole, x, group=group),
+                lambda: dist.reduce_scatter_tensor(part, x, group=group),
+            ):
+                with dist._coalescing_manager(group):
+                    send()
+                    send()
+    assert [(e.axis, e.collective, e.tensor_bytes) for e in ledger.events] == [
+        ("tp", "all_to_all", 8 * 4),
+        ("tp", "all_reduce", 2 * 8 * 4),
+        ("tp", "all_gather", 2 * 32 * 4),
+        ("tp", "reduce_scatter", 2 * 8 * 4),
+    ]
 
 
 def test_async_tensor_parallelism_is_counted_in_its_fused_matmuls() -> None:

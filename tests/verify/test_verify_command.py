@@ -15,7 +15,7 @@ from support.marks import exhaustive
 from tpresearch.config.choices import DeviceKind
 from tpresearch.config.validate import total_steps
 from tpresearch.train.optim import learning_rate
-from tpresearch.verify.plans import with_device_chosen
+from tpresearch.verify.plans import _with_two_micro_batches, with_device_chosen
 from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.cli
@@ -107,6 +107,17 @@ def test_each_step_has_a_learning_rate_of_its_own() -> None:
         cfg = config(*words, program="verify")
         rates = [learning_rate(step, total_steps(cfg), 1.0, cfg.schedule) for step in range(cfg.verify.steps)]
         assert len(set(rates)) == cfg.verify.steps
+
+
+@pytest.mark.parametrize(("plan", "rows"), [("none", 8), ("fsdp", 2), ("hsdp_tp", 2)])
+def test_each_rank_has_two_micro_batches_unless_told_otherwise(plan: str, rows: int) -> None:
+    """Of 16 rows, on 1, 4 and 8 ranks, so that what is added up over them is verified too."""
+    words = [f"parallel={plan}", "verify.world_size=4"]
+    found = (
+        _with_two_micro_batches(config(*words, *more, small=False, program="verify")).train.micro_batch_size
+        for more in ([], ["train.micro_batch_size=1"], ["train.global_batch_size=4"])
+    )
+    assert list(found) == [rows, 1, {"none": 2}.get(plan)]
 
 
 def test_an_unknown_plan_is_refused(ranks: Ranks, tmp_path: Path) -> None:

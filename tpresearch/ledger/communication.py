@@ -47,7 +47,11 @@ _C10D = {
     "reduce_scatter_": ("reduce_scatter", 1),
     "allreduce_": ("all_reduce", 0),
     "alltoall_base_": ("all_to_all", 1),
+    "alltoall_": ("all_to_all", 1),
     "broadcast_": ("broadcast", 0),
+    "allreduce_coalesced_": ("all_reduce", 0),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
 }
 
 
