@@ -10,7 +10,8 @@ from unittest.mock import Mock
 import pytest
 from support.assembled import planned
 from support.composed import config
-from support.nets import Recurrent, model
+from support.nets import FrozenBlock, Recurrent, model
+from torch import nn
 
 from tpresearch.config.schema import Dtype
 from tpresearch.launch.composition import conf_dir, read_option
@@ -22,6 +23,12 @@ from tpresearch.train.speed import Speed, flops_per_token, peak_flops
 from tpresearch.train.watch import PeakMemory, Timing
 
 PARTS = ("time/forward_s", "time/backward_s")
+
+
+class FrozenUpToOutput(FrozenBlock):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.embed.requires_grad_(False)
 
 
 def test_a_known_device_has_its_makers_peak() -> None:
@@ -63,7 +70,7 @@ def test_a_block_that_runs_three_times_on_a_token_counts_each_time() -> None:
     net, plan = planned(*model(Recurrent), "parallel=none")
     block = sum(p.numel() for p in net.get_submodule("mlp").parameters())
     of_once = flops_per_token(once, 16, causal=False)
-    assert flops_per_token(net, 16, causal=False, called=plan.probe.called) == of_once + 2 * 6 * block
+    assert flops_per_token(net, 16, causal=False, probe=plan.probe) == of_once + 2 * 6 * block
 
 
 def test_mfu_is_model_flops_over_the_peak_of_each_device() -> None:
@@ -136,3 +143,13 @@ def test_peak_memory_is_in_bytes() -> None:
     found = PeakMemory(CPU).metrics()
     assert 2**26 < (found["memory/peak_bytes"] or 0) < 2**40
     assert found["memory/reserved_bytes"] is None
+
+
+@pytest.mark.parametrize(("kind", "per_weight"), [(FrozenBlock, 4), (FrozenUpToOutput, 2)])
+def test_a_frozen_weight_has_no_gradient_of_its_own_nor_one_to_pass_on(
+    kind: type[nn.Module], per_weight: int
+) -> None:
+    net, plan = planned(*model(kind), "parallel=none")
+    block = sum(p.numel() for p in net.get_submodule("mlp").parameters())
+    head = net.get_parameter("output.weight").numel()
+    assert flops_per_token(net, 16, causal=False, probe=plan.probe) == per_weight * block + 6 * head

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,6 +11,7 @@ from tpresearch.config.schema import Config, Dtype
 from tpresearch.config.validate import tokens_per_step
 from tpresearch.parallel.device import Device
 from tpresearch.plan.compiler import Plan
+from tpresearch.plan.probe import Probe
 
 PEAK_TFLOPS: dict[str, tuple[float, ...]] = {
     "GB300": (2500, 80, 1.3),
@@ -35,6 +35,7 @@ PEAK_TFLOPS: dict[str, tuple[float, ...]] = {
 }
 """Peaks of dense matmuls in bfloat16, float32 without TF32 and, where there are such units, float64: by the makers' data sheets."""
 DTYPES = (Dtype.bfloat16, Dtype.float32, Dtype.float64)
+NOT_PROBED = Probe()
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Speed:
             model: plain, before it is sharded.
         """
         given = model, cfg.data.seq_len
-        whole, causal = (flops_per_token(*given, causal, plan.probe.called) for causal in (False, True))
+        whole, causal = (flops_per_token(*given, causal, plan.probe) for causal in (False, True))
         peak = peak_flops(device.name, cfg.train.dtype)
         return cls(tokens_per_step(cfg), plan.sizes.world, whole, causal, peak)
 
@@ -86,23 +87,25 @@ def peak_flops(device_name: str, dtype: Dtype) -> float | None:
     return None
 
 
-def flops_per_token(model: nn.Module, seq_len: int, causal: bool, called: Sequence[str] = ()) -> float:
+def flops_per_token(model: nn.Module, seq_len: int, causal: bool, probe: Probe = NOT_PROBED) -> float:
     """Forward and backward FLOPs of one token: 6N + 12 L h s, or 6N + 6 L h s when counted causal.
 
     N counts parameters without embeddings, which look up instead of multiplying (arXiv 2204.02311, app. B); one that
-    is tied to an output layer multiplies there. What runs several times on a token counts each time.
+    is tied to an output layer multiplies there. What runs several times on a token counts each time, and a frozen weight
+    without the 2 of its own gradient, nor those of an input that needs none.
     A model that has no `attention_flops_per_token` is counted as 6N.
 
     Args:
-        called: names of modules, one per call of a forward pass.
+        probe: what a forward pass over shapes has shown about it, if it is known.
     """
-    calls = Counter(called)
-    weights = sum(
-        parameter.numel() * max(1, calls[name])  # 1 also of what another module's forward reads
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    )
+    calls, flops = Counter(probe.called), 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        frozen = 2 if name in probe.no_input_grad else 4
+        times = max(1, calls[name])  # 1 also of what another module's forward reads
+        own = module.parameters(recurse=False)
+        flops += times * sum(p.numel() * (6 if p.requires_grad else frozen) for p in own)
     attention = getattr(model, "attention_flops_per_token", None)
     quadratic = attention(seq_len) if callable(attention) else 0.0
-    return 6.0 * weights + (quadratic / 2 if causal else quadratic)
+    return flops + (quadratic / 2 if causal else quadratic)
