@@ -58,7 +58,7 @@ def test_it_runs_on_a_cpu_with_tiny_sizes(tmp_path: Path) -> None:
     assert profiled["id"] == "8b none mb4"
     assert {"matmul", "pointwise"} <= profiled["classes"].keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.txt", "measured.yaml", "results.jsonl"]
-    assert "simulate with cluster=measured" in (tmp_path / "logs.txt").read_text()
+    assert "and simulate with cluster=measured" in (tmp_path / "logs.txt").read_text()
 
 
 def test_the_cards_of_the_readme_are_compared_with_predictions_by_default(

@@ -12,10 +12,11 @@ import pytest
 
 from tpresearch.api import load
 from tpresearch.calibrate import __main__ as calibrate
+from tpresearch.calibrate.__main__ import how_to_use
 from tpresearch.calibrate.run import cluster_from_run, read_run
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
-from tpresearch.launch.composition import read_option
+from tpresearch.launch.composition import conf_dir, read_option
 from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.depth import recording
 from tpresearch.simulate.fake_step import record
@@ -115,3 +116,12 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
         monkeypatch.setattr(sys, "argv", ["calibrate", f"out={out}"])
         with pytest.raises(ConfigError, match=rf"^out={out}: cannot be written: {why}"):
             calibrate.main()
+
+
+def test_it_says_how_the_file_is_used_where_it_is(tmp_path: Path) -> None:
+    assert how_to_use(conf_dir() / "cluster" / "here.yaml") == "simulate with cluster=here"
+    mine = tmp_path / "mine" / "cluster"
+    mine.mkdir(parents=True)
+    used = f"simulate with 'hydra.searchpath=[file://{tmp_path}/mine]' cluster=here"
+    assert how_to_use(mine / "here.yaml") == used
+    assert how_to_use(tmp_path / "here.yaml") == "move it to conf/cluster, and simulate with cluster=here"

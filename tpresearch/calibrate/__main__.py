@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,7 +73,19 @@ def main() -> None:
         if number["kind"] == "measured" and options.run is None:
             value = number["value"]
             print(f"  {name:28}{value if isinstance(value, list) else f'{value:.4g}'}")
-    print(f"\n  {path}: simulate with cluster={path.stem}")
+    print(f"\n  {path}: {how_to_use(path)}")
+
+
+def how_to_use(path: Path) -> str:
+    """How simulate takes a cluster file: of another folder than conf/cluster, by Hydra's search path."""
+    folder = path.parent.resolve()
+    if folder == (composition.conf_dir() / "cluster").resolve():
+        return f"simulate with cluster={path.stem}"
+    if folder.name == "cluster":
+        return (
+            f"simulate with {shlex.quote(f'hydra.searchpath=[file://{folder.parent}]')} cluster={path.stem}"
+        )
+    return f"move it to conf/cluster, and simulate with cluster={path.stem}"
 
 
 def _gpu_cluster(options: Options, name: str, world: World) -> dict[str, Any] | None:
