@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.errors import ConfigError, WrongModel
 from tpresearch.config.schema import Config, MeshConfig
-from tpresearch.config.validate import micro_batches, validate
+from tpresearch.config.validate import micro_batches, tokens_per_step, validate
 from tpresearch.config.world import World
 from tpresearch.launch.composition import conf_dir, read_option
 from tpresearch.planner import ranking
@@ -384,6 +384,15 @@ def test_ranks_that_are_typed_as_world_size_are_not_passed_over(monkeypatch: pyt
     with pytest.raises(ConfigError, match=r"^world_size=16: the planner plans for gpus; gpus=16$") as refused:
         preflight_planner(dataclasses.replace(by_experiment, world_size=16), World())
     assert refused.value.fix == {"world_size": None, "gpus": 16}
+
+
+def test_rows_of_numbers_do_not_count_as_sequences_of_the_experiment() -> None:
+    words = ["gpus=4", "model=toy_net", "data=uniform", "train.loss=sum", "train.dtype=float32"]
+    with pytest.raises(ConfigError, match=r"^data.seq_len=4096: a row of numbers is no sequence") as refused:
+        preflight_planner(config(*words, small=False, program="planner"), World())
+    assert refused.value.fix == {"data.seq_len": 1}
+    job = preflight_planner(config(*words, "data.seq_len=1", small=False, program="planner"), World())
+    assert tokens_per_step(job.cfg) == 1024
 
 
 def test_that_no_plan_is_valid_is_not_called_a_lack_of_memory() -> None:

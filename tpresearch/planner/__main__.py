@@ -24,13 +24,16 @@ def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
 
     Raises:
         ConfigError: as simulate does, for one representative plan; for a batch that no plan can split; for a number of ranks that
-            was meant to be `gpus`.
+            was meant to be `gpus`; for rows of numbers with the experiment's length of a sequence.
     """
     if cfg.world_size != cfg.gpus and "world_size" in typed_overrides():
         fix = {"world_size": None, "gpus": cfg.world_size}
         raise ConfigError(
             "world_size", cfg.world_size, "the planner plans for gpus", f"gpus={cfg.world_size}", fix
         )
+    if not cfg.data.has_sequence and (length := cfg.data.seq_len) > 1:  # as experiment=pretraining has it
+        why = "a row of numbers is no sequence, and would count as so many tokens"
+        raise ConfigError("data.seq_len", length, why, "1", fix={"data.seq_len": 1})
     parallel = dataclasses.replace(cfg.parallel, name="fsdp", tensor=None, data=DataPlan.fsdp)
     composed, train = cfg.mesh, dataclasses.replace(cfg.train, micro_batch_size=None)
     cfg = dataclasses.replace(cfg, parallel=parallel, mesh=MeshConfig(), train=train, world_size=cfg.gpus)
