@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from threading import Event
 from unittest.mock import Mock
@@ -29,6 +30,9 @@ def test_it_is_of_its_step_whatever_the_next_steps_change_meanwhile(
         may_write.wait()
         write(state, draft)
 
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda number: synced.add(os.fstat(number).st_ino))
+    (tmp_path / "metrics.jsonl").touch()
     layer, may_write = nn.Linear(2, 2), Event()
     state = TrainState(0, layer, torch.optim.SGD(layer.parameters()))
     saver = Saver(tmp_path, CheckpointConfig(), ABOUT, None, background=True)
@@ -49,6 +53,7 @@ def test_it_is_of_its_step_whatever_the_next_steps_change_meanwhile(
         saver.commit_written(step)
         assert on_disk(folder_of(tmp_path, step))["model.weight"].unique().tolist() == [step]
     assert [found.step for found in complete_checkpoints(tmp_path)] == [1, 2]
+    assert (tmp_path / "metrics.jsonl").stat().st_ino in synced, "no crash takes the rows of its steps alone"
 
 
 @pytest.mark.parametrize("background", [False, True])
