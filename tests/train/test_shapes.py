@@ -65,6 +65,21 @@ def test_a_line_that_mixes_dtypes_is_named_whatever_the_plan() -> None:
         product(torch.zeros(2, 16))
 
 
+class InPlace(ToyLM):
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        x = self.mlp(self.embed(tokens))
+        x += 1
+        return self.output(x)
+
+
+def test_an_op_in_place_on_what_a_rule_returns_is_named() -> None:
+    cfg = config(*model(InPlace), "parallel=tp")
+    with pytest.raises(
+        WrongModel, match=rf"ends at {__file__}, line \d+: Output 0 .*: x = x \+ y for x \+= y"
+    ):
+        record(cfg, validate(cfg, 2))
+
+
 def test_other_errors_and_those_without_rules_are_what_they_were() -> None:
     with pytest.raises(RuntimeError, match=r"^shape"), refusing_shapes("mine", plan("parallel=fsdp")):
         heads(torch.zeros(2, 16))

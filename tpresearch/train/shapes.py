@@ -13,9 +13,12 @@ from tpresearch.plan.compiler import Plan
 
 log = logging.getLogger(__name__)
 
+IN_PLACE = "is a view and is being modified inplace"
+"""Of what a layer under a rule returns: torch's conversion from a sharded tensor is a view."""
+
 SIGNS = (
     "invalid for input of size|cannot be multiplied|reduction dim|must match|normalized_shape|"
-    "mixed torch.Tensor and DTensor|Sharding propagation failed"
+    f"mixed torch.Tensor and DTensor|Sharding propagation failed|{IN_PLACE}"
 )
 """Of torch's errors where the sizes of tensors do not fit each other, or one is sharded and the other is not."""
 
@@ -46,4 +49,6 @@ def refusing_shapes(model: str, plan: Plan) -> Iterator[None]:
             "a forward that takes sizes from its tensors, as view(b, s, -1, head_dim) does for the heads that a rank has, "
             "and a rule for each layer that a shard reaches, as rowwise after colwise"
         )
+        if IN_PLACE in str(error):
+            legal = "no op in place on what a layer under a sharding rule has returned: x = x + y for x += y, nn.ReLU() for nn.ReLU(True)"
         raise WrongModel(model, why, legal) from None
