@@ -70,6 +70,14 @@ def ranks() -> Ranks:
 
 
 @pytest.fixture
+def terminal() -> Iterator[None]:
+    """SIGHUP as from a terminal: under nohup it is ignored, which this process has inherited."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def own_graphs() -> Iterator[None]:
     """The compiler knows of no graph of another test, and no other of those of this one."""
     torch._dynamo.reset()

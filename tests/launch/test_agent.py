@@ -68,6 +68,7 @@ def test_ranks_of_ours_have_two_minutes_to_save(as_torchrun: Callable[..., Launc
     assert as_torchrun("--standalone", "--shutdown-timeout=7", str(TRAIN)).shutdown_timeout == 7
 
 
+@pytest.mark.usefixtures("terminal")
 def test_under_nohup_ranks_outlive_their_terminal(as_torchrun: Callable[..., LaunchConfig]) -> None:
     assert "SIGHUP" in as_torchrun(str(TRAIN)).signals_to_handle.split(",")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -34,6 +34,7 @@ def flag() -> Iterator[StopFlag]:
         yield entered
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_stops_what_checks(number: signal.Signals) -> None:
     before = signal.getsignal(number)
