@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -144,6 +145,14 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
         there = ", ".join(sorted(path.stem for path in conf_dir().glob("*.yaml")))
         drop = dict.fromkeys(["--config-name", "-cn", option])
         return ConfigError("--config-name", option, "no such config", f"one of {there}", fix=drop)
+    for typed in composition.overrides:
+        key, _, path = typed.partition("=")
+        is_path = path.startswith("/") or path.endswith(".yaml")
+        if is_path and error.missing_cfg_file in (f"{key}/{path}", f"{key}/{path.removesuffix('.yaml')}"):
+            name = Path(path).stem
+            why = "a config group takes an option's name, not a path"
+            legal = f"{key}={name} hydra.searchpath=[file://FOLDER] for FOLDER/{key}/{name}.yaml, or a file in conf/{key}"
+            return ConfigError(key, path, why, legal, fix={key: None})
     options = [name for name in error.options or () if not name.endswith("_schema")]
     value = composition.typed_value(group)
     why = "no such option" if value in (None, option) else f"there is no {option}"
