@@ -28,7 +28,12 @@ from tpresearch.config.comparable import experiment_config
 from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import total_steps
 from tpresearch.launch.command import override
-from tpresearch.launch.earlier_run import repeat_command_of_run, repeat_or_start_again, repeating_overrides
+from tpresearch.launch.earlier_run import (
+    overrides_of_run,
+    repeat_command_of_run,
+    repeat_or_start_again,
+    repeating_overrides,
+)
 
 STARTED = ("model=llama2_debug", "parallel=tp", "train.steps=50")
 
@@ -230,7 +235,11 @@ def run(tmp_path: Path) -> Path:
     own = {"config_name": "train", "name": "train"}
     sources = [{"provider": "main", "path": "/conf"}, {"provider": "command-line", "path": "/mine"}]
     typed_for_hydra = {"hydra": ["hydra.searchpath=[file:///own]", "hydra.run.dir=elsewhere"]}
-    hydra = {"job": own, "runtime": {"config_sources": sources}, "overrides": typed_for_hydra}
+    hydra = {
+        "job": own,
+        "runtime": {"cwd": "/there", "config_sources": sources},
+        "overrides": typed_for_hydra,
+    }
     (record / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
     save(tmp_path / "run", 3)
     return tmp_path / "run"
@@ -260,6 +269,18 @@ def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
     now = [f"resume={named}", *typed, f"hydra.run.dir={run}"]
     assert arguments.overrides == ["hydra.searchpath=[file:///own]", *kept, *now]
     assert (arguments.config_name, arguments.config_dir) == ("train", "/mine")
+
+
+def test_config_files_of_ones_own_are_found_from_another_folder(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = run / ".hydra" / "hydra.yaml"
+    record.write_text(record.read_text().replace("[file:///own]", "[file://own,file:///a,pkg://b]"))
+    (run.parent / "own").mkdir()
+    monkeypatch.chdir(run.parent)
+    assert overrides_of_run(run)[0] == "hydra.searchpath=[file://own,file:///a,pkg://b]"
+    monkeypatch.chdir(run)
+    assert overrides_of_run(run)[0] == "hydra.searchpath=['file:///there/own','file:///a','pkg://b']"
 
 
 @pytest.mark.parametrize("name", ["it's [1] of a=b, #2: \\x", "2026"])

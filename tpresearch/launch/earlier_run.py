@@ -21,6 +21,7 @@ from tpresearch.launch.command import is_within, override, override_key, values_
 
 NOT_REPEATED = ("resume", "hydra.run.dir", "plan_only")
 """Keys that hold for one start of a run only, and are not repeated."""
+FILE = "file://"
 REPLACED_KEYS = {"parallel": ("parallel", "mesh")}
 """Overrides that a new one replaces: choosing a plan drops the earlier plan's settings and mesh sizes."""
 
@@ -74,9 +75,22 @@ def overrides_of_run(run: Path) -> list[str]:
         ConfigError: if there is no such record.
     """
     task = _read(run / ".hydra" / "overrides.yaml")
-    hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]["overrides"]["hydra"]
-    searched = [word for word in hydra if override_key(word) == "hydra.searchpath"]
+    hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]
+    typed, folder = hydra["overrides"]["hydra"], Path(hydra["runtime"].get("cwd", ""))
+    searched = [_found_from(folder, word) for word in typed if override_key(word) == "hydra.searchpath"]
     return [word for word in [*searched, *task] if override_key(word) not in NOT_REPEATED]
+
+
+def _found_from(folder: Path, searchpath: str) -> str:
+    """A search path with its relative folders as seen from another folder, if one of them is not to be found from here."""
+    given = OverridesParser.create().parse_override(searchpath).value()
+    places = [str(each) for each in given] if isinstance(given, list) else []
+    found = [
+        FILE + str(folder / place) if each.startswith(FILE) and not place.is_dir() else each
+        for each in places
+        for place in [Path(each.removeprefix(FILE))]
+    ]
+    return searchpath if found == places else override("hydra.searchpath", found)
 
 
 def _read(path: Path) -> Any:
