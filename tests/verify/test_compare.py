@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,26 @@ def test_a_gradient_that_cancels_is_held_to_those_of_its_layer() -> None:
 
     assert compare(with_bias(3e-17), with_bias(-1e-17))["gradients"].error == pytest.approx(2e-17)
     assert compare(with_bias(6.0), with_bias(3.0))["gradients"] == MaxError(1.0, 0, "a.bias")
+
+
+@pytest.mark.parametrize(
+    ("quantity", "field"), [("loss", "loss"), ("grad norm", "grad_norm"), ("held-out loss", "held_out")]
+)
+def test_numbers_that_are_too_small_are_as_wrong_as_those_that_are_too_large(
+    quantity: str, field: str
+) -> None:
+    right = a_trace()
+
+    def with_second(value: float) -> RunTrace:
+        numbers: dict[str, Any] = {field: value}
+        return dataclasses.replace(
+            right, steps=[right.steps[0], dataclasses.replace(right.steps[1], **numbers)]
+        )
+
+    for ours, reference, error in ((3.0, 4.0, 0.25), (5.0, 4.0, 0.25), (-0.5, 0.0, 0.5), (3.0, -4.0, 1.75)):
+        found = compare(with_second(ours), with_second(reference))
+        assert found.pop(quantity) == MaxError(error, 1)
+        assert {worst.error for worst in found.values()} == {0.0}
 
 
 def test_nan_is_the_worst_there_is() -> None:
