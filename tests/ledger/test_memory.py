@@ -184,3 +184,19 @@ def test_by_hand() -> None:
     assert held["activations"].most_bytes == 2 * activation + 4  # and the loss, a scalar
     assert held["optimizer"].at_peak_bytes == 0  # momentum comes last
     assert sum(kind.at_peak_bytes for kind in held.values()) >= 2 * matrix + 3 * activation
+
+
+def test_storages_that_grow_and_shrink_by_hand() -> None:
+    """As those of gathered weights do: one that begins before the step, and one within it."""
+    model = nn.Linear(1, 1)
+    early, resize = torch.empty(500), torch.UntypedStorage.resize_
+    memory = MemoryLedger(model, torch.optim.SGD(model.parameters()))
+    with memory:
+        gathered = torch.empty(1000)
+        early.untyped_storage().resize_(0)
+        gathered.untyped_storage().resize_(0)
+        gathered.untyped_storage().resize_(8000)
+    assert torch.UntypedStorage.resize_ is resize
+    held = {kind.kind: kind for kind in memory.held()}
+    assert held["temporaries"].most_bytes == held["temporaries"].at_peak_bytes == 8000
+    assert held["parameters"].at_peak_bytes == 2 * 4
