@@ -125,6 +125,22 @@ class Buffered(ToyLM):
         return self.output(self.mlp(self.embed(tokens))) / (1 + self.seen)
 
 
+class Projected(ToyLM):
+    """With a random projection that is drawn once."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.projection: Tensor
+        self.register_buffer("projection", torch.empty(dim, dim), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        self.projection.normal_()
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return self.output(self.mlp((self.embed(tokens) @ self.projection).cos()))
+
+
 class ReadTwice(ToyLM):
     """Whose table is read a second time, without a call of its module."""
 

@@ -6,8 +6,9 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 from support.composed import config, corpus
-from support.nets import AfterBlocks, Dropped, model
+from support.nets import AfterBlocks, Dropped, Projected, model
 
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
@@ -37,6 +38,19 @@ def test_its_held_out_loss_is_the_cross_entropy_whatever_loss_is_trained() -> No
     cfg = config("model=toy_mlp", "parallel=none", "train.loss=sum", "train.eval_rows=11")
     expected = reference.reference(cfg, corpus(), 1).steps[0].held_out
     assert trace_run(cfg, corpus(), World(), 1).steps[0].held_out == pytest.approx(expected)
+
+
+def test_what_buffers_draw_follows_from_the_seed_alone() -> None:
+    losses = []
+    for seed in (0, 1):
+        cfg = config(*model(Projected), "parallel=none", f"train.seed={seed}", "data.repeat_batches=1")
+        torch.manual_seed(7)  # of a caller, whose draws are as they would have been
+        (step,) = trace_run(cfg, corpus(), World(), 1).steps
+        assert torch.initial_seed() == 7
+        torch.manual_seed(8)
+        assert reference.reference(cfg, corpus(), 1).steps[0].loss == pytest.approx(step.loss)
+        losses.append(step.loss)
+    assert losses[0] != pytest.approx(losses[1])
 
 
 def test_its_norm_is_that_of_all_gradients_to_the_last_digits_of_a_float32() -> None:

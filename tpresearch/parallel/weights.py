@@ -28,12 +28,17 @@ cost more than their numbers do, in Python and at their edges."""
 
 
 def materialize(
-    model: nn.Module, device: torch.device, source: WeightSource, buffers: torch.device | None = None
+    model: nn.Module,
+    device: torch.device,
+    source: WeightSource,
+    buffers: torch.device | None = None,
+    seed: int = 0,
 ) -> None:
     """Move a model off the meta device and set its initial weights.
 
     Args:
         device: where parameters go. buffers: where buffers go, if elsewhere: parameters may be offloaded, buffers are not.
+        seed: of what buffers draw.
     """
     ties = tied_parameters(model)
     model.to_empty(device=device)
@@ -43,9 +48,18 @@ def materialize(
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = buffer.to(buffers)
     source(model)
-    for module in model.modules():
-        if hasattr(module, "reset_buffers"):  # `to_empty` left them unset
-            module.reset_buffers()  # pyrefly: ignore[not-callable]
+    fill_buffers(model, seed)  # `to_empty` left them unset
+
+
+def fill_buffers(model: nn.Module, seed: int) -> None:
+    """Fill buffers that hold computed values. What one draws, such as a random projection, follows from the seed and the name of its
+    module: it is the same on all ranks, and where the run resumes."""
+    cards = {buffer.get_device() for buffer in model.buffers() if buffer.is_cuda}
+    for name, module in model.named_modules():
+        if hasattr(module, "reset_buffers"):
+            with torch.random.fork_rng([*cards]):
+                torch.manual_seed(seed_of(f"{seed} {name}"))
+                module.reset_buffers()  # pyrefly: ignore[not-callable]
 
 
 def from_seed(initializers: Mapping[str, Initializer], seed: int, threads: int | None = None) -> WeightSource:

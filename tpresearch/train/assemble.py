@@ -56,7 +56,7 @@ def assemble(
     model = parallelize(job.model, plan, cfg.parallel, mesh, cfg.train.dtype)
     home = torch.device("cpu") if cfg.parallel.fsdp.cpu_offload else device.torch
     source = weight_source(cfg, plan.initializers) if restore is None else lambda _: None
-    materialize(model, home, source, buffers=device.torch)
+    materialize(model, home, source, buffers=device.torch, seed=cfg.train.seed)
     batches = Batches(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
     # Where nobody knows whether it draws, torch would seed all ranks alike.
     draws = plan.probe.draws or plan.probe.output is None

@@ -1,5 +1,5 @@
 """The reference for plans: the same training in one process, written as in a notebook, without the framework's step,
-sharding, loss or norm. Only initial weights, batches and learning rates come from the framework.
+sharding, loss or norm. Only initial weights and buffers, batches and learning rates come from the framework.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from tpresearch.config.schema import Config, Dtype
 from tpresearch.config.validate import total_steps
 from tpresearch.data.batches import Batch, Batches, eval_batches
 from tpresearch.data.rows import AnyCorpus
+from tpresearch.parallel.weights import fill_buffers
 from tpresearch.plan.initializers import read_initializers
 from tpresearch.plan.meta import plain_model, weight_dtype
 from tpresearch.train.assemble import weight_source
@@ -24,6 +25,7 @@ def reference(cfg: Config, corpus: AnyCorpus, steps: int) -> RunTrace:
     """A few steps on the whole global batch at once, on the CPU."""
     model = plain_model(cfg.model, weight_dtype(cfg.train))
     weight_source(cfg, read_initializers(model))(model)
+    fill_buffers(model, cfg.train.seed)
     optimizer = _optimizer(model, cfg)
     batches = Batches(corpus, cfg.train.global_batch_size, cfg.train.seed, cfg.data.repeat_batches)
     initial, taken = _copies(dict(model.named_parameters())), []
