@@ -26,6 +26,7 @@ from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.plan.describe import plan_text
+from tpresearch.plan.meta import meta_model
 from tpresearch.train import cross_entropy, randomness
 from tpresearch.train.randomness import SeededRandomness, _dropout_on_shards, kept_elements
 from tpresearch.train.state import TrainState
@@ -230,3 +231,28 @@ def test_the_plan_says_that_equality_is_not_claimed() -> None:
     assert "random numbers: drop draw by (seed, step, micro-batch, data-parallel rank)" in text
     assert "not claimed" in text
     assert "random" not in plan_text(*planned("model=llama2_debug", "parallel=none"))
+
+
+class Wired(ToyLM):
+    """Whose constructor draws which features it keeps."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        drawn = torch.rand(8, device="cpu").tolist()
+        self.kept = random.sample(range(dim), 8), np.random.permutation(dim).tolist(), drawn
+
+
+def test_a_constructor_draws_the_same_in_each_process() -> None:
+    """Ranks would be different models otherwise, as would a run that resumes; draws of a caller go on as if there had been none."""
+    kept = []
+    for process in (1, 2):
+        random.seed(process)
+        np.random.seed(process)
+        torch.manual_seed(process)
+        net = meta_model(config(*model(Wired)).model)
+        assert isinstance(net, Wired)
+        kept.append(net.kept)
+        assert random.random() == random.Random(process).random()
+        assert np.random.random() == np.random.RandomState(process).random()
+        assert torch.initial_seed() == process
+    assert kept[0] == kept[1]

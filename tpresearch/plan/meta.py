@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import random
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -58,7 +62,7 @@ def _construct(config: ModelConfig, device: str, changes: list[Change] | None = 
     build = imported_class("model._target_", config.target, nn.Module)
     _check_settings(config, build)
     try:
-        with torch.device(device), _module_limit(), _SkipValueChanges(changes):
+        with torch.device(device), _module_limit(), _SkipValueChanges(changes), _same_draws():
             model = build(**config.args)
     except Exception as error:  # it is user code, which may raise anything
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -67,6 +71,22 @@ def _construct(config: ModelConfig, device: str, changes: list[Change] | None = 
         raise ConfigError("model", config.name, why, legal, fix=fix) from error
     _check_parameters(model)
     return model
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Context in which a constructor draws the same numbers on each rank and at each start, such as which features it connects:
+    Python and NumPy would seed each process apart. A caller's generators are left as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([]):
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
