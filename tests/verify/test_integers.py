@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from support.composed import config
@@ -15,7 +19,10 @@ from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 from tpresearch.config import Config
 from tpresearch.config.world import World
 from tpresearch.models.toy_mlp import ToyLM
+from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.weights import set_parameter
 from tpresearch.plan.rules import ResolvedRule
+from tpresearch.verify import integers
 from tpresearch.verify.integers import IntegerResult, _max_difference, check_matmuls, max_over_ranks
 from tpresearch.verify.ranks import Ranks
 
@@ -80,6 +87,55 @@ def test_a_sum_that_is_left_out_is_seen(ranks: Ranks) -> None:
     wrong = next(exact for exact in found if not exact.passed)
     assert wrong.output >= 1  # integers differ by integers
     assert wrong.input_gradient == wrong.weight_gradient == 0  # the forward alone is wrong
+
+
+NUMBERS = {"output", "input_gradient", "weight_gradient"}
+
+
+def doubled_input_gradients(*args: Any) -> nn.Module:
+    model = parallelize(*args)
+
+    def double(layer: nn.Module, args: tuple[Tensor]) -> Tensor:
+        x = args[0].clone()
+        x.register_hook(lambda gradient: 2 * gradient)
+        return x
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(double)
+    return model
+
+
+def doubled_weight_gradients(parameter: Tensor, full: Tensor) -> None:
+    """But not those of biases."""
+    set_parameter(parameter, full)
+    if parameter.dim() == 2:
+        parameter.register_hook(lambda gradient: 2 * gradient)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "name", "fault", "layers"),
+    [
+        ("input_gradient", "parallelize", doubled_input_gradients, 3),
+        ("weight_gradient", "set_parameter", doubled_weight_gradients, 4),
+    ],
+)
+def test_a_gradient_that_is_doubled_is_seen(
+    monkeypatch: pytest.MonkeyPatch, quantity: str, name: str, fault: Callable[..., Any], layers: int
+) -> None:
+    monkeypatch.setattr(integers, name, fault)
+    found = check_matmuls(World(), config("model=toy_mlp", "parallel=none"))
+    assert sum(getattr(exact, quantity) >= 1 for exact in found) == layers
+    assert {getattr(exact, right) for exact in found for right in NUMBERS - {quantity}} == {0}
+
+
+@pytest.mark.parametrize("number", sorted(NUMBERS))
+def test_one_rank_is_enough_to_fail(number: str) -> None:
+    right = IntegerResult("a", "", 0, 0, 0)
+    other: dict[str, Any] = {number: 2}
+    wrong = dataclasses.replace(right, **other)
+    assert max_over_ranks([[right, right], [wrong, right]]) == [wrong, right]
+    assert (wrong.passed, right.passed) == (False, True)
 
 
 class Thirds(nn.Linear):
