@@ -67,6 +67,20 @@ def test_a_change_in_place_is_computed_right_or_refused(change: str, kind: str) 
         torch.testing.assert_close(gradients(Checkpointing(kind)), gradients(Checkpointing.none))
 
 
+class Power(nn.Module):
+    def forward(self, x: Tensor, *, power: int = 1) -> Tensor:
+        return x**power
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_an_evaluation_is_given_keyword_arguments_as_training_is(kind: str) -> None:
+    block, x = Power(), torch.arange(4.0, requires_grad=True)
+    wrap_forward(block, config("model=toy_mlp", f"parallel.activation_checkpointing={kind}").parallel, False)
+    torch.testing.assert_close(block(x, power=2), x**2)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x, power=2), x**2)
+
+
 def by_a_changed_buffer(block: Block, x: Tensor) -> Tensor:
     block.seen += 1
     return block.first(x)
