@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,15 @@ def test_over_nodes_the_earliest_failure_is_the_cause(tmp_path: Path) -> None:
     outcome = outcome_of(mine, 1, 2.0)
     assert outcome.error == "ValueError: no luck"
     assert outcome.log == mine.folder / "console-node1.log"
+
+
+@pytest.mark.parametrize(("steps", "status"), [(3, "completed"), (2, "preempted")])
+def test_a_job_that_is_stopped_after_its_last_step_has_completed(
+    tmp_path: Path, steps: int, status: str
+) -> None:
+    """Where its summary is not that of an earlier start for fewer steps."""
+    ended = dataclasses.replace(job(tmp_path, 0, "a=1", {"steps": steps}), steps=3)
+    assert outcome_of(ended, STOPPED_CODE).status == status
 
 
 def test_a_job_that_a_signal_ends_is_no_success(tmp_path: Path) -> None:

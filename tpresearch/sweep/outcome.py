@@ -43,7 +43,8 @@ def outcome_of(job: Job, code: int | None, seconds: float | None = None) -> Outc
     summary = _summary(job)
     if code is None:
         return Outcome(job, "completed", summary=summary)
-    if code == 0:
+    has_completed = summary.get("status") == "completed" and summary.get("steps") == job.steps
+    if code == 0 or (code == STOPPED_CODE and has_completed):  # stopped as it ended
         return Outcome(job, "completed", seconds, None, summary)
     if summary.get("status") in ("preempted", "interrupted") or code == STOPPED_CODE:
         return Outcome(job, "preempted", seconds, summary.get("error", "stopped"), summary)
