@@ -437,6 +437,15 @@ def test_a_learning_rate_alone_has_nothing_to_be_compared_with(tmp_path: Path) -
     assert ROUNDING not in shown
 
 
+def test_predictions_have_no_losses_to_compare(tmp_path: Path) -> None:
+    groups = groups_of(tmp_path, *(Made(plan, lr=lr) for lr in (1e-3, 2e-3) for plan in ("none", "tp")))
+    for group in groups:
+        group.first.summary["predicted"] = True
+    shown = tables([group.first for group in groups], groups, comparisons_of(groups))
+    assert "max |loss difference|" not in shown[RUNS].header
+    assert ROUNDING not in shown
+
+
 def test_another_dtype_or_a_mistake_is_seen_beside_the_same_science(tmp_path: Path) -> None:
     groups = groups_of(tmp_path, Made(), Made("tp", {"tp": 2}), Made("fsdp", {"dp_shard": 2}))
     groups[1].first.config["train"]["dtype"] = "bfloat16"

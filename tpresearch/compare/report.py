@@ -140,7 +140,7 @@ def tables(
     if len(set(devices)) > 1:
         columns["device"] = devices
     columns |= figure_columns(summaries)
-    compared = [comparison for comparison in comparisons if comparison.others]
+    compared = [one for one in comparisons if one.others and not one.baseline.first.is_predicted]
     if compared:
         columns["max |loss difference|"] = _differences(runs, compared)
     if not all(run.completed for run in runs):
