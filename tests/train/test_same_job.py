@@ -37,6 +37,7 @@ OF_RANK_1 = {
 }
 
 SHAPES = "parameters.mlp.in_proj.weight=[32, 64] of torch.float32: rank 1 has [64, 64] of torch.float32; "
+ORDER = "its parameters are in another order on rank 1: a.weight in the place of b.weight; "
 
 
 def meet(world: World) -> None:
@@ -60,6 +61,9 @@ def meet(world: World) -> None:
             of_this_host = ToyLM(VOCAB, 64, 32 * (1 + world.rank))
         with pytest.raises(ConfigError, match=re.escape(SHAPES)):
             check_same_job(replace(job, model=of_this_host), rows)
+        in_order = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("ab" if world.rank else "ba")})
+        with pytest.raises(ConfigError, match=re.escape(ORDER)):
+            check_same_job(replace(job, model=in_order), rows)
         with pytest.raises(ConfigError, match="ranks 0 and 1 prepared different rows from it"):
             check_same_job(job, replace(rows, tokenizer_hash=f"of rank {world.rank}"))
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from tpresearch.checkpoint.resume import differences
 from tpresearch.config.compose import as_dict
-from tpresearch.config.errors import ConfigError, format_value
+from tpresearch.config.errors import ConfigError, WrongModel, format_value
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.train.preflight import Preflight
 
@@ -38,6 +38,11 @@ def check_same_job(job: Preflight, corpus: AnyCorpus) -> None:
                 why = f"rank {rank} has {format_value(other)}"
                 legal = "the same command, conf and code on every host"
                 raise ConfigError(key.removesuffix(".name"), first, why, legal, fix={})
+        orders = zip(settings_0["parameters"], settings["parameters"], strict=True)
+        if other := next((pair for pair in orders if pair[0] != pair[1]), None):
+            why = f"its parameters are in another order on rank {rank}: {other[1]} in the place of {other[0]}"
+            legal = "a constructor that adds modules in the order of a list or a dict; that of a set is another in each process"
+            raise WrongModel(job.cfg.model.name, why, legal)
         if rows != rows_0:
             source = corpus.meta.get("source", "this corpus")
             why = f"ranks 0 and {rank} prepared different rows from it"
