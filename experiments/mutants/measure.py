@@ -85,7 +85,8 @@ def row_of(mutant: Mutant, model: str, ranks: Ranks, right: RunTrace) -> dict[st
         "ranks": mutant.ranks,
     }
     if isinstance(found, str):
-        return where | {"quantity_out": f"did not run: {found}", "a_loss_curve_shows_it": True}
+        why = found.replace(f"{HERE.parents[1]}/", "")  # a path of this machine's
+        return where | {"quantity_out": f"did not run: {why}", "a_loss_curve_shows_it": True}
     assert isinstance(found, RunTrace)
     worst = compare(found, right)
     out = out_of_tolerance(worst, Dtype.float64)
