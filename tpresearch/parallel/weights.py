@@ -54,7 +54,8 @@ def materialize(
 def fill_buffers(model: nn.Module, seed: int) -> None:
     """Fill buffers that hold computed values. What one draws, such as a random projection, follows from the seed and the name of its
     module: it is the same on all ranks, and where the run resumes."""
-    cards = {buffer.get_device() for buffer in model.buffers() if buffer.is_cuda}
+    # By the device: in a simulated step, a fake tensor says that it is_cuda.
+    cards = {buffer.get_device() for buffer in model.buffers() if buffer.device.type == "cuda"}
     for name, module in model.named_modules():
         if hasattr(module, "reset_buffers"):
             with torch.random.fork_rng([*cards]):
