@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import gc
 import importlib.metadata
+import os
 import statistics
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.hf.export import write_config, write_weights
 from tpresearch.launch import Run, entrypoint
+from tpresearch.parallel import group
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh, data_rank
@@ -51,6 +53,8 @@ PLANS = {
 }
 """Which of our plans each has: Fabric's example and the tutorial have tensor parallelism with a sharded sequence alone,
 transformers without one alone."""
+ALONE = "PEERS_ALONE"
+"""Names the one contender of a job, which then has a process's memory as its own: `measure.py --apart`."""
 WARM_UP, BLOCK = 3, 2
 """Steps of each before anything is timed, and before it is the next one's turn."""
 
@@ -104,13 +108,19 @@ def main(job: Preflight, run: Run) -> None:
     cfg, sizes, device = job.cfg, job.sizes, job.device
     assert device
     assert cfg.train.steps
+    alone = os.environ.get(ALONE)
+    if alone not in (None, "ours"):
+        group.keep_freed_memory = lambda: None  # a user's script has glibc's defaults
     rounds = (cfg.train.steps - WARM_UP) // BLOCK
     cfg.train.steps, cfg.train.eval_every = cfg.train.steps + 1, None  # the last one is never reached
     corpus = prepare(cfg.data, cfg.tokenizer, run.world)
     with process_group(device, run.world), tempfile.TemporaryDirectory() as scratch:
         mesh = build_mesh(sizes, device.type)
         made = makers(job, device, run, mesh, corpus, Path(scratch))
-        contenders = [measured(name, make) for name, make in made]
+        every = {name: make for name, make in made if name == "ours" or alone in (None, name)}
+        contenders = [measured(name, make) for name, make in every.items()]
+        if alone:
+            contenders = contenders[-1:]
         check_same_work(contenders)
         gc.disable()
         for turn in range(rounds):
@@ -252,7 +262,7 @@ def report(job: Preflight, contenders: list[Contender]) -> None:
         row |= {"torch": torch.__version__, "date": date.today().isoformat()}
         rows.append(row)
         print(row)
-    write_rows(place(HERE) / "results.csv", rows, append=True)
+    write_rows(place(HERE) / ("apart.csv" if ALONE in os.environ else "results.csv"), rows, append=True)
 
 
 def lines(name: str) -> int:

@@ -55,17 +55,17 @@ def test_a_process_by_itself_keeps_its_tracebacks_as_they_are() -> None:
 
 
 def page_faults(world: World) -> int:
-    """Of a rank that makes eight tensors of 16 MiB again, as often as it takes to find their places in memory."""
+    """Of a rank that makes four tensors of 48 MiB again, as often as it takes to find their places in memory."""
     with process_group(CPU, world):
         for _ in range(8):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            gathered = [torch.ones(2**22) for _ in range(8)]
+            gathered = [torch.ones(3 * 2**22) for _ in range(4)]
             del gathered
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def test_memory_that_a_rank_on_a_cpu_frees_is_there_for_its_next_tensors(ranks: Ranks) -> None:
-    assert ranks.run(1, page_faults)[0] < 1000  # of the 32,768 pages that they have
+    assert ranks.run(1, page_faults)[0] < 1000  # of the 49,152 pages that they have
 
 
 @pytest.mark.parametrize("late", range(SIZE))

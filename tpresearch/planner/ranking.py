@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
 
 from tpresearch.config import Config
 from tpresearch.config.axes import REPLICATE, MeshSizes
@@ -137,16 +141,23 @@ def _predict_all(
     """The predictions, in the order of the items. Workers are forked from a process that has only imported torch; a killed
     one is an error, where `multiprocessing.Pool` would wait forever."""
     if workers == 1:
-        return [predict(item) for item in items]
+        return [predict(item) for item in _shown(items)]
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(max(1, min(workers, len(items))), context, keep_bars_in_process) as pool:
         try:
-            return [future.result() for future in [pool.submit(predict, item) for item in items]]
+            begun = [pool.submit(predict, item) for item in items]
+            return [future.result() for future in _shown(begun)]
         except BaseException:  # an error or an interrupt need not wait for what the others do
             for worker in list(pool._processes.values()):
                 worker.kill()
             raise
+
+
+def _shown(items: Sequence[Item]) -> Iterable[Item]:
+    """The items; a terminal is shown how many of them have been taken."""
+    console, hidden = Console(stderr=True), not sys.stderr.isatty()
+    return track(items, "predicting", console=console, transient=True, disable=hidden)
 
 
 def _block_of(family: Candidate) -> tuple[object, ...]:
