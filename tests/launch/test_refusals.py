@@ -84,6 +84,7 @@ REFUSED = [
     ("+hydra.job.env_set.A=${nam}", "hydra.job.env_set.A=${nam}: nam does not exist; a key that `--cfg", ""),
     ("name=${when:1}", "name=${when:1}: Unsupported interpolation type when; an interpolation that", ""),
     ("model=/a/b.yaml", "model=/a/b.yaml: a config group takes an option's name, not a path; model=b hydra.searchpath=", ""),
+    ("hydra.mode=1e400", "hydra.mode=1e400: no such choice; one of RUN, MULTIRUN", ""),
     ("hydra/launcher=slrm", "hydra/launcher=slrm: no such option; one of slurm", "hydra/launcher=slurm"),
     ("name=é", "name=é: cannot be read; 'name=[a,b]' for a list, ", None),
     ("~logger train.steps=3", f"logger=~: a config group cannot be deleted; one of {LOGGERS}", "logger=none train.steps=3"),

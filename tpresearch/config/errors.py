@@ -85,12 +85,16 @@ def format_value(value: object) -> str:
     return " ".join(str(value).split())
 
 
+HYDRA_MODES = ("RUN", "MULTIRUN")
+"""Of hydra.mode, the one choice among Hydra's own settings."""
+
+
 def reason_for_value(message: str) -> tuple[str, str]:
     """Why OmegaConf refuses a value, by its message, and what it would take."""
     if words := re.search(r"expected one of \[(.*)\]", message):
         return "no such choice", f"one of {words[1]}"
     if enum := re.search(r"not a valid input for <enum '(\w+)'>", message):
-        return "no such choice", f"one of {', '.join(getattr(choices, enum[1]))}"
+        return "no such choice", f"one of {', '.join(getattr(choices, enum[1], HYDRA_MODES))}"
     if re.search(r"Cannot convert '\w+' to string", message):
         return "of the wrong type", "text"
     if kind := re.search(r"could not be converted to (\w+)", message):
