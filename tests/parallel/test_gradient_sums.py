@@ -13,7 +13,6 @@ from support.assembled import assembled
 from support.composed import config
 from support.counted_steps import FAKE
 from support.marks import exhaustive
-from support.processes import has_imported
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -25,7 +24,6 @@ from tpresearch.parallel.gradient_sums import GradientSums, add_product_, summin
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.loop import Loop
 from tpresearch.train.preflight import plan_model
-from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("own_graphs")
 
@@ -379,8 +377,3 @@ def test_it_is_refused_for_a_model_without_such_a_layer() -> None:
     with pytest.raises(ConfigError, match=r"has no nn\.Linear that learns"):
         plan_model(config(*words), MeshSizes())
     plan_model(config(*words, "train.loss_chunk=null"), MeshSizes())
-
-
-def test_the_op_is_not_registered_where_it_is_not_used(ranks: Ranks) -> None:
-    assert ranks.run(1, has_imported, "tpresearch.train.assemble") == [True]
-    assert ranks.run(1, has_imported, "tpresearch.parallel.gradient_sums") == [False]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-from tpresearch.config.world import World
 
 HANG_GUARD_S = 600
 
@@ -57,8 +54,3 @@ def forked(work: Callable[[], object]) -> int:
 def ended(pid: int) -> int:
     """The exit code of a fork, once it has ended."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def has_imported(world: World, module: str) -> bool:
-    """Whether a rank that has done nothing yet has this module."""
-    return module in sys.modules

@@ -12,16 +12,14 @@ import torch
 from support.assembled import assembled
 from support.composed import config
 from support.marks import exhaustive
-from support.processes import has_imported
 from torch import Tensor, nn
 
 from tpresearch.config.training import OptimizerConfig
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.plan.meta import plain_model
-from tpresearch.train import adamw_op
+from tpresearch.train import adamw
 from tpresearch.train.adamw import AdamW, ElementwiseAdamW
 from tpresearch.train.optim import build_optimizer
-from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("own_graphs")
 
@@ -128,12 +126,12 @@ def test_dynamo_counts_graphs_of_each_kind_of_update_by_itself(
     """
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", functools.partial(compile, backend="eager"))
-    adamw_op._compiled_update.cache_clear()
+    adamw._compiled_update.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=limit):
         for moments in (None, torch.bfloat16):
             for dtype in dtypes:
                 train(draw(dtype), functools.partial(elementwise, compile=True, moments=moments))
-    adamw_op._compiled_update.cache_clear()
+    adamw._compiled_update.cache_clear()
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -168,12 +166,6 @@ def test_gradients_that_are_kept_by_mistake_are_those_that_were_clipped() -> Non
         with assembled(config(*words, f"optimizer.moment_dtype={dtype}")) as loop:
             norms.append([loop.step().grad_norm.item() for _ in range(4)])
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
-
-
-def test_the_op_is_not_registered_where_it_is_not_used(ranks: Ranks) -> None:
-    """The server of the ranks has trained with AdamW's defaults, unless torch is built for CUDA; it has imported all."""
-    assert ranks.run(1, has_imported, "tpresearch.train.adamw") == [True]
-    assert ranks.run(1, has_imported, "tpresearch.train.adamw_op") == [False]
 
 
 @pytest.mark.parametrize("words", [(), ("optimizer.compile=true",), ("optimizer.moment_dtype=bfloat16",)])

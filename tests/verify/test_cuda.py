@@ -15,6 +15,7 @@ from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
 from tpresearch.config.world import World
 from tpresearch.parallel.device import Device
+from tpresearch.parallel.gradient_sums import add_product_
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
 from tpresearch.verify.trace import RunTrace, compare, out_of_tolerance, trace_run
@@ -57,8 +58,6 @@ def test_a_step_sends_and_holds_what_formulas_say(plan: str) -> None:
 def test_a_matmul_adds_to_a_sum_that_may_be_wider(dtype: torch.dtype) -> None:
     """Integers below 2^8 are numbers of any of these dtypes (TF32 too), and so are sums of their products of float32. A sum
     in bfloat16 may be of a product that was rounded before, or of two such parts."""
-    from tpresearch.parallel.gradient_sums import add_product_
-
     first, second = (torch.randint(-255, 256, shape) for shape in ((96, 160), (160, 64)))
     for of_sum in {torch.promote_types(dtype, torch.float32), dtype}:
         total = torch.ones(96, 64, dtype=of_sum, device="cuda")

@@ -28,10 +28,10 @@ ADAMW_BFLOAT16 = 0.65
 ADDING_MATMUL = "add_product_"
 """`tpresearch.parallel.gradient_sums`: a matmul that reads what it adds to, while it computes. (A step's first need not.)"""
 COMPILED_ADAMW = "adamw_"
-"""`tpresearch.train.adamw_op`, which moves bytes as other compiled kernels do."""
+"""`tpresearch.train.adamw.adamw_`, which moves bytes as other compiled kernels do."""
 PLAIN_ADAMW = "adamw_ in plain torch"
 PLAIN_ADAMW_PASSES = 46
-"""Float32 numbers that it reads and writes per element, one op after the other (counted in `adamw_op._update`)."""
+"""Float32 numbers that it reads and writes per element, one op after the other (counted in `adamw._update_tensor`)."""
 DTYPES = {1: "float8", 2: "bfloat16", 4: "float32", 8: "float64"}
 
 

@@ -19,6 +19,7 @@ from tpresearch.hf.read import check_same_weights, from_hugging_face
 from tpresearch.parallel.apply import parallelize
 from tpresearch.parallel.device import Device
 from tpresearch.parallel.float8 import to_float8
+from tpresearch.parallel.gradient_sums import GradientSums, summing_layers
 from tpresearch.parallel.reducer import build_reducer
 from tpresearch.parallel.weights import WeightSource, from_seed, materialize
 from tpresearch.plan.compiler import Plan
@@ -81,9 +82,6 @@ def build_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> 
     optimizer = build_optimizer(trained.values(), cfg.optimizer, masters.copies if masters else None)
     sums = None
     if cfg.parallel.gradient_accumulation_fusion:
-        # Late: registering an op takes 20 ms.
-        from tpresearch.parallel.gradient_sums import GradientSums, summing_layers
-
         layers = summing_layers(model, plan, cfg.train.loss_chunk)
         sums = GradientSums({x: masters.of(weight) if masters else weight for x, weight in layers.items()})
     return TrainState(0, model, optimizer, masters, reducer, sums)

@@ -231,6 +231,7 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
 
     from tpresearch.data.batches import meta_batch
     from tpresearch.parallel.float8 import float8_layers
+    from tpresearch.parallel.gradient_sums import check_layers
     from tpresearch.plan.compatible import check_loss
     from tpresearch.plan.compiler import compile_plan
     from tpresearch.plan.constructor import check_constructor
@@ -254,8 +255,6 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     check_split_output(plan, cfg)
     check_changed_outputs(plan, cfg)
     if cfg.parallel.gradient_accumulation_fusion:
-        from tpresearch.parallel.gradient_sums import check_layers  # only here: registering an op takes 20 ms
-
         check_layers(model, plan, cfg)
     if cfg.train.float8 is not Float8.none:
         plan = dataclasses.replace(plan, float8=float8_layers(model, plan, cfg, sizes))

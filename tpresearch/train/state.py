@@ -6,17 +6,14 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tpresearch.parallel.gradient_sums import GradientSums
 from tpresearch.parallel.reducer import GradientReducer
 from tpresearch.parallel.weights import WeightSource, local_part
-
-if TYPE_CHECKING:
-    from tpresearch.parallel.gradient_sums import GradientSums
 
 
 class MasterWeights:
