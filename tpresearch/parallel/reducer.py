@@ -42,39 +42,33 @@ class GradientBucket:
         may_branch: bool,
     ) -> None:
         self._trained, self._group, self._dtype, self._may_branch = trained, group, dtype, may_branch
-        self._receive: Callable[[], None] | None = None
+        self._shapes = [local_part(parameter).shape for parameter in trained]
+        self._lacking: set[nn.Parameter] = set()
+        self._sum: tuple[Tensor, dist.Work] | None = None
         self.pending = len(trained)
         """How many of its gradients are not ready yet."""
 
     def start_all_reduce(self) -> None:
         """Move the gradients into the one tensor that is summed."""
-        parts, builders = [], []
-        for parameter in self._trained:
-            had_none = parameter.grad is None
-            like = parameter if parameter.grad is None else match_placements(parameter.grad, parameter)
-            part = torch.full_like(local_part(like), -0.0) if had_none else local_part(like)
-            parts.append(part.flatten())
-            builders.append((parameter, had_none, _rebuild_like(like)))
-        sizes = [part.numel() for part in parts]
+        self._lacking = {parameter for parameter in self._trained if parameter.grad is None}
+        parts = [_own_part(parameter).flatten() for parameter in self._trained]
         flat = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype or parts[0].dtype)
         for parameter in self._trained:
             parameter.grad = None
         work = dist.all_reduce(flat, group=self._group, async_op=True)
-
-        def receive() -> None:
-            assert work is not None
-            work.wait()
-            for (parameter, had_none, build), part in zip(builders, flat.split(sizes), strict=True):
-                if not had_none or (self._may_branch and not is_no_gradient(part)):
-                    parameter.grad = build(part)
-
-        self._receive = receive
+        assert work is not None
+        self._sum = flat, work
 
     def finish(self) -> None:
         """Wait for the sum."""
-        assert self._receive
-        self._receive()
-        self._receive, self.pending = None, len(self._trained)
+        assert self._sum
+        flat, work = self._sum
+        work.wait()
+        parts = flat.split([shape.numel() for shape in self._shapes])
+        for parameter, shape, part in zip(self._trained, self._shapes, parts, strict=True):
+            if parameter not in self._lacking or (self._may_branch and not is_no_gradient(part)):
+                parameter.grad = _as_gradient_of(parameter, part.view(shape).to(parameter.dtype))
+        self._sum, self.pending = None, len(self._trained)
 
 
 def is_no_gradient(part: Tensor) -> bool:
@@ -91,19 +85,20 @@ def match_placements(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient.redistribute(placements=parameter.placements)
 
 
-def _rebuild_like(gradient: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that rebuilds a gradient like this one from its elements on this rank."""
-    dtype, shape = gradient.dtype, gradient.shape
-    if not isinstance(gradient, DTensor):
-        return lambda part: part.view(shape).to(dtype)
-    local, stride = local_part(gradient).shape, gradient.stride()
-    mesh, placements = gradient.device_mesh, gradient.placements
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a parameter's gradient; zeros if it has none."""
+    if parameter.grad is None:
+        return torch.full_like(local_part(parameter), -0.0)
+    return local_part(match_placements(parameter.grad, parameter))
 
-    def build(part: Tensor) -> Tensor:
-        own = part.view(local).to(dtype)
-        return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
 
-    return build
+def _as_gradient_of(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """The parameter's gradient, of which a rank has this part."""
+    if not isinstance(parameter, DTensor):
+        return part
+    shape, stride = parameter.shape, parameter.stride()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 class GradientReducer:
