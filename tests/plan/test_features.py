@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpresearch.models.toy_mlp import ToyLM
-from tpresearch.plan.features import FeatureUse, PositionUse
+from tpresearch.plan.features import DimUse
 
 
 class Gated(nn.Module):
@@ -48,6 +48,7 @@ ACROSS: dict[str, Callable[[Tensor], object]] = {
     "max": lambda x: x.max(-1),
     "select": lambda x: x[..., 0],
     "unbind": lambda x: x.unbind(-1),
+    "constant_pad_nd": lambda x: F.pad(x.mT, (0, 0, 0, 1)),
 }
 APART: dict[str, Callable[[Tensor], object]] = {
     "heads": lambda x: x.unflatten(-1, (2, 4)).softmax(-1),
@@ -58,7 +59,7 @@ APART: dict[str, Callable[[Tensor], object]] = {
 
 
 class Noting(TorchDispatchMode):
-    def __init__(self, found: FeatureUse) -> None:
+    def __init__(self, found: DimUse) -> None:
         super().__init__()
         self._found = found
 
@@ -66,17 +67,17 @@ class Noting(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        self._found.note(func, args, kwargs or {}, output)
+        self._found.note("mixer", func, args, kwargs or {}, output)
         return output
 
 
 @pytest.mark.parametrize("name", [*ACROSS, *APART])
 def test_what_needs_all_features_is_known(name: str) -> None:
-    found, x = FeatureUse(), torch.ones(2, 4, 8)
+    found, x = DimUse(-1), torch.ones(2, 4, 8)
     found.made("layer", x)
     with Noting(found):
         (ACROSS | APART)[name](x)
-    assert found.across == ({"layer": name} if name in ACROSS else {})
+    assert found.across == ({"layer": {"mixer": name}} if name in ACROSS else {})
 
 
 def test_a_layer_that_is_split_in_halves_is_refused_where_its_features_are_sharded() -> None:
@@ -103,24 +104,11 @@ OF_EACH_POSITION: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-class NotingPositions(Noting):
-    def __init__(self, found: PositionUse) -> None:
-        super().__init__(FeatureUse())
-        self._positions = found
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        self._positions.note("mixer", func, args, kwargs or {}, output)
-        return output
-
-
 @pytest.mark.parametrize("name", [*OVER_POSITIONS, *OF_EACH_POSITION])
 def test_what_needs_all_positions_is_known(name: str) -> None:
-    found, x = PositionUse(), torch.ones(2, 4, 8)
+    found, x = DimUse(1), torch.ones(2, 4, 8)
     found.made("layer", x)
-    with NotingPositions(found):
+    with Noting(found):
         (OVER_POSITIONS | OF_EACH_POSITION)[name](x)
     assert found.across == ({"layer": {"mixer": name}} if name in OVER_POSITIONS else {})
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tpresearch.config.mesh import SEQUENCE_DIM
-
 DIM_ARGUMENT = {
     **dict.fromkeys(("select", "unbind", "slice", "_softmax", "_log_softmax", "cumsum", "glu", "mean"), 1),
     **dict.fromkeys(("sum", "amax", "amin", "var", "std", "logsumexp", "max", "min", "argmax", "sort"), 1),
@@ -24,44 +22,70 @@ DEFAULT_DIMS = {"unbind": 0, "slice": 0, "split": 0, "split_with_sizes": 0}
 
 VIEWS = ("view", "_unsafe_view")
 
-SAME_FEATURES = ("clone", "detach", "_to_copy", "alias", *VIEWS, "native_dropout")
-"""Ops whose output has its input's features in their places, if it has its shape; so has that of every pointwise op."""
+SAME_PLACES = ("clone", "detach", "_to_copy", "alias", *VIEWS, "native_dropout")
+"""Ops whose output has its input's elements in their places, if it has its shape; so has that of every pointwise op."""
+
+Across = dict[str, dict[str, str]]
+"""Module -> by the module that calls it, an op that needs all of a dim of the first one's output."""
 
 
-class FeatureUse:
-    """Follows outputs of layers through pointwise ops, and notes which of them an op needs whole rows of."""
+class DimUse:
+    """Follows a dim of modules' outputs through pointwise ops and transposes, and notes which ops need all of it.
 
-    def __init__(self) -> None:
+    Args:
+        dim: of the outputs; -1 for features.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self._dim = dim
         self._made_by = WeakTensorKeyDictionary()
-        self.across: dict[str, str] = {}
-        """Name of a layer -> the op that needs all features of its output."""
+        """Of a tensor that is followed: the module that has returned it, and the place of the dim in it."""
+        self.across: Across = {}
         self.widths: dict[str, int] = {}
-        """Name of a layer -> size of the last dim into which a view first splits the features of its output, such as a head's."""
+        """Name of a module -> size of the last dim into which a view first splits the features of its output, such as a head's."""
 
-    def made(self, layer: str, output: object) -> None:
-        """A layer has returned this."""
-        if isinstance(output, Tensor):
-            self._made_by[output] = layer
+    def made(self, module: str, output: object) -> None:
+        """A module has returned this."""
+        if isinstance(output, Tensor) and output.dim() > max(self._dim, 0):
+            self._made_by[output] = module, self._dim % output.dim()
 
-    def note(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: object) -> None:
-        """An op was called."""
-        made = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t in self._made_by]
-        if not made:
+    def note(
+        self, running: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: object
+    ) -> None:
+        """An op was called, by the module that is running."""
+        x = next(
+            (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t in self._made_by), None
+        )
+        if x is None:
             return
-        layer, name = self._made_by[made[0]], op.overloadpacket.__name__
-        along = name == "native_layer_norm" or needs_all(name, made[0], made[0].dim() - 1, args, kwargs)
-        if args and args[0] is made[0] and along:
-            self.across.setdefault(layer, name.strip("_"))
-        if name in VIEWS and isinstance(outputs, Tensor) and outputs.shape[-1:] < made[0].shape[-1:]:
-            self.widths.setdefault(layer, outputs.shape[-1])
-        if torch.Tag.pointwise in op.tags or name in SAME_FEATURES:
-            for output in tree_leaves(outputs):
-                if isinstance(output, Tensor) and output.shape == made[0].shape:
-                    self._made_by[output] = layer
+        (module, dim), name = self._made_by[x], op.overloadpacket.__name__
+        if args and args[0] is x and needs_all(name, x, dim, args, kwargs):
+            self.across.setdefault(module, {}).setdefault(running, name.strip("_"))
+        for output in tree_leaves(outputs):
+            if not isinstance(output, Tensor):
+                continue
+            if name in VIEWS and dim == x.dim() - 1 and output.shape[-1:] < x.shape[-1:]:
+                self.widths.setdefault(module, output.shape[-1])
+            if name in ("transpose", "permute"):
+                order = [*range(x.dim())]
+                if name == "permute":
+                    order = [each % x.dim() for each in args[1]]
+                else:
+                    order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
+                self._made_by[output] = module, order.index(dim)
+            elif output.shape == x.shape and (torch.Tag.pointwise in op.tags or name in SAME_PLACES):
+                self._made_by[output] = module, dim
 
 
 def needs_all(name: str, x: Tensor, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the op of this name, called on `x`, works along its dim `dim`, from 0."""
+    if name == "native_layer_norm":
+        return dim >= x.dim() - len(args[1])
+    if name == "convolution":
+        return dim >= 2 and args[1].shape[dim] > 1
+    if name == "constant_pad_nd":  # as for a causal convolution; its sizes are in pairs, from the last dim on
+        last = 2 * (x.dim() - 1 - dim)
+        return any(args[1][last : last + 2])
     if name not in DIM_ARGUMENT:
         return False
     place = DIM_ARGUMENT[name]
@@ -74,51 +98,3 @@ def needs_all(name: str, x: Tensor, dim: int, args: tuple[Any, ...], kwargs: dic
         start, end = (*args[2:4], None, None)[:2]
         return bool(start) or (end is not None and end < x.shape[dim]) or len(args) > 4
     return not (name == "split" and args[1] >= x.shape[dim])
-
-
-Across = dict[str, dict[str, str]]
-"""Module -> by the module that calls it, an op that needs all positions of the first one's output."""
-
-
-class PositionUse:
-    """Follows outputs of modules through pointwise ops and transposes, and notes which of them an op needs whole sequences of."""
-
-    def __init__(self) -> None:
-        self._made_by = WeakTensorKeyDictionary()
-        self.across: Across = {}
-
-    def made(self, module: str, output: object) -> None:
-        """A module has returned this."""
-        if isinstance(output, Tensor) and output.dim() > SEQUENCE_DIM:
-            self._made_by[output] = module, SEQUENCE_DIM
-
-    def note(self, running: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
-        """An op was called, by the module that is running."""
-        x = next(
-            (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t in self._made_by), None
-        )
-        if x is None:
-            return
-        (module, dim), name = self._made_by[x], op.overloadpacket.__name__
-        if args[0] is x and (needs_all(name, x, dim, args, kwargs) or _shifts(name, x, dim, args)):
-            self.across.setdefault(module, {}).setdefault(running, name.strip("_"))
-        for output in tree_leaves(out):
-            if not isinstance(output, Tensor):
-                continue
-            if name in ("transpose", "permute"):
-                order = list(range(x.dim()))
-                if name == "permute":
-                    order = [each % x.dim() for each in args[1]]
-                else:
-                    order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
-                self._made_by[output] = module, order.index(dim)
-            elif output.shape == x.shape and (torch.Tag.pointwise in op.tags or name in SAME_FEATURES):
-                self._made_by[output] = module, dim
-
-
-def _shifts(name: str, x: Tensor, dim: int, args: tuple[Any, ...]) -> bool:
-    """Whether it is a convolution along this dim, or fills it up, as for a causal one."""
-    if name == "constant_pad_nd":
-        last = 2 * (x.dim() - 1 - dim)
-        return any(args[1][last : last + 2])
-    return name == "convolution" and dim >= 2 and args[1].shape[dim] > 1

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpresearch.config.errors import WrongModel
 from tpresearch.plan.compiler import Plan
-from tpresearch.plan.features import FeatureUse
+from tpresearch.plan.features import DimUse
 
 
 class _Enough(Exception):
@@ -27,7 +27,7 @@ class _Shards(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, plan: Plan, whole: dict[str, int]) -> None:
         super().__init__()
-        self._whole, self._features = whole, FeatureUse()
+        self._whole, self._features = whole, DimUse(-1)
         self._rule_of = {name: plan.rules[name].name for name in whole if name in plan.rules}
         self._left: set[str] = set()
         self.different: tuple[str, int] | None = None
@@ -56,7 +56,7 @@ class _Shards(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        self._features.note(func, args, kwargs or {}, output)
+        self._features.note("", func, args, kwargs or {}, output)
         for name, width in self._features.widths.items():
             if width != self._whole.get(name, width):
                 self.different = name, width

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.errors import WrongModel
+from tpresearch.config.mesh import SEQUENCE_DIM
 from tpresearch.config.schema import Config
 from tpresearch.plan.compatible import incompatible
-from tpresearch.plan.features import Across, FeatureUse, PositionUse
+from tpresearch.plan.features import Across, DimUse
 
 Shapes = tuple[torch.Size | None, ...]
 PYTHON = "python"
@@ -59,8 +60,8 @@ class Probe:
     """Buffers that a forward in training changes, as the statistics of a batch norm."""
     called: tuple[str, ...] = ()
     """Names of modules in the order in which they were called, one per call."""
-    across_features: dict[str, str] = field(default_factory=dict)
-    """Linear layers of whose output an op needs all features, such as softmax or a split in halves, and the op."""
+    across_features: Across = field(default_factory=dict)
+    """Linear layers of whose output an op needs all features, such as softmax or a split in halves."""
     changed_outputs: frozenset[str] = frozenset()
     """Modules that return a view, which is changed in place afterwards."""
     across_positions: Across = field(default_factory=dict)
@@ -121,7 +122,7 @@ class _ProbeMode(TorchDispatchMode):
         """Of functions: by which module, of which, and for how many elements."""
         self.draws: list[tuple[str, str]] = []
         """By which module, and in a call of which function."""
-        self._features, self._positions = FeatureUse(), PositionUse()
+        self._features, self._positions = DimUse(-1), DimUse(SEQUENCE_DIM)
         self._layers_called = 0
         self._shapes: dict[str, tuple[Shapes, Shapes, int]] = {}
         self._views: list[tuple[str, Tensor, int]] = []
@@ -198,8 +199,8 @@ class _ProbeMode(TorchDispatchMode):
         owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}
         self.read_outside_forward |= {owner for owner in owners if owner is not None and owner != reader}
         output = func(*args, **(kwargs or {}))
-        self._features.note(func, args, kwargs or {}, output)
-        self._positions.note(reader or "", func, args, kwargs or {}, output)
+        for use in (self._features, self._positions):
+            use.note(reader or "", func, args, kwargs or {}, output)
         return output
 
 

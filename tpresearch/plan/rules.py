@@ -226,7 +226,7 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
             if shapes is not None:
                 _check_dims(f"{rule.config_key}.src", f"input of {name}", rule.src, shapes.inputs)
                 _check_dims(f"{rule.config_key}.dst", f"output of {name}", rule.dst, shapes.outputs)
-        op = probe.across_features.get(name)
+        op = next(iter(probe.across_features.get(name, {}).values()), None)
         last = len(shapes.outputs[0] or ()) - 1 if shapes and shapes.outputs else -1
         if op and not rule.output_stays_sharded and rule.dst[0] in (Shard(-1), Shard(last)):
             why = f"{op} needs all features of the output of {name}, and each rank would apply it to its shard alone"
