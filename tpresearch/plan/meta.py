@@ -62,7 +62,7 @@ def _construct(config: ModelConfig, device: str, changes: list[Change] | None = 
     build = imported_class("model._target_", config.target, nn.Module)
     _check_settings(config, build)
     try:
-        with torch.device(device), _module_limit(), _SkipValueChanges(changes), _same_draws():
+        with torch.device(device), _module_limit(), _SkipValueChanges(changes), same_draws():
             model = build(**config.args)
     except Exception as error:  # it is user code, which may raise anything
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -74,9 +74,9 @@ def _construct(config: ModelConfig, device: str, changes: list[Change] | None = 
 
 
 @contextmanager
-def _same_draws() -> Iterator[None]:
-    """Context in which a constructor draws the same numbers on each rank and at each start, such as which features it connects:
-    Python and NumPy would seed each process apart. A caller's generators are left as they were."""
+def same_draws() -> Iterator[None]:
+    """Context in which a model draws the same numbers on each rank and at each start, such as which features it connects or which
+    blocks it leaves out: Python and NumPy would seed each process apart. A caller's generators are left as they were."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([]):
         random.seed(0)

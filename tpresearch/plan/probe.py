@@ -24,6 +24,7 @@ from tpresearch.config.mesh import SEQUENCE_DIM
 from tpresearch.config.schema import Config
 from tpresearch.plan.compatible import incompatible
 from tpresearch.plan.features import Across, DimUse
+from tpresearch.plan.meta import same_draws
 
 Shapes = tuple[torch.Size | None, ...]
 PYTHON = "python"
@@ -207,27 +208,21 @@ class _ProbeMode(TorchDispatchMode):
 def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:
     """Send `inputs`, on the meta device, through a copy of a meta model, which may count its calls.
 
-    What it draws from the generators of Python and NumPy is the same on all ranks, whose plans have to be, and the caller's are left as they were.
-
     Raises:
         ConfigError: for data that the model does not accept, and an output that is not a tensor.
     """
-    model, callers = copy.deepcopy(model), (random.getstate(), np.random.get_state())
-    random.seed(0)
-    np.random.seed(0)
-    seeded = _python_states()
+    model = copy.deepcopy(model)
     try:
-        output, watch, head = _run_with_head(model, inputs) or (*_run(model, inputs), None)
-        draws = _python_states() != seeded
+        with same_draws():
+            seeded = _python_states()
+            output, watch, head = _run_with_head(model, inputs) or (*_run(model, inputs), None)
+            draws = _python_states() != seeded
     except NotImplementedError:  # an op that has no meaning without data
         return Probe()
     except Exception as error:
         if "meta" in str(error):  # a tensor of its own on another device
             return Probe()
         raise incompatible(inputs, cfg, error) from error
-    finally:
-        random.setstate(callers[0])
-        np.random.set_state(callers[1])
     if not isinstance(output, Tensor):
         why = f"its output is a {type(output).__name__}"
         legal = "a forward that returns one tensor: logits [b, s, V], or [b, ...] for train.loss=sum"
