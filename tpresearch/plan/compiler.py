@@ -252,7 +252,7 @@ def _sharded_counts(
         if rule.shards_batch:
             rows = micro_batch_size(cfg, sizes)
             yield ShardedCount(rule.axis, "train.micro_batch_size", rows, f"rule {rule.name} splits its rows")
-        for side, layout, shape in tensors_of(rule, probe.shapes[name]) if name in probe.shapes else ():
+        for _, side, layout, shape in tensors_of(rule, probe.shapes[name]) if name in probe.shapes else ():
             if isinstance(layout, Shard) and shape and not (rule.output_stays_sharded and side == "output"):
                 what = f"{name}.{side}.shape[{layout.dim}]"
                 yield ShardedCount(rule.axis, what, shape[layout.dim], f"rule {rule.name} splits it")

@@ -28,7 +28,7 @@ from tpresearch.config.mesh import SEQUENCE_DIM
 from tpresearch.config.model import Rule
 from tpresearch.config.near_names import nearest
 from tpresearch.config.values import imported_class, instantiate
-from tpresearch.plan.probe import CallShapes, Probe, Shapes
+from tpresearch.plan.probe import CallShapes, Probe
 
 OUTPUT_LAYOUTS = {"logits": Shard(-1), "batch": Shard(0)}
 """Layouts of a model's output that the loss can use: sharded over the vocabulary, or over the batch's rows."""
@@ -218,14 +218,17 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
             why = f"{name} is called with keyword arguments alone"
             legal = "a call that passes the input by position"
             raise ConfigError(f"{rule.config_key}.match", rule.rule.match, why, legal)
-        if rule.rule.style in ("input", "output"):
-            if shapes is not None:
-                _check_converted_layouts(name or "the model", rule, shapes)
-        else:
+        if rule.rule.style not in ("input", "output"):
             _check_layer_layouts(rule)
-            if shapes is not None:
-                _check_dims(f"{rule.config_key}.src", f"input of {name}", rule.src, shapes.inputs)
-                _check_dims(f"{rule.config_key}.dst", f"output of {name}", rule.dst, shapes.outputs)
+        elif shapes is not None:
+            _check_layout_count(name or "the model", rule, shapes)
+        for key, side, layout, shape in tensors_of(rule, shapes) if shapes else ():
+            count = None if shape is None else len(shape)
+            if isinstance(layout, Shard) and (count is None or not -count <= layout.dim < count):
+                had = "is not a tensor" if count is None else f"has {count} dims"
+                legal = "null" if count is None else f"shard:{-count} to shard:{count - 1}"
+                why = f"the {side} of {name or 'the model'} {had}"
+                raise ConfigError(f"{rule.config_key}.{key}", f"shard:{layout.dim}", why, legal)
         op = next(iter(probe.across_features.get(name, {}).values()), None)
         last = len(shapes.outputs[0] or ()) - 1 if shapes and shapes.outputs else -1
         if op and not rule.output_stays_sharded and rule.dst[0] in (Shard(-1), Shard(last)):
@@ -240,14 +243,16 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
 
 def tensors_of(
     rule: ResolvedRule, shapes: CallShapes
-) -> Iterator[tuple[str, Placement | None, torch.Size | None]]:
-    """Each tensor that a rule gives a layout: whether it is an input or an output, the layout, and the whole tensor's shape."""
-    before, after = {"input": ("input", "input"), "output": ("output", "output")}.get(
-        rule.label, ("input", "output")
-    )
-    for side, layouts in ((before, rule.src), (after, rule.dst)):
+) -> Iterator[tuple[str, str, Placement | None, torch.Size | None]]:
+    """Each tensor that a rule gives a layout: by which key, whether it is an input or an output, the layout, and the whole
+    tensor's shape."""
+    converted = rule.rule.style if rule.rule.style in ("input", "output") else None
+    for key, side, layouts in (
+        ("src", converted or "input", rule.src),
+        ("dst", converted or "output", rule.dst),
+    ):
         for layout, shape in zip(layouts, shapes.inputs if side == "input" else shapes.outputs, strict=False):
-            yield side, layout, shape
+            yield key, side, layout, shape
 
 
 def _check_layer_layouts(rule: ResolvedRule) -> None:
@@ -266,7 +271,7 @@ def _check_layer_layouts(rule: ResolvedRule) -> None:
         )
 
 
-def _check_converted_layouts(name: str, rule: ResolvedRule, shapes: CallShapes) -> None:
+def _check_layout_count(name: str, rule: ResolvedRule, shapes: CallShapes) -> None:
     """A rule that only converts layouts has one layout per tensor."""
     what = str(rule.rule.style)
     tensors = shapes.inputs if what == "input" else shapes.outputs
@@ -274,17 +279,6 @@ def _check_converted_layouts(name: str, rule: ResolvedRule, shapes: CallShapes) 
         why = f"{len(rule.src)} layouts, and {name} has {len(tensors)} {what}s"
         legal = f"src and dst lists of {len(tensors)}, null for a tensor left alone"
         raise ConfigError(f"{rule.config_key}.src", rule.rule.src, why, legal, _overrides_to_drop(rule))
-    _check_dims(f"{rule.config_key}.src", f"{what} of {name}", rule.src, tensors)
-    _check_dims(f"{rule.config_key}.dst", f"{what} of {name}", rule.dst, tensors)
-
-
-def _check_dims(key: str, what: str, layouts: Layouts, tensors: Shapes) -> None:
-    for layout, shape in zip(layouts, tensors, strict=False):
-        count = None if shape is None else len(shape)
-        if isinstance(layout, Shard) and (count is None or not -count <= layout.dim < count):
-            had = "is not a tensor" if count is None else f"has {count} dims"
-            legal = "null" if count is None else f"shard:{-count} to shard:{count - 1}"
-            raise ConfigError(key, f"shard:{layout.dim}", f"the {what} {had}", legal)
 
 
 def _overrides_to_drop(rule: ResolvedRule) -> dict[str, object]:
