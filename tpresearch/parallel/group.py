@@ -37,10 +37,6 @@ NOTHING_LEFT = "nothing"
 """What ranks would communicate by that find their run complete."""
 
 
-class RankMissing(RunFailed):
-    """A rank did not come; the message says which."""
-
-
 @contextmanager
 def process_group(device: Device, world: World, check: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Context in which the ranks of this job can communicate.
@@ -136,9 +132,8 @@ def fresh_store(
     start; live ranks repeat theirs until answered.
 
     Raises:
-        RankMissing: on rank 0, if a rank does not come.
         ConfigError: if one was refused; on rank 0, if one would communicate by another backend, for which both would wait.
-        RunFailed: if one has ended otherwise.
+        RunFailed: if one has ended otherwise; on rank 0, if one does not come.
     """
     if world.rank == 0:
         name = uuid4().hex
@@ -182,7 +177,7 @@ def _wait_for_ranks(store: Store, world: World, check: Callable[[], object]) -> 
             check_notice(store)
             waited = time.monotonic() - began
             if waited > limit_s:
-                raise RankMissing(_missing(rank, limit_s, again, stopped))
+                raise RunFailed(_missing(rank, limit_s, again, stopped))
             if logs and waited > LOG_JOIN_AFTER_S:
                 may = "torchrun may have ended" if again else "host may be preparing data"
                 log.info("waiting for rank %d of %d, whose %s", rank, world.size, may)

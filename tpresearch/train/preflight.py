@@ -244,7 +244,6 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     dtype = weight_dtype(cfg.train)
     model, lost = watched_meta_model(cfg.model, dtype) if from_seed else (meta_model(cfg.model, dtype), {})
     batch = meta_batch(cfg.data, micro_batch_size(cfg, sizes)).to(torch.device("meta"), dtype)
-    check_loss(None, batch.targets, cfg)
     probe = probe_model(model, batch.inputs, cfg)
     check_loss(probe.output, batch.targets, cfg)
     plan = compile_plan(model, cfg, sizes, probe)

@@ -121,9 +121,10 @@ def _print_integers(console: Console, results: list[Result]) -> None:
     table = Table(*(Column(title, no_wrap=True) for title in titles))
     for result in chosen:
         for exact in result.integers or ():
-            numbers = (exact.output, exact.input_gradient, exact.weight_gradient)
             verdict = "ok" if exact.passed else "[red]FAIL[/red]"
-            table.add_row(result.plan, exact.layer, exact.rule, *(f"{n:g}" for n in numbers), verdict)
+            table.add_row(
+                result.plan, exact.layer, exact.rule, *(f"{n:g}" for n in exact.differences), verdict
+            )
     console.print(table)
 
 

@@ -47,8 +47,12 @@ class IntegerResult:
     weight_gradient: float
 
     @property
+    def differences(self) -> tuple[float, float, float]:
+        return self.output, self.input_gradient, self.weight_gradient
+
+    @property
     def passed(self) -> bool:
-        return self.output == self.input_gradient == self.weight_gradient == 0
+        return not any(self.differences)
 
 
 def check_matmuls(world: World, cfg: Config) -> list[IntegerResult]:
@@ -67,13 +71,9 @@ def max_over_ranks(ranks: list[list[IntegerResult]]) -> list[IntegerResult]:
     """Maximum differences of each layer over all ranks."""
     return [
         IntegerResult(
-            exact[0].layer,
-            exact[0].rule,
-            max(e.output for e in exact),
-            max(e.input_gradient for e in exact),
-            max(e.weight_gradient for e in exact),
+            layer[0].layer, layer[0].rule, *map(max, zip(*(each.differences for each in layer), strict=True))
         )
-        for exact in zip(*ranks, strict=True)
+        for layer in zip(*ranks, strict=True)
     ]
 
 
