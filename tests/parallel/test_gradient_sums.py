@@ -146,71 +146,62 @@ class Own(nn.Linear):
         return 2 * self(x)
 
 
-def without_grad(model: nn.ModuleDict, x: Tensor) -> Tensor:
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.own = nn.Linear(48, 48), Own(48, 48)
+
+
+def without_grad(model: Pair, x: Tensor) -> Tensor:
     with torch.no_grad():
-        hidden = model["first"](x)
-    return model["own"](hidden)
+        hidden = model.first(x)
+    return model.own(hidden)
 
 
-def with_another_weight(model: nn.ModuleDict, x: Tensor) -> Tensor:
-    weight = model["first"].weight
-    assert isinstance(weight, Tensor)
-    return model["own"](torch.func.functional_call(model["first"], {"weight": torch.tanh(weight)}, x))
+def with_weight(model: Pair, weight: Tensor, x: Tensor) -> Tensor:
+    return model.own(torch.func.functional_call(model.first, {"weight": weight}, x))
 
 
-def with_a_parameter_of_another(model: nn.ModuleDict, x: Tensor) -> Tensor:
-    weight = model["own"].weight
-    assert isinstance(weight, Tensor)
-    return model["own"](torch.func.functional_call(model["first"], {"weight": weight}, x))
+def transformed(model: Pair, x: Tensor) -> Tensor:
+    gradient = torch.func.grad(lambda x: model.first(x).square().sum())(x)
+    return torch.vmap(model.own)(x + gradient) + model.own(x)
 
 
-def transformed(model: nn.ModuleDict, x: Tensor) -> Tensor:
-    gradient = torch.func.grad(lambda x: model["first"](x).square().sum())(x)
-    return torch.vmap(model["own"])(x + gradient) + model["own"](x)
-
-
-def in_autocast(model: nn.ModuleDict, x: Tensor) -> Tensor:
+def in_autocast(model: Pair, x: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
-        return model["own"](model["first"](x)).float()
+        return model.own(model.first(x)).float()
 
 
-def after_another_gradient(model: nn.ModuleDict, x: Tensor) -> Tensor:
+def after_another_gradient(model: Pair, x: Tensor) -> Tensor:
     x = x.requires_grad_()
-    (gradient,) = torch.autograd.grad(model["first"](x).square().sum(), x)
-    return model["own"](x + gradient)
+    (gradient,) = torch.autograd.grad(model.first(x).square().sum(), x)
+    return model.own(x + gradient)
 
 
-def with_a_penalty_on_a_gradient(model: nn.ModuleDict, x: Tensor) -> Tensor:
+def with_a_penalty_on_a_gradient(model: Pair, x: Tensor) -> Tensor:
     x = x.requires_grad_()
-    (gradient,) = torch.autograd.grad(model["first"](x).square().sum(), x, create_graph=True)
-    return model["own"](x) + gradient
+    (gradient,) = torch.autograd.grad(model.first(x).square().sum(), x, create_graph=True)
+    return model.own(x) + gradient
 
 
-def with_an_inner_step(model: nn.ModuleDict, x: Tensor) -> Tensor:
-    weight = model["first"].weight
-    assert isinstance(weight, Tensor)
-    (gradient,) = torch.autograd.grad(model["own"](model["first"](x)).sum(), weight, create_graph=True)
-    return model["own"](nn.functional.linear(x, weight - gradient)) + model["first"](x)
+def with_an_inner_step(model: Pair, x: Tensor) -> Tensor:
+    weight = model.first.weight
+    (gradient,) = torch.autograd.grad(model.own(model.first(x)).sum(), weight, create_graph=True)
+    return model.own(nn.functional.linear(x, weight - gradient)) + model.first(x)
 
 
-def by_its_own_name(model: nn.ModuleDict, x: Tensor) -> Tensor:
-    own = model["own"]
-    assert isinstance(own, Own)
-    return own.twice(x)
+def as_layers(model: Pair, x: Tensor) -> Tensor:
+    return model.own(model.first(x))
 
 
-def as_layers(model: nn.ModuleDict, x: Tensor) -> Tensor:
-    return model["own"](model["first"](x))
-
-
-USES: dict[str, Callable[[nn.ModuleDict, Tensor], Tensor]] = {
+USES: dict[str, Callable[[Pair, Tensor], Tensor]] = {
     "no_grad": without_grad,
-    "functional_call": with_another_weight,
-    "functional_call with a parameter": with_a_parameter_of_another,
+    "functional_call": lambda model, x: with_weight(model, torch.tanh(model.first.weight), x),
+    "functional_call with a parameter": lambda model, x: with_weight(model, model.own.weight, x),
     "transforms": transformed,
     "autocast": in_autocast,
-    "a vector, and a layer without a gradient": lambda model, x: model["own"](x[0, 0]),
-    "a class of its own": by_its_own_name,
+    "a vector, and a layer without a gradient": lambda model, x: model.own(x[0, 0]),
+    "a class of its own": lambda model, x: model.own.twice(x),
 }
 
 
@@ -229,13 +220,13 @@ USES: dict[str, Callable[[nn.ModuleDict, Tensor], Tensor]] = {
     ],
 )
 def test_layers_learn_the_same_however_a_model_uses_them(
-    use: Callable[[nn.ModuleDict, Tensor], Tensor], compiles: bool
+    use: Callable[[Pair, Tensor], Tensor], compiles: bool
 ) -> None:
     """In a step by itself, and in the next one before a micro-batch that calls the layers."""
     torch.manual_seed(0)
-    model, x = nn.ModuleDict({"first": nn.Linear(48, 48), "own": Own(48, 48)}), torch.randn(2, 5, 48)
+    model, x = Pair(), torch.randn(2, 5, 48)
 
-    def gradients(step: Iterable[Callable[[nn.ModuleDict, Tensor], Tensor]]) -> dict[str, Tensor | None]:
+    def gradients(step: Iterable[Callable[[Pair, Tensor], Tensor]]) -> dict[str, Tensor | None]:
         for forward in step:
             forward(model, x).square().sum().backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -283,20 +274,6 @@ def test_a_gradient_that_is_taken_through_a_compiled_block_is_not_added(asks: st
             return
         loss(forward).backward()
     torch.testing.assert_close(weight.grad, expected)
-
-
-@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
-def test_what_would_lose_a_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
-    sums = GradientSums({layer: layer.get_parameter("weight")})
-    with (
-        pytest.raises(ConfigError, match=r"with create_graph=True, puts another gradient"),
-        sums.collecting(),
-    ):
-        layer(x).sum().backward(create_graph=True)
-    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
-    with pytest.raises(ConfigError, match="trace_autograd_ops is set"):
-        plan_model(config("model=toy_mlp", *PARTS, FUSED, "parallel.compile=true"), MeshSizes())
 
 
 def test_a_compiled_backward_copies_no_sum() -> None:

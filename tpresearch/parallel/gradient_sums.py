@@ -6,7 +6,6 @@ writes the sum, 6 bytes per element in bfloat16 and 10 into float32 master weigh
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum, auto
@@ -42,7 +41,7 @@ class GradientSums:
         for parameter, begun in self._begun.items():
             parameter.grad = torch.empty_like(parameter)  # not zeros, a pass over memory
             begun.fill_(False)
-        empty = {parameter: (parameter.grad, _changes(parameter)) for parameter in self._begun}
+        unwritten = {parameter: _changes(parameter) for parameter in self._begun}
         hooks = []
         for layer, parameter in self._trained.items():
             layer.gradient_sum = parameter.grad
@@ -57,10 +56,7 @@ class GradientSums:
                 hook.remove()
             for layer in self._trained:
                 layer.gradient_sum = None
-        for parameter, (total, before) in empty.items():
-            if parameter.grad is not total:
-                why = "a backward of the model's own, with create_graph=True, puts another gradient in the place of a sum"
-                raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
+        for parameter, before in unwritten.items():
             if _changes(parameter) == before:
                 parameter.grad = None
 
@@ -114,16 +110,11 @@ def summing_layers(model: nn.Module, plan: Plan, loss_chunk: int | None) -> dict
 
 
 def check_layers(model: nn.Module, plan: Plan, cfg: Config) -> None:
-    """Refuse a model without such layers, whose matmuls would add to nothing; and a compiler that is told to trace
-    `autograd.grad`, within whose graph nothing tells for what a backward is run.
+    """Refuse a model without such layers, whose matmuls would add to nothing.
 
     Raises:
         ConfigError: naming the key.
     """
-    compiler = sys.modules.get("torch._dynamo.config")  # if it is not imported, nobody has told it anything
-    if cfg.parallel.compile and getattr(compiler, "trace_autograd_ops", False):
-        why = "torch._dynamo.config.trace_autograd_ops is set, and a gradient that a block takes would be added too"
-        raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
     if not summing_layers(model, plan, cfg.train.loss_chunk):
         why = f"model {cfg.model.name} has no nn.Linear that learns, besides an output layer whose gradient the loss makes"
         raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
