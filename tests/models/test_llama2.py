@@ -6,12 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.assembled import planned
-from support.composed import config
 
 from tpresearch.models.llama2 import rotary_table, rotate
 from tpresearch.models.toy_mlp import ToyMLP
-from tpresearch.plan.meta import meta_model
-from tpresearch.train.speed import flops_per_token
 
 
 def test_turning_keeps_lengths_and_depends_on_distance_alone() -> None:
@@ -77,10 +74,3 @@ def test_every_model_has_as_many_parameters_as_its_name_says_and_a_plan(name: st
 
 def test_the_bare_toy_network_is_the_tutorials() -> None:
     assert sum(p.numel() for p in ToyMLP().parameters()) == 517
-
-
-def test_flops_of_7b_by_hand() -> None:
-    model = meta_model(config("model=llama2_7b", "tokenizer=bpe_32k", small=False).model)
-    n = 6_738_415_616 - 32_000 * 4096
-    assert flops_per_token(model, 4096, causal=False) == 6 * n + 12 * 32 * 4096 * 4096
-    assert flops_per_token(model, 4096, causal=True) == 6 * n + 6 * 32 * 4096 * 4096

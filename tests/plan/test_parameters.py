@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -153,37 +154,6 @@ def test_formulas_are_what_is_measured(kind: type, plan: str, world: int) -> Non
     assert found.sent == found.expected.sent
 
 
-class Counted(ToyLM):
-    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
-        super().__init__(vocab_size, dim, hidden_dim)
-        self.embed = nn.Embedding(vocab_size, dim, scale_grad_by_freq=True)
-
-
-class Bounded(ToyLM):
-    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
-        super().__init__(vocab_size, dim, hidden_dim)
-        self.embed = nn.Embedding(vocab_size, dim, max_norm=1.0)
-
-
-class Sparse(ToyLM):
-    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
-        super().__init__(vocab_size, dim, hidden_dim)
-        self.embed = nn.Embedding(vocab_size, dim, sparse=True)
-
-
-def test_an_embedding_with_sparse_gradients_is_refused() -> None:
-    error = refusal(*model(Sparse), "parallel=none")
-    assert (error.value, error.why[:17]) == ("embed", "a sparse gradient")
-
-
-def test_embeddings_that_depend_on_the_rows_of_a_rank_are_refused() -> None:
-    counted, bounded = refusal(*model(Counted), "parallel=none"), refusal(*model(Bounded), "parallel=fsdp")
-    assert counted.why.startswith("scale_grad_by_freq")
-    assert bounded.why.startswith("max_norm")
-    assert counted.value == bounded.value == "embed"
-    planned(*model(Bounded), "parallel=none")
-
-
 def constructed(change: Callable[[ToyLM], object]) -> type[nn.Module]:
     class Constructed(ToyLM):
         def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
@@ -192,6 +162,30 @@ def constructed(change: Callable[[ToyLM], object]) -> type[nn.Module]:
             change(self)
 
     return Constructed
+
+
+OWN = "model=toy_mlp", f"model._target_={__name__}.Constructed"
+"""The model that a test has constructed."""
+
+
+@pytest.mark.parametrize(
+    ("option", "plan", "why"),
+    [
+        ({"sparse": True}, "none", "a sparse gradient"),
+        ({"scale_grad_by_freq": True}, "none", "scale_grad_by_freq counts"),
+        ({"max_norm": 1.0}, "fsdp", "max_norm changes"),  # which a single process may
+    ],
+)
+def test_embeddings_that_depend_on_the_rows_of_a_rank_are_refused(
+    monkeypatch: pytest.MonkeyPatch, option: dict[str, Any], plan: str, why: str
+) -> None:
+    embeds = constructed(lambda net: setattr(net, "embed", nn.Embedding(260, 64, **option)))
+    monkeypatch.setitem(globals(), "Constructed", embeds)
+    error = refusal(*OWN, f"parallel={plan}")
+    assert error.value == "embed"
+    assert error.why.startswith(why)
+    if plan != "none":
+        planned(*OWN, "parallel=none")
 
 
 @torch.no_grad()
@@ -229,7 +223,7 @@ def test_initial_values_that_only_the_constructor_sets_are_refused(
 ) -> None:
     change, name = LOST.get(how) or (KEPT[how], None)
     monkeypatch.setitem(globals(), "Constructed", constructed(change))
-    words = "model=toy_mlp", f"model._target_={__name__}.Constructed", f"train.dtype={dtype}", "parallel=none"
+    words = *OWN, f"train.dtype={dtype}", "parallel=none"
     planned(*words)  # for a checkpoint's weights
     if name is None:
         planned(*words, from_seed=True)

@@ -62,19 +62,13 @@ def test_no_warmup_starts_at_the_peak() -> None:
     assert learning_rate(0, 10, 1.0, ScheduleConfig(warmup_steps=0)) == 1.0
 
 
-def test_only_matrices_decay() -> None:
-    groups = build_optimizer(nn.Linear(3, 4).parameters(), OptimizerConfig(weight_decay=0.1)).param_groups
-    assert {tuple(p.dim() for p in group["params"]): group["weight_decay"] for group in groups} == {
-        (2,): 0.1,
-        (1,): 0.0,
-    }
-
-
-def test_vectors_decay_too_where_that_is_asked_for() -> None:
-    (group,) = build_optimizer(
-        nn.Linear(3, 4).parameters(), OptimizerConfig(weight_decay=0.1, decay_vectors=True)
-    ).param_groups
-    assert ([p.dim() for p in group["params"]], group["weight_decay"]) == ([2, 1], 0.1)
+@pytest.mark.parametrize(("vectors", "decays"), [(False, {(2,): 0.1, (1,): 0.0}), (True, {(2, 1): 0.1})])
+def test_matrices_decay_and_vectors_where_that_is_asked_for(
+    vectors: bool, decays: dict[tuple[int, ...], float]
+) -> None:
+    ours = OptimizerConfig(weight_decay=0.1, decay_vectors=vectors)
+    groups = build_optimizer(nn.Linear(3, 4).parameters(), ours).param_groups
+    assert {tuple(p.dim() for p in group["params"]): group["weight_decay"] for group in groups} == decays
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
