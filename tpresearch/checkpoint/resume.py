@@ -133,11 +133,7 @@ def _step_folders(run: Path, field: str, value: object) -> list[Path]:
 
 
 def check_started(checkpoint: Checkpoint) -> None:
-    """Refuse to resume from the output of `tpresearch.import_hf`: it has weights, but no run to resume.
-
-    Raises:
-        ConfigError: proposing a new run from them.
-    """
+    """Refuse to resume from the output of `tpresearch.import_hf`: it has weights, but no run to resume."""
     if checkpoint.step == 0:
         run = run_of(checkpoint.folder)
         why, legal = "no step was taken there: it holds only initial weights", "init_from, for a new run"
@@ -148,9 +144,6 @@ def check_started(checkpoint: Checkpoint) -> None:
 def check_experiment(checkpoint: Checkpoint, cfg: Config) -> None:
     """Refuse to resume a different experiment: only plan, mesh, logging and the like may change, files may have moved, and the
     budget may grow.
-
-    Raises:
-        ConfigError: for the first key that differs.
     """
     manifest = checkpoint.manifest
     fix = {"init_from": checkpoint.folder, "resume": None, "hydra.run.dir": None}
@@ -191,11 +184,7 @@ def _is_gone(key: str, paths: Any, source: DataSource) -> bool:
 
 
 def check_corpus(manifest: Manifest, corpus_hash: str, tokenizer_hash: str, rows: int) -> None:
-    """Refuse to resume with rows other than those the run was trained on.
-
-    Raises:
-        ConfigError: if text, tokenizer or the number of rows differ.
-    """
+    """Refuse to resume with rows other than those the run was trained on."""
     if (manifest.corpus_hash, manifest.tokenizer_hash, manifest.rows) != (corpus_hash, tokenizer_hash, rows):
         differ = {
             "the text": manifest.corpus_hash != corpus_hash,

@@ -87,11 +87,7 @@ def gpu_count() -> int:
 
 
 def check_device(cfg: Config, device: Device) -> None:
-    """Refuse options that the device does not support.
-
-    Raises:
-        ConfigError: naming the option.
-    """
+    """Refuse options that the device does not support."""
     on_cuda, narrow = device.type == "cuda", cfg.train.dtype is Dtype.bfloat16
     if narrow and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         why, fix = f"{device.name} does not support bfloat16", {"train.dtype": "float32"}

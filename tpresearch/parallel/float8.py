@@ -47,11 +47,7 @@ def to_float8(model: nn.Module, layers: Collection[str], train: TrainConfig) -> 
 
 
 def check_float8(train: TrainConfig, device: torch.device) -> None:
-    """Refuse a device that cannot train so.
-
-    Raises:
-        ConfigError: with what it lacks.
-    """
+    """Refuse a device that cannot train so."""
     if train.float8 is not Float8.none and (missing := _missing_support(train, device)):
         legal = "none on this device, or train.float8_emulated=true to see its effect on the loss"
         raise ConfigError("train.float8", train.float8, missing, legal, fix={"train.float8": "none"})

@@ -110,11 +110,7 @@ def summing_layers(model: nn.Module, plan: Plan, loss_chunk: int | None) -> dict
 
 
 def check_layers(model: nn.Module, plan: Plan, cfg: Config) -> None:
-    """Refuse a model without such layers, whose matmuls would add to nothing.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    """Refuse a model without such layers, whose matmuls would add to nothing."""
     if not summing_layers(model, plan, cfg.train.loss_chunk):
         why = f"model {cfg.model.name} has no nn.Linear that learns, besides an output layer whose gradient the loss makes"
         raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")

@@ -17,11 +17,7 @@ OTHER_KIND = re.compile(r"\b(long|int|int64|int32|token ids)\b", re.IGNORECASE)
 
 
 def check_loss(output: torch.Size | None, targets: Tensor, cfg: Config) -> None:
-    """Refuse a cross-entropy without targets, or without a logit for each entry of the vocabulary: as the loss, and on held-out rows.
-
-    Raises:
-        ConfigError: naming train.loss, train.eval_rows or the model's output.
-    """
+    """Refuse a cross-entropy without targets, or without a logit for each entry of the vocabulary: as the loss, and on held-out rows."""
     if not needs_logits(cfg):
         return
     if targets.numel() == 0:

@@ -72,11 +72,7 @@ def lost_changes(model: nn.Module, changes: Sequence[Change]) -> dict[str, Chang
 def check_constructor(
     model: nn.Module, lost: Mapping[str, Change], initializers: Mapping[str, Initializer]
 ) -> None:
-    """Refuse a model whose constructor has the last word on a parameter's initial values.
-
-    Raises:
-        ConfigError: naming the first such parameter.
-    """
+    """Refuse a model whose constructor has the last word on a parameter's initial values."""
     for name, change in lost.items():
         if not _is_constant(initializers[name], change):
             kind = type(_owner(model, name)).__name__

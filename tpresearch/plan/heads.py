@@ -77,9 +77,6 @@ def check_heads(model: nn.Module, plan: Plan, inputs: Tensor, name: str) -> None
 
     Args:
         model: on the meta device, whole. inputs: a micro-batch, on the meta device. name: the model's.
-
-    Raises:
-        WrongModel: naming the layer.
     """
     if any(rule.rule.target for rule in plan.rules.values()):
         return

@@ -108,11 +108,7 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _check_parameters(model: nn.Module) -> None:
-    """Refuse what sharding would silently lose: mixed dtypes, imaginary parts, hooks on tensors that it replaces.
-
-    Raises:
-        ConfigError: naming the first such parameter.
-    """
+    """Refuse what sharding would silently lose: mixed dtypes, imaginary parts, hooks on tensors that it replaces."""
     for name, module in model.named_modules():
         if is_parametrized(module):
             why = "it is parametrized, but a rank holds only shards of it"
@@ -133,11 +129,7 @@ def _check_parameters(model: nn.Module) -> None:
 
 
 def _check_settings(config: ModelConfig, build: type[nn.Module]) -> None:
-    """Refuse settings that the class does not have, or of another type than it says.
-
-    Raises:
-        ConfigError: naming the first.
-    """
+    """Refuse settings that the class does not have, or of another type than it says."""
     accepted = inspect.signature(build).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     try:

@@ -29,11 +29,7 @@ def tie(model: nn.Module, ties: dict[str, str]) -> None:
 
 
 def check_parameters(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> None:
-    """Refuse what this plan cannot do to the parameters of a meta model.
-
-    Raises:
-        ConfigError: naming the parameter.
-    """
+    """Refuse what this plan cannot do to the parameters of a meta model."""
     fully_sharded = uses_fully_shard(parallel, plan.sizes)
     if not any(p.requires_grad for p in model.parameters()):
         why, legal = "none of its parameters requires a gradient", "at least one that does"

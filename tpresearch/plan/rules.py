@@ -206,9 +206,6 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
 
     Args:
         rules: by module name. probe: what has not been called there is not checked.
-
-    Raises:
-        ConfigError: naming the rule's key.
     """
     for name, rule in rules.items():
         if rule.rule.target:

@@ -20,9 +20,6 @@ def check_sequence(
 ) -> None:
     """Refuse what is wrong where a rule shards the sequence, or the batch: an op over the positions of a part, and weights
     without a rule, whose gradient would be partial on each rank.
-
-    Raises:
-        ConfigError: naming the rule, or the plan.
     """
     sequence = cfg.data.has_sequence
     if sequence:

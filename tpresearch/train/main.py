@@ -203,11 +203,7 @@ def open_tracker(
 
 
 def check_rows(corpus: AnyCorpus, job: Preflight) -> None:
-    """Refuse a corpus with fewer train rows than one global batch.
-
-    Raises:
-        ConfigError: proposing a batch size or sequence length that the corpus fills.
-    """
+    """Refuse a corpus with fewer train rows than one global batch."""
     if isinstance(corpus, PackedCorpus):
         train = job.cfg.train
         check_enough_rows(corpus, train.global_batch_size, job.sizes.dp * (train.micro_batch_size or 1))

@@ -159,11 +159,7 @@ def quick_check(cfg: Config, world: World) -> MeshSizes:
 
 
 def refuse_single_process(cfg: Config, ranks: int) -> NoReturn:
-    """Refuse `python train.py` with a plan for several ranks, unless the mesh sizes or world_size ask for one rank.
-
-    Raises:
-        ConfigError: with the torchrun command for the product of the mesh sizes.
-    """
+    """Refuse `python train.py` with a plan for several ranks, unless the mesh sizes or world_size ask for one rank."""
     axes = " and ".join(axis.name for axis in used_axes(cfg.parallel))
     why = f"needs several ranks (along {axes}), but this is a single process"
     legal = "torchrun with several ranks, parallel=none, or world_size=1 to run it on one"
@@ -174,9 +170,6 @@ def check_init_from(cfg: Config, model: nn.Module, starts_ranks: bool) -> list[s
     """Refuse init_from if its weights do not fit this model; files on the hub are downloaded only if ranks start.
 
     Returns: a warning for each setting that another model of ours, with the same shapes, was trained with.
-
-    Raises:
-        ConfigError: naming the setting or the tensor that differs.
     """
     if cfg.init_from is None:
         return []
@@ -209,11 +202,7 @@ def check_init_from(cfg: Config, model: nn.Module, starts_ranks: bool) -> list[s
 
 
 def check_folder(job: Preflight, folder: Path, restarted: bool) -> None:
-    """Refuse a run folder with checkpoints that this config cannot resume from, before anything in it is touched.
-
-    Raises:
-        ConfigError: see `checkpoints_to_resume`.
-    """
+    """Refuse a run folder with checkpoints that this config cannot resume from, before anything in it is touched."""
     if job.device is not None:
         checkpoints_to_resume(job.cfg, folder, restarted)
 
@@ -261,11 +250,7 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
 
 
 def check_split_output(plan: Plan, cfg: Config) -> None:
-    """Refuse logits that are left sharded over the batch: the cross-entropy is computed on vocabulary shards.
-
-    Raises:
-        ConfigError: naming the rule.
-    """
+    """Refuse logits that are left sharded over the batch: the cross-entropy is computed on vocabulary shards."""
     if plan.output_shard_dim == 0 and needs_logits(cfg):
         key = next(f"{rule.config_key}.dst" for rule in plan.rules.values() if rule.output_stays_sharded)
         why = "the cross-entropy is computed on whole rows of logits or on vocabulary shards"
@@ -278,9 +263,6 @@ def check_split_output(plan: Plan, cfg: Config) -> None:
 def check_changed_outputs(plan: Plan, cfg: Config) -> None:
     """Refuse a block whose output is a view that the model changes in place: FSDP's hook on it, which gathers the block's weights
     again in backward, is lost.
-
-    Raises:
-        WrongModel: naming the block.
     """
     frees = uses_fully_shard(cfg.parallel, plan.sizes) and cfg.parallel.fsdp.reshard_after_forward
     freed = plan.blocks[:-1] if frees else []  # backward begins with the last

@@ -87,9 +87,6 @@ def check_randomness(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> 
     """Refuse to compile a model in which tensor-parallel ranks could not draw apart, or whose backward would draw anew:
     within a budget torch recomputes random ops as any other (2.11 to 2.14), and those of Python and NumPy in any case, and
     gradients would be wrong.
-
-    Raises:
-        ConfigError: naming the module that draws.
     """
     kind, key = parallel.activation_checkpointing, "parallel.activation_checkpointing"
     if PYTHON in plan.probe.draws.get("", {}) and kind is not Checkpointing.none:

@@ -23,10 +23,7 @@ PER_HOST = ("name", "resume", "logger", "data.cache_dir", "data.path", "tokenize
 
 def check_same_job(job: Preflight, corpus: AnyCorpus) -> None:
     """Refuse to train if ranks have other settings, code or rows than rank 0: what each computes would be right by itself, and
-    the sum of their gradients nobody's. Collective.
-
-    Raises:
-        ConfigError: on every rank, for the first difference.
+    the sum of their gradients nobody's. Collective: every rank raises.
     """
     mine = _settings(job), (corpus.corpus_hash, corpus.tokenizer_hash, len(corpus.train))
     found: list[Any] = [None] * dist.get_world_size()

@@ -84,9 +84,6 @@ def check_disk(job: Preflight, run: Run, found: Sequence[Checkpoint]) -> None:
 
     Args:
         found: those that are there, the newest first.
-
-    Raises:
-        ConfigError: saying how much room there is.
     """
     settings, begun = job.cfg.checkpoint, found[0].step if found else 0
     due = (total_steps(job.cfg) - 1) // settings.every - begun // settings.every if settings.every else 0

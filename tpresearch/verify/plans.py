@@ -136,11 +136,7 @@ def with_device_chosen(plans: dict[str, list[Config]]) -> dict[str, list[Config]
 
 
 def check_plan(cfg: Config) -> None:
-    """Refuse what cannot run, before anything is started.
-
-    Raises:
-        ConfigError: for the first error.
-    """
+    """Refuse what cannot run, before anything is started."""
     sizes = validate(cfg, ranks_of(cfg))
     check_data(cfg.data, cfg.tokenizer)
     if cfg.train.float8 is not Float8.none:
@@ -155,11 +151,7 @@ def check_plan(cfg: Config) -> None:
 
 
 def check_moments(cfg: Config) -> None:
-    """Refuse moments that round, whichever optimizer comes first.
-
-    Raises:
-        ConfigError: naming the option.
-    """
+    """Refuse moments that round, whichever optimizer comes first."""
     if (moments := cfg.optimizer.moment_dtype) not in (None, cfg.train.weight_dtype):
         why = "a sum in another order may round to the next of its numbers: equality with one process is not claimed"
         key = "optimizer.moment_dtype"
