@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Checkpointing
+from tpresearch.plan.probe import buffer_versions, changed_buffers
 
 
 def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[..., Any]:
@@ -87,32 +88,16 @@ def _watched(
     def run_and_watch(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return run(*args, **kwargs)
-        before = _Versions(block, (args, kwargs))
+        buffers = buffer_versions(block)
+        given = [(t, t._version) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         output = run(*args, **kwargs)
-        if changed := before.changed():
+        changed = [(f"its buffer {name}", t) for name, t in changed_buffers(block, buffers).items()]
+        changed += [("its input", t) for t, version in given if t._version != version]
+        if changed:
             refuse(changed, output)
         return output
 
     return run_and_watch
-
-
-class _Versions:
-    """How often a block's buffers and what it is given were changed in place."""
-
-    def __init__(self, block: nn.Module, given: Any) -> None:
-        self._block = block
-        self._given = [(t, t._version) for t in tree_leaves(given) if isinstance(t, Tensor)]
-        self._buffers = [(name, t, t._version) for name, t in block.named_buffers()]
-
-    def changed(self) -> Changed:
-        """What has been changed or replaced since."""
-        now = dict(self._block.named_buffers()) if self._buffers else {}
-        buffers = [
-            (f"its buffer {name}", t)
-            for name, t, before in self._buffers
-            if now.get(name) is not t or t._version != before
-        ]
-        return buffers + [("its input", t) for t, before in self._given if t._version != before]
 
 
 def _kept_by_compiled_code(output: Any) -> set[int]:

@@ -7,7 +7,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class Probe:
 
     output: torch.Size | None = None
     """The shape of the model's output; None if the model cannot run on the meta device."""
-    no_input_grad: frozenset[str] = frozenset()
+    no_input_grad: set[str] = field(default_factory=set)
     """Modules whose input depends on no parameter and therefore needs no gradient."""
     head: str | None = None
     """The output layer that a model passes to `head` together with the hidden states."""
@@ -55,15 +55,15 @@ class Probe:
     of Python and NumPy, which are noted as the model's."""
     shapes: dict[str, CallShapes] = field(default_factory=dict)
     """By module name, for modules that were called."""
-    read_outside_forward: frozenset[str] = frozenset()
+    read_outside_forward: set[str] = field(default_factory=set)
     """Modules with a parameter that is read outside of their own forward, as by `linear(x, self.embedding.weight)`."""
     changed_buffers: tuple[str, ...] = ()
     """Buffers that a forward in training changes, as the statistics of a batch norm."""
-    called: tuple[str, ...] = ()
+    called: list[str] = field(default_factory=list)
     """Names of modules in the order in which they were called, one per call."""
     across_features: Across = field(default_factory=dict)
     """Linear layers of whose output an op needs all features, such as softmax or a split in halves."""
-    changed_outputs: frozenset[str] = frozenset()
+    changed_outputs: set[str] = field(default_factory=set)
     """Modules that return a view, which is changed in place afterwards."""
     across_positions: Across = field(default_factory=dict)
     """Modules of whose output an op needs all positions of a sequence, such as a shift by one token."""
@@ -83,6 +83,20 @@ def elements_of(args: object, output: object) -> int | None:
         if isinstance(tensor, Tensor):
             return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
     return None
+
+
+Versions = list[tuple[str, Tensor, int]]
+"""Of buffers: the name, the tensor, and how often it was changed in place."""
+
+
+def buffer_versions(module: nn.Module) -> Versions:
+    return [(name, buffer, buffer._version) for name, buffer in module.named_buffers()]
+
+
+def changed_buffers(module: nn.Module, before: Versions) -> dict[str, Tensor]:
+    """Those that have been changed in place or replaced since."""
+    now = dict(module.named_buffers()) if before else {}
+    return {name: t for name, t, version in before if now.get(name) is not t or t._version != version}
 
 
 class _CallMode(TorchFunctionMode):
@@ -106,24 +120,25 @@ class _CallMode(TorchFunctionMode):
 
 
 class _ProbeMode(TorchDispatchMode):
-    """Records, while a model runs, which inputs need no gradient, which modules draw random numbers, and which read the
-    parameters of others."""
+    """Records a `Probe` while a model runs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._owners = {
             id(p): name for name, module in model.named_modules() for p in module.parameters(recurse=False)
         }
-        self._buffers = [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]
-        self.read_outside_forward: set[str] = set()
+        self._buffers = buffer_versions(model)
+        self._features, self._positions = DimUse(-1), DimUse(SEQUENCE_DIM)
+        self._found = Probe(
+            across_features=self._features.across,
+            across_positions=self._positions.across,
+            widths=self._features.widths,
+        )
         self.running: list[str] = []
-        self.called: list[str] = []
-        self.no_input_grad: set[str] = set()
         self.calls: list[tuple[str, str, int]] = []
         """Of functions: by which module, of which, and for how many elements."""
         self.draws: list[tuple[str, str]] = []
         """By which module, and in a call of which function."""
-        self._features, self._positions = DimUse(-1), DimUse(SEQUENCE_DIM)
         self._layers_called = 0
         self._shapes: dict[str, tuple[Shapes, Shapes, int]] = {}
         self._views: list[tuple[str, Tensor, int]] = []
@@ -143,9 +158,9 @@ class _ProbeMode(TorchDispatchMode):
         self._layers_called += any(True for _ in module.parameters(recurse=False))
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         self.running.append(name)
-        self.called.append(name)
+        self._found.called.append(name)
         if not any(tensor.requires_grad for tensor in tensors):
-            self.no_input_grad.add(name)
+            self._found.no_input_grad.add(name)
 
     def _after_forward(self, name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         self.running.pop()
@@ -159,35 +174,15 @@ class _ProbeMode(TorchDispatchMode):
 
     def result(self, output: Tensor, head: str | None, model: nn.Module) -> Probe:
         """What was recorded, once the model has returned."""
-        shapes = {
-            name: CallShapes(inputs, outputs, called == self._layers_called)
-            for name, (inputs, outputs, called) in self._shapes.items()
-        }
-        draws: dict[str, dict[str, list[int]]] = {}
+        found = self._found
+        for name, (inputs, outputs, called) in self._shapes.items():
+            found.shapes[name] = CallShapes(inputs, outputs, called == self._layers_called)
         for module, function in dict.fromkeys(self.draws):
-            found = [n for called_by, called, n in self.calls if (called_by, called) == (module, function)]
-            draws.setdefault(module, {})[function] = found
-        now = dict(model.named_buffers())
-        changed = tuple(
-            name
-            for name, buffer, version in self._buffers
-            if now.get(name) is not buffer or buffer._version != version
-        )
-        outputs = frozenset(name for name, view, version in self._views if view._version != version)
-        return Probe(
-            output.shape,
-            frozenset(self.no_input_grad),
-            head,
-            draws,
-            shapes,
-            frozenset(self.read_outside_forward),
-            changed_buffers=changed,
-            changed_outputs=outputs,
-            called=tuple(self.called),
-            across_positions=self._positions.across,
-            across_features=self._features.across,
-            widths=self._features.widths,
-        )
+            calls = [n for called_by, called, n in self.calls if (called_by, called) == (module, function)]
+            found.draws.setdefault(module, {})[function] = calls
+        found.changed_outputs.update(name for name, view, version in self._views if view._version != version)
+        changed = tuple(changed_buffers(model, self._buffers))
+        return replace(found, output=output.shape, head=head, changed_buffers=changed)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -198,7 +193,7 @@ class _ProbeMode(TorchDispatchMode):
         if func is torch.ops.aten.embedding.default and args[1].is_floating_point():
             raise TypeError("an embedding takes token ids")  # torch 2.11 asks for none on the meta device
         owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}
-        self.read_outside_forward |= {owner for owner in owners if owner is not None and owner != reader}
+        self._found.read_outside_forward.update(o for o in owners if o is not None and o != reader)
         output = func(*args, **(kwargs or {}))
         for use in (self._features, self._positions):
             use.note(reader or "", func, args, kwargs or {}, output)
