@@ -32,10 +32,10 @@ def register_schema() -> None:
 
 
 def to_config(composed: DictConfig) -> Config:
-    """A composed config as dataclasses, with interpolations resolved.
+    """A composed config as dataclasses, with interpolations resolved. Refuses values out of bounds, and a model or rule that does
+    not have the shape of one.
 
     Raises:
-        ConfigError: for a model or rule that does not have the shape of one, and for values out of bounds.
         omegaconf.errors.OmegaConfBaseException: for a missing value or a wrong interpolation.
     """
     found = OmegaConf.to_object(composed)
@@ -48,8 +48,8 @@ def to_config(composed: DictConfig) -> Config:
 
 def as_dict(cfg: Config) -> dict[str, Any]:
     """The resolved config as plain data, in the shape of the YAML files: what a run folder and W&B keep."""
-    values = dataclasses.asdict(cfg) | {"model": model_as_dict(cfg.model)}
-    return {key: to_plain(value) for key, value in values.items()}
+    plain: dict[str, Any] = to_plain(dataclasses.asdict(cfg) | {"model": model_as_dict(cfg.model)})
+    return plain
 
 
 def to_plain(value: Any) -> Any:

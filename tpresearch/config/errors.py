@@ -14,15 +14,17 @@ from tpresearch.config import choices
 WRITABLE = "a folder that this user can write, with room on its disk"
 
 TYPES = {
-    "Integer": "a whole number",
-    "Float": "a number",
-    "bool": "true or false",
-    "ListConfig": "a list [a,b]",
+    "could not be converted to Integer": "a whole number",
+    "could not be converted to Float": "a number",
+    "is not a valid bool": "true or false",
+    "' to string": "text",
+    "is not a ListConfig": "a list",
 }
+"""Parts of OmegaConf's messages, and the type that was expected."""
 
 
 class ConfigError(Exception):
-    """An error that the user can fix, raised before anything expensive.
+    """An error that the user can fix, raised before anything expensive. Of a function that raises it, docstrings say that it refuses.
 
     The entrypoint prints it once per job as
     ``error: <field>=<value>: <why>; <what is legal>; try: <command>``, and exits with 2.
@@ -85,36 +87,23 @@ def format_value(value: object) -> str:
     return " ".join(str(value).split())
 
 
-HYDRA_MODES = ("RUN", "MULTIRUN")
-"""Of hydra.mode, the one choice among Hydra's own settings."""
-
-
 def reason_for_value(message: str) -> tuple[str, str]:
     """Why OmegaConf refuses a value, by its message, and what it would take."""
     if words := re.search(r"expected one of \[(.*)\]", message):
         return "no such choice", f"one of {words[1]}"
     if enum := re.search(r"not a valid input for <enum '(\w+)'>", message):
-        return "no such choice", f"one of {', '.join(getattr(choices, enum[1], HYDRA_MODES))}"
-    if re.search(r"Cannot convert '\w+' to string", message):
-        return "of the wrong type", "text"
-    if kind := re.search(r"could not be converted to (\w+)", message):
-        return "of the wrong type", TYPES.get(kind[1], f"a {kind[1]}")
-    if "is not a valid bool" in message:
-        return "of the wrong type", "true or false"
-    if "is not a ListConfig" in message:
-        return "of the wrong type", "a list"
+        members = getattr(choices, enum[1], ("RUN", "MULTIRUN"))  # of hydra.mode
+        return "no such choice", f"one of {', '.join(members)}"
     if "is not Optional" in message:
         return "it cannot be null", "a value"
+    if legal := next((legal for part, legal in TYPES.items() if part in message), None):
+        return "of the wrong type", legal
     return message, "a value of its type in the schema"
 
 
 @contextmanager
 def refuse_unwritable(field: str, folder: object, fix: Mapping[str, object] | None = None) -> Iterator[None]:
-    """Refuse a folder in which what is done meanwhile cannot be written.
-
-    Raises:
-        ConfigError: for an OSError.
-    """
+    """Refuse a folder in which what is done meanwhile cannot be written, for an OSError."""
     try:
         yield
     except OSError as error:

@@ -22,9 +22,7 @@ def used_axes(parallel: ParallelConfig) -> tuple[Axis, ...]:
 def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: int = 1) -> MeshSizes:
     """The sizes of all axes for a job of `world` ranks on `hosts` hosts.
 
-    Raises:
-        ConfigError: more than one -1, a size that is not a count, an axis that the plan does not use, or a
-            product that is not the world size.
+    Refuses more than one -1, a size of 0, an axis that the plan does not use, and a product that is not the world size.
     """
     given: dict[str, int | None] = {name: getattr(mesh, name) for name in AXIS_NAMES}
     used = used_axes(parallel)
@@ -34,17 +32,17 @@ def resolve_mesh(mesh: MeshConfig, parallel: ParallelConfig, world: int, hosts: 
         raise ConfigError(f"mesh.{rest[1]}", -1, why, legal)
     for axis in AXES:
         size = given[axis.name]
-        if size is not None and size != -1 and size < 1:
+        if size == 0:
             legal = "1 or more, -1 for the remaining ranks, null for the plan's default"
             raise ConfigError(f"mesh.{axis.name}", size, "not a number of ranks", legal)
-        if axis not in used and size is not None and size > 1:
+        if axis not in used and (size or 0) > 1:
             why = f"parallel={parallel.name} does not shard over this axis"
             listed = " and ".join(f"mesh.{one.name}" for one in used) or "no axis"
             legal = f"it uses {listed}; plans with {axis.name}: {axis.options}"
             raise ConfigError(f"mesh.{axis.name}", size, why, legal)
     sizes = _complete(given, used, world, hosts)
     if sizes.world != world:
-        _refuse_product(sizes, given, parallel, used, world)
+        _refuse_product(sizes, mesh, parallel, world)
     return sizes
 
 
@@ -81,20 +79,14 @@ def _complete(given: dict[str, int | None], used: tuple[Axis, ...], world: int, 
     return MeshSizes(**{name: size or 1 for name, size in sizes.items()})
 
 
-def _refuse_product(
-    sizes: MeshSizes,
-    given: dict[str, int | None],
-    parallel: ParallelConfig,
-    used: tuple[Axis, ...],
-    world: int,
-) -> None:
-    if not used:
+def _refuse_product(sizes: MeshSizes, mesh: MeshConfig, parallel: ParallelConfig, world: int) -> None:
+    if not (used := used_axes(parallel)):
         why = f"runs on a single process, but the world size is {world}"
         options = {option for axis in AXES for option in axis.options.split()}
         ordered = sorted(options, key=lambda option: (len(option), option))  # those of one axis first
         legal = f"1 rank, or a plan for several ranks: {' '.join(ordered)}"
         raise ConfigError("parallel", parallel.name, why, legal, fix={"parallel": "fsdp"})
-    name = [axis.name for axis in used if given[axis.name] not in (None, -1)][-1]
+    name = [axis.name for axis in used if getattr(mesh, axis.name) not in (None, -1)][-1]
     others = sizes.world // sizes[name]
     product = "*".join(f"{axis.name}={sizes[axis.name]}" for axis in used)
     fix: dict[str, object] = {}
@@ -125,20 +117,12 @@ class ShardedCount:
 
 
 def check_declared_counts(cfg: Config, sizes: MeshSizes) -> None:
-    """Check the sizes against the units and layouts of the plan's rules; the compiler also checks every weight.
-
-    Raises:
-        ConfigError: for the first that does not divide.
-    """
+    """Refuse sizes that do not divide the units and layouts of the plan's rules; the compiler also checks every weight."""
     check_divisible(cfg.parallel, sizes, list(declared_counts(cfg)))
 
 
 def declared_counts(cfg: Config) -> Iterator[ShardedCount]:
-    """The counts that the plan's rules declare to split.
-
-    Raises:
-        ConfigError: for a unit that is not a setting of the model.
-    """
+    """The counts that the plan's rules declare to split; refuses a unit that is not a setting of the model."""
     plan, args = cfg.parallel.tensor or "", cfg.model.args
     for name, rule in cfg.model.plans.get(plan, {}).items():
         for unit in rule.units:
@@ -154,17 +138,12 @@ def declared_counts(cfg: Config) -> Iterator[ShardedCount]:
             layout for side in (rule.src, rule.dst) for layout in (side if isinstance(side, list) else [side])
         ]
         if cfg.data.has_sequence and f"shard:{SEQUENCE_DIM}" in layouts:
-            yield ShardedCount(
-                rule.axis, "data.seq_len", cfg.data.seq_len, f"rule {name} splits the sequence"
-            )
+            why = f"rule {name} splits the sequence"
+            yield ShardedCount(rule.axis, "data.seq_len", cfg.data.seq_len, why)
 
 
 def check_divisible(parallel: ParallelConfig, sizes: MeshSizes, counts: Sequence[ShardedCount]) -> None:
-    """Refuse mesh sizes that do not divide these counts.
-
-    Raises:
-        ConfigError: for the first count that its axis does not divide, with the sizes that all of them allow.
-    """
+    """Refuse mesh sizes for the first count that its axis does not divide, with the sizes that all of them allow."""
     wrong = next((one for one in counts if one.count % sizes.get(one.axis, 1)), None)
     if wrong is None:
         return

@@ -59,8 +59,7 @@ class ModelConfig:
 def model_config(raw: dict[str, Any]) -> ModelConfig:
     """A model's YAML: `name`, `_target_`, `blocks` and `plans` are ours, every other key is the class's.
 
-    Raises:
-        ConfigError: for a reserved key of the wrong form, and for unusable values.
+    Refuses a key of ours of the wrong form, and unusable values.
     """
     for key in ("name", "_target_"):
         if not isinstance(text := raw.get(key), str) or not text.strip():

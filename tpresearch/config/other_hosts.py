@@ -38,12 +38,7 @@ def notice_of(error: BaseException) -> str:
 
 
 def check_notice(store: Store) -> None:
-    """End this rank too if another has.
-
-    Raises:
-        ConfigError: if that one was refused.
-        RunFailed: if it failed otherwise.
-    """
+    """End this rank too if another has: refused as that one was, or with RunFailed if it failed otherwise."""
     if not store.check([notice_key()]):
         return
     rank, *told = json.loads(store.get(notice_key()))

@@ -29,11 +29,7 @@ LEGAL = "the environment or a login, where the library that needs it looks"
 
 
 def refuse_secrets(config: Any) -> None:
-    """Refuse a config, or any part of one, that holds a credential.
-
-    Raises:
-        ConfigError: naming the key and what it holds, never the value.
-    """
+    """Refuse a config, or any part of one, that holds a credential, naming the key and what it holds, never the value."""
     known = dict(_known_credentials())
     for key, text in _leaves(config):
         if what := _find_credential(key, text, known):
@@ -56,12 +52,12 @@ def words_without_secrets(words: list[str]) -> tuple[list[str], dict[str, str]]:
 def _find_credential(key: str, text: str, known: Mapping[str, str]) -> str | None:
     value = text.rpartition("=")[2].strip("'\"")
     of_key = CREDENTIAL_NAME.search(key.rpartition(".")[2]) and len(value) >= MIN_LENGTH and "${" not in value
-    of_known = next((what for value, what in known.items() if value in text), None)
-    shape = next(
-        (f"what looks like {what}" for what, shape in CREDENTIAL_PATTERNS.items() if re.search(shape, text)),
-        None,
-    )
-    return of_known or shape or ("what its name says is a credential" if of_key else None)
+    found = [what for value, what in known.items() if value in text]
+    found += [
+        f"what looks like {kind}" for kind, shape in CREDENTIAL_PATTERNS.items() if re.search(shape, text)
+    ]
+    found += ["what its name says is a credential"] if of_key else []
+    return next(iter(found), None)
 
 
 def _known_credentials() -> Iterator[tuple[str, str]]:

@@ -26,13 +26,7 @@ MAX_NAME_BYTES = 255
 
 
 def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
-    """Validate a config for a job of `world` ranks on `hosts` hosts.
-
-    Returns: the sizes of the mesh.
-
-    Raises:
-        ConfigError: for the first error.
-    """
+    """The sizes of the mesh for a job of `world` ranks on `hosts` hosts; refuses a config for its first error."""
     check_bounds(cfg)
     _check_name(cfg)
     _check_betas(cfg)
@@ -141,9 +135,8 @@ def _check_optimizer_options(cfg: Config) -> None:
             value = getattr(cfg.optimizer, key.rpartition(".")[2])
             if value and cfg.optimizer.name is not owner:
                 title = "AdamW" if owner is OptimizerName.adamw else "SGD"
-                fix = {
-                    key: 0 if key == "optimizer.momentum" else None
-                }  # a resumed run repeats what it was started with
+                # A resumed run repeats what it was started with.
+                fix = {key: 0 if key == "optimizer.momentum" else None}
                 raise ConfigError(key, value, f"an option of {title}'s", f"optimizer={owner}", fix=fix)
 
 
@@ -161,12 +154,11 @@ def _check_vocabulary(cfg: Config) -> None:
     size = cfg.model.args.get("vocab_size")
     if isinstance(size, int) and size < cfg.tokenizer.vocab_size:
         if cfg.init_from:
-            key, value = "tokenizer.path", cfg.tokenizer.path
+            key, value, right = "tokenizer.path", cfg.tokenizer.path, "VALUE"
             if cfg.tokenizer.kind is TokenizerKind.bpe:
-                key, value = "tokenizer.vocab_size", cfg.tokenizer.vocab_size
+                key, value, right = "tokenizer.vocab_size", cfg.tokenizer.vocab_size, size
             why = f"{cfg.tokenizer.vocab_size} entries, and the embedding of {cfg.init_from} has {size}"
-            fix = {"tokenizer.path": "VALUE"} if key == "tokenizer.path" else {key: size}
-            raise ConfigError(key, value, why, f"a tokenizer of at most {size}", fix=fix)
+            raise ConfigError(key, value, why, f"a tokenizer of at most {size}", fix={key: right})
         why = f"the tokenizer has {cfg.tokenizer.vocab_size} entries"
         legal = "at least as many; by default it follows the tokenizer"
         raise ConfigError("model.vocab_size", size, why, legal)
@@ -217,10 +209,8 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
             fix = {"parallel.compile": "false"}
             raise ConfigError("parallel.compile", True, why, "false, or model.blocks", fix=fix)
         if kind is not Checkpointing.none:
-            fix = {"parallel.activation_checkpointing": "none"}
-            raise ConfigError(
-                "parallel.activation_checkpointing", kind, why, "none, or model.blocks", fix=fix
-            )
+            key = "parallel.activation_checkpointing"
+            raise ConfigError(key, kind, why, "none, or model.blocks", fix={key: "none"})
     last = cfg.profiler.first_step + cfg.profiler.steps - 1
     if cfg.profiler.name is ProfilerName.trace and last > total_steps(cfg):
         why = f"the run ends after step {total_steps(cfg)}, and step {last} would be the last profiled"

@@ -41,9 +41,6 @@ def check_value(key: str, value: object, hint: Any) -> None:
 
     Args:
         hint: a type hint of plain types, enums, lists, dicts by name, and unions; any other is ignored.
-
-    Raises:
-        ConfigError: naming `key`.
     """
     if not _has_type(value, hint):
         raise ConfigError(key, value, "of the wrong type", describe_type(hint))
@@ -51,11 +48,7 @@ def check_value(key: str, value: object, hint: Any) -> None:
 
 
 def check_usable(key: str, value: object) -> None:
-    """Refuse numbers that are not finite or beyond use, and text that no file system and no record would take.
-
-    Raises:
-        ConfigError: naming `key`.
-    """
+    """Refuse numbers that are not finite or beyond use, and text that no file system and no record would take."""
     if isinstance(value, dict):
         for name, item in value.items():
             check_usable(f"{key}.{name}", name)
@@ -65,9 +58,8 @@ def check_usable(key: str, value: object) -> None:
             check_usable(key, item)
     elif isinstance(value, str):
         if len(value) > MAX_TEXT_CHARS:
-            raise ConfigError(
-                key, f"{value[:20]}...", f"{len(value)} characters", f"at most {MAX_TEXT_CHARS}"
-            )
+            why, legal = f"{len(value)} characters", f"at most {MAX_TEXT_CHARS}"
+            raise ConfigError(key, f"{value[:20]}...", why, legal)
         if any(unicodedata.category(char) in UNPRINTABLE for char in value):
             raise ConfigError(key, ascii(value), "it has control characters", "text on one line")
     elif isinstance(value, float) and not math.isfinite(value):
@@ -116,11 +108,8 @@ def _has_type(value: object, hint: Any) -> bool:
 
 
 def imported_class(key: str, path: str, base: type[Base]) -> type[Base]:
-    """The subclass of `base` that config key `key` names. (Hydra's `get_class` logs to stdout before it raises.)
-
-    Raises:
-        ConfigError: for a path that cannot be imported or is not such a class.
-    """
+    """The subclass of `base` that config key `key` names; refuses a path that cannot be imported or is none. (Hydra's `get_class` logs
+    to stdout before it raises.)"""
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -160,10 +149,10 @@ class Within:
     def __str__(self) -> str:
         if self.or_zero:
             return f"0, or {dataclasses.replace(self, or_zero=False)}"
-        low = f"{'a number above' if self.open_below else ''} {number_text(self.least)}".strip()
+        least, most = number_text(self.least), f"{'below ' * self.open_above}{number_text(self.most)}"
         if self.most in (MAX_NUMBER, math.inf):
-            return low if self.open_below else f"{low} or more"
-        return f"a number {'above' if self.open_below else 'from'} {number_text(self.least)} to {'below ' * self.open_above}{number_text(self.most)}"
+            return f"a number above {least}" if self.open_below else f"{least} or more"
+        return f"a number {'above' if self.open_below else 'from'} {least} to {most}"
 
 
 def AtLeast(least: int, most: int = MAX_NUMBER) -> Within:
@@ -183,11 +172,8 @@ FRACTION = Within(0, 1)
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
-    """Refuse a value that is not what its field declares, and what nothing could work with. Composing a config converts values;
-    set in Python, text equals the member of an enum and yet is none, so that `is` would not find it.
-
-    Raises:
-        ConfigError: for the first, in the order of the schema.
+    """Refuse the first value that is not what its field declares, or that nothing could work with. Composing a config converts
+    values; set in Python, text equals the member of an enum and yet is none, so that `is` would not find it.
     """
     for name, (hint, bound) in declared(type(config)).items():
         value, key = getattr(config, name), f"{prefix}{name}"

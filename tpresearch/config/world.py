@@ -62,11 +62,7 @@ class World:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> World:
-        """An empty variable counts as none.
-
-        Raises:
-            WrongEnvironment: if some of torchrun's variables are set, by another job or by hand, and others are not.
-        """
+        """An empty variable counts as none. Refuses torchrun's variables if some are set, by another job or by hand, and others are not."""
         given = {name: env[name] for name in (*RANK_VARIABLES, *MASTER_VARIABLES, RUN_ID) if env.get(name)}
         elastic = RUN_ID in given
         if not elastic and (given.get("RANK", "0"), given.get("WORLD_SIZE", "1")) == ("0", "1"):
@@ -118,11 +114,7 @@ class SlurmStep:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> SlurmStep:
-        """An empty variable counts as none.
-
-        Raises:
-            WrongEnvironment: for a variable that is not a number.
-        """
+        """An empty variable counts as none. Refuses one that is not a number."""
         names = {"tasks": "SLURM_STEP_NUM_TASKS", "task": "SLURM_PROCID", "nodes": "SLURM_STEP_NUM_NODES"}
         names["started"] = "SLURM_JOB_START_TIME"
         given = {name: env[name] for name in names.values() if env.get(name)}
