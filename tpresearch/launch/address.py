@@ -21,10 +21,7 @@ THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 def check_address(world: World) -> None:
     """Refuse a host that ranks of other hosts would look for on their own: gloo tells them the address of this host's name,
-    which /etc/hosts may have as 127.0.1.1, or, where the name has none, 127.0.0.1.
-
-    Raises:
-        WrongCommand: proposing to name the interface.
+    which /etc/hosts may have as 127.0.1.1, or, where the name has none, 127.0.0.1. To name the interface is proposed.
     """
     if world.hosts == 1 or os.environ.get(INTERFACE) or os.environ.get("MASTER_ADDR") in THIS_MACHINE:
         return

@@ -44,12 +44,7 @@ def tell_stopped(world: World) -> None:
 
 
 def hear_other_hosts() -> None:
-    """End this rank too if one of another host has told that it ends.
-
-    Raises:
-        ConfigError: if that one was refused.
-        RunFailed: if it failed otherwise.
-    """
+    """End this rank too if one of another host has told that it ends, as `check_notice` does."""
     _with_store(check_notice)
 
 

@@ -41,14 +41,13 @@ RUN_MARKERS = (".hydra", "metrics.jsonl", "summary.json")
 def lock_folder(
     folder: Path, timeout_s: float = 0, key: str = "hydra.run.dir"
 ) -> AbstractContextManager[object]:
-    """Lock the folder of a run or a sweep until the context is left, or this process ends in any way.
+    """Lock the folder of a run or a sweep until the context is left, or this process ends in any way. Refuses one that another has.
 
     Args:
         timeout_s: how long to wait for the holder of the lock.
         key: the config key that names the folder.
 
     Raises:
-        ConfigError: if another run or sweep has it.
         OSError: if it cannot be locked.
     """
     try:
@@ -62,11 +61,7 @@ def lock_folder(
 
 
 def check_left_by_run(folder: Path) -> None:
-    """Refuse a folder with files that this run would overwrite and that no run left there.
-
-    Raises:
-        ConfigError: naming them.
-    """
+    """Refuse a folder with files that this run would overwrite and that no run left there."""
     found = [name for name in RECORD_FILES if (folder / name).exists()]
     if found and not any((folder / name).exists() for name in RUN_MARKERS):
         why = f"holds {' and '.join(found)} not left there by a run"

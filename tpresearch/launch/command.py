@@ -84,16 +84,11 @@ class WrongCommand(ConfigError):
 
 
 def refuse_typed_secrets(world: World) -> None:
-    """Refuse credentials on the command line, before anything could repeat them.
-
-    Raises:
-        WrongCommand: for a credential on the command line, with the rest of that to type.
-    """
+    """Refuse credentials on the command line, before anything could repeat them, with the rest of that to type."""
     rest, found = words_without_secrets(sys.argv[1:])
     for key, what in found.items():
-        command = Command.from_argv(world).typed(rest)
         why = f"holds {what}, which would be written to the run's record"
-        raise WrongCommand(key, "...", why, LEGAL, command)
+        raise WrongCommand(key, "...", why, LEGAL, Command.from_argv(world).typed(rest))
 
 
 CommandCheck = Callable[[Command], ConfigError | None]

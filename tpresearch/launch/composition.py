@@ -32,17 +32,9 @@ VERSION_BASE = "1.3"
 
 
 def conf_dir() -> Path:
-    """The folder of config files: in the package where it is installed, beside it in the repository.
-
-    Raises:
-        ConfigError: for an installation that lacks it.
-    """
-    package = Path(__file__).parents[1]
-    for place in (package, package.parent):
-        if (place / "conf" / "train.yaml").is_file():
-            return place / "conf"
-    why = f"no config files in {package / 'conf'}, nor beside {package}"
-    raise ConfigError("--config-dir", None, why, "an installation that is whole: pip install .")
+    """The folder of config files: in the package where it is installed, beside it in the repository."""
+    installed = Path(__file__).parents[1] / "conf"
+    return installed if installed.is_dir() else installed.parents[1] / "conf"
 
 
 def initialize_conf() -> initialize_config_dir:
@@ -59,11 +51,7 @@ def _composing_others() -> Iterator[None]:
 
 
 def read_option(group: str, name: str) -> dict[str, Any]:
-    """The content of an option of a config group, with that of the options in its defaults.
-
-    Raises:
-        ConfigError: if it cannot be composed.
-    """
+    """The content of an option of a config group, with that of the options in its defaults; refuses one that cannot be composed."""
     path = conf_dir() / group / f"{name}.yaml"
     try:
         found: Any = yaml.safe_load(path.read_bytes())
@@ -131,23 +119,17 @@ class Composition:
         return next((typed for typed in reversed(self.overrides) if override_key(typed) == key), None)
 
     def refuse_unusable(self) -> None:
-        """What Hydra takes, and the framework cannot use: its own `???` is a traceback where it is first read, which for its
+        """Refuse what Hydra takes, and the framework cannot use: its own `???` is a traceback where it is first read, which for its
         own settings is late; a config group that is deleted leaves the schema's defaults, as if one had been chosen; and one that is
         added has no effect where the program does not compose it.
-
-        Raises:
-            ConfigError: for the first key that was typed so.
         """
         if key := next((override_key(typed) for typed in self.overrides if typed.endswith("=???")), None):
             raise ConfigError(key, "???", "it must be set", f"{key}=VALUE", fix={key: "VALUE"})
         deleted = [override_key(typed) for typed in self.overrides if typed.startswith("~")]
         groups = self.groups() if deleted else {}
         if group := next((key for key in deleted if key in groups), None):
-            options = groups[group]
-            fix = {group: "none" if "none" in options else None}
-            legal = f"one of {', '.join(options)}"
-            raise ConfigError(group, "~", "a config group cannot be deleted", legal, fix=fix)
-
+            fix, legal = {group: "none" if "none" in groups[group] else None}, ", ".join(groups[group])
+            raise ConfigError(group, "~", "a config group cannot be deleted", f"one of {legal}", fix=fix)
         added = [override_key(typed) for typed in self.overrides if typed.startswith("+")]
         for group in (key for key in added if key.isidentifier() and (conf_dir() / key).is_dir()):
             if error := self.unused_group(group):  # with the + Hydra composes it, and nothing reads it
@@ -213,11 +195,7 @@ class Composition:
 
 
 def typed_config(config: DictConfig) -> Config:
-    """The typed config of what Hydra composed, with or without Hydra's own settings in it.
-
-    Raises:
-        ConfigError, omegaconf.errors.OmegaConfBaseException: for what is not a config.
-    """
+    """The typed config of what Hydra composed, with or without Hydra's own settings in it; raises what `to_config` does."""
     composed = copy.deepcopy(config)
     with read_write(composed), open_dict(composed):
         hydra = composed.pop("hydra", None)
@@ -239,11 +217,7 @@ def _check_plan_name(cfg: Config, chosen: str | None) -> None:
 
 
 def _refuse_unknown_fields(composed: DictConfig) -> None:
-    """OmegaConf lets `+train.stepz=3` into a structured config, and nothing would read it.
-
-    Raises:
-        ConfigKeyError: as OmegaConf does without the `+`.
-    """
+    """OmegaConf lets `+train.stepz=3` into a structured config, and nothing would read it: a ConfigKeyError, as without the `+`."""
     for prefix, node in branches(composed):
         schema = OmegaConf.get_type(node)
         if not dataclasses.is_dataclass(schema):

@@ -27,12 +27,10 @@ REPLACED_KEYS = {"parallel": ("parallel", "mesh")}
 
 
 def repeat_command_of_run(arguments: Namespace) -> Path | None:
-    """If `resume` names a run, make this command line the one that started it, with the present overrides on top.
+    """If `resume` names a run, make this command line the one that started it, with the present overrides on top. Refuses a run that
+    is not there, and another folder than the run's.
 
     Returns: the run's folder, or None if no run is named.
-
-    Raises:
-        ConfigError: if there is no such run, or another folder is requested as well.
     """
     typed = values_by_key(arguments.overrides)
     named = _unquoted(typed.get("resume", AUTO)) or "null"
@@ -69,11 +67,7 @@ def _unquoted(value: str) -> str:
 
 
 def overrides_of_run(run: Path) -> list[str]:
-    """The overrides with which a run was last started, from Hydra's record.
-
-    Raises:
-        ConfigError: if there is no such record.
-    """
+    """The overrides with which a run was last started, from Hydra's record; refuses a run without one."""
     task = _read(run / ".hydra" / "overrides.yaml")
     hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]
     typed, folder = hydra["overrides"]["hydra"], Path(hydra["runtime"].get("cwd", ""))

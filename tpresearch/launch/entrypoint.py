@@ -180,9 +180,7 @@ def _start(program: Program[Checked], world: World) -> None:
     with gc_paused():  # most preflights import torch
         job = program.run_preflight(cfg, world, may_resume(config, wanted))
     interrupt.restore_interrupt()
-    if (
-        cfg.plan_only and program.check_folder
-    ):  # a training prints its plan, also where nothing can be written
+    if cfg.plan_only and program.check_folder:  # the plan is printed, also where nothing can be written
         return program.main(job, Run(Path.cwd(), world))
     with ExitStack() as held:
         with explain_errors(composition), repeating_overrides(earlier):
@@ -206,11 +204,9 @@ def _sweep(app: Hydra, program: Program[Checked], composition: Composition, worl
     name = composition.config_name
     with explain_errors(composition):
         overrides, composed = hydra_app.compose_sweep(app, name, composition.overrides)
-    most, key = OmegaConf.select(composed, "hydra.sweeper.max_batch_size"), "hydra.sweeper.max_batch_size"
+    most = OmegaConf.select(composed, key := "hydra.sweeper.max_batch_size")
     if most is not None and most < 1:
-        raise ConfigError(
-            key, most, "no job would be in a batch", "a number above 0, or null", fix={key: None}
-        )
+        raise ConfigError(key, most, "no job would be in a batch", "a number above 0, or null")
     try:
         with (
             explain_errors(composition, (HydraException, OmegaConfBaseException)),
@@ -223,11 +219,7 @@ def _sweep(app: Hydra, program: Program[Checked], composition: Composition, worl
 
 
 def _arguments(world: World) -> Namespace:
-    """Hydra's command line, parsed.
-
-    Raises:
-        ConfigError: for unknown flags, a sweep under torchrun, and srun without torchrun.
-    """
+    """Hydra's command line, parsed; refuses unknown flags, and srun without torchrun."""
     arguments, unknown = hydra_app.parse_command_line()
     if unknown:
         legal = "key=value overrides, then flags; see --hydra-help"

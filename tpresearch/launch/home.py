@@ -11,11 +11,8 @@ from tpresearch.launch.command import Command, WrongCommand
 
 
 def check_home(world: World) -> None:
-    """Count an empty HOME as none, as a shell's `~` does not: the cache would be in `/.cache`.
-
-    Raises:
-        WrongCommand: for a user without a home folder, such as a container's that no file of users lists, and for a process in
-            a folder that was deleted.
+    """Count an empty HOME as none, as a shell's `~` does not: the cache would be in `/.cache`. Refuses a user without a home folder,
+    such as a container's that no file of users lists, and a process in a folder that was deleted.
     """
     try:
         os.getcwd()

@@ -43,11 +43,7 @@ NOT_ACCEPTED = " has a value that Hydra does not accept"
 
 
 def parse_command_line() -> tuple[Namespace, list[str]]:
-    """Hydra's flags and overrides, and the words that are neither.
-
-    Raises:
-        ConfigError: for a flag without its value.
-    """
+    """Hydra's flags and overrides, and the words that are neither; refuses a flag without its value."""
     parser = get_args_parser()
     parser.error = _refuse_flag
     return parser.parse_known_args()
@@ -70,11 +66,7 @@ def answer_query(task: Callable[..., object], config_name: str) -> None:
 
 
 def application(script: str, arguments: Namespace) -> Hydra:
-    """Hydra over conf/, or over --config-path, with the files of --config-dir.
-
-    Raises:
-        ConfigError: if --config-dir is no folder.
-    """
+    """Hydra over conf/, or over --config-path, with the files of --config-dir; refuses one that is no folder."""
     version.setbase(VERSION_BASE)
     GlobalHydra.instance().clear()
     path = create_automatic_config_search_path(script, None, arguments.config_path or str(conf_dir()))
@@ -89,11 +81,7 @@ def application(script: str, arguments: Namespace) -> Hydra:
 
 
 def compose_run(app: Hydra, config_name: str, overrides: list[str]) -> DictConfig | None:
-    """The config of a single run, Hydra's own settings included; None if the config asks for a sweep.
-
-    Raises:
-        HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError: for a wrong file or override.
-    """
+    """The config of a single run, Hydra's own settings included; None if the config asks for a sweep. Raises COMPOSITION_ERRORS."""
     try:
         config = compose_config(app, config_name, overrides, RunMode.RUN)
     except ConfigCompositionException:
@@ -112,10 +100,7 @@ def compose_sweep(app: Hydra, config_name: str, overrides: list[str]) -> tuple[l
     """The overrides of a sweep, and its own config, Hydra's settings included.
 
     Where `model` is swept, that config has the default's model, which may lack a key that is set for the jobs' models. Hydra
-    leaves to the jobs what is swept: so does such a key, with one value.
-
-    Raises:
-        HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError: for a wrong file or override.
+    leaves to the jobs what is swept: so does such a key, with one value. Raises COMPOSITION_ERRORS.
     """
     with suppress(ConfigCompositionException):
         return overrides, compose_config(app, config_name, overrides, RunMode.MULTIRUN)
@@ -133,11 +118,8 @@ def _is_set_in_jobs(word: str) -> bool:
 
 
 def compose_config(app: Hydra, config_name: str, overrides: list[str], mode: RunMode) -> DictConfig:
-    """The config, Hydra's own settings included.
-
-    Raises:
-        HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError: for a wrong file or override. What Hydra did not
-            foresee (such as hydra.verbose=null, or model=[null]) is a HydraException too, naming the override.
+    """The config, Hydra's own settings included. Raises COMPOSITION_ERRORS; what Hydra did not foresee (such as hydra.verbose=null,
+    or model=[null]) is a HydraException too, naming the override.
     """
 
     def compose(words: list[str]) -> DictConfig:
@@ -157,12 +139,8 @@ def compose_config(app: Hydra, config_name: str, overrides: list[str], mode: Run
 
 
 def run(app: Hydra, config: DictConfig, config_name: str, job: Callable[[], None]) -> None:
-    """Run the job in `hydra.run.dir`: Hydra's record of the config, job.chdir, job.env_set and callbacks included.
-
-    What the job raises is raised as it is.
-
-    Raises:
-        ConfigError: for callbacks that Hydra cannot make.
+    """Run the job in `hydra.run.dir`: Hydra's record of the config, job.chdir, job.env_set and callbacks included. Refuses callbacks
+    that Hydra cannot make; what the job raises is raised as it is.
     """
     try:
         callbacks = Callbacks(config)

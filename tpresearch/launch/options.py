@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch import interrupt
 from tpresearch.config.errors import ConfigError, first_line, reason_for_value
-from tpresearch.config.world import World, WrongEnvironment
+from tpresearch.config.world import World
 from tpresearch.launch.command import refuse_typed_secrets
 from tpresearch.launch.help import help_of_options
 from tpresearch.launch.home import check_home
@@ -30,10 +30,7 @@ def read_options(kind: type[Options], words: Sequence[str]) -> Options:
     """An instance of the dataclass `kind` with these words' values.
 
     OmegaConf converts each value to its field's type. Text is taken as typed: `1e-3` and `[a` stay text, `${x}` refers
-    to nothing; `null` is None.
-
-    Raises:
-        ConfigError: for an unknown key, a value of the wrong type, and a required option that is not given.
+    to nothing; `null` is None. Refuses an unknown key, a value of the wrong type, and the lack of a required option.
     """
     options = OmegaConf.structured(kind)
     names = sorted(map(str, options))
@@ -54,12 +51,9 @@ def read_options(kind: type[Options], words: Sequence[str]) -> Options:
 
 
 def words_and_options(kind: type[Options], words: Sequence[str]) -> tuple[list[str], Options]:
-    """The words that name files, and the options.
+    """The words that name files, and the options, as by `read_options`.
 
     An option is `key=value` and not a path, which may hold `=` too, as the folders of some sweepers do.
-
-    Raises:
-        ConfigError: as `read_options`.
     """
     names = set(map(str, OmegaConf.structured(kind)))
 
@@ -100,11 +94,4 @@ def command(main: Callable[[], None], options: type | None = None) -> None:
         interrupt.print_stopped()
         sys.exit(interrupt.INTERRUPTED)
     except ConfigError as error:
-        refuse(error, _world(), lambda tried: _error_of_options(options, tried.arguments))
-
-
-def _world() -> World:
-    try:
-        return World.from_environment()
-    except WrongEnvironment:
-        return World()
+        refuse(error, World(), lambda tried: _error_of_options(options, tried.arguments))

@@ -60,12 +60,10 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
     """Make the folder that `hydra.run.dir` names, the same one on all ranks, restarts included, and lock it.
 
     The default folder is new. A given one is resumed if it has a checkpoint, unless resume=never; an earlier record
-    without a checkpoint is set aside, so that no two runs share a record.
+    without a checkpoint is set aside, so that no two runs share a record. Refuses a folder that cannot be written, or that
+    another run has, and ranks that have no way to agree.
 
     Returns: the folder, and on rank 0 whether this job had it before torchrun started its ranks again.
-
-    Raises:
-        ConfigError: when the folder cannot be written, another run has it, or the ranks have no way to agree.
     """
     check_folder_names(composed)
     given = _is_given(composed.hydra.run)
@@ -102,11 +100,7 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
 
 
 def check_folder_names(composed: DictConfig) -> None:
-    """Refuse settings that name no folder for the run, or none inside of it for Hydra's record.
-
-    Raises:
-        ConfigError: naming hydra.run.dir or hydra.output_subdir.
-    """
+    """Refuse settings that name no folder for the run, or none inside of it for Hydra's record."""
     _refuse_nameless("hydra.run.dir", composed.hydra.run.dir)
     record = OmegaConf.select(composed, "hydra.output_subdir")
     if record is not None and (record == ".." or Path(record).parts != (Path(record).name,)):
@@ -124,10 +118,8 @@ def _refuse_nameless(key: str, folder: str) -> None:
 def sweep_folder(composed: DictConfig) -> Iterator[Path]:
     """Make the folder that `hydra.sweep.dir` names: one given by the user may exist, the default one is new.
 
-    A sweep that is refused before it has begun leaves everything as it was.
-
-    Raises:
-        ConfigError: when it has no name, cannot be written, or has another's files where a sweep writes its own.
+    A sweep that is refused before it has begun leaves everything as it was. Refuses a folder that has no name, cannot be
+    written, or has another's files where a sweep writes its own.
     """
     key, given = "hydra.sweep.dir", _is_given(composed.hydra.sweep)
     _refuse_nameless(key, composed.hydra.sweep.dir)
@@ -206,22 +198,13 @@ def _make_writable(folder: Path) -> Path:
 
 
 def _probe(folder: Path) -> None:
-    """Write as much as a run's first files, which would otherwise fail one by one where nobody expects it.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Write as much as a run's first files, which would otherwise fail one by one where nobody expects it: an OSError here."""
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(bytes(PROBE_BYTES))
 
 
 def _folder_of_rank_0(store: TCPStore, key: str) -> Path:
-    """The folder that rank 0 has agreed on.
-
-    Raises:
-        ConfigError: if a rank was refused, or rank 0 has not agreed on a folder in time.
-        RunFailed: if a rank has failed.
-    """
+    """The folder that rank 0 has agreed on, unless a rank has ended (`check_notice`), or rank 0 has not agreed on one in time."""
     from torch.distributed import DistError
 
     until = time.monotonic() + TIMEOUT.seconds
