@@ -23,11 +23,7 @@ NOTHING_YET = -1
 
 
 def preflight_import(cfg: Config, world: World) -> Preflight:
-    """The preflight of a training, for a folder or hub id in Hugging Face's format.
-
-    Raises:
-        ConfigError: also for one of our runs, which needs no import, and for plan_only.
-    """
+    """The preflight of a training, for a folder or hub id in Hugging Face's format; also refuses our runs, which need no import."""
     if cfg.init_from and is_own_run(cfg.init_from):
         why, legal = "it already is a tpresearch run", "a folder or hub id in Hugging Face's format"
         raise ConfigError("init_from", cfg.init_from, why, legal)
@@ -37,11 +33,7 @@ def preflight_import(cfg: Config, world: World) -> Preflight:
 
 
 def check_folder(job: Preflight, folder: Path, restarted: bool) -> None:
-    """Refuse the folder of a run, whose checkpoints would be set aside, before anything in it is touched.
-
-    Raises:
-        ConfigError: naming its newest checkpoint.
-    """
+    """Refuse the folder of a run, whose checkpoints would be set aside, before anything in it is touched."""
     if (steps := step_folders(folder)) and steps[-1] != folder_of(folder, 0):
         why = f"a run has {steps[-1].name} there, which an import at step 0 would set aside"
         fix = {"hydra.run.dir": free_name(folder, "-")}

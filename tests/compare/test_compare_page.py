@@ -20,7 +20,6 @@ from support.made_runs import Made, entry, falling
 from tpresearch.compare.groups import comparisons_of, group_each_run
 from tpresearch.compare.report import Report
 from tpresearch.compare.runs import find_runs
-from tpresearch.config.errors import ConfigError
 from tpresearch.track.panels import SECTIONS
 
 if TYPE_CHECKING:
@@ -230,25 +229,6 @@ def test_each_png_is_a_picture(made: Path, name: str) -> None:
     assert drawn >= 2  # at least two colours that are no grey
     assert max(counted)[1] == (255, 255, 255)
     assert max(counted)[0] > image.width * image.height * 0.3
-
-
-def test_no_link_leads_out_of_the_folder(tmp_path: Path) -> None:
-    Made(steps=2).write(tmp_path / "run")
-    runs = find_runs([str(tmp_path / "run")]).runs
-    groups = group_each_run(runs)
-    report = Report(runs, groups, comparisons_of(groups), [], [])
-    for folder in ("elsewhere", "out", "other"):
-        (tmp_path / folder).mkdir()
-    for name in ("loss.png", "mfu.png", "mine.md"):
-        (tmp_path / "elsewhere" / name).write_text("mine")
-    (tmp_path / "out" / "compare").symlink_to("../elsewhere")
-    with pytest.raises(ConfigError, match=f"/out: compare in it is a link to {tmp_path}/elsewhere"):
-        report.write(tmp_path / "out", [])
-    for name in ("compare.md", ".compare.md.draft"):
-        (tmp_path / "other" / name).symlink_to("../elsewhere/mine.md")
-    report.write(tmp_path / "other", [])
-    assert {path.read_text() for path in (tmp_path / "elsewhere").iterdir()} == {"mine"}
-    assert not (tmp_path / "other" / "compare.md").is_symlink()
 
 
 def test_a_panel_without_data_is_said_and_its_old_png_goes(tmp_path: Path) -> None:

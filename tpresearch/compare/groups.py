@@ -171,10 +171,7 @@ def comparisons_of(groups: Sequence[Group], wanted: str | None = None) -> list[C
     """Groups by what determines the loss: a sweep of plans and learning rates has one comparison per learning rate.
 
     Args:
-        wanted: the baseline of all groups, whatever they compute.
-
-    Raises:
-        ConfigError: if no group or several groups have that name.
+        wanted: the baseline of all groups, whatever they compute; refused if no group or several have that name.
     """
     if wanted is not None:
         return [Comparison(list(groups), _find_baseline(groups, wanted))]
@@ -232,10 +229,8 @@ def _find_baseline(groups: Sequence[Group], wanted: str) -> Group:
 
 
 def check_comparable(runs: Sequence[Run], *, anyway: bool, any_seed: bool) -> list[str]:
-    """One sentence per field of MUST_MATCH in which runs differ, if they are overlaid anyway.
-
-    Raises:
-        ConfigError: names the first such field and its runs, unless `anyway`; `any_seed` lets seeds differ.
+    """One sentence per field of MUST_MATCH in which runs differ, if they are overlaid `anyway`; otherwise refuses them for the first.
+    `any_seed` lets seeds differ.
     """
     labelled = settings_frame(runs).assign(label=labels(runs))
     read = labelled[[not run.is_predicted for run in runs]]

@@ -19,7 +19,6 @@ from tpresearch.compare.groups import Comparison, Group, differing, labels, sett
 from tpresearch.compare.panel_data import panel_data
 from tpresearch.compare.runs import Run
 from tpresearch.compare.style import ChartStyle
-from tpresearch.config.errors import ConfigError
 from tpresearch.track.panels import SECTIONS, Panel
 from tpresearch.track.record import write_atomically
 from tpresearch.track.table import Column, Table, figure_columns, markdown, mean_columns
@@ -55,16 +54,9 @@ class Report:
         self.tables = tables(self.runs, self.groups, self.comparisons)
 
     def write(self, out: Path, arguments: Sequence[str]) -> None:
-        """Write compare/*.png, compare.md and last compare.html, each whole or not at all.
-
-        Raises:
-            OSError: when the folder cannot be written.
-            ConfigError: when its folder of PNGs is a link, behind which files of others would be overwritten.
-        """
+        """Write compare/*.png, compare.md and last compare.html, each whole or not at all; an OSError if the folder cannot be written."""
         pngs = out / "compare"
         pngs.mkdir(parents=True, exist_ok=True)
-        if pngs.is_symlink():
-            raise ConfigError("out", out, f"compare in it is a link to {pngs.resolve()}", "another folder")
         style = ChartStyle(
             [group.label for group in self.groups],
             [each.baseline.label for each in self.comparisons if each.others],

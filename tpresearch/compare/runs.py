@@ -85,10 +85,8 @@ def find_runs(words: Sequence[str]) -> FoundRuns:
     """The runs that these words name, in order, each once; in natural order if the words are in alphabetical order, as those of
     a glob that the shell expanded.
 
-    A run that is named directly must be readable; one found in a sweep or by a glob is left out if it is not.
-
-    Raises:
-        ConfigError: for an argument that names no run, a named run that cannot be read, and if no run can be read.
+    A run that is named directly must be readable; one found in a sweep or by a glob is left out if it is not. Refuses an argument
+    that names no run, and the lack of any that can be read.
     """
     runs: dict[Path, Run] = {}
     left_out: dict[Path, str] = {}

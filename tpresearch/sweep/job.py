@@ -37,6 +37,8 @@ STOPPED_CODE = -signal.SIGTERM
 """The exit code of a job that was ended by the sweep."""
 SWEEP_SETTINGS = ("hydra.mode", "hydra.run.", "hydra.sweep.", "hydra.launcher", "hydra.sweeper")
 """Hydra's settings for the sweep itself, which its jobs must not repeat."""
+NO_RECORD = (OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What reading raises where a folder has no record of a run, or what is not one."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,10 @@ def signature(config: dict[str, Any], ranks: int, without_seed: bool = False) ->
 
 def recorded_signature(folder: Path, ranks: int) -> str:
     """The signature of the run in this folder, as of a job that is started here: if the folder that it was started in is gone, that
-    has been moved here, with the files in it.
-
-    Raises:
-        OSError, ValueError, KeyError, TypeError, AttributeError: for what is not the record of a run.
+    has been moved here, with the files in it. Raises NO_RECORD.
     """
     config = read_record(folder / "config.yaml")
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(*NO_RECORD):
         there = read_record(folder / ".hydra" / "hydra.yaml")["hydra"]["runtime"]["cwd"]
         if not os.path.exists(there):
             text = json.dumps(config, ensure_ascii=False)
@@ -127,8 +126,8 @@ def completed_runs(sweep_dir: Path) -> dict[str, list[CompletedRun]]:
                 ranks = 1 if summary.get("predicted") else summary["world_size"]  # one process simulates all
                 run = CompletedRun(path.parent, summary)
                 found.setdefault(recorded_signature(path.parent, ranks), []).append(run)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # not the record of a run
+        except NO_RECORD:
+            continue
     return found
 
 
@@ -138,7 +137,7 @@ def begun_runs(sweep_dir: Path) -> dict[str, list[Path]]:
     begun = {path.parents[2]: path for path in sorted(manifests) if EARLIER_SUFFIX not in str(path)}
     found: dict[str, list[Path]] = {}
     for folder, manifest in begun.items():
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(*NO_RECORD):
             ranks = read_record(manifest)["world_size"]
             found.setdefault(recorded_signature(folder, ranks), []).append(folder)
     return found
@@ -146,9 +145,8 @@ def begun_runs(sweep_dir: Path) -> dict[str, list[Path]]:
 
 def contents_of(job: Job) -> dict[str, str]:
     """Hashes of the local files that a job will read, as its summary will have them."""
-    from tpresearch.data.tokenizer import (
-        load_hf,
-    )  # late: Hydra imports this file at the start of every command
+    # Late: Hydra imports this file at the start of every command.
+    from tpresearch.data.tokenizer import load_hf
     from tpresearch.hf.files import weights_hash
 
     data, tokenizer = (OmegaConf.to_object(job.composed[key]) for key in ("data", "tokenizer"))
@@ -181,11 +179,10 @@ def is_usable_folder(folder: Path) -> bool:
 
 def will_resume(job: Job) -> bool:
     """Whether an earlier start of this job has left a checkpoint, from which it will resume in its folder."""
-    try:
+    with suppress(*NO_RECORD):
         same = recorded_signature(job.folder, job.ranks) == job.signature
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return same and any(job.folder.glob("checkpoints/step-*/checkpoint.json"))
+        return same and any(job.folder.glob("checkpoints/step-*/checkpoint.json"))
+    return False
 
 
 def inherited_overrides(hydra_overrides: Iterable[str]) -> list[str]:

@@ -57,10 +57,10 @@ class TorchrunLauncher(Launcher):
         self._folder = Path(config.hydra.sweep.dir)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run a batch of jobs; a sweeper that chooses the next ones from these results calls it again.
+        """Run a batch of jobs; a sweeper that chooses the next ones from these results calls it again. Refuses the first job that
+        cannot run, before any has started.
 
         Raises:
-            ConfigError: for the first job that cannot run, before any has started.
             SystemExit: after Ctrl-C, SIGTERM or SIGHUP, once all ranks have ended and the table is printed.
         """
         self.check()
@@ -120,7 +120,7 @@ class TorchrunLauncher(Launcher):
         return [self._job_return(self._outcomes[job.number]) for job in jobs]
 
     def check(self) -> None:
-        """Raises ConfigError if this machine cannot start jobs in this way."""
+        """Refuse a machine that cannot start jobs in this way."""
 
     def allocate(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, StartJob]:
         """The devices that jobs run on, and how to start a job."""
@@ -185,11 +185,7 @@ class QuietReturn(JobReturn):
 
 
 def _lock_sweep(folder: Path) -> AbstractContextManager[object]:
-    """Locks the sweep's folder against other sweeps, which would mistake this one's jobs for earlier ones.
-
-    Raises:
-        ConfigError: if another sweep has it, or it cannot be held.
-    """
+    """Lock the sweep's folder against other sweeps, which would mistake this one's jobs for earlier ones; refuses one that cannot be."""
     try:
         return lock_folder(folder, key="hydra.sweep.dir")
     except OSError as error:

@@ -62,11 +62,7 @@ class JobPlanner:
         return typed_words(self.master.hydra.overrides.hydra)
 
     def plan(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[Job]:
-        """Compose and validate each job.
-
-        Raises:
-            ConfigError: for the first job that cannot run; none has been started then.
-        """
+        """Compose and validate each job; refuses the first that cannot run."""
         self._check_settings()
         if not job_overrides:
             word = next((word for word in sys.argv[1:] if "glob(" in word), "hydra.sweeper.params=")
@@ -163,11 +159,7 @@ class JobPlanner:
 
 
 def _nodes(ranks: int, ranks_per_node: int | None) -> int:
-    """Number of hosts for these ranks, with equally many on each.
-
-    Raises:
-        ConfigError: if that is not possible.
-    """
+    """Number of hosts for these ranks, with equally many on each; refused if that is not possible."""
     nodes = -(-ranks // ranks_per_node) if ranks_per_node else 1
     if ranks % nodes:
         legal = " ".join(str(each) for each in range(1, (ranks_per_node or ranks) + 1) if ranks % each == 0)

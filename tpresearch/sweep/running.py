@@ -250,10 +250,8 @@ def kill_processes(folder: Path) -> None:
 
 
 def wait_for_earlier_job(folder: Path, say: Callable[[str], None]) -> None:
-    """Wait for the job that an earlier start of the sweep left running in this folder: if that start was killed, it is ending.
-
-    Raises:
-        ConfigError: if it does not end, or if a run that is not a job of a sweep uses the folder.
+    """Wait for the job that an earlier start of the sweep left running in this folder: if that start was killed, it is ending. Refuses
+    the folder if it does not end, or if a run that is not a job of a sweep uses it.
     """
     if left := processes_of(folder):
         runs = f"a job of an earlier launch is still running in {folder}, as process {left[0]}"

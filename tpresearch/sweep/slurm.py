@@ -172,13 +172,10 @@ class SlurmLauncher(TorchrunLauncher):
 
 
 def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: dict[int, SlurmJob]) -> None:
-    """Submit all jobs to Slurm, those of one shape together as an array.
+    """Submit all jobs to Slurm, those of one shape together as an array; refused if Slurm refuses a shape.
 
     Args:
         submitted: filled with each job by its number, as soon as Slurm has it.
-
-    Raises:
-        ConfigError: when Slurm refuses a shape.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError

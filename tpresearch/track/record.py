@@ -188,8 +188,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file atomically: complete or absent."""
     draft = path.with_name(f".{path.name}.draft")
     try:
-        draft.unlink(missing_ok=True)  # it could be a link out of this folder
-        with draft.open("xb") as file:
+        with draft.open("wb") as file:
             # A path in it need not be UTF-8: its bytes stay what they are.
             file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             file.flush()

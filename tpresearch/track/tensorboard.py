@@ -18,11 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def check_tensorboard(logger: LoggerConfig) -> None:
-    """Refuse logger.tensorboard if TensorBoard is not installed.
-
-    Raises:
-        ConfigError: with what to install.
-    """
+    """Refuse logger.tensorboard if TensorBoard is not installed."""
     if logger.tensorboard and importlib.util.find_spec("tensorboard") is None:
         legal = "false, or pip install 'tpresearch[tensorboard]'"
         raise ConfigError("logger.tensorboard", True, "TensorBoard is not installed", legal)

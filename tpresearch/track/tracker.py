@@ -74,6 +74,8 @@ class Tracker:
     preempted, and propagates. Call `finish` before that to set another status. What is written at the end is tried at the
     start, and the summary survives a full disk, a removed folder and a report that cannot be printed.
 
+    A config that holds a credential is refused.
+
     Args:
         run_dir: the run's folder. One that has been tracked before is continued, in W&B too.
         total_steps: the step at which the run ends.
@@ -81,9 +83,6 @@ class Tracker:
         plan: the compiled plan as it was printed, for plan.txt.
         next_steps: commands that the report suggests.
         console: where the progress and the report go; standard output by default.
-
-    Raises:
-        ConfigError: for a config that holds a credential.
     """
 
     def __init__(

@@ -34,11 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def check_settings(logger: LoggerConfig, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse settings that W&B would refuse, online and offline.
-
-    Raises:
-        ConfigError: naming the setting, or the variable that it comes from.
-    """
+    """Refuse settings that W&B would refuse, online and offline, by the setting, or the variable that it comes from."""
     named = {key: getattr(logger, key) for key in ("project", "entity", "group", "name", "job_type")}
     found = {f"logger.{key}": value for key, value in named.items() if value is not None}
     found |= {"WANDB_RUN_ID": run_id} if (run_id := environment.get("WANDB_RUN_ID")) else {}
