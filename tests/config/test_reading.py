@@ -58,7 +58,7 @@ def test_a_wrong_shape_is_one_sentence(typed: str, field: str, legal: str) -> No
     assert legal in error.legal
 
 
-@pytest.mark.parametrize("name", ["bell \x07", "line\nline", "no \udc80 text", "x" * 5000])
+@pytest.mark.parametrize("name", ["bell \x07", "line\nline", "no \udc80 text"])
 def test_text_is_what_a_file_system_and_a_record_take(name: str) -> None:
     cfg = config()
     cfg.data.cache_dir = name

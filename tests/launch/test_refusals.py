@@ -26,11 +26,6 @@ REFUSED = [
     ("hydra.verbose=null", "hydra.verbose=null: Hydra does not accept this value; ", ""),
     ("-m hydra.verbose=3 name=a", "hydra.verbose=3: Hydra does not accept this value; ", "-m name=a"),
     ("hydra.job.env_copy=[HOME,UNSET]", "hydra.job.env_copy=[HOME,UNSET]: not all of these variables are set; ", ""),
-    (
-        "-m hydra.sweeper.max_batch_size=0 name=a,b",
-        "hydra.sweeper.max_batch_size=0: no job would be in a batch; a number above 0, or null",
-        "-m name=a,b",
-    ),
     ("model=null", f"model=null: a config group takes an option's name; one of {MODELS}", ""),
     ("+cluster=cpu", "cluster=cpu: train does not use this config group; it takes checkpoint, data, debug, ", ""),
     ("model.name=", "model.name=: a model needs it; text, as in its conf/model file", ""),
@@ -114,16 +109,6 @@ def test_a_wrong_config_is_refused_in_one_line(
         starter = "torchrun --nproc-per-node=2" if "ranks" in typed else "python"
         assert done.err.endswith(f"; try: {starter} {PROGRAM} {to_try}".rstrip() + "\n")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("typed", ["x=3", "x._target_=no.Such"])
-def test_a_callback_that_hydra_cannot_make_is_refused(warm_python: Command, typed: str) -> None:
-    done = warm_python(f"+hydra.callbacks.{typed}", "parallel=none")
-    assert (done.code, done.refusals) == (2, [done.err.strip()])
-    assert done.err.startswith("error: hydra.callbacks={'x': ")
-    assert done.err.endswith(
-        f"; classes of yours, as +hydra.callbacks.mine._target_=MODULE.CLASS; try: python {PROGRAM} parallel=none\n"
-    )
 
 
 @pytest.mark.parametrize(

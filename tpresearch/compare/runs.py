@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -111,35 +110,17 @@ def find_runs(words: Sequence[str]) -> FoundRuns:
 def _folders(word: str) -> list[Path]:
     """The run folders that an argument names; it is a glob only if no file has exactly that name."""
     path = Path(os.path.expanduser(word))
-    is_glob = not path.exists() and glob.has_magic(word)
-    if is_glob and not glob.glob(str(path), recursive=True):
-        raise _argument_error(word, "this glob matches nothing")
-    if not is_glob and not path.exists():
-        raise _argument_error(word, "no such folder", instead=_closest_sibling(path))
-    if not (folders := _existing_folders(word)):
-        raise _argument_error(word, "no run in it")
-    return folders
-
-
-def _existing_folders(word: str) -> list[Path]:
-    """As `_folders`; none where the argument names none."""
-    path = Path(os.path.expanduser(word))
     paths = [path]
     if not path.exists():
-        matching = map(Path, glob.glob(str(path), recursive=True))
-        kept = (each for each in matching if EARLIER_SUFFIX in word or EARLIER_SUFFIX not in str(each))
-        paths = sorted(kept, key=_natural_order)
-    return [folder for each in paths for folder in run_folders(each)]
-
-
-def _is_readable(word: str) -> bool:
-    """Whether an argument is accepted: it names runs, or one that has ended."""
-    folders = _existing_folders(word)
-    with suppress(UnreadableRun):
-        if folders == [Path(os.path.expanduser(word))]:
-            read_run(folders[0])
-        return bool(folders)
-    return False
+        if not glob.has_magic(word):
+            raise _argument_error(word, "no such folder", instead=_closest_sibling(path))
+        if not (matching := glob.glob(str(path), recursive=True)):
+            raise _argument_error(word, "this glob matches nothing")
+        kept = (each for each in matching if EARLIER_SUFFIX in word or EARLIER_SUFFIX not in each)
+        paths = sorted(map(Path, kept), key=_natural_order)
+    if not (folders := [folder for each in paths for folder in run_folders(each)]):
+        raise _argument_error(word, "no run in it")
+    return folders
 
 
 def _closest_sibling(path: Path) -> list[str]:
@@ -149,10 +130,8 @@ def _closest_sibling(path: Path) -> list[str]:
 
 
 def _argument_error(word: str, why: str, legal: str = LEGAL, instead: Sequence[str] = ()) -> ConfigError:
-    """The refusal of an argument, with the same command to try without it or with `instead` in its place, and without
-    others that would be refused next."""
-    others = {old for old in sys.argv[1:] if "=" not in old and old != word and not _is_readable(old)}
-    typed = [new for old in sys.argv[1:] if old not in others for new in (instead if old == word else [old])]
+    """The refusal of an argument, with the same command to try without it or with `instead` in its place."""
+    typed = [new for old in sys.argv[1:] for new in (instead if old == word else [old])]
     named = [word for word in typed if "=" not in word]
     return WrongCommand("run", word, why, legal, python_command(typed if named else ["outputs", *typed]))
 

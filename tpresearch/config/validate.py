@@ -116,8 +116,6 @@ def _check_name(cfg: Config) -> None:
         why = "a folder below outputs/ is named by it"
     elif max(len(part.encode(errors="surrogateescape")) for part in parts) > MAX_NAME_BYTES:
         why = f"longer than the {MAX_NAME_BYTES} bytes that a folder's name may have"
-    elif not cfg.name.isprintable():
-        why = "has characters in it that cannot be shown"
     else:
         return
     raise ConfigError("name", cfg.name[:MAX_NAME_BYTES], why, "a word such as train, or words with / between")

@@ -19,8 +19,6 @@ from tpresearch.config.errors import ConfigError
 
 MAX_NUMBER = 10**15
 """Maximum of any count, length or size: a mistyped one would overflow, or never end."""
-MAX_TEXT_CHARS = 4096
-"""Maximum length of a text, which is a name or a path."""
 UNPRINTABLE = ("Cc", "Cs")
 """Unicode categories: control characters, and bytes that were not UTF-8."""
 
@@ -57,9 +55,6 @@ def check_usable(key: str, value: object) -> None:
         for item in value:
             check_usable(key, item)
     elif isinstance(value, str):
-        if len(value) > MAX_TEXT_CHARS:
-            why, legal = f"{len(value)} characters", f"at most {MAX_TEXT_CHARS}"
-            raise ConfigError(key, f"{value[:20]}...", why, legal)
         if any(unicodedata.category(char) in UNPRINTABLE for char in value):
             raise ConfigError(key, ascii(value), "it has control characters", "text on one line")
     elif isinstance(value, float) and not math.isfinite(value):
@@ -168,7 +163,6 @@ class OfType:
 
 POSITIVE = Within(0, open_below=True)
 FRACTION = Within(0, 1)
-"""A fraction: from 0 to 1."""
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:

@@ -139,7 +139,7 @@ class Composition:
         """The refusal of a group that this program does not compose, though others do: a simulated step has no checkpoints."""
         others = [typed for typed in self.overrides if override_key(typed) != group]
         used = dataclasses.replace(self, overrides=others).used_groups()
-        if group in used:
+        if group in used or group not in self.groups():
             return None
         why = f"{self.config_name} does not use this config group"
         return ConfigError(group, self.typed_value(group), why, f"it takes {', '.join(sorted(used))}")

@@ -64,8 +64,7 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
         value = composition.typed_value(there[1])
         return ConfigError(there[1], value, "there is such a key", "no + before it", fix={there[1]: value})
     not_there = re.match(r"Could not override '(.+?)'", message)
-    is_group = not_there and not_there[1] in composition.groups()
-    if not_there and is_group and (unused := composition.unused_group(not_there[1])):
+    if not_there and (unused := composition.unused_group(not_there[1])):
         return unused
     if message.startswith("Config group override must be a string"):
         return _invalid_option_name(composition)
@@ -268,8 +267,7 @@ def _error_without_key(message: str, composition: Composition) -> ConfigError:
 
 
 def _first_line(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip() and "full_key:" not in line]
-    return lines[0].rstrip(".;") if lines else "no reason given"
+    return message.strip().partition("\n")[0].rstrip(".;")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

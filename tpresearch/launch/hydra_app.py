@@ -30,7 +30,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tpresearch.config.errors import ConfigError, first_line
+from tpresearch.config.errors import ConfigError
 from tpresearch.launch.command import override_key, values_by_key
 from tpresearch.launch.composition import COMPOSITION_ERRORS, VERSION_BASE, conf_dir
 
@@ -139,15 +139,10 @@ def compose_config(app: Hydra, config_name: str, overrides: list[str], mode: Run
 
 
 def run(app: Hydra, config: DictConfig, config_name: str, job: Callable[[], None]) -> None:
-    """Run the job in `hydra.run.dir`: Hydra's record of the config, job.chdir, job.env_set and callbacks included. Refuses callbacks
-    that Hydra cannot make; what the job raises is raised as it is.
+    """Run the job in `hydra.run.dir`: Hydra's record of the config, job.chdir, job.env_set and callbacks included. What the job raises
+    is raised as it is.
     """
-    try:
-        callbacks = Callbacks(config)
-    except HydraException as error:
-        value = OmegaConf.to_container(config.hydra.callbacks)
-        legal = "classes of yours, as +hydra.callbacks.mine._target_=MODULE.CLASS"
-        raise ConfigError("hydra.callbacks", value, first_line(error).rstrip("."), legal) from error
+    callbacks = Callbacks(config)
     callbacks.on_run_start(config=config, config_name=config_name)
     returned = run_job(
         hydra_context=HydraContext(config_loader=app.config_loader, callbacks=callbacks),

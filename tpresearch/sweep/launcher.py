@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +15,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from tpresearch.config.errors import ConfigError, JobFailed
+from tpresearch.config.errors import JobFailed, refuse_unwritable
 from tpresearch.config.schema import TorchrunConfig
 from tpresearch.launch.claim import lock_folder
 from tpresearch.sweep.job import Job, will_resume
@@ -67,7 +67,10 @@ class TorchrunLauncher(Launcher):
         gpus = _visible_gpus()
         planner = JobPlanner(self._loader, self._config, self._preflight, len(gpus), self.ranks_per_node)
         jobs = planner.plan(job_overrides, initial_job_idx)
-        with _lock_sweep(self._folder):
+        # Other sweeps would mistake this one's jobs for earlier ones.
+        with refuse_unwritable(key := "hydra.sweep.dir", self._folder):
+            lock = lock_folder(self._folder, key=key)
+        with lock:
             return self._run(list(assign_folders(jobs, self._folder)), gpus)
 
     def _run(self, jobs: list[Job], gpus: list[str]) -> Sequence[JobReturn]:
@@ -182,15 +185,6 @@ class QuietReturn(JobReturn):
     @return_value.setter
     def return_value(self, value: object) -> None:
         self._return_value = value
-
-
-def _lock_sweep(folder: Path) -> AbstractContextManager[object]:
-    """Lock the sweep's folder against other sweeps, which would mistake this one's jobs for earlier ones; refuses one that cannot be."""
-    try:
-        return lock_folder(folder, key="hydra.sweep.dir")
-    except OSError as error:
-        why, legal = f"its .lock cannot be held: {error.strerror}", "a folder of this user's own"
-        raise ConfigError("hydra.sweep.dir", folder, why, legal) from None
 
 
 def _visible_gpus() -> list[str]:

@@ -63,7 +63,10 @@ class JobPlanner:
 
     def plan(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[Job]:
         """Compose and validate each job; refuses the first that cannot run."""
-        self._check_settings()
+        if folder := values_by_key(self.hydra_overrides).get("hydra.run.dir"):
+            why = "it is for a single run, and jobs of a sweep have theirs below hydra.sweep.dir"
+            fix = {"hydra.run.dir": None, "hydra.sweep.dir": folder}
+            raise ConfigError("hydra.run.dir", folder, why, "hydra.sweep.dir", fix)
         if not job_overrides:
             word = next((word for word in sys.argv[1:] if "glob(" in word), "hydra.sweeper.params=")
             key, _, pattern = word.partition("=")
@@ -76,16 +79,6 @@ class JobPlanner:
             ]
         finally:
             HydraConfig.instance().set_config(self.master)
-
-    def _check_settings(self) -> None:
-        if folder := values_by_key(self.hydra_overrides).get("hydra.run.dir"):
-            why = "it is for a single run, and jobs of a sweep have theirs below hydra.sweep.dir"
-            fix = {"hydra.run.dir": None, "hydra.sweep.dir": folder}
-            raise ConfigError("hydra.run.dir", folder, why, "hydra.sweep.dir", fix)
-        for key, value in self.master.hydra.launcher.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-                field = f"hydra.launcher.{key}"
-                raise ConfigError(field, value, "too small", "a number above 0", fix={field: None})
 
     def _job(self, overrides: list[str], number: int, in_all: Collection[str]) -> Job:
         config_dir, config_name = parse_command_line()[0].config_dir, str(self.master.hydra.job.config_name)

@@ -106,7 +106,6 @@ class Tracker:
         self._began, self._total_steps = time.monotonic(), total_steps
         self._ended, self._may_be_refused, self._next_steps = False, start_step > 0, next_steps
         self._last_row: Row | None = None
-        self._repeated_rates: dict[int, float | None] = {}
         self._step_ledger: StepLedger | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
         self._start_from(start_step)
@@ -145,8 +144,6 @@ class Tracker:
         self._start_from(step)
         self._may_be_refused = False
         (self._run_dir / record.SUMMARY_FILE).unlink(missing_ok=True)
-        logged = record.read_metrics(self._run_dir)
-        self._repeated_rates = {step_of(row): row["train/lr"] for row in logged if step_of(row) > step}
         self._metrics.truncate_after(step)
         if self._wandb:
             for row in record.read_metrics(self._run_dir):
@@ -178,18 +175,10 @@ class Tracker:
         row = self._last_row = self._metrics.append(values)
         self._last_step = step_of(row)
         if self._wandb:
-            self._warn_of_other_row(row)
             self._wandb.log(row)
         if self._tensorboard:
             self._tensorboard.log(row)
         self._progress.show(row)
-
-    def _warn_of_other_row(self, row: Row) -> None:
-        """W&B keeps a repeated step as it was first logged, which is another row where a grown budget changes the learning rate."""
-        if self._repeated_rates.get(self._last_step, row["train/lr"]) != row["train/lr"]:
-            text = "W&B keeps steps %d to %d as they were first logged, with other learning rates; metrics.jsonl has these"
-            log.warning(text, self._last_step, max(self._repeated_rates))
-            self._repeated_rates = {}
 
     def record_ledger(self, step: StepLedger) -> None:
         """Record what one step sent and held: ledger.json, and its sums in the summary."""
