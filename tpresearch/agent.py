@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,9 +35,7 @@ TORCHRUN_OPTIONS = "TPRESEARCH_TORCHRUN_OPTIONS"
 """Set for each rank: torchrun's options as they were typed, but for the number of ranks per host."""
 HEARD_SIGNALS = "PET_SIGNALS_TO_HANDLE"
 """torchrun's variable for its option --signals-to-handle."""
-LOST_RENDEZVOUS = (
-    "its rendezvous does not answer: the host that holds it has ended, or the network to it is down"
-)
+LOST_RENDEZVOUS = "its rendezvous does not answer: the host of it has ended, or the network to it is down"
 SIGNALLED = (129, 130, 143)
 """Exit codes of ranks that stopped for SIGHUP, Ctrl-C and SIGTERM."""
 LOGGERS = (
@@ -90,13 +89,11 @@ def _is_agent_of_ours() -> bool:
 
 def _is_ours(word: str) -> bool:
     """Whether a word of torchrun's command line is a script or a module that is made with tpresearch."""
-    script = Path(word)
-    try:
-        return word.startswith("tpresearch.") or (
-            script.suffix == ".py" and b"tpresearch" in script.read_bytes()
-        )
-    except OSError:
-        return False
+    if word.startswith("tpresearch."):
+        return True
+    with suppress(OSError):
+        return word.endswith(".py") and b"tpresearch" in Path(word).read_bytes()
+    return False
 
 
 def typed_options(words: Sequence[str]) -> str:

@@ -34,10 +34,9 @@ def report(corpus: PackedCorpus) -> str:
     lines = [f"{'':12}{'documents':>12}{'tokens':>16}{'rows':>12}{'bytes/token':>14}"]
     for part, rows in {"train": corpus.train, "held_out": corpus.held_out}.items():
         counts = meta[part]
-        ratio = counts["bytes"] / counts["tokens"] if counts["tokens"] else math.nan
-        lines.append(
-            f"{part:12}{counts['documents']:>12,}{counts['tokens']:>16,}{len(rows):>12,}{ratio:>14.2f}"
-        )
+        documents, tokens = counts["documents"], counts["tokens"]
+        ratio = counts["bytes"] / tokens if tokens else math.nan
+        lines.append(f"{part:12}{documents:>12,}{tokens:>16,}{len(rows):>12,}{ratio:>14.2f}")
     facts = {
         "row": f"{corpus.train.shape[1] - 1} + 1 tokens, {meta['dtype']}, of {corpus.vocab_size:,}",
         "entropy": f"{corpus.unigram_entropy:.3f} nats per held-out token, from token frequencies alone",

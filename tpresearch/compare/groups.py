@@ -27,13 +27,8 @@ MUST_MATCH = (
     *("train.loss", SEED, *OF_THE_CORPUS),
 )
 """Settings in which runs must agree for their losses to be the same quantity; causes before what follows from them."""
-FIRST_COLUMNS = (
-    "model.name",
-    "parallel.name",
-    "ranks",
-    *(f"mesh.{axis}" for axis in reversed(AXIS_NAMES)),
-    "device",
-)
+MESH_COLUMNS = tuple(f"mesh.{axis}" for axis in AXIS_NAMES)
+FIRST_COLUMNS = ("model.name", "parallel.name", "ranks", *MESH_COLUMNS[::-1], "device")
 NUMERICS = ("dtype", "weights", "float8", "loss_chunk")
 """Keys of train that change only the rounding of a loss, which a comparison shows, as optimizer.moment_dtype does."""
 ALWAYS_SHOWN = ("device", "train.dtype", "train.weights", "train.float8", "optimizer.moment_dtype")

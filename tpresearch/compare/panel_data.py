@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from tpresearch.compare.differences import differences
-from tpresearch.compare.groups import Comparison, Group, settings_frame
+from tpresearch.compare.groups import MESH_COLUMNS, Comparison, Group, settings_frame
 from tpresearch.compare.points import PanelData, history, in_buckets, mean, mean_std
 from tpresearch.compare.runs import Run
-from tpresearch.config.axes import AXIS_NAMES
 from tpresearch.track.panels import Panel
 from tpresearch.track.table import SEED
 
@@ -98,14 +97,13 @@ def scaling(groups: Sequence[Group], speed: str) -> PanelData:
     if not groups:
         return none
     speeds = _summary_figures(groups, [speed]).groupby("run", sort=False)[speed].mean()
-    axes = [f"mesh.{axis}" for axis in AXIS_NAMES]
     left = settings_frame([group.first for group in groups])
     if groups[0].over_seeds:
         left = left.drop(columns=SEED, errors="ignore")
     left = left.assign(run=speeds.index, speed=speeds.values, ranks=left["ranks"].astype(int))
     left = left.dropna(subset="speed").sort_values("ranks", kind="stable")
     lines = []
-    for axis in axes:
+    for axis in MESH_COLUMNS:
         alike = left.groupby(list(left.columns.difference(["ranks", axis, "run", "speed"])), sort=False)
         on_line = left[alike["ranks"].transform("nunique") > 1]
         first = alike[["run", "speed"]].transform("first").loc[on_line.index]

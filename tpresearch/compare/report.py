@@ -31,6 +31,8 @@ COMMON_SETTINGS = (
 RUNS, SEEDS, DIFFERENCES, FOLDERS = "Runs", "Mean ± std over train.seed", "Config differences", "Run folders"
 ROUNDING = "Loss differences of each plan, over all experiments"
 POOLED = {"most": "max |loss difference|", "rms": "rms |loss difference|"}
+Sections = dict[str, list[tuple[Panel, list[str], Spec]]]
+"""By title: panels, notes and charts."""
 MAX_DIFFERENCES = 14
 """Rows of config differences that are printed on a terminal."""
 
@@ -61,7 +63,7 @@ class Report:
             [group.label for group in self.groups],
             [each.baseline.label for each in self.comparisons if each.others],
         )
-        sections: dict[str, list[tuple[Panel, list[str], Spec]]] = {}
+        sections: Sections = {}
         for title, panels in SECTIONS.items():
             sections[title] = []
             for panel in panels:
@@ -76,9 +78,7 @@ class Report:
         command = shlex.join(["python", "-m", "tpresearch.compare", *arguments])
         write_atomically(out / "compare.html", self._page(sections, style, command))
 
-    def _page(
-        self, sections: dict[str, list[tuple[Panel, list[str], Spec]]], style: ChartStyle, command: str
-    ) -> str:
+    def _page(self, sections: Sections, style: ChartStyle, command: str) -> str:
         """compare.html: one file that needs no network. All text in it is escaped, and no script runs but its own."""
         files = FileSystemLoader(Path(__file__).parent)
         jinja = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True)

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from tpresearch.config.choices import OptimizerName
 from tpresearch.config.compose import to_plain
 from tpresearch.config.schema import ComposedConfig
 
@@ -31,10 +30,7 @@ MAY_CHANGE_ON_RESUME = (
 )
 """Keys of train that may change when a run resumes."""
 
-UNUSED_BY_OPTIMIZER: dict[str, tuple[str, ...]] = {
-    OptimizerName.adamw: ("momentum",),
-    OptimizerName.sgd: ("betas", "eps"),
-}
+UNUSED_BY_OPTIMIZER = {"adamw": ("momentum",), "sgd": ("betas", "eps")}
 """Keys of optimizer that another one reads."""
 
 

@@ -66,9 +66,8 @@ def _complete(given: dict[str, int | None], used: tuple[Axis, ...], world: int, 
     left = world
     for size in sizes.values():
         left = max(left // size, 1) if size and size > 0 else left
-    unset = sorted(
-        (axis for axis in reversed(used) if sizes[axis.name] is None), key=lambda a: not a.default_size
-    )
+    unset = [axis for axis in reversed(used) if sizes[axis.name] is None]
+    unset.sort(key=lambda axis: not axis.default_size)
     takes_rest = next((name for name, size in sizes.items() if size == -1), unset[-1].name if unset else None)
     for axis in unset:
         if axis.name != takes_rest:

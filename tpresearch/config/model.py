@@ -103,13 +103,8 @@ def model_as_dict(model: ModelConfig) -> dict[str, Any]:
         plan: {name: _rule_as_dict(dataclasses.asdict(rule)) for name, rule in rules.items()}
         for plan, rules in model.plans.items()
     }
-    return {
-        "name": model.name,
-        "_target_": model.target,
-        **model.args,
-        "blocks": model.blocks,
-        "plans": plans,
-    }
+    named = {"name": model.name, "_target_": model.target}
+    return {**named, **model.args, "blocks": model.blocks, "plans": plans}
 
 
 def _rule_as_dict(rule: dict[str, Any]) -> dict[str, Any]:

@@ -41,9 +41,8 @@ def notes_on_settings(cfg: Config, sizes: MeshSizes, typed: Mapping[str, str]) -
         reached = f"the learning rate ends at {steps / warmup:.2g} of optimizer.lr"
         notes.append(f"schedule.warmup_steps={warmup} is more than the {steps} of the run: {reached}")
     if cfg.data.source is DataSource.uniform and (length := cfg.data.seq_len) > 1:
-        notes.append(
-            f"data.seq_len={length}: each row of data=uniform counts as {length} tokens; 1, by default"
-        )
+        counted = f"each row of data=uniform counts as {length} tokens; 1, by default"
+        notes.append(f"data.seq_len={length}: {counted}")
     return notes
 
 
@@ -68,10 +67,8 @@ def _unused_rules(cfg: Config, typed: Mapping[str, str]) -> tuple[list[str], str
         for key, value in typed.items()
         if key.startswith(RULES) and key.removeprefix(RULES).partition(".")[0] != tensor
     ]
-    return (
-        others,
-        f"parallel={cfg.parallel.name} has {f'the rules of {RULES}{tensor}' if tensor else 'no rules'}",
-    )
+    has = f"the rules of {RULES}{tensor}" if tensor else "no rules"
+    return others, f"parallel={cfg.parallel.name} has {has}"
 
 
 def _unused(cfg: Config, sizes: MeshSizes) -> Iterator[tuple[tuple[str, ...], str]]:

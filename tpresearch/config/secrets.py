@@ -16,7 +16,7 @@ CREDENTIAL_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL
 """Names of variables and of config keys that hold credentials."""
 MIN_LENGTH = 12
 """Minimum length of a credential in characters; a shorter value may well occur in a config."""
-CREDENTIAL_PATTERNS = {
+PATTERNS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
     "a W&B key": r"\bwandb_v\d_[A-Za-z0-9_]{20,}|\blocal-[0-9a-f]{40}\b",
     "a GitHub token": r"\b(gh[pousr]_|github_pat_)[A-Za-z0-9_]{20,}",
@@ -53,9 +53,7 @@ def _find_credential(key: str, text: str, known: Mapping[str, str]) -> str | Non
     value = text.rpartition("=")[2].strip("'\"")
     of_key = CREDENTIAL_NAME.search(key.rpartition(".")[2]) and len(value) >= MIN_LENGTH and "${" not in value
     found = [what for value, what in known.items() if value in text]
-    found += [
-        f"what looks like {kind}" for kind, shape in CREDENTIAL_PATTERNS.items() if re.search(shape, text)
-    ]
+    found += [f"what looks like {kind}" for kind, shape in PATTERNS.items() if re.search(shape, text)]
     found += ["what its name says is a credential"] if of_key else []
     return next(iter(found), None)
 

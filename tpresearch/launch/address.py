@@ -48,9 +48,8 @@ def _interfaces() -> list[str]:
 def _own_address(name: str) -> str | None:
     """The first address of a name that is one of this host, as gloo chooses it (torch 2.13)."""
     with suppress(OSError):
-        for family, kind, protocol, _, (address, *rest) in socket.getaddrinfo(
-            name, None, type=socket.SOCK_STREAM
-        ):
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, (address, *rest) in found:
             with suppress(OSError), socket.socket(family, kind, protocol) as probe:
                 probe.bind((address, *rest))
                 return str(address).partition("%")[0]

@@ -137,9 +137,11 @@ class Composition:
 
     def unused_group(self, group: str) -> ConfigError | None:
         """The refusal of a group that this program does not compose, though others do: a simulated step has no checkpoints."""
+        if group not in self.groups():
+            return None
         others = [typed for typed in self.overrides if override_key(typed) != group]
         used = dataclasses.replace(self, overrides=others).used_groups()
-        if group in used or group not in self.groups():
+        if group in used:
             return None
         why = f"{self.config_name} does not use this config group"
         return ConfigError(group, self.typed_value(group), why, f"it takes {', '.join(sorted(used))}")
@@ -163,28 +165,21 @@ class Composition:
                 typed = [] if key == "hydra.searchpath" else self._with_search_path([])
                 composed = compose(self.config_name, typed, return_hydra_config=True)
         as_written: Any = OmegaConf.to_container(composed, resolve=False)
-        hydra = key.startswith("hydra.")
-        return {
-            name: value for name, value in every_key(as_written).items() if name.startswith("hydra.") == hydra
-        }
+        values, hydra = every_key(as_written), key.startswith("hydra.")
+        return {name: value for name, value in values.items() if name.startswith("hydra.") == hydra}
 
     def groups(self) -> dict[str, list[str]]:
         """Each config group and its options."""
         with _composing_others():
             loader = GlobalHydra.instance().config_loader()
+            typed = self._with_search_path([])
             names = [name for name in loader.list_groups("") if name != "hydra"]
-            return {
-                name: loader.get_group_options(name, overrides=self._with_search_path([])) for name in names
-            }
+            return {name: loader.get_group_options(name, overrides=typed) for name in names}
 
     def used_groups(self) -> dict[str, list[str]]:
         """Each config group that this program composes, and its options."""
-        settings = self.values_without("hydra.runtime.choices")
-        return {
-            name: options
-            for name, options in self.groups().items()
-            if f"hydra.runtime.choices.{name}" in settings
-        }
+        settings = self.values_without(choices := "hydra.runtime.choices")
+        return {name: options for name, options in self.groups().items() if f"{choices}.{name}" in settings}
 
     def _with_search_path(self, overrides: list[str]) -> list[str]:
         """These overrides, with the search path that was typed."""

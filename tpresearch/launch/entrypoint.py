@@ -205,10 +205,8 @@ def _sweep(app: Hydra, program: Program[Checked], composition: Composition, worl
     with explain_errors(composition):
         overrides, composed = hydra_app.compose_sweep(app, name, composition.overrides)
     try:
-        with (
-            explain_errors(composition, (HydraException, OmegaConfBaseException)),
-            sweep_folder(composed) as folder,
-        ):
+        errors = HydraException, OmegaConfBaseException
+        with explain_errors(composition, errors), sweep_folder(composed) as folder:
             settled = [override("hydra.sweep.dir", folder), "hydra.mode=MULTIRUN"]
             app.multirun(name, program, [*overrides, *settled])
     except JobFailed:

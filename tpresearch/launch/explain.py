@@ -102,12 +102,8 @@ def _unknown_key(key: str, value: object, composition: Composition) -> ConfigErr
 def _settings_not_in_file(known: Mapping[str, object]) -> list[str]:
     """Keys of the model's sharding rules, and of the arguments of its class if that can be imported, which its file leaves at their
     defaults."""
-    rules = {
-        name.rpartition(".")[0]
-        for name in known
-        if name.startswith("model.plans.") and name.endswith(".match")
-    }
-    keys = [f"{rule}.{key}" for rule in sorted(rules) for key in RULE_KEYS]
+    rules = [name.removesuffix(".match") for name in known if re.fullmatch(r"model\.plans\..*\.match", name)]
+    keys = [f"{rule}.{key}" for rule in rules for key in RULE_KEYS]
     with suppress(Exception):  # which is said where the model is built
         arguments = inspect.signature(get_class(str(known["model._target_"]))).parameters
         keys += [f"model.{name}" for name in arguments]

@@ -38,13 +38,8 @@ def help_text(composition: Composition, main: Callable[..., None]) -> str:
         "",
         "KEYS and their defaults",
         *(_line(f"  {key}={_short(values.get(key))}", meaning) for key, meaning in meanings().items()),
-        _line(
-            "  model.*", "settings of the model's class, and model.plans.<tp|sp>.<rule>.{match,style,src,dst}"
-        ),
-        _line(
-            "  hydra.run.dir, hydra.sweep.dir",
-            "folder of a run, folder of a sweep; --hydra-help has the rest",
-        ),
+        _line("  model.*", "settings of its class, and model.plans.<tp|sp>.<rule>.{match,style,src,dst}"),
+        _line("  hydra.run.dir, hydra.sweep.dir", "folder of a run, of a sweep; --hydra-help has the rest"),
     ]
     return "\n".join(lines)
 

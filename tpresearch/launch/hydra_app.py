@@ -181,10 +181,8 @@ def typed_words(overrides: Any) -> list[str]:
 def flags_for_job() -> list[str]:
     """The flags of this command that name config files: a sweep's jobs need them too."""
     arguments, _ = parse_command_line()
-    values = {flag: getattr(arguments, flag) for flag in ("config_path", "config_name", "config_dir")}
-    return [
-        word for flag, value in values.items() if value for word in (f"--{flag.replace('_', '-')}", value)
-    ]
+    flags = {f"--config-{name}": getattr(arguments, f"config_{name}") for name in ("path", "name", "dir")}
+    return [word for flag, value in flags.items() if value for word in (flag, value)]
 
 
 _composing = threading.Lock()

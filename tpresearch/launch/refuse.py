@@ -35,6 +35,8 @@ EXIT_CODE = 2
 TIMEOUT_S = 60
 """How long a rank waits for the reporting rank: torchrun ends that one as soon as another exits."""
 POLL_S = 0.02
+AS_TYPED = {"encoding": "utf-8", "errors": "surrogateescape"}
+"""A word that was typed need not be UTF-8: its bytes stay what they are."""
 
 
 def refuse(error: ConfigError, world: World, check_command: CommandCheck) -> NoReturn:
@@ -52,8 +54,7 @@ def refuse(error: ConfigError, world: World, check_command: CommandCheck) -> NoR
         print(f"error: {heard}", file=sys.stderr, flush=True)
         if path := _report_file():
             with suppress(OSError):
-                # A word that was typed need not be UTF-8: its bytes stay what they are.
-                path.write_text(heard, encoding="utf-8", errors="surrogateescape")
+                path.write_text(heard, **AS_TYPED)
     _report_to_torchrun(heard or str(error))
     sys.exit(EXIT_CODE)
 
@@ -94,10 +95,7 @@ def _report_of_another_rank() -> str | None:
         path.touch(exist_ok=False)
     except FileExistsError:
         until = time.monotonic() + TIMEOUT_S
-        while (
-            not (said := path.read_text(encoding="utf-8", errors="surrogateescape"))
-            and time.monotonic() < until
-        ):
+        while not (said := path.read_text(**AS_TYPED)) and time.monotonic() < until:
             time.sleep(POLL_S)
         return said
     except OSError:  # no folder of torchrun's

@@ -71,9 +71,8 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
     name = str(composed.get("name") or "run")
     resume = composed.get("resume")
     resumes, is_named = resume != NEVER, resume not in (None, AUTO, NEVER)
-    elsewhere = (
-        {"resume": None, "init_from": resume} if is_named else _temporary_folder("hydra.run.dir", name)
-    )
+    anew = {"resume": None, "init_from": resume}
+    elsewhere = anew if is_named else _temporary_folder("hydra.run.dir", name)
 
     def claim(held: ExitStack, started: Path | None = None) -> Path:
         """The folder of this job; `started` is the one that it had before torchrun restarted it."""

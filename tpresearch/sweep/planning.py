@@ -139,11 +139,8 @@ class JobPlanner:
         """W&B overrides of a job: one group and one wandb/ folder for the sweep, and the job's own overrides as tags."""
         if not cfg.logger.wandb:
             return []
-        tags = [
-            word
-            for word in own
-            if len(word) <= MAX_TAG_CHARS and not word.startswith(("model=", "parallel="))
-        ]
+        more = [word for word in own if not word.startswith(("model=", "parallel="))]
+        tags = [word for word in more if len(word) <= MAX_TAG_CHARS]
         return [
             *([override("logger.tags", [*cfg.logger.tags, *tags])] if tags else []),
             *([] if cfg.logger.group else [override("logger.group", wandb_group(self.sweep_dir))]),
@@ -186,13 +183,9 @@ def assign_folders(jobs: Sequence[Job], sweep_dir: Path) -> Iterator[Job]:
             what = " and ".join(runs[-1].changed(now))
             note = f"its {what} {'have' if ' and ' in what else 'has'} changed since {runs[-1].folder} was completed"
             job = dataclasses.replace(job, notes=(*job.notes, note))
-        names = (
-            job.folder if nth == 1 else job.folder.with_name(f"{job.folder.name}-{nth}")
-            for nth in itertools.count(1)
-        )
-        folder = resumed.get(job.number) or next(
-            name for name in names if name not in taken and is_usable_folder(name)
-        )
+        beside = (job.folder.with_name(f"{job.folder.name}-{nth}") for nth in itertools.count(2))
+        usable = (name for name in itertools.chain([job.folder], beside) if is_usable_folder(name))
+        folder = resumed.get(job.number) or next(name for name in usable if name not in taken)
         taken.add(folder)
         own = [override("hydra.run.dir", folder), "hydra.mode=RUN", *flags_for_job()]
         yield dataclasses.replace(job, folder=folder, arguments=[*job.arguments, *own])

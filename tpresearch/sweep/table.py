@@ -75,11 +75,8 @@ def _ranks(outcome: Outcome) -> int:
 
 def _summary(outcome: Outcome) -> Summary:
     """The job's summary, and for one that left none at least how long it took."""
-    return {
-        "wall_time_s": outcome.seconds,
-        **with_comparable_memory(outcome.summary),
-        "status": outcome.status,
-    }
+    figures = with_comparable_memory(outcome.summary)
+    return {"wall_time_s": outcome.seconds, **figures, "status": outcome.status}
 
 
 def differing(outcomes: Sequence[Outcome]) -> list[str]:

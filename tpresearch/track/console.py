@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,25 +131,19 @@ def report(
         table.add_row(name, Text(value))
     console.print()
     console.print(table)
-    for line in _lines(summary, run_dir, wandb_line, next_steps):
-        console.print(line, soft_wrap=True)
-
-
-def _lines(
-    summary: Mapping[str, Any], run_dir: Path, wandb_line: str | None, next_steps: NextSteps | None
-) -> Iterator[Text]:
+    lines: list[Text] = []
     if summary["status"] in STOPPED_STATUSES and next_steps:
         resume = next_steps.to_resume(run_dir)
-        yield Text(f"{summary['error']} after step {summary['steps']}; to resume: {resume}")
+        lines.append(Text(f"{summary['error']} after step {summary['steps']}; to resume: {resume}"))
     else:
-        if summary.get("error"):
-            yield Text(f"error  {summary['error']}", style="red")
-        yield Text(f"run    {path_text(run_dir)}")
-    if wandb_line:
-        yield Text(f"W&B    {wandb_line}")
+        lines += [Text(f"error  {summary['error']}", style="red")] if summary.get("error") else []
+        lines.append(Text(f"run    {path_text(run_dir)}"))
+    lines += [Text(f"W&B    {wandb_line}")] if wandb_line else []
     if summary["status"] == "completed" and next_steps:
-        yield Text("next")
-        yield from (Text(f"  {command}  # {why}") for command, why in next_steps.after(summary, run_dir))
+        hints = next_steps.after(summary, run_dir)
+        lines += [Text("next"), *(Text(f"  {command}  # {why}") for command, why in hints)]
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def _results(summary: Mapping[str, Any], loss: Loss) -> list[tuple[str, str]]:

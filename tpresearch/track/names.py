@@ -28,11 +28,7 @@ class Metric:
 METRICS = (
     Metric("train/step", "steps", "optimizer steps done since the run began"),
     Metric("train/tokens", "tokens", "target tokens trained on since the run began, over all ranks"),
-    Metric(
-        "train/loss",
-        "nats/token",
-        "train.loss over the global batch, before the update: cross-entropy by default",
-    ),
+    Metric("train/loss", "nats/token", "train.loss over the global batch, before the update"),
     Metric("train/grad_norm", "", "norm of the global gradient, before clipping"),
     Metric("train/lr", "", "learning rate of this update"),
     Metric(
@@ -46,25 +42,15 @@ METRICS = (
     Metric("perf/tokens_per_second_per_device", "tokens/s", "tokens per second, divided by the world size"),
     Metric("perf/mfu", "", "model FLOPs over the peak, with full attention (6N + 12Lhs per token)"),
     Metric("perf/mfu_causal", "", "model FLOPs over the peak, with causal attention (6N + 6Lhs per token)"),
-    Metric(
-        "time/data_s", "s", "host time to prepare a step's batch; on a GPU it overlaps with the previous step"
-    ),
-    Metric(
-        "time/forward_s", "s", "time per step in the forward pass, including collectives that it waits for"
-    ),
+    Metric("time/data_s", "s", "host time to prepare a batch; on a GPU it overlaps with the previous step"),
+    Metric("time/forward_s", "s", "time per step in the forward pass, with collectives that it waits for"),
     Metric("time/loss_s", "s", "time per step in the loss"),
     Metric("time/backward_s", "s", "time per step in the backward pass"),
     Metric("time/clip_s", "s", "time per step in the gradient norm and clipping"),
     Metric("time/optimizer_s", "s", "time per step in the update"),
     Metric("memory/peak_bytes", "bytes", "peak memory of rank 0's device"),
-    Metric(
-        "memory/reserved_bytes", "bytes", "peak memory reserved by CUDA's allocator on rank 0; null on a CPU"
-    ),
-    Metric(
-        "memory/alloc_retries",
-        "times",
-        "how often that allocator has emptied its cache to make room; null on a CPU",
-    ),
+    Metric("memory/reserved_bytes", "bytes", "peak memory that CUDA's allocator reserves; null on a CPU"),
+    Metric("memory/alloc_retries", "times", "how often it has emptied its cache to make room; null on a CPU"),
     Metric("comm/bytes_per_step", "bytes", "bytes rank 0 sends in a step, by the ring formulas"),
 )
 

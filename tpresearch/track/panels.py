@@ -39,9 +39,7 @@ CORRECTNESS = (
         "Between plans this is rounding error of the dtype, which training may amplify; verify tells it from a mistake.",
         log_scale=True,
     ),
-    Panel(
-        "held_out_loss", "Held-out loss", "curve", ("val/loss",), "Loss on rows that are never trained on."
-    ),
+    Panel("held_out_loss", "Held-out loss", "curve", ("val/loss",), "On rows that are never trained on."),
     Panel(
         "grad_norm",
         "Gradient norm",
@@ -58,13 +56,7 @@ SPEED = (
         ("perf/tokens_per_second_per_device",),
         "Median over the logged steps after warm-up.",
     ),
-    Panel(
-        "mfu",
-        "MFU",
-        "bars",
-        ("perf/mfu",),
-        "Model FLOPs (6N + 12Lhs per token) as a share of the device's peak.",
-    ),
+    Panel("mfu", "MFU", "bars", ("perf/mfu",), "Model FLOPs (6N + 12Lhs per token) over the device's peak."),
     Panel(
         "step_time",
         "Step time by phase",

@@ -75,9 +75,7 @@ def read_record(path: Path) -> Any:
         raise ValueError(one_line(error)) from None
 
 
-def summary_figures(
-    rows: Sequence[Row], warmup_steps: int, start_step: int = 0
-) -> dict[str, int | float | None]:
+def summary_figures(rows: Sequence[Row], warmup_steps: int, start_step: int = 0) -> Row:
     """The headline figures of a run: last losses, all skipped updates, medians of `perf/*` and `time/*`, peak memory.
 
     Args:
