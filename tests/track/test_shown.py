@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from support.example_run import example_config
 
 from tpresearch.config.choices import Dtype, Float8, WeightDtype
 from tpresearch.config.schema import DataPlan, ParallelConfig, TensorPlan
@@ -26,15 +29,20 @@ def test_a_run_is_named_by_its_model_and_layout(
     data: str, tensor: str | None, sizes: dict[str, int], name: str
 ) -> None:
     plan = ParallelConfig("any", TensorPlan(tensor) if tensor else None, DataPlan(data))
+
+    def named(train: TrainConfig, optimizer: OptimizerConfig) -> str:
+        cfg = dataclasses.replace(example_config(), parallel=plan, train=train, optimizer=optimizer)
+        return run_name(cfg, sizes)
+
     adamw, train = OptimizerConfig(), TrainConfig()
-    assert run_name("llama2_tiny", plan, sizes, train, adamw) == f"llama2_tiny/{name}"
+    assert named(train, adamw) == f"llama2_tiny/{name}"
     moments = OptimizerConfig(moment_dtype=WeightDtype.bfloat16)
-    assert run_name("llama2_tiny", plan, sizes, train, moments) == f"llama2_tiny/{name}-bf16moments"
+    assert named(train, moments) == f"llama2_tiny/{name}-bf16moments"
     narrow = TrainConfig(
         dtype=Dtype.bfloat16, weights=WeightDtype.bfloat16, float8=Float8.rowwise, float8_emulated=True
     )
     labelled = f"llama2_tiny/{name}-bf16weights-float8rowwise"
     for same in adamw, moments:
-        assert run_name("llama2_tiny", plan, sizes, narrow, same) == labelled
+        assert named(narrow, same) == labelled
     wide = OptimizerConfig(moment_dtype=WeightDtype.float32)
-    assert "-bf16weights-fp32moments-" in run_name("llama2_tiny", plan, sizes, narrow, wide)
+    assert "-bf16weights-fp32moments-" in named(narrow, wide)

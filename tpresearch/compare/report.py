@@ -59,10 +59,8 @@ class Report:
         """Write compare/*.png, compare.md and last compare.html, each whole or not at all; an OSError if the folder cannot be written."""
         pngs = out / "compare"
         pngs.mkdir(parents=True, exist_ok=True)
-        style = ChartStyle(
-            [group.label for group in self.groups],
-            [each.baseline.label for each in self.comparisons if each.others],
-        )
+        baselines = [each.baseline.label for each in self.comparisons if each.others]
+        style = ChartStyle([group.label for group in self.groups], baselines)
         sections: Sections = {}
         for title, panels in SECTIONS.items():
             sections[title] = []
@@ -139,12 +137,9 @@ def tables(
         columns["status"] = [run.summary["status"] for run in runs]
     shown = {RUNS: Table.of_columns(columns)}
     if len(groups) < len(runs):
-        counts: dict[str, Column] = {
-            "runs": [each.label for each in groups],
-            "seeds": [str(len(each.runs)) for each in groups],
-        }
         means = mean_columns([[run.summary for run in group.runs] for group in groups])
-        shown[SEEDS] = Table.of_columns(counts | means)
+        counts = [str(len(each.runs)) for each in groups]
+        shown[SEEDS] = Table.of_columns({"runs": [each.label for each in groups], "seeds": counts, **means})
     if len(compared) > 1:
         pooled = pooled_differences(compared)
         texts = {key: pooled[key].map("{:.1e}".format if key in POOLED else str) for key in map(str, pooled)}

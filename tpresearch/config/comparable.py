@@ -19,14 +19,8 @@ EXPERIMENT_KEYS = ("data", "tokenizer", "optimizer", "schedule", "train", "init_
 """Keys that determine the result, whatever the plan; the model comes last, since some of its settings follow from others."""
 
 MAY_CHANGE_ON_RESUME = (
-    "steps",
-    "tokens",
-    "micro_batch_size",
-    "log_every",
-    "eval_every",
-    "eval_rows",
-    "on_nonfinite",
-    "warmup_log_steps",
+    *("steps", "tokens", "micro_batch_size", "log_every"),
+    *("eval_every", "eval_rows", "on_nonfinite", "warmup_log_steps"),
 )
 """Keys of train that may change when a run resumes."""
 

@@ -62,11 +62,8 @@ def _value(cfg: ComposedConfig, key: str) -> object:
 def _unused_rules(cfg: Config, typed: Mapping[str, str]) -> tuple[list[str], str]:
     """Overrides of rules that belong to a plan over the tensor axis other than the chosen one."""
     tensor = cfg.parallel.tensor
-    others = [
-        f"{key}={value}"
-        for key, value in typed.items()
-        if key.startswith(RULES) and key.removeprefix(RULES).partition(".")[0] != tensor
-    ]
+    rules = {key: value for key, value in typed.items() if key.startswith(RULES)}
+    others = [f"{key}={value}" for key, value in rules.items() if key.split(".")[2] != tensor]
     has = f"the rules of {RULES}{tensor}" if tensor else "no rules"
     return others, f"parallel={cfg.parallel.name} has {has}"
 

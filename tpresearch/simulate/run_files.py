@@ -34,7 +34,7 @@ def write_run(prediction: Prediction, folder: Path) -> None:
     summary: dict[str, Any] = {
         "status": "completed",
         "predicted": True,
-        "run_name": f"{run_name(cfg.model.name, cfg.parallel, sizes, cfg.train, cfg.optimizer)} (predicted)",
+        "run_name": f"{run_name(cfg, sizes)} (predicted)",
         "steps": 1,
         "tokens": tokens,
         "world_size": sizes.world,

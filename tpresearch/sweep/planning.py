@@ -73,10 +73,8 @@ class JobPlanner:
             raise ConfigError(key, pattern, "matches no option of its group", "a pattern that matches some")
         in_all = set.intersection(*map(set, job_overrides))
         try:
-            return [
-                self._job(list(overrides), number, in_all)
-                for number, overrides in enumerate(job_overrides, first_number)
-            ]
+            numbered = enumerate(job_overrides, first_number)
+            return [self._job(list(overrides), number, in_all) for number, overrides in numbered]
         finally:
             HydraConfig.instance().set_config(self.master)
 

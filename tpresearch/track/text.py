@@ -9,8 +9,7 @@ from typing import Any
 
 from tpresearch.config.axes import AXES_OF_DATA_PLAN, TENSOR
 from tpresearch.config.choices import Float8, WeightDtype
-from tpresearch.config.schema import ParallelConfig
-from tpresearch.config.training import OptimizerConfig, TrainConfig
+from tpresearch.config.schema import Config
 from tpresearch.launch.hydra_app import launch_dir
 
 UNDEFINED = "–"
@@ -89,13 +88,7 @@ def path_text(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def run_name(
-    model: str,
-    parallel: ParallelConfig,
-    sizes: Mapping[str, int],
-    train: TrainConfig,
-    optimizer: OptimizerConfig,
-) -> str:
+def run_name(cfg: Config, sizes: Mapping[str, int]) -> str:
     """`llama2_tiny/fsdp2-tp2`: the model, then each part of the plan with its size; `single` for one process.
 
     A 1D plan is `sp` or `tp`. With a data plan both are written `tp`, as is customary. Narrower weights, moments and matmuls
@@ -104,13 +97,14 @@ def run_name(
     Args:
         sizes: ranks along each mesh axis; a missing axis has size 1.
     """
+    parallel, train, of_moments = cfg.parallel, cfg.train, cfg.optimizer.moment_dtype
     counts = "x".join(str(sizes.get(axis.name, 1)) for axis in AXES_OF_DATA_PLAN[parallel.data])
     data = f"{parallel.data}{counts}" if counts else ""
     tensor = f"{'tp' if data else parallel.tensor}{sizes.get(TENSOR.name, 1)}" if parallel.tensor else ""
     weights = "bf16weights" if train.weights is WeightDtype.bfloat16 else ""
     moments = ""
-    if optimizer.moment_dtype not in (None, train.weight_dtype):
-        moments = "bf16moments" if optimizer.moment_dtype is WeightDtype.bfloat16 else "fp32moments"
+    if of_moments not in (None, train.weight_dtype):
+        moments = "bf16moments" if of_moments is WeightDtype.bfloat16 else "fp32moments"
     float8 = f"float8{train.float8}" if train.float8 is not Float8.none else ""
     layout = "-".join(part for part in (data, tensor) if part) or "single"
-    return f"{model}/{'-'.join(part for part in (layout, weights, moments, float8) if part)}"
+    return f"{cfg.model.name}/{'-'.join(part for part in (layout, weights, moments, float8) if part)}"

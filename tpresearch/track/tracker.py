@@ -27,7 +27,6 @@ from tpresearch.track.names import Row, step_of
 from tpresearch.track.next_steps import NextSteps
 from tpresearch.track.tensorboard import TensorboardRun
 from tpresearch.track.text import run_name
-from tpresearch.track.wandb_host import MAX_NAME_CHARS, MAX_TAG_CHARS
 from tpresearch.track.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -97,10 +96,8 @@ class Tracker:
         next_steps: NextSteps | None = None,
         console: Console | None = None,
     ) -> None:
-        config = as_dict(cfg)
-        refuse_secrets(config)
-        about = cfg.model.name, cfg.parallel, facts.mesh, cfg.train, cfg.optimizer
-        self.name = cfg.logger.name or run_name(*about)
+        refuse_secrets(as_dict(cfg))
+        self.name = cfg.logger.name or run_name(cfg, facts.mesh)
         self._cfg, self._run_dir, self._facts, self._plan = cfg, run_dir, facts, plan
         self._console = console or Console(highlight=False)
         self._began, self._total_steps = time.monotonic(), total_steps
@@ -110,7 +107,7 @@ class Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._start_from(start_step)
         self._metrics = MetricsFile(run_dir)
-        self._wandb = self._start_wandb(config) if cfg.logger.wandb else None
+        self._wandb = WandbRun.start(cfg, run_dir, self.name, facts.device) if cfg.logger.wandb else None
         self._report(Console(file=io.StringIO()), self._summary("completed", None), None)
         self._tensorboard = TensorboardRun(run_dir) if cfg.logger.tensorboard else None
         self._progress = ProgressLine(self._console, total_steps, start_step)
@@ -121,19 +118,6 @@ class Tracker:
         record.write_config(self._run_dir, as_dict(self._cfg), step)
         if self._plan is not None:
             record.write_plan(self._run_dir, self._plan, step)
-
-    def _start_wandb(self, config: Mapping[str, Any]) -> WandbRun | None:
-        cfg = self._cfg
-        about = (cfg.parallel.name, cfg.model.name, self._facts.device, str(cfg.train.dtype))
-        tags = [*(each[:MAX_TAG_CHARS] for each in about if each), *cfg.logger.tags]
-        return WandbRun.start(
-            cfg.logger,
-            self._run_dir,
-            name=self.name[:MAX_NAME_CHARS],
-            group=cfg.logger.group or cfg.name[:MAX_NAME_CHARS],
-            tags=list(dict.fromkeys(tags)),
-            config=config,
-        )
 
     def resume_from(self, step: int) -> None:
         """Before the first row: continue after this step, discarding rows of later ones, and the summary, which was of an earlier end.

@@ -11,18 +11,19 @@ import logging
 import os
 import shlex
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
+from tpresearch.config.compose import as_dict
 from tpresearch.config.errors import first_line
-from tpresearch.config.schema import LoggerConfig
+from tpresearch.config.schema import Config
 from tpresearch.track.names import X_AXIS, Row, step_of
 from tpresearch.track.text import path_text
-from tpresearch.track.wandb_host import Mode, choose_mode
+from tpresearch.track.wandb_host import MAX_NAME_CHARS, MAX_TAG_CHARS, Mode, choose_mode
 
 if TYPE_CHECKING:
     import wandb
@@ -59,16 +60,7 @@ class WandbRun:
         self.folder = Path(run.settings.sync_dir)
 
     @classmethod
-    def start(
-        cls,
-        logger: LoggerConfig,
-        run_dir: Path,
-        *,
-        name: str,
-        group: str,
-        tags: Sequence[str],
-        config: Mapping[str, Any],
-    ) -> Self | None:
+    def start(cls, cfg: Config, run_dir: Path, name: str, device: str) -> Self | None:
         """Open a run, online if configured and possible, else offline.
 
         Its id is kept in `<run_dir>/wandb/id`: a run folder that has one continues that run.
@@ -76,14 +68,17 @@ class WandbRun:
         Returns:
             None if W&B is switched off (WANDB_MODE=disabled), or cannot even run offline.
         """
+        logger = cfg.logger
+        of_run = cfg.parallel.name, cfg.model.name, device, str(cfg.train.dtype)
+        tags = [*(tag[:MAX_TAG_CHARS] for tag in of_run if tag), *logger.tags]
         about = {
             "project": logger.project,
             "entity": logger.entity,
-            "group": group,
+            "group": logger.group or cfg.name[:MAX_NAME_CHARS],
             "job_type": logger.job_type,
-            "name": name,
-            "tags": list(tags),
-            "config": dict(config),
+            "name": name[:MAX_NAME_CHARS],
+            "tags": list(dict.fromkeys(tags)),
+            "config": as_dict(cfg),
             "dir": str(Path(os.path.expanduser(logger.dir)) if logger.dir else run_dir),
         }
         try:
