@@ -21,15 +21,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
 # Paul Tol's light scheme, for the parts of a figure: none of them is a run's.
 PART_COLOURS = (
-    "#77aadd",
-    "#ee8866",
-    "#eedd88",
-    "#ffaabb",
-    "#44bb99",
-    "#99ddff",
-    "#bbcc33",
-    "#aaaa00",
-    "#dddddd",
+    *("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#44bb99"),
+    *("#99ddff", "#bbcc33", "#aaaa00", "#dddddd"),
 )
 # A hue per mesh axis, in shades for the collectives over it.
 AXIS_COLOURS = (

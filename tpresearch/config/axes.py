@@ -45,22 +45,11 @@ def _ranks_of_a_host(left: int, world: int, hosts: int) -> int:
     return world // hosts if hosts > 1 else (2 if left % 2 == 0 else 1)
 
 
+OF_SHARDS = ("all_gather", "reduce_scatter", "all_reduce")
 REPLICATE = Axis("dp_replicate", "ddp hsdp hsdp_tp", _one_replica_per_host, ("all_reduce",), splits_rows=True)
-SHARD = Axis(
-    "dp_shard",
-    "fsdp hsdp fsdp_tp hsdp_tp",
-    None,
-    ("all_gather", "reduce_scatter", "all_reduce"),
-    splits_rows=True,
-    shards_state=True,
-)
+SHARD = Axis("dp_shard", "fsdp hsdp fsdp_tp hsdp_tp", None, OF_SHARDS, splits_rows=True, shards_state=True)
 TENSOR = Axis(
-    "tp",
-    "tp sp fsdp_tp hsdp_tp",
-    _ranks_of_a_host,
-    ("all_gather", "reduce_scatter", "all_reduce"),
-    shards_layers=True,
-    crosses_hosts=False,
+    "tp", "tp sp fsdp_tp hsdp_tp", _ranks_of_a_host, OF_SHARDS, shards_layers=True, crosses_hosts=False
 )
 
 AXES = (REPLICATE, SHARD, TENSOR)

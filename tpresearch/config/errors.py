@@ -21,6 +21,7 @@ TYPES = {
     "is not a ListConfig": "a list",
 }
 """Parts of OmegaConf's messages, and the type that was expected."""
+Fix = Mapping[str, object] | None
 
 
 class ConfigError(Exception):
@@ -40,13 +41,7 @@ class ConfigError(Exception):
     """
 
     def __init__(
-        self,
-        field: str,
-        value: object,
-        why: str,
-        legal: str,
-        fix: Mapping[str, object] | None = None,
-        nproc: int | None = None,
+        self, field: str, value: object, why: str, legal: str, fix: Fix = None, nproc: int | None = None
     ) -> None:
         self.field, self.value, self.why, self.legal = field, value, why, legal
         self.fix: dict[str, object] = {field: None} if fix is None else dict(fix)
@@ -102,7 +97,7 @@ def reason_for_value(message: str) -> tuple[str, str]:
 
 
 @contextmanager
-def refuse_unwritable(field: str, folder: object, fix: Mapping[str, object] | None = None) -> Iterator[None]:
+def refuse_unwritable(field: str, folder: object, fix: Fix = None) -> Iterator[None]:
     """Refuse a folder in which what is done meanwhile cannot be written, for an OSError."""
     try:
         yield

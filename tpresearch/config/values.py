@@ -22,15 +22,8 @@ MAX_NUMBER = 10**15
 UNPRINTABLE = ("Cc", "Cs")
 """Unicode categories: control characters, and bytes that were not UTF-8."""
 
-TYPE_NAMES: dict[Any, str] = {
-    str: "text",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    NoneType: "null",
-    list: "a list",
-    dict: "a dict",
-}
+TYPE_NAMES: dict[Any, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+TYPE_NAMES |= {NoneType: "null", list: "a list", dict: "a dict"}
 Base = TypeVar("Base")
 
 

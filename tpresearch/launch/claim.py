@@ -18,20 +18,8 @@ EARLIER_SUFFIX = ".earlier-"
 RECORD_FILES = ("config.yaml", "plan.txt", "metrics.jsonl", "summary.json", "ledger.json")
 """Files that a training writes; those of a second one would mix with them."""
 RUN_FILES = (
-    *RECORD_FILES,
-    "*.step-*",
-    "metrics.cut.jsonl",
-    "resumed.json",
-    ".hydra",
-    "train.log",
-    "ranks",
-    "wandb",
-    "tensorboard",
-    "profiler",
-    "tokenizer",
-    "checkpoints",
-    "simulate.json",
-    "trace.json",
+    *(*RECORD_FILES, "*.step-*", "metrics.cut.jsonl", "resumed.json", "simulate.json", "trace.json"),
+    *(".hydra", "train.log", "ranks", "wandb", "tensorboard", "profiler", "tokenizer", "checkpoints"),
 )
 """Patterns of all files that a run leaves in its folder. Any others are the user's and stay."""
 RUN_MARKERS = (".hydra", "metrics.jsonl", "summary.json")

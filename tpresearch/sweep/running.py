@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from subprocess import DEVNULL, STDOUT, Popen
+from typing import Any, Protocol, TextIO
 
 from tpresearch.agent import SAVE_TIME_S
 from tpresearch.config.errors import ConfigError
@@ -93,6 +93,12 @@ def local_command(job: Job) -> list[str]:
     return [sys.executable, *(agent if job.ranks > 1 else []), *job.arguments]
 
 
+def start_process(command: list[str], env: dict[str, str], log: TextIO, **how: Any) -> Popen[bytes]:
+    """An agent or rank that ends with this process; what it prints goes to the log."""
+    ends = partial(end_with_parent, signal.SIGTERM, os.getpid())
+    return Popen(command, env=env, stdin=DEVNULL, stdout=log, stderr=STDOUT, preexec_fn=ends, **how)
+
+
 class JobProcess:
     """A job's agent, or its only rank, in its own session; its output goes to `console.log`."""
 
@@ -100,16 +106,9 @@ class JobProcess:
         set_aside(job)
         job.folder.mkdir(parents=True, exist_ok=True)
         self._folder = job.folder
+        env = job_environment(job.folder) | share.environment()
         with (job.folder / CONSOLE_LOG).open("w") as log:
-            self._process = subprocess.Popen(
-                local_command(job),
-                env=job_environment(job.folder) | share.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),
-            )
+            self._process = start_process(local_command(job), env, log, start_new_session=True)
 
     def poll(self) -> int | None:
         return self._process.poll()

@@ -9,23 +9,28 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
+from subprocess import Popen
 from typing import TYPE_CHECKING, Any
 
 from tpresearch.agent import SAVE_TIME_S
 from tpresearch.config.errors import ConfigError, one_line
 from tpresearch.config.schema import SlurmConfig
-from tpresearch.launch.stop import end_with_parent
 from tpresearch.sweep.job import CONSOLE_LOG, STOPPED_CODE, Job
 from tpresearch.sweep.launcher import TorchrunLauncher
-from tpresearch.sweep.running import Devices, StartJob, job_environment, kill_processes, set_aside
+from tpresearch.sweep.running import (
+    Devices,
+    StartJob,
+    job_environment,
+    kill_processes,
+    set_aside,
+    start_process,
+)
 
 if TYPE_CHECKING:
     import submitit
@@ -46,7 +51,7 @@ class NodeAgent:
     folder: Path
     threads: int = 1
     """Threads per rank, unless OMP_NUM_THREADS is set."""
-    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    running: list[Popen[bytes]] = field(default_factory=list)
     """The running agent, if there is one."""
 
     def __call__(self) -> int:
@@ -57,15 +62,9 @@ class NodeAgent:
         node.paths.result_pickle.unlink(missing_ok=True)
         log_name = CONSOLE_LOG if node.node == 0 else f"console-node{node.node}.log"
         command = [sys.executable, *self._agent(node), *self.arguments]
+        env = {"OMP_NUM_THREADS": str(self.threads), **job_environment(self.folder)}
         with (self.folder / log_name).open("a") as log, _signal_ignored(signal.SIGUSR2):
-            process = subprocess.Popen(
-                command,
-                env={"OMP_NUM_THREADS": str(self.threads), **job_environment(self.folder)},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),
-            )
+            process = start_process(command, env, log)
         self.running.append(process)
         if node.cluster == "local":  # Slurm signals all processes of a job, this stand-in for it one alone
             signal.signal(signal.SIGTERM, lambda *_: process.terminate())
