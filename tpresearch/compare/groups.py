@@ -199,14 +199,12 @@ def _budget(config: Mapping[str, Any]) -> object:
 
 def _best_baseline(groups: Sequence[Group]) -> Group:
     """The first with rows, preferably parallel=none, else on the fewest ranks."""
-    return min(
-        groups,
-        key=lambda group: (
-            not any(run.rows for run in group.runs),
-            group.first.summary["parallel"] != "none",
-            group.first.summary["world_size"],
-        ),
-    )
+
+    def order(group: Group) -> tuple[bool, bool, int]:
+        summary, has_rows = group.first.summary, any(run.rows for run in group.runs)
+        return not has_rows, summary["parallel"] != "none", summary["world_size"]
+
+    return min(groups, key=order)
 
 
 def _find_baseline(groups: Sequence[Group], wanted: str) -> Group:

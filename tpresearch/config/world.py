@@ -15,20 +15,14 @@ RUN_ID = "TORCHELASTIC_RUN_ID"
 OWN_DEVICE = "PET_VIRTUAL_LOCAL_RANK"
 """torchrun's variable for its option --virtual-local-rank; `tpresearch.agent` sets it for the ranks where the option is typed."""
 PORTS = range(1 << 16)
+LEGAL = "what torchrun or srun sets, or none of it for a process by itself"
 
 
 class WrongEnvironment(ConfigError):
     """A variable with an impossible value, such as one of a launcher's that contradicts the others; the remedy is to
     unset all of `given`."""
 
-    def __init__(
-        self,
-        name: str,
-        value: object,
-        why: str,
-        given: Iterable[str],
-        legal: str = "what torchrun or srun sets, or none of it for a process by itself",
-    ) -> None:
+    def __init__(self, name: str, value: object, why: str, given: Iterable[str], legal: str = LEGAL) -> None:
         super().__init__(name, value, why, legal, fix={})
         self.given = sorted(given)
 
@@ -50,15 +44,9 @@ class World:
 
     def environment(self, port: int) -> dict[str, str]:
         """What torchrun would set for a rank of this host, whose store listens at this port."""
-        return {
-            "RANK": str(self.rank),
-            "LOCAL_RANK": str(self.local_rank),
-            "WORLD_SIZE": str(self.size),
-            "LOCAL_WORLD_SIZE": str(self.local_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
+        place = map(str, (self.rank, self.size, self.local_rank, self.local_size))
+        store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        return dict(zip(RANK_VARIABLES, place, strict=True)) | store
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> World:

@@ -114,14 +114,11 @@ def _report_file() -> Path | None:
 
 MAX_JOBS = 16
 """Number of a sweep's jobs to validate."""
+Check = Callable[[Config, World], object]
 
 
 def error_of_command(
-    command: Command,
-    script: str,
-    config_name: str,
-    preflight: Callable[[Config, World], object],
-    resumes: bool,
+    command: Command, script: str, config_name: str, preflight: Check, resumes: bool
 ) -> ConfigError | None:
     """Why a program would refuse this command, as far as its preflight can tell; None if it would run.
 
@@ -139,13 +136,7 @@ def error_of_command(
     return None
 
 
-def _check_command(
-    command: Command,
-    script: str,
-    config_name: str,
-    preflight: Callable[[Config, World], object],
-    resumes: bool,
-) -> None:
+def _check_command(command: Command, script: str, config_name: str, preflight: Check, resumes: bool) -> None:
     arguments, unknown = hydra_app.parse_command_line()
     if unknown:
         drop = dict.fromkeys(unknown)

@@ -152,13 +152,7 @@ class TorchrunLauncher(Launcher):
 
     def _job_return(self, outcome: Outcome) -> JobReturn:
         job = outcome.job
-        returned = QuietReturn(
-            overrides=job.overrides,
-            cfg=job.composed,
-            hydra_cfg=job.composed,
-            working_dir=str(job.folder),
-            task_name=job.composed.hydra.job.name,
-        )
+        returned = QuietReturn(overrides=job.overrides, cfg=job.composed)
         objective = self._settings.objective
         value = outcome.summary.get(objective)
         if outcome.status != "completed":
