@@ -38,11 +38,7 @@ DASHED: dict[str, Any] = {"color": "#aaaaaa", "strokeDash": [4, 3]}
 
 
 def chart_spec(panel: Panel, points: pd.DataFrame, style: ChartStyle) -> Spec:
-    """The Vega-Lite specification of a panel's chart, with its data in it.
-
-    Args:
-        points: as `panel_data` returns them for the panel.
-    """
+    """The Vega-Lite specification of a panel's chart, with the points of its `panel_data` in it."""
     drawn = DRAW_BY_KIND[panel.kind](panel, points, style)
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     with alt.data_transformers.disable_max_rows():  # pyrefly: ignore[bad-context-manager]

@@ -163,11 +163,7 @@ def _natural_order(path: str | Path) -> list[list[str | int]]:
 
 
 def read_run(folder: Path) -> Run:
-    """A run from its record.
-
-    Raises:
-        UnreadableRun: for a run that has not ended, and for a file that no run writes.
-    """
+    """A run from its record: an UnreadableRun for one that has not ended, and for a file that no run writes."""
     summary = _load(folder / "summary.json", SUMMARY_TYPES)
     config = with_defaults(_load(folder / "config.yaml", CONFIG_TYPES))
     ledger = _load(folder / "ledger.json", {}) if (folder / "ledger.json").exists() else {}

@@ -32,9 +32,6 @@ class ConfigError(Exception):
 
     Attributes:
         field: the config key at fault, as it is typed on the command line.
-        value: what it was set to.
-        why: what is wrong.
-        legal: what would be accepted.
         fix: overrides that fix it (key -> value); None as a value drops that override. By default the field's own
             is dropped.
         nproc: the number of local ranks to start instead, if that fixes it.
@@ -55,11 +52,7 @@ class ConfigError(Exception):
 
 
 class WrongModel(ConfigError):
-    """A model's code is refused, for which no other command is an answer.
-
-    Args:
-        name: the model, or the part of it at fault.
-    """
+    """A model's code is refused, by the name of the model or of its part at fault; no other command is an answer."""
 
     def __init__(self, name: str, why: str, legal: str) -> None:
         super().__init__("model", name, why, legal, fix={})

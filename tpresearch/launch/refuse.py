@@ -40,12 +40,9 @@ AS_TYPED = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 def refuse(error: ConfigError, world: World, check_command: CommandCheck) -> NoReturn:
-    """Print the error once per job and exit with code 2.
+    """Print the error once per job, with a command that `check_command` has validated, and exit with code 2.
 
     torchrun itself exits with 1 whatever its workers do, and reports each failure; there ranks give the same sentence.
-
-    Args:
-        check_command: validates a command before it is proposed.
     """
     heard = _report_of_another_rank()
     if heard is None:

@@ -55,11 +55,7 @@ class StopFlag:
         self._calls: list[Callable[[], object]] = []
 
     def check(self) -> None:
-        """Stop here, if that was asked for. Between ranks that wait for each other, use `AgreedStop`.
-
-        Raises:
-            Stopped: with the exit code of the signal.
-        """
+        """Stop here (`Stopped`), if that was asked for. Between ranks that wait for each other, use `AgreedStop`."""
         if self.requested is not None:
             raise Stopped(self.requested)
 
@@ -112,11 +108,7 @@ def _ignore(number: int, frame: object) -> None:
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
-    """Make the kernel send this process a signal when its parent ends, even if that was killed. Linux only.
-
-    Args:
-        parent: the parent's process id, if it is known; by default the present parent.
-    """
+    """Make the kernel send this process a signal when its parent ends, even if that was killed or has ended already. Linux only."""
     if LIBC is None:
         return
     parent = parent or os.getppid()

@@ -36,12 +36,8 @@ if TYPE_CHECKING:
 
 
 class TorchrunLauncher(Launcher):
-    """Starts each job of a sweep under its own elastic agent, with the ranks that its mesh needs.
-
-    Its settings are those of `TorchrunConfig`.
-
-    Args:
-        start: starts one job; as a separate process, unless a test replaces it.
+    """Starts each job of a sweep under its own elastic agent, with the ranks that its mesh needs. Its settings are those of
+    `TorchrunConfig`; a test replaces `start`, which starts one job.
     """
 
     ranks_per_node: int | None = None

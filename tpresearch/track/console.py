@@ -120,10 +120,7 @@ def report(
     """The report at the end of a run: results, files, and commands to try next.
 
     Args:
-        next_steps: commands to suggest.
-        summary: as in summary.json.
         wandb_line: the run's page or the command that uploads it; None without W&B.
-        loss: what was minimised.
     """
     title = Text(f"{summary['run_name']}: {summary['status']}")
     table = Table(title=title, title_justify="left", show_header=False)

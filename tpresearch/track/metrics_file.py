@@ -17,10 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """metrics.jsonl, open for appending: one object per logged step, on disk as soon as it is logged.
-
-    A resumed run appends to what is there; `read_metrics` leaves out the rows that were written after its checkpoint.
-    """
+    """metrics.jsonl, open for appending: one object per logged step."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"
@@ -74,10 +71,7 @@ class MetricsFile:
         return row
 
     def close(self) -> str | None:
-        """Close the file. If it was removed during the run, its rows are written once more.
-
-        Returns: why rows are missing, if any are.
-        """
+        """Close the file; returns why rows are missing, if any are. If it was removed during the run, they are written once more."""
         self._write("")
         try:
             if not self._path.exists():

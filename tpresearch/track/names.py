@@ -70,11 +70,7 @@ SUMMARY_PARTS: dict[str, tuple[str, ...]] = {
 
 
 def complete_row(values: Mapping[str, SupportsFloat | None]) -> Row:
-    """Every metric in its declared order; None if a value is missing, NaN or infinite.
-
-    Raises:
-        KeyError: for a name that is not declared in this file.
-    """
+    """Every metric in its declared order; None if a value is missing, NaN or infinite. A KeyError for a name that is not declared."""
     if undeclared := values.keys() - set(NAMES):
         raise KeyError(f"{min(undeclared)} is logged but not declared; add it to METRICS in track/names.py")
     return {name: finite_or_none(values.get(name)) for name in NAMES}

@@ -22,12 +22,7 @@ LARGE_PLAN = "plan_only=true model=llama2_7b tokenizer=bpe_32k mesh.tp=8 world_s
 
 @dataclass(frozen=True)
 class NextSteps:
-    """Commands to suggest after a run.
-
-    Args:
-        command: the one that started it.
-        check_command: validates a command before it is proposed.
-    """
+    """Commands to suggest after the run that `command` started, each validated before."""
 
     command: Command
     check_command: CommandCheck

@@ -52,22 +52,13 @@ def read_metrics(folder: Path) -> list[Row]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a run.
-
-    Raises:
-        FileNotFoundError: when the run has not ended, or was killed before it could write it.
-    """
+    """summary.json of a run: a FileNotFoundError when it has not ended, or was killed before it could write it."""
     summary: dict[str, Any] = read_record(folder / SUMMARY_FILE)
     return summary
 
 
 def read_record(path: Path) -> Any:
-    """The content of a run's JSON or YAML file.
-
-    Raises:
-        OSError: as opening a file does.
-        ValueError: for what cannot be read.
-    """
+    """The content of a run's JSON or YAML file: an OSError as opening it raises, a ValueError for what cannot be read."""
     text = path.read_bytes()
     try:
         return json.loads(text) if path.suffix == ".json" else yaml.load(text, YAML_LOADER)
@@ -162,11 +153,8 @@ def read_resumptions(folder: Path) -> list[dict[str, Any]]:
 
 
 def measured_from(folder: Path, step: int, total_steps: int) -> int:
-    """The step from which the steps were taken that tell a run's speed: at which this process started, or, where no step was left
-    for it and the plan is the same, the one that took the last.
-
-    Args:
-        step: at which this process started.
+    """The step from which the steps were taken that tell a run's speed: `step`, at which this process started, or, where none was left
+    for it and the plan is the same, that of the process that took the last.
     """
     if step < total_steps or _kept_name(folder / "plan.txt", step).exists():
         return step

@@ -92,10 +92,7 @@ def run_name(cfg: Config, sizes: Mapping[str, int]) -> str:
     """`llama2_tiny/fsdp2-tp2`: the model, then each part of the plan with its size; `single` for one process.
 
     A 1D plan is `sp` or `tp`. With a data plan both are written `tp`, as is customary. Narrower weights, moments and matmuls
-    than most runs have follow: `llama2_7b/fsdp8-bf16weights-float8rowwise`.
-
-    Args:
-        sizes: ranks along each mesh axis; a missing axis has size 1.
+    than most runs have follow: `llama2_7b/fsdp8-bf16weights-float8rowwise`. An axis that `sizes` lacks has size 1.
     """
     parallel, train, of_moments = cfg.parallel, cfg.train, cfg.optimizer.moment_dtype
     counts = "x".join(str(sizes.get(axis.name, 1)) for axis in AXES_OF_DATA_PLAN[parallel.data])

@@ -120,11 +120,8 @@ class Tracker:
             record.write_plan(self._run_dir, self._plan, step)
 
     def resume_from(self, step: int) -> None:
-        """Before the first row: continue after this step, discarding rows of later ones, and the summary, which was of an earlier end.
-
-        Args:
-            step: that of the checkpoint that was loaded, which may be older than the newest.
-        """
+        """Before the first row: continue after this step, that of the checkpoint that was loaded, which may be older than the newest.
+        Discards rows of later steps, and the summary, which was of an earlier end."""
         self._start_from(step)
         self._may_be_refused = False
         (self._run_dir / record.SUMMARY_FILE).unlink(missing_ok=True)
@@ -151,11 +148,7 @@ class Tracker:
         self._progress.show(row)
 
     def log(self, values: Mapping[str, SupportsFloat | None]) -> None:
-        """Record one step. Metrics that are left out, and NaN and infinity, are undefined.
-
-        Raises:
-            KeyError: for a metric that `names.py` does not declare.
-        """
+        """Record one step, as by `complete_row`."""
         row = self._last_row = self._metrics.append(values)
         self._last_step = step_of(row)
         if self._wandb:
@@ -173,11 +166,7 @@ class Tracker:
             log.warning("ledger.json cannot be written: %s", problem.strerror)
 
     def finish(self, status: Status = "completed", error: str | None = None) -> None:
-        """Write summary.json, close W&B and print the report. Only the first call counts.
-
-        Args:
-            error: why the run did not complete, in one line.
-        """
+        """Write summary.json, close W&B and print the report. Only the first call counts. `error` is why it did not complete."""
         if self._ended:
             return
         self._close()

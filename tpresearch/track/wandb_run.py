@@ -61,12 +61,8 @@ class WandbRun:
 
     @classmethod
     def start(cls, cfg: Config, run_dir: Path, name: str, device: str) -> Self | None:
-        """Open a run, online if configured and possible, else offline.
-
-        Its id is kept in `<run_dir>/wandb/id`: a run folder that has one continues that run.
-
-        Returns:
-            None if W&B is switched off (WANDB_MODE=disabled), or cannot even run offline.
+        """Open a run, online if configured and possible, else offline; None if W&B is switched off (WANDB_MODE=disabled), or cannot
+        even run offline. Its id is kept in `<run_dir>/wandb/id`: a run folder that has one continues that run.
         """
         logger = cfg.logger
         of_run = cfg.parallel.name, cfg.model.name, device, str(cfg.train.dtype)
@@ -127,11 +123,7 @@ class WandbRun:
         return opened
 
     def log(self, row: Row) -> None:
-        """Log one row, unless the run already has it; undefined metrics are None, as in metrics.jsonl.
-
-        A resumed run repeats steps whose rows were logged before it died. They are the same, and
-        W&B would show them twice.
-        """
+        """Log one row, unless the run already has it, as of a step that a resumed run repeats; undefined metrics are None."""
         with self._catching_errors():
             if self._sent.is_new(row):
                 self._run.log(dict(row))
