@@ -14,18 +14,8 @@ from tpresearch.verify.ranks import Ranks
 
 
 @pytest.fixture
-def python(tmp_path: Path) -> Command:
-    """`python program.py ARGUMENTS`"""
-
-    def run(*arguments: str, **env: str) -> Done:
-        return execute([sys.executable, str(PROGRAM), *arguments], tmp_path, environment(tmp_path, **env))
-
-    return run
-
-
-@pytest.fixture
 def warm_python(ranks: Ranks, tmp_path: Path) -> Command:
-    """`python program.py ARGUMENTS` at a tenth of its cost; that torch is not imported, it cannot show."""
+    """`python program.py ARGUMENTS`"""
 
     def run(*arguments: str, **env: str) -> Done:
         return execute_warm(ranks, None, [str(PROGRAM), *arguments], tmp_path, environment(tmp_path, **env))

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from typing import Any, Protocol, TextIO
@@ -95,8 +94,13 @@ def local_command(job: Job) -> list[str]:
 
 def start_process(command: list[str], env: dict[str, str], log: TextIO, **how: Any) -> Popen[bytes]:
     """An agent or rank that ends with this process; what it prints goes to the log."""
-    ends = partial(end_with_parent, signal.SIGTERM, os.getpid())
-    return Popen(command, env=env, stdin=DEVNULL, stdout=log, stderr=STDOUT, preexec_fn=ends, **how)
+    parent = os.getpid()
+
+    def begin() -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends submitit's to all processes of a step
+        end_with_parent(signal.SIGTERM, parent)
+
+    return Popen(command, env=env, stdin=DEVNULL, stdout=log, stderr=STDOUT, preexec_fn=begin, **how)
 
 
 class JobProcess:

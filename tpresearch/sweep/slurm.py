@@ -11,8 +11,7 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from subprocess import Popen
@@ -63,7 +62,7 @@ class NodeAgent:
         log_name = CONSOLE_LOG if node.node == 0 else f"console-node{node.node}.log"
         command = [sys.executable, *self._agent(node), *self.arguments]
         env = {"OMP_NUM_THREADS": str(self.threads), **job_environment(self.folder)}
-        with (self.folder / log_name).open("a") as log, _signal_ignored(signal.SIGUSR2):
+        with (self.folder / log_name).open("a") as log:
             process = start_process(command, env, log)
         self.running.append(process)
         if node.cluster == "local":  # Slurm signals all processes of a job, this stand-in for it one alone
@@ -92,16 +91,6 @@ class NodeAgent:
             meeting = [f"--rdzv-endpoint={node.hostnames[0]}:{port}", f"--rdzv-id={node.job_id}"]
             return [*agent, f"--nnodes={node.num_nodes}", "--rdzv-backend=c10d", *meeting]
         return [*agent, "--standalone"] if self.ranks_per_node > 1 else []
-
-
-@contextmanager
-def _signal_ignored(number: signal.Signals) -> Iterator[None]:
-    """Processes started inside ignore the signal: Slurm sends submitit's to all processes of a step."""
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
 
 
 class SlurmJob:
