@@ -43,11 +43,8 @@ LOGGERS = (
     "elastic.multiprocessing.errors.error_handler",
 )
 REPEATED = (
-    *("child error file", "skipping error code", "no error file defined"),
-    "Sending process",
-    "Closing process",
-    "failed (exitcode",
-    "Received %s death signal",
+    *("child error file", "skipping error code", "no error file defined", "failed (exitcode"),
+    *("Sending process", "Closing process", "Received %s death signal"),
     "\n*****************************************\nSetting OMP_NUM_THREADS",
 )
 """Beginnings of log lines to drop: they repeat what a rank has reported, or are noise."""

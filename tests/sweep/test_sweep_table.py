@@ -81,18 +81,6 @@ def test_a_row_a_job_with_the_best_marked(tmp_path: Path) -> None:
     assert second["folder"] == str(tmp_path / "1")
 
 
-def test_text_that_changed_between_two_starts_is_shown(tmp_path: Path) -> None:
-    """Losses of different text do not compare; those of different settings of `data` are expected to be of different text."""
-    read = [{"train/loss": 5.5, "corpus_hash": text} for text in ("c1", "c2")]
-    jobs = [job(tmp_path, n, f"optimizer.lr=0.{n}", summary) for n, summary in enumerate(read)]
-    table = table_of([outcome_of(each, 0, 90.0) for each in jobs])
-    assert table.header[-2:] == ["corpus", "status"]
-    assert [row[-2].text for row in table.rows] == ["c1", "c2"]
-    for number, each in enumerate(jobs):
-        each.composed.data = {"path": f"{number}.txt"}
-    assert "corpus" not in table_of([outcome_of(each, 0, 90.0) for each in jobs]).header
-
-
 def test_no_loss_is_the_best_among_those_of_other_tokens(tmp_path: Path) -> None:
     """Per token of a smaller vocabulary it is lower, whatever the model."""
     outcomes = [

@@ -34,15 +34,8 @@ WIDTH = 200
 """Of the tables if the output is not a terminal."""
 
 
-class Overlay(StrEnum):
-    refuse = "refuse"
-    anyway = "anyway"
-
-
-class Seeds(StrEnum):
-    auto = "auto"
-    apart = "apart"
-    mean = "mean"
+Overlay = StrEnum("Overlay", "refuse anyway")
+Seeds = StrEnum("Seeds", "auto apart mean")
 
 
 @dataclass

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def start_logging(folder: Path, world: World) -> None:
     if world.rank == 0:
         handlers += [_file(folder / "train.log"), _console()]
     for handler in handlers:
-        handler.addFilter(WarnOnceFilter())
+        handler.addFilter(_warn_once())
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # on a full disk only the line is lost
@@ -89,20 +90,18 @@ class ShortFormat(logging.Formatter):
         return line if record.levelno < logging.WARNING else f"{line} [{record.levelname.lower()}]"
 
 
-class WarnOnceFilter(logging.Filter):
-    """Lets a library's warning through once: torch repeats the same one for each block and each step."""
+def _warn_once() -> Callable[[logging.LogRecord], bool]:
+    """A filter that lets a library's warning through once: torch repeats the same one for each block and each step."""
+    seen: set[str] = set()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
+    def is_news(record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING or record.name.startswith("tpresearch"):
             return True
-        message = record.getMessage()
-        new = message not in self._seen
-        self._seen.add(message)
-        return new
+        before = len(seen)
+        seen.add(record.getMessage())
+        return len(seen) > before
+
+    return is_news
 
 
 class TolerantStream(io.TextIOWrapper):

@@ -33,23 +33,10 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
     """One row per job: what was swept, its figures with the best of each marked, and how it ended."""
     columns = _swept(outcomes, ["job", *differing(outcomes)])
     columns |= figure_columns([_summary(outcome) for outcome in outcomes])
-    if _text_has_changed(outcomes):
-        columns["corpus"] = [outcome.summary.get("corpus_hash") or UNDEFINED for outcome in outcomes]
     columns["status"] = [_status(outcome) for outcome in outcomes]
     if any(outcome.error for outcome in outcomes):
         columns["error"] = [outcome.error or "" for outcome in outcomes]
     return Table.of_columns(columns)
-
-
-def _text_has_changed(outcomes: Sequence[Outcome]) -> bool:
-    """Whether jobs of one data config read different text: files that changed between two starts of the sweep. Their losses do
-    not compare."""
-    found: dict[str, set[str]] = {}
-    for outcome in outcomes:
-        if corpus := outcome.summary.get("corpus_hash"):
-            data = str(OmegaConf.select(outcome.job.composed, "data"))
-            found.setdefault(data, set()).add(str(corpus))
-    return any(len(hashes) > 1 for hashes in found.values())
 
 
 def _status(outcome: Outcome) -> str:
