@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -154,7 +153,9 @@ def entrypoint(
 
 
 def _start(program: Program[Checked], world: World) -> None:
-    arguments = _arguments(world)
+    arguments = hydra_app.parse(Command.from_argv(world))
+    if (slurm := SlurmStep.from_environment()).tasks > 1:
+        raise _srun_alone(slurm)
     earlier = repeat_or_start_again(arguments) if program.check_folder else None
     composition = Composition.of(arguments, program.config_name)
     if hydra_app.is_query(arguments):
@@ -211,20 +212,6 @@ def _sweep(app: Hydra, program: Program[Checked], composition: Composition, worl
             app.multirun(name, program, [*overrides, *settled])
     except JobFailed:
         sys.exit(1)  # the sweep's table has said what and why
-
-
-def _arguments(world: World) -> Namespace:
-    """Hydra's command line, parsed; refuses unknown flags, and srun without torchrun."""
-    arguments, unknown = hydra_app.parse_command_line()
-    if unknown:
-        legal = "key=value overrides, then flags; see --hydra-help"
-        moved = [word for word in unknown if not word.startswith("-")]
-        rest = [word for word in sys.argv[1:] if word not in unknown]
-        command = Command.from_argv(world).typed([*moved, *rest])
-        raise WrongCommand("flags", " ".join(unknown), "not understood", legal, command)
-    if (slurm := SlurmStep.from_environment()).tasks > 1:
-        raise _srun_alone(slurm)
-    return arguments
 
 
 def _srun_alone(slurm: SlurmStep) -> WrongCommand:

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tpresearch.config.errors import ConfigError
-from tpresearch.launch.command import override_key, values_by_key
+from tpresearch.launch.command import Command, WrongCommand, override_key, values_by_key
 from tpresearch.launch.composition import COMPOSITION_ERRORS, VERSION_BASE, conf_dir
 
 QUERY_FLAGS = ("cfg", "info", "help", "hydra_help", "shell_completion", "resolve", "experimental_rerun")
@@ -47,6 +47,18 @@ def parse_command_line() -> tuple[Namespace, list[str]]:
     parser = get_args_parser()
     parser.error = _refuse_flag
     return parser.parse_known_args()
+
+
+def parse(command: Command) -> Namespace:
+    """This process's command line as Hydra reads it; refuses words that it does not understand, such as overrides after flags."""
+    arguments, unknown = parse_command_line()
+    if unknown:
+        moved = [word for word in unknown if not word.startswith("-")]
+        rest = [word for word in command.arguments if word not in unknown]
+        legal = "key=value overrides, then flags; see --hydra-help"
+        right = command.typed([*moved, *rest])
+        raise WrongCommand("flags", " ".join(unknown), "not understood", legal, right)
+    return arguments
 
 
 def _refuse_flag(message: str) -> NoReturn:

@@ -134,10 +134,7 @@ def error_of_command(
 
 
 def _check_command(command: Command, script: str, config_name: str, preflight: Check, resumes: bool) -> None:
-    arguments, unknown = hydra_app.parse_command_line()
-    if unknown:
-        drop = dict.fromkeys(unknown)
-        raise ConfigError("flags", " ".join(unknown), "not understood", "key=value", fix=drop)
+    arguments = hydra_app.parse(command)
     earlier = repeat_command_of_run(arguments) if resumes else None
     composition = Composition.of(arguments, config_name)
     composition.refuse_unusable()

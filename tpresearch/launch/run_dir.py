@@ -157,7 +157,11 @@ def _is_given(settings: DictConfig) -> bool:
 
 def _make(key: str, wanted: Path, given: bool, elsewhere: dict[str, object]) -> Path:
     with refuse_unwritable(key, wanted, elsewhere):
-        return _make_writable(wanted) if given else _make_new(wanted)
+        if not given:
+            return _make_new(wanted)
+        wanted.mkdir(parents=True, exist_ok=True)
+        _probe(wanted)
+        return wanted
 
 
 def _temporary_folder(key: str, name: str) -> dict[str, object]:
@@ -188,12 +192,6 @@ def _make_new(wanted: Path) -> Path:
                 folder.rmdir()
                 raise
             return folder
-
-
-def _make_writable(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    _probe(folder)
-    return folder
 
 
 def _probe(folder: Path) -> None:
