@@ -40,15 +40,9 @@ parallel=ddp train.step=3 mesh.dp_replicate=3
 ~model
     model=~: a config group cannot be deleted
     torchrun --nproc-per-node=4 ...
-~model parallel=none
-    model=~: a config group cannot be deleted
-    python ... parallel=none
 parallel=none name=é
     name=é: cannot be read
     python ... parallel=none name='é'
-parallel=none logger.group=é
-    group=é: cannot be read
-    python ... parallel=none logger.group='é'
 parallel=none train.steps=glob(*)
     train.steps=glob(*): several values are a sweep
     python ... -m parallel=none

@@ -200,15 +200,6 @@ def test_a_stopped_run_is_closed_as_one(
     assert len(arrived.history) == 3
 
 
-def test_runs_of_a_sweep_can_share_a_folder(
-    track: Callable[..., Tracker], cfg: Config, run_dir: Path, tmp_path: Path
-) -> None:
-    cfg.logger.dir = str(tmp_path / "sweep")
-    track().finish()
-    assert len(list((tmp_path / "sweep" / "wandb").glob("offline-run-*"))) == 1
-    assert {path.name for path in (run_dir / "wandb").iterdir()} == {"id", "folder"}
-
-
 def test_the_client_is_not_imported_where_it_is_not_wanted() -> None:
     code = "import sys, tpresearch.track; sys.exit('wandb' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
