@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.arrivals import logged, only_run
+from support.arrivals import logged, only_run, sync
 from support.example_run import STEPS, log_steps, row, train
 from support.fake_wandb import DUMMY_KEY, ENTITY, FakeWandb
 
@@ -22,6 +22,7 @@ from tpresearch.launch.stop import Stopped
 from tpresearch.track.names import NAMES
 from tpresearch.track.record import read_metrics, read_summary
 from tpresearch.track.tracker import Tracker
+from tpresearch.track.wandb_run import read_records, rows_on_disk
 
 
 def test_what_arrives_is_what_the_record_holds(
@@ -183,6 +184,26 @@ def test_rows_that_did_not_arrive_before_a_client_was_killed_arrive_when_the_run
     resumed = track(start_step=6)
     resumed.resume_from(6)
     train(resumed, first=7)
+    assert [r["train/step"] for r in logged(only_run(server))] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_rows_that_were_not_on_disk_before_an_offline_client_was_killed_are_when_the_run_resumes(
+    track: Callable[..., Tracker], server: FakeWandb, cfg: Config, run_dir: Path
+) -> None:
+    cfg.logger.mode = WandbMode.offline
+    train(track(), last=6)
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    (path,) = folder.glob("run-*.wandb")
+    assert rows_on_disk([folder]) == 6
+    while rows_on_disk([folder]) == 6:  # as if it had been killed before
+        os.truncate(path, path.stat().st_size - 1)
+    *_, whole = read_records(path.read_bytes())
+    os.truncate(path, path.read_bytes().rfind(whole) + len(whole))  # W&B syncs nothing after half a record
+    assert rows_on_disk([folder]) == 5
+    resumed = track(start_step=6)
+    resumed.resume_from(6)
+    train(resumed, first=7)
+    sync(server, *sorted((run_dir / "wandb").glob("offline-run-*")))
     assert [r["train/step"] for r in logged(only_run(server))] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 

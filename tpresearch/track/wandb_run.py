@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
@@ -39,6 +41,11 @@ SETTINGS: dict[str, Any] = {
     "silent": True,
 }
 """Our settings, unless the environment has its own (WANDB_INIT_TIMEOUT, WANDB_CONSOLE, WANDB_SAVE_CODE and so on)."""
+BLOCK_BYTES, FILE_HEADER_BYTES = 1 << 15, 7
+PART_HEADER = struct.Struct("<IHB")
+"""Header of each part: checksum, length, kind."""
+FULL, LAST = 1, 4
+"""Kinds of a part that end a record."""
 
 
 class WandbRun:
@@ -101,9 +108,13 @@ class WandbRun:
         sent = SentRows(kept_id.with_name("sent"))
         if run.id != known_as:
             sent.truncate(0)
-        offline = Path(about["dir"]).glob(f"wandb/offline-run-*-{run.id}")
-        if mode == "online" and not any(offline):
-            sent.truncate(run.starting_step)  # what the server has: a killed client may have lost rows
+        # What the server has, or the disk: rows may have been lost with a killed client.
+        folders = Path(about["dir"]) / "wandb"
+        offline = list(folders.glob(f"offline-run-*-{run.id}"))
+        if mode == "online" and not offline:
+            sent.truncate(run.starting_step)
+        elif not any(folders.glob(f"run-*-{run.id}")) and (rows := rows_on_disk(offline)) is not None:
+            sent.truncate(rows)
         # Rows never use W&B's own step: it silently drops those below a resumed one.
         run.define_metric("*", step_metric=X_AXIS)
         opened = cls(run, sent)
@@ -171,8 +182,8 @@ def _kept_id(path: Path) -> str | None:
 class SentRows:
     """The steps of the rows that were logged to W&B, in a file that outlives the process: each row must arrive once.
 
-    A step is written before its row is logged. Where the server tells how many rows there are, those that were lost on the
-    way are logged again.
+    A step is written before its row is logged. Where the server, or the client's own files, tell how many rows there
+    are, those that were lost on the way are logged again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -217,3 +228,40 @@ def _tear_down(exit_code: int = 0) -> None:
 
     with suppress(Exception):
         wandb.teardown(exit_code=exit_code)
+
+
+def rows_on_disk(folders: list[Path]) -> int | None:
+    """Rows of history that the client has on disk for `wandb sync` in these folders (`wandb/offline-run-*`): rows logged
+    just before it was killed may be missing. None if this version of the client writes other files.
+    """
+    try:
+        protobuf: Any = import_module("wandb.proto.wandb_internal_pb2")
+        files = sorted(path for folder in folders for path in folder.glob("run-*.wandb"))
+        records = (record for path in files for record in read_records(path.read_bytes()))
+        kinds = (protobuf.Record.FromString(record).WhichOneof("record_type") for record in records)
+        return sum(kind == "history" for kind in kinds)
+    except Exception:
+        return None
+
+
+def read_records(log: bytes) -> Iterator[bytes]:
+    """Each complete record in a file of the client.
+
+    LevelDB's log format (github.com/google/leveldb, doc/log_format.md) behind a header of 7 bytes: records of protobuf, in
+    parts that never cross a block. Checked on wandb 0.31.
+    """
+    at, parts = FILE_HEADER_BYTES, b""
+    while True:
+        if BLOCK_BYTES - at % BLOCK_BYTES < PART_HEADER.size:  # too little of this block for another
+            at += BLOCK_BYTES - at % BLOCK_BYTES
+        if at + PART_HEADER.size > len(log):
+            return
+        _, length, kind = PART_HEADER.unpack_from(log, at)
+        at += PART_HEADER.size
+        if at + length > len(log):
+            return
+        parts += log[at : at + length]
+        at += length
+        if kind in (FULL, LAST):
+            yield parts
+            parts = b""
