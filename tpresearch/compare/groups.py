@@ -117,7 +117,6 @@ class Group:
 
 
 def group_each_run(runs: Sequence[Run]) -> list[Group]:
-    """One group per run."""
     return [Group(name, [run]) for run, name in zip(runs, labels(runs), strict=True)]
 
 

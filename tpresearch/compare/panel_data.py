@@ -23,7 +23,6 @@ MAX_POINTS = 1000
 
 
 def panel_data(panel: Panel, groups: Sequence[Group], comparisons: Sequence[Comparison]) -> PanelData:
-    """The data that the panel shows for these runs."""
     match panel.kind:
         case "curve":
             return curves(groups, panel.metrics[0])

@@ -124,7 +124,6 @@ def _folders(word: str) -> list[Path]:
 
 
 def _closest_sibling(path: Path) -> list[str]:
-    """The sibling folder whose name is closest to a mistyped one."""
     beside = [each.name for each in path.parent.glob("*/")]
     return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, beside, 1)]
 

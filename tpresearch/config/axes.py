@@ -15,8 +15,6 @@ from tpresearch.config.choices import DataPlan
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the device mesh."""
-
     name: str
     options: str
     """The options of conf/parallel that use it."""

@@ -43,8 +43,6 @@ class Rule:
 
 @dataclass
 class ModelConfig:
-    """A model: its class, its arguments, and the plans that shard it."""
-
     name: str
     target: str
     """Import path of an nn.Module class (`_target_` in YAML)."""

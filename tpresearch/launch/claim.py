@@ -58,7 +58,6 @@ def check_left_by_run(folder: Path) -> None:
 
 
 def set_aside_record(folder: Path) -> None:
-    """Set aside the record of an earlier run in the folder."""
     if not any((folder / name).exists() for name in (*RECORD_FILES, "checkpoints")):
         return
     aside = free_name(folder, EARLIER_SUFFIX)

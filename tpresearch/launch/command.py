@@ -23,8 +23,6 @@ MAX_CORRECTIONS = 8
 
 @dataclass(frozen=True)
 class Command:
-    """A command line of this program."""
-
     arguments: tuple[str, ...] = ()
     ranks: int | None = None
     """Ranks per host under torchrun; None for `python`."""
@@ -38,7 +36,6 @@ class Command:
 
     @classmethod
     def from_argv(cls, world: World) -> Command:
-        """The command that started this process."""
         ranks = world.local_size if world.elastic else None
         options = shlex.split(os.environ.get(TORCHRUN_OPTIONS, "")) if world.hosts > 1 else []
         return cls(tuple(sys.argv[1:]), ranks, world.hosts, tuple(options))

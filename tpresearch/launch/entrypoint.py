@@ -139,7 +139,6 @@ class Program(Generic[Checked]):
         return None
 
     def check_command(self, command: Command) -> ConfigError | None:
-        """Why it would refuse another command; None if it would run."""
         preflight = self.quick_check if self.quick_check and "torch" not in sys.modules else self.preflight
         script, resumes = inspect.getfile(self.main), self.check_folder is not None
         return error_of_command(command, script, self.config_name, preflight, resumes)

@@ -44,7 +44,6 @@ def explain_errors(
 
 
 def explain(error: Exception, composition: Composition) -> ConfigError:
-    """The sentence for an error of composing."""
     chain = list(_causes(error))
     if (ours := next((e for e in chain if isinstance(e, ConfigError)), None)) is not None:
         return ours

@@ -69,7 +69,6 @@ class Job:
 
     @property
     def settings(self) -> dict[str, str]:
-        """Its overrides by key."""
         return values_by_key(typed for typed in self.overrides if "=" in typed)
 
 

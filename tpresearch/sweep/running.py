@@ -33,8 +33,6 @@ agent's process group."""
 
 
 class RunningJob(Protocol):
-    """A job that has been started."""
-
     def poll(self) -> int | None: ...
     def terminate(self) -> None:
         """Ask all its processes to end, and return at once."""
@@ -246,7 +244,6 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def kill_processes(folder: Path) -> None:
-    """Kill all processes of a job on this machine."""
     for pid in processes_of(folder):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -94,8 +94,6 @@ class NodeAgent:
 
 
 class SlurmJob:
-    """A job that was submitted to Slurm."""
-
     def __init__(self, job: Job, handle: submitit.Job[int]) -> None:
         self._job, self._handle = job, handle
         self._code: int | None = None
@@ -197,7 +195,6 @@ def resource_shape(job: Job) -> tuple[int, int, int]:
 
 
 def submitit_parameters(settings: SlurmConfig, nodes: int, slots: int) -> dict[str, Any]:
-    """submitit's parameters for a job of this shape."""
     cpus = settings.cpus_per_slot * slots
     return {
         "name": settings.job_name,

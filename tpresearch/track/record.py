@@ -117,7 +117,6 @@ def _kept_name(path: Path, step: int) -> Path:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """summary.json, written atomically."""
     _write_json(folder / SUMMARY_FILE, without_nonfinite(summary))
 
 

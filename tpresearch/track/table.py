@@ -60,7 +60,6 @@ class Table:
         return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *body))
 
     def rich(self, title: str | None = None) -> RichTable:
-        """The table as rich prints it."""
         table = RichTable(title=title, title_justify="left")
         for name in self.header:
             table.add_column(Text(printable(name)), overflow="fold")

@@ -145,7 +145,6 @@ class WandbRun:
         _tear_down(exit_code)
 
     def page_or_sync_command(self) -> str:
-        """The run's page, or the command that uploads it."""
         if self.url and not self._first_error:
             return self.url
         online = ["--include-online"] if self.url else []
