@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import altair as alt
 import numpy as np
@@ -86,7 +86,7 @@ def _differences(panel: Panel, points: pd.DataFrame, style: ChartStyle) -> alt.L
     dots = base.mark_point(filled=True, size=14, clip=True).encode(
         y=y("value:Q"), opacity=alt.condition(PICK, alt.value(0.45), alt.value(0.05))
     )
-    return _layered(dots, *_line_and_marks(base, y("so_far:Q"), points, style, "step-after"))
+    return _layered(dots, *_line_and_marks(base, y("so_far:Q"), points, style, in_steps=True))
 
 
 def _over_tokens(points: pd.DataFrame, style: ChartStyle, value: alt.Tooltip) -> alt.Chart:
@@ -98,14 +98,10 @@ def _over_tokens(points: pd.DataFrame, style: ChartStyle, value: alt.Tooltip) ->
 
 
 def _line_and_marks(
-    base: alt.Chart,
-    y: alt.Y,
-    points: pd.DataFrame,
-    style: ChartStyle,
-    interpolate: Literal["linear", "step-after"] = "linear",
+    base: alt.Chart, y: alt.Y, points: pd.DataFrame, style: ChartStyle, in_steps: bool = False
 ) -> tuple[alt.Chart, alt.Chart]:
     broad = alt.condition("datum.baseline", alt.value(6), alt.value(1.5))
-    line = base.mark_line(strokeCap="round", clip=True, interpolate=interpolate)
+    line = base.mark_line(strokeCap="round", clip=True, interpolate="step-after" if in_steps else "linear")
     marked = base.transform_filter("datum.mark > 0")
     mark = marked.mark_point(filled=True, stroke="white", strokeWidth=0.7, clip=True)
     size, shape = alt.Size("mark:Q", scale=None), style.shape(points, lines=True)

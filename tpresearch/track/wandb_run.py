@@ -251,16 +251,15 @@ def read_records(log: bytes) -> Iterator[bytes]:
     """
     at, parts = FILE_HEADER_BYTES, b""
     while True:
-        if BLOCK_BYTES - at % BLOCK_BYTES < PART_HEADER.size:  # too little of this block for another
-            at += BLOCK_BYTES - at % BLOCK_BYTES
+        if (left := BLOCK_BYTES - at % BLOCK_BYTES) < PART_HEADER.size:
+            at += left  # too little of this block for another
         if at + PART_HEADER.size > len(log):
             return
         _, length, kind = PART_HEADER.unpack_from(log, at)
-        at += PART_HEADER.size
-        if at + length > len(log):
+        start, at = at + PART_HEADER.size, at + PART_HEADER.size + length
+        if at > len(log):
             return
-        parts += log[at : at + length]
-        at += length
+        parts += log[start:at]
         if kind in (FULL, LAST):
             yield parts
             parts = b""
