@@ -109,8 +109,6 @@ class TorchrunLauncher(Launcher):
                 start = self._start or start
                 fail_fast = self._settings.fail_fast
                 run_jobs(todo, devices, start, on_start, on_end, fail_fast, received, status.show)
-            except KeyboardInterrupt:
-                pass
             finally:
                 self.cancel()
         self._report()

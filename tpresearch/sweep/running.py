@@ -133,16 +133,13 @@ def run_jobs(
     on_end: Callable[[Job, int], None],
     fail_fast: bool,
     received: Sequence[int],
-    on_poll: Callable[[Sequence[Job]], None] = lambda running: None,
+    on_poll: Callable[[Sequence[Job]], None],
 ) -> None:
     """Run each job as soon as there is a share for it. No job is still running when this returns.
 
     Args:
-        on_poll: called repeatedly with the running jobs.
         received: the signals so far that end a sweep, from `collect_signals`.
-
-    Raises:
-        KeyboardInterrupt: after such a signal, once all ranks have ended.
+        on_poll: called repeatedly with the running jobs.
     """
     waiting = list(jobs)
     running: dict[int, tuple[Job, DeviceShare, RunningJob]] = {}
@@ -164,7 +161,7 @@ def run_jobs(
                 if code and fail_fast:
                     return
             if received:
-                raise KeyboardInterrupt
+                return
             on_poll([job for job, _, _ in running.values()])
             time.sleep(POLL_S)
     finally:
