@@ -23,7 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from tpresearch.config.compose import resolve_paths, to_config
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
-from tpresearch.launch.command import is_within, override_key
+from tpresearch.launch.command import is_within, override_key, values_by_key
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """What composing raises for a config file or an override that is wrong."""
@@ -114,9 +114,10 @@ class Composition:
         """The composition that Hydra's command line requests."""
         return cls(arguments.config_name or config_name, arguments.overrides, arguments.config_dir)
 
-    def override_of(self, key: str) -> str | None:
-        """The override that sets this key, as it was typed; the last one counts."""
-        return next((typed for typed in reversed(self.overrides) if override_key(typed) == key), None)
+    @property
+    def typed(self) -> dict[str, str]:
+        """What its overrides set, by key; the last one of a key counts."""
+        return values_by_key(self.overrides)
 
     def refuse_unusable(self) -> None:
         """Refuse what Hydra takes, and the framework cannot use: its own `???` is a traceback where it is first read, which for its
@@ -144,16 +145,11 @@ class Composition:
         if group in used:
             return None
         why = f"{self.config_name} does not use this config group"
-        return ConfigError(group, self.typed_value(group), why, f"it takes {', '.join(sorted(used))}")
-
-    def typed_value(self, key: str) -> str | None:
-        typed = self.override_of(key)
-        return typed.partition("=")[2] if typed else None
+        return ConfigError(group, self.typed.get(group), why, f"it takes {', '.join(sorted(used))}")
 
     def typed_key(self, key: str) -> str:
         """The key of the override that has this one as its beginning: `trian.steps` for `trian`."""
-        keys = map(override_key, self.overrides)
-        return next((typed for typed in keys if is_within(typed, key)), key)
+        return next((typed for typed in self.typed if is_within(typed, key)), key)
 
     def values_without(self, key: str) -> dict[str, Any]:
         """All keys and their values, as they are written, without the override of `key` (or without any override, if that fails)."""
@@ -183,10 +179,10 @@ class Composition:
 
     def _with_search_path(self, overrides: list[str]) -> list[str]:
         """These overrides, with the search path that was typed."""
-        typed = self.override_of("hydra.searchpath")
-        if self.extra_dir and typed is None:
-            typed = f"hydra.searchpath=[file://{Path(self.extra_dir).resolve()}]"
-        return [*([typed] if typed else []), *(o for o in overrides if override_key(o) != "hydra.searchpath")]
+        typed = [word for word in self.overrides if override_key(word) == "hydra.searchpath"][-1:]
+        if self.extra_dir and not typed:
+            typed = [f"hydra.searchpath=[file://{Path(self.extra_dir).resolve()}]"]
+        return [*typed, *(word for word in overrides if override_key(word) != "hydra.searchpath")]
 
 
 def typed_config(config: DictConfig) -> Config:

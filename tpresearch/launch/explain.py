@@ -57,10 +57,10 @@ def explain(error: Exception, composition: Composition) -> ConfigError:
     if sweep := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.*)'", message):
         return _sweep(sweep[1], sweep[2])
     if again := re.match(r"(\S+) appears more than once in the final defaults list", message):
-        value = composition.typed_value(again[1])
+        value = composition.typed.get(again[1])
         return ConfigError(again[1], value, "it is chosen already", "no + before it", fix={again[1]: value})
     if there := re.match(r"Could not append to config\. An item is already at '(.+?)'", message):
-        value = composition.typed_value(there[1])
+        value = composition.typed.get(there[1])
         return ConfigError(there[1], value, "there is such a key", "no + before it", fix={there[1]: value})
     not_there = re.match(r"Could not override '(.+?)'", message)
     if not_there and (unused := composition.unused_group(not_there[1])):
@@ -124,13 +124,12 @@ def _unreadable(error: OverrideParseException, composition: Composition) -> Conf
 def _unreadable_value(key: str, composition: Composition, is_circle: bool) -> ConfigError:
     if is_circle:
         why, legal = "the defaults of one of its files lead back to itself", "defaults of other names"
-        return ConfigError(key, composition.typed_value(key), why, legal)
-    if key == "hydra.job.env_copy":
+    elif key == "hydra.job.env_copy":
         why, legal = "not all of these variables are set", "a list of those that are"
-        return ConfigError(key, composition.typed_value(key), why, legal)
-    options = composition.groups().get(key)
-    legal = f"one of {', '.join(options)}" if options else "a value of the type that `--cfg hydra` shows"
-    return ConfigError(key, composition.typed_value(key), "Hydra does not accept this value", legal)
+    else:
+        why, options = "Hydra does not accept this value", composition.groups().get(key)
+        legal = f"one of {', '.join(options)}" if options else "a value of the type that `--cfg hydra` shows"
+    return ConfigError(key, composition.typed.get(key), why, legal)
 
 
 def _unknown_option(error: MissingConfigException, composition: Composition) -> ConfigError:
@@ -139,8 +138,7 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
         there = ", ".join(sorted(path.stem for path in conf_dir().glob("*.yaml")))
         drop = dict.fromkeys(["--config-name", "-cn", option])
         return ConfigError("--config-name", option, "no such config", f"one of {there}", fix=drop)
-    for typed in composition.overrides:
-        key, _, path = typed.partition("=")
+    for key, path in composition.typed.items():
         is_path = path.startswith("/") or path.endswith(".yaml")
         if is_path and error.missing_cfg_file in (f"{key}/{path}", f"{key}/{path.removesuffix('.yaml')}"):
             name = Path(path).stem
@@ -148,7 +146,7 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
             legal = f"{key}={name} hydra.searchpath=[file://FOLDER] for FOLDER/{key}/{name}.yaml, or a file in conf/{key}"
             return ConfigError(key, path, why, legal, fix={key: None})
     options = [name for name in error.options or () if not name.endswith("_schema")]
-    value = composition.typed_value(group)
+    value = composition.typed.get(group)
     why = "no such option" if value in (None, option) else f"there is no {option}"
     if value is None:
         groups = composition.groups()
@@ -157,7 +155,7 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
     if not options:
         return ConfigError(group, value or option, why, f"conf/{group}/ has none yet")
     legal = f"one of {', '.join(nearest(option, options))}"
-    if composition.extra_dir is None and composition.override_of("hydra.searchpath") is None:
+    if composition.extra_dir is None and "hydra.searchpath" not in composition.typed:
         legal += ", or a file of your own with hydra.searchpath=[file://FOLDER]"
     return ConfigError(group, value or option, why, legal, fix={group: closest_name(option, options)})
 
@@ -165,13 +163,11 @@ def _unknown_option(error: MissingConfigException, composition: Composition) -> 
 def _invalid_option_name(composition: Composition) -> ConfigError:
     """For `model=3`, `model=null` and `=3`: in their message Hydra names neither the group nor the value."""
     groups = composition.groups()
-    for typed in composition.overrides:
-        key, _, value = typed.partition("=")
+    for key, value in composition.typed.items():
         if key in groups and (value == "null" or not re.match("[A-Za-z_]", value)):
             legal = f"one of {', '.join(groups[key])}"
             return ConfigError(key, value, "a config group takes an option's name", legal)
-    wrong = next((typed for typed in composition.overrides if not override_key(typed)), "=")
-    return ConfigError("", wrong.partition("=")[2], "an override needs a key", "key=value")
+    return ConfigError("", composition.typed.get("", ""), "an override needs a key", "key=value")
 
 
 def _broken_file(error: yaml.MarkedYAMLError, composition: Composition) -> ConfigError:
@@ -183,10 +179,9 @@ def _broken_file(error: yaml.MarkedYAMLError, composition: Composition) -> Confi
 
 def _chosen_file(path: str, composition: Composition) -> tuple[str, str]:
     """The override that chose a config file, or the name of the config where none did."""
-    for typed in composition.overrides:
-        key, _, value = typed.partition("=")
-        if f"{override_key(key)}/{value}" in path.replace(".yaml", ""):
-            return override_key(key), value
+    for key, value in composition.typed.items():
+        if f"{key}/{value}" in path.replace(".yaml", ""):
+            return key, value
     return "--config-name", composition.config_name
 
 
@@ -213,11 +208,11 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
         return ConfigError(full_key, "???", "it must be set", f"{full_key}=VALUE", fix={full_key: "VALUE"})
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         full_key = composition.typed_key(full_key)
-        return _unknown_key(full_key, composition.typed_value(full_key), composition)
+        return _unknown_key(full_key, composition.typed.get(full_key), composition)
     key = full_key.partition("[")[0]  # a list is typed as a whole
     others = composition.values_without(key)
     default, message = others.get(key), _first_line(str(error))
-    typed = composition.typed_value(key)
+    typed = composition.typed.get(key)
     if isinstance(error, InterpolationResolutionError) and not isinstance(error, ValidationError):
         written = default if typed is None else typed
         if missing := re.match(r"Interpolation key '(.*)' not found", message):
