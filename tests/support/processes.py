@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def forked(work: Callable[[], object]) -> int:
     """The process id of a fork that does this work and then ends with code 0, or with that of its SystemExit."""
     if pid := os.fork():
         return pid
+    gc.disable()  # garbage of the parent's may wait for threads that a fork has not, as stores of torch do
     code = 1
     try:
         work()
