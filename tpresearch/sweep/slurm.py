@@ -167,10 +167,12 @@ def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: 
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     shapes: dict[tuple[int, int, int], list[Job]] = {}
+    """By nodes, ranks per node, and GPUs (or CPU slots) per node."""
     for job in jobs:
         set_aside(job)
         job.folder.mkdir(parents=True, exist_ok=True)
-        shapes.setdefault(resource_shape(job), []).append(job)
+        shape = job.nodes, job.ranks // job.nodes, math.ceil(job.slots / job.nodes)
+        shapes.setdefault(shape, []).append(job)
     for (nodes, ranks, slots), alike in shapes.items():
         executor = submitit.AutoExecutor(
             folder / "%j", cluster=str(settings.cluster), slurm_max_num_timeout=MAX_TIMEOUTS
@@ -187,11 +189,6 @@ def submit(jobs: Sequence[Job], settings: SlurmConfig, folder: Path, submitted: 
             raise ConfigError("hydra/launcher", "slurm", why, legal) from None
         for job, handle in zip(alike, handles, strict=True):
             submitted[job.number] = SlurmJob(job, handle)
-
-
-def resource_shape(job: Job) -> tuple[int, int, int]:
-    """Nodes, ranks per node, and GPUs (or CPU slots) per node."""
-    return job.nodes, job.ranks // job.nodes, math.ceil(job.slots / job.nodes)
 
 
 def submitit_parameters(settings: SlurmConfig, nodes: int, slots: int) -> dict[str, Any]:
