@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from tpresearch.config.errors import ConfigError, WrongModel
 from tpresearch.config.schema import Config, MeshConfig
 from tpresearch.config.validate import micro_batches, tokens_per_step, validate
 from tpresearch.config.world import World
+from tpresearch.launch import Run
 from tpresearch.launch.composition import conf_dir, read_option
+from tpresearch.launch.stop import Stopped
+from tpresearch.planner import __main__ as planner
 from tpresearch.planner import ranking
 from tpresearch.planner.__main__ import preflight_planner
 from tpresearch.planner.candidates import Candidate, candidate_plans, micro_batch_rows
@@ -98,10 +102,10 @@ def test_of_a_single_micro_batch_that_replicas_sum_nothing_is_added_to(plan: str
     cfg = config("model=llama2_debug", f"parallel={plan}", "train.dtype=float32")
     single = at_rows(cfg, 1, rows * 4)
     sizes = validate(single, 4)
-    known = recording(single, sizes, record)
+    known = recording(single, sizes)
     *_, found = ranking._predict_each_micro_batch(Candidate(single, sizes), known, cluster())
     assert micro_batches(found.candidate.cfg, sizes) == 1
-    real = predict(recording(found.candidate.cfg, sizes, record), cluster())
+    real = predict(recording(found.candidate.cfg, sizes), cluster())
     assert found.prediction.step_time_s == real.step_time_s
     assert found.prediction.peak_bytes == real.peak_bytes
 
@@ -121,7 +125,7 @@ def test_a_block_is_compiled_once_for_plans_whose_data_axes_differ(
         cfg = config(*words, f"parallel={plan}", f"parallel.activation_checkpointing={kind}", *mesh)
         families.append(Candidate(at_rows(cfg, 1, 16), validate(at_rows(cfg, 1, 16), WORLDS[plan])))
     assert len({ranking._block_of(family) for family in families}) == 1
-    known = [recording(family.cfg, family.sizes, record) for family in families]
+    known = [recording(family.cfg, family.sizes) for family in families]
     assert len({(one.block.saved_bytes_per_row, one.block.recomputed) for one in known}) == 1
     asked: list[MeshSizes] = []
 
@@ -231,6 +235,19 @@ def test_a_worker_that_is_killed_leaves_no_semaphore_of_a_progress_bar(ranks: Ra
         if isinstance(one, Candidate)
     ]
     assert _predict_all(locks_of_bars, possible[:2], 2) == [["_thread"], ["_thread"]]
+
+
+def test_sigterm_ends_it_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an exception, so that its workers end and their semaphores are removed."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    monkeypatch.setattr(ranking, "rank", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(planner, "chosen_files", lambda _: [])
+    cfg = config("gpus=2", "model=llama2_debug", small=False, program="planner")
+    try:
+        with pytest.raises(Stopped):
+            planner.main.main(preflight_planner(cfg, World()), Run(tmp_path, World()))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_model_that_cannot_be_recorded_is_refused_by_a_worker_too(ranks: Ranks) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
+from typing import NoReturn
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.choices import DataPlan
@@ -14,6 +16,7 @@ from tpresearch.launch import Run, entrypoint
 from tpresearch.launch.composition import chosen_files, chosen_options
 from tpresearch.launch.garbage import gc_paused
 from tpresearch.launch.hydra_app import typed_overrides
+from tpresearch.launch.stop import Stopped
 from tpresearch.planner.candidates import Candidate, candidate_plans
 from tpresearch.simulate.preflight import SimulationPreflight, check_simulation
 from tpresearch.simulate.sources import with_own_sources
@@ -52,6 +55,10 @@ def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
         raise ConfigError("gpus", error.value, error.why, error.legal, fix) from error
 
 
+def _stop(number: int, _: object) -> NoReturn:
+    raise Stopped(number)
+
+
 @entrypoint("planner", preflight=preflight_planner)
 def main(job: SimulationPreflight, run: Run) -> None:
     with gc_paused():  # late: they import torch
@@ -61,6 +68,7 @@ def main(job: SimulationPreflight, run: Run) -> None:
 
     cfg, sizes = job.cfg, job.sizes
     cluster = with_own_sources(job.cluster, chosen_files("cluster"), run.command.arguments)
+    signal.signal(signal.SIGTERM, _stop)  # else semaphores of its workers would be left, and reported
     ranking = rank(cfg, sizes.world, cluster, workers=len(os.sched_getaffinity(0)))
     (run.folder / "planner.json").write_text(json.dumps(as_json(ranking), indent=2) + "\n")
     best = ranking.fits[0] if ranking.fits else None
