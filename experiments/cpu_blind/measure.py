@@ -26,7 +26,6 @@ from tpresearch.config.validate import validate  # noqa: E402
 from tpresearch.config.world import World  # noqa: E402
 from tpresearch.simulate.cluster import parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
-from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import predict  # noqa: E402
 from tpresearch.verify.ranks import Ranks  # noqa: E402
 
@@ -47,7 +46,7 @@ def main() -> None:
         for model, plan, _ in CASES
     ]
     predicted = [
-        predict(recording(cfg, validate(cfg, ranks), record), cluster).step_time_s
+        predict(recording(cfg, validate(cfg, ranks)), cluster).step_time_s
         for cfg, (_, _, ranks) in zip(configs, CASES, strict=True)
     ]
     found = []

@@ -29,7 +29,6 @@ from tpresearch.launch.composition import read_option  # noqa: E402
 from tpresearch.launch.options import command  # noqa: E402
 from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import Recording, recording  # noqa: E402
-from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import Prediction, predict  # noqa: E402
 from tpresearch.simulate.preflight import preflight  # noqa: E402
 from tpresearch.simulate.report import memory_text  # noqa: E402
@@ -90,7 +89,7 @@ def foresee(name: str, overrides: Sequence[str], clusters: Iterable[str]) -> Ite
         words = (*overrides, "world_size=1", f"cluster={cluster.replace('calibrated', 'dgx')}")
         try:
             job = preflight(load(*words, config_name="simulate"), World())
-            recorded = recorded or recording(job.cfg, job.sizes, record)
+            recorded = recorded or recording(job.cfg, job.sizes)
             priced = calibrated(cluster) if cluster.endswith("calibrated") else job.cluster
             yield row | numbers(predict(recorded, priced))
         except ConfigError as error:

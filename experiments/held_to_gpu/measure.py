@@ -25,7 +25,6 @@ from tpresearch.launch.composition import read_option  # noqa: E402
 from tpresearch.launch.options import command  # noqa: E402
 from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
-from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import Prediction, predict  # noqa: E402
 from tpresearch.simulate.prices import ADAMW_BFLOAT16, attention_s, bytes_s, gemm_s  # noqa: E402
 
@@ -99,7 +98,7 @@ def predictions(row: Row, clusters: list[Cluster]) -> list[Prediction]:
         f"parallel.compile={str(given['compile']).lower()}",
         config_name="simulate",
     )
-    recorded = recording(cfg, validate(cfg, 1), record)
+    recorded = recording(cfg, validate(cfg, 1))
     return [predict(recorded, cluster, check=False) for cluster in clusters]
 
 

@@ -32,7 +32,6 @@ from tpresearch.api import load  # noqa: E402
 from tpresearch.config.validate import validate  # noqa: E402
 from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
 from tpresearch.simulate.depth import Recording, recording  # noqa: E402
-from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import predict  # noqa: E402
 
 RATES = {"1gbit": 1e9, "100mbit": 100e6}
@@ -94,7 +93,7 @@ def slowed(plain: dict[str, Any], bits_per_s: float) -> Cluster:
 
 def recorded_step(plan: str) -> Recording:
     cfg = load(*COMMON, f"parallel={plan}", config_name="simulate")
-    return recording(cfg, validate(cfg, 4, len(HOSTS)), record)
+    return recording(cfg, validate(cfg, 4, len(HOSTS)))
 
 
 def limit(hosts: TwoHosts, rate: str) -> None:

@@ -24,7 +24,6 @@ from tpresearch.launch.composition import read_option  # noqa: E402
 from tpresearch.simulate.cluster import parse_cluster  # noqa: E402
 from tpresearch.simulate.compiled_blocks import CompiledBlock  # noqa: E402
 from tpresearch.simulate.depth import recording  # noqa: E402
-from tpresearch.simulate.fake_step import record  # noqa: E402
 from tpresearch.simulate.prediction import predict  # noqa: E402
 
 ROWS = 8192
@@ -58,7 +57,7 @@ def main() -> None:
             except ConfigError as error:
                 print(f"{world:>7,} ranks, tp={degree}: {error.why}", flush=True)
                 continue
-            recorded = recording(cfg, sizes, record)
+            recorded = recording(cfg, sizes)
             # Whatever the number of ranks that shard weights, blocks are compiled alike.
             blocks[degree] = recorded.block = blocks.get(degree) or recorded.block
             for name, cluster in clusters.items():

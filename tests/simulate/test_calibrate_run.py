@@ -19,7 +19,6 @@ from tpresearch.config.world import World
 from tpresearch.launch.composition import conf_dir, read_option
 from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.depth import recording
-from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import predict
 from tpresearch.simulate.preflight import preflight
 from tpresearch.simulate.run_files import write_run
@@ -58,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = load(*words, "parallel=fsdp", "world_size=2", "cluster=h100_dgx", config_name="simulate")
     job = preflight(cfg, World())
     cluster = parse_cluster(slower(read_option("cluster", "h100_dgx"), *GPU_RATES))
-    write_run(predict(recording(job.cfg, job.sizes, record), cluster), folder)
+    write_run(predict(recording(job.cfg, job.sizes), cluster), folder)
     summary(folder, predicted=False, device="NVIDIA H100 80GB HBM3")
     return folder
 

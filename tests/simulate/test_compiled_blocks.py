@@ -14,7 +14,6 @@ from tpresearch.config.validate import validate
 from tpresearch.simulate.compiled_blocks import compiled_block
 from tpresearch.simulate.depth import Recording, recording
 from tpresearch.simulate.device_memory import peak_moment
-from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.trace import Trace
 
 LLAMA3_8B = (
@@ -67,7 +66,7 @@ def test_a_budget_is_that_of_its_own_config() -> None:
 def bounded(kind: str, plan: str, world: int) -> Recording:
     words = f"parallel={plan} parallel.compile=true parallel.activation_checkpointing={kind}".split()
     cfg = config("model=llama2_debug", "train.global_batch_size=4", "data.seq_len=64", *words)
-    return recording(cfg, validate(cfg, world), record)
+    return recording(cfg, validate(cfg, world))
 
 
 def repeated(trace: Trace) -> Counter[str]:
@@ -106,8 +105,8 @@ def test_a_compiled_step_holds_less_by_what_each_block_keeps_less(depth: int) ->
     words = ("model=llama2_debug", f"model.n_layers={depth}", "parallel=tp", "train.global_batch_size=4")
     eager, compiled = config(*words), config(*words, "parallel.compile=true")
     sizes = validate(eager, 2)
-    by_eager = recording(eager, sizes, record).memory(check=False)
-    told = recording(compiled, sizes, record)
+    by_eager = recording(eager, sizes).memory(check=False)
+    told = recording(compiled, sizes)
     by_compiled = told.memory(check=False)
     grown = told.trace(3).memory["0 forward/activations"] - told.trace(2).memory["0 forward/activations"]
     kept = 4 * told.block.saved_bytes_per_row

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from support.composed import config
 from support.counted_steps import PLANS, counted_step
 from support.marks import exhaustive
-from support.nets import Unused, model
+from support.nets import Recurrent, Unused, model
 from torch import Tensor, nn
 
 from tpresearch.config.errors import ConfigError
@@ -21,6 +21,7 @@ from tpresearch.config.validate import micro_batches, validate
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.models import Head
 from tpresearch.models.llama2 import FeedForward, Llama2
+from tpresearch.parallel.device import CPU
 from tpresearch.plan.meta import meta_model
 from tpresearch.simulate.depth import depth_of, recording
 from tpresearch.simulate.device_memory import peak_moment
@@ -30,6 +31,7 @@ from tpresearch.simulate.kernels import _deduplicate_casts
 from tpresearch.simulate.prices import moved_bytes
 from tpresearch.simulate.trace import Op, Trace
 from tpresearch.train.preflight import plan_model
+from tpresearch.train.speed import Speed
 
 
 def at_depth(cfg: Config, depth: int) -> Config:
@@ -45,7 +47,7 @@ def equal_to_formulas(cfg: Config, world: int) -> None:
     sizes = validate(cfg, world)
     expected = expected_entries(*plan_model(cfg, sizes), cfg)
     assert expected
-    assert recording(cfg, sizes, record).entries(micro_batches(cfg, sizes)) == expected
+    assert recording(cfg, sizes).entries(micro_batches(cfg, sizes)) == expected
 
 
 @pytest.mark.parametrize(("plan", "world"), PLANS)
@@ -134,6 +136,13 @@ def test_a_layer_that_no_forward_reaches_is_no_op_on_values(plan: str) -> None:
     assert recorded(config(*words), 2).entries(1) == counted_step(2, *words).sent
 
 
+def test_mfu_counts_a_block_that_runs_three_times_as_in_training() -> None:
+    cfg = config(*model(Recurrent), "parallel=none")
+    sizes = validate(cfg, 1)
+    trained = Speed.of(*plan_model(cfg, sizes), cfg, CPU)
+    assert recording(cfg, sizes).flops_per_token == trained.flops_per_token
+
+
 def test_norms_keep_on_a_device_what_one_kernel_keeps() -> None:
     """Per norm and token: its input, its output and one scale; the ledger of a CPU has the normalised input too."""
     words = ("model=llama2_debug", "parallel=none", "train.global_batch_size=2")
@@ -150,7 +159,7 @@ def test_a_deep_model_is_told_from_shallow_ones(plan: str) -> None:
     """Five blocks from two and three: bytes sent are exact, and so is what is counted per kind of op."""
     cfg = at_depth(config("model=llama2_debug", f"parallel={plan}", "train.micro_batch_size=1"), 5)
     sizes = validate(cfg, 4)
-    told = recording(cfg, sizes, record)
+    told = recording(cfg, sizes)
     whole = record(cfg, sizes)
 
     def moved(trace: Trace) -> dict[str, float]:
@@ -181,7 +190,7 @@ def test_where_two_and_three_blocks_do_not_tell_three_and_four_may() -> None:
 
 def test_where_depth_does_not_tell_the_whole_model_is_recorded() -> None:
     cfg = at_depth(config("model=llama2_debug", "parallel=none"), 6)
-    told = recording(cfg, validate(cfg, 1), record)
+    told = recording(cfg, validate(cfg, 1))
     assert (
         told.at_full_depth(lambda trace: {"x": float(len(trace.end) ** 3)})["x"]
         == len(told.traces[6].end) ** 3

@@ -17,7 +17,6 @@ from tpresearch.config.schema import ComposedConfig, Config
 from tpresearch.config.world import World
 from tpresearch.simulate.cluster import TABLES, parse_cluster
 from tpresearch.simulate.depth import recording
-from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.prediction import predict
 from tpresearch.simulate.preflight import preflight
 from tpresearch.track.record import read_record
@@ -72,7 +71,7 @@ def cluster_from_run(run: MeasuredRun, base: Mapping[str, Any], name: str) -> di
         ConfigError: if the base could not have made this run, or with no factor its step.
     """
     job = preflight(dataclasses.replace(run.cfg, cluster=dict(base)), World())
-    recorded = recording(job.cfg, job.sizes, record)
+    recorded = recording(job.cfg, job.sizes)
 
     def step_s(factor: float) -> float:
         return predict(recorded, parse_cluster(scaled(base, factor))).step_time_s

@@ -87,7 +87,7 @@ def rank(cfg: Config, gpus: int, cluster: Cluster, workers: int = 1) -> Ranking:
     legal = [one for one in every if isinstance(one, Candidate)]
     if not legal:
         return ranking
-    known = recording(legal[0].cfg, legal[0].sizes, record)
+    known = recording(legal[0].cfg, legal[0].sizes)
     possible, refused = _possible(legal, known, cluster)
     ranking.refused += refused
     alike: dict[tuple[object, ...], list[Candidate]] = {}

@@ -15,7 +15,6 @@ from tpresearch.simulate.sources import with_own_sources
 def main(job: SimulationPreflight, run: Run) -> None:
     with gc_paused():  # late: they import torch
         from tpresearch.simulate.depth import recording
-        from tpresearch.simulate.fake_step import record
         from tpresearch.simulate.prediction import predict, step_seconds
         from tpresearch.simulate.replay import Span
         from tpresearch.simulate.report import report
@@ -23,7 +22,7 @@ def main(job: SimulationPreflight, run: Run) -> None:
 
     cfg, sizes = job.cfg, job.sizes
     cluster = with_own_sources(job.cluster, chosen_files("cluster"), run.command.arguments)
-    recorded = recording(cfg, sizes, record)
+    recorded = recording(cfg, sizes)
     prediction = predict(recorded, cluster)
     path = run.folder / "simulate.json"
     path.write_text(json.dumps(prediction.as_json(), indent=2) + "\n")

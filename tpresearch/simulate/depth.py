@@ -20,9 +20,11 @@ from tpresearch.config.validate import micro_batch_size
 from tpresearch.data.batches import meta_batch
 from tpresearch.ledger.entries import Entry
 from tpresearch.plan.compiler import matching_names
-from tpresearch.plan.meta import meta_model
+from tpresearch.plan.meta import meta_model, weight_dtype
 from tpresearch.simulate.compiled_blocks import Call, CompiledBlock, compiled_block, with_compiled_blocks
+from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.trace import Trace
+from tpresearch.train.preflight import plan_model
 from tpresearch.train.speed import flops_per_token
 
 RECORDED_DEPTHS = (2, 3)
@@ -126,15 +128,15 @@ class Recording:
         return found
 
 
-def recording(cfg: Config, sizes: MeshSizes, recorder: RecordStep) -> Recording:
+def recording(cfg: Config, sizes: MeshSizes, recorder: RecordStep = record) -> Recording:
     """The config's step, of which nothing is recorded yet.
 
     Raises:
-        ConfigError: if the model cannot be made at all.
+        ConfigError: for a model that cannot be made at all, and a plan that it does not allow.
     """
-    model = meta_model(cfg.model)
+    model, plan = plan_model(cfg, sizes)
     depth, setting = depth_of(cfg, model)
-    flops = flops_per_token(model, cfg.data.seq_len, causal=False)
+    flops = flops_per_token(model, cfg.data.seq_len, causal=False, probe=plan.probe)
     return Recording(cfg, sizes, depth, setting, flops, recorder, compiled_block)
 
 
@@ -195,7 +197,7 @@ class _BlockOps(TorchDispatchMode):
 def _are_alike(model: nn.Module, blocks: list[str], cfg: Config) -> bool:
     """Whether all blocks of a meta model run the same ops, but for the first, which shallow models have too. False where the meta
     device does not tell."""
-    inputs = meta_batch(cfg.data, 1).to(torch.device("meta"), torch.float32).inputs
+    inputs = meta_batch(cfg.data, 1).to(torch.device("meta"), weight_dtype(cfg.train)).inputs
     mode = _BlockOps()
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(partial(mode.enter, name)) for name in blocks
