@@ -5,7 +5,6 @@ python experiments/checkpoint_cost/measure.py [megabytes=240] [repeats=5] [folde
 
 from __future__ import annotations
 
-import csv
 import os
 import resource
 import shutil
@@ -19,30 +18,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "tests")]
+import torch
+import torch.distributed as dist
+from record import place, write_rows
+from support.composed import config
+from torch import nn
+
+from tpresearch.checkpoint.disk import Manifest, read_checkpoint, step_folders
+from tpresearch.checkpoint.load import load
+from tpresearch.checkpoint.save import Saver
+from tpresearch.checkpoint.state import state_of
+from tpresearch.config.schema import CheckpointConfig
+from tpresearch.config.world import World
+from tpresearch.launch.options import command, read_options
+from tpresearch.launch.stop import StopFlag
+from tpresearch.parallel.device import CPU
+from tpresearch.parallel.group import process_group
+from tpresearch.train.optim import build_optimizer
+from tpresearch.train.state import TrainState
+from tpresearch.train.stopping import AgreedStop
+from tpresearch.verify.ranks import Ranks
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "tests")]
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from record import place  # noqa: E402
-from support.composed import config  # noqa: E402
-from torch import nn  # noqa: E402
-
-from tpresearch.checkpoint.disk import Manifest, read_checkpoint, step_folders  # noqa: E402
-from tpresearch.checkpoint.load import load  # noqa: E402
-from tpresearch.checkpoint.save import Saver  # noqa: E402
-from tpresearch.checkpoint.state import state_of  # noqa: E402
-from tpresearch.config.schema import CheckpointConfig  # noqa: E402
-from tpresearch.config.world import World  # noqa: E402
-from tpresearch.launch.options import command, read_options  # noqa: E402
-from tpresearch.launch.stop import StopFlag  # noqa: E402
-from tpresearch.parallel.device import CPU  # noqa: E402
-from tpresearch.parallel.group import process_group  # noqa: E402
-from tpresearch.train.optim import build_optimizer  # noqa: E402
-from tpresearch.train.state import TrainState  # noqa: E402
-from tpresearch.train.stopping import AgreedStop  # noqa: E402
-from tpresearch.verify.ranks import Ranks  # noqa: E402
-
 MIB, POLLS = 2**20, 2000
 ABOUT = Manifest(0, 0, None, {}, 100, "c", "t", 0, "none", {}, 1, torch.__version__)
 
@@ -146,24 +144,22 @@ def main() -> None:
         "stall, processor": size / 4e9 + 0.03,
         "stop flag": 1e-4,
     }
-    found = {
-        **{name: median[name] for name in ("save", "restore", "stall", "stall, processor")},
-        "stop flag": poll_s,
-    }
+    found = median | {"stop flag": poll_s}
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rows = [
-        [name, f"{found[name]:.6f}", f"{bars[name]:.6f}", f"{found[name] / bars[name]:.2f}"] for name in bars
-    ]
     print(
         f"{size / MIB:.0f} MiB of state; medians of {options.repeats}; load average {os.getloadavg()[0]:.1f}"
     )
     print(
         f"dd conv=fsync {median['dd write']:.2f} s, dd of a cold file {median['dd read']:.2f} s; peak memory {held / MIB:.0f} MiB"
     )
-    for name, measured, bar, ratio in rows:
-        print(f"{name:18} {float(measured):10.5f} s   bar {float(bar):10.5f} s   {ratio} of it")
-    with (place(HERE) / "results.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["what", "seconds", "bar_s", "share_of_bar"], *rows])
+    rows = []
+    for name, bar in bars.items():
+        share = f"{found[name] / bar:.2f}"
+        print(f"{name:18} {found[name]:10.5f} s   bar {bar:10.5f} s   {share} of it")
+        rows.append(
+            {"what": name, "seconds": f"{found[name]:.6f}", "bar_s": f"{bar:.6f}", "share_of_bar": share}
+        )
+    write_rows(place(HERE) / "results.csv", rows)
 
 
 if __name__ == "__main__":

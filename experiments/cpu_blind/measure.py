@@ -8,27 +8,27 @@ In wall time, which other work on the machine would lengthen: leave it alone for
 
 from __future__ import annotations
 
-import csv
+import itertools
 import sys
 import time
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+import yaml
+from record import place, write_rows
+
+from tpresearch.api import load
+from tpresearch.config import Config
+from tpresearch.config.validate import validate
+from tpresearch.config.world import World
+from tpresearch.simulate.cluster import parse_cluster
+from tpresearch.simulate.depth import recording
+from tpresearch.simulate.prediction import predict
+from tpresearch.verify.ranks import Ranks
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
-
-import yaml  # noqa: E402
-from record import place  # noqa: E402
-
-from tpresearch.api import load  # noqa: E402
-from tpresearch.config import Config  # noqa: E402
-from tpresearch.config.validate import validate  # noqa: E402
-from tpresearch.config.world import World  # noqa: E402
-from tpresearch.simulate.cluster import parse_cluster  # noqa: E402
-from tpresearch.simulate.depth import recording  # noqa: E402
-from tpresearch.simulate.prediction import predict  # noqa: E402
-from tpresearch.verify.ranks import Ranks  # noqa: E402
-
 COMMON = ("data=random_tokens", "logger=none", "data.seq_len=128", "train.eval_rows=0")
 ROWS = {"llama2_tiny": 8, "llama2_small": 4}
 """Of the global batch, by model."""
@@ -49,23 +49,15 @@ def main() -> None:
         predict(recording(cfg, validate(cfg, ranks)), cluster).step_time_s
         for cfg, (_, _, ranks) in zip(configs, CASES, strict=True)
     ]
-    found = []
-    with (place(HERE) / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["model", "plan", "ranks", "rows", "predicted_s", "measured_s", "error"])
-        for (model, plan, ranks), cfg, seconds in zip(CASES, configs, predicted, strict=True):
-            measured = median(Ranks().run(ranks, trained, cfg)[0])
-            error = seconds / measured - 1
-            found.append((model, plan, ranks, seconds, measured, error))
-            writer.writerow(
-                [model, plan, ranks, ROWS[model], f"{seconds:.4f}", f"{measured:.4f}", f"{error:+.3f}"]
-            )
-            file.flush()
-            print(
-                f"{model:14}{plan:9}{ranks:>2}  predicted {seconds:7.3f} s  measured {measured:7.3f} s  {error:+.1%}",
-                flush=True,
-            )
-    print(f"mean error {mean(abs(one[-1]) for one in found):.1%}, {order(found)}")
+    found: list[dict[str, Any]] = []
+    for (model, plan, ranks), cfg, seconds in zip(CASES, configs, predicted, strict=True):
+        measured = median(Ranks().run(ranks, trained, cfg)[0])
+        row = {"model": model, "plan": plan, "ranks": ranks, "rows": ROWS[model]}
+        row |= {"predicted_s": round(seconds, 4), "measured_s": round(measured, 4)}
+        found.append(row | {"error": round(seconds / measured - 1, 3)})
+        print(*(f"{key} {value}" for key, value in found[-1].items()), sep="  ", flush=True)
+        write_rows(place(HERE) / "results.csv", found)
+    print(f"mean error {mean(abs(row['error']) for row in found):.1%}, {order(found)}")
 
 
 def trained(world: World, cfg: Config) -> list[float]:
@@ -91,15 +83,17 @@ def trained(world: World, cfg: Config) -> list[float]:
     return times[STEPS[cfg.model.name][0] :]
 
 
-def order(found: list[tuple[str, str, int, float, float, float]]) -> str:
+def order(found: list[dict[str, Any]]) -> str:
     """How many pairs of plans of one model on as many ranks, more than 10 % apart, are in the right order."""
-    right = pairs = 0
-    for i, one in enumerate(found):
-        for other in found[i + 1 :]:
-            if one[0] == other[0] and one[2] == other[2] and abs(one[4] / other[4] - 1) > 0.1:
-                pairs += 1
-                right += (one[3] < other[3]) == (one[4] < other[4])
-    return f"{right} of {pairs} pairs that differ by more than 10 % in the right order"
+    pairs = [
+        (one, other)
+        for one, other in itertools.combinations(found, 2)
+        if (one["model"], one["ranks"]) == (other["model"], other["ranks"])
+        and abs(one["measured_s"] / other["measured_s"] - 1) > 0.1
+    ]
+    keys = ("predicted_s", "measured_s")
+    right = sum(len({one[key] < other[key] for key in keys}) == 1 for one, other in pairs)
+    return f"{right} of {len(pairs)} pairs that differ by more than 10 % in the right order"
 
 
 if __name__ == "__main__":

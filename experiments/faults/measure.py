@@ -6,7 +6,6 @@ python experiments/faults/measure.py forked=0 damages=0 only=slurm_requeues     
 
 from __future__ import annotations
 
-import csv
 import os
 import resource
 import sys
@@ -16,18 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "tests")]
+from faults.by_outage import BY_OUTAGE
+from faults.by_signal import BY_SIGNAL
+from faults.commands import Commands
+from faults.damages import DAMAGES, damaged
+from faults.exam import Survived, reference, survive
+from record import place, write_rows
+
+from tpresearch.launch.options import command, read_options
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "tests")]
-
-from faults.by_outage import BY_OUTAGE  # noqa: E402
-from faults.by_signal import BY_SIGNAL  # noqa: E402
-from faults.commands import Commands  # noqa: E402
-from faults.damages import DAMAGES, damaged  # noqa: E402
-from faults.exam import Survived, reference, survive  # noqa: E402
-from record import place  # noqa: E402
-
-from tpresearch.launch.options import command, read_options  # noqa: E402
-
 COMMANDS = (*BY_SIGNAL, *BY_OUTAGE)
 
 
@@ -45,12 +43,14 @@ def main() -> None:
     options, began = read_options(Options, sys.argv[1:]), time.monotonic()
     out = Path(tempfile.mkdtemp(prefix="faults-"))
     whole = reference(out / "undisturbed")
-    results: list[tuple[str, Survived]] = []
+    rows: list[dict[str, object]] = []
+    results: list[Survived] = []
 
     def note(kind: str, survived: Survived) -> None:
-        results.append((kind, survived))
-        said = "; ".join(survived.problems) or "right"
-        print(f"{kind} {survived.number}: {said}  ({' -> '.join(survived.history)})", flush=True)
+        results.append(survived)
+        outcome, history = "; ".join(survived.problems) or "right", " -> ".join(survived.history)
+        rows.append({"kind": kind, "number": survived.number, "outcome": outcome, "history": history})
+        print(f"{kind} {survived.number}: {outcome}  ({history})", flush=True)
 
     with ThreadPoolExecutor(options.at_once) as pool:
         for survived in pool.map(
@@ -64,14 +64,9 @@ def main() -> None:
         chosen = [n for n, each in enumerate(COMMANDS) if each.__name__ in names]
         for survived in pool.map(lambda n: commands.survive(n, COMMANDS[n]), chosen):
             note("command", survived)
-    with (place(HERE) / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["kind", "number", "outcome", "history"])
-        for kind, survived in results:
-            outcome = "; ".join(survived.problems) or "right"
-            writer.writerow([kind, survived.number, outcome, " -> ".join(survived.history)])
-    wrong = [survived for _, survived in results if survived.problems]
-    worst = max(survived.apart for _, survived in results)
+    write_rows(place(HERE) / "results.csv", rows)
+    wrong = [survived for survived in results if survived.problems]
+    worst = max(survived.apart for survived in results)
     minutes, processor = (time.monotonic() - began) / 60, processor_s() / 60
     print(
         f"{len(results)} runs, seed {options.seed}: {len(wrong)} wrong; worst difference {worst:.1e}; "

@@ -8,46 +8,32 @@ of allocated bytes. `reason` says why a step would not fit the device, or, with 
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))
+from gpu import report
+from gpu.training import FAMILIES
+from record import place, write_rows
+
+from tpresearch.api import load
+from tpresearch.calibrate.rows import cluster_from_rows, read_rows
+from tpresearch.config import ConfigError
+from tpresearch.config.world import World
+from tpresearch.launch.composition import read_option
+from tpresearch.launch.options import command
+from tpresearch.simulate.cluster import Cluster, parse_cluster
+from tpresearch.simulate.depth import Recording, recording
+from tpresearch.simulate.prediction import Prediction, predict
+from tpresearch.simulate.preflight import preflight
+from tpresearch.simulate.report import memory_text
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
-
-from gpu import report  # noqa: E402
-from gpu.training import FAMILIES  # noqa: E402
-from record import place  # noqa: E402
-
-from tpresearch.api import load  # noqa: E402
-from tpresearch.calibrate.rows import cluster_from_rows, read_rows  # noqa: E402
-from tpresearch.config import ConfigError  # noqa: E402
-from tpresearch.config.world import World  # noqa: E402
-from tpresearch.launch.composition import read_option  # noqa: E402
-from tpresearch.launch.options import command  # noqa: E402
-from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
-from tpresearch.simulate.depth import Recording, recording  # noqa: E402
-from tpresearch.simulate.prediction import Prediction, predict  # noqa: E402
-from tpresearch.simulate.preflight import preflight  # noqa: E402
-from tpresearch.simulate.report import memory_text  # noqa: E402
-
 CLUSTERS = ("h200_dgx", "h100_dgx", "h200_calibrated", "h100_calibrated")
 CALIBRATED = "2026-11-27"
 """Day of the rows that `tpresearch.calibrate` measured."""
-COLUMNS = (
-    "id",
-    "cluster",
-    "step_s",
-    "low",
-    "high",
-    "tokens_per_s",
-    "memory_bytes",
-    "reason",
-    "date",
-    "overrides",
-)
 Row = dict[str, str]
 
 
@@ -69,10 +55,7 @@ def main() -> None:
         for row in foresee(name, overrides, (c for c in CLUSTERS if (name, c) not in done)):
             print(row, flush=True)
             rows.append(row)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, rows)
     print(path)
 
 

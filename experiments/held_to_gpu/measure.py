@@ -13,21 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
+from record import place, write_rows
+
+from tpresearch.api import load
+from tpresearch.calibrate.rows import Row, cluster_from_rows, read_rows
+from tpresearch.config.validate import validate
+from tpresearch.launch.composition import read_option
+from tpresearch.launch.options import command
+from tpresearch.simulate.cluster import Cluster, parse_cluster
+from tpresearch.simulate.depth import recording
+from tpresearch.simulate.prediction import Prediction, predict
+from tpresearch.simulate.prices import ADAMW_BFLOAT16, attention_s, bytes_s, gemm_s
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
-
-from record import place, write_rows  # noqa: E402
-
-from tpresearch.api import load  # noqa: E402
-from tpresearch.calibrate.rows import Row, cluster_from_rows, read_rows  # noqa: E402
-from tpresearch.config.validate import validate  # noqa: E402
-from tpresearch.launch.composition import read_option  # noqa: E402
-from tpresearch.launch.options import command  # noqa: E402
-from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
-from tpresearch.simulate.depth import recording  # noqa: E402
-from tpresearch.simulate.prediction import Prediction, predict  # noqa: E402
-from tpresearch.simulate.prices import ADAMW_BFLOAT16, attention_s, bytes_s, gemm_s  # noqa: E402
-
 COMMON = (
     *("model=llama2_7b", "parallel=none", "data=random_tokens", "data.seq_len=4096", "logger=none"),
     *("train.dtype=bfloat16", "train.global_batch_size=8"),

@@ -9,7 +9,6 @@ process's own; pages of the mapped files are the page cache's, shared by all ran
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from tpresearch.plan.meta import meta_model, settings_with_defaults
 from tpresearch.train.preflight import plan_model
 
 sys.path.append(str(Path(__file__).parents[1]))
-from record import place
+from record import place, write_rows
 
 CELLS = [(1, "none"), (8, "fsdp"), (4, "tp"), (4, "sp"), (8, "fsdp_tp mesh.tp=4"), (8, "hsdp_tp mesh.tp=4")]
 LARGE = [(8, "fsdp_tp mesh.tp=8"), (16, "fsdp_tp mesh.tp=8"), (64, "fsdp_tp mesh.tp=8"), (64, "fsdp")]
@@ -142,8 +141,8 @@ def main() -> None:
         [f"{cell / MB:.1f}" if type(cell) in (int, float) and cell > 64 else cell for cell in row]
         for row in rows
     ]
-    with (place(Path(__file__).parent) / "results.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *shown])
+    table = [dict(zip(COLUMNS, row, strict=True)) for row in shown]
+    write_rows(place(Path(__file__).parent) / "results.csv", table)
     for row in [COLUMNS, *shown]:
         print("  ".join(f"{cell!s:>18}" for cell in row))
 

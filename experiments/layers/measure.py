@@ -5,8 +5,6 @@ python experiments/layers/measure.py      # prints the table; writes results.csv
 
 from __future__ import annotations
 
-import csv
-import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,7 +159,7 @@ def measure(ranks: Ranks, size: int = RANKS) -> dict[str, list[Seen]]:
 
 def main() -> None:
     from layers.picture import draw
-    from record import place
+    from record import made_by, place, write_rows
 
     found = measure(Ranks())
     rows = [
@@ -178,13 +176,7 @@ def main() -> None:
         for case in CASES
     ]
     out = place(HERE)
-    with (out / "results.csv").open("w", newline="") as file:
-        file.write(
-            f"# python experiments/layers/measure.py, torch {torch.__version__}, {datetime.date.today()}\n"
-        )
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(out / "results.csv", rows, heading=made_by(HERE))
     for row in rows:
         print("\n".join(f"{key:>20}  {value}" for key, value in row.items()), "\n")
     draw(out / "placements.png", RANKS)

@@ -5,31 +5,25 @@ python experiments/mutants/measure.py      # writes results.csv (record.py says 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import datetime
 import sys
 from pathlib import Path
 
-import torch
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "tests")]
+import numpy as np
+from mutants.catalogue import BOTH, MUTANTS, Mutant, run
+from numpy.typing import NDArray
+from record import made_by, place, write_rows
+from rich.progress import track
+from support.composed import config, corpus, in_two_parts
+
+from tpresearch.config.schema import Dtype
+from tpresearch.data.rows import PackedCorpus
+from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.reference import reference
+from tpresearch.verify.trace import RunTrace, compare, out_of_tolerance
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "tests")]
-
-
-import numpy as np  # noqa: E402
-from mutants.catalogue import MUTANTS, Mutant, run  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-from record import place  # noqa: E402
-from rich.progress import track  # noqa: E402
-from support.composed import config, corpus, in_two_parts  # noqa: E402
-
-from tpresearch.config.schema import Dtype  # noqa: E402
-from tpresearch.data.rows import PackedCorpus  # noqa: E402
-from tpresearch.verify.ranks import Ranks  # noqa: E402
-from tpresearch.verify.reference import reference  # noqa: E402
-from tpresearch.verify.trace import RunTrace, compare, out_of_tolerance  # noqa: E402
-
 STEPS = 12
 SETTINGS = (
     "optimizer=adamw",
@@ -42,16 +36,6 @@ SETTINGS = (
 )
 VISIBLE_LOSS_DIFFERENCE = 0.05
 """A curve that strays by less than this share of the right one's descent, at every step, looks like it."""
-COLUMNS = (
-    "model",
-    "fault",
-    "plan",
-    "ranks",
-    "quantity_out",
-    "its_error",
-    "loss_strays_by",
-    "a_loss_curve_shows_it",
-)
 
 
 def easy() -> PackedCorpus:
@@ -102,25 +86,14 @@ def row_of(mutant: Mutant, model: str, ranks: Ranks, right: RunTrace) -> dict[st
 
 def main() -> None:
     ranks, rows = Ranks(), []
-    cases = [
-        (model, mutant)
-        for model in ("toy_mlp", "llama2_debug")
-        for mutant in MUTANTS
-        if model in mutant.models
-    ]
+    cases = [(model, mutant) for model in BOTH for mutant in MUTANTS if model in mutant.models]
     right = {
         model: reference(config(f"model={model}", "parallel=none", *SETTINGS), easy(), STEPS)
-        for model in ("toy_mlp", "llama2_debug")
+        for model in BOTH
     }
     for model, mutant in track(cases, description="mutants"):
         rows.append(row_of(mutant, model, ranks, right[model]))
-    with (place(HERE) / "results.csv").open("w", newline="") as file:
-        file.write(
-            f"# python experiments/mutants/measure.py, torch {torch.__version__}, {datetime.date.today()}\n"
-        )
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(place(HERE) / "results.csv", rows, heading=made_by(HERE))
     missed = [row for row in rows if not row["a_loss_curve_shows_it"]]
     print(
         f"{len(rows)} wrong plans, {sum(row['quantity_out'] != 'nothing' for row in rows)} caught; "

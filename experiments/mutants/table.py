@@ -5,15 +5,17 @@ python experiments/mutants/table.py
 
 from __future__ import annotations
 
-import csv
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+from record import read_rows
 
 HEADER = "| fault | plan | caught by | error | loss strays by | seen in the loss |"
 
 
 def main() -> None:
-    with (Path(__file__).parent / "results.csv").open() as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    rows = read_rows(Path(__file__).parent, "results.csv")
     print(HEADER, "|" + "---|" * (HEADER.count("|") - 1), sep="\n")
     for fault in dict.fromkeys(row["fault"] for row in rows):
         mine = [row for row in rows if row["fault"] == fault]

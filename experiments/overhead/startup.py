@@ -17,10 +17,10 @@ import time
 from datetime import date
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
-from record import place, write_rows  # noqa: E402
+sys.path.append(str(Path(__file__).parents[1]))
+from record import place, write_rows
 
+HERE = Path(__file__).parent
 RANKS, ROUNDS = 4, 4
 """Of the rounds the first is not counted: it prepares the data, and fills the disk's cache."""
 

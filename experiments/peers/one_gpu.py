@@ -24,26 +24,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from gpu.rows import Stage, card_now
+from peers.turns import adamw_of, as_hugging_face, our_steps, version
+
+import tpresearch
+from tpresearch.config.validate import tokens_per_step
+from tpresearch.config.world import World
+from tpresearch.data.batches import Batches
+from tpresearch.data.pipeline import prepare
+from tpresearch.data.rows import AnyCorpus
+from tpresearch.launch import Run
+from tpresearch.parallel.group import process_group
+from tpresearch.parallel.mesh import build_mesh
+from tpresearch.plan.meta import settings_with_defaults
+from tpresearch.train.assemble import assemble
+from tpresearch.train.main import build_observers
+from tpresearch.train.preflight import Preflight, preflight
+from tpresearch.train.state import TrainState
+
 HERE = Path(__file__).parent
-sys.path += [str(HERE), str(HERE.parent)]
-from gpu.rows import Stage, card_now  # noqa: E402
-from peers.turns import adamw_of, as_hugging_face, our_steps, version  # noqa: E402
-
-import tpresearch  # noqa: E402
-from tpresearch.config.validate import tokens_per_step  # noqa: E402
-from tpresearch.config.world import World  # noqa: E402
-from tpresearch.data.batches import Batches  # noqa: E402
-from tpresearch.data.pipeline import prepare  # noqa: E402
-from tpresearch.data.rows import AnyCorpus  # noqa: E402
-from tpresearch.launch import Run  # noqa: E402
-from tpresearch.parallel.group import process_group  # noqa: E402
-from tpresearch.parallel.mesh import build_mesh  # noqa: E402
-from tpresearch.plan.meta import settings_with_defaults  # noqa: E402
-from tpresearch.train.assemble import assemble  # noqa: E402
-from tpresearch.train.main import build_observers  # noqa: E402
-from tpresearch.train.preflight import Preflight, preflight  # noqa: E402
-from tpresearch.train.state import TrainState  # noqa: E402
-
 WARM_UP, BLOCK, TURNS = 3, 2, 8
 """Steps of each before anything is timed, and before it is the next one's turn; turns of each."""
 EAGER_SHARE = 0.35

@@ -42,10 +42,10 @@ from tpresearch.train.loop import Loop
 from tpresearch.train.main import build_observers
 from tpresearch.train.preflight import Preflight, preflight
 
-HERE = Path(__file__).parent
-sys.path += [str(HERE), str(HERE.parent)]
-from record import place, write_rows  # noqa: E402
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from record import place, write_rows
 
+HERE = Path(__file__).parent
 PLANS = {
     "tutorial": ("sp", "fsdp", "fsdp_tp"),
     "fabric": ("ddp", "sp", "fsdp", "fsdp_tp"),

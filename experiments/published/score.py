@@ -16,28 +16,27 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+sys.path.extend(map(str, Path(__file__).parents[1:3]))
+from published.configs import Part, parts
+from published.engines import as_engine_runs
+from published.left_out import by_the_others
+from published.one_run import by_first_row
+from published.row import Row, read
+from published.stacks import cluster_of_row
+
+from tpresearch.api import load
+from tpresearch.config import Config
+from tpresearch.config.axes import MeshSizes
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.validate import validate
+from tpresearch.launch.options import command, read_options
+from tpresearch.simulate.cluster import parse_cluster
+from tpresearch.simulate.depth import Recording, recording
+from tpresearch.simulate.fake_step import record
+from tpresearch.simulate.prediction import TIGHT_SHARE, Prediction, predict
+from tpresearch.simulate.trace import Trace
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
-
-from published.configs import Part, parts  # noqa: E402
-from published.engines import as_engine_runs  # noqa: E402
-from published.left_out import by_the_others  # noqa: E402
-from published.one_run import by_first_row  # noqa: E402
-from published.row import Row, read  # noqa: E402
-from published.stacks import cluster_of_row  # noqa: E402
-
-from tpresearch.api import load  # noqa: E402
-from tpresearch.config import Config  # noqa: E402
-from tpresearch.config.axes import MeshSizes  # noqa: E402
-from tpresearch.config.errors import ConfigError  # noqa: E402
-from tpresearch.config.validate import validate  # noqa: E402
-from tpresearch.launch.options import command, read_options  # noqa: E402
-from tpresearch.simulate.cluster import parse_cluster  # noqa: E402
-from tpresearch.simulate.depth import Recording, recording  # noqa: E402
-from tpresearch.simulate.fake_step import record  # noqa: E402
-from tpresearch.simulate.prediction import TIGHT_SHARE, Prediction, predict  # noqa: E402
-from tpresearch.simulate.trace import Trace  # noqa: E402
-
 GIB = 2**30
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 sys.path.append(str(Path(__file__).parents[1]))
-from record import latest, place
+from record import place, read_rows
 
 HERE = Path(__file__).parent
 SHOWN = {
@@ -26,8 +25,7 @@ VOCABULARY = 32_000
 
 
 def main() -> None:
-    with latest(HERE, "losses.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["experiment"] == "seed_2d"]
+    rows = [row for row in read_rows(HERE, "losses.csv") if row["experiment"] == "seed_2d"]
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(figsize=(7.5, 3.8))
     for switch, (label, colour, marker) in SHOWN.items():

@@ -9,7 +9,6 @@ that were not run. Then it prints the tables of README.md.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shlex
@@ -37,7 +36,7 @@ from tpresearch.verify.reference import reference
 from tpresearch.verify.trace import MaxError, compare, out_of_tolerance
 
 sys.path.append(str(Path(__file__).parents[1]))
-from record import latest, place, write_rows
+from record import place, read_rows, write_rows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -167,22 +166,17 @@ def measure(case: Case, folder: Path, ranks: Ranks) -> tuple[dict[str, Any], lis
     return row, [{**keys, "step": r["train/step"], "loss": r["train/loss"]} for r in rows]
 
 
-def read_csv(name: str) -> list[dict[str, Any]]:
-    with latest(HERE, name).open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def update(name: str, rows: list[dict[str, Any]]) -> None:
     """The file with these rows in the place of those of their case, in the order of CASES."""
     new = {(row["experiment"], row["switch"]) for row in rows}
-    kept = [row for row in read_csv(name) if (row["experiment"], row["switch"]) not in new]
+    kept = [row for row in read_rows(HERE, name) if (row["experiment"], row["switch"]) not in new]
     order = [(case.experiment, case.switch) for case in CASES]
     together = sorted([*kept, *rows], key=lambda row: order.index((row["experiment"], row["switch"])))
     write_rows(place(HERE) / name, together)
 
 
 def print_tables() -> None:
-    results = read_csv("results.csv")
+    results = read_rows(HERE, "results.csv")
     errors = ("initial weights", "loss", "gradients", "weights", "between ranks")
     for experiment in dict.fromkeys(row["experiment"] for row in results):
         mine = [row for row in results if row["experiment"] == experiment]

@@ -7,7 +7,6 @@ Needs Linux, root and iproute2. Writes collectives.csv, results.csv and between_
 
 from __future__ import annotations
 
-import csv
 import json
 import platform
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
-from record import latest, place, write_rows
+from record import place, read_rows, write_rows
 from two_hosts.draw import draw
 from two_hosts.formulas import TUTORIAL
 from two_hosts.hosts import HostsUnavailable, TwoHosts
@@ -63,7 +62,7 @@ def main() -> None:
                 measure_plans(hosts, Path(folder, "plans"))
         except HostsUnavailable as error:
             sys.exit(f"error: two hosts cannot be made here: {error}; it takes Linux, root and iproute2")
-    draw(read("results.csv"), place(HERE) / "between_hosts.png")
+    draw(read_rows(HERE, "results.csv"), place(HERE) / "between_hosts.png")
     print_tables()
 
 
@@ -94,14 +93,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def read(name: str) -> list[dict[str, str]]:
-    with latest(HERE, name).open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def print_tables() -> None:
     print("\n| collective | over | by the ring formula | counted | ratio |\n|---|---|---|---|---|")
-    for row in read("collectives.csv"):
+    for row in read_rows(HERE, "collectives.csv"):
         if row["host"] == "a":
             counted, ring = (int(row[key]) / 1e6 for key in ("payload_bytes", "ring_bytes"))
             name, over = row["collective"], row["groups"]
@@ -110,10 +104,9 @@ def print_tables() -> None:
         "\n| `parallel=` | mesh | rows | ledger, rings | ledger, as gloo sends | counted | payload "
         "| payload / ledger, min to max |\n|---|---|---|---|---|---|---|---|"
     )
+    results = read_rows(HERE, "results.csv")
     for case in CASES:
-        rows = [
-            r for r in read("results.csv") if (r["parallel"], r["rows"]) == (case.parallel, str(case.rows))
-        ]
+        rows = [r for r in results if (r["parallel"], r["rows"]) == (case.parallel, str(case.rows))]
         columns = ("ledger_ring_bytes", "ledger_gloo_bytes", "tx_bytes", "payload_bytes")
         means = [f"{statistics.fmean(int(row[key]) for row in rows) / 1e6:.2f} MB" for key in columns]
         ratios = sorted(float(row["ratio"]) for row in rows)

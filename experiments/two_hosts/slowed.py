@@ -9,7 +9,6 @@ the cores (hosts.py). `alone` is how many steps count: those during which the ma
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -21,19 +20,17 @@ from typing import Any
 
 import yaml
 
+sys.path.append(str(Path(__file__).parents[1]))
+from record import place, read_rows, write_rows
+from two_hosts.hosts import HOSTS, INTERFACE, RANKS_PER_HOST, HostsUnavailable, TwoHosts
+
+from tpresearch.api import load
+from tpresearch.config.validate import validate
+from tpresearch.simulate.cluster import Cluster, parse_cluster
+from tpresearch.simulate.depth import Recording, recording
+from tpresearch.simulate.prediction import predict
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE.parent), str(ROOT)]
-
-from record import latest, place, write_rows  # noqa: E402
-from two_hosts.hosts import HOSTS, INTERFACE, RANKS_PER_HOST, HostsUnavailable, TwoHosts  # noqa: E402
-
-from tpresearch.api import load  # noqa: E402
-from tpresearch.config.validate import validate  # noqa: E402
-from tpresearch.simulate.cluster import Cluster, parse_cluster  # noqa: E402
-from tpresearch.simulate.depth import Recording, recording  # noqa: E402
-from tpresearch.simulate.prediction import predict  # noqa: E402
-
 RATES = {"1gbit": 1e9, "100mbit": 100e6}
 PAYLOAD = 1448 / 1514
 """Share of a frame that is not headers: the bucket counts frames."""
@@ -59,7 +56,7 @@ TRAINING_ONLY = (f"train.steps={STEPS}", "train.eval_rows=0", "train.log_every=1
 def main() -> None:
     plain = yaml.safe_load(Path(sys.argv[1]).read_text())
     path, wanted = place(HERE) / "slowed.csv", sys.argv[2:]
-    before = list(csv.DictReader(latest(HERE, path.name).open())) if wanted else []
+    before = read_rows(HERE, path.name) if wanted else []
     rows: dict[str, dict[str, Any]] = {f"{row['link']}/{row['parallel']}": row for row in before}
     cases = [(rate, plan) for rate in RATES for plan in PLANS if not wanted or f"{rate}/{plan}" in wanted]
     recorded = {plan: recorded_step(plan) for _, plan in cases}

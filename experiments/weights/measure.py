@@ -5,7 +5,6 @@ Prints a table and writes results.csv (record.py says where). Each case runs in 
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
 import os
 import platform
@@ -32,7 +31,7 @@ from tpresearch.plan.initializers import read_initializers
 from tpresearch.train.preflight import plan_model
 
 sys.path.append(str(Path(__file__).parents[1]))
-from record import place
+from record import place, write_rows
 
 MODEL = ("model=llama2_7b", "tokenizer=bpe_32k", "model.n_layers=1", "data.seq_len=128", "logger=none")
 """llama2_7b with one of its 32 layers, and its embedding and output, all of the true shapes."""
@@ -99,24 +98,19 @@ def main() -> None:
         "date": date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
     }
-    with (
-        (place(Path(__file__).parent) / "results.csv").open("w", newline="") as file,
-        multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
-    ):
-        writer = None
+    rows: list[dict[str, Any]] = []
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for overrides, ranks, chosen in CASES:
             for rank in chosen:
                 row = pool.apply(measure, (overrides, ranks, rank))
-                writer = writer or csv.DictWriter(file, [*row, *about])
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row | about)
+                rows.append(row | about)
                 verdict = "ok" if float(row["ratio"]) <= float(row["bar"]) else "above"
                 print(
                     f"{row['plan']:28} rank {row['rank']}  processor time {row['ratio']:.3f} of one normal_ "
                     f"(bar {row['bar']:.3f}: {verdict})  wall {row['wall_s']:.2f} s of {row['one_normal_wall_s']:.2f} s",
                     flush=True,
                 )
+    write_rows(place(Path(__file__).parent) / "results.csv", rows)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
+from record import place, write_rows
+
+from tpresearch.api import load
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.validate import validate
+from tpresearch.launch.composition import read_option
+from tpresearch.simulate.cluster import parse_cluster
+from tpresearch.simulate.compiled_blocks import CompiledBlock
+from tpresearch.simulate.depth import recording
+from tpresearch.simulate.prediction import predict
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
-
-from record import place, write_rows  # noqa: E402
-
-from tpresearch.api import load  # noqa: E402
-from tpresearch.config.errors import ConfigError  # noqa: E402
-from tpresearch.config.validate import validate  # noqa: E402
-from tpresearch.launch.composition import read_option  # noqa: E402
-from tpresearch.simulate.cluster import parse_cluster  # noqa: E402
-from tpresearch.simulate.compiled_blocks import CompiledBlock  # noqa: E402
-from tpresearch.simulate.depth import recording  # noqa: E402
-from tpresearch.simulate.prediction import predict  # noqa: E402
-
 ROWS = 8192
 """Of the global batch: 34 million tokens."""
 WORLDS = (8, 64, 512, 2048, 8192, 65_536)

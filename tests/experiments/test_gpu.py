@@ -205,7 +205,7 @@ def test_the_simulator_s_table_has_errors_and_which_rows_were_blind() -> None:
         predicted("7b none mb4", "h200_dgx", 2.5, 60),
         predicted("8b selective mb8", "h200_dgx", 3.0, 152, "155.0 of 150 GB: does not fit"),
         predicted("8b full mb4", "h200_calibrated", 3.2, 99),
-        dict.fromkeys(foresee.COLUMNS, "")
+        dict.fromkeys(("step_s", "low", "high", "tokens_per_s", "memory_bytes"), "")
         | {
             "id": "8b selective mb8",
             "cluster": "h200_calibrated",
