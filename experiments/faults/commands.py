@@ -12,13 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from faults.exam import TOLERANCE, Survived, find_problems, rows_of
-from support.checkpointed import apart, on_disk
+from faults.exam import TOLERANCE, Survived, compare, find_problems, read_reference
 from support.commands import ROOT, TORCHRUN, environment, installed
 from support.processes import runs
-
-from tpresearch.checkpoint.disk import step_folders
-from tpresearch.track.record import read_summary
 
 STEPS, EVERY = 120, 10
 JOB = [
@@ -70,7 +66,7 @@ class Commands:
         self.installed = installed(out / "installed")
         undisturbed = self._folder("undisturbed-command")
         assert self.python(undisturbed).code() == 0, (undisturbed / "said.txt").read_text()[-2000:]
-        self.whole = rows_of(undisturbed / "run"), on_disk(step_folders(undisturbed / "run")[-1])
+        self.whole = read_reference(undisturbed / "run")
 
     def _folder(self, name: str) -> Path:
         folder = self.out / name
@@ -107,7 +103,8 @@ class Commands:
         try:
             survived.problems += command(self, cwd)
             for run in [cwd / "run"] if (cwd / "run").exists() else sorted(cwd.glob("sweep/[0-9]")):
-                survived.problems += self.compare(run, survived)
+                survived.problems += find_problems(run)
+                compare(run, self.whole, survived, 100 * TOLERANCE, keep=None)  # over 120 steps
             if left := alive(cwd):
                 survived.problems.append(f"processes are left: {left}")
         except Exception as error:
@@ -115,23 +112,6 @@ class Commands:
         if not survived.problems:
             shutil.rmtree(cwd)
         return survived
-
-    def compare(self, run: Path, survived: Survived) -> list[str]:
-        rows, (whole_rows, whole_state) = rows_of(run), self.whole
-        if [row["train/step"] for row in rows] != list(range(1, STEPS + 1)):
-            return [f"rows of {len(rows)} steps"]
-        names = ("train/loss", "train/grad_norm", "train/lr")
-        figures = [(a[name], b[name]) for a, b in zip(rows, whole_rows, strict=True) for name in names]
-        differences = [abs(a - b) / abs(b) for a, b in figures]
-        survived.apart = max(survived.apart, *differences, apart(on_disk(step_folders(run)[-1]), whole_state))
-        problems = find_problems(run)
-        if survived.apart > TOLERANCE * 100:  # over 120 steps
-            problems.append(f"apart by {survived.apart:.1e}")
-        if read_summary(run)["status"] != "completed":
-            problems.append(f"status {read_summary(run)['status']}")
-        if drafts := list((run / "checkpoints").glob(".step-*")):
-            problems.append(f"left: {[draft.name for draft in drafts]}")
-        return problems
 
 
 def alive(cwd: Path) -> list[int]:

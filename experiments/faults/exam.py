@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults.job import CELLS, IN_LOADS, IN_SAVES, IN_STEPS, KEEP, STEPS, Fault, start
+from faults.job import CELLS, IN_LOADS, IN_SAVES, IN_STEPS, KEEP, Fault, start
 from support.checkpointed import State, apart, on_disk
 
 from tpresearch.checkpoint.disk import (
@@ -19,6 +19,7 @@ from tpresearch.checkpoint.disk import (
     read_checkpoint,
     step_folders,
 )
+from tpresearch.track.record import read_summary
 
 TOLERANCE = 1e-10
 COLUMNS = ("train/loss", "train/grad_norm", "train/lr")
@@ -51,6 +52,10 @@ def reference(folder: Path) -> Reference:
     """The same run on one process, undisturbed."""
     folder.mkdir(parents=True)
     assert start("none", folder) == [0]
+    return read_reference(folder)
+
+
+def read_reference(folder: Path) -> Reference:
     return Reference(rows_of(folder), on_disk(step_folders(folder)[-1]))
 
 
@@ -117,28 +122,31 @@ def find_problems(folder: Path) -> list[str]:
     return found
 
 
-def compare(folder: Path, whole: Reference, survived: Survived, keep: int = KEEP) -> None:
+def compare(
+    folder: Path, whole: Reference, survived: Survived, tolerance: float = TOLERANCE, keep: int | None = KEEP
+) -> None:
+    """Note what differs of a run from the one that nothing befell: rows, the last checkpoint, and what is left in its folder."""
     rows = rows_of(folder)
-    if [row["train/step"] for row in rows] != list(range(1, STEPS + 1)):
-        survived.problems.append(f"rows of steps {[row['train/step'] for row in rows]}")
+    steps = [row["train/step"] for row in rows]
+    if steps != [row["train/step"] for row in whole.rows]:
+        survived.problems.append(f"rows of steps {steps}")
         return
     figures = [
         (row[name], right[name]) for row, right in zip(rows, whole.rows, strict=True) for name in COLUMNS
     ]
-    survived.apart = max(abs(ours - right) / abs(right) for ours, right in figures)
     folders = step_folders(folder)
-    if not folders or folders[-1].name != f"step-{STEPS:08d}":
+    if not folders or folders[-1].name != f"step-{steps[-1]:08d}":
         survived.problems.append(f"the last checkpoint is {folders[-1:]}")
         return
-    survived.apart = max(survived.apart, apart(on_disk(folders[-1]), whole.state))
-    if survived.apart > TOLERANCE:
+    differences = [abs(ours - right) / abs(right) for ours, right in figures]
+    survived.apart = max(survived.apart, *differences, apart(on_disk(folders[-1]), whole.state))
+    if survived.apart > tolerance:
         survived.problems.append(f"apart by {survived.apart:.1e}")
-    if len(folders) > keep:
+    if keep and len(folders) > keep:
         survived.problems.append(f"{len(folders)} checkpoints are kept")
     if drafts := list((folder / CHECKPOINTS_FOLDER).glob(".step-*")):
         survived.problems.append(f"left: {[draft.name for draft in drafts]}")
-    status = json.loads((folder / "summary.json").read_text())["status"]
-    if status != "completed":
+    if (status := read_summary(folder)["status"]) != "completed":
         survived.problems.append(f"status {status}")
 
 
