@@ -14,7 +14,15 @@ from gpu.rows import Stage
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tpresearch.calibrate.cuda import lead_matrix, microseconds
+from tpresearch.calibrate.cuda import (
+    LOAD_SIZE,
+    forward_and_backward,
+    hundred_launches,
+    lead_matrix,
+    microseconds,
+    random,
+    us_under_load,
+)
 from tpresearch.models.llama2 import rotary_table, rotate
 
 Case = tuple[str, tuple[int, ...], float, float, Callable[[], Any]]
@@ -71,8 +79,10 @@ def main() -> None:
                 stage.add(op=op, shape=shape, error=str(error).splitlines()[0][:200])
                 continue
             stage.add(op=op, shape=shape, dtype="bfloat16", us=us, flops=flops, bytes=moved)
-    if stage.on_cuda and stage.left() > 8:
-        sustained(stage)
+    if lead is not None and stage.left() > 8:
+        us = us_under_load(partial(torch.matmul, lead, lead))
+        about = {"op": "matmul sustained", "shape": (LOAD_SIZE,) * 3, "dtype": "bfloat16"}
+        stage.add(**about, us=us, flops=2.0 * LOAD_SIZE**3, bytes=0.0)
 
 
 def timed(call: Callable[[], Any], stage: Stage, lead: Tensor | None) -> float:
@@ -87,18 +97,6 @@ def timed(call: Callable[[], Any], stage: Stage, lead: Tensor | None) -> float:
     return statistics.median(found[3:])
 
 
-def random(*shape: int, device: torch.device) -> Tensor:
-    return torch.randn(*shape, device=device, dtype=torch.bfloat16)
-
-
-def nt(x: Tensor, w: Tensor) -> Tensor:
-    return x @ w.t()
-
-
-def tn(g: Tensor, x: Tensor) -> Tensor:
-    return g.t() @ x
-
-
 def matmuls(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
     """Of each projection: forward x W^T, the input's gradient g W, the weight's gradient g^T x."""
     for tokens in sizes["tokens"]:
@@ -108,36 +106,25 @@ def matmuls(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
             )
             flops, moved = 2.0 * tokens * out * width, 2.0 * (tokens * width + out * width + tokens * out)
             shape = (tokens, out, width)
-            yield "matmul NT", shape, flops, moved, partial(nt, x, w)
+            yield "matmul NT", shape, flops, moved, partial(torch.matmul, x, w.t())
             yield "matmul NN", shape, flops, moved, partial(torch.matmul, g, w)
-            yield "matmul TN", shape, flops, moved, partial(tn, g, x)
+            yield "matmul TN", shape, flops, moved, partial(torch.matmul, g.t(), x)
+
+
+def attend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attention(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
-    backends = (
-        [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-        if device.type == "cuda"
-        else [SDPBackend.MATH]
-    )
+    fast = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    backends = fast if device.type == "cuda" else [SDPBackend.MATH]
     for b, n, k, s, d in sizes["attention"]:
         for backend in backends:
             q, key, value = (random(b, heads, s, d, device=device).requires_grad_() for heads in (n, k, k))
 
-            def forward(
-                q: Tensor = q, k: Tensor = key, v: Tensor = value, backend: SDPBackend = backend
-            ) -> Tensor:
-                with sdpa_kernel(backend):
-                    return F.scaled_dot_product_attention(
-                        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-                    )
-
-            def both(
-                forward: Callable[..., Tensor] = forward, given: tuple[Tensor, ...] = (q, key, value)
-            ) -> None:
-                out = forward()
-                # Not `backward`, which would add each call's gradients to the last one's
-                torch.autograd.grad(out, given, out)
-
+            forward = partial(attend, backend, q, key, value)
+            both = partial(forward_and_backward, forward, (q, key, value))
             flops, moved = 2.0 * b * n * s * s * d, 2.0 * b * s * d * (2 * n + 2 * k)
             shape = (b, n, k, s, d)
             yield f"attention forward {backend.name}", shape, flops, moved, forward
@@ -152,18 +139,13 @@ def elementwise(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
     d = sizes["head_dim"]
     heads = random(1, tokens, h // d, d, device=device)
     table = rotary_table(d, tokens, 1e4).to(device)
-    functions: list[tuple[str, tuple[int, ...], float, Callable[..., Tensor], tuple[Tensor, ...]]] = [
-        (
-            "rmsnorm",
-            (tokens, h),
-            4.0 * tokens * h,
-            lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5),
-            (x, weight),
-        ),
-        ("swiglu", (tokens, f), 6.0 * tokens * f, lambda a, b: F.silu(a) * b, (a, b)),
-        ("rotary", (tokens, h), 4.0 * tokens * h, rotate, (heads, table)),
+    functions: list[tuple[str, int, int, Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        ("rmsnorm", h, 4, lambda x, w: F.rms_norm(x, (h,), w, 1e-5), (x, weight)),
+        ("swiglu", f, 6, lambda a, b: F.silu(a) * b, (a, b)),
+        ("rotary", h, 4, rotate, (heads, table)),
     ]
-    for name, shape, moved, function, given in functions:
+    for name, width, bytes_each, function, given in functions:
+        shape, moved = (tokens, width), float(bytes_each * tokens * width)
         yield f"{name} eager", shape, 0.0, moved, partial(function, *given)
         if device.type == "cuda":
             compiled = torch.compile(function, dynamic=False)
@@ -188,27 +170,7 @@ def memory(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
 
 
 def launches(sizes: dict[str, Any], device: torch.device) -> Iterator[Case]:
-    one = torch.zeros(1, device=device)
-
-    def hundred() -> None:
-        for _ in range(100):
-            one.add_(1)
-
-    yield "100 launches", (1,), 0.0, 0.0, hundred
-
-
-def sustained(stage: Stage) -> None:
-    """One matmul for five seconds, where power sets the clock."""
-    a, b = (random(8192, 8192, device=stage.device) for _ in range(2))
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < 5:
-        for _ in range(50):
-            a @ b
-        stage.wait()
-        count += 50
-    us = (time.perf_counter() - began) / count * 1e6
-    about = {"op": "matmul sustained", "shape": (8192,) * 3, "dtype": "bfloat16"}
-    stage.add(**about, us=us, flops=2.0 * 8192**3, bytes=0.0)
+    yield "100 launches", (1,), 0.0, 0.0, hundred_launches(device)
 
 
 if __name__ == "__main__":

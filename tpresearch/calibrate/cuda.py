@@ -51,7 +51,7 @@ def measure_gpu(device: str = "cuda") -> list[dict[str, Any]]:
     rows += [_measured(case, partial(microseconds, lead=lead if case.on_device else None)) for case in cases]
     multiply = partial(torch.matmul, lead, lead)
     load = Case("matmul sustained", (LOAD_SIZE,) * 3, 2.0 * LOAD_SIZE**3, 0.0, lambda: multiply)
-    return [*rows, _measured(load, _us_under_load)]
+    return [*rows, _measured(load, us_under_load)]
 
 
 def _measured(case: Case, time_it: Callable[[Callable[[], object]], float]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _matmuls(device: str) -> Iterator[Case]:
     for rows, columns, depth in ((TOKENS, HIDDEN, WIDTH), (TOKENS, WIDTH, HIDDEN), (TOKENS, WIDTH, WIDTH)):
 
         def prepare(rows: int = rows, columns: int = columns, depth: int = depth) -> Callable[[], object]:
-            a, b = _random(rows, depth, device=device), _random(columns, depth, device=device)
+            a, b = random(rows, depth, device=device), random(columns, depth, device=device)
             return partial(torch.matmul, a, b.t())
 
         yield Case("matmul NT", (rows, columns, depth), 2.0 * rows * columns * depth, 0.0, prepare)
@@ -85,22 +85,21 @@ def _attention(device: str) -> Iterator[Case]:
 
         def prepare(backward: bool, rows: int = rows, length: int = length) -> Callable[[], object]:
             shape = rows, HEADS, length, HEAD_DIM
-            q, k, v = (_random(*shape, device=device).requires_grad_() for _ in range(3))
+            q, k, v = (random(*shape, device=device).requires_grad_() for _ in range(3))
 
-            def forward() -> Tensor:
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-            def both() -> None:
-                out = forward()
-                # Not `backward`, which would add each call's gradients to the last one's
-                torch.autograd.grad(out, (q, k, v), out)
-
-            return both if backward else forward
+            forward = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+            return partial(forward_and_backward, forward, (q, k, v)) if backward else forward
 
         flops = 2.0 * rows * HEADS * length * length * HEAD_DIM
         shape = rows, HEADS, HEADS, length, HEAD_DIM
         yield Case("attention forward", shape, flops, 0.0, partial(prepare, False))
         yield Case("attention forward and backward", shape, 3.5 * flops, 0.0, partial(prepare, True))
+
+
+def forward_and_backward(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> None:
+    out = forward()
+    # Not `backward`, which would add each call's gradients to the last one's
+    torch.autograd.grad(out, inputs, out)
 
 
 def _memory(device: str) -> Iterator[Case]:
@@ -113,21 +112,23 @@ def _memory(device: str) -> Iterator[Case]:
         parameter.grad = torch.randn_like(parameter)
         return torch.optim.AdamW([parameter], fused=True).step
 
-    def launches() -> Callable[[], object]:
-        one = torch.zeros(1, device=device)
-
-        def hundred() -> None:
-            for _ in range(100):
-                one.add_(1)
-
-        return hundred
-
     yield Case("copy", (COPIED_BYTES,), 0.0, 2.0 * COPIED_BYTES, copy)
     yield Case("adamw float32", (PARAMETERS,), 0.0, 28.0 * PARAMETERS, adamw)
+    launches = partial(hundred_launches, device)
     yield Case("100 launches", (1,), 0.0, 0.0, launches, on_device=False)
 
 
-def _us_under_load(call: Callable[[], object]) -> float:
+def hundred_launches(device: str | torch.device) -> Callable[[], object]:
+    one = torch.zeros(1, device=device)
+
+    def hundred() -> None:
+        for _ in range(100):
+            one.add_(1)
+
+    return hundred
+
+
+def us_under_load(call: Callable[[], object]) -> float:
     """The median of the second half of LOAD_S seconds."""
     until = time.monotonic() + LOAD_S
     taken: list[float] = []
@@ -160,8 +161,8 @@ def microseconds(call: Callable[[], object], lead: Tensor | None = None) -> floa
 
 def lead_matrix(device: str | torch.device) -> Tensor:
     """A matrix that takes the device some milliseconds to multiply; see `microseconds`."""
-    return _random(LOAD_SIZE, LOAD_SIZE, device=device)
+    return random(LOAD_SIZE, LOAD_SIZE, device=device)
 
 
-def _random(*shape: int, device: str | torch.device) -> Tensor:
+def random(*shape: int, device: str | torch.device) -> Tensor:
     return torch.randn(*shape, device=device, dtype=torch.bfloat16)
