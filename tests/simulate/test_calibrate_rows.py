@@ -87,7 +87,6 @@ def test_a_calibrated_file_is_read_as_it_was_written() -> None:
         '{"us": NaN, "op": "copy", "shape": [1], "flops": 0, "bytes": 1}',
         '{"us": 5, "op": "copy"}',
         '{"us": true, "op": "copy", "shape": [1], "flops": 0, "bytes": 1}',
-        '{"us": 5, "op": "all_gather in a host", "shape": [8], "flops": 0, "bytes": 8}',
         '{"card": "NVIDIA H100 80GB HBM3", "memory_bytes": "80 GB"}',
         '{"stage": "facts"}',
         '{"us": 5, "op": "attention forward", "shape": [1], "flops": 1, "bytes": 0}',

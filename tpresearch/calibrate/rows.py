@@ -7,13 +7,13 @@ determines, such as those of links that only one GPU has, are the base cluster's
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.values import check_value
 from tpresearch.simulate.cluster import LENGTHS
 from tpresearch.simulate.network import PROTOCOLS
 from tpresearch.simulate.prices import ADAMW_BFLOAT16
@@ -25,6 +25,7 @@ of Llama-3-8B had 677 and 699 TFLOP/s, the matmul of 8192^3 under load 653 and 6
 IN_A_HOST, ACROSS_HOSTS = "in a host", "across hosts"
 """How the op of a collective's row ends: `all_gather in a host`, of shape (bytes of the whole tensor, ranks)."""
 LEGAL = "a JSON object per line, with op, shape, us, flops and bytes"
+MEASURED = {"op": str, "shape": list[int], "us": float, "flops": float, "bytes": float}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -38,27 +39,21 @@ def read_rows(path: Path) -> list[Row]:
     except (OSError, ValueError) as error:
         raise ConfigError("rows", str(path), f"cannot be read ({error})", LEGAL, {}) from error
     for row in rows:
-        if not isinstance(row, dict) or not (_is_measured(row) if "us" in row else _is_card(row)):
+        if not _is_row(row):
             raise ConfigError("rows", str(path), f"not a measured op or a card: {json.dumps(row)}", LEGAL, {})
     return rows
 
 
-def _is_measured(row: Row) -> bool:
-    shape, op = row.get("shape"), row.get("op")
-    counts = [row["us"], row.get("flops"), row.get("bytes"), *(shape if isinstance(shape, list) else [None])]
-    if not isinstance(op, str) or not all(map(_is_count, counts)):
+def _is_row(row: object) -> bool:
+    """Whether it is a measured op; or a line that measures none, in which a card's memory is a number."""
+    if not isinstance(row, dict):
         return False
-    return not op.endswith((IN_A_HOST, ACROSS_HOSTS)) or (isinstance(shape, list) and len(shape) == 2)
-
-
-def _is_card(row: Row) -> bool:
-    """Whether a line that measures nothing states a card's memory as a number, if at all."""
-    return _is_count(row.get("memory_bytes", 0))
-
-
-def _is_count(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 <= value < math.inf
+    try:
+        for key, kind in (MEASURED if "us" in row else {"memory_bytes": float | None}).items():
+            check_value(key, row.get(key), kind)
+    except ConfigError:
+        return False
+    return True
 
 
 def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -> dict[str, Any]:
