@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import dataclasses
 import gzip
 import json
@@ -14,7 +13,6 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from support.corpora import Configure, Decode, prepared
 
@@ -198,59 +196,8 @@ def test_files_of_different_columns_are_refused_with_both_lists(
     assert not said, "the library tells the same in its own words"
 
 
-LONG = "long words " * 1000
-UNPACKED = {
-    "b.jsonl": (
-        lines(*TEXTS, LONG),
-        f"b.jsonl, line {len(TEXTS) + 1}: longer than data.max_record_bytes=2000",
-    ),
-    "b.jsonl.gz": (gzip.compress(lines(*TEXTS, LONG)), f"b.jsonl.gz, line {len(TEXTS) + 1}: longer than"),
-    "a.jsonl.bz2": (bz2.compress(lines(LONG, *TEXTS)), "a.jsonl.bz2, line 1: longer than"),
-    "b.json.gz": (
-        gzip.compress(json.dumps([{"text": LONG * 100}]).encode()),
-        "b.json.gz, line 1: longer than",
-    ),
-    "b.csv": (f"text\n{LONG}\n".encode(), "b.csv, line 2: longer than"),
-}
-
-
-@pytest.mark.parametrize("name", UNPACKED)
-def test_no_record_of_a_local_folder_is_longer_than_the_key_says(
-    tmp_path: Path, configure: Configure, bpe: TokenizerConfig, name: str
-) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/a.jsonl").write_bytes(lines(*TEXTS))
-    content, sentence = UNPACKED[name]
-    (tmp_path / "folder" / name).write_bytes(content)
-    data: DataConfig = configure(str(tmp_path / "folder"), DataSource.hf)
-    data.max_record_bytes = 2000
-    with pytest.raises(ConfigError, match=f"/folder/{re.escape(sentence)}") as refusal:
-        prepared(data, bpe)
-    assert refusal.value.fix == {"data.max_record_bytes": 32_000}
-    if name.startswith("b.jsonl"):
-        data.max_record_bytes = 32_000
-        assert prepared(data, bpe).meta["train"]["documents"] > len(TEXTS) // 2
-
-
-def test_a_row_group_that_unpacks_to_more_than_anyone_has_packed(
-    tmp_path: Path, configure: Configure, bpe: TokenizerConfig
-) -> None:
-    (tmp_path / "folder").mkdir()
-    table = datasets.Dataset.from_dict({"text": TEXTS, "other": ["a" * 1_000_000] * len(TEXTS)})
-    pq.write_table(table.data.table, tmp_path / "folder/a.parquet", compression="zstd")
-    data: DataConfig = configure(str(tmp_path / "folder"), DataSource.hf)
-    data.max_record_bytes = 2000
-    with pytest.raises(ConfigError, match=r"/folder/a\.parquet, row group 0: longer than"):
-        check_data(data, bpe)
-
-
 WRONG = {
     "a line that is no JSON": ("b.jsonl", b'{"text": "half\n', "b.jsonl, line 1: not JSON"),
-    "nested too deeply": (
-        "b.jsonl",
-        b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        "b.jsonl, line 1: cannot",
-    ),
     "cut short": ("b.jsonl.gz", gzip.compress(lines(*TEXTS))[:-20], "b.jsonl.gz, line "),
     "half a character": ("b.jsonl", b'{"text": "half \\ud83d"}', "b.jsonl, line 1: not Unicode text"),
     "of no encoding": ("b.jsonl", b'{"text": "caf\xe9"}', "b.jsonl, line 1: not UTF-8 text: byte 13 is 0xe9"),

@@ -35,9 +35,8 @@ PARQUET_BATCH_ROWS = 64
 TO_FILL_IN = {"data.text_field": "VALUE"}
 MAX_COMPRESSION_RATIO = 100
 """Maximum ratio of unpacked to packed bytes: real text stays far below it."""
-COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
-PACKED = re.compile(rf"({'|'.join(map(re.escape, COMPRESSED_SUFFIXES))})(, line \d+)?$")
-"""The end of such a file's name, and of a place in it."""
+PACKED = re.compile(r"(\.(?:gz|bz2|xz|zst|lz4|zip))(, line \d+)?$")
+"""The end of a compressed file's name, and of a place in it."""
 READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError)
 
 
@@ -66,9 +65,9 @@ class _TextFile:
                     seen, is_over = seen + len(block), len(block) < PART_BYTES
                     yield decoder.decode(block, is_over)
         except UnicodeDecodeError as error:
-            raise unreadable(self.path, error, seen - len(error.object)) from None
+            raise _unreadable(self.path, error, seen - len(error.object)) from None
         except OSError as error:
-            raise unreadable(self.path, error) from None
+            raise _unreadable(self.path, error) from None
 
 
 def read_file(data: DataConfig, name: str, path: Path) -> Iterator[Document]:
@@ -103,7 +102,7 @@ def documents_of(records: Iterable[Any], text_field: str, prefix: str, where: st
             if text := _text_of(record, text_field, f"{where} {index + 1}"):
                 yield Document(f"{prefix}{index}", (text,))
     except READ_ERRORS as error:
-        raise unreadable(f"{where} {index + 2}", error) from None
+        raise _unreadable(f"{where} {index + 2}", error) from None
 
 
 def _text_of(record: Any, text_field: str, where: str) -> str:
@@ -136,13 +135,13 @@ def missing_field(text_field: str, fields: list[str], where: str) -> ConfigError
     return ConfigError("data.text_field", text_field, f"no such field in {where}", legal, fix)
 
 
-def record_too_long(where: str, data: DataConfig) -> ConfigError:
+def _record_too_long(where: str, data: DataConfig) -> ConfigError:
     why = f"longer than data.max_record_bytes={data.max_record_bytes}"
     fix = {"data.max_record_bytes": 16 * data.max_record_bytes}
     return ConfigError("data.path", where, why, "shorter records, or a larger bound", fix)
 
 
-def unreadable(where: object, error: Exception, bytes_before: int = 0) -> ConfigError:
+def _unreadable(where: object, error: Exception, bytes_before: int = 0) -> ConfigError:
     """The refusal of what cannot be read.
 
     Args:
@@ -168,7 +167,7 @@ def _json_lines(data: DataConfig, path: Path) -> Iterator[Any]:
             if not (line := lines.readline(data.max_record_bytes + 1)):
                 return
             if len(line) > data.max_record_bytes:
-                raise record_too_long(f"{path}, line {number}", data)
+                raise _record_too_long(f"{path}, line {number}", data)
             yield {data.text_field: None} if line.isspace() else json.loads(line)
 
 
@@ -176,7 +175,7 @@ def _parquet_rows(data: DataConfig, path: Path) -> Iterator[dict[str, str | None
     import pyarrow as pa
 
     text_field = data.text_field
-    with parquet_file(path) as file:
+    with _parquet_file(path) as file:
         if text_field not in file.schema_arrow.names:
             raise missing_field(text_field, file.schema_arrow.names, str(path))
         kind = file.schema_arrow.field(text_field).type
@@ -186,17 +185,12 @@ def _parquet_rows(data: DataConfig, path: Path) -> Iterator[dict[str, str | None
             why = f"holds {kind}, not text, in {path}"
             raise ConfigError("data.text_field", text_field, why, "a column of strings", TO_FILL_IN)
         for number in range(file.num_row_groups):
-            check_row_group(data, path, file, number, text_field)
+            _check_row_group(data, path, file, number)
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[number], columns=[text_field]):
                 yield from batch.to_pylist()
 
 
-def parquet_file(path: Path) -> ParquetFile:
-    """The file, opened.
-
-    Raises:
-        ConfigError: if it is not Parquet.
-    """
+def _parquet_file(path: Path) -> ParquetFile:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -207,19 +201,10 @@ def parquet_file(path: Path) -> ParquetFile:
         raise ConfigError("data.path", path, why, "Parquet files (*.parquet)") from None
 
 
-def check_row_group(
-    data: DataConfig, path: Path, file: ParquetFile, number: int, column: str | None = None
-) -> None:
-    """Refuse a row group whose unpacked size is not plausible for text.
-
-    Args:
-        column: the one that is read; None for all.
-
-    Raises:
-        ConfigError: naming the file and the row group.
-    """
+def _check_row_group(data: DataConfig, path: Path, file: ParquetFile, number: int) -> None:
+    """Refuse a row group whose unpacked size is not plausible for text."""
     group = file.metadata.row_group(number)
-    for each in (group.column(index) for index in range(group.num_columns)):
-        usual = max(data.max_record_bytes, MAX_COMPRESSION_RATIO * each.total_compressed_size)
-        if column in (None, each.path_in_schema) and each.total_uncompressed_size > usual:
-            raise record_too_long(f"{path}, row group {number}", data)
+    for column in (group.column(index) for index in range(group.num_columns)):
+        usual = max(data.max_record_bytes, MAX_COMPRESSION_RATIO * column.total_compressed_size)
+        if column.path_in_schema == data.text_field and column.total_uncompressed_size > usual:
+            raise _record_too_long(f"{path}, row group {number}", data)

@@ -7,6 +7,7 @@ option).
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import logging
 import os
@@ -19,14 +20,14 @@ from typing import Any
 
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.network import is_reachable
-from tpresearch.config.schema import DataConfig
-from tpresearch.data.documents import Document, documents_of, missing_field
-from tpresearch.data.library_files import check_unpacked_sizes, find_unreadable
+from tpresearch.config.schema import DataConfig, DataSource
+from tpresearch.data.documents import Document, documents_of, missing_field, read_file
 from tpresearch.data.sources import PATH_TO_FILL_IN, Corpus, hash_files, hash_text
 
 log = logging.getLogger(__name__)
 
 LEGAL = "a hub id such as roneneldan/TinyStories, or a local folder of data files"
+OWN_READERS = {".jsonl": DataSource.jsonl, ".ndjson": DataSource.jsonl, ".parquet": DataSource.parquet}
 
 
 def looks_like_hub_id(path: str) -> bool:
@@ -53,16 +54,7 @@ def open_hub(data: DataConfig) -> Corpus:
     visible = _visible_files(folder)
     salt = f"hf:{data.name}:{data.split}:{data.text_field}"
     content = hash_files(visible, salt, Path(os.path.expanduser(data.cache_dir)))
-
-    @cache
-    def check() -> None:
-        check_unpacked_sizes(data, [path for _, path in visible], first_only=False)
-
-    def documents() -> Iterator[Document]:
-        check()
-        return _documents(data)
-
-    return Corpus(content, documents, sum(path.stat().st_size for _, path in visible))
+    return Corpus(content, lambda: _documents(data), sum(path.stat().st_size for _, path in visible))
 
 
 def _visible_files(folder: Path) -> list[tuple[str, Path]]:
@@ -87,7 +79,6 @@ def check_hub(data: DataConfig) -> None:
         raise _path_error(data.path, "there is no such folder")
     if folder is not None:
         _check_no_pattern(data, folder)
-        check_unpacked_sizes(data, [path for _, path in _visible_files(folder)], first_only=True)
     if folder is not None or data.streaming:
         if next(_documents(data), None) is None:
             raise _path_error(data.path, "has no text in it")
@@ -182,7 +173,7 @@ def _load_error(data: DataConfig, error: BaseException) -> ConfigError:
         legal = "files with the same columns, or data=jsonl or parquet, which read only data.text_field"
         return ConfigError("data.path", data.path, why, legal)
     folder = local_folder(data)
-    if folder and (fault := find_unreadable(data, [path for _, path in _visible_files(folder)])):
+    if folder and (fault := _own_readers_error(data, folder)):
         return fault
     where = str(data.path) if folder is None else _first_unreadable_file(data, folder)
     nothing = isinstance(error, StopIteration) or "BatchSize must be greater than 0" in str(error)
@@ -198,6 +189,19 @@ def _load_error(data: DataConfig, error: BaseException) -> ConfigError:
 
 def _path_error(where: object, why: str) -> ConfigError:
     return ConfigError("data.path", where, why, LEGAL, PATH_TO_FILL_IN)
+
+
+def _own_readers_error(data: DataConfig, folder: Path) -> ConfigError | None:
+    """The first error of our own readers in files that the library could not read: it names the line or row."""
+    for name, path in _visible_files(folder):
+        plain = path.with_suffix("") if path.suffix == ".gz" else path
+        if own := OWN_READERS.get(plain.suffix):
+            try:
+                for _ in read_file(dataclasses.replace(data, source=own), name, path):
+                    pass
+            except ConfigError as error:
+                return error
+    return None
 
 
 def _first_unreadable_file(data: DataConfig, folder: Path) -> str:
