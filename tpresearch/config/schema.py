@@ -92,7 +92,7 @@ class DataConfig:
     max_tokens: Annotated[int | None, AtLeast(1)] = None
     """Stop reading after about this many tokens; required when streaming."""
     max_record_bytes: Annotated[int, AtLeast(1)] = 64 << 20
-    """Refuse a longer line, row or Parquet row group: a small compressed file can unpack to more than the memory."""
+    """Refuse a longer line, row or Parquet row group: a small compressed file can unpack to more than the memory (jsonl, parquet)."""
     seq_len: Annotated[int, LENGTH_BOUND] = 128
     """Tokens per row that the model sees; rows are stored with one more, for the last target. 1 for rows of numbers."""
     width: Annotated[int | None, LENGTH_BOUND] = None
