@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from tpresearch.launch.command import is_within, override_key
-from tpresearch.simulate.cluster import Cluster, SourceKind
+from tpresearch.simulate.cluster import Cluster, Number, SourceKind
 
 TYPED = "typed on the command line"
 HOST = {"devices_per_host": None, "has_switch": True, "shared_cores": None}
@@ -20,57 +20,51 @@ IN_A_FILE = "changed in {}, which states no source"
 def with_own_sources(
     cluster: Cluster, files: Sequence[tuple[str, Mapping[str, Any]]], words: Iterable[str]
 ) -> Cluster:
-    """The cluster, where a number that one of its files changes, another config file or an override, is guessed unless it has
-    a source of its own, and where each check names the numbers that were changed since.
+    """The cluster, where a number that differs from the one whose source it has is guessed, and where each check names the
+    numbers that were changed since.
 
     Args:
         files: names and contents of those from which the cluster was merged, each over those before it.
         words: the overrides that were typed.
     """
     values: dict[str, object] = dict(HOST)
-    sources: dict[str, str] = {}
-    changed: set[str] = set()
-    """Numbers, and what a host is, that are not as they were when the cluster was checked."""
-    unsourced: dict[str, str] = {}
-    """What is said of numbers without a source."""
+    when_checked: dict[str, object] = {}
+    sourced: dict[str, tuple[object, str]] = {}
+    """Each number with its source, where both were last stated."""
+    changed_by: dict[str, str] = {}
     for file, content in files:
-        numbers = content.get("numbers") or {}
-        for name, entry in numbers.items():
-            if "value" in entry and (value := _plain(entry["value"])) != values.get(name):
-                values[name], unsourced[name] = value, IN_A_FILE.format(file)
-                changed.add(name)
+        for name, entry in (content.get("numbers") or {}).items():
+            if "value" in entry:
+                values[name], changed_by[name] = _plain(entry["value"]), file
             if "source" in entry:
-                sources[name] = entry["source"]
-                unsourced.pop(name, None)
-        for name in HOST.keys() & content.keys():
-            if content[name] != values[name]:
-                values[name] = content[name]
-                changed.add(name)
+                sourced[name] = values.get(name), entry["source"]
+        values |= {name: content[name] for name in HOST if name in content}
         if "checked" in content:
-            changed.clear()
+            when_checked = dict(values)
     typed = {override_key(word) for word in words} - {"cluster"}
-    for name, number in cluster.numbers.items():
-        key = f"cluster.numbers.{name}"
-        differs = not isinstance(values.get(name, ""), str) and values[name] != number.value
-        if differs or f"{key}.value" in typed:
-            is_typed = any(is_within(f"{key}.value", word) for word in typed)
-            unsourced[name] = TYPED if is_typed else IN_A_FILE.format("another config file")
-            changed.add(name)
-        if f"{key}.source" in typed or sources.get(name, number.source) != number.source:
-            unsourced.pop(name, None)
-    changed |= {name for name in HOST if values[name] != getattr(cluster, name)}
-    numbers = {
-        name: replace(number, kind=SourceKind.guessed, source=unsourced[name])
-        if name in unsourced
-        else number
-        for name, number in cluster.numbers.items()
-    }
-    before = f"before {', '.join(sorted(changed))} changed, " if changed else ""
-    return replace(cluster, numbers=numbers, checked=tuple(before + line for line in cluster.checked))
+
+    def with_own_source(name: str, number: Number) -> Number:
+        value, source = sourced.get(name, (number.value, number.source))
+        if number.value == value or number.source != source:
+            return number
+        file = changed_by[name] if values[name] == number.value else "another config file"
+        is_typed = any(is_within(f"cluster.numbers.{name}.value", word) for word in typed)
+        label = TYPED if is_typed else IN_A_FILE.format(file)
+        return replace(number, kind=SourceKind.guessed, source=label)
+
+    now = {name: number.value for name, number in cluster.numbers.items()}
+    now |= {name: getattr(cluster, name) for name in HOST}
+    changed = sorted(name for name, value in when_checked.items() if now[name] != value)
+    before = f"before {', '.join(changed)} changed, " if changed else ""
+    return replace(
+        cluster,
+        numbers={name: with_own_source(name, number) for name, number in cluster.numbers.items()},
+        checked=tuple(before + line for line in cluster.checked),
+    )
 
 
 def _plain(value: object) -> object:
-    """A number as a cluster has it; text, such as an interpolation, as it is written."""
+    """A number as a cluster has it."""
     if isinstance(value, list):
         return tuple(map(_plain, value))
     return float(value) if isinstance(value, int | float) else value
