@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tpresearch.calibrate import cuda, links
 from tpresearch.calibrate.__main__ import Options, _gpu_cluster
@@ -72,19 +74,33 @@ class Event:
         return (end.at - self.at) * 1e3
 
 
-def two_hosts(world: World) -> list[dict[str, Any]]:
-    """Rows of four ranks as if on two hosts, with the ranks that a sum over each group has gone through."""
+def two_hosts(world: World) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """Rows of four ranks as if on two hosts, and the ranks of each group that this one is in."""
+    groups, groups_of = list[list[int]](), links._groups
+
+    def noted(world: World) -> Iterator[tuple[str, dist.ProcessGroup]]:
+        for name, group in groups_of(world):
+            groups.append(dist.get_process_group_ranks(group))
+            yield name, group
+
     patch = pytest.MonkeyPatch()
     patch.setattr(torch.cuda, "Event", Event)
     patch.setattr(torch.cuda, "synchronize", lambda: None)
     patch.setattr(cuda, "LOAD_SIZE", 16)
     patch.setattr(cuda, "REPEATS", 3)
     patch.setattr(links, "LARGE_BYTES", 2**20)
-    return links.link_rows(World(world.rank, 4, world.rank % 2, 2, elastic=True), CPU)
+    patch.setattr(links, "_groups", noted)
+    return links.link_rows(World(world.rank, 4, world.rank % 2, 2, elastic=True), CPU), groups
 
 
-def test_ranks_of_two_hosts_measure_both_kinds_of_group() -> None:
-    rows = Ranks().run(4, two_hosts)[0]
+def test_ranks_of_two_hosts_measure_a_host_and_one_rank_of_each() -> None:
+    (rows, _), *_ = found = Ranks().run(4, two_hosts)
+    assert [groups for _, groups in found] == [
+        [[0, 1], [0, 2]],
+        [[0, 1], [1, 3]],
+        [[2, 3], [0, 2]],
+        [[2, 3], [1, 3]],
+    ]
     ops = ("all_gather", "reduce_scatter", "all_reduce")
     places = ("in a host", "across hosts")
     assert [row["op"] for row in rows] == [
@@ -92,31 +108,9 @@ def test_ranks_of_two_hosts_measure_both_kinds_of_group() -> None:
     ]
     assert {tuple(row["shape"]) for row in rows} == {(SMALL, 2), (2**20, 2)}
     assert [row["bytes"] for row in rows[3:6]] == [2**19, 2**19, 2**20]
-    found = parse_cluster(cluster_from_rows(rows, BASE, "mine"))
-    alone = rows[3]
-    assert found["intra_gb_s"] >= alone["bytes"] / max(row["us"] for row in rows[3:6]) / 1e3
-    assert found.devices_per_host == 2
-
-
-def groups_of(world: World) -> list[list[int]]:
-    from torch.distributed import barrier, get_process_group_ranks
-
-    from tpresearch.parallel.group import process_group
-
-    placed = World(world.rank, 4, world.rank % 2, 2, elastic=True)
-    with process_group(CPU, placed):
-        found = [get_process_group_ranks(group) for _, group in links._groups(placed)]
-        barrier()  # before a rank is gone to which another still connects
-        return found
-
-
-def test_groups_are_a_host_and_one_rank_of_each() -> None:
-    assert Ranks().run(4, groups_of) == [
-        [[0, 1], [0, 2]],
-        [[0, 1], [1, 3]],
-        [[2, 3], [0, 2]],
-        [[2, 3], [1, 3]],
-    ]
+    cluster = parse_cluster(cluster_from_rows(rows, BASE, "mine"))
+    assert cluster["intra_gb_s"] >= rows[3]["bytes"] / max(row["us"] for row in rows[3:6]) / 1e3
+    assert cluster.devices_per_host == 2
 
 
 def test_gpus_that_cannot_communicate_are_measured_singly(

@@ -600,11 +600,6 @@ def test_a_bare_number_of_a_cluster_is_told_the_key_that_takes_it() -> None:
         parse_cluster(read_option("cluster", CLUSTERS[0]) | {"devices_per_host": 0})
 
 
-def test_a_matmul_in_a_dtype_without_a_rate_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^cluster.numbers.peak_tflops_float32.value=0: "):
-        gemm_s((1, 8, 8, 8), 4, cluster(peak_tflops_float32=0))
-
-
 def test_a_world_that_a_cluster_cannot_hold_is_refused() -> None:
     check_world(cluster(), 4)
     check_world(cluster(), 24)

@@ -64,14 +64,6 @@ def test_a_step_is_foretold(simulate: Command) -> None:
     read_as_that_of_a_real_run(path.parent, {kind: memory[kind] for kind in MEMORY_KINDS})
 
 
-def test_a_dtype_in_which_a_card_is_slow_is_pointed_out(simulate: Command) -> None:
-    slow, fast = (
-        simulate(*SMALL[:3], f"train.dtype={dtype}", "world_size=1") for dtype in ("float32", "bfloat16")
-    )
-    assert "float32               67 instead of 989 TFLOP/s with train.dtype=bfloat16" in slow.out
-    assert "instead of" not in fast.out
-
-
 def read_as_that_of_a_real_run(folder: Path, held: dict[str, int]) -> None:
     """The memory of the step by kind, at the peak, where a real run has it: in the ledger and for the panel of a comparison."""
     memory = json.loads((folder / "ledger.json").read_text())["memory"]
@@ -122,30 +114,11 @@ def test_a_number_of_a_users_file_is_not_said_to_come_from_its_base(
 @pytest.mark.parametrize(
     ("words", "refusal"),
     [
-        (("world_size=12",), "error: world_size=12: "),
         (("gpus=16",), "error: gpus=16: an option of the planner; world_size=16; try: "),
-        (
-            ("cluster.hosts=1", "world_size=64"),
-            "error: world_size=64: cluster h100_dgx has 8 devices on 1 hosts",
-        ),
-        (("~cluster.numbers.intra_gb_s",), "error: cluster.numbers.intra_gb_s=null: not stated"),
         (("cluster=dgx",), "error: cluster=dgx: "),
         (
             ("checkpoint=every",),
             "error: checkpoint=every: simulate does not use this config group; it takes cluster, data, experiment, logger, ",
-        ),
-        (
-            ("train.dtype=float64", "cluster.numbers.peak_tflops_float64.value=0"),
-            "error: train.dtype=float64: ",
-        ),
-        (("parallel.fsdp.cpu_offload=true",), "error: parallel.fsdp.cpu_offload=true: "),
-        (
-            ("cluster=a100_80", "train.dtype=bfloat16", "train.float8=rowwise"),
-            "error: train.float8=rowwise: cluster a100_80 states no peak_tflops_float8",
-        ),
-        (
-            ("train.dtype=bfloat16", "train.float8=rowwise", "train.float8_emulated=true"),
-            "error: train.float8=rowwise: its emulation is not simulated",
         ),
     ],
 )
