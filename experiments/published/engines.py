@@ -10,14 +10,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from published.configs import is_gpt, is_hand_fused, overlaps_tensor_messages
 from published.losses import with_loss_of
 from published.megatron import ENGINES as MEGATRON
 from published.megatron import as_megatron_runs
+from published.substitute import each_op, each_part
 from published.xla import ENGINES as XLA
 from published.xla import as_xla_runs
 from published.zero import with_sharded_update
@@ -54,25 +56,21 @@ def as_engine_runs(row: Row, trace: Trace) -> Trace:
         trace = as_xla_runs(row, trace)
     if not (row.is_true("compile") or is_hand_fused(row) or is_gpt(row)):
         if engine != "fms-fsdp" and row["compute_dtype"] != "fp32":
-            trace = _each(trace, _as_complex_rotations)
+            trace = each_op(trace, _as_complex_rotations)
         if engine not in ONE_KERNEL_NORMS and not ONE_KERNEL_NORM.search(row["notes"]):
-            trace = _each(trace, lambda op: [op._replace(fused=-1)])
+            trace = each_op(trace, lambda op: [op._replace(fused=-1)])
     if UNFUSED_ATTENTION.search(row["attn"]) or (not row["attn"] and (row.year or FLASH_SINCE) < FLASH_SINCE):
-        trace = _each(trace, _unfused_attention)
+        trace = each_op(trace, _unfused_attention)
     if engine == "torchtitan" and row["ac"] == "selective_op":
-        trace = _each(trace, lambda op: [] if _is_attention_again(op) else [op])
+        trace = each_op(trace, lambda op: [] if _is_attention_again(op) else [op])
     if row.is_float8:
         vocab = row.count("vocab")
         cast = BY_NORMS if engine in ("nemo", "megatron") else CAST
-        trace = _with_float8(trace, (vocab, vocab // row.tp), engine == "torchtitan", cast)
+        of_output, gathered = (vocab, vocab // row.tp), engine == "torchtitan"
+        trace = each_part(trace, partial(_with_float8, vocab=of_output, gathered=gathered, cast_bytes=cast))
     if engine == "kempnerforge" and row.batch[1] > 1:
         trace = _reduced_once(trace)
     return trace
-
-
-def _each(trace: Trace, change: Callable[[Op], list[Op]]) -> Trace:
-    parts = tuple(tuple(new for op in part for new in change(op)) for part in trace.micro_batches)
-    return Trace(parts, trace.end, trace.memory)
 
 
 def _as_complex_rotations(op: Op) -> list[Op]:
@@ -120,39 +118,32 @@ def _is_attention_again(op: Op) -> bool:
     return op.kind == "attention" and op.phase == "backward" and not op.shape[6]
 
 
-def _with_float8(trace: Trace, vocab: tuple[int, int], gathered: bool, cast_bytes: int = CAST) -> Trace:
+def _with_float8(part: Sequence[Op], vocab: tuple[int, int], gathered: bool, cast_bytes: int) -> Iterator[Op]:
     """Matmuls of the blocks that take as long as ones of a shorter inner dim, and a cast of each factor that is no weight.
 
     Args:
         vocab: sizes of a dim that only the output layer has. gathered: whether tensors are sent in float8.
         cast_bytes: that a cast moves per element.
     """
-    parts = []
-    for part in trace.micro_batches:
-        weights = _weights(part)
-        cast: set[tuple[str, int]] = set()
-        found: list[Op] = []
-        of_forward = {n for op in part if op.phase == "forward" for n, _ in (*op.reads, *op.writes)}
-        for op in part:
-            if gathered and op.event and op.event.collective == "all_gather":
-                op = op._replace(event=replace(op.event, tensor_bytes=op.event.tensor_bytes // 2))
-            elif op.kind == "gemm" and not {*vocab} & {*op.shape}:
-                for number, size in op.reads:
-                    if number not in weights and (op.phase, number) not in cast:
-                        cast.add((op.phase, number))
-                        bytes_moved = cast_bytes if number in of_forward else CAST
-                        moved = ((-2 - number, size * bytes_moved // 2),)
-                        found.append(
-                            op._replace(kind="other", name="to_float8", shape=(), reads=moved, writes=())
-                        )
-                products, m, n, k = op.shape
-                op = op._replace(shape=(products, m, n, round(k / FLOAT8)))
-            found.append(op)
-        parts.append(tuple(found))
-    return Trace(tuple(parts), trace.end, trace.memory)
+    weights = _weights(part)
+    cast: set[tuple[str, int]] = set()
+    of_forward = {n for op in part if op.phase == "forward" for n, _ in (*op.reads, *op.writes)}
+    for op in part:
+        if gathered and op.event and op.event.collective == "all_gather":
+            op = op._replace(event=replace(op.event, tensor_bytes=op.event.tensor_bytes // 2))
+        elif op.kind == "gemm" and not {*vocab} & {*op.shape}:
+            for number, size in op.reads:
+                if number not in weights and (op.phase, number) not in cast:
+                    cast.add((op.phase, number))
+                    bytes_moved = cast_bytes if number in of_forward else CAST
+                    moved = ((-2 - number, size * bytes_moved // 2),)
+                    yield op._replace(kind="other", name="to_float8", shape=(), reads=moved, writes=())
+            products, m, n, k = op.shape
+            op = op._replace(shape=(products, m, n, round(k / FLOAT8)))
+        yield op
 
 
-def _weights(part: tuple[Op, ...]) -> set[int]:
+def _weights(part: Sequence[Op]) -> set[int]:
     """Storages of weights: those that are gathered, or, where none is, what is multiplied before anything has written it."""
     gathered = {number for op in part if op.name == "split_with_sizes_copy" for number, _ in op.reads}
     if gathered:

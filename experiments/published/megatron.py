@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from published.xla import without_bytes
+from published.substitute import each_part, without_copies
 
 from tpresearch.ledger.entries import Event
-from tpresearch.simulate.prices import COPIES
 from tpresearch.simulate.trace import Op, Trace
 
 if TYPE_CHECKING:
@@ -47,18 +47,16 @@ def as_megatron_runs(row: Row, trace: Trace, in_chunks: bool) -> Trace:
         in_chunks: whether tensor-parallel messages are sent in chunks, by copy engines.
     """
     is_nemo = row.engine == "nemo"
-    parts = []
-    for recorded in trace.micro_batches:
-        part = [without_bytes(op) if op.name in COPIES else op for op in recorded]
-        if row.tp > 1:
-            part = _without_layout_copies(_with_sharded_loss_in_place(part, fused=is_nemo))
-        part = _with_norms_alone(part)
-        if is_nemo:
-            part = _without_sums_of_gradients(part)
-        if row.tp > 1 and (row.year or OVERLAPS_SINCE) >= OVERLAPS_SINCE:
-            part = _overlapped(part, gathers=not in_chunks)
-        parts.append(tuple(part))
-    return Trace(tuple(parts), trace.end, trace.memory)
+    trace = each_part(trace, without_copies)
+    if row.tp > 1:
+        trace = each_part(trace, partial(_with_sharded_loss_in_place, fused=is_nemo))
+        trace = each_part(trace, _without_layout_copies)
+    trace = each_part(trace, _with_norms_alone)
+    if is_nemo:
+        trace = each_part(trace, _without_sums_of_gradients)
+    if row.tp > 1 and (row.year or OVERLAPS_SINCE) >= OVERLAPS_SINCE:
+        trace = each_part(trace, partial(_overlapped, gathers=not in_chunks))
+    return trace
 
 
 def _without_layout_copies(part: Sequence[Op]) -> list[Op]:

@@ -7,7 +7,6 @@ python experiments/published/score.py rows.csv out=DIR one_run=true     # each s
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from published.left_out import by_the_others
 from published.one_run import by_first_row
 from published.row import Row, read
 from published.stacks import cluster_of_row
+from record import write_rows
 
 from tpresearch.api import load
 from tpresearch.config import Config
@@ -38,6 +38,8 @@ from tpresearch.simulate.trace import Trace
 
 HERE = Path(__file__).parent
 GIB = 2**30
+ABOUT = {"s": "seq", "gpus": "gpus", "tp": "tp", "mb": "mb", "ac": "ac"}
+PREDICTED = ("predicted_step_s", "low", "high", "memory_gib")
 
 
 @dataclass
@@ -148,54 +150,45 @@ def table(found: Sequence[Scored]) -> str:
     lines += ["", "the ten that are off most:"]
     for one in sorted(every, key=lambda one: -abs(one.error or 0.0))[:10]:
         row = one.row
-        about = (
-            f"{row['model']} s={row['seq']} gpus={row['gpus']} tp={row['tp']} mb={row['mb']} ac={row['ac']}"
-        )
-        lines.append(
-            f"  {row['id']:8}{one.error:+7.1%}  {one.step_s:.4g} s for {row.measured_s:.4g} s  {about}"
-        )
+        about = " ".join(f"{name}={row[column]}" for name, column in ABOUT.items())
+        times = f"{one.step_s:.4g} s for {row.measured_s:.4g} s"
+        lines.append(f"  {row['id']:8}{one.error:+7.1%}  {times}  {row['model']} {about}")
     return "\n".join(lines)
 
 
 def main() -> None:
     files = [word for word in sys.argv[1:] if "=" not in word]
     options = read_options(Options, [word for word in sys.argv[1:] if "=" in word])
+    named, legal = " ".join(files), "a CSV in the columns of experiments/published/rows.csv"
     if not files or not all(Path(file).is_file() for file in files):
-        why = "the command scores files of rows"
-        raise ConfigError(
-            "ROWS.csv", " ".join(files), why, "a CSV in the columns of experiments/published/rows.csv", {}
-        )
+        raise ConfigError("ROWS.csv", named, "the command scores files of rows", legal, {})
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = [row for file in files for row in read(Path(file))]
     if not rows:
-        raise ConfigError(
-            "ROWS.csv", " ".join(files), "it has no rows", "a line of names, then a row per line", {}
-        )
+        raise ConfigError("ROWS.csv", named, "it has no rows", "a line of names, then a row per line", {})
     found: list[Scored] = []
     told: list[Scored] = []
     factors: dict[str, float] = {}
-    with (out / "predicted.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = ["id", "predicted_step_s", "low", "high", "memory_gib", "measured_step_s", "error", "refused"]
-        writer.writerow(names)
-        for row in rows:
-            try:
-                on_clusters = recorded(row)
-                one = on_clusters.on(cluster_of_row(row, sites=not options.left_out))
-                by_first = by_first_row(on_clusters, factors) if options.one_run else None
-            except Exception as error:  # whatever a row cannot be: the others are scored all the same
-                why = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-                print(f"{row['id']}: {why}", file=sys.stderr)
-                writer.writerow([row["id"], "", "", "", "", row["step_s"], "", " ".join(why.split())])
-                continue
+    lines: list[dict[str, str]] = []
+    for row in rows:
+        lines.append({"id": row["id"], **dict.fromkeys(PREDICTED, ""), "measured_step_s": row["step_s"]})
+        lines[-1] |= {"error": "", "refused": ""}
+        try:
+            on_clusters = recorded(row)
+            one = on_clusters.on(cluster_of_row(row, sites=not options.left_out))
+            by_first = by_first_row(on_clusters, factors) if options.one_run else None
+        except Exception as error:  # whatever a row cannot be: the others are scored all the same
+            why = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            print(f"{row['id']}: {why}", file=sys.stderr)
+            lines[-1]["refused"] = " ".join(why.split())
+        else:
             found.append(one)
             told += [by_first] if by_first else []
-            numbers = (f"{value:.6g}" for value in (one.step_s, one.low_s, one.high_s, one.memory_gib))
-            writer.writerow(
-                [row["id"], *numbers, row["step_s"], "" if one.error is None else f"{one.error:.4f}", ""]
-            )
-            file.flush()
+            numbers = (one.step_s, one.low_s, one.high_s, one.memory_gib)
+            lines[-1] |= {name: f"{value:.6g}" for name, value in zip(PREDICTED, numbers, strict=True)}
+            lines[-1]["error"] = "" if one.error is None else f"{one.error:.4f}"
+        write_rows(out / "predicted.csv", lines)
     if found:
         print(table(by_the_others(found) if options.left_out else found))
     if told:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tpresearch.simulate.prices import COPIES
+from published.substitute import each_part, without_copies
+
 from tpresearch.simulate.trace import Op, Trace
 
 if TYPE_CHECKING:
@@ -23,20 +24,8 @@ KEEPS_PROJECTIONS = re.compile("save_qkv_proj")
 
 def as_xla_runs(row: Row, trace: Trace) -> Trace:
     """The step as XLA runs it."""
-    keeps = bool(KEEPS_PROJECTIONS.search(row["notes"]))
-    parts = []
-    for recorded in trace.micro_batches:
-        part = [without_bytes(op) if op.name in COPIES else op for op in recorded]
-        parts.append(tuple(_with_kept_projections(part) if keeps else part))
-    return Trace(tuple(parts), tuple(trace.end), trace.memory)
-
-
-def without_bytes(op: Op) -> Op:
-    """The op as a mark of what waits for its storages, moving nothing."""
-    return op._replace(
-        reads=tuple((number, 0) for number, _ in op.reads),
-        writes=tuple((number, 0) for number, _ in op.writes),
-    )
+    trace = each_part(trace, without_copies)
+    return each_part(trace, _with_kept_projections) if KEEPS_PROJECTIONS.search(row["notes"]) else trace
 
 
 def _with_kept_projections(part: Sequence[Op]) -> list[Op]:

@@ -11,6 +11,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from published.substitute import each_op
+
 from tpresearch.config.axes import REPLICATE
 from tpresearch.ledger.entries import Event
 from tpresearch.simulate.trace import Op, Trace
@@ -38,19 +40,18 @@ def with_sharded_update(row: Row, trace: Trace) -> Trace:
         sum(size for _, size in op.reads) // (4 * op.element) for op in trace.end if op.kind == "optimizer"
     )
     end = [_of_a_part(op, ranks) if op.kind == "optimizer" else op for op in trace.end]
-    parts = trace.micro_batches
     if row.engine not in HIDES_GATHER and ranks == row.replicas:
         sent = elements * WEIGHT_BYTES
         event = Event(REPLICATE.name, "optimizer", "optimizer", "all_gather", sent, ranks)
         end.append(
             update._replace(kind="collective", name="all_gather_", event=event, reads=((0, sent),), writes=())
         )
-        parts = tuple(tuple(_scattered(op) for op in part) for part in parts)
+        trace = each_op(trace, lambda op: [_scattered(op)])
     state = elements * (8 + 4 * (update.element == 2)) // ranks
     memory = {
         name: state if name.endswith("/optimizer") and size else size for name, size in trace.memory.items()
     }
-    return Trace(parts, tuple(end), memory)
+    return Trace(trace.micro_batches, tuple(end), memory)
 
 
 def _of_a_part(op: Op, ranks: int) -> Op:
