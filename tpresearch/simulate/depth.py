@@ -21,10 +21,10 @@ from tpresearch.data.batches import meta_batch
 from tpresearch.ledger.entries import Entry
 from tpresearch.plan.compiler import matching_names
 from tpresearch.plan.meta import meta_model, weight_dtype
+from tpresearch.plan.probe import probe_model
 from tpresearch.simulate.compiled_blocks import Call, CompiledBlock, compiled_block, with_compiled_blocks
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.trace import Trace
-from tpresearch.train.preflight import plan_model
 from tpresearch.train.speed import flops_per_token
 
 RECORDED_DEPTHS = (2, 3)
@@ -132,11 +132,12 @@ def recording(cfg: Config, sizes: MeshSizes, recorder: RecordStep = record) -> R
     """The config's step, of which nothing is recorded yet.
 
     Raises:
-        ConfigError: for a model that cannot be made at all, and a plan that it does not allow.
+        ConfigError: for a model that cannot be made at all, and data that it does not accept.
     """
-    model, plan = plan_model(cfg, sizes)
+    model = meta_model(cfg.model, weight_dtype(cfg.train))
     depth, setting = depth_of(cfg, model)
-    flops = flops_per_token(model, cfg.data.seq_len, causal=False, probe=plan.probe)
+    probe = probe_model(model, _inputs(cfg, micro_batch_size(cfg, sizes)), cfg)
+    flops = flops_per_token(model, cfg.data.seq_len, causal=False, probe=probe)
     return Recording(cfg, sizes, depth, setting, flops, recorder, compiled_block)
 
 
@@ -197,7 +198,6 @@ class _BlockOps(TorchDispatchMode):
 def _are_alike(model: nn.Module, blocks: list[str], cfg: Config) -> bool:
     """Whether all blocks of a meta model run the same ops, but for the first, which shallow models have too. False where the meta
     device does not tell."""
-    inputs = meta_batch(cfg.data, 1).to(torch.device("meta"), weight_dtype(cfg.train)).inputs
     mode = _BlockOps()
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(partial(mode.enter, name)) for name in blocks
@@ -205,7 +205,7 @@ def _are_alike(model: nn.Module, blocks: list[str], cfg: Config) -> bool:
     hooks += [model.get_submodule(name).register_forward_hook(mode.leave) for name in blocks]
     try:
         with mode:
-            model(inputs)
+            model(_inputs(cfg, 1))
     except Exception:
         return False
     finally:
@@ -213,6 +213,10 @@ def _are_alike(model: nn.Module, blocks: list[str], cfg: Config) -> bool:
             hook.remove()
     _, *others = (mode.ops.get(name) for name in blocks)
     return all(ops == others[0] for ops in others)
+
+
+def _inputs(cfg: Config, rows: int) -> Tensor:
+    return meta_batch(cfg.data, rows).to(torch.device("meta"), weight_dtype(cfg.train)).inputs
 
 
 def _extrapolate(less: Mapping[str, float], more: Mapping[str, float], blocks: int) -> dict[str, float]:
