@@ -14,9 +14,13 @@ from support.marks import exhaustive
 
 from tpresearch.config.choices import DeviceKind
 from tpresearch.config.validate import total_steps
+from tpresearch.launch import Run, World
 from tpresearch.train.optim import learning_rate
-from tpresearch.verify.plans import _with_two_micro_batches, with_device_chosen
+from tpresearch.verify.__main__ import VerifyPreflight, main
+from tpresearch.verify.integers import IntegerResult
+from tpresearch.verify.plans import Result, _with_two_micro_batches, with_device_chosen
 from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.trace import MaxError
 
 pytestmark = pytest.mark.cli
 
@@ -54,6 +58,25 @@ def test_right_plans_pass(tmp_path: Path) -> None:
         e["output"] == e["weight_gradient"] == 0 for r in record["results"] for e in r["integers"] or ()
     )
     assert "mlp.out_proj" in done.out
+
+
+def test_errors_that_are_not_finite_are_null_in_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = Result("tp", "sgd", 1e-10, {"tp": 2}, {"loss": MaxError(float("nan"), 0)}, ["loss"])
+    lost.integers = [IntegerResult("mlp.in_proj", "in_proj", float("inf"), 0.0, float("nan"))]
+    monkeypatch.setattr("tpresearch.verify.plans.verify_plans", lambda *_: [lost])
+    with pytest.raises(SystemExit):
+        main.main(VerifyPreflight(config(program="verify"), {}), Run(tmp_path, World()))
+
+    def refuse(number: str) -> None:
+        raise AssertionError(f"{number} is not JSON")
+
+    record = json.loads((tmp_path / "verify.json").read_text(), parse_constant=refuse)
+    (result,) = record["results"]
+    assert (record["passed"], result["worst"]["loss"]["error"]) == (False, None)
+    (exact,) = result["integers"]
+    assert (exact["output"], exact["input_gradient"], exact["weight_gradient"]) == (None, 0.0, None)
 
 
 def test_every_axis_of_a_plan_has_two_ranks_unless_its_mesh_says_one(ranks: Ranks, tmp_path: Path) -> None:
