@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -11,15 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import pytest
+import vl_convert
 import yaml
 from PIL import Image
 from rich.console import Console
 from support.made_runs import Made, entry, falling
 
+from tpresearch.compare.charts import VEGA_LITE, chart_spec
 from tpresearch.compare.groups import comparisons_of, group_each_run
 from tpresearch.compare.report import Report
 from tpresearch.compare.runs import find_runs
+from tpresearch.compare.style import ChartStyle
 from tpresearch.track.panels import SECTIONS
 
 if TYPE_CHECKING:
@@ -132,6 +137,17 @@ def test_a_run_has_one_colour_in_all_panels_and_in_the_table(seen: Seen) -> None
         assert legend.locator(".role-legend-symbol path").nth(at).get_attribute("fill") == "#d55e00"
     bars = seen.page.locator("figure#tokens_per_second .mark-rect.role-mark path")
     assert bars.nth(2).get_attribute("fill") == "#d55e00"
+
+
+def test_lines_of_one_colour_differ_in_their_dash() -> None:
+    names = [f"run {number}" for number in range(20)]
+    points = pd.DataFrame([{"run": name, "tokens": t, "value": float(t)} for name in names for t in range(3)])
+    spec = chart_spec(PANELS["loss"], points, ChartStyle(names, names[:1]))
+    svg = vl_convert.vegalite_to_svg(json.dumps(spec), vl_version=VEGA_LITE)
+    lines = re.findall(r'<path[^>]*"line mark"[^>]*>', svg)
+    looks = [re.findall(r' stroke(?:-dasharray)?="([^"]*)"', line) for line in lines]
+    assert len(looks) == 20
+    assert len({*map(tuple, looks)}) == 20, looks
 
 
 def test_names_stay_names(seen: Seen) -> None:

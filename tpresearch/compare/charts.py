@@ -14,6 +14,7 @@ import vl_convert
 
 from tpresearch.compare.style import (
     CHART_CONFIG,
+    DASH,
     HEIGHT,
     WIDTH,
     ChartStyle,
@@ -106,13 +107,13 @@ def _line_and_marks(
     mark = marked.mark_point(filled=True, stroke="white", strokeWidth=0.7, clip=True)
     size, shape = alt.Size("mark:Q", scale=None), style.shape(points, lines=True)
     return (
-        line.encode(y=y, strokeWidth=broad, opacity=PICKED),
+        line.encode(y=y, strokeWidth=broad, strokeDash=DASH, opacity=PICKED),
         mark.encode(y=y, size=size, shape=shape, opacity=PICKED).add_params(PICK, ZOOM),
     )
 
 
 def _with_marks(points: pd.DataFrame, style: ChartStyle) -> pd.DataFrame:
-    """The baseline first, and so below the others; `mark` is the size of a point's mark, 0 for none.
+    """The baseline first, and so below the others; `mark` is the size of a point's mark, 0 for none; `dash` that of its line.
 
     Curves have their marks at different points, if there are enough. The single point of a run always has one,
     later runs a smaller one on top of those of the earlier.
@@ -125,7 +126,8 @@ def _with_marks(points: pd.DataFrame, style: ChartStyle) -> pd.DataFrame:
     nested = (45 * 1.6 ** (len(others) - 1 - place)).clip(upper=600)
     mark = np.where(rows == 1, nested, np.where(nth % stride == place * stride // max(len(others), 1), 52, 0))
     baseline = points["run"].isin(style.baselines)
-    marked = points.assign(baseline=baseline, mark=np.where(baseline, 0, mark))
+    dash = points["run"].map(style.dashes).fillna(0)
+    marked = points.assign(baseline=baseline, mark=np.where(baseline, 0, mark), dash=dash)
     return marked.sort_values("baseline", ascending=False, kind="stable")
 
 

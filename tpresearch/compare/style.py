@@ -18,6 +18,7 @@ WIDTH, HEIGHT = 600, 280
 GREY = "#9a9a9a"
 # Okabe and Ito's colours; the shapes tell runs apart in grey too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES: tuple[list[float], ...] = ([1, 0], [7, 3], [2, 3], [9, 3, 2, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
 # Paul Tol's light scheme, for the parts of a figure: none of them is a run's.
 PART_COLOURS = (
@@ -46,6 +47,10 @@ CHART_CONFIG: dict[str, Any] = {
 }
 
 
+DASH = alt.StrokeDash("dash:N", scale=alt.Scale(domain=range(len(DASHES)), range=DASHES), legend=None)
+"""Of the lines of a run; the legend has its shape."""
+
+
 class ChartStyle:
     """The colours and shapes of one set of runs.
 
@@ -59,7 +64,8 @@ class ChartStyle:
         grey = dict.fromkeys(baselines, GREY) if len(baselines) == 1 else {}
         others = [run for run in runs if run not in grey]
         self.colours = dict(zip(others, cycle(COLOURS), strict=False)) | grey
-        # Where colours repeat they do so with another shape.
+        # Where colours repeat they do so with another dash and another shape.
+        self.dashes = {run: i // len(COLOURS) % len(DASHES) for i, run in enumerate(others)}
         shapes = {run: SHAPES[(i + i // len(COLOURS)) % len(SHAPES)] for i, run in enumerate(others)}
         self.shapes = shapes | dict.fromkeys(grey, "circle")
 
