@@ -243,12 +243,12 @@ def test_a_failed_stage_leaves_nothing(
     assert [path.suffix for path in (Path(data.cache_dir) / "tokens").iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize("documents", [30, 150])
+@pytest.mark.parametrize("checks", [60, 300])
 def test_one_that_is_stopped_leaves_nothing_half_built(
-    data: DataConfig, bpe: TokenizerConfig, documents: int
+    data: DataConfig, bpe: TokenizerConfig, checks: int
 ) -> None:
     """While the tokenizer learns from the 120 documents, and while they are tokenized after that."""
-    left = iter(range(documents))
+    left = iter(range(checks))
 
     def check() -> None:
         if next(left, None) is None:
@@ -257,8 +257,17 @@ def test_one_that_is_stopped_leaves_nothing_half_built(
     with pytest.raises(SystemExit):
         prepared(data, bpe, check=check)
     kinds = {path.parent.name for path in Path(data.cache_dir).glob("*/*") if path.is_dir()}
-    assert kinds == ({"tokenizers"} if documents > 120 else set())
+    assert kinds == ({"tokenizers"} if checks > 2 * 120 else set())
     assert len(prepared(data, bpe).train)
+
+
+def test_one_can_be_stopped_within_a_long_document(
+    data: DataConfig, bpe: TokenizerConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("Some words of a single document.\n" * 12_000)
+    checks: list[int] = []
+    prepared(dataclasses.replace(data, path=f"{tmp_path}/long.txt"), bpe, check=lambda: checks.append(1))
+    assert len(checks) > 2 * 5, "each of its parts of 65,536 characters is learned from, and tokenized"
 
 
 def test_only_what_changed_is_done_again(

@@ -70,7 +70,7 @@ def prepare(
 
     Args:
         world: rank 0 draws progress bars on stderr, if that is a terminal.
-        check: called between documents; what it raises ends the preparation, and leaves nothing half built.
+        check: called between documents, and between parts of long ones; what it raises ends the preparation, and leaves nothing half built.
 
     Raises:
         ConfigError: for text that cannot be read after all (a bad line, a hub that went away) or does not
@@ -113,7 +113,7 @@ class _Pipeline:
         tokenizer = self.hf_tokenizer or self._bpe()
         if self.hf_tokenizer:
             self._warn_of_lost_text(self.hf_tokenizer)
-        with log_stage("tokenizing", self._total_bytes(), self.progress) as advance:
+        with log_stage("tokenizing", self._total_bytes(), self.progress, self.check) as advance:
             counts = write_streams(draft, self._split(), tokenizer, self.data.max_tokens, advance)
         if counts["train"]["tokens"] == 0:
             legal = "files or records with text in them"
@@ -151,7 +151,7 @@ class _Pipeline:
                 yield text
 
         what = f"training a BPE of {self.vocab_size:,} entries"
-        with log_stage(what, self._total_bytes(), self.progress) as advance:
+        with log_stage(what, self._total_bytes(), self.progress, self.check) as advance:
             pieces = (piece for train, _ in self._split() for piece in cut_parts(train, PIECE_CHARS))
             texts = cut_out(pieces, 0, self._bpe_train_chars())
             tokenizer = train_bpe(counted(texts), self.vocab_size)
@@ -254,13 +254,16 @@ def split_document(
 
 
 @contextmanager
-def log_stage(what: str, total_bytes: int | None, bar: bool) -> Iterator[Callable[[int], None]]:
+def log_stage(
+    what: str, total_bytes: int | None, bar: bool, check: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[int], None]]:
     """Log a stage and how long it took; yields a function that takes the bytes done since it was last called.
 
     Args:
         what: the stage in a few words, such as "tokenizing".
         total_bytes: None if it is not known how far there is to go.
         bar: whether to draw a progress bar, which is done only where stderr is a terminal.
+        check: called with each of these counts; what it raises ends the stage.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -271,6 +274,11 @@ def log_stage(what: str, total_bytes: int | None, bar: bool) -> Iterator[Callabl
     started = time.perf_counter()
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(what, total=total_bytes)
-        yield lambda count: progress.advance(task, count)
+
+        def advance(count: int) -> None:
+            check()
+            progress.advance(task, count)
+
+        yield advance
     done = progress.tasks[task].completed
     log.info("%s: %.1f MB in %.1f s", what, done / 1e6, time.perf_counter() - started)
