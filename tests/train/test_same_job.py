@@ -96,13 +96,25 @@ def test_a_run_that_is_complete_on_the_disk_of_one_host_is_refused_on_all(
 
 
 def test_code_is_that_of_the_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of what its module has imported from its folder, by name or as a module."""
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_model.py").write_text("from torch import nn\n\nclass Own(nn.Module): ...\n")
+    own = {
+        "own_model": "from torch import nn\nfrom own_layers import Layer\n\nclass Own(nn.Module): ...\n",
+        "own_layers": "import own_ops\n\nclass Layer: ...\n",
+        "own_ops": "def double(x): return 2 * x\n",
+        "own_notes": "NOTE = 1\n",
+    }
+    for name, text in own.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
     model = importlib.import_module("own_model").Own()
+    importlib.import_module("own_notes")
     before = code_hash(model)
     assert code_hash(model) == before
-    (tmp_path / "own_model.py").write_text("from torch import nn\n\nclass Own(nn.Module): pass\n")
-    assert code_hash(model) != before
+    for name, text in own.items():
+        (tmp_path / f"{name}.py").write_text(text + "# changed\n")
+        assert (code_hash(model) != before) == (name != "own_notes")
+        (tmp_path / f"{name}.py").write_text(text)
 
 
 def test_a_model_of_a_notebook_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:

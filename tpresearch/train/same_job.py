@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -56,10 +57,27 @@ def _settings(job: Preflight) -> dict[str, Any]:
 
 
 def code_hash(model: nn.Module) -> str:
-    """A hash of the source files of this package and of the model, which has none in a notebook."""
-    of_model = getattr(sys.modules[type(model).__module__], "__file__", None)
+    """A hash of the source files of this package and of the model: of its class's module, and of modules of the same folder that
+    are used there. A notebook has none."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     digest = hashlib.blake2b(digest_size=6)
-    for path in [*files, *([Path(of_model)] if of_model else [])]:
+    for path in [*files, *_used_files(type(model).__module__)]:
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
+
+
+def _used_files(module: str) -> list[Path]:
+    """The file of a module, and those beside it of modules that it has imported, or has classes and functions of, and so on."""
+    folder = Path(getattr(sys.modules[module], "__file__", None) or "").parent
+    found: dict[str, Path] = {}
+    left = [module]
+    while left:
+        name = left.pop()
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file is None or name in found or Path(file).parent != folder:
+            continue
+        found[name] = Path(file)
+        for value in vars(sys.modules[name]).values():
+            is_module = isinstance(value, ModuleType)
+            left.append(value.__name__ if is_module else str(getattr(value, "__module__", "")))
+    return [found[name] for name in sorted(found)]
