@@ -49,6 +49,20 @@ def test_a_run_that_resumes_shows_each_step_once(track: Callable[..., Tracker], 
     assert [step for step, _ in curve(run_dir, "train/loss")] == list(range(1, STEPS + 1))
 
 
+def test_rows_between_the_checkpoint_and_the_first_new_row_are_hidden(
+    track: Callable[..., Tracker], run_dir: Path
+) -> None:
+    """As where the resumed run logs more rarely."""
+    first = track()
+    log_steps(first, last=6)
+    first.finish(status="preempted")
+    second = track(start_step=4)
+    second.resume_from(4)
+    log_steps(second, first=STEPS)
+    second.finish()
+    assert [step for step, _ in curve(run_dir, "train/loss")] == [1, 2, 3, 4, STEPS]
+
+
 def test_a_disk_that_is_full_ends_its_files_and_not_the_run(
     track: Callable[..., Tracker], run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

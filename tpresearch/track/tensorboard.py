@@ -32,8 +32,12 @@ class TensorboardRun:
         self._writer: SummaryWriter | None = None
         self._failed = False
 
-    def log(self, row: Row) -> None:
-        """Every defined metric of the row, by its step. An error is reported once and ends TensorBoard, not the run."""
+    def log(self, row: Row, start_step: int) -> None:
+        """Every defined metric of the row, by its step. An error is reported once and ends TensorBoard, not the run.
+
+        Args:
+            start_step: the step after which this start's rows begin: later ones of an earlier start are hidden.
+        """
         if self._failed:
             return
         step = step_of(row)
@@ -41,7 +45,7 @@ class TensorboardRun:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter  # late: it is optional
 
-                self._writer = SummaryWriter(str(self._folder), purge_step=step)
+                self._writer = SummaryWriter(str(self._folder), purge_step=min(step, start_step + 1))
             for name, value in row.items():
                 if value is not None:
                     self._writer.add_scalar(name, value, step)

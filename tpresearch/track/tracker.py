@@ -144,7 +144,7 @@ class Tracker:
         if self._wandb:
             self._wandb.log_more({name: row[name] for name in ("train/step", "train/tokens", "val/loss")})
         if self._tensorboard:
-            self._tensorboard.log(row)
+            self._tensorboard.log(row, self._start_step)
         self._progress.show(row)
 
     def log(self, values: Mapping[str, SupportsFloat | None]) -> None:
@@ -154,7 +154,7 @@ class Tracker:
         if self._wandb:
             self._wandb.log(row)
         if self._tensorboard:
-            self._tensorboard.log(row)
+            self._tensorboard.log(row, self._start_step)
         self._progress.show(row)
 
     def record_ledger(self, step: StepLedger) -> None:
