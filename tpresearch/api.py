@@ -151,6 +151,9 @@ class Job:
         """One optimizer step on the next global batch; the result is the same on every rank and under every plan.
 
         Returns: `train/step`, and, for the global batch before the update, `train/loss` and `train/grad_norm`.
+
+        Raises:
+            ConfigError: in the first steps, for a parameter whose gradient differs between ranks that each hold all of it.
         """
         from tpresearch.parallel.mesh import sum_over
 
@@ -183,6 +186,7 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     """
     from tpresearch.data.pipeline import prepare
     from tpresearch.parallel.mesh import build_mesh
+    from tpresearch.train.agreement import AgreedGradients
     from tpresearch.train.assemble import assemble
     from tpresearch.train.main import check_rows, log_notes
     from tpresearch.train.same_job import check_same_job
@@ -199,8 +203,9 @@ def build(cfg: Config, world_size: int | None = None) -> Job:
     log_notes(job, corpus, is_new=True)
     _join(job.device, world, cfg)
     check_same_job(job, corpus)
-    loop = assemble(job, build_mesh(job.sizes, job.device.type), job.device, corpus)
-    return Job(loop.state, loop.setup.mesh, loop)
+    mesh = build_mesh(job.sizes, job.device.type)
+    loop = assemble(job, mesh, job.device, corpus, [AgreedGradients(job.cfg, job.plan, mesh)])
+    return Job(loop.state, mesh, loop)
 
 
 def _to_look_at(cfg: Config, ranks: int) -> Job:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import random
 
 import pytest
-from support.composed import config, corpus
+from support.composed import SMALL, config, corpus
 from support.nets import Routed as Experts
 from support.nets import model
 from support.odd_nets import Asking
 from support.traces import agree
 from torch import Tensor, nn
 
+import tpresearch
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.models.toy_mlp import ToyLM, ToyMLP
@@ -133,6 +134,12 @@ def first_step(world: World, cfg: Config, steps: int = 1) -> str:
     return ""
 
 
+def first_step_in_python(world: World, words: list[str]) -> str:
+    with pytest.raises(ConfigError) as refused:
+        tpresearch.build(tpresearch.load(*words)).step()
+    return str(refused.value)
+
+
 def trace(world: World, cfg: Config) -> RunTrace:
     return trace_run(cfg, corpus(), world, 2)
 
@@ -156,7 +163,8 @@ def test_a_gradient_is_compared_once_it_is_not_zero(ranks: Ranks) -> None:
 
 
 def test_a_whole_output_that_meets_a_shard_is_named_with_the_style_for_it(ranks: Ranks) -> None:
-    for found in ranks.run(2, first_step, config(*model(GatedFeatures), "parallel=tp")):
+    words = [*SMALL, *model(GatedFeatures), "data=random_tokens", "parallel=tp"]
+    for found in ranks.run(2, first_step_in_python, words):
         assert found.startswith("model.plans.tp=tp: the gradient of mlp.gate.weight differs")
         assert "as CopyToShards in docs/plans.md" in found
 
