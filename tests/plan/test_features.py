@@ -145,6 +145,7 @@ class Heads(nn.Module):
         "as many heads": lambda x, n: x.view(*x.shape[:2], n, -1),
         "as many heads, as einops": lambda x, n: x.relu().reshape(*x.shape[:2], n, x.shape[2] // n),
         "as many heads by unflatten": lambda x, n: x.unflatten(-1, (n, -1)),
+        "one head": lambda x, n: x.view(*x.shape[:2], 1, -1),
         "as wide heads": lambda x, n: x.view(*x.shape[:2], -1, 16 // n),
         "as many as fit": lambda x, n: x.view(*x.shape[:2], x.shape[2] // (16 // n), -1),
     }
@@ -169,10 +170,11 @@ class HeadsLM(ToyLM):
 def test_heads_that_a_shard_makes_narrower_are_refused(way: str) -> None:
     job = (*model(HeadsLM), f"+model.way='{way}'")
     planned(*job, "parallel=fsdp")
-    if "as many heads" not in way:
+    if "as many heads" not in way and way != "one head":
         planned(*job, "parallel=tp")
     else:
-        error = refusal(*job, "parallel=tp")
-        assert "of mlp.in_proj into heads of 4 features, and one of 4 ranks' shards into heads of 1" in str(
-            error
+        whole, shard = (16, 4) if way == "one head" else (4, 1)
+        sentence = (
+            f"of mlp.in_proj into heads of {whole} features, and one of 4 ranks' shards into heads of {shard}"
         )
+        assert sentence in str(refusal(*job, "parallel=tp"))

@@ -64,7 +64,7 @@ class DimUse:
         for output in tree_leaves(outputs):
             if not isinstance(output, Tensor):
                 continue
-            if name in VIEWS and dim == x.dim() - 1 and output.shape[-1:] < x.shape[-1:]:
+            if name in VIEWS and dim == x.dim() - 1 and _makes_heads(x.shape, output.shape):
                 self.widths.setdefault(module, output.shape[-1])
             if name in ("transpose", "permute"):
                 order = [*range(x.dim())]
@@ -98,3 +98,8 @@ def needs_all(name: str, x: Tensor, dim: int, args: tuple[Any, ...], kwargs: dic
         start, end = (*args[2:4], None, None)[:2]
         return bool(start) or (end is not None and end < x.shape[dim]) or len(args) > 4
     return not (name == "split" and args[1] >= x.shape[dim])
+
+
+def _makes_heads(of: torch.Size, made: torch.Size) -> bool:
+    """Whether a view of this shape splits features into heads; a single one has them all."""
+    return made[-1:] < of[-1:] or made == (*of[:-1], 1, of[-1])
