@@ -142,12 +142,21 @@ def test_what_a_style_of_ones_own_may_send_is_counted() -> None:
                 with dist._coalescing_manager(group):
                     send()
                     send()
+            dist.send(x, dst=1, group=group)
+            dist.recv(x, src=1, group=group)
+            dist.reduce(x, dst=0, group=group)
+            dist.gather(part, [part.clone() for _ in range(4)], dst=0, group=group)
+            dist.scatter(part, list(x.chunk(4)), src=0, group=group)
+            dist.broadcast(x, src=0, group=group)
     assert [(e.axis, e.collective, e.tensor_bytes) for e in ledger.events] == [
         ("tp", "all_to_all", 8 * 4),
         ("tp", "all_reduce", 2 * 8 * 4),
         ("tp", "all_gather", 2 * 32 * 4),
         ("tp", "reduce_scatter", 2 * 8 * 4),
+        *(("tp", name, 8 * 4) for name in ("send", "reduce", "gather", "scatter", "broadcast")),
     ]
+    sent = {entry.collective: entry.sent_bytes for entry in entries_of(ledger.events)}
+    assert (sent["send"], sent["reduce"], sent["gather"], sent["scatter"]) == (32, 24, 24, 24)
 
 
 def test_async_tensor_parallelism_is_counted_in_its_fused_matmuls() -> None:

@@ -9,9 +9,12 @@ from support.counted_steps import FAKE, PLANS, count, counted_step, on_ranks
 from support.nets import FrozenBlock, Scaled, model
 from torch import nn
 
+from tpresearch.config.validate import validate
 from tpresearch.config.world import World
 from tpresearch.ledger.entries import StepLedger
 from tpresearch.ledger.memory import MemoryLedger
+from tpresearch.ledger.memory_formulas import expected_memory
+from tpresearch.train.preflight import plan_model
 from tpresearch.verify.ranks import Ranks
 
 
@@ -25,6 +28,40 @@ def agree(found: StepLedger) -> None:
 @pytest.mark.parametrize(("plan", "world"), PLANS)
 def test_measured_is_expected(plan: str, world: int, model: str) -> None:
     agree(counted_step(world, f"model={model}", f"parallel={plan}", two_parts=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device"),
+    [
+        (["parallel=none", "train.dtype=float64"], "cuda"),
+        (["parallel=tp", "parallel.compile=true"], "cpu"),
+        (["parallel=tp", "parallel.activation_checkpointing=selective"], "cpu"),
+        (["parallel=none", "parallel.compile=true", "parallel.activation_checkpointing=budget"], "cpu"),
+        (["parallel=none", "train.dtype=bfloat16", "train.float8=rowwise"], "cuda"),
+    ],
+)
+def test_of_activations_that_do_not_follow_from_shapes_no_formula_is_claimed(
+    overrides: list[str], device: str
+) -> None:
+    assert expected_activations(*overrides, device=device) == 0
+
+
+def expected_activations(*overrides: str, device: str = "cpu") -> int:
+    """0 where no formula is claimed."""
+    cfg = config("model=llama2_debug", *overrides)
+    sizes = validate(cfg, 1 if "parallel=none" in overrides else 2)
+    return expected_memory(*plan_model(cfg, sizes), cfg, device)["activations"] or 0
+
+
+def test_what_a_gpu_and_a_compiled_block_keep_by_hand() -> None:
+    """Of 8 rows of 16 tokens; 2 blocks and 5 norms of 64, with keys and values of 32, and an MLP of 192."""
+    on_cpu = expected_activations("parallel=none")
+    on_gpu = expected_activations("parallel=none", device="cuda")
+    compiled = expected_activations("parallel=none", "parallel.compile=true")
+    # A GPU's norm keeps its input alone, and its attention in float32 repeated keys and values.
+    assert on_cpu - on_gpu == 8 * 16 * 4 * (5 * 64 - 2 * 2 * (64 - 32))
+    # It keeps neither normalised inputs nor one of four tensors of the MLP, and the sines of each position once.
+    assert on_cpu - compiled == 2 * (8 * 16 * 4 * (2 * 64 + 192) - 16 * 4 * 8)
 
 
 @pytest.mark.parametrize("loss", ["train.loss_chunk=null", "train.loss_chunk=2048", "train.loss=sum"])
@@ -83,6 +120,7 @@ def test_of_other_models_and_of_frozen_weights_no_formula_is_claimed(kind: type[
         ["parallel=ddp"],
         ["parallel=ddp", "model.tied=true"],
         ["parallel=ddp", "train.dtype=bfloat16"],
+        ["parallel=none", "optimizer.moment_dtype=bfloat16"],
         ["parallel=none", "optimizer=sgd"],
         ["parallel=none", "optimizer=sgd", "optimizer.momentum=0.9"],
         ["parallel=sp", "parallel.activation_checkpointing=full"],

@@ -39,7 +39,7 @@ _FUSED_MATMULS = {
     "fused_matmul_reduce_scatter": "reduce_scatter",
     "fused_scaled_matmul_reduce_scatter": "reduce_scatter",
 }
-# c10d op name -> (collective, position of the argument that holds the whole)
+# c10d op name -> (collective, position of the argument that holds the whole); what is received, by `recv_`, counts where it is sent
 _C10D = {
     "_allgather_base_": ("all_gather", 0),
     "allgather_": ("all_gather", 0),
@@ -49,10 +49,14 @@ _C10D = {
     "alltoall_base_": ("all_to_all", 1),
     "alltoall_": ("all_to_all", 1),
     "broadcast_": ("broadcast", 0),
+    "reduce_": ("reduce", 0),
+    "send": ("send", 0),
     "allreduce_coalesced_": ("all_reduce", 0),
     "allgather_into_tensor_coalesced_": ("all_gather", 0),
     "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
 }
+# The same of those of which one rank alone has the whole: the position of a rank's part
+_C10D_PARTS = {"gather_": ("gather", 1), "scatter_": ("scatter", 0)}
 
 
 class CommunicationLedger(TorchDispatchMode):
@@ -101,6 +105,9 @@ class CommunicationLedger(TorchDispatchMode):
         if func.namespace == "c10d" and name in _C10D:
             collective, position = _C10D[name]
             self._add_event(collective, args[position], _group_of(args), "fsdp")
+        elif func.namespace == "c10d" and name in _C10D_PARTS:
+            collective, position = _C10D_PARTS[name]
+            self._add_event(collective, args[position], _group_of(args), "fsdp", parts=True)
         elif func.namespace == "symm_mem" and (fused := _FUSED_MATMULS.get(name)):
             group = [argument.name for argument in func._schema.arguments].index("group_name")
             part = args[0] if fused == "all_gather" else result

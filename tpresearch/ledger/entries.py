@@ -61,8 +61,11 @@ def ring_bytes(collective: str, tensor_bytes: int, ranks: int) -> int:
     """Bytes that each of `ranks` sends for a collective on a whole tensor of `tensor_bytes`.
 
     A ring of p ranks passes n/p bytes p-1 times for an all-gather or a reduce-scatter, and does both for an
-    all-reduce (Patarasuk and Yuan 2009; the same accounting as nccl-tests' PERFORMANCE.md).
+    all-reduce (Patarasuk and Yuan 2009; the same accounting as nccl-tests' PERFORMANCE.md). Of a gather or scatter
+    the rank that has the whole counts, of a broadcast or reduce the mean over ranks; a `send` is to one rank.
     """
+    if collective == "send":
+        return tensor_bytes
     rounds = 2 if collective == "all_reduce" else 1
     return rounds * tensor_bytes * (ranks - 1) // ranks
 
