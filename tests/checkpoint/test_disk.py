@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -23,6 +24,9 @@ def test_a_committed_folder_is_whole_and_says_what_it_is_of(tmp_path: Path) -> N
     assert (found.step, found.bytes, found.manifest.plan, found.manifest.mesh) == (7, 200, "tp", {"tp": 2})
     assert [path.name for path in folder.parent.iterdir()] == ["step-00000007"]
     assert disk.find_damage(folder, found.manifest.files.items()) is None
+    written = found.manifest.files[".metadata"]
+    assert written == (100, zlib.crc32((folder / ".metadata").read_bytes())), "as any other program would say"
+    assert disk.complete_checkpoints(tmp_path / "of another run") == []
 
 
 def test_all_of_it_is_on_disk_before_it_is_a_checkpoint(
@@ -126,6 +130,8 @@ def test_a_changed_byte_is_seen(tmp_path: Path) -> None:
     data[50] ^= 4
     (folder / ".metadata").write_bytes(data)
     assert disk.find_damage(folder, [(".metadata", file)]) == ".metadata is not as it was written"
+    (folder / ".metadata").unlink()
+    assert disk.find_damage(folder, [(".metadata", file)]) == ".metadata: No such file or directory"
 
 
 def test_the_newest_and_milestones_stay(tmp_path: Path) -> None:
@@ -151,7 +157,13 @@ def test_later_steps_are_set_aside_and_drafts_removed(tmp_path: Path) -> None:
             if not folder_of(tmp_path, step).exists():
                 save(tmp_path, step)
         disk.set_aside_after(tmp_path, 2)
-    disk.make_draft(disk.draft_of(folder_of(tmp_path, 9)))
+    draft, elsewhere = disk.draft_of(folder_of(tmp_path, 9)), folder_of(tmp_path, 1)
+    disk.make_draft(draft)
+    (draft / "half").touch()
+    disk.make_draft(draft)
+    assert not any(draft.iterdir()), "of a process that died"
+    disk.draft_of(folder_of(tmp_path, 8)).symlink_to(elsewhere)
     disk.clear_drafts(tmp_path)
+    assert read_checkpoint(elsewhere).step == 1
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000002", "step-00000003.cut", "step-00000003.cut-2"]

@@ -120,6 +120,7 @@ def test_of_other_models_and_of_frozen_weights_no_formula_is_claimed(kind: type[
         ["parallel=ddp"],
         ["parallel=ddp", "model.tied=true"],
         ["parallel=ddp", "train.dtype=bfloat16"],
+        ["parallel=ddp", "train.dtype=bfloat16", "train.weights=bfloat16"],
         ["parallel=none", "optimizer.moment_dtype=bfloat16"],
         ["parallel=none", "optimizer=sgd"],
         ["parallel=none", "optimizer=sgd", "optimizer.momentum=0.9"],

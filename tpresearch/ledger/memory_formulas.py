@@ -56,8 +56,8 @@ def _optimizer_bytes(cfg: Config, elements: int, parameters: int) -> int:
 def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) -> int | None:
     """Bytes of one micro-batch, which are freed before the next begins, and of the step's tokens and targets, which stay."""
     mode = cfg.parallel.activation_checkpointing
-    if plan.float8 or mode is Checkpointing.budget or not all(p.requires_grad for p in model.parameters()):
-        return None  # a frozen weight's input need not be kept
+    if plan.float8 or mode is Checkpointing.budget:
+        return None
     if mode is not Checkpointing.none and plan.blocks != [f"layers.{n}" for n in range(len(plan.blocks))]:
         return None  # the toy model's block, or units of one's own
     tokens, element = micro_batch_size(cfg, plan.sizes) * cfg.data.seq_len, ELEMENT_BYTES[cfg.train.dtype]
@@ -66,7 +66,7 @@ def _activation_bytes(model: nn.Module, plan: Plan, cfg: Config, device: str) ->
     elif type(model) is ToyLM:
         kept = _toy_activation_bytes(model, plan, element)
     else:
-        return None  # a model of one's own, with another forward than the one it inherits
+        return None  # a model of one's own, with another forward than the one it inherits, or frozen weights
     if kept is None:
         return None
     vocabulary = model.output.out_features
@@ -96,7 +96,7 @@ def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, elemen
     wrapped, masters = uses_fully_shard(cfg.parallel, plan.sizes), has_master_weights(cfg, plan.sizes)
     stays = not wrapped and (plan.sizes.dp == 1 or summed_there)
     accumulates = micro_batches(cfg, plan.sizes) > 1
-    if not weight.requires_grad or (stays and not masters and not accumulates):
+    if stays and not masters and not accumulates:
         return 0
     made = math.prod(tp_local_shape("output.weight", model, plan)) * element
     # Added to by the next micro-batch, and no gradient in the end, where the sum over replicas takes its place. (Of a tied
@@ -110,7 +110,7 @@ def _llama2_activation_bytes(
     model: Llama2, plan: Plan, cfg: Config, element: int, device: str
 ) -> float | None:
     """Bytes per token of each block and the last norm, without the logits."""
-    t = plan.sizes.tp if plan.rules else 1
+    t = plan.sizes.tp
     # Sequence parallelism splits what lies between matmuls.
     residual = 1 / t if plan.partial_grads(model) else 1.0
     block, h = model.layers[0], model.dim
@@ -153,6 +153,6 @@ def _norm_bytes(h: int, element: int, device: str) -> int:
 
 def _toy_activation_bytes(model: ToyLM, plan: Plan, element: int) -> float:
     """Bytes per token: the inputs of the three matmuls (ReLU keeps its output, which is the second's input)."""
-    t = plan.sizes.tp if plan.rules else 1
+    t = plan.sizes.tp
     hidden = model.mlp.in_proj.out_features / t
     return (model.embed.embedding_dim + hidden + model.output.in_features) * element
