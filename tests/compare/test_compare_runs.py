@@ -382,13 +382,15 @@ def test_the_command_refuses_in_one_line_and_what_it_proposes_runs(
         "try: python -m tpresearch.compare sweep seeds=mean\n"
     )
     again = Made(seed=0, steps=4).write(tmp_path / "sweep" / "2")
-    done = compare(tmp_path, "sweep")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Mean ± std over train.seed" in done.stdout
-    assert "Left out: sweep/0: sweep/2 repeats it" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare", "sweep"])
+    main()
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "Mean ± std over train.seed" in said.out
+    assert "Left out: sweep/0: sweep/2 repeats it" in said.out
     assert "| 2 | 7.750 ± 0 |" in (tmp_path / "sweep" / "compare.md").read_text()
     shutil.rmtree(again)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare", "sweep", "overlay=anyway", "out=there"])
     main()
     said = capsys.readouterr()
@@ -422,7 +424,8 @@ def test_without_what_it_draws_with_it_says_what_to_install(monkeypatch: pytest.
     assert refused.value.command == "pip install 'tpresearch[plots]'"
 
 
-def test_the_command_does_not_wait_for_torch() -> None:
-    program = "import sys; import tpresearch.compare.__main__, tpresearch.compare.report; print('torch' in sys.modules)"
+def test_neither_comparisons_nor_dashboards_wait_for_torch() -> None:
+    modules = "tpresearch.compare.__main__, tpresearch.compare.report, tpresearch.compare.workspace, tpresearch.dashboard"
+    program = f"import sys; import {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=1500)
     assert done.stdout == "False\n"

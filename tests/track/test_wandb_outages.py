@@ -18,6 +18,7 @@ import pytest
 from support.arrivals import logged, only_run, said, sync
 from support.example_run import STEPS, log_steps, row, train
 from support.fake_wandb import DUMMY_KEY, FakeWandb
+from support.marks import exhaustive
 
 from tpresearch.config import Config
 from tpresearch.config.schema import WandbMode
@@ -70,7 +71,7 @@ def test_a_host_that_refuses_is_noticed_at_once(
     assert logged(only_run(server)) == read_metrics(run_dir)
 
 
-@pytest.mark.parametrize("status", [500, 403])
+@pytest.mark.parametrize("status", [500, exhaustive(403)])
 def test_a_host_that_answers_with_errors_costs_init_timeout_and_no_more(
     track: Callable[..., Tracker],
     server: FakeWandb,
@@ -110,7 +111,7 @@ def test_a_host_that_is_silent_holds_up_neither_the_start_nor_the_exit(
     assert len(read_metrics(run_dir)) == STEPS
 
 
-@pytest.mark.parametrize("outage", ["errors", "gone"])
+@pytest.mark.parametrize("outage", [exhaustive("errors"), "gone"])
 def test_a_host_that_goes_away_costs_finish_timeout_and_loses_nothing(
     track: Callable[..., Tracker],
     server: FakeWandb,

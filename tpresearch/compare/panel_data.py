@@ -92,9 +92,6 @@ def scaling(groups: Sequence[Group], speed: str) -> PanelData:
 
     Along a line one mesh axis grows. A run that could be in several is in that of the outermost axis.
     """
-    none = PanelData(notes=["No two runs differ only in the size of one mesh axis."])
-    if not groups:
-        return none
     speeds = _summary_figures(groups, [speed]).groupby("run", sort=False)[speed].mean()
     left = settings_frame([group.first for group in groups])
     if groups[0].over_seeds:
@@ -109,7 +106,9 @@ def scaling(groups: Sequence[Group], speed: str) -> PanelData:
         lines.append(on_line.assign(line=first["run"], share=on_line["speed"] / first["speed"]))
         left = left.drop(on_line.index)
     points = pd.concat(lines)
-    return none if points.empty else PanelData(points[["run", "line", "ranks", "share"]])
+    if points.empty:
+        return PanelData(notes=["No two runs differ only in the size of one mesh axis."])
+    return PanelData(points[["run", "line", "ranks", "share"]])
 
 
 def ledger(groups: Sequence[Group]) -> PanelData:

@@ -5,7 +5,7 @@ may set them for other choices.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import reduce
+from operator import attrgetter
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import (
@@ -51,12 +51,8 @@ def _sentence(settings: list[str], why: str) -> str:
 
 
 def _changed(cfg: Config, keys: Iterable[str]) -> list[str]:
-    values = {key: (_value(cfg, key), _value(DEFAULTS, key)) for key in keys}
+    values = {key: tuple(map(attrgetter(key), (cfg, DEFAULTS))) for key in keys}
     return [f"{key}={format_value(value)}" for key, (value, default) in values.items() if value != default]
-
-
-def _value(cfg: ComposedConfig, key: str) -> object:
-    return reduce(getattr, key.split("."), cfg)
 
 
 def _unused_rules(cfg: Config, typed: Mapping[str, str]) -> tuple[list[str], str]:

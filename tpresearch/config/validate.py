@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from operator import attrgetter
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Checkpointing, Float8, Loss, OptimizerName, WeightDtype
@@ -122,7 +123,7 @@ def _check_betas(cfg: Config) -> None:
 def _check_optimizer_options(cfg: Config) -> None:
     for owner, keys in OPTIMIZER_OPTIONS.items():
         for key in keys:
-            value = getattr(cfg.optimizer, key.rpartition(".")[2])
+            value = attrgetter(key)(cfg)
             if value and cfg.optimizer.name is not owner:
                 title = "AdamW" if owner is OptimizerName.adamw else "SGD"
                 # A resumed run repeats what it was started with.

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from tpresearch.agent import TORCHRUN_OPTIONS
 from tpresearch.config.errors import ConfigError, WrongModel, format_value
 from tpresearch.config.secrets import LEGAL, words_without_secrets
@@ -234,7 +236,5 @@ def override(key: str, value: object) -> str:
 def quote(value: object) -> str:
     """Text as a value of an override, quoted as far as Hydra's grammar requires."""
     text = str(value)
-    if re.fullmatch(r"[\w./-]+", text, re.ASCII):
-        return text
-    # In Hydra's grammar a backslash stands for itself, but before a quote.
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda end: end[1] * 2 + (end[2] and "\\'"), text) + "'"
+    is_plain = re.fullmatch(r"[\w./-]+", text, re.ASCII)
+    return text if is_plain else QuotedString(text, Quote.single).with_quotes()

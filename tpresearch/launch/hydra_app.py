@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra import version
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -127,6 +128,12 @@ def _is_set_in_jobs(word: str) -> bool:
     """Whether an override sets one value in a branch whose keys depend on the option of its group."""
     of_option = override_key(word).startswith(("model.", "cluster."))
     return of_option and "=" in word and not OverridesParser.create().parse_override(word).is_sweep_override()
+
+
+def jobs_of(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep, by Hydra's own sweeper."""
+    (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+    return [list(job) for job in jobs]
 
 
 def compose_config(app: Hydra, config_name: str, overrides: list[str], mode: RunMode) -> DictConfig:

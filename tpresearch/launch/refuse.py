@@ -4,18 +4,16 @@ composed and validated as if it had been typed.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import open_dict
 
 from tpresearch.checkpoint.resume import checkpoints_to_resume
@@ -140,7 +138,9 @@ def _check_command(command: Command, script: str, config_name: str, preflight: C
     composition.refuse_unusable()
     with explain_errors(composition):
         app = hydra_app.application(script, arguments)
-        jobs = _jobs(composition.overrides) if arguments.multirun else iter([composition.overrides])
+        jobs = [composition.overrides]
+        if arguments.multirun:
+            jobs = hydra_app.jobs_of(composition.overrides)[:MAX_JOBS]
     for overrides in jobs:
         with explain_errors(composition):
             composed = hydra_app.compose_run(app, composition.config_name, overrides)
@@ -157,18 +157,6 @@ def _check_command(command: Command, script: str, config_name: str, preflight: C
         if resumes and not (arguments.multirun or cfg.plan_only):
             with repeating_overrides(earlier):
                 checkpoints_to_resume(cfg, folder)
-
-
-def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The overrides of a sweep's first jobs."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    each = [
-        [f"{word.get_key_element()}={value}" for value in word.sweep_string_iterator()]
-        if word.is_sweep_override()
-        else [str(word.input_line)]
-        for word in parsed
-    ]
-    return (list(job) for job in itertools.islice(itertools.product(*each), MAX_JOBS))
 
 
 @contextmanager
