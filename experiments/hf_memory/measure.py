@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tpresearch.api import load
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import validate
+from tpresearch.config.world import World
 from tpresearch.hf.export import write_config, write_weights
 from tpresearch.hf.llama import has_rotary_rows
 from tpresearch.hf.read import check_weights, from_hugging_face
 from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.device import FAKE
+from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import local_part, materialize
 from tpresearch.plan.compiler import fsdp_local_shape
@@ -41,9 +42,7 @@ from record import place, write_rows
 
 CELLS = [(1, "none"), (8, "fsdp"), (4, "tp"), (4, "sp"), (8, "fsdp_tp mesh.tp=4"), (8, "hsdp_tp mesh.tp=4")]
 LARGE = [(8, "fsdp_tp mesh.tp=8"), (16, "fsdp_tp mesh.tp=8"), (64, "fsdp_tp mesh.tp=8"), (64, "fsdp")]
-COLUMNS = ["model", "ranks", "parallel", "weights_mb", "room_mb", "measured_mb", "mapped_mb", "seconds"]
 FILE_BYTES = 10**9
-MB = 1e6
 
 
 def config(model: str, plan: str) -> Config:
@@ -112,18 +111,18 @@ def one_rank(folder: str, ranks: int, plan: str) -> None:
     sizes = validate(cfg, ranks)
     model, _plan = plan_model(cfg, sizes)
     check_weights(folder, cfg.model, model)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    parallelize(model, _plan, cfg.parallel, build_mesh(sizes, "cpu"), cfg.train.dtype)
-    peak, began = Peak(), time.perf_counter()
-    peak.start()
-    materialize(model, torch.device("cpu"), from_hugging_face(folder, cfg.model))
-    seconds, found = time.perf_counter() - began, peak.end()
+    with process_group(FAKE, World(size=ranks, local_size=ranks)):
+        parallelize(model, _plan, cfg.parallel, build_mesh(sizes, "cpu"), cfg.train.dtype)
+        peak, began = Peak(), time.perf_counter()
+        peak.start()
+        materialize(model, torch.device("cpu"), from_hugging_face(folder, cfg.model))
+        seconds, found = time.perf_counter() - began, peak.end()
     held = sum(local_part(parameter).nbytes for parameter in model.parameters())
     print(held, found["RssAnon"], found["RssFile"], seconds)
 
 
 def main() -> None:
-    rows: list[list[Any]] = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), "llama2_1b")
         for ranks, plan in CELLS:
@@ -132,19 +131,20 @@ def main() -> None:
             held, own, mapped, seconds = map(float, said.split())
             weights, room = by_arithmetic(config("llama2_1b", plan), ranks)
             assert weights == held, (plan, weights, held)
-            rows.append(["llama2_1b", ranks, plan, weights, room, own, mapped, f"{seconds:.1f}"])
+            row = {"model": "llama2_1b", "ranks": ranks, "parallel": plan}
+            row |= in_mb(weights_mb=weights, room_mb=room, measured_mb=own, mapped_mb=mapped)
+            rows.append(row | {"seconds": f"{seconds:.1f}"})
     for ranks, plan in LARGE:
-        rows.append(
-            ["llama2_70b", ranks, plan, *by_arithmetic(config("llama2_70b", plan), ranks), "", "", ""]
-        )
-    shown = [
-        [f"{cell / MB:.1f}" if type(cell) in (int, float) and cell > 64 else cell for cell in row]
-        for row in rows
-    ]
-    table = [dict(zip(COLUMNS, row, strict=True)) for row in shown]
-    write_rows(place(Path(__file__).parent) / "results.csv", table)
-    for row in [COLUMNS, *shown]:
-        print("  ".join(f"{cell!s:>18}" for cell in row))
+        weights, room = by_arithmetic(config("llama2_70b", plan), ranks)
+        row = {"model": "llama2_70b", "ranks": ranks, "parallel": plan}
+        rows.append(row | in_mb(weights_mb=weights, room_mb=room))
+    write_rows(place(Path(__file__).parent) / "results.csv", rows)
+    for row in rows:
+        print("  ".join(f"{name} {cell}" for name, cell in row.items()))
+
+
+def in_mb(**sizes: float) -> dict[str, str]:
+    return {name: f"{size / 1e6:.1f}" for name, size in sizes.items()}
 
 
 if __name__ == "__main__":

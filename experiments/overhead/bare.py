@@ -29,36 +29,24 @@ from torch.distributed.tensor.parallel import (
 from tpresearch.data.batches import Batch
 from tpresearch.models.llama2 import Llama2
 
-TP: dict[str, ParallelStyle] = {
-    "tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
-    "layers.*.attention": PrepareModuleInput(
-        input_layouts=(Replicate(), None), desired_input_layouts=(Replicate(), None)
-    ),
-    "layers.*.attention.w[qkv]": ColwiseParallel(),
-    "layers.*.attention.wo": RowwiseParallel(),
-    "layers.*.feed_forward": PrepareModuleInput(
-        input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)
-    ),
-    "layers.*.feed_forward.w[13]": ColwiseParallel(),
-    "layers.*.feed_forward.w2": RowwiseParallel(),
-    "output": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
-}
-SP: dict[str, ParallelStyle] = {
-    "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-    "layers.*.*_norm": SequenceParallel(),
-    "layers.*.attention": PrepareModuleInput(
-        input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)
-    ),
-    "layers.*.attention.w[qkv]": ColwiseParallel(),
-    "layers.*.attention.wo": RowwiseParallel(output_layouts=Shard(1)),
-    "layers.*.feed_forward": PrepareModuleInput(
-        input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
-    ),
-    "layers.*.feed_forward.w[13]": ColwiseParallel(),
-    "layers.*.feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
-    "norm": SequenceParallel(),
-    "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
-}
+
+def tensor_plan(sequence: bool) -> dict[str, ParallelStyle]:
+    """Between blocks activations are replicated, or sharded along the sequence."""
+    between = Shard(1) if sequence else Replicate()
+    attention: Any = {"input_layouts": (between, None), "desired_input_layouts": (Replicate(), None)}
+    plan: dict[str, ParallelStyle] = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+        "layers.*.attention": PrepareModuleInput(**attention),
+        "layers.*.attention.w[qkv]": ColwiseParallel(),
+        "layers.*.attention.wo": RowwiseParallel(output_layouts=between),
+        "layers.*.feed_forward": PrepareModuleInput(
+            input_layouts=(between,), desired_input_layouts=(Replicate(),)
+        ),
+        "layers.*.feed_forward.w[13]": ColwiseParallel(),
+        "layers.*.feed_forward.w2": RowwiseParallel(output_layouts=between),
+        "output": ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False),
+    }
+    return plan | dict.fromkeys(("layers.*.*_norm", "norm"), SequenceParallel()) if sequence else plan
 
 
 def bare_loop(
@@ -84,7 +72,7 @@ def bare_loop(
         model = Llama2(**model_args)
     mesh = init_device_mesh("cpu", (replicas, shards, tp), mesh_dim_names=("replicate", "shard", "tp"))
     if tp > 1:
-        parallelize_module(model, mesh["tp"], TP if plan == "tp" else SP)
+        parallelize_module(model, mesh["tp"], tensor_plan(sequence=plan != "tp"))
     if shards > 1:
         data = mesh["replicate", "shard"] if replicas > 1 else mesh["shard"]
         for layer in model.layers:

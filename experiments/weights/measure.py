@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tpresearch.api import load
 from tpresearch.config.validate import validate
+from tpresearch.config.world import World
 from tpresearch.parallel.apply import parallelize
+from tpresearch.parallel.device import FAKE
+from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.parallel.weights import from_seed, materialize
 from tpresearch.plan.initializers import read_initializers
@@ -61,19 +62,19 @@ def normal(numbers: int) -> None:
 def measure(overrides: str, ranks: int, rank: int) -> dict[str, Any]:
     """One rank's initial weights and the one `normal_`, in turns; medians."""
     cfg = load(*MODEL, *overrides.split())
-    sizes, cpu = validate(cfg, ranks), torch.device("cpu")
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    mesh = build_mesh(sizes, "cpu")
+    sizes = validate(cfg, ranks)
     drawn, one_normal = [], []
     numbers = 0
-    for repeat in range(REPEATS):
-        model, plan = plan_model(cfg, sizes)
-        numbers = sum(p.numel() for p in model.parameters())
-        source = from_seed(read_initializers(model), seed=repeat)
-        parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
-        drawn.append(seconds(partial(materialize, model, cpu, source)))
-        del model
-        one_normal.append(seconds(partial(normal, numbers)))
+    with process_group(FAKE, World(rank, ranks, rank, ranks)):
+        mesh = build_mesh(sizes, "cpu")
+        for repeat in range(REPEATS):
+            model, plan = plan_model(cfg, sizes)
+            numbers = sum(p.numel() for p in model.parameters())
+            source = from_seed(read_initializers(model), seed=repeat)
+            parallelize(model, plan, cfg.parallel, mesh, cfg.train.dtype)
+            drawn.append(seconds(partial(materialize, model, FAKE.torch, source)))
+            del model
+            one_normal.append(seconds(partial(normal, numbers)))
     (processor_s, wall_s), (normal_s, normal_wall_s) = (
         [statistics.median(column) for column in zip(*rows, strict=True)] for rows in (drawn, one_normal)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from support.composed import config
 from support.llamas import imported
 from support.trainings import TINY, TRAIN
 
+from tpresearch import export
 from tpresearch.checkpoint.disk import complete_checkpoints
 from tpresearch.checkpoint.load import read_tensors
+from tpresearch.config.errors import ConfigError
 from tpresearch.data.batches import Batches
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import PackedCorpus
@@ -202,10 +205,6 @@ def test_bfloat16_is_the_rounded_checkpoint(start: Start, exported: Path, home: 
 
 REFUSED = [
     ("checkpoint=run", "out=: required and not given; "),
-    (
-        "checkpoint=run out=made/llama",
-        "out=made/llama: already exists; a folder that does not exist; try: python -m tpresearch.export checkpoint=run out=made/llama-2",
-    ),
     ("checkpoint=run out=link", "out=link: already exists; "),
     ("checkpoint=run out=/dev/null/x", "out=/dev/null/x: cannot be written: Not a directory; "),
     ("checkpoint=made out=new", "checkpoint=made: it has no checkpoints/step-*; "),
@@ -240,13 +239,23 @@ def spoiled(start: Start, run: Path, home: Path) -> None:
 
 @pytest.mark.usefixtures("spoiled", "exported")
 @pytest.mark.parametrize(("typed", "said"), REFUSED, ids=[typed for typed, _ in REFUSED])
-def test_what_cannot_be_exported_is_refused_in_one_line(
-    start: Start, home: Path, typed: str, said: str
+def test_what_cannot_be_exported_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, typed: str, said: str
 ) -> None:
-    done = start(None, "-m", "tpresearch.export", *typed.split())
-    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
-    assert done.err.startswith(f"error: {said}".replace("HOME", str(home)))
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", ["export", *typed.split()])
+    with pytest.raises(ConfigError) as refused:
+        export.main()
+    assert str(refused.value).startswith(said.replace("HOME", str(home)))
     assert not list(home.glob("**/.*.draft")) + list(home.glob("new"))
+
+
+@pytest.mark.usefixtures("exported")
+def test_a_refusal_is_one_line_with_a_command_to_try(start: Start) -> None:
+    done = start(None, "-m", "tpresearch.export", "checkpoint=run", "out=made/llama")
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
+    assert done.refusal.startswith("error: out=made/llama: already exists; a folder that does not exist; ")
+    assert done.command_to_try == ["python", "-m", "tpresearch.export", "checkpoint=run", "out=made/llama-2"]
 
 
 def test_help_is_printed(start: Start) -> None:

@@ -21,7 +21,6 @@ from tpresearch.launch.progress_bars import keep_bars_in_process
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.planner.candidates import Candidate, Rejected, candidate_plans, micro_batch_rows
 from tpresearch.simulate.cluster import Cluster, check_world
-from tpresearch.simulate.compiled_blocks import CompiledBlock
 from tpresearch.simulate.depth import RECORDED_DEPTHS, Recording, recording
 from tpresearch.simulate.fake_ranks import fake_mesh
 from tpresearch.simulate.fake_step import record
@@ -170,14 +169,8 @@ def _predict_alike(
     families: Sequence[Candidate], known: Recording, cluster: Cluster
 ) -> list[RankedCandidate]:
     """Predictions of plans that are one to `_block_of`, whose block is compiled once."""
-    compiled: list[CompiledBlock] = []
-
-    def block(cfg: Config, sizes: MeshSizes) -> CompiledBlock:
-        if not compiled:
-            compiled.append(known.compiler(cfg, sizes))
-        return compiled[0]
-
-    alike = replace(known, compiler=block)
+    first = replace(known, cfg=families[0].cfg, sizes=families[0].sizes)
+    alike = replace(known, compiler=lambda *_: first.block)
     return [found for family in families for found in _predict_each_micro_batch(family, alike, cluster)]
 
 
