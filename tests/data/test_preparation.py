@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,23 +30,7 @@ from tpresearch.data.cache import SAMPLE_BYTES, SAMPLES, checksum
 from tpresearch.data.check import check_data
 from tpresearch.data.rows import PackedCorpus
 from tpresearch.data.tokenizer import train_bpe
-
-ONE_RANK = """
-import logging, sys, zlib
-from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data.pipeline import prepare
-logging.basicConfig(level=logging.INFO)
-path, cache = sys.argv[1:3]
-{patch}
-data = DataConfig(DataSource.text, path, seq_len=16, cache_dir=cache)
-corpus = prepare(data, TokenizerConfig(vocab_size=400))
-print(corpus.folder, zlib.crc32(corpus.train.tobytes()), zlib.crc32(corpus.held_out.tobytes()))
-"""
-
-
-def start_rank(path: str, cache: Path, patch: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", ONE_RANK.format(patch=patch), path, str(cache)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+from tpresearch.verify.ranks import Ranks
 
 
 def done(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -71,33 +54,40 @@ def _log_of_stages(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "tpresearch.data")
 
 
-@pytest.mark.cli
-def test_four_ranks_at_once_prepare_once(data: DataConfig, tmp_path: Path) -> None:
-    ranks = [start_rank(data.path, tmp_path / "cache") for _ in range(4)]
-    said = [rank.communicate(timeout=1500) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * 4, said
-    assert len({out for out, _ in said}) == 1
+def prepare_alone(_: World, data: DataConfig, bpe: TokenizerConfig) -> tuple[Any, list[str]]:
+    """What a process finds that knows of no other, and what it logs."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.log, "info", lambda text, *words: said.append(text % words))
+        corpus = prepared(data, bpe)
+    return (corpus.folder, corpus.train.tobytes(), corpus.held_out.tobytes()), said
+
+
+def test_four_processes_at_once_prepare_once(
+    ranks: Ranks, data: DataConfig, bpe: TokenizerConfig, tmp_path: Path
+) -> None:
+    found, said = zip(*ranks.run(4, prepare_alone, data, bpe), strict=True)
+    assert len(set(found)) == 1
     for stage in ("training", "tokenizing"):
-        assert sum(stage in line for _, log in said for line in log.splitlines()) == 1
+        assert sum(line.startswith(stage) for lines in said for line in lines) == 1
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["tokenizers", "tokens"]
 
 
-@pytest.mark.cli
 @pytest.mark.parametrize("stage", ["train_bpe", "write_streams"])
 def test_killed_midway_leaves_nothing_half_done(
     data: DataConfig, tmp_path: Path, bpe: TokenizerConfig, stage: str
 ) -> None:
-    patch = f"""
-import os, signal
-from tpresearch.data import pipeline
-original = pipeline.{stage}
-def killed(*args):
-    original(*args)
-    os.kill(os.getpid(), signal.SIGKILL)
-pipeline.{stage} = killed"""
-    rank = start_rank(data.path, tmp_path / "cache", patch)
-    rank.communicate(timeout=1500)
-    assert rank.returncode == -signal.SIGKILL
+    whole = getattr(pipeline, stage)
+
+    def killed(*args: Any) -> None:
+        whole(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare_in_part() -> None:
+        setattr(pipeline, stage, killed)
+        prepared(data, bpe)
+
+    assert ended(forked(prepare_in_part)) == -signal.SIGKILL
     leftovers = list((tmp_path / "cache").glob("*/.*.tmp"))
     assert leftovers
     assert not list((tmp_path / "cache/tokens").glob("text-*"))

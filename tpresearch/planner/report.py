@@ -16,7 +16,6 @@ from tpresearch.launch.command import Command, is_within, override_key
 from tpresearch.planner.candidates import Candidate
 from tpresearch.planner.ranking import RankedCandidate, Ranking
 from tpresearch.simulate.cluster import Cluster
-from tpresearch.simulate.prediction import Prediction
 from tpresearch.simulate.report import step_text
 from tpresearch.track.text import count_text, share_text
 
@@ -231,17 +230,8 @@ def _left_out(ranking: Ranking) -> Iterator[str]:
 
 
 def _candidate_json(one: RankedCandidate) -> dict[str, Any]:
-    found: Prediction = one.prediction
-    return {
-        "plan": one.candidate.overrides,
-        "mesh": one.candidate.sizes.nontrivial(),
-        "step_time_s": found.step_time_s,
-        "step_time_range_s": [found.low_s, found.high_s],
-        "tokens_per_second_per_device": one.speed,
-        "mfu": found.mfu,
-        "memory_bytes": {**found.memory_bytes, "peak": found.peak_bytes},
-        "time_s": found.time_s,
-    }
+    plan, mesh = one.candidate.overrides, one.candidate.sizes.nontrivial()
+    return {"plan": plan, "mesh": mesh, **one.prediction.figures, "time_s": one.prediction.time_s}
 
 
 def _peak_gb(one: RankedCandidate) -> float:

@@ -98,6 +98,17 @@ class Prediction:
     def is_tight(self) -> bool:
         return self.fits and self.peak_bytes > TIGHT_SHARE * self.cluster["memory_gb"] * 1e9
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What a prediction and a candidate of the planner have alike, by its name in both JSON files."""
+        return {
+            "step_time_s": self.step_time_s,
+            "step_time_range_s": [self.low_s, self.high_s],
+            "tokens_per_second_per_device": self.tokens_per_second_per_device,
+            "mfu": self.mfu,
+            "memory_bytes": {**self.memory_bytes, "peak": self.peak_bytes},
+        }
+
     def as_json(self) -> dict[str, Any]:
         assumptions = {
             name: {"value": number.value, "kind": str(number.kind), "source": number.source}
@@ -111,11 +122,7 @@ class Prediction:
             "mesh": self.sizes.nontrivial(),
             "model": self.cfg.model.name,
             "parallel": self.cfg.parallel.name,
-            "step_time_s": self.step_time_s,
-            "step_time_range_s": [self.low_s, self.high_s],
-            "tokens_per_second_per_device": self.tokens_per_second_per_device,
-            "mfu": self.mfu,
-            "memory_bytes": {**self.memory_bytes, "peak": self.peak_bytes},
+            **self.figures,
             "fits": self.fits,
             "time_s": self.time_s,
             "communication": self.communication,
