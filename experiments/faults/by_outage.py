@@ -21,22 +21,22 @@ from tpresearch.checkpoint.disk import step_folders
 from tpresearch.track.record import read_summary
 
 
-def disk_is_full(commands: Commands, cwd: Path) -> list[str]:
+def disk_is_full(commands: Commands, cwd: Path) -> None:
     """ulimit -f: no checkpoint can be written, and the run says so and fails at its end; without it, it is done"""
     limit = 100_000
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    problems = expect("code", commands.python(cwd, preexec_fn=limited).code(), 1)
+    expect("code", commands.python(cwd, preexec_fn=limited).code(), 1)
     summary = read_summary(cwd / "run")
-    problems += expect("status", (summary["status"], summary["steps"]), ("failed", STEPS))
-    problems += expect("what is called a checkpoint", step_folders(cwd / "run"), [])
-    problems += expect("drafts", list((cwd / "run" / "checkpoints").glob(".step*")), [])
-    return problems + expect("code", commands.python(cwd).code(), 0)
+    expect("status", (summary["status"], summary["steps"]), ("failed", STEPS))
+    expect("what is called a checkpoint", step_folders(cwd / "run"), [])
+    expect("drafts", list((cwd / "run" / "checkpoints").glob(".step*")), [])
+    expect("code", commands.python(cwd).code(), 0)
 
 
-def wandb_is_down(commands: Commands, cwd: Path) -> list[str]:
+def wandb_is_down(commands: Commands, cwd: Path) -> None:
     """W&B stops to answer, then the run is killed; it goes on once W&B is back, and W&B has each row once"""
     with FakeWandb() as server:
         logger = ("logger=wandb", "logger.mode=online")
@@ -47,12 +47,12 @@ def wandb_is_down(commands: Commands, cwd: Path) -> list[str]:
         killed(cwd, job.process.pid)
         job.code()
         server.fail = None
-        problems = expect("code", commands.python(cwd, *logger, env=server.env()).code(), 0)
+        expect("code", commands.python(cwd, *logger, env=server.env()).code(), 0)
         steps = [row["train/step"] for row in logged(only_run(server))]
-        return problems + expect("rows that arrived", steps, list(range(1, STEPS + 1)))
+        expect("rows that arrived", steps, list(range(1, STEPS + 1)))
 
 
-def a_host_is_lost(commands: Commands, cwd: Path) -> list[str]:
+def a_host_is_lost(commands: Commands, cwd: Path) -> None:
     """Two agents with --nnodes=1:2, and the second is killed: the first goes on with the ranks that are left"""
     agent = (
         "--nnodes=1:2",
@@ -69,7 +69,7 @@ def a_host_is_lost(commands: Commands, cwd: Path) -> list[str]:
         if os.getsid(pid) == second.process.pid:
             os.kill(pid, signal.SIGKILL)
     second.code()
-    return expect("code", first.code(), 0)
+    expect("code", first.code(), 0)
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
     folder.with_suffix(".kept").rename(folder)
 
 
-def disk_fills_up(commands: Commands, cwd: Path) -> list[str]:
+def disk_fills_up(commands: Commands, cwd: Path) -> None:
     """The disk fills up during a run, which warns and fails at its end; once there is room again, resume=run"""
     with small_disk(cwd / "run") as run:
         job = commands.torchrun(2, cwd, "parallel=ddp")
@@ -97,42 +97,41 @@ def disk_fills_up(commands: Commands, cwd: Path) -> list[str]:
                     pass
             except OSError:
                 pass
-        problems = expect("the agent's code", job.code(), 1)
+        expect("the agent's code", job.code(), 1)
         said = (cwd / "said.txt").read_text()
-        problems += expect("lines on the rows", said.count("rows wait for room"), 1)
-        problems += expect("the last checkpoint's lines", said.count("no checkpoint of the last step"), 2)
-        problems += expect("traceback", said.count("Traceback"), 0)
+        expect("lines on the rows", said.count("rows wait for room"), 1)
+        expect("the last checkpoint's lines", said.count("no checkpoint of the last step"), 2)
+        expect("traceback", said.count("Traceback"), 0)
         (run / "full").unlink()
-        problems += expect("code", commands.torchrun(2, cwd, "resume=run").code(), 0)
-    return problems
+        expect("code", commands.torchrun(2, cwd, "resume=run").code(), 0)
 
 
-def folder_is_removed(commands: Commands, cwd: Path) -> list[str]:
+def folder_is_removed(commands: Commands, cwd: Path) -> None:
     """The run folder is removed during a run, which leaves its record there again"""
     job = commands.torchrun(2, cwd, "parallel=tp")
     job.wait_for_rows(25)
     (cwd / "run").rename(cwd / "gone")
     shutil.rmtree(cwd / "gone")
-    problems = expect("code", job.code(), 0)
+    expect("code", job.code(), 0)
     said = (cwd / "said.txt").read_text()
-    return problems + expect("lines on it", said.count("was removed while the run went on"), 1)
+    expect("lines on it", said.count("was removed while the run went on"), 1)
 
 
-def wandb_is_offline(commands: Commands, cwd: Path) -> list[str]:
+def wandb_is_offline(commands: Commands, cwd: Path) -> None:
     """Without a network the run is killed and goes on; both parts are synced, and W&B has each row once"""
     for rows in (35, STEPS):
         job = commands.python(cwd, "logger=wandb", "logger.mode=offline")
         if rows < STEPS:
             job.wait_for_rows(rows)
             killed(cwd, job.process.pid)
-    problems = expect("code", job.code(), 0)
+    expect("code", job.code(), 0)
     with FakeWandb() as server:
         sync(server, *sorted((cwd / "run" / "wandb").glob("offline-run-*")))
         steps = [row["train/step"] for row in logged(only_run(server))]
-    return problems + expect("rows that arrived", steps, list(range(1, STEPS + 1)))
+    expect("rows that arrived", steps, list(range(1, STEPS + 1)))
 
 
-def sweep_is_killed(commands: Commands, cwd: Path) -> list[str]:
+def sweep_is_killed(commands: Commands, cwd: Path) -> None:
     """SIGKILL to all processes of a sweep in its first job, then to the sweep alone in its second; the same command"""
     words = ("parallel=none,ddp", "world_size=2")
     sweep = commands.sweep(cwd, *words)
@@ -141,12 +140,12 @@ def sweep_is_killed(commands: Commands, cwd: Path) -> list[str]:
     sweep = commands.sweep(cwd, *words)
     sweep.wait_for_rows(45, "sweep/1")
     killed(cwd, sweep.process.pid)
-    problems = expect("code", commands.sweep(cwd, *words).code(), 0)
+    expect("code", commands.sweep(cwd, *words).code(), 0)
     resumed = [len(read_summary(cwd / "sweep" / job).get("resumed", [])) for job in ("0", "1")]
-    return problems + expect("resumptions", resumed, [1, 1])
+    expect("resumptions", resumed, [1, 1])
 
 
-def slurm_requeues(commands: Commands, cwd: Path) -> list[str]:
+def slurm_requeues(commands: Commands, cwd: Path) -> None:
     """Slurm's stand-in sends the nodes of a job the signal of its time limit, and requeues it"""
     words = ("hydra/launcher=slurm", "hydra.launcher.gpus=false", "hydra.launcher.ranks_per_node=1")
     env = fake_slurm.install(cwd / "slurm")
@@ -155,12 +154,12 @@ def slurm_requeues(commands: Commands, cwd: Path) -> list[str]:
     (nodes,) = (cwd / "slurm").glob("*.nodes")
     for pid in nodes.read_text().split():
         os.kill(int(pid), signal.SIGUSR2)
-    problems = expect("code", sweep.code(), 0)
+    expect("code", sweep.code(), 0)
     resumed = len(read_summary(cwd / "sweep" / "0").get("resumed", []))
-    return problems + expect("resumptions", resumed, 1)
+    expect("resumptions", resumed, 1)
 
 
-def rank_0_is_refused_alone(commands: Commands, cwd: Path) -> list[str]:
+def rank_0_is_refused_alone(commands: Commands, cwd: Path) -> None:
     """Of two hosts the first finds its run folder in use: one line, and the second ends too; then both start again"""
 
     def started() -> list[Started]:
@@ -172,10 +171,10 @@ def rank_0_is_refused_alone(commands: Commands, cwd: Path) -> list[str]:
 
     (cwd / "run").mkdir()
     with FileLock(cwd / "run" / ".lock"):
-        problems = expect("codes", [job.code() for job in started()], [2, 2])
+        expect("codes", [job.code() for job in started()], [2, 2])
     errors = [line for line in (cwd / "said.txt").read_text().splitlines() if "error: " in line]
-    problems += expect("lines", ["another run is using this folder" in line for line in errors], [True])
-    return problems + expect("codes", [job.code() for job in started()], [0, 0])
+    expect("lines", ["another run is using this folder" in line for line in errors], [True])
+    expect("codes", [job.code() for job in started()], [0, 0])
 
 
 def port_of(cwd: Path) -> int:

@@ -31,8 +31,8 @@ JOB = [
 TIMEOUT_S = 600
 
 
-Command = Callable[["Commands", Path], list[str]]
-"""Starts a run, has something befall it, starts it again, and says what was not as it should be on the way."""
+Command = Callable[["Commands", Path], None]
+"""Starts a run, has something befall it, starts it again, and raises where anything is not as it should be on the way."""
 
 
 class Started:
@@ -101,7 +101,7 @@ class Commands:
         cwd = self._folder(f"command-{number}")
         survived.history = [str(command.__doc__)]
         try:
-            survived.problems += command(self, cwd)
+            command(self, cwd)
             for run in [cwd / "run"] if (cwd / "run").exists() else sorted(cwd.glob("sweep/[0-9]")):
                 survived.problems += find_problems(run)
                 compare(run, self.whole, survived, 100 * TOLERANCE, keep=None)  # over 120 steps
@@ -145,5 +145,5 @@ def ranks_of(cwd: Path) -> list[int]:
     return sorted(found)
 
 
-def expect(what: str, found: object, wanted: object) -> list[str]:
-    return [] if found == wanted else [f"{what} is {found}, not {wanted}"]
+def expect(what: str, found: object, wanted: object) -> None:
+    assert found == wanted, f"{what} is {found}, not {wanted}"
