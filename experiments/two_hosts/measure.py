@@ -52,9 +52,8 @@ CASES += [Case("fsdp_tp", 32), Case("tp", 32)]
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces are removed then too
     if "--draw-only" not in sys.argv:
-        subprocess.run(
-            [sys.executable, "-m", "tpresearch.prepare", *TUTORIAL[2:]], check=True, cwd=ROOT
-        )  # the namespaces have no network, and ranks should not wait for each other's data
+        # The namespaces have no network, and ranks should not wait for each other's data.
+        subprocess.run([sys.executable, "-m", "tpresearch.prepare", *TUTORIAL[2:]], check=True, cwd=ROOT)
         try:
             with TwoHosts() as hosts, tempfile.TemporaryDirectory() as folder:
                 measure_collectives(hosts, Path(folder))

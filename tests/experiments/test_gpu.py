@@ -32,9 +32,8 @@ def test_it_runs_on_a_cpu_with_tiny_sizes(tmp_path: Path) -> None:
     assert str(tmp_path) not in text  # recorded results hold no paths of a machine
     called, *rows = [json.loads(line) for line in text.splitlines()]
     assert called["command"].startswith("python experiments/gpu/measure.py --out OUT --device cpu")
-    assert report.dated([called, *rows])[-1]["date"] == str(
-        date.today()
-    )  # a day without one comes before all others
+    # A day without one would come before all others.
+    assert report.dated([called, *rows])[-1]["date"] == f"{date.today()}"
     assert {row["stage"]: row["status"] for row in rows if "status" in row} == dict.fromkeys(
         ("facts", "calibrate", "calibrate-command", "training-8b"), "done"
     ), done.stdout
@@ -140,12 +139,7 @@ def test_a_stage_that_hangs_is_ended_and_those_after_it_run(tmp_path: Path) -> N
 def test_the_table_has_predictions_beside_what_was_measured() -> None:
     rows = [
         {"stage": "facts", "card": "NVIDIA H200"},
-        {
-            "id": "8b full mb2",
-            "perf/tokens_per_second": 10234.6,
-            "perf/mfu": 0.5326,
-            "peak_bytes": 70_400_000_000,
-        },
+        {"id": "8b full mb2", "perf/tokens_per_second": 10234.6, "perf/mfu": 0.5326, "peak_bytes": 70.4e9},
         {"id": "8b selective mb8", "error": "out of memory"},
         {"op": "matmul sustained", "us": 1500.0, "flops": 2.0 * 8192**3},
     ]
@@ -205,13 +199,7 @@ def test_the_simulator_s_table_has_errors_and_which_rows_were_blind() -> None:
         predicted("7b none mb4", "h200_dgx", 2.5, 60),
         predicted("8b selective mb8", "h200_dgx", 3.0, 152, "155.0 of 150 GB: does not fit"),
         predicted("8b full mb4", "h200_calibrated", 3.2, 99),
-        dict.fromkeys(("step_s", "low", "high", "tokens_per_s", "memory_bytes"), "")
-        | {
-            "id": "8b selective mb8",
-            "cluster": "h200_calibrated",
-            "reason": "no such op",
-            "date": "2026-11-27",
-        },
+        predicted("8b selective mb8", "h200_calibrated", 1.0, 1, "no such op") | {"step_s": ""},
     ]
     assert report.simulated_table([before, after], predictions).splitlines()[2:] == [
         "| 8b full mb2 | h200_dgx | 2.100 (1.89 to 2.31) | 2.000 | +5.0% | 15,604 | 16,384 | 101.0 | 100.0 | +1.0% | yes |",
@@ -236,9 +224,8 @@ def test_a_step_is_foreseen_per_cluster_or_refused_in_one_line() -> None:
     for row in rows:
         low, step, high = (float(row[key]) for key in ("low", "step_s", "high"))
         assert low < step < high
-        assert float(row["tokens_per_s"]) == pytest.approx(
-            8 * 16 / step, rel=0.05
-        )  # step_s has four decimals
+        # step_s has four decimals.
+        assert float(row["tokens_per_s"]) == pytest.approx(8 * 16 / step, rel=0.05)
     assert rows[0]["memory_bytes"] == rows[1]["memory_bytes"]
     large = ("model.dim=8192", "model.ffn_dim=28672", "model.n_layers=80")
     (row,) = foresee.foresee("70b", (*training.LLAMA2_7B, *large), ["h100_dgx"])

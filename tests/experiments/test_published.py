@@ -122,9 +122,8 @@ def test_attention_that_is_no_flash_kernel_moves_the_square_of_scores() -> None:
     row = Row({**LLAMA, "engine": "megatron/ddp", "ffn_kind": "gelu", "attn": "unfused"})
     told = as_engine_runs(row, step(forward, backward)).micro_batches[0]
     square = 6 * 512 * 512
-    read_and_written = (
-        (2 + 2) + (2 + 2 + 1) + (2 + 1 + 2) + (4 + 2)
-    )  # softmax, dropout with its mask, and their backward
+    # Of softmax, dropout with its mask, and their backward.
+    read_and_written = (2 + 2) + (2 + 2 + 1) + (2 + 1 + 2) + (4 + 2)
     assert sum(o.bytes_moved for o in told if o.kind == "other") == square * read_and_written
     flops = [2 * math.prod(o.shape) for o in told if o.kind == "gemm"]
     assert flops == [2 * square * 64] * 6

@@ -42,9 +42,8 @@ def test_blocks_of_llama3_8b_keep_what_a_gpu_was_seen_to_keep(kind: str, kib: fl
     """The same with float32 master weights, whose copies compute. On an H200 the peaks of steps with 16,384 and 8,192 tokens were those of these numbers, to 0.2 % (experiments/held_to_gpu)."""
     words = f"parallel.activation_checkpointing={kind}", f"train.weights={weights}"
     cfg = config(*LLAMA3_8B, "parallel=none", *words)
-    assert kept_kib_per_token(cfg, 1) == pytest.approx(
-        kib, rel=0.002
-    )  # 128 numbers per position are shared by rows
+    # 128 numbers per position are shared by rows.
+    assert kept_kib_per_token(cfg, 1) == pytest.approx(kib, rel=0.002)
 
 
 @cache
