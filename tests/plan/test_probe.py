@@ -16,7 +16,7 @@ from support.nets import Buffered, model
 from torch import Tensor, nn
 
 from tpresearch.config.world import World
-from tpresearch.launch.command import command_to_try
+from tpresearch.launch.proposal import command_to_try
 from tpresearch.plan.describe import plan_text
 from tpresearch.plan.probe import probe_model
 

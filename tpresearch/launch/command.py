@@ -1,4 +1,4 @@
-"""The command that started this process, and how to repeat it with a mistake corrected."""
+"""A command line: that which started this process, its overrides, and how to type them with a mistake corrected."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from tpresearch.agent import TORCHRUN_OPTIONS
-from tpresearch.config.errors import ConfigError, WrongModel, format_value
+from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.secrets import LEGAL, words_without_secrets
 from tpresearch.config.world import World, WrongEnvironment
-
-MAX_CORRECTIONS = 8
-"""Maximum number of mistakes of one command to correct, one after another."""
 
 
 @dataclass(frozen=True)
@@ -94,79 +90,9 @@ CommandCheck = Callable[[Command], ConfigError | None]
 """Why a command would be refused; None if it would run."""
 
 
-def command_to_try(error: ConfigError, world: World, check_command: CommandCheck) -> str | None:
-    """The command to try: this process's own command line, corrected until it is valid; None if code is to be corrected.
-
-    If correcting does not converge, it is as much of it as is valid; a value whose mistake shows only later is to be filled in.
-    """
-    if isinstance(error, WrongModel):
-        return None
-    if isinstance(error, WrongCommand) and isinstance(error.command, str):
-        return error.command
-    command = typed = Command.from_argv(world)
-    same, filled_in = (
-        typed.typed(corrected(typed.arguments, {error.field: v})) for v in (error.value, "VALUE")
-    )
-    seen = {typed, same} if len(same.arguments) > len(typed.arguments) else {typed}
-    check_command = cache(check_command)
-    for _ in range(MAX_CORRECTIONS):
-        attempts = (command.corrected(error), command.without(error.field))
-        attempt = next((each for each in attempts if each not in seen), None)
-        if attempt is None:
-            break
-        if _is_to_be_filled_in(attempt) or (error_left := check_command(attempt)) is None:
-            return str(attempt)
-        seen.add(attempt)
-        command, error = attempt, error_left
-    valid = _valid_part(command, check_command)
-    if {*typed.arguments} <= {*valid.arguments}:
-        return str(filled_in)
-    group, _, below = error.field.partition(".")
-    keys = {override_key(word) for word in command.arguments}
-    if below and group in keys and not any(is_within(error.field, key) for key in keys - {group}):
-        # The mistake is in the file that was chosen, of which another would be the answer to another question.
-        return str(command.typed(corrected(command.arguments, {error.field: "VALUE"})))
-    return str(valid)
-
-
-def _valid_part(command: Command, check_command: CommandCheck) -> Command:
-    """The command with its valid overrides only, found by bisection: few are wrong, and each check composes a config."""
-    flags = tuple(word for word in command.arguments if not is_override(word))
-
-    def of(*words: str) -> Command:
-        return _complete(command.typed((*words, *flags)), check_command)
-
-    def kept(words: tuple[str, ...], before: tuple[str, ...] = ()) -> tuple[str, ...]:
-        if not words or check_command(of(*before, *words)) is None:
-            return words
-        if len(words) == 1:
-            return ()
-        first = kept(words[: len(words) // 2], before)
-        return first + kept(words[len(words) // 2 :], before + first)
-
-    if flags and check_command(of()):
-        flags = ()
-    return of(*kept(tuple(filter(is_override, command.arguments))))
-
-
-def _complete(command: Command, check_command: CommandCheck) -> Command:
-    """The command with another number of ranks and further overrides, if it needs no more to be valid."""
-    for _ in range(MAX_CORRECTIONS):
-        error = check_command(command)
-        attempt = command.corrected(error) if error else command
-        if attempt == command or not set(command.arguments) <= set(attempt.arguments):
-            break
-        command = attempt
-    return command
-
-
 def _concerns(word: str, key: str) -> bool:
     of = override_key(word)
     return is_within(of, key) or (word.startswith("~") and is_within(key, of))
-
-
-def _is_to_be_filled_in(command: Command) -> bool:
-    return any(re.search(r"=(VALUE|<\w+>)$", word) for word in command.arguments)
 
 
 def python_command(arguments: Sequence[str]) -> str:

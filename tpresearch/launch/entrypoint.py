@@ -43,7 +43,8 @@ from tpresearch.launch.garbage import gc_paused
 from tpresearch.launch.help import help_text
 from tpresearch.launch.home import check_home
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging, tolerate_print_errors
-from tpresearch.launch.refuse import error_of_command, exit_failed, refuse
+from tpresearch.launch.proposal import error_of_command
+from tpresearch.launch.refuse import exit_failed, refuse
 from tpresearch.launch.resolvers import register_resolvers
 from tpresearch.launch.run_dir import agree_on_folder, may_resume, sweep_folder, typed_folder
 from tpresearch.launch.stop import Stopped, end_with_parent

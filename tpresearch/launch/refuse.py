@@ -1,6 +1,4 @@
-"""How a refused job ends: one line for all ranks, and exit code 2. And validation of a command before it is proposed: it is
-composed and validated as if it had been typed.
-"""
+"""How a refused job ends: one line for all ranks, and exit code 2."""
 
 from __future__ import annotations
 
@@ -8,26 +6,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
-
-from tpresearch.checkpoint.resume import checkpoints_to_resume
 from tpresearch.config.errors import ConfigError, RunFailed
-from tpresearch.config.schema import Config
-from tpresearch.config.validate import DEFAULT_PLAN_RANKS, ranks_needed
 from tpresearch.config.world import World, agent_store
-from tpresearch.launch import hydra_app
 from tpresearch.launch.agents_store import tell_other_hosts
-from tpresearch.launch.command import Command, CommandCheck, command_to_try
-from tpresearch.launch.composition import Composition, typed_config
-from tpresearch.launch.earlier_run import repeat_command_of_run, repeating_overrides
-from tpresearch.launch.explain import explain_errors
-from tpresearch.launch.run_dir import check_folder_names, typed_folder
+from tpresearch.launch.command import CommandCheck
+from tpresearch.launch.proposal import command_to_try
 
 EXIT_CODE = 2
 TIMEOUT_S = 60
@@ -105,69 +92,3 @@ def _report_file() -> Path | None:
     """
     parents = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parents
     return parents[2] / "refused" if len(parents) > 2 else None
-
-
-MAX_JOBS = 16
-"""Number of a sweep's jobs to validate."""
-Check = Callable[[Config, World], object]
-
-
-def error_of_command(
-    command: Command, script: str, config_name: str, preflight: Check, resumes: bool
-) -> ConfigError | None:
-    """Why a program would refuse this command, as far as its preflight can tell; None if it would run.
-
-    Args:
-        script: the file of its main.
-        resumes: whether it can resume an earlier run (`resume`).
-    """
-    try:
-        with as_if_typed(command):
-            _check_command(command, script, config_name, preflight, resumes)
-    except ConfigError as error:
-        return error
-    except (Exception, SystemExit) as error:
-        return ConfigError("--config-name", config_name, str(error) or type(error).__name__, "another")
-    return None
-
-
-def _check_command(command: Command, script: str, config_name: str, preflight: Check, resumes: bool) -> None:
-    arguments = hydra_app.parse(command)
-    earlier = repeat_command_of_run(arguments) if resumes else None
-    composition = Composition.of(arguments, config_name)
-    composition.refuse_unusable()
-    with explain_errors(composition):
-        app = hydra_app.application(script, arguments)
-        jobs = [composition.overrides]
-        if arguments.multirun:
-            jobs = hydra_app.jobs_of(composition.overrides)[:MAX_JOBS]
-    for overrides in jobs:
-        with explain_errors(composition):
-            composed = hydra_app.compose_run(app, composition.config_name, overrides)
-            if composed is None:  # a sweep for hydra.mode: its launcher checks each job
-                return
-            with open_dict(composed):
-                composed.hydra.job.id, composed.hydra.job.num = "0", 0
-            HydraConfig.instance().set_config(composed)
-            check_folder_names(composed)
-            cfg, folder = typed_config(composed), typed_folder(composed.hydra.run)
-        ranks = ranks_needed(cfg, DEFAULT_PLAN_RANKS)
-        of_job = World(0, ranks, 0, ranks, elastic=ranks > 1)
-        preflight(cfg, of_job if arguments.multirun else command.world)
-        if resumes and not (arguments.multirun or cfg.plan_only):
-            with repeating_overrides(earlier):
-                checkpoints_to_resume(cfg, folder)
-
-
-@contextmanager
-def as_if_typed(command: Command) -> Iterator[None]:
-    """Inside it, this process's command line, environment and folder are those of the command, since preflights may read
-    them."""
-    before, unset = sys.argv, {name: os.environ.pop(name) for name in command.unset if name in os.environ}
-    sys.argv = [before[0], *command.arguments]
-    try:
-        with chdir(hydra_app.launch_dir()):
-            yield
-    finally:
-        sys.argv = before
-        os.environ.update(unset)

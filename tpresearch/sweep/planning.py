@@ -22,7 +22,7 @@ from tpresearch.launch.command import Command, WrongCommand, corrected, override
 from tpresearch.launch.composition import Composition, typed_config
 from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.hydra_app import flags_for_job, parse_command_line, typed_words
-from tpresearch.launch.refuse import as_if_typed
+from tpresearch.launch.proposal import as_if_typed
 from tpresearch.launch.run_dir import may_resume
 from tpresearch.sweep.job import (
     Job,
