@@ -9,6 +9,7 @@ from support.assembled import planned, ranks_of_a_host, refusal
 from support.composed import config
 from support.counted_steps import FAKE
 from support.nets import InFront, model
+from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -178,6 +179,19 @@ def test_the_plan_is_compiled_without_memory() -> None:
     words = "model=llama2_70b", "model.n_layers=4", "parallel=sp", "mesh.tp=8", "data.seq_len=64"
     meta, _ = planned(*words)  # 14 GB
     assert all(p.device == torch.device("meta") for p in meta.parameters())
+
+
+class Experts(ToyLM):
+    """As many modules as 64 experts of two layers have in each of 28 blocks."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.experts = nn.ModuleList(nn.Identity() for _ in range(28 * 64 * 2))
+
+
+def test_a_model_of_many_experts_is_planned() -> None:
+    meta, _ = planned(*model(Experts), "parallel=fsdp")
+    assert len(list(meta.modules())) > 28 * 64 * 2
 
 
 class Replaced(ToyLM):

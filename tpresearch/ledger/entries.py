@@ -143,12 +143,11 @@ class StepLedger:
         """
         formulas = self.expected.sent
         at_peak = {use.kind: use.at_peak_bytes for use in self.held}
+        expected = None if formulas is None else _sum_bytes(formulas, _axis_and_collective)
         return {
             "comm/bytes_per_step_by_axis": _sum_bytes(self.sent, lambda entry: entry.axis),
             "comm/bytes_per_step_by_collective": _sum_bytes(self.sent, _axis_and_collective),
-            "comm/expected_bytes_per_step_by_collective": None
-            if formulas is None
-            else _sum_bytes(formulas, _axis_and_collective),
+            "comm/expected_bytes_per_step_by_collective": expected,
             **({"memory/held_bytes": self.most_bytes} if self.most_bytes else {}),
             **({"memory/at_peak_bytes": at_peak} if at_peak else {}),
         }

@@ -159,14 +159,8 @@ def save_expensive_ops(context: Any, op: Any, *args: Any, **kwargs: Any) -> Chec
 
 
 _SLOW_OPS = {
-    "mm",
-    "addmm",
-    "bmm",
-    "_scaled_mm",  # of float8, as "max" and "amax" are: each would read a whole tensor again
-    "max",
-    "amax",
-    "_scaled_dot_product_flash_attention",
+    *("mm", "addmm", "bmm"),
+    *("_scaled_mm", "max", "amax"),  # of float8, whose maxima would read a whole tensor again
+    *(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
     "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
 }

@@ -53,12 +53,12 @@ class Plan:
     """Initializers of the parameters, read from the plain model before a rule or a narrow dtype replaces a layer."""
     chunked_head: str | None = None
     """The output layer, if the cross-entropy can be computed for a few tokens at a time."""
-    float8: list[str] = field(default_factory=list)
-    """Linear layers that multiply in float8."""
     end_layers: list[str] = field(default_factory=list)
     """Embeddings and the output layer: each is also an FSDP unit, gathered only when used."""
     after_blocks: list[str] = field(default_factory=list)
     """What is called between the last block and the output layer, such as the last norm: gathered with that block."""
+    float8: list[str] = field(default_factory=list)
+    """Linear layers that multiply in float8."""
 
     @property
     def loss_parallel(self) -> bool:
@@ -134,30 +134,20 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) 
         head = None
     outputs = [rule.dst[0] for rule in active.values() if rule.output_stays_sharded]
     split = next((layout.dim for layout in outputs if isinstance(layout, Shard)), None)
-    initializers, end_layers = read_initializers(model), _end_layers(model, blocks, probe)
-    after = _after_blocks(model, blocks, end_layers, probe)
-    return Plan(
-        active,
-        blocks,
-        replicated,
-        sizes,
-        split,
-        probe,
-        initializers,
-        head,
-        end_layers=end_layers,
-        after_blocks=after,
-    )
+    initializers, ends = read_initializers(model), _end_layers(model, blocks, probe)
+    after = _after_blocks(model, blocks, ends, probe)
+    return Plan(active, blocks, replicated, sizes, split, probe, initializers, head, ends, after)
+
+
+def _matched(key: str, pattern: str, names: list[str]) -> list[str]:
+    """The modules that the pattern of this key matches, of which there must be one."""
+    if found := matching_names(pattern, names):
+        return found
+    raise ConfigError(key, pattern, "matches no module", "such as " + ", ".join(nearest(pattern, names)))
 
 
 def _blocks(config: ModelConfig, names: list[str]) -> list[str]:
-    found = []
-    for pattern in config.blocks:
-        matched = matching_names(pattern, names)
-        if not matched:
-            why, legal = "matches no module", "such as " + ", ".join(nearest(pattern, names))
-            raise ConfigError("model.blocks", pattern, why, legal)
-        found += matched
+    found = [name for pattern in config.blocks for name in _matched("model.blocks", pattern, names)]
     nested = next((a for a in found for b in found if a.startswith(b + ".")), None)
     if nested or len(set(found)) < len(found):
         twice = nested or next(name for name in found if found.count(name) > 1)
@@ -209,16 +199,13 @@ def _separable(model: nn.Module, probe: Probe) -> list[tuple[str, nn.Module]]:
 def _expand_rules(compiled: list[ResolvedRule], names: list[str]) -> dict[str, ResolvedRule]:
     found: dict[str, ResolvedRule] = {}
     for rule in compiled:
-        matched = [""] if rule.rule.match == "." else matching_names(rule.rule.match, names)
-        if not matched:
-            why, legal = "matches no module", "such as " + ", ".join(nearest(rule.rule.match, names))
-            raise ConfigError(f"{rule.config_key}.match", rule.rule.match, why, legal)
-        for name in matched:
+        key, pattern = f"{rule.config_key}.match", rule.rule.match
+        for name in [""] if pattern == "." else _matched(key, pattern, names):
             if name in found:
                 why = f"module {name or '.'} has the rule {found[name].name} already"
                 legal = f"one rule per module: narrow {found[name].name} or {rule.name}"
-                fix = {f"{rule.config_key}.match": None, f"{found[name].config_key}.match": None}
-                raise ConfigError(f"{rule.config_key}.match", rule.rule.match, why, legal, fix=fix)
+                fix = {key: None, f"{found[name].config_key}.match": None}
+                raise ConfigError(key, pattern, why, legal, fix=fix)
             found[name] = rule
     order = ["", *names]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))

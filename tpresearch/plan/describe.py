@@ -5,7 +5,6 @@ sharded model, for a run's log.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
@@ -18,9 +17,7 @@ from tpresearch.config.axes import AXES, AXIS_NAMES, SHARD, MeshSizes
 from tpresearch.plan.collectives import rule_collectives
 from tpresearch.plan.compiler import Plan, fsdp_local_shape, sharded_dim
 from tpresearch.plan.rules import ResolvedRule
-
-LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-"""The number of a layer in a name."""
+from tpresearch.plan.sequence import LAYER_NUMBER
 
 
 class PlanRow(NamedTuple):

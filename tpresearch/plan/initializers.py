@@ -23,17 +23,8 @@ RANDOM_METHODS = {"normal_", "uniform_", "exponential_", "log_normal_", "cauchy_
 SETTING_METHODS = RANDOM_METHODS | {"fill_", "zero_"}
 """In-place methods that set each element regardless of its old value."""
 CHANGING_METHODS = {
-    "clamp_",
-    "add_",
-    "sub_",
-    "mul_",
-    "div_",
-    "pow_",
-    "abs_",
-    "neg_",
-    "exp_",
-    "log_",
-    "erfinv_",
+    *("clamp_", "add_", "sub_", "mul_", "div_", "pow_"),
+    *("abs_", "neg_", "exp_", "log_", "erfinv_"),
 }
 """In-place methods that change each element independently."""
 

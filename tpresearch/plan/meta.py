@@ -26,8 +26,8 @@ from tpresearch.config.values import check_value, imported_class
 from tpresearch.plan.constructor import Change, change_by, lost_changes
 from tpresearch.plan.initializers import CHANGING_METHODS
 
-MAX_MODULES = 3_000
-"""That of a Llama2 with 230 layers; the deepest published has 126. A mistyped depth would keep Python busy for hours."""
+MAX_MODULES = 10_000
+"""More than 64 experts in each of 28 layers have, or a Llama2 with 700 layers. A mistyped depth would keep Python busy for hours."""
 
 DRAWING = (nn.init.normal_, nn.init.uniform_)
 """They reach a mode with their tensor as an argument by name."""

@@ -14,6 +14,9 @@ from tpresearch.plan.features import Across
 from tpresearch.plan.probe import Probe
 from tpresearch.plan.rules import SEQUENCE, ResolvedRule
 
+LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""The number of a layer in a name."""
+
 
 def check_sequence(
     model: nn.Module, cfg: Config, sizes: MeshSizes, rules: dict[str, ResolvedRule], probe: Probe
@@ -62,7 +65,7 @@ def _holds(module: str, other: str) -> bool:
 
 def rule_to_add(cfg: Config, module: str, layout: str = "") -> dict[str, object]:
     """An override that adds a rule of style sequence for this module and those of other blocks."""
-    pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module) or "."
+    pattern = LAYER_NUMBER.sub("*", module) or "."
     plan = cfg.parallel.tensor or ""
     name = next((part for part in reversed(pattern.split(".")) if part.isidentifier()), "root")
     name += "_2" * (name in cfg.model.plans[plan])
