@@ -52,11 +52,7 @@ class AgreedGradients(Observer):
         self._steps = range(state.step, state.step + STEPS)
 
     def gradients(self, state: TrainState) -> None:
-        """Compare the gradients of replicated parameters between the ranks that share them.
-
-        Raises:
-            ConfigError: naming the first that differs, on every rank.
-        """
+        """Refuse, on every rank, a replicated parameter whose gradient differs between the ranks that share it."""
         counted = min(self._steps.start + 1, total_steps(self._cfg) - 1)
         if state.step in self._steps and state.step != counted:
             trained = state.trained_parameters()
@@ -150,19 +146,14 @@ class AgreedUse(Observer):
         return [None if g is None else (id(g), local_part(g)._version) for g in gradients]
 
     def gradients(self, state: TrainState) -> None:
-        """Compare over the step's backwards.
-
-        Raises:
-            ConfigError: naming the first parameter, on every rank.
-        """
+        """Refuse, on every rank, a parameter that got its gradient in other backwards of the step on some of them."""
         used = torch.tensor(self._used, dtype=torch.int32, device=self._mesh.device_type)
         on_ranks = sum_over(self._mesh, used, DATA_AXES)
         apart = ((on_ranks > 0) & (on_ranks < self._plan.sizes.dp)).any(dim=0).tolist()
         for name, differs in zip(self._trained, apart, strict=True):
             if differs:
                 why = f"{name} has a gradient on some ranks alone, whose rows led the forward to it: fully_shard would sum it with others"
-                legal = "ddp, or a forward that uses every parameter whatever the rows"
-                raise ConfigError("parallel", self._cfg.parallel.name, why, legal, fix={"parallel": "ddp"})
+                raise _led_apart(self._cfg, why, "uses every parameter")
 
 
 Check = Callable[[Tensor, dist.ProcessGroup], None]
@@ -202,10 +193,14 @@ class AgreedUnits(Observer):
                 why = f"some ranks, whose rows led the forward elsewhere, {self._uses[most]}, where others {self._uses[-least]}"
                 if most == -least:
                     why = f"some ranks, whose rows led the forward to more parameters, {use} of {largest:,} numbers, where others do of {-smallest:,}"
-                legal = "ddp, or a forward that comes to the same parameters whatever the rows"
-                raise ConfigError("parallel", self._cfg.parallel.name, why, legal, fix={"parallel": "ddp"})
+                raise _led_apart(self._cfg, why, "comes to the same parameters")
 
         return check
+
+
+def _led_apart(cfg: Config, why: str, does: str) -> ConfigError:
+    legal = f"ddp, or a forward that {does} whatever the rows"
+    return ConfigError("parallel", cfg.parallel.name, why, legal, fix={"parallel": "ddp"})
 
 
 class _Checked:

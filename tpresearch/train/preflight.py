@@ -133,11 +133,7 @@ def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
 
 
 def quick_check(cfg: Config, world: World) -> MeshSizes:
-    """Validation without torch: finds most mistakes, in a fraction of a second.
-
-    Raises:
-        ConfigError: for the first error.
-    """
+    """Refuse most mistakes, without torch and in a fraction of a second. Returns the sizes of the mesh."""
     refuse_secrets(as_dict(cfg))
     check_bounds(cfg)
     if cfg.logger.wandb:

@@ -4,7 +4,7 @@ quantity, and where it occurs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -147,20 +147,21 @@ def compare(ours: RunTrace, reference: RunTrace) -> dict[str, MaxError]:
     values on all ranks.
     """
     steps = list(enumerate(zip(ours.steps, reference.steps, strict=True)))
+
+    def of_number(get: Callable[[StepTrace], float]) -> MaxError:
+        return _max_error(MaxError(_relative_error(get(a), get(b)), k) for k, (a, b) in steps)
+
+    def of_tensors(get: Callable[[StepTrace], Tensors]) -> MaxError:
+        return _max_error(worst for k, (a, b) in steps for worst in _tensor_errors(k, get(a), get(b)))
+
     return {
         "initial weights": _max_error(_tensor_errors(None, ours.initial, reference.initial)),
-        "loss": _max_error(MaxError(_relative_error(a.loss, b.loss), k) for k, (a, b) in steps),
-        "grad norm": _max_error(
-            MaxError(_relative_error(a.grad_norm, b.grad_norm), k) for k, (a, b) in steps
-        ),
-        "gradients": _max_error(
-            w for k, (a, b) in steps for w in _tensor_errors(k, a.gradients, b.gradients)
-        ),
-        "weights": _max_error(w for k, (a, b) in steps for w in _tensor_errors(k, a.weights, b.weights)),
+        "loss": of_number(lambda step: step.loss),
+        "grad norm": of_number(lambda step: step.grad_norm),
+        "gradients": of_tensors(lambda step: step.gradients),
+        "weights": of_tensors(lambda step: step.weights),
         "between ranks": _max_error(ours.rank_differences or [MaxError(0.0)]),
-        "held-out loss": _max_error(
-            MaxError(_relative_error(a.held_out or 0.0, b.held_out or 0.0), k) for k, (a, b) in steps
-        ),
+        "held-out loss": of_number(lambda step: step.held_out or 0.0),
     }
 
 
