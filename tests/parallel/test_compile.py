@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.assembled import joined, ranks_of_a_host
 from support.composed import SEQ_LEN, config, corpus
 from support.counted_steps import FAKE, PLANS
 from support.marks import exhaustive
@@ -96,11 +97,9 @@ def test_each_step_runs_compiled_code(
         *("model=llama2_debug", f"model.n_layers={layers}", f"parallel={plan}", "parallel.compile=true"),
         *(f"parallel.activation_checkpointing={kind}", "train.eval_rows=11"),
     )
-    here = World(size=world, local_size=world)
-    job, found, of_loss = preflight(cfg, here), {}, {}
-    formulas = Expected(expected_entries(job.model, job.plan, cfg), {})
-    with torch._dynamo.config.patch(recompile_limit=limit), process_group(FAKE, here):
-        mesh = build_mesh(job.sizes, "cpu")
+    found, of_loss, limited = {}, {}, torch._dynamo.config.patch(recompile_limit=limit)
+    with limited, joined(cfg, ranks_of_a_host(world), FAKE) as (job, mesh, _):
+        formulas = Expected(expected_entries(job.model, job.plan, cfg), {})
         counting = CountedStep(mesh, formulas, steps, compiled=True)
         loop = assemble(job, mesh, FAKE, corpus(), [counting])
         for step in range(1, steps + 1):
@@ -274,13 +273,10 @@ def losses_of(world: World, cfg: Config) -> tuple[list[float], Counter[str], boo
         patch.setattr(torch.distributed, "is_nccl_available", lambda: True)
         patch.setattr(post_grad, "micro_pipeline_tp_pass", noted)
         patch.setattr(torch._inductor.config, "force_disable_caches", True)
-        job = preflight(cfg, world)
-        formulas = Expected(expected_entries(job.model, job.plan, cfg), {})
-        assert job.device
-        with process_group(job.device, world):
-            mesh = build_mesh(job.sizes, "cpu")
+        with joined(cfg, world) as (job, mesh, chosen):
+            formulas = Expected(expected_entries(job.model, job.plan, cfg), {})
             counting = CountedStep(mesh, formulas, 3, compiled=True)
-            loop = assemble(job, mesh, job.device, corpus(), [counting])
+            loop = assemble(job, mesh, chosen, corpus(), [counting])
             losses = [loop.step().loss.item() for _ in range(3)]
     assert counting.counted
     return losses, named, counting.counted.sent == formulas.sent

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from support.composed import config, corpus
 from tpresearch.config import Config, ConfigError
@@ -19,7 +20,7 @@ from tpresearch.plan.compiler import Plan
 from tpresearch.train.assemble import assemble
 from tpresearch.train.loop import Loop
 from tpresearch.train.observe import Observer
-from tpresearch.train.preflight import plan_model, preflight
+from tpresearch.train.preflight import Preflight, plan_model, preflight
 
 
 def planned(*overrides: str, world: int = 0, from_seed: bool = False) -> tuple[nn.Module, Plan]:
@@ -42,13 +43,10 @@ def ranks_of_a_host(size: int) -> World:
 
 
 @contextmanager
-def assembled(
-    cfg: Config,
-    world: World = SINGLE_PROCESS,
-    device: Device | None = None,
-    watching: Sequence[Observer] = (),
-) -> Iterator[Loop]:
-    """The training loop of this rank on random rows, inside its process group.
+def joined(
+    cfg: Config, world: World = SINGLE_PROCESS, device: Device | None = None
+) -> Iterator[tuple[Preflight, DeviceMesh, Device]]:
+    """This rank's job, inside its process group.
 
     Args:
         device: the one that the config chooses, unless given.
@@ -57,4 +55,16 @@ def assembled(
     device = device or job.device
     assert device
     with process_group(device, world):
-        yield assemble(job, build_mesh(job.sizes, device.type), device, corpus(), watching)
+        yield job, build_mesh(job.sizes, device.type), device
+
+
+@contextmanager
+def assembled(
+    cfg: Config,
+    world: World = SINGLE_PROCESS,
+    device: Device | None = None,
+    watching: Sequence[Observer] = (),
+) -> Iterator[Loop]:
+    """The training loop of this rank on random rows, inside its process group; see `joined`."""
+    with joined(cfg, world, device) as (job, mesh, chosen):
+        yield assemble(job, mesh, chosen, corpus(), watching)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from support.assembled import joined
 from support.composed import corpus
 from tpresearch.checkpoint.collective import checkpoint_group
 from tpresearch.checkpoint.disk import read_checkpoint
@@ -21,10 +22,8 @@ from tpresearch.config import Config
 from tpresearch.config.axes import DATA_AXES
 from tpresearch.config.world import World
 from tpresearch.launch import Run
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh, sum_over
+from tpresearch.parallel.mesh import sum_over
 from tpresearch.train.assemble import assemble
-from tpresearch.train.preflight import preflight
 from tpresearch.train.saving import build_saver
 from tpresearch.train.state import TrainState
 
@@ -56,12 +55,11 @@ def go(
     Args:
         run: the folder in which the steps `save_at` are saved.
     """
-    job, went = preflight(cfg, world), Went()
-    assert job.device
-    with process_group(job.device, world):
-        mesh, group = build_mesh(job.sizes, job.device.type), checkpoint_group()
+    went = Went()
+    with joined(cfg, world) as (job, mesh, device):
+        group = checkpoint_group()
         restoring = partial(restore, [read_checkpoint(start)], group=group) if start else None
-        loop = assemble(job, mesh, job.device, corpus(), (), restoring)
+        loop = assemble(job, mesh, device, corpus(), (), restoring)
         if start:
             went.restored = whole(loop.state)
         saver = build_saver(job, Run(run, world), corpus(), loop.state.step, group) if run else None

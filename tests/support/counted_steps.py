@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from support.assembled import joined
 from support.composed import config, corpus, in_two_parts
 from tpresearch.config import Config
 from tpresearch.config.world import World
@@ -15,10 +16,7 @@ from tpresearch.ledger.entries import Expected, StepLedger
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.ledger.memory_formulas import expected_memory
 from tpresearch.parallel.device import FAKE, Device
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.assemble import assemble
-from tpresearch.train.preflight import preflight
 from tpresearch.train.watch import CountedStep
 from tpresearch.verify.ranks import Ranks
 
@@ -61,17 +59,11 @@ def count(
         device: the one that the config chooses, unless given.
         rows: random ones, unless given.
     """
-    job = preflight(cfg, world)
-    device = device or job.device
-    assert device
-    formulas = (
-        expected_entries(job.model, job.plan, cfg),
-        expected_memory(job.model, job.plan, cfg, device.type),
-    )
-    with process_group(device, world):
-        mesh = build_mesh(job.sizes, device.type)
+    with joined(cfg, world, device) as (job, mesh, chosen):
+        model, plan = job.model, job.plan
+        formulas = expected_entries(model, plan, cfg), expected_memory(model, plan, cfg, chosen.type)
         counting = CountedStep(mesh, Expected(*formulas), last_step=1)
-        loop = assemble(job, mesh, device, rows or corpus(), [counting])
+        loop = assemble(job, mesh, chosen, rows or corpus(), [counting])
         loop.step()
         if cfg.train.eval_rows:
             loop.evaluate()  # which must leave nothing gathered

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from support.assembled import joined
 from support.composed import SMALL, config, corpus
 from support.nets import Routed as Experts
 from support.nets import model
@@ -17,11 +18,8 @@ import tpresearch
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.models.toy_mlp import ToyLM, ToyMLP
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.agreement import AgreedGradients
 from tpresearch.train.assemble import assemble
-from tpresearch.train.preflight import preflight
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import RunTrace, trace_run
 
@@ -121,11 +119,8 @@ class LeftOutByChance(ToyLM):
 
 def first_step(world: World, cfg: Config, steps: int = 1) -> str:
     """What it is refused for, if it is, or one of the next."""
-    job = preflight(cfg, world)
-    assert job.device
-    with process_group(job.device, world):
-        mesh = build_mesh(job.sizes, "cpu")
-        loop = assemble(job, mesh, job.device, corpus(), [AgreedGradients(cfg, job.plan, mesh)])
+    with joined(cfg, world) as (job, mesh, device):
+        loop = assemble(job, mesh, device, corpus(), [AgreedGradients(cfg, job.plan, mesh)])
         try:
             for _ in range(steps):
                 loop.step()

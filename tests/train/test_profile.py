@@ -12,19 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.assembled import assembled
+from support.assembled import assembled, joined
 from support.composed import config, corpus
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.schema import ProfilerConfig
 from tpresearch.config.validate import validate
 from tpresearch.config.world import World
-from tpresearch.parallel.group import process_group
-from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train.assemble import assemble
 from tpresearch.train.main import build_observers
 from tpresearch.train.observe import Observer
-from tpresearch.train.preflight import preflight
 from tpresearch.train.profile import Profiler, kernel_class, summarize
 from tpresearch.verify.ranks import Ranks
 
@@ -132,15 +129,11 @@ def test_what_the_profiler_takes_is_in_no_row(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Profiler, "_stop", lambda self, _: (hours(self), setattr(self, "_profile", None)))
     monkeypatch.setattr("tpresearch.train.profile.record_function", lambda name: nullcontext())
     settings = ("profiler=trace", "profiler.first_step=3", "train.steps=6", "train.eval_rows=0")
-    job = preflight(config("model=toy_mlp", "parallel=none", "train.log_every=2", *settings), World())
-    assert job.device
-    with process_group(job.device, World()):
-        mesh = build_mesh(job.sizes, "cpu")
-        watching = [
-            *build_observers(job, mesh, job.device, None),
-            Profiler(job.cfg.profiler, tmp_path, 0, False),
-        ]
-        loop = assemble(job, mesh, job.device, corpus(), [*watching, Work()])
+    cfg = config("model=toy_mlp", "parallel=none", "train.log_every=2", *settings)
+    with joined(cfg) as (job, mesh, device):
+        profiler = Profiler(cfg.profiler, tmp_path, 0, False)
+        watching = [*build_observers(job, mesh, device, None), profiler, Work()]
+        loop = assemble(job, mesh, device, corpus(), watching)
         rows = list(loop.rows())
     assert now == 6 + 2 * 3600
     assert [row.get("perf/step_time_s") for row in rows] == [1.0, None, 1.0]
