@@ -6,7 +6,13 @@ import pytest
 from support.composed import config
 
 from tpresearch.config.mesh import warning_of_unused_axes
-from tpresearch.config.validate import planned_world, total_steps, validate, with_batch_that_fits
+from tpresearch.config.validate import (
+    planned_world,
+    ranks_needed,
+    total_steps,
+    validate,
+    with_batch_that_fits,
+)
 
 
 def sizes(*overrides: str, world: int, hosts: int = 1) -> dict[str, int]:
@@ -63,6 +69,26 @@ def test_plan_only_takes_its_world_from_what_is_given() -> None:
     assert planned_world(config("plan_only=true", "mesh.tp=2")) == 4
     assert planned_world(config("plan_only=true", "parallel=fsdp", "mesh.dp_shard=-1")) == 4
     assert planned_world(config("plan_only=true", "parallel=none")) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [
+        ("parallel=none", 1),
+        ("parallel=none world_size=8", 1),
+        ("parallel=tp", 4),
+        ("parallel=tp mesh.tp=2", 2),
+        ("parallel=fsdp_tp mesh.tp=2", 4),
+        ("parallel=fsdp_tp mesh.tp=8", 8),
+        ("parallel=fsdp_tp mesh.tp=3", 3),
+        ("parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=3", 6),
+        ("parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=-1", 4),
+        ("parallel=fsdp world_size=2", 2),
+        ("parallel=fsdp world_size=2 plan_only=true", 1),
+    ],
+)
+def test_a_job_has_the_ranks_that_its_own_mesh_needs(overrides: str, ranks: int) -> None:
+    assert ranks_needed(config(*overrides.split()), 4) == ranks
 
 
 @pytest.mark.parametrize(

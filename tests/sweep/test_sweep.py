@@ -26,7 +26,6 @@ from support.sweeps import Pretended, Sweep
 from tpresearch.config import ConfigError
 from tpresearch.config.compose import as_dict
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.config.validate import ranks_needed
 from tpresearch.data.tokenizer import train_bpe
 from tpresearch.launch.command import Command, WrongCommand
 from tpresearch.launch.composition import initialize_conf
@@ -58,26 +57,6 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
 def table(sweep: Sweep) -> list[dict[str, str]]:
     with (sweep.folder / "summary.csv").open() as file:
         return list(csv.DictReader(file))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "ranks"),
-    [
-        ("parallel=none", 1),
-        ("parallel=none world_size=8", 1),
-        ("parallel=tp", 4),
-        ("parallel=tp mesh.tp=2", 2),
-        ("parallel=fsdp_tp mesh.tp=2", 4),
-        ("parallel=fsdp_tp mesh.tp=8", 8),
-        ("parallel=fsdp_tp mesh.tp=3", 3),
-        ("parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=3", 6),
-        ("parallel=fsdp_tp mesh.tp=2 mesh.dp_shard=-1", 4),
-        ("parallel=fsdp world_size=2", 2),
-        ("parallel=fsdp world_size=2 plan_only=true", 1),
-    ],
-)
-def test_a_job_has_the_ranks_that_its_own_mesh_needs(overrides: str, ranks: int) -> None:
-    assert ranks_needed(composed.config(*overrides.split()), 4) == ranks
 
 
 def test_jobs_are_started_with_their_own_world_size_and_folder(sweep: Sweep) -> None:

@@ -34,8 +34,10 @@ def validate(cfg: Config, world: int, hosts: int = 1) -> MeshSizes:
     _check_vocabulary(cfg)
     _check_length(cfg)
     _check_checkpoints(cfg)
+    _check_profiler(cfg)
+    _check_precision(cfg)
     sizes = resolve_mesh(cfg.mesh, cfg.parallel, planned_world(cfg) if cfg.plan_only else world, hosts)
-    _check_options(cfg, sizes)
+    _check_plan_options(cfg, sizes)
     if not cfg.plan_only:  # which reads no rows, and takes a batch that fits
         _check_batch(cfg, sizes)
     return sizes
@@ -178,7 +180,7 @@ def _check_checkpoints(cfg: Config) -> None:
         raise ConfigError("checkpoint.keep_every", for_ever, why, legal, fix=fix)
 
 
-def _check_options(cfg: Config, sizes: MeshSizes) -> None:
+def _check_plan_options(cfg: Config, sizes: MeshSizes) -> None:
     parallel = cfg.parallel
     if parallel.async_tp and not (parallel.tensor and sizes.tp > 1):
         why, legal = "there is no tensor parallelism to overlap with", "a plan with mesh.tp above 1"
@@ -202,6 +204,9 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
         if kind is not Checkpointing.none:
             key = "parallel.activation_checkpointing"
             raise ConfigError(key, kind, why, "none, or model.blocks", fix={key: "none"})
+
+
+def _check_profiler(cfg: Config) -> None:
     last = cfg.profiler.first_step + cfg.profiler.steps - 1
     if cfg.profiler.name is ProfilerName.trace and last > total_steps(cfg):
         why = f"the run ends after step {total_steps(cfg)}, and step {last} would be the last profiled"
@@ -211,18 +216,20 @@ def _check_options(cfg: Config, sizes: MeshSizes) -> None:
     if cfg.profiler.memory and cfg.profiler.name is ProfilerName.none:
         why = "the snapshot covers the profiled steps, but profiler=none"
         raise ConfigError("profiler.memory", True, why, "profiler=memory", fix={"profiler": "memory"})
+
+
+def _check_precision(cfg: Config) -> None:
+    legal, fix = "train.dtype=bfloat16", {"train.dtype": "bfloat16"}
     if cfg.train.weights is WeightDtype.bfloat16 and cfg.train.dtype is not Dtype.bfloat16:
         why = f"train.dtype={cfg.train.dtype} computes on wider numbers than that"
-        legal = "train.dtype=bfloat16"
-        raise ConfigError("train.weights", "bfloat16", why, legal, fix={"train.dtype": "bfloat16"})
+        raise ConfigError("train.weights", "bfloat16", why, legal, fix=fix)
     if cfg.train.float8 is not Float8.none and cfg.train.dtype is not Dtype.bfloat16:
         why = f"what surrounds its matmuls is bfloat16, and train.dtype={cfg.train.dtype}"
-        legal = "train.dtype=bfloat16"
-        raise ConfigError("train.float8", cfg.train.float8, why, legal, fix={"train.dtype": "bfloat16"})
+        raise ConfigError("train.float8", cfg.train.float8, why, legal, fix=fix)
     if cfg.train.float8_emulated and cfg.train.float8 is Float8.none:
         why = "train.float8=none leaves nothing to emulate"
         raise ConfigError("train.float8_emulated", True, why, "false, or train.float8=tensorwise or rowwise")
-    if parallel.fsdp.reduce_dtype is Dtype.float64 and cfg.train.dtype is Dtype.bfloat16:
+    if cfg.parallel.fsdp.reduce_dtype is Dtype.float64 and cfg.train.dtype is Dtype.bfloat16:
         why, legal = "wider than the float32 gradients", "float32 or bfloat16"
         raise ConfigError("parallel.fsdp.reduce_dtype", "float64", why, legal)
 
