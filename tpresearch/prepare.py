@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 from tpresearch.config import Config, ConfigError
@@ -9,6 +10,9 @@ from tpresearch.data.check import check_data
 from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import PackedCorpus
 from tpresearch.launch import Run, World, entrypoint
+from tpresearch.launch.stop import StopFlag, Stopped
+
+log = logging.getLogger(__name__)
 
 
 def preflight(cfg: Config, world: World) -> Config:
@@ -22,7 +26,12 @@ def preflight(cfg: Config, world: World) -> Config:
 
 @entrypoint("train", preflight=preflight)
 def main(cfg: Config, run: Run) -> None:
-    corpus = prepare(cfg.data, cfg.tokenizer, run.world)
+    with StopFlag() as flag:  # a BPE learns in threads of its own, which no KeyboardInterrupt reaches
+        try:
+            corpus = prepare(cfg.data, cfg.tokenizer, run.world, flag.check)
+        except Stopped as stopped:
+            log.warning("%s", stopped)
+            raise
     assert isinstance(corpus, PackedCorpus)
     if run.world.rank == 0:
         print(report(corpus))

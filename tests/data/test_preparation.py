@@ -13,12 +13,15 @@ import signal
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from filelock import FileLock
+from support.composed import config
 from support.corpora import Configure, prepared
 from support.processes import HANG_GUARD_S, ended, forked
 
@@ -30,6 +33,9 @@ from tpresearch.data.cache import SAMPLE_BYTES, SAMPLES, checksum
 from tpresearch.data.check import check_data
 from tpresearch.data.rows import PackedCorpus
 from tpresearch.data.tokenizer import train_bpe
+from tpresearch.launch import Run
+from tpresearch.launch.stop import Stopped
+from tpresearch.prepare import main
 from tpresearch.verify.ranks import Ranks
 
 
@@ -258,6 +264,22 @@ def test_one_can_be_stopped_within_a_long_document(
     checks: list[int] = []
     prepared(dataclasses.replace(data, path=f"{tmp_path}/long.txt"), bpe, check=lambda: checks.append(1))
     assert len(checks) > 2 * 5, "each of its parts of 65,536 characters is learned from, and tokenized"
+
+
+def test_ctrl_c_ends_the_command_while_a_tokenizer_learns(
+    data: DataConfig, bpe: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its threads read the text, and no KeyboardInterrupt reaches them."""
+
+    def learn(texts: Iterable[str], vocab_size: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in texts:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(pipeline, "train_bpe", learn)
+    with pytest.raises(Stopped, match="stopped by SIGINT"):
+        main.main(dataclasses.replace(config(), data=data, tokenizer=bpe), Run(tmp_path, World()))
+    assert not list(Path(data.cache_dir).glob("*/.*.tmp"))
 
 
 def test_only_what_changed_is_done_again(
