@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tpresearch.config.schema import DataConfig, DataSource, TokenizerConfig
-from tpresearch.data.batches import IGNORE_INDEX, Batches, eval_batches, meta_batch
+from tpresearch.data.batches import IGNORE_INDEX, Batch, Batches, eval_batches, meta_batch
 from tpresearch.data.pipeline import prepare
 
 
@@ -60,6 +60,8 @@ def test_an_impossible_cut_is_refused(rows: np.ndarray) -> None:
         Batches(rows, 24, seed=0).batch(0, 0, 5)
     with pytest.raises(ValueError, match="from 0 rows"):
         Batches(rows[:0], 24, seed=0)
+    with pytest.raises(ValueError, match="no batches of 0 rows"):
+        Batches(rows, 0, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,14 @@ def test_micro_batches_are_the_batch_in_order(rows: np.ndarray) -> None:
     assert [len(piece.inputs) for piece in pieces] == [7, 7, 7, 3]
     assert torch.equal(torch.cat([piece.inputs for piece in pieces]), batch.inputs)
     assert torch.equal(torch.cat([piece.targets for piece in pieces]), batch.targets)
+
+
+def test_numbers_are_of_the_dtype_of_the_computation_and_tokens_stay_whole() -> None:
+    cpu, narrow = torch.device("cpu"), torch.bfloat16
+    numbers, tokens = (Batch.of(torch.ones(2, 3, dtype=kind)) for kind in (torch.float32, torch.int64))
+    dtypes = [[part.dtype for part in batch.to(cpu, narrow)] for batch in (numbers, tokens)]
+    assert dtypes == [[narrow, torch.float32], [torch.int64, torch.int64]]
+    assert numbers.to(cpu).inputs.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tracemalloc
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import cast
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.composed import corpus
 from support.corpora import Configure, prepared
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -51,10 +53,10 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path, configure: C
     tokenizer.save(str(tmp_path / "large.json"))
     (tmp_path / "text.txt").write_text(" ".join(f"t{number}" for number in range(69_000, 70_000)))
     settings = TokenizerConfig(TokenizerKind.hf, vocab_size=70_001, path=str(tmp_path / "large.json"))
-    corpus = prepared(configure(str(tmp_path / "text.txt")), settings)
-    assert corpus.vocab_size == 70_001
-    assert corpus.train.dtype == np.uint32
-    np.testing.assert_array_equal(corpus.train.ravel()[:900], np.arange(69_000, 69_900))
+    packed = prepared(configure(str(tmp_path / "text.txt")), settings)
+    assert packed.vocab_size == 70_001
+    assert packed.train.dtype == np.uint32
+    np.testing.assert_array_equal(packed.train.ravel()[:900], np.arange(69_000, 69_900))
 
 
 def test_a_long_document_is_encoded_a_part_at_a_time(
@@ -116,6 +118,17 @@ def test_tokens_are_counted_without_a_pass_over_the_vocabulary(tmp_path: Path) -
     assert meta["unigram_entropy_nats"]["train"] == pytest.approx(1.5 * np.log(2))
 
 
+def test_the_document_that_reaches_the_most_tokens_is_whole(tmp_path: Path) -> None:
+    """Of three of nine pieces, each of two tokens."""
+    words = SimpleNamespace(
+        size=9, eos_id=0, piece_chars=6, encode=lambda texts: [np.array([1, 2]) for _ in texts]
+    )
+    tokenizer, text = cast(data_tokenizer.Tokenizer, words), "a text" + " a text" * 8
+    for most, whole in ((1, 1), (19, 1), (20, 2), (None, 3)):
+        found = write_streams(tmp_path, [([text], [])] * 3, tokenizer, most, lambda _: None)["train"]
+        assert (found["documents"], found["tokens"]) == (whole, whole * (9 * 2 + 1))
+
+
 def test_unigram_entropy_is_that_of_the_formula() -> None:
     entropy = unigram_entropy(np.array([1, 1, 2, 0]), np.array([0, 0, 1, 3]))
     assert entropy["train"] == pytest.approx(1.5 * np.log(2))
@@ -126,11 +139,11 @@ def test_unigram_entropy_is_that_of_the_formula() -> None:
 def test_a_corpus_shorter_than_a_global_batch_is_refused(
     texts: Path, configure: Configure, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    corpus = prepared(configure(f"{texts}/**/*.txt"), bpe)
-    rows = len(corpus.train)
-    check_enough_rows(corpus, rows)
+    packed = prepared(configure(f"{texts}/**/*.txt"), bpe)
+    rows = len(packed.train)
+    check_enough_rows(packed, rows)
     with pytest.raises(ConfigError, match=f"has {rows} rows of 17 tokens") as few:
-        check_enough_rows(corpus, rows + 1)
+        check_enough_rows(packed, rows + 1)
     assert (few.value.field, few.value.fix) == ("train.global_batch_size", {"train.global_batch_size": rows})
     with caplog.at_level(logging.WARNING):
         none = prepared(configure(f"{texts}/**/*.txt", seq_len=10**6), bpe)
@@ -141,3 +154,22 @@ def test_a_corpus_shorter_than_a_global_batch_is_refused(
     assert isinstance(fix, int)
     assert short.value.field == "data.seq_len"
     check_enough_rows(prepared(configure(f"{texts}/**/*.txt", seq_len=fix), bpe), 24)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "sentence", "fix"),
+    [
+        (0, 47, "data.seq_len=16: the train split has 47 tokens, fewer than one row of 17; ", {}),
+        (0, 48, "data.seq_len=16: .* more text", {"data.seq_len": 1}),
+        (7, 200, "train.global_batch_size=24: .*; at most 4, a shorter", {"train.global_batch_size": 4}),
+        (3, 200, "train.global_batch_size=24: .*; more text", {}),
+    ],
+)
+def test_what_is_proposed_for_few_rows_is_legal(
+    rows: int, tokens: int, sentence: str, fix: dict[str, int]
+) -> None:
+    """On 4 data-parallel ranks, each of which reads at least a row, of a token and its target."""
+    few = dataclasses.replace(corpus(rows), meta={"train": {"tokens": tokens}})
+    with pytest.raises(ConfigError, match=sentence) as refused:
+        check_enough_rows(few, 24, multiple_of=4)
+    assert refused.value.fix == fix

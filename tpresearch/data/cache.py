@@ -169,11 +169,8 @@ def checksum(path: Path) -> int:
 
 def _write_meta(folder: Path, meta: Meta) -> Meta:
     """Write meta.json: what was built, the size and checksum of each file, and its own checksum."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)}
-        for path in files
-    }
+    files = sorted(folder.iterdir())
+    sizes = {path.name: {"bytes": path.stat().st_size, "crc32": checksum(path)} for path in files}
     meta = {**meta, "files": sizes}
     sealed = json.dumps({**meta, "checksum": _crc_of_meta(meta)}, indent=2)
     (folder / META_FILE).write_text(sealed + "\n")

@@ -76,7 +76,7 @@ def check_enough_rows(corpus: PackedCorpus, global_batch_size: int, multiple_of:
         return
     tokens = corpus.meta["train"]["tokens"]
     if rows == 0:
-        fix = {"data.seq_len": tokens // global_batch_size - 1} if tokens > global_batch_size else {}
+        fix = {"data.seq_len": tokens // global_batch_size - 1} if tokens >= 2 * global_batch_size else {}
         why = f"the train split has {tokens} tokens, fewer than one row of {row_tokens}"
         raise ConfigError("data.seq_len", row_tokens - 1, why, "a shorter sequence or more text", fix)
     why = f"the train split has {rows} rows of {row_tokens} tokens, fewer than one global batch"
