@@ -155,7 +155,11 @@ def test_steps_that_do_something_else_at_more_rows_are_recorded(monkeypatch: pyt
         return record(cfg, sizes)
 
     monkeypatch.setattr(ranking, "record", noted)
-    for chunk, recorded in (("64", [2, 4]), ("200", [8])):  # 64 tokens each; 128, 128 and 171
+    for chunk, recorded in (
+        ("64", [2, 4]),
+        ("200", [8]),
+        ("44", [8]),
+    ):  # 64 tokens each; 128, 128 and 171; 43 or 42
         cfg = config("model=llama2_debug", "parallel=ddp", "data.seq_len=64", f"train.loss_chunk={chunk}")
         sizes = validate(at_rows(cfg, 1, 32), 2)
         family = Candidate(at_rows(cfg, 1, 32), sizes)

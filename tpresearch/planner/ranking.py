@@ -252,7 +252,7 @@ class _Traces:
         return self._recorded[depth, rows]
 
 
-def _chunk(cfg: Config, rows: int) -> float | None:
-    """Number of tokens whose logits exist at once, if the loss is computed in chunks."""
+def _chunk(cfg: Config, rows: int) -> tuple[int, int] | None:
+    """Number of tokens whose logits exist at once, if the loss is computed in chunks, and of chunks that have one more."""
     tokens, most = rows * cfg.data.seq_len, cfg.train.loss_chunk
-    return tokens / chunk_count(tokens, most) if most else None
+    return divmod(tokens, chunk_count(tokens, most)) if most else None
