@@ -48,13 +48,13 @@ def link_rows(world: World, device: Device | None = None) -> list[dict[str, Any]
     """
     index = 0 if world.own_device else world.local_rank
     device = device or Device(torch.device("cuda", index), "nccl", "gpu")
-    rows = []
+    rows, lead = [], cuda.lead_matrix(device.torch)
     with process_group(device, world):
         for name, group in _groups(world):
             for size in (SMALL_BYTES, LARGE_BYTES):
                 for op, call, moved in _collectives(size, group, device.torch):
                     dist.barrier()
-                    us = cuda.microseconds(call, cuda.lead_matrix(device.torch))
+                    us = cuda.microseconds(call, lead)
                     row = {"op": f"{op} {name}", "shape": [size, group.size()], "us": us}
                     rows.append(row | {"flops": 0.0, "bytes": moved})
                     if world.rank == 0:

@@ -23,14 +23,13 @@ from tpresearch.simulate.trace import Op, Touched
 SINGLE_KERNEL_MODULES = (nn.RMSNorm,)
 """Modules that CUDA runs as one kernel each way, and a CPU as many ops."""
 
-_VIEWS = """
-    view _unsafe_view t transpose unsqueeze squeeze expand slice select split split_with_sizes detach alias permute
-    as_strided reshape unbind chunk narrow unflatten flatten view_as _reshape_alias lift_fresh is_same_size unfold
-    diagonal unsafe_split unsafe_chunk movedim swapaxes real imag view_as_real view_as_complex _conj _neg_view"""
-_ALLOCATIONS = """
+_IDLE = """
     empty new_empty empty_strided empty_like new_empty_strided set_ resize_ record_stream promote_types
-    _local_scalar_dense"""
-_NO_KERNEL = frozenset([*_VIEWS.split(), *_ALLOCATIONS.split()])
+    _local_scalar_dense is_same_size _unsafe_view unsafe_split unsafe_chunk"""
+_NO_KERNEL = frozenset(_IDLE.split())
+"""Ops that run nothing on a device, beside those that torch calls views."""
+_MAY_COPY = ("to", "contiguous")
+"""Ops that torch calls views, and that may copy."""
 _GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_scaled_mm": 0, ADDING_MATMUL: 1}
 """Op -> position of the first factor among its arguments."""
 _CONVOLUTIONS = ("convolution", "convolution_backward")
@@ -146,15 +145,9 @@ class Recorder(CommunicationLedger):
         sent = len(self.events)
         result = super().__torch_dispatch__(func, types, args, kwargs)
         name = func._schema.name.split("::")[-1]
-        if (
-            result is not NotImplemented
-            and func.namespace in _NAMESPACES
-            and name not in _NO_KERNEL
-            and not propagating
-        ):
-            self._record(
-                func, name, args, kwargs, result, self.events[-1] if len(self.events) > sent else None
-            )
+        if result is not NotImplemented and _launches(func, name) and not propagating:
+            event = self.events[-1] if len(self.events) > sent else None
+            self._record(func, name, args, kwargs, result, event)
         return result
 
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, result: Any, event: Any) -> None:
@@ -216,6 +209,12 @@ class Recorder(CommunicationLedger):
             self._count += 1
             weakref.finalize(storage, self._live.pop, address, None).atexit = False
         return self._live[address]
+
+
+def _launches(func: Any, name: str) -> bool:
+    """Whether an op may run anything on a device."""
+    is_view = func.is_view and name not in _MAY_COPY
+    return func.namespace in _NAMESPACES and name not in _NO_KERNEL and not is_view
 
 
 def _plain_tensors(values: Any) -> list[Tensor]:
