@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from support.assembled import assembled
 from support.composed import config, corpus
 from support.nets import AfterBlocks, ComplexPositions, HookedHead, PartlyInEvaluation, Routed, model
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from tpresearch.config import Config
 from tpresearch.config.axes import DATA_AXES
@@ -18,27 +17,22 @@ from tpresearch.data.batches import Batches
 from tpresearch.parallel.mesh import sum_over
 from tpresearch.train.optim import learning_rate
 from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.trace import Tensors, full_tensors
 
 STEPS = 3
-Weights = dict[str, Tensor]
 
 
-def copied(weights: Weights) -> Weights:
-    wholes = {k: w.full_tensor() if isinstance(w, DTensor) else w for k, w in weights.items()}
-    return {name: whole.detach().clone() for name, whole in wholes.items()}
-
-
-def ours(world: World, cfg: Config) -> tuple[Weights, list[float], Weights]:
+def ours(world: World, cfg: Config) -> tuple[Tensors, list[float], Tensors]:
     """The initial weights, the losses of a few steps, with an evaluation after each, and the weights after them."""
     with assembled(cfg, world) as loop:
-        initial, losses = copied(loop.state.weights()), []
+        initial, losses = full_tensors(loop.state.weights()), []
         for _ in range(STEPS):
             losses.append(sum_over(loop.setup.mesh, loop.step().loss, DATA_AXES).item())
             loop.evaluate()
-        return initial, losses, copied(loop.state.weights())
+        return initial, losses, full_tensors(loop.state.weights())
 
 
-def plain(kind: type[nn.Module], cfg: Config, initial: Weights) -> tuple[list[float], Weights]:
+def plain(kind: type[nn.Module], cfg: Config, initial: Tensors) -> tuple[list[float], Tensors]:
     """Losses and last weights of a loop that knows of nothing but the class."""
     net = kind(**cfg.model.args)
     for parameter in net.parameters():
@@ -54,7 +48,7 @@ def plain(kind: type[nn.Module], cfg: Config, initial: Weights) -> tuple[list[fl
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, copied(dict(net.named_parameters()))
+    return losses, full_tensors(dict(net.named_parameters()))
 
 
 @pytest.mark.parametrize(

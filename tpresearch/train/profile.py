@@ -65,7 +65,7 @@ class Profiler(Observer):
             yield
 
     def _start(self) -> None:
-        if self._config.memory and self._on_cuda:
+        if self._config.memory:
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
         # Else it writes lines of its own on each rank (torch 2.13).
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -83,7 +83,7 @@ class Profiler(Observer):
             self._write(profiled)
         except OSError as problem:  # which costs no run
             log.warning("the profile cannot be written: %s", problem.strerror)
-        if self._config.memory and self._on_cuda:
+        if self._config.memory:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, profiled: profile) -> None:
@@ -92,7 +92,7 @@ class Profiler(Observer):
         profiled.export_chrome_trace(str(where / f"trace-rank{self._rank}.json.gz"))
         found = summarize(profiled.key_averages(), self._on_cuda, self._config.steps)
         (where / f"kernels-rank{self._rank}.json").write_text(json.dumps(found, indent=1) + "\n")
-        if self._config.memory and self._on_cuda:
+        if self._config.memory:
             torch.cuda.memory._dump_snapshot(str(where / f"memory-rank{self._rank}.pickle"))
         classes = ", ".join(f"{name} {row['ms']:.1f}" for name, row in found["classes"].items())
         log.info("profile of %d steps in %s: ms per step: %s", self._config.steps, where, classes)

@@ -94,7 +94,7 @@ def check_randomness(model: nn.Module, plan: Plan, parallel: ParallelConfig) -> 
         raise ConfigError(key, kind, why, "none, or draws by torch's", fix={key: "none"})
     for name, calls in plan.probe.draws.items() if parallel.compile else ():
         in_block = name in plan.blocks or unit_of(name, plan.blocks) is not None
-        if in_block and parallel.activation_checkpointing is Checkpointing.budget:
+        if in_block and kind is Checkpointing.budget:
             why = f"{name} draws random numbers in a block, and torch would draw others where it recomputes them"
             fix = {"parallel.activation_checkpointing": "selective"}
             legal = "none, selective or full"
