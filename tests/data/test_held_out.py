@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from support.corpora import Configure, Decode, prepared
 
 from tpresearch.config.schema import TokenizerConfig
+from tpresearch.data import pipeline
 from tpresearch.data.documents import Document
-from tpresearch.data.pipeline import holds_out_documents, split_document
+from tpresearch.data.pipeline import cut_out, holds_out_documents, split_document
+from tpresearch.data.tokenizer import Tokenizer, train_bpe
 
 
 def sha1_rule(name: str, every: int) -> bool:
@@ -48,6 +51,36 @@ def test_the_tokenizer_learns_nothing_from_held_out_text(
     assert prepared(configure(f"{texts}/**/*.txt"), bpe).tokenizer_hash != before.tokenizer_hash
 
 
+@pytest.mark.parametrize(("max_tokens", "most"), [(None, 1000), (100, 400)])
+def test_a_tokenizer_learns_from_the_first_text_alone(
+    texts: Path,
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    max_tokens: int | None,
+    most: int,
+) -> None:
+    """No more than is worth it, nor than will be read."""
+    learned = list[str]()
+
+    def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        learned.extend(texts)
+        return train_bpe(learned, vocab_size)
+
+    monkeypatch.setattr(pipeline, "BPE_TRAIN_CHARS", 1000)
+    monkeypatch.setattr(pipeline, "train_bpe", learn)
+    data = configure(f"{texts}/**/*.txt", max_tokens=max_tokens)
+    size = prepared(data, TokenizerConfig(vocab_size=4096)).vocab_size
+    assert sum(map(len, learned)) == most
+    assert f"the text yields only {size} of 4096 tokens requested" in caplog.messages
+
+
+def test_a_text_is_read_no_further_than_it_is_taken() -> None:
+    parts = iter(["ab"] * 9)
+    assert "".join(cut_out(parts, 1, 4)) == "bab"
+    assert len([*parts]) == 7
+
+
 def test_one_file_gives_its_tail(
     tmp_path: Path, configure: Configure, bpe: TokenizerConfig, decoded: Decode
 ) -> None:
@@ -75,13 +108,15 @@ def test_a_tail_and_its_head_are_the_text(text: str) -> None:
 
 
 def test_few_documents_or_one_sided_names_give_tails() -> None:
-    names = [f"{number}.txt" for number in range(1000)]
+    names = [f"{number}.txt" for number in range(3000)]
     inside = [name for name in names if not sha1_rule(name, 20)]
-    for few in (names[:99], inside[:100]):
+    outside = [name for name in names if sha1_rule(name, 20)]
+    for few in (names[:99], inside[:100], outside[:100]):
         assert not holds_out_documents([Document(name, ["text"]) for name in few], 20)
     hundred = [Document(name, ["text"]) for name in names[:100]]
     assert holds_out_documents(hundred, 20)
     assert not holds_out_documents(hundred, 20, chars=120)  # 100 documents are there, and 30 will be read
+    assert holds_out_documents(hundred, 20, chars=400)
     document = Document("0.txt", ["a" * 100])
     assert [len("".join(parts)) for parts in split_document(document, 20, whole=False)] == [95, 5]
     for name in names[:100]:
