@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from support.composed import config
 
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
-from tpresearch.parallel.device import CPU, choose_device, device_notes
+from tpresearch.parallel.device import CPU, Device, check_device, choose_device, device_notes
 
 LAST_OF_FOUR = World(rank=3, size=4, local_rank=3, local_size=4, elastic=True)
 OWN = World(rank=3, size=4, local_rank=3, local_size=4, elastic=True, own_device=True)
@@ -56,3 +59,66 @@ def test_async_tp_is_refused_where_each_rank_sees_its_gpu_alone(visible: pytest.
     visible.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"^parallel.async_tp=true.* torchrun without --virtual-local-rank"):
         choose_device(config("model=llama2_debug", "parallel=tp", "parallel.async_tp=true"), OWN)
+
+
+CARD = Device(torch.device("cuda", 3), "nccl", "card 3")
+OLD, UNABLE = lambda: (6, 1), lambda *_, **__: False
+
+
+@pytest.mark.parametrize(
+    ("device", "words", "patches", "sentence"),
+    [
+        (
+            CPU,
+            ["parallel.fsdp.cpu_offload=true"],
+            {},
+            "CPU offload needs a CUDA device; false on this device",
+        ),
+        (
+            CARD,
+            ["train.dtype=bfloat16"],
+            {"is_bf16_supported": UNABLE},
+            "card 3 does not support bfloat16; float32",
+        ),
+        (
+            dataclasses.replace(CARD, shared=True),
+            ["parallel.async_tp=true"],
+            {},
+            "ranks share a device here; one device per rank",
+        ),
+        (
+            CARD,
+            ["parallel.async_tp=true"],
+            {"device_count": lambda: 2, "can_device_access_peer": lambda a, b: a < b},
+            "GPU 1 cannot read the memory of GPU 0, as symmetric memory asks; false on this machine",
+        ),
+        (CARD, ["parallel.compile=true"], {"get_device_capability": OLD}, "the GPU is older than triton"),
+        (CARD, ["optimizer.compile=true"], {"get_device_capability": OLD}, "the GPU is older than triton"),
+    ],
+)
+def test_what_a_device_lacks_is_refused(
+    visible: pytest.MonkeyPatch, device: Device, words: list[str], patches: dict[str, Any], sentence: str
+) -> None:
+    visible.setattr("importlib.util.find_spec", lambda name: True)
+    for name, of_this in patches.items():
+        visible.setattr(torch.cuda, name, of_this)
+    plan = "tp" if "parallel.async_tp=true" in words else "fsdp"
+    with pytest.raises(ConfigError, match=f"^{words[0]}: {sentence}"):
+        check_device(config("model=llama2_debug", f"parallel={plan}", *words), device)
+    check_device(config("model=llama2_debug", f"parallel={plan}"), device)
+
+
+def test_triton_is_needed_for_what_a_gpu_computes(visible: pytest.MonkeyPatch) -> None:
+    visible.setattr("importlib.util.find_spec", lambda name: None)
+    visible.setattr("shutil.which", lambda name: name)
+    for key in ("parallel.compile", "optimizer.compile"):
+        with pytest.raises(ConfigError, match=f"^{key}=true: triton is not installed; "):
+            check_device(config("model=toy_mlp", "parallel=fsdp", f"{key}=true"), CARD)
+    offloaded = ("parallel.fsdp.cpu_offload=true", "optimizer.compile=true")
+    check_device(config("model=toy_mlp", "parallel=fsdp", *offloaded), CARD)
+
+
+def test_float32_on_a_gpu_is_said_to_be_slow() -> None:
+    (note,) = device_notes(CARD, config("model=toy_mlp"))
+    assert note.startswith("float32 runs without TF32, ")
+    assert device_notes(CARD, config("model=toy_mlp", "train.dtype=bfloat16")) == []

@@ -136,6 +136,9 @@ def test_a_device_that_cannot_is_refused(
         return
     with pytest.raises(ConfigError, match=re.escape(f"train.float8={recipe}: {why}; none on this device")):
         check_float8(train, device)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"torchao is not installed: pip install 'tpresearch\[float8\]'; "):
+        check_float8(train, device)
 
 
 @pytest.mark.parametrize(
