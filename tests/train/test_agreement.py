@@ -23,6 +23,11 @@ from tpresearch.train.assemble import assemble
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.trace import RunTrace, trace_run
 
+OWN = (
+    "~model.plans.tp.in_proj",
+    "+model.plans.tp.own={match: mlp.in_proj, _target_: torch.distributed.tensor.parallel.ColwiseParallel}",
+)
+"""A style of one's own, of whose output nothing is known before the first step."""
 RULE = "+model.plans.tp.norm={match: mlp.norm, style: sequence, src: 'shard:2', dst: 'shard:2'}"
 
 
@@ -139,35 +144,33 @@ def trace(world: World, cfg: Config) -> RunTrace:
     return trace_run(cfg, corpus(), world, 2)
 
 
-@pytest.mark.parametrize(("rules", "refused"), [((), True), ((RULE,), False)], ids=["no rule", "a rule"])
+@pytest.mark.parametrize(("rules", "refused"), [(OWN, True), ((RULE,), False)], ids=["no rule", "a rule"])
 def test_a_partial_gradient_of_what_is_replicated_is_refused(
     ranks: Ranks, rules: tuple[str, ...], refused: bool
 ) -> None:
     cfg = config(*model(NormedHeads), "parallel=tp", "train.dtype=float64", *rules)
     for found in ranks.run(2, first_step, cfg):
         assert found.startswith("model.plans.tp=tp: the gradient of mlp.norm.weight differs") is refused
-    if rules:
+    if not refused:
         settings = (*model(NormedHeads), "train.dtype=float64", "train.clip_grad_norm=0.2", *rules)
         alone = trace(World(), config(*settings, "parallel=none"))
         agree(ranks.run(2, trace, config(*settings, "parallel=tp"))[0], alone)
 
 
 def test_a_gradient_is_compared_once_it_is_not_zero(ranks: Ranks) -> None:
-    for found in ranks.run(2, first_step, config(*model(NormedHeadsFromZeros), "parallel=tp"), 5):
+    for found in ranks.run(2, first_step, config(*model(NormedHeadsFromZeros), "parallel=tp", *OWN), 5):
         assert found.startswith("model.plans.tp=tp: the gradient of mlp.norm.weight differs")
 
 
 def test_a_whole_output_that_meets_a_shard_is_named_with_the_style_for_it(ranks: Ranks) -> None:
-    words = [*SMALL, *model(GatedFeatures), "data=random_tokens", "parallel=tp"]
+    words = [*SMALL, *model(GatedFeatures), "data=random_tokens", "parallel=tp", *OWN]
     for found in ranks.run(2, first_step_in_python, words):
         assert found.startswith("model.plans.tp=tp: the gradient of mlp.gate.weight differs")
         assert "as CopyToShards in docs/plans.md" in found
 
 
 def test_what_a_style_of_ones_own_shards_is_not_taken_for_replicated(ranks: Ranks) -> None:
-    own = "_target_: torch.distributed.tensor.parallel.ColwiseParallel"
-    rules = ("~model.plans.tp.in_proj", f"+model.plans.tp.own={{match: mlp.in_proj, {own}}}")
-    assert ranks.run(2, first_step, config("model=toy_mlp", "parallel=tp", *rules)) == ["", ""]
+    assert ranks.run(2, first_step, config("model=toy_mlp", "parallel=tp", *OWN)) == ["", ""]
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,21 @@ import inspect
 
 import pytest
 import torch
-from support.composed import config
+from support.composed import config, corpus
 from support.nets import model
 from torch import Tensor
 
-from tpresearch.config.errors import WrongModel
+from tpresearch.config import Config
+from tpresearch.config.errors import ConfigError, WrongModel
 from tpresearch.config.validate import validate
+from tpresearch.config.world import World
 from tpresearch.models.toy_mlp import ToyLM, ToyMLP
 from tpresearch.plan.compiler import Plan
 from tpresearch.simulate.fake_step import record
 from tpresearch.train.preflight import plan_model
 from tpresearch.train.shapes import refusing_shapes
+from tpresearch.verify.ranks import Ranks
+from tpresearch.verify.trace import trace_run
 
 
 class Counted(ToyMLP):
@@ -78,6 +82,36 @@ def test_an_op_in_place_on_what_a_rule_returns_is_named() -> None:
         WrongModel, match=rf"ends at {__file__}, line \d+: Output 0 .*: x = x \+ y for x \+= y"
     ):
         record(cfg, validate(cfg, 2))
+
+
+class Centered(ToyLM):
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return super().forward(tokens) - super().forward(tokens).mean(-1, keepdim=True)
+
+
+def first_step(world: World, cfg: Config) -> tuple[str, dict[str, object]]:
+    """What it is refused for, and what would mend it."""
+    try:
+        trace_run(cfg, corpus(64, cfg.data.seq_len, cfg.tokenizer.vocab_size), world, 1)
+    except ConfigError as error:
+        return str(error), error.fix
+    return "", {}
+
+
+def test_logits_of_which_no_shards_are_left_name_the_setting(ranks: Ranks) -> None:
+    words = (
+        *model(Centered),
+        "parallel=sp",
+        "train.dtype=float64",
+        "tokenizer.vocab_size=64",
+        "data.seq_len=8",
+        "data=random_tokens",
+        "train.micro_batch_size=2",
+    )
+    (why, fix), _ = ranks.run(2, first_step, config(*words))
+    assert why.startswith("parallel.loss_parallel=true: what the forward does to the logits")
+    mended = (f"{key}={value}" for key, value in fix.items())
+    assert ranks.run(2, first_step, config(*words, *mended)) == [("", {})] * 2
 
 
 def test_other_errors_and_those_without_rules_are_what_they_were() -> None:

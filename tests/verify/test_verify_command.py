@@ -106,6 +106,8 @@ def test_a_plan_that_does_not_run_fails_and_says_why(ranks: Ranks, tmp_path: Pat
         tmp_path,
         "verify.plans=[tp]",
         "verify.optimizers=[sgd]",
+        "~model.plans.tp.in_proj",
+        "+model.plans.tp.own={match: mlp.in_proj, _target_: torch.distributed.tensor.parallel.ColwiseParallel}",
         "model.plans.tp.out_proj.src=replicate",
     )
     assert done.code == 1, done.err

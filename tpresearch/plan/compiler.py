@@ -121,7 +121,7 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) 
         check_divisible(
             parallel, sizes, [*declared_counts(cfg), *_sharded_counts(model, cfg, sizes, rules, probe)]
         )
-        check_sequence(model, cfg, sizes, rules, probe)
+        check_sequence(model, cfg, rules)
     by_own_style = {name for name, rule in rules.items() if rule.rule.target}
     replicated = [
         name

@@ -20,10 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tpresearch.config.errors import WrongModel
-from tpresearch.config.mesh import SEQUENCE_DIM
 from tpresearch.config.schema import Config
 from tpresearch.plan.compatible import incompatible
-from tpresearch.plan.features import Across, DimUse
 from tpresearch.plan.meta import same_draws
 
 Shapes = tuple[torch.Size | None, ...]
@@ -61,14 +59,8 @@ class Probe:
     """Buffers that a forward in training changes, as the statistics of a batch norm."""
     called: list[str] = field(default_factory=list)
     """Names of modules in the order in which they were called, one per call."""
-    across_features: Across = field(default_factory=dict)
-    """Linear layers of whose output an op needs all features, such as softmax or a split in halves."""
     changed_outputs: set[str] = field(default_factory=set)
     """Modules that return a view, which is changed in place afterwards."""
-    across_positions: Across = field(default_factory=dict)
-    """Modules of whose output an op needs all positions of a sequence, such as a shift by one token."""
-    widths: dict[str, int] = field(default_factory=dict)
-    """Linear layers whose output a view splits into heads, and the width of a head."""
 
     @property
     def may_branch(self) -> bool:
@@ -128,12 +120,7 @@ class _ProbeMode(TorchDispatchMode):
             id(p): name for name, module in model.named_modules() for p in module.parameters(recurse=False)
         }
         self._buffers = buffer_versions(model)
-        self._features, self._positions = DimUse(-1), DimUse(SEQUENCE_DIM)
-        self._found = Probe(
-            across_features=self._features.across,
-            across_positions=self._positions.across,
-            widths=self._features.widths,
-        )
+        self._found = Probe()
         self.running: list[str] = []
         self.calls: list[tuple[str, str, int]] = []
         """Of functions: by which module, of which, and for how many elements."""
@@ -164,10 +151,6 @@ class _ProbeMode(TorchDispatchMode):
 
     def _after_forward(self, name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         self.running.pop()
-        if isinstance(module, nn.Linear):
-            self._features.made(name, output)
-        if any(True for _ in module.parameters(recurse=False)):
-            self._positions.made(name, output)
         outputs = output if isinstance(output, tuple) else (output,)
         self._shapes[name] = _shapes_of(args), _shapes_of(outputs), self._layers_called
         self._views += [(name, t, t._version) for t in outputs if isinstance(t, Tensor) and t._is_view()]
@@ -194,10 +177,7 @@ class _ProbeMode(TorchDispatchMode):
             raise TypeError("an embedding takes token ids")  # torch 2.11 asks for none on the meta device
         owners = {self._owners.get(id(tensor), reader) for tensor in tree_leaves((args, kwargs))}
         self._found.read_outside_forward.update(o for o in owners if o is not None and o != reader)
-        output = func(*args, **(kwargs or {}))
-        for use in (self._features, self._positions):
-            use.note(reader or "", func, args, kwargs or {}, output)
-        return output
+        return func(*args, **(kwargs or {}))
 
 
 def probe_model(model: nn.Module, inputs: Tensor, cfg: Config) -> Probe:

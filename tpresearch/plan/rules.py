@@ -226,13 +226,6 @@ def check_layouts(rules: dict[str, ResolvedRule], probe: Probe) -> None:
                 legal = "null" if count is None else f"shard:{-count} to shard:{count - 1}"
                 why = f"the {side} of {name or 'the model'} {had}"
                 raise ConfigError(f"{rule.config_key}.{key}", f"shard:{layout.dim}", why, legal)
-        op = next(iter(probe.across_features.get(name, {}).values()), None)
-        last = len(shapes.outputs[0] or ()) - 1 if shapes and shapes.outputs else -1
-        if op and not rule.output_stays_sharded and rule.dst[0] in (Shard(-1), Shard(last)):
-            why = f"{op} needs all features of the output of {name}, and each rank would apply it to its shard alone"
-            legal = "replicate; or in the model a layer of its own for each part, or heads in a dim of their own before it"
-            fix = {f"{rule.config_key}.dst": "replicate"}
-            raise ConfigError(f"{rule.config_key}.dst", rule.rule.dst or "shard:-1", why, legal, fix=fix)
         if rule.output_stays_sharded and shapes is not None and not shapes.is_last:
             why = f"other layers follow {name}, whose output is therefore not what the loss is computed on"
             raise ConfigError(f"{rule.config_key}.dst", rule.rule.dst, why, "replicate, or shard:N")

@@ -220,8 +220,8 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     from tpresearch.plan.compatible import check_loss
     from tpresearch.plan.compiler import compile_plan
     from tpresearch.plan.constructor import check_constructor
-    from tpresearch.plan.heads import check_heads
     from tpresearch.plan.meta import meta_model, watched_meta_model, weight_dtype
+    from tpresearch.plan.one_rank import check_one_rank
     from tpresearch.plan.parameters import check_parameters
     from tpresearch.plan.probe import probe_model
     from tpresearch.train.randomness import check_randomness
@@ -232,12 +232,12 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     probe = probe_model(model, batch.inputs, cfg)
     check_loss(probe.output, batch.targets, cfg)
     plan = compile_plan(model, cfg, sizes, probe)
-    check_heads(model, plan, batch.inputs, cfg.model.name)
     check_parameters(model, plan, cfg.parallel)
     check_constructor(model, lost, plan.initializers)
     check_randomness(model, plan, cfg.parallel)
     check_split_output(plan, cfg)
     check_changed_outputs(plan, cfg)
+    check_one_rank(model, plan, batch.inputs, cfg)
     if cfg.parallel.gradient_accumulation_fusion:
         check_layers(model, plan, cfg)
     if cfg.train.float8 is not Float8.none:

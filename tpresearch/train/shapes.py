@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tpresearch.config.errors import NO_PLACE, WrongModel, one_line, place_of
+from tpresearch.config.errors import NO_PLACE, ConfigError, WrongModel, one_line, place_of
 from tpresearch.launch.logs import IN_FILES_ONLY
 from tpresearch.plan.compiler import Plan
+from tpresearch.plan.one_rank import does_not_fit
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,8 @@ SIGNS = (
     f"mixed torch.Tensor and DTensor|Sharding propagation failed|{IN_PLACE}"
 )
 """Of torch's errors where the sizes of tensors do not fit each other, or one is sharded and the other is not."""
+
+LOSS = "loss_parallel() requires exactly one mesh dim"
 
 DTYPES = "same dtype|match weight dtype|scalar type|type .* should be the same"
 """Of those where the dtypes of tensors do not."""
@@ -41,14 +44,16 @@ def refusing_shapes(model: str, plan: Plan) -> Iterator[None]:
             log.exception("torch's error", extra=IN_FILES_ONLY)
             legal = "a forward that mixes no dtypes: with train.dtype=bfloat16 weights are bfloat16 in it, and buffers what they were"
             raise WrongModel(model, f"it ends at {place}: {one_line(error)}", legal) from None
+        if plan.rules and LOSS in str(error):
+            why = "what the forward does to the logits leaves no shards of the vocabulary, on which the loss would be computed"
+            raise ConfigError(
+                "parallel.loss_parallel", True, why, "false", {"parallel.loss_parallel": "false"}
+            ) from None
         if not plan.rules or plan.probe.output is None or not re.search(SIGNS, str(error)):
             raise
         log.exception("torch's error", extra=IN_FILES_ONLY)
-        why = f"it runs whole, but on a rank's shards ends at {place_of(error)}: {one_line(error)}"
-        legal = (
-            "a forward that takes sizes from its tensors, as view(b, s, -1, head_dim) does for the heads that a rank has, "
-            "and a rule for each layer that a shard reaches, as rowwise after colwise"
-        )
+        refused = does_not_fit(model, error)
         if IN_PLACE in str(error):
             legal = "no op in place on what a layer under a sharding rule has returned: x = x + y for x += y, nn.ReLU() for nn.ReLU(True)"
-        raise WrongModel(model, why, legal) from None
+            refused = WrongModel(model, refused.why, legal)
+        raise refused from None

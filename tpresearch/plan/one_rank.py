@@ -1,0 +1,282 @@
+"""The forward of one rank, on the meta device, beside that of one process: what is sharded is followed from the layer that a rule
+has sharded, op by op, to the rule that takes it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tpresearch.config.errors import ConfigError, WrongModel, one_line, place_of
+from tpresearch.config.schema import Config
+from tpresearch.plan.compiler import Plan
+from tpresearch.plan.follow import AnotherWay, Call, Follower, tensors
+from tpresearch.plan.meta import same_draws
+from tpresearch.plan.parts import COPIES, Part, name_of
+from tpresearch.plan.rules import ResolvedRule
+
+
+class _Forward(TorchDispatchMode):
+    """The forward of one process, but for what happens in layers whose weights a rule shards; its ops are written down. Blocks like
+    one that was called in the same way are passed over."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        super().__init__()
+        self.model, self.calls, self._unseen = copy.deepcopy(model), list[Call](), 0
+        self.blocks: list[tuple[bool, list[Call]]] = []
+        """By call of a block: whether it was passed over, and the calls in it."""
+        self._known: dict[object, tuple[Any, list[Call]]] = {}
+        for name, module in self.model.named_modules():
+            rule = plan.rules.get(name)
+            module.register_forward_pre_hook(partial(self._before, name, rule))
+            module.register_forward_hook(partial(self._after, name, rule))
+        for name in plan.blocks:
+            block = self.model.get_submodule(name)
+            block.forward = partial(self._run_block, _kind(name, block, plan), block.forward)
+
+    def run(self, inputs: Tensor) -> Any:
+        with torch.device("meta"), same_draws(), self:
+            return self.model(inputs)
+
+    def _before(self, name: str, rule: ResolvedRule | None, module: nn.Module, args: Any) -> Any:
+        with self._out_of_sight():
+            args = self.entered(name, rule, args)
+        self._unseen += _splits(rule, module)
+        return args
+
+    def _after(self, name: str, rule: ResolvedRule | None, module: nn.Module, args: Any, output: Any) -> Any:
+        self._unseen -= _splits(rule, module)
+        with self._out_of_sight():
+            return self.left(name, rule, module, output)
+
+    @contextmanager
+    def _out_of_sight(self) -> Iterator[None]:
+        self._unseen += 1
+        yield
+        self._unseen -= 1
+
+    def _run_block(self, kind: object, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = [self.state_of(x) if isinstance(x, Tensor) else repr(x) for x in tree_leaves((args, kwargs))]
+        key = kind, *given
+        if self.passes_over(key in self._known):
+            output, calls = self._known[key]
+            self.blocks.append((True, calls))
+            with self._out_of_sight():
+                return tree_map_only(Tensor, self.like, output)
+        self.blocks.append((False, calls := []))
+        outer, self.calls = self.calls, calls
+        output = forward(*args, **kwargs)
+        self.calls = outer + calls
+        self._known[key] = output, calls
+        return output
+
+    def entered(self, name: str, rule: ResolvedRule | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a module gets for its arguments."""
+        return args
+
+    def left(self, name: str, rule: ResolvedRule | None, module: nn.Module, output: Any) -> Any:
+        """What its caller gets for its output."""
+        return output
+
+    def state_of(self, x: Tensor) -> object:
+        """All that is known of a tensor."""
+        return x.shape, x.dtype, x.requires_grad
+
+    def like(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape).requires_grad_(x.requires_grad)
+
+    def passes_over(self, known: bool) -> bool:
+        return known
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not self._unseen:
+            self.note(func, args, kwargs or {}, output)
+        return output
+
+    def note(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if name_of(op) not in COPIES:
+            self.calls.append(Call.of(op, args, kwargs, output))
+
+
+def _kind(name: str, block: nn.Module, plan: Plan) -> object:
+    """What blocks with the same code, settings and rules have in common."""
+
+    def settings(module: nn.Module) -> list[tuple[str, object]]:
+        kinds = (bool, int, float, str, tuple, type(None))
+        return [(key, value) for key, value in vars(module).items() if isinstance(value, kinds)]
+
+    modules = [(inner, type(m), settings(m)) for inner, m in block.named_modules()]
+    rules = [
+        (inner, r.name) for inner, _, _ in modules if (r := plan.rules.get(f"{name}.{inner}".rstrip(".")))
+    ]
+    return repr(modules), repr(rules)
+
+
+def _splits(rule: ResolvedRule | None, module: nn.Module) -> bool:
+    return rule is not None and rule.weight_dim(module) is not None
+
+
+class _OneRank(_Forward):
+    """That of one of a job's ranks, whose ops are compared with the calls of one process."""
+
+    def __init__(self, model: nn.Module, plan: Plan, cfg: Config, whole: _Forward) -> None:
+        super().__init__(model, plan)
+        self._whole, self._whole_blocks = iter(whole.calls), iter(whole.blocks)
+        self.known = Follower(plan, cfg, max(plan.sizes[rule.axis] for rule in plan.rules.values()))
+        for name, rule in plan.rules.items():
+            if _splits(rule, module := self.model.get_submodule(name)):
+                self.known.distributed.update(dict.fromkeys(module.parameters(recurse=False), True))
+
+    def note(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if name_of(op) in COPIES:
+            self.known.copied(args[0], output)
+        elif whole := next(self._whole, None):
+            self.known.called(whole, op, args, kwargs, output)
+        else:
+            raise AnotherWay
+
+    def state_of(self, x: Tensor) -> object:
+        part = self.known.parts.get(x)
+        return (
+            super().state_of(x),
+            x in self.known.distributed,
+            x in self.known.layers,
+            part and (part.dim, part.run),
+        )
+
+    def like(self, x: Tensor) -> Tensor:
+        self.known.copied(x, other := super().like(x))
+        return other
+
+    def passes_over(self, known: bool) -> bool:
+        passed_over, calls = next(self._whole_blocks, (False, []))
+        if passed_over and not known:
+            self._whole = chain(calls, self._whole)
+        return passed_over and known
+
+    def entered(self, name: str, rule: ResolvedRule | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        given = list(args)
+        for at, (layout, x) in enumerate(zip(rule.src if rule else (), args, strict=False)):
+            if rule is None or rule.rule.style == "output" or layout is None or not isinstance(x, Tensor):
+                continue
+            self._check_layout(f"the input of {name or 'the model'}", rule, layout, x)
+            if rule.rule.style != "sequence":
+                given[at] = self._whole_of(x)
+                self.known.distributed[given[at]] = True
+            elif x in self.known.distributed:
+                given[at] = self._own(x, layout, name)
+        parts = (self.known.parts.get(x) for x in given if isinstance(x, Tensor))
+        self.known.running.append((name, next((part.dim for part in parts if part), None)))
+        return tuple(given)
+
+    def left(self, name: str, rule: ResolvedRule | None, module: nn.Module, output: Any) -> Any:
+        known = self.known
+        known.running.pop()
+        if rule is not None and rule.output_stays_sharded:
+            known.distributed[output] = True
+        elif rule is not None and _splits(rule, module):
+            assert rule.dst[0]
+            return self._own(output, rule.dst[0], name)
+        elif rule is not None and rule.rule.style == "output":
+            outputs = list(output) if isinstance(output, tuple) else [output]
+            for at, (src, dst, x) in enumerate(zip(rule.src, rule.dst, outputs, strict=False)):
+                if src and dst and isinstance(x, Tensor):
+                    self._check_layout(f"the output of {name or 'the model'}", rule, src, x)
+                    outputs[at] = self._own(self._whole_of(x), dst, name)
+            return tuple(outputs) if isinstance(output, tuple) else outputs[0]
+        elif any(True for _ in module.parameters(recurse=False)):
+            known.layers.update(
+                {t: name for t in tensors(output) if t not in known.parts and t not in known.distributed}
+            )
+        return output
+
+    def _own(self, whole: Tensor, layout: Placement, layer: str) -> Tensor:
+        """What a rank has of a tensor in this layout."""
+        shape, dim = [*whole.shape], layout.dim % whole.dim() if isinstance(layout, Shard) else None
+        if dim is not None:
+            if shape[dim] % self.known.ranks:
+                raise AnotherWay
+            shape[dim] //= self.known.ranks
+        own = (
+            whole.new_empty(shape).requires_grad_(whole.requires_grad).clone()
+        )  # which may be changed in place
+        if dim is None:
+            self.known.layers[own] = layer
+        else:
+            self.known.parts[own] = Part(dim, shape[dim], layer)
+        return own
+
+    def _whole_of(self, x: Tensor) -> Tensor:
+        part, shape = self.known.parts.get(x), [*x.shape]
+        if part:
+            shape[part.dim] *= self.known.ranks
+        return x.new_empty(shape).requires_grad_(x.requires_grad)
+
+    def _check_layout(self, what: str, rule: ResolvedRule, layout: Placement, x: Tensor) -> None:
+        """Refuse a `src` that is not the layout which a tensor has."""
+        part = self.known.parts.get(x)
+        claimed = layout.dim % x.dim() if isinstance(layout, Shard) else None
+        if x in self.known.distributed or (part is None and claimed is None):
+            return
+        legal, has = "replicate", "is whole on each rank"
+        if part:
+            is_plain = part.run in (None, x.shape[part.dim])
+            if is_plain and part.dim == claimed:
+                return
+            legal, has = f"shard:{part.dim}", f"is a shard of the output of {part.layer} along dim {part.dim}"
+            if not is_plain:
+                has = f"has elements of the output of {part.layer} that lie apart from each other on one rank"
+                legal = "a forward that keeps a shard's elements together"
+        given = rule.rule.src or (f"shard:{layout.dim}" if isinstance(layout, Shard) else "replicate")
+        raise ConfigError(f"{rule.config_key}.src", given, f"{what} {has}", legal)
+
+
+def check_one_rank(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) -> None:
+    """Refuse a plan under which the forward of a rank is not that of one process on what it holds: an op along a dim that is
+    sharded, a layout that a tensor does not have, shards that do not belong together, a gradient that stays partial.
+
+    Nothing is known of what a user's own ParallelStyle leaves: with one, nothing is checked.
+
+    Args:
+        model: on the meta device, whole. inputs: a micro-batch, on the meta device.
+    """
+    rules = plan.rules.values()
+    if not rules or plan.probe.output is None or any(rule.rule.target for rule in rules):
+        return
+    whole = _Forward(model, plan)
+    whole.run(inputs)
+    rank = _OneRank(model, plan, cfg, whole)
+    try:
+        output = rank.run(inputs)
+    except AnotherWay:
+        return
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise does_not_fit(cfg.model.name, error) from error
+    if isinstance(output, Tensor) and (part := rank.known.parts.get(output)):
+        rule = plan.rules[part.layer]
+        why = f"the model's output is a shard of that of {part.layer}, and the loss needs all of it"
+        key = f"{rule.config_key}.dst"
+        raise ConfigError(key, rule.rule.dst, why, "logits, or replicate", fix={key: "replicate"})
+
+
+def does_not_fit(model: str, error: Exception) -> WrongModel:
+    """For a forward that runs whole, and not on a rank's shards: with the line of the model's code."""
+    why = f"it runs whole, but on a rank's shards ends at {place_of(error)}: {one_line(error)}"
+    legal = (
+        "a forward that takes sizes from its tensors, as view(b, s, -1, head_dim) does for the heads that a rank has, "
+        "and a rule for each layer that a shard reaches, as rowwise after colwise"
+    )
+    return WrongModel(model, why, legal)
