@@ -26,6 +26,12 @@ REFUSED = [
     ("hydra.verbose=null", "hydra.verbose=null: Hydra does not accept this value; ", ""),
     ("-m hydra.verbose=3 name=a", "hydra.verbose=3: Hydra does not accept this value; ", "-m name=a"),
     ("hydra.job.env_copy=[HOME,UNSET]", "hydra.job.env_copy=[HOME,UNSET]: not all of these variables are set; ", ""),
+    (
+        "-m hydra.sweeper.max_batch_size=0 name=a,b",
+        "hydra.sweeper.max_batch_size=0: no job would be in a batch; a number above 0, or null",
+        "-m name=a,b",
+    ),
+    ("-m hydra.launcher.slots=-1 name=a", "hydra.launcher.slots=-1: too small; a number above 0", "-m name=a"),
     ("model=null", f"model=null: a config group takes an option's name; one of {MODELS}", ""),
     ("+cluster=cpu", "cluster=cpu: train does not use this config group; it takes checkpoint, data, debug, ", ""),
     ("model.name=", "model.name=: a model needs it; text, as in its conf/model file", ""),

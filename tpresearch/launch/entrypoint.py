@@ -205,6 +205,9 @@ def _sweep(app: Hydra, program: Program[Checked], composition: Composition, worl
     name = composition.config_name
     with explain_errors(composition):
         overrides, composed = hydra_app.compose_sweep(app, name, composition.overrides)
+    most = OmegaConf.select(composed, key := "hydra.sweeper.max_batch_size")
+    if most is not None and most < 1:
+        raise ConfigError(key, most, "no job would be in a batch", "a number above 0, or null")
     try:
         errors = HydraException, OmegaConfBaseException
         with explain_errors(composition, errors), sweep_folder(composed) as folder:

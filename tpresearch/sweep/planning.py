@@ -67,6 +67,9 @@ class JobPlanner:
             why = "it is for a single run, and jobs of a sweep have theirs below hydra.sweep.dir"
             fix = {"hydra.run.dir": None, "hydra.sweep.dir": folder}
             raise ConfigError("hydra.run.dir", folder, why, "hydra.sweep.dir", fix)
+        for key, value in self.master.hydra.launcher.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+                raise ConfigError(f"hydra.launcher.{key}", value, "too small", "a number above 0")
         if not job_overrides:
             word = next((word for word in sys.argv[1:] if "glob(" in word), "hydra.sweeper.params=")
             key, _, pattern = word.partition("=")
