@@ -19,6 +19,7 @@ from tpresearch.config import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.models.toy_mlp import ToyLM
 from tpresearch.plan.compiler import Plan
+from tpresearch.plan.describe import plan_text
 from tpresearch.plan.one_rank import check_one_rank
 
 Op = Callable[[Tensor], Tensor]
@@ -323,3 +324,23 @@ def test_a_layout_that_a_tensor_does_not_have_is_refused(words: str, refused: st
     plan = words.partition(".")[0]
     error = refusal("model=toy_mlp", f"parallel={plan}", f"model.plans.{words}")
     assert str(error).startswith(refused)
+
+
+ACROSS_ROWS: dict[str, Op | None] = {
+    "mean in outer": lambda x: x - x.mean(),
+    "cumsum in outer": lambda x: x.flatten(0, 1).cumsum(0).view_as(x),
+    "div in outer": lambda x: x / x.shape[0],
+    "native_batch_norm in outer": lambda x: F.batch_norm(x.mT, None, None, training=True).mT,
+    "": lambda x: attend(*(heads(x.cumsum(1).softmax(-1)),) * 3),
+}
+
+
+@pytest.mark.parametrize("said", ACROSS_ROWS)
+def test_an_op_across_the_rows_of_a_batch_is_noted(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setitem(OPS, "outer", ACROSS_ROWS[said])
+    words = (*model(Mixing), f"model.hidden_dim={H}", f"model.dim={H}")
+    split = [("parallel=ddp",), ("parallel=none", "train.micro_batch_size=2")]
+    assert [planned(*words, *how)[1].across_rows for how in split] == [said or None] * 2
+    _, whole = planned(*words, "parallel=none")
+    assert whole.across_rows is None
+    assert ("works across them" in plan_text(*planned(*words, "parallel=fsdp"))) == bool(said)

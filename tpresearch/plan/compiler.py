@@ -57,6 +57,8 @@ class Plan:
     """Embeddings and the output layer: each is also an FSDP unit, gathered only when used."""
     after_blocks: list[str] = field(default_factory=list)
     """What is called between the last block and the output layer, such as the last norm: gathered with that block."""
+    across_rows: str | None = None
+    """An op that works across the rows of a batch, of which each data-parallel rank and micro-batch has its own; and its module."""
     float8: list[str] = field(default_factory=list)
     """Linear layers that multiply in float8."""
 

@@ -126,6 +126,11 @@ def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
             f"matmuls in float8: {_join_names(plan.float8)}{'; tp ranks agree on scales' if plan.rules else ''}"
         )
     notes += _data_axis_notes(model, plan)
+    if plan.across_rows:
+        notes.append(
+            f"rows of a batch: {plan.across_rows} works across them, on each data-parallel rank and in each micro-batch across its own: "
+            "equality with one process is not claimed"
+        )
     if changed := plan.probe.changed_buffers:
         notes.append(
             f"buffers: a forward changes {_join_names(list(changed))}, on each data-parallel rank and in each micro-batch by its own rows: "

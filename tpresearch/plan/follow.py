@@ -4,17 +4,13 @@ it than one process on all of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tpresearch.config.errors import ConfigError, WrongModel
-from tpresearch.config.schema import Config
-from tpresearch.plan.compiler import Plan
+from tpresearch.plan.forward import Call, tensors
 from tpresearch.plan.parts import (
     RESHAPES,
     SLICES,
@@ -28,49 +24,18 @@ from tpresearch.plan.parts import (
     reshaped,
     transposed,
 )
-from tpresearch.plan.rules import SEQUENCE, Shard
-from tpresearch.plan.sequence import rule_to_add
+from tpresearch.plan.wrong_on_shards import Refusals
 
 
 class AnotherWay(Exception):
     """A rank's forward calls other functions than that of one process, or has sizes of its own: not followed any further."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """An op of one process's forward."""
-
-    name: str
-    inputs: list[torch.Size]
-    outputs: list[torch.Size]
-    numbers: list[float]
-    """Its arguments that are no sizes and no dims."""
-    start: int
-    """Of a slice."""
-
-    @staticmethod
-    def of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
-        name = name_of(op)
-        inputs, outputs = ([t.shape for t in tensors(each)] for each in ((args, kwargs), output))
-        kinds = (int, float) if is_pointwise(op) or name == "full" else float
-        numbers = [
-            each
-            for each in tree_leaves((args, kwargs))
-            if isinstance(each, kinds) and not isinstance(each, bool)
-        ]
-        start = args[2] if name == "slice" and len(args) > 2 else None
-        return Call(name, inputs, outputs, numbers, start or 0)
-
-
-def tensors(values: object) -> list[Tensor]:
-    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
-
-
 class Follower:
     """What is known of the tensors of one rank's forward."""
 
-    def __init__(self, plan: Plan, cfg: Config, ranks: int) -> None:
-        self._plan, self._cfg, self.ranks = plan, cfg, ranks
+    def __init__(self, ranks: int, refuse: Refusals) -> None:
+        self.ranks, self._refuse = ranks, refuse
         self.parts = WeakTensorKeyDictionary()
         """Tensors of which each rank holds its part."""
         self.distributed = WeakTensorKeyDictionary()
@@ -94,14 +59,13 @@ class Follower:
             raise AnotherWay
         if any(x in self.distributed for x in inputs):
             if any(x.dim() and x not in self.distributed for x in inputs):
-                self._refuse(
-                    f"{own.name}{self._where()} takes a DTensor, which a sharding rule leaves there, and a plain tensor"
-                )
+                what = "takes a DTensor, which a sharding rule leaves there, and a plain tensor"
+                self._refuse.other(*self._at(own.name), what)
             self.distributed.update(dict.fromkeys(outputs, True))
             return
         if own.numbers != whole.numbers:
-            why = f"{own.name}{self._where()} takes a number that follows from a size, and is another one on a rank's shard"
-            self._refuse(why)
+            what = "takes a number that follows from a size, and is another one on a rank's shard"
+            self._refuse.other(*self._at(own.name), what)
         held = {x: self.parts[x] for x in inputs if x in self.parts and own.name not in UNIFORM}
         met = next((part for part in held.values() if part.run), None)
         if met:
@@ -120,6 +84,10 @@ class Follower:
                 self.parts[out] = self._part_of_a_size(op, inputs, out, shape, divided)
             elif layer is not None:
                 self.layers[out] = layer
+
+    def _at(self, name: str) -> tuple[str, str]:
+        """An op's name for people, and the module that calls it."""
+        return name.strip("_"), self.running[-1][0]
 
     def copied(self, x: Tensor, copy: Tensor) -> None:
         for known in (self.parts, self.distributed, self.layers):
@@ -149,7 +117,7 @@ class Follower:
             whole_sizes, own_sizes = ([shape[part.dim] for shape in call.outputs] for call in (whole, own))
             step = args[4] if own.name == "slice" and len(args) > 4 else 1
             run = pieces(part.run, self.ranks, whole_sizes, own_sizes, whole.start, own.start, step)
-        return run or self._refuse_op(own.name, part)
+        return run or self._refuse.along(*self._at(own.name), part.layer)
 
     def _part(
         self,
@@ -164,7 +132,7 @@ class Follower:
         """What a rank has in the output of an op on parts: of the one dim in which it is not whole."""
         name, part = name_of(op), next(iter(held.values()))
         if len(divided) != 1:
-            self._refuse_op(name, part)
+            self._refuse.along(*self._at(name), part.layer)
         (dim,), found = divided, list[Part]()
         for x, part in held.items():
             moved = Part(dim, runs[x], part.layer)
@@ -174,15 +142,15 @@ class Follower:
                 before = [size * self.ranks if at == part.dim else size for at, size in enumerate(x.shape)]
                 kept = reshaped(part, before, whole, self.ranks)
                 if kept is None or kept.dim != dim or out.shape[dim] * self.ranks != whole[dim]:
-                    self._refuse_view(name, part, whole, out.shape)
+                    self._refuse.view(*self._at(name), part.layer, whole, out.shape, self.ranks)
                 moved = kept
             elif (name in TRANSPOSES and transposed(part.dim, name, args, x.dim()) != dim) or (
                 is_pointwise(op) and part.dim + out.dim() - x.dim() != dim
             ):
-                self._refuse_pair(name, held)
+                self._refuse.pair(*self._at(name), [each.layer for each in held.values()])
             found.append(moved)
         if len({each.run for each in found} - {None}) > 1:
-            self._refuse_pair(name, held)
+            self._refuse.pair(*self._at(name), [each.layer for each in held.values()])
         return max(found, key=lambda each: each.run is not None)
 
     def _part_of_a_size(
@@ -195,80 +163,19 @@ class Follower:
             self._check_gradients(name, inputs, Part(dim, None, ""))
         elif name not in UNIFORM and torch.Tag.nondeterministic_seeded not in op.tags:
             size = out.shape[dim]
-            self._refuse(
-                f"{name}{self._where()} has as many elements as a tensor has there, and those of a rank's shard "
-                f"are the first {size} of {whole[dim]} on each rank"
-            )
+            own_are = f"those of a rank's shard are the first {size} of {whole[dim]} on each rank"
+            self._refuse.other(*self._at(name), f"has as many elements as a tensor has there, and {own_are}")
         if len(divided) > 1:
             raise AnotherWay
         return Part(dim, None, "")
 
     def _check_gradients(self, name: str, inputs: list[Tensor], met: Part) -> None:
-        """Refuse what is whole on each rank and meets a shard: its gradient is that of this rank's shard alone."""
-        plan, shard = (
-            self._cfg.parallel.tensor,
-            f"a shard of the output of {met.layer}" if met.layer else "the size of a shard",
-        )
+        """Refuse what is whole on each rank and meets a shard, where it has a gradient."""
+        module, dim = self.running[-1]
         for x in inputs:
             if not x.requires_grad or x in self.parts:
                 continue
             if x in self.layers:
-                why = (
-                    f"what {self.layers[x]} has given is whole on each rank and meets {shard} ({name}{self._where()}), "
-                    "so that its gradient is partial"
-                )
-                legal = "a rule for its module with a style by which that is summed, as CopyToShards in docs/plans.md"
-                raise ConfigError(f"model.plans.{plan}", plan, why, legal, fix={})
-            module, dim = self.running[-1]
-            rule = self._plan.rules.get(module)
-            if rule is None or rule.rule.style != "sequence":
-                why = f"a parameter of {module or 'the model'} is whole on each rank and meets {shard} ({name}), so that its gradient is partial"
-                legal = (
-                    "a rule for its module by which partial gradients are summed: style sequence, with the dim that is "
-                    "sharded there as src and dst, such as shard:2"
-                )
-                fix = {} if rule or dim is None else rule_to_add(self._cfg, module, f"shard:{dim}")
-                raise ConfigError(f"model.plans.{plan}", plan, why, legal, fix)
-
-    def _where(self) -> str:
-        module, _ = self.running[-1]
-        return f" in {module}" if module else ""
-
-    def _refuse_op(self, name: str, part: Part) -> NoReturn:
-        name = name.strip("_")
-        if not part.layer:
-            self._refuse(
-                f"{name}{self._where()} works along a dim with as many elements as a rank's shard has"
-            )
-        rule = self._plan.rules[part.layer]
-        layout = next(each for each in rule.dst if isinstance(each, Shard))
-        key, value = f"{rule.config_key}.dst", rule.rule.dst or f"shard:{layout.dim}"
-        if layout == SEQUENCE and self._cfg.data.has_sequence:
-            why = (
-                f"{name}{self._where() or ' in the model'} needs all positions of the output of {part.layer}, and each rank would "
-                "apply it to its part of the sequence alone"
-            )
-            legal = "parallel.tensor=tp, or a module of its own for that, with a rule whose _target_ is a ParallelStyle that gathers its input"
-            fix: dict[str, object] = {"parallel.tensor": "tp"} if "tp" in self._cfg.model.plans else {}
-            raise ConfigError(key, value, why, legal, fix=fix)
-        why = f"{name} needs all features of the output of {part.layer}, and each rank would apply it to its shard alone"
-        legal = "replicate; or in the model a layer of its own for each part, or heads in a dim of their own before it"
-        raise ConfigError(key, value, why, legal, fix={key: "replicate"})
-
-    def _refuse_pair(self, name: str, held: dict[Tensor, Part]) -> NoReturn:
-        layers = " and ".join(dict.fromkeys(part.layer for part in held.values() if part.layer))
-        why = f"{name.strip('_')}{self._where()} takes shards of {layers}, and a rank's elements of them do not belong together"
-        self._refuse(why)
-
-    def _refuse_view(self, name: str, part: Part, whole: torch.Size, own: torch.Size) -> NoReturn:
-        why = (
-            f"{name}{self._where()} makes {'x'.join(map(str, whole))} of the output of {part.layer}, and of one of {self.ranks} "
-            f"ranks' shards {'x'.join(map(str, own))}, which is no part of that"
-        )
-        legal = "a number of heads that follows from the tensor, before what each head has several of, as in view(b, s, -1, 3, head_dim)"
-        raise WrongModel(self._cfg.model.name, why, legal)
-
-    def _refuse(self, why: str) -> NoReturn:
-        raise WrongModel(
-            self._cfg.model.name, why, "a forward that computes the same on shards as on whole tensors"
-        )
+                self._refuse.partial_activation(name, module, self.layers[x], met.layer)
+            else:
+                self._refuse.partial_parameter(name, module, dim, met.layer)

@@ -4,140 +4,34 @@ has sharded, op by op, to the rule that takes it.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tpresearch.config.errors import ConfigError, WrongModel, one_line, place_of
 from tpresearch.config.schema import Config
 from tpresearch.plan.compiler import Plan
-from tpresearch.plan.follow import AnotherWay, Call, Follower, tensors
-from tpresearch.plan.meta import same_draws
+from tpresearch.plan.follow import AnotherWay, Follower
+from tpresearch.plan.forward import Forward, splits, tensors
 from tpresearch.plan.parts import COPIES, Part, name_of
 from tpresearch.plan.rules import ResolvedRule
+from tpresearch.plan.wrong_on_shards import AcrossRows, Refusals, RowRefusals
 
 
-class _Forward(TorchDispatchMode):
-    """The forward of one process, but for what happens in layers whose weights a rule shards; its ops are written down. Blocks like
-    one that was called in the same way are passed over."""
-
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        super().__init__()
-        self.model, self.calls, self._unseen = copy.deepcopy(model), list[Call](), 0
-        self.blocks: list[tuple[bool, list[Call]]] = []
-        """By call of a block: whether it was passed over, and the calls in it."""
-        self._known: dict[object, tuple[Any, list[Call]]] = {}
-        for name, module in self.model.named_modules():
-            rule = plan.rules.get(name)
-            module.register_forward_pre_hook(partial(self._before, name, rule))
-            module.register_forward_hook(partial(self._after, name, rule))
-        for name in plan.blocks:
-            block = self.model.get_submodule(name)
-            block.forward = partial(self._run_block, _kind(name, block, plan), block.forward)
-
-    def run(self, inputs: Tensor) -> Any:
-        with torch.device("meta"), same_draws(), self:
-            return self.model(inputs)
-
-    def _before(self, name: str, rule: ResolvedRule | None, module: nn.Module, args: Any) -> Any:
-        with self._out_of_sight():
-            args = self.entered(name, rule, args)
-        self._unseen += _splits(rule, module)
-        return args
-
-    def _after(self, name: str, rule: ResolvedRule | None, module: nn.Module, args: Any, output: Any) -> Any:
-        self._unseen -= _splits(rule, module)
-        with self._out_of_sight():
-            return self.left(name, rule, module, output)
-
-    @contextmanager
-    def _out_of_sight(self) -> Iterator[None]:
-        self._unseen += 1
-        yield
-        self._unseen -= 1
-
-    def _run_block(self, kind: object, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = [self.state_of(x) if isinstance(x, Tensor) else repr(x) for x in tree_leaves((args, kwargs))]
-        key = kind, *given
-        if self.passes_over(key in self._known):
-            output, calls = self._known[key]
-            self.blocks.append((True, calls))
-            with self._out_of_sight():
-                return tree_map_only(Tensor, self.like, output)
-        self.blocks.append((False, calls := []))
-        outer, self.calls = self.calls, calls
-        output = forward(*args, **kwargs)
-        self.calls = outer + calls
-        self._known[key] = output, calls
-        return output
-
-    def entered(self, name: str, rule: ResolvedRule | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What a module gets for its arguments."""
-        return args
-
-    def left(self, name: str, rule: ResolvedRule | None, module: nn.Module, output: Any) -> Any:
-        """What its caller gets for its output."""
-        return output
-
-    def state_of(self, x: Tensor) -> object:
-        """All that is known of a tensor."""
-        return x.shape, x.dtype, x.requires_grad
-
-    def like(self, x: Tensor) -> Tensor:
-        return x.new_empty(x.shape).requires_grad_(x.requires_grad)
-
-    def passes_over(self, known: bool) -> bool:
-        return known
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if not self._unseen:
-            self.note(func, args, kwargs or {}, output)
-        return output
-
-    def note(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if name_of(op) not in COPIES:
-            self.calls.append(Call.of(op, args, kwargs, output))
-
-
-def _kind(name: str, block: nn.Module, plan: Plan) -> object:
-    """What blocks with the same code, settings and rules have in common."""
-
-    def settings(module: nn.Module) -> list[tuple[str, object]]:
-        kinds = (bool, int, float, str, tuple, type(None))
-        return [(key, value) for key, value in vars(module).items() if isinstance(value, kinds)]
-
-    modules = [(inner, type(m), settings(m)) for inner, m in block.named_modules()]
-    rules = [
-        (inner, r.name) for inner, _, _ in modules if (r := plan.rules.get(f"{name}.{inner}".rstrip(".")))
-    ]
-    return repr(modules), repr(rules)
-
-
-def _splits(rule: ResolvedRule | None, module: nn.Module) -> bool:
-    return rule is not None and rule.weight_dim(module) is not None
-
-
-class _OneRank(_Forward):
+class _OneRank(Forward):
     """That of one of a job's ranks, whose ops are compared with the calls of one process."""
 
-    def __init__(self, model: nn.Module, plan: Plan, cfg: Config, whole: _Forward) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, whole: Forward, known: Follower) -> None:
         super().__init__(model, plan)
         self._whole, self._whole_blocks = iter(whole.calls), iter(whole.blocks)
-        self.known = Follower(plan, cfg, max(plan.sizes[rule.axis] for rule in plan.rules.values()))
+        self.known = known
         for name, rule in plan.rules.items():
-            if _splits(rule, module := self.model.get_submodule(name)):
+            if splits(rule, module := self.model.get_submodule(name)):
                 self.known.distributed.update(dict.fromkeys(module.parameters(recurse=False), True))
 
     def note(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -187,7 +81,7 @@ class _OneRank(_Forward):
         known.running.pop()
         if rule is not None and rule.output_stays_sharded:
             known.distributed[output] = True
-        elif rule is not None and _splits(rule, module):
+        elif rule is not None and splits(rule, module):
             assert rule.dst[0]
             return self._own(output, rule.dst[0], name)
         elif rule is not None and rule.rule.style == "output":
@@ -256,9 +150,10 @@ def check_one_rank(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) ->
     rules = plan.rules.values()
     if not rules or plan.probe.output is None or any(rule.rule.target for rule in rules):
         return
-    whole = _Forward(model, plan)
+    whole = Forward(model, plan)
     whole.run(inputs)
-    rank = _OneRank(model, plan, cfg, whole)
+    ranks = max(plan.sizes[rule.axis] for rule in rules)
+    rank = _OneRank(model, plan, whole, Follower(ranks, Refusals(plan, cfg)))
     try:
         output = rank.run(inputs)
     except AnotherWay:
@@ -270,6 +165,22 @@ def check_one_rank(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) ->
         why = f"the model's output is a shard of that of {part.layer}, and the loss needs all of it"
         key = f"{rule.config_key}.dst"
         raise ConfigError(key, rule.rule.dst, why, "logits, or replicate", fix={key: "replicate"})
+
+
+def op_across_rows(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) -> str | None:
+    """The first op that works across the rows of a batch, and its module, as `mean in blocks.0`; None if there is none."""
+    if plan.probe.output is None:
+        return None
+    plan = replace(plan, rules={})
+    whole, known = Forward(model, plan), Follower(2, RowRefusals(plan, cfg))
+    whole.run(torch.cat([inputs, inputs]))
+    known.parts[inputs] = Part(0, len(inputs), "")
+    try:
+        with suppress(AnotherWay):
+            _OneRank(model, plan, whole, known).run(inputs)
+    except AcrossRows as found:
+        return str(found)
+    return None
 
 
 def does_not_fit(model: str, error: Exception) -> WrongModel:

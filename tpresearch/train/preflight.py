@@ -24,6 +24,7 @@ from tpresearch.config.training import TrainConfig
 from tpresearch.config.validate import (
     DEFAULT_PLAN_RANKS,
     micro_batch_size,
+    micro_batches,
     needs_logits,
     ranks_needed,
     uses_fully_shard,
@@ -127,6 +128,9 @@ def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
     chunk, in_chunks = cfg.train.loss_chunk, plan.chunked_head and cfg.train.loss is Loss.next_token
     if chunk not in (None, TrainConfig.loss_chunk) and not in_chunks:
         notes.append(f"train.loss_chunk={chunk} has no effect: the loss takes a micro-batch's whole output")
+    if plan.across_rows:
+        of_its_own = "each data-parallel rank and micro-batch has rows of its own, so that losses depend on how a batch is split"
+        notes.append(f"{plan.across_rows} works across the rows of a batch: {of_its_own}")
     if not resumes:
         notes += check_init_from(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
@@ -221,7 +225,7 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     from tpresearch.plan.compiler import compile_plan
     from tpresearch.plan.constructor import check_constructor
     from tpresearch.plan.meta import meta_model, watched_meta_model, weight_dtype
-    from tpresearch.plan.one_rank import check_one_rank
+    from tpresearch.plan.one_rank import check_one_rank, op_across_rows
     from tpresearch.plan.parameters import check_parameters
     from tpresearch.plan.probe import probe_model
     from tpresearch.train.randomness import check_randomness
@@ -238,6 +242,8 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     check_split_output(plan, cfg)
     check_changed_outputs(plan, cfg)
     check_one_rank(model, plan, batch.inputs, cfg)
+    if sizes.dp * micro_batches(cfg, sizes) > 1:
+        plan = dataclasses.replace(plan, across_rows=op_across_rows(model, plan, batch.inputs, cfg))
     if cfg.parallel.gradient_accumulation_fusion:
         check_layers(model, plan, cfg)
     if cfg.train.float8 is not Float8.none:
