@@ -145,6 +145,9 @@ def test_an_earlier_record_is_set_aside_and_what_is_no_runs_stays(
         assert (
             capsys.readouterr().err == f"the record of an earlier run in mine is now in mine.earlier-{nth}\n"
         )
+    assert agree("mine") == "mine"
+    assert capsys.readouterr().err == "", "nothing of a run is there"
+    assert len(there(tmp_path)) == 3
 
 
 def test_a_folder_with_a_checkpoint_is_gone_on_with_unless_the_config_says_never(tmp_path: Path) -> None:
