@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import Config
-from tpresearch.models.toy_mlp import ToyLM
+from tpresearch.models.toy_mlp import ToyLM, ToyMLP
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.describe import plan_text
 from tpresearch.plan.one_rank import check_one_rank
@@ -196,6 +196,9 @@ HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "mixed by a softmax": lambda x: attend(x, x.softmax(1), x),
     "centered over heads": lambda x: attend(x - x.mean(1, keepdim=True), x, x),
     "queries in groups": lambda x: attend(x, *(x[:, ::2].repeat_interleave(2, 1),) * 2),
+    "queries in groups, by torch": lambda x: (
+        F.scaled_dot_product_attention(x, *(x[:, ::2],) * 2, enable_gqa=True).transpose(1, 2).flatten(2)
+    ),
     "queries in turn": lambda x: attend(x, *(x[:, ::2].repeat(1, 2, 1, 1),) * 2),
     "queries in expanded groups": lambda x: attend(
         x, *(x[:, ::2, None].expand(-1, -1, 2, -1, -1).flatten(1, 2),) * 2
@@ -324,6 +327,32 @@ def test_a_layout_that_a_tensor_does_not_have_is_refused(words: str, refused: st
     plan = words.partition(".")[0]
     error = refusal("model=toy_mlp", f"parallel={plan}", f"model.plans.{words}")
     assert str(error).startswith(refused)
+
+
+class Numbered(ToyMLP):
+    """The second one does what no shard allows."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int, number: int) -> None:
+        super().__init__(dim, hidden_dim, out_dim)
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.in_proj(x)
+        return x + self.out_proj(hidden.softmax(-1) if self.number == 1 else hidden.relu())
+
+
+class Deep(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int, numbers: list[int]) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        blocks = (Numbered(dim, hidden_dim, dim, number) for number in numbers)
+        self.set_submodule("mlp", nn.Sequential(*blocks))
+
+
+def test_a_block_that_differs_from_the_others_is_followed_too() -> None:
+    rules = [f"model.plans.tp.{name}.match=mlp.*.{name}" for name in ("in_proj", "out_proj")]
+    words = (*model(Deep), "parallel=tp", "model.blocks=[mlp.*]", *rules)
+    planned(*words, "+model.numbers=[0,0,0,2]")
+    assert "output of mlp.2.in_proj" in str(refusal(*words, "+model.numbers=[0,0,1,0]"))
 
 
 ACROSS_ROWS: dict[str, Op | None] = {

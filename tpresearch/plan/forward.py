@@ -135,18 +135,19 @@ class Forward(TorchDispatchMode):
             self.calls.append(Call.of(op, args, kwargs, output))
 
 
-def _kind(name: str, block: nn.Module, plan: Plan) -> object:
-    """What blocks with the same code, settings and rules have in common."""
-
-    def settings(module: nn.Module) -> list[tuple[str, object]]:
-        kinds = (bool, int, float, str, tuple, type(None))
-        return [(key, value) for key, value in vars(module).items() if isinstance(value, kinds)]
-
-    modules = [(inner, type(m), settings(m)) for inner, m in block.named_modules()]
-    rules = [
-        (inner, r.name) for inner, _, _ in modules if (r := plan.rules.get(f"{name}.{inner}".rstrip(".")))
-    ]
-    return repr(modules), repr(rules)
+def _kind(name: str, block: nn.Module, plan: Plan) -> str:
+    """What blocks with the same code, settings, shapes and rules have in common."""
+    torchs, found = vars(nn.Module()), list[object]()
+    for inner, module in block.named_modules():
+        settings = {
+            key: value for key, value in vars(module).items() if key not in torchs or key == "training"
+        }
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        rule = plan.rules.get(f"{name}.{inner}".rstrip("."))
+        found.append(
+            (inner, type(module), settings, [(key, t.shape) for key, t in tensors], rule and rule.name)
+        )
+    return repr(found)
 
 
 def splits(rule: ResolvedRule | None, module: nn.Module) -> bool:

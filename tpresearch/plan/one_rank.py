@@ -104,9 +104,8 @@ class _OneRank(Forward):
             if shape[dim] % self.known.ranks:
                 raise AnotherWay
             shape[dim] //= self.known.ranks
-        own = (
-            whole.new_empty(shape).requires_grad_(whole.requires_grad).clone()
-        )  # which may be changed in place
+        own = whole.new_empty(shape).requires_grad_(whole.requires_grad)
+        own = own.clone()  # which may be changed in place
         if dim is None:
             self.known.layers[own] = layer
         else:
