@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,10 @@ def test_a_name_is_one_line_that_a_terminal_does_not_obey(tmp_path: Path) -> Non
     assert named(str(tmp_path)) == ["a b\ufffd[31m", "c"]
 
 
+BILLION = "a0: &a0 [1]\n" + "".join(f"a{n + 1}: &a{n + 1} [{','.join([f'*a{n}'] * 9)}]\n" for n in range(9))
+"""Laughs: nine lists of nine aliases each, in 400 bytes."""
+
+
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
@@ -189,7 +194,29 @@ def test_a_name_is_one_line_that_a_terminal_does_not_obey(tmp_path: Path) -> Non
             "[1]\n",
             "metrics.jsonl cannot be read: it has the row [1], whose train/step is no ",
         ),
-        ("ledger.json", "{", "ledger.json cannot be read"),
+        (
+            "metrics.jsonl",
+            '{"train/step": 1, "train/loss": "x"}\n',
+            "metrics.jsonl cannot be read: it has the row {'train/loss': 'x', 'train/step': 1}",
+        ),
+        ("metrics.jsonl", "[" * 20_000, "metrics.jsonl has no rows, though the run completed"),
+        (
+            "metrics.jsonl",
+            '{"train/step": 1, "x": 1%s}' % ("0" * 400),
+            "metrics.jsonl cannot be read: it has",
+        ),
+        ("ledger.json", '{"measured": [{"axis": "tp"}]}', "ledger.json is not a valid run ledger"),
+        ("ledger.json", '{"measured": 3}', "ledger.json is not a valid run ledger: measured is 3"),
+        ("summary.json", "[" * 20_000, "summary.json cannot be read: nested more than 50 deep"),
+        ("summary.json", "[" * 60 + "]" * 60, "summary.json cannot be read: nested more than 50 deep"),
+        (
+            "summary.json",
+            "[" + "1," * 100_000 + "1]",
+            "summary.json cannot be read: more than 100,000 values",
+        ),
+        ("summary.json", '"' + "x" * 4_200_000 + '"', "summary.json cannot be read: larger than 4.0 MiB"),
+        ("config.yaml", BILLION, "config.yaml cannot be read: more than 100,000 values"),
+        ("config.yaml", "a: &a [*a]", "config.yaml cannot be read: nested more than 50 deep"),
     ],
 )
 def test_a_broken_record_is_said_in_one_sentence(
@@ -209,6 +236,21 @@ def test_a_broken_record_is_said_in_one_sentence(
         find_runs([str(broken), str(sweep)])
     assert says in str(refused.value)
     assert str(refused.value).startswith(f"run={broken}: ")
+
+
+@pytest.mark.parametrize("figure", ["Infinity", "NaN", "1" + "0" * 400, '{"a": {}}', '"fast"'])
+def test_a_figure_is_a_number(sweep: Path, figure: str) -> None:
+    path = sweep / "4" / "summary.json"
+    path.write_text(path.read_text().replace('"train/loss": 7', f'"train/loss": {figure}, "x": 7'))
+    (line,) = find_runs([str(sweep)]).left_out
+    assert "summary.json is not a valid run summary: train/loss is " in line
+    assert len(line) < 250
+
+
+def test_a_record_that_is_no_file_is_not_waited_for(sweep: Path) -> None:
+    (sweep / "4" / "summary.json").unlink()
+    os.mkfifo(sweep / "4" / "summary.json")
+    assert "summary.json cannot be read: not a file" in find_runs([str(sweep)]).left_out[0]
 
 
 def test_a_job_that_left_no_record_is_named(sweep: Path) -> None:

@@ -396,11 +396,11 @@ def test_a_table_that_cannot_be_written_is_printed(sweep: Sweep, capsys: pytest.
 
 def test_what_is_no_record_of_a_run_is_passed_over(sweep: Sweep) -> None:
     sweep("parallel=none")
-    for number, text in enumerate(["[", '{"status": "completed"}', "3"]):
+    for number, text in enumerate(["[" * 20_000, '{"status": "completed"}', "3"]):
         (sweep.folder / f"x{number}").mkdir()
         (sweep.folder / f"x{number}" / "summary.json").write_text(text)
-        (sweep.folder / f"x{number}" / "config.yaml").write_text("a: [")
-    (sweep.folder / "0" / "config.yaml").write_text("a: [")
+        (sweep.folder / f"x{number}" / "config.yaml").write_text("a: &a [*a]")
+    (sweep.folder / "0" / "config.yaml").write_text("a: &a [*a]")
     sweep("parallel=none")
     assert sweep.numbers == [0]
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -20,8 +21,8 @@ from tpresearch.config.comparable import comparable_config, with_defaults
 from tpresearch.config.errors import ConfigError, one_line
 from tpresearch.launch.claim import EARLIER_SUFFIX
 from tpresearch.launch.command import WrongCommand, python_command
-from tpresearch.track.names import Row
-from tpresearch.track.record import read_metrics, read_record
+from tpresearch.track.names import SUMMARY_PARTS, Row
+from tpresearch.track.record import read_metrics, read_record, without_nonfinite
 from tpresearch.track.table import with_comparable_memory
 from tpresearch.track.text import UNDEFINED, loss_text, path_text, setting_text
 
@@ -30,6 +31,21 @@ MARKERS = ("config.yaml", "summary.json", "metrics.jsonl", "console.log")
 SUMMARY_TYPES = {"status": str, "world_size": int, "mesh": dict, "model": str, "parallel": str}
 CONFIG_TYPES = dict.fromkeys(("model", "data", "tokenizer", "optimizer", "schedule", "train"), dict)
 """What summary.json and config.yaml must have for a comparison."""
+OPTIONAL_TYPES = {
+    "error": str,
+    "run_name": str,
+    "device": str,
+    "unigram_entropy": float,
+    "logger": dict,
+    "cluster": dict,
+    "resumed": list,
+    "measured": list,
+    "expected": list,
+}
+LEDGER_ENTRY_TYPES = {"axis": str, "collective": str, "sent_bytes": int}
+"""What entries of ledger.json must have."""
+MAX_FIGURE = 1e300
+"""Larger than any figure; comparison with it also excludes NaN."""
 LEGAL = "folders of runs or sweeps, or globs of them"
 
 
@@ -166,10 +182,21 @@ def read_run(folder: Path) -> Run:
     summary = _load(folder / "summary.json", SUMMARY_TYPES)
     config = with_defaults(_load(folder / "config.yaml", CONFIG_TYPES))
     ledger = _load(folder / "ledger.json", {}) if (folder / "ledger.json").exists() else {}
+    for key, value in summary.items():
+        parts = value.values() if key in SUMMARY_PARTS and isinstance(value, dict) else [value]
+        if ("/" in key or key == "wall_time_s") and not all(map(_is_figure, parts)):
+            raise UnreadableRun(f"summary.json is not a valid run summary: {key} is {short(value)}")
+    for entry in chain.from_iterable(ledger.get(side) or () for side in ("measured", "expected")):
+        found = entry if isinstance(entry, dict) else {}
+        if not all(isinstance(found.get(key), kind) for key, kind in LEDGER_ENTRY_TYPES.items()):
+            raise UnreadableRun(f"ledger.json is not a valid run ledger: it has the entry {short(entry)}")
     try:
-        rows = read_metrics(folder)
-    except (OSError, ValueError) as error:
+        rows = [without_nonfinite(row) for row in read_metrics(folder)]
+    except (OSError, ValueError, RecursionError) as error:
         raise UnreadableRun(f"metrics.jsonl cannot be read: {one_line(error)}") from None
+    for row in rows:
+        if not all(map(_is_figure, row.values())):
+            raise UnreadableRun(f"metrics.jsonl cannot be read: it has the row {short(row)}")
     if not rows and summary["status"] == "completed":
         raise UnreadableRun("metrics.jsonl has no rows, though the run completed")
     return Run(folder, config, with_comparable_memory(summary), rows, ledger)
@@ -186,7 +213,12 @@ def _load(path: Path, needed: Mapping[str, type]) -> dict[str, Any]:
     wrong = f"{path.name} is not a valid run {path.stem}"
     if not isinstance(content, dict):
         raise UnreadableRun(f"{wrong}: it is a {type(content).__name__}")
-    for key, kind in needed.items():
+    optional = {key: kind for key, kind in OPTIONAL_TYPES.items() if content.get(key) is not None}
+    for key, kind in {**needed, **optional}.items():
         if not isinstance(content.get(key), kind):
             raise UnreadableRun(f"{wrong}: {key} is {short(content[key]) if key in content else 'missing'}")
     return content
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and abs(value) < MAX_FIGURE)

@@ -5,9 +5,11 @@ Every tool here works from these files, with no account and no network.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from reprlib import repr as short
 from statistics import median
@@ -17,8 +19,12 @@ import yaml
 
 from tpresearch.config.errors import one_line
 from tpresearch.track.names import NAMES, Row, finite_or_none, step_of
+from tpresearch.track.text import bytes_text
 
 SUMMARY_FILE, LEDGER_FILE = "summary.json", "ledger.json"
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 4 << 20, 100_000, 50
+"""Limits of a file of a run that is read whole: far more than any run writes."""
+TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -37,10 +43,10 @@ def read_metrics(folder: Path) -> list[Row]:
     if not path.is_file():
         return rows
     with path.open(encoding="utf-8") as file:
-        for line in file:
+        for line in iter(partial(file.readline, MAX_BYTES), ""):  # in pieces if longer than any row
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:  # the process was killed while it wrote this one
+            except (json.JSONDecodeError, RecursionError):  # the process was killed while it wrote this one
                 continue
             step = row.get("train/step") if isinstance(row, dict) else None
             if not isinstance(step, int):
@@ -58,12 +64,41 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> Any:
-    """The content of a run's JSON or YAML file: an OSError as opening it raises, a ValueError for what cannot be read."""
-    text = path.read_bytes()
+    """The content of a run's JSON or YAML file, which may be damaged, or not a run's: an OSError as opening it raises, a ValueError for
+    what cannot be read, or is larger or deeper than what any run writes.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"larger than {bytes_text(MAX_BYTES)}")
     try:
-        return json.loads(text) if path.suffix == ".json" else yaml.load(text, YAML_LOADER)
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, YAML_LOADER)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
     except yaml.YAMLError as error:
         raise ValueError(one_line(error)) from None
+    _check_size(content)
+    return content
+
+
+def _check_size(content: Any) -> None:
+    """Count values as often as they would be printed: in YAML, ten lines of aliases make a billion of them."""
+    level, left = [content], MAX_VALUES
+    for _ in range(MAX_DEPTH):
+        inside = (
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        )
+        level = list(itertools.islice(inside, left + 1))
+        if not level:
+            return
+        if (left := left - len(level)) < 0:
+            raise ValueError(f"more than {MAX_VALUES:,} values")
+    raise ValueError(TOO_DEEP)
 
 
 def summary_figures(rows: Sequence[Row], warmup_steps: int, start_step: int = 0) -> Row:
