@@ -120,6 +120,11 @@ FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
                 *FUSED_SUMS,
                 "train.loss_chunk=4096",
             ),
+            "8b float32 masters fused sums selective mb2 chunk8192": (
+                *setting("selective", 2),
+                *FUSED_SUMS,
+                "train.loss_chunk=8192",
+            ),
             "8b float32 masters fused sums selective mb2": (*setting("selective", 2), *FUSED_SUMS),
             "8b float32 masters bfloat16 moments selective mb2": setting("selective", 2),
         },
