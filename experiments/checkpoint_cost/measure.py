@@ -107,7 +107,8 @@ def main() -> None:
     options = read_options(Options, sys.argv[1:])
     run = Path(tempfile.mkdtemp(prefix="cost-", dir=options.folder))
     state = trained(options.megabytes)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state_of(state).values())
+    with state_of(state) as tensors:
+        size = sum(tensor.nbytes for tensor in tensors.values())
     times: dict[str, list[float]] = {
         name: [] for name in ("save", "dd write", "restore", "dd read", "stall", "stall, processor")
     }

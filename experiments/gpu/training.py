@@ -214,9 +214,9 @@ def too_large(name: str, stage: Stage) -> bool:
 @torch.no_grad()
 def draw_on_device(state: TrainState) -> None:
     """Weights of the usual spread at once: drawn as a run draws them, those of 8B take half a minute of the lease."""
-    for weight in state.weights().values():
-        weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_(1)
-    state.refresh_copies()
+    with state.weights() as weights:
+        for weight in weights.values():
+            weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_(1)
 
 
 def wrapping(cfg: Config) -> dict[str, Any]:

@@ -166,8 +166,9 @@ def peer(name: str, *given: Any) -> Iterator[float]:
 
 @torch.no_grad()
 def restore(state: TrainState, weights: dict[str, Tensor]) -> None:
-    for name, weight in state.weights().items():
-        weight.copy_(weights[name])
+    with state.weights() as ours:
+        for name, weight in ours.items():
+            weight.copy_(weights[name])
 
 
 def compare(stage: Stage, mode: str, made: dict[str, Make], tokens: int) -> None:

@@ -51,7 +51,7 @@ def of(cfg: Config) -> Checkpoint:
         "train.micro_batch_size=2 train.log_every=5 train.eval_every=null train.eval_rows=3",
         "logger=wandb logger.project=x name=other device=cpu data.cache_dir=/tmp/x",
         "checkpoint.every=3 checkpoint.keep=9 train.on_nonfinite=skip",
-        "optimizer.compile=true",
+        "optimizer.compile=true optimizer.split_masters=true",
         "optimizer.momentum=0.5",  # which AdamW has no use for
         "train.steps=51",
         "train.steps=null train.tokens=1000000",

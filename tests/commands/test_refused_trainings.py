@@ -69,6 +69,14 @@ REFUSED = cases("""
     optimizer.moment_dtype=bfloat16: an option of AdamW's; optimizer=adamw
 1 parallel=none optimizer=sgd optimizer.compile=true
     optimizer.compile=true: an option of AdamW's; optimizer=adamw
+1 parallel=none optimizer=sgd optimizer.split_masters=true
+    optimizer.split_masters=true: an option of AdamW's; optimizer=adamw
+1 parallel=none optimizer.split_masters=true
+    optimizer.split_masters=true: train.dtype=float32 computes with the weights themselves; false, or train.dtype=bfloat16
+1 parallel=none train.dtype=bfloat16 train.weights=bfloat16 optimizer.split_masters=true
+    optimizer.split_masters=true: train.weights=bfloat16 leaves no master weights; false, or train.weights=float32
+2 parallel=fsdp train.dtype=bfloat16 optimizer.split_masters=true
+    optimizer.split_masters=true: fully_shard keeps float32 weights itself; false, or a plan without it, such as none
 1 parallel=none optimizer.momentum=0.5
     optimizer.momentum=0.5: an option of SGD's; optimizer=sgd
 2 parallel=fsdp parallel.async_tp=true

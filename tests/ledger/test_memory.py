@@ -113,6 +113,8 @@ def test_of_other_models_and_of_frozen_weights_no_formula_is_claimed(kind: type[
         ["parallel=none", "model.n_kv_heads=8", "model.n_layers=3"],
         ["parallel=none", "train.dtype=bfloat16"],
         ["parallel=sp", "train.dtype=bfloat16"],
+        ["parallel=none", "train.dtype=bfloat16", "optimizer.split_masters=true"],
+        ["parallel=tp", "train.dtype=bfloat16", "optimizer.split_masters=true"],
         ["parallel=none", "train.dtype=bfloat16", "train.weights=bfloat16"],
         ["parallel=fsdp_tp", "train.dtype=bfloat16", "train.weights=bfloat16"],
         ["parallel=none", "train.loss_chunk=null"],

@@ -57,7 +57,8 @@ def test_first_weights_are_those_of_the_plain_model(plan: str, world: int) -> No
     found = []
     for cfg in (config(*BFLOAT16, f"parallel={plan}"), float8("tensorwise", f"parallel={plan}")):
         with assembled(cfg, ranks_of_a_host(world), FAKE) as loop:
-            found.append({name: local_part(w) for name, w in loop.state.weights().items()})
+            parameters = loop.state.trained_parameters()
+            found.append({name: local_part(parameter) for name, parameter in parameters.items()})
     plain, narrow = found
     assert plain.keys() == narrow.keys()
     assert all(torch.equal(plain[name], narrow[name]) for name in plain)

@@ -81,6 +81,12 @@ def test_adamw_of_our_own_moves_its_tensors_once_compiled_and_46_float32_numbers
     copied = [*((n, 4_000_000) for n in range(4)), (4, 2_000_000), (5, 4)]  # a copy is written, and not read
     assert op_s(op("optimizer", "adamw_", copied), cluster()) == pytest.approx(30e6 / 500e9, rel=1e-5)
     assert op_s(op("optimizer", "adamw_ in plain torch", reads), cluster()) == pytest.approx(184e6 / 500e9)
+    # A weight in two halves of 2 bytes, with a gradient and moments of 4: 20 bytes instead of 22 with bfloat16 moments.
+    for moments, moved in ((4_000_000, 28e6), (2_000_000, 20e6)):
+        halves = [(0, 2_000_000), (1, 4_000_000), (2, moments), (3, moments), (4, 2_000_000), (5, 4)]
+        assert op_s(op("optimizer", "adamw_", halves), cluster()) == pytest.approx(moved / 500e9, rel=1e-5)
+    plain = op("optimizer", "adamw_ in plain torch", halves)
+    assert op_s(plain, cluster()) == pytest.approx((46 + 22) * 4e6 / 500e9)
 
 
 def test_attention_by_length_and_head_width() -> None:

@@ -277,14 +277,6 @@ def test_linear_layers_in_float8_are_recorded_as_they_run_and_casts_once_where_c
     assert all(number in made for op in once for number, _ in op.reads)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_an_update_with_moments_of_a_dtype_of_their_own_is_an_op_per_weight(compiled: bool) -> None:
-    words = "optimizer.moment_dtype=bfloat16", f"optimizer.compile={compiled}"
-    ops = recorded(config("model=llama2_debug", "parallel=fsdp", *words), 2).end
-    names = [op.name for op in ops if op.kind == "optimizer"]
-    assert names == ["adamw_" if compiled else "adamw_ in plain torch"] * (2 * 9 + 3)
-
-
 @pytest.mark.parametrize(("dtype", "element"), [("float32", 4), ("bfloat16", 2)])
 def test_matmuls_that_add_to_a_gradient_take_the_place_of_two_kernels(dtype: str, element: int) -> None:
     words = "model=llama2_debug", "parallel=none", "train.micro_batch_size=2", f"train.dtype={dtype}"

@@ -76,10 +76,11 @@ def go(
 
 def whole(state: TrainState) -> State:
     """All that a checkpoint would hold, gathered."""
-    return {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-        for name, tensor in state_of(state).items()
-    }
+    with state_of(state) as tensors:
+        return {
+            name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+            for name, tensor in tensors.items()
+        }
 
 
 def on_disk(checkpoint: Path) -> State:

@@ -35,9 +35,14 @@ def fused(groups: list[dict[str, Any]]) -> AdamW:
 
 
 def elementwise(
-    groups: list[dict[str, Any]], moments: torch.dtype | None = None, compile: bool = False, copies: Any = ()
+    groups: list[dict[str, Any]],
+    moments: torch.dtype | None = None,
+    compile: bool = False,
+    copies: Any = (),
+    remainders: Any = (),
 ) -> AdamW:
-    return ElementwiseAdamW(groups, moments, compile, dict(copies), lr=LR, betas=BETAS, eps=EPS)
+    beside = dict(copies), dict(remainders)
+    return ElementwiseAdamW(groups, moments, compile, *beside, lr=LR, betas=BETAS, eps=EPS)
 
 
 def draw(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -176,12 +181,12 @@ def test_a_step_holds_what_formulas_say_and_the_model_has_the_rounded_weights(wo
             loop.step()
     state = loop.state
     expected = expected_memory(plain_model(cfg.model), loop.setup.plan, cfg)
-    masters = state.weights().values()
     held = [t for one in state.optimizer.state.values() for t in one.values() if isinstance(t, Tensor)]
-    assert sum(t.nbytes for t in (*held, *masters)) == expected["optimizer"]
-    for copy, master in zip(state.model.parameters(), masters, strict=True):
-        assert master.dtype is torch.float32
-        assert torch.equal(copy, master.bfloat16())
+    with state.weights() as masters:
+        assert sum(t.nbytes for t in (*held, *masters.values())) == expected["optimizer"]
+        for copy, master in zip(state.model.parameters(), masters.values(), strict=True):
+            assert master.dtype is torch.float32
+            assert torch.equal(copy, master.bfloat16())
 
 
 def test_no_tensor_is_updated_without_a_gradient() -> None:

@@ -60,13 +60,14 @@ def test_masters_move_as_weights_that_are_cast_at_each_use(model: str) -> None:
     cfg = config(f"model={model}", *SETTINGS)
     state = trained(cfg)
     assert not any(isinstance(module, FSDPModule) for module in state.model.modules())
-    ours, theirs = state.weights(), in_a_notebook(cfg)
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        assert ours[name].dtype == torch.float32
-        assert torch.equal(ours[name], weight), name
-    for copy, master in zip(state.model.parameters(), ours.values(), strict=True):
-        assert torch.equal(copy, master.bfloat16())
+    theirs = in_a_notebook(cfg)
+    with state.weights() as ours:
+        assert ours.keys() == theirs.keys()
+        for name, weight in theirs.items():
+            assert ours[name].dtype == torch.float32
+            assert torch.equal(ours[name], weight), name
+        for copy, master in zip(state.model.parameters(), ours.values(), strict=True):
+            assert torch.equal(copy, master.bfloat16())
 
 
 def test_tied_weights_have_one_master() -> None:
@@ -78,9 +79,9 @@ def test_tied_weights_have_one_master() -> None:
 
 def test_weights_set_from_outside_reach_the_copies() -> None:
     state = trained(config("model=llama2_debug", *SETTINGS), steps=0)
-    for weight in state.weights().values():
-        weight.fill_(1 / 3)
-    state.refresh_copies()
+    with state.weights() as weights:
+        for weight in weights.values():
+            weight.fill_(1 / 3)
     third = torch.tensor(1 / 3).bfloat16()
     assert all((copy == third).all() for copy in state.model.parameters())
 
@@ -100,5 +101,5 @@ def test_whole_numbers_and_flags_are_not_rounded() -> None:
     for words in ((), ("train.dtype=bfloat16",)):
         with assembled(config(*nets, *words)) as loop:
             losses.append(loop.step().loss.item())
-            assert loop.state.weights()["counts.offsets"].dtype is torch.long
+            assert loop.state.trained_parameters()["counts.offsets"].dtype is torch.long
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

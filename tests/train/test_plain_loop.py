@@ -17,7 +17,7 @@ from tpresearch.data.batches import Batches
 from tpresearch.parallel.mesh import sum_over
 from tpresearch.train.optim import learning_rate
 from tpresearch.verify.ranks import Ranks
-from tpresearch.verify.trace import Tensors, full_tensors
+from tpresearch.verify.trace import Tensors, full_tensors, whole_weights
 
 STEPS = 3
 
@@ -25,11 +25,11 @@ STEPS = 3
 def ours(world: World, cfg: Config) -> tuple[Tensors, list[float], Tensors]:
     """The initial weights, the losses of a few steps, with an evaluation after each, and the weights after them."""
     with assembled(cfg, world) as loop:
-        initial, losses = full_tensors(loop.state.weights()), []
+        initial, losses = whole_weights(loop.state), []
         for _ in range(STEPS):
             losses.append(sum_over(loop.setup.mesh, loop.step().loss, DATA_AXES).item())
             loop.evaluate()
-        return initial, losses, full_tensors(loop.state.weights())
+        return initial, losses, whole_weights(loop.state)
 
 
 def plain(kind: type[nn.Module], cfg: Config, initial: Tensors) -> tuple[list[float], Tensors]:

@@ -72,7 +72,8 @@ class TimedRecorder(Recorder):
     """Records with each op how long it took."""
 
     def __init__(self, mesh: DeviceMesh, state: TrainState, blocks: list[str], clock: OpClock) -> None:
-        super().__init__(mesh, state.model, blocks, DeviceMemory(state.model, state.optimizer))
+        memory = DeviceMemory(state.model, state.optimizer, state.remainders)
+        super().__init__(mesh, state.model, blocks, memory)
         self._clock = clock
         self.timed: list[tuple[Op, float]] = []
 

@@ -52,15 +52,15 @@ def load(checkpoint: Checkpoint, into: CheckpointedState, group: dist.ProcessGro
     verify(checkpoint, group)
     fault_point("verified")
     destination: dict[str, Tensor] = {}
+    with into.weights() as weights:
 
-    def prepare() -> None:
-        saved = tensors_of(checkpoint)
-        destination.update(make_destination(into, saved))
-        check_tensors_match(saved, destination)
+        def prepare() -> None:
+            saved = tensors_of(checkpoint)
+            destination.update(make_destination(into, weights, saved))
+            check_tensors_match(saved, destination)
 
-    on_all_ranks(prepare, group)
-    _read(checkpoint.folder, destination, group)
-    into.refresh_copies()
+        on_all_ranks(prepare, group)
+        _read(checkpoint.folder, destination, group)
     into.step = checkpoint.step
     fault_point("loaded")
 

@@ -137,7 +137,8 @@ class Saver:
         self._last_step = trained.step
         manifest = dataclasses.replace(self._common, step=trained.step, tokens=tokens, loss=loss)
         try:
-            self._write(state_of(trained), manifest, background=self._background and not last)
+            with state_of(trained) as state:
+                self._write(state, manifest, background=self._background and not last)
         except RankFailed as error:
             self._report_failure(manifest, error, last)
 

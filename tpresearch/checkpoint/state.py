@@ -8,7 +8,8 @@ Param groups are not in it: their number differs from mesh to mesh, and what the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -28,18 +29,20 @@ class CheckpointedState(Protocol):
     optimizer: torch.optim.Optimizer
 
     def trained_parameters(self) -> dict[str, nn.Parameter]: ...
-    def weights(self) -> dict[str, Tensor]: ...
-    def refresh_copies(self) -> None: ...
+    def weights(self) -> AbstractContextManager[dict[str, Tensor]]: ...
 
 
-def state_of(trained: CheckpointedState) -> dict[str, Tensor]:
+@contextmanager
+def state_of(trained: CheckpointedState) -> Iterator[dict[str, Tensor]]:
     """The state of a run: the tensors themselves, not copies. Optimizer state that does not exist yet, as of an unused weight, is absent."""
-    return model_state(trained.model, trained.weights()) | {
+    moments = {
         f"{OPTIMIZER}{name}.{key}": value
         for name, parameter in trained.trained_parameters().items()
         for key, value in trained.optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
+    with trained.weights() as weights:
+        yield model_state(trained.model, weights) | moments
 
 
 def model_state(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,7 +53,7 @@ def model_state(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def make_destination(
-    trained: CheckpointedState, saved: Mapping[str, TensorStorageMetadata]
+    trained: CheckpointedState, weights: Mapping[str, Tensor], saved: Mapping[str, TensorStorageMetadata]
 ) -> dict[str, Tensor]:
     """The tensors to read a checkpoint into: one for each tensor that was saved.
 
@@ -63,7 +66,7 @@ def make_destination(
     trained.optimizer.state.clear()
     parameters = trained.trained_parameters()
     on_device = trained.optimizer.defaults.get("fused") or trained.optimizer.defaults.get("capturable")
-    destination = model_state(trained.model, trained.weights())
+    destination = model_state(trained.model, weights)
     for full in saved:
         if not full.startswith(OPTIMIZER):
             continue

@@ -64,5 +64,5 @@ def experiment_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kept["model"] = _without(kept["model"], ("plans", "blocks"))
     kept["train"] = _without(kept["train"], MAY_CHANGE_ON_RESUME)
     unused = UNUSED_BY_OPTIMIZER.get(str(kept["optimizer"].get("name")), ())
-    kept["optimizer"] = _without(kept["optimizer"], ("compile", *unused))
+    kept["optimizer"] = _without(kept["optimizer"], ("compile", "split_masters", *unused))
     return {key: kept[key] for key in EXPERIMENT_KEYS}

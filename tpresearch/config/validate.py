@@ -18,7 +18,7 @@ DEFAULT_PLAN_RANKS = 4
 
 
 OPTIMIZER_OPTIONS = {
-    OptimizerName.adamw: ("optimizer.moment_dtype", "optimizer.compile"),
+    OptimizerName.adamw: ("optimizer.moment_dtype", "optimizer.compile", "optimizer.split_masters"),
     OptimizerName.sgd: ("optimizer.momentum",),
 }
 """Keys that another optimizer refuses."""
@@ -195,6 +195,8 @@ def _check_plan_options(cfg: Config, sizes: MeshSizes) -> None:
         raise ConfigError("parallel.activation_checkpointing", "budget", why, legal, fix=fix)
     if parallel.gradient_accumulation_fusion:
         _check_fusion(cfg, sizes)
+    if cfg.optimizer.split_masters and not has_master_weights(cfg, sizes):
+        raise _no_masters_to_split(cfg)
     if not cfg.model.blocks:
         why = f"it works block by block, and model {cfg.model.name} has none"
         kind = parallel.activation_checkpointing
@@ -246,6 +248,23 @@ def _check_fusion(cfg: Config, sizes: MeshSizes) -> None:
         return
     key = "parallel.gradient_accumulation_fusion"
     raise ConfigError(key, True, why, f"false, or {instead}", fix={key: "false"})
+
+
+def _no_masters_to_split(cfg: Config) -> ConfigError:
+    if cfg.train.dtype is not Dtype.bfloat16:
+        why, instead = (
+            f"train.dtype={cfg.train.dtype} computes with the weights themselves",
+            "train.dtype=bfloat16",
+        )
+    elif cfg.train.weights is WeightDtype.bfloat16:
+        why, instead = "train.weights=bfloat16 leaves no master weights", "train.weights=float32"
+    else:
+        why, instead = (
+            "fully_shard keeps float32 weights itself",
+            "a plan without it, such as none, tp or ddp",
+        )
+    key = "optimizer.split_masters"
+    return ConfigError(key, True, why, f"false, or {instead}", fix={key: "false"})
 
 
 def _check_batch(cfg: Config, sizes: MeshSizes) -> None:

@@ -32,15 +32,18 @@ class MemoryLedger(TorchDispatchMode):
             ...
         memory.note_gradients()
     memory.held()
+
+    Args:
+        remainders: of split master weights, which the optimizer updates.
     """
 
     counted: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
     """Classes of the tensors that hold memory: a subclass such as DTensor wraps one that comes here by itself, and a fake tensor, by
     which DTensor infers the shape of an op's output, holds none."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, remainders: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._model, self._optimizer = model, optimizer
+        self._model, self._optimizer, self._remainders = model, optimizer, remainders
         self._next_id = 0
         self._live: dict[int, int] = {}
         """Address of a live storage -> the id we gave it."""
@@ -54,7 +57,8 @@ class MemoryLedger(TorchDispatchMode):
 
     def __enter__(self) -> MemoryLedger:
         # Where what it moves are not the model's parameters, they are float32 masters of them.
-        self._set_kind("optimizer", [*_state_of(self._optimizer), *_trained_by(self._optimizer)])
+        masters = [*_trained_by(self._optimizer), *self._remainders]
+        self._set_kind("optimizer", [*_state_of(self._optimizer), *masters])
         self._set_kind("parameters", [*self._model.parameters(), *self._model.buffers()])
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()

@@ -34,6 +34,7 @@ def expected_memory(model: nn.Module, plan: Plan, cfg: Config, device: str = "cp
         return dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "temporaries"))
     weight = ELEMENT_BYTES[cfg.train.weight_dtype]
     masters = has_master_weights(cfg, plan.sizes)
+    master = 2 if cfg.optimizer.split_masters else weight  # beside the model's copy
     shards = {name: math.prod(fsdp_local_shape(name, model, plan)) for name, _ in model.named_parameters()}
     trained = [shards[name] for name, p in model.named_parameters() if p.requires_grad]
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
@@ -41,7 +42,7 @@ def expected_memory(model: nn.Module, plan: Plan, cfg: Config, device: str = "cp
         "parameters": sum(shards.values()) * (2 if masters else weight) + buffers,
         "gradients": sum(trained) * weight,
         "optimizer": _optimizer_bytes(cfg, sum(trained), len(trained))
-        + (sum(shards.values()) * weight if masters else 0),
+        + (sum(shards.values()) * master if masters else 0),
         "activations": _activation_bytes(model, plan, cfg, device),
         "temporaries": None,
     }

@@ -32,8 +32,8 @@ class DeviceMemory(MemoryLedger):
     counted = (*MemoryLedger.counted, FakeTensor)
     """All are fake here. (FakeTensor: private, torch 2.13 and 2.14.)"""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        super().__init__(model, optimizer)
+    def __init__(self, model: nn.Module, optimizer: Optimizer, remainders: Iterable[Tensor] = ()) -> None:
+        super().__init__(model, optimizer, remainders)
         self._excluded: set[int] = set()
         self._marks: list[tuple[int, str]] = []
         """(number of changes before it, name) of each moment."""

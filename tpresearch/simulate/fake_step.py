@@ -108,7 +108,7 @@ def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace
             state = build_state(model, cfg, plan, mesh)
             objective = build_objective(dataclasses.replace(cfg, parallel=compiled), plan)
             _initialize_optimizer_state(state)
-            memory = DeviceMemory(model, state.optimizer)
+            memory = DeviceMemory(model, state.optimizer, state.remainders)
             recorder = Recorder(mesh, model, plan.blocks, memory)
             observers = Observers([RecordingObserver(recorder, memory)])
             setup = Setup(cfg, plan, mesh, FAKE, objective, observers)

@@ -32,6 +32,8 @@ COMPILED_ADAMW = "adamw_"
 PLAIN_ADAMW = "adamw_ in plain torch"
 PLAIN_ADAMW_PASSES = 46
 """Float32 numbers that it reads and writes per element, one op after the other (counted in `adamw._update_tensor`)."""
+PASSES_OF_HALVES = 22
+"""More, where the weight is joined and split (counted in `halves.py`)."""
 DTYPES = {1: "float8", 2: "bfloat16", 4: "float32", 8: "float64"}
 
 
@@ -123,18 +125,25 @@ def moved_bytes(op: Op) -> float:
         case "all_gather_copy_in":
             return 2.0 * op.writes[0][1]
     if op.name == COMPILED_ADAMW:
-        # Weight, gradient and moments are read, then scalars; a copy is only written.
+        # Weight, gradient and moments are read, then scalars; a copy is only written, other than a remainder.
         _, gradient, *_ = sizes = [size for _, size in op.reads]
-        return 2.0 * sum(sizes) - gradient - max(sizes[4:])
+        return 2.0 * sum(sizes) - gradient - (0 if _updates_halves(op) else max(sizes[4:]))
     if op.name == ADDING_MATMUL:
         return float(sum(size for _, size in op.reads[:3]) + op.reads[0][1])
     if op.name == PLAIN_ADAMW:
-        return op.reads[0][1] / op.element * 4.0 * PLAIN_ADAMW_PASSES
+        passes = PLAIN_ADAMW_PASSES + (PASSES_OF_HALVES if _updates_halves(op) else 0)
+        return op.reads[0][1] / op.element * 4.0 * passes
     if op.kind == "optimizer":  # parameter, gradient and two moments are read, all but the gradient written
         return read * 7 / 4
     if op.name.startswith("_foreach") and not op.writes:
         return 2.0 * read
     return float(read + written)
+
+
+def _updates_halves(op: Op) -> bool:
+    """Whether what follows AdamW's moments is the remainder of a weight in bfloat16, as large as that, and not a copy of one in
+    float32, half as large."""
+    return op.reads[4][1] == op.reads[0][1]
 
 
 def fused_bytes(ops: Sequence[Op], last_read: dict[int, int], end: int) -> int:

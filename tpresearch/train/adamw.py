@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpresearch.parallel.weights import local_part
+from tpresearch.train.halves import join, split
 
 
 class AdamW(torch.optim.AdamW):
@@ -34,6 +35,8 @@ class ElementwiseAdamW(AdamW):
         moment_dtype: of exp_avg and exp_avg_sq; None for that of the weight. compile: by torch.compile; otherwise in plain
             torch, which holds float32 copies of one tensor at a time.
         copies: by weight, a tensor that is set to its rounded new value in the same pass.
+        remainders: by weight, this rank's part of what the copy lacks. These two are then read and set, and the weight is not,
+            which may have no memory.
     """
 
     def __init__(
@@ -42,10 +45,12 @@ class ElementwiseAdamW(AdamW):
         moment_dtype: torch.dtype | None,
         compile: bool,
         copies: Mapping[nn.Parameter, Tensor],
+        remainders: Mapping[nn.Parameter, Tensor],
         **settings: Any,
     ) -> None:
         super().__init__(groups, fused=True, **settings)
-        self._moment_dtype, self._compile, self._copies = moment_dtype, compile, copies
+        self._moment_dtype, self._compile = moment_dtype, compile
+        self._copies, self._remainders = copies, remainders
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -70,14 +75,15 @@ class ElementwiseAdamW(AdamW):
         self.state[parameter] |= {"step": count, "exp_avg": zeros(), "exp_avg_sq": zeros()}
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        state, copy = self.state[parameter], self._copies.get(parameter)
+        state, remainder = self.state[parameter], self._remainders.get(parameter)
+        weight, copy = parameter, self._copies.get(parameter)
+        if copy is not None and remainder is not None:
+            weight, copy = copy, None
         assert parameter.grad is not None
         adamw_(
-            *(
-                local_part(t)
-                for t in (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-            ),
-            None if copy is None else local_part(copy.detach()),
+            *(local_part(t) for t in (weight, parameter.grad, state["exp_avg"], state["exp_avg_sq"])),
+            None if copy is None else local_part(copy),
+            remainder,
             state["step"],
             self.grad_scale,
             self.found_inf,
@@ -89,13 +95,16 @@ class ElementwiseAdamW(AdamW):
         )
 
 
-@torch.library.custom_op("tpresearch::adamw_", mutates_args=("weight", "exp_avg", "exp_avg_sq", "copy"))
+@torch.library.custom_op(
+    "tpresearch::adamw_", mutates_args=("weight", "exp_avg", "exp_avg_sq", "copy", "remainder")
+)
 def adamw_(
     weight: Tensor,
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     copy: Tensor | None,
+    remainder: Tensor | None,
     count: Tensor,
     divisor: Tensor | None,
     skips: Tensor | None,
@@ -109,20 +118,26 @@ def adamw_(
     """One tensor's update in place, as one op for whoever records ops.
 
     Args:
-        copy: set to the new weight. count: of updates, with this one, a scalar. divisor: of the gradient, a scalar.
-            skips: a scalar, 1.0 to change nothing. compile: where all that is written is contiguous.
+        copy: set to the new weight. remainder: of a weight in float32, of which `weight` is the bfloat16 half (`halves.py`).
+            count: of updates, with this one, a scalar. divisor: of the gradient, a scalar. skips: a scalar, 1.0 to change
+            nothing. compile: where all that is written is contiguous.
     """
     if not weight.numel():
         return
     dtype = torch.promote_types(weight.dtype, torch.float32)
     rate, decay = (torch.full((), x, dtype=dtype, device=weight.device) for x in (lr, lr * weight_decay))
-    if compile and all(t is None or t.is_contiguous() for t in (weight, exp_avg, exp_avg_sq, copy)):
-        tensors = *_in_rows((weight, gradient, exp_avg, exp_avg_sq, copy)), count, divisor, skips, rate, decay
+    if remainder is not None:
+        weight = weight.view(torch.int16)
+    written = (weight, exp_avg, exp_avg_sq, copy, remainder)
+    if compile and all(t is None or t.is_contiguous() for t in written):
+        rows = _in_rows((weight, gradient, exp_avg, exp_avg_sq, copy, remainder))
+        tensors = *rows, count, divisor, skips, rate, decay
         kinds = *(t if t is None else t.dtype for t in tensors), weight.numel() % ROW == 0
         _compiled_update(kinds, beta1, beta2, eps)(*tensors)
     else:
         scalars = count, divisor, skips, rate, decay
-        _update_tensor(beta1, beta2, eps, weight, gradient, exp_avg, exp_avg_sq, copy, *scalars)
+        tensors = weight, gradient, exp_avg, exp_avg_sq, copy, remainder
+        _update_tensor(beta1, beta2, eps, *tensors, *scalars)
 
 
 ROW = 1024
@@ -164,6 +179,7 @@ def _update_tensor(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     copy: Tensor | None,
+    remainder: Tensor | None,
     count: Tensor,
     divisor: Tensor | None,
     skips: Tensor | None,
@@ -171,7 +187,8 @@ def _update_tensor(
     decay: Tensor,
 ) -> None:
     dtype = rate.dtype
-    old = weight.to(dtype), exp_avg.to(dtype), exp_avg_sq.to(dtype)
+    old_weight = weight.to(dtype) if remainder is None else join(weight, remainder)
+    old = old_weight, exp_avg.to(dtype), exp_avg_sq.to(dtype)
     g = gradient.to(dtype) if divisor is None else gradient.to(dtype) / divisor
     mean = old[1] + (1 - beta1) * (g - old[1])
     square = beta2 * old[2] + (1 - beta2) * g * g
@@ -183,7 +200,12 @@ def _update_tensor(
         new, mean, square = (
             torch.where(skips > 0, a, b) for a, b in zip(old, (new, mean, square), strict=True)
         )
-    weight.copy_(new)
+    if remainder is None:
+        weight.copy_(new)
+    else:
+        upper, lower = split(new)
+        weight.copy_(upper)
+        remainder.copy_(lower)
     exp_avg.copy_(mean)
     exp_avg_sq.copy_(square)
     if copy is not None:

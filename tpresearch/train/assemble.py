@@ -76,10 +76,11 @@ def assemble(
 
 def build_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> TrainState:
     """The state of a model that has its initial weights, with its optimizer."""
-    masters = MasterWeights(model) if has_master_weights(cfg, plan.sizes) else None
+    has_masters = has_master_weights(cfg, plan.sizes)
+    masters = MasterWeights(model, cfg.optimizer.split_masters) if has_masters else None
     trained = trained_parameters(model, masters)
     reducer = build_reducer(model, trained, plan, cfg, mesh)
-    optimizer = build_optimizer(trained.values(), cfg.optimizer, masters.copies if masters else None)
+    optimizer = build_optimizer(trained.values(), cfg.optimizer, masters)
     sums = None
     if cfg.parallel.gradient_accumulation_fusion:
         layers = summing_layers(model, plan, cfg.train.loss_chunk)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from tpresearch.config.choices import OptimizerName, ScheduleName
 from tpresearch.config.training import OptimizerConfig, ScheduleConfig
 from tpresearch.train.adamw import AdamW, ElementwiseAdamW
+from tpresearch.train.state import MasterWeights
 
 
 def divide_gradients(optimizer: torch.optim.Optimizer, gradients: list[Tensor], divisor: Tensor) -> None:
@@ -34,16 +35,14 @@ def divide_gradients(optimizer: torch.optim.Optimizer, gradients: list[Tensor], 
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter],
-    config: OptimizerConfig,
-    copies: Mapping[nn.Parameter, Tensor] | None = None,
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, masters: MasterWeights | None = None
 ) -> torch.optim.Optimizer:
     """AdamW or SGD over sharded parameters; weight decay on matrices, and on vectors if configured.
 
     One group for each mesh that parameters live on, since torch's fused and foreach updates take no mixture.
 
     Args:
-        copies: bfloat16 copies of the parameters, which `ElementwiseAdamW` updates too.
+        masters: which the parameters are; `ElementwiseAdamW` updates the model's copies of them too.
     """
     groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -57,10 +56,11 @@ def build_optimizer(
         # DTensor has no fused SGD (torch 2.13).
         return torch.optim.SGD(param_groups, lr=config.lr, momentum=config.momentum)
     settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-    if config.moment_dtype is None and not config.compile:
+    copies, remainders = (masters.copies, masters.remainders) if masters else ({}, {})
+    if config.moment_dtype is None and not config.compile and not remainders:
         return AdamW(param_groups, fused=True, **settings)
     moments: torch.dtype | None = getattr(torch, config.moment_dtype) if config.moment_dtype else None
-    return ElementwiseAdamW(param_groups, moments, config.compile, copies or {}, **settings)
+    return ElementwiseAdamW(param_groups, moments, config.compile, copies, remainders, **settings)
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from tpresearch.parallel.gradient_sums import GradientSums
 from tpresearch.parallel.reducer import GradientReducer
 from tpresearch.parallel.weights import WeightSource, local_part
+from tpresearch.train.halves import join, split
 
 
 class MasterWeights:
@@ -23,22 +24,31 @@ class MasterWeights:
     A gradient is added to its master's, in float32, as soon as backward has it, and dropped: per micro-batch that moves
     10 bytes per parameter, where `fully_shard` over one rank copies 42 to 54.
 
+    Where they are split, a master has memory only inside `whole`, as what FSDP gathers has only around its use; elsewhere its
+    copy and its remainder are what it is, to the bit (see `halves.py`), in 4 bytes per parameter instead of 6. It still has its
+    shape, dtype and gradient.
+
     Args:
         model: its parameters, in float32, become the masters; it is left with bfloat16 copies in their place.
+        splits: whether they are split.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, splits: bool = False) -> None:
         self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
-        copies: dict[int, nn.Parameter] = {}
+        self.copies: dict[nn.Parameter, nn.Parameter] = {}
+        """By master weight."""
+        self.remainders: dict[nn.Parameter, Tensor] = {}
+        """By master weight, this rank's part of what its copy lacks, in int16; of none where they are not split."""
         for module in model.modules():
             for key, master in module._parameters.items():  # a tied one at each of its places
                 if master is not None and master.is_floating_point():
-                    if id(master) not in copies:
-                        copies[id(master)] = _copy_of(master)
-                    self._places.append((module, key, master, copies[id(master)]))
+                    if master not in self.copies:
+                        copy = self.copies[master] = _copy_of(master)
+                        if splits:
+                            self.remainders[master] = torch.empty_like(local_part(copy), dtype=torch.int16)
+                            self._split(master)
+                    self._places.append((module, key, master, self.copies[master]))
         self._masters = {id(copy): master for _, _, master, copy in self._places}
-        self.copies: dict[nn.Parameter, Tensor] = {master: copy for _, _, master, copy in self._places}
-        """By master weight."""
         self._swap(copies=True)
 
     def of(self, copy: nn.Parameter) -> nn.Parameter:
@@ -46,18 +56,44 @@ class MasterWeights:
         return self._masters.get(id(copy), copy)
 
     @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside it the masters have their values, which may be read and set; afterwards the copies are these, rounded."""
+        for master in self.remainders:
+            self._join(master)
+        try:
+            yield
+        finally:
+            self._copy_to_model()
+
+    @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Inside it the masters are the model's parameters, so that they can be set; afterwards the copies are updated."""
-        self._swap(copies=False)
-        yield
-        self._swap(copies=True)
-        self.copy_to_model()
+        """The same, with the masters as the model's parameters."""
+        with self.whole():
+            self._swap(copies=False)
+            yield
+            self._swap(copies=True)
 
     @torch.no_grad()
-    def copy_to_model(self) -> None:
-        """Round every master to its copy, after each update."""
-        copies = [local_part(copy) for _, _, _, copy in self._places]
-        torch._foreach_copy_(copies, [local_part(master) for _, _, master, _ in self._places])
+    def _copy_to_model(self) -> None:
+        for master in self.remainders:
+            self._split(master)
+        if not self.remainders:
+            copies = [local_part(copy) for copy in self.copies.values()]
+            torch._foreach_copy_(copies, [local_part(master) for master in self.copies])
+
+    @torch.no_grad()
+    def _join(self, master: nn.Parameter) -> None:
+        local, copy = local_part(master), local_part(self.copies[master])
+        local.untyped_storage().resize_(local.nbytes)
+        local.copy_(join(copy.view(torch.int16), self.remainders[master]))
+
+    @torch.no_grad()
+    def _split(self, master: nn.Parameter) -> None:
+        local, copy = local_part(master), local_part(self.copies[master])
+        upper, lower = split(local)
+        copy.view(torch.int16).copy_(upper)
+        self.remainders[master].copy_(lower)
+        local.untyped_storage().resize_(0)
 
     def _swap(self, copies: bool) -> None:
         for module, key, master, copy in self._places:
@@ -102,14 +138,19 @@ class TrainState:
         """Every parameter once, by its first name, as the optimizer updates it, with its gradient."""
         return trained_parameters(self.model, self.masters)
 
-    def weights(self) -> dict[str, Tensor]:
-        """Their values, under any plan: what a checkpoint saves, and loads into; call `refresh_copies` afterwards."""
-        return {name: parameter.detach() for name, parameter in self.trained_parameters().items()}
+    @contextmanager
+    def weights(self) -> Iterator[dict[str, Tensor]]:
+        """Their values, under any plan: what a checkpoint saves, and loads into. The model's bfloat16 copies follow at the end.
 
-    def refresh_copies(self) -> None:
-        """Update the model's bfloat16 copies, after `weights` have changed."""
-        if self.masters:
-            self.masters.copy_to_model()
+        Split masters take their 4 bytes per parameter inside it: the room of the step's gradients, of which there are none.
+        """
+        with self.masters.whole() if self.masters else nullcontext():
+            yield {name: parameter.detach() for name, parameter in self.trained_parameters().items()}
+
+    @property
+    def remainders(self) -> list[Tensor]:
+        """What this rank has of split masters beside the model, in the optimizer's part of memory."""
+        return [*self.masters.remainders.values()] if self.masters else []
 
     def set_weights(self, source: WeightSource) -> None:
         """Set every parameter from a weight source."""

@@ -172,7 +172,8 @@ def update(state: TrainState, norm: Tensor, setup: Setup) -> None:
         optimizer.found_inf = (~norm.isfinite()).float().to(home)
     if not skips or isinstance(optimizer, AdamW) or math.isfinite(norm.item()):
         set_learning_rate(optimizer, learning_rate(state.step, setup.steps, cfg.optimizer.lr, cfg.schedule))
-        optimizer.step()
-        if not isinstance(optimizer, ElementwiseAdamW):  # which updates them itself
-            state.refresh_copies()
+        # Our own updates the model's copies itself.
+        masters = None if isinstance(optimizer, ElementwiseAdamW) else state.masters
+        with masters.whole() if masters else nullcontext():
+            optimizer.step()
     optimizer.zero_grad()

@@ -155,7 +155,8 @@ class CountedStep(Observer):
             yield
             return
         sent = self._sent = CommunicationLedger(self._mesh)
-        held = self._held = None if self._compiled else MemoryLedger(state.model, state.optimizer)
+        given = state.model, state.optimizer, state.remainders
+        held = self._held = None if self._compiled else MemoryLedger(*given)
         with sent, held or nullcontext():
             yield
         self._sent = self._held = None

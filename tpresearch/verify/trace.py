@@ -88,17 +88,23 @@ def trace_run(
     with process_group(device, world), refusing_shapes(cfg.model.name, job.plan):
         mesh, capture = build_mesh(job.sizes, device.type), GradientCapture()
         loop = assemble(job, mesh, device, corpus, [capture])
-        initial, taken = full_tensors(loop.state.weights()), []
+        initial, taken = whole_weights(loop.state), []
         differences = differences_between_ranks(None, initial, device.torch)
         for step in range(steps):
             share, norm = loop.step()
             loss = sum_over(mesh, share, DATA_AXES)
-            updated = full_tensors(loop.state.weights())
+            updated = whole_weights(loop.state)
             alike = {"loss": loss.cpu().double(), "grad norm": norm.cpu().double()}
             alike |= {f"gradient of {name}": gradient for name, gradient in capture.last.items()} | updated
             differences += differences_between_ranks(step, alike, device.torch)
             taken.append(StepTrace(loss.item(), norm.item(), capture.last, updated, loop.evaluate()))
         return RunTrace(initial, taken, differences)
+
+
+def whole_weights(state: TrainState) -> Tensors:
+    """Every weight as the optimizer updates it, gathered."""
+    with state.weights() as weights:
+        return full_tensors(weights)
 
 
 def full_tensors(tensors: Mapping[str, Tensor | None]) -> Tensors:
