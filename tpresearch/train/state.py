@@ -135,7 +135,7 @@ class TrainState:
     """Sums gradients over micro-batches, where matmuls do that."""
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter once, by its first name, as the optimizer updates it, with its gradient."""
+        """Every parameter once, by its first name, as the optimizer updates it, with its gradient. (Values are in `weights`.)"""
         return trained_parameters(self.model, self.masters)
 
     @contextmanager
