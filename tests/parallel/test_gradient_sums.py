@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from support.marks import exhaustive
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import MeshSizes
@@ -141,6 +144,85 @@ def test_outside_of_a_step_gradients_are_autograds_own() -> None:
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(2, 3))
 
 
+class Words(nn.Module):
+    """An embedding, and an output layer that may have its weight."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embed, self.output = nn.Embedding(50, 12), nn.Linear(12, 50, bias=False)
+        if tied:
+            self.output.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.output(torch.tanh(self.embed(tokens)))
+
+
+def looked_up(model: Words, tokens: Tensor) -> Tensor:
+    return model(tokens)
+
+
+def read_as_a_matrix(model: Words, tokens: Tensor) -> Tensor:
+    """Of which autograd has a gradient of all rows."""
+    return model(tokens) @ model.embed.weight
+
+
+def with_a_slope(model: Words, tokens: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(model(tokens).square().sum(), model.embed.weight)
+    return model(tokens) * gradient.square().sum()
+
+
+def without_a_gradient(model: Words, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        hidden = model.embed(tokens)
+    return model.output(hidden)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("use", [looked_up, read_as_a_matrix, with_a_slope, without_a_gradient])
+def test_an_embedding_gets_the_sum_of_its_tokens(use: Callable[[Words, Tensor], Tensor], tied: bool) -> None:
+    torch.manual_seed(0)
+    model, batches = Words(tied).double(), torch.randint(0, 9, (3, 2, 7))
+    for tokens in batches:
+        use(model, tokens).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    sums = GradientSums(summing_layers(model, Plan({}, [], [], MeshSizes())))
+    for _ in range(2):
+        with sums.collecting():
+            for tokens in batches:
+                use(model, tokens).square().sum().backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_embeddings_gradient_is_of_its_tokens_rows() -> None:
+    """And rounded to the weight's dtype nowhere, if the sum is wider."""
+    torch.manual_seed(0)
+    layer, wide = nn.Embedding(1000, 4, dtype=torch.bfloat16), nn.Parameter(torch.zeros(1000, 4))
+    tokens, weights = torch.randint(0, 5, (300,)), torch.randn(300, 4, dtype=torch.bfloat16)
+    sums, sizes = GradientSums({layer: wide}), list[int]()
+    with sums.collecting(), Sizes(sizes):
+        for _ in range(2):
+            (layer(tokens) * weights).sum().backward()
+    expected = torch.zeros(1000, 4, dtype=torch.float64).index_add_(0, tokens, 2 * weights.double())
+    torch.testing.assert_close(wide.grad, expected.float(), rtol=1e-5, atol=1e-6)
+    assert max(sizes) < 1000 * 4  # made by an op, besides the sum
+
+
+class Sizes(TorchDispatchMode):
+    """Numbers of elements that ops make, views and what they change aside."""
+
+    def __init__(self, found: list[int]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func._schema.is_mutable and not func.is_view:
+            self.found.extend(t.numel() for t in tree_leaves(made) if isinstance(t, Tensor))
+        return made
+
+
 class Own(nn.Linear):
     def twice(self, x: Tensor) -> Tensor:
         return 2 * self(x)
@@ -235,7 +317,7 @@ def test_layers_learn_the_same_however_a_model_uses_them(
     for step in ((use,), (use, as_layers)):
         expected.append(gradients(step))
         model.zero_grad()
-    sums = GradientSums(summing_layers(model, Plan({}, [], [], MeshSizes()), None))
+    sums = GradientSums(summing_layers(model, Plan({}, [], [], MeshSizes())))
     forward = torch.compile(use, backend="aot_eager", fullgraph=True) if compiles else use
     for step, right in zip(((forward,), (forward, as_layers)), expected, strict=True):
         with sums.collecting():
@@ -328,9 +410,11 @@ def test_layers_are_those_that_run_as_linear_layers_and_learn() -> None:
     model = nn.ModuleDict({"plain": nn.Linear(2, 2), "own": Doubled(2, 2), "frozen": nn.Linear(2, 2)})
     model["frozen"].requires_grad_(False)
     model["head"], model["complex"] = nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64)
-    plan, plain, head = Plan({}, [], [], MeshSizes(), chunked_head="head"), model["plain"], model["head"]
-    assert summing_layers(model, plan, 2048) == {plain: plain.weight}
-    assert summing_layers(model, plan, None) == {plain: plain.weight, head: head.weight}
+    model["rows"], model["in block"] = nn.Embedding(2, 2), nn.ModuleDict({"rows": nn.Embedding(2, 2)})
+    model["padded"], model["bounded"] = nn.Embedding(2, 2, padding_idx=0), nn.Embedding(2, 2, max_norm=1.0)
+    model["counted"] = nn.Embedding(2, 2, scale_grad_by_freq=True)
+    plan = Plan({}, ["in block"], [], MeshSizes())
+    assert list(summing_layers(model, plan)) == [model["plain"], model["head"], model["rows"]]
 
 
 @pytest.mark.parametrize(
@@ -350,7 +434,6 @@ def test_it_is_refused_where_nothing_would_be_added_so(words: tuple[str, ...], r
 
 
 def test_it_is_refused_for_a_model_without_such_a_layer() -> None:
-    words = *nets.model(nets.FrozenBlock), *PARTS, FUSED
     with pytest.raises(ConfigError, match=r"has no nn\.Linear that learns"):
-        plan_model(config(*words), MeshSizes())
-    plan_model(config(*words, "train.loss_chunk=null"), MeshSizes())
+        plan_model(config(*nets.model(nets.FrozenLayers), *PARTS, FUSED), MeshSizes())
+    plan_model(config(*nets.model(nets.FrozenBlock), *PARTS, FUSED), MeshSizes())

@@ -45,6 +45,14 @@ class FrozenBlock(ToyLM):
         self.mlp.requires_grad_(False)
 
 
+class FrozenLayers(FrozenBlock):
+    """Whose embedding learns alone."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.output.requires_grad_(False)
+
+
 class AllFrozen(ToyLM):
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)

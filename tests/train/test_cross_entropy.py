@@ -27,7 +27,7 @@ from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train import cross_entropy
 from tpresearch.train.assemble import assemble
-from tpresearch.train.cross_entropy import linear_cross_entropy
+from tpresearch.train.cross_entropy import backward_from, linear_cross_entropy
 from tpresearch.train.losses import ChunkedCrossEntropy, FullCrossEntropy, summed_cross_entropy
 from tpresearch.train.preflight import preflight
 from tpresearch.verify.ranks import Ranks
@@ -155,6 +155,59 @@ def test_a_chunk_is_noted_where_there_are_none(typed: str, has_effect: bool) -> 
     assert (note in preflight(cfg, World()).notes) != has_effect
     as_it_is = replace(cfg, train=replace(cfg.train, loss_chunk=2048))
     assert not any("loss_chunk" in each for each in preflight(as_it_is, World()).notes)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_the_weights_gradient_is_added_to_a_sum(dtype: torch.dtype) -> None:
+    """In bfloat16 it is closer to the true one than one that is rounded per chunk."""
+    hidden, weight, targets = drawn(dtype)
+    plain = weight.detach().double().requires_grad_()
+    summed_cross_entropy(hidden.detach().double() @ plain.T, targets).backward()
+    total = torch.full(weight.shape, float("nan"), dtype=torch.promote_types(dtype, torch.float32))
+    begun = torch.tensor(False)
+    for times in (1, 2):
+        hidden.grad = None
+        backward_from(linear_cross_entropy(hidden, weight, targets, 32, total=(total, begun)))
+        assert relative(total.double(), times * gradient_of(plain)) < TOLERANCES[dtype] / 2
+    assert weight.grad is None
+    expected, *_ = drawn(dtype)
+    linear_cross_entropy(expected, weight, targets, 32).backward()
+    assert torch.equal(gradient_of(hidden), gradient_of(expected))
+
+
+def test_what_was_added_to_a_sum_cannot_be_scaled_afterwards() -> None:
+    hidden, weight, targets = drawn(torch.float32)
+    loss = linear_cross_entropy(
+        hidden, weight, targets, 32, total=(torch.zeros_like(weight), torch.tensor(True))
+    )
+    with pytest.raises(RuntimeError, match="not `backward_from` it"):
+        backward_from(loss / 2)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_gradients_of_the_loss_itself_are_not_multiplied(factor: float) -> None:
+    hidden, weight, targets = drawn(torch.float32)
+    loss = linear_cross_entropy(hidden, weight, targets, 32)
+    with Multiplied() as mode:
+        backward_from(loss if factor == 1 else loss * factor)
+    assert mode.sizes.count(weight.numel()) == (factor != 1)
+    once = gradient_of(weight).clone()
+    weight.grad = None
+    (linear_cross_entropy(hidden, weight, targets, 32) * factor).backward()
+    assert torch.equal(gradient_of(weight), once)
+
+
+class Multiplied(TorchDispatchMode):
+    """Sizes of what is multiplied in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.mul_:
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_second_backward_is_refused() -> None:

@@ -1,15 +1,16 @@
 """Weight gradients that backward's matmuls add to the sum over micro-batches themselves, as Megatron-LM's
 `--gradient-accumulation-fusion` does: otherwise a matmul writes a gradient, and a second kernel reads it, reads the sum and
-writes the sum, 6 bytes per element in bfloat16 and 10 into float32 master weights' gradients.
+writes the sum, 6 bytes per element in bfloat16 and 10 into float32 master weights' gradients. An embedding adds only the
+rows of its tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum, auto
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +21,20 @@ from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.plan.compiler import Plan
 
+Layer = nn.Linear | nn.Embedding
+
 
 class GradientSums:
-    """Gradients of linear layers' weights, which the first matmul of a step writes and later ones add to.
+    """Gradients of linear layers' weights, which the first matmul of a step writes and later ones add to, and of embeddings.
 
     Args:
         trained: by layer, the parameter that has its weight's gradient: its master, or the weight itself.
     """
 
-    def __init__(self, trained: Mapping[nn.Linear, nn.Parameter]) -> None:
+    def __init__(self, trained: Mapping[Layer, nn.Parameter]) -> None:
         self._trained = {_as_summing(layer): parameter for layer, parameter in trained.items()}
         self._begun = {parameter: torch.zeros((), dtype=torch.bool) for parameter in self._trained.values()}
+        self._of_rows = {x for layer, x in self._trained.items() if isinstance(layer, nn.Embedding)}
         for layer, parameter in self._trained.items():
             layer.summed, layer.begun = (layer.weight,), self._begun[parameter]
 
@@ -39,8 +43,10 @@ class GradientSums:
         """Backward adds to the parameters' gradients. One that nothing was added to becomes none, by which an optimizer leaves its
         weight alone."""
         for parameter, begun in self._begun.items():
-            parameter.grad = torch.empty_like(parameter)  # not zeros, a pass over memory
-            begun.fill_(False)
+            is_of_rows = parameter in self._of_rows
+            make = torch.zeros_like if is_of_rows else torch.empty_like  # not zeros, a pass over memory
+            parameter.grad = make(parameter)
+            begun.fill_(is_of_rows)
         unwritten = {parameter: _changes(parameter) for parameter in self._begun}
         hooks = []
         for layer, parameter in self._trained.items():
@@ -89,16 +95,15 @@ def _changes(parameter: nn.Parameter) -> int:
     return -1 if parameter.grad is None else parameter.grad._version
 
 
-def summing_layers(model: nn.Module, plan: Plan, loss_chunk: int | None) -> dict[nn.Linear, nn.Parameter]:
-    """The linear layers that run as `nn.Linear` does and learn, and their weights: a matmul can add to these gradients."""
-    called, chunked_head = plan.probe.shapes, plan.chunked_head if loss_chunk else None
+def summing_layers(model: nn.Module, plan: Plan) -> dict[Layer, nn.Parameter]:
+    """The layers that run as `nn.Linear` does and learn, and their weights: a matmul can add to these gradients, the output
+    layer's the loss that makes it in chunks. And embeddings outside of blocks, which may be compiled."""
+    called = plan.probe.shapes
     found = {
         layer: layer._parameters.get("weight")
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
-        and type(layer).forward is nn.Linear.forward
-        and (not called or name in called)  # another one needs no sum
-        and name != chunked_head  # whose gradient the loss makes
+        if (_is_linear(layer) or (_is_embedding(layer) and not _is_in(name, plan.blocks)))
+        and (not called or name in called or name == plan.chunked_head)  # another one needs no sum
     }
     return {
         layer: weight
@@ -109,30 +114,65 @@ def summing_layers(model: nn.Module, plan: Plan, loss_chunk: int | None) -> dict
     }
 
 
+def _is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+
+
+def _is_embedding(layer: nn.Module) -> TypeGuard[nn.Embedding]:
+    """Whether its gradient is the sum of its tokens' and nothing else."""
+    if not isinstance(layer, nn.Embedding) or type(layer).forward is not nn.Embedding.forward:
+        return False
+    return layer.padding_idx is layer.max_norm is None and not (layer.scale_grad_by_freq or layer.sparse)
+
+
+def _is_in(name: str, blocks: Iterable[str]) -> bool:
+    return any(name == block or name.startswith(f"{block}.") for block in blocks)
+
+
 def check_layers(model: nn.Module, plan: Plan, cfg: Config) -> None:
     """Refuse a model without such layers, whose matmuls would add to nothing."""
-    if not summing_layers(model, plan, cfg.train.loss_chunk):
-        why = f"model {cfg.model.name} has no nn.Linear that learns, besides an output layer whose gradient the loss makes"
+    if not any(isinstance(layer, nn.Linear) for layer in summing_layers(model, plan)):
+        why = f"model {cfg.model.name} has no nn.Linear that learns"
         raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
 
 
-class _SummingLinear(nn.Linear):
-    """A linear layer whose backward adds its weight's gradient to `gradient_sum`, while there is one."""
+class _Summing(nn.Module):
+    """A layer whose weight's gradient is added to `gradient_sum`, while there is one."""
 
+    weight: Tensor
     gradient_sum: Tensor | None = None
     begun: Tensor
     """Whether the sum has been written to in this step, on the CPU."""
     summed: tuple[Tensor, ...] = ()
     """The weight whose gradient is summed (in a tuple, or it would be one more parameter)."""
 
+    def sum_now(self) -> Tensor | None:
+        """The sum, if a use of the layer now is to be added to it: `functional_call` computes with another weight, and a transform
+        such as `torch.func.grad` takes its own derivatives."""
+        is_own = self.gradient_sum is not None and self.weight is self.summed[0] and not _is_transformed()
+        return self.gradient_sum if is_own else None
+
+
+def sum_of(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The sum of its weight's gradients and whether it has begun, for a loss that adds to it (`add_product_`)."""
+    total = layer.sum_now() if isinstance(layer, _Summing) else None
+    return None if total is None else (total, cast(_Summing, layer).begun)
+
+
+class _SummingLinear(_Summing, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]
-        # In autocast the factors have another dtype than the weight; `functional_call` computes with another weight; a
-        # transform such as `torch.func.grad` takes its own derivatives.
-        is_own = self.weight is self.summed[0] and not _is_transformed()
-        if self.gradient_sum is None or not is_own or torch.is_autocast_enabled(x.device.type):
+        total = self.sum_now()
+        # In autocast the factors have another dtype than the weight.
+        if total is None or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        y: Tensor = _Product.apply(x, self.weight, self.gradient_sum, self.begun)
+        y: Tensor = _Product.apply(x, self.weight, total, self.begun)
         return y if self.bias is None else y + self.bias
+
+
+class _SummingEmbedding(_Summing, nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]
+        total = self.sum_now()
+        return super().forward(tokens) if total is None else _Rows.apply(tokens, self.weight, total)
 
 
 def _is_transformed() -> bool:
@@ -141,16 +181,18 @@ def _is_transformed() -> bool:
     return isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)
 
 
-def _as_summing(layer: nn.Linear) -> _SummingLinear:
+def _as_summing(layer: Layer) -> _Summing:
     """The same layer. (A class, since dynamo compiles once for all methods of one, and again for each function of an object's own.)"""
-    layer.__class__ = _summing(type(layer))  # a class is hashable
-    return cast(_SummingLinear, layer)
+    setattr(layer, "__class__", _summing(type(layer)))  # noqa: B010
+    return cast(_Summing, layer)
 
 
 @functools.cache
-def _summing(kind: type[nn.Linear]) -> type[_SummingLinear]:
+def _summing(kind: type[Layer]) -> type[_Summing]:
     """A class with the methods and the name of the model's own."""
-    return type(kind.__name__, (_SummingLinear, kind), {})
+    return type(
+        kind.__name__, (_SummingLinear if issubclass(kind, nn.Linear) else _SummingEmbedding, kind), {}
+    )
 
 
 class _Product(torch.autograd.Function):
@@ -178,6 +220,32 @@ class _Product(torch.autograd.Function):
         return of_input, None, None, None
 
 
+class _Rows(torch.autograd.Function):
+    """weight[tokens], whose backward adds the gradients of these rows to those of `total` and returns none."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.total = total
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, of_rows: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (tokens,), total = ctx.saved_tensors, ctx.total
+        use = _use_of_gradient(ctx.next_functions[1][0])
+        if use is _Use.returned:
+            dense = torch.ops.aten.embedding_dense_backward
+            return None, dense(of_rows, tokens, len(total), padding_idx=-1, scale_grad_by_freq=False), None
+        if use is _Use.added:
+            with torch.no_grad():
+                rows, values = tokens.flatten(), of_rows.flatten(0, -2).to(total.dtype)
+                if total.is_cuda:  # where `index_add_` adds in any order
+                    total.index_put_((rows,), values, accumulate=True)
+                else:
+                    total.index_add_(0, rows, values)
+        return None, None, None
+
+
 class _Use(Enum):
     """What a backward does with a weight's gradient."""
 
@@ -190,7 +258,9 @@ class _Use(Enum):
 
 
 def _use_of_gradient(accumulator: Any) -> _Use:
-    """By the backward that is running (private; read in torch 2.11 to 2.14)."""
+    """By the backward that is running, or a forward that makes gradients (private; read in torch 2.11 to 2.14)."""
+    if torch._C._current_graph_task_id() == -1:
+        return _Use.added
     if torch.is_grad_enabled():  # `create_graph`
         return _Use.returned
     try:

@@ -110,7 +110,7 @@ def moved_bytes(op: Op) -> float:
     match op.name:
         case "embedding" | "gather" | "index_select" | "index":
             return 2.0 * written
-        case "index_put_":
+        case "index_put_" | "index_add_":
             return 3.0 * sum(size for _, size in op.reads[1:])
         case "scatter_" | "scatter_add_":  # indices are int64
             values = op.reads[1][1] / 8 * op.element

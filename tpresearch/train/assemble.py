@@ -83,7 +83,7 @@ def build_state(model: nn.Module, cfg: Config, plan: Plan, mesh: DeviceMesh) -> 
     optimizer = build_optimizer(trained.values(), cfg.optimizer, masters)
     sums = None
     if cfg.parallel.gradient_accumulation_fusion:
-        layers = summing_layers(model, plan, cfg.train.loss_chunk)
+        layers = summing_layers(model, plan)
         sums = GradientSums({x: masters.of(weight) if masters else weight for x, weight in layers.items()})
     return TrainState(0, model, optimizer, masters, reducer, sums)
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from tpresearch.data.batches import IGNORE_INDEX
+from tpresearch.parallel.gradient_sums import add_product_
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ def gather_tokens(hidden: Tensor, weight: DTensor, layout: Placement) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, scale: float = 1.0, compile: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int,
+    scale: float = 1.0,
+    compile: bool = False,
+    total: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The cross-entropy of `hidden @ weight.T`, summed over tokens, in nats and at least float32, times `scale`.
 
@@ -70,6 +77,8 @@ def linear_cross_entropy(
         hidden: [b, s, h], plain. weight: [V, h], plain or a DTensor sharded over V. targets: [b, s] int64, `IGNORE_INDEX` where
             there is none. chunk: tokens whose logits exist at once. compile: fuse the ops on the logits of a chunk,
             which are then read twice and written once, and never exist in float32.
+        total: a sum that the weight's gradient is added to at once, with whether it has begun (`gradient_sums`), for a loss that
+            `backward_from` differentiates.
 
     Returns: a plain scalar, the same on every tp rank.
     """
@@ -79,7 +88,18 @@ def linear_cross_entropy(
         local, hidden = local.detach(), hidden.detach()
     loss_and_gradient = _compiled_loss_and_gradient if compile else _loss_and_gradient
     flat = hidden.flatten(0, -2), local, targets.flatten()
-    return _LinearCrossEntropy.apply(*flat, chunk, scale, shard, loss_and_gradient)
+    return _LinearCrossEntropy.apply(*flat, chunk, scale, shard, loss_and_gradient, total)
+
+
+def backward_from(loss: Tensor) -> None:
+    """`loss.backward()`, in which gradients that were made with the loss are known to be those of a loss times 1."""
+    one = torch.ones_like(loss)
+    setattr(one, IS_ONE, True)
+    loss.backward(one)
+
+
+IS_ONE = "is_one"
+"""An attribute of a gradient."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -93,6 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: float,
         shard: VocabularyShard | None,
         loss_and_gradient: LossFunction,
+        total: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -106,21 +127,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += of_chunk
             if of_hidden is not None:
                 torch.mm(gradient, weight, out=of_hidden[done : done + len(x)])
-            if needs_weight and of_weight is None:
+            if needs_weight and total:
+                add_product_(total[0], gradient.t(), x, total[1])
+            elif needs_weight and of_weight is None:
                 of_weight = gradient.t() @ x
             elif of_weight is not None:
                 of_weight.addmm_(gradient.t(), x)
             done += len(x)
             del gradient  # before the next chunk has its own
         ctx.save_for_backward(of_hidden, of_weight)
+        ctx.is_summed = total is not None
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """In place: a second backward is refused by autograd, since what was saved has changed."""
-        of_hidden, of_weight = (g if g is None else g.mul_(of_loss.to(g.dtype)) for g in ctx.saved_tensors)
-        return of_hidden, of_weight, None, None, None, None, None
+        is_one = getattr(of_loss, IS_ONE, False)
+        if ctx.is_summed and not is_one:
+            raise RuntimeError(
+                "the weight's gradient has been summed for the loss itself, and this is not `backward_from` it"
+            )
+        gradients = ctx.saved_tensors
+        if not is_one:
+            gradients = [g if g is None else g.mul_(of_loss.to(g.dtype)) for g in gradients]
+        return *gradients, None, None, None, None, None, None
 
 
 LossFunction = Callable[[list[Tensor], Tensor, float, VocabularyShard | None, bool], tuple[Tensor, Tensor]]

@@ -24,6 +24,7 @@ from tpresearch.parallel.reducer import match_placements
 from tpresearch.parallel.weights import local_part
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.adamw import AdamW, ElementwiseAdamW
+from tpresearch.train.cross_entropy import backward_from
 from tpresearch.train.losses import Objective
 from tpresearch.train.observe import Observers
 from tpresearch.train.optim import divide_gradients, learning_rate, set_learning_rate
@@ -119,7 +120,7 @@ def accumulate_gradients(state: TrainState, micro_batches: list[Batch], setup: S
         with objective.context():
             loss = objective(model, rows, phase)
             with phase("backward"):
-                loss.backward()
+                backward_from(loss)
         share += loss.detach()
     if state.reducer:
         with phase("backward"):
