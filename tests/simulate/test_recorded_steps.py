@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -285,16 +286,24 @@ def test_matmuls_that_add_to_a_gradient_take_the_place_of_two_kernels(dtype: str
         for fuses in (False, True)
     )
     adding = [op for op in fused if op.name == "add_product_"]
-    assert {(op.kind, op.phase, op.element) for op in adding} == {("gemm", "backward", element)}
-    assert len(adding) == 2 * 7
+    assert {(op.kind, op.element) for op in adding} == {("gemm", element)}
+    assert [op.phase for op in adding] == ["loss"] + ["backward"] * 2 * 7
     matmuls = [sorted(op.shape for op in ops if op.kind == "gemm") for ops in (plain, fused)]
     assert matmuls[0] == matmuls[1]
     additions = [sum(op.name == "add_" for op in ops) for ops in (plain, fused)]
-    assert additions[0] - additions[1] == 2 * 7
+    assert additions[0] - additions[1] == 2 * 7 + 2  # and the embedding's, of which only rows are added
     h, f = 64, max(op.shape[1] for op in adding)
     widest = next(op for op in adding if op.shape[1:3] == (f, h))
     tokens = 2 * 16
     assert moved_bytes(widest) == 2 * f * h * 4 + tokens * (h + f) * element
+
+
+@pytest.mark.parametrize("chunk", [4, 32])
+def test_the_loss_multiplies_as_much_in_any_number_of_chunks(chunk: int) -> None:
+    words = "model=llama2_debug", "parallel=none", "train.micro_batch_size=2", f"train.loss_chunk={chunk}"
+    ops = recorded(config(*words), 1).micro_batches[-1]
+    multiplied = sum(math.prod(op.shape) for op in ops if op.kind == "gemm" and op.phase == "loss")
+    assert multiplied == 3 * 2 * 16 * 64 * 260
 
 
 def test_a_cast_of_what_has_that_dtype_already_is_no_kernel() -> None:

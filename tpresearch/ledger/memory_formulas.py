@@ -97,7 +97,7 @@ def _early_gradient_bytes(model: Llama2 | ToyLM, plan: Plan, cfg: Config, elemen
     wrapped, masters = uses_fully_shard(cfg.parallel, plan.sizes), has_master_weights(cfg, plan.sizes)
     stays = not wrapped and (plan.sizes.dp == 1 or summed_there)
     accumulates = micro_batches(cfg, plan.sizes) > 1
-    if stays and not masters and not accumulates:
+    if cfg.parallel.gradient_accumulation_fusion or (stays and not masters and not accumulates):
         return 0
     made = math.prod(tp_local_shape("output.weight", model, plan)) * element
     # Added to by the next micro-batch, and no gradient in the end, where the sum over replicas takes its place. (Of a tied

@@ -30,7 +30,16 @@ _NO_KERNEL = frozenset(_IDLE.split())
 """Ops that run nothing on a device, beside those that torch calls views."""
 _MAY_COPY = ("to", "contiguous")
 """Ops that torch calls views, and that may copy."""
-_GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_scaled_mm": 0, ADDING_MATMUL: 1}
+_GEMMS = {
+    "mm": 0,
+    "bmm": 0,
+    "addmm": 1,
+    "addmm_": 1,
+    "baddbmm": 1,
+    "baddbmm_": 1,
+    "_scaled_mm": 0,
+    ADDING_MATMUL: 1,
+}
 """Op -> position of the first factor among its arguments."""
 _CONVOLUTIONS = ("convolution", "convolution_backward")
 _BAGS = ("_embedding_bag", "_embedding_bag_forward_only")
