@@ -67,6 +67,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "training-7b": (90, [str(HERE / "training.py"), "7b"]),
     "training-7b-masters": (60, [str(HERE / "training.py"), "7b-masters"]),
     "training-8b-masters": (110, [str(HERE / "training.py"), "8b-masters"]),
+    "training-8b-split-masters": (120, [str(HERE / "training.py"), "8b-split-masters"]),
 }
 """Name -> (seconds at most, what Python is given)."""
 

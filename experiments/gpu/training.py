@@ -38,10 +38,15 @@ WARM_UP, TIMED = 2, 4
 """Steps; of the rehearsal, one and two."""
 SETTING_S = 30
 """Seconds that a setting takes, its compilation with it: none begins with fewer left (H200, Llama-3-8B, with two steps more: 28 to 39)."""
-PROFILED = ("8b none mb4", "8b fused sums none mb4", "8b fused sums selective mb1")
+PROFILED = (
+    *("8b none mb4", "8b fused sums none mb4", "8b fused sums selective mb1"),
+    "8b split masters fused sums none mb2",
+)
 """Names of the settings whose kernels are kept, in two more steps."""
 TUNED = "tuned"
 """Ends the name of a setting whose fused kernels inductor tunes by trying."""
+UNMIXED = "unmixed"
+"""Ends the name of a setting in which no kernel reduces along rows and columns, as a norm's backward may."""
 COMMON = (
     *(
         "parallel=none",
@@ -59,6 +64,7 @@ LLAMA3_8B = (
 COMPILED_ADAMW = ("optimizer.compile=true",)
 FUSED_SUMS = ("parallel.gradient_accumulation_fusion=true",)
 """Of a family that has them the first setting must be one."""
+SPLIT_MASTERS = (*COMPILED_ADAMW, "optimizer.moment_dtype=bfloat16", "optimizer.split_masters=true")
 FITS_80 = ("train.loss_chunk=2048",)
 LLAMA2_7B = ("model=llama2_7b", "tokenizer.vocab_size=32000", *FULL)
 TINY = (
@@ -68,6 +74,8 @@ TINY = (
     "data.seq_len=16",
     "train.global_batch_size=8",
 )
+KEPT = ("train.weights", "optimizer.split_masters", "parallel.gradient_accumulation_fusion")
+"""Of a family's overrides, in the rehearsal."""
 
 
 def setting(kind: str, micro: int, compile: bool = True) -> tuple[str, ...]:
@@ -129,6 +137,14 @@ FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
             "8b float32 masters bfloat16 moments selective mb2": setting("selective", 2),
         },
     ),
+    "8b-split-masters": (
+        (*LLAMA3_8B, *SPLIT_MASTERS, *FUSED_SUMS),
+        {
+            "8b split masters fused sums none mb2": (*setting("none", 2), "train.loss_chunk=8192"),
+            f"8b split masters fused sums none mb2 {UNMIXED}": (*setting("none", 2), "train.loss_chunk=8192"),
+            "8b split masters fused sums selective mb4": (*setting("selective", 4), "train.loss_chunk=2048"),
+        },
+    ),
     "7b": (
         (*LLAMA2_7B, *COMPILED_ADAMW, "train.weights=bfloat16", "train.loss_chunk=8192"),
         {"7b none mb4": setting("none", 4), "7b selective mb4": setting("selective", 4)},
@@ -143,8 +159,8 @@ def main() -> None:
     stage, _ = Stage.from_arguments(f"training-{family}")
     overrides, settings = FAMILIES[family]
     if stage.tiny:
-        weights = [word for word in overrides if word.startswith("train.weights")]
-        overrides = (*TINY, *weights)
+        kept = [word for word in overrides if word.startswith(KEPT)]
+        overrides = (*TINY, *kept)
         settings = {
             name: (*words[:2], "parallel.compile=false", *(w for w in words if w in FUSED_SUMS))
             for name, words in (*list(settings.items())[:1], *list(settings.items())[-1:])
@@ -175,6 +191,7 @@ def measure(stage: Stage, cfgs: dict[str, Config]) -> None:
                 stage.add(event="does not fit this card", id=name)
                 continue
             tune_kernels(name.endswith(TUNED))
+            torch._inductor.config.triton.mix_order_reduction = not name.endswith(UNMIXED)
             loop.state.sums = sums if cfg.parallel.gradient_accumulation_fusion else None
             row = None
             try:

@@ -89,6 +89,17 @@ def test_sums_that_matmuls_add_to_are_the_gradients(ranks: Ranks, kind: str) -> 
     agree(ranks.run(1, traced, cfg)[0], "none", "llama2_debug", Dtype.float64, heads)
 
 
+def test_split_master_weights_are_trained_as_whole_ones(ranks: Ranks) -> None:
+    updates = "optimizer=adamw", "optimizer.compile=true", "optimizer.moment_dtype=bfloat16"
+    fused = "parallel.gradient_accumulation_fusion=true", "train.micro_batch_size=4"
+    words = "model=llama2_debug", "parallel=none", "device=cuda", "train.dtype=bfloat16", *updates, *fused
+    ours, whole = (
+        ranks.run(1, traced, config(*words, f"optimizer.split_masters={splits}"))[0]
+        for splits in (True, False)
+    )
+    assert out_of_tolerance(compare(ours, whole), Dtype.bfloat16) == []
+
+
 @pytest.mark.parametrize("plan", ["fsdp_tp", "sp"])
 def test_compiled_blocks_on_ranks_compute_the_same(ranks: Ranks, plan: str) -> None:
     settings = ("parallel.compile=true", *SETTINGS, "train.dtype=float64")

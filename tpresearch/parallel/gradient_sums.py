@@ -7,7 +7,7 @@ rows of its tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Any, TypeGuard, cast
@@ -98,11 +98,11 @@ def _changes(parameter: nn.Parameter) -> int:
 def summing_layers(model: nn.Module, plan: Plan) -> dict[Layer, nn.Parameter]:
     """The layers that run as `nn.Linear` does and learn, and their weights: a matmul can add to these gradients, the output
     layer's the loss that makes it in chunks. And embeddings outside of blocks, which may be compiled."""
-    called = plan.probe.shapes
+    called, blocks = plan.probe.shapes, tuple(f"{block}." for block in plan.blocks)
     found = {
         layer: layer._parameters.get("weight")
         for name, layer in model.named_modules()
-        if (_is_linear(layer) or (_is_embedding(layer) and not _is_in(name, plan.blocks)))
+        if (_is_linear(layer) or (_is_embedding(layer) and not f"{name}.".startswith(blocks)))
         and (not called or name in called or name == plan.chunked_head)  # another one needs no sum
     }
     return {
@@ -123,10 +123,6 @@ def _is_embedding(layer: nn.Module) -> TypeGuard[nn.Embedding]:
     if not isinstance(layer, nn.Embedding) or type(layer).forward is not nn.Embedding.forward:
         return False
     return layer.padding_idx is layer.max_norm is None and not (layer.scale_grad_by_freq or layer.sparse)
-
-
-def _is_in(name: str, blocks: Iterable[str]) -> bool:
-    return any(name == block or name.startswith(f"{block}.") for block in blocks)
 
 
 def check_layers(model: nn.Module, plan: Plan, cfg: Config) -> None:
