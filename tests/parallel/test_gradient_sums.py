@@ -412,7 +412,10 @@ def test_layers_are_those_that_run_as_linear_layers_and_learn() -> None:
     model["head"], model["complex"] = nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64)
     model["rows"], model["in block"] = nn.Embedding(2, 2), nn.ModuleDict({"rows": nn.Embedding(2, 2)})
     model["padded"], model["bounded"] = nn.Embedding(2, 2, padding_idx=0), nn.Embedding(2, 2, max_norm=1.0)
-    model["counted"] = nn.Embedding(2, 2, scale_grad_by_freq=True)
+    model["counted"], model["sparse"] = (
+        nn.Embedding(2, 2, scale_grad_by_freq=True),
+        nn.Embedding(2, 2, sparse=True),
+    )
     plan = Plan({}, ["in block"], [], MeshSizes())
     assert list(summing_layers(model, plan)) == [model["plain"], model["head"], model["rows"]]
 

@@ -103,7 +103,7 @@ def summing_layers(model: nn.Module, plan: Plan) -> dict[Layer, nn.Parameter]:
         layer: layer._parameters.get("weight")
         for name, layer in model.named_modules()
         if (_is_linear(layer) or (_is_embedding(layer) and not f"{name}.".startswith(blocks)))
-        and (not called or name in called or name == plan.chunked_head)  # another one needs no sum
+        and (not called or name in called)  # another one needs no sum
     }
     return {
         layer: weight
