@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def test_compiled_halves_are_joined_and_split_in_the_updates_one_kernel() -> Non
 
 
 def trained(world: World, words: tuple[str, ...], steps: int = 3) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses, and the whole state; every master is without memory between steps where it is split."""
+    """Losses, and the whole state; every master is one NaN between steps where it is split."""
     with assembled(config(*words), world) as loop:
         losses = []
         for _ in range(steps):
@@ -145,9 +146,9 @@ def trained(world: World, words: tuple[str, ...], steps: int = 3) -> tuple[list[
 
 def check_released(loop: Loop, is_split: bool) -> None:
     for parameter in loop.state.trained_parameters().values():
-        assert local_part(parameter).untyped_storage().nbytes() == (
-            0 if is_split else local_part(parameter).nbytes
-        )
+        part = local_part(parameter)
+        assert part.untyped_storage().nbytes() == (4 if is_split else part.nbytes)
+        assert part.isnan().all() == is_split
 
 
 @pytest.mark.parametrize(
@@ -239,9 +240,50 @@ def test_weights_are_set_from_outside() -> None:
         loop.state.set_weights(from_seed(loop.setup.plan.initializers, 1))
         check_released(loop, is_split=True)
         other = whole(loop.state)
+        with pytest.raises(KeyboardInterrupt):
+            loop.state.set_weights(interrupted)
         loop.state.set_weights(from_seed(loop.setup.plan.initializers, 0))
         assert equal(whole(loop.state), before)
         assert not equal(other, before)
+        assert {parameter.dtype for parameter in loop.state.model.parameters()} == {torch.bfloat16}
+
+
+def interrupted(_: nn.Module) -> None:
+    raise KeyboardInterrupt
+
+
+def test_steps_while_weights_are_read_are_those_of_whole_masters() -> None:
+    found = []
+    for each in ((), (SPLIT,)):
+        words = (*BFLOAT16, "parallel=none", "optimizer.moment_dtype=bfloat16", *each)
+        with assembled(config(*words)) as loop:
+            with loop.state.weights() as weights:
+                loop.step()
+                with loop.state.weights():
+                    loop.step()
+                seen = {name: weight.clone() for name, weight in weights.items()}
+            check_released(loop, bool(each))
+            with loop.state.weights() as weights:
+                assert equal(weights, seen)
+            found.append(seen)
+    assert equal(*found)
+
+
+def test_outside_of_that_they_read_as_nan_and_refuse_to_be_set() -> None:
+    with assembled(config(*BFLOAT16, "parallel=none", SPLIT)) as loop:
+        with loop.state.weights() as weights:
+            before = {name: weight.clone() for name, weight in weights.items()}
+        assert equal(weights, before)  # what was read inside stays
+        trained = [*loop.state.trained_parameters().values()]
+        for parameter in trained:
+            assert copy.deepcopy(parameter).isnan().all()
+            parameter.grad = torch.ones_like(parameter)
+            with pytest.raises(RuntimeError):
+                parameter.detach().zero_()
+        for optimizer in (torch.optim.AdamW(trained, fused=True), torch.optim.AdamW(trained, foreach=True)):
+            with pytest.raises(RuntimeError):
+                optimizer.step()
+        assert equal(whole(loop.state), {f"model.{name}": weight for name, weight in before.items()})
 
 
 def test_an_optimizer_of_ones_own_updates_them() -> None:

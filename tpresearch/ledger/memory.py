@@ -34,7 +34,7 @@ class MemoryLedger(TorchDispatchMode):
     memory.held()
 
     Args:
-        remainders: of split master weights, which the optimizer updates.
+        remainders: of split master weights, which the optimizer updates instead of these.
     """
 
     counted: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
@@ -57,7 +57,7 @@ class MemoryLedger(TorchDispatchMode):
 
     def __enter__(self) -> MemoryLedger:
         # Where what it moves are not the model's parameters, they are float32 masters of them.
-        masters = [*_trained_by(self._optimizer), *self._remainders]
+        masters = [*self._remainders] or _trained_by(self._optimizer)
         self._set_kind("optimizer", [*_state_of(self._optimizer), *masters])
         self._set_kind("parameters", [*self._model.parameters(), *self._model.buffers()])
         if torch.cuda.is_initialized():

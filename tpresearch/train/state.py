@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tpresearch.parallel.gradient_sums import GradientSums
@@ -24,9 +25,9 @@ class MasterWeights:
     A gradient is added to its master's, in float32, as soon as backward has it, and dropped: per micro-batch that moves
     10 bytes per parameter, where `fully_shard` over one rank copies 42 to 54.
 
-    Where they are split, a master has memory only inside `whole`, as what FSDP gathers has only around its use; elsewhere its
+    Where they are split, a master has its values only inside `whole`, as what FSDP gathers has only around its use; elsewhere its
     copy and its remainder are what it is, to the bit (see `halves.py`), in 4 bytes per parameter instead of 6. It still has its
-    shape, dtype and gradient.
+    shape, dtype and gradient; it reads as NaN, and torch refuses to set it.
 
     Args:
         model: its parameters, in float32, become the masters; it is left with bfloat16 copies in their place.
@@ -38,14 +39,13 @@ class MasterWeights:
         self.copies: dict[nn.Parameter, nn.Parameter] = {}
         """By master weight."""
         self.remainders: dict[nn.Parameter, Tensor] = {}
-        """By master weight, this rank's part of what its copy lacks, in int16; of none where they are not split."""
+        """By master weight that is split now, this rank's part of what its copy lacks, in int16."""
         for module in model.modules():
             for key, master in module._parameters.items():  # a tied one at each of its places
                 if master is not None and master.is_floating_point():
                     if master not in self.copies:
-                        copy = self.copies[master] = _copy_of(master)
+                        self.copies[master] = _copy_of(master)
                         if splits:
-                            self.remainders[master] = torch.empty_like(local_part(copy), dtype=torch.int16)
                             self._split(master)
                     self._places.append((module, key, master, self.copies[master]))
         self._masters = {id(copy): master for _, _, master, copy in self._places}
@@ -57,12 +57,17 @@ class MasterWeights:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside it the masters have their values, which may be read and set; afterwards the copies are these, rounded."""
-        for master in self.remainders:
-            self._join(master)
+        """Inside it the masters have their values, which may be read and set, also by a step; afterwards the copies are these,
+        rounded."""
+        were_split = [*self.remainders]
         try:
+            for master in were_split:
+                self._join(master)
             yield
         finally:
+            for master in were_split:
+                if master not in self.remainders:
+                    self._split(master)
             self._copy_to_model()
 
     @contextmanager
@@ -70,34 +75,46 @@ class MasterWeights:
         """The same, with the masters as the model's parameters."""
         with self.whole():
             self._swap(copies=False)
-            yield
-            self._swap(copies=True)
+            try:
+                yield
+            finally:
+                self._swap(copies=True)
 
     @torch.no_grad()
     def _copy_to_model(self) -> None:
-        for master in self.remainders:
-            self._split(master)
-        if not self.remainders:
-            copies = [local_part(copy) for copy in self.copies.values()]
-            torch._foreach_copy_(copies, [local_part(master) for master in self.copies])
+        if whole := [master for master in self.copies if master not in self.remainders]:
+            copies = [local_part(self.copies[master]) for master in whole]
+            torch._foreach_copy_(copies, [local_part(master) for master in whole])
 
     @torch.no_grad()
     def _join(self, master: nn.Parameter) -> None:
-        local, copy = local_part(master), local_part(self.copies[master])
-        local.untyped_storage().resize_(local.nbytes)
-        local.copy_(join(copy.view(torch.int16), self.remainders[master]))
+        upper = local_part(self.copies[master]).view(torch.int16)
+        _held(master).data = join(upper, self.remainders[master])
+        del self.remainders[master]
 
     @torch.no_grad()
     def _split(self, master: nn.Parameter) -> None:
-        local, copy = local_part(master), local_part(self.copies[master])
+        local = _held(master)
         upper, lower = split(local)
-        copy.view(torch.int16).copy_(upper)
-        self.remainders[master].copy_(lower)
-        local.untyped_storage().resize_(0)
+        local_part(self.copies[master]).view(torch.int16).copy_(upper)
+        self.remainders[master] = lower
+        local.data = _nan_like(local)
 
     def _swap(self, copies: bool) -> None:
         for module, key, master, copy in self._places:
             module._parameters[key] = copy if copies else master
+
+
+def _held(master: nn.Parameter) -> Tensor:
+    """The tensor that has this rank's part of its values, not a view of it (private; read in torch 2.11 to 2.14)."""
+    return master._local_tensor if isinstance(master, DTensor) else master
+
+
+def _nan_like(tensor: Tensor) -> Tensor:
+    """One NaN at all places, that no kernel may write to (private; read in torch 2.11 to 2.14)."""
+    nan = tensor.new_full((), torch.nan)
+    torch._C._set_throw_on_mutable_data_ptr(nan)
+    return nan.expand(tensor.shape)
 
 
 def _copy_of(master: nn.Parameter) -> nn.Parameter:
