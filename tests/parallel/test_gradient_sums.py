@@ -13,7 +13,7 @@ from support import nets
 from support.assembled import assembled
 from support.composed import config
 from support.counted_steps import FAKE
-from support.marks import exhaustive
+from support.marks import exhaustive, on_card
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -207,6 +207,57 @@ def test_an_embeddings_gradient_is_of_its_tokens_rows() -> None:
     expected = torch.zeros(1000, 4, dtype=torch.float64).index_add_(0, tokens, 2 * weights.double())
     torch.testing.assert_close(wide.grad, expected.float(), rtol=1e-5, atol=1e-6)
     assert max(sizes) < 1000 * 4  # made by an op, besides the sum
+
+
+@pytest.mark.parametrize("device", ["cpu", on_card("cuda")])
+def test_an_embeddings_gradient_in_bfloat16_is_autograds_own(device: str) -> None:
+    """Added by rows to a sum in bfloat16, a GPU would round it after each token: 600 ones would come to 256."""
+    torch.manual_seed(0)
+    layer = nn.Embedding(3, 64, dtype=torch.bfloat16, device=device)
+    tokens, drawn = torch.zeros(200, dtype=torch.long, device=device), torch.randn(200, 64).to(layer.weight)
+    weights = torch.cat((torch.ones_like(drawn[:, :32]), drawn[:, 32:]), dim=1)
+
+    def gradient() -> Tensor | None:
+        for _ in range(3):
+            (layer(tokens) * weights).sum().backward()
+        return layer.weight.grad
+
+    expected, layer.weight.grad = gradient(), None
+    with GradientSums({layer: layer.get_parameter("weight")}).collecting():
+        found = gradient()
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found, expected)
+    assert (found[0, :32] == 600).all()
+
+
+def test_an_embedding_of_one_token() -> None:
+    layer = nn.Embedding(3, 4)
+    with GradientSums({layer: layer.get_parameter("weight")}).collecting():
+        layer(torch.tensor(1)).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.tolist() == [4 * [0], 4 * [1], 4 * [0]]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_get_a_hook_or_are_frozen_later(tied: bool) -> None:
+    torch.manual_seed(0)
+    model, batches = Words(tied).double(), torch.randint(0, 9, (3, 2, 7))
+    sums = GradientSums(summing_layers(model, Plan({}, [], [], MeshSizes())))
+    model.output.weight.register_hook(lambda gradient: 2 * gradient)
+    for _ in range(2):
+        for tokens in batches:
+            model(tokens).square().sum().backward()
+        expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        with sums.collecting():
+            for tokens in batches:
+                model(tokens).square().sum().backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert [name for name in found if found[name] is None] == [n for n in expected if expected[n] is None]
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        model.zero_grad()
+        model.embed.weight.requires_grad_(tied)
 
 
 class Sizes(TorchDispatchMode):

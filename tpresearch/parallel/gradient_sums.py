@@ -25,14 +25,16 @@ Layer = nn.Linear | nn.Embedding
 
 
 class GradientSums:
-    """Gradients of linear layers' weights, which the first matmul of a step writes and later ones add to, and of embeddings.
+    """Gradients of linear layers' weights, which the first matmul of a step writes and later ones add to, and of embeddings, if they
+    are float32: into bfloat16, a GPU's `index_put_` would round after each token.
 
     Args:
         trained: by layer, the parameter that has its weight's gradient: its master, or the weight itself.
     """
 
     def __init__(self, trained: Mapping[Layer, nn.Parameter]) -> None:
-        self._trained = {_as_summing(layer): parameter for layer, parameter in trained.items()}
+        summed = {x: own for x, own in trained.items() if isinstance(x, nn.Linear) or own.itemsize >= 4}
+        self._trained = {_as_summing(layer): parameter for layer, parameter in summed.items()}
         self._begun = {parameter: torch.zeros((), dtype=torch.bool) for parameter in self._trained.values()}
         self._of_rows = {x for layer, x in self._trained.items() if isinstance(layer, nn.Embedding)}
         for layer, parameter in self._trained.items():
@@ -49,12 +51,14 @@ class GradientSums:
             begun.fill_(is_of_rows)
         unwritten = {parameter: _changes(parameter) for parameter in self._begun}
         hooks = []
-        for layer, parameter in self._trained.items():
-            layer.gradient_sum = parameter.grad
-            _ACCUMULATORS[_place(parameter.grad)] = accumulator = _accumulator(layer.weight)
-            begin = functools.partial(_begin, parameter.grad, self._begun[parameter])
-            hooks.append(accumulator.register_prehook(begin))
         try:
+            for layer, parameter in self._trained.items():
+                if layer.weight.requires_grad:  # still
+                    # A hook on the weight is to be given its gradient.
+                    layer.gradient_sum = None if layer.weight._backward_hooks else parameter.grad
+                    _ACCUMULATORS[_place(parameter.grad)] = accumulator = _accumulator(layer.weight)
+                    begin = functools.partial(_begin, parameter.grad, self._begun[parameter])
+                    hooks.append(accumulator.register_prehook(begin))
             yield
         finally:
             _ACCUMULATORS.clear()
@@ -186,9 +190,8 @@ def _as_summing(layer: Layer) -> _Summing:
 @functools.cache
 def _summing(kind: type[Layer]) -> type[_Summing]:
     """A class with the methods and the name of the model's own."""
-    return type(
-        kind.__name__, (_SummingLinear if issubclass(kind, nn.Linear) else _SummingEmbedding, kind), {}
-    )
+    forward = _SummingLinear if issubclass(kind, nn.Linear) else _SummingEmbedding
+    return type(kind.__name__, (forward, kind), {})
 
 
 class _Product(torch.autograd.Function):
@@ -234,7 +237,7 @@ class _Rows(torch.autograd.Function):
             return None, dense(of_rows, tokens, len(total), padding_idx=-1, scale_grad_by_freq=False), None
         if use is _Use.added:
             with torch.no_grad():
-                rows, values = tokens.flatten(), of_rows.flatten(0, -2).to(total.dtype)
+                rows, values = tokens.flatten(), of_rows.reshape(-1, of_rows.shape[-1]).to(total.dtype)
                 if total.is_cuda:  # where `index_add_` adds in any order
                     total.index_put_((rows,), values, accumulate=True)
                 else:
