@@ -166,6 +166,12 @@ def test_a_row_of_an_embedding_is_read_and_written() -> None:
     assert found == pytest.approx(bytes_s(2 * 10**6, cluster()))
 
 
+@pytest.mark.parametrize("name", ["index_put_", "index_add_"])
+def test_rows_that_are_added_to_a_tensor_are_read_added_to_and_written(name: str) -> None:
+    found = op_s(op("other", name, [(0, 10**9), (1, 80), (2, 10**6)], [(0, 10**9)]), cluster())
+    assert found == pytest.approx(bytes_s(3 * (80 + 10**6), cluster()))
+
+
 def test_a_matmul_in_float8_has_a_peak_of_its_own_and_writes_bfloat16() -> None:
     fast = cluster(peak_tflops_float8=200)
     shape = (1, 2560, 1280, 4096)
