@@ -193,7 +193,7 @@ def measure(stage: Stage, cfgs: dict[str, Config]) -> None:
                 stage.add(event="does not fit this card", id=name)
                 continue
             tune_kernels(name.endswith(TUNED))
-            torch._inductor.config.triton.mix_order_reduction_allow_multi_stages = name.endswith(STAGED)
+            load_ahead(name.endswith(STAGED))
             loop.state.sums = sums if cfg.parallel.gradient_accumulation_fusion else None
             row = None
             try:
@@ -209,6 +209,12 @@ def measure(stage: Stage, cfgs: dict[str, Config]) -> None:
             stage.add(id=name, overrides=wrapping(cfg), **row)
             if name in PROFILED:
                 profile(loop, cfg, stage, name)
+
+
+def load_ahead(on: bool) -> None:
+    """See STAGED."""
+    if torch.__version__ < "2.14":
+        torch._inductor.config.triton.mix_order_reduction_allow_multi_stages = on
 
 
 def tune_kernels(on: bool) -> None:
