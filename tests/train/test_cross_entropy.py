@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from tpresearch.config import Config
+from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.data.batches import IGNORE_INDEX
 from tpresearch.parallel.group import process_group
@@ -180,7 +180,7 @@ def test_what_was_added_to_a_sum_cannot_be_scaled_afterwards() -> None:
     loss = linear_cross_entropy(
         hidden, weight, targets, 32, total=(torch.zeros_like(weight), torch.tensor(True))
     )
-    with pytest.raises(RuntimeError, match="not `backward_from` it"):
+    with pytest.raises(ConfigError, match="false, or `backward_from` the loss itself"):
         backward_from(loss / 2)
 
 

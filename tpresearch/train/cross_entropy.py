@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
+from tpresearch.config.errors import ConfigError
 from tpresearch.data.batches import IGNORE_INDEX
 from tpresearch.parallel.gradient_sums import add_product_
 
@@ -145,8 +146,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """In place: a second backward is refused by autograd, since what was saved has changed."""
         is_one = getattr(of_loss, IS_ONE, False)
         if ctx.is_summed and not is_one:
-            raise RuntimeError(
-                "the weight's gradient has been summed for the loss itself, and this is not `backward_from` it"
+            why = "the output layer's gradient was added to the step's sum as the loss was made, and what is differentiated is not that loss"
+            raise ConfigError(
+                "parallel.gradient_accumulation_fusion",
+                True,
+                why,
+                "false, or `backward_from` the loss itself",
             )
         gradients = ctx.saved_tensors
         if not is_one:
