@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.assembled import assembled
+from support.checkpointed import equal, whole
 from support.composed import config, corpus
 from support.nets import model
 from support.odd_nets import Counting
@@ -19,6 +22,7 @@ from tpresearch.plan.initializers import read_initializers
 from tpresearch.plan.meta import plain_model
 from tpresearch.train.optim import build_optimizer, learning_rate, set_learning_rate
 from tpresearch.train.state import TrainState
+from tpresearch.train.step import train_step
 
 STEPS, PARTS, ROWS = 3, 4, 8
 SETTINGS = (
@@ -103,3 +107,23 @@ def test_whole_numbers_and_flags_are_not_rounded() -> None:
             losses.append(loop.step().loss.item())
             assert loop.state.trained_parameters()["counts.offsets"].dtype is torch.long
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("optimizer.split_masters=true",),
+        ("optimizer.moment_dtype=bfloat16", "parallel.gradient_accumulation_fusion=true"),
+    ],
+    ids=" ".join,
+)
+def test_a_deep_copy_of_the_state_takes_the_same_step(words: tuple[str, ...]) -> None:
+    with assembled(config("model=toy_mlp", *SETTINGS, *words)) as loop:
+        loop.step()
+        other, before = copy.deepcopy(loop.state), whole(loop.state)
+        result = train_step(other, loop.read(), loop.setup)
+        assert equal(whole(loop.state), before)
+        assert loop.step().grad_norm == result.grad_norm
+        assert equal(whole(loop.state), whole(other))
+        assert not equal(whole(other), before)

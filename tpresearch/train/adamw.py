@@ -36,7 +36,7 @@ class ElementwiseAdamW(AdamW):
             torch, which holds float32 copies of one tensor at a time.
         copies: by weight, a tensor that is set to its rounded new value in the same pass.
         remainders: by weight, this rank's part of what the copy lacks. These two are then read and set, and the weight is not,
-            which may have no memory.
+            which may have no values.
     """
 
     def __init__(
@@ -51,6 +51,11 @@ class ElementwiseAdamW(AdamW):
         super().__init__(groups, fused=True, **settings)
         self._moment_dtype, self._compile = moment_dtype, compile
         self._copies, self._remainders = copies, remainders
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a deep copy: torch's own leaves out what a subclass has."""
+        own = ("_moment_dtype", "_compile", "_copies", "_remainders")
+        return super().__getstate__() | {name: vars(self)[name] for name in own}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +45,29 @@ class MasterWeights:
             for key, master in module._parameters.items():  # a tied one at each of its places
                 if master is not None and master.is_floating_point():
                     if master not in self.copies:
-                        self.copies[master] = _copy_of(master)
+                        copied = master.detach().to(torch.bfloat16)
+                        self.copies[master] = nn.Parameter(copied, master.requires_grad)
                         if splits:
                             self._split(master)
                     self._places.append((module, key, master, self.copies[master]))
-        self._masters = {id(copy): master for _, _, master, copy in self._places}
+        self._masters = {copy: master for master, copy in self.copies.items()}
         self._swap(copies=True)
+        self._register_hooks()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a deep copy, whose parameters have no hooks."""
+        vars(self).update(state)
+        self._register_hooks()
+
+    def _register_hooks(self) -> None:
+        for copy, master in self._masters.items():
+            if copy.requires_grad:
+                move = functools.partial(_move_gradient_to_master, master)
+                copy.register_post_accumulate_grad_hook(move)
 
     def of(self, copy: nn.Parameter) -> nn.Parameter:
         """The master of one of the model's parameters; whole numbers and flags are their own, which bfloat16 would round."""
-        return self._masters.get(id(copy), copy)
+        return self._masters.get(copy, copy)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -115,13 +129,6 @@ def _nan_like(tensor: Tensor) -> Tensor:
     nan = tensor.new_full((), torch.nan)
     torch._C._set_throw_on_mutable_data_ptr(nan)
     return nan.expand(tensor.shape)
-
-
-def _copy_of(master: nn.Parameter) -> nn.Parameter:
-    copy = nn.Parameter(master.detach().to(torch.bfloat16), master.requires_grad)
-    if master.requires_grad:
-        copy.register_post_accumulate_grad_hook(functools.partial(_move_gradient_to_master, master))
-    return copy
 
 
 @torch.no_grad()
