@@ -467,7 +467,9 @@ def test_layers_are_those_that_run_as_linear_layers_and_learn() -> None:
         nn.Embedding(2, 2, scale_grad_by_freq=True),
         nn.Embedding(2, 2, sparse=True),
     )
-    plan = Plan({}, ["in block"], [], MeshSizes())
+    model["shared with block"] = nn.Embedding(2, 2)
+    model["block"] = nn.ModuleDict({"shared": model["shared with block"]})
+    plan = Plan({}, ["in block", "block"], [], MeshSizes())
     assert list(summing_layers(model, plan)) == [model["plain"], model["head"], model["rows"]]
 
 

@@ -45,9 +45,8 @@ class GradientSums:
         """Backward adds to the parameters' gradients. One that nothing was added to becomes none, by which an optimizer leaves its
         weight alone."""
         for parameter, begun in self._begun.items():
-            is_of_rows = parameter in self._of_rows
-            make = torch.zeros_like if is_of_rows else torch.empty_like  # not zeros, a pass over memory
-            parameter.grad = make(parameter)
+            is_of_rows = parameter in self._of_rows  # else without zeros, a pass over memory
+            parameter.grad = torch.zeros_like(parameter) if is_of_rows else torch.empty_like(parameter)
             begun.fill_(is_of_rows)
         unwritten = {parameter: _changes(parameter) for parameter in self._begun}
         hooks = []
@@ -102,11 +101,12 @@ def _changes(parameter: nn.Parameter) -> int:
 def summing_layers(model: nn.Module, plan: Plan) -> dict[Layer, nn.Parameter]:
     """The layers that run as `nn.Linear` does and learn, and their weights: a matmul can add to these gradients, the output
     layer's the loss that makes it in chunks. And embeddings outside of blocks, which may be compiled."""
-    called, blocks = plan.probe.shapes, tuple(f"{block}." for block in plan.blocks)
+    called = plan.probe.shapes
+    in_blocks = {layer for block in plan.blocks for layer in model.get_submodule(block).modules()}
     found = {
         layer: layer._parameters.get("weight")
         for name, layer in model.named_modules()
-        if (_is_linear(layer) or (_is_embedding(layer) and not f"{name}.".startswith(blocks)))
+        if (_is_linear(layer) or (_is_embedding(layer) and layer not in in_blocks))
         and (not called or name in called)  # another one needs no sum
     }
     return {
