@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from support.checkpointed import equal, whole
 from support.composed import config, corpus
 from support.nets import model
 from support.odd_nets import Counting
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from tpresearch.config import Config
@@ -20,6 +21,7 @@ from tpresearch.data.batches import Batches
 from tpresearch.parallel.weights import from_seed
 from tpresearch.plan.initializers import read_initializers
 from tpresearch.plan.meta import plain_model
+from tpresearch.train import state
 from tpresearch.train.optim import build_optimizer, learning_rate, set_learning_rate
 from tpresearch.train.state import TrainState
 from tpresearch.train.step import train_step
@@ -127,3 +129,24 @@ def test_a_deep_copy_of_the_state_takes_the_same_step(words: tuple[str, ...]) ->
         assert loop.step().grad_norm == result.grad_norm
         assert equal(whole(loop.state), whole(other))
         assert not equal(whole(other), before)
+
+
+def test_a_step_that_is_interrupted_before_a_master_has_its_gradient_leaves_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C in a notebook is noticed in the first line of Python that backward comes to."""
+    move, calls = state._move_gradient_to_master, itertools.count(1)
+
+    def interrupted(master: nn.Parameter, copy: Tensor) -> None:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        move(master, copy)
+
+    cfg = config("model=toy_mlp", *SETTINGS)
+    with assembled(cfg) as loop:
+        undisturbed = loop.step().grad_norm
+    monkeypatch.setattr(state, "_move_gradient_to_master", interrupted)
+    with assembled(cfg) as loop:
+        with pytest.raises(KeyboardInterrupt):
+            loop.step()
+        assert loop.step().grad_norm == undisturbed

@@ -99,6 +99,7 @@ def _no_gradients_left(state: TrainState) -> Iterator[None]:
         yield
     except BaseException:
         state.optimizer.zero_grad()
+        state.model.zero_grad()  # of a bfloat16 copy, which its master would get
         raise
 
 
