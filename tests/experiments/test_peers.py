@@ -56,8 +56,9 @@ def test_on_one_gpu_they_take_turns_and_an_error_ends_one_contender(ranks: Ranks
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     errors = {row["contender"]: row["error"] for row in rows if "error" in row}
     assert errors == dict.fromkeys(("fabric", "transformers"), "ModuleNotFoundError")
-    ours, plain = [row for row in rows if "turns" in row]
+    ours, plain, wide = [row for row in rows if "turns" in row]
     assert (ours["contender"], plain["contender"], ours["turns"], plain["turns"]) == ("ours", "plain", 1, 1)
     assert len(ours["losses"]) == len(plain["losses"]) == 5
+    assert wide["losses"] == ours["losses"]  # one chunk either way
     assert plain["same_work"]
     assert plain["losses_differ_by"] < 1e-3
