@@ -109,6 +109,7 @@ def test_a_compiled_step_holds_less_by_what_each_block_keeps_less(depth: int) ->
     by_compiled = told.memory(check=False)
     grown = told.trace(3).memory["0 forward/activations"] - told.trace(2).memory["0 forward/activations"]
     kept = 4 * told.block.saved_bytes_per_row
+    assert told.deepest == min(depth, 3)
     name = "1 loss/activations"
     assert by_eager[name] - by_compiled[name] == pytest.approx(depth * (grown - kept))
     assert 0 < sum(peak_moment(by_compiled).values()) < sum(peak_moment(by_eager).values())

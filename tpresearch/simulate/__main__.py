@@ -31,10 +31,9 @@ def main(job: SimulationPreflight, run: Run) -> None:
     print(*(f"\n  {line}" for line in (*job.notes, path)), sep="")
     if cfg.trace:
         spans: list[Span] = []
-        deepest = recorded.trace(max(recorded.traces))
-        step_seconds(deepest, cfg, sizes, cluster, spans)
+        step_seconds(recorded.trace(recorded.deepest), cfg, sizes, cluster, spans)
         write_trace(spans, run.folder / "trace.json")
-        blocks = f"{max(recorded.traces)} of {recorded.depth} blocks"
+        blocks = f"{recorded.deepest} of {recorded.depth} blocks"
         print(f"  {run.folder / 'trace.json'} ({blocks}, for chrome://tracing or ui.perfetto.dev)")
 
 

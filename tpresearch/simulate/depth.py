@@ -61,6 +61,11 @@ class Recording:
             self.traces[depth] = self.recorder(self.at(depth), self.sizes, again)
         return self.traces[depth]
 
+    @property
+    def deepest(self) -> int:
+        """The most blocks of a recording, up to the whole model's: one of few compiled blocks is recorded with one more, too."""
+        return max(depth for depth in self.traces if depth <= self.depth)
+
     @cached_property
     def block(self) -> CompiledBlock:
         """A block as compiled, beside one more."""
