@@ -42,7 +42,7 @@ STEPS, WARM_UP = 16, 4
 OTHERS = 0.05
 """Share of the cores' time that other processes may take of a step that counts."""
 COLUMNS = ("link", "parallel", "predicted_s", "measured_s", "error", "alone")
-PLANS = ("fsdp_tp", "fsdp", "hsdp", "tp")
+PLANS = ("fsdp_tp", "fsdp", "hsdp", "tp", "sp", "ddp")
 COMMON = (
     "model=llama2_tiny",
     "data=random_tokens",

@@ -329,6 +329,27 @@ def test_ranks_that_share_a_core_slow_down_what_it_does_but_not_the_network(
     assert found["exposed/tp/forward/dtensor/all_gather"] == pytest.approx(step - 2.0)
 
 
+def test_on_a_cpu_sums_of_gradients_over_replicas_go_on_beside_backward() -> None:
+    """Each takes 2 s, for one of which its threads are at work; FSDP waits for one that follows its reduce-scatter."""
+    event = Event("dp_replicate", "backward", "fsdp", "all_reduce", 0, 2)
+    summed = Kernel("collective", "all_reduce", 2.0, op("collective", event=event))
+    here = dataclasses.replace(cluster(overlap_slowdown=0.5, scale_slowdown=0.1), shared_cores=2)
+
+    def step_s(*part: Kernel) -> float:
+        found = replay([part, []], 1, here, 2)
+        busy = found["gemm"] + sum(seconds for name, seconds in found.items() if name.startswith("exposed"))
+        assert found["step"] == pytest.approx(busy + found["stragglers"])
+        return found["step"]
+
+    assert step_s(summed, work(3.0)) == pytest.approx(4.0 * 1.1)
+    assert step_s(work(3.0), summed) == pytest.approx(5.0 * 1.1)
+    assert step_s(summed, summed, work(1.0)) == pytest.approx(4.0 * 1.1)
+    assert step_s(*scatter(0.0), summed, work(3.0)) == pytest.approx(5.0 * 1.1)
+    on_links = summed._replace(network_s=2.0)  # for which no rank waits longer than another
+    assert step_s(on_links, work(0.5)) == pytest.approx(2.0 + 0.5 * 0.1)
+    assert step_s(on_links, work(3.0)) == pytest.approx(3.0 * 1.1)
+
+
 def test_ranks_that_share_a_core_issue_their_ops_in_turn() -> None:
     shared = dataclasses.replace(cluster(launch_us=1e5), shared_cores=4)
     assert replay([[work(0.0)] * 10, []], 1, shared, 8)["step"] == pytest.approx(2.0)

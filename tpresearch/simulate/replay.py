@@ -3,7 +3,7 @@
 On a GPU the host launches ahead of the device; each process group has a stream of its own. Of FSDP (torch/distributed/fsdp/
 _fully_shard): a gather begins once the one before it was copied out, a copy-out waits for its gather, gradients are copied
 in once the last reduce-scatter is done, and the end of backward waits for all of them. On a CPU nothing runs beside
-anything else, and ranks share its cores.
+anything else but the sums of gradients over replicas, and ranks share its cores.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Streams:
     slowdown: float = 1.0
     """Ranks that share each core of a CPU."""
     network_s: float = 0.0
-    """Time of sending between hosts, for ranks on CPUs."""
+    """Time of sending between hosts, for ranks on CPUs that wait for it."""
+    beside_network_s: float = 0.0
+    """The same of pending collectives."""
     host_s: float = 0.0
     device_s: float = 0.0
     groups: dict[str, float] = field(default_factory=dict)
@@ -86,14 +88,28 @@ class Streams:
         host = self.cluster[self._host_time(event) if event else "launch_us"] * 1e-6
         slower = self.slowdown
         if event:  # what a collective leaves of its core other ranks take
-            slower = max(1.0, slower * self.cluster["overlap_slowdown"])
-        seconds = sent_s((kernel.seconds - kernel.network_s) * slower, kernel.network_s)
-        self.network_s += kernel.network_s
+            slower *= self.cluster["overlap_slowdown"]
+        work, network = kernel.seconds - kernel.network_s, kernel.network_s
+        alone_s = sent_s(work * (max(1.0, slower) if event else slower), network)
+        if event and event.collective == "reduce_scatter":
+            self.pending_reduce_scatter = event
+        if event and self._goes_on_beside(event):
+            free = max(self.device_s, self.pending_all_reduce[0] if self.pending_all_reduce else 0.0)
+            self.pending_all_reduce, seconds = (free + alone_s, event), work * slower
+            self.beside_network_s += network
+        else:
+            self.network_s += network
+            seconds = alone_s
         seconds += host * (kernel.kind != "wait") * self.slowdown
         self._record(kernel, "cpu", self.device_s, seconds)
         if event:
             self.seconds[f"exposed/{_key(event)}"] += seconds
         self.device_s += seconds
+
+    def _goes_on_beside(self, event: Event) -> bool:
+        """Whether gloo's threads sum gradients while backward goes on: those of `parallel.reducer`. FSDP waits for its own, which follow
+        a reduce-scatter."""
+        return event.issuer == "fsdp" and event.collective == "all_reduce" and not self.pending_reduce_scatter
 
     def _launch(self, kernel: Kernel) -> None:
         copies = kernel.kind == "copy"
@@ -187,8 +203,10 @@ class Streams:
             self._wait(self.reduced_s, self.pending_reduce_scatter)
             self.pending_reduce_scatter = None
         if self.pending_all_reduce:
+            waited_s = max(0.0, self.pending_all_reduce[0] - self.device_s)
+            self.network_s += min(waited_s, self.beside_network_s)
             self._wait(*self.pending_all_reduce)
-            self.pending_all_reduce = None
+            self.pending_all_reduce, self.beside_network_s = None, 0.0
         self.pending.clear()
 
     def _record(self, kernel: Kernel, stream: str, start: float, seconds: float) -> None:
