@@ -394,6 +394,8 @@ def test_what_no_plan_can_do_is_refused_and_what_one_can_is_not() -> None:
     for gpus, rows, field in (
         (12, 24, "gpus=12: hosts of"),
         (24, 16, "train.global_batch_size=16: does not split over 24"),
+        # These rows split with tp=8 alone, which does not divide 12 heads.
+        (24, 9, "train.global_batch_size=9: does not split over 24"),
         # Of which a common multiple is too large.
         (999_992, 1024, "train.global_batch_size=1024: does not split over 999992"),
     ):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tpresearch.config import Config
 from tpresearch.config.axes import REPLICATE, SHARD, MeshSizes
 from tpresearch.config.errors import ConfigError
+from tpresearch.config.mesh import check_declared_counts
 from tpresearch.config.schema import Checkpointing, DataPlan, MeshConfig, ParallelConfig, TensorPlan
 from tpresearch.config.validate import validate
 from tpresearch.simulate.cluster import Cluster
@@ -130,7 +131,9 @@ def _validated(
     train = dataclasses.replace(cfg.train, micro_batch_size=1)
     found = dataclasses.replace(cfg, parallel=parallel, mesh=mesh, train=train)
     try:
-        return Candidate(found, validate(found, gpus, cluster.hosts_of(gpus)))
+        sizes = validate(found, gpus, cluster.hosts_of(gpus))
+        check_declared_counts(found, sizes)
+        return Candidate(found, sizes)
     except ConfigError as error:
         size = "" if mesh.tp is None else f" mesh.tp={mesh.tp}"
         overrides = f"parallel={parallel.name}{size} parallel.activation_checkpointing={parallel.activation_checkpointing}"
