@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,14 @@ ALONG: dict[str, Callable[[Tensor, int], Tensor]] = {
     "numbered from a ramp": lambda x, d: (
         x.movedim(d, -1).mul(torch.linspace(0, 1, x.shape[d])).movedim(-1, d)
     ),
+    "numbered from a list": lambda x, d: (
+        x.movedim(d, -1).mul(torch.tensor([float(i) for i in range(x.shape[d])])).movedim(-1, d)
+    ),
+    "numbered from a list of its own": lambda x, d: (
+        x.movedim(d, -1).mul(x.new_tensor([*range(x.shape[d])])).movedim(-1, d)
+    ),
+    "by the root of its size": lambda x, d: x / torch.tensor(x.shape[d], dtype=x.dtype).sqrt(),
+    "by a number of NumPy's": lambda x, d: x * torch.as_tensor(data=np.sqrt(np.array([[0.5]]))),
     "beside ones": lambda x, d: x + torch.ones(x.shape) * torch.zeros_like(x),
     "by ones added up": lambda x, d: x / torch.ones(x.shape).sum(d, keepdim=True),
     "by its size": lambda x, d: x / x.shape[d] ** 0.5,
@@ -222,6 +231,17 @@ def test_heads_are_refused_unless_each_rank_has_its_own(name: str) -> None:
 
     why = refused("tp", inner=op)
     assert (why is None) == is_apart(op, H, 2), why
+
+
+@pytest.mark.parametrize(("size", "is_followed"), [(H // 4, True), (H // 2, False)])
+def test_the_line_is_named_from_which_on_a_rank_calls_other_functions(
+    monkeypatch: pytest.MonkeyPatch, size: int, is_followed: bool
+) -> None:
+    """einsum permutes to other dims where a rank has a single head."""
+    monkeypatch.setitem(OPS, "inner", lambda x: HEADS["scores by einsum"](heads(x, size)))
+    words = (*model(Mixing), "parallel=tp", f"model.dim={H}", f"model.hidden_dim={H}")
+    _, plan = planned(*words, world=2)
+    assert ("test_one_rank.py, line" in str(plan.followed_to)) != is_followed
 
 
 def test_a_refusal_names_the_layer_the_op_and_what_to_write() -> None:

@@ -59,6 +59,8 @@ class Plan:
     """What is called between the last block and the output layer, such as the last norm: gathered with that block."""
     across_rows: str | None = None
     """An op that works across the rows of a batch, of which each data-parallel rank and micro-batch has its own; and its module."""
+    followed_to: str | None = None
+    """The line of the model's code up to which alone a rank's forward was followed; None if all of it was."""
     float8: list[str] = field(default_factory=list)
     """Linear layers that multiply in float8."""
 

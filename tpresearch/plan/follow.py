@@ -63,9 +63,7 @@ class Follower:
                 self._refuse.other(*self._at(own.name), what)
             self.distributed.update(dict.fromkeys(outputs, True))
             return
-        if own.numbers != whole.numbers:
-            what = "takes a number that follows from a size, and is another one on a rank's shard"
-            self._refuse.other(*self._at(own.name), what)
+        self._check_numbers(whole, own)
         held = {x: self.parts[x] for x in inputs if x in self.parts and own.name not in UNIFORM}
         met = next((part for part in held.values() if part.run), None)
         if met:
@@ -84,6 +82,17 @@ class Follower:
                 self.parts[out] = self._part_of_a_size(op, inputs, out, shape, divided)
             elif layer is not None:
                 self.layers[out] = layer
+
+    def made(self, whole: Call, own: Call) -> None:
+        """A rank has made a tensor of numbers, where one process made the call `whole`; raises as `called` does."""
+        if own.name != whole.name:
+            raise AnotherWay
+        self._check_numbers(whole, own)
+
+    def _check_numbers(self, whole: Call, own: Call) -> None:
+        if own.numbers != whole.numbers:
+            what = "takes a number that follows from a size, and is another one on a rank's shard"
+            self._refuse.other(*self._at(own.name), what)
 
     def _at(self, name: str) -> tuple[str, str]:
         """An op's name for people, and the module that calls it."""
@@ -132,6 +141,8 @@ class Follower:
         """What a rank has in the output of an op on parts: of the one dim in which it is not whole."""
         name, part = name_of(op), next(iter(held.values()))
         if len(divided) != 1:
+            if name in TRANSPOSES:  # of other dims, as einsum calls it where a rank has one head
+                raise AnotherWay
             self._refuse.along(*self._at(name), part.layer)
         (dim,), found = divided, list[Part]()
         for x, part in held.items():

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -18,6 +20,10 @@ from tpresearch.plan.compiler import Plan
 from tpresearch.plan.meta import same_draws
 from tpresearch.plan.parts import COPIES, is_pointwise, name_of
 from tpresearch.plan.rules import ResolvedRule
+
+FROM_NUMBERS = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Tensor.new_tensor}
+"""Functions that make a tensor of Python's or NumPy's numbers, of which the meta device keeps none."""
+NUMBERS = (bool, int, float, np.ndarray, np.generic)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,23 @@ def tensors(values: object) -> list[Tensor]:
     return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
 
 
+class _FromNumbers(TorchFunctionMode):
+    """Hands on the numbers of which tensors are made."""
+
+    def __init__(self, note: Callable[[list[float], Tensor], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in FROM_NUMBERS:
+            given = (x for x in tree_leaves((args, kwargs)) if isinstance(x, NUMBERS))
+            self._note([number for x in given for number in np.ravel(x).tolist()], output)
+        return output
+
+
 class Forward(TorchDispatchMode):
     """The forward of one process, but for what happens in layers whose weights a rule shards; its ops are written down. Blocks like
     one that was called in the same way are passed over."""
@@ -69,8 +92,16 @@ class Forward(TorchDispatchMode):
             block.forward = partial(self._run_block, _kind(name, block, plan), block.forward)
 
     def run(self, inputs: Tensor) -> Any:
-        with torch.device("meta"), same_draws(), self:
+        with torch.device("meta"), same_draws(), self, _FromNumbers(self._made):
             return self.model(inputs)
+
+    def _made(self, numbers: list[float], output: Tensor) -> None:
+        if not self._unseen:
+            self.made(Call("tensor", [], [output.shape], numbers, 0))
+
+    def made(self, call: Call) -> None:
+        """A tensor was made of numbers."""
+        self.calls.append(call)
 
     def _before(self, name: str, rule: ResolvedRule | None, module: nn.Module, args: Any) -> Any:
         with self._out_of_sight():

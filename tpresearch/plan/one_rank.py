@@ -17,7 +17,7 @@ from tpresearch.config.errors import ConfigError, WrongModel, one_line, place_of
 from tpresearch.config.schema import Config
 from tpresearch.plan.compiler import Plan
 from tpresearch.plan.follow import AnotherWay, Follower
-from tpresearch.plan.forward import Forward, splits, tensors
+from tpresearch.plan.forward import Call, Forward, splits, tensors
 from tpresearch.plan.parts import COPIES, Part, name_of
 from tpresearch.plan.rules import ResolvedRule
 from tpresearch.plan.wrong_on_shards import AcrossRows, Refusals, RowRefusals
@@ -37,10 +37,17 @@ class _OneRank(Forward):
     def note(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if name_of(op) in COPIES:
             self.known.copied(args[0], output)
-        elif whole := next(self._whole, None):
-            self.known.called(whole, op, args, kwargs, output)
         else:
-            raise AnotherWay
+            self.known.called(self._of_one_process(), op, args, kwargs, output)
+
+    def made(self, call: Call) -> None:
+        self.known.made(self._of_one_process(), call)
+
+    def _of_one_process(self) -> Call:
+        """Its next call."""
+        if call := next(self._whole, None):
+            return call
+        raise AnotherWay
 
     def state_of(self, x: Tensor) -> object:
         part = self.known.parts.get(x)
@@ -137,7 +144,7 @@ class _OneRank(Forward):
         raise ConfigError(f"{rule.config_key}.src", given, f"{what} {has}", legal)
 
 
-def check_one_rank(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) -> None:
+def check_one_rank(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) -> str | None:
     """Refuse a plan under which the forward of a rank is not that of one process on what it holds: an op along a dim that is
     sharded, a layout that a tensor does not have, shards that do not belong together, a gradient that stays partial.
 
@@ -145,18 +152,21 @@ def check_one_rank(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) ->
 
     Args:
         model: on the meta device, whole. inputs: a micro-batch, on the meta device.
+
+    Returns: the line of the model's code from which on nothing is checked, since there a rank's forward calls other functions than
+        that of one process; None if all of it is.
     """
     rules = plan.rules.values()
     if not rules or plan.probe.output is None or any(rule.rule.target for rule in rules):
-        return
+        return None
     whole = Forward(model, plan)
     whole.run(inputs)
     ranks = max(plan.sizes[rule.axis] for rule in rules)
     rank = _OneRank(model, plan, whole, Follower(ranks, Refusals(plan, cfg)))
     try:
         output = rank.run(inputs)
-    except AnotherWay:
-        return
+    except AnotherWay as other:
+        return place_of(other)
     except (RuntimeError, ValueError, TypeError) as error:
         raise does_not_fit(cfg.model.name, error) from error
     if isinstance(output, Tensor) and (part := rank.known.parts.get(output)):
@@ -164,6 +174,7 @@ def check_one_rank(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) ->
         why = f"the model's output is a shard of that of {part.layer}, and the loss needs all of it"
         key = f"{rule.config_key}.dst"
         raise ConfigError(key, rule.rule.dst, why, "logits, or replicate", fix={key: "replicate"})
+    return None
 
 
 def op_across_rows(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) -> str | None:

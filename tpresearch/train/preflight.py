@@ -131,6 +131,9 @@ def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
     if plan.across_rows:
         of_its_own = "each data-parallel rank and micro-batch has rows of its own, so that losses depend on how a batch is split"
         notes.append(f"{plan.across_rows} works across the rows of a batch: {of_its_own}")
+    if plan.followed_to:
+        other = "a rank's forward calls other functions than one process, and is not checked from there on"
+        notes.append(f"at {plan.followed_to}, {other}: tpresearch.verify tells whether it computes the same")
     if not resumes:
         notes += check_init_from(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
@@ -241,7 +244,7 @@ def plan_model(cfg: Config, sizes: MeshSizes, from_seed: bool = False) -> tuple[
     check_randomness(model, plan, cfg.parallel)
     check_split_output(plan, cfg)
     check_changed_outputs(plan, cfg)
-    check_one_rank(model, plan, batch.inputs, cfg)
+    plan = dataclasses.replace(plan, followed_to=check_one_rank(model, plan, batch.inputs, cfg))
     if sizes.dp * micro_batches(cfg, sizes) > 1:
         plan = dataclasses.replace(plan, across_rows=op_across_rows(model, plan, batch.inputs, cfg))
     if cfg.parallel.gradient_accumulation_fusion:
