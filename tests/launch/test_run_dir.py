@@ -150,6 +150,14 @@ def test_an_earlier_record_is_set_aside_and_what_is_no_runs_stays(
     assert len(there(tmp_path)) == 3
 
 
+@pytest.mark.parametrize("record", ["verify.json", "planner.json"])
+def test_the_record_of_a_verification_or_a_planning_is_set_aside_too(tmp_path: Path, record: str) -> None:
+    """Else one that is stopped in the folder would have the results of another config."""
+    leave(tmp_path / "mine", ".hydra/config.yaml", record, "planner.png")
+    assert agree("mine") == "mine"
+    assert there(tmp_path / "mine") == {".lock"}
+
+
 def test_a_folder_with_a_checkpoint_is_gone_on_with_unless_the_config_says_never(tmp_path: Path) -> None:
     leave(tmp_path / "mine", *RECORD, "checkpoints/step-00000003/checkpoint.json")
     assert agree("mine") == "mine"

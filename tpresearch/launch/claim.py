@@ -17,8 +17,11 @@ EARLIER_SUFFIX = ".earlier-"
 
 RECORD_FILES = ("config.yaml", "plan.txt", "metrics.jsonl", "summary.json", "ledger.json")
 """Files that a training writes; those of a second one would mix with them."""
+OTHER_RECORDS = ("simulate.json", "planner.json", "verify.json")
+"""Those of commands that do not train: one that is stopped would leave an earlier one's beside its own config."""
 RUN_FILES = (
-    *(*RECORD_FILES, "*.step-*", "metrics.cut.jsonl", "resumed.json", "simulate.json", "trace.json"),
+    *(*RECORD_FILES, "*.step-*", "metrics.cut.jsonl", "resumed.json"),
+    *(*OTHER_RECORDS, "trace.json", "planner.png"),
     *(".hydra", "train.log", "ranks", "wandb", "tensorboard", "profiler", "tokenizer", "checkpoints"),
 )
 """Patterns of all files that a run leaves in its folder. Any others are the user's and stay."""
@@ -58,7 +61,7 @@ def check_left_by_run(folder: Path) -> None:
 
 
 def set_aside_record(folder: Path) -> None:
-    if not any((folder / name).exists() for name in (*RECORD_FILES, "checkpoints")):
+    if not any((folder / name).exists() for name in (*RECORD_FILES, *OTHER_RECORDS, "checkpoints")):
         return
     aside = free_name(folder, EARLIER_SUFFIX)
     aside.mkdir()
