@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from support.composed import config
 from support.counted_steps import FAKE, PLANS, counted_step, on_ranks
-from support.nets import Frozen, FrozenBlock, Recurrent, model
+from support.nets import Frozen, FrozenBlock, Positions, Recurrent, model
 
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.validate import validate
@@ -56,6 +56,13 @@ def test_real_ranks_send_what_the_fake_group_counts(ranks: Ranks, plan: str) -> 
 )
 def test_options_move_both_alike(overrides: list[str]) -> None:
     found = counted_step(8 if "hsdp_tp" in overrides[0] else 4, "model=llama2_debug", *overrides)
+    assert found.sent == found.expected.sent
+    assert found.sent
+
+
+def test_learned_positions_are_sent_once_whatever_the_rows() -> None:
+    rule = "+model.plans.sp.positions={match: positions, style: rowwise, src: replicate, dst: 'shard:0'}"
+    found = counted_step(2, *model(Positions), "parallel=sp", rule)
     assert found.sent == found.expected.sent
     assert found.sent
 

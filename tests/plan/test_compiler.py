@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support.assembled import planned, ranks_of_a_host, refusal
 from support.composed import config
 from support.counted_steps import FAKE
-from support.nets import InFront, model
+from support.nets import InFront, Positions, model
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -206,3 +206,17 @@ def test_an_embedding_with_another_forward_is_no_unit_of_its_own() -> None:
     for net, layers in ((ToyLM, ["embed", "output"]), (Replaced, ["output"])):
         _, plan = planned(*model(net), "parallel=fsdp")
         assert plan.end_layers == layers
+
+
+def test_the_rule_that_is_proposed_for_an_embedding_shards_its_positions() -> None:
+    """Learned ones have no rows, of which a micro-batch here has one."""
+    words = (*model(Positions), "parallel=sp", "train.micro_batch_size=1")
+    error = refusal(*words)
+    assert "positions.weight has no sharding rule; with a sharded sequence" in str(error)
+    ((key, rule),) = error.fix.items()
+    assert rule == "{match:positions,style:rowwise,src:'replicate',dst:'shard:0'}"
+    _, plan = planned(*words, f"{key}={rule}")
+    assert plan.rules["positions"].dst == (Shard(0),)
+    error = refusal(*words, f"{key}={rule}", "~model.plans.sp.embed")
+    assert "embed.weight has no sharding rule; with a sharded sequence" in str(error)
+    assert [*error.fix.values()] == ["{match:embed,style:rowwise,src:'replicate',dst:'shard:1'}"]

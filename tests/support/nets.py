@@ -267,6 +267,18 @@ class AddsInPlace(ToyLM):
         return self.output(self.mlp(hidden))
 
 
+class Positions(ToyLM):
+    """With learned positions, [s, h]."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.positions = nn.Embedding(64, dim)
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        x = self.embed(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        return self.output(self.mlp(x))
+
+
 class InFront(ToyLM):
     """With a token in front of each row, as a class token or a register."""
 

@@ -28,6 +28,7 @@ from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.ledger.entries import Entry, Event, entries_of
 from tpresearch.plan.collectives import rule_collectives
 from tpresearch.plan.compiler import Plan, fsdp_local_shape, unit_of
+from tpresearch.plan.rules import tensors_of
 
 ELEMENT_BYTES = {Dtype.float64: 8, Dtype.float32: 4, Dtype.bfloat16: 2}
 
@@ -42,7 +43,7 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
     layers that run more than once on the same rows, as those of a recurrent depth do.
     Under a tensor plan there is none for full checkpointing, whose recomputation sends again what its early stop does
     not cut off, nor for a budget, for float8, whose scales are agreed on, for a rule with a ParallelStyle of the user's
-    own, and where a rule does not determine the width of what it sends.
+    own, and where a rule does not determine the width of what it sends, or converts inputs of several lengths.
 
     Args:
         model: on the meta device, whole.
@@ -59,6 +60,8 @@ def expected_entries(model: nn.Module, plan: Plan, cfg: Config) -> list[Entry] |
     if any(plan.probe.called.count(name) > 1 for name in (*plan.rules, *gathered)):
         return None
     if any(sent.width == 0 for name in plan.rules for sent in rule_collectives(name, model, plan)):
+        return None
+    if any(len(_token_counts(name, plan)) > 1 for name in plan.rules):
         return None
     sizes = plan.sizes.nontrivial()
     collectives = (found for found in _collectives(model, plan, cfg) if found[0] in sizes)
@@ -79,7 +82,8 @@ def _tensor_plan_collectives(model: nn.Module, plan: Plan, cfg: Config, tokens: 
     for name, rule in plan.rules.items():
         for sent in rule_collectives(name, model, plan):
             if sent.per_token:
-                yield rule.axis, sent.phase, "dtensor", sent.collective, sent.width * element * tokens
+                (count,) = _token_counts(name, plan) or {tokens}
+                yield rule.axis, sent.phase, "dtensor", sent.collective, sent.width * element * count
     split = next((rule.axis for rule in plan.rules.values() if rule.output_stays_sharded), None)
     if split and cfg.train.loss is Loss.sum:
         yield split, "loss", "loss", "all_reduce", max(element, 4)
@@ -87,6 +91,16 @@ def _tensor_plan_collectives(model: nn.Module, plan: Plan, cfg: Config, tokens: 
         for part in loss_chunks(plan, cfg, tokens):
             for _ in ("greatest logit", "sum of exponentials", "logit of the target"):
                 yield split, "loss", "loss", "all_reduce", part * max(element, 4)
+
+
+def _token_counts(name: str, plan: Plan) -> set[int]:
+    """How many tokens of a micro-batch there are in what the rule on a module converts: learned positions have those of one row."""
+    rule, shapes = plan.rules[name], plan.probe.shapes.get(name)
+    given = "input" if rule.rule.style == "input" else "output"  # an embedding's input has no features
+    converted = tensors_of(rule, shapes) if shapes else ()
+    return {
+        math.prod(shape[:-1]) for _, side, layout, shape in converted if side == given and layout and shape
+    }
 
 
 def loss_chunks(plan: Plan, cfg: Config, tokens: int) -> list[int]:

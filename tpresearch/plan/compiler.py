@@ -125,7 +125,7 @@ def compile_plan(model: nn.Module, cfg: Config, sizes: MeshSizes, probe: Probe) 
         check_divisible(
             parallel, sizes, [*declared_counts(cfg), *_sharded_counts(model, cfg, sizes, rules, probe)]
         )
-        check_sequence(model, cfg, rules)
+        check_sequence(model, cfg, rules, probe)
     by_own_style = {name for name, rule in rules.items() if rule.rule.target}
     replicated = [
         name
@@ -240,10 +240,11 @@ def _sharded_counts(
             yield ShardedCount(
                 rule.axis, "data.seq_len", cfg.data.seq_len, f"rule {rule.name} splits the sequence"
             )
-        if rule.shards_batch:
-            rows = micro_batch_size(cfg, sizes)
+        tensors = [*tensors_of(rule, probe.shapes[name])] if name in probe.shapes else []
+        rows, firsts = micro_batch_size(cfg, sizes), [x[0] for *_, dim, x in tensors if dim == Shard(0) and x]
+        if rule.shards_batch and (rows in firsts or not tensors):  # not of learned positions, [s, h]
             yield ShardedCount(rule.axis, "train.micro_batch_size", rows, f"rule {rule.name} splits its rows")
-        for _, side, layout, shape in tensors_of(rule, probe.shapes[name]) if name in probe.shapes else ():
+        for _, side, layout, shape in tensors:
             if isinstance(layout, Shard) and shape and not (rule.output_stays_sharded and side == "output"):
                 what = f"{name}.{side}.shape[{layout.dim}]"
                 yield ShardedCount(rule.axis, what, shape[layout.dim], f"rule {rule.name} splits it")

@@ -8,35 +8,44 @@ from torch import nn
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
+from tpresearch.plan.probe import Probe
 from tpresearch.plan.rules import ResolvedRule
 
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 """The number of a layer in a name."""
 
 
-def check_sequence(model: nn.Module, cfg: Config, rules: dict[str, ResolvedRule]) -> None:
+def check_sequence(model: nn.Module, cfg: Config, rules: dict[str, ResolvedRule], probe: Probe) -> None:
     """Refuse a weight without a rule where one shards the sequence, or the batch: its gradient would be partial on each rank."""
     sequence = cfg.data.has_sequence
-    split = next(
-        (rule for rule in rules.values() if (sequence and rule.shards_sequence) or rule.shards_batch), None
-    )
+    by_sequence = [rule for rule in rules.values() if sequence and rule.shards_sequence]
+    split = next(iter(by_sequence or [rule for rule in rules.values() if rule.shards_batch]), None)
     if split is None:
         return
-    tokens = "a sharded sequence" if sequence and split.shards_sequence else "a sharded batch"
+    tokens = "a sharded sequence" if by_sequence else "a sharded batch"
     for name, _ in model.named_parameters():
         module = name.rpartition(".")[0]
         if module not in rules:
             why = f"{name} has no sharding rule; with {tokens} its gradient would be partial on each {split.axis} rank"
             legal = "a rule for it: style sequence, or style input with null layouts where its input is whole"
-            plan = cfg.parallel.tensor
-            raise ConfigError(f"model.plans.{plan}", plan, why, legal, rule_to_add(cfg, module))
+            plan, fix = cfg.parallel.tensor, rule_to_add(cfg, module)
+            if isinstance(model.get_submodule(module), nn.Embedding) and module in probe.shapes:
+                (shape,) = probe.shapes[module].outputs
+                dst = f"shard:{len(shape or ()) - 2}"
+                legal = (
+                    f"a rule for it: style rowwise, src replicate and dst {dst}, the positions of its output"
+                )
+                fix = rule_to_add(cfg, module, "replicate", dst, "rowwise")
+            raise ConfigError(f"model.plans.{plan}", plan, why, legal, fix)
 
 
-def rule_to_add(cfg: Config, module: str, layout: str = "") -> dict[str, object]:
-    """An override that adds a rule of style sequence for this module and those of other blocks."""
+def rule_to_add(
+    cfg: Config, module: str, src: str = "", dst: str = "", style: str = "sequence"
+) -> dict[str, object]:
+    """An override that adds a rule for this module and those of other blocks; `dst` is as `src`, unless given."""
     pattern = LAYER_NUMBER.sub("*", module) or "."
     plan = cfg.parallel.tensor or ""
     name = next((part for part in reversed(pattern.split(".")) if part.isidentifier()), "root")
     name += "_2" * (name in cfg.model.plans[plan])
-    same = f",src:'{layout}',dst:'{layout}'" if layout else ""
-    return {f"+model.plans.{plan}.{name}": f"{{match:{pattern},style:sequence{same}}}"}
+    layouts = f",src:'{src}',dst:'{dst or src}'" if src else ""
+    return {f"+model.plans.{plan}.{name}": f"{{match:{pattern},style:{style}{layouts}}}"}
