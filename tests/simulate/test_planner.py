@@ -281,8 +281,8 @@ def predicted(
 ) -> RankedCandidate:
     """A candidate whose step takes that long and holds that much."""
     cfg, sizes = config("model=llama2_debug"), MeshSizes()
-    seconds, memory = (step_time_s,) * 3, {"reserved": peak_bytes}
-    prediction = Prediction(cluster(), sizes, cfg, *seconds, 0.0, time_s or {}, [], [], memory)
+    seconds, memory = {"step": step_time_s, **(time_s or {})}, {"reserved": peak_bytes}
+    prediction = Prediction(cluster(), sizes, cfg, seconds, 0.0, [], memory)
     return RankedCandidate(Candidate(cfg, sizes), prediction)
 
 

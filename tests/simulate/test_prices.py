@@ -647,5 +647,5 @@ def test_rows_that_fit_divide_a_rank_s_share(memory_gb: float, rows: int) -> Non
     cfg = config("model=llama2_debug", "train.global_batch_size=48", "train.micro_batch_size=12")
     held = {"parameters": 2 * 10**9, "activations": 10**10, "other": 2 * 10**9}
     here, sizes = cluster(memory_gb=memory_gb), MeshSizes(dp_shard=2)
-    found = Prediction(here, sizes, cfg, 1.0, 0.9, 1.1, 1.0, {}, [], [], held)
+    found = Prediction(here, sizes, cfg, {"step": 1.0}, 1.0, [], held)
     assert rows_that_fit(found) == rows

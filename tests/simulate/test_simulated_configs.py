@@ -45,6 +45,6 @@ def test_what_cannot_be_simulated_is_refused_by_its_key(words: str, refusal: str
 def test_a_dtype_in_which_a_card_is_slow_is_pointed_out(dtype: str) -> None:
     cfg, held = config("model=llama2_debug", f"train.dtype={dtype}"), {"parameters": 1, "reserved": 1}
     h100 = parse_cluster(read_option("cluster", "h100_dgx"))
-    text = report(Prediction(h100, MeshSizes(), cfg, 1.0, 0.9, 1.1, 1.0, {}, [], [], held))
+    text = report(Prediction(h100, MeshSizes(), cfg, {"step": 1.0}, 1.0, [], held))
     said = "float32               67 instead of 989 TFLOP/s with train.dtype=bfloat16"
     assert (said in text) == ("instead of" in text) == (dtype == "float32")

@@ -17,7 +17,7 @@ from tpresearch.simulate.depth import Recording
 from tpresearch.simulate.device_memory import peak_moment
 from tpresearch.simulate.fake_ranks import fake_mesh
 from tpresearch.simulate.kernels import kernels
-from tpresearch.simulate.replay import Span, replay
+from tpresearch.simulate.replay import Span, collective_key, replay
 from tpresearch.simulate.trace import Trace
 
 PREDICTED_KINDS = {kind: "other" if kind == "temporaries" else kind for kind in MEMORY_KINDS}
@@ -48,19 +48,53 @@ class Prediction:
     cluster: Cluster
     sizes: MeshSizes
     cfg: Config
-    step_time_s: float
-    low_s: float
-    high_s: float
+    seconds: Mapping[str, float]
+    """Those of the step, by the names of `replay`."""
     flops_per_token: float
     """With full attention counted, as in MFU."""
-    time_s: dict[str, float]
-    """Busy time of the device by kind of op, its waiting for the host, and the exposed time of each axis's collectives."""
     entries: list[Entry]
     """The communication ledger of the step."""
-    communication: list[dict[str, Any]]
-    """The same, with time_s and exposed_s."""
     memory_bytes: dict[str, int]
     """By kind at the peak; `reserved` is what CUDA, NCCL and the allocator take in addition."""
+
+    @property
+    def step_time_s(self) -> float:
+        return self.seconds["step"]
+
+    @property
+    def low_s(self) -> float:
+        return self.step_time_s * (1 - self.spread)
+
+    @property
+    def high_s(self) -> float:
+        return self.step_time_s * (1 + self.spread)
+
+    @property
+    def spread(self) -> float:
+        """Half the width of the step time's range, relative to it."""
+        if self.is_tight:
+            return MAX_SPREAD
+        squares = 0.0
+        for name, value in self.time_s.items():
+            kind = "exposed" if name.startswith("exposed") else name
+            squares += (RELATIVE_ERRORS.get(kind, 0.3) * value / self.step_time_s) ** 2
+        return min(MAX_SPREAD, math.hypot(SITE_ERROR, math.sqrt(squares)) * _uncertainty(self.cluster))
+
+    @property
+    def time_s(self) -> dict[str, float]:
+        """Busy time of the device by kind of op, its waiting for the host, and the exposed time of each axis's collectives."""
+        found: dict[str, float] = defaultdict(float)
+        for name, value in self.seconds.items():
+            if name.startswith("exposed/"):
+                found[f"exposed {name.split('/')[1]}"] += value
+            elif not name.startswith("sent/") and name != "step":
+                found[name] += value
+        return dict(found)
+
+    @property
+    def communication(self) -> list[dict[str, Any]]:
+        """The communication ledger of the step, with time_s and exposed_s."""
+        return [_entry_json(entry, self.seconds) for entry in self.entries]
 
     @property
     def tokens_per_second_per_device(self) -> float:
@@ -142,24 +176,9 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
     with fake_mesh(sizes):  # of all depths that it records
         seconds = recording.at_full_depth(lambda trace: step_seconds(trace, cfg, sizes, cluster), check)
         held = peak_moment(recording.memory(check), count)
-    step = seconds["step"]
-    memory = _memory(held, cluster)
-    spread = min(MAX_SPREAD, math.hypot(SITE_ERROR, _spread(seconds)) * _uncertainty(cluster))
-    if TIGHT_SHARE < sum(memory.values()) / (cluster["memory_gb"] * 1e9) <= 1:
-        spread = MAX_SPREAD
     entries = recording.entries(count)
     return Prediction(
-        cluster=cluster,
-        sizes=sizes,
-        cfg=cfg,
-        step_time_s=step,
-        low_s=step * (1 - spread),
-        high_s=step * (1 + spread),
-        flops_per_token=recording.flops_per_token,
-        time_s=dict(_by_kind(seconds)),
-        entries=entries,
-        communication=[_entry_json(entry, seconds) for entry in entries],
-        memory_bytes=memory,
+        cluster, sizes, cfg, seconds, recording.flops_per_token, entries, _memory(held, cluster)
     )
 
 
@@ -183,25 +202,6 @@ def rows_that_fit(prediction: Prediction) -> int:
     return max((n for n in range(1, rows + 1) if share % n == 0 and n * each <= spare), default=0)
 
 
-def _by_kind(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Where the step's time is: kinds of op on the device, and per axis what it waits for."""
-    found: dict[str, float] = defaultdict(float)
-    for name, value in seconds.items():
-        if name.startswith("exposed/"):
-            found[f"exposed {name.split('/')[1]}"] += value
-        elif not name.startswith("sent/") and name != "step":
-            found[name] += value
-    return found
-
-
-def _spread(seconds: Mapping[str, float]) -> float:
-    squares = 0.0
-    for name, value in _by_kind(seconds).items():
-        kind = "exposed" if name.startswith("exposed") else name
-        squares += (RELATIVE_ERRORS.get(kind, 0.3) * value / seconds["step"]) ** 2
-    return math.sqrt(squares)
-
-
 def _uncertainty(cluster: Cluster) -> float:
     """A cluster whose rates are guessed is less certain than one that was checked."""
     if cluster.checked:
@@ -210,7 +210,7 @@ def _uncertainty(cluster: Cluster) -> float:
 
 
 def _entry_json(entry: Entry, seconds: Mapping[str, float]) -> dict[str, Any]:
-    key = f"{entry.axis}/{entry.phase}/{entry.issuer}/{entry.collective}"
+    key = collective_key(entry)
     return {
         **asdict(entry),
         "time_s": seconds.get(f"sent/{key}", 0.0),

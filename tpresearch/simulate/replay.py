@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tpresearch.ledger.entries import Event
+from tpresearch.ledger.entries import Entry, Event
 from tpresearch.simulate.cluster import Cluster
 from tpresearch.simulate.kernels import Kernel
 from tpresearch.simulate.network import sent_s
@@ -66,7 +66,7 @@ class Streams:
     pending_all_reduce: tuple[float, Event] | None = None
     """When the last sum over replicas is done."""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Busy time by kind, `collective/<axis>...` and `exposed/<axis>...` among them."""
+    """Busy time by kind, and of collectives `sent/...` and `exposed/...`, by their `collective_key`."""
     spans: list[Span] | None = None
 
     def run(self, part: Sequence[Kernel]) -> None:
@@ -103,7 +103,7 @@ class Streams:
         seconds += host * (kernel.kind != "wait") * self.slowdown
         self._record(kernel, "cpu", self.device_s, seconds)
         if event:
-            self.seconds[f"exposed/{_key(event)}"] += seconds
+            self.seconds[f"exposed/{collective_key(event)}"] += seconds
         self.device_s += seconds
 
     def _goes_on_beside(self, event: Event) -> bool:
@@ -194,7 +194,7 @@ class Streams:
 
     def _wait(self, done: float, event: Event) -> None:
         if done > self.device_s:
-            self.seconds[f"exposed/{_key(event)}"] += done - self.device_s
+            self.seconds[f"exposed/{collective_key(event)}"] += done - self.device_s
             self.device_s = done
 
     def _finish(self) -> None:
@@ -211,13 +211,14 @@ class Streams:
 
     def _record(self, kernel: Kernel, stream: str, start: float, seconds: float) -> None:
         event = kernel.op.event if kernel.kind == "collective" else None
-        self.seconds[f"sent/{_key(event)}" if event else kernel.kind] += seconds
+        self.seconds[f"sent/{collective_key(event)}" if event else kernel.kind] += seconds
         if self.spans is not None:
             self.spans.append(Span(stream, kernel.name, start, seconds))
 
 
-def _key(event: Event) -> str:
-    return f"{event.axis}/{event.phase}/{event.issuer}/{event.collective}"
+def collective_key(one: Event | Entry) -> str:
+    """What follows `sent/` and `exposed/` in the names of seconds."""
+    return f"{one.axis}/{one.phase}/{one.issuer}/{one.collective}"
 
 
 def replay(
