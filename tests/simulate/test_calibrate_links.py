@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tpresearch.calibrate import cuda, links
-from tpresearch.calibrate.__main__ import Options, _gpu_cluster
+from tpresearch.calibrate.__main__ import Options, _new_cluster
 from tpresearch.calibrate.rows import cluster_from_rows
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
@@ -132,7 +132,7 @@ def test_ranks_without_a_gpu_each_are_refused(monkeypatch: pytest.MonkeyPatch, g
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(ConfigError, match=r"^WORLD_SIZE=4: "):
-        _gpu_cluster(Options(out="here.yaml"), "here", World(0, 4, 0, 4, elastic=True))
+        _new_cluster(Options(out="here.yaml"), "here", World(0, 4, 0, 4, elastic=True))
 
 
 def on_one_card(world: World) -> list[dict[str, Any]]:

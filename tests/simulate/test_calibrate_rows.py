@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from tpresearch.calibrate.__main__ import Options, _base_cluster, _gpu_cluster, as_yaml
+from tpresearch.calibrate import __main__ as calibrate
+from tpresearch.calibrate.__main__ import Options, _base_cluster, _new_cluster, as_yaml
 from tpresearch.calibrate.rows import cluster_from_rows, read_rows
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.world import World
@@ -76,6 +79,21 @@ def test_a_calibrated_file_is_read_as_it_was_written() -> None:
     assert {**plain, "numbers": None} == {**again, "numbers": None}
 
 
+def test_what_is_printed_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base has measured numbers too, of other machines."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "here.yaml"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    monkeypatch.setattr(sys, "argv", ["calibrate", f"rows={rows}", f"out={out}"])
+    calibrate.main()
+    *printed, _, written = capsys.readouterr().out.splitlines()
+    names = "memory_gb gemm_efficiency bandwidth_efficiency optimizer_efficiency copy_efficiency launch_us"
+    tables = "attention_tflops_forward attention_tflops_backward"
+    assert {line.split()[0] for line in printed} == {*names.split(), *tables.split()}
+    assert written.startswith(f"  {out}: ")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -126,9 +144,10 @@ def test_a_card_that_no_cluster_has_needs_a_base() -> None:
 
 def test_a_base_is_refused_where_no_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _gpu_cluster(Options(out="here.yaml"), "here", World()) is None
     with pytest.raises(ConfigError, match=r"^base=h100_dgx: there is no GPU here"):
-        _gpu_cluster(Options(out="here.yaml", base="h100_dgx"), "here", World())
+        _new_cluster(Options(out="here.yaml", base="h100_dgx"), "here", World())
+    with pytest.raises(ConfigError, match=r"^rows="):  # of a variable that is not set
+        _new_cluster(Options(out="here.yaml", base="h100_dgx", rows=""), "here", World())
 
 
 def test_users_clusters_are_read_with_their_defaults(clusters: Path) -> None:

@@ -110,7 +110,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.yaml").mkdir()
-    monkeypatch.setattr(calibrate, "_gpu_cluster", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(calibrate, "_new_cluster", lambda *_: pytest.fail("it measures"))
     for out, why in [("/proc/mine.yaml", ""), (f"{tmp_path}/mine.yaml", "Is a directory")]:
         monkeypatch.setattr(sys, "argv", ["calibrate", f"out={out}"])
         with pytest.raises(ConfigError, match=rf"^out={out}: cannot be written: {why}"):

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from tpresearch.calibrate.rows import Row, cluster_from_rows, measured_number, read_rows
+from tpresearch.calibrate.rows import CALIBRATED, Row, cluster_from_rows, measured_number, read_rows
 from tpresearch.config.errors import ConfigError, refuse_unwritable
 from tpresearch.config.world import World
 from tpresearch.launch import composition
@@ -51,12 +51,8 @@ def main() -> None:
         raise ConfigError("out", options.out, why, legal, {"out": "conf/cluster/here.yaml"})
     with refuse_unwritable("out", path):  # before minutes of measuring
         path.open("a").close() if path.exists() else TemporaryFile(dir=path.parent).close()
-    world = World.from_environment()
-    if options.run is not None:
-        plain = _cluster_of_run(options, path.stem, world)
-    else:
-        plain = _gpu_cluster(options, path.stem, world) or ({} if world.rank else _cpu_cluster(path.stem))
-    if world.rank > 0:
+    plain = _new_cluster(options, path.stem, World.from_environment())
+    if plain is None:
         return
     try:
         parse_cluster(plain)  # so that an invalid file is never written
@@ -69,10 +65,11 @@ def main() -> None:
         path.write_text(as_yaml(plain), encoding="utf-8")
     if options.run is not None:
         print(f"  {plain['checked'][0]}")
-    for name, number in plain["numbers"].items():
-        if number["kind"] == "measured" and options.run is None:
-            value = number["value"]
-            print(f"  {name:28}{value if isinstance(value, list) else f'{value:.4g}'}")
+    else:
+        for name, number in plain["numbers"].items():
+            if number["source"].startswith(CALIBRATED):
+                value = number["value"]
+                print(f"  {name:28}{value if isinstance(value, list) else f'{value:.4g}'}")
     print(f"\n  {path}: {how_to_use(path)}")
 
 
@@ -88,50 +85,79 @@ def how_to_use(path: Path) -> str:
     return f"move it to conf/cluster, and simulate with cluster={path.stem}"
 
 
-def _gpu_cluster(options: Options, name: str, world: World) -> dict[str, Any] | None:
-    """None if no measurements are given and there is no GPU, and on ranks that only take part in measuring links.
+def _new_cluster(options: Options, name: str, world: World) -> dict[str, Any] | None:
+    """The content of the file to write; None on ranks that only take part in measuring links.
 
     Raises:
-        ConfigError: for ranks of torchrun without GPUs of their own, or with nothing to measure.
+        ConfigError: for ranks of torchrun without GPUs of their own, or with nothing to measure; for rows and runs that tell
+            nothing; and for a base that is not of such devices.
     """
-    if options.rows:
+    if options.run is not None:
+        if options.rows is not None:
+            raise ConfigError("rows", options.rows, "a run is read instead", "either of them", {"rows": None})
+        _refuse_ranks(world, "it reads a run that was measured")
+        return _cluster_of_run(Path(os.path.expanduser(options.run)), options.base, name)
+    if options.rows is not None:
         _refuse_ranks(world, "it reads rows that were measured")
-        rows = read_rows(Path(os.path.expanduser(options.rows)))
-        card: Row = next((row for row in rows if "card" in row), {})
-        base = _base_cluster(options.base, card.get("card", ""), card.get("memory_bytes", 0))
-        return cluster_from_rows(rows, base, name)
+        return _cluster_of_rows(Path(os.path.expanduser(options.rows)), options.base, name)
     import torch  # late, and so are those that import it
 
-    if not torch.cuda.is_available():
-        _refuse_ranks(world, "without a GPU it starts its own ranks")
-        if options.base is not None:
-            why = "there is no GPU here, and what is measured of a CPU needs no other cluster"
-            raise ConfigError("base", options.base, why, "rows=FILE of a GPU, or no base", {"base": None})
-        return None
-    if not world.own_device and world.local_size > torch.cuda.device_count():
-        _refuse_ranks(world, f"{world.local_size} ranks per host have {torch.cuda.device_count()} GPUs")
+    if torch.cuda.is_available():
+        return _cluster_of_gpus(options.base, name, world)
+    _refuse_ranks(world, "without a GPU it starts its own ranks")
+    if options.base is not None:
+        why = "there is no GPU here, and what is measured of a CPU needs no other cluster"
+        raise ConfigError("base", options.base, why, "rows=FILE of a GPU, or no base", {"base": None})
+    return _cluster_of_cpu(name)
+
+
+def _cluster_of_run(folder: Path, base: str | None, name: str) -> dict[str, Any]:
+    """The base, with its rates scaled so that the run's step is predicted as it was measured."""
+    from tpresearch.calibrate.run import cluster_from_run, read_run
+
+    run = read_run(folder)
+    return cluster_from_run(run, _base_cluster(base, run.device, 0, allows_cpu=True), name)
+
+
+def _cluster_of_rows(path: Path, base: str | None, name: str) -> dict[str, Any]:
+    rows = read_rows(path)
+    card: Row = next((row for row in rows if "card" in row), {})
+    return cluster_from_rows(
+        rows, _base_cluster(base, card.get("card", ""), card.get("memory_bytes", 0)), name
+    )
+
+
+def _cluster_of_gpus(base: str | None, name: str, world: World) -> dict[str, Any] | None:
+    import torch
+
     from tpresearch.calibrate.cuda import measure_gpu
     from tpresearch.calibrate.links import measure_links
 
+    if not world.own_device and world.local_size > torch.cuda.device_count():
+        _refuse_ranks(world, f"{world.local_size} ranks per host have {torch.cuda.device_count()} GPUs")
     chip = torch.cuda.get_device_properties(0)
-    base = _base_cluster(options.base, chip.name, chip.total_memory)  # before anything is measured
+    plain = _base_cluster(base, chip.name, chip.total_memory)  # before anything is measured
     links = measure_links(world)
-    return cluster_from_rows([*measure_gpu(), *links], base, name) if world.rank == 0 else None
+    return cluster_from_rows([*measure_gpu(), *links], plain, name) if world.rank == 0 else None
 
 
-def _cluster_of_run(options: Options, name: str, world: World) -> dict[str, Any]:
-    """The base, with its rates scaled so that the run's step is predicted as it was measured.
+def _cluster_of_cpu(name: str) -> dict[str, Any]:
+    import torch
 
-    Raises:
-        ConfigError: for a run that was not measured, and for a base that cannot have made it.
-    """
-    from tpresearch.calibrate.run import cluster_from_run, read_run  # late: it imports torch
+    from tpresearch.calibrate.cpu import measure_cpu
 
-    if options.rows is not None:
-        raise ConfigError("rows", options.rows, "a run is read instead", "either of them", {"rows": None})
-    _refuse_ranks(world, "it reads a run that was measured")
-    run = read_run(Path(os.path.expanduser(options.run or "")))
-    return cluster_from_run(run, _base_cluster(options.base, run.device, 0, allows_cpu=True), name)
+    torch.set_num_threads(1)
+    cores, chip = len(os.sched_getaffinity(0)), _chip()
+    where = f"{platform.node()}, {chip}"
+    return {
+        "name": name,
+        "device": f"a core of {chip}",
+        "devices_per_host": 8,
+        "hosts": 1,
+        "shared_cores": cores,
+        "checked": [],
+        "numbers": {key: measured_number(value, where) for key, value in measure_cpu().items()},
+    }
 
 
 def _refuse_ranks(world: World, why: str) -> None:
@@ -181,25 +207,6 @@ def _closest_cluster(clusters: dict[str, dict[str, Any]], card: str, memory_byte
     words = re.split("[ -]", card)
     alike = [name for name in clusters if chip(name) in words]
     return min(alike, key=distance, default=None)
-
-
-def _cpu_cluster(name: str) -> dict[str, Any]:
-    import torch
-
-    from tpresearch.calibrate.cpu import measure_cpu
-
-    torch.set_num_threads(1)
-    cores, chip = len(os.sched_getaffinity(0)), _chip()
-    source = f"tpresearch.calibrate on {platform.node()}, {chip}"
-    return {
-        "name": name,
-        "device": f"a core of {chip}",
-        "devices_per_host": 8,
-        "hosts": 1,
-        "shared_cores": cores,
-        "checked": [],
-        "numbers": {key: measured_number(value, source) for key, value in measure_cpu().items()},
-    }
 
 
 def _chip() -> str:

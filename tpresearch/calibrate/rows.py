@@ -24,6 +24,8 @@ IN_A_STEP = 1.028
 of Llama-3-8B had 677 and 699 TFLOP/s, the matmul of 8192^3 under load 653 and 686 (experiments/gpu)."""
 IN_A_HOST, ACROSS_HOSTS = "in a host", "across hosts"
 """How the op of a collective's row ends: `all_gather in a host`, of shape (bytes of the whole tensor, ranks)."""
+CALIBRATED = "tpresearch.calibrate on"
+"""How the source of a number begins that is measured, other than one of the base."""
 LEGAL = "a JSON object per line, with op, shape, us, flops and bytes"
 MEASURED = {"op": str, "shape": list[int], "us": float, "flops": float, "bytes": float}
 
@@ -72,18 +74,18 @@ def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -
     if memory := card.get("memory_bytes"):
         found["memory_gb"] = memory / 1e9
     version = next((row["torch"] for row in rows if "torch" in row), "unknown")
-    source = f"tpresearch.calibrate on {card.get('card', 'a GPU')}, torch {version}"
+    where = f"{card.get('card', 'a GPU')}, torch {version}"
     numbers = {key: dict(number) for key, number in base["numbers"].items()}
-    numbers |= {key: measured_number(value, source) for key, value in found.items()}
+    numbers |= {key: measured_number(value, where) for key, value in found.items()}
     device = card.get("card", base["device"])
     per_host = [row["shape"][1] for row in timed if row["op"].endswith(IN_A_HOST)]
     hosts = {"devices_per_host": per_host[0], "devices_per_node": None} if per_host else {}
     return {**base, "name": name, "device": device, **hosts, "checked": [], "numbers": numbers}
 
 
-def measured_number(value: object, source: str) -> dict[str, Any]:
+def measured_number(value: object, where: str) -> dict[str, Any]:
     """A number of a cluster file."""
-    return {"value": value, "kind": "measured", "source": source}
+    return {"value": value, "kind": "measured", "source": f"{CALIBRATED} {where}"}
 
 
 def _rates(timed: list[Row], base: Mapping[str, Any]) -> dict[str, Any]:
