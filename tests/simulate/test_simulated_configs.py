@@ -13,7 +13,7 @@ from tpresearch.config.world import World
 from tpresearch.launch.composition import read_option
 from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.prediction import Prediction
-from tpresearch.simulate.preflight import preflight
+from tpresearch.simulate.preflight import check_simulation, preflight
 from tpresearch.simulate.report import report
 
 
@@ -39,6 +39,21 @@ def test_what_cannot_be_simulated_is_refused_by_its_key(words: str, refusal: str
     cfg = config("model=llama2_debug", "train.dtype=bfloat16", *words.split(), program="simulate")
     with pytest.raises(ConfigError, match=f"^{re.escape(refusal)}"):
         preflight(cfg, World())
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        ("parallel=none", 1),
+        ("parallel=fsdp_tp mesh.dp_shard=2 mesh.tp=2", 4),
+        ("parallel=fsdp_tp mesh.tp=2", 8),
+        ("parallel=hsdp mesh.dp_shard=16", 16),
+        ("parallel=hsdp_tp mesh.dp_replicate=4 mesh.tp=4", 16),
+    ],
+)
+def test_without_a_world_size_there_are_the_ranks_of_the_mesh_or_of_a_host(words: str, ranks: int) -> None:
+    cfg = config("model=llama2_debug", "train.global_batch_size=16", *words.split(), program="simulate")
+    assert check_simulation(cfg, World()).sizes.world == ranks
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

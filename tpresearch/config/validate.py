@@ -52,17 +52,18 @@ def with_batch_that_fits(cfg: Config, sizes: MeshSizes) -> Config:
 
 def planned_world(cfg: Config) -> int:
     """The number of ranks for plan_only: world_size, else as many as a run would need."""
-    return cfg.world_size or _ranks_of_mesh(cfg, DEFAULT_PLAN_RANKS)
+    return cfg.world_size or ranks_of_mesh(cfg, DEFAULT_PLAN_RANKS)
 
 
 def ranks_needed(cfg: Config, open_ranks: int) -> int:
     """The number of ranks that a command starts: the product of its mesh sizes, or `open_ranks` if they leave it open."""
     if cfg.plan_only or cfg.cluster or not used_axes(cfg.parallel):  # a simulated step is one process
         return 1
-    return cfg.world_size or _ranks_of_mesh(cfg, open_ranks)
+    return cfg.world_size or ranks_of_mesh(cfg, open_ranks)
 
 
-def _ranks_of_mesh(cfg: Config, open_ranks: int) -> int:
+def ranks_of_mesh(cfg: Config, open_ranks: int) -> int:
+    """The product of the mesh sizes; if some are open, its greatest multiple up to `open_ranks`, at least itself."""
     sizes = [getattr(cfg.mesh, axis.name) for axis in used_axes(cfg.parallel)]
     given = [size for size in sizes if size is not None and size > 0]
     product = math.prod(given)

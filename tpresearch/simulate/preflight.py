@@ -9,9 +9,8 @@ from typing import NamedTuple
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.choices import Float8
-from tpresearch.config.mesh import used_axes
 from tpresearch.config.notes import notes_on_settings
-from tpresearch.config.validate import validate
+from tpresearch.config.validate import ranks_of_mesh, validate
 from tpresearch.config.world import World
 from tpresearch.launch.garbage import gc_paused
 from tpresearch.launch.hydra_app import typed_overrides
@@ -53,7 +52,7 @@ def check_simulation(cfg: Config, world: World) -> SimulationPreflight:
         why = "it simulates all ranks in one process"
         raise ConfigError("WORLD_SIZE", world.size, why, "a start by python, without torchrun", nproc=1)
     cluster = parse_cluster(cfg.cluster)
-    ranks = cfg.world_size or _ranks(cfg, cluster)
+    ranks = cfg.world_size or ranks_of_mesh(cfg, cluster.devices_per_host)
     check_world(cluster, ranks)
     cfg = dataclasses.replace(cfg, world_size=ranks, plan_only=False)
     sizes = validate(cfg, ranks, cluster.hosts_of(ranks))
@@ -76,14 +75,3 @@ def _float8_lack(cfg: Config, cluster: Cluster) -> str | None:
     if importlib.util.find_spec("torchao") is None:
         return "torchao is not installed: pip install 'tpresearch[float8]'"
     return None
-
-
-def _ranks(cfg: Config, cluster: Cluster) -> int:
-    """As many as the mesh sizes make, else those of one host."""
-    product = 1
-    for axis in used_axes(cfg.parallel):
-        size = getattr(cfg.mesh, axis.name)
-        if size is None or size < 0:
-            return max(product, cluster.devices_per_host)
-        product *= size
-    return product
