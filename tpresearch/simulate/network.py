@@ -59,35 +59,48 @@ def route(axis: str, sizes: MeshSizes, cluster: Cluster) -> Route:
 
 def collective_s(collective: str, tensor_bytes: int, where: Route, cluster: Cluster) -> float:
     """Seconds of one collective on a whole tensor of this size, alone on its links."""
-    n = where.ranks
-    if n <= 1:
+    if where.ranks <= 1:
         return 0.0
-    outside = where.hosts - 1
-    bandwidth, passes = _bandwidth(where, cluster), ring_passes(collective, cluster.is_cpu)
-    moved = passes * tensor_bytes * (n - 1) / n
+    by_backend = _gloo_s if cluster.is_cpu else _nccl_s
+    return cluster["collective_us"] * 1e-6 + by_backend(collective, tensor_bytes, where, cluster)
+
+
+def _nccl_s(collective: str, tensor_bytes: int, where: Route, cluster: Cluster) -> float:
+    """By its fastest protocol, in a ring or, for an all-reduce between hosts, in a tree."""
     inside_step, outside_step = cluster["intra_step_us"] * 1e-6, cluster["inter_step_us"] * 1e-6
-    if cluster.is_cpu:  # gloo has the ring alone, each step of which wakes the threads of its ranks
-        copying = cluster["bandwidth_gb_s"] * cluster["copy_efficiency"] * 1e9
-        around = passes * (n - 1) * inside_step + moved / bandwidth
-        return cluster["collective_us"] * 1e-6 + around + copied_by_gloo(collective, tensor_bytes) / copying
-    steps = [passes * ((n - 1 - outside) * inside_step + outside * outside_step)]
+    outside = where.hosts - 1
+    around = (where.ranks - 1 - outside) * inside_step + outside * outside_step
+    latencies = [ring_passes(collective, by_gloo=False) * around]
     if collective == "all_reduce" and outside:
         inside = 2 * (where.per_host - 1) * inside_step
-        steps.append(inside + 2 * math.log2(where.hosts) * outside_step)
-    fastest = min(
+        latencies.append(inside + 2 * math.log2(where.hosts) * outside_step)
+    moved, bandwidth = _moved_bytes(collective, tensor_bytes, where, cluster), _bandwidth(where, cluster)
+    return min(
         latency * protocol.step + moved / (bandwidth * protocol.bandwidth)
-        for latency in steps
+        for latency in latencies
         for protocol in PROTOCOLS
     )
-    return cluster["collective_us"] * 1e-6 + fastest
+
+
+def _gloo_s(collective: str, tensor_bytes: int, where: Route, cluster: Cluster) -> float:
+    """In a ring, which is all it has; each step wakes the threads of its ranks."""
+    steps = ring_passes(collective, by_gloo=True) * (where.ranks - 1)
+    moving = _moved_bytes(collective, tensor_bytes, where, cluster) / _bandwidth(where, cluster)
+    copying = cluster["bandwidth_gb_s"] * cluster["copy_efficiency"] * 1e9
+    around = steps * (cluster["intra_step_us"] * 1e-6) + moving
+    return around + copied_by_gloo(collective, tensor_bytes) / copying
 
 
 def network_s(collective: str, tensor_bytes: int, where: Route, cluster: Cluster) -> float:
     """Of these seconds, those in which the bytes are on the links between hosts."""
     if where.hosts == 1:
         return 0.0
-    moved = ring_passes(collective, cluster.is_cpu) * tensor_bytes * (where.ranks - 1) / where.ranks
-    return moved / _bandwidth(where, cluster)
+    return _moved_bytes(collective, tensor_bytes, where, cluster) / _bandwidth(where, cluster)
+
+
+def _moved_bytes(collective: str, tensor_bytes: int, where: Route, cluster: Cluster) -> float:
+    """Bytes that each rank sends around a ring."""
+    return ring_passes(collective, cluster.is_cpu) * tensor_bytes * (where.ranks - 1) / where.ranks
 
 
 def sent_s(core_s: float, network_s: float) -> float:
