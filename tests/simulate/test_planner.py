@@ -163,7 +163,7 @@ def test_steps_that_do_something_else_at_more_rows_are_recorded(monkeypatch: pyt
         cfg = config("model=llama2_debug", "parallel=ddp", "data.seq_len=64", f"train.loss_chunk={chunk}")
         sizes = validate(at_rows(cfg, 1, 32), 2)
         family = Candidate(at_rows(cfg, 1, 32), sizes)
-        traces = ranking._Traces(family, recording(family.cfg, sizes, noted))
+        traces = ranking._Traces(family)
         asked.clear()
         traces.trace(family.with_micro_batch(8).cfg, sizes, None)
         assert sorted(asked) == recorded

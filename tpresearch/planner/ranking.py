@@ -176,7 +176,7 @@ def _predict_alike(
 
 def _predict_each_micro_batch(family: Candidate, known: Recording, cluster: Cluster) -> list[RankedCandidate]:
     """Predictions from two rows per micro-batch up to the first that does not fit; one row, which is no faster, only if two do not fit."""
-    traces = _Traces(family, known)
+    traces = _Traces(family)
     single, *more = micro_batch_rows(family)
     found: list[RankedCandidate] = []
     with fake_mesh(family.sizes):  # of all that it records
@@ -224,32 +224,29 @@ def _state_bytes(cfg: Config, sizes: MeshSizes) -> int:
 class _Traces:
     """Recorded steps of a plan on a mesh, at few blocks and few rows per micro-batch; larger ones are extrapolated."""
 
-    def __init__(self, family: Candidate, known: Recording) -> None:
-        self._family, self._known = family, known
-        self._recorded: dict[tuple[int, int], Trace] = {}
+    def __init__(self, family: Candidate) -> None:
+        # As many as there are of one row, and two at least: `Trace.ops` takes those that it needs.
+        self._micro_batches = max(2, micro_batches(family.cfg, family.sizes))
+        self._recorded: dict[tuple[str, int], Trace] = {}
 
     def trace(self, cfg: Config, sizes: MeshSizes, _: object) -> Trace:
-        rows, depth = cfg.train.micro_batch_size or 1, cfg.model.args.get(self._known.setting or "", 0)
+        rows = cfg.train.micro_batch_size or 1
         if micro_batches(cfg, sizes) == 1 and (rows <= FEW_ROWS or sizes[REPLICATE.name] > 1):
             return record(cfg, sizes)  # none of several micro-batches both sets gradients and sums them
         if rows <= MORE_ROWS:
-            return self._recorded_at(depth, rows)
+            return self._recorded_at(rows, cfg, sizes)
         if len({_chunk(cfg, rows) for rows in (FEW_ROWS, MORE_ROWS, rows)}) > 1:
             return record(cfg, sizes)
-        extrapolated = with_rows(
-            self._recorded_at(depth, FEW_ROWS), self._recorded_at(depth, MORE_ROWS), rows
-        )
-        return extrapolated or record(cfg, sizes)
+        few, more = (self._recorded_at(recorded, cfg, sizes) for recorded in (FEW_ROWS, MORE_ROWS))
+        return with_rows(few, more, rows) or record(cfg, sizes)
 
-    def _recorded_at(self, depth: int, rows: int) -> Trace:
-        """The recorded trace, of at least two micro-batches: `Trace.ops` takes as many as needed."""
-        if (depth, rows) not in self._recorded:
-            cfg, sizes = self._family.cfg, self._family.sizes
-            shallow = replace(self._known, cfg=cfg).at(depth) if self._known.setting else cfg
-            candidate = Candidate(shallow, sizes).with_micro_batch(rows)
-            candidate.cfg.train.global_batch_size = max(2, micro_batches(cfg, sizes)) * rows * sizes.dp
-            self._recorded[depth, rows] = record(candidate.cfg, sizes)
-        return self._recorded[depth, rows]
+    def _recorded_at(self, rows: int, cfg: Config, sizes: MeshSizes) -> Trace:
+        key = str(cfg.model.args), rows
+        if key not in self._recorded:
+            batch = self._micro_batches * rows * sizes.dp
+            train = replace(cfg.train, micro_batch_size=rows, global_batch_size=batch)
+            self._recorded[key] = record(replace(cfg, train=train), sizes)
+        return self._recorded[key]
 
 
 def _chunk(cfg: Config, rows: int) -> tuple[int, int] | None:
