@@ -120,7 +120,8 @@ CLUSTER_KEYS = {
 }
 """The other keys of a cluster, and their types."""
 COUNTS = ("devices_per_host", "devices_per_node", "hosts", "shared_cores")
-REQUIRED_KEYS = ("name", "device", "devices_per_host", "numbers")
+DEFAULTS = {"devices_per_node": None, "hosts": None, "shared_cores": None, "has_switch": True, "checked": []}
+"""Those that a cluster may leave out."""
 
 
 @dataclass(frozen=True)
@@ -195,20 +196,20 @@ def parse_cluster(plain: Mapping[str, Any]) -> Cluster:
         if name not in CLUSTER_KEYS:
             why, legal = "a cluster has no such key", "one of " + ", ".join(nearest(str(name), CLUSTER_KEYS))
             raise ConfigError(f"cluster.{name}", value, why, legal)
-    for name in REQUIRED_KEYS:
-        if plain.get(name) in (None, "", {}):
+    for name in CLUSTER_KEYS:
+        if name not in DEFAULTS and plain.get(name) in (None, "", {}):
             why, legal = "a cluster needs it", "a value, in its conf/cluster file"
             raise ConfigError(f"cluster.{name}", plain.get(name), why, legal)
-    stated: dict[str, Any] = {"has_switch": True, "hosts": None, "shared_cores": None, **plain}
-    stated["checked"] = plain.get("checked") or []
+    stated: dict[str, Any] = {**DEFAULTS, **plain}
+    stated["checked"] = stated["checked"] or []
     for name, kind in CLUSTER_KEYS.items():
-        check_value(f"cluster.{name}", stated.get(name), kind)
-        if name in COUNTS and stated.get(name) is not None:
+        check_value(f"cluster.{name}", stated[name], kind)
+        if name in COUNTS and stated[name] is not None:
             least = Within(LEAST) if name == "shared_cores" else Within(1)
             if stated[name] not in least:
                 raise ConfigError(f"cluster.{name}", stated[name], "out of bounds", str(least))
     per_host = stated["devices_per_host"]
-    stated["devices_per_node"] = per_node = stated.get("devices_per_node") or per_host
+    stated["devices_per_node"] = per_node = stated["devices_per_node"] or per_host
     if per_host % per_node:
         why = f"does not divide cluster.devices_per_host={per_host}"
         raise ConfigError("cluster.devices_per_node", per_node, why, "a divisor, or null for a whole host")

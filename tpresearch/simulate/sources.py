@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from tpresearch.launch.command import is_within, override_key
-from tpresearch.simulate.cluster import Cluster, Number, SourceKind
+from tpresearch.simulate.cluster import DEFAULTS, Cluster, Number, SourceKind
 
 TYPED = "typed on the command line"
-HOST = {"devices_per_host": None, "has_switch": True, "shared_cores": None}
-"""Keys of a cluster that say what a host is, with what they are where no file states them."""
+HOST = ("devices_per_host", "has_switch", "shared_cores")
+"""Keys of a cluster that say what a host is."""
 IN_A_FILE = "changed in {}, which states no source"
 
 
@@ -27,7 +27,7 @@ def with_own_sources(
         files: names and contents of those from which the cluster was merged, each over those before it.
         words: the overrides that were typed.
     """
-    values: dict[str, object] = dict(HOST)
+    values: dict[str, object] = {name: DEFAULTS.get(name) for name in HOST}
     when_checked: dict[str, object] = {}
     sourced: dict[str, tuple[object, str]] = {}
     """Each number with its source, where both were last stated."""
