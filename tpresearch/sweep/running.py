@@ -63,7 +63,7 @@ class Devices:
             self.gpus = self.gpus[job.slots :]
             return share
         total = self.cpu_slots or 1
-        wanted = total if self.cpu_slots is None else min(job.slots, total)
+        wanted = min(job.slots, total)
         if self._cpu_taken + wanted > total:
             return None
         self._cpu_taken += wanted
