@@ -61,6 +61,18 @@ def test_one_host_tells_nothing_of_the_network() -> None:
         assert found["numbers"][name] == BASE["numbers"][name]
 
 
+def test_a_tray_tells_of_the_links_of_its_rack_and_not_of_the_network() -> None:
+    base = read_option("cluster", "gb200_nvl72")
+    measured = [
+        *of_a_ring("in a host", 4, 12.0, 6.0, 600.0),
+        *of_a_ring("across hosts", 3, 12.0, 21.0, 600.0),
+    ]
+    found = cluster_from_rows(measured, base, "mine")
+    assert found["numbers"]["intra_gb_s"]["value"] == pytest.approx(600)
+    assert found["numbers"]["inter_gb_s"] == base["numbers"]["inter_gb_s"]
+    assert [found[key] for key in ("devices_per_host", "devices_per_node")] == [64, 4]
+
+
 class Event:
     """An event on the host's clock, since gloo's collectives return when they are done."""
 

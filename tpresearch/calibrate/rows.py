@@ -67,6 +67,11 @@ def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -
     rows = list(rows)
     timed = [row for row in rows if "us" in row and row["us"] > 0]
     card = next((row for row in rows if "card" in row), {})
+    per_host = next((row["shape"][1] for row in timed if row["op"].endswith(IN_A_HOST)), None)
+    hosts = {"devices_per_host": per_host, "devices_per_node": None} if per_host else {}
+    # A tray's links are those of its rack, on which the other trays are too.
+    if per_host and base["devices_per_host"] > per_host == base.get("devices_per_node"):
+        hosts, timed = {}, [row for row in timed if not row["op"].endswith(ACROSS_HOSTS)]
     found = _rates(timed, base) | _bandwidths(timed, base) | _links(timed, base)
     if not found:
         why = "it measures neither matmuls, attention, memory, launches nor collectives"
@@ -78,8 +83,6 @@ def cluster_from_rows(rows: Iterable[Row], base: Mapping[str, Any], name: str) -
     numbers = {key: dict(number) for key, number in base["numbers"].items()}
     numbers |= {key: measured_number(value, where) for key, value in found.items()}
     device = card.get("card", base["device"])
-    per_host = [row["shape"][1] for row in timed if row["op"].endswith(IN_A_HOST)]
-    hosts = {"devices_per_host": per_host[0], "devices_per_node": None} if per_host else {}
     return {**base, "name": name, "device": device, **hosts, "checked": [], "numbers": numbers}
 
 
