@@ -14,7 +14,7 @@ from tpresearch.launch.composition import read_option
 from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.prediction import Prediction
 from tpresearch.simulate.preflight import check_simulation, preflight
-from tpresearch.simulate.report import report
+from tpresearch.simulate.report import memory_text, report
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,16 @@ def test_what_cannot_be_simulated_is_refused_by_its_key(words: str, refusal: str
 def test_without_a_world_size_there_are_the_ranks_of_the_mesh_or_of_a_host(words: str, ranks: int) -> None:
     cfg = config("model=llama2_debug", "train.global_batch_size=16", *words.split(), program="simulate")
     assert check_simulation(cfg, World()).sizes.world == ranks
+
+
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_what_would_hold_less_is_not_what_is_set_already(kind: str) -> None:
+    cfg = config("model=llama2_debug", f"parallel.activation_checkpointing={kind}")
+    h100, held = parse_cluster(read_option("cluster", "h100_dgx")), {"parameters": 10**12}
+    held |= {"activations": 0, "other": 0}
+    text = memory_text(Prediction(h100, MeshSizes(dp_shard=4), cfg, {"step": 1.0}, 1.0, [], held))
+    assert text.startswith("1000.0 of 85 GB: does not fit; ")
+    assert ("parallel.activation_checkpointing=full" in text) == (kind == "none")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

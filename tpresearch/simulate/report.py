@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from tpresearch.config.axes import AXIS_NAMES
-from tpresearch.config.choices import Dtype
+from tpresearch.config.choices import Checkpointing, Dtype
 from tpresearch.config.validate import micro_batch_size, micro_batches
 from tpresearch.simulate.cluster import SourceKind
 from tpresearch.simulate.prediction import Prediction, rows_that_fit
@@ -50,6 +50,8 @@ def _remedy(prediction: Prediction) -> str:
         return f"train.micro_batch_size={fits} would"
     if sizes.shards == 1 and sizes.world > 1:
         return "a plan that shards weights, such as parallel=fsdp, holds less"
+    if cfg.parallel.activation_checkpointing is Checkpointing.full:
+        return "with more ranks to shard over, each holds less"
     return "more ranks to shard over, or parallel.activation_checkpointing=full, hold less"
 
 
