@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -71,29 +72,26 @@ def _card(device: str) -> dict[str, Any]:
 
 
 def _matmuls(device: str) -> Iterator[Case]:
-    for rows, columns, depth in ((TOKENS, HIDDEN, WIDTH), (TOKENS, WIDTH, HIDDEN), (TOKENS, WIDTH, WIDTH)):
+    def prepare(rows: int, columns: int, depth: int) -> Callable[[], object]:
+        a, b = random(rows, depth, device=device), random(columns, depth, device=device)
+        return partial(torch.matmul, a, b.t())
 
-        def prepare(rows: int = rows, columns: int = columns, depth: int = depth) -> Callable[[], object]:
-            a, b = random(rows, depth, device=device), random(columns, depth, device=device)
-            return partial(torch.matmul, a, b.t())
-
-        yield Case("matmul NT", (rows, columns, depth), 2.0 * rows * columns * depth, 0.0, prepare)
+    for shape in ((TOKENS, HIDDEN, WIDTH), (TOKENS, WIDTH, HIDDEN), (TOKENS, WIDTH, WIDTH)):
+        yield Case("matmul NT", shape, 2.0 * math.prod(shape), 0.0, partial(prepare, *shape))
 
 
 def _attention(device: str) -> Iterator[Case]:
+    def prepare(rows: int, length: int, backward: bool) -> Callable[[], object]:
+        q, k, v = (random(rows, HEADS, length, HEAD_DIM, device=device).requires_grad_() for _ in range(3))
+        forward = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+        return partial(forward_and_backward, forward, (q, k, v)) if backward else forward
+
     for rows, length in ATTENTION:
-
-        def prepare(backward: bool, rows: int = rows, length: int = length) -> Callable[[], object]:
-            shape = rows, HEADS, length, HEAD_DIM
-            q, k, v = (random(*shape, device=device).requires_grad_() for _ in range(3))
-
-            forward = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
-            return partial(forward_and_backward, forward, (q, k, v)) if backward else forward
-
         flops = 2.0 * rows * HEADS * length * length * HEAD_DIM
         shape = rows, HEADS, HEADS, length, HEAD_DIM
-        yield Case("attention forward", shape, flops, 0.0, partial(prepare, False))
-        yield Case("attention forward and backward", shape, 3.5 * flops, 0.0, partial(prepare, True))
+        yield Case("attention forward", shape, flops, 0.0, partial(prepare, rows, length, backward=False))
+        both = partial(prepare, rows, length, backward=True)
+        yield Case("attention forward and backward", shape, 3.5 * flops, 0.0, both)
 
 
 def forward_and_backward(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> None:
