@@ -8,10 +8,12 @@ on CUDA the allocator's own peak is reported too.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +46,9 @@ class MemoryLedger(TorchDispatchMode):
     def __init__(self, model: nn.Module, optimizer: Optimizer, remainders: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self._model, self._optimizer, self._remainders = model, optimizer, remainders
-        self._next_id = 0
-        self._live: dict[int, int] = {}
-        """Address of a live storage -> the id we gave it."""
+        self._next_id = itertools.count()
+        self._live: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
+        """The ids of live storages."""
         self._changes: list[tuple[int, int | None]] = []
         """(id of a storage, bytes by which it grew, None if it was freed), in order of time."""
         self._kinds: dict[int, str] = {}
@@ -122,17 +124,11 @@ class MemoryLedger(TorchDispatchMode):
 
     def _storage_id(self, storage: torch.UntypedStorage, nbytes: int | None) -> int:
         """The storage's id; a new storage gets one, and counts from now on until it is freed."""
-        address = storage._cdata
-        if address not in self._live:
-            number, self._next_id = self._next_id, self._next_id + 1
-            self._live[address] = number
+        if storage not in self._live:
+            self._live[storage] = number = next(self._next_id)
             self._changes.append((number, storage.nbytes() if nbytes is None else nbytes))
-            weakref.finalize(storage, self._freed, address, number).atexit = False
-        return self._live[address]
-
-    def _freed(self, address: int, number: int) -> None:
-        del self._live[address]
-        self._changes.append((number, None))
+            weakref.finalize(storage, self._changes.append, (number, None)).atexit = False
+        return self._live[storage]
 
     def held(self) -> list[MemoryUse]:
         """The recorded changes, replayed with the kinds that storages turned out to have."""

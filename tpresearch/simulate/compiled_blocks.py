@@ -137,7 +137,7 @@ class _Compiled:
     calls that its backward repeats."""
 
     def __init__(self, block: nn.Module, model: nn.Module, cfg: Config, has_rules: bool) -> None:
-        self.bytes_by_storage: dict[int, int] = {}
+        self.bytes_by_storage: dict[torch.UntypedStorage, int] = {}
         self.recomputed: set[Call] = set()
         self._block, self._model = block, model
         # What overlaps is inductor's affair: this backend has no such option, and keeps the same.
@@ -150,18 +150,17 @@ class _Compiled:
         own = {_storage(t) for t in (*self._block.parameters(), *self._model.buffers())}
 
         def note(tensor: Tensor) -> Tensor:
-            if _storage(tensor) not in own:
-                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                self.bytes_by_storage[_storage(tensor)] = local.untyped_storage().nbytes()
+            if (storage := _storage(tensor)) not in own:
+                self.bytes_by_storage[storage] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             return self._forward(*args, **kwargs)
 
 
-def _storage(tensor: Tensor) -> int:
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage()._cdata
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage()
 
 
 def _partitioning_backend(recomputed: set[Call]) -> Any:

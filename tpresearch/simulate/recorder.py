@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,8 @@ class Recorder(CommunicationLedger):
         self._blocks = [model.get_submodule(name) for name in ends]
         self._last_block_from = self._first_block_to = -1
         """Places in autograd's sequence."""
-        self._live: dict[int, int] = {}
-        self._count = 0
+        self._numbers: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
+        self._next_number = itertools.count()
         self._spans: list[tuple[int, int]] = []
         """Range of places in autograd's sequence, for each call of a single-kernel module."""
         self._running: int | None = None
@@ -166,7 +167,7 @@ class Recorder(CommunicationLedger):
         given = _plain_tensors((args, inputs))
         if not given and not made:
             return
-        if name == "to" and {*map(_storage, made)} <= {*map(_storage, given)}:
+        if name == "to" and {t.untyped_storage() for t in made} <= {t.untyped_storage() for t in given}:
             return  # of a tensor that has that dtype and layout already, as DTensor's loss has
         kind = "other"
         shape: tuple[int, ...] = ()
@@ -212,12 +213,9 @@ class Recorder(CommunicationLedger):
 
     def _number(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address not in self._live:
-            self._live[address] = self._count
-            self._count += 1
-            weakref.finalize(storage, self._live.pop, address, None).atexit = False
-        return self._live[address]
+        if storage not in self._numbers:
+            self._numbers[storage] = next(self._next_number)
+        return self._numbers[storage]
 
 
 def _launches(func: Any, name: str) -> bool:
@@ -228,10 +226,6 @@ def _launches(func: Any, name: str) -> bool:
 
 def _plain_tensors(values: Any) -> list[Tensor]:
     return [t for t in tree_leaves(values) if isinstance(t, Tensor) and not isinstance(t, DTensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _bytes(tensor: Tensor) -> int:

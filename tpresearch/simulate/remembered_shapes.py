@@ -139,7 +139,7 @@ def _remember(kind: _Kind, result: Any, given: Any) -> _Remembered | None:
     if kind is _Kind.in_place:
         return _Remembered((), None)
     container = next((kind for kind in (list, tuple) if isinstance(result, kind)), None)
-    storages = {t.untyped_storage()._cdata for t in tree_leaves(given) if isinstance(t, Tensor)}
+    storages = {t.untyped_storage() for t in tree_leaves(given) if isinstance(t, Tensor)}
     outputs: list[_Output | None] = []
     for made in result if container else (result,):
         if made is None:
@@ -151,8 +151,8 @@ def _remember(kind: _Kind, result: Any, given: Any) -> _Remembered | None:
         storage = made.untyped_storage()
         if made.is_conj() or made.is_neg() or made.storage_offset() or made.requires_grad:
             return None
-        if storage._cdata in storages or storage.nbytes() != like.untyped_storage().nbytes():
+        if storage in storages or storage.nbytes() != like.untyped_storage().nbytes():
             return None
-        storages.add(storage._cdata)
+        storages.add(storage)
         outputs.append(_Output(made.shape, made.stride(), made.dtype, made.fake_device))
     return _Remembered(tuple(outputs), container)
