@@ -145,19 +145,16 @@ class TorchrunLauncher(Launcher):
             print_table(Console(highlight=False, width=width), self._folder, outcomes)
 
     def _job_return(self, outcome: Outcome) -> JobReturn:
-        job = outcome.job
-        returned = QuietReturn(overrides=job.overrides, cfg=job.composed)
-        objective = self._settings.objective
+        job, objective, error = outcome.job, self._settings.objective, None
         value = outcome.summary.get(objective)
         if outcome.status != "completed":
             error = f"job {job.number}: {outcome.error or outcome.status}"
         elif outcome.summary and not isinstance(value, int | float):
             error = f"job {job.number}: summary.json has no number for hydra.launcher.objective={objective}"
             self._print(error)
-        else:
-            returned.status, returned.return_value = JobStatus.COMPLETED, value
-            return returned
-        returned.status, returned.return_value = JobStatus.FAILED, JobFailed(error)
+        returned = QuietReturn(overrides=job.overrides, cfg=job.composed)
+        returned.status = JobStatus.FAILED if error else JobStatus.COMPLETED
+        returned.return_value = JobFailed(error) if error else value
         return returned
 
 

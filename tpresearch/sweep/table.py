@@ -31,7 +31,8 @@ from tpresearch.track.text import UNDEFINED, path_text
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:
     """One row per job: what was swept, its figures with the best of each marked, and how it ended."""
-    columns = _swept(outcomes, ["job", *differing(outcomes)])
+    columns: dict[str, Column] = {"job": [str(outcome.job.number) for outcome in outcomes]}
+    columns |= _swept(outcomes, differing(outcomes))
     columns |= figure_columns([_summary(outcome) for outcome in outcomes])
     columns["status"] = [_status(outcome) for outcome in outcomes]
     if any(outcome.error for outcome in outcomes):
@@ -46,11 +47,10 @@ def _status(outcome: Outcome) -> str:
 
 
 def _swept(outcomes: Sequence[Outcome], keys: Sequence[str]) -> dict[str, Column]:
-    """Columns of what was swept, and of the ranks, predicted ones included; `job` is for the job's number."""
-    settings = [{"job": str(each.job.number), **each.job.settings} for each in outcomes]
-    ranks = [str(_ranks(each)) for each in outcomes]
-    columns: dict[str, Column] = {key: [each.get(key, UNDEFINED) for each in settings] for key in keys}
-    return columns | {"ranks": ranks}
+    """Columns of what was swept, and of the ranks, predicted ones included."""
+    settings = [outcome.job.settings for outcome in outcomes]
+    swept = {key: [each.get(key, UNDEFINED) for each in settings] for key in keys}
+    return {**swept, "ranks": [str(_ranks(each)) for each in outcomes]}
 
 
 def _ranks(outcome: Outcome) -> int:
