@@ -68,7 +68,7 @@ def test_a_tray_tells_of_the_links_of_its_rack_and_not_of_the_network() -> None:
         *of_a_ring("across hosts", 3, 12.0, 21.0, 600.0),
     ]
     found = cluster_from_rows(measured, base, "mine")
-    assert found["numbers"]["intra_gb_s"]["value"] == pytest.approx(600)
+    assert found["numbers"]["intra_gb_s"]["value"] == pytest.approx(600, rel=0.03)
     assert found["numbers"]["inter_gb_s"] == base["numbers"]["inter_gb_s"]
     assert [found[key] for key in ("devices_per_host", "devices_per_node")] == [64, 4]
 
