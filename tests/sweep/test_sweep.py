@@ -486,6 +486,18 @@ def test_on_cpus_as_many_run_as_have_slots(sweep: Sweep, slots: int | None, at_o
     assert all("CUDA_VISIBLE_DEVICES" not in share.environment() for share in sweep.shares)
 
 
+def test_simulated_steps_run_one_per_core_on_no_gpu(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_visible_gpus", lambda: ["0"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
+    sweep("parallel=tp,fsdp,ddp,none", "world_size=2", "+cluster=h100_dgx")
+    assert sweep.most_at_once == 3
+    assert not any("CUDA_VISIBLE_DEVICES" in share.environment() for share in sweep.shares)
+    sweep("parallel=tp,fsdp,ddp,none", "world_size=4", "+cluster=h100_dgx", cpu_slots=2)
+    assert sweep.most_at_once == 2
+    sweep("parallel=tp,fsdp,ddp,none", "world_size=8", "+cluster=h100_dgx", "gpus=8")
+    assert sweep.most_at_once == 1  # a planner takes all cores
+
+
 def test_a_file_chooses_the_launcher_unless_it_is_swept_itself(sweep: Sweep, tmp_path: Path) -> None:
     """Hydra starts a sweep's launcher before it composes the jobs: theirs would be ignored."""
     file = tmp_path / "mine" / "experiment" / "far.yaml"

@@ -68,12 +68,21 @@ class Job:
     """Whether an earlier start of the sweep has completed it, in `folder`."""
 
     @property
+    def simulates(self) -> bool:
+        """Whether it predicts one step, on one core: nothing beside it changes the result. (A planner takes all cores.)"""
+        cluster, gpus = (OmegaConf.select(self.composed, key) for key in ("cluster", "gpus"))
+        return bool(cluster) and gpus is None
+
+    @property
     def settings(self) -> dict[str, str]:
         return values_by_key(typed for typed in self.overrides if "=" in typed)
 
 
 def slots_of(cfg: Config, wanted: int, gpu_count: int) -> tuple[int, bool]:
-    """How many slots a job takes, and whether they are GPUs; its ranks will choose their device in the same way."""
+    """How many slots a job takes, and whether they are GPUs; its ranks will choose their device in the same way. What is predicted
+    runs on no GPU."""
+    if cfg.cluster:
+        return wanted, False
     if cfg.device is DeviceKind.cuda:
         return min(wanted, gpu_count), True
     on_gpus = cfg.device is DeviceKind.auto and 0 < wanted <= gpu_count

@@ -121,7 +121,10 @@ class TorchrunLauncher(Launcher):
 
     def allocate(self, jobs: Sequence[Job], gpus: list[str]) -> tuple[Devices, StartJob]:
         """The devices that jobs run on, and how to start a job."""
-        return Devices(gpus, self._settings.cpu_slots), JobProcess
+        slots = self._settings.cpu_slots
+        if slots is None and all(job.simulates for job in jobs):
+            slots = len(os.sched_getaffinity(0))
+        return Devices(gpus, slots), JobProcess
 
     def cancel(self) -> None:
         """End what `allocate` started and nothing waits for."""
