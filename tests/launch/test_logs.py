@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch  # noqa: F401  it gives its loggers handlers of their own, as in every run
+from support.launches import Command
 
 from tpresearch.launch import World
 from tpresearch.launch.logs import IN_FILES_ONLY, start_logging, tolerate_print_errors
@@ -57,28 +55,12 @@ def test_the_console_is_short_and_leaves_out_what_is_for_files(
     assert "ERROR tpresearch.train: a long traceback" in (tmp_path / "train.log").read_text()
 
 
-CRASHES = """
-import os, signal
-from pathlib import Path
-from tpresearch.launch import World
-from tpresearch.launch.logs import start_logging
-
-def crashes():
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-start_logging(Path(), World(rank=1, local_rank=1, size=2, local_size=2, elastic=True))
-crashes()
-"""
-
-
-def test_a_rank_that_crashes_leaves_its_stack_in_its_log(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", CRASHES], cwd=tmp_path, env={**os.environ, "TORCH_LOGS": ""}
-    )
-    assert ended.returncode == -signal.SIGSEGV
-    log = (tmp_path / "ranks" / "rank-00001.log").read_text()
+def test_a_rank_that_crashes_leaves_its_stack_in_its_log(warm_python: Command, tmp_path: Path) -> None:
+    rank_1 = World(1, 2, 1, 2).environment(port=1) | {"TORCHELASTIC_USE_AGENT_STORE": ""}
+    warm_python("name=crashes", "hydra.run.dir=run", **rank_1, TORCHELASTIC_RUN_ID="any")
+    log = (tmp_path / "run" / "ranks" / "rank-00001.log").read_text()
     assert "Segmentation fault" in log
-    assert "in crashes" in log
+    assert "in main" in log
 
 
 def test_a_handler_of_an_earlier_import_writes_to_the_new_stream(monkeypatch: pytest.MonkeyPatch) -> None:

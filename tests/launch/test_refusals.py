@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from support.launches import PROGRAM, Command
 
 from tpresearch import load
 from tpresearch.config import ConfigError
+from tpresearch.config.world import World
 
 pytestmark = pytest.mark.cli
 
@@ -244,3 +246,14 @@ def test_a_bug_is_no_refusal_and_keeps_its_traceback(warm_python: Command, name:
     done = warm_python(f"name={name}")
     assert (done.code, done.refusals, done.err.count("Traceback")) == (1, [], 1)
     assert done.err.endswith("ValueError: not the user's fault\n")
+
+
+def test_a_bug_on_another_rank_than_the_first_is_in_torchruns_report_wherever_it_is(
+    warm_python: Command, tmp_path: Path
+) -> None:
+    job = World(1, 2, 1, 2).environment(port=1) | {"TORCHELASTIC_RUN_ID": "any"}
+    done = warm_python("name=bug_in_judge", **job, TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    assert (done.code, done.err) == (1, "")
+    report = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert report["message"] == "ValueError: not the user's fault"
+    assert "in preflight" in report["extraInfo"]["py_callstack"]

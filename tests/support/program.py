@@ -5,6 +5,7 @@ The name of the run chooses what goes wrong. Ranks can be made to start apart by
 
 import logging
 import os
+import signal
 import time
 import warnings
 
@@ -37,6 +38,8 @@ def main(cfg: Config, run: Run) -> None:
         raise ValueError("not the user's fault")
     if cfg.name == "fails_once" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         raise ValueError("the first attempt fails")
+    if cfg.name == "crashes":
+        os.kill(os.getpid(), signal.SIGSEGV)
     if cfg.name == "sleeps":
         (run.folder / "asleep").touch()
         time.sleep(600)

@@ -128,9 +128,13 @@ class Program(Generic[Checked]):
             tell_other_hosts(stopped, world)
             raise
         except Exception as error:
+            if world.elastic:
+                from torch.distributed.elastic.multiprocessing.errors import get_error_handler  # late: torch
+
+                get_error_handler().record_exception(error)
             tell_other_hosts(error, world)
             if world.elastic and world.rank:
-                sys.exit(1)  # its traceback is in torchrun's report and in the rank's log
+                sys.exit(1)  # its traceback is in torchrun's report
             raise
         if refused:  # outside of the handler, or each later error would have this one as its context
             try:
@@ -230,20 +234,15 @@ def _srun_alone(slurm: SlurmStep) -> WrongCommand:
 
 
 def _call_main(program: Program[Checked], job: Checked, world: World, restarted: bool = False) -> None:
-    """Call main with the validated config and its run; an exception goes to the logs and to torchrun's report."""
+    """Call main with the validated config and its run; an exception goes to the logs."""
     settings, command = HydraConfig.get(), Command.from_argv(world)
     if any(override_key(word) == "resume" for word in command.arguments):
         command = command.typed(hydra_app.typed_words(settings.overrides.task))
     run = Run(Path(settings.runtime.output_dir), world, restarted, command, program.check_command)
     with gc_paused():
         start_logging(run.folder, world)
-    main = program.main
-    if world.elastic:
-        from torch.distributed.elastic.multiprocessing.errors import record  # late: it imports torch
-
-        main = record(main)
     try:
-        main(job, run)
+        program.main(job, run)
     except ConfigError:
         raise
     except RunFailed as failed:
