@@ -202,7 +202,8 @@ def test_the_folder_of_an_earlier_sweep_is_a_sweeps_again() -> None:
         assert folder == Path("mine")
 
 
-def test_a_rank_whose_torchrun_was_killed_before_it_looked_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_does_not_reach_the_agents_store_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its torchrun was killed before it looked, or the name of the first host has no address here."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     for name, value in {"USE_AGENT_STORE": "True", "RUN_ID": "any"}.items():
@@ -210,6 +211,15 @@ def test_a_rank_whose_torchrun_was_killed_before_it_looked_ends(monkeypatch: pyt
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     with pytest.raises(SystemExit, match=f"torchrun has ended: nothing answers at 127.0.0.1:{port}"):
+        connect(run_dir.TIMEOUT)
+
+    def resolve(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(
+        SystemExit, match=rf"at 127.0.0.1:{port} \(Name or service not known\); on its host, "
+    ):
         connect(run_dir.TIMEOUT)
 
 

@@ -19,13 +19,16 @@ TELL_S = 10
 
 
 def connect(timeout: timedelta) -> TCPStore | None:
-    """The store; None without torchrun. Exits if torchrun has ended."""
+    """The store; None without torchrun. Exits if torchrun has ended, or cannot be reached on the host of rank 0."""
     if (where := agent_store()) is None:
         return None
     try:
         socket.create_connection(where, timeout.seconds).close()
     except ConnectionRefusedError:  # it was there before its ranks: killed while this one was importing
         sys.exit(f"torchrun has ended: nothing answers at {where[0]}:{where[1]}")
+    except OSError as error:  # its host's name has no address here, or a firewall is before the port
+        why = f"the torchrun of rank 0 cannot be reached at {where[0]}:{where[1]} ({error.strerror or error})"
+        sys.exit(f"{why}; on its host, torchrun --local-addr=ADDRESS, one that can be reached from here")
     from torch.distributed import TCPStore  # late: it costs two seconds, and no refusal needs it
 
     return TCPStore(*where, is_master=False, timeout=timeout)
