@@ -88,7 +88,7 @@ def _python_files(folder: Path, root: Path) -> list[tuple[str, Path]]:
 
 
 def expand_paths(path: Any) -> list[Path]:
-    """The files that `data.path` names (a file, a glob with `**` or not, or a list of them), sorted.
+    """The files that `data.path` names (a file, a glob with `**` or not, or a list of them), sorted by their absolute paths.
 
     Raises:
         ConfigError: for one that names nothing, names a folder, cannot be read, or when all are empty.
@@ -120,7 +120,7 @@ def expand_paths(path: Any) -> list[Path]:
     if not any(file.stat().st_size for file in files.values()):
         many = "is empty" if len(files) == 1 else f"all {len(files)} files are empty"
         raise ConfigError("data.path", path, many, "files with text in them", PATH_TO_FILL_IN)
-    return sorted(files.values())
+    return [files[path] for path in sorted(files, key=Path)]
 
 
 def relative_names(files: list[Path]) -> list[tuple[str, Path]]:
