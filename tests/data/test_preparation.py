@@ -408,6 +408,22 @@ def test_damage_below_is_found_when_it_is_needed(
     assert done(caplog) == ["learn", "tokenize"]
 
 
+def test_what_another_process_removes_while_it_is_read_is_built_again(
+    data: DataConfig, bpe: TokenizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that has found it damaged does."""
+    before = prepared(data, bpe)
+    rows = before.train.copy()
+
+    def removed(path: Path) -> int:
+        monkeypatch.setattr(cache, "checksum", checksum)
+        shutil.rmtree(path.parent)
+        return checksum(path)
+
+    monkeypatch.setattr(cache, "checksum", removed)
+    np.testing.assert_array_equal(prepared(data, bpe).train, rows)
+
+
 def test_the_checksum_sees_every_sample(tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     small.write_bytes(os.urandom(3 * SAMPLE_BYTES + 17))

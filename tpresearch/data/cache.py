@@ -145,11 +145,13 @@ def read_intact(folder: Path) -> Meta | None:
         raise DamagedCache(f"{META_FILE}: its checksum differs")
     for name, expected in files.items():
         path = folder / name
-        if not path.is_file():
-            raise DamagedCache(f"{name}: missing")
-        if (size := path.stat().st_size) != expected["bytes"]:
+        try:
+            size, crc = path.stat().st_size, checksum(path)
+        except FileNotFoundError:  # before, or now, by another process that has found damage
+            raise DamagedCache(f"{name}: missing") from None
+        if size != expected["bytes"]:
             raise DamagedCache(f"{name}: {size} bytes instead of {expected['bytes']}")
-        if checksum(path) != expected["crc32"]:
+        if crc != expected["crc32"]:
             raise DamagedCache(f"{name}: its checksum differs")
     return meta
 
