@@ -303,9 +303,17 @@ def test_a_run_resumes_in_its_own_folder(run: Path) -> None:
         repeat_command_of_run(parsed(f"resume={run}", "hydra.run.dir=x"))
     with pytest.raises(ConfigError, match="the jobs of a sweep have folders of their own"):
         repeat_command_of_run(parsed(f"resume={run}", multirun=True))
-    (run / ".hydra" / "overrides.yaml").unlink()
-    with pytest.raises(ConfigError, match="its overrides cannot be read: No such file"):
-        repeat_command_of_run(parsed(f"resume={run}"))
+    for record in (run / ".hydra").iterdir():
+        content = record.read_text()
+        record.write_text("")  # as after a crash of the host
+        with pytest.raises(
+            ConfigError, match=rf"^resume={run}: its overrides cannot be read: .*; a run folder "
+        ):
+            repeat_command_of_run(parsed(f"resume={run}"))
+        record.unlink()
+        with pytest.raises(ConfigError, match="its overrides cannot be read: No such file"):
+            repeat_command_of_run(parsed(f"resume={run}"))
+        record.write_text(content)
 
 
 def test_a_run_that_cannot_be_resumed_is_started_over_as_it_was(

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import AUTO, NEVER, check_started, find_checkpoint, run_of
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.launch.command import is_within, override, override_key, values_by_key
 
 NOT_REPEATED = ("resume", "hydra.run.dir", "plan_only")
@@ -51,10 +51,9 @@ def repeat_command_of_run(arguments: Namespace) -> Path | None:
     then = [w for w in overrides_of_run(run) if not any(is_within(override_key(w), key) for key in replaced)]
     now = [word for word in arguments.overrides if override_key(word) != "hydra.run.dir"]
     arguments.overrides = [*then, *now, override("hydra.run.dir", run)]
-    hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]
-    arguments.config_name = arguments.config_name or hydra["job"]["config_name"]
-    added = [s["path"] for s in hydra["runtime"]["config_sources"] if s["provider"] == "command-line"]
-    arguments.config_dir = arguments.config_dir or next(iter(added), None)
+    start = _last_start(run)
+    arguments.config_name = arguments.config_name or start.config_name
+    arguments.config_dir = arguments.config_dir or start.config_dir
     return run
 
 
@@ -66,13 +65,36 @@ def _unquoted(value: str) -> str:
     return value
 
 
+class _Start(NamedTuple):
+    """How a run was started, as Hydra recorded it."""
+
+    overrides: list[str]
+    hydra_overrides: list[str]
+    folder: Path
+    config_name: str
+    config_dir: str | None
+
+
+def _last_start(run: Path) -> _Start:
+    """The last start of a run; refuses one without a record that can be read."""
+    try:
+        files = (run / ".hydra" / name for name in ("overrides.yaml", "hydra.yaml"))
+        typed, record = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
+        hydra = record["hydra"]
+        added = (s["path"] for s in hydra["runtime"]["config_sources"] if s["provider"] == "command-line")
+        of_hydra, folder = hydra["overrides"]["hydra"], Path(hydra["runtime"]["cwd"])
+        return _Start([*typed], [*of_hydra], folder, hydra["job"]["config_name"], next(added, None))
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        why = f"its overrides cannot be read: {getattr(error, 'strerror', None) or first_line(error)}"
+        raise ConfigError("resume", run, why, "a run folder with its .hydra") from None
+
+
 def overrides_of_run(run: Path) -> list[str]:
     """The overrides with which a run was last started, from Hydra's record; refuses a run without one."""
-    task = _read(run / ".hydra" / "overrides.yaml")
-    hydra = _read(run / ".hydra" / "hydra.yaml")["hydra"]
-    typed, folder = hydra["overrides"]["hydra"], Path(hydra["runtime"].get("cwd", ""))
-    searched = [_found_from(folder, word) for word in typed if override_key(word) == "hydra.searchpath"]
-    return [word for word in [*searched, *task] if override_key(word) not in NOT_REPEATED]
+    start = _last_start(run)
+    searches = (word for word in start.hydra_overrides if override_key(word) == "hydra.searchpath")
+    searched = [_found_from(start.folder, word) for word in searches]
+    return [word for word in [*searched, *start.overrides] if override_key(word) not in NOT_REPEATED]
 
 
 def _found_from(folder: Path, searchpath: str) -> str:
@@ -85,14 +107,6 @@ def _found_from(folder: Path, searchpath: str) -> str:
         for place in [Path(each.removeprefix(FILE))]
     ]
     return searchpath if found == places else override("hydra.searchpath", found)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        why = f"its overrides cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise ConfigError("resume", path.parent.parent, why, "a run folder with its .hydra") from None
 
 
 def repeat_or_start_again(arguments: Namespace) -> Path | None:
