@@ -283,7 +283,7 @@ def test_ctrl_c_ends_the_command_while_a_tokenizer_learns(
 
 
 def test_only_what_changed_is_done_again(
-    data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture
+    data: DataConfig, bpe: TokenizerConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepared(data, bpe)
     assert done(caplog) == ["learn", "tokenize"]
@@ -298,6 +298,12 @@ def test_only_what_changed_is_done_again(
     caplog.clear()
     prepared(data, TokenizerConfig(vocab_size=300))
     assert done(caplog) == ["learn", "tokenize"]
+    for other in ({"held_out_every": 10}, {"max_tokens": 2000}):  # the text to learn from is another
+        caplog.clear()
+        prepared(dataclasses.replace(data, **other), bpe)
+        assert done(caplog) == ["learn", "tokenize"]
+    monkeypatch.setattr(pipeline, "FORMAT_VERSION", pipeline.FORMAT_VERSION + 1)
+    assert prepared(data, bpe).folder != first.folder
 
 
 @pytest.mark.parametrize("change", ["byte", "name", "new file", "held_out_every"])

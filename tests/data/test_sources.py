@@ -172,7 +172,12 @@ def test_the_hash_of_a_large_corpus_is_remembered(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr(sources, "_hash_contents", lambda *_: pytest.fail("read the files again"))
         assert hash_files([("large.txt", file)], "text", tmp_path / "cache") == plain
+    for name, salt in (("other.txt", "text"), ("large.txt", "jsonl:text")):
+        assert hash_files([(name, file)], salt, tmp_path / "cache") != plain
     file.write_text("two")
+    os.utime(
+        file, ns=(0, file.stat().st_mtime_ns)
+    )  # of the same size and, where a file is copied, of the same time
     assert hash_files([("large.txt", file)], "text", tmp_path / "cache") != plain
 
 

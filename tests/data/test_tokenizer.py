@@ -113,6 +113,8 @@ def test_the_end_of_text_is_the_one_the_tokenizer_names(tmp_path: Path) -> None:
     assert load_hf(str(wordlevel(tmp_path / "named", words, eos_token="<stop>"))).eos_id == 2
     assert load_hf(str(wordlevel(tmp_path / "object", words, eos_token={"content": "<stop>"}))).eos_id == 2
     assert load_hf(str(wordlevel(tmp_path / "file", words) / "tokenizer.json")).eos_id == 1
+    hashes = [load_hf(str(tmp_path / name)).hash for name in ("common", "file", "named")]
+    assert hashes[0] == hashes[1] != hashes[2], "another end of text makes other tokens of a corpus"
 
 
 def test_the_end_of_text_need_not_be_ascii_in_any_locale(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Self
 
 import pytest
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
@@ -249,6 +250,21 @@ def test_ranks_of_other_hosts_hear_that_a_rank_is_refused(
             agree("mine", elsewhere)
     assert agree("mine", rank_0) == "mine"
     assert agree("mine", elsewhere) == "mine"
+
+
+def test_a_restarted_job_goes_on_in_its_folder_once_its_ranks_have_left_it(agent: TCPStore) -> None:
+    rank_0 = World(0, 2, 0, 2, elastic=True)
+    assert agree("mine", rank_0) == "mine"
+    leave(Path("mine"), "metrics.jsonl", ".hydra/config.yaml")
+    with ThreadPoolExecutor(1) as beside, FileLock("mine/.lock") as held:
+        waits = beside.submit(agree, "mine-2", rank_0)  # a dated folder would be another by now
+        time.sleep(3 * run_dir.POLL_S)
+        assert not waits.done()
+        held.release()
+        assert waits.result() == "mine"
+    assert there(Path("mine")) == {"metrics.jsonl", ".hydra", ".lock"}
+    with run_dir.agree_on_folder(composed("mine"), rank_0) as (_, restarted):
+        assert restarted
 
 
 def test_ranks_of_other_hosts_hear_that_a_rank_has_failed(agent: TCPStore) -> None:

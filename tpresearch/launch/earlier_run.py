@@ -19,8 +19,6 @@ from tpresearch.checkpoint.resume import AUTO, NEVER, check_started, find_checkp
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.launch.command import is_within, override, override_key, values_by_key
 
-NOT_REPEATED = ("resume", "hydra.run.dir", "plan_only")
-"""Keys that hold for one start of a run only, and are not repeated."""
 FILE = "file://"
 REPLACED_KEYS = {"parallel": ("parallel", "mesh")}
 """Overrides that a new one replaces: choosing a plan drops the earlier plan's settings and mesh sizes."""
@@ -94,7 +92,7 @@ def overrides_of_run(run: Path) -> list[str]:
     start = _last_start(run)
     searches = (word for word in start.hydra_overrides if override_key(word) == "hydra.searchpath")
     searched = [_found_from(start.folder, word) for word in searches]
-    return [word for word in [*searched, *start.overrides] if override_key(word) not in NOT_REPEATED]
+    return [word for word in [*searched, *start.overrides] if override_key(word) != "resume"]
 
 
 def _found_from(folder: Path, searchpath: str) -> str:
