@@ -20,7 +20,7 @@ from tpresearch.config import ConfigError
 from tpresearch.config.schema import TokenizerConfig, TokenizerKind
 from tpresearch.data import documents, streams
 from tpresearch.data import tokenizer as data_tokenizer
-from tpresearch.data.rows import check_enough_rows
+from tpresearch.data.rows import PackedCorpus, check_enough_rows
 from tpresearch.data.streams import read_rows, token_dtype, unigram_entropy, write_streams
 
 
@@ -40,6 +40,16 @@ def test_no_rows_are_rows_too(tmp_path: Path) -> None:
     for tokens in ([], range(6)):
         np.array(tokens, np.uint16).tofile(tmp_path / "train.bin")
         assert read_rows(tmp_path / "train.bin", "uint16", 7).shape == (0, 7)
+
+
+def test_no_held_out_tokens_have_no_entropy(tmp_path: Path) -> None:
+    """As where a document reached the most tokens before the first that is held out."""
+    for split, tokens in (("train", range(8)), ("held_out", ())):
+        np.array(tokens, np.uint16).tofile(tmp_path / f"{split}.bin")
+    facts = {"corpus_hash": "c", "tokenizer_hash": "t", "vocab_size": 9, "eos_id": 0, "dtype": "uint16"}
+    found = PackedCorpus.open(tmp_path, facts | {"unigram_entropy_nats": {"held_out": None}}, seq_len=3)
+    assert (found.train.shape, found.held_out.shape) == ((2, 4), (0, 4))
+    assert np.isnan(found.unigram_entropy)
 
 
 def test_two_bytes_reach_as_far_as_they_can() -> None:
