@@ -13,6 +13,7 @@ from support.launches import PROGRAM, Command
 from tpresearch import load
 from tpresearch.config import ConfigError
 from tpresearch.config.world import World
+from tpresearch.launch.refuse import refuse
 
 pytestmark = pytest.mark.cli
 
@@ -231,6 +232,26 @@ def test_srun_in_the_place_of_torchrun_is_refused_by_its_first_task(warm_python:
     assert "try: srun --ntasks-per-node=1 torchrun --nnodes=2 --nproc-per-node=4 " in first.err
     assert (first.code, second.code, second.err) == (2, 2, "")
     assert wrong.refusal.startswith("error: SLURM_PROCID=x: not a whole number; ")
+
+
+def test_of_several_hosts_the_first_says_what_is_refused_if_it_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "attempt_0" / "2" / "error.json"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    env = {"GROUP_RANK": "1", "TORCHELASTIC_ERROR_FILE": str(file), "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    sentence = "data.path=x: holds no rows; a path with text in it"
+    error = ConfigError("data.path", "x", "holds no rows", "a path with text in it")
+    for shared in (True, False):
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(shared))
+        with pytest.raises(SystemExit, match=r"^2$"):
+            refuse(error, World(2, 4, 0, 2, elastic=True), lambda _: None)
+        said = capsys.readouterr().err
+        assert said == "" if shared else said.startswith(f"error: {sentence}; try: torchrun ")
+        assert json.loads(file.read_text())["message"].startswith(f"refused: {sentence}")
 
 
 def test_main_can_refuse_too(warm_python: Command) -> None:

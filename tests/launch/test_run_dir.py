@@ -170,6 +170,19 @@ def test_a_folder_with_a_checkpoint_is_gone_on_with_unless_the_config_says_never
     assert (tmp_path / "mine.earlier-1" / "checkpoints" / "step-00000003").is_dir()
 
 
+def test_whether_a_run_may_resume_is_told_before_its_folder_is_agreed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(tmp_path / "mine", "checkpoints/step-00000003/checkpoint.json")
+    never = OmegaConf.merge(composed("mine"), {"resume": "never"})
+    assert isinstance(never, DictConfig)
+    told = [run_dir.may_resume(*of) for of in ((never, Path("mine")), (never, Path("new")))]
+    told += [run_dir.may_resume(composed(folder), Path(folder)) for folder in ("mine", "new")]
+    assert told == [False, False, True, False]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # by now, in the folder of its first start
+    assert run_dir.may_resume(never, Path("new"))
+
+
 def test_files_that_no_run_has_left_are_not_written_over(tmp_path: Path) -> None:
     leave(tmp_path / "mine", "config.yaml", "notes.txt")
     with pytest.raises(ConfigError, match=r"mine: holds config\.yaml not left there by a run") as refused:

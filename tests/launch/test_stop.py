@@ -65,6 +65,9 @@ def test_a_signal_calls_what_asked_for_it_while_the_main_thread_is_stuck(flag: S
     with flag.calling(called.set):
         os.kill(os.getpid(), signal.SIGTERM)
         assert called.wait(60)
+    called.clear()
+    flag._record(signal.SIGTERM, 0)
+    assert not called.is_set(), "it asks no longer"
 
 
 def test_what_is_ignored_already_stays_so() -> None:
@@ -107,6 +110,7 @@ def test_torchrun_passing_a_ctrl_c_on_is_no_second_one(
         flag._record(signal.SIGTERM, arrives)
         flag._record(signal.SIGINT, arrives)
         assert ends == ([] if arrives < 1 else [130])
+    assert flag.requested is signal.SIGTERM, "the first of them is why it stops"
 
 
 @on_linux
