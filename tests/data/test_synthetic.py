@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from support.composed import config
@@ -26,6 +27,15 @@ def test_ranks_read_the_slices_of_one_global_batch(source: SyntheticCorpus, dp_s
         slices = [Batches(source, 12, seed=3).batch(step, rank, dp_size) for rank in range(dp_size)]
         for parts, part in zip(zip(*slices, strict=True), whole, strict=True):
             assert torch.equal(torch.cat(parts), part)
+
+
+def test_a_row_is_drawn_by_seed_step_and_row() -> None:
+    drawn = [np.random.default_rng([3, 4, row]).integers(300, size=17) for row in range(8)]
+    inputs, targets = Batches(TOKENS, 8, 3).batch(4)
+    assert (inputs.tolist(), targets.tolist()) == (
+        np.stack(drawn)[:, :-1].tolist(),
+        np.stack(drawn)[:, 1:].tolist(),
+    )
 
 
 @BOTH

@@ -75,7 +75,7 @@ def build_once(
 
 def _wait_for_leader(folder: Path, check: Callable[[], None]) -> None:
     until = time.monotonic() + HEAD_START_S
-    while not _lock_path(folder).exists() and not folder.exists() and time.monotonic() < until:
+    while not _lock_path(folder).exists() and time.monotonic() < until:
         check()
         time.sleep(POLL_S)
 
