@@ -135,7 +135,7 @@ def there(folder: Path) -> set[str]:
 
 
 def test_an_earlier_record_is_set_aside_and_what_is_no_runs_stays(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for nth in (1, 2):
         leave(tmp_path / "mine", *RECORD)
@@ -149,6 +149,12 @@ def test_an_earlier_record_is_set_aside_and_what_is_no_runs_stays(
     assert agree("mine") == "mine"
     assert capsys.readouterr().err == "", "nothing of a run is there"
     assert len(there(tmp_path)) == 3
+    (tmp_path / "mine" / "below").mkdir()
+    for at, folder, nth in ((".", ".", 3), ("below", "..", 4)):
+        leave(tmp_path / "mine", *RECORD)
+        monkeypatch.chdir(tmp_path / "mine" / at)
+        assert agree(folder) == folder
+        assert there(tmp_path / f"mine.earlier-{nth}") == aside
 
 
 @pytest.mark.parametrize("record", ["verify.json", "planner.json"])

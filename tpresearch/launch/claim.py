@@ -73,6 +73,8 @@ def set_aside_record(folder: Path) -> None:
 
 def free_name(folder: Path, between: str) -> Path:
     """An unused sibling name: the folder's own with a counter."""
+    if folder.name in ("", ".."):  # of `.` and `..`, which stand for another name
+        folder = folder.resolve()
     first = 1 if between == EARLIER_SUFFIX else 2
     names = (folder.with_name(f"{folder.name}{between}{nth}") for nth in itertools.count(first))
     return next(name for name in names if not os.path.lexists(name))
