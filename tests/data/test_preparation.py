@@ -23,6 +23,7 @@ import pytest
 from filelock import FileLock
 from support.composed import config
 from support.corpora import Configure, prepared
+from support.nobody import as_nobody
 from support.processes import HANG_GUARD_S, ended, forked
 
 from tpresearch.config import ConfigError
@@ -111,6 +112,21 @@ def test_leftovers_of_others_go_unless_they_are_at_work(data: DataConfig, bpe: T
     with FileLock(tokens / ".text-alive.lock"):
         prepared(data, bpe)
         assert [path.name for path in tokens.glob(".*.tmp")] == [".text-alive.123.tmp"]
+
+
+def test_leftovers_of_another_user_stay(texts: Path, bpe: TokenizerConfig) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # below tmp_path no other user could be
+        text, home = Path(folder) / "text.txt", Path(folder) / "cache"
+        text.write_text("words of a text\n" * 100)
+        leftover, lock = home / "tokens/.text-dead.123.tmp", home / "tokens/.text-dead.lock"
+        for made in (leftover, home / "tokenizers"):
+            made.mkdir(parents=True)
+        lock.touch(0)
+        for path in (folder, home, home / "tokens", home / "tokenizers"):
+            Path(path).chmod(0o777)
+        with as_nobody():
+            prepared(DataConfig(DataSource.text, str(text), seq_len=16, cache_dir=str(home)), bpe)
+        assert leftover.is_dir()
 
 
 def test_who_waits_for_a_lock_says_so_and_can_be_stopped(

@@ -188,11 +188,11 @@ def _lock_path(folder: Path) -> Path:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Delete leftovers of killed processes next to `folder`, whose lock we hold."""
+    """Delete this user's leftovers of killed processes next to `folder`, whose lock we hold."""
     for leftover in folder.parent.glob(".*.tmp"):
         owner = folder.with_name(leftover.name[1:].rsplit(".", 2)[0])
         try:
             with nullcontext() if owner == folder else FileLock(_lock_path(owner), timeout=0):
                 shutil.rmtree(leftover, ignore_errors=True)
-        except Timeout:
-            continue  # still being built
+        except (Timeout, PermissionError):  # still being built, or another user's
+            continue
