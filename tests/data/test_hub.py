@@ -102,8 +102,8 @@ def test_a_downloaded_data_set_needs_no_network(
     first = prepared(data, bpe)
     assert sum(first.meta[part]["documents"] for part in ("train", "held_out")) == len(TEXTS)
     assert "once7 once7 once7" in decoded(first, "train") + decoded(first, "held_out")
-    for other in ({"text_field": "body"}, {"split": "other"}):
-        assert open_hub(dataclasses.replace(data, **other)).content_hash != first.corpus_hash
+    for other in (dataclasses.replace(data, text_field="body"), dataclasses.replace(data, split="other")):
+        assert open_hub(other).content_hash != first.corpus_hash
     with pytest.raises(ConfigError, match="no such field") as refusal:
         check_data(configure("owner/stories", DataSource.hf, text_field="body"), bpe)
     assert refusal.value.fix == {"data.text_field": "text"}
@@ -180,8 +180,10 @@ def test_checking_a_local_folder_reads_one_record_of_it(
     before = prepared(data, bpe)
     (tmp_path / "folder/.git/index").write_text("not part of the data")
     assert prepared(data, bpe).folder == before.folder
-    for other in ({"text_field": "body"}, {"split": "other"}, {"name": "german"}):
-        assert open_hub(dataclasses.replace(data, **other)).content_hash != before.corpus_hash
+    for key in ("text_field", "split", "name"):
+        other = dataclasses.replace(data)
+        setattr(other, key, "another")
+        assert open_hub(other).content_hash != before.corpus_hash
 
 
 def test_files_of_different_columns_are_refused_with_both_lists(
