@@ -62,6 +62,8 @@ REFUSED_DATA = [
     ("hf", "good.jsonl", {}, "data.path", "is a file"),
     ("hf", "./absent", {}, "data.path", "there is no such folder"),
     ("hf", None, {}, "data.path", "no dataset is named"),
+    ("hf", "", {}, "data.path", "no dataset is named"),
+    ("hf", ["folder"], {}, "data.path", "no dataset is named"),
     ("jsonl", "good.jsonl", {"streaming": True}, "data.streaming", "not read over the network"),
     ("text", "good.txt", {"held_out_every": 1}, "data.held_out_every", "too small"),
     ("text", "good.txt", {"seq_len": 0}, "data.seq_len", "too small"),

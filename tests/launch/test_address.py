@@ -54,6 +54,10 @@ def test_a_host_that_others_would_not_find_is_refused(
         check_address(TWO_HOSTS)
     assert str(refused.value).endswith("; the interface to them, such as eth0, ib0")
     assert str(refused.value.command).startswith("env GLOO_SOCKET_IFNAME=eth0 torchrun ")
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo")])
+    with pytest.raises(WrongCommand) as alone:
+        check_address(TWO_HOSTS)
+    assert str(alone.value.command).startswith("env GLOO_SOCKET_IFNAME=VALUE torchrun ")
     check_address(World(1, 2, 1, 2, elastic=True))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     check_address(TWO_HOSTS)
