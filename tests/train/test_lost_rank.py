@@ -125,7 +125,7 @@ def test_a_host_on_which_no_report_is_shown_says_it_once_and_tells_the_others(
     for rank in ("2", "3"):
         (tmp_path / rank).mkdir()
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match=r"^1$"):
             exit_failed(RankLost("another rank does not answer"), run_of_rank(int(rank)).world)
     assert capsys.readouterr().err == "error: another rank does not answer\n" * says
     with pytest.raises(RunFailed, match="rank 3 has ended: RankLost: another rank does not answer"):
