@@ -210,7 +210,8 @@ REFUSED = [
     ("checkpoint=made out=new", "checkpoint=made: it has no checkpoints/step-*; "),
     (
         "checkpoint=toy out=new",
-        "checkpoint=HOME/toy/checkpoints/step-00000001: its model is toy_mlp, for which Hugging Face has no class; ",
+        "checkpoint=HOME/toy/checkpoints/step-00000001: its model is toy_mlp, for which Hugging Face has no class; one of a llama2_* model, "
+        "or of model=hf; for others docs/python.md has a state dict",
     ),
     ("checkpoint=bad out=new", "checkpoint=HOME/bad/checkpoints/step-00000002: not complete: "),
     ("checkpoint=run out=new dtype=int8", "dtype=int8: "),

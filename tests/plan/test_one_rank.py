@@ -122,6 +122,12 @@ ALONG: dict[str, Callable[[Tensor, int], Tensor]] = {
         x.movedim(d, -1).mul(x.new_tensor([*range(x.shape[d])])).movedim(-1, d)
     ),
     "by the root of its size": lambda x, d: x / torch.tensor(x.shape[d], dtype=x.dtype).sqrt(),
+    "by its size, filled in": lambda x, d: x / x.new_full((), x.shape[d]),
+    "numbered up to its size": lambda x, d: (
+        x.movedim(d, -1).cumsum(1).mul(torch.linspace(1, x.shape[d], x.shape[3 - d])[:, None]).movedim(-1, d)
+    ),
+    "rolled by its size": lambda x, d: x.roll(3 * x.shape[d] // 8, 3 - d),
+    "in a band as wide as it is": lambda x, d: x * torch.ones(8, 8).tril(1 - x.shape[d] // 2).sum(),
     "by a number of NumPy's": lambda x, d: x * torch.as_tensor(data=np.sqrt(np.array([[0.5]]))),
     "beside ones": lambda x, d: x + torch.ones(x.shape) * torch.zeros_like(x),
     "by ones added up": lambda x, d: x / torch.ones(x.shape).sum(d, keepdim=True),

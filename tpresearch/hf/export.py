@@ -99,7 +99,8 @@ class LlamaExport:
         unknown = [name for name, _ in model.named_parameters() if hugging_face_name(name) is None]
         if unknown or not settings.keys() >= SETTING_NAMES.keys():
             why = f"its model is {config.name}, for which Hugging Face has no class"
-            raise ConfigError("checkpoint", checkpoint.folder, why, "one of a llama2_* model, or of model=hf")
+            legal = "one of a llama2_* model, or of model=hf; for others docs/python.md has a state dict"
+            raise ConfigError("checkpoint", checkpoint.folder, why, legal)
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         if lost := [name for name in sizes if f"{MODEL}{name}" not in saved]:
             raise BrokenCheckpoint(f"it has no {lost[0]}")

@@ -23,6 +23,8 @@ from tpresearch.plan.rules import ResolvedRule
 
 FROM_NUMBERS = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Tensor.new_tensor}
 """Functions that make a tensor of Python's or NumPy's numbers, of which the meta device keeps none."""
+SHIFTS = {"shifts", "diagonal"}
+"""Arguments that are whole numbers, and neither sizes nor dims."""
 NUMBERS = (bool, int, float, np.ndarray, np.generic)
 
 
@@ -42,12 +44,17 @@ class Call:
     def of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
         name = name_of(op)
         inputs, outputs = ([t.shape for t in tensors(each)] for each in ((args, kwargs), output))
-        kinds = (int, float) if is_pointwise(op) or name == "full" else float
-        numbers = [
-            each
-            for each in tree_leaves((args, kwargs))
-            if isinstance(each, kinds) and not isinstance(each, bool)
-        ]
+        numbers = [each for each in tree_leaves((args, kwargs)) if isinstance(each, float)]
+        given = {
+            argument.name: arg for argument, arg in zip(op._schema.arguments, args, strict=False)
+        } | kwargs
+        for argument in op._schema.arguments:
+            is_number = isinstance(argument.type, torch.NumberType) and (name, argument.name) != (
+                "arange",
+                "end",
+            )
+            if is_number or is_pointwise(op) or argument.name in SHIFTS:
+                numbers += [each for each in tree_leaves(given.get(argument.name)) if type(each) is int]
         start = args[2] if name == "slice" and len(args) > 2 else None
         return Call(name, inputs, outputs, numbers, start or 0)
 
