@@ -133,6 +133,27 @@ def test_a_list_or_a_number_for_one_of_several_words_is_told_the_words(typed: st
         load(typed)
 
 
+@pytest.mark.parametrize(
+    ("typed", "said", "proposed"),
+    [
+        (
+            "model.plans.tp.out={style: rowwise, axis: tp}",
+            "model.plans.tp.out.axis is not in the model's file, so that its default holds; + before it: ",
+            "+model.plans.tp.out={style: rowwise, axis: tp}",
+        ),
+        ("model.plans.tp.out={stile: rowwise}", "no such key: stile; one of style", ""),
+        ("train={stepz: 3}", "no such key: stepz; one of steps", ""),
+    ],
+)
+def test_of_a_mapping_that_is_typed_the_wrong_key_is_named(typed: str, said: str, proposed: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(typed)}: {re.escape(said)}") as refused:
+        load("model=llama2_debug", typed)
+    assert not proposed or load(proposed).model.plans["tp"]["out"].axis == "tp"
+    assert [*refused.value.fix] == (
+        ["model.plans.tp.out", "+model.plans.tp.out"] if proposed else [refused.value.field]
+    )
+
+
 def test_a_word_that_is_not_utf8_is_refused_by_a_rank_of_torchruns_too(
     warm_python: Command, tmp_path: Path
 ) -> None:

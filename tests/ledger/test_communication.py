@@ -79,6 +79,7 @@ def test_no_formula_is_claimed_of_a_block_that_runs_more_than_once(plan: str) ->
     [
         ["model=llama2_debug", "parallel=tp", "parallel.activation_checkpointing=full"],
         ["model=llama2_debug", "parallel=sp", "parallel.activation_checkpointing=full"],
+        ["model=llama2_debug", "parallel=sp", "model.plans.sp.attn_in.dst=[shard:1,null]"],
         [*model(FrozenBlock), "parallel=fsdp"],
         [*model(Frozen), "parallel=tp"],
     ],

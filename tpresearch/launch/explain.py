@@ -98,6 +98,19 @@ def _unknown_key(key: str, value: object, composition: Composition) -> ConfigErr
     return ConfigError(key, value, why, f"there are {', '.join(sorted(siblings or [branch]))}")
 
 
+def _unknown_in_mapping(key: str, typed: str, composition: Composition) -> ConfigError:
+    """For a key within a mapping that was typed as the value of another: `model.plans.tp.out={style: rowwise, srk: replicate}`."""
+    value, known = composition.typed[typed], composition.values_without(typed)
+    added = _settings_not_in_file(known) if key.startswith("model.") else []
+    if key in added:
+        why = f"{key} is not in the model's file, so that its default holds"
+        fix = {typed: None, f"+{typed}": value}
+        return ConfigError(typed, value, why, f"+ before it: +{typed}=VALUE", fix)
+    branch, _, name = key.rpartition(".")
+    there = [each.rpartition(".")[2] for each in (*known, *added) if each.rpartition(".")[0] == branch]
+    return ConfigError(typed, value, f"no such key: {name}", f"one of {', '.join(nearest(name, there))}")
+
+
 def _settings_not_in_file(known: Mapping[str, object]) -> list[str]:
     """Keys of the model's sharding rules, and of the arguments of its class if that can be imported, which its file leaves at their
     defaults."""
@@ -207,6 +220,9 @@ def _wrong_value(error: OmegaConfBaseException, composition: Composition) -> Con
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(full_key, "???", "it must be set", f"{full_key}=VALUE", fix={full_key: "VALUE"})
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        mappings = (key for key, value in composition.typed.items() if value.startswith("{"))
+        if within := next((key for key in mappings if full_key.startswith(f"{key}.")), None):
+            return _unknown_in_mapping(full_key, within, composition)
         full_key = composition.typed_key(full_key)
         return _unknown_key(full_key, composition.typed.get(full_key), composition)
     key = full_key.partition("[")[0]  # a list is typed as a whole

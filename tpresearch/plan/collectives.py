@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import Placement, Shard
 
 from tpresearch.plan.compiler import Plan
+from tpresearch.plan.rules import Layouts
 
 # What converting one layout to another sends, forward and backward (the gradient is converted back). On the
 # way into a module the gradient arrives as a partial sum, since each rank holds a part of the weight; on the
@@ -40,7 +41,8 @@ class RuleCollective:
 def rule_collectives(name: str, model: nn.Module, plan: Plan) -> list[RuleCollective]:
     """The collectives of the rule on module `name`; none are known for a rule with a custom ParallelStyle.
 
-    The width is 0 where the rule does not determine it: style output, and style input around no colwise rule.
+    The width is 0 where the rule does not determine it: style output, style input around no colwise rule, and colwise where a rule of style
+    input leaves a shard.
     """
     rule, module = plan.rules[name], model.get_submodule(name)
     src, dst = ([_layout_name(layout) for layout in side] for side in (rule.src, rule.dst))
@@ -57,8 +59,11 @@ def rule_collectives(name: str, model: nn.Module, plan: Plan) -> list[RuleCollec
             out = [RuleCollective("backward", "all_reduce", p.numel(), per_token=False) for p in own]
         case "colwise":
             width_in, width_out = _feature_widths(module)
-            if not _is_prepared_outside(name, plan):
+            outside = _prepared_outside(name, plan)
+            if outside is None:
                 into = _conversions(_INPUT_COLLECTIVES, [(src[0], "replicate")], width_in)
+            elif any(isinstance(layout, Shard) for layout in outside):  # sent here after all
+                into = _conversions(_INPUT_COLLECTIVES, [("shard", "replicate")], 0)
             # A gather of uneven parts moves each filled up to the largest.
             ranks = plan.sizes[rule.axis]
             out = _conversions(_OUTPUT_COLLECTIVES, [("shard", dst[0])], -(-width_out // ranks) * ranks)
@@ -98,14 +103,15 @@ def _input_width(name: str, model: nn.Module, plan: Plan) -> int:
     return _feature_widths(model.get_submodule(first))[0] if first else 0
 
 
-def _is_prepared_outside(name: str, plan: Plan) -> bool:
-    """Whether a rule on an enclosing module has already converted the input.
+def _prepared_outside(name: str, plan: Plan) -> Layouts | None:
+    """The layouts to which the innermost rule on an enclosing module has already converted the input; None if there is no such rule.
 
     Except a rule on the model itself, which refers to the model's input: a layer's input is as its `src` says.
     """
-    return any(
-        name.startswith(outer + ".") and rule.rule.style == "input" for outer, rule in plan.rules.items()
-    )
+    outer = [
+        rule for at, rule in plan.rules.items() if name.startswith(at + ".") and rule.rule.style == "input"
+    ]
+    return outer[-1].dst if outer else None
 
 
 def _layout_name(layout: Placement | None) -> str:
