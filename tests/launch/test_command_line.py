@@ -118,6 +118,18 @@ def test_a_proposed_command_gives_every_option_that_is_required(
     assert capsys.readouterr().err.rstrip().endswith("out=there 'checkpoint=<checkpoint>'")
 
 
+def test_ctrl_c_ends_a_command_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["export"])
+    with pytest.raises(SystemExit, match=r"^130$"):
+        command(stopped)
+    assert capsys.readouterr().err == "stopped by SIGINT\n"
+
+
 @pytest.mark.parametrize(
     ("typed", "options"),
     [
