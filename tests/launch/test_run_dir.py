@@ -189,6 +189,12 @@ def test_whether_a_run_may_resume_is_told_before_its_folder_is_agreed_on(
     assert run_dir.may_resume(never, Path("new"))
 
 
+def test_folders_that_are_named_as_a_runs_but_of_none_stay(tmp_path: Path) -> None:
+    leave(tmp_path / "mine", "checkpoints/best.pt", "wandb/mine", "tokenizer/tokenizer.json")
+    assert agree("mine") == "mine"
+    assert there(tmp_path / "mine") == {"checkpoints", "wandb", "tokenizer", ".lock"}
+
+
 def test_files_that_no_run_has_left_are_not_written_over(tmp_path: Path) -> None:
     leave(tmp_path / "mine", "config.yaml", "notes.txt")
     with pytest.raises(ConfigError, match=r"mine: holds config\.yaml not left there by a run") as refused:

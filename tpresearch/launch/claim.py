@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tpresearch.checkpoint.disk import step_folders
 from tpresearch.config.errors import ConfigError
 
 EARLIER_SUFFIX = ".earlier-"
@@ -61,7 +62,10 @@ def check_left_by_run(folder: Path) -> None:
 
 
 def set_aside_record(folder: Path) -> None:
-    if not any((folder / name).exists() for name in (*RECORD_FILES, *OTHER_RECORDS, "checkpoints")):
+    """Move an earlier run's files to a folder beside its own. Where no run was, folders of these names are the user's, and stay."""
+    if not (
+        step_folders(folder) or any((folder / name).exists() for name in (*RECORD_FILES, *OTHER_RECORDS))
+    ):
         return
     aside = free_name(folder, EARLIER_SUFFIX)
     aside.mkdir()
