@@ -97,8 +97,12 @@ def _warn_once() -> Callable[[logging.LogRecord], bool]:
     def is_news(record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING or record.name.startswith("tpresearch"):
             return True
+        try:
+            text = record.getMessage()
+        except Exception:  # the library's arguments do not fit its text, which is written as it is
+            text, record.args = str(record.msg), None
         before = len(seen)
-        seen.add(record.getMessage())
+        seen.add(text)
         return len(seen) > before
 
     return is_news
