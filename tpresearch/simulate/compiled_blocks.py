@@ -37,7 +37,6 @@ from tpresearch.train.state import MasterWeights
 ROWS = 2
 """Rows that are run to find what one row saves. (A single row is a special case: no dim has to be gathered beside it.)"""
 
-
 Call = tuple[Any, int]
 """(op, how often it was called before in a block's forward)."""
 
@@ -53,7 +52,7 @@ class CompiledBlock(NamedTuple):
 
 
 def compiled_block(cfg: Config, sizes: MeshSizes) -> CompiledBlock:
-    """Compile a model's blocks for a row or two, without running anything.
+    """Compile a model's blocks at `ROWS` rows, without running anything.
 
     Args:
         cfg: of a model of two blocks, if the bytes are to be those of one block among many.

@@ -114,7 +114,7 @@ def peak_moment(by_moment: Mapping[str, float], micro_batches: int | None = None
     """Bytes by kind at the moment that holds most.
 
     Args:
-        micro_batches: their number, if fewer than were recorded; None for as many.
+        micro_batches: their number; those recorded beyond it do not count. None for all that were recorded.
     """
     moments: dict[str, dict[str, float]] = {}
     for name, size in by_moment.items():

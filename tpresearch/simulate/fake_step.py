@@ -99,7 +99,7 @@ def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace
                 block.forward = recompute(block.forward, recomputed)
         with (
             RememberingFakeTensorMode(allow_non_fake_inputs=True),
-            _device_of(cfg),
+            _as_on_cluster(cfg),
             warnings.catch_warnings(),
         ):
             # Of fake tensors alone: a linear layer's output is a view there.
@@ -122,7 +122,7 @@ def _record(cfg: Config, sizes: MeshSizes, recomputed: frozenset[Call]) -> Trace
     return Trace(parts, tuple(recorder.end), by_moment(changes), changes)
 
 
-def _device_of(cfg: Config) -> AbstractContextManager[object]:
+def _as_on_cluster(cfg: Config) -> AbstractContextManager[object]:
     """For a cluster of GPUs, let fake tensors say that they are on one, to code that runs other ops there."""
     on_gpu = cfg.cluster and not parse_cluster(cfg.cluster).is_cpu
     return patch.object(FakeTensor, "is_cuda", True) if on_gpu else nullcontext()

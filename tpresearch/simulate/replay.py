@@ -72,7 +72,9 @@ class Streams:
     def run(self, part: Sequence[Kernel]) -> None:
         self.copied_out_s = max(self.copied_out_s, self.device_s)  # a root's forward holds its streams back
         for kernel in part:
-            if self.cluster.is_cpu:
+            if self.cluster.is_cpu and kernel.kind == "collective":
+                self._run_collective_on_cpu(kernel)
+            elif self.cluster.is_cpu:
                 self._run_on_cpu(kernel)
             elif kernel.kind == "collective":
                 self._run_collective(kernel)
@@ -84,26 +86,30 @@ class Streams:
             self._finish()
 
     def _run_on_cpu(self, kernel: Kernel) -> None:
-        event = kernel.op.event if kernel.kind == "collective" else None
-        host = self.cluster[self._host_time(event) if event else "launch_us"] * 1e-6
-        slower = self.slowdown
-        if event:  # what a collective leaves of its core other ranks take
-            slower *= self.cluster["overlap_slowdown"]
+        host_s = 0.0 if kernel.kind == "wait" else self.cluster["launch_us"] * 1e-6
+        seconds = kernel.seconds * self.slowdown + host_s * self.slowdown
+        self._record(kernel, "cpu", self.device_s, seconds)
+        self.device_s += seconds
+
+    def _run_collective_on_cpu(self, kernel: Kernel) -> None:
+        event = kernel.op.event
+        assert event
+        # What it leaves of its core other ranks take.
+        slower = self.slowdown * self.cluster["overlap_slowdown"]
         work, network = kernel.seconds - kernel.network_s, kernel.network_s
-        alone_s = sent_s(work * (max(1.0, slower) if event else slower), network)
-        if event and event.collective == "reduce_scatter":
+        alone_s = sent_s(work * max(1.0, slower), network)
+        if event.collective == "reduce_scatter":
             self.pending_reduce_scatter = event
-        if event and self._goes_on_beside(event):
+        if self._goes_on_beside(event):
             free = max(self.device_s, self.pending_all_reduce[0] if self.pending_all_reduce else 0.0)
             self.pending_all_reduce, seconds = (free + alone_s, event), work * slower
             self.beside_network_s += network
         else:
             self.network_s += network
             seconds = alone_s
-        seconds += host * (kernel.kind != "wait") * self.slowdown
+        seconds += self.cluster[self._host_time(event)] * 1e-6 * self.slowdown
         self._record(kernel, "cpu", self.device_s, seconds)
-        if event:
-            self.seconds[f"exposed/{collective_key(event)}"] += seconds
+        self.seconds[f"exposed/{collective_key(event)}"] += seconds
         self.device_s += seconds
 
     def _goes_on_beside(self, event: Event) -> bool:
