@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -244,6 +245,21 @@ def test_a_figure_is_a_number(sweep: Path, figure: str) -> None:
     path.write_text(path.read_text().replace('"train/loss": 7', f'"train/loss": {figure}, "x": 7'))
     (line,) = find_runs([str(sweep)]).left_out
     assert "summary.json is not a valid run summary: train/loss is " in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("comm/bytes_per_step_by_axis", -1),
+        ("memory/at_peak_bytes", {"parameters": None}),
+        ("corpus_hash", ["c0ffee"]),
+    ],
+)
+def test_what_has_parts_is_told_from_what_is_one(sweep: Path, key: str, value: object) -> None:
+    path = sweep / "4" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    (line,) = find_runs([str(sweep)]).left_out
+    assert f"summary.json is not a valid run summary: {key} is " in line
     assert len(line) < 250
 
 

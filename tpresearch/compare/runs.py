@@ -35,12 +35,14 @@ OPTIONAL_TYPES = {
     "error": str,
     "run_name": str,
     "device": str,
+    "corpus_hash": str,
     "unigram_entropy": float,
     "logger": dict,
     "cluster": dict,
     "resumed": list,
     "measured": list,
     "expected": list,
+    **dict.fromkeys(SUMMARY_PARTS, dict),
 }
 LEDGER_ENTRY_TYPES = {"axis": str, "collective": str, "sent_bytes": int}
 """What entries of ledger.json must have."""
@@ -183,8 +185,11 @@ def read_run(folder: Path) -> Run:
     config = with_defaults(_load(folder / "config.yaml", CONFIG_TYPES))
     ledger = _load(folder / "ledger.json", {}) if (folder / "ledger.json").exists() else {}
     for key, value in summary.items():
-        parts = value.values() if key in SUMMARY_PARTS and isinstance(value, dict) else [value]
-        if ("/" in key or key == "wall_time_s") and not all(map(_is_figure, parts)):
+        if key in SUMMARY_PARTS:
+            is_valid = all(part is not None and _is_figure(part) for part in (value or {}).values())
+        else:
+            is_valid = _is_figure(value) or not ("/" in key or key == "wall_time_s")
+        if not is_valid:
             raise UnreadableRun(f"summary.json is not a valid run summary: {key} is {short(value)}")
     for entry in chain.from_iterable(ledger.get(side) or () for side in ("measured", "expected")):
         found = entry if isinstance(entry, dict) else {}
