@@ -403,6 +403,37 @@ def test_what_no_plan_can_do_is_refused_and_what_one_can_is_not() -> None:
             judged(gpus, rows)
 
 
+@pytest.mark.parametrize(
+    ("words", "plans"),
+    [
+        (["gpus=2", "optimizer.split_masters=true"], {"ddp", "sp"}),
+        (["gpus=2", "parallel.async_tp=true", "parallel.compile=true"], {"sp"}),
+        (["gpus=1", "parallel.gradient_accumulation_fusion=true"], {"none"}),
+    ],
+)
+def test_an_option_of_some_plans_is_planned_for_with_these(words: list[str], plans: set[str]) -> None:
+    """And with the micro-batches of which each is a valid config."""
+    cfg = config(*words, "train.global_batch_size=16", small=False, program="planner")
+    job = preflight_planner(cfg, World())
+    found = [
+        one for one in candidate_plans(job.cfg, job.sizes.world, job.cluster) if isinstance(one, Candidate)
+    ]
+    assert {one.cfg.parallel.name for one in found} == plans
+    for one in found:
+        for rows in micro_batch_rows(one):
+            assert validate(one.with_micro_batch(rows).cfg, one.sizes.world) == one.sizes
+
+
+def test_an_option_that_no_plan_has_here_is_refused() -> None:
+    for words, why in (
+        (["optimizer.split_masters=true", "train.dtype=float32"], "train.dtype=float32 computes with"),
+        (["parallel.async_tp=true"], "async TP requires parallel.compile=true"),
+        (["parallel.gradient_accumulation_fusion=true"], "gradients are sharded, summed over ranks"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            preflight_planner(config("gpus=2", *words, small=False, program="planner"), World())
+
+
 def test_ranks_that_are_typed_as_world_size_are_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default of gpus would be planned for instead. An experiment may say how many ranks train it."""
     by_experiment = config("gpus=8", "experiment=plans", small=False, program="planner")

@@ -9,7 +9,7 @@ import signal
 from typing import NoReturn
 
 from tpresearch.config import Config, ConfigError
-from tpresearch.config.choices import DataPlan
+from tpresearch.config.choices import DataPlan, TensorPlan
 from tpresearch.config.schema import MeshConfig
 from tpresearch.config.world import World
 from tpresearch.launch import Run, entrypoint
@@ -37,8 +37,10 @@ def preflight_planner(cfg: Config, world: World) -> SimulationPreflight:
     if not cfg.data.has_sequence and (length := cfg.data.seq_len) > 1:  # as experiment=pretraining has it
         why = "a row of numbers is no sequence, and would count as so many tokens"
         raise ConfigError("data.seq_len", length, why, "1", fix={"data.seq_len": 1})
-    parallel = dataclasses.replace(cfg.parallel, name="fsdp", tensor=None, data=DataPlan.fsdp)
-    composed, train = cfg.mesh, dataclasses.replace(cfg.train, micro_batch_size=None)
+    # Possible with all that is possible with some plan: fully_shard leaves no master weights to split, one micro-batch nothing to sum.
+    tensor = TensorPlan.sp if cfg.parallel.async_tp else None
+    parallel = dataclasses.replace(cfg.parallel, name="ddp", tensor=tensor, data=DataPlan.ddp)
+    composed, train = cfg.mesh, dataclasses.replace(cfg.train, micro_batch_size=1)
     cfg = dataclasses.replace(cfg, parallel=parallel, mesh=MeshConfig(), train=train, world_size=cfg.gpus)
     rows, gpus = train.global_batch_size, cfg.gpus or 1
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tpresearch.config import Config
 from tpresearch.config.axes import REPLICATE, SHARD, MeshSizes
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.mesh import check_declared_counts
 from tpresearch.config.schema import Checkpointing, DataPlan, MeshConfig, ParallelConfig, TensorPlan
 from tpresearch.config.validate import validate
@@ -93,11 +93,13 @@ def _tensor_plan(cfg: Config, mesh: MeshConfig) -> TensorPlan:
 
 def micro_batch_rows(candidate: Candidate) -> list[int]:
     """Divisors of a rank's share of the global batch, each at least a third larger than the one before, since speed hardly
-    differs between closer ones.
+    differs between closer ones; at least two micro-batches, where matmuls add up gradients.
     """
-    found = [1]
-    for rows in _divisors(candidate.cfg.train.global_batch_size // candidate.sizes.dp):
-        if 3 * rows >= 4 * found[-1]:
+    cfg, found = candidate.cfg, [1]
+    share = cfg.train.global_batch_size // candidate.sizes.dp
+    most = share // 2 if cfg.parallel.gradient_accumulation_fusion else share
+    for rows in _divisors(share):
+        if 4 * found[-1] <= 3 * rows <= 3 * most:
             found.append(rows)
     return found
 
@@ -137,4 +139,4 @@ def _validated(
     except ConfigError as error:
         size = "" if mesh.tp is None else f" mesh.tp={mesh.tp}"
         overrides = f"parallel={parallel.name}{size} parallel.activation_checkpointing={parallel.activation_checkpointing}"
-        return Rejected(overrides, f"{error.field}={error.value}: {error.why}")
+        return Rejected(overrides, f"{error.field}={format_value(error.value)}: {error.why}")

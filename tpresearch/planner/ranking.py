@@ -15,7 +15,7 @@ from rich.progress import track
 
 from tpresearch.config import Config
 from tpresearch.config.axes import REPLICATE, MeshSizes
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, format_value
 from tpresearch.config.validate import has_master_weights, micro_batches
 from tpresearch.launch.progress_bars import keep_bars_in_process
 from tpresearch.ledger.memory_formulas import expected_memory
@@ -199,7 +199,7 @@ def _objection(candidate: Candidate, known: Recording, cluster: Cluster) -> tupl
     try:
         held = _minimum_memory(candidate, known)
     except ConfigError as error:
-        return f"{error.field}={error.value}: {error.why}", False
+        return f"{error.field}={format_value(error.value)}: {error.why}", False
     if held <= cluster["memory_gb"] * 1e9:
         return None
     state = f"{held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"

@@ -73,7 +73,7 @@ def advice(ranking: Ranking, gpus: int, name: str) -> Sequence[str]:
     plain, tensor = ranking.best(tensor=False), ranking.best(tensor=True)
     if plain is None:
         return [
-            f"tensor parallelism is needed: no plan without it takes this batch and fits on {_devices(gpus)}"
+            f"tensor parallelism is needed: no plan without it is valid with these settings and fits on {_devices(gpus)}"
         ]
     if tensor is None:
         return ["tensor parallelism is not an option here: no legal plan with it fits"]
