@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
+from support.assembled import assembled, ranks_of_a_host
+from support.composed import config
+from support.counted_steps import FAKE
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpresearch.config import ConfigError
 from tpresearch.config.choices import OptimizerName, ScheduleName
 from tpresearch.config.training import OptimizerConfig, ScheduleConfig
 from tpresearch.train.optim import AdamW, build_optimizer, divide_gradients, learning_rate
@@ -123,3 +128,22 @@ def test_an_update_that_is_left_out_leaves_everything_as_it_was() -> None:
             [weight.detach().clone(), *(state[key].clone() for key in ("exp_avg", "exp_avg_sq", "step"))]
         )
     assert all(torch.equal(a, b) for a, b in zip(*before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.Adafactor, {}),
+        (torch.optim.Rprop, {}),
+        (torch.optim.SGD, {"fused": True}),
+        (torch.optim.RMSprop, {"foreach": True}),
+    ],
+)
+def test_an_optimizer_of_ones_own_that_takes_no_shards_is_refused(
+    kind: Callable[..., torch.optim.Optimizer], settings: dict[str, bool]
+) -> None:
+    with assembled(config("model=llama2_debug", "parallel=tp"), ranks_of_a_host(2), FAKE) as loop:
+        loop.state.optimizer = kind(loop.state.trained_parameters().values(), **settings)
+        why = rf"^optimizer={kind.__name__}: torch cannot take its step on the sharded weights of parallel=tp: aten\."
+        with pytest.raises(ConfigError, match=why):
+            loop.step()

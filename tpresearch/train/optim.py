@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tpresearch.config.choices import OptimizerName, ScheduleName
+from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.config.training import OptimizerConfig, ScheduleConfig
 from tpresearch.train.adamw import AdamW, ElementwiseAdamW
 from tpresearch.train.state import MasterWeights
@@ -86,3 +89,27 @@ def learning_rate(step: int, total: int, peak: float, schedule: ScheduleConfig) 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+OF_SHARDS = "DTensor|[Ss]harding|placement|meshes"
+"""Of torch's errors where an op has no form for sharded tensors, or for a mixture of them."""
+
+
+@contextmanager
+def refusing_shards(optimizer: torch.optim.Optimizer, plan: str) -> Iterator[None]:
+    """Context of a step of an optimizer of the user's own, which may use ops that torch does not have for sharded weights.
+
+    Args:
+        plan: the option of `parallel`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(OF_SHARDS, str(error)):
+            raise
+        said, *_ = first_line(error).split(". ")
+        why = f"torch cannot take its step on the sharded weights of parallel={plan}: {said}"
+        legal = (
+            "one without foreach and fused that is elementwise, such as torch.optim.RMSprop, or parallel=ddp"
+        )
+        raise ConfigError("optimizer", type(optimizer).__name__, why, legal, fix={}) from None

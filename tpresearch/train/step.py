@@ -27,7 +27,7 @@ from tpresearch.train.adamw import AdamW, ElementwiseAdamW
 from tpresearch.train.cross_entropy import backward_from
 from tpresearch.train.losses import Objective
 from tpresearch.train.observe import Observers
-from tpresearch.train.optim import divide_gradients, learning_rate, set_learning_rate
+from tpresearch.train.optim import divide_gradients, learning_rate, refusing_shards, set_learning_rate
 from tpresearch.train.state import TrainState
 
 
@@ -176,6 +176,6 @@ def update(state: TrainState, norm: Tensor, setup: Setup) -> None:
         set_learning_rate(optimizer, learning_rate(state.step, setup.steps, cfg.optimizer.lr, cfg.schedule))
         # Our own updates the model's copies itself.
         masters = None if isinstance(optimizer, ElementwiseAdamW) else state.masters
-        with masters.whole() if masters else nullcontext():
+        with masters.whole() if masters else nullcontext(), refusing_shards(optimizer, cfg.parallel.name):
             optimizer.step()
     optimizer.zero_grad()
