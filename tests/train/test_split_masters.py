@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ from tpresearch.checkpoint.disk import folder_of
 from tpresearch.config.world import World
 from tpresearch.launch import Run
 from tpresearch.parallel.weights import from_seed, local_part
+from tpresearch.train import state
 from tpresearch.train.adamw import ElementwiseAdamW
 from tpresearch.train.assemble import assemble
 from tpresearch.train.halves import join, split
 from tpresearch.train.loop import Loop
 from tpresearch.train.saving import build_saver
+from tpresearch.train.state import MasterWeights
 from tpresearch.verify.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("own_graphs")
@@ -250,6 +253,38 @@ def test_weights_are_set_from_outside() -> None:
 
 def interrupted(_: nn.Module) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("line", "at"), [("join", 1), ("split", 1), ("local_part", 5), ("_nan_like", 1)])
+def test_ctrl_c_where_whole_is_entered_or_left_leaves_none_whole(
+    line: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the second of four masters."""
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    masters = MasterWeights(layers, splits=True)
+    before = [copy.detach().float() for copy in layers.parameters()]
+    function, calls = getattr(state, line), itertools.count()
+
+    def interrupted(*given: object) -> object:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return function(*given)
+
+    monkeypatch.setattr(state, line, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        set_to_a_third(masters)
+    assert all(master.isnan().all() for master in masters.copies)
+    with masters.whole():
+        for master, copied, old in zip(masters.copies, layers.parameters(), before, strict=True):
+            right = old if line == "join" else torch.full_like(master, 1 / 3)
+            assert torch.equal(copied, right.bfloat16())
+            assert line == "join" or torch.equal(master, right)
+
+
+def set_to_a_third(masters: MasterWeights) -> None:
+    with masters.whole():
+        for master in masters.copies:
+            master.detach().fill_(1 / 3)
 
 
 def test_steps_while_weights_are_read_are_those_of_whole_masters() -> None:

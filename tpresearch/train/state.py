@@ -79,23 +79,27 @@ class MasterWeights:
                 self._join(master)
             yield
         finally:
-            for master in were_split:
-                if master not in self.remainders:
-                    self._split(master)
-            self._copy_to_model()
+            try:
+                self._leave(were_split)
+            except BaseException:  # Ctrl-C
+                self._leave(were_split)
+                raise
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
         """The same, with the masters as the model's parameters."""
         with self.whole():
-            self._swap(copies=False)
             try:
+                self._swap(copies=False)
                 yield
             finally:
                 self._swap(copies=True)
 
     @torch.no_grad()
-    def _copy_to_model(self) -> None:
+    def _leave(self, were_split: list[nn.Parameter]) -> None:
+        """As the end of `whole`; again from the start, if it was interrupted at any line."""
+        for master in were_split:
+            self._split(master)
         if whole := [master for master in self.copies if master not in self.remainders]:
             copies = [local_part(self.copies[master]) for master in whole]
             torch._foreach_copy_(copies, [local_part(master) for master in whole])
@@ -109,9 +113,10 @@ class MasterWeights:
     @torch.no_grad()
     def _split(self, master: nn.Parameter) -> None:
         local = _held(master)
-        upper, lower = split(local)
-        local_part(self.copies[master]).view(torch.int16).copy_(upper)
-        self.remainders[master] = lower
+        if master not in self.remainders:
+            upper, lower = split(local)
+            local_part(self.copies[master]).view(torch.int16).copy_(upper)
+            self.remainders[master] = lower
         local.data = _nan_like(local)
 
     def _swap(self, copies: bool) -> None:
