@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.axes import MeshSizes
 from tpresearch.config.validate import validate
-from tpresearch.parallel.gradient_sums import GradientSums, add_product_, summing_layers
+from tpresearch.parallel.gradient_sums import GradientSums, summing_layers
+from tpresearch.parallel.summed_gradients import add_product_
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.loop import Loop
 from tpresearch.train.preflight import plan_model
@@ -258,6 +261,18 @@ def test_weights_that_get_a_hook_or_are_frozen_later(tied: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         model.zero_grad()
         model.embed.weight.requires_grad_(tied)
+
+
+def test_a_model_is_saved_whole_and_copied(tmp_path: Path) -> None:
+    model, tokens = Words(tied=True), torch.randint(0, 9, (2, 7))
+    GradientSums(summing_layers(model, Plan({}, [], [], MeshSizes())))
+    torch.save(model, tmp_path / "model.pt")
+    for other in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert torch.equal(other(tokens), model(tokens))
+        assert other.output.weight is other.embed.weight
+        other(tokens).sum().backward()
+        assert other.embed.weight.grad is not None
+    assert model.embed.weight.grad is None
 
 
 class Sizes(TorchDispatchMode):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from support.composed import config, corpus
 from support.marks import exhaustive, on_card
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tpresearch.config import Config, ConfigError
 from tpresearch.config.world import World
 from tpresearch.data.batches import IGNORE_INDEX
+from tpresearch.parallel.gradient_sums import GradientSums, summing_now
 from tpresearch.parallel.group import process_group
 from tpresearch.parallel.mesh import build_mesh
 from tpresearch.train import cross_entropy
@@ -163,25 +164,48 @@ def test_the_weights_gradient_is_added_to_a_sum(dtype: torch.dtype) -> None:
     hidden, weight, targets = drawn(dtype)
     plain = weight.detach().double().requires_grad_()
     summed_cross_entropy(hidden.detach().double() @ plain.T, targets).backward()
-    total = torch.full(weight.shape, float("nan"), dtype=torch.promote_types(dtype, torch.float32))
-    begun = torch.tensor(False)
-    for times in (1, 2):
-        hidden.grad = None
-        backward_from(linear_cross_entropy(hidden, weight, targets, 32, total=(total, begun)))
-        assert relative(total.double(), times * gradient_of(plain)) < TOLERANCES[dtype] / 2
-    assert weight.grad is None
+    layer, wide, sums = head(weight)
+    with sums.collecting():
+        for times in (1, 2):
+            hidden.grad = None
+            backward_from(linear_cross_entropy(hidden, layer.weight, targets, 32, summing=summing_now(layer)))
+            assert relative(gradient_of(wide).double(), times * gradient_of(plain)) < TOLERANCES[dtype] / 2
+    assert layer.weight.grad is None
     expected, *_ = drawn(dtype)
     linear_cross_entropy(expected, weight, targets, 32).backward()
     assert torch.equal(gradient_of(hidden), gradient_of(expected))
 
 
-def test_what_was_added_to_a_sum_cannot_be_scaled_afterwards() -> None:
+def head(weight: Tensor) -> tuple[nn.Linear, nn.Parameter, GradientSums]:
+    """An output layer of that weight, and a parameter whose gradient is the sum of its gradients, in at least float32."""
+    layer = nn.Linear(WIDTH, VOCABULARY, bias=False)
+    layer.weight = nn.Parameter(weight.detach())
+    wide = nn.Parameter(weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True))
+    return layer, wide, GradientSums({layer: wide})
+
+
+def test_a_loss_that_was_added_to_a_sum_is_what_has_to_be_differentiated() -> None:
     hidden, weight, targets = drawn(torch.float32)
-    loss = linear_cross_entropy(
-        hidden, weight, targets, 32, total=(torch.zeros_like(weight), torch.tensor(True))
-    )
+    layer, wide, sums = head(weight)
+
+    def loss() -> Tensor:
+        return linear_cross_entropy(hidden, layer.weight, targets, 32, summing=summing_now(layer))
+
+    def step(divisor: int | None = None, discarded: int = 0) -> None:
+        with sums.collecting():
+            for _ in range(discarded):
+                loss()
+            with torch.no_grad():
+                loss()
+            backward_from(loss() / divisor if divisor else loss())
+
     with pytest.raises(ConfigError, match="false, or `backward_from` the loss itself"):
-        backward_from(loss / 2)
+        step(divisor=2)
+    with pytest.raises(ConfigError, match="which backward did not reach once"):
+        step(discarded=1)
+    step()
+    loss().backward()
+    assert relative(gradient_of(wide), gradient_of(layer.weight)) < 1e-6
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])

@@ -15,7 +15,7 @@ from tpresearch.config import Config
 from tpresearch.config.schema import Dtype
 from tpresearch.config.world import World
 from tpresearch.parallel.device import Device
-from tpresearch.parallel.gradient_sums import add_product_
+from tpresearch.parallel.summed_gradients import add_product_
 from tpresearch.verify.ranks import Ranks
 from tpresearch.verify.reference import reference
 from tpresearch.verify.trace import RunTrace, compare, out_of_tolerance, trace_run

@@ -9,16 +9,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum, auto
 from typing import Any, TypeGuard, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
+from tpresearch.parallel.summed_gradients import ACCUMULATORS, SummedProduct, SummedRows, place_of
 from tpresearch.plan.compiler import Plan
 
 Layer = nn.Linear | nn.Embedding
@@ -52,26 +51,27 @@ class GradientSums:
         hooks = []
         try:
             for layer, parameter in self._trained.items():
+                layer.open_losses = 0
                 if layer.weight.requires_grad:  # still
                     # A hook on the weight is to be given its gradient.
                     layer.gradient_sum = None if layer.weight._backward_hooks else parameter.grad
-                    _ACCUMULATORS[_place(parameter.grad)] = accumulator = _accumulator(layer.weight)
+                    ACCUMULATORS[place_of(parameter.grad)] = accumulator = _accumulator(layer.weight)
                     begin = functools.partial(_begin, parameter.grad, self._begun[parameter])
                     hooks.append(accumulator.register_prehook(begin))
             yield
         finally:
-            _ACCUMULATORS.clear()
+            ACCUMULATORS.clear()
             for hook in hooks:
                 hook.remove()
             for layer in self._trained:
                 layer.gradient_sum = None
+        if any(layer.open_losses for layer in self._trained):
+            why = "the output layer's gradient was added to the step's sum as a loss was made, which backward did not reach once"
+            legal = "false, or `torch.no_grad()` around a loss that is not trained on"
+            raise ConfigError("parallel.gradient_accumulation_fusion", True, why, legal)
         for parameter, before in unwritten.items():
             if _changes(parameter) == before:
                 parameter.grad = None
-
-
-_ACCUMULATORS: dict[int, Any] = {}
-"""By the place of a gradient that is summed, the node of the autograd graph that would accumulate it."""
 
 
 def _begin(total: Tensor | None, begun: Tensor, gradients: tuple[Tensor | None, ...]) -> None:
@@ -79,11 +79,6 @@ def _begin(total: Tensor | None, begun: Tensor, gradients: tuple[Tensor | None, 
     if total is not None and gradients[0] is not None and not is_fake(begun) and not begun:
         total.zero_()
         begun.fill_(True)
-
-
-def _place(tensor: Tensor | None) -> int:
-    assert tensor is not None
-    return tensor.untyped_storage()._cdata
 
 
 def _accumulator(weight: Tensor) -> Any:
@@ -136,7 +131,7 @@ def check_layers(model: nn.Module, plan: Plan, cfg: Config) -> None:
         raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
 
 
-class _Summing(nn.Module):
+class Summing(nn.Module):
     """A layer whose weight's gradient is added to `gradient_sum`, while there is one."""
 
     weight: Tensor
@@ -145,6 +140,12 @@ class _Summing(nn.Module):
     """Whether the sum has been written to in this step, on the CPU."""
     summed: tuple[Tensor, ...] = ()
     """The weight whose gradient is summed (in a tuple, or it would be one more parameter)."""
+    open_losses: int = 0
+    """Losses that have added to the sum as they were made, less those that backward has reached."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the model's own class, since pickle finds none that is made here by its name."""
+        return _new_summing, (type(self).__bases__[1],), vars(self)
 
     def sum_now(self) -> Tensor | None:
         """The sum, if a use of the layer now is to be added to it: `functional_call` computes with another weight, and a transform
@@ -153,26 +154,25 @@ class _Summing(nn.Module):
         return self.gradient_sum if is_own else None
 
 
-def sum_of(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """The sum of its weight's gradients and whether it has begun, for a loss that adds to it (`add_product_`)."""
-    total = layer.sum_now() if isinstance(layer, _Summing) else None
-    return None if total is None else (total, cast(_Summing, layer).begun)
+def summing_now(layer: nn.Module) -> Summing | None:
+    """The layer, if a loss that uses it now is to add its weight's gradient to the sum."""
+    return layer if isinstance(layer, Summing) and layer.sum_now() is not None else None
 
 
-class _SummingLinear(_Summing, nn.Linear):
+class _SummingLinear(Summing, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]
         total = self.sum_now()
         # In autocast the factors have another dtype than the weight.
         if total is None or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        y: Tensor = _Product.apply(x, self.weight, total, self.begun)
+        y: Tensor = SummedProduct.apply(x, self.weight, total, self.begun)
         return y if self.bias is None else y + self.bias
 
 
-class _SummingEmbedding(_Summing, nn.Embedding):
+class _SummingEmbedding(Summing, nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]
         total = self.sum_now()
-        return super().forward(tokens) if total is None else _Rows.apply(tokens, self.weight, total)
+        return super().forward(tokens) if total is None else SummedRows.apply(tokens, self.weight, total)
 
 
 def _is_transformed() -> bool:
@@ -181,120 +181,18 @@ def _is_transformed() -> bool:
     return isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)
 
 
-def _as_summing(layer: Layer) -> _Summing:
+def _as_summing(layer: Layer) -> Summing:
     """The same layer. (A class, since dynamo compiles once for all methods of one, and again for each function of an object's own.)"""
     setattr(layer, "__class__", _summing(type(layer)))  # noqa: B010
-    return cast(_Summing, layer)
+    return cast(Summing, layer)
 
 
 @functools.cache
-def _summing(kind: type[Layer]) -> type[_Summing]:
+def _summing(kind: type[Layer]) -> type[Summing]:
     """A class with the methods and the name of the model's own."""
     forward = _SummingLinear if issubclass(kind, nn.Linear) else _SummingEmbedding
     return type(kind.__name__, (forward, kind), {})
 
 
-class _Product(torch.autograd.Function):
-    """x @ weight.T, whose backward adds the weight's gradient to `total` and returns none."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, total: Tensor, begun: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.total, ctx.begun = total, begun  # not saved, since they change before a layer's second backward
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        x, weight = ctx.saved_tensors
-        of_input = of_output @ weight if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return of_input, None, None, None
-        first, second = (t.reshape(-1, t.shape[-1]) for t in (of_output, x))
-        if not torch.compiler.is_compiling():
-            use = _use_of_gradient(ctx.next_functions[1][0])
-            if use is not _Use.added:
-                return of_input, first.t() @ second if use is _Use.returned else None, None, None
-        with torch.no_grad():
-            add_product_(ctx.total, first.t(), second, ctx.begun)
-        return of_input, None, None, None
-
-
-class _Rows(torch.autograd.Function):
-    """weight[tokens], whose backward adds the gradients of these rows to those of `total` and returns none."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.total = total
-        return F.embedding(tokens, weight)
-
-    @staticmethod
-    def backward(ctx: Any, of_rows: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        (tokens,), total = ctx.saved_tensors, ctx.total
-        use = _use_of_gradient(ctx.next_functions[1][0])
-        if use is _Use.returned:
-            dense = torch.ops.aten.embedding_dense_backward
-            return None, dense(of_rows, tokens, len(total), padding_idx=-1, scale_grad_by_freq=False), None
-        if use is _Use.added:
-            with torch.no_grad():
-                rows, values = tokens.flatten(), of_rows.reshape(-1, of_rows.shape[-1]).to(total.dtype)
-                if total.is_cuda:  # where `index_add_` adds in any order
-                    total.index_put_((rows,), values, accumulate=True)
-                else:
-                    total.index_add_(0, rows, values)
-        return None, None, None
-
-
-class _Use(Enum):
-    """What a backward does with a weight's gradient."""
-
-    added = auto()
-    """It belongs to the step's."""
-    returned = auto()
-    """A model asks `autograd.grad` for it, or takes a derivative of it."""
-    none = auto()
-    """A model asks `autograd.grad` for others."""
-
-
-def _use_of_gradient(accumulator: Any) -> _Use:
-    """By the backward that is running, or a forward that makes gradients (private; read in torch 2.11 to 2.14)."""
-    if torch._C._current_graph_task_id() == -1:
-        return _Use.added
-    if torch.is_grad_enabled():  # `create_graph`
-        return _Use.returned
-    try:
-        is_run = torch._C._will_engine_execute_node(accumulator)
-    except RuntimeError:  # "a leaf node was passed, but we are currently running autograd.grad()"
-        return _Use.returned
-    return _Use.added if is_run else _Use.none
-
-
-@torch.library.custom_op("tpresearch::add_product_", mutates_args=("total", "begun"))
-def add_product_(total: Tensor, first: Tensor, second: Tensor, begun: Tensor) -> None:
-    """total += first @ second, in one matmul, or = where nothing has `begun` yet. The product has the dtype of `total`, which may
-    be wider than its factors'.
-
-    An op of its own, since a compiled graph would write aten's sum to another buffer and copy it. (`begun` is a tensor, since
-    such a graph may give the op copies of both.)
-    """
-    accumulator = _ACCUMULATORS.get(_place(total))
-    if accumulator is not None and (use := _use_of_gradient(accumulator)) is not _Use.added:
-        if use is _Use.returned:
-            why = "the model asks `autograd.grad` for the gradient of a weight in a compiled block, which is summed there"
-            raise ConfigError("parallel.gradient_accumulation_fusion", True, why, "false")
-        return
-    wide: dict[str, Any] = {}
-    if total.dtype is not first.dtype:
-        if total.is_cuda:
-            wide["out_dtype"] = total.dtype
-        else:
-            first, second = first.to(total.dtype), second.to(total.dtype)
-    if begun:
-        torch.addmm(total, first, second, **wide, out=total)
-    else:
-        torch.mm(first, second, **wide, out=total)
-        begun.fill_(True)
-
-
-@add_product_.register_fake
-def _(total: Tensor, first: Tensor, second: Tensor, begun: Tensor) -> None: ...
+def _new_summing(kind: type[Layer]) -> Summing:
+    return _summing(kind).__new__(_summing(kind))

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from tpresearch.config.errors import ConfigError
 from tpresearch.data.batches import IGNORE_INDEX
-from tpresearch.parallel.gradient_sums import add_product_
+from tpresearch.parallel.gradient_sums import Summing
+from tpresearch.parallel.summed_gradients import add_product_
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def linear_cross_entropy(
     chunk: int,
     scale: float = 1.0,
     compile: bool = False,
-    total: tuple[Tensor, Tensor] | None = None,
+    summing: Summing | None = None,
 ) -> Tensor:
     """The cross-entropy of `hidden @ weight.T`, summed over tokens, in nats and at least float32, times `scale`.
 
@@ -78,7 +79,7 @@ def linear_cross_entropy(
         hidden: [b, s, h], plain. weight: [V, h], plain or a DTensor sharded over V. targets: [b, s] int64, `IGNORE_INDEX` where
             there is none. chunk: tokens whose logits exist at once. compile: fuse the ops on the logits of a chunk,
             which are then read twice and written once, and never exist in float32.
-        total: a sum that the weight's gradient is added to at once, with whether it has begun (`gradient_sums`), for a loss that
+        summing: the layer of the weight, to whose sum its gradient is added at once (`gradient_sums`), for a loss that
             `backward_from` differentiates.
 
     Returns: a plain scalar, the same on every tp rank.
@@ -89,7 +90,7 @@ def linear_cross_entropy(
         local, hidden = local.detach(), hidden.detach()
     loss_and_gradient = _compiled_loss_and_gradient if compile else _loss_and_gradient
     flat = hidden.flatten(0, -2), local, targets.flatten()
-    return _LinearCrossEntropy.apply(*flat, chunk, scale, shard, loss_and_gradient, total)
+    return _LinearCrossEntropy.apply(*flat, chunk, scale, shard, loss_and_gradient, summing)
 
 
 def backward_from(loss: Tensor) -> None:
@@ -114,9 +115,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: float,
         shard: VocabularyShard | None,
         loss_and_gradient: LossFunction,
-        total: tuple[Tensor, Tensor] | None,
+        summing: Summing | None,
     ) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        total = summing.gradient_sum if summing and needs_weight else None
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
         of_weight: Tensor | None = None
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -128,8 +130,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += of_chunk
             if of_hidden is not None:
                 torch.mm(gradient, weight, out=of_hidden[done : done + len(x)])
-            if needs_weight and total:
-                add_product_(total[0], gradient.t(), x, total[1])
+            if summing and total is not None:
+                add_product_(total, gradient.t(), x, summing.begun)
             elif needs_weight and of_weight is None:
                 of_weight = gradient.t() @ x
             elif of_weight is not None:
@@ -137,7 +139,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             done += len(x)
             del gradient  # before the next chunk has its own
         ctx.save_for_backward(of_hidden, of_weight)
-        ctx.is_summed = total is not None
+        ctx.summing = None if total is None else summing
+        if ctx.summing:
+            ctx.summing.open_losses += 1
         return loss
 
     @staticmethod
@@ -145,7 +149,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """In place: a second backward is refused by autograd, since what was saved has changed."""
         is_one = getattr(of_loss, IS_ONE, False)
-        if ctx.is_summed and not is_one:
+        if ctx.summing and not is_one:
             why = "the output layer's gradient was added to the step's sum as the loss was made, and what is differentiated is not that loss"
             raise ConfigError(
                 "parallel.gradient_accumulation_fusion",
@@ -153,6 +157,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 why,
                 "false, or `backward_from` the loss itself",
             )
+        if ctx.summing:
+            ctx.summing.open_losses -= 1
         gradients = ctx.saved_tensors
         if not is_one:
             gradients = [g if g is None else g.mul_(of_loss.to(g.dtype)) for g in gradients]

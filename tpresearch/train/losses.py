@@ -18,7 +18,7 @@ from tpresearch.config.schema import Config
 from tpresearch.config.validate import tokens_per_step
 from tpresearch.data.batches import IGNORE_INDEX, Batch
 from tpresearch.parallel.apply import run_as_forward, unshard
-from tpresearch.parallel.gradient_sums import sum_of
+from tpresearch.parallel.gradient_sums import summing_now
 from tpresearch.plan.compiler import Plan
 from tpresearch.train.cross_entropy import gather_tokens, linear_cross_entropy
 
@@ -67,7 +67,7 @@ class ChunkedCrossEntropy(Objective):
             if self.layout and isinstance(weight, DTensor):
                 hidden = gather_tokens(hidden, weight, self.layout)
         with phase("loss"):
-            given = weight, batch.targets, self.chunk, self.scale, self.compile, sum_of(layer)
+            given = weight, batch.targets, self.chunk, self.scale, self.compile, summing_now(layer)
             return run_as_forward(layer, lambda hidden: linear_cross_entropy(hidden, *given), hidden)
 
 
