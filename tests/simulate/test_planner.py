@@ -272,6 +272,8 @@ def test_devices_that_would_hold_a_model_are_those_of_the_cluster() -> None:
     enough = rank(cfg, 8, small).enough
     assert enough
     assert enough > 8
+    reserving = rank(cfg, 8, cluster(memory_gb=1 + 2.5e-4, memory_reserved_gb=1))
+    assert (reserving.enough, reserving.too_large) == (enough, [])
     assert rank(cfg, 8, dataclasses.replace(small, hosts=enough // 8)).enough == enough
     assert rank(cfg, 8, dataclasses.replace(small, hosts=enough // 8 - 1)).enough is None
 

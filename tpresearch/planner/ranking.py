@@ -200,10 +200,10 @@ def _objection(candidate: Candidate, known: Recording, cluster: Cluster) -> tupl
         held = _minimum_memory(candidate, known)
     except ConfigError as error:
         return f"{error.field}={format_value(error.value)}: {error.why}", False
-    if held <= cluster["memory_gb"] * 1e9:
+    room_gb = cluster["memory_gb"] - cluster["memory_reserved_gb"]
+    if held <= room_gb * 1e9:
         return None
-    state = f"{held / 1e9:.0f} of {cluster['memory_gb']:.0f} GB"
-    return f"weights, gradients and optimizer state alone are {state}", True
+    return f"weights, gradients and optimizer state alone are {held / 1e9:.0f} of {room_gb:.0f} GB", True
 
 
 def _minimum_memory(candidate: Candidate, known: Recording) -> int:
