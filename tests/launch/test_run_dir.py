@@ -201,6 +201,10 @@ def test_files_that_no_run_has_left_are_not_written_over(tmp_path: Path) -> None
         agree("mine")
     assert there(tmp_path / "mine") == {"config.yaml", "notes.txt"}
     assert refused.value.fix == {"hydra.run.dir": Path("mine/run")}
+    for marker in (".hydra/config.yaml", "metrics.jsonl", "summary.json"):  # any of which is a run's
+        leave(tmp_path / "mine", "config.yaml", marker)
+        assert agree("mine") == "mine"
+        assert there(tmp_path / "mine") == {"notes.txt", ".lock"}
 
 
 def test_a_folder_is_locked_while_a_run_uses_it(tmp_path: Path) -> None:
