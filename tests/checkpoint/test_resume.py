@@ -290,8 +290,9 @@ def test_a_run_resumes_whatever_its_folder_is_called(
     monkeypatch.chdir(run.parent)
     named = run.rename(run.with_name(name))
     words = [override("resume", name), override("hydra.run.dir", named)]
-    arguments = Namespace(multirun=False, overrides=words, config_name=None, config_dir=None)
+    arguments = Namespace(multirun=False, overrides=words, config_name="other", config_dir="/here")
     assert repeat_command_of_run(arguments) == named
+    assert (arguments.config_name, arguments.config_dir) == ("other", "/here")
 
 
 def test_a_run_resumes_in_its_own_folder(run: Path) -> None:
@@ -301,8 +302,9 @@ def test_a_run_resumes_in_its_own_folder(run: Path) -> None:
         assert arguments.overrides == overrides
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir=x: resume=.* continues in that run's own folder"):
         repeat_command_of_run(parsed(f"resume={run}", "hydra.run.dir=x"))
-    with pytest.raises(ConfigError, match="the jobs of a sweep have folders of their own"):
-        repeat_command_of_run(parsed(f"resume={run}", multirun=True))
+    for sweep in (parsed(f"resume={run}", multirun=True), parsed(f"resume={run}", "hydra.mode=MULTIRUN")):
+        with pytest.raises(ConfigError, match="the jobs of a sweep have folders of their own"):
+            repeat_command_of_run(sweep)
     for record in (run / ".hydra").iterdir():
         content = record.read_text()
         record.write_text("")  # as after a crash of the host
