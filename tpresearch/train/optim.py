@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tpresearch.config.choices import OptimizerName, ScheduleName
-from tpresearch.config.errors import ConfigError, first_line
+from tpresearch.config.errors import ConfigError
 from tpresearch.config.training import OptimizerConfig, ScheduleConfig
 from tpresearch.train.adamw import AdamW, ElementwiseAdamW
 from tpresearch.train.state import MasterWeights
@@ -107,9 +107,8 @@ def refusing_shards(optimizer: torch.optim.Optimizer, plan: str) -> Iterator[Non
     except RuntimeError as error:
         if not re.search(OF_SHARDS, str(error)):
             raise
-        said, *_ = first_line(error).split(". ")
-        why = f"torch cannot take its step on the sharded weights of parallel={plan}: {said}"
+        why = f"torch cannot take its step on the sharded weights of parallel={plan}"
         legal = (
             "one without foreach and fused that is elementwise, such as torch.optim.RMSprop, or parallel=ddp"
         )
-        raise ConfigError("optimizer", type(optimizer).__name__, why, legal, fix={}) from None
+        raise ConfigError("optimizer", type(optimizer).__name__, why, legal, fix={}) from error
