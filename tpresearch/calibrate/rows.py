@@ -7,6 +7,7 @@ determines, such as those of links that only one GPU has, are the base cluster's
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -99,8 +100,7 @@ def _rates(timed: list[Row], base: Mapping[str, Any]) -> dict[str, Any]:
     sustained = [row for row in timed if row["op"] == "matmul sustained"]
     if rates := [row["flops"] / row["us"] * 1e6 for row in sustained or matmuls]:
         found["gemm_efficiency"] = median(rates) / peak * (IN_A_STEP if sustained else 1.0)
-    by_length = _attention(timed)
-    for way, rates_at in by_length.items():
+    for way, rates_at in _attention(timed).items():
         table = base["numbers"][f"attention_tflops_{way}"]["value"]
         stated = dict(zip(LENGTHS[-len(table) :], table, strict=True))
         if factors := [rate / 1e12 / stated[length] for length, rate in rates_at if length in stated]:
@@ -110,20 +110,22 @@ def _rates(timed: list[Row], base: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attention(timed: list[Row]) -> dict[str, list[tuple[int, float]]]:
     """(length, FLOP/s) of the fastest kernel of each shape, forward and backward."""
-    fastest: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = {}
+    # By shape, seconds and FLOPs: of forward alone, and with backward.
+    forward: dict[tuple[int, ...], tuple[float, float]] = {}
+    both: dict[tuple[int, ...], tuple[float, float]] = {}
     for row in timed:
         if row["op"].startswith("attention") and len(row["shape"]) > 3 and row["shape"][3] in LENGTHS:
-            way = "both" if "backward" in row["op"] else "forward"
-            key = way, tuple(row["shape"])
-            fastest[key] = min(fastest.get(key, (float("inf"), 0.0)), (row["us"] / 1e6, row["flops"]))
-    found: dict[str, list[tuple[int, float]]] = {}
-    for (way, shape), (seconds, flops) in fastest.items():
-        if way == "forward":
-            found.setdefault("forward", []).append((shape[3], flops / seconds))
-            both = fastest.get(("both", shape), (0.0, 0.0))
-            if both[0] > seconds:
-                found.setdefault("backward", []).append((shape[3], (both[1] - flops) / (both[0] - seconds)))
-    return found
+            fastest, shape = both if "backward" in row["op"] else forward, tuple(row["shape"])
+            fastest[shape] = min(fastest.get(shape, (math.inf, 0.0)), (row["us"] / 1e6, row["flops"]))
+    pairs = [(shape[3], *forward[shape], *both[shape]) for shape in forward if shape in both]
+    return {
+        "forward": [(shape[3], flops / seconds) for shape, (seconds, flops) in forward.items()],
+        "backward": [
+            (length, (both_flops - flops) / (both_s - seconds))
+            for length, seconds, flops, both_s, both_flops in pairs
+            if both_s > seconds
+        ],
+    }
 
 
 def _bandwidths(timed: list[Row], base: Mapping[str, Any]) -> dict[str, float]:
