@@ -70,6 +70,12 @@ def test_nor_does_an_option(overrides: list[str]) -> None:
     two_steps(config("model=llama2_debug", "parallel=fsdp_tp", *overrides), 4)
 
 
+@pytest.mark.parametrize("overrides", [["optimizer.split_masters=true"], []], ids=" ".join)
+def test_nor_do_gradients_that_matmuls_add_up(overrides: list[str]) -> None:
+    fused = ("parallel=none", "train.dtype=bfloat16", "parallel.gradient_accumulation_fusion=true")
+    two_steps(config("model=llama2_debug", "train.micro_batch_size=2", *fused, *overrides), 1)
+
+
 def test_nor_does_a_weight_that_no_replica_has_a_gradient_of() -> None:
     two_steps(config(*model(Unused), "parallel=ddp"), 2)
 
