@@ -244,7 +244,7 @@ class ComposedConfig:
     plan_only: bool = False
     """Compile the plan on a meta model, print it, and stop."""
     world_size: Annotated[int | None, AtLeast(1, MAX_RANKS)] = None
-    """Number of ranks for plan_only, and for a job of a sweep if its mesh leaves that open."""
+    """Number of ranks for plan_only, and for a simulated step and a job of a sweep if its mesh leaves that open."""
 
 
 @dataclass
