@@ -67,7 +67,7 @@ def checked_compiled(block: nn.Module, run: Callable[..., Any]) -> Callable[...,
     def refuse(changed: Changed, output: Any) -> None:
         kept = _kept_by_compiled_code(output)
         for what, tensor in changed:
-            if tensor.untyped_storage()._cdata in kept:
+            if tensor.untyped_storage() in kept:
                 why = f"the block {type(block).__name__} changes {what} in place and computes with it: compiled, its gradients would be wrong"
                 legal = "false, or a block that puts another tensor in its place"
                 raise ConfigError("parallel.compile", True, why, legal, fix={"parallel.compile": "false"})
@@ -100,14 +100,14 @@ def _watched(
     return run_and_watch
 
 
-def _kept_by_compiled_code(output: Any) -> set[int]:
+def _kept_by_compiled_code(output: Any) -> set[torch.UntypedStorage]:
     """The storages of what a compiled forward that has made this output keeps for backward (private; read in torch 2.11 to
     2.14)."""
     nodes = [t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
     for _ in range(4):  # views and DTensors are made of its outputs
         for node in nodes:
             if "CompiledFunction" in type(node).__name__:
-                return {t.untyped_storage()._cdata for t in node.saved_tensors if t is not None}  # pyrefly: ignore[missing-attribute]
+                return {t.untyped_storage() for t in node.saved_tensors if t is not None}  # pyrefly: ignore[missing-attribute]
         nodes = [after for node in nodes for after, _ in node.next_functions if after is not None]
     return set()
 

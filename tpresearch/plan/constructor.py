@@ -59,11 +59,11 @@ def change_by(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -
 
 def lost_changes(model: nn.Module, changes: Sequence[Change]) -> dict[str, Change]:
     """By name of a parameter, the last change of its values, if no module that has it made it: `reset_parameters` would not."""
-    last = {change.storage._cdata: change for change in changes}
+    last = {change.storage: change for change in changes}
     owners: dict[int, set[int]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(id(_owner(model, name)))
-    found = {name: (p, last.get(p.untyped_storage()._cdata)) for name, p in model.named_parameters()}
+    found = {name: (p, last.get(p.untyped_storage())) for name, p in model.named_parameters()}
     return {
         name: change for name, (p, change) in found.items() if change and not change.setters & owners[id(p)]
     }
