@@ -33,6 +33,8 @@ def here(tmp_path: Path) -> Path:
     (tmp_path / "folder").mkdir()
     (tmp_path / "bare").mkdir()
     (tmp_path / "folder/train.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank/train.jsonl").write_text('{"text": ""}\n')
     train_bpe(["text"], 260).save(tmp_path / "tokenizer.json")
     (tmp_path / "broken.json").write_text("{}")
     return tmp_path
@@ -59,6 +61,7 @@ REFUSED_DATA = [
     ("hf", "folder", {"split": "validation"}, "data.split", "Bad split: validation"),
     ("hf", "folder", {"name": "german"}, "data.name", "german"),
     ("hf", "bare", {}, "data.path", "doesn't contain any"),
+    ("hf", "blank", {}, "data.path", "has no text in it"),
     ("hf", "good.jsonl", {}, "data.path", "is a file"),
     ("hf", "./absent", {}, "data.path", "there is no such folder"),
     ("hf", None, {}, "data.path", "no dataset is named"),

@@ -160,6 +160,11 @@ def test_hydra_reads_a_quoted_value_as_it_was(text: str) -> None:
     assert OverridesParser.create().parse_override(override("key", text)).value() == text
 
 
+def test_a_command_is_repeated_without_a_key_and_what_is_below_it() -> None:
+    words = ("model=x", "model.dim=3", "+model.dim.more=1", "~model", "model.dimm=2", "~other")
+    assert TypedCommand(words).without("model.dim").arguments == ("model=x", "model.dimm=2", "~other")
+
+
 def test_an_interpolation_that_was_typed_is_repeated_as_it_is() -> None:
     words = ["model.dim=${.hidden_dim}", "name=${not.there}", "data.path=${oc.env:HOME}/x"]
     assert typed_words(OmegaConf.create(words)) == words

@@ -232,6 +232,14 @@ def test_the_folder_of_an_earlier_sweep_is_a_sweeps_again() -> None:
         assert folder == Path("mine")
 
 
+def test_a_sweep_that_has_not_begun_leaves_the_folders_that_were_there(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    sweep = OmegaConf.create({"name": "study", "hydra": {"sweep": {"dir": "mine/new/er"}}})
+    with pytest.raises(KeyError), run_dir.sweep_folder(sweep):
+        raise KeyError
+    assert there(tmp_path / "mine") == set()
+
+
 def test_a_rank_that_does_not_reach_the_agents_store_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its torchrun was killed before it looked, or the name of the first host has no address here."""
     with socket.create_server(("127.0.0.1", 0)) as server:
