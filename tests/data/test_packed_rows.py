@@ -49,6 +49,7 @@ def test_no_held_out_tokens_have_no_entropy(tmp_path: Path) -> None:
     facts = {"corpus_hash": "c", "tokenizer_hash": "t", "vocab_size": 9, "eos_id": 0, "dtype": "uint16"}
     found = PackedCorpus.open(tmp_path, facts | {"unigram_entropy_nats": {"held_out": None}}, seq_len=3)
     assert (found.train.shape, found.held_out.shape) == ((2, 4), (0, 4))
+    assert str(found) == "2 train and 0 held-out rows of 3 tokens"
     assert np.isnan(found.unigram_entropy)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -69,4 +70,7 @@ def test_the_config_says_how_wide_and_over_which_vocabulary() -> None:
     source = prepare(tokens.data, tokens.tokenizer)
     assert source == SyntheticCorpus(DataSource.random_tokens, 257, 32000)
     assert source.unigram_entropy == pytest.approx(math.log(32000))
+    assert str(source).startswith("rows of 257 random tokens below 32,000, ")
+    assert str(NUMBERS).startswith("rows of 10 random floats, ")
+    assert source.corpus_hash != dataclasses.replace(source, vocab_size=300).corpus_hash
     assert len(source.held_out) == 0
