@@ -302,6 +302,10 @@ def test_a_run_resumes_in_its_own_folder(run: Path) -> None:
         assert arguments.overrides == overrides
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir=x: resume=.* continues in that run's own folder"):
         repeat_command_of_run(parsed(f"resume={run}", "hydra.run.dir=x"))
+    with pytest.raises(
+        ConfigError, match=r"^resume='run: there is no such folder; "
+    ):  # a quote that is not closed
+        repeat_command_of_run(parsed("resume='run"))
     for sweep in (parsed(f"resume={run}", multirun=True), parsed(f"resume={run}", "hydra.mode=MULTIRUN")):
         with pytest.raises(ConfigError, match="the jobs of a sweep have folders of their own"):
             repeat_command_of_run(sweep)
