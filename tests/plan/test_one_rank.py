@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from support.assembled import planned, refusal
 from support.composed import config
-from support.nets import model
+from support.nets import Routed, model
 from torch import Tensor, nn
 
+from tpresearch import compile_plan
 from tpresearch.config import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.models.toy_mlp import ToyLM, ToyMLP
@@ -248,6 +249,18 @@ def test_the_line_is_named_from_which_on_a_rank_calls_other_functions(
     words = (*model(Mixing), "parallel=tp", f"model.dim={H}", f"model.hidden_dim={H}")
     _, plan = planned(*words, world=2)
     assert ("test_one_rank.py, line" in str(plan.followed_to)) != is_followed
+
+
+def test_what_is_not_checked_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS, "inner", lambda x: HEADS["scores by einsum"](heads(x, H // 2)))
+    narrow = (*model(Mixing), "parallel=tp", f"model.dim={H}", f"model.hidden_dim={H}")
+    for words, said in (
+        (narrow, "calls other functions than one process, and is not checked from there on"),
+        ((*model(Routed), "parallel=tp"), "forward depends on values, and that of a rank is not checked"),
+    ):
+        (note,) = compile_plan(config(*words), world_size=2).job.notes
+        assert said in note
+    assert compile_plan(config(*model(Routed), "parallel=none")).job.notes == ()
 
 
 def test_a_refusal_names_the_layer_the_op_and_what_to_write() -> None:

@@ -131,9 +131,13 @@ def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
     if plan.across_rows:
         of_its_own = "each data-parallel rank and micro-batch has rows of its own, so that losses depend on how a batch is split"
         notes.append(f"{plan.across_rows} works across the rows of a batch: {of_its_own}")
+    unknown = None
     if plan.followed_to:
-        other = "a rank's forward calls other functions than one process, and is not checked from there on"
-        notes.append(f"at {plan.followed_to}, {other}: tpresearch.verify tells whether it computes the same")
+        unknown = f"at {plan.followed_to}, a rank's forward calls other functions than one process, and is not checked from there on"
+    elif plan.rules and plan.probe.output is None:
+        unknown = "the model's forward depends on values, and that of a rank is not checked before it runs"
+    if unknown:
+        notes.append(f"{unknown}: tpresearch.verify tells whether it computes the same")
     if not resumes:
         notes += check_init_from(cfg, model, starts_ranks)
     return Preflight(cfg, world, sizes, model, plan, device, tuple(notes))
