@@ -232,12 +232,17 @@ def test_the_folder_of_an_earlier_sweep_is_a_sweeps_again() -> None:
         assert folder == Path("mine")
 
 
-def test_a_sweep_that_has_not_begun_leaves_the_folders_that_were_there(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    sweep = OmegaConf.create({"name": "study", "hydra": {"sweep": {"dir": "mine/new/er"}}})
-    with pytest.raises(KeyError), run_dir.sweep_folder(sweep):
-        raise KeyError
-    assert there(tmp_path / "mine") == set()
+def test_a_sweep_that_has_not_begun_leaves_the_folders_that_were_there() -> None:
+    at_noon = Path(
+        "outputs/study/2026-01-02/12-00-00"
+    )  # of another sweep, so that this one's has another name
+    for folder, before in (("mine/new/er", Path("mine")), ("${run_dir:${name}}", at_noon)):
+        before.mkdir(parents=True)
+        sweep = OmegaConf.create({"name": "study", "hydra": {"sweep": {"dir": folder}}})
+        with pytest.raises(KeyError), run_dir.sweep_folder(sweep):
+            raise KeyError
+        assert there(before) == set()
+    assert there(at_noon.parent) == {at_noon.name}
 
 
 def test_a_rank_that_does_not_reach_the_agents_store_ends(monkeypatch: pytest.MonkeyPatch) -> None:
