@@ -39,8 +39,13 @@ def write_parquet(path: Path, texts: Sequence[str | None], field: str = "text") 
 
 
 def test_text_files_are_documents_by_relative_path(texts: Path, configure: Configure) -> None:
+    others = ["part2/below/below.txt", "top.txt"]
+    for name in others:
+        (texts / name).parent.mkdir(parents=True, exist_ok=True)
+        (texts / name).write_text("text")
     read = names_and_texts(configure(f"{texts}/**/*.txt"))
-    assert [name for name, _ in read] == sorted(f"part{index % 2}/{index:03}.txt" for index in range(120))
+    names = [*others, *(f"part{index % 2}/{index:03}.txt" for index in range(120))]
+    assert [name for name, _ in read] == sorted(names)
     assert dict(read)["part1/007.txt"] == (texts / "part1/007.txt").read_text()
 
 
