@@ -108,6 +108,13 @@ def test_the_files_of_a_folder_are_proposed_whatever_its_name(tmp_path: Path) ->
     assert expand_paths(str(refusal.value.fix["data.path"]).strip("'")) == [file]
 
 
+def test_a_file_is_meant_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("a[1].txt", "a1.txt"):
+        (tmp_path / name).write_text("text")
+    assert expand_paths(f"{tmp_path}/a[1].txt") == [tmp_path / "a[1].txt"]
+    assert expand_paths(f"{tmp_path}/a[2-9,1].txt") == [tmp_path / "a1.txt"]
+
+
 @pytest.mark.parametrize(
     ("path", "kind"),
     [("a.jsonl.gz", "jsonl"), (["a.parquet", "b.parquet"], "parquet"), ("a.md", "text"), ([], "text")],
