@@ -332,6 +332,9 @@ def test_a_run_that_cannot_be_resumed_is_started_over_as_it_was(
     with pytest.raises(ConfigError) as refused, repeating_overrides(run):
         check_corpus(ABOUT, "d", "t", 64)
     assert refused.value.fix == again
+    with pytest.raises(ConfigError) as refused, repeating_overrides(None):
+        check_corpus(ABOUT, "d", "t", 64)
+    assert refused.value.fix == {"resume": "never"}, "no run is named whose overrides could be repeated"
     (folder_of(run, 3) / ".metadata").unlink()
     with pytest.raises(ConfigError, match="none of its 1 checkpoints is complete") as refused:
         repeat_or_start_again(parsed(*typed))

@@ -61,6 +61,12 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again(configure: Configure, s
     assert huggingface_hub.constants.HF_HUB_OFFLINE, "its library would try each file for 25 s"
 
 
+def test_a_hub_that_can_be_reached_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_room, "is_reachable", lambda _: True)
+    assert hub_room.offline_unless_reachable()
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
 def test_a_tokenizer_on_a_hub_that_cannot_be_reached_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^tokenizer\.path=owner/tokenizer: .* cannot be reached"):
         tokenizer_size("owner/tokenizer")
