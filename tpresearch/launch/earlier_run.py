@@ -47,8 +47,7 @@ def repeat_command_of_run(arguments: Namespace) -> Path | None:
         raise ConfigError("hydra.run.dir", asked, why, legal)
     replaced = {branch for key in typed for branch in REPLACED_KEYS.get(key, (key,))}
     then = [w for w in overrides_of_run(run) if not any(is_within(override_key(w), key) for key in replaced)]
-    now = [word for word in arguments.overrides if override_key(word) != "hydra.run.dir"]
-    arguments.overrides = [*then, *now, override("hydra.run.dir", run)]
+    arguments.overrides = [*then, *arguments.overrides, override("hydra.run.dir", run)]
     start = _last_start(run)
     arguments.config_name = arguments.config_name or start.config_name
     arguments.config_dir = arguments.config_dir or start.config_dir
