@@ -306,6 +306,8 @@ def test_a_run_resumes_in_its_own_folder(run: Path) -> None:
         ConfigError, match=r"^resume='run: there is no such folder; "
     ):  # a quote that is not closed
         repeat_command_of_run(parsed("resume='run"))
+    with pytest.raises(ConfigError, match=r"^resume=null: there is no such folder; "):
+        repeat_command_of_run(parsed("resume="))
     for sweep in (parsed(f"resume={run}", multirun=True), parsed(f"resume={run}", "hydra.mode=MULTIRUN")):
         with pytest.raises(ConfigError, match="the jobs of a sweep have folders of their own"):
             repeat_command_of_run(sweep)

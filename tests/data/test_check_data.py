@@ -50,6 +50,7 @@ REFUSED_DATA = [
     ("jsonl", "packed.jsonl.zst", {}, "data.path", "compressed as .zst"),
     ("text", None, {}, "data.path", "no file is named"),
     ("text", [], {}, "data.path", "no file is named"),
+    ("text", ["good.txt", ""], {}, "data.path", "no file is named"),
     ("jsonl", "good.txt", {}, "data.path", "not JSON"),
     ("parquet", "good.jsonl", {}, "data.path", "not Parquet"),
     ("parquet", "texts.parquet", {}, "data.text_field", "no such field"),

@@ -222,6 +222,16 @@ def test_older_formats_are_converted(tmp_path: Path) -> None:
     assert converted.encode([HARD])[0].tolist() == own.encode([HARD])[0].tolist()
 
 
+def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "own.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="no tokenizer could be loaded"):
+        load_hf(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_run_keeps_its_tokenizer_as_transformers_reads_it(
     texts: Path, configure: Configure, bpe: TokenizerConfig, tmp_path: Path
 ) -> None:
