@@ -53,6 +53,16 @@ def expected_activations(*overrides: str, device: str = "cpu") -> int:
     return expected_memory(*plan_model(cfg, sizes), cfg, device)["activations"] or 0
 
 
+def test_selective_checkpointing_keeps_what_row_wise_layers_have_summed_and_not_their_parts() -> None:
+    """Of `wo` and `w2` of 2 blocks each rank's part is of all 8 x 16 tokens, 64 numbers each. A style of the user's own may leave a
+    sum partial, so that parts are kept then."""
+    sp = ("model=llama2_debug", "parallel=sp", "parallel.activation_checkpointing=selective")
+    kept = counted_step(4, *sp).most_bytes["activations"]
+    own = "+model.plans.sp.own={match: layers.*, _target_: support.nets.NoStyle}"
+    assert counted_step(4, *sp, own).most_bytes["activations"] - kept == 2 * 2 * 8 * 16 * 64 * 4
+    assert kept < counted_step(4, *sp[:2]).most_bytes["activations"]
+
+
 def test_what_a_gpu_and_a_compiled_block_keep_by_hand() -> None:
     """Of 8 rows of 16 tokens; 2 blocks and 5 norms of 64, with keys and values of 32, and an MLP of 192."""
     on_cpu = expected_activations("parallel=none")

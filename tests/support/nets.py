@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from tpresearch.models import Head
 from tpresearch.models.toy_mlp import ToyLM, ToyMLP
@@ -285,3 +287,10 @@ class InFront(ToyLM):
     def forward(self, tokens: Tensor, head: object = None) -> Tensor:
         x = self.embed(tokens)
         return self.output(self.mlp(torch.cat((x[:, :1], x), dim=1)))[:, 1:]
+
+
+class NoStyle(ParallelStyle):
+    """One of a user's own, that does nothing."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return module

@@ -46,8 +46,9 @@ def parallelize(
     if parallel.compile:
         set_activation_budget(parallel)
         allow_compilations(len(plan.blocks))
+    sums_at_once = not any(rule.rule.target for rule in plan.rules.values())  # which may leave a partial sum
     for name in plan.blocks:
-        wrap_forward(model.get_submodule(name), parallel, bool(plan.rules))
+        wrap_forward(model.get_submodule(name), parallel, bool(plan.rules), sums_at_once=sums_at_once)
     if parallel.async_tp:
         enable_async_tp(mesh[TENSOR.name])
     if uses_fully_shard(parallel, plan.sizes):
@@ -60,13 +61,18 @@ def wrap_forward(
     parallel: ParallelConfig,
     has_rules: bool,
     backend: str | Callable[..., Any] = "inductor",
+    sums_at_once: bool = True,
 ) -> None:
-    """Checkpoint and compile a block's forward; hooks on the block, including FSDP's, stay outside."""
+    """Checkpoint and compile a block's forward; hooks on the block, including FSDP's, stay outside.
+
+    Args:
+        sums_at_once: see `checkpointed_eagerly`.
+    """
     kind, compile = parallel.activation_checkpointing, functools.partial(compiled, backend=backend)
     if parallel.async_tp:
         compile = functools.partial(compile, options=ASYNC_TP)
     if not parallel.compile:
-        block.forward = checkpointed_eagerly(block, kind)
+        block.forward = checkpointed_eagerly(block, kind, sums_at_once=sums_at_once)
         return
     block.register_forward_pre_hook(wait_for_inputs, with_kwargs=True)
     if kind is Checkpointing.full and has_rules:

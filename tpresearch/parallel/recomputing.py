@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -36,9 +38,15 @@ def checkpointed(forward: Callable[..., Any], kind: Checkpointing) -> Callable[.
 
 
 def checkpointed_eagerly(
-    block: nn.Module, kind: Checkpointing, forward: Callable[..., Any] | None = None
+    block: nn.Module,
+    kind: Checkpointing,
+    forward: Callable[..., Any] | None = None,
+    sums_at_once: bool = True,
 ) -> Callable[..., Any]:
     """The block's forward, or the given one for it, under activation checkpointing; not to be compiled.
+
+    Args:
+        sums_at_once: whether a layer with a partial sum has it summed over ranks before anything else takes it, as all of our rules do.
 
     The result raises a ConfigError for a block that changes in place what is kept for backward, which torch notices only
     there; or its inputs or buffers, which recomputing would find changed and change again, unnoticed.
@@ -46,9 +54,8 @@ def checkpointed_eagerly(
     forward = forward or block.forward
     if kind not in (Checkpointing.full, Checkpointing.selective):
         return forward
-    run = functools.partial(
-        checkpoint, forward, use_reentrant=False, context_fn=functools.partial(_contexts, block, kind)
-    )
+    context = functools.partial(_contexts, block, kind, sums_at_once)
+    run = functools.partial(checkpoint, forward, use_reentrant=False, context_fn=context)
 
     def refuse(changed: Changed, _: Any) -> None:
         why = f"changes {changed[0][0]}, which recomputing would find changed and change again"
@@ -113,24 +120,24 @@ def _kept_by_compiled_code(output: Any) -> set[torch.UntypedStorage]:
 
 
 def _contexts(
-    block: nn.Module, kind: Checkpointing
+    block: nn.Module, kind: Checkpointing, sums_at_once: bool
 ) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """Around forward, and around recomputing it: there the function modes that forward runs in are entered again."""
     modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
     if kind is Checkpointing.full:
-        return nullcontext(), _within(modes, nullcontext())
-    keeping, recomputing = create_selective_checkpoint_contexts(save_expensive_ops)
-    return keeping, _within(modes, _refusing_changes(block, recomputing))
+        return nullcontext(), _within(*modes)
+    policy = save_sums if sums_at_once else save_expensive_ops
+    keeping, recomputing = create_selective_checkpoint_contexts(policy)
+    outside = _Unsummed() if sums_at_once else nullcontext()
+    return keeping, _within(outside, _refusing_changes(block, recomputing), *modes)
 
 
 @contextmanager
-def _within(
-    modes: Sequence[TorchFunctionMode], recomputing: AbstractContextManager[object]
-) -> Iterator[None]:
+def _within(*contexts: AbstractContextManager[object]) -> Iterator[None]:
+    """All of these contexts, each within the one before."""
     with ExitStack() as stack:
-        stack.enter_context(recomputing)
-        for mode in modes:
-            stack.enter_context(mode)
+        for context in contexts:
+            stack.enter_context(context)
         yield
 
 
@@ -164,3 +171,39 @@ _SLOW_OPS = {
     *(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
     "_scaled_dot_product_flash_attention_for_cpu",
 }
+
+
+def save_sums(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """As `save_expensive_ops`, but of a row-wise layer keep what the ranks have summed, and not what each gives to the sum, which
+    under sequence parallelism is as many times larger as there are ranks."""
+    if _is_partial_sum(op, args):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return save_expensive_ops(context, op, *args, **kwargs)
+
+
+class _Unsummed(TorchDispatchMode):
+    """While a block is computed again, NaN stands for what it gives to sums, which are kept: nothing else takes it."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not _is_partial_sum(func, args):
+            return func(*args, **(kwargs or {}))
+        first, second = args[-2:]
+        whole = torch.Size([first.shape[0], second.shape[1]])
+        local, columns = first.to_local(), second.to_local().shape[1]
+        nan = local.new_full((len(local), columns), torch.nan)
+        stride = whole[1], 1
+        return DTensor.from_local(
+            nan, first.device_mesh, [Partial()], run_check=False, shape=whole, stride=stride
+        )
+
+
+def _is_partial_sum(op: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is the matmul of a row-wise layer, along a dim that is sharded."""
+    if op.__name__.split(".")[0] not in ("mm", "addmm"):
+        return False
+    first, second = args[-2:]
+    if not (isinstance(first, DTensor) and isinstance(second, DTensor)) or first.device_mesh.size() == 1:
+        return False
+    return first.placements == (Shard(1),) and second.placements == (Shard(0),)
