@@ -45,18 +45,18 @@ class Call:
         name = name_of(op)
         inputs, outputs = ([t.shape for t in tensors(each)] for each in ((args, kwargs), output))
         numbers = [each for each in tree_leaves((args, kwargs)) if isinstance(each, float)]
-        given = {
-            argument.name: arg for argument, arg in zip(op._schema.arguments, args, strict=False)
-        } | kwargs
-        for argument in op._schema.arguments:
-            is_number = isinstance(argument.type, torch.NumberType) and (name, argument.name) != (
-                "arange",
-                "end",
-            )
-            if is_number or is_pointwise(op) or argument.name in SHIFTS:
+        known = op._schema.arguments
+        given = {argument.name: arg for argument, arg in zip(known, args, strict=False)} | kwargs
+        for argument in known:
+            if is_pointwise(op) or _is_number(argument):
                 numbers += [each for each in tree_leaves(given.get(argument.name)) if type(each) is int]
         start = args[2] if name == "slice" and len(args) > 2 else None
         return Call(name, inputs, outputs, numbers, start or 0)
+
+
+def _is_number(argument: Any) -> bool:
+    """Whether a whole number as this argument of an op is neither a size nor a dim, as the end of `arange` is a size."""
+    return argument.name in SHIFTS or (isinstance(argument.type, torch.NumberType) and argument.name != "end")
 
 
 def tensors(values: object) -> list[Tensor]:
