@@ -48,15 +48,17 @@ class Call:
         known = op._schema.arguments
         given = {argument.name: arg for argument, arg in zip(known, args, strict=False)} | kwargs
         for argument in known:
-            if is_pointwise(op) or _is_number(argument):
+            if is_pointwise(op) or _is_number(name, argument):
                 numbers += [each for each in tree_leaves(given.get(argument.name)) if type(each) is int]
         start = args[2] if name == "slice" and len(args) > 2 else None
         return Call(name, inputs, outputs, numbers, start or 0)
 
 
-def _is_number(argument: Any) -> bool:
-    """Whether a whole number as this argument of an op is neither a size nor a dim, as the end of `arange` is a size."""
-    return argument.name in SHIFTS or (isinstance(argument.type, torch.NumberType) and argument.name != "end")
+def _is_number(op: str, argument: Any) -> bool:
+    """Whether a whole number as this argument is neither a size nor a dim; the end of `arange` is its output's size."""
+    if (op, argument.name) == ("arange", "end"):
+        return False
+    return isinstance(argument.type, torch.NumberType) or argument.name in SHIFTS
 
 
 def tensors(values: object) -> list[Tensor]:
