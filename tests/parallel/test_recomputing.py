@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from support.composed import config
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpresearch.config import ConfigError
 from tpresearch.config.choices import Checkpointing
@@ -65,6 +68,54 @@ def test_a_change_in_place_is_computed_right_or_refused(change: str, kind: str) 
             gradients(Checkpointing(kind))
     else:
         torch.testing.assert_close(gradients(Checkpointing(kind)), gradients(Checkpointing.none))
+
+
+class Ended(nn.Module):
+    """Two matmuls, and maybe an op whose backward needs what the second gives."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self._end = nn.Linear(8, 8), nn.Linear(8, 8), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self._end(self.second(self.first(x).tanh()))
+
+
+class Matmuls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__.split(".")[0] in ("mm", "addmm")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("end", [torch.neg, torch.tanh, functional.silu])
+def test_matmuls_are_computed_again_by_full_checkpointing_and_in_a_second_backward(
+    end: Callable[[Tensor], Tensor],
+) -> None:
+    def gradients(kind: str) -> tuple[list[int], list[Tensor | None]]:
+        torch.manual_seed(0)
+        block, x = Ended(end), torch.randn(4, 8, requires_grad=True)
+        parallel = config("model=toy_mlp", f"parallel.activation_checkpointing={kind}").parallel
+        wrap_forward(block, parallel, has_rules=False)
+        counts = []
+        with Matmuls() as matmuls:
+            loss = block(x).square().sum()
+            for _ in range(2):
+                loss.backward(retain_graph=True)
+                counts.append(matmuls.count)
+        return counts, [x.grad, *(parameter.grad for parameter in block.parameters())]
+
+    again = 1 if end is torch.neg else 2
+    (first, second), expected = gradients("none")
+    for kind, counts in {
+        "selective": [first, second + again],
+        "full": [first + again, second + 2 * again],
+    }.items():
+        assert gradients(kind)[0] == counts
+        torch.testing.assert_close(gradients(kind)[1], expected)
 
 
 class Power(nn.Module):

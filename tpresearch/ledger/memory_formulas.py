@@ -127,7 +127,7 @@ def _llama2_activation_bytes(
     if mode is Checkpointing.full:
         each = h * element * residual
     elif mode is Checkpointing.selective:
-        each = attention + ((2 if compiled else 3) * h + 2 * f) * element
+        each = attention + 2 * (h + f) * element
     else:
         each = 2 * norm + (attention + 4 * f * element) / t
         if compiled:
