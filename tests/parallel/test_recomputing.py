@@ -118,6 +118,37 @@ def test_matmuls_are_computed_again_by_full_checkpointing_and_in_a_second_backwa
         torch.testing.assert_close(gradients(kind)[1], expected)
 
 
+class Remembering(nn.Module):
+    """Computes a table once, by a matmul."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.layer, self.size = nn.Linear(8, 8, bias=False), size
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.ones(4, self.size) @ torch.ones(self.size, 8)
+        return (self.layer(x) * self.table).tanh()
+
+
+@pytest.mark.parametrize("size", [8, 2])
+def test_a_matmul_that_is_computed_once_is_not_taken_for_another(size: int) -> None:
+    def gradient(kind: str) -> Tensor | None:
+        torch.manual_seed(0)
+        block, x = Remembering(size), torch.randn(4, 8)
+        parallel = config("model=toy_mlp", f"parallel.activation_checkpointing={kind}").parallel
+        wrap_forward(block, parallel, has_rules=False)
+        block(x).sum().backward()
+        return block.layer.weight.grad
+
+    if size == 8:
+        with pytest.raises(ConfigError, match="the block Remembering has other matmuls"):
+            gradient("selective")
+    else:
+        torch.testing.assert_close(gradient("selective"), gradient("none"))
+
+
 class Power(nn.Module):
     def forward(self, x: Tensor, *, power: int = 1) -> Tensor:
         return x**power

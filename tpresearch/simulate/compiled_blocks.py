@@ -27,7 +27,7 @@ from tpresearch.config.validate import has_master_weights
 from tpresearch.parallel.apply import parallelize, set_activation_budget, wrap_forward
 from tpresearch.parallel.device import FAKE
 from tpresearch.parallel.float8 import to_float8
-from tpresearch.parallel.recomputing import save_expensive_ops
+from tpresearch.parallel.kept import save_slow_ops
 from tpresearch.parallel.weights import materialize
 from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.fake_ranks import fake_mesh
@@ -91,7 +91,7 @@ def recompute(forward: Callable[..., Any], calls: frozenset[Call]) -> Callable[.
             count = counts[context.is_recompute]
             call = op, count[op]
             count[op] += 1
-            return CheckpointPolicy.PREFER_RECOMPUTE if call in calls else save_expensive_ops(context, op)
+            return CheckpointPolicy.PREFER_RECOMPUTE if call in calls else save_slow_ops(context, op)
 
         return create_selective_checkpoint_contexts(policy)
 
