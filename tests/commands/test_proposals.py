@@ -10,6 +10,10 @@ import pytest
 from support.commands import environment, execute
 from support.trainings import TINY, TRAIN, Start, cases
 
+from tpresearch.config.errors import ConfigError
+from tpresearch.config.world import World
+from tpresearch.launch.proposal import command_to_try
+
 pytestmark = pytest.mark.cli
 
 BASE = [word for word in TINY if not word.startswith("parallel=")]
@@ -95,6 +99,21 @@ def test_what_is_proposed_is_what_was_typed_and_is_not_refused(
 def test_what_only_its_user_knows_is_left_to_be_filled_in(train_py: Start) -> None:
     done = train_py("model=hf", "parallel=none")
     assert done.command_to_try[2:] == ["model=hf", "parallel=none", "init_from=VALUE"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "field"),
+    [((), "model.plans.sp"), (("+model.plans.sp.stem={match: stem}",), "model.plans.sp.stem.src")],
+)
+def test_a_plan_that_cannot_be_corrected_is_left_to_be_filled_in_and_no_other_model_is_proposed(
+    monkeypatch: pytest.MonkeyPatch, rule: tuple[str, ...], field: str
+) -> None:
+    typed = ["model=mine", "parallel=sp", *rule]
+    monkeypatch.setattr(sys, "argv", ["train.py", *typed])
+    first = ConfigError(field, "x", "one layer is wrong", "another", {"+model.plans.sp.a": "{match: a}"})
+    then = ConfigError("model.plans.sp.a", "{match: a}", "so is the next", "another forward")
+    to_try = command_to_try(first, World(), lambda tried: then if "model=mine" in tried.arguments else None)
+    assert str(to_try).endswith(shlex.join([*typed, f"{field}=VALUE"]))
 
 
 # Variables that another job has left, and what of them the command to try goes without.

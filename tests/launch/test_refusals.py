@@ -54,6 +54,11 @@ REFUSED = [
         "model.plans.tp.logits.units=[dim]: not in the model's file, so that its default holds; + before it: ",
         "'+model.plans.tp.logits.units=[dim]'",
     ),
+    (
+        "model.plans.tp.x={match:norm,style:input}",
+        "model.plans.tp.x={match:norm,style:input}: the plan has no such rule yet; + before it: ",
+        "'+model.plans.tp.x={match:norm,style:input}'",
+    ),
     ("hydra.run.dri=x", "hydra.run.dri=x: no such key; nearest is hydra.run.dir", "hydra.run.dir=x"),
     (
         "hydra.job.env_set.A=1",

@@ -218,6 +218,10 @@ class Plain(nn.Module):
     [
         (Plain, "1 (Plain): its tensor table is neither a parameter nor a buffer"),
         (Bare, "1 (Bare): it has parameters and no reset_parameters"),
+        (
+            lambda: nn.MultiheadAttention(8, 2),
+            "no reset_parameters; Linear layers and scaled_dot_product_attention",
+        ),
         (Forgets, "1 (Forgets): its reset_parameters leaves scale unset"),
         (lambda: nn.BatchNorm1d(3), "1 (BatchNorm1d): it has buffers and no reset_buffers"),
     ],

@@ -341,6 +341,25 @@ def test_what_is_whole_and_meets_a_shard_has_a_partial_gradient() -> None:
     planned(*model(Scaled), "parallel=tp", f"{key}={rule}")
 
 
+class Skipping(ToyLM):
+    """Hidden features with the embedding's behind them, as in the second half of a U."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.join = nn.Linear(hidden_dim + dim, dim)
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        x = self.embed(tokens)
+        return self.output(self.join(torch.cat([self.mlp.in_proj(x), x], -1)))
+
+
+def test_of_what_is_joined_to_a_shard_the_first_thing_said_is_that_features_are_missing() -> None:
+    error = refusal(*model(Skipping), "parallel=tp", "model.plans.tp.out_proj.match=join")
+    assert str(error).startswith(
+        "model.plans.tp.in_proj.dst=shard:-1: cat needs all features of the output of mlp.in_proj"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "refused"),
     [
@@ -366,6 +385,28 @@ def test_a_layout_that_a_tensor_does_not_have_is_refused(words: str, refused: st
     plan = words.partition(".")[0]
     error = refusal("model=toy_mlp", f"parallel={plan}", f"model.plans.{words}")
     assert str(error).startswith(refused)
+
+
+def test_the_layout_that_a_tensor_has_is_proposed() -> None:
+    words = (*model(Mixing), "parallel=tp")
+    whole = refusal(*words, "model.plans.tp.in_proj.dst=replicate")
+    assert whole.fix == {"model.plans.tp.out_proj.src": "replicate"}
+    planned(*words, "model.plans.tp.in_proj.dst=replicate", "model.plans.tp.out_proj.src=replicate")
+    a_norm = "+model.plans.tp.inner={match: mlp.relu, style: sequence}"
+    of_heads = refusal(*model(Scaled), "parallel=tp", a_norm)
+    assert of_heads.legal == "shard:2"
+    typed = [f"{key}={layout}" for key, layout in of_heads.fix.items()]
+    assert typed == ["+model.plans.tp.inner.src=shard:2", "+model.plans.tp.inner.dst=shard:2"]
+    planned(*model(Scaled), "parallel=tp", a_norm, *typed)
+
+
+def test_of_a_layer_with_a_whole_input_style_sequence_is_not_corrected_by_a_layout_that_it_cannot_have() -> (
+    None
+):
+    error = refusal("model=toy_mlp", "parallel=tp", "+model.plans.tp.mlp={match: mlp, style: sequence}")
+    assert str(error).endswith(
+        "is whole on each rank; a layer with a whole input takes style input, with src and dst [null]"
+    )
 
 
 class Numbered(ToyMLP):

@@ -84,6 +84,8 @@ def _unknown_key(key: str, value: object, composition: Composition) -> ConfigErr
     if key in (added := _settings_not_in_file(known) if key.startswith("model.") else []):
         why = "not in the model's file, so that its default holds"
         return ConfigError(key, value, why, *with_plus)
+    if re.fullmatch(r"model\.plans\.\w+\.\w+", key) and str(value).startswith("{"):
+        return ConfigError(key, value, "the plan has no such rule yet", *with_plus)
     known |= dict.fromkeys(added)
     why = "no such key" if "." in key else "no such config group or key"
     branch = key.rpartition(".")[0]

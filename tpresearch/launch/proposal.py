@@ -51,6 +51,7 @@ def command_to_try(error: ConfigError, world: World, check_command: CommandCheck
     if isinstance(error, WrongCommand) and isinstance(error.command, str):
         return error.command
     command = typed = Command.from_argv(world)
+    first = error.field
     same, filled_in = (
         typed.typed(corrected(typed.arguments, {error.field: v})) for v in (error.value, "VALUE")
     )
@@ -68,11 +69,12 @@ def command_to_try(error: ConfigError, world: World, check_command: CommandCheck
     valid = _valid_part(command, check_command)
     if {*typed.arguments} <= {*valid.arguments}:
         return str(filled_in)
-    group, _, below = error.field.partition(".")
-    keys = {override_key(word) for word in command.arguments}
-    if below and group in keys and not any(is_within(error.field, key) for key in keys - {group}):
+    chosen, kept = ({override_key(word) for word in each.arguments} for each in (typed, valid))
+    group, _, below = first.partition(".")
+    in_file = not any(is_within(first, key) for key in chosen - {group})
+    if below and group in chosen and (in_file or group not in kept):
         # The mistake is in the file that was chosen, of which another would be the answer to another question.
-        return str(command.typed(corrected(command.arguments, {error.field: "VALUE"})))
+        return str(filled_in)
     return str(valid)
 
 

@@ -65,10 +65,10 @@ class Follower:
             return
         self._check_numbers(whole, own)
         held = {x: self.parts[x] for x in inputs if x in self.parts and own.name not in UNIFORM}
+        runs = {x: self._run_after(x, part, op, args, kwargs, whole, own) for x, part in held.items()}
         met = next((part for part in held.values() if part.run), None)
         if met:
             self._check_gradients(own.name, inputs, met)
-        runs = {x: self._run_after(x, part, op, args, kwargs, whole, own) for x, part in held.items()}
         if len(own.outputs) != len(whole.outputs):
             raise AnotherWay
         layer = next((self.layers[x] for x in inputs if x in self.layers), None)

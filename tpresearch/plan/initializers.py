@@ -101,6 +101,8 @@ def _read_module(module: nn.Module, prefix: str, mode: FakeTensorMode) -> dict[s
     name = _describe_module(prefix, module)
     if not hasattr(module, "reset_parameters"):
         why, legal = "it has parameters and no reset_parameters", "write one that sets each of them"
+        if isinstance(module, nn.MultiheadAttention):
+            legal = "Linear layers and scaled_dot_product_attention, as Attention in tpresearch.models.llama2"
         raise WrongModel(name, why, legal)
     with mode:  # not on the meta device, for which torch.nn.init leaves out some of its calls
         stand_in = _stand_in(module, lambda p: torch.empty(p.shape, dtype=torch.float32))

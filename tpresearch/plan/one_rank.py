@@ -131,6 +131,7 @@ class _OneRank(Forward):
         claimed = layout.dim % x.dim() if isinstance(layout, Shard) else None
         if x in self.known.distributed or (part is None and claimed is None):
             return
+        keys = ["src", "dst"] if rule.rule.style == "sequence" else ["src"]
         legal, has = "replicate", "is whole on each rank"
         if part:
             is_plain = part.run in (None, x.shape[part.dim])
@@ -139,9 +140,17 @@ class _OneRank(Forward):
             legal, has = f"shard:{part.dim}", f"is a shard of the output of {part.layer} along dim {part.dim}"
             if not is_plain:
                 has = f"has elements of the output of {part.layer} that lie apart from each other on one rank"
-                legal = "a forward that keeps a shard's elements together"
+                legal, keys = "a forward that keeps a shard's elements together", []
+        elif rule.rule.style == "sequence":
+            legal, keys = "a layer with a whole input takes style input, with src and dst [null]", []
         given = rule.rule.src or (f"shard:{layout.dim}" if isinstance(layout, Shard) else "replicate")
-        raise ConfigError(f"{rule.config_key}.src", given, f"{what} {has}", legal)
+        plus = {key: "" if getattr(rule.rule, key) else "+" for key in keys}
+        fix = (
+            None
+            if isinstance(given, list)
+            else {f"{plus[key]}{rule.config_key}.{key}": legal for key in keys}
+        )
+        raise ConfigError(f"{rule.config_key}.src", given, f"{what} {has}", legal, fix or None)
 
 
 def check_one_rank(model: nn.Module, plan: Plan, inputs: Tensor, cfg: Config) -> str | None:

@@ -27,7 +27,7 @@ def check_sequence(model: nn.Module, cfg: Config, rules: dict[str, ResolvedRule]
         module = name.rpartition(".")[0]
         if module not in rules:
             why = f"{name} has no sharding rule; with {tokens} its gradient would be partial on each {split.axis} rank"
-            legal = "a rule for it: style sequence, or style input with null layouts where its input is whole"
+            legal = "a rule for it: style sequence, or style input with src and dst [null] where its input is whole"
             plan, fix = cfg.parallel.tensor, rule_to_add(cfg, module)
             if isinstance(model.get_submodule(module), nn.Embedding) and module in probe.shapes:
                 (shape,) = probe.shapes[module].outputs
