@@ -278,6 +278,14 @@ def test_linear_layers_in_float8_are_recorded_as_they_run_and_casts_once_where_c
     assert all(number in made for op in once for number, _ in op.reads)
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_selective_checkpointing_repeats_no_matmul_in_float8_whose_output_ranks_sum(recipe: str) -> None:
+    words = ("train.dtype=bfloat16", f"train.float8={recipe}", "parallel.activation_checkpointing=selective")
+    trace = recorded(config("model=llama2_debug", "parallel=tp", *words, "data.seq_len=64"), 2)
+    matmuls = [op.phase for op in trace.micro_batches[0] if op.name == "_scaled_mm"]
+    assert [matmuls.count(phase) for phase in ("forward", "backward")] == [14, 28]
+
+
 @pytest.mark.parametrize(("dtype", "element"), [("float32", 4), ("bfloat16", 2)])
 def test_matmuls_that_add_to_a_gradient_take_the_place_of_two_kernels(dtype: str, element: int) -> None:
     words = "model=llama2_debug", "parallel=none", "train.micro_batch_size=2", f"train.dtype={dtype}"

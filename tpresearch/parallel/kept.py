@@ -184,7 +184,7 @@ def _unsummed(first: DTensor, second: DTensor) -> DTensor:
     """NaN in place of the matmul of a row-wise layer."""
     whole = torch.Size([first.shape[0], second.shape[1]])
     local, columns = first.to_local(), second.to_local().shape[1]
-    nan = local.new_full((len(local), columns), torch.nan)
+    nan = torch.full((len(local), columns), torch.nan, dtype=first.dtype, device=local.device)
     return DTensor.from_local(
         nan, first.device_mesh, [Partial()], run_check=False, shape=whole, stride=(whole[1], 1)
     )
