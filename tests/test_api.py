@@ -6,6 +6,7 @@ import html
 import itertools
 import json
 import logging.handlers
+import operator
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,17 @@ def test_a_config_is_what_the_command_line_composes() -> None:
     assert as_dict(tpresearch.load(*words)) == as_dict(config(*words, small=False))
     plans = ["none", "ddp", "tp", "sp", "fsdp", "hsdp", "fsdp_tp", "hsdp_tp"]
     assert tpresearch.load(config_name="verify").verify.plans == plans
+
+
+@pytest.mark.parametrize(
+    "key", ["steps", "optimizer.learning_rate", "train.dtyp", "model.dim", "parallel.fsdp.x"]
+)
+def test_a_key_that_a_config_does_not_have_cannot_be_set(key: str) -> None:
+    branch, _, name = key.rpartition(".")
+    cfg = tpresearch.load("model=toy_mlp")
+    part = operator.attrgetter(branch)(cfg) if branch else cfg
+    with pytest.raises(AttributeError, match=name):
+        setattr(part, name, 3)
 
 
 def test_a_caller_has_a_hydra_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

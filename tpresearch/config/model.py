@@ -14,7 +14,7 @@ MODEL_KEYS = {"name", "_target_", "blocks", "plans"}
 RULE_KEYS = ("match", "style", "src", "dst", "axis", "units")
 
 
-@dataclass
+@dataclass(slots=True)
 class Rule:
     """One named sharding rule of a plan: which modules, in which style, with which layouts.
 
@@ -41,7 +41,7 @@ class Rule:
     """Its arguments: every other key of the rule."""
 
 
-@dataclass
+@dataclass(slots=True)
 class ModelConfig:
     name: str
     target: str

@@ -32,7 +32,7 @@ LENGTH_BOUND = AtLeast(1, 10**8)
 MAX_RANKS = 10**6
 
 
-@dataclass
+@dataclass(slots=True)
 class FsdpConfig:
     reshard_after_forward: bool = True
     """Free each block's gathered weights after its forward and gather them again in backward (ZeRO-3)."""
@@ -43,7 +43,7 @@ class FsdpConfig:
     """Keep sharded parameters, gradients and optimizer state in host memory."""
 
 
-@dataclass
+@dataclass(slots=True)
 class ParallelConfig:
     name: str = "none"
     """Name of the plan in records and tables."""
@@ -67,7 +67,7 @@ class ParallelConfig:
     """Let backward's matmuls add weight gradients to the sum over micro-batches, without a pass of their own (one rank)."""
 
 
-@dataclass
+@dataclass(slots=True)
 class MeshConfig:
     """Ranks along each axis; null lets the parallel plan choose, -1 takes the remaining ranks."""
 
@@ -76,7 +76,7 @@ class MeshConfig:
     tp: Annotated[int | None, Within(-1, MAX_RANKS)] = None
 
 
-@dataclass
+@dataclass(slots=True)
 class DataConfig:
     source: DataSource = DataSource.pystdlib
     path: Annotated[Any, OfType(str | list[str] | None)] = None
@@ -115,7 +115,7 @@ class DataConfig:
         return self.source is not DataSource.uniform
 
 
-@dataclass
+@dataclass(slots=True)
 class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.bpe
     vocab_size: Annotated[int, AtLeast(1, 10**7)] = 4096
@@ -124,7 +124,7 @@ class TokenizerConfig:
     """A tokenizer.json, a folder that holds one, or a name on the hub (hf)."""
 
 
-@dataclass
+@dataclass(slots=True)
 class CheckpointConfig:
     """Checkpoints in the run's checkpoints/. A run that ends, or is stopped by a signal, always saves its last step."""
 
@@ -138,7 +138,7 @@ class CheckpointConfig:
     """Write while training continues, from a copy in host memory; auto: on CUDA, but not on a CPU, whose cores train."""
 
 
-@dataclass
+@dataclass(slots=True)
 class ProfilerConfig:
     """Steps to profile, on each rank, into the run folder's profiler/."""
 
@@ -151,7 +151,7 @@ class ProfilerConfig:
     """Also record a snapshot of the CUDA allocator's history of those steps."""
 
 
-@dataclass
+@dataclass(slots=True)
 class DefectsConfig:
     """Mistakes in the tutorial's scripts, off by default; switch them on to see their effect.
 
@@ -168,7 +168,7 @@ class DefectsConfig:
     """Seed a data-parallel rank's rows by step + rank: rank 1 reads at step k what rank 0 reads at step k + 1."""
 
 
-@dataclass
+@dataclass(slots=True)
 class LoggerConfig:
     """Loggers besides the run folder: Weights & Biases, TensorBoard."""
 
@@ -194,7 +194,7 @@ class LoggerConfig:
     """Folder of W&B's own files; null for the run folder."""
 
 
-@dataclass
+@dataclass(slots=True)
 class VerifyConfig:
     plans: list[str] = field(default_factory=list)
     """Options of the parallel group, each compared with one process."""
@@ -208,7 +208,7 @@ class VerifyConfig:
     """Also run each kind of matmul under its rule with integer operands, where the result must match bitwise."""
 
 
-@dataclass
+@dataclass(slots=True)
 class ComposedConfig:
     """The config as Hydra composes and type-checks it. `model` is open, since each model has its own settings."""
 
@@ -247,7 +247,7 @@ class ComposedConfig:
     """Number of ranks for plan_only, and for a simulated step and a job of a sweep if its mesh leaves that open."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Config(ComposedConfig):
     """The config as the framework uses it: as composed, with the model typed."""
 

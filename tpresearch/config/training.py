@@ -19,7 +19,7 @@ from tpresearch.config.values import FRACTION, POSITIVE, AtLeast, Within
 ROWS_BOUND = AtLeast(1, 10**7)
 
 
-@dataclass
+@dataclass(slots=True)
 class OptimizerConfig:
     """AdamW has betas and eps; SGD has momentum."""
 
@@ -53,7 +53,7 @@ class OptimizerConfig:
         return 2 if self.name is OptimizerName.adamw else int(self.momentum > 0)
 
 
-@dataclass
+@dataclass(slots=True)
 class ScheduleConfig:
     name: ScheduleName = ScheduleName.cosine
     warmup_steps: Annotated[int, AtLeast(0)] = 10
@@ -64,7 +64,7 @@ class ScheduleConfig:
     """Share of all steps, at the end, over which wsd decays; at most what warmup leaves."""
 
 
-@dataclass
+@dataclass(slots=True)
 class TrainConfig:
     steps: Annotated[int | None, AtLeast(1)] = 100
     """Optimizer steps; null where train.tokens is the budget."""
