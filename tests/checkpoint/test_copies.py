@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from threading import Event
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -26,9 +27,9 @@ NO_ROOM = ("CUDA error: out of memory\nCUDA kernel errors", "DefaultCPUAllocator
 def test_it_is_of_its_step_whatever_the_next_steps_change_meanwhile(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def written_late(state: dict[str, torch.Tensor], draft: Path) -> None:
+    def written_late(*what: Any) -> None:
         may_write.wait()
-        write(state, draft)
+        write(*what)
 
     synced: set[int] = set()
     monkeypatch.setattr(os, "fsync", lambda number: synced.add(os.fstat(number).st_ino))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,14 +122,16 @@ class Unused(ToyLM):
 
 
 class Buffered(ToyLM):
-    """With a buffer that its training changes and its checkpoint has to hold."""
+    """With a buffer that its training changes and its checkpoint has to hold, and one with infinity in it, as an attention mask has."""
 
     def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
         super().__init__(vocab_size, dim, hidden_dim)
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("mask", torch.empty(2, 2))
 
     def reset_buffers(self) -> None:
         self.seen.zero_()
+        self.mask.fill_(-math.inf).triu_(1)
 
     def forward(self, tokens: Tensor, head: object = None) -> Tensor:
         if self.training:

@@ -7,6 +7,7 @@ import functools
 import logging
 import re
 import time
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ from tpresearch.checkpoint import disk
 from tpresearch.checkpoint.collective import RankFailed, dcp_arguments, on_all_ranks
 from tpresearch.checkpoint.disk import BrokenCheckpoint, Manifest, WrittenFile, draft_of, folder_of
 from tpresearch.checkpoint.faults import fault_point
-from tpresearch.checkpoint.state import CheckpointedState, state_of
+from tpresearch.checkpoint.state import MODEL, CheckpointedState, state_of
 from tpresearch.config.errors import RunFailed
 from tpresearch.config.schema import CheckpointConfig
 
@@ -136,13 +137,16 @@ class Saver:
             return
         self._last_step = trained.step
         manifest = dataclasses.replace(self._common, step=trained.step, tokens=tokens, loss=loss)
+        buffers = {f"{MODEL}{name}" for name, _ in trained.model.named_buffers()}
         try:
             with state_of(trained) as state:
-                self._write(state, manifest, background=self._background and not last)
+                self._write(state, buffers, manifest, background=self._background and not last)
         except RankFailed as error:
             self._report_failure(manifest, error, last)
 
-    def _write(self, state: dict[str, Tensor], manifest: Manifest, background: bool) -> None:
+    def _write(
+        self, state: dict[str, Tensor], buffers: Collection[str], manifest: Manifest, background: bool
+    ) -> None:
         began = time.monotonic()
         draft = draft_of(folder_of(self._run, manifest.step))
 
@@ -155,15 +159,15 @@ class Saver:
         if background:
             copies: list[dict[str, Tensor]] = []
             on_all_ranks(lambda: copies.append(self._copy_to_host(state)), self._group)
-            written = self._thread.submit(self._write_files, copies[0], draft)
+            written = self._thread.submit(self._write_files, copies[0], buffers, draft)
             self._in_flight, self.started = InFlight(manifest, began, written), self.started + 1
         else:
-            self._write_files(state, draft)
+            self._write_files(state, buffers, draft)
             self._commit(manifest, began)
 
-    def _write_files(self, state: dict[str, Tensor], draft: Path) -> None:
+    def _write_files(self, state: dict[str, Tensor], buffers: Collection[str], draft: Path) -> None:
         """Write this rank's part of the files. Collective, in any thread."""
-        on_all_ranks(lambda: check_finite(state), self._group)
+        on_all_ranks(lambda: check_finite(state, buffers), self._group)
         with dcp_arguments(self._group) as how:
             dcp.save(state, storage_writer=_Writer(draft), **how)
 
@@ -262,15 +266,18 @@ class _Writer(dcp.FileSystemWriter):
         super().finish(metadata, results)
 
 
-def check_finite(state: dict[str, Tensor]) -> None:
+def check_finite(state: dict[str, Tensor], buffers: Collection[str] = ()) -> None:
     """Refuse to save NaN and infinity: no run can resume from such a state.
 
+    Args:
+        buffers: those of these names may have infinity in them, as an attention mask has.
+
     Raises:
-        BrokenCheckpoint: naming the first tensor that has one.
+        BrokenCheckpoint: naming the first tensor that is refused.
     """
     for name, tensor in state.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.is_floating_point() and local.numel():
-            least, most = torch.aminmax(local.detach())
-            if not (torch.isfinite(least) & torch.isfinite(most)).item():
+            ends = torch.stack(torch.aminmax(local.detach()))
+            if (ends.isnan() if name in buffers else ~ends.isfinite()).any():
                 raise BrokenCheckpoint(f"{name} is not finite")
