@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from threading import Event
@@ -10,7 +11,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from support.assembled import assembled
 from support.checkpointed import on_disk
+from support.composed import config
 from support.made_checkpoints import ABOUT
 from support.processes import wait_for
 from torch import nn
@@ -19,6 +22,8 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from tpresearch.checkpoint.disk import complete_checkpoints, folder_of
 from tpresearch.checkpoint.save import SaveFailed, Saver
 from tpresearch.config.schema import CheckpointConfig
+from tpresearch.train.finite import NonfiniteError
+from tpresearch.train.observe import Observer
 from tpresearch.train.state import TrainState
 
 NO_ROOM = ("CUDA error: out of memory\nCUDA kernel errors", "DefaultCPUAllocator: can't allocate memory: you")
@@ -81,6 +86,25 @@ def test_weights_that_are_not_finite_are_left_out_and_a_step_is_saved_once(
             saver.finish()
     assert (caplog.text.count("checkpoint: step 3, "), caplog.text.count("not saved")) == (1, 1)
     assert [found.step for found in complete_checkpoints(tmp_path)] == [3]
+
+
+class Diverges(Observer):
+    """In the second step."""
+
+    def gradients(self, state: TrainState) -> None:
+        if state.step == 1:
+            for parameter in state.trained_parameters().values():
+                parameter.grad = torch.full_like(parameter, math.nan)
+
+
+def test_a_run_that_ends_in_nan_keeps_what_was_being_written(tmp_path: Path) -> None:
+    cfg = config("parallel=none", "model=toy_mlp", "checkpoint.every=1", "train.log_every=1")
+    with assembled(cfg, watching=[Diverges()]) as loop:
+        loop.saver = Saver(tmp_path, cfg.checkpoint, ABOUT, None, background=True)
+        loop.saver.start(0)
+        with pytest.raises(NonfiniteError, match="at step 2"):
+            list(loop.rows())
+    assert [found.step for found in complete_checkpoints(tmp_path)] == [1]
 
 
 @pytest.mark.parametrize("said", NO_ROOM)

@@ -18,7 +18,7 @@ from tpresearch.data.batches import IGNORE_INDEX, Batch, Batches, eval_batches
 from tpresearch.data.rows import AnyCorpus
 from tpresearch.parallel.apply import reshard
 from tpresearch.parallel.mesh import data_rank, sum_over
-from tpresearch.train.finite import FiniteCheck
+from tpresearch.train.finite import FiniteCheck, NonfiniteError
 from tpresearch.train.losses import build_token_loss
 from tpresearch.train.observe import Metrics
 from tpresearch.train.optim import learning_rate
@@ -115,6 +115,10 @@ class Loop:
         gc.disable()
         try:
             yield from self._rows()
+        except NonfiniteError:  # on every rank
+            if self.saver:
+                self.saver.finish()
+            raise
         finally:
             gc.unfreeze()
             gc.enable()
