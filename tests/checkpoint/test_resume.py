@@ -223,6 +223,8 @@ def test_auto_never_and_a_restart(tmp_path: Path) -> None:
     older = config(*STARTED, f"resume={folder_of(tmp_path, 3)}")
     assert [c.step for c in checkpoints_to_resume(older, tmp_path)] == [3]
     assert [c.step for c in checkpoints_to_resume(older, tmp_path, restarted=True)] == [12, 3]
+    elsewhere = tmp_path / "without one yet"
+    assert [c.step for c in checkpoints_to_resume(older, elsewhere, restarted=True)] == [3]
 
 
 @pytest.fixture
@@ -292,6 +294,8 @@ def test_a_run_resumes_whatever_its_folder_is_called(
     words = [override("resume", name), override("hydra.run.dir", named)]
     arguments = Namespace(multirun=False, overrides=words, config_name="other", config_dir="/here")
     assert repeat_command_of_run(arguments) == named
+    pruned = parsed(override("resume", f"{name}/checkpoints/step-00000002"))
+    assert repeat_command_of_run(pruned) == named, "since a job began there that torchrun has restarted"
     assert (arguments.config_name, arguments.config_dir) == ("other", "/here")
 
 

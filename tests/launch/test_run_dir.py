@@ -19,7 +19,7 @@ from tpresearch.config import ConfigError
 from tpresearch.config.errors import RunFailed
 from tpresearch.config.world import WrongEnvironment
 from tpresearch.launch import World, resolvers, run_dir
-from tpresearch.launch.agents_store import connect, tell_other_hosts
+from tpresearch.launch.agents_store import connect, tell_begun, tell_other_hosts
 from tpresearch.parallel.group import fresh_store
 
 NOON = datetime(2026, 1, 2, 12, 0, 0)
@@ -305,8 +305,13 @@ def test_a_restarted_job_goes_on_in_its_folder_once_its_ranks_have_left_it(agent
         held.release()
         assert waits.result() == "mine"
     assert there(Path("mine")) == {"metrics.jsonl", ".hydra", ".lock"}
-    with run_dir.agree_on_folder(composed("mine"), rank_0) as (_, restarted):
-        assert restarted
+    elsewhere = World(1, 2, 0, 1, elastic=True)
+    for begins in (False, True):
+        if begins:
+            tell_begun()
+        for rank in (rank_0, elsewhere):
+            with run_dir.agree_on_folder(composed("mine"), rank) as (_, restarted):
+                assert restarted is begins, "until then, the checkpoints there are those of an earlier job"
 
 
 def test_ranks_of_other_hosts_hear_that_a_rank_has_failed(agent: TCPStore) -> None:

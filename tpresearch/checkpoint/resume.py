@@ -58,13 +58,14 @@ def checkpoints_to_resume(cfg: Config, run: Path, restarted: bool = False) -> li
     """The complete checkpoints that `resume` selects for a run in this folder, newest first; none for a new run.
 
     Args:
-        restarted: whether torchrun has restarted these ranks, which then resume from their own checkpoints.
+        restarted: whether this job had begun to train here before torchrun restarted its ranks: it resumes from its own
+            checkpoints, if there are any yet.
 
     Raises:
         ConfigError: if a checkpoint is requested and there is none, or if all existing ones are broken or are
             of another experiment than this config.
     """
-    resume = AUTO if restarted else cfg.resume
+    resume = AUTO if restarted and _step_folders(run, "resume", AUTO) else cfg.resume
     if resume == NEVER or (resume == AUTO and not _step_folders(run, "resume", AUTO)):
         return []
     found = _candidates(run if resume == AUTO else Path(resume), "resume", shown_as=resume)

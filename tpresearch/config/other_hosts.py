@@ -28,6 +28,11 @@ def stopped_key(rank: int) -> str:
     return job_key(f"stopped/{rank}")
 
 
+def begun_key() -> str:
+    """Key of the note that this job has begun to train in its folder."""
+    return job_key("begun")
+
+
 def notice_of(error: BaseException) -> str:
     """The notice: this rank, and why it ends."""
     if isinstance(error, ConfigError):

@@ -9,7 +9,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from tpresearch.config.other_hosts import check_notice, notice_key, notice_of, stopped_key
+from tpresearch.config.other_hosts import begun_key, check_notice, notice_key, notice_of, stopped_key
 from tpresearch.config.world import World, WrongEnvironment, agent_store
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ def tell_other_hosts(error: BaseException, world: World) -> None:
     """Tell ranks of other hosts, which may wait for this one, that it ends: their torchrun does not."""
     if world.hosts > 1 or isinstance(error, WrongEnvironment):
         _with_store(lambda store: store.compare_set(notice_key(), "", notice_of(error)))
+
+
+def tell_begun() -> None:
+    """Tell all ranks of this job that torchrun may start again: from now on the checkpoints in its folder are its own."""
+    _with_store(lambda store: store.set(begun_key(), ""))
 
 
 def tell_stopped(world: World) -> None:

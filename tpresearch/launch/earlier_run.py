@@ -38,8 +38,10 @@ def repeat_command_of_run(arguments: Namespace) -> Path | None:
         why = "the jobs of a sweep have folders of their own"
         legal = "init_from, for new runs from its weights"
         raise ConfigError("resume", named, why, legal, fix={"resume": None, "init_from": named})
-    check_started(find_checkpoint(Path(named), "resume"))
     run = run_of(Path(named))
+    # One that is gone may be of a job that torchrun has restarted since, which is known once ranks have agreed on the folder.
+    if os.path.lexists(os.path.expanduser(named)) or not step_folders(run):
+        check_started(find_checkpoint(Path(named), "resume"))
     asked = typed.get("hydra.run.dir")
     if asked is not None and Path(os.path.expanduser(_unquoted(asked))).resolve() != run:
         why = f"resume={named} continues in that run's own folder"

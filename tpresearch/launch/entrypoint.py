@@ -65,7 +65,7 @@ class Run:
     """The run folder, absolute, the same on every rank, and there already."""
     world: World
     restarted: bool = False
-    """Whether torchrun has started this job's ranks before; rank 0 knows."""
+    """Whether this job had begun to train here before torchrun started its ranks again."""
     command: Command = field(default_factory=Command)
     """The command line that started it, or would have started it if it resumes an earlier run."""
     check_command: CommandCheck = lambda command: None
@@ -88,8 +88,8 @@ class Program(Generic[Checked]):
     """Called once with the typed config, before a folder or a process group exists; raises ConfigError, and returns the
     first argument of main."""
     check_folder: Callable[[Checked, Path, bool], object] | None = None
-    """Called with that, the run folder and whether torchrun has started this job before; raises ConfigError while nothing in
-    the folder is touched. Such a program can resume an earlier run (`resume`)."""
+    """Called with that, the run folder and `Run.restarted`; raises ConfigError while nothing in the folder is touched. Such a
+    program can resume an earlier run (`resume`)."""
     quick_check: Callable[[Config, World], object] | None = None
     """The part of preflight that takes less than a second; it validates proposed commands, unless preflight itself has
     already imported torch."""

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import AUTO, NEVER
 from tpresearch.config.errors import ConfigError, refuse_unwritable
-from tpresearch.config.other_hosts import check_notice, job_key
+from tpresearch.config.other_hosts import begun_key, check_notice, job_key
 from tpresearch.config.world import SlurmStep, World
 from tpresearch.launch.agents_store import connect
 from tpresearch.launch.claim import check_left_by_run, free_name, lock_folder, set_aside_record
@@ -63,7 +63,7 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
     without a checkpoint is set aside, so that no two runs share a record. Refuses a folder that cannot be written, or that
     another run has, and ranks that have no way to agree.
 
-    Returns: the folder, and on rank 0 whether this job had it before torchrun started its ranks again.
+    Returns: the folder, and whether this job had begun to train there before torchrun started its ranks again.
     """
     check_folder_names(composed)
     given = _is_given(composed.hydra.run)
@@ -85,8 +85,9 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
         return folder
 
     with ExitStack() as held:
-        started, key = None, job_key("run_dir")
+        started, begun, key = None, False, job_key("run_dir")
         if (store := connect(TIMEOUT)) is not None:
+            begun = store.check([begun_key()])
             if world.rank == 0:
                 started = Path(store.get(key).decode()) if store.check([key]) else None
                 store.set(key, str(claim(held, started)))
@@ -95,7 +96,7 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
             if world.size > 1 and not given:
                 wanted, given = _slurm_folder(name), True
             folder = claim(held) if world.rank == 0 else _make("hydra.run.dir", wanted, given, elsewhere)
-        yield folder, started is not None
+        yield folder, begun
 
 
 def check_folder_names(composed: DictConfig) -> None:

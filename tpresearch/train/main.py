@@ -20,7 +20,7 @@ from tpresearch.data.pipeline import prepare
 from tpresearch.data.rows import AnyCorpus, PackedCorpus, SyntheticCorpus, check_enough_rows
 from tpresearch.hf.files import tokenizer_hash_of, weights_hash
 from tpresearch.launch import Run
-from tpresearch.launch.agents_store import tell_stopped
+from tpresearch.launch.agents_store import tell_begun, tell_stopped
 from tpresearch.launch.stop import StopFlag, Stopped
 from tpresearch.ledger.entries import Expected
 from tpresearch.ledger.formulas import expected_entries
@@ -127,6 +127,8 @@ def train_on(
         restoring = partial(restore, found, group=group) if found else None
         loop = assemble(job, mesh, device, corpus, [*observers, *watching], restoring)
         loop.saver = build_saver(job, run, corpus, loop.state.step, group)
+        if world.rank == 0:
+            tell_begun()
         loop.stop = AgreedStop(flag, lambda: loop.saver.written if loop.saver else 0)
         shown = describe_model(loop.state.model)
         for note in device_notes(device, job.cfg):
