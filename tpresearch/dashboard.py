@@ -34,7 +34,7 @@ SYMBOL = r"[^\w\s./:,()#-]"
 class Options:
     group: str = MISSING
     """The W&B group whose runs are compared: a sweep's, or `logger.group`."""
-    project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT") or LoggerConfig.project)
+    project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT") or LoggerConfig().project)
     """W&B project of the runs; by default $WANDB_PROJECT, else tpresearch."""
     entity: str | None = None
     """Team or user that owns the project; null for the account's default."""

@@ -133,7 +133,7 @@ def _records(data: DataConfig) -> Iterator[dict[str, Any]]:
 def _saved_split(data: DataConfig, saved: Any) -> Any:
     """The split of what `save_to_disk` wrote: all splits, or one, which is also what the default names."""
     if not isinstance(saved, dict):
-        saved = dict.fromkeys([DataConfig.split, str(saved.split or DataConfig.split)], saved)
+        saved = dict.fromkeys([DataConfig().split, str(saved.split or DataConfig().split)], saved)
     if data.split not in saved:
         legal = f"one of {', '.join(saved)}"
         raise ConfigError("data.split", data.split, f"not a split of {data.path}", legal)

@@ -143,7 +143,7 @@ def _next_commands(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, str]:
     if wandb.exists():
         logger = OmegaConf.select(outcomes[0].job.composed, "logger") or {}
         words = [f"group={logger.get('group') or wandb_group(folder)}"]
-        if (project := logger.get("project")) not in (None, LoggerConfig.project):
+        if (project := logger.get("project")) not in (None, LoggerConfig().project):
             words.append(f"project={project}")
         if entity := logger.get("entity"):
             words.append(f"entity={entity}")

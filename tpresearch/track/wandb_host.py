@@ -45,7 +45,7 @@ def check_settings(logger: LoggerConfig, environment: Mapping[str, str] = os.env
             why = f"has {' '.join(sorted(reserved))} in it" if reserved else "not a valid W&B name"
             if field == "WANDB_RUN_ID":
                 raise WrongEnvironment(field, value, why, [field], legal)
-            fix = {"logger.project": LoggerConfig.project, "logger.entity": "null", "logger.name": "null"}
+            fix = {"logger.project": LoggerConfig().project, "logger.entity": "null", "logger.name": "null"}
             raise ConfigError(field, value, why, legal, {field: fix[field]} if field in fix else None)
     for tag in logger.tags:
         if not 0 < len(tag) <= MAX_TAG_CHARS:

@@ -126,7 +126,7 @@ def _preflight(cfg: Config, world: World, resumes: bool) -> Preflight:
             notes.append(f"train.global_batch_size={asked} does not fit this mesh: shown for {rows}")
     model, plan = plan_model(cfg, sizes, from_seed=cfg.init_from is None and not resumes)
     chunk, in_chunks = cfg.train.loss_chunk, plan.chunked_head and cfg.train.loss is Loss.next_token
-    if chunk not in (None, TrainConfig.loss_chunk) and not in_chunks:
+    if chunk not in (None, TrainConfig().loss_chunk) and not in_chunks:
         notes.append(f"train.loss_chunk={chunk} has no effect: the loss takes a micro-batch's whole output")
     if plan.across_rows:
         of_its_own = "each data-parallel rank and micro-batch has rows of its own, so that losses depend on how a batch is split"
