@@ -99,6 +99,14 @@ def test_attention_by_length_and_head_width() -> None:
     assert short == pytest.approx(plain / 1024 * 2)
 
 
+def test_short_attention_is_bound_by_its_bytes() -> None:
+    """8,192 rows of 8 tokens, at 20 TFLOP/s by the root of 1/64, and 0.5 TB/s."""
+    touched = [(number, 2 * 8192 * 8 * 128) for number in range(4)]
+    short = op("attention", "sdpa", touched[:3], touched[3:])._replace(shape=(8192, 1, 1, 8, 8, 128, 0, 1))
+    assert op_s(short, cluster()) == pytest.approx(4 * 2 * 8192 * 8 * 128 / 500e9)
+    assert attention_s(short.shape, 2, cluster()) < 0.5 * op_s(short, cluster())
+
+
 def test_a_table_of_attention_may_begin_earlier() -> None:
     """Eight entries begin at length 128."""
     numbers = dict(cluster(compute_units=1).numbers)
@@ -147,10 +155,14 @@ def test_a_matmul_takes_whole_waves_of_tiles() -> None:
 
 
 def test_a_deep_matmul_of_few_tiles_is_split_among_all_units() -> None:
-    """Of one tile of 128 x 128, at 1.15 times its work; a less deep one is computed by as many units as it has tiles."""
-    fast = cluster(bandwidth_gb_s=1e6)
-    assert gemm_s((1, 128, 128, 4096), 2, fast) == pytest.approx(2 * 1.15 * 1.06 * 128 * 128 * 4096 / 50e12)
-    assert gemm_s((1, 128, 128, 1024), 2, fast) == pytest.approx(2 * 100 * 1.6 * 64 * 64 * 1024 / 50e12)
+    """Of four tiles of 64 x 64, at 1.15 times their work, where 100 units have parts 512 deep; less deep, in fewer such parts,
+    and no faster than one that is half as deep."""
+    fast, tile = cluster(bandwidth_gb_s=1e6), 2 * 1.6 * 64 * 64 / 50e12
+    assert gemm_s((1, 128, 128, 16384), 2, fast) == pytest.approx(tile * 1.15 * 4 * 16384)
+    assert gemm_s((1, 128, 128, 2048), 2, fast) == pytest.approx(tile * 1.15 * 100 * 512)
+    assert gemm_s((1, 128, 128, 512), 2, fast) == pytest.approx(tile * 100 * 512)
+    times = [gemm_s((1, 128, 128, depth), 2, fast) for depth in range(64, 20_000, 64)]
+    assert times == sorted(times)
 
 
 def test_a_matmul_that_adds_to_a_sum_reads_it_too() -> None:

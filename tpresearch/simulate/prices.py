@@ -16,8 +16,10 @@ from tpresearch.simulate.trace import Op
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 1.06), (128, 64, 1.25), (64, 64, 1.6))
 """Rows and columns of a tile, and by how much its work takes longer than the best one's (cuBLAS and CUTLASS offer these
 shapes; the factors are those of CUTLASS's profiler, rounded)."""
-SPLIT_DEPTH = 2048
-"""Inner dim from which a matmul of few tiles is split along it, so that all units work (split-K)."""
+SPLIT_DEPTH = 512
+"""Least inner dim of the parts into which a matmul of few tiles is split along it, so that more units work (split-K)."""
+SPLIT_LONGER = 1.15
+"""By how much its work then takes longer."""
 NARROW_CONVOLUTION = 16
 """Outputs per group below which a convolution, such as a depthwise one, does not use matmul units, and is bound by its bytes."""
 COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat", "_foreach_copy_")
@@ -52,7 +54,7 @@ def op_s(op: Op, cluster: Cluster) -> float:
         multiplying = _multiplying_s(op.shape, op.element, cluster) if multiplies else 0.0
         return max(multiplying, bytes_s(moved_bytes(op), cluster))
     if op.kind == "attention":
-        return attention_s(op.shape, op.element, cluster)
+        return max(attention_s(op.shape, op.element, cluster), bytes_s(moved_bytes(op), cluster))
     if op.kind == "optimizer" and op.name not in (COMPILED_ADAMW, PLAIN_ADAMW):
         rate = _bandwidth(cluster, "optimizer_efficiency")
         return moved_bytes(op) / (rate * (ADAMW_BFLOAT16 if op.element == 2 and not cluster.is_cpu else 1.0))
@@ -71,18 +73,19 @@ def gemm_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float:
 
 def _multiplying_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float:
     products, m, n, k = shape
-    units = cluster["compute_units"]
+    units, begun = cluster["compute_units"], cluster["gemm_half_depth"]
     work = math.inf
     for rows, columns, longer in TILES if units > 1 else ((1, 1, 1.0),):
         tiles = products * math.ceil(m / rows) * math.ceil(n / columns)
-        waves = math.ceil(tiles / units) * units
-        if tiles < units and k >= SPLIT_DEPTH:
-            waves = min(waves, 1.15 * tiles)
-        work = min(work, waves * rows * columns * longer)
+        depths = math.ceil(tiles / units) * units * (k + begun)
+        if tiles < units:
+            split = max(tiles * (k + begun), units * (SPLIT_DEPTH + begun))
+            depths = min(depths, SPLIT_LONGER * split)
+        work = min(work, depths * rows * columns * longer)
     rate = _peak(element, cluster) * 1e12 * cluster["gemm_efficiency"]
     if element == 1:
         rate *= FLOAT8_EFFICIENCY
-    return 2.0 * work * (k + cluster["gemm_half_depth"]) / rate
+    return 2.0 * work / rate
 
 
 def attention_s(shape: tuple[int, ...], element: int, cluster: Cluster) -> float:
