@@ -19,16 +19,19 @@ from torch import Tensor, nn
 from tpresearch.config.errors import ConfigError
 from tpresearch.config.schema import Config
 from tpresearch.config.validate import micro_batches, validate
+from tpresearch.launch.composition import read_option
 from tpresearch.ledger.formulas import expected_entries
 from tpresearch.models import Head
 from tpresearch.models.llama2 import FeedForward, Llama2
 from tpresearch.parallel.device import CPU
 from tpresearch.plan.meta import meta_model
+from tpresearch.simulate.cluster import parse_cluster
 from tpresearch.simulate.depth import depth_of, recording
 from tpresearch.simulate.device_memory import peak_moment
 from tpresearch.simulate.fake_ranks import fake_mesh
 from tpresearch.simulate.fake_step import record
 from tpresearch.simulate.kernels import _deduplicate_casts
+from tpresearch.simulate.prediction import predict
 from tpresearch.simulate.prices import moved_bytes
 from tpresearch.simulate.trace import Op, Trace
 from tpresearch.train.preflight import plan_model
@@ -187,6 +190,18 @@ def test_where_two_and_three_blocks_do_not_tell_three_and_four_may() -> None:
     assert told.at_full_depth(seconds, check=False)["step"] == pytest.approx(75)
     assert told.at_full_depth(seconds)["step"] == pytest.approx(80)
     assert sorted(told.traces) == [2, 3, 4, 5]
+
+
+def test_a_wait_that_each_block_shortens_is_not_shorter_than_none() -> None:
+    """At the end of a step, whose ops are short: with more blocks the host is further ahead."""
+    cfg = at_depth(config("model=llama2_debug", "parallel=none", "data.seq_len=128"), 12)
+    whole = dataclasses.replace(recording(cfg, sizes := validate(cfg, 1)), setting=None)
+    plain = read_option("cluster", "h200_dgx")
+    plain["numbers"]["launch_us"]["value"] = 6
+    one, other = (predict(each, parse_cluster(plain)) for each in (recording(cfg, sizes), whole))
+    assert one.step_time_s == pytest.approx(other.step_time_s, rel=2e-3)
+    assert one.time_s["waiting for the host"] == 0
+    assert sum(one.time_s.values()) == pytest.approx(one.step_time_s)
 
 
 def test_where_depth_does_not_tell_the_whole_model_is_recorded() -> None:

@@ -174,12 +174,19 @@ def predict(recording: Recording, cluster: Cluster, check: bool = True) -> Predi
     cfg, sizes = recording.cfg, recording.sizes
     count = micro_batches(cfg, sizes)
     with fake_mesh(sizes):  # of all depths that it records
-        seconds = recording.at_full_depth(lambda trace: step_seconds(trace, cfg, sizes, cluster), check)
+        told = recording.at_full_depth(lambda trace: step_seconds(trace, cfg, sizes, cluster), check)
         held = peak_moment(recording.memory(check), count)
     entries = recording.entries(count)
     return Prediction(
-        cluster, sizes, cfg, seconds, recording.flops_per_token, entries, _memory(held, cluster)
+        cluster, sizes, cfg, _positive(told), recording.flops_per_token, entries, _memory(held, cluster)
     )
+
+
+def _positive(told: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of which a wait that each block shortens, extrapolated to less than none, is none; the step takes that much longer."""
+    found = {name: max(0.0, seconds) for name, seconds in told.items()}
+    waited = [name for name in told if not name.startswith("sent/")]
+    return {**found, "step": told["step"] + sum(found[name] - told[name] for name in waited)}
 
 
 def step_seconds(
@@ -214,7 +221,7 @@ def _entry_json(entry: Entry, seconds: Mapping[str, float]) -> dict[str, Any]:
     return {
         **asdict(entry),
         "time_s": seconds.get(f"sent/{key}", 0.0),
-        "exposed_s": max(0.0, seconds.get(f"exposed/{key}", 0.0)),
+        "exposed_s": seconds.get(f"exposed/{key}", 0.0),
     }
 
 
