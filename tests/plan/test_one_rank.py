@@ -140,6 +140,22 @@ ALONG: dict[str, Callable[[Tensor, int], Tensor]] = {
     "halves added": lambda x, d: x.unflatten(d, (2, -1)).sum(d).repeat_interleave(2, d),
     "twice, the first half": lambda x, d: torch.cat([x, 2 * x], d).narrow(d, 0, x.shape[d]),
     "twice, halves added": lambda x, d: sum(torch.cat([x, 2 * x], d).chunk(2, d), torch.zeros(())),
+    "padded in front": lambda x, d: F.pad(x.movedim(d, -1), (1, 0))[..., :-1].movedim(-1, d),
+    "padded by a convolution": lambda x, d: F.conv1d(
+        x.movedim(d, -1), torch.ones(x.shape[3 - d], 1, 1, dtype=x.dtype), padding=1, groups=x.shape[3 - d]
+    )[..., : x.shape[d]].movedim(-1, d),
+    "reversed by a list": lambda x, d: x.movedim(d, -1)[..., [*range(x.shape[d])][::-1]].movedim(-1, d),
+    "without its first": lambda x, d: (
+        x.movedim(d, 0).index_put((torch.tensor([0]),), x.new_zeros(())).movedim(0, d)
+    ),
+    "numbered by adding ones": lambda x, d: x * torch.ones_like(x).cumsum(d),
+    "a share of each": lambda x, d: x * torch.zeros_like(x).softmax(d),
+    "beside slices of ones": lambda x, d: x + torch.cat([torch.ones_like(x)] * 2, d).narrow(d, 0, x.shape[d]),
+    "sorted along the last dim": lambda x, d: x.sort()[0] if d == 2 else x.mT.sort()[0].mT,
+    "filled in turn": lambda x, d: x.masked_scatter(x > 0.5, 2 * x),
+    "of a norm at most": lambda x, d: x.renorm(2, 0, 0.5),
+    "a triangle in place": lambda x, d: (2 * x).tril_(),
+    "plus its diagonal": lambda x, d: x + x[..., :4].diagonal(dim1=1, dim2=2).unsqueeze(-1),
     "pooled": lambda x, d: (
         F.avg_pool1d(x if d == 2 else x.mT, 3, 1, 1).view(x.shape)
         if d == 2
@@ -324,6 +340,17 @@ class Factor(nn.Module):
         return self.weight * x
 
 
+class Shifted(ToyLM):
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.set_submodule("mlp.relu", Shift())
+
+
+class Shift(Factor):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * torch.ones_like(x) + x
+
+
 def test_what_is_whole_and_meets_a_shard_has_a_partial_gradient() -> None:
     error = refusal(*model(OneKeyForAll), "parallel=tp")
     assert str(error).startswith(
@@ -339,6 +366,9 @@ def test_what_is_whole_and_meets_a_shard_has_a_partial_gradient() -> None:
     )
     (key, rule), *_ = error.fix.items()
     planned(*model(Scaled), "parallel=tp", f"{key}={rule}")
+    error = refusal(*model(Shifted), "parallel=tp")
+    assert "a parameter of mlp.relu is whole on each rank and meets the size of a shard" in str(error)
+    planned(*model(Shifted), "parallel=tp", f"{key}={rule}")
 
 
 class Skipping(ToyLM):

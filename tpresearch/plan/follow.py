@@ -4,6 +4,7 @@ it than one process on all of it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -66,9 +67,6 @@ class Follower:
         self._check_numbers(whole, own)
         held = {x: self.parts[x] for x in inputs if x in self.parts and own.name not in UNIFORM}
         runs = {x: self._run_after(x, part, op, args, kwargs, whole, own) for x, part in held.items()}
-        met = next((part for part in held.values() if part.run), None)
-        if met:
-            self._check_gradients(own.name, inputs, met)
         if len(own.outputs) != len(whole.outputs):
             raise AnotherWay
         layer = next((self.layers[x] for x in inputs if x in self.layers), None)
@@ -82,6 +80,8 @@ class Follower:
                 self.parts[out] = self._part_of_a_size(op, inputs, out, shape, divided)
             elif layer is not None:
                 self.layers[out] = layer
+        if held:
+            self._check_gradients(own.name, inputs, _first_known(held.values()))
 
     def made(self, whole: Call, own: Call) -> None:
         """A rank has made a tensor of numbers, where one process made the call `whole`; raises as `called` does."""
@@ -114,19 +114,20 @@ class Follower:
         own: Call,
     ) -> int | None:
         """The run of an op's outputs for one of its inputs; refuses an op that works along the dim that is divided."""
-        if part.run is None or part.dim not in dims_along(op, args, kwargs, x):
+        if part.dim not in dims_along(op, args, kwargs, x):
             return part.run
-        run = None
         if own.name == "cat":
             each = [self.parts.get(one) for one in args[0]]
-            run = (
-                part.run if all(one and (one.dim, one.run) == (part.dim, part.run) for one in each) else None
-            )
+            if all(one and (one.dim, one.run) == (part.dim, part.run) for one in each):
+                return part.run
         elif own.name in SLICES:
+            if part.run is None:
+                return None
             whole_sizes, own_sizes = ([shape[part.dim] for shape in call.outputs] for call in (whole, own))
             step = args[4] if own.name == "slice" and len(args) > 4 else 1
-            run = pieces(part.run, self.ranks, whole_sizes, own_sizes, whole.start, own.start, step)
-        return run or self._refuse.along(*self._at(own.name), part.layer)
+            if run := pieces(part.run, self.ranks, whole_sizes, own_sizes, whole.start, own.start, step):
+                return run
+        return self._refuse.along(*self._at(own.name), part.layer)
 
     def _part(
         self,
@@ -145,6 +146,8 @@ class Follower:
                 raise AnotherWay
             self._refuse.along(*self._at(name), part.layer)
         (dim,), found = divided, list[Part]()
+        if name not in RESHAPES and out.shape[dim] * self.ranks != whole[dim]:
+            self._refuse.along(*self._at(name), part.layer)
         for x, part in held.items():
             moved = Part(dim, runs[x], part.layer)
             if part.run is None:
@@ -162,7 +165,7 @@ class Follower:
             found.append(moved)
         if len({each.run for each in found} - {None}) > 1:
             self._refuse.pair(*self._at(name), [each.layer for each in held.values()])
-        return max(found, key=lambda each: each.run is not None)
+        return _first_known(found)
 
     def _part_of_a_size(
         self, op: Any, inputs: list[Tensor], out: Tensor, whole: torch.Size, divided: list[int]
@@ -190,3 +193,8 @@ class Follower:
                 self._refuse.partial_activation(name, module, self.layers[x], met.layer)
             else:
                 self._refuse.partial_parameter(name, module, dim, met.layer)
+
+
+def _first_known(parts: Collection[Part]) -> Part:
+    """The first of which it is known which elements a rank has; else the first."""
+    return max(parts, key=lambda part: part.run is not None)

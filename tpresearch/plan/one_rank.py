@@ -99,9 +99,7 @@ class _OneRank(Forward):
                     outputs[at] = self._own(self._whole_of(x), dst, name)
             return tuple(outputs) if isinstance(output, tuple) else outputs[0]
         elif any(True for _ in module.parameters(recurse=False)):
-            known.layers.update(
-                {t: name for t in tensors(output) if t not in known.parts and t not in known.distributed}
-            )
+            known.layers.update(dict.fromkeys(tensors(output), name))
         return output
 
     def _own(self, whole: Tensor, layout: Placement, layer: str) -> Tensor:

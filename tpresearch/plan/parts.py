@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,12 @@ UNIFORM = {
 }
 """Ops whose elements are alike, in whatever number."""
 
-OF_ELEMENTS = {"_to_copy", "native_dropout", "copy_", "expand", "repeat", "stack", *RESHAPES, *TRANSPOSES}
-"""Ops besides the pointwise ones that work along no dim of their inputs."""
+OF_ELEMENTS = {"_to_copy", "native_dropout", "copy", "expand", "repeat", "stack", *RESHAPES, *TRANSPOSES}
+"""Ops besides the pointwise ones that work along no dim of their inputs. Here and below, those in place are named without their _."""
 
-OF_LAST_DIMS = {"tril", "triu", "_cdist_forward"}
-MATMULS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
-"""And the place of the first factor among the arguments."""
-
-DIM_NAMES = {"dim", "dims", "dimension", "axis"}
+OF_ALL_DIMS = {"masked_scatter", "renorm", "put", "take", "as_strided", "fill_diagonal"}
+OF_LAST_DIMS = {"tril", "triu"}
+DIM_NAMES = {"dim", "dims", "dimension", "axis", "dim1", "dim2"}
 
 
 def name_of(op: Any) -> str:
@@ -100,33 +99,29 @@ def pieces(
 
 
 def dims_along(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> set[int]:
-    """The dims of `x`, an argument of an op, along which the op works: elements of its output depend on several of `x` there.
+    """The dims of `x`, an argument of an op, along which the op works and which its outputs have: elements of these depend on several
+    of `x` there.
 
-    Of an op that is not known and takes no dim, none.
+    Of an op that is not known and takes no dim, none; nor of matmuls and norms, of which a sum or a mean has no such dim.
     """
-    name, n = name_of(op), x.dim()
+    name, n = name_of(op).removesuffix("_"), x.dim()
     if is_pointwise(op) or name in OF_ELEMENTS:
         return set()
-    if name in MATMULS:
-        first, second = args[MATMULS[name] :][:2]
-        return {n - 1} if x is first else {max(n - 2, 0)} if x is second else set()
-    if name in ("native_layer_norm", "_fused_rms_norm"):
-        return set(range(n - len(args[1]), n))
-    if name == "native_group_norm":
-        return set(range(1, n))
-    if "batch_norm" in name:
-        return {*range(n)} - {1}
+    if name in OF_ALL_DIMS:
+        return {*range(n)}
     if name == "convolution":
         return {1, *(dim for dim in range(2, n) if args[1].shape[dim] > 1)}
     if name.endswith(("_pad_nd", "_pad1d", "_pad2d", "_pad3d")):  # sizes in pairs, from the last dim on
         return {n - 1 - at // 2 for at, size in enumerate(args[1]) if size}
-    if name == "index":
+    if name in ("index", "index_put"):
         return {dim for dim, index in enumerate(args[1]) if index is not None}
-    for at, argument in enumerate(op._schema.arguments):
-        if argument.name in DIM_NAMES:
-            given = args[at] if len(args) > at else kwargs.get(argument.name, argument.default_value)
-            listed = given if isinstance(given, list | tuple) else [given]
-            return {dim % n for dim in listed if dim is not None} or {*range(n)}
+    given = [
+        args[at] if len(args) > at else kwargs.get(argument.name, argument.default_value)
+        for at, argument in enumerate(op._schema.arguments)
+        if argument.name in DIM_NAMES
+    ]
+    if given:
+        return {dim % n for dim in tree_leaves(given) if dim is not None} or {*range(n)}
     if name in OF_LAST_DIMS or "pool" in name or name.startswith(("upsample", "_scaled_dot", "linalg")):
         return {n - 2, n - 1}
     return set()
