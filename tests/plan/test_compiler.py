@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support.assembled import planned, ranks_of_a_host, refusal
 from support.composed import config
 from support.counted_steps import FAKE
-from support.nets import InFront, Positions, model
+from support.nets import HookedHead, InFront, Positions, model
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -54,6 +54,16 @@ def test_overlapping_rules_are_refused_and_both_named() -> None:
         ("model.plans.sp.attn_in.dst=[replicate]", "model.plans.sp.attn_in", "one length"),
         ("model.plans.sp.norms.style=colwise", "model.plans.sp.norms.style", "nn.Linear"),
         ("model.plans.sp.qkv.units=[n_head]", "model.plans.sp.qkv.units", "n_heads"),
+        ("model.plans.sp.out.dst=shard:3", "model.plans.sp.out.dst", "shard:-3 to shard:2"),
+        ("model.plans.sp.out.dst=shard:-4", "model.plans.sp.out.dst", "shard:-3 to shard:2"),
+        (
+            "model.plans.sp.ffn_x.src=['shard:1',null] model.plans.sp.ffn_x.dst=[replicate,null]",
+            "model.plans.sp.ffn_x.src",
+            "lists of 1",
+        ),
+        ("model.plans.sp.out.dst=['shard:1','shard:1']", "model.plans.sp.out.dst", "one layout"),
+        ("model.plans.sp.norms.dst=replicate", "model.plans.sp.norms", "src and dst the same"),
+        ("model.plans.sp.qkv.dst=logits", "model.plans.sp.qkv.dst", "replicate, or shard:N"),
         ("+model.plans.sp.out._target_=nowhere.Mine", "model.plans.sp.out._target_", "class"),
         ("+model.plans.sp.out._target_=torch.nn.Linear", "model.plans.sp.out._target_", "ParallelStyle"),
         ("+model.plans.sp.out.stile=rowwise", "model.plans.sp.out.stile", "style"),
@@ -65,7 +75,7 @@ def test_overlapping_rules_are_refused_and_both_named() -> None:
     ],
 )
 def test_what_cannot_be_read_is_refused(override: str, field: str, offered: str) -> None:
-    error = refusal("model=llama2_debug", override)
+    error = refusal("model=llama2_debug", *override.split())
     assert error.field == field
     assert offered in error.legal
 
@@ -206,6 +216,15 @@ def test_an_embedding_with_another_forward_is_no_unit_of_its_own() -> None:
     for net, layers in ((ToyLM, ["embed", "output"]), (Replaced, ["output"])):
         _, plan = planned(*model(net), "parallel=fsdp")
         assert plan.end_layers == layers
+
+
+def test_logits_are_chunked_where_nothing_but_a_matmul_makes_them() -> None:
+    def head(*words: str) -> str | None:
+        return planned(*words)[1].chunked_head
+
+    assert head(*model(ToyLM), "parallel=none") == head(*model(ToyLM), "parallel=tp") == "output"
+    assert head(*model(HookedHead), "parallel=none") is None
+    assert head(*model(ToyLM), "parallel=tp", "model.plans.tp.output.dst=replicate") is None
 
 
 def test_the_rule_that_is_proposed_for_an_embedding_shards_its_positions() -> None:

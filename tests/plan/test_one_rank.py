@@ -188,6 +188,20 @@ def test_an_op_on_a_shard_is_refused_unless_shards_give_shards(dim: int, name: s
     assert (why is None) == is_apart(op, H, dim), why
 
 
+@pytest.mark.parametrize(
+    ("width", "op"),
+    [
+        (2 * H, lambda x: x[..., ::2]),
+        (2 * H, lambda x: x[..., 1::2]),
+        (3 * H, lambda x: x[..., 8:40:2]),
+        (H, lambda x: torch.cat([x] * 3, -1)[..., ::3]),
+    ],
+)
+def test_every_second_feature_is_refused_unless_a_rank_has_its_own(width: int, op: Op) -> None:
+    why = refused("tp", width, inner=op)
+    assert (why is None) == is_apart(op, width, 2), why
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
@@ -300,11 +314,48 @@ def test_a_refusal_names_the_layer_the_op_and_what_to_write() -> None:
     assert "test_one_rank.py" in why
 
 
+def test_what_a_refusal_says_of_ones_and_of_elements_apart() -> None:
+    assert (why := refused("tp", inner=lambda x: x / torch.ones(x.shape).sum(-1, keepdim=True)))
+    assert "sum in mlp works along a dim with as many elements as a rank's shard has" in why
+    assert (why := refused("tp", inner=lambda x: torch.cat([x[..., ::2]] * 2, -1)))
+    assert "has elements of the output of mlp.in_proj that lie apart from each other on one rank" in why
+
+
 def test_a_gathered_input_is_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPS, "outer", lambda x: x.cumsum(1))
     words = (*model(Mixing), "parallel=sp", f"model.hidden_dim={H}")
     assert "needs all positions" in str(refusal(*words))
     planned(*words, "+model.plans.sp.outer={match: outer, style: input, src: ['shard:1'], dst: [replicate]}")
+
+
+def test_an_output_is_in_the_layout_that_a_rule_gives_it() -> None:
+    def words(src: str, dst: str) -> list[str]:
+        rule = f"{{match: outer, style: output, src: ['{src}'], dst: ['{dst}']}}"
+        return [*model(Mixing), "parallel=sp", f"model.hidden_dim={H}", f"+model.plans.sp.outer={rule}"]
+
+    whole = "model.plans.sp.embed.dst=replicate"
+    _, plan = planned(*words("replicate", "shard:1"), whole)
+    assert plan.followed_to is None
+    said = "the output of outer is a shard of the output of embed along dim 1; shard:1"
+    assert said in str(refusal(*words("replicate", "shard:1")))
+    said = "the output of outer is whole on each rank; replicate"
+    assert said in str(refusal(*words("shard:1", "shard:1"), whole))
+    said = "the input of mlp.in_proj is whole on each rank; replicate"
+    assert said in str(refusal(*words("shard:1", "replicate")))
+
+
+class Weighed(ToyLM):
+    """With a factor of its own for each entry of the vocabulary."""
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return self.output(self.mlp(self.embed(tokens))) * torch.ones(self.output.out_features)
+
+
+def test_logits_that_stay_sharded_meet_no_plain_tensor() -> None:
+    assert "mul takes a DTensor, which a sharding rule leaves there, and a plain tensor" in str(
+        refusal(*model(Weighed), "parallel=tp")
+    )
+    planned(*model(Weighed), "parallel=tp", "model.plans.tp.output.dst=replicate")
 
 
 class OneKeyForAll(ToyLM):
@@ -470,6 +521,8 @@ ACROSS_ROWS: dict[str, Op | None] = {
     "cumsum in outer": lambda x: x.flatten(0, 1).cumsum(0).view_as(x),
     "div in outer": lambda x: x / x.shape[0],
     "native_batch_norm in outer": lambda x: F.batch_norm(x.mT, None, None, training=True).mT,
+    "view in outer": lambda x: x.view(x.shape[1], -1, x.shape[2]).view(x.shape),
+    "add in outer": lambda x: (x.repeat(2, 1, 1) + x.repeat_interleave(2, 0)).unflatten(0, (2, -1)).mean(0),
     "": lambda x: attend(*(heads(x.cumsum(1).softmax(-1)),) * 3),
 }
 
@@ -483,3 +536,35 @@ def test_an_op_across_the_rows_of_a_batch_is_noted(monkeypatch: pytest.MonkeyPat
     _, whole = planned(*words, "parallel=none")
     assert whole.across_rows is None
     assert ("works across them" in plan_text(*planned(*words, "parallel=fsdp"))) == bool(said)
+
+
+def test_a_forward_that_goes_another_way_with_more_rows_is_not_followed_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(OPS, "outer", lambda x: x.exp() if len(x) > 2 else x - x.mean())
+    words = (*model(Mixing), f"model.hidden_dim={H}", f"model.dim={H}", "parallel=none")
+    assert planned(*words, "train.micro_batch_size=2")[1].across_rows is None
+
+
+class Table(ToyLM):
+    """With a table of its own, and two blocks that are alike."""
+
+    def __init__(self, vocab_size: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(vocab_size, dim, hidden_dim)
+        self.table = nn.Parameter(torch.empty(vocab_size, dim))
+        blocks = (Numbered(dim, hidden_dim, dim, 0) for _ in range(2))
+        self.set_submodule("mlp", nn.Sequential(*blocks))
+        del self.embed
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table)
+
+    def forward(self, tokens: Tensor, head: object = None) -> Tensor:
+        return self.output(self.mlp(F.embedding(tokens, self.table)))
+
+
+def test_a_block_like_one_before_is_followed_where_its_input_is_another() -> None:
+    """Of the second one's, it is known which layer has given it."""
+    rules = [f"model.plans.tp.{name}.match=mlp.*.{name}" for name in ("in_proj", "out_proj")]
+    words = (*model(Table), "parallel=tp", "model.blocks=[mlp.*]", "~model.plans.tp.embed", *rules)
+    assert planned(*words)[1].followed_to is None
