@@ -140,7 +140,7 @@ ALONG: dict[str, Callable[[Tensor, int], Tensor]] = {
     "halves added": lambda x, d: x.unflatten(d, (2, -1)).sum(d).repeat_interleave(2, d),
     "twice, the first half": lambda x, d: torch.cat([x, 2 * x], d).narrow(d, 0, x.shape[d]),
     "twice, halves added": lambda x, d: sum(torch.cat([x, 2 * x], d).chunk(2, d), torch.zeros(())),
-    "padded in front": lambda x, d: F.pad(x.movedim(d, -1), (1, 0))[..., :-1].movedim(-1, d),
+    "padded in front": lambda x, d: F.pad(x.movedim(d, -1), (1, -1)).movedim(-1, d),
     "padded by a convolution": lambda x, d: F.conv1d(
         x.movedim(d, -1), torch.ones(x.shape[3 - d], 1, 1, dtype=x.dtype), padding=1, groups=x.shape[3 - d]
     )[..., : x.shape[d]].movedim(-1, d),
@@ -560,7 +560,7 @@ class Table(ToyLM):
         nn.init.normal_(self.table)
 
     def forward(self, tokens: Tensor, head: object = None) -> Tensor:
-        return self.output(self.mlp(F.embedding(tokens, self.table)))
+        return self.output(self.mlp(F.embedding(tokens, self.table)).tanh())
 
 
 def test_a_block_like_one_before_is_followed_where_its_input_is_another() -> None:
