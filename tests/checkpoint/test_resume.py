@@ -29,6 +29,7 @@ from tpresearch.config.compose import as_dict
 from tpresearch.config.validate import total_steps
 from tpresearch.launch.command import override
 from tpresearch.launch.earlier_run import (
+    keeping_overrides,
     overrides_of_run,
     repeat_command_of_run,
     repeat_or_start_again,
@@ -271,6 +272,25 @@ def test_what_was_typed_then_is_typed_again_and_what_is_typed_now_wins(
     now = [f"resume={named}", *typed, f"hydra.run.dir={run}"]
     assert arguments.overrides == ["hydra.searchpath=[file:///own]", *kept, *now]
     assert (arguments.config_name, arguments.config_dir) == ("train", "/mine")
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_start_that_is_refused_is_not_repeated_unless_it_has_saved_a_checkpoint(
+    run: Path, trains: bool
+) -> None:
+    record = run / ".hydra" / "overrides.yaml"
+    before = record.read_text()
+
+    @keeping_overrides(run)
+    def start() -> None:
+        record.write_text("[train.steps=99]")
+        if trains:
+            save(run, 7)
+        raise ConfigError("train.micro_batch_size", 8, "a device is out of memory", "fewer rows at a time")
+
+    with pytest.raises(ConfigError):
+        start()
+    assert record.read_text() == ("[train.steps=99]" if trains else before)
 
 
 def test_config_files_of_ones_own_are_found_from_another_folder(

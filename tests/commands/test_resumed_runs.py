@@ -54,7 +54,9 @@ def test_a_run_resumes_under_another_plan_and_another_experiment_is_refused(
     assert {"train.dtype=bfloat16", offered, *TINY} <= set(narrow.command_to_try), (
         "resumed, it would be refused"
     )
-    assert files(run) == before, "a refused command touches nothing"
+    no_room = train(None, tmp_path, "resume=mine", "train.steps=1000000000", "checkpoint.keep=1000000000")
+    assert "free, and " in no_room.refusal
+    assert files(run) == before, "a refused command touches nothing that the next one would repeat"
 
     on = train(2, tmp_path, "resume=mine", "parallel=fsdp", "train.steps=4", "checkpoint.keep=1")
     assert on.code == 0, on.err

@@ -133,6 +133,22 @@ def repeating_overrides(earlier: Path | None) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def keeping_overrides(run: Path) -> Iterator[None]:
+    """Put back what Hydra has recorded of a run's last start, which `resume` repeats, if this start is refused before it has saved a
+    checkpoint."""
+    before = {path: path.read_bytes() for path in (run / ".hydra").glob("*.yaml")}
+    saved = step_folders(run)
+    try:
+        yield
+    except ConfigError:
+        if step_folders(run) == saved:
+            with suppress(OSError):
+                for path, content in before.items():
+                    path.write_bytes(content)
+        raise
+
+
 def _starts_over(error: ConfigError) -> bool:
     return error.fix.get("resume") == NEVER
 

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -37,7 +37,7 @@ from tpresearch.launch.command import (
     refuse_typed_secrets,
 )
 from tpresearch.launch.composition import Composition, typed_config
-from tpresearch.launch.earlier_run import repeat_or_start_again, repeating_overrides
+from tpresearch.launch.earlier_run import keeping_overrides, repeat_or_start_again, repeating_overrides
 from tpresearch.launch.explain import explain_errors
 from tpresearch.launch.garbage import gc_paused
 from tpresearch.launch.help import help_text
@@ -190,9 +190,11 @@ def _start(program: Program[Checked], world: World) -> None:
     with ExitStack() as held:
         with explain_errors(composition), repeating_overrides(earlier):
             folder, restarted = held.enter_context(agree_on_folder(config, world))
-        with read_write(config.hydra.run):
+        with read_write(config.hydra):
             config.hydra.run.dir = str(folder)
-        with repeating_overrides(earlier):
+            if world.rank:  # one rank records it for all, and takes it back
+                config.hydra.output_subdir = None
+        with repeating_overrides(earlier), nullcontext() if world.rank else keeping_overrides(folder):
             if program.check_folder:
                 program.check_folder(job, folder, restarted)
             hydra_app.run(app, config, name, lambda: _call_main(program, job, world, restarted))
