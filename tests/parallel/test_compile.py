@@ -118,6 +118,8 @@ def test_each_step_runs_compiled_code(
     assert of_loss == {1: stretches | made, **dict.fromkeys(range(2, steps + 1), stretches)}
     assert isinstance(counting.counted, StepLedger)
     assert counting.counted.held == []
+    share = cfg.parallel.activation_budget if kind == "budget" else 1
+    assert torch._functorch.config.activation_memory_budget == share
     if kind == "selective":  # dynamo's general warning of in-place ops
         assert not logging.getLogger(torch._higher_order_ops.wrap.__name__).isEnabledFor(logging.WARNING)
     if formulas.sent is not None:

@@ -40,13 +40,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def of_large_gradients(world: World) -> list[tuple[float, float, float]]:
-    """Of a large and a small gradient: whole, and with the large one as two shards; in float64 by torch alone."""
+    """Of a large and a small gradient: whole, and with the large one, whose last elements count, as two shards; in float64 by torch
+    alone."""
     found = []
     with process_group(CPU, world):
         mesh = build_mesh(MeshSizes(dp_shard=2), "cpu")
         drawn = torch.randn(2_000_106, generator=torch.Generator().manual_seed(0))
+        drawn[:1_999_906] *= 1e-3
         for dtype in DTYPES:
-            whole, small = (drawn[:2_000_006] * 1e-3).to(dtype), drawn[2_000_006:].to(dtype)
+            whole, small = drawn.to(dtype).split([2_000_006, 100])
             shards = distribute_tensor(whole, mesh["dp_shard"], [Shard(0)])
             alone, together = (global_norm([each, small], mesh).item() for each in (whole, shards))
             found.append((alone, together, torch.cat([whole, small]).double().norm().item()))

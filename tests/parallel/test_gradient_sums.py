@@ -473,7 +473,12 @@ def test_layers_are_those_that_run_as_linear_layers_and_learn() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
+    class DoubledRows(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
     model = nn.ModuleDict({"plain": nn.Linear(2, 2), "own": Doubled(2, 2), "frozen": nn.Linear(2, 2)})
+    model["own rows"] = DoubledRows(2, 2)
     model["frozen"].requires_grad_(False)
     model["head"], model["complex"] = nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64)
     model["rows"], model["in block"] = nn.Embedding(2, 2), nn.ModuleDict({"rows": nn.Embedding(2, 2)})
