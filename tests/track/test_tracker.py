@@ -256,10 +256,14 @@ def test_a_run_that_may_not_resume_keeps_its_record(
     track: Callable[..., Tracker], run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(track())
-    before = read_summary(run_dir), read_metrics(run_dir)
-    with pytest.raises(ConfigError), track(start_step=STEPS):
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    with pytest.raises(ConfigError), track(start_step=STEPS, plan="another"):
         raise ConfigError("resume", run_dir, "none of its checkpoints can be loaded", "a run that has one")
-    assert (read_summary(run_dir), read_metrics(run_dir)) == before
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+    with pytest.raises(ZeroDivisionError), track(start_step=STEPS, plan="another"):
+        no_report()
+    assert (run_dir / "plan.txt").read_text() == "another\n"
+    assert read_summary(run_dir)["status"] == "failed"
     resumed = track(start_step=STEPS)
     resumed.resume_from(STEPS)
     with pytest.raises(ConfigError), resumed:

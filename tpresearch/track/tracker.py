@@ -105,7 +105,9 @@ class Tracker:
         self._last_row: Row | None = None
         self._step_ledger: StepLedger | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._start_from(start_step)
+        self._start_step = self._last_step = start_step
+        if not self._may_be_refused:
+            self._start_from(0)
         self._metrics = MetricsFile(run_dir)
         self._wandb = WandbRun.start(cfg, run_dir, self.name, facts.device) if cfg.logger.wandb else None
         self._report(Console(file=io.StringIO()), self._summary("completed", None), None)
@@ -172,6 +174,8 @@ class Tracker:
         self._close()
         summary = self._summary(status, error)
         try:
+            if self._may_be_refused:  # it has failed before that was known
+                self._start_from(self._start_step)
             record.write_summary(self._run_dir, summary)
         except OSError as problem:
             said = json.dumps(summary)
