@@ -175,6 +175,7 @@ def test_buffers_that_a_forward_changes_are_named_by_the_plan() -> None:
     meta, plan = planned(*model(Buffered), "parallel=none")
     text = plan_text(meta, plan)
     assert "buffers: a forward changes seen, on each data-parallel rank" in text
+    assert "not claimed, and a checkpoint has one rank's" in text
     assert "not in checkpoints" not in text
     meta.register_buffer("seen", meta.get_buffer("seen"), persistent=False)
     assert "not in checkpoints: seen, which a forward changes" in plan_text(meta, plan)

@@ -134,7 +134,7 @@ def plan_notes(model: nn.Module, plan: Plan) -> list[str]:
     if changed := plan.probe.changed_buffers:
         notes.append(
             f"buffers: a forward changes {_join_names(list(changed))}, on each data-parallel rank and in each micro-batch by its own rows: "
-            "equality with one process is not claimed"
+            "equality with one process is not claimed, and a checkpoint has one rank's"
         )
         if passing := sorted(set(changed) - set(model.state_dict())):
             notes.append(
