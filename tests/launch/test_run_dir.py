@@ -40,13 +40,13 @@ def _at_noon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     resolvers.register_resolvers()
 
 
-def composed(folder: str) -> DictConfig:
-    return OmegaConf.create({"name": "study", "hydra": {"run": {"dir": folder}}})
+def composed(folder: str, resume: str = "auto") -> DictConfig:
+    return OmegaConf.create({"name": "study", "resume": resume, "hydra": {"run": {"dir": folder}}})
 
 
-def agree(folder: str = "${run_dir:${name}}", world: World = World()) -> str:  # noqa: B008
+def agree(folder: str = "${run_dir:${name}}", world: World = World(), resume: str = "auto") -> str:  # noqa: B008
     """The folder of a run that is over at once."""
-    with run_dir.agree_on_folder(composed(folder), world) as (agreed, _):
+    with run_dir.agree_on_folder(composed(folder, resume), world) as (agreed, _):
         return str(agreed)
 
 
@@ -86,13 +86,8 @@ def test_a_folder_is_refused_where_the_disk_does_not_take_a_byte(
 
 def test_a_run_whose_folder_cannot_be_written_is_left_for_one_from_its_weights(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
-    resuming = OmegaConf.merge(composed("mine"), {"resume": "mine"})
-    assert isinstance(resuming, DictConfig)
-    with (
-        pytest.raises(ConfigError, match="cannot be written") as refused,
-        run_dir.agree_on_folder(resuming, World()),
-    ):
-        pass
+    with pytest.raises(ConfigError, match="cannot be written") as refused:
+        agree("mine", resume="mine")
     assert refused.value.fix == {"resume": None, "init_from": "mine"}
 
 
@@ -169,9 +164,7 @@ def test_a_folder_with_a_checkpoint_is_gone_on_with_unless_the_config_says_never
     leave(tmp_path / "mine", *RECORD, "checkpoints/step-00000003/checkpoint.json")
     assert agree("mine") == "mine"
     assert {*there(tmp_path)} == {"mine"}
-    never = composed("mine")
-    never.resume = "never"
-    with run_dir.agree_on_folder(never, World()):
+    with run_dir.agree_on_folder(composed("mine", "never"), World()):
         assert there(tmp_path / "mine") == {".lock", "notes.txt"}
     assert (tmp_path / "mine.earlier-1" / "checkpoints" / "step-00000003").is_dir()
 
@@ -180,8 +173,7 @@ def test_whether_a_run_may_resume_is_told_before_its_folder_is_agreed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave(tmp_path / "mine", "checkpoints/step-00000003/checkpoint.json")
-    never = OmegaConf.merge(composed("mine"), {"resume": "never"})
-    assert isinstance(never, DictConfig)
+    never = composed("mine", "never")
     told = [run_dir.may_resume(*of) for of in ((never, Path("mine")), (never, Path("new")))]
     told += [run_dir.may_resume(composed(folder), Path(folder)) for folder in ("mine", "new")]
     assert told == [False, False, True, False]
@@ -213,6 +205,9 @@ def test_a_folder_is_locked_while_a_run_uses_it(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="another run is using this folder") as refused:
             agree("mine")
         assert refused.value.fix == {"hydra.run.dir": Path("mine-3")}
+        with pytest.raises(ConfigError, match="another run is using this folder") as refused:
+            agree("mine", resume="mine")
+        assert refused.value.fix == {"resume": None, "init_from": "mine"}, "it continues in no other folder"
         other_rank = World(rank=1, size=2, local_size=2)  # of the same job, which rank 0 has claimed it for
         assert agree("mine", other_rank) == "mine"
     assert agree("mine") == "mine"

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tpresearch.checkpoint.disk import step_folders
-from tpresearch.config.errors import ConfigError
+from tpresearch.config.errors import ConfigError, Fix
 
 EARLIER_SUFFIX = ".earlier-"
 """Suffix of a folder in which an earlier record was set aside, before its number."""
@@ -31,13 +31,14 @@ RUN_MARKERS = (".hydra", "metrics.jsonl", "summary.json")
 
 
 def lock_folder(
-    folder: Path, timeout_s: float = 0, key: str = "hydra.run.dir"
+    folder: Path, timeout_s: float = 0, key: str = "hydra.run.dir", elsewhere: Fix = None
 ) -> AbstractContextManager[object]:
     """Lock the folder of a run or a sweep until the context is left, or this process ends in any way. Refuses one that another has.
 
     Args:
         timeout_s: how long to wait for the holder of the lock.
         key: the config key that names the folder.
+        elsewhere: the fix of the refusal; by default another folder.
 
     Raises:
         OSError: if it cannot be locked.
@@ -47,7 +48,7 @@ def lock_folder(
     except Timeout:
         why = f"another {key.split('.')[1]} is using this folder"
         legal = "wait for its end, or use another folder"
-        raise ConfigError(key, folder, why, legal, fix={key: free_name(folder, "-")}) from None
+        raise ConfigError(key, folder, why, legal, elsewhere or {key: free_name(folder, "-")}) from None
     except NotImplementedError:  # a file system without locks: nothing can be locked there
         return nullcontext()
 

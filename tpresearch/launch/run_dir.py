@@ -79,7 +79,8 @@ def agree_on_folder(composed: DictConfig, world: World) -> Iterator[tuple[Path, 
         folder = started or _make("hydra.run.dir", wanted, given, elsewhere)
         check_left_by_run(folder)
         with refuse_unwritable("hydra.run.dir", folder, elsewhere):
-            held.enter_context(lock_folder(folder, TIMEOUT.seconds if started else 0))
+            timeout_s = TIMEOUT.seconds if started else 0
+            held.enter_context(lock_folder(folder, timeout_s, elsewhere=anew if is_named else None))
             if not started and not (resumes and step_folders(folder)):
                 set_aside_record(folder)
         return folder
