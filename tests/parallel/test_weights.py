@@ -173,6 +173,7 @@ WHOLE: dict[str, Callable[[Own], object]] = {
     "by its values": lambda own: own.a.data.normal_().div_(own.a.norm().item()),
     "of another": lambda own: (own.a.data.normal_(), own.c.data.copy_(own.a.data[0, :9])),
     "turned": lambda own: own.a.data.T.normal_(),
+    "turned part": lambda own: (own.a.data.normal_(), own.a.data.T[:20].fill_(3.0)),
     "part": lambda own: (own.a.data[:150].normal_(), own.a.data[150:].normal_()),
 }
 

@@ -80,12 +80,17 @@ def test_what_cannot_be_read_is_refused(override: str, field: str, offered: str)
     assert offered in error.legal
 
 
+ROWS = "model=toy_mlp", "parallel=sp", "model.plans.sp.output.dst=batch"
+THREE = "train.micro_batch_size=3", "train.global_batch_size=6"
+
+
 @pytest.mark.parametrize(
     ("overrides", "world", "culprit", "legal"),
     [
         (["model=llama2_tiny", "parallel=tp"], 3, "model.n_heads=16", "1 2 4 8 16"),
         (["model=toy_mlp", "parallel=tp", "model.hidden_dim=30"], 4, "model.hidden_dim=30", "1 2"),
         ([*model(InFront), "parallel=sp", "data.seq_len=16"], 2, "mlp.in_proj.input.shape[1]=17", "1"),
+        ([*ROWS, "train.loss=sum", "train.eval_rows=0", *THREE], 2, "train.micro_batch_size=3", "1"),
     ],
 )
 def test_what_tp_does_not_divide_is_refused(
@@ -103,10 +108,9 @@ def test_tp_alone_needs_no_divisible_sequence() -> None:
 
 
 def test_logits_of_each_ranks_rows_are_for_a_sum_without_a_held_out_loss() -> None:
-    rows = "model=toy_mlp", "parallel=sp", "model.plans.sp.output.dst=batch"
-    assert "logits, or train.loss=sum" in refusal(*rows).legal
-    assert "logits, or train.eval_rows=0" in refusal(*rows, "train.loss=sum").legal
-    assert planned(*rows, "train.loss=sum", "train.eval_rows=0")[1].output_shard_dim == 0
+    assert "logits, or train.loss=sum" in refusal(*ROWS).legal
+    assert "logits, or train.eval_rows=0" in refusal(*ROWS, "train.loss=sum").legal
+    assert planned(*ROWS, "train.loss=sum", "train.eval_rows=0")[1].output_shard_dim == 0
 
 
 def test_of_rows_of_numbers_dim_1_is_features_and_no_sequence() -> None:

@@ -560,7 +560,10 @@ class Table(ToyLM):
         nn.init.normal_(self.table)
 
     def forward(self, tokens: Tensor, head: object = None) -> Tensor:
-        return self.output(self.mlp(F.embedding(tokens, self.table)).tanh())
+        x = F.embedding(tokens, self.table)
+        for block in self.mlp.children():
+            x = block(x=x)
+        return self.output(x.tanh())
 
 
 def test_a_block_like_one_before_is_followed_where_its_input_is_another() -> None:

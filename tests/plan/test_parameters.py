@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.assembled import planned, refusal
 from support.counted_steps import counted_step
-from support.nets import AllFrozen, Frozen, Scaled, Tied, Unused, model
+from support.nets import AllFrozen, ComplexPositions, Frozen, Scaled, Tied, Unused, model
 from support.odd_nets import ByKeyword, Complex, Counting, Hooked, Parametrized, Transposed, Wide
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
@@ -47,6 +47,11 @@ def test_a_rule_on_a_layer_that_is_given_its_input_by_keyword_is_refused() -> No
     assert (error.field, error.value) == ("model.plans.tp.output.match", "output")
     assert error.why == "output is called with keyword arguments alone"
     planned(*model(ByKeyword), "parallel=fsdp")
+
+
+def test_tables_of_complex_numbers_are_as_wide_as_the_parameters() -> None:
+    meta, _ = planned(*model(ComplexPositions), "parallel=none", "train.dtype=float64")
+    assert meta.get_buffer("turns").dtype is torch.complex128
 
 
 @pytest.mark.parametrize(
@@ -119,10 +124,10 @@ def test_rows_are_cut_as_torch_cuts_them(rows: int, ways: int, shards: int) -> N
 
 
 def test_uneven_rows_are_refused_with_the_next_vocabulary_that_fits() -> None:
-    error = refusal("model=llama2_debug", "parallel=fsdp_tp", "mesh.tp=2", "model.vocab_size=50257", world=8)
-    assert "50257 rows of tok_embeddings.weight" in error.why
-    assert error.fix == {"model.vocab_size": 50258}
-    planned("model=llama2_debug", "parallel=fsdp_tp", "mesh.tp=2", "model.vocab_size=50258", world=8)
+    error = refusal("model=llama2_debug", "parallel=fsdp_tp", "mesh.tp=4", "model.vocab_size=50258", world=16)
+    assert "50258 rows of tok_embeddings.weight" in error.why
+    assert error.fix == {"model.vocab_size": 50260}
+    planned("model=llama2_debug", "parallel=fsdp_tp", "mesh.tp=4", "model.vocab_size=50260", world=16)
 
 
 def test_a_rank_without_a_row_of_the_vocabulary_is_refused() -> None:

@@ -226,7 +226,7 @@ class Gated(nn.Linear):
         self.gate = nn.Linear(dim, dim)
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * self.gate(input)
+        return self.gate(input) * super().forward(input)
 
 
 class AfterBlocks(ToyLM):
