@@ -98,6 +98,16 @@ REFUSED = [
     ("name=é", "name=é: cannot be read; 'name=[a,b]' for a list, ", None),
     ("~logger train.steps=3", f"logger=~: a config group cannot be deleted; one of {LOGGERS}", "logger=none train.steps=3"),
     ("~model=llama2_tiny", f"model=~: a config group cannot be deleted; one of {MODELS}", ""),
+    (
+        "hydra.searchpath=[file://nowhere] model=mine",
+        "hydra.searchpath=file://nowhere: no such folder; folders of config files, such as [file://mine/conf]",
+        "hydra.searchpath=VALUE model=mine",
+    ),
+    (
+        "hydra.searchpath=file:///tmp",
+        "hydra.searchpath=file:///tmp: no list; folders of config files, such as [file://mine/conf]",
+        "'hydra.searchpath=[file:///tmp]'",
+    ),
     ("--config-dir nowhere", "--config-dir=nowhere: no such folder; a folder with config files, ", ""),
     ("-m name=a hydra.sweep.dir=", "hydra.sweep.dir=: names no folder; a folder, new or empty", "-m name=a"),
     ("model.rope_theta=5", "model.rope_theta=5: not in the model's file, so that ", "+model.rope_theta=5"),

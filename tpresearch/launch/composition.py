@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -27,6 +28,8 @@ from tpresearch.launch.command import is_within, override_key, values_by_key
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """What composing raises for a config file or an override that is wrong."""
+FILE = "file://"
+"""Before a folder of a search path."""
 VERSION_BASE = "1.3"
 """The version of Hydra whose defaults hold."""
 
@@ -121,11 +124,13 @@ class Composition:
 
     def refuse_unusable(self) -> None:
         """Refuse what Hydra takes, and the framework cannot use: its own `???` is a traceback where it is first read, which for its
-        own settings is late; a config group that is deleted leaves the schema's defaults, as if one had been chosen; and one that is
-        added has no effect where the program does not compose it.
+        own settings is late; a search path without its folder is a warning; a config group that is deleted leaves the schema's
+        defaults, as if one had been chosen; and one that is added has no effect where the program does not compose it.
         """
         if key := next((override_key(typed) for typed in self.overrides if typed.endswith("=???")), None):
             raise ConfigError(key, "???", "it must be set", f"{key}=VALUE", fix={key: "VALUE"})
+        if typed := self.typed.get("hydra.searchpath"):
+            _refuse_search_path(typed)
         deleted = [override_key(typed) for typed in self.overrides if typed.startswith("~")]
         groups = self.groups() if deleted else {}
         if group := next((key for key in deleted if key in groups), None):
@@ -181,8 +186,20 @@ class Composition:
         """These overrides, with the search path that was typed."""
         typed = [word for word in self.overrides if override_key(word) == "hydra.searchpath"][-1:]
         if self.extra_dir and not typed:
-            typed = [f"hydra.searchpath=[file://{Path(self.extra_dir).resolve()}]"]
+            typed = [f"hydra.searchpath=[{FILE}{Path(self.extra_dir).resolve()}]"]
         return [*typed, *(word for word in overrides if override_key(word) != "hydra.searchpath")]
+
+
+def _refuse_search_path(typed: str) -> None:
+    key, legal = "hydra.searchpath", "folders of config files, such as [file://mine/conf]"
+    with suppress(OverrideParseException):  # which is said where it is composed
+        places = OverridesParser.create().parse_override(f"{key}={typed}").value()
+        if isinstance(places, str):
+            raise ConfigError(key, places, "no list", legal, fix={key: f"[{places}]"})
+        for place in places if isinstance(places, list) else []:
+            folder = str(place).removeprefix(FILE)
+            if "://" not in folder and not Path(folder).is_dir():
+                raise ConfigError(key, place, "no such folder", legal, fix={key: "VALUE"})
 
 
 def typed_config(config: DictConfig) -> Config:

@@ -18,8 +18,8 @@ from tpresearch.checkpoint.disk import step_folders
 from tpresearch.checkpoint.resume import AUTO, NEVER, check_started, find_checkpoint, run_of
 from tpresearch.config.errors import ConfigError, first_line
 from tpresearch.launch.command import is_within, override, override_key, values_by_key
+from tpresearch.launch.composition import FILE
 
-FILE = "file://"
 REPLACED_KEYS = {"parallel": ("parallel", "mesh")}
 """Overrides that a new one replaces: choosing a plan drops the earlier plan's settings and mesh sizes."""
 
